@@ -1,0 +1,103 @@
+"""What can be set, as frozen dataclasses. `serve.py` fills them from flags; "auto" (None) is resolved once at start.
+
+Imports nothing of ours, so that `--help` and the scheduler's tests stay free of torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and how its weights are held.
+
+    path: a directory in HF format, or a hub id. dtype: auto, bfloat16, float16 or float32.
+    load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
+    generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
+    """
+
+    path: str = ""
+    tokenizer_path: str | None = None
+    served_names: tuple[str, ...] = ()
+    revision: str | None = None
+    download_dir: str | None = None
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    generation_config: str = "auto"
+    chat_template: str | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """The KV cache. Size: num_pages, else kv_cache_bytes, else memory_fraction of what is free after the weights.
+
+    memory_fraction None means the executor's own sane share.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    kv_cache_bytes: int | None = None
+    memory_fraction: float | None = None
+    enable_prefix_caching: bool = True
+    eviction_policy: str = "lru"
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """How steps are built.
+
+    max_num_seqs: sequences that run at once. max_num_batched_tokens: token budget of a step, decode rows included.
+    max_queued_requests: waiting requests before a 429. overlap: depth 2 (build N+1 while N runs), else depth 1.
+    admission_watermark: share of the pages that must stay available when a retracted sequence is admitted again.
+    """
+
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_queued_requests: int = 4096
+    policy: str = "fcfs"
+    overlap: bool = True
+    admission_watermark: float = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class StreamOptions:
+    """flush_interval_ms: how long a streamed token may wait for company; first and last tokens never wait."""
+
+    flush_interval_ms: float = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """HTTP. Sizes in bytes, times in seconds."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    protect_metrics: bool = False
+    max_body_bytes: int = 8 * 1024 * 1024
+    allowed_origins: tuple[str, ...] = ()
+    drain_timeout_s: float = 30.0
+    keep_alive_interval_s: float = 15.0
+    metrics_prefix: str = "vllm"
+    unresponsive_after_s: float = 60.0
+    root_path: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU, None for auto."""
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    stream: StreamOptions = field(default_factory=StreamOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    device: str = "auto"
+    num_threads: int | None = None
+
+
+class StartupError(Exception):
+    """The server cannot start; `str(error)` is one readable line. `serve.py` prints it and exits with 1."""

@@ -1,0 +1,39 @@
+"""The protocol of a device: take a step, say later what it brought. Implemented by fake, cpu and cuda."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from engine.forward import ForwardInput, ForwardOutput, Limits, Staging
+
+
+class StepHandle(Protocol):
+    """A launched step. `step` is the number of its ForwardInput."""
+
+    step: int
+
+
+class Executor(Protocol):
+    """Runs steps strictly in the order of `submit`.
+
+    staging: the two sets that the scheduler fills in turn (step number modulo 2). A set belongs to the
+    executor from `submit` until the step's handle is done; the scheduler refills it only after that.
+    """
+
+    limits: Limits
+    staging: tuple[Staging, Staging]
+
+    def submit(self, forward_input: ForwardInput) -> StepHandle:
+        """Launch a step. Never blocks, never raises for what happens on the device. Loop thread only."""
+        ...
+
+    async def wait(self, handle: StepHandle) -> ForwardOutput:
+        """Wait for a step, in the order of `submit`.
+
+        Raises ForwardError when this step failed, DeviceLostError when the device is gone.
+        """
+        ...
+
+    def close(self) -> None:
+        """Finish what is launched, then free the device. Idempotent."""
+        ...

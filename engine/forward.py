@@ -1,0 +1,158 @@
+"""All that the scheduler and an executor say to each other: flat numpy arrays, no objects of either side.
+
+The scheduler fills one of two `Staging` sets and hands out a `ForwardInput`, a view of it. The executor owns
+the set until the step's handle is done. State of a row lives with the executor *by slot* (last token, page
+table, sampling parameters), so a step carries only what changed. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.request import MAX_STOP_TOKEN_IDS
+
+Int32Array = npt.NDArray[np.int32]
+BoolArray = npt.NDArray[np.bool_]
+
+# In `token_ids`: the value is not known on the host; read `last_token[slot]` on the device.
+FUTURE_TOKEN = -1
+# Page 0 and slot 0 belong to padding rows (CUDA graphs); no sequence ever holds them.
+NULL_PAGE = 0
+NULL_SLOT = 0
+
+# One row of the sampling table. `min_length`: while a row's context, the new token not counted, is shorter
+# than this many tokens, the ids in stop_ids are masked (min_tokens). stop_ids is padded with -1.
+SAMPLING_DTYPE = np.dtype(
+    [
+        ("temperature", np.float32),
+        ("top_p", np.float32),
+        ("min_p", np.float32),
+        ("top_k", np.int32),
+        ("seed", np.uint64),
+        ("min_length", np.int32),
+        ("num_stop_ids", np.int32),
+        ("stop_ids", np.int32, (MAX_STOP_TOKEN_IDS,)),
+    ],
+    align=True,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Sizes that both sides agree on at start.
+
+    max_num_seqs: sequences that may hold a slot; slots are 1..max_num_seqs.
+    max_num_batched_tokens: most token rows in one step.
+    max_model_len: tokens of context. page_size: tokens of a page.
+    num_pages: usable pages, ids 1..num_pages (an executor allocates num_pages + 1).
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    page_size: int
+    num_pages: int
+    vocab_size: int
+
+    @property
+    def num_slots(self) -> int:
+        return self.max_num_seqs + 1
+
+    @property
+    def max_pages_per_seq(self) -> int:
+        """Width of a page-table row."""
+        return -(-self.max_model_len // self.page_size)
+
+
+Allocator = Callable[[int, np.dtype[Any]], npt.NDArray[Any]]
+
+
+def numpy_allocator(length: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    """Plain zeroed host memory; the CUDA executor passes one that returns pinned memory instead."""
+    return np.zeros(length, dtype)
+
+
+class Staging:
+    """One set of host arrays for one step. Sized once; only the table diff may grow (a burst of admissions).
+
+    Rows are ordered: decode rows first, then prefill chunks. All arrays are flat:
+
+    row_slot     int32 [rows]      seq slot of the row; no slot stands twice in a step
+    row_start    int32 [rows]      tokens of the row's sequence computed by earlier steps
+    row_len      int32 [rows]      tokens of this step (1 for decode)
+    row_samples  bool  [rows]      the last token of the row is followed by a sampled one
+    token_ids    int32 [tokens]    row after row; FUTURE_TOKEN in decode rows
+    qo_indptr    int32 [rows + 1]  CSR offsets of the rows in token_ids
+    table_index  int32 [diffs]     slot * max_pages_per_seq + index: page-table entries to change, before the step
+    table_page   int32 [diffs]     their new page ids
+    sampling_slot int32 [changed]  slots whose sampling row changes, before the step
+    sampling     SAMPLING_DTYPE [changed]
+    """
+
+    def __init__(self, limits: Limits, allocate: Allocator = numpy_allocator) -> None:
+        self.limits = limits
+        self._allocate = allocate
+        rows, tokens = limits.max_num_seqs, limits.max_num_batched_tokens
+        int32 = np.dtype(np.int32)
+        self.row_slot: Int32Array = allocate(rows, int32)
+        self.row_start: Int32Array = allocate(rows, int32)
+        self.row_len: Int32Array = allocate(rows, int32)
+        self.row_samples: BoolArray = allocate(rows, np.dtype(np.bool_))
+        self.token_ids: Int32Array = allocate(tokens, int32)
+        self.qo_indptr: Int32Array = allocate(rows + 1, int32)
+        diffs = max(1024, 4 * rows)
+        self.table_index: Int32Array = allocate(diffs, int32)
+        self.table_page: Int32Array = allocate(diffs, int32)
+        self.sampling_slot: Int32Array = allocate(rows, int32)
+        self.sampling: npt.NDArray[Any] = allocate(rows, SAMPLING_DTYPE)
+
+    def reserve_table_diff(self, length: int) -> None:
+        """Make room for `length` table entries, keeping what is already written."""
+        if length <= len(self.table_index):
+            return
+        capacity = max(length, 2 * len(self.table_index))
+        for name in ("table_index", "table_page"):
+            old = getattr(self, name)
+            new = self._allocate(capacity, np.dtype(np.int32))
+            new[: len(old)] = old
+            setattr(self, name, new)
+
+
+@dataclass(slots=True)
+class ForwardInput:
+    """One step, as counts into a Staging set. Valid until the step's handle is done.
+
+    step: number of the step, rising by one. num_decode_rows: rows[:num_decode_rows] continue by one token each.
+    """
+
+    step: int
+    staging: Staging
+    num_rows: int
+    num_decode_rows: int
+    num_tokens: int
+    num_table_diffs: int
+    num_sampling_diffs: int
+
+
+@dataclass(slots=True)
+class ForwardOutput:
+    """What a step brought. Owned by the receiver until the executor's next-but-one step.
+
+    token_ids: int32 [rows]; the sampled token, -1 where the row did not sample.
+    """
+
+    token_ids: Int32Array
+    step: int = field(default=0)
+
+
+class ForwardError(Exception):
+    """This step failed and only this step: its sequences end with an error, the engine goes on."""
+
+
+class DeviceLostError(Exception):
+    """The device cannot be used any more: every stream ends with an error and the process exits non-zero."""

@@ -1,0 +1,96 @@
+"""The words of a request: what is asked (SamplingParams, Request) and how it ended (FinishReason).
+
+Made by the server or the offline API, read by every other part, changed by nobody. Imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+# Stop ids live in a fixed-width row of the slot tables (host and device), EOS ids included.
+MAX_STOP_TOKEN_IDS = 16
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended; the value is OpenAI's word where OpenAI has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How to choose tokens and when to stop. Ranges are checked by the server (`server/protocol`).
+
+    max_tokens: most tokens to generate, None for "to the end of the context".
+    min_tokens: EOS and stop_token_ids are masked until that many tokens were generated.
+    temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off. min_p: 0 is off.
+    seed: any 64-bit integer; a draw depends on (seed, position) alone. None: the engine picks one.
+    stop: strings that end the text and are left out of it (unless include_stop_str_in_output).
+    stop_token_ids: beside the model's EOS ids; ignore_eos drops only the latter.
+    """
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Request:
+    """One prompt that becomes one sequence. `n` choices are n requests that meet again in the radix tree.
+
+    prompt_token_ids: at least one id.
+    stream: False means that nobody looks before the end, so no text is made per token.
+    namespace: root of the radix tree that this prompt may share pages under (tenant, cache_salt); "" is common.
+    """
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stream: bool = True
+    namespace: str = ""
+    priority: int = 0
+
+
+class RequestError(Exception):
+    """A request that cannot be served; `str(error)` is one sentence for the user, `status` the HTTP status."""
+
+    status = 400
+    code: str | None = None
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextLengthExceededError(RequestError):
+    """The prompt, or prompt and max_tokens, do not fit the context or the KV cache."""
+
+    code = "context_length_exceeded"
+
+
+class QueueFullError(RequestError):
+    """More requests wait than `--max-queued-requests` allows."""
+
+    status = 429
+    code = "rate_limit_exceeded"
+
+
+class UnavailableError(RequestError):
+    """The engine drains or has failed."""
+
+    status = 503
+    code = "service_unavailable"

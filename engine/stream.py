@@ -1,0 +1,133 @@
+"""TokenStream: the queue between the engine and one HTTP handler. The engine pushes, one handler takes.
+
+Both live on the loop thread, so there are no locks. Deltas that nobody has taken yet melt into one: a slow
+client costs memory for its text and nothing else, and the engine never waits for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from engine.request import FinishReason
+
+
+@dataclass(slots=True)
+class Delta:
+    """What came since the last take. text may be empty (held back) while token_ids is not.
+
+    finish_reason is set once, in the last delta. stop_reason: the stop string or stop token id that ended it.
+    error: the sentence for the client when finish_reason is ERROR.
+    """
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+    error: str | None = None
+
+
+class TokenStream:
+    """The stream of one sequence: `async with engine.submit(request) as stream: async for delta in stream: ...`.
+
+    Leaving the block for any reason aborts what still runs. num_cached_tokens is known with the first delta;
+    num_output_tokens counts every generated token so far, those of taken deltas and of the waiting one.
+    """
+
+    __slots__ = (
+        "_abort",
+        "_delta",
+        "_finished",
+        "_pending",
+        "_waiter",
+        "num_cached_tokens",
+        "num_output_tokens",
+        "num_prompt_tokens",
+        "request_id",
+    )
+
+    def __init__(self, request_id: str, num_prompt_tokens: int, abort: Callable[[str], None]) -> None:
+        self.request_id = request_id
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_cached_tokens = 0
+        self.num_output_tokens = 0
+        self._abort = abort
+        self._delta = Delta()
+        self._pending = False
+        self._finished = False
+        self._waiter: asyncio.Future[None] | None = None
+
+    # The engine's side.
+
+    def push(self, text: str, token_ids: list[int]) -> None:
+        """Add tokens and stable text without waking the reader (see `flush`)."""
+        delta = self._delta
+        if text:
+            delta.text += text
+        delta.token_ids += token_ids
+        self.num_output_tokens += len(token_ids)
+
+    def flush(self) -> None:
+        """Hand what was pushed to the reader."""
+        self._pending = True
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
+
+    def finish(
+        self, reason: FinishReason, stop_reason: str | int | None = None, error: str | None = None
+    ) -> None:
+        """Terminal event; exactly one per stream, later ones are ignored (abort races with the end)."""
+        if self._finished:
+            return
+        self._finished = True
+        self._delta.finish_reason, self._delta.stop_reason, self._delta.error = reason, stop_reason, error
+        self.flush()
+
+    @property
+    def finished(self) -> bool:
+        """The engine will push nothing more."""
+        return self._finished
+
+    # The handler's side.
+
+    async def take(self) -> Delta:
+        """Everything pushed and flushed since the last take; waits for the first of it."""
+        if not self._pending:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        delta, self._delta, self._pending = self._delta, Delta(), False
+        return delta
+
+    def __aiter__(self) -> TokenStream:
+        return self
+
+    async def __anext__(self) -> Delta:
+        if self._finished and not self._pending:
+            raise StopAsyncIteration
+        return await self.take()
+
+    async def collect(self) -> Delta:
+        """Wait for the end and return all of it as one delta."""
+        whole = await self.take()
+        while whole.finish_reason is None:
+            delta = await self.take()
+            whole.text += delta.text
+            whole.token_ids += delta.token_ids
+            whole.finish_reason, whole.stop_reason = delta.finish_reason, delta.stop_reason
+            whole.error = delta.error
+        return whole
+
+    async def __aenter__(self) -> TokenStream:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self._finished:
+            self._abort(self.request_id)
