@@ -76,9 +76,7 @@ class TokenStream:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def finish(
-        self, reason: FinishReason, stop_reason: str | int | None = None, error: str | None = None
-    ) -> None:
+    def finish(self, reason: FinishReason, stop_reason: str | int | None = None, error: str | None = None) -> None:
         """Terminal event; exactly one per stream, later ones are ignored (abort races with the end)."""
         if self._finished:
             return

@@ -1,0 +1,52 @@
+# Every target does its own set-up: a fresh clone needs nothing but Python 3.11 or 3.12 and make.
+# PYTHON picks the interpreter, ARGS passes flags on: make serve ARGS="--port 8123"
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+SECONDS ?= 600
+HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
+RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
+DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
+comma := ,
+
+.PHONY: help install serve test check sim test-gpu bench-gpu bench clean
+
+help:  ## show the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	  || { echo "Python 3.11 or 3.12 is needed; say: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.run: pyproject.toml | $(BIN)/python
+	@echo "Installing oneloop and what it needs into $(VENV) (once) ..."
+	$(BIN)/python -m pip install --quiet -e '.$(RUN_EXTRAS)'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(BIN)/python
+	@echo "Installing oneloop with its test tools into $(VENV) (once) ..."
+	$(BIN)/python -m pip install --quiet -e '.$(DEV_EXTRAS)'
+	@touch $@ $(VENV)/.run
+
+install: $(VENV)/.run  ## make .venv with all that serving needs
+
+serve: $(VENV)/.run  ## serve the bundled demo model, or ARGS="--model DIR"
+	@exec $(BIN)/python -m engine.serve $(ARGS)
+
+test: $(VENV)/.dev  ## all tests that need no GPU
+	$(BIN)/python -m pytest tests $(ARGS)
+
+check: $(VENV)/.dev  ## lint, types, layering
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layers.py
+
+sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
+	$(BIN)/python -m tests.sim --seconds $(SECONDS)
+
+clean:  ## remove the virtual environment and caches
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,280 @@
+"""Command-line flags -> EngineConfig. Accepts vLLM's and SGLang's spelling of what exists here; imports no torch.
+
+What is not listed does not exist: an unknown flag ends the start with a line that names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from engine.config import (
+    CacheOptions,
+    EngineConfig,
+    ModelOptions,
+    SchedulerOptions,
+    ServerOptions,
+    StartupError,
+    StreamOptions,
+)
+
+DEMO_MODEL = Path(__file__).parent / "demo"
+
+_DTYPES = {
+    "auto": "auto",
+    "bfloat16": "bfloat16",
+    "bf16": "bfloat16",
+    "half": "float16",
+    "float16": "float16",
+    "float": "float32",
+    "float32": "float32",
+}
+
+
+def _count(text: str) -> int:
+    """A number of tokens: 4096, 4k (4000) or 4K (4096), as vLLM writes them."""
+    factors = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
+    factor = factors.get(text[-1:], 1)
+    digits = text[:-1] if factor != 1 else text
+    try:
+        value = int(digits) * factor
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number such as 4096, 4k or 4K") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"'{text}' is not positive")
+    return value
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a fraction above 0 and up to 1")
+    return value
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0.0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
+    return value
+
+
+def _not_negative(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _positive(text)
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535; 0 takes a free one)")
+    return int(text)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser; every option's default is None where EngineConfig's own default applies."""
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.serve",
+        description="Serve a language model over an OpenAI-compatible API.",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="Without a model the bundled demo model is served. Flags in one line are spellings of the same option.",
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("model_positional", nargs="?", metavar="MODEL", help="directory in HF format, or a hub id")
+    model.add_argument("--model", "--model-path", dest="model", metavar="MODEL", help="the same as a flag")
+    model.add_argument("--tokenizer", "--tokenizer-path", dest="tokenizer", metavar="DIR")
+    model.add_argument("--revision", help="branch, tag or commit of a hub id")
+    model.add_argument("--download-dir", metavar="DIR", help="where hub downloads are kept")
+    model.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names in the API, the first is shown")
+    model.add_argument("--dtype", choices=sorted(_DTYPES), help="auto: bfloat16 where the device has it, else float32")
+    model.add_argument("--load-format", choices=["auto", "safetensors", "dummy"], help="dummy: random weights")
+    model.add_argument(
+        "--max-model-len",
+        "--context-length",
+        dest="max_model_len",
+        type=_count,
+        metavar="TOKENS",
+        help="context length (4096, 4k, 4K); default: the model's own",
+    )
+    model.add_argument("--chat-template", metavar="FILE|TEXT", help="instead of the model's own")
+    model.add_argument(
+        "--generation-config", choices=["auto", "vllm"], help="auto: the model's sampling defaults; vllm: OpenAI's"
+    )
+    model.add_argument("--sampling-defaults", choices=["model", "openai"], help="SGLang's spelling of the same")
+    model.add_argument(
+        "--seed", "--random-seed", dest="seed", type=int, help="of dummy weights and of unseeded requests"
+    )
+
+    device = parser.add_argument_group("device and memory")
+    device.add_argument("--device", choices=["auto", "cpu", "cuda"])
+    device.add_argument("--threads", type=_count, metavar="N", help="compute threads on the CPU")
+    device.add_argument("--kv-cache-gb", type=_positive, metavar="GB", help="size of the KV cache in 1e9 bytes")
+    device.add_argument("--kv-cache-memory-bytes", type=_count, metavar="BYTES")
+    device.add_argument(
+        "--gpu-memory-utilization",
+        "--mem-fraction-static",
+        dest="memory_fraction",
+        type=_fraction,
+        metavar="F",
+        help="share of the free memory for the KV cache (on a CPU: of the RAM that is available)",
+    )
+    device.add_argument("--num-gpu-blocks-override", dest="num_pages", type=_count, metavar="PAGES")
+    device.add_argument("--max-total-tokens", type=_count, metavar="TOKENS", help="size of the KV cache in tokens")
+    device.add_argument("--page-size", "--block-size", dest="page_size", type=_count, metavar="TOKENS")
+
+    scheduler = parser.add_argument_group("scheduler and cache")
+    scheduler.add_argument("--max-num-seqs", "--max-running-requests", dest="max_num_seqs", type=_count, metavar="N")
+    scheduler.add_argument(
+        "--max-num-batched-tokens",
+        "--chunked-prefill-size",
+        dest="max_num_batched_tokens",
+        type=_count,
+        metavar="N",
+        help="token budget of a step, decode rows included",
+    )
+    scheduler.add_argument(
+        "--max-queued-requests",
+        "--max-num-queued-reqs",
+        dest="max_queued_requests",
+        type=_count,
+        metavar="N",
+        help="waiting requests before a 429",
+    )
+    scheduler.add_argument("--schedule-policy", "--scheduling-policy", dest="policy", metavar="NAME", help="fcfs")
+    scheduler.add_argument("--radix-eviction-policy", dest="eviction_policy", metavar="NAME", help="lru, lfu or fifo")
+    scheduler.add_argument(
+        "--enable-prefix-caching", dest="prefix_caching", action=argparse.BooleanOptionalAction, default=None
+    )
+    scheduler.add_argument("--disable-radix-cache", dest="prefix_caching", action="store_false", default=None)
+    scheduler.add_argument(
+        "--async-scheduling",
+        dest="overlap",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="build the next step while this one runs",
+    )
+    scheduler.add_argument(
+        "--disable-overlap", "--disable-overlap-schedule", dest="overlap", action="store_false", default=None
+    )
+    scheduler.add_argument(
+        "--flush-interval-ms", type=_not_negative, metavar="MS", help="how long a streamed token may wait for company"
+    )
+
+    server = parser.add_argument_group("server")
+    server.add_argument("--host")
+    server.add_argument("--port", type=_port)
+    server.add_argument("--api-key", nargs="+", metavar="KEY", help="also from the environment: ONELOOP_API_KEY")
+    server.add_argument("--protect-metrics", action="store_true", help="/metrics needs the key too")
+    server.add_argument("--allowed-origins", nargs="+", metavar="ORIGIN", help="CORS; '*' for any")
+    server.add_argument("--max-body-bytes", type=_count, metavar="BYTES")
+    server.add_argument(
+        "--drain-timeout",
+        "--shutdown-timeout",
+        dest="drain_timeout",
+        type=_not_negative,
+        metavar="S",
+        help="how long accepted requests may go on after SIGTERM",
+    )
+    server.add_argument("--sse-keep-alive-interval", type=_not_negative, metavar="S", help="0 is off")
+    server.add_argument("--metrics-prefix", metavar="NAME", help="vllm (default), sglang, or a prefix of your own")
+    server.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    return parser
+
+
+def _given(**values: object) -> dict[str, object]:
+    """Only what was set, so that the dataclasses' defaults stay the only defaults."""
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def config_from(args: argparse.Namespace) -> EngineConfig:
+    """Raises StartupError for combinations that make no sense."""
+    if args.model and args.model_positional and args.model != args.model_positional:
+        raise StartupError(f"two models are named: '{args.model_positional}' and '{args.model}'")
+    path = args.model or args.model_positional or str(DEMO_MODEL)
+    generation = args.generation_config
+    if args.sampling_defaults:
+        generation = {"model": "auto", "openai": "vllm"}[args.sampling_defaults]
+    sizes = [
+        name
+        for name in ("kv_cache_gb", "kv_cache_memory_bytes", "memory_fraction", "num_pages", "max_total_tokens")
+        if getattr(args, name) is not None
+    ]
+    if len(sizes) > 1:
+        raise StartupError(f"the size of the KV cache is given {len(sizes)} times; give one of the options")
+    page_size = args.page_size or CacheOptions().page_size
+    num_pages = args.num_pages
+    if args.max_total_tokens is not None:
+        num_pages = max(1, args.max_total_tokens // page_size)
+    kv_bytes = args.kv_cache_memory_bytes
+    if args.kv_cache_gb is not None:
+        kv_bytes = int(args.kv_cache_gb * 1e9)
+    max_num_seqs = args.max_num_seqs or SchedulerOptions().max_num_seqs
+    budget = args.max_num_batched_tokens or max(SchedulerOptions().max_num_batched_tokens, max_num_seqs)
+    if budget < max_num_seqs:
+        raise StartupError(
+            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {max_num_seqs}: "
+            "a step must hold one token of every running sequence"
+        )
+    keys = tuple(args.api_key or ()) or tuple(filter(None, [os.environ.get("ONELOOP_API_KEY")]))
+    return EngineConfig(
+        model=ModelOptions(
+            path=path,
+            served_names=tuple(args.served_model_name or ()),
+            **_given(  # type: ignore[arg-type]
+                tokenizer_path=args.tokenizer,
+                revision=args.revision,
+                download_dir=args.download_dir,
+                dtype=_DTYPES[args.dtype] if args.dtype else None,
+                load_format="auto" if args.load_format == "safetensors" else args.load_format,
+                max_model_len=args.max_model_len,
+                generation_config="none" if generation == "vllm" else generation,
+                chat_template=args.chat_template,
+                seed=args.seed,
+            ),
+        ),
+        cache=CacheOptions(
+            page_size=page_size,
+            num_pages=num_pages,
+            kv_cache_bytes=kv_bytes,
+            memory_fraction=args.memory_fraction,
+            **_given(  # type: ignore[arg-type]
+                enable_prefix_caching=args.prefix_caching, eviction_policy=args.eviction_policy
+            ),
+        ),
+        scheduler=SchedulerOptions(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=budget,
+            **_given(  # type: ignore[arg-type]
+                max_queued_requests=args.max_queued_requests, policy=args.policy, overlap=args.overlap
+            ),
+        ),
+        stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
+        server=ServerOptions(
+            api_keys=keys,
+            protect_metrics=args.protect_metrics,
+            allowed_origins=tuple(args.allowed_origins or ()),
+            **_given(  # type: ignore[arg-type]
+                host=args.host,
+                port=args.port,
+                max_body_bytes=args.max_body_bytes,
+                drain_timeout_s=args.drain_timeout,
+                keep_alive_interval_s=args.sse_keep_alive_interval,
+                metrics_prefix=args.metrics_prefix,
+            ),
+        ),
+        num_threads=args.threads,
+        **_given(device=args.device),  # type: ignore[arg-type]
+    )
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[EngineConfig, str]:
+    """argv -> (config, log level). Exits with 2 on unknown flags, raises StartupError on impossible values."""
+    args = make_parser().parse_args(argv)
+    return config_from(args), args.log_level

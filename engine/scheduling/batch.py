@@ -1,0 +1,127 @@
+"""Batch: the rows of one step, written straight into a Staging set. Filled by the Scheduler, read back at commit.
+
+There are two, like the staging sets. The batch keeps its own copy of what commit needs, because the staging
+set belongs to the executor once the step is submitted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.forward import FUTURE_TOKEN, BoolArray, ForwardInput, Int32Array, Limits, Staging
+from engine.request import SamplingParams
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.slots import IndexArray
+
+
+class Batch:
+    """slots intp [rows], samples bool [rows]: decode rows first. entered: (sequence, first page index) put into the
+    radix tree by this step, to be taken back if it fails. in_flight: between launch and commit."""
+
+    def __init__(self, staging: Staging) -> None:
+        limits: Limits = staging.limits
+        self.staging = staging
+        self.forward_input = ForwardInput(0, staging, 0, 0, 0, 0, 0)
+        self._slots: IndexArray = np.zeros(limits.max_num_seqs, np.intp)
+        self._samples: BoolArray = np.zeros(limits.max_num_seqs, np.bool_)
+        self.entered: list[tuple[Sequence, int]] = []
+        self.all_sample = True
+        self.in_flight = False
+        self._width = limits.max_pages_per_seq
+        self._arange: Int32Array = np.arange(limits.max_num_seqs + 1, dtype=np.int32)
+
+    @property
+    def num_rows(self) -> int:
+        return self.forward_input.num_rows
+
+    @property
+    def num_tokens(self) -> int:
+        return self.forward_input.num_tokens
+
+    @property
+    def slots(self) -> IndexArray:
+        return self._slots[: self.forward_input.num_rows]
+
+    @property
+    def samples(self) -> BoolArray:
+        return self._samples[: self.forward_input.num_rows]
+
+    def begin(self, step: int) -> None:
+        """Empty the batch for a new step. The set must have come back from the executor."""
+        assert not self.in_flight, "a staging set was taken before its step was committed"
+        forward = self.forward_input
+        forward.step = step
+        forward.num_rows = forward.num_decode_rows = forward.num_tokens = 0
+        forward.num_table_diffs = forward.num_sampling_diffs = 0
+        self.entered.clear()
+        self.all_sample = True
+
+    def write_decodes(self, slots: IndexArray, starts: Int32Array) -> None:
+        """Rows that continue by one token each; must be the first rows."""
+        forward, staging, count = self.forward_input, self.staging, len(slots)
+        assert forward.num_rows == 0
+        self._slots[:count] = slots
+        self._samples[:count] = True
+        staging.row_slot[:count] = slots
+        staging.row_start[:count] = starts
+        staging.row_len[:count] = 1
+        staging.row_samples[:count] = True
+        staging.token_ids[:count] = FUTURE_TOKEN
+        staging.qo_indptr[: count + 1] = self._arange[: count + 1]
+        forward.num_rows = forward.num_decode_rows = forward.num_tokens = count
+
+    def write_prefill(self, slot: int, start: int, token_ids: Int32Array, samples: bool) -> None:
+        """One chunk of a prompt."""
+        forward, staging = self.forward_input, self.staging
+        row, first, length = forward.num_rows, forward.num_tokens, len(token_ids)
+        self._slots[row] = slot
+        self._samples[row] = samples
+        self.all_sample = self.all_sample and samples
+        staging.row_slot[row] = slot
+        staging.row_start[row] = start
+        staging.row_len[row] = length
+        staging.row_samples[row] = samples
+        staging.token_ids[first : first + length] = token_ids
+        if row == 0:
+            staging.qo_indptr[0] = 0
+        staging.qo_indptr[row + 1] = first + length
+        forward.num_rows = row + 1
+        forward.num_tokens = first + length
+
+    def write_page(self, slot: int, index: int, page: int) -> None:
+        """One page-table entry. An entry is written at most once a step: a scatter has no order."""
+        forward, staging = self.forward_input, self.staging
+        count = forward.num_table_diffs
+        staging.reserve_table_diff(count + 1)
+        staging.table_index[count] = slot * self._width + index
+        staging.table_page[count] = page
+        forward.num_table_diffs = count + 1
+
+    def write_pages(self, slot: int, pages: npt.ArrayLike) -> None:
+        """The whole page table of a slot, from its first entry on."""
+        forward, staging = self.forward_input, self.staging
+        ids = np.asarray(pages, np.int32)
+        count, first = forward.num_table_diffs, slot * self._width
+        staging.reserve_table_diff(count + len(ids))
+        staging.table_index[count : count + len(ids)] = np.arange(first, first + len(ids), dtype=np.int32)
+        staging.table_page[count : count + len(ids)] = ids
+        forward.num_table_diffs = count + len(ids)
+
+    def write_sampling(self, sequence: Sequence, seed: int) -> None:
+        """The sampling row of a newly filled slot."""
+        forward, staging = self.forward_input, self.staging
+        count = forward.num_sampling_diffs
+        params: SamplingParams = sequence.request.sampling
+        staging.sampling_slot[count] = sequence.slot
+        row = staging.sampling[count]
+        row["temperature"] = params.temperature
+        row["top_p"] = params.top_p
+        row["min_p"] = params.min_p
+        row["top_k"] = params.top_k
+        row["seed"] = seed & 0xFFFF_FFFF_FFFF_FFFF
+        row["min_length"] = sequence.min_length
+        row["num_stop_ids"] = len(sequence.stop_ids)
+        row["stop_ids"] = -1
+        row["stop_ids"][: len(sequence.stop_ids)] = sequence.stop_ids
+        forward.num_sampling_diffs = count + 1

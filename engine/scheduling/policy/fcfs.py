@@ -1,0 +1,34 @@
+"""First come, first served: the default. O(1) a decision."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from engine.scheduling.sequence import Sequence
+
+
+class FCFS:
+    """A queue; retracted sequences come back to its front, the oldest of them first."""
+
+    def __init__(self) -> None:
+        self._queue: deque[Sequence] = deque()
+
+    def push(self, sequence: Sequence) -> None:
+        self._queue.append(sequence)
+
+    def push_front(self, sequence: Sequence) -> None:
+        # Retraction goes from the newest to the oldest, but slots come back in any order.
+        queue = self._queue
+        index = 0
+        while index < len(queue) and queue[index].is_retracted and queue[index].order < sequence.order:
+            index += 1
+        queue.insert(index, sequence)
+
+    def peek(self) -> Sequence | None:
+        queue = self._queue
+        while queue and queue[0].is_finished:
+            queue.popleft()
+        return queue[0] if queue else None
+
+    def pop(self) -> Sequence:
+        return self._queue.popleft()

@@ -1,0 +1,509 @@
+"""Scheduler: decides what the next step computes, and applies what a finished step brought.
+
+Three plain verbs: submit, schedule, commit (and abort, fail for the bad days). Synchronous; knows no tensor, no
+socket, no text. Called by the Engine on the loop thread, or by the simulator.
+
+Decode rows that merely continue cost no Python: `schedule` advances all of them by a few array operations, and
+`SlotTable.bound` names the rows that need a page or have reached their length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.cache.kv_cache import KVCache
+from engine.clock import Clock
+from engine.config import CacheOptions, SchedulerOptions
+from engine.forward import BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging
+from engine.request import (
+    MAX_STOP_TOKEN_IDS,
+    ContextLengthExceededError,
+    FinishReason,
+    Request,
+    RequestError,
+)
+from engine.scheduling.batch import Batch
+from engine.scheduling.policy.registry import make_policy
+from engine.scheduling.sequence import Sequence, SequenceStatus
+from engine.scheduling.slots import IndexArray, Scratch, SlotTable
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step brought, overruns left out. Valid until the next commit.
+
+    slots intp [n], token_ids int32 [n]: one new token per row. gaps float64 [n]: seconds since the slot's token
+    before, NaN for its first. finished: sequences that ended with this step; some have left their slot already.
+    """
+
+    slots: IndexArray
+    token_ids: Int32Array
+    gaps: npt.NDArray[np.float64]
+    finished: list[Sequence] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Running totals for the metrics; tokens unless said."""
+
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    prefill_tokens: int = 0
+
+
+class Scheduler:
+    """See the module. `staging`: the executor's two sets, filled in turn."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        options: SchedulerOptions,
+        cache_options: CacheOptions,
+        staging: tuple[Staging, Staging],
+        clock: Clock,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        assert limits.max_num_batched_tokens >= limits.max_num_seqs, "a step must hold every decode row"
+        self.limits = limits
+        self.options = options
+        self.eos_token_ids = eos_token_ids
+        self.kv_cache = KVCache(
+            limits.num_pages,
+            limits.page_size,
+            enable_prefix_caching=cache_options.enable_prefix_caching,
+            eviction_policy=cache_options.eviction_policy,
+        )
+        self.counters = SchedulerCounters()
+        self.num_waiting = 0
+        self._clock = clock
+        self._table = SlotTable(limits)
+        self._policy = make_policy(options.policy)
+        self._batches = (Batch(staging[0]), Batch(staging[1]))
+        self._next_step = 0
+        self._committed_step = -1
+        self._next_order = 0
+        # All that run, in order of admission: the last one is the first to be retracted.
+        self._running: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        # Finished or retracted while in flight; they give back slot and pages at commit.
+        self._leaving: list[Sequence] = []
+        # Rows past their prefill, oldest first. Kept as an array; `_decodes_stale` says that it must be rebuilt.
+        self._decoding: list[Sequence] = []
+        self._decodes: IndexArray = np.zeros(0, np.intp)
+        self._decodes_stale = False
+        self._remaps: list[tuple[Sequence, int, int]] = []
+        self._watermark_pages = max(1, int(limits.num_pages * options.admission_watermark))
+        self._scratch = Scratch(limits.max_num_seqs)
+
+    # ---- requests
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def has_work(self) -> bool:
+        """Something waits, runs, or has yet to give back its slot."""
+        return bool(self.num_waiting or self._running or self._leaving)
+
+    def sequence_of(self, slot: int) -> Sequence:
+        sequence = self._table.sequences[slot]
+        assert sequence is not None
+        return sequence
+
+    def live_sequences(self) -> list[Sequence]:
+        """Every sequence that holds a slot; for checks."""
+        return [sequence for sequence in self._table.sequences if sequence is not None]
+
+    def submit(self, request: Request) -> Sequence:
+        """Queue a request. Raises RequestError for one that can never be served."""
+        prompt, params, limits = request.prompt_token_ids, request.sampling, self.limits
+        if not prompt:
+            raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
+        if len(prompt) >= limits.max_model_len:
+            raise ContextLengthExceededError(
+                f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt "
+                f"contains {len(prompt)} tokens, which leaves no room for output. Please shorten the prompt.",
+                param="prompt",
+            )
+        max_length = limits.max_model_len
+        if params.max_tokens is not None:
+            max_length = len(prompt) + params.max_tokens
+            if max_length > limits.max_model_len:
+                raise ContextLengthExceededError(
+                    f"This model's maximum context length is {limits.max_model_len} tokens. However, you "
+                    f"requested {max_length} tokens ({len(prompt)} in the prompt, {params.max_tokens} for the "
+                    "output). Please shorten the prompt or the output.",
+                    param="max_tokens",
+                )
+        # The last token is never computed, so it needs no place in the cache.
+        if -(-(max_length - 1) // limits.page_size) > limits.num_pages:
+            if params.max_tokens is not None or len(prompt) >= limits.num_pages * limits.page_size:
+                raise ContextLengthExceededError(
+                    f"The KV cache holds {limits.num_pages * limits.page_size} tokens; {max_length} were asked "
+                    "for (prompt and max_tokens). Please shorten the prompt or the output.",
+                    param="max_tokens",
+                )
+            max_length = limits.num_pages * limits.page_size + 1
+        stop_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.eos_token_ids) + params.stop_token_ids))
+        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"At most {MAX_STOP_TOKEN_IDS} stop token ids are supported, EOS ids included; got {len(stop_ids)}.",
+                param="stop_token_ids",
+            )
+        sequence = Sequence(
+            request,
+            order=self._next_order,
+            max_length=max_length,
+            stop_ids=stop_ids,
+            arrived_at=self._clock.now(),
+        )
+        self._next_order += 1
+        self.num_waiting += 1
+        self._policy.push(sequence)
+        return sequence
+
+    def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a sequence now, in whatever state it is. Idempotent."""
+        self.finish(sequence, reason, None)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
+        """End a sequence; tokens still in flight for it will be dropped."""
+        if sequence.is_finished:
+            return
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if sequence.status is SequenceStatus.WAITING:
+            sequence.move(SequenceStatus.FINISHED)
+            self.num_waiting -= 1
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self._leave(sequence)
+        sequence.move(SequenceStatus.FINISHING)
+        self._table.live[sequence.slot] = False
+        self._release_if_idle(sequence)
+
+    # ---- a step begins
+
+    def schedule(self) -> Batch | None:
+        """Build the next step, or None when nothing can run before an earlier step is committed."""
+        batch = self._batches[self._next_step & 1]
+        if batch.in_flight:
+            return None
+        batch.begin(self._next_step)
+        if self._remaps:
+            self._write_remaps(batch)
+        self._schedule_decodes(batch)
+        self._schedule_prefills(batch)
+        self.kv_cache.end_step()
+        if batch.num_rows == 0:
+            return None
+        self._table.last_step[batch.slots] = self._next_step
+        batch.in_flight = True
+        self._next_step += 1
+        return batch
+
+    def _schedule_decodes(self, batch: Batch) -> None:
+        """All rows past their prefill, oldest first; those that need a page get one or sit this step out."""
+        if self._decodes_stale:
+            self._rebuild_decodes()
+        if not len(self._decodes):
+            return
+        table, scratch = self._table, self._scratch
+        if self.kv_cache.num_available < len(self._decodes):
+            self._make_room()
+        slots = self._decodes
+        count = len(slots)
+        computed = table.computed.take(slots, out=scratch.get("computed", np.int32, count), mode="clip")
+        bound = table.bound.take(slots, out=scratch.get("bound", np.int32, count), mode="clip")
+        due = np.greater_equal(computed, bound, out=scratch.get("due", np.bool_, count))
+        if due.any():
+            slots, computed = self._serve_due_rows(batch, slots, computed, due)
+            count = len(slots)
+            if not count:
+                return
+        batch.write_decodes(slots, computed)
+        table.computed[slots] = np.add(computed, 1, out=scratch.get("next", np.int32, count))
+
+    def _serve_due_rows(
+        self, batch: Batch, slots: IndexArray, computed: Int32Array, due: BoolArray
+    ) -> tuple[IndexArray, Int32Array]:
+        """Pages for rows that cross a page boundary; rows that have all their tokens in flight leave."""
+        table = self._table
+        keep = np.ones(len(slots), np.bool_)
+        for row in np.flatnonzero(due).tolist():
+            slot = int(slots[row])
+            sequence = self.sequence_of(slot)
+            if computed[row] >= table.limit[slot] - 1:
+                self._decoding.remove(sequence)
+                self._decodes_stale = True
+                keep[row] = False
+                continue
+            pages = sequence.pages
+            assert pages is not None
+            page = self.kv_cache.reserve_one(pages)
+            if page:
+                batch.write_page(slot, len(pages.pages) - 1, page)
+                table.set_capacity(slot, len(pages.pages))
+            else:
+                keep[row] = False
+        if keep.all():
+            return slots, computed
+        return slots[keep], computed[keep]
+
+    def _make_room(self) -> None:
+        """Retract the newest sequences until the decode rows' next two steps have pages.
+
+        Nothing waits: what is in flight gives its pages back when it is committed, and looking two steps ahead
+        lets that happen before a row has to sit out. The oldest sequence is never retracted.
+        """
+        table = self._table
+        while len(self._running) > 1:
+            slots = self._decodes
+            wanting = (table.computed[slots] + 1 >= table.capacity[slots]) & (
+                table.computed[slots] + 1 < table.limit[slots]
+            )
+            coming = sum(len(sequence.pages.pages) for sequence in self._leaving if sequence.pages is not None)
+            if int(wanting.sum()) <= self.kv_cache.num_available + coming:
+                return
+            self._retract(self._running[-1])
+            self._rebuild_decodes()
+
+    def _schedule_prefills(self, batch: Batch) -> None:
+        """Prompt chunks fill what the decode rows left of the token budget."""
+        limits = self.limits
+        for sequence in list(self._prefilling):
+            if batch.num_tokens >= limits.max_num_batched_tokens or batch.num_rows >= limits.max_num_seqs:
+                return
+            self._write_chunk(batch, sequence)
+        while batch.num_tokens < limits.max_num_batched_tokens and batch.num_rows < limits.max_num_seqs:
+            # A half-written prompt goes first: admitting another would only share the budget between them.
+            if self._prefilling or not self._table.num_free:
+                return
+            candidate = self._policy.peek()
+            if candidate is None or not self._admit(batch, candidate):
+                return
+            self._write_chunk(batch, candidate)
+
+    def _admit(self, batch: Batch, sequence: Sequence) -> bool:
+        """Give a waiting sequence a slot and the pages of its whole prompt, if they are to be had."""
+        cache, table = self.kv_cache, self._table
+        # Headroom, so that what runs can grow for a while before something must be retracted.
+        headroom = 0
+        if self._running or self._leaving:
+            headroom = (
+                self._watermark_pages if sequence.is_retracted else min(len(self._running), self._watermark_pages)
+            )
+        if sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
+            return False
+        tokens = sequence.token_ids
+        pages = cache.begin(tokens, sequence.request.namespace)
+        num_cached = len(pages.pages) * cache.page_size
+        wanted = -(-len(tokens) // cache.page_size) - len(pages.pages)
+        if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens)):
+            cache.release(pages, tokens, 0)
+            sequence.pages_wanted = wanted
+            return False
+        assert self._policy.pop() is sequence
+        self.num_waiting -= 1
+        sequence.move(SequenceStatus.RUNNING)
+        sequence.pages = pages
+        sequence.pages_wanted = 0
+        if sequence.admitted_at is None:
+            sequence.admitted_at = self._clock.now()
+            sequence.num_cached_tokens = num_cached
+            self.counters.prefix_cache_queries += len(tokens)
+            self.counters.prefix_cache_hits += num_cached
+        sequence.is_retracted = False
+        slot = table.pop_free()
+        sequence.enter_slot(slot, table)
+        table.computed[slot] = num_cached
+        table.set_capacity(slot, len(pages.pages))
+        batch.write_pages(slot, pages.pages)
+        batch.write_sampling(sequence, sequence.request.sampling.seed or 0)
+        self._running.append(sequence)
+        self._prefilling.append(sequence)
+        return True
+
+    def _write_chunk(self, batch: Batch, sequence: Sequence) -> None:
+        """The next chunk of a prompt; its whole pages enter the radix tree now, as the step is launched."""
+        table, slot, page_size = self._table, sequence.slot, self.limits.page_size
+        start, known = int(table.computed[slot]), int(table.known[slot])
+        end = min(known, start + self.limits.max_num_batched_tokens - batch.num_tokens)
+        if end < known:
+            # Chunks end where a page ends, so that a page is computed by one step. A budget of less than a page
+            # is used as it is, but only where no other prompt could use it better.
+            aligned = end // page_size * page_size
+            if aligned > start:
+                end = aligned
+            elif batch.num_rows > batch.forward_input.num_decode_rows:
+                return
+        pages = sequence.pages
+        assert pages is not None and end > start
+        tokens = sequence.token_ids
+        batch.write_prefill(slot, start, tokens[start:end], end == known)
+        table.computed[slot] = end
+        self.counters.prefill_tokens += end - start
+        batch.entered.append((sequence, pages.num_shared))
+        for index, page in self.kv_cache.enter(pages, tokens, end):
+            # This step still writes and reads the sequence's own page; the shared one serves from the next on.
+            self._remaps.append((sequence, index, page))
+        if end == known:
+            self._prefilling.remove(sequence)
+            self._decoding.append(sequence)
+            self._decodes_stale = True
+
+    def _write_remaps(self, batch: Batch) -> None:
+        for sequence, index, page in self._remaps:
+            pages = sequence.pages
+            if pages is not None and sequence.holds_slot and pages.pages[index] == page:
+                batch.write_page(sequence.slot, index, page)
+        self._remaps.clear()
+
+    def _rebuild_decodes(self) -> None:
+        self._decodes = np.array([sequence.slot for sequence in self._decoding], np.intp)
+        self._decodes_stale = False
+
+    # ---- a step ends
+
+    def commit(self, batch: Batch, output: ForwardOutput) -> StepResult:
+        """Apply a finished step. Steps are committed in the order they were scheduled."""
+        self._end_step(batch)
+        table, scratch = self._table, self._scratch
+        slots, tokens = batch.slots, output.token_ids
+        assert len(tokens) == batch.num_rows, "the executor answered for another number of rows"
+        live = table.live.take(slots, out=scratch.get("live", np.bool_, len(slots)), mode="clip")
+        if not batch.all_sample:
+            np.logical_and(live, batch.samples, out=live)
+        if not live.all():
+            slots, tokens = slots[live], tokens[live]
+        count = len(slots)
+        # Append the tokens: flat index = slot * width + known.
+        known = table.known.take(slots, out=scratch.get("known", np.int32, count), mode="clip")
+        index = np.multiply(slots, table.token_width, out=scratch.get("index", np.intp, count))
+        np.add(index, known, out=index)
+        table.flat_tokens[index] = tokens
+        np.add(known, 1, out=known)
+        table.known[slots] = known
+        # Which rows end?
+        limit = table.limit.take(slots, out=scratch.get("limit", np.int32, count), mode="clip")
+        ended = np.greater_equal(known, limit, out=scratch.get("ended", np.bool_, count))
+        column = scratch.get("column", np.int32, count)
+        equal = scratch.get("equal", np.bool_, count)
+        for stop_ids in table.stop_ids[: table.max_stop_ids]:
+            stop_ids.take(slots, out=column, mode="clip")
+            np.equal(column, tokens, out=equal)
+            np.logical_or(ended, equal, out=ended)
+        now = self._clock.now()
+        gaps = table.token_at.take(slots, out=scratch.get("gaps", np.float64, count), mode="clip")
+        np.subtract(now, gaps, out=gaps)
+        table.token_at[slots] = now
+        result = StepResult(slots, tokens, gaps)
+        if ended.any():
+            for row in np.flatnonzero(ended).tolist():
+                sequence = self.sequence_of(int(slots[row]))
+                self._finish_by_token(sequence, int(tokens[row]))
+                result.finished.append(sequence)
+        self._release_leaving()
+        return result
+
+    def fail(self, batch: Batch, error: ForwardError) -> StepResult:
+        """A step failed: its sequences end with an error, and what it entered into the radix tree is taken back.
+
+        Sequences of later steps that already share such a page are computed again; the rest is not touched.
+        """
+        self._end_step(batch)
+        result = StepResult(batch.slots[:0], np.zeros(0, np.int32), np.zeros(0))
+        for sequence, first_page in batch.entered:
+            if sequence.pages is not None:
+                self.kv_cache.take_back(sequence.pages, first_page)
+        for slot in batch.slots.tolist():
+            sequence = self.sequence_of(slot)
+            if self._table.live[slot]:
+                self.finish(sequence, FinishReason.ERROR, None)
+                result.finished.append(sequence)
+        for sequence in list(self._running):
+            if sequence.pages is not None and not self.kv_cache.is_intact(sequence.pages):
+                # Its tokens in flight come from the failed step's pages.
+                self._table.live[sequence.slot] = False
+                self._retract(sequence)
+        self._release_leaving()
+        return result
+
+    def _end_step(self, batch: Batch) -> None:
+        assert batch.in_flight and batch.forward_input.step == self._committed_step + 1, "steps out of order"
+        batch.in_flight = False
+        self._committed_step += 1
+
+    def _finish_by_token(self, sequence: Sequence, token: int) -> None:
+        reason, stop_reason = FinishReason.LENGTH, None
+        if token in sequence.stop_ids:
+            reason = FinishReason.STOP
+            # EOS ends a text by nature; only an id that the client named is told back.
+            stop_reason = token if token not in self.eos_token_ids else None
+        self.finish(sequence, reason, stop_reason)
+
+    def still_in_flight(self, slots: IndexArray) -> BoolArray:
+        """bool [n]: which slots a launched, uncommitted step carries."""
+        newest = self._table.last_step.take(slots, out=self._scratch.get("newest", np.int64, len(slots)), mode="clip")
+        return np.greater(newest, self._committed_step, out=self._scratch.get("busy", np.bool_, len(slots)))
+
+    @property
+    def slot_owners(self) -> list[Sequence | None]:
+        """[num_slots]: who holds each slot now; to be read only."""
+        return self._table.sequences
+
+    # ---- leaving
+
+    def _in_flight(self, sequence: Sequence) -> bool:
+        return bool(self._table.last_step[sequence.slot] > self._committed_step)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a running sequence out of every order; slot and pages follow when nothing is in flight."""
+        self._running.remove(sequence)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        elif sequence in self._decoding:
+            self._decoding.remove(sequence)
+            self._decodes_stale = True
+        self._leaving.append(sequence)
+
+    def _retract(self, sequence: Sequence) -> None:
+        """Take the place of a running sequence; it will be computed again from its tokens."""
+        self._leave(sequence)
+        sequence.move(SequenceStatus.RETRACTING)
+        sequence.num_retractions += 1
+        self.counters.num_preemptions += 1
+        self._release_if_idle(sequence)
+
+    def _release_leaving(self) -> None:
+        if self._leaving:
+            for sequence in list(self._leaving):
+                self._release_if_idle(sequence)
+
+    def _release_if_idle(self, sequence: Sequence) -> None:
+        """Give slot and pages back, once nothing of the sequence is in flight."""
+        if self._in_flight(sequence):
+            return
+        if sequence in self._leaving:
+            self._leaving.remove(sequence)
+        table, slot, pages = self._table, sequence.slot, sequence.pages
+        assert pages is not None
+        tokens = sequence.token_ids
+        # KV is valid for tokens that were computed and whose ids are known; an overrun's are not.
+        valid = min(int(table.computed[slot]), len(tokens))
+        if sequence.finish_reason is FinishReason.ERROR or not self.kv_cache.is_intact(pages):
+            valid = 0
+        self.kv_cache.release(pages, tokens, valid)
+        sequence.pages = None
+        sequence.leave_slot()
+        if sequence.status is SequenceStatus.FINISHING:
+            sequence.move(SequenceStatus.FINISHED)
+        else:
+            sequence.move(SequenceStatus.WAITING)
+            sequence.is_retracted = True
+            self.num_waiting += 1
+            self._policy.push_front(sequence)

@@ -1,0 +1,115 @@
+"""The house keeps its shape: import arrows point down only (read from the source by `ast`, nothing is run)."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOT_WORDS = {"config", "clock", "request", "forward", "stream", "metrics"}
+# What each part may import of ours, beside itself and the words at the root.
+ALLOWED = {
+    "engine.words": set(),
+    "engine.cache": set(),
+    "engine.scheduling": {"engine.cache"},
+    "engine.text": set(),
+    "engine.ops": {"engine.executor.tables"},
+    "engine.models": {"engine.ops"},
+    "engine.executor": {"engine.models", "engine.ops"},
+    "engine.engine": {"engine.scheduling", "engine.text", "engine.executor.base"},
+    "engine.flags": set(),
+    "engine.llm": {"engine.engine", "engine.scheduling", "engine.text", "engine.executor", "engine.models"},
+    "server": {"engine.engine", "engine.text", "engine.models.config"},
+    "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
+    "engine.serve": {"*"},
+    "bench": {"*"},
+}
+TORCH_ALLOWED = ("engine.executor.cpu", "engine.executor.cuda", "engine.models", "engine.ops", "engine.demo", "bench")
+NO_ASYNCIO = ("engine.scheduling", "engine.cache")
+
+
+def modules() -> list[tuple[str, Path]]:
+    found = []
+    for top in ("engine", "server", "bench"):
+        for path in sorted((ROOT / top).rglob("*.py")):
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            found.append((name.removesuffix(".__init__"), path))
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Every imported module, also inside functions; imports under TYPE_CHECKING do not run and do not count."""
+    names: set[str] = set()
+
+    def walk(node: ast.AST) -> None:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import):
+                names.update(alias.name for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, f"{path}: relative imports are not used here"
+                assert child.module is not None
+                names.add(child.module)
+                names.update(f"{child.module}.{alias.name}" for alias in child.names)
+            walk(child)
+
+    walk(ast.parse(path.read_text()))
+    return names
+
+
+def part_of(module: str) -> str:
+    pieces = module.split(".")
+    if pieces[0] != "engine":
+        return pieces[0]
+    if len(pieces) == 1 or pieces[1] in ROOT_WORDS:
+        return "engine.words"
+    return ".".join(pieces[:2])
+
+
+def starts_with(module: str, prefix: str) -> bool:
+    return module == prefix or module.startswith(prefix + ".")
+
+
+@pytest.mark.parametrize(("module", "path"), modules(), ids=lambda value: str(value) if isinstance(value, str) else "")
+def test_imports_point_down(module: str, path: Path) -> None:
+    part = part_of(module)
+    assert part in ALLOWED, f"{module} belongs to no known part: name it in ALLOWED"
+    allowed = ALLOWED[part]
+    for name in imports(path):
+        if name.split(".")[0] in ("engine", "server", "bench") and "*" not in allowed:
+            target = part_of(name)
+            fine = target in (part, "engine.words") or any(starts_with(name, one) for one in allowed)
+            # `from engine.executor import base` yields the package name first; the second name is the real one.
+            fine = fine or any(one.startswith(name + ".") for one in allowed)
+            assert fine, f"{module} must not import {name}"
+        if name.split(".")[0] == "torch":
+            assert any(module.startswith(one) for one in TORCH_ALLOWED), f"{module} must not import torch"
+        if name.split(".")[0] == "asyncio":
+            assert not any(starts_with(module, one) for one in NO_ASYNCIO), f"{module} must not import asyncio"
+
+
+def test_package_inits_are_empty() -> None:
+    for module, path in modules():
+        if path.name == "__init__.py":
+            assert not path.read_text().strip(), f"{module}/__init__.py must stay empty: `import engine` costs nothing"
+
+
+@pytest.mark.parametrize("statement", ["import engine.scheduling.scheduler", "import engine.engine", "import server.app"])
+def test_thinking_wing_and_server_run_without_torch(statement: str) -> None:
+    code = f"{statement}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_help_imports_neither_torch_nor_numpy() -> None:
+    code = (
+        "import sys, runpy\nsys.argv = ['serve', '--help']\n"
+        "try:\n    runpy.run_module('engine.serve', run_name='__main__')\nexcept SystemExit as end:\n"
+        "    assert end.code == 0\nassert 'torch' not in sys.modules and 'numpy' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    assert "--max-model-len" in done.stdout
