@@ -31,6 +31,21 @@ from engine.text.tokenizer import Tokenizer
 logger = logging.getLogger("oneloop.engine")
 
 
+class _NoText:
+    """The detokenizer of an engine without a tokenizer: token ids are all there is."""
+
+    stop_reason: str | None = None
+
+    def push(self, token_ids: list[int]) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+NO_TEXT = _NoText()
+
+
 class _Listener:
     """What the engine keeps of one request: its stream, its text state, and when things happened."""
 
@@ -45,7 +60,7 @@ class _Listener:
         "stream",
     )
 
-    def __init__(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer) -> None:
+    def __init__(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | _NoText) -> None:
         request = sequence.request
         self.sequence = sequence
         self.stream = stream
@@ -68,7 +83,7 @@ class Engine:
         self,
         config: EngineConfig,
         executor: Executor,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         eos_token_ids: tuple[int, ...] = (),
         metrics: EngineMetrics | None = None,
@@ -114,7 +129,11 @@ class Engine:
             request = dataclasses.replace(request, sampling=sampling)
         sequence = self.scheduler.submit(request)
         stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort)
-        detokenizer = IncrementalDetokenizer(self.tokenizer, request.prompt_token_ids, request.sampling)
+        detokenizer = (
+            NO_TEXT
+            if self.tokenizer is None
+            else IncrementalDetokenizer(self.tokenizer, request.prompt_token_ids, request.sampling)
+        )
         listener = _Listener(sequence, stream, detokenizer)
         sequence.listener = listener
         self._listeners[request.request_id] = listener

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine.cache.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache, SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.forward import BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging
@@ -95,7 +95,8 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._decodes: IndexArray = np.zeros(0, np.intp)
         self._decodes_stale = False
-        self._remaps: list[tuple[Sequence, int, int]] = []
+        # Page-table entries that the next step changes: (sequence, its pages then, index, page).
+        self._remaps: list[tuple[Sequence, SequencePages, int, int]] = []
         self._watermark_pages = max(1, int(limits.num_pages * options.admission_watermark))
         self._scratch = Scratch(limits.max_num_seqs)
 
@@ -194,13 +195,16 @@ class Scheduler:
         if batch.in_flight:
             return None
         batch.begin(self._next_step)
-        if self._remaps:
-            self._write_remaps(batch)
+        remaps, self._remaps = self._remaps, []
         self._schedule_decodes(batch)
         self._schedule_prefills(batch)
         self.kv_cache.end_step()
         if batch.num_rows == 0:
+            # No step carries them, so the next one must.
+            self._remaps += remaps
             return None
+        if remaps:
+            self._write_remaps(batch, remaps)
         self._table.last_step[batch.slots] = self._next_step
         batch.in_flight = True
         self._next_step += 1
@@ -350,18 +354,17 @@ class Scheduler:
         batch.entered.append((sequence, pages.num_shared))
         for index, page in self.kv_cache.enter(pages, tokens, end):
             # This step still writes and reads the sequence's own page; the shared one serves from the next on.
-            self._remaps.append((sequence, index, page))
+            self._remaps.append((sequence, pages, index, page))
         if end == known:
             self._prefilling.remove(sequence)
             self._decoding.append(sequence)
             self._decodes_stale = True
 
-    def _write_remaps(self, batch: Batch) -> None:
-        for sequence, index, page in self._remaps:
-            pages = sequence.pages
-            if pages is not None and sequence.holds_slot and pages.pages[index] == page:
+    def _write_remaps(self, batch: Batch, remaps: list[tuple[Sequence, SequencePages, int, int]]) -> None:
+        """Last of all: a sequence may just have given up its slot, and another one have written its whole row."""
+        for sequence, pages, index, page in remaps:
+            if sequence.pages is pages:
                 batch.write_page(sequence.slot, index, page)
-        self._remaps.clear()
 
     def _rebuild_decodes(self) -> None:
         self._decodes = np.array([sequence.slot for sequence in self._decoding], np.intp)
@@ -420,6 +423,8 @@ class Scheduler:
         for sequence, first_page in batch.entered:
             if sequence.pages is not None:
                 self.kv_cache.take_back(sequence.pages, first_page)
+        # An aborted sequence may still have been part of the step: its last pages are not to be shared either.
+        self._table.computed[batch.slots] = 0
         for slot in batch.slots.tolist():
             sequence = self.sequence_of(slot)
             if self._table.live[slot]:
@@ -447,9 +452,11 @@ class Scheduler:
         self.finish(sequence, reason, stop_reason)
 
     def still_in_flight(self, slots: IndexArray) -> BoolArray:
-        """bool [n]: which slots a launched, uncommitted step carries."""
-        newest = self._table.last_step.take(slots, out=self._scratch.get("newest", np.int64, len(slots)), mode="clip")
-        return np.greater(newest, self._committed_step, out=self._scratch.get("busy", np.bool_, len(slots)))
+        """bool [n]: which slots a launched, uncommitted step carries. Valid until the next call."""
+        newest = self._scratch.get("newest", np.int64, len(slots))
+        self._table.last_step.take(slots, out=newest, mode="clip")
+        busy: BoolArray = np.greater(newest, self._committed_step, out=self._scratch.get("busy", np.bool_, len(slots)))
+        return busy
 
     @property
     def slot_owners(self) -> list[Sequence | None]:

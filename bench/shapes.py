@@ -1,0 +1,51 @@
+"""config.json of well-known model shapes, for benchmarks with random weights (`--load-format dummy`)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+_LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def _llama(hidden: int, layers: int, heads: int, inner: int, *, tied: bool) -> dict[str, object]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": hidden // heads,
+        "intermediate_size": inner,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "rope_scaling": _LLAMA3_ROPE,
+        "tie_word_embeddings": tied,
+        "hidden_act": "silu",
+        "torch_dtype": "bfloat16",
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+    }
+
+
+SHAPES: dict[str, dict[str, object]] = {
+    "llama-3.2-1b": _llama(2048, 16, 32, 8192, tied=True),
+    "llama-3.2-3b": _llama(3072, 28, 24, 8192, tied=True),
+    "llama-3.1-8b": _llama(4096, 32, 32, 14336, tied=False),
+}
+
+
+def write_shape(name: str, directory: Path) -> Path:
+    """Write a model directory that holds nothing but the shape's config.json."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(SHAPES[name], indent=2))
+    return directory

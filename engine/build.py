@@ -1,0 +1,191 @@
+"""Puts an Engine together: config -> model files -> device -> weights -> KV cache -> Engine. No HTTP in here.
+
+Used by serve.py, the offline API and the benchmarks. torch is imported inside, after the environment that it
+reads at import has been set.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engine.config import EngineConfig, StartupError
+from engine.engine import Engine
+from engine.forward import Limits
+from engine.metrics import EngineMetrics
+from engine.models.config import GenerationDefaults, ModelConfig
+from engine.models.hub import resolve
+from engine.report import StartupReport
+from engine.text.chat_template import ChatTemplate
+from engine.text.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from engine.executor.base import Executor
+
+logger = logging.getLogger("oneloop.start")
+
+
+@dataclass(slots=True)
+class Built:
+    """An engine and what belongs to its model. tokenizer is None for a bare config with dummy weights."""
+
+    engine: Engine
+    directory: Path
+    names: tuple[str, ...]
+    model_config: ModelConfig
+    generation_defaults: GenerationDefaults
+    chat_template: ChatTemplate | None
+    report: StartupReport
+
+
+def _load_tokenizer(config: EngineConfig, directory: Path, model_config: ModelConfig) -> Tokenizer | None:
+    source = Path(config.model.tokenizer_path) if config.model.tokenizer_path else directory
+    if config.model.load_format == "dummy" and not (source / "tokenizer.json").exists():
+        return None
+    tokenizer = Tokenizer.load(source)
+    if tokenizer.vocab_size > model_config.vocab_size:
+        raise StartupError(
+            f"{source / 'tokenizer.json'}: the vocabulary has {tokenizer.vocab_size} tokens, but the model's "
+            f"embedding only {model_config.vocab_size} (vocab_size in {directory / 'config.json'})"
+        )
+    return tokenizer
+
+
+def _context_length(config: EngineConfig, model_config: ModelConfig, directory: Path) -> int:
+    asked, own = config.model.max_model_len, model_config.context_length
+    if asked is None:
+        return own
+    if asked > own:
+        raise StartupError(
+            f"--max-model-len {asked} is more than the model was made for: {own} "
+            f"(max_position_embeddings in {directory / 'config.json'})"
+        )
+    return asked
+
+
+def _pick_device(config: EngineConfig) -> str:
+    if config.device == "cpu":
+        return "cpu"
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if config.device == "cuda":
+        raise StartupError("--device cuda: torch sees no CUDA device")
+    return "cpu"
+
+
+def show_progress() -> Callable[[int, int], None]:
+    """A progress bar for weights, on stderr; nothing where stderr is no terminal and the load is short."""
+    from tqdm import tqdm
+
+    bar: tqdm | None = None  # type: ignore[type-arg]
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, file=sys.stderr, mininterval=0.2)
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return progress
+
+
+def build_engine(config: EngineConfig, report: StartupReport | None = None) -> Built:
+    """Raises StartupError with one readable line for everything that is wrong with the model or the machine."""
+    report = report or StartupReport()
+    options = config.model
+    with report.phase("config"):
+        directory = resolve(options.path, options.revision, options.download_dir)
+        model_config = ModelConfig.load(directory)
+        defaults = GenerationDefaults.load(directory)
+        context = _context_length(config, model_config, directory)
+        eos = tuple(dict.fromkeys((*model_config.eos_token_ids, *defaults.eos_token_ids)))
+    with report.phase("tokenizer"):
+        tokenizer = _load_tokenizer(config, directory, model_config)
+        chat_template = ChatTemplate.load(directory, options.chat_template) if tokenizer is not None else None
+        if tokenizer is not None:
+            eos = tuple(dict.fromkeys((*eos, *tokenizer.eos_token_ids)))
+    names = options.served_names or (directory.name if directory.is_dir() else options.path,)
+    if not options.served_names and directory == Path(__file__).parent / "demo":
+        names = ("oneloop-demo",)
+    report.row("model", f"{names[0]} ({model_config.architecture}, {directory})")
+    executor = _build_executor(config, directory, model_config, context, report)
+    metrics = EngineMetrics(model_name=names[0], prefix=config.server.metrics_prefix)
+    engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics)
+    limits = executor.limits
+    capacity = limits.num_pages * limits.page_size
+    report.row("context", f"{context} tokens")
+    report.row(
+        "KV cache",
+        f"{limits.num_pages} pages of {limits.page_size} tokens: {capacity} tokens fit, "
+        f"{capacity / context:.1f} sequences of full context",
+    )
+    report.row(
+        "scheduler",
+        f"up to {limits.max_num_seqs} sequences, {limits.max_num_batched_tokens} tokens a step, "
+        f"overlap {'on' if config.scheduler.overlap else 'off'}, "
+        f"prefix cache {'on' if config.cache.enable_prefix_caching else 'off'}",
+    )
+    if options.generation_config != "auto":
+        defaults = GenerationDefaults(eos_token_ids=defaults.eos_token_ids)
+    return Built(engine, directory, names, model_config, defaults, chat_template, report)
+
+
+def _build_executor(
+    config: EngineConfig, directory: Path, model_config: ModelConfig, context: int, report: StartupReport
+) -> Executor:
+    with report.phase("torch"):
+        # OpenMP reads its settings when torch loads it.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+        import torch  # noqa: F401
+    device = _pick_device(config)
+    if device == "cuda":
+        raise StartupError("a CUDA device is there, but this version has no CUDA executor; say --device cpu")
+    return _build_cpu(config, directory, model_config, context, report)
+
+
+def _build_cpu(
+    config: EngineConfig, directory: Path, model_config: ModelConfig, context: int, report: StartupReport
+) -> Executor:
+    import torch
+
+    from engine.executor.cpu import CPUExecutor, choose_threads, pick_dtype, plan_memory
+    from engine.models.registry import load_model
+    from engine.ops import native
+
+    dtype = pick_dtype(config.model.dtype)
+    with report.phase("kernels"):
+        status = native.status()
+    threads = config.num_threads or choose_threads(model_config.num_parameters * dtype.itemsize)
+    torch.set_num_threads(threads)
+    report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
+    report.row("dtype", str(dtype).removeprefix("torch."))
+    with report.phase("weights"):
+        model = load_model(
+            model_config,
+            directory,
+            dtype=dtype,
+            device=torch.device("cpu"),
+            load_format=config.model.load_format,
+            seed=config.model.seed,
+            progress=show_progress(),
+            max_model_len=context,
+        )
+    with report.phase("KV cache"):
+        num_pages = plan_memory(model_config, dtype, config.cache, config.scheduler.max_num_seqs, context)
+        limits = Limits(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=context,
+            page_size=config.cache.page_size,
+            num_pages=num_pages,
+            vocab_size=model_config.vocab_size,
+        )
+        return CPUExecutor(model, limits)
