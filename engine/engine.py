@@ -96,7 +96,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.eos_token_ids = eos_token_ids
         self.clock: Clock = clock or MonotonicClock()
-        self.metrics = metrics or EngineMetrics()
+        self.metrics = metrics or EngineMetrics(model_name="model", max_model_len=executor.limits.max_model_len)
         self.metrics.bind(self.stats)
         self.scheduler = Scheduler(
             executor.limits, config.scheduler, config.cache, executor.staging, self.clock, eos_token_ids
@@ -299,7 +299,12 @@ class Engine:
         listener.stream.num_cached_tokens = sequence.num_cached_tokens
         self.metrics.prompt_tokens += sequence.num_prompt_tokens
         admitted = sequence.admitted_at or now
-        self.metrics.on_first_token(now - sequence.arrived_at, admitted - sequence.arrived_at, now - admitted)
+        self.metrics.on_first_token(
+            now - sequence.arrived_at,
+            admitted - sequence.arrived_at,
+            now - admitted,
+            stream=sequence.request.stream,
+        )
 
     def _observe_end(self, listener: _Listener, reason: FinishReason) -> None:
         sequence, now = listener.sequence, self.clock.now()
@@ -310,8 +315,10 @@ class Engine:
             num_output=sequence.num_tokens - sequence.num_prompt_tokens,
             num_cached=sequence.num_cached_tokens,
             e2e=now - sequence.arrived_at,
-            decode_time=now - first if first is not None else 0.0,
+            decode_time=now - first if first is not None else None,
             max_tokens=sequence.request.sampling.max_tokens,
+            queue_time=(sequence.admitted_at or now) - sequence.arrived_at,
+            stream=sequence.request.stream,
         )
 
     def _publish_failure(self, result: StepResult, message: str) -> None:

@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import sys
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engine.build import Built
+    from engine.config import EngineConfig
 
 STARTED_AT = time.perf_counter()
 
@@ -19,8 +24,10 @@ def main(argv: list[str] | None = None) -> int:
     from engine.config import StartupError
     from engine.flags import parse
 
+    debug = False
     try:
         config, log_level = parse(argv)
+        debug = log_level == "debug"
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         from engine.build import build_engine
         from engine.report import StartupReport
@@ -28,18 +35,96 @@ def main(argv: list[str] | None = None) -> int:
         report = StartupReport(STARTED_AT)
         report.phases["imports"] = report.total_seconds
         built = build_engine(config, report)
+        import uvloop
+
+        return uvloop.run(_run(config, built))
     except StartupError as error:
-        if logging.getLogger().isEnabledFor(logging.DEBUG) and logging.getLogger().handlers:
+        if debug:
             logging.exception("start failed")
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    import uvloop
 
-    from engine.serving import run_server
 
-    return uvloop.run(run_server(config, built))
+async def _run(config: EngineConfig, built: Built) -> int:
+    """The loop task and the web server, side by side, until one of them ends."""
+    import asyncio
+
+    from engine.config import StartupError
+    from server.app import ServedModel, build_app, serve
+
+    engine, report = built.engine, built.report
+    if engine.tokenizer is None:
+        raise StartupError(f"{built.directory}: no tokenizer.json; a server needs one, also with --load-format dummy")
+    model = ServedModel(
+        names=built.names,
+        created=int(time.time()),
+        chat_template=built.chat_template,
+        generation_defaults=built.generation_defaults,
+        model_config=built.model_config,
+        max_model_len=engine.limits.max_model_len,
+        server_info=_server_info(config, built),
+    )
+
+    def on_listening(host: str, port: int) -> None:
+        engine.metrics.startup_seconds = dict(report.phases)
+        model.server_info["startup_seconds"] = {**report.phases, "total": report.total_seconds}
+        print(f"\noneloop is ready\n{report.table()}\n", flush=True)
+        print(_hello(f"http://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
+
+    stop = asyncio.Event()
+    loop_task = asyncio.create_task(engine.run(), name="engine")
+    # A failed engine has nothing left to serve: what is connected gets its error event, then the process ends.
+    loop_task.add_done_callback(lambda _: stop.set())
+    try:
+        await serve(
+            build_app(engine, model, config.server), engine, config.server, on_listening=on_listening, stop=stop
+        )
+    finally:
+        failure = loop_task.exception() if loop_task.done() and not loop_task.cancelled() else None
+        loop_task.cancel()
+        await asyncio.wait({loop_task})
+        engine.executor.close()
+    if failure is not None:
+        print(f"error: the engine failed: {failure}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _hello(url: str, built: Built) -> str:
+    """The URL, and a line to paste that streams an answer."""
+    if built.chat_template is not None:
+        path, prompt = "chat/completions", '"messages": [{"role": "user", "content": "Tell me a story about a fox."}]'
+    else:
+        path, prompt = "completions", '"prompt": "Once upon a time", "max_tokens": 64'
+    key = ""
+    if built.engine.config.server.api_keys:
+        key = " -H 'Authorization: Bearer YOUR_KEY'"
+    return (
+        f"OpenAI-compatible API at {url}/v1, for example:\n\n"
+        f"  curl -N {url}/v1/{path}{key} -H 'Content-Type: application/json' \\\n"
+        f'    -d \'{{"model": "{built.names[0]}", "stream": true, {prompt}}}\'\n'
+    )
+
+
+def _server_info(config: EngineConfig, built: Built) -> dict[str, object]:
+    """What /server_info tells: the resolved options, without the keys."""
+    import dataclasses
+
+    options = dataclasses.asdict(config)
+    options["server"]["api_keys"] = len(config.server.api_keys)
+    limits = built.engine.limits
+    return {
+        "options": options,
+        "architecture": built.model_config.architecture,
+        "num_pages": limits.num_pages,
+        "page_size": limits.page_size,
+        "max_total_num_tokens": limits.num_pages * limits.page_size,
+        "max_model_len": limits.max_model_len,
+        "vocab_size": limits.vocab_size,
+        "start_up": dict(built.report.rows),
+    }
 
 
 if __name__ == "__main__":

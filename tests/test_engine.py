@@ -1,0 +1,221 @@
+"""The engine loop on the fake device: streams, stop strings, aborts, failures, draining. No HTTP, no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+import engine.demo
+from engine.config import CacheOptions, EngineConfig, SchedulerOptions, StreamOptions
+from engine.engine import Engine
+from engine.executor.fake import FakeExecutor, FakeModel, expected_tokens
+from engine.forward import DeviceLostError, ForwardError, Limits
+from engine.request import FinishReason, QueueFullError, Request, SamplingParams, UnavailableError
+from engine.stream import Delta, TokenStream
+from engine.text.detokenizer import IncrementalDetokenizer
+from engine.text.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer.load(Path(engine.demo.__path__[0]))
+VOCAB = TOKENIZER.vocab_size
+EOS = TOKENIZER.eos_token_ids[0]
+MODEL = FakeModel(VOCAB, EOS, 0.0)
+
+
+@asynccontextmanager
+async def running(
+    *,
+    overlap: bool = True,
+    max_queued: int = 100,
+    max_num_seqs: int = 8,
+    flush_interval_ms: float = 0.0,
+    fail_on: Callable[[int], None] | None = None,
+    step_seconds: float = 0.0,
+) -> AsyncIterator[Engine]:
+    limits = Limits(max_num_seqs, 256, 256, 16, 256, VOCAB)
+    executor = FakeExecutor(limits, MODEL, fail_on=fail_on, step_seconds=step_seconds)
+    config = EngineConfig(
+        cache=CacheOptions(),
+        scheduler=SchedulerOptions(
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=256, max_queued_requests=max_queued, overlap=overlap
+        ),
+        stream=StreamOptions(flush_interval_ms=flush_interval_ms),
+    )
+    engine = Engine(config, executor, TOKENIZER, eos_token_ids=(EOS,))
+    task = asyncio.create_task(engine.run())
+    try:
+        yield engine
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+def ask(name: str, prompt: list[int], *, stream: bool = True, **params: object) -> Request:
+    params = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True, **params}
+    return Request(name, prompt, SamplingParams(**params), stream=stream)  # type: ignore[arg-type]
+
+
+def reference(prompt: list[int], count: int = 12) -> list[int]:
+    return expected_tokens(MODEL, prompt, SamplingParams(temperature=0.0), count, (EOS,))
+
+
+def text_of(prompt: list[int], tokens: list[int]) -> str:
+    detokenizer = IncrementalDetokenizer(TOKENIZER, prompt, SamplingParams())
+    return detokenizer.push(tokens) + detokenizer.finish()
+
+
+async def collect(stream: TokenStream) -> Delta:
+    async with stream:
+        return await stream.collect()
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("flush_interval_ms", [0.0, 1e6])
+async def test_streamed_equals_unstreamed_equals_the_model(overlap: bool, flush_interval_ms: float) -> None:
+    async with running(overlap=overlap, flush_interval_ms=flush_interval_ms) as engine:
+        prompts = [[10 + i, 20, 30] for i in range(6)]
+        streamed = [collect(engine.submit(ask(f"s{i}", p))) for i, p in enumerate(prompts)]
+        whole = [collect(engine.submit(ask(f"w{i}", p, stream=False))) for i, p in enumerate(prompts)]
+        answers = await asyncio.gather(*streamed, *whole)
+    for prompt, one, other in zip(prompts, answers[:6], answers[6:], strict=True):
+        assert one.token_ids == other.token_ids == reference(prompt)
+        assert one.text == other.text == text_of(prompt, one.token_ids)
+        assert one.finish_reason is other.finish_reason is FinishReason.LENGTH
+
+
+async def test_each_delta_comes_as_soon_as_its_token_when_nothing_is_held() -> None:
+    async with running() as engine, engine.submit(ask("a", [1, 2, 3])) as stream:
+        sizes = [len(delta.token_ids) async for delta in stream]
+    assert sum(sizes) == 12 and max(sizes) <= 2, "one step at a time, and the last two together at most"
+
+
+async def test_long_flush_interval_sends_the_first_and_the_last_token_at_once() -> None:
+    async with running(flush_interval_ms=1e6) as engine, engine.submit(ask("a", [1, 2, 3])) as stream:
+        sizes = [len(delta.token_ids) async for delta in stream]
+    assert sizes[0] == 1 and len(sizes) == 2 and sum(sizes) == 12
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_stop_string_ends_the_text_before_it(stream: bool) -> None:
+    prompt = [5, 6, 7]
+    text = text_of(prompt, reference(prompt))
+    stop = text[len(text) // 2 :][:3]
+    async with running() as engine:
+        answer = await collect(engine.submit(ask("a", prompt, stream=stream, stop=(stop,))))
+        assert answer.text == text[: text.index(stop)]
+        assert (answer.finish_reason, answer.stop_reason) == (FinishReason.STOP, stop)
+        assert len(answer.token_ids) < 12
+        await engine.drained()
+        assert engine.scheduler.kv_cache.num_available == 256
+
+
+async def test_leaving_the_block_aborts_within_a_step() -> None:
+    async with running(step_seconds=0.001) as engine:
+        async with engine.submit(ask("a", [1, 2], max_tokens=200)) as stream:
+            await stream.take()
+            assert engine.scheduler.num_running == 1
+        assert engine.scheduler.num_running == 0
+        await engine.drained()
+        assert not engine.scheduler.has_work and engine.stats().num_used_pages == 0
+        engine.abort("a")
+        engine.abort("never was")
+
+
+async def test_abort_while_waiting_and_by_name() -> None:
+    async with running(max_num_seqs=1, step_seconds=0.001) as engine:
+        first = engine.submit(ask("first", [1], max_tokens=50))
+        second = engine.submit(ask("second", [2]))
+        await first.take()
+        assert engine.stats().num_waiting == 1
+        engine.abort("second")
+        assert (await second.take()).finish_reason is FinishReason.ABORT
+        engine.abort("first")
+        assert (await first.collect()).finish_reason is FinishReason.ABORT
+        await engine.drained()
+
+
+async def test_full_queue_and_drain_refuse_at_the_door() -> None:
+    async with running(max_num_seqs=1, max_queued=2, step_seconds=0.001) as engine:
+        running_stream = engine.submit(ask("a", [1], max_tokens=20))
+        await running_stream.take()
+        waiting = [engine.submit(ask(name, [2])) for name in ("b", "c")]
+        with pytest.raises(QueueFullError):
+            engine.submit(ask("d", [3]))
+        engine.drain()
+        with pytest.raises(UnavailableError):
+            engine.submit(ask("e", [3]))
+        answers = await asyncio.gather(*(stream.collect() for stream in [running_stream, *waiting]))
+        assert all(answer.finish_reason is FinishReason.LENGTH for answer in answers)
+        await engine.drained()
+
+
+async def test_failed_step_is_one_batchs_error_and_the_engine_goes_on() -> None:
+    def fail(step: int) -> None:
+        if step == 2:
+            raise ForwardError("out of memory")
+
+    async with running(fail_on=fail) as engine:
+        answer = await collect(engine.submit(ask("a", [1, 2, 3])))
+        assert answer.finish_reason is FinishReason.ERROR
+        assert answer.error is not None and "out of memory" in answer.error
+        after = await collect(engine.submit(ask("b", [1, 2, 3])))
+        assert after.token_ids == reference([1, 2, 3]) and not engine.failed
+
+
+async def test_lost_device_ends_every_stream_and_the_loop() -> None:
+    limits = Limits(4, 64, 64, 16, 64, VOCAB)
+
+    class Lost(FakeExecutor):
+        async def wait(self, handle: object) -> object:  # type: ignore[override]
+            raise DeviceLostError("illegal memory access")
+
+    engine = Engine(
+        EngineConfig(scheduler=SchedulerOptions(max_num_seqs=4)), Lost(limits, MODEL), TOKENIZER, eos_token_ids=(EOS,)
+    )
+    streams = [engine.submit(ask(str(i), [i, 1])) for i in range(6)]
+    with pytest.raises(DeviceLostError):
+        await engine.run()
+    answers = await asyncio.gather(*(stream.collect() for stream in streams))
+    assert all(a.finish_reason is FinishReason.ERROR and a.error and "illegal" in a.error for a in answers)
+    assert engine.failed
+    with pytest.raises(UnavailableError):
+        engine.submit(ask("late", [1]))
+
+
+async def test_burst_reports_cached_tokens_and_metrics_add_up() -> None:
+    system = list(range(100, 180))
+    async with running() as engine:
+        streams = [engine.submit(ask(f"r{i}", [*system, i], max_tokens=4)) for i in range(8)]
+        await asyncio.gather(*(stream.collect() for stream in streams))
+        assert [s.num_cached_tokens for s in streams] == [0] + [80] * 7
+        assert all(s.num_prompt_tokens == 81 and s.num_output_tokens == 4 for s in streams)
+        stats = engine.stats()
+        assert (stats.num_running, stats.num_waiting) == (0, 0)
+        metrics = engine.metrics
+        assert metrics.generation_tokens == 32 and metrics.prompt_tokens == 8 * 81
+        assert metrics.prefix_cache_hits == 7 * 80 and metrics.finished[FinishReason.LENGTH] == 8
+        assert engine.flush_cache()
+        again = engine.submit(ask("again", [*system, 1], max_tokens=1))
+        await again.collect()
+        assert again.num_cached_tokens == 0
+
+
+async def test_unseeded_requests_differ_and_seeded_ones_agree() -> None:
+    async with running() as engine:
+        requests = [ask(f"u{i}", [1, 2], temperature=1.0) for i in range(4)]
+        requests += [ask(f"s{i}", [1, 2], temperature=1.0, seed=5) for i in range(3)]
+        answers = await asyncio.gather(*(collect(engine.submit(request)) for request in requests))
+    outputs = [tuple(answer.token_ids) for answer in answers]
+    assert len(set(outputs[:4])) > 1 and len(set(outputs[4:])) == 1
+
+
+async def test_heartbeat_stands_still_only_while_work_does() -> None:
+    async with running() as engine:
+        assert engine.seconds_since_progress() == 0.0
+        await collect(engine.submit(ask("a", [1])))
+        await engine.drained()
+        assert engine.seconds_since_progress() == 0.0
+        assert not engine.flush_cache() or engine.scheduler.has_work is False
