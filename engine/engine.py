@@ -18,13 +18,13 @@ import numpy as np
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.executor.base import Executor, StepHandle
-from engine.forward import DeviceLostError, ForwardError
+from engine.forward import DeviceLostError, ForwardError, ForwardOutput
 from engine.metrics import EngineMetrics, EngineStats
 from engine.request import FinishReason, QueueFullError, Request, UnavailableError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence
-from engine.stream import TokenStream
+from engine.stream import TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
 
@@ -54,6 +54,7 @@ class _Listener:
         "first_token_at",
         "flushed_at",
         "has_stop_strings",
+        "logprobs",
         "num_published",
         "per_token",
         "sequence",
@@ -69,6 +70,8 @@ class _Listener:
         # A request that nobody watches costs nothing per token, unless a stop string may end it.
         self.per_token = request.stream or self.has_stop_strings
         self.num_published = 0
+        # Of tokens not published yet.
+        self.logprobs: list[TokenLogprob] = []
         self.first_token_at: float | None = None
         self.flushed_at = -math.inf
 
@@ -214,7 +217,10 @@ class Engine:
                         logger.error("a step failed and its requests with it: %s", error)
                         self._publish_failure(scheduler.fail(done, error), str(error))
                     else:
-                        self._publish(scheduler.commit(done, output))
+                        result = scheduler.commit(done, output)
+                        if result.logprobs or result.prompt_logprobs:
+                            _attach_logprobs(result, output)
+                        self._publish(result)
                     self._progress_at = self.clock.now()
                     # A device that is always ahead must not keep the sockets from being served.
                     await asyncio.sleep(0)
@@ -263,7 +269,8 @@ class Engine:
         sequence, stream = listener.sequence, listener.stream
         tokens = sequence.token_ids[sequence.num_prompt_tokens + listener.num_published :].tolist()
         listener.num_published += len(tokens)
-        stream.push(listener.detokenizer.push(tokens), tokens)
+        logprobs, listener.logprobs = listener.logprobs, []
+        stream.push(listener.detokenizer.push(tokens), tokens, logprobs)
         if listener.detokenizer.stop_reason is not None:
             self.scheduler.finish(sequence, FinishReason.STOP, listener.detokenizer.stop_reason)
             self._end(listener)
@@ -287,7 +294,7 @@ class Engine:
                 text += detokenizer.finish()
             else:
                 reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
-            stream.push(text, tokens)
+            stream.push(text, tokens, listener.logprobs)
         self._observe_end(listener, reason)
         stream.finish(reason, sequence.stop_reason, error)
 
@@ -333,3 +340,38 @@ class Engine:
             listener.sequence.finish_reason = FinishReason.ERROR
             self._end(listener, f"The engine failed: {what}")
         self._idle.set()
+
+
+def _attach_logprobs(result: StepResult, output: ForwardOutput) -> None:
+    """Give each listener the log-probabilities of its new token, and of its prompt's tokens."""
+    step = output.logprobs
+    for sequence, index in result.logprobs:
+        assert step is not None
+        wanted = sequence.request.sampling.logprobs or 0
+        token = int(output.token_ids[step.rows[index]])
+        sequence.listener.logprobs.append(
+            TokenLogprob(
+                token,
+                float(step.token_logprobs[index]),
+                int(step.ranks[index]),
+                tuple(
+                    zip(step.top_ids[index, :wanted].tolist(), step.top_logprobs[index, :wanted].tolist(), strict=True)
+                ),
+            )
+        )
+    for sequence, index in result.prompt_logprobs:
+        chunk = output.prompt_logprobs[index]
+        wanted = sequence.request.sampling.prompt_logprobs or 0
+        stream = sequence.listener.stream
+        if stream.prompt_logprobs is None:
+            stream.prompt_logprobs = []
+        tokens = sequence.token_ids
+        for i in range(len(chunk.token_logprobs)):
+            place = chunk.first + i
+            # The first token has none; a retracted sequence computes its prompt again, and the output after it.
+            if place - 1 != len(stream.prompt_logprobs) or place >= sequence.num_prompt_tokens:
+                continue
+            top = zip(chunk.top_ids[i, :wanted].tolist(), chunk.top_logprobs[i, :wanted].tolist(), strict=True)
+            stream.prompt_logprobs.append(
+                TokenLogprob(int(tokens[place]), float(chunk.token_logprobs[i]), int(chunk.ranks[i]), tuple(top))
+            )

@@ -69,6 +69,28 @@ class Limits:
         return -(-self.max_model_len // self.page_size)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowExtras:
+    """What a slot's sampling needs beyond SAMPLING_DTYPE; most slots have none and pay nothing for those that do.
+
+    Sent once, when the slot is filled, and valid until the slot's next sampling row. The fields are those of
+    SamplingParams. history: int32, every token known when the slot was filled, the first num_prompt_tokens of them
+    the prompt: penalties count from there, and the executor adds the tokens that it samples.
+    """
+
+    slot: int
+    history: Int32Array
+    num_prompt_tokens: int
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float
+    logit_bias: tuple[tuple[int, float], ...]
+    allowed_token_ids: tuple[int, ...] | None
+    bad_words: tuple[tuple[int, ...], ...]
+    logprobs: int | None
+    prompt_logprobs: int | None
+
+
 Allocator = Callable[[int, np.dtype[Any]], npt.NDArray[Any]]
 
 
@@ -128,6 +150,7 @@ class ForwardInput:
     """One step, as counts into a Staging set. Valid until the step's handle is done.
 
     step: number of the step, rising by one. num_decode_rows: rows[:num_decode_rows] continue by one token each.
+    extras: of the slots in sampling_slot that have any; a slot there without an entry here has none any more.
     """
 
     step: int
@@ -137,6 +160,35 @@ class ForwardInput:
     num_tokens: int
     num_table_diffs: int
     num_sampling_diffs: int
+    extras: list[RowExtras] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class StepLogprobs:
+    """Log-probabilities of sampled tokens, natural logarithm of the raw distribution (before any filter).
+
+    rows int32 [m]: the rows of the step that asked. token_logprobs float32 [m], ranks int32 [m] (1 is the most
+    probable token). top_ids int32 and top_logprobs float32 [m, k]: the most probable, k is what the greediest row asks.
+    """
+
+    rows: Int32Array
+    token_logprobs: npt.NDArray[np.float32]
+    ranks: Int32Array
+    top_ids: Int32Array
+    top_logprobs: npt.NDArray[np.float32]
+
+
+@dataclass(slots=True)
+class PromptLogprobs:
+    """The same for prompt tokens of one row: entry i is of the token at index first + i of the sequence, given all
+    before it."""
+
+    row: int
+    first: int
+    token_logprobs: npt.NDArray[np.float32]
+    ranks: Int32Array
+    top_ids: Int32Array
+    top_logprobs: npt.NDArray[np.float32]
 
 
 @dataclass(slots=True)
@@ -148,6 +200,8 @@ class ForwardOutput:
 
     token_ids: Int32Array
     step: int = field(default=0)
+    logprobs: StepLogprobs | None = None
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
 
 
 class ForwardError(Exception):

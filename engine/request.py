@@ -31,6 +31,11 @@ class SamplingParams:
     seed: any 64-bit integer; a draw depends on (seed, position) alone. None: the engine picks one.
     stop: strings that end the text and are left out of it (unless include_stop_str_in_output).
     stop_token_ids: beside the model's EOS ids; ignore_eos drops only the latter.
+    presence_penalty, frequency_penalty: over generated tokens, 0 is off. repetition_penalty: over prompt and
+    generated tokens, 1 is off. logit_bias: (token id, added value). allowed_token_ids: all others are masked.
+    bad_words: token id sequences whose last id is masked where the ones before it stand.
+    logprobs: how many alternatives to report beside each token, 0 for the token alone. prompt_logprobs: the same
+    for the prompt's tokens, whose prefix is then not taken from the cache. Both are of the raw distribution.
     """
 
     max_tokens: int | None = None
@@ -46,6 +51,31 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+
+    @property
+    def has_penalties(self) -> bool:
+        """Some logit depends on the tokens so far."""
+        return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
+
+    @property
+    def has_extras(self) -> bool:
+        """The sampler needs more than a row of SAMPLING_DTYPE (see forward.RowExtras)."""
+        return bool(
+            self.has_penalties
+            or self.logit_bias
+            or self.bad_words
+            or self.allowed_token_ids is not None
+            or self.logprobs is not None
+            or self.prompt_logprobs is not None
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,12 +14,23 @@ from types import TracebackType
 from engine.request import FinishReason
 
 
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One token with its log-probability (natural logarithm, raw distribution), its rank (1 is the most probable)
+    and the most probable alternatives as (token id, log-probability), best first."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(slots=True)
 class Delta:
     """What came since the last take. text may be empty (held back) while token_ids is not.
 
     finish_reason is set once, in the last delta. stop_reason: the stop string or stop token id that ended it.
-    error: the sentence for the client when finish_reason is ERROR.
+    error: the sentence for the client when finish_reason is ERROR. logprobs: one for each of token_ids, if asked for.
     """
 
     text: str = ""
@@ -27,6 +38,14 @@ class Delta:
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
     error: str | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def merge(self, later: Delta) -> None:
+        """Melt what came later into this one."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        self.logprobs += later.logprobs
+        self.finish_reason, self.stop_reason, self.error = later.finish_reason, later.stop_reason, later.error
 
 
 class TokenStream:
@@ -45,6 +64,7 @@ class TokenStream:
         "num_cached_tokens",
         "num_output_tokens",
         "num_prompt_tokens",
+        "prompt_logprobs",
         "request_id",
     )
 
@@ -53,6 +73,8 @@ class TokenStream:
         self.num_prompt_tokens = num_prompt_tokens
         self.num_cached_tokens = 0
         self.num_output_tokens = 0
+        # Of the prompt's tokens from the second on (the first has none), where asked for; whole with the first delta.
+        self.prompt_logprobs: list[TokenLogprob] | None = None
         self._abort = abort
         self._delta = Delta()
         self._pending = False
@@ -61,9 +83,11 @@ class TokenStream:
 
     # The engine's side.
 
-    def push(self, text: str, token_ids: list[int]) -> None:
+    def push(self, text: str, token_ids: list[int], logprobs: list[TokenLogprob] | None = None) -> None:
         """Add tokens and stable text without waking the reader (see `flush`)."""
         delta = self._delta
+        if logprobs:
+            delta.logprobs += logprobs
         if text:
             delta.text += text
         delta.token_ids += token_ids
@@ -114,11 +138,7 @@ class TokenStream:
         """Wait for the end and return all of it as one delta."""
         whole = await self.take()
         while whole.finish_reason is None:
-            delta = await self.take()
-            whole.text += delta.text
-            whole.token_ids += delta.token_ids
-            whole.finish_reason, whole.stop_reason = delta.finish_reason, delta.stop_reason
-            whole.error = delta.error
+            whole.merge(await self.take())
         return whole
 
     async def __aenter__(self) -> TokenStream:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engine.forward import FUTURE_TOKEN, BoolArray, ForwardInput, Int32Array, Limits, Staging
+from engine.forward import FUTURE_TOKEN, BoolArray, ForwardInput, Int32Array, Limits, RowExtras, Staging
 from engine.request import SamplingParams
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import IndexArray
@@ -54,6 +54,8 @@ class Batch:
         forward.step = step
         forward.num_rows = forward.num_decode_rows = forward.num_tokens = 0
         forward.num_table_diffs = forward.num_sampling_diffs = 0
+        if forward.extras:
+            forward.extras.clear()
         self.entered.clear()
         self.all_sample = True
 
@@ -125,3 +127,19 @@ class Batch:
         row["stop_ids"] = -1
         row["stop_ids"][: len(sequence.stop_ids)] = sequence.stop_ids
         forward.num_sampling_diffs = count + 1
+        if params.has_extras:
+            forward.extras.append(
+                RowExtras(
+                    slot=sequence.slot,
+                    history=sequence.token_ids.copy(),
+                    num_prompt_tokens=sequence.num_prompt_tokens,
+                    presence_penalty=params.presence_penalty,
+                    frequency_penalty=params.frequency_penalty,
+                    repetition_penalty=params.repetition_penalty,
+                    logit_bias=params.logit_bias,
+                    allowed_token_ids=params.allowed_token_ids,
+                    bad_words=params.bad_words,
+                    logprobs=params.logprobs,
+                    prompt_logprobs=params.prompt_logprobs,
+                )
+            )

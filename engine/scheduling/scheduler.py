@@ -37,12 +37,15 @@ class StepResult:
 
     slots intp [n], token_ids int32 [n]: one new token per row. gaps float64 [n]: seconds since the slot's token
     before, NaN for its first. finished: sequences that ended with this step; some have left their slot already.
+    logprobs, prompt_logprobs: whose the entries of ForwardOutput.logprobs and .prompt_logprobs are, by index.
     """
 
     slots: IndexArray
     token_ids: Int32Array
     gaps: npt.NDArray[np.float64]
     finished: list[Sequence] = field(default_factory=list)
+    logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -304,7 +307,9 @@ class Scheduler:
         if sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens = sequence.token_ids
-        pages = cache.begin(tokens, sequence.request.namespace)
+        # A prompt whose own log-probabilities are asked for must be computed: one token matches nothing.
+        whole = sequence.request.sampling.prompt_logprobs is None
+        pages = cache.begin(tokens if whole else tokens[:1], sequence.request.namespace)
         num_cached = len(pages.pages) * cache.page_size
         wanted = -(-len(tokens) // cache.page_size) - len(pages.pages)
         if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens)):
@@ -405,6 +410,8 @@ class Scheduler:
         np.subtract(now, gaps, out=gaps)
         table.token_at[slots] = now
         result = StepResult(slots, tokens, gaps)
+        if output.logprobs is not None or output.prompt_logprobs:
+            self._attribute_logprobs(batch, output, result)
         if ended.any():
             for row in np.flatnonzero(ended).tolist():
                 sequence = self.sequence_of(int(slots[row]))
@@ -412,6 +419,17 @@ class Scheduler:
                 result.finished.append(sequence)
         self._release_leaving()
         return result
+
+    def _attribute_logprobs(self, batch: Batch, output: ForwardOutput, result: StepResult) -> None:
+        """Before any row leaves its slot: whose log-probabilities are these? Overruns are left out."""
+        live, slots = self._table.live, batch.slots
+        rows = output.logprobs.rows.tolist() if output.logprobs is not None else []
+        for index, row in enumerate(rows):
+            if live[slots[row]]:
+                result.logprobs.append((self.sequence_of(int(slots[row])), index))
+        for index, prompt in enumerate(output.prompt_logprobs):
+            if live[slots[prompt.row]]:
+                result.prompt_logprobs.append((self.sequence_of(int(slots[prompt.row])), index))
 
     def fail(self, batch: Batch, error: ForwardError) -> StepResult:
         """A step failed: its sequences end with an error, and what it entered into the radix tree is taken back.
