@@ -117,9 +117,14 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({model_config.architecture}, {directory})")
     executor = _build_executor(config, directory, model_config, context, report)
-    metrics = EngineMetrics(model_name=names[0], prefix=config.server.metrics_prefix)
+    metrics = EngineMetrics(names[0], prefix=config.server.metrics_prefix, max_model_len=context)
     engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics)
     limits = executor.limits
+    metrics.set_cache_config(
+        block_size=limits.page_size,
+        num_gpu_blocks=limits.num_pages,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+    )
     capacity = limits.num_pages * limits.page_size
     report.row("context", f"{context} tokens")
     report.row(
@@ -188,4 +193,4 @@ def _build_cpu(
             num_pages=num_pages,
             vocab_size=model_config.vocab_size,
         )
-        return CPUExecutor(model, limits)
+        return CPUExecutor(model, limits, dtype=dtype)

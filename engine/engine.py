@@ -189,6 +189,7 @@ class Engine:
             num_used_pages=used,
             num_total_pages=cache.num_pages,
             page_size=cache.page_size,
+            num_evictable_pages=cache.num_evictable,
         )
 
     # ---- the loop
@@ -215,7 +216,7 @@ class Engine:
                         output = await executor.wait(handle)
                     except ForwardError as error:
                         logger.error("a step failed and its requests with it: %s", error)
-                        self._publish_failure(scheduler.fail(done, error), str(error))
+                        self._publish_failure(scheduler.fail(done, error))
                     else:
                         result = scheduler.commit(done, output)
                         if result.logprobs or result.prompt_logprobs:
@@ -328,14 +329,15 @@ class Engine:
             stream=sequence.request.stream,
         )
 
-    def _publish_failure(self, result: StepResult, message: str) -> None:
+    def _publish_failure(self, result: StepResult) -> None:
+        # What exactly failed is for the log: it may name paths and addresses.
         for sequence in result.finished:
-            self._end(sequence.listener, f"The model failed to compute this request: {message}")
+            self._end(sequence.listener, "The model failed to compute this request.")
 
     def _fail_all(self, error: BaseException) -> None:
         """The engine is beyond repair: every stream ends with an error event."""
         self.failed = True
-        what = str(error) if isinstance(error, DeviceLostError) else "internal error"
+        what = "the device was lost" if isinstance(error, DeviceLostError) else "internal error"
         for listener in list(self._listeners.values()):
             listener.sequence.finish_reason = FinishReason.ERROR
             self._end(listener, f"The engine failed: {what}")

@@ -160,7 +160,7 @@ async def test_failed_step_is_one_batchs_error_and_the_engine_goes_on() -> None:
     async with running(fail_on=fail) as engine:
         answer = await collect(engine.submit(ask("a", [1, 2, 3])))
         assert answer.finish_reason is FinishReason.ERROR
-        assert answer.error is not None and "out of memory" in answer.error
+        assert answer.error is not None and "out of memory" not in answer.error
         after = await collect(engine.submit(ask("b", [1, 2, 3])))
         assert after.token_ids == reference([1, 2, 3]) and not engine.failed
 
@@ -179,7 +179,7 @@ async def test_lost_device_ends_every_stream_and_the_loop() -> None:
     with pytest.raises(DeviceLostError):
         await engine.run()
     answers = await asyncio.gather(*(stream.collect() for stream in streams))
-    assert all(a.finish_reason is FinishReason.ERROR and a.error and "illegal" in a.error for a in answers)
+    assert all(a.finish_reason is FinishReason.ERROR and a.error and "device was lost" in a.error for a in answers)
     assert engine.failed
     with pytest.raises(UnavailableError):
         engine.submit(ask("late", [1]))

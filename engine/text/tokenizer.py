@@ -1,0 +1,299 @@
+"""Tokenizer: text to ids and back, over the model directory's tokenizer.json.
+
+Made once by serve.py. `encode` and `decode` are pure and safe on any thread; `encode_async` is called on the loop
+thread and sends long prompts to a small pool (the `tokenizers` library works without the GIL).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from engine.config import StartupError
+from engine.request import QueueFullError, RequestError
+from engine.text.pieces import Opening, PieceRule, Pieces, Texts, compile_rule
+
+# Encoding costs about 0.35 us a character, and a hop to the pool and back about 0.1 ms of the loop's time: below
+# this a prompt delays the loop by less than one small step, above it the hop is the cheaper half.
+INLINE_CHARACTERS = 1024
+# Long prompts that may wait for the pool at once; beyond it a 429, as the scheduler's own queue does.
+MAX_WAITING_ENCODES = 4096
+POOL_THREADS = max(1, min(4, (os.cpu_count() or 2) // 2))
+
+# Named tokens of tokenizer_config.json. Each is special: split off when encoding, skipped when decoding.
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object of the model directory. StartupError when it cannot be read."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise StartupError(f"{path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise StartupError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise StartupError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def named_tokens(directory: Path) -> dict[str, str]:
+    """`*_token` fields of tokenizer_config.json (and of the older special_tokens_map.json) by name, as text."""
+    found: dict[str, str] = {}
+    path = directory / "tokenizer_config.json"
+    config = read_json(path) if path.is_file() else {}
+    old = directory / "special_tokens_map.json"
+    # Files that list their added tokens carry the names themselves; only older ones need the map.
+    sources = [(path, config)]
+    if old.is_file() and "added_tokens_decoder" not in config:
+        sources.append((old, read_json(old)))
+    for source, fields in sources:
+        for name, value in fields.items():
+            if not name.endswith("_token") or isinstance(value, bool) or value is None:
+                continue  # add_bos_token and its like end in _token too
+            content = value.get("content") if isinstance(value, dict) else value
+            if isinstance(content, str):
+                found[name] = content
+            elif name in NAMED_TOKENS:
+                raise StartupError(f"{source}: {name} must be text or an object with content, got {value!r}")
+        extra = fields.get("extra_special_tokens")
+        if isinstance(extra, dict):
+            found.update({name: text for name, text in extra.items() if isinstance(text, str)})
+    return found
+
+
+def _extra_tokens(config: dict[str, Any]) -> list[str]:
+    value = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+    listed = [item.get("content") if isinstance(item, dict) else item for item in value]
+    return [item for item in listed if isinstance(item, str)]
+
+
+class Tokenizer:
+    """The words of one model.
+
+    vocab_size: number of ids the tokenizer knows (the model's embedding may be padded beyond it).
+    eos_token_ids: from tokenizer_config.json alone; generation_config.json may name more.
+    special_ids: ids that decode to nothing when special tokens are skipped.
+    named_tokens: eos_token, bos_token, ... as text, for chat templates.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, named: dict[str, str] | None = None) -> None:
+        self.named_tokens = dict(named or {})
+        backend.no_truncation()
+        backend.no_padding()
+        self._backend = backend
+        # A decoder never sees an id above the largest, which added tokens may leave beyond the count.
+        vocabulary = backend.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values(), default=-1) + 1
+        added = backend.get_added_tokens_decoder()
+        self.added_ids = frozenset(added)
+        promoted = {vocabulary[text] for text in self.named_tokens.values() if text in vocabulary}
+        self.special_ids = frozenset(id for id, token in added.items() if token.special) | (promoted & set(added))
+        self.bos_token_id = vocabulary.get(self.named_tokens.get("bos_token", ""))
+        self.pad_token_id = vocabulary.get(self.named_tokens.get("pad_token", ""))
+        eos = vocabulary.get(self.named_tokens.get("eos_token", ""))
+        self.eos_token_ids: tuple[int, ...] = () if eos is None else (eos,)
+
+        self.rule: PieceRule | None = self._find_rule(vocabulary)
+        self._pieces = Pieces(self._piece)
+        self._pieces_without_special = Pieces(self._piece_without_special)
+        self._texts = Texts(self._pieces)
+        self._texts_without_special = Texts(self._pieces_without_special)
+        self._waiting = 0
+
+    @classmethod
+    def load(cls, directory: Path) -> Tokenizer:
+        """Read tokenizer.json, tokenizer_config.json and, for older models, special_tokens_map.json.
+
+        Whether BOS is prepended is tokenizer.json's post-processor to say; `add_bos_token` beside it has no effect,
+        as in transformers 5. Raises StartupError naming the file and the field.
+        """
+        path = directory / "tokenizer.json"
+        if not path.is_file():
+            raise StartupError(f"{directory}: no tokenizer.json (only `tokenizers` files are read)")
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise StartupError(f"{path}: {' '.join(str(error).split())}") from None
+        named = named_tokens(directory)
+        config_path = directory / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        cls._add_declared(backend, config, config_path)
+        # A named token that is an ordinary word of the vocabulary becomes special. One that is unknown is left
+        # out: it would get an id that the model has no row for.
+        special = [named[name] for name in named if backend.token_to_id(named[name]) is not None]
+        special += [text for text in _extra_tokens(config) if backend.token_to_id(text) is not None]
+        backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+        tokenizer = cls(backend, named)
+        tokenizer.special_ids |= {id for text in special if (id := backend.token_to_id(text)) is not None}
+        eos = named.get("eos_token")
+        if eos and not tokenizer.eos_token_ids:
+            raise StartupError(f"{config_path}: eos_token {eos!r} is not in the vocabulary of tokenizer.json")
+        return tokenizer
+
+    @staticmethod
+    def _add_declared(backend: tokenizers.Tokenizer, config: dict[str, Any], path: Path) -> None:
+        """Add tokens that only tokenizer_config.json's added_tokens_decoder knows, where they get their own id."""
+        declared = config.get("added_tokens_decoder", {})
+        if not isinstance(declared, dict):
+            raise StartupError(f"{path}: added_tokens_decoder must be an object")
+        try:
+            entries = sorted((int(token_id), dict(fields)) for token_id, fields in declared.items())
+            for token_id, fields in entries:
+                content = fields.pop("content")
+                if backend.token_to_id(content) is None and backend.get_vocab_size() == token_id:
+                    backend.add_tokens([tokenizers.AddedToken(content, **fields)])
+        except (ValueError, TypeError, KeyError) as error:
+            raise StartupError(f"{path}: added_tokens_decoder: {error!r}") from None
+
+    # Text to ids.
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Ids of a text. Raises RequestError for text that has no UTF-8 (a lone surrogate)."""
+        try:
+            # encode_batch_fast skips the character offsets: a quarter less time than encode.
+            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+        except (TypeError, UnicodeEncodeError):
+            raise RequestError("The prompt is not valid Unicode: it holds a lone surrogate.") from None
+        ids: list[int] = encoding.ids
+        return ids
+
+    async def encode_async(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """`encode` that never holds the loop for long. Raises QueueFullError when too many texts wait."""
+        if len(text) <= INLINE_CHARACTERS:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        if self._waiting >= MAX_WAITING_ENCODES:
+            raise QueueFullError("Too many prompts wait to be tokenized; try again later.")
+        self._waiting += 1
+        future = asyncio.get_running_loop().run_in_executor(
+            self.pool, lambda: self.encode(text, add_special_tokens=add_special_tokens)
+        )
+        try:
+            return await future
+        finally:
+            self._waiting -= 1
+
+    @cached_property
+    def pool(self) -> ThreadPoolExecutor:
+        """Threads for texts that would hold the loop: long prompts, and the server's chat templates."""
+        return ThreadPoolExecutor(POOL_THREADS, thread_name_prefix="tokenizer")
+
+    def close(self) -> None:
+        """Stop the pool; texts that still wait are given up."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    # Ids to text.
+
+    def decode(
+        self,
+        token_ids: Sequence[int],
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+    ) -> str:
+        """The text of ids. Bytes that are no UTF-8 become U+FFFD, as the Unicode standard advises.
+
+        It is `tokenizers`' own decoding but for one thing: there, a run of byte-fallback tokens with one bad byte
+        turns into U+FFFD altogether, here the whole characters of the run are kept.
+        """
+        rule = self.rule
+        if rule is None:
+            return self._decode_unknown(token_ids, skip_special_tokens, spaces_between_special_tokens)
+        pieces = self.pieces(skip_special_tokens)
+        opening = Opening(rule)
+        head = b""
+        used = 0
+        for token_id in token_ids:
+            if opening.done:
+                break
+            used += 1
+            if (token := self.counted_token(token_id, skip_special_tokens)) is not None:
+                head += opening.feed(token)
+        rest = token_ids[used:] if used else token_ids
+        return (head + b"".join(map(pieces.__getitem__, rest))).decode(errors="replace")
+
+    def _decode_unknown(self, token_ids: Sequence[int], skip_special: bool, spaces: bool) -> str:
+        """Decoders without a table (WordPiece, CTC, none): the library's own, over the whole."""
+        ids = list(token_ids)
+        if skip_special or spaces:
+            return self._backend.decode(ids, skip_special_tokens=skip_special)
+        parts: list[str] = []
+        ordinary: list[int] = []
+        for token_id in ids:
+            if token_id not in self.added_ids:
+                ordinary.append(token_id)
+                continue
+            if ordinary:
+                parts.append(self._backend.decode(ordinary, skip_special_tokens=False))
+                ordinary = []
+            parts.append(self._backend.id_to_token(token_id) or "")
+        if ordinary:
+            parts.append(self._backend.decode(ordinary, skip_special_tokens=False))
+        return "".join(parts)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The vocabulary's own spelling of an id; None for an unknown one."""
+        if token_id < 0 or token_id >= self.vocab_size:
+            return None
+        token: str | None = self._backend.id_to_token(token_id)
+        return token
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of the vocabulary's own spelling."""
+        token_id: int | None = self._backend.token_to_id(token)
+        return token_id
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The raw bytes that an id stands for inside a text; special tokens are their own name, unknown ids b""."""
+        if self.rule is not None:
+            return self._pieces[token_id]
+        return (self.id_to_token(token_id) or "").encode()
+
+    # For the detokenizer.
+
+    def pieces(self, skip_special_tokens: bool) -> Pieces:
+        """id -> bytes inside a text; only where `rule` is known."""
+        return self._pieces_without_special if skip_special_tokens else self._pieces
+
+    def texts(self, skip_special_tokens: bool) -> Texts:
+        """id -> text where it is whole; only where `rule` is known."""
+        return self._texts_without_special if skip_special_tokens else self._texts
+
+    def counted_token(self, token_id: int, skip_special_tokens: bool) -> str | None:
+        """The token, or None when it has no part in the text: skipped or unknown."""
+        if skip_special_tokens and token_id in self.special_ids:
+            return None
+        return self.id_to_token(token_id)
+
+    def _piece(self, token_id: int) -> bytes | None:
+        token = self.id_to_token(token_id)
+        assert self.rule is not None
+        return None if token is None else self.rule.inner(token)
+
+    def _piece_without_special(self, token_id: int) -> bytes | None:
+        return b"" if token_id in self.special_ids else self._pieces[token_id] or None
+
+    def _find_rule(self, vocabulary: dict[str, int]) -> PieceRule | None:
+        """The decoder's rule, if it gives what the library gives on a sample of the vocabulary."""
+        decoder = self._backend.decoder
+        if decoder is None:
+            return None
+        rule = compile_rule(json.loads(decoder.__getstate__()))
+        if rule is None:
+            return None
+        ids = sorted(vocabulary.values())
+        for token_id in ids[:: max(1, len(ids) // 64)]:
+            token = self._backend.id_to_token(token_id) or ""
+            ours = Opening(rule).feed(token).decode(errors="replace")
+            theirs = self._backend.decode([token_id], skip_special_tokens=False)
+            if ours != theirs and "�" not in theirs:
+                return None
+        return rule

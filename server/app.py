@@ -1,0 +1,269 @@
+"""The web application: routes, the gate that every request passes, and serving until a signal says stop.
+
+`serve.py` calls `build_app` and `serve`; the engine's own loop task is started by its caller. Loop thread.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import hmac
+import logging
+import re
+import signal
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import orjson
+from aiohttp import web
+
+from engine.config import ServerOptions, StartupError
+from engine.engine import Engine
+from engine.request import RequestError, UnavailableError
+from server.endpoints import cache, generate, health, info, models, tokenize
+from server.protocol.errors import ApiError, error_body, error_response
+from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
+
+__all__ = ["ServedModel", "build_app", "serve"]
+
+logger = logging.getLogger("oneloop.server")
+
+ENDPOINTS = (cache, generate, health, info, models, tokenize)
+# Bodies are inflated by read_body, which can stop.
+_CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
+# A burst of this many connects waits in the kernel and is not refused.
+_BACKLOG = 4096
+# nginx's word for a client that did not wait.
+_CLIENT_CLOSED = 499
+_MESSAGES = {
+    404: "There is no such route.",
+    405: "This route does not take this method.",
+    413: "The body is too large.",
+}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web.Application:
+    """All routes, under `options.root_path` as well where it is set (some proxies strip it and some do not)."""
+    app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(_CONNECTION))
+    app[STATE] = State(engine, model, options)
+    app.on_response_prepare.append(_add_headers)
+    for prefix in dict.fromkeys(("", options.root_path.rstrip("/"))):
+        for endpoint in ENDPOINTS:
+            for method, path, handler in endpoint.ROUTES:
+                add = functools.partial(app.router.add_route, expect_handler=_expect)
+                add(method, prefix + path, handler)
+                if method == "GET":
+                    add("HEAD", prefix + path, handler)
+    return app
+
+
+# ---- the gate
+
+
+@web.middleware
+async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Name the request, answer it, count it."""
+    state = request.app[STATE]
+    request[REQUEST_ID] = request[ECHOED_ID] = uuid.uuid4().hex
+    given = request.headers.get("X-Request-Id")
+    if given is not None and re.fullmatch(ID_PATTERN, given):
+        request[ECHOED_ID] = given
+    resource = request.match_info.route.resource
+    route = "none" if resource is None else resource.canonical
+    started_at = time.monotonic()
+    status = _CLIENT_CLOSED
+    with state.in_flight:
+        try:
+            response = await _answer(request, handler, state)
+            status = response.status
+        finally:
+            state.engine.metrics.observe_http(route, request.method, status, time.monotonic() - started_at)
+    return response
+
+
+async def _answer(request: web.Request, handler: Handler, state: State) -> web.StreamResponse:
+    """Preflight, keys, draining; and every error in OpenAI's shape."""
+    try:
+        if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+            return _preflight(request, state.options)
+        _authorize(request, state.options)
+        if state.engine.draining and request.method == "POST":
+            raise UnavailableError("The server is shutting down and takes no new requests.")
+        return await handler(request)
+    except RequestError as error:
+        return error_response(error)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
+        return error_response(ApiError(error.status, _MESSAGES.get(error.status, error.reason)), allow)
+    except ConnectionError:
+        # The client has gone before its headers came; aiohttp will find that out with this answer.
+        return web.Response(status=_CLIENT_CLOSED)
+    except Exception:
+        logger.exception("request %s failed in the server", request[REQUEST_ID])
+        return error_response(ApiError(500, "The server had an internal error."))
+
+
+def _authorize(request: web.Request, options: ServerOptions) -> None:
+    """Raise the 401 unless the request has one of the keys. Headers only: the body is not read yet."""
+    open_handlers = (health.health,) if options.protect_metrics else (health.health, health.metrics)
+    if not options.api_keys or request.match_info.handler in open_handlers:
+        return
+    scheme, _, token = request.headers.get("Authorization", "").partition(" ")
+    given = token.strip().encode("utf-8", "surrogateescape")
+    # Every key is compared, whatever the others gave: the time tells nothing.
+    matches = [hmac.compare_digest(given, key.encode()) for key in options.api_keys]
+    if scheme.lower() != "bearer" or not any(matches):
+        raise ApiError(401, "A valid API key is required: Authorization: Bearer <key>.")
+
+
+def _preflight(request: web.Request, options: ServerOptions) -> web.Response:
+    """The answer to a browser that asks before it sends a key; the origin's own header is added by _add_headers."""
+    response = web.Response(status=204)
+    if _allowed_origin(request, options) is not None:
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
+        # "*" would not cover Authorization.
+        response.headers["Access-Control-Allow-Headers"] = wanted
+        response.headers["Access-Control-Max-Age"] = "600"
+    return response
+
+
+def _allowed_origin(request: web.Request, options: ServerOptions) -> str | None:
+    origin = request.headers.get("Origin")
+    if origin is None or not options.allowed_origins:
+        return None
+    if "*" in options.allowed_origins:
+        return "*"
+    return origin if origin in options.allowed_origins else None
+
+
+async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Headers of every response, streamed ones included."""
+    if ECHOED_ID in request:
+        response.headers["X-Request-Id"] = request[ECHOED_ID]
+    options = request.app[STATE].options
+    if not options.allowed_origins:
+        return
+    response.headers.add("Vary", "Origin")
+    if (origin := _allowed_origin(request, options)) is not None:
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+
+
+async def _expect(request: web.Request) -> None:
+    """`Expect: 100-continue`. Runs before the gate, so that its error has to bring its own body."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        body = orjson.dumps(error_body(ApiError(417, "Only 100-continue can be expected.")))
+        raise web.HTTPExpectationFailed(text=body.decode(), content_type="application/json")
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0
+
+
+class _Connection(web.RequestHandler):
+    """aiohttp's connection, but what is no HTTP gets a JSON body and no line in the log."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        if status >= 500:
+            logger.error("a connection failed", exc_info=exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("headers have been sent")
+        text = "The request is not valid HTTP." if status < 500 else "The server had an internal error."
+        response = error_response(ApiError(status, text))
+        response.force_close()
+        return response
+
+
+# ---- serving
+
+
+async def serve(
+    app: web.Application,
+    engine: Engine,
+    options: ServerOptions,
+    *,
+    on_listening: Callable[[str, int], None] | None = None,
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Listen until SIGTERM, SIGINT or `stop`, then drain; a second signal ends the drain at once.
+
+    on_listening: called with the host and the port that is bound (port 0 picks one). Raises StartupError when the
+    address cannot be used. Cancelling this ends all connections.
+    """
+    loop = asyncio.get_running_loop()
+    state = app[STATE]
+    stop = stop or asyncio.Event()
+    grace = _grace(options.drain_timeout_s)
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=grace, access_log=None)
+    await runner.setup()
+    handlers = runner.server
+    assert handlers is not None
+    listener: asyncio.Server | None = None
+    drain: asyncio.Task[None] | None = None
+
+    def on_signal() -> None:
+        if stop.is_set() and drain is not None:
+            drain.cancel()
+        stop.set()
+
+    try:
+        try:
+            listener = await loop.create_server(
+                lambda: _Connection(handlers, loop=loop, **_CONNECTION),
+                options.host,
+                options.port,
+                backlog=_BACKLOG,
+            )
+        except OSError as error:
+            raise StartupError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        if on_listening is not None:
+            on_listening(options.host, listener.sockets[0].getsockname()[1])
+        await stop.wait()
+        drain = asyncio.create_task(_drain(engine, state, options.drain_timeout_s))
+        await asyncio.wait({drain})
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.remove_signal_handler(number)
+        if drain is not None:
+            drain.cancel()
+        if listener is not None:
+            listener.close()
+        await runner.cleanup()
+
+
+def _grace(limit: float) -> float:
+    """The last moments of a drain come in four: one for those who are cut short, two of aiohttp's, one to spare."""
+    return min(0.25, limit / 20)
+
+
+async def _drain(engine: Engine, state: State, limit: float) -> None:
+    """Let what was accepted end, for at most `limit` seconds; new requests meanwhile get their 503."""
+    engine.drain()
+    grace = _grace(limit)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit - 4 * grace):
+            await engine.drained()
+            await state.in_flight.idle.wait()
+            return
+    # Those who still read get a finish_reason and [DONE]; those who do not are cut off with their connection.
+    for request_id in list(state.submitted):
+        engine.abort(request_id)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(grace):
+            await state.in_flight.idle.wait()

@@ -1,0 +1,53 @@
+"""GET /, /version, /server_info and /load: what this server is and what it is doing."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+
+from aiohttp import web
+
+from server.protocol.errors import json_response
+from server.state import STATE
+
+
+@functools.cache
+def version() -> str:
+    """The installed version; a checkout that was never installed has none."""
+    try:
+        return importlib.metadata.version("oneloop")
+    except importlib.metadata.PackageNotFoundError:
+        return "0.0.0"
+
+
+async def root(request: web.Request) -> web.Response:
+    return json_response({"name": "oneloop", "version": version(), "models": request.app[STATE].model.names})
+
+
+async def get_version(request: web.Request) -> web.Response:
+    return json_response({"version": version()})
+
+
+async def server_info(request: web.Request) -> web.Response:
+    """Resolved options as they were at start, and the engine's state as it is now."""
+    state = request.app[STATE]
+    stats = dataclasses.asdict(state.engine.stats())
+    live = {"stats": stats, "draining": state.engine.draining, "requests_in_flight": state.in_flight.count}
+    model = {"model": state.model.names[0], "max_model_len": state.model.max_model_len}
+    return json_response({"version": version()} | model | state.model.server_info | live)
+
+
+async def load(request: web.Request) -> web.Response:
+    stats = request.app[STATE].engine.stats()
+    return json_response({"server_load": stats.num_running + stats.num_waiting})
+
+
+ROUTES = (
+    ("GET", "/", root),
+    ("GET", "/v1", root),
+    ("GET", "/version", get_version),
+    ("GET", "/server_info", server_info),
+    ("GET", "/get_server_info", server_info),
+    ("GET", "/load", load),
+)

@@ -1,0 +1,190 @@
+"""The body of a request: bounded bytes, strict JSON, and typed access to the fields of the object.
+
+Every reader names the field in its error. A null is an absent field, an unknown field is never looked at, and of two
+fields with one name the last counts, as in every JSON parser that clients are written against.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import zlib
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar
+
+import orjson
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+
+from engine.request import RequestError
+from server.protocol.errors import ApiError
+
+T = TypeVar("T")
+
+BODY_TIMEOUT_S = 60.0
+# Free-form values (tools, template arguments) go through recursive code; the parser's own limit is 1024.
+MAX_NESTING = 64
+_NO_LIMIT = 2**63
+_GZIP = (31,)
+# "deflate" is zlib by the RFC, and the bare stream by some clients.
+_DEFLATE = (15, -15)
+
+
+class Body:
+    """One JSON object. size: its bytes, a measure of the work to come."""
+
+    def __init__(self, values: dict[str, Any], size: int = 0) -> None:
+        self._values = values
+        self.size = size
+
+    @classmethod
+    def parse(cls, data: bytes) -> Body:
+        """Raises RequestError unless `data` is one JSON object."""
+        try:
+            values = orjson.loads(data)
+        except orjson.JSONDecodeError as error:
+            raise RequestError(f"The body is not valid JSON: {error}.") from None
+        if not isinstance(values, dict):
+            raise RequestError("The body must be a JSON object.")
+        return cls(values, len(data))
+
+    def raw(self, name: str) -> Any:
+        """The field as it came; None where it is absent."""
+        return self._values.get(name)
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise invalid(name, "must be true or false")
+        return value
+
+    def integer(self, name: str, default: T, low: int, high: int = _NO_LIMIT) -> int | T:
+        """An integer from low to high. 16.0 is the integer 16, as in JSON Schema.
+
+        Integers beyond 64 bits come from the parser as floats that have lost digits: those are no integers here.
+        """
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if isinstance(value, float) and value.is_integer() and abs(value) <= 2**53:
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+            limits = f"of at least {low}" if high == _NO_LIMIT else f"from {low} to {high}"
+            raise invalid(name, f"must be an integer {limits}")
+        return value
+
+    def number(self, name: str, default: T, low: float, high: float, *, above: bool = False) -> float | T:
+        """A number from low to high; `above`: low itself is excluded."""
+        value = self._values.get(name)
+        if value is None:
+            return default
+        good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        if not good or (above and value == low):
+            limits = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
+            raise invalid(name, f"must be a number {limits}")
+        return float(value)
+
+    def string(self, name: str, default: T, *, most: int | None = None) -> str | T:
+        value = self._values.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, str):
+            raise invalid(name, "must be a string")
+        if most is not None and not 0 < len(value) <= most:
+            raise invalid(name, f"must have 1 to {most} characters")
+        return value
+
+    def choice(self, name: str, choices: Collection[str]) -> str | None:
+        value = self._values.get(name)
+        if value is not None and (not isinstance(value, str) or value not in choices):
+            raise invalid(name, f"must be one of {', '.join(choices)}")
+        return value
+
+    def object(self, name: str) -> dict[str, Any] | None:
+        """A free-form object, its nesting bounded."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise invalid(name, "must be an object")
+        check_nesting(name, value)
+        return value
+
+
+def invalid(name: str, what: str) -> RequestError:
+    """The 400 for a field: "`name` what"."""
+    return RequestError(f"`{name}` {what}.", param=name)
+
+
+def are_token_ids(value: Any, vocab_size: int) -> bool:
+    """Whether this is a list of token ids of the model (an empty one too)."""
+    # type() and not isinstance(): a bool is no token, and a prompt may have 100,000 of them.
+    return (
+        isinstance(value, list)
+        and all(type(item) is int for item in value)
+        and (not value or (min(value) >= 0 and max(value) < vocab_size))
+    )
+
+
+def check_nesting(name: str, value: Any) -> None:
+    """Raises RequestError for a value that is nested more than MAX_NESTING deep. Breadth first, no recursion."""
+    level: list[Any] = [value]
+    for _ in range(MAX_NESTING):
+        children: list[Any] = []
+        for item in level:
+            inner: Iterable[Any] = item.values() if isinstance(item, dict) else item
+            children.extend(child for child in inner if isinstance(child, dict | list))
+        if not children:
+            return
+        level = children
+    raise invalid(name, f"is nested more than {MAX_NESTING} deep")
+
+
+async def read_body(request: web.Request) -> Body:
+    """Read, inflate and parse the JSON object that the client sends. Raises RequestError (400, 408, 413, 415)."""
+    if request.content_type != "application/json":
+        raise ApiError(415, "The content type must be application/json.")
+    encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
+        raise ApiError(415, "The content encoding must be gzip, deflate or identity.")
+    limit = request.client_max_size
+    if (request.content_length or 0) > limit:
+        raise _too_large(limit)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            data = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise _too_large(limit) from None
+    except TimeoutError:
+        raise ApiError(408, f"The body did not arrive within {BODY_TIMEOUT_S:g} seconds.") from None
+    except (web.RequestPayloadError, HttpProcessingError):
+        raise RequestError("The body could not be read: its transfer encoding is broken.") from None
+    if encoding != "identity":
+        data = inflate(data, _DEFLATE if encoding == "deflate" else _GZIP, limit)
+    return Body.parse(data)
+
+
+def inflate(data: bytes, windows: tuple[int, ...], limit: int) -> bytes:
+    """Decompress at most `limit` bytes; a bomb costs no more than that in memory or time.
+
+    aiohttp could inflate for us, but would go on inflating what it discards after a 413.
+    """
+    for window in windows:
+        decompressor = zlib.decompressobj(window)
+        try:
+            inflated = decompressor.decompress(data, limit + 1)
+        except zlib.error:
+            continue
+        if len(inflated) > limit:
+            raise _too_large(limit)
+        if decompressor.eof and not decompressor.unused_data:
+            return inflated
+    raise RequestError("The body does not match its content encoding.")
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"The body is larger than {limit} bytes.")

@@ -1,0 +1,98 @@
+"""Fields that clients know and this server cannot honour yet, with the values that ask for nothing.
+
+A refused field set to anything else is a 400 that names it: nothing is silently ignored. To honour a field, take its
+line out and read it in sampling.py, chat.py or completions.py.
+"""
+
+from __future__ import annotations
+
+from engine.request import RequestError
+from server.protocol.body import Body
+
+# null is neutral everywhere.
+_COMMON: dict[str, tuple[object, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "length_penalty": (1,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "logprob_token_ids": ([],),
+    "prompt_logprobs": (),
+    "echo": (False,),
+    "use_beam_search": (False,),
+    "stop_regex": ("", []),
+    "no_stop_trim": (False,),
+    "truncate_prompt_tokens": (),
+    "stream_interval": (1,),
+    "priority": (0,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "json_schema": (),
+    "regex": (),
+    "ebnf": (),
+    "structural_tag": (),
+    "thinking_token_budget": (),
+    "max_thinking_tokens": (),
+    "repetition_detection": (),
+    "watermark": (),
+    "watermarking": (False,),
+    "custom_logit_processor": (),
+    "custom_params": (),
+    "logits_processors": ([],),
+    "vllm_xargs": ({},),
+    "kv_transfer_params": (),
+    "ec_transfer_params": (),
+    "lora_path": (),
+    "return_tokens_as_token_ids": (False,),
+    "return_token_offsets": (False,),
+    "return_prompt_text": (False,),
+    "return_hidden_states": (False,),
+    "return_routed_experts": (False,),
+}
+
+CHAT_REFUSALS = _COMMON | {
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "documents": ([],),
+    "chat_template": (),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "include_reasoning": (True,),
+    "separate_reasoning": (True,),
+    "stream_reasoning": (True,),
+    "input_ids": (),
+    "media_io_kwargs": ({},),
+    "mm_processor_kwargs": ({},),
+}
+
+COMPLETION_REFUSALS = _COMMON | {
+    "logprobs": (),
+    "suffix": ("",),
+    "prompt_embeds": (),
+}
+
+
+def refuse(body: Body, refusals: dict[str, tuple[object, ...]]) -> None:
+    """Raise RequestError for the first field that asks for something that is not there yet."""
+    for name, neutral in refusals.items():
+        value = body.raw(name)
+        # False == 0 in Python, but a flag is no number.
+        if value is not None and not any(
+            value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral
+        ):
+            raise not_supported(name)
+
+
+def not_supported(name: str) -> RequestError:
+    return RequestError(f"`{name}` is not supported by this server yet.", param=name)

@@ -1,0 +1,126 @@
+"""Bytes of server-sent events: the chunks of one response, and the open stream that they are written to.
+
+A token costs one JSON string and two concatenations; everything else of a chunk is encoded once per response.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+
+import orjson
+from aiohttp import web
+
+from engine.request import RequestError
+from server.protocol.errors import error_body
+from server.protocol.generation import Plan
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+_HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    # nginx would otherwise collect the stream before it passes it on.
+    "X-Accel-Buffering": "no",
+}
+
+Json = dict[str, object]
+
+
+class Chunks:
+    """The events of one streamed response."""
+
+    def __init__(self, plan: Plan) -> None:
+        head = {
+            "id": plan.id,
+            "object": "chat.completion.chunk" if plan.chat else "text_completion",
+            "created": plan.created,
+            "model": plan.model,
+        }
+        self._head = b"data: " + orjson.dumps(head)[:-1]
+        field = b',"delta":{"content":' if plan.chat else b',"text":'
+        self._starts = [
+            self._head + b',"choices":[{"index":' + str(index).encode() + field for index in range(len(plan.requests))
+        ]
+        self._end = (b"}" if plan.chat else b"") + b',"logprobs":null,"finish_reason":null}]'
+        self._close = (b',"usage":null' if plan.include_usage else b"") + b"}\n\n"
+        self._end_and_close = self._end + self._close
+
+    def text(self, index: int, text: str, usage: Json | None) -> bytes:
+        """More text of one choice, and nothing else."""
+        if usage is None:
+            return self._starts[index] + orjson.dumps(text) + self._end_and_close
+        return self._starts[index] + orjson.dumps(text) + self._end + self._tail(usage)
+
+    def choice(self, choice: Json, usage: Json | None, **extra: object) -> bytes:
+        """Any other chunk of one choice. extra: fields beside `choices`."""
+        fields: Json = {"choices": [choice], **extra}
+        return self._head + b"," + orjson.dumps(fields)[1:-1] + self._tail(usage)
+
+    def usage(self, usage: Json) -> bytes:
+        """The chunk without choices that closes a stream which asked for usage."""
+        return self._head + b',"choices":[]' + self._tail(usage)
+
+    def _tail(self, usage: Json | None) -> bytes:
+        return self._close if usage is None else b',"usage":' + orjson.dumps(usage) + b"}\n\n"
+
+
+def error_event(error: RequestError) -> bytes:
+    """An error after the headers have gone out, and the end of the stream."""
+    return b"data: " + orjson.dumps(error_body(error)) + b"\n\n" + DONE
+
+
+class EventStream:
+    """An open stream: `async with await EventStream.open(request, interval) as stream`.
+
+    After `keep_alive_interval_s` without an event a comment line is sent, so that no proxy takes a long prefill for
+    a dead connection. 0 sends none.
+    """
+
+    def __init__(self, response: web.StreamResponse, keep_alive_interval_s: float) -> None:
+        self.response = response
+        self._interval = keep_alive_interval_s
+        self._loop = asyncio.get_running_loop()
+        self._written_at = self._loop.time()
+        self._writing = False
+        self._keep_alive: asyncio.Task[None] | None = None
+
+    @classmethod
+    async def open(cls, request: web.Request, keep_alive_interval_s: float) -> EventStream:
+        """Send the headers of a 200."""
+        response = web.StreamResponse(headers=_HEADERS)
+        await response.prepare(request)
+        return cls(response, keep_alive_interval_s)
+
+    async def write(self, data: bytes) -> None:
+        """Send whole events; waits while the client reads too slowly. Raises ConnectionError when it has gone."""
+        self._written_at = self._loop.time()
+        self._writing = True
+        await self.response.write(data)
+        self._writing = False
+
+    async def __aenter__(self) -> EventStream:
+        if self._interval > 0:
+            self._keep_alive = self._loop.create_task(self._send_keep_alives())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._keep_alive is not None:
+            self._keep_alive.cancel()
+
+    async def _send_keep_alives(self) -> None:
+        while True:
+            idle = self._loop.time() - self._written_at
+            if idle < self._interval:
+                await asyncio.sleep(self._interval - idle)
+            elif self._writing:
+                # The client is behind as it is.
+                await asyncio.sleep(self._interval)
+            else:
+                try:
+                    await self.write(KEEP_ALIVE)
+                except ConnectionError:
+                    # The handler is about to be cancelled, or to see the same.
+                    return

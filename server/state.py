@@ -1,0 +1,83 @@
+"""What every handler gets to see: the engine, the model's public face, the options, and what is in flight.
+
+Made by `build_app`, one per application, found under `STATE`. Loop thread only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from types import TracebackType
+
+from aiohttp import web
+
+from engine.config import ServerOptions
+from engine.engine import Engine
+from engine.models.config import GenerationDefaults, ModelConfig
+from engine.request import RequestError
+from engine.text.chat_template import ChatTemplate
+from engine.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The one model of this server.
+
+    names: what clients may call it; the first is its own. created: Unix seconds.
+    server_info: resolved options and the like, for /server_info.
+    """
+
+    names: tuple[str, ...]
+    created: int
+    chat_template: ChatTemplate | None
+    generation_defaults: GenerationDefaults
+    model_config: ModelConfig
+    max_model_len: int
+    server_info: dict[str, object] = field(default_factory=dict)
+
+
+class InFlight:
+    """Counts HTTP requests being answered: `with in_flight:` around each, `idle` set while there are none."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.idle = asyncio.Event()
+        self.idle.set()
+
+    def __enter__(self) -> None:
+        self.count += 1
+        self.idle.clear()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.count -= 1
+        if not self.count:
+            self.idle.set()
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """submitted: ids of the engine requests whose handlers are still there, so that a drain can end them."""
+
+    engine: Engine
+    model: ServedModel
+    options: ServerOptions
+    in_flight: InFlight = field(default_factory=InFlight)
+    submitted: set[str] = field(default_factory=set)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Raises RequestError (400) on a model that came without one."""
+        if self.engine.tokenizer is None:
+            raise RequestError("This model has no tokenizer; send token ids to /v1/completions.")
+        return self.engine.tokenizer
+
+
+STATE = web.AppKey("state", State)
+# The id that the server gave the HTTP request.
+REQUEST_ID = web.RequestKey("request_id", str)
+# What goes out as X-Request-Id: the client's own word where it sent one.
+ECHOED_ID = web.RequestKey("echoed_id", str)
+# A client's id that may be put into a header; any other is replaced by ours.
+ID_PATTERN = r"[!-~]{1,128}"

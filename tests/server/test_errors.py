@@ -1,0 +1,428 @@
+"""Malformed requests: each is a 4xx in OpenAI's shape within a second, and the next good request is served."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import zlib
+from typing import Any
+
+import pytest
+
+from engine.forward import ForwardError
+from tests.server.support import Live, live, served_model, tokenizer, until
+
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+HI = [{"role": "user", "content": "hi"}]
+VOCAB = tokenizer().vocab_size
+DEEP: Any = "[" * 100 + "]" * 100
+
+# Fields that both families check, one bad value each; the error names the field.
+COMMON: list[tuple[str, Any]] = [
+    ("temperature", -0.1),
+    ("temperature", 2.1),
+    ("temperature", "1"),
+    ("temperature", True),
+    ("temperature", [1]),
+    ("top_p", 0),
+    ("top_p", 1.01),
+    ("top_p", "0.5"),
+    ("top_k", -2),
+    ("top_k", 1.5),
+    ("top_k", "1"),
+    ("min_p", -0.1),
+    ("min_p", 1.1),
+    ("n", 0),
+    ("n", 129),
+    ("n", -1),
+    ("n", 1.5),
+    ("n", "2"),
+    ("n", True),
+    ("max_tokens", 0),
+    ("max_tokens", -1),
+    ("max_tokens", "5"),
+    ("max_tokens", 1.5),
+    ("max_tokens", 10**6),
+    ("max_tokens", 10**30),
+    ("min_tokens", -1),
+    ("min_tokens", 9),  # max_tokens is 4
+    ("min_tokens", "1"),
+    ("seed", "1"),
+    ("seed", 1.5),
+    ("seed", 2**64),
+    ("seed", -(2**63) - 1),
+    ("stop", ""),
+    ("stop", ["a", ""]),
+    ("stop", ["a"] * 17),
+    ("stop", 5),
+    ("stop", [5]),
+    ("stop", {"a": 1}),
+    ("stop", "a" * 2000),
+    ("stop_token_ids", 5),
+    ("stop_token_ids", ["5"]),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", [VOCAB]),
+    ("stop_token_ids", [True]),
+    ("stop_token_ids", list(range(3, 40))),
+    ("ignore_eos", "yes"),
+    ("ignore_eos", 1),
+    ("skip_special_tokens", "no"),
+    ("spaces_between_special_tokens", 0),
+    ("include_stop_str_in_output", "x"),
+    ("return_token_ids", 1),
+    ("add_special_tokens", 1),
+    ("stream", "true"),
+    ("stream", 1),
+    ("stream_options", {"include_usage": True}),  # not streamed
+    ("stream_options", {}),
+    ("stream_options", [1]),
+    ("model", 5),
+    ("model", ["demo"]),
+    ("cache_salt", ""),
+    ("cache_salt", 5),
+    ("cache_salt", "s" * 200),
+    ("request_id", 5),
+    ("best_of", 0),
+    ("best_of", 21),
+    ("best_of", 3),  # refused
+    ("presence_penalty", 1),
+    ("presence_penalty", False),
+    ("frequency_penalty", -3),
+    ("repetition_penalty", 1.1),
+    ("repetition_penalty", "x"),
+    ("logit_bias", {"5": 10}),
+    ("logit_bias", [1]),
+    ("bad_words", ["x"]),
+    ("allowed_token_ids", [1]),
+    ("prompt_logprobs", 1),
+    ("echo", True),
+    ("use_beam_search", True),
+    ("stop_regex", "a+"),
+    ("truncate_prompt_tokens", 5),
+    ("priority", 1),
+    ("response_format", {"type": "json_object"}),
+    ("response_format", "json"),
+    ("structured_outputs", {"regex": "a"}),
+    ("guided_json", {}),
+    ("guided_regex", "a"),
+    ("guided_choice", ["a"]),
+    ("guided_grammar", "x"),
+    ("regex", "a"),
+    ("lora_path", "x"),
+]
+COMPLETION_ONLY: list[tuple[str, Any]] = [
+    ("prompt", None),
+    ("prompt", 5),
+    ("prompt", []),
+    ("prompt", ""),
+    ("prompt", {"a": 1}),
+    ("prompt", [1, "a"]),
+    ("prompt", ["a", 1]),
+    ("prompt", [1.5]),
+    ("prompt", [True]),
+    ("prompt", [-1]),
+    ("prompt", [VOCAB]),
+    ("prompt", [[1], []]),
+    ("prompt", [[1], ["a"]]),
+    ("prompt", [["a"]]),
+    ("prompt", [None]),
+    ("prompt", [5] * 512),
+    ("prompt", "word " * 3000),
+    ("prompt", ["a"] * 1025),
+    ("prompt", [[5]] * 1025),
+    ("logprobs", 0),
+    ("logprobs", 6),
+    ("suffix", "x"),
+    ("prompt_embeds", "AAAA"),
+]
+CHAT_ONLY: list[tuple[str, Any]] = [
+    ("messages", None),
+    ("messages", []),
+    ("messages", "hi"),
+    ("messages", {"role": "user"}),
+    ("messages[0]", ["hi"]),
+    ("messages[0].role", [{"content": "hi"}]),
+    ("messages[0].role", [{"role": "robot", "content": "hi"}]),
+    ("messages[0].role", [{"role": 5, "content": "hi"}]),
+    ("messages[0].role", [{"role": ["user"], "content": "hi"}]),
+    ("messages[0].content", [{"role": "user"}]),
+    ("messages[0].content", [{"role": "user", "content": None}]),
+    ("messages[0].content", [{"role": "assistant", "content": None}]),
+    ("messages[0].content", [{"role": "user", "content": 5}]),
+    ("messages[0].content", [{"role": "user", "content": {"type": "text", "text": "hi"}}]),
+    ("messages[0].content[0]", [{"role": "user", "content": ["hi"]}]),
+    ("messages[0].content[0]", [{"role": "user", "content": [{"text": "hi"}]}]),
+    ("messages[0].content[0]", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+    ("messages[0].content[0]", [{"role": "user", "content": [{"type": "input_audio"}]}]),
+    ("messages[0].content[0].text", [{"role": "user", "content": [{"type": "text"}]}]),
+    ("messages[0].content[0].text", [{"role": "user", "content": [{"type": "text", "text": 5}]}]),
+    ("messages[1].role", [*HI, {"role": "x", "content": ""}]),
+    ("messages[0].name", [{"role": "user", "content": "hi", "name": 5}]),
+    ("messages[0].tool_call_id", [{"role": "tool", "content": "hi", "tool_call_id": 5}]),
+    ("messages[0].tool_calls", [{"role": "user", "content": "hi", "tool_calls": []}]),
+    ("messages[0].tool_calls", [{"role": "assistant", "content": "hi", "tool_calls": {}}]),
+    ("messages[0].tool_calls[0]", [{"role": "assistant", "content": "hi", "tool_calls": ["x"]}]),
+    ("messages[0].tool_calls[0]", [{"role": "assistant", "content": "hi", "tool_calls": [{"function": {}}]}]),
+    (
+        "messages[0].tool_calls[0].function.arguments",
+        [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": 5}}]}],
+    ),
+    ("messages", [{"role": "user", "content": "hi", "extra": json.loads(DEEP)}]),
+    ("tools", []),
+    ("tools", {"a": 1}),
+    ("tools[0]", ["x"]),
+    ("tools[0]", [{"type": "function"}]),
+    ("tools[0]", [{"type": "search", "function": {"name": "f"}}]),
+    ("tools[0].function.name", [{"type": "function", "function": {}}]),
+    ("tools[0].function.parameters", [{"type": "function", "function": {"name": "f", "parameters": 5}}]),
+    ("tools", [{"type": "function", "function": {"name": "f", "parameters": {"x": json.loads(DEEP)}}}]),
+    ("tool_choice", "auto"),  # without tools
+    ("tool_choice", "required"),
+    ("tool_choice", 5),
+    ("parallel_tool_calls", "x"),
+    ("functions", [{"name": "f"}]),
+    ("function_call", {"name": "f"}),
+    ("logprobs", True),
+    ("logprobs", 1),
+    ("top_logprobs", 5),
+    ("documents", [{"text": "x"}]),
+    ("chat_template", "{{ messages }}"),
+    ("chat_template_kwargs", "x"),
+    ("chat_template_kwargs", {"messages": []}),
+    ("chat_template_kwargs", {"x": json.loads(DEEP)}),
+    ("add_generation_prompt", "x"),
+    ("continue_final_message", 1),
+    ("reasoning_effort", "huge"),
+    ("reasoning_effort", 5),
+    ("max_completion_tokens", 0),
+    ("max_completion_tokens", "5"),
+    ("modalities", ["audio"]),
+    ("include_reasoning", False),
+]
+
+CASES: list[tuple[str, str, Any]] = [
+    *((COMPLETIONS, name, value) for name, value in COMMON + COMPLETION_ONLY),
+    *((CHAT, name, value) for name, value in COMMON + CHAT_ONLY),
+]
+
+
+def check_shape(status: int, body: Any, expected: int = 400) -> dict[str, Any]:
+    assert status == expected, body
+    assert set(body) == {"error"}
+    error = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert isinstance(error["message"], str) and error["message"]
+    assert error["type"] in ("invalid_request_error", "authentication_error", "rate_limit_error", "server_error")
+    for leak in ("Traceback", "/work", "site-packages", "0x", ".py"):
+        assert leak not in error["message"]
+    return error
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(CASES) >= 120
+
+
+async def test_every_malformed_field_is_a_400_that_names_it(server: Live) -> None:
+    for path, name, value in CASES:
+        base: dict[str, Any] = {"prompt": "x"} if path == COMPLETIONS else {"messages": HI}
+        field = name.split("[")[0]
+        body = {"max_tokens": 4, **base, field: value}
+        async with asyncio.timeout(1.0):
+            status, answer = await server.post(path, body)
+        where = f"{path} {field}={str(value)[:60]}: {str(answer)[:200]}"
+        assert status == 400, where
+        error = check_shape(status, answer)
+        if error["code"] == "context_length_exceeded":
+            assert "maximum context length is 512 tokens" in error["message"], where
+        else:
+            assert error["param"] == name, where
+        status, answer = await server.post(path, {"max_tokens": 1, **base})
+        assert status == 200, where
+    await server.all_free()
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"5",
+        b"{'prompt': 'x'}",
+        b'{"prompt": "x", "temperature": NaN}',
+        b'{"prompt": "x", "temperature": Infinity}',
+        b'{"prompt": "x", "temperature": -Infinity}',
+        b'{"prompt": "x", "temperature": 1e999}',
+        b'{"prompt": "x",}',
+        b'{"prompt": "x"} trailing',
+        b'{"prompt": "\xff\xfe"}',
+        b'{"prompt": "\\ud800"}',
+        b'{"prompt": "a\nb"}',
+        b'\xef\xbb\xbf{"prompt": "x"}',
+        b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"prompt": ' + b'{"a":' * 5000 + b"1" + b"}" * 5000 + b"}",
+        '{"prompt": "x"}'.encode("utf-16"),
+        b"\x00" * 100,
+    ],
+    ids=range(21),
+)
+async def test_bodies_that_are_no_json_object(server: Live, raw: bytes) -> None:
+    for path in (CHAT, COMPLETIONS, "/tokenize", "/detokenize"):
+        async with asyncio.timeout(1.0):
+            status, body = await post_raw(server, path, raw)
+        check_shape(status, body)
+    await server.complete("x", max_tokens=1)
+
+
+async def post_raw(server: Live, path: str, raw: Any, **headers: str) -> tuple[int, Any]:
+    headers = {"Content-Type": "application/json"} | {name.replace("_", "-"): text for name, text in headers.items()}
+    async with server.http.post(server.url + path, data=raw, headers=headers) as response:
+        assert response.headers["Content-Type"].startswith("application/json")
+        return response.status, json.loads(await response.read())
+
+
+async def test_the_last_of_two_fields_counts(server: Live) -> None:
+    status, body = await post_raw(server, COMPLETIONS, b'{"prompt":"x","max_tokens":0,"max_tokens":2}')
+    assert status == 200 and body["usage"]["completion_tokens"] == 2
+
+
+async def test_combinations(server: Live) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    for extra, param in [
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens"),
+        ({"tools": [tool], "tool_choice": "required"}, "tool_choice"),
+        ({"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
+        ({"tools": [tool], "tool_choice": 5}, "tool_choice"),
+        ({"tools": [tool], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        ({"n": 5, "best_of": 4}, "best_of"),
+        ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
+    ]:
+        status, body = await server.post(CHAT, {"messages": HI, **extra})
+        assert check_shape(status, body)["param"] == param
+
+
+async def test_unknown_models_are_404(server: Live) -> None:
+    for path, extra in [(CHAT, {"messages": HI}), (COMPLETIONS, {"prompt": "x"}), ("/tokenize", {"prompt": "x"})]:
+        error = check_shape(*await server.post(path, {"model": "gpt-9", **extra}), expected=404)
+        assert error["code"] == "model_not_found" and error["param"] == "model"
+    async with server.http.get(server.url + "/v1/models/no/such") as response:
+        check_shape(response.status, await response.json(), expected=404)
+
+
+async def test_media_types_and_encodings(server: Live) -> None:
+    good = json.dumps({"prompt": "x", "max_tokens": 1}).encode()
+    for kind in (
+        "text/plain",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/jsonp",
+    ):
+        check_shape(*await post_raw(server, COMPLETIONS, good, Content_Type=kind), expected=415)
+    for encoding in ("br", "zstd", "compress", "gzip, gzip"):
+        check_shape(*await post_raw(server, COMPLETIONS, good, Content_Encoding=encoding), expected=415)
+    status, _ = await post_raw(server, COMPLETIONS, good, Content_Type="application/json; charset=utf-8")
+    assert status == 200
+    raw_deflate = zlib.compressobj(wbits=-15)
+    for encoding, data in [
+        ("gzip", gzip.compress(good)),
+        ("deflate", zlib.compress(good)),
+        ("deflate", raw_deflate.compress(good) + raw_deflate.flush()),
+        ("identity", good),
+    ]:
+        status, body = await post_raw(server, COMPLETIONS, data, Content_Encoding=encoding)
+        assert status == 200, body
+    for encoding, data in [
+        ("gzip", good),
+        ("deflate", b"\xff\xff"),
+        ("gzip", gzip.compress(good)[:-6]),
+        ("gzip", gzip.compress(good) + b"x"),
+        ("gzip", b""),
+    ]:
+        check_shape(*await post_raw(server, COMPLETIONS, data, Content_Encoding=encoding))
+
+
+async def test_bodies_have_a_limit_before_and_after_inflation() -> None:
+    async with live(max_body_bytes=100_000) as server:
+        fits = b'{"prompt":"x","max_tokens":1,"pad":"' + b"p" * 90_000 + b'"}'
+        assert (await post_raw(server, COMPLETIONS, fits))[0] == 200
+        assert (await post_raw(server, COMPLETIONS, gzip.compress(fits), Content_Encoding="gzip"))[0] == 200
+
+        async def chunked() -> Any:
+            for _ in range(30):
+                yield b" " * 10_000
+
+        bomb = gzip.compress(b" " * 50_000_000, 9)
+        assert len(bomb) < 100_000
+        for raw, headers in [
+            (b" " * 200_000, {}),
+            (chunked(), {}),
+            (bomb, {"Content_Encoding": "gzip"}),
+            (zlib.compress(b" " * 50_000_000, 9), {"Content_Encoding": "deflate"}),
+        ]:
+            async with asyncio.timeout(1.0):
+                status, body = await post_raw(server, COMPLETIONS, raw, **headers)
+            assert check_shape(status, body, expected=413)["code"] == "request_too_large"
+            await server.complete("x", max_tokens=1)
+
+
+async def test_prompts_that_do_not_fit(server: Live) -> None:
+    for extra in ({"prompt": [5] * 512}, {"prompt": [5] * 500, "max_tokens": 13}, {"prompt": "x", "max_tokens": 512}):
+        error = check_shape(*await server.post(COMPLETIONS, extra))
+        assert error["code"] == "context_length_exceeded"
+        assert "maximum context length is 512 tokens" in error["message"]
+    streamed = {"messages": [{"role": "user", "content": "w " * 600}], "stream": True}
+    assert check_shape(*await server.post(CHAT, streamed))["code"] == "context_length_exceeded"
+
+
+async def test_a_full_queue_is_a_429_and_takes_nothing() -> None:
+    async with live(max_queued_requests=4, max_num_seqs=1, model=served_model(max_model_len=64)) as server:
+        server.device.gate.clear()
+        first = asyncio.create_task(server.complete("x", max_tokens=2, n=4))
+        await until(lambda: server.num_requests() == 4)
+        async with server.http.post(server.url + COMPLETIONS, json={"prompt": "y", "n": 3}) as response:
+            error = check_shape(response.status, await response.json(), expected=429)
+            assert error["type"] == "rate_limit_error" and error["code"] == "rate_limit_exceeded"
+            assert float(response.headers["Retry-After"]) > 0
+        assert server.num_requests() == 4
+        error = check_shape(*await server.post(COMPLETIONS, {"prompt": "y", "n": 5}))  # could never be taken
+        server.device.gate.set()
+        assert len((await first)["choices"]) == 4
+
+
+async def test_a_failed_step_is_a_500_before_the_first_token_and_an_event_after_it() -> None:
+    failing: set[int] = set()
+
+    def fail_on(step: int) -> None:
+        if step in failing:
+            raise ForwardError("out of luck")
+
+    async with live(fail_on=fail_on) as server:
+        for stream in (False, True):
+            failing.add(server.device.num_steps)
+            error = check_shape(*await server.post(COMPLETIONS, {"prompt": "x", "stream": stream}), expected=500)
+            assert error["type"] == "server_error"
+            await server.all_free()
+        failing.add(server.device.num_steps + 3)
+        for body in ({}, {"n": 3}):
+            events = await server.events(CHAT, {"messages": HI, "max_tokens": 20, **body})
+            assert events[-1] == "[DONE]"
+            check_shape(500, events[-2], expected=500)
+            assert all("error" not in event for event in events[:-2])
+            await server.all_free()
+            failing.add(server.device.num_steps + 3)
+        failing.clear()
+        assert (await server.complete("x", max_tokens=2))["usage"]["completion_tokens"] == 2
+
+
+async def test_a_bug_in_the_server_is_a_500_without_details(server: Live, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(request: object) -> None:
+        raise ZeroDivisionError("secret at 0x1234")
+
+    server.engine.submit = broken  # type: ignore[method-assign,assignment]
+    check_shape(*await server.post(COMPLETIONS, {"prompt": "x"}), expected=500)
+    assert "secret" in caplog.text
