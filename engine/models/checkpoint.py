@@ -1,0 +1,224 @@
+"""The safetensors files of a model directory: which tensors they hold, checked before a byte of them is used.
+
+Used by weights.py at start, on the loading thread. Headers come from strangers: every length, offset, dtype and
+shape is checked against the file. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from engine.config import StartupError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# safetensors' own limit for a header, 100 MB.
+MAX_HEADER_BYTES = 100_000_000
+MAX_SHOWN_PROBLEMS = 3
+MAX_DIMENSIONS = 8
+
+# Bytes of an element, by safetensors' names. Only the float types of FLOATS can become weights.
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2,
+    "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
+}  # fmt: skip
+FLOATS = ("F64", "F32", "F16", "BF16")
+
+# Tensors that old versions of transformers saved although they are computed from config.json.
+_HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where a tensor lies: absolute byte offsets [begin, end) in `file`."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def find_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """All tensors of a directory with model.safetensors or model.safetensors.index.json. Raises StartupError."""
+    index = directory / INDEX
+    if index.exists():
+        return _find_sharded(index)
+    single = directory / SINGLE
+    if single.exists():
+        return read_header(single)
+    other = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
+    hint = f"; {other[0]} is not a format that is read" if other else ""
+    raise StartupError(f"{directory}: holds neither {SINGLE} nor {INDEX}{hint}")
+
+
+def _find_sharded(index: Path) -> dict[str, StoredTensor]:
+    weight_map = _read_json(index, index.read_bytes()).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise StartupError(f"{index}: weight_map must be an object that names the file of every tensor")
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or file != Path(file).name or not file.endswith(".safetensors"):
+            raise StartupError(f"{index}: tensor {name}: {file!r} is not the name of a safetensors file")
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(set(weight_map.values())):
+        path = index.parent / file
+        if not path.exists():
+            raise StartupError(f"{path}: is named by {INDEX} but does not exist; is the download complete?")
+        # A tensor that the index does not know is kept, so that `check` can complain about it.
+        held = read_header(path).items()
+        found |= {name: tensor for name, tensor in held if weight_map.get(name, file) == file}
+    missing = [name for name in weight_map if name not in found]
+    told = [f"{weight_map[name]}: tensor {name} is named by {INDEX} but not in the file" for name in missing]
+    raise_all(index.parent, told)
+    return found
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, checked against its size. Raises StartupError.
+
+    Format: 8 bytes little endian header length, a JSON object name -> {dtype, shape, data_offsets}, the data.
+    """
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > size - 8:
+                problem = f"header of {length} bytes in a file of {size}: truncated or not safetensors"
+                raise StartupError(f"{path}: {problem}")
+            if length > MAX_HEADER_BYTES:
+                raise StartupError(f"{path}: header of {length} bytes is longer than {MAX_HEADER_BYTES}")
+            header = _read_json(path, file.read(length))
+    except OSError as error:
+        raise StartupError(f"{path}: cannot be read: {error.strerror}") from None
+    header.pop("__metadata__", None)
+    data = 8 + length
+    tensors = {}
+    for name, entry in header.items():
+        try:
+            tensors[name] = _read_entry(path, entry, data, size)
+        except ValueError as problem:
+            raise StartupError(f"{path}: tensor {name}: {problem}") from None
+    end, before = data, ""
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].end)):
+        if tensor.begin < end and tensor.end > tensor.begin:
+            raise StartupError(f"{path}: tensor {name}: its data overlaps that of {before}")
+        end, before = max(end, tensor.end), name
+    return tensors
+
+
+def _read_entry(path: Path, entry: Any, data: int, size: int) -> StoredTensor:
+    """One header entry; ValueError says what is wrong with it. data: offset of the data. size: of the file."""
+    if not isinstance(entry, dict):
+        raise ValueError("its header entry is not an object")
+    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"unknown dtype {dtype!r:.40}")
+    if not _are_sizes(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"impossible shape {shape!r:.60}")
+    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(f"impossible data_offsets {offsets!r:.60}")
+    begin, end = offsets
+    if data + end > size:
+        raise ValueError(f"its data ends at byte {data + end} of a file of {size}: truncated")
+    expected = math.prod(shape) * ITEM_BYTES[dtype]
+    if end - begin != expected:
+        raise ValueError(f"{dtype} {shape} takes {expected} bytes but data_offsets span {end - begin}")
+    return StoredTensor(path, dtype, tuple(shape), data + begin, data + end)
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 2**63 for item in value)
+
+
+def _read_json(path: Path, text: bytes) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) != len(pairs):
+            raise ValueError("a name stands twice")
+        return values
+
+    try:
+        values = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise StartupError(f"{path}: header is not valid JSON: {error}") from None
+    if not isinstance(values, dict):
+        raise StartupError(f"{path}: header is not a JSON object")
+    return values
+
+
+def check(
+    directory: Path,
+    tensors: Mapping[str, StoredTensor],
+    expected: Mapping[str, tuple[int, ...]],
+    ignored: Collection[str] = (),
+) -> None:
+    """Compare what a model needs (name -> shape) with what is there; one StartupError names the first problems."""
+    problems = []
+    for name, shape in expected.items():
+        tensor = tensors.get(name)
+        if tensor is None:
+            problems.append(f"tensor {name} {list(shape)} is missing")
+        elif tensor.shape != shape:
+            problems.append(
+                f"{tensor.file.name}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+            )
+        elif tensor.dtype not in FLOATS:
+            problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {FLOATS} are read")
+    problems += [
+        f"{tensor.file.name}: tensor {name} is not part of the model"
+        for name, tensor in tensors.items()
+        if name not in expected and name not in ignored and not _HARMLESS.search(name)
+    ]
+    raise_all(directory, problems)
+
+
+def raise_all(directory: Path, problems: list[str]) -> None:
+    """Raise one line with the first few problems and the number of the others; nothing without problems."""
+    if not problems:
+        return
+    more = len(problems) - MAX_SHOWN_PROBLEMS
+    shown = "; ".join(problems[:MAX_SHOWN_PROBLEMS])
+    raise StartupError(f"{directory}: {shown}" + (f"; and {more} more such problems" if more > 0 else ""))
+
+
+class MappedFiles:
+    """Read-only maps of the files, so that bytes go from the page cache to their final place without a copy of
+    the file in memory. `release` gives mapped pages back: they count as resident until then.
+    """
+
+    def __init__(self) -> None:
+        self._maps: dict[Path, mmap.mmap] = {}
+
+    def get(self, path: Path, minimum_size: int) -> mmap.mmap:
+        """The map of a file that must still be `minimum_size` bytes long. Raises StartupError."""
+        mapped = self._maps.get(path)
+        if mapped is None:
+            try:
+                with path.open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise StartupError(f"{path}: cannot be mapped: {error}") from None
+            self._maps[path] = mapped
+            if hasattr(mmap, "MADV_SEQUENTIAL"):
+                mapped.madvise(mmap.MADV_SEQUENTIAL)
+        if len(mapped) < minimum_size:
+            raise StartupError(f"{path}: has shrunk to {len(mapped)} bytes while it was loaded")
+        return mapped
+
+    def release(self, path: Path, begin: int, end: int) -> None:
+        """Let go of the pages that hold [begin, end). Data that shares a page with them is simply read again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            begin -= begin % mmap.PAGESIZE
+            self._maps[path].madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+    def close(self) -> None:
+        # The maps go when the last tensor that looks into them goes; closing under a view would raise.
+        self._maps.clear()

@@ -1,0 +1,554 @@
+"""What a model is: config.json and generation_config.json as frozen dataclasses.
+
+Read once at start by the composition root, then by models/, the executors and the server. Every bad value ends
+in one StartupError line that names the file and the field. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from engine.config import StartupError
+
+DTYPES = ("bfloat16", "float16", "float32")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+# Sizes above this are typing errors; it also keeps products of two sizes inside 64 bits.
+MAX_SIZE = 2**31 - 1
+MAX_CONTEXT = 100_000_000
+
+_REQUIRED = object()
+
+
+@dataclass(frozen=True, slots=True)
+class RopeConfig:
+    """A rotary embedding.
+
+    kind: one of ROPE_KINDS. rotary_dim: how many leading dimensions of a head are turned (even).
+    interleaved: the checkpoint pairs dimensions (2i, 2i+1) and not (i, i + rotary_dim/2).
+    attention_scaling: factor on cos and sin (yarn, longrope).
+    original_max_position: context of the pretraining, where the kind needs it.
+    The remaining fields belong to single kinds and carry the names of config.json.
+    """
+
+    kind: str
+    theta: float
+    rotary_dim: int
+    interleaved: bool = False
+    attention_scaling: float = 1.0
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsConfig:
+    """A mixture of experts in place of the MLP.
+
+    layers: one flag a layer, False where the layer has a plain MLP.
+    normalize: the weights of a token's chosen experts are made to add up to 1.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    normalize: bool
+    layers: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """Where a checkpoint keeps the tensors of a layer, relative to `model.layers.N.`; None: the layer has none.
+
+    input_norm and mlp_norm stand before attention and MLP, the out norms after them and before the residual
+    addition. A fused projection of the checkpoint is one name, separate ones are several (in the order
+    q, k, v and gate, up). `{}` in the names of experts is the expert's number.
+    """
+
+    input_norm: str | None = "input_layernorm"
+    attention_out_norm: str | None = None
+    mlp_norm: str | None = "post_attention_layernorm"
+    mlp_out_norm: str | None = None
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    q_norm: str = "self_attn.q_norm"
+    k_norm: str = "self_attn.k_norm"
+    output: str = "self_attn.o_proj"
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+    router: str = "mlp.gate"
+    expert_gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
+    expert_down: str = "mlp.experts.{}.down_proj"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A decoder-only model; families differ by these values alone.
+
+    dtype: what config.json names, bfloat16 where it names none. eos_token_ids: of config.json.
+    qk_norm: an RMS norm on q and k, per head or over all heads at once. norm_offset: norms multiply by
+    (offset + weight). windows: one entry a layer; the tokens a query sees, itself included, or None for all.
+    local_rope: the rope of the layers flagged in local_rope_layers, where they differ. attention_scale: on q @ k.
+    attention_softcap, logit_softcap: c in c * tanh(x / c), or None. experts: None for a dense model.
+    """
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    attention_scale: float
+    windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    activation: Literal["silu", "gelu_tanh"] = "silu"
+    norm_offset: float = 0.0
+    embedding_scale: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    local_rope: RopeConfig | None = None
+    local_rope_layers: tuple[bool, ...] = ()
+    experts: ExpertsConfig | None = None
+    names: WeightNames = WeightNames()
+
+    @classmethod
+    def load(cls, directory: Path) -> ModelConfig:
+        """Read `directory/config.json`. Raises StartupError."""
+        from engine.models.registry import read_config
+
+        return read_config(Fields.read(directory / "config.json"))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of context the model is made for: yarn is the one kind whose field does not say it itself."""
+        if self.rope.kind == "yarn":
+            return max(self.max_position_embeddings, int(self.rope.original_max_position * self.rope.factor))
+        return self.max_position_embeddings
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weight matrices; norms and biases, far below 1%, are left out."""
+        hidden, heads = self.hidden_size, self.num_heads + self.num_kv_heads
+        attention = 2 * heads * self.head_dim * hidden
+        mlp = 3 * hidden * self.intermediate_size
+        total = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2) + self.num_layers * attention
+        if self.experts is None:
+            return total + self.num_layers * mlp
+        expert = 3 * hidden * self.experts.intermediate_size
+        sparse = sum(self.experts.layers)
+        return total + (self.num_layers - sparse) * mlp + sparse * self.experts.num_experts * (expert + hidden)
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationDefaults:
+    """The model's own sampling defaults; None where generation_config.json says nothing.
+
+    As vLLM does, only these fields count and `do_sample` is ignored. top_k: 0 is off.
+    """
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+    eos_token_ids: tuple[int, ...] = ()
+
+    @classmethod
+    def load(cls, directory: Path) -> GenerationDefaults:
+        """Read `directory/generation_config.json`; a missing file means no defaults. Raises StartupError."""
+        path = directory / "generation_config.json"
+        if not path.exists():
+            return cls()
+        fields = Fields.read(path)
+        top_k = fields.optional_integer("top_k", minimum=-1)
+        return cls(
+            temperature=fields.optional_number("temperature", minimum=0.0),
+            top_p=fields.optional_number("top_p", above=0.0, maximum=1.0),
+            top_k=None if top_k is None else max(top_k, 0),
+            min_p=fields.optional_number("min_p", minimum=0.0, maximum=1.0),
+            repetition_penalty=fields.optional_number("repetition_penalty", above=0.0),
+            max_new_tokens=fields.optional_integer("max_new_tokens", minimum=1),
+            eos_token_ids=fields.token_ids("eos_token_id"),
+        )
+
+
+class Fields:
+    """Typed reading of one JSON object; a field that is null counts as absent."""
+
+    def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
+        self.path = path
+        self._values = values
+        self._prefix = prefix
+
+    @classmethod
+    def read(cls, path: Path) -> Fields:
+        """Read a JSON file that holds an object. Raises StartupError."""
+        try:
+            values = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise StartupError(f"{path}: no such file; is this a model directory?") from None
+        except OSError as error:
+            raise StartupError(f"{path}: cannot be read: {error.strerror}") from None
+        except (ValueError, RecursionError) as error:
+            raise StartupError(f"{path}: is not valid JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise StartupError(f"{path}: must hold a JSON object, not {_show(values)}")
+        return cls(path, values)
+
+    def fail(self, name: str, problem: str) -> NoReturn:
+        """Raise the one line that a user gets: file, field, problem."""
+        raise StartupError(f"{self.path}: {self._prefix}{name} {problem}")
+
+    def has(self, name: str) -> bool:
+        return self._values.get(name) is not None
+
+    def mentions(self, name: str) -> bool:
+        """Whether the field is there at all, be it null."""
+        return name in self._values
+
+    def raw(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def nested(self, name: str) -> Fields | None:
+        """The object under `name`, or None where there is none."""
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.fail(name, f"must be an object, not {_show(value)}")
+        return Fields(self.path, value, f"{self._prefix}{name}.")
+
+    def _get(self, name: str, default: Any) -> Any:
+        value = self._values.get(name)
+        if value is not None:
+            return value
+        if default is _REQUIRED:
+            self.fail(name, "is missing")
+        return default
+
+    def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
+        value = self._get(name, default)
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            self.fail(name, f"must be an integer from {minimum} to {maximum}, not {_show(value)}")
+        return value
+
+    def optional_integer(self, name: str, *, minimum: int = 1) -> int | None:
+        return self.integer(name, minimum=minimum) if self.has(name) else None
+
+    def number(
+        self,
+        name: str,
+        default: Any = _REQUIRED,
+        *,
+        above: float | None = None,
+        minimum: float | None = None,
+        maximum: float | None = None,
+    ) -> float:
+        value = self._get(name, default)
+        wanted = "a finite number"
+        wanted += f" above {above:g}" if above is not None else ""
+        wanted += f" of at least {minimum:g}" if minimum is not None else ""
+        wanted += f" and at most {maximum:g}" if maximum is not None else ""
+        if (
+            not isinstance(value, int | float)
+            or isinstance(value, bool)
+            or not _is_finite(value)
+            or (above is not None and value <= above)
+            or (minimum is not None and value < minimum)
+            or (maximum is not None and value > maximum)
+        ):
+            self.fail(name, f"must be {wanted}, not {_show(value)}")
+        return float(value)
+
+    def optional_number(
+        self,
+        name: str,
+        *,
+        above: float | None = None,
+        minimum: float | None = None,
+        maximum: float | None = None,
+    ) -> float | None:
+        return self.number(name, above=above, minimum=minimum, maximum=maximum) if self.has(name) else None
+
+    def flag(self, name: str, default: bool) -> bool:
+        value = self._get(name, default)
+        if not isinstance(value, bool):
+            self.fail(name, f"must be true or false, not {_show(value)}")
+        return value
+
+    def choice(self, name: str, choices: Collection[str], default: Any = _REQUIRED) -> str:
+        value = self._get(name, default)
+        if not isinstance(value, str) or value not in choices:
+            self.fail(name, f"must be one of {', '.join(choices)}, not {_show(value)}")
+        return value
+
+    def numbers(self, name: str, length: int) -> tuple[float, ...]:
+        """A list of `length` numbers above zero."""
+        value = self._get(name, _REQUIRED)
+        if not isinstance(value, list) or len(value) != length:
+            count = f"of {len(value)}" if isinstance(value, list) else _show(value)
+            self.fail(name, f"must be a list of {length} numbers, not {count}")
+        for item in value:
+            if not isinstance(item, int | float) or isinstance(item, bool) or not _is_finite(item) or item <= 0:
+                self.fail(name, f"must hold numbers above 0, not {_show(item)}")
+        return tuple(float(item) for item in value)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of integers, empty where it is absent."""
+        value = self._get(name, [])
+        if not isinstance(value, list) or any(type(item) is not int for item in value):
+            self.fail(name, f"must be a list of integers, not {_show(value)}")
+        return tuple(value)
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """A token id, a list of them, or nothing."""
+        value = self._values.get(name)
+        if value is None:
+            return ()
+        items = value if isinstance(value, list) else [value]
+        for item in items:
+            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= MAX_SIZE:
+                self.fail(name, f"must be a token id or a list of token ids, not {_show(item)}")
+        return tuple(items)
+
+    def layer_types(self, num_layers: int) -> tuple[str, ...] | None:
+        """`layer_types`: full_attention or sliding_attention for every layer, or None where it is absent."""
+        value = self._values.get("layer_types")
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != num_layers:
+            count = f"{len(value)} entries" if isinstance(value, list) else _show(value)
+            self.fail("layer_types", f"must be a list of num_hidden_layers = {num_layers} entries, not {count}")
+        for item in value:
+            if item not in ("full_attention", "sliding_attention"):
+                self.fail("layer_types", f"must hold full_attention or sliding_attention, not {_show(item)}")
+        return tuple(value)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that every family reads alike; `common` is to be passed on to ModelConfig."""
+
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    hidden_size: int
+    max_position_embeddings: int
+    common: dict[str, Any]
+
+
+def read_shape(fields: Fields, *, head_dim: int | None = None, tie_word_embeddings: bool = False) -> Shape:
+    """Read and check what all families have in common.
+
+    head_dim, tie_word_embeddings: the family's defaults where config.json is silent; head_dim None means
+    hidden_size / num_attention_heads. Raises StartupError.
+    """
+    if fields.has("quantization_config"):
+        method = fields.raw("quantization_config")
+        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
+        fields.fail("quantization_config", f"({_show(method)}) is not supported; use an unquantized checkpoint")
+    hidden_size = fields.integer("hidden_size")
+    num_heads = fields.integer("num_attention_heads")
+    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    if num_heads % num_kv_heads:
+        fields.fail("num_key_value_heads", f"({num_kv_heads}) must divide num_attention_heads ({num_heads})")
+    if fields.has("head_dim") or head_dim is not None:
+        head_dim = fields.integer("head_dim", head_dim)
+    elif hidden_size % num_heads:
+        fields.fail("num_attention_heads", f"({num_heads}) must divide hidden_size ({hidden_size})")
+    else:
+        head_dim = hidden_size // num_heads
+    vocab_size = fields.integer("vocab_size")
+    max_position_embeddings = fields.integer("max_position_embeddings", maximum=MAX_CONTEXT)
+    num_layers = fields.integer("num_hidden_layers", maximum=100_000)
+    dtype_field = "dtype" if fields.has("dtype") else "torch_dtype"
+    dtype = fields.choice(dtype_field, DTYPES, "bfloat16")
+    eos_token_ids = fields.token_ids("eos_token_id")
+    bos_token_ids = fields.token_ids("bos_token_id")
+    common = {
+        "architecture": architecture_of(fields),
+        "vocab_size": vocab_size,
+        "hidden_size": hidden_size,
+        "num_layers": num_layers,
+        "num_heads": num_heads,
+        "num_kv_heads": num_kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": fields.integer("intermediate_size"),
+        "max_position_embeddings": max_position_embeddings,
+        "rms_norm_eps": fields.number("rms_norm_eps", 1e-6, minimum=0.0, maximum=1.0),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings", tie_word_embeddings),
+        "dtype": dtype,
+        "eos_token_ids": eos_token_ids,
+        "bos_token_id": bos_token_ids[0] if bos_token_ids else None,
+    }
+    return Shape(num_layers, num_heads, num_kv_heads, head_dim, hidden_size, max_position_embeddings, common)
+
+
+def architecture_of(fields: Fields) -> str:
+    """The one entry of `architectures`. Raises StartupError."""
+    value = fields.raw("architectures")
+    if not isinstance(value, list) or not value or not isinstance(value[0], str):
+        fields.fail("architectures", f"must be a list with the name of the model class, not {_show(value)}")
+    return value[0]
+
+
+def read_activation(fields: Fields, name: str, default: str) -> Literal["silu", "gelu_tanh"]:
+    """`hidden_act` of config.json as ModelConfig.activation."""
+    known: dict[str, Literal["silu", "gelu_tanh"]] = {
+        "silu": "silu",
+        "swish": "silu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+    }
+    return known[fields.choice(name, known, default)]
+
+
+def read_experts(fields: Fields, name: str, count: int, chosen: int) -> tuple[int, int]:
+    """The number of experts (the field `name`) and of those that a token uses; the defaults are the family's."""
+    count = fields.integer(name, count, maximum=100_000)
+    chosen = fields.integer("num_experts_per_tok", chosen)
+    if chosen > count:
+        fields.fail("num_experts_per_tok", f"({chosen}) must not exceed {name} ({count})")
+    return count, chosen
+
+
+def read_windows(
+    fields: Fields, shape: Shape, layer_types: tuple[str, ...], *, default: int | None = 4096
+) -> tuple[int | None, ...]:
+    """The window of every layer: `sliding_window` where the layer's type is sliding_attention.
+
+    default: where the file does not mention the field; a null there means no window. A window as long as the
+    context changes nothing and is left out.
+    """
+    if fields.mentions("sliding_window"):
+        default = fields.optional_integer("sliding_window")
+    window = default
+    if window is None or "sliding_attention" not in layer_types:
+        return (None,) * shape.num_layers
+    if window >= shape.max_position_embeddings:
+        return (None,) * shape.num_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
+
+
+def read_rope(
+    fields: Fields,
+    shape: Shape,
+    *,
+    theta: float = 10000.0,
+    theta_field: str = "rope_theta",
+    partial_rotary_factor: float = 1.0,
+    layer_type: str | None = None,
+    scaled: bool = True,
+    renamed: Mapping[str, str] | None = None,
+    interleaved: bool = False,
+) -> RopeConfig:
+    """Read a rotary embedding in either form of config.json.
+
+    The newer form is `rope_parameters`, flat or one object per layer type; the older one is `rope_theta` beside
+    `rope_scaling`. theta, partial_rotary_factor: the family's defaults. theta_field, scaled: where the older
+    form keeps the base, and whether `rope_scaling` applies (gemma's local rope differs in both).
+    renamed: kinds that the family writes under another name. Raises StartupError.
+    """
+    newer = fields.nested("rope_parameters")
+    if newer is not None and layer_type is not None and newer.has(layer_type):
+        newer = newer.nested(layer_type)
+        scaled = True
+    scaling = newer if newer is not None else fields.nested("rope_scaling")
+    if scaling is None or not scaled:
+        scaling = Fields(fields.path, {}, "rope_scaling.")
+    if newer is not None and newer.has("rope_theta"):
+        theta = newer.number("rope_theta", above=0.0)
+    else:
+        theta = fields.number(theta_field, theta, above=0.0)
+    partial_fields = newer if newer is not None and newer.has("partial_rotary_factor") else fields
+    partial = partial_fields.number("partial_rotary_factor", partial_rotary_factor, above=0.0, maximum=1.0)
+    rotary_dim = int(shape.head_dim * partial)
+    if rotary_dim < 2 or rotary_dim % 2:
+        fields.fail("head_dim", f"({shape.head_dim}) leaves {rotary_dim} rotary dimensions; they must be even")
+
+    kind_field = "rope_type" if scaling.has("rope_type") else "type"
+    given = scaling.raw(kind_field)
+    kind = (renamed or {}).get(given, given) if isinstance(given, str) else given
+    if kind is None:
+        kind = "default"
+    if kind not in ROPE_KINDS:
+        scaling.fail(kind_field, f"must be one of {', '.join(ROPE_KINDS)}, not {_show(given)}")
+    values: dict[str, Any] = {}
+    if kind in ("linear", "dynamic", "llama3"):
+        values["factor"] = scaling.number("factor", minimum=1.0)
+    if kind in ("llama3", "yarn", "longrope"):
+        at = fields if fields.has("original_max_position_embeddings") else scaling
+        original = at.integer("original_max_position_embeddings", shape.max_position_embeddings, minimum=2)
+        values["original_max_position"] = original
+    if kind == "dynamic" and rotary_dim < 4:
+        fields.fail("head_dim", f"leaves {rotary_dim} rotary dimensions; dynamic rope needs at least 4")
+    if kind == "llama3":
+        values["low_freq_factor"] = scaling.number("low_freq_factor", above=0.0)
+        values["high_freq_factor"] = scaling.number("high_freq_factor", above=values["low_freq_factor"])
+    if kind == "yarn":
+        factor = scaling.number("factor", shape.max_position_embeddings / original, minimum=1.0)
+        values["factor"] = factor
+        values["beta_fast"] = scaling.number("beta_fast", 32.0, above=0.0)
+        values["beta_slow"] = scaling.number("beta_slow", 1.0, above=0.0)
+        values["truncate"] = scaling.flag("truncate", True)
+        values["attention_scaling"] = _yarn_attention_scaling(scaling, factor)
+    if kind == "longrope":
+        values["short_factor"] = scaling.numbers("short_factor", rotary_dim // 2)
+        values["long_factor"] = scaling.numbers("long_factor", rotary_dim // 2)
+        factor = scaling.number("factor", shape.max_position_embeddings / original, above=0.0)
+        values["factor"] = factor
+        # LongRoPE (arXiv 2402.13753): sqrt(1 + ln(s) / ln(original context)).
+        scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+        values["attention_scaling"] = scaling.number("attention_factor", scale, above=0.0)
+    return RopeConfig(kind=kind, theta=theta, rotary_dim=rotary_dim, interleaved=interleaved, **values)
+
+
+def _yarn_attention_scaling(scaling: Fields, factor: float) -> float:
+    """YaRN (arXiv 2309.00071), section 3.4: 0.1 ln(s) + 1, or the ratio of two of them where mscale is given."""
+
+    def scale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.has("attention_factor"):
+        return scaling.number("attention_factor", above=0.0)
+    mscale = scaling.number("mscale", 0.0, minimum=0.0)
+    mscale_all_dim = scaling.number("mscale_all_dim", 0.0, minimum=0.0)
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
+
+
+def _is_finite(value: float) -> bool:
+    """Whether a number of a JSON file, which may be an integer of any length, is a finite float."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _show(value: Any) -> str:
+    """A value of a JSON file, short enough for one line."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."

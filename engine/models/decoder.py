@@ -1,0 +1,83 @@
+"""The one decoder that all families are: embedding, layers, final norm, output layer.
+
+Built at start by `registry.load_model`; run by the executor's thread, one step after another.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.models.config import ModelConfig
+from engine.models.layers import Layer, Norm
+from engine.models.rope import rope_table
+from engine.models.weights import EMBEDDING, Weights
+from engine.ops.attention.base import AttentionBackend, AttentionSpec
+
+
+class Decoder:
+    """A CausalLM (see registry.py). attention_spec: what its attention backend must be built for."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, max_model_len: int) -> None:
+        self.config = config
+        self.attention_spec = AttentionSpec(
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            scale=config.attention_scale,
+            window=config.windows if any(config.windows) else None,
+            softcap=config.attention_softcap,
+        )
+        vocab, hidden = config.vocab_size, config.hidden_size
+        # The largest tensor first: what it needs beside itself while it is prepacked is then the only thing held.
+        self._lm_head = weights.output_layer(vocab, hidden, tied=config.tie_word_embeddings)
+        self._embedding: Tensor | None = None
+        if not config.tie_word_embeddings:
+            self._embedding = weights.tensor(EMBEDDING, (vocab, hidden))
+        # Rounded to the model's dtype, as the gemmas were trained.
+        scale = torch.tensor(config.embedding_scale, dtype=weights.dtype).item()
+        self._embedding_scale = scale if scale != 1.0 else None
+        self._logit_softcap = config.logit_softcap
+        self._layers = [Layer(config, weights, index) for index in range(config.num_layers)]
+        self._norm = Norm(weights, "model.norm", hidden, config.rms_norm_eps, config.norm_offset)
+
+        native = config.max_position_embeddings
+        table = rope_table(config.rope, native, max_model_len, weights.device)
+        tables = [table] * config.num_layers
+        if config.local_rope is not None:
+            local = rope_table(config.local_rope, native, max_model_len, weights.device)
+            tables = [local if flag else table for flag in config.local_rope_layers]
+        # Each layer with its rope table and the norm that follows it: its residual addition is part of that norm.
+        following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        self._steps = list(zip(self._layers, tables, following, strict=True))
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """int32 or int64 [T], [T] -> [T, hidden_size] after the final norm.
+
+        `attention` has planned the step, and turns q and k by the positions of that plan: `positions` are the
+        same ones, for a family that adds positions anywhere else.
+        """
+        embedding = self._embedding
+        residual = self._lm_head.rows(token_ids) if embedding is None else F.embedding(token_ids, embedding)
+        if self._embedding_scale is not None:
+            residual = residual.mul_(self._embedding_scale)
+        x = self._layers[0].input_norm(residual)
+        for layer, table, following in self._steps:
+            x = layer.attention(x, table, attention)
+            if layer.attention_out_norm is not None:
+                x = layer.attention_out_norm(x)
+            x, residual = layer.mlp_norm.add(x, residual)
+            x = layer.mlp(x)
+            if layer.mlp_out_norm is not None:
+                x = layer.mlp_out_norm(x)
+            x, residual = following.add(x, residual)
+        return x
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden_size] -> float32 [R, vocab_size]."""
+        logits = self._lm_head(hidden).float()
+        if self._logit_softcap is not None:
+            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
+        return logits

@@ -1,0 +1,188 @@
+"""The parts of a decoder: norms, attention, MLP, mixture of experts.
+
+Each part takes its tensors from a `Weights` when it is built and is a plain callable afterwards. Run by the
+executor's thread; a layer issues few operations, for each costs 1 to 25 us of Python on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.models.config import ExpertsConfig, ModelConfig
+from engine.models.rope import split_pairs
+from engine.models.weights import Weights
+from engine.ops.activation import gelu_tanh_and_mul, silu_and_mul
+from engine.ops.attention.base import AttentionBackend
+from engine.ops.linear import Linear
+from engine.ops.norm import add_rms_norm, rms_norm
+
+
+class Norm:
+    """RMS norm over the last dimension: x / sqrt(mean(x^2) + eps) * (offset + weight).
+
+    With an offset the weight is kept in float32: 1 + weight would lose the weight's low bits in 16.
+    """
+
+    def __init__(self, weights: Weights, name: str, width: int, eps: float, offset: float = 0.0) -> None:
+        self._eps = eps
+        self._weight = weights.tensor(f"{name}.weight", (width,))
+        if offset:
+            self._weight = self._weight.float() + offset
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, width] -> [N, width]."""
+        return rms_norm(x, self._weight, self._eps)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x and residual [N, width] -> (norm of their sum, their sum). The sum takes the residual's memory."""
+        return add_rms_norm(x, residual, self._weight, self._eps)
+
+
+class NoNorm(Norm):
+    """Stands where a family has no norm: only the residual addition is left."""
+
+    def __init__(self) -> None:
+        pass
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = residual.add_(x)
+        return residual, residual
+
+
+class Attention:
+    """Fused projection to q, k and v, norms on q and k where the family has them, rope, attention, projection."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layer: int, prefix: str) -> None:
+        names, dim = config.names, config.head_dim
+        heads, kv_heads = config.num_heads, config.num_kv_heads
+        self._layer = layer
+        self._head_dim = dim
+        self._heads = heads + 2 * kv_heads
+        self._split = [heads, kv_heads, kv_heads]
+        rope = config.rope
+        order = split_pairs(heads + kv_heads, dim, rope.rotary_dim) if rope.interleaved else None
+        rows = [heads * dim, kv_heads * dim, kv_heads * dim]
+        self._qkv = weights.linear(
+            [prefix + name for name in names.qkv],
+            rows if len(names.qkv) == 3 else [sum(rows)],
+            config.hidden_size,
+            bias=config.qkv_bias,
+            order=order,
+        )
+        self._output = weights.linear(
+            [prefix + names.output], [config.hidden_size], heads * dim, bias=config.output_bias
+        )
+        self._q_norm: Norm | None = None
+        self._k_norm: Norm | None = None
+        if config.qk_norm != "none":
+            full = config.qk_norm == "full"
+            eps, offset = config.rms_norm_eps, config.norm_offset
+            q_width, k_width = (heads * dim, kv_heads * dim) if full else (dim, dim)
+            self._q_norm = Norm(weights, prefix + names.q_norm, q_width, eps, offset)
+            self._k_norm = Norm(weights, prefix + names.k_norm, k_width, eps, offset)
+            self._norm_widths = (q_width, k_width)
+
+    def __call__(self, x: Tensor, table: Tensor, attention: AttentionBackend) -> Tensor:
+        """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
+        q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
+        if self._q_norm is not None and self._k_norm is not None:
+            q_width, k_width = self._norm_widths
+            q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
+            k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
+        return self._output(attention.forward(self._layer, q, k, v, table))
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+
+
+class Mlp:
+    """down(act(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, gate_up: tuple[str, ...], down: str, inner: int) -> None:
+        self._gate_up: Linear = weights.linear(
+            gate_up,
+            [inner, inner] if len(gate_up) == 2 else [2 * inner],
+            config.hidden_size,
+            bias=config.mlp_bias,
+        )
+        self._down: Linear = weights.linear([down], [config.hidden_size], inner, bias=config.mlp_bias)
+        self._activate = ACTIVATIONS[config.activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        return self._down(self._activate(self._gate_up(x)))
+
+
+class Experts:
+    """A mixture of experts: every token goes through the few experts that the router rates highest.
+
+    Tokens are sorted by expert, so each expert that is needed does one product over all its tokens. Reads the
+    counts on the host, which is free on the CPU and would stop a GPU's stream.
+    """
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig, weights: Weights, prefix: str) -> None:
+        names = config.names
+        self._count = experts.num_experts
+        self._chosen = experts.num_experts_per_token
+        self._normalize = experts.normalize
+        self._router = weights.linear([prefix + names.router], [experts.num_experts], config.hidden_size)
+        self._experts = [
+            Mlp(
+                config,
+                weights,
+                tuple(prefix + name.format(number) for name in names.expert_gate_up),
+                prefix + names.expert_down.format(number),
+                experts.intermediate_size,
+            )
+            for number in range(experts.num_experts)
+        ]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        ratings = torch.softmax(self._router(x), dim=-1, dtype=torch.float32)
+        shares, experts = ratings.topk(self._chosen, dim=-1)
+        if self._normalize:
+            shares = shares / shares.sum(dim=-1, keepdim=True)
+        experts = experts.view(-1)
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts, minlength=self._count).tolist()
+        inputs = x.index_select(0, order // self._chosen)
+        parts, start = [], 0
+        for expert, count in enumerate(counts):
+            if count:
+                parts.append(self._experts[expert](inputs[start : start + count]))
+                start += count
+        outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
+        # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
+        weighted = outputs.view(-1, self._chosen, x.shape[-1]) * shares[:, :, None]
+        return weighted.sum(dim=1).to(x.dtype)
+
+
+class Layer:
+    """One decoder layer: the parts, put together by Decoder.forward."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, index: int) -> None:
+        prefix = f"model.layers.{index}."
+        names = config.names
+        eps, offset, width = config.rms_norm_eps, config.norm_offset, config.hidden_size
+
+        def norm(name: str | None) -> Norm:
+            return Norm(weights, prefix + name, width, eps, offset) if name else NoNorm()
+
+        self.input_norm = norm(names.input_norm)
+        self.attention = Attention(config, weights, index, prefix)
+        self.attention_out_norm = norm(names.attention_out_norm) if names.attention_out_norm else None
+        self.mlp_norm = norm(names.mlp_norm)
+        self.mlp: Mlp | Experts
+        if config.experts is not None and config.experts.layers[index]:
+            self.mlp = Experts(config, config.experts, weights, prefix)
+        else:
+            gate_up = tuple(prefix + name for name in names.gate_up)
+            self.mlp = Mlp(config, weights, gate_up, prefix + names.down, config.intermediate_size)
+        self.mlp_out_norm = norm(names.mlp_out_norm) if names.mlp_out_norm else None

@@ -1,0 +1,119 @@
+"""Which architectures there are, and how one is loaded.
+
+A new model is one file with `read_config(fields) -> ModelConfig` and one line in FAMILIES. Called once at start
+by the composition root. torch is imported only when weights are loaded.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from engine.config import StartupError
+from engine.models.config import Fields, ModelConfig, architecture_of
+
+if TYPE_CHECKING:
+    import torch
+
+    from engine.ops.attention.base import AttentionBackend, AttentionSpec
+
+# `architectures` of config.json -> the module in this package that reads it.
+FAMILIES = {
+    "Gemma2ForCausalLM": "gemma2",
+    "Gemma3ForCausalLM": "gemma3",
+    "Glm4ForCausalLM": "glm4",
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
+    "Olmo2ForCausalLM": "olmo2",
+    "Phi3ForCausalLM": "phi3",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
+}
+
+Progress = Callable[[int, int], None]
+
+
+class CausalLM(Protocol):
+    """A loaded model. Not thread safe: one thread runs it."""
+
+    config: ModelConfig
+    attention_spec: AttentionSpec
+
+    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
+        """Integers [T] and [T] -> hidden states [T, hidden_size] after the final norm, in the model's dtype."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states [R, hidden_size] -> float32 [R, vocab_size]."""
+        ...
+
+
+def read_config(fields: Fields) -> ModelConfig:
+    """Let the family of the file's architecture read it. Raises StartupError."""
+    architecture = architecture_of(fields)
+    module = FAMILIES.get(architecture)
+    if module is None:
+        supported = ", ".join(sorted(FAMILIES))
+        fields.fail("architectures", f"{architecture} is not supported; supported are: {supported}")
+    config = importlib.import_module(f"engine.models.{module}").read_config(fields)
+    assert isinstance(config, ModelConfig)
+    return config
+
+
+def load_model(
+    model_config: ModelConfig,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+    max_model_len: int | None = None,
+) -> CausalLM:
+    """Build a model and fill it with weights.
+
+    load_format: auto reads the safetensors of `directory`; dummy makes random weights from `seed` and reads
+    nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
+    be used, which sizes the rope tables; None is `model_config.context_length`.
+    Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
+    """
+    try:
+        return _load(model_config, directory, dtype, device, load_format, seed, progress, max_model_len)
+    except (RuntimeError, MemoryError) as error:
+        # torch has no class of its own for a failed allocation on the host.
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text:
+            raise StartupError(f"{directory}: no memory for the model: {text[:200]}") from error
+        raise
+
+
+def _load(
+    model_config: ModelConfig,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str,
+    seed: int,
+    progress: Progress | None,
+    max_model_len: int | None,
+) -> CausalLM:
+    from engine.models.decoder import Decoder
+    from engine.models.weights import CheckpointWeights, DummyWeights, ShapeRecorder, Weights
+
+    context = max_model_len or model_config.context_length
+    recorder = ShapeRecorder(dtype)
+    Decoder(model_config, recorder, context)
+    weights: Weights
+    if load_format == "dummy":
+        weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
+    elif load_format in ("auto", "safetensors"):
+        weights = CheckpointWeights(dtype, device, directory, recorder.shapes, progress)
+    else:
+        raise StartupError(f"load format {load_format!r} is not one of auto, safetensors, dummy")
+    with weights:
+        return Decoder(model_config, weights, context)

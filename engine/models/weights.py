@@ -1,0 +1,213 @@
+"""Where a model's tensors come from: a checkpoint, a random generator, or nowhere (only shapes are recorded).
+
+A model asks for its tensors by name and shape while it builds itself; the three sources answer alike, so names
+and shapes are written down once. Used at start, on the loading thread.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from engine.models.checkpoint import MappedFiles, StoredTensor, check, find_tensors
+from engine.ops.linear import Linear
+
+EMBEDDING = "model.embed_tokens.weight"
+OUTPUT = "lm_head"
+
+# Bytes copied before the mapped pages are given back and progress is told.
+CHUNK_BYTES = 16 * 1024 * 1024
+# Random values that dummy weights repeat; a prime, so that rows of any length differ.
+DUMMY_BLOCK = 1_048_573
+
+TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+Shapes = Mapping[str, tuple[int, ...]]
+Progress = Callable[[int, int], None]
+
+
+class Weights:
+    """The interface to a source, and what the sources share. dtype and device are those of the result."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype = dtype
+        self.device = device
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of files. Tensors handed out stay valid."""
+
+    def fill(self, destination: Tensor, name: str) -> None:
+        """Write the tensor called `name` into `destination` (contiguous, its shape), converting the dtype."""
+        raise NotImplementedError
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor as the checkpoint has it."""
+        result = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.fill(result, name)
+        return result
+
+    def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
+        """Several tensors [rows[i], *columns] below one another, as one [sum(rows), *columns]."""
+        result = torch.empty((sum(rows), *columns), dtype=self.dtype, device=self.device)
+        for name, part in zip(names, result.split_with_sizes(list(rows)), strict=True):
+            self.fill(part, name)
+        return result
+
+    def linear(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        columns: int,
+        *,
+        bias: bool = False,
+        order: Tensor | None = None,
+    ) -> Linear:
+        """A ready linear layer from one or several projections of the checkpoint (`NAME.weight`, `NAME.bias`).
+
+        order: the first len(order) rows of the result are rows `order` of the checkpoint.
+        """
+        weight = self.stacked([f"{name}.weight" for name in names], rows, columns)
+        bias_vector = self.stacked([f"{name}.bias" for name in names], rows) if bias else None
+        if order is not None:
+            for part in (weight, bias_vector):
+                if part is not None:
+                    part[: len(order)] = part[order.to(part.device)]
+        linear = Linear(weight, bias_vector)
+        del weight  # `prepare` may replace it, and then it must go at once
+        self.prepare(linear)
+        return linear
+
+    def output_layer(self, vocab: int, hidden: int, *, tied: bool) -> Linear:
+        """The layer that makes logits; a tied one is the embedding too, and hands out its rows."""
+        if not tied:
+            return self.linear([OUTPUT], [vocab], hidden)
+        linear = Linear(self.tensor(EMBEDDING, (vocab, hidden)))
+        self.prepare(linear, keep_rows=True)
+        return linear
+
+    def prepare(self, linear: Linear, *, keep_rows: bool = False) -> None:
+        """Bring a layer into the form that is fastest to multiply with."""
+        linear.prepare(keep_rows=keep_rows)
+
+
+class ShapeRecorder(Weights):
+    """Notes what a model asks for and hands out tensors without memory."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__(dtype, torch.device("meta"))
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def fill(self, destination: Tensor, name: str) -> None:
+        self.shapes[name] = tuple(destination.shape)
+
+    def prepare(self, linear: Linear, *, keep_rows: bool = False) -> None:
+        pass
+
+
+class CheckpointWeights(Weights):
+    """Tensors of a directory of safetensors. `shapes` is all that the model will ask for; checked at once.
+
+    Every tensor goes from the mapped file to its place in chunks, and the mapped pages are given back after
+    each: memory never holds more than the model so far, the layer at hand and one chunk.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        directory: Path,
+        shapes: Shapes,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(dtype, device)
+        self._tensors: dict[str, StoredTensor] = find_tensors(directory)
+        # A tied model's checkpoint may hold the embedding a second time, as the output layer.
+        ignored = () if f"{OUTPUT}.weight" in shapes else (f"{OUTPUT}.weight",)
+        check(directory, self._tensors, shapes, ignored)
+        self._files = MappedFiles()
+        self._progress = progress
+        self._done = 0
+        self._total = sum(self._tensors[name].end - self._tensors[name].begin for name in shapes)
+
+    def close(self) -> None:
+        self._files.close()
+
+    def fill(self, destination: Tensor, name: str) -> None:
+        stored = self._tensors[name]
+        dtype = TORCH_DTYPES[stored.dtype]
+        mapped = self._files.get(stored.file, stored.end)
+        flat = destination.view(-1)
+        step = CHUNK_BYTES // dtype.itemsize
+        for start in range(0, flat.numel(), step):
+            count = min(step, flat.numel() - start)
+            begin = stored.begin + start * dtype.itemsize
+            end = begin + count * dtype.itemsize
+            with warnings.catch_warnings():
+                # torch warns that the buffer is read-only; nothing writes to it.
+                warnings.simplefilter("ignore", UserWarning)
+                source = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
+            flat[start : start + count].copy_(source)
+            del source
+            self._files.release(stored.file, begin, end)
+            self._done += end - begin
+            if self._progress is not None:
+                self._progress(self._done, self._total)
+
+
+class DummyWeights(Weights):
+    """Random weights that keep activations near size 1: matrices normal with deviation 1/sqrt(columns), norms 1.
+
+    A function of seed and names alone. One block of random values is repeated, from a different place for each
+    tensor: copies in place of draws, so that 10^9 parameters take a few seconds.
+    """
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        device: torch.device,
+        seed: int,
+        shapes: Shapes,
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__(dtype, device)
+        generator = torch.Generator().manual_seed(seed)
+        self._block = torch.randn(DUMMY_BLOCK, generator=generator).to(device)
+        self._scaled: dict[float, Tensor] = {}
+        self._seed = seed
+        self._progress = progress
+        self._done = 0
+        self._total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+
+    def fill(self, destination: Tensor, name: str) -> None:
+        flat = destination.view(-1)
+        if "norm" in name:
+            flat.fill_(1.0)
+        else:
+            scale = destination.shape[-1] ** -0.5 if destination.dim() > 1 else 0.02
+            block = self._scaled.get(scale)
+            if block is None:
+                block = self._scaled[scale] = (self._block * scale).to(self.dtype)
+            at = zlib.crc32(f"{self._seed} {name}".encode()) % DUMMY_BLOCK
+            start = 0
+            while start < flat.numel():
+                count = min(DUMMY_BLOCK - at, flat.numel() - start)
+                flat[start : start + count] = block[at : at + count]
+                start, at = start + count, 0
+        self._done += flat.numel() * flat.element_size()
+        if self._progress is not None:
+            self._progress(self._done, self._total)

@@ -1,0 +1,241 @@
+"""config.json and generation_config.json: both forms of rope, defaults, and one line for everything that is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import StartupError
+from engine.models.config import GenerationDefaults, ModelConfig
+from engine.models.registry import FAMILIES
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "num_attention_heads": 4,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 100,
+    "torch_dtype": "float16",
+    "eos_token_id": [2, 3],
+    "bos_token_id": 1,
+}
+
+
+def read(directory: Path, **changes: Any) -> ModelConfig:
+    values = {name: value for name, value in (LLAMA | changes).items() if value is not ...}
+    (directory / "config.json").write_text(json.dumps(values))
+    return ModelConfig.load(directory)
+
+
+def test_reads_what_it_says(tmp_path: Path) -> None:
+    config = read(tmp_path)
+    assert (config.head_dim, config.num_kv_heads, config.dtype) == (16, 2, "float16")
+    assert (config.eos_token_ids, config.bos_token_id) == ((2, 3), 1)
+    assert (config.rope.kind, config.rope.theta, config.rope.rotary_dim) == ("default", 10000.0, 16)
+    assert config.windows == (None, None)
+    assert config.context_length == 128
+    assert read(tmp_path, num_key_value_heads=...).num_kv_heads == 4
+    assert read(tmp_path, torch_dtype=...).dtype == "bfloat16"
+    assert read(tmp_path, torch_dtype=..., dtype="float32").dtype == "float32"
+
+
+def test_both_forms_of_rope_agree(tmp_path: Path) -> None:
+    scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
+    older = read(tmp_path, rope_theta=5e5, rope_scaling={"type": "llama3", **scaling})
+    newer = read(tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling})
+    assert older.rope == newer.rope
+    assert older.rope.kind == "llama3"
+
+
+def test_yarn_context(tmp_path: Path) -> None:
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    config = read(tmp_path, rope_scaling=yarn)
+    assert config.context_length == 512
+    assert config.rope.attention_scaling == pytest.approx(1.1386294)
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"), [(None, None), (16, 16), (128, None), (4096, None)], ids=["null", "16", "context", "long"]
+)
+def test_window(tmp_path: Path, window: int | None, expected: int | None) -> None:
+    config = read(tmp_path, architectures=["MistralForCausalLM"], sliding_window=window)
+    assert config.windows == (expected, expected)
+
+
+BAD: dict[str, tuple[dict[str, Any], str]] = {
+    "missing": ({"hidden_size": ...}, "hidden_size is missing"),
+    "null": ({"vocab_size": None}, "vocab_size is missing"),
+    "mistyped": ({"vocab_size": "many"}, 'vocab_size must be an integer from 1 to 2147483647, not "many"'),
+    "boolean": ({"num_hidden_layers": True}, "num_hidden_layers must be an integer from 1 to 100000, not true"),
+    "negative": ({"hidden_size": -64}, "hidden_size must be an integer from 1 to 2147483647, not -64"),
+    "zero": ({"num_attention_heads": 0}, "num_attention_heads must be an integer from 1 to 2147483647, not 0"),
+    "huge": ({"hidden_size": 10**12}, "hidden_size must be an integer from 1 to 2147483647, not 1000000000000"),
+    "kv-heads": ({"num_key_value_heads": 3}, "num_key_value_heads (3) must divide num_attention_heads (4)"),
+    "heads": ({"num_attention_heads": 6}, "num_attention_heads (6) must divide hidden_size (64)"),
+    "odd-head": ({"head_dim": 15}, "head_dim (15) leaves 15 rotary dimensions; they must be even"),
+    "eps": ({"rms_norm_eps": -1}, "rms_norm_eps must be a finite number of at least 0 and at most 1, not -1"),
+    "infinite": ({"rms_norm_eps": float("inf")}, "rms_norm_eps must be a finite number"),
+    "overflow": ({"rope_theta": 10**400}, "rope_theta must be a finite number above 0, not 1000"),
+    "flag": ({"attention_bias": "yes"}, 'attention_bias must be true or false, not "yes"'),
+    "dtype": ({"torch_dtype": "int8"}, 'torch_dtype must be one of bfloat16, float16, float32, not "int8"'),
+    "activation": ({"hidden_act": "relu"}, 'hidden_act must be one of silu, swish, gelu_pytorch_tanh, not "relu"'),
+    "eos": ({"eos_token_id": "</s>"}, 'eos_token_id must be a token id or a list of token ids, not "</s>"'),
+    "no-architecture": ({"architectures": ...}, "architectures must be a list with the name of the model class"),
+    "architecture": ({"architectures": ["BertModel"]}, "architectures BertModel is not supported; supported are: "),
+    "quantized": (
+        {"quantization_config": {"quant_method": "gptq"}},
+        'quantization_config ("gptq") is not supported; use an unquantized checkpoint',
+    ),
+    "rope-kind": (
+        {"rope_scaling": {"type": "su"}},
+        'rope_scaling.type must be one of default, linear, dynamic, llama3, yarn, longrope, not "su"',
+    ),
+    "rope-kind-newer": ({"rope_parameters": {"rope_type": 3}}, "rope_parameters.rope_type must be one of default"),
+    "rope-form": ({"rope_scaling": "linear"}, 'rope_scaling must be an object, not "linear"'),
+    "rope-factor": ({"rope_scaling": {"type": "linear"}}, "rope_scaling.factor is missing"),
+    "rope-small": (
+        {"rope_scaling": {"type": "linear", "factor": 0.5}},
+        "rope_scaling.factor must be a finite number of at least 1, not 0.5",
+    ),
+    "rope-theta": ({"rope_theta": 0}, "rope_theta must be a finite number above 0, not 0"),
+    "rope-list": (
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0]}},
+        "rope_scaling.long_factor must be a list of 8 numbers, not of 1",
+    ),
+    "llama3-order": (
+        {"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
+        "rope_scaling.high_freq_factor must be a finite number above 4, not 4",
+    ),
+    "layer-types": (
+        {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full_attention"]},
+        "layer_types must be a list of num_hidden_layers = 2 entries, not 1 entries",
+    ),
+    "layer-type": (
+        {"architectures": ["Gemma2ForCausalLM"], "layer_types": ["full_attention", "chunked_attention"]},
+        'layer_types must hold full_attention or sliding_attention, not "chunked_attention"',
+    ),
+    "window": ({"architectures": ["MistralForCausalLM"], "sliding_window": -1}, "sliding_window must be an integer"),
+    "softcap": (
+        {"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": 0},
+        "final_logit_softcapping must be a finite number above 0, not 0",
+    ),
+    "bidirectional": (
+        {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+        "use_bidirectional_attention is not supported",
+    ),
+    "experts": (
+        {"architectures": ["MixtralForCausalLM"], "num_local_experts": 2, "num_experts_per_tok": 3},
+        "num_experts_per_tok (3) must not exceed num_local_experts (2)",
+    ),
+    "plain-layers": (
+        {"architectures": ["Qwen3MoeForCausalLM"], "mlp_only_layers": [1.5]},
+        "mlp_only_layers must be a list of integers, not [1.5]",
+    ),
+    "partial-rotary": (
+        {"architectures": ["Glm4ForCausalLM"], "head_dim": 16, "partial_rotary_factor": 1.5},
+        "partial_rotary_factor must be a finite number above 0 and at most 1, not 1.5",
+    ),
+    "nested-rope": (
+        {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"sliding_attention": {"rope_type": "spiral"}}},
+        "rope_parameters.sliding_attention.rope_type must be one of default",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_field(name: str, tmp_path: Path) -> None:
+    changes, expected = BAD[name]
+    with pytest.raises(StartupError) as caught:
+        read(tmp_path, **changes)
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'config.json'}: {expected}")
+    assert "\n" not in message
+
+
+def test_unknown_architecture_lists_what_is_supported(tmp_path: Path) -> None:
+    with pytest.raises(StartupError) as caught:
+        read(tmp_path, architectures=["BertModel"])
+    assert all(name in str(caught.value) for name in FAMILIES)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (None, "no such file; is this a model directory?"),
+        ("{", "is not valid JSON: "),
+        ("[" * 100_000, "is not valid JSON: "),
+        ("\xff", "is not valid JSON: "),
+        ("[1]", "must hold a JSON object, not [1]"),
+    ],
+    ids=["missing", "cut", "deep", "encoding", "list"],
+)
+def test_bad_file(text: str | None, expected: str, tmp_path: Path) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(StartupError) as caught:
+        ModelConfig.load(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {expected}")
+    assert "\n" not in str(caught.value)
+
+
+def test_generation_defaults(tmp_path: Path) -> None:
+    assert GenerationDefaults.load(tmp_path) == GenerationDefaults()
+    path = tmp_path / "generation_config.json"
+    path.write_text(
+        json.dumps(
+            {
+                "do_sample": False,
+                "temperature": 0.7,
+                "top_p": 0.8,
+                "top_k": 20,
+                "min_p": None,
+                "repetition_penalty": 1.05,
+                "max_new_tokens": 2048,
+                "eos_token_id": [5, 6],
+                "transformers_version": "4.37.0",
+            }
+        )
+    )
+    assert GenerationDefaults.load(tmp_path) == GenerationDefaults(0.7, 0.8, 20, None, 1.05, 2048, (5, 6))
+    path.write_text('{"eos_token_id": 7, "top_k": -1}')
+    assert GenerationDefaults.load(tmp_path) == GenerationDefaults(top_k=0, eos_token_ids=(7,))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("temperature", -1, "must be a finite number of at least 0, not -1"),
+        ("temperature", "hot", 'must be a finite number of at least 0, not "hot"'),
+        ("top_p", 0, "must be a finite number above 0 and at most 1, not 0"),
+        ("min_p", 2, "must be a finite number of at least 0 and at most 1, not 2"),
+        ("top_k", 1.5, "must be an integer from -1 to 2147483647, not 1.5"),
+        ("repetition_penalty", 0, "must be a finite number above 0, not 0"),
+        ("max_new_tokens", 0, "must be an integer from 1 to 2147483647, not 0"),
+        ("eos_token_id", [1, "x"], 'must be a token id or a list of token ids, not "x"'),
+    ],
+)
+def test_bad_generation_defaults(name: str, value: Any, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "generation_config.json").write_text(json.dumps({name: value}))
+    with pytest.raises(StartupError) as caught:
+        GenerationDefaults.load(tmp_path)
+    assert str(caught.value) == f"{tmp_path / 'generation_config.json'}: {name} {expected}"
+
+
+def test_configs_need_no_torch(tmp_path: Path) -> None:
+    """The server reads a config before the executor, and `--help`, load torch."""
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    script = (
+        "import sys; from pathlib import Path; from engine.models.config import ModelConfig;"
+        "import engine.models.hub, engine.models.checkpoint;"
+        f"ModelConfig.load(Path({str(tmp_path)!r}));"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'huggingface_hub', 'safetensors')))"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

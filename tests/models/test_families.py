@@ -1,0 +1,160 @@
+"""Every family against transformers in float32, through the real loading code, with each switch it has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.models.support import Runner, compare, edit_json, load, make_checkpoint, prompts_of, relative_error
+
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+LINEAR_ROPE = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}
+QWEN_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
+GEMMA3_ROPE = {
+    "full_attention": {"rope_type": "linear", "rope_theta": 1000000.0, "factor": 8.0},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+YARN_ROPE = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
+MSCALE = {"mscale": 0.7, "mscale_all_dim": 1.1, "beta_fast": 16.0, "beta_slow": 2.0, "truncate": False}
+EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
+QWEN_EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
+GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24}
+
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "llama-tied": ("Llama", {"tie_word_embeddings": True}),
+    "llama-mha": ("Llama", {"num_key_value_heads": 6}),
+    "llama-mqa": ("Llama", {"num_key_value_heads": 1}),
+    "llama-head-dim": ("Llama", {"head_dim": 20}),
+    "llama-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama3-rope": ("Llama", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
+    "llama-linear-rope": ("Llama", {"rope_parameters": LINEAR_ROPE}),
+    "qwen2": ("Qwen2", {}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True, "rope_parameters": QWEN_ROPE}),
+    "qwen2-window": ("Qwen2", {"use_sliding_window": True, "sliding_window": 11, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "qwen3-tied-bias": ("Qwen3", {"head_dim": 8, "tie_word_embeddings": True, "attention_bias": True}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "mistral-window": ("Mistral", {"sliding_window": 9, "head_dim": 12}),
+    "mixtral": ("Mixtral", EXPERTS),
+    "mixtral-window": ("Mixtral", {**EXPERTS, "sliding_window": 9, "num_experts_per_tok": 5}),
+    "qwen3moe": ("Qwen3Moe", QWEN_EXPERTS),
+    "qwen3moe-normalized": ("Qwen3Moe", {**QWEN_EXPERTS, "norm_topk_prob": True, "mlp_only_layers": [1]}),
+    "qwen3moe-sparse": ("Qwen3Moe", {**QWEN_EXPERTS, "decoder_sparse_step": 2}),
+    "gemma2": ("Gemma2", GEMMA),
+    "gemma2-no-caps": ("Gemma2", {**GEMMA, "attn_logit_softcapping": None, "final_logit_softcapping": None}),
+    "gemma2-small-caps": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": ("Gemma3", {**GEMMA, "num_hidden_layers": 7}),
+    "gemma3-long": ("Gemma3", {**GEMMA, "sliding_window": 512, "rope_parameters": GEMMA3_ROPE}),
+    "phi3": ("Phi3", {}),
+    "phi3-partial": ("Phi3", {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.75}}),
+    "phi3-window": ("Phi3", {"sliding_window": 9, "tie_word_embeddings": True}),
+    "olmo2": ("Olmo2", {}),
+    "olmo2-bias": ("Olmo2", {"attention_bias": True, "num_key_value_heads": 6}),
+    "glm4": ("Glm4", {"head_dim": 16}),
+    "glm4-no-bias": ("Glm4", {"head_dim": 8, "attention_bias": False}),
+    "yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
+    "yarn-mscale": ("Qwen3", {"head_dim": 32, "rope_parameters": {**YARN_ROPE, **MSCALE}}),
+    "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_matches_transformers(name: str, tmp_path: Path) -> None:
+    family, sizes = FAMILIES[name]
+    compare(make_checkpoint(tmp_path, family, **sizes), tmp_path, generate=name == family.lower())
+
+
+def test_older_form_of_rope_fields(tmp_path: Path) -> None:
+    """transformers 4 wrote rope_theta beside rope_scaling, with `type` for `rope_type`, and torch_dtype."""
+    reference = make_checkpoint(tmp_path, "Llama", rope_parameters=LLAMA3_ROPE, head_dim=32)
+    scaling = {name: value for name, value in LLAMA3_ROPE.items() if name not in ("rope_theta", "rope_type")}
+    edit_json(
+        tmp_path / "config.json",
+        rope_parameters=...,
+        rope_theta=500000.0,
+        rope_scaling={**scaling, "type": "llama3"},
+        dtype=...,
+        torch_dtype="float32",
+    )
+    compare(reference, tmp_path)
+
+
+def test_bfloat16_checkpoint_in_float32(tmp_path: Path) -> None:
+    reference = make_checkpoint(tmp_path, "Qwen2", dtype=torch.bfloat16)
+    compare(reference, tmp_path)
+
+
+def test_sharded_bfloat16_checkpoint(tmp_path: Path) -> None:
+    reference = make_checkpoint(tmp_path, "Qwen3", dtype=torch.bfloat16, max_shard_size="20KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 3
+    compare(reference, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Gemma3", "Olmo2", "Glm4"])
+def test_bfloat16_run_stays_near_float32(family: str, tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, family, dtype=torch.bfloat16)
+    prompt = prompts_of([40])[0]
+    wide = Runner(load(tmp_path)).logits(prompt, 16)
+    narrow = Runner(load(tmp_path, torch.bfloat16), dtype=torch.bfloat16).logits(prompt, 16)
+    assert narrow.dtype == torch.float32
+    assert relative_error(narrow, wide) < 0.05
+
+
+def test_older_form_of_gemma3(tmp_path: Path) -> None:
+    """rope_theta and rope_scaling for the layers that see all, rope_local_base_freq for the others."""
+    reference = make_checkpoint(tmp_path, "Gemma3", **GEMMA, num_hidden_layers=7, rope_parameters=GEMMA3_ROPE)
+    edit_json(
+        tmp_path / "config.json",
+        rope_parameters=...,
+        layer_types=...,
+        rope_theta=1000000.0,
+        rope_local_base_freq=10000.0,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+        sliding_window_pattern=6,
+    )
+    compare(reference, tmp_path)
+
+
+@pytest.mark.parametrize("max_model_len", [64, 256])
+def test_longrope(max_model_len: int, tmp_path: Path) -> None:
+    """The short factors up to the original context; the long ones for every text where more may be served."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.1, 1.3, 1.6],
+        "long_factor": [1.0, 2.0, 5.0, 9.0],
+        "original_max_position_embeddings": 64,
+    }
+    reference = make_checkpoint(
+        tmp_path, "Phi3", rope_parameters=rope, original_max_position_embeddings=64, eos_token_id=2
+    )
+    short = max_model_len == 64
+    compare(
+        reference,
+        tmp_path,
+        lengths=(9,) if short else (70, 90),
+        new_tokens=50 if short else 64,
+        max_model_len=max_model_len,
+    )
+
+
+def test_dynamic_rope_beyond_the_native_context(tmp_path: Path) -> None:
+    """Frequencies are those that transformers uses for a text as long as may be served."""
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    reference = make_checkpoint(tmp_path, "Llama", rope_parameters=rope, max_position_embeddings=40)
+    prompt = prompts_of([100])[0]
+    ours = Runner(load(tmp_path, max_model_len=100), max_model_len=100).logits(prompt, 32)
+    with torch.inference_mode():
+        assert relative_error(ours, reference(torch.tensor([prompt])).logits[0]) <= 1e-4
