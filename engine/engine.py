@@ -55,6 +55,7 @@ class _Listener:
         "flushed_at",
         "has_stop_strings",
         "logprobs",
+        "num_accepted",
         "num_published",
         "per_token",
         "sequence",
@@ -70,6 +71,8 @@ class _Listener:
         # A request that nobody watches costs nothing per token, unless a stop string may end it.
         self.per_token = request.stream or self.has_stop_strings
         self.num_published = 0
+        # Generated tokens that the request's constraint has seen.
+        self.num_accepted = 0
         # Of tokens not published yet.
         self.logprobs: list[TokenLogprob] = []
         self.first_token_at: float | None = None
@@ -212,13 +215,18 @@ class Engine:
                     continue
                 if len(in_flight) == self.depth or batch is None:
                     done, handle = in_flight.popleft()
+                    self._provide_masks(done, handle)
                     try:
                         output = await executor.wait(handle)
                     except ForwardError as error:
                         logger.error("a step failed and its requests with it: %s", error)
-                        self._publish_failure(scheduler.fail(done, error))
+                        result = scheduler.fail(done, error)
+                        self._provide_masks_of_next(in_flight)
+                        self._publish_failure(result)
                     else:
                         result = scheduler.commit(done, output)
+                        # The device may be waiting for these: before the streams.
+                        self._provide_masks_of_next(in_flight)
                         if result.logprobs or result.prompt_logprobs:
                             _attach_logprobs(result, output)
                         self._publish(result)
@@ -230,6 +238,43 @@ class Engine:
         except BaseException as error:
             self._fail_all(error)
             raise
+        finally:
+            # A worker that waits for a mask would never end.
+            for batch, _ in in_flight:
+                if batch.forward_input.masks is not None:
+                    batch.forward_input.masks.release()
+
+    def _provide_masks_of_next(self, in_flight: deque[tuple[Batch, StepHandle]]) -> None:
+        if in_flight:
+            self._provide_masks(*in_flight[0])
+
+    def _provide_masks(self, batch: Batch, handle: StepHandle) -> None:
+        """Tell the oldest step in flight what its constrained rows may sample: all before it is committed now."""
+        masks = batch.forward_input.masks
+        if masks is None or masks.is_ready:
+            return
+        for bits, (_, sequence) in zip(masks.bits, batch.constrained, strict=True):
+            constraint = sequence.request.constraint
+            listener = sequence.listener
+            assert constraint is not None
+            try:
+                for token in sequence.token_ids[sequence.num_prompt_tokens + listener.num_accepted :].tolist():
+                    constraint.accept(token)
+                    listener.num_accepted += 1
+                if not (sequence.is_finished or constraint.is_finished):
+                    constraint.mask_into(bits)
+                    continue
+            except Exception:
+                # One grammar that breaks is one request's error.
+                logger.exception("the grammar of request %s failed", sequence.request.request_id)
+                self.scheduler.finish(sequence, FinishReason.ERROR, None)
+                self._end(listener, "The grammar of this request failed.")
+            if not sequence.is_finished:
+                self.scheduler.finish(sequence, FinishReason.STOP, None)
+                self._end(listener)
+            bits.fill(0xFFFFFFFF)  # an overrun row: whatever it samples is dropped
+        masks.release()
+        self.executor.provide_masks(handle)
 
     def _publish(self, result: StepResult) -> None:
         """Hand a step's tokens to the streams."""

@@ -7,6 +7,7 @@ table, sampling parameters), so a step carries only what changed. Imports nothin
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +92,37 @@ class RowExtras:
     prompt_logprobs: int | None
 
 
+class TokenMasks:
+    """Which tokens the constrained rows of one step may sample. The step is launched without them; only the sampling
+    of these rows waits until the host, which must see the step before, has filled them in.
+
+    rows int32 [m]. bits uint32 [m, ceil(vocab_size / 32)]: 1 allows a token, lowest bit first.
+    """
+
+    def __init__(self, rows: list[int], vocab_size: int) -> None:
+        self.rows: Int32Array = np.array(rows, np.int32)
+        self.bits: npt.NDArray[np.uint32] = np.zeros((len(rows), -(-vocab_size // 32)), np.uint32)
+        self._ready = threading.Event()
+
+    @property
+    def is_ready(self) -> bool:
+        return self._ready.is_set()
+
+    def release(self) -> None:
+        """The bits are final (host side)."""
+        self._ready.set()
+
+    def wait(self) -> None:
+        """Block until they are; never on the loop thread."""
+        self._ready.wait()
+
+    def allowed(self, vocab_size: int) -> BoolArray:
+        """bool [m, vocab_size]."""
+        assert self.is_ready, "masks are read before they are filled in"
+        bits = np.unpackbits(self.bits.view(np.uint8), axis=1, bitorder="little")
+        return bits[:, :vocab_size].astype(np.bool_)
+
+
 Allocator = Callable[[int, np.dtype[Any]], npt.NDArray[Any]]
 
 
@@ -151,6 +183,7 @@ class ForwardInput:
 
     step: number of the step, rising by one. num_decode_rows: rows[:num_decode_rows] continue by one token each.
     extras: of the slots in sampling_slot that have any; a slot there without an entry here has none any more.
+    masks: of the rows that a grammar constrains, None where there are none; not filled in yet at submit.
     """
 
     step: int
@@ -161,6 +194,7 @@ class ForwardInput:
     num_table_diffs: int
     num_sampling_diffs: int
     extras: list[RowExtras] = field(default_factory=list)
+    masks: TokenMasks | None = None
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 # Stop ids live in a fixed-width row of the slot tables (host and device), EOS ids included.
 MAX_STOP_TOKEN_IDS = 16
@@ -78,12 +79,30 @@ class SamplingParams:
         )
 
 
+class TokenConstraint(Protocol):
+    """What a grammar allows next. One per sequence; the engine alone calls it, on the loop thread."""
+
+    def mask_into(self, mask: Any) -> None:
+        """Write a bit per token, 1 for allowed, into uint32 [ceil(vocab_size / 32)], lowest bit first."""
+        ...
+
+    def accept(self, token_id: int) -> None:
+        """This token was generated."""
+        ...
+
+    @property
+    def is_finished(self) -> bool:
+        """Nothing may follow."""
+        ...
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One prompt that becomes one sequence. `n` choices are n requests that meet again in the radix tree.
 
     prompt_token_ids: at least one id.
     stream: False means that nobody looks before the end, so no text is made per token.
+    constraint: its state is this request's own.
     namespace: root of the radix tree that this prompt may share pages under (tenant, cache_salt); "" is common.
     """
 
@@ -93,6 +112,7 @@ class Request:
     stream: bool = True
     namespace: str = ""
     priority: int = 0
+    constraint: TokenConstraint | None = None
 
 
 class RequestError(Exception):

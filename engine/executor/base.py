@@ -27,6 +27,10 @@ class Executor(Protocol):
         """Launch a step. Never blocks, never raises for what happens on the device. Loop thread only."""
         ...
 
+    def provide_masks(self, handle: StepHandle) -> None:
+        """The masks of this step's ForwardInput have been filled in. Never blocks. Before `wait` for the step."""
+        ...
+
     async def wait(self, handle: StepHandle) -> ForwardOutput:
         """Wait for a step, in the order of `submit`.
 

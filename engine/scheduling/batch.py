@@ -26,6 +26,8 @@ class Batch:
         self._slots: IndexArray = np.zeros(limits.max_num_seqs, np.intp)
         self._samples: BoolArray = np.zeros(limits.max_num_seqs, np.bool_)
         self.entered: list[tuple[Sequence, int]] = []
+        # Rows that sample under a grammar.
+        self.constrained: list[tuple[int, Sequence]] = []
         self.all_sample = True
         self.in_flight = False
         self._width = limits.max_pages_per_seq
@@ -56,7 +58,10 @@ class Batch:
         forward.num_table_diffs = forward.num_sampling_diffs = 0
         if forward.extras:
             forward.extras.clear()
+        forward.masks = None
         self.entered.clear()
+        if self.constrained:
+            self.constrained = []
         self.all_sample = True
 
     def write_decodes(self, slots: IndexArray, starts: Int32Array) -> None:

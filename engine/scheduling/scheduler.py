@@ -17,7 +17,7 @@ import numpy.typing as npt
 from engine.cache.kv_cache import KVCache, SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
-from engine.forward import BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging
+from engine.forward import BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging, TokenMasks
 from engine.request import (
     MAX_STOP_TOKEN_IDS,
     ContextLengthExceededError,
@@ -208,6 +208,8 @@ class Scheduler:
             return None
         if remaps:
             self._write_remaps(batch, remaps)
+        if self._table.num_constrained:
+            self._ask_for_masks(batch)
         self._table.last_step[batch.slots] = self._next_step
         batch.in_flight = True
         self._next_step += 1
@@ -364,6 +366,13 @@ class Scheduler:
             self._prefilling.remove(sequence)
             self._decoding.append(sequence)
             self._decodes_stale = True
+
+    def _ask_for_masks(self, batch: Batch) -> None:
+        """Name the rows whose sampling must wait for the host's grammar; all others never wait."""
+        rows = np.flatnonzero(self._table.constrained[batch.slots] & batch.samples).tolist()
+        if rows:
+            batch.constrained = [(row, self.sequence_of(int(batch.slots[row]))) for row in rows]
+            batch.forward_input.masks = TokenMasks(rows, self.limits.vocab_size)
 
     def _write_remaps(self, batch: Batch, remaps: list[tuple[Sequence, SequencePages, int, int]]) -> None:
         """Last of all: a sequence may just have given up its slot, and another one have written its whole row."""

@@ -28,6 +28,7 @@ class SlotTable:
     bound: min(capacity, limit - 1): while computed < bound, a decode row needs no attention at all.
     last_step: the newest step that carries the slot; it is in flight while that step is not committed.
     token_at: when the slot's newest token was committed, NaN before the first.
+    constrained: the slot samples under a grammar; num_constrained slots do.
     live: committed tokens of this slot are wanted. stop_ids: [MAX_STOP_TOKEN_IDS, num_slots], padded with -1.
     tokens: [num_slots, max_model_len + 1]; reserved lazily by the operating system, so unused length costs nothing.
     """
@@ -45,6 +46,8 @@ class SlotTable:
         self.bound: Int32Array = np.zeros(slots, np.int32)
         self.last_step: npt.NDArray[np.int64] = np.full(slots, self.NO_STEP, np.int64)
         self.token_at: npt.NDArray[np.float64] = np.full(slots, np.nan)
+        self.constrained: BoolArray = np.zeros(slots, np.bool_)
+        self.num_constrained = 0
         self.live: BoolArray = np.zeros(slots, np.bool_)
         self.stop_ids: Int32Array = np.full((MAX_STOP_TOKEN_IDS, slots), -1, np.int32)
         # Stop ids per row that any row has ever had: rows of stop_ids beyond it hold nothing.
@@ -72,6 +75,8 @@ class SlotTable:
         self.last_step[slot] = self.NO_STEP
         self.live[slot] = True
         self.token_at[slot] = np.nan
+        self.constrained[slot] = constrained = sequence.request.constraint is not None
+        self.num_constrained += constrained
         stop_ids = sequence.stop_ids
         self.stop_ids[: len(stop_ids), slot] = stop_ids
         self.max_stop_ids = max(self.max_stop_ids, len(stop_ids))
@@ -86,7 +91,8 @@ class SlotTable:
         """Take a slot back; nothing of it may be in flight (the caller has checked)."""
         assert self.sequences[slot] is not None, f"slot {slot} is free"
         self.sequences[slot] = None
-        self.live[slot] = False
+        self.num_constrained -= int(self.constrained[slot])
+        self.constrained[slot] = self.live[slot] = False
         self.stop_ids[:, slot] = -1
         self._free.append(slot)
 
