@@ -18,6 +18,9 @@ def rope_table(rope: RopeConfig, native_context: int, max_model_len: int, device
 
     native_context: the model's max_position_embeddings.
     """
+    if device.type == "meta":
+        # Only shapes are asked for; a meta arange would import torch's compiler, which takes seconds.
+        return torch.empty((max_model_len, rope.rotary_dim), dtype=torch.float32, device=device)
     frequencies = inverse_frequencies(rope, native_context, max_model_len).to(device)
     positions = torch.arange(max_model_len, dtype=torch.float32, device=device)
     table = torch.empty((max_model_len, rope.rotary_dim), dtype=torch.float32, device=device)
