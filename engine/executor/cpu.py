@@ -1,0 +1,345 @@
+"""CPUExecutor: runs steps on the host's cores, one after another, on one worker thread beside the event loop.
+
+Owns the KV memory (through its attention backend), the slot tables and the last-token relay; only the worker
+touches them. Also answers what the composition root asks before it can build one: dtype, threads, pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import queue
+import threading
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import CacheOptions, StartupError
+from engine.executor.base import StepHandle
+from engine.executor.tables import PagedMetadata, SlotTables
+from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
+from engine.ops.linear import has_fast_bfloat16
+from engine.ops.sampling.extras import SlotExtras
+from engine.ops.sampling.sampler import sample
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# Share of the available memory that the KV cache takes when nothing was asked for: the rest is for activations,
+# other processes and the page cache that holds the checkpoint.
+DEFAULT_MEMORY_SHARE = 0.4
+
+
+class Model(Protocol):
+    """What is needed of models.registry.CausalLM; and its attention_spec, where no backend is given."""
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+class _FoundDtypeError(Exception):
+    """Ends the forward of _kv_dtype."""
+
+
+class _Probe:
+    """An AttentionBackend that looks at the dtype of the keys and goes no further."""
+
+    def plan(self, metadata: PagedMetadata) -> None:
+        pass
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
+        raise _FoundDtypeError(k.dtype)
+
+
+def _kv_dtype(model: Model) -> torch.dtype:
+    """What the model hands to its attention backend, by asking it: half a layer for one token."""
+    one = torch.zeros(1, dtype=torch.int32)
+    try:
+        with torch.inference_mode():
+            model.forward(one, one, _Probe())
+    except _FoundDtypeError as found:
+        dtype: torch.dtype = found.args[0]
+        return dtype
+    raise AssertionError("the model has no attention")
+
+
+class CPUStepHandle:
+    """A launched step. The worker sets output or error, then wakes whoever waits."""
+
+    __slots__ = ("_done", "_lock", "_waiters", "error", "forward_input", "output", "step")
+
+    def __init__(self, forward_input: ForwardInput) -> None:
+        self.step = forward_input.step
+        self.forward_input = forward_input
+        self.output: ForwardOutput | None = None
+        self.error: ForwardError | None = None
+        self._done = False
+        self._lock = threading.Lock()
+        self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
+
+    def finish(self) -> None:
+        """On the worker."""
+        with self._lock:
+            self._done = True
+            waiters, self._waiters = self._waiters, []
+        for loop, future in waiters:
+            # RuntimeError: that loop is closed, and nobody waits any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_wake, future)
+
+    async def wait(self) -> None:
+        """On an event loop."""
+        with self._lock:
+            if self._done:
+                return
+            loop = asyncio.get_running_loop()
+            future = loop.create_future()
+            self._waiters.append((loop, future))
+        await future
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():  # cancelled meanwhile
+        future.set_result(None)
+
+
+class CPUExecutor:
+    """An `Executor` around a model in host memory.
+
+    attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec, whose
+    cache then has `dtype`, or the model's own.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        limits: Limits,
+        *,
+        attention: AttentionBackend | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if attention is None:
+            spec: AttentionSpec = model.attention_spec  # type: ignore[attr-defined]
+            attention = create_backend(
+                "torch_paged",
+                spec,
+                num_pages=limits.num_pages,
+                page_size=limits.page_size,
+                dtype=dtype or _kv_dtype(model),
+            )
+        self.limits = limits
+        self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
+        self._model: Model | None = model
+        self._attention: AttentionBackend | None = attention
+        self._tables = SlotTables(limits)
+        self._extras = SlotExtras(limits)
+        self._metadata = PagedMetadata(limits)
+        self._last_token = np.zeros(limits.num_slots, np.int32)
+        self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
+        self._token_tensor = torch.from_numpy(self._token_ids)
+        self._queue: queue.SimpleQueue[CPUStepHandle | None] = queue.SimpleQueue()
+        self._closed = False
+        self._worker = threading.Thread(target=self._work, name="cpu-executor", daemon=True)
+        self._worker.start()
+
+    def submit(self, forward_input: ForwardInput) -> CPUStepHandle:
+        """See Executor."""
+        assert not self._closed, "submit after close"
+        handle = CPUStepHandle(forward_input)
+        self._queue.put(handle)
+        return handle
+
+    async def wait(self, handle: StepHandle) -> ForwardOutput:
+        """See Executor."""
+        assert isinstance(handle, CPUStepHandle)
+        await handle.wait()
+        if handle.error is not None:
+            raise handle.error
+        assert handle.output is not None
+        return handle.output
+
+    def provide_masks(self, handle: StepHandle) -> None:
+        """Nothing to do: the worker waits on the masks themselves."""
+
+    def close(self) -> None:
+        """See Executor. Blocks until the launched steps are through."""
+        if not self._closed:
+            self._closed = True
+            self._queue.put(None)
+        self._worker.join()
+        self._model = self._attention = None
+
+    def _work(self) -> None:
+        with torch.inference_mode():
+            while (handle := self._queue.get()) is not None:
+                try:
+                    handle.output = self._run(handle.forward_input)
+                except ForwardError as error:
+                    handle.error = error
+                except Exception as error:
+                    logger.exception("step %d failed", handle.step)
+                    handle.error = ForwardError(f"{type(error).__name__}: {error}")
+                handle.finish()
+                del handle
+
+    def _run(self, step: ForwardInput) -> ForwardOutput:
+        """One step on the worker. The diffs are taken over first: they count even where the step fails."""
+        self._tables.apply(step)
+        extras = self._extras
+        if step.num_sampling_diffs:
+            extras.apply(step)
+        rows, tokens = step.num_rows, step.num_tokens
+        chosen = np.full(rows, -1, np.int32)
+        if tokens == 0:
+            return ForwardOutput(chosen, step.step)
+        model, attention, metadata, staging = self._model, self._attention, self._metadata, step.staging
+        assert model is not None and attention is not None
+        metadata.build(step, self._tables)
+        slots = staging.row_slot[:rows]
+        ids = self._token_ids[:tokens]
+        ids[:] = staging.token_ids[:tokens]
+        decode = ids[: step.num_decode_rows]
+        np.copyto(decode, self._last_token[slots[: step.num_decode_rows]], where=decode == FUTURE_TOKEN)
+        attention.plan(metadata)
+        hidden = model.forward(self._token_tensor[:tokens], torch.from_numpy(metadata.positions), attention)
+        output = ForwardOutput(chosen, step.step)
+        if extras.count and rows > step.num_decode_rows:
+            output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)
+
+        sampling_rows = np.flatnonzero(staging.row_samples[:rows])
+        if len(sampling_rows) == 0:
+            return output
+        if len(sampling_rows) != tokens:
+            hidden = hidden[torch.from_numpy(staging.qo_indptr[sampling_rows + 1].astype(np.int64) - 1)]
+        sampling_slots = slots[sampling_rows]
+        # The new token's index in its sequence is the length of what has been computed.
+        positions = metadata.kv_len[sampling_rows]
+        logits, params = model.logits(hidden), self._tables.sampling[sampling_slots]
+        draw = None
+        if extras.count:
+            logits = logits.contiguous()
+            draw = extras.begin(logits, sampling_slots, positions, params)
+        drawn = sample(logits, params, positions)
+        if draw is not None:
+            output.logprobs = extras.end(draw, drawn, sampling_rows)
+        self._last_token[sampling_slots] = drawn
+        chosen[sampling_rows] = drawn
+        return output
+
+
+# ---- what the composition root asks before it builds one
+
+
+def pick_dtype(name: str = "auto") -> torch.dtype:
+    """auto: bfloat16 where the processor multiplies it (AVX512-BF16, AMX), else float32. Raises StartupError."""
+    if name == "auto":
+        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
+    if name not in _DTYPES:
+        raise StartupError(f"dtype {name!r} is not one of auto, {', '.join(_DTYPES)}")
+    return _DTYPES[name]
+
+
+def available_cores() -> int:
+    """Physical cores that this process may use: affinity, hyperthreads counted once, the cgroup's quota."""
+    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    siblings = set()
+    for cpu in cpus:
+        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            siblings.add(path.read_text().strip())
+        except OSError:
+            siblings.add(str(cpu))
+    count = len(siblings)
+    with contextlib.suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, int(int(quota) / int(period) + 0.5))
+    return max(1, count)
+
+
+def choose_threads(weight_bytes: int, cores: int | None = None) -> int:
+    """Compute threads for a model of that size.
+
+    A step reads all weights, so one thread takes about weight_bytes / 15 GB/s, and every thread should have a share
+    of 16 MB (1 ms): its barriers and the event loop's work, 0.1 to 1 ms a step, weigh as much as the gain otherwise.
+    A thread that must share its core with the loop holds all others up at each barrier (measured: 3 to 5 times
+    slower than one thread), so a core is left to the loop, unless the loop has next to nothing to do: steps of
+    20 ms and more (300 MB) on four cores or fewer, where that core is worth more (1.9 times on two).
+    """
+    cores = cores or available_cores()
+    heavy = weight_bytes >= 300_000_000
+    most = cores if heavy and cores <= 4 else max(1, cores - 1)
+    return max(1, min(most, weight_bytes // 16_000_000))
+
+
+def available_memory() -> int:
+    """Bytes of RAM that can be had without swapping, within the cgroup's limit."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    groups = [Path("/sys/fs/cgroup")]
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/cgroup").read_text().splitlines():
+            if line.startswith("0::/"):
+                own = Path("/sys/fs/cgroup") / line[4:]
+                groups += [own, *own.parents]
+    for group in groups:
+        for limit, usage in (
+            ("memory.max", "memory.current"),
+            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+        ):
+            # "max" is no number, and then no limit.
+            with contextlib.suppress(OSError, ValueError):
+                found.append(max(0, int((group / limit).read_text()) - int((group / usage).read_text())))
+    if not found:
+        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
+    return min(found)
+
+
+class _Sizes(Protocol):
+    """Of models.config.ModelConfig."""
+
+    @property
+    def num_layers(self) -> int: ...
+    @property
+    def num_kv_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+
+
+def plan_memory(
+    model_config: _Sizes, dtype: torch.dtype, cache: CacheOptions, max_num_seqs: int, max_model_len: int
+) -> int:
+    """Pages of the KV cache. To be called after the weights are loaded. Raises StartupError.
+
+    What was asked for is taken as it is: num_pages, kv_cache_bytes, or memory_fraction of the available memory. Else
+    DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len can fill.
+    """
+    per_token = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim * dtype.itemsize
+    per_page = per_token * cache.page_size
+    free = available_memory()
+    if cache.num_pages is not None:
+        num_pages = cache.num_pages
+    elif cache.kv_cache_bytes is not None:
+        num_pages = cache.kv_cache_bytes // per_page - 1  # page 0 is nobody's
+    elif cache.memory_fraction is not None:
+        num_pages = int(free * cache.memory_fraction) // per_page - 1
+    else:
+        useful = max_num_seqs * -(-max_model_len // cache.page_size)
+        num_pages = min(int(free * DEFAULT_MEMORY_SHARE) // per_page - 1, useful)
+    if num_pages < 1:
+        raise StartupError(f"the KV cache would hold no page: one of {cache.page_size} tokens takes {per_page:,} bytes")
+    if (num_pages + 1) * per_page > free:
+        raise StartupError(
+            f"a KV cache of {num_pages:,} pages takes {(num_pages + 1) * per_page / 2**30:.1f} GiB, "
+            f"and {free / 2**30:.1f} GiB of memory are available"
+        )
+    return num_pages

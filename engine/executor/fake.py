@@ -1,0 +1,546 @@
+"""FakeExecutor: a device without torch that detects what a scheduler did wrong. For tests and benches.
+
+It computes a two-layer "attention" over 64-bit hashes: the KV cell of a token depends on all cells before it,
+the next token on all cells of the context, and every read goes through page tables fed by ForwardInput alone.
+So a wrong page, a stale row or a lost diff changes a token or trips an assertion. `expected_tokens` computes
+the same tokens directly. Runs on the thread of its caller.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.executor.base import StepHandle
+from engine.executor.tables import PagedMetadata, SlotTables
+from engine.forward import (
+    FUTURE_TOKEN,
+    ForwardError,
+    ForwardInput,
+    ForwardOutput,
+    Int32Array,
+    Limits,
+    RowExtras,
+    Staging,
+    StepLogprobs,
+)
+from engine.request import SamplingParams
+
+UInt64Array = npt.NDArray[np.uint64]
+
+# What a row returns that read the leavings of a failed step. Such a row must never reach a client, so the
+# value is no token id: an oracle sees it at once.
+TAINTED_TOKEN = 2**31 - 2
+# What `poison_staging` leaves behind; as a slot, a page or a token it is out of range everywhere.
+POISON = -(2**30)
+
+_MASK = 2**64 - 1
+# Finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit flips every output bit half of the time.
+_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_TOKEN, _POSITION, _ROUND = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
+_U_MIX_1, _U_MIX_2 = np.uint64(_MIX_1), np.uint64(_MIX_2)
+_U_TOKEN, _U_POSITION, _U_ROUND = np.uint64(_TOKEN), np.uint64(_POSITION), np.uint64(_ROUND)
+_U_30, _U_27, _U_31, _U_32, _U_11 = (np.uint64(n) for n in (30, 27, 31, 32, 11))
+
+
+def _mix_int(x: int) -> int:
+    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
+    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
+    return x ^ (x >> 31)
+
+
+def _mix(x: UInt64Array) -> UInt64Array:
+    x = (x ^ (x >> _U_30)) * _U_MIX_1
+    x = (x ^ (x >> _U_27)) * _U_MIX_2
+    return x ^ (x >> _U_31)
+
+
+@dataclass(frozen=True, slots=True)
+class FakeModel:
+    """What the fake device "computes": hashes onto vocab_size ids, and eos_token_id at eos_rate."""
+
+    vocab_size: int
+    eos_token_id: int = 0
+    eos_rate: float = 0.0
+
+    @property
+    def eos_threshold(self) -> int:
+        """Of 2**53: below it a draw is EOS."""
+        return int(self.eos_rate * 2**53)
+
+
+def expected_stream(
+    model: FakeModel, prompt: list[int], sampling: SamplingParams, eos_token_ids: tuple[int, ...] = ()
+) -> Iterator[int]:
+    """The endless continuation of `prompt`, from its tokens alone: no pages, no slots, no steps.
+
+    Sampling with a temperature needs `sampling.seed`. Where to stop is up to the caller.
+    """
+    stop_ids = set(sampling.stop_token_ids)
+    if not sampling.ignore_eos:
+        stop_ids |= set(eos_token_ids)
+    key: int | None = None
+    if sampling.temperature > 0.0:
+        assert sampling.seed is not None, "the oracle cannot know a seed that the engine picked"
+        temperature, top_p, min_p = struct.unpack(
+            "<III", struct.pack("<fff", sampling.temperature, sampling.top_p, sampling.min_p)
+        )
+        key = _mix_int(temperature + (top_p << 32)) ^ _mix_int(min_p + (sampling.top_k << 32) + _ROUND)
+        key = key ^ _mix_int(sampling.seed & _MASK)
+    extras = _extras_key(sampling) if _shapes_draws(sampling) else None
+    history = sum(_mix_int(token) for token in prompt) & _MASK
+    min_length = len(prompt) + sampling.min_tokens
+    layer0 = layer1 = 0
+    position, pending = 0, iter(prompt)
+    token = next(pending)
+    while True:
+        layer0 = (layer0 + _mix_int((token * _TOKEN + position * _POSITION + _ROUND) & _MASK)) & _MASK
+        layer1 = (layer1 + _mix_int(layer0)) & _MASK
+        position += 1
+        following = next(pending, None)
+        if following is not None:
+            token = following
+            continue
+        draw = _mix_int(layer1 ^ _ROUND)
+        if extras is not None:
+            draw = _mix_int(draw ^ _mix_int(extras ^ (history if sampling.has_penalties else 0)))
+        if key is not None:
+            draw = _mix_int(draw ^ _mix_int((key + position * _POSITION) & _MASK))
+        token = model.eos_token_id if draw >> 11 < model.eos_threshold else draw % model.vocab_size
+        if position < min_length:
+            token = _unmasked(token, stop_ids, model.vocab_size)
+        history = (history + _mix_int(token)) & _MASK
+        yield token
+
+
+def expected_tokens(
+    model: FakeModel,
+    prompt: list[int],
+    sampling: SamplingParams,
+    n: int,
+    eos_token_ids: tuple[int, ...] = (),
+) -> list[int]:
+    """The first n tokens of `expected_stream`."""
+    stream = expected_stream(model, prompt, sampling, eos_token_ids)
+    return [next(stream) for _ in range(n)]
+
+
+def expected_logprob(token: int, position: int) -> float:
+    """What the fake reports beside `token` as the token at index `position` of its sequence."""
+    return -float((7 * token + position) % 64)
+
+
+def _shapes_draws(params: SamplingParams | RowExtras) -> bool:
+    """Beside log-probabilities, which change no token, something is asked."""
+    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
+    return bool(penalties or params.logit_bias or params.bad_words or params.allowed_token_ids is not None)
+
+
+def _extras_key(params: SamplingParams | RowExtras) -> int:
+    """64 bits of what shapes the draws; the fake obeys none of it, but a lost or a foreign one is seen."""
+    words = repr(
+        (
+            float(params.presence_penalty),
+            float(params.frequency_penalty),
+            float(params.repetition_penalty),
+            params.logit_bias,
+            params.allowed_token_ids,
+            params.bad_words,
+        )
+    )
+    return int.from_bytes(hashlib.blake2b(words.encode(), digest_size=8).digest(), "little")
+
+
+def _unmasked(token: int, stop_ids: set[int], vocab_size: int) -> int:
+    for _ in range(vocab_size):
+        if token not in stop_ids:
+            return token
+        token = (token + 1) % vocab_size
+    return token
+
+
+def poison_staging(staging: Staging) -> None:
+    """Overwrite a set that nobody owns (after commit, before the next schedule), so that leftovers show."""
+    for name in ("row_slot", "row_start", "row_len", "token_ids", "qo_indptr"):
+        getattr(staging, name).fill(POISON)
+    for name in ("table_index", "table_page", "sampling_slot"):
+        getattr(staging, name).fill(POISON)
+    staging.row_samples.fill(True)
+    staging.sampling["temperature"] = 1.0
+    staging.sampling["seed"] = 0xDEAD
+    staging.sampling["min_length"] = 2**30
+
+
+@dataclass(slots=True, eq=False)
+class FakeHandle:
+    """A launched step; output or error is set once it has run."""
+
+    step: int
+    forward_input: ForwardInput
+    fingerprint: tuple[object, ...]
+    done_at: float = 0.0
+    output: ForwardOutput | None = None
+    error: ForwardError | None = None
+
+
+class FakeExecutor:
+    """An `Executor` that reads staging as late as it may: between submit and wait, by default in wait.
+
+    fail_on: called with the step's number as it runs; a ForwardError that it raises is the step's. The step
+    then leaves garbage where it would have written KV and sampled tokens, as a device would.
+    random, eagerness: at each submit, steps run at once with this probability, so that "when" is drawn too.
+    step_seconds: what the device takes for a step; `wait` really waits. 0 resolves at once, without a sleep.
+    compute: False returns `constant_token` for every row that samples and looks at nothing (for benches).
+    """
+
+    def __init__(
+        self,
+        limits: Limits,
+        model: FakeModel | None = None,
+        *,
+        fail_on: Callable[[int], None] | None = None,
+        random: Random | None = None,
+        eagerness: float = 0.0,
+        step_seconds: float = 0.0,
+        compute: bool = True,
+        constant_token: int = 1,
+    ) -> None:
+        assert limits.page_size > 0 and limits.num_pages > 0
+        self.limits = limits
+        self.model = model if model is not None else FakeModel(limits.vocab_size)
+        self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
+        self.tables = SlotTables(limits)
+        self.num_steps = 0
+        self._metadata = PagedMetadata(limits)
+        self._fail_on = fail_on
+        self._random = random
+        self._eagerness = eagerness if random is not None else 0.0
+        self._step_seconds = step_seconds
+        self._compute = compute
+        self._constant_token = constant_token
+        self._closed = False
+        self._last_step: int | None = None
+        self._device_free_at = 0.0
+        self._not_run: deque[FakeHandle] = deque()
+        self._not_waited: deque[FakeHandle] = deque()
+        # Two output buffers in turn: a receiver that keeps an output too long sees it change.
+        self._outputs = [np.zeros(limits.max_num_seqs, np.int32) for _ in range(2)]
+        cells = (limits.num_pages + 1) * limits.page_size
+        # Per KV cell: which position it was written for (-1: never), and two layers of hashes.
+        self._cell_position: Int32Array = np.full(cells, -1, np.int32)
+        self._cell_tainted = np.zeros(cells, np.bool_)
+        self._layer0: UInt64Array = np.zeros(cells, np.uint64)
+        self._layer1: UInt64Array = np.zeros(cells, np.uint64)
+        # The relay: the token sampled last in a slot, and the position that it was sampled for.
+        self._last_token: Int32Array = np.full(limits.num_slots, POISON, np.int32)
+        self._last_position: Int32Array = np.full(limits.num_slots, -1, np.int32)
+        # What slots need beyond their sampling row, and a sum over the tokens that penalties count from.
+        self._extras: dict[int, RowExtras] = {}
+        self._history: dict[int, int] = {}
+
+    # The Executor protocol.
+
+    def submit(self, forward_input: ForwardInput) -> FakeHandle:
+        """Launch a step; see `Executor.submit`."""
+        step = forward_input.step
+        assert not self._closed, "submit after close"
+        assert self._last_step is None or step == self._last_step + 1, f"step {step} after {self._last_step}"
+        assert forward_input.staging is self.staging[step % 2], "the staging sets must alternate"
+        assert len(self._not_waited) < 2, "a third step in flight, with two staging sets"
+        self._last_step = step
+        self.num_steps += 1
+        handle = FakeHandle(step, forward_input, _fingerprint(forward_input) if self._compute else ())
+        if self._step_seconds:
+            self._device_free_at = max(self._device_free_at, time.monotonic()) + self._step_seconds
+            handle.done_at = self._device_free_at
+        self._not_run.append(handle)
+        self._not_waited.append(handle)
+        if self._random is not None:
+            while self._not_run and self._random.random() < self._eagerness:
+                self._run(self._not_run.popleft())
+        return handle
+
+    async def wait(self, handle: StepHandle) -> ForwardOutput:
+        """Wait for a step; see `Executor.wait`."""
+        assert isinstance(handle, FakeHandle)
+        if self._step_seconds:
+            remaining = handle.done_at - time.monotonic()
+            if remaining > 0.0:
+                await asyncio.sleep(remaining)
+        return self.resolve(handle)
+
+    def close(self) -> None:
+        """Finish what is launched. Idempotent."""
+        self._closed = True
+        while self._not_run:
+            self._run(self._not_run.popleft())
+
+    # What the simulator uses besides.
+
+    def resolve(self, handle: FakeHandle) -> ForwardOutput:
+        """`wait` without an event loop: runs what has not run yet, in the order of submission."""
+        assert self._not_waited and self._not_waited[0] is handle, "steps are waited for once, in order"
+        self._not_waited.popleft()
+        while handle.output is None and handle.error is None:
+            self._run(self._not_run.popleft())
+        if handle.error is not None:
+            raise handle.error
+        assert handle.output is not None
+        return handle.output
+
+    def pages_of(self, slot: int, num_tokens: int) -> list[int]:
+        """The device's page-table row of a slot, as far as num_tokens tokens reach."""
+        width = -(-num_tokens // self.limits.page_size)
+        pages: list[int] = self.tables.page_table[slot, :width].tolist()
+        return pages
+
+    # The device.
+
+    def _run(self, handle: FakeHandle) -> None:
+        forward_input = handle.forward_input
+        output = self._outputs[handle.step % 2][: forward_input.num_rows]
+        if not self._compute:
+            output.fill(self._constant_token)
+            output[~forward_input.staging.row_samples[: forward_input.num_rows]] = -1
+            handle.output = ForwardOutput(output, handle.step)
+            return
+        untouched = _fingerprint(forward_input) == handle.fingerprint
+        assert untouched, "staging changed while its step was in flight"
+        self._check(forward_input)
+        try:
+            if self._fail_on is not None:
+                self._fail_on(handle.step)
+            failed = False
+        except ForwardError as error:
+            handle.error = error
+            failed = True
+        self.tables.apply(forward_input)
+        self._take_extras(forward_input)
+        self._forward(forward_input, output, failed)
+        if not failed:
+            logprobs = self._logprobs(forward_input, output) if self._extras else None
+            handle.output = ForwardOutput(output, handle.step, logprobs)
+
+    def _check(self, forward_input: ForwardInput) -> None:
+        """What can be said of a step from itself."""
+        limits, staging, rows = self.limits, forward_input.staging, forward_input.num_rows
+        decode_rows, tokens = forward_input.num_decode_rows, forward_input.num_tokens
+        assert 0 < rows <= limits.max_num_seqs and 0 <= decode_rows <= rows
+        assert 0 < tokens <= limits.max_num_batched_tokens, f"{tokens} tokens are over the budget"
+        slots: list[int] = staging.row_slot[:rows].tolist()
+        assert len(set(slots)) == rows, f"a slot stands twice in {slots}"
+        assert min(slots) >= 1 and max(slots) <= limits.max_num_seqs, f"slots out of range: {slots}"
+        lengths: list[int] = staging.row_len[:rows].tolist()
+        starts: list[int] = staging.row_start[:rows].tolist()
+        assert min(lengths) >= 1 and sum(lengths) == tokens, f"{lengths} for {tokens} tokens"
+        assert all(length == 1 for length in lengths[:decode_rows]), "a decode row is one token"
+        assert min(starts) >= 0
+        kv_lengths = [start + length for start, length in zip(starts, lengths, strict=True)]
+        assert max(kv_lengths) <= limits.max_model_len, f"contexts {kv_lengths} are too long"
+        offsets: list[int] = staging.qo_indptr[: rows + 1].tolist()
+        total = 0
+        for offset, length in zip(offsets, [*lengths, 0], strict=True):
+            assert offset == total, f"qo_indptr {offsets} for lengths {lengths}"
+            total += length
+        token_ids: list[int] = staging.token_ids[:tokens].tolist()
+        assert all(token == FUTURE_TOKEN for token in token_ids[:decode_rows]), "decode rows read the relay"
+        known = token_ids[decode_rows:]
+        assert all(0 <= token < limits.vocab_size for token in known), f"token ids out of range: {known}"
+        assert bool(staging.row_samples[:decode_rows].all()), "a decode row that does not sample"
+        count = forward_input.num_table_diffs
+        if count:
+            index: list[int] = staging.table_index[:count].tolist()
+            # A scatter on a device has no order: an entry that stands twice is a race.
+            assert len(set(index)) == count, "a page-table entry stands twice in one diff"
+            assert min(index) >= limits.max_pages_per_seq and max(index) < self.tables.page_table.size
+            pages = staging.table_page[:count]
+            assert int(pages.min()) >= 0 and int(pages.max()) <= limits.num_pages, "page id out of range"
+        count = forward_input.num_sampling_diffs
+        if count:
+            changed: list[int] = staging.sampling_slot[:count].tolist()
+            assert len(set(changed)) == count, "a sampling row stands twice in one diff"
+            assert min(changed) >= 1 and max(changed) <= limits.max_num_seqs
+
+    def _forward(self, forward_input: ForwardInput, output: Int32Array, failed: bool) -> None:
+        limits, metadata = self.limits, self._metadata
+        page_size, rows = limits.page_size, forward_input.num_rows
+        decode_rows, num_tokens = forward_input.num_decode_rows, forward_input.num_tokens
+        staging = forward_input.staging
+        metadata.build(forward_input, self.tables)
+        slots, starts = staging.row_slot[:rows], staging.row_start[:rows]
+        kv_len, kv_slots = metadata.kv_len, metadata.kv_slots
+
+        # Every cell of every row's context, row after row, through the page table.
+        ends = np.cumsum(kv_len)
+        bases = ends - kv_len
+        row_of_cell = np.repeat(np.arange(rows), kv_len)
+        positions = np.arange(int(ends[-1])) - bases[row_of_cell]
+        pages = self.tables.page_table[slots[row_of_cell], positions // page_size]
+        null = int(slots[row_of_cell[int(pages.argmin())]]) if not pages.all() else 0
+        assert not null, f"slot {null} reads the null page"
+        cells = pages * page_size + positions % page_size
+
+        token_ids = staging.token_ids[:num_tokens].copy()
+        row_tainted = np.zeros(rows, np.bool_)
+        if decode_rows:
+            decoding = slots[:decode_rows]
+            stale = self._last_position[decoding] != starts[:decode_rows]
+            assert not stale.any(), (
+                f"slots {decoding[stale].tolist()} continue at {starts[:decode_rows][stale].tolist()}, but "
+                f"their last tokens are for {self._last_position[decoding][stale].tolist()}"
+            )
+            token_ids[:decode_rows] = self._last_token[decoding]
+            row_tainted[:decode_rows] = token_ids[:decode_rows] == TAINTED_TOKEN
+
+        # Layer 0: as on a device, all rows write before any row reads.
+        written = np.sort(kv_slots)
+        assert not (written[1:] == written[:-1]).any(), "two rows write the same KV cell"
+        self._cell_position[kv_slots] = metadata.positions
+        self._layer0[kv_slots] = _mix(
+            token_ids.astype(np.uint64) * _U_TOKEN + metadata.positions.astype(np.uint64) * _U_POSITION + _U_ROUND
+        )
+        wrong = self._cell_position[cells] != positions
+        if wrong.any():
+            at = int(wrong.argmax())
+            raise AssertionError(
+                f"slot {slots[row_of_cell[at]]} reads position {positions[at]} in page {pages[at]}, "
+                f"whose cell was written for position {self._cell_position[cells[at]]}"
+            )
+        self._spread_taint(forward_input, cells, bases, row_tainted, failed)
+
+        # Layer 1 of this step's tokens: a hash over layer 0 up to each.
+        layer0 = self._layer0[cells]
+        sums = np.cumsum(layer0)
+        sums -= (sums[bases] - layer0[bases])[row_of_cell]
+        self._layer1[kv_slots] = _mix(sums[positions >= starts[row_of_cell]])
+
+        draws = _mix(np.add.reduceat(self._layer1[cells], bases) ^ _U_ROUND)
+        if self._extras:
+            self._shape(draws, slots)
+        tokens = self._sample(draws, self.tables.sampling[slots], kv_len)
+        tokens[row_tainted] = TAINTED_TOKEN
+        samples = staging.row_samples[:rows]
+        sampling_slots = slots[samples]
+        self._last_token[sampling_slots] = tokens[samples]
+        self._last_position[sampling_slots] = kv_len[samples]
+        output[:] = np.where(samples, tokens, -1)
+        for slot, token in zip(sampling_slots.tolist(), tokens[samples].tolist(), strict=True) if self._extras else ():
+            if slot in self._history:
+                self._history[slot] = (self._history[slot] + _mix_int(token)) & _MASK
+
+    def _spread_taint(
+        self,
+        forward_input: ForwardInput,
+        cells: npt.NDArray[Any],
+        bases: npt.NDArray[Any],
+        row_tainted: npt.NDArray[np.bool_],
+        failed: bool,
+    ) -> None:
+        """Mark what depends on a failed step, row by row and cell by cell; in place."""
+        kv_slots, lengths = self._metadata.kv_slots, forward_input.staging.row_len[: forward_input.num_rows]
+        self._cell_tainted[kv_slots] = failed
+        if failed:
+            row_tainted[:] = True
+        elif row_tainted.any() or self._cell_tainted[cells].any():
+            # Rows of one step may read each other's pages, so until nothing changes.
+            count = -1
+            while count != (count := int(row_tainted.sum())):
+                self._cell_tainted[kv_slots] = np.repeat(row_tainted, lengths)
+                row_tainted |= np.logical_or.reduceat(self._cell_tainted[cells], bases)
+
+    def _take_extras(self, forward_input: ForwardInput) -> None:
+        """Of each slot with a new sampling row: its extras, or none any more."""
+        filled: list[int] = forward_input.staging.sampling_slot[: forward_input.num_sampling_diffs].tolist()
+        for slot in filled:
+            self._extras.pop(slot, None)
+            self._history.pop(slot, None)
+        for extras in forward_input.extras:
+            assert extras.slot in filled and extras.slot not in self._extras, "extras come once, with a sampling row"
+            assert 0 < extras.num_prompt_tokens <= len(extras.history)
+            self._extras[extras.slot] = extras
+            self._history[extras.slot] = sum(_mix_int(token) for token in extras.history.tolist()) & _MASK
+
+    def _shape(self, draws: UInt64Array, slots: Int32Array) -> None:
+        """Draws of rows with extras, in place."""
+        for row, slot in enumerate(slots.tolist()):
+            extras = self._extras.get(slot)
+            if extras is not None and _shapes_draws(extras):
+                penalties = extras.presence_penalty or extras.frequency_penalty or extras.repetition_penalty != 1.0
+                key = _extras_key(extras) ^ (self._history[slot] if penalties else 0)
+                draws[row] = _mix_int(int(draws[row]) ^ _mix_int(key))
+
+    def _logprobs(self, forward_input: ForwardInput, output: Int32Array) -> StepLogprobs | None:
+        """Of the rows that sampled and asked. Top ids are the ones after the token. Prompts get none."""
+        staging, kv_len = forward_input.staging, self._metadata.kv_len
+        rows: list[int] = []
+        width = 0
+        for row, slot in enumerate(staging.row_slot[: forward_input.num_rows].tolist()):
+            extras = self._extras.get(slot)
+            if extras is not None and extras.logprobs is not None and staging.row_samples[row]:
+                rows.append(row)
+                width = max(width, extras.logprobs)
+        if not rows:
+            return None
+        tokens = output[rows]
+        top_ids = (tokens[:, None] + np.arange(width)) % self.model.vocab_size
+        pairs = zip(tokens.tolist(), kv_len[rows].tolist(), strict=True)
+        own = np.array([expected_logprob(token, position) for token, position in pairs], np.float32)
+        top = (own[:, None] - np.arange(width)).astype(np.float32)
+        return StepLogprobs(np.array(rows, np.int32), own, np.ones(len(rows), np.int32), top_ids.astype(np.int32), top)
+
+    def _sample(self, draws: UInt64Array, sampling: npt.NDArray[Any], kv_len: Int32Array) -> Int32Array:
+        model = self.model
+        hot = sampling["temperature"] > 0.0
+        if hot.any():
+            temperature, top_p, min_p = (
+                np.ascontiguousarray(sampling[name]).view(np.uint32).astype(np.uint64)
+                for name in ("temperature", "top_p", "min_p")
+            )
+            top_k = sampling["top_k"].astype(np.uint64)
+            key = _mix(temperature + (top_p << _U_32)) ^ _mix(min_p + (top_k << _U_32) + _U_ROUND)
+            key ^= _mix(sampling["seed"])
+            key += kv_len.astype(np.uint64) * _U_POSITION
+            draws = np.where(hot, _mix(draws ^ _mix(key)), draws)
+        tokens = (draws % np.uint64(model.vocab_size)).astype(np.int32)
+        if model.eos_rate:
+            tokens[draws >> _U_11 < np.uint64(model.eos_threshold)] = model.eos_token_id
+        masked = kv_len < sampling["min_length"]
+        for row in np.flatnonzero(masked).tolist():
+            stop_ids = set(sampling["stop_ids"][row, : sampling["num_stop_ids"][row]].tolist())
+            tokens[row] = _unmasked(int(tokens[row]), stop_ids, model.vocab_size)
+        return tokens
+
+
+def _fingerprint(forward_input: ForwardInput) -> tuple[object, ...]:
+    """All that a step may read, by value."""
+    staging, rows = forward_input.staging, forward_input.num_rows
+    diffs, changed = forward_input.num_table_diffs, forward_input.num_sampling_diffs
+    return (
+        forward_input.step,
+        rows,
+        forward_input.num_decode_rows,
+        forward_input.num_tokens,
+        diffs,
+        changed,
+        staging.row_slot[:rows].tobytes(),
+        staging.row_start[:rows].tobytes(),
+        staging.row_len[:rows].tobytes(),
+        staging.row_samples[:rows].tobytes(),
+        staging.qo_indptr[: rows + 1].tobytes(),
+        staging.token_ids[: forward_input.num_tokens].tobytes(),
+        staging.table_index[:diffs].tobytes(),
+        staging.table_page[:diffs].tobytes(),
+        staging.sampling_slot[:changed].tobytes(),
+        staging.sampling[:changed].tobytes(),
+        tuple((extras.slot, extras.history.tobytes()) for extras in forward_input.extras),
+    )

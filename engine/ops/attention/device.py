@@ -1,0 +1,246 @@
+"""Attention over metadata that lives on the device: what the CUDA executor hands to a backend, and plain torch for it.
+
+The host plans once per step; `forward` then issues device work alone: it reads no tensor on the host and, for decode
+rows, has shapes that depend on the batch size only, so that it can be captured in a graph. Backends: flashinfer.py,
+and `DeviceAttention` here, the slow one that runs everything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.ops.attention.base import AttentionSpec
+from engine.ops.rope import apply_rope
+
+
+@dataclass(slots=True)
+class DecodeStep:
+    """A decode step in fixed shapes. positions int32 [B] and kv_slots int64 [B]: where the new tokens go.
+
+    tables int32 [B, W]: page tables of the rows. kv_len int32 [B]: positions + 1. Padding rows read page 0.
+    """
+
+    positions: Tensor
+    kv_slots: Tensor
+    tables: Tensor
+    kv_len: Tensor
+    parity: int
+
+
+@dataclass(slots=True)
+class MixedStep:
+    """A step with prompts. positions int32 [T], kv_slots int64 [T], kv_indices int32 [pages]: on the device.
+
+    qo_indptr, kv_indptr int32 [R + 1], last_page_len int32 [R]: pinned host tensors, unchanged until the step is done.
+    """
+
+    positions: Tensor
+    kv_slots: Tensor
+    kv_indices: Tensor
+    qo_indptr: Tensor
+    kv_indptr: Tensor
+    last_page_len: Tensor
+    parity: int
+
+
+@dataclass(slots=True)
+class DecodePlan:
+    """For backends that plan decode steps on the host: CSR of the rows, padding rows included (one page, page 0).
+
+    kv_indptr int32 [B + 1], last_page_len int32 [B]: pinned host tensors. kv_indices int32: on the device.
+    """
+
+    kv_indptr: Tensor
+    last_page_len: Tensor
+    kv_indices: Tensor
+
+
+class DeviceAttention:
+    """Owns the KV pools on the device and attends by torch operations alone.
+
+    kv_dtype: of the pools; float8_e4m3fn holds values as they are (scale 1). Used by the executor on its one stream.
+    """
+
+    name = "torch"
+    decode_needs_plan = False
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+        device: torch.device,
+    ) -> None:
+        assert spec.num_heads % spec.num_kv_heads == 0
+        self.spec = spec
+        self.page_size = page_size
+        self.dtype = dtype
+        self.kv_dtype = kv_dtype or dtype
+        self.device = device
+        self.windows: tuple[int | None, ...] = spec.window or (None,) * spec.num_layers
+        shape = (num_pages + 1, page_size, spec.num_kv_heads, spec.head_dim)
+        # Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
+        self.k_pools = [torch.zeros(shape, dtype=self.kv_dtype, device=device) for _ in range(spec.num_layers)]
+        self.v_pools = [torch.zeros(shape, dtype=self.kv_dtype, device=device) for _ in range(spec.num_layers)]
+
+    @property
+    def workspace_bytes(self) -> int:
+        return 0
+
+    def describe(self) -> str:
+        """One line for the start-up table."""
+        return "torch (slow)"
+
+    def prepare_decode(self, size: int, width: int) -> None:
+        """Make ready for decode batches of `size` rows, before the first is planned or captured."""
+
+    def plan_decode(self, plan: DecodePlan, size: int, width: int, parity: int) -> None:
+        """Host side of a decode step, before its launch or replay; only where `decode_needs_plan`."""
+
+    def decode(self, step: DecodeStep) -> DecodeAttention:
+        """The attention of one decode step, for `CausalLM.forward`."""
+        return DecodeAttention(self, step)
+
+    def mixed(self, step: MixedStep) -> MixedAttention:
+        """Plan a step with prompts on the host; the result attends on the device."""
+        lengths = (step.qo_indptr[1:] - step.qo_indptr[:-1]).tolist()
+        pages = (step.kv_indptr[1:] - step.kv_indptr[:-1]).tolist()
+        last = step.last_page_len.tolist()
+        rows = [
+            (length, count, (count - 1) * self.page_size + tail)
+            for length, count, tail in zip(lengths, pages, last, strict=True)
+        ]
+        return MixedAttention(self, step, rows)
+
+    # What both do per layer.
+
+    def write(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Tensor, cos_sin: Tensor | None
+    ) -> Tensor:
+        """Turn q and k, put k and v into the pool; returns q, contiguous."""
+        if q.is_cuda:
+            from engine.ops.triton.runtime import available
+
+            if available():
+                from engine.ops.triton.rope import rope_and_write_kv
+
+                pools = self.k_pools[layer], self.v_pools[layer]
+                return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools)
+        if cos_sin is not None:
+            apply_rope(q, k, cos_sin, positions)
+        self._store(self.k_pools[layer], kv_slots, k)
+        self._store(self.v_pools[layer], kv_slots, v)
+        return q.contiguous()
+
+    def _store(self, pool: Tensor, slots: Tensor, values: Tensor) -> None:
+        flat = pool.view(-1, *pool.shape[2:])
+        if pool.dtype.itemsize == 1:
+            # float8 has no indexed writes; its bytes do.
+            flat, values = flat.view(torch.uint8), values.to(pool.dtype).view(torch.uint8)
+        flat.index_copy_(0, slots, values.contiguous())
+
+    def gather(self, pool: Tensor, pages: Tensor) -> Tensor:
+        """[..., P] page ids -> [..., P * page_size, kv_heads, head_dim] in the model's dtype."""
+        if pool.dtype.itemsize == 1:
+            found = pool.view(torch.uint8)[pages].view(pool.dtype).to(self.dtype)
+        else:
+            found = pool[pages]
+        return found.flatten(pages.dim() - 1, pages.dim())
+
+    def decode_rows(self, layer: int, q: Tensor, tables: Tensor, kv_len: Tensor) -> Tensor:
+        """q [B, Hq, D] -> [B, Hq, D] over the first kv_len tokens of each row's pages."""
+        spec = self.spec
+        pages = tables.long()
+        keys, values = self.gather(self.k_pools[layer], pages), self.gather(self.v_pools[layer], pages)
+        rows, columns = keys.shape[0], keys.shape[1]
+        grouped = q.view(rows, spec.num_kv_heads, -1, spec.head_dim)
+        scores = torch.einsum("bhgd,blhd->bhgl", grouped.float(), keys.float()) * spec.scale
+        if spec.softcap is not None:
+            scores = torch.tanh(scores / spec.softcap) * spec.softcap
+        column = torch.arange(columns, device=q.device)
+        seen = column < kv_len[:, None]
+        window = self.windows[layer]
+        if window is not None:
+            seen = seen & (column >= kv_len[:, None] - window)
+        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+        return torch.einsum("bhgl,blhd->bhgd", weights, values.float()).reshape(q.shape).to(q.dtype)
+
+    def prefill_row(self, layer: int, q: Tensor, pages: Tensor, kv_len: int) -> Tensor:
+        """q [N, Hq, D], the last N of kv_len tokens -> [N, Hq, D]."""
+        spec, window = self.spec, self.windows[layer]
+        keys = self.gather(self.k_pools[layer], pages)[:kv_len].transpose(0, 1)
+        values = self.gather(self.v_pools[layer], pages)[:kv_len].transpose(0, 1)
+        queries = q.transpose(0, 1)
+        position = torch.arange(kv_len - q.shape[0], kv_len, device=q.device)[:, None]
+        column = torch.arange(kv_len, device=q.device)
+        mask = column <= position
+        if window is not None:
+            mask = mask & (column > position - window)
+        if spec.softcap is None:
+            result = F.scaled_dot_product_attention(
+                queries[None], keys[None], values[None], attn_mask=mask, scale=spec.scale, enable_gqa=True
+            )[0]
+        else:
+            group = spec.num_heads // spec.num_kv_heads
+            scores = queries.float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2) * spec.scale
+            scores = spec.softcap * torch.tanh(scores / spec.softcap)
+            weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+            result = (weights @ values.float().repeat_interleave(group, 0)).to(q.dtype)
+        return result.transpose(0, 1)
+
+
+class DecodeAttention:
+    """AttentionBackend of one decode step; `attend` is what a faster backend replaces."""
+
+    def __init__(self, backend: Any, step: DecodeStep) -> None:
+        self.backend = backend
+        self.step = step
+
+    def plan(self, metadata: object) -> None:
+        """Planned already."""
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
+        """See AttentionBackend."""
+        step = self.step
+        q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin)
+        return self.attend(layer, q).view(q.shape[0], -1)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """[B, Hq, D] -> [B, Hq, D]."""
+        result: Tensor = self.backend.decode_rows(layer, q, self.step.tables, self.step.kv_len)
+        return result
+
+
+class MixedAttention:
+    """AttentionBackend of one step with prompts. rows: (tokens, pages, kv_len) each."""
+
+    def __init__(self, backend: Any, step: MixedStep, rows: list[tuple[int, int, int]]) -> None:
+        self.backend = backend
+        self.step = step
+        self.rows = rows
+
+    def plan(self, metadata: object) -> None:
+        """Planned already."""
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
+        """See AttentionBackend."""
+        step = self.step
+        q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin)
+        return self.attend(layer, q).reshape(q.shape[0], -1)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """[T, Hq, D] -> [T, Hq, D]."""
+        parts, token, page = [], 0, 0
+        for length, count, kv_len in self.rows:
+            pages = self.step.kv_indices[page : page + count].long()
+            parts.append(self.backend.prefill_row(layer, q[token : token + length], pages, kv_len))
+            token, page = token + length, page + count
+        return torch.cat(parts)

@@ -1,0 +1,1106 @@
+// CPU kernels of the engine behind a plain C ABI, compiled at first use by native.py and called through ctypes.
+//
+// Storage is float32 or bfloat16 (as uint16), arithmetic is float32. One vector width VL is chosen at compile
+// time (16 lanes with AVX512, 8 with AVX, else 4); GCC's vector extensions lower it to whatever the machine has.
+// Every result of a row is a fixed sequence of operations that does not depend on the number of rows, their order,
+// the tiles or the threads: a row alone and a row in a batch are equal bit for bit (tests/ops prove it).
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <new>
+#include <vector>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+#if defined(__AVX__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+
+#ifndef VL
+#if defined(__AVX512F__)
+#define VL 16
+#elif defined(__AVX__)
+#define VL 8
+#else
+#define VL 4
+#endif
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint16_t vh __attribute__((vector_size(VL * 2)));
+typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));
+typedef uint16_t vh_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+typedef uint16_t bf16;
+typedef int64_t i64;
+
+#define INLINE static inline __attribute__((always_inline))
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+namespace {
+
+enum { F32 = 0, BF16 = 1 };
+
+// ---------------------------------------------------------------- storage
+
+INLINE vf splat(float x) { return x - (vf){}; }
+INLINE vf load(const float* p) { return *(const vf_any*)p; }
+INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector((vh) * (const vh_any*)p, vu) << 16); }
+INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
+INLINE void store(bf16* p, vf x) {
+    vu bits = (vu)x;
+    vu rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;  // to nearest, ties to even
+    vu result = x == x ? rounded : ((bits >> 16) | 0x40);     // NaN stays NaN
+    *(vh_any*)p = __builtin_convertvector(result, vh);
+}
+INLINE float load1(const float* p) { return *p; }
+INLINE float load1(const bf16* p) {
+    uint32_t bits = (uint32_t)*p << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE void store1(float* p, float x) { *p = x; }
+INLINE void store1(bf16* p, float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : ((bits >> 16) | 0x40);
+}
+template <class T>
+INLINE vf load_part(const T* p, i64 n) {
+    vf x = {};
+    for (i64 i = 0; i < n; i++) x[i] = load1(p + i);
+    return x;
+}
+template <class T>
+INLINE void store_part(T* p, vf x, i64 n) {
+    for (i64 i = 0; i < n; i++) store1(p + i, x[i]);
+}
+// a * b + c in one rounding where the machine has it. Written out and compiled with -ffp-contract=off: left to itself, GCC fuses
+// one product here and another there (on Zen it leaves chains of one accumulator unfused), and equal sums would differ.
+#if defined(__AVX512F__) && VL == 16
+INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+#elif defined(__FMA__) && VL == 8
+INLINE vf fma(vf a, vf b, vf c) { return (vf)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+#elif defined(__aarch64__) && VL == 4
+INLINE vf fma(vf a, vf b, vf c) { return (vf)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b); }
+#else
+INLINE vf fma(vf a, vf b, vf c) { return a * b + c; }
+#endif
+INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
+
+// A fixed tree, the same wherever a vector is folded.
+INLINE float sum_lanes(vf x) {
+    float s[VL];
+    memcpy(s, &x, sizeof s);
+    for (int half = VL / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) s[i] += s[i + half];
+    return s[0];
+}
+INLINE float max_lanes(vf x) {
+    float m = x[0];
+    for (int i = 1; i < VL; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+// exp by 2^n * p(r), |r| <= ln2 / 2; relative error 2e-7, exact at 0, NaN stays NaN; below -87.3 it stays at 1e-38.
+INLINE vf vexp(vf x) {
+    x = splat(-87.3f) > x ? splat(-87.3f) : x;
+    x = splat(88.0f) < x ? splat(88.0f) : x;
+    const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    vf n = fma(x, splat(1.44269504f), magic) - magic;
+    vf r = fma(n, splat(-0.693145751953125f), x);
+    r = fma(n, splat(-1.42860677e-6f), r);
+    vf p = splat(1.3981999507e-3f);
+    p = fma(p, r, splat(8.3334519073e-3f));
+    p = fma(p, r, splat(4.1665795894e-2f));
+    p = fma(p, r, splat(1.6666665459e-1f));
+    p = fma(p, r, splat(0.5f));
+    p = fma(p, r * r, r) + 1.0f;
+    vi e = __builtin_convertvector(n, vi);
+    return p * (vf)((e + 127) << 23);
+}
+
+// ---------------------------------------------------------------- threads
+
+// Grow-only scratch of the calling thread, 64-byte aligned.
+template <int Tag>
+void* scratch(size_t bytes) {
+    struct Buffer {
+        void* p = nullptr;
+        size_t size = 0;
+        ~Buffer() { free(p); }
+    };
+    static thread_local Buffer b;
+    if (bytes > b.size) {
+        free(b.p);
+        b.size = 0;
+        size_t size = (bytes + bytes / 4 + 4095) / 4096 * 4096;
+        b.p = aligned_alloc(64, size);
+        if (!b.p) throw std::bad_alloc();
+        b.size = size;
+    }
+    return b.p;
+}
+
+// body(index) for index in 0..count, handed out one by one: a thread that lost its core takes fewer.
+template <class Body>
+INLINE void parallel(i64 count, int threads, Body body) {
+#ifdef _OPENMP
+    if (threads > count) threads = (int)count;
+    if (threads > 1) {
+        std::atomic<i64> next{0};
+#pragma omp parallel num_threads(threads)
+        for (i64 i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+        return;
+    }
+#endif
+    for (i64 i = 0; i < count; i++) body(i);
+}
+
+// One thread per `grain` units of work: a fork and a join cost a few microseconds.
+INLINE int limit_threads(int threads, double work, double grain) {
+    double most = work / grain;
+    return most < 1 ? 1 : most < threads ? (int)most : threads;
+}
+
+// ---------------------------------------------------------------- linear
+
+// Weights [N, K] are packed into panels of NR = 2 VL output columns: [ceil(N / NR)][K][NR], zero padded. In bf16, lane j of
+// the 32-bit word holds columns j (low half) and VL + j (high half), so that one load, one shift and one mask
+// give two float vectors. Sums run over K in blocks of KC, each from zero, then added in order.
+constexpr int NR = 2 * VL;
+constexpr int KC = 256;
+#if defined(__AVX512F__)
+constexpr int MR = 12, ACCUMULATORS = 24;
+#else
+constexpr int MR = 6, ACCUMULATORS = 12;
+#endif
+// Bytes that the weights are fetched ahead into L2. Measured on a Zen 4: M = 6 goes from 45-65% of the limit to 85-93% (1 KB
+// ahead and less brings nothing); one row alone reads four long streams, which the hardware follows better by itself.
+constexpr int AHEAD = 8192;
+constexpr int GROUP = 8;          // panels that share one visit of the input block
+constexpr int MB = MR * (192 / MR);  // rows per visit of the weights: MB * KC floats stay in L2
+
+INLINE void load_pair(const float* p, vf& a, vf& b) {
+    a = load(p);
+    b = load(p + VL);
+}
+INLINE void load_pair(const bf16* p, vf& a, vf& b) {
+    vu w = *(const vu_any*)p;
+    a = (vf)(w << 16);
+    b = (vf)(w & 0xffff0000u);
+}
+
+// M rows by P panels: c[m][p * NR + j] (+)= sum_k x[k][m] * w[p][k][j].
+template <int M, int P, class W>
+__attribute__((noinline)) void micro_kernel(const float* x, const W* w, size_t panel, int kc, float* c, int ldc, bool first) {
+    vf acc[M][2 * P] = {};
+    constexpr bool whole_line = NR * sizeof(W) >= 64;
+#pragma GCC unroll 2
+    for (int k = 0; k < kc; k++) {
+        vf b[2 * P];
+        for (int p = 0; p < P; p++) {
+            const W* at = w + p * panel + (size_t)k * NR;
+            if (M > 1 && (whole_line || (k & 1) == 0)) __builtin_prefetch((const char*)at + AHEAD, 0, 2);
+            load_pair(at, b[2 * p], b[2 * p + 1]);
+        }
+        for (int m = 0; m < M; m++) {
+            vf a = splat(x[k * M + m]);
+            for (int p = 0; p < 2 * P; p++) acc[m][p] = fma(a, b[p], acc[m][p]);
+        }
+    }
+    for (int m = 0; m < M; m++)
+        for (int p = 0; p < 2 * P; p++) {
+            float* at = c + (size_t)m * ldc + p * VL;
+            store(at, first ? acc[m][p] : load(at) + acc[m][p]);
+        }
+}
+
+template <int M, class W>
+INLINE void tile(const float* x, const W* w, size_t panel, int kc, float* c, int ldc, bool first, int panels) {
+    constexpr int P = M * 8 <= ACCUMULATORS ? 4 : M * 4 <= ACCUMULATORS ? 2 : 1;
+    int p = 0;
+    for (; p + P <= panels; p += P) micro_kernel<M, P, W>(x, w + p * panel, panel, kc, c + p * NR, ldc, first);
+    for (; p < panels; p++) micro_kernel<M, 1, W>(x, w + p * panel, panel, kc, c + p * NR, ldc, first);
+}
+
+template <class W>
+void any_tile(int m, const float* x, const W* w, size_t panel, int kc, float* c, int ldc, bool first, int panels) {
+    switch (m) {
+#define CASE(n) \
+    case n: return tile<n, W>(x, w, panel, kc, c, ldc, first, panels);
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if defined(__AVX512F__)
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+    }
+}
+
+// Rows [row, row + m) of the input as [K][m] floats.
+template <class X>
+void pack_rows(const X* x, i64 ldx, int m, i64 K, float* out) {
+    if (m == 1) {
+        i64 k = 0;
+        for (; k + VL <= K; k += VL) store(out + k, load(x + k));
+        for (; k < K; k++) out[k] = load1(x + k);
+        return;
+    }
+    for (i64 k0 = 0; k0 < K; k0 += 64) {
+        i64 k1 = std::min(K, k0 + 64);
+        for (int r = 0; r < m; r++)
+            for (i64 k = k0; k < k1; k++) out[k * m + r] = load1(x + r * ldx + k);
+    }
+}
+
+template <class X, class W, class O>
+void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* bias, O* out, i64 ldo, int threads) {
+    const i64 panels = (N + NR - 1) / NR;
+    const size_t panel = (size_t)K * NR;
+    // Below a quarter of a million multiplications (about 10 us) the fork costs more than it brings.
+    threads = limit_threads(threads, (double)M * N * K, 131072);
+    // Panels that one task takes: fewer where there would not be enough tasks. No result depends on it.
+    int group = GROUP;
+    while (group > 1 && panels < (i64)group * threads * 4) group /= 2;
+    for (i64 m0 = 0; m0 < M; m0 += MB) {
+        const int rows = (int)std::min<i64>(MB, M - m0);
+        const int tiles = (rows + MR - 1) / MR;
+        // Tiles of nearly equal height: 16 rows are 6 + 5 + 5.
+        const int low = rows / tiles, extra = rows % tiles;
+        auto start = [&](int t) { return t * low + std::min(t, extra); };
+        float* packed = (float*)scratch<0>((size_t)rows * K * 4);
+        parallel(tiles, limit_threads(threads, (double)rows * K, 65536), [&](i64 t) {
+            int a = start(t), b = start(t + 1);
+            pack_rows(x + (m0 + a) * ldx, ldx, b - a, K, packed + (size_t)a * K);
+        });
+        parallel((panels + group - 1) / group, threads, [&](i64 g) {
+            const i64 p0 = g * group;
+            const int count = (int)std::min<i64>(group, panels - p0), ldc = count * NR;
+            float* c = (float*)scratch<1>((size_t)MB * GROUP * NR * 4);
+            if (tiles == 1)  // the weights as few long streams
+                for (int p = 0; p < count; p += 4)
+                    for (i64 k = 0; k < K; k += KC)
+                        any_tile(rows, packed + k * rows, w + (p0 + p) * panel + (size_t)k * NR, panel, (int)std::min<i64>(KC, K - k),
+                                 c + p * NR, ldc, k == 0, std::min(4, count - p));
+            for (i64 k = 0; k < K && tiles > 1; k += KC) {  // a block of the input and of one panel, reused from L2 and L1
+                const int kc = (int)std::min<i64>(KC, K - k);
+                const W* wk = w + p0 * panel + (size_t)k * NR;
+                for (int p = 0; p < count; p++)
+                    for (int t = 0; t < tiles; t++) {
+                        int a = start(t), m = start(t + 1) - a;
+                        any_tile(m, packed + (size_t)a * K + k * m, wk + p * panel, panel, kc, c + (size_t)a * ldc + p * NR, ldc,
+                                 k == 0, 1);
+                    }
+            }
+            const i64 n0 = p0 * NR, width = std::min<i64>(ldc, N - n0);
+            for (int r = 0; r < rows; r++) {
+                O* to = out + (m0 + r) * ldo + n0;
+                const float* from = c + (size_t)r * ldc;
+                i64 n = 0;
+                for (; n + VL <= width; n += VL) store(to + n, bias ? load(from + n) + load(bias + n0 + n) : load(from + n));
+                for (; n < width; n++) store1(to + n, bias ? from[n] + bias[n0 + n] : from[n]);
+            }
+        });
+    }
+}
+
+template <class W>
+void pack_weight(const W* w, i64 N, i64 K, W* out, int threads) {
+    parallel((N + NR - 1) / NR, threads, [&](i64 p) {
+        W* to = out + (size_t)p * K * NR;
+        for (i64 k0 = 0; k0 < K; k0 += 64)
+            for (int j = 0; j < NR; j++) {
+                i64 n = p * NR + j, k1 = std::min(K, k0 + 64);
+                int at = sizeof(W) == 4 ? j : j < VL ? 2 * j : 2 * (j - VL) + 1;
+                for (i64 k = k0; k < k1; k++) to[k * NR + at] = n < N ? w[n * K + k] : W(0);
+            }
+    });
+}
+
+// Rows `ids` of the original weight, out of the packed one: a tied embedding needs no second copy.
+template <class W>
+void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, W* out, int threads) {
+    parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 i) {
+        const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i], j = n % NR;
+        const W* from = packed + n / NR * K * NR + (sizeof(W) == 4 ? j : j < VL ? 2 * j : 2 * (j - VL) + 1);
+        W* to = out + i * K;
+        for (i64 k = 0; k < K; k++) to[k] = from[k * NR];
+    });
+}
+
+// ---------------------------------------------------------------- norm, activation
+
+template <class T, bool Add>
+void rms_norm(const T* x, i64 ldx, T* residual, i64 ldr, const T* weight, T* out, i64 ldo, i64 rows, i64 H, float eps, float offset,
+              int threads) {
+    threads = limit_threads(threads, (double)rows * H, 65536);
+    const i64 chunk = std::max<i64>(1, 16384 / std::max<i64>(H, 1));
+    parallel((rows + chunk - 1) / chunk, threads, [&](i64 c) {
+        for (i64 r = c * chunk; r < std::min(rows, (c + 1) * chunk); r++) {
+            const T* in = x + r * ldx;
+            vf s[4] = {};
+            i64 h = 0;
+            if (Add) {
+                T* res = residual + r * ldr;
+                for (; h + VL <= H; h += VL) store(res + h, load(in + h) + load(res + h));
+                for (; h < H; h++) store1(res + h, load1(in + h) + load1(res + h));
+                in = res;
+            }
+            for (h = 0; h + 4 * VL <= H; h += 4 * VL)
+                for (int i = 0; i < 4; i++) {
+                    vf v = load(in + h + i * VL);
+                    s[i] = fma(v, v, s[i]);
+                }
+            for (; h < H; h += VL) {
+                vf v = h + VL <= H ? load(in + h) : load_part(in + h, H - h);
+                s[0] = fma(v, v, s[0]);
+            }
+            float scale = 1.0f / std::sqrt(sum_lanes((s[0] + s[1]) + (s[2] + s[3])) / (float)H + eps);
+            T* to = out + r * ldo;
+            for (h = 0; h + VL <= H; h += VL) store(to + h, load(in + h) * scale * (load(weight + h) + offset));
+            for (; h < H; h++) store1(to + h, load1(in + h) * scale * (load1(weight + h) + offset));
+        }
+    });
+}
+
+// gate / (1 + exp(-gate)) * up; gelu_tanh(g) = g * sigmoid(2 u), u = sqrt(2 / pi) (g + 0.044715 g^3).
+template <bool Gelu>
+INLINE vf gated(vf g, vf up) {
+    vf u = Gelu ? g * 1.5957691216f * (g * g * 0.044715f + 1.0f) : g;
+    return g / (vexp(-u) + 1.0f) * up;
+}
+
+template <class T, bool Gelu>
+void gate_and_mul(const T* x, i64 ldx, T* out, i64 rows, i64 I, int threads) {
+    threads = limit_threads(threads, (double)rows * I, 32768);
+    const i64 block = 2048, blocks = (I + block - 1) / block;
+    parallel(rows * blocks, threads, [&](i64 task) {
+        const i64 r = task / blocks, i0 = task % blocks * block, i1 = std::min(I, i0 + block);
+        const T *gate = x + r * ldx, *up = gate + I;
+        T* to = out + r * I;
+        i64 i = i0;
+        for (; i + VL <= i1; i += VL) store(to + i, gated<Gelu>(load(gate + i), load(up + i)));
+        if (i < i1) store_part(to + i, gated<Gelu>(load_part(gate + i, i1 - i), load_part(up + i, i1 - i)), i1 - i);
+    });
+}
+
+// ---------------------------------------------------------------- rope
+
+// Neox halves of one head; cos_sin holds rot / 2 cosines, then rot / 2 sines. Elements past rot are copied.
+template <class T>
+INLINE void rope_head(const T* x, T* out, const float* cos_sin, i64 rot, i64 D) {
+    const i64 half = rot / 2;
+    i64 i = 0;
+    for (; i + VL <= half; i += VL) {
+        vf a = load(x + i), b = load(x + half + i), c = load(cos_sin + i), s = load(cos_sin + half + i);
+        store(out + i, a * c - b * s);
+        store(out + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
+        float a = load1(x + i), b = load1(x + half + i), c = cos_sin[i], s = cos_sin[half + i];
+        store1(out + i, a * c - b * s);
+        store1(out + half + i, b * c + a * s);
+    }
+    if (out != x && rot < D) memcpy(out + rot, x + rot, (D - rot) * sizeof(T));
+}
+
+template <class T>
+void rope(T* x, i64 ldx, i64 tokens, i64 heads, i64 D, const float* cos_sin, i64 rot, const void* positions, bool wide, int threads) {
+    threads = limit_threads(threads, (double)tokens * heads * D, 65536);
+    const i64 chunk = 16;
+    parallel((tokens + chunk - 1) / chunk, threads, [&](i64 c) {
+        for (i64 t = c * chunk; t < std::min(tokens, (c + 1) * chunk); t++) {
+            i64 position = wide ? ((const i64*)positions)[t] : ((const int32_t*)positions)[t];
+            for (i64 h = 0; h < heads; h++) {
+                T* at = x + t * ldx + h * D;
+                rope_head(at, at, cos_sin + position * rot, rot, D);
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------- paged attention
+
+// A query's keys are visited in blocks of BLOCK positions and merged in splits of SPLIT positions, both counted from
+// the start of its sequence: the order of its sums depends on its position alone, not on pages, tiles or threads.
+constexpr int BLOCK = 64;
+constexpr int SPLIT = 512;
+constexpr int TILE_ROWS = 64;  // queries of one task, times the heads of their group
+
+struct Step {
+    const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len;
+    i64 rows, heads, kv_heads, D, page_size, window;
+    float scale, softcap;
+};
+struct Task {
+    int row, head0, head1, q0, q1, split0, split1;  // kv heads [head0, head1) of queries [q0, q1)
+    i64 partial;  // first partial row, -1 where the task writes the output itself
+};
+
+// Eight dot products of depth vectors each: out[i] = sum of lanes of acc[i], by one fixed tree.
+INLINE void fold8(const vf* acc, float* out) {
+#if defined(__AVX__) && VL >= 8
+    __m256 a[8];
+    for (int i = 0; i < 8; i++) {
+#if VL == 16
+        __m256 halves[2];
+        memcpy(halves, &acc[i], 64);
+        a[i] = _mm256_add_ps(halves[0], halves[1]);
+#else
+        a[i] = (__m256)acc[i];
+#endif
+    }
+    __m256 low = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    __m256 high = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    _mm256_storeu_ps(out, _mm256_add_ps(_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)));
+#else
+    for (int i = 0; i < 8; i++) out[i] = sum_lanes(acc[i]);
+#endif
+}
+
+// s[r][t] = q[r] . k[t] for R rows and 8 / R keys at a time, n keys (a multiple of 8, padded by the caller).
+template <int R>
+INLINE void scores(const float* q, const float* const* k, int n, int depth, float* s) {
+    constexpr int C = 8 / R;
+    for (int t = 0; t < n; t += C) {
+        vf acc[8] = {};
+        const float* key[C];
+        for (int c = 0; c < C; c++) key[c] = k[t + c];
+        for (int d = 0; d < depth; d += VL) {
+            vf a[R];
+            for (int r = 0; r < R; r++) a[r] = load(q + r * depth + d);
+            for (int c = 0; c < C; c++) {
+                vf b = load(key[c] + d);
+                for (int r = 0; r < R; r++) acc[r * C + c] = fma(a[r], b, acc[r * C + c]);
+            }
+        }
+        float folded[8];
+        fold8(acc, folded);
+        for (int r = 0; r < R; r++) memcpy(s + r * BLOCK + t, folded + r * C, C * 4);
+    }
+}
+
+// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and up to 8 / R vectors of depth at a time.
+template <int R, int V>
+INLINE void accumulate_part(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth, int d) {
+    vf acc[R][V];
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < V; i++) acc[r][i] = load(o + r * depth + d + i * VL) * alpha[r];
+    for (int t = t0; t < t1; t++) {
+        vf b[V];
+        for (int i = 0; i < V; i++) b[i] = load(v[t] + d + i * VL);
+        for (int r = 0; r < R; r++) {
+            vf a = splat(p[r * BLOCK + t]);
+            for (int i = 0; i < V; i++) acc[r][i] = fma(a, b[i], acc[r][i]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int i = 0; i < V; i++) store(o + r * depth + d + i * VL, acc[r][i]);
+}
+template <int R>
+INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth) {
+    constexpr int V = 8 / R;
+    int d = 0;
+    for (; d + V * VL <= depth; d += V * VL) accumulate_part<R, V>(o, alpha, p, v, t0, t1, depth, d);
+    for (; d < depth; d += VL) accumulate_part<R, 1>(o, alpha, p, v, t0, t1, depth, d);
+}
+
+// Merge the state (m, l, o) of a later split into (M, L, O); an untouched side has m = -inf.
+INLINE void merge(float& M, float& L, float* O, float m, float l, const float* o, int depth) {
+    if (m == -INFINITY) return;
+    if (M == -INFINITY) {
+        M = m;
+        L = l;
+        memcpy(O, o, depth * 4);
+        return;
+    }
+    float top = M > m ? M : m;
+    vf a = vexp(splat(M - top)), b = vexp(splat(m - top));
+    M = top;
+    L = L * a[0] + l * b[0];
+    for (int d = 0; d < depth; d += VL) store(O + d, fma(load(O + d), a, load(o + d) * b));
+}
+
+// Keys or values of positions [p0, p1) of a row as pointers to `depth` floats each.
+template <class T>
+INLINE void gather(const T* pool, const Step& s, const int32_t* pages, int kv_head, int p0, int p1, int depth, bool copy, float* buffer,
+                   const float** out) {
+    const i64 D = s.D, stride = s.kv_heads * D;
+    i64 page = p0 / s.page_size, offset = p0 % s.page_size;
+    const T* at = nullptr;
+    for (int i = 0; i < p1 - p0; i++) {
+        if (!at) at = pool + ((i64)pages[page] * s.page_size + offset) * stride + kv_head * D;
+        if (sizeof(T) == 4 && !copy) {
+            out[i] = (const float*)at;
+        } else {
+            float* to = buffer + i * depth;
+            int d = 0;
+            for (; d + VL <= D; d += VL) store(to + d, load(at + d));
+            if (d < D) store(to + d, load_part(at + d, D - d));
+            out[i] = to;
+        }
+        at += stride;
+        if (++offset == s.page_size) {
+            offset = 0;
+            page++;
+            at = nullptr;
+        }
+    }
+}
+
+// Fetch positions [p0, p1) of the task's heads into L2. Without it a decode step waits for each line: 16 rows of 512
+// tokens took 2.2 times what they take in cache.
+template <class T>
+INLINE void fetch(const T* k_pool, const T* v_pool, const Step& s, const int32_t* pages, const Task& task, int p0, int p1) {
+    const i64 stride = s.kv_heads * s.D, bytes = (task.head1 - task.head0) * s.D * sizeof(T);
+    for (int p = p0; p < p1; p++) {
+        const i64 at = ((i64)pages[p / s.page_size] * s.page_size + p % s.page_size) * stride + task.head0 * s.D;
+        for (i64 b = 0; b < bytes; b += 64) {
+            __builtin_prefetch((const char*)(k_pool + at) + b, 0, 2);
+            __builtin_prefetch((const char*)(v_pool + at) + b, 0, 2);
+        }
+    }
+}
+
+// Rows of a task: head after head, of each head query after query, of each query the G heads that share keys.
+template <class T>
+void finish_row(const Task& task, const Step& s, int r, float L, const float* O, T* out) {
+    const int G = (int)(s.heads / s.kv_heads), per_head = (task.q1 - task.q0) * G, D = (int)s.D;
+    const i64 token = s.qo_indptr[task.row] + task.q0 + r % per_head / G;
+    T* to = out + (token * s.heads + (task.head0 + r / per_head) * G + r % G) * s.D;
+    for (int d = 0; d < D; d += VL) {
+        vf x = load(O + d) * (1.0f / L);
+        if (d + VL <= D) store(to + d, x);
+        else store_part(to + d, x, D - d);
+    }
+}
+
+template <class T>
+void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T* v_pool, float* partial) {
+    const int D = (int)s.D, depth = (D + VL - 1) / VL * VL, G = (int)(s.heads / s.kv_heads);
+    const int rows = (task.q1 - task.q0) * G, heads = task.head1 - task.head0, all = rows * heads;
+    const i64 num_pages = s.kv_indptr[task.row + 1] - s.kv_indptr[task.row];
+    const int kv_len = (int)((num_pages - 1) * s.page_size + s.last_page_len[task.row]);
+    const i64 token0 = s.qo_indptr[task.row];
+    const int position0 = kv_len - (int)(s.qo_indptr[task.row + 1] - token0);
+    const int32_t* pages = s.kv_indices + s.kv_indptr[task.row];
+
+    float* memory = (float*)scratch<2>(((size_t)(3 * all + 2 * BLOCK) * depth + (size_t)rows * (BLOCK + 1) + 4 * all + VL) * 4);
+    float *qf = memory, *o = qf + (size_t)all * depth, *O = o + (size_t)all * depth;
+    float *kbuf = O + (size_t)all * depth, *vbuf = kbuf + BLOCK * depth, *p = vbuf + BLOCK * depth;
+    float *alpha = p + rows * BLOCK, *m = alpha + rows, *l = m + all, *M = l + all, *L = M + all;
+    const float *keys[BLOCK], *values[BLOCK];
+
+    for (int r = 0; r < all; r++) {
+        const T* from = q + (token0 + task.q0 + r % rows / G) * ldq + ((task.head0 + r / rows) * G + r % G) * s.D;
+        for (int d = 0; d < depth; d += VL)
+            store(qf + r * depth + d, (d + VL <= D ? load(from + d) : load_part(from + d, D - d)) * s.scale);
+        M[r] = -INFINITY;
+        L[r] = 0;
+    }
+    auto last = [&](int r) { return position0 + task.q0 + r / G + 1; };
+    auto start = [&](int r) { return s.window > 0 ? std::max<int>(0, last(r) - (int)s.window) : 0; };
+    const int from = start(0), to = last(rows - 1);
+    const bool few = rows <= 16;  // more rows use a block often enough to hide its latency
+    const bool copy = rows > 8 || D != depth;  // f32 keys are read in place where few rows use them
+
+    for (int split = task.split0; split < task.split1; split++) {
+        const int s0 = std::max(split * SPLIT, from / BLOCK * BLOCK), s1 = std::min((split + 1) * SPLIT, to);
+        for (int r = 0; r < all; r++) {
+            m[r] = -INFINITY;
+            l[r] = 0;
+        }
+        memset(o, 0, (size_t)all * depth * 4);
+        for (int b0 = s0; b0 < s1; b0 += BLOCK) {
+            const int b1 = std::min(b0 + BLOCK, s1);
+            const int first = std::max(b0, from), n = b1 - b0, padded = (n + 7) / 8 * 8, next = std::min(BLOCK, to - b1);
+            for (int h = 0; h < heads; h++) {
+                // A share of the next block with each head, so that fetching and computing overlap.
+                if (few) fetch(k_pool, v_pool, s, pages, task, b1 + next * h / heads, b1 + next * (h + 1) / heads);
+                const float* qh = qf + (size_t)h * rows * depth;
+                float *oh = o + (size_t)h * rows * depth, *mh = m + h * rows, *lh = l + h * rows;
+                gather(k_pool, s, pages, task.head0 + h, first, b1, depth, copy, kbuf, keys + (first - b0));
+                gather(v_pool, s, pages, task.head0 + h, first, b1, depth, copy, vbuf, values + (first - b0));
+                for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
+                for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
+                int r = 0;
+                for (; r + 2 <= rows; r += 2) scores<2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                if (r < rows) scores<1>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+
+                for (r = 0; r < rows; r++) {
+                    float* row = p + r * BLOCK;
+                    const int t0 = std::max(start(r) - b0, 0), t1 = std::min(last(r) - b0, n);
+                    alpha[r] = 1;
+                    if (t0 >= t1) {
+                        memset(row, 0, BLOCK * 4);
+                        continue;
+                    }
+                    if (s.softcap > 0)
+                        for (int t = 0; t < padded; t += VL) {
+                            vf y = load(row + t) * (2 / s.softcap);
+                            store(row + t, s.softcap * (1.0f - 2.0f / (vexp(y) + 1.0f)));
+                        }
+                    for (int t = 0; t < t0; t++) row[t] = -INFINITY;
+                    for (int t = t1; t < BLOCK; t++) row[t] = -INFINITY;
+                    vf top = load(row);
+                    for (int t = VL; t < BLOCK; t += VL) top = vmax(load(row + t), top);
+                    const float old = mh[r], now = std::max(old, max_lanes(top));
+                    vf sum = {};
+                    for (int t = 0; t < BLOCK; t += VL) {
+                        vf x = load(row + t), e = vexp(x - now);
+                        e = x == -INFINITY ? splat(0) : e;
+                        store(row + t, e);
+                        sum += e;
+                    }
+                    if (old != -INFINITY) alpha[r] = vexp(splat(old - now))[0];
+                    mh[r] = now;
+                    lh[r] = lh[r] * alpha[r] + sum_lanes(sum);
+                }
+                // Weights outside a row's own range are zero, so pairs may run over the union of their ranges.
+                const int t0 = first - b0;
+                for (r = 0; r + 2 <= rows; r += 2)
+                    accumulate<2>(oh + r * depth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r + 1) - b0, n), depth);
+                if (r < rows) accumulate<1>(oh + r * depth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r) - b0, n), depth);
+            }
+        }
+        if (task.partial >= 0) {  // one split: its state goes to memory and is merged later in the same way
+            for (int r = 0; r < all; r++) {
+                float* to_row = partial + (task.partial + r) * (depth + 2);
+                to_row[0] = m[r];
+                to_row[1] = l[r];
+                memcpy(to_row + 2, o + r * depth, depth * 4);
+            }
+            return;
+        }
+        for (int r = 0; r < all; r++) merge(M[r], L[r], O + r * depth, m[r], l[r], o + r * depth, depth);
+    }
+    for (int r = 0; r < all; r++) finish_row(task, s, r, L[r], O + r * depth, out);
+}
+
+template <class T>
+void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T* v_pool, int threads) {
+    const int G = (int)(s.heads / s.kv_heads), D = (int)s.D, depth = (D + VL - 1) / VL * VL;
+    const int span = std::max(1, TILE_ROWS / G);
+    double work = 0;
+    i64 tiles = 0;
+    auto each_tile = [&](auto body) {
+        for (i64 r = s.rows - 1; r >= 0; r--) {  // prefill chunks stand last and take longest: they come first
+            const int n = s.qo_indptr[r + 1] - s.qo_indptr[r];
+            if (n <= 0) continue;
+            const int kv_len = (int)((s.kv_indptr[r + 1] - s.kv_indptr[r] - 1) * s.page_size + s.last_page_len[r]);
+            for (int q0 = (n - 1) / span * span; q0 >= 0; q0 -= span) {
+                const int q1 = std::min(n, q0 + span), last = kv_len - n + q1, first = kv_len - n + q0 + 1;
+                body((int)r, q0, q1, s.window > 0 ? std::max<int>(0, first - (int)s.window) : 0, last);
+            }
+        }
+    };
+    each_tile([&](int, int q0, int q1, int from, int last) {
+        work += (double)(q1 - q0) * (last - from) * s.heads * D;
+        tiles++;
+    });
+    threads = limit_threads(threads, work, 65536);
+    // A decode task takes several heads, up to 2 KB of a token, so that it reads memory in longer runs; fewer where there
+    // would be too few tasks for the threads.
+    int group = (int)std::clamp<i64>(2048 / (D * (i64)sizeof(T)), 1, s.kv_heads);
+    while (group > 1 && threads > 1 && tiles * ((s.kv_heads + group - 1) / group) < 4 * threads) group = (group + 1) / 2;
+    static thread_local std::vector<Task> tasks, parts;
+    tasks.clear();
+    each_tile([&](int r, int q0, int q1, int from, int last) {
+        const int step = (q1 - q0) * G <= 16 ? group : 1;
+        for (int h = 0; h < s.kv_heads; h += step)
+            tasks.push_back({r, h, std::min<int>(h + step, (int)s.kv_heads), q0, q1, from / SPLIT, (last + SPLIT - 1) / SPLIT, -1});
+    });
+    const i64 whole = (i64)tasks.size();
+    if (threads == 1 || whole >= 4 * threads) {
+        parallel(whole, threads, [&, list = tasks.data()](i64 i) { run_task(list[i], s, q, ldq, out, k_pool, v_pool, nullptr); });
+        return;
+    }
+    // Too few tasks for the threads: one task per split, then the same merges in the same order.
+    parts.clear();
+    i64 rows = 0;
+    for (Task& t : tasks) {
+        t.partial = rows;
+        const int count = (t.q1 - t.q0) * G * (t.head1 - t.head0);
+        for (int split = t.split0; split < t.split1; split++, rows += count) {
+            parts.push_back(t);
+            parts.back().split0 = split;
+            parts.back().split1 = split + 1;
+            parts.back().partial = rows;
+        }
+    }
+    float* partial = (float*)scratch<3>((size_t)rows * (depth + 2) * 4);
+    parallel((i64)parts.size(), threads,
+             [&, list = parts.data()](i64 i) { run_task(list[i], s, q, ldq, out, k_pool, v_pool, partial); });
+    float* O = (float*)scratch<4>((size_t)depth * 4);
+    for (const Task& t : tasks) {
+        const int count = (t.q1 - t.q0) * G * (t.head1 - t.head0);
+        for (int r = 0; r < count; r++) {
+            float M = -INFINITY, L = 0;
+            for (int split = t.split0; split < t.split1; split++) {
+                const float* from = partial + (t.partial + (i64)(split - t.split0) * count + r) * (depth + 2);
+                merge(M, L, O, from[0], from[1], from + 2, depth);
+            }
+            finish_row(t, s, r, L, O, out);
+        }
+    }
+}
+
+// New keys and values go to their slots (rotated where cos_sin is given), and the queries are rotated in place.
+template <class T>
+void write_kv(T* q, i64 ldq, i64 heads, const T* k, i64 ldk, const T* v, i64 ldv, i64 tokens, i64 kv_heads, i64 D, const i64* slots,
+              T* k_pool, T* v_pool, const float* cos_sin, i64 rot, const int32_t* positions, int threads) {
+    threads = limit_threads(threads, (double)tokens * (heads + 2 * kv_heads) * D, 65536);
+    const i64 chunk = 16, size = kv_heads * D;
+    parallel((tokens + chunk - 1) / chunk, threads, [&](i64 c) {
+        for (i64 t = c * chunk; t < std::min(tokens, (c + 1) * chunk); t++) {
+            memcpy(v_pool + slots[t] * size, v + t * ldv, size * sizeof(T));
+            if (!cos_sin) {
+                memcpy(k_pool + slots[t] * size, k + t * ldk, size * sizeof(T));
+                continue;
+            }
+            const float* angle = cos_sin + (i64)positions[t] * rot;
+            for (i64 h = 0; h < kv_heads; h++)
+                rope_head(k + t * ldk + h * D, k_pool + slots[t] * size + h * D, angle, rot, D);
+            for (i64 h = 0; h < heads; h++) rope_head(q + t * ldq + h * D, q + t * ldq + h * D, angle, rot, D);
+        }
+    });
+}
+
+// ---------------------------------------------------------------- sampling
+
+struct Params {  // forward.SAMPLING_DTYPE
+    float temperature, top_p, min_p;
+    int32_t top_k;
+    uint64_t seed;
+    int32_t min_length, num_stop_ids, stop_ids[16];
+};
+static_assert(sizeof(Params) == 96, "must be SAMPLING_DTYPE");
+
+uint64_t mix(uint64_t z) {  // the finaliser of splitmix64
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return z ^ (z >> 31);
+}
+
+// In [0, 1), 53 bits, a function of (seed, position) alone.
+double uniform(uint64_t seed, uint64_t position) {
+    return (double)(mix(mix(seed + 0x9e3779b97f4a7c15ull) + (position + 1) * 0x9e3779b97f4a7c15ull) >> 11) * 0x1p-53;
+}
+
+float max_of(const float* x, i64 n) {
+    vf a = splat(-INFINITY), b = a;
+    i64 i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        a = vmax(load(x + i), a);
+        b = vmax(load(x + i + VL), b);
+    }
+    float m = max_lanes(vmax(a, b));
+    for (; i < n; i++) m = x[i] > m ? x[i] : m;
+    return m;
+}
+
+int32_t argmax(const float* x, i64 n) {
+    float m = max_of(x, n);
+    for (i64 i = 0; i < n; i++)
+        if (x[i] == m) return (int32_t)i;
+    return 0;  // nothing but NaN
+}
+
+struct Weight {  // exp((x - top) / temperature), zero below 2^-125
+    float top, inverse;
+    inline __attribute__((always_inline)) vf operator()(vf x) const {
+        vf y = (x - top) * inverse;
+        vf e = vexp(y);
+        return y < -87.0f ? splat(0) : e;
+    }
+};
+
+constexpr i64 SEGMENT = 1024;
+
+float segment_sum(const Weight& weight, const float* x, i64 n) {
+    vf s[2] = {};
+    i64 i = 0;
+    for (; i + 2 * VL <= n; i += 2 * VL) {
+        s[0] += weight(load(x + i));
+        s[1] += weight(load(x + i + VL));
+    }
+    for (; i < n; i += VL) {
+        vf y = splat(-INFINITY);
+        for (int j = 0; j < VL && i + j < n; j++) y[j] = x[i + j];
+        s[0] += weight(y);
+    }
+    return sum_lanes(s[0] + s[1]);
+}
+
+INLINE bool any_lane(vi x) {
+#if defined(__AVX__) && VL == 8
+    return _mm256_movemask_ps((__m256)x);
+#else
+    uint64_t words[VL / 2], all = 0;
+    memcpy(words, &x, sizeof words);
+    for (int i = 0; i < VL / 2; i++) all |= words[i];
+    return all;
+#endif
+}
+
+// Ids in rising order, with their logits and weights. Kept by its thread: it is as large as the vocabulary.
+struct Candidates {
+    std::vector<int32_t> id;
+    std::vector<float> logit, weight;
+    i64 count = 0;
+
+    // All ids whose logit is at least `floor`.
+    void gather(const float* x, i64 n, float floor, const Weight& weigh) {
+        if ((i64)id.size() < n) {
+            id.resize(n);
+            logit.resize(n + VL);
+            weight.resize(n + VL);
+        }
+        count = 0;
+        auto add = [&](i64 i) {  // without a branch: in a flat row every other one would be mispredicted
+            id[count] = (int32_t)i;
+            logit[count] = x[i];
+            count += x[i] >= floor;
+        };
+        i64 i = 0;
+        for (; i + 4 * VL <= n; i += 4 * VL) {
+            vf m = vmax(vmax(load(x + i), load(x + i + VL)), vmax(load(x + i + 2 * VL), load(x + i + 3 * VL)));
+            if (any_lane(m >= floor))
+                for (i64 j = i; j < i + 4 * VL; j++) add(j);
+        }
+        for (; i < n; i++) add(i);
+        for (i64 j = 0; j < count; j += VL) store(&weight[j], weigh(load(&logit[j])));
+    }
+    template <class Keep>
+    void filter(Keep keep) {
+        i64 n = 0;
+        for (i64 i = 0; i < count; i++) {
+            id[n] = id[i];
+            logit[n] = logit[i];
+            weight[n] = weight[i];
+            n += keep(i);
+        }
+        count = n;
+    }
+    double mass() const {
+        double sum = 0;
+        for (i64 i = 0; i < count; i++) sum += weight[i];
+        return sum;
+    }
+};
+
+int32_t sample_row(float* x, i64 V, const Params& p, int32_t position) {
+    if (position < p.min_length)
+        for (int i = 0; i < p.num_stop_ids; i++)
+            if (p.stop_ids[i] >= 0 && p.stop_ids[i] < V) x[p.stop_ids[i]] = -INFINITY;
+    if (!(p.temperature > 0)) return argmax(x, V);
+    const Weight weight{max_of(x, V), std::min(1.0f / p.temperature, 1e30f)};
+    if (weight.top == -INFINITY || weight.top == INFINITY) return argmax(x, V);
+    auto one = [&](float logit) { return (double)weight(splat(logit))[0]; };
+    const double u = uniform(p.seed, (uint64_t)(int64_t)position);
+    const bool by_k = p.top_k > 0 && p.top_k < V, by_p = p.top_p < 1.0f, by_min = p.min_p > 0;
+
+    const i64 segments = (V + SEGMENT - 1) / SEGMENT;
+    static thread_local std::vector<float> sums;
+    double total = 0;
+    if (!by_k && (by_p || !by_min)) {
+        sums.resize(segments);
+        for (i64 g = 0; g < segments; g++) total += sums[g] = segment_sum(weight, x + g * SEGMENT, std::min(SEGMENT, V - g * SEGMENT));
+    }
+    if (!by_k && !by_p && !by_min) {
+        // Inverse of the distribution function in id order: first the segment, then the token.
+        double left = u * total;
+        i64 g = 0;
+        while (g + 1 < segments && left >= sums[g]) left -= sums[g++];
+        int32_t chosen = -1;
+        for (; g < segments && chosen < 0; g++, left = 0)
+            for (i64 i = g * SEGMENT; i < std::min(V, (g + 1) * SEGMENT); i++) {
+                double e = one(x[i]);
+                if (e <= 0) continue;
+                chosen = (int32_t)i;
+                if ((left -= e) < 0) break;
+            }
+        return chosen < 0 ? argmax(x, V) : chosen;
+    }
+
+    // Candidates down to `depth` nats below the top, deeper until they must hold all that the filters keep.
+    static thread_local Candidates kept;
+    static thread_local std::vector<float> values;
+    for (float depth = 8;; depth *= 2) {
+        const bool all = depth > 200;
+        kept.gather(x, V, all ? std::numeric_limits<float>::lowest() : weight.top - depth * p.temperature, weight);
+        if (all) break;
+        if (by_k ? kept.count >= p.top_k : by_p ? kept.mass() >= p.top_p * total : depth > -std::log(p.min_p)) break;
+    }
+    if (by_k && kept.count > p.top_k) {
+        values.assign(kept.logit.begin(), kept.logit.begin() + kept.count);
+        std::nth_element(values.begin(), values.begin() + (p.top_k - 1), values.end(), std::greater<float>());
+        const float lowest = values[p.top_k - 1];  // equal logits all stay, as HF's comparison keeps them
+        kept.filter([&](i64 i) { return kept.logit[i] >= lowest; });
+    }
+    if (by_p && kept.count > 0) {
+        if (by_k) total = kept.mass();
+        const double limit = p.top_p * total;
+        // Buckets of equal width over the logits find where the mass is reached; only that bucket is sorted.
+        constexpr int BUCKETS = 1024;
+        static thread_local double bucket_mass[BUCKETS];
+        std::fill(bucket_mass, bucket_mass + BUCKETS, 0.0);
+        float bottom = weight.top;
+        for (i64 i = 0; i < kept.count; i++) bottom = std::min(bottom, kept.logit[i]);
+        const float step = bottom < weight.top ? (BUCKETS - 1) / (weight.top - bottom) : 0;
+        auto bucket = [&](float logit) { return std::min(BUCKETS - 1, (int)((weight.top - logit) * step)); };
+        for (i64 i = 0; i < kept.count; i++) bucket_mass[bucket(kept.logit[i])] += kept.weight[i];
+        double before = 0;  // mass strictly ahead
+        int b = 0;
+        while (b + 1 < BUCKETS && before + bucket_mass[b] < limit) before += bucket_mass[b++];
+        values.clear();
+        for (i64 i = 0; i < kept.count; i++)
+            if (bucket(kept.logit[i]) == b) values.push_back(kept.logit[i]);
+        std::sort(values.begin(), values.end(), std::greater<float>());
+        size_t n = 0;
+        while (n < values.size() && ((b == 0 && n == 0) || before < limit)) before += weight(splat(values[n++]))[0];
+        if (n > 0) {  // else the last bucket is empty and everything stays
+            const float lowest = values[n - 1];
+            i64 ties = 0;  // of the logits equal to `lowest` so many stay, the lowest ids first
+            while (n > 0 && values[n - 1] == lowest) n--, ties++;
+            kept.filter([&](i64 i) { return kept.logit[i] > lowest || (kept.logit[i] == lowest && ties-- > 0); });
+        }
+    }
+    if (by_min) kept.filter([&](i64 i) { return kept.weight[i] >= p.min_p; });
+    double left = u * kept.mass();
+    int32_t chosen = kept.count ? kept.id[0] : argmax(x, V);
+    for (i64 i = 0; i < kept.count; i++) {
+        if (kept.weight[i] <= 0) continue;
+        chosen = kept.id[i];
+        if ((left -= kept.weight[i]) < 0) break;
+    }
+    return chosen;
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------- the C ABI
+
+#define COMMA ,
+#define BY_TYPE(type, call) \
+    if ((type) == F32) {    \
+        typedef float T;    \
+        call;               \
+    } else {                \
+        typedef bf16 T;     \
+        call;               \
+    }
+
+EXPORT int64_t ol_vector_lanes() { return VL; }
+
+EXPORT int64_t ol_threads(int64_t threads) {
+    // How many threads a region of that many really gets; 1 where this was compiled without OpenMP.
+    int64_t count = 1;
+#ifdef _OPENMP
+#pragma omp parallel num_threads((int)threads)
+#pragma omp single
+    count = omp_get_num_threads();
+#endif
+    return threads < 1 ? 1 : count;
+}
+
+EXPORT int64_t ol_packed_size(int64_t N, int64_t K) { return (N + NR - 1) / NR * NR * K; }
+
+EXPORT void ol_pack_weight(int64_t type, const void* w, int64_t N, int64_t K, void* out, int64_t threads) {
+    BY_TYPE(type, pack_weight((const T*)w, N, K, (T*)out, (int)threads))
+}
+
+EXPORT void ol_unpack_rows(int64_t type, const void* packed, int64_t K, const void* ids, int64_t wide, int64_t count, void* out,
+                           int64_t threads) {
+    BY_TYPE(type, unpack_rows((const T*)packed, K, ids, wide != 0, count, (T*)out, (int)threads))
+}
+
+EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N, const float* bias,
+                      void* out, int64_t out_type, int64_t ldo, int64_t threads) {
+    if (type == F32) linear((const float*)x, ldx, M, K, (const float*)w, N, bias, (float*)out, ldo, (int)threads);
+    else if (out_type == F32) linear((const bf16*)x, ldx, M, K, (const bf16*)w, N, bias, (float*)out, ldo, (int)threads);
+    else linear((const bf16*)x, ldx, M, K, (const bf16*)w, N, bias, (bf16*)out, ldo, (int)threads);
+}
+
+EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual, int64_t ldr, const void* weight, void* out, int64_t ldo,
+                        int64_t rows, int64_t H, float eps, float offset, int64_t threads) {
+    BY_TYPE(type, if (residual) rms_norm<T COMMA true>((const T*)x, ldx, (T*)residual, ldr, (const T*)weight, (T*)out, ldo, rows, H, eps,
+                                                      offset, (int)threads);
+            else rms_norm<T COMMA false>((const T*)x, ldx, (T*)nullptr, 0, (const T*)weight, (T*)out, ldo, rows, H, eps, offset,
+                                        (int)threads))
+}
+
+EXPORT void ol_gate_and_mul(int64_t type, const void* x, int64_t ldx, void* out, int64_t rows, int64_t I, int64_t gelu, int64_t threads) {
+    BY_TYPE(type, if (gelu) gate_and_mul<T COMMA true>((const T*)x, ldx, (T*)out, rows, I, (int)threads);
+            else gate_and_mul<T COMMA false>((const T*)x, ldx, (T*)out, rows, I, (int)threads))
+}
+
+EXPORT void ol_rope(int64_t type, void* x, int64_t ldx, int64_t tokens, int64_t heads, int64_t D, const float* cos_sin, int64_t rot,
+                    const void* positions, int64_t wide, int64_t threads) {
+    BY_TYPE(type, rope((T*)x, ldx, tokens, heads, D, cos_sin, rot, positions, wide != 0, (int)threads))
+}
+
+struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
+    const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len, *positions;
+    const int64_t* kv_slots;
+    int64_t rows, tokens, heads, kv_heads, head_dim, page_size, type, threads;
+    float scale, softcap;
+};
+
+EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const void* k, int64_t ldk, const void* v, int64_t ldv, void* k_pool,
+                         void* v_pool, void* out, int64_t window, const float* cos_sin, int64_t rot) {
+    Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows, a->heads, a->kv_heads,
+           a->head_dim,  a->page_size, window,        a->scale,         a->softcap};
+    const int threads = (int)a->threads;
+    BY_TYPE(a->type,
+            write_kv((T*)q, ldq, a->heads, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_heads, a->head_dim, a->kv_slots, (T*)k_pool,
+                     (T*)v_pool, cos_sin, rot, a->positions, threads);
+            attend(s, (const T*)q, ldq, (T*)out, (const T*)k_pool, (const T*)v_pool, threads))
+}
+
+EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params, const int32_t* positions, int32_t* out, int64_t threads) {
+    parallel(rows, limit_threads((int)threads, (double)rows * V, 65536),
+             [&](i64 r) { out[r] = sample_row(logits + r * V, V, ((const Params*)params)[r], positions[r]); });
+}
+
+// ---- the machine's limits, for bench/cpu.py
+
+EXPORT double ol_read(const void* data, int64_t bytes, int64_t threads) {
+    const int64_t part = 1 << 20;
+    std::atomic<uint32_t> total{0};
+    parallel(bytes / part, (int)threads, [&](i64 i) {
+        const uint32_t* p = (const uint32_t*)((const char*)data + i * part);
+        vu s[4] = {};
+        for (i64 j = 0; j < part / 4; j += 4 * VL)
+            for (int n = 0; n < 4; n++) s[n] += *(const vu_any*)(p + j + n * VL);
+        vu t = s[0] + s[1] + s[2] + s[3];
+        total += t[0];
+    });
+    return total.load();
+}
+
+EXPORT double ol_fma(int64_t rounds, int64_t threads) {
+    // `rounds` times ACCUMULATORS vector multiply-adds on each thread.
+    double result = 0;
+    parallel(threads, (int)threads, [&](i64) {
+        vf a[ACCUMULATORS];
+        for (int i = 0; i < ACCUMULATORS; i++) a[i] = splat(i);
+        vf x = splat(0.999f), y = splat(0.001f);
+        asm volatile("" : "+m"(x), "+m"(y));
+        for (i64 k = 0; k < rounds; k++)
+            for (int i = 0; i < ACCUMULATORS; i++) a[i] = fma(a[i], x, y);
+        for (int i = 0; i < ACCUMULATORS; i++) asm volatile("" : "+m"(a[i]));
+    });
+    return result + (double)rounds * threads * ACCUMULATORS * VL * 2;
+}

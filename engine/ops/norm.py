@@ -1,0 +1,80 @@
+"""Root-mean-square norms: x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once.
+
+Called by models/ on the executor's thread; native kernels where they know the dtype, torch otherwise.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.ops import native
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[N, width], [width] -> [N, width], a new tensor."""
+    library, code = native.library(), native.type_code(x.dtype)
+    if library is None or code is None or not x.is_cpu or weight.dtype != x.dtype or x.stride(1) != 1:
+        return torch_rms_norm(x, weight, eps)
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=x.dtype)
+    library.by_work(rows * width).ol_rms_norm(
+        code,
+        x.data_ptr(),
+        x.stride(0),
+        None,
+        0,
+        weight.data_ptr(),
+        out.data_ptr(),
+        width,
+        rows,
+        width,
+        eps,
+        0.0,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """x, residual [N, width] -> (norm of their sum, their sum); the sum takes the residual's memory.
+
+    The sum is rounded to the dtype before its norm, as a stored residual stream is.
+    """
+    library, code = native.library(), native.type_code(x.dtype)
+    if (
+        library is None
+        or code is None
+        or not x.is_cpu
+        or weight.dtype != x.dtype
+        or residual.dtype != x.dtype
+        or x.stride(1) != 1
+        or residual.stride(1) != 1
+    ):
+        residual = residual.add_(x)
+        return torch_rms_norm(residual, weight, eps), residual
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=x.dtype)
+    library.by_work(rows * width).ol_rms_norm(
+        code,
+        x.data_ptr(),
+        x.stride(0),
+        residual.data_ptr(),
+        residual.stride(0),
+        weight.data_ptr(),
+        out.data_ptr(),
+        width,
+        rows,
+        width,
+        eps,
+        0.0,
+        torch.get_num_threads(),
+    )
+    return out, residual
+
+
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The same in torch."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (wide * scale * weight.float()).to(x.dtype)

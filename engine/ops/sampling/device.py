@@ -1,0 +1,106 @@
+"""Sampling on the device, in fixed shapes and without a look at any value on the host, so that a graph can hold it.
+
+Draws what ops/sampling/sampler.py draws: the inverse of the distribution function in order of token ids, at the
+uniform number of (seed, position). Called by the CUDA executor on its compute stream.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.forward import SAMPLING_DTYPE
+
+# A sampling row as int32 words, and where its fields stand in them.
+WORDS = SAMPLING_DTYPE.itemsize // 4
+_FIELDS = SAMPLING_DTYPE.fields
+assert _FIELDS is not None
+TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED, MIN_LENGTH, NUM_STOP_IDS, STOP_IDS = (
+    _FIELDS[name][1] // 4
+    for name in ("temperature", "top_p", "min_p", "top_k", "seed", "min_length", "num_stop_ids", "stop_ids")
+)
+NUM_STOPS = WORDS - STOP_IDS
+
+
+def _signed(value: int) -> int:
+    return value - 2**64 if value >= 2**63 else value
+
+
+_MIX_1, _MIX_2, _GOLDEN = (_signed(v) for v in (0xBF58476D1CE4E5B9, 0x94D049BB133111EB, 0x9E3779B97F4A7C15))
+
+
+def _mix(z: Tensor) -> Tensor:
+    """splitmix64's finaliser; int64 wraps, and >> must not carry the sign."""
+    z = (z ^ ((z >> 30) & (2**34 - 1))) * _MIX_1
+    z = (z ^ ((z >> 27) & (2**37 - 1))) * _MIX_2
+    return z ^ ((z >> 31) & (2**33 - 1))
+
+
+def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
+    """int64 [R] (the bits of the seed), int [R] -> float64 [R] in [0, 1), 53 bits."""
+    bits = _mix(_mix(seeds + _GOLDEN) + (positions.long() + 1) * _GOLDEN)
+    return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
+
+
+def sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
+    """float32 [R, V], int32 [R, WORDS] (rows of SAMPLING_DTYPE), int32 [R] -> int32 [R].
+
+    positions: index in its sequence of each new token. filtered: some row has top_k, top_p or min_p; without, those
+    fields are not looked at.
+    """
+    if logits.is_cuda and not filtered:
+        from engine.ops.triton.runtime import available
+
+        if available():
+            from engine.ops.triton.sampling import sample_rows
+
+            return sample_rows(logits, params, positions)
+    return torch_sample(logits, params, positions, filtered=filtered)
+
+
+def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
+    """The same in torch; sorts every row when filtered."""
+    rows, vocab = logits.shape
+    floats = params.view(torch.float32)
+    temperature = floats[:, TEMPERATURE : TEMPERATURE + 1]
+    # Masked stop ids: out-of-range ones go to a column that is cut off again.
+    ids = params[:, STOP_IDS:].long()
+    column = torch.arange(NUM_STOPS, device=logits.device)
+    masked = (positions < params[:, MIN_LENGTH])[:, None] & (column < params[:, NUM_STOP_IDS, None])
+    ids = torch.where(masked & (ids >= 0) & (ids < vocab), ids, vocab)
+    banned = torch.zeros((rows, vocab + 1), dtype=torch.bool, device=logits.device).scatter_(1, ids, True)
+    x = logits.masked_fill(banned[:, :vocab], float("-inf"))
+    greedy = x.argmax(-1)
+    top = x.amax(-1, keepdim=True)
+    scaled = (x - top) / torch.where(temperature > 0, temperature, 1.0)
+    if filtered:
+        scaled = _filter(scaled, params)
+    weights = scaled.exp()
+    mass = weights.cumsum(-1, dtype=torch.float64)
+    seeds = params[:, SEED : SEED + 2].contiguous().view(torch.int64)[:, 0]
+    target = uniform(seeds, positions)[:, None] * mass[:, -1:]
+    chosen = (mass <= target).sum(-1)
+    # Rounding may leave the target at the very end: the last id with any weight then.
+    last = vocab - 1 - (weights > 0).flip(-1).to(torch.int8).argmax(-1)
+    drawn = torch.minimum(chosen, last)
+    sane = (temperature[:, 0] > 0) & torch.isfinite(top[:, 0])
+    return torch.where(sane, drawn, greedy).to(torch.int32)
+
+
+def _filter(scaled: Tensor, params: Tensor) -> Tensor:
+    """Temperature-scaled logits, top 0, with -inf for what top_k, top_p and min_p drop, in this order."""
+    vocab = scaled.shape[1]
+    floats = params.view(torch.float32)
+    top_p, min_p = floats[:, TOP_P : TOP_P + 1], floats[:, MIN_P : MIN_P + 1]
+    top_k = params[:, TOP_K : TOP_K + 1].long()
+    ordered, order = scaled.sort(dim=-1, descending=True, stable=True)
+    top_k = torch.where((top_k > 0) & (top_k < vocab), top_k, vocab)
+    floor = ordered.gather(1, top_k - 1)
+    weights = ordered.masked_fill(ordered < floor, float("-inf")).exp()
+    mass = weights.cumsum(-1, dtype=torch.float64)
+    ahead = mass - weights
+    keep = (ahead < top_p * mass[:, -1:]) | (top_p >= 1)
+    keep[:, 0] = True
+    keep &= (weights >= min_p) & (weights > 0)
+    keep = torch.zeros_like(keep).scatter_(1, order, keep)
+    return scaled.masked_fill(~keep, float("-inf"))

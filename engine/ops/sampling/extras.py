@@ -1,0 +1,324 @@
+"""SlotExtras: penalties, biases, bans and log-probabilities of the slots that asked for them.
+
+Kept by slot between steps and fed by ForwardInput.extras; `begin` changes the logits before the sampler sees them,
+`end` counts what was drawn. Owned by the CPU executor's thread. Rows without extras are not touched.
+
+The order is vLLM's and HF's: allowed ids, bad words, bias, penalties, and after them the sampler's temperature and
+filters. Log-probabilities are of the logits as the model made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from engine.forward import ForwardInput, Int32Array, Limits, PromptLogprobs, RowExtras, StepLogprobs
+from engine.ops.sampling.logprobs import Float32Array, IndexArray, Normalised, normalise, of_targets, ranks
+
+_NOTHING = np.zeros(0, np.int64)
+_MINUS_INFINITY = np.float32(-np.inf)
+# In a tail: no token stands there. In a pattern: any may.
+_NO_TOKEN, _ANY = -1, -2
+
+
+class _Counts:
+    """Distinct tokens of a row, and how often each was generated: ids int64 and counts float32, `size` of them."""
+
+    __slots__ = ("_place", "counts", "ids", "size")
+
+    def __init__(self, seen: Int32Array, num_prompt: int) -> None:
+        """seen: the tokens that count, the first num_prompt of them with 0."""
+        distinct, inverse = np.unique(seen, return_inverse=True)
+        self.size = len(distinct)
+        self.ids: IndexArray = np.zeros(2 * self.size + 16, np.int64)
+        self.ids[: self.size] = distinct
+        self.counts: Float32Array = np.zeros(len(self.ids), np.float32)
+        self.counts[: self.size] = np.bincount(inverse.reshape(-1)[num_prompt:], minlength=self.size)
+        self._place = {token: place for place, token in enumerate(distinct.tolist())}
+
+    def add(self, token: int) -> None:
+        """One more was generated."""
+        place = self._place.setdefault(token, self.size)
+        if place == self.size:
+            if place == len(self.ids):
+                self.ids = np.concatenate([self.ids, np.zeros_like(self.ids)])
+                self.counts = np.concatenate([self.counts, np.zeros_like(self.counts)])
+            self.ids[place] = token
+            self.size += 1
+        self.counts[place] += 1
+
+
+class _Slot:
+    """What one slot asked for. counts: None without penalties."""
+
+    __slots__ = ("allowed", "ban", "bias", "bias_values", "counts", "extras", "words")
+
+    def __init__(self, extras: RowExtras, vocab: int) -> None:
+        self.extras = extras
+        self.counts: _Counts | None = None
+        repeats = extras.repetition_penalty != 1.0
+        if repeats or extras.presence_penalty or extras.frequency_penalty:
+            # Only the repetition penalty looks at the prompt.
+            first = 0 if repeats else extras.num_prompt_tokens
+            self.counts = _Counts(extras.history[first:], extras.num_prompt_tokens - first)
+
+        def known(ids: Sequence[int]) -> IndexArray:
+            found = np.array(ids, np.int64)
+            return found[(found >= 0) & (found < vocab)]
+
+        bias = {token: value for token, value in extras.logit_bias if 0 <= token < vocab}
+        self.bias = np.array(list(bias), np.int64)
+        self.bias_values = np.array(list(bias.values()), np.float32)
+        self.allowed = None if extras.allowed_token_ids is None else known(extras.allowed_token_ids)
+        self.ban = known([word[0] for word in extras.bad_words if len(word) == 1])
+        self.words = [word for word in extras.bad_words if len(word) > 1 and 0 <= word[-1] < vocab]
+
+
+@dataclass(slots=True)
+class _Plan:
+    """What a step's rows ask for, as indices into their logits; the same rows in the next step keep it.
+
+    bias, ban, allowed and word_last are flat: row * vocab + id. patterns int32 [words, width], word_slots: whose tail
+    each looks at; word_rows: the rows whose tails must be kept.
+    """
+
+    penalised: list[tuple[int, _Counts]]
+    parameters: Float32Array  # [3, rows of penalised]: repetition, frequency, presence
+    repeats: bool
+    bias: IndexArray
+    bias_values: Float32Array
+    ban: IndexArray
+    allowed_rows: IndexArray
+    allowed: IndexArray
+    word_rows: IndexArray
+    word_slots: IndexArray
+    word_last: IndexArray
+    patterns: Int32Array
+    logprob_rows: IndexArray
+    num_top: int
+
+
+@dataclass(slots=True)
+class Draw:
+    """One step between `begin` and `end`. touched, raw: flat indices of changed logits and what was there."""
+
+    plan: _Plan
+    logits: Tensor
+    slots: Int32Array
+    normalised: Normalised | None
+    touched: IndexArray
+    raw: Float32Array
+    raw_rows: IndexArray
+    raw_of_rows: Float32Array | None
+
+
+class SlotExtras:
+    """count: slots that have extras; nothing here needs to be called while it is 0, but for `apply`."""
+
+    def __init__(self, limits: Limits) -> None:
+        self._vocab = limits.vocab_size
+        self._slots: dict[int, _Slot] = {}
+        self._has = np.zeros(limits.num_slots, np.bool_)
+        # The last tokens of slots with bad words of several tokens; as wide as the longest of them needs.
+        self._tails: Int32Array = np.full((limits.num_slots, 0), _NO_TOKEN, np.int32)
+        self._plan: _Plan | None = None
+        self._plan_slots = b""
+
+    @property
+    def count(self) -> int:
+        return len(self._slots)
+
+    def apply(self, step: ForwardInput) -> None:
+        """Take over what changed. A slot that is filled anew without extras has none any more."""
+        if self._slots:
+            for slot in step.staging.sampling_slot[: step.num_sampling_diffs].tolist():
+                if self._slots.pop(slot, None) is not None:
+                    self._has[slot] = False
+                    self._plan = None
+        for extras in step.extras:
+            slot = _Slot(extras, self._vocab)
+            self._slots[extras.slot] = slot
+            self._has[extras.slot] = True
+            self._plan = None
+            if slot.words:
+                self._fill_tail(extras, max(map(len, slot.words)) - 1)
+
+    def _fill_tail(self, extras: RowExtras, width: int) -> None:
+        missing = width - self._tails.shape[1]
+        if missing > 0:
+            # Other slots' words are no longer than before, so that they do not look there.
+            self._tails = np.pad(self._tails, ((0, 0), (missing, 0)), constant_values=_NO_TOKEN)
+        tail = self._tails[extras.slot]
+        tail[:] = _NO_TOKEN
+        last = extras.history[-len(tail) :]
+        tail[len(tail) - len(last) :] = last
+
+    # ---- before the sampler
+
+    def begin(
+        self,
+        logits: Tensor,
+        slots: Int32Array,
+        positions: Int32Array,
+        params: npt.NDArray[Any],
+        *,
+        masked: bool = False,
+    ) -> Draw | None:
+        """Change the logits in place: float32 [R, V], contiguous, one row per slot of `slots`. None: no row has extras.
+
+        positions, params: as the sampler gets them, whose own masks are not to be seen in log-probabilities.
+        masked: others will change these logits too, in ways not known here.
+        """
+        plan = self._plan_of(slots)
+        if plan is None:
+            return None
+        table: Float32Array = logits.numpy()
+        flat = table.reshape(-1)
+        penalised = np.concatenate(
+            [_NOTHING, *(row * self._vocab + counts.ids[: counts.size] for row, counts in plan.penalised)]
+        )
+        draw = Draw(plan, logits, slots, None, _NOTHING, flat[:0], _NOTHING, None)
+        if len(plan.logprob_rows):
+            draw.normalised = normalise(logits, plan.logprob_rows, plan.num_top)
+            stops = self._masked_stops(plan.logprob_rows, positions, params)
+            draw.touched = np.concatenate([plan.ban, plan.word_last, plan.bias, penalised, stops])
+            draw.raw = flat[draw.touched]
+            draw.raw_rows = plan.logprob_rows if masked else np.intersect1d(plan.logprob_rows, plan.allowed_rows)
+            draw.raw_of_rows = table[draw.raw_rows] if len(draw.raw_rows) else None
+        if len(plan.allowed_rows):
+            kept = flat[plan.allowed]
+            table[plan.allowed_rows] = _MINUS_INFINITY
+            flat[plan.allowed] = kept
+        flat[plan.ban] = _MINUS_INFINITY
+        if len(plan.word_last):
+            stands = (self._tails[plan.word_slots] == plan.patterns) | (plan.patterns == _ANY)
+            flat[plan.word_last[stands.all(-1)]] = _MINUS_INFINITY
+        flat[plan.bias] += plan.bias_values
+        if len(penalised):
+            self._penalise(plan, flat, penalised)
+        return draw
+
+    def _penalise(self, plan: _Plan, flat: Float32Array, index: IndexArray) -> None:
+        """repetition: a positive logit is divided by it, another multiplied (Keskar et al. 2019); then frequency
+        times the count, and presence once, are taken away (OpenAI)."""
+        counts = np.concatenate([counts.counts[: counts.size] for _, counts in plan.penalised])
+        sizes = [counts.size for _, counts in plan.penalised]
+        repetition, frequency, presence = np.repeat(plan.parameters, sizes, axis=1)
+        values = flat[index]
+        if plan.repeats:
+            values = np.where(values > 0, values / repetition, values * repetition)
+        values -= frequency * counts
+        values -= presence * (counts > 0)
+        flat[index] = values
+
+    def _masked_stops(self, rows: IndexArray, positions: Int32Array, params: npt.NDArray[Any]) -> IndexArray:
+        """Flat indices of the stop ids that the sampler masks in these rows (min_tokens)."""
+        rows = rows[(positions[rows] < params["min_length"][rows]) & (params["num_stop_ids"][rows] > 0)]
+        if not len(rows):
+            return _NOTHING
+        ids = params["stop_ids"][rows].astype(np.int64)
+        index = rows[:, None] * self._vocab + ids
+        return index[(ids >= 0) & (ids < self._vocab)]
+
+    # ---- after it
+
+    def end(self, draw: Draw, drawn: Int32Array, rows: npt.NDArray[np.integer[Any]]) -> StepLogprobs | None:
+        """Remember what was drawn. rows: the rows of the step that the logits are of."""
+        plan = draw.plan
+        for row, counts in plan.penalised:
+            counts.add(int(drawn[row]))
+        if len(plan.word_rows):
+            slots = draw.slots[plan.word_rows]
+            self._tails[slots] = np.concatenate([self._tails[slots, 1:], drawn[plan.word_rows, None]], axis=1)
+        if draw.normalised is None:
+            return None
+        asked, found, k = plan.logprob_rows, draw.normalised, plan.num_top
+        table: Float32Array = draw.logits.numpy()
+        table.reshape(-1)[draw.touched] = draw.raw
+        if draw.raw_of_rows is not None:
+            table[draw.raw_rows] = draw.raw_of_rows
+        values = table[asked, drawn[asked]]
+        return StepLogprobs(
+            rows=np.asarray(rows[asked], np.int32),
+            token_logprobs=values - found.lse,
+            ranks=ranks(draw.logits, asked, values, found),
+            top_ids=found.top_ids[:, :k],
+            top_logprobs=found.top[:, :k] - found.lse[:, None],
+        )
+
+    # ---- prompts
+
+    def prompt_logprobs(
+        self, step: ForwardInput, hidden: Tensor, make_logits: Callable[[Tensor], Tensor]
+    ) -> list[PromptLogprobs]:
+        """Of the prompt chunks in this step whose slots ask. hidden [tokens, hidden size]: of every token of the step."""
+        staging, found = step.staging, []
+        for row in range(step.num_decode_rows, step.num_rows):
+            slot = self._slots.get(int(staging.row_slot[row]))
+            k = None if slot is None else slot.extras.prompt_logprobs
+            if slot is None or k is None:
+                continue
+            extras, start = slot.extras, int(staging.row_start[row])
+            # A sequence that has output was retracted after its prompt's answer had been given.
+            if len(extras.history) > extras.num_prompt_tokens:
+                continue
+            # The token at index t is foretold at t - 1.
+            targets = extras.history[start + 1 : start + 1 + int(staging.row_len[row])]
+            if not len(targets):
+                continue
+            first = int(staging.qo_indptr[row])
+            of_chunk = hidden[first : first + len(targets)]
+            figures = of_targets(of_chunk, make_logits, targets, k, self._vocab)
+            found.append(PromptLogprobs(row, start + 1, *figures))
+        return found
+
+    # ---- plans
+
+    def _plan_of(self, slots: Int32Array) -> _Plan | None:
+        key = slots.tobytes()
+        if self._plan is None or key != self._plan_slots:
+            rows = np.flatnonzero(self._has[slots])
+            if not len(rows):
+                return None
+            self._plan, self._plan_slots = self._make_plan(slots, rows), key
+        return self._plan
+
+    def _make_plan(self, slots: Int32Array, rows: npt.NDArray[np.intp]) -> _Plan:
+        owners = [(row, self._slots[int(slots[row])]) for row in rows.tolist()]
+        penalised = [(row, slot.counts) for row, slot in owners if slot.counts is not None]
+        parameters = [
+            (slot.extras.repetition_penalty, slot.extras.frequency_penalty, slot.extras.presence_penalty)
+            for _, slot in owners
+            if slot.counts is not None
+        ]
+        words = [(row, slot, word) for row, slot in owners for word in slot.words]
+        width = self._tails.shape[1]
+        patterns = np.full((len(words), width), _ANY, np.int32)
+        for index, (_, _, word) in enumerate(words):
+            patterns[index, width - len(word) + 1 :] = word[:-1]
+        asking = [(row, slot.extras.logprobs) for row, slot in owners if slot.extras.logprobs is not None]
+
+        def flat(parts: list[tuple[int, IndexArray]]) -> IndexArray:
+            return np.concatenate([_NOTHING, *(row * self._vocab + ids for row, ids in parts)])
+
+        return _Plan(
+            penalised=penalised,
+            parameters=np.array(parameters, np.float32).reshape(-1, 3).T,
+            repeats=any(repetition != 1.0 for repetition, _, _ in parameters),
+            bias=flat([(row, slot.bias) for row, slot in owners]),
+            bias_values=np.concatenate([slot.bias_values for _, slot in owners]),
+            ban=flat([(row, slot.ban) for row, slot in owners]),
+            allowed_rows=np.array([row for row, slot in owners if slot.allowed is not None], np.int64),
+            allowed=flat([(row, slot.allowed) for row, slot in owners if slot.allowed is not None]),
+            word_rows=np.array([row for row, slot in owners if slot.words], np.int64),
+            word_slots=np.array([slot.extras.slot for _, slot, _ in words], np.int64),
+            word_last=np.array([row * self._vocab + word[-1] for row, _, word in words], np.int64),
+            patterns=patterns,
+            logprob_rows=np.array([row for row, _ in asking], np.int64),
+            num_top=max((top for _, top in asking), default=0),
+        )

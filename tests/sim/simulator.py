@@ -1,0 +1,366 @@
+"""The simulator: the Engine's loop without asyncio, on a fake device, with everything checked after every tick.
+
+A run is a function of its seed. `simulate(seed)` raises SimulationError with the seed and the command that
+repeats it; `run` is the same for options and arrivals of the caller's choice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence as List
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+from engine.clock import ManualClock
+from engine.config import CacheOptions, SchedulerOptions
+from engine.executor.fake import FakeExecutor, FakeHandle, expected_logprob, poison_staging
+from engine.forward import ForwardError, ForwardOutput
+from engine.request import FinishReason, RequestError
+from engine.scheduling.batch import Batch
+from engine.scheduling.scheduler import Scheduler, StepResult
+from engine.scheduling.sequence import Sequence, SequenceStatus
+from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
+
+
+class SimulationError(AssertionError):
+    """A run broke a rule; the message says which, where, and how to see it again."""
+
+
+@dataclass(eq=False)
+class Client:
+    """One request as its client sees it."""
+
+    arrival: Arrival
+    sequence: Sequence
+    delivered: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    # The client's side ended it (abort, stop string): the rest of the answer is not owed.
+    ended_early: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.arrival.request.request_id
+
+
+@dataclass
+class Launched:
+    batch: Batch
+    handle: FakeHandle
+    # Who had which slot as the step was launched: its tokens are theirs and nobody else's.
+    owners: dict[int, Sequence]
+
+
+@dataclass
+class Report:
+    """What a run did, for totals and for comparing runs."""
+
+    ticks: int = 0
+    steps: int = 0
+    retractions: int = 0
+    cached_tokens: int = 0
+    failed_steps: int = 0
+    finished: int = 0
+    answers: dict[str, tuple[tuple[int, ...], str, object]] = field(default_factory=dict)
+
+
+class Simulator:
+    def __init__(self, seed: int, options: Options, arrivals: List[Arrival]) -> None:
+        self.options = options
+        self.random = Random(f"run {seed}")
+        self.report = Report()
+        limits = options.limits
+        fail_random = Random(f"failures {seed}")
+
+        def fail_on(step: int) -> None:
+            if fail_random.random() < options.fail_rate:
+                raise ForwardError(f"step {step} fails by lot")
+
+        self.executor = FakeExecutor(
+            limits,
+            options.model,
+            fail_on=fail_on if options.fail_rate else None,
+            random=Random(f"device {seed}"),
+            eagerness=options.eagerness,
+        )
+        for staging in self.executor.staging:
+            # Room for a single page, so that the table diff has to grow.
+            staging.table_index = staging.table_index[:1].copy()
+            staging.table_page = staging.table_page[:1].copy()
+        self.clock = ManualClock()
+        self.scheduler = Scheduler(
+            limits,
+            SchedulerOptions(
+                max_num_seqs=limits.max_num_seqs,
+                max_num_batched_tokens=limits.max_num_batched_tokens,
+                overlap=options.depth == 2,
+                admission_watermark=options.watermark,
+            ),
+            CacheOptions(
+                page_size=limits.page_size,
+                num_pages=limits.num_pages,
+                enable_prefix_caching=options.prefix_caching,
+                eviction_policy=options.eviction_policy,
+            ),
+            self.executor.staging,
+            self.clock,
+            (EOS,),
+        )
+        self.arrivals = deque(arrivals)
+        self.clients: dict[Sequence, Client] = {}
+        self.open: dict[Sequence, Client] = {}
+        self.in_flight: deque[Launched] = deque()
+        self.page_namespace: dict[int, str] = {}
+        # Who got a token from the step that is being committed.
+        self.delivered_now: list[Sequence] = []
+
+    # ---- phases
+
+    def run(self) -> Report:
+        for tick in range(self.options.ticks):
+            self._arrive(tick)
+            self.tick()
+        assert not self.arrivals
+        self._finish_all()
+        self.report.finished = len(self.clients)
+        return self.report
+
+    def _finish_all(self) -> None:
+        """Liveness: without new work, everything ends within a bound and everything is given back."""
+        bound = 50 + 4 * sum(
+            len(client.arrival.request.prompt_token_ids) + len(client.arrival.tokens) + 4
+            for client in self.open.values()
+        )
+        for _ in range(bound):
+            if not self.open and not self.in_flight:
+                break
+            self.tick(leaving=False)
+        assert not self.open, f"{[client.sequence for client in self.open.values()]} never finished"
+        assert not self.in_flight, "a step is in flight with nobody to want it"
+        scheduler = self.scheduler
+        assert not scheduler.has_work and scheduler.schedule() is None
+        assert scheduler.num_running == 0 and scheduler.num_waiting == 0
+        assert not scheduler.live_sequences(), "a slot was not given back"
+        available, pages = scheduler.kv_cache.num_available, self.options.num_pages
+        assert available == pages, f"{pages - available} pages are neither free nor evictable"
+
+    def tick(self, leaving: bool = True) -> None:
+        """One turn of Engine.run."""
+        self.report.ticks += 1
+        self.clock.advance(0.01)
+        if leaving:
+            self._leave()
+        scheduler, depth = self.scheduler, self.options.depth
+        batch = scheduler.schedule()
+        if batch is not None:
+            assert 0 < batch.num_tokens <= self.options.max_num_batched_tokens, "the token budget"
+            owners = {slot: scheduler.sequence_of(slot) for slot in batch.slots.tolist()}
+            assert len(owners) == batch.num_rows
+            for sequence in owners.values():
+                assert not sequence.is_finished, f"{sequence} was scheduled after its end"
+            self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners))
+            if leaving:
+                self._leave()
+        if not self.in_flight:
+            # Here the Engine sleeps until something arrives: whoever still waits would wait for ever.
+            assert not scheduler.has_work, "nothing in flight, nothing scheduled, yet somebody waits"
+        elif len(self.in_flight) >= depth or batch is None:
+            self._commit(self.in_flight.popleft())
+        self.check()
+
+    # ---- what happens
+
+    def _arrive(self, tick: int) -> None:
+        while self.arrivals and self.arrivals[0].tick <= tick:
+            arrival = self.arrivals.popleft()
+            try:
+                sequence = self.scheduler.submit(arrival.request)
+            except RequestError:
+                assert not arrival.accepted, f"{arrival.request.request_id} was refused"
+                continue
+            assert arrival.accepted, f"{arrival.request.request_id} can never fit, but was accepted"
+            self.clients[sequence] = self.open[sequence] = Client(arrival, sequence)
+
+    def _leave(self) -> None:
+        """Clients that go away: by their own plan, by bad luck, and in bursts."""
+        random, options = self.random, self.options
+        burst = options.abort_burst_rate and random.random() < options.abort_burst_rate
+        for client in list(self.open.values()):
+            abort_after = client.arrival.abort_after
+            if (abort_after is not None and len(client.delivered) >= abort_after) or (burst and random.random() < 0.7):
+                self._abort(client)
+        if self.clients and options.abort_rate and random.random() < 0.1:
+            # Abort is idempotent and legal in every state, long finished ones included.
+            self._abort(random.choice(list(self.clients.values())))
+
+    def _abort(self, client: Client) -> None:
+        before = client.sequence.finish_reason
+        self.scheduler.abort(client.sequence)
+        if client in self.open.values():
+            client.ended_early = True
+            self._end(client)
+            assert client.finish_reason is FinishReason.ABORT
+        assert before in (None, client.sequence.finish_reason), "an abort changed how a sequence had ended"
+
+    def _commit(self, launched: Launched) -> None:
+        scheduler = self.scheduler
+        owners = launched.owners
+        for slot, sequence in owners.items():
+            assert sequence.slot == slot, f"{sequence} lost slot {slot} while it was in flight"
+        self.report.steps += 1
+        try:
+            output = self.executor.resolve(launched.handle)
+        except ForwardError as error:
+            self.report.failed_steps += 1
+            self._check_namespaces(launched, failed=True)
+            result = scheduler.fail(launched.batch, error)
+            assert not len(result.token_ids), "tokens of a failed step"
+            for sequence in result.finished:
+                assert sequence in owners.values(), f"{sequence} was no part of the failed step"
+                assert sequence.finish_reason is FinishReason.ERROR
+                client = self.open[sequence]
+                client.ended_early = True
+                self._end(client)
+        else:
+            self._check_namespaces(launched)
+            tokens = dict(zip(launched.batch.slots.tolist(), output.token_ids.tolist(), strict=True))
+            result = scheduler.commit(launched.batch, output)
+            self.delivered_now = []
+            for slot, token in zip(result.slots.tolist(), result.token_ids.tolist(), strict=True):
+                assert tokens[slot] == token, "a token changed its row"
+                self._deliver(self.clients[owners[slot]], token)
+            self._check_logprobs(result, output)
+            for sequence in result.finished:
+                assert sequence in self.open, f"a second terminal event of {sequence}"
+                self._end(self.open[sequence])
+            self._stop_by_string(owners)
+        if self.options.poison:
+            poison_staging(launched.batch.staging)
+
+    def _check_logprobs(self, result: StepResult, output: ForwardOutput) -> None:
+        """Each token whose log-probability was asked for has one, and it is that token's."""
+        asked = {sequence for sequence in self.delivered_now if sequence.request.sampling.logprobs is not None}
+        assert len(result.logprobs) == len(asked)
+        for sequence, index in result.logprobs:
+            asked.remove(sequence)
+            assert output.logprobs is not None
+            client = self.clients[sequence]
+            position = sequence.num_prompt_tokens + len(client.delivered) - 1
+            expected = expected_logprob(client.delivered[-1], position)
+            assert output.logprobs.token_logprobs[index] == expected, f"{client.name}: another one's log-probability"
+
+    def _stop_by_string(self, owners: dict[int, Sequence]) -> None:
+        """What the Engine does when the text of a sequence meets a stop string."""
+        for sequence in owners.values():
+            client = self.open.get(sequence)
+            if client is None:
+                continue
+            stop_after = client.arrival.stop_after
+            if stop_after is not None and len(client.delivered) == stop_after:
+                self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
+                client.ended_early = True
+                self._end(client)
+
+    def _deliver(self, client: Client, token: int) -> None:
+        index = len(client.delivered)
+        assert client.finish_reason is None, f"{client.name}: token {token} after the end"
+        expected = client.arrival.tokens
+        assert index < len(expected), f"{client.name}: token {token} after the whole answer {expected}"
+        assert token == expected[index], (
+            f"{client.name}: token {index} is {token}, the oracle says {expected[index]} ({client.sequence})"
+        )
+        client.delivered.append(token)
+        self.delivered_now.append(client.sequence)
+
+    def _end(self, client: Client) -> None:
+        """The terminal event of a client."""
+        sequence = client.sequence
+        assert client.finish_reason is None, f"{client.name}: a second terminal event"
+        assert sequence.is_finished and sequence.finish_reason is not None
+        client.finish_reason = sequence.finish_reason
+        del self.open[sequence]
+        arrival = client.arrival
+        assert sequence.output_token_ids == client.delivered, f"{client.name}: delivered is not what is known"
+        if not client.ended_early:
+            assert client.delivered == arrival.tokens, f"{client.name}: ended before its time"
+            assert sequence.finish_reason is arrival.reason
+            assert sequence.stop_reason == arrival.stop_reason
+        if sequence.admitted_at is not None:
+            cached = sequence.num_cached_tokens
+            assert 0 <= cached < sequence.num_prompt_tokens and cached % self.options.page_size == 0
+            assert cached == 0 or self.options.prefix_caching
+            assert cached == 0 or arrival.request.sampling.prompt_logprobs is None
+            self.report.cached_tokens += cached
+        self.report.retractions += sequence.num_retractions
+        self.report.answers[client.name] = (
+            tuple(client.delivered),
+            sequence.finish_reason.value,
+            sequence.stop_reason,
+        )
+
+    # ---- what must hold
+
+    def _check_namespaces(self, launched: Launched, failed: bool = False) -> None:
+        """No row reads a page that another namespace wrote. (Equal tokens: no oracle would see it.)"""
+        if self.options.namespaces == 1:
+            return
+        forward, page_size = launched.batch.forward_input, self.options.page_size
+        staging = forward.staging
+        starts, lengths = staging.row_start.tolist(), staging.row_len.tolist()
+        for row, slot in enumerate(launched.batch.slots.tolist()):
+            start, end = starts[row], starts[row] + lengths[row]
+            pages = self.executor.pages_of(slot, end)
+            name = launched.owners[slot].request.namespace
+            for page in pages[start // page_size :]:
+                self.page_namespace[page] = name
+            for page in [] if failed else pages:
+                assert self.page_namespace[page] == name, f"page {page} crosses a namespace"
+
+    def check(self) -> None:
+        scheduler = self.scheduler
+        live = scheduler.live_sequences()
+        scheduler.kv_cache.check([sequence.pages for sequence in live if sequence.pages is not None])
+        table = scheduler._table
+        assert len(live) + table.num_free == self.options.max_num_seqs, "a slot was lost"
+        assert len(set(table._free)) == table.num_free and 0 not in table._free
+        running = 0
+        for sequence in live:
+            slot = sequence.slot
+            assert table.sequences[slot] is sequence and slot not in table._free
+            status = sequence.status
+            running += status is SequenceStatus.RUNNING
+            assert status is not SequenceStatus.WAITING and status is not SequenceStatus.FINISHED
+            pages = sequence.pages
+            assert pages is not None
+            known, computed = sequence.num_tokens, sequence.num_computed_tokens
+            assert known <= sequence.max_length and computed < sequence.max_length
+            assert computed <= len(pages.pages) * self.options.page_size, f"{sequence} outgrew its pages"
+            if status is SequenceStatus.RUNNING:
+                assert computed <= known + len(self.in_flight), f"{sequence} runs ahead of its tokens"
+        assert running == scheduler.num_running
+        waiting = 0
+        for sequence, client in self.open.items():
+            assert not sequence.is_finished, f"{client.name} ended without a terminal event"
+            if not sequence.holds_slot:
+                waiting += 1
+                assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
+        assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
+
+
+def run(seed: int, options: Options, arrivals: List[Arrival]) -> Report:
+    """One run. Raises SimulationError."""
+    simulator = Simulator(seed, options, arrivals)
+    try:
+        return simulator.run()
+    except Exception as error:
+        raise SimulationError(
+            f"seed {seed}, tick {simulator.report.ticks}: {type(error).__name__}: {error}\n"
+            f"  {options}\n  repeat with: python -m tests.sim --seed {seed}"
+        ) from error
+
+
+def simulate(seed: int, **changes: Any) -> Report:
+    """The run of a seed; `changes` to its options look closer at one part of the code."""
+    options = dataclasses.replace(draw_options(seed), **changes)
+    return run(seed, options, draw_arrivals(seed, options))

@@ -1,0 +1,227 @@
+"""The simulator must catch planted bugs. Each mutant is one edit of the source of scheduler or cache.
+
+A mutant names the text that it replaces, so it fails loudly when that text has changed: then write it anew for
+the new code, because a bug that cannot be planted proves nothing.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from engine.cache.eviction.fifo import FIFO
+from engine.cache.kv_cache import KVCache
+from engine.cache.page_pool import PagePool
+from engine.cache.radix_tree import RadixTree
+from engine.forward import Staging
+from engine.scheduling.batch import Batch
+from engine.scheduling.policy.fcfs import FCFS
+from engine.scheduling.scheduler import Scheduler
+from engine.scheduling.sequence import Sequence
+from engine.scheduling.slots import SlotTable
+from tests.sim.simulator import SimulationError, simulate
+
+# Seeds that a mutant may live through; the unmutated code passes all of them (and those of test_simulation).
+MAX_SEEDS = 60
+
+
+# Options under which rare things are frequent: steps that fail under shared prefixes, and remapped pages in a
+# pool that is too small.
+FAILURES = {
+    "depth": 2,
+    "fail_rate": 0.1,
+    "abort_rate": 0.1,
+    "prefix_caching": True,
+    "alphabet": 1,
+    "page_size": 2,
+    "burst": 4,
+    "arrival_rate": 0.5,
+    "vocab_size": 40,
+}
+REMAPS = {
+    "page_size": 1,
+    "max_model_len": 16,
+    "num_pages": 18,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 20,
+    "prefix_caching": True,
+    "alphabet": 1,
+    "burst": 4,
+    "arrival_rate": 0.5,
+    "watermark": 0.0,
+    "eos_rate": 0.0,
+    "vocab_size": 40,
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In owner.method, `old`, which must stand there exactly once, becomes `new`. changes: to every seed's options."""
+
+    name: str
+    owner: type
+    method: str
+    old: str
+    new: str
+    changes: dict[str, Any] = field(default_factory=dict)
+
+
+MUTANTS = [
+    # What the device is told.
+    Mutant("a page is not told", Batch, "write_page", "count + 1\n", "count + 1 - (page % 8 == 0)\n"),
+    Mutant("one page of an admission is not told", Batch, "write_pages", "+ len(ids)\n", "+ max(0, len(ids) - 1)\n"),
+    Mutant("a remap is lost", Scheduler, "_write_remaps", "batch.write_page(sequence.slot, index, page)", "pass"),
+    Mutant(
+        "a remap outlives its sequence", Scheduler, "_write_remaps",
+        "if sequence.pages is pages:", "if sequence.holds_slot:", REMAPS,
+    ),
+    Mutant("a sampling row is not told", Batch, "write_sampling", "count + 1\n", "count + (sequence.slot != 2)\n"),
+    Mutant("the seed is lost", Scheduler, "_admit", "sequence.request.sampling.seed or 0", "0"),
+    Mutant("min_tokens is lost", Batch, "write_sampling", "= sequence.min_length", "= 0"),
+    Mutant(
+        "positions are one too high", Batch, "write_decodes",
+        "row_start[:count] = starts", "row_start[:count] = starts + 1",
+    ),
+    Mutant("a chunk starts one too early", Batch, "write_prefill", "= start\n", "= start - (start > 0)\n"),
+    Mutant("a chunk has the wrong tokens", Scheduler, "_write_chunk", "tokens[start:end]", "tokens[: end - start]"),
+    Mutant(
+        "the other staging set is written too early", Scheduler, "schedule",
+        "self._next_step += 1", "self._next_step += 1; self._batches[self._next_step & 1].staging.row_start[0] += 1",
+    ),
+    Mutant(
+        "the staging sets do not alternate", Scheduler, "schedule",
+        "self._batches[self._next_step & 1]", "self._batches[0]",
+    ),
+    Mutant(
+        "no room for the table diff is made", Batch, "write_pages",
+        "staging.reserve_table_diff", "(lambda n: None)",
+    ),
+    Mutant("extras are not told", Batch, "write_sampling", "if params.has_extras:", "if False:"),
+    Mutant("extras stay with the batch", Batch, "begin", "forward.extras.clear()", "pass"),
+    Mutant(
+        "penalties count from the prompt alone after a retraction", Batch, "write_sampling",
+        "sequence.token_ids.copy()", "sequence.token_ids[: sequence.num_prompt_tokens].copy()", REMAPS,
+    ),
+    Mutant(
+        "log-probabilities of overruns are delivered", Scheduler, "_attribute_logprobs",
+        "if live[slots[row]]:", "if True:",
+    ),
+    # Slots.
+    Mutant(
+        "slots and pages go back while in flight", Scheduler, "_release_if_idle",
+        "if self._in_flight(sequence):", "if False:",
+    ),
+    Mutant(
+        "a slot is in flight one step too short", Scheduler, "_in_flight",
+        "> self._committed_step", "> self._committed_step + 1",
+    ),
+    Mutant("an aborted slot is never given back", Scheduler, "finish", "self._release_if_idle(sequence)", "pass"),
+    Mutant("stop ids stay with the slot", SlotTable, "vacate", "self.stop_ids[:, slot] = -1", "pass"),
+    # Tokens.
+    Mutant("overruns are delivered", Scheduler, "finish", "self._table.live[sequence.slot] = False", "pass"),
+    Mutant("rows that do not sample are delivered", Scheduler, "commit", "if not batch.all_sample:", "if False:"),
+    Mutant("a length is one too long", Scheduler, "commit", "np.greater_equal(known, limit", "np.greater(known, limit"),
+    Mutant("all but the first stop id is ignored", Scheduler, "commit", "[: table.max_stop_ids]", "[:1]"),
+    Mutant(
+        "retraction forgets the last token", Sequence, "leave_slot",
+        "int(table.known[slot])]",
+        "max(self.num_prompt_tokens, int(table.known[slot]) - (self.finish_reason is None))]",
+    ),
+    Mutant(
+        "a retracted sequence samples anew", Scheduler, "_retract",
+        "self._leave(sequence)",
+        "self._leave(sequence); self._table.known[sequence.slot] = sequence.num_prompt_tokens",
+    ),
+    # Order.
+    Mutant("a retracted sequence is lost", Scheduler, "_release_if_idle", "self._policy.push_front(sequence)", "pass"),
+    Mutant("an aborted sequence is admitted", FCFS, "peek", "queue[0].is_finished", "False"),
+    Mutant("an aborted sequence is counted as waiting", Scheduler, "finish", "self.num_waiting -= 1", "pass"),
+    Mutant(
+        "the budget is exceeded by one", Scheduler, "_write_chunk",
+        "self.limits.max_num_batched_tokens - batch", "1 + self.limits.max_num_batched_tokens - batch",
+    ),
+    Mutant(
+        "capacity is one token too big", SlotTable, "set_capacity",
+        "num_pages * self.page_size", "num_pages * self.page_size + 1",
+    ),
+    Mutant("decode rows never retract", Scheduler, "_make_room", "while len(self._running) > 1:", "while False:"),
+    # Failures.
+    Mutant(
+        "a failed step's pages stay", Scheduler, "fail",
+        "self.kv_cache.take_back(sequence.pages, first_page)", "pass", FAILURES,
+    ),
+    Mutant(
+        "who shares a failed step's page goes on", Scheduler, "fail",
+        "not self.kv_cache.is_intact(sequence.pages)", "False", FAILURES,
+    ),
+    Mutant(
+        "who shares a failed step's page delivers once more", Scheduler, "fail",
+        "self._table.live[sequence.slot] = False", "pass", FAILURES,
+    ),
+    Mutant(
+        "an aborted sequence shares a failed step's page", Scheduler, "fail",
+        "self._table.computed[batch.slots] = 0", "pass", FAILURES,
+    ),
+    # Pages.
+    Mutant(
+        "overruns enter the tree", Scheduler, "_release_if_idle",
+        "min(int(table.computed[slot]), len(tokens))", "len(tokens) // self.limits.page_size * self.limits.page_size",
+    ),
+    Mutant("a match may be the whole prompt", KVCache, "extend_match", "(len(token_ids) - 1)", "len(token_ids)"),
+    Mutant("namespaces share", RadixTree, "open", "namespace.encode(errors=\"surrogatepass\")", "b\"\""),
+    Mutant("a match locks nothing", RadixTree, "match", "child.lock_count += 1", "pass"),
+    Mutant("a matched page is still evictable", RadixTree, "match", "self.policy.remove(child)", "pass"),
+    Mutant("a split loses the locks", RadixTree, "_split", "node.lock_count, node.hits", "0, node.hits"),
+    Mutant("an evicted page stays in the tree", RadixTree, "evict", "del parent.children[node.key]", "pass"),
+    Mutant(
+        "a locked leaf is evicted", FIFO, "victim",
+        "if _may_go(node):", "if not node.children and not node.detached:",
+    ),
+    Mutant("a leaf gives up its front", RadixTree, "evict", "freed += pages[-missing:]", "freed += pages[:missing]"),
+    Mutant("duplicates are freed twice", KVCache, "end_step", "self._deferred.clear()", "pass"),
+    Mutant("duplicates are never freed", KVCache, "end_step", "self._pool.free(self._deferred)", "pass"),
+    Mutant(
+        "duplicates are freed too early", KVCache, "enter",
+        "self._deferred += duplicates", "self._pool.free(duplicates)",
+    ),
+    Mutant("a sequence keeps its duplicate", KVCache, "_insert", "= canonical\n", "= own[: len(canonical)]\n"),
+    Mutant(
+        "a failed page is freed under its reader", RadixTree, "detach",
+        "if not node.lock_count:", "if True:", FAILURES,
+    ),
+    Mutant("a page is handed out twice", PagePool, "allocate_one", "self._free.pop()", "self._free[-1]"),
+    Mutant("growing the staging loses what is there", Staging, "reserve_table_diff", "new[: len(old)] = old", "pass"),
+]  # fmt: skip
+
+
+def plant(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    function: Callable[..., Any] = getattr(mutant.owner, mutant.method)
+    source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(mutant.old) == 1, f"write this mutant anew: {mutant.old!r} is not in\n{source}"
+    edited = "from __future__ import annotations\n" + source.replace(mutant.old, mutant.new)
+    defined: dict[str, Any] = {}
+    exec(compile(edited, f"<mutant: {mutant.name}>", "exec"), function.__globals__, defined)
+    monkeypatch.setattr(mutant.owner, mutant.method, defined[mutant.method])
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.name.replace(" ", "-"))
+def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
+    plant(mutant, monkeypatch)
+    for seed in range(MAX_SEEDS):
+        try:
+            simulate(seed, **mutant.changes)
+        except SimulationError:
+            return
+    pytest.fail(f"no simulation out of {MAX_SEEDS} saw that {mutant.name}")
+
+
+@pytest.mark.parametrize("changes", [FAILURES, REMAPS], ids=["failures", "remaps"])
+def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
+    """Under the changed options, too; the plain ones are `test_simulation.test_runs`."""
+    for seed in range(MAX_SEEDS):
+        simulate(seed, **changes)

@@ -1,0 +1,95 @@
+"""Seeded runs of scheduler, cache and fake device: a hundred thousand ticks, and what must not change an answer."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.sim import __main__ as command
+from tests.sim.simulator import Report, SimulationError, Simulator, run, simulate
+from tests.sim.workload import Options, calm_options, draw_arrivals, draw_options
+
+SEEDS_PER_TEST = 60
+
+
+@pytest.mark.parametrize("first", range(0, 8 * SEEDS_PER_TEST, SEEDS_PER_TEST))
+def test_runs(first: int) -> None:
+    """About 14,000 ticks each."""
+    total = Report()
+    for seed in range(first, first + SEEDS_PER_TEST):
+        report = simulate(seed)
+        total.ticks += report.ticks
+        total.retractions += report.retractions
+        total.cached_tokens += report.cached_tokens
+        total.failed_steps += report.failed_steps
+        total.finished += report.finished
+    # A simulation that never gets into trouble shows nothing.
+    assert total.ticks > 10_000 and total.finished > 500
+    assert total.retractions > 20 and total.cached_tokens > 500 and total.failed_steps > 10
+
+
+def answers(seed: int, options: Options, **changes: object) -> dict[str, tuple[tuple[int, ...], str, object]]:
+    """The answers of one workload under changed options."""
+    changed = dataclasses.replace(options, **changes)  # type: ignore[arg-type]
+    return run(seed, changed, draw_arrivals(seed, options)).answers
+
+
+@pytest.mark.parametrize("first", range(0, 40, 10))
+def test_what_must_not_change_an_answer(first: int) -> None:
+    """Depth, prefix cache, size of the pool, token budget, eviction: the same tokens for every request."""
+    for seed in range(first, first + 10):
+        options = calm_options(seed)
+        whole_context = -(-options.max_model_len // options.page_size)
+        plain = answers(seed, options)
+        assert len(plain) > 0 or not draw_arrivals(seed, options)
+        assert answers(seed, options, depth=1) == answers(seed, options, depth=2) == plain
+        assert answers(seed, options, prefix_caching=False) == plain
+        assert answers(seed, options, prefix_caching=True) == plain
+        tiny, big = whole_context, (options.max_num_seqs + 2) * whole_context
+        if options.num_pages >= whole_context:
+            assert answers(seed, options, num_pages=tiny) == answers(seed, options, num_pages=big) == plain
+        assert answers(seed, options, max_num_batched_tokens=options.max_num_seqs) == plain
+        assert answers(seed, options, eviction_policy="fifo") == plain
+
+
+def test_a_run_is_a_function_of_its_seed() -> None:
+    for seed in range(5):
+        assert simulate(seed) == simulate(seed)
+
+
+def test_seeds_differ() -> None:
+    drawn = [draw_options(seed) for seed in range(200)]
+    assert len(set(drawn)) == 200
+    for field in dataclasses.fields(Options):
+        assert len({getattr(options, field.name) for options in drawn}) > 1, field.name
+
+
+def test_a_failure_says_how_to_repeat_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(self: Simulator) -> None:
+        assert self.report.ticks < 20, "planted"
+
+    monkeypatch.setattr(Simulator, "check", check)
+    with pytest.raises(SimulationError, match=r"(?s)seed 3, tick 20.*planted.*python -m tests.sim --seed 3"):
+        simulate(3)
+
+
+def test_the_hunt_reports_failures(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["sim", "--seconds", "0.05", "--first", "0"])
+    assert command.main() == 0
+    assert "0 failed" in capsys.readouterr().out
+
+    def check(self: Simulator) -> None:
+        raise AssertionError("planted")
+
+    monkeypatch.setattr(Simulator, "check", check)
+    monkeypatch.setattr("sys.argv", ["sim", "--seconds", "60", "--first", "7"])
+    assert command.main() == 1
+    captured = capsys.readouterr()
+    assert "python -m tests.sim --seed 7" in captured.err and "10 failed" in captured.out
+
+
+def test_repeating_one_seed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["sim", "--seed", "3"])
+    assert command.main() == 0
+    assert "Report(ticks=" in capsys.readouterr().out

@@ -1,0 +1,250 @@
+"""What a simulation is made of, all of it a function of a seed: sizes, rates, and the requests that arrive.
+
+Prompts come from a tiny alphabet and from each other, so that prefixes collide; the oracle says what each request
+must bring before anything has run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+from engine.cache.eviction.registry import EVICTION_POLICIES
+from engine.executor.fake import FakeModel, expected_stream
+from engine.forward import Limits
+from engine.request import FinishReason, Request, SamplingParams
+
+EOS = 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """One simulated server. Rates are per tick unless said; ticks is the length of the busy phase."""
+
+    page_size: int
+    num_pages: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    alphabet: int
+    eos_rate: float
+    depth: int
+    prefix_caching: bool
+    eviction_policy: str
+    watermark: float
+    ticks: int
+    arrival_rate: float
+    burst: int
+    namespaces: int
+    eagerness: float
+    abort_rate: float
+    abort_burst_rate: float
+    fail_rate: float
+    poison: bool
+
+    @property
+    def limits(self) -> Limits:
+        return Limits(
+            max_num_seqs=self.max_num_seqs,
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_model_len=self.max_model_len,
+            page_size=self.page_size,
+            num_pages=self.num_pages,
+            vocab_size=self.vocab_size,
+        )
+
+    @property
+    def model(self) -> FakeModel:
+        return FakeModel(self.vocab_size, EOS, self.eos_rate)
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """A request, when it comes, and the tokens that it must bring.
+
+    stop_after: a stop string "appears" with that many tokens. abort_after: the client leaves then.
+    tokens, reason, stop_reason: the whole answer if nothing goes wrong. accepted: else RequestError at submit.
+    """
+
+    tick: int
+    request: Request
+    accepted: bool
+    tokens: list[int]
+    reason: FinishReason
+    stop_reason: int | str | None
+    stop_after: int | None = None
+    abort_after: int | None = None
+
+
+def draw_options(seed: int) -> Options:
+    random = Random(f"options {seed}")
+    page_size = random.choice([1, 2, 3, 4, 4, 8, 16])
+    max_num_seqs = random.choice([1, 2, 3, 4, 5, 6, 8, 8])
+    max_model_len = random.choice([8, 16, 24, 40, 64])
+    whole_context = -(-max_model_len // page_size)
+    num_pages = random.choice(
+        [
+            # Less than one whole context, just one, a few (retraction), and enough for all.
+            max(1, whole_context - 1),
+            whole_context,
+            whole_context + random.randint(1, 4),
+            whole_context + random.randint(1, 12),
+            2 * whole_context,
+            (max_num_seqs + 3) * whole_context,
+        ]
+    )
+    calm = random.random() < 0.3
+    return Options(
+        page_size=page_size,
+        num_pages=num_pages,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_seqs + random.choice([0, 1, 3, 8, 16, 64]),
+        max_model_len=max_model_len,
+        vocab_size=random.choice([8, 40, 1000, 1000]),
+        alphabet=random.choice([1, 2, 2, 3]),
+        eos_rate=random.choice([0.0, 0.0, 0.02, 0.1, 0.3]),
+        depth=random.choice([1, 2, 2]),
+        prefix_caching=random.random() < 0.8,
+        eviction_policy=random.choice(sorted(EVICTION_POLICIES)),
+        watermark=random.choice([0.0, 0.0, 0.05, 0.2]),
+        ticks=random.choice([60, 150, 300]),
+        arrival_rate=random.choice([0.1, 0.3, 0.5]),
+        burst=random.choice([1, 1, 4, 12]),
+        namespaces=random.choice([1, 1, 2]),
+        eagerness=random.choice([0.0, 0.0, 0.3, 1.0]),
+        abort_rate=0.0 if calm else random.choice([0.0, 0.02, 0.1]),
+        abort_burst_rate=0.0 if calm else random.choice([0.0, 0.0, 0.02]),
+        fail_rate=0.0 if calm else random.choice([0.0, 0.0, 0.01, 0.05]),
+        poison=random.random() < 0.5,
+    )
+
+
+def calm_options(seed: int) -> Options:
+    """Options under which every request is accepted and finishes, whatever the sizes are varied to."""
+    options = draw_options(seed)
+    whole_context = -(-options.max_model_len // options.page_size)
+    return dataclasses.replace(
+        options,
+        num_pages=max(options.num_pages, whole_context),
+        abort_rate=0.0,
+        abort_burst_rate=0.0,
+        fail_rate=0.0,
+        ticks=60,
+    )
+
+
+def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
+    random = Random(f"arrivals {seed}")
+    longest = options.max_model_len - 1
+    systems = [
+        _draw_tokens(random, options, random.randint(1, random.choice([longest, 1 + longest // 2, 4])))
+        for _ in range(3)
+    ]
+    earlier: list[list[int]] = []
+    arrivals: list[Arrival] = []
+    for tick in range(options.ticks):
+        if random.random() >= options.arrival_rate / options.burst:
+            continue
+        for _ in range(options.burst):
+            kind = random.random()
+            if earlier and kind < 0.2:
+                # n choices of one prompt.
+                prompt = list(earlier[-1][: random.randint(1, len(earlier[-1]))])
+            elif earlier and kind < 0.4:
+                # The next turn of a conversation: prompt, answer, question.
+                prompt = random.choice(earlier) + _draw_tokens(random, options, random.randint(0, 4))
+            elif kind < 0.8:
+                prompt = random.choice(systems) + _draw_tokens(random, options, random.randint(0, 6))
+            else:
+                prompt = _draw_tokens(random, options, random.randint(1, longest))
+            if len(prompt) > longest and random.random() < 0.95:
+                prompt = prompt[:longest]
+            request = Request(
+                request_id=f"r{len(arrivals)}",
+                prompt_token_ids=prompt,
+                sampling=_draw_sampling(random, options, len(prompt)),
+                namespace="" if options.namespaces == 1 else random.choice(["", "b"]),
+            )
+            arrival = _expect(tick, request, options)
+            if arrival.accepted:
+                earlier.append(prompt + arrival.tokens)
+                if random.random() < 0.1 and arrival.tokens:
+                    stop_after = random.randint(1, len(arrival.tokens))
+                    arrival = dataclasses.replace(arrival, stop_after=stop_after)
+                if random.random() < 0.5 * min(1.0, 10 * options.abort_rate):
+                    abort_after = random.randint(0, len(arrival.tokens))
+                    arrival = dataclasses.replace(arrival, abort_after=abort_after)
+            arrivals.append(arrival)
+    return arrivals
+
+
+def _draw_tokens(random: Random, options: Options, length: int) -> list[int]:
+    return [1 + random.randrange(options.alphabet) for _ in range(length)]
+
+
+def _draw_sampling(random: Random, options: Options, prompt_length: int) -> SamplingParams:
+    room = options.max_model_len - prompt_length
+    max_tokens: int | None = random.randint(1, max(1, room))
+    if random.random() < 0.3:
+        max_tokens = min(max(1, room), random.randint(1, 3))
+    if random.random() < 0.05:
+        max_tokens = None
+    min_tokens = random.randint(1, 6) if random.random() < 0.2 else 0
+    hot = random.random() < 0.5
+    return SamplingParams(
+        max_tokens=max_tokens,
+        min_tokens=min(min_tokens, max_tokens if max_tokens is not None else min_tokens),
+        temperature=random.choice([0.3, 1.0]) if hot else 0.0,
+        top_k=random.choice([0, 5]),
+        seed=random.choice([0, 1, 2, -5, 2**63 + 11]) if hot else None,
+        stop_token_ids=tuple(random.sample(range(options.vocab_size), 2)) if random.random() < 0.2 else (),
+        ignore_eos=random.random() < 0.2,
+        **_draw_extras(random),
+    )
+
+
+def _draw_extras(random: Random) -> dict[str, Any]:
+    """Penalties and the like, for one request in five."""
+    if random.random() < 0.8:
+        return {}
+    return random.choice(
+        [
+            {"presence_penalty": 0.5},
+            {"frequency_penalty": -1.0, "logprobs": 0},
+            {"repetition_penalty": 1.2},
+            {"logit_bias": ((1, -5.0),)},
+            {"bad_words": ((1, 2),)},
+            {"logprobs": 2},
+            {"prompt_logprobs": 0},
+        ]
+    )
+
+
+def _expect(tick: int, request: Request, options: Options) -> Arrival:
+    """The answer by the oracle, and whether the request can be served at all."""
+    prompt, params = request.prompt_token_ids, request.sampling
+    cache_tokens = options.num_pages * options.page_size
+    max_length = options.max_model_len
+    refused = Arrival(tick, request, False, [], FinishReason.ERROR, None)
+    if len(prompt) >= options.max_model_len:
+        return refused
+    if params.max_tokens is not None:
+        max_length = len(prompt) + params.max_tokens
+        if max_length > options.max_model_len or max_length - 1 > cache_tokens:
+            return refused
+    elif len(prompt) >= cache_tokens and max_length - 1 > cache_tokens:
+        return refused
+    max_length = min(max_length, cache_tokens + 1)
+    eos = () if params.ignore_eos else (EOS,)
+    tokens: list[int] = []
+    for token in expected_stream(options.model, prompt, params, (EOS,)):
+        tokens.append(token)
+        if token in eos or token in params.stop_token_ids:
+            stop_reason = token if token != EOS else None
+            return Arrival(tick, request, True, tokens, FinishReason.STOP, stop_reason)
+        if len(prompt) + len(tokens) >= max_length:
+            break
+    return Arrival(tick, request, True, tokens, FinishReason.LENGTH, None)
