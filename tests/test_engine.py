@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import engine.demo
@@ -219,3 +221,49 @@ async def test_heartbeat_stands_still_only_while_work_does() -> None:
         await engine.drained()
         assert engine.seconds_since_progress() == 0.0
         assert not engine.flush_cache() or engine.scheduler.has_work is False
+
+
+class Alternating:
+    """A constraint: even ids at even places, odd ones at odd places, and an end after `length` tokens."""
+
+    def __init__(self, length: int, broken_at: int = -1) -> None:
+        self.seen: list[int] = []
+        self.length, self.broken_at = length, broken_at
+
+    def mask_into(self, mask: np.ndarray) -> None:
+        if len(self.seen) == self.broken_at:
+            raise ValueError("planned")
+        mask.fill(0xAAAAAAAA if len(self.seen) % 2 else 0x55555555)
+
+    def accept(self, token_id: int) -> None:
+        self.seen.append(token_id)
+
+    @property
+    def is_finished(self) -> bool:
+        return len(self.seen) >= self.length
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_constrained_rows_sample_under_their_masks_and_others_do_not_notice(overlap: bool) -> None:
+    async with running(overlap=overlap) as engine:
+        plain = ask("plain", [1, 2, 3])
+        bound = [
+            dataclasses.replace(ask(f"c{i}", [1, 2, 3, i], max_tokens=9), constraint=Alternating(7 if i else 100))
+            for i in range(4)
+        ]
+        answers = await asyncio.gather(*(collect(engine.submit(request)) for request in [plain, *bound]))
+        await engine.drained()
+        assert engine.stats().num_used_pages == 0
+    assert answers[0].token_ids == reference([1, 2, 3])
+    assert [len(answer.token_ids) for answer in answers[1:]] == [9, 7, 7, 7]
+    for answer in answers[1:]:
+        assert [token % 2 for token in answer.token_ids] == [place % 2 for place in range(len(answer.token_ids))]
+    assert answers[1].finish_reason is FinishReason.LENGTH and answers[2].finish_reason is FinishReason.STOP
+
+
+async def test_broken_grammar_is_one_requests_error() -> None:
+    async with running() as engine:
+        broken = dataclasses.replace(ask("broken", [5, 6]), constraint=Alternating(50, broken_at=3))
+        bad, good = await asyncio.gather(collect(engine.submit(broken)), collect(engine.submit(ask("good", [1, 2]))))
+        assert bad.finish_reason is FinishReason.ERROR and bad.error == "The grammar of this request failed."
+        assert good.token_ids == reference([1, 2]) and not engine.failed

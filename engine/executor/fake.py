@@ -193,6 +193,11 @@ class FakeHandle:
     error: ForwardError | None = None
 
 
+def _may_run(handle: FakeHandle) -> bool:
+    masks = handle.forward_input.masks
+    return masks is None or masks.is_ready
+
+
 class FakeExecutor:
     """An `Executor` that reads staging as late as it may: between submit and wait, by default in wait.
 
@@ -266,9 +271,14 @@ class FakeExecutor:
         self._not_run.append(handle)
         self._not_waited.append(handle)
         if self._random is not None:
-            while self._not_run and self._random.random() < self._eagerness:
+            while self._not_run and self._random.random() < self._eagerness and _may_run(self._not_run[0]):
                 self._run(self._not_run.popleft())
         return handle
+
+    def provide_masks(self, handle: StepHandle) -> None:
+        """See `Executor.provide_masks`; a step that needs them has not run yet."""
+        assert isinstance(handle, FakeHandle) and handle.forward_input.masks is not None
+        assert handle.output is None and handle.forward_input.masks.is_ready
 
     async def wait(self, handle: StepHandle) -> ForwardOutput:
         """Wait for a step; see `Executor.wait`."""
@@ -428,6 +438,12 @@ class FakeExecutor:
         if self._extras:
             self._shape(draws, slots)
         tokens = self._sample(draws, self.tables.sampling[slots], kv_len)
+        if forward_input.masks is not None:
+            for row, allowed in zip(
+                forward_input.masks.rows.tolist(), forward_input.masks.allowed(limits.vocab_size), strict=True
+            ):
+                choices = np.flatnonzero(allowed)
+                tokens[row] = choices[int(draws[row]) % len(choices)]
         tokens[row_tainted] = TAINTED_TOKEN
         samples = staging.row_samples[:rows]
         sampling_slots = slots[samples]

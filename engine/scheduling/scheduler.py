@@ -401,7 +401,10 @@ class Scheduler:
         # Append the tokens: flat index = slot * width + known.
         known = table.known.take(slots, out=scratch.get("known", np.int32, count), mode="clip")
         index = np.multiply(slots, table.token_width, out=scratch.get("index", np.intp, count))
-        np.add(index, known, out=index)
+        # Adding int32 to intp would go through a buffer of numpy's; copying does not.
+        wide = scratch.get("wide", np.intp, count)
+        np.copyto(wide, known)
+        np.add(index, wide, out=index)
         table.flat_tokens[index] = tokens
         np.add(known, 1, out=known)
         table.known[slots] = known
