@@ -50,6 +50,7 @@ def main(argv: list[str] | None = None) -> int:
 async def _run(config: EngineConfig, built: Built) -> int:
     """The loop task and the web server, side by side, until one of them ends."""
     import asyncio
+    import gc
 
     from engine.config import StartupError
     from server.app import ServedModel, build_app, serve
@@ -73,6 +74,10 @@ async def _run(config: EngineConfig, built: Built) -> int:
         print(f"\noneloop is ready\n{report.table()}\n", flush=True)
         print(_hello(f"http://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
 
+    # What has been loaded stays: the collector need not look at it again, which would stall the loop for long.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 50)
     stop = asyncio.Event()
     loop_task = asyncio.create_task(engine.run(), name="engine")
     # A failed engine has nothing left to serve: what is connected gets its error event, then the process ends.
