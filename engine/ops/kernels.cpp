@@ -988,6 +988,57 @@ int32_t sample_row(float* x, i64 V, const Params& p, int32_t position) {
     return chosen;
 }
 
+// ---------------------------------------------------------------- log-probabilities
+
+struct Ranked {
+    float logit;
+    int32_t id;
+};
+
+// Log of the sum of exponentials, and the k best logits with their ids, best first and of equals the lowest id.
+void normalise_row(const float* x, i64 V, i64 k, float* lse, int32_t* ids, float* best) {
+    static thread_local std::vector<Ranked> heap;  // its root is the worst that is kept
+    auto better = [](const Ranked& a, const Ranked& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); };
+    heap.clear();
+    for (i64 i = 0; i < k; i++) heap.push_back({x[i], (int32_t)i});
+    std::make_heap(heap.begin(), heap.end(), better);
+    float floor = heap[0].logit;
+    auto offer = [&](i64 i) {  // ids rise, so of equals the one that is there stays
+        if (!(x[i] > floor)) return;
+        std::pop_heap(heap.begin(), heap.end(), better);
+        heap.back() = {x[i], (int32_t)i};
+        std::push_heap(heap.begin(), heap.end(), better);
+        floor = heap[0].logit;
+    };
+    i64 i = k;
+    for (; i + 4 * VL <= V; i += 4 * VL) {
+        vf m = vmax(vmax(load(x + i), load(x + i + VL)), vmax(load(x + i + 2 * VL), load(x + i + 3 * VL)));
+        if (any_lane(m > floor))
+            for (i64 j = i; j < i + 4 * VL; j++) offer(j);
+    }
+    for (; i < V; i++) offer(i);
+    std::sort_heap(heap.begin(), heap.end(), better);
+    for (i64 j = 0; j < k; j++) {
+        ids[j] = heap[j].id;
+        best[j] = heap[j].logit;
+    }
+    const Weight weight{best[0], 1.0f};
+    double sum = 0;
+    for (i64 g = 0; g < V; g += SEGMENT) sum += segment_sum(weight, x + g, std::min(SEGMENT, V - g));
+    *lse = std::isfinite(best[0]) ? (float)(best[0] + std::log(sum)) : best[0];
+}
+
+// One more than the logits above `value`.
+int32_t rank_row(const float* x, i64 V, float value) {
+    vi count = {};
+    i64 i = 0;
+    for (; i + VL <= V; i += VL) count -= load(x + i) > value;
+    int32_t rank = 1;
+    for (int lane = 0; lane < VL; lane++) rank += count[lane];
+    for (; i < V; i++) rank += x[i] > value;
+    return rank;
+}
+
 }  // namespace
 
 // ---------------------------------------------------------------- the C ABI
@@ -1072,6 +1123,18 @@ EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const voi
 EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params, const int32_t* positions, int32_t* out, int64_t threads) {
     parallel(rows, limit_threads((int)threads, (double)rows * V, 65536),
              [&](i64 r) { out[r] = sample_row(logits + r * V, V, ((const Params*)params)[r], positions[r]); });
+}
+
+EXPORT void ol_normalise(const float* logits, int64_t V, const int64_t* rows, int64_t count, int64_t k, float* lse, int32_t* ids,
+                         float* best, int64_t threads) {
+    parallel(count, limit_threads((int)threads, (double)count * V, 65536),
+             [&](i64 r) { normalise_row(logits + rows[r] * V, V, k, lse + r, ids + r * k, best + r * k); });
+}
+
+EXPORT void ol_ranks(const float* logits, int64_t V, const int64_t* rows, int64_t count, const float* values, int32_t* out,
+                     int64_t threads) {
+    parallel(count, limit_threads((int)threads, (double)count * V, 262144),
+             [&](i64 r) { out[r] = rank_row(logits + rows[r] * V, V, values[r]); });
 }
 
 // ---- the machine's limits, for bench/cpu.py

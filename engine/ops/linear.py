@@ -110,7 +110,8 @@ class Linear:
             )
             return out
         if self.kind == "onednn":
-            return torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
+            return product
         return F.linear(x, self._weight, self._bias)
 
     def rows(self, ids: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),
     "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _P, _I]),
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
+    "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
+    "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),
     "ol_read": (ctypes.c_double, [_P, _I, _I]),
     "ol_fma": (ctypes.c_double, [_I, _I]),
 }
