@@ -84,7 +84,7 @@ def show_progress() -> Callable[[int, int], None]:
     """A progress bar for weights, on stderr; nothing where stderr is no terminal and the load is short."""
     from tqdm import tqdm
 
-    bar: tqdm | None = None  # type: ignore[type-arg]
+    bar: tqdm | None = None
 
     def progress(done: int, total: int) -> None:
         nonlocal bar

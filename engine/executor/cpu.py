@@ -44,32 +44,6 @@ class Model(Protocol):
     def logits(self, hidden: Tensor) -> Tensor: ...
 
 
-class _FoundDtypeError(Exception):
-    """Ends the forward of _kv_dtype."""
-
-
-class _Probe:
-    """An AttentionBackend that looks at the dtype of the keys and goes no further."""
-
-    def plan(self, metadata: PagedMetadata) -> None:
-        pass
-
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
-        raise _FoundDtypeError(k.dtype)
-
-
-def _kv_dtype(model: Model) -> torch.dtype:
-    """What the model hands to its attention backend, by asking it: half a layer for one token."""
-    one = torch.zeros(1, dtype=torch.int32)
-    try:
-        with torch.inference_mode():
-            model.forward(one, one, _Probe())
-    except _FoundDtypeError as found:
-        dtype: torch.dtype = found.args[0]
-        return dtype
-    raise AssertionError("the model has no attention")
-
-
 class CPUStepHandle:
     """A launched step. The worker sets output or error, then wakes whoever waits."""
 
@@ -113,8 +87,8 @@ def _wake(future: asyncio.Future[None]) -> None:
 class CPUExecutor:
     """An `Executor` around a model in host memory.
 
-    attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec, whose
-    cache then has `dtype`, or the model's own.
+    attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec
+    and `dtype`, the model's.
     """
 
     def __init__(
@@ -126,13 +100,14 @@ class CPUExecutor:
         dtype: torch.dtype | None = None,
     ) -> None:
         if attention is None:
+            assert dtype is not None, "the cache needs a dtype"
             spec: AttentionSpec = model.attention_spec  # type: ignore[attr-defined]
             attention = create_backend(
                 "torch_paged",
                 spec,
                 num_pages=limits.num_pages,
                 page_size=limits.page_size,
-                dtype=dtype or _kv_dtype(model),
+                dtype=dtype,
             )
         self.limits = limits
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
@@ -226,6 +201,12 @@ class CPUExecutor:
         if extras.count:
             logits = logits.contiguous()
             draw = extras.begin(logits, sampling_slots, positions, params)
+        if step.masks is not None:
+            # Only here: the forward has not waited for the host's grammars.
+            step.masks.wait()
+            constrained = torch.from_numpy(np.searchsorted(sampling_rows, step.masks.rows))
+            allowed = torch.from_numpy(step.masks.allowed(logits.shape[1]))
+            logits[constrained] = logits[constrained].masked_fill_(~allowed, -torch.inf)
         drawn = sample(logits, params, positions)
         if draw is not None:
             output.logprobs = extras.end(draw, drawn, sampling_rows)
