@@ -6,12 +6,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 SECONDS ?= 600
+comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
-comma := ,
 
-.PHONY: help install serve test check sim test-gpu bench-gpu bench clean
+.PHONY: help install serve test check sim test-gpu bench-gpu clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,12 @@ check: $(VENV)/.dev  ## lint, types, layering
 
 sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
 	$(BIN)/python -m tests.sim --seconds $(SECONDS)
+
+test-gpu: $(VENV)/.dev  ## parity and no-sync tests; needs an NVIDIA GPU
+	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)
+
+bench-gpu: $(VENV)/.dev  ## 8 minutes on an NVIDIA GPU; writes bench/results
+	$(BIN)/python -m bench.gpu $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

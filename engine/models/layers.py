@@ -122,8 +122,8 @@ class Mlp:
 class Experts:
     """A mixture of experts: every token goes through the few experts that the router rates highest.
 
-    Tokens are sorted by expert, so each expert that is needed does one product over all its tokens. Reads the
-    counts on the host, which is free on the CPU and would stop a GPU's stream.
+    Tokens are sorted by expert, so each expert that is needed does one product over all its tokens. That reads the
+    counts on the host, which is free on the CPU and would stop a GPU's stream: there all experts compute all tokens.
     """
 
     def __init__(self, config: ModelConfig, experts: ExpertsConfig, weights: Weights, prefix: str) -> None:
@@ -131,6 +131,7 @@ class Experts:
         self._count = experts.num_experts
         self._chosen = experts.num_experts_per_token
         self._normalize = experts.normalize
+        self._dense = weights.device.type == "cuda"
         self._router = weights.linear([prefix + names.router], [experts.num_experts], config.hidden_size)
         self._experts = [
             Mlp(
@@ -149,6 +150,8 @@ class Experts:
         shares, experts = ratings.topk(self._chosen, dim=-1)
         if self._normalize:
             shares = shares / shares.sum(dim=-1, keepdim=True)
+        if self._dense:
+            return self._all(x, shares, experts)
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self._count).tolist()
@@ -162,6 +165,15 @@ class Experts:
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
         weighted = outputs.view(-1, self._chosen, x.shape[-1]) * shares[:, :, None]
         return weighted.sum(dim=1).to(x.dtype)
+
+    def _all(self, x: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
+        """Every expert computes every token and counts with its share, mostly 0: the host need not know whose turn
+        it is, so a GPU does not stop and a graph can hold it."""
+        spread = shares.new_zeros((x.shape[0], self._count)).scatter_(1, experts, shares)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for number, expert in enumerate(self._experts):
+            total.addcmul_(expert(x).float(), spread[:, number, None])
+        return total.to(x.dtype)
 
 
 class Layer:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import native
+from engine.ops.triton.runtime import on_gpu
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -23,6 +24,10 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
 
 
 def _gate_and_mul(x: Tensor, *, gelu: bool) -> Tensor:
+    if on_gpu(x):
+        from engine.ops.triton import activation as kernels
+
+        return kernels.gate_and_mul(x, gelu=gelu)
     library, code = native.library(), native.type_code(x.dtype)
     if library is None or code is None or not x.is_cpu or x.stride(1) != 1:
         return torch_gate_and_mul(x, gelu=gelu)

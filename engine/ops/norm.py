@@ -9,10 +9,15 @@ import torch
 from torch import Tensor
 
 from engine.ops import native
+from engine.ops.triton.runtime import on_gpu
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[N, width], [width] -> [N, width], a new tensor."""
+    if on_gpu(x):
+        from engine.ops.triton import norm as kernels
+
+        return kernels.rms_norm(x, weight, eps)
     library, code = native.library(), native.type_code(x.dtype)
     if library is None or code is None or not x.is_cpu or weight.dtype != x.dtype or x.stride(1) != 1:
         return torch_rms_norm(x, weight, eps)
@@ -41,6 +46,10 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
 
     The sum is rounded to the dtype before its norm, as a stored residual stream is.
     """
+    if on_gpu(x):
+        from engine.ops.triton import norm as kernels
+
+        return kernels.add_rms_norm(x, residual, weight, eps)
     library, code = native.library(), native.type_code(x.dtype)
     if (
         library is None

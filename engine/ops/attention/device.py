@@ -16,6 +16,7 @@ from torch import Tensor
 
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.rope import apply_rope
+from engine.ops.triton.runtime import on_gpu
 
 
 @dataclass(slots=True)
@@ -60,6 +61,34 @@ class DecodePlan:
     kv_indices: Tensor
 
 
+def decode_inputs(
+    page_table: Tensor,
+    last_token: Tensor,
+    row_slot: Tensor,
+    row_start: Tensor,
+    table_index: Tensor,
+    table_page: Tensor,
+    width: int,
+    page_size: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Apply table diffs, then look up what the rows of a decode step need.
+
+    page_table int32 [slots, pages], changed in place; last_token int32 [slots]; row_slot, row_start int32 [B];
+    table_index, table_page int32 [D], an entry may repeat. Returns slots int64 [B], token_ids int32 [B], kv_len int32
+    [B], kv_slots int64 [B], tables int32 [B, width].
+    """
+    if on_gpu(page_table):
+        from engine.ops.triton.prepare import prepare
+
+        return prepare(page_table, last_token, row_slot, row_start, table_index, table_page, width, page_size)
+    page_table.view(-1).index_copy_(0, table_index.long(), table_page)
+    slots, where = row_slot.long(), row_start.long()
+    tables = page_table[:, :width].index_select(0, slots)
+    pages = tables.gather(1, (where // page_size)[:, None])[:, 0]
+    kv_slots = pages.long() * page_size + where % page_size
+    return slots, last_token.index_select(0, slots), row_start + 1, kv_slots, tables
+
+
 class DeviceAttention:
     """Owns the KV pools on the device and attends by torch operations alone.
 
@@ -68,6 +97,8 @@ class DeviceAttention:
 
     name = "torch"
     decode_needs_plan = False
+    # What finds the borders of top_k and top_p for the sampler (ops/sampling/device.py), where the library has it.
+    filters: Any = None
 
     def __init__(
         self,
@@ -126,14 +157,11 @@ class DeviceAttention:
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Tensor, cos_sin: Tensor | None
     ) -> Tensor:
         """Turn q and k, put k and v into the pool; returns q, contiguous."""
-        if q.is_cuda:
-            from engine.ops.triton.runtime import available
+        if on_gpu(q):
+            from engine.ops.triton.rope import rope_and_write_kv
 
-            if available():
-                from engine.ops.triton.rope import rope_and_write_kv
-
-                pools = self.k_pools[layer], self.v_pools[layer]
-                return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools)
+            pools = self.k_pools[layer], self.v_pools[layer]
+            return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools)
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, positions)
         self._store(self.k_pools[layer], kv_slots, k)

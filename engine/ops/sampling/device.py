@@ -6,10 +6,13 @@ uniform number of (seed, position). Called by the CUDA executor on its compute s
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from engine.forward import SAMPLING_DTYPE
+from engine.ops.triton.runtime import on_gpu
 
 # A sampling row as int32 words, and where its fields stand in them.
 WORDS = SAMPLING_DTYPE.itemsize // 4
@@ -42,24 +45,21 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
-def sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
+def sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool, filters: Any = None) -> Tensor:
     """float32 [R, V], int32 [R, WORDS] (rows of SAMPLING_DTYPE), int32 [R] -> int32 [R].
 
     positions: index in its sequence of each new token. filtered: some row has top_k, top_p or min_p; without, those
-    fields are not looked at.
+    fields are not looked at. filters: `flashinfer.sampling`, which finds the borders of top_k and top_p without a sort.
     """
-    if logits.is_cuda and not filtered:
-        from engine.ops.triton.runtime import available
+    if on_gpu(logits) and not filtered:
+        from engine.ops.triton.sampling import sample_rows
 
-        if available():
-            from engine.ops.triton.sampling import sample_rows
-
-            return sample_rows(logits, params, positions)
-    return torch_sample(logits, params, positions, filtered=filtered)
+        return sample_rows(logits, params, positions)
+    return torch_sample(logits, params, positions, filtered=filtered, filters=filters)
 
 
-def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
-    """The same in torch; sorts every row when filtered."""
+def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool, filters: Any = None) -> Tensor:
+    """The same in torch; sorts every row when filtered and nobody else finds the borders."""
     rows, vocab = logits.shape
     floats = params.view(torch.float32)
     temperature = floats[:, TEMPERATURE : TEMPERATURE + 1]
@@ -73,9 +73,10 @@ def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered:
     greedy = x.argmax(-1)
     top = x.amax(-1, keepdim=True)
     scaled = (x - top) / torch.where(temperature > 0, temperature, 1.0)
-    if filtered:
-        scaled = _filter(scaled, params)
-    weights = scaled.exp()
+    if filtered and filters is not None:
+        weights = _renormalised(scaled, params, filters)
+    else:
+        weights = (_filter(scaled, params) if filtered else scaled).exp()
     mass = weights.cumsum(-1, dtype=torch.float64)
     seeds = params[:, SEED : SEED + 2].contiguous().view(torch.int64)[:, 0]
     target = uniform(seeds, positions)[:, None] * mass[:, -1:]
@@ -104,3 +105,18 @@ def _filter(scaled: Tensor, params: Tensor) -> Tensor:
     keep &= (weights >= min_p) & (weights > 0)
     keep = torch.zeros_like(keep).scatter_(1, order, keep)
     return scaled.masked_fill(~keep, float("-inf"))
+
+
+def _renormalised(scaled: Tensor, params: Tensor, filters: Any) -> Tensor:
+    """Probabilities after top_k, top_p and min_p by FlashInfer's kernels, which keep all that tie with a border."""
+    vocab = scaled.shape[1]
+    floats = params.view(torch.float32)
+    top_p, min_p = floats[:, TOP_P].contiguous(), floats[:, MIN_P, None]
+    top_k = params[:, TOP_K]
+    has_k = (top_k > 0) & (top_k < vocab)
+    probs = scaled.softmax(-1)
+    # Its k must lie below the size of the vocabulary, so rows without one take a result that is thrown away.
+    by_k = filters.top_k_renorm_probs(probs, torch.where(has_k, top_k, 1))
+    probs = torch.where(has_k[:, None], by_k, probs)
+    probs = torch.where(top_p[:, None] < 1, filters.top_p_renorm_probs(probs, top_p), probs)
+    return torch.where(probs >= min_p * probs.amax(-1, keepdim=True), probs, 0.0)

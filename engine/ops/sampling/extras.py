@@ -12,9 +12,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from engine.forward import ForwardInput, Int32Array, Limits, PromptLogprobs, RowExtras, StepLogprobs
@@ -53,12 +55,19 @@ class _Counts:
         self.counts[place] += 1
 
 
+def _known(ids: Sequence[int], vocab: int) -> IndexArray:
+    found = np.array(ids, np.int64)
+    return found[(found >= 0) & (found < vocab)]
+
+
 class _Slot:
-    """What one slot asked for. counts: None without penalties."""
+    """What one slot asked for. counts: None without penalties. forbidden float32 [vocab]: 0 for allowed ids, -inf for
+    the others, None where all are allowed."""
 
-    __slots__ = ("allowed", "ban", "bias", "bias_values", "counts", "extras", "words")
+    __slots__ = ("ban", "bias", "bias_values", "counts", "extras", "forbidden", "words")
 
-    def __init__(self, extras: RowExtras, vocab: int) -> None:
+    def __init__(self, extras: RowExtras, vocab: int, forbidden: Float32Array | None) -> None:
+        self.forbidden = forbidden
         self.extras = extras
         self.counts: _Counts | None = None
         repeats = extras.repetition_penalty != 1.0
@@ -66,16 +75,10 @@ class _Slot:
             # Only the repetition penalty looks at the prompt.
             first = 0 if repeats else extras.num_prompt_tokens
             self.counts = _Counts(extras.history[first:], extras.num_prompt_tokens - first)
-
-        def known(ids: Sequence[int]) -> IndexArray:
-            found = np.array(ids, np.int64)
-            return found[(found >= 0) & (found < vocab)]
-
         bias = {token: value for token, value in extras.logit_bias if 0 <= token < vocab}
         self.bias = np.array(list(bias), np.int64)
         self.bias_values = np.array(list(bias.values()), np.float32)
-        self.allowed = None if extras.allowed_token_ids is None else known(extras.allowed_token_ids)
-        self.ban = known([word[0] for word in extras.bad_words if len(word) == 1])
+        self.ban = _known([word[0] for word in extras.bad_words if len(word) == 1], vocab)
         self.words = [word for word in extras.bad_words if len(word) > 1 and 0 <= word[-1] < vocab]
 
 
@@ -83,8 +86,8 @@ class _Slot:
 class _Plan:
     """What a step's rows ask for, as indices into their logits; the same rows in the next step keep it.
 
-    bias, ban, allowed and word_last are flat: row * vocab + id. patterns int32 [words, width], word_slots: whose tail
-    each looks at; word_rows: the rows whose tails must be kept.
+    bias, ban and word_last are flat: row * vocab + id. patterns int32 [words, width], word_slots: whose tail each
+    looks at; word_rows: the rows whose tails must be kept.
     """
 
     penalised: list[tuple[int, _Counts]]
@@ -93,8 +96,7 @@ class _Plan:
     bias: IndexArray
     bias_values: Float32Array
     ban: IndexArray
-    allowed_rows: IndexArray
-    allowed: IndexArray
+    forbidden: list[tuple[int, Float32Array]]
     word_rows: IndexArray
     word_slots: IndexArray
     word_last: IndexArray
@@ -105,16 +107,19 @@ class _Plan:
 
 @dataclass(slots=True)
 class Draw:
-    """One step between `begin` and `end`. touched, raw: flat indices of changed logits and what was there."""
+    """One step between `begin` and `end`. logits: those that the sampler is to draw from.
+
+    own: the model's. Where both are the same memory, touched and raw are flat indices of what was changed, and what
+    was there.
+    """
 
     plan: _Plan
     logits: Tensor
+    own: Tensor
     slots: Int32Array
     normalised: Normalised | None
     touched: IndexArray
     raw: Float32Array
-    raw_rows: IndexArray
-    raw_of_rows: Float32Array | None
 
 
 class SlotExtras:
@@ -126,6 +131,10 @@ class SlotExtras:
         self._has = np.zeros(limits.num_slots, np.bool_)
         # The last tokens of slots with bad words of several tokens; as wide as the longest of them needs.
         self._tails: Int32Array = np.full((limits.num_slots, 0), _NO_TOKEN, np.int32)
+        # Of slots that allow the same ids; a mask is as large as the vocabulary.
+        self._forbidden: WeakValueDictionary[tuple[int, ...], Float32Array] = WeakValueDictionary()
+        # Changed copies of logits: new memory for them would cost more than the copying.
+        self._buffer: Float32Array = np.empty((0, limits.vocab_size), np.float32)
         self._plan: _Plan | None = None
         self._plan_slots = b""
 
@@ -141,12 +150,23 @@ class SlotExtras:
                     self._has[slot] = False
                     self._plan = None
         for extras in step.extras:
-            slot = _Slot(extras, self._vocab)
+            slot = _Slot(extras, self._vocab, self._forbidden_by(extras.allowed_token_ids))
             self._slots[extras.slot] = slot
             self._has[extras.slot] = True
             self._plan = None
             if slot.words:
                 self._fill_tail(extras, max(map(len, slot.words)) - 1)
+
+    def _forbidden_by(self, allowed: tuple[int, ...] | None) -> Float32Array | None:
+        if allowed is None:
+            return None
+        mask = self._forbidden.get(allowed)
+        if mask is None:
+            # Not bool: an addition is twenty times as fast as a masked write.
+            mask = np.full(self._vocab, _MINUS_INFINITY, np.float32)
+            mask[_known(allowed, self._vocab)] = 0.0
+            self._forbidden[allowed] = mask
+        return mask
 
     def _fill_tail(self, extras: RowExtras, width: int) -> None:
         missing = width - self._tails.shape[1]
@@ -169,10 +189,11 @@ class SlotExtras:
         *,
         masked: bool = False,
     ) -> Draw | None:
-        """Change the logits in place: float32 [R, V], contiguous, one row per slot of `slots`. None: no row has extras.
+        """float32 [R, V], contiguous, one row per slot of `slots`; changed in place, or a changed copy is in the Draw.
+        None: no row has extras, and nothing is changed.
 
         positions, params: as the sampler gets them, whose own masks are not to be seen in log-probabilities.
-        masked: others will change these logits too, in ways not known here.
+        masked: the caller will change the Draw's logits too, in ways not known here.
         """
         plan = self._plan_of(slots)
         if plan is None:
@@ -182,18 +203,20 @@ class SlotExtras:
         penalised = np.concatenate(
             [_NOTHING, *(row * self._vocab + counts.ids[: counts.size] for row, counts in plan.penalised)]
         )
-        draw = Draw(plan, logits, slots, None, _NOTHING, flat[:0], _NOTHING, None)
+        draw = Draw(plan, logits, logits, slots, None, _NOTHING, flat[:0])
         if len(plan.logprob_rows):
             draw.normalised = normalise(logits, plan.logprob_rows, plan.num_top)
-            stops = self._masked_stops(plan.logprob_rows, positions, params)
-            draw.touched = np.concatenate([plan.ban, plan.word_last, plan.bias, penalised, stops])
-            draw.raw = flat[draw.touched]
-            draw.raw_rows = plan.logprob_rows if masked else np.intersect1d(plan.logprob_rows, plan.allowed_rows)
-            draw.raw_of_rows = table[draw.raw_rows] if len(draw.raw_rows) else None
-        if len(plan.allowed_rows):
-            kept = flat[plan.allowed]
-            table[plan.allowed_rows] = _MINUS_INFINITY
-            flat[plan.allowed] = kept
+            if masked or plan.forbidden:
+                # Whole rows change, so the raw ones stay where they are.
+                table = self._changed_copy(table, dict(plan.forbidden))
+                flat, draw.logits = table.reshape(-1), torch.from_numpy(table)
+            else:
+                stops = self._masked_stops(plan.logprob_rows, positions, params)
+                draw.touched = np.concatenate([plan.ban, plan.word_last, plan.bias, penalised, stops])
+                draw.raw = flat[draw.touched]
+        else:
+            for row, forbidden in plan.forbidden:
+                table[row] += forbidden
         flat[plan.ban] = _MINUS_INFINITY
         if len(plan.word_last):
             stands = (self._tails[plan.word_slots] == plan.patterns) | (plan.patterns == _ANY)
@@ -202,6 +225,19 @@ class SlotExtras:
         if len(penalised):
             self._penalise(plan, flat, penalised)
         return draw
+
+    def _changed_copy(self, table: Float32Array, forbidden: dict[int, Float32Array]) -> Float32Array:
+        """A copy of all rows with what is forbidden at -inf; valid until the next one."""
+        if len(self._buffer) < len(table):
+            self._buffer = np.empty_like(table)
+        copy = self._buffer[: len(table)]
+        for row, logits in enumerate(table):
+            mask = forbidden.get(row)
+            if mask is None:
+                copy[row] = logits
+            else:
+                np.add(logits, mask, out=copy[row])
+        return copy
 
     def _penalise(self, plan: _Plan, flat: Float32Array, index: IndexArray) -> None:
         """repetition: a positive logit is divided by it, another multiplied (Keskar et al. 2019); then frequency
@@ -238,17 +274,15 @@ class SlotExtras:
         if draw.normalised is None:
             return None
         asked, found, k = plan.logprob_rows, draw.normalised, plan.num_top
-        table: Float32Array = draw.logits.numpy()
+        table: Float32Array = draw.own.numpy()
         table.reshape(-1)[draw.touched] = draw.raw
-        if draw.raw_of_rows is not None:
-            table[draw.raw_rows] = draw.raw_of_rows
         values = table[asked, drawn[asked]]
         return StepLogprobs(
             rows=np.asarray(rows[asked], np.int32),
-            token_logprobs=values - found.lse,
-            ranks=ranks(draw.logits, asked, values, found),
+            token_logprobs=found.logprobs(values),
+            ranks=ranks(draw.own, asked, values, found),
             top_ids=found.top_ids[:, :k],
-            top_logprobs=found.top[:, :k] - found.lse[:, None],
+            top_logprobs=found.logprobs(found.top[:, :k]),
         )
 
     # ---- prompts
@@ -256,7 +290,7 @@ class SlotExtras:
     def prompt_logprobs(
         self, step: ForwardInput, hidden: Tensor, make_logits: Callable[[Tensor], Tensor]
     ) -> list[PromptLogprobs]:
-        """Of the prompt chunks in this step whose slots ask. hidden [tokens, hidden size]: of every token of the step."""
+        """Of the prompt chunks in this step whose slots ask. hidden [tokens, size]: of all tokens of the step."""
         staging, found = step.staging, []
         for row in range(step.num_decode_rows, step.num_rows):
             slot = self._slots.get(int(staging.row_slot[row]))
@@ -313,8 +347,7 @@ class SlotExtras:
             bias=flat([(row, slot.bias) for row, slot in owners]),
             bias_values=np.concatenate([slot.bias_values for _, slot in owners]),
             ban=flat([(row, slot.ban) for row, slot in owners]),
-            allowed_rows=np.array([row for row, slot in owners if slot.allowed is not None], np.int64),
-            allowed=flat([(row, slot.allowed) for row, slot in owners if slot.allowed is not None]),
+            forbidden=[(row, slot.forbidden) for row, slot in owners if slot.forbidden is not None],
             word_rows=np.array([row for row, slot in owners if slot.words], np.int64),
             word_slots=np.array([slot.extras.slot for _, slot, _ in words], np.int64),
             word_last=np.array([row * self._vocab + word[-1] for row, _, word in words], np.int64),

@@ -1,0 +1,575 @@
+"""The figures of one GPU: decode, prefill, overlap, host time, start-up, kernels; `python -m bench.gpu`.
+
+Planned to fit in 8 minutes, the most valuable figures first; every row is written to the JSON file at once, so a run
+that is cut keeps what it had. Random weights of real shapes. Prints a table for the README at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import datetime
+import gc
+import itertools
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bench.shapes import SHAPES, write_shape
+from engine.config import CacheOptions, EngineConfig, SchedulerOptions
+from engine.engine import Engine
+from engine.executor.base import StepHandle
+from engine.executor.cuda import CUDAExecutor
+from engine.executor.cuda_device import CudaDevice, DeviceLayer
+from engine.executor.cuda_start import build_cuda_executor
+from engine.forward import ForwardInput, ForwardOutput
+from engine.models.config import ModelConfig
+from engine.models.registry import CausalLM, load_model
+from engine.request import Request, SamplingParams
+
+# torch's stubs leave streams and events untyped.
+cuda: Any = torch.cuda
+CONTEXT = 1024
+DECODE_TOKENS = 160
+# Steps left out at the start of a measurement: graphs are captured, clocks rise.
+WARM_STEPS = 24
+
+
+class Report:
+    """Rows, written to their file whenever one is added."""
+
+    def __init__(self, folder: Path, seconds: float, gpu: str) -> None:
+        self.deadline = time.monotonic() + seconds
+        now = datetime.datetime.now(datetime.UTC)
+        self.content: dict[str, Any] = {
+            "commit": _commit(),
+            "date": now.isoformat(timespec="seconds"),
+            "gpu": gpu,
+            "versions": _versions(),
+            "command": sys.argv,
+            "rows": [],
+        }
+        name = gpu.lower().replace("nvidia ", "").replace(" ", "-")
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / f"{name}-{now:%Y%m%d-%H%M%S}.json"
+
+    def add(
+        self,
+        name: str,
+        value: float,
+        unit: str,
+        *,
+        model: str = "",
+        batch: int | None = None,
+        context: int | None = None,
+        floor_ratio: float | None = None,
+    ) -> None:
+        """floor_ratio: what the hardware needs at least, over what was needed; 1 cannot be beaten."""
+        row = {
+            "name": name,
+            "model": model,
+            "batch": batch,
+            "context": context,
+            "value": round(value, 4),
+            "unit": unit,
+            "floor_ratio": None if floor_ratio is None else round(floor_ratio, 4),
+        }
+        self.content["rows"].append(row)
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        where = f"batch {batch}" if batch is not None else ""
+        ratio = f"{100 * floor_ratio:.0f}% of the floor" if floor_ratio is not None else ""
+        print(f"{name:<28} {model:<14} {where:<10} {value:>14,.3f} {unit:<8} {ratio}", flush=True)
+
+    def has_time(self, seconds: float) -> bool:
+        return time.monotonic() + seconds < self.deadline
+
+    def table(self) -> str:
+        """Markdown for the README."""
+        lines = ["| figure | model | batch | context | value | of the floor |", "| --- | --- | --- | --- | --- | --- |"]
+        for row in self.content["rows"]:
+            ratio = "" if row["floor_ratio"] is None else f"{100 * row['floor_ratio']:.0f}%"
+            cells = (row["name"], row["model"], row["batch"] or "", row["context"] or "")
+            lines.append(f"| {' | '.join(map(str, cells))} | {row['value']:,.4g} {row['unit']} | {ratio} |")
+        return "\n".join(lines)
+
+
+def _commit() -> str:
+    found = os.environ.get("ONELOOP_COMMIT")
+    if found:
+        return found
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True, timeout=10)
+        return done.stdout.strip()
+    return "unknown"
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": str(torch.version.cuda)}
+    for package in ("flashinfer", "triton"):
+        with contextlib.suppress(Exception):
+            versions[package] = __import__(package).__version__
+    return versions
+
+
+# ---- what the hardware can do
+
+
+def copy_rate(device: torch.device, num_bytes: int = 2**32) -> float:
+    """Bytes per second of a device-to-device copy, read and written."""
+    source = torch.empty(num_bytes, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    return 2 * num_bytes / _seconds(device, lambda: target.copy_(source), 8)
+
+
+def gemm_rate(device: torch.device, size: int = 8192) -> float:
+    """Multiply-add operations per second, times two, of a bf16 matrix product on random data."""
+    a, b = (torch.randn(size, size, device=device).bfloat16() for _ in range(2))
+    return 2.0 * size**3 / _seconds(device, lambda: a @ b, 8)
+
+
+def _seconds(device: torch.device, work: Callable[[], object], repeat: int) -> float:
+    """Median of single runs."""
+
+    def sync() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    for _ in range(3):
+        work()
+    times = []
+    for _ in range(repeat):
+        sync()
+        begin = time.perf_counter()
+        work()
+        sync()
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+class TimedDevice(CudaDevice):
+    """Notes on the device when steps begin and end on the compute stream. `marks`: the executor's events."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.timing = False
+        self.begins: set[int] = set()
+        self.ends: set[int] = set()
+        self.spans: list[tuple[Any, Any]] = []
+        self._begin: Any = None
+
+    def watch(self, executor: CUDAExecutor) -> None:
+        self.begins = {id(side.uploaded) for side in executor._sides}
+        self.ends = {id(side.computed) for side in executor._sides}
+
+    def wait(self, event: Any) -> None:
+        super().wait(event)
+        if self.timing and id(event) in self.begins:
+            self._begin = cuda.Event(enable_timing=True)
+            self._begin.record()
+
+    def record(self, event: Any) -> None:
+        if self.timing and id(event) in self.ends and self._begin is not None:
+            end = cuda.Event(enable_timing=True)
+            end.record()
+            self.spans.append((self._begin, end))
+            self._begin = None
+        super().record(event)
+
+    def idle_share(self, last: int) -> float:
+        """Of the last steps: the share of time between the end of one and the begin of the next."""
+        self.synchronize_all()
+        spans = self.spans[-last:]
+        gaps = sum(a[1].elapsed_time(b[0]) for a, b in itertools.pairwise(spans))
+        return float(gaps / spans[0][0].elapsed_time(spans[-1][1]))
+
+
+# ---- one engine
+
+
+class Watch:
+    """Times of steps, as the loop sees them: (when it was waited for, when it was done, rows, decode only)."""
+
+    def __init__(self, executor: CUDAExecutor) -> None:
+        self.steps: list[tuple[float, float, int, bool]] = []
+        self._kinds: dict[int, tuple[int, bool]] = {}
+        self._executor, self._submit, self._wait = executor, executor.submit, executor.wait
+        executor.submit = self.submit  # type: ignore[method-assign]
+        executor.wait = self.wait  # type: ignore[method-assign]
+
+    def submit(self, forward_input: ForwardInput) -> Any:
+        rows = forward_input.num_rows
+        self._kinds[forward_input.step] = (rows, forward_input.num_decode_rows == rows)
+        return self._submit(forward_input)
+
+    async def wait(self, handle: StepHandle) -> ForwardOutput:
+        begin = time.perf_counter()
+        output = await self._wait(handle)
+        self.steps.append((begin, time.perf_counter(), *self._kinds.pop(handle.step)))
+        return output
+
+    def remove(self) -> None:
+        self._executor.submit, self._executor.wait = self._submit, self._wait  # type: ignore[method-assign]
+
+    def steady(self, batch: int) -> tuple[float, float]:
+        """Seconds per step, and of it those that the host worked, over the decode steps of the whole batch."""
+        intervals, worked = [], []
+        for before, step in itertools.pairwise(self.steps):
+            if before[2:] == step[2:] == (batch, True):
+                intervals.append(step[1] - before[1])
+                worked.append(step[0] - before[1])
+        intervals, worked = intervals[WARM_STEPS:], worked[WARM_STEPS:]
+        if not intervals:
+            raise RuntimeError(f"no steady decode steps of {batch} rows")
+        return float(np.mean(intervals)), float(np.mean(worked))
+
+
+class Subject:
+    """A model on the device and the engines that are made around it."""
+
+    def __init__(
+        self,
+        name: str,
+        config: dict[str, object],
+        layer: DeviceLayer,
+        dtype: torch.dtype,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int = 8192,
+        context: int = CONTEXT,
+        decode_tokens: int = DECODE_TOKENS,
+        kv_cache_dtype: str = "auto",
+    ) -> None:
+        self.name, self.layer, self.dtype = name, layer, dtype
+        self.context, self.decode_tokens = context, decode_tokens
+        with tempfile.TemporaryDirectory() as folder:
+            directory = Path(folder)
+            (directory / "config.json").write_text(json.dumps(config))
+            self.config = ModelConfig.load(directory)
+            begin = time.perf_counter()
+            self.model: CausalLM = load_model(
+                self.config,
+                directory,
+                dtype=dtype,
+                device=layer.device,
+                load_format="dummy",
+                max_model_len=context + decode_tokens + 1,
+            )
+            self.load_seconds = time.perf_counter() - begin
+        self.max_num_seqs = max_num_seqs
+        self.options: dict[str, Any] = {
+            "dtype": dtype,
+            "max_num_seqs": max_num_seqs,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_model_len": context + decode_tokens + 1,
+            "kv_cache_dtype": kv_cache_dtype,
+            "row": lambda name, text: print(f"  {name}: {text}", file=sys.stderr, flush=True),
+        }
+        self.num_pages = max_num_seqs * -(-(context + decode_tokens + 1) // 16) + 64
+        self.rng = np.random.default_rng(0)
+
+    def executor(self) -> CUDAExecutor:
+        cache = CacheOptions(num_pages=self.num_pages, enable_prefix_caching=False)
+        return build_cuda_executor(self.model, self.layer, cache, **self.options)
+
+    def prompts(self, count: int, length: int) -> list[list[int]]:
+        found: list[list[int]] = self.rng.integers(0, self.config.vocab_size, (count, length)).tolist()
+        return found
+
+    def weight_bytes(self) -> float:
+        """What a decode step reads: all layers and the output head; of the embedding only rows."""
+        head = self.config.vocab_size * self.config.hidden_size
+        other = 0 if self.config.tie_word_embeddings else head
+        return float((self.config.num_parameters - other) * self.dtype.itemsize)
+
+    def kv_bytes(self, tokens: float) -> float:
+        return self.model.attention_spec.kv_bytes_per_token(self.dtype) * tokens
+
+    def prefill_flops(self, tokens: int) -> float:
+        config = self.config
+        embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
+        attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * tokens**2
+        return 2.0 * (config.num_parameters - embeddings) * tokens + attention
+
+
+async def answer(engine: Engine, prompts: list[list[int]], tokens: int) -> None:
+    """All prompts at once; nobody looks before the end, so no text and no wake-up per token."""
+    params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+
+    async def one(prompt: list[int], number: int) -> None:
+        request = Request(f"{number}-{time.monotonic_ns()}", prompt, params, stream=False)
+        async with engine.submit(request) as stream:
+            await stream.collect()
+
+    await asyncio.gather(*(one(prompt, number) for number, prompt in enumerate(prompts)))
+
+
+@contextlib.asynccontextmanager
+async def running(subject: Subject, executor: CUDAExecutor, overlap: bool) -> AsyncIterator[Engine]:
+    """An engine at work. A new one counts its steps from 0; the executor looks at their parity alone."""
+    config = EngineConfig(
+        cache=CacheOptions(enable_prefix_caching=False),
+        scheduler=SchedulerOptions(
+            max_num_seqs=subject.max_num_seqs,
+            max_num_batched_tokens=executor.limits.max_num_batched_tokens,
+            overlap=overlap,
+        ),
+    )
+    engine = Engine(config, executor, None)
+    loop_task = asyncio.create_task(engine.run())
+    try:
+        yield engine
+        await engine.drained()
+    finally:
+        loop_task.cancel()
+        await asyncio.gather(loop_task, return_exceptions=True)
+
+
+async def measure_decode(
+    subject: Subject, executor: CUDAExecutor, batch: int, *, overlap: bool = True
+) -> tuple[float, float]:
+    """Seconds per decode step of `batch` rows, and of it those of the host."""
+    watch = Watch(executor)
+    try:
+        async with running(subject, executor, overlap) as engine:
+            await answer(engine, subject.prompts(batch, subject.context), subject.decode_tokens)
+    finally:
+        watch.remove()
+    return watch.steady(batch)
+
+
+async def measure_prefill(subject: Subject, executor: CUDAExecutor, count: int) -> float:
+    """Prompt tokens per second, `count` prompts at once."""
+    async with running(subject, executor, True) as engine:
+        await answer(engine, subject.prompts(count, subject.context), 1)
+        begin = time.perf_counter()
+        await answer(engine, subject.prompts(count, subject.context), 1)
+        return count * subject.context / (time.perf_counter() - begin)
+
+
+def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth: float, flops: float) -> None:
+    """Decode at every batch size, prefill, then what explains them."""
+    with subject.layer.may_block():
+        executor = subject.executor()
+    if isinstance(subject.layer, TimedDevice):
+        subject.layer.watch(executor)
+    name, context = subject.name, subject.context
+    report.add("load, random weights", subject.load_seconds, "s", model=name)
+    steps: dict[int, float] = {}
+    for batch in batches:
+        interval, worked = asyncio.run(measure_decode(subject, executor, batch))
+        steps[batch] = interval
+        floor = (subject.weight_bytes() + subject.kv_bytes(batch * (context + subject.decode_tokens / 2))) / bandwidth
+        common: dict[str, Any] = {"model": name, "batch": batch, "context": context}
+        report.add("decode", batch / interval, "tok/s", floor_ratio=floor / interval, **common)
+        report.add("host time per decode step", 1e6 * worked, "us", **common)
+    rate = asyncio.run(measure_prefill(subject, executor, 8))
+    floor = subject.prefill_flops(context) / flops / context
+    report.add("prefill", rate, "tok/s", model=name, batch=8, context=context, floor_ratio=rate * floor)
+    middle = [batch for batch in batches if batch > 1]
+    if isinstance(subject.layer, TimedDevice) and middle:
+        subject.layer.timing = True
+        subject.layer.spans.clear()
+        asyncio.run(measure_decode(subject, executor, middle[0]))
+        share = subject.layer.idle_share(subject.decode_tokens // 2)
+        subject.layer.timing = False
+        report.add("GPU idle between steps", 100 * share, "%", model=name, batch=middle[0], context=context)
+    for batch in middle:
+        interval, _ = asyncio.run(measure_decode(subject, executor, batch, overlap=False))
+        report.add("overlap on over off", interval / steps[batch], "x", model=name, batch=batch, context=context)
+    executor.close()
+
+
+# ---- start-up
+
+
+def bench_start(report: Report, shape: str) -> None:
+    """From the start of a process to its first token, weights from the page cache."""
+    from safetensors.torch import save_file
+
+    from engine.models.weights import ShapeRecorder
+
+    with tempfile.TemporaryDirectory() as folder:
+        directory = write_shape(shape, Path(folder) / shape)
+        config = ModelConfig.load(directory)
+        from engine.models.decoder import Decoder
+
+        recorder = ShapeRecorder(torch.bfloat16)
+        Decoder(config, recorder, 2048)
+        tensors = {name: torch.zeros(size, dtype=torch.bfloat16) for name, size in recorder.shapes.items()}
+        save_file(tensors, directory / "model.safetensors")
+        del tensors
+        begin = time.perf_counter()
+        command = [sys.executable, "-m", "bench.gpu", "--first-token", str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        if done.returncode != 0:
+            raise RuntimeError(done.stderr.strip().splitlines()[-1])
+        report.add("start to first token", time.perf_counter() - begin, "s", model=shape)
+
+
+def first_token(directory: Path) -> None:
+    """The child of `bench_start`: load, answer one token."""
+    layer = CudaDevice()
+    config = ModelConfig.load(directory)
+    model = load_model(config, directory, dtype=torch.bfloat16, device=layer.device, max_model_len=8192)
+    executor = build_cuda_executor(
+        model,
+        layer,
+        CacheOptions(),
+        dtype=torch.bfloat16,
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        max_model_len=8192,
+    )
+
+    async def run() -> None:
+        engine = Engine(EngineConfig(), executor, None)
+        loop_task = asyncio.create_task(engine.run())
+        await answer(engine, [[1, 2, 3, 4]], 1)
+        loop_task.cancel()
+        await asyncio.gather(loop_task, return_exceptions=True)
+
+    asyncio.run(run())
+
+
+# ---- kernels
+
+
+def multiplication(vector: torch.Tensor, matrices: Iterator[torch.Tensor]) -> Callable[[], object]:
+    """A product with the next matrix at every call."""
+    return lambda: torch.nn.functional.linear(vector, next(matrices))
+
+
+def bench_kernels(report: Report, device: torch.device, bandwidth: float) -> None:
+    """Ours beside FlashInfer's and torch's, on the shapes of Llama-3.2-1B; microseconds inside a CUDA graph."""
+    from engine.ops.norm import torch_rms_norm
+    from engine.ops.sampling.device import WORDS, torch_sample
+    from engine.ops.triton import activation, norm, rope, sampling
+
+    def timed(work: Callable[[], object], count: int = 20) -> float:
+        torch.cuda.synchronize(device)  # the inputs were made on another stream
+        stream = cuda.Stream()
+        with cuda.stream(stream):
+            work()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin()
+            for _ in range(count):
+                work()
+            graph.capture_end()
+        return 1e6 * _seconds(device, graph.replay, 15) / count
+
+    candidates: list[tuple[str, int, Callable[[], object], float]] = []
+    for batch in (1, 64, 256):
+        x = torch.randn(batch, 2048, device=device).bfloat16()
+        residual, weight = x.clone(), torch.randn(2048, device=device).bfloat16()
+        gate = torch.randn(batch, 16384, device=device).bfloat16()
+        qkv = torch.randn(batch, 48, 64, device=device).bfloat16()
+        q, k, v = torch.split(qkv, [32, 8, 8], 1)
+        pools = [torch.zeros(512, 16, 8, 64, device=device).bfloat16() for _ in range(2)]
+        table = torch.randn(2048, 64, device=device)
+        positions = torch.randint(0, 2048, (batch,), device=device, dtype=torch.int32)
+        slots = torch.randperm(512 * 16, device=device)[:batch]
+        logits = torch.randn(batch, 128256, device=device)
+        params = torch.zeros(batch, WORDS, dtype=torch.int32, device=device)
+        params.view(torch.float32)[:, 0] = 0.8
+        candidates += [
+            ("add + RMSNorm, ours", batch, partial(norm.add_rms_norm, x, residual, weight, 1e-5), 4 * x.nbytes),
+            ("RMSNorm, torch", batch, partial(torch_rms_norm, x, weight, 1e-5), 2 * x.nbytes),
+            ("SiLU and mul, ours", batch, partial(activation.gate_and_mul, gate, gelu=False), 1.5 * gate.nbytes),
+            (
+                "rope + KV write, ours",
+                batch,
+                partial(rope.rope_and_write_kv, q, k, v, table, positions, slots, *pools),
+                2 * qkv.nbytes,
+            ),
+            ("sampling, ours", batch, partial(sampling.sample_rows, logits, params, positions), logits.nbytes),
+            ("argmax, torch", batch, partial(torch.argmax, logits, -1), logits.nbytes),
+        ]
+        if batch == 64:
+            filtered = partial(torch_sample, logits, params, positions, filtered=True)
+            candidates.append(("filtered sampling, torch", batch, filtered, logits.nbytes))
+        for out, inside in ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)):
+            # Several in turn, so that they are read from memory and not from the L2 cache.
+            copies = min(20, 1 + 2**28 // (2 * out * inside))
+            matrices = itertools.cycle([torch.randn(out, inside, device=device).bfloat16() for _ in range(copies)])
+            vector = torch.randn(batch, inside, device=device).bfloat16()
+            candidates.append(
+                (f"linear {out}x{inside}, cuBLAS", batch, multiplication(vector, matrices), 2.0 * out * inside)
+            )
+    for name, batch, work, moved in candidates:
+        if not report.has_time(5):
+            return
+        try:
+            took = timed(work)
+        except RuntimeError as error:
+            print(f"{name}: {error}", file=sys.stderr)
+            continue
+        report.add(name, took, "us", batch=batch, floor_ratio=1e6 * moved / bandwidth / took)
+
+
+def run_all(report: Report, layer: TimedDevice) -> None:
+    """Sections in the order of their worth; one that fails is told and the next begins."""
+    bandwidth = copy_rate(layer.device)
+    report.add("copy bandwidth", bandwidth / 1e12, "TB/s")
+    flops = gemm_rate(layer.device)
+    report.add("bf16 matrix product", flops / 1e12, "TFLOP/s")
+
+    def one_model(shape: str, batches: list[int], **options: Any) -> Callable[[], None]:
+        def section() -> None:
+            subject = Subject(shape, SHAPES[shape], layer, torch.bfloat16, max_num_seqs=max(batches), **options)
+            bench_model(report, subject, batches, bandwidth, flops)
+
+        return section
+
+    sections: list[tuple[str, float, Callable[[], None]]] = [
+        ("Llama-3.2-1B", 60, one_model("llama-3.2-1b", [1, 64, 256])),
+        ("Llama-3.1-8B", 90, one_model("llama-3.1-8b", [1, 64, 256])),
+        ("start", 30, lambda: bench_start(report, "llama-3.2-1b")),
+        ("kernels", 30, lambda: bench_kernels(report, layer.device, bandwidth)),
+        ("fp8 KV", 45, one_model("llama-3.1-8b", [256], kv_cache_dtype="fp8")),
+    ]
+    for name, seconds, section in sections:
+        if not report.has_time(seconds):
+            print(f"no time is left for: {name}", file=sys.stderr)
+            continue
+        try:
+            section()
+        except Exception as error:
+            print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
+    parser.add_argument("--seconds", type=float, default=460.0, help="no section begins that would not end in time")
+    parser.add_argument("--first-token", type=Path, metavar="DIR", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("bench.gpu needs an NVIDIA GPU that torch can see", file=sys.stderr)
+        return 1
+    if args.first_token is not None:
+        first_token(args.first_token)
+        return 0
+    layer = TimedDevice()
+    report = Report(args.out, args.seconds, torch.cuda.get_device_name(layer.device))
+    run_all(report, layer)
+    print(f"\n{report.table()}\n\nwritten to {report.path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,218 @@
+"""What the CUDA executor needs of a device, as a seam: streams, events, copies, graphs, memory.
+
+`CudaDevice` is torch.cuda. The tests put a device in its place whose streams run late and out of step
+(tests/cuda/fake_device.py), so that an ordering which nobody asked for fails in CI. Loop thread, except `synchronize`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Stream = Any
+Event = Any
+Graph = Any
+# torch's stubs leave streams, events and ranges untyped.
+_cuda: Any = torch.cuda
+
+
+class DeviceLayer(Protocol):
+    """Work runs on the current stream of `on`, in order; between streams only events order anything.
+
+    upload, download: asynchronous copies between `pinned` memory and the device; the host side must stay as it is
+    until an event recorded behind the copy is done.
+    """
+
+    device: torch.device
+
+    def stream(self) -> Stream: ...
+
+    def event(self) -> Event: ...
+
+    def on(self, stream: Stream) -> AbstractContextManager[None]:
+        """Make a stream the current one."""
+        ...
+
+    def launch(self, work: Callable[[], object]) -> None:
+        """Issue torch operations on the current stream. May raise torch.OutOfMemoryError, with part of it issued.
+
+        work must take nothing from the host but what stays unchanged until the step is done.
+        """
+        ...
+
+    def upload(self, to: Tensor, source: Tensor) -> None: ...
+
+    def download(self, to: Tensor, source: Tensor) -> None: ...
+
+    def record(self, event: Event) -> None: ...
+
+    def wait(self, event: Event) -> None:
+        """Let the current stream wait for the event's latest record."""
+        ...
+
+    def is_done(self, event: Event) -> bool:
+        """Never blocks. Raises what the device ran into."""
+        ...
+
+    def synchronize(self, event: Event) -> None:
+        """Block the calling thread, which must not be the loop's. Raises what the device ran into."""
+        ...
+
+    def synchronize_all(self) -> None:
+        """Block until the device is idle; inside `may_block` only."""
+        ...
+
+    def may_block(self) -> AbstractContextManager[None]:
+        """The start and the end, where the loop thread may wait for the device."""
+        ...
+
+    def capture(self, work: Callable[[], object]) -> Graph:
+        """Record `work` on the current stream without running it. Its tensors keep their addresses."""
+        ...
+
+    def replay(self, graph: Graph) -> None: ...
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        """Page-locked host memory, uint8 [num_bytes], zeroed."""
+        ...
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+    def free_memory(self) -> int:
+        """Bytes that an allocation could have now; inside `may_block` only."""
+        ...
+
+    def total_memory(self) -> int: ...
+
+    def allocated_memory(self) -> int: ...
+
+    def peak_memory(self, *, reset: bool = False) -> int:
+        """Most bytes that tensors held since the last reset."""
+        ...
+
+    def is_lost(self, error: BaseException) -> bool:
+        """Whether an error means that the device cannot be used any more."""
+        ...
+
+    def range(self, name: str) -> AbstractContextManager[None]:
+        """A named range in the profiler's time line."""
+        ...
+
+
+class CudaDevice:
+    """DeviceLayer by torch.cuda, on one GPU. nvtx: name the ranges for nsys (costs 1 us each)."""
+
+    def __init__(self, index: int = 0, *, nvtx: bool = False) -> None:
+        self.device = torch.device("cuda", index)
+        self._nvtx = nvtx
+        self._pool: Any = None
+        torch.cuda.set_device(self.device)
+
+    def stream(self) -> Stream:
+        return _cuda.Stream(self.device)
+
+    def event(self) -> Event:
+        # blocking: the waiter thread sleeps instead of spinning on a core that the loop needs.
+        return _cuda.Event(blocking=True)
+
+    def on(self, stream: Stream) -> AbstractContextManager[None]:
+        context: AbstractContextManager[None] = _cuda.stream(stream)
+        return context
+
+    def launch(self, work: Callable[[], object]) -> None:
+        work()
+
+    def upload(self, to: Tensor, source: Tensor) -> None:
+        to.copy_(source, non_blocking=True)
+
+    def download(self, to: Tensor, source: Tensor) -> None:
+        to.copy_(source, non_blocking=True)
+
+    def record(self, event: Event) -> None:
+        event.record()
+
+    def wait(self, event: Event) -> None:
+        torch.cuda.current_stream().wait_event(event)
+
+    def is_done(self, event: Event) -> bool:
+        return bool(event.query())
+
+    def synchronize(self, event: Event) -> None:
+        event.synchronize()  # without the GIL
+
+    def synchronize_all(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    @contextlib.contextmanager
+    def may_block(self) -> Iterator[None]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("default")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        # Not `torch.cuda.graph`: that synchronises, collects garbage and empties the allocator's cache first.
+        # thread_local: the waiter thread may go on waiting for events meanwhile.
+        if self._pool is None:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        try:
+            work()
+        except BaseException:
+            # Ending a broken capture fails in its own way; what broke it is what counts.
+            with contextlib.suppress(RuntimeError):
+                graph.capture_end()
+            raise
+        graph.capture_end()
+        return graph
+
+    def replay(self, graph: torch.cuda.CUDAGraph) -> None:
+        graph.replay()
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def free_memory(self) -> int:
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def total_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[1]
+
+    def allocated_memory(self) -> int:
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak_memory(self, *, reset: bool = False) -> int:
+        peak = torch.cuda.max_memory_allocated(self.device)
+        if reset:
+            torch.cuda.reset_peak_memory_stats(self.device)
+        return peak
+
+    def is_lost(self, error: BaseException) -> bool:
+        # AcceleratorError is what torch raises for a failed CUDA call; libraries only put it into words.
+        if isinstance(error, torch.OutOfMemoryError):
+            return False
+        kinds = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
+        return isinstance(error, kinds) or "CUDA error" in str(error) or "CUBLAS_STATUS" in str(error)
+
+    @contextlib.contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        if not self._nvtx:
+            yield
+            return
+        _cuda.nvtx.range_push(name)
+        try:
+            yield
+        finally:
+            _cuda.nvtx.range_pop()

@@ -1,0 +1,129 @@
+"""Which decode steps are captured as CUDA graphs, and when. Used by the CUDA executor on the loop thread.
+
+A graph belongs to a batch size, a page-table width, a parity (there are two sets of step buffers) and a kind of
+sampling. A step that has none runs as the same operations one by one, which is also the warm-up of its capture.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+
+from engine.executor.cuda_device import DeviceLayer, Graph
+
+logger = logging.getLogger(__name__)
+
+MODES = ("lazy", "start", "off")
+# Pages of the narrowest table (1,024 tokens of context at 16 a page), and the factor to the next. A table far wider
+# than its contexts makes the decode kernels split too finely and the gather of table rows long.
+FIRST_WIDTH, WIDTH_FACTOR = 64, 2
+# At start only tables up to this many pages are captured; longer contexts are captured when they come.
+START_WIDTH = 256
+
+
+class GraphKey(NamedTuple):
+    """size: rows, padding included. width: pages of a table row.
+
+    draw: how the graph ends. plain; filtered, where some row has top_k, top_p or min_p; open, with the logits, where
+    the step draws by operations of its own (penalties, grammars, log-probabilities).
+    """
+
+    size: int
+    width: int
+    parity: int
+    draw: str
+
+
+def graph_sizes(max_num_seqs: int) -> list[int]:
+    """Batch sizes that cover 1..max_num_seqs: at most a quarter of a large batch is padding."""
+    sizes = [1, 2, 4, 8]
+    while sizes[-1] < max_num_seqs:
+        last = sizes[-1]
+        sizes.append(last + (8 if last < 64 else 16 if last < 128 else 32 if last < 256 else last // 4))
+    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+
+
+def table_widths(max_pages: int) -> list[int]:
+    """Widths that cover 1..max_pages."""
+    widths = [FIRST_WIDTH]
+    while widths[-1] < max_pages:
+        widths.append(widths[-1] * WIDTH_FACTOR)
+    return [width for width in widths if width < max_pages] + [max_pages]
+
+
+class GraphCache:
+    """Captured graphs by key. mode lazy: at a key's second use, or when the device is idle; start; off."""
+
+    def __init__(self, layer: DeviceLayer, mode: str, max_num_seqs: int, max_pages: int) -> None:
+        assert mode in MODES, f"--cuda-graph is one of {', '.join(MODES)}"
+        self.mode = mode
+        self.sizes = graph_sizes(max_num_seqs)
+        self.widths = table_widths(max_pages)
+        self._layer = layer
+        self._graphs: dict[GraphKey, Graph] = {}
+        # Seen but not captured, oldest first: the value says whether the key has run once.
+        self._wanted: dict[GraphKey, bool] = {}
+        self._failed: set[GraphKey] = set()
+        self.num_replays = 0
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    @property
+    def enabled(self) -> bool:
+        return self.mode != "off"
+
+    def key(self, rows: int, pages: int, parity: int, draw: str) -> GraphKey:
+        """The smallest key that holds a batch. Without graphs there is no reason to pad rows."""
+        size = self.sizes[bisect_left(self.sizes, rows)] if self.enabled else rows
+        return GraphKey(size, self.widths[bisect_left(self.widths, pages)], parity, draw)
+
+    def at_start(self) -> Iterator[GraphKey]:
+        """What mode start captures: every size, largest first, so that their memory pool is laid out once."""
+        for width in self.widths:
+            if width > START_WIDTH and width != self.widths[0]:
+                break
+            for size in reversed(self.sizes):
+                for parity in (0, 1):
+                    yield GraphKey(size, width, parity, "plain")
+
+    def get(self, key: GraphKey) -> Graph | None:
+        return self._graphs.get(key)
+
+    def note_use(self, key: GraphKey) -> bool:
+        """A step runs without a graph. True: capture it now, its operations have run before."""
+        if not self.enabled or key in self._failed:
+            return False
+        if self._wanted.get(key, False):
+            return True
+        self._wanted[key] = True
+        # The next step has the other parity, and most likely the same size.
+        self._wanted.setdefault(key._replace(parity=1 - key.parity), False)
+        return False
+
+    def next_wanted(self) -> GraphKey | None:
+        return next(iter(self._wanted), None)
+
+    def capture(self, key: GraphKey, work: Callable[[], object]) -> Graph | None:
+        """Capture `work` on the current stream. None where memory does not allow it."""
+        self._wanted.pop(key, None)
+        try:
+            graph = self._layer.capture(work)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no CUDA graph for %d rows: %s", key.size, error)
+            self._failed.add(key)
+            return None
+        self._graphs[key] = graph
+        return graph
+
+    def replay(self, graph: Graph) -> None:
+        self.num_replays += 1
+        self._layer.replay(graph)
+
+    def clear(self) -> None:
+        self._graphs.clear()
+        self._wanted.clear()

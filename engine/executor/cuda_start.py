@@ -1,0 +1,200 @@
+"""How a CUDA executor comes to be: which attention, how much memory for what, and the lines that say so.
+
+Called once by the composition root (and by the benchmark and the GPU tests), before the loop runs; it may block.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from engine.config import CacheOptions, StartupError
+from engine.executor.cuda import CUDAExecutor
+from engine.executor.cuda_device import DeviceLayer
+from engine.executor.cuda_graph import graph_sizes
+from engine.forward import Limits
+from engine.models.registry import CausalLM
+from engine.ops.attention.device import DeviceAttention
+
+logger = logging.getLogger("oneloop.cuda")
+
+# Of the memory that is free after the weights, what --gpu-memory-utilization leaves unsaid takes this share.
+DEFAULT_MEMORY_SHARE = 0.9
+KV_DTYPES = {"fp8": torch.float8_e4m3fn, "fp8_e4m3": torch.float8_e4m3fn}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What the driver keeps for one captured graph of some 200 kernels; an upper guess, the pool itself is shared.
+GRAPH_BYTES = 8 * 1024 * 1024
+GIB = 2**30
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes of device memory by purpose. free is what stays untouched; total is the whole device."""
+
+    total: int
+    weights: int
+    workspace: int
+    activations: int
+    graphs: int
+    kv_cache: int
+    free: int
+
+    def __str__(self) -> str:
+        """One line for the start-up table."""
+        parts = [
+            ("weights", self.weights),
+            ("KV cache", self.kv_cache),
+            ("activations", self.activations),
+            ("workspace", self.workspace),
+            ("graphs", self.graphs),
+            ("free", self.free),
+        ]
+        others = self.total - sum(size for _, size in parts)
+        text = ", ".join(f"{name} {size / GIB:.2f}" for name, size in parts)
+        return f"{self.total / GIB:.1f} GiB: {text}, context and others {others / GIB:.2f}"
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """--dtype on a GPU: bfloat16 unless something else is asked for."""
+    return torch.bfloat16 if name == "auto" else _DTYPES[name]
+
+
+def pick_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    """--kv-cache-dtype: auto is the model's dtype."""
+    if name == "auto":
+        return dtype
+    if name not in KV_DTYPES:
+        raise StartupError(f"--kv-cache-dtype {name}: one of auto, {', '.join(KV_DTYPES)} is known")
+    return KV_DTYPES[name]
+
+
+def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
+    """FlashInfer where it is installed, else torch. options: num_pages, page_size, dtype, kv_dtype."""
+    if module is None and importlib.util.find_spec("flashinfer") is None:
+        return DeviceAttention(model.attention_spec, device=layer.device, **options)
+    from engine.ops.attention.flashinfer import Backend
+
+    try:
+        return Backend(model.attention_spec, device=layer.device, module=module, **options)
+    except ImportError as error:
+        logger.warning("FlashInfer is installed but cannot be loaded: %s", error)
+        return DeviceAttention(model.attention_spec, device=layer.device, **options)
+
+
+def profile_step(
+    model: CausalLM, layer: DeviceLayer, limits: Limits, make: Callable[[int], DeviceAttention]
+) -> tuple[int, int]:
+    """Run the hungriest step in a small cache. Returns bytes of (activations, attention workspace)."""
+    rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+    length = min(limits.max_model_len, limits.max_num_batched_tokens // rows)
+    pages = rows * -(-length // limits.page_size)
+    small = Limits(
+        limits.max_num_seqs,
+        limits.max_num_batched_tokens,
+        limits.max_model_len,
+        limits.page_size,
+        pages,
+        limits.vocab_size,
+    )
+    attention = make(pages)
+    executor = CUDAExecutor(model, small, layer, attention, cuda_graph="off")
+    before = layer.allocated_memory()
+    layer.peak_memory(reset=True)
+    executor.run_worst_case()
+    activations = layer.peak_memory() - before
+    executor.close()
+    return max(0, activations), attention.workspace_bytes
+
+
+def build_cuda_executor(
+    model: CausalLM,
+    layer: DeviceLayer,
+    cache: CacheOptions,
+    *,
+    dtype: torch.dtype,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    max_model_len: int,
+    kv_cache_dtype: str = "auto",
+    cuda_graph: str = "lazy",
+    row: Callable[[str, str], None] = lambda name, text: None,
+    module: Any = None,
+) -> CUDAExecutor:
+    """Measure, divide the memory, allocate; `row` gets the lines of the start-up table. Raises StartupError.
+
+    module: what stands in for `flashinfer` in tests.
+    """
+    kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
+    page_size = cache.page_size
+    if model.config.experts is not None:
+        row("experts", "every expert computes every token; there is no fused kernel for them yet")
+
+    def limits_of(num_pages: int) -> Limits:
+        return Limits(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_model_len=max_model_len,
+            page_size=page_size,
+            num_pages=num_pages,
+            vocab_size=model.config.vocab_size,
+        )
+
+    def attention_of(num_pages: int) -> DeviceAttention:
+        return make_attention(
+            model, layer, module, num_pages=num_pages, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype
+        )
+
+    with layer.may_block():
+        weights = layer.allocated_memory()
+        free = layer.free_memory()
+        activations, workspace = profile_step(model, layer, limits_of(1), attention_of)
+        gc.collect()  # the trial cache and buffers go before the real ones come
+        page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype)
+        graphs = 0
+        if cuda_graph != "off":
+            logits = max_num_seqs * model.config.vocab_size * 4
+            graphs = 2 * logits + 2 * len(graph_sizes(max_num_seqs)) * GRAPH_BYTES
+        wanted = cache.kv_cache_bytes
+        if cache.num_pages is not None:
+            wanted = (cache.num_pages + 1) * page_bytes
+        if wanted is None:
+            share = DEFAULT_MEMORY_SHARE if cache.memory_fraction is None else cache.memory_fraction
+            wanted = int(share * free) - activations - workspace - graphs
+        num_pages = wanted // page_bytes - 1
+        if num_pages < 1:
+            raise StartupError(
+                f"no memory is left for the KV cache: {free / GIB:.2f} GiB are free after the weights, activations "
+                f"take {activations / GIB:.2f}, workspace {workspace / GIB:.2f}, graphs {graphs / GIB:.2f}; lower "
+                "--max-num-batched-tokens or --max-num-seqs, or raise --gpu-memory-utilization"
+            )
+        # Cells are counted in int32 on the device.
+        num_pages = min(num_pages, (2**31 - 1) // page_size - 1)
+        kv_bytes = (num_pages + 1) * page_bytes
+        try:
+            attention = attention_of(num_pages)
+            executor = CUDAExecutor(model, limits_of(num_pages), layer, attention, cuda_graph=cuda_graph)
+        except torch.OutOfMemoryError as error:
+            raise StartupError(
+                f"a KV cache of {kv_bytes / GIB:.2f} GiB does not fit: {str(error).splitlines()[0]}"
+            ) from error
+        left = free - kv_bytes - activations - workspace - graphs
+        plan = MemoryPlan(layer.total_memory(), weights, workspace, activations, graphs, kv_bytes, max(0, left))
+        row("GPU memory", str(plan))
+        text = attention.describe()
+        if attention.name == "torch":
+            text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
+        row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
+        if cuda_graph == "start":
+            executor.capture_at_start()
+            row("CUDA graphs", f"{len(executor.graphs)} captured")
+        elif cuda_graph == "lazy":
+            row("CUDA graphs", f"captured as they are needed, batch sizes {executor.graphs.sizes[-1]} and below")
+        else:
+            row("CUDA graphs", "off")
+    return executor

@@ -1,0 +1,222 @@
+"""Paged attention by FlashInfer: prompts by its prefill wrapper, decode by XQA where it has the shape, else by its
+decode wrapper. What it has not (float32, odd head sizes) falls back to plain torch, layer kind by layer kind.
+
+`plan` gets host metadata alone (device arrays would synchronise), and each wrapper exists twice, for even and odd
+steps: a second plan may overwrite the pinned buffer that the first one's copy still reads.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.ops.attention.base import AttentionSpec
+from engine.ops.attention.device import (
+    DecodeAttention,
+    DecodePlan,
+    DecodeStep,
+    DeviceAttention,
+    MixedAttention,
+    MixedStep,
+)
+
+DTYPES = (torch.bfloat16, torch.float16)
+HEAD_DIMS = (64, 128, 256)
+XQA_PAGE_SIZES = (16, 32, 64, 128)
+# Queries per KV head that XQA's and the CUDA-core decode kernels are built for; others decode on tensor cores.
+XQA_GROUPS = (1, 2, 4, 8)
+CUDA_CORE_GROUPS = (1, 2, 4, 8)
+# Partial results of split contexts; FlashInfer's own advice for batches of hundreds.
+WORKSPACE_BYTES = 256 * 1024 * 1024
+# XQA keeps semaphores in the first 8 MiB, so its workspace is not shared with the wrappers'.
+XQA_WORKSPACE_BYTES = 128 * 1024 * 1024
+
+Window = int | None
+
+
+class Backend(DeviceAttention):
+    """DeviceAttention by FlashInfer. module: `flashinfer`, or what stands for it in the tests.
+
+    decode: auto, xqa or wrapper. prefill: backend of the prefill wrapper (auto, fa2, fa3).
+    """
+
+    name = "flashinfer"
+
+    def __init__(
+        self,
+        spec: AttentionSpec,
+        *,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
+        device: torch.device,
+        module: ModuleType | Any = None,
+        decode: str = "auto",
+        prefill: str = "auto",
+    ) -> None:
+        super().__init__(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype, device=device)
+        if module is None:
+            import flashinfer as module  # late: 1.4 s, and the package is optional
+        self._module: Any = module
+        self.filters = module.sampling
+        group = spec.num_heads // spec.num_kv_heads
+        self.usable = dtype in DTYPES and spec.head_dim in HEAD_DIMS
+        has_xqa = self.usable and page_size in XQA_PAGE_SIZES and group in XQA_GROUPS and spec.softcap is None
+        assert decode != "xqa" or has_xqa, "XQA has no kernel for this shape"
+        self.uses_xqa = has_xqa and decode in ("auto", "xqa")
+        self.decode_needs_plan = self.usable and not self.uses_xqa
+        # fa3 has no kernels that read a KV cache of another type than q.
+        self._prefill_backend = "fa2" if self.kv_dtype != dtype and prefill == "auto" else prefill
+        self._tensor_cores = group not in CUDA_CORE_GROUPS or self.kv_dtype != dtype
+        # One plan serves all layers that see the same window.
+        self._kinds: list[Window] = sorted(set(self.windows), key=lambda window: window or 0)
+        self._workspace: Tensor | None = None
+        self._xqa_workspace: Tensor | None = None
+        self._prefills: dict[tuple[Window, int], Any] = {}
+        self._decodes: dict[tuple[int, int, Window, int], Any] = {}
+        if self.usable:
+            # Zeroed: both keep counters in it that must start at 0.
+            self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            if self.uses_xqa:
+                self._xqa_workspace = torch.zeros(XQA_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+            for window in self._kinds:
+                for parity in (0, 1):
+                    self._prefills[window, parity] = module.BatchPrefillWithPagedKVCacheWrapper(
+                        self._workspace, "NHD", backend=self._prefill_backend
+                    )
+
+    @property
+    def workspace_bytes(self) -> int:
+        return sum(buffer.numel() for buffer in (self._workspace, self._xqa_workspace) if buffer is not None)
+
+    def describe(self) -> str:
+        if not self.usable:
+            return f"torch (slow): FlashInfer has no kernels for {self.dtype} with head_dim {self.spec.head_dim}"
+        decode = "XQA" if self.uses_xqa else "tensor cores" if self._tensor_cores else "CUDA cores"
+        return f"FlashInfer, prefill {self._prefill_backend}, decode {decode}"
+
+    def _common(self, window: Window) -> dict[str, Any]:
+        """What every plan says of a layer kind. window_left does not count the query itself."""
+        return {
+            "sm_scale": self.spec.scale,
+            "window_left": -1 if window is None else window - 1,
+            "logits_soft_cap": self.spec.softcap,
+            "q_data_type": self.dtype,
+            "kv_data_type": self.kv_dtype,
+        }
+
+    # ---- steps with prompts
+
+    def mixed(self, step: MixedStep) -> MixedAttention:
+        """See DeviceAttention."""
+        if not self.usable:
+            return super().mixed(step)
+        spec = self.spec
+        for window in self._kinds:
+            self._prefills[window, step.parity].plan(
+                step.qo_indptr,
+                step.kv_indptr,
+                step.kv_indices,
+                step.last_page_len,
+                spec.num_heads,
+                spec.num_kv_heads,
+                spec.head_dim,
+                self.page_size,
+                causal=True,
+                **self._common(window),
+            )
+        return _Prefill(self, step, [])
+
+    def prefill(self, layer: int, q: Tensor, parity: int) -> Tensor:
+        """[T, Hq, D] -> [T, Hq, D] by the step's plan."""
+        wrapper = self._prefills[self.windows[layer], parity]
+        return wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))  # type: ignore[no-any-return]
+
+    # ---- decode
+
+    def prepare_decode(self, size: int, width: int) -> None:
+        """See DeviceAttention: the wrappers that graphs hold on to, with buffers of their own."""
+        if not self.decode_needs_plan:
+            return
+        for window in self._kinds:
+            for parity in (0, 1):
+                key = (size, width, window, parity)
+                if key not in self._decodes:
+                    self._decodes[key] = self._module.BatchDecodeWithPagedKVCacheWrapper(
+                        self._workspace,
+                        "NHD",
+                        use_cuda_graph=True,
+                        use_tensor_cores=self._tensor_cores,
+                        paged_kv_indptr_buffer=self._buffer(size + 1),
+                        paged_kv_indices_buffer=self._buffer(size * width),
+                        paged_kv_last_page_len_buffer=self._buffer(size),
+                        backend="fa2" if self._tensor_cores else "auto",
+                    )
+
+    def _buffer(self, length: int) -> Tensor:
+        return torch.zeros(length, dtype=torch.int32, device=self.device)
+
+    def plan_decode(self, plan: DecodePlan, size: int, width: int, parity: int) -> None:
+        """See DeviceAttention. A captured graph survives it: the grid depends on the batch size alone."""
+        self.prepare_decode(size, width)
+        spec = self.spec
+        for window in self._kinds:
+            self._decodes[size, width, window, parity].plan(
+                plan.kv_indptr,
+                plan.kv_indices,
+                plan.last_page_len,
+                spec.num_heads,
+                spec.num_kv_heads,
+                spec.head_dim,
+                self.page_size,
+                **self._common(window),
+            )
+
+    def decode(self, step: DecodeStep) -> DecodeAttention:
+        """See DeviceAttention."""
+        if not self.usable:
+            return super().decode(step)
+        return _Xqa(self, step) if self.uses_xqa else _Decode(self, step)
+
+    def xqa(self, layer: int, q: Tensor, step: DecodeStep) -> Tensor:
+        """[B, Hq, D] -> [B, Hq, D]; page tables and lengths stay on the device, so there is nothing to plan."""
+        window = self.windows[layer]
+        return self._module.decode.xqa_batch_decode_with_kv_cache(  # type: ignore[no-any-return]
+            q,
+            (self.k_pools[layer], self.v_pools[layer]),
+            self._xqa_workspace,
+            step.tables,
+            step.kv_len.view(torch.uint32),
+            step.tables.shape[1] * self.page_size,
+            # It takes the scale apart again, into one for q and 1 / sqrt(head_dim).
+            bmm1_scale=self.spec.scale,
+            bmm2_scale=1.0,
+            window_left=-1 if window is None else window - 1,
+            out=torch.empty_like(q),
+            kv_layout="NHD",
+        )
+
+    def wrapped_decode(self, layer: int, q: Tensor, step: DecodeStep) -> Tensor:
+        """[B, Hq, D] -> [B, Hq, D] by the step's plan."""
+        size, width = step.tables.shape
+        wrapper = self._decodes[size, width, self.windows[layer], step.parity]
+        return wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))  # type: ignore[no-any-return]
+
+
+class _Prefill(MixedAttention):
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        return self.backend.prefill(layer, q, self.step.parity)  # type: ignore[no-any-return]
+
+
+class _Xqa(DecodeAttention):
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        return self.backend.xqa(layer, q, self.step)  # type: ignore[no-any-return]
+
+
+class _Decode(DecodeAttention):
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        return self.backend.wrapped_decode(layer, q, self.step)  # type: ignore[no-any-return]

@@ -1,0 +1,117 @@
+"""Rotary embedding of q and k and the write of k and v into the paged cache, in one launch instead of six.
+
+Called per layer by ops/attention/device.py on CUDA tensors; `DeviceAttention.write` in torch is the reference.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Heads of one program: 8 heads of 128 are 2 KB of bf16.
+BLOCK_HEADS = 8
+
+
+@triton.jit
+def _rope_and_write(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    q_out_ptr,
+    k_pool_ptr,
+    v_pool_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    slots_ptr,
+    q_stride,
+    k_stride,
+    v_stride,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    ROT: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    inside = dim < DIM
+    # Heads count through q, then k, then v.
+    is_q = (head < HEADS) & inside
+    is_k = (head >= HEADS) & (head < HEADS + KV_HEADS) & inside
+    is_v = (head >= HEADS + KV_HEADS) & (head < HEADS + 2 * KV_HEADS) & inside
+    q_at = q_ptr + token * q_stride + head * DIM
+    k_at = k_ptr + token * k_stride + (head - HEADS) * DIM
+    v_at = v_ptr + token * v_stride + (head - HEADS - KV_HEADS) * DIM
+    q = tl.load(q_at + dim, mask=is_q, other=0.0).to(tl.float32)
+    k = tl.load(k_at + dim, mask=is_k, other=0.0).to(tl.float32)
+    v = tl.load(v_at + dim, mask=is_v, other=0.0)
+    if ROT > 0:
+        half: tl.constexpr = ROT // 2
+        turned = dim < ROT
+        partner = tl.where(dim < half, dim + half, dim - half)
+        sign = tl.where(dim < half, -1.0, 1.0)
+        angle = tl.where(dim < half, dim, dim - half)
+        position = tl.load(positions_ptr + token).to(tl.int64)
+        table = cos_sin_ptr + position * ROT
+        cos = tl.load(table + angle, mask=turned, other=1.0)
+        sin = tl.load(table + half + angle, mask=turned, other=0.0)
+        q_partner = tl.load(q_at + partner, mask=is_q & turned, other=0.0).to(tl.float32)
+        k_partner = tl.load(k_at + partner, mask=is_k & turned, other=0.0).to(tl.float32)
+        q = q * cos + sign * q_partner * sin
+        k = k * cos + sign * k_partner * sin
+    slot = tl.load(slots_ptr + token).to(tl.int64) * KV_HEADS * DIM
+    tl.store(q_out_ptr + token * HEADS * DIM + head * DIM + dim, q.to(q_out_ptr.dtype.element_ty), mask=is_q)
+    # Rounded to the model's dtype first, as the torch reference does.
+    k = k.to(k_ptr.dtype.element_ty).to(k_pool_ptr.dtype.element_ty)
+    tl.store(k_pool_ptr + slot + (head - HEADS) * DIM + dim, k, mask=is_k)
+    v = v.to(v_pool_ptr.dtype.element_ty)
+    tl.store(v_pool_ptr + slot + (head - HEADS - KV_HEADS) * DIM + dim, v, mask=is_v)
+
+
+def rope_and_write_kv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos_sin: Tensor | None,
+    positions: Tensor,
+    kv_slots: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+) -> Tensor:
+    """q [T, Hq, D], k and v [T, Hkv, D] -> turned q, contiguous. k, turned, and v go to the cells `kv_slots` [T].
+
+    cos_sin: see ops/rope.py, None where nothing is to be turned. Pools [pages, page_size, Hkv, D] of any dtype.
+    """
+    tokens, heads, dim = q.shape
+    kv_heads = k.shape[1]
+    for x in (q, k, v):
+        assert x.stride(2) == 1 and x.stride(1) == dim
+    assert k_pool.is_contiguous() and v_pool.is_contiguous()
+    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    grid = (tokens, triton.cdiv(heads + 2 * kv_heads, BLOCK_HEADS))
+    _rope_and_write[grid](
+        q,
+        k,
+        v,
+        out,
+        k_pool,
+        v_pool,
+        cos_sin if cos_sin is not None else q,
+        positions,
+        kv_slots,
+        q.stride(0),
+        k.stride(0),
+        v.stride(0),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        DIM=dim,
+        ROT=0 if cos_sin is None else cos_sin.shape[1],
+        BLOCK_H=BLOCK_HEADS,
+        BLOCK_D=triton.next_power_of_2(dim),
+        num_warps=4,
+    )
+    return out

@@ -1,0 +1,19 @@
+"""Everything here runs as torch operations on one thread: a graph of the fake device sees no other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from engine.ops import native
+
+
+@pytest.fixture(autouse=True, scope="package")
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with native.disabled():
+        yield
+    torch.set_num_threads(before)

@@ -1,0 +1,404 @@
+"""A device in host memory that does everything as late and as out of step as CUDA allows, by a seed.
+
+Streams are queues; their work runs at random moments, or not before somebody waits for it, and only stream order and
+events order it. Copies read pinned memory when they run, in two halves. A captured graph replays the tensor
+operations that its capture saw, at the addresses they had. What would block or corrupt a real device is asserted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_map, tree_map_only
+
+from engine.ops import native
+
+# Operations that copy a value to the host, which stops the calling thread until the device has caught up.
+SYNCHRONISING = {
+    "aten::_local_scalar_dense",
+    "aten::nonzero",
+    "aten::masked_select",
+    "aten::is_nonzero",
+    "aten::equal",
+    "aten::_unique2",
+    "aten::unique_dim",
+    "aten::repeat_interleave.Tensor",
+    "aten::repeat_interleave.self_Tensor",
+    "aten::bincount",
+}
+
+
+class FakeDeviceError(RuntimeError):
+    """What the device reports once work on it has failed; nothing runs any more."""
+
+
+@contextlib.contextmanager
+def _device_code() -> Iterator[None]:
+    """torch operations alone, on one thread: a capture sees no native kernel, and small tensors gain by no team."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with native.disabled():
+            yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class FakeEvent:
+    def __init__(self) -> None:
+        self.recorded = 0
+        self.completed = 0
+
+
+@dataclass(slots=True)
+class Work:
+    """An entry of a stream. waits: it may run once that event's record of that number is done. records: likewise."""
+
+    run: Callable[[], object]
+    waits: tuple[FakeEvent, int] | None = None
+    records: FakeEvent | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return self.waits is None or self.waits[0].completed >= self.waits[1]
+
+
+class FakeStream:
+    """Work in order."""
+
+    def __init__(self) -> None:
+        self.queue: deque[Work] = deque()
+
+
+class FakeGraph:
+    """Operations on fixed tensors, in order."""
+
+    def __init__(self) -> None:
+        self.operations: list[Callable[[], object]] = []
+
+
+def _synchronises(func: Any) -> bool:
+    schema = func._schema
+    return schema.name in SYNCHRONISING or f"{schema.name}.{schema.overload_name}" in SYNCHRONISING
+
+
+class _NoSync(TorchDispatchMode):
+    """Refuses operations that would synchronise."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name
+        assert not _synchronises(func), f"{name} makes the host wait for the device"
+        if name in ("aten::index", "aten::index_put_", "aten::index_put"):
+            indices = [i for i in args[1] if i is not None]
+            assert all(i.dtype != torch.bool for i in indices), f"{name} by a mask makes the host wait"
+        return func(*args, **(kwargs or {}))
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes operations instead of changing anything: outputs get memory, in-place operations are only noted."""
+
+    def __init__(self, graph: FakeGraph) -> None:
+        super().__init__()
+        self.graph = graph
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        schema = func._schema
+        assert not _synchronises(func), f"{schema.name} cannot be captured: it synchronises"
+        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        if written:
+            names = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+            self.graph.operations.append(lambda: func(*args, **kwargs))
+            results = [names[name] for name in written]
+            return results[0] if len(results) == 1 else tuple(results)
+        # Only shapes count; zeros are a valid index everywhere, garbage is not.
+        harmless = tree_map_only(
+            Tensor, lambda t: t if t.is_floating_point() or not t.numel() else torch.zeros_like(t), (args, kwargs)
+        )
+        storages = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
+        result = func(*args, **kwargs) if _is_view(schema) else func(*harmless[0], **harmless[1])
+        outputs = _tensors(result)
+        if all(t.untyped_storage().data_ptr() in storages for t in outputs if t.numel()):
+            return result  # views stay views
+
+        def replay() -> None:
+            for old, new in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
+                assert old.shape == new.shape, f"{schema.name} changed its shape between capture and replay"
+                old.copy_(new)
+
+        self.graph.operations.append(replay)
+        return result
+
+
+def _is_view(schema: Any) -> bool:
+    return any(r.alias_info is not None for r in schema.returns)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, tree)
+    return found
+
+
+class FakeDevice:
+    """A DeviceLayer. eagerness: how likely the device does a piece of work before anybody needs it.
+
+    launches_until_failure: set by a test; the launch that counts it down to 0 runs out of memory.
+    """
+
+    def __init__(self, seed: int = 0, eagerness: float = 0.3) -> None:
+        self.device = torch.device("cpu")
+        self.random = Random(f"device {seed}")
+        self.eagerness = eagerness
+        self.loop_thread = threading.get_ident()
+        self.streams: list[FakeStream] = []
+        self.current: FakeStream | None = None
+        self.error: BaseException | None = None
+        self.recorder: _Recorder | None = None
+        self.launches_until_failure = -1
+        self.counts = {"upload": 0, "download": 0, "launch": 0, "replay": 0, "capture": 0}
+        self.ranges: list[str] = []
+        # What the memory questions are answered with.
+        self.memory, self.allocated, self.peak = 2**24, 2**20, 2**20 + 2**19
+        self._blocking_allowed = 0
+        self._pinned: list[tuple[int, int]] = []
+        self._lock = threading.RLock()
+
+    # ---- DeviceLayer
+
+    def stream(self) -> FakeStream:
+        self.streams.append(FakeStream())
+        return self.streams[-1]
+
+    def event(self) -> FakeEvent:
+        return FakeEvent()
+
+    @contextlib.contextmanager
+    def on(self, stream: FakeStream) -> Iterator[None]:
+        self._on_loop()
+        before, self.current = self.current, stream
+        try:
+            yield
+        finally:
+            self.current = before
+
+    def launch(self, work: Callable[[], object]) -> None:
+        self._on_loop()
+        assert self.recorder is None, "launch inside a capture"
+        self.counts["launch"] += 1
+        self.launches_until_failure -= 1
+        if self.launches_until_failure == 0:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.\nMore of it.")
+        self._enqueue(lambda: self._compute(work))
+
+    def upload(self, to: Tensor, source: Tensor) -> None:
+        assert self.is_pinned(source), "an upload from pageable memory makes the host wait"
+        assert not self.is_pinned(to)
+        self.counts["upload"] += 1
+        self._copy(to, source)
+
+    def download(self, to: Tensor, source: Tensor) -> None:
+        assert self.is_pinned(to), "a download to pageable memory makes the host wait"
+        assert not self.is_pinned(source)
+        self.counts["download"] += 1
+        self._copy(to, source)
+
+    def record(self, event: FakeEvent) -> None:
+        self._on_loop()
+        event.recorded += 1
+        number = event.recorded
+
+        def work() -> None:
+            event.completed = number
+
+        self._enqueue(work, records=event)
+
+    def wait(self, event: FakeEvent) -> None:
+        self._on_loop()
+        if event.recorded:
+            self._enqueue(lambda: None, waits=(event, event.recorded))
+
+    def is_done(self, event: FakeEvent) -> bool:
+        self._pump()
+        self._raise()
+        return event.completed >= event.recorded
+
+    def synchronize(self, event: FakeEvent) -> None:
+        assert self._blocking_allowed or threading.get_ident() != self.loop_thread, "the loop thread waits for an event"
+        with self._lock:
+            number, lazy = event.recorded, self.random.random() < 0.5
+            while event.completed < number:
+                self._raise()
+                self._step(event if lazy else None)
+            self._raise()
+
+    def synchronize_all(self) -> None:
+        assert self._blocking_allowed, "the loop thread waits for the device"
+        with self._lock:
+            while any(stream.queue for stream in self.streams):
+                self._raise()
+                self._step(None)
+            self._raise()
+
+    @contextlib.contextmanager
+    def may_block(self) -> Iterator[None]:
+        self._blocking_allowed += 1
+        try:
+            yield
+        finally:
+            self._blocking_allowed -= 1
+
+    def capture(self, work: Callable[[], object]) -> FakeGraph:
+        self._on_loop()
+        self.counts["capture"] += 1
+        graph = FakeGraph()
+        self.recorder = _Recorder(graph)
+        try:
+            with _device_code(), self.recorder:
+                work()
+        finally:
+            self.recorder = None
+        return graph
+
+    def replay(self, graph: FakeGraph) -> None:
+        assert self.recorder is None
+        self.counts["replay"] += 1
+
+        def work() -> None:
+            with torch.inference_mode():
+                for operation in graph.operations:
+                    operation()
+
+        self._enqueue(work)
+
+    def pinned(self, num_bytes: int) -> Tensor:
+        memory = torch.zeros(num_bytes, dtype=torch.uint8)
+        self._pinned.append((memory.data_ptr(), memory.data_ptr() + num_bytes))
+        self._keep = [*getattr(self, "_keep", []), memory]  # addresses must not be used again
+        return memory
+
+    def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The memory comes at once, the zeros in stream order."""
+        if self.current is None:
+            assert self._blocking_allowed, "work on the default stream"
+            return torch.zeros(shape, dtype=dtype)
+        memory = torch.ones(shape, dtype=dtype)
+        self._enqueue(memory.zero_)
+        return memory
+
+    def free_memory(self) -> int:
+        assert self._blocking_allowed
+        return self.memory
+
+    def total_memory(self) -> int:
+        return 2 * self.memory
+
+    def allocated_memory(self) -> int:
+        return self.allocated
+
+    def peak_memory(self, *, reset: bool = False) -> int:
+        return self.peak
+
+    def is_lost(self, error: BaseException) -> bool:
+        return isinstance(error, FakeDeviceError)
+
+    @contextlib.contextmanager
+    def range(self, name: str) -> Iterator[None]:
+        self.ranges.append(name)
+        yield
+
+    # ---- for what stands in for kernels, and for tests
+
+    def kernel(self, work: Callable[[], object]) -> None:
+        """Something opaque to torch, a kernel of a library: noted by a capture, done otherwise."""
+        if self.recorder is not None:
+            self.recorder.graph.operations.append(work)
+            return
+        with _disable_current_modes():
+            work()
+
+    def is_pinned(self, tensor: Tensor) -> bool:
+        return any(begin <= tensor.data_ptr() < end for begin, end in self._pinned)
+
+    def fail(self, message: str) -> None:
+        """Let the next work on the current stream break the device."""
+
+        def work() -> None:
+            raise RuntimeError(message)
+
+        self._enqueue(work)
+
+    # ---- the machine
+
+    def _on_loop(self) -> None:
+        assert threading.get_ident() == self.loop_thread, "only the loop thread launches"
+
+    def _compute(self, work: Callable[[], object]) -> None:
+        with _NoSync():
+            work()
+
+    def _copy(self, to: Tensor, source: Tensor) -> None:
+        assert to.shape == source.shape and to.dtype == source.dtype, "a copy must not convert"
+        half = self.random.randint(0, len(to))
+        for part in (slice(0, half), slice(half, None)):
+            self._enqueue(lambda part=part: to[part].copy_(source[part]))  # type: ignore[misc]
+
+    def _enqueue(
+        self,
+        run: Callable[[], object],
+        waits: tuple[FakeEvent, int] | None = None,
+        records: FakeEvent | None = None,
+    ) -> None:
+        self._on_loop()
+        self._raise()
+        assert self.current is not None, "work on the default stream"
+        assert self.recorder is None, "this cannot be captured"
+        self.current.queue.append(Work(run, waits, records))
+        self._pump()
+
+    def _raise(self) -> None:
+        if self.error is not None:
+            raise FakeDeviceError(f"CUDA error: {self.error}") from self.error
+
+    def _pump(self) -> None:
+        with self._lock:
+            while self.error is None and self.random.random() < self.eagerness:
+                if not self._step(None, must=False):
+                    return
+
+    def _step(self, wanted: FakeEvent | None, must: bool = True) -> bool:
+        """Do one piece of work of a random stream; with `wanted`, only of streams which that event depends on."""
+        ready = [stream for stream in self.streams if stream.queue and stream.queue[0].is_ready]
+        if wanted is not None:
+            needed = self._needed(wanted)
+            ready = [stream for stream in ready if stream in needed]
+        if not ready:
+            assert not must, "the streams wait for one another for ever"
+            return False
+        work = self.random.choice(ready).queue.popleft()
+        try:
+            with _device_code():
+                work.run()
+        except BaseException as error:
+            self.error = error
+        return True
+
+    def _needed(self, wanted: FakeEvent) -> list[FakeStream]:
+        """Streams that hold a record of the event, or of one that such a stream waits for."""
+        found: list[FakeStream] = []
+        events = [wanted]
+        for event in events:  # grows
+            for stream in self.streams:
+                if stream not in found and any(work.records is event for work in stream.queue):
+                    found.append(stream)
+                    events += [work.waits[0] for work in stream.queue if work.waits is not None]
+        return found

@@ -1,0 +1,309 @@
+"""What stands in for the `flashinfer` package: the calls that we make, with its signatures, its rules and its hazards.
+
+Every argument's place, dtype and shape is checked, and the result is computed in plain torch, so that a model gives
+the same tokens through it. A plan writes into the wrapper's one pinned buffer, as FlashInfer does: planning again
+before that buffer's copy has run corrupts the step before.
+"""
+
+from __future__ import annotations
+
+import inspect
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.cuda.fake_device import FakeDevice
+
+# Parameters of FlashInfer 0.7.2 in their order; those after the bar have defaults.
+SIGNATURES = {
+    "prefill.__init__": "float_workspace_buffer | kv_layout use_cuda_graph qo_indptr_buf paged_kv_indptr_buf "
+    "paged_kv_indices_buf paged_kv_last_page_len_buf custom_mask_buf mask_indptr_buf backend jit_args jit_kwargs "
+    "variant_owns_mask",
+    "prefill.plan": "qo_indptr paged_kv_indptr paged_kv_indices paged_kv_last_page_len num_qo_heads num_kv_heads "
+    "head_dim_qk page_size | head_dim_vo custom_mask packed_custom_mask causal pos_encoding_mode "
+    "use_fp16_qk_reduction sm_scale window_left logits_soft_cap rope_scale rope_theta q_data_type kv_data_type "
+    "o_data_type non_blocking prefix_len_ptr token_pos_in_items_ptr token_pos_in_items_len max_item_len_ptr seq_lens "
+    "seq_lens_q block_tables max_token_per_sequence max_sequence_kv fixed_split_size disable_split_kv uniform_q_len",
+    "decode.__init__": "float_workspace_buffer | kv_layout use_cuda_graph use_tensor_cores paged_kv_indptr_buffer "
+    "paged_kv_indices_buffer paged_kv_last_page_len_buffer backend jit_args",
+    "decode.plan": "indptr indices last_page_len num_qo_heads num_kv_heads head_dim page_size | pos_encoding_mode "
+    "window_left window_right logits_soft_cap q_data_type kv_data_type o_data_type data_type sm_scale rope_scale "
+    "rope_theta non_blocking block_tables seq_lens fixed_split_size disable_split_kv q_len_per_req is_causal",
+    "run": "q paged_kv_cache | q_scale k_scale v_scale out lse return_lse enable_pdl window_left sinks",
+    "xqa": "query kv_cache workspace_buffer block_tables seq_lens max_seq_len | bmm1_scale bmm2_scale window_left out "
+    "sinks kv_layout enable_pdl q_len_per_req o_scale mask kv_cache_sf q_cu_seq_lens",
+}
+
+
+def bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments by name; TypeError where the real call would raise one."""
+    required, _, optional = SIGNATURES[name].partition("|")
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    parameters = [inspect.Parameter(p, kind) for p in required.split()]
+    parameters += [inspect.Parameter(p, kind, default=None) for p in optional.split()]
+    return inspect.Signature(parameters).bind(*args, **kwargs).arguments
+
+
+def attend(
+    q: Tensor, keys: Tensor, values: Tensor, scale: float, window_left: int, softcap: float | None, causal: bool
+) -> Tensor:
+    """q [N, Hq, D], the last N of the keys [L, Hkv, D] -> [N, Hq, D], in float32."""
+    group = q.shape[1] // keys.shape[1]
+    keys, values = keys.float().repeat_interleave(group, 1), values.float().repeat_interleave(group, 1)
+    scores = torch.einsum("qhd,khd->hqk", q.float(), keys) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    length = keys.shape[0]
+    distance = torch.arange(length - q.shape[0], length)[:, None] - torch.arange(length)
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if causal:
+        hidden |= distance < 0
+    if window_left >= 0:
+        hidden |= distance > window_left
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", weights, values)
+
+
+class _Wrapper:
+    """What both wrappers are: a plan in pinned memory, its image on the device, and a run that reads the image."""
+
+    ROOM = 4096
+
+    def __init__(self, device: FakeDevice, log: list[tuple[str, dict[str, Any]]], strict: bool) -> None:
+        self.device = device
+        self.log = log
+        self.strict = strict
+        self.pinned_plan = device.pinned(4 * self.ROOM).view(torch.int32)
+        self.device_plan = torch.zeros(self.ROOM, dtype=torch.int32)
+        self.indices: Tensor | None = None
+        self.settings: dict[str, Any] = {}
+
+    def check_workspace(self, buffer: Tensor) -> None:
+        assert buffer.dtype == torch.uint8 and buffer.dim() == 1 and not self.device.is_pinned(buffer)
+        assert not self.strict or buffer.numel() >= 128 * 2**20, "FlashInfer recommends 128 MB"
+
+    def check_host(self, name: str, tensor: Tensor, length: int) -> None:
+        assert tensor.dtype == torch.int32 and tensor.shape == (length,), f"{name}: {tensor.dtype} {tensor.shape}"
+        # Pageable host memory is allowed; what must not be is memory of the device.
+        assert not hasattr(tensor, "on_device"), f"{name} on the device synchronises"
+
+    def check_cache(self, q: Tensor, cache: Any) -> tuple[Tensor, Tensor]:
+        assert isinstance(cache, tuple) and len(cache) == 2
+        k, v = cache
+        settings = self.settings
+        for pool in (k, v):
+            assert pool.shape[1:] == (settings["page_size"], settings["num_kv_heads"], settings["head_dim"])
+            assert pool.dtype == settings["kv_data_type"] and pool.is_contiguous()
+        assert q.dtype == settings["q_data_type"], "planned for another dtype"
+        assert q.shape[1:] == (settings["num_qo_heads"], settings["head_dim"]) and q.stride(-1) == 1
+        return k, v
+
+    def send_plan(self, *arrays: Tensor) -> None:
+        """The async copy of a plan; the pinned buffer is overwritten at once, as plan() does."""
+        flat = torch.cat([torch.tensor([len(array) for array in arrays]), *(array.long() for array in arrays)]).int()
+        assert len(flat) <= self.ROOM
+        self.pinned_plan[: len(flat)] = flat
+        self.device.upload(self.device_plan[: len(flat)], self.pinned_plan[: len(flat)])
+
+    def read_plan(self, count: int) -> list[list[int]]:
+        plan, at = self.device_plan.tolist(), count
+        arrays = []
+        for length in plan[:count]:
+            assert 0 <= length <= self.ROOM, "a plan that is no plan"
+            arrays.append(plan[at : at + length])
+            at += length
+        return arrays
+
+    def rows_of(self, k: Tensor, indptr: list[int], indices: Tensor, last: list[int]) -> list[tuple[Tensor, int]]:
+        rows = []
+        for row, tail in enumerate(last):
+            pages = indices[indptr[row] : indptr[row + 1]].long()
+            assert len(pages) and 1 <= tail <= k.shape[1]
+            assert int(pages.min()) >= 0 and int(pages.max()) < len(k), "a page that does not exist"
+            rows.append((pages, (len(pages) - 1) * k.shape[1] + tail))
+        return rows
+
+
+class PrefillWrapper(_Wrapper):
+    """BatchPrefillWithPagedKVCacheWrapper."""
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        given = bind("prefill.__init__", args, kwargs)
+        self.log.append(("prefill.__init__", given))
+        self.check_workspace(given["float_workspace_buffer"])
+        assert given["kv_layout"] == "NHD" and not given.get("use_cuda_graph")
+        assert given.get("backend", "auto") in ("auto", "fa2", "fa3")
+        self.backend = given.get("backend", "auto")
+
+    def plan(self, *args: Any, **kwargs: Any) -> None:
+        given = bind("prefill.plan", args, kwargs)
+        self.log.append(("prefill.plan", given))
+        rows = len(given["qo_indptr"]) - 1
+        self.check_host("qo_indptr", given["qo_indptr"], rows + 1)
+        self.check_host("paged_kv_indptr", given["paged_kv_indptr"], rows + 1)
+        self.check_host("paged_kv_last_page_len", given["paged_kv_last_page_len"], rows)
+        indices = given["paged_kv_indices"]
+        assert indices.dtype == torch.int32 and len(indices) == int(given["paged_kv_indptr"][-1])
+        assert not self.device.is_pinned(indices), "host indices make the host wait"
+        assert given["causal"] is True and given["q_data_type"] is not None
+        if self.strict:
+            assert given["head_dim_qk"] in (64, 128, 256) and given["q_data_type"] in (torch.bfloat16, torch.float16)
+            assert self.backend != "fa3" or given["kv_data_type"] == given["q_data_type"]
+        self.settings = dict(given, head_dim=given["head_dim_qk"])
+        self.indices = indices
+        self.send_plan(given["qo_indptr"], given["paged_kv_indptr"], given["paged_kv_last_page_len"])
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = bind("run", args, kwargs)
+        q, out, settings, indices = given["q"], given["out"], self.settings, self.indices
+        k, v = self.check_cache(q, given["paged_kv_cache"])
+        assert out.shape == q.shape and out.dtype == q.dtype and indices is not None
+
+        def work() -> None:
+            qo, kv, last = self.read_plan(3)
+            assert qo[-1] == len(q), "planned for another number of tokens"
+            for row, (pages, length) in enumerate(self.rows_of(k, kv, indices, last)):
+                part = slice(qo[row], qo[row + 1])
+                keys, values = (p[pages].flatten(0, 1)[:length] for p in (k, v))
+                cap, window = settings.get("logits_soft_cap"), settings.get("window_left", -1)
+                out[part] = attend(q[part], keys, values, settings["sm_scale"], window, cap, True).to(q.dtype)
+
+        self.device.kernel(work)
+        return out
+
+
+class DecodeWrapper(_Wrapper):
+    """BatchDecodeWithPagedKVCacheWrapper in CUDA-graph mode."""
+
+    def begin(self, *args: Any, **kwargs: Any) -> None:
+        given = bind("decode.__init__", args, kwargs)
+        self.log.append(("decode.__init__", given))
+        self.check_workspace(given["float_workspace_buffer"])
+        assert given["use_cuda_graph"] is True
+        self.buffer = given["paged_kv_indices_buffer"]
+        self.rows = len(given["paged_kv_last_page_len_buffer"])
+        assert len(given["paged_kv_indptr_buffer"]) == self.rows + 1
+        assert all(
+            given[name].dtype == torch.int32
+            for name in ("paged_kv_indices_buffer", "paged_kv_indptr_buffer", "paged_kv_last_page_len_buffer")
+        )
+
+    def plan(self, *args: Any, **kwargs: Any) -> None:
+        assert self.device.recorder is None, "plan cannot be captured"
+        given = bind("decode.plan", args, kwargs)
+        self.log.append(("decode.plan", given))
+        self.check_host("indptr", given["indptr"], self.rows + 1)
+        self.check_host("last_page_len", given["last_page_len"], self.rows)
+        indices = given["indices"]
+        assert indices.dtype == torch.int32 and not self.device.is_pinned(indices), "host indices make the host wait"
+        assert len(indices) == int(given["indptr"][-1]) <= len(self.buffer), "the indices do not fit their buffer"
+        self.settings = dict(given)
+        buffer = self.buffer
+        self.device.launch(lambda: buffer[: len(indices)].copy_(indices))
+        self.send_plan(given["indptr"], given["last_page_len"])
+
+    def run(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = bind("run", args, kwargs)
+        q, out, settings = given["q"], given["out"], self.settings
+        assert settings, "run before plan"
+        k, v = self.check_cache(q, given["paged_kv_cache"])
+        assert len(q) == self.rows and out.shape == q.shape and out.dtype == q.dtype
+
+        def work() -> None:
+            kv, last = self.read_plan(2)
+            for row, (pages, length) in enumerate(self.rows_of(k, kv, self.buffer, last)):
+                keys, values = (p[pages].flatten(0, 1)[:length] for p in (k, v))
+                cap, window = settings.get("logits_soft_cap"), settings.get("window_left", -1)
+                out[row] = attend(q[row][None], keys, values, settings["sm_scale"], window, cap, True)[0].to(q.dtype)
+
+        self.device.kernel(work)
+        return out
+
+
+class FakeFlashInfer:
+    """The package. log: every call with its arguments by name. strict: only shapes that FlashInfer has kernels for."""
+
+    def __init__(self, device: FakeDevice, strict: bool = True) -> None:
+        self.device = device
+        self.strict = strict
+        self.log: list[tuple[str, dict[str, Any]]] = []
+        self.decode = SimpleNamespace(xqa_batch_decode_with_kv_cache=self._xqa)
+        self.sampling = SimpleNamespace(top_k_renorm_probs=self._top_k, top_p_renorm_probs=self._top_p)
+
+    def BatchPrefillWithPagedKVCacheWrapper(self, *args: Any, **kwargs: Any) -> PrefillWrapper:
+        wrapper = PrefillWrapper(self.device, self.log, self.strict)
+        wrapper.begin(*args, **kwargs)
+        return wrapper
+
+    def BatchDecodeWithPagedKVCacheWrapper(self, *args: Any, **kwargs: Any) -> DecodeWrapper:
+        wrapper = DecodeWrapper(self.device, self.log, self.strict)
+        wrapper.begin(*args, **kwargs)
+        return wrapper
+
+    def _xqa(self, *args: Any, **kwargs: Any) -> Tensor:
+        given = bind("xqa", args, kwargs)
+        self.log.append(("xqa", given))
+        q, (k, v), out = given["query"], given["kv_cache"], given["out"]
+        tables, lengths = given["block_tables"], given["seq_lens"]
+        rows, heads, dim = q.shape
+        page_size = k.shape[1]
+        assert q.is_contiguous() and out.is_contiguous() and out.shape == q.shape and out.dtype == q.dtype
+        assert k.shape == v.shape and k.dtype == v.dtype and k.is_contiguous() and v.is_contiguous()
+        assert tables.dtype == torch.int32 and tables.dim() == 2 and len(tables) == rows and tables.is_contiguous()
+        assert lengths.dtype == torch.uint32 and lengths.shape == (rows,)
+        assert given["max_seq_len"] == tables.shape[1] * page_size and given["kv_layout"] == "NHD"
+        workspace = given["workspace_buffer"]
+        assert workspace.dtype == torch.uint8 and workspace.is_contiguous()
+        if self.strict:
+            assert workspace.numel() > 8 * 2**20, "the first 8 MiB are semaphores"
+            assert q.dtype in (torch.bfloat16, torch.float16) and dim % 16 == 0 and dim <= 256
+            assert page_size in (16, 32, 64, 128)
+            assert k.dtype in (q.dtype, torch.float8_e4m3fn)
+        scale, window = given["bmm1_scale"], given["window_left"]
+        assert isinstance(scale, float) and given["bmm2_scale"] == 1.0
+        assert heads % k.shape[2] == 0
+
+        def work() -> None:
+            for row, length in enumerate(lengths.to(torch.int64).tolist()):
+                assert 1 <= length <= given["max_seq_len"], f"row {row} has length {length}"
+                pages = tables[row, : -(-length // page_size)].long()
+                assert int(pages.min()) >= 0 and int(pages.max()) < len(k), "a page that does not exist"
+                keys, values = (p[pages].flatten(0, 1)[:length] for p in (k, v))
+                out[row] = attend(q[row][None], keys, values, scale, window, None, True)[0].to(q.dtype)
+
+        self.device.kernel(work)
+        return out
+
+    def _renorm(self, probs: Tensor, limits: Tensor, floor: Any) -> Tensor:
+        assert probs.dtype == torch.float32 and probs.is_contiguous() and limits.shape == (len(probs),)
+        assert limits.is_contiguous()
+        out = torch.empty_like(probs)
+
+        def work() -> None:
+            kept = torch.where(probs >= floor()[:, None], probs, 0.0)
+            out.copy_(kept / kept.sum(-1, keepdim=True))
+
+        self.device.kernel(work)
+        return out
+
+    def _top_k(self, probs: Tensor, top_k: Tensor, is_deterministic: bool = False) -> Tensor:
+        assert top_k.dtype == torch.int32
+
+        def floor() -> Tensor:
+            assert int(top_k.min()) > 0 and int(top_k.max()) < probs.shape[1], "k lies inside the vocabulary"
+            return probs.sort(-1, descending=True).values.gather(1, top_k.long()[:, None] - 1)[:, 0]
+
+        return self._renorm(probs, top_k, floor)
+
+    def _top_p(self, probs: Tensor, top_p: Tensor, is_deterministic: bool = False) -> Tensor:
+        assert top_p.dtype == torch.float32
+
+        def floor() -> Tensor:
+            ordered = probs.sort(-1, descending=True).values
+            ahead = ordered.double().cumsum(-1) - ordered
+            kept = (ahead < top_p[:, None].double()).sum(-1, keepdim=True).clamp(min=1)
+            return ordered.gather(1, kept - 1)[:, 0]
+
+        return self._renorm(probs, top_p, floor)

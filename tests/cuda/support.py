@@ -1,0 +1,275 @@
+"""A tiny model, its reference without pages or steps, and CUDA executors on the fake device around it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import EngineConfig, SchedulerOptions, StreamOptions
+from engine.engine import Engine
+from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
+from engine.forward import SAMPLING_DTYPE, ForwardInput, Limits
+from engine.models.config import ModelConfig
+from engine.models.registry import CausalLM, load_model
+from engine.ops import native
+from engine.ops.attention import flashinfer
+from engine.ops.attention.device import DeviceAttention
+from engine.ops.rope import apply_rope
+from engine.ops.sampling.sampler import sample
+from engine.request import Request, SamplingParams
+from tests.cuda.fake_device import FakeDevice
+from tests.cuda.fake_flashinfer import FakeFlashInfer, attend
+
+TINY: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# Qwen 2 has windows on some layers, and Mistral the same one on all.
+WINDOWED = {
+    **TINY,
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 1,
+}
+
+
+@functools.cache
+def tiny_model(config: str = json.dumps(TINY), max_model_len: int = 256) -> CausalLM:
+    """Random weights from a fixed seed, in float32, held plainly so that every operation is torch's."""
+    with tempfile.TemporaryDirectory() as folder, native.disabled():
+        directory = Path(folder)
+        (directory / "config.json").write_text(config)
+        return load_model(
+            ModelConfig.load(directory),
+            directory,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            load_format="dummy",
+            seed=3,
+            max_model_len=max_model_len,
+        )
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+class DenseAttention:
+    """One whole sequence at once: no pages, no cache."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.spec = model.attention_spec
+
+    def plan(self, metadata: object) -> None:
+        pass
+
+    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
+        spec = self.spec
+        if cos_sin is not None:
+            apply_rope(q, k, cos_sin, torch.arange(len(q)))
+        window = spec.window[layer] if spec.window else None
+        out = attend(q, k, v, spec.scale, -1 if window is None else window - 1, spec.softcap, True)
+        return out.flatten(1).to(q.dtype)
+
+
+def sampling_row(params: SamplingParams, min_length: int = 0) -> np.ndarray[Any, Any]:
+    row = np.zeros(1, SAMPLING_DTYPE)
+    row["temperature"], row["top_p"], row["min_p"] = params.temperature, params.top_p, params.min_p
+    row["top_k"], row["seed"], row["min_length"] = params.top_k, params.seed or 0, min_length
+    row["num_stop_ids"] = len(params.stop_token_ids)
+    row["stop_ids"] = -1
+    row["stop_ids"][0, : len(params.stop_token_ids)] = params.stop_token_ids
+    return row
+
+
+@functools.cache
+def _reference_logits(model: CausalLM, context: tuple[int, ...]) -> Tensor:
+    with torch.inference_mode(), native.disabled():
+        hidden = model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model))
+        return model.logits(hidden[-1:])
+
+
+def reference_next(model: CausalLM, context: list[int], params: SamplingParams, min_length: int = 0) -> int:
+    """The token after `context`."""
+    with one_thread():
+        logits = _reference_logits(model, tuple(context)).clone()
+        return int(sample(logits, sampling_row(params, min_length), np.array([len(context)], np.int32))[0])
+
+
+@contextlib.contextmanager
+def any_shape() -> Iterator[None]:
+    """Let the FlashInfer backend take float32, small heads and small pages, for exact comparisons."""
+    with (
+        mock.patch.object(flashinfer, "DTYPES", (torch.float32, torch.bfloat16, torch.float16)),
+        mock.patch.object(flashinfer, "HEAD_DIMS", (8, 64, 128, 256)),
+        mock.patch.object(flashinfer, "XQA_PAGE_SIZES", (4, 16)),
+        mock.patch.object(flashinfer, "WORKSPACE_BYTES", 1024),
+        mock.patch.object(flashinfer, "XQA_WORKSPACE_BYTES", 1024),
+    ):
+        yield
+
+
+def make_attention(kind: str, model: CausalLM, limits: Limits, device: FakeDevice) -> DeviceAttention:
+    """kind: torch, xqa or wrapper (FlashInfer's decode wrapper, which plans every step)."""
+    options: dict[str, Any] = {
+        "num_pages": limits.num_pages,
+        "page_size": limits.page_size,
+        "dtype": torch.float32,
+        "device": device.device,
+    }
+    if kind == "torch":
+        return DeviceAttention(model.attention_spec, **options)
+    with any_shape():
+        module = FakeFlashInfer(device, strict=False)
+        return flashinfer.Backend(model.attention_spec, module=module, decode=kind, **options)
+
+
+def make_executor(
+    limits: Limits,
+    *,
+    device: FakeDevice | None = None,
+    attention: str = "torch",
+    cuda_graph: str = "lazy",
+    model: CausalLM | None = None,
+    kind: type[CUDAExecutor] = CUDAExecutor,
+) -> CUDAExecutor:
+    model, device = model or tiny_model(), device or FakeDevice()
+    return kind(model, limits, device, make_attention(attention, model, limits, device), cuda_graph=cuda_graph)
+
+
+class CudaAdapter:
+    """ExecutorAdapter of tests/executor/driver.py. Every executor gets a device of another seed and temper."""
+
+    vocab_size = TINY["vocab_size"]
+
+    def __init__(self, attention: str = "torch", cuda_graph: str = "lazy") -> None:
+        self.attention = attention
+        self.cuda_graph = cuda_graph
+        self._seed = 0
+
+    def make(self, limits: Limits, fail_at: frozenset[int] = frozenset()) -> CUDAExecutor:
+        self._seed += 1
+        device = FakeDevice(self._seed, eagerness=(0.0, 0.3, 0.9)[self._seed % 3])
+        executor = make_executor(limits, device=device, attention=self.attention, cuda_graph=self.cuda_graph)
+        return fail_steps(executor, fail_at)
+
+    def reference_next_token(self, context: list[int], sampling: SamplingParams, min_length: int = 0) -> int:
+        return reference_next(tiny_model(), context, sampling, min_length)
+
+
+def fail_steps(executor: CUDAExecutor, steps: frozenset[int]) -> CUDAExecutor:
+    """Let steps of these numbers run out of device memory in their forward."""
+    launch = executor._launch
+
+    def failing(forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
+        if forward_input.step in steps:
+            device = executor.layer
+            assert isinstance(device, FakeDevice)
+            # The diffs, if there are any, are a launch of their own and come first.
+            diffs = forward_input.num_table_diffs or forward_input.num_sampling_diffs
+            device.launches_until_failure = 2 if diffs else 1
+        launch(forward_input, side, handle)
+
+    executor._launch = failing  # type: ignore[method-assign]
+    return executor
+
+
+CUDA_ADAPTERS: dict[str, Callable[[], CudaAdapter]] = {
+    "cuda": CudaAdapter,
+    "cuda-eager": functools.partial(CudaAdapter, cuda_graph="off"),
+    "cuda-xqa": functools.partial(CudaAdapter, "xqa"),
+    "cuda-plan": functools.partial(CudaAdapter, "wrapper"),
+}
+
+
+# ---- whole engines
+
+SMALL = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64, page_size=4, num_pages=40, vocab_size=101)
+
+
+def requests_of(seed: int, count: int = 8) -> list[Request]:
+    """Prompts that share prefixes, greedy and drawn, filtered and not."""
+    random = Random(f"requests {seed}")
+    system = [random.randrange(3, 100) for _ in range(9)]
+    requests = []
+    for number in range(count):
+        prompt = (system if random.random() < 0.5 else []) + [
+            random.randrange(3, 100) for _ in range(random.randint(1, 20))
+        ]
+        hot = random.random() < 0.5
+        params = SamplingParams(
+            max_tokens=random.randint(1, 12),
+            temperature=random.choice([0.5, 1.0, 2.0]) if hot else 0.0,
+            top_k=random.choice([0, 5]) if hot else 0,
+            top_p=random.choice([1.0, 0.8]) if hot else 1.0,
+            seed=random.randrange(2**40),
+            ignore_eos=True,
+        )
+        requests.append(Request(f"r{number}", prompt, params))
+    return requests
+
+
+def expected_tokens(model: CausalLM, request: Request) -> list[int]:
+    """What a request must bring, from its tokens alone."""
+    context = list(request.prompt_token_ids)
+    for _ in range(request.sampling.max_tokens or 0):
+        context.append(reference_next(model, context, request.sampling))
+    return context[len(request.prompt_token_ids) :]
+
+
+async def serve(executor: CUDAExecutor, requests: list[Request], *, overlap: bool = True) -> list[list[int]]:
+    """The tokens of every request, through the real engine. Raises what ended the engine."""
+    config = EngineConfig(scheduler=SchedulerOptions(overlap=overlap), stream=StreamOptions(flush_interval_ms=0.0))
+    engine = Engine(config, executor, None)
+    loop_task = asyncio.create_task(engine.run())
+
+    async def tokens_of(request: Request) -> list[int]:
+        tokens: list[int] = []
+        async with engine.submit(request) as stream:
+            async for delta in stream:
+                tokens += delta.token_ids
+        return tokens
+
+    asking = asyncio.gather(*(tokens_of(request) for request in requests))
+    try:
+        await asyncio.wait([asking, loop_task], return_when=asyncio.FIRST_COMPLETED)
+        if loop_task.done():
+            await loop_task
+        return await asking
+    finally:
+        loop_task.cancel()
+        asking.cancel()
+        await asyncio.gather(asking, loop_task, return_exceptions=True)
+        executor.close()

@@ -1,0 +1,60 @@
+"""bench/gpu.py runs its engine sections on the fake device: the figures mean nothing, the rows must be there."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu
+from tests.cuda.fake_device import FakeDevice
+from tests.cuda.support import TINY
+
+
+def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "WARM_STEPS", 2)
+    report = gpu.Report(tmp_path / "results", 1e9, "NVIDIA H200")
+    subject = gpu.Subject(
+        "tiny",
+        TINY,
+        FakeDevice(0),
+        torch.float32,
+        max_num_seqs=3,
+        max_num_batched_tokens=40,
+        context=12,
+        decode_tokens=9,
+    )
+    gpu.bench_model(report, subject, [1, 3], bandwidth=1e9, flops=1e9)
+    assert report.path.name.startswith("h200-")
+    content = json.loads(report.path.read_text())
+    assert set(content) == {"commit", "date", "gpu", "versions", "command", "rows"} and content["command"] == sys.argv
+    names = [(row["name"], row["batch"]) for row in content["rows"]]
+    assert names.count(("decode", 1)) == names.count(("decode", 3)) == 1
+    assert ("prefill", 8) in names and ("overlap on over off", 3) in names
+    for row in content["rows"]:
+        assert set(row) == {"name", "model", "batch", "context", "value", "unit", "floor_ratio"} and row["value"] > 0
+    assert report.table().count("\n") == len(content["rows"]) + 1
+
+
+def test_sections_that_fail_or_have_no_time_cost_no_other(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = gpu.Report(tmp_path, 0.0, "none")
+    assert not report.has_time(1.0)
+    assert gpu.main(["--out", str(tmp_path)]) == (1 if not torch.cuda.is_available() else 0)
+    assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_rates_are_measured() -> None:
+    device = torch.device("cpu")
+    assert gpu.copy_rate(device, 2**16) > 0 and gpu.gemm_rate(device, 16) > 0
+
+
+def test_floors() -> None:
+    """Bytes of weights and KV of a decode step, and operations of a prompt, against a count by hand (no norms)."""
+    subject = gpu.Subject("tiny", TINY, FakeDevice(0), torch.float32, max_num_seqs=1, context=8, decode_tokens=4)
+    matrices = 2 * (32 * 8 * (4 + 2 * 2) + 32 * 32 + 3 * 48 * 32)
+    assert subject.weight_bytes() == 4 * (matrices + 101 * 32)
+    assert subject.kv_bytes(10) == 4 * 10 * 2 * 2 * 2 * 8
+    assert subject.prefill_flops(3) == 2 * matrices * 3 + 2 * 2 * 4 * 8 * 9

@@ -1,0 +1,65 @@
+"""CUDAExecutor under the real scheduler and engine loop, on the fake device."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda.fake_device import FakeDevice
+from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model
+
+EAGERNESS = [0.0, 0.3, 0.9]
+
+
+@pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
+@pytest.mark.parametrize("seed", range(3))
+async def test_tokens_are_the_references(attention: str, seed: int) -> None:
+    requests = requests_of(seed)
+    device = FakeDevice(seed, EAGERNESS[seed])
+    tokens = await serve(make_executor(SMALL, device=device, attention=attention), requests)
+    assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
+    assert device.counts["replay"] > 0
+
+
+@pytest.mark.parametrize("seed", range(3, 6))
+async def test_overlap_changes_no_token(seed: int) -> None:
+    requests = requests_of(seed)
+    outputs = [
+        await serve(make_executor(SMALL, device=FakeDevice(seed, EAGERNESS[seed % 3])), requests, overlap=overlap)
+        for overlap in (True, False)
+    ]
+    assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("mode", ["start", "off"])
+async def test_padded_graphs_change_no_token(mode: str) -> None:
+    """Every step replayed from a graph, padding and all, or none."""
+    requests = requests_of(6)
+    device = FakeDevice(6)
+    executor = make_executor(SMALL, device=device, cuda_graph=mode)
+    if mode == "start":
+        executor.capture_at_start()
+        assert len(executor.graphs) == device.counts["capture"] == 2 * len(executor.graphs.sizes)
+    tokens = await serve(executor, requests)
+    assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
+    assert (device.counts["replay"] > 0) == (mode == "start")
+
+
+async def test_a_step_without_memory_ends_its_requests_alone() -> None:
+    requests = requests_of(7)
+    device = FakeDevice(7)
+    executor = make_executor(SMALL, device=device)
+    launch, failed = executor._launch_mixed, []
+
+    def failing(*args: object) -> object:
+        if args[0].step == 3:  # type: ignore[attr-defined]
+            failed.append(3)
+            device.launches_until_failure = 2
+        return launch(*args)  # type: ignore[arg-type]
+
+    executor._launch_mixed = failing  # type: ignore[method-assign]
+    tokens = await serve(executor, requests)
+    expected = [expected_tokens(tiny_model(), request) for request in requests]
+    assert failed and tokens != expected
+    for ours, theirs in zip(tokens, expected, strict=True):
+        assert ours == theirs[: len(ours)], "a token of a failed step reached a client"
+    assert sum(ours == theirs for ours, theirs in zip(tokens, expected, strict=True)) >= len(requests) // 2

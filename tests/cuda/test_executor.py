@@ -1,0 +1,280 @@
+"""CUDAExecutor on its own: what a step costs, errors, graphs, start-up, profiling. Tokens: tests/executor."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine.config import CacheOptions, StartupError
+from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_widths
+from engine.executor.cuda_start import build_cuda_executor, pick_dtype, pick_kv_dtype
+from engine.forward import DeviceLostError, ForwardError, Limits
+from engine.request import SamplingParams
+from tests.cuda.fake_device import FakeDevice
+from tests.cuda.support import SMALL, CudaAdapter, make_executor, tiny_model
+from tests.executor.driver import GREEDY, Driver, continuation, decode, prefill
+
+A = [5, 6, 7, 8, 9, 10, 11]
+
+
+async def decode_alone(driver: Driver, count: int, start: int = len(A)) -> list[int]:
+    tokens = []
+    for position in range(start, start + count):
+        tokens += await driver.run([decode(1, position)])
+    return tokens
+
+
+async def test_a_steady_step_is_one_upload_one_replay_one_download() -> None:
+    device = FakeDevice(0)
+    driver = Driver(make_executor(SMALL, device=device))
+    await driver.run([prefill(1, A)], {1: [1, 2, 3, 4, 5]}, {1: GREEDY})
+    await decode_alone(driver, 4)
+    before = dict(device.counts)
+    await decode_alone(driver, 6, len(A) + 4)
+    spent = {name: count - before[name] for name, count in device.counts.items()}
+    assert spent == {"upload": 6, "download": 6, "replay": 6, "launch": 0, "capture": 0}
+    driver.executor.close()
+
+
+async def test_a_decode_step_may_bring_more_than_its_graph_has_room_for() -> None:
+    """Table and sampling diffs beyond the batch size, and staging that has grown."""
+    adapter = CudaAdapter()
+    driver = Driver(make_executor(SMALL))
+    expected = continuation(adapter, A, 8)
+    tokens = await driver.run([prefill(1, A)], {1: [1, 2]}, {1: GREEDY})
+    tokens += await decode_alone(driver, 1)
+    others = [(3, index, 10 + index) for index in range(6)]
+    tokens += await driver.run([decode(1, 8)], entries=[(1, 2, 3), *others], sampling={3: GREEDY})
+    tokens += await decode_alone(driver, 2, 9)
+    staging = driver.executor.staging[driver.step % 2]
+    staging.reserve_table_diff(len(staging.table_index) + 1)
+    tokens += await driver.run([decode(1, 11)], entries=[(3, 6, 20)])
+    tokens += await driver.run([decode(1, 12)], entries=[(1, 3, 4)])
+    assert tokens == expected[: len(tokens)]
+    mixed = await driver.run([decode(1, 13), prefill(3, A)], entries=[(3, 0, 21), (3, 1, 22)])
+    assert mixed == [expected[7], continuation(adapter, A, 1)[0]]
+    driver.executor.close()
+
+
+async def test_grown_staging_in_a_step_with_prompts() -> None:
+    driver = Driver(make_executor(SMALL))
+    for staging in driver.executor.staging:
+        staging.reserve_table_diff(len(staging.table_index) + 1)
+    expected = continuation(CudaAdapter(), A, 3)
+    tokens = await driver.run([prefill(1, A)], {1: [7, 8, 9]}, {1: GREEDY})
+    assert tokens + await decode_alone(driver, 2) == expected
+    driver.executor.close()
+
+
+async def test_a_broken_device_ends_every_step() -> None:
+    device = FakeDevice(1, eagerness=0.0)
+    driver = Driver(make_executor(SMALL, device=device))
+    await driver.run([prefill(1, A)], {1: [1, 2]}, {1: GREEDY})
+    with device.on(device.streams[0]):
+        device.fail("an illegal memory access was encountered")
+    first, second = driver.launch([decode(1, 7)]), driver.launch([decode(1, 8)], entries=[(1, 2, 3)])
+    for handle in (first, second):
+        with pytest.raises(DeviceLostError, match="illegal memory access"):
+            await driver.wait(handle)
+    with pytest.raises(DeviceLostError):
+        await driver.run([decode(1, 9)])
+    driver.executor.close()
+    driver.executor.close()
+
+
+async def test_an_error_that_is_not_the_devices_is_the_steps() -> None:
+    executor = make_executor(SMALL)
+    driver = Driver(executor)
+    await driver.run([prefill(1, A)], {1: [1, 2]}, {1: GREEDY})
+    mixed = executor.attention.mixed
+    executor.attention.mixed = None  # type: ignore[assignment, method-assign]
+    with pytest.raises(ForwardError, match="TypeError"):
+        await driver.run([prefill(2, A)], {2: [3, 4]}, {2: GREEDY})
+    executor.attention.mixed = mixed  # type: ignore[method-assign]
+    assert await driver.run([decode(1, 7)]) == continuation(CudaAdapter(), A, 2)[1:]
+    executor.close()
+
+
+async def test_a_capture_without_memory_leaves_the_step_eager() -> None:
+    device = FakeDevice(2)
+    executor = make_executor(SMALL, device=device)
+    driver = Driver(executor)
+
+    def full(work: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    device.capture = full  # type: ignore[assignment, method-assign]
+    tokens = await driver.run([prefill(1, A)], {1: [1, 2, 3, 4]}, {1: GREEDY})
+    assert tokens + await decode_alone(driver, 6) == continuation(CudaAdapter(), A, 7)
+    assert not len(executor.graphs) and device.counts["replay"] == 0
+    executor.close()
+
+
+async def test_graphs_are_captured_while_the_device_is_idle() -> None:
+    device = FakeDevice(3, eagerness=0.0)
+    executor = make_executor(SMALL, device=device)
+    driver = Driver(executor)
+    expected = continuation(CudaAdapter(), A, 9)
+    tokens = await driver.run([prefill(1, A)], {1: [1, 2, 3, 4]}, {1: GREEDY})
+    tokens += await decode_alone(driver, 1)
+    for _ in range(200):
+        await asyncio.sleep(0.01)
+        if len(executor.graphs) == 2:
+            break
+    assert len(executor.graphs) == 2, "one for each parity"
+    # Steps that come while the warm-up is still queued on the device.
+    tokens += await decode_alone(driver, 7, 8)
+    assert tokens == expected and device.counts["replay"] == 7
+    executor.close()
+
+
+async def test_seeds_and_filters_draw_the_same_in_graphs_and_without() -> None:
+    adapter, hot = CudaAdapter(), SamplingParams(temperature=1.5, top_k=20, top_p=0.9, min_p=0.01, seed=2**63 + 5)
+    for mode in ("lazy", "off"):
+        driver = Driver(make_executor(SMALL, cuda_graph=mode))
+        tokens = await driver.run([prefill(1, A)], {1: [1, 2, 3, 4]}, {1: hot})
+        assert tokens + await decode_alone(driver, 7) == continuation(adapter, A, 8, hot)
+        driver.executor.close()
+
+
+async def test_wide_tables_get_graphs_of_their_own() -> None:
+    limits = Limits(2, 300, 600, 4, 200, 101)
+    model = tiny_model(max_model_len=1024)
+    device = FakeDevice(4)
+    executor = make_executor(limits, device=device, model=model)
+    driver = Driver(executor)
+    prompt = [(3 * i) % 100 for i in range(252)]
+    await driver.run([prefill(1, prompt)], {1: list(range(1, 81))}, {1: GREEDY})
+    for position in range(252, 260):
+        await driver.run([decode(1, position)])
+    widths = {key.width for key in executor.graphs._graphs}
+    assert widths == {64, 128}
+    executor.close()
+
+
+def test_graph_sizes_cover_every_batch() -> None:
+    for most in (1, 2, 3, 4, 7, 8, 9, 100, 256, 1000):
+        sizes = graph_sizes(most)
+        assert sizes == sorted(set(sizes)) and sizes[-1] == most and sizes[0] == 1
+        for rows in range(9, most + 1):
+            size = next(s for s in sizes if s >= rows)
+            assert size - rows <= max(8, size // 4)
+    assert table_widths(10) == [10] and table_widths(500) == [64, 128, 256, 500]
+
+
+def test_keys() -> None:
+    cache = GraphCache(FakeDevice(), "lazy", 100, 300)
+    assert cache.key(9, 65, 1, "plain") == GraphKey(16, 128, 1, "plain")
+    assert GraphCache(FakeDevice(), "off", 100, 300).key(9, 1, 0, "open") == GraphKey(9, 64, 0, "open")
+
+
+# ---- start
+
+
+def build(**options: object) -> tuple[dict[str, str], object]:
+    rows: dict[str, str] = {}
+    settings: dict[str, object] = {
+        "dtype": torch.float32,
+        "max_num_seqs": 4,
+        "max_num_batched_tokens": 48,
+        "max_model_len": 64,
+        "row": rows.__setitem__,
+        **options,
+    }
+    cache = settings.pop("cache", CacheOptions(page_size=4))
+    device = settings.pop("layer", None) or FakeDevice()
+    executor = build_cuda_executor(tiny_model(), device, cache, **settings)  # type: ignore[arg-type]
+    return rows, executor
+
+
+async def test_start_measures_and_explains() -> None:
+    device = FakeDevice()
+    device.memory, device.allocated, device.peak = 3 * 2**25, 2**24, 2**25
+    rows, executor = build(layer=device, cache=CacheOptions(page_size=4, memory_fraction=0.5), cuda_graph="off")
+    # 48 MiB less 16 of activations, in pages of 4 tokens, 2 layers, K and V, 2 heads of 8 floats.
+    assert executor.limits.num_pages == 2**25 // (4 * 2 * 2 * 2 * 8 * 4) - 1
+    assert "KV cache 0.03" in rows["GPU memory"] and "activations 0.02" in rows["GPU memory"]
+    assert "pip install" in rows["attention"]
+    driver = Driver(executor)
+    assert await driver.run([prefill(1, A)], {1: [3, 2]}, {1: GREEDY}) == continuation(CudaAdapter(), A, 1)
+    executor.close()
+
+
+def test_start_takes_sizes_as_given_and_captures() -> None:
+    rows, executor = build(cache=CacheOptions(page_size=4, num_pages=30), cuda_graph="start")
+    assert executor.limits.num_pages == 30
+    assert rows["CUDA graphs"] == f"{2 * len(executor.graphs.sizes)} captured"
+    executor.close()
+
+
+def test_start_without_memory_says_what_to_do() -> None:
+    device = FakeDevice()
+    device.memory = 2**18
+    with pytest.raises(StartupError, match="--max-num-batched-tokens"):
+        build(layer=device)
+
+
+def test_dtypes() -> None:
+    assert pick_dtype("auto") == torch.bfloat16 and pick_dtype("float32") == torch.float32
+    assert pick_kv_dtype("auto", torch.bfloat16) == torch.bfloat16
+    assert pick_kv_dtype("fp8_e4m3", torch.bfloat16) == torch.float8_e4m3fn
+    with pytest.raises(StartupError, match="int4"):
+        pick_kv_dtype("int4", torch.bfloat16)
+
+
+async def test_fp8_cache_stays_close() -> None:
+    """Not equal, so only a first token is compared: an e4m3 value is off by up to 1/16."""
+    rows, executor = build(cache=CacheOptions(page_size=4, num_pages=30), kv_cache_dtype="fp8")
+    assert "float8_e4m3fn" in rows["attention"]
+    driver = Driver(executor)
+    assert await driver.run([prefill(1, A)], {1: [3, 2, 1]}, {1: GREEDY}) == continuation(CudaAdapter(), A, 1)
+    await decode_alone(driver, 4)
+    assert len(executor.graphs) == 2
+    executor.close()
+
+
+def test_worst_case_fits_the_budget() -> None:
+    executor = make_executor(SMALL)
+    executor.run_worst_case()
+    executor.close()
+
+
+# ---- profiling
+
+
+async def test_a_trace_is_written(tmp_path: Path) -> None:
+    executor = make_executor(SMALL)
+    driver = Driver(executor)
+    assert executor.stop_profile() is None
+    executor.start_profile(tmp_path / "traces")
+    executor.start_profile(tmp_path / "other")
+    assert executor.is_profiling
+    await driver.run([prefill(1, A)], {1: [3, 2]}, {1: GREEDY})
+    path = executor.stop_profile()
+    assert path is not None and path.parent == tmp_path / "traces"
+    assert "traceEvents" in json.loads(path.read_text())
+    assert not executor.is_profiling
+    executor.close()
+
+
+def test_ranges_name_the_launch() -> None:
+    device = FakeDevice()
+    executor = make_executor(SMALL, device=device)
+    executor.run_worst_case()
+    assert "launch" in device.ranges
+    executor.close()
+
+
+def test_staging_is_pinned_and_lies_in_one_block() -> None:
+    device = FakeDevice()
+    executor = make_executor(SMALL, device=device)
+    for staging, side in zip(executor.staging, executor._sides, strict=True):
+        for name in ("row_slot", "row_start", "token_ids", "table_index", "table_page", "sampling"):
+            array = getattr(staging, name)
+            assert side.arena.offset_of(array) % 64 == 0 and not np.any(array["seed"] if array.dtype.names else array)
+    executor.close()

@@ -1,0 +1,45 @@
+"""Every family through the CUDA executor on the fake device: nothing synchronises, and graphs hold all of it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.models.layers import Experts
+from engine.models.registry import CausalLM
+from engine.ops import native
+from tests.cuda.fake_device import FakeDevice
+from tests.cuda.support import DenseAttention, one_thread
+from tests.executor.driver import GREEDY, Driver, decode, prefill
+from tests.gpu.support import executor, families, load
+
+PROMPT = [(37 * i + 11) % 990 + 3 for i in range(50)]
+
+
+def dense_experts(model: CausalLM) -> None:
+    """What a model on a GPU does, where experts cannot be chosen on the host."""
+    for layer in model._layers:  # type: ignore[attr-defined]
+        if isinstance(layer.mlp, Experts):
+            layer.mlp._dense = True
+
+
+@pytest.mark.parametrize("architecture", families())
+async def test_family(architecture: str) -> None:
+    with native.disabled(), one_thread():
+        model = load(architecture, torch.float32, torch.device("cpu"))
+        plain = load(architecture, torch.float32, torch.device("cpu"))
+    dense_experts(model)
+    device = FakeDevice(1)
+    engine = executor(device, model, torch.float32, attention="torch")  # type: ignore[arg-type]
+    driver = Driver(engine)
+    await driver.run([prefill(1, PROMPT[:40], samples=False)], {1: [5, 9, 2, 30]}, {1: GREEDY})
+    tokens = await driver.run([prefill(1, PROMPT[40:], start=40)])
+    for position in range(len(PROMPT), len(PROMPT) + 7):
+        tokens += await driver.run([decode(1, position)])
+    engine.close()
+    assert device.counts["replay"] > 0
+    context = PROMPT + tokens
+    with torch.inference_mode(), native.disabled(), one_thread():
+        hidden = plain.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(plain))
+        expected = plain.logits(hidden).argmax(-1).tolist()
+    assert tokens == expected[len(PROMPT) - 1 : -1]

@@ -1,0 +1,171 @@
+"""Every Triton kernel against its torch reference: by Triton's interpreter, or on the GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    # Read when a kernel is defined, so it comes before the imports below.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from engine.forward import SAMPLING_DTYPE  # noqa: E402
+from engine.ops.activation import torch_gate_and_mul  # noqa: E402
+from engine.ops.attention.device import decode_inputs  # noqa: E402
+from engine.ops.norm import torch_rms_norm  # noqa: E402
+from engine.ops.rope import torch_rotate  # noqa: E402
+from engine.ops.sampling import sampler  # noqa: E402
+from engine.ops.sampling.device import WORDS, torch_sample, uniform  # noqa: E402
+from engine.ops.triton import activation, norm, prepare, rope, sampling  # noqa: E402
+from tests.cuda.fake_device import FakeDevice  # noqa: E402
+from tests.cuda.fake_flashinfer import FakeFlashInfer  # noqa: E402
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def close(ours: Tensor, theirs: Tensor) -> bool:
+    """Up to the last place of the dtype: both compute in float32 and round once."""
+    tolerance = 1e-5 if ours.dtype == torch.float32 else 1e-2
+    return bool(torch.allclose(ours.float(), theirs.float(), rtol=tolerance, atol=tolerance))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [48, 64])
+def test_rms_norm(dtype: torch.dtype, width: int) -> None:
+    # A slice of wider rows, as one half of a fused projection is.
+    x, weight = randn(5, 2 * width, dtype=dtype)[:, :width], randn(width, dtype=dtype, seed=1)
+    assert close(norm.rms_norm(x, weight, 1e-5), torch_rms_norm(x, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_add_rms_norm(dtype: torch.dtype) -> None:
+    x, residual, weight = randn(5, 48, dtype=dtype), randn(5, 48, dtype=dtype, seed=1), randn(48, dtype=dtype, seed=2)
+    total = residual + x
+    out, kept = norm.add_rms_norm(x, residual, weight, 1e-5)
+    assert kept.data_ptr() == residual.data_ptr() and close(kept, total)
+    assert close(out, torch_rms_norm(total, weight, 1e-5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gelu", [False, True])
+def test_gate_and_mul(dtype: torch.dtype, gelu: bool) -> None:
+    x = 3 * randn(3, 2 * 1100, dtype=dtype)
+    assert close(activation.gate_and_mul(x, gelu=gelu), torch_gate_and_mul(x, gelu=gelu))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "rot"), [(6, 2, 8, 8), (4, 4, 12, 4), (8, 1, 16, 0)])
+def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int) -> None:
+    tokens, pages, page_size = 5, 4, 4
+    qkv = randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
+    q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
+    cos_sin = randn(32, rot, seed=4) if rot else None
+    positions = torch.tensor([0, 7, 31, 7, 2], dtype=torch.int32, device=DEVICE)
+    slots = torch.tensor([9, 15, 0, 4, 2], device=DEVICE)
+    expected_q, expected_k = q.clone(), k.clone()
+    if cos_sin is not None:
+        torch_rotate(expected_q, cos_sin, positions)
+        torch_rotate(expected_k, cos_sin, positions)
+    pools = [randn(pages, page_size, kv_heads, dim, dtype=dtype, seed=s) for s in (5, 6)]
+    before = [pool.clone() for pool in pools]
+    out = rope.rope_and_write_kv(q, k, v, cos_sin, positions, slots, *pools)
+    assert out.is_contiguous() and close(out, expected_q)
+    for pool, old, new in zip(pools, before, (expected_k, v), strict=True):
+        flat, old_flat = pool.view(-1, kv_heads, dim), old.view(-1, kv_heads, dim)
+        assert close(flat[slots], new)
+        others = [i for i in range(pages * page_size) if i not in slots.tolist()]
+        assert torch.equal(flat[others], old_flat[others]), "a cell was written that is nobody's"
+
+
+def test_prepare() -> None:
+    slots, pages, rows, width = 6, 300, 4, 280
+    table = torch.randint(1, 90, (slots, pages), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(
+        DEVICE
+    )
+    last = torch.arange(100, 100 + slots, dtype=torch.int32, device=DEVICE)
+    values = [[5, 2, 0, 0], [17, 1100, 0, 0], [0, 5 * pages + 4, 0, 0], [0, 77, 0, 0]]
+    arguments = [torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in values]
+    theirs_table = table.cpu().clone()
+    theirs = decode_inputs(theirs_table, last.cpu(), *(a.cpu() for a in arguments), width, 4)
+    ours = prepare.prepare(table, last, *arguments, width, 4)
+    assert torch.equal(table.cpu(), theirs_table) and len(ours[0]) == rows
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.dtype == other.dtype and torch.equal(mine.cpu(), other)
+
+
+def params_of(rows: int, filters: bool = False, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    params = np.zeros(rows, SAMPLING_DTYPE)
+    params["temperature"] = rng.choice([0.0, 0.3, 1.0, 2.5], rows)
+    params["top_p"], params["stop_ids"] = 1.0, -1
+    params["seed"] = rng.integers(0, 2**64, rows, dtype=np.uint64)
+    if filters:
+        params["top_k"] = rng.choice([0, 1, 3, 10**6], rows)
+        params["top_p"] = rng.choice([1.0, 0.9, 0.3, 1e-6], rows)
+        params["min_p"] = rng.choice([0.0, 0.05, 0.5, 1.0], rows)
+    params["min_length"] = rng.choice([0, 50], rows)
+    params["num_stop_ids"] = rng.integers(0, 4, rows)
+    for row in params:
+        row["stop_ids"][: row["num_stop_ids"]] = rng.integers(0, 40, row["num_stop_ids"])
+    return params
+
+
+def on_device(params: np.ndarray) -> Tensor:
+    return torch.from_numpy(params.view(np.int32).reshape(len(params), WORDS).copy()).to(DEVICE)
+
+
+def test_the_uniform_number_is_the_cpus() -> None:
+    rng = np.random.default_rng(0)
+    seeds, positions = rng.integers(0, 2**64, 500, dtype=np.uint64), rng.integers(0, 2**20, 500).astype(np.int32)
+    ours = uniform(torch.from_numpy(seeds.view(np.int64)), torch.from_numpy(positions)).numpy()
+    assert np.array_equal(ours, sampler.uniform(seeds, positions))
+
+
+@pytest.mark.parametrize("filters", [False, True])
+@pytest.mark.parametrize("seed", range(4))
+def test_torch_on_the_device_draws_what_the_cpu_draws(filters: bool, seed: int) -> None:
+    rows, vocab = 40, 40 if seed % 2 else 997
+    logits, params = 3 * randn(rows, vocab, seed=seed), params_of(rows, filters, seed)
+    positions = np.random.default_rng(seed).integers(0, 100, rows).astype(np.int32)
+    # Ties at the border of a filter.
+    logits[::3] = logits[::3].round()
+    expected = sampler.sample(logits.cpu().clone(), params, positions)
+    ours = torch_sample(logits, on_device(params), torch.from_numpy(positions).to(DEVICE), filtered=filters)
+    assert ours.tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_flashinfers_filters_draw_the_same(seed: int) -> None:
+    """But for ids that tie at the border of top_p, of which FlashInfer keeps all; here are none."""
+    rows, vocab = 40, 600
+    logits, params = 3 * randn(rows, vocab, seed=seed), params_of(rows, True, seed)
+    positions = torch.from_numpy(np.random.default_rng(seed).integers(0, 100, rows).astype(np.int32)).to(DEVICE)
+    filters = FakeFlashInfer(FakeDevice()).sampling
+    if DEVICE.type == "cuda":
+        filters = pytest.importorskip("flashinfer").sampling
+    ours = torch_sample(logits, on_device(params), positions, filtered=True, filters=filters)
+    assert ours.tolist() == torch_sample(logits, on_device(params), positions, filtered=True).tolist()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_sample_rows(seed: int) -> None:
+    rows, vocab = 12, [40, 4096, 9000][seed]
+    logits, params = 3 * randn(rows, vocab, seed=seed), params_of(rows, seed=seed)
+    logits[1] = logits[1].round()
+    logits[2, :] = float("-inf")
+    logits[3, 5:] = float("-inf")
+    positions = torch.from_numpy(np.random.default_rng(seed).integers(0, 100, rows).astype(np.int32)).to(DEVICE)
+    before = logits.clone()
+    ours = sampling.sample_rows(logits, on_device(params), positions)
+    assert torch.equal(logits, before)
+    assert ours.tolist() == torch_sample(logits, on_device(params), positions, filtered=False).tolist()

@@ -1,0 +1,113 @@
+"""Small models of every family on the GPU and on the CPU, from the same random weights."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.executor.cuda import CUDAExecutor
+from engine.executor.cuda_device import CudaDevice
+from engine.forward import Limits
+from engine.models.config import ModelConfig
+from engine.models.registry import FAMILIES, CausalLM, load_model
+from engine.ops.attention.device import DeviceAttention
+
+BASE: dict[str, Any] = {
+    "vocab_size": 1000,
+    "hidden_size": 512,
+    "intermediate_size": 768,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+# What a family's config.json needs beside that.
+EXTRA: dict[str, dict[str, Any]] = {
+    "MistralForCausalLM": {"sliding_window": 40},
+    "Qwen2ForCausalLM": {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 1},
+    "Gemma2ForCausalLM": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 40,
+        "query_pre_attn_scalar": 64,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+        "tie_word_embeddings": True,
+    },
+    "Gemma3ForCausalLM": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 40,
+        "sliding_window_pattern": 2,
+        "query_pre_attn_scalar": 64,
+        "rope_local_base_freq": 10000.0,
+        "tie_word_embeddings": True,
+    },
+    "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "Qwen3MoeForCausalLM": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+    },
+    "Glm4ForCausalLM": {"partial_rotary_factor": 0.5, "attention_bias": True},
+    "Phi3ForCausalLM": {"pad_token_id": 0},
+}
+LIMITS = Limits(
+    max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256, page_size=16, num_pages=160, vocab_size=1000
+)
+HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
+
+
+def load(architecture: str, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        (directory / "config.json").write_text(json.dumps(config))
+        return load_model(
+            ModelConfig.load(directory), directory, dtype=dtype, device=device, load_format="dummy", seed=5
+        )
+
+
+def families() -> list[str]:
+    return sorted(FAMILIES)
+
+
+def executor(
+    layer: CudaDevice,
+    model: CausalLM,
+    dtype: torch.dtype,
+    *,
+    limits: Limits = LIMITS,
+    attention: str = "auto",
+    kv_dtype: torch.dtype | None = None,
+    cuda_graph: str = "lazy",
+) -> CUDAExecutor:
+    """attention: auto (FlashInfer where it is), torch, xqa or wrapper."""
+    options: dict[str, Any] = {
+        "num_pages": limits.num_pages,
+        "page_size": limits.page_size,
+        "dtype": dtype,
+        "kv_dtype": kv_dtype,
+        "device": layer.device,
+    }
+    backend: DeviceAttention
+    if attention == "torch" or (attention == "auto" and not HAS_FLASHINFER):
+        backend = DeviceAttention(model.attention_spec, **options)
+    else:
+        from engine.ops.attention.flashinfer import Backend
+
+        backend = Backend(model.attention_spec, decode="auto" if attention == "auto" else attention, **options)
+    return CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph)

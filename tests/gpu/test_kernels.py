@@ -1,0 +1,9 @@
+"""The Triton kernels compiled for the GPU; the same checks as tests/cuda/test_triton.py runs by the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cuda.test_triton import *  # noqa: F403
+
+pytestmark = pytest.mark.gpu
