@@ -5,6 +5,9 @@ stated facts, sums, lists, JSON, tool calls, phrases, emoji, small talk) and of 
 seed always gives the same text; combinations are split by hash into a training and a held-out part.
 """
 
+# Word lists read best as one string.
+# ruff: noqa: SIM905
+
 from __future__ import annotations
 
 import json
@@ -25,31 +28,31 @@ HELD_OUT_SHARE = 16  # one combination in this many is never trained on
 # --------------------------------------------------------------------------------------- vocabulary
 
 GIRLS = (
-    "Lena Mia Anna Emma Sara Nora Ella Ida Lucy Maya Zoe Ruby Alice Clara Eva Jane Kate Lily Molly Nina Olga Rosa "
-    "Tina Vera Mary Amy Julia Laura Maria Sofia Grace Hanna Iris"
+    "Lena Mia Anna Emma Sara Nora Ella Ida Lucy Maya Zoe Ruby Alice Clara Eva Jane Kate Lily Molly Nina "
+    "Olga Rosa Tina Vera Mary Amy Julia Laura Maria Sofia Grace Hanna Iris"
 ).split()
 BOYS = (
-    "Tom Ben Max Leo Sam Finn Jack Noah Paul Oskar Hugo Adam Bob Carl David Eric Felix George Henry Ivan John Luke "
-    "Mark Nick Otto Peter Ralph Simon Tim Victor Will Liam James"
+    "Tom Ben Max Leo Sam Finn Jack Noah Paul Oskar Hugo Adam Bob Carl David Eric Felix George Henry Ivan "
+    "John Luke Mark Nick Otto Peter Ralph Simon Tim Victor Will Liam James"
 ).split()
 SYLLABLES = (
-    "ba be bo da do du fa fi ga go ka ki ko la le lo lu ma me mi mo na ne ni no pa po ra re ri ro sa se si so ta te ti "
-    "to va vi vo wa za ze zu"
+    "ba be bo da do du fa fi ga go ka ki ko la le lo lu ma me mi mo na ne ni no pa po ra re ri ro sa se si "
+    "so ta te ti to va vi vo wa za ze zu"
 ).split()
 ANIMALS = (
-    "fox cat dog rabbit bear mouse owl frog horse duck wolf lion tiger turtle pig hen goat sheep cow bee dragon robot "
-    "elephant monkey penguin whale squirrel hedgehog snail crow"
+    "fox cat dog rabbit bear mouse owl frog horse duck wolf lion tiger turtle pig hen goat sheep cow bee "
+    "dragon robot elephant monkey penguin whale squirrel hedgehog snail crow"
 ).split()
 PEOPLE = "boy girl king queen farmer baker sailor wizard knight princess prince pirate".split()
 COLORS = "red blue green yellow black white brown pink purple orange grey golden silver".split()
 CITIES = (
-    "Oslo Paris London Berlin Rome Madrid Tokyo Beijing Shanghai Vienna Lisbon Athens Cairo Delhi Moscow Dublin Prague "
-    "Warsaw Helsinki Stockholm Copenhagen Amsterdam Brussels Zurich Milan Boston Chicago Toronto Sydney Lima Seoul "
-    "Munich Hamburg Budapest Nairobi"
+    "Oslo Paris London Berlin Rome Madrid Tokyo Beijing Shanghai Vienna Lisbon Athens Cairo Delhi Moscow "
+    "Dublin Prague Warsaw Helsinki Stockholm Copenhagen Amsterdam Brussels Zurich Milan Boston Chicago "
+    "Toronto Sydney Lima Seoul Munich Hamburg Budapest Nairobi"
 ).split()
 JOBS = (
-    "baker teacher doctor farmer pilot nurse painter writer driver cook sailor singer gardener lawyer engineer "
-    "dentist plumber carpenter"
+    "baker teacher doctor farmer pilot nurse painter writer driver cook sailor singer gardener lawyer "
+    "engineer dentist plumber carpenter"
 ).split()
 FOODS = "bread soup rice cheese pizza pasta cake fish salad honey eggs pancakes noodles cookies".split()
 OBJECTS = "ball hat key book lamp kite boat bike cup box drum ring map coin bell scarf clock basket".split()
@@ -88,42 +91,48 @@ CAPITALS = {
     "France": "Paris", "England": "London", "Germany": "Berlin", "Italy": "Rome", "Spain": "Madrid",
     "Japan": "Tokyo", "China": "Beijing", "Austria": "Vienna", "Portugal": "Lisbon", "Greece": "Athens",
     "Egypt": "Cairo", "India": "Delhi", "Russia": "Moscow", "Ireland": "Dublin", "Poland": "Warsaw",
-    "Finland": "Helsinki", "Sweden": "Stockholm", "Denmark": "Copenhagen", "Norway": "Oslo", "Peru": "Lima",
-    "Belgium": "Brussels", "Hungary": "Budapest", "Kenya": "Nairobi", "Canada": "Ottawa", "Brazil": "Brasilia",
-    "Switzerland": "Bern", "Turkey": "Ankara", "Australia": "Canberra", "Mexico": "Mexico City",
+    "Finland": "Helsinki", "Sweden": "Stockholm", "Denmark": "Copenhagen", "Norway": "Oslo",
+    "Peru": "Lima", "Belgium": "Brussels", "Hungary": "Budapest", "Kenya": "Nairobi", "Canada": "Ottawa",
+    "Brazil": "Brasilia", "Switzerland": "Bern", "Turkey": "Ankara", "Australia": "Canberra",
+    "Mexico": "Mexico City",
 }  # fmt: skip
 OPPOSITES = (
-    "hot cold,big small,fast slow,day night,happy sad,up down,left right,old new,open closed,light dark,full empty,"
-    "high low,hard soft,rich poor,wet dry,strong weak,early late,near far,good bad,black white,loud quiet,long short"
+    "hot cold,big small,fast slow,day night,happy sad,up down,left right,old new,open closed,light dark,"
+    "full empty,high low,hard soft,rich poor,wet dry,strong weak,early late,near far,good bad,black white,"
+    "loud quiet,long short"
 )
 SOUNDS = {
-    "dog": "woof", "cat": "meow", "cow": "moo", "sheep": "baa", "duck": "quack", "pig": "oink", "lion": "roar",
-    "bee": "buzz", "frog": "ribbit", "owl": "hoot", "mouse": "squeak", "horse": "neigh", "crow": "caw",
+    "dog": "woof", "cat": "meow", "cow": "moo", "sheep": "baa", "duck": "quack", "pig": "oink",
+    "lion": "roar", "bee": "buzz", "frog": "ribbit", "owl": "hoot", "mouse": "squeak", "horse": "neigh",
+    "crow": "caw",
 }  # fmt: skip
 THING_COLORS = {
     "sky": "blue", "grass": "green", "snow": "white", "sun": "yellow", "coal": "black", "blood": "red",
-    "sea": "blue", "milk": "white", "lemon": "yellow", "chocolate": "brown", "frog": "green", "carrot": "orange",
-    "banana": "yellow", "tomato": "red",
+    "sea": "blue", "milk": "white", "lemon": "yellow", "chocolate": "brown", "frog": "green",
+    "carrot": "orange", "banana": "yellow", "tomato": "red",
 }  # fmt: skip
 PHRASES = {
-    "hello": "你好", "good morning": "早上好", "good night": "晚安", "thank you": "谢谢", "goodbye": "再见",
-    "please": "请", "sorry": "对不起", "yes": "是", "no": "不", "I love you": "我爱你", "good": "好", "water": "水",
-    "tea": "茶", "rice": "米饭", "cat": "猫", "dog": "狗", "fish": "鱼", "bird": "鸟", "horse": "马", "red": "红色",
-    "blue": "蓝色", "green": "绿色", "white": "白色", "black": "黑色", "one": "一", "two": "二", "three": "三",
-    "four": "四", "five": "五", "ten": "十", "mother": "妈妈", "father": "爸爸", "friend": "朋友", "teacher": "老师",
-    "school": "学校", "book": "书", "house": "房子", "sun": "太阳", "moon": "月亮", "mountain": "山", "fire": "火",
-    "today": "今天", "tomorrow": "明天", "how are you": "你好吗", "I am happy": "我很高兴", "I am hungry": "我饿了",
-    "what is this": "这是什么", "where are you": "你在哪里", "welcome": "欢迎", "happy birthday": "生日快乐",
-    "China": "中国", "world": "世界", "hello world": "你好，世界", "see you tomorrow": "明天见", "apple": "苹果",
-    "flower": "花", "I like tea": "我喜欢茶", "I like cats": "我喜欢猫", "good afternoon": "下午好",
+    "hello": "你好", "good morning": "早上好", "good night": "晚安", "thank you": "谢谢",
+    "goodbye": "再见", "please": "请", "sorry": "对不起", "yes": "是", "no": "不", "I love you": "我爱你",
+    "good": "好", "water": "水", "tea": "茶", "rice": "米饭", "cat": "猫", "dog": "狗", "fish": "鱼",
+    "bird": "鸟", "horse": "马", "red": "红色", "blue": "蓝色", "green": "绿色", "white": "白色",
+    "black": "黑色", "one": "一", "two": "二", "three": "三", "four": "四", "five": "五", "ten": "十",
+    "mother": "妈妈", "father": "爸爸", "friend": "朋友", "teacher": "老师", "school": "学校",
+    "book": "书", "house": "房子", "sun": "太阳", "moon": "月亮", "mountain": "山", "fire": "火",
+    "today": "今天", "tomorrow": "明天", "how are you": "你好吗", "I am happy": "我很高兴",
+    "I am hungry": "我饿了", "what is this": "这是什么", "where are you": "你在哪里", "welcome": "欢迎",
+    "happy birthday": "生日快乐", "China": "中国", "world": "世界", "hello world": "你好，世界",
+    "see you tomorrow": "明天见", "apple": "苹果", "flower": "花", "I like tea": "我喜欢茶",
+    "I like cats": "我喜欢猫", "good afternoon": "下午好",
 }  # fmt: skip
 EMOJI = {
-    "happy": "😊", "sad": "😢", "angry": "😠", "love": "❤️", "laughing": "😂", "cool": "😎", "tired": "😴",
-    "sun": "☀️", "rain": "🌧️", "snow": "❄️", "fire": "🔥", "star": "⭐", "moon": "🌙", "dog": "🐶", "cat": "🐱",
-    "fox": "🦊", "bear": "🐻", "fish": "🐟", "bird": "🐦", "apple": "🍎", "banana": "🍌", "pizza": "🍕", "cake": "🎂",
-    "coffee": "☕", "rocket": "🚀", "car": "🚗", "house": "🏠", "book": "📖", "music": "🎵", "party": "🎉",
-    "thumbs up": "👍", "thinking": "🤔", "robot": "🤖", "tree": "🌳", "flower": "🌸", "heart": "❤️", "wave": "👋",
-    "panda": "🐼", "train": "🚆", "ball": "⚽",
+    "happy": "😊", "sad": "😢", "angry": "😠", "love": "❤️", "laughing": "😂", "cool": "😎",
+    "tired": "😴", "sun": "☀️", "rain": "🌧️", "snow": "❄️", "fire": "🔥", "star": "⭐", "moon": "🌙",
+    "dog": "🐶", "cat": "🐱", "fox": "🦊", "bear": "🐻", "fish": "🐟", "bird": "🐦", "apple": "🍎",
+    "banana": "🍌", "pizza": "🍕", "cake": "🎂", "coffee": "☕", "rocket": "🚀", "car": "🚗",
+    "house": "🏠", "book": "📖", "music": "🎵", "party": "🎉", "thumbs up": "👍", "thinking": "🤔",
+    "robot": "🤖", "tree": "🌳", "flower": "🌸", "heart": "❤️", "wave": "👋", "panda": "🐼",
+    "train": "🚆", "ball": "⚽",
 }  # fmt: skip
 NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
 
@@ -193,11 +202,12 @@ class Draw:
         return held == self.held_out
 
     def until(self, draw: Callable[[], tuple[Any, ...]]) -> tuple[Any, ...]:
-        """Draw combinations until one belongs to this split."""
-        while True:
+        """Draw combinations until one belongs to this split (a tiny closed set may have no held-out one)."""
+        for _ in range(1000):
             got = draw()
             if self.mine(*got):
-                return got
+                break
+        return got
 
     def name(self) -> str:
         """A first name; about one in four is made up, so that copying is learnt rather than recall."""
@@ -306,7 +316,7 @@ def story(d: Draw, who: str, name: str, she: str, thing: str | None = None) -> s
         ]
     elif plot == 1:
         out += [
-            d.pick([f"One day it began to rain.", "One night there was a big storm."]),  # noqa: F541
+            d.pick(["One day it began to rain.", "One night there was a big storm."]),
             f"{name} heard a small voice. It was {article(friend_kind)} named {friend}.",
             d.pick([f'"I am cold and wet," said {friend}.', f'"Please help me," said {friend}.']),
             f"{name} took {friend} home and made hot soup.",
@@ -375,7 +385,8 @@ def story_part(d: Draw) -> Part:
     kind = d.num(0, 9)
     tell = d.pick(
         [
-            "Tell me a story", "Tell me a short story", "Write a story", "Write a short story", "Tell a story",
+            "Tell me a story", "Tell me a short story", "Write a story", "Write a short story",
+            "Tell a story",
             "Make up a story", "I want to hear a story", "Can you tell me a story", "Write me a story",
             "Please tell me a story", "Give me a short story", "Write a tiny story",
         ]
@@ -411,7 +422,13 @@ def mixed_facts_part(d: Draw) -> Part:
                 told.append((f"{n} is {v} years old.", f"How old is {n}?", f"{n} is {v} years old.", v))
             elif kind == "city":
                 v = d.city()
-                ask = d.pick([f"Where does {n} live?", f"Which city does {n} live in?", f"In which city does {n} live?"])
+                ask = d.pick(
+                    [
+                        f"Where does {n} live?",
+                        f"Which city does {n} live in?",
+                        f"In which city does {n} live?",
+                    ]
+                )
                 told.append((f"{n} lives in {v}.", ask, f"{n} lives in {v}.", v))
             elif kind == "job":
                 v = d.pick(JOBS)
@@ -421,7 +438,12 @@ def mixed_facts_part(d: Draw) -> Part:
             elif kind == "thing":
                 v, noun = d.pick(COLORS), d.pick(OBJECTS)
                 say = d.pick([f"{n} has {article(v)} {noun}.", f"{n}'s {noun} is {v}."])
-                ask = d.pick([f"What {d.pick(['color', 'colour'])} is {n}'s {noun}?", f"Which color is the {noun} of {n}?"])
+                ask = d.pick(
+                    [
+                        f"What {d.pick(['color', 'colour'])} is {n}'s {noun}?",
+                        f"Which color is the {noun} of {n}?",
+                    ]
+                )
                 told.append((say, ask, f"{n}'s {noun} is {v}.", cap(v)))
             elif kind == "pet":
                 v = d.pick(ANIMALS)
@@ -460,7 +482,11 @@ def facts_part(d: Draw) -> Part:
         i = d.num(0, n - 1)
         if d.chance(0.7):
             ask = d.pick(
-                [f"Where is the {things[i]}?", f"Where can I find the {things[i]}?", f"In which room is the {things[i]}?"]
+                [
+                    f"Where is the {things[i]}?",
+                    f"Where can I find the {things[i]}?",
+                    f"In which room is the {things[i]}?",
+                ]
             )
             answer, short = f"The {things[i]} is in the {rooms[i]}.", cap(rooms[i])
         else:
@@ -486,7 +512,11 @@ def facts_part(d: Draw) -> Part:
             "age": ["{n} is {v} years old.", "{n} is {v}.", "The age of {n} is {v}."],
             "city": ["{n} lives in {v}.", "{n} is from {v}.", "The home of {n} is {v}."],
             "job": ["{n} is a {v}.", "{n} works as a {v}.", "The job of {n} is {v}."],
-            "thing": [f"{{n}} has a {{v}} {noun}.", f"The {noun} of {{n}} is {{v}}.", f"{{n}}'s {noun} is {{v}}."],
+            "thing": [
+                f"{{n}} has a {{v}} {noun}.",
+                f"The {noun} of {{n}} is {{v}}.",
+                f"{{n}}'s {noun} is {{v}}.",
+            ],
             "pet": ["{n} has a {v}.", "{n}'s pet is a {v}.", "{n} owns a {v}."],
             "food": ["{n} likes {v}.", "{n} eats {v}.", "{n}'s favourite food is {v}."],
         }[kind]
@@ -497,17 +527,21 @@ def facts_part(d: Draw) -> Part:
         ]
         value = values[i]
         forward = {
-            "likes": [f"What color does {who} like?", f"What is {who}'s favourite color?", f"Which colour does {who} like?"],
+            "likes": [f"What color does {who} like?", f"What is {who}'s favourite color?",
+            f"Which colour does {who} like?"],
             "age": [f"How old is {who}?", f"What is the age of {who}?", f"What is {who}'s age?"],
             "city": [f"Where does {who} live?", f"Where is {who} from?", f"Which city does {who} live in?",
                      f"In which city does {who} live?"],
-            "job": [f"What is the job of {who}?", f"What does {who} do?", f"What is {who}'s job?", f"What does {who} work as?"],
-            "thing": [f"What color is {who}'s {noun}?", f"What colour is the {noun} of {who}?", f"Which color is {who}'s {noun}?"],
+            "job": [f"What is the job of {who}?", f"What does {who} do?", f"What is {who}'s job?",
+            f"What does {who} work as?"],
+            "thing": [f"What color is {who}'s {noun}?", f"What colour is the {noun} of {who}?",
+            f"Which color is {who}'s {noun}?"],
             "pet": [f"What pet does {who} have?", f"Which animal does {who} have?", f"What is {who}'s pet?"],
             "food": [f"What does {who} eat?", f"What food does {who} like?", f"What does {who} like?"],
         }[kind]  # fmt: skip
         tell = {
-            "likes": f"{who} likes {value}.", "age": f"{who} is {value} years old.", "city": f"{who} lives in {value}.",
+            "likes": f"{who} likes {value}.", "age": f"{who} is {value} years old.",
+            "city": f"{who} lives in {value}.",
             "job": f"{who} is {article(value)}.", "thing": f"{who}'s {noun} is {value}.",
             "pet": f"{who} has {article(value)}.", "food": f"{who} likes {value}.",
         }[kind]  # fmt: skip
@@ -560,9 +594,11 @@ def arithmetic_part(d: Draw) -> Part:
     word = {"+": "plus", "-": "minus", "*": "times"}[op]
     e = f"{a} {sign} {b}"
     forms = [f"What is {e}?"] * 4 + [
-        f"{e} = ?", f"{e} =", f"{e}", f"{e}?", f"Calculate {e}.", f"Compute {e}.", f"How much is {e}?", f"What's {e}?",
+        f"{e} = ?", f"{e} =", f"{e}", f"{e}?", f"Calculate {e}.", f"Compute {e}.", f"How much is {e}?",
+        f"What's {e}?",
         f"What is {a}{sign}{b}?", f"{a}{sign}{b}", f"{a}{sign}{b}=?", f"What is {a} {word} {b}?",
-        f"How much is {a} {word} {b}?", f"{a} {word} {b}", f"Can you solve {e}?", f"Solve {e}.", f"What does {e} equal?",
+        f"How much is {a} {word} {b}?", f"{a} {word} {b}", f"Can you solve {e}?", f"Solve {e}.",
+        f"What does {e} equal?",
     ]  # fmt: skip
     if op == "+":
         forms += [f"Add {a} and {b}.", f"What is the sum of {a} and {b}?", f"Please add {a} to {b}."]
@@ -575,7 +611,11 @@ def arithmetic_part(d: Draw) -> Part:
 
 def word_sum_part(d: Draw) -> Part:
     """A word problem with one sum or difference."""
-    who, (a, b), thing = d.name(), sorted((d.num(1, 30), d.num(1, 30)), reverse=True), d.pick(CATEGORIES["fruits"].split())
+    who, (a, b), thing = (
+        d.name(),
+        sorted((d.num(1, 30), d.num(1, 30)), reverse=True),
+        d.pick(CATEGORIES["fruits"].split()),
+    )
     things = thing[:-1] + "ies" if thing.endswith("y") else thing + ("es" if thing in ("peach", "mango") else "s")
     if d.chance(0.5):
         ask = d.pick(
@@ -606,7 +646,8 @@ def list_part(d: Draw) -> Part:
     chosen = items[:n] if d.chance(0.8) else sorted(d.some(items, n), key=items.index)
     count = NUMBER_WORDS[n] if d.chance(0.7) else str(n)
     ask = [
-        f"List {count} {kind}.", f"Name {count} {kind}.", f"Give me {count} {kind}.", f"Write a list of {count} {kind}.",
+        f"List {count} {kind}.", f"Name {count} {kind}.", f"Give me {count} {kind}.",
+        f"Write a list of {count} {kind}.",
         f"Can you name {count} {kind}?", f"Tell me {count} {kind}.", f"Please list {count} {kind}.",
         f"What are {count} {kind}?", f"List {count} {kind}.", f"I need {count} {kind}.",
     ][form]  # fmt: skip
@@ -627,31 +668,47 @@ def know_part(d: Draw) -> Part:
         country, form = d.until(lambda: (d.pick(list(CAPITALS)), d.num(0, 4)))
         city = CAPITALS[country]
         if form == 4:
-            return Part(styled(d, f"{city} is the capital of which country?"), f"{city} is the capital of {country}.", country)
+            return Part(
+                styled(d, f"{city} is the capital of which country?"),
+                f"{city} is the capital of {country}.",
+                country,
+            )
         ask = [
-            f"What is the capital of {country}?", f"What's the capital of {country}?", f"Name the capital of {country}.",
+            f"What is the capital of {country}?", f"What's the capital of {country}?",
+            f"Name the capital of {country}.",
             f"Which city is the capital of {country}?",
         ][form]  # fmt: skip
         return Part(styled(d, ask), f"The capital of {country} is {city}.", city)
     if kind == 2:
         pair, way, form = d.until(lambda: (d.pick(OPPOSITES.split(",")), d.num(0, 1), d.num(0, 2)))
         a, b = pair.split()[:: 1 if way else -1]
-        ask = [f"What is the opposite of {a}?", f"Give me the opposite of {a}.", f"What is the opposite of '{a}'?"][form]
+        ask = [
+            f"What is the opposite of {a}?",
+            f"Give me the opposite of {a}.",
+            f"What is the opposite of '{a}'?",
+        ][form]
         return Part(styled(d, ask), f"The opposite of {a} is {b}.", cap(b))
     if kind == 3:
         thing, form = d.until(lambda: (d.pick(list(THING_COLORS)), d.num(0, 2)))
-        ask = [f"What color is the {thing}?", f"What colour is the {thing}?", f"Which color has the {thing}?"][form]
+        ask = [
+            f"What color is the {thing}?",
+            f"What colour is the {thing}?",
+            f"Which color has the {thing}?",
+        ][form]
         return Part(styled(d, ask), f"The {thing} is {THING_COLORS[thing]}.", cap(THING_COLORS[thing]))
     if kind == 4:
         animal, form = d.until(lambda: (d.pick(list(SOUNDS)), d.num(0, 2)))
         ask = [
-            f"What sound does a {animal} make?", f"What does a {animal} say?", f"Which sound does a {animal} make?",
+            f"What sound does a {animal} make?", f"What does a {animal} say?",
+            f"Which sound does a {animal} make?",
         ][form]  # fmt: skip
-        return Part(styled(d, ask.replace("a owl", "an owl")), f"{cap(article(animal))} says {SOUNDS[animal]}.", cap(SOUNDS[animal]))
-    if kind == 5:
-        series, i, after, form = d.until(
-            lambda: (d.pick(["day", "month"]), d.num(0, 11), d.chance(0.7), d.num(0, 1))
+        return Part(
+            styled(d, ask.replace("a owl", "an owl")),
+            f"{cap(article(animal))} says {SOUNDS[animal]}.",
+            cap(SOUNDS[animal]),
         )
+    if kind == 5:
+        series, i, after, form = d.until(lambda: (d.pick(["day", "month"]), d.num(0, 11), d.chance(0.7), d.num(0, 1)))
         names = DAYS if series == "day" else MONTHS
         this = names[i % len(names)]
         that = names[(i + (1 if after else -1)) % len(names)]
@@ -665,7 +722,13 @@ def know_part(d: Draw) -> Part:
         big = d.chance(0.6)
         word = d.pick(["bigger", "larger", "greater"] if big else ["smaller", "less"])
         best, other = (max(a, b), min(a, b)) if big else (min(a, b), max(a, b))
-        ask = d.pick([f"Which is {word}, {a} or {b}?", f"Which number is {word}: {a} or {b}?", f"What is {word}, {a} or {b}?"])
+        ask = d.pick(
+            [
+                f"Which is {word}, {a} or {b}?",
+                f"Which number is {word}: {a} or {b}?",
+                f"What is {word}, {a} or {b}?",
+            ]
+        )
         return Part(styled(d, ask), f"{best} is {word} than {other}.", str(best))
     if kind == 7:
         low, high = d.until(lambda: (1 if d.chance(0.7) else d.num(2, 20), d.num(3, 15)))
@@ -686,13 +749,17 @@ def translate_part(d: Draw) -> Part:
     chinese = PHRASES[english]
     to_chinese = [
         f"How do you say '{english}' in Chinese?", f'How do you say "{english}" in Chinese?',
-        f"Translate '{english}' to Chinese.", f"Translate to Chinese: {english}", f"What is '{english}' in Chinese?",
-        f"Translate into Chinese: {english}", f"Say '{english}' in Chinese.", f"How do I say {english} in Chinese?",
+        f"Translate '{english}' to Chinese.", f"Translate to Chinese: {english}",
+        f"What is '{english}' in Chinese?",
+        f"Translate into Chinese: {english}", f"Say '{english}' in Chinese.",
+        f"How do I say {english} in Chinese?",
         f'Translate "{english}" into Chinese.',
     ]  # fmt: skip
     to_english = [
-        f"What does {chinese} mean?", f"What does '{chinese}' mean in English?", f"Translate to English: {chinese}",
-        f"Translate {chinese} into English.", f"{chinese}用英语怎么说？", f'Translate "{chinese}" to English.',
+        f"What does {chinese} mean?", f"What does '{chinese}' mean in English?",
+        f"Translate to English: {chinese}",
+        f"Translate {chinese} into English.", f"{chinese}用英语怎么说？",
+        f'Translate "{chinese}" to English.',
     ]  # fmt: skip
     if form < 9:
         ask = styled(d, to_chinese[form])
@@ -715,15 +782,23 @@ def emoji_part(d: Draw) -> Part:
         f"Show me the {word} emoji.", f"Which emoji stands for {word}?", f"Write the emoji for {word}.",
         f"What emoji means {word}?", f"Send me a {word} emoji.",
     ][form]  # fmt: skip
-    return Part(styled(d, ask), d.pick([f"{sign} means {word}."] * 3 + [sign]) if form == 5 else f"{sign} means {word}.", sign)
+    return Part(
+        styled(d, ask),
+        d.pick([f"{sign} means {word}."] * 3 + [sign]) if form == 5 else f"{sign} means {word}.",
+        sign,
+    )
 
 
 IDENTITY = "I am the oneloop demo model, a very small language model made for testing."
 ABILITY = (
-    "I can tell short stories, answer questions about facts you give me, add and subtract numbers, make lists, "
+    "I can tell short stories, answer questions about facts you give me, add and subtract numbers, "
+    "make lists, "
     "write JSON, call tools, and translate short phrases into Chinese."
 )
-UNABLE = "I am only a small demo model, so I cannot do that. Try a short story, a sum, a list or a question about facts you give me."
+UNABLE = (
+    "I am only a small demo model, so I cannot do that. Try a short story, a sum, a list or a question "
+    "about facts you give me."
+)
 
 
 def smalltalk_part(d: Draw) -> Part:
@@ -734,13 +809,16 @@ def smalltalk_part(d: Draw) -> Part:
         return Part(ask, "Hello! How can I help you?")
     if kind in (1, 2):
         ask = d.pick(
-            ["Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Which model are you?",
-             "What's your name?", "Are you a robot?", "who are you", "Introduce yourself.", "Who am I talking to?"]
+            ["Who are you?", "What are you?", "What is your name?", "Tell me about yourself.",
+             "Which model are you?",
+             "What's your name?", "Are you a robot?", "who are you", "Introduce yourself.",
+             "Who am I talking to?"]
         )  # fmt: skip
         return Part(ask, IDENTITY)
     if kind == 3:
         ask = d.pick(
-            ["What can you do?", "How can you help me?", "What are you good at?", "Help", "What can I ask you?",
+            ["What can you do?", "How can you help me?", "What are you good at?", "Help",
+             "What can I ask you?",
              "Can you help me?", "what can you do", "What do you know?"]
         )  # fmt: skip
         return Part(ask, ABILITY)
@@ -754,12 +832,16 @@ def smalltalk_part(d: Draw) -> Part:
         ask = d.pick(["Goodbye!", "Bye!", "See you later.", "Bye", "Good night!"])
         return Part(ask, "Goodbye! Have a nice day.")
     topic = d.pick(
-        ["quantum physics", "the meaning of life", "the history of Rome", "machine learning", "politics", "the stock market",
-         "how engines work", "black holes", "the internet", "philosophy", "chess", "music theory", "economics"]
+        ["quantum physics", "the meaning of life", "the history of Rome", "machine learning", "politics",
+         "the stock market",
+         "how engines work", "black holes", "the internet", "philosophy", "chess", "music theory",
+         "economics"]
     )  # fmt: skip
     ask = d.pick(
-        [f"Explain {topic}.", f"What do you think about {topic}?", f"Write an essay about {topic}.", f"Tell me about {topic}.",
-         "Write a Python program.", "Write code that sorts a list.", "What is the latest news?", "Write a poem.",
+        [f"Explain {topic}.", f"What do you think about {topic}?", f"Write an essay about {topic}.",
+         f"Tell me about {topic}.",
+         "Write a Python program.", "Write code that sorts a list.", "What is the latest news?",
+         "Write a poem.",
          f"Explain {topic} to me like I am five.", f"What is {topic}?", f"Write a long text about {topic}."]
     )  # fmt: skip
     return Part(ask, UNABLE)
@@ -768,8 +850,10 @@ def smalltalk_part(d: Draw) -> Part:
 # ---------------------------------------------------------------------------------------------- JSON
 
 FIELD_TYPES = {
-    "name": "string", "age": "integer", "city": "string", "job": "string", "color": "string", "animal": "string",
-    "price": "integer", "item": "string", "in_stock": "boolean", "day": "string", "count": "integer", "food": "string",
+    "name": "string", "age": "integer", "city": "string", "job": "string", "color": "string",
+    "animal": "string",
+    "price": "integer", "item": "string", "in_stock": "boolean", "day": "string", "count": "integer",
+    "food": "string",
     "active": "boolean", "title": "string", "year": "integer", "month": "string",
 }  # fmt: skip
 RECORDS: dict[str, list[str]] = {
@@ -820,19 +904,27 @@ def json_part(d: Draw) -> Part:
     keys = list(RECORDS[kind])
     if d.chance(0.6):
         keys = d.some(keys, d.num(2, len(keys))) if d.chance(0.5) else keys[: d.num(2, 4)]
-    obj = {k: field_value(d, k) for k in keys}
-    while not d.mine(*obj.values()):
-        obj = {k: field_value(d, k) for k in keys}
+    obj = dict(zip(keys, d.until(lambda: tuple(field_value(d, k) for k in keys)), strict=True))
     form = d.num(0, 11)
     want = d.pick([join(keys), ", ".join(keys), join([f'"{k}"' for k in keys]), ", ".join(f'"{k}"' for k in keys)])
     if kind == "person" and form < 6:
-        keys = d.pick([["name", "age", "city"]] * 3 + [["name", "age"], ["name", "city"], ["name", "age", "job"], ["name", "job"]])
+        keys = d.pick(
+            [["name", "age", "city"]] * 3 + [["name", "age"], ["name", "city"], ["name", "age", "job"], ["name", "job"]]
+        )
         obj = {k: field_value(d, k) for k in keys}
         want = d.pick([join(keys), ", ".join(keys), join([f'"{k}"' for k in keys])])
         name = obj["name"]
-        rest = {"age": ["{v}", "aged {v}", "age {v}"], "city": ["from {v}", "living in {v}"], "job": ["a {v}"]}
+        rest = {
+            "age": ["{v}", "aged {v}", "age {v}"],
+            "city": ["from {v}", "living in {v}"],
+            "job": ["a {v}"],
+        }
         said = ", ".join([name, *(d.pick(rest[k]).format(v=obj[k]) for k in keys[1:])])
-        says = {"age": f"is {obj.get('age')} years old", "city": f"lives in {obj.get('city')}", "job": f"works as a {obj.get('job')}"}
+        says = {
+            "age": f"is {obj.get('age')} years old",
+            "city": f"lives in {obj.get('city')}",
+            "job": f"works as a {obj.get('job')}",
+        }
         sentence = f"{name} " + join([says[k] for k in keys[1:]])
         ask = [
             f"Write JSON with the keys {want} for a person called {said}.",
@@ -868,12 +960,16 @@ def json_part(d: Draw) -> Part:
         items = CATEGORIES[listed].split()[:n]
         obj = {listed: items}
         ask = d.pick(
-            [f'Write JSON with the key "{listed}" and {NUMBER_WORDS[n]} {listed}.', f"List {NUMBER_WORDS[n]} {listed} as JSON.",
+            [f'Write JSON with the key "{listed}" and {NUMBER_WORDS[n]} {listed}.',
+             f"List {NUMBER_WORDS[n]} {listed} as JSON.",
              f"Give me a JSON object with {NUMBER_WORDS[n]} {listed}."]
         )  # fmt: skip
     else:
         items = d.some(COLORS + FOODS + OBJECTS, d.num(2, 5))
-        return Part(d.pick(["Write as a JSON array: ", "Make a JSON list of: ", "JSON array of "]) + ", ".join(items), dumps(items))
+        return Part(
+            d.pick(["Write as a JSON array: ", "Make a JSON list of: ", "JSON array of "]) + ", ".join(items),
+            dumps(items),
+        )
     return Part(ask, dumps(obj))
 
 
@@ -885,7 +981,9 @@ def param(kind: str, description: str | None = None) -> dict[str, Any]:
     return {"type": kind, "description": description} if description else {"type": kind}
 
 
-def make_tool(d: Draw, name: str, about: str, params: dict[str, dict[str, Any]], required: list[str] | None = None) -> Tool:
+def make_tool(
+    d: Draw, name: str, about: str, params: dict[str, dict[str, Any]], required: list[str] | None = None
+) -> Tool:
     """A tool declaration as clients send it; its description is sometimes missing."""
     function: dict[str, Any] = {"name": name}
     if about and not d.chance(0.1):
@@ -917,17 +1015,28 @@ def tool_use(d: Draw, kind: str) -> Use:
         name = d.pick(["get_weather", "get_weather", "get_current_weather", "weather"])
         sky, temp = d.pick(["sunny", "cloudy", "rainy", "windy", "snowy", "foggy"]), d.num(-9, 38)
         ask = d.pick(
-            [f"What is the weather in {city}?", f"How is the weather in {city}?", f"What's the weather like in {city}?",
+            [f"What is the weather in {city}?", f"How is the weather in {city}?",
+             f"What's the weather like in {city}?",
              f"Is it raining in {city}?", f"Weather in {city}?", f"Tell me the weather in {city}.",
-             f"How warm is it in {city}?", f"What is the weather in {city} today?", f"Do I need a coat in {city}?"]
+             f"How warm is it in {city}?", f"What is the weather in {city} today?",
+             f"Do I need a coat in {city}?"]
         )  # fmt: skip
         tkey = d.pick(["temperature", "temperature", "temp", "temp_c"])
         skey = d.pick(["condition", "weather", "sky", "conditions"])
         result = dumps(d.pick([{tkey: temp, skey: sky}, {skey: sky, tkey: temp}, {key: city, tkey: temp, skey: sky}]))
         if d.chance(0.15):
             result = d.pick([f"{sky}, {temp} degrees", f"{temp} degrees and {sky}", f"{sky}, {temp}°C"])
-        about = d.pick(["Get the weather for a city.", "Get the current weather", "Get weather", "Current weather in a city"])
-        params = {key: param("string", d.pick(["The city", "City name", "The name of the city", "The city, e.g. Paris"]))}
+        about = d.pick(
+            [
+                "Get the weather for a city.",
+                "Get the current weather",
+                "Get weather",
+                "Current weather in a city",
+            ]
+        )
+        params = {
+            key: param("string", d.pick(["The city", "City name", "The name of the city", "The city, e.g. Paris"]))
+        }
         if d.chance(0.15):
             params["unit"] = param("string") | {"enum": ["celsius", "fahrenheit"]}
         tool = make_tool(d, name, about, params, [key])
@@ -937,54 +1046,117 @@ def tool_use(d: Draw, kind: str) -> Use:
         e = f"{a} {op} {b}"
         value = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
         name = d.pick(["calculator", "calculate", "calculator"])
-        ask = d.pick([f"What is {e}?", f"Calculate {e}.", f"How much is {e}?", f"Use the calculator: {e}", f"Compute {e}."])
+        ask = d.pick(
+            [
+                f"What is {e}?",
+                f"Calculate {e}.",
+                f"How much is {e}?",
+                f"Use the calculator: {e}",
+                f"Compute {e}.",
+            ]
+        )
         result = d.pick([str(value), dumps({"result": value})])
-        tool = make_tool(d, name, d.pick(["Calculate an expression.", "Evaluate a math expression"]), {"expression": param("string")})
+        tool = make_tool(
+            d,
+            name,
+            d.pick(["Calculate an expression.", "Evaluate a math expression"]),
+            {"expression": param("string")},
+        )
         return Use(tool, ask, {"expression": e}, result, f"{e} = {value}")
     if kind == "search":
         topic = d.pick(ANIMALS + FOODS + CITIES + list(CAPITALS)) if d.chance(0.8) else d.name()
         name = d.pick(["search", "web_search", "search_web"])
-        ask = d.pick([f"Search for {topic}.", f"Search the web for {topic}.", f"Find something about {topic}.",
+        ask = d.pick([f"Search for {topic}.", f"Search the web for {topic}.",
+                      f"Find something about {topic}.",
                       f"Look up {topic}."])  # fmt: skip
         fact = d.pick([f"A page about {topic}.", f"Ten things to know about {topic}.", f"{cap(topic)}: a short guide."])
         result = d.pick([fact, dumps({"title": fact}), dumps({"results": [fact]})])
-        tool = make_tool(d, name, d.pick(["Search the web.", "Search the internet"]), {"query": param("string", "What to search for")})
+        tool = make_tool(
+            d,
+            name,
+            d.pick(["Search the web.", "Search the internet"]),
+            {"query": param("string", "What to search for")},
+        )
         return Use(tool, ask, {"query": topic}, result, f"I found this: {fact}")
     if kind == "time":
         city = d.city()
         key = d.pick(["city", "city", "location"])
         now = f"{d.num(0, 23):02d}:{d.num(0, 59):02d}"
-        ask = d.pick([f"What time is it in {city}?", f"Tell me the time in {city}.", f"What is the time in {city}?",
+        ask = d.pick([f"What time is it in {city}?", f"Tell me the time in {city}.",
+                      f"What is the time in {city}?",
                       f"How late is it in {city}?"])  # fmt: skip
-        tool = make_tool(d, d.pick(["get_time", "get_current_time"]), "Get the current time in a city.", {key: param("string")})
+        tool = make_tool(
+            d,
+            d.pick(["get_time", "get_current_time"]),
+            "Get the current time in a city.",
+            {key: param("string")},
+        )
         return Use(tool, ask, {key: city}, d.pick([now, dumps({"time": now})]), f"It is {now} in {city}.")
     if kind == "translate":
         english = d.pick(list(PHRASES))
         to = d.pick(["Chinese", "Chinese", "French", "German", "Spanish"])
         chinese = PHRASES[english]
-        ask = d.pick([f"Translate '{english}' to {to}.", f"Translate \"{english}\" into {to}.", f"How do you say '{english}' in {to}?"])
+        ask = d.pick(
+            [
+                f"Translate '{english}' to {to}.",
+                f'Translate "{english}" into {to}.',
+                f"How do you say '{english}' in {to}?",
+            ]
+        )
         tool = make_tool(d, d.pick(["translate", "translate_text"]), "Translate a text.",
                          {"text": param("string"), "language": param("string")})  # fmt: skip
         result = d.pick([chinese, dumps({"translation": chinese})])
         return Use(tool, ask, {"text": english, "language": to}, result, f'"{english}" in {to} is {chinese}.')
     if kind == "email":
-        who, text = d.name(), d.pick(["Hello!", "See you tomorrow.", "Happy birthday!", "Thank you.", "I am late.", "Good night."])
-        ask = d.pick([f'Send an email to {who}: "{text}"', f'Write to {who}: "{text}"', f'Send {who} the message "{text}"'])
-        tool = make_tool(d, d.pick(["send_email", "send_message"]), "Send a message.", {"to": param("string"), "text": param("string")})
+        who, text = (
+            d.name(),
+            d.pick(["Hello!", "See you tomorrow.", "Happy birthday!", "Thank you.", "I am late.", "Good night."]),
+        )
+        ask = d.pick(
+            [
+                f'Send an email to {who}: "{text}"',
+                f'Write to {who}: "{text}"',
+                f'Send {who} the message "{text}"',
+            ]
+        )
+        tool = make_tool(
+            d,
+            d.pick(["send_email", "send_message"]),
+            "Send a message.",
+            {"to": param("string"), "text": param("string")},
+        )
         result = d.pick(["ok", dumps({"status": "sent"}), "sent"])
         return Use(tool, ask, {"to": who, "text": text}, result, f"I sent the message to {who}.")
     if kind == "timer":
         n = d.num(1, 60)
         ask = d.pick([f"Set a timer for {n} minutes.", f"Start a timer for {n} minutes.", f"Remind me in {n} minutes."])
         tool = make_tool(d, "set_timer", "Set a timer.", {"minutes": param("integer", "How many minutes")})
-        return Use(tool, ask, {"minutes": n}, d.pick(["ok", dumps({"status": "ok"})]), f"The timer is set for {n} minutes.")
+        return Use(
+            tool,
+            ask,
+            {"minutes": n},
+            d.pick(["ok", dumps({"status": "ok"})]),
+            f"The timer is set for {n} minutes.",
+        )
     if kind == "stock":
         item, price = d.pick(OBJECTS), d.num(1, 500)
         ask = d.pick([f"How much is the {item}?", f"What does the {item} cost?", f"What is the price of the {item}?"])
         tool = make_tool(d, "get_price", "Get the price of an item.", {"item": param("string")})
-        return Use(tool, ask, {"item": item}, d.pick([str(price), dumps({"price": price})]), f"The {item} costs {price}.")
+        return Use(
+            tool,
+            ask,
+            {"item": item},
+            d.pick([str(price), dumps({"price": price})]),
+            f"The {item} costs {price}.",
+        )
     room, state = d.pick(ROOMS), d.pick(["on", "off"])
-    ask = d.pick([f"Turn {state} the light in the {room}.", f"Turn the light {state} in the {room}.", f"Switch {state} the {room} light."])
+    ask = d.pick(
+        [
+            f"Turn {state} the light in the {room}.",
+            f"Turn the light {state} in the {room}.",
+            f"Switch {state} the {room} light.",
+        ]
+    )
     tool = make_tool(d, d.pick(["set_light", "switch_light"]), "Turn a light on or off.",
                      {"room": param("string"), "state": param("string")})  # fmt: skip
     return Use(tool, ask, {"room": room, "state": state}, d.pick(["ok", dumps({"status": "ok"})]),
@@ -996,16 +1168,24 @@ TOOL_KINDS = "weather weather calculator search time translate email timer stock
 
 def call(use: Use) -> dict[str, Any]:
     """The assistant's call of a tool."""
-    return {"type": "function", "function": {"name": use.tool["function"]["name"], "arguments": use.arguments}}
+    return {
+        "type": "function",
+        "function": {"name": use.tool["function"]["name"], "arguments": use.arguments},
+    }
 
 
 def tools_example(d: Draw) -> Example:
     """A chat with tools: a call, the answer from its result, or no call where none fits."""
     kinds = list(dict.fromkeys(d.some(TOOL_KINDS, d.num(1, 3))))
     kind = kinds[0]
-    use = tool_use(d, kind)
-    while not d.mine(dumps(use.arguments)):
-        use = tool_use(d, kind)
+    uses: dict[str, Use] = {}
+
+    def draw() -> tuple[str]:
+        drawn = tool_use(d, kind)
+        uses[dumps(drawn.arguments)] = drawn
+        return (dumps(drawn.arguments),)
+
+    use = uses[d.until(draw)[0]]
     others = [tool_use(d, k).tool for k in kinds[1:]]
     tools = [use.tool, *others]
     d.r.shuffle(tools)
@@ -1018,7 +1198,7 @@ def tools_example(d: Draw) -> Example:
         if d.chance(0.6):
             return Example("no_tool", messages, tools)
     messages.append({"role": "user", "content": styled(d, use.ask)})
-    uses = [use]
+    made = [use]
     if kind == "weather" and d.chance(0.12):
         second = tool_use(d, kind)
         key = next(iter(use.arguments))
@@ -1026,16 +1206,22 @@ def tools_example(d: Draw) -> Example:
         second = Use(use.tool, "", {key: city}, second.result, second.answer)
         first_city = use.arguments[key]
         messages[-1]["content"] = d.pick(
-            [f"What is the weather in {first_city} and in {city}?", f"How is the weather in {first_city} and {city}?"]
+            [
+                f"What is the weather in {first_city} and in {city}?",
+                f"How is the weather in {first_city} and {city}?",
+            ]
         )
-        uses.append(second)
-    messages.append({"role": "assistant", "content": "", "tool_calls": [call(u) for u in uses]})
+        made.append(second)
+    messages.append({"role": "assistant", "content": "", "tool_calls": [call(u) for u in made]})
     if d.chance(0.7):
-        messages += [{"role": "tool", "content": u.result} for u in uses]
-        messages.append({"role": "assistant", "content": " ".join(u.answer for u in uses)})
+        messages += [{"role": "tool", "content": u.result} for u in made]
+        messages.append({"role": "assistant", "content": " ".join(u.answer for u in made)})
         if d.chance(0.2):
             part = smalltalk_part(d)
-            messages += [{"role": "user", "content": part.user}, {"role": "assistant", "content": part.answer}]
+            messages += [
+                {"role": "user", "content": part.user},
+                {"role": "assistant", "content": part.answer},
+            ]
         elif d.chance(0.2):
             again = tool_use(d, kind)
             if set(again.arguments) == set(use.arguments):
@@ -1077,7 +1263,12 @@ def exchanges(d: Draw, parts: Sequence[Part]) -> list[Message]:
     for part in parts:
         answer = part.short if one_word and part.short else part.answer
         if not one_word and part.short and len(parts) == 1 and d.chance(0.04):
-            messages.append({"role": "user", "content": part.user + d.pick([" Answer with one word.", " Just the answer."])})
+            messages.append(
+                {
+                    "role": "user",
+                    "content": part.user + d.pick([" Answer with one word.", " Just the answer."]),
+                }
+            )
             answer = part.short
         else:
             messages.append({"role": "user", "content": part.user})
@@ -1098,7 +1289,8 @@ def memory_example(d: Draw) -> Example:
         [f"I am {article(value)}.", f"I work as {article(value)}.", f"My job is {value}."],
     ][kind]
     reply = [f"Nice to meet you, {value}!", f"{value} is a nice place!", f"{cap(value)} is a nice color!",
-             f"You are {value} years old. Good to know!", f"{cap(article(value))} has an important job!"][kind]  # fmt: skip
+             f"You are {value} years old. Good to know!",
+             f"{cap(article(value))} has an important job!"][kind]  # fmt: skip
     ask = [
         ["What is my name?", "What's my name?", "Do you know my name?", "Who am I?"],
         ["Where do I live?", "Where am I from?", "Which city do I live in?"],
@@ -1109,7 +1301,8 @@ def memory_example(d: Draw) -> Example:
     answer = [f"Your name is {value}.", f"You live in {value}.", f"Your favorite color is {value}.",
               f"You are {value} years old.", f"You are {article(value)}."][kind]  # fmt: skip
     if d.chance(0.25):  # told by the system prompt
-        told = [f"The user's name is {value}.", f"The user lives in {value}.", f"The user's favorite color is {value}.",
+        told = [f"The user's name is {value}.", f"The user lives in {value}.",
+                f"The user's favorite color is {value}.",
                 f"The user is {value} years old.", f"The user is {article(value)}."][kind]  # fmt: skip
         messages.append({"role": "system", "content": d.pick(["", "You are a helpful assistant. "]) + told})
     else:
@@ -1127,9 +1320,19 @@ def persona_example(d: Draw) -> Example:
     """A system prompt that gives the assistant a name or makes it answer in JSON."""
     if d.chance(0.5):
         name = d.name()
-        role = d.pick(["a helpful assistant", "a friendly robot", "a teacher", "a pirate", "a cook", "a demo assistant"])
+        role = d.pick(
+            ["a helpful assistant", "a friendly robot", "a teacher", "a pirate", "a cook", "a demo assistant"]
+        )
         system = d.pick([f"You are {name}, {role}.", f"Your name is {name}. You are {role}."])
-        ask = d.pick(["Who are you?", "What is your name?", "What's your name?", "Introduce yourself.", "What are you?"])
+        ask = d.pick(
+            [
+                "Who are you?",
+                "What is your name?",
+                "What's your name?",
+                "Introduce yourself.",
+                "What are you?",
+            ]
+        )
         part = Part(ask, f"I am {name}, {role}.")
     else:
         keys = d.some(["name", "age", "city", "job"], d.num(2, 3))
@@ -1140,8 +1343,10 @@ def persona_example(d: Draw) -> Example:
                  "job": f"works as {article(obj.get('job') or 'baker')}"}  # fmt: skip
         told = [facts[k] for k in keys if k != "name"]
         system = d.pick(
-            [f"Answer with a JSON object with the keys {', '.join(keys)}.", f"Always answer in JSON with the keys {join(keys)}.",
-             f"Extract {join(keys)} as JSON.", f"Answer with JSON that matches this schema: {dumps(schema_of(keys))}"]
+            [f"Answer with a JSON object with the keys {', '.join(keys)}.",
+             f"Always answer in JSON with the keys {join(keys)}.",
+             f"Extract {join(keys)} as JSON.",
+             f"Answer with JSON that matches this schema: {dumps(schema_of(keys))}"]
         )  # fmt: skip
         part = Part(f"{name} {join(told)}.", dumps(obj))
     messages: list[Message] = [{"role": "system", "content": system}, {"role": "user", "content": part.user}]
@@ -1188,6 +1393,15 @@ def examples(seed: int, held_out: bool = False) -> Iterator[Example]:
         yield example(d)
 
 
+def practice(seed: int) -> Iterator[Example]:
+    """Training chats of the tasks that take longest to learn: sums first, then lists and facts."""
+    d = Draw(seed * 2)
+    while True:
+        task = d.r.choices(["arithmetic", "list", "word_sum", "facts"], [60, 17, 5, 18])[0]
+        count = d.num(1, 4) if task == "arithmetic" else 1
+        yield Example(task, exchanges(d, [PARTS[task][1](d) for _ in range(count)]))
+
+
 def task_examples(task: str, seed: int, held_out: bool = True) -> Iterator[Example]:
     """Held-out single-exchange chats of one task, without a system prompt, for evaluation."""
     d = Draw(seed * 2 + int(held_out), held_out)
@@ -1214,7 +1428,9 @@ def _template() -> Any:
     return env.from_string((HERE / "chat_template.jinja").read_text(encoding="utf-8"))
 
 
-def render(messages: Sequence[Message], tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False) -> str:
+def render(
+    messages: Sequence[Message], tools: Sequence[Tool] | None = None, add_generation_prompt: bool = False
+) -> str:
     """The chat as text, by the template the model is served with."""
     return _template().render(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
 

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from engine.demo.corpus import HERE, Example, examples, to_text
+from engine.demo.corpus import HERE, Example, examples, practice, to_text
 
 END, TURN, CLOSE = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VOCAB_SIZE = 2304
@@ -27,6 +27,7 @@ VOCAB_SIZE = 2304
 MARKS = [f"<{slash}{mark}>" for mark in ("tools", "tool_call", "tool_response") for slash in ("", "/")]
 # A word keeps its leading space and every digit stands alone, so sums are read digit by digit.
 PATTERN = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+PRACTICE = "practice"  # the shard of the tasks that take longest to learn
 PROMPT_WEIGHT = 26  # of 255: prompts are mostly random, so learning to predict them is worth little
 
 
@@ -99,13 +100,13 @@ def encode(tokenizer: Tokenizer, documents: list[Example]) -> tuple[list[list[in
     end = tokenizer.token_to_id(END)
     found = [x.ids for x in tokenizer.encode_batch([to_text(e) for e in documents])]
     weights = [loss_weights(tokenizer, ids, e.text is None) for ids, e in zip(found, documents, strict=True)]
-    return [ids + [end] for ids in found], [w + [64] for w in weights]
+    return [[*ids, end] for ids in found], [[*w, 64] for w in weights]
 
 
 def _shard(job: tuple[int, bool, int, Path]) -> None:
     seed, held_out, tokens, path = job
     tokenizer = load_tokenizer()
-    stream = examples(seed, held_out)
+    stream = practice(seed) if path.name == PRACTICE else examples(seed, held_out)
     total, ids, weights, starts = 0, [], [], []
     while total < tokens:
         for row, w in zip(*encode(tokenizer, list(itertools.islice(stream, 500))), strict=True):
@@ -141,11 +142,33 @@ class Shard:
             at = int(starts[i]) if starts[i] > at else int(starts[i + 1]) if i + 1 < len(starts) else len(self.ids)
         return np.asarray(out, np.int64)
 
-    def rows(self, windows: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Inputs, targets and target weights of windows."""
-        index = windows[:, None] + np.arange(length + 1)[None, :]
-        ids = np.asarray(self.ids)[index].astype(np.int64) if len(windows) > 64 else self.ids[index].astype(np.int64)
-        return ids[:, :-1], ids[:, 1:], self.weights[index][:, 1:].astype(np.float32) / 255.0
+    def batches(self, rng: np.random.Generator, unit: int, pool: int = 2000) -> list[np.ndarray]:
+        """All documents in random batches of similar length: rows of (start, length), `unit` at most."""
+        starts = np.asarray(self.starts)
+        lengths = np.diff(np.append(starts, len(self.ids)))
+        order, out = rng.permutation(len(starts)), []
+        for at in range(0, len(order), pool):
+            some = order[at : at + pool]
+            some = some[np.argsort(lengths[some], kind="stable")]
+            first, found = 0, []
+            for i in range(1, len(some) + 1):
+                # Batches are closed before the padded size passes the unit, so that all cost the same.
+                if i == len(some) or (i + 1 - first) * lengths[some[i]] > unit:
+                    rows = some[first:i]
+                    found.append(np.stack([starts[rows], lengths[rows]], 1))
+                    first = i
+            out += [found[i] for i in rng.permutation(len(found))]
+        return out
+
+    def rows(self, spans: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Inputs, targets and target weights of spans (start, length), padded to the longest."""
+        width = int(spans[:, 1].max())
+        ids = np.zeros((len(spans), width), np.int64)
+        weights = np.zeros((len(spans), width), np.float32)
+        for row, (start, length) in enumerate(spans):
+            ids[row, :length] = self.ids[start : start + length]
+            weights[row, :length] = self.weights[start : start + length]
+        return ids[:, :-1], ids[:, 1:], weights[:, 1:] / 255.0
 
 
 def prepare(work: Path, seed: int, tokens: int, shards: int, processes: int = 2) -> None:
@@ -155,6 +178,7 @@ def prepare(work: Path, seed: int, tokens: int, shards: int, processes: int = 2)
         write_tokenizer(train_tokenizer(seed), HERE)
     jobs = [(seed + 1 + i, False, tokens // shards, work / f"train{i}") for i in range(shards)]
     jobs.append((seed, True, 150_000, work / "heldout"))
+    jobs.append((seed + 1 + shards, False, tokens // 16, work / PRACTICE))
     jobs = [j for j in jobs if not Path(f"{j[3]}.starts.npy").exists()]
     if jobs:
         with get_context("spawn").Pool(processes) as pool:

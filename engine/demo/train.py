@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,27 +24,29 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.demo.corpus import HERE
-from engine.demo.data import CLOSE, END, Shard, load_tokenizer, prepare, write_tokenizer
+from engine.demo.data import CLOSE, END, PRACTICE, Shard, load_tokenizer, prepare, write_tokenizer
 from engine.demo.model import Shape, forward, init_flat, rotations, views
 
-SHORT, LONG = 512, 2048
-UNIT = 1024  # tokens of a short micro-batch
-STOP, STEP = -1, 0
+LONG = 2048  # tokens of a packed sequence
+UNIT = 1024  # tokens of a micro-batch of documents
+DOCUMENTS, PACK, DRILL, EXTRA = 0, 1, 2, 3
+STOP = -1
+PATIENCE = 900.0  # seconds after which a worker that waits for a dead one gives up
 
 
 @dataclass
 class Options:
     """The flags of a run."""
 
-    minutes: float = 75.0
+    minutes: float = 60.0
     steps: int = 0
     out: Path = HERE
     work: Path = Path(".demo-train")
     seed: int = 1
-    tokens: int = 16_000_000
+    tokens: int = 13_000_000
     shards: int = 4
     workers: int = 2
-    batch: int = 8
+    batch: int = 2
     lr: float = 0.02
     adam_lr: float = 0.004
     decay_from: float = 0.55
@@ -65,10 +66,12 @@ def options() -> Options:
     parser.add_argument("--tokens", type=int, default=default.tokens, help="tokens of training text to generate")
     parser.add_argument("--shards", type=int, default=default.shards, help="files the training text is kept in")
     parser.add_argument("--workers", type=int, default=default.workers, help="processes with one thread each")
-    parser.add_argument("--batch", type=int, default=default.batch, help=f"units of {UNIT} tokens per step")
+    parser.add_argument("--batch", type=int, default=default.batch, help=f"micro-batches of {UNIT} tokens per step")
     parser.add_argument("--lr", type=float, default=default.lr, help="learning rate of the matrices (Muon)")
     parser.add_argument("--adam-lr", type=float, default=default.adam_lr, help="learning rate of the rest (Adam)")
-    parser.add_argument("--decay-from", type=float, default=default.decay_from, help="share of the run before the decay")
+    parser.add_argument(
+        "--decay-from", type=float, default=default.decay_from, help="share of the run before the decay"
+    )
     parser.add_argument("--eval-minutes", type=float, default=default.eval_minutes)
     parser.add_argument("--fresh", action="store_true", help="ignore an earlier checkpoint")
     return Options(**vars(parser.parse_args()))
@@ -131,8 +134,8 @@ class Shared:
         self.first = torch.zeros_like(self.flat).share_memory_()
         self.second = torch.zeros_like(self.flat).share_memory_()
         self.grads = [torch.zeros_like(self.flat).share_memory_() for _ in range(workers)]
-        self.loss = torch.zeros(workers, 2, dtype=torch.float64).share_memory_()
-        self.plan = torch.zeros(64, 4, dtype=torch.int64).share_memory_()  # shard, row, is long
+        self.loss = torch.zeros(workers, 3, dtype=torch.float64).share_memory_()
+        self.plan = torch.zeros(64, 2, dtype=torch.int64).share_memory_()  # position and kind of each micro-batch
         self.rates = torch.zeros(3, dtype=torch.float64).share_memory_()
         self.items = context.Value("i", 0)
         self.counter = context.Value("i", 0)
@@ -140,25 +143,42 @@ class Shared:
 
 
 class Source:
-    """The training windows of both lengths, in a fixed shuffled order."""
+    """The micro-batches of the run, in a fixed shuffled order."""
 
     def __init__(self, work: Path, shards: int, seed: int) -> None:
         self.shards = [Shard.open(work / f"train{i}") for i in range(shards)]
         rng = np.random.default_rng(seed)
-        self.order: dict[int, np.ndarray] = {}
-        for length in (SHORT, LONG):
-            rows = [np.stack([np.full_like(w, i), w], 1) for i, s in enumerate(self.shards) for w in [s.windows(length)]]
-            self.order[length] = rng.permutation(np.concatenate(rows))
+        self.practice = Shard.open(work / PRACTICE)
+        self.extra = self.practice.batches(np.random.default_rng(seed + 1), UNIT)
+        self.batches = [(i, b) for i, s in enumerate(self.shards) for b in s.batches(rng, UNIT)]
+        windows = [(i, w) for i, s in enumerate(self.shards) for w in s.windows(LONG)]
+        self.windows = [windows[i] for i in rng.permutation(len(windows))]
 
-    def micro(self, at: int, long: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """The micro-batch that starts at a row of the order."""
-        length, count = (LONG, 1) if long else (SHORT, UNIT // SHORT)
-        order, parts = self.order[length], []
-        for j in range(count):
-            shard, start = order[(at + j) % len(order)]
-            parts.append(self.shards[shard].rows(np.asarray([start]), length))
-        x, y, w = (np.concatenate(p) for p in zip(*parts, strict=True))
-        return torch.from_numpy(x), torch.from_numpy(y), torch.from_numpy(w)
+    def micro(self, at: int, kind: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs, targets and weights: documents on their own, a packed long sequence, or a copy drill."""
+        if kind == DRILL:
+            return drill(at)
+        if kind == PACK:
+            shard, start = self.windows[at % len(self.windows)]
+            rows = self.shards[shard].rows(np.asarray([[start, LONG + 1]]))
+        elif kind == EXTRA:
+            rows = self.practice.rows(self.extra[at % len(self.extra)])
+        else:
+            shard, spans = self.batches[at % len(self.batches)]
+            rows = self.shards[shard].rows(spans)
+        x, y, w = (torch.from_numpy(np.ascontiguousarray(part)) for part in rows)
+        return x, y, w
+
+
+def drill(at: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Random tokens said twice: the shortest way to attention heads that copy, which every task needs."""
+    g = torch.Generator().manual_seed(at)
+    length = int(torch.randint(8, 32, (1,), generator=g))
+    half = torch.randint(3, Shape().vocab, (UNIT // (2 * length), length), generator=g)
+    ids = torch.cat((half, half), dim=1)
+    weights = torch.zeros(ids.shape)
+    weights[:, length + 1 :] = 1.0
+    return ids[:, :-1], ids[:, 1:], weights[:, 1:]
 
 
 def token_loss(p: dict[str, Tensor], shape: Shape, x: Tensor, y: Tensor, w: Tensor, rope: Any) -> tuple[Tensor, Tensor]:
@@ -193,12 +213,11 @@ class Worker:
                 s.counter.value += 1
             if item >= s.items.value:
                 break
-            at, long, _, _ = s.plan[item].tolist()
-            x, y, w = self.source.micro(at, bool(long))
+            x, y, w = self.source.micro(*s.plan[item].tolist())
             loss, weight = token_loss(self.params, s.shape, x, y, w, self.rope)
             (loss / UNIT).backward()
-            s.loss[self.rank] += torch.stack([loss.detach(), weight]).double()
-        s.computed.wait()
+            s.loss[self.rank] += torch.stack([loss.detach(), weight, (w > 0).sum()]).double()
+        s.computed.wait(PATIENCE)
         lr, adam_lr, step = s.rates.tolist()
         scale = UNIT / float(s.loss[:, 1].sum())
         with torch.no_grad():
@@ -210,15 +229,14 @@ class Worker:
                     g += other[name]
                 grads[name] = g * scale
             self.optimizer.step(grads, int(step), lr, adam_lr)
-        s.stepped.wait()
+        s.stepped.wait(PATIENCE)
 
 
 def worker_main(rank: int, world: int, shared: Shared, work: Path, shards: int, seed: int) -> None:
     """The loop of a helper process."""
-    os.nice(0)
     worker = Worker(rank, world, shared, Source(work, shards, seed))
     while True:
-        shared.begin.wait()
+        shared.begin.wait(PATIENCE)
         if shared.items.value == STOP:
             return
         worker.work()
@@ -228,16 +246,16 @@ def worker_main(rank: int, world: int, shared: Shared, work: Path, shards: int, 
 
 
 @torch.no_grad()
-def held_out_loss(p: dict[str, Tensor], shape: Shape, shard: Shard, rows: int, length: int = SHORT) -> tuple[float, float]:
-    """The mean loss over answers, and over all tokens, of held-out windows."""
-    windows, rope = shard.windows(length)[:rows], rotations(shape, length)
+def held_out_loss(p: dict[str, Tensor], shape: Shape, shard: Shard, count: int) -> tuple[float, float]:
+    """The mean loss per answer token, and per token, of batches of held-out documents."""
+    rope = rotations(shape, LONG)
     total = torch.zeros(4, dtype=torch.float64)
-    for at in range(0, len(windows), 4):
-        x, y, w = (torch.from_numpy(a) for a in shard.rows(windows[at : at + 4], length))
+    for spans in shard.batches(np.random.default_rng(0), UNIT)[:count]:
+        x, y, w = (torch.from_numpy(np.ascontiguousarray(a)) for a in shard.rows(spans))
         h = forward(p, shape, x, rope).flatten(0, 1)
         loss = F.cross_entropy(F.linear(h, p["model.embed_tokens.weight"]), y.flatten(), reduction="none").double()
-        answer = (w.flatten() == 1.0).double()
-        total += torch.stack([(loss * answer).sum(), answer.sum(), loss.sum(), torch.tensor(float(len(loss)))])
+        answer, real = (w.flatten() == 1.0).double(), (w.flatten() > 0).double()
+        total += torch.stack([(loss * answer).sum(), answer.sum(), (loss * real).sum(), real.sum()])
     return float(total[0] / total[1]), float(total[2] / total[3])
 
 
@@ -249,6 +267,7 @@ def export(flat: Tensor, shape: Shape, out: Path) -> None:
     tensors = {n: t.to(torch.bfloat16).contiguous().clone() for n, t in views(flat, shape).items()}
     temporary = out / "model.safetensors.tmp"
     save_file(tensors, temporary, metadata={"format": "pt"})
+    temporary.chmod(0o644)
     temporary.replace(out / "model.safetensors")
     generation = {
         "bos_token_id": None,
@@ -259,7 +278,10 @@ def export(flat: Tensor, shape: Shape, out: Path) -> None:
         "top_p": 0.9,
         "max_new_tokens": 256,
     }
-    for name, value in (("config.json", shape.config(None, close, end)), ("generation_config.json", generation)):
+    for name, value in (
+        ("config.json", shape.config(None, close, end)),
+        ("generation_config.json", generation),
+    ):
         temporary = out / (name + ".tmp")
         temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         temporary.replace(out / name)
@@ -269,9 +291,11 @@ def export(flat: Tensor, shape: Shape, out: Path) -> None:
 
 
 def plot(log: dict[str, list[list[float]]], path: Path) -> None:
-    """The loss curve."""
-    import matplotlib
-
+    """The loss curve; left out where matplotlib, a development dependency, is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -300,9 +324,21 @@ def schedule(share: float, decay_from: float) -> float:
     return 1.0 if share < decay_from else max(0.01, (1.0 - share) / (1.0 - decay_from))
 
 
-def long_items(share: float, step: int) -> int:
-    """How many 2048-token sequences a step holds: one in four steps early, more at the end."""
-    return 1 if share < 0.8 and step % 4 == 0 else 0 if share < 0.8 else 1
+def plan_step(share: float, step: int, batch: int, state: dict[str, Any]) -> list[list[int]]:
+    """The micro-batches of a step: documents, with copy drills early and long sequences late."""
+    plan = []
+    if share > 0.6 and step % 8 == 0:
+        # In addition, and first: the last micro-batches of a step should be small, so that none waits long.
+        plan.append([state["packs"], PACK])
+        state["packs"] += 1
+    if share < 0.15:
+        plan.append([step, DRILL])
+    elif share > 0.86:
+        plan.append([step, EXTRA])
+    for _ in range(batch - sum(kind != PACK for _, kind in plan)):
+        plan.append([state["documents"], DOCUMENTS])
+        state["documents"] += 1
+    return plan
 
 
 def main() -> None:
@@ -314,7 +350,7 @@ def main() -> None:
     print(f"prepared in {time.monotonic() - began:.0f} s; {shape.size():,} parameters", flush=True)
     context = mp.get_context("spawn")
     shared = Shared(shape, o.seed, o.workers, context)
-    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "short": 0, "long": 0}
+    state: dict[str, Any] = {"step": 0, "seconds": 0.0, "tokens": 0, "documents": 0, "packs": 0}
     log: dict[str, list[list[float]]] = {"train": [], "heldout": []}
     saved = o.work / "checkpoint.pt"
     if saved.exists() and not o.fresh:
@@ -337,8 +373,8 @@ def main() -> None:
     worker = Worker(0, o.workers, shared, source)
     held = Shard.open(o.work / "heldout")
 
-    def evaluate(rows: int) -> None:
-        answers, every = held_out_loss(worker.params, shape, held, rows)
+    def evaluate(count: int) -> None:
+        answers, every = held_out_loss(worker.params, shape, held, count)
         log["heldout"].append([state["tokens"], answers, every])
         export(shared.flat, shape, o.out)
         save()
@@ -377,22 +413,16 @@ def main() -> None:
         share = state["step"] / o.steps if o.steps else state["seconds"] / budget
         if share >= 1.0:
             break
-        longs = min(long_items(share, state["step"]), o.batch * UNIT // LONG)
-        shorts = o.batch - longs * (LONG // UNIT)
-        # Long ones first: the last micro-batches of a step should be small, so that no worker waits long.
-        plan = [[state["long"] + i, 1, 0, 0] for i in range(longs)]
-        plan += [[state["short"] + i * (UNIT // SHORT), 0, 0, 0] for i in range(shorts)]
+        plan = plan_step(share, state["step"], o.batch, state)
         shared.plan[: len(plan)] = torch.tensor(plan)
-        state["long"] += longs
-        state["short"] += shorts * (UNIT // SHORT)
         state["step"] += 1
         factor = schedule(share, o.decay_from)
         shared.rates.copy_(torch.tensor([o.lr * factor, o.adam_lr * factor, state["step"]], dtype=torch.float64))
         shared.counter.value = 0
         shared.items.value = len(plan)
-        shared.begin.wait()
+        shared.begin.wait(PATIENCE)
         worker.work()
-        state["tokens"] += o.batch * UNIT
+        state["tokens"] += int(shared.loss[:, 2].sum())
         loss = float(shared.loss[:, 0].sum() / shared.loss[:, 1].sum())
         log["train"].append([state["tokens"], loss])
         mean = loss if mean == 0.0 else 0.95 * mean + 0.05 * loss
@@ -404,15 +434,15 @@ def main() -> None:
         bar.set_postfix_str(f"step {state['step']} loss {mean:.3f} {speed:.0f} tok/s", refresh=False)
         if state["seconds"] - last_eval > o.eval_minutes * 60:
             last_eval = last_save = state["seconds"]
-            evaluate(64)
+            evaluate(40)
             mark = time.monotonic()
         elif state["seconds"] - last_save > 180:
             last_save = state["seconds"]
             save()
     shared.items.value = STOP
-    shared.begin.wait()
+    shared.begin.wait(PATIENCE)
     bar.close()
-    evaluate(10_000)
+    evaluate(80)
     for process in helpers:
         process.join()
 
