@@ -11,7 +11,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim test-gpu bench-gpu clean
+.PHONY: help install serve test check sim test-clients test-gpu bench-gpu clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -47,6 +47,10 @@ check: $(VENV)/.dev  ## lint, types, layering
 
 sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
 	$(BIN)/python -m tests.sim --seconds $(SECONDS)
+
+test-clients: $(VENV)/.dev  ## lm-eval against the server (installs it)
+	$(BIN)/python -m pip install --quiet lm-eval tenacity requests
+	$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
 
 test-gpu: $(VENV)/.dev  ## parity and no-sync tests; needs an NVIDIA GPU
 	$(BIN)/python -m pytest -m gpu tests/gpu $(ARGS)

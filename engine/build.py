@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engine.config import EngineConfig, StartupError
+from engine.config import CudaOptions, EngineConfig, StartupError
 from engine.engine import Engine
 from engine.forward import Limits
 from engine.metrics import EngineMetrics
@@ -84,12 +84,22 @@ def show_progress() -> Callable[[int, int], None]:
     """A progress bar for weights, on stderr; nothing where stderr is no terminal and the load is short."""
     from tqdm import tqdm
 
+    delay = 0.0 if sys.stderr.isatty() else 2.0
+
     bar: tqdm | None = None
 
     def progress(done: int, total: int) -> None:
         nonlocal bar
         if bar is None:
-            bar = tqdm(total=total, desc="Loading weights", unit="B", unit_scale=True, file=sys.stderr, mininterval=0.2)
+            bar = tqdm(
+                total=total,
+                desc="Loading weights",
+                unit="B",
+                unit_scale=True,
+                file=sys.stderr,
+                mininterval=0.2,
+                delay=delay,
+            )
         bar.update(done - bar.n)
         if done >= total:
             bar.close()
@@ -116,9 +126,15 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     if not options.served_names and directory == Path(__file__).parent / "demo":
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({model_config.architecture}, {directory})")
-    executor = _build_executor(config, directory, model_config, context, report)
     metrics = EngineMetrics(names[0], prefix=config.server.metrics_prefix, max_model_len=context)
-    engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics)
+    try:
+        executor = _build_executor(config, directory, model_config, context, report)
+        engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics)
+    except MemoryError as error:
+        raise StartupError(
+            f"no memory for --max-num-seqs {config.scheduler.max_num_seqs} with {context} tokens of context each and "
+            f"--max-num-batched-tokens {config.scheduler.max_num_batched_tokens}: {' '.join(str(error).split())}"
+        ) from error
     limits = executor.limits
     metrics.set_cache_config(
         block_size=limits.page_size,
@@ -152,8 +168,51 @@ def _build_executor(
         import torch  # noqa: F401
     device = _pick_device(config)
     if device == "cuda":
-        raise StartupError("a CUDA device is there, but this version has no CUDA executor; say --device cpu")
+        return _build_cuda(config, directory, model_config, context, report)
+    if config.cuda != CudaOptions():
+        raise StartupError("--cuda-graph, --kv-cache-dtype, --profile-dir and --nvtx need a CUDA device; this is a CPU")
     return _build_cpu(config, directory, model_config, context, report)
+
+
+def _build_cuda(
+    config: EngineConfig, directory: Path, model_config: ModelConfig, context: int, report: StartupReport
+) -> Executor:
+    import torch
+
+    from engine.executor.cuda_device import CudaDevice
+    from engine.executor.cuda_start import build_cuda_executor, pick_dtype
+    from engine.models.registry import load_model
+
+    if config.deterministic:
+        raise StartupError("--deterministic is not promised on a GPU yet")
+    layer, dtype = CudaDevice(nvtx=config.cuda.nvtx), pick_dtype(config.model.dtype)
+    report.row("device", torch.cuda.get_device_name(layer.device))
+    report.row("dtype", str(dtype).removeprefix("torch."))
+    report.row("deterministic", "no (GPU)")
+    with report.phase("weights"):
+        model = load_model(
+            model_config,
+            directory,
+            dtype=dtype,
+            device=layer.device,
+            load_format=config.model.load_format,
+            seed=config.model.seed,
+            progress=show_progress(),
+            max_model_len=context,
+        )
+    with report.phase("KV cache and graphs"):
+        return build_cuda_executor(
+            model,
+            layer,
+            config.cache,
+            dtype=dtype,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=context,
+            kv_cache_dtype=config.cuda.kv_cache_dtype,
+            cuda_graph=config.cuda.cuda_graph,
+            row=report.row,
+        )
 
 
 def _build_cpu(
@@ -164,6 +223,7 @@ def _build_cpu(
     from engine.executor.cpu import CPUExecutor, choose_threads, pick_dtype, plan_memory
     from engine.models.registry import load_model
     from engine.ops import native
+    from engine.ops.invariance import promise
 
     dtype = pick_dtype(config.model.dtype)
     with report.phase("kernels"):
@@ -182,7 +242,12 @@ def _build_cpu(
             seed=config.model.seed,
             progress=show_progress(),
             max_model_len=context,
+            deterministic=bool(config.deterministic),
         )
+    promised, how = promise(model.linears, model.attention_spec, dtype)
+    if config.deterministic and not promised:
+        raise StartupError(f"--deterministic cannot be promised here: {how}")
+    report.row("deterministic", f"{'yes' if promised else 'no'} ({how})")
     with report.phase("KV cache"):
         num_pages = plan_memory(model_config, dtype, config.cache, config.scheduler.max_num_seqs, context)
         limits = Limits(

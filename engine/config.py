@@ -71,7 +71,11 @@ class StreamOptions:
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
-    """HTTP. Sizes in bytes, times in seconds."""
+    """HTTP. Sizes in bytes, times in seconds.
+
+    tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
+    template shows.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -84,19 +88,40 @@ class ServerOptions:
     metrics_prefix: str = "vllm"
     unresponsive_after_s: float = 60.0
     root_path: str = ""
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class CudaOptions:
+    """cuda_graph: lazy, start or off. kv_cache_dtype: auto, fp8 or fp8_e4m3. profile_dir: where traces go.
+
+    nvtx: ranges around launches and graph captures.
+    """
+
+    cuda_graph: str = "lazy"
+    kv_cache_dtype: str = "auto"
+    profile_dir: str | None = None
+    nvtx: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU, None for auto."""
+    """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU, None for auto.
+
+    deterministic: a request's tokens and log-probabilities have the same bits whatever runs beside it. True: or the
+    start fails. None: where it costs nothing.
+    """
 
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
+    cuda: CudaOptions = field(default_factory=CudaOptions)
     device: str = "auto"
     num_threads: int | None = None
+    deterministic: bool | None = None
 
 
 class StartupError(Exception):

@@ -14,13 +14,14 @@ import random
 from collections import deque
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.clock import Clock, MonotonicClock
 from engine.config import EngineConfig
 from engine.executor.base import Executor, StepHandle
 from engine.forward import DeviceLostError, ForwardError, ForwardOutput
 from engine.metrics import EngineMetrics, EngineStats
-from engine.request import FinishReason, QueueFullError, Request, UnavailableError
+from engine.request import FinishReason, QueueFullError, Request, TokenConstraint, UnavailableError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence
@@ -261,9 +262,12 @@ class Engine:
                 for token in sequence.token_ids[sequence.num_prompt_tokens + listener.num_accepted :].tolist():
                     constraint.accept(token)
                     listener.num_accepted += 1
-                if not (sequence.is_finished or constraint.is_finished):
-                    constraint.mask_into(bits)
+                if not sequence.is_finished and _may_go_on(constraint, bits):
                     continue
+                if not sequence.is_finished and constraint.error is not None:
+                    self.scheduler.finish(sequence, FinishReason.ERROR, None)
+                    sentence = f"The grammar of this request failed: {constraint.error}."
+                    self._end(listener, sentence, bad_request=True)
             except Exception:
                 # One grammar that breaks is one request's error.
                 logger.exception("the grammar of request %s failed", sequence.request.request_id)
@@ -324,7 +328,7 @@ class Engine:
             listener.flushed_at = now
             stream.flush()
 
-    def _end(self, listener: _Listener, error: str | None = None) -> None:
+    def _end(self, listener: _Listener, error: str | None = None, *, bad_request: bool = False) -> None:
         """The terminal event of a request, with whatever it had not published yet."""
         sequence, stream = listener.sequence, listener.stream
         if self._listeners.pop(sequence.request.request_id, None) is None:
@@ -342,7 +346,7 @@ class Engine:
                 reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
             stream.push(text, tokens, listener.logprobs)
         self._observe_end(listener, reason)
-        stream.finish(reason, sequence.stop_reason, error)
+        stream.finish(reason, sequence.stop_reason, error, bad_request=bad_request)
 
     def _on_first_token(self, sequence: Sequence | None, now: float) -> None:
         if sequence is None or sequence.listener.first_token_at is not None:
@@ -387,6 +391,18 @@ class Engine:
             listener.sequence.finish_reason = FinishReason.ERROR
             self._end(listener, f"The engine failed: {what}")
         self._idle.set()
+
+
+def _may_go_on(constraint: TokenConstraint, bits: NDArray[np.uint32]) -> bool:
+    """Write what may be sampled; False where nothing may: the grammar has ended, or failed."""
+    if constraint.is_free:
+        bits.fill(0xFFFFFFFF)
+        return True
+    # A grammar that has failed calls itself finished as well.
+    if constraint.error is not None or constraint.is_finished:
+        return False
+    constraint.mask_into(bits)
+    return constraint.error is None
 
 
 def _attach_logprobs(result: StepResult, output: ForwardOutput) -> None:

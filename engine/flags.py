@@ -12,6 +12,7 @@ from pathlib import Path
 
 from engine.config import (
     CacheOptions,
+    CudaOptions,
     EngineConfig,
     ModelOptions,
     SchedulerOptions,
@@ -115,6 +116,14 @@ def make_parser() -> argparse.ArgumentParser:
     device = parser.add_argument_group("device and memory")
     device.add_argument("--device", choices=["auto", "cpu", "cuda"])
     device.add_argument("--threads", type=_count, metavar="N", help="compute threads on the CPU")
+    device.add_argument(
+        "--deterministic",
+        "--enable-deterministic-inference",
+        dest="deterministic",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="the same tokens and log-probabilities whatever runs beside a request; default: where it costs nothing",
+    )
     device.add_argument("--kv-cache-gb", type=_positive, metavar="GB", help="size of the KV cache in 1e9 bytes")
     device.add_argument("--kv-cache-memory-bytes", type=_count, metavar="BYTES")
     device.add_argument(
@@ -128,6 +137,13 @@ def make_parser() -> argparse.ArgumentParser:
     device.add_argument("--num-gpu-blocks-override", dest="num_pages", type=_count, metavar="PAGES")
     device.add_argument("--max-total-tokens", type=_count, metavar="TOKENS", help="size of the KV cache in tokens")
     device.add_argument("--page-size", "--block-size", dest="page_size", type=_count, metavar="TOKENS")
+
+    cuda = parser.add_argument_group("CUDA")
+    cuda.add_argument("--cuda-graph", choices=["lazy", "start", "off"], help="when decode graphs are captured")
+    cuda.add_argument("--enforce-eager", "--disable-cuda-graph", dest="cuda_graph", action="store_const", const="off")
+    cuda.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "fp8_e4m3"], help="auto: the model's")
+    cuda.add_argument("--profile-dir", metavar="DIR", help="where /start_profile writes torch profiler traces")
+    cuda.add_argument("--nvtx", action="store_true", default=None, help="NVTX ranges around launches")
 
     scheduler = parser.add_argument_group("scheduler and cache")
     scheduler.add_argument("--max-num-seqs", "--max-running-requests", dest="max_num_seqs", type=_count, metavar="N")
@@ -184,6 +200,16 @@ def make_parser() -> argparse.ArgumentParser:
     )
     server.add_argument("--sse-keep-alive-interval", type=_not_negative, metavar="S", help="0 is off")
     server.add_argument("--metrics-prefix", metavar="NAME", help="vllm (default), sglang, or a prefix of your own")
+    server.add_argument(
+        "--tool-call-parser",
+        metavar="NAME",
+        help="how the model writes tool calls: hermes, llama3_json, ..., none, or auto (by its chat template)",
+    )
+    server.add_argument(
+        "--reasoning-parser",
+        metavar="NAME",
+        help="how the model marks its reasoning: qwen3, deepseek_r1, ..., none, or auto (by its chat template)",
+    )
     server.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
 
@@ -267,9 +293,20 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 drain_timeout_s=args.drain_timeout,
                 keep_alive_interval_s=args.sse_keep_alive_interval,
                 metrics_prefix=args.metrics_prefix,
+                tool_call_parser=args.tool_call_parser,
+                reasoning_parser=args.reasoning_parser,
             ),
         ),
+        cuda=CudaOptions(
+            **_given(  # type: ignore[arg-type]
+                cuda_graph=args.cuda_graph,
+                kv_cache_dtype=args.kv_cache_dtype,
+                profile_dir=args.profile_dir,
+                nvtx=args.nvtx,
+            )
+        ),
         num_threads=args.threads,
+        deterministic=args.deterministic,
         **_given(device=args.device),  # type: ignore[arg-type]
     )
 

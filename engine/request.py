@@ -37,6 +37,8 @@ class SamplingParams:
     bad_words: token id sequences whose last id is masked where the ones before it stand.
     logprobs: how many alternatives to report beside each token, 0 for the token alone. prompt_logprobs: the same
     for the prompt's tokens, whose prefix is then not taken from the cache. Both are of the raw distribution.
+    kept_special_ids: special tokens that the text shows although skip_special_tokens leaves out the others; markers
+    that the model's output is read by.
     """
 
     max_tokens: int | None = None
@@ -60,6 +62,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    kept_special_ids: frozenset[int] = frozenset()
 
     @property
     def has_penalties(self) -> bool:
@@ -91,8 +94,18 @@ class TokenConstraint(Protocol):
         ...
 
     @property
+    def is_free(self) -> bool:
+        """Everything may follow for now: no mask has to be computed."""
+        ...
+
+    @property
     def is_finished(self) -> bool:
         """Nothing may follow."""
+        ...
+
+    @property
+    def error(self) -> str | None:
+        """Why it can tell no more what is allowed, in a few words without a full stop; None while all is well."""
         ...
 
 

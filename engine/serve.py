@@ -31,6 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         from engine.build import build_engine
         from engine.report import StartupReport
+        from server.parsers.registry import choose_parsers
+
+        # A misspelled name ends the start before the weights are read.
+        choose_parsers(config.server.tool_call_parser, config.server.reasoning_parser, "")
 
         report = StartupReport(STARTED_AT)
         report.phases["imports"] = report.total_seconds

@@ -30,7 +30,8 @@ class Delta:
     """What came since the last take. text may be empty (held back) while token_ids is not.
 
     finish_reason is set once, in the last delta. stop_reason: the stop string or stop token id that ended it.
-    error: the sentence for the client when finish_reason is ERROR. logprobs: one for each of token_ids, if asked for.
+    error: the sentence for the client when finish_reason is ERROR; bad_request: the request itself is to blame (its
+    grammar). logprobs: one for each of token_ids, if asked for.
     """
 
     text: str = ""
@@ -39,13 +40,15 @@ class Delta:
     stop_reason: str | int | None = None
     error: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    bad_request: bool = False
 
     def merge(self, later: Delta) -> None:
         """Melt what came later into this one."""
         self.text += later.text
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
-        self.finish_reason, self.stop_reason, self.error = later.finish_reason, later.stop_reason, later.error
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+        self.error, self.bad_request = later.error, later.bad_request
 
 
 class TokenStream:
@@ -100,12 +103,20 @@ class TokenStream:
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
 
-    def finish(self, reason: FinishReason, stop_reason: str | int | None = None, error: str | None = None) -> None:
+    def finish(
+        self,
+        reason: FinishReason,
+        stop_reason: str | int | None = None,
+        error: str | None = None,
+        *,
+        bad_request: bool = False,
+    ) -> None:
         """Terminal event; exactly one per stream, later ones are ignored (abort races with the end)."""
         if self._finished:
             return
         self._finished = True
-        self._delta.finish_reason, self._delta.stop_reason, self._delta.error = reason, stop_reason, error
+        delta = self._delta
+        delta.finish_reason, delta.stop_reason, delta.error, delta.bad_request = reason, stop_reason, error, bad_request
         self.flush()
 
     @property

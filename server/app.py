@@ -12,6 +12,7 @@ import hmac
 import logging
 import re
 import signal
+import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -23,7 +24,9 @@ from aiohttp import web
 from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
 from engine.request import RequestError, UnavailableError
-from server.endpoints import cache, generate, health, info, models, tokenize
+from engine.text.structured import GrammarCompiler
+from server.endpoints import cache, generate, health, info, models, profile, tokenize
+from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, error_body, error_response
 from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
 
@@ -31,7 +34,7 @@ __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
-ENDPOINTS = (cache, generate, health, info, models, tokenize)
+ENDPOINTS = (cache, generate, health, info, models, profile, tokenize)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A burst of this many connects waits in the kernel and is not refused.
@@ -50,7 +53,11 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web.Application:
     """All routes, under `options.root_path` as well where it is set (some proxies strip it and some do not)."""
     app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(_CONNECTION))
-    app[STATE] = State(engine, model, options)
+    source = "" if model.chat_template is None else model.chat_template.source
+    tool_family, reasoning_family = choose_parsers(options.tool_call_parser, options.reasoning_parser, source)
+    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family)
+    app.on_startup.append(_warm_up)
+    app.on_cleanup.append(_clean_up)
     app.on_response_prepare.append(_add_headers)
     for prefix in dict.fromkeys(("", options.root_path.rstrip("/"))):
         for endpoint in ENDPOINTS:
@@ -60,6 +67,23 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
                 if method == "GET":
                     add("HEAD", prefix + path, handler)
     return app
+
+
+def _make_compiler(engine: Engine) -> GrammarCompiler | None:
+    if engine.tokenizer is None or not engine.eos_token_ids:
+        return None
+    return GrammarCompiler(engine.tokenizer, engine.eos_token_ids, engine.limits.vocab_size)
+
+
+async def _warm_up(app: web.Application) -> None:
+    """Build the grammars' trie of the vocabulary, beside the loop; requests that come before it is done wait for it."""
+    if (compiler := app[STATE].compiler) is not None:
+        threading.Thread(target=compiler.warm, name="grammar-trie", daemon=True).start()
+
+
+async def _clean_up(app: web.Application) -> None:
+    if (compiler := app[STATE].compiler) is not None:
+        compiler.close()
 
 
 # ---- the gate

@@ -16,7 +16,9 @@ from engine.engine import Engine
 from engine.models.config import GenerationDefaults, ModelConfig
 from engine.request import RequestError
 from engine.text.chat_template import ChatTemplate
+from engine.text.structured import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
+from server.parsers.base import ReasoningFamily, ToolFamily
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +60,18 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """submitted: ids of the engine requests whose handlers are still there, so that a drain can end them."""
+    """submitted: ids of the engine requests whose handlers are still there, so that a drain can end them.
+
+    compiler: None where the model has no tokenizer, or no token to end a text with. tool_family, reasoning_family:
+    how the model writes calls and reasoning, None where it is not known or not wanted.
+    """
 
     engine: Engine
     model: ServedModel
     options: ServerOptions
+    compiler: GrammarCompiler | None = None
+    tool_family: ToolFamily | None = None
+    reasoning_family: ReasoningFamily | None = None
     in_flight: InFlight = field(default_factory=InFlight)
     submitted: set[str] = field(default_factory=set)
 

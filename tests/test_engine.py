@@ -226,9 +226,9 @@ async def test_heartbeat_stands_still_only_while_work_does() -> None:
 class Alternating:
     """A constraint: even ids at even places, odd ones at odd places, and an end after `length` tokens."""
 
-    def __init__(self, length: int, broken_at: int = -1) -> None:
+    def __init__(self, length: int, broken_at: int = -1, wrong_at: int = -1, free_until: int = 0) -> None:
         self.seen: list[int] = []
-        self.length, self.broken_at = length, broken_at
+        self.length, self.broken_at, self.wrong_at, self.free_until = length, broken_at, wrong_at, free_until
 
     def mask_into(self, mask: np.ndarray) -> None:
         if len(self.seen) == self.broken_at:
@@ -239,8 +239,16 @@ class Alternating:
         self.seen.append(token_id)
 
     @property
+    def is_free(self) -> bool:
+        return len(self.seen) < self.free_until
+
+    @property
     def is_finished(self) -> bool:
-        return len(self.seen) >= self.length
+        return len(self.seen) >= self.length or self.error is not None
+
+    @property
+    def error(self) -> str | None:
+        return "it grew too complex" if len(self.seen) == self.wrong_at else None
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -267,3 +275,15 @@ async def test_broken_grammar_is_one_requests_error() -> None:
         bad, good = await asyncio.gather(collect(engine.submit(broken)), collect(engine.submit(ask("good", [1, 2]))))
         assert bad.finish_reason is FinishReason.ERROR and bad.error == "The grammar of this request failed."
         assert good.token_ids == reference([1, 2]) and not engine.failed
+        stuck = dataclasses.replace(ask("stuck", [5, 6]), constraint=Alternating(50, wrong_at=3))
+        bad = await collect(engine.submit(stuck))
+        assert bad.finish_reason is FinishReason.ERROR
+        assert bad.error == "The grammar of this request failed: it grew too complex." and bad.bad_request
+
+
+async def test_a_grammar_that_has_not_begun_allows_everything() -> None:
+    async with running() as engine:
+        bound = dataclasses.replace(ask("free", [1, 2, 3], max_tokens=9), constraint=Alternating(100, free_until=4))
+        answer = await collect(engine.submit(bound))
+    assert answer.token_ids[:4] == reference([1, 2, 3])[:4] and len(answer.token_ids) == 9
+    assert [token % 2 for token in answer.token_ids[4:]] == [0, 1, 0, 1, 0]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from engine.cache.eviction.registry import EVICTION_POLICIES
+from engine.cache.eviction.registry import make_eviction_policy
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree
 from engine.forward import Int32Array
@@ -59,7 +59,7 @@ class KVCache:
         self.num_evicted_pages = 0
         self._caching = enable_prefix_caching
         self._pool = PagePool(num_pages)
-        self._tree = RadixTree(page_size, EVICTION_POLICIES[eviction_policy]())
+        self._tree = RadixTree(page_size, make_eviction_policy(eviction_policy))
         self._deferred: list[int] = []
 
     @property

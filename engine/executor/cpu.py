@@ -200,7 +200,9 @@ class CPUExecutor:
         draw = None
         if extras.count:
             logits = logits.contiguous()
-            draw = extras.begin(logits, sampling_slots, positions, params)
+            draw = extras.begin(logits, sampling_slots, positions, params, masked=step.masks is not None)
+            if draw is not None:
+                logits = draw.logits
         if step.masks is not None:
             # Only here: the forward has not waited for the host's grammars.
             step.masks.wait()

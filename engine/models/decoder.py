@@ -52,6 +52,8 @@ class Decoder:
         # Each layer with its rope table and the norm that follows it: its residual addition is part of that norm.
         following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
         self._steps = list(zip(self._layers, tables, following, strict=True))
+        # For what the start says of them.
+        self.linears = weights.linears
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """int32 or int64 [T], [T] -> [T, hidden_size] after the final norm.

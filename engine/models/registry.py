@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from engine.ops.attention.base import AttentionBackend, AttentionSpec
+    from engine.ops.linear import Linear
 
 # `architectures` of config.json -> the module in this package that reads it.
 FAMILIES = {
@@ -42,6 +43,7 @@ class CausalLM(Protocol):
 
     config: ModelConfig
     attention_spec: AttentionSpec
+    linears: list[Linear]
 
     def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
         """Integers [T] and [T] -> hidden states [T, hidden_size] after the final norm, in the model's dtype."""
@@ -74,6 +76,7 @@ def load_model(
     seed: int = 0,
     progress: Progress | None = None,
     max_model_len: int | None = None,
+    deterministic: bool = False,
 ) -> CausalLM:
     """Build a model and fill it with weights.
 
@@ -83,11 +86,11 @@ def load_model(
     Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
     """
     try:
-        return _load(model_config, directory, dtype, device, load_format, seed, progress, max_model_len)
+        return _load(model_config, directory, dtype, device, load_format, seed, progress, max_model_len, deterministic)
     except (RuntimeError, MemoryError) as error:
-        # torch has no class of its own for a failed allocation on the host.
+        # torch has no class of its own for a failed allocation on the host, nor for a size beyond 64 bits.
         text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text:
+        if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text or "overflow" in text:
             raise StartupError(f"{directory}: no memory for the model: {text[:200]}") from error
         raise
 
@@ -101,6 +104,7 @@ def _load(
     seed: int,
     progress: Progress | None,
     max_model_len: int | None,
+    deterministic: bool,
 ) -> CausalLM:
     from engine.models.decoder import Decoder
     from engine.models.weights import CheckpointWeights, DummyWeights, ShapeRecorder, Weights
@@ -115,5 +119,6 @@ def _load(
         weights = CheckpointWeights(dtype, device, directory, recorder.shapes, progress)
     else:
         raise StartupError(f"load format {load_format!r} is not one of auto, safetensors, dummy")
+    weights.deterministic = deterministic
     with weights:
         return Decoder(model_config, weights, context)

@@ -34,11 +34,17 @@ Progress = Callable[[int, int], None]
 
 
 class Weights:
-    """The interface to a source, and what the sources share. dtype and device are those of the result."""
+    """The interface to a source, and what the sources share. dtype and device are those of the result.
+
+    deterministic: linear layers are to give a row the same bits in any batch (Linear.prepare).
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self.device = device
+        self.deterministic = False
+        # All that were prepared.
+        self.linears: list[Linear] = []
 
     def __enter__(self) -> Weights:
         return self
@@ -102,7 +108,8 @@ class Weights:
 
     def prepare(self, linear: Linear, *, keep_rows: bool = False) -> None:
         """Bring a layer into the form that is fastest to multiply with."""
-        linear.prepare(keep_rows=keep_rows)
+        linear.prepare(keep_rows=keep_rows, deterministic=self.deterministic)
+        self.linears.append(linear)
 
 
 class ShapeRecorder(Weights):

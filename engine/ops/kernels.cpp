@@ -995,8 +995,8 @@ struct Ranked {
     int32_t id;
 };
 
-// Log of the sum of exponentials, and the k best logits with their ids, best first and of equals the lowest id.
-void normalise_row(const float* x, i64 V, i64 k, float* lse, int32_t* ids, float* best) {
+// The k best logits with their ids, best first and of equals the lowest id; log of the sum of exp(logit - best).
+void normalise_row(const float* x, i64 V, i64 k, float* log_sum, int32_t* ids, float* best) {
     static thread_local std::vector<Ranked> heap;  // its root is the worst that is kept
     auto better = [](const Ranked& a, const Ranked& b) { return a.logit > b.logit || (a.logit == b.logit && a.id < b.id); };
     heap.clear();
@@ -1025,7 +1025,7 @@ void normalise_row(const float* x, i64 V, i64 k, float* lse, int32_t* ids, float
     const Weight weight{best[0], 1.0f};
     double sum = 0;
     for (i64 g = 0; g < V; g += SEGMENT) sum += segment_sum(weight, x + g, std::min(SEGMENT, V - g));
-    *lse = std::isfinite(best[0]) ? (float)(best[0] + std::log(sum)) : best[0];
+    *log_sum = (float)std::log(sum);
 }
 
 // One more than the logits above `value`.
@@ -1125,10 +1125,10 @@ EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params
              [&](i64 r) { out[r] = sample_row(logits + r * V, V, ((const Params*)params)[r], positions[r]); });
 }
 
-EXPORT void ol_normalise(const float* logits, int64_t V, const int64_t* rows, int64_t count, int64_t k, float* lse, int32_t* ids,
+EXPORT void ol_normalise(const float* logits, int64_t V, const int64_t* rows, int64_t count, int64_t k, float* log_sum, int32_t* ids,
                          float* best, int64_t threads) {
     parallel(count, limit_threads((int)threads, (double)count * V, 65536),
-             [&](i64 r) { normalise_row(logits + rows[r] * V, V, k, lse + r, ids + r * k, best + r * k); });
+             [&](i64 r) { normalise_row(logits + rows[r] * V, V, k, log_sum + r, ids + r * k, best + r * k); });
 }
 
 EXPORT void ol_ranks(const float* logits, int64_t V, const int64_t* rows, int64_t count, const float* values, int32_t* out,

@@ -2,19 +2,25 @@
 
 Built by models/ at load time, called by the executor's thread. Three ways, chosen by capability alone so that a
 machine gives the same bits at every start: oneDNN prepacked where bf16 has hardware (AVX512-BF16, AMX), our
-own kernels for float32 and for bf16 elsewhere, `F.linear` as the floor.
+own kernels for float32 and for bf16 elsewhere, `F.linear` as the floor. Our own give a row the same bits in any
+batch; the others do so in deterministic mode, by row tiles (invariance.py).
 """
 
 from __future__ import annotations
+
+import contextlib
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import native
+from engine.ops.invariance import RowTile, row_tile_of
 
 # Rows that oneDNN packs for. With 1 its sums fall into the fewest classes by number of rows ({1..128}, {255..512}).
 ROWS_HINT = 1
+# Elements of a weight up to which deterministic mode takes our own kernels unasked: as quick at that size.
+SMALL_WEIGHT = 1 << 20
 
 
 def has_fast_bfloat16() -> bool:
@@ -50,47 +56,62 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.kind = "torch"
-        self._dtype = weight.dtype
+        self.row_tile: RowTile | None = None
+        self.dtype = weight.dtype
+        self.has_bias = bias is not None
         self._weight = weight
         self._bias = bias
         self._bias_address: int | None = None
 
-    def prepare(self, *, keep_rows: bool = False, kind: str | None = None) -> None:
+    def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Bring the weight into its fastest form and drop the plain one. Once.
 
         keep_rows: `rows` must keep working without a second copy (a tied embedding); oneDNN's form cannot do that,
-        so there the weight stays as it is. kind: for tests.
+        so there the weight stays as it is. kind: for tests. deterministic: the fastest form whose rows have the
+        same bits in any batch, where there is one (kind native, or a row_tile).
         """
         assert self.kind == "torch", "prepared twice"
         weight = self._weight
         kind = kind or choose_kind(weight.dtype, weight.device)
+        own = weight.is_cpu and native.library() is not None and native.type_code(weight.dtype) is not None
+        if deterministic and own and weight.numel() <= SMALL_WEIGHT:
+            kind = "native"
         if kind == "onednn" and not keep_rows:
-            try:
+            # Not in a torch built without oneDNN.
+            with contextlib.suppress(AttributeError, RuntimeError):
                 self._weight = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), ROWS_HINT)
-            except (AttributeError, RuntimeError):  # a torch built without oneDNN
-                return
-            self.kind = kind
+                self.kind = kind
         elif kind == "native":
-            library, code = native.library(), native.type_code(weight.dtype)
-            assert library is not None and code is not None
-            weight = weight.contiguous()
-            packed = torch.empty(library.hold.ol_packed_size(*weight.shape), dtype=weight.dtype)
-            library.release.ol_pack_weight(
-                code, weight.data_ptr(), *weight.shape, packed.data_ptr(), torch.get_num_threads()
-            )
-            self._weight = packed
-            self._library, self._code = library, code
-            if self._bias is not None:
-                self._bias = self._bias.float().contiguous()
-                self._bias_address = self._bias.data_ptr()
-            self.kind = kind
+            self._pack(weight)
+        if deterministic and weight.is_cpu and self.kind != "native":
+            # Both kinds are oneDNN in bf16. F.linear in float32 is MKL's, which looks at addresses too.
+            if weight.dtype == torch.bfloat16:
+                self.row_tile = row_tile_of(self, self._multiply)
+            if self.row_tile is None and own:
+                self._pack(weight)
+
+    def _pack(self, weight: Tensor) -> None:
+        """Take our own kernels."""
+        library, code = native.library(), native.type_code(weight.dtype)
+        assert library is not None and code is not None
+        weight = weight.contiguous()
+        packed = torch.empty(library.hold.ol_packed_size(*weight.shape), dtype=weight.dtype)
+        library.release.ol_pack_weight(
+            code, weight.data_ptr(), *weight.shape, packed.data_ptr(), torch.get_num_threads()
+        )
+        self._weight = packed
+        self._library, self._code = library, code
+        if self._bias is not None:
+            self._bias = self._bias.float().contiguous()
+            self._bias_address = self._bias.data_ptr()
+        self.kind = "native"
 
     def __call__(self, x: Tensor) -> Tensor:
         """[T, in_features] -> [T, out_features] of the same dtype."""
         if self.kind == "native":
             if x.stride(1) != 1:
                 x = x.contiguous()
-            assert x.dtype == self._dtype and x.shape[1] == self.in_features
+            assert x.dtype == self.dtype and x.shape[1] == self.in_features
             rows, out_features, code = x.shape[0], self.out_features, self._code
             out = torch.empty((rows, out_features), dtype=x.dtype)
             handle = self._library.by_work(rows * out_features * self.in_features // 8)
@@ -109,6 +130,10 @@ class Linear:
                 torch.get_num_threads(),
             )
             return out
+        return self._multiply(x) if self.row_tile is None else self.row_tile.apply(self._multiply, x)
+
+    def _multiply(self, x: Tensor) -> Tensor:
+        """By torch or oneDNN, all rows in one call."""
         if self.kind == "onednn":
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return product
@@ -121,7 +146,7 @@ class Linear:
         assert self.kind == "native", "oneDNN's form has no rows: prepare(keep_rows=True)"
         ids = ids.contiguous()
         count, wide = len(ids), ids.dtype == torch.int64
-        out = torch.empty((count, self.in_features), dtype=self._dtype)
+        out = torch.empty((count, self.in_features), dtype=self.dtype)
         # The kernel does not check, and a bad id would read foreign memory.
         assert count == 0 or (int(ids.min()) >= 0 and int(ids.max()) < self.out_features), "token id out of range"
         self._library.by_work(4 * out.numel()).ol_unpack_rows(

@@ -34,6 +34,7 @@ class IncrementalDetokenizer:
         "_first_characters",
         "_held",
         "_include_stop",
+        "_kept",
         "_longest",
         "_num_unsearched",
         "_opening",
@@ -53,8 +54,9 @@ class IncrementalDetokenizer:
         self.stop_reason: str | None = None
         self._tokenizer = tokenizer
         self._skip_special = sampling.skip_special_tokens
-        self._texts = tokenizer.texts(self._skip_special)
-        self._pieces = tokenizer.pieces(self._skip_special)
+        self._kept = sampling.kept_special_ids
+        self._texts = tokenizer.texts(self._skip_special, self._kept)
+        self._pieces = tokenizer.pieces(self._skip_special, self._kept)
         self._utf8 = _Utf8Decoder("replace")
         self._opening: Opening | None = None
         self._window: _Window | None = None
@@ -65,7 +67,7 @@ class IncrementalDetokenizer:
             for token_id in prompt_token_ids:
                 if opening.done:
                     break
-                if (token := tokenizer.counted_token(token_id, self._skip_special)) is not None:
+                if (token := tokenizer.counted_token(token_id, self._skip_special, self._kept)) is not None:
                     opening.feed(token)
             if not opening.done:
                 self._opening = opening
@@ -132,7 +134,7 @@ class IncrementalDetokenizer:
             if opening.done:
                 break
             used += 1
-            if (token := self._tokenizer.counted_token(token_id, self._skip_special)) is not None:
+            if (token := self._tokenizer.counted_token(token_id, self._skip_special, self._kept)) is not None:
                 data += opening.feed(token)
         if opening.done:
             self._opening = None
@@ -177,12 +179,16 @@ class _Window:
         self._before = self._decode(self._ids)
 
     def _counts(self, token_id: int) -> bool:
-        return self._tokenizer.counted_token(token_id, self._sampling.skip_special_tokens) is not None
+        sampling = self._sampling
+        return (
+            self._tokenizer.counted_token(token_id, sampling.skip_special_tokens, sampling.kept_special_ids) is not None
+        )
 
     def _decode(self, token_ids: list[int]) -> str:
         return self._tokenizer.decode(
             token_ids,
-            skip_special_tokens=self._sampling.skip_special_tokens,
+            # What is skipped is not among the ids; what is kept would be skipped here.
+            skip_special_tokens=self._sampling.skip_special_tokens and not self._sampling.kept_special_ids,
             spaces_between_special_tokens=self._sampling.spaces_between_special_tokens,
         )
 

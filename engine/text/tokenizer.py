@@ -30,6 +30,7 @@ POOL_THREADS = max(1, min(4, (os.cpu_count() or 2) // 2))
 
 # Named tokens of tokenizer_config.json. Each is special: split off when encoding, skipped when decoding.
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_NOTHING: frozenset[int] = frozenset()
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -70,8 +71,11 @@ def named_tokens(directory: Path) -> dict[str, str]:
     return found
 
 
-def _extra_tokens(config: dict[str, Any]) -> list[str]:
-    value = config.get("extra_special_tokens") or config.get("additional_special_tokens") or []
+def _extra_tokens(config: dict[str, Any], path: Path) -> list[str]:
+    name = "extra_special_tokens" if config.get("extra_special_tokens") else "additional_special_tokens"
+    value = config.get(name) or []
+    if not isinstance(value, list | dict):
+        raise StartupError(f"{path}: {name} must be a list of tokens, got {value!r}")
     listed = [item.get("content") if isinstance(item, dict) else item for item in value]
     return [item for item in listed if isinstance(item, str)]
 
@@ -107,6 +111,8 @@ class Tokenizer:
         self._pieces_without_special = Pieces(self._piece_without_special)
         self._texts = Texts(self._pieces)
         self._texts_without_special = Texts(self._pieces_without_special)
+        # Tables that show some special tokens, by which: one or two sets for a model.
+        self._showing: dict[frozenset[int], tuple[Pieces, Texts]] = {}
         self._waiting = 0
 
     @classmethod
@@ -130,7 +136,7 @@ class Tokenizer:
         # A named token that is an ordinary word of the vocabulary becomes special. One that is unknown is left
         # out: it would get an id that the model has no row for.
         special = [named[name] for name in named if backend.token_to_id(named[name]) is not None]
-        special += [text for text in _extra_tokens(config) if backend.token_to_id(text) is not None]
+        special += [text for text in _extra_tokens(config, config_path) if backend.token_to_id(text) is not None]
         backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
         tokenizer = cls(backend, named)
         tokenizer.special_ids |= {id for text in special if (id := backend.token_to_id(text)) is not None}
@@ -259,17 +265,28 @@ class Tokenizer:
 
     # For the detokenizer.
 
-    def pieces(self, skip_special_tokens: bool) -> Pieces:
-        """id -> bytes inside a text; only where `rule` is known."""
-        return self._pieces_without_special if skip_special_tokens else self._pieces
+    def pieces(self, skip_special_tokens: bool, kept: frozenset[int] = _NOTHING) -> Pieces:
+        """id -> bytes inside a text; only where `rule` is known. kept: special tokens that are not skipped."""
+        if not skip_special_tokens:
+            return self._pieces
+        return self._tables(kept)[0] if kept else self._pieces_without_special
 
-    def texts(self, skip_special_tokens: bool) -> Texts:
-        """id -> text where it is whole; only where `rule` is known."""
-        return self._texts_without_special if skip_special_tokens else self._texts
+    def texts(self, skip_special_tokens: bool, kept: frozenset[int] = _NOTHING) -> Texts:
+        """id -> text where it is whole; only where `rule` is known. kept: see `pieces`."""
+        if not skip_special_tokens:
+            return self._texts
+        return self._tables(kept)[1] if kept else self._texts_without_special
 
-    def counted_token(self, token_id: int, skip_special_tokens: bool) -> str | None:
+    def _tables(self, kept: frozenset[int]) -> tuple[Pieces, Texts]:
+        tables = self._showing.get(kept)
+        if tables is None:
+            pieces = Pieces(lambda id: self._piece(id) if id in kept else self._piece_without_special(id))
+            tables = self._showing[kept] = pieces, Texts(pieces)
+        return tables
+
+    def counted_token(self, token_id: int, skip_special_tokens: bool, kept: frozenset[int] = _NOTHING) -> str | None:
         """The token, or None when it has no part in the text: skipped or unknown."""
-        if skip_special_tokens and token_id in self.special_ids:
+        if skip_special_tokens and token_id in self.special_ids and token_id not in kept:
             return None
         return self.id_to_token(token_id)
 

@@ -8,6 +8,7 @@ from server.protocol.body import are_token_ids, invalid, read_body
 from server.protocol.chat import encode_messages
 from server.protocol.errors import json_response
 from server.protocol.generation import read_model
+from server.protocol.tool_fields import read_tools
 from server.state import STATE
 
 
@@ -21,7 +22,7 @@ async def tokenize(request: web.Request) -> web.Response:
     if (prompt is None) == (not body.has("messages")):
         raise invalid("prompt", "or `messages` is required, and only one of them")
     if prompt is None:
-        tokens = await encode_messages(body, state)
+        _, tokens = await encode_messages(body, state, read_tools(body))
     else:
         add_special_tokens = body.boolean("add_special_tokens", True)
         tokens = await tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)

@@ -12,9 +12,14 @@ from typing import Any
 import orjson
 
 from engine.request import RequestError
+from engine.text.structured import GrammarSpec
+from server.messages import Reading
 from server.protocol.body import Body, check_nesting, invalid
-from server.protocol.generation import Plan, make_plan, read_common
-from server.protocol.refusals import CHAT_REFUSALS, not_supported, refuse
+from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, make_plan, read_common
+from server.protocol.refusals import CHAT_REFUSALS, refuse
+from server.protocol.structure import make_structure
+from server.protocol.structured_fields import read_grammar, with_calls
+from server.protocol.tool_fields import ToolPlan, call_format, forced_calls, read_tools
 from server.state import State
 
 _ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -34,18 +39,73 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
         name = "max_completion_tokens"
         if body.integer("max_tokens", wanted, 1) != wanted:
             raise invalid("max_tokens", "and `max_completion_tokens` differ; give one of them")
-    common = read_common(body, state, name, state.model.generation_defaults.max_new_tokens)
-    _check_tool_choice(body)
+    logprobs = _read_logprobs(body)
+    common = read_common(body, state, name, state.model.generation_defaults.max_new_tokens, logprobs)
+    tools = read_tools(body)
+    spec = _read_spec(body, tools, state)
     refuse(body, CHAT_REFUSALS)
-    prompt = await encode_messages(body, state)
-    return make_plan(state, common, response_id, [prompt], chat=True)
+    text, prompt = await encode_messages(body, state, tools)
+    echoes = [_echo(body)] if common.echo else None
+    reasoning = state.reasoning_family
+    reading = None
+    if tools.reads_calls or reasoning is not None:
+        reading = Reading(
+            state.tool_family if tools.reads_calls else None,
+            reasoning,
+            reasoning is not None and reasoning.starts_inside(text),
+            tools.callable,
+            None if tools.parallel else 1,
+        )
+    # A forced call of a family that reads both begins with the call itself.
+    thinks = None if tools.is_forced and reasoning is not None and reasoning.whole else reasoning
+    structure = await make_structure(state, common.sampling, spec, reasoning=thinks, prompt=text)
+    return make_plan(
+        state, common, response_id, [prompt], chat=True, echoes=echoes, structure=structure, reading=reading
+    )
 
 
-async def encode_messages(body: Body, state: State) -> list[int]:
-    """The prompt of `messages`, `tools` and the template's options."""
+def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:
+    """The grammar of an answer: calls, a structure, or one of both."""
+    spec, family, reasoning = read_grammar(body), state.tool_family, state.reasoning_family
+    if not tools.reads_calls:
+        return spec
+    if family is None:
+        if tools.is_forced or state.options.tool_call_parser != "none":
+            raise RequestError(
+                "This model's tool calls cannot be read: its chat template shows no format that this server knows. "
+                "Start the server with --tool-call-parser to name one.",
+                param="tool_choice" if tools.is_forced else "tools",
+            )
+        return spec
+    if tools.is_forced:
+        return forced_calls(tools, family)
+    if spec is None or (reasoning is not None and reasoning.whole):
+        # Of the latter the grammar rules the final message alone, and a call is a message of its own.
+        return spec
+    return with_calls(spec, call_format(tools, family))
+
+
+def _read_logprobs(body: Body) -> int | None:
+    wanted = body.boolean("logprobs", False)
+    top = body.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS)
+    if top and not wanted:
+        raise invalid("top_logprobs", "needs `logprobs` to be true")
+    return (top or 0) if wanted else None
+
+
+def _echo(body: Body) -> str:
+    """vLLM's `echo` of a chat: the text of a last message of the assistant, which the answer goes on with."""
+    last = body.raw("messages")[-1]
+    if last["role"] != "assistant" or not body.boolean("continue_final_message", False):
+        return ""
+    content = _read_content(last.get("content") or "", "messages[-1].content")
+    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+
+
+async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, list[int]]:
+    """The prompt of `messages`, `tools` and the template's options, as text and as ids."""
     template, tokenizer = state.model.chat_template, state.tokenizer
     messages = _read_messages(body.raw("messages"))
-    tools = _read_tools(body.raw("tools"))
     kwargs = _read_template_kwargs(body)
     continue_final = body.boolean("continue_final_message", False)
     add_generation = body.boolean("add_generation_prompt", not continue_final)
@@ -57,7 +117,8 @@ async def encode_messages(body: Body, state: State) -> list[int]:
     render = partial(
         template.render,
         messages if template.accepts_parts else [_with_joined_parts(message) for message in messages],
-        tools=tools,
+        # Who must not call is told of nothing to call.
+        tools=tools.tools if tools.reads_calls else None,
         add_generation_prompt=add_generation,
         continue_final_message=continue_final,
         kwargs=kwargs,
@@ -66,7 +127,7 @@ async def encode_messages(body: Body, state: State) -> list[int]:
         text = render()
     else:
         text = await asyncio.get_running_loop().run_in_executor(tokenizer.pool, render)
-    return await tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
+    return text, await tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
 
 
 def _read_messages(messages: Any) -> list[dict[str, Any]]:
@@ -148,37 +209,6 @@ def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
         raise invalid(f"{where}.function.arguments", "must be a string of JSON")
     function = function | {"arguments": {} if arguments is None else arguments}
     return {**call, "function": function}
-
-
-def _read_tools(tools: Any) -> list[dict[str, Any]] | None:
-    if tools is None:
-        return None
-    if not isinstance(tools, list) or not tools:
-        raise invalid("tools", "must be a list with at least one tool")
-    check_nesting("tools", tools)
-    for index, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
-        if not isinstance(function, dict):
-            raise invalid(f"tools[{index}]", "must be an object of type `function` with a `function`")
-        if not isinstance(function.get("name"), str) or not function["name"]:
-            raise invalid(f"tools[{index}].function.name", "must be a non-empty string")
-        if not isinstance(function.get("parameters"), dict | None):
-            raise invalid(f"tools[{index}].function.parameters", "must be an object")
-    return tools
-
-
-def _check_tool_choice(body: Body) -> None:
-    choice, has_tools = body.raw("tool_choice"), body.has("tools")
-    if choice is not None and not has_tools and choice != "none":
-        raise invalid("tool_choice", "is only allowed when `tools` are given")
-    if choice not in (None, "none", "auto"):
-        if choice != "required" and not isinstance(choice, dict):
-            raise invalid("tool_choice", "must be none, auto, required or a named function")
-        # Forcing a call takes a grammar.
-        raise not_supported("tool_choice")
-    # Without tools there are no calls at all.
-    if not body.boolean("parallel_tool_calls", True) and has_tools:
-        raise not_supported("parallel_tool_calls")
 
 
 def _read_template_kwargs(body: Body) -> dict[str, Any]:

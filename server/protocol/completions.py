@@ -6,17 +6,22 @@ import asyncio
 from typing import Any
 
 from server.protocol.body import Body, are_token_ids, invalid
-from server.protocol.generation import Plan, make_plan, read_common
+from server.protocol.generation import Common, Plan, make_plan, read_common
 from server.protocol.refusals import COMPLETION_REFUSALS, refuse
+from server.protocol.structure import make_structure
+from server.protocol.structured_fields import read_grammar
 from server.state import State
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
+MAX_LOGPROBS = 5
 
 
 async def parse_completion(body: Body, state: State, response_id: str) -> Plan:
     """Raises RequestError for anything that cannot be served."""
-    common = read_common(body, state, "max_tokens", DEFAULT_MAX_TOKENS)
+    logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
+    common = read_common(body, state, "max_tokens", DEFAULT_MAX_TOKENS, logprobs)
+    spec = read_grammar(body)
     refuse(body, COMPLETION_REFUSALS)
     add_special_tokens = body.boolean("add_special_tokens", True)
     given = _prompts(body.raw("prompt"), state.model.model_config.vocab_size)
@@ -28,7 +33,20 @@ async def parse_completion(body: Body, state: State, response_id: str) -> Plan:
             if len(given) > 1:
                 await asyncio.sleep(0)
         prompts.append(prompt)
-    return make_plan(state, common, response_id, prompts, chat=False)
+    echoes = [_echo(prompt, common, state) for prompt in given] if common.echo else None
+    structure = await make_structure(state, common.sampling, spec)
+    return make_plan(state, common, response_id, prompts, chat=False, echoes=echoes, structure=structure)
+
+
+def _echo(prompt: str | list[int], common: Common, state: State) -> str:
+    """The prompt as text: the client's own where it sent text, decoded as the answer is where it sent ids."""
+    if isinstance(prompt, str) or state.engine.tokenizer is None:
+        return prompt if isinstance(prompt, str) else ""
+    return state.engine.tokenizer.decode(
+        prompt,
+        skip_special_tokens=common.sampling.skip_special_tokens,
+        spaces_between_special_tokens=common.sampling.spaces_between_special_tokens,
+    )
 
 
 def _prompts(prompt: Any, vocab_size: int) -> list[str | list[int]]:

@@ -9,9 +9,11 @@ import time
 from dataclasses import dataclass, replace
 
 from engine.request import Request, RequestError, SamplingParams
+from engine.text.tokenizer import Tokenizer
+from server.messages import Reading
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.errors import ApiError
-from server.protocol.refusals import not_supported
+from server.protocol.structure import Structure
 from server.state import ServedModel, State
 
 MAX_CHOICES = 128
@@ -19,6 +21,11 @@ MAX_STOP_STRINGS = 16
 # A stop string's text is held back while it may be coming, and searched for at every token.
 MAX_STOP_LENGTH = 1024
 MAX_SALT_LENGTH = 128
+MAX_BEST_OF = 20
+MAX_TOP_LOGPROBS = 20
+# Each bad word is at most two sequences that every step of its row is compared with.
+MAX_BAD_WORDS = 128
+MAX_BAD_WORD_LENGTH = 256
 # Below this, float32 softmax has all its mass on one token; dividing by it would only make infinities.
 _GREEDY_BELOW = 1e-5
 _UINT64 = (1 << 64) - 1
@@ -26,9 +33,16 @@ _UINT64 = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One HTTP request as engine requests: `num_choices` for each prompt, in order.
+    """One HTTP request as engine requests: `num_candidates` for each prompt, in order.
 
     chat: the shape of the answer. continuous_usage: running usage in every chunk.
+    num_choices: how many of a prompt's candidates are answered with; the likeliest per token, if not all.
+    echoes: the text that goes before each prompt's choices; None without `echo`.
+    logprobs: how many alternatives the answer has beside each token; None for no log-probabilities at all.
+    prompt_logprobs: the same under the prompt's own heading (vLLM's field). Of a prompt's requests at least the first
+    carries what its answer needs of the prompt's tokens.
+    tokens_as_ids: tokens of log-probabilities are spelled "token_id:17".
+    reading: how the output becomes a message; None where all of it is the content.
     """
 
     chat: bool
@@ -36,11 +50,17 @@ class Plan:
     created: int
     model: str
     requests: list[Request]
+    num_candidates: int
     num_choices: int
+    echoes: list[str] | None
+    logprobs: int | None
+    prompt_logprobs: int | None
+    tokens_as_ids: bool
     stream: bool
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
+    reading: Reading | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +70,12 @@ class Common:
     model: str
     sampling: SamplingParams
     default_max_tokens: int | None
+    num_candidates: int
     num_choices: int
+    echo: bool
+    logprobs: int | None
+    prompt_logprobs: int | None
+    tokens_as_ids: bool
     stream: bool
     include_usage: bool
     continuous_usage: bool
@@ -70,21 +95,36 @@ def unknown_model(name: str) -> ApiError:
     return ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
 
 
-def read_common(body: Body, state: State, max_tokens_field: str, default_max_tokens: int | None) -> Common:
-    """Read and check everything but the prompt. max_tokens_field: the name that an error should use."""
+def read_common(
+    body: Body, state: State, max_tokens_field: str, default_max_tokens: int | None, logprobs: int | None
+) -> Common:
+    """Read and check everything but the prompt and `logprobs`, which mean different things in chat and completions.
+
+    max_tokens_field: the name that an error should use.
+    """
     model_name = read_model(body, state.model)
     num_choices = body.integer("n", 1, 1, MAX_CHOICES)
-    _read_best_of(body, num_choices)
     stream = body.boolean("stream", False)
+    num_candidates = _read_best_of(body, num_choices, stream)
+    prompt_logprobs = body.integer("prompt_logprobs", None, 0, MAX_TOP_LOGPROBS)
+    if prompt_logprobs is not None and stream:
+        raise invalid("prompt_logprobs", "is only allowed when `stream` is false")
     include_usage, continuous_usage = _read_stream_options(body, stream)
     # Ids are the server's own; a client's word is only echoed.
     body.string("request_id", None, most=128)
     sampling = _read_sampling(body, state, body.integer(max_tokens_field, None, 1))
+    # Candidates are compared by their log-probabilities, whether the client wants to see them or not.
+    sampling = replace(sampling, logprobs=0 if logprobs is None and num_candidates > num_choices else logprobs)
     return Common(
         model=model_name,
         sampling=sampling,
         default_max_tokens=default_max_tokens,
+        num_candidates=num_candidates,
         num_choices=num_choices,
+        echo=body.boolean("echo", False),
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        tokens_as_ids=body.boolean("return_tokens_as_token_ids", False),
         stream=stream,
         include_usage=include_usage,
         continuous_usage=continuous_usage,
@@ -93,34 +133,72 @@ def read_common(body: Body, state: State, max_tokens_field: str, default_max_tok
     )
 
 
-def make_plan(state: State, common: Common, response_id: str, prompts: list[list[int]], *, chat: bool) -> Plan:
-    """Turn prompts into engine requests. Raises RequestError for what cannot fit together."""
-    num_requests = len(prompts) * common.num_choices
+def make_plan(
+    state: State,
+    common: Common,
+    response_id: str,
+    prompts: list[list[int]],
+    *,
+    chat: bool,
+    echoes: list[str] | None,
+    structure: Structure | None = None,
+    reading: Reading | None = None,
+) -> Plan:
+    """Turn prompts into engine requests. echoes, reading: see Plan. Raises RequestError for what does not fit."""
+    if reading is not None:
+        common = replace(common, sampling=replace(common.sampling, kept_special_ids=_markers(state, reading)))
+    num_requests = len(prompts) * common.num_candidates
     most = state.engine.config.scheduler.max_queued_requests
     if num_requests > most:
         raise RequestError(f"{num_requests} sequences in one request are more than the queue holds ({most}).")
     requests: list[Request] = []
     for prompt in prompts:
         sampling = _fit(state, common, prompt)
-        for index in range(common.num_choices):
+        of_prompt = _prompt_logprobs(common, chat)
+        for index in range(common.num_candidates):
             seeded = sampling
             if index and sampling.seed is not None:
                 seeded = replace(sampling, seed=derive_seed(sampling.seed, index))
+            # Such a request computes its prompt anew. One for all choices is enough, and the others share its pages;
+            # but the choices of a stream do not wait for each other.
+            if of_prompt is not None and (index == 0 or common.stream):
+                seeded = replace(seeded, prompt_logprobs=of_prompt)
             number = len(requests)
             name = f"{response_id}-{number}" if num_requests > 1 else response_id
-            requests.append(Request(name, prompt, seeded, common.stream, common.namespace))
+            constraint = None if structure is None else structure.state(state.engine.tokenizer)
+            requests.append(Request(name, prompt, seeded, common.stream, common.namespace, constraint=constraint))
     return Plan(
         chat=chat,
         id=response_id,
         created=int(time.time()),
         model=common.model,
         requests=requests,
+        num_candidates=common.num_candidates,
         num_choices=common.num_choices,
+        echoes=echoes,
+        logprobs=common.logprobs,
+        prompt_logprobs=common.prompt_logprobs,
+        tokens_as_ids=common.tokens_as_ids,
         stream=common.stream,
         include_usage=common.include_usage,
         continuous_usage=common.continuous_usage,
         return_token_ids=common.return_token_ids,
+        reading=reading,
     )
+
+
+def _markers(state: State, reading: Reading) -> frozenset[int]:
+    """Special tokens that the output is read by; one that ends the text is none of it."""
+    tokenizer = state.tokenizer
+    ids = {tokenizer.token_to_id(marker) for marker in reading.make_parser().markers}
+    return tokenizer.special_ids.intersection(ids).difference(state.engine.eos_token_ids)
+
+
+def _prompt_logprobs(common: Common, chat: bool) -> int | None:
+    """What the answer needs of the prompt's tokens: the echo's `logprobs` and `prompt_logprobs`."""
+    echoed = common.logprobs if common.echo and not chat else None
+    wanted = [count for count in (echoed, common.prompt_logprobs) if count is not None]
+    return max(wanted, default=None)
 
 
 def derive_seed(seed: int, index: int) -> int:
@@ -170,7 +248,61 @@ def _read_sampling(body: Body, state: State, max_tokens: int | None) -> Sampling
         include_stop_str_in_output=body.boolean("include_stop_str_in_output", False),
         skip_special_tokens=body.boolean("skip_special_tokens", True),
         spaces_between_special_tokens=body.boolean("spaces_between_special_tokens", True),
+        presence_penalty=body.number("presence_penalty", 0.0, -2, 2),
+        frequency_penalty=body.number("frequency_penalty", 0.0, -2, 2),
+        repetition_penalty=either(
+            body.number("repetition_penalty", None, 0, 2, above=True), defaults.repetition_penalty, 1.0
+        ),
+        logit_bias=_read_logit_bias(body, vocab_size),
+        allowed_token_ids=_read_allowed_token_ids(body, vocab_size),
+        bad_words=_read_bad_words(body, state),
     )
+
+
+def _read_logit_bias(body: Body, vocab_size: int) -> tuple[tuple[int, float], ...]:
+    """JSON's keys are strings; two spellings of one id ("7", "07") are one id, and the last counts."""
+    bias: dict[int, float] = {}
+    for key, value in (body.object("logit_bias") or {}).items():
+        # The length first: int() takes its time over a million digits.
+        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocab_size):
+            raise invalid("logit_bias", f"must have token ids from 0 to {vocab_size - 1} as keys")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -100 <= value <= 100:
+            raise invalid("logit_bias", "must have numbers from -100 to 100 as values")
+        bias[int(key)] = float(value)
+    return tuple(bias.items())
+
+
+def _read_allowed_token_ids(body: Body, vocab_size: int) -> tuple[int, ...] | None:
+    ids = body.raw("allowed_token_ids")
+    if ids is None:
+        return None
+    if not ids or not are_token_ids(ids, vocab_size):
+        raise invalid("allowed_token_ids", f"must be a non-empty list of token ids from 0 to {vocab_size - 1}")
+    return tuple(dict.fromkeys(ids))
+
+
+def _read_bad_words(body: Body, state: State) -> tuple[tuple[int, ...], ...]:
+    words = body.raw("bad_words")
+    if words is None or words == []:
+        return ()
+    if (
+        not isinstance(words, list)
+        or len(words) > MAX_BAD_WORDS
+        or not all(isinstance(word, str) and 0 < len(word) <= MAX_BAD_WORD_LENGTH for word in words)
+    ):
+        raise invalid("bad_words", f"must be at most {MAX_BAD_WORDS} strings of 1 to {MAX_BAD_WORD_LENGTH} characters")
+    return bad_word_ids(state.tokenizer, words)
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int, ...], ...]:
+    """Each word at the start of a text and after a space: most vocabularies have different tokens for the two."""
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        for text in (word.lstrip(), " " + word.lstrip()):
+            found[tuple(tokenizer.encode(text, add_special_tokens=False))] = None
+    found.pop((), None)
+    return tuple(found)
 
 
 def _read_stop(body: Body) -> tuple[str, ...]:
@@ -196,15 +328,16 @@ def _read_stop_token_ids(body: Body, vocab_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ids))
 
 
-def _read_best_of(body: Body, num_choices: int) -> None:
-    best_of = body.integer("best_of", None, 1, 20)
+def _read_best_of(body: Body, num_choices: int, stream: bool) -> int:
+    """How many candidates a prompt gets; as many as choices, unless the client asks for more."""
+    best_of = body.integer("best_of", None, 1, MAX_BEST_OF)
     if best_of is None:
-        return
+        return num_choices
     if best_of < num_choices:
         raise invalid("best_of", "must be at least `n`")
-    # The best n of n are all of them.
-    if best_of > num_choices:
-        raise not_supported("best_of")
+    if best_of > num_choices and stream:
+        raise invalid("best_of", "must equal `n` when `stream` is true: the best is known at the end")
+    return best_of
 
 
 def _read_stream_options(body: Body, stream: bool) -> tuple[bool, bool]:

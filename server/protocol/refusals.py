@@ -1,7 +1,7 @@
 """Fields that clients know and this server cannot honour yet, with the values that ask for nothing.
 
 A refused field set to anything else is a 400 that names it: nothing is silently ignored. To honour a field, take its
-line out and read it in sampling.py, chat.py or completions.py.
+line out and read it in generation.py, chat.py or completions.py.
 """
 
 from __future__ import annotations
@@ -11,34 +11,14 @@ from server.protocol.body import Body
 
 # null is neutral everywhere.
 _COMMON: dict[str, tuple[object, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
     "length_penalty": (1,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
     "logprob_token_ids": ([],),
-    "prompt_logprobs": (),
-    "echo": (False,),
     "use_beam_search": (False,),
     "stop_regex": ("", []),
     "no_stop_trim": (False,),
     "truncate_prompt_tokens": (),
     "stream_interval": (1,),
     "priority": (0,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "json_schema": (),
-    "regex": (),
-    "ebnf": (),
-    "structural_tag": (),
     "thinking_token_budget": (),
     "max_thinking_tokens": (),
     "repetition_detection": (),
@@ -51,7 +31,6 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": (),
     "ec_transfer_params": (),
     "lora_path": (),
-    "return_tokens_as_token_ids": (False,),
     "return_token_offsets": (False,),
     "return_prompt_text": (False,),
     "return_hidden_states": (False,),
@@ -59,8 +38,6 @@ _COMMON: dict[str, tuple[object, ...]] = {
 }
 
 CHAT_REFUSALS = _COMMON | {
-    "logprobs": (False,),
-    "top_logprobs": (0,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "documents": ([],),
@@ -77,7 +54,6 @@ CHAT_REFUSALS = _COMMON | {
 }
 
 COMPLETION_REFUSALS = _COMMON | {
-    "logprobs": (),
     "suffix": ("",),
     "prompt_embeds": (),
 }

@@ -62,8 +62,9 @@ class Slots:
         at = np.array(positions or [0] * len(slots), np.int32)
         table = params(len(slots)) if table is None else table
         draw = self.extras.begin(own, np.array(slots, np.int32), at, table)
-        seen = own.numpy().copy()
-        drawn = sample(own, table, at)
+        changed = own if draw is None else draw.logits
+        seen = changed.numpy().copy()
+        drawn = sample(changed, table, at)
         rows = np.arange(100, 100 + len(slots))
         return seen, drawn, None if draw is None else self.extras.end(draw, drawn, rows)
 
@@ -249,8 +250,8 @@ def test_log_probabilities_are_raw_whatever_masks_the_row(mode: str) -> None:
     own = torch.from_numpy(logits.copy())
     draw = slots.extras.begin(own, np.array([1, 2], np.int32), np.array([20, 20], np.int32), table, masked=True)
     assert draw is not None
-    own[:, 10:] = -torch.inf
-    drawn = sample(own, table, np.array([20, 20], np.int32))
+    draw.logits[:, 10:] = -torch.inf
+    drawn = sample(draw.logits, table, np.array([20, 20], np.int32))
     found = slots.extras.end(draw, drawn, np.array([100, 101]))
     assert found is not None and drawn[0] < 10
     check_logprobs(found, {0: 2, 1: 3}, logits, drawn)
@@ -265,7 +266,7 @@ def test_ranks_and_alternatives_of_equal_and_infinite_logits(mode: str) -> None:
     assert found.top_ids[0, :9].tolist() == list(range(9))
     assert found.top_ids[1, :7].tolist() == list(range(7))
     assert found.top_ids[2, :5].tolist() == [4, 9, 30, 0, 1]
-    np.testing.assert_allclose(found.lse, torch.logsumexp(logits, -1).numpy(), rtol=1e-6)
+    np.testing.assert_allclose(found.log_sum + found.top[:, 0], torch.logsumexp(logits, -1).numpy(), rtol=1e-6)
     values = np.array([0.0, -np.inf, 0.0], np.float32)
     assert ranks(logits, rows, values, found).tolist() == [1, 8, 4]
     assert (found.top[1, 7:] == -np.inf).all()
@@ -282,7 +283,7 @@ def test_figures_of_a_row_do_not_depend_on_the_others(mode: str) -> None:
             for k in (1, 20):
                 alone = normalise(logits[row : row + 1].clone(), np.zeros(1, np.int64), k)
                 among = normalise(logits, np.array([3, row]), k)
-                assert alone.lse[0] == among.lse[1] == together.lse[row]
+                assert alone.log_sum[0] == among.log_sum[1] == together.log_sum[row]
                 assert (alone.top_ids[0, :k] == together.top_ids[row, :k]).all()
     finally:
         torch.set_num_threads(threads)

@@ -171,9 +171,10 @@ async def live(
     eos_rate: float = 0.0,
     step_seconds: float = 0.0,
     fail_on: Callable[[int], None] | None = None,
+    make_device: Callable[[Limits], Any] | None = None,
     **options: Any,
 ) -> AsyncIterator[Live]:
-    """A server on a free port. options: ServerOptions."""
+    """A server on a free port. make_device: an executor instead of the fake one. options: ServerOptions."""
     model = model or served_model()
     limits = Limits(
         max_num_seqs=max_num_seqs,
@@ -191,7 +192,10 @@ async def live(
         server=server_options,
     )
     eos = tokenizer().eos_token_ids
-    device = Device(limits, FakeModel(limits.vocab_size, eos[0], eos_rate), step_seconds, fail_on=fail_on)
+    if make_device is not None:
+        device = make_device(limits)
+    else:
+        device = Device(limits, FakeModel(limits.vocab_size, eos[0], eos_rate), step_seconds, fail_on=fail_on)
     metrics = EngineMetrics(model_name="demo", max_model_len=model.max_model_len)
     engine_ = Engine(config, device, tokenizer(), eos_token_ids=eos, metrics=metrics)
     loop = asyncio.get_running_loop()
@@ -209,7 +213,8 @@ async def live(
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(BOUND_S)) as http:
             yield Live(engine_, app[STATE], device, bound.result(), http, stop, serving)
     finally:
-        device.gate.set()
+        if isinstance(device, Device):
+            device.gate.set()
         stop.set()
         await serving
         running.cancel()

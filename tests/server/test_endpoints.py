@@ -115,3 +115,13 @@ async def test_flush_cache_when_idle_only(server: Live) -> None:
     check_shape(*await get(server, "/flush_cache"))
     server.device.gate.set()
     await waiting
+
+
+async def test_profiling_needs_a_device_that_can(server: Live) -> None:
+    for path in ("/start_profile", "/stop_profile"):
+        check_shape(*await server.post(path, {}), expected=400)
+    started: list[str] = []
+    executor = server.engine.executor
+    executor.start_profile = started.append  # type: ignore[attr-defined]
+    check_shape(*await server.post("/start_profile", {}), expected=400)  # still nowhere to write to
+    assert not started

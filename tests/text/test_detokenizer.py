@@ -168,6 +168,22 @@ def test_what_may_start_a_stop_string_is_held_back_and_no_more() -> None:
     assert stop is None
 
 
+@pytest.mark.parametrize("kind", ["byte_level", "byte_level_regex", "byte_fallback", "no_decoder"])
+def test_special_tokens_that_are_kept(kind: str) -> None:
+    """A marker is text, the other special tokens are none, however the ids are cut."""
+    tokenizer = kinds.load(kind)
+    marker, end = (tokenizer.token_to_id(text) for text in ("<|im_end|>", "</s>"))
+    assert marker is not None and end is not None
+    word = tokenizer.encode("the cat", add_special_tokens=False)
+    ids = [end, marker, *word, marker, end]
+    kept = SamplingParams(kept_special_ids=frozenset([marker]))
+    whole = "".join(stream(tokenizer, [end], [ids], kept)[0])
+    assert whole == "".join(stream(tokenizer, [end], [[id] for id in ids], kept)[0])
+    assert whole.replace(" ", "") == "<|im_end|>thecat<|im_end|>"
+    # Beside requests that keep none.
+    assert "<|" not in "".join(stream(tokenizer, [end], [ids], SamplingParams())[0])
+
+
 def test_nothing_comes_after_the_stop() -> None:
     tokenizer = kinds.load("byte_level")
     detokenizer = IncrementalDetokenizer(tokenizer, [1], SamplingParams(stop=("cat",)))

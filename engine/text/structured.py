@@ -1,0 +1,851 @@
+"""Grammar-constrained decoding over llguidance: GrammarCompiler makes a Grammar, a GrammarState follows one sequence.
+
+The server compiles (`compile_async`, off the loop, cached); the engine asks each constrained row for its mask and
+tells it the token that was sampled. `compile` is pure and may run on any thread; a GrammarState belongs to the loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import queue
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+from urllib.parse import unquote
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
+from llguidance.gbnf_to_lark import any_to_lark
+from numpy.typing import NDArray
+
+from engine.request import QueueFullError, RequestError
+from engine.text.tokenizer import Tokenizer
+
+logger = logging.getLogger("oneloop.grammar")
+
+Kind = Literal["json_object", "json_schema", "regex", "choice", "grammar", "structural_tag"]
+
+# Bounds of what a client may send. A schema of 256 KiB is fifty large tools; 64 is the body's own nesting limit.
+MAX_SPEC_CHARACTERS = 256 * 1024
+MAX_GRAMMAR_CHARACTERS = 64 * 1024
+MAX_DEPTH = 64
+MAX_SCHEMAS = 5_000
+MAX_REFERENCE_DEPTH = 400
+MAX_CHOICES = 8192
+# The translation of EBNF is Python, quadratic in the rules.
+MAX_EBNF_RULES = 512
+# Patterns that one string must match all at once: the library's check of whether any string does is exponential in
+# them (3 ms for 12, 6 s for 20), and nothing stops it.
+MAX_JOINED_PATTERNS = 10
+# The library recurses along references and rules. 8 MiB of stack, the usual size, end after some 500 of them, and with
+# it the process; the bounds above need 60 MiB at most. Only pages that are touched count as memory.
+STACK_BYTES = 512 * 1024 * 1024
+COMPILE_TIMEOUT_S = 10.0
+CACHE_ENTRIES = 256
+POOL_THREADS = max(1, min(4, (os.cpu_count() or 2) // 2))
+# Threads that may be lost to compilations that never end, before only the cache answers.
+MAX_LOST_THREADS = 4
+# Compilations that may wait for the pool at once; beyond it a 429, as for prompts.
+MAX_WAITING_COMPILES = 1024
+# What one grammar may cost to make, and one mask: 7 ms at most, half the library's own limits.
+_LIMITS = LLParserLimits(
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    step_lexer_fuel=100_000,
+    step_max_items=25_000,
+    verbose_errors=False,
+)
+
+# Unbounded whitespace is how a hot model writes blanks until max_tokens; 40 is enough to indent ten levels by four.
+_WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+# The formats that are enforced. Others are annotations, as JSON Schema says of formats that a validator does not know.
+_FORMATS = frozenset(
+    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"]
+)
+# Where a schema holds schemas. Everything else is data (enum, const, examples) or a value.
+_SCHEMA_MAPS = frozenset(["properties", "patternProperties", "$defs", "definitions", "dependentSchemas"])
+_SCHEMA_LISTS = frozenset(["allOf", "anyOf", "oneOf", "prefixItems"])
+_SCHEMAS = frozenset(
+    ["additionalProperties", "additionalItems", "items", "not", "if", "then", "else", "contains", "propertyNames",
+     "unevaluatedProperties", "unevaluatedItems", "contentSchema"]
+)  # fmt: skip
+# Free text, for what stands around tags. Control characters too: it is the model's own text.
+_ANY_TEXT = "/(.|\\n)*/"
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarSpec:
+    """What the output must look like; hashable, so equal specs are compiled once.
+
+    text: the JSON of a schema, of a list of choices or of a structural tag's format; a regular expression; a Lark or
+    GBNF/EBNF grammar. strict: a schema keyword that cannot be enforced is an error; otherwise it is left to the model.
+    any_whitespace: JSON may be laid out freely. whitespace_pattern: what may stand between JSON tokens then.
+    param: the request field that errors name.
+    """
+
+    kind: Kind
+    text: str = ""
+    strict: bool = True
+    any_whitespace: bool = True
+    whitespace_pattern: str | None = None
+    param: str | None = field(default=None, compare=False)
+
+
+class Grammar:
+    """A compiled GrammarSpec, shared by every sequence that uses it; changed by nobody.
+
+    warnings: what of a schema that is not strict is left to the model, one sentence each.
+    """
+
+    __slots__ = ("_can_force", "_matcher", "spec", "warnings")
+
+    def __init__(self, spec: GrammarSpec, matcher: LLMatcher, warnings: Sequence[str], can_force: bool) -> None:
+        self.spec = spec
+        self.warnings = tuple(warnings)
+        self._matcher = matcher
+        self._can_force = can_force
+
+    def state(self, *, after: bytes | None = None, tokenizer: Tokenizer | None = None) -> GrammarState:
+        """A state at the beginning, one for each sequence.
+
+        after: the grammar rules only what follows this text (`</think>`); until then every token is allowed.
+        """
+        return GrammarState(self._matcher.deep_copy(), self._can_force, after, tokenizer)
+
+
+class GrammarState:
+    """Where one sequence stands in its grammar. All calls take microseconds and belong to one thread.
+
+    For each row and step: `mask_into` before its token is sampled, `accept` with the token that was. When
+    `is_finished`, nothing but an EOS can follow, so the sequence may end without one.
+    """
+
+    __slots__ = ("_after", "_can_force", "_matcher", "_tail", "_tokenizer")
+
+    def __init__(
+        self, matcher: LLMatcher, can_force: bool, after: bytes | None = None, tokenizer: Tokenizer | None = None
+    ) -> None:
+        assert after is None or tokenizer is not None, "finding the end of reasoning takes the tokens' bytes"
+        self._matcher = matcher
+        self._can_force = can_force
+        self._after = after
+        self._tokenizer = tokenizer
+        self._tail = b""
+
+    @property
+    def is_free(self) -> bool:
+        """The grammar has not begun (the model still reasons): no mask is needed."""
+        return self._after is not None
+
+    @property
+    def is_finished(self) -> bool:
+        """The text is complete and only an EOS could follow."""
+        return self._after is None and self._matcher.is_stopped()
+
+    @property
+    def is_accepting(self) -> bool:
+        """The text so far is a complete one, whether or not it may go on."""
+        return self._after is None and self._matcher.is_accepting()
+
+    @property
+    def error(self) -> str | None:
+        """Why no further token can be judged: a token that the mask forbids, or a grammar that grew too complex."""
+        return _sentence(self._matcher.get_error()) if self._matcher.is_error() else None
+
+    def mask_into(self, out: NDArray[np.uint32]) -> None:
+        """Write the allowed tokens: bit i of word w is token 32 w + i. out: uint32[ceil(V / 32)], contiguous."""
+        if self._after is not None:
+            out.fill(0xFFFFFFFF)
+        else:
+            self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
+
+    def accept(self, token_id: int) -> None:
+        """Go on by the token that was sampled (an EOS too). One that the mask forbids sets `error`."""
+        if self._after is None:
+            self._matcher.consume_token(token_id)
+            return
+        assert self._tokenizer is not None
+        # The mark may be one special token or spread over several; what follows it inside its last token is whitespace
+        # in every vocabulary seen, and is no part of the grammar.
+        self._tail = (self._tail + self._tokenizer.token_bytes(token_id))[-len(self._after) - 64 :]
+        if self._after in self._tail:
+            self._after = None
+
+    def forced_tokens(self) -> list[int]:
+        """Tokens that the grammar leaves no choice about, to be appended (and accepted) without a forward.
+
+        Only where the tokenizer would cut the forced text in the same way whatever follows it; else empty.
+        """
+        if self._after is not None or not self._can_force:
+            return []
+        return self._matcher.compute_ff_tokens()
+
+    def copy(self) -> GrammarState:
+        """An independent state at the same place."""
+        copy = GrammarState(self._matcher.deep_copy(), self._can_force, self._after, self._tokenizer)
+        copy._tail = self._tail
+        return copy
+
+
+class GrammarCompiler:
+    """One per model. The trie of its tokens (1 to 3 s for 128k of them) is built with the first spec, or by `warm`.
+
+    vocab_size: width of the model's logits; ids that the tokenizer does not know are never allowed.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        eos_token_ids: Iterable[int],
+        vocab_size: int,
+        *,
+        timeout_s: float = COMPILE_TIMEOUT_S,
+        cache_entries: int = CACHE_ENTRIES,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self._tokenizer = tokenizer
+        self._timeout_s = timeout_s
+        self._cache_entries = cache_entries
+        self._cache: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._running: dict[GrammarSpec, asyncio.Future[Grammar]] = {}
+        self._eos_token_ids = list(eos_token_ids)
+        self._building = threading.Lock()
+        self._built: tuple[LLTokenizer, bool] | None = None
+        names = {tokenizer.id_to_token(token_id): token_id for token_id in tokenizer.special_ids}
+        self._special = {name: token_id for name, token_id in names.items() if name}
+        longest_first = sorted(self._special, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
+
+    @property
+    def mask_words(self) -> int:
+        """Length of a mask in uint32 words."""
+        return (self.vocab_size + 31) // 32
+
+    # Compiling. Pure.
+
+    def warm(self) -> bool:
+        """Build the trie. Returns whether jump-ahead is possible: the tokenizer gives back every text exactly."""
+        return self._vocabulary()[1]
+
+    def _vocabulary(self) -> tuple[LLTokenizer, bool]:
+        with self._building:
+            if self._built is None:
+                words = _Words(self._tokenizer, self._eos_token_ids, self.vocab_size)
+                # The stub asks for the library's own wrapper class; what it reads are these attributes.
+                library = LLTokenizer(words, eos_token=words.eos_token_ids)  # type: ignore[arg-type]
+                words.fallback = library
+                self._built = library, words.exact
+            return self._built
+
+    def compile(self, spec: GrammarSpec) -> Grammar:
+        """Raises RequestError, with a sentence for the user, for anything that makes no usable grammar."""
+        if len(spec.text) > MAX_SPEC_CHARACTERS:
+            raise _error(spec, f"is longer than {MAX_SPEC_CHARACTERS} characters")
+        try:
+            spec.text.encode()
+        except UnicodeEncodeError:
+            raise _error(spec, "holds a lone surrogate, which is no text") from None
+        schema: Any = None
+        warnings: list[str] = []
+        if spec.kind in ("json_object", "json_schema"):
+            schema = {"type": "object"} if spec.kind == "json_object" else _load(spec)
+            schema = self._check_schema(spec, schema, warnings)
+        matcher = self._match(self._source(spec, schema))
+        if matcher.is_error() and schema is not None and not spec.strict:
+            # The library's lenient mode still refuses these two where it cannot express them.
+            for keywords in (("minProperties", "maxProperties"), ("pattern", "patternProperties")):
+                text = matcher.get_error()
+                if ("min/maxProperties" in text) if keywords[0] == "minProperties" else ("regex" in text.lower()):
+                    schema = _without(schema, frozenset(keywords))
+                    warnings.append(f"{' and '.join(keywords)} are not enforced")
+                    matcher = self._match(self._source(spec, schema))
+        if matcher.is_error():
+            raise _error(spec, f"cannot be used: {_sentence(matcher.get_error())}")
+        # The first mask is the dearest; made here, it is not made on the loop. It also shows a grammar with no text.
+        mask = np.zeros(self.mask_words, np.uint32)
+        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+        if matcher.is_error():
+            raise _error(spec, f"cannot be used: {_sentence(matcher.get_error())}")
+        if not mask.any():
+            raise _error(spec, "cannot be used: no text satisfies it")
+        return Grammar(spec, matcher, [*warnings, *map(_sentence, matcher.get_grammar_warnings())], self.warm())
+
+    def _match(self, source: str) -> LLMatcher:
+        return LLMatcher(self._vocabulary()[0], source, log_level=0, limits=_LIMITS)
+
+    def _source(self, spec: GrammarSpec, schema: Any) -> str:
+        """The library's own form of a spec."""
+        if schema is not None:
+            return LLMatcher.grammar_from_json_schema(json.dumps(schema))
+        if spec.kind == "regex":
+            if len(spec.text) > MAX_GRAMMAR_CHARACTERS:
+                raise _error(spec, f"is longer than {MAX_GRAMMAR_CHARACTERS} characters")
+            return LLMatcher.grammar_from_lark(f"start: {_regex(spec.text)}")
+        if spec.kind == "choice":
+            choices = _load(spec)
+            if not isinstance(choices, list) or not choices or len(choices) > MAX_CHOICES:
+                raise _error(spec, f"must be a list of 1 to {MAX_CHOICES} strings")
+            if not all(isinstance(choice, str) and choice for choice in choices):
+                raise _error(spec, "must hold non-empty strings only")
+            # A terminal and no rule: the lexer then sees all choices at once, whatever they share.
+            quoted = " | ".join(json.dumps(choice, ensure_ascii=False) for choice in dict.fromkeys(choices))
+            return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {quoted}")
+        if spec.kind == "grammar":
+            return LLMatcher.grammar_from_lark(_as_lark(spec, spec.text))
+        return _TagWriter(self, spec).write(_load(spec))
+
+    def _check_schema(self, spec: GrammarSpec, schema: Any, warnings: list[str]) -> Any:
+        """The schema as the library takes it. Raises RequestError for one that is too deep, too large or remote."""
+        if schema is True:
+            schema = {}
+        if not isinstance(schema, dict):
+            raise _error(spec, "must be a JSON schema: an object")
+        cleaned = _Cleaner(spec, schema).clean(schema, 0)
+        assert isinstance(cleaned, dict)
+        try:
+            joined = _Joined(cleaned).count(cleaned)
+        except RecursionError:
+            raise _error(spec, f"follows references more than {MAX_REFERENCE_DEPTH} schemas deep") from None
+        if joined > MAX_JOINED_PATTERNS:
+            raise _error(spec, f"joins more than {MAX_JOINED_PATTERNS} patterns in one place")
+        options: dict[str, Any] = {"lenient": not spec.strict, "whitespace_flexible": spec.any_whitespace}
+        if spec.any_whitespace:
+            options["whitespace_pattern"] = spec.whitespace_pattern or _WHITESPACE
+        return {"x-guidance": options, **cleaned}
+
+    def inline_schema(self, spec: GrammarSpec, schema: Any) -> str:
+        """A schema as a part of a Lark rule."""
+        return "%json " + json.dumps(self._check_schema(spec, schema, []))
+
+    def literal(self, text: str) -> list[str]:
+        """A fixed text as parts of a Lark rule. A special token's name is that token: it has no text of its own."""
+        parts: list[str] = []
+        place = 0
+        for found in self._special_pattern.finditer(text) if self._special_pattern is not None else ():
+            if found.start() > place:
+                parts.append(json.dumps(text[place : found.start()], ensure_ascii=False))
+            parts.append(f"<[{self._special[found[0]]}]>")
+            place = found.end()
+        if place < len(text):
+            parts.append(json.dumps(text[place:], ensure_ascii=False))
+        return parts
+
+    # Off the loop.
+
+    async def compile_async(self, spec: GrammarSpec) -> Grammar:
+        """`compile` in a thread of the pool; the library works without the GIL. Equal specs are compiled once.
+
+        Raises RequestError (400) also when it takes longer than the timeout, QueueFullError when too many wait.
+        """
+        cached = self._cache.get(spec)
+        if cached is not None:
+            self._cache.move_to_end(spec)
+            return cached
+        running = self._running.get(spec)
+        if running is None:
+            if len(self._running) >= MAX_WAITING_COMPILES:
+                raise QueueFullError("Too many grammars wait to be compiled; try again later.")
+            running = asyncio.wrap_future(self._workers.submit(lambda: self.compile(spec)))
+            self._running[spec] = running
+            running.add_done_callback(lambda done: self._finished(spec, done))
+        try:
+            # Shielded: others may wait for the same one, and a thread cannot be stopped anyway.
+            return await asyncio.wait_for(asyncio.shield(running), self._timeout_s)
+        except TimeoutError:
+            self._workers.replace_one()
+            raise _error(spec, f"takes longer than {self._timeout_s:g} s to compile; make it simpler") from None
+
+    def _finished(self, spec: GrammarSpec, done: asyncio.Future[Grammar]) -> None:
+        del self._running[spec]
+        if done.cancelled() or done.exception() is not None:
+            return  # asking for the exception also tells asyncio that somebody has seen it
+        grammar = self._cache[spec] = done.result()
+        if grammar.warnings:
+            # Once for each grammar: the answer is silent about what a schema that is not strict leaves to the model.
+            logger.warning("a grammar is not enforced in full: %s", "; ".join(grammar.warnings)[:1000])
+        while len(self._cache) > self._cache_entries:
+            self._cache.popitem(last=False)
+
+    @cached_property
+    def _workers(self) -> _Workers:
+        return _Workers()
+
+    def close(self) -> None:
+        """Stop the threads; a compilation that runs is left to itself."""
+        if "_workers" in self.__dict__:
+            self._workers.close()
+
+
+class _Workers:
+    """Threads with a deep stack. Daemons: one that is lost to a hopeless grammar must not hold up the exit."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.SimpleQueue[tuple[Future[Grammar], Callable[[], Grammar]] | None] = queue.SimpleQueue()
+        self._num_threads = 0
+        for _ in range(POOL_THREADS):
+            self._start()
+
+    def submit(self, job: Callable[[], Grammar]) -> Future[Grammar]:
+        future: Future[Grammar] = Future()
+        self._jobs.put((future, job))
+        return future
+
+    def replace_one(self) -> None:
+        """A job has run out of time; its thread may never come back."""
+        if self._num_threads < POOL_THREADS + MAX_LOST_THREADS:
+            self._start()
+
+    def close(self) -> None:
+        for _ in range(self._num_threads):
+            self._jobs.put(None)
+
+    def _start(self) -> None:
+        self._num_threads += 1
+        usual = threading.stack_size(STACK_BYTES)
+        try:
+            threading.Thread(target=self._work, name=f"grammar-{self._num_threads}", daemon=True).start()
+        finally:
+            threading.stack_size(usual)
+
+    def _work(self) -> None:
+        while (item := self._jobs.get()) is not None:
+            future, job = item
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                future.set_result(job())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+class _Words:
+    """Our tokenizer as the library reads one: `tokens`, `special_token_ids` and a call from text to ids.
+
+    exact: the call gives ids whose bytes are the text again, which jump-ahead needs.
+    """
+
+    is_tokenizer_wrapper = True
+    bos_token_id: int | None = None
+
+    def __init__(self, tokenizer: Tokenizer, eos_token_ids: list[int], vocab_size: int) -> None:
+        assert eos_token_ids, "a grammar ends with an EOS"
+        self.eos_token_ids = eos_token_ids
+        self.eos_token_id = eos_token_ids[0]
+        self.special_token_ids = sorted({*tokenizer.special_ids, *eos_token_ids})
+        special = frozenset(self.special_token_ids)
+        # A token without bytes is in nobody's text. Special ones go by their name.
+        self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(min(tokenizer.vocab_size, vocab_size))]
+        self.tokens += [b""] * (vocab_size - len(self.tokens))
+        for token_id in special:
+            if token_id < vocab_size and not self.tokens[token_id]:
+                self.tokens[token_id] = f"<special {token_id}>".encode()
+        self.fallback: LLTokenizer | None = None
+        self._tokenizer = tokenizer
+        self._special = special
+        # SentencePiece models put a space before the first word. Behind a byte that merges with nothing there is none.
+        self._lead: str | None = None
+        self._num_lead = 0
+        for lead in ("", "\x02", "\n"):
+            ids = tokenizer.encode(lead, add_special_tokens=False)
+            if all(
+                self._exact(text, lead, len(ids)) is not None for text in ('{"name": "', "a b", " x", "é", "\n\n1,")
+            ):
+                self._lead, self._num_lead = lead, len(ids)
+                break
+        self.exact = tokenizer.rule is not None and self._lead is not None
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        if isinstance(text, bytes):
+            text = text.decode(errors="replace")
+        ids = None if self._lead is None else self._exact(text, self._lead, self._num_lead)
+        if ids is None:
+            # Rare: the text spells a special token, or the tokenizer normalises it.
+            ids = self.fallback.greedy_tokenize(text) if self.fallback is not None else []
+        return ids
+
+    def _exact(self, text: str, lead: str, num_lead: int) -> list[int] | None:
+        ids = self._tokenizer.encode(lead + text, add_special_tokens=False)[num_lead:]
+        if not self._special.isdisjoint(ids) or b"".join(map(self._tokenizer.token_bytes, ids)) != text.encode():
+            return None
+        return ids
+
+
+class _Cleaner:
+    """Walks a schema: bounds it, refuses remote references, drops formats that are annotations."""
+
+    def __init__(self, spec: GrammarSpec, root: Any) -> None:
+        self._spec = spec
+        self._root = root
+        self._count = 0
+
+    def clean(self, schema: Any, depth: int) -> Any:
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, dict):
+            raise _error(self._spec, f"holds {json.dumps(schema)[:40]} where a schema must stand")
+        self._count += 1
+        if depth > MAX_DEPTH:
+            raise _error(self._spec, f"is nested more than {MAX_DEPTH} schemas deep")
+        if self._count > MAX_SCHEMAS:
+            raise _error(self._spec, f"holds more than {MAX_SCHEMAS} schemas")
+        cleaned: dict[str, Any] = {}
+        for key, value in schema.items():
+            if key in ("$ref", "$dynamicRef", "$recursiveRef"):
+                if not isinstance(value, str) or not value.startswith("#"):
+                    raise _error(
+                        self._spec, f"has the `{key}` {value!r:.80}: only references within it (#...) are read"
+                    )
+                cleaned[key] = value
+            elif key in _SCHEMA_MAPS and isinstance(value, dict):
+                cleaned[key] = {name: self.clean(inner, depth + 1) for name, inner in value.items()}
+            elif (key in _SCHEMA_LISTS or key == "items") and isinstance(value, list):
+                cleaned[key] = [self.clean(inner, depth + 1) for inner in value]
+            elif key in _SCHEMAS:
+                cleaned[key] = self.clean(value, depth + 1)
+            elif key == "format" and (not isinstance(value, str) or value not in _FORMATS):
+                continue
+            elif key in ("x-guidance", "$id", "id") and (key == "x-guidance" or isinstance(value, str)):
+                # The library's own options are not the client's to set; a base URI only matters to remote references.
+                continue
+            else:
+                cleaned[key] = value
+        if "oneOf" in cleaned and "anyOf" not in cleaned and self._excludes(cleaned["oneOf"]):
+            # Of branches that no value has in common "one of" is "any of", which the library can do.
+            cleaned = {"anyOf" if key == "oneOf" else key: value for key, value in cleaned.items()}
+        return cleaned
+
+    def _excludes(self, branches: Any) -> bool:
+        """Whether the branches of a oneOf exclude each other, by values or by a property that tells them apart."""
+        if not isinstance(branches, list) or len(branches) > 256:
+            return False
+        told = [self._told_values(branch) for branch in branches]
+        shared = set(told[0]).intersection(*told) if told else set()
+        for name in shared:
+            values = [value for branch in told for value in branch[name]]
+            if len(values) == len(set(values)):
+                return True
+        return False
+
+    def _told_values(self, branch: Any) -> dict[str | None, set[str]]:
+        """Values that a branch is limited to: under None its own, under a name those of a required property."""
+        for _ in range(8):
+            if not isinstance(branch, dict) or "$ref" not in branch:
+                break
+            branch = point(self._root, branch["$ref"])
+        if not isinstance(branch, dict):
+            return {}
+        found: dict[str | None, set[str]] = {}
+        properties, required = branch.get("properties"), branch.get("required")
+        sources: list[tuple[str | None, Any]] = [(None, branch)]
+        # Only an object has properties to be told apart by.
+        if branch.get("type") == "object" and isinstance(properties, dict) and isinstance(required, list):
+            sources += [(name, properties.get(name)) for name in required if isinstance(name, str)]
+        for name, source in sources:
+            if isinstance(source, dict) and ("const" in source or isinstance(source.get("enum"), list)):
+                values = [source["const"]] if "const" in source else source["enum"]
+                found[name] = {_canonical(value) for value in values}
+        return found
+
+
+class _Joined:
+    """How many patterns may have to hold for one string, from above: members of allOf and targets of $ref add up."""
+
+    def __init__(self, root: dict[str, Any]) -> None:
+        self._root = root
+        self._known: dict[int, int] = {}
+        self._depth = 0
+
+    def count(self, schema: Any) -> int:
+        if not isinstance(schema, dict):
+            return 0
+        known = self._known.get(id(schema))
+        if known is not None:
+            return known
+        if self._depth == MAX_REFERENCE_DEPTH:
+            raise RecursionError
+        self._known[id(schema)] = 0  # a cycle adds nothing
+        self._depth += 1
+        total = sum(key in schema for key in ("pattern", "format"))
+        total += sum(map(self.count, _children(schema, ("allOf",))))
+        if "$ref" in schema:
+            total += self.count(point(self._root, schema["$ref"]))
+        for keys in (("anyOf", "oneOf"), (*_SCHEMA_MAPS - {"$defs", "definitions"}, *_SCHEMAS, "prefixItems")):
+            total += max(map(self.count, _children(schema, keys)), default=0)
+        self._known[id(schema)] = total
+        self._depth -= 1
+        return total
+
+
+def point(root: Any, reference: Any) -> Any:
+    """What a JSON pointer (RFC 6901) names; None where it names nothing, which the library reports."""
+    if not isinstance(reference, str) or not reference.startswith("#"):
+        return None
+    found = root
+    for part in unquote(reference[1:]).split("/")[1:]:
+        part = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, dict):
+            found = found.get(part)
+        elif isinstance(found, list) and part.isdecimal() and int(part) < len(found):
+            found = found[int(part)]
+        else:
+            return None
+    return found
+
+
+def _canonical(value: Any) -> str:
+    """Equal for values that JSON Schema holds equal: 1 is 1.0."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return json.dumps(value, sort_keys=True)
+
+
+def _children(schema: dict[str, Any], keys: Iterable[str]) -> list[Any]:
+    """The schemas under some keywords."""
+    found: list[Any] = []
+    for key in keys:
+        value = schema.get(key)
+        if isinstance(value, list):
+            found += value
+        elif isinstance(value, dict):
+            found += value.values() if key in _SCHEMA_MAPS else [value]
+    return found
+
+
+class _TagWriter:
+    """Turns the format of a structural tag into one Lark grammar (with side grammars where a tag holds one)."""
+
+    def __init__(self, compiler: GrammarCompiler, spec: GrammarSpec) -> None:
+        self._compiler = compiler
+        self._spec = spec
+        self._rules: list[str] = []
+        self._grammars: list[dict[str, str]] = []
+
+    def write(self, tree: Any) -> str:
+        start = self._element(tree, "format", 0)
+        lark = "\n".join([f"start: {start}", f"TEXT: {_ANY_TEXT}", *self._rules])
+        return json.dumps({"grammars": [{"name": "main", "lark_grammar": lark}, *self._grammars]})
+
+    def _rule(self, body: str, options: str = "") -> str:
+        name = f"r{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {body}")
+        return name
+
+    def _bad(self, where: str, what: str) -> RequestError:
+        return _error(self._spec, f"is not valid: `{where}` {what}")
+
+    def _string(self, node: dict[str, Any], name: str, where: str, *, empty: bool = True) -> str:
+        value = node.get(name)
+        if not isinstance(value, str) or not (empty or value):
+            raise self._bad(f"{where}.{name}", "must be a string" if empty else "must be a non-empty string")
+        return value
+
+    def _list(self, node: dict[str, Any], name: str, where: str) -> list[Any]:
+        value = node.get(name)
+        if not isinstance(value, list) or not value:
+            raise self._bad(f"{where}.{name}", "must be a list that is not empty")
+        return value
+
+    def _element(self, node: Any, where: str, depth: int) -> str:
+        """An expression for a node, usable inside a sequence."""
+        if not isinstance(node, dict):
+            raise self._bad(where, "must be an object with a `type`")
+        if depth > MAX_DEPTH or len(self._rules) > MAX_SCHEMAS:
+            raise self._bad(where, "is too large or too deep")
+        kind = node.get("type")
+        if kind == "sequence":
+            return self._sequence(self._list(node, "elements", where), where, depth)
+        if kind == "or":
+            options = self._list(node, "elements", where)
+            return "(" + " | ".join(
+                self._element(inner, f"{where}.elements[{index}]", depth + 1) for index, inner in enumerate(options)
+            ) + ")"  # fmt: skip
+        if kind == "tag":
+            return self._sequence(self._tag_parts(node, where), where, depth)
+        if kind == "triggered_tags":
+            return self._triggered(node, where, depth)
+        if kind == "tags_with_separator":
+            return self._separated(node, where, depth)
+        return self._leaf(node, kind, where)
+
+    def _leaf(self, node: dict[str, Any], kind: Any, where: str) -> str:
+        if kind == "const_string":
+            return " ".join(self._compiler.literal(self._string(node, "value", where))) or '""'
+        if kind == "any_text":
+            return "TEXT"
+        if kind == "json_schema":
+            return self._rule(self._compiler.inline_schema(self._spec, node.get("json_schema", node.get("schema"))))
+        if kind == "regex":
+            pattern = self._string(node, "pattern", where, empty=False)
+            if len(pattern) > MAX_GRAMMAR_CHARACTERS:
+                raise self._bad(f"{where}.pattern", "is too long")
+            return self._rule(_regex(pattern))
+        if kind == "grammar":
+            name = f"g{len(self._grammars)}"
+            lark = _as_lark(self._spec, self._string(node, "grammar", where, empty=False))
+            self._grammars.append({"name": name, "lark_grammar": lark})
+            return f"@{name}"
+        raise self._bad(f"{where}.type", f"is {json.dumps(kind)[:40]}, which is not supported")
+
+    def _tag_parts(self, node: Any, where: str) -> list[Any]:
+        if not isinstance(node, dict):
+            raise self._bad(where, "must be a tag: an object with `begin`, `content` and `end`")
+        begin = {"type": "const_string", "value": self._string(node, "begin", where)}
+        end = node.get("end", "")
+        ends = end if isinstance(end, list) and end else [end]
+        if not all(isinstance(text, str) for text in ends):
+            raise self._bad(f"{where}.end", "must be a string")
+        closing: Any = [{"type": "const_string", "value": text} for text in ends]
+        return [begin, node.get("content"), closing[0] if len(closing) == 1 else {"type": "or", "elements": closing}]
+
+    def _sequence(self, nodes: list[Any], where: str, depth: int) -> str:
+        parts: list[str] = []
+        index = 0
+        while index < len(nodes):
+            node = nodes[index]
+            following = nodes[index + 1] if index + 1 < len(nodes) else None
+            if isinstance(node, dict) and node.get("type") == "any_text" and isinstance(following, dict):
+                pieces = self._compiler.literal(following["value"]) if following.get("type") == "const_string" else []
+                if pieces and not pieces[0].startswith("<["):
+                    # Lazy, or the free text would swallow what ends it.
+                    parts += [self._rule(f"TEXT {pieces[0]}", "[lazy]"), *pieces[1:]]
+                    index += 2
+                    continue
+            parts.append(self._element(node, f"{where}.elements[{index}]", depth + 1))
+            index += 1
+        return self._rule(" ".join(parts))
+
+    def _triggered(self, node: dict[str, Any], where: str, depth: int) -> str:
+        """Free text in which a trigger begins one of the tags that start with it."""
+        triggers = self._list(node, "triggers", where)
+        tags = self._list(node, "tags", where)
+        if not all(isinstance(trigger, str) and trigger for trigger in triggers):
+            raise self._bad(f"{where}.triggers", "must hold non-empty strings")
+        options: list[str] = []
+        for index, tag in enumerate(tags):
+            here = f"{where}.tags[{index}]"
+            begin, content, end = self._tag_parts(tag, here)
+            trigger = next((text for text in triggers if begin["value"].startswith(text)), None)
+            if trigger is None:
+                raise self._bad(f"{here}.begin", "starts with none of the triggers")
+            pieces = self._compiler.literal(trigger)
+            if pieces[0].startswith("<["):
+                head = " ".join(["TEXT", *pieces])
+            elif len(pieces) == 1:
+                head = self._rule(f"TEXT {pieces[0]}", "[lazy]")
+            else:
+                raise self._bad(f"{where}.triggers", "must not mix text with a special token that follows it")
+            rest = {"type": "const_string", "value": begin["value"][len(trigger) :]}
+            options.append(self._rule(f"{head} {self._sequence([rest, content, end], here, depth + 1)}"))
+        choice = self._rule(" | ".join(options))
+        least = "+" if node.get("at_least_one") is True else "*"
+        if node.get("stop_after_first") is True:
+            return choice if least == "+" else f"({choice} | TEXT)"
+        return f"{choice}{least} TEXT"
+
+    def _separated(self, node: dict[str, Any], where: str, depth: int) -> str:
+        """Tags and nothing else, with a separator between them."""
+        tags = self._list(node, "tags", where)
+        separator = " ".join(self._compiler.literal(self._string(node, "separator", where)))
+        choice = self._rule(
+            " | ".join(
+                self._sequence(self._tag_parts(tag, f"{where}.tags[{index}]"), f"{where}.tags[{index}]", depth + 1)
+                for index, tag in enumerate(tags)
+            )
+        )
+        repeated = choice if node.get("stop_after_first") is True else f"{choice} ({separator} {choice})*"
+        return f"({repeated})" if node.get("at_least_one") is True else f"({repeated})?"
+
+
+# ---- small things
+
+
+def _error(spec: GrammarSpec, what: str) -> RequestError:
+    names = {
+        "json_object": "The JSON object format", "json_schema": "The JSON schema", "regex": "The regular expression",
+        "choice": "The list of choices", "grammar": "The grammar", "structural_tag": "The structural tag",
+    }  # fmt: skip
+    return RequestError(f"{names[spec.kind]} {what}.", param=spec.param)
+
+
+def _load(spec: GrammarSpec) -> Any:
+    try:
+        value = json.loads(spec.text)
+    except ValueError as error:
+        raise _error(spec, f"is not valid JSON: {error}") from None
+    except RecursionError:
+        raise _error(spec, "is nested too deep") from None
+    level = [value]
+    for _ in range(4 * MAX_DEPTH):
+        # Schemas alternate with the maps that hold them, and data (enum, const) may nest too.
+        level = [
+            child
+            for item in level
+            if isinstance(item, dict | list)
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return value
+    raise _error(spec, "is nested too deep")
+
+
+def _sentence(text: str) -> str:
+    """What the library says, on one short line without its trailing stop."""
+    lines = [line.strip() for line in text.strip().splitlines()]
+    return " ".join(line for line in lines if line and not line.startswith(("at ", "stack backtrace")))[:300].rstrip(
+        " ."
+    )
+
+
+def _without(schema: Any, keywords: frozenset[str]) -> Any:
+    """A schema without some keywords, wherever schemas stand in it."""
+    if not isinstance(schema, dict):
+        return schema
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in keywords:
+            continue
+        if key in _SCHEMA_MAPS and isinstance(value, dict):
+            kept[key] = {name: _without(inner, keywords) for name, inner in value.items()}
+        elif isinstance(value, list) and (key in _SCHEMA_LISTS or key == "items"):
+            kept[key] = [_without(inner, keywords) for inner in value]
+        else:
+            kept[key] = _without(value, keywords) if key in _SCHEMAS else value
+    return kept
+
+
+def _without_anchors(pattern: str) -> str:
+    """A pattern always describes the whole text, so anchors at its ends say nothing; inside it they are errors."""
+    pattern = pattern.removeprefix("^")
+    escapes = len(pattern) - 1 - len(pattern[:-1].rstrip("\\"))
+    if pattern.endswith("$") and escapes % 2 == 0:
+        pattern = pattern[:-1]
+    return pattern
+
+
+def _regex(pattern: str) -> str:
+    """A pattern as a Lark terminal. \\d and \\w are ASCII, as in JSON Schema: nobody means Arabic digits."""
+    return f"/{regex_to_lark(_without_anchors(pattern), 'dw')}/"
+
+
+def _as_lark(spec: GrammarSpec, text: str) -> str:
+    """Lark as it is; GBNF and EBNF (`root ::= ...`) translated."""
+    if not text.strip():
+        raise _error(spec, "is empty")
+    if len(text) > MAX_GRAMMAR_CHARACTERS:
+        raise _error(spec, f"is longer than {MAX_GRAMMAR_CHARACTERS} characters")
+    if text.count("::=") > MAX_EBNF_RULES:
+        raise _error(spec, f"has more than {MAX_EBNF_RULES} rules")
+    try:
+        return any_to_lark(text)
+    except RecursionError:
+        raise _error(spec, "is nested too deep") from None
+    except Exception as error:  # the translator raises bare Exception and IndexError
+        raise _error(spec, f"cannot be read: {_sentence(str(error))}") from None

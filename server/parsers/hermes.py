@@ -1,0 +1,30 @@
+"""Tool calls of Hermes, Qwen 2.5 and Qwen 3: `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, repeated."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from server.parsers.base import Malformed, Scanner, Steps, ToolFamily
+from server.parsers.formats import json_call, tags
+from server.parsers.json_text import read_call_object
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+
+
+def _run(scanner: Scanner) -> Steps[None]:
+    while (yield from scanner.until((_OPEN,), scanner.content)):
+        try:
+            yield from scanner.space()
+            yield from read_call_object(scanner)
+            # Models that end with their last brace are understood.
+            yield from scanner.accept(_CLOSE, spaced=True)
+        except Malformed:
+            scanner.fail()
+
+
+def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:
+    calls = [json_call(_OPEN + "\n", name, "arguments", schema, "\n" + _CLOSE) for name, schema in tools]
+    return tags(calls, "\n", parallel)
+
+
+FAMILY = ToolFamily("hermes", _run, (_OPEN, _CLOSE), _call_format)

@@ -1,0 +1,79 @@
+"""Tool calls of Mistral: `[TOOL_CALLS][{"name": ..., "arguments": {...}}]`, and since v11 `[TOOL_CALLS]name{...}`.
+
+Their ids are nine letters or digits: the templates refuse any other when the conversation goes on.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import string
+from typing import Any
+
+from server.parsers.base import Malformed, Scanner, Steps, ToolFamily
+from server.parsers.formats import json_call, schema_of, tags
+from server.parsers.json_text import read_call_object, read_json
+
+_OPEN, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+_LETTERS = string.ascii_letters + string.digits
+_NAME = re.compile(r"[A-Za-z0-9_.\-]")
+
+
+def _make_id() -> str:
+    return "".join(secrets.choice(_LETTERS) for _ in range(9))
+
+
+def _run(scanner: Scanner) -> Steps[None]:
+    while (yield from scanner.until((_OPEN,), scanner.content)):
+        try:
+            character = yield from scanner.space()
+            if character == "[":
+                yield from _read_list(scanner)
+            elif character == "{":
+                yield from read_call_object(scanner)
+            else:
+                yield from _read_named(scanner)
+        except Malformed:
+            scanner.fail()
+
+
+def _read_list(scanner: Scanner) -> Steps[None]:
+    scanner.skip(1)
+    while True:
+        yield from scanner.space()
+        yield from read_call_object(scanner)
+        if (yield from scanner.accept("]", spaced=True)):
+            return
+        scanner.begin()
+        yield from scanner.space()
+        yield from scanner.expect(",")
+
+
+def _read_named(scanner: Scanner) -> Steps[None]:
+    name = yield from scanner.word(_NAME)
+    if (yield from scanner.accept(_ID)):
+        yield from scanner.word(_NAME)
+    yield from scanner.accept(_ARGUMENTS)
+    if (yield from scanner.space()) != "{":
+        raise Malformed
+    scanner.start_call(name)
+    yield from read_json(scanner, scanner.arguments)
+    scanner.end_call()
+
+
+def _list_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:
+    calls = tags([json_call("", name, "arguments", schema, "") for name, schema in tools], ", ", parallel)
+    return {"type": "tag", "begin": f"{_OPEN}[", "content": calls, "end": "]"}
+
+
+def _named_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:
+    calls = [
+        {"type": "tag", "begin": f"{_OPEN}{name}{_ARGUMENTS}", "content": schema_of(schema), "end": ""}
+        for name, schema in tools
+    ]
+    return tags(calls, "", parallel)
+
+
+FAMILY = ToolFamily("mistral", _run, (_OPEN, _ARGUMENTS, _ID), _list_format, _make_id)
+# Reads the same; what it forces is the newer way.
+NAMED_FAMILY = ToolFamily("mistral_v11", _run, (_OPEN, _ARGUMENTS, _ID), _named_format, _make_id)

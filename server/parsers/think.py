@@ -1,0 +1,26 @@
+"""Reasoning between two tags at the start of the output; the first may be the end of the prompt instead."""
+
+from __future__ import annotations
+
+from server.parsers.base import ReasoningFamily, Scanner, Steps
+
+
+def family(name: str, open: str, close: str) -> ReasoningFamily:
+    """A family with these tags."""
+
+    def run(scanner: Scanner, start_inside: bool) -> Steps[None]:
+        # A model that was started inside may open its reasoning once more.
+        if not (yield from scanner.accept(open, spaced=True)) and not start_inside:
+            return
+        scanner.begin_reasoning()
+        if (yield from scanner.until((close,), scanner.reasoning)):
+            scanner.end_reasoning()
+        else:
+            scanner.flush_reasoning()
+
+    return ReasoningFamily(name, run, (open, close), open, close)
+
+
+QWEN3 = family("qwen3", "<think>", "</think>")
+DEEPSEEK_R1 = family("deepseek_r1", "<think>", "</think>")
+MISTRAL = family("mistral", "[THINK]", "[/THINK]")
