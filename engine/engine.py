@@ -226,10 +226,11 @@ class Engine:
                         self._publish_failure(result)
                     else:
                         result = scheduler.commit(done, output)
-                        # The device may be waiting for these: before the streams.
-                        self._provide_masks_of_next(in_flight)
+                        # First, for a grammar may end its request in the next line.
                         if result.logprobs or result.prompt_logprobs:
                             _attach_logprobs(result, output)
+                        # The device may be waiting for these: before the streams.
+                        self._provide_masks_of_next(in_flight)
                         self._publish(result)
                     self._progress_at = self.clock.now()
                     # A device that is always ahead must not keep the sockets from being served.

@@ -269,6 +269,13 @@ async def test_constrained_rows_sample_under_their_masks_and_others_do_not_notic
     assert answers[1].finish_reason is FinishReason.LENGTH and answers[2].finish_reason is FinishReason.STOP
 
 
+async def test_last_token_under_a_grammar_keeps_its_logprob() -> None:
+    async with running() as engine:
+        request = dataclasses.replace(ask("a", [1, 2, 3], logprobs=0), constraint=Alternating(5))
+        answer = await collect(engine.submit(request))
+    assert [entry.token_id for entry in answer.logprobs] == answer.token_ids and len(answer.token_ids) == 5
+
+
 async def test_broken_grammar_is_one_requests_error() -> None:
     async with running() as engine:
         broken = dataclasses.replace(ask("broken", [5, 6]), constraint=Alternating(50, broken_at=3))
