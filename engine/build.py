@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -122,14 +123,16 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         chat_template = ChatTemplate.load(directory, options.chat_template) if tokenizer is not None else None
         if tokenizer is not None:
             eos = tuple(dict.fromkeys((*eos, *tokenizer.eos_token_ids)))
-    names = options.served_names or (directory.name if directory.is_dir() else options.path,)
-    if not options.served_names and directory == Path(__file__).parent / "demo":
+    local = Path(options.path).expanduser()
+    names = options.served_names or ((local.resolve().name,) if local.is_dir() else (options.path,))
+    if not options.served_names and directory.resolve() == (Path(__file__).parent / "demo").resolve():
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({model_config.architecture}, {directory})")
     metrics = EngineMetrics(names[0], prefix=config.server.metrics_prefix, max_model_len=context)
     try:
         executor = _build_executor(config, directory, model_config, context, report)
-        engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics)
+        rng = None if options.seed is None else random.Random(options.seed)
+        engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics, rng=rng)
     except MemoryError as error:
         raise StartupError(
             f"no memory for --max-num-seqs {config.scheduler.max_num_seqs} with {context} tokens of context each and "
@@ -196,7 +199,7 @@ def _build_cuda(
             dtype=dtype,
             device=layer.device,
             load_format=config.model.load_format,
-            seed=config.model.seed,
+            seed=config.model.seed or 0,
             progress=show_progress(),
             max_model_len=context,
         )
@@ -239,7 +242,7 @@ def _build_cpu(
             dtype=dtype,
             device=torch.device("cpu"),
             load_format=config.model.load_format,
-            seed=config.model.seed,
+            seed=config.model.seed or 0,
             progress=show_progress(),
             max_model_len=context,
             deterministic=bool(config.deterministic),

@@ -14,6 +14,7 @@ class ModelOptions:
 
     path: a directory in HF format, or a hub id. dtype: auto, bfloat16, float16 or float32.
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
+    seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
     """
 
@@ -27,7 +28,7 @@ class ModelOptions:
     max_model_len: int | None = None
     generation_config: str = "auto"
     chat_template: str | None = None
-    seed: int = 0
+    seed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

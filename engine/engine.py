@@ -342,7 +342,9 @@ class Engine:
             tokens = sequence.output_token_ids[listener.num_published :]
             text = detokenizer.push(tokens) if tokens else ""
             if detokenizer.stop_reason is None:
-                text += detokenizer.finish()
+                tail = detokenizer.finish()
+                # Cut off by its length amid a character: half of one is nothing that a client could use.
+                text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
             else:
                 reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
             stream.push(text, tokens, listener.logprobs)

@@ -120,9 +120,9 @@ def make_parser() -> argparse.ArgumentParser:
         "--deterministic",
         "--enable-deterministic-inference",
         dest="deterministic",
-        action=argparse.BooleanOptionalAction,
+        action="store_true",
         default=None,
-        help="the same tokens and log-probabilities whatever runs beside a request; default: where it costs nothing",
+        help="the same tokens and log-probabilities whatever runs beside a request; on anyway where it costs nothing",
     )
     device.add_argument("--kv-cache-gb", type=_positive, metavar="GB", help="size of the KV cache in 1e9 bytes")
     device.add_argument("--kv-cache-memory-bytes", type=_count, metavar="BYTES")
@@ -248,6 +248,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             f"--max-num-batched-tokens {budget} is less than --max-num-seqs {max_num_seqs}: "
             "a step must hold one token of every running sequence"
         )
+    if args.api_key and not all(args.api_key):
+        raise StartupError("--api-key: a key is empty")
     keys = tuple(args.api_key or ()) or tuple(filter(None, [os.environ.get("ONELOOP_API_KEY")]))
     return EngineConfig(
         model=ModelOptions(

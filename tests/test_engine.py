@@ -294,3 +294,21 @@ async def test_a_grammar_that_has_not_begun_allows_everything() -> None:
         answer = await collect(engine.submit(bound))
     assert answer.token_ids[:4] == reference([1, 2, 3])[:4] and len(answer.token_ids) == 9
     assert [token % 2 for token in answer.token_ids[4:]] == [0, 1, 0, 1, 0]
+
+
+async def test_text_cut_amid_a_character_ends_before_it() -> None:
+    """The fake's tokens are drawn; a constraint writes an emoji, whose bytes are several tokens, and is cut short."""
+    emoji = TOKENIZER.encode("🦜", add_special_tokens=False)
+    assert len(emoji) > 1, "a character of several tokens is needed"
+
+    class Spell(Alternating):
+        def mask_into(self, mask: np.ndarray) -> None:
+            mask.fill(0)
+            token = emoji[len(self.seen) % len(emoji)]
+            mask[token // 32] = 1 << (token % 32)
+
+    async with running() as engine:
+        whole = dataclasses.replace(ask("whole", [1, 2], max_tokens=len(emoji)), constraint=Spell(99))
+        cut = dataclasses.replace(ask("cut", [1, 2], max_tokens=2 * len(emoji) - 1), constraint=Spell(99))
+        answers = await asyncio.gather(*(collect(engine.submit(request)) for request in (whole, cut)))
+    assert [answer.text for answer in answers] == ["🦜", "🦜"]

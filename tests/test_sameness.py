@@ -294,8 +294,7 @@ async def test_fast_mode_has_the_same_greedy_tokens(name: str, checkpoints: dict
 
 
 def test_flag() -> None:
-    spellings = {(): None, ("--deterministic",): True, ("--no-deterministic",): False}
-    spellings |= {("--enable-deterministic-inference",): True}
+    spellings = {(): None, ("--deterministic",): True, ("--enable-deterministic-inference",): True}
     for argv, expected in spellings.items():
         assert parse(argv)[0].deterministic is expected
 

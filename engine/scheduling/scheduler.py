@@ -318,7 +318,8 @@ class Scheduler:
             cache.release(pages, tokens, 0)
             sequence.pages_wanted = wanted
             return False
-        assert self._policy.pop() is sequence
+        popped = self._policy.pop()
+        assert popped is sequence
         self.num_waiting -= 1
         sequence.move(SequenceStatus.RUNNING)
         sequence.pages = pages

@@ -45,7 +45,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     spec = _read_spec(body, tools, state)
     refuse(body, CHAT_REFUSALS)
     text, prompt = await encode_messages(body, state, tools)
-    echoes = [_echo(body)] if common.echo else None
+    echoes = [_echo(body, state)] if common.echo else None
     reasoning = state.reasoning_family
     reading = None
     if tools.reads_calls or reasoning is not None:
@@ -93,13 +93,17 @@ def _read_logprobs(body: Body) -> int | None:
     return (top or 0) if wanted else None
 
 
-def _echo(body: Body) -> str:
+def _echo(body: Body, state: State) -> str:
     """vLLM's `echo` of a chat: the text of a last message of the assistant, which the answer goes on with."""
     last = body.raw("messages")[-1]
     if last["role"] != "assistant" or not body.boolean("continue_final_message", False):
         return ""
     content = _read_content(last.get("content") or "", "messages[-1].content")
-    return content if isinstance(content, str) else "".join(part["text"] for part in content)
+    if isinstance(content, str):
+        return content
+    template = state.model.chat_template
+    # As the template got it: see _with_joined_parts.
+    return ("" if template is None or template.accepts_parts else "\n").join(part["text"] for part in content)
 
 
 async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, list[int]]:

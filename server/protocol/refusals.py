@@ -11,6 +11,12 @@ from server.protocol.body import Body
 
 # null is neutral everywhere.
 _COMMON: dict[str, tuple[object, ...]] = {
+    "extra_key": ("",),
+    "session_params": ({},),
+    "sampling_logprobs_mode": (),
+    "return_prompt_token_ids": (False,),
+    "return_meta_info": (False,),
+    "return_sampling_mask": (False,),
     "length_penalty": (1,),
     "logprob_token_ids": ([],),
     "use_beam_search": (False,),

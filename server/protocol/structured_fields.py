@@ -40,6 +40,8 @@ def read_grammar(body: Body) -> GrammarSpec | None:
         if body.has(name) and not (name.endswith("json_object") and body.raw(name) is False):
             spec = read(name, body.raw(name))
             found.append((name, replace(spec, whitespace_pattern=pattern) if name.startswith("guided_") else spec))
+    if pattern is not None and not any(name.startswith("guided_") for name, _ in found):
+        raise invalid("guided_whitespace_pattern", "needs a `guided_*` structure beside it")
     if len(found) > 1:
         raise invalid(found[1][0], f"and `{found[0][0]}` both ask for a structure; give one of them")
     return found[0][1] if found else None
@@ -85,6 +87,8 @@ def _read_structured_outputs(fields: dict[str, Any]) -> GrammarSpec:
         given.remove("json_object")
     if len(given) != 1:
         raise invalid(where, f"must have exactly one of {', '.join(_STRUCTURED)}")
+    if options.boolean(f"{where}.disable_additional_properties", False):
+        raise invalid(f"{where}.disable_additional_properties", "is not supported by this server")
     spec = _STRUCTURED[given[0]](f"{where}.{given[0]}", fields[given[0]])
     return replace(
         spec,

@@ -12,8 +12,13 @@ class FCFS:
 
     def __init__(self) -> None:
         self._queue: deque[Sequence] = deque()
+        self._compact_at = 1024
 
     def push(self, sequence: Sequence) -> None:
+        if len(self._queue) >= self._compact_at:
+            # Aborted ones are dropped at the head only; behind a head that waits they would pile up.
+            self._queue = deque(waiting for waiting in self._queue if not waiting.is_finished)
+            self._compact_at = max(1024, 2 * len(self._queue))
         self._queue.append(sequence)
 
     def push_front(self, sequence: Sequence) -> None:
