@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
 import hmac
 import logging
@@ -253,7 +254,8 @@ async def serve(
                 backlog=_BACKLOG,
             )
         except OSError as error:
-            raise StartupError(f"cannot listen on {options.host}:{options.port}: {error.strerror}") from None
+            why = "the address is in use; --port picks another" if error.errno == errno.EADDRINUSE else error.strerror
+            raise StartupError(f"cannot listen on {options.host}:{options.port}: {why}") from None
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
         if on_listening is not None:
