@@ -188,6 +188,8 @@ def _build_cuda(
 
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
+    if config.num_threads is not None:
+        raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
     layer, dtype = CudaDevice(nvtx=config.cuda.nvtx), pick_dtype(config.model.dtype)
     report.row("device", torch.cuda.get_device_name(layer.device))
     report.row("dtype", str(dtype).removeprefix("torch."))

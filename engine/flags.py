@@ -210,6 +210,13 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help="how the model marks its reasoning: qwen3, deepseek_r1, ..., none, or auto (by its chat template)",
     )
+    server.add_argument(
+        "--root-path",
+        "--fastapi-root-path",
+        dest="root_path",
+        metavar="PATH",
+        help="prefix that a proxy puts before routes",
+    )
     server.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
 
@@ -295,6 +302,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 drain_timeout_s=args.drain_timeout,
                 keep_alive_interval_s=args.sse_keep_alive_interval,
                 metrics_prefix=args.metrics_prefix,
+                root_path=args.root_path,
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
             ),

@@ -245,7 +245,7 @@ def test_impossible_requests_are_refused_at_the_door() -> None:
     assert rig.submit([1] * 10, max_tokens=7).max_length == 17
 
 
-def test_steady_step_touches_no_sequence_and_allocates_no_array() -> None:
+def test_steady_schedule_keeps_no_array() -> None:
     import tracemalloc
 
     rig = Rig(max_num_seqs=32, num_pages=2048, max_model_len=2048, budget=256)

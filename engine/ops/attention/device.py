@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops.attention.base import AttentionSpec
+from engine.ops.attention.sequence import attend_sequence
 from engine.ops.rope import apply_rope
 from engine.ops.triton.runtime import on_gpu
 
@@ -203,26 +203,9 @@ class DeviceAttention:
 
     def prefill_row(self, layer: int, q: Tensor, pages: Tensor, kv_len: int) -> Tensor:
         """q [N, Hq, D], the last N of kv_len tokens -> [N, Hq, D]."""
-        spec, window = self.spec, self.windows[layer]
-        keys = self.gather(self.k_pools[layer], pages)[:kv_len].transpose(0, 1)
-        values = self.gather(self.v_pools[layer], pages)[:kv_len].transpose(0, 1)
-        queries = q.transpose(0, 1)
-        position = torch.arange(kv_len - q.shape[0], kv_len, device=q.device)[:, None]
-        column = torch.arange(kv_len, device=q.device)
-        mask = column <= position
-        if window is not None:
-            mask = mask & (column > position - window)
-        if spec.softcap is None:
-            result = F.scaled_dot_product_attention(
-                queries[None], keys[None], values[None], attn_mask=mask, scale=spec.scale, enable_gqa=True
-            )[0]
-        else:
-            group = spec.num_heads // spec.num_kv_heads
-            scores = queries.float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2) * spec.scale
-            scores = spec.softcap * torch.tanh(scores / spec.softcap)
-            weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-            result = (weights @ values.float().repeat_interleave(group, 0)).to(q.dtype)
-        return result.transpose(0, 1)
+        keys = self.gather(self.k_pools[layer], pages)[:kv_len]
+        values = self.gather(self.v_pools[layer], pages)[:kv_len]
+        return attend_sequence(self.spec, self.windows[layer], q, keys, values)
 
 
 class DecodeAttention:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec
+from engine.ops.attention.sequence import attend_sequence
 from engine.ops.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -147,23 +147,7 @@ class Backend:
             first, last = int(metadata.qo_indptr[row]), int(metadata.qo_indptr[row + 1])
             pages = metadata.kv_indices[metadata.kv_indptr[row] : metadata.kv_indptr[row + 1]]
             index, length = torch.from_numpy(pages.astype(np.int64)), int(metadata.kv_len[row])
-            keys = k_pool[index].flatten(0, 1)[:length].transpose(0, 1)
-            values = v_pool[index].flatten(0, 1)[:length].transpose(0, 1)
-            queries = q[first:last].transpose(0, 1)
-            position = torch.arange(length - (last - first), length)[:, None]
-            column = torch.arange(length)
-            mask = column <= position
-            if window is not None:
-                mask &= column > position - window
-            if spec.softcap is None:
-                result = F.scaled_dot_product_attention(
-                    queries[None], keys[None], values[None], attn_mask=mask, scale=spec.scale, enable_gqa=True
-                )[0]
-            else:
-                group = spec.num_heads // spec.num_kv_heads
-                scores = queries.float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2) * spec.scale
-                scores = spec.softcap * torch.tanh(scores / spec.softcap)
-                weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
-                result = (weights @ values.float().repeat_interleave(group, 0)).to(q.dtype)
-            out[first:last] = result.transpose(0, 1).flatten(1)
+            keys = k_pool[index].flatten(0, 1)[:length]
+            values = v_pool[index].flatten(0, 1)[:length]
+            out[first:last] = attend_sequence(spec, window, q[first:last], keys, values).flatten(1)
         return out
