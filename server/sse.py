@@ -6,6 +6,7 @@ A token costs one JSON string and two concatenations; everything else of a chunk
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from types import TracebackType
 
 import orjson
@@ -17,7 +18,7 @@ from server.protocol.generation import Plan
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
-_HEADERS = {
+EVENT_HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     # nginx would otherwise collect the stream before it passes it on.
@@ -71,14 +72,15 @@ def error_event(error: RequestError) -> bytes:
 
 
 class EventStream:
-    """An open stream: `async with await EventStream.open(request, interval) as stream`.
+    """An open stream: `async with await EventStream.open(request, headers, keep_alive, interval) as stream`.
 
-    After `keep_alive_interval_s` without an event a comment line is sent, so that no proxy takes a long prefill for
+    After `keep_alive_interval_s` without an event `keep_alive` is sent, so that no proxy takes a long prefill for
     a dead connection. 0 sends none.
     """
 
-    def __init__(self, response: web.StreamResponse, keep_alive_interval_s: float) -> None:
+    def __init__(self, response: web.StreamResponse, keep_alive: bytes, keep_alive_interval_s: float) -> None:
         self.response = response
+        self._keep_alive_bytes = keep_alive
         self._interval = keep_alive_interval_s
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
@@ -86,11 +88,13 @@ class EventStream:
         self._keep_alive: asyncio.Task[None] | None = None
 
     @classmethod
-    async def open(cls, request: web.Request, keep_alive_interval_s: float) -> EventStream:
+    async def open(
+        cls, request: web.Request, headers: Mapping[str, str], keep_alive: bytes, keep_alive_interval_s: float
+    ) -> EventStream:
         """Send the headers of a 200."""
-        response = web.StreamResponse(headers=_HEADERS)
+        response = web.StreamResponse(headers=headers)
         await response.prepare(request)
-        return cls(response, keep_alive_interval_s)
+        return cls(response, keep_alive, keep_alive_interval_s)
 
     async def write(self, data: bytes) -> None:
         """Send whole events; waits while the client reads too slowly. Raises ConnectionError when it has gone."""
@@ -120,7 +124,7 @@ class EventStream:
                 await asyncio.sleep(self._interval)
             else:
                 try:
-                    await self.write(KEEP_ALIVE)
+                    await self.write(self._keep_alive_bytes)
                 except ConnectionError:
                     # The handler is about to be cancelled, or to see the same.
                     return

@@ -1,0 +1,80 @@
+"""What an API family has to say for itself: a Plan's tokens as one body, or as a stream of bytes.
+
+The responder runs the plan and owns the connection; an Answer is made for one request, is asked on the loop thread,
+and does no I/O.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from engine.request import FinishReason, RequestError
+from engine.stream import Delta, TokenStream
+from server.protocol.errors import ApiError
+from server.protocol.generation import Plan
+from server.sse import Json
+from server.state import State
+
+
+class Answer(Protocol):
+    """headers: of a stream. keep_alive: bytes that mean nothing, sent while a stream is silent; empty for none.
+
+    num_running: streams whose last delta has not been written; `delta` counts it down.
+    """
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def keep_alive(self) -> bytes: ...
+
+    num_running: int
+
+    def whole(self, deltas: list[Delta]) -> Json:
+        """The body of an answer that is not streamed; one delta for each request of the plan."""
+        ...
+
+    def opening(self) -> bytes:
+        """What a stream begins with, before any delta."""
+        ...
+
+    def delta(self, index: int, delta: Delta) -> bytes:
+        """What one delta of request `index` brings; may be nothing. Raises ApiError for a failed one."""
+        ...
+
+    def closing(self) -> bytes:
+        """What a stream ends with, after the last delta of the last request."""
+        ...
+
+    def error(self, error: RequestError) -> bytes:
+        """The end of a stream that cannot go on."""
+        ...
+
+
+MakeAnswer = Callable[[State, Plan, list[TokenStream]], Answer]
+
+
+def usage(plan: Plan, streams: list[TokenStream], num_output: int) -> Json:
+    """A prompt counts once, however many choices it has; what its first choice found in the cache is its share."""
+    firsts = streams[:: plan.num_candidates]
+    num_prompt = sum(stream.num_prompt_tokens for stream in firsts)
+    return {
+        "prompt_tokens": num_prompt,
+        "completion_tokens": num_output,
+        "total_tokens": num_prompt + num_output,
+        "prompt_tokens_details": {"cached_tokens": sum(stream.num_cached_tokens for stream in firsts)},
+    }
+
+
+def failure(delta: Delta) -> ApiError:
+    """The error of a delta whose finish reason is ERROR."""
+    return ApiError(400 if delta.bad_request else 500, delta.error or "The model failed to compute this request.")
+
+
+def raise_early(delta: Delta) -> None:
+    """Raise what can still be an HTTP error."""
+    if delta.finish_reason is FinishReason.ERROR:
+        raise failure(delta)
+    if delta.finish_reason is FinishReason.ABORT and not delta.token_ids:
+        raise ApiError(503, "The request was aborted before its first token.")
