@@ -5,7 +5,14 @@ Imports nothing of ours, so that `--help` and the scheduler's tests stay free of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+# What a chat template gets from the server and from nobody else.
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ class ServerOptions:
     """HTTP. Sizes in bytes, times in seconds.
 
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
-    template shows.
+    template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
     """
 
     host: str = "127.0.0.1"
@@ -91,6 +98,7 @@ class ServerOptions:
     root_path: str = ""
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

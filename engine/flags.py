@@ -6,11 +6,14 @@ What is not listed does not exist: an unknown flag ends the start with a line th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from engine.config import (
+    RESERVED_TEMPLATE_KWARGS,
     CacheOptions,
     CudaOptions,
     EngineConfig,
@@ -78,9 +81,27 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object")
+    if reserved := RESERVED_TEMPLATE_KWARGS.intersection(value):
+        raise argparse.ArgumentTypeError(f"'{min(reserved)}' cannot be set")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print two screens of usage before it."""
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser; every option's default is None where EngineConfig's own default applies."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m engine.serve",
         description="Serve a language model over an OpenAI-compatible API.",
         allow_abbrev=False,
@@ -211,6 +232,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="how the model marks its reasoning: qwen3, deepseek_r1, ..., none, or auto (by its chat template)",
     )
     server.add_argument(
+        "--default-chat-template-kwargs",
+        type=_template_kwargs,
+        metavar="JSON",
+        help="options of the chat template for requests without their own, such as '{\"enable_thinking\": false}'",
+    )
+    server.add_argument(
         "--root-path",
         "--fastapi-root-path",
         dest="root_path",
@@ -305,6 +332,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 root_path=args.root_path,
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
+                default_chat_template_kwargs=args.default_chat_template_kwargs,
             ),
         ),
         cuda=CudaOptions(
