@@ -127,7 +127,7 @@ class Side:
         # Staging may replace these two by larger ones; graphs go on reading the first.
         self.first_index, self.first_page = self.staging.table_index, self.staging.table_page
         self.metadata = PagedMetadata(limits)
-        self.meta_host = layer.pinned(4 * (2 * limits.max_num_batched_tokens + 16 * (rows + 1) + limits.num_pages))
+        self.meta_host = layer.pinned(4 * (2 * limits.max_num_batched_tokens + 16 * (rows + 4) + limits.num_pages))
         self.meta_host = self.meta_host.view(torch.int32)
         self.meta = layer.zeros((self.meta_host.numel(),), torch.int32)
         self.out = layer.zeros((rows,), torch.int32)
@@ -143,6 +143,21 @@ class Side:
     def end_of(self, array: npt.NDArray[Any], count: int) -> int:
         """Bytes of the arena up to `count` entries of an array."""
         return self.arena.offset_of(array) + count * array.dtype.itemsize
+
+    def write_meta(self, parts: Sequence[npt.NDArray[Any]], upload: Any) -> tuple[list[slice], int]:
+        """Lay arrays into the metadata, each on a multiple of 16 bytes: where they are, and the length in words.
+
+        Kernels are compiled anew for pointers that are not so aligned.
+        """
+        sizes = [-(-len(part) // 4) * 4 for part in parts]
+        starts = [0, *np.cumsum(sizes).tolist()]
+        with self._layer.on(upload):
+            self.reserve_meta(starts[-1])
+        host = self.meta_host.numpy()
+        cuts = [slice(start, start + len(part)) for start, part in zip(starts, parts, strict=False)]
+        for cut, part in zip(cuts, parts, strict=True):
+            host[cut] = part
+        return cuts, starts[-1]
 
     def reserve_meta(self, length: int) -> None:
         if length > self.meta_host.numel():
@@ -225,6 +240,10 @@ class CUDAExecutor:
             self._page_table = layer.zeros((limits.num_slots, limits.max_pages_per_seq), torch.int32)
             self._last_token = layer.zeros((limits.num_slots,), torch.int32)
             self._sampling = layer.zeros((limits.num_slots, WORDS), torch.int32)
+            self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
+            layer.synchronize_all()
+            with layer.on(self._compute):
+                attention.settle()
             layer.synchronize_all()
         self._flat_table = self._page_table.view(-1)
         self._extras = DeviceExtras(limits, layer.zeros)
@@ -236,7 +255,6 @@ class CUDAExecutor:
         self._open: dict[GraphKey, Tensor] = {}
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None
-        self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
         self._waiter = Waiter(layer)
         self._in_flight = 0
         self._lost: DeviceLostError | None = None
@@ -674,6 +692,7 @@ class CUDAExecutor:
             self._warm_up_and_capture(key)
         except Exception as error:
             self._judge(error)
+            self.graphs.give_up(key, error)
         if self._lost is None and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(0.0, self._capture_when_idle)
 
@@ -709,19 +728,14 @@ class CUDAExecutor:
             metadata.qo_indptr[1:][sampled] - 1,
             staging.row_slot[:rows][sampled],
             metadata.kv_len[sampled],
+            metadata.kv_len,
         ]
-        ends = np.cumsum([len(part) for part in parts]).tolist()
-        with layer.on(self._upload):
-            side.reserve_meta(ends[-1])
-        host = side.meta_host.numpy()
-        for part, end in zip(parts, ends, strict=True):
-            host[end - len(part) : end] = part
-        cuts = [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+        cuts, total = side.write_meta(parts, self._upload)
         inside = staging.table_index is side.first_index
         end = side.end_of(side.first_page, forward_input.num_table_diffs if inside else 0)
         if forward_input.num_sampling_diffs:
             end = side.end_of(staging.sampling, forward_input.num_sampling_diffs)
-        self._send(side, max(end, side.end_of(staging.token_ids, tokens)), ends[-1])
+        self._send(side, max(end, side.end_of(staging.token_ids, tokens)), total)
         meta, pinned = side.meta, side.meta_host
         positions, slots32, indices, where, last, sample_slots, sample_at = (
             meta[cuts[part]] for part in (0, 1, 5, 6, 7, 8, 9)
@@ -730,9 +744,8 @@ class CUDAExecutor:
             layer.wait(side.uploaded)
             self._apply_diffs(forward_input, side, handle)
             kv_slots = slots32  # widened on the device
-            step = MixedStep(
-                positions, kv_slots, indices, pinned[cuts[2]], pinned[cuts[3]], pinned[cuts[4]], side.parity
-            )
+            on_host = (pinned[cuts[part]] for part in (2, 3, 4, 10))
+            step = MixedStep(positions, kv_slots, indices, *on_host, side.parity)
             attention = self.attention.mixed(step)
 
             chunks = []

@@ -17,8 +17,14 @@ from torch import Tensor
 Stream = Any
 Event = Any
 Graph = Any
+DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "Triton Error [CUDA]")
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
 # torch's stubs leave streams, events and ranges untyped.
 _cuda: Any = torch.cuda
+
+
+class CaptureError(RuntimeError):
+    """Operations that cannot be captured in a graph; the device is well."""
 
 
 class DeviceLayer(Protocol):
@@ -72,7 +78,10 @@ class DeviceLayer(Protocol):
         ...
 
     def capture(self, work: Callable[[], object]) -> Graph:
-        """Record `work` on the current stream without running it. Its tensors keep their addresses."""
+        """Record `work` on the current stream without running it. Its tensors keep their addresses.
+
+        Raises torch.OutOfMemoryError or CaptureError, and the device is as before.
+        """
         ...
 
     def replay(self, graph: Graph) -> None: ...
@@ -151,6 +160,9 @@ class CudaDevice:
     @contextlib.contextmanager
     def may_block(self) -> Iterator[None]:
         before = torch.cuda.get_sync_debug_mode()
+        if not before:  # else even the first call warns that the mode is a prototype
+            yield
+            return
         torch.cuda.set_sync_debug_mode("default")
         try:
             yield
@@ -166,12 +178,17 @@ class CudaDevice:
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             work()
-        except BaseException:
+        except BaseException as error:
             # Ending a broken capture fails in its own way; what broke it is what counts.
             with contextlib.suppress(RuntimeError):
                 graph.capture_end()
-            raise
-        graph.capture_end()
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+                raise
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from error
         return graph
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
@@ -200,11 +217,13 @@ class CudaDevice:
         return peak
 
     def is_lost(self, error: BaseException) -> bool:
-        # AcceleratorError is what torch raises for a failed CUDA call; libraries only put it into words.
-        if isinstance(error, torch.OutOfMemoryError):
+        # AcceleratorError is what torch raises for a failed CUDA call; libraries only put it into words. Memory that is
+        # not to be had, of whomever, costs no more than the step.
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or any(word in text for word in OUT_OF_MEMORY):
             return False
         kinds = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
-        return isinstance(error, kinds) or "CUDA error" in str(error) or "CUBLAS_STATUS" in str(error)
+        return isinstance(error, kinds) or any(word in text for word in DEVICE_ERRORS)
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:
