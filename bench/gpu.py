@@ -45,6 +45,10 @@ CONTEXT = 1024
 DECODE_TOKENS = 160
 # Steps left out at the start of a measurement: graphs are captured, clocks rise.
 WARM_STEPS = 24
+# Weights [out, in] of Llama-3.2-1B and, the last two, Llama-3.1-8B.
+PRODUCTS = ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048), (6144, 4096), (28672, 4096))
+# Of Qwen3-30B-A3B: hidden size, an expert's, experts, chosen of them.
+EXPERTS = (2048, 768, 128, 8)
 
 
 class Report:
@@ -358,6 +362,33 @@ async def measure_prefill(subject: Subject, executor: CUDAExecutor, count: int) 
         return count * subject.context / (time.perf_counter() - begin)
 
 
+def measure_small_step(executor: CUDAExecutor, rows: int, length: int) -> tuple[float, float | None]:
+    """Seconds that the host needs to launch a step with prompts, and the device to run it (None where untimed).
+
+    Such a step has no graph. The device is kept busy until all of it is launched, so its own time has no gaps.
+    """
+    layer, host, device = executor.layer, [], []
+
+    async def run() -> None:
+        for number in range(12):
+            step = executor.prompt_step(number, rows, length)
+            if isinstance(layer, TimedDevice):
+                layer.timing = True
+                layer.spans.clear()
+                with layer.on(executor._compute):
+                    cuda._sleep(50_000_000)  # some 25 ms
+            begin = time.perf_counter()
+            handle = executor.submit(step)
+            host.append(time.perf_counter() - begin)
+            await executor.wait(handle)
+            if isinstance(layer, TimedDevice):
+                device.append(layer.spans[-1][0].elapsed_time(layer.spans[-1][1]) / 1e3)
+                layer.timing = False
+
+    asyncio.run(run())
+    return float(np.median(host[4:])), float(np.median(device[4:])) if device else None
+
+
 def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth: float, flops: float) -> None:
     """Decode at every batch size, prefill, then what explains them."""
     with subject.layer.may_block():
@@ -388,6 +419,13 @@ def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth:
     for batch in middle:
         interval, _ = asyncio.run(measure_decode(subject, executor, batch, overlap=False))
         report.add("overlap on over off", interval / steps[batch], "x", model=name, batch=batch, context=context)
+    # Whether graphs for small steps with prompts would pay: they do where the host needs longer than the device.
+    for rows in {min(rows, subject.max_num_seqs) for rows in (1, 16)}:
+        length = min(16, context)
+        launch, ran = measure_small_step(executor, rows, length)
+        report.add("host launch, small prompt step", 1e6 * launch, "us", model=name, batch=rows, context=length)
+        if ran is not None:
+            report.add("device time, small prompt step", 1e6 * ran, "us", model=name, batch=rows, context=length)
     executor.close()
 
 
@@ -446,29 +484,78 @@ def first_token(directory: Path) -> None:
 # ---- kernels
 
 
+def timed(layer: DeviceLayer, work: Callable[[], object], count: int = 20) -> float:
+    """Microseconds of one call among `count` in a graph. Raises RuntimeError where it cannot be captured."""
+
+    def many() -> None:
+        for _ in range(count):
+            work()
+
+    layer.synchronize_all()  # the inputs were made on another stream
+    with layer.on(layer.stream()):
+        work()
+        return 1e6 * layer.time(layer.capture(many)) / count
+
+
+def in_turn(out: int, inside: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Several matrices in turn, so that they are read from memory and not from the L2 cache."""
+    copies = min(20, 1 + 2**28 // (2 * out * inside))
+    return itertools.cycle([torch.randn(out, inside, device=device).bfloat16() for _ in range(copies)])
+
+
 def multiplication(vector: torch.Tensor, matrices: Iterator[torch.Tensor]) -> Callable[[], object]:
     """A product with the next matrix at every call."""
     return lambda: torch.nn.functional.linear(vector, next(matrices))
 
 
-def bench_kernels(report: Report, device: torch.device, bandwidth: float) -> None:
-    """Ours beside FlashInfer's and torch's, on the shapes of Llama-3.2-1B; microseconds inside a CUDA graph."""
+def bench_products(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
+    """Products of 1 to 4 rows, cuBLAS beside the best of our blocks."""
+    from engine.ops.skinny import BLOCKS, skinny_product
+
+    for (out, inside), rows in itertools.product(PRODUCTS, (1, 4)):
+        if not report.has_time(5):
+            return
+        x = torch.randn(rows, inside, device=layer.device).bfloat16()
+        matrices = in_turn(out, inside, layer.device)
+        floor = 1e6 * 2.0 * out * inside / bandwidth
+
+        def ours(blocks: tuple[int, int, int]) -> Callable[[], object]:
+            return lambda: skinny_product(x, next(matrices), None, blocks)  # noqa: B023
+
+        found = {"cuBLAS": timed(layer, multiplication(x, matrices))}
+        found["ours"] = min(timed(layer, ours(blocks)) for blocks in BLOCKS)
+        for name, took in found.items():
+            report.add(f"product {out}x{inside}, {name}", took, "us", batch=rows, floor_ratio=floor / took)
+
+
+def bench_experts(report: Report, layer: DeviceLayer, bandwidth: float, flops: float) -> None:
+    """One layer's mixture of experts; the floor reads every expert that is needed."""
+    from engine.ops.experts import mix_experts
+
+    hidden, inner, count, chosen = EXPERTS
+    gate_up = torch.randn(count, 2 * inner, hidden, device=layer.device).bfloat16()
+    down = torch.randn(count, hidden, inner, device=layer.device).bfloat16()
+    for tokens in (1, 64, 4096):
+        if not report.has_time(5):
+            return
+        x = torch.randn(tokens, hidden, device=layer.device).bfloat16()
+        logits = torch.randn(tokens, count, device=layer.device).bfloat16()
+        work = partial(mix_experts, x, logits, gate_up, down, chosen, "silu", normalize=True)
+        took = timed(layer, work, 5)
+        needed = count * (1 - (1 - chosen / count) ** tokens)
+        read = needed * 3 * inner * hidden * 2 / bandwidth
+        floor = max(read, tokens * chosen * 6.0 * inner * hidden / flops)
+        ratio = 1e6 * floor / took
+        report.add("experts of a layer", took, "us", model="qwen3-30b-a3b", batch=tokens, floor_ratio=ratio)
+
+
+def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
+    """Ours beside torch's, on the shapes of Llama-3.2-1B; microseconds inside a CUDA graph."""
     from engine.ops.norm import torch_rms_norm
     from engine.ops.sampling.device import WORDS, torch_sample
     from engine.ops.triton import activation, norm, rope, sampling
 
-    def timed(work: Callable[[], object], count: int = 20) -> float:
-        torch.cuda.synchronize(device)  # the inputs were made on another stream
-        stream = cuda.Stream()
-        with cuda.stream(stream):
-            work()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            for _ in range(count):
-                work()
-            graph.capture_end()
-        return 1e6 * _seconds(device, graph.replay, 15) / count
-
+    device = layer.device
     candidates: list[tuple[str, int, Callable[[], object], float]] = []
     for batch in (1, 64, 256):
         x = torch.randn(batch, 2048, device=device).bfloat16()
@@ -499,19 +586,16 @@ def bench_kernels(report: Report, device: torch.device, bandwidth: float) -> Non
         if batch == 64:
             filtered = partial(torch_sample, logits, params, positions, filtered=True)
             candidates.append(("filtered sampling, torch", batch, filtered, logits.nbytes))
-        for out, inside in ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)):
-            # Several in turn, so that they are read from memory and not from the L2 cache.
-            copies = min(20, 1 + 2**28 // (2 * out * inside))
-            matrices = itertools.cycle([torch.randn(out, inside, device=device).bfloat16() for _ in range(copies)])
-            vector = torch.randn(batch, inside, device=device).bfloat16()
-            candidates.append(
-                (f"linear {out}x{inside}, cuBLAS", batch, multiplication(vector, matrices), 2.0 * out * inside)
-            )
+        for out, inside in PRODUCTS[:5]:
+            if batch > 4:  # else in bench_products
+                vector = torch.randn(batch, inside, device=device).bfloat16()
+                work = multiplication(vector, in_turn(out, inside, device))
+                candidates.append((f"product {out}x{inside}, cuBLAS", batch, work, 2.0 * out * inside))
     for name, batch, work, moved in candidates:
         if not report.has_time(5):
             return
         try:
-            took = timed(work)
+            took = timed(layer, work)
         except RuntimeError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue
@@ -536,7 +620,9 @@ def run_all(report: Report, layer: TimedDevice) -> None:
         ("Llama-3.2-1B", 60, one_model("llama-3.2-1b", [1, 64, 256])),
         ("Llama-3.1-8B", 90, one_model("llama-3.1-8b", [1, 64, 256])),
         ("start", 30, lambda: bench_start(report, "llama-3.2-1b")),
-        ("kernels", 30, lambda: bench_kernels(report, layer.device, bandwidth)),
+        ("products", 20, lambda: bench_products(report, layer, bandwidth)),
+        ("experts", 10, lambda: bench_experts(report, layer, bandwidth, flops)),
+        ("kernels", 30, lambda: bench_kernels(report, layer, bandwidth)),
         ("fp8 KV", 45, one_model("llama-3.1-8b", [256], kv_cache_dtype="fp8")),
     ]
     for name, seconds, section in sections:

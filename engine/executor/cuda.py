@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.executor.base import StepHandle
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache, GraphKey
+from engine.executor.cuda_products import choose_products
 from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import (
     FUTURE_TOKEN,
@@ -696,6 +697,13 @@ class CUDAExecutor:
         if self._lost is None and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(0.0, self._capture_when_idle)
 
+    def choose_products(self) -> tuple[int, int]:
+        """See cuda_products.py; before anything is captured. Blocks."""
+        with self.layer.may_block(), self.layer.on(self._compute):
+            found = choose_products(self.model.linears, self.layer)
+            self.layer.synchronize_all()
+        return found
+
     def capture_at_start(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Mode start: capture what is commonly used. Blocks."""
         keys = list(self.graphs.at_start())
@@ -823,11 +831,21 @@ class CUDAExecutor:
 
     def run_worst_case(self) -> None:
         """One step of the whole token budget in as many rows as there are, all of which sample. Blocks."""
-        limits, staging = self.limits, self.staging[0]
+        limits = self.limits
         rows = min(limits.max_num_seqs, limits.num_pages)
         most = min(limits.max_model_len, limits.num_pages // rows * limits.page_size)
-        length = max(1, min(limits.max_num_batched_tokens // rows, most))
+        handle = self.submit(self.prompt_step(0, rows, max(1, min(limits.max_num_batched_tokens // rows, most))))
+        with self.layer.may_block():
+            self.layer.synchronize_all()
+        self._in_flight -= 1
+        if handle.error is not None:
+            raise handle.error
+
+    def prompt_step(self, step: int, rows: int, length: int) -> ForwardInput:
+        """A step of `rows` new prompts that are `length` tokens long and sample in the hungriest way."""
+        limits, staging = self.limits, self.staging[step & 1]
         pages = -(-length // limits.page_size)
+        assert rows * pages <= limits.num_pages
         staging.reserve_table_diff(rows * pages)
         index = np.arange(rows, dtype=np.int32)
         staging.row_slot[:rows] = index + 1
@@ -842,11 +860,5 @@ class CUDAExecutor:
         staging.sampling_slot[:rows] = index + 1
         staging.sampling[:rows] = np.zeros((), staging.sampling.dtype)
         staging.sampling["temperature"][:rows] = 1.0
-        staging.sampling["top_p"][:rows] = 0.9  # the hungriest way of sampling
-        step = ForwardInput(0, staging, rows, 0, rows * length, rows * pages, rows)
-        handle = self.submit(step)
-        with self.layer.may_block():
-            self.layer.synchronize_all()
-        self._in_flight -= 1
-        if handle.error is not None:
-            raise handle.error
+        staging.sampling["top_p"][:rows] = 0.9
+        return ForwardInput(step, staging, rows, 0, rows * length, rows * pages, rows)

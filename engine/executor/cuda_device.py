@@ -86,6 +86,10 @@ class DeviceLayer(Protocol):
 
     def replay(self, graph: Graph) -> None: ...
 
+    def time(self, graph: Graph) -> float:
+        """Seconds that a replay on the current stream takes, the best of a few; inside `may_block` only."""
+        ...
+
     def pinned(self, num_bytes: int) -> Tensor:
         """Page-locked host memory, uint8 [num_bytes], zeroed."""
         ...
@@ -193,6 +197,17 @@ class CudaDevice:
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         graph.replay()
+
+    def time(self, graph: torch.cuda.CUDAGraph) -> float:
+        seconds = []
+        for _ in range(6):
+            begin, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        return float(min(seconds))
 
     def pinned(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)

@@ -52,7 +52,8 @@ def compile_only(compiled: dict[str, int]) -> None:
 def calls(dtype: torch.dtype, rows: int) -> None:
     """Every wrapper once, on the shapes of Llama-3.2-1B with `rows` rows."""
     from engine.ops.sampling.device import WORDS
-    from engine.ops.triton import activation, norm, prepare, rope, sampling
+    from engine.ops.skinny import BLOCKS
+    from engine.ops.triton import activation, experts, norm, prepare, rope, sampling, skinny
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind)
@@ -64,11 +65,18 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     norm.add_rms_norm(x, empty(rows, 2048), empty(2048), 1e-5)
     for gelu in (False, True):
         activation.gate_and_mul(empty(rows, 16384), gelu=gelu)
+    for blocks in BLOCKS if rows <= 4 else ():
+        skinny.skinny_product(x, empty(2048, 2048), empty(2048), blocks, None)
+        skinny.skinny_product(x, empty(16384, 2048), None, blocks, "silu")
     q, k, v = empty(rows, 48, 64).split([32, 8, 8], dim=1)
     for pool in (dtype, torch.float8_e4m3fn):
         pools = [empty(16, 16, 8, 64, kind=pool) for _ in range(2)]
         for table in (empty(4096, 64, kind=torch.float32), None):
             rope.rope_and_write_kv(q, k, v, table, empty(rows, kind=ints), empty(rows, kind=longs), *pools)
+    for many in (rows, 64 * rows):  # the last of 64 rows: tiles of 64 and of 128
+        gate_up, down = empty(16, 1536, 2048), empty(16, 2048, 768)
+        tokens, ratings = empty(many, 2048), empty(many, 16)
+        experts.mix_experts(tokens, ratings, gate_up, down, 4, "silu", normalize=True)
     numbers = empty(rows, kind=ints)
     prepare.prepare(empty(9, 128, kind=ints), empty(9, kind=ints), numbers, numbers, numbers, numbers, 64, 16)
     logits = empty(rows, 128256, kind=torch.float32)

@@ -34,6 +34,8 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     names = [(row["name"], row["batch"]) for row in content["rows"]]
     assert names.count(("decode", 1)) == names.count(("decode", 3)) == 1
     assert ("prefill", 8) in names and ("overlap on over off", 3) in names
+    launches = [row["context"] for row in content["rows"] if row["name"] == "host launch, small prompt step"]
+    assert launches == [12, 12]
     for row in content["rows"]:
         assert set(row) == {"name", "model", "batch", "context", "value", "unit", "floor_ratio"} and row["value"] > 0
     assert report.table().count("\n") == len(content["rows"]) + 1
@@ -44,6 +46,19 @@ def test_sections_that_fail_or_have_no_time_cost_no_other(tmp_path: Path, capsys
     assert not report.has_time(1.0)
     assert gpu.main(["--out", str(tmp_path)]) == (1 if not torch.cuda.is_available() else 0)
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_products_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PRODUCTS", ((24, 16), (8, 16)))
+    monkeypatch.setattr(gpu, "EXPERTS", (16, 8, 4, 2))
+    report, layer = gpu.Report(tmp_path, 1e9, "none"), FakeDevice(0)
+    with layer.may_block():
+        gpu.bench_products(report, layer, 1e9)
+        gpu.bench_experts(report, layer, 1e9, 1e9)
+    names = [(row["name"], row["batch"]) for row in report.content["rows"]]
+    assert ("product 24x16, ours", 1) in names and ("product 8x16, cuBLAS", 4) in names
+    assert names[-3:] == [("experts of a layer", tokens) for tokens in (1, 64, 4096)]
+    assert all(row["floor_ratio"] > 0 for row in report.content["rows"])
 
 
 def test_rates_are_measured() -> None:

@@ -37,8 +37,8 @@ class DecodeStep:
 class MixedStep:
     """A step with prompts. positions int32 [T], kv_slots int64 [T], kv_indices int32 [pages]: on the device.
 
-    qo_indptr, kv_indptr int32 [R + 1], last_page_len, kv_len int32 [R]: pinned host tensors, unchanged until the step is
-    done.
+    qo_indptr, kv_indptr int32 [R + 1], last_page_len, kv_len int32 [R]: pinned host tensors, unchanged until the step
+    is done.
     """
 
     positions: Tensor
