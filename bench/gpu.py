@@ -484,7 +484,7 @@ def first_token(directory: Path) -> None:
 # ---- kernels
 
 
-def timed(layer: DeviceLayer, work: Callable[[], object], count: int = 20) -> float:
+def timed(layer: DeviceLayer, stream: Any, work: Callable[[], object], count: int = 20) -> float:
     """Microseconds of one call among `count` in a graph. Raises RuntimeError where it cannot be captured."""
 
     def many() -> None:
@@ -492,7 +492,7 @@ def timed(layer: DeviceLayer, work: Callable[[], object], count: int = 20) -> fl
             work()
 
     layer.synchronize_all()  # the inputs were made on another stream
-    with layer.on(layer.stream()):
+    with layer.on(stream):
         work()
         return 1e6 * layer.time(layer.capture(many)) / count
 
@@ -512,6 +512,7 @@ def bench_products(report: Report, layer: DeviceLayer, bandwidth: float) -> None
     """Products of 1 to 4 rows, cuBLAS beside the best of our blocks."""
     from engine.ops.skinny import BLOCKS, skinny_product
 
+    stream = layer.stream()
     for (out, inside), rows in itertools.product(PRODUCTS, (1, 4)):
         if not report.has_time(5):
             return
@@ -522,8 +523,8 @@ def bench_products(report: Report, layer: DeviceLayer, bandwidth: float) -> None
         def ours(blocks: tuple[int, int, int]) -> Callable[[], object]:
             return lambda: skinny_product(x, next(matrices), None, blocks)  # noqa: B023
 
-        found = {"cuBLAS": timed(layer, multiplication(x, matrices))}
-        found["ours"] = min(timed(layer, ours(blocks)) for blocks in BLOCKS)
+        found = {"cuBLAS": timed(layer, stream, multiplication(x, matrices))}
+        found["ours"] = min(timed(layer, stream, ours(blocks)) for blocks in BLOCKS)
         for name, took in found.items():
             report.add(f"product {out}x{inside}, {name}", took, "us", batch=rows, floor_ratio=floor / took)
 
@@ -535,13 +536,14 @@ def bench_experts(report: Report, layer: DeviceLayer, bandwidth: float, flops: f
     hidden, inner, count, chosen = EXPERTS
     gate_up = torch.randn(count, 2 * inner, hidden, device=layer.device).bfloat16()
     down = torch.randn(count, hidden, inner, device=layer.device).bfloat16()
+    stream = layer.stream()
     for tokens in (1, 64, 4096):
         if not report.has_time(5):
             return
         x = torch.randn(tokens, hidden, device=layer.device).bfloat16()
         logits = torch.randn(tokens, count, device=layer.device).bfloat16()
         work = partial(mix_experts, x, logits, gate_up, down, chosen, "silu", normalize=True)
-        took = timed(layer, work, 5)
+        took = timed(layer, stream, work, 5)
         needed = count * (1 - (1 - chosen / count) ** tokens)
         read = needed * 3 * inner * hidden * 2 / bandwidth
         floor = max(read, tokens * chosen * 6.0 * inner * hidden / flops)
@@ -555,7 +557,7 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
     from engine.ops.sampling.device import WORDS, torch_sample
     from engine.ops.triton import activation, norm, rope, sampling
 
-    device = layer.device
+    device, stream = layer.device, layer.stream()
     candidates: list[tuple[str, int, Callable[[], object], float]] = []
     for batch in (1, 64, 256):
         x = torch.randn(batch, 2048, device=device).bfloat16()
@@ -595,7 +597,7 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
         if not report.has_time(5):
             return
         try:
-            took = timed(layer, work)
+            took = timed(layer, stream, work)
         except RuntimeError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue

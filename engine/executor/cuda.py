@@ -665,7 +665,7 @@ class CUDAExecutor:
         with self.layer.range(f"capture {key.size}"):
             return self.graphs.capture(key, lambda: self._decode(key))
 
-    def _warm_up_and_capture(self, key: GraphKey) -> None:
+    def _warm_up(self, key: GraphKey, *, capture: bool) -> None:
         """Run a decode step of padding rows, then record it. Nothing of the key's parity may be in flight."""
         layer, side, size = self.layer, self._sides[key.parity], key.size
         with layer.on(self._compute):
@@ -674,7 +674,8 @@ class CUDAExecutor:
                 self._plan_padding(side, key)
             self.attention.prepare_decode(size, key.width)
             layer.launch(lambda: self._decode(key))
-            self._capture(key)
+            if capture:
+                self._capture(key)
             layer.record(side.computed)
 
     def _plan_padding(self, side: Side, key: GraphKey) -> None:
@@ -690,7 +691,7 @@ class CUDAExecutor:
         if key is None or self._in_flight or self._lost is not None or self._closed:
             return
         try:
-            self._warm_up_and_capture(key)
+            self._warm_up(key, capture=True)
         except Exception as error:
             self._judge(error)
             self.graphs.give_up(key, error)
@@ -704,12 +705,18 @@ class CUDAExecutor:
             self.layer.synchronize_all()
         return found
 
+    def decode_once(self) -> None:
+        """A decode step of one padding row: its kernels are built and loaded before a client waits for them. Blocks."""
+        with self.layer.may_block():
+            self._warm_up(self.graphs.key(1, 1, 0, "plain"), capture=False)
+            self.layer.synchronize_all()
+
     def capture_at_start(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Mode start: capture what is commonly used. Blocks."""
         keys = list(self.graphs.at_start())
         with self.layer.may_block():
             for number, key in enumerate(keys):
-                self._warm_up_and_capture(key)
+                self._warm_up(key, capture=True)
                 if progress is not None:
                     progress(number + 1, len(keys))
             self.layer.synchronize_all()

@@ -124,6 +124,7 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self._nvtx = nvtx
         self._pool: Any = None
+        self._first_graph: torch.cuda.CUDAGraph | None = None
         torch.cuda.set_device(self.device)
 
     def stream(self) -> Stream:
@@ -178,6 +179,11 @@ class CudaDevice:
         # thread_local: the waiter thread may go on waiting for events meanwhile.
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            # torch refuses to capture into a pool whose last graph is gone, so the first stays.
+            self._first_graph = self._record(torch.zeros(1, device=self.device).zero_)
+        return self._record(work)
+
+    def _record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:

@@ -68,6 +68,7 @@ def _fastest(sample: list[Linear], rows: int, layer: DeviceLayer) -> Blocks | No
 
 def _seconds(sample: list[Linear], x: Tensor, blocks: Blocks | None, layer: DeviceLayer) -> float:
     """One pass over the weights of `sample`, inside a graph."""
+
     def work() -> None:
         with torch.inference_mode():
             for linear in sample:

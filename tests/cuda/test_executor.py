@@ -214,7 +214,8 @@ def build(**options: object) -> tuple[dict[str, str], object]:
     }
     cache = settings.pop("cache", CacheOptions(page_size=4))
     device = settings.pop("layer", None) or FakeDevice()
-    executor = build_cuda_executor(tiny_model(), device, cache, **settings)  # type: ignore[arg-type]
+    # A model of its own, whose products the start may change.
+    executor = build_cuda_executor(tiny_model.__wrapped__(), device, cache, **settings)  # type: ignore[arg-type]
     return rows, executor
 
 
@@ -234,6 +235,7 @@ async def test_start_measures_and_explains() -> None:
 def test_start_takes_sizes_as_given_and_captures() -> None:
     rows, executor = build(cache=CacheOptions(page_size=4, num_pages=30), cuda_graph="start")
     assert executor.limits.num_pages == 30
+    assert "of 15 by our kernel" in rows["products of 1 to 4 rows"]
     assert rows["CUDA graphs"] == f"{2 * len(executor.graphs.sizes)} captured"
     executor.close()
 

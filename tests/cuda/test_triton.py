@@ -106,6 +106,7 @@ def test_skinny_product(
         assert ours.shape == (rows, out_features // (2 if activation_name else 1)) and close(ours, expected)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("normalize", [False, True])
 def test_route(normalize: bool) -> None:
     logits = randn(7, 20)[:, :11]
@@ -144,7 +145,8 @@ def test_sorted_pairs_fill_blocks_of_one_expert(tokens: int, num_experts: int, c
     assert used == sum(-(-flat.count(expert) // rows) for expert in range(num_experts))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+# The interpreter multiplies the bits of bf16 as if they were integers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if DEVICE.type == "cuda" else torch.float16])
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "chosen", "activation_name", "normalize"),
     [(1, 4, 2, "silu", True), (3, 8, 3, "gelu_tanh", False), (40, 4, 2, "silu", True)],
