@@ -53,7 +53,7 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     """Every wrapper once, on the shapes of Llama-3.2-1B with `rows` rows."""
     from engine.ops.sampling.device import WORDS
     from engine.ops.skinny import BLOCKS
-    from engine.ops.triton import activation, experts, norm, prepare, rope, sampling, skinny
+    from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind)
@@ -80,6 +80,11 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     numbers = empty(rows, kind=ints)
     prepare.prepare(empty(9, 128, kind=ints), empty(9, kind=ints), numbers, numbers, numbers, numbers, 64, 16)
     logits = empty(rows, 128256, kind=torch.float32)
+    slots = empty(rows, kind=longs)
+    bias, counts = empty(9, 128256, kind=torch.float32), empty(9, 128256, kind=ints)
+    tables = counts, empty(9, 128256, kind=torch.bool), empty(9, 3, kind=torch.float32)
+    extras.adjust(logits, slots, bias, *tables)
+    extras.adjust(logits, slots, bias, None, None, None)
     sampling.sample_rows(logits, empty(rows, WORDS, kind=ints), numbers)
 
 

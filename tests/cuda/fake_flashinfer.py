@@ -142,7 +142,7 @@ class PrefillWrapper(_Wrapper):
     def plan(self, *args: Any, **kwargs: Any) -> None:
         given = bind("prefill.plan", args, kwargs)
         self.log.append(("prefill.plan", given))
-        self.package.look_for("prefill", given["window_left"])
+        self.package.look_for(f"prefill {self.backend}", given["window_left"])
         rows = len(given["qo_indptr"]) - 1
         self.check_host("qo_indptr", given["qo_indptr"], rows + 1)
         self.check_host("paged_kv_indptr", given["paged_kv_indptr"], rows + 1)
@@ -233,7 +233,7 @@ class DecodeWrapper(_Wrapper):
 class FakeFlashInfer:
     """The package. log: every call with its arguments by name. strict: only shapes that FlashInfer has kernels for.
 
-    missing: (prefill, decode or xqa; whether with a window) of kernels that cannot be built.
+    missing: kernels that cannot be built, (prefill auto, prefill fa2, decode or xqa; whether with a window).
     """
 
     def __init__(self, device: FakeDevice, strict: bool = True, missing: tuple[tuple[str, bool], ...] = ()) -> None:

@@ -245,9 +245,9 @@ def test_settling_finds_every_kernel_and_changes_nothing() -> None:
         # Windows by the decode wrapper, the rest by XQA.
         ((("xqa", True),), 2, 1, 1),
         # Windows by torch alone.
-        ((("xqa", True), ("decode", True), ("prefill", True)), 1, 1, 0),
-        # Nothing but prompts without a window.
-        ((("xqa", True), ("xqa", False), ("decode", True), ("decode", False), ("prefill", True)), 1, 0, 0),
+        ((("xqa", True), ("decode", True), ("prefill auto", True), ("prefill fa2", True)), 1, 1, 0),
+        # Decode by torch alone, prompts without a window by the second choice.
+        ((("xqa", True), ("xqa", False), ("decode", True), ("decode", False), ("prefill auto", False)), 2, 0, 0),
     ],
 )
 def test_a_kernel_that_cannot_be_built_is_replaced_for_its_layers_alone(
@@ -261,4 +261,6 @@ def test_a_kernel_that_cannot_be_built_is_replaced_for_its_layers_alone(
         check(bench.mixed(parity))
         check(bench.decode(parity))
     assert len(bench.calls("prefill.plan")) == 2 * plans
+    if ("prefill auto", False) in missing:
+        assert "prefill auto and fa2" in bench.backend.describe()
     assert len(bench.calls("xqa")) == 2 * xqa and len(bench.calls("decode.plan")) == 2 * decode_plans

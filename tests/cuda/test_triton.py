@@ -22,8 +22,9 @@ from engine.ops.norm import torch_rms_norm  # noqa: E402
 from engine.ops.rope import torch_rotate  # noqa: E402
 from engine.ops.sampling import sampler  # noqa: E402
 from engine.ops.sampling.device import WORDS, torch_sample, uniform  # noqa: E402
+from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
-from engine.ops.triton import activation, experts, norm, prepare, rope, sampling, skinny  # noqa: E402
+from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny  # noqa: E402
 from tests.cuda.fake_device import FakeDevice  # noqa: E402
 from tests.cuda.fake_flashinfer import FakeFlashInfer  # noqa: E402
 
@@ -166,6 +167,29 @@ def test_mix_experts(
     assert error < (1e-5 if dtype == torch.float32 else 1e-2) and ours.shape == x.shape and ours.is_contiguous()
     by_rule = experts.mix_experts(*arguments, normalize=normalize)
     assert close(by_rule, ours)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("penalised", [False, True])
+def test_adjust(biased: bool, penalised: bool) -> None:
+    rows, slots, vocab = 3, 5, 2100
+    logits = randn(rows, vocab)
+    before = logits.clone()
+    bias = randn(slots, vocab, seed=1)
+    bias[2, ::3] = float("-inf")
+    generator = torch.Generator().manual_seed(2)
+    counts = torch.randint(0, 3, (slots, vocab), generator=generator, dtype=torch.int32).to(DEVICE)
+    prompt = (torch.rand(slots, vocab, generator=generator) < 0.3).to(DEVICE)
+    penalties = torch.tensor([[0, 0, 0], [0.5, 0, 0], [0.2, 0.3, -0.4], [0, 1, 0], [0, 0, 2]], device=DEVICE)
+    arguments = (
+        logits,
+        torch.tensor([2, 4, 1], device=DEVICE),
+        bias if biased else None,
+        *((counts, prompt, penalties) if penalised else (None, None, None)),
+    )
+    ours = extras.adjust(*arguments)
+    assert close(ours, torch_adjust(*arguments)) and torch.equal(logits, before)
+    assert (ours is logits) == (not biased and not penalised)
 
 
 def test_prepare() -> None:

@@ -12,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.config import CacheOptions
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice
+from engine.executor.cuda_start import build_cuda_executor
 from engine.forward import ForwardError
 from engine.models.registry import CausalLM
 from engine.ops import native
@@ -319,6 +321,30 @@ def test_chosen_products_change_no_first_token(layer: CudaDevice) -> None:
         answers.append((tokens[0], found[-1]))
     assert answers[0][0] == answers[1][0]
     assert relative_error(answers[1][1], answers[0][1].cpu()) < 2e-2
+
+
+@pytest.mark.parametrize("cuda_graph", ["lazy", "start"])
+def test_the_start_divides_the_memory_and_serves(layer: CudaDevice, cuda_graph: str) -> None:
+    """What `make serve` does on a GPU, without HTTP."""
+    model = load("LlamaForCausalLM", torch.bfloat16, layer.device)
+    rows: dict[str, str] = {}
+    engine = build_cuda_executor(
+        model,
+        layer,
+        CacheOptions(memory_fraction=0.3),
+        dtype=torch.bfloat16,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        max_model_len=256,
+        cuda_graph=cuda_graph,
+        row=rows.__setitem__,
+    )
+    for name, text in rows.items():
+        print(f"{name}: {text}")
+    pool = engine.limits.num_pages * 16 * model.attention_spec.kv_bytes_per_token(torch.bfloat16)
+    assert 0.05 < pool / layer.total_memory() < 0.35
+    answers = asyncio.run(serve(engine, requests(12)))
+    assert all(len(tokens) == 40 for tokens in answers) and engine.graphs.num_replays > 0
 
 
 def test_limits_fit() -> None:

@@ -74,11 +74,12 @@ class Backend(DeviceAttention):
         has_xqa = usable and page_size in XQA_PAGE_SIZES and group in XQA_GROUPS and spec.softcap is None
         assert decode != "xqa" or has_xqa, "XQA has no kernel for this shape"
         # fa3 has no kernels that read a KV cache of another type than q.
-        self._prefill_backend = "fa2" if self.kv_dtype != dtype and prefill == "auto" else prefill
+        prefill = "fa2" if self.kv_dtype != dtype and prefill == "auto" else prefill
         self._tensor_cores = group not in CUDA_CORE_GROUPS or self.kv_dtype != dtype
         # One plan serves all layers that see the same window.
         self._kinds: list[Window] = sorted(set(self.windows), key=lambda window: window or 0)
-        self._prefill_ways: dict[Window, str] = dict.fromkeys(self._kinds, "wrapper" if usable else "torch")
+        # A backend of the prefill wrapper, or torch.
+        self._prefill_ways: dict[Window, str] = dict.fromkeys(self._kinds, prefill if usable else "torch")
         way = "torch" if not usable else "xqa" if has_xqa and decode in ("auto", "xqa") else "wrapper"
         self._decode_ways: dict[Window, str] = dict.fromkeys(self._kinds, way)
         self._workspace: Tensor | None = None
@@ -92,10 +93,7 @@ class Backend(DeviceAttention):
             if way == "xqa":
                 self._xqa_workspace = torch.zeros(XQA_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
             for window in self._kinds:
-                for parity in (0, 1):
-                    self._prefills[window, parity] = module.BatchPrefillWithPagedKVCacheWrapper(
-                        self._workspace, "NHD", backend=self._prefill_backend
-                    )
+                self._make_prefills(window, prefill)
 
     @property
     def decode_needs_plan(self) -> bool:
@@ -117,10 +115,8 @@ class Backend(DeviceAttention):
             "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores",
             "torch": "torch (slow) in some layers",
         }
-        prefill = " and ".join(
-            self._prefill_backend if way == "wrapper" else names[way] for way in sorted(prefills, reverse=True)
-        )
-        return f"FlashInfer, prefill {prefill}, decode {' and '.join(names[way] for way in sorted(decodes)[::-1])}"
+        prefill, decode = (" and ".join(names.get(way, way) for way in sorted(ways)) for ways in (prefills, decodes))
+        return f"FlashInfer, prefill {prefill}, decode {decode}"
 
     def settle(self) -> None:
         """See DeviceAttention: load the kernels of every kind of layer, and fall back where one cannot be had.
@@ -131,7 +127,11 @@ class Backend(DeviceAttention):
         one = torch.ones(1, dtype=torch.int32)
         step = MixedStep(one, one, self._buffer(1), one.new_tensor([0, 1]), one.new_tensor([0, 1]), one, one, 0)
         for window in self._kinds:
-            if self._prefill_ways[window] == "wrapper" and not self._has("prefill", window, self._plan_mixed, step):
+            # Which of fa2 and fa3 auto takes does not depend on what can be built.
+            for way in dict.fromkeys((self._prefill_ways[window], "fa2")):
+                if way == "torch" or self._has(f"prefill ({way})", window, self._try_prefill, way, step):
+                    break
+            else:
                 self._prefill_ways[window] = "torch"
             if self._decode_ways[window] == "xqa" and not self._has("XQA decode", window, self._try_xqa):
                 self._decode_ways[window] = "wrapper"
@@ -153,6 +153,18 @@ class Backend(DeviceAttention):
             return False
         return True
 
+    def _make_prefills(self, window: Window, way: str) -> None:
+        self._prefill_ways[window] = way
+        for parity in (0, 1):
+            self._prefills[window, parity] = self._module.BatchPrefillWithPagedKVCacheWrapper(
+                self._workspace, "NHD", backend=way
+            )
+
+    def _try_prefill(self, window: Window, way: str, step: MixedStep) -> None:
+        if way != self._prefill_ways[window]:
+            self._make_prefills(window, way)
+        self._plan_mixed(window, step)
+
     def _try_xqa(self, window: Window) -> None:
         q = torch.zeros(1, self.spec.num_heads, self.spec.head_dim, dtype=self.dtype, device=self.device)
         one = torch.ones(1, dtype=torch.int32, device=self.device)
@@ -173,7 +185,7 @@ class Backend(DeviceAttention):
     def mixed(self, step: MixedStep) -> MixedAttention:
         """See DeviceAttention."""
         for window, way in self._prefill_ways.items():
-            if way == "wrapper":
+            if way != "torch":
                 self._plan_mixed(window, step)
         return _Prefill(self, step, self.rows_of(step) if "torch" in self._prefill_ways.values() else [])
 
