@@ -1,4 +1,4 @@
-"""The figures of one GPU: decode, prefill, overlap, host time, start-up, kernels; `python -m bench.gpu`.
+"""The figures of one GPU: decode, prefill, overlap, HTTP, host time, start-up, kernels; `python -m bench.gpu`.
 
 Planned to fit in 8 minutes, the most valuable figures first; every row is written to the JSON file at once, so a run
 that is cut keeps what it had. Random weights of real shapes. Prints a table for the README at the end.
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.server import running as running_server
 from bench.shapes import SHAPES, write_shape
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions
 from engine.engine import Engine
@@ -481,6 +482,49 @@ def first_token(directory: Path) -> None:
     asyncio.run(run())
 
 
+# ---- over HTTP
+
+
+def write_words(directory: Path, vocab_size: int) -> None:
+    """A tokenizer.json whose every id is a word of its own, so that random ids make text as real ones do."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def bench_http(report: Report, shape: str, batches: tuple[int, ...] = (64, 256), flags: str = "") -> None:
+    """Output tokens per second of a server with random weights, and how much of it overlap brings.
+
+    The server needs all packages of pyproject.toml; where one is missing this section says which and ends.
+    """
+    from bench.compare import one_round
+
+    rates: dict[tuple[int, bool], float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        directory = write_shape(shape, Path(folder) / shape)
+        vocab_size = SHAPES[shape]["vocab_size"]
+        assert isinstance(vocab_size, int)
+        write_words(directory, vocab_size)
+        for overlap in (True, False):
+            more = "" if overlap else " --disable-overlap"
+            with running_server(
+                f"--model {directory} --load-format dummy --max-model-len 2048 {flags}{more}"
+            ) as server:
+                for batch in batches:
+                    load = f"--random-input-len 128 --random-output-len 256 --ignore-eos --num-prompts {2 * batch}"
+                    words = [*load.split(), "--max-concurrency", str(batch)]
+                    one_round(server, words, 0)  # captures graphs
+                    rates[batch, overlap] = one_round(server, words, 1)["output_throughput"]
+    for batch in batches:
+        common: dict[str, Any] = {"model": shape, "batch": batch, "context": 128}
+        report.add("HTTP, output", rates[batch, True], "tok/s", **common)
+        report.add("HTTP, overlap on over off", rates[batch, True] / rates[batch, False], "x", **common)
+
+
 # ---- kernels
 
 
@@ -624,6 +668,7 @@ def run_all(report: Report, layer: TimedDevice) -> None:
         ("start", 30, lambda: bench_start(report, "llama-3.2-1b")),
         ("products", 20, lambda: bench_products(report, layer, bandwidth)),
         ("experts", 10, lambda: bench_experts(report, layer, bandwidth, flops)),
+        ("HTTP", 90, lambda: bench_http(report, "llama-3.2-1b")),
         ("kernels", 30, lambda: bench_kernels(report, layer, bandwidth)),
         ("fp8 KV", 45, one_model("llama-3.1-8b", [256], kv_cache_dtype="fp8")),
     ]
