@@ -91,8 +91,8 @@ def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("blocks", [(2, 32, 1), *BLOCKS], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+@pytest.mark.parametrize("blocks", [(2, 32, 1), BLOCKS[0]], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4])
 @pytest.mark.parametrize("activation_name", [None, "silu", "gelu_tanh"])
 def test_skinny_product(
     dtype: torch.dtype, blocks: tuple[int, int, int], rows: int, activation_name: str | None

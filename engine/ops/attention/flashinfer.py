@@ -3,7 +3,8 @@ decode wrapper. What it has not (float32, odd head sizes, a kernel that cannot b
 torch, layer kind by layer kind; layers that see the same window are of one kind.
 
 `plan` gets host metadata alone (device arrays would synchronise), and each wrapper exists twice, for even and odd
-steps: a second plan may overwrite the pinned buffer that the first one's copy still reads.
+steps: a second plan may overwrite the pinned buffer that the first one's copy still reads. Programmatic dependent
+launch is FlashInfer's own default on these GPUs.
 """
 
 from __future__ import annotations
