@@ -292,11 +292,20 @@ class Subject:
         found: list[list[int]] = self.rng.integers(0, self.config.vocab_size, (count, length)).tolist()
         return found
 
-    def weight_bytes(self) -> float:
+    def idle_parameters(self, tokens: int) -> float:
+        """Of experts that none of so many tokens is expected to choose."""
+        experts = self.config.experts
+        if experts is None:
+            return 0.0
+        unchosen = (1 - experts.num_experts_per_token / experts.num_experts) ** tokens
+        each = 3 * self.config.hidden_size * experts.intermediate_size
+        return sum(experts.layers) * experts.num_experts * each * unchosen
+
+    def weight_bytes(self, batch: int) -> float:
         """What a decode step reads: all layers and the output head; of the embedding only rows."""
         head = self.config.vocab_size * self.config.hidden_size
         other = 0 if self.config.tie_word_embeddings else head
-        return float((self.config.num_parameters - other) * self.dtype.itemsize)
+        return float((self.config.num_parameters - other - self.idle_parameters(batch)) * self.dtype.itemsize)
 
     def kv_bytes(self, tokens: float) -> float:
         return self.model.attention_spec.kv_bytes_per_token(self.dtype) * tokens
@@ -305,7 +314,7 @@ class Subject:
         config = self.config
         embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
         attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * tokens**2
-        return 2.0 * (config.num_parameters - embeddings) * tokens + attention
+        return 2.0 * (config.num_parameters - embeddings - self.idle_parameters(1)) * tokens + attention
 
 
 async def answer(engine: Engine, prompts: list[list[int]], tokens: int) -> None:
@@ -402,7 +411,8 @@ def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth:
     for batch in batches:
         interval, worked = asyncio.run(measure_decode(subject, executor, batch))
         steps[batch] = interval
-        floor = (subject.weight_bytes() + subject.kv_bytes(batch * (context + subject.decode_tokens / 2))) / bandwidth
+        tokens = batch * (context + subject.decode_tokens / 2)
+        floor = (subject.weight_bytes(batch) + subject.kv_bytes(tokens)) / bandwidth
         common: dict[str, Any] = {"model": name, "batch": batch, "context": context}
         report.add("decode", batch / interval, "tok/s", floor_ratio=floor / interval, **common)
         report.add("host time per decode step", 1e6 * worked, "us", **common)
@@ -669,6 +679,7 @@ def run_all(report: Report, layer: TimedDevice) -> None:
         ("products", 20, lambda: bench_products(report, layer, bandwidth)),
         ("experts", 10, lambda: bench_experts(report, layer, bandwidth, flops)),
         ("HTTP", 90, lambda: bench_http(report, "llama-3.2-1b")),
+        ("Qwen3-30B-A3B", 60, one_model("qwen3-30b-a3b", [1, 64])),
         ("kernels", 30, lambda: bench_kernels(report, layer, bandwidth)),
         ("fp8 KV", 45, one_model("llama-3.1-8b", [256], kv_cache_dtype="fp8")),
     ]

@@ -92,6 +92,18 @@ def test_floors() -> None:
     """Bytes of weights and KV of a decode step, and operations of a prompt, against a count by hand (no norms)."""
     subject = gpu.Subject("tiny", TINY, FakeDevice(0), torch.float32, max_num_seqs=1, context=8, decode_tokens=4)
     matrices = 2 * (32 * 8 * (4 + 2 * 2) + 32 * 32 + 3 * 48 * 32)
-    assert subject.weight_bytes() == 4 * (matrices + 101 * 32)
+    assert subject.weight_bytes(1) == subject.weight_bytes(7) == 4 * (matrices + 101 * 32)
     assert subject.kv_bytes(10) == 4 * 10 * 2 * 2 * 2 * 8
     assert subject.prefill_flops(3) == 2 * matrices * 3 + 2 * 2 * 4 * 8 * 9
+
+
+def test_floors_of_experts() -> None:
+    """A token reads the experts it has chosen; many tokens read nearly all, and each computes its own."""
+    extra = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    shape = {**TINY, **extra, "architectures": ["MixtralForCausalLM"]}
+    subject = gpu.Subject("tiny", shape, FakeDevice(0), torch.float32, max_num_seqs=1, context=8, decode_tokens=4)
+    others = 2 * (32 * 8 * (4 + 2 * 2) + 32 * 32 + 4 * 32)
+    expert = 2 * 3 * 48 * 32
+    assert subject.weight_bytes(1) == 4 * (others + 2 * expert + 101 * 32)
+    assert subject.weight_bytes(2) == 4 * (others + 3 * expert + 101 * 32)
+    assert subject.prefill_flops(3) == 2 * (others + 2 * expert) * 3 + 2 * 2 * 4 * 8 * 9
