@@ -252,8 +252,8 @@ class CUDAExecutor:
         # What the host plans from; the device has its own image of all of it.
         self._tables = SlotTables(limits)
         self._filters: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
-        # Logits of open steps, by their key; and a step that came before the masks of the one ahead of it.
-        self._open: dict[GraphKey, Tensor] = {}
+        # Logits of open steps, by parity; and a step that came before the masks of the one ahead of it.
+        self._open: dict[int, Tensor] = {}
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None
         self._waiter = Waiter(layer)
@@ -533,9 +533,17 @@ class CUDAExecutor:
             if graph is not None:
                 self.graphs.replay(graph)
             else:
-                self.attention.prepare_decode(size, key.width)
+                self._prepare(key)
                 layer.launch(lambda: self._decode(key))
-        return (lambda: self._open[key][:rows]) if draw == "open" else None
+        return (lambda: self._open[key.parity][:rows]) if draw == "open" else None
+
+    def _prepare(self, key: GraphKey) -> None:
+        """Memory that steps of a key need beside their own, and that graphs hold on to; compute stream."""
+        self.attention.prepare_decode(key.size, key.width)
+        if key.draw == "open" and key.parity not in self._open:
+            # One for all sizes: every graph of its own would keep what its largest batch makes.
+            limits = self.limits
+            self._open[key.parity] = self.layer.zeros((limits.max_num_seqs, limits.vocab_size), torch.float32)
 
     @staticmethod
     def _pad(side: Side, rows: int, size: int, num_diffs: int) -> int:
@@ -571,7 +579,7 @@ class CUDAExecutor:
             hidden = self.model.forward(token_ids, positions, attention)
             logits = self.model.logits(hidden)
             if draw == "open":
-                self._open[key] = logits
+                self._open[parity][:size].copy_(logits)
                 return
             params, filters = self._sampling.index_select(0, slots), self.attention.filters
             tokens = sample(logits, params, kv_len, filtered=draw == "filtered", filters=filters)
@@ -661,18 +669,18 @@ class CUDAExecutor:
 
     def _capture(self, key: GraphKey) -> Any:
         """Record the decode step of a key; compute stream."""
-        self.attention.prepare_decode(key.size, key.width)
+        self._prepare(key)
         with self.layer.range(f"capture {key.size}"):
             return self.graphs.capture(key, lambda: self._decode(key))
 
     def _warm_up(self, key: GraphKey, *, capture: bool) -> None:
         """Run a decode step of padding rows, then record it. Nothing of the key's parity may be in flight."""
-        layer, side, size = self.layer, self._sides[key.parity], key.size
+        layer, side = self.layer, self._sides[key.parity]
         with layer.on(self._compute):
             layer.launch(side.block.zero_)
             if self.attention.decode_needs_plan:
                 self._plan_padding(side, key)
-            self.attention.prepare_decode(size, key.width)
+            self._prepare(key)
             layer.launch(lambda: self._decode(key))
             if capture:
                 self._capture(key)
