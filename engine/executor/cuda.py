@@ -252,8 +252,9 @@ class CUDAExecutor:
         # What the host plans from; the device has its own image of all of it.
         self._tables = SlotTables(limits)
         self._filters: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
-        # Logits of open steps, by parity; and a step that came before the masks of the one ahead of it.
-        self._open: dict[int, Tensor] = {}
+        # Logits of an open step, which draws before the next begins; and a step that came before the masks of the one
+        # ahead of it.
+        self._open: Tensor | None = None
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None
         self._waiter = Waiter(layer)
@@ -535,15 +536,15 @@ class CUDAExecutor:
             else:
                 self._prepare(key)
                 layer.launch(lambda: self._decode(key))
-        return (lambda: self._open[key.parity][:rows]) if draw == "open" else None
+        room = self._open
+        return (lambda: room[:rows]) if room is not None and draw == "open" else None
 
     def _prepare(self, key: GraphKey) -> None:
         """Memory that steps of a key need beside their own, and that graphs hold on to; compute stream."""
         self.attention.prepare_decode(key.size, key.width)
-        if key.draw == "open" and key.parity not in self._open:
-            # One for all sizes: every graph of its own would keep what its largest batch makes.
-            limits = self.limits
-            self._open[key.parity] = self.layer.zeros((limits.max_num_seqs, limits.vocab_size), torch.float32)
+        if key.draw == "open" and self._open is None:
+            # For all graphs: each would keep its own.
+            self._open = self.layer.zeros((self.limits.max_num_seqs, self.limits.vocab_size), torch.float32)
 
     @staticmethod
     def _pad(side: Side, rows: int, size: int, num_diffs: int) -> int:
@@ -579,7 +580,8 @@ class CUDAExecutor:
             hidden = self.model.forward(token_ids, positions, attention)
             logits = self.model.logits(hidden)
             if draw == "open":
-                self._open[parity][:size].copy_(logits)
+                assert self._open is not None
+                self._open[:size].copy_(logits)
                 return
             params, filters = self._sampling.index_select(0, slots), self.attention.filters
             tokens = sample(logits, params, kv_len, filtered=draw == "filtered", filters=filters)

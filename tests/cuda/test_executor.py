@@ -14,6 +14,7 @@ from engine.config import CacheOptions, StartupError
 from engine.executor.cuda_device import CaptureError
 from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_widths
 from engine.executor.cuda_start import build_cuda_executor, pick_dtype, pick_kv_dtype
+from engine.flags import parse
 from engine.forward import DeviceLostError, ForwardError, Limits
 from engine.request import SamplingParams
 from tests.cuda.fake_device import FakeDevice
@@ -308,6 +309,11 @@ def test_the_parts_of_every_layer_are_named_when_asked() -> None:
     executor.close()
     names = [name for name in device.ranges if name.startswith("layer")]
     assert names == ["layer 0 attention", "layer 0 mlp", "layer 1 attention", "layer 1 mlp"]
+
+
+@pytest.mark.parametrize(("words", "value"), [([], "off"), (["--nvtx"], "steps"), (["--nvtx", "layers"], "layers")])
+def test_the_flag_for_ranges(words: list[str], value: str) -> None:
+    assert parse(words)[0].cuda.nvtx == value
 
 
 def test_staging_is_pinned_and_lies_in_one_block() -> None:
