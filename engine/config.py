@@ -105,13 +105,13 @@ class ServerOptions:
 class CudaOptions:
     """cuda_graph: lazy, start or off. kv_cache_dtype: auto, fp8 or fp8_e4m3. profile_dir: where traces go.
 
-    nvtx: ranges around launches and graph captures.
+    nvtx: off, steps (ranges around schedule, launch, commit, capture) or layers (those, and the parts of every layer).
     """
 
     cuda_graph: str = "lazy"
     kv_cache_dtype: str = "auto"
     profile_dir: str | None = None
-    nvtx: bool = False
+    nvtx: str = "off"
 
 
 @dataclass(frozen=True, slots=True)

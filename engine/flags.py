@@ -164,7 +164,13 @@ def make_parser() -> argparse.ArgumentParser:
     cuda.add_argument("--enforce-eager", "--disable-cuda-graph", dest="cuda_graph", action="store_const", const="off")
     cuda.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "fp8_e4m3"], help="auto: the model's")
     cuda.add_argument("--profile-dir", metavar="DIR", help="where /start_profile writes torch profiler traces")
-    cuda.add_argument("--nvtx", action="store_true", default=None, help="NVTX ranges around launches")
+    cuda.add_argument(
+        "--nvtx",
+        nargs="?",
+        const="steps",
+        choices=["off", "steps", "layers"],
+        help="NVTX ranges for nsys: of a step's stages, or of every layer's parts too (a graph's replay has none)",
+    )
 
     scheduler = parser.add_argument_group("scheduler and cache")
     scheduler.add_argument("--max-num-seqs", "--max-running-requests", dest="max_num_seqs", type=_count, metavar="N")
