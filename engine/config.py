@@ -53,6 +53,7 @@ class SchedulerOptions:
     max_num_seqs: sequences that run at once. max_num_batched_tokens: token budget of a step, decode rows included.
     max_queued_requests: waiting requests before a 429. overlap: depth 2 (build N+1 while N runs), else depth 1.
     admission_watermark: share of the pages that must stay available when a retracted sequence is admitted again.
+    jump_ahead: forced tokens are appended without a forward; the tokens are the same without it (benches).
     """
 
     max_num_seqs: int = 256
@@ -61,6 +62,7 @@ class SchedulerOptions:
     policy: str = "fcfs"
     overlap: bool = True
     admission_watermark: float = 0.05
+    jump_ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -235,6 +235,9 @@ class Alternating:
             raise ValueError("planned")
         mask.fill(0xAAAAAAAA if len(self.seen) % 2 else 0x55555555)
 
+    def forced_tokens(self) -> list[int]:
+        return []
+
     def accept(self, token_id: int) -> None:
         self.seen.append(token_id)
 

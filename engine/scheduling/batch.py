@@ -96,6 +96,10 @@ class Batch:
         forward.num_rows = row + 1
         forward.num_tokens = first + length
 
+    def drop_sample(self, row: int) -> None:
+        """After the launch: what this row samples is not wanted. The sequence still belongs to the step."""
+        self._samples[row] = self.all_sample = False
+
     def write_page(self, slot: int, index: int, page: int) -> None:
         """One page-table entry. An entry is written at most once a step: a scatter has no order."""
         forward, staging = self.forward_input, self.staging

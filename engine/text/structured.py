@@ -128,7 +128,7 @@ class GrammarState:
     `is_finished`, nothing but an EOS can follow, so the sequence may end without one.
     """
 
-    __slots__ = ("_after", "_can_force", "_matcher", "_tail", "_tokenizer")
+    __slots__ = ("_after", "_can_force", "_forced", "_matcher", "_tail", "_tokenizer")
 
     def __init__(
         self, matcher: LLMatcher, can_force: bool, after: bytes | None = None, tokenizer: Tokenizer | None = None
@@ -139,6 +139,8 @@ class GrammarState:
         self._after = after
         self._tokenizer = tokenizer
         self._tail = b""
+        # The rest of a forced run: kept, so that it is the same whether its tokens are accepted at once or one by one.
+        self._forced: list[int] = []
 
     @property
     def is_free(self) -> bool:
@@ -164,6 +166,9 @@ class GrammarState:
         """Write the allowed tokens: bit i of word w is token 32 w + i. out: uint32[ceil(V / 32)], contiguous."""
         if self._after is not None:
             out.fill(0xFFFFFFFF)
+        elif forced := self.forced_tokens():
+            out.fill(0)
+            out[forced[0] >> 5] = 1 << (forced[0] & 31)
         else:
             self._matcher.unsafe_compute_mask_ptr(out.ctypes.data, out.nbytes)
 
@@ -171,6 +176,7 @@ class GrammarState:
         """Go on by the token that was sampled (an EOS too). One that the mask forbids sets `error`."""
         if self._after is None:
             self._matcher.consume_token(token_id)
+            self._forced = self._forced[1:] if self._forced[:1] == [token_id] else []
             return
         assert self._tokenizer is not None
         # The mark may be one special token or spread over several; what follows it inside its last token is whitespace
@@ -184,14 +190,14 @@ class GrammarState:
 
         Only where the tokenizer would cut the forced text in the same way whatever follows it; else empty.
         """
-        if self._after is not None or not self._can_force:
-            return []
-        return self._matcher.compute_ff_tokens()
+        if not self._forced and self._after is None and self._can_force:
+            self._forced = self._matcher.compute_ff_tokens()
+        return self._forced
 
     def copy(self) -> GrammarState:
         """An independent state at the same place."""
         copy = GrammarState(self._matcher.deep_copy(), self._can_force, self._after, self._tokenizer)
-        copy._tail = self._tail
+        copy._tail, copy._forced = self._tail, self._forced
         return copy
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,9 @@ class _MayReason:
         self._state.mask_into(mask)
         if self._later is not None:
             mask[self._open_id >> 5] |= 1 << (self._open_id & 31)
+
+    def forced_tokens(self) -> Sequence[int]:
+        return () if self._later is not None else self._state.forced_tokens()
 
     def accept(self, token_id: int) -> None:
         later, self._later = self._later, None
