@@ -1,7 +1,7 @@
 """Scheduler: decides what the next step computes, and applies what a finished step brought.
 
-Three plain verbs: submit, schedule, commit (and abort, fail for the bad days; jump, where a grammar is ahead). Synchronous; knows no tensor, no
-socket, no text. Called by the Engine on the loop thread, or by the simulator.
+Three plain verbs: submit, schedule, commit (and abort, fail for the bad days; jump, where a grammar is ahead).
+Synchronous; knows no tensor, no socket, no text. Called by the Engine on the loop thread, or by the simulator.
 
 Decode rows that merely continue cost no Python: `schedule` advances all of them by a few array operations, and
 `SlotTable.bound` names the rows that need a page or have reached their length.

@@ -291,6 +291,7 @@ class Simulator:
             if client is None:
                 continue
             stop_after = client.arrival.stop_after
+            assert stop_after is None or len(client.delivered) <= stop_after, f"{client.name}: past its stop string"
             if stop_after is not None and len(client.delivered) == stop_after:
                 self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
                 client.ended_early = True

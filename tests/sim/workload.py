@@ -229,14 +229,13 @@ def _draw_tokens(random: Random, options: Options, length: int) -> list[int]:
 
 
 def _draw_runs(random: Random, options: Options) -> Runs | None:
-    if random.random() >= options.constrained_rate:
+    if not options.constrained_rate or random.random() >= options.constrained_rate:
         return None
-    run = random.choice([1, 2, 5, 9, 20])
     return Runs(
         random.randrange(100),
         options.vocab_size,
         free=random.choice([0, 1, 1, 3]),
-        run=run,
+        run=random.choice([1, 2, 5, 9, 20]),
         length=random.choice([1, 7, 12, 1000]),
     )
 
