@@ -77,7 +77,7 @@ class ServerOptions:
     """HTTP. Sizes in bytes, times in seconds.
 
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
-    template shows.
+    template shows. reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
     """
 
     host: str = "127.0.0.1"
@@ -93,6 +93,7 @@ class ServerOptions:
     root_path: str = ""
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    reasoning_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,12 @@ def _not_negative(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _positive(text)
 
 
+def _budget(text: str) -> int:
+    if text != "-1" and not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of tokens, nor -1 for no limit")
+    return int(text)
+
+
 def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535; 0 takes a free one)")
@@ -211,6 +217,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="how the model marks its reasoning: qwen3, deepseek_r1, ..., none, or auto (by its chat template)",
     )
     server.add_argument(
+        "--reasoning-budget",
+        type=_budget,
+        metavar="N",
+        help="most tokens of reasoning where a request names no budget (-1: no limit, the default)",
+    )
+    server.add_argument(
         "--root-path",
         "--fastapi-root-path",
         dest="root_path",
@@ -305,6 +317,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 root_path=args.root_path,
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
+                reasoning_budget=None if args.reasoning_budget == -1 else args.reasoning_budget,
             ),
         ),
         cuda=CudaOptions(

@@ -21,6 +21,7 @@ from server.logprobs import Logprobs, Spelling, vllm_prompt_logprobs
 from server.messages import delta_of, read_message
 from server.protocol.errors import ApiError, json_response
 from server.protocol.generation import Plan
+from server.protocol.thinking import ReasoningWatch
 from server.sse import DONE, KEEP_ALIVE, Chunks, EventStream, Json, error_event
 from server.state import State
 
@@ -91,10 +92,13 @@ class _Source:
 
 async def _collect(state: State, plan: Plan, streams: list[TokenStream]) -> web.Response:
     deltas: list[Delta] = []
+    watches = _watches(state, plan)
     for stream in streams:
         delta = await stream.collect()
         _raise_early(delta)
         deltas.append(delta)
+    for watch, delta in zip(watches, deltas, strict=False):
+        watch.follow(delta.token_ids)
     spelling = Spelling(state.engine.tokenizer, plan.tokens_as_ids)
     choices: list[Json] = []
     for prompt in range(len(streams) // plan.num_candidates):
@@ -133,7 +137,7 @@ async def _collect(state: State, plan: Plan, streams: list[TokenStream]) -> web.
         "created": plan.created,
         "model": plan.model,
         "choices": choices,
-        "usage": _usage(plan, streams, sum(len(delta.token_ids) for delta in deltas)),
+        "usage": _usage(plan, streams, sum(len(delta.token_ids) for delta in deltas), watches),
     }
     if plan.chat and plan.return_token_ids:
         answer["prompt_token_ids"] = plan.requests[0].prompt_token_ids
@@ -176,7 +180,8 @@ async def _stream(
             if not ready:
                 await events.write(KEEP_ALIVE)
                 ready = await source.take()
-            await _write_events(events, _Writer(plan, streams, spelling), source, ready)
+            writer = _Writer(plan, streams, spelling, _watches(state, plan))
+            await _write_events(events, writer, source, ready)
     return events.response
 
 
@@ -205,12 +210,15 @@ async def _write_events(events: EventStream, writer: _Writer, source: _Source, r
 class _Writer:
     """Turns the deltas of one response into events and keeps its counts."""
 
-    def __init__(self, plan: Plan, streams: list[TokenStream], spelling: Spelling) -> None:
+    def __init__(
+        self, plan: Plan, streams: list[TokenStream], spelling: Spelling, watches: list[ReasoningWatch]
+    ) -> None:
         self.num_running = len(streams)
         self._plan = plan
         self._streams = streams
         self._chunks = Chunks(plan)
         self._num_output = 0
+        self._watches = watches
         # Whatever comes beside the text has an event even where the text is held back.
         self._only_text = not plan.return_token_ids and plan.logprobs is None and plan.echoes is None
         # Completions have no role chunk to carry the prompt's ids.
@@ -249,6 +257,8 @@ class _Writer:
     def delta(self, index: int, delta: Delta) -> bytes:
         """The event of one delta; nothing for tokens whose text is held back. Raises ApiError for a failed one."""
         self._num_output += len(delta.token_ids)
+        if self._watches:
+            self._watches[index].follow(delta.token_ids)
         if self._only_text and delta.finish_reason is None and not self._parsers:
             return self._chunks.text(index, delta.text, self._running_usage()) if delta.text else b""
         plan = self._plan
@@ -301,27 +311,41 @@ class _Writer:
         """The usage chunk, if asked for, and the terminator."""
         if not self._plan.include_usage:
             return DONE
-        return self._chunks.usage(_usage(self._plan, self._streams, self._num_output)) + DONE
+        return self._chunks.usage(self._usage()) + DONE
 
     def _running_usage(self) -> Json | None:
         if not self._plan.continuous_usage:
             return None
-        return _usage(self._plan, self._streams, self._num_output)
+        return self._usage()
+
+    def _usage(self) -> Json:
+        return _usage(self._plan, self._streams, self._num_output, self._watches)
 
 
 # ---- both
 
 
-def _usage(plan: Plan, streams: list[TokenStream], num_output: int) -> Json:
+def _watches(state: State, plan: Plan) -> list[ReasoningWatch]:
+    """One for each of the plan's streams, where there may be reasoning to count."""
+    if plan.reading is None:
+        return []
+    watches = (plan.reading.make_watch(state.engine.tokenizer) for _ in plan.requests)
+    return [watch for watch in watches if watch is not None]
+
+
+def _usage(plan: Plan, streams: list[TokenStream], num_output: int, watches: list[ReasoningWatch]) -> Json:
     """A prompt counts once, however many choices it has; what its first choice found in the cache is its share."""
     firsts = streams[:: plan.num_candidates]
     num_prompt = sum(stream.num_prompt_tokens for stream in firsts)
-    return {
+    usage: Json = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
         "total_tokens": num_prompt + num_output,
         "prompt_tokens_details": {"cached_tokens": sum(stream.num_cached_tokens for stream in firsts)},
     }
+    if plan.chat:
+        usage["completion_tokens_details"] = {"reasoning_tokens": sum(watch.num_tokens for watch in watches)}
+    return usage
 
 
 def _ending(delta: Delta, called: bool = False) -> Json:

@@ -113,12 +113,9 @@ class Grammar:
         self._matcher = matcher
         self._can_force = can_force
 
-    def state(self, *, after: bytes | None = None, tokenizer: Tokenizer | None = None) -> GrammarState:
-        """A state at the beginning, one for each sequence.
-
-        after: the grammar rules only what follows this text (`</think>`); until then every token is allowed.
-        """
-        return GrammarState(self._matcher.deep_copy(), self._can_force, after, tokenizer)
+    def state(self) -> GrammarState:
+        """A state at the beginning, one for each sequence."""
+        return GrammarState(self._matcher.deep_copy(), self._can_force)
 
 
 class GrammarState:
@@ -128,34 +125,25 @@ class GrammarState:
     `is_finished`, nothing but an EOS can follow, so the sequence may end without one.
     """
 
-    __slots__ = ("_after", "_can_force", "_forced", "_matcher", "_tail", "_tokenizer")
+    is_free = False
 
-    def __init__(
-        self, matcher: LLMatcher, can_force: bool, after: bytes | None = None, tokenizer: Tokenizer | None = None
-    ) -> None:
-        assert after is None or tokenizer is not None, "finding the end of reasoning takes the tokens' bytes"
+    __slots__ = ("_can_force", "_forced", "_matcher")
+
+    def __init__(self, matcher: LLMatcher, can_force: bool) -> None:
         self._matcher = matcher
         self._can_force = can_force
-        self._after = after
-        self._tokenizer = tokenizer
-        self._tail = b""
         # The rest of a forced run: kept, so that it is the same whether its tokens are accepted at once or one by one.
         self._forced: list[int] = []
 
     @property
-    def is_free(self) -> bool:
-        """The grammar has not begun (the model still reasons): no mask is needed."""
-        return self._after is not None
-
-    @property
     def is_finished(self) -> bool:
         """The text is complete and only an EOS could follow."""
-        return self._after is None and self._matcher.is_stopped()
+        return self._matcher.is_stopped()
 
     @property
     def is_accepting(self) -> bool:
         """The text so far is a complete one, whether or not it may go on."""
-        return self._after is None and self._matcher.is_accepting()
+        return self._matcher.is_accepting()
 
     @property
     def error(self) -> str | None:
@@ -164,9 +152,7 @@ class GrammarState:
 
     def mask_into(self, out: NDArray[np.uint32]) -> None:
         """Write the allowed tokens: bit i of word w is token 32 w + i. out: uint32[ceil(V / 32)], contiguous."""
-        if self._after is not None:
-            out.fill(0xFFFFFFFF)
-        elif forced := self.forced_tokens():
+        if forced := self.forced_tokens():
             out.fill(0)
             out[forced[0] >> 5] = 1 << (forced[0] & 31)
         else:
@@ -174,30 +160,22 @@ class GrammarState:
 
     def accept(self, token_id: int) -> None:
         """Go on by the token that was sampled (an EOS too). One that the mask forbids sets `error`."""
-        if self._after is None:
-            self._matcher.consume_token(token_id)
-            self._forced = self._forced[1:] if self._forced[:1] == [token_id] else []
-            return
-        assert self._tokenizer is not None
-        # The mark may be one special token or spread over several; what follows it inside its last token is whitespace
-        # in every vocabulary seen, and is no part of the grammar.
-        self._tail = (self._tail + self._tokenizer.token_bytes(token_id))[-len(self._after) - 64 :]
-        if self._after in self._tail:
-            self._after = None
+        self._matcher.consume_token(token_id)
+        self._forced = self._forced[1:] if self._forced[:1] == [token_id] else []
 
     def forced_tokens(self) -> list[int]:
         """Tokens that the grammar leaves no choice about, to be appended (and accepted) without a forward.
 
         Only where the tokenizer would cut the forced text in the same way whatever follows it; else empty.
         """
-        if not self._forced and self._after is None and self._can_force:
+        if not self._forced and self._can_force:
             self._forced = self._matcher.compute_ff_tokens()
         return self._forced
 
     def copy(self) -> GrammarState:
         """An independent state at the same place."""
-        copy = GrammarState(self._matcher.deep_copy(), self._can_force, self._after, self._tokenizer)
-        copy._tail, copy._forced = self._tail, self._forced
+        copy = GrammarState(self._matcher.deep_copy(), self._can_force)
+        copy._forced = self._forced
         return copy
 
 

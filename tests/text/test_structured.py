@@ -279,21 +279,6 @@ def test_ends_and_copies() -> None:
     assert grammar.state().error is None
 
 
-def test_the_grammar_begins_after_reasoning() -> None:
-    grammar = compiler().compile(spec("choice", ["yes", "no"]))
-    state = grammar.state(after=b"</think>", tokenizer=words())
-    mask = np.zeros(compiler().mask_words, np.uint32)
-    for token in words().encode("no grammar here {</think", add_special_tokens=False):
-        state.mask_into(mask)
-        assert state.is_free and mask.all() and not state.is_finished and state.forced_tokens() == []
-        state.accept(token)
-    copy = state.copy()
-    for one in (state, copy):
-        one.accept(words().encode(">", add_special_tokens=False)[0])
-        assert not one.is_free
-        assert {words().token_bytes(token)[:1] for token in allowed(one, compiler())} == {b"y", b"n"}
-
-
 def test_forced_tokens_are_what_the_tokenizer_says() -> None:
     """Jump-ahead gives the ids of the text as the tokenizer cuts it."""
     value = {
