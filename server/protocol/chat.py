@@ -49,7 +49,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     text, prompt = await encode_messages(body, state, tools)
     echoes = [_echo(body, state)] if common.echo else None
     reasoning = state.reasoning_family
-    reading = None
+    reading, style = None, _read_style(body, reasoning)
     if tools.reads_calls or reasoning is not None:
         reading = Reading(
             state.tool_family if tools.reads_calls else None,
@@ -57,7 +57,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
             reasoning is not None and reasoning.starts_inside(text),
             tools.callable,
             None if tools.parallel else 1,
-            _read_style(body, reasoning),
+            style,
         )
     # A forced call of a family that reads both begins with the call itself.
     thinks = None if tools.is_forced and reasoning is not None and reasoning.whole else reasoning
