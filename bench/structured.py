@@ -70,7 +70,7 @@ def made_up_tokenizer(vocab_size: int = 128_000, seed: int = 0) -> Tokenizer:
     backend.decoder = decoders.ByteLevel()
     special = [f"<|special {number}|>" for number in range(256)]
     backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
-    return Tokenizer(backend, {"eos_token": special[EOS - vocab_size]})
+    return Tokenizer(backend, {"eos_token": special[1]})
 
 
 def spec(schema: Any, **more: Any) -> GrammarSpec:

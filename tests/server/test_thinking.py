@@ -116,6 +116,20 @@ async def test_a_budget_ends_the_reasoning(name: str) -> None:
         await server.all_free()
 
 
+async def test_a_budget_of_harmony_goes_on_to_the_final_message() -> None:
+    analysis, final = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant<|channel|>final<|message|>"
+    async with live(reasoning_parser="harmony") as server:
+        text = f"{analysis}{3 * THOUGHTS}{final}Yes."
+        full = await say(server, text, {**BODY, "max_tokens": 250})
+        assert (full["reasoning"], full["content"]) == ((3 * THOUGHTS).rstrip(), "Yes.")
+        found = await say(server, text, {**BODY, "max_tokens": 250, "thinking_token_budget": 5})
+        assert len(encode(found["reasoning"])) <= 5 and found["content"]
+        # A grammar rules the final message alone.
+        choice = {"structured_outputs": {"choice": ["tea", "coffee"]}, "thinking_token_budget": 5}
+        found = await say(server, text, {**BODY, "max_tokens": 250, **choice})
+        assert len(encode(found["reasoning"])) <= 5 and found["content"] in ("tea", "coffee")
+
+
 async def test_a_grammar_follows_the_budget() -> None:
     source = "{% for m in messages %}{{ m.content }}{% endfor %}<think>\n"
     model = served_model(chat_template=ChatTemplate({"default": source}, {}))
