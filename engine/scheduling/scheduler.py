@@ -101,7 +101,8 @@ class Scheduler:
         self._jumping: list[Sequence] = []
         # Finished or retracted while in flight; they give back slot and pages at commit.
         self._leaving: list[Sequence] = []
-        # Rows past their prefill, oldest first. Kept as an array; `_decodes_stale` says that it must be rebuilt.
+        # Rows past their prefill, oldest first but for those that have jumped since. Kept as an array; `_decodes_stale`
+        # says that it must be rebuilt.
         self._decoding: list[Sequence] = []
         self._decodes: IndexArray = np.zeros(0, np.intp)
         self._decodes_stale = False

@@ -85,7 +85,7 @@ class Thinking:
     is forced, once the character that they end in is whole; None for no limit.
     """
 
-    __slots__ = ("_answering", "_budget", "_closing", "_forced", "_grammar", "_open_id", "_watch")
+    __slots__ = ("_answering", "_broken", "_budget", "_closing", "_forced", "_grammar", "_open_id", "_watch")
 
     def __init__(
         self,
@@ -103,6 +103,7 @@ class Thinking:
         self._closing = closing
         self._forced: Sequence[int] = ()
         self._answering = False
+        self._broken = False
         self._keep_to_budget()
 
     @property
@@ -117,6 +118,8 @@ class Thinking:
 
     @property
     def error(self) -> str | None:
+        if self._broken:
+            return "the end of its reasoning is a token that it forbids itself"
         return self._grammar.error if self._answering and self._grammar is not None else None
 
     def mask_into(self, mask: Any) -> None:
@@ -148,6 +151,7 @@ class Thinking:
         self._watch.accept(token_id)
         if self._forced:
             # What is written behind the mark belongs to the reasoning too.
+            self._broken = token_id != self._forced[0]
             self._forced = self._forced[1:]
             self._answering = not self._forced
             return

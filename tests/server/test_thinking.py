@@ -111,6 +111,13 @@ async def test_a_budget_ends_the_reasoning(name: str) -> None:
         assert await say(server, text, {**BODY, name: -1}) == full
         assert await say(server, text, {**BODY, name: 1000}) == full
         assert (await say(server, "Plain.", {**BODY, name: 1}))["content"] == "Plain."
+        # Token by token where every one of them is reported; and an error where the mark may not be written.
+        assert await say(server, text, {**BODY, name: 7, "logprobs": True}) == found
+        made = Thinking(
+            ReasoningWatch(tokenizer(), think.QWEN3, inside=True), None, budget=0, closing=encode("</think>")
+        )
+        made.accept(encode("no")[0])
+        assert made.error is not None
         found = await say(server, f"<think>Now.</think>{CALL}", {**BODY, name: 1000, "tools": TOOLS})
         assert found["finish_reason"] == "tool_calls"
         await server.all_free()
