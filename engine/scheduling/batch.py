@@ -79,7 +79,7 @@ class Batch:
         forward.num_rows = forward.num_decode_rows = forward.num_tokens = count
 
     def write_prefill(self, slot: int, start: int, token_ids: Int32Array, samples: bool) -> None:
-        """One chunk of a prompt."""
+        """One chunk of a prompt, or of forced tokens."""
         forward, staging = self.forward_input, self.staging
         row, first, length = forward.num_rows, forward.num_tokens, len(token_ids)
         self._slots[row] = slot
