@@ -60,6 +60,7 @@ class SchedulerOptions:
     max_num_seqs: sequences that run at once. max_num_batched_tokens: token budget of a step, decode rows included.
     max_queued_requests: waiting requests before a 429. overlap: depth 2 (build N+1 while N runs), else depth 1.
     admission_watermark: share of the pages that must stay available when a retracted sequence is admitted again.
+    jump_ahead: forced tokens are appended without a forward; the tokens are the same without it (benches).
     """
 
     max_num_seqs: int = 256
@@ -68,6 +69,7 @@ class SchedulerOptions:
     policy: str = "fcfs"
     overlap: bool = True
     admission_watermark: float = 0.05
+    jump_ahead: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class ServerOptions:
 
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
     template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
+    reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
     """
 
     host: str = "127.0.0.1"
@@ -99,6 +102,7 @@ class ServerOptions:
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    reasoning_budget: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -114,6 +114,8 @@ class Engine:
         self._rng = rng or random.Random()
         self._flush_interval = config.stream.flush_interval_ms / 1000.0
         self._listeners: dict[str, _Listener] = {}
+        # With forced tokens that are not published yet.
+        self._jumped: list[_Listener] = []
         self._wake: asyncio.Event = asyncio.Event()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
@@ -213,6 +215,8 @@ class Engine:
                 if batch is not None:
                     self.metrics.on_step(batch.num_tokens)
                     in_flight.append((batch, executor.submit(batch.forward_input)))
+                    if len(in_flight) == 1:
+                        self._provide_masks(*in_flight[0])
                 if not in_flight:
                     if not scheduler.has_work:
                         self._idle.set()
@@ -221,13 +225,13 @@ class Engine:
                     continue
                 if len(in_flight) == self.depth or batch is None:
                     done, handle = in_flight.popleft()
-                    self._provide_masks(done, handle)
                     try:
                         output = await executor.wait(handle)
                     except ForwardError as error:
                         logger.error("a step failed and its requests with it: %s", error)
                         result = scheduler.fail(done, error)
-                        self._provide_masks_of_next(in_flight)
+                        if in_flight:
+                            self._provide_masks(*in_flight[0])
                         self._publish_failure(result)
                     else:
                         result = scheduler.commit(done, output)
@@ -235,7 +239,8 @@ class Engine:
                         if result.logprobs or result.prompt_logprobs:
                             _attach_logprobs(result, output)
                         # The device may be waiting for these: before the streams.
-                        self._provide_masks_of_next(in_flight)
+                        if in_flight:
+                            self._provide_masks(*in_flight[0])
                         self._publish(result)
                     self._progress_at = self.clock.now()
                     # A device that is always ahead must not keep the sockets from being served.
@@ -251,44 +256,56 @@ class Engine:
                 if batch.forward_input.masks is not None:
                     batch.forward_input.masks.release()
 
-    def _provide_masks_of_next(self, in_flight: deque[tuple[Batch, StepHandle]]) -> None:
-        if in_flight:
-            self._provide_masks(*in_flight[0])
-
     def _provide_masks(self, batch: Batch, handle: StepHandle) -> None:
-        """Tell the oldest step in flight what its constrained rows may sample: all before it is committed now."""
+        """Tell the only step in flight what its constrained rows may sample: all before it is committed now."""
         masks = batch.forward_input.masks
-        if masks is None or masks.is_ready:
+        if masks is None:
             return
-        for bits, (_, sequence) in zip(masks.bits, batch.constrained, strict=True):
-            constraint = sequence.request.constraint
-            listener = sequence.listener
-            assert constraint is not None
-            try:
-                for token in sequence.token_ids[sequence.num_prompt_tokens + listener.num_accepted :].tolist():
-                    constraint.accept(token)
-                    listener.num_accepted += 1
-                if not sequence.is_finished and _may_go_on(constraint, bits):
-                    continue
-                if not sequence.is_finished and constraint.error is not None:
-                    self.scheduler.finish(sequence, FinishReason.ERROR, None)
-                    sentence = f"The grammar of this request failed: {constraint.error}."
-                    self._end(listener, sentence, bad_request=True)
-            except Exception:
-                # One grammar that breaks is one request's error.
-                logger.exception("the grammar of request %s failed", sequence.request.request_id)
-                self.scheduler.finish(sequence, FinishReason.ERROR, None)
-                self._end(listener, "The grammar of this request failed.")
+        for bits, (row, sequence) in zip(masks.bits, batch.constrained, strict=True):
             if not sequence.is_finished:
-                self.scheduler.finish(sequence, FinishReason.STOP, None)
-                self._end(listener)
+                try:
+                    if self._constrain(batch, row, sequence, bits):
+                        continue
+                except Exception:
+                    # One grammar that breaks is one request's error.
+                    logger.exception("the grammar of request %s failed", sequence.request.request_id)
+                    self.scheduler.finish(sequence, FinishReason.ERROR, None)
+                    self._end(sequence.listener, "The grammar of this request failed.")
             bits.fill(0xFFFFFFFF)  # an overrun row: whatever it samples is dropped
         masks.release()
         self.executor.provide_masks(handle)
 
+    def _constrain(self, batch: Batch, row: int, sequence: Sequence, bits: NDArray[np.uint32]) -> bool:
+        """Write what a row may sample; False where its sequence has ended instead."""
+        constraint, listener = sequence.request.constraint, sequence.listener
+        assert constraint is not None
+        _follow(constraint, sequence)
+        if _may_go_on(constraint, bits):
+            # The mask allows the first forced token alone, so the tokens are the same where nothing is jumped.
+            count = self.scheduler.jump(batch, row, constraint.forced_tokens())
+            if not count:
+                return True
+            self.metrics.generation_tokens += count
+            self._on_first_token(sequence, self.clock.now())
+            self._jumped.append(listener)
+            _follow(constraint, sequence)
+            if not (sequence.is_finished or constraint.is_finished or constraint.error is not None):
+                return True
+        if not sequence.is_finished and constraint.error is not None:
+            self.scheduler.finish(sequence, FinishReason.ERROR, None)
+            self._end(listener, f"The grammar of this request failed: {constraint.error}.", bad_request=True)
+        else:
+            self.scheduler.finish(sequence, FinishReason.STOP, None)
+            self._end(listener)
+        return False
+
     def _publish(self, result: StepResult) -> None:
-        """Hand a step's tokens to the streams."""
+        """Hand a step's tokens to the streams, and those that were forced since."""
         slots, metrics, now = result.slots, self.metrics, self.clock.now()
+        for listener in self._jumped:
+            if listener.per_token and listener.sequence.finish_reason is None:
+                self._flush(listener, now)
+        self._jumped.clear()
         if len(slots):
             metrics.generation_tokens += len(slots)
             gaps = result.gaps
@@ -399,6 +416,14 @@ class Engine:
             listener.sequence.finish_reason = FinishReason.ERROR
             self._end(listener, f"The engine failed: {what}")
         self._idle.set()
+
+
+def _follow(constraint: TokenConstraint, sequence: Sequence) -> None:
+    """Tell a constraint the generated tokens that it has not seen yet."""
+    listener = sequence.listener
+    for token in sequence.token_ids[sequence.num_prompt_tokens + listener.num_accepted :].tolist():
+        constraint.accept(token)
+        listener.num_accepted += 1
 
 
 def _may_go_on(constraint: TokenConstraint, bits: NDArray[np.uint32]) -> bool:

@@ -75,6 +75,12 @@ def _not_negative(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _positive(text)
 
 
+def _budget(text: str) -> int:
+    if text != "-1" and not (text.isascii() and text.isdigit()):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of tokens, nor -1 for no limit")
+    return int(text)
+
+
 def _port(text: str) -> int:
     if not text.isdigit() or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535; 0 takes a free one)")
@@ -244,6 +250,12 @@ def make_parser() -> argparse.ArgumentParser:
         help="options of the chat template for requests without their own, such as '{\"enable_thinking\": false}'",
     )
     server.add_argument(
+        "--reasoning-budget",
+        type=_budget,
+        metavar="N",
+        help="most tokens of reasoning where a request names no budget (-1: no limit, the default)",
+    )
+    server.add_argument(
         "--root-path",
         "--fastapi-root-path",
         dest="root_path",
@@ -339,6 +351,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
                 default_chat_template_kwargs=args.default_chat_template_kwargs,
+                reasoning_budget=None if args.reasoning_budget == -1 else args.reasoning_budget,
             ),
         ),
         cuda=CudaOptions(

@@ -6,6 +6,7 @@ Made by the server or the offline API, read by every other part, changed by nobo
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -87,6 +88,10 @@ class TokenConstraint(Protocol):
 
     def mask_into(self, mask: Any) -> None:
         """Write a bit per token, 1 for allowed, into uint32 [ceil(vocab_size / 32)], lowest bit first."""
+        ...
+
+    def forced_tokens(self) -> Sequence[int]:
+        """What must come next, in order; empty where there is a choice. `mask_into` allows the first of them alone."""
         ...
 
     def accept(self, token_id: int) -> None:

@@ -56,6 +56,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(_CONNECTION))
     source = "" if model.chat_template is None else model.chat_template.source
     tool_family, reasoning_family = choose_parsers(options.tool_call_parser, options.reasoning_parser, source)
+    if options.reasoning_budget is not None and reasoning_family is None:
+        raise StartupError("--reasoning-budget needs a model that reasons; this one's chat template shows no reasoning")
     app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family)
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)

@@ -9,15 +9,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.text.tokenizer import Tokenizer
 from server.parsers.base import (
     ContentDelta,
     Event,
     OutputParser,
     ReasoningDelta,
     ReasoningFamily,
+    ReasoningStyle,
     ToolCallStart,
     ToolFamily,
 )
+from server.protocol.thinking import ReasoningWatch
 
 Json = dict[str, object]
 
@@ -26,7 +29,8 @@ Json = dict[str, object]
 class Reading:
     """tool_family: None where no calls are looked for. start_inside: the prompt has opened the reasoning already.
 
-    tools: parameters by name of the functions that may be called. max_calls: later calls are left out.
+    tools: parameters by name of the functions that may be called. max_calls: later calls are left out. style: what
+    becomes of the reasoning.
     """
 
     tool_family: ToolFamily | None
@@ -34,6 +38,7 @@ class Reading:
     start_inside: bool = False
     tools: Mapping[str, Any] = field(default_factory=dict)
     max_calls: int | None = None
+    style: ReasoningStyle = "apart"
 
     def make_parser(self) -> OutputParser:
         return OutputParser(
@@ -42,7 +47,14 @@ class Reading:
             start_inside=self.start_inside,
             tools=self.tools,
             max_calls=self.max_calls,
+            style=self.style,
         )
+
+    def make_watch(self, tokenizer: Tokenizer | None) -> ReasoningWatch | None:
+        """Counts the reasoning tokens of one output; None where there are none to count."""
+        if self.reasoning_family is None or tokenizer is None:
+            return None
+        return ReasoningWatch(tokenizer, self.reasoning_family, inside=self.start_inside)
 
 
 def read_message(parser: OutputParser, text: str, echo: str) -> Json:

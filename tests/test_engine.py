@@ -20,6 +20,7 @@ from engine.request import FinishReason, QueueFullError, Request, SamplingParams
 from engine.stream import Delta, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
+from tests.sim.workload import Runs
 
 TOKENIZER = Tokenizer.load(Path(engine.demo.__path__[0]))
 VOCAB = TOKENIZER.vocab_size
@@ -31,6 +32,7 @@ MODEL = FakeModel(VOCAB, EOS, 0.0)
 async def running(
     *,
     overlap: bool = True,
+    jump_ahead: bool = True,
     max_queued: int = 100,
     max_num_seqs: int = 8,
     flush_interval_ms: float = 0.0,
@@ -42,7 +44,11 @@ async def running(
     config = EngineConfig(
         cache=CacheOptions(),
         scheduler=SchedulerOptions(
-            max_num_seqs=max_num_seqs, max_num_batched_tokens=256, max_queued_requests=max_queued, overlap=overlap
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=256,
+            max_queued_requests=max_queued,
+            overlap=overlap,
+            jump_ahead=jump_ahead,
         ),
         stream=StreamOptions(flush_interval_ms=flush_interval_ms),
     )
@@ -235,6 +241,9 @@ class Alternating:
             raise ValueError("planned")
         mask.fill(0xAAAAAAAA if len(self.seen) % 2 else 0x55555555)
 
+    def forced_tokens(self) -> list[int]:
+        return []
+
     def accept(self, token_id: int) -> None:
         self.seen.append(token_id)
 
@@ -294,6 +303,62 @@ async def test_a_grammar_that_has_not_begun_allows_everything() -> None:
         answer = await collect(engine.submit(bound))
     assert answer.token_ids[:4] == reference([1, 2, 3])[:4] and len(answer.token_ids) == 9
     assert [token % 2 for token in answer.token_ids[4:]] == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("flush_interval_ms", [0.0, 1e6])
+async def test_forced_tokens_are_the_same_and_cost_no_steps(overlap: bool, flush_interval_ms: float) -> None:
+    """Also where they are cut by the length, by a stop id and by the grammar's own end, and one that cannot jump."""
+    probes: list[tuple[dict[str, object], dict[str, int]]] = [
+        ({"max_tokens": 40}, {"free": 2, "run": 9, "length": 1000}),
+        ({"max_tokens": 40}, {"free": 0, "run": 7, "length": 25}),
+        ({"max_tokens": 17}, {"free": 1, "run": 30, "length": 1000}),
+        ({"max_tokens": 40, "stop_token_ids": (Runs(5, VOCAB, free=1, run=8, length=99).token_at(5),)},
+         {"free": 1, "run": 8, "length": 99}),
+        ({"max_tokens": 40, "logprobs": 0}, {"free": 1, "run": 6, "length": 1000}),
+        ({"max_tokens": 40, "presence_penalty": 1.0}, {"free": 3, "run": 6, "length": 1000}),
+    ]  # fmt: skip
+    outcomes = []
+    for jump_ahead in (False, True):
+        running_options = {"overlap": overlap, "jump_ahead": jump_ahead, "flush_interval_ms": flush_interval_ms}
+        async with running(**running_options) as engine:  # type: ignore[arg-type]
+            requests = [ask("plain", [1, 2, 3], max_tokens=10)]
+            for number, (params, runs) in enumerate(probes):
+                for stream in (True, False):
+                    request = ask(f"{number}{stream}", [number, 9], stream=stream, **params)
+                    bound = dataclasses.replace(request, constraint=Runs(5, VOCAB, **runs))
+                    requests.append(bound)
+            answers = [await collect(engine.submit(request)) for request in requests]
+            await engine.drained()
+            assert engine.stats().num_used_pages == 0
+            assert engine.metrics.generation_tokens == sum(len(answer.token_ids) for answer in answers)
+            outcomes.append((answers, engine.executor.num_steps))  # type: ignore[attr-defined]
+    (without, many), (jumped, few) = outcomes
+    assert jumped == without
+    # Log-probabilities and penalties see every token.
+    assert few < 0.6 * many, f"{few} steps where token by token takes {many}"
+    assert [len(answer.token_ids) for answer in jumped[1::2][:3]] == [40, 25, 17]
+    for streamed, whole in zip(jumped[1::2], jumped[2::2], strict=True):
+        assert streamed == whole
+    assert all(len(answer.logprobs) == 40 for answer in jumped[9:11])
+
+
+async def test_forced_tokens_come_at_once_and_stop_strings_are_found_in_them() -> None:
+    def bound(name: str, **params: object) -> Request:
+        request = ask(name, [5, 6], max_tokens=34, **params)
+        return dataclasses.replace(request, constraint=Runs(3, VOCAB, free=1, run=30, length=1000))
+
+    async with running() as engine:
+        async with engine.submit(bound("whole")) as stream:
+            deltas = [delta async for delta in stream]
+        # The first token and all that it brings with it.
+        assert len(deltas[0].token_ids) == 31
+        text = "".join(delta.text for delta in deltas)
+        stop = text[len(text) // 2 :][:4]
+        cut = await collect(engine.submit(bound("cut", stop=(stop,))))
+        assert cut.text == text[: text.index(stop)] and cut.stop_reason == stop
+        # What follows the stop string was never generated.
+        assert cut.token_ids == deltas[0].token_ids[: len(cut.token_ids)] and len(cut.token_ids) < 31
 
 
 async def test_text_cut_amid_a_character_ends_before_it() -> None:

@@ -80,11 +80,16 @@ class FakeModel:
 
 
 def expected_stream(
-    model: FakeModel, prompt: list[int], sampling: SamplingParams, eos_token_ids: tuple[int, ...] = ()
+    model: FakeModel,
+    prompt: list[int],
+    sampling: SamplingParams,
+    eos_token_ids: tuple[int, ...] = (),
+    forced: Callable[[int], int | None] = lambda place: None,
 ) -> Iterator[int]:
     """The endless continuation of `prompt`, from its tokens alone: no pages, no slots, no steps.
 
-    Sampling with a temperature needs `sampling.seed`. Where to stop is up to the caller.
+    Sampling with a temperature needs `sampling.seed`. Where to stop is up to the caller. forced: the token that a mask
+    leaves at a place of the output, None where it allows all.
     """
     stop_ids = set(sampling.stop_token_ids)
     if not sampling.ignore_eos:
@@ -119,6 +124,8 @@ def expected_stream(
         token = model.eos_token_id if draw >> 11 < model.eos_threshold else draw % model.vocab_size
         if position < min_length:
             token = _unmasked(token, stop_ids, model.vocab_size)
+        must = forced(position - len(prompt))
+        token = token if must is None else must
         history = (history + _mix_int(token)) & _MASK
         yield token
 
@@ -442,8 +449,9 @@ class FakeExecutor:
             for row, allowed in zip(
                 forward_input.masks.rows.tolist(), forward_input.masks.allowed(limits.vocab_size), strict=True
             ):
-                choices = np.flatnonzero(allowed)
-                tokens[row] = choices[int(draws[row]) % len(choices)]
+                if not allowed[tokens[row]]:
+                    choices = np.flatnonzero(allowed)
+                    tokens[row] = choices[int(draws[row]) % len(choices)]
         tokens[row_tainted] = TAINTED_TOKEN
         samples = staging.row_samples[:rows]
         sampling_slots = slots[samples]

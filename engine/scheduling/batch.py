@@ -79,7 +79,7 @@ class Batch:
         forward.num_rows = forward.num_decode_rows = forward.num_tokens = count
 
     def write_prefill(self, slot: int, start: int, token_ids: Int32Array, samples: bool) -> None:
-        """One chunk of a prompt."""
+        """One chunk of a prompt, or of forced tokens."""
         forward, staging = self.forward_input, self.staging
         row, first, length = forward.num_rows, forward.num_tokens, len(token_ids)
         self._slots[row] = slot
@@ -95,6 +95,10 @@ class Batch:
         staging.qo_indptr[row + 1] = first + length
         forward.num_rows = row + 1
         forward.num_tokens = first + length
+
+    def drop_sample(self, row: int) -> None:
+        """After the launch: what this row samples is not wanted. The sequence still belongs to the step."""
+        self._samples[row] = self.all_sample = False
 
     def write_page(self, slot: int, index: int, page: int) -> None:
         """One page-table entry. An entry is written at most once a step: a scatter has no order."""

@@ -1,7 +1,7 @@
 """Scheduler: decides what the next step computes, and applies what a finished step brought.
 
-Three plain verbs: submit, schedule, commit (and abort, fail for the bad days). Synchronous; knows no tensor, no
-socket, no text. Called by the Engine on the loop thread, or by the simulator.
+Three plain verbs: submit, schedule, commit (and abort, fail for the bad days; jump, where a grammar is ahead).
+Synchronous; knows no tensor, no socket, no text. Called by the Engine on the loop thread, or by the simulator.
 
 Decode rows that merely continue cost no Python: `schedule` advances all of them by a few array operations, and
 `SlotTable.bound` names the rows that need a page or have reached their length.
@@ -9,6 +9,8 @@ Decode rows that merely continue cost no Python: `schedule` advances all of them
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -29,6 +31,9 @@ from engine.scheduling.batch import Batch
 from engine.scheduling.policy.registry import make_policy
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray, Scratch, SlotTable
+
+# A run of forced tokens shorter than this is sampled token by token: nothing, or one step of one row, would be saved.
+MIN_JUMP = 2
 
 
 @dataclass(slots=True)
@@ -92,9 +97,12 @@ class Scheduler:
         # All that run, in order of admission: the last one is the first to be retracted.
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
+        # Past their prefill, with forced tokens that are known and not computed.
+        self._jumping: list[Sequence] = []
         # Finished or retracted while in flight; they give back slot and pages at commit.
         self._leaving: list[Sequence] = []
-        # Rows past their prefill, oldest first. Kept as an array; `_decodes_stale` says that it must be rebuilt.
+        # Rows past their prefill, oldest first but for those that have jumped since. Kept as an array; `_decodes_stale`
+        # says that it must be rebuilt.
         self._decoding: list[Sequence] = []
         self._decodes: IndexArray = np.zeros(0, np.intp)
         self._decodes_stale = False
@@ -200,6 +208,7 @@ class Scheduler:
         batch.begin(self._next_step)
         remaps, self._remaps = self._remaps, []
         self._schedule_decodes(batch)
+        self._schedule_jumps(batch)
         self._schedule_prefills(batch)
         self.kv_cache.end_step()
         if batch.num_rows == 0:
@@ -219,11 +228,11 @@ class Scheduler:
         """All rows past their prefill, oldest first; those that need a page get one or sit this step out."""
         if self._decodes_stale:
             self._rebuild_decodes()
+        if self.kv_cache.num_available < len(self._decodes) + self._pages_of_jumps():
+            self._make_room()
         if not len(self._decodes):
             return
         table, scratch = self._table, self._scratch
-        if self.kv_cache.num_available < len(self._decodes):
-            self._make_room()
         slots = self._decodes
         count = len(slots)
         computed = table.computed.take(slots, out=scratch.get("computed", np.int32, count), mode="clip")
@@ -276,10 +285,40 @@ class Scheduler:
                 table.computed[slots] + 1 < table.limit[slots]
             )
             coming = sum(len(sequence.pages.pages) for sequence in self._leaving if sequence.pages is not None)
-            if int(wanting.sum()) <= self.kv_cache.num_available + coming:
+            if int(wanting.sum()) + self._pages_of_jumps() <= self.kv_cache.num_available + coming:
                 return
             self._retract(self._running[-1])
             self._rebuild_decodes()
+
+    def _pages_of_jumps(self) -> int:
+        """Pages that forced tokens want and do not have yet."""
+        wanted = 0
+        for sequence in self._jumping:
+            assert sequence.pages is not None
+            wanted += max(0, -(-sequence.num_tokens // self.limits.page_size) - len(sequence.pages.pages))
+        return wanted
+
+    def _schedule_jumps(self, batch: Batch) -> None:
+        """Forced tokens, as chunks of known ids: behind the decode rows and, like them, before any prompt."""
+        table = self._table
+        for sequence in list(self._jumping):
+            slot, pages = sequence.slot, sequence.pages
+            assert pages is not None
+            start, known = int(table.computed[slot]), int(table.known[slot])
+            end = min(known, start + self.limits.max_num_batched_tokens - batch.num_tokens)
+            while table.capacity[slot] < end and (page := self.kv_cache.reserve_one(pages)):
+                batch.write_page(slot, len(pages.pages) - 1, page)
+                table.set_capacity(slot, len(pages.pages))
+            end = min(end, int(table.capacity[slot]))
+            if end <= start:
+                continue  # no page or no budget is left: it sits this step out
+            # Its pages enter the radix tree when it leaves, like those of all generated tokens.
+            batch.write_prefill(slot, start, sequence.token_ids[start:end], end == known)
+            table.computed[slot] = end
+            if end == known:
+                self._jumping.remove(sequence)
+                self._decoding.append(sequence)
+                self._decodes_stale = True
 
     def _schedule_prefills(self, batch: Batch) -> None:
         """Prompt chunks fill what the decode rows left of the token budget."""
@@ -469,6 +508,36 @@ class Scheduler:
         self._release_leaving()
         return result
 
+    def jump(self, batch: Batch, row: int, tokens: Iterable[int]) -> int:
+        """Append tokens that must follow, where `row` of the newest step in flight would sample the first of them.
+
+        What it samples is dropped, and the next step computes all of them as one chunk. Returns how many were appended;
+        the sequence may have reached its length by them. None are where nothing would be saved, or where each token
+        has to be seen by the device (penalties, log-probabilities) or by the search for stop strings.
+        """
+        sequence = self.sequence_of(int(batch.slots[row]))
+        table, slot, params = self._table, sequence.slot, sequence.request.sampling
+        assert batch.in_flight and table.last_step[slot] == batch.forward_input.step, "a step came after this one"
+        if not self.options.jump_ahead or params.has_extras or params.stop:
+            return 0
+        known, limit = int(table.known[slot]), int(table.limit[slot])
+        # A stop id ends the text in the usual way.
+        forced = list(itertools.takewhile(lambda token: token not in sequence.stop_ids, tokens))[: limit - known]
+        if len(forced) < MIN_JUMP:
+            return 0
+        batch.drop_sample(row)
+        end = known + len(forced)
+        table.tokens[slot, known:end] = forced
+        table.known[slot] = end
+        table.token_at[slot] = self._clock.now()
+        if end == limit:
+            self.finish(sequence, FinishReason.LENGTH, None)
+        elif sequence.status is SequenceStatus.RUNNING:
+            self._decoding.remove(sequence)
+            self._decodes_stale = True
+            self._jumping.append(sequence)
+        return len(forced)
+
     def _end_step(self, batch: Batch) -> None:
         assert batch.in_flight and batch.forward_input.step == self._committed_step + 1, "steps out of order"
         batch.in_flight = False
@@ -504,6 +573,8 @@ class Scheduler:
         self._running.remove(sequence)
         if sequence in self._prefilling:
             self._prefilling.remove(sequence)
+        elif sequence in self._jumping:
+            self._jumping.remove(sequence)
         elif sequence in self._decoding:
             self._decoding.remove(sequence)
             self._decodes_stale = True

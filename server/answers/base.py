@@ -13,6 +13,7 @@ from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenStream
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
+from server.protocol.thinking import ReasoningWatch
 from server.sse import Json
 from server.state import State
 
@@ -55,16 +56,27 @@ class Answer(Protocol):
 MakeAnswer = Callable[[State, Plan, list[TokenStream]], Answer]
 
 
-def usage(plan: Plan, streams: list[TokenStream], num_output: int) -> Json:
+def reasoning_watches(state: State, plan: Plan) -> list[ReasoningWatch]:
+    """One for each of the plan's streams, where there may be reasoning to count."""
+    if plan.reading is None:
+        return []
+    watches = (plan.reading.make_watch(state.engine.tokenizer) for _ in plan.requests)
+    return [watch for watch in watches if watch is not None]
+
+
+def usage(plan: Plan, streams: list[TokenStream], num_output: int, watches: list[ReasoningWatch]) -> Json:
     """A prompt counts once, however many choices it has; what its first choice found in the cache is its share."""
     firsts = streams[:: plan.num_candidates]
     num_prompt = sum(stream.num_prompt_tokens for stream in firsts)
-    return {
+    usage: Json = {
         "prompt_tokens": num_prompt,
         "completion_tokens": num_output,
         "total_tokens": num_prompt + num_output,
         "prompt_tokens_details": {"cached_tokens": sum(stream.num_cached_tokens for stream in firsts)},
     }
+    if plan.chat:
+        usage["completion_tokens_details"] = {"reasoning_tokens": sum(watch.num_tokens for watch in watches)}
+    return usage
 
 
 def failure(delta: Delta) -> ApiError:

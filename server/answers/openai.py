@@ -7,7 +7,7 @@ from functools import partial
 
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenStream
-from server.answers.base import failure, usage
+from server.answers.base import failure, reasoning_watches, usage
 from server.logprobs import Logprobs, Spelling, vllm_prompt_logprobs
 from server.messages import delta_of, read_message
 from server.protocol.generation import Plan
@@ -28,6 +28,7 @@ class OpenAIAnswer:
         self._spelling = spelling = Spelling(state.engine.tokenizer, plan.tokens_as_ids)
         self._chunks = Chunks(plan)
         self._num_output = 0
+        self._watches = reasoning_watches(state, plan)
         # Whatever comes beside the text has an event even where the text is held back.
         self._only_text = not plan.return_token_ids and plan.logprobs is None and plan.echoes is None
         # Completions have no role chunk to carry the prompt's ids.
@@ -46,6 +47,8 @@ class OpenAIAnswer:
     def whole(self, deltas: list[Delta]) -> Json:
         """The body of an answer that is not streamed; one delta for each request of the plan."""
         plan, streams = self._plan, self._streams
+        for watch, delta in zip(self._watches, deltas, strict=False):
+            watch.follow(delta.token_ids)
         choices: list[Json] = []
         for prompt in range(len(streams) // plan.num_candidates):
             first = prompt * plan.num_candidates
@@ -83,7 +86,7 @@ class OpenAIAnswer:
             "created": plan.created,
             "model": plan.model,
             "choices": choices,
-            "usage": usage(plan, streams, sum(len(delta.token_ids) for delta in deltas)),
+            "usage": self._usage(sum(len(delta.token_ids) for delta in deltas)),
         }
         if plan.chat and plan.return_token_ids:
             answer["prompt_token_ids"] = plan.requests[0].prompt_token_ids
@@ -116,6 +119,8 @@ class OpenAIAnswer:
     def delta(self, index: int, delta: Delta) -> bytes:
         """The event of one delta; nothing for tokens whose text is held back. Raises ApiError for a failed one."""
         self._num_output += len(delta.token_ids)
+        if self._watches:
+            self._watches[index].follow(delta.token_ids)
         if self._only_text and delta.finish_reason is None and not self._parsers:
             return self._chunks.text(index, delta.text, self._running_usage()) if delta.text else b""
         plan = self._plan
@@ -168,7 +173,7 @@ class OpenAIAnswer:
         """The usage chunk, if asked for, and the terminator."""
         if not self._plan.include_usage:
             return DONE
-        return self._chunks.usage(usage(self._plan, self._streams, self._num_output)) + DONE
+        return self._chunks.usage(self._usage(self._num_output)) + DONE
 
     def error(self, error: RequestError) -> bytes:
         """An error after the headers have gone out, and the end of the stream."""
@@ -177,7 +182,10 @@ class OpenAIAnswer:
     def _running_usage(self) -> Json | None:
         if not self._plan.continuous_usage:
             return None
-        return usage(self._plan, self._streams, self._num_output)
+        return self._usage(self._num_output)
+
+    def _usage(self, num_output: int) -> Json:
+        return usage(self._plan, self._streams, num_output, self._watches)
 
 
 def _best(plan: Plan, candidates: list[Delta]) -> list[int]:

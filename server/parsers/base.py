@@ -9,14 +9,16 @@ from __future__ import annotations
 import itertools
 import re
 import uuid
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 T = TypeVar("T")
 Steps = Generator[None, None, T]
 Sink = Callable[[str], None]
+# Reasoning in fields of its own as it comes, each stretch of it at once, left out, or in the content with its marks.
+ReasoningStyle = Literal["apart", "held", "hidden", "inline"]
 
 SPACE = " \t\r\n"
 # Arguments are read by a client's parser; a model that nests deeper than this has lost its way.
@@ -83,7 +85,8 @@ class ReasoningFamily:
 
     run: the grammar; it reads from the start of the text to where content begins, from inside of the reasoning where
     the flag says so. open, close: the tags; the prompt may end with the first, and content follows the second.
-    whole: it reads tool calls as well.
+    closing: what ends a reasoning that has used up its budget. whole: it reads tool calls as well, and reasoning may
+    come in several stretches, each from `open` to `end`.
     """
 
     name: str
@@ -91,7 +94,9 @@ class ReasoningFamily:
     markers: tuple[str, ...]
     open: str = ""
     close: str = ""
+    closing: str = ""
     whole: bool = False
+    end: str = ""
 
     def starts_inside(self, prompt: str) -> bool:
         """Whether the prompt's end has opened the reasoning already."""
@@ -104,7 +109,7 @@ class OutputParser:
     tools: parameters by name of the declared tools: calls to other names are content. None: any name is a call.
     buffer_calls: a call comes whole or not at all, so one that breaks in its middle is content in full; otherwise its
     arguments stream, and what follows the break is content.
-    max_calls: later calls are left out (`parallel_tool_calls: false`).
+    max_calls: later calls are left out (`parallel_tool_calls: false`). style: what becomes of the reasoning.
     """
 
     def __init__(
@@ -116,12 +121,17 @@ class OutputParser:
         tools: Mapping[str, Any] | None = None,
         buffer_calls: bool = False,
         max_calls: int | None = None,
+        style: ReasoningStyle = "apart",
         make_id: Callable[[], str] | None = None,
     ) -> None:
         self._max_calls = max_calls
+        self._style = style
+        # Reasoning that waits for its end.
+        self._held = ""
         new_id = make_id or (tool.make_id if tool is not None else make_call_id)
         self._scanner = Scanner(tool is not None, tools, buffer_calls, new_id)
-        self._steps: Steps[None] | None = _run(self._scanner, tool, reasoning, start_inside)
+        read = None if style == "inline" else reasoning
+        self._steps: Steps[None] | None = _run(self._scanner, tool, read, start_inside)
         self.markers = (*(tool.markers if tool else ()), *(reasoning.markers if reasoning else ()))
 
     @property
@@ -149,9 +159,26 @@ class OutputParser:
             except StopIteration:
                 self._steps = None
         events = self._scanner.take_events()
+        if self._style == "hidden":
+            events = [event for event in events if not isinstance(event, ReasoningDelta)]
+        elif self._style == "held":
+            events = list(self._hold(events))
         if self._max_calls is not None:
             events = [event for event in events if _kind(event)[1] < self._max_calls]
         return events
+
+    def _hold(self, events: list[Event]) -> Iterator[Event]:
+        """Each stretch of reasoning in one event, as what follows it comes."""
+        for event in events:
+            if isinstance(event, ReasoningDelta):
+                self._held += event.text
+                continue
+            if self._held:
+                yield ReasoningDelta(self._held)
+                self._held = ""
+            yield event
+        if self._held and self._steps is None:
+            yield ReasoningDelta(self._held)
 
 
 def _run(

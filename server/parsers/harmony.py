@@ -92,4 +92,14 @@ def _run_reasoning(scanner: Scanner, start_inside: bool) -> Steps[None]:
 
 
 FAMILY = ToolFamily("harmony", _run, _MARKERS, _call_format)
-REASONING = ReasoningFamily("harmony", _run_reasoning, _MARKERS, close=f"{_CHANNEL}final{_MESSAGE}", whole=True)
+_FINAL = f"{_CHANNEL}final{_MESSAGE}"
+REASONING = ReasoningFamily(
+    "harmony",
+    _run_reasoning,
+    _MARKERS,
+    open=f"{_CHANNEL}analysis{_MESSAGE}",
+    close=_FINAL,
+    closing=f"{_END}{_START}assistant{_FINAL}",
+    whole=True,
+    end=_END,
+)

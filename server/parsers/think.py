@@ -18,7 +18,7 @@ def family(name: str, open: str, close: str) -> ReasoningFamily:
         else:
             scanner.flush_reasoning()
 
-    return ReasoningFamily(name, run, (open, close), open, close)
+    return ReasoningFamily(name, run, (open, close), open, close, f"\n{close}\n\n")
 
 
 QWEN3 = family("qwen3", "<think>", "</think>")

@@ -16,6 +16,7 @@ from engine.config import RESERVED_TEMPLATE_KWARGS
 from engine.request import RequestError
 from engine.text.structured import GrammarSpec
 from server.messages import Reading
+from server.parsers.base import ReasoningFamily, ReasoningStyle
 from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, make_plan, read_common
 from server.protocol.refusals import CHAT_REFUSALS, refuse
@@ -41,11 +42,12 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     common = read_common(body, state, name, state.model.generation_defaults.max_new_tokens, logprobs)
     tools = read_tools(body)
     spec = _read_spec(body, tools, state)
+    budget = _read_budget(body, state)
     refuse(body, CHAT_REFUSALS)
     text, prompt = await encode_messages(body, state, tools)
     echoes = [_echo(body, state)] if common.echo else None
     reasoning = state.reasoning_family
-    reading = None
+    reading, style = None, _read_style(body, reasoning)
     if tools.reads_calls or reasoning is not None:
         reading = Reading(
             state.tool_family if tools.reads_calls else None,
@@ -53,10 +55,11 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
             reasoning is not None and reasoning.starts_inside(text),
             tools.callable,
             None if tools.parallel else 1,
+            style,
         )
     # A forced call of a family that reads both begins with the call itself.
     thinks = None if tools.is_forced and reasoning is not None and reasoning.whole else reasoning
-    structure = await make_structure(state, common.sampling, spec, reasoning=thinks, prompt=text)
+    structure = await make_structure(state, common.sampling, spec, reasoning=thinks, prompt=text, budget=budget)
     return make_plan(
         state, common, response_id, [prompt], chat=True, echoes=echoes, structure=structure, reading=reading
     )
@@ -81,6 +84,34 @@ def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:
         # Of the latter the grammar rules the final message alone, and a call is a message of its own.
         return spec
     return with_calls(spec, call_format(tools, family))
+
+
+def _read_budget(body: Body, state: State) -> int | None:
+    """Most tokens of reasoning, by vLLM's name or SGLang's; the server's own default without one, -1 is no limit."""
+    given = {name: body.integer(name, None, -1) for name in ("thinking_token_budget", "max_thinking_tokens")}
+    budgets = [(name, value) for name, value in given.items() if value is not None]
+    if not budgets:
+        return state.options.reasoning_budget
+    name, budget = budgets[0]
+    if budgets[-1][1] != budget:
+        raise invalid(budgets[-1][0], f"and `{name}` differ; give one of them")
+    if state.reasoning_family is None:
+        raise invalid(name, "needs a model that reasons, and this one's chat template shows no reasoning")
+    return None if budget == -1 else budget
+
+
+def _read_style(body: Body, reasoning: ReasoningFamily | None) -> ReasoningStyle:
+    """vLLM's `include_reasoning`, SGLang's `separate_reasoning` and `stream_reasoning`: all true by default."""
+    include, separate, stream = (
+        body.boolean(name, True) for name in ("include_reasoning", "separate_reasoning", "stream_reasoning")
+    )
+    if not separate and reasoning is not None and reasoning.whole:
+        raise invalid("separate_reasoning", "must be true for this model: its messages are read by their channels")
+    if not include:
+        return "hidden"
+    if not separate:
+        return "inline"
+    return "apart" if stream else "held"
 
 
 def _read_logprobs(body: Body) -> int | None:

@@ -25,8 +25,6 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "truncate_prompt_tokens": (),
     "stream_interval": (1,),
     "priority": (0,),
-    "thinking_token_budget": (),
-    "max_thinking_tokens": (),
     "repetition_detection": (),
     "watermark": (),
     "watermarking": (False,),
@@ -51,9 +49,6 @@ CHAT_REFUSALS = _COMMON | {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
-    "include_reasoning": (True,),
-    "separate_reasoning": (True,),
-    "stream_reasoning": (True,),
     "input_ids": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),
@@ -61,6 +56,9 @@ CHAT_REFUSALS = _COMMON | {
 
 COMPLETION_REFUSALS = _COMMON | {
     "suffix": ("",),
+    # Where a raw prompt stands in its reasoning only its writer knows.
+    "thinking_token_budget": (),
+    "max_thinking_tokens": (),
     "prompt_embeds": (),
 }
 

@@ -31,6 +31,7 @@ from engine.ops.sampling.sampler import sample
 from engine.request import Request, SamplingParams
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer, attend
+from tests.sim.workload import Runs
 
 TINY: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -244,8 +245,10 @@ def requests_of(seed: int, count: int = 8) -> list[Request]:
 def expected_tokens(model: CausalLM, request: Request) -> list[int]:
     """What a request must bring, from its tokens alone."""
     context = list(request.prompt_token_ids)
-    for _ in range(request.sampling.max_tokens or 0):
-        context.append(reference_next(model, context, request.sampling))
+    runs = request.constraint
+    for place in range(request.sampling.max_tokens or 0):
+        forced = runs.token_at(place) if isinstance(runs, Runs) else None
+        context.append(reference_next(model, context, request.sampling) if forced is None else forced)
     return context[len(request.prompt_token_ids) :]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -10,6 +11,7 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model
+from tests.sim.workload import Runs
 
 EAGERNESS = [0.0, 0.3, 0.9]
 
@@ -32,6 +34,22 @@ async def test_overlap_changes_no_token(seed: int) -> None:
         for overlap in (True, False)
     ]
     assert outputs[0] == outputs[1]
+
+
+@pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
+async def test_forced_tokens_beside_drawn_ones(attention: str) -> None:
+    """Every other request has forced runs, which come as chunks between its decodes."""
+    requests = [
+        dataclasses.replace(
+            request,
+            sampling=dataclasses.replace(request.sampling, max_tokens=14),
+            constraint=Runs(number, SMALL.vocab_size, free=number % 3, run=4, length=99) if number % 2 else None,
+        )
+        for number, request in enumerate(requests_of(8))
+    ]
+    device = FakeDevice(8, EAGERNESS[1])
+    tokens = await serve(make_executor(SMALL, device=device, attention=attention), requests)
+    assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
 
 
 @pytest.mark.parametrize("mode", ["start", "off"])

@@ -228,7 +228,12 @@ CHAT_ONLY: list[tuple[str, Any]] = [
     ("max_completion_tokens", 0),
     ("max_completion_tokens", "5"),
     ("modalities", ["audio"]),
-    ("include_reasoning", False),
+    ("include_reasoning", 0),
+    ("separate_reasoning", "x"),
+    ("stream_reasoning", 1),
+    ("thinking_token_budget", -2),
+    ("thinking_token_budget", 2.5),
+    ("max_thinking_tokens", "5"),
 ]
 
 CASES: list[tuple[str, str, Any]] = [

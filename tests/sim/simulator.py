@@ -21,7 +21,7 @@ from engine.request import FinishReason, RequestError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence, SequenceStatus
-from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
+from tests.sim.workload import EOS, Arrival, Options, Runs, draw_arrivals, draw_options
 
 
 class SimulationError(AssertionError):
@@ -61,6 +61,7 @@ class Report:
     retractions: int = 0
     cached_tokens: int = 0
     failed_steps: int = 0
+    jumped_tokens: int = 0
     finished: int = 0
     answers: dict[str, tuple[tuple[int, ...], str, object]] = field(default_factory=dict)
 
@@ -96,6 +97,7 @@ class Simulator:
                 max_num_batched_tokens=limits.max_num_batched_tokens,
                 overlap=options.depth == 2,
                 admission_watermark=options.watermark,
+                jump_ahead=options.jump_ahead,
             ),
             CacheOptions(
                 page_size=limits.page_size,
@@ -160,6 +162,8 @@ class Simulator:
             for sequence in owners.values():
                 assert not sequence.is_finished, f"{sequence} was scheduled after its end"
             self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners))
+            if len(self.in_flight) == 1:
+                self._provide_masks(self.in_flight[0])
             if leaving:
                 self._leave()
         if not self.in_flight:
@@ -167,6 +171,8 @@ class Simulator:
             assert not scheduler.has_work, "nothing in flight, nothing scheduled, yet somebody waits"
         elif len(self.in_flight) >= depth or batch is None:
             self._commit(self.in_flight.popleft())
+            if self.in_flight:
+                self._provide_masks(self.in_flight[0])
         self.check()
 
     # ---- what happens
@@ -238,6 +244,34 @@ class Simulator:
         if self.options.poison:
             poison_staging(launched.batch.staging)
 
+    def _provide_masks(self, launched: Launched) -> None:
+        """What the Engine does for the only step in flight."""
+        batch = launched.batch
+        masks = batch.forward_input.masks
+        if masks is None:
+            return
+        for bits, (row, sequence) in zip(masks.bits, batch.constrained, strict=True):
+            runs, client = sequence.request.constraint, self.clients[sequence]
+            assert isinstance(runs, Runs)
+            bits.fill(0xFFFFFFFF)
+            if sequence.is_finished:
+                continue
+            for token in client.delivered[runs.num_seen :]:
+                runs.accept(token)
+            if not runs.is_finished:
+                runs.mask_into(bits)
+                count = self.scheduler.jump(batch, row, runs.forced_tokens())
+                self.report.jumped_tokens += count
+                for token in sequence.output_token_ids[runs.num_seen :]:
+                    self._deliver(client, token)
+                    runs.accept(token)
+            if runs.is_finished and not sequence.is_finished:
+                self.scheduler.finish(sequence, FinishReason.STOP, None)
+            if sequence.is_finished:
+                self._end(client)
+        masks.release()
+        self.executor.provide_masks(launched.handle)
+
     def _check_logprobs(self, result: StepResult, output: ForwardOutput) -> None:
         """Each token whose log-probability was asked for has one, and it is that token's."""
         asked = {sequence for sequence in self.delivered_now if sequence.request.sampling.logprobs is not None}
@@ -257,6 +291,7 @@ class Simulator:
             if client is None:
                 continue
             stop_after = client.arrival.stop_after
+            assert stop_after is None or len(client.delivered) <= stop_after, f"{client.name}: past its stop string"
             if stop_after is not None and len(client.delivered) == stop_after:
                 self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
                 client.ended_early = True

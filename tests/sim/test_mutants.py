@@ -56,6 +56,21 @@ REMAPS = {
     "watermark": 0.0,
     "eos_rate": 0.0,
     "vocab_size": 40,
+    "constrained_rate": 0.0,
+}
+# Long forced runs in a pool and a budget that are too small for them.
+RUNS = {
+    "page_size": 2,
+    "max_model_len": 40,
+    "num_pages": 26,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 8,
+    "burst": 4,
+    "arrival_rate": 0.5,
+    "watermark": 0.0,
+    "eos_rate": 0.0,
+    "constrained_rate": 0.8,
+    "jump_ahead": True,
 }
 
 
@@ -137,6 +152,35 @@ MUTANTS = [
         "self._leave(sequence)",
         "self._leave(sequence); self._table.known[sequence.slot] = sequence.num_prompt_tokens",
     ),
+    # Forced tokens.
+    Mutant("a forced run's sample is delivered", Scheduler, "jump", "batch.drop_sample(row)", "pass", RUNS),
+    Mutant("a forced run loses its last token", Scheduler, "jump", "[slot] = end", "[slot] = end - 1", RUNS),
+    Mutant("a forced run is too long", Scheduler, "jump", "[: limit - known]", "[: limit - known + 1]", RUNS),
+    Mutant(
+        "a forced run hides a stop id", Scheduler, "jump",
+        "token not in sequence.stop_ids", "True", RUNS | {"vocab_size": 8},
+    ),
+    Mutant("the device counts no forced tokens", Scheduler, "jump", "params.has_extras or", "", RUNS),
+    Mutant("a forced run passes a stop string", Scheduler, "jump", "or params.stop", "", RUNS),
+    Mutant("a forced run is decoded as well", Scheduler, "jump", "self._decoding.remove(sequence)", "pass", RUNS),
+    Mutant("a forced run is never computed", Scheduler, "jump", "self._jumping.append(sequence)", "pass", RUNS),
+    Mutant("a forced run ends without an end", Scheduler, "jump", "if end == limit:", "if False:", RUNS),
+    Mutant(
+        "a forced run's page is not told", Scheduler, "_schedule_jumps",
+        "batch.write_page(", "(lambda *_: 0)(", RUNS,
+    ),
+    Mutant(
+        "a forced run outgrows its pages", Scheduler, "_schedule_jumps",
+        "end = min(end, int", "end = max(end, int", RUNS,
+    ),
+    Mutant("a forced run breaks the budget", Scheduler, "_schedule_jumps", "- batch.num_tokens", "+ 1", RUNS),
+    Mutant("a cut run samples", Scheduler, "_schedule_jumps", "start:end], end == known", "start:end], True", RUNS),
+    Mutant("a cut run decodes on", Scheduler, "_schedule_jumps", "if end == known:", "if True:", RUNS),
+    Mutant(
+        "nobody makes room for a forced run", Scheduler, "_pages_of_jumps",
+        "return wanted", "return 0", RUNS | {"page_size": 1, "num_pages": 40, "max_num_batched_tokens": 40},
+    ),
+    Mutant("a forced run outlives its sequence", Scheduler, "_leave", "self._jumping.remove(sequence)", "pass", RUNS),
     # Order.
     Mutant("a retracted sequence is lost", Scheduler, "_release_if_idle", "self._policy.push_front(sequence)", "pass"),
     Mutant("an aborted sequence is admitted", FCFS, "peek", "queue[0].is_finished", "False"),
@@ -220,7 +264,7 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.fail(f"no simulation out of {MAX_SEEDS} saw that {mutant.name}")
 
 
-@pytest.mark.parametrize("changes", [FAILURES, REMAPS], ids=["failures", "remaps"])
+@pytest.mark.parametrize("changes", [FAILURES, REMAPS, RUNS], ids=["failures", "remaps", "runs"])
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
     """Under the changed options, too; the plain ones are `test_simulation.test_runs`."""
     for seed in range(MAX_SEEDS):

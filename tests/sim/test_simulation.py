@@ -24,8 +24,10 @@ def test_runs(first: int) -> None:
         total.cached_tokens += report.cached_tokens
         total.failed_steps += report.failed_steps
         total.finished += report.finished
+        total.jumped_tokens += report.jumped_tokens
     # A simulation that never gets into trouble shows nothing.
     assert total.ticks > 10_000 and total.finished > 500
+    assert total.jumped_tokens > 500
     assert total.retractions > 20 and total.cached_tokens > 500 and total.failed_steps > 10
 
 
@@ -51,6 +53,7 @@ def test_what_must_not_change_an_answer(first: int) -> None:
             assert answers(seed, options, num_pages=tiny) == answers(seed, options, num_pages=big) == plain
         assert answers(seed, options, max_num_batched_tokens=options.max_num_seqs) == plain
         assert answers(seed, options, eviction_policy="fifo") == plain
+        assert answers(seed, options, jump_ahead=False) == answers(seed, options, jump_ahead=True) == plain
 
 
 def test_a_run_is_a_function_of_its_seed() -> None:

@@ -7,6 +7,7 @@ must bring before anything has run.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -44,6 +45,8 @@ class Options:
     abort_burst_rate: float
     fail_rate: float
     poison: bool
+    constrained_rate: float
+    jump_ahead: bool
 
     @property
     def limits(self) -> Limits:
@@ -59,6 +62,41 @@ class Options:
     @property
     def model(self) -> FakeModel:
         return FakeModel(self.vocab_size, EOS, self.eos_rate)
+
+
+class Runs:
+    """A constraint: `free` tokens as the model draws them, then `run` forced ones, and so on; `length` in all."""
+
+    is_free = False
+    error: str | None = None
+
+    def __init__(self, seed: int, vocab_size: int, *, free: int, run: int, length: int) -> None:
+        self.seed, self.vocab_size, self.length = seed, vocab_size, length
+        self.free, self.period = free, free + run
+        self.num_seen = 0
+
+    def token_at(self, place: int) -> int | None:
+        if place % self.period < self.free or place >= self.length:
+            return None
+        return Random(f"run {self.seed} {place}").randrange(self.vocab_size)
+
+    def forced_tokens(self) -> list[int]:
+        rest = itertools.count(self.num_seen)
+        return list(itertools.takewhile(lambda token: token is not None, map(self.token_at, rest)))  # type: ignore[arg-type]
+
+    def mask_into(self, mask: Any) -> None:
+        token = self.token_at(self.num_seen)
+        mask.fill(0xFFFFFFFF if token is None else 0)
+        if token is not None:
+            mask[token >> 5] = 1 << (token & 31)
+
+    def accept(self, token_id: int) -> None:
+        assert self.token_at(self.num_seen) in (None, token_id), "a token that the mask forbids"
+        self.num_seen += 1
+
+    @property
+    def is_finished(self) -> bool:
+        return self.num_seen >= self.length
 
 
 @dataclass(frozen=True)
@@ -119,6 +157,8 @@ def draw_options(seed: int) -> Options:
         abort_burst_rate=0.0 if calm else random.choice([0.0, 0.0, 0.02]),
         fail_rate=0.0 if calm else random.choice([0.0, 0.0, 0.01, 0.05]),
         poison=random.random() < 0.5,
+        constrained_rate=random.choice([0.0, 0.3, 0.7]),
+        jump_ahead=random.random() < 0.8,
     )
 
 
@@ -167,13 +207,16 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                 prompt_token_ids=prompt,
                 sampling=_draw_sampling(random, options, len(prompt)),
                 namespace="" if options.namespaces == 1 else random.choice(["", "b"]),
+                constraint=_draw_runs(random, options),
             )
             arrival = _expect(tick, request, options)
             if arrival.accepted:
                 earlier.append(prompt + arrival.tokens)
                 if random.random() < 0.1 and arrival.tokens:
                     stop_after = random.randint(1, len(arrival.tokens))
-                    arrival = dataclasses.replace(arrival, stop_after=stop_after)
+                    stops = dataclasses.replace(request.sampling, stop=("what the simulator calls a stop string",))
+                    request = dataclasses.replace(request, sampling=stops)
+                    arrival = dataclasses.replace(arrival, request=request, stop_after=stop_after)
                 if random.random() < 0.5 * min(1.0, 10 * options.abort_rate):
                     abort_after = random.randint(0, len(arrival.tokens))
                     arrival = dataclasses.replace(arrival, abort_after=abort_after)
@@ -183,6 +226,18 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
 
 def _draw_tokens(random: Random, options: Options, length: int) -> list[int]:
     return [1 + random.randrange(options.alphabet) for _ in range(length)]
+
+
+def _draw_runs(random: Random, options: Options) -> Runs | None:
+    if not options.constrained_rate or random.random() >= options.constrained_rate:
+        return None
+    return Runs(
+        random.randrange(100),
+        options.vocab_size,
+        free=random.choice([0, 1, 1, 3]),
+        run=random.choice([1, 2, 5, 9, 20]),
+        length=random.choice([1, 7, 12, 1000]),
+    )
 
 
 def _draw_sampling(random: Random, options: Options, prompt_length: int) -> SamplingParams:
@@ -240,11 +295,16 @@ def _expect(tick: int, request: Request, options: Options) -> Arrival:
     max_length = min(max_length, cache_tokens + 1)
     eos = () if params.ignore_eos else (EOS,)
     tokens: list[int] = []
-    for token in expected_stream(options.model, prompt, params, (EOS,)):
+    runs = request.constraint
+    assert runs is None or isinstance(runs, Runs)
+    forced = {} if runs is None else {"forced": runs.token_at}
+    for token in expected_stream(options.model, prompt, params, (EOS,), **forced):
         tokens.append(token)
         if token in eos or token in params.stop_token_ids:
             stop_reason = token if token != EOS else None
             return Arrival(tick, request, True, tokens, FinishReason.STOP, stop_reason)
         if len(prompt) + len(tokens) >= max_length:
             break
+        if runs is not None and len(tokens) >= runs.length:
+            return Arrival(tick, request, True, tokens, FinishReason.STOP, None)
     return Arrival(tick, request, True, tokens, FinishReason.LENGTH, None)

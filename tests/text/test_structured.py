@@ -8,12 +8,14 @@ import json
 import random
 import re
 import time
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
 
+import engine.demo
 from engine.request import RequestError
 from engine.text import structured
 from engine.text.structured import Grammar, GrammarCompiler, GrammarSpec, GrammarState, Kind
@@ -279,21 +281,6 @@ def test_ends_and_copies() -> None:
     assert grammar.state().error is None
 
 
-def test_the_grammar_begins_after_reasoning() -> None:
-    grammar = compiler().compile(spec("choice", ["yes", "no"]))
-    state = grammar.state(after=b"</think>", tokenizer=words())
-    mask = np.zeros(compiler().mask_words, np.uint32)
-    for token in words().encode("no grammar here {</think", add_special_tokens=False):
-        state.mask_into(mask)
-        assert state.is_free and mask.all() and not state.is_finished and state.forced_tokens() == []
-        state.accept(token)
-    copy = state.copy()
-    for one in (state, copy):
-        one.accept(words().encode(">", add_special_tokens=False)[0])
-        assert not one.is_free
-        assert {words().token_bytes(token)[:1] for token in allowed(one, compiler())} == {b"y", b"n"}
-
-
 def test_forced_tokens_are_what_the_tokenizer_says() -> None:
     """Jump-ahead gives the ids of the text as the tokenizer cuts it."""
     value = {
@@ -314,6 +301,50 @@ def test_forced_tokens_are_what_the_tokenizer_says() -> None:
         text = b"".join(map(words(kind).token_bytes, ids)).decode()
         assert json.loads(text) == {"a_long_property_name": "the cat sat on the mat"}
         assert len(ids) <= len(words(kind).encode(text, add_special_tokens=False)) + 3
+
+
+DOCUMENT = {
+    "a_long_property_name": "the cat sat on the mat",
+    "größe": [1, 22, 333],
+    "nested object": {"the dog": True, "日本": None, "x": -1.5e3},
+}
+
+
+def schema_of(value: Any) -> dict[str, Any]:
+    if isinstance(value, dict):
+        inner = {name: schema_of(child) for name, child in value.items()}
+        return {"type": "object", "properties": inner, "required": list(value), "additionalProperties": False}
+    if isinstance(value, list):
+        return {"type": "array", "items": schema_of(value[0])}
+    names = {bool: "boolean", type(None): "null", int: "integer", float: "number", str: "string"}
+    return {"type": names[type(value)]}
+
+
+@pytest.mark.parametrize("kind", ["demo", "byte_level", "byte_fallback", "byte_fallback_no_strip"])
+@pytest.mark.parametrize("layout", [{"separators": (",", ":")}, {}, {"indent": 2}], ids=["tight", "plain", "indented"])
+def test_forced_tokens_are_those_of_the_whole_text(kind: str, layout: dict[str, Any]) -> None:
+    """Where the model picks what the tokenizer would, so does the grammar; and one by one they are the same."""
+    tokenizer = Tokenizer.load(Path(engine.demo.__path__[0])) if kind == "demo" else words(kind)
+    made = GrammarCompiler(tokenizer, [EOS], tokenizer.vocab_size)
+    text = json.dumps(DOCUMENT, ensure_ascii=False, **layout)
+    # Behind a byte that merges with nothing: as in the middle of a chat, no space stands before the first word.
+    lead = tokenizer.encode("\x02", add_special_tokens=False)
+    ids = tokenizer.encode("\x02" + text, add_special_tokens=False)[len(lead) :]
+    tight = "separators" in layout
+    state = made.compile(spec("json_schema", schema_of(DOCUMENT), any_whitespace=not tight)).state()
+    place = num_forced = 0
+    while not state.is_finished:
+        forced = list(state.forced_tokens())
+        assert forced == ids[place : place + len(forced)]
+        num_forced += len(forced)
+        for index, token in enumerate(forced or ids[place : place + 1]):
+            assert list(state.forced_tokens())[: len(forced) - index] == forced[index:]
+            if forced:
+                assert allowed(state, made) == [token]
+            state.accept(token)
+            place += 1
+        assert state.error is None
+    assert place == len(ids) and num_forced > len(ids) / (2 if tight else 5)
 
 
 def test_a_tokenizer_that_changes_texts_forces_nothing() -> None:
