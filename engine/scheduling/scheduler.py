@@ -84,12 +84,14 @@ class Scheduler:
         self.num_waiting = 0
         self._clock = clock
         self._table = SlotTable(limits)
-        self._policy = make_policy(options.policy)
+        self._policy = make_policy(options.policy, self.kv_cache)
         self._batches = (Batch(staging[0]), Batch(staging[1]))
         self._next_step = 0
         self._committed_step = -1
         self._next_order = 0
-        # All that run, in order of admission: the last one is the first to be retracted.
+        # Calls of `schedule` that got as far as admission; some of them come to no step.
+        self._num_turns = 0
+        # All that run, in order of admission.
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         # Finished or retracted while in flight; they give back slot and pages at commit.
@@ -180,6 +182,7 @@ class Scheduler:
         if sequence.is_finished:
             return
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        self._policy.finished(sequence)
         if sequence.status is SequenceStatus.WAITING:
             sequence.move(SequenceStatus.FINISHED)
             self.num_waiting -= 1
@@ -264,10 +267,10 @@ class Scheduler:
         return slots[keep], computed[keep]
 
     def _make_room(self) -> None:
-        """Retract the newest sequences until the decode rows' next two steps have pages.
+        """Retract sequences until the decode rows' next two steps have pages: the newest, or whom the policy says.
 
         Nothing waits: what is in flight gives its pages back when it is committed, and looking two steps ahead
-        lets that happen before a row has to sit out. The oldest sequence is never retracted.
+        lets that happen before a row has to sit out. The oldest (most important) sequence is never retracted.
         """
         table = self._table
         while len(self._running) > 1:
@@ -278,7 +281,7 @@ class Scheduler:
             coming = sum(len(sequence.pages.pages) for sequence in self._leaving if sequence.pages is not None)
             if int(wanting.sum()) <= self.kv_cache.num_available + coming:
                 return
-            self._retract(self._running[-1])
+            self._retract(self._policy.victim(self._running))
             self._rebuild_decodes()
 
     def _schedule_prefills(self, batch: Batch) -> None:
@@ -288,11 +291,12 @@ class Scheduler:
             if batch.num_tokens >= limits.max_num_batched_tokens or batch.num_rows >= limits.max_num_seqs:
                 return
             self._write_chunk(batch, sequence)
+        self._num_turns += 1
         while batch.num_tokens < limits.max_num_batched_tokens and batch.num_rows < limits.max_num_seqs:
             # A half-written prompt goes first: admitting another would only share the budget between them.
             if self._prefilling or not self._table.num_free:
                 return
-            candidate = self._policy.peek()
+            candidate = self._policy.peek(self._num_turns)
             if candidate is None or not self._admit(batch, candidate):
                 return
             self._write_chunk(batch, candidate)
@@ -309,17 +313,13 @@ class Scheduler:
         if sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens = sequence.token_ids
-        # A prompt whose own log-probabilities are asked for must be computed: one token matches nothing.
-        whole = sequence.request.sampling.prompt_logprobs is None
-        pages = cache.begin(tokens if whole else tokens[:1], sequence.request.namespace)
+        pages = cache.begin(sequence.matchable_ids, sequence.request.namespace)
         num_cached = len(pages.pages) * cache.page_size
         wanted = -(-len(tokens) // cache.page_size) - len(pages.pages)
         if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens)):
             cache.release(pages, tokens, 0)
             sequence.pages_wanted = wanted
             return False
-        popped = self._policy.pop()
-        assert popped is sequence
         self.num_waiting -= 1
         sequence.move(SequenceStatus.RUNNING)
         sequence.pages = pages
@@ -329,6 +329,8 @@ class Scheduler:
             sequence.num_cached_tokens = num_cached
             self.counters.prefix_cache_queries += len(tokens)
             self.counters.prefix_cache_hits += num_cached
+        popped = self._policy.pop()
+        assert popped is sequence
         sequence.is_retracted = False
         slot = table.pop_free()
         sequence.enter_slot(slot, table)

@@ -21,6 +21,7 @@ from engine.request import FinishReason, RequestError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence, SequenceStatus
+from tests.sim.ordering import CheckedPolicy
 from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
 
 
@@ -96,6 +97,7 @@ class Simulator:
                 max_num_batched_tokens=limits.max_num_batched_tokens,
                 overlap=options.depth == 2,
                 admission_watermark=options.watermark,
+                policy=options.policy,
             ),
             CacheOptions(
                 page_size=limits.page_size,
@@ -107,6 +109,8 @@ class Simulator:
             self.clock,
             (EOS,),
         )
+        policy = self.scheduler._policy
+        self.scheduler._policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
         self.arrivals = deque(arrivals)
         self.clients: dict[Sequence, Client] = {}
         self.open: dict[Sequence, Client] = {}

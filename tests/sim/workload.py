@@ -15,6 +15,7 @@ from engine.cache.eviction.registry import EVICTION_POLICIES
 from engine.executor.fake import FakeModel, expected_stream
 from engine.forward import Limits
 from engine.request import FinishReason, Request, SamplingParams
+from engine.scheduling.policy.registry import POLICIES
 
 EOS = 0
 
@@ -44,6 +45,7 @@ class Options:
     abort_burst_rate: float
     fail_rate: float
     poison: bool
+    policy: str
 
     @property
     def limits(self) -> Limits:
@@ -119,6 +121,7 @@ def draw_options(seed: int) -> Options:
         abort_burst_rate=0.0 if calm else random.choice([0.0, 0.0, 0.02]),
         fail_rate=0.0 if calm else random.choice([0.0, 0.0, 0.01, 0.05]),
         poison=random.random() < 0.5,
+        policy=random.choice(sorted(POLICIES)),
     )
 
 
@@ -138,6 +141,8 @@ def calm_options(seed: int) -> Options:
 
 def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
     random = Random(f"arrivals {seed}")
+    # Of its own, so that a policy changes the order of a workload and nothing else.
+    whose = Random(f"whose {seed}")
     longest = options.max_model_len - 1
     systems = [
         _draw_tokens(random, options, random.randint(1, random.choice([longest, 1 + longest // 2, 4])))
@@ -167,6 +172,8 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                 prompt_token_ids=prompt,
                 sampling=_draw_sampling(random, options, len(prompt)),
                 namespace="" if options.namespaces == 1 else random.choice(["", "b"]),
+                priority=whose.choice([-3, 0, 0, 0, 7]),
+                fairness_key=whose.choice(["", "", "a", "b"]),
             )
             arrival = _expect(tick, request, options)
             if arrival.accepted:
