@@ -102,8 +102,7 @@ def test_backlogged_keys_get_equal_service_whatever_the_sizes() -> None:
         order |= dict.fromkeys(rig.scheduler.live_sequences())
     served = {
         key: sum(
-            fair.PROMPT_WEIGHT * one.num_prompt_tokens
-            + fair.OUTPUT_WEIGHT * (one.num_tokens - one.num_prompt_tokens)
+            fair.PROMPT_WEIGHT * one.num_prompt_tokens + fair.OUTPUT_WEIGHT * (one.num_tokens - one.num_prompt_tokens)
             for one in order
             if one.request.fairness_key == key
         )

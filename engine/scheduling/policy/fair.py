@@ -116,8 +116,6 @@ class Fair(AdmissionPolicy):
             key: deque(waiting for waiting in queue if not waiting.is_finished) for key, queue in self._queues.items()
         }
         self._queues = {key: queue for key, queue in alive.items() if queue}
-        self._served = {
-            key: count for key, count in self._served.items() if count > self._floor or key in self._queues
-        }
+        self._served = {key: count for key, count in self._served.items() if count > self._floor or key in self._queues}
         self._num_aborted = 0
         self._sweep_at = max(SWEEP_AT, 2 * len(self._served))
