@@ -6,6 +6,7 @@ reads at import has been set.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import random
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config import CudaOptions, EngineConfig, StartupError
 from engine.engine import Engine
@@ -27,6 +28,7 @@ from engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.executor.base import Executor
+    from engine.models.registry import CausalLM
 
 logger = logging.getLogger("oneloop.start")
 
@@ -177,6 +179,31 @@ def _build_executor(
     return _build_cpu(config, directory, model_config, context, report)
 
 
+def _make_loader(
+    config: EngineConfig, directory: Path, model_config: ModelConfig, **options: Any
+) -> Callable[[Path | None], CausalLM]:
+    """What reads the model: from `directory`, and later from others that hold the same one with other weights."""
+    from engine.models.registry import load_model
+
+    def load(other: Path | None) -> CausalLM:
+        load_format = config.model.load_format
+        if other is not None:
+            theirs, load_format = ModelConfig.load(other), "auto"
+            for field in dataclasses.fields(ModelConfig):
+                if getattr(theirs, field.name) != getattr(model_config, field.name):
+                    raise StartupError(f"{other / 'config.json'} is of another model: {field.name} differs")
+        return load_model(
+            model_config,
+            other or directory,
+            load_format=load_format,
+            seed=config.model.seed or 0,
+            progress=show_progress(),
+            **options,
+        )
+
+    return load
+
+
 def _build_cuda(
     config: EngineConfig, directory: Path, model_config: ModelConfig, context: int, report: StartupReport
 ) -> Executor:
@@ -184,7 +211,6 @@ def _build_cuda(
 
     from engine.executor.cuda_device import CudaDevice
     from engine.executor.cuda_start import build_cuda_executor, pick_dtype
-    from engine.models.registry import load_model
 
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
@@ -195,16 +221,8 @@ def _build_cuda(
     report.row("dtype", str(dtype).removeprefix("torch."))
     report.row("deterministic", "no (GPU)")
     with report.phase("weights"):
-        model = load_model(
-            model_config,
-            directory,
-            dtype=dtype,
-            device=layer.device,
-            load_format=config.model.load_format,
-            seed=config.model.seed or 0,
-            progress=show_progress(),
-            max_model_len=context,
-        )
+        load = _make_loader(config, directory, model_config, dtype=dtype, device=layer.device, max_model_len=context)
+        model = load(None)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,
@@ -217,6 +235,7 @@ def _build_cuda(
             kv_cache_dtype=config.cuda.kv_cache_dtype,
             cuda_graph=config.cuda.cuda_graph,
             row=report.row,
+            load=load,
         )
 
 
@@ -226,7 +245,6 @@ def _build_cpu(
     import torch
 
     from engine.executor.cpu import CPUExecutor, choose_threads, pick_dtype, plan_memory
-    from engine.models.registry import load_model
     from engine.ops import native
     from engine.ops.invariance import promise
 
@@ -238,17 +256,16 @@ def _build_cpu(
     report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
     report.row("dtype", str(dtype).removeprefix("torch."))
     with report.phase("weights"):
-        model = load_model(
-            model_config,
+        load = _make_loader(
+            config,
             directory,
+            model_config,
             dtype=dtype,
             device=torch.device("cpu"),
-            load_format=config.model.load_format,
-            seed=config.model.seed or 0,
-            progress=show_progress(),
             max_model_len=context,
             deterministic=bool(config.deterministic),
         )
+        model = load(None)
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
@@ -263,4 +280,4 @@ def _build_cpu(
             num_pages=num_pages,
             vocab_size=model_config.vocab_size,
         )
-        return CPUExecutor(model, limits, dtype=dtype)
+        return CPUExecutor(model, limits, dtype=dtype, load=load)

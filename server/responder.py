@@ -22,7 +22,7 @@ from server.messages import delta_of, read_message
 from server.protocol.errors import ApiError, json_response
 from server.protocol.generation import Plan
 from server.sse import DONE, KEEP_ALIVE, Chunks, EventStream, Json, error_event
-from server.state import State
+from server.state import ECHOED_ID, REQUEST_ID, State
 
 logger = logging.getLogger("oneloop.server")
 
@@ -31,7 +31,8 @@ Ready = list[tuple[int, Delta]]
 
 async def respond(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
     """Run a plan and answer the client. Raises RequestError for what is known before the first token."""
-    async with _submitted(state, plan) as streams:
+    names = (plan.id, request[REQUEST_ID], request[ECHOED_ID])
+    async with _submitted(state, plan, names) as streams:
         if not plan.stream:
             return await _collect(state, plan, streams)
         async with contextlib.aclosing(_Source(streams)) as source:
@@ -39,13 +40,14 @@ async def respond(request: web.Request, state: State, plan: Plan) -> web.StreamR
 
 
 @contextlib.asynccontextmanager
-async def _submitted(state: State, plan: Plan) -> AsyncIterator[list[TokenStream]]:
-    """All streams of a plan, or none: one that is refused takes the others back."""
-    ids = [request.request_id for request in plan.requests]
+async def _submitted(state: State, plan: Plan, names: tuple[str, ...]) -> AsyncIterator[list[TokenStream]]:
+    """All streams of a plan, or none: one that is refused takes the others back. names: see State.submitted."""
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(state.submitted.difference_update, ids)
-        streams = [await stack.enter_async_context(state.engine.submit(request)) for request in plan.requests]
-        state.submitted.update(ids)
+        streams = []
+        for request in plan.requests:
+            streams.append(await stack.enter_async_context(state.engine.submit(request)))
+            state.submitted[request.request_id] = names
+            stack.callback(state.submitted.pop, request.request_id)
         yield streams
 
 
@@ -333,7 +335,7 @@ def _ending(delta: Delta, called: bool = False) -> Json:
 
 
 def _failure(delta: Delta) -> ApiError:
-    return ApiError(400 if delta.bad_request else 500, delta.error or "The model failed to compute this request.")
+    return ApiError(delta.status, delta.error or "The model failed to compute this request.")
 
 
 def _raise_early(delta: Delta) -> None:

@@ -89,6 +89,7 @@ class Scheduler:
         self._next_step = 0
         self._committed_step = -1
         self._next_order = 0
+        self._held: list[Sequence] | None = None
         # Calls of `schedule` that got as far as admission; some of them come to no step.
         self._num_turns = 0
         # All that run, in order of admission.
@@ -170,8 +171,27 @@ class Scheduler:
         )
         self._next_order += 1
         self.num_waiting += 1
-        self._policy.push(sequence)
+        if self._held is not None:
+            self._held.append(sequence)
+        else:
+            self._policy.push(sequence)
         return sequence
+
+    def hold(self) -> None:
+        """From now on new sequences wait until `let_go`, whatever the policy says."""
+        if self._held is None:
+            self._held = []
+
+    def let_go(self) -> None:
+        held, self._held = self._held or [], None
+        for sequence in held:
+            if not sequence.is_finished:
+                self._policy.push(sequence)
+
+    def retract_all(self) -> None:
+        """Make every running sequence wait, to be computed again. Nothing may be in flight."""
+        for sequence in reversed(list(self._running)):
+            self._retract(sequence)
 
     def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a sequence now, in whatever state it is. Idempotent."""

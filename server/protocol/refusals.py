@@ -24,7 +24,6 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "no_stop_trim": (False,),
     "truncate_prompt_tokens": (),
     "stream_interval": (1,),
-    "priority": (0,),
     "thinking_token_budget": (),
     "max_thinking_tokens": (),
     "repetition_detection": (),

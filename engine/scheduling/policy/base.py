@@ -35,3 +35,4 @@ class AdmissionPolicy(Protocol):
 
     def finished(self, sequence: Sequence) -> None:
         """A sequence has ended, in whatever state it was; called once."""
+        return None
