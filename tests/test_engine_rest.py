@@ -1,4 +1,4 @@
-"""The engine standing still and running out of time: timeouts by a clock that is moved by hand, pause, sleep, weights."""
+"""The engine at rest, and out of time: pause, sleep, new weights, and timeouts by a clock that is moved by hand."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ async def test_a_timeout_amid_the_answer_keeps_what_was_sent() -> None:
         r.device.gate.set()
         await r.engine.drained()
         # Its pages were computed well, and serve the next.
-        again = r.engine.submit(ask("b", [1, 2] + reference([1, 2], 20), max_tokens=1))
+        again = r.engine.submit(ask("b", [1, 2, *reference([1, 2], 20)], max_tokens=1))
         await again.collect()
         assert again.num_cached_tokens > 0 or len(first.token_ids) < 15
 

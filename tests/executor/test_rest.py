@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from engine.config import StartupError
-from tests.cuda.support import CudaAdapter
+from engine.executor.fake import FakeExecutor
 from tests.executor.driver import GREEDY, Driver, ExecutorAdapter, continuation, decode, prefill
 
 A = [5, 6, 7, 8, 9, 10, 11]
@@ -59,12 +59,14 @@ async def test_memory_is_given_back(adapter: ExecutorAdapter, driver: Driver, le
     """Of those that have any: no pool, and after level 2 no model, is left to hold it."""
     await say(driver)
     executor = driver.executor
-    attention = getattr(executor, "attention", getattr(executor, "_attention", None))
-    model = weakref.ref(getattr(executor, "model", getattr(executor, "_model", driver)))
-    pools = [weakref.ref(pool) for pool in attention.k_pools + attention.v_pools] if attention is not None else []
+    if isinstance(executor, FakeExecutor) or getattr(adapter, "attention", "torch") != "torch":
+        pytest.skip("a stand-in of the tests holds what it is shown")
+    attention = getattr(executor, "attention", None) or executor._attention  # type: ignore[attr-defined]
+    pools = [weakref.ref(pool) for pool in attention.k_pools + attention.v_pools]
+    assert pools
     executor.sleep(level)
     gc.collect()
     assert all(pool() is None for pool in pools)
-    owned_by_test = attention is None or isinstance(adapter, CudaAdapter)  # whose first model is shared
-    assert (model() is None) == (level == 2 and not owned_by_test)
+    assert (level == 2) == (getattr(executor, "model", getattr(executor, "_model", None)) is None)
     executor.wake_up()
+    assert await say(driver) == continuation(adapter, A, 3)
