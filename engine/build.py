@@ -6,6 +6,7 @@ reads at import has been set.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import random
@@ -27,6 +28,7 @@ from engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.executor.base import Executor
+    from engine.models.registry import CausalLM
 
 logger = logging.getLogger("oneloop.start")
 
@@ -180,6 +182,31 @@ def _build_executor(
     return _build_cpu(config, directory, model_config, context, report)
 
 
+def _make_loader(
+    config: EngineConfig, directory: Path, model_config: ModelConfig, **options: Any
+) -> Callable[[Path | None], CausalLM]:
+    """What reads the model: from `directory`, and later from others that hold the same one with other weights."""
+    from engine.models.registry import load_model
+
+    def load(other: Path | None) -> CausalLM:
+        load_format = config.model.load_format
+        if other is not None:
+            theirs, load_format = ModelConfig.load(other), "auto"
+            for field in dataclasses.fields(ModelConfig):
+                if getattr(theirs, field.name) != getattr(model_config, field.name):
+                    raise StartupError(f"{other / 'config.json'} is of another model: {field.name} differs")
+        return load_model(
+            model_config,
+            other or directory,
+            load_format=load_format,
+            seed=config.model.seed or 0,
+            progress=show_progress(),
+            **options,
+        )
+
+    return load
+
+
 def _build_cuda(
     config: EngineConfig, directory: Path, model_config: ModelConfig, context: int, report: StartupReport
 ) -> Executor:
@@ -187,7 +214,6 @@ def _build_cuda(
 
     from engine.executor.cuda_device import CudaDevice
     from engine.executor.cuda_start import build_cuda_executor, pick_dtype
-    from engine.models.registry import load_model
 
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
@@ -198,16 +224,8 @@ def _build_cuda(
     report.row("dtype", str(dtype).removeprefix("torch."))
     report.row("deterministic", "no (GPU)")
     with report.phase("weights"):
-        model = load_model(
-            model_config,
-            directory,
-            dtype=dtype,
-            device=layer.device,
-            load_format=config.model.load_format,
-            seed=config.model.seed or 0,
-            progress=show_progress(),
-            max_model_len=context,
-        )
+        load = _make_loader(config, directory, model_config, dtype=dtype, device=layer.device, max_model_len=context)
+        model = load(None)
     if config.cuda.nvtx == "layers":
         model.name_layers(layer.range)
     with report.phase("KV cache and graphs"):
@@ -222,6 +240,7 @@ def _build_cuda(
             kv_cache_dtype=config.cuda.kv_cache_dtype,
             cuda_graph=config.cuda.cuda_graph,
             row=report.row,
+            load=load,
         )
 
 
@@ -231,7 +250,6 @@ def _build_cpu(
     import torch
 
     from engine.executor.cpu import CPUExecutor, choose_threads, pick_dtype, plan_memory
-    from engine.models.registry import load_model
     from engine.ops import native
     from engine.ops.invariance import promise
 
@@ -243,17 +261,16 @@ def _build_cpu(
     report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
     report.row("dtype", str(dtype).removeprefix("torch."))
     with report.phase("weights"):
-        model = load_model(
-            model_config,
+        load = _make_loader(
+            config,
             directory,
+            model_config,
             dtype=dtype,
             device=torch.device("cpu"),
-            load_format=config.model.load_format,
-            seed=config.model.seed or 0,
-            progress=show_progress(),
             max_model_len=context,
             deterministic=bool(config.deterministic),
         )
+        model = load(None)
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
@@ -268,4 +285,4 @@ def _build_cpu(
             num_pages=num_pages,
             vocab_size=model_config.vocab_size,
         )
-        return CPUExecutor(model, limits, dtype=dtype)
+        return CPUExecutor(model, limits, dtype=dtype, load=load)

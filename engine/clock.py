@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import heapq
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -13,10 +15,20 @@ _R = TypeVar("_R")
 RangeOf = Callable[[str], AbstractContextManager[None]]
 
 
+class Timer(Protocol):
+    """A call that is to come."""
+
+    def cancel(self) -> None: ...
+
+
 class Clock(Protocol):
     """Monotonic time in seconds."""
 
     def now(self) -> float: ...
+
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
+        """Call once, `seconds` from now, on the thread of the caller (the running event loop's)."""
+        ...
 
 
 class MonotonicClock:
@@ -25,19 +37,44 @@ class MonotonicClock:
     def now(self) -> float:
         return time.monotonic()
 
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
+        return asyncio.get_running_loop().call_later(seconds, callback)
+
+
+class _ManualTimer:
+    def __init__(self, callback: Callable[[], object]) -> None:
+        self.callback: Callable[[], object] | None = callback
+
+    def cancel(self) -> None:
+        self.callback = None
+
 
 class ManualClock:
     """A clock that moves only when told to; the simulator's and the tests' clock."""
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = start
+        self._timers: list[tuple[float, int, _ManualTimer]] = []
+        self._num_timers = 0
 
     def now(self) -> float:
         return self._now
 
     def advance(self, seconds: float) -> None:
+        """Calls of timers that are due happen in here, each at its own time."""
         assert seconds >= 0.0
-        self._now += seconds
+        end = self._now + seconds
+        while self._timers and self._timers[0][0] <= end:
+            self._now, _, timer = heapq.heappop(self._timers)
+            if timer.callback is not None:
+                timer.callback()
+        self._now = end
+
+    def call_later(self, seconds: float, callback: Callable[[], object]) -> Timer:
+        timer = _ManualTimer(callback)
+        self._num_timers += 1
+        heapq.heappush(self._timers, (self._now + max(0.0, seconds), self._num_timers, timer))
+        return timer
 
 
 def in_range(work: Callable[_P, _R], name: str, range_of: RangeOf) -> Callable[_P, _R]:

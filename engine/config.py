@@ -61,6 +61,8 @@ class SchedulerOptions:
     max_queued_requests: waiting requests before a 429. overlap: depth 2 (build N+1 while N runs), else depth 1.
     admission_watermark: share of the pages that must stay available when a retracted sequence is admitted again.
     jump_ahead: forced tokens are appended without a forward; the tokens are the same without it (benches).
+    queue_timeout_s: how long a request may wait to be admitted. request_timeout_s: from submit to the end, also for a
+    request that asks for more. None: for ever.
     """
 
     max_num_seqs: int = 256
@@ -70,6 +72,8 @@ class SchedulerOptions:
     overlap: bool = True
     admission_watermark: float = 0.05
     jump_ahead: bool = True
+    queue_timeout_s: float | None = None
+    request_timeout_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +87,8 @@ class StreamOptions:
 class ServerOptions:
     """HTTP. Sizes in bytes, times in seconds.
 
+    admin_api_key: the only key of admin routes, where it is set; else api_keys are theirs too.
+    isolate_api_keys: prompts of one key find nothing in the cache of another. None: where there are several keys.
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
     template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
     reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
@@ -91,6 +97,8 @@ class ServerOptions:
     host: str = "127.0.0.1"
     port: int = 8000
     api_keys: tuple[str, ...] = ()
+    admin_api_key: str | None = None
+    isolate_api_keys: bool | None = None
     protect_metrics: bool = False
     max_body_bytes: int = 8 * 1024 * 1024
     allowed_origins: tuple[str, ...] = ()

@@ -8,28 +8,36 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import math
 import random
 from collections import deque
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from engine.clock import Clock, MonotonicClock, RangeOf, in_range
+from engine.clock import Clock, MonotonicClock, RangeOf, Timer, in_range
 from engine.config import EngineConfig
 from engine.executor.base import Executor, StepHandle
 from engine.forward import DeviceLostError, ForwardError, ForwardOutput
-from engine.metrics import EngineMetrics, EngineStats
-from engine.request import FinishReason, QueueFullError, Request, TokenConstraint, UnavailableError
+from engine.metrics import EngineMetrics, EngineStats, Rates
+from engine.request import FinishReason, QueueFullError, Request, RequestError, TokenConstraint, UnavailableError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.stream import TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("oneloop.engine")
+
+# What becomes of the requests that are there when the engine comes to rest.
+PAUSE_MODES = ("abort", "wait", "keep")
+MAX_LOOKED_UP = 256
 
 
 class _NoText:
@@ -52,6 +60,7 @@ class _Listener:
 
     __slots__ = (
         "detokenizer",
+        "expires_at",
         "first_token_at",
         "flushed_at",
         "has_stop_strings",
@@ -61,6 +70,7 @@ class _Listener:
         "per_token",
         "sequence",
         "stream",
+        "timer",
     )
 
     def __init__(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | _NoText) -> None:
@@ -78,6 +88,8 @@ class _Listener:
         self.logprobs: list[TokenLogprob] = []
         self.first_token_at: float | None = None
         self.flushed_at = -math.inf
+        self.expires_at = math.inf
+        self.timer: Timer | None = None
 
 
 class Engine:
@@ -105,6 +117,8 @@ class Engine:
         self.clock: Clock = clock or MonotonicClock()
         self.metrics = metrics or EngineMetrics(model_name="model", max_model_len=executor.limits.max_model_len)
         self.metrics.bind(self.stats)
+        # For whoever balances load between servers.
+        self.rates = Rates(self.metrics, self.clock.now)
         self.scheduler = Scheduler(
             executor.limits, config.scheduler, config.cache, executor.staging, self.clock, eos_token_ids
         )
@@ -120,6 +134,18 @@ class Engine:
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
         self._progress_at = self.clock.now()
+        # Why nothing is scheduled, and whether the loop has come to rest over it.
+        self.is_paused = False
+        self.sleep_level = 0
+        self._loading = False
+        self._stopped = False
+        self.weight_version = "default"
+        self._weights_directory: Path | None = None  # where others than the first came from
+        self._at_rest: asyncio.Event = asyncio.Event()
+        self._maintenance = asyncio.Lock()
+        # Requests whose end somebody waits for.
+        self._awaited: set[str] = set()
+        self._awaited_ended: asyncio.Event = asyncio.Event()
 
     # ---- the door
 
@@ -129,6 +155,8 @@ class Engine:
             raise UnavailableError("The engine has failed and is shutting down.")
         if self.draining:
             raise UnavailableError("The server is shutting down and takes no new requests.")
+        if self.sleep_level:
+            raise UnavailableError("The model is asleep; POST /wake_up first.")
         if self.scheduler.num_waiting >= self.config.scheduler.max_queued_requests:
             self.metrics.on_rejected("queue_full")
             raise QueueFullError("Too many requests are waiting; please retry later.")
@@ -146,6 +174,13 @@ class Engine:
         listener = _Listener(sequence, stream, detokenizer)
         sequence.listener = listener
         self._listeners[request.request_id] = listener
+        options = self.config.scheduler
+        if (
+            options.queue_timeout_s is not None
+            or options.request_timeout_s is not None
+            or request.timeout_s is not None
+        ):
+            self._set_timer(listener)
         if self._idle.is_set():
             self._idle.clear()
             self._progress_at = self.clock.now()
@@ -162,6 +197,36 @@ class Engine:
         # An idle loop has nothing to commit, so it must be told that the sequence is gone.
         self._wake.set()
 
+    def abort_all(self) -> None:
+        for request_id in list(self._listeners):
+            self.abort(request_id)
+
+    def _set_timer(self, listener: _Listener) -> None:
+        request, options = listener.sequence.request, self.config.scheduler
+        limits = [limit for limit in (request.timeout_s, options.request_timeout_s) if limit is not None]
+        if limits:
+            listener.expires_at = listener.sequence.arrived_at + min(limits)
+        self._on_timer(listener)
+
+    def _on_timer(self, listener: _Listener) -> None:
+        """End a request whose time is over, or look again when it is. Costs nothing between submit and then."""
+        sequence, now, queue_timeout = listener.sequence, self.clock.now(), self.config.scheduler.queue_timeout_s
+        leaves_queue_at = math.inf
+        if queue_timeout is not None and sequence.admitted_at is None:
+            leaves_queue_at = sequence.arrived_at + queue_timeout
+        if now >= listener.expires_at:
+            self._expire(listener, 504, f"The request took longer than {now - sequence.arrived_at:.3g} seconds.")
+        elif now >= leaves_queue_at:
+            self.metrics.on_rejected("queue_timeout")
+            self._expire(listener, 503, f"The request waited for {queue_timeout:g} seconds; please retry later.")
+        elif (due := min(listener.expires_at, leaves_queue_at)) < math.inf:
+            listener.timer = self.clock.call_later(due - now, functools.partial(self._on_timer, listener))
+
+    def _expire(self, listener: _Listener, status: int, sentence: str) -> None:
+        self.scheduler.abort(listener.sequence)
+        self._end(listener, sentence, status=status)
+        self._wake.set()
+
     def flush_cache(self) -> bool:
         """Forget every cached prefix. False, and nothing done, while requests run or wait."""
         if self.scheduler.has_work:
@@ -170,16 +235,20 @@ class Engine:
         return True
 
     def drain(self) -> None:
-        """Take no new requests; what was accepted goes on."""
+        """Take no new requests; what was accepted goes on, also where it was paused."""
         self.draining = True
+        if self.sleep_level:
+            self.abort_all()
+        self.is_paused = False
+        self._settle()
 
     async def drained(self) -> None:
         """Wait until nothing is left to do."""
         await self._idle.wait()
 
     def seconds_since_progress(self) -> float:
-        """How long work has been standing still; 0 while idle."""
-        return 0.0 if self._idle.is_set() else self.clock.now() - self._progress_at
+        """How long work has been standing still; 0 while idle, and while it is meant to stand still."""
+        return 0.0 if self._idle.is_set() or self._stopped else self.clock.now() - self._progress_at
 
     def stats(self) -> EngineStats:
         """A snapshot for /metrics and /server_info."""
@@ -203,6 +272,144 @@ class Engine:
         for name in ("schedule", "commit"):
             setattr(self.scheduler, name, in_range(getattr(self.scheduler, name), name, range_of))
 
+    def num_waiting_uncached_tokens(self) -> int:
+        """Tokens that wait to be computed. The cache is asked about the oldest MAX_LOOKED_UP sequences alone."""
+        waiting = [one.sequence for one in self._listeners.values() if one.sequence.status is SequenceStatus.WAITING]
+        tokens = sum(sequence.num_tokens for sequence in waiting)
+        cache = self.scheduler.kv_cache
+        return tokens - sum(
+            cache.match_length(sequence.matchable_ids, sequence.request.namespace)
+            for sequence in waiting[:MAX_LOOKED_UP]
+        )
+
+    # ---- standing still
+
+    async def pause(self, mode: str = "abort") -> None:
+        """Come to rest; new requests queue up until `resume`. Returns when nothing is in flight.
+
+        mode: what becomes of those that are there: "abort" ends them, "wait" lets them finish first, "keep" holds
+        them in their places.
+        """
+        async with self._maintenance:
+            await self._clear(mode)
+            self.is_paused = True
+            await self._rest()
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        async with self._maintenance:
+            self.is_paused = False
+            self._settle()
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Rest, and give the device's memory back (see Executor.sleep). New requests are refused. mode: as in pause;
+        what is kept is computed again after `wake_up`. Raises RequestError while it sleeps at another level.
+        """
+        await self._undisturbed(self._sleep(level, mode))
+
+    async def wake_up(self) -> None:
+        """End of a sleep; nothing happens where there is none. Raises StartupError where memory or weights are lost."""
+        await self._undisturbed(self._wake_up())
+
+    async def load_weights(self, directory: Path, *, abort: bool = False, version: str | None = None) -> None:
+        """Serve with other weights of the same model, after those who are here have finished (abort: were ended).
+        version: what to call them from then on.
+
+        Forgets the prefix cache. Raises StartupError where the weights cannot be used, and RequestError where nobody
+        could finish; then the old ones serve on.
+        """
+        await self._undisturbed(self._load_weights(directory, abort, version))
+
+    async def _sleep(self, level: int, mode: str) -> None:
+        if self.sleep_level == level:
+            return
+        if self.sleep_level:
+            raise RequestError(f"The model sleeps at level {self.sleep_level}; wake it up first.", param="level")
+        if not self.is_paused or mode == "abort":
+            await self._clear(mode)
+        self.sleep_level = level
+        await self._rest()
+        self._forget()
+        try:
+            await asyncio.to_thread(self.executor.sleep, level)
+        except BaseException:
+            self.sleep_level = 0
+            self._settle()
+            raise
+
+    async def _wake_up(self) -> None:
+        if self.sleep_level:
+            await asyncio.to_thread(self.executor.wake_up, self._weights_directory)
+            self.sleep_level = 0
+            self._settle()
+
+    async def _load_weights(self, directory: Path, abort: bool, version: str | None) -> None:
+        if self.sleep_level:
+            raise RequestError("The model is asleep; POST /wake_up first.")
+        if self.is_paused and self._listeners and not abort:
+            raise RequestError("The engine is paused amid its requests; resume it, or abort them.")
+        await self._clear("abort" if abort else "wait")
+        self._loading = True
+        try:
+            await self._rest()
+            self._forget()
+            await asyncio.to_thread(self.executor.load_weights, directory)
+            self._weights_directory = directory
+            self.weight_version = version or self.weight_version
+        finally:
+            self._loading = False
+            self._settle()
+
+    async def _undisturbed(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let `work` end even where its caller does not wait for it: half asleep is no state to be in."""
+
+        async def run() -> None:
+            async with self._maintenance:
+                await work
+
+        task = asyncio.ensure_future(run())
+        # Somebody must have looked at it, also when the caller has gone.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(task)
+
+    async def _clear(self, mode: str) -> None:
+        """What happens to those who are here, before a rest."""
+        assert mode in PAUSE_MODES
+        if mode == "abort":
+            self.abort_all()
+        elif mode == "wait" and self._listeners:
+            self.scheduler.hold()
+            self._awaited = set(self._listeners)
+            self._awaited_ended.clear()
+            try:
+                await self._awaited_ended.wait()
+            except asyncio.CancelledError:
+                self.scheduler.let_go()
+                self._wake.set()
+                raise
+
+    async def _rest(self) -> None:
+        """Stop scheduling, and wait until nothing is in flight."""
+        self._stopped = True
+        self._at_rest.clear()
+        self._wake.set()
+        await self._at_rest.wait()
+        if self.failed:
+            raise UnavailableError("The engine has failed and is shutting down.")
+
+    def _settle(self) -> None:
+        """Go on scheduling, unless there is still a reason not to."""
+        self._stopped = self.is_paused or self._loading or self.sleep_level > 0
+        if not self._stopped:
+            self.scheduler.let_go()
+        self._progress_at = self.clock.now()
+        self._wake.set()
+
+    def _forget(self) -> None:
+        """Take every page back; at rest only. Who runs will be computed again."""
+        self.scheduler.retract_all()
+        self.scheduler.kv_cache.flush()
+
     # ---- the loop
 
     async def run(self) -> None:
@@ -211,7 +418,7 @@ class Engine:
         scheduler, executor = self.scheduler, self.executor
         try:
             while True:
-                batch = scheduler.schedule()  # N+1, while N runs on the device
+                batch = None if self._stopped else scheduler.schedule()  # N+1, while N runs on the device
                 if batch is not None:
                     self.metrics.on_step(batch.num_tokens)
                     in_flight.append((batch, executor.submit(batch.forward_input)))
@@ -220,6 +427,8 @@ class Engine:
                 if not in_flight:
                     if not scheduler.has_work:
                         self._idle.set()
+                    if self._stopped:
+                        self._at_rest.set()
                     self._wake.clear()
                     await self._wake.wait()
                     continue
@@ -293,7 +502,7 @@ class Engine:
                 return True
         if not sequence.is_finished and constraint.error is not None:
             self.scheduler.finish(sequence, FinishReason.ERROR, None)
-            self._end(listener, f"The grammar of this request failed: {constraint.error}.", bad_request=True)
+            self._end(listener, f"The grammar of this request failed: {constraint.error}.", status=400)
         else:
             self.scheduler.finish(sequence, FinishReason.STOP, None)
             self._end(listener)
@@ -351,11 +560,18 @@ class Engine:
             listener.flushed_at = now
             stream.flush()
 
-    def _end(self, listener: _Listener, error: str | None = None, *, bad_request: bool = False) -> None:
-        """The terminal event of a request, with whatever it had not published yet."""
+    def _end(self, listener: _Listener, error: str | None = None, *, status: int = 500) -> None:
+        """The terminal event of a request, with whatever it had not published yet. status: of an error."""
         sequence, stream = listener.sequence, listener.stream
-        if self._listeners.pop(sequence.request.request_id, None) is None:
+        request_id = sequence.request.request_id
+        if self._listeners.pop(request_id, None) is None:
             return
+        if listener.timer is not None:
+            listener.timer.cancel()
+        if self._awaited:
+            self._awaited.discard(request_id)
+            if not self._awaited:
+                self._awaited_ended.set()
         reason = sequence.finish_reason
         assert reason is not None
         stream.num_cached_tokens = sequence.num_cached_tokens
@@ -371,7 +587,9 @@ class Engine:
                 reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
             stream.push(text, tokens, listener.logprobs)
         self._observe_end(listener, reason)
-        stream.finish(reason, sequence.stop_reason, error, bad_request=bad_request)
+        if error is not None:
+            reason = FinishReason.ERROR
+        stream.finish(reason, sequence.stop_reason, error, status=status)
 
     def _on_first_token(self, sequence: Sequence | None, now: float) -> None:
         if sequence is None or sequence.listener.first_token_at is not None:
@@ -416,6 +634,7 @@ class Engine:
             listener.sequence.finish_reason = FinishReason.ERROR
             self._end(listener, f"The engine failed: {what}")
         self._idle.set()
+        self._at_rest.set()
 
 
 def _follow(constraint: TokenConstraint, sequence: Sequence) -> None:

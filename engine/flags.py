@@ -196,7 +196,19 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="waiting requests before a 429",
     )
-    scheduler.add_argument("--schedule-policy", "--scheduling-policy", dest="policy", metavar="NAME", help="fcfs")
+    scheduler.add_argument(
+        "--schedule-policy",
+        "--scheduling-policy",
+        dest="policy",
+        metavar="NAME",
+        help="who is admitted next: fcfs, lpm (longest cached prefix), priority (lowest number), fair (between users)",
+    )
+    scheduler.add_argument(
+        "--queue-timeout", type=_not_negative, metavar="S", help="503 for a request that waited so long; 0 is off"
+    )
+    scheduler.add_argument(
+        "--request-timeout", type=_not_negative, metavar="S", help="longest that a request may take; 0 is off"
+    )
     scheduler.add_argument("--radix-eviction-policy", dest="eviction_policy", metavar="NAME", help="lru, lfu or fifo")
     scheduler.add_argument(
         "--enable-prefix-caching", dest="prefix_caching", action=argparse.BooleanOptionalAction, default=None
@@ -220,6 +232,15 @@ def make_parser() -> argparse.ArgumentParser:
     server.add_argument("--host")
     server.add_argument("--port", type=_port)
     server.add_argument("--api-key", nargs="+", metavar="KEY", help="also from the environment: ONELOOP_API_KEY")
+    server.add_argument(
+        "--admin-api-key", metavar="KEY", help="for admin routes, instead of --api-key; also ONELOOP_ADMIN_API_KEY"
+    )
+    server.add_argument(
+        "--isolate-api-keys",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="no prefix cache across API keys; on where several are set",
+    )
     server.add_argument("--protect-metrics", action="store_true", help="/metrics needs the key too")
     server.add_argument("--allowed-origins", nargs="+", metavar="ORIGIN", help="CORS; '*' for any")
     server.add_argument("--max-body-bytes", type=_count, metavar="BYTES")
@@ -302,6 +323,11 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         )
     if args.api_key and not all(args.api_key):
         raise StartupError("--api-key: a key is empty")
+    admin_key = args.admin_api_key
+    if admin_key is None:
+        admin_key = os.environ.get("ONELOOP_ADMIN_API_KEY") or None
+    elif not admin_key:
+        raise StartupError("--admin-api-key: the key is empty")
     keys = tuple(args.api_key or ()) or tuple(filter(None, [os.environ.get("ONELOOP_API_KEY")]))
     return EngineConfig(
         model=ModelOptions(
@@ -331,6 +357,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         scheduler=SchedulerOptions(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=budget,
+            queue_timeout_s=args.queue_timeout or None,
+            request_timeout_s=args.request_timeout or None,
             **_given(  # type: ignore[arg-type]
                 max_queued_requests=args.max_queued_requests, policy=args.policy, overlap=args.overlap
             ),
@@ -338,6 +366,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(
             api_keys=keys,
+            admin_api_key=admin_key,
+            isolate_api_keys=args.isolate_api_keys,
             protect_metrics=args.protect_metrics,
             allowed_origins=tuple(args.allowed_origins or ()),
             **_given(  # type: ignore[arg-type]

@@ -415,6 +415,29 @@ class _Vllm:
         )
 
 
+class Rates:
+    """throughput: generated tokens a second; hit_rate: 0..1, share of looked up prompt tokens that the cache had.
+
+    Both over the time since the last `update`, so each reader has its own.
+    """
+
+    def __init__(self, metrics: EngineMetrics, now: Callable[[], float]) -> None:
+        self.throughput = self.hit_rate = 0.0
+        self._metrics = metrics
+        self._now = now
+        self._read = (now(), 0, 0, 0)
+
+    def update(self) -> None:
+        metrics, now = self._metrics, self._now()
+        then, tokens, hits, queries = self._read
+        if now - then < MIN_RATE_SECONDS:
+            return
+        self.throughput = (metrics.generation_tokens - tokens) / (now - then)
+        if metrics.prefix_cache_queries > queries:
+            self.hit_rate = (metrics.prefix_cache_hits - hits) / (metrics.prefix_cache_queries - queries)
+        self._read = now, metrics.generation_tokens, metrics.prefix_cache_hits, metrics.prefix_cache_queries
+
+
 class _Sglang:
     """SGLang's names, buckets and labels."""
 
@@ -428,26 +451,11 @@ class _Sglang:
         self.per_output_token = Histogram(SGLANG_TOKEN, 2)
         self.e2e = Histogram(SGLANG_REQUEST, 2)
         self.queue = Histogram(SGLANG_QUEUE)
-        self._now = now
-        # Rates are over the time since they were last read: (when, tokens, hits, queries), and what came out.
-        self._read = (now(), 0, 0, 0)
-        self._throughput = 0.0
-        self._hit_rate = 0.0
-
-    def _update_rates(self) -> None:
-        metrics = self._metrics
-        now = self._now()
-        then, tokens, hits, queries = self._read
-        if now - then < MIN_RATE_SECONDS:
-            return
-        self._throughput = (metrics.generation_tokens - tokens) / (now - then)
-        if metrics.prefix_cache_queries > queries:
-            self._hit_rate = (metrics.prefix_cache_hits - hits) / (metrics.prefix_cache_queries - queries)
-        self._read = now, metrics.generation_tokens, metrics.prefix_cache_hits, metrics.prefix_cache_queries
+        self._rates = Rates(metrics, now)
 
     def collect(self, stats: EngineStats) -> Iterator[Metric]:
         metrics, s, r = self._metrics, self._scheduler, self._requests
-        self._update_rates()
+        self._rates.update()
         available = stats.num_total_tokens - stats.num_used_tokens
         yield s.gauge("num_running_reqs", "Requests in the running batch.", stats.num_running)
         yield s.gauge("num_queue_reqs", "Requests that wait to be scheduled.", stats.num_waiting)
@@ -459,9 +467,9 @@ class _Sglang:
         yield s.gauge("kv_available_tokens", "Tokens of the KV cache that are free.", available)
         evictable = stats.num_evictable_pages * stats.page_size
         yield s.gauge("kv_evictable_tokens", "Tokens that only the radix tree holds.", evictable)
-        yield s.gauge("gen_throughput", "Generated tokens a second since the last scrape.", self._throughput)
+        yield s.gauge("gen_throughput", "Generated tokens a second since the last scrape.", self._rates.throughput)
         yield s.gauge(
-            "cache_hit_rate", "Share of looked up prompt tokens found, since the last scrape.", self._hit_rate
+            "cache_hit_rate", "Share of looked up prompt tokens found, since the last scrape.", self._rates.hit_rate
         )
         yield s.counter("num_retracted_requests", "Sequences retracted for want of pages.", metrics.num_preemptions)
         yield s.counter("evicted_tokens", "Cached tokens given up.", metrics.evicted_pages * stats.page_size)

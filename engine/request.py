@@ -122,6 +122,8 @@ class Request:
     stream: False means that nobody looks before the end, so no text is made per token.
     constraint: its state is this request's own.
     namespace: root of the radix tree that this prompt may share pages under (tenant, cache_salt); "" is common.
+    priority: lower is earlier, under the policy "priority". fairness_key: whose share it is, under "fair".
+    timeout_s: from submit to the end, None for as long as it takes.
     """
 
     request_id: str
@@ -131,6 +133,8 @@ class Request:
     namespace: str = ""
     priority: int = 0
     constraint: TokenConstraint | None = None
+    fairness_key: str = ""
+    timeout_s: float | None = None
 
 
 class RequestError(Exception):

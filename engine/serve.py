@@ -123,6 +123,7 @@ def _server_info(config: EngineConfig, built: Built) -> dict[str, object]:
 
     options = dataclasses.asdict(config)
     options["server"]["api_keys"] = len(config.server.api_keys)
+    options["server"]["admin_api_key"] = config.server.admin_api_key is not None
     limits = built.engine.limits
     return {
         "options": options,

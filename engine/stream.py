@@ -30,8 +30,8 @@ class Delta:
     """What came since the last take. text may be empty (held back) while token_ids is not.
 
     finish_reason is set once, in the last delta. stop_reason: the stop string or stop token id that ended it.
-    error: the sentence for the client when finish_reason is ERROR; bad_request: the request itself is to blame (its
-    grammar). logprobs: one for each of token_ids, if asked for.
+    error: the sentence for the client when finish_reason is ERROR, status: the HTTP status that it stands for.
+    logprobs: one for each of token_ids, if asked for.
     """
 
     text: str = ""
@@ -40,7 +40,7 @@ class Delta:
     stop_reason: str | int | None = None
     error: str | None = None
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    bad_request: bool = False
+    status: int = 500
 
     def merge(self, later: Delta) -> None:
         """Melt what came later into this one."""
@@ -48,7 +48,7 @@ class Delta:
         self.token_ids += later.token_ids
         self.logprobs += later.logprobs
         self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
-        self.error, self.bad_request = later.error, later.bad_request
+        self.error, self.status = later.error, later.status
 
 
 class TokenStream:
@@ -109,14 +109,14 @@ class TokenStream:
         stop_reason: str | int | None = None,
         error: str | None = None,
         *,
-        bad_request: bool = False,
+        status: int = 500,
     ) -> None:
         """Terminal event; exactly one per stream, later ones are ignored (abort races with the end)."""
         if self._finished:
             return
         self._finished = True
         delta = self._delta
-        delta.finish_reason, delta.stop_reason, delta.error, delta.bad_request = reason, stop_reason, error, bad_request
+        delta.finish_reason, delta.stop_reason, delta.error, delta.status = reason, stop_reason, error, status
         self.flush()
 
     @property

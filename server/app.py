@@ -26,16 +26,20 @@ from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
 from engine.request import RequestError, UnavailableError
 from engine.text.structured import GrammarCompiler
-from server.endpoints import cache, generate, health, info, models, profile, tokenize
+from server.endpoints import abort, cache, generate, health, info, loads, models, profile, rest, tokenize
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, error_body, error_response
-from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
+from server.protocol.generation import MAX_TIMEOUT_S
+from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, Caller, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
-ENDPOINTS = (cache, generate, health, info, models, profile, tokenize)
+# What changes the server for everybody: these need the admin key, where there is one.
+ADMIN_ENDPOINTS = (abort, cache, profile, rest)
+ENDPOINTS = (*ADMIN_ENDPOINTS, generate, health, info, loads, models, tokenize)
+_ADMIN_HANDLERS = frozenset(handler for endpoint in ADMIN_ENDPOINTS for _, _, handler in endpoint.ROUTES)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A burst of this many connects waits in the kernel and is not refused.
@@ -118,7 +122,7 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
     try:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return _preflight(request, state.options)
-        _authorize(request, state.options)
+        CALLER.set(Caller(_authorize(request, state.options), _read_timeout(request)))
         if state.engine.draining and request.method == "POST":
             raise UnavailableError("The server is shutting down and takes no new requests.")
         return await handler(request)
@@ -137,17 +141,39 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
         return error_response(ApiError(500, "The server had an internal error."))
 
 
-def _authorize(request: web.Request, options: ServerOptions) -> None:
-    """Raise the 401 unless the request has one of the keys. Headers only: the body is not read yet."""
+def _authorize(request: web.Request, options: ServerOptions) -> str:
+    """Which of the keys the request has, "" where it needs none; else the 401. Headers only: the body is not read yet.
+
+    As in SGLang: admin routes take the admin key and no other where one is set, and all other routes only the API keys.
+    """
+    handler = request.match_info.handler
     open_handlers = (health.health,) if options.protect_metrics else (health.health, health.metrics)
-    if not options.api_keys or request.match_info.handler in open_handlers:
-        return
+    is_admin = options.admin_api_key is not None and handler in _ADMIN_HANDLERS
+    keys = (options.admin_api_key or "",) if is_admin else options.api_keys
+    if not keys or handler in open_handlers:
+        return ""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     given = token.strip().encode("utf-8", "surrogateescape")
     # Every key is compared, whatever the others gave: the time tells nothing.
-    matches = [hmac.compare_digest(given, key.encode()) for key in options.api_keys]
+    matches = [hmac.compare_digest(given, key.encode()) for key in keys]
     if scheme.lower() != "bearer" or not any(matches):
-        raise ApiError(401, "A valid API key is required: Authorization: Bearer <key>.")
+        kind = "admin key" if is_admin else "API key"
+        raise ApiError(401, f"A valid {kind} is required: Authorization: Bearer <key>.")
+    return str(matches.index(True))
+
+
+def _read_timeout(request: web.Request) -> float | None:
+    """The header X-Request-Timeout, in seconds; a field of the body goes before it."""
+    text = request.headers.get("X-Request-Timeout")
+    if text is None:
+        return None
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.0 < seconds <= MAX_TIMEOUT_S:
+        raise ApiError(400, f"X-Request-Timeout must be a number of seconds above 0 and at most {MAX_TIMEOUT_S:g}.")
+    return seconds
 
 
 def _preflight(request: web.Request, options: ServerOptions) -> web.Response:

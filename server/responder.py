@@ -19,7 +19,7 @@ from server.answers.openai import OpenAIAnswer
 from server.protocol.errors import ApiError, json_response
 from server.protocol.generation import Plan
 from server.sse import EventStream
-from server.state import State
+from server.state import ECHOED_ID, REQUEST_ID, State
 
 logger = logging.getLogger("oneloop.server")
 
@@ -30,7 +30,8 @@ async def respond(
     request: web.Request, state: State, plan: Plan, make_answer: MakeAnswer = OpenAIAnswer
 ) -> web.StreamResponse:
     """Run a plan and answer the client. Raises RequestError for what is known before the first token."""
-    async with _submitted(state, plan) as streams:
+    names = (plan.id, request[REQUEST_ID], request[ECHOED_ID])
+    async with _submitted(state, plan, names) as streams:
         answer = make_answer(state, plan, streams)
         if not plan.stream:
             return json_response(answer.whole([await _collect(stream) for stream in streams]))
@@ -45,13 +46,14 @@ async def _collect(stream: TokenStream) -> Delta:
 
 
 @contextlib.asynccontextmanager
-async def _submitted(state: State, plan: Plan) -> AsyncIterator[list[TokenStream]]:
-    """All streams of a plan, or none: one that is refused takes the others back."""
-    ids = [request.request_id for request in plan.requests]
+async def _submitted(state: State, plan: Plan, names: tuple[str, ...]) -> AsyncIterator[list[TokenStream]]:
+    """All streams of a plan, or none: one that is refused takes the others back. names: see State.submitted."""
     async with contextlib.AsyncExitStack() as stack:
-        stack.callback(state.submitted.difference_update, ids)
-        streams = [await stack.enter_async_context(state.engine.submit(request)) for request in plan.requests]
-        state.submitted.update(ids)
+        streams = []
+        for request in plan.requests:
+            streams.append(await stack.enter_async_context(state.engine.submit(request)))
+            state.submitted[request.request_id] = names
+            stack.callback(state.submitted.pop, request.request_id)
         yield streams
 
 

@@ -6,6 +6,7 @@ Made by `build_app`, one per application, found under `STATE`. Loop thread only.
 from __future__ import annotations
 
 import asyncio
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -60,7 +61,8 @@ class InFlight:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """submitted: ids of the engine requests whose handlers are still there, so that a drain can end them.
+    """submitted: engine requests whose handlers are still there, so that they can be ended: each id, and the names that
+    a client may know it by.
 
     compiler: None where the model has no tokenizer, or no token to end a text with. tool_family, reasoning_family:
     how the model writes calls and reasoning, None where it is not known or not wanted.
@@ -73,7 +75,7 @@ class State:
     tool_family: ToolFamily | None = None
     reasoning_family: ReasoningFamily | None = None
     in_flight: InFlight = field(default_factory=InFlight)
-    submitted: set[str] = field(default_factory=set)
+    submitted: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -83,6 +85,19 @@ class State:
         return self.engine.tokenizer
 
 
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who sent the HTTP request that this task answers, as far as the server itself knows.
+
+    key: which API key it came with, "" without one. timeout_s: what its header asks for.
+    """
+
+    key: str = ""
+    timeout_s: float | None = None
+
+
+# Set by the gate. Not an argument, so that no route can forget to pass on whose prompt it is.
+CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039  (it is frozen)
 STATE = web.AppKey("state", State)
 # The id that the server gave the HTTP request.
 REQUEST_ID = web.RequestKey("request_id", str)

@@ -294,7 +294,7 @@ async def test_broken_grammar_is_one_requests_error() -> None:
         stuck = dataclasses.replace(ask("stuck", [5, 6]), constraint=Alternating(50, wrong_at=3))
         bad = await collect(engine.submit(stuck))
         assert bad.finish_reason is FinishReason.ERROR
-        assert bad.error == "The grammar of this request failed: it grew too complex." and bad.bad_request
+        assert bad.error == "The grammar of this request failed: it grew too complex." and bad.status == 400
 
 
 async def test_a_grammar_that_has_not_begun_allows_everything() -> None:

@@ -235,6 +235,7 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "cache-twice": (["--kv-cache-gb", "1", "--max-total-tokens", "9"], "the size of the KV cache is given 2 times"),
     "budget": (["--max-num-batched-tokens", "8", "--max-num-seqs", "9"], "--max-num-batched-tokens 8 is less than"),
     "policy": (["--schedule-policy", "luck"], "unknown schedule policy 'luck'; known are: "),
+    "admin-key": (["--admin-api-key", ""], "--admin-api-key: the key is empty"),
     "eviction": (["--radix-eviction-policy", "luck"], "unknown eviction policy 'luck'; known are: "),
     "template": (["--chat-template", "/nowhere/template.jinja"], "/nowhere/template.jinja: "),
     "tokenizer": (["--tokenizer", "/nowhere"], "/nowhere: no tokenizer.json"),

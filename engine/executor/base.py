@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from engine.forward import ForwardInput, ForwardOutput, Limits, Staging
@@ -35,6 +36,29 @@ class Executor(Protocol):
         """Wait for a step, in the order of `submit`.
 
         Raises ForwardError when this step failed, DeviceLostError when the device is gone.
+        """
+        ...
+
+    # The next three block, for long. Nothing may be in flight; from any thread, while the loop's makes no call.
+
+    def sleep(self, level: int) -> None:
+        """Give memory back: the KV cache and what it held; the weights too, to host memory (level 1) or for good (2).
+
+        No `submit` before `wake_up`.
+        """
+        ...
+
+    def wake_up(self, directory: Path | None = None) -> None:
+        """Take the memory again. directory: where the weights are read from after level 2; None for where they were.
+
+        Raises StartupError for weights that cannot be had; then it still sleeps.
+        """
+        ...
+
+    def load_weights(self, directory: Path) -> None:
+        """Serve with other weights of the same model from the next step on; the KV cache's content is lost.
+
+        Raises StartupError for what cannot be used; then the old weights go on serving.
         """
         ...
 

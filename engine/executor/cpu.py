@@ -12,6 +12,7 @@ import logging
 import os
 import queue
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -88,7 +89,7 @@ class CPUExecutor:
     """An `Executor` around a model in host memory.
 
     attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec
-    and `dtype`, the model's.
+    and `dtype`, the model's. load: reads the model from a directory, None for where `model` came from.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class CPUExecutor:
         *,
         attention: AttentionBackend | None = None,
         dtype: torch.dtype | None = None,
+        load: Callable[[Path | None], Model] | None = None,
     ) -> None:
         if attention is None:
             assert dtype is not None, "the cache needs a dtype"
@@ -112,6 +114,7 @@ class CPUExecutor:
         self.limits = limits
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self._model: Model | None = model
+        self._load = load
         self._attention: AttentionBackend | None = attention
         self._tables = SlotTables(limits)
         self._extras = SlotExtras(limits)
@@ -142,6 +145,30 @@ class CPUExecutor:
 
     def provide_masks(self, handle: StepHandle) -> None:
         """Nothing to do: the worker waits on the masks themselves."""
+
+    def sleep(self, level: int) -> None:
+        """See Executor. The weights are in host memory as it is: level 1 leaves them alone."""
+        assert self._attention is not None
+        if level == 2:
+            self._reader()  # or it would never wake up
+            self._model = None
+        self._attention.release()
+
+    def wake_up(self, directory: Path | None = None) -> None:
+        """See Executor."""
+        assert self._attention is not None
+        if self._model is None:
+            self._model = self._reader()(directory)
+        self._attention.allocate()
+
+    def load_weights(self, directory: Path) -> None:
+        """See Executor. Old and new weights are in memory for a while."""
+        self._model = self._reader()(directory)
+
+    def _reader(self) -> Callable[[Path | None], Model]:
+        if self._load is None:
+            raise StartupError("this executor has nowhere to read weights from")
+        return self._load
 
     def close(self) -> None:
         """See Executor. Blocks until the launched steps are through."""

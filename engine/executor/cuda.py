@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.config import StartupError
 from engine.executor.base import StepHandle
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache, GraphKey
@@ -40,6 +42,7 @@ from engine.forward import (
     Limits,
     Staging,
 )
+from engine.models.offload import Offloaded
 from engine.models.registry import CausalLM
 from engine.ops.attention.device import DecodePlan, DecodeStep, DeviceAttention, MixedStep, decode_inputs
 from engine.ops.sampling.device import WORDS, sample
@@ -218,6 +221,7 @@ class CUDAExecutor:
     """An `Executor` on one device. See the module.
 
     attention: owns the KV memory, limits.num_pages + 1 pages. cuda_graph: lazy, start or off (cuda_graph.py).
+    load: reads the model from a directory, None for where `model` came from.
     """
 
     def __init__(
@@ -228,6 +232,7 @@ class CUDAExecutor:
         attention: DeviceAttention,
         *,
         cuda_graph: str = "lazy",
+        load: Callable[[Path | None], CausalLM] | None = None,
     ) -> None:
         self.limits = limits
         self.layer = layer
@@ -264,6 +269,10 @@ class CUDAExecutor:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._profiler: Any = None
         self._profile_dir: Path | None = None
+        self._load = load
+        self._offloaded: Offloaded | None = None
+        # Held while memory moves, on another thread: no graph may be captured meanwhile.
+        self._moving = threading.Lock()
 
     def _make_sides(self) -> tuple[Side, Side]:
         return Side(self.layer, self.limits, 0), Side(self.layer, self.limits, 1)
@@ -370,6 +379,63 @@ class CUDAExecutor:
                 except Exception as error:
                     logger.error("the device failed while it was closed: %s", error)
         self.graphs.clear()
+
+    # ---- memory that comes and goes
+
+    def sleep(self, level: int) -> None:
+        """See `Executor.sleep`."""
+        with self._released():
+            if level == 2:
+                self._reader()  # or it would never wake up
+                del self.model
+            else:
+                self._offloaded = Offloaded(self.model)
+            self.attention.release()
+
+    def wake_up(self, directory: Path | None = None) -> None:
+        """See `Executor.wake_up`."""
+        with self._released():
+            try:
+                if self._offloaded is not None:
+                    self._offloaded.restore()
+                elif not hasattr(self, "model"):
+                    self.model = self._reader()(directory)
+                self.attention.allocate()
+            except torch.OutOfMemoryError as error:
+                self.attention.release()
+                raise StartupError(f"no device memory: {str(error).splitlines()[0]}") from error
+            self._offloaded = None
+
+    def load_weights(self, directory: Path) -> None:
+        """See `Executor.load_weights`. The KV cache makes room meanwhile, so that both models fit."""
+        load = self._reader()
+        with self._released():
+            self.attention.release()
+            self.layer.free_memory()
+            try:
+                self.model = load(directory)
+            finally:
+                self.attention.allocate()
+
+    def _reader(self) -> Callable[[Path | None], CausalLM]:
+        if self._load is None:
+            raise StartupError("this executor has nowhere to read weights from")
+        return self._load
+
+    @contextlib.contextmanager
+    def _released(self) -> Iterator[None]:
+        """The device idle and without graphs, which hold addresses; they are captured again as they are needed."""
+        assert not self._in_flight, "memory moves under a step"
+        with self._moving, self.layer.may_block():
+            self.layer.synchronize_all()
+            self.graphs.clear()
+            self._open.clear()
+            try:
+                yield
+            finally:
+                gc.collect()
+                self.layer.synchronize_all()
+                self.layer.free_memory()  # gives what nobody uses back to the driver
 
     # ---- errors
 
@@ -700,11 +766,15 @@ class CUDAExecutor:
         key = self.graphs.next_wanted()
         if key is None or self._in_flight or self._lost is not None or self._closed:
             return
+        if not self._moving.acquire(blocking=False):
+            return
         try:
             self._warm_up(key, capture=True)
         except Exception as error:
             self._judge(error)
             self.graphs.give_up(key, error)
+        finally:
+            self._moving.release()
         if self._lost is None and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(0.0, self._capture_when_idle)
 

@@ -10,6 +10,7 @@ import importlib.util
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -127,10 +128,11 @@ def build_cuda_executor(
     cuda_graph: str = "lazy",
     row: Callable[[str, str], None] = lambda name, text: None,
     module: Any = None,
+    load: Callable[[Path | None], CausalLM] | None = None,
 ) -> CUDAExecutor:
     """Measure, divide the memory, allocate; `row` gets the lines of the start-up table. Raises StartupError.
 
-    module: what stands in for `flashinfer` in tests.
+    load: see CUDAExecutor. module: what stands in for `flashinfer` in tests.
     """
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
@@ -179,7 +181,7 @@ def build_cuda_executor(
         kv_bytes = (num_pages + 1) * page_bytes
         try:
             attention = attention_of(num_pages)
-            executor = CUDAExecutor(model, limits_of(num_pages), layer, attention, cuda_graph=cuda_graph)
+            executor = CUDAExecutor(model, limits_of(num_pages), layer, attention, cuda_graph=cuda_graph, load=load)
         except torch.OutOfMemoryError as error:
             raise StartupError(
                 f"a KV cache of {kv_bytes / GIB:.2f} GiB does not fit: {str(error).splitlines()[0]}"

@@ -15,12 +15,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from engine.config import StartupError
 from engine.executor.base import StepHandle
 from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import (
@@ -241,6 +243,8 @@ class FakeExecutor:
         self._compute = compute
         self._constant_token = constant_token
         self._closed = False
+        self.sleep_level = 0
+        self.weights: Path | None = None  # where they came from; they change no token
         self._last_step: int | None = None
         self._device_free_at = 0.0
         self._not_run: deque[FakeHandle] = deque()
@@ -301,6 +305,34 @@ class FakeExecutor:
         self._closed = True
         while self._not_run:
             self._run(self._not_run.popleft())
+
+    def sleep(self, level: int) -> None:
+        """See Executor.sleep. What the KV cells and page tables held is gone."""
+        assert not self._not_waited, "a step is in flight"
+        assert self.sleep_level == 0 and level in (1, 2)
+        self.sleep_level = level
+        self.tables.page_table.fill(0)
+        self._cell_position.fill(-1)
+        self._layer0.fill(0)
+        self._layer1.fill(0)
+
+    def wake_up(self, directory: Path | None = None) -> None:
+        """See Executor.wake_up."""
+        assert self.sleep_level
+        if self.sleep_level == 2:
+            self.weights = self._read(directory or self.weights)
+        self.sleep_level = 0
+
+    def load_weights(self, directory: Path) -> None:
+        """See Executor.load_weights: any directory that is there will do."""
+        assert not self._not_waited and not self.sleep_level
+        self.weights = self._read(directory)
+
+    @staticmethod
+    def _read(directory: Path | None) -> Path | None:
+        if directory is not None and not directory.is_dir():
+            raise StartupError(f"{directory}: no such directory")
+        return directory
 
     # What the simulator uses besides.
 

@@ -89,12 +89,15 @@ class Scheduler:
         self.num_waiting = 0
         self._clock = clock
         self._table = SlotTable(limits)
-        self._policy = make_policy(options.policy)
+        self._policy = make_policy(options.policy, self.kv_cache)
         self._batches = (Batch(staging[0]), Batch(staging[1]))
         self._next_step = 0
         self._committed_step = -1
         self._next_order = 0
-        # All that run, in order of admission: the last one is the first to be retracted.
+        self._held: list[Sequence] | None = None
+        # Calls of `schedule` that got as far as admission; some of them come to no step.
+        self._num_turns = 0
+        # All that run, in order of admission.
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
         # Past their prefill, with forced tokens that are known and not computed.
@@ -176,8 +179,27 @@ class Scheduler:
         )
         self._next_order += 1
         self.num_waiting += 1
-        self._policy.push(sequence)
+        if self._held is not None:
+            self._held.append(sequence)
+        else:
+            self._policy.push(sequence)
         return sequence
+
+    def hold(self) -> None:
+        """From now on new sequences wait until `let_go`, whatever the policy says."""
+        if self._held is None:
+            self._held = []
+
+    def let_go(self) -> None:
+        held, self._held = self._held or [], None
+        for sequence in held:
+            if not sequence.is_finished:
+                self._policy.push(sequence)
+
+    def retract_all(self) -> None:
+        """Make every running sequence wait, to be computed again. Nothing may be in flight."""
+        for sequence in reversed(list(self._running)):
+            self._retract(sequence)
 
     def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a sequence now, in whatever state it is. Idempotent."""
@@ -188,6 +210,7 @@ class Scheduler:
         if sequence.is_finished:
             return
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        self._policy.finished(sequence)
         if sequence.status is SequenceStatus.WAITING:
             sequence.move(SequenceStatus.FINISHED)
             self.num_waiting -= 1
@@ -273,10 +296,10 @@ class Scheduler:
         return slots[keep], computed[keep]
 
     def _make_room(self) -> None:
-        """Retract the newest sequences until the decode rows' next two steps have pages.
+        """Retract sequences until the decode rows' next two steps have pages: the newest, or whom the policy says.
 
         Nothing waits: what is in flight gives its pages back when it is committed, and looking two steps ahead
-        lets that happen before a row has to sit out. The oldest sequence is never retracted.
+        lets that happen before a row has to sit out. The oldest (most important) sequence is never retracted.
         """
         table = self._table
         while len(self._running) > 1:
@@ -287,7 +310,7 @@ class Scheduler:
             coming = sum(len(sequence.pages.pages) for sequence in self._leaving if sequence.pages is not None)
             if int(wanting.sum()) + self._pages_of_jumps() <= self.kv_cache.num_available + coming:
                 return
-            self._retract(self._running[-1])
+            self._retract(self._policy.victim(self._running))
             self._rebuild_decodes()
 
     def _pages_of_jumps(self) -> int:
@@ -327,11 +350,12 @@ class Scheduler:
             if batch.num_tokens >= limits.max_num_batched_tokens or batch.num_rows >= limits.max_num_seqs:
                 return
             self._write_chunk(batch, sequence)
+        self._num_turns += 1
         while batch.num_tokens < limits.max_num_batched_tokens and batch.num_rows < limits.max_num_seqs:
             # A half-written prompt goes first: admitting another would only share the budget between them.
             if self._prefilling or not self._table.num_free:
                 return
-            candidate = self._policy.peek()
+            candidate = self._policy.peek(self._num_turns)
             if candidate is None or not self._admit(batch, candidate):
                 return
             self._write_chunk(batch, candidate)
@@ -348,17 +372,13 @@ class Scheduler:
         if sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens = sequence.token_ids
-        # A prompt whose own log-probabilities are asked for must be computed: one token matches nothing.
-        whole = sequence.request.sampling.prompt_logprobs is None
-        pages = cache.begin(tokens if whole else tokens[:1], sequence.request.namespace)
+        pages = cache.begin(sequence.matchable_ids, sequence.request.namespace)
         num_cached = len(pages.pages) * cache.page_size
         wanted = -(-len(tokens) // cache.page_size) - len(pages.pages)
         if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens)):
             cache.release(pages, tokens, 0)
             sequence.pages_wanted = wanted
             return False
-        popped = self._policy.pop()
-        assert popped is sequence
         self.num_waiting -= 1
         sequence.move(SequenceStatus.RUNNING)
         sequence.pages = pages
@@ -368,6 +388,8 @@ class Scheduler:
             sequence.num_cached_tokens = num_cached
             self.counters.prefix_cache_queries += len(tokens)
             self.counters.prefix_cache_hits += num_cached
+        popped = self._policy.pop()
+        assert popped is sequence
         sequence.is_retracted = False
         slot = table.pop_free()
         sequence.enter_slot(slot, table)

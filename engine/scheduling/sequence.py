@@ -137,6 +137,13 @@ class Sequence:
         return self.table.tokens[self.slot, : int(self.table.known[self.slot])]
 
     @property
+    def matchable_ids(self) -> Int32Array:
+        """What to look up in the radix tree. One token matches nothing: a prompt whose log-probabilities are asked for
+        must be computed."""
+        tokens = self.token_ids
+        return tokens if self.request.sampling.prompt_logprobs is None else tokens[:1]
+
+    @property
     def output_token_ids(self) -> list[int]:
         """The generated tokens."""
         return self.token_ids[self.num_prompt_tokens :].tolist()  # type: ignore[no-any-return]

@@ -81,7 +81,7 @@ def usage(plan: Plan, streams: list[TokenStream], num_output: int, watches: list
 
 def failure(delta: Delta) -> ApiError:
     """The error of a delta whose finish reason is ERROR."""
-    return ApiError(400 if delta.bad_request else 500, delta.error or "The model failed to compute this request.")
+    return ApiError(delta.status, delta.error or "The model failed to compute this request.")
 
 
 def raise_early(delta: Delta) -> None:

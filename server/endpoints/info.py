@@ -1,4 +1,4 @@
-"""GET /, /version, /server_info and /load: what this server is and what it is doing."""
+"""GET /, /version, /server_info, /model_info and /load: what this server is and what it is doing."""
 
 from __future__ import annotations
 
@@ -38,6 +38,29 @@ async def server_info(request: web.Request) -> web.Response:
     return json_response({"version": version()} | model | state.model.server_info | live)
 
 
+async def model_info(request: web.Request) -> web.Response:
+    """SGLang's shape."""
+    state = request.app[STATE]
+    options, defaults = state.engine.config.model, dataclasses.asdict(state.model.generation_defaults)
+    preferred = {
+        name: defaults[name]
+        for name in ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        if defaults[name] is not None
+    }
+    return json_response(
+        {
+            "model_path": options.path or state.model.names[0],
+            "tokenizer_path": options.tokenizer_path or options.path or state.model.names[0],
+            "is_generation": True,
+            "preferred_sampling_params": preferred or None,
+            "weight_version": state.engine.weight_version,
+            "has_image_understanding": False,
+            "has_audio_understanding": False,
+            "max_model_len": state.model.max_model_len,
+        }
+    )
+
+
 async def load(request: web.Request) -> web.Response:
     stats = request.app[STATE].engine.stats()
     return json_response({"server_load": stats.num_running + stats.num_waiting})
@@ -49,5 +72,7 @@ ROUTES = (
     ("GET", "/version", get_version),
     ("GET", "/server_info", server_info),
     ("GET", "/get_server_info", server_info),
+    ("GET", "/model_info", model_info),
+    ("GET", "/get_model_info", model_info),
     ("GET", "/load", load),
 )

@@ -19,6 +19,7 @@ _CODES = {
     429: "rate_limit_exceeded",
     500: "internal_error",
     503: "service_unavailable",
+    504: "timeout",
 }
 # Seconds. Work is admitted every step, so a short pause is enough; clients add their own backoff.
 _RETRY_AFTER = "1"

@@ -14,13 +14,17 @@ from server.messages import Reading
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.errors import ApiError
 from server.protocol.structure import Structure
-from server.state import ServedModel, State
+from server.state import CALLER, ServedModel, State
 
 MAX_CHOICES = 128
 MAX_STOP_STRINGS = 16
 # A stop string's text is held back while it may be coming, and searched for at every token.
 MAX_STOP_LENGTH = 1024
 MAX_SALT_LENGTH = 128
+# What follows makes no other user.
+MAX_USER_LENGTH = 256
+MAX_PRIORITY = 2**31 - 1
+MAX_TIMEOUT_S = 1e6
 MAX_BEST_OF = 20
 MAX_TOP_LOGPROBS = 20
 # Each bad word is at most two sequences that every step of its row is compared with.
@@ -81,6 +85,9 @@ class Common:
     continuous_usage: bool
     return_token_ids: bool
     namespace: str
+    priority: int
+    fairness_key: str
+    timeout_s: float | None
 
 
 def read_model(body: Body, model: ServedModel) -> str:
@@ -129,8 +136,26 @@ def read_common(
         include_usage=include_usage,
         continuous_usage=continuous_usage,
         return_token_ids=body.boolean("return_token_ids", False),
-        namespace=body.string("cache_salt", "", most=MAX_SALT_LENGTH),
+        namespace=_read_namespace(body, state),
+        priority=_read_priority(body, state),
+        fairness_key=f"{CALLER.get().key}:{body.string('user', '')[:MAX_USER_LENGTH]}",
+        timeout_s=body.number("timeout", CALLER.get().timeout_s, 0, MAX_TIMEOUT_S, above=True),
     )
+
+
+def _read_namespace(body: Body, state: State) -> str:
+    """Where in the cache a prompt may look. The salt is the client's word, the key before the colon the server's: no
+    two pairs of them make the same name, and no salt leads into another key's."""
+    salt, options = body.string("cache_salt", "", most=MAX_SALT_LENGTH), state.options
+    isolated = len(options.api_keys) > 1 if options.isolate_api_keys is None else options.isolate_api_keys
+    return f"{CALLER.get().key}:{salt}" if isolated else salt
+
+
+def _read_priority(body: Body, state: State) -> int:
+    priority = body.integer("priority", 0, -MAX_PRIORITY, MAX_PRIORITY)
+    if priority and state.engine.config.scheduler.policy != "priority":
+        raise RequestError("`priority` needs a server that runs with --schedule-policy priority.", param="priority")
+    return priority
 
 
 def make_plan(
@@ -166,7 +191,19 @@ def make_plan(
             number = len(requests)
             name = f"{response_id}-{number}" if num_requests > 1 else response_id
             constraint = None if structure is None else structure.state(state.engine.tokenizer)
-            requests.append(Request(name, prompt, seeded, common.stream, common.namespace, constraint=constraint))
+            requests.append(
+                Request(
+                    name,
+                    prompt,
+                    seeded,
+                    common.stream,
+                    common.namespace,
+                    common.priority,
+                    constraint,
+                    common.fairness_key,
+                    common.timeout_s,
+                )
+            )
     return Plan(
         chat=chat,
         id=response_id,

@@ -24,7 +24,6 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "no_stop_trim": (False,),
     "truncate_prompt_tokens": (),
     "stream_interval": (1,),
-    "priority": (0,),
     "repetition_detection": (),
     "watermark": (),
     "watermarking": (False,),

@@ -77,6 +77,17 @@ def tiny_model(config: str = json.dumps(TINY), max_model_len: int = 256) -> Caus
         )
 
 
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+def tiny_directory() -> Path:
+    directory = Path(_folder().name)
+    (directory / "config.json").write_text(json.dumps(TINY))
+    return directory
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     before = torch.get_num_threads()
@@ -167,7 +178,15 @@ def make_executor(
     kind: type[CUDAExecutor] = CUDAExecutor,
 ) -> CUDAExecutor:
     model, device = model or tiny_model(), device or FakeDevice()
-    return kind(model, limits, device, make_attention(attention, model, limits, device), cuda_graph=cuda_graph)
+    layer = make_attention(attention, model, limits, device)
+    return kind(model, limits, device, layer, cuda_graph=cuda_graph, load=read_tiny_model)
+
+
+def read_tiny_model(directory: Path | None) -> CausalLM:
+    """A fresh tiny_model; its weights come from a seed, so that of the directory only config.json is looked at."""
+    if directory is not None:
+        ModelConfig.load(directory)
+    return tiny_model.__wrapped__()
 
 
 class CudaAdapter:
@@ -185,6 +204,9 @@ class CudaAdapter:
         device = FakeDevice(self._seed, eagerness=(0.0, 0.3, 0.9)[self._seed % 3])
         executor = make_executor(limits, device=device, attention=self.attention, cuda_graph=self.cuda_graph)
         return fail_steps(executor, fail_at)
+
+    def checkpoint(self) -> Path:
+        return tiny_directory()
 
     def reference_next_token(self, context: list[int], sampling: SamplingParams, min_length: int = 0) -> int:
         return reference_next(tiny_model(), context, sampling, min_length)

@@ -23,14 +23,23 @@ from tests.models.support import make_checkpoint
 
 
 @functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory()
+
+
+@functools.cache
 def _models() -> tuple[CausalLM, Any]:
     """The model under test and the same weights in transformers."""
     torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        directory = Path(name)
-        reference = make_checkpoint(directory, "Llama")
-        config = ModelConfig.load(directory)
-        return load_model(config, directory, dtype=torch.float32, device=torch.device("cpu")), reference
+    directory = Path(_folder().name)
+    reference = make_checkpoint(directory, "Llama")
+    return _load(directory), reference
+
+
+def _load(directory: Path | None) -> CausalLM:
+    directory = directory or Path(_folder().name)
+    config = ModelConfig.load(directory)
+    return load_model(config, directory, dtype=torch.float32, device=torch.device("cpu"))
 
 
 class _Failing:
@@ -58,7 +67,10 @@ class CPUAdapter:
     vocab_size = 211
 
     def make(self, limits: Limits, fail_at: frozenset[int] = frozenset()) -> CPUExecutor:
-        return CPUExecutor(_Failing(_models()[0], fail_at), limits, dtype=torch.float32)
+        return CPUExecutor(_Failing(_models()[0], fail_at), limits, dtype=torch.float32, load=_load)
+
+    def checkpoint(self) -> Path:
+        return Path(_folder().name)
 
     def reference_next_token(self, context: list[int], sampling: SamplingParams, min_length: int = 0) -> int:
         with torch.inference_mode():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 from engine.executor.base import Executor, StepHandle
@@ -29,6 +30,10 @@ class ExecutorAdapter(Protocol):
         """A fresh executor whose steps numbered in fail_at raise ForwardError."""
         ...
 
+    def checkpoint(self) -> Path:
+        """A directory that holds the executor's own weights."""
+        ...
+
     def reference_next_token(self, context: list[int], sampling: SamplingParams, min_length: int = 0) -> int:
         """The token after `context`, computed without pages, slots or steps.
 
@@ -48,6 +53,9 @@ class FakeAdapter:
                 raise ForwardError(f"step {step} was told to fail")
 
         return FakeExecutor(limits, FakeModel(self.vocab_size), fail_on=fail_on)
+
+    def checkpoint(self) -> Path:
+        return Path(__file__).parent
 
     def reference_next_token(self, context: list[int], sampling: SamplingParams, min_length: int = 0) -> int:
         masked = SamplingParams(

@@ -32,6 +32,7 @@ class Rig:
     depth: int = 2
     eos_rate: float = 0.0
     prefix_cache: bool = True
+    policy: str = "fcfs"
     clock: ManualClock = field(default_factory=ManualClock)
 
     def __post_init__(self) -> None:
@@ -41,7 +42,7 @@ class Rig:
         self.executor = FakeExecutor(limits, self.model, fail_on=self._fail)
         self.scheduler = Scheduler(
             limits,
-            SchedulerOptions(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget),
+            SchedulerOptions(max_num_seqs=self.max_num_seqs, max_num_batched_tokens=self.budget, policy=self.policy),
             CacheOptions(page_size=PAGE, enable_prefix_caching=self.prefix_cache),
             self.executor.staging,
             self.clock,
@@ -54,10 +55,13 @@ class Rig:
         if step in self.fail_steps:
             raise ForwardError("planned")
 
-    def submit(self, prompt: list[int], max_tokens: int = 8, **params: object) -> Sequence:
+    def submit(
+        self, prompt: list[int], max_tokens: int = 8, *, key: str = "", priority: int = 0, **params: object
+    ) -> Sequence:
         self.submitted += 1
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, **params)  # type: ignore[arg-type]
-        return self.scheduler.submit(Request(f"r{self.submitted}", prompt, sampling))
+        request = Request(f"r{self.submitted}", prompt, sampling, priority=priority, fairness_key=key)
+        return self.scheduler.submit(request)
 
     def launch(self) -> Batch | None:
         batch = self.scheduler.schedule()
@@ -85,6 +89,16 @@ class Rig:
             if not self.scheduler.has_work and not self.in_flight:
                 return
             self.tick()
+        raise AssertionError("the scheduler did not come to an end")
+
+    def admissions(self, bound: int = 5000) -> list[Sequence]:
+        """Run to the end; the sequences in the order in which they were first admitted."""
+        order: dict[Sequence, None] = {}
+        for _ in range(bound):
+            if not self.scheduler.has_work and not self.in_flight:
+                return list(order)
+            self.tick()
+            order |= dict.fromkeys(self.scheduler.live_sequences())
         raise AssertionError("the scheduler did not come to an end")
 
     def check(self) -> None:

@@ -21,6 +21,7 @@ from engine.request import FinishReason, RequestError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence, SequenceStatus
+from tests.sim.ordering import CheckedPolicy
 from tests.sim.workload import EOS, Arrival, Options, Runs, draw_arrivals, draw_options
 
 
@@ -98,6 +99,7 @@ class Simulator:
                 overlap=options.depth == 2,
                 admission_watermark=options.watermark,
                 jump_ahead=options.jump_ahead,
+                policy=options.policy,
             ),
             CacheOptions(
                 page_size=limits.page_size,
@@ -109,6 +111,8 @@ class Simulator:
             self.clock,
             (EOS,),
         )
+        policy = self.scheduler._policy
+        self.scheduler._policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
         self.arrivals = deque(arrivals)
         self.clients: dict[Sequence, Client] = {}
         self.open: dict[Sequence, Client] = {}

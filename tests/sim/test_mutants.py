@@ -20,7 +20,10 @@ from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import RadixTree
 from engine.forward import Staging
 from engine.scheduling.batch import Batch
+from engine.scheduling.policy.fair import Fair
 from engine.scheduling.policy.fcfs import FCFS
+from engine.scheduling.policy.lpm import LPM
+from engine.scheduling.policy.priority import Priority
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import SlotTable
@@ -72,6 +75,9 @@ RUNS = {
     "constrained_rate": 0.8,
     "jump_ahead": True,
 }
+# More waits than can run, under each policy that makes a choice.
+CROWD = {"burst": 12, "arrival_rate": 0.5, "max_num_seqs": 2, "max_num_batched_tokens": 10, "abort_burst_rate": 0.0}
+LONGEST, IMPORTANT, SHARES = ({**CROWD, "policy": policy} for policy in ("lpm", "priority", "fair"))
 
 
 @dataclass(frozen=True)
@@ -184,6 +190,50 @@ MUTANTS = [
     # Order.
     Mutant("a retracted sequence is lost", Scheduler, "_release_if_idle", "self._policy.push_front(sequence)", "pass"),
     Mutant("an aborted sequence is admitted", FCFS, "peek", "queue[0].is_finished", "False"),
+    Mutant("the newest goes first", FCFS, "push", "self._queue.append", "self._queue.appendleft"),
+    Mutant(
+        "the longest match goes last", LPM, "peek",
+        "self._choice = self._ranked[-1]", "self._choice = self._ranked[0]", LONGEST,
+    ),
+    Mutant(
+        "matches are of an earlier turn", LPM, "peek",
+        "if turn != self._ranked_in:", "if not self._ranked:", LONGEST,
+    ),
+    Mutant("matches are of another namespace", LPM, "_match_length", "sequence.request.namespace", "'b'", LONGEST),
+    Mutant(
+        "ties go to the newest", LPM, "peek",
+        "in reversed(self._queue)", "in self._queue", LONGEST,
+    ),
+    Mutant("a prompt without a match starves", LPM, "pop", "self._num_passed += 1", "pass", LONGEST),
+    Mutant(
+        "retracted sequences queue by match", LPM, "peek",
+        "or oldest.is_retracted", "or False", {**REMAPS, "policy": "lpm"},
+    ),
+    Mutant(
+        "the most important goes last", Priority, "push",
+        "(sequence.request.priority,", "(-sequence.request.priority,", IMPORTANT,
+    ),
+    Mutant("equals go newest first", Priority, "push", "sequence.order,", "-sequence.order,", IMPORTANT),
+    Mutant("an aborted important one is admitted", Priority, "peek", "heap[0][2].is_finished", "False", IMPORTANT),
+    Mutant("the most important is retracted", Priority, "victim", "max(", "min(", {**REMAPS, "policy": "priority"}),
+    Mutant(
+        "idling earns credit", Fair, "push",
+        "max(self._served.get(key, 0), self._floor)", "self._served.get(key, 0)", SHARES,
+    ),
+    Mutant("a debt is doubled by the lift", Fair, "push", "self._charge_outputs()", "pass", SHARES),
+    Mutant("prompts are free", Fair, "pop", "PROMPT_WEIGHT *", "0 *", SHARES),
+    Mutant("cached prompts are charged", Fair, "pop", "- sequence.num_cached_tokens", "", SHARES),
+    Mutant("output is free", Fair, "_charge_output", "OUTPUT_WEIGHT *", "0 *", SHARES),
+    Mutant("output is charged twice", Fair, "_charge_output", "self._charged[sequence] = count", "pass", SHARES),
+    Mutant(
+        "what an ended sequence owes is forgiven", Fair, "finished",
+        "self._charge_output(sequence)", "pass", SHARES,
+    ),
+    Mutant(
+        "output is charged in the first turn alone", Fair, "peek",
+        "self._turn, self._is_charged = turn, False", "pass", SHARES,
+    ),
+    Mutant("the key that was served most is next", Fair, "_next_key", "min(", "max(", SHARES),
     Mutant("an aborted sequence is counted as waiting", Scheduler, "finish", "self.num_waiting -= 1", "pass"),
     Mutant(
         "the budget is exceeded by one", Scheduler, "_write_chunk",
@@ -264,7 +314,11 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.fail(f"no simulation out of {MAX_SEEDS} saw that {mutant.name}")
 
 
-@pytest.mark.parametrize("changes", [FAILURES, REMAPS, RUNS], ids=["failures", "remaps", "runs"])
+@pytest.mark.parametrize(
+    "changes",
+    [FAILURES, REMAPS, RUNS, LONGEST, IMPORTANT, SHARES],
+    ids=["failures", "remaps", "runs", "longest", "important", "shares"],
+)
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
     """Under the changed options, too; the plain ones are `test_simulation.test_runs`."""
     for seed in range(MAX_SEEDS):

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 
+from engine.scheduling.policy.registry import POLICIES
 from tests.sim import __main__ as command
 from tests.sim.simulator import Report, SimulationError, Simulator, run, simulate
 from tests.sim.workload import Options, calm_options, draw_arrivals, draw_options
@@ -39,7 +40,7 @@ def answers(seed: int, options: Options, **changes: object) -> dict[str, tuple[t
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
 def test_what_must_not_change_an_answer(first: int) -> None:
-    """Depth, prefix cache, size of the pool, token budget, eviction: the same tokens for every request."""
+    """Depth, prefix cache, size of the pool, token budget, eviction, order: the same tokens for every request."""
     for seed in range(first, first + 10):
         options = calm_options(seed)
         whole_context = -(-options.max_model_len // options.page_size)
@@ -54,6 +55,8 @@ def test_what_must_not_change_an_answer(first: int) -> None:
         assert answers(seed, options, max_num_batched_tokens=options.max_num_seqs) == plain
         assert answers(seed, options, eviction_policy="fifo") == plain
         assert answers(seed, options, jump_ahead=False) == answers(seed, options, jump_ahead=True) == plain
+        for policy in POLICIES:
+            assert answers(seed, options, policy=policy) == plain
 
 
 def test_a_run_is_a_function_of_its_seed() -> None:

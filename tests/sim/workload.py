@@ -16,6 +16,7 @@ from engine.cache.eviction.registry import EVICTION_POLICIES
 from engine.executor.fake import FakeModel, expected_stream
 from engine.forward import Limits
 from engine.request import FinishReason, Request, SamplingParams
+from engine.scheduling.policy.registry import POLICIES
 
 EOS = 0
 
@@ -47,6 +48,7 @@ class Options:
     poison: bool
     constrained_rate: float
     jump_ahead: bool
+    policy: str
 
     @property
     def limits(self) -> Limits:
@@ -159,6 +161,7 @@ def draw_options(seed: int) -> Options:
         poison=random.random() < 0.5,
         constrained_rate=random.choice([0.0, 0.3, 0.7]),
         jump_ahead=random.random() < 0.8,
+        policy=random.choice(sorted(POLICIES)),
     )
 
 
@@ -178,6 +181,8 @@ def calm_options(seed: int) -> Options:
 
 def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
     random = Random(f"arrivals {seed}")
+    # Of its own, so that a policy changes the order of a workload and nothing else.
+    whose = Random(f"whose {seed}")
     longest = options.max_model_len - 1
     systems = [
         _draw_tokens(random, options, random.randint(1, random.choice([longest, 1 + longest // 2, 4])))
@@ -208,6 +213,8 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                 sampling=_draw_sampling(random, options, len(prompt)),
                 namespace="" if options.namespaces == 1 else random.choice(["", "b"]),
                 constraint=_draw_runs(random, options),
+                priority=whose.choice([-3, 0, 0, 0, 7]),
+                fairness_key=whose.choice(["", "", "a", "b"]),
             )
             arrival = _expect(tick, request, options)
             if arrival.accepted:

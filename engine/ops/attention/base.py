@@ -45,6 +45,14 @@ class AttentionSpec:
 class AttentionBackend(Protocol):
     """Paged attention over pools [num_pages + 1, page_size, kv_heads, head_dim], K and V, per layer."""
 
+    def release(self) -> None:
+        """Give the pools' memory back."""
+        ...
+
+    def allocate(self) -> None:
+        """Have pools again, after `release`."""
+        ...
+
     def plan(self, metadata: PagedMetadata) -> None:
         """Take up a step; its arrays stay untouched until the step is done."""
         ...

@@ -118,10 +118,20 @@ class DeviceAttention:
         self.kv_dtype = kv_dtype or dtype
         self.device = device
         self.windows: tuple[int | None, ...] = spec.window or (None,) * spec.num_layers
-        shape = (num_pages + 1, page_size, spec.num_kv_heads, spec.head_dim)
+        self._num_pages = num_pages
+        self.allocate()
+
+    def allocate(self) -> None:
+        """The KV pools; again, after `release`."""
+        shape = (self._num_pages + 1, self.page_size, self.spec.num_kv_heads, self.spec.head_dim)
+        options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
         # Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
-        self.k_pools = [torch.zeros(shape, dtype=self.kv_dtype, device=device) for _ in range(spec.num_layers)]
-        self.v_pools = [torch.zeros(shape, dtype=self.kv_dtype, device=device) for _ in range(spec.num_layers)]
+        self.k_pools = [torch.zeros(shape, **options) for _ in range(self.spec.num_layers)]
+        self.v_pools = [torch.zeros(shape, **options) for _ in range(self.spec.num_layers)]
+
+    def release(self) -> None:
+        """Give the KV pools' memory back; graphs that were captured with them are void."""
+        self.k_pools, self.v_pools = [], []
 
     @property
     def decode_needs_plan(self) -> bool:

@@ -52,16 +52,26 @@ class Backend:
         assert spec.num_heads % spec.num_kv_heads == 0
         self.spec = spec
         self.page_size = page_size
-        shape = (num_pages + 1, page_size, spec.num_kv_heads, spec.head_dim)
-        self.k_pools = [lazy_zeros(shape, dtype) for _ in range(spec.num_layers)]
-        self.v_pools = [lazy_zeros(shape, dtype) for _ in range(spec.num_layers)]
+        self._num_pages = num_pages
         self._dtype = dtype
+        self.allocate()
         self._windows = spec.window or (None,) * spec.num_layers
         self._library: native.Library | None = None
         self._metadata: PagedMetadata | None = None
         self._arrays: tuple[np.ndarray, ...] = ()
         self._step = _Step()
         self._handle: ctypes.PyDLL | ctypes.CDLL | None = None
+
+    def allocate(self) -> None:
+        """See AttentionBackend."""
+        spec = self.spec
+        shape = (self._num_pages + 1, self.page_size, spec.num_kv_heads, spec.head_dim)
+        self.k_pools = [lazy_zeros(shape, self._dtype) for _ in range(spec.num_layers)]
+        self.v_pools = [lazy_zeros(shape, self._dtype) for _ in range(spec.num_layers)]
+
+    def release(self) -> None:
+        """See AttentionBackend."""
+        self.k_pools, self.v_pools = [], []
 
     def plan(self, metadata: PagedMetadata) -> None:
         """See AttentionBackend. Nothing is copied: the arrays must live until the step is done."""

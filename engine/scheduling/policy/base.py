@@ -18,10 +18,21 @@ class AdmissionPolicy(Protocol):
         """A retracted sequence: it was admitted before, so it goes before all that were not."""
         ...
 
-    def peek(self) -> Sequence | None:
-        """The next to admit, or None."""
+    def peek(self, turn: int) -> Sequence | None:
+        """The next to admit, or None. Nothing but admissions happens between two calls with the same `turn`."""
         ...
 
     def pop(self) -> Sequence:
-        """Remove what `peek` returned."""
+        """Remove what `peek` has just returned: it is admitted. Its num_cached_tokens is known."""
         ...
+
+    def victim(self, running: list[Sequence]) -> Sequence:
+        """Whom to retract when pages run out; running: at least two, in order of admission.
+
+        Whatever the policy, one sequence must be the last choice until it ends: it is what always advances.
+        """
+        return running[-1]
+
+    def finished(self, sequence: Sequence) -> None:
+        """A sequence has ended, in whatever state it was; called once."""
+        return None

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 
+from engine.cache.kv_cache import KVCache
+from engine.scheduling.policy.base import AdmissionPolicy
 from engine.scheduling.sequence import Sequence
 
 
-class FCFS:
+class FCFS(AdmissionPolicy):
     """A queue; retracted sequences come back to its front, the oldest of them first."""
 
-    def __init__(self) -> None:
+    def __init__(self, cache: KVCache) -> None:
         self._queue: deque[Sequence] = deque()
         self._compact_at = 1024
 
@@ -29,7 +31,7 @@ class FCFS:
             index += 1
         queue.insert(index, sequence)
 
-    def peek(self) -> Sequence | None:
+    def peek(self, turn: int) -> Sequence | None:
         queue = self._queue
         while queue and queue[0].is_finished:
             queue.popleft()

@@ -1,0 +1,98 @@
+"""Pause and sleep, as in vLLM, and SGLang's /update_weights_from_disk: what brings the engine to rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aiohttp import web
+
+from engine.config import StartupError
+from engine.engine import PAUSE_MODES
+from server.protocol.body import invalid, read_body
+from server.protocol.errors import ApiError, json_response
+from server.state import STATE
+
+
+async def pause(request: web.Request) -> web.Response:
+    """`?mode=abort|wait|keep`: see Engine.pause. Requests that come meanwhile wait for /resume."""
+    await request.app[STATE].engine.pause(_read_mode(request))
+    return json_response({"status": "paused"})
+
+
+async def resume(request: web.Request) -> web.Response:
+    await request.app[STATE].engine.resume()
+    return json_response({"status": "resumed"})
+
+
+async def is_paused(request: web.Request) -> web.Response:
+    return json_response({"is_paused": request.app[STATE].engine.is_paused})
+
+
+async def sleep(request: web.Request) -> web.Response:
+    """`?level=1|2&mode=abort|wait|keep`: see Engine.sleep."""
+    level = request.query.get("level", "1")
+    if level not in ("1", "2"):
+        raise invalid("level", "must be 1 or 2")
+    try:
+        await request.app[STATE].engine.sleep(int(level), _read_mode(request))
+    except StartupError as error:
+        raise ApiError(400, f"The model cannot sleep: {error}") from None
+    return web.Response()
+
+
+async def wake_up(request: web.Request) -> web.Response:
+    """All of it: `tags`, which wakes up a part, is a 400."""
+    if request.query.get("tags"):
+        raise invalid("tags", "is not supported: the weights and the KV cache wake up together")
+    try:
+        await request.app[STATE].engine.wake_up()
+    except StartupError as error:
+        # Its words name files of the server.
+        raise ApiError(503, f"The model cannot wake up: {str(error).rpartition(': ')[2]}") from None
+    return web.Response()
+
+
+async def is_sleeping(request: web.Request) -> web.Response:
+    return json_response({"is_sleeping": request.app[STATE].engine.sleep_level > 0})
+
+
+async def update_weights(request: web.Request) -> web.Response:
+    """`model_path`: a directory of this machine with a checkpoint of the served architecture.
+
+    Without `abort_all_requests` it waits until those that are here have finished. The cache is flushed. A failure is a
+    400, and the old weights go on serving.
+    """
+    engine, body = request.app[STATE].engine, await read_body(request)
+    path = body.string("model_path", None, most=4096)
+    if path is None:
+        raise invalid("model_path", "is required")
+    body.choice("load_format", ("auto", "safetensors"))
+    if not body.boolean("flush_cache", True):
+        raise invalid("flush_cache", "must be true: what is cached was computed with the old weights")
+    version, abort = body.string("weight_version", None, most=128), body.boolean("abort_all_requests", False)
+    if "\0" in path:
+        raise invalid("model_path", "must be a directory on the server's machine")
+    try:
+        await engine.load_weights(Path(path), abort=abort, version=version)
+    except StartupError as error:
+        sentence = str(error).replace(path.rstrip("/"), "model_path")
+        raise ApiError(400, f"The weights were not taken: {sentence}", param="model_path") from None
+    return json_response({"success": True, "message": "The new weights serve.", "num_paused_requests": 0})
+
+
+def _read_mode(request: web.Request) -> str:
+    mode = request.query.get("mode", "abort")
+    if mode not in PAUSE_MODES:
+        raise invalid("mode", f"must be one of {', '.join(PAUSE_MODES)}")
+    return mode
+
+
+ROUTES = (
+    ("POST", "/pause", pause),
+    ("POST", "/resume", resume),
+    ("GET", "/is_paused", is_paused),
+    ("POST", "/sleep", sleep),
+    ("POST", "/wake_up", wake_up),
+    ("GET", "/is_sleeping", is_sleeping),
+    ("POST", "/update_weights_from_disk", update_weights),
+)
