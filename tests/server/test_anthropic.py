@@ -419,7 +419,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"output_config": {"effort": "none"}}, "output_config.effort"),
     ({"output_config": {"format": {"type": "text"}}}, "output_config.format.type"),
     ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
-    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "output_config.format"),
+    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "output_config.format.schema"),
     ({"mcp_servers": [{}]}, "mcp_servers"),
     ({"container": "x"}, "container"),
     ({"speed": "fast"}, "speed"),
