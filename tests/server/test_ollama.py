@@ -150,7 +150,8 @@ async def test_tools_come_whole(server: Live) -> None:
 async def test_a_conversation_is_the_prompt_that_a_chat_makes(server: Live) -> None:
     """Ids of calls are made up where Ollama has none, and results find theirs."""
     source = (
-        "{% for m in messages %}[{{ m.role }}:{{ m.name }}:{{ m.tool_call_id }}:{{ m.reasoning_content }}:{{ m.content }}"
+        "{% for m in messages %}[{{ m.role }}:{{ m.name }}:{{ m.tool_call_id }}:"
+        "{{ m.reasoning_content }}:{{ m.content }}"
         "{% for c in m.tool_calls %}<{{ c.id }} {{ c.function.name }}>{% endfor %}]{% endfor %}"
     )
     template = type(served_model().chat_template)({"default": source}, {})  # type: ignore[misc]
