@@ -47,7 +47,8 @@ _SAME = (
 )
 _REFUSALS: dict[str, tuple[object, ...]] = {
     "container": (),
-    "context_management": ({}, {"edits": []}),
+    # The last keeps everything that it could clear.
+    "context_management": ({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     "diagnostics": (),
     "inference_geo": (),
     "mcp_servers": ([],),
@@ -98,6 +99,9 @@ async def parse_messages(body: Body, state: State, response_id: str) -> tuple[Pl
     budget = chat.get("thinking_token_budget")
     if budget is not None and budget >= max_tokens:
         raise invalid("thinking.budget_tokens", "must be less than `max_tokens`")
+    if state.reasoning_family is None:
+        # Agents ask every model to think; one that does not keeps any budget.
+        chat["thinking_token_budget"] = None
     plan = await parse_chat(Body(chat, body.size), state, response_id)
     # Clients must send a number and send a large one, whatever the model; Anthropic has a stop reason for what ends
     # at the context's end instead.

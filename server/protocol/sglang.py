@@ -129,9 +129,9 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
                 most_logprobs=MAX_TOP_LOGPROBS,
             )
         size = len(plan.requests[0].prompt_token_ids)
-        start = own.integer("logprob_start_len", -1, -1, max(size - 1, -1))
-        start = max(size - 1, 0) if start < 0 else start
-        # The last token needs nothing: SGLang has null for the first that it reports.
+        start = own.integer("logprob_start_len", -1, -1, size)
+        # The default is none of the prompt's tokens.
+        start = size if start < 0 else start
         if wants_logprobs and start < size - 1:
             plan = replace(plan, requests=_with_prompt_logprobs(plan, top))
         if plan.num_candidates != (plans or [plan])[0].num_candidates:
