@@ -130,6 +130,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
                 default_max_tokens=DEFAULT_MAX_NEW_TOKENS,
                 most_logprobs=MAX_TOP_LOGPROBS,
             )
+        check_fits_queue(state, plan.num_candidates * len(prompts))
         size = len(plan.requests[0].prompt_token_ids)
         start = own.integer("logprob_start_len", -1, -1, size)
         # The default is none of the prompt's tokens.
@@ -144,7 +145,6 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
             # Short texts are encoded on the loop; a thousand of them must not hold it.
             await asyncio.sleep(0)
     requests = [request for plan in plans for request in plan.requests]
-    check_fits_queue(state, len(requests))
     num_each = plans[0].num_candidates
     merged = replace(plans[0], id=response_id, requests=requests)
     shared = [rid for rid in rids for _ in range(num_each)]
