@@ -224,10 +224,15 @@ def _build_cuda(
     report.row("dtype", str(dtype).removeprefix("torch."))
     report.row("deterministic", "no (GPU)")
     with report.phase("weights"):
-        load = _make_loader(config, directory, model_config, dtype=dtype, device=layer.device, max_model_len=context)
+        read = _make_loader(config, directory, model_config, dtype=dtype, device=layer.device, max_model_len=context)
+
+        def load(other: Path | None) -> CausalLM:
+            model = read(other)
+            if config.cuda.nvtx == "layers":
+                model.name_layers(layer.range)
+            return model
+
         model = load(None)
-    if config.cuda.nvtx == "layers":
-        model.name_layers(layer.range)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.stream import Delta
 from engine.text.tokenizer import Tokenizer
 from server.parsers.base import (
     ContentDelta,
@@ -40,12 +41,13 @@ class Reading:
     max_calls: int | None = None
     style: ReasoningStyle = "apart"
 
-    def make_parser(self) -> OutputParser:
+    def make_parser(self, *, buffer_calls: bool = False) -> OutputParser:
         return OutputParser(
             self.tool_family,
             self.reasoning_family,
             start_inside=self.start_inside,
             tools=self.tools,
+            buffer_calls=buffer_calls,
             max_calls=self.max_calls,
             style=self.style,
         )
@@ -55,6 +57,14 @@ class Reading:
         if self.reasoning_family is None or tokenizer is None:
             return None
         return ReasoningWatch(tokenizer, self.reasoning_family, inside=self.start_inside)
+
+
+def read_events(parser: OutputParser | None, delta: Delta) -> list[Event]:
+    """What a delta's text means, with all that was held back where it is the last; without a parser it is content."""
+    if parser is None:
+        return [ContentDelta(delta.text)] if delta.text else []
+    events = parser.push(delta.text) if delta.text else []
+    return events if delta.finish_reason is None else [*events, *parser.finish()]
 
 
 def read_message(parser: OutputParser, text: str, echo: str) -> Json:

@@ -47,6 +47,7 @@ from engine.models.registry import CausalLM
 from engine.ops.attention.device import DecodePlan, DecodeStep, DeviceAttention, MixedStep, decode_inputs
 from engine.ops.sampling.device import WORDS, sample
 from engine.ops.sampling.device_extras import DeviceExtras, allow, figures_of, prompt_figures, prompt_logprobs
+from engine.ops.skinny import Blocks
 
 logger = logging.getLogger("oneloop.cuda")
 
@@ -267,6 +268,7 @@ class CUDAExecutor:
         self._lost: DeviceLostError | None = None
         self._closed = False
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._few: list[dict[int, Blocks]] = []
         self._profiler: Any = None
         self._profile_dir: Path | None = None
         self._load = load
@@ -399,7 +401,7 @@ class CUDAExecutor:
                 if self._offloaded is not None:
                     self._offloaded.restore()
                 elif not hasattr(self, "model"):
-                    self.model = self._reader()(directory)
+                    self.model = self._with_products(self._reader()(directory))
                 self.attention.allocate()
             except torch.OutOfMemoryError as error:
                 self.attention.release()
@@ -413,7 +415,7 @@ class CUDAExecutor:
             self.attention.release()
             self.layer.free_memory()
             try:
-                self.model = load(directory)
+                self.model = self._with_products(load(directory))
             finally:
                 self.attention.allocate()
 
@@ -429,7 +431,7 @@ class CUDAExecutor:
         with self._moving, self.layer.may_block():
             self.layer.synchronize_all()
             self.graphs.clear()
-            self._open.clear()
+            self._open = None
             try:
                 yield
             finally:
@@ -783,7 +785,14 @@ class CUDAExecutor:
         with self.layer.may_block(), self.layer.on(self._compute):
             found = choose_products(self.model.linears, self.layer)
             self.layer.synchronize_all()
+        self._few = [linear.few for linear in self.model.linears]
         return found
+
+    def _with_products(self, model: CausalLM) -> CausalLM:
+        """Another model of the same shapes, with what was found faster for the first one."""
+        for linear, few in zip(model.linears, self._few, strict=False):
+            linear.few = few
+        return model
 
     def decode_once(self) -> None:
         """A decode step of one padding row: its kernels are built and loaded before a client waits for them. Blocks."""

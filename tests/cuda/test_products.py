@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -115,6 +116,10 @@ async def test_tokens_stay_the_same(seed: int) -> None:
         ours, shapes = executor.choose_products()
         assert 0 < ours <= shapes == 3 * 5  # qkv, output, gate and up, down, logits
         tokens = await serve(executor, requests)
+        # Weights that are read later go the same ways.
+        other: Any = SimpleNamespace(linears=[SimpleNamespace(few={}) for _ in model.linears])
+        executor._with_products(other)
+        assert [linear.few for linear in other.linears] == [linear.few for linear in model.linears]
     finally:
         for linear in model.linears:  # other tests have this model, too
             linear.few = {}
