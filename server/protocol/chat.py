@@ -22,8 +22,8 @@ from server.protocol.structured_fields import read_grammar, with_calls
 from server.protocol.tool_fields import ToolPlan, call_format, forced_calls, read_tools
 from server.state import State
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # What the template gets from us and nobody else.
 _RESERVED_KWARGS = frozenset(
     {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
@@ -146,8 +146,8 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise invalid(where, "must be an object")
     role = message.get("role")
-    if role not in _ROLES:
-        raise invalid(f"{where}.role", f"must be one of {', '.join(_ROLES)}")
+    if role not in ROLES:
+        raise invalid(f"{where}.role", f"must be one of {', '.join(ROLES)}")
     # Templates of open models know no developer and would drop the message without a word.
     read: dict[str, Any] = message | {"role": "system" if role == "developer" else role}
     for name in ("name", "tool_call_id", "reasoning", "reasoning_content"):
@@ -219,7 +219,7 @@ def _read_template_kwargs(body: Body) -> dict[str, Any]:
     kwargs = dict(body.object("chat_template_kwargs") or {})
     if reserved := _RESERVED_KWARGS.intersection(kwargs):
         raise invalid("chat_template_kwargs", f"must not set `{min(reserved)}`")
-    effort = body.choice("reasoning_effort", _EFFORTS)
+    effort = body.choice("reasoning_effort", EFFORTS)
     if effort is not None:
         # The three names that templates use for it; an explicit argument wins.
         thinks = effort != "none"
