@@ -103,13 +103,20 @@ _GRAMMAR = string(least=1, about="Lark, or EBNF (`root ::= ...`).")
 _CHOICE = array(string(least=1), least=1, about="The text is one of these.")
 _TAG = either(OBJECT, string(), about="A structural tag.")
 _STRUCTURE: Json = {
-    "response_format": takes(
-        {"type": constant("text", "json_object", "json_schema", "structural_tag")},
-        {
-            "json_schema": takes(
-                {"schema": _SCHEMA}, {"name": string(least=1, most=64), "description": string(), "strict": boolean()}
-            )
-        },
+    "response_format": either(
+        takes({"type": constant("text")}),
+        takes({"type": constant("json_object")}, {"schema": _SCHEMA}),
+        takes(
+            {
+                "type": constant("json_schema"),
+                "json_schema": takes(
+                    {"schema": _SCHEMA},
+                    {"name": string(least=1, most=64), "description": string(), "strict": boolean()},
+                ),
+            },
+        ),
+        takes({"type": constant("json_schema"), "schema": _SCHEMA}, {"strict": boolean(), "json_schema": NULL}),
+        takes({"type": constant("structural_tag")}, about="With the fields of a structural tag beside it."),
     ),
     "structured_outputs": takes(
         {},
@@ -235,6 +242,8 @@ _PROMPT = either(
     array(array(integer(0), least=1), least=1, most=MAX_PROMPTS),
 )
 
+_TOKENIZE_COMMON: Json = {**_MODEL, "add_special_tokens": boolean(), "return_token_strs": boolean()}
+
 # ---- what is answered
 
 _INTEGER_IDS = array(integer(0))
@@ -297,16 +306,9 @@ SCHEMAS: Json = {
             **refused(COMPLETION_REFUSALS),
         },
     ),
-    "TokenizeRequest": takes(
-        {},
-        {
-            **_MODEL,
-            "prompt": string("This or `messages`."),
-            "messages": array(_MESSAGE, least=1),
-            **_TOOLS,
-            **_TEMPLATE,
-            "return_token_strs": boolean(),
-        },
+    "TokenizeRequest": either(
+        takes({"prompt": string()}, {**_TOKENIZE_COMMON, "messages": NULL}),
+        takes({"messages": array(_MESSAGE, least=1)}, {**_TOKENIZE_COMMON, **_TOOLS, **_TEMPLATE, "prompt": NULL}),
     ),
     "DetokenizeRequest": takes({"tokens": _IDS}, {**_MODEL, "skip_special_tokens": boolean()}),
     "ToolCall": gives(
@@ -439,10 +441,9 @@ def post(
     """
     content = {"application/json": _media(answer)}
     if events is not None:
-        content["text/event-stream"] = {
-            "schema": string(f"Lines `data: ` with one {events} each, then `data: [DONE]`."),
-            "x-event-schema": ref(events),
-        }
+        chunk = string() | {"contentMediaType": "application/json", "contentSchema": ref(events)}
+        event = takes({"data": either(chunk, constant("[DONE]"))}, about="Each event; the last one's data is [DONE].")
+        content["text/event-stream"] = {"schema": event}
     return {"post": _operation(summary, request, content, examples or [], error)}
 
 

@@ -28,6 +28,8 @@ MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LENGTH = 256
 # Below this, float32 softmax has all its mass on one token; dividing by it would only make infinities.
 _GREEDY_BELOW = 1e-5
+# A logit divided by less may be no float32 any more. It repeats for ever at this already.
+_LEAST_REPETITION_PENALTY = 1e-6
 _UINT64 = (1 << 64) - 1
 
 
@@ -250,8 +252,9 @@ def _read_sampling(body: Body, state: State, max_tokens: int | None) -> Sampling
         spaces_between_special_tokens=body.boolean("spaces_between_special_tokens", True),
         presence_penalty=body.number("presence_penalty", 0.0, -2, 2),
         frequency_penalty=body.number("frequency_penalty", 0.0, -2, 2),
-        repetition_penalty=either(
-            body.number("repetition_penalty", None, 0, 2, above=True), defaults.repetition_penalty, 1.0
+        repetition_penalty=max(
+            either(body.number("repetition_penalty", None, 0, 2, above=True), defaults.repetition_penalty, 1.0),
+            _LEAST_REPETITION_PENALTY,
         ),
         logit_bias=_read_logit_bias(body, vocab_size),
         allowed_token_ids=_read_allowed_token_ids(body, vocab_size),
