@@ -106,7 +106,7 @@ def _version(package: str) -> str:
 def in_readme() -> str:
     """The matrix that the README shows. Raises AssertionError where it has no place for one."""
     found = re.search(f"{re.escape(BEGIN)}(.*){re.escape(END)}", README.read_text(), re.DOTALL)
-    assert found is not None, f"README.md has no place for it"
+    assert found is not None, "README.md has no place for it"
     return found[1]
 
 
