@@ -48,11 +48,10 @@ NO_TEXT = _NoText()
 
 
 class _Listener:
-    """What the engine keeps of one request: its stream, its text state, and when things happened."""
+    """What the engine keeps of one request: its stream, its text state, and when it was last flushed."""
 
     __slots__ = (
         "detokenizer",
-        "first_token_at",
         "flushed_at",
         "has_stop_strings",
         "logprobs",
@@ -76,7 +75,6 @@ class _Listener:
         self.num_accepted = 0
         # Of tokens not published yet.
         self.logprobs: list[TokenLogprob] = []
-        self.first_token_at: float | None = None
         self.flushed_at = -math.inf
 
 
@@ -135,7 +133,7 @@ class Engine:
             sampling = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=sampling)
         sequence = self.scheduler.submit(request)
-        stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort)
+        stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort, sequence.arrived_at)
         detokenizer = (
             NO_TEXT
             if self.tokenizer is None
@@ -311,7 +309,7 @@ class Engine:
                 ):
                     self._flush(listener, now)
         for sequence in result.finished:
-            if sequence.listener.first_token_at is None:
+            if sequence.listener.stream.first_token_at is None:
                 self._on_first_token(sequence, now)
             self._end(sequence.listener)
 
@@ -352,10 +350,10 @@ class Engine:
         stream.finish(reason, sequence.stop_reason, error, bad_request=bad_request)
 
     def _on_first_token(self, sequence: Sequence | None, now: float) -> None:
-        if sequence is None or sequence.listener.first_token_at is not None:
+        if sequence is None or sequence.listener.stream.first_token_at is not None:
             return
         listener = sequence.listener
-        listener.first_token_at = now
+        listener.stream.first_token_at = now
         listener.stream.num_cached_tokens = sequence.num_cached_tokens
         self.metrics.prompt_tokens += sequence.num_prompt_tokens
         admitted = sequence.admitted_at or now
@@ -368,7 +366,8 @@ class Engine:
 
     def _observe_end(self, listener: _Listener, reason: FinishReason) -> None:
         sequence, now = listener.sequence, self.clock.now()
-        first = listener.first_token_at
+        listener.stream.finished_at = now
+        first = listener.stream.first_token_at
         self.metrics.on_finished(
             reason,
             num_prompt=sequence.num_prompt_tokens,

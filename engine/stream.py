@@ -56,6 +56,7 @@ class TokenStream:
 
     Leaving the block for any reason aborts what still runs. num_cached_tokens is known with the first delta;
     num_output_tokens counts every generated token so far, those of taken deltas and of the waiting one.
+    arrived_at, first_token_at, finished_at: by the engine's clock, in seconds; the last two None until then.
     """
 
     __slots__ = (
@@ -64,6 +65,9 @@ class TokenStream:
         "_finished",
         "_pending",
         "_waiter",
+        "arrived_at",
+        "finished_at",
+        "first_token_at",
         "num_cached_tokens",
         "num_output_tokens",
         "num_prompt_tokens",
@@ -71,8 +75,13 @@ class TokenStream:
         "request_id",
     )
 
-    def __init__(self, request_id: str, num_prompt_tokens: int, abort: Callable[[str], None]) -> None:
+    def __init__(
+        self, request_id: str, num_prompt_tokens: int, abort: Callable[[str], None], arrived_at: float = 0.0
+    ) -> None:
         self.request_id = request_id
+        self.arrived_at = arrived_at
+        self.first_token_at: float | None = None
+        self.finished_at: float | None = None
         self.num_prompt_tokens = num_prompt_tokens
         self.num_cached_tokens = 0
         self.num_output_tokens = 0

@@ -16,7 +16,7 @@ import signal
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 import orjson
@@ -26,16 +26,31 @@ from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
 from engine.request import RequestError, UnavailableError
 from engine.text.structured import GrammarCompiler
-from server.endpoints import cache, docs, generate, health, info, models, profile, tokenize
+from server.endpoints import (
+    anthropic,
+    cache,
+    docs,
+    generate,
+    health,
+    info,
+    models,
+    ollama,
+    profile,
+    render,
+    sglang,
+    tokenize,
+)
 from server.parsers.registry import choose_parsers
-from server.protocol.errors import ApiError, error_body, error_response
+from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
-ENDPOINTS = (cache, docs, generate, health, info, models, profile, tokenize)
+ENDPOINTS = (anthropic, cache, docs, generate, health, info, models, ollama, profile, render, sglang, tokenize)
+# How errors look by path, where they do not have OpenAI's shape; also a 405, which has no handler.
+_SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A burst of this many connects waits in the kernel and is not refused.
@@ -57,12 +72,15 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     source = "" if model.chat_template is None else model.chat_template.source
     tool_family, reasoning_family = choose_parsers(options.tool_call_parser, options.reasoning_parser, source)
     app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family)
+    app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
     app.on_response_prepare.append(_add_headers)
     for prefix in dict.fromkeys(("", options.root_path.rstrip("/"))):
         for endpoint in ENDPOINTS:
+            shape = getattr(endpoint, "ERROR_SHAPE", error_body)
             for method, path, handler in endpoint.ROUTES:
+                app[_SHAPES][prefix + path] = shape
                 add = functools.partial(app.router.add_route, expect_handler=_expect)
                 add(method, prefix + path, handler)
                 if method == "GET":
@@ -112,7 +130,7 @@ async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 
 async def _answer(request: web.Request, handler: Handler, state: State) -> web.StreamResponse:
-    """Preflight, keys, draining; and every error in OpenAI's shape."""
+    """Preflight, keys, draining; and every error in the shape of its route."""
     try:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return _preflight(request, state.options)
@@ -121,18 +139,27 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
             raise UnavailableError("The server is shutting down and takes no new requests.")
         return await handler(request)
     except RequestError as error:
-        return error_response(error)
+        return _failed(request, error)
     except web.HTTPException as error:
         if error.status < 400:
             raise
         allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-        return error_response(ApiError(error.status, _MESSAGES.get(error.status, error.reason)), allow)
+        return _failed(request, ApiError(error.status, _MESSAGES.get(error.status, error.reason)), allow)
     except ConnectionError:
         # The client has gone before its headers came; aiohttp will find that out with this answer.
         return web.Response(status=_CLIENT_CLOSED)
     except Exception:
         logger.exception("request %s failed in the server", request[REQUEST_ID])
-        return error_response(ApiError(500, "The server had an internal error."))
+        return _failed(request, ApiError(500, "The server had an internal error."))
+
+
+def _failed(request: web.Request, error: RequestError, headers: Mapping[str, str] | None = None) -> web.Response:
+    return error_response(error, headers, _shape(request, error))
+
+
+def _shape(request: web.Request, error: RequestError) -> dict[str, object]:
+    shape = request.app[_SHAPES].get(request.path, error_body)
+    return shape(error, request.get(ECHOED_ID))
 
 
 def _authorize(request: web.Request, options: ServerOptions) -> None:
@@ -141,10 +168,12 @@ def _authorize(request: web.Request, options: ServerOptions) -> None:
     if not options.api_keys or request.match_info.handler in open_handlers:
         return
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
-    given = token.strip().encode("utf-8", "surrogateescape")
+    # The second is how Anthropic's clients send it.
+    given = [token if scheme.lower() == "bearer" else "", request.headers.get("X-Api-Key", "")]
+    words = [word.strip().encode("utf-8", "surrogateescape") for word in given]
     # Every key is compared, whatever the others gave: the time tells nothing.
-    matches = [hmac.compare_digest(given, key.encode()) for key in options.api_keys]
-    if scheme.lower() != "bearer" or not any(matches):
+    matches = [hmac.compare_digest(word, key.encode()) for word in words for key in options.api_keys]
+    if not any(matches):
         raise ApiError(401, "A valid API key is required: Authorization: Bearer <key>.")
 
 
@@ -185,7 +214,7 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
 async def _expect(request: web.Request) -> None:
     """`Expect: 100-continue`. Runs before the gate, so that its error has to bring its own body."""
     if request.headers.get("Expect", "").lower() != "100-continue":
-        body = orjson.dumps(error_body(ApiError(417, "Only 100-continue can be expected.")))
+        body = orjson.dumps(_shape(request, ApiError(417, "Only 100-continue can be expected.")))
         raise web.HTTPExpectationFailed(text=body.decode(), content_type="application/json")
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from engine.stream import Delta
 from server.parsers.base import (
     ContentDelta,
     Event,
@@ -35,14 +36,23 @@ class Reading:
     tools: Mapping[str, Any] = field(default_factory=dict)
     max_calls: int | None = None
 
-    def make_parser(self) -> OutputParser:
+    def make_parser(self, *, buffer_calls: bool = False) -> OutputParser:
         return OutputParser(
             self.tool_family,
             self.reasoning_family,
             start_inside=self.start_inside,
             tools=self.tools,
+            buffer_calls=buffer_calls,
             max_calls=self.max_calls,
         )
+
+
+def read_events(parser: OutputParser | None, delta: Delta) -> list[Event]:
+    """What a delta's text means, with all that was held back where it is the last; without a parser it is content."""
+    if parser is None:
+        return [ContentDelta(delta.text)] if delta.text else []
+    events = parser.push(delta.text) if delta.text else []
+    return events if delta.finish_reason is None else [*events, *parser.finish()]
 
 
 def read_message(parser: OutputParser, text: str, echo: str) -> Json:

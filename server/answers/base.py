@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
+import orjson
+
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenStream
 from server.protocol.errors import ApiError
@@ -31,8 +33,8 @@ class Answer(Protocol):
 
     num_running: int
 
-    def whole(self, deltas: list[Delta]) -> Json:
-        """The body of an answer that is not streamed; one delta for each request of the plan."""
+    def whole(self, deltas: list[Delta]) -> Json | list[Json]:
+        """The body of an answer that is not streamed; one delta for each request of the plan. Raises ApiError."""
         ...
 
     def opening(self) -> bytes:
@@ -70,6 +72,23 @@ def usage(plan: Plan, streams: list[TokenStream], num_output: int) -> Json:
 def failure(delta: Delta) -> ApiError:
     """The error of a delta whose finish reason is ERROR."""
     return ApiError(400 if delta.bad_request else 500, delta.error or "The model failed to compute this request.")
+
+
+def arguments_object(text: str) -> Json:
+    """A call's arguments for clients that want an object; of one that was cut off, its text under Anthropic's key."""
+    try:
+        value = orjson.loads(text or "{}")
+    except orjson.JSONDecodeError:
+        value = None
+    return value if isinstance(value, dict) else {"INVALID_JSON": text}
+
+
+def raise_cut(delta: Delta) -> None:
+    """Raise for an end that a family has no word for: a failed request's, and that of one which was aborted."""
+    if delta.finish_reason is FinishReason.ERROR:
+        raise failure(delta)
+    if delta.finish_reason is FinishReason.ABORT:
+        raise ApiError(503, "The request was aborted before its end.")
 
 
 def raise_early(delta: Delta) -> None:

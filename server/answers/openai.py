@@ -9,7 +9,7 @@ from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenStream
 from server.answers.base import failure, usage
 from server.logprobs import Logprobs, Spelling, vllm_prompt_logprobs
-from server.messages import delta_of, read_message
+from server.messages import delta_of, read_events, read_message
 from server.protocol.generation import Plan
 from server.sse import DONE, EVENT_HEADERS, KEEP_ALIVE, Chunks, Json, error_event
 from server.state import State
@@ -154,11 +154,8 @@ class OpenAIAnswer:
 
     def _read(self, index: int, delta: Delta) -> list[Json]:
         """What a delta's text means; an empty one at the end, which brings the finish reason."""
-        parser = self._parsers[index]
-        events = parser.push(delta.text) if delta.text else []
-        if delta.finish_reason is None:
-            return [delta_of(event) for event in events]
-        return [*(delta_of(event) for event in (*events, *parser.finish())), {}]
+        deltas = [delta_of(event) for event in read_events(self._parsers[index], delta)]
+        return deltas if delta.finish_reason is None else [*deltas, {}]
 
     def _bare(self, index: int, delta: Json) -> bytes:
         choice: Json = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}

@@ -17,10 +17,17 @@ DEFAULT_MAX_TOKENS = 16
 MAX_LOGPROBS = 5
 
 
-async def parse_completion(body: Body, state: State, response_id: str) -> Plan:
-    """Raises RequestError for anything that cannot be served."""
-    logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
-    common = read_common(body, state, "max_tokens", DEFAULT_MAX_TOKENS, logprobs)
+async def parse_completion(
+    body: Body,
+    state: State,
+    response_id: str,
+    *,
+    default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
+    most_logprobs: int = MAX_LOGPROBS,
+) -> Plan:
+    """Raises RequestError for anything that cannot be served. Other families have other defaults and limits."""
+    logprobs = body.integer("logprobs", None, 0, most_logprobs)
+    common = read_common(body, state, "max_tokens", default_max_tokens, logprobs)
     spec = read_grammar(body)
     refuse(body, COMPLETION_REFUSALS)
     add_special_tokens = body.boolean("add_special_tokens", True)

@@ -1,11 +1,12 @@
 """Error bodies in OpenAI's shape: the one place where a status becomes a type and a code.
 
-Used by the middleware, by the responder for errors inside a stream, and below aiohttp for what is no HTTP at all.
+A family with a shape of its own names it as ERROR_SHAPE in its endpoint module. Used by the middleware, by the
+responder for errors inside a stream, and below aiohttp for what is no HTTP at all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import orjson
 from aiohttp import web
@@ -24,6 +25,10 @@ _CODES = {
 _RETRY_AFTER = "1"
 
 
+# Of an error and the id of the HTTP request, where it has one.
+ErrorShape = Callable[[RequestError, str | None], dict[str, object]]
+
+
 class ApiError(RequestError):
     """A RequestError whose status is a value, for what only HTTP knows about."""
 
@@ -33,8 +38,8 @@ class ApiError(RequestError):
         self.code = code
 
 
-def error_body(error: RequestError) -> dict[str, object]:
-    """The JSON object of an error."""
+def error_body(error: RequestError, request_id: str | None = None) -> dict[str, object]:
+    """The JSON object of an error. request_id: goes into a header, not into this shape."""
     status = error.status
     return {
         "error": {
@@ -46,9 +51,11 @@ def error_body(error: RequestError) -> dict[str, object]:
     }
 
 
-def error_response(error: RequestError, headers: Mapping[str, str] | None = None) -> web.Response:
-    """The HTTP answer of an error; `headers` are added to those that its status calls for."""
-    response = json_response(error_body(error), error.status)
+def error_response(
+    error: RequestError, headers: Mapping[str, str] | None = None, body: dict[str, object] | None = None
+) -> web.Response:
+    """The HTTP answer of an error; `headers` are added to those that its status calls for. body: of another shape."""
+    response = json_response(error_body(error) if body is None else body, error.status)
     if headers:
         response.headers.update(headers)
     if error.status == 401:

@@ -6,6 +6,7 @@ A `Plan` is all that the responder needs to know; it is made here and changed by
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from engine.request import Request, RequestError, SamplingParams
@@ -150,9 +151,7 @@ def make_plan(
     if reading is not None:
         common = replace(common, sampling=replace(common.sampling, kept_special_ids=_markers(state, reading)))
     num_requests = len(prompts) * common.num_candidates
-    most = state.engine.config.scheduler.max_queued_requests
-    if num_requests > most:
-        raise RequestError(f"{num_requests} sequences in one request are more than the queue holds ({most}).")
+    check_fits_queue(state, num_requests)
     requests: list[Request] = []
     for prompt in prompts:
         sampling = _fit(state, common, prompt)
@@ -189,6 +188,21 @@ def make_plan(
     )
 
 
+def check_fits_queue(state: State, num_requests: int) -> None:
+    """Raises RequestError (400) for more than could ever wait at once: retrying would not help."""
+    most = state.engine.config.scheduler.max_queued_requests
+    if num_requests > most:
+        raise RequestError(f"{num_requests} sequences in one request are more than the queue holds ({most}).")
+
+
+def with_max_tokens(plan: Plan, count: Callable[[Request], int]) -> Plan:
+    """The plan with another limit for each of its requests."""
+    requests = [
+        replace(request, sampling=replace(request.sampling, max_tokens=count(request))) for request in plan.requests
+    ]
+    return replace(plan, requests=requests)
+
+
 def _markers(state: State, reading: Reading) -> frozenset[int]:
     """Special tokens that the output is read by; one that ends the text is none of it."""
     tokenizer = state.tokenizer
@@ -213,10 +227,15 @@ def derive_seed(seed: int, index: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
+def room_for(state: State, prompt: list[int]) -> int:
+    """Most tokens that can follow a prompt; below 1 where it does not fit itself."""
+    limits = state.engine.limits
+    return min(limits.max_model_len, limits.num_pages * limits.page_size + 1) - len(prompt)
+
+
 def _fit(state: State, common: Common, prompt: list[int]) -> SamplingParams:
     """Give a prompt its default max_tokens; an explicit one that does not fit is the engine's to refuse."""
-    sampling, limits = common.sampling, state.engine.limits
-    room = min(limits.max_model_len, limits.num_pages * limits.page_size + 1) - len(prompt)
+    sampling, room = common.sampling, room_for(state, prompt)
     max_tokens = sampling.max_tokens
     if max_tokens is None and common.default_max_tokens is not None and common.default_max_tokens <= room:
         max_tokens = common.default_max_tokens

@@ -6,6 +6,9 @@ line out and read it in generation.py, chat.py or completions.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from engine.request import RequestError
 from server.protocol.body import Body
 
@@ -74,6 +77,14 @@ def refuse(body: Body, refusals: dict[str, tuple[object, ...]]) -> None:
             value == other and isinstance(value, bool) == isinstance(other, bool) for other in neutral
         ):
             raise not_supported(name)
+
+
+def refuse_in(where: str, fields: Mapping[str, Any], refusals: dict[str, tuple[object, ...]]) -> None:
+    """The same for the fields of an object that stands at `where` in the body."""
+    refuse(
+        Body({f"{where}.{name}": fields.get(name) for name in refusals}),
+        {f"{where}.{name}": neutral for name, neutral in refusals.items()},
+    )
 
 
 def not_supported(name: str) -> RequestError:

@@ -1,0 +1,111 @@
+"""The answer of SGLang's /generate: text, ids and `meta_info`; in a stream each event has all that came so far."""
+
+from __future__ import annotations
+
+import orjson
+
+from engine.request import FinishReason, RequestError
+from engine.stream import Delta, TokenLogprob, TokenStream
+from server.answers.base import failure
+from server.logprobs import LOWEST, Spelling
+from server.protocol.generation import Plan
+from server.protocol.sglang import Wanted
+from server.sse import DONE, EVENT_HEADERS, Json, error_event
+from server.state import State
+
+
+class SGLangAnswer:
+    """One answer; see answers/base.py."""
+
+    headers = EVENT_HEADERS
+    # Its benchmark reads every line as JSON.
+    keep_alive = b""
+
+    def __init__(self, state: State, plan: Plan, streams: list[TokenStream], *, wanted: Wanted) -> None:
+        self.num_running = len(streams)
+        self._plan = plan
+        self._streams = streams
+        self._wanted = wanted
+        self._eos_token_ids = state.engine.eos_token_ids
+        self._spelling = Spelling(state.engine.tokenizer if wanted.with_text else None, False)
+        # What came so far.
+        self._so_far = [Delta() for _ in streams]
+
+    def whole(self, deltas: list[Delta]) -> Json | list[Json]:
+        """One object, or a list of them: all choices of the first prompt first."""
+        answers = [self._answer(index, delta) for index, delta in enumerate(deltas)]
+        return answers if self._wanted.is_list else answers[0]
+
+    def opening(self) -> bytes:
+        """Nothing goes before the first token."""
+        return b""
+
+    def delta(self, index: int, delta: Delta) -> bytes:
+        """Everything of one request so far. Raises ApiError for a failed one."""
+        if delta.finish_reason is not None:
+            self.num_running -= 1
+            if delta.finish_reason is FinishReason.ERROR:
+                raise failure(delta)
+        so_far = self._so_far[index]
+        so_far.merge(delta)
+        answer = self._answer(index, so_far)
+        if self._wanted.is_list:
+            answer["index"] = index
+        return b"data: " + orjson.dumps(answer) + b"\n\n"
+
+    def closing(self) -> bytes:
+        """The terminator."""
+        return DONE
+
+    def error(self, error: RequestError) -> bytes:
+        """An error after the headers have gone out, and the end of the stream."""
+        return error_event(error)
+
+    def _answer(self, index: int, delta: Delta) -> Json:
+        request, stream = self._plan.requests[index], self._streams[index]
+        rid = self._wanted.rids[index]
+        meta: Json = {
+            "id": request.request_id if rid is None else rid,
+            "finish_reason": self._finish_reason(delta),
+            "prompt_tokens": stream.num_prompt_tokens,
+            "completion_tokens": len(delta.token_ids),
+            "cached_tokens": stream.num_cached_tokens,
+        }
+        if stream.finished_at is not None and delta.finish_reason is not None:
+            meta["e2e_latency"] = stream.finished_at - stream.arrived_at
+        top = request.sampling.logprobs
+        if top is not None:
+            start = self._wanted.starts[index]
+            # The first has nothing before it, and SGLang has none for the first of a later start either.
+            of_prompt = (
+                stream.prompt_logprobs or self._streams[index - index % self._plan.num_candidates].prompt_logprobs
+            )
+            entries = (of_prompt or [])[start:]
+            first = [None, request.prompt_token_ids[start], self._text(request.prompt_token_ids[start])]
+            meta["input_token_logprobs"] = [first, *map(self._own, entries)]
+            meta["output_token_logprobs"] = [self._own(entry) for entry in delta.logprobs]
+            if top:
+                meta["input_top_logprobs"] = [None, *(self._top(entry, top) for entry in entries)]
+                meta["output_top_logprobs"] = [self._top(entry, top) for entry in delta.logprobs]
+        return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
+
+    def _finish_reason(self, delta: Delta) -> Json | None:
+        if delta.finish_reason is None:
+            return None
+        if delta.finish_reason is FinishReason.LENGTH:
+            return {"type": "length", "length": len(delta.token_ids)}
+        if delta.finish_reason is FinishReason.ABORT:
+            return {"type": "abort", "message": "The request was aborted."}
+        matched = delta.stop_reason
+        if matched is None and delta.token_ids and delta.token_ids[-1] in self._eos_token_ids:
+            matched = delta.token_ids[-1]
+        return {"type": "stop", "matched": matched}
+
+    def _own(self, entry: TokenLogprob) -> list[object]:
+        return [max(entry.logprob, LOWEST), entry.token_id, self._text(entry.token_id)]
+
+    def _top(self, entry: TokenLogprob, wanted: int) -> list[list[object]]:
+        return [[max(logprob, LOWEST), token_id, self._text(token_id)] for token_id, logprob in entry.top[:wanted]]
+
+    def _text(self, token_id: int) -> str | None:
+        return self._spelling.text(token_id) if self._wanted.with_text else None

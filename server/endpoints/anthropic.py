@@ -1,0 +1,32 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API, for agents and clients that speak it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from aiohttp import web
+
+from server.answers.anthropic import AnthropicAnswer
+from server.protocol.anthropic import count_tokens, error_body, parse_messages
+from server.protocol.body import read_body
+from server.protocol.errors import json_response
+from server.responder import respond
+from server.state import REQUEST_ID, STATE
+
+
+async def messages(request: web.Request) -> web.StreamResponse:
+    state = request.app[STATE]
+    plan, wanted = await parse_messages(await read_body(request), state, "msg_" + request[REQUEST_ID])
+    return await respond(request, state, plan, partial(AnthropicAnswer, wanted=wanted))
+
+
+async def count(request: web.Request) -> web.Response:
+    """How many tokens a prompt takes, without the answer."""
+    return json_response({"input_tokens": await count_tokens(await read_body(request), request.app[STATE])})
+
+
+ROUTES = (
+    ("POST", "/v1/messages", messages),
+    ("POST", "/v1/messages/count_tokens", count),
+)
+ERROR_SHAPE = error_body

@@ -1,0 +1,150 @@
+"""Ollama's API: /api/chat and /api/generate, and what its clients ask about the model before."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from datetime import UTC, datetime
+from functools import partial
+
+from aiohttp import web
+
+from server.answers.ollama import OllamaAnswer
+from server.endpoints.info import get_version
+from server.protocol.body import read_body
+from server.protocol.errors import json_response
+from server.protocol.ollama import Wanted, error_body, parse, read_name
+from server.protocol.refusals import refuse
+from server.responder import respond
+from server.state import REQUEST_ID, STATE, ServedModel, State
+
+_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+# A model that is never unloaded.
+_NEVER = "9999-12-31T23:59:59Z"
+
+
+async def chat(request: web.Request) -> web.StreamResponse:
+    return await _answer(request, chat=True)
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    return await _answer(request, chat=False)
+
+
+async def _answer(request: web.Request, *, chat: bool) -> web.StreamResponse:
+    state = request.app[STATE]
+    started_at = state.engine.clock.now()
+    body = await read_body(request)
+    plan = await parse(body, state, request[REQUEST_ID], chat=chat)
+    name, _ = read_name(body, state.model)
+    if plan is None:
+        said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
+        now = _time(datetime.now(UTC).timestamp())
+        return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": "load"})
+    return await respond(request, state, plan, partial(OllamaAnswer, wanted=Wanted(name, chat, started_at)))
+
+
+async def tags(request: web.Request) -> web.Response:
+    """The models that there are."""
+    return json_response({"models": _cards(request.app[STATE].model)})
+
+
+async def running(request: web.Request) -> web.Response:
+    """The models that are loaded: the same, for ever."""
+    state = request.app[STATE]
+    on_gpu = state.engine.config.device == "cuda"
+    cards = [
+        card
+        | {
+            "expires_at": _NEVER,
+            "size_vram": card["size"] if on_gpu else 0,
+            "context_length": state.model.max_model_len,
+        }
+        for card in _cards(state.model)
+    ]
+    return json_response({"models": cards})
+
+
+async def show(request: web.Request) -> web.Response:
+    """What the model is and can do."""
+    state, body = request.app[STATE], await read_body(request)
+    refuse(body, {"verbose": (False,), "system": ("",), "template": ("",), "options": ({},)})
+    _, name = read_name(body, state.model)
+    model, config = state.model, state.model.model_config
+    defaults = dataclasses.asdict(model.generation_defaults)
+    kind = config.architecture
+    return json_response(
+        {
+            "modelfile": f"FROM {name}\n",
+            "parameters": "\n".join(f"{key} {value}" for key, value in defaults.items() if value not in (None, ())),
+            "template": "" if model.chat_template is None else model.chat_template.source,
+            "details": _details(model),
+            "model_info": {
+                "general.architecture": kind,
+                "general.parameter_count": config.num_parameters,
+                f"{kind}.context_length": model.max_model_len,
+                f"{kind}.embedding_length": config.hidden_size,
+                f"{kind}.block_count": config.num_layers,
+                f"{kind}.attention.head_count": config.num_heads,
+                f"{kind}.attention.head_count_kv": config.num_kv_heads,
+                f"{kind}.vocab_size": config.vocab_size,
+            },
+            "capabilities": _capabilities(state),
+            "modified_at": _time(model.created),
+        }
+    )
+
+
+def _capabilities(state: State) -> list[str]:
+    can = ["completion"]
+    if state.tool_family is not None:
+        can.append("tools")
+    if state.reasoning_family is not None:
+        can.append("thinking")
+    return can
+
+
+def _cards(model: ServedModel) -> list[dict[str, object]]:
+    config = model.model_config
+    # Clients tell models apart by it; of the configuration, because nobody reads the weights for this.
+    digest = hashlib.sha256(f"{model.names[0]} {config}".encode()).hexdigest()
+    return [
+        {
+            "name": name,
+            "model": name,
+            "modified_at": _time(model.created),
+            # Of the weight matrices, as they are stored.
+            "size": config.num_parameters * _DTYPES[config.dtype][1],
+            "digest": digest,
+            "details": _details(model),
+        }
+        for name in model.names
+    ]
+
+
+def _details(model: ServedModel) -> dict[str, object]:
+    config = model.model_config
+    millions = config.num_parameters / 1e6
+    return {
+        "parent_model": "",
+        "format": "safetensors",
+        "family": config.architecture,
+        "families": [config.architecture],
+        "parameter_size": f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.1f}M",
+        "quantization_level": _DTYPES[config.dtype][0],
+    }
+
+
+def _time(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
+
+
+ROUTES = (
+    ("POST", "/api/chat", chat),
+    ("POST", "/api/generate", generate),
+    ("GET", "/api/tags", tags),
+    ("GET", "/api/ps", running),
+    ("POST", "/api/show", show),
+    ("GET", "/api/version", get_version),
+)
+ERROR_SHAPE = error_body

@@ -1,0 +1,22 @@
+"""POST /generate: SGLang's native API, for its benchmark and for training loops that drive it."""
+
+from __future__ import annotations
+
+from functools import partial
+
+from aiohttp import web
+
+from server.answers.sglang import SGLangAnswer
+from server.protocol.body import read_body
+from server.protocol.sglang import parse_generate
+from server.responder import respond
+from server.state import REQUEST_ID, STATE
+
+
+async def generate(request: web.Request) -> web.StreamResponse:
+    state = request.app[STATE]
+    plan, wanted = await parse_generate(await read_body(request), state, request[REQUEST_ID])
+    return await respond(request, state, plan, partial(SGLangAnswer, wanted=wanted))
+
+
+ROUTES = (("POST", "/generate", generate),)

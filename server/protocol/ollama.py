@@ -1,0 +1,234 @@
+"""POST /api/chat and /api/generate: Ollama's body becomes a chat's or a completion's, which becomes a Plan."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from engine.request import ContextLengthExceededError, Request, RequestError
+from server.protocol.body import Body, invalid
+from server.protocol.chat import parse_chat
+from server.protocol.completions import parse_completion
+from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, read_model, room_for, with_max_tokens
+from server.protocol.naming import in_words_of
+from server.protocol.refusals import refuse, refuse_in
+from server.state import ServedModel, State
+
+_OPTIONS = {
+    "num_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+} | {
+    name: name
+    for name in ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
+}
+_NAMES = {ours: f"options.{theirs}" for theirs, ours in _OPTIONS.items()} | {
+    "response_format": "format",
+    "response_format.schema": "format",
+    "response_format.json_schema": "format",
+    "response_format.json_schema.schema": "format",
+    "reasoning_effort": "think",
+}
+# Ollama's words for "until the model stops".
+_ENDLESS = (-1, -2)
+_EFFORTS = ("low", "medium", "high", "max")
+# What this server cannot do, with Ollama's own defaults, which some clients send.
+_OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
+    "num_keep": (0, 4),
+    "typical_p": (1,),
+    "tfs_z": (1,),
+    # Penalties are of the whole text here.
+    "repeat_last_n": (-1,),
+    "mirostat": (0,),
+    "mirostat_tau": (5,),
+    "mirostat_eta": (0.1,),
+    "penalize_newline": (True,),
+    # These the server's own flags decide.
+    "numa": (False,),
+    "num_batch": (512,),
+    "num_gpu": (-1,),
+    "main_gpu": (0,),
+    "low_vram": (False,),
+    "f16_kv": (True,),
+    "logits_all": (False,),
+    "vocab_only": (False,),
+    "use_mmap": (True,),
+    "use_mlock": (False,),
+    "embedding_only": (False,),
+    "num_thread": (0,),
+}
+_REFUSALS: dict[str, tuple[object, ...]] = {
+    "template": ("",),
+    "context": ([],),
+    "suffix": ("",),
+    "images": ([],),
+    "width": (0,),
+    "height": (0,),
+    "steps": (0,),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the answer has to know beside the Plan.
+
+    model: the name that the client uses. chat: /api/chat's shape. started_at: when the request came, by the engine's
+    clock, in seconds.
+    """
+
+    model: str
+    chat: bool
+    started_at: float
+
+
+def read_name(body: Body, model: ServedModel) -> tuple[str, str]:
+    """The model's name as the client writes it, and as it is served: `name:latest` is `name`. Raises the 404."""
+    given = body.string("model", None) or body.string("name", None) or model.names[0]
+    name = given.removesuffix(":latest") if given not in model.names else given
+    return given, read_model(Body({"model": name if name in model.names else given}), model)
+
+
+async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Plan | None:
+    """None where there is nothing to answer: so clients have a model loaded. Raises RequestError, in Ollama's names."""
+    with in_words_of(_NAMES):
+        options = body.object("options") or {}
+        fields = _read_fields(body, options, state)
+        num_ctx = _read_num_ctx(options, state)
+        raw = not chat and body.boolean("raw", False)
+        messages = _read_messages(body.raw("messages")) if chat else _as_messages(body)
+        if not messages:
+            return None
+        if raw:
+            plan = await _parse_raw(body, fields, state, response_id)
+        else:
+            fields |= {"messages": messages} | _read_think(body, state)
+            if chat and body.raw("tools") != []:
+                fields["tools"] = body.raw("tools")
+            plan = await parse_chat(Body(fields, body.size), state, response_id)
+        endless = options.get("num_predict") in _ENDLESS
+
+        def count(request: Request) -> int:
+            size, most = len(request.prompt_token_ids), request.sampling.max_tokens
+            if most is None or endless:
+                most = max(1, room_for(state, request.prompt_token_ids))
+            if num_ctx is None:
+                return most
+            if size >= num_ctx:
+                raise ContextLengthExceededError(
+                    f"The prompt has {size} tokens, and by `options.num_ctx` the maximum context length is "
+                    f"{num_ctx} tokens.",
+                    param="options.num_ctx",
+                )
+            return min(most, num_ctx - size)
+
+        return with_max_tokens(plan, count)
+
+
+def error_body(error: RequestError, request_id: str | None) -> dict[str, object]:
+    """The JSON object of an error, as Ollama writes it. request_id: goes into a header."""
+    return {"error": str(error)}
+
+
+def _read_fields(body: Body, options: dict[str, Any], state: State) -> dict[str, Any]:
+    """What a chat and a completion have in common, in our names."""
+    refuse(body, _REFUSALS)
+    refuse_in("options", options, _OPTION_REFUSALS)
+    fields: dict[str, Any] = {ours: options.get(theirs) for theirs, ours in _OPTIONS.items()}
+    if fields["max_tokens"] in _ENDLESS:
+        fields["max_tokens"] = None
+    fields["model"] = read_name(body, state.model)[1]
+    fields["stream"] = body.boolean("stream", True)
+    fields |= {"logprobs": body.raw("logprobs"), "top_logprobs": body.raw("top_logprobs")}
+    form = body.raw("format")
+    if form == "json":
+        fields["response_format"] = {"type": "json_object"}
+    elif isinstance(form, dict):
+        fields["response_format"] = {"type": "json_schema", "json_schema": {"schema": form}}
+    elif form is not None and form != "":
+        raise invalid("format", "must be json, or a JSON schema")
+    return fields
+
+
+def _read_num_ctx(options: dict[str, Any], state: State) -> int | None:
+    most = state.model.max_model_len
+    num_ctx = Body({"options.num_ctx": options.get("num_ctx")}).integer("options.num_ctx", None, 1)
+    if num_ctx is not None and num_ctx > most:
+        raise invalid("options.num_ctx", f"must be at most {most}, which is this server's --max-model-len")
+    return num_ctx
+
+
+def _read_think(body: Body, state: State) -> dict[str, Any]:
+    think = body.raw("think")
+    if think is None:
+        return {}
+    if not isinstance(think, bool) and not (isinstance(think, str) and think in _EFFORTS):
+        raise invalid("think", f"must be true, false or one of {', '.join(_EFFORTS)}")
+    if think and state.reasoning_family is None:
+        raise invalid("think", "cannot be honoured: this model does not think in a way that this server can read")
+    if isinstance(think, bool):
+        return {"chat_template_kwargs": {"enable_thinking": think, "thinking": think}}
+    return {"reasoning_effort": think}
+
+
+async def _parse_raw(body: Body, fields: dict[str, Any], state: State, response_id: str) -> Plan:
+    """A prompt without a template."""
+    for name in ("system", "think"):
+        if body.raw(name):
+            raise invalid(name, "cannot be combined with `raw`")
+    # A completion has one field for both.
+    top, wanted = body.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS), body.boolean("logprobs", False)
+    if top and not wanted:
+        raise invalid("top_logprobs", "needs `logprobs` to be true")
+    fields |= {"prompt": body.raw("prompt"), "logprobs": (top or 0) if wanted else None}
+    return await parse_completion(
+        Body(fields, body.size), state, response_id, default_max_tokens=None, most_logprobs=MAX_TOP_LOGPROBS
+    )
+
+
+def _as_messages(body: Body) -> list[dict[str, Any]]:
+    """The chat of /api/generate; empty without a prompt."""
+    system, prompt = body.string("system", ""), body.string("prompt", "")
+    if not prompt:
+        return []
+    return [{"role": "system", "content": system}] * bool(system) + [{"role": "user", "content": prompt}]
+
+
+def _read_messages(messages: Any) -> list[Any]:
+    """Ollama's messages in a chat's names; what is in them else is the chat's to check."""
+    if messages is None:
+        return []
+    if not isinstance(messages, list):
+        raise invalid("messages", "must be a list")
+    read: list[Any] = []
+    # Calls that have had no result yet: name and id.
+    waiting: list[tuple[str, str]] = []
+    num_calls = 0
+    for index, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise invalid(f"messages[{index}]", "must be an object")
+        if message.get("images"):
+            raise invalid(f"messages[{index}].images", "cannot be read: this model reads text only")
+        turn = message | ({"content": ""} if message.get("content") is None else {})
+        if message.get("thinking") is not None:
+            turn["reasoning_content"] = turn.pop("thinking")
+        if message.get("tool_name") is not None:
+            turn["name"] = turn.pop("tool_name")
+        if isinstance(calls := message.get("tool_calls"), list):
+            turn["tool_calls"] = calls = [_with_id(call, num_calls + place) for place, call in enumerate(calls)]
+            num_calls += len(calls)
+            waiting += [(_name(call), call["id"]) for call in calls if isinstance(call, dict)]
+        if turn.get("role") == "tool" and not turn.get("tool_call_id") and waiting:
+            # Results name their tool, or come in the order of the calls.
+            place = next((place for place, (name, _) in enumerate(waiting) if name == turn.get("name")), 0)
+            turn["tool_call_id"] = waiting.pop(place)[1]
+        read.append(turn)
+    return read
+
+
+def _with_id(call: Any, number: int) -> Any:
+    """Ollama's calls may have no ids, and templates ask for them, some for nine characters."""
+    return {"id": f"call{number:05d}"} | call if isinstance(call, dict) else call
+
+
+def _name(call: dict[str, Any]) -> str:
+    function = call.get("function")
+    return str(function.get("name")) if isinstance(function, dict) else ""
