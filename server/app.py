@@ -26,16 +26,17 @@ from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
 from engine.request import RequestError, UnavailableError
 from engine.text.structured import GrammarCompiler
-from server.endpoints import cache, generate, health, info, models, profile, tokenize
+from server.endpoints import cache, generate, health, info, models, profile, responses, tokenize
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, error_body, error_response
+from server.response_store import ResponseStore
 from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
-ENDPOINTS = (cache, generate, health, info, models, profile, tokenize)
+ENDPOINTS = (cache, generate, health, info, models, profile, responses, tokenize)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A burst of this many connects waits in the kernel and is not refused.
@@ -56,7 +57,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(_CONNECTION))
     source = "" if model.chat_template is None else model.chat_template.source
     tool_family, reasoning_family = choose_parsers(options.tool_call_parser, options.reasoning_parser, source)
-    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family)
+    store = ResponseStore(options.response_store_size, options.response_store_bytes)
+    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family, responses=store)
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
     app.on_response_prepare.append(_add_headers)
@@ -152,7 +154,7 @@ def _preflight(request: web.Request, options: ServerOptions) -> web.Response:
     """The answer to a browser that asks before it sends a key; the origin's own header is added by _add_headers."""
     response = web.Response(status=204)
     if _allowed_origin(request, options) is not None:
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         # "*" would not cover Authorization.
         response.headers["Access-Control-Allow-Headers"] = wanted
