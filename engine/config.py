@@ -75,7 +75,8 @@ class ServerOptions:
     """HTTP. Sizes in bytes, times in seconds.
 
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
-    template shows.
+    template shows. response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later
+    turn, and how much of them; 0 keeps none.
     """
 
     host: str = "127.0.0.1"
@@ -91,6 +92,8 @@ class ServerOptions:
     root_path: str = ""
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    response_store_size: int = 1000
+    response_store_bytes: int = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,10 @@ def _count(text: str) -> int:
     return value
 
 
+def _not_negative_count(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
 def _fraction(text: str) -> float:
     try:
         value = float(text)
@@ -211,6 +215,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="how the model marks its reasoning: qwen3, deepseek_r1, ..., none, or auto (by its chat template)",
     )
     server.add_argument(
+        "--response-store-size",
+        type=_not_negative_count,
+        metavar="N",
+        help="responses of /v1/responses that are kept for previous_response_id; 0 keeps none",
+    )
+    server.add_argument(
+        "--response-store-bytes", type=_count, metavar="BYTES", help="most memory for them; the oldest go first"
+    )
+    server.add_argument(
         "--root-path",
         "--fastapi-root-path",
         dest="root_path",
@@ -305,6 +318,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 root_path=args.root_path,
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
+                response_store_size=args.response_store_size,
+                response_store_bytes=args.response_store_bytes,
             ),
         ),
         cuda=CudaOptions(

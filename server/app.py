@@ -37,18 +37,34 @@ from server.endpoints import (
     ollama,
     profile,
     render,
+    responses,
     sglang,
     tokenize,
 )
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
+from server.response_store import ResponseStore
 from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
-ENDPOINTS = (anthropic, cache, docs, generate, health, info, models, ollama, profile, render, sglang, tokenize)
+ENDPOINTS = (
+    anthropic,
+    cache,
+    docs,
+    generate,
+    health,
+    info,
+    models,
+    ollama,
+    profile,
+    render,
+    responses,
+    sglang,
+    tokenize,
+)
 # How errors look by path, where they do not have OpenAI's shape; also a 405, which has no handler.
 _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
 # Bodies are inflated by read_body, which can stop.
@@ -71,7 +87,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(_CONNECTION))
     source = "" if model.chat_template is None else model.chat_template.source
     tool_family, reasoning_family = choose_parsers(options.tool_call_parser, options.reasoning_parser, source)
-    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family)
+    store = ResponseStore(options.response_store_size, options.response_store_bytes)
+    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family, responses=store)
     app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
@@ -181,7 +198,7 @@ def _preflight(request: web.Request, options: ServerOptions) -> web.Response:
     """The answer to a browser that asks before it sends a key; the origin's own header is added by _add_headers."""
     response = web.Response(status=204)
     if _allowed_origin(request, options) is not None:
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         # "*" would not cover Authorization.
         response.headers["Access-Control-Allow-Headers"] = wanted

@@ -54,6 +54,10 @@ class Body:
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def changed(self, changes: dict[str, Any], size: int | None = None) -> Body:
+        """A body with other values for some fields; a None takes one away."""
+        return Body(self._values | changes, self.size if size is None else size)
+
     def boolean(self, name: str, default: bool) -> bool:
         value = self._values.get(name)
         if value is None:
