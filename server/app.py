@@ -44,7 +44,7 @@ from server.endpoints import (
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.response_store import ResponseStore
-from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
+from server.state import API_KEY, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
 
@@ -189,9 +189,10 @@ def _authorize(request: web.Request, options: ServerOptions) -> None:
     given = [token if scheme.lower() == "bearer" else "", request.headers.get("X-Api-Key", "")]
     words = [word.strip().encode("utf-8", "surrogateescape") for word in given]
     # Every key is compared, whatever the others gave: the time tells nothing.
-    matches = [hmac.compare_digest(word, key.encode()) for word in words for key in options.api_keys]
-    if not any(matches):
+    matches = [key for word in words for key in options.api_keys if hmac.compare_digest(word, key.encode())]
+    if not matches:
         raise ApiError(401, "A valid API key is required: Authorization: Bearer <key>.")
+    request[API_KEY] = matches[0]
 
 
 def _preflight(request: web.Request, options: ServerOptions) -> web.Response:

@@ -88,6 +88,8 @@ class State:
 STATE = web.AppKey("state", State)
 # The id that the server gave the HTTP request.
 REQUEST_ID = web.RequestKey("request_id", str)
+# The key that let the request in; absent where the server asks for none.
+API_KEY = web.RequestKey("api_key", str)
 # What goes out as X-Request-Id: the client's own word where it sent one.
 ECHOED_ID = web.RequestKey("echoed_id", str)
 # A client's id that may be put into a header; any other is replaced by ours.

@@ -8,7 +8,7 @@ import orjson
 from aiohttp import web
 
 from server.endpoints.info import version
-from server.openapi import document
+from server.openapi.document import document
 from server.state import STATE
 
 

@@ -21,7 +21,7 @@ from server.protocol.responses import our_names, parse_response, read_chat
 from server.protocol.tool_fields import read_tools
 from server.responder import respond
 from server.response_store import Stored
-from server.state import REQUEST_ID, STATE
+from server.state import API_KEY, REQUEST_ID, STATE
 
 _MAX_LISTED = 100
 
@@ -106,11 +106,8 @@ def _find(request: web.Request) -> Stored:
 
 def _owner(request: web.Request) -> str:
     """Whose responses a request may see: those of its API key, of which no copy is kept."""
-    if not request.app[STATE].options.api_keys:
-        return ""
-    # The gate has let it in, so it is there and one of ours.
-    key = request.headers["Authorization"].partition(" ")[2].strip()
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).hexdigest()
+    key = request.get(API_KEY)
+    return "" if key is None else hashlib.sha256(key.encode()).hexdigest()
 
 
 ROUTES = (

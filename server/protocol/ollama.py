@@ -14,14 +14,14 @@ from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse, refuse_in
 from server.state import ServedModel, State
 
-_OPTIONS = {
+OPTIONS = {
     "num_predict": "max_tokens",
     "repeat_penalty": "repetition_penalty",
 } | {
     name: name
     for name in ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
 }
-_NAMES = {ours: f"options.{theirs}" for theirs, ours in _OPTIONS.items()} | {
+_NAMES = {ours: f"options.{theirs}" for theirs, ours in OPTIONS.items()} | {
     "response_format": "format",
     "response_format.schema": "format",
     "response_format.json_schema": "format",
@@ -30,9 +30,9 @@ _NAMES = {ours: f"options.{theirs}" for theirs, ours in _OPTIONS.items()} | {
 }
 # Ollama's words for "until the model stops".
 _ENDLESS = (-1, -2)
-_EFFORTS = ("low", "medium", "high", "max")
+EFFORTS = ("low", "medium", "high", "max")
 # What this server cannot do, with Ollama's own defaults, which some clients send.
-_OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
+OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
     "num_keep": (0, 4),
     "typical_p": (1,),
     "tfs_z": (1,),
@@ -56,7 +56,7 @@ _OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
     "embedding_only": (False,),
     "num_thread": (0,),
 }
-_REFUSALS: dict[str, tuple[object, ...]] = {
+REFUSALS: dict[str, tuple[object, ...]] = {
     "template": ("",),
     "context": ([],),
     "suffix": ("",),
@@ -130,9 +130,9 @@ def error_body(error: RequestError, request_id: str | None) -> dict[str, object]
 
 def _read_fields(body: Body, options: dict[str, Any], state: State) -> dict[str, Any]:
     """What a chat and a completion have in common, in our names."""
-    refuse(body, _REFUSALS)
-    refuse_in("options", options, _OPTION_REFUSALS)
-    fields: dict[str, Any] = {ours: options.get(theirs) for theirs, ours in _OPTIONS.items()}
+    refuse(body, REFUSALS)
+    refuse_in("options", options, OPTION_REFUSALS)
+    fields: dict[str, Any] = {ours: options.get(theirs) for theirs, ours in OPTIONS.items()}
     if fields["max_tokens"] in _ENDLESS:
         fields["max_tokens"] = None
     fields["model"] = read_name(body, state.model)[1]
@@ -160,8 +160,8 @@ def _read_think(body: Body, state: State) -> dict[str, Any]:
     think = body.raw("think")
     if think is None:
         return {}
-    if not isinstance(think, bool) and not (isinstance(think, str) and think in _EFFORTS):
-        raise invalid("think", f"must be true, false or one of {', '.join(_EFFORTS)}")
+    if not isinstance(think, bool) and not (isinstance(think, str) and think in EFFORTS):
+        raise invalid("think", f"must be true, false or one of {', '.join(EFFORTS)}")
     if think and state.reasoning_family is None:
         raise invalid("think", "cannot be honoured: this model does not think in a way that this server can read")
     if isinstance(think, bool):

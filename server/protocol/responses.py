@@ -24,11 +24,11 @@ Json = dict[str, Any]
 
 LOGPROBS = "message.output_text.logprobs"
 # Reasoning items bring their whole text along, so nothing has to be carried in secret.
-_INCLUDES = (LOGPROBS, "reasoning.encrypted_content")
-_ROLES = ("user", "assistant", "system", "developer")
+INCLUDES = (LOGPROBS, "reasoning.encrypted_content")
+ROLES = ("user", "assistant", "system", "developer")
 _MAX_ID_LENGTH = 128
 # What chat has under another name.
-_MOVED = {
+MOVED = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
@@ -40,7 +40,7 @@ _MOVED = {
     "function_call": "tool_choice",
 }
 # What this API has and this server has not, and what only chat has, with the values that ask for nothing.
-_REFUSALS: dict[str, tuple[object, ...]] = {
+REFUSALS: dict[str, tuple[object, ...]] = {
     "background": (False,),
     "background_options": ({},),
     "conversation": (),
@@ -62,7 +62,7 @@ _REFUSALS: dict[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
 }
-_INNER_REFUSALS: dict[str, tuple[object, ...]] = {
+INNER_REFUSALS: dict[str, tuple[object, ...]] = {
     "reasoning.summary": ("auto",),
     "reasoning.generate_summary": ("auto",),
     "reasoning.mode": ("standard",),
@@ -106,13 +106,13 @@ async def parse_response(body: Body, state: State, response_id: str, owner: str)
 
 def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
     """The body that asks a chat for the same, and all input items. Everything beside them keeps its name and place."""
-    for name, other in _MOVED.items():
+    for name, other in MOVED.items():
         if body.has(name):
             raise invalid(name, f"is no field of /v1/responses; it is called `{other}` here")
-    refuse(body, _REFUSALS)
+    refuse(body, REFUSALS)
     text, reasoning, options = (_inner(body, name) for name in ("text", "reasoning", "stream_options"))
     for inner in (text, reasoning, options):
-        refuse(inner, _INNER_REFUSALS)
+        refuse(inner, INNER_REFUSALS)
     if body.has("stream_options") and not body.boolean("stream", False):
         raise invalid("stream_options", "is only allowed when `stream` is true")
     kwargs = body.object("chat_template_kwargs") or {}
@@ -174,8 +174,8 @@ def _read_include(body: Body) -> list[str]:
     if not isinstance(include, list):
         raise invalid("include", "must be a list of strings")
     for index, name in enumerate(include):
-        if name not in _INCLUDES:
-            raise invalid(f"include[{index}]", f"must be one of {', '.join(_INCLUDES)}")
+        if name not in INCLUDES:
+            raise invalid(f"include[{index}]", f"must be one of {', '.join(INCLUDES)}")
     return include
 
 
@@ -310,8 +310,8 @@ def _read_item(value: Json, where: str) -> Json:
 
 def _read_message(value: Json, where: str) -> Json:
     role = value.get("role")
-    if role not in _ROLES:
-        raise invalid(f"{where}.role", f"must be one of {', '.join(_ROLES)}")
+    if role not in ROLES:
+        raise invalid(f"{where}.role", f"must be one of {', '.join(ROLES)}")
     content = _read_parts(value.get("content"), f"{where}.content", role == "assistant")
     return {"role": role, "status": "completed", "content": content}
 

@@ -17,7 +17,7 @@ from server.state import State
 DEFAULT_MAX_NEW_TOKENS = 128
 MAX_RID_LENGTH = 128
 # SGLang's names in `sampling_params` and ours.
-_SAMPLING = {
+SAMPLING = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "sampling_seed": "seed",
@@ -48,10 +48,10 @@ _SAMPLING = {
         "stream_interval",
     )
 }
-_NAMES = {ours: f"sampling_params.{theirs}" for theirs, ours in _SAMPLING.items()} | {"logprobs": "top_logprobs_num"}
+_NAMES = {ours: f"sampling_params.{theirs}" for theirs, ours in SAMPLING.items()} | {"logprobs": "top_logprobs_num"}
 # One value for all prompts or a list with one for each; given to the completion as they are.
-_EACH = ("cache_salt", "extra_key", "priority", "lora_path", "custom_logit_processor")
-_REFUSALS: dict[str, tuple[object, ...]] = {
+EACH = ("cache_salt", "extra_key", "priority", "lora_path", "custom_logit_processor")
+REFUSALS: dict[str, tuple[object, ...]] = {
     "input_embeds": (),
     "image_data": ([],),
     "video_data": ([],),
@@ -95,7 +95,7 @@ class Wanted:
 
 async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Plan, Wanted]:
     """Raises RequestError for anything that cannot be served, in SGLang's names."""
-    refuse(body, _REFUSALS)
+    refuse(body, REFUSALS)
     by_text = body.has("text")
     if by_text == body.has("input_ids"):
         raise invalid("text", "or `input_ids` is required, and only one of them")
@@ -107,7 +107,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
     plans: list[Plan] = []
     starts: list[int] = []
     for index, prompt in enumerate(prompts):
-        fields = {"prompt": prompt, "stream": stream, "model": body.raw("model"), **each.at(_EACH, index)}
+        fields = {"prompt": prompt, "stream": stream, "model": body.raw("model"), **each.at(EACH, index)}
         fields |= _read_params(params[index])
         own = Body(each.at(("return_logprob", "top_logprobs_num", "logprob_start_len"), index))
         wants_logprobs = own.boolean("return_logprob", False)
@@ -196,7 +196,7 @@ def _read_params(params: Any) -> dict[str, Any]:
         return {}
     if not isinstance(params, dict):
         raise invalid("sampling_params", "must be an object, or a list with one for each prompt")
-    return {ours: params.get(theirs) for theirs, ours in _SAMPLING.items()}
+    return {ours: params.get(theirs) for theirs, ours in SAMPLING.items()}
 
 
 def _with_prompt_logprobs(plan: Plan, top: int) -> list[Request]:

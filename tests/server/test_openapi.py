@@ -10,15 +10,14 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from server.app import ENDPOINTS
-from server.openapi import document
+from server.openapi.document import document
 from server.protocol.body import Body
-from tests.server.support import Live, live, parse_events
+from tests.server.support import Live, live
 from tests.server.test_errors import FAMILIES
 
 Json = dict[str, Any]
 DOCUMENT = document("1.2.3")
 JSON = "application/json"
-EVENTS = "text/event-stream"
 
 OPERATIONS: list[tuple[str, str, Json]] = [
     (method.upper(), path, operation) for path, item in DOCUMENT["paths"].items() for method, operation in item.items()
@@ -104,14 +103,21 @@ async def test_the_fields_that_are_read_are_the_fields_that_are_told(
     server: Live, monkeypatch: pytest.MonkeyPatch, path: str, operation: Json
 ) -> None:
     asked: set[str] = set()
-    parse = Body.parse
+    parse, changed = Body.parse, Body.changed
 
     def recording(data: bytes) -> Body:
         body = parse(data)
         body._values = Recorder(body._values, asked)
         return body
 
+    def changing(self: Body, *arguments: Any) -> Body:
+        """What is left of a body stays the client's."""
+        body = changed(self, *arguments)
+        body._values = Recorder(body._values, asked)
+        return body
+
     monkeypatch.setattr(Body, "parse", recording)
+    monkeypatch.setattr(Body, "changed", changing)
     told = fields(operation["requestBody"]["content"][JSON]["schema"])
     for body in examples(operation):
         async with server.http.post(server.url + path, json=body) as response:
@@ -125,33 +131,52 @@ def test_every_route_that_reads_a_body_is_in_the_tables_of_malformed_ones() -> N
     assert {path for path, _ in READING if path not in tested} == {"/v1/tokenize", "/v1/detokenize"}
 
 
+# Nothing here can be profiled, and nothing that is kept can be cancelled.
+REFUSED = ("/start_profile", "/stop_profile", "/v1/responses/{response_id}/cancel")
+
+
 @pytest.mark.parametrize(("method", "path", "operation"), OPERATIONS, ids=[f"{one[0]} {one[1]}" for one in OPERATIONS])
 async def test_real_answers_have_the_shapes_that_are_told(
     server: Live, method: str, path: str, operation: Json
 ) -> None:
+    status, kept = await server.post("/v1/responses", {"input": "x", "max_output_tokens": 2})
+    assert status == 200
+    url = server.url + path.replace("{id}", "demo").replace("{response_id}", kept["id"])
     bodies: list[Json | None] = [*examples(operation)] if "requestBody" in operation else [None]
     assert bodies
     for body in bodies:
         if body is not None:
             validate(body, operation["requestBody"]["content"][JSON]["schema"])
-        url = server.url + path.replace("{id}", "demo")
         async with server.http.request(method, url, json=body) as response:
             raw = await response.read()
-        # There is nothing here to take a profile of.
-        good = response.status == 200
-        assert good or (path.endswith("_profile") and response.status == 400), raw
-        content = operation["responses"]["200" if good else "4XX"].get("content", {})
+        assert response.status == (400 if path in REFUSED else 200), raw
+        content = operation["responses"]["200" if response.status == 200 else "4XX"].get("content", {})
         if not content:
             assert raw == b""
             continue
-        media = content[response.content_type]
-        if response.content_type != EVENTS:
-            validate(json.loads(raw) if response.content_type == JSON else raw.decode(), media["schema"])
-            continue
-        events = parse_events(raw)
-        assert body is not None and body["stream"] is True and events[-1] == "[DONE]"
-        for event in events[:-1]:
-            validate(event, media["schema"]["properties"]["data"]["anyOf"][0]["contentSchema"])
+        schema = content[response.content_type]["schema"]
+        for value in values(response.content_type, raw):
+            validate(value, item(schema) if response.content_type == "text/event-stream" else schema)
+
+
+def values(kind: str, raw: bytes) -> list[Any]:
+    """What an answer holds: one value, or those of a stream."""
+    text = raw.decode()
+    if kind == JSON:
+        return [json.loads(text)]
+    if kind == "application/x-ndjson":
+        return [json.loads(line) for line in text.splitlines()]
+    if kind == "text/event-stream":
+        found = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+        assert len(found) > 1
+        return [json.loads(data) for data in found if data != "[DONE]"]
+    return [text]
+
+
+def item(schema: Json) -> Json:
+    """The schema of the data of one event."""
+    data = schema["properties"]["data"]
+    return data.get("anyOf", [data])[0]["contentSchema"]  # type: ignore[no-any-return]
 
 
 def test_the_schemas_of_answers_are_closed() -> None:
