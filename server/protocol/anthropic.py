@@ -11,6 +11,7 @@ from typing import Any
 from engine.request import RequestError
 from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.chat import encode_messages, parse_chat
+from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
 from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse, refuse_in
@@ -118,7 +119,7 @@ async def count_tokens(body: Body, state: State) -> int:
 
 def error_body(error: RequestError, request_id: str | None) -> dict[str, object]:
     """The JSON object of an error, as Anthropic writes it."""
-    status, message = error.status, str(error)
+    status, message = error.status, message_with_field(error)
     if error.code == "context_length_exceeded":
         # Agents look for these words before they make the conversation shorter.
         message = f"prompt is too long: {message}"

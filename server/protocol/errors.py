@@ -51,6 +51,12 @@ def error_body(error: RequestError, request_id: str | None = None) -> dict[str, 
     }
 
 
+def message_with_field(error: RequestError) -> str:
+    """The message of an error for shapes that have no place of their own for the field."""
+    message = str(error)
+    return message if error.param is None or f"`{error.param}`" in message else f"`{error.param}`: {message}"
+
+
 def error_response(
     error: RequestError, headers: Mapping[str, str] | None = None, body: dict[str, object] | None = None
 ) -> web.Response:

@@ -9,6 +9,7 @@ from engine.request import ContextLengthExceededError, Request, RequestError
 from server.protocol.body import Body, invalid
 from server.protocol.chat import parse_chat
 from server.protocol.completions import parse_completion
+from server.protocol.errors import message_with_field
 from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, read_model, room_for, with_max_tokens
 from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse, refuse_in
@@ -125,7 +126,7 @@ async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Pl
 
 def error_body(error: RequestError, request_id: str | None) -> dict[str, object]:
     """The JSON object of an error, as Ollama writes it. request_id: goes into a header."""
-    return {"error": str(error)}
+    return {"error": message_with_field(error)}
 
 
 def _read_fields(body: Body, options: dict[str, Any], state: State) -> dict[str, Any]:

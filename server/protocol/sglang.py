@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.request import Request
-from server.protocol.body import Body, invalid
+from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.completions import MAX_PROMPTS, parse_completion
 from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, check_fits_queue
 from server.protocol.naming import in_words_of
@@ -100,7 +100,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
     if by_text == body.has("input_ids"):
         raise invalid("text", "or `input_ids` is required, and only one of them")
     name = "text" if by_text else "input_ids"
-    prompts, is_list = _read_prompts(body.raw(name), name)
+    prompts, is_list = _read_prompts(body, name, state.model.model_config.vocab_size)
     stream, with_text = body.boolean("stream", False), body.boolean("return_text_in_logprobs", False)
     each = _Each(body, len(prompts), is_list)
     params, rids = each.values("sampling_params"), each.rids()
@@ -146,18 +146,18 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
     return merged, Wanted(shared, starts, is_list or num_each > 1, with_text)
 
 
-def _read_prompts(value: Any, name: str) -> tuple[list[Any], bool]:
-    """The prompts, and whether the client gave a list of them. What is in them is parse_completion's to check."""
-    if name == "input_ids" and not isinstance(value, list):
-        raise invalid(name, "must be a list of token ids, or a list of such lists")
-    if not isinstance(value, list) or (name == "input_ids" and not (value and isinstance(value[0], list))):
-        return [value], False
-    if not 0 < len(value) <= MAX_PROMPTS:
+def _read_prompts(body: Body, name: str, vocab_size: int) -> tuple[list[Any], bool]:
+    """The prompts, and whether the client gave a list of them."""
+    value = body.raw(name)
+    is_list = isinstance(value, list) and (name == "text" or (bool(value) and isinstance(value[0], list)))
+    prompts = value if is_list else [value]
+    if not 0 < len(prompts) <= MAX_PROMPTS:
         raise invalid(name, f"must hold 1 to {MAX_PROMPTS} prompts")
-    kind = str if name == "text" else list
-    if not all(isinstance(item, kind) for item in value):
-        raise invalid(name, "must hold prompts of one kind: strings in `text`, lists of token ids in `input_ids`")
-    return value, True
+    if name == "text" and not all(isinstance(prompt, str) for prompt in prompts):
+        raise invalid(name, "must be a string or a list of strings")
+    if name == "input_ids" and not all(prompt and are_token_ids(prompt, vocab_size) for prompt in prompts):
+        raise invalid(name, f"must be token ids from 0 to {vocab_size - 1}, or a list of non-empty lists of such ids")
+    return prompts, is_list
 
 
 class _Each:

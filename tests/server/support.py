@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
+import random
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -136,6 +138,19 @@ def text_of(events: list[Any], index: int = 0) -> str:
             if choice["index"] == index:
                 text += choice.get("text") or choice.get("delta", {}).get("content") or ""
     return text
+
+
+def teach(server: Live, text: str, num_prompt_tokens: int) -> None:
+    """Let the device say a text and its EOS, after a prompt of that many tokens."""
+    ids = [*tokenizer().encode(text, add_special_tokens=False), tokenizer().eos_token_ids[0]]
+    start = num_prompt_tokens % len(ids)
+    server.device.script = ids[len(ids) - start :] + ids[: len(ids) - start]
+
+
+def cuts(text: str, rng: random.Random) -> list[str]:
+    """The text in pieces of random sizes."""
+    places = sorted(rng.sample(range(1, len(text)), rng.randrange(len(text)))) if len(text) > 1 else []
+    return [text[start:end] for start, end in itertools.pairwise([0, *places, len(text)])]
 
 
 async def until(condition: Callable[[], bool]) -> None:

@@ -12,7 +12,7 @@ import pytest_asyncio
 
 from engine.text.chat_template import ChatTemplate
 from server.parsers import registry, think
-from tests.server.support import DEMO, Live, live, served_model, tokenizer
+from tests.server.support import DEMO, Live, live, served_model, teach
 from tests.server.test_logprobs import device
 
 CHAT = "/v1/chat/completions"
@@ -91,9 +91,7 @@ async def say(server: Live, text: str, body: dict[str, Any]) -> dict[str, Any]:
     if body.get("tool_choice") == "none":
         status, prompt = await server.post("/tokenize", {"messages": body["messages"]})
     assert status == 200, prompt
-    ids = [*tokenizer().encode(text, add_special_tokens=False), tokenizer().eos_token_ids[0]]
-    start = prompt["count"] % len(ids)
-    server.device.script = ids[len(ids) - start :] + ids[: len(ids) - start]
+    teach(server, text, prompt["count"])
     return await both_ways(server, body)
 
 
