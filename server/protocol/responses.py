@@ -300,7 +300,7 @@ def _read_reference(value: Json, where: str, state: State, owner: str) -> Json:
 
 def _read_item(value: Json, where: str) -> Json:
     """An item in the shape that it is stored and told in."""
-    kind = value.get("type") or "message"
+    kind = "message" if value.get("type") is None else value["type"]
     read = _READERS.get(kind) if isinstance(kind, str) else None
     if read is None:
         raise invalid(f"{where}.type", f"must be one of {', '.join(_READERS)}, item_reference")
