@@ -40,19 +40,31 @@ def check_shape(status: int, body: Any, expected: int = 400) -> dict[str, Any]:
     return error  # type: ignore[no-any-return]
 
 
+def check_anthropic(status: int, body: Any, expected: int = 400) -> dict[str, Any]:
+    assert status == expected, body
+    assert set(body) == {"type", "error", "request_id"} and body["type"] == "error" and body["request_id"]
+    assert set(body["error"]) == {"type", "message"} and body["error"]["type"].endswith(("_error", "_too_large"))
+    return body["error"]  # type: ignore[no-any-return]
+
+
+def check_ollama(status: int, body: Any, expected: int = 400) -> dict[str, Any]:
+    assert status == expected, body
+    assert set(body) == {"error"} and isinstance(body["error"], str)
+    return {"message": body["error"]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """good: a body that is answered with a 200, into which each row puts its value.
 
-    check: (status, body, expected status) -> the error object, for families whose errors have a shape of their own.
-    param: whether that object names the field, under `param`.
+    check: (status, body, expected status) -> the error's `message`, and its `param` where the shape has one; where it
+    has none the message names the field.
     """
 
     path: str
     good: dict[str, Any]
     rows: list[Row]
     check: Any = check_shape
-    param: bool = True
 
     def body(self, row: Row) -> dict[str, Any]:
         name, value = row
@@ -376,11 +388,129 @@ DETOKENIZE: list[Row] = [
     *(("model", value) for value in (5, True, [], {})),
 ]
 
+# Values that are not of a kind.
+NOT: dict[str, tuple[Any, ...]] = {
+    "number": ("", "0.5", [], {}, True, 1e308),
+    "integer": ("", "1", [], {}, True, 0.5, 1e30),
+    "boolean": (0, 1.0, "", "false", [], {}),
+    "string": (0, True, [], {}),
+    "list": (5, "x", {}, True),
+    "object": (5, "x", [], True),
+}
+
+
+def wrong_kinds(**names: str) -> list[Row]:
+    """Every field of a kind with values of other kinds. names: kind=fields with spaces between."""
+    return [(name, value) for kind, fields in names.items() for name in fields.split() for value in NOT[kind]]
+
+
+MESSAGES: list[Row] = [
+    *wrong_kinds(
+        string="model",
+        number="temperature top_p",
+        integer="max_tokens top_k",
+        boolean="stream",
+        list="messages stop_sequences tools",
+        object="metadata tool_choice thinking output_config chat_template_kwargs",
+    ),
+    *(("temperature", value) for value in (-0.1, 2.1)),
+    *(("max_tokens", value) for value in (None, 0, -1)),
+    ("messages", []),
+    *(("messages[0].role", [{"role": role, "content": "x"}]) for role in (None, "", "tool", 5, [])),
+    *(("messages[0].content", message(content=value)) for value in (None, 5, {}, [])),
+    *(("messages[0].content[0]", message(content=[value])) for value in (None, 5, "x", {}, {"type": "image"})),
+    ("messages[0].content[0]", message("assistant", [{"type": "tool_use"}])),
+    ("messages[0].content[0].tool_use_id", message(content=[{"type": "tool_result", "content": "x"}])),
+    ("messages", message(extra=nested(100))),
+    *(("system", value) for value in (5, True, {})),
+    *(("tools[0]", [value]) for value in (None, 5, "f", {"type": "bash_20250124", "name": "bash"})),
+    *(("tools[0].input_schema", [{"name": "f", "input_schema": value}]) for value in (None, 5, "x", [])),
+    ("tools[0].name", [{"input_schema": {}}]),
+    *(("tool_choice.type", {"type": value}) for value in (None, "", "required", 5)),
+    ("tool_choice.name", {"type": "tool"}),
+    *(("thinking.type", {"type": value}) for value in (None, "", "on", 5)),
+    *(("thinking.budget_tokens", {"type": "enabled", "budget_tokens": value}) for value in (None, 0, -1, "5", 10**6)),
+    ("output_config.effort", {"effort": "huge"}),
+    ("output_config.format.type", {"format": {"type": "xml"}}),
+    ("mcp_servers", [{"url": "http://127.0.0.1"}]),
+]
+RESPONSES: list[Row] = [
+    *(row for row in SAMPLING if row[0] in ("temperature", "top_p", "min_p", "seed", "logit_bias", "cache_salt")),
+    *wrong_kinds(
+        string="model instructions previous_response_id user prompt_cache_key safety_identifier",
+        integer="max_output_tokens top_logprobs",
+        boolean="stream store parallel_tool_calls",
+        list="tools include",
+        object="text reasoning metadata stream_options",
+    ),
+    *(("input", value) for value in (None, 5, True, {}, [])),
+    *(("input[0]", [value]) for value in (5, "x", [], True)),
+    *(("input[0].role", [{"role": role, "content": "x"}]) for role in (None, "", "tool", 5)),
+    *(("input[0].type", [{"type": kind}]) for kind in ("", "image", 5, "web_search_call")),
+    *(("input[0].content", message(content=value)) for value in (None, 5, {})),
+    *(("input[0].content[0]", message(content=[value])) for value in (None, 5, "x", {}, {"type": "input_image"})),
+    ("input", message(extra=nested(100))),
+    ("input[0].call_id", [{"type": "function_call_output", "call_id": "x", "output": "y"}]),
+    ("previous_response_id", "resp_none"),
+    ("include[0]", ["file_search_call.results"]),
+    *(("tools[0]", [value]) for value in (None, 5, "f", {})),
+    *(("tools[0].type", [{"type": kind}]) for kind in ("web_search", "mcp", "custom", "")),
+    *(("tools[0].name", [{"type": "function", "name": name}]) for name in (None, 5, "", "a b")),
+    ("text.verbosity", {"verbosity": "huge"}),
+    ("truncation", "some"),
+    *((name, 5) for name in ("messages", "max_tokens", "response_format", "n", "background")),
+]
+OLLAMA: list[Row] = [
+    *wrong_kinds(string="model", boolean="stream logprobs", integer="top_logprobs", object="options"),
+    *(("format", value) for value in (5, True, [], "xml", {"type": "nothing"}, {"$ref": "http://127.0.0.1/x"})),
+    *(
+        (f"options.{name}", {name: value})
+        for name in ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty")
+        for value in ("", "0.5", [], {}, True, -2.1, 2.1)
+    ),
+    *((f"options.{name}", {name: value}) for name in ("top_k", "seed") for value in NOT["integer"]),
+    *(("options.num_predict", {"num_predict": value}) for value in (*NOT["integer"], 0, -3)),
+    *(("options.num_ctx", {"num_ctx": value}) for value in (*NOT["integer"], 0, 10**6)),
+    *(("options.stop", {"stop": value}) for value in (5, {}, [5], [""])),
+    ("options.mirostat", {"mirostat": 1}),
+    *(("think", value) for value in (5, [], "deep", True)),
+]
+GENERATE: list[Row] = [
+    *wrong_kinds(string="model", boolean="stream return_text_in_logprobs return_logprob"),
+    *(("text", value) for value in (None, 5, True, {}, [], [5], [["a"]], ["a"] * 1025)),
+    *(("input_ids", All({"text": None, "input_ids": value})) for value in (5, "x", {}, [-1], [VOCAB], ["a"], [[]])),
+    *(("sampling_params", value) for value in (5, "x", [{}], True)),
+    *(
+        (f"sampling_params.{name}", {name: value})
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+        for value in ("", "0.5", [], {}, True, -2.1, 2.1)
+    ),
+    *((f"sampling_params.{name}", {name: value}) for name in ("n", "max_new_tokens") for value in (*NOT["integer"], 0)),
+    *(("sampling_params.stop", {"stop": value}) for value in (5, {}, [5], [""])),
+    *(("sampling_params.regex", {"regex": value}) for value in BAD_REGEXES),
+    *(("sampling_params.json_schema", {"json_schema": value}) for value in BAD_SCHEMAS),
+    ("top_logprobs_num", All({"return_logprob": True, "top_logprobs_num": 21})),
+    ("top_logprobs_num", 5),
+    ("rid", 5),
+    ("image_data", ["http://127.0.0.1/x.png"]),
+]
+
 FAMILIES: list[Family] = [
     Family("/v1/completions", {"prompt": "x", "max_tokens": 1}, SAMPLING + STRUCTURE + COMPLETION),
     Family("/v1/chat/completions", {"messages": HI, "max_tokens": 1}, SAMPLING + STRUCTURE + CHAT),
     Family("/tokenize", {"prompt": "x"}, TOKENIZE + TOKENIZE_CHAT),
     Family("/detokenize", {"tokens": [5]}, DETOKENIZE),
+    Family("/v1/chat/completions/render", {"messages": HI}, [row for row in TOKENIZE_CHAT if row[0] != "messages[0]"]),
+    Family("/v1/messages", {"messages": HI, "max_tokens": 1}, MESSAGES, check_anthropic),
+    Family(
+        "/v1/messages/count_tokens", {"messages": HI}, wrong_kinds(string="model", list="messages"), check_anthropic
+    ),
+    Family("/v1/responses", {"input": "x", "max_output_tokens": 1}, RESPONSES),
+    Family("/v1/responses/input_tokens", {"input": "x"}, wrong_kinds(string="model instructions", list="tools")),
+    Family("/api/chat", {"messages": HI, "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama),
+    Family("/api/generate", {"prompt": "x", "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama),
+    Family("/api/show", {}, wrong_kinds(string="model name"), check_ollama),
+    Family("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 1}}, GENERATE),
 ]
 
 # Bodies that are no JSON object, for every route that reads one.
