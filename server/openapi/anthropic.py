@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from server.openapi.openai import GENERATION, HELLO, SCHEMA, TEMPLATE
 from server.openapi.words import (
+    ANYTHING,
     NULL,
     OBJECT,
     Json,
@@ -58,8 +59,9 @@ _REQUEST: Json = {
             {"type": constant("custom"), "description": string(), "strict": boolean(), **refused(TOOL_REFUSALS)},
         )
     ),
-    "tool_choice": takes(
-        {"type": constant(*CHOICES, "tool")}, {"name": string(), "disable_parallel_tool_use": boolean()}
+    "tool_choice": either(
+        takes({"type": constant(*CHOICES)}, {"disable_parallel_tool_use": boolean()}),
+        takes({"type": constant("tool"), "name": string()}, {"disable_parallel_tool_use": boolean()}),
     ),
     "thinking": takes({"type": constant(*THINKING)}, {"budget_tokens": integer(1), "display": constant(*DISPLAYS)}),
     "output_config": takes({}, {"effort": constant(*EFFORTS), "format": _FORM}),
@@ -67,6 +69,10 @@ _REQUEST: Json = {
     "chat_template_kwargs": TEMPLATE["chat_template_kwargs"],
     **refused(REFUSALS),
 }
+# Of what says how to go on from the prompt, a count of its tokens reads no more than that it is there.
+_UNREAD: Json = dict.fromkeys((name for name in SAME if name != "model"), ANYTHING)
+_ANY_FORM = takes({"type": constant("json_schema")})
+_CONFIG = takes({}, {"effort": constant(*EFFORTS), "format": _ANY_FORM})
 _MESSAGES: Json = {"messages": array(_MESSAGE, least=1)}
 
 _USAGE = gives(
@@ -118,7 +124,7 @@ SCHEMAS: Json = {
         }
     ),
     "MessagesRequest": takes({**_MESSAGES, "max_tokens": integer(1)}, _REQUEST),
-    "CountRequest": takes(_MESSAGES, _REQUEST),
+    "CountRequest": takes(_MESSAGES, {**_REQUEST, **_UNREAD, "output_config": _CONFIG, "output_format": _ANY_FORM}),
     "Message": gives(
         {
             "id": string(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.openapi.openai import HELLO, MESSAGE, SAMPLING, TOKEN, WEATHER
+from server.openapi.openai import HELLO, MESSAGE, SAMPLING, TOKEN, TOOL, WEATHER
 from server.openapi.words import (
     NULL,
     OBJECT,
@@ -40,6 +40,11 @@ _COMMON: Json = {
     "logprobs": boolean(),
     "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
     **refused(REFUSALS),
+}
+# What is read of a request that only loads the model.
+_LOADING: Json = {
+    **{name: schema for name, schema in _COMMON.items() if name not in ("think", "logprobs", "top_logprobs")},
+    "options": takes({}, {"num_ctx": integer(1), **refused(OPTION_REFUSALS)}),
 }
 _MESSAGE = takes(
     {"role": MESSAGE["properties"]["role"]},
@@ -90,8 +95,14 @@ _CARD: Json = {
 
 SCHEMAS: Json = {
     "OllamaError": gives({"error": string(least=1)}),
-    "OllamaChatRequest": takes({}, {**_COMMON, "messages": array(_MESSAGE), "tools": array(OBJECT)}),
-    "OllamaGenerateRequest": takes({}, {**_COMMON, "prompt": string(), "system": string(), "raw": boolean()}),
+    "OllamaChatRequest": either(
+        takes({"messages": array(_MESSAGE, least=1)}, {**_COMMON, "tools": array(TOOL)}),
+        takes({}, {**_LOADING, "messages": array(_MESSAGE, most=0)}),
+    ),
+    "OllamaGenerateRequest": either(
+        takes({"prompt": string(least=1)}, {**_COMMON, "system": string(), "raw": boolean()}),
+        takes({}, {**_LOADING, "prompt": constant(""), "system": string(), "raw": boolean()}),
+    ),
     "ShowRequest": takes(
         {}, {**_NAME, **refused({"verbose": (False,), "system": ("",), "template": ("",), "options": ({},)})}
     ),

@@ -138,10 +138,10 @@ GENERATION: Json = {
 _FUNCTION = takes(
     {"name": string(least=1, most=128)}, {"description": string(), "parameters": OBJECT, "strict": boolean()}
 )
-_TOOL = takes({"type": constant("function"), "function": _FUNCTION})
+TOOL = takes({"type": constant("function"), "function": _FUNCTION})
 _PICK = takes({"type": constant("function"), "function": takes({"name": string()})})
 TOOLS: Json = {
-    "tools": array(_TOOL, least=1, most=MAX_TOOLS),
+    "tools": array(TOOL, least=1, most=MAX_TOOLS),
     "tool_choice": either(
         constant("none", "auto", "required"),
         _PICK,

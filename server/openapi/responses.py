@@ -193,7 +193,16 @@ _EVENTS: Json = {
 
 SCHEMAS: Json = {
     "ResponseRequest": takes(_INPUT, _REQUEST),
-    "InputTokensRequest": takes(_INPUT, _PROMPT),
+    # What comes after the prompt is not looked into.
+    "InputTokensRequest": takes(
+        _INPUT,
+        {
+            **_PROMPT,
+            "stream": ANYTHING,
+            "top_logprobs": ANYTHING,
+            "text": takes({}, {"format": OBJECT, "verbosity": constant("low", "medium", "high")}),
+        },
+    ),
     "Response": _RESPONSE,
     "ResponseEvent": either(
         *(gives({"type": constant(kind), "sequence_number": integer(0), **fields}) for kind, fields in _EVENTS.items())

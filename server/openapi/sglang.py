@@ -30,7 +30,8 @@ def _of_completion(name: str) -> Json:
     """A completion's field."""
     if name == "max_tokens":
         return integer(1)
-    return GENERATION[name] if name in GENERATION else refused(COMPLETION_REFUSALS)[name]
+    found: Json = GENERATION[name] if name in GENERATION else refused(COMPLETION_REFUSALS)[name]
+    return found
 
 
 def _each(schema: Json) -> Json:

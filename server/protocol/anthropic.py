@@ -170,7 +170,9 @@ def _read_thinking(body: Body) -> dict[str, Any]:
         chat["thinking_token_budget"] = budget
     chat["chat_template_kwargs"] = kwargs
     # The second is the name that it had in beta.
-    form = config.object("output_config.format") or body.object("output_format")
+    form = config.object("output_config.format")
+    if form is None:
+        form = body.object("output_format")
     if form is not None:
         if form.get("type") != "json_schema":
             raise invalid("output_config.format.type", "must be json_schema")

@@ -173,7 +173,7 @@ def _read_think(body: Body, state: State) -> dict[str, Any]:
 async def _parse_raw(body: Body, fields: dict[str, Any], state: State, response_id: str) -> Plan:
     """A prompt without a template."""
     for name in ("system", "think"):
-        if body.raw(name):
+        if body.raw(name) not in (None, "") and body.raw(name) is not False:
             raise invalid(name, "cannot be combined with `raw`")
     # A completion has one field for both.
     top, wanted = body.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS), body.boolean("logprobs", False)

@@ -36,4 +36,4 @@ def test_stream(url: str, mode: str) -> None:
             model=MODEL, messages=user(PERSON_PROMPT), temperature=0, response_model=Person, max_retries=0
         )
     )
-    assert len(parts) > 2 and isinstance(parts[-1].age, int) and parts[-1].name
+    assert len(parts) > 1 and isinstance(parts[-1].age, int) and parts[-1].name

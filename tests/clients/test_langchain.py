@@ -38,7 +38,7 @@ def test_text(chat: ChatOpenAI, url: str) -> None:
 @cell(CLIENT, "stream")
 def test_stream(chat: ChatOpenAI) -> None:
     chunks = list(chat.stream(SUM))
-    assert len(chunks) > 3 and "".join(chunk.text for chunk in chunks) == SUM_ANSWER
+    assert len(chunks) > 1 and "".join(chunk.text for chunk in chunks) == SUM_ANSWER
 
 
 @cell(CLIENT, "tool loop")

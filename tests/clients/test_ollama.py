@@ -55,7 +55,7 @@ def test_text(client: ollama.Client) -> None:
 )
 def test_stream(client: ollama.Client, texts: Callable[[ollama.Client], list[str]]) -> None:
     pieces = texts(client)
-    assert len(pieces) > 3 and "".join(pieces) == SUM_ANSWER
+    assert len(pieces) > 1 and "".join(pieces) == SUM_ANSWER
 
 
 @cell(CLIENT, "tool loop")

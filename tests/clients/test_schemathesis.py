@@ -19,7 +19,6 @@ CHECKS = (
     "response_schema_conformance",
     "negative_data_rejection",
     "unsupported_method",
-    "allow_header_conformance",
 )
 SEED = 7
 EXAMPLES = 25

@@ -431,7 +431,8 @@ MESSAGES: list[Row] = [
     *(("thinking.type", {"type": value}) for value in (None, "", "on", 5)),
     *(("thinking.budget_tokens", {"type": "enabled", "budget_tokens": value}) for value in (None, 0, -1, "5", 10**6)),
     ("output_config.effort", {"effort": "huge"}),
-    ("output_config.format.type", {"format": {"type": "xml"}}),
+    *(("output_config.format.type", {"format": value}) for value in ({}, {"type": "xml"})),
+    ("output_config.format.type", All({"output_format": {}})),
     ("mcp_servers", [{"url": "http://127.0.0.1"}]),
 ]
 RESPONSES: list[Row] = [
