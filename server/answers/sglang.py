@@ -28,12 +28,13 @@ class SGLangAnswer:
         self._wanted = wanted
         self._eos_token_ids = state.engine.eos_token_ids
         self._spelling = Spelling(state.engine.tokenizer if wanted.with_text else None, False)
-        # What came so far.
+        # What came so far, and its log-probabilities as they are shown.
         self._so_far = [Delta() for _ in streams]
+        self._shown: dict[int, dict[str, list[object]]] = {}
 
     def whole(self, deltas: list[Delta]) -> Json | list[Json]:
         """One object, or a list of them: all choices of the first prompt first."""
-        answers = [self._answer(index, delta) for index, delta in enumerate(deltas)]
+        answers = [self._add(index, delta) for index, delta in enumerate(deltas)]
         return answers if self._wanted.is_list else answers[0]
 
     def opening(self) -> bytes:
@@ -46,9 +47,7 @@ class SGLangAnswer:
             self.num_running -= 1
             if delta.finish_reason is FinishReason.ERROR:
                 raise failure(delta)
-        so_far = self._so_far[index]
-        so_far.merge(delta)
-        answer = self._answer(index, so_far)
+        answer = self._add(index, delta)
         if self._wanted.is_list:
             answer["index"] = index
         return b"data: " + orjson.dumps(answer) + b"\n\n"
@@ -61,8 +60,10 @@ class SGLangAnswer:
         """An error after the headers have gone out, and the end of the stream."""
         return error_event(error)
 
-    def _answer(self, index: int, delta: Delta) -> Json:
-        request, stream = self._plan.requests[index], self._streams[index]
+    def _add(self, index: int, added: Delta) -> Json:
+        """What one request has come to with a delta more."""
+        request, stream, delta = self._plan.requests[index], self._streams[index], self._so_far[index]
+        delta.merge(added)
         rid = self._wanted.rids[index]
         meta: Json = {
             "id": request.request_id if rid is None else rid,
@@ -73,21 +74,33 @@ class SGLangAnswer:
         }
         if stream.finished_at is not None and delta.finish_reason is not None:
             meta["e2e_latency"] = stream.finished_at - stream.arrived_at
-        top = request.sampling.logprobs
-        if top is not None:
-            start = self._wanted.starts[index]
-            # The first has nothing before it, and SGLang has none for the first of a later start either.
-            of_prompt = (
-                stream.prompt_logprobs or self._streams[index - index % self._plan.num_candidates].prompt_logprobs
-            )
-            entries = (of_prompt or [])[start:]
-            first = [None, request.prompt_token_ids[start], self._text(request.prompt_token_ids[start])]
-            meta["input_token_logprobs"] = [first, *map(self._own, entries)]
-            meta["output_token_logprobs"] = [self._own(entry) for entry in delta.logprobs]
+        if (top := request.sampling.logprobs) is not None:
+            if index not in self._shown:
+                self._shown[index] = self._of_prompt(index, top)
+            shown = self._shown[index]
+            shown["output_token_logprobs"] += map(self._own, added.logprobs)
             if top:
-                meta["input_top_logprobs"] = [None, *(self._top(entry, top) for entry in entries)]
-                meta["output_top_logprobs"] = [self._top(entry, top) for entry in delta.logprobs]
+                shown["output_top_logprobs"] += (self._top(entry, top) for entry in added.logprobs)
+            meta |= shown
         return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
+
+    def _of_prompt(self, index: int, top: int) -> dict[str, list[object]]:
+        """The lists of one request's log-probabilities, with those of its prompt."""
+        start, ids = self._wanted.starts[index], self._plan.requests[index].prompt_token_ids
+        own = self._streams[index].prompt_logprobs
+        # Of choices that are not streamed the first has them for all.
+        entries = own or self._streams[index - index % self._plan.num_candidates].prompt_logprobs or []
+        # The first token has nothing before it, and SGLang shows none for the first of a later start either.
+        firsts = ids[start : start + 1]
+        shown: dict[str, list[object]] = {
+            "input_token_logprobs": [[None, first, self._text(first)] for first in firsts],
+            "output_token_logprobs": [],
+        }
+        shown["input_token_logprobs"] += map(self._own, entries[start:])
+        if top:
+            tops: list[object] = [self._top(entry, top) for entry in entries[start:]]
+            shown |= {"input_top_logprobs": [None] * len(firsts) + tops, "output_top_logprobs": []}
+        return shown
 
     def _finish_reason(self, delta: Delta) -> Json | None:
         if delta.finish_reason is None:

@@ -7,22 +7,27 @@ from functools import partial
 from aiohttp import web
 
 from server.answers.anthropic import AnthropicAnswer
-from server.protocol.anthropic import count_tokens, error_body, parse_messages
+from server.protocol.anthropic import NAMES, count_tokens, error_body, parse_messages
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
+from server.protocol.naming import in_words_of
 from server.responder import respond
 from server.state import REQUEST_ID, STATE
 
 
 async def messages(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
-    plan, wanted = await parse_messages(await read_body(request), state, "msg_" + request[REQUEST_ID])
-    return await respond(request, state, plan, partial(AnthropicAnswer, wanted=wanted))
+    body = await read_body(request)
+    with in_words_of(NAMES):
+        plan, wanted = await parse_messages(body, state, "msg_" + request[REQUEST_ID])
+        return await respond(request, state, plan, partial(AnthropicAnswer, wanted=wanted))
 
 
 async def count(request: web.Request) -> web.Response:
     """How many tokens a prompt takes, without the answer."""
-    return json_response({"input_tokens": await count_tokens(await read_body(request), request.app[STATE])})
+    body = await read_body(request)
+    with in_words_of(NAMES):
+        return json_response({"input_tokens": await count_tokens(body, request.app[STATE])})
 
 
 ROUTES = (

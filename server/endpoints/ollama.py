@@ -13,7 +13,8 @@ from server.answers.ollama import OllamaAnswer
 from server.endpoints.info import get_version
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
-from server.protocol.ollama import Wanted, error_body, parse, read_name
+from server.protocol.naming import in_words_of
+from server.protocol.ollama import CHAT_NAMES, GENERATE_NAMES, Wanted, error_body, parse, read_name
 from server.protocol.refusals import refuse
 from server.responder import respond
 from server.state import REQUEST_ID, STATE, ServedModel, State
@@ -35,13 +36,14 @@ async def _answer(request: web.Request, *, chat: bool) -> web.StreamResponse:
     state = request.app[STATE]
     started_at = state.engine.clock.now()
     body = await read_body(request)
-    plan = await parse(body, state, request[REQUEST_ID], chat=chat)
-    name, _ = read_name(body, state.model)
-    if plan is None:
-        said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
-        now = _time(datetime.now(UTC).timestamp())
-        return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": "load"})
-    return await respond(request, state, plan, partial(OllamaAnswer, wanted=Wanted(name, chat, started_at)))
+    with in_words_of(CHAT_NAMES if chat else GENERATE_NAMES):
+        plan = await parse(body, state, request[REQUEST_ID], chat=chat)
+        name, _ = read_name(body, state.model)
+        if plan is not None:
+            return await respond(request, state, plan, partial(OllamaAnswer, wanted=Wanted(name, chat, started_at)))
+    said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
+    now = _time(datetime.now(UTC).timestamp())
+    return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": "load"})
 
 
 async def tags(request: web.Request) -> web.Response:
@@ -52,7 +54,8 @@ async def tags(request: web.Request) -> web.Response:
 async def running(request: web.Request) -> web.Response:
     """The models that are loaded: the same, for ever."""
     state = request.app[STATE]
-    on_gpu = state.engine.config.device == "cuda"
+    # As /start_profile does: only a GPU's executor can.
+    on_gpu = hasattr(state.engine.executor, "start_profile")
     cards = [
         card
         | {

@@ -8,6 +8,7 @@ from aiohttp import web
 
 from server.answers.sglang import SGLangAnswer
 from server.protocol.body import read_body
+from server.protocol.naming import in_words_of
 from server.protocol.sglang import parse_generate
 from server.responder import respond
 from server.state import REQUEST_ID, STATE
@@ -16,7 +17,8 @@ from server.state import REQUEST_ID, STATE
 async def generate(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
     plan, wanted = await parse_generate(await read_body(request), state, request[REQUEST_ID])
-    return await respond(request, state, plan, partial(SGLangAnswer, wanted=wanted))
+    with in_words_of(wanted.names):
+        return await respond(request, state, plan, partial(SGLangAnswer, wanted=wanted))
 
 
 ROUTES = (("POST", "/generate", generate),)

@@ -13,13 +13,13 @@ from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.chat import encode_messages, parse_chat
 from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
-from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse, refuse_in
 from server.protocol.tool_fields import read_tools
 from server.state import State
 
 # Our name of a field and Anthropic's, for errors.
-_NAMES = {
+NAMES = {
+    "prompt": "messages",
     "stop": "stop_sequences",
     "user": "metadata.user_id",
     "thinking_token_budget": "thinking.budget_tokens",
@@ -47,7 +47,8 @@ SAME = (
 )
 REFUSALS: dict[str, tuple[object, ...]] = {
     "container": (),
-    "context_management": ({}, {"edits": []}),
+    # The last keeps everything that it could clear.
+    "context_management": ({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
     "diagnostics": (),
     "inference_geo": (),
     "mcp_servers": ([],),
@@ -89,19 +90,19 @@ class Wanted:
 
 
 async def parse_messages(body: Body, state: State, response_id: str) -> tuple[Plan, Wanted]:
-    """Raises RequestError for anything that cannot be served, in Anthropic's names."""
-    with in_words_of(_NAMES):
-        max_tokens = body.integer("max_tokens", None, 1)
-        if max_tokens is None:
-            raise invalid("max_tokens", "is required")
-        thinking = body.object("thinking") or {}
-        chat = _to_chat(body)
-        if body.boolean("stream", False):
-            chat["stream"] = True
-        budget = chat.get("thinking_token_budget")
-        if budget is not None and budget >= max_tokens:
-            raise invalid("thinking.budget_tokens", "must be less than `max_tokens`")
-        plan = await parse_chat(Body(chat, body.size), state, response_id)
+    """Raises RequestError for anything that cannot be served, in our names of the fields."""
+    max_tokens = body.integer("max_tokens", None, 1)
+    if max_tokens is None:
+        raise invalid("max_tokens", "is required")
+    thinking = body.object("thinking") or {}
+    chat = _to_chat(body)
+    budget = chat.get("thinking_token_budget")
+    if budget is not None and budget >= max_tokens:
+        raise invalid("thinking.budget_tokens", "must be less than `max_tokens`")
+    if state.reasoning_family is None:
+        # Agents ask every model to think; one that does not keeps any budget.
+        chat["thinking_token_budget"] = None
+    plan = await parse_chat(Body(chat, body.size), state, response_id)
     # Clients must send a number and send a large one, whatever the model; Anthropic has a stop reason for what ends
     # at the context's end instead.
     plan = with_max_tokens(plan, lambda request: min(max_tokens, max(1, room_for(state, request.prompt_token_ids))))
@@ -110,10 +111,9 @@ async def parse_messages(body: Body, state: State, response_id: str) -> tuple[Pl
 
 async def count_tokens(body: Body, state: State) -> int:
     """Tokens of the prompt that the same body would make for parse_messages."""
-    with in_words_of(_NAMES):
-        chat = Body(_to_chat(body), body.size)
-        read_model(chat, state.model)
-        _, prompt = await encode_messages(chat, state, read_tools(chat))
+    chat = Body(_to_chat(body), body.size)
+    read_model(chat, state.model)
+    _, prompt = await encode_messages(chat, state, read_tools(chat))
     return len(prompt)
 
 
@@ -122,7 +122,7 @@ def error_body(error: RequestError, request_id: str | None) -> dict[str, object]
     status, message = error.status, message_with_field(error)
     if error.code == "context_length_exceeded":
         # Agents look for these words before they make the conversation shorter.
-        message = f"prompt is too long: {message}"
+        message = f"prompt is too long: {error}"
     kind = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 

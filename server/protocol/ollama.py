@@ -11,7 +11,6 @@ from server.protocol.chat import parse_chat
 from server.protocol.completions import parse_completion
 from server.protocol.errors import message_with_field
 from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, read_model, room_for, with_max_tokens
-from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse, refuse_in
 from server.state import ServedModel, State
 
@@ -22,6 +21,7 @@ OPTIONS = {
     name: name
     for name in ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
 }
+# Our name of a field and Ollama's, for errors.
 _NAMES = {ours: f"options.{theirs}" for theirs, ours in OPTIONS.items()} | {
     "response_format": "format",
     "response_format.schema": "format",
@@ -29,6 +29,8 @@ _NAMES = {ours: f"options.{theirs}" for theirs, ours in OPTIONS.items()} | {
     "response_format.json_schema.schema": "format",
     "reasoning_effort": "think",
 }
+CHAT_NAMES = _NAMES | {"prompt": "messages", ".reasoning_content": ".thinking"}
+GENERATE_NAMES = _NAMES | {"messages": "prompt"}
 # Ollama's words for "until the model stops".
 _ENDLESS = (-1, -2)
 EFFORTS = ("low", "medium", "high", "max")
@@ -89,39 +91,38 @@ def read_name(body: Body, model: ServedModel) -> tuple[str, str]:
 
 
 async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Plan | None:
-    """None where there is nothing to answer: so clients have a model loaded. Raises RequestError, in Ollama's names."""
-    with in_words_of(_NAMES):
-        options = body.object("options") or {}
-        fields = _read_fields(body, options, state)
-        num_ctx = _read_num_ctx(options, state)
-        raw = not chat and body.boolean("raw", False)
-        messages = _read_messages(body.raw("messages")) if chat else _as_messages(body)
-        if not messages:
-            return None
-        if raw:
-            plan = await _parse_raw(body, fields, state, response_id)
-        else:
-            fields |= {"messages": messages} | _read_think(body, state)
-            if chat and body.raw("tools") != []:
-                fields["tools"] = body.raw("tools")
-            plan = await parse_chat(Body(fields, body.size), state, response_id)
-        endless = options.get("num_predict") in _ENDLESS
+    """None where there is nothing to answer: so clients have a model loaded. Raises RequestError, in our names."""
+    options = body.object("options") or {}
+    fields = _read_fields(body, options, state)
+    num_ctx = _read_num_ctx(options, state)
+    raw = not chat and body.boolean("raw", False)
+    messages = _read_messages(body.raw("messages")) if chat else _as_messages(body)
+    if not messages:
+        return None
+    if raw:
+        plan = await _parse_raw(body, fields, state, response_id)
+    else:
+        fields |= {"messages": messages} | _read_think(body, state)
+        if chat and body.raw("tools") != []:
+            fields["tools"] = body.raw("tools")
+        plan = await parse_chat(Body(fields, body.size), state, response_id)
+    endless = options.get("num_predict") in _ENDLESS
 
-        def count(request: Request) -> int:
-            size, most = len(request.prompt_token_ids), request.sampling.max_tokens
-            if most is None or endless:
-                most = max(1, room_for(state, request.prompt_token_ids))
-            if num_ctx is None:
-                return most
-            if size >= num_ctx:
-                raise ContextLengthExceededError(
-                    f"The prompt has {size} tokens, and by `options.num_ctx` the maximum context length is "
-                    f"{num_ctx} tokens.",
-                    param="options.num_ctx",
-                )
-            return min(most, num_ctx - size)
+    def count(request: Request) -> int:
+        size, most = len(request.prompt_token_ids), request.sampling.max_tokens
+        if most is None or endless:
+            most = max(1, room_for(state, request.prompt_token_ids))
+        if num_ctx is None:
+            return most
+        if size >= num_ctx:
+            raise ContextLengthExceededError(
+                f"The prompt has {size} tokens, and by `options.num_ctx` the maximum context length is "
+                f"{num_ctx} tokens.",
+                param="options.num_ctx",
+            )
+        return min(most, num_ctx - size)
 
-        return with_max_tokens(plan, count)
+    return with_max_tokens(plan, count)
 
 
 def error_body(error: RequestError, request_id: str | None) -> dict[str, object]:

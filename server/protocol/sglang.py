@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,13 +85,14 @@ class Wanted:
 
     rids: the client's own ids by request, None for ours. starts: the first prompt token by request whose
     log-probability is reported. is_list: many answers in a list, whatever their number. with_text: log-probabilities
-    come with the text of their tokens.
+    come with the text of their tokens. names: our names of fields and the client's.
     """
 
     rids: list[str | None]
     starts: list[int]
     is_list: bool
     with_text: bool
+    names: Mapping[str, str]
 
 
 async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Plan, Wanted]:
@@ -104,6 +106,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
     stream, with_text = body.boolean("stream", False), body.boolean("return_text_in_logprobs", False)
     each = _Each(body, len(prompts), is_list)
     params, rids = each.values("sampling_params"), each.rids()
+    names = _NAMES | {"prompt": name}
     plans: list[Plan] = []
     starts: list[int] = []
     for index, prompt in enumerate(prompts):
@@ -116,7 +119,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
             fields["logprobs"] = top
         elif top:
             raise invalid("top_logprobs_num", "needs `return_logprob` to be true")
-        with in_words_of(_NAMES | {"prompt": name}):
+        with in_words_of(names):
             # One prompt's id is the response's own, which its choices share.
             plan = await parse_completion(
                 Body(fields),
@@ -126,9 +129,9 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
                 most_logprobs=MAX_TOP_LOGPROBS,
             )
         size = len(plan.requests[0].prompt_token_ids)
-        start = own.integer("logprob_start_len", -1, -1, max(size - 1, -1))
-        start = max(size - 1, 0) if start < 0 else start
-        # The last token needs nothing: SGLang has null for the first that it reports.
+        start = own.integer("logprob_start_len", -1, -1, size)
+        # The default is none of the prompt's tokens.
+        start = size if start < 0 else start
         if wants_logprobs and start < size - 1:
             plan = replace(plan, requests=_with_prompt_logprobs(plan, top))
         if plan.num_candidates != (plans or [plan])[0].num_candidates:
@@ -143,7 +146,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
     num_each = plans[0].num_candidates
     merged = replace(plans[0], id=response_id, requests=requests)
     shared = [rid for rid in rids for _ in range(num_each)]
-    return merged, Wanted(shared, starts, is_list or num_each > 1, with_text)
+    return merged, Wanted(shared, starts, is_list or num_each > 1, with_text, names)
 
 
 def _read_prompts(body: Body, name: str, vocab_size: int) -> tuple[list[Any], bool]:

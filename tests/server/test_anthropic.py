@@ -289,6 +289,7 @@ async def test_thinking() -> None:
         for fields, text in (
             ({"thinking": {"type": "disabled"}}, "False False "),
             ({"thinking": {"type": "adaptive"}}, "True True "),
+            ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "True True "),
             ({"output_config": {"effort": "low"}}, "True True low"),
             ({"thinking": {"type": "disabled"}, "chat_template_kwargs": {"thinking": 1}}, "False 1 "),
         ):

@@ -133,7 +133,10 @@ async def test_how_far_it_goes() -> None:
         message = check_error(*await server.post(CHAT, {**BODY, "options": {"num_ctx": prompt}}))
         assert f"maximum context length is {prompt} tokens" in message and "`options.num_ctx`" in message
         message = check_error(*await server.post(CHAT, {**BODY, "options": {"num_predict": 512}}))
-        assert "maximum context length is 512 tokens" in message
+        assert "maximum context length is 512 tokens" in message and "`options.num_predict`" in message
+        for path, body, name in ((CHAT, BODY, "messages"), (GENERATE, PROMPT, "prompt")):
+            long = {"messages": [{"role": "user", "content": "w " * 600}], "prompt": "w " * 600}
+            assert f"`{name}`" in check_error(*await server.post(path, body | long))
 
 
 async def test_tools_come_whole(server: Live) -> None:
@@ -303,7 +306,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "nobody", "content": "x"}]}, "messages[0].role"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "messages[0].images"),
-    (CHAT, {"messages": [{"role": "assistant", "content": "x", "thinking": 5}]}, "messages[0].reasoning_content"),
+    (CHAT, {"messages": [{"role": "assistant", "content": "x", "thinking": 5}]}, "messages[0].thinking"),
     (CHAT, {"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0].tool_calls[0]"),
     (CHAT, {"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),
     (CHAT, {"tools": 5}, "tools"),

@@ -191,7 +191,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"return_logprob": True, "top_logprobs_num": 21}, "top_logprobs_num"),
     ({"top_logprobs_num": 2}, "top_logprobs_num"),
     ({"return_logprob": True, "logprob_start_len": -2}, "logprob_start_len"),
-    ({"return_logprob": True, "logprob_start_len": 1}, "logprob_start_len"),
+    ({"return_logprob": True, "logprob_start_len": 2}, "logprob_start_len"),
     ({"return_text_in_logprobs": 1}, "return_text_in_logprobs"),
     ({"token_ids_logprob": [5]}, "token_ids_logprob"),
     ({"input_embeds": [[0.5]]}, "input_embeds"),
@@ -213,7 +213,9 @@ async def test_bad_bodies_are_refused_and_name_the_field(server: Live) -> None:
         assert "`prompt`" not in error["message"] and "`max_tokens`" not in error["message"]
         await ask(server, text="x", sampling_params={"max_new_tokens": 1})
     error = check_shape(*await server.post(GENERATE, {"input_ids": [5] * 512}))
-    assert "maximum context length is 512 tokens" in error["message"]
+    assert "maximum context length is 512 tokens" in error["message"] and error["param"] == "input_ids"
+    error = check_shape(*await server.post(GENERATE, {"text": "x", "sampling_params": {"max_new_tokens": 512}}))
+    assert error["code"] == "context_length_exceeded" and error["param"] == "sampling_params.max_new_tokens"
     await server.all_free()
 
 
@@ -256,7 +258,7 @@ async def test_logprobs(demo: Live) -> None:
     ]
     assert "input_top_logprobs" not in later
     plain = (await ask(demo, **fields))["meta_info"]
-    assert plain["input_token_logprobs"] == [[None, ids[-1], None]]
+    assert plain["input_token_logprobs"] == []
     assert [entry[:2] for entry in plain["output_token_logprobs"]] == [
         entry[:2] for entry in meta["output_token_logprobs"]
     ]
