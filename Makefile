@@ -52,7 +52,7 @@ sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
 
 # Pinned with all that they need, so that their pins touch nothing of ours and an install has nothing to work out.
 $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json | $(BIN)/python
-	@echo "Installing the clients into $(CLIENTS) (once, 1.3 GB) ..."
+	@echo "Installing the clients into $(CLIENTS) (once, 1.5 GB) ..."
 	$(PYTHON) -m venv $(CLIENTS)
 	$(CLIENTS)/bin/python -m pip install --quiet --no-deps -r tests/clients/requirements.txt
 	@mkdir -p $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node
