@@ -70,7 +70,10 @@ _REQUEST: Json = {
     **refused(REFUSALS),
 }
 # Of what says how to go on from the prompt, a count of its tokens reads no more than that it is there.
-_UNREAD: Json = dict.fromkeys((name for name in SAME if name != "model"), ANYTHING)
+_UNREAD: Json = {
+    **dict.fromkeys((name for name in SAME if name != "model"), ANYTHING),
+    "stop_sequences": array(ANYTHING),
+}
 _ANY_FORM = takes({"type": constant("json_schema")})
 _CONFIG = takes({}, {"effort": constant(*EFFORTS), "format": _ANY_FORM})
 _MESSAGES: Json = {"messages": array(_MESSAGE, least=1)}
