@@ -68,10 +68,12 @@ async def test_the_text_is_that_of_the_server(llm: LLM) -> None:
 
 
 def test_one_prompt_many_prompts_and_token_ids(llm: LLM) -> None:
-    [one] = llm.generate(STORY, GREEDY)
+    # Longer than a page of the cache.
+    prompt = STORY * 3
+    [one] = llm.generate(prompt, GREEDY)
     [by_ids] = llm.generate(one.prompt_token_ids, GREEDY)
     assert by_ids.outputs == one.outputs and by_ids.prompt is None
-    both = llm.generate([STORY, one.prompt_token_ids], GREEDY)
+    both = llm.generate([prompt, one.prompt_token_ids], GREEDY)
     assert [output.outputs for output in both] == [one.outputs] * 2
     assert both[1].num_cached_tokens > 0
     assert llm.generate([], GREEDY) == []
@@ -267,7 +269,7 @@ async def test_cancelling_aborts(llm: LLM) -> None:
     await until(lambda: idle(llm))
 
 
-def test_a_failing_request_takes_its_companions_along(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failing_request_takes_its_companions_along(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = llm._built.engine
     submit, taken = engine.submit, []
 
@@ -280,7 +282,7 @@ def test_a_failing_request_takes_its_companions_along(llm: LLM, monkeypatch: pyt
     monkeypatch.setattr(engine, "submit", refuse_the_third)
     with pytest.raises(QueueFullError, match="full"):
         llm.generate([STORY] * 3, LONG)
-    assert idle(llm)
+    await until(lambda: idle(llm))
 
 
 # ---- the end
