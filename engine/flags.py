@@ -82,9 +82,9 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
     """The parser; every option's default is None where EngineConfig's own default applies."""
-    parser = argparse.ArgumentParser(
+    parser = kind(
         prog="python -m engine.serve",
         description="Serve a language model over an OpenAI-compatible API.",
         allow_abbrev=False,

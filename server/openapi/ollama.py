@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.request import MAX_TOP_LOGPROBS
 from server.openapi.openai import HELLO, MESSAGE, SAMPLING, TOKEN, TOOL, WEATHER
 from server.openapi.words import (
     NULL,
@@ -22,7 +23,6 @@ from server.openapi.words import (
     string,
     takes,
 )
-from server.protocol.generation import MAX_TOP_LOGPROBS
 from server.protocol.ollama import EFFORTS, OPTION_REFUSALS, OPTIONS, REFUSALS
 
 # Ollama's names of what a chat has, too; -1 and -2 are "until the model stops".

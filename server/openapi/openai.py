@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.request import MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, RANGES
 from server.openapi.words import (
     ANYTHING,
     NULL,
@@ -32,9 +33,6 @@ from server.protocol.generation import (
     MAX_BEST_OF,
     MAX_CHOICES,
     MAX_SALT_LENGTH,
-    MAX_STOP_LENGTH,
-    MAX_STOP_STRINGS,
-    MAX_TOP_LOGPROBS,
 )
 from server.protocol.refusals import CHAT_REFUSALS, COMPLETION_REFUSALS
 from server.protocol.structured_fields import BACKENDS
@@ -91,15 +89,22 @@ STRUCTURE: Json = {
     "ebnf": _GRAMMAR,
     "structural_tag": _TAG,
 }
+
+
+def _ranged(name: str, about: str = "") -> Json:
+    allowed = RANGES[name]
+    return number(allowed.low, allowed.high, about, above=allowed.above)
+
+
 SAMPLING: Json = {
-    "temperature": number(0, 2, "0 is greedy. The model's own default, else 1."),
-    "top_p": number(0, 1, above=True),
+    "temperature": _ranged("temperature", "0 is greedy. The model's own default, else 1."),
+    "top_p": _ranged("top_p"),
     "top_k": integer(-1, about="-1 and 0 are off."),
-    "min_p": number(0, 1),
+    "min_p": _ranged("min_p"),
     "seed": integer(-(2**63), 2**64 - 1, "The same seed gives the same text in any batch, streamed or not."),
-    "presence_penalty": number(-2, 2),
-    "frequency_penalty": number(-2, 2),
-    "repetition_penalty": number(0, 2, above=True),
+    "presence_penalty": _ranged("presence_penalty"),
+    "frequency_penalty": _ranged("frequency_penalty"),
+    "repetition_penalty": _ranged("repetition_penalty"),
     "logit_bias": mapping(number(-100, 100), "By token id."),
     "allowed_token_ids": array(integer(0), least=1),
     "bad_words": array(string(least=1, most=MAX_BAD_WORD_LENGTH), most=MAX_BAD_WORDS),

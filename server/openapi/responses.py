@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.request import MAX_TOP_LOGPROBS
 from server.openapi.openai import GENERATION, HELLO, SCHEMA, TEMPLATE, TOKEN
 from server.openapi.words import (
     ANYTHING,
@@ -25,7 +26,6 @@ from server.openapi.words import (
     string,
     takes,
 )
-from server.protocol.generation import MAX_TOP_LOGPROBS
 from server.protocol.refusals import CHAT_REFUSALS
 from server.protocol.responses import INCLUDES, INNER_REFUSALS, MOVED, REFUSALS, ROLES
 

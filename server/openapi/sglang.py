@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.request import MAX_TOP_LOGPROBS
 from server.openapi.openai import GENERATION, IDS
 from server.openapi.words import (
     NULL,
@@ -21,7 +22,6 @@ from server.openapi.words import (
     takes,
 )
 from server.protocol.completions import MAX_PROMPTS
-from server.protocol.generation import MAX_TOP_LOGPROBS
 from server.protocol.refusals import COMPLETION_REFUSALS
 from server.protocol.sglang import EACH, MAX_RID_LENGTH, REFUSALS, SAMPLING
 

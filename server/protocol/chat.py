@@ -11,11 +11,11 @@ from typing import Any
 
 import orjson
 
-from engine.request import RequestError
+from engine.request import MAX_TOP_LOGPROBS, RequestError
 from engine.text.structured import GrammarSpec
 from server.messages import Reading
 from server.protocol.body import Body, check_nesting, invalid
-from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, make_plan, read_common
+from server.protocol.generation import Plan, make_plan, read_common
 from server.protocol.refusals import CHAT_REFUSALS, refuse
 from server.protocol.structure import make_structure
 from server.protocol.structured_fields import read_grammar, with_calls

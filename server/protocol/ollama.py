@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine.request import ContextLengthExceededError, Request, RequestError
+from engine.request import MAX_TOP_LOGPROBS, ContextLengthExceededError, Request, RequestError
 from server.protocol.body import Body, invalid
 from server.protocol.chat import parse_chat
 from server.protocol.completions import parse_completion
 from server.protocol.errors import message_with_field
-from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, read_model, room_for, with_max_tokens
+from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
 from server.protocol.refusals import refuse, refuse_in
 from server.state import ServedModel, State
 

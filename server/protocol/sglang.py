@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.request import Request
+from engine.request import MAX_TOP_LOGPROBS, Request
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.completions import MAX_PROMPTS, parse_completion
-from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, check_fits_queue
+from server.protocol.generation import Plan, check_fits_queue
 from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse
 from server.state import State
