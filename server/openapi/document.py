@@ -28,11 +28,15 @@ def document(version: str, root_path: str = "") -> Json:
         "openapi": "3.1.0",
         "info": {"title": "oneloop", "version": version, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},
         "servers": [{"url": root_path.rstrip("/") or "/"}],
-        "security": [{}, {"key": []}],
+        "security": [{}, {"bearer": []}, {"header": []}],
         "paths": paths,
         "components": {
             "schemas": schemas,
-            "securitySchemes": {"key": {"type": "http", "scheme": "bearer", "description": "Where --api-key is set."}},
+            # Where --api-key is set.
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer"},
+                "header": {"type": "apiKey", "in": "header", "name": "X-Api-Key"},
+            },
         },
     }
 
