@@ -23,7 +23,7 @@ from server.openapi.words import (
 )
 from server.protocol.completions import MAX_PROMPTS
 from server.protocol.refusals import COMPLETION_REFUSALS
-from server.protocol.sglang import EACH, MAX_RID_LENGTH, REFUSALS, SAMPLING
+from server.protocol.sglang import EACH, MAX_RID_LENGTH, PARAM_REFUSALS, REFUSALS, SAMPLING
 
 
 def _of_completion(name: str) -> Json:
@@ -39,7 +39,9 @@ def _each(schema: Json) -> Json:
     return either(schema, array(either(schema, NULL)))
 
 
-_PARAMETERS = takes({}, {theirs: _of_completion(ours) for theirs, ours in SAMPLING.items()})
+_PARAMETERS = takes(
+    {}, {**{theirs: _of_completion(ours) for theirs, ours in SAMPLING.items()}, **refused(PARAM_REFUSALS)}
+)
 _COMMON: Json = {
     "sampling_params": _each(_PARAMETERS),
     "rid": _each(string(least=1, most=MAX_RID_LENGTH)),

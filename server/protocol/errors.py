@@ -54,7 +54,8 @@ def error_body(error: RequestError, request_id: str | None = None) -> dict[str, 
 def message_with_field(error: RequestError) -> str:
     """The message of an error for shapes that have no place of their own for the field."""
     message = str(error)
-    return message if error.param is None or f"`{error.param}`" in message else f"`{error.param}`: {message}"
+    # Most name it themselves, and the 404 of a model is the better for naming only that.
+    return message if error.param is None or f"`{error.param}" in message or error.status == 404 else f"`{error.param}`: {message}"
 
 
 def error_response(

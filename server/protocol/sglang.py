@@ -12,7 +12,7 @@ from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.completions import MAX_PROMPTS, parse_completion
 from server.protocol.generation import Plan, check_fits_queue
 from server.protocol.naming import in_words_of
-from server.protocol.refusals import refuse
+from server.protocol.refusals import refuse, refuse_in
 from server.state import State
 
 DEFAULT_MAX_NEW_TOKENS = 128
@@ -47,11 +47,14 @@ SAMPLING = {
         "structural_tag",
         "custom_params",
         "stream_interval",
+        "watermark",
     )
 }
 _NAMES = {ours: f"sampling_params.{theirs}" for theirs, ours in SAMPLING.items()} | {"logprobs": "top_logprobs_num"}
+_STRUCTURES = ("json_schema", "regex", "ebnf", "structural_tag")
 # One value for all prompts or a list with one for each; given to the completion as they are.
 EACH = ("cache_salt", "extra_key", "priority", "lora_path", "custom_logit_processor")
+PARAM_REFUSALS: dict[str, tuple[object, ...]] = {"beam_width": (1,), "ebnf_full_assistant": (False,)}
 REFUSALS: dict[str, tuple[object, ...]] = {
     "input_embeds": (),
     "image_data": ([],),
@@ -199,7 +202,10 @@ def _read_params(params: Any) -> dict[str, Any]:
         return {}
     if not isinstance(params, dict):
         raise invalid("sampling_params", "must be an object, or a list with one for each prompt")
-    return {ours: params.get(theirs) for theirs, ours in SAMPLING.items()}
+    refuse_in("sampling_params", params, PARAM_REFUSALS)
+    read = {ours: params.get(theirs) for theirs, ours in SAMPLING.items()}
+    # SGLang takes an empty structure for none.
+    return read | {name: None for name in _STRUCTURES if read[name] == ""}
 
 
 def _with_prompt_logprobs(plan: Plan, top: int) -> list[Request]:

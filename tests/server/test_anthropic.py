@@ -17,6 +17,7 @@ from server.answers.anthropic import AnthropicAnswer
 from server.protocol.anthropic import parse_messages
 from server.protocol.body import Body
 from tests.server.support import DEMO, Live, cuts, live, served_model, teach, until
+from tests.server.test_gate import raw_exchange
 from tests.server.test_logprobs import device
 
 MESSAGES = "/v1/messages"
@@ -461,6 +462,15 @@ async def test_every_error_has_their_shape() -> None:
         # What is no route of theirs keeps the other shape.
         status, body = await server.post(CHAT, {"messages": HI})
         assert status == 401 and set(body) == {"error"}
+
+
+async def test_shapes_under_a_root_path_and_before_the_gate() -> None:
+    async with live(root_path="/llm") as server:
+        check_error(*await server.post("/llm" + MESSAGES, {**BODY, "max_tokens": 0}))
+        head = f"POST {MESSAGES} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nExpect: miracles\r\n"
+        answer = await raw_exchange(server, head.encode() + b"Content-Length: 2\r\n\r\n{}")
+        body = json.loads(answer.partition(b"\r\n\r\n")[2])
+        assert answer.startswith(b"HTTP/1.1 417") and body["type"] == "error" and body["request_id"] is None
 
 
 async def test_overload_and_prompts_that_do_not_fit() -> None:

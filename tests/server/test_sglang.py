@@ -133,6 +133,7 @@ async def test_sampling_params_reach_the_sampler(server: Live) -> None:
         "skip_special_tokens": False,
         "spaces_between_special_tokens": False,
         "logit_bias": {"5": 1},
+        "regex": "",
         "unheard_of": 1,
     }
     plan, _ = await parse_generate(Body({"text": "x", "sampling_params": params}), server.state, "id")
@@ -179,6 +180,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"sampling_params": {"sampling_seed": "x"}}, "sampling_params.sampling_seed"),
     ({"sampling_params": {"stop": [""]}}, "sampling_params.stop"),
     ({"sampling_params": {"stop_regex": "a+"}}, "sampling_params.stop_regex"),
+    ({"sampling_params": {"beam_width": 2}}, "sampling_params.beam_width"),
     ({"sampling_params": {"no_stop_trim": True}}, "sampling_params.no_stop_trim"),
     ({"sampling_params": {"regex": "("}}, "sampling_params.regex"),
     ({"sampling_params": {"json_schema": "{"}}, "sampling_params.json_schema"),
