@@ -1,4 +1,4 @@
-"""The figures of one GPU: decode, prefill, overlap, host time, start-up, kernels; `python -m bench.gpu`.
+"""The figures of one GPU: decode, prefill, overlap, HTTP, host time, start-up, kernels; `python -m bench.gpu`.
 
 Planned to fit in 8 minutes, the most valuable figures first; every row is written to the JSON file at once, so a run
 that is cut keeps what it had. Random weights of real shapes. Prints a table for the README at the end.
@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench.server import running as running_server
 from bench.shapes import SHAPES, write_shape
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions
 from engine.engine import Engine
@@ -45,6 +46,10 @@ CONTEXT = 1024
 DECODE_TOKENS = 160
 # Steps left out at the start of a measurement: graphs are captured, clocks rise.
 WARM_STEPS = 24
+# Weights [out, in] of Llama-3.2-1B and, the last two, Llama-3.1-8B.
+PRODUCTS = ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048), (6144, 4096), (28672, 4096))
+# Of Qwen3-30B-A3B: hidden size, an expert's, experts, chosen of them.
+EXPERTS = (2048, 768, 128, 8)
 
 
 class Report:
@@ -287,11 +292,20 @@ class Subject:
         found: list[list[int]] = self.rng.integers(0, self.config.vocab_size, (count, length)).tolist()
         return found
 
-    def weight_bytes(self) -> float:
+    def idle_parameters(self, tokens: int) -> float:
+        """Of experts that none of so many tokens is expected to choose."""
+        experts = self.config.experts
+        if experts is None:
+            return 0.0
+        unchosen = (1 - experts.num_experts_per_token / experts.num_experts) ** tokens
+        each = 3 * self.config.hidden_size * experts.intermediate_size
+        return sum(experts.layers) * experts.num_experts * each * unchosen
+
+    def weight_bytes(self, batch: int) -> float:
         """What a decode step reads: all layers and the output head; of the embedding only rows."""
         head = self.config.vocab_size * self.config.hidden_size
         other = 0 if self.config.tie_word_embeddings else head
-        return float((self.config.num_parameters - other) * self.dtype.itemsize)
+        return float((self.config.num_parameters - other - self.idle_parameters(batch)) * self.dtype.itemsize)
 
     def kv_bytes(self, tokens: float) -> float:
         return self.model.attention_spec.kv_bytes_per_token(self.dtype) * tokens
@@ -300,7 +314,7 @@ class Subject:
         config = self.config
         embeddings = config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
         attention = 2.0 * config.num_layers * config.num_heads * config.head_dim * tokens**2
-        return 2.0 * (config.num_parameters - embeddings) * tokens + attention
+        return 2.0 * (config.num_parameters - embeddings - self.idle_parameters(1)) * tokens + attention
 
 
 async def answer(engine: Engine, prompts: list[list[int]], tokens: int) -> None:
@@ -358,6 +372,33 @@ async def measure_prefill(subject: Subject, executor: CUDAExecutor, count: int) 
         return count * subject.context / (time.perf_counter() - begin)
 
 
+def measure_small_step(executor: CUDAExecutor, rows: int, length: int) -> tuple[float, float | None]:
+    """Seconds that the host needs to launch a step with prompts, and the device to run it (None where untimed).
+
+    Such a step has no graph. The device is kept busy until all of it is launched, so its own time has no gaps.
+    """
+    layer, host, device = executor.layer, [], []
+
+    async def run() -> None:
+        for number in range(12):
+            step = executor.prompt_step(number, rows, length)
+            if isinstance(layer, TimedDevice):
+                layer.timing = True
+                layer.spans.clear()
+                with layer.on(executor._compute):
+                    cuda._sleep(50_000_000)  # some 25 ms
+            begin = time.perf_counter()
+            handle = executor.submit(step)
+            host.append(time.perf_counter() - begin)
+            await executor.wait(handle)
+            if isinstance(layer, TimedDevice):
+                device.append(layer.spans[-1][0].elapsed_time(layer.spans[-1][1]) / 1e3)
+                layer.timing = False
+
+    asyncio.run(run())
+    return float(np.median(host[4:])), float(np.median(device[4:])) if device else None
+
+
 def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth: float, flops: float) -> None:
     """Decode at every batch size, prefill, then what explains them."""
     with subject.layer.may_block():
@@ -370,7 +411,8 @@ def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth:
     for batch in batches:
         interval, worked = asyncio.run(measure_decode(subject, executor, batch))
         steps[batch] = interval
-        floor = (subject.weight_bytes() + subject.kv_bytes(batch * (context + subject.decode_tokens / 2))) / bandwidth
+        tokens = batch * (context + subject.decode_tokens / 2)
+        floor = (subject.weight_bytes(batch) + subject.kv_bytes(tokens)) / bandwidth
         common: dict[str, Any] = {"model": name, "batch": batch, "context": context}
         report.add("decode", batch / interval, "tok/s", floor_ratio=floor / interval, **common)
         report.add("host time per decode step", 1e6 * worked, "us", **common)
@@ -388,6 +430,13 @@ def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth:
     for batch in middle:
         interval, _ = asyncio.run(measure_decode(subject, executor, batch, overlap=False))
         report.add("overlap on over off", interval / steps[batch], "x", model=name, batch=batch, context=context)
+    # Whether graphs for small steps with prompts would pay: they do where the host needs longer than the device.
+    for rows in {min(rows, subject.max_num_seqs) for rows in (1, 16)}:
+        length = min(16, context)
+        launch, ran = measure_small_step(executor, rows, length)
+        report.add("host launch, small prompt step", 1e6 * launch, "us", model=name, batch=rows, context=length)
+        if ran is not None:
+            report.add("device time, small prompt step", 1e6 * ran, "us", model=name, batch=rows, context=length)
     executor.close()
 
 
@@ -443,7 +492,69 @@ def first_token(directory: Path) -> None:
     asyncio.run(run())
 
 
+# ---- over HTTP
+
+
+def write_words(directory: Path, vocab_size: int) -> None:
+    """A tokenizer.json whose every id is a word of its own, so that random ids make text as real ones do."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    tokenizer = Tokenizer(WordLevel({f"w{number}": number for number in range(vocab_size)}, unk_token="w0"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.save(str(directory / "tokenizer.json"))
+
+
+def bench_http(report: Report, shape: str, batches: tuple[int, ...] = (64, 256), flags: str = "") -> None:
+    """Output tokens per second of a server with random weights, and how much of it overlap brings.
+
+    The server needs all packages of pyproject.toml; where one is missing this section says which and ends.
+    """
+    from bench.compare import one_round
+
+    rates: dict[tuple[int, bool], float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        directory = write_shape(shape, Path(folder) / shape)
+        vocab_size = SHAPES[shape]["vocab_size"]
+        assert isinstance(vocab_size, int)
+        write_words(directory, vocab_size)
+        for overlap in (True, False):
+            more = "" if overlap else " --disable-overlap"
+            with running_server(
+                f"--model {directory} --load-format dummy --max-model-len 2048 {flags}{more}"
+            ) as server:
+                for batch in batches:
+                    load = f"--random-input-len 128 --random-output-len 256 --ignore-eos --num-prompts {2 * batch}"
+                    words = [*load.split(), "--max-concurrency", str(batch)]
+                    one_round(server, words, 0)  # captures graphs
+                    rates[batch, overlap] = one_round(server, words, 1)["output_throughput"]
+    for batch in batches:
+        common: dict[str, Any] = {"model": shape, "batch": batch, "context": 128}
+        report.add("HTTP, output", rates[batch, True], "tok/s", **common)
+        report.add("HTTP, overlap on over off", rates[batch, True] / rates[batch, False], "x", **common)
+
+
 # ---- kernels
+
+
+def timed(layer: DeviceLayer, stream: Any, work: Callable[[], object], count: int = 20) -> float:
+    """Microseconds of one call among `count` in a graph. Raises RuntimeError where it cannot be captured."""
+
+    def many() -> None:
+        for _ in range(count):
+            work()
+
+    layer.synchronize_all()  # the inputs were made on another stream
+    with layer.on(stream):
+        work()
+        return 1e6 * layer.time(layer.capture(many)) / count
+
+
+def in_turn(out: int, inside: int, device: torch.device) -> Iterator[torch.Tensor]:
+    """Several matrices in turn, so that they are read from memory and not from the L2 cache."""
+    copies = min(20, 1 + 2**28 // (2 * out * inside))
+    return itertools.cycle([torch.randn(out, inside, device=device).bfloat16() for _ in range(copies)])
 
 
 def multiplication(vector: torch.Tensor, matrices: Iterator[torch.Tensor]) -> Callable[[], object]:
@@ -451,24 +562,56 @@ def multiplication(vector: torch.Tensor, matrices: Iterator[torch.Tensor]) -> Ca
     return lambda: torch.nn.functional.linear(vector, next(matrices))
 
 
-def bench_kernels(report: Report, device: torch.device, bandwidth: float) -> None:
-    """Ours beside FlashInfer's and torch's, on the shapes of Llama-3.2-1B; microseconds inside a CUDA graph."""
+def bench_products(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
+    """Products of 1 to 4 rows, cuBLAS beside the best of our blocks."""
+    from engine.ops.skinny import BLOCKS, skinny_product
+
+    stream = layer.stream()
+    for (out, inside), rows in itertools.product(PRODUCTS, (1, 4)):
+        if not report.has_time(5):
+            return
+        x = torch.randn(rows, inside, device=layer.device).bfloat16()
+        matrices = in_turn(out, inside, layer.device)
+        floor = 1e6 * 2.0 * out * inside / bandwidth
+
+        def ours(blocks: tuple[int, int, int]) -> Callable[[], object]:
+            return lambda: skinny_product(x, next(matrices), None, blocks)  # noqa: B023
+
+        found = {"cuBLAS": timed(layer, stream, multiplication(x, matrices))}
+        found["ours"] = min(timed(layer, stream, ours(blocks)) for blocks in BLOCKS)
+        for name, took in found.items():
+            report.add(f"product {out}x{inside}, {name}", took, "us", batch=rows, floor_ratio=floor / took)
+
+
+def bench_experts(report: Report, layer: DeviceLayer, bandwidth: float, flops: float) -> None:
+    """One layer's mixture of experts; the floor reads every expert that is needed."""
+    from engine.ops.experts import mix_experts
+
+    hidden, inner, count, chosen = EXPERTS
+    gate_up = torch.randn(count, 2 * inner, hidden, device=layer.device).bfloat16()
+    down = torch.randn(count, hidden, inner, device=layer.device).bfloat16()
+    stream = layer.stream()
+    for tokens in (1, 64, 4096):
+        if not report.has_time(5):
+            return
+        x = torch.randn(tokens, hidden, device=layer.device).bfloat16()
+        logits = torch.randn(tokens, count, device=layer.device).bfloat16()
+        work = partial(mix_experts, x, logits, gate_up, down, chosen, "silu", normalize=True)
+        took = timed(layer, stream, work, 5)
+        needed = count * (1 - (1 - chosen / count) ** tokens)
+        read = needed * 3 * inner * hidden * 2 / bandwidth
+        floor = max(read, tokens * chosen * 6.0 * inner * hidden / flops)
+        ratio = 1e6 * floor / took
+        report.add("experts of a layer", took, "us", model="qwen3-30b-a3b", batch=tokens, floor_ratio=ratio)
+
+
+def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
+    """Ours beside torch's, on the shapes of Llama-3.2-1B; microseconds inside a CUDA graph."""
     from engine.ops.norm import torch_rms_norm
     from engine.ops.sampling.device import WORDS, torch_sample
     from engine.ops.triton import activation, norm, rope, sampling
 
-    def timed(work: Callable[[], object], count: int = 20) -> float:
-        torch.cuda.synchronize(device)  # the inputs were made on another stream
-        stream = cuda.Stream()
-        with cuda.stream(stream):
-            work()
-            graph = torch.cuda.CUDAGraph()
-            graph.capture_begin()
-            for _ in range(count):
-                work()
-            graph.capture_end()
-        return 1e6 * _seconds(device, graph.replay, 15) / count
-
+    device, stream = layer.device, layer.stream()
     candidates: list[tuple[str, int, Callable[[], object], float]] = []
     for batch in (1, 64, 256):
         x = torch.randn(batch, 2048, device=device).bfloat16()
@@ -499,19 +642,16 @@ def bench_kernels(report: Report, device: torch.device, bandwidth: float) -> Non
         if batch == 64:
             filtered = partial(torch_sample, logits, params, positions, filtered=True)
             candidates.append(("filtered sampling, torch", batch, filtered, logits.nbytes))
-        for out, inside in ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048)):
-            # Several in turn, so that they are read from memory and not from the L2 cache.
-            copies = min(20, 1 + 2**28 // (2 * out * inside))
-            matrices = itertools.cycle([torch.randn(out, inside, device=device).bfloat16() for _ in range(copies)])
-            vector = torch.randn(batch, inside, device=device).bfloat16()
-            candidates.append(
-                (f"linear {out}x{inside}, cuBLAS", batch, multiplication(vector, matrices), 2.0 * out * inside)
-            )
+        for out, inside in PRODUCTS[:5]:
+            if batch > 4:  # else in bench_products
+                vector = torch.randn(batch, inside, device=device).bfloat16()
+                work = multiplication(vector, in_turn(out, inside, device))
+                candidates.append((f"product {out}x{inside}, cuBLAS", batch, work, 2.0 * out * inside))
     for name, batch, work, moved in candidates:
         if not report.has_time(5):
             return
         try:
-            took = timed(work)
+            took = timed(layer, stream, work)
         except RuntimeError as error:
             print(f"{name}: {error}", file=sys.stderr)
             continue
@@ -536,7 +676,11 @@ def run_all(report: Report, layer: TimedDevice) -> None:
         ("Llama-3.2-1B", 60, one_model("llama-3.2-1b", [1, 64, 256])),
         ("Llama-3.1-8B", 90, one_model("llama-3.1-8b", [1, 64, 256])),
         ("start", 30, lambda: bench_start(report, "llama-3.2-1b")),
-        ("kernels", 30, lambda: bench_kernels(report, layer.device, bandwidth)),
+        ("products", 20, lambda: bench_products(report, layer, bandwidth)),
+        ("experts", 10, lambda: bench_experts(report, layer, bandwidth, flops)),
+        ("HTTP", 90, lambda: bench_http(report, "llama-3.2-1b")),
+        ("Qwen3-30B-A3B", 60, one_model("qwen3-30b-a3b", [1, 64])),
+        ("kernels", 30, lambda: bench_kernels(report, layer, bandwidth)),
         ("fp8 KV", 45, one_model("llama-3.1-8b", [256], kv_cache_dtype="fp8")),
     ]
     for name, seconds, section in sections:

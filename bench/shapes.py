@@ -37,10 +37,38 @@ def _llama(hidden: int, layers: int, heads: int, inner: int, *, tied: bool) -> d
     }
 
 
+_QWEN3_30B_A3B: dict[str, object] = {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "intermediate_size": 6144,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 151643,
+    "eos_token_id": 151645,
+}
+
+
 SHAPES: dict[str, dict[str, object]] = {
     "llama-3.2-1b": _llama(2048, 16, 32, 8192, tied=True),
     "llama-3.2-3b": _llama(3072, 28, 24, 8192, tied=True),
     "llama-3.1-8b": _llama(4096, 32, 32, 14336, tied=False),
+    "qwen3-30b-a3b": _QWEN3_30B_A3B,
 }
 
 

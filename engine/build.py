@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.config import CudaOptions, EngineConfig, StartupError
 from engine.engine import Engine
@@ -133,6 +133,9 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         executor = _build_executor(config, directory, model_config, context, report)
         rng = None if options.seed is None else random.Random(options.seed)
         engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics, rng=rng)
+        if config.cuda.nvtx != "off":
+            cuda_executor: Any = executor  # elsewhere the flag is refused
+            engine.name_stages(cuda_executor.layer.range)
     except MemoryError as error:
         raise StartupError(
             f"no memory for --max-num-seqs {config.scheduler.max_num_seqs} with {context} tokens of context each and "
@@ -190,7 +193,7 @@ def _build_cuda(
         raise StartupError("--deterministic is not promised on a GPU yet")
     if config.num_threads is not None:
         raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
-    layer, dtype = CudaDevice(nvtx=config.cuda.nvtx), pick_dtype(config.model.dtype)
+    layer, dtype = CudaDevice(nvtx=config.cuda.nvtx != "off"), pick_dtype(config.model.dtype)
     report.row("device", torch.cuda.get_device_name(layer.device))
     report.row("dtype", str(dtype).removeprefix("torch."))
     report.row("deterministic", "no (GPU)")
@@ -205,6 +208,8 @@ def _build_cuda(
             progress=show_progress(),
             max_model_len=context,
         )
+    if config.cuda.nvtx == "layers":
+        model.name_layers(layer.range)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,

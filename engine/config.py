@@ -5,7 +5,14 @@ Imports nothing of ours, so that `--help` and the scheduler's tests stay free of
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
+
+# What a chat template gets from the server and from nobody else.
+RESERVED_TEMPLATE_KWARGS = frozenset(
+    {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +82,9 @@ class ServerOptions:
     """HTTP. Sizes in bytes, times in seconds.
 
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
-    template shows. response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later
-    turn, and how much of them; 0 keeps none.
+    template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
+    response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later turn, and how
+    much of them; 0 keeps none.
     """
 
     host: str = "127.0.0.1"
@@ -94,19 +102,20 @@ class ServerOptions:
     reasoning_parser: str = "auto"
     response_store_size: int = 1000
     response_store_bytes: int = 64 * 1024 * 1024
+    default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class CudaOptions:
     """cuda_graph: lazy, start or off. kv_cache_dtype: auto, fp8 or fp8_e4m3. profile_dir: where traces go.
 
-    nvtx: ranges around launches and graph captures.
+    nvtx: off, steps (ranges around schedule, launch, commit, capture) or layers (those, and the parts of every layer).
     """
 
     cuda_graph: str = "lazy"
     kv_cache_dtype: str = "auto"
     profile_dir: str | None = None
-    nvtx: bool = False
+    nvtx: str = "off"
 
 
 @dataclass(frozen=True, slots=True)

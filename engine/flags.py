@@ -6,11 +6,14 @@ What is not listed does not exist: an unknown flag ends the start with a line th
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from engine.config import (
+    RESERVED_TEMPLATE_KWARGS,
     CacheOptions,
     CudaOptions,
     EngineConfig,
@@ -82,7 +85,25 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def make_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -> argparse.ArgumentParser:
+def _template_kwargs(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object")
+    if reserved := RESERVED_TEMPLATE_KWARGS.intersection(value):
+        raise argparse.ArgumentTypeError(f"'{min(reserved)}' cannot be set")
+    return value
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, where argparse would print two screens of usage before it."""
+        self.exit(2, f"error: {message} (--help lists the flags)\n")
+
+
+def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
     """The parser; every option's default is None where EngineConfig's own default applies."""
     parser = kind(
         prog="python -m engine.serve",
@@ -147,7 +168,13 @@ def make_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -
     cuda.add_argument("--enforce-eager", "--disable-cuda-graph", dest="cuda_graph", action="store_const", const="off")
     cuda.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "fp8_e4m3"], help="auto: the model's")
     cuda.add_argument("--profile-dir", metavar="DIR", help="where /start_profile writes torch profiler traces")
-    cuda.add_argument("--nvtx", action="store_true", default=None, help="NVTX ranges around launches")
+    cuda.add_argument(
+        "--nvtx",
+        nargs="?",
+        const="steps",
+        choices=["off", "steps", "layers"],
+        help="NVTX ranges for nsys: of a step's stages, or of every layer's parts too (a graph's replay has none)",
+    )
 
     scheduler = parser.add_argument_group("scheduler and cache")
     scheduler.add_argument("--max-num-seqs", "--max-running-requests", dest="max_num_seqs", type=_count, metavar="N")
@@ -222,6 +249,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = argparse.ArgumentParser) -
     )
     server.add_argument(
         "--response-store-bytes", type=_count, metavar="BYTES", help="most memory for them; the oldest go first"
+    )
+    server.add_argument(
+        "--default-chat-template-kwargs",
+        type=_template_kwargs,
+        metavar="JSON",
+        help="options of the chat template for requests without their own, such as '{\"enable_thinking\": false}'",
     )
     server.add_argument(
         "--root-path",
@@ -320,6 +353,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 reasoning_parser=args.reasoning_parser,
                 response_store_size=args.response_store_size,
                 response_store_bytes=args.response_store_bytes,
+                default_chat_template_kwargs=args.default_chat_template_kwargs,
             ),
         ),
         cuda=CudaOptions(

@@ -295,3 +295,20 @@ def test_as_a_command(whole: Path, tmp_path: Path) -> None:
         f"error: {tmp_path}/model/model.safetensors: header is not valid JSON: "
         "Expecting value: line 1 column 1 (char 0)"
     ]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--nope"], "unrecognized arguments: --nope"),
+        (["--port", "99999"], "argument --port: '99999' is not a port"),
+        (["--default-chat-template-kwargs", "[1]"], "argument --default-chat-template-kwargs: '[1]' is not a JSON"),
+        (["--default-chat-template-kwargs", '{"messages": 1}'], "argument --default-chat-template-kwargs: 'messages'"),
+    ],
+)
+def test_a_mistyped_flag_is_one_line(flags: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(flags)
+    out, error = capsys.readouterr()
+    assert end.value.code == 2 and not out
+    assert error.startswith(f"error: {expected}") and error.count("\n") == 1

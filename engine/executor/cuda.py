@@ -26,6 +26,7 @@ from torch import Tensor
 from engine.executor.base import StepHandle
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache, GraphKey
+from engine.executor.cuda_products import choose_products
 from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import (
     FUTURE_TOKEN,
@@ -127,7 +128,7 @@ class Side:
         # Staging may replace these two by larger ones; graphs go on reading the first.
         self.first_index, self.first_page = self.staging.table_index, self.staging.table_page
         self.metadata = PagedMetadata(limits)
-        self.meta_host = layer.pinned(4 * (2 * limits.max_num_batched_tokens + 16 * (rows + 1) + limits.num_pages))
+        self.meta_host = layer.pinned(4 * (2 * limits.max_num_batched_tokens + 16 * (rows + 4) + limits.num_pages))
         self.meta_host = self.meta_host.view(torch.int32)
         self.meta = layer.zeros((self.meta_host.numel(),), torch.int32)
         self.out = layer.zeros((rows,), torch.int32)
@@ -143,6 +144,21 @@ class Side:
     def end_of(self, array: npt.NDArray[Any], count: int) -> int:
         """Bytes of the arena up to `count` entries of an array."""
         return self.arena.offset_of(array) + count * array.dtype.itemsize
+
+    def write_meta(self, parts: Sequence[npt.NDArray[Any]], upload: Any) -> tuple[list[slice], int]:
+        """Lay arrays into the metadata, each on a multiple of 16 bytes: where they are, and the length in words.
+
+        Kernels are compiled anew for pointers that are not so aligned.
+        """
+        sizes = [-(-len(part) // 4) * 4 for part in parts]
+        starts = [0, *np.cumsum(sizes).tolist()]
+        with self._layer.on(upload):
+            self.reserve_meta(starts[-1])
+        host = self.meta_host.numpy()
+        cuts = [slice(start, start + len(part)) for start, part in zip(starts, parts, strict=False)]
+        for cut, part in zip(cuts, parts, strict=True):
+            host[cut] = part
+        return cuts, starts[-1]
 
     def reserve_meta(self, length: int) -> None:
         if length > self.meta_host.numel():
@@ -225,6 +241,10 @@ class CUDAExecutor:
             self._page_table = layer.zeros((limits.num_slots, limits.max_pages_per_seq), torch.int32)
             self._last_token = layer.zeros((limits.num_slots,), torch.int32)
             self._sampling = layer.zeros((limits.num_slots, WORDS), torch.int32)
+            self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
+            layer.synchronize_all()
+            with layer.on(self._compute):
+                attention.settle()
             layer.synchronize_all()
         self._flat_table = self._page_table.view(-1)
         self._extras = DeviceExtras(limits, layer.zeros)
@@ -232,11 +252,11 @@ class CUDAExecutor:
         # What the host plans from; the device has its own image of all of it.
         self._tables = SlotTables(limits)
         self._filters: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
-        # Logits of open steps, by their key; and a step that came before the masks of the one ahead of it.
-        self._open: dict[GraphKey, Tensor] = {}
+        # Logits of an open step, which draws before the next begins; and a step that came before the masks of the one
+        # ahead of it.
+        self._open: Tensor | None = None
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None
-        self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
         self._waiter = Waiter(layer)
         self._in_flight = 0
         self._lost: DeviceLostError | None = None
@@ -514,9 +534,17 @@ class CUDAExecutor:
             if graph is not None:
                 self.graphs.replay(graph)
             else:
-                self.attention.prepare_decode(size, key.width)
+                self._prepare(key)
                 layer.launch(lambda: self._decode(key))
-        return (lambda: self._open[key][:rows]) if draw == "open" else None
+        room = self._open
+        return (lambda: room[:rows]) if room is not None and draw == "open" else None
+
+    def _prepare(self, key: GraphKey) -> None:
+        """Memory that steps of a key need beside their own, and that graphs hold on to; compute stream."""
+        self.attention.prepare_decode(key.size, key.width)
+        if key.draw == "open" and self._open is None:
+            # For all graphs: each would keep its own.
+            self._open = self.layer.zeros((self.limits.max_num_seqs, self.limits.vocab_size), torch.float32)
 
     @staticmethod
     def _pad(side: Side, rows: int, size: int, num_diffs: int) -> int:
@@ -552,7 +580,8 @@ class CUDAExecutor:
             hidden = self.model.forward(token_ids, positions, attention)
             logits = self.model.logits(hidden)
             if draw == "open":
-                self._open[key] = logits
+                assert self._open is not None
+                self._open[:size].copy_(logits)
                 return
             params, filters = self._sampling.index_select(0, slots), self.attention.filters
             tokens = sample(logits, params, kv_len, filtered=draw == "filtered", filters=filters)
@@ -642,20 +671,21 @@ class CUDAExecutor:
 
     def _capture(self, key: GraphKey) -> Any:
         """Record the decode step of a key; compute stream."""
-        self.attention.prepare_decode(key.size, key.width)
+        self._prepare(key)
         with self.layer.range(f"capture {key.size}"):
             return self.graphs.capture(key, lambda: self._decode(key))
 
-    def _warm_up_and_capture(self, key: GraphKey) -> None:
+    def _warm_up(self, key: GraphKey, *, capture: bool) -> None:
         """Run a decode step of padding rows, then record it. Nothing of the key's parity may be in flight."""
-        layer, side, size = self.layer, self._sides[key.parity], key.size
+        layer, side = self.layer, self._sides[key.parity]
         with layer.on(self._compute):
             layer.launch(side.block.zero_)
             if self.attention.decode_needs_plan:
                 self._plan_padding(side, key)
-            self.attention.prepare_decode(size, key.width)
+            self._prepare(key)
             layer.launch(lambda: self._decode(key))
-            self._capture(key)
+            if capture:
+                self._capture(key)
             layer.record(side.computed)
 
     def _plan_padding(self, side: Side, key: GraphKey) -> None:
@@ -671,18 +701,32 @@ class CUDAExecutor:
         if key is None or self._in_flight or self._lost is not None or self._closed:
             return
         try:
-            self._warm_up_and_capture(key)
+            self._warm_up(key, capture=True)
         except Exception as error:
             self._judge(error)
+            self.graphs.give_up(key, error)
         if self._lost is None and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(0.0, self._capture_when_idle)
+
+    def choose_products(self) -> tuple[int, int]:
+        """See cuda_products.py; before anything is captured. Blocks."""
+        with self.layer.may_block(), self.layer.on(self._compute):
+            found = choose_products(self.model.linears, self.layer)
+            self.layer.synchronize_all()
+        return found
+
+    def decode_once(self) -> None:
+        """A decode step of one padding row: its kernels are built and loaded before a client waits for them. Blocks."""
+        with self.layer.may_block():
+            self._warm_up(self.graphs.key(1, 1, 0, "plain"), capture=False)
+            self.layer.synchronize_all()
 
     def capture_at_start(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Mode start: capture what is commonly used. Blocks."""
         keys = list(self.graphs.at_start())
         with self.layer.may_block():
             for number, key in enumerate(keys):
-                self._warm_up_and_capture(key)
+                self._warm_up(key, capture=True)
                 if progress is not None:
                     progress(number + 1, len(keys))
             self.layer.synchronize_all()
@@ -709,19 +753,14 @@ class CUDAExecutor:
             metadata.qo_indptr[1:][sampled] - 1,
             staging.row_slot[:rows][sampled],
             metadata.kv_len[sampled],
+            metadata.kv_len,
         ]
-        ends = np.cumsum([len(part) for part in parts]).tolist()
-        with layer.on(self._upload):
-            side.reserve_meta(ends[-1])
-        host = side.meta_host.numpy()
-        for part, end in zip(parts, ends, strict=True):
-            host[end - len(part) : end] = part
-        cuts = [slice(end - len(part), end) for part, end in zip(parts, ends, strict=True)]
+        cuts, total = side.write_meta(parts, self._upload)
         inside = staging.table_index is side.first_index
         end = side.end_of(side.first_page, forward_input.num_table_diffs if inside else 0)
         if forward_input.num_sampling_diffs:
             end = side.end_of(staging.sampling, forward_input.num_sampling_diffs)
-        self._send(side, max(end, side.end_of(staging.token_ids, tokens)), ends[-1])
+        self._send(side, max(end, side.end_of(staging.token_ids, tokens)), total)
         meta, pinned = side.meta, side.meta_host
         positions, slots32, indices, where, last, sample_slots, sample_at = (
             meta[cuts[part]] for part in (0, 1, 5, 6, 7, 8, 9)
@@ -730,9 +769,8 @@ class CUDAExecutor:
             layer.wait(side.uploaded)
             self._apply_diffs(forward_input, side, handle)
             kv_slots = slots32  # widened on the device
-            step = MixedStep(
-                positions, kv_slots, indices, pinned[cuts[2]], pinned[cuts[3]], pinned[cuts[4]], side.parity
-            )
+            on_host = (pinned[cuts[part]] for part in (2, 3, 4, 10))
+            step = MixedStep(positions, kv_slots, indices, *on_host, side.parity)
             attention = self.attention.mixed(step)
 
             chunks = []
@@ -810,11 +848,21 @@ class CUDAExecutor:
 
     def run_worst_case(self) -> None:
         """One step of the whole token budget in as many rows as there are, all of which sample. Blocks."""
-        limits, staging = self.limits, self.staging[0]
+        limits = self.limits
         rows = min(limits.max_num_seqs, limits.num_pages)
         most = min(limits.max_model_len, limits.num_pages // rows * limits.page_size)
-        length = max(1, min(limits.max_num_batched_tokens // rows, most))
+        handle = self.submit(self.prompt_step(0, rows, max(1, min(limits.max_num_batched_tokens // rows, most))))
+        with self.layer.may_block():
+            self.layer.synchronize_all()
+        self._in_flight -= 1
+        if handle.error is not None:
+            raise handle.error
+
+    def prompt_step(self, step: int, rows: int, length: int) -> ForwardInput:
+        """A step of `rows` new prompts that are `length` tokens long and sample in the hungriest way."""
+        limits, staging = self.limits, self.staging[step & 1]
         pages = -(-length // limits.page_size)
+        assert rows * pages <= limits.num_pages
         staging.reserve_table_diff(rows * pages)
         index = np.arange(rows, dtype=np.int32)
         staging.row_slot[:rows] = index + 1
@@ -829,11 +877,5 @@ class CUDAExecutor:
         staging.sampling_slot[:rows] = index + 1
         staging.sampling[:rows] = np.zeros((), staging.sampling.dtype)
         staging.sampling["temperature"][:rows] = 1.0
-        staging.sampling["top_p"][:rows] = 0.9  # the hungriest way of sampling
-        step = ForwardInput(0, staging, rows, 0, rows * length, rows * pages, rows)
-        handle = self.submit(step)
-        with self.layer.may_block():
-            self.layer.synchronize_all()
-        self._in_flight -= 1
-        if handle.error is not None:
-            raise handle.error
+        staging.sampling["top_p"][:rows] = 0.9
+        return ForwardInput(step, staging, rows, 0, rows * length, rows * pages, rows)

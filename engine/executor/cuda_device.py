@@ -17,8 +17,14 @@ from torch import Tensor
 Stream = Any
 Event = Any
 Graph = Any
+DEVICE_ERRORS = ("CUDA error", "CUBLAS_STATUS", "Triton Error [CUDA]")
+OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Triton Error [CUDA]: out of memory")
 # torch's stubs leave streams, events and ranges untyped.
 _cuda: Any = torch.cuda
+
+
+class CaptureError(RuntimeError):
+    """Operations that cannot be captured in a graph; the device is well."""
 
 
 class DeviceLayer(Protocol):
@@ -72,10 +78,17 @@ class DeviceLayer(Protocol):
         ...
 
     def capture(self, work: Callable[[], object]) -> Graph:
-        """Record `work` on the current stream without running it. Its tensors keep their addresses."""
+        """Record `work` on the current stream without running it. Its tensors keep their addresses.
+
+        Raises torch.OutOfMemoryError or CaptureError, and the device is as before.
+        """
         ...
 
     def replay(self, graph: Graph) -> None: ...
+
+    def time(self, graph: Graph) -> float:
+        """Seconds that a replay on the current stream takes, the best of a few; inside `may_block` only."""
+        ...
 
     def pinned(self, num_bytes: int) -> Tensor:
         """Page-locked host memory, uint8 [num_bytes], zeroed."""
@@ -111,6 +124,7 @@ class CudaDevice:
         self.device = torch.device("cuda", index)
         self._nvtx = nvtx
         self._pool: Any = None
+        self._first_graph: torch.cuda.CUDAGraph | None = None
         torch.cuda.set_device(self.device)
 
     def stream(self) -> Stream:
@@ -151,6 +165,9 @@ class CudaDevice:
     @contextlib.contextmanager
     def may_block(self) -> Iterator[None]:
         before = torch.cuda.get_sync_debug_mode()
+        if not before:  # else even the first call warns that the mode is a prototype
+            yield
+            return
         torch.cuda.set_sync_debug_mode("default")
         try:
             yield
@@ -162,20 +179,41 @@ class CudaDevice:
         # thread_local: the waiter thread may go on waiting for events meanwhile.
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
+            # torch refuses to capture into a pool whose last graph is gone, so the first stays.
+            self._first_graph = self._record(torch.zeros(1, device=self.device).zero_)
+        return self._record(work)
+
+    def _record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
         try:
             work()
-        except BaseException:
+        except BaseException as error:
             # Ending a broken capture fails in its own way; what broke it is what counts.
             with contextlib.suppress(RuntimeError):
                 graph.capture_end()
-            raise
-        graph.capture_end()
+            if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
+                raise
+            raise CaptureError(f"{type(error).__name__}: {error}") from error
+        try:
+            graph.capture_end()
+        except RuntimeError as error:
+            raise CaptureError(str(error)) from error
         return graph
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         graph.replay()
+
+    def time(self, graph: torch.cuda.CUDAGraph) -> float:
+        seconds = []
+        for _ in range(6):
+            begin, end = _cuda.Event(enable_timing=True), _cuda.Event(enable_timing=True)
+            begin.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            seconds.append(begin.elapsed_time(end) / 1e3)
+        return float(min(seconds))
 
     def pinned(self, num_bytes: int) -> Tensor:
         return torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=True)
@@ -200,11 +238,13 @@ class CudaDevice:
         return peak
 
     def is_lost(self, error: BaseException) -> bool:
-        # AcceleratorError is what torch raises for a failed CUDA call; libraries only put it into words.
-        if isinstance(error, torch.OutOfMemoryError):
+        # AcceleratorError is what torch raises for a failed CUDA call; libraries only put it into words. Memory that is
+        # not to be had, of whomever, costs no more than the step.
+        text = str(error)
+        if isinstance(error, torch.OutOfMemoryError) or any(word in text for word in OUT_OF_MEMORY):
             return False
         kinds = tuple(filter(None, [getattr(torch, "AcceleratorError", None)]))
-        return isinstance(error, kinds) or "CUDA error" in str(error) or "CUBLAS_STATUS" in str(error)
+        return isinstance(error, kinds) or any(word in text for word in DEVICE_ERRORS)
 
     @contextlib.contextmanager
     def range(self, name: str) -> Iterator[None]:

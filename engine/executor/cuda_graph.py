@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.executor.cuda_device import DeviceLayer, Graph
+from engine.executor.cuda_device import CaptureError, DeviceLayer, Graph
 
 logger = logging.getLogger(__name__)
 
@@ -109,16 +109,21 @@ class GraphCache:
         return next(iter(self._wanted), None)
 
     def capture(self, key: GraphKey, work: Callable[[], object]) -> Graph | None:
-        """Capture `work` on the current stream. None where memory does not allow it."""
+        """Capture `work` on the current stream. None where it cannot be had: such steps go on without."""
         self._wanted.pop(key, None)
         try:
             graph = self._layer.capture(work)
-        except torch.OutOfMemoryError as error:
-            logger.warning("no CUDA graph for %d rows: %s", key.size, error)
-            self._failed.add(key)
+        except (torch.OutOfMemoryError, CaptureError) as error:
+            self.give_up(key, error)
             return None
         self._graphs[key] = graph
         return graph
+
+    def give_up(self, key: GraphKey, error: Exception) -> None:
+        """Never try this key again."""
+        logger.warning("no CUDA graph for %d rows (%s): %s", key.size, key.draw, error)
+        self._wanted.pop(key, None)
+        self._failed.add(key)
 
     def replay(self, graph: Graph) -> None:
         self.num_replays += 1

@@ -82,7 +82,9 @@ def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **op
 
     try:
         return Backend(model.attention_spec, device=layer.device, module=module, **options)
-    except ImportError as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (ImportError, OSError, RuntimeError) as error:
         logger.warning("FlashInfer is installed but cannot be loaded: %s", error)
         return DeviceAttention(model.attention_spec, device=layer.device, **options)
 
@@ -132,8 +134,6 @@ def build_cuda_executor(
     """
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
-    if model.config.experts is not None:
-        row("experts", "every expert computes every token; there is no fused kernel for them yet")
 
     def limits_of(num_pages: int) -> Limits:
         return Limits(
@@ -158,8 +158,9 @@ def build_cuda_executor(
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype)
         graphs = 0
         if cuda_graph != "off":
+            # Sampling with filters holds this many numbers for each logit at a time; all graphs share the room.
             logits = max_num_seqs * model.config.vocab_size * 4
-            graphs = 2 * logits + 2 * len(graph_sizes(max_num_seqs)) * GRAPH_BYTES
+            graphs = 8 * logits + 2 * len(graph_sizes(max_num_seqs)) * GRAPH_BYTES
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
             wanted = (cache.num_pages + 1) * page_bytes
@@ -190,6 +191,9 @@ def build_cuda_executor(
         if attention.name == "torch":
             text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
+        executor.decode_once()
+        ours, products = executor.choose_products()
+        row("products of 1 to 4 rows", f"{ours} of {products} by our kernel, the others by cuBLAS, as was quicker")
         if cuda_graph == "start":
             executor.capture_at_start()
             row("CUDA graphs", f"{len(executor.graphs)} captured")

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.clock import RangeOf, in_range
 from engine.models.config import ModelConfig
 from engine.models.layers import Layer, Norm
 from engine.models.rope import rope_table
@@ -76,6 +77,12 @@ class Decoder:
                 x = layer.mlp_out_norm(x)
             x, residual = following.add(x, residual)
         return x
+
+    def name_layers(self, range_of: RangeOf) -> None:
+        """See CausalLM. Costs nothing until it is called."""
+        for index, layer in enumerate(self._layers):
+            for part in ("attention", "mlp"):
+                setattr(layer, part, in_range(getattr(layer, part), f"layer {index} {part}", range_of))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size]."""

@@ -6,16 +6,14 @@ executor's thread; a layer issues few operations, for each costs 1 to 25 us of P
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
 from engine.models.config import ExpertsConfig, ModelConfig
 from engine.models.rope import split_pairs
 from engine.models.weights import Weights
-from engine.ops.activation import gelu_tanh_and_mul, silu_and_mul
 from engine.ops.attention.base import AttentionBackend
+from engine.ops.experts import choose_experts, mix_experts
 from engine.ops.linear import Linear
 from engine.ops.norm import add_rms_norm, rms_norm
 
@@ -98,9 +96,6 @@ class Attention:
         return self._output(attention.forward(self._layer, q, k, v, table))
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
-
-
 class Mlp:
     """down(act(gate(x)) * up(x)), gate and up in one product."""
 
@@ -110,20 +105,25 @@ class Mlp:
             [inner, inner] if len(gate_up) == 2 else [2 * inner],
             config.hidden_size,
             bias=config.mlp_bias,
+            activation=config.activation,
         )
         self._down: Linear = weights.linear([down], [config.hidden_size], inner, bias=config.mlp_bias)
-        self._activate = ACTIVATIONS[config.activation]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
-        return self._down(self._activate(self._gate_up(x)))
+        return self._down(self._gate_up.gated(x))
+
+
+def keeps_experts_stacked(device: torch.device) -> bool:
+    """Whether all experts of a layer are one tensor: what a GPU's kernels read."""
+    return device.type == "cuda"
 
 
 class Experts:
     """A mixture of experts: every token goes through the few experts that the router rates highest.
 
     Tokens are sorted by expert, so each expert that is needed does one product over all its tokens. That reads the
-    counts on the host, which is free on the CPU and would stop a GPU's stream: there all experts compute all tokens.
+    counts on the host, which is free on the CPU; for a GPU there is StackedExperts.
     """
 
     def __init__(self, config: ModelConfig, experts: ExpertsConfig, weights: Weights, prefix: str) -> None:
@@ -131,7 +131,6 @@ class Experts:
         self._count = experts.num_experts
         self._chosen = experts.num_experts_per_token
         self._normalize = experts.normalize
-        self._dense = weights.device.type == "cuda"
         self._router = weights.linear([prefix + names.router], [experts.num_experts], config.hidden_size)
         self._experts = [
             Mlp(
@@ -146,12 +145,7 @@ class Experts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
-        ratings = torch.softmax(self._router(x), dim=-1, dtype=torch.float32)
-        shares, experts = ratings.topk(self._chosen, dim=-1)
-        if self._normalize:
-            shares = shares / shares.sum(dim=-1, keepdim=True)
-        if self._dense:
-            return self._all(x, shares, experts)
+        experts, shares = choose_experts(self._router(x), self._chosen, normalize=self._normalize)
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self._count).tolist()
@@ -166,14 +160,29 @@ class Experts:
         weighted = outputs.view(-1, self._chosen, x.shape[-1]) * shares[:, :, None]
         return weighted.sum(dim=1).to(x.dtype)
 
-    def _all(self, x: Tensor, shares: Tensor, experts: Tensor) -> Tensor:
-        """Every expert computes every token and counts with its share, mostly 0: the host need not know whose turn
-        it is, so a GPU does not stop and a graph can hold it."""
-        spread = shares.new_zeros((x.shape[0], self._count)).scatter_(1, experts, shares)
-        total = torch.zeros_like(x, dtype=torch.float32)
-        for number, expert in enumerate(self._experts):
-            total.addcmul_(expert(x).float(), spread[:, number, None])
-        return total.to(x.dtype)
+
+class StackedExperts:
+    """The same on a GPU, where the host knows no counts (ops/experts.py)."""
+
+    def __init__(self, config: ModelConfig, experts: ExpertsConfig, weights: Weights, prefix: str) -> None:
+        assert not config.mlp_bias, "experts with biases are not stacked yet"
+        names, hidden = config.names, config.hidden_size
+        count, inner = experts.num_experts, experts.intermediate_size
+        self._chosen = experts.num_experts_per_token
+        self._normalize = experts.normalize
+        self._activation = config.activation
+        self._router = weights.linear([prefix + names.router], [count], hidden)
+        parts = [prefix + name.format(number) for number in range(count) for name in names.expert_gate_up]
+        rows = [2 * inner * count // len(parts)] * len(parts)
+        self._gate_up = weights.stacked([f"{part}.weight" for part in parts], rows, hidden)
+        self._gate_up = self._gate_up.view(count, 2 * inner, hidden)
+        downs = [f"{prefix + names.expert_down.format(number)}.weight" for number in range(count)]
+        self._down = weights.stacked(downs, [hidden] * count, inner).view(count, hidden, inner)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        weights = self._gate_up, self._down
+        return mix_experts(x, self._router(x), *weights, self._chosen, self._activation, normalize=self._normalize)
 
 
 class Layer:
@@ -191,9 +200,10 @@ class Layer:
         self.attention = Attention(config, weights, index, prefix)
         self.attention_out_norm = norm(names.attention_out_norm) if names.attention_out_norm else None
         self.mlp_norm = norm(names.mlp_norm)
-        self.mlp: Mlp | Experts
+        self.mlp: Mlp | Experts | StackedExperts
         if config.experts is not None and config.experts.layers[index]:
-            self.mlp = Experts(config, config.experts, weights, prefix)
+            kind = StackedExperts if keeps_experts_stacked(weights.device) else Experts
+            self.mlp = kind(config, config.experts, weights, prefix)
         else:
             gate_up = tuple(prefix + name for name in names.gate_up)
             self.mlp = Mlp(config, weights, gate_up, prefix + names.down, config.intermediate_size)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from engine.clock import RangeOf
 from engine.config import StartupError
 from engine.models.config import Fields, ModelConfig, architecture_of
 
@@ -56,6 +57,10 @@ class CausalLM(Protocol):
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Hidden states [R, hidden_size] -> float32 [R, vocab_size]."""
+        ...
+
+    def name_layers(self, range_of: RangeOf) -> None:
+        """Put every layer's parts into named ranges of a profiler's time line from now on."""
         ...
 
 

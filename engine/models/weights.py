@@ -82,10 +82,11 @@ class Weights:
         *,
         bias: bool = False,
         order: Tensor | None = None,
+        activation: str | None = None,
     ) -> Linear:
         """A ready linear layer from one or several projections of the checkpoint (`NAME.weight`, `NAME.bias`).
 
-        order: the first len(order) rows of the result are rows `order` of the checkpoint.
+        order: the first len(order) rows of the result are rows `order` of the checkpoint. activation: see Linear.
         """
         weight = self.stacked([f"{name}.weight" for name in names], rows, columns)
         bias_vector = self.stacked([f"{name}.bias" for name in names], rows) if bias else None
@@ -93,7 +94,7 @@ class Weights:
             for part in (weight, bias_vector):
                 if part is not None:
                     part[: len(order)] = part[order.to(part.device)]
-        linear = Linear(weight, bias_vector)
+        linear = Linear(weight, bias_vector, activation)
         del weight  # `prepare` may replace it, and then it must go at once
         self.prepare(linear)
         return linear

@@ -5,6 +5,8 @@ Called by models/ on the executor's thread; native kernels where they know the d
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,6 +23,9 @@ def silu_and_mul(x: Tensor) -> Tensor:
 def gelu_tanh_and_mul(x: Tensor) -> Tensor:
     """[N, 2I] -> [N, I], with the tanh form of GELU."""
     return _gate_and_mul(x, gelu=True)
+
+
+GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
 
 
 def _gate_and_mul(x: Tensor, *, gelu: bool) -> Tensor:

@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import native
+from engine.ops.activation import GATED_ACTIVATIONS
 from engine.ops.invariance import RowTile, row_tile_of
+from engine.ops.skinny import Blocks, skinny_product
 
 # Rows that oneDNN packs for. With 1 its sums fall into the fewest classes by number of rows ({1..128}, {255..512}).
 ROWS_HINT = 1
@@ -51,9 +53,13 @@ def choose_kind(dtype: torch.dtype, device: torch.device) -> str:
 
 
 class Linear:
-    """y = x weight^T + bias, with weight [out_features, in_features] and bias [out_features] or None."""
+    """y = x weight^T + bias, with weight [out_features, in_features] and bias [out_features] or None.
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+    activation: what `gated` makes of y, one of GATED_ACTIVATIONS. few: number of rows -> blocks of skinny.py, where
+    that is faster (executor/cuda_products.py); on a GPU only.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.kind = "torch"
         self.row_tile: RowTile | None = None
@@ -62,6 +68,8 @@ class Linear:
         self._weight = weight
         self._bias = bias
         self._bias_address: int | None = None
+        self.activation = activation
+        self.few: dict[int, Blocks] = {}
 
     def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Bring the weight into its fastest form and drop the plain one. Once.
@@ -130,6 +138,8 @@ class Linear:
                 torch.get_num_threads(),
             )
             return out
+        if self.few and self.activation is None:
+            return self.by_blocks(x, self.few.get(x.shape[0]))
         return self._multiply(x) if self.row_tile is None else self.row_tile.apply(self._multiply, x)
 
     def _multiply(self, x: Tensor) -> Tensor:
@@ -138,6 +148,20 @@ class Linear:
             product: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return product
         return F.linear(x, self._weight, self._bias)
+
+    def gated(self, x: Tensor) -> Tensor:
+        """[T, in_features] -> [T, out_features / 2]: activation(first half of y) * second half."""
+        assert self.activation is not None
+        if self.few:
+            return self.by_blocks(x, self.few.get(x.shape[0]))
+        return GATED_ACTIVATIONS[self.activation](self(x))
+
+    def by_blocks(self, x: Tensor, blocks: Blocks | None) -> Tensor:
+        """On a GPU: what `gated` gives, or a call where there is no activation; blocks None: by cuBLAS."""
+        if blocks is not None:
+            return skinny_product(x, self._weight, self._bias, blocks, self.activation)
+        y = self._multiply(x)
+        return y if self.activation is None else GATED_ACTIVATIONS[self.activation](y)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight, [T] int32 or int64 -> [T, in_features]: the embedding that a tied output layer is."""

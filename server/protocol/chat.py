@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import orjson
 
+from engine.config import RESERVED_TEMPLATE_KWARGS
 from engine.request import MAX_TOP_LOGPROBS, RequestError
 from engine.text.structured import GrammarSpec
 from server.messages import Reading
@@ -24,10 +26,6 @@ from server.state import State
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-# What the template gets from us and nobody else.
-_RESERVED_KWARGS = frozenset(
-    {"messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize"}
-)
 # Rendering walks the whole conversation; beyond this size it is done in the tokenizer's pool.
 _INLINE_BYTES = 16 * 1024
 
@@ -110,7 +108,7 @@ async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[st
     """The prompt of `messages`, `tools` and the template's options, as text and as ids."""
     template, tokenizer = state.model.chat_template, state.tokenizer
     messages = _read_messages(body.raw("messages"))
-    kwargs = _read_template_kwargs(body)
+    kwargs = _read_template_kwargs(body, state.options.default_chat_template_kwargs)
     continue_final = body.boolean("continue_final_message", False)
     add_generation = body.boolean("add_generation_prompt", not continue_final)
     if continue_final and add_generation:
@@ -215,13 +213,14 @@ def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
     return {**call, "function": function}
 
 
-def _read_template_kwargs(body: Body) -> dict[str, Any]:
+def _read_template_kwargs(body: Body, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The template's options: the server's defaults, then what an effort means, then the client's own."""
     kwargs = dict(body.object("chat_template_kwargs") or {})
-    if reserved := _RESERVED_KWARGS.intersection(kwargs):
+    if reserved := RESERVED_TEMPLATE_KWARGS.intersection(kwargs):
         raise invalid("chat_template_kwargs", f"must not set `{min(reserved)}`")
     effort = body.choice("reasoning_effort", EFFORTS)
     if effort is not None:
         # The three names that templates use for it; an explicit argument wins.
         thinks = effort != "none"
         kwargs = {"reasoning_effort": effort, "enable_thinking": thinks, "thinking": thinks} | kwargs
-    return kwargs
+    return {**defaults, **kwargs}

@@ -55,7 +55,9 @@ def message_with_field(error: RequestError) -> str:
     """The message of an error for shapes that have no place of their own for the field."""
     message = str(error)
     # Most name it themselves, and the 404 of a model is the better for naming only that.
-    return message if error.param is None or f"`{error.param}" in message or error.status == 404 else f"`{error.param}`: {message}"
+    if error.param is None or f"`{error.param}" in message or error.status == 404:
+        return message
+    return f"`{error.param}`: {message}"
 
 
 def error_response(

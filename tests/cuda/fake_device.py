@@ -280,6 +280,11 @@ class FakeDevice:
 
         self._enqueue(work)
 
+    def time(self, graph: FakeGraph) -> float:
+        assert self._blocking_allowed, "the loop thread waits for the device"
+        assert graph.operations
+        return self.random.random()
+
     def pinned(self, num_bytes: int) -> Tensor:
         memory = torch.zeros(num_bytes, dtype=torch.uint8)
         self._pinned.append((memory.data_ptr(), memory.data_ptr() + num_bytes))

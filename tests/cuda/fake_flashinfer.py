@@ -71,12 +71,13 @@ class _Wrapper:
 
     ROOM = 4096
 
-    def __init__(self, device: FakeDevice, log: list[tuple[str, dict[str, Any]]], strict: bool) -> None:
-        self.device = device
-        self.log = log
-        self.strict = strict
-        self.pinned_plan = device.pinned(4 * self.ROOM).view(torch.int32)
-        self.device_plan = torch.zeros(self.ROOM, dtype=torch.int32)
+    def __init__(self, package: FakeFlashInfer) -> None:
+        self.package = package
+        device = self.device = package.device
+        self.log = package.log
+        self.strict = package.strict
+        self._pin_memory_int_workspace_buffer = device.pinned(4 * self.ROOM).view(torch.int32)
+        self._int_workspace_buffer = torch.zeros(self.ROOM, dtype=torch.int32)
         self.indices: Tensor | None = None
         self.settings: dict[str, Any] = {}
 
@@ -104,11 +105,12 @@ class _Wrapper:
         """The async copy of a plan; the pinned buffer is overwritten at once, as plan() does."""
         flat = torch.cat([torch.tensor([len(array) for array in arrays]), *(array.long() for array in arrays)]).int()
         assert len(flat) <= self.ROOM
-        self.pinned_plan[: len(flat)] = flat
-        self.device.upload(self.device_plan[: len(flat)], self.pinned_plan[: len(flat)])
+        self._pin_memory_int_workspace_buffer[: len(flat)] = flat
+        pinned = self._pin_memory_int_workspace_buffer[: len(flat)]
+        self.device.upload(self._int_workspace_buffer[: len(flat)], pinned)
 
     def read_plan(self, count: int) -> list[list[int]]:
-        plan, at = self.device_plan.tolist(), count
+        plan, at = self._int_workspace_buffer.tolist(), count
         arrays = []
         for length in plan[:count]:
             assert 0 <= length <= self.ROOM, "a plan that is no plan"
@@ -140,10 +142,15 @@ class PrefillWrapper(_Wrapper):
     def plan(self, *args: Any, **kwargs: Any) -> None:
         given = bind("prefill.plan", args, kwargs)
         self.log.append(("prefill.plan", given))
+        self.package.look_for(f"prefill {self.backend}", given["window_left"])
         rows = len(given["qo_indptr"]) - 1
         self.check_host("qo_indptr", given["qo_indptr"], rows + 1)
         self.check_host("paged_kv_indptr", given["paged_kv_indptr"], rows + 1)
         self.check_host("paged_kv_last_page_len", given["paged_kv_last_page_len"], rows)
+        self.check_host("seq_lens", given["seq_lens"], rows)
+        pages = given["paged_kv_indptr"][1:] - given["paged_kv_indptr"][:-1]
+        lengths = (pages - 1) * given["page_size"] + given["paged_kv_last_page_len"]
+        assert torch.equal(given["seq_lens"], lengths), "two accounts of the lengths"
         indices = given["paged_kv_indices"]
         assert indices.dtype == torch.int32 and len(indices) == int(given["paged_kv_indptr"][-1])
         assert not self.device.is_pinned(indices), "host indices make the host wait"
@@ -194,6 +201,7 @@ class DecodeWrapper(_Wrapper):
         assert self.device.recorder is None, "plan cannot be captured"
         given = bind("decode.plan", args, kwargs)
         self.log.append(("decode.plan", given))
+        self.package.look_for("decode", given["window_left"])
         self.check_host("indptr", given["indptr"], self.rows + 1)
         self.check_host("last_page_len", given["last_page_len"], self.rows)
         indices = given["indices"]
@@ -223,28 +231,37 @@ class DecodeWrapper(_Wrapper):
 
 
 class FakeFlashInfer:
-    """The package. log: every call with its arguments by name. strict: only shapes that FlashInfer has kernels for."""
+    """The package. log: every call with its arguments by name. strict: only shapes that FlashInfer has kernels for.
 
-    def __init__(self, device: FakeDevice, strict: bool = True) -> None:
+    missing: kernels that cannot be built, (prefill auto, prefill fa2, decode or xqa; whether with a window).
+    """
+
+    def __init__(self, device: FakeDevice, strict: bool = True, missing: tuple[tuple[str, bool], ...] = ()) -> None:
         self.device = device
         self.strict = strict
+        self.missing = missing
         self.log: list[tuple[str, dict[str, Any]]] = []
         self.decode = SimpleNamespace(xqa_batch_decode_with_kv_cache=self._xqa)
         self.sampling = SimpleNamespace(top_k_renorm_probs=self._top_k, top_p_renorm_probs=self._top_p)
 
+    def look_for(self, kernel: str, window_left: int) -> None:
+        if (kernel, window_left >= 0) in self.missing:
+            raise RuntimeError(f"JIT is disabled, and there is no {kernel}\nwith these flags")
+
     def BatchPrefillWithPagedKVCacheWrapper(self, *args: Any, **kwargs: Any) -> PrefillWrapper:
-        wrapper = PrefillWrapper(self.device, self.log, self.strict)
+        wrapper = PrefillWrapper(self)
         wrapper.begin(*args, **kwargs)
         return wrapper
 
     def BatchDecodeWithPagedKVCacheWrapper(self, *args: Any, **kwargs: Any) -> DecodeWrapper:
-        wrapper = DecodeWrapper(self.device, self.log, self.strict)
+        wrapper = DecodeWrapper(self)
         wrapper.begin(*args, **kwargs)
         return wrapper
 
     def _xqa(self, *args: Any, **kwargs: Any) -> Tensor:
         given = bind("xqa", args, kwargs)
         self.log.append(("xqa", given))
+        self.look_for("xqa", given["window_left"])
         q, (k, v), out = given["query"], given["kv_cache"], given["out"]
         tables, lengths = given["block_tables"], given["seq_lens"]
         rows, heads, dim = q.shape

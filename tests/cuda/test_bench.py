@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from bench import gpu
+from engine.text.tokenizer import Tokenizer
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import TINY
 
@@ -34,6 +35,8 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     names = [(row["name"], row["batch"]) for row in content["rows"]]
     assert names.count(("decode", 1)) == names.count(("decode", 3)) == 1
     assert ("prefill", 8) in names and ("overlap on over off", 3) in names
+    launches = [row["context"] for row in content["rows"] if row["name"] == "host launch, small prompt step"]
+    assert launches == [12, 12]
     for row in content["rows"]:
         assert set(row) == {"name", "model", "batch", "context", "value", "unit", "floor_ratio"} and row["value"] > 0
     assert report.table().count("\n") == len(content["rows"]) + 1
@@ -46,6 +49,40 @@ def test_sections_that_fail_or_have_no_time_cost_no_other(tmp_path: Path, capsys
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
+def test_products_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "PRODUCTS", ((24, 16), (8, 16)))
+    monkeypatch.setattr(gpu, "EXPERTS", (16, 8, 4, 2))
+    report, layer = gpu.Report(tmp_path, 1e9, "none"), FakeDevice(0)
+    with layer.may_block():
+        gpu.bench_products(report, layer, 1e9)
+        gpu.bench_experts(report, layer, 1e9, 1e9)
+    names = [(row["name"], row["batch"]) for row in report.content["rows"]]
+    assert ("product 24x16, ours", 1) in names and ("product 8x16, cuBLAS", 4) in names
+    assert names[-3:] == [("experts of a layer", tokens) for tokens in (1, 64, 4096)]
+    assert all(row["value"] > 0 and row["floor_ratio"] is not None for row in report.content["rows"])
+
+
+def test_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a small shape on the CPU; a token must make text, or the server has less to do than it would have."""
+    small = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "vocab_size": 500,
+    }
+    end = {"bos_token_id": 1, "eos_token_id": 2}
+    monkeypatch.setitem(gpu.SHAPES, "small", {**gpu.SHAPES["llama-3.2-1b"], **small, **end})
+    report = gpu.Report(tmp_path, 1e9, "none")
+    gpu.bench_http(report, "small", (2,), "--num-gpu-blocks-override 300 --max-num-seqs 4")
+    rows = {row["name"]: row["value"] for row in report.content["rows"]}
+    assert set(rows) == {"HTTP, output", "HTTP, overlap on over off"} and min(rows.values()) > 0
+    gpu.write_words(tmp_path, 500)
+    assert Tokenizer.load(tmp_path).decode([7, 300]) == "w7 w300"
+
+
 def test_rates_are_measured() -> None:
     device = torch.device("cpu")
     assert gpu.copy_rate(device, 2**16) > 0 and gpu.gemm_rate(device, 16) > 0
@@ -55,6 +92,18 @@ def test_floors() -> None:
     """Bytes of weights and KV of a decode step, and operations of a prompt, against a count by hand (no norms)."""
     subject = gpu.Subject("tiny", TINY, FakeDevice(0), torch.float32, max_num_seqs=1, context=8, decode_tokens=4)
     matrices = 2 * (32 * 8 * (4 + 2 * 2) + 32 * 32 + 3 * 48 * 32)
-    assert subject.weight_bytes() == 4 * (matrices + 101 * 32)
+    assert subject.weight_bytes(1) == subject.weight_bytes(7) == 4 * (matrices + 101 * 32)
     assert subject.kv_bytes(10) == 4 * 10 * 2 * 2 * 2 * 8
     assert subject.prefill_flops(3) == 2 * matrices * 3 + 2 * 2 * 4 * 8 * 9
+
+
+def test_floors_of_experts() -> None:
+    """A token reads the experts it has chosen; many tokens read nearly all, and each computes its own."""
+    extra = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    shape = {**TINY, **extra, "architectures": ["MixtralForCausalLM"]}
+    subject = gpu.Subject("tiny", shape, FakeDevice(0), torch.float32, max_num_seqs=1, context=8, decode_tokens=4)
+    others = 2 * (32 * 8 * (4 + 2 * 2) + 32 * 32 + 4 * 32)
+    expert = 2 * 3 * 48 * 32
+    assert subject.weight_bytes(1) == 4 * (others + 2 * expert + 101 * 32)
+    assert subject.weight_bytes(2) == 4 * (others + 3 * expert + 101 * 32)
+    assert subject.prefill_flops(3) == 2 * (others + 2 * expert) * 3 + 2 * 2 * 4 * 8 * 9

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
+from engine.config import EngineConfig
+from engine.engine import Engine
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model
 
@@ -42,6 +46,21 @@ async def test_padded_graphs_change_no_token(mode: str) -> None:
     tokens = await serve(executor, requests)
     assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
     assert (device.counts["replay"] > 0) == (mode == "start")
+
+
+async def test_stages_are_named_when_asked() -> None:
+    device = FakeDevice(0)
+    executor = make_executor(SMALL, device=device)
+    engine = Engine(EngineConfig(), executor, None)
+    engine.name_stages(device.range)
+    device.ranges.clear()
+    loop_task = asyncio.create_task(engine.run())
+    async with engine.submit(requests_of(0, 1)[0]) as stream:
+        await stream.collect()
+    loop_task.cancel()
+    await asyncio.gather(loop_task, return_exceptions=True)
+    executor.close()
+    assert device.ranges[:3] == ["schedule", "launch", "schedule"] and "commit" in device.ranges
 
 
 async def test_a_step_without_memory_ends_its_requests_alone() -> None:

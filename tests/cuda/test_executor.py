@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from engine.config import CacheOptions, StartupError
+from engine.executor.cuda_device import CaptureError
 from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_widths
 from engine.executor.cuda_start import build_cuda_executor, pick_dtype, pick_kv_dtype
+from engine.flags import parse
 from engine.forward import DeviceLostError, ForwardError, Limits
 from engine.request import SamplingParams
 from tests.cuda.fake_device import FakeDevice
@@ -100,13 +102,14 @@ async def test_an_error_that_is_not_the_devices_is_the_steps() -> None:
     executor.close()
 
 
-async def test_a_capture_without_memory_leaves_the_step_eager() -> None:
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), CaptureError("not permitted")])
+async def test_a_capture_that_fails_leaves_the_step_eager(error: Exception) -> None:
     device = FakeDevice(2)
     executor = make_executor(SMALL, device=device)
     driver = Driver(executor)
 
     def full(work: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory.")
+        raise error
 
     device.capture = full  # type: ignore[assignment, method-assign]
     tokens = await driver.run([prefill(1, A)], {1: [1, 2, 3, 4]}, {1: GREEDY})
@@ -130,6 +133,30 @@ async def test_graphs_are_captured_while_the_device_is_idle() -> None:
     # Steps that come while the warm-up is still queued on the device.
     tokens += await decode_alone(driver, 7, 8)
     assert tokens == expected and device.counts["replay"] == 7
+    executor.close()
+
+
+async def test_an_idle_capture_without_memory_is_not_tried_for_ever() -> None:
+    device = FakeDevice(3)
+    executor = make_executor(SMALL, device=device)
+    driver = Driver(executor)
+    await driver.run([prefill(1, A)], {1: [1, 2, 3, 4]}, {1: GREEDY})
+    await decode_alone(driver, 1)
+    assert executor.graphs.next_wanted() is not None
+    launch = device.launch
+
+    def full(work: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    device.launch = full  # type: ignore[assignment, method-assign]
+    for _ in range(200):
+        await asyncio.sleep(0.01)
+        if executor.graphs.next_wanted() is None:
+            break
+    assert executor.graphs.next_wanted() is None and executor._idle_timer is None
+    device.launch = launch  # type: ignore[method-assign]
+    assert await decode_alone(driver, 3, 8) == continuation(CudaAdapter(), A, 5)[2:]
+    assert device.counts["replay"] == 0
     executor.close()
 
 
@@ -188,7 +215,8 @@ def build(**options: object) -> tuple[dict[str, str], object]:
     }
     cache = settings.pop("cache", CacheOptions(page_size=4))
     device = settings.pop("layer", None) or FakeDevice()
-    executor = build_cuda_executor(tiny_model(), device, cache, **settings)  # type: ignore[arg-type]
+    # A model of its own, whose products the start may change.
+    executor = build_cuda_executor(tiny_model.__wrapped__(), device, cache, **settings)  # type: ignore[arg-type]
     return rows, executor
 
 
@@ -208,6 +236,7 @@ async def test_start_measures_and_explains() -> None:
 def test_start_takes_sizes_as_given_and_captures() -> None:
     rows, executor = build(cache=CacheOptions(page_size=4, num_pages=30), cuda_graph="start")
     assert executor.limits.num_pages == 30
+    assert "of 15 by our kernel" in rows["products of 1 to 4 rows"]
     assert rows["CUDA graphs"] == f"{2 * len(executor.graphs.sizes)} captured"
     executor.close()
 
@@ -268,6 +297,23 @@ def test_ranges_name_the_launch() -> None:
     executor.run_worst_case()
     assert "launch" in device.ranges
     executor.close()
+
+
+def test_the_parts_of_every_layer_are_named_when_asked() -> None:
+    device, model = FakeDevice(), tiny_model.__wrapped__()
+    executor = make_executor(SMALL, device=device, model=model)
+    executor.run_worst_case()
+    assert not any(name.startswith("layer") for name in device.ranges)
+    model.name_layers(device.range)
+    executor.run_worst_case()
+    executor.close()
+    names = [name for name in device.ranges if name.startswith("layer")]
+    assert names == ["layer 0 attention", "layer 0 mlp", "layer 1 attention", "layer 1 mlp"]
+
+
+@pytest.mark.parametrize(("words", "value"), [([], "off"), (["--nvtx"], "steps"), (["--nvtx", "layers"], "layers")])
+def test_the_flag_for_ranges(words: list[str], value: str) -> None:
+    assert parse(words)[0].cuda.nvtx == value
 
 
 def test_staging_is_pinned_and_lies_in_one_block() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.models.layers import Experts
-from engine.models.registry import CausalLM
+from engine.models import layers
 from engine.ops import native
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import DenseAttention, one_thread
@@ -16,19 +15,12 @@ from tests.gpu.support import executor, families, load
 PROMPT = [(37 * i + 11) % 990 + 3 for i in range(50)]
 
 
-def dense_experts(model: CausalLM) -> None:
-    """What a model on a GPU does, where experts cannot be chosen on the host."""
-    for layer in model._layers:  # type: ignore[attr-defined]
-        if isinstance(layer.mlp, Experts):
-            layer.mlp._dense = True
-
-
 @pytest.mark.parametrize("architecture", families())
-async def test_family(architecture: str) -> None:
+async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with native.disabled(), one_thread():
-        model = load(architecture, torch.float32, torch.device("cpu"))
         plain = load(architecture, torch.float32, torch.device("cpu"))
-    dense_experts(model)
+        monkeypatch.setattr(layers, "keeps_experts_stacked", lambda device: True)
+        model = load(architecture, torch.float32, torch.device("cpu"))
     device = FakeDevice(1)
     engine = executor(device, model, torch.float32, attention="torch")  # type: ignore[arg-type]
     driver = Driver(engine)

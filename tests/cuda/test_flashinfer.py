@@ -25,7 +25,7 @@ class Bench:
     def __init__(self, spec: AttentionSpec, **options: Any) -> None:
         self.device = FakeDevice(0)
         self.stream = self.device.stream()
-        self.flashinfer = FakeFlashInfer(self.device)
+        self.flashinfer = FakeFlashInfer(self.device, missing=options.pop("missing", ()))
         settings: dict[str, Any] = {
             "num_pages": 12,
             "page_size": PAGE,
@@ -91,6 +91,7 @@ class Bench:
                     self.pinned([0, 20, 25]),
                     self.pinned([0, 2, 5]),
                     self.pinned([4, 5]),
+                    self.pinned([20, 37]),
                     parity,
                 )
             )
@@ -202,3 +203,64 @@ def test_odd_and_even_steps_have_wrappers_of_their_own() -> None:
     planned = Bench(LLAMA_1B, decode="wrapper").backend
     planned.prepare_decode(8, 64)
     assert planned._decodes[8, 64, None, 0] is not planned._decodes[8, 64, None, 1]
+
+
+def test_all_decode_wrappers_of_a_kind_and_parity_share_their_plan_memory() -> None:
+    """Each would bring 16 MiB. The other parity's plan may still be on its way, so it has its own."""
+    backend = Bench(LLAMA_1B, decode="wrapper").backend
+    for size, width in ((1, 64), (8, 64), (8, 128)):
+        backend.prepare_decode(size, width)
+    memory = {
+        key: (wrapper._int_workspace_buffer.data_ptr(), wrapper._pin_memory_int_workspace_buffer.data_ptr())
+        for key, wrapper in backend._decodes.items()
+    }
+    assert len(memory) == 6 and len(set(memory.values())) == 2
+    assert all((at == memory[1, 64, None, 0]) == (key[3] == 0) for key, at in memory.items())
+
+
+WINDOWED = AttentionSpec(3, 8, 2, 64, 0.1, window=(6, None, 6))
+
+
+def settled(missing: tuple[tuple[str, bool], ...], spec: AttentionSpec = WINDOWED) -> Bench:
+    bench = Bench(spec, missing=missing)
+    with bench.device.on(bench.stream):
+        bench.backend.settle()
+    with bench.device.may_block():
+        bench.device.synchronize_all()
+    bench.flashinfer.log.clear()
+    return bench
+
+
+def test_settling_finds_every_kernel_and_changes_nothing() -> None:
+    bench = settled(())
+    assert bench.backend.describe() == "FlashInfer, prefill auto, decode XQA"
+    check(bench.mixed())
+    check(bench.decode())
+    assert len(bench.calls("xqa")) == 3 and not bench.calls("decode.plan")
+
+
+@pytest.mark.parametrize(
+    ("missing", "plans", "xqa", "decode_plans"),
+    [
+        # Windows by the decode wrapper, the rest by XQA.
+        ((("xqa", True),), 2, 1, 1),
+        # Windows by torch alone.
+        ((("xqa", True), ("decode", True), ("prefill auto", True), ("prefill fa2", True)), 1, 1, 0),
+        # Decode by torch alone, prompts without a window by the second choice.
+        ((("xqa", True), ("xqa", False), ("decode", True), ("decode", False), ("prefill auto", False)), 2, 0, 0),
+    ],
+)
+def test_a_kernel_that_cannot_be_built_is_replaced_for_its_layers_alone(
+    missing: tuple[tuple[str, bool], ...], plans: int, xqa: int, decode_plans: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = settled(missing)
+    assert len(caplog.records) == len(missing) and "window of 6" in caplog.text
+    assert "JIT is disabled" in caplog.text and "with these flags" not in caplog.text
+    assert ("torch (slow) in some layers" in bench.backend.describe()) == (len(missing) > 1)
+    for parity in (0, 1):
+        check(bench.mixed(parity))
+        check(bench.decode(parity))
+    assert len(bench.calls("prefill.plan")) == 2 * plans
+    if ("prefill auto", False) in missing:
+        assert "prefill auto and fa2" in bench.backend.describe()
+    assert len(bench.calls("xqa")) == 2 * xqa and len(bench.calls("decode.plan")) == 2 * decode_plans

@@ -148,6 +148,19 @@ class OneDecodeWrapper(CUDAExecutor):
         return super()._launch_decode(*args)
 
 
+class _OneForBoth(dict[Any, Any]):
+    def setdefault(self, key: Any, default: Any = None) -> Any:
+        return super().setdefault(key[0], default)
+
+
+class OnePlanMemory(CUDAExecutor):
+    """Decode wrappers of both parities plan in the same memory."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        args[3]._plan_memory = _OneForBoth()
+        super().__init__(*args, **options)
+
+
 class HostIndices(CUDAExecutor):
     """The page indices reach `plan` as host memory, which would make it wait."""
 
@@ -176,6 +189,7 @@ MUTANTS: dict[str, tuple[type[CUDAExecutor], str]] = {
     "shared pinned output": (sharing("result_host", "result"), "torch"),
     "one prefill wrapper": (OnePrefillWrapper, "xqa"),
     "one decode wrapper": (OneDecodeWrapper, "wrapper"),
+    "one plan memory": (OnePlanMemory, "wrapper"),
     "host indices": (HostIndices, "xqa"),
 }
 

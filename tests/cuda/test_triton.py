@@ -17,11 +17,14 @@ if DEVICE.type == "cpu":
 from engine.forward import SAMPLING_DTYPE  # noqa: E402
 from engine.ops.activation import torch_gate_and_mul  # noqa: E402
 from engine.ops.attention.device import decode_inputs  # noqa: E402
+from engine.ops.experts import torch_mix_experts  # noqa: E402
 from engine.ops.norm import torch_rms_norm  # noqa: E402
 from engine.ops.rope import torch_rotate  # noqa: E402
 from engine.ops.sampling import sampler  # noqa: E402
 from engine.ops.sampling.device import WORDS, torch_sample, uniform  # noqa: E402
-from engine.ops.triton import activation, norm, prepare, rope, sampling  # noqa: E402
+from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
+from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
+from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny  # noqa: E402
 from tests.cuda.fake_device import FakeDevice  # noqa: E402
 from tests.cuda.fake_flashinfer import FakeFlashInfer  # noqa: E402
 
@@ -85,6 +88,108 @@ def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: i
         assert close(flat[slots], new)
         others = [i for i in range(pages * page_size) if i not in slots.tolist()]
         assert torch.equal(flat[others], old_flat[others]), "a cell was written that is nobody's"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocks", [(2, 32, 1), BLOCKS[0]], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 4])
+@pytest.mark.parametrize("activation_name", [None, "silu", "gelu_tanh"])
+def test_skinny_product(
+    dtype: torch.dtype, blocks: tuple[int, int, int], rows: int, activation_name: str | None
+) -> None:
+    """Sizes that fit no block, and rows of x that are part of wider ones."""
+    out_features, in_features = 26, 72
+    x = randn(rows, 2 * in_features, dtype=dtype)[:, :in_features]
+    weight, bias = 0.1 * randn(out_features, in_features, dtype=dtype, seed=1), randn(out_features, dtype=dtype, seed=2)
+    for added in (None, bias):
+        ours = skinny.skinny_product(x, weight, added, blocks, activation_name)
+        expected = torch_skinny_product(x, weight, added, activation_name)
+        assert ours.shape == (rows, out_features // (2 if activation_name else 1)) and close(ours, expected)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("normalize", [False, True])
+def test_route(normalize: bool) -> None:
+    logits = randn(7, 20)[:, :11]
+    logits[3, :] = float("nan")
+    logits[4, 2] = logits[4, 6] = 9.0
+    ours, shares = experts.route(logits, 3, normalize=normalize)
+    assert ours.dtype == torch.int32 and int(ours.min()) >= 0 and int(ours.max()) < 11
+    expected = torch.softmax(logits, -1).topk(3, -1)
+    values = expected.values / expected.values.sum(-1, keepdim=True) if normalize else expected.values
+    sane = [0, 1, 2, 5, 6]
+    assert torch.equal(ours[sane].long(), expected.indices[sane]) and close(shares[:3], values[:3])
+    assert ours[4, :2].tolist() == [2, 6], "of equals the first"
+
+
+@pytest.mark.parametrize(("tokens", "num_experts", "chosen"), [(1, 8, 2), (2, 8, 8), (40, 5, 3), (700, 6, 2)])
+def test_sorted_pairs_fill_blocks_of_one_expert(tokens: int, num_experts: int, chosen: int) -> None:
+    """Every pair stands once, in order, in a block of its expert; the other places hold a number that is no pair."""
+    rows, pairs = 16, tokens * chosen
+    generator = torch.Generator().manual_seed(tokens)
+    picked = torch.rand(tokens, num_experts, generator=generator).argsort(-1)[:, :chosen].int().to(DEVICE)
+    if tokens > 600:
+        picked[:, 0] = 1  # more than one block of pairs for one, and none for another
+        picked[:, 1] = picked[:, 1].clamp(min=3)
+    order, owners = experts.sort_pairs(picked, num_experts, rows)
+    flat, used, found = picked.view(-1).tolist(), 0, []
+    for block, owner in zip(order.view(-1, rows).tolist(), owners.tolist(), strict=True):
+        if owner < 0:
+            continue
+        assert not found or used == len(found), "blocks in use come first"
+        here = [pair for pair in block if pair != pairs]
+        assert here and all(flat[pair] == owner for pair in here) and here == sorted(here)
+        found.append(here)
+        used += 1
+    assert sorted(pair for here in found for pair in here) == list(range(pairs))
+    assert owners.tolist()[used:] == [-1] * (len(owners) - used)
+    assert used == sum(-(-flat.count(expert) // rows) for expert in range(num_experts))
+
+
+# The interpreter multiplies the bits of bf16 as if they were integers.
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if DEVICE.type == "cuda" else torch.float16])
+@pytest.mark.parametrize(
+    ("tokens", "num_experts", "chosen", "activation_name", "normalize"),
+    [(1, 4, 2, "silu", True), (3, 8, 3, "gelu_tanh", False), (40, 4, 2, "silu", True)],
+)
+def test_mix_experts(
+    dtype: torch.dtype, tokens: int, num_experts: int, chosen: int, activation_name: str, normalize: bool
+) -> None:
+    hidden, inner = 40, 24
+    x, logits = randn(tokens, 2 * hidden, dtype=dtype)[:, :hidden], randn(tokens, num_experts, dtype=dtype, seed=1)
+    gate_up = 0.3 * randn(num_experts, 2 * inner, hidden, dtype=dtype, seed=2)
+    down = 0.3 * randn(num_experts, hidden, inner, dtype=dtype, seed=3)
+    arguments = (x, logits, gate_up, down, chosen, activation_name)
+    ours = experts.mix_experts(*arguments, normalize=normalize, tile=experts.Tile(16, 16, 32 * dtype.itemsize, 1))
+    expected = torch_mix_experts(*arguments, normalize=normalize)
+    # The reference rounds gate and up before they are multiplied.
+    error = (ours.float() - expected.float()).norm() / expected.float().norm()
+    assert error < (1e-5 if dtype == torch.float32 else 1e-2) and ours.shape == x.shape and ours.is_contiguous()
+    by_rule = experts.mix_experts(*arguments, normalize=normalize)
+    assert close(by_rule, ours)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("penalised", [False, True])
+def test_adjust(biased: bool, penalised: bool) -> None:
+    rows, slots, vocab = 3, 5, 2100
+    logits = randn(rows, vocab)
+    before = logits.clone()
+    bias = randn(slots, vocab, seed=1)
+    bias[2, ::3] = float("-inf")
+    generator = torch.Generator().manual_seed(2)
+    counts = torch.randint(0, 3, (slots, vocab), generator=generator, dtype=torch.int32).to(DEVICE)
+    prompt = (torch.rand(slots, vocab, generator=generator) < 0.3).to(DEVICE)
+    penalties = torch.tensor([[0, 0, 0], [0.5, 0, 0], [0.2, 0.3, -0.4], [0, 1, 0], [0, 0, 2]], device=DEVICE)
+    arguments = (
+        logits,
+        torch.tensor([2, 4, 1], device=DEVICE),
+        bias if biased else None,
+        *((counts, prompt, penalties) if penalised else (None, None, None)),
+    )
+    ours = extras.adjust(*arguments)
+    assert close(ours, torch_adjust(*arguments)) and torch.equal(logits, before)
+    assert (ours is logits) == (not biased and not penalised)
 
 
 def test_prepare() -> None:

@@ -10,6 +10,11 @@ import torch
 from engine.executor.cuda_device import CudaDevice
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if not torch.cuda.is_available():
+        pytest.exit("tests/gpu needs an NVIDIA GPU that torch can see", returncode=1)
+
+
 @pytest.fixture
 def layer() -> Iterator[CudaDevice]:
     yield CudaDevice()

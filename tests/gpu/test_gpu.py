@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -10,10 +12,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from engine.config import CacheOptions
+from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice
+from engine.executor.cuda_start import build_cuda_executor
 from engine.forward import ForwardError
 from engine.models.registry import CausalLM
+from engine.ops import native
+from engine.ops.experts import mix_experts, torch_mix_experts
+from engine.ops.skinny import BLOCKS, skinny_product, torch_skinny_product
 from engine.request import Request, SamplingParams
+from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import DenseAttention, expected_tokens, serve
 from tests.executor.driver import GREEDY, Driver, decode, prefill
 from tests.gpu.support import HAS_FLASHINFER, LIMITS, executor, families, load
@@ -73,7 +82,10 @@ def test_parity_with_the_cpu(layer: CudaDevice, architecture: str, dtype: str, a
     expected = reference_logits(reference, PROMPT + tokens)[len(PROMPT) - 1 : -1]
     ours = torch.cat(found)[:, : expected.shape[1]]
     assert len(ours) == len(expected)
-    error = relative_error(ours, expected)
+    # A router that rounds otherwise may pick another expert for a token: then that row is another answer, not a wrong
+    # one, so of rows that went through experts the middle one counts.
+    errors = [relative_error(mine, theirs) for mine, theirs in zip(ours, expected, strict=True)]
+    error = float(np.median(errors)) if model.config.experts is not None else relative_error(ours, expected)
     assert error < (1e-3 if dtype == "float32" else 4e-2), f"off by {error:.1e}"
     if dtype == "float32":
         assert tokens == expected.argmax(-1).tolist()
@@ -139,6 +151,32 @@ def test_sameness_in_float32(layer: CudaDevice) -> None:
             assert asyncio.run(serve(engine, asked, overlap=overlap)) == expected, (mode, overlap)
 
 
+def test_penalties_bans_and_filters_are_the_cpus(layer: CudaDevice) -> None:
+    """Steps that draw by operations of their own, beside plain ones, against the same executor on the fake device."""
+    asked = requests(8, 20)
+    changes: list[dict[str, Any]] = [
+        {"repetition_penalty": 1.3},
+        {"frequency_penalty": 0.5, "presence_penalty": -0.5},
+        {"logit_bias": ((7, 5.0), (9, -50.0))},
+        {"bad_words": ((11,), (3, 5))},
+        {"top_k": 20, "top_p": 0.9},
+        {"min_p": 0.05, "logprobs": 3},
+        {"allowed_token_ids": tuple(range(100, 400)), "prompt_logprobs": 2},
+        {},
+    ]
+    asked = [
+        dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, **change))
+        for request, change in zip(asked, changes, strict=True)
+    ]
+    answers = []
+    for device in (layer, FakeDevice(0)):
+        with native.disabled():  # the fake device knows torch's operations alone
+            model = load("LlamaForCausalLM", torch.float32, device.device)
+        engine = executor(device, model, torch.float32, attention="torch")  # type: ignore[arg-type]
+        answers.append(asyncio.run(serve(engine, asked)))
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("attention", ATTENTIONS)
 def test_overlap_in_bfloat16(layer: CudaDevice, attention: str) -> None:
     """Other batches round otherwise, so a few tokens may differ; first tokens and lengths may not."""
@@ -155,9 +193,10 @@ def test_overlap_in_bfloat16(layer: CudaDevice, attention: str) -> None:
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)
-def test_nothing_on_the_loop_waits_for_the_device(layer: CudaDevice, attention: str) -> None:
+@pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM", "Gemma2ForCausalLM"])
+def test_nothing_on_the_loop_waits_for_the_device(layer: CudaDevice, architecture: str, attention: str) -> None:
     """200 steps, prompts among them, while every synchronising call of torch raises."""
-    model = load("LlamaForCausalLM", torch.bfloat16, layer.device)
+    model = load(architecture, torch.bfloat16, layer.device)
     engine = executor(layer, model, torch.bfloat16, attention=attention)
     driver = Driver(engine)
 
@@ -186,6 +225,17 @@ def test_nothing_on_the_loop_waits_for_the_device(layer: CudaDevice, attention: 
     engine.close()
 
 
+def take_what_is_left(layer: CudaDevice, engine: CUDAExecutor) -> list[Tensor]:
+    """What the allocator still has for the compute stream in blocks that are partly used."""
+    hoard: list[Tensor] = []
+    with layer.on(engine._compute):
+        for size in (2**20, 2**16, 2**12, 512):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while True:
+                    hoard.append(torch.empty(size, dtype=torch.uint8, device=layer.device))
+    return hoard
+
+
 def test_a_batch_without_memory_fails_alone(layer: CudaDevice) -> None:
     model = load("LlamaForCausalLM", torch.bfloat16, layer.device)
     engine = executor(layer, model, torch.bfloat16, attention="torch", cuda_graph="off")
@@ -197,9 +247,11 @@ def test_a_batch_without_memory_fails_alone(layer: CudaDevice) -> None:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(1e-6)  # the allocator refuses, the device is left alone
+        hoard = take_what_is_left(layer, engine)
         with pytest.raises(ForwardError, match="memory"):
             await driver.run([prefill(2, PROMPT)], {2: [50, 51, 52, 53, 54]}, {2: GREEDY})
         torch.cuda.set_per_process_memory_fraction(1.0)
+        hoard.clear()
         second = await driver.run([decode(1, 40)])
         assert 0 <= second[0] < 1000
 
@@ -219,6 +271,80 @@ def test_fp8_cache_stays_close(layer: CudaDevice) -> None:
     engine.close()
     expected = reference_logits(reference, PROMPT + tokens)[len(PROMPT) - 1 : -1]
     assert relative_error(found[-1], expected) < 0.15
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(3072, 2048), (128256, 2048), (16384, 2048), (4096, 14336)])
+def test_skinny_products_of_real_shapes(layer: CudaDevice, shape: tuple[int, int], rows: int) -> None:
+    weight = torch.randn(shape, device=layer.device).bfloat16() * shape[1] ** -0.5
+    x = torch.randn(rows, shape[1], device=layer.device).bfloat16()
+    for activation in (None, "silu"):
+        expected = torch_skinny_product(x, weight, None, activation)
+        for blocks in BLOCKS:
+            error = relative_error(skinny_product(x, weight, None, blocks, activation).cpu(), expected.cpu())
+            assert error < 5e-3, f"blocks of {blocks}: off by {error:.1e}"
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 64, 500, 3000])
+@pytest.mark.parametrize(("hidden", "inner", "count", "chosen"), [(2048, 768, 128, 8), (4096, 2048, 8, 2)])
+def test_experts_of_real_shapes(
+    layer: CudaDevice, tokens: int, hidden: int, inner: int, count: int, chosen: int
+) -> None:
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, device=layer.device).bfloat16() * shape[-1] ** -0.5
+
+    x, logits = normal(tokens, hidden) * hidden**0.5, torch.randn(tokens, count, device=layer.device)
+    arguments = (x, logits, normal(count, 2 * inner, hidden), normal(count, hidden, inner), chosen, "silu")
+    ours = mix_experts(*arguments, normalize=True)
+    error = relative_error(ours.cpu(), torch_mix_experts(*arguments, normalize=True).cpu())
+    assert error < 1e-2, f"off by {error:.1e}"
+
+
+def test_chosen_products_change_no_first_token(layer: CudaDevice) -> None:
+    model = load("LlamaForCausalLM", torch.bfloat16, layer.device)
+    answers = []
+    for choose in (False, True):
+        engine = executor(layer, model, torch.bfloat16)
+        if choose:
+            ours, shapes = engine.choose_products()
+            print(f"{ours} of {shapes} products of few rows are ours")
+            assert shapes == 3 * 5
+        found = captured_logits(model)
+        driver = Driver(engine)
+
+        async def run(driver: Driver = driver) -> list[int]:
+            tokens = await driver.run([prefill(1, PROMPT)], PAGES, {1: GREEDY})
+            return tokens + await driver.run([decode(1, len(PROMPT))])
+
+        tokens = asyncio.run(run())
+        engine.close()
+        answers.append((tokens[0], found[-1]))
+    assert answers[0][0] == answers[1][0]
+    assert relative_error(answers[1][1], answers[0][1].cpu()) < 2e-2
+
+
+@pytest.mark.parametrize("cuda_graph", ["lazy", "start"])
+def test_the_start_divides_the_memory_and_serves(layer: CudaDevice, cuda_graph: str) -> None:
+    """What `make serve` does on a GPU, without HTTP."""
+    model = load("LlamaForCausalLM", torch.bfloat16, layer.device)
+    rows: dict[str, str] = {}
+    engine = build_cuda_executor(
+        model,
+        layer,
+        CacheOptions(memory_fraction=0.3),
+        dtype=torch.bfloat16,
+        max_num_seqs=8,
+        max_num_batched_tokens=256,
+        max_model_len=256,
+        cuda_graph=cuda_graph,
+        row=rows.__setitem__,
+    )
+    for name, text in rows.items():
+        print(f"{name}: {text}")
+    pool = engine.limits.num_pages * 16 * model.attention_spec.kv_bytes_per_token(torch.bfloat16)
+    assert 0.05 < pool / layer.total_memory() < 0.35
+    answers = asyncio.run(serve(engine, requests(12)))
+    assert all(len(tokens) == 40 for tokens in answers) and engine.graphs.num_replays > 0
 
 
 def test_limits_fit() -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from tests.server.support import Live, live, tokenizer, until
+from engine.text.chat_template import ChatTemplate
+from tests.server.support import Live, live, served_model, tokenizer, until
 from tests.server.test_errors import check_shape
 
 
@@ -125,3 +126,20 @@ async def test_profiling_needs_a_device_that_can(server: Live) -> None:
     executor.start_profile = started.append  # type: ignore[attr-defined]
     check_shape(*await server.post("/start_profile", {}), expected=400)  # still nowhere to write to
     assert not started
+
+
+async def test_default_template_kwargs() -> None:
+    """The server's defaults, then what an effort means, then the client's own."""
+    template = ChatTemplate({"default": "{{ enable_thinking }} {{ colour }} {{ messages[0].content }}"}, {})
+    async with live(
+        model=served_model(chat_template=template),
+        default_chat_template_kwargs={"enable_thinking": False, "colour": "red"},
+    ) as server:
+        for fields, expected in (
+            ({}, "False red hi"),
+            ({"reasoning_effort": "high"}, "True red hi"),
+            ({"chat_template_kwargs": {"colour": "blue"}}, "False blue hi"),
+        ):
+            _, ids = await server.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}], **fields})
+            _, text = await server.post("/detokenize", {"tokens": ids["tokens"]})
+            assert text["prompt"] == expected

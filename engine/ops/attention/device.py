@@ -37,7 +37,8 @@ class DecodeStep:
 class MixedStep:
     """A step with prompts. positions int32 [T], kv_slots int64 [T], kv_indices int32 [pages]: on the device.
 
-    qo_indptr, kv_indptr int32 [R + 1], last_page_len int32 [R]: pinned host tensors, unchanged until the step is done.
+    qo_indptr, kv_indptr int32 [R + 1], last_page_len, kv_len int32 [R]: pinned host tensors, unchanged until the step
+    is done.
     """
 
     positions: Tensor
@@ -46,6 +47,7 @@ class MixedStep:
     qo_indptr: Tensor
     kv_indptr: Tensor
     last_page_len: Tensor
+    kv_len: Tensor
     parity: int
 
 
@@ -96,7 +98,6 @@ class DeviceAttention:
     """
 
     name = "torch"
-    decode_needs_plan = False
     # What finds the borders of top_k and top_p for the sampler (ops/sampling/device.py), where the library has it.
     filters: Any = None
 
@@ -123,8 +124,16 @@ class DeviceAttention:
         self.v_pools = [torch.zeros(shape, dtype=self.kv_dtype, device=device) for _ in range(spec.num_layers)]
 
     @property
+    def decode_needs_plan(self) -> bool:
+        """Whether decode steps come with a DecodePlan."""
+        return False
+
+    @property
     def workspace_bytes(self) -> int:
         return 0
+
+    def settle(self) -> None:
+        """Find out which kernels there are, before the first step; on the stream of the steps. May block."""
 
     def describe(self) -> str:
         """One line for the start-up table."""
@@ -142,14 +151,13 @@ class DeviceAttention:
 
     def mixed(self, step: MixedStep) -> MixedAttention:
         """Plan a step with prompts on the host; the result attends on the device."""
+        return MixedAttention(self, step, self.rows_of(step))
+
+    def rows_of(self, step: MixedStep) -> list[tuple[int, int, int]]:
+        """(tokens, pages, kv_len) of every row."""
         lengths = (step.qo_indptr[1:] - step.qo_indptr[:-1]).tolist()
         pages = (step.kv_indptr[1:] - step.kv_indptr[:-1]).tolist()
-        last = step.last_page_len.tolist()
-        rows = [
-            (length, count, (count - 1) * self.page_size + tail)
-            for length, count, tail in zip(lengths, pages, last, strict=True)
-        ]
-        return MixedAttention(self, step, rows)
+        return list(zip(lengths, pages, step.kv_len.tolist(), strict=True))
 
     # What both do per layer.
 

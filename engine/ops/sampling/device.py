@@ -114,9 +114,13 @@ def _renormalised(scaled: Tensor, params: Tensor, filters: Any) -> Tensor:
     top_p, min_p = floats[:, TOP_P].contiguous(), floats[:, MIN_P, None]
     top_k = params[:, TOP_K]
     has_k = (top_k > 0) & (top_k < vocab)
+    # Rows of nothing but -inf are drawn otherwise; its kernels need not see their NaN.
     probs = scaled.softmax(-1)
-    # Its k must lie below the size of the vocabulary, so rows without one take a result that is thrown away.
-    by_k = filters.top_k_renorm_probs(probs, torch.where(has_k, top_k, 1))
+    probs = torch.where(probs.isnan(), 1.0 / vocab, probs)
+    # Its k must lie below the size of the vocabulary and its p below 1, so rows without take what is thrown away.
+    by_k = filters.top_k_renorm_probs(probs, torch.where(has_k, top_k, 1), is_deterministic=True)
     probs = torch.where(has_k[:, None], by_k, probs)
-    probs = torch.where(top_p[:, None] < 1, filters.top_p_renorm_probs(probs, top_p), probs)
+    has_p = top_p < 1
+    by_p = filters.top_p_renorm_probs(probs, torch.where(has_p, top_p, 0.5), is_deterministic=True)
+    probs = torch.where(has_p[:, None], by_p, probs)
     return torch.where(probs >= min_p * probs.amax(-1, keepdim=True), probs, 0.0)

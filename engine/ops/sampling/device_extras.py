@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.forward import ForwardInput, Int32Array, Limits, PromptLogprobs, RowExtras, StepLogprobs
+from engine.ops.triton.runtime import on_gpu
 
 # In a tail: no token stands there. In a pattern: any may.
 _NO_TOKEN, _ANY = -1, -2
@@ -220,10 +221,18 @@ class DeviceExtras:
         )
 
     def adjust(self, logits: Tensor, slots: Tensor, plan: ExtrasPlan) -> Tensor:
-        """On the device: float32 [R, V], int64 [R] -> changed logits, a new tensor."""
-        x = logits.clone()
-        if plan.biased and self._bias is not None:
-            x = x + self._bias.index_select(0, slots)
+        """On the device: float32 [R, V], int64 [R] -> changed logits; the given ones stay as they are."""
+        x = logits
+        bias = self._bias if plan.biased else None
+        counts, prompt, penalties = (
+            (self._counts, self._prompt, self._penalties) if plan.penalised else (None, None, None)
+        )
+        if on_gpu(x):
+            from engine.ops.triton import extras as kernels
+
+            x = kernels.adjust(x, slots, bias, counts, prompt, penalties)
+        else:
+            x = torch_adjust(x, slots, bias, counts, prompt, penalties)
         if plan.word_slots is not None and plan.word_last is not None and plan.patterns is not None:
             assert self._tails is not None
             tails = self._tails.index_select(0, plan.word_slots.long())
@@ -231,14 +240,6 @@ class DeviceExtras:
             place = plan.word_last[0].long() * self._vocab + plan.word_last[1].long()
             limit = torch.where(stands, -torch.inf, torch.inf).to(x.dtype)
             x = x.view(-1).scatter_reduce(0, place, limit, "amin").view(x.shape)
-        if plan.penalised:
-            assert self._counts is not None and self._prompt is not None and self._penalties is not None
-            counts = self._counts.index_select(0, slots)
-            seen = self._prompt.index_select(0, slots) | (counts > 0)
-            penalties = self._penalties.index_select(0, slots)
-            repetition, frequency, presence = (1.0 + penalties[:, :1]), penalties[:, 1:2], penalties[:, 2:]
-            x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
-            x = x - frequency * counts - presence * (counts > 0)
         return x
 
     def note(self, slots: Tensor, tokens: Tensor) -> None:
@@ -272,6 +273,32 @@ class DeviceExtras:
         """Host: what `figures_of` brought. rows: of the step, for each sampling row."""
         asked = np.asarray(rows)[plan.logprob_rows].astype(np.int32)
         return StepLogprobs(asked, *unpack(figures, plan.num_top))
+
+
+def torch_adjust(
+    logits: Tensor,
+    slots: Tensor,
+    bias: Tensor | None,
+    counts: Tensor | None,
+    prompt: Tensor | None,
+    penalties: Tensor | None,
+) -> Tensor:
+    """float32 [R, V], int64 [R] -> the same with biases and penalties. Tables by slot, as DeviceExtras keeps them.
+
+    bias float32 [slots, V]; counts int32, prompt bool [slots, V]: of generated tokens, whether in the prompt; penalties
+    float32 [slots, 3].
+    """
+    x = logits
+    if bias is not None:
+        x = x + bias.index_select(0, slots)
+    if counts is not None and prompt is not None and penalties is not None:
+        counts = counts.index_select(0, slots)
+        seen = prompt.index_select(0, slots) | (counts > 0)
+        penalties = penalties.index_select(0, slots)
+        repetition, frequency, presence = (1.0 + penalties[:, :1]), penalties[:, 1:2], penalties[:, 2:]
+        x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+        x = x - frequency * counts - presence * (counts > 0)
+    return x
 
 
 def _penalises(extras: RowExtras) -> bool:

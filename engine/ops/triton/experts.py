@@ -1,0 +1,285 @@
+"""A mixture of experts in six launches, four for a single token: route, sort the pairs of (token, expert) by expert,
+multiply block by block, weigh. Called by ops/experts.py on CUDA tensors; `torch_mix_experts` there is the reference.
+
+The host knows no count. An expert's pairs fill up whole blocks of rows, and as many blocks are launched as the worst
+split of the pairs needs; those that nobody needs end at once. So shapes depend on the number of tokens alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Pairs that a program looks through at a time, and columns that one adds up.
+BLOCK_PAIRS, BLOCK_COLUMNS = 1024, 1024
+
+
+class Tile(NamedTuple):
+    """Rows of pairs, columns, and bytes of K of a program's products."""
+
+    rows: int
+    columns: int
+    k_bytes: int
+    num_warps: int
+    num_stages: int = 3
+
+
+# By the average number of pairs of an expert: with few, the weights are read; with many, the sums fill the registers.
+TILES = ((128, Tile(128, 128, 128, 8)), (24, Tile(64, 128, 128, 4)), (0, Tile(16, 64, 256, 4)))
+
+
+@triton.jit
+def _route(
+    logits_ptr,
+    experts_ptr,
+    shares_ptr,
+    stride,
+    num_experts,
+    CHOSEN: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_CHOSEN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    number = tl.arange(0, BLOCK)
+    left = tl.load(logits_ptr + row * stride + number, mask=number < num_experts, other=-float("inf")).to(tl.float32)
+    top = tl.max(left, axis=0)
+    total = tl.sum(tl.exp(left - top), axis=0)
+    place = tl.arange(0, BLOCK_CHOSEN)
+    experts = tl.zeros((BLOCK_CHOSEN,), tl.int32)
+    shares = tl.zeros((BLOCK_CHOSEN,), tl.float32)
+    for index in range(CHOSEN):
+        best = tl.max(left, axis=0)
+        expert = tl.min(tl.where(left == best, number, BLOCK), axis=0)
+        expert = tl.minimum(expert, num_experts - 1)  # NaN equals nothing, and no memory may be read for it
+        experts = tl.where(place == index, expert, experts)
+        shares = tl.where(place == index, tl.exp(best - top) / total, shares)
+        left = tl.where(number == expert, -float("inf"), left)
+    if NORMALIZE:
+        shares = shares / tl.sum(shares, axis=0)
+    tl.store(experts_ptr + row * CHOSEN + place, experts, mask=place < CHOSEN)
+    tl.store(shares_ptr + row * CHOSEN + place, shares, mask=place < CHOSEN)
+
+
+@triton.jit
+def _count(experts_ptr, counts_ptr, pairs, BLOCK: tl.constexpr):
+    expert = tl.program_id(0)
+    total = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, pairs, BLOCK):
+        pair = first + tl.arange(0, BLOCK)
+        total += (tl.load(experts_ptr + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
+    tl.store(counts_ptr + expert, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _sort(
+    experts_ptr,
+    counts_ptr,
+    order_ptr,
+    owners_ptr,
+    pairs,
+    num_experts,
+    num_blocks,
+    ROWS: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program lays out the pairs of one expert, in order, and the number `pairs` where its last block has room."""
+    expert = tl.program_id(0)
+    number = tl.arange(0, EXPERTS)
+    blocks = (tl.load(counts_ptr + number, mask=number < num_experts, other=0) + ROWS - 1) // ROWS
+    begin = tl.sum(tl.where(number < expert, blocks, 0), axis=0)
+    end = begin + tl.sum(tl.where(number == expert, blocks, 0), axis=0)
+    used = tl.sum(blocks, axis=0)
+    offset = tl.arange(0, BLOCK)
+    for first in range(0, num_blocks, BLOCK):
+        block = first + offset
+        tl.store(owners_ptr + block, tl.zeros((BLOCK,), tl.int32) + expert, mask=(block >= begin) & (block < end))
+        if expert == num_experts - 1:
+            tl.store(owners_ptr + block, tl.full((BLOCK,), -1, tl.int32), mask=(block >= used) & (block < num_blocks))
+    at = begin * ROWS
+    for first in range(0, pairs, BLOCK):
+        pair = first + offset
+        mine = (tl.load(experts_ptr + pair, mask=pair < pairs, other=-1) == expert).to(tl.int32)
+        tl.store(order_ptr + at + tl.cumsum(mine, axis=0) - 1, pair, mask=mine > 0)
+        at += tl.sum(mine, axis=0)
+    rest = at + tl.arange(0, ROWS)
+    tl.store(order_ptr + rest, tl.zeros((ROWS,), tl.int32) + pairs, mask=rest < end * ROWS)
+
+
+@triton.jit
+def _multiply(
+    x_ptr,
+    weight_ptr,
+    out_ptr,
+    order_ptr,
+    owners_ptr,
+    pairs,
+    x_stride,
+    out_features,
+    in_features,
+    PER_ROW: tl.constexpr,
+    SORTED: tl.constexpr,
+    GATED: tl.constexpr,
+    GELU: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Row pair // PER_ROW of x times the weight of the pair's expert, to row `pair` of out."""
+    block = tl.program_id(0)
+    expert = tl.load(owners_ptr + block).to(tl.int64)
+    if expert < 0:
+        return
+    row = tl.arange(0, ROWS)
+    if SORTED:
+        pair = tl.load(order_ptr + block * ROWS + row)
+        valid = pair < pairs
+    else:  # a block for each pair
+        pair = block + tl.zeros((ROWS,), tl.int32)
+        valid = row == 0
+    n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + (pair // PER_ROW).to(tl.int64)[:, None] * x_stride + k[None, :]
+    size = tl.cast(out_features, tl.int64) * in_features
+    weight_at = weight_ptr + expert * size * (2 if GATED else 1) + n.to(tl.int64)[None, :] * in_features + k[:, None]
+    inside = n[None, :] < out_features
+    total = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    up = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for first in range(0, in_features, BLOCK_K):
+        left = in_features - first
+        x = tl.load(x_at + first, mask=valid[:, None] & (k[None, :] < left), other=0.0)
+        weight = tl.load(weight_at + first, mask=inside & (k[:, None] < left), other=0.0)
+        total = tl.dot(x, weight, total, input_precision="ieee")
+        if GATED:
+            weight = tl.load(weight_at + size + first, mask=inside & (k[:, None] < left), other=0.0)
+            up = tl.dot(x, weight, up, input_precision="ieee")
+    if GATED:
+        if GELU:  # see activation.py
+            y = 0.7978845608028654 * (total + 0.044715 * total * total * total)
+            total = total / (1.0 + tl.exp(-2.0 * y))
+        else:
+            total = total / (1.0 + tl.exp(-total))
+        total = total * up
+    out_at = out_ptr + pair.to(tl.int64)[:, None] * out_features + n[None, :]
+    tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=valid[:, None] & inside)
+
+
+@triton.jit
+def _weigh(y_ptr, shares_ptr, out_ptr, width, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for index in range(CHOSEN):
+        pair = row * CHOSEN + index
+        y = tl.load(y_ptr + pair * width + column, mask=column < width, other=0.0).to(tl.float32)
+        total += tl.load(shares_ptr + pair) * y
+    tl.store(out_ptr + row * width + column, total.to(out_ptr.dtype.element_ty), mask=column < width)
+
+
+def tile_for(pairs: int, num_experts: int) -> Tile:
+    """By the number of tokens, so that a graph's is fixed."""
+    return next(tile for least, tile in TILES if pairs >= least * num_experts)
+
+
+def route(logits: Tensor, chosen: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
+    """[N, experts] -> experts int32 [N, chosen], best first, lowest first of equals; their shares float32."""
+    tokens, num_experts = logits.shape
+    assert logits.stride(1) == 1 and chosen <= num_experts
+    experts = torch.empty((tokens, chosen), dtype=torch.int32, device=logits.device)
+    shares = torch.empty((tokens, chosen), dtype=torch.float32, device=logits.device)
+    _route[(tokens,)](
+        logits,
+        experts,
+        shares,
+        logits.stride(0),
+        num_experts,
+        CHOSEN=chosen,
+        NORMALIZE=normalize,
+        BLOCK=triton.next_power_of_2(num_experts),
+        BLOCK_CHOSEN=triton.next_power_of_2(chosen),
+        num_warps=1,
+    )
+    return experts, shares
+
+
+def sort_pairs(experts: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """int32 [N, chosen] -> order int32 [blocks * rows], pairs by expert; owners int32 [blocks], an expert or -1."""
+    pairs, device = experts.numel(), experts.device
+    num_blocks = pairs // rows + min(num_experts, pairs)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    order = torch.empty(num_blocks * rows, dtype=torch.int32, device=device)
+    owners = torch.empty(num_blocks, dtype=torch.int32, device=device)
+    _count[(num_experts,)](experts, counts, pairs, BLOCK=BLOCK_PAIRS, num_warps=4)
+    _sort[(num_experts,)](
+        experts,
+        counts,
+        order,
+        owners,
+        pairs,
+        num_experts,
+        num_blocks,
+        ROWS=rows,
+        EXPERTS=triton.next_power_of_2(num_experts),
+        BLOCK=BLOCK_PAIRS,
+        num_warps=4,
+    )
+    return order, owners
+
+
+def mix_experts(
+    x: Tensor,
+    logits: Tensor,
+    gate_up: Tensor,
+    down: Tensor,
+    chosen: int,
+    activation: str,
+    *,
+    normalize: bool,
+    tile: Tile | None = None,
+) -> Tensor:
+    """See ops/experts.py. tile: for tests."""
+    tokens, hidden = x.shape
+    num_experts, inner = gate_up.shape[0], gate_up.shape[1] // 2
+    assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous()
+    experts, shares = route(logits, chosen, normalize=normalize)
+    pairs = tokens * chosen
+    tile = tile or tile_for(pairs, num_experts)
+    # A token's experts differ, so there is nothing to bring together.
+    is_sorted = tokens > 1
+    order, owners = sort_pairs(experts, num_experts, tile.rows) if is_sorted else (experts, experts.view(-1))
+
+    def multiply(source: Tensor, weight: Tensor, width: int, per_row: int, gate: str | None) -> Tensor:
+        out = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
+        _multiply[(owners.shape[0], triton.cdiv(width, tile.columns))](
+            source,
+            weight,
+            out,
+            order,
+            owners,
+            pairs,
+            source.stride(0),
+            width,
+            source.shape[1],
+            PER_ROW=per_row,
+            SORTED=is_sorted,
+            GATED=gate is not None,
+            GELU=gate == "gelu_tanh",
+            ROWS=tile.rows,
+            BLOCK_N=tile.columns,
+            BLOCK_K=tile.k_bytes // x.dtype.itemsize,
+            num_warps=tile.num_warps,
+            num_stages=tile.num_stages,
+        )
+        return out
+
+    y = multiply(multiply(x, gate_up, inner, chosen, activation), down, hidden, 1, None)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _weigh[(tokens, triton.cdiv(hidden, BLOCK_COLUMNS))](
+        y, shares, out, hidden, CHOSEN=chosen, BLOCK=BLOCK_COLUMNS, num_warps=4
+    )
+    return out

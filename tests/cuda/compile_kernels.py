@@ -1,0 +1,101 @@
+"""Compiles every Triton kernel for an H100 / H200 (sm_90) as its wrapper would launch it; no GPU is needed for that.
+
+`python -m tests.cuda.compile_kernels`: run by test_compile.py in a process of its own, for Triton decides once, when
+it is imported, whether it interprets. Prints a line for each kernel; what does not compile raises.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+warnings.simplefilter("ignore")  # of Triton's own defaults
+
+import triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime.jit import JITFunction  # noqa: E402
+
+# What a block may have on these GPUs, in bytes.
+SHARED_MEMORY = 227 * 1024
+
+
+def compile_only(compiled: dict[str, int]) -> None:
+    """From now on a launch compiles and does not run. compiled: kernel names -> how many variants."""
+    target = GPUTarget("cuda", 90, 32)
+    driver = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    triton.runtime.driver.set_active(driver)
+
+    def getitem(kernel: Any, grid: Any) -> Callable[..., object]:
+        def launch(*args: Any, **options: Any) -> object:
+            assert all(1 <= size <= limit for size, limit in zip(grid, (2**31 - 1, 65535, 65535), strict=False)), grid
+            found = kernel.run(*args, grid=grid, warmup=True, **options)
+            assert found.metadata.shared <= SHARED_MEMORY, f"{kernel.__name__} needs {found.metadata.shared} bytes"
+            assert len(found.asm["cubin"])
+            compiled[kernel.__name__] = compiled.get(kernel.__name__, 0) + 1
+            return found
+
+        return launch
+
+    JITFunction.__getitem__ = getitem
+
+
+def calls(dtype: torch.dtype, rows: int) -> None:
+    """Every wrapper once, on the shapes of Llama-3.2-1B with `rows` rows."""
+    from engine.ops.sampling.device import WORDS
+    from engine.ops.skinny import BLOCKS
+    from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny
+
+    def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=kind)
+
+    ints, longs = torch.int32, torch.int64
+    x = empty(rows, 2048)
+    norm.rms_norm(x, empty(2048), 1e-5)
+    norm.rms_norm(empty(rows * 32, 64), empty(64, kind=torch.float32), 1e-6)
+    norm.add_rms_norm(x, empty(rows, 2048), empty(2048), 1e-5)
+    for gelu in (False, True):
+        activation.gate_and_mul(empty(rows, 16384), gelu=gelu)
+    for blocks in BLOCKS if rows <= 4 else ():
+        skinny.skinny_product(x, empty(2048, 2048), empty(2048), blocks, None)
+        skinny.skinny_product(x, empty(16384, 2048), None, blocks, "silu")
+    q, k, v = empty(rows, 48, 64).split([32, 8, 8], dim=1)
+    for pool in (dtype, torch.float8_e4m3fn):
+        pools = [empty(16, 16, 8, 64, kind=pool) for _ in range(2)]
+        for table in (empty(4096, 64, kind=torch.float32), None):
+            rope.rope_and_write_kv(q, k, v, table, empty(rows, kind=ints), empty(rows, kind=longs), *pools)
+    for many in (rows, 64 * rows):  # the last of 64 rows: tiles of 64 and of 128
+        gate_up, down = empty(16, 1536, 2048), empty(16, 2048, 768)
+        tokens, ratings = empty(many, 2048), empty(many, 16)
+        experts.mix_experts(tokens, ratings, gate_up, down, 4, "silu", normalize=True)
+    numbers = empty(rows, kind=ints)
+    prepare.prepare(empty(9, 128, kind=ints), empty(9, kind=ints), numbers, numbers, numbers, numbers, 64, 16)
+    logits = empty(rows, 128256, kind=torch.float32)
+    slots = empty(rows, kind=longs)
+    bias, counts = empty(9, 128256, kind=torch.float32), empty(9, 128256, kind=ints)
+    tables = counts, empty(9, 128256, kind=torch.bool), empty(9, 3, kind=torch.float32)
+    extras.adjust(logits, slots, bias, *tables)
+    extras.adjust(logits, slots, bias, None, None, None)
+    sampling.sample_rows(logits, empty(rows, WORDS, kind=ints), numbers)
+
+
+def main() -> None:
+    compiled: dict[str, int] = {}
+    compile_only(compiled)
+    for dtype, rows in ((torch.bfloat16, 1), (torch.bfloat16, 64), (torch.float32, 3)):
+        calls(dtype, rows)
+    for name, count in compiled.items():
+        print(f"{name} {count}")
+
+
+if __name__ == "__main__":
+    main()
