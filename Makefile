@@ -60,7 +60,7 @@ $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json | $
 	@touch $@
 
 test-clients: $(VENV)/.dev $(CLIENTS)/.ready  ## real clients against the server; MATRIX=1 writes the README's table
-	ONELOOP_PYTHON=$(CURDIR)/$(BIN)/python MATRIX=$(MATRIX) \
+	ONELOOP_PYTHON=$(abspath $(BIN))/python MATRIX=$(MATRIX) \
 	  $(CLIENTS)/bin/python -m pytest -c tests/clients/clients.ini --rootdir=. tests/clients $(ARGS)
 
 lock-clients: $(CLIENTS)/.ready  ## pin the newest clients
