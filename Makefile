@@ -4,14 +4,16 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 ARGS ?=
 SECONDS ?= 600
+MATRIX ?=
 comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim test-clients gpu-python test-gpu bench-gpu clean
+.PHONY: help install serve test check sim test-clients lock-clients gpu-python test-gpu bench-gpu clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -48,9 +50,23 @@ check: $(VENV)/.dev  ## lint, types, layering
 sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
 	$(BIN)/python -m tests.sim --seconds $(SECONDS)
 
-test-clients: $(VENV)/.dev  ## lm-eval against the server (installs it)
-	$(BIN)/python -m pip install --quiet lm-eval tenacity requests
-	$(BIN)/python -m pytest -m clients tests/clients $(ARGS)
+# Pinned with all that they need, so that their pins touch nothing of ours and an install has nothing to work out.
+$(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json | $(BIN)/python
+	@echo "Installing the clients into $(CLIENTS) (once, 1.5 GB) ..."
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --no-deps -r tests/clients/requirements.txt
+	@mkdir -p $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node
+	@if command -v npm >/dev/null; then cd $(CLIENTS)/node && npm install --silent; fi
+	@touch $@
+
+test-clients: $(VENV)/.dev $(CLIENTS)/.ready  ## real clients against the server; MATRIX=1 writes the README's table
+	ONELOOP_PYTHON=$(abspath $(BIN))/python MATRIX=$(MATRIX) \
+	  $(CLIENTS)/bin/python -m pytest -c tests/clients/clients.ini --rootdir=. tests/clients $(ARGS)
+
+lock-clients: $(CLIENTS)/.ready  ## pin the newest clients
+	$(CLIENTS)/bin/python -m pip install --quiet uv
+	$(CLIENTS)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
+	  tests/clients/requirements.in -o tests/clients/requirements.txt
 
 # A machine with a GPU may have no network: there a Python that has what the two targets need is taken as it is.
 GPU_NEEDS := import torch, numpy, tokenizers, prometheus_client, tqdm, safetensors, pytest; assert torch.cuda.is_available()
@@ -66,4 +82,4 @@ bench-gpu: gpu-python  ## 8 minutes on an NVIDIA GPU; writes bench/results
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -92,6 +92,8 @@ class ServerOptions:
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
     template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
     reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
+    response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later turn, and how
+    much of them; 0 keeps none.
     """
 
     host: str = "127.0.0.1"
@@ -109,6 +111,8 @@ class ServerOptions:
     root_path: str = ""
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
+    response_store_size: int = 1000
+    response_store_bytes: int = 64 * 1024 * 1024
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_budget: int | None = None
 

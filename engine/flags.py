@@ -51,6 +51,10 @@ def _count(text: str) -> int:
     return value
 
 
+def _not_negative_count(text: str) -> int:
+    return 0 if text == "0" else _count(text)
+
+
 def _fraction(text: str) -> float:
     try:
         value = float(text)
@@ -105,9 +109,9 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} (--help lists the flags)\n")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
     """The parser; every option's default is None where EngineConfig's own default applies."""
-    parser = _Parser(
+    parser = kind(
         prog="python -m engine.serve",
         description="Serve a language model over an OpenAI-compatible API.",
         allow_abbrev=False,
@@ -265,6 +269,15 @@ def make_parser() -> argparse.ArgumentParser:
         help="how the model marks its reasoning: qwen3, deepseek_r1, ..., none, or auto (by its chat template)",
     )
     server.add_argument(
+        "--response-store-size",
+        type=_not_negative_count,
+        metavar="N",
+        help="responses of /v1/responses that are kept for previous_response_id; 0 keeps none",
+    )
+    server.add_argument(
+        "--response-store-bytes", type=_count, metavar="BYTES", help="most memory for them; the oldest go first"
+    )
+    server.add_argument(
         "--default-chat-template-kwargs",
         type=_template_kwargs,
         metavar="JSON",
@@ -380,6 +393,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 root_path=args.root_path,
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
+                response_store_size=args.response_store_size,
+                response_store_bytes=args.response_store_bytes,
                 default_chat_template_kwargs=args.default_chat_template_kwargs,
                 reasoning_budget=None if args.reasoning_budget == -1 else args.reasoning_budget,
             ),

@@ -6,12 +6,49 @@ Made by the server or the offline API, read by every other part, changed by nobo
 from __future__ import annotations
 
 import enum
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 # Stop ids live in a fixed-width row of the slot tables (host and device), EOS ids included.
 MAX_STOP_TOKEN_IDS = 16
+MAX_STOP_STRINGS = 16
+# A stop string's text is held back while it may be coming, and searched for at every token.
+MAX_STOP_LENGTH = 1024
+MAX_TOP_LOGPROBS = 20
+# Below this, float32 softmax has all its mass on one token; dividing by it would only make infinities.
+_GREEDY_BELOW = 1e-5
+# A logit divided by less may be no float32 any more. It repeats for ever at this already.
+_LEAST_REPETITION_PENALTY = 1e-6
+_UINT64 = (1 << 64) - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Numbers from low to high; above: low itself is none of them."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        good = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+        return good and not (self.above and value == self.low)
+
+    def __str__(self) -> str:
+        return f"above {self.low:g} and at most {self.high:g}" if self.above else f"from {self.low:g} to {self.high:g}"
+
+
+# Of the fields of SamplingParams with the same names.
+RANGES = {
+    "temperature": Range(0, 2),
+    "top_p": Range(0, 1, above=True),
+    "min_p": Range(0, 1),
+    "presence_penalty": Range(-2, 2),
+    "frequency_penalty": Range(-2, 2),
+    "repetition_penalty": Range(0, 2, above=True),
+}
+_LOGIT_BIAS = Range(-100, 100)
 
 
 class FinishReason(enum.Enum):
@@ -25,7 +62,7 @@ class FinishReason(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How to choose tokens and when to stop. Ranges are checked by the server (`server/protocol`).
+    """How to choose tokens and when to stop. Whoever makes one without reading it from a body calls `checked`.
 
     max_tokens: most tokens to generate, None for "to the end of the context".
     min_tokens: EOS and stop_token_ids are masked until that many tokens were generated.
@@ -71,6 +108,16 @@ class SamplingParams:
         return bool(self.presence_penalty or self.frequency_penalty or self.repetition_penalty != 1.0)
 
     @property
+    def clash(self) -> str | None:
+        """The field that would fight with a constraint."""
+        clashes = {
+            "min_tokens": self.min_tokens > 0,
+            "ignore_eos": self.ignore_eos,
+            "allowed_token_ids": self.allowed_token_ids is not None,
+        }
+        return next((name for name, clash in clashes.items() if clash), None)
+
+    @property
     def has_extras(self) -> bool:
         """The sampler needs more than a row of SAMPLING_DTYPE (see forward.RowExtras)."""
         return bool(
@@ -81,6 +128,86 @@ class SamplingParams:
             or self.logprobs is not None
             or self.prompt_logprobs is not None
         )
+
+
+def checked(given: SamplingParams, vocab_size: int) -> SamplingParams:
+    """The same, `normalised` and with lists as tuples, after the checks that the server makes field by field.
+
+    Raises RequestError for what is out of its range.
+    """
+
+    def fail(name: str, what: str) -> RequestError:
+        return RequestError(f"`{name}` {what}.", param=name)
+
+    for name, allowed in RANGES.items():
+        if getattr(given, name) not in allowed:
+            raise fail(name, f"must be a number {allowed}")
+    for name, low, high in (
+        ("max_tokens", 1, None),
+        ("min_tokens", 0, given.max_tokens),
+        ("top_k", -1, None),
+        ("seed", -(2**63), 2**64 - 1),
+        ("logprobs", 0, MAX_TOP_LOGPROBS),
+        ("prompt_logprobs", 0, MAX_TOP_LOGPROBS),
+    ):
+        value = getattr(given, name)
+        if value is not None and not (_is_integer(value) and value >= low and (high is None or value <= high)):
+            limits = f"of at least {low}" if high is None else f"from {low} to {high}"
+            raise fail(name, f"must be an integer {limits}")
+    stops: Any = given.stop
+    stop = (stops,) if isinstance(stops, str) else tuple(stops)
+    if len(stop) > MAX_STOP_STRINGS or not all(isinstance(s, str) and 0 < len(s) <= MAX_STOP_LENGTH for s in stop):
+        raise fail("stop", f"must be at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_LENGTH} characters")
+    bias = tuple(dict(given.logit_bias).items())
+    allowed_ids = None if given.allowed_token_ids is None else tuple(given.allowed_token_ids)
+    words = tuple(map(tuple, given.bad_words))
+    ids: dict[str, Iterable[int]] = {
+        "stop_token_ids": given.stop_token_ids,
+        "allowed_token_ids": allowed_ids or (),
+        "bad_words": [token_id for word in words for token_id in word],
+        "logit_bias": [token_id for token_id, _ in bias],
+    }
+    for name, values in ids.items():
+        if not all(_is_integer(value) and 0 <= value < vocab_size for value in values):
+            raise fail(name, f"must have token ids from 0 to {vocab_size - 1}")
+    if allowed_ids == ():
+        raise fail("allowed_token_ids", "must not be empty")
+    if not all(value in _LOGIT_BIAS for _, value in bias):
+        raise fail("logit_bias", f"must have numbers {_LOGIT_BIAS} as values")
+    sampling = replace(
+        given,
+        stop=stop,
+        stop_token_ids=tuple(given.stop_token_ids),
+        logit_bias=bias,
+        allowed_token_ids=allowed_ids,
+        bad_words=words,
+    )
+    return normalised(sampling, vocab_size)
+
+
+def normalised(given: SamplingParams, vocab_size: int) -> SamplingParams:
+    """In the form that the samplers want: a top_k of -1 and a tiny temperature are 0, a tiny penalty is a small one."""
+    return replace(
+        given,
+        temperature=given.temperature if given.temperature >= _GREEDY_BELOW else 0.0,
+        # -1 is vLLM's and SGLang's word for off; a device row is 32 bits wide.
+        top_k=min(max(given.top_k, 0), vocab_size),
+        repetition_penalty=max(given.repetition_penalty, _LEAST_REPETITION_PENALTY),
+    )
+
+
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def derive_seed(seed: int, index: int) -> int:
+    """The seed of choice `index`; choice 0 has the client's own. The finaliser of SplitMix64 (Steele et al. 2014)."""
+    if index == 0:
+        return seed & _UINT64
+    mixed = (seed + index * 0x9E3779B97F4A7C15) & _UINT64
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _UINT64
+    return mixed ^ (mixed >> 31)
 
 
 class TokenConstraint(Protocol):

@@ -30,6 +30,7 @@ from server.endpoints import (
     abort,
     anthropic,
     cache,
+    docs,
     generate,
     health,
     info,
@@ -38,6 +39,7 @@ from server.endpoints import (
     ollama,
     profile,
     render,
+    responses,
     rest,
     sglang,
     tokenize,
@@ -45,6 +47,7 @@ from server.endpoints import (
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
+from server.response_store import ResponseStore
 from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, Caller, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
@@ -53,7 +56,21 @@ logger = logging.getLogger("oneloop.server")
 
 # What changes the server for everybody: these need the admin key, where there is one.
 ADMIN_ENDPOINTS = (abort, cache, profile, rest)
-ENDPOINTS = (*ADMIN_ENDPOINTS, anthropic, generate, health, info, loads, models, ollama, render, sglang, tokenize)
+ENDPOINTS = (
+    *ADMIN_ENDPOINTS,
+    anthropic,
+    docs,
+    generate,
+    health,
+    info,
+    loads,
+    models,
+    ollama,
+    render,
+    responses,
+    sglang,
+    tokenize,
+)
 _ADMIN_HANDLERS = frozenset(handler for endpoint in ADMIN_ENDPOINTS for _, _, handler in endpoint.ROUTES)
 # How errors look by path, where they do not have OpenAI's shape; also a 405, which has no handler.
 _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
@@ -79,7 +96,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     tool_family, reasoning_family = choose_parsers(options.tool_call_parser, options.reasoning_parser, source)
     if options.reasoning_budget is not None and reasoning_family is None:
         raise StartupError("--reasoning-budget needs a model that reasons; this one's chat template shows no reasoning")
-    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family)
+    store = ResponseStore(options.response_store_size, options.response_store_bytes)
+    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family, responses=store)
     app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
@@ -211,7 +229,7 @@ def _preflight(request: web.Request, options: ServerOptions) -> web.Response:
     """The answer to a browser that asks before it sends a key; the origin's own header is added by _add_headers."""
     response = web.Response(status=204)
     if _allowed_origin(request, options) is not None:
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST, OPTIONS"
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST, DELETE, OPTIONS"
         wanted = request.headers.get("Access-Control-Request-Headers", "Authorization, Content-Type")
         # "*" would not cover Authorization.
         response.headers["Access-Control-Allow-Headers"] = wanted

@@ -20,6 +20,7 @@ from engine.text.chat_template import ChatTemplate
 from engine.text.structured import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from server.parsers.base import ReasoningFamily, ToolFamily
+from server.response_store import ResponseStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ class State:
     a client may know it by.
 
     compiler: None where the model has no tokenizer, or no token to end a text with. tool_family, reasoning_family:
-    how the model writes calls and reasoning, None where it is not known or not wanted.
+    how the model writes calls and reasoning, None where it is not known or not wanted. responses: of /v1/responses.
     """
 
     engine: Engine
@@ -76,6 +77,7 @@ class State:
     reasoning_family: ReasoningFamily | None = None
     in_flight: InFlight = field(default_factory=InFlight)
     submitted: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    responses: ResponseStore = field(default_factory=ResponseStore)
 
     @property
     def tokenizer(self) -> Tokenizer:

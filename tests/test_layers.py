@@ -24,6 +24,7 @@ ALLOWED = {
     "engine.flags": set(),
     "engine.report": set(),
     "engine.build": {"engine"},
+    "engine.llm": {"engine"},
     "server": {"engine.engine", "engine.text", "engine.models.config"},
     "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
     "engine.serve": {"*"},
@@ -110,7 +111,8 @@ def test_package_inits_are_empty() -> None:
 
 
 @pytest.mark.parametrize(
-    "statement", ["import engine.scheduling.scheduler", "import engine.engine", "import server.app"]
+    "statement",
+    ["import engine.scheduling.scheduler", "import engine.engine", "import engine.llm", "import server.app"],
 )
 def test_thinking_wing_and_server_run_without_torch(statement: str) -> None:
     code = f"{statement}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"

@@ -134,8 +134,11 @@ class Scheduler:
         """Every sequence that holds a slot; for checks."""
         return [sequence for sequence in self._table.sequences if sequence is not None]
 
-    def submit(self, request: Request) -> Sequence:
-        """Queue a request. Raises RequestError for one that can never be served."""
+    def check(self, request: Request) -> tuple[int, tuple[int, ...]]:
+        """The most tokens that its sequence may have, and the ids that end it.
+
+        Raises RequestError for one that can never be served. Reads nothing that changes: any thread may ask.
+        """
         prompt, params, limits = request.prompt_token_ids, request.sampling, self.limits
         if not prompt:
             raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
@@ -170,6 +173,11 @@ class Scheduler:
                 f"At most {MAX_STOP_TOKEN_IDS} stop token ids are supported, EOS ids included; got {len(stop_ids)}.",
                 param="stop_token_ids",
             )
+        return max_length, stop_ids
+
+    def submit(self, request: Request) -> Sequence:
+        """Queue a request. Raises RequestError for one that can never be served."""
+        max_length, stop_ids = self.check(request)
         sequence = Sequence(
             request,
             order=self._next_order,

@@ -282,7 +282,7 @@ class GrammarCompiler:
         if spec.kind == "regex":
             if len(spec.text) > MAX_GRAMMAR_CHARACTERS:
                 raise _error(spec, f"is longer than {MAX_GRAMMAR_CHARACTERS} characters")
-            return LLMatcher.grammar_from_lark(f"start: {_regex(spec.text)}")
+            return LLMatcher.grammar_from_lark(f"start: {_regex(spec, spec.text)}")
         if spec.kind == "choice":
             choices = _load(spec)
             if not isinstance(choices, list) or not choices or len(choices) > MAX_CHOICES:
@@ -680,7 +680,7 @@ class _TagWriter:
             pattern = self._string(node, "pattern", where, empty=False)
             if len(pattern) > MAX_GRAMMAR_CHARACTERS:
                 raise self._bad(f"{where}.pattern", "is too long")
-            return self._rule(_regex(pattern))
+            return self._rule(_regex(self._spec, pattern))
         if kind == "grammar":
             name = f"g{len(self._grammars)}"
             lark = _as_lark(self._spec, self._string(node, "grammar", where, empty=False))
@@ -824,8 +824,11 @@ def _without_anchors(pattern: str) -> str:
     return pattern
 
 
-def _regex(pattern: str) -> str:
+def _regex(spec: GrammarSpec, pattern: str) -> str:
     """A pattern as a Lark terminal. \\d and \\w are ASCII, as in JSON Schema: nobody means Arabic digits."""
+    if (len(pattern) - len(pattern.rstrip("\\"))) % 2:
+        # The library would drop it without a word.
+        raise _error(spec, "ends with a backslash that escapes nothing")
     return f"/{regex_to_lark(_without_anchors(pattern), 'dw')}/"
 
 

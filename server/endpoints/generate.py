@@ -29,11 +29,15 @@ async def _generate(request: web.Request, parse: Parser, prefix: str) -> web.Str
     state = request.app[STATE]
     body = await read_body(request)
     plan = await parse(body, state, prefix + request[REQUEST_ID])
-    # Another spelling of X-Request-Id; the header wins.
+    echo_request_id(request, body)
+    return await respond(request, state, plan)
+
+
+def echo_request_id(request: web.Request, body: Body) -> None:
+    """A body's `request_id`, which has been checked, is another spelling of X-Request-Id; the header wins."""
     own = body.raw("request_id")
     if own is not None and "X-Request-Id" not in request.headers and re.fullmatch(ID_PATTERN, own):
         request[ECHOED_ID] = own
-    return await respond(request, state, plan)
 
 
 ROUTES = (

@@ -30,7 +30,7 @@ NAMES = {
     ".function": "",
 }
 # Means here what it means in a chat.
-_SAME = (
+SAME = (
     "model",
     "temperature",
     "top_p",
@@ -45,7 +45,7 @@ _SAME = (
     "cache_salt",
     "priority",
 )
-_REFUSALS: dict[str, tuple[object, ...]] = {
+REFUSALS: dict[str, tuple[object, ...]] = {
     "container": (),
     # The last keeps everything that it could clear.
     "context_management": ({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
@@ -58,16 +58,16 @@ _REFUSALS: dict[str, tuple[object, ...]] = {
     "vllm_xargs": ({},),
 }
 # Of a tool: where Anthropic's own servers would have to do something.
-_TOOL_REFUSALS: dict[str, tuple[object, ...]] = {
+TOOL_REFUSALS: dict[str, tuple[object, ...]] = {
     "defer_loading": (False,),
     "allowed_callers": ([], ["direct"]),
     "input_examples": ([],),
 }
-_THINKING = ("enabled", "adaptive", "disabled")
-_EFFORTS = ("low", "medium", "high", "xhigh", "max")
-_DISPLAYS = ("summarized", "omitted")
-_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-_ERROR_TYPES = {
+THINKING = ("enabled", "adaptive", "disabled")
+EFFORTS = ("low", "medium", "high", "xhigh", "max")
+DISPLAYS = ("summarized", "omitted")
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+ERROR_TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
@@ -123,14 +123,14 @@ def error_body(error: RequestError, request_id: str | None) -> dict[str, object]
     if error.code == "context_length_exceeded":
         # Agents look for these words before they make the conversation shorter.
         message = f"prompt is too long: {error}"
-    kind = _ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
+    kind = ERROR_TYPES.get(status, "api_error" if status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
 def _to_chat(body: Body) -> dict[str, Any]:
     """The body of the chat that says the same, without `max_tokens`."""
-    refuse(body, _REFUSALS)
-    chat: dict[str, Any] = {name: body.raw(name) for name in _SAME}
+    refuse(body, REFUSALS)
+    chat: dict[str, Any] = {name: body.raw(name) for name in SAME}
     chat["stop"] = body.raw("stop_sequences")
     if not isinstance(chat["stop"], list | None):
         raise invalid("stop_sequences", "must be a list of strings")
@@ -156,13 +156,13 @@ def _inner(body: Body, name: str) -> Body:
 def _read_thinking(body: Body) -> dict[str, Any]:
     """`thinking` and `output_config` as the chat's template arguments, budget, effort and response_format."""
     fields, config = _inner(body, "thinking"), _inner(body, "output_config")
-    chat: dict[str, Any] = {"reasoning_effort": config.choice("output_config.effort", _EFFORTS)}
+    chat: dict[str, Any] = {"reasoning_effort": config.choice("output_config.effort", EFFORTS)}
     kwargs = body.object("chat_template_kwargs") or {}
-    kind = fields.choice("thinking.type", _THINKING)
+    kind = fields.choice("thinking.type", THINKING)
     if body.has("thinking"):
         if kind is None:
-            raise invalid("thinking.type", f"must be one of {', '.join(_THINKING)}")
-        fields.choice("thinking.display", _DISPLAYS)
+            raise invalid("thinking.type", f"must be one of {', '.join(THINKING)}")
+        fields.choice("thinking.display", DISPLAYS)
         kwargs = {"enable_thinking": kind != "disabled", "thinking": kind != "disabled"} | kwargs
         budget = fields.integer("thinking.budget_tokens", None, 1)
         if (budget is None) == (kind == "enabled"):
@@ -170,7 +170,9 @@ def _read_thinking(body: Body) -> dict[str, Any]:
         chat["thinking_token_budget"] = budget
     chat["chat_template_kwargs"] = kwargs
     # The second is the name that it had in beta.
-    form = config.object("output_config.format") or body.object("output_format")
+    form = config.object("output_config.format")
+    if form is None:
+        form = body.object("output_format")
     if form is not None:
         if form.get("type") != "json_schema":
             raise invalid("output_config.format.type", "must be json_schema")
@@ -190,7 +192,7 @@ def _read_tools(tools: Any) -> list[dict[str, Any]]:
         kind = tool.get("type")
         if kind is not None and kind != "custom":
             raise invalid(where, f"is of type {str(kind)[:64]!r}; this server has no tools of its own")
-        refuse_in(where, tool, _TOOL_REFUSALS)
+        refuse_in(where, tool, TOOL_REFUSALS)
         if not isinstance(tool.get("input_schema"), dict):
             raise invalid(f"{where}.input_schema", "must be an object")
         function = {"name": tool.get("name"), "parameters": tool["input_schema"]}
@@ -203,16 +205,16 @@ def _read_tool_choice(body: Body) -> dict[str, Any]:
     if not body.has("tool_choice"):
         return {}
     fields = _inner(body, "tool_choice")
-    kind = fields.choice("tool_choice.type", (*_CHOICES, "tool"))
+    kind = fields.choice("tool_choice.type", (*CHOICES, "tool"))
     if kind is None:
-        raise invalid("tool_choice.type", f"must be one of {', '.join(_CHOICES)}, tool")
+        raise invalid("tool_choice.type", f"must be one of {', '.join(CHOICES)}, tool")
     chat: dict[str, Any] = {"parallel_tool_calls": not fields.boolean("tool_choice.disable_parallel_tool_use", False)}
     if kind == "tool":
         name = fields.string("tool_choice.name", None)
         if name is None:
             raise invalid("tool_choice.name", "is required")
         return chat | {"tool_choice": {"type": "function", "function": {"name": name}}}
-    return chat | {"tool_choice": _CHOICES[kind]}
+    return chat | {"tool_choice": CHOICES[kind]}
 
 
 # ---- messages

@@ -15,7 +15,7 @@ import orjson
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from engine.request import RequestError
+from engine.request import Range, RequestError
 from server.protocol.errors import ApiError
 
 T = TypeVar("T")
@@ -54,6 +54,10 @@ class Body:
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    def changed(self, changes: dict[str, Any], size: int | None = None) -> Body:
+        """A body with other values for some fields; a None takes one away."""
+        return Body(self._values | changes, self.size if size is None else size)
+
     def boolean(self, name: str, default: bool) -> bool:
         value = self._values.get(name)
         if value is None:
@@ -82,10 +86,8 @@ class Body:
         value = self._values.get(name)
         if value is None:
             return default
-        good = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
-        if not good or (above and value == low):
-            limits = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-            raise invalid(name, f"must be a number {limits}")
+        if value not in (allowed := Range(low, high, above)):
+            raise invalid(name, f"must be a number {allowed}")
         return float(value)
 
     def string(self, name: str, default: T, *, most: int | None = None) -> str | T:

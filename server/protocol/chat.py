@@ -13,20 +13,20 @@ from typing import Any
 import orjson
 
 from engine.config import RESERVED_TEMPLATE_KWARGS
-from engine.request import RequestError
+from engine.request import MAX_TOP_LOGPROBS, RequestError
 from engine.text.structured import GrammarSpec
 from server.messages import Reading
 from server.parsers.base import ReasoningFamily, ReasoningStyle
 from server.protocol.body import Body, check_nesting, invalid
-from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, make_plan, read_common
+from server.protocol.generation import Plan, make_plan, read_common
 from server.protocol.refusals import CHAT_REFUSALS, refuse
 from server.protocol.structure import make_structure
 from server.protocol.structured_fields import read_grammar, with_calls
 from server.protocol.tool_fields import ToolPlan, call_format, forced_calls, read_tools
 from server.state import State
 
-_ROLES = ("system", "developer", "user", "assistant", "tool")
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Rendering walks the whole conversation; beyond this size it is done in the tokenizer's pool.
 _INLINE_BYTES = 16 * 1024
 
@@ -175,8 +175,8 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, dict):
         raise invalid(where, "must be an object")
     role = message.get("role")
-    if role not in _ROLES:
-        raise invalid(f"{where}.role", f"must be one of {', '.join(_ROLES)}")
+    if role not in ROLES:
+        raise invalid(f"{where}.role", f"must be one of {', '.join(ROLES)}")
     # Templates of open models know no developer and would drop the message without a word.
     read: dict[str, Any] = message | {"role": "system" if role == "developer" else role}
     for name in ("name", "tool_call_id", "reasoning", "reasoning_content"):
@@ -249,7 +249,7 @@ def _read_template_kwargs(body: Body, defaults: Mapping[str, Any]) -> dict[str, 
     kwargs = dict(body.object("chat_template_kwargs") or {})
     if reserved := RESERVED_TEMPLATE_KWARGS.intersection(kwargs):
         raise invalid("chat_template_kwargs", f"must not set `{min(reserved)}`")
-    effort = body.choice("reasoning_effort", _EFFORTS)
+    effort = body.choice("reasoning_effort", EFFORTS)
     if effort is not None:
         # The three names that templates use for it; an explicit argument wins.
         thinks = effort != "none"

@@ -55,8 +55,10 @@ def error_body(error: RequestError, request_id: str | None = None) -> dict[str, 
 def message_with_field(error: RequestError) -> str:
     """The message of an error for shapes that have no place of their own for the field."""
     message = str(error)
-    # One that quotes something names what is wrong.
-    return message if error.param is None or "`" in message else f"`{error.param}`: {message}"
+    # Most name it themselves, and the 404 of a model is the better for naming only that.
+    if error.param is None or f"`{error.param}" in message or error.status == 404:
+        return message
+    return f"`{error.param}`: {message}"
 
 
 def error_response(

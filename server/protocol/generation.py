@@ -9,7 +9,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from engine.request import Request, RequestError, SamplingParams
+from engine.request import (
+    MAX_STOP_LENGTH,
+    MAX_STOP_STRINGS,
+    MAX_TOP_LOGPROBS,
+    RANGES,
+    Request,
+    RequestError,
+    SamplingParams,
+    derive_seed,
+    normalised,
+)
 from engine.text.tokenizer import Tokenizer
 from server.messages import Reading
 from server.protocol.body import Body, are_token_ids, invalid
@@ -18,22 +28,15 @@ from server.protocol.structure import Structure
 from server.state import CALLER, ServedModel, State
 
 MAX_CHOICES = 128
-MAX_STOP_STRINGS = 16
-# A stop string's text is held back while it may be coming, and searched for at every token.
-MAX_STOP_LENGTH = 1024
 MAX_SALT_LENGTH = 128
 # What follows makes no other user.
 MAX_USER_LENGTH = 256
 MAX_PRIORITY = 2**31 - 1
 MAX_TIMEOUT_S = 1e6
 MAX_BEST_OF = 20
-MAX_TOP_LOGPROBS = 20
 # Each bad word is at most two sequences that every step of its row is compared with.
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LENGTH = 256
-# Below this, float32 softmax has all its mass on one token; dividing by it would only make infinities.
-_GREEDY_BELOW = 1e-5
-_UINT64 = (1 << 64) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,16 +255,6 @@ def _prompt_logprobs(common: Common, chat: bool) -> int | None:
     return max(wanted, default=None)
 
 
-def derive_seed(seed: int, index: int) -> int:
-    """The seed of choice `index`; choice 0 has the client's own. The finaliser of SplitMix64 (Steele et al. 2014)."""
-    if index == 0:
-        return seed & _UINT64
-    mixed = (seed + index * 0x9E3779B97F4A7C15) & _UINT64
-    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64
-    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _UINT64
-    return mixed ^ (mixed >> 31)
-
-
 def room_for(state: State, prompt: list[int]) -> int:
     """Most tokens that can follow a prompt; below 1 where it does not fit itself."""
     limits = state.engine.limits
@@ -287,16 +280,17 @@ def _read_sampling(body: Body, state: State, max_tokens: int | None) -> Sampling
     def either(given: float | None, of_model: float | None, otherwise: float) -> float:
         return given if given is not None else of_model if of_model is not None else otherwise
 
-    temperature = either(body.number("temperature", None, 0, 2), defaults.temperature, 1.0)
-    top_k = int(either(body.integer("top_k", None, -1), defaults.top_k, 0))
-    return SamplingParams(
+    def number(name: str) -> float | None:
+        allowed = RANGES[name]
+        return body.number(name, None, allowed.low, allowed.high, above=allowed.above)
+
+    sampling = SamplingParams(
         max_tokens=max_tokens,
         min_tokens=body.integer("min_tokens", 0, 0),
-        temperature=temperature if temperature >= _GREEDY_BELOW else 0.0,
-        # -1 is vLLM's and SGLang's word for off; a device row is 32 bits wide.
-        top_k=min(max(top_k, 0), vocab_size),
-        top_p=either(body.number("top_p", None, 0, 1, above=True), defaults.top_p, 1.0),
-        min_p=either(body.number("min_p", None, 0, 1), defaults.min_p, 0.0),
+        temperature=either(number("temperature"), defaults.temperature, 1.0),
+        top_k=int(either(body.integer("top_k", None, -1), defaults.top_k, 0)),
+        top_p=either(number("top_p"), defaults.top_p, 1.0),
+        min_p=either(number("min_p"), defaults.min_p, 0.0),
         seed=body.integer("seed", None, -(2**63), 2**64 - 1),
         stop=_read_stop(body),
         stop_token_ids=_read_stop_token_ids(body, vocab_size),
@@ -304,15 +298,14 @@ def _read_sampling(body: Body, state: State, max_tokens: int | None) -> Sampling
         include_stop_str_in_output=body.boolean("include_stop_str_in_output", False),
         skip_special_tokens=body.boolean("skip_special_tokens", True),
         spaces_between_special_tokens=body.boolean("spaces_between_special_tokens", True),
-        presence_penalty=body.number("presence_penalty", 0.0, -2, 2),
-        frequency_penalty=body.number("frequency_penalty", 0.0, -2, 2),
-        repetition_penalty=either(
-            body.number("repetition_penalty", None, 0, 2, above=True), defaults.repetition_penalty, 1.0
-        ),
+        presence_penalty=number("presence_penalty") or 0.0,
+        frequency_penalty=number("frequency_penalty") or 0.0,
+        repetition_penalty=either(number("repetition_penalty"), defaults.repetition_penalty, 1.0),
         logit_bias=_read_logit_bias(body, vocab_size),
         allowed_token_ids=_read_allowed_token_ids(body, vocab_size),
         bad_words=_read_bad_words(body, state),
     )
+    return normalised(sampling, vocab_size)
 
 
 def _read_logit_bias(body: Body, vocab_size: int) -> tuple[tuple[int, float], ...]:

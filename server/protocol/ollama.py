@@ -5,16 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from engine.request import ContextLengthExceededError, Request, RequestError
+from engine.request import MAX_TOP_LOGPROBS, ContextLengthExceededError, Request, RequestError
 from server.protocol.body import Body, invalid
 from server.protocol.chat import parse_chat
 from server.protocol.completions import parse_completion
 from server.protocol.errors import message_with_field
-from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, read_model, room_for, with_max_tokens
+from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
 from server.protocol.refusals import refuse, refuse_in
 from server.state import ServedModel, State
 
-_OPTIONS = {
+OPTIONS = {
     "num_predict": "max_tokens",
     "repeat_penalty": "repetition_penalty",
 } | {
@@ -22,7 +22,7 @@ _OPTIONS = {
     for name in ("temperature", "top_k", "top_p", "min_p", "seed", "stop", "presence_penalty", "frequency_penalty")
 }
 # Our name of a field and Ollama's, for errors.
-_NAMES = {ours: f"options.{theirs}" for theirs, ours in _OPTIONS.items()} | {
+_NAMES = {ours: f"options.{theirs}" for theirs, ours in OPTIONS.items()} | {
     "response_format": "format",
     "response_format.schema": "format",
     "response_format.json_schema": "format",
@@ -33,9 +33,9 @@ CHAT_NAMES = _NAMES | {"prompt": "messages", ".reasoning_content": ".thinking"}
 GENERATE_NAMES = _NAMES | {"messages": "prompt"}
 # Ollama's words for "until the model stops".
 _ENDLESS = (-1, -2)
-_EFFORTS = ("low", "medium", "high", "max")
+EFFORTS = ("low", "medium", "high", "max")
 # What this server cannot do, with Ollama's own defaults, which some clients send.
-_OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
+OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
     "num_keep": (0, 4),
     "typical_p": (1,),
     "tfs_z": (1,),
@@ -59,7 +59,7 @@ _OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
     "embedding_only": (False,),
     "num_thread": (0,),
 }
-_REFUSALS: dict[str, tuple[object, ...]] = {
+REFUSALS: dict[str, tuple[object, ...]] = {
     "template": ("",),
     "context": ([],),
     "suffix": ("",),
@@ -132,9 +132,9 @@ def error_body(error: RequestError, request_id: str | None) -> dict[str, object]
 
 def _read_fields(body: Body, options: dict[str, Any], state: State) -> dict[str, Any]:
     """What a chat and a completion have in common, in our names."""
-    refuse(body, _REFUSALS)
-    refuse_in("options", options, _OPTION_REFUSALS)
-    fields: dict[str, Any] = {ours: options.get(theirs) for theirs, ours in _OPTIONS.items()}
+    refuse(body, REFUSALS)
+    refuse_in("options", options, OPTION_REFUSALS)
+    fields: dict[str, Any] = {ours: options.get(theirs) for theirs, ours in OPTIONS.items()}
     if fields["max_tokens"] in _ENDLESS:
         fields["max_tokens"] = None
     fields["model"] = read_name(body, state.model)[1]
@@ -162,8 +162,8 @@ def _read_think(body: Body, state: State) -> dict[str, Any]:
     think = body.raw("think")
     if think is None:
         return {}
-    if not isinstance(think, bool) and not (isinstance(think, str) and think in _EFFORTS):
-        raise invalid("think", f"must be true, false or one of {', '.join(_EFFORTS)}")
+    if not isinstance(think, bool) and not (isinstance(think, str) and think in EFFORTS):
+        raise invalid("think", f"must be true, false or one of {', '.join(EFFORTS)}")
     if think and state.reasoning_family is None:
         raise invalid("think", "cannot be honoured: this model does not think in a way that this server can read")
     if isinstance(think, bool):
@@ -174,7 +174,7 @@ def _read_think(body: Body, state: State) -> dict[str, Any]:
 async def _parse_raw(body: Body, fields: dict[str, Any], state: State, response_id: str) -> Plan:
     """A prompt without a template."""
     for name in ("system", "think"):
-        if body.raw(name):
+        if body.raw(name) not in (None, "") and body.raw(name) is not False:
             raise invalid(name, "cannot be combined with `raw`")
     # A completion has one field for both.
     top, wanted = body.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS), body.boolean("logprobs", False)

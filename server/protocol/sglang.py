@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.request import Request
+from engine.request import MAX_TOP_LOGPROBS, Request
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.completions import MAX_PROMPTS, parse_completion
-from server.protocol.generation import MAX_TOP_LOGPROBS, Plan, check_fits_queue
+from server.protocol.generation import Plan, check_fits_queue
 from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse, refuse_in
 from server.state import State
@@ -18,7 +18,7 @@ from server.state import State
 DEFAULT_MAX_NEW_TOKENS = 128
 MAX_RID_LENGTH = 128
 # SGLang's names in `sampling_params` and ours.
-_SAMPLING = {
+SAMPLING = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "sampling_seed": "seed",
@@ -50,11 +50,12 @@ _SAMPLING = {
         "watermark",
     )
 }
-_NAMES = {ours: f"sampling_params.{theirs}" for theirs, ours in _SAMPLING.items()} | {"logprobs": "top_logprobs_num"}
+_NAMES = {ours: f"sampling_params.{theirs}" for theirs, ours in SAMPLING.items()} | {"logprobs": "top_logprobs_num"}
+_STRUCTURES = ("json_schema", "regex", "ebnf", "structural_tag")
 # One value for all prompts or a list with one for each; given to the completion as they are.
-_EACH = ("cache_salt", "extra_key", "priority", "lora_path", "custom_logit_processor")
-_PARAM_REFUSALS: dict[str, tuple[object, ...]] = {"beam_width": (1,), "ebnf_full_assistant": (False,)}
-_REFUSALS: dict[str, tuple[object, ...]] = {
+EACH = ("cache_salt", "extra_key", "priority", "lora_path", "custom_logit_processor")
+PARAM_REFUSALS: dict[str, tuple[object, ...]] = {"beam_width": (1,), "ebnf_full_assistant": (False,)}
+REFUSALS: dict[str, tuple[object, ...]] = {
     "input_embeds": (),
     "image_data": ([],),
     "video_data": ([],),
@@ -99,7 +100,7 @@ class Wanted:
 
 async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Plan, Wanted]:
     """Raises RequestError for anything that cannot be served, in SGLang's names."""
-    refuse(body, _REFUSALS)
+    refuse(body, REFUSALS)
     by_text = body.has("text")
     if by_text == body.has("input_ids"):
         raise invalid("text", "or `input_ids` is required, and only one of them")
@@ -112,7 +113,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
     plans: list[Plan] = []
     starts: list[int] = []
     for index, prompt in enumerate(prompts):
-        fields = {"prompt": prompt, "stream": stream, "model": body.raw("model"), **each.at(_EACH, index)}
+        fields = {"prompt": prompt, "stream": stream, "model": body.raw("model"), **each.at(EACH, index)}
         fields |= _read_params(params[index])
         own = Body(each.at(("return_logprob", "top_logprobs_num", "logprob_start_len"), index))
         wants_logprobs = own.boolean("return_logprob", False)
@@ -201,9 +202,10 @@ def _read_params(params: Any) -> dict[str, Any]:
         return {}
     if not isinstance(params, dict):
         raise invalid("sampling_params", "must be an object, or a list with one for each prompt")
-    refuse_in("sampling_params", params, _PARAM_REFUSALS)
+    refuse_in("sampling_params", params, PARAM_REFUSALS)
+    read = {ours: params.get(theirs) for theirs, ours in SAMPLING.items()}
     # SGLang takes an empty structure for none.
-    return {ours: None if params.get(theirs) == "" else params.get(theirs) for theirs, ours in _SAMPLING.items()}
+    return read | {name: None for name in _STRUCTURES if read[name] == ""}
 
 
 def _with_prompt_logprobs(plan: Plan, top: int) -> list[Request]:

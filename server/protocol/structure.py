@@ -71,12 +71,6 @@ async def make_structure(
 async def _compile(state: State, sampling: SamplingParams, spec: GrammarSpec) -> Grammar:
     if state.compiler is None:
         raise RequestError("This model has no token that ends a text, which a grammar needs.", param=spec.param)
-    clashes = {
-        "min_tokens": sampling.min_tokens > 0,
-        "ignore_eos": sampling.ignore_eos,
-        "allowed_token_ids": sampling.allowed_token_ids is not None,
-    }
-    for name, clash in clashes.items():
-        if clash:
-            raise invalid(name, "cannot be combined with structured output or a forced tool call")
+    if sampling.clash is not None:
+        raise invalid(sampling.clash, "cannot be combined with structured output or a forced tool call")
     return await state.compiler.compile_async(spec)

@@ -19,7 +19,7 @@ from server.protocol.body import Body, check_nesting, invalid
 _SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _FORMATS = ("text", "json_object", "json_schema", "structural_tag")
 # This server has one engine for grammars; a client may ask for it or for none in particular.
-_BACKENDS = ("auto", "guidance", "llguidance")
+BACKENDS = ("auto", "guidance", "llguidance")
 
 Reader = Callable[[str, Any], GrammarSpec]
 
@@ -33,8 +33,8 @@ def read_grammar(body: Body) -> GrammarSpec | None:
             found.append(("response_format", spec))
     if body.has("structured_outputs"):
         found.append(("structured_outputs", _read_structured_outputs(body.object("structured_outputs") or {})))
-    if (backend := body.raw("guided_decoding_backend")) is not None and backend not in _BACKENDS:
-        raise invalid("guided_decoding_backend", f"must be one of {', '.join(_BACKENDS)}")
+    if (backend := body.raw("guided_decoding_backend")) is not None and backend not in BACKENDS:
+        raise invalid("guided_decoding_backend", f"must be one of {', '.join(BACKENDS)}")
     pattern = body.string("guided_whitespace_pattern", None, most=1024)
     for name, read in _TOP_LEVEL.items():
         if body.has(name) and not (name.endswith("json_object") and body.raw(name) is False):

@@ -24,7 +24,7 @@ from engine.executor.base import StepHandle
 from engine.executor.fake import FakeExecutor, FakeModel
 from engine.forward import ForwardOutput, Limits
 from engine.metrics import EngineMetrics
-from engine.models.config import GenerationDefaults
+from engine.models.config import GenerationDefaults, ModelConfig
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from server.app import ServedModel, build_app, serve
@@ -161,15 +161,12 @@ async def until(condition: Callable[[], bool]) -> None:
 
 
 def served_model(**changes: Any) -> ServedModel:
-    class Config:
-        vocab_size = tokenizer().vocab_size
-
     model = ServedModel(
         names=("demo", "org/demo"),
         created=1_700_000_000,
         chat_template=ChatTemplate.load(DEMO),
         generation_defaults=GenerationDefaults(),
-        model_config=Config(),  # type: ignore[arg-type]
+        model_config=ModelConfig.load(DEMO),
         max_model_len=512,
         server_info={"device": "fake"},
     )

@@ -78,6 +78,21 @@ async def test_a_key_is_asked_for_before_the_body_is_read() -> None:
         await writer.wait_closed()
 
 
+async def test_a_response_belongs_to_its_key_however_it_is_sent() -> None:
+    async with live(api_keys=("k1", "k2")) as server:
+        status, kept = await server.post("/v1/responses", {"input": "x"}, headers={"X-Api-Key": "k1"})
+        assert status == 200
+        url = f"{server.url}/v1/responses/{kept['id']}"
+        for headers, expected in [
+            ({"X-Api-Key": "k1"}, 200),
+            ({"Authorization": "Bearer k1"}, 200),
+            ({"X-Api-Key": "k2"}, 404),
+            ({"Authorization": "Bearer k2", "X-Api-Key": "nobody"}, 404),
+        ]:
+            async with server.http.get(url, headers=headers) as response:
+                assert response.status == expected, headers
+
+
 async def test_metrics_can_be_protected() -> None:
     async with live(api_keys=("k",), protect_metrics=True) as server:
         async with server.http.get(server.url + "/metrics") as response:

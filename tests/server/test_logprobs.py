@@ -207,6 +207,8 @@ async def test_bias_bans_and_allowed_ids(server: Live) -> None:
     assert set(await ids(allowed_token_ids=[50, 60, 70])) <= {50, 60, 70}
     penalised = await ids(frequency_penalty=2, presence_penalty=2, repetition_penalty=1.5)
     assert len(set(penalised)) >= len(set(plain)) and len(set(penalised)) > 10
+    # So little that a float32 is zero.
+    assert await ids(repetition_penalty=5e-324) == await ids(repetition_penalty=1e-6) != plain
     text = tokenizer().decode(plain)
     word = next(word for word in text.split() if word.isalpha() and len(word) > 2)
     without = tokenizer().decode(await ids(bad_words=[word]))

@@ -1,0 +1,163 @@
+"""/api/*: Ollama's API."""
+
+from __future__ import annotations
+
+from engine.request import MAX_TOP_LOGPROBS
+from server.openapi.openai import HELLO, MESSAGE, SAMPLING, TOKEN, TOOL, WEATHER
+from server.openapi.words import (
+    NULL,
+    OBJECT,
+    Json,
+    array,
+    boolean,
+    constant,
+    either,
+    get,
+    gives,
+    integer,
+    lines,
+    mapping,
+    number,
+    post,
+    refused,
+    string,
+    takes,
+)
+from server.protocol.ollama import EFFORTS, OPTION_REFUSALS, OPTIONS, REFUSALS
+
+# Ollama's names of what a chat has, too; -1 and -2 are "until the model stops".
+_PARAMETERS: Json = {
+    theirs: either(integer(-2, -1), integer(1)) if ours == "max_tokens" else SAMPLING[ours]
+    for theirs, ours in OPTIONS.items()
+}
+_NAME: Json = {"model": string(), "name": string("The same under its older name.")}
+_COMMON: Json = {
+    **_NAME,
+    "stream": boolean("true unless it is said."),
+    "format": either(constant("json", ""), OBJECT, about="json, or a JSON schema."),
+    "options": takes({}, {**_PARAMETERS, "num_ctx": integer(1), **refused(OPTION_REFUSALS)}),
+    "think": either(boolean(), constant(*EFFORTS)),
+    "logprobs": boolean(),
+    "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
+    **refused(REFUSALS),
+}
+# What is read of a request that only loads the model.
+_LOADING: Json = {
+    **{name: schema for name, schema in _COMMON.items() if name not in ("think", "logprobs", "top_logprobs")},
+    "options": takes({}, {"num_ctx": integer(1), **refused(OPTION_REFUSALS)}),
+}
+_MESSAGE = takes(
+    {"role": MESSAGE["properties"]["role"]},
+    {
+        "content": string(),
+        "thinking": string(),
+        "images": array(string(), most=0),
+        "tool_name": string(),
+        "tool_call_id": string(),
+        "tool_calls": array(takes({"function": takes({"name": string()}, {"arguments": OBJECT})}, {"id": string()})),
+    },
+)
+
+_HEAD: Json = {"model": string(), "created_at": string()}
+_ENDING: Json = {
+    "done_reason": constant("stop", "length", "load"),
+    **{
+        name: integer(0)
+        for name in (
+            "total_duration", "load_duration", "prompt_eval_count", "prompt_eval_duration", "eval_count",
+            "eval_duration",
+        )
+    },
+    "logprobs": array(gives(TOKEN | {"top_logprobs": array(gives(TOKEN))})),
+}  # fmt: skip
+_CALL = gives({"id": string(), "function": gives({"index": integer(0), "name": string(), "arguments": OBJECT})})
+_SAID = gives(
+    {"role": constant("assistant"), "content": string()}, {"thinking": string(), "tool_calls": array(_CALL, least=1)}
+)
+_DETAILS = gives(
+    {
+        "parent_model": string(),
+        "format": string(),
+        "family": string(),
+        "families": array(string()),
+        "parameter_size": string(),
+        "quantization_level": string(),
+    }
+)
+_CARD: Json = {
+    "name": string(),
+    "model": string(),
+    "modified_at": string(),
+    "size": integer(0),
+    "digest": string(),
+    "details": _DETAILS,
+}
+
+SCHEMAS: Json = {
+    "OllamaError": gives({"error": string(least=1)}),
+    "OllamaChatRequest": either(
+        takes({"messages": array(_MESSAGE, least=1)}, {**_COMMON, "tools": array(TOOL)}),
+        takes({}, {**_LOADING, "messages": array(_MESSAGE, most=0)}),
+    ),
+    "OllamaGenerateRequest": either(
+        takes({"prompt": string(least=1)}, {**_COMMON, "system": string(), "raw": boolean()}),
+        takes({}, {**_LOADING, "prompt": constant(""), "system": string(), "raw": boolean()}),
+    ),
+    "ShowRequest": takes(
+        {}, {**_NAME, **refused({"verbose": (False,), "system": ("",), "template": ("",), "options": ({},)})}
+    ),
+    "OllamaChat": gives({**_HEAD, "message": _SAID, "done": boolean()}, _ENDING),
+    "OllamaText": gives({**_HEAD, "response": string(), "done": boolean()}, {**_ENDING, "thinking": string()}),
+    "Tags": gives({"models": array(gives(_CARD))}),
+    "Running": gives(
+        {
+            "models": array(
+                gives({**_CARD, "expires_at": string(), "size_vram": integer(0), "context_length": integer(1)})
+            )
+        }
+    ),
+    "Shown": gives(
+        {
+            "modelfile": string(),
+            "parameters": string(),
+            "template": string(),
+            "details": _DETAILS,
+            "model_info": mapping(either(string(), number(), NULL)),
+            "capabilities": array(constant("completion", "tools", "thinking")),
+            "modified_at": string(),
+        }
+    ),
+}
+
+_ERROR = "OllamaError"
+_SHORT: Json = {"options": {"temperature": 0, "num_predict": 5}}
+
+PATHS: Json = {
+    "/api/chat": post(
+        "The next message of a chat; an empty list of messages only loads the model.",
+        "OllamaChatRequest",
+        "OllamaChat",
+        examples=(
+            {"messages": HELLO, "stream": False, "logprobs": True, "top_logprobs": 1, **_SHORT},
+            {"messages": HELLO, "tools": [WEATHER], **_SHORT},
+            {"stream": False},
+        ),
+        streamed=lines("OllamaChat"),
+        error=_ERROR,
+    ),
+    "/api/generate": post(
+        "The answer to a prompt, or with `raw` the text that goes on from it.",
+        "OllamaGenerateRequest",
+        "OllamaText",
+        examples=(
+            {"prompt": "Hello", "stream": False, "format": "json", **_SHORT},
+            {"prompt": "Once", "raw": True, "think": False, **_SHORT},
+        ),
+        streamed=lines("OllamaText"),
+        error=_ERROR,
+    ),
+    "/api/tags": get("The models that there are.", "Tags", error=_ERROR),
+    "/api/ps": get("The models that are loaded.", "Running", error=_ERROR),
+    "/api/show": post("What the model is.", "ShowRequest", "Shown", examples=({},), error=_ERROR),
+    "/api/version": get("The version.", "Version", error=_ERROR),
+}

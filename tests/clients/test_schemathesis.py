@@ -1,0 +1,49 @@
+"""schemathesis over the OpenAPI document: no 5xx, documented shapes only, and what breaks the document is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+
+from tests.clients.common import MODEL, SUM, SUM_ANSWER, user
+from tests.clients.conftest import serving
+
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_schema_conformance",
+    "negative_data_rejection",
+    "unsupported_method",
+)
+SEED = 7
+EXAMPLES = 25
+
+
+def test_every_route(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """In a server with a short context: a fuzzer asks for 128 texts that go on to its end."""
+    with serving("--max-model-len", "128") as url:
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--continue-on-failure"),
+                *("--phases", "examples,coverage,fuzzing", "--seed", str(SEED), "-n", str(EXAMPLES)),
+                *("--checks", ",".join(CHECKS), "--no-color", "--request-timeout", "60"),
+            ],
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=500,
+        )
+        print(done.stdout)
+        assert done.returncode == 0
+        assert "Selected: " in done.stdout and "failures" not in done.stdout.splitlines()[-1]
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+            answer = client.chat.completions.create(model=MODEL, messages=user(SUM), temperature=0)
+        assert answer.choices[0].message.content == SUM_ANSWER
+    # What a handler or a kernel did not expect would stand here.
+    assert "Traceback" not in capfd.readouterr().err

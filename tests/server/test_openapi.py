@@ -1,0 +1,191 @@
+"""The OpenAPI document against the code: routes, the fields that are read, and the shapes of real answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from jsonschema import Draft202012Validator
+
+from server.app import ENDPOINTS
+from server.openapi.document import document
+from server.protocol.body import Body
+from tests.server.support import Live, live
+from tests.server.test_errors import FAMILIES
+
+Json = dict[str, Any]
+DOCUMENT = document("1.2.3")
+JSON = "application/json"
+
+OPERATIONS: list[tuple[str, str, Json]] = [
+    (method.upper(), path, operation) for path, item in DOCUMENT["paths"].items() for method, operation in item.items()
+]
+READING = [(path, operation) for _, path, operation in OPERATIONS if "requestBody" in operation]
+
+
+def validate(value: Any, schema: Json) -> None:
+    Draft202012Validator({**schema, "components": DOCUMENT["components"]}).validate(value)
+
+
+def fields(schema: Json) -> set[str]:
+    """The names of an object's fields, whichever of its forms has them."""
+    if "$ref" in schema:
+        return fields(DOCUMENT["components"]["schemas"][schema["$ref"].rsplit("/", 1)[1]])
+    return set(schema.get("properties", ())).union(*map(fields, schema.get("anyOf", ())))
+
+
+def examples(operation: Json) -> list[Json]:
+    media = operation["requestBody"]["content"][JSON]
+    return [example["value"] for example in media.get("examples", {}).values()]
+
+
+def schemas() -> Iterator[Json]:
+    """Everything of the document that stands where a schema stands."""
+    yield from DOCUMENT["components"]["schemas"].values()
+    for _, _, operation in OPERATIONS:
+        for body in (operation.get("requestBody", {}), *operation["responses"].values()):
+            for media in body.get("content", {}).values():
+                yield media["schema"]
+
+
+async def test_it_is_served_and_has_every_route_and_no_other(server: Live) -> None:
+    async with server.http.get(server.url + "/openapi.json") as response:
+        assert response.status == 200 and response.content_type == JSON
+        served = await response.json()
+    assert served["paths"] == json.loads(json.dumps(DOCUMENT["paths"]))
+    routes = {(method, path.replace(":.+", "")) for endpoint in ENDPOINTS for method, path, _ in endpoint.ROUTES}
+    assert {(method, path) for method, path, _ in OPERATIONS} == routes
+    ids = [operation["operationId"] for _, _, operation in OPERATIONS]
+    assert len(set(ids)) == len(ids)
+
+
+async def test_it_knows_where_a_proxy_puts_it() -> None:
+    async with live(root_path="/llm/") as server, server.http.get(server.url + "/llm/openapi.json") as response:
+        assert (await response.json())["servers"] == [{"url": "/llm"}]
+
+
+def test_every_schema_is_one_and_every_reference_leads_somewhere() -> None:
+    def references(node: Any) -> Iterator[str]:
+        if isinstance(node, dict):
+            if isinstance(target := node.get("$ref"), str):
+                yield target
+            for value in node.values():
+                yield from references(value)
+        elif isinstance(node, list):
+            for value in node:
+                yield from references(value)
+
+    found = 0
+    for schema in schemas():
+        Draft202012Validator.check_schema(schema)
+        found += 1
+    assert found > 30
+    used = {target.rsplit("/", 1)[1] for target in references({"a": DOCUMENT["paths"], "b": DOCUMENT["components"]})}
+    assert used == set(DOCUMENT["components"]["schemas"])
+
+
+class Recorder(dict[str, Any]):
+    """The values of a body, which remember what was asked for."""
+
+    def __init__(self, values: Json, asked: set[str]) -> None:
+        super().__init__(values)
+        self._asked = asked
+
+    def get(self, name: str, default: Any = None) -> Any:
+        self._asked.add(name)
+        return super().get(name, default)
+
+
+@pytest.mark.parametrize(("path", "operation"), READING, ids=[path for path, _ in READING])
+async def test_the_fields_that_are_read_are_the_fields_that_are_told(
+    server: Live, monkeypatch: pytest.MonkeyPatch, path: str, operation: Json
+) -> None:
+    asked: set[str] = set()
+    parse, changed = Body.parse, Body.changed
+
+    def recording(data: bytes) -> Body:
+        body = parse(data)
+        body._values = Recorder(body._values, asked)
+        return body
+
+    def changing(self: Body, *arguments: Any) -> Body:
+        """What is left of a body stays the client's."""
+        body = changed(self, *arguments)
+        body._values = Recorder(body._values, asked)
+        return body
+
+    monkeypatch.setattr(Body, "parse", recording)
+    monkeypatch.setattr(Body, "changed", changing)
+    told = fields(operation["requestBody"]["content"][JSON]["schema"])
+    for body in examples(operation):
+        async with server.http.post(server.url + path, json=body) as response:
+            assert response.status == 200, await response.read()
+            await response.read()
+    assert asked == told
+
+
+def test_every_route_that_reads_a_body_is_in_the_tables_of_malformed_ones() -> None:
+    tested = {family.path for family in FAMILIES}
+    assert {path for path, _ in READING if path not in tested} == {
+        "/v1/tokenize",
+        "/v1/detokenize",
+        "/apply-template",
+    }
+
+
+# Nothing here can be profiled, and nothing that is kept can be cancelled.
+REFUSED = ("/start_profile", "/stop_profile", "/v1/responses/{response_id}/cancel")
+
+
+@pytest.mark.parametrize(("method", "path", "operation"), OPERATIONS, ids=[f"{one[0]} {one[1]}" for one in OPERATIONS])
+async def test_real_answers_have_the_shapes_that_are_told(
+    server: Live, method: str, path: str, operation: Json
+) -> None:
+    status, kept = await server.post("/v1/responses", {"input": "x", "max_output_tokens": 2})
+    assert status == 200
+    url = server.url + path.replace("{id}", "demo").replace("{response_id}", kept["id"])
+    bodies: list[Json | None] = [*examples(operation)] if "requestBody" in operation else [None]
+    assert bodies
+    for body in bodies:
+        if body is not None:
+            validate(body, operation["requestBody"]["content"][JSON]["schema"])
+        async with server.http.request(method, url, json=body) as response:
+            raw = await response.read()
+        assert response.status == (400 if path in REFUSED else 200), raw
+        content = operation["responses"]["200" if response.status == 200 else "4XX"].get("content", {})
+        if not content:
+            assert raw == b""
+            continue
+        schema = content[response.content_type]["schema"]
+        for value in values(response.content_type, raw):
+            validate(value, item(schema) if response.content_type == "text/event-stream" else schema)
+
+
+def values(kind: str, raw: bytes) -> list[Any]:
+    """What an answer holds: one value, or those of a stream."""
+    text = raw.decode()
+    if kind == JSON:
+        return [json.loads(text)]
+    if kind == "application/x-ndjson":
+        return [json.loads(line) for line in text.splitlines()]
+    if kind == "text/event-stream":
+        found = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data: ")]
+        assert len(found) > 1
+        return [json.loads(data) for data in found if data != "[DONE]"]
+    return [text]
+
+
+def item(schema: Json) -> Json:
+    """The schema of the data of one event."""
+    data = schema["properties"]["data"]
+    return data.get("anyOf", [data])[0]["contentSchema"]  # type: ignore[no-any-return]
+
+
+def test_the_schemas_of_answers_are_closed() -> None:
+    """Or the test above could not tell a field that nobody has told of."""
+    closed = DOCUMENT["components"]["schemas"]["Chat"]
+    answer = {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": []}
+    validate(answer, closed)
+    assert not Draft202012Validator(closed).is_valid({**answer, "more": 1})
