@@ -88,7 +88,8 @@ class LLM:
 
     options: the server's flags as keywords (`max_model_len=4096`, `dtype="float32"`, `enable_prefix_caching=False`),
     but for those of HTTP. Raises StartupError with one readable line for everything that is wrong with them, the
-    model or the machine. `close`, or leaving a `with` block, gives the memory back.
+    model or the machine. `close`, or leaving a `with` block, ends its threads and what still runs; the memory goes with
+    the object.
     """
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
@@ -218,7 +219,8 @@ class LLM:
         """Everything that can be known before the engine is asked. special: the tokenizer adds its own tokens."""
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise RequestError("`n` must be an integer of at least 1.", param="n")
-        if sampling_params is None:
+        most = self._built.engine.limits.max_model_len
+        if is_default := sampling_params is None:
             sampling_params = self.default_sampling_params
         each = [sampling_params] * len(prompts) if isinstance(sampling_params, SamplingParams) else sampling_params
         if len(each) != len(prompts):
@@ -227,6 +229,9 @@ class LLM:
         for index, (prompt, given) in enumerate(zip(prompts, each, strict=True)):
             with _at(index, len(prompts)):
                 ids = self._encode(prompt, special)
+                if is_default and given.max_tokens is not None and len(ids) + given.max_tokens > most:
+                    # As in the server: a default counts where it fits.
+                    given = replace(given, max_tokens=None)
                 sampling = checked(given, self._built.model_config.vocab_size)
                 requests = [self._request(ids, sampling, choice) for choice in range(n)]
                 self._built.engine.scheduler.check(requests[0])
@@ -416,7 +421,7 @@ class _Runner:
         _raise_closed()
 
     def close(self) -> None:
-        """End the thread, and with it what still runs, and give back the model's memory. Any thread."""
+        """End the thread, and with it what still runs. Any thread; a second time does nothing."""
         with self._lock:
             if not self.closed:
                 self.closed = True

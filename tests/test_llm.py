@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import gc
 import json
 import math
@@ -87,10 +88,15 @@ def test_each_prompt_its_own_params(llm: LLM) -> None:
         llm.generate([STORY] * 3, params[:2])
 
 
-def test_defaults_are_the_models_own(llm: LLM) -> None:
+def test_defaults_are_the_models_own(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert llm.default_sampling_params.temperature == 0.7
     [output] = llm.chat(QUESTION)
     assert output.outputs[0].finish_reason == "stop"
+    for most, reason in ((3, "length"), (10**6, "stop")):
+        own = dataclasses.replace(llm._built.generation_defaults, max_new_tokens=most)
+        monkeypatch.setattr(llm._built, "generation_defaults", own)
+        [output] = llm.chat(QUESTION)
+        assert output.outputs[0].finish_reason == reason, "a default counts where it fits"
 
 
 def test_choices_and_seeds(llm: LLM) -> None:
