@@ -522,7 +522,7 @@ def _check(delta: Delta) -> None:
     """Raise what ended a request that has not come to its end."""
     if delta.finish_reason is FinishReason.ERROR:
         what = delta.error or "The model failed to compute this request."
-        raise RequestError(what) if delta.bad_request else UnavailableError(what)
+        raise RequestError(what) if delta.status == 400 else UnavailableError(what)
     if delta.finish_reason is FinishReason.ABORT:
         raise UnavailableError("The request was aborted.")
 

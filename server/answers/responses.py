@@ -14,7 +14,7 @@ import orjson
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
-from server.answers.base import failure, usage
+from server.answers.base import failure, reasoning_watches, usage
 from server.logprobs import Spelling, chat_logprobs
 from server.parsers.base import ContentDelta, Event, ReasoningDelta, ToolCallStart
 from server.protocol.errors import ApiError
@@ -43,7 +43,8 @@ class ResponsesAnswer:
         self._plan = plan
         self._streams = streams
         self._parser = plan.reading.make_parser() if plan.reading is not None else None
-        self._token_ids: list[int] = []
+        self._num_output = 0
+        self._watches = reasoning_watches(state, plan)
         self._events: list[bytes] = []
         self._num_events = 0
         # The items so far; the last one grows while it has pieces.
@@ -89,7 +90,9 @@ class ResponsesAnswer:
     # ---- the items
 
     def _read(self, delta: Delta) -> None:
-        self._token_ids += delta.token_ids
+        self._num_output += len(delta.token_ids)
+        for watch in self._watches:
+            watch.follow(delta.token_ids)
         if self._logprobs is None:
             self._push(delta.text)
         else:
@@ -215,29 +218,15 @@ class ResponsesAnswer:
         }
 
     def _usage(self) -> Json:
-        counts: Json = usage(self._plan, self._streams, len(self._token_ids))
+        counts: Json = usage(self._plan, self._streams, self._num_output, self._watches)
         return {
             "input_tokens": counts["prompt_tokens"],
             # Nothing is charged for what is written to the cache.
             "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": counts["completion_tokens"],
-            "output_tokens_details": {"reasoning_tokens": self._num_reasoning_tokens()},
+            "output_tokens_details": counts["completion_tokens_details"],
             "total_tokens": counts["total_tokens"],
         }
-
-    def _num_reasoning_tokens(self) -> int:
-        """Tokens up to the end of the reasoning, its tags included where they are tokens."""
-        reading, ids = self._plan.reading, self._token_ids
-        texts = [item["content"][0]["text"] for item in self._output if item["type"] == "reasoning" and item["content"]]
-        if not texts or reading is None or reading.reasoning_family is None:
-            return 0
-        if len(texts) == len(self._output):
-            return len(ids)
-        tokenizer = self._state.tokenizer
-        close = tokenizer.token_to_id(reading.reasoning_family.close)
-        if close in ids:
-            return ids.index(close) + 1
-        return len(tokenizer.encode("".join(texts), add_special_tokens=False))
 
     # ---- events
 
