@@ -33,7 +33,7 @@ logger = logging.getLogger("oneloop.engine")
 
 
 class _NoText:
-    """The detokenizer of an engine without a tokenizer: token ids are all there is."""
+    """The detokenizer where there is no text: of an engine without a tokenizer, of a request for a vector."""
 
     stop_reason: str | None = None
 
@@ -138,7 +138,7 @@ class Engine:
         stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort)
         detokenizer = (
             NO_TEXT
-            if self.tokenizer is None
+            if self.tokenizer is None or request.pooling is not None
             else IncrementalDetokenizer(self.tokenizer, request.prompt_token_ids, request.sampling)
         )
         listener = _Listener(sequence, stream, detokenizer)
@@ -229,6 +229,8 @@ class Engine:
                         # First, for a grammar may end its request in the next line.
                         if result.logprobs or result.prompt_logprobs:
                             _attach_logprobs(result, output)
+                        for sequence, place in result.pooled:
+                            sequence.listener.stream.pooled = output.pooled[place]
                         # The device may be waiting for these: before the streams.
                         self._provide_masks_of_next(in_flight)
                         self._publish(result)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 # Stop ids live in a fixed-width row of the slot tables (host and device), EOS ids included.
 MAX_STOP_TOKEN_IDS = 16
@@ -82,6 +82,18 @@ class SamplingParams:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """What is wanted of a prompt where no text is: a float32 vector.
+
+    kind: last is the last token's hidden state after the final norm, mean the average of all tokens' [hidden_size];
+    logprobs are the natural log-probabilities of token_ids as the next token [len(token_ids)].
+    """
+
+    kind: Literal["last", "mean", "logprobs"]
+    token_ids: tuple[int, ...] = ()
+
+
 class TokenConstraint(Protocol):
     """What a grammar allows next. One per sequence; the engine alone calls it, on the loop thread."""
 
@@ -117,6 +129,7 @@ class Request:
     stream: False means that nobody looks before the end, so no text is made per token.
     constraint: its state is this request's own.
     namespace: root of the radix tree that this prompt may share pages under (tenant, cache_salt); "" is common.
+    pooling: the prompt's vector is the answer; nothing is sampled.
     """
 
     request_id: str
@@ -126,6 +139,7 @@ class Request:
     namespace: str = ""
     priority: int = 0
     constraint: TokenConstraint | None = None
+    pooling: Pooling | None = None
 
 
 class RequestError(Exception):

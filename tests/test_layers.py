@@ -24,7 +24,7 @@ ALLOWED = {
     "engine.flags": set(),
     "engine.report": set(),
     "engine.build": {"engine"},
-    "server": {"engine.engine", "engine.text", "engine.models.config"},
+    "server": {"engine.engine", "engine.text", "engine.models.config", "engine.models.abilities"},
     "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
     "engine.serve": {"*"},
     "bench": {"*"},
