@@ -26,7 +26,7 @@ from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
 from engine.request import RequestError, UnavailableError
 from engine.text.structured import GrammarCompiler
-from server.endpoints import cache, generate, health, info, models, profile, tokenize
+from server.endpoints import cache, embeddings, generate, health, info, models, profile, scores, tokenize
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, error_body, error_response
 from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, ServedModel, State
@@ -35,7 +35,7 @@ __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
-ENDPOINTS = (cache, generate, health, info, models, profile, tokenize)
+ENDPOINTS = (cache, embeddings, generate, health, info, models, profile, scores, tokenize)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A burst of this many connects waits in the kernel and is not refused.

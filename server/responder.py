@@ -15,7 +15,7 @@ from functools import partial
 
 from aiohttp import web
 
-from engine.request import FinishReason
+from engine.request import FinishReason, Request
 from engine.stream import Delta, TokenStream
 from server.logprobs import Logprobs, Spelling, vllm_prompt_logprobs
 from server.messages import delta_of, read_message
@@ -31,7 +31,7 @@ Ready = list[tuple[int, Delta]]
 
 async def respond(request: web.Request, state: State, plan: Plan) -> web.StreamResponse:
     """Run a plan and answer the client. Raises RequestError for what is known before the first token."""
-    async with _submitted(state, plan) as streams:
+    async with submitted(state, plan.requests) as streams:
         if not plan.stream:
             return await _collect(state, plan, streams)
         async with contextlib.aclosing(_Source(streams)) as source:
@@ -39,12 +39,12 @@ async def respond(request: web.Request, state: State, plan: Plan) -> web.StreamR
 
 
 @contextlib.asynccontextmanager
-async def _submitted(state: State, plan: Plan) -> AsyncIterator[list[TokenStream]]:
-    """All streams of a plan, or none: one that is refused takes the others back."""
-    ids = [request.request_id for request in plan.requests]
+async def submitted(state: State, requests: list[Request]) -> AsyncIterator[list[TokenStream]]:
+    """The streams of all requests, or none: one that is refused takes the others back."""
+    ids = [request.request_id for request in requests]
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(state.submitted.difference_update, ids)
-        streams = [await stack.enter_async_context(state.engine.submit(request)) for request in plan.requests]
+        streams = [await stack.enter_async_context(state.engine.submit(request)) for request in requests]
         state.submitted.update(ids)
         yield streams
 
@@ -93,7 +93,7 @@ async def _collect(state: State, plan: Plan, streams: list[TokenStream]) -> web.
     deltas: list[Delta] = []
     for stream in streams:
         delta = await stream.collect()
-        _raise_early(delta)
+        raise_early(delta)
         deltas.append(delta)
     spelling = Spelling(state.engine.tokenizer, plan.tokens_as_ids)
     choices: list[Json] = []
@@ -168,7 +168,7 @@ async def _stream(
         async with asyncio.timeout(interval if interval > 0 else None):
             ready = await source.take()
     for _, delta in ready:
-        _raise_early(delta)
+        raise_early(delta)
     # A client that has gone cancels this handler; a write that fails first is no news to anybody.
     events = await EventStream.open(request, interval)
     with contextlib.suppress(ConnectionError):
@@ -336,7 +336,7 @@ def _failure(delta: Delta) -> ApiError:
     return ApiError(400 if delta.bad_request else 500, delta.error or "The model failed to compute this request.")
 
 
-def _raise_early(delta: Delta) -> None:
+def raise_early(delta: Delta) -> None:
     """Raise what can still be an HTTP error."""
     if delta.finish_reason is FinishReason.ERROR:
         raise _failure(delta)

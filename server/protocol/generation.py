@@ -103,6 +103,12 @@ def read_common(
     max_tokens_field: the name that an error should use.
     """
     model_name = read_model(body, state.model)
+    if not state.model.abilities.generates:
+        raise RequestError(
+            "This model does not generate text: it is served for embeddings or scores (--runner pooling, or what its "
+            "directory says). Start the server with --runner generate if it has an output layer.",
+            param="model",
+        )
     num_choices = body.integer("n", 1, 1, MAX_CHOICES)
     stream = body.boolean("stream", False)
     num_candidates = _read_best_of(body, num_choices, stream)
@@ -148,9 +154,7 @@ def make_plan(
     if reading is not None:
         common = replace(common, sampling=replace(common.sampling, kept_special_ids=_markers(state, reading)))
     num_requests = len(prompts) * common.num_candidates
-    most = state.engine.config.scheduler.max_queued_requests
-    if num_requests > most:
-        raise RequestError(f"{num_requests} sequences in one request are more than the queue holds ({most}).")
+    check_count(state, num_requests)
     requests: list[Request] = []
     for prompt in prompts:
         sampling = _fit(state, common, prompt)
@@ -185,6 +189,13 @@ def make_plan(
         return_token_ids=common.return_token_ids,
         reading=reading,
     )
+
+
+def check_count(state: State, num_requests: int) -> None:
+    """Raise the 400 for an HTTP request that asks for more sequences than could ever be queued."""
+    most = state.engine.config.scheduler.max_queued_requests
+    if num_requests > most:
+        raise RequestError(f"{num_requests} sequences in one request are more than the queue holds ({most}).")
 
 
 def _markers(state: State, reading: Reading) -> frozenset[int]:
