@@ -73,7 +73,7 @@ def read_abilities(
     if runner == "generate" and config.headless:
         raise StartupError(f"--runner generate: {config.architecture} in {directory} has no output layer")
     modules = _Modules.read(directory) if runner != "generate" else _Modules({})
-    score_tokens = _score_tokens(directory, fields, options, modules, token_id)
+    score_tokens = _score_tokens(directory, config.vocab_size, fields, options, modules, token_id)
     embedding = _MODES[modules.mode()] if "Pooling" in modules.paths and asked == "auto" else None
     generates = runner == "generate" or (runner == "auto" and "Pooling" not in modules.paths and not config.headless)
     normalize = True
@@ -124,7 +124,7 @@ class _Modules:
             modes = given if isinstance(given, list) else [given]
         else:
             modes = [mode for name, mode in _MODE_FLAGS.items() if fields.flag(name, False)]
-        if len(modes) != 1 or modes[0] not in _MODES:
+        if len(modes) != 1 or modes[0] not in tuple(_MODES):
             shown = " and ".join(map(str, modes)) or "no mode"
             raise StartupError(
                 f"{fields.path}: pooling by {shown} is not supported, only mean and lasttoken; --pooling mean or last "
@@ -143,7 +143,12 @@ class _Modules:
 
 
 def _score_tokens(
-    directory: Path, fields: Fields, options: ModelOptions, modules: _Modules, token_id: Callable[[str], int | None]
+    directory: Path,
+    vocab_size: int,
+    fields: Fields,
+    options: ModelOptions,
+    modules: _Modules,
+    token_id: Callable[[str], int | None],
 ) -> tuple[int, int] | None:
     """By flag, by the LogitScore module of sentence-transformers, or by vLLM's `classifier_from_token` (no, yes)."""
     spellings: list[str] | tuple[str, ...] | None = options.score_tokens
@@ -152,7 +157,8 @@ def _score_tokens(
         module = Fields.read(modules.paths["LogitScore"] / "config.json")
         if not module.has("false_token_id"):
             module.fail("false_token_id", "is missing: a score is the odds of two tokens; --score-tokens sets both")
-        return module.integer("true_token_id", minimum=0), module.integer("false_token_id", minimum=0)
+        yes, no = (module.integer(f"{name}_token_id", minimum=0, maximum=vocab_size - 1) for name in ("true", "false"))
+        return yes, no
     if spellings is None and fields.has("classifier_from_token"):
         given = fields.raw("classifier_from_token")
         if not isinstance(given, list) or len(given) != 2 or not all(isinstance(item, str) for item in given):
@@ -160,9 +166,9 @@ def _score_tokens(
         spellings, origin = given[::-1], f"{fields.path}: classifier_from_token"
     if spellings is None:
         return None
-    yes, no = (token_id(spelling) for spelling in spellings)
-    for spelling, found in zip(spellings, (yes, no), strict=True):
-        if found is None:
+    ids: list[int] = []
+    for spelling in spellings:
+        if (found := token_id(spelling)) is None:
             raise StartupError(f"{origin}: {spelling!r} is no token of the vocabulary in {directory}")
-    assert yes is not None and no is not None
-    return yes, no
+        ids.append(found)
+    return ids[0], ids[1]
