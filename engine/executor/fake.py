@@ -164,7 +164,9 @@ def _vector_of_context(state: int, pooling: Pooling) -> npt.NDArray[np.float32]:
     """Of a kind that depends on the context of the last token alone; state: what that token's draw would be."""
     if pooling.kind == "last":
         return _numbers(np.array([state], np.uint64)).astype(np.float32).reshape(-1)
-    return np.array([-float(_mix_int(state ^ _mix_int(token)) >> 44) for token in pooling.token_ids], np.float32)
+    return np.array(
+        [-float(_mix_int(state ^ _mix_int(token)) >> 44) / 2**18 for token in pooling.token_ids], np.float32
+    )
 
 
 def _shapes_draws(params: SamplingParams | RowExtras) -> bool:
