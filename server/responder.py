@@ -26,6 +26,9 @@ from server.state import State
 
 logger = logging.getLogger("oneloop.server")
 
+# Requests that are queued between two turns of the loop: one or two milliseconds of work.
+_SUBMITTED_AT_ONCE = 64
+
 Ready = list[tuple[int, Delta]]
 
 
@@ -44,7 +47,12 @@ async def submitted(state: State, requests: list[Request]) -> AsyncIterator[list
     ids = [request.request_id for request in requests]
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(state.submitted.difference_update, ids)
-        streams = [await stack.enter_async_context(state.engine.submit(request)) for request in requests]
+        streams: list[TokenStream] = []
+        for request in requests:
+            streams.append(await stack.enter_async_context(state.engine.submit(request)))
+            # Thousands of embeddings must not hold the loop.
+            if len(streams) % _SUBMITTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         state.submitted.update(ids)
         yield streams
 
