@@ -20,6 +20,7 @@ from engine.config import CudaOptions, EngineConfig, StartupError
 from engine.engine import Engine
 from engine.forward import Limits
 from engine.metrics import EngineMetrics
+from engine.models.abilities import Abilities, read_abilities
 from engine.models.config import GenerationDefaults, ModelConfig
 from engine.models.hub import resolve
 from engine.report import StartupReport
@@ -44,6 +45,7 @@ class Built:
     generation_defaults: GenerationDefaults
     chat_template: ChatTemplate | None
     report: StartupReport
+    abilities: Abilities
 
 
 def _load_tokenizer(config: EngineConfig, directory: Path, model_config: ModelConfig) -> Tokenizer | None:
@@ -125,11 +127,18 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         chat_template = ChatTemplate.load(directory, options.chat_template) if tokenizer is not None else None
         if tokenizer is not None:
             eos = tuple(dict.fromkeys((*eos, *tokenizer.eos_token_ids)))
+        token_id = tokenizer.token_to_id if tokenizer is not None else lambda text: None
+        abilities = read_abilities(directory, model_config, options, token_id)
+        if abilities.score_tokens is not None and chat_template is None:
+            raise StartupError(f"{directory}: scores by tokens need a chat template; --chat-template gives one")
+        model_config = dataclasses.replace(model_config, headless=not abilities.needs_head)
     local = Path(options.path).expanduser()
     names = options.served_names or ((local.resolve().name,) if local.is_dir() else (options.path,))
     if not options.served_names and directory.resolve() == (Path(__file__).parent / "demo").resolve():
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({model_config.architecture}, {directory})")
+    if abilities != Abilities(width=abilities.width, dimensions=abilities.dimensions):
+        report.row("gives", abilities.describe())
     metrics = EngineMetrics(names[0], prefix=config.server.metrics_prefix, max_model_len=context)
     try:
         executor = _build_executor(config, directory, model_config, context, report)
@@ -164,7 +173,7 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     )
     if options.generation_config != "auto":
         defaults = GenerationDefaults(eos_token_ids=defaults.eos_token_ids)
-    return Built(engine, directory, names, model_config, defaults, chat_template, report)
+    return Built(engine, directory, names, model_config, defaults, chat_template, report, abilities)
 
 
 def _build_executor(
@@ -243,7 +252,8 @@ def _build_cuda(
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=context,
             kv_cache_dtype=config.cuda.kv_cache_dtype,
-            cuda_graph=config.cuda.cuda_graph,
+            # Graphs are of decode steps.
+            cuda_graph="off" if model_config.headless else config.cuda.cuda_graph,
             row=report.row,
             load=load,
         )

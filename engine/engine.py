@@ -41,7 +41,7 @@ MAX_LOOKED_UP = 256
 
 
 class _NoText:
-    """The detokenizer of an engine without a tokenizer: token ids are all there is."""
+    """The detokenizer where there is no text: of an engine without a tokenizer, of a request for a vector."""
 
     stop_reason: str | None = None
 
@@ -166,7 +166,7 @@ class Engine:
         stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort, sequence.arrived_at)
         detokenizer = (
             NO_TEXT
-            if self.tokenizer is None
+            if self.tokenizer is None or request.pooling is not None
             else IncrementalDetokenizer(self.tokenizer, request.prompt_token_ids, request.sampling)
         )
         listener = _Listener(sequence, stream, detokenizer)
@@ -445,6 +445,8 @@ class Engine:
                         # First, for a grammar may end its request in the next line.
                         if result.logprobs or result.prompt_logprobs:
                             _attach_logprobs(result, output)
+                        for sequence, place in result.pooled:
+                            sequence.listener.stream.pooled = output.pooled[place]
                         # The device may be waiting for these: before the streams.
                         if in_flight:
                             self._provide_masks(*in_flight[0])

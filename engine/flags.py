@@ -35,6 +35,7 @@ _DTYPES = {
     "float": "float32",
     "float32": "float32",
 }
+_TASKS = {"auto": "auto", "generate": "generate", "embed": "pooling", "embedding": "pooling", "score": "pooling"}
 
 
 def _count(text: str) -> int:
@@ -142,6 +143,25 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     model.add_argument("--sampling-defaults", choices=["model", "openai"], help="SGLang's spelling of the same")
     model.add_argument(
         "--seed", "--random-seed", dest="seed", type=int, help="of dummy weights and of unseeded requests"
+    )
+
+    model.add_argument(
+        "--runner",
+        choices=["auto", "generate", "pooling"],
+        help="pooling: embeddings and no text; auto: what the model is made for (a sentence-transformers directory)",
+    )
+    model.add_argument("--is-embedding", dest="runner", action="store_const", const="pooling")
+    model.add_argument("--task", choices=sorted(_TASKS), help="vLLM's older spelling of the same")
+    model.add_argument(
+        "--pooling",
+        choices=["auto", "last", "mean"],
+        help="how embeddings are made, also of a model that says nothing of it; it goes on generating beside that",
+    )
+    model.add_argument(
+        "--score-tokens",
+        nargs=2,
+        metavar=("YES", "NO"),
+        help="tokens whose odds are a relevance: makes a generative reranker of the model (/score, /rerank)",
     )
 
     device = parser.add_argument_group("device and memory")
@@ -313,6 +333,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
     generation = args.generation_config
     if args.sampling_defaults:
         generation = {"model": "auto", "openai": "vllm"}[args.sampling_defaults]
+    if args.runner and args.task and args.runner != _TASKS[args.task]:
+        raise StartupError(f"--runner {args.runner} and --task {args.task} contradict each other")
     sizes = [
         name
         for name in ("kv_cache_gb", "kv_cache_memory_bytes", "memory_fraction", "num_pages", "max_total_tokens")
@@ -356,6 +378,9 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 generation_config="none" if generation == "vllm" else generation,
                 chat_template=args.chat_template,
                 seed=args.seed,
+                runner=args.runner or (_TASKS[args.task] if args.task else None),
+                pooling=args.pooling,
+                score_tokens=tuple(args.score_tokens) if args.score_tokens else None,
             ),
         ),
         cache=CacheOptions(

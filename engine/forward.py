@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.request import MAX_STOP_TOKEN_IDS
+from engine.request import MAX_STOP_TOKEN_IDS, Pooling
 
 Int32Array = npt.NDArray[np.int32]
 BoolArray = npt.NDArray[np.bool_]
@@ -90,6 +90,18 @@ class RowExtras:
     bad_words: tuple[tuple[int, ...], ...]
     logprobs: int | None
     prompt_logprobs: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class PooledRow:
+    """A prompt chunk of a sequence that asks for a vector; `row` never samples. ends: the prompt ends with it, and the
+    step brings the vector. Chunks before the last are named only where all tokens count (mean), and then every one of
+    them: the first has row_start 0, for such a prompt is computed from its beginning.
+    """
+
+    row: int
+    pooling: Pooling
+    ends: bool
 
 
 class TokenMasks:
@@ -184,6 +196,7 @@ class ForwardInput:
     step: number of the step, rising by one. num_decode_rows: rows[:num_decode_rows] continue by one token each.
     extras: of the slots in sampling_slot that have any; a slot there without an entry here has none any more.
     masks: of the rows that a grammar constrains, None where there are none; not filled in yet at submit.
+    pooled: the rows that ask for a vector, in their order.
     """
 
     step: int
@@ -195,6 +208,7 @@ class ForwardInput:
     num_sampling_diffs: int
     extras: list[RowExtras] = field(default_factory=list)
     masks: TokenMasks | None = None
+    pooled: list[PooledRow] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -230,12 +244,14 @@ class ForwardOutput:
     """What a step brought. Owned by the receiver until the executor's next-but-one step.
 
     token_ids: int32 [rows]; the sampled token, -1 where the row did not sample.
+    pooled: float32 vectors, one for each of the input's pooled rows that `ends`, in their order.
     """
 
     token_ids: Int32Array
     step: int = field(default=0)
     logprobs: StepLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    pooled: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
 
 class ForwardError(Exception):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 # Stop ids live in a fixed-width row of the slot tables (host and device), EOS ids included.
 MAX_STOP_TOKEN_IDS = 16
@@ -210,6 +210,18 @@ def derive_seed(seed: int, index: int) -> int:
     return mixed ^ (mixed >> 31)
 
 
+@dataclass(frozen=True, slots=True)
+class Pooling:
+    """What is wanted of a prompt where no text is: a float32 vector.
+
+    kind: last is the last token's hidden state after the final norm, mean the average of all tokens' [hidden_size];
+    logprobs are the natural log-probabilities of token_ids as the next token [len(token_ids)].
+    """
+
+    kind: Literal["last", "mean", "logprobs"]
+    token_ids: tuple[int, ...] = ()
+
+
 class TokenConstraint(Protocol):
     """What a grammar allows next. One per sequence; the engine alone calls it, on the loop thread."""
 
@@ -251,6 +263,7 @@ class Request:
     namespace: root of the radix tree that this prompt may share pages under (tenant, cache_salt); "" is common.
     priority: lower is earlier, under the policy "priority". fairness_key: whose share it is, under "fair".
     timeout_s: from submit to the end, None for as long as it takes.
+    pooling: the prompt's vector is the answer; nothing is sampled.
     """
 
     request_id: str
@@ -262,6 +275,7 @@ class Request:
     constraint: TokenConstraint | None = None
     fairness_key: str = ""
     timeout_s: float | None = None
+    pooling: Pooling | None = None
 
 
 class RequestError(Exception):

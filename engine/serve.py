@@ -70,6 +70,7 @@ async def _run(config: EngineConfig, built: Built) -> int:
         model_config=built.model_config,
         max_model_len=engine.limits.max_model_len,
         server_info=_server_info(config, built),
+        abilities=built.abilities,
     )
 
     def on_listening(host: str, port: int) -> None:
@@ -102,18 +103,23 @@ async def _run(config: EngineConfig, built: Built) -> int:
 
 
 def _hello(url: str, built: Built) -> str:
-    """The URL, and a line to paste that streams an answer."""
-    if built.chat_template is not None:
-        path, prompt = "chat/completions", '"messages": [{"role": "user", "content": "Tell me a story about a fox."}]'
+    """The URL, and a line to paste that brings an answer."""
+    fox, abilities = "Tell me a story about a fox.", built.abilities
+    if not abilities.generates and abilities.score_tokens is not None:
+        path, prompt = "rerank", '"query": "What is a fox?", "documents": ["A fox is an animal.", "Paris is a city."]'
+    elif not abilities.generates:
+        path, prompt = "embeddings", f'"input": "{fox}"'
+    elif built.chat_template is not None:
+        path, prompt = "chat/completions", f'"stream": true, "messages": [{{"role": "user", "content": "{fox}"}}]'
     else:
-        path, prompt = "completions", '"prompt": "Once upon a time", "max_tokens": 64'
+        path, prompt = "completions", '"stream": true, "prompt": "Once upon a time", "max_tokens": 64'
     key = ""
     if built.engine.config.server.api_keys:
         key = " -H 'Authorization: Bearer YOUR_KEY'"
     return (
         f"OpenAI-compatible API at {url}/v1, for example:\n\n"
         f"  curl -N {url}/v1/{path}{key} -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"model": "{built.names[0]}", "stream": true, {prompt}}}\'\n'
+        f'    -d \'{{"model": "{built.names[0]}", {prompt}}}\'\n'
     )
 
 

@@ -10,8 +10,13 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from engine.request import FinishReason
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +76,7 @@ class TokenStream:
         "num_cached_tokens",
         "num_output_tokens",
         "num_prompt_tokens",
+        "pooled",
         "prompt_logprobs",
         "request_id",
     )
@@ -87,6 +93,8 @@ class TokenStream:
         self.num_output_tokens = 0
         # Of the prompt's tokens from the second on (the first has none), where asked for; whole with the first delta.
         self.prompt_logprobs: list[TokenLogprob] | None = None
+        # The vector of a request that asks for one (see Pooling), before its only delta, which is empty.
+        self.pooled: npt.NDArray[np.float32] | None = None
         self._abort = abort
         self._delta = Delta()
         self._pending = False

@@ -31,6 +31,7 @@ from server.endpoints import (
     anthropic,
     cache,
     docs,
+    embeddings,
     generate,
     health,
     info,
@@ -41,6 +42,7 @@ from server.endpoints import (
     render,
     responses,
     rest,
+    scores,
     sglang,
     tokenize,
 )
@@ -60,6 +62,7 @@ ENDPOINTS = (
     *ADMIN_ENDPOINTS,
     anthropic,
     docs,
+    embeddings,
     generate,
     health,
     info,
@@ -68,6 +71,7 @@ ENDPOINTS = (
     ollama,
     render,
     responses,
+    scores,
     sglang,
     tokenize,
 )

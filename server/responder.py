@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
+from engine.request import Request
 from engine.stream import Delta, TokenStream
 from server.answers.base import Answer, MakeAnswer, raise_early
 from server.answers.openai import OpenAIAnswer
@@ -23,6 +24,9 @@ from server.state import ECHOED_ID, REQUEST_ID, State
 
 logger = logging.getLogger("oneloop.server")
 
+# Requests that are queued between two turns of the loop: one or two milliseconds of work.
+_SUBMITTED_AT_ONCE = 64
+
 Ready = list[tuple[int, Delta]]
 
 
@@ -30,8 +34,7 @@ async def respond(
     request: web.Request, state: State, plan: Plan, make_answer: MakeAnswer = OpenAIAnswer
 ) -> web.StreamResponse:
     """Run a plan and answer the client. Raises RequestError for what is known before the first token."""
-    names = (plan.id, request[REQUEST_ID], request[ECHOED_ID])
-    async with _submitted(state, plan, names) as streams:
+    async with submitted(state, plan.requests, names_of(request, plan.id)) as streams:
         answer = make_answer(state, plan, streams)
         if not plan.stream:
             return json_response(answer.whole([await _collect(stream) for stream in streams]))
@@ -45,15 +48,25 @@ async def _collect(stream: TokenStream) -> Delta:
     return delta
 
 
+def names_of(request: web.Request, response_id: str) -> tuple[str, ...]:
+    """What a client may call the engine requests of this one when it wants them aborted."""
+    return response_id, request[REQUEST_ID], request[ECHOED_ID]
+
+
 @contextlib.asynccontextmanager
-async def _submitted(state: State, plan: Plan, names: tuple[str, ...]) -> AsyncIterator[list[TokenStream]]:
-    """All streams of a plan, or none: one that is refused takes the others back. names: see State.submitted."""
+async def submitted(
+    state: State, requests: list[Request], names: tuple[str, ...]
+) -> AsyncIterator[list[TokenStream]]:
+    """The streams of all requests, or none: one that is refused takes the others back. names: see State.submitted."""
     async with contextlib.AsyncExitStack() as stack:
-        streams = []
-        for request in plan.requests:
+        streams: list[TokenStream] = []
+        for request in requests:
             streams.append(await stack.enter_async_context(state.engine.submit(request)))
             state.submitted[request.request_id] = names
             stack.callback(state.submitted.pop, request.request_id)
+            # Thousands of embeddings must not hold the loop.
+            if len(streams) % _SUBMITTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
         yield streams
 
 

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from engine.config import ServerOptions
 from engine.engine import Engine
+from engine.models.abilities import Abilities
 from engine.models.config import GenerationDefaults, ModelConfig
 from engine.request import RequestError
 from engine.text.chat_template import ChatTemplate
@@ -38,6 +39,7 @@ class ServedModel:
     model_config: ModelConfig
     max_model_len: int
     server_info: dict[str, object] = field(default_factory=dict)
+    abilities: Abilities = field(default_factory=Abilities)
 
 
 class InFlight:

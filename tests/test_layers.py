@@ -25,7 +25,7 @@ ALLOWED = {
     "engine.report": set(),
     "engine.build": {"engine"},
     "engine.llm": {"engine"},
-    "server": {"engine.engine", "engine.text", "engine.models.config"},
+    "server": {"engine.engine", "engine.text", "engine.models.config", "engine.models.abilities"},
     "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
     "engine.serve": {"*"},
     "bench": {"*"},

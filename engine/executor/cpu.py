@@ -26,6 +26,7 @@ from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
 from engine.ops.linear import has_fast_bfloat16
+from engine.ops.pooling import Pooler, pooled_chunks
 from engine.ops.sampling.extras import SlotExtras
 from engine.ops.sampling.sampler import sample
 
@@ -118,6 +119,7 @@ class CPUExecutor:
         self._attention: AttentionBackend | None = attention
         self._tables = SlotTables(limits)
         self._extras = SlotExtras(limits)
+        self._pooler = Pooler()
         self._metadata = PagedMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
@@ -214,6 +216,9 @@ class CPUExecutor:
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)
+        if step.pooled:
+            vectors = self._pooler.run(pooled_chunks(step), hidden, model.logits)
+            output.pooled = [vector.numpy() for vector in vectors]
 
         sampling_rows = np.flatnonzero(staging.row_samples[:rows])
         if len(sampling_rows) == 0:

@@ -45,9 +45,11 @@ from engine.forward import (
 from engine.models.offload import Offloaded
 from engine.models.registry import CausalLM
 from engine.ops.attention.device import DecodePlan, DecodeStep, DeviceAttention, MixedStep, decode_inputs
+from engine.ops.pooling import Pooler, pooled_chunks
 from engine.ops.sampling.device import WORDS, sample
 from engine.ops.sampling.device_extras import DeviceExtras, allow, figures_of, prompt_figures, prompt_logprobs
 from engine.ops.skinny import Blocks
+from engine.request import Pooling
 
 logger = logging.getLogger("oneloop.cuda")
 
@@ -254,6 +256,7 @@ class CUDAExecutor:
             layer.synchronize_all()
         self._flat_table = self._page_table.view(-1)
         self._extras = DeviceExtras(limits, layer.zeros)
+        self._pooler = Pooler()
         self.staging: tuple[Staging, Staging] = (self._sides[0].staging, self._sides[1].staging)
         # What the host plans from; the device has its own image of all of it.
         self._tables = SlotTables(limits)
@@ -856,6 +859,8 @@ class CUDAExecutor:
             for row, first, at, targets, k in self._extras.prompts(forward_input):
                 (sent,) = self._send_arrays([targets], handle)
                 chunks.append((first, sent, self._prompt_out(handle, row, at, targets, k), k))
+            pooled = pooled_chunks(forward_input)
+            vectors = [self._vector_out(handle, entry.pooling) for entry in forward_input.pooled if entry.ends]
             found: list[Tensor] = []
 
             def work() -> None:
@@ -869,6 +874,8 @@ class CUDAExecutor:
                     for first, targets, out, k in chunks:
                         part = hidden[first : first + len(targets)]
                         prompt_figures(part, self.model.logits, targets, k, self.limits.vocab_size, out)
+                    for out, vector in zip(vectors, self._pooler.run(pooled, hidden, self.model.logits), strict=True):
+                        out.copy_(vector)
                     side.out[:rows].fill_(FUTURE_TOKEN)
                     if not len(sampled):
                         return
@@ -892,6 +899,13 @@ class CUDAExecutor:
             handle, out, lambda output, host: output.prompt_logprobs.append(prompt_logprobs(row, first, host, k))
         )
         return out
+
+    def _vector_out(self, handle: CudaHandle, pooling: Pooling) -> Tensor:
+        """Where a prompt's vector goes on the device, float32; it comes with the step's tokens."""
+        width = len(pooling.token_ids) if pooling.kind == "logprobs" else self.model.config.hidden_size
+        out = self.layer.zeros((1, width), torch.int32)
+        self._bring(handle, out, lambda output, host: output.pooled.append(host[0].view(np.float32).copy()))
+        return out[0].view(torch.float32)
 
     # ---- profiling
 
@@ -947,7 +961,7 @@ class CUDAExecutor:
         staging.row_slot[:rows] = index + 1
         staging.row_start[:rows] = 0
         staging.row_len[:rows] = length
-        staging.row_samples[:rows] = True
+        staging.row_samples[:rows] = not self.model.config.headless
         staging.token_ids[: rows * length] = 0
         staging.qo_indptr[: rows + 1] = np.arange(rows + 1) * length
         entry = np.arange(rows * pages, dtype=np.int32)

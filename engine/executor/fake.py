@@ -36,7 +36,7 @@ from engine.forward import (
     Staging,
     StepLogprobs,
 )
-from engine.request import SamplingParams
+from engine.request import Pooling, SamplingParams
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -52,7 +52,9 @@ _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _TOKEN, _POSITION, _ROUND = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
 _U_MIX_1, _U_MIX_2 = np.uint64(_MIX_1), np.uint64(_MIX_2)
 _U_TOKEN, _U_POSITION, _U_ROUND = np.uint64(_TOKEN), np.uint64(_POSITION), np.uint64(_ROUND)
-_U_30, _U_27, _U_31, _U_32, _U_11 = (np.uint64(n) for n in (30, 27, 31, 32, 11))
+_U_30, _U_27, _U_31, _U_32, _U_11, _U_44 = (np.uint64(n) for n in (30, 27, 31, 32, 11, 44))
+# Numbers in the vector of a prompt.
+FAKE_WIDTH = 4
 
 
 def _mix_int(x: int) -> int:
@@ -147,6 +149,33 @@ def expected_tokens(
 def expected_logprob(token: int, position: int) -> float:
     """What the fake reports beside `token` as the token at index `position` of its sequence."""
     return -float((7 * token + position) % 64)
+
+
+def expected_vector(prompt: list[int], pooling: Pooling) -> npt.NDArray[np.float32]:
+    """What the fake answers to a request for a vector, from its tokens alone."""
+    layer0, cells = 0, []
+    for position, token in enumerate(prompt):
+        layer0 = (layer0 + _mix_int((token * _TOKEN + position * _POSITION + _ROUND) & _MASK)) & _MASK
+        cells.append(_mix_int(layer0))
+    if pooling.kind == "mean":
+        mean: npt.NDArray[np.float64] = _numbers(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
+        return mean.astype(np.float32)
+    return _vector_of_context(_mix_int((sum(cells) & _MASK) ^ _ROUND), pooling)
+
+
+def _numbers(states: UInt64Array) -> npt.NDArray[np.float64]:
+    """Integers of 20 bits [n, FAKE_WIDTH]: thousands of them add up exactly, in whatever chunks."""
+    mixed = _mix(np.add(states[:, None], np.arange(FAKE_WIDTH, dtype=np.uint64)))
+    return (mixed >> _U_44).astype(np.float64)
+
+
+def _vector_of_context(state: int, pooling: Pooling) -> npt.NDArray[np.float32]:
+    """Of a kind that depends on the context of the last token alone; state: what that token's draw would be."""
+    if pooling.kind == "last":
+        return _numbers(np.array([state], np.uint64)).astype(np.float32).reshape(-1)
+    return np.array(
+        [-float(_mix_int(state ^ _mix_int(token)) >> 44) / 2**18 for token in pooling.token_ids], np.float32
+    )
 
 
 def _shapes_draws(params: SamplingParams | RowExtras) -> bool:
@@ -263,6 +292,8 @@ class FakeExecutor:
         # What slots need beyond their sampling row, and a sum over the tokens that penalties count from.
         self._extras: dict[int, RowExtras] = {}
         self._history: dict[int, int] = {}
+        # By slot: tokens that a mean has seen, and the sum of their numbers.
+        self._sums: dict[int, tuple[int, npt.NDArray[np.float64]]] = {}
 
     # The Executor protocol.
 
@@ -362,6 +393,7 @@ class FakeExecutor:
             output.fill(self._constant_token)
             output[~forward_input.staging.row_samples[: forward_input.num_rows]] = -1
             handle.output = ForwardOutput(output, handle.step)
+            handle.output.pooled = [np.zeros(FAKE_WIDTH, np.float32) for row in forward_input.pooled if row.ends]
             return
         untouched = _fingerprint(forward_input) == handle.fingerprint
         assert untouched, "staging changed while its step was in flight"
@@ -375,10 +407,10 @@ class FakeExecutor:
             failed = True
         self.tables.apply(forward_input)
         self._take_extras(forward_input)
-        self._forward(forward_input, output, failed)
+        vectors = self._forward(forward_input, output, failed)
         if not failed:
             logprobs = self._logprobs(forward_input, output) if self._extras else None
-            handle.output = ForwardOutput(output, handle.step, logprobs)
+            handle.output = ForwardOutput(output, handle.step, logprobs, pooled=vectors)
 
     def _check(self, forward_input: ForwardInput) -> None:
         """What can be said of a step from itself."""
@@ -406,6 +438,9 @@ class FakeExecutor:
         known = token_ids[decode_rows:]
         assert all(0 <= token < limits.vocab_size for token in known), f"token ids out of range: {known}"
         assert bool(staging.row_samples[:decode_rows].all()), "a decode row that does not sample"
+        pooled = [row.row for row in forward_input.pooled]
+        assert pooled == sorted(set(pooled)), f"pooled rows {pooled}"
+        assert all(decode_rows <= row < rows and not staging.row_samples[row] for row in pooled), "a pooled row samples"
         count = forward_input.num_table_diffs
         if count:
             index: list[int] = staging.table_index[:count].tolist()
@@ -420,7 +455,8 @@ class FakeExecutor:
             assert len(set(changed)) == count, "a sampling row stands twice in one diff"
             assert min(changed) >= 1 and max(changed) <= limits.max_num_seqs
 
-    def _forward(self, forward_input: ForwardInput, output: Int32Array, failed: bool) -> None:
+    def _forward(self, forward_input: ForwardInput, output: Int32Array, failed: bool) -> list[npt.NDArray[np.float32]]:
+        """Fills in the tokens; returns the vectors of pooled rows."""
         limits, metadata = self.limits, self._metadata
         page_size, rows = limits.page_size, forward_input.num_rows
         decode_rows, num_tokens = forward_input.num_decode_rows, forward_input.num_tokens
@@ -474,6 +510,7 @@ class FakeExecutor:
         self._layer1[kv_slots] = _mix(sums[positions >= starts[row_of_cell]])
 
         draws = _mix(np.add.reduceat(self._layer1[cells], bases) ^ _U_ROUND)
+        vectors = self._pool(forward_input, draws, row_tainted) if forward_input.pooled else []
         if self._extras:
             self._shape(draws, slots)
         tokens = self._sample(draws, self.tables.sampling[slots], kv_len)
@@ -493,6 +530,34 @@ class FakeExecutor:
         for slot, token in zip(sampling_slots.tolist(), tokens[samples].tolist(), strict=True) if self._extras else ():
             if slot in self._history:
                 self._history[slot] = (self._history[slot] + _mix_int(token)) & _MASK
+        return vectors
+
+    def _pool(
+        self, forward_input: ForwardInput, draws: UInt64Array, row_tainted: npt.NDArray[np.bool_]
+    ) -> list[npt.NDArray[np.float32]]:
+        """Vectors of the rows that end; NaN where something of a failed step is in them."""
+        staging, kv_slots = forward_input.staging, self._metadata.kv_slots
+        vectors = []
+        for pooled in forward_input.pooled:
+            row, pooling = pooled.row, pooled.pooling
+            if pooling.kind != "mean":
+                vector = _vector_of_context(int(draws[row]), pooling)
+            else:
+                slot, start = int(staging.row_slot[row]), int(staging.row_start[row])
+                seen, total = self._sums.pop(slot, (0, np.zeros(FAKE_WIDTH))) if start else (0, np.zeros(FAKE_WIDTH))
+                assert seen == start, f"a mean over {start} tokens has seen {seen} of them"
+                own = kv_slots[staging.qo_indptr[row] : staging.qo_indptr[row + 1]]
+                seen, total = seen + len(own), total + _numbers(self._layer1[own]).sum(axis=0)
+                if row_tainted[row]:
+                    total[:] = np.nan
+                if not pooled.ends:
+                    self._sums[slot] = seen, total
+                    continue
+                vector = (total / seen).astype(np.float32)
+            if row_tainted[row]:
+                vector[:] = np.nan
+            vectors.append(vector)
+        return vectors
 
     def _spread_taint(
         self,
@@ -599,4 +664,5 @@ def _fingerprint(forward_input: ForwardInput) -> tuple[object, ...]:
         staging.sampling_slot[:changed].tobytes(),
         staging.sampling[:changed].tobytes(),
         tuple((extras.slot, extras.history.tobytes()) for extras in forward_input.extras),
+        tuple(forward_input.pooled),
     )

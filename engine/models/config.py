@@ -99,6 +99,7 @@ class ModelConfig:
     (offset + weight). windows: one entry a layer; the tokens a query sees, itself included, or None for all.
     local_rope: the rope of the layers flagged in local_rope_layers, where they differ. attention_scale: on q @ k.
     attention_softcap, logit_softcap: c in c * tanh(x / c), or None. experts: None for a dense model.
+    headless: there is no output layer, so hidden states are all it gives.
     """
 
     architecture: str
@@ -131,6 +132,7 @@ class ModelConfig:
     local_rope_layers: tuple[bool, ...] = ()
     experts: ExpertsConfig | None = None
     names: WeightNames = WeightNames()
+    headless: bool = False
 
     @classmethod
     def load(cls, directory: Path) -> ModelConfig:
@@ -152,7 +154,8 @@ class ModelConfig:
         hidden, heads = self.hidden_size, self.num_heads + self.num_kv_heads
         attention = 2 * heads * self.head_dim * hidden
         mlp = 3 * hidden * self.intermediate_size
-        total = self.vocab_size * hidden * (1 if self.tie_word_embeddings else 2) + self.num_layers * attention
+        matrices = 1 if self.tie_word_embeddings or self.headless else 2
+        total = self.vocab_size * hidden * matrices + self.num_layers * attention
         if self.experts is None:
             return total + self.num_layers * mlp
         expert = 3 * hidden * self.experts.intermediate_size

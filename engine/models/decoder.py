@@ -15,6 +15,7 @@ from engine.models.layers import Layer, Norm
 from engine.models.rope import rope_table
 from engine.models.weights import EMBEDDING, Weights
 from engine.ops.attention.base import AttentionBackend, AttentionSpec
+from engine.ops.linear import Linear
 
 
 class Decoder:
@@ -33,9 +34,11 @@ class Decoder:
         )
         vocab, hidden = config.vocab_size, config.hidden_size
         # The largest tensor first: what it needs beside itself while it is prepacked is then the only thing held.
-        self._lm_head = weights.output_layer(vocab, hidden, tied=config.tie_word_embeddings)
+        self._lm_head: Linear | None = None
+        if not config.headless:
+            self._lm_head = weights.output_layer(vocab, hidden, tied=config.tie_word_embeddings)
         self._embedding: Tensor | None = None
-        if not config.tie_word_embeddings:
+        if self._lm_head is None or not config.tie_word_embeddings:
             self._embedding = weights.tensor(EMBEDDING, (vocab, hidden))
         # Rounded to the model's dtype, as the gemmas were trained.
         scale = torch.tensor(config.embedding_scale, dtype=weights.dtype).item()
@@ -63,7 +66,11 @@ class Decoder:
         same ones, for a family that adds positions anywhere else.
         """
         embedding = self._embedding
-        residual = self._lm_head.rows(token_ids) if embedding is None else F.embedding(token_ids, embedding)
+        if embedding is None:
+            assert self._lm_head is not None
+            residual = self._lm_head.rows(token_ids)
+        else:
+            residual = F.embedding(token_ids, embedding)
         if self._embedding_scale is not None:
             residual = residual.mul_(self._embedding_scale)
         x = self._layers[0].input_norm(residual)
@@ -86,6 +93,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size]."""
+        assert self._lm_head is not None, "a model without an output layer has no logits"
         logits = self._lm_head(hidden).float()
         if self._logit_softcap is not None:
             logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -56,7 +57,7 @@ class CausalLM(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [R, hidden_size] -> float32 [R, vocab_size]."""
+        """Hidden states [R, hidden_size] -> float32 [R, vocab_size]. Never called where config.headless is set."""
         ...
 
     def name_layers(self, range_of: RangeOf) -> None:
@@ -65,15 +66,19 @@ class CausalLM(Protocol):
 
 
 def read_config(fields: Fields) -> ModelConfig:
-    """Let the family of the file's architecture read it. Raises StartupError."""
+    """Let the family of the file's architecture read it; Qwen3Model is a Qwen3ForCausalLM without its output layer.
+
+    Raises StartupError.
+    """
     architecture = architecture_of(fields)
-    module = FAMILIES.get(architecture)
+    headless = architecture.endswith("Model")
+    module = FAMILIES.get(architecture.removesuffix("Model") + "ForCausalLM" if headless else architecture)
     if module is None:
         supported = ", ".join(sorted(FAMILIES))
         fields.fail("architectures", f"{architecture} is not supported; supported are: {supported}")
     config = importlib.import_module(f"engine.models.{module}").read_config(fields)
     assert isinstance(config, ModelConfig)
-    return config
+    return dataclasses.replace(config, headless=headless)
 
 
 def load_model(

@@ -19,7 +19,8 @@ from torch import Tensor
 from engine.models.checkpoint import MappedFiles, StoredTensor, check, find_tensors
 from engine.ops.linear import Linear
 
-EMBEDDING = "model.embed_tokens.weight"
+PREFIX = "model."
+EMBEDDING = PREFIX + "embed_tokens.weight"
 OUTPUT = "lm_head"
 
 # Bytes copied before the mapped pages are given back and progress is told.
@@ -143,7 +144,7 @@ class CheckpointWeights(Weights):
         progress: Progress | None = None,
     ) -> None:
         super().__init__(dtype, device)
-        self._tensors: dict[str, StoredTensor] = find_tensors(directory)
+        self._tensors: dict[str, StoredTensor] = _with_prefix(find_tensors(directory))
         # A tied model's checkpoint may hold the embedding a second time, as the output layer.
         ignored = () if f"{OUTPUT}.weight" in shapes else (f"{OUTPUT}.weight",)
         check(directory, self._tensors, shapes, ignored)
@@ -175,6 +176,13 @@ class CheckpointWeights(Weights):
             self._done += end - begin
             if self._progress is not None:
                 self._progress(self._done, self._total)
+
+
+def _with_prefix(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A model saved without its output layer has no `model.` before its names; Qwen3-Embedding is one."""
+    if EMBEDDING in tensors or EMBEDDING.removeprefix(PREFIX) not in tensors:
+        return tensors
+    return {name if name.startswith(OUTPUT) else PREFIX + name: tensor for name, tensor in tensors.items()}
 
 
 class DummyWeights(Weights):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engine.forward import FUTURE_TOKEN, BoolArray, ForwardInput, Int32Array, Limits, RowExtras, Staging
+from engine.forward import FUTURE_TOKEN, BoolArray, ForwardInput, Int32Array, Limits, PooledRow, RowExtras, Staging
 from engine.request import SamplingParams
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import IndexArray
@@ -28,6 +28,8 @@ class Batch:
         self.entered: list[tuple[Sequence, int]] = []
         # Rows that sample under a grammar.
         self.constrained: list[tuple[int, Sequence]] = []
+        # Whose vectors the step brings, in the order of ForwardOutput.pooled.
+        self.pooled: list[Sequence] = []
         self.all_sample = True
         self.in_flight = False
         self._width = limits.max_pages_per_seq
@@ -62,6 +64,9 @@ class Batch:
         self.entered.clear()
         if self.constrained:
             self.constrained = []
+        if forward.pooled:
+            forward.pooled.clear()
+            self.pooled = []
         self.all_sample = True
 
     def write_decodes(self, slots: IndexArray, starts: Int32Array) -> None:
@@ -99,6 +104,15 @@ class Batch:
     def drop_sample(self, row: int) -> None:
         """After the launch: what this row samples is not wanted. The sequence still belongs to the step."""
         self._samples[row] = self.all_sample = False
+
+    def write_pooled(self, sequence: Sequence, ends: bool) -> None:
+        """The chunk that was just written is of a sequence that asks for a vector; ends: it is the prompt's last."""
+        pooling = sequence.request.pooling
+        assert pooling is not None
+        if ends or pooling.kind == "mean":
+            self.forward_input.pooled.append(PooledRow(self.forward_input.num_rows - 1, pooling, ends))
+        if ends:
+            self.pooled.append(sequence)
 
     def write_page(self, slot: int, index: int, page: int) -> None:
         """One page-table entry. An entry is written at most once a step: a scatter has no order."""

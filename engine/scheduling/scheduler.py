@@ -42,7 +42,7 @@ class StepResult:
 
     slots intp [n], token_ids int32 [n]: one new token per row. gaps float64 [n]: seconds since the slot's token
     before, NaN for its first. finished: sequences that ended with this step; some have left their slot already.
-    logprobs, prompt_logprobs: whose the entries of ForwardOutput.logprobs and .prompt_logprobs are, by index.
+    logprobs, prompt_logprobs, pooled: whose the entries of those fields of ForwardOutput are, by index.
     """
 
     slots: IndexArray
@@ -51,6 +51,7 @@ class StepResult:
     finished: list[Sequence] = field(default_factory=list)
     logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
     prompt_logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
+    pooled: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -142,13 +143,23 @@ class Scheduler:
         prompt, params, limits = request.prompt_token_ids, request.sampling, self.limits
         if not prompt:
             raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
-        if len(prompt) >= limits.max_model_len:
+        max_length = limits.max_model_len
+        if request.pooling is not None:
+            # All of it is computed, as if a token were to follow.
+            max_length = len(prompt) + 1
+            most = min(limits.max_model_len, limits.num_pages * limits.page_size)
+            if len(prompt) > most:
+                raise ContextLengthExceededError(
+                    f"This model's maximum context length is {most} tokens. However, your input contains "
+                    f"{len(prompt)} tokens. Please shorten the input.",
+                    param="input",
+                )
+        elif len(prompt) >= limits.max_model_len:
             raise ContextLengthExceededError(
                 f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt "
                 f"contains {len(prompt)} tokens, which leaves no room for output. Please shorten the prompt.",
                 param="prompt",
             )
-        max_length = limits.max_model_len
         if params.max_tokens is not None:
             max_length = len(prompt) + params.max_tokens
             if max_length > limits.max_model_len:
@@ -379,8 +390,8 @@ class Scheduler:
             )
         if sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
-        tokens = sequence.token_ids
-        pages = cache.begin(sequence.matchable_ids, sequence.request.namespace)
+        tokens, request = sequence.token_ids, sequence.request
+        pages = cache.begin(sequence.matchable_ids, request.namespace)
         num_cached = len(pages.pages) * cache.page_size
         wanted = -(-len(tokens) // cache.page_size) - len(pages.pages)
         if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens)):
@@ -425,7 +436,10 @@ class Scheduler:
         pages = sequence.pages
         assert pages is not None and end > start
         tokens = sequence.token_ids
-        batch.write_prefill(slot, start, tokens[start:end], end == known)
+        pools = sequence.request.pooling is not None
+        batch.write_prefill(slot, start, tokens[start:end], end == known and not pools)
+        if pools:
+            batch.write_pooled(sequence, end == known)
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
         batch.entered.append((sequence, pages.num_shared))
@@ -434,8 +448,9 @@ class Scheduler:
             self._remaps.append((sequence, pages, index, page))
         if end == known:
             self._prefilling.remove(sequence)
-            self._decoding.append(sequence)
-            self._decodes_stale = True
+            if not pools:
+                self._decoding.append(sequence)
+                self._decodes_stale = True
 
     def _ask_for_masks(self, batch: Batch) -> None:
         """Name the rows whose sampling must wait for the host's grammar; all others never wait."""
@@ -499,6 +514,11 @@ class Scheduler:
                 sequence = self.sequence_of(int(slots[row]))
                 self._finish_by_token(sequence, int(tokens[row]))
                 result.finished.append(sequence)
+        for place, sequence in enumerate(batch.pooled):
+            if table.live[sequence.slot]:
+                self.finish(sequence, FinishReason.STOP, None)
+                result.finished.append(sequence)
+                result.pooled.append((sequence, place))
         self._release_leaving()
         return result
 

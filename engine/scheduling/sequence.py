@@ -138,10 +138,11 @@ class Sequence:
 
     @property
     def matchable_ids(self) -> Int32Array:
-        """What to look up in the radix tree. One token matches nothing: a prompt whose log-probabilities are asked for
-        must be computed."""
-        tokens = self.token_ids
-        return tokens if self.request.sampling.prompt_logprobs is None else tokens[:1]
+        """What to look up in the radix tree. One token matches nothing: a prompt must be computed where each of its
+        tokens has a part in the answer."""
+        tokens, request = self.token_ids, self.request
+        pools_all = request.pooling is not None and request.pooling.kind == "mean"
+        return tokens[:1] if pools_all or request.sampling.prompt_logprobs is not None else tokens
 
     @property
     def output_token_ids(self) -> list[int]:

@@ -28,7 +28,7 @@ from server.state import State
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Rendering walks the whole conversation; beyond this size it is done in the tokenizer's pool.
-_INLINE_BYTES = 16 * 1024
+INLINE_BYTES = 16 * 1024
 
 
 async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
@@ -156,7 +156,7 @@ async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[st
         continue_final_message=continue_final,
         kwargs=kwargs,
     )
-    if body.size <= _INLINE_BYTES:
+    if body.size <= INLINE_BYTES:
         text = render()
     else:
         text = await asyncio.get_running_loop().run_in_executor(tokenizer.pool, render)

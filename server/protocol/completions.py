@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
-from typing import Any
-
-from server.protocol.body import Body, are_token_ids, invalid
+from server.protocol.body import Body
 from server.protocol.generation import Common, Plan, make_plan, read_common
+from server.protocol.prompts import encode_prompts, read_prompts
 from server.protocol.refusals import COMPLETION_REFUSALS, refuse
 from server.protocol.structure import make_structure
 from server.protocol.structured_fields import read_grammar
@@ -31,15 +29,8 @@ async def parse_completion(
     spec = read_grammar(body)
     refuse(body, COMPLETION_REFUSALS)
     add_special_tokens = body.boolean("add_special_tokens", True)
-    given = _prompts(body.raw("prompt"), state.model.model_config.vocab_size)
-    prompts: list[list[int]] = []
-    for prompt in given:
-        if isinstance(prompt, str):
-            prompt = await state.tokenizer.encode_async(prompt, add_special_tokens=add_special_tokens)
-            # Short texts are encoded on the loop; a thousand of them must not hold it.
-            if len(given) > 1:
-                await asyncio.sleep(0)
-        prompts.append(prompt)
+    given = read_prompts(body, "prompt", state.model.model_config.vocab_size, MAX_PROMPTS)
+    prompts = await encode_prompts(state, given, add_special_tokens=add_special_tokens)
     echoes = [_echo(prompt, common, state) for prompt in given] if common.echo else None
     structure = await make_structure(state, common.sampling, spec)
     return make_plan(state, common, response_id, prompts, chat=False, echoes=echoes, structure=structure)
@@ -53,23 +44,4 @@ def _echo(prompt: str | list[int], common: Common, state: State) -> str:
         prompt,
         skip_special_tokens=common.sampling.skip_special_tokens,
         spaces_between_special_tokens=common.sampling.spaces_between_special_tokens,
-    )
-
-
-def _prompts(prompt: Any, vocab_size: int) -> list[str | list[int]]:
-    """The four forms of `prompt` as one list."""
-    if isinstance(prompt, str):
-        return [prompt]
-    if not isinstance(prompt, list) or not prompt:
-        raise invalid("prompt", "must be a string, a list of strings, a list of token ids or a list of such lists")
-    if are_token_ids(prompt, vocab_size):
-        return [prompt]
-    if len(prompt) > MAX_PROMPTS and isinstance(prompt[0], str | list):
-        raise invalid("prompt", f"must hold at most {MAX_PROMPTS} prompts")
-    if all(isinstance(item, str) for item in prompt):
-        return prompt
-    if all(item and are_token_ids(item, vocab_size) for item in prompt):
-        return prompt
-    raise invalid(
-        "prompt", f"must hold strings, or token ids from 0 to {vocab_size - 1}, or non-empty lists of such ids"
     )

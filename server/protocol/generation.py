@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engine.request import (
     MAX_STOP_LENGTH,
@@ -72,6 +73,29 @@ class Plan:
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """Where in the cache a prompt may look, when its turn comes, and how long it may take; see Request."""
+
+    namespace: str
+    priority: int
+    fairness_key: str
+    timeout_s: float | None
+
+    def request(self, request_id: str, prompt: list[int], sampling: SamplingParams, **others: Any) -> Request:
+        """A request on these terms. others: fields of Request."""
+        return Request(
+            request_id,
+            prompt,
+            sampling,
+            namespace=self.namespace,
+            priority=self.priority,
+            fairness_key=self.fairness_key,
+            timeout_s=self.timeout_s,
+            **others,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Common:
     """The fields that do not depend on the prompt. default_max_tokens: used where it fits, None is "to the end"."""
 
@@ -88,10 +112,7 @@ class Common:
     include_usage: bool
     continuous_usage: bool
     return_token_ids: bool
-    namespace: str
-    priority: int
-    fairness_key: str
-    timeout_s: float | None
+    terms: Terms
 
 
 def read_model(body: Body, model: ServedModel) -> str:
@@ -114,6 +135,12 @@ def read_common(
     max_tokens_field: the name that an error should use.
     """
     model_name = read_model(body, state.model)
+    if not state.model.abilities.generates:
+        raise RequestError(
+            "This model does not generate text: it is served for embeddings or scores (--runner pooling, or what its "
+            "directory says). Start the server with --runner generate if it has an output layer.",
+            param="model",
+        )
     num_choices = body.integer("n", 1, 1, MAX_CHOICES)
     stream = body.boolean("stream", False)
     num_candidates = _read_best_of(body, num_choices, stream)
@@ -140,10 +167,18 @@ def read_common(
         include_usage=include_usage,
         continuous_usage=continuous_usage,
         return_token_ids=body.boolean("return_token_ids", False),
+        terms=read_terms(body, state),
+    )
+
+
+def read_terms(body: Body, state: State) -> Terms:
+    """What prompts of all kinds may say beside what they want."""
+    caller = CALLER.get()
+    return Terms(
         namespace=_read_namespace(body, state),
         priority=_read_priority(body, state),
-        fairness_key=f"{CALLER.get().key}:{body.string('user', '')[:MAX_USER_LENGTH]}",
-        timeout_s=body.number("timeout", CALLER.get().timeout_s, 0, MAX_TIMEOUT_S, above=True),
+        fairness_key=f"{caller.key}:{body.string('user', '')[:MAX_USER_LENGTH]}",
+        timeout_s=body.number("timeout", caller.timeout_s, 0, MAX_TIMEOUT_S, above=True),
     )
 
 
@@ -177,7 +212,7 @@ def make_plan(
     if reading is not None:
         common = replace(common, sampling=replace(common.sampling, kept_special_ids=_markers(state, reading)))
     num_requests = len(prompts) * common.num_candidates
-    check_fits_queue(state, num_requests)
+    check_count(state, num_requests)
     requests: list[Request] = []
     for prompt in prompts:
         sampling = _fit(state, common, prompt)
@@ -193,19 +228,8 @@ def make_plan(
             number = len(requests)
             name = f"{response_id}-{number}" if num_requests > 1 else response_id
             constraint = None if structure is None else structure.state(state.engine.tokenizer)
-            requests.append(
-                Request(
-                    name,
-                    prompt,
-                    seeded,
-                    common.stream,
-                    common.namespace,
-                    common.priority,
-                    constraint,
-                    common.fairness_key,
-                    common.timeout_s,
-                )
-            )
+            request = common.terms.request(name, prompt, seeded, stream=common.stream, constraint=constraint)
+            requests.append(request)
     return Plan(
         chat=chat,
         id=response_id,
@@ -226,8 +250,8 @@ def make_plan(
     )
 
 
-def check_fits_queue(state: State, num_requests: int) -> None:
-    """Raises RequestError (400) for more than could ever wait at once: retrying would not help."""
+def check_count(state: State, num_requests: int) -> None:
+    """Raise the 400 for an HTTP request that asks for more sequences than could ever be queued."""
     most = state.engine.config.scheduler.max_queued_requests
     if num_requests > most:
         raise RequestError(f"{num_requests} sequences in one request are more than the queue holds ({most}).")

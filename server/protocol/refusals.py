@@ -64,6 +64,31 @@ COMPLETION_REFUSALS = _COMMON | {
     "prompt_embeds": (),
 }
 
+_POOLING_REFUSALS: dict[str, tuple[object, ...]] = {
+    "use_activation": (),
+    "softmax": (),
+    "activation": (),
+    "mm_processor_kwargs": ({},),
+    "lora_path": (),
+    "rid": (),
+}
+
+EMBEDDING_REFUSALS = _POOLING_REFUSALS | {
+    "messages": (),
+    "truncation_side": ("right",),
+    "embed_dtype": ("float32",),
+    "endianness": ("native", "little"),
+    "input_type": (),
+    "task": (),
+}
+
+SCORE_REFUSALS = _POOLING_REFUSALS | {
+    "truncate_prompt_tokens": (),
+    "max_tokens_per_doc": (),
+    "max_chunks_per_doc": (),
+    "rank_fields": (["text"],),
+}
+
 
 def refuse(body: Body, refusals: dict[str, tuple[object, ...]]) -> None:
     """Raise RequestError for the first field that asks for something that is not there yet."""

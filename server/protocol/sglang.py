@@ -10,7 +10,7 @@ from typing import Any
 from engine.request import MAX_TOP_LOGPROBS, Request
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.completions import MAX_PROMPTS, parse_completion
-from server.protocol.generation import Plan, check_fits_queue
+from server.protocol.generation import Plan, check_count
 from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse, refuse_in
 from server.state import State
@@ -131,7 +131,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
                 default_max_tokens=DEFAULT_MAX_NEW_TOKENS,
                 most_logprobs=MAX_TOP_LOGPROBS,
             )
-        check_fits_queue(state, plan.num_candidates * len(prompts))
+        check_count(state, plan.num_candidates * len(prompts))
         size = len(plan.requests[0].prompt_token_ids)
         start = own.integer("logprob_start_len", -1, -1, size)
         # The default is none of the prompt's tokens.

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -28,7 +28,7 @@ from engine.ops.attention import flashinfer
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.rope import apply_rope
 from engine.ops.sampling.sampler import sample
-from engine.request import Request, SamplingParams
+from engine.request import Pooling, Request, SamplingParams
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer, attend
 from tests.sim.workload import Runs
@@ -126,11 +126,14 @@ def sampling_row(params: SamplingParams, min_length: int = 0) -> np.ndarray[Any,
     return row
 
 
+def _reference_hidden(model: CausalLM, context: Sequence[int]) -> Tensor:
+    return model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model))
+
+
 @functools.cache
 def _reference_logits(model: CausalLM, context: tuple[int, ...]) -> Tensor:
     with torch.inference_mode(), native.disabled():
-        hidden = model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model))
-        return model.logits(hidden[-1:])
+        return model.logits(_reference_hidden(model, context)[-1:])
 
 
 def reference_next(model: CausalLM, context: list[int], params: SamplingParams, min_length: int = 0) -> int:
@@ -210,6 +213,14 @@ class CudaAdapter:
 
     def reference_next_token(self, context: list[int], sampling: SamplingParams, min_length: int = 0) -> int:
         return reference_next(tiny_model(), context, sampling, min_length)
+
+    def reference_vector(self, prompt: list[int], pooling: Pooling) -> list[float]:
+        with one_thread(), torch.inference_mode(), native.disabled():
+            hidden = _reference_hidden(tiny_model(), prompt)
+            if pooling.kind == "logprobs":
+                shares = torch.log_softmax(tiny_model().logits(hidden[-1:])[0], -1)
+                return shares[list(pooling.token_ids)].tolist()
+            return (hidden[-1] if pooling.kind == "last" else hidden.mean(dim=0)).tolist()
 
 
 def fail_steps(executor: CUDAExecutor, steps: frozenset[int]) -> CUDAExecutor:

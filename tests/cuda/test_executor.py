@@ -15,10 +15,10 @@ from engine.executor.cuda_device import CaptureError
 from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_widths
 from engine.executor.cuda_start import build_cuda_executor, pick_dtype, pick_kv_dtype
 from engine.flags import parse
-from engine.forward import DeviceLostError, ForwardError, Limits
-from engine.request import SamplingParams
+from engine.forward import DeviceLostError, ForwardError, Limits, PooledRow
+from engine.request import Pooling, SamplingParams
 from tests.cuda.fake_device import FakeDevice
-from tests.cuda.support import SMALL, CudaAdapter, make_executor, tiny_model
+from tests.cuda.support import SMALL, TINY, CudaAdapter, make_executor, tiny_model
 from tests.executor.driver import GREEDY, Driver, continuation, decode, prefill
 
 A = [5, 6, 7, 8, 9, 10, 11]
@@ -288,6 +288,29 @@ async def test_a_trace_is_written(tmp_path: Path) -> None:
     assert path is not None and path.parent == tmp_path / "traces"
     assert "traceEvents" in json.loads(path.read_text())
     assert not executor.is_profiling
+    executor.close()
+
+
+async def test_a_model_without_an_output_layer() -> None:
+    """Its start measures without logits, and vectors are all that is asked of it."""
+    model = tiny_model(json.dumps({**TINY, "architectures": ["LlamaModel"]}))
+    executor = build_cuda_executor(
+        model,
+        FakeDevice(),
+        CacheOptions(page_size=4, num_pages=30),
+        dtype=torch.float32,
+        max_num_seqs=4,
+        max_num_batched_tokens=48,
+        max_model_len=64,
+        cuda_graph="off",
+    )
+    driver = Driver(executor)
+    row, pooled = prefill(1, A, samples=False), PooledRow(0, Pooling("mean"), True)
+    output = await executor.wait(driver.launch([row], {1: [3, 2]}, {1: GREEDY}, pooled=[pooled]))
+    # Dummy weights are a function of names and seed, so the hidden states are those of the whole model.
+    np.testing.assert_allclose(
+        output.pooled[0], CudaAdapter().reference_vector(A, Pooling("mean")), rtol=1e-4, atol=1e-5
+    )
     executor.close()
 
 

@@ -17,7 +17,7 @@ from engine.models.config import ModelConfig
 from engine.models.registry import CausalLM, load_model
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.sampling.sampler import torch_sample
-from engine.request import SamplingParams
+from engine.request import Pooling, SamplingParams
 from tests.executor.driver import write_sampling_row
 from tests.models.support import make_checkpoint
 
@@ -78,3 +78,12 @@ class CPUAdapter:
             row = np.zeros(1, SAMPLING_DTYPE)
             write_sampling_row(row[0], sampling, min_length)
             return int(torch_sample(logits, row, np.array([len(context)], np.int32))[0])
+
+    def reference_vector(self, prompt: list[int], pooling: Pooling) -> list[float]:
+        reference = _models()[1]
+        with torch.inference_mode():
+            if pooling.kind == "logprobs":
+                logits = reference(torch.tensor([prompt])).logits[0, -1].float()
+                return torch.log_softmax(logits, -1)[list(pooling.token_ids)].tolist()
+            hidden = reference.model(torch.tensor([prompt])).last_hidden_state[0]
+            return (hidden[-1] if pooling.kind == "last" else hidden.mean(dim=0)).tolist()

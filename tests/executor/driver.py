@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.executor.base import Executor, StepHandle
-from engine.executor.fake import FakeExecutor, FakeModel, expected_tokens
-from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, Limits
-from engine.request import SamplingParams
+from engine.executor.fake import FakeExecutor, FakeModel, expected_tokens, expected_vector
+from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, Limits, PooledRow
+from engine.request import Pooling, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
 
@@ -39,6 +39,10 @@ class ExecutorAdapter(Protocol):
 
         min_length: the stop ids of `sampling` are masked while the context is shorter.
         """
+        ...
+
+    def reference_vector(self, prompt: list[int], pooling: Pooling) -> list[float]:
+        """The vector of a whole prompt."""
         ...
 
 
@@ -68,6 +72,10 @@ class FakeAdapter:
             min_tokens=max(0, min_length - len(context)),
         )
         return expected_tokens(FakeModel(self.vocab_size), context, masked, 1)[0]
+
+    def reference_vector(self, prompt: list[int], pooling: Pooling) -> list[float]:
+        vector: list[float] = expected_vector(prompt, pooling).tolist()
+        return vector
 
 
 def continuation(adapter: ExecutorAdapter, prompt: list[int], n: int, sampling: SamplingParams = GREEDY) -> list[int]:
@@ -121,6 +129,7 @@ class Driver:
         sampling: dict[int, SamplingParams] | None = None,
         entries: Sequence[tuple[int, int, int]] = (),
         min_length: int = 0,
+        pooled: Sequence[PooledRow] = (),
     ) -> StepHandle:
         """pages: slot -> first entries of its page table. entries: single ones, (slot, index, page).
 
@@ -159,6 +168,7 @@ class Driver:
                 num_tokens=num_tokens,
                 num_table_diffs=len(changes),
                 num_sampling_diffs=len(sampling or {}),
+                pooled=list(pooled),
             )
         )
         self.step += 1

@@ -17,7 +17,7 @@ from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle, expected_logprob, poison_staging
 from engine.forward import ForwardError, ForwardOutput
-from engine.request import FinishReason, RequestError
+from engine.request import FinishReason, Pooling, RequestError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence, SequenceStatus
@@ -37,6 +37,7 @@ class Client:
     sequence: Sequence
     delivered: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    vector: tuple[float, ...] | None = None
     # The client's side ended it (abort, stop string): the rest of the answer is not owed.
     ended_early: bool = False
 
@@ -241,6 +242,9 @@ class Simulator:
                 assert tokens[slot] == token, "a token changed its row"
                 self._deliver(self.clients[owners[slot]], token)
             self._check_logprobs(result, output)
+            for sequence, place in result.pooled:
+                assert sequence in owners.values() and self.clients[sequence].vector is None
+                self.clients[sequence].vector = tuple(output.pooled[place].tolist())
             for sequence in result.finished:
                 assert sequence in self.open, f"a second terminal event of {sequence}"
                 self._end(self.open[sequence])
@@ -325,17 +329,19 @@ class Simulator:
             assert client.delivered == arrival.tokens, f"{client.name}: ended before its time"
             assert sequence.finish_reason is arrival.reason
             assert sequence.stop_reason == arrival.stop_reason
+            assert client.vector == arrival.vector, f"{client.name}: {client.vector}, the oracle says {arrival.vector}"
         if sequence.admitted_at is not None:
             cached = sequence.num_cached_tokens
             assert 0 <= cached < sequence.num_prompt_tokens and cached % self.options.page_size == 0
             assert cached == 0 or self.options.prefix_caching
             assert cached == 0 or arrival.request.sampling.prompt_logprobs is None
+            assert cached == 0 or arrival.request.pooling != Pooling("mean")
             self.report.cached_tokens += cached
         self.report.retractions += sequence.num_retractions
         self.report.answers[client.name] = (
             tuple(client.delivered),
             sequence.finish_reason.value,
-            sequence.stop_reason,
+            sequence.stop_reason if client.vector is None else client.vector,
         )
 
     # ---- what must hold

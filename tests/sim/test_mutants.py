@@ -132,6 +132,19 @@ MUTANTS = [
         "log-probabilities of overruns are delivered", Scheduler, "_attribute_logprobs",
         "if live[slots[row]]:", "if True:",
     ),
+    # Vectors.
+    Mutant(
+        "a mean takes its beginning from the cache", Scheduler, "_admit",
+        'request.pooling.kind == "mean"', "False",
+    ),
+    Mutant("a mean forgets its earlier chunks", Batch, "write_pooled", 'ends or pooling.kind == "mean"', "ends"),
+    Mutant(
+        "who shares a failed step's page gets a vector of it", Scheduler, "commit",
+        "if table.live[sequence.slot]:", "if not sequence.is_finished:", {**FAILURES, "pool_rate": 0.6},
+    ),
+    Mutant("an aborted one gets its vector", Scheduler, "commit", "if table.live[sequence.slot]:", "if True:"),
+    Mutant("a vector is another's", Scheduler, "commit", "append((sequence, place))", "append((sequence, 0))"),
+    Mutant("a pooled row samples", Scheduler, "_write_chunk", "end == known and not pools", "end == known"),
     # Slots.
     Mutant(
         "slots and pages go back while in flight", Scheduler, "_release_if_idle",

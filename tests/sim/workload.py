@@ -13,9 +13,9 @@ from random import Random
 from typing import Any
 
 from engine.cache.eviction.registry import EVICTION_POLICIES
-from engine.executor.fake import FakeModel, expected_stream
+from engine.executor.fake import FakeModel, expected_stream, expected_vector
 from engine.forward import Limits
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import FinishReason, Pooling, Request, SamplingParams
 from engine.scheduling.policy.registry import POLICIES
 
 EOS = 0
@@ -23,7 +23,10 @@ EOS = 0
 
 @dataclass(frozen=True)
 class Options:
-    """One simulated server. Rates are per tick unless said; ticks is the length of the busy phase."""
+    """One simulated server. Rates are per tick unless said; ticks is the length of the busy phase.
+
+    pool_rate: share of the requests that ask for a vector.
+    """
 
     page_size: int
     num_pages: int
@@ -45,6 +48,7 @@ class Options:
     abort_rate: float
     abort_burst_rate: float
     fail_rate: float
+    pool_rate: float
     poison: bool
     constrained_rate: float
     jump_ahead: bool
@@ -107,6 +111,7 @@ class Arrival:
 
     stop_after: a stop string "appears" with that many tokens. abort_after: the client leaves then.
     tokens, reason, stop_reason: the whole answer if nothing goes wrong. accepted: else RequestError at submit.
+    vector: the answer of a request that asks for one.
     """
 
     tick: int
@@ -117,6 +122,7 @@ class Arrival:
     stop_reason: int | str | None
     stop_after: int | None = None
     abort_after: int | None = None
+    vector: tuple[float, ...] | None = None
 
 
 def draw_options(seed: int) -> Options:
@@ -162,6 +168,7 @@ def draw_options(seed: int) -> Options:
         constrained_rate=random.choice([0.0, 0.3, 0.7]),
         jump_ahead=random.random() < 0.8,
         policy=random.choice(sorted(POLICIES)),
+        pool_rate=random.choice([0.0, 0.1, 0.4]),
     )
 
 
@@ -216,6 +223,11 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                 priority=whose.choice([-3, 0, 0, 0, 7]),
                 fairness_key=whose.choice(["", "", "a", "b"]),
             )
+            if random.random() < options.pool_rate:
+                pooling = random.choice([Pooling("last"), Pooling("mean"), Pooling("logprobs", (1, 3))])
+                request = dataclasses.replace(
+                    request, sampling=SamplingParams(temperature=0.0), pooling=pooling, constraint=None
+                )
             arrival = _expect(tick, request, options)
             if arrival.accepted:
                 earlier.append(prompt + arrival.tokens)
@@ -291,6 +303,11 @@ def _expect(tick: int, request: Request, options: Options) -> Arrival:
     cache_tokens = options.num_pages * options.page_size
     max_length = options.max_model_len
     refused = Arrival(tick, request, False, [], FinishReason.ERROR, None)
+    if request.pooling is not None:
+        if len(prompt) > min(options.max_model_len, cache_tokens):
+            return refused
+        vector = tuple(expected_vector(prompt, request.pooling).tolist())
+        return Arrival(tick, request, True, [], FinishReason.STOP, None, vector=vector)
     if len(prompt) >= options.max_model_len:
         return refused
     if params.max_tokens is not None:

@@ -1,0 +1,78 @@
+"""POST /score and /rerank under all their names: how well documents answer a query, in the shapes of vLLM, Jina and
+Cohere; and SGLang's /v1/score, which rates tokens of the client's choice."""
+
+from __future__ import annotations
+
+import time
+
+import numpy as np
+from aiohttp import web
+
+from server.pooling import pool
+from server.protocol.body import Body, read_body
+from server.protocol.errors import json_response
+from server.protocol.scores import parse_labels, parse_rerank, parse_score
+from server.scoring import run_scores
+from server.state import REQUEST_ID, STATE
+
+
+async def score(request: web.Request) -> web.Response:
+    """One score for each pair, in order."""
+    state, body = request.app[STATE], await read_body(request)
+    response_id = f"score-{request[REQUEST_ID]}"
+    if body.has("label_token_ids"):
+        return await _rate_labels(request, body, response_id)
+    plan = parse_score(body, state)
+    scores, num_tokens = await run_scores(request, plan, response_id)
+    return json_response(
+        {
+            "id": response_id,
+            "object": "list",
+            "created": int(time.time()),
+            "model": plan.model,
+            "data": [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)],
+            "usage": _usage(num_tokens),
+        }
+    )
+
+
+async def rerank(request: web.Request) -> web.Response:
+    """The best documents first; equals stand in the order in which they came."""
+    state, body = request.app[STATE], await read_body(request)
+    response_id = f"rerank-{request[REQUEST_ID]}"
+    plan = parse_rerank(body, state)
+    scores, num_tokens = await run_scores(request, plan.score, response_id)
+    results: list[dict[str, object]] = []
+    for index in sorted(range(len(scores)), key=lambda index: -scores[index])[: plan.num_results]:
+        result: dict[str, object] = {"index": index, "relevance_score": scores[index]}
+        if plan.return_documents:
+            result["document"] = {"text": plan.score.pairs[index][1]}
+        results.append(result)
+    return json_response(
+        {"id": response_id, "model": plan.score.model, "results": results, "usage": _usage(num_tokens)}
+    )
+
+
+async def _rate_labels(request: web.Request, body: Body, response_id: str) -> web.Response:
+    plan = await parse_labels(body, request.app[STATE])
+    rated = await pool(request, response_id, plan.prompts, plan.pooling, plan.terms)
+    scores = []
+    for logprobs in rated:
+        shares = np.exp(logprobs.astype(np.float64) - (logprobs.max() if plan.relative else 0.0))
+        scores.append((shares / shares.sum() if plan.relative else shares).tolist())
+    usage = _usage(sum(map(len, plan.prompts)))
+    return json_response({"object": "scoring", "model": plan.model, "scores": scores, "usage": usage})
+
+
+def _usage(num_tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens}
+
+
+ROUTES = tuple(
+    ("POST", path, handler)
+    for handler, paths in (
+        (score, ("/score", "/v1/score")),
+        (rerank, ("/rerank", "/v1/rerank", "/v2/rerank")),
+    )
+    for path in paths
+)

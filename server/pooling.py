@@ -1,0 +1,44 @@
+"""Prompts to vectors through the engine, for embeddings and for scores. Loop thread."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+from aiohttp import web
+
+from engine.request import Pooling, SamplingParams
+from server.answers.base import raise_early
+from server.protocol.generation import Terms, check_count
+from server.responder import names_of, submitted
+from server.state import STATE
+
+Vector = npt.NDArray[np.float32]
+
+_NO_SAMPLING = SamplingParams(temperature=0.0)
+# Below this a vector has no direction; it stays as it is.
+_TINY = 1e-12
+
+
+async def pool(
+    request: web.Request, response_id: str, prompts: list[list[int]], pooling: Pooling, terms: Terms
+) -> list[Vector]:
+    """The vector of every prompt. Raises RequestError for what cannot be served; then none of them is."""
+    state = request.app[STATE]
+    check_count(state, len(prompts))
+    requests = [
+        terms.request(f"{response_id}-{index}", prompt, _NO_SAMPLING, stream=False, pooling=pooling)
+        for index, prompt in enumerate(prompts)
+    ]
+    vectors: list[Vector] = []
+    async with submitted(state, requests, names_of(request, response_id)) as streams:
+        for stream in streams:
+            raise_early(await stream.collect())
+            assert stream.pooled is not None
+            vectors.append(stream.pooled)
+    return vectors
+
+
+def scaled(vector: Vector) -> Vector:
+    """The vector at length 1."""
+    length = float(np.linalg.norm(vector.astype(np.float64)))
+    return (vector / max(length, _TINY)).astype(np.float32)
