@@ -51,6 +51,8 @@ class Limits:
     max_num_batched_tokens: most token rows in one step.
     max_model_len: tokens of context. page_size: tokens of a page.
     num_pages: usable pages, ids 1..num_pages (an executor allocates num_pages + 1).
+    window: tokens that a query sees at most, itself included, in every layer; None where some layer sees all. Pages
+    that all queries to come have left behind are given back, and the null page stands in their place.
     """
 
     max_num_seqs: int
@@ -59,6 +61,7 @@ class Limits:
     page_size: int
     num_pages: int
     vocab_size: int
+    window: int | None = None
 
     @property
     def num_slots(self) -> int:

@@ -314,7 +314,8 @@ class Simulator:
             name = launched.owners[slot].request.namespace
             for page in pages[start // page_size :]:
                 self.page_namespace[page] = name
-            for page in [] if failed else pages:
+            first = 0 if self.options.window is None else max(0, start - self.options.window + 1)
+            for page in [] if failed else pages[first // page_size :]:
                 assert self.page_namespace[page] == name, f"page {page} crosses a namespace"
 
     def check(self) -> None:

@@ -44,6 +44,7 @@ class Options:
     abort_burst_rate: float
     fail_rate: float
     poison: bool
+    window: int | None
 
     @property
     def limits(self) -> Limits:
@@ -54,11 +55,22 @@ class Options:
             page_size=self.page_size,
             num_pages=self.num_pages,
             vocab_size=self.vocab_size,
+            window=self.window,
         )
 
     @property
     def model(self) -> FakeModel:
-        return FakeModel(self.vocab_size, EOS, self.eos_rate)
+        return FakeModel(self.vocab_size, EOS, self.eos_rate, self.window)
+
+    @property
+    def gives_back(self) -> bool:
+        """One sequence alone can always go on in as many pages as its window touches."""
+        if self.window is None:
+            return False
+        window = max(self.window, self.page_size + 2)
+        return len({token // self.page_size for token in range(self.page_size - 1, self.page_size - 1 + window)}) <= (
+            self.num_pages
+        )
 
 
 @dataclass(frozen=True)
@@ -119,6 +131,7 @@ def draw_options(seed: int) -> Options:
         abort_burst_rate=0.0 if calm else random.choice([0.0, 0.0, 0.02]),
         fail_rate=0.0 if calm else random.choice([0.0, 0.0, 0.01, 0.05]),
         poison=random.random() < 0.5,
+        window=random.choice([None, None, 1, 4, 9, 20]),
     )
 
 
@@ -228,6 +241,8 @@ def _expect(tick: int, request: Request, options: Options) -> Arrival:
     prompt, params = request.prompt_token_ids, request.sampling
     cache_tokens = options.num_pages * options.page_size
     max_length = options.max_model_len
+    if options.gives_back:
+        cache_tokens = options.max_model_len
     refused = Arrival(tick, request, False, [], FinishReason.ERROR, None)
     if len(prompt) >= options.max_model_len:
         return refused
