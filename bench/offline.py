@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import json
 import sys
 import tempfile
@@ -25,6 +26,8 @@ from engine.engine import Engine
 from engine.models.config import ModelConfig
 from engine.request import Request, SamplingParams
 
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+
 
 def layer_bytes(config: ModelConfig, itemsize: int) -> float:
     """Bytes of weights that one decode step reads: all layers and the output head; of the embedding only rows."""
@@ -38,7 +41,9 @@ def kv_bytes(config: ModelConfig, itemsize: int, tokens: int) -> float:
     return float(2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize * tokens)
 
 
-async def decode_seconds(engine: Engine, prompts: list[list[int]], output_len: int) -> float:
+async def decode_seconds(
+    engine: Engine, prompts: list[list[int]], output_len: int, params: SamplingParams = GREEDY
+) -> float:
     """Seconds per decode step while all prompts decode together (medians would hide a stall, so it is the mean)."""
     counts = [0] * len(prompts)
     began = total_at_begin = 0.0
@@ -46,8 +51,8 @@ async def decode_seconds(engine: Engine, prompts: list[list[int]], output_len: i
 
     async def consume(index: int, prompt: list[int]) -> None:
         nonlocal began, total_at_begin, ended, total_at_end
-        params = SamplingParams(max_tokens=output_len, temperature=0.0, ignore_eos=True)
-        async with engine.submit(Request(f"bench-{index}-{time.monotonic_ns()}", prompt, params)) as stream:
+        own = dataclasses.replace(params, max_tokens=output_len)
+        async with engine.submit(Request(f"bench-{index}-{time.monotonic_ns()}", prompt, own)) as stream:
             async for delta in stream:
                 counts[index] += len(delta.token_ids)
                 if not began and min(counts) >= 2:

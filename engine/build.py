@@ -299,5 +299,6 @@ def _build_cpu(
             page_size=config.cache.page_size,
             num_pages=num_pages,
             vocab_size=model_config.vocab_size,
+            window=model_config.longest_window,
         )
         return CPUExecutor(model, limits, dtype=dtype, load=load)

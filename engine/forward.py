@@ -51,6 +51,8 @@ class Limits:
     max_num_batched_tokens: most token rows in one step.
     max_model_len: tokens of context. page_size: tokens of a page.
     num_pages: usable pages, ids 1..num_pages (an executor allocates num_pages + 1).
+    window: tokens that a query sees at most, itself included, in every layer; None where some layer sees all. Pages
+    that all queries to come have left behind are given back, and the null page stands in their place.
     """
 
     max_num_seqs: int
@@ -59,10 +61,27 @@ class Limits:
     page_size: int
     num_pages: int
     vocab_size: int
+    window: int | None = None
 
     @property
     def num_slots(self) -> int:
         return self.max_num_seqs + 1
+
+    @property
+    def given_back(self) -> tuple[int, int]:
+        """Tokens behind which pages are given back, and the pages that so many touch; zeros where none are given back.
+
+        Never less than here, so that the step which entered a page into the radix tree is committed before the page
+        is left behind (two steps are in flight at most). One sequence alone can always go on in that many pages.
+        """
+        window = max(self.window or 0, self.page_size + 2)
+        pages = (window + self.page_size - 2) // self.page_size + 1
+        return (0, 0) if self.window is None or pages > self.num_pages else (window, pages)
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Most tokens of one sequence that the KV cache can serve."""
+        return self.max_model_len if self.given_back[0] else self.num_pages * self.page_size
 
     @property
     def max_pages_per_seq(self) -> int:

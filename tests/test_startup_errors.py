@@ -113,6 +113,18 @@ def tokenizer_config(**changes: Any) -> Damage:
     return lambda directory: edit_json(directory / "tokenizer_config.json", **changes)
 
 
+def prefix(text: str) -> Damage:
+    """Say that the right halves of the tokenizer's merges begin with a text that they do not begin with."""
+
+    def write(directory: Path) -> None:
+        path = directory / "tokenizer.json"
+        values = json.loads(path.read_text())
+        values["model"]["continuing_subword_prefix"] = text
+        path.write_text(json.dumps(values))
+
+    return write
+
+
 NORM = "model.norm.weight"
 ROPE = {"rope_parameters": ..., "rope_theta": 10000.0}
 DAMAGES: dict[str, tuple[Damage, str]] = {
@@ -154,6 +166,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "tokenizer-missing": (text("tokenizer.json", None), "DIR: no tokenizer.json"),
     "tokenizer-cut": (cut("tokenizer.json", 500), "DIR/tokenizer.json: "),
     "tokenizer-other": (text("tokenizer.json", '{"version": "1.0"}'), "DIR/tokenizer.json: "),
+    "tokenizer-prefix": (
+        prefix("a long one"),
+        "DIR/tokenizer.json: model.continuing_subword_prefix is 'a long one', but the merge ['",
+    ),
     "tokenizer-binary": (text("tokenizer.json", b"\xff\xfe\x00"), "DIR/tokenizer.json: "),
     "tokenizer-vocabulary": (
         config(vocab_size=300),

@@ -15,7 +15,7 @@ import numpy as np
 from engine.cache.eviction.registry import make_eviction_policy
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree
-from engine.forward import Int32Array
+from engine.forward import NULL_PAGE, Int32Array
 
 TokenIds = Sequence[int] | Int32Array
 
@@ -30,17 +30,25 @@ def _to_bytes(token_ids: TokenIds) -> bytes:
 class SequencePages:
     """Pages of one sequence in order: pages[:num_shared] belong to the tree and are locked, the rest are private.
 
-    Only KVCache writes it.
+    Where the model has a window, the first num_gone were given back (null pages stand for them), and then none is
+    shared. is_private: its pages never enter the tree, or not any more. Only KVCache writes it.
     """
 
-    __slots__ = ("data", "namespace", "node", "num_shared", "pages")
+    __slots__ = ("data", "is_private", "namespace", "node", "num_gone", "num_shared", "pages")
 
-    def __init__(self, namespace: str, data: bytes, node: Node) -> None:
+    def __init__(self, namespace: str, data: bytes, node: Node, *, is_private: bool = False) -> None:
         self.pages: list[int] = []
         self.num_shared = 0
+        self.num_gone = 0
+        self.is_private = is_private
         self.namespace = namespace
         self.data = data  # the tokens seen so far, so that no call converts a prompt again
         self.node: Node | None = node  # where the lock is; ends at num_shared. None once released
+
+    @property
+    def own_pages(self) -> list[int]:
+        """A copy of the private ones."""
+        return self.pages[max(self.num_shared, self.num_gone) :]
 
 
 class KVCache:
@@ -75,9 +83,13 @@ class KVCache:
         """Pages that `reserve` can get: free ones and evictable ones."""
         return self._pool.num_free + self._tree.num_evictable
 
-    def begin(self, token_ids: TokenIds, namespace: str = "") -> SequencePages:
-        """Lock the longest known prefix; of whole pages, and one token short, for a step has to sample."""
-        seq = SequencePages(namespace, _to_bytes(token_ids) if self._caching else b"", self._tree.open(namespace))
+    def begin(self, token_ids: TokenIds, namespace: str = "", *, private: bool = False) -> SequencePages:
+        """Lock the longest known prefix; of whole pages, and one token short, for a step has to sample.
+
+        private: it neither finds anything nor leaves anything for others.
+        """
+        data = _to_bytes(token_ids) if self._caching and not private else b""
+        seq = SequencePages(namespace, data, self._tree.open(namespace), is_private=private)
         self.extend_match(seq, token_ids)
         return seq
 
@@ -92,7 +104,7 @@ class KVCache:
         """Match on from where a sequence without private pages stands; returns the number of new pages."""
         node = seq.node
         assert node is not None, "the sequence was released"
-        if not self._caching or node.detached or len(seq.pages) > seq.num_shared:
+        if not self._caching or seq.is_private or node.detached or len(seq.pages) > seq.num_shared:
             return 0
         limit = (len(token_ids) - 1) // self.page_size
         data = self._data(seq, token_ids, len(token_ids))
@@ -145,6 +157,28 @@ class KVCache:
         self._deferred += duplicates
         return [(i, seq.pages[i]) for i in range(first, first + len(duplicates))]
 
+    def give_back(self, seq: SequencePages, num_pages: int) -> range:
+        """No step to come reads the sequence's first num_pages. Returns the indices that now hold the null page.
+
+        Private pages are free at once. Shared ones are unlocked when all of them are left behind, for the tree keeps
+        whole prefixes; what follows is the sequence's alone from then on. What it entered must have been computed:
+        a lock that is given up cannot be taken back by `take_back`.
+        """
+        assert seq.node is not None, "the sequence was released"
+        first = seq.num_gone
+        if num_pages <= max(first, seq.num_shared - 1):
+            return range(0)
+        assert num_pages <= len(seq.pages), f"{num_pages} of {len(seq.pages)} pages are given back"
+        self._pool.free(seq.pages[max(first, seq.num_shared) : num_pages])
+        if seq.num_shared:
+            assert not seq.node.detached, "a sequence that is not intact goes on"
+            root = self._tree.open(seq.namespace)
+            self._pool.free(self._tree.unlock(seq.node))
+            seq.node, seq.num_shared = root, 0
+        seq.pages[first:num_pages] = [NULL_PAGE] * (num_pages - first)
+        seq.num_gone, seq.is_private, seq.data = num_pages, True, b""
+        return range(first, num_pages)
+
     def end_step(self) -> None:
         """The step is built: duplicates may be handed out again."""
         if self._deferred:
@@ -160,9 +194,9 @@ class KVCache:
         assert seq.node is not None, "the sequence was released before"
         if num_tokens and not seq.node.detached:
             self._pool.free(self._insert(seq, token_ids, num_tokens))
-        self._pool.free(seq.pages[seq.num_shared :])
+        self._pool.free(seq.own_pages)
         self._pool.free(self._tree.unlock(seq.node))
-        seq.pages, seq.num_shared, seq.data, seq.node = [], 0, b"", None
+        seq.pages, seq.num_shared, seq.num_gone, seq.data, seq.node = [], 0, 0, b"", None
 
     def take_back(self, seq: SequencePages, first_page: int) -> None:
         """A step failed: the sequence's pages from index first_page on leave the tree, with all that stands on them.
@@ -195,7 +229,7 @@ class KVCache:
         end = num_tokens // self.page_size
         assert node is not None, "the sequence was released"
         assert end <= len(seq.pages), f"{num_tokens} tokens in {len(seq.pages)} pages"
-        if not self._caching or end <= first:
+        if not self._caching or seq.is_private or end <= first:
             return []
         data = self._data(seq, token_ids, num_tokens)
         own = seq.pages[first:end]
@@ -225,7 +259,9 @@ class KVCache:
         detached: set[Node] = set()
         for seq in live:
             assert seq.node is not None, "a released sequence is called live"
-            own(seq.pages[seq.num_shared :], "a sequence")
+            own(seq.own_pages, "a sequence")
+            assert not seq.num_gone or (seq.is_private and not seq.num_shared), "pages are gone under shared ones"
+            assert not any(seq.pages[: seq.num_gone]), "a page that was given back is still named"
             path: list[Node] = []
             place: Node | None = seq.node
             while place is not None:

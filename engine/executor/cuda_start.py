@@ -145,6 +145,7 @@ def build_cuda_executor(
             page_size=page_size,
             num_pages=num_pages,
             vocab_size=model.config.vocab_size,
+            window=model.config.longest_window,
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:

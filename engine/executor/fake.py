@@ -27,6 +27,7 @@ from engine.executor.base import StepHandle
 from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import (
     FUTURE_TOKEN,
+    NULL_PAGE,
     ForwardError,
     ForwardInput,
     ForwardOutput,
@@ -76,6 +77,7 @@ class FakeModel:
     vocab_size: int
     eos_token_id: int = 0
     eos_rate: float = 0.0
+    window: int | None = None  # tokens that a query sees in both layers, itself included; None: all
 
     @property
     def eos_threshold(self) -> int:
@@ -110,11 +112,19 @@ def expected_stream(
     history = sum(_mix_int(token) for token in prompt) & _MASK
     min_length = len(prompt) + sampling.min_tokens
     layer0 = layer1 = 0
+    seen: deque[tuple[int, int]] = deque()
     position, pending = 0, iter(prompt)
     token = next(pending)
     while True:
-        layer0 = (layer0 + _mix_int((token * _TOKEN + position * _POSITION + _ROUND) & _MASK)) & _MASK
-        layer1 = (layer1 + _mix_int(layer0)) & _MASK
+        if len(seen) == model.window:
+            left = seen.popleft()
+            layer0, layer1 = layer0 - left[0], layer1 - left[1]
+        cell = _mix_int((token * _TOKEN + position * _POSITION + _ROUND) & _MASK)
+        layer0 = (layer0 + cell) & _MASK
+        seen.append((cell, _mix_int(layer0)))
+        layer1 = (layer1 + seen[-1][1]) & _MASK
+        if model.window is None:
+            seen.clear()
         position += 1
         following = next(pending, None)
         if following is not None:
@@ -260,7 +270,7 @@ class FakeExecutor:
     ) -> None:
         assert limits.page_size > 0 and limits.num_pages > 0
         self.limits = limits
-        self.model = model if model is not None else FakeModel(limits.vocab_size)
+        self.model = model if model is not None else FakeModel(limits.vocab_size, window=limits.window)
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self.tables = SlotTables(limits)
         self.num_steps = 0
@@ -465,11 +475,13 @@ class FakeExecutor:
         slots, starts = staging.row_slot[:rows], staging.row_start[:rows]
         kv_len, kv_slots = metadata.kv_len, metadata.kv_slots
 
-        # Every cell of every row's context, row after row, through the page table.
-        ends = np.cumsum(kv_len)
-        bases = ends - kv_len
-        row_of_cell = np.repeat(np.arange(rows), kv_len)
-        positions = np.arange(int(ends[-1])) - bases[row_of_cell]
+        # Every cell that a row's first query or a later one sees, row after row, through the page table.
+        window = self.model.window
+        first = np.zeros(rows, np.int32) if window is None else np.maximum(starts - window + 1, 0)
+        ends = np.cumsum(kv_len - first)
+        bases = ends - (kv_len - first)
+        row_of_cell = np.repeat(np.arange(rows), kv_len - first)
+        positions = np.arange(int(ends[-1])) - (bases - first)[row_of_cell]
         pages = self.tables.page_table[slots[row_of_cell], positions // page_size]
         null = int(slots[row_of_cell[int(pages.argmin())]]) if not pages.all() else 0
         assert not null, f"slot {null} reads the null page"
@@ -506,9 +518,16 @@ class FakeExecutor:
         # Layer 1 of this step's tokens: a hash over layer 0 up to each.
         layer0 = self._layer0[cells]
         sums = np.cumsum(layer0)
-        sums -= (sums[bases] - layer0[bases])[row_of_cell]
+        before = sums - layer0
+        since = bases[row_of_cell]
+        if window is not None:
+            since = np.maximum(since, np.arange(len(cells)) - window + 1)
+        sums -= before[since]
         self._layer1[kv_slots] = _mix(sums[positions >= starts[row_of_cell]])
 
+        if window is not None:
+            bases = np.maximum(bases, ends - window)
+            cells = np.where(np.arange(len(cells)) >= bases[row_of_cell], cells, NULL_PAGE)
         draws = _mix(np.add.reduceat(self._layer1[cells], bases) ^ _U_ROUND)
         vectors = self._pool(forward_input, draws, row_tainted) if forward_input.pooled else []
         if self._extras:

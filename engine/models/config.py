@@ -134,6 +134,11 @@ class ModelConfig:
     names: WeightNames = WeightNames()
     headless: bool = False
 
+    @property
+    def longest_window(self) -> int | None:
+        """Tokens that a query sees at most, itself included; None where some layer sees all."""
+        return None if None in self.windows else max(window for window in self.windows if window is not None)
+
     @classmethod
     def load(cls, directory: Path) -> ModelConfig:
         """Read `directory/config.json`. Raises StartupError."""

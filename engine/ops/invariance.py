@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 Multiply = Callable[[Tensor], Tensor]
 
 TILES = (128, 64, 32, 16)
+# Rows to which fewer are padded, as far as needed: one row alone is a class of its own more often than not.
+LEAST = (1, 2, 16, 32)
 # Beside and on the edges of the tiles that kernels are written for.
 PROBES = (2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 96, 127, 128)
 # A result in bf16 hides most differences of a float32 sum: about one in a thousand shows, so this many are compared.
@@ -34,23 +36,23 @@ MAX_ROUNDS = 64
 
 @dataclass(frozen=True, slots=True)
 class RowTile:
-    """At most `rows` rows a call; padded: exactly so many, for not even the counts below agree."""
+    """At most `rows` rows a call and at least `least`: fewer are padded, for the counts below sum otherwise."""
 
     rows: int
-    padded: bool
+    least: int = 1
 
     def __str__(self) -> str:
-        return f"{self.rows}, padded" if self.padded else str(self.rows)
+        return str(self.rows) if self.least == 1 else f"{self.least} to {self.rows}"
 
     def apply(self, multiply: Multiply, x: Tensor) -> Tensor:
         """multiply(x), tile by tile."""
-        count, rows = x.shape[0], self.rows
-        if count == 0 or (count <= rows and not self.padded):
+        count = x.shape[0]
+        if count == 0 or self.least <= count <= self.rows:
             return multiply(x)
         parts = []
-        for part in x.split(rows):
-            missing = rows - len(part) if self.padded else 0
-            parts.append(multiply(F.pad(part, (0, 0, 0, missing)))[: len(part)] if missing else multiply(part))
+        for part in x.split(self.rows):
+            missing = self.least - len(part)
+            parts.append(multiply(F.pad(part, (0, 0, 0, missing)))[: len(part)] if missing > 0 else multiply(part))
         return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -64,41 +66,35 @@ def find_row_tile(multiply: Multiply, in_features: int, out_features: int, dtype
     rounds = min(MAX_ROUNDS, -(-COMPARED // out_features))
     base = torch.randn(rounds, in_features, generator=generator).to(dtype)
 
-    def agrees(count: int, reference: Tensor) -> bool:
+    def agrees(tile: RowTile, count: int, reference: Tensor) -> bool:
         """Calls of `count` rows, each row somewhere else in every call."""
         for start in range(0, rounds, count):
             places = torch.arange(start, start + count) % rounds
-            if not torch.equal(multiply(base[places]), reference[places]):
+            if not torch.equal(tile.apply(multiply, base[places]), reference[places]):
                 return False
         return True
 
-    def several_threads_agree(count: int, reference: Tensor) -> bool:
+    def one_thread_agrees(tile: RowTile, reference: Tensor) -> bool:
         if threads == 1:
             return True
         torch.set_num_threads(1)
         try:
-            return agrees(count, reference)
+            return agrees(tile, 1, reference) and agrees(tile, tile.rows, reference)
         finally:
             torch.set_num_threads(threads)
 
     with torch.inference_mode():
-        alone = torch.cat([multiply(row[None]) for row in base])
-        best = 1
-        for count in PROBES:
-            if not agrees(count, alone):
-                break
-            best = count
-        for rows in TILES:
-            if rows <= best and several_threads_agree(1, alone) and several_threads_agree(rows, alone):
-                return RowTile(rows, False)
-        # One row alone is a class of its own more often than not; whole tiles may still agree among themselves.
-        for rows in (TILES[-1], TILES[-2]):
-            tile = RowTile(rows, True)
-            whole = tile.apply(multiply, base)
-            turned = tile.apply(multiply, base.roll(1, 0)).roll(-1, 0)
-            alone = torch.cat([tile.apply(multiply, row[None]) for row in base])
-            if torch.equal(whole, alone) and torch.equal(turned, alone) and several_threads_agree(rows, alone):
-                return tile
+        for least in LEAST:
+            smallest = RowTile(least, least)
+            alone = torch.cat([smallest.apply(multiply, row[None]) for row in base])
+            best = 0
+            for count in PROBES:
+                if not agrees(RowTile(max(count, least), least), count, alone):
+                    break
+                best = count
+            for rows in TILES:
+                if least <= rows <= best and one_thread_agrees(tile := RowTile(rows, least), alone):
+                    return tile
     return None
 
 

@@ -1,7 +1,8 @@
 // CPU kernels of the engine behind a plain C ABI, compiled at first use by native.py and called through ctypes.
 //
-// Storage is float32 or bfloat16 (as uint16), arithmetic is float32. One vector width VL is chosen at compile
-// time (16 lanes with AVX512, 8 with AVX, else 4); GCC's vector extensions lower it to whatever the machine has.
+// Storage is float32 or bfloat16 (as uint16), arithmetic is float32; AVX512-BF16, where it is, multiplies weights without
+// widening them. One vector width VL is chosen at compile time (16 lanes with AVX512, 8 with AVX, else 4); GCC's vector
+// extensions lower it to whatever the machine has.
 // Every result of a row is a fixed sequence of operations that does not depend on the number of rows, their order,
 // the tiles or the threads: a row alone and a row in a batch are equal bit for bit (tests/ops prove it).
 
@@ -178,8 +179,36 @@ INLINE int limit_threads(int threads, double work, double grain) {
 
 // Weights [N, K] are packed into panels of NR = 2 VL output columns: [ceil(N / NR)][K][NR], zero padded. In bf16, lane j of
 // the 32-bit word holds columns j (low half) and VL + j (high half), so that one load, one shift and one mask
-// give two float vectors. Sums run over K in blocks of KC, each from zero, then added in order.
+// give two float vectors. With AVX512-BF16 it holds two neighbours along K of column j instead: one instruction multiplies
+// and adds both. Sums run over K in blocks of KC, each from zero, then added in order.
 constexpr int NR = 2 * VL;
+#if defined(__AVX512BF16__) && VL == 16
+#define BF16_PAIRS 1
+#else
+#define BF16_PAIRS 0
+#endif
+// What one step along K takes of an input row, and how far it goes.
+template <class W>
+struct Inner {
+    typedef float In;
+    static constexpr int depth = 1;
+};
+#if BF16_PAIRS
+template <>
+struct Inner<bf16> {
+    typedef uint32_t In;
+    static constexpr int depth = 2;
+};
+#endif
+template <class W>
+INLINE i64 steps_of(i64 K) { return (K + Inner<W>::depth - 1) / Inner<W>::depth; }
+// Where a panel holds column j at k.
+template <class W>
+INLINE size_t place(i64 k, int j) {
+    if (sizeof(W) == 4) return (size_t)k * NR + j;
+    if (Inner<W>::depth == 2) return (size_t)(k / 2) * 2 * NR + 2 * j + k % 2;
+    return (size_t)k * NR + (j < VL ? 2 * j : 2 * (j - VL) + 1);
+}
 constexpr int KC = 256;
 #if defined(__AVX512F__)
 constexpr int MR = 12, ACCUMULATORS = 24;
@@ -196,29 +225,38 @@ INLINE void load_pair(const float* p, vf& a, vf& b) {
     a = load(p);
     b = load(p + VL);
 }
+#if BF16_PAIRS
+INLINE void load_pair(const bf16* p, vf& a, vf& b) { load_pair((const float*)p, a, b); }  // the bits of pairs
+INLINE vf multiply_add(uint32_t x, vf w, vf c) {
+    return (vf)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32((int)x), (__m512bh)w);
+}
+#else
 INLINE void load_pair(const bf16* p, vf& a, vf& b) {
     vu w = *(const vu_any*)p;
     a = (vf)(w << 16);
     b = (vf)(w & 0xffff0000u);
 }
+#endif
+INLINE vf multiply_add(float x, vf w, vf c) { return fma(splat(x), w, c); }
 
-// M rows by P panels: c[m][p * NR + j] (+)= sum_k x[k][m] * w[p][k][j].
+// M rows by P panels: c[m][p * NR + j] (+)= sum_k x[k][m] * w[p][k][j]; k counts steps.
 template <int M, int P, class W>
-__attribute__((noinline)) void micro_kernel(const float* x, const W* w, size_t panel, int kc, float* c, int ldc, bool first) {
+__attribute__((noinline)) void micro_kernel(const typename Inner<W>::In* x, const W* w, size_t panel, int steps, float* c, int ldc,
+                                            bool first) {
     vf acc[M][2 * P] = {};
-    constexpr bool whole_line = NR * sizeof(W) >= 64;
+    constexpr int size = NR * Inner<W>::depth;
+    constexpr size_t bytes = size * sizeof(W);  // of one step: half a line, one, or two
 #pragma GCC unroll 2
-    for (int k = 0; k < kc; k++) {
+    for (int k = 0; k < steps; k++) {
         vf b[2 * P];
         for (int p = 0; p < P; p++) {
-            const W* at = w + p * panel + (size_t)k * NR;
-            if (M > 1 && (whole_line || (k & 1) == 0)) __builtin_prefetch((const char*)at + AHEAD, 0, 2);
+            const W* at = w + p * panel + (size_t)k * size;
+            if (M > 1 && (bytes >= 64 || (k & 1) == 0)) __builtin_prefetch((const char*)at + AHEAD, 0, 2);
+            if (M > 1 && bytes > 64) __builtin_prefetch((const char*)at + AHEAD + 64, 0, 2);
             load_pair(at, b[2 * p], b[2 * p + 1]);
         }
-        for (int m = 0; m < M; m++) {
-            vf a = splat(x[k * M + m]);
-            for (int p = 0; p < 2 * P; p++) acc[m][p] = fma(a, b[p], acc[m][p]);
-        }
+        for (int m = 0; m < M; m++)
+            for (int p = 0; p < 2 * P; p++) acc[m][p] = multiply_add(x[k * M + m], b[p], acc[m][p]);
     }
     for (int m = 0; m < M; m++)
         for (int p = 0; p < 2 * P; p++) {
@@ -228,18 +266,18 @@ __attribute__((noinline)) void micro_kernel(const float* x, const W* w, size_t p
 }
 
 template <int M, class W>
-INLINE void tile(const float* x, const W* w, size_t panel, int kc, float* c, int ldc, bool first, int panels) {
+INLINE void tile(const typename Inner<W>::In* x, const W* w, size_t panel, int steps, float* c, int ldc, bool first, int panels) {
     constexpr int P = M * 8 <= ACCUMULATORS ? 4 : M * 4 <= ACCUMULATORS ? 2 : 1;
     int p = 0;
-    for (; p + P <= panels; p += P) micro_kernel<M, P, W>(x, w + p * panel, panel, kc, c + p * NR, ldc, first);
-    for (; p < panels; p++) micro_kernel<M, 1, W>(x, w + p * panel, panel, kc, c + p * NR, ldc, first);
+    for (; p + P <= panels; p += P) micro_kernel<M, P, W>(x, w + p * panel, panel, steps, c + p * NR, ldc, first);
+    for (; p < panels; p++) micro_kernel<M, 1, W>(x, w + p * panel, panel, steps, c + p * NR, ldc, first);
 }
 
 template <class W>
-void any_tile(int m, const float* x, const W* w, size_t panel, int kc, float* c, int ldc, bool first, int panels) {
+void any_tile(int m, const typename Inner<W>::In* x, const W* w, size_t panel, int steps, float* c, int ldc, bool first, int panels) {
     switch (m) {
 #define CASE(n) \
-    case n: return tile<n, W>(x, w, panel, kc, c, ldc, first, panels);
+    case n: return tile<n, W>(x, w, panel, steps, c, ldc, first, panels);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
 #if defined(__AVX512F__)
         CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
@@ -264,10 +302,24 @@ void pack_rows(const X* x, i64 ldx, int m, i64 K, float* out) {
     }
 }
 
+// The same as [ceil(K / 2)][m] pairs.
+void pack_rows(const bf16* x, i64 ldx, int m, i64 K, uint32_t* out) {
+    const i64 whole = K / 2;
+    for (i64 k0 = 0; k0 < whole; k0 += 64) {
+        i64 k1 = std::min(whole, k0 + 64);
+        for (int r = 0; r < m; r++)
+            for (i64 k = k0; k < k1; k++) memcpy(out + k * m + r, x + r * ldx + 2 * k, 4);
+    }
+    for (int r = 0; r < m && K % 2; r++) out[whole * m + r] = x[r * ldx + K - 1];
+}
+
 template <class X, class W, class O>
 void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* bias, O* out, i64 ldo, int threads) {
     const i64 panels = (N + NR - 1) / NR;
-    const size_t panel = (size_t)K * NR;
+    typedef typename Inner<W>::In In;
+    constexpr int depth = Inner<W>::depth, size = NR * depth, block = KC / depth;
+    const i64 steps = steps_of<W>(K);
+    const size_t panel = (size_t)steps * size;
     // Below a quarter of a million multiplications (about 10 us) the fork costs more than it brings.
     threads = limit_threads(threads, (double)M * N * K, 131072);
     // Panels that one task takes: fewer where there would not be enough tasks. No result depends on it.
@@ -279,10 +331,10 @@ void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* b
         // Tiles of nearly equal height: 16 rows are 6 + 5 + 5.
         const int low = rows / tiles, extra = rows % tiles;
         auto start = [&](int t) { return t * low + std::min(t, extra); };
-        float* packed = (float*)scratch<0>((size_t)rows * K * 4);
+        In* packed = (In*)scratch<0>((size_t)rows * steps * sizeof(In));
         parallel(tiles, limit_threads(threads, (double)rows * K, 65536), [&](i64 t) {
             int a = start(t), b = start(t + 1);
-            pack_rows(x + (m0 + a) * ldx, ldx, b - a, K, packed + (size_t)a * K);
+            pack_rows(x + (m0 + a) * ldx, ldx, b - a, K, packed + (size_t)a * steps);
         });
         parallel((panels + group - 1) / group, threads, [&](i64 g) {
             const i64 p0 = g * group;
@@ -290,16 +342,16 @@ void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* b
             float* c = (float*)scratch<1>((size_t)MB * GROUP * NR * 4);
             if (tiles == 1)  // the weights as few long streams
                 for (int p = 0; p < count; p += 4)
-                    for (i64 k = 0; k < K; k += KC)
-                        any_tile(rows, packed + k * rows, w + (p0 + p) * panel + (size_t)k * NR, panel, (int)std::min<i64>(KC, K - k),
-                                 c + p * NR, ldc, k == 0, std::min(4, count - p));
-            for (i64 k = 0; k < K && tiles > 1; k += KC) {  // a block of the input and of one panel, reused from L2 and L1
-                const int kc = (int)std::min<i64>(KC, K - k);
-                const W* wk = w + p0 * panel + (size_t)k * NR;
+                    for (i64 k = 0; k < steps; k += block)
+                        any_tile(rows, packed + k * rows, w + (p0 + p) * panel + (size_t)k * size, panel,
+                                 (int)std::min<i64>(block, steps - k), c + p * NR, ldc, k == 0, std::min(4, count - p));
+            for (i64 k = 0; k < steps && tiles > 1; k += block) {  // a block of the input and of one panel, reused from L2 and L1
+                const int now = (int)std::min<i64>(block, steps - k);
+                const W* wk = w + p0 * panel + (size_t)k * size;
                 for (int p = 0; p < count; p++)
                     for (int t = 0; t < tiles; t++) {
                         int a = start(t), m = start(t + 1) - a;
-                        any_tile(m, packed + (size_t)a * K + k * m, wk + p * panel, panel, kc, c + (size_t)a * ldc + p * NR, ldc,
+                        any_tile(m, packed + (size_t)a * steps + k * m, wk + p * panel, panel, now, c + (size_t)a * ldc + p * NR, ldc,
                                  k == 0, 1);
                     }
             }
@@ -318,12 +370,12 @@ void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* b
 template <class W>
 void pack_weight(const W* w, i64 N, i64 K, W* out, int threads) {
     parallel((N + NR - 1) / NR, threads, [&](i64 p) {
-        W* to = out + (size_t)p * K * NR;
-        for (i64 k0 = 0; k0 < K; k0 += 64)
+        const i64 padded = steps_of<W>(K) * Inner<W>::depth;
+        W* to = out + (size_t)p * padded * NR;
+        for (i64 k0 = 0; k0 < padded; k0 += 64)
             for (int j = 0; j < NR; j++) {
-                i64 n = p * NR + j, k1 = std::min(K, k0 + 64);
-                int at = sizeof(W) == 4 ? j : j < VL ? 2 * j : 2 * (j - VL) + 1;
-                for (i64 k = k0; k < k1; k++) to[k * NR + at] = n < N ? w[n * K + k] : W(0);
+                i64 n = p * NR + j, k1 = std::min(padded, k0 + 64);
+                for (i64 k = k0; k < k1; k++) to[place<W>(k, j)] = n < N && k < K ? w[n * K + k] : W(0);
             }
     });
 }
@@ -332,10 +384,10 @@ void pack_weight(const W* w, i64 N, i64 K, W* out, int threads) {
 template <class W>
 void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, W* out, int threads) {
     parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 i) {
-        const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i], j = n % NR;
-        const W* from = packed + n / NR * K * NR + (sizeof(W) == 4 ? j : j < VL ? 2 * j : 2 * (j - VL) + 1);
+        const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i];
+        const W* from = packed + n / NR * steps_of<W>(K) * Inner<W>::depth * NR;
         W* to = out + i * K;
-        for (i64 k = 0; k < K; k++) to[k] = from[k * NR];
+        for (i64 k = 0; k < K; k++) to[k] = from[place<W>(k, (int)(n % NR))];
     });
 }
 
@@ -1066,7 +1118,12 @@ EXPORT int64_t ol_threads(int64_t threads) {
     return threads < 1 ? 1 : count;
 }
 
-EXPORT int64_t ol_packed_size(int64_t N, int64_t K) { return (N + NR - 1) / NR * NR * K; }
+EXPORT int64_t ol_multiplies_bf16() { return BF16_PAIRS; }
+
+EXPORT int64_t ol_packed_size(int64_t type, int64_t N, int64_t K) {
+    int64_t columns = (N + NR - 1) / NR * NR;
+    BY_TYPE(type, return columns * steps_of<T>(K) * Inner<T>::depth)
+}
 
 EXPORT void ol_pack_weight(int64_t type, const void* w, int64_t N, int64_t K, void* out, int64_t threads) {
     BY_TYPE(type, pack_weight((const T*)w, N, K, (T*)out, (int)threads))

@@ -1,9 +1,9 @@
 """A linear layer that prepares its weight once for the processor at hand, and then only multiplies.
 
 Built by models/ at load time, called by the executor's thread. Three ways, chosen by capability alone so that a
-machine gives the same bits at every start: oneDNN prepacked where bf16 has hardware (AVX512-BF16, AMX), our
-own kernels for float32 and for bf16 elsewhere, `F.linear` as the floor. Our own give a row the same bits in any
-batch; the others do so in deterministic mode, by row tiles (invariance.py).
+machine gives the same bits at every start: oneDNN prepacked for bf16 where there is AMX (or AVX512-BF16 that our
+compiler does not know), our own kernels for float32 and for other bf16, `F.linear` as the floor. Our own give a row
+the same bits in any batch; the others do so in deterministic mode, by row tiles (invariance.py).
 """
 
 from __future__ import annotations
@@ -40,13 +40,15 @@ def choose_kind(dtype: torch.dtype, device: torch.device) -> str:
     """native, onednn or torch: what `Linear.prepare` will use for such a weight.
 
     One thread of a Zen 4 without AVX512 (GFLOP/s at 1 / 16 / 512 rows): bf16 F.linear 15, 13, 13, native 25, 75, 75;
-    float32 at 512 rows F.linear 65, native 72.
+    float32 at 512 rows F.linear 65, native 72. With AVX512-BF16: bf16 oneDNN 14-17, 161-172, 221, native 24-29,
+    181-194, 203.
     """
     if device.type != "cpu":
         return "torch"
-    if dtype == torch.bfloat16 and has_fast_bfloat16():
-        return "onednn"
     library = native.library()
+    if dtype == torch.bfloat16 and has_fast_bfloat16():
+        own = library is not None and library.multiplies_bf16 and "amx_bf16" not in native.cpu_flags()
+        return "native" if own else "onednn"
     if native.type_code(dtype) is not None and library is not None and library.lanes >= 8:
         return "native"
     return "torch"
@@ -103,7 +105,7 @@ class Linear:
         library, code = native.library(), native.type_code(weight.dtype)
         assert library is not None and code is not None
         weight = weight.contiguous()
-        packed = torch.empty(library.hold.ol_packed_size(*weight.shape), dtype=weight.dtype)
+        packed = torch.empty(library.hold.ol_packed_size(code, *weight.shape), dtype=weight.dtype)
         library.release.ol_pack_weight(
             code, weight.data_ptr(), *weight.shape, packed.data_ptr(), torch.get_num_threads()
         )

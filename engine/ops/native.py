@@ -36,7 +36,8 @@ _I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_vector_lanes": (_I, []),
     "ol_threads": (_I, [_I]),
-    "ol_packed_size": (_I, [_I, _I]),
+    "ol_multiplies_bf16": (_I, []),
+    "ol_packed_size": (_I, [_I, _I, _I]),
     "ol_pack_weight": (None, [_I, _P, _I, _I, _P, _I]),
     "ol_unpack_rows": (None, [_I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear": (None, [_I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I]),
@@ -64,6 +65,7 @@ class Library:
                 function = getattr(handle, name)
                 function.restype, function.argtypes = result, arguments
         self.lanes: int = self.hold.ol_vector_lanes()
+        self.multiplies_bf16: bool = bool(self.hold.ol_multiplies_bf16())
         self.has_openmp: bool = self.release.ol_threads(2) == 2
 
     def by_work(self, work: int) -> ctypes.PyDLL | ctypes.CDLL:

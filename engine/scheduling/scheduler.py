@@ -19,7 +19,7 @@ import numpy.typing as npt
 from engine.cache.kv_cache import KVCache, SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
-from engine.forward import BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging, TokenMasks
+from engine.forward import NULL_PAGE, BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging, TokenMasks
 from engine.request import (
     MAX_STOP_TOKEN_IDS,
     ContextLengthExceededError,
@@ -114,6 +114,8 @@ class Scheduler:
         self._remaps: list[tuple[Sequence, SequencePages, int, int]] = []
         self._watermark_pages = max(1, int(limits.num_pages * options.admission_watermark))
         self._scratch = Scratch(limits.max_num_seqs)
+        # Tokens behind which pages are given back, 0 where none are; and the pages that so many tokens touch.
+        self._window, self._window_pages = limits.given_back
 
     # ---- requests
 
@@ -147,7 +149,7 @@ class Scheduler:
         if request.pooling is not None:
             # All of it is computed, as if a token were to follow.
             max_length = len(prompt) + 1
-            most = min(limits.max_model_len, limits.num_pages * limits.page_size)
+            most = min(limits.max_model_len, limits.max_cached_tokens)
             if len(prompt) > most:
                 raise ContextLengthExceededError(
                     f"This model's maximum context length is {most} tokens. However, your input contains "
@@ -170,14 +172,14 @@ class Scheduler:
                     param="max_tokens",
                 )
         # The last token is never computed, so it needs no place in the cache.
-        if -(-(max_length - 1) // limits.page_size) > limits.num_pages:
-            if params.max_tokens is not None or len(prompt) >= limits.num_pages * limits.page_size:
+        if max_length - 1 > limits.max_cached_tokens:
+            if params.max_tokens is not None or len(prompt) >= limits.max_cached_tokens:
                 raise ContextLengthExceededError(
-                    f"The KV cache holds {limits.num_pages * limits.page_size} tokens; {max_length} were asked "
+                    f"The KV cache holds {limits.max_cached_tokens} tokens; {max_length} were asked "
                     "for (prompt and max_tokens). Please shorten the prompt or the output.",
                     param="max_tokens",
                 )
-            max_length = limits.num_pages * limits.page_size + 1
+            max_length = limits.max_cached_tokens + 1
         stop_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.eos_token_ids) + params.stop_token_ids))
         if len(stop_ids) > MAX_STOP_TOKEN_IDS:
             raise RequestError(
@@ -304,6 +306,7 @@ class Scheduler:
                 continue
             pages = sequence.pages
             assert pages is not None
+            self._give_back(sequence)
             page = self.kv_cache.reserve_one(pages)
             if page:
                 batch.write_page(slot, len(pages.pages) - 1, page)
@@ -314,6 +317,17 @@ class Scheduler:
             return slots, computed
         return slots[keep], computed[keep]
 
+    def _give_back(self, sequence: Sequence) -> None:
+        """The pages that have left the window of a sequence's next token, and so of all that follow.
+
+        Steps in flight may still read them: who gets them next writes them by a later step.
+        """
+        pages = sequence.pages
+        if self._window and pages is not None:
+            left_behind = (int(self._table.computed[sequence.slot]) - self._window + 1) // self.limits.page_size
+            for index in self.kv_cache.give_back(pages, left_behind):
+                self._remaps.append((sequence, pages, index, NULL_PAGE))
+
     def _make_room(self) -> None:
         """Retract sequences until the decode rows' next two steps have pages: the newest, or whom the policy says.
 
@@ -321,12 +335,15 @@ class Scheduler:
         lets that happen before a row has to sit out. The oldest (most important) sequence is never retracted.
         """
         table = self._table
+        for sequence in (*self._decoding, *self._jumping) if self._window else ():
+            self._give_back(sequence)
         while len(self._running) > 1:
             slots = self._decodes
             wanting = (table.computed[slots] + 1 >= table.capacity[slots]) & (
                 table.computed[slots] + 1 < table.limit[slots]
             )
-            coming = sum(len(sequence.pages.pages) for sequence in self._leaving if sequence.pages is not None)
+            leaving = [sequence.pages for sequence in self._leaving if sequence.pages is not None]
+            coming = sum(len(pages.pages) - pages.num_gone for pages in leaving)
             if int(wanting.sum()) + self._pages_of_jumps() <= self.kv_cache.num_available + coming:
                 return
             self._retract(self._policy.victim(self._running))
@@ -348,6 +365,7 @@ class Scheduler:
             assert pages is not None
             start, known = int(table.computed[slot]), int(table.known[slot])
             end = min(known, start + self.limits.max_num_batched_tokens - batch.num_tokens)
+            self._give_back(sequence)
             while table.capacity[slot] < end and (page := self.kv_cache.reserve_one(pages)):
                 batch.write_page(slot, len(pages.pages) - 1, page)
                 table.set_capacity(slot, len(pages.pages))
@@ -391,10 +409,15 @@ class Scheduler:
         if sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens, request = sequence.token_ids, sequence.request
-        pages = cache.begin(sequence.matchable_ids, request.namespace)
+        # One that would not fit beside a window of what follows goes through the cache a window at a time, and leaves
+        # nothing: the tree keeps whole prefixes, and they stay locked until the window has passed them.
+        most = (self.limits.num_pages - self._window_pages) * cache.page_size
+        streams = bool(self._window) and len(tokens) > most
+        pages = cache.begin(sequence.matchable_ids, request.namespace, private=streams)
         num_cached = len(pages.pages) * cache.page_size
-        wanted = -(-len(tokens) // cache.page_size) - len(pages.pages)
-        if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens)):
+        target = min(len(tokens), self._window_pages * cache.page_size) if streams else len(tokens)
+        wanted = -(-target // cache.page_size) - len(pages.pages)
+        if cache.num_available < wanted + headroom or not cache.reserve(pages, target):
             cache.release(pages, tokens, 0)
             sequence.pages_wanted = wanted
             return False
@@ -425,6 +448,10 @@ class Scheduler:
         table, slot, page_size = self._table, sequence.slot, self.limits.page_size
         start, known = int(table.computed[slot]), int(table.known[slot])
         end = min(known, start + self.limits.max_num_batched_tokens - batch.num_tokens)
+        if end > table.capacity[slot]:
+            end = self._grow(batch, sequence, end)
+            if end <= start:
+                return
         if end < known:
             # Chunks end where a page ends, so that a page is computed by one step. A budget of less than a page
             # is used as it is, but only where no other prompt could use it better.
@@ -452,6 +479,20 @@ class Scheduler:
                 self._decoding.append(sequence)
                 self._decodes_stale = True
 
+    def _grow(self, batch: Batch, sequence: Sequence, end: int) -> int:
+        """Pages for a prompt that streams through the cache, as many as are to be had; returns how far they reach."""
+        cache, table, slot, page_size = self.kv_cache, self._table, sequence.slot, self.limits.page_size
+        pages = sequence.pages
+        assert pages is not None and pages.is_private
+        self._give_back(sequence)
+        first = len(pages.pages)
+        spare = max(0, cache.num_available - min(len(self._running) - 1, self._watermark_pages))
+        cache.reserve(pages, min(end, (first + spare) * page_size))
+        for index in range(first, len(pages.pages)):
+            batch.write_page(slot, index, pages.pages[index])
+        table.set_capacity(slot, len(pages.pages))
+        return min(end, int(table.capacity[slot]))
+
     def _ask_for_masks(self, batch: Batch) -> None:
         """Name the rows whose sampling must wait for the host's grammar; all others never wait."""
         rows = np.flatnonzero(self._table.constrained[batch.slots] & batch.samples).tolist()
@@ -462,7 +503,7 @@ class Scheduler:
     def _write_remaps(self, batch: Batch, remaps: list[tuple[Sequence, SequencePages, int, int]]) -> None:
         """Last of all: a sequence may just have given up its slot, and another one have written its whole row."""
         for sequence, pages, index, page in remaps:
-            if sequence.pages is pages:
+            if sequence.pages is pages and (index >= pages.num_gone or page == NULL_PAGE):
                 batch.write_page(sequence.slot, index, page)
 
     def _rebuild_decodes(self) -> None:

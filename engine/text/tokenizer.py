@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -44,6 +45,23 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise StartupError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def check_merges(path: Path) -> None:
+    """The library cuts continuing_subword_prefix off the right half of every merge without a look, and where that is
+    not there, it may end the process. StartupError instead."""
+    # Few files have the field, and parsing one takes longer than the library does.
+    if not re.search(rb'"continuing_subword_prefix"\s*:\s*"[^"]', path.read_bytes()):
+        return
+    model = read_json(path).get("model")
+    if not isinstance(model, dict) or not isinstance(prefix := model.get("continuing_subword_prefix"), str):
+        return
+    for merge in merges if isinstance(merges := model.get("merges"), list) else ():
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if isinstance(pair, list) and len(pair) == 2 and not str(pair[1]).startswith(prefix):
+            raise StartupError(
+                f"{path}: model.continuing_subword_prefix is {prefix!r}, but the merge {pair} does not continue with it"
+            )
 
 
 def named_tokens(directory: Path) -> dict[str, str]:
@@ -126,8 +144,11 @@ class Tokenizer:
         if not path.is_file():
             raise StartupError(f"{directory}: no tokenizer.json (only `tokenizers` files are read)")
         try:
+            check_merges(path)
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
+        except (StartupError, KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, and a panic of its is none at all
             raise StartupError(f"{path}: {' '.join(str(error).split())}") from None
         named = named_tokens(directory)
         config_path = directory / "tokenizer_config.json"

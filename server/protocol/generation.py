@@ -282,7 +282,7 @@ def _prompt_logprobs(common: Common, chat: bool) -> int | None:
 def room_for(state: State, prompt: list[int]) -> int:
     """Most tokens that can follow a prompt; below 1 where it does not fit itself."""
     limits = state.engine.limits
-    return min(limits.max_model_len, limits.num_pages * limits.page_size + 1) - len(prompt)
+    return min(limits.max_model_len, limits.max_cached_tokens + 1) - len(prompt)
 
 
 def _fit(state: State, common: Common, prompt: list[int]) -> SamplingParams:

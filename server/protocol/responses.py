@@ -448,7 +448,7 @@ def _text(content: str | list[Json]) -> str:
 async def _truncated(chat: Body, items: list[Json], instructions: str | None, state: State, whole: Plan) -> Plan:
     """`truncation: auto`: leave out the oldest turns until the rest fits; system messages before them stay."""
     limits = state.engine.limits
-    room = min(limits.max_model_len, limits.num_pages * limits.page_size) - (chat.raw("max_tokens") or 1)
+    room = min(limits.max_model_len, limits.max_cached_tokens) - (chat.raw("max_tokens") or 1)
     first = next((i for i, item in enumerate(items) if item.get("role") not in ("system", "developer")), 0)
     starts = [i for i, item in enumerate(items) if i > first and item.get("role") == "user"]
     # Of the turns to begin with, the first that fits: the earlier, the longer.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import json
 
 import pytest
 
 from engine.config import EngineConfig
 from engine.engine import Engine
 from tests.cuda.fake_device import FakeDevice
-from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model
+from tests.cuda.support import SMALL, WINDOWED, expected_tokens, make_executor, requests_of, serve, tiny_model
 from tests.sim.workload import Runs
 
 EAGERNESS = [0.0, 0.3, 0.9]
@@ -24,6 +25,18 @@ async def test_tokens_are_the_references(attention: str, seed: int) -> None:
     tokens = await serve(make_executor(SMALL, device=device, attention=attention), requests)
     assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
     assert device.counts["replay"] > 0
+
+
+@pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
+async def test_pages_that_left_every_window_are_given_back(attention: str) -> None:
+    """A pool of 24 tokens for texts of up to 41: null pages stand in the tables, and other rows' KV behind them."""
+    model = tiny_model(json.dumps({**WINDOWED, "max_window_layers": 0}))
+    assert model.config.longest_window == 6
+    limits = dataclasses.replace(SMALL, num_pages=6, window=6)
+    requests = requests_of(8)
+    assert max(len(request.prompt_token_ids) + (request.sampling.max_tokens or 0) for request in requests) > 24
+    tokens = await serve(make_executor(limits, device=FakeDevice(8), attention=attention, model=model), requests)
+    assert tokens == [expected_tokens(model, request) for request in requests]
 
 
 @pytest.mark.parametrize("seed", range(3, 6))

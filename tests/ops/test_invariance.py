@@ -34,12 +34,12 @@ def in_classes(class_of: Callable[[int], int], seen: list[int] | None = None) ->
 
 
 CLASSES: dict[str, tuple[Callable[[int], int], RowTile | None]] = {
-    "one": (lambda rows: 0, RowTile(128, False)),
-    "up-to-128": (lambda rows: rows > 128, RowTile(128, False)),
-    "up-to-32": (lambda rows: 1 if rows == 33 else 2 * (rows > 33), RowTile(32, False)),
-    "by-16": (lambda rows: (rows - 1) // 16, RowTile(16, False)),
-    "one-row": (lambda rows: rows == 1, RowTile(16, True)),
-    "every": (lambda rows: rows, RowTile(16, True)),
+    "one": (lambda rows: 0, RowTile(128)),
+    "up-to-128": (lambda rows: rows > 128, RowTile(128)),
+    "up-to-32": (lambda rows: 1 if rows == 33 else 2 * (rows > 33), RowTile(32)),
+    "by-16": (lambda rows: (rows - 1) // 16, RowTile(16)),
+    "one-row": (lambda rows: rows == 1, RowTile(128, 2)),
+    "every": (lambda rows: rows, RowTile(16, 16)),
 }
 
 
@@ -64,10 +64,10 @@ def test_threads_count(monkeypatch: pytest.MonkeyPatch) -> None:
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("tile", [RowTile(16, False), RowTile(16, True), RowTile(64, False)])
+@pytest.mark.parametrize("tile", [RowTile(16), RowTile(16, 16), RowTile(64), RowTile(32, 2)])
 def test_tiles_give_a_row_the_same_bits(tile: RowTile) -> None:
     seen: list[int] = []
-    classes = (lambda rows: rows) if tile.padded else (lambda rows: (rows - 1) // tile.rows)
+    classes = (lambda rows: rows) if tile.rows == tile.least else (lambda rows: tile.least <= rows <= tile.rows)
     multiply = in_classes(classes, seen)
     x = torch.randn(150, IN)
     alone = torch.cat([tile.apply(multiply, row[None]) for row in x[:20]])
@@ -75,9 +75,7 @@ def test_tiles_give_a_row_the_same_bits(tile: RowTile) -> None:
         whole = tile.apply(multiply, x[:rows])
         assert whole.shape == (rows, OUT) and torch.equal(whole[:20], alone[:rows])
     assert torch.equal(tile.apply(multiply, x[3:90])[:17], alone[3:])
-    assert max(seen) <= tile.rows
-    if tile.padded:
-        assert set(seen) <= {0, tile.rows}
+    assert set(seen) <= {0, *range(tile.least, tile.rows + 1)}
 
 
 @pytest.mark.parametrize("kind", ["torch", "onednn"])
@@ -112,10 +110,10 @@ def test_words(kernels: native.Library) -> None:
     assert promise([], half, torch.float32) == (False, "no native attention for 256 heads on one of keys")
     assert promise([], SPEC, torch.float16) == (False, "no native kernels for float16")
     assert promise([layer], SPEC, torch.float32) == (False, "torch multiplies [8, 64] without a row tile")
-    layer.row_tile = RowTile(128, False)
+    layer.row_tile = RowTile(128)
     other = Linear(torch.randn(8, 64))
-    other.row_tile = RowTile(16, True)
+    other.row_tile = RowTile(16, 2)
     assert promise([layer], SPEC, torch.float32) == (True, "row tile 128")
-    assert promise([layer, other, layer], SPEC, torch.float32) == (True, "row tile 128 and 16, padded")
+    assert promise([layer, other, layer], SPEC, torch.float32) == (True, "row tile 128 and 2 to 16")
     with native.disabled():
         assert promise([], SPEC, torch.float32)[1].startswith("no native kernels: ")

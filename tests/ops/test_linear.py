@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import native
-from engine.ops.linear import Linear, choose_kind, has_fast_bfloat16
+from engine.ops.linear import Linear, choose_kind
 
 DTYPES = [torch.float32, torch.bfloat16]
 SHAPES = [(1, 1), (7, 5), (16, 64), (33, 257), (130, 300), (96, 1031)]
@@ -49,9 +49,29 @@ def test_choice(kernels: native.Library) -> None:
     assert choose_kind(torch.bfloat16, torch.device("meta")) == "torch"
     own = "native" if kernels.lanes >= 8 else "torch"
     assert choose_kind(torch.float32, cpu) == own
-    assert choose_kind(torch.bfloat16, cpu) == ("onednn" if has_fast_bfloat16() else own)
     with native.disabled():
         assert choose_kind(torch.float32, cpu) == "torch"
+
+
+@pytest.mark.parametrize(
+    ("flags", "multiplies", "kind"),
+    [
+        ({"avx512f", "avx512_bf16"}, True, "native"),
+        ({"avx512f", "avx512_bf16"}, False, "onednn"),  # a compiler that does not know the instruction
+        ({"avx512f", "avx512_bf16", "amx_bf16"}, True, "onednn"),
+        ({"avx2"}, False, "native"),
+    ],
+)
+def test_choice_for_bfloat16(
+    kernels: native.Library, monkeypatch: pytest.MonkeyPatch, flags: set[str], multiplies: bool, kind: str
+) -> None:
+    monkeypatch.setattr(native, "cpu_flags", lambda: frozenset(flags))
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(kernels, "multiplies_bf16", multiplies)
+    monkeypatch.setattr(kernels, "lanes", 16)
+    assert choose_kind(torch.bfloat16, torch.device("cpu")) == kind
+    with native.disabled():
+        assert choose_kind(torch.bfloat16, torch.device("cpu")) == ("onednn" if "avx512f" in flags else "torch")
 
 
 @pytest.mark.parametrize("kind", ["torch", "onednn"])
@@ -65,6 +85,19 @@ def test_other_kinds(kind: str, dtype: torch.dtype) -> None:
         linear.prepare(kind=kind)
         assert linear.kind == kind
         close(linear(x), x, weight, vector)
+
+
+def test_without_the_bf16_instruction(kernels: native.Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other layout of bf16, which machines without AVX512-BF16 take, on a machine that has it."""
+    if not kernels.multiplies_bf16:
+        pytest.skip("this machine takes it anyway")
+    for name, value in (("_library", None), ("_tried", False), ("FLAGS", (*native.FLAGS, "-mno-avx512bf16"))):
+        monkeypatch.setattr(native, name, value)
+    other = native.library()
+    assert other is not None and not other.multiplies_bf16
+    test_matches_float64("native", torch.bfloat16, True)
+    test_row_is_the_same_alone_and_in_a_batch(other, torch.bfloat16)
+    test_rows_of_the_weight("native", torch.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

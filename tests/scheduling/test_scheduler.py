@@ -33,11 +33,12 @@ class Rig:
     eos_rate: float = 0.0
     prefix_cache: bool = True
     policy: str = "fcfs"
+    window: int | None = None
     clock: ManualClock = field(default_factory=ManualClock)
 
     def __post_init__(self) -> None:
-        limits = Limits(self.max_num_seqs, self.budget, self.max_model_len, PAGE, self.num_pages, 1000)
-        self.model = FakeModel(1000, EOS, self.eos_rate)
+        limits = Limits(self.max_num_seqs, self.budget, self.max_model_len, PAGE, self.num_pages, 1000, self.window)
+        self.model = FakeModel(1000, EOS, self.eos_rate, self.window)
         self.fail_steps: set[int] = set()
         self.executor = FakeExecutor(limits, self.model, fail_on=self._fail)
         self.scheduler = Scheduler(

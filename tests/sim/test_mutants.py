@@ -45,6 +45,7 @@ FAILURES = {
     "burst": 4,
     "arrival_rate": 0.5,
     "vocab_size": 40,
+    "window": None,
 }
 REMAPS = {
     "page_size": 1,
@@ -60,6 +61,22 @@ REMAPS = {
     "eos_rate": 0.0,
     "vocab_size": 40,
     "constrained_rate": 0.0,
+    "window": None,
+}
+# Windows that are left behind all the time, by prompts longer than the pool, too.
+WINDOWS = {
+    "page_size": 2,
+    "window": 7,
+    "max_model_len": 64,
+    "num_pages": 14,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 12,
+    "prefix_caching": True,
+    "alphabet": 1,
+    "burst": 4,
+    "arrival_rate": 0.5,
+    "eos_rate": 0.0,
+    "vocab_size": 40,
 }
 # Long forced runs in a pool and a budget that are too small for them.
 RUNS = {
@@ -99,7 +116,7 @@ MUTANTS = [
     Mutant("a remap is lost", Scheduler, "_write_remaps", "batch.write_page(sequence.slot, index, page)", "pass"),
     Mutant(
         "a remap outlives its sequence", Scheduler, "_write_remaps",
-        "if sequence.pages is pages:", "if sequence.holds_slot:", REMAPS,
+        "if sequence.pages is pages and", "if sequence.holds_slot and", REMAPS,
     ),
     Mutant("a sampling row is not told", Batch, "write_sampling", "count + 1\n", "count + (sequence.slot != 2)\n"),
     Mutant("the seed is lost", Scheduler, "_admit", "sequence.request.sampling.seed or 0", "0"),
@@ -301,6 +318,42 @@ MUTANTS = [
         "a failed page is freed under its reader", RadixTree, "detach",
         "if not node.lock_count:", "if True:", FAILURES,
     ),
+    # Windows.
+    Mutant(
+        "a page is given back a token too early", Scheduler, "_give_back",
+        "- self._window + 1", "- self._window + 2", WINDOWS,
+    ),
+    Mutant(
+        "no page that left the window is given back", Scheduler, "_give_back",
+        "if self._window and pages is not None:", "if False:", WINDOWS,
+    ),
+    Mutant(
+        "the device still names what was given back", KVCache, "give_back",
+        "range(first, num_pages)", "range(0)", WINDOWS,
+    ),
+    Mutant(
+        "shared pages are given back one by one", KVCache, "give_back",
+        "max(first, seq.num_shared - 1)", "first", WINDOWS,
+    ),
+    Mutant(
+        "a shared page that left the window is freed", KVCache, "give_back",
+        "seq.pages[max(first, seq.num_shared) : num_pages]", "seq.pages[first:num_pages]", WINDOWS,
+    ),
+    Mutant(
+        "pages behind a hole enter the tree", KVCache, "give_back",
+        "= num_pages, True, b", "= num_pages, False, b", WINDOWS,
+    ),
+    Mutant(
+        "shared pages that left the window stay locked", KVCache, "give_back",
+        "self._pool.free(self._tree.unlock(seq.node))", "pass", WINDOWS,
+    ),
+    Mutant(
+        "a prompt longer than the pool shares", Scheduler, "_admit", "private=streams", "private=False", WINDOWS,
+    ),
+    Mutant(
+        "a prompt that streams is not told its pages", Scheduler, "_grow",
+        "batch.write_page(slot, index, pages.pages[index])", "pass", WINDOWS,
+    ),
     Mutant("a page is handed out twice", PagePool, "allocate_one", "self._free.pop()", "self._free[-1]"),
     Mutant("growing the staging loses what is there", Staging, "reserve_table_diff", "new[: len(old)] = old", "pass"),
 ]  # fmt: skip
@@ -329,8 +382,8 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [FAILURES, REMAPS, RUNS, LONGEST, IMPORTANT, SHARES],
-    ids=["failures", "remaps", "runs", "longest", "important", "shares"],
+    [FAILURES, REMAPS, WINDOWS, RUNS, LONGEST, IMPORTANT, SHARES],
+    ids=["failures", "remaps", "windows", "runs", "longest", "important", "shares"],
 )
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
     """Under the changed options, too; the plain ones are `test_simulation.test_runs`."""

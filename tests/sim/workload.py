@@ -53,6 +53,7 @@ class Options:
     constrained_rate: float
     jump_ahead: bool
     policy: str
+    window: int | None
 
     @property
     def limits(self) -> Limits:
@@ -63,11 +64,22 @@ class Options:
             page_size=self.page_size,
             num_pages=self.num_pages,
             vocab_size=self.vocab_size,
+            window=self.window,
         )
 
     @property
     def model(self) -> FakeModel:
-        return FakeModel(self.vocab_size, EOS, self.eos_rate)
+        return FakeModel(self.vocab_size, EOS, self.eos_rate, self.window)
+
+    @property
+    def gives_back(self) -> bool:
+        """One sequence alone can always go on in as many pages as its window touches."""
+        if self.window is None:
+            return False
+        window = max(self.window, self.page_size + 2)
+        return len({token // self.page_size for token in range(self.page_size - 1, self.page_size - 1 + window)}) <= (
+            self.num_pages
+        )
 
 
 class Runs:
@@ -169,6 +181,7 @@ def draw_options(seed: int) -> Options:
         jump_ahead=random.random() < 0.8,
         policy=random.choice(sorted(POLICIES)),
         pool_rate=random.choice([0.0, 0.1, 0.4]),
+        window=random.choice([None, None, 1, 4, 9, 20]),
     )
 
 
@@ -302,6 +315,8 @@ def _expect(tick: int, request: Request, options: Options) -> Arrival:
     prompt, params = request.prompt_token_ids, request.sampling
     cache_tokens = options.num_pages * options.page_size
     max_length = options.max_model_len
+    if options.gives_back:
+        cache_tokens = options.max_model_len
     refused = Arrival(tick, request, False, [], FinishReason.ERROR, None)
     if request.pooling is not None:
         if len(prompt) > min(options.max_model_len, cache_tokens):

@@ -123,6 +123,28 @@ def test_bad_files_are_one_readable_line(files: dict[str, str], words: list[str]
     assert all(word in message for word in words), message
 
 
+def test_a_panic_of_the_library_is_one_readable_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It raises what is no Exception; planted here, for what is known to make it panic is refused before."""
+    kinds.write("byte_level", tmp_path)
+
+    class Panic(BaseException):
+        pass
+
+    def panic(path: str) -> None:
+        raise Panic("range end index 7\nout of range")
+
+    monkeypatch.setattr(module.tokenizers.Tokenizer, "from_file", panic)
+    with pytest.raises(StartupError, match=r"tokenizer\.json: range end index 7 out of range$"):
+        Tokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize("merge", ["a ##b", ["a", "##b"]])
+def test_merges_that_continue_with_the_prefix(merge: Any, tmp_path: Path) -> None:
+    model = {"type": "BPE", "vocab": {"a": 0, "##b": 1, "ab": 2}, "merges": [merge], "continuing_subword_prefix": "##"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], "model": model}))
+    assert Tokenizer.load(tmp_path).encode("ab") == [2]
+
+
 def test_lone_surrogate_is_a_400() -> None:
     with pytest.raises(RequestError, match="surrogate"):
         kinds.load("byte_level").encode("a\ud800b")
