@@ -201,6 +201,8 @@ def _make_loader(
         load_format = config.model.load_format
         if other is not None:
             theirs, load_format = ModelConfig.load(other), "auto"
+            # Whether the output layer is used is ours to say.
+            theirs = dataclasses.replace(theirs, headless=model_config.headless)
             for field in dataclasses.fields(ModelConfig):
                 if getattr(theirs, field.name) != getattr(model_config, field.name):
                     raise StartupError(f"{other / 'config.json'} is of another model: {field.name} differs")

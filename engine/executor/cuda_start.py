@@ -194,7 +194,8 @@ def build_cuda_executor(
         if attention.name == "torch":
             text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
-        executor.decode_once()
+        if not model.config.headless:
+            executor.decode_once()
         ours, products = executor.choose_products()
         row("products of 1 to 4 rows", f"{ours} of {products} by our kernel, the others by cuBLAS, as was quicker")
         if cuda_graph == "start":

@@ -111,26 +111,12 @@ def expected_stream(
     extras = _extras_key(sampling) if _shapes_draws(sampling) else None
     history = sum(_mix_int(token) for token in prompt) & _MASK
     min_length = len(prompt) + sampling.min_tokens
-    layer0 = layer1 = 0
-    seen: deque[tuple[int, int]] = deque()
-    position, pending = 0, iter(prompt)
-    token = next(pending)
+    context, token = _Context(model.window), prompt[-1]
+    for earlier in prompt[:-1]:
+        context.push(earlier)
     while True:
-        if len(seen) == model.window:
-            left = seen.popleft()
-            layer0, layer1 = layer0 - left[0], layer1 - left[1]
-        cell = _mix_int((token * _TOKEN + position * _POSITION + _ROUND) & _MASK)
-        layer0 = (layer0 + cell) & _MASK
-        seen.append((cell, _mix_int(layer0)))
-        layer1 = (layer1 + seen[-1][1]) & _MASK
-        if model.window is None:
-            seen.clear()
-        position += 1
-        following = next(pending, None)
-        if following is not None:
-            token = following
-            continue
-        draw = _mix_int(layer1 ^ _ROUND)
+        context.push(token)
+        position, draw = context.position, context.draw()
         if extras is not None:
             draw = _mix_int(draw ^ _mix_int(extras ^ (history if sampling.has_penalties else 0)))
         if key is not None:
@@ -142,6 +128,34 @@ def expected_stream(
         token = token if must is None else must
         history = (history + _mix_int(token)) & _MASK
         yield token
+
+
+class _Context:
+    """The layers of the fake over a growing context, from its tokens alone. position: of the token to come."""
+
+    def __init__(self, window: int | None) -> None:
+        self.position = 0
+        self._window = window
+        self._layer0 = self._layer1 = 0
+        self._seen: deque[tuple[int, int]] = deque()
+
+    def push(self, token: int) -> int:
+        """One more token; returns its cell in the second layer."""
+        if self._window is not None and len(self._seen) == self._window:
+            left = self._seen.popleft()
+            self._layer0, self._layer1 = self._layer0 - left[0], self._layer1 - left[1]
+        cell = _mix_int((token * _TOKEN + self.position * _POSITION + _ROUND) & _MASK)
+        self._layer0 = (self._layer0 + cell) & _MASK
+        above = _mix_int(self._layer0)
+        self._layer1 = (self._layer1 + above) & _MASK
+        if self._window is not None:
+            self._seen.append((cell, above))
+        self.position += 1
+        return above
+
+    def draw(self) -> int:
+        """What the next token is drawn from."""
+        return _mix_int(self._layer1 ^ _ROUND)
 
 
 def expected_tokens(
@@ -161,16 +175,14 @@ def expected_logprob(token: int, position: int) -> float:
     return -float((7 * token + position) % 64)
 
 
-def expected_vector(prompt: list[int], pooling: Pooling) -> npt.NDArray[np.float32]:
-    """What the fake answers to a request for a vector, from its tokens alone."""
-    layer0, cells = 0, []
-    for position, token in enumerate(prompt):
-        layer0 = (layer0 + _mix_int((token * _TOKEN + position * _POSITION + _ROUND) & _MASK)) & _MASK
-        cells.append(_mix_int(layer0))
+def expected_vector(prompt: list[int], pooling: Pooling, window: int | None = None) -> npt.NDArray[np.float32]:
+    """What the fake answers to a request for a vector, from its tokens alone. window: see FakeModel."""
+    context = _Context(window)
+    cells = [context.push(token) for token in prompt]
     if pooling.kind == "mean":
         mean: npt.NDArray[np.float64] = _numbers(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
         return mean.astype(np.float32)
-    return _vector_of_context(_mix_int((sum(cells) & _MASK) ^ _ROUND), pooling)
+    return _vector_of_context(context.draw(), pooling)
 
 
 def _numbers(states: UInt64Array) -> npt.NDArray[np.float64]:

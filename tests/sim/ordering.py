@@ -66,6 +66,8 @@ class CheckedPolicy(AdmissionPolicy):
                     for sequence in waiting
                 }
             best = max(waiting, key=lambda sequence: (self._matches[sequence], -sequence.order))
+            if len(self._waiting) > lpm.WINDOW and choice is oldest:
+                return  # too many to rank; those that were aborted may count, too
         elif self.name == "fair" and not retracted:
             key = choice.request.fairness_key
             least = min(self._served[sequence.request.fairness_key] for sequence in waiting)

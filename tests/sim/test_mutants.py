@@ -151,7 +151,7 @@ MUTANTS = [
     ),
     # Vectors.
     Mutant(
-        "a mean takes its beginning from the cache", Scheduler, "_admit",
+        "a mean takes its beginning from the cache", Sequence, "matchable_ids",
         'request.pooling.kind == "mean"', "False",
     ),
     Mutant("a mean forgets its earlier chunks", Batch, "write_pooled", 'ends or pooling.kind == "mean"', "ends"),
@@ -360,7 +360,8 @@ MUTANTS = [
 
 
 def plant(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
-    function: Callable[..., Any] = getattr(mutant.owner, mutant.method)
+    found: Any = inspect.getattr_static(mutant.owner, mutant.method)
+    function: Callable[..., Any] = found.fget if isinstance(found, property) else found
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(mutant.old) == 1, f"write this mutant anew: {mutant.old!r} is not in\n{source}"
     edited = "from __future__ import annotations\n" + source.replace(mutant.old, mutant.new)

@@ -149,6 +149,7 @@ def draw_options(seed: int) -> Options:
             max(1, whole_context - 1),
             whole_context,
             whole_context + random.randint(1, 4),
+            whole_context + random.randint(1, 4),
             whole_context + random.randint(1, 12),
             2 * whole_context,
             (max_num_seqs + 3) * whole_context,
@@ -180,8 +181,8 @@ def draw_options(seed: int) -> Options:
         constrained_rate=random.choice([0.0, 0.3, 0.7]),
         jump_ahead=random.random() < 0.8,
         policy=random.choice(sorted(POLICIES)),
-        pool_rate=random.choice([0.0, 0.1, 0.4]),
-        window=random.choice([None, None, 1, 4, 9, 20]),
+        pool_rate=random.choice([0.0, 0.0, 0.1, 0.4]),
+        window=random.choice([None, None, None, None, None, 1, 4, 9, 20]),
     )
 
 
@@ -321,7 +322,7 @@ def _expect(tick: int, request: Request, options: Options) -> Arrival:
     if request.pooling is not None:
         if len(prompt) > min(options.max_model_len, cache_tokens):
             return refused
-        vector = tuple(expected_vector(prompt, request.pooling).tolist())
+        vector = tuple(expected_vector(prompt, request.pooling, options.window).tolist())
         return Arrival(tick, request, True, [], FinishReason.STOP, None, vector=vector)
     if len(prompt) >= options.max_model_len:
         return refused
