@@ -51,7 +51,7 @@ async def model_info(request: web.Request) -> web.Response:
         {
             "model_path": options.path or state.model.names[0],
             "tokenizer_path": options.tokenizer_path or options.path or state.model.names[0],
-            "is_generation": True,
+            "is_generation": state.model.abilities.generates,
             "preferred_sampling_params": preferred or None,
             "weight_version": state.engine.weight_version,
             "has_image_understanding": False,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from server.openapi import anthropic, ollama, openai, responses, sglang, small
+from server.openapi import admin, anthropic, ollama, openai, pooling, responses, sglang, small
 from server.openapi.words import Json, string
 
-FAMILIES: tuple[Any, ...] = (openai, responses, anthropic, ollama, sglang, small)
+FAMILIES: tuple[Any, ...] = (openai, responses, pooling, anthropic, ollama, sglang, admin, small)
 
 
 def document(version: str, root_path: str = "") -> Json:

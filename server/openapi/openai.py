@@ -32,7 +32,9 @@ from server.protocol.generation import (
     MAX_BAD_WORDS,
     MAX_BEST_OF,
     MAX_CHOICES,
+    MAX_PRIORITY,
     MAX_SALT_LENGTH,
+    MAX_TIMEOUT_S,
 )
 from server.protocol.refusals import CHAT_REFUSALS, COMPLETION_REFUSALS
 from server.protocol.structured_fields import BACKENDS
@@ -120,8 +122,15 @@ SAMPLING: Json = {
     "min_tokens": integer(0, about="At most max_tokens."),
 }
 MODEL: Json = {"model": string("A name of /v1/models; the served model without it.")}
+TERMS: Json = {
+    "cache_salt": string(least=1, most=MAX_SALT_LENGTH, about="Prefixes are shared among equal salts only."),
+    "priority": integer(-MAX_PRIORITY, MAX_PRIORITY, "Lower is earlier. Not 0 only under --schedule-policy priority."),
+    "user": string("Whose share of the server it is, under --schedule-policy fair."),
+    "timeout": number(0, MAX_TIMEOUT_S, "Seconds; goes before the header X-Request-Timeout.", above=True),
+}
 GENERATION: Json = {
     **MODEL,
+    **TERMS,
     **SAMPLING,
     **STRUCTURE,
     "n": integer(1, MAX_CHOICES),
@@ -135,7 +144,6 @@ GENERATION: Json = {
     "return_token_ids": boolean(),
     "return_tokens_as_token_ids": boolean(),
     "add_special_tokens": boolean(),
-    "cache_salt": string(least=1, most=MAX_SALT_LENGTH, about="Prefixes are shared among equal salts only."),
     "request_id": string(least=1, most=128, about="Comes back as X-Request-Id."),
 }
 
@@ -180,12 +188,25 @@ TEMPLATE: Json = {
     "continue_final_message": boolean(),
     "add_special_tokens": boolean(),
 }
-PROMPT = either(
-    string(),
-    array(string(), least=1, most=MAX_PROMPTS),
-    array(integer(0), least=1),
-    array(array(integer(0), least=1), least=1, most=MAX_PROMPTS),
-)
+_BUDGET = integer(-1, about="Most tokens of reasoning; -1 is no limit. Needs a model that reasons.")
+THINKING: Json = {
+    "thinking_token_budget": _BUDGET,
+    "max_thinking_tokens": _BUDGET,
+    "include_reasoning": boolean("false leaves the reasoning out of the answer."),
+    "separate_reasoning": boolean("false leaves it in the content."),
+    "stream_reasoning": boolean("false sends each stretch of it at once."),
+}
+
+
+def prompts(most: int, least: int = 0) -> Json:
+    """A prompt or at most `most` of them, as text or ids. least: characters of a text."""
+    return either(
+        string(least=least or None),
+        array(string(least=least or None), least=1, most=most),
+        array(integer(0), least=1),
+        array(array(integer(0), least=1), least=1, most=most),
+    )
+
 
 _TOKENIZE_COMMON: Json = {**MODEL, "add_special_tokens": boolean(), "return_token_strs": boolean()}
 
@@ -212,7 +233,8 @@ SCHEMAS: Json = {
             "completion_tokens": integer(0),
             "total_tokens": integer(0),
             "prompt_tokens_details": gives({"cached_tokens": integer(0)}),
-        }
+        },
+        {"completion_tokens_details": gives({"reasoning_tokens": integer(0, about="Of a chat.")})},
     ),
     "ChatRequest": takes(
         {"messages": array(MESSAGE, least=1)},
@@ -220,6 +242,7 @@ SCHEMAS: Json = {
             **GENERATION,
             **TOOLS,
             **TEMPLATE,
+            **THINKING,
             "max_completion_tokens": integer(1),
             "max_tokens": integer(1, about="The same under its older name."),
             "logprobs": boolean(),
@@ -228,7 +251,7 @@ SCHEMAS: Json = {
         },
     ),
     "CompletionRequest": takes(
-        {"prompt": PROMPT},
+        {"prompt": prompts(MAX_PROMPTS)},
         {
             **GENERATION,
             "max_tokens": integer(1, about=f"{DEFAULT_MAX_TOKENS} where that fits."),

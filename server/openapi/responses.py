@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.request import MAX_TOP_LOGPROBS
-from server.openapi.openai import GENERATION, HELLO, SCHEMA, TEMPLATE, TOKEN
+from server.openapi.openai import GENERATION, HELLO, SCHEMA, TEMPLATE, THINKING, TOKEN
 from server.openapi.words import (
     ANYTHING,
     NULL,
@@ -89,7 +89,7 @@ _PROMPT: Json = {
 }
 _REQUEST: Json = {
     # All that a chat has beside it.
-    **{name: value for name, value in GENERATION.items() if name not in _PROMPT},
+    **{name: value for name, value in (GENERATION | THINKING).items() if name not in _PROMPT},
     **{name: value for name, value in refused(CHAT_REFUSALS).items() if name not in _PROMPT},
     **_PROMPT,
     "store": boolean(),
@@ -98,7 +98,6 @@ _REQUEST: Json = {
     "prompt_cache_key": string(),
     "safety_identifier": string(),
     "truncation": constant("auto", "disabled"),
-    "user": string(),
 }
 _INPUT: Json = {"input": either(string(), array(_ITEM, least=1))}
 

@@ -1,8 +1,22 @@
-"""Routes that are no generation: probes, figures, caches and profiles; and the error of most routes."""
+"""Routes that are no generation: probes and figures; and the error of most routes."""
 
 from __future__ import annotations
 
-from server.openapi.words import NULL, OBJECT, Json, array, constant, either, get, gives, integer, post, string
+from server.openapi.words import (
+    NULL,
+    OBJECT,
+    Json,
+    array,
+    boolean,
+    constant,
+    either,
+    get,
+    gives,
+    integer,
+    mapping,
+    number,
+    string,
+)
 
 SCHEMAS: Json = {
     "Error": gives(
@@ -21,25 +35,57 @@ SCHEMAS: Json = {
     ),
     "Server": gives({"name": constant("oneloop"), "version": string(), "models": array(string(), least=1)}),
     "Version": gives({"version": string()}),
-    "Done": gives({"success": constant(True)}, {"message": string(), "file": string()}),
+    "ModelInfo": gives(
+        {
+            "model_path": string(),
+            "tokenizer_path": string(),
+            "is_generation": boolean(),
+            "preferred_sampling_params": either(mapping(number()), NULL),
+            "weight_version": string(),
+            "has_image_understanding": constant(False),
+            "has_audio_understanding": constant(False),
+            "max_model_len": integer(1),
+        }
+    ),
 }
 
 _INFO = get("Resolved options as they were at start, and the engine's state now.", OBJECT)
-_FLUSH = "Forget every cached prefix; 400 while requests run or wait."
+_MODEL = get("What the model is.", "ModelInfo")
+_SHARE = number(0, 1)
+_LOAD = gives(
+    {
+        **dict.fromkeys(
+            (
+                "dp_rank", "num_running_reqs", "num_waiting_reqs", "num_waiting_uncached_tokens", "num_total_reqs",
+                "num_used_tokens", "max_total_num_tokens", "max_running_requests",
+            ),
+            integer(0),
+        ),
+        "token_usage": _SHARE,
+        "gen_throughput": number(0, about="Tokens per second since the last question."),
+        "cache_hit_rate": _SHARE,
+        "utilization": _SHARE,
+    }
+)  # fmt: skip
+_SHORT_LOAD = gives(dict.fromkeys(("dp_rank", "num_reqs", "num_waiting_reqs", "num_tokens"), integer(0)))
 
 PATHS: Json = {
     "/health": get("200 while the engine makes progress.", None),
     "/ready": get("The same.", None),
+    "/health_generate": get("200 when a token has come out of the model.", None),
     "/metrics": get("Prometheus text.", string(), kind="text/plain"),
     "/": get("What this is.", "Server"),
     "/v1": get("What this is.", "Server"),
     "/version": get("The version.", "Version"),
     "/server_info": _INFO,
     "/get_server_info": _INFO,
+    "/model_info": _MODEL,
+    "/get_model_info": _MODEL,
     "/load": get("How many requests run or wait.", gives({"server_load": integer(0)})),
-    "/flush_cache": get(_FLUSH, "Done") | post(_FLUSH, None, "Done"),
-    "/reset_prefix_cache": get(_FLUSH, "Done") | post(_FLUSH, None, "Done"),
-    "/start_profile": post("Record what the device does (CUDA, --profile-dir).", None, "Done"),
-    "/stop_profile": post("Write the trace.", None, "Done"),
+    "/v1/loads": get(
+        "What a router balances by.",
+        gives({"timestamp": string(), "dp_rank_count": constant(1), "loads": array(_LOAD, least=1, most=1)}),
+    ),
+    "/get_load": get("The same in short.", array(_SHORT_LOAD, least=1, most=1)),
     "/openapi.json": get("This document.", OBJECT),
 }

@@ -93,10 +93,7 @@ def get(
 
     query: schemas of the parameters behind the "?". error: the name of the schema of what goes wrong.
     """
-    operation = _operation(summary, {} if answer is None else {kind: _media(answer)}, error)
-    if query:
-        operation["parameters"] = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
-    return {"get": operation}
+    return {"get": _operation(summary, {} if answer is None else {kind: _media(answer)}, error, query)}
 
 
 def delete(summary: str, answer: Json | str) -> Json:
@@ -107,18 +104,20 @@ def delete(summary: str, answer: Json | str) -> Json:
 def post(
     summary: str,
     request: Json | str | None,
-    answer: Json | str,
+    answer: Json | str | None,
     *,
     examples: tuple[Json, ...] = (),
     streamed: Json | None = None,
+    query: Json | None = None,
     error: str = "Error",
 ) -> Json:
-    """A route that reads a JSON object. request, answer: schemas or names of them.
+    """A route that reads a JSON object, or nothing. request, answer: schemas or names of them.
 
     examples: good bodies; the tests send each of them, and between them they must make it read every field.
     streamed: by `events`, `named_events` or `lines`.
     """
-    operation = _operation(summary, {"application/json": _media(answer)} | (streamed or {}), error)
+    content: Json = {} if answer is None else {"application/json": _media(answer)}
+    operation = _operation(summary, content | (streamed or {}), error, query)
     if request is not None:
         body = _media(request)
         body["examples"] = {f"example {index}": {"value": value} for index, value in enumerate(examples, 1)}
@@ -150,7 +149,10 @@ def _media(schema: Json | str) -> Json:
     return {"schema": ref(schema) if isinstance(schema, str) else schema}
 
 
-def _operation(summary: str, content: Json, error: str) -> Json:
+def _operation(summary: str, content: Json, error: str, query: Json | None = None) -> Json:
     failed = {"description": "An error.", "content": {"application/json": _media(error)}}
     answered: Json = {"description": "The answer."} | ({"content": content} if content else {})
-    return {"summary": summary, "responses": {"200": answered, "4XX": failed, "5XX": failed}}
+    operation: Json = {"summary": summary, "responses": {"200": answered, "4XX": failed, "5XX": failed}}
+    if query:
+        operation["parameters"] = [{"name": name, "in": "query", "schema": schema} for name, schema in query.items()]
+    return operation

@@ -15,7 +15,7 @@ from server.state import State
 
 MAX_LABELS = 128
 # vLLM's names of the two sides of a pair.
-_SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
+SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), ("data_1", "data_2"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +51,7 @@ class LabelPlan:
 
 def parse_score(body: Body, state: State) -> ScorePlan:
     """Raises RequestError for anything that cannot be served."""
-    names = next((names for names in _SIDES if all(map(body.has, names))), _SIDES[0])
+    names = next((names for names in SIDES if all(map(body.has, names))), SIDES[0])
     first, second = (_texts(body.raw(name), name) for name in names)
     if len(first) == 1:
         first = first * len(second)

@@ -219,6 +219,29 @@ STRUCTURE: list[Row] = [
     ),
 ]
 
+# Values that are not of a kind.
+NOT: dict[str, tuple[Any, ...]] = {
+    "number": ("", "0.5", [], {}, True, 1e308),
+    "integer": ("", "1", [], {}, True, 0.5, 1e30),
+    "boolean": (0, 1.0, "", "false", [], {}),
+    "string": (0, True, [], {}),
+    "list": (5, "x", {}, True),
+    "object": (5, "x", [], True),
+}
+
+
+def wrong_kinds(**names: str) -> list[Row]:
+    """Every field of a kind with values of other kinds. names: kind=fields with spaces between."""
+    return [(name, value) for kind, fields in names.items() for name in fields.split() for value in NOT[kind]]
+
+
+TERMS: list[Row] = [
+    *wrong_kinds(string="cache_salt user", number="timeout", integer="priority"),
+    *(("timeout", value) for value in (0, -1, 1e6 + 1)),
+    *(("priority", value) for value in (1, -1, 2**31)),
+    ("cache_salt", ""),
+]
+
 # Shapes and edges of single fields, beside those of test_errors.py.
 SAMPLING: list[Row] = [
     *(
@@ -269,6 +292,7 @@ SAMPLING: list[Row] = [
     ("best_of", All({"n": 3, "best_of": 2})),
     ("best_of", All({"n": 1, "best_of": 2, "stream": True})),
     ("prompt_logprobs", All({"prompt_logprobs": 0, "stream": True})),
+    *TERMS,
 ]
 
 COMPLETION: list[Row] = [
@@ -388,22 +412,6 @@ DETOKENIZE: list[Row] = [
     *(("model", value) for value in (5, True, [], {})),
 ]
 
-# Values that are not of a kind.
-NOT: dict[str, tuple[Any, ...]] = {
-    "number": ("", "0.5", [], {}, True, 1e308),
-    "integer": ("", "1", [], {}, True, 0.5, 1e30),
-    "boolean": (0, 1.0, "", "false", [], {}),
-    "string": (0, True, [], {}),
-    "list": (5, "x", {}, True),
-    "object": (5, "x", [], True),
-}
-
-
-def wrong_kinds(**names: str) -> list[Row]:
-    """Every field of a kind with values of other kinds. names: kind=fields with spaces between."""
-    return [(name, value) for kind, fields in names.items() for name in fields.split() for value in NOT[kind]]
-
-
 MESSAGES: list[Row] = [
     *wrong_kinds(
         string="model",
@@ -493,7 +501,72 @@ GENERATE: list[Row] = [
     ("top_logprobs_num", All({"return_logprob": True, "top_logprobs_num": 21})),
     ("top_logprobs_num", 5),
     ("rid", 5),
+    *(("priority", value) for value in (*NOT["integer"], 1)),
     ("image_data", ["http://127.0.0.1/x.png"]),
+]
+
+EMBEDDINGS: list[Row] = [
+    *TERMS,
+    *wrong_kinds(
+        string="model encoding_format",
+        integer="dimensions truncate_prompt_tokens",
+        boolean="normalize add_special_tokens",
+    ),
+    *(
+        ("input", value)
+        for value in (
+            None, "", [], ["a", ""], [""], ["a", 5], [[]], [[5], []], [5, "a"], [-1], [VOCAB], [True], [1.5],
+            {"text": "a"}, 5, ["a"] * 2049, [[5]] * 2049,
+        )
+    ),
+    ("encoding_format", "hex"),
+    # Its model was trained for one length.
+    *(("dimensions", value) for value in (0, -1, 2)),
+    *(("truncate_prompt_tokens", value) for value in (0, -2, 513)),
+    ("messages", HI),
+    ("truncation_side", "left"),
+    ("embed_dtype", "float16"),
+    ("endianness", "big"),
+]  # fmt: skip
+SCORE: list[Row] = [
+    *TERMS,
+    *wrong_kinds(string="model instruction"),
+    *(("text_1", value) for value in (None, 5, "", [], {}, [[]], ["a", "b"])),
+    *(("text_2", value) for value in (None, 5, "", [], ["b", 5], ["b", ""], {"image": "x"}, ["b"] * 2049)),
+    ("text_1", All({"text_1": ["a", "b"], "text_2": ["c", "d", "e"]})),
+    ("queries", All({"text_1": None, "queries": 5, "documents": "x"})),
+    ("lora_path", "x"),
+]
+LABELS: list[Row] = [
+    *TERMS,
+    *wrong_kinds(string="model", boolean="apply_softmax item_first"),
+    *(("label_token_ids", value) for value in (5, [], "5", [-1], [VOCAB], [True], [5] * 129)),
+    *(("items", value) for value in (5, [], {}, [5], [None], [[5]], ["a", [5]], ["a"] * 2049)),
+    ("items", All({"query": [5], "items": [[-1]]})),
+    ("items", All({"query": "", "items": ["a", ""]})),
+    *(("items", All({"query": value})) for value in (5, None, ["a"], {})),
+]
+RERANK: list[Row] = [
+    *TERMS,
+    *wrong_kinds(string="model instruction", integer="top_n", boolean="return_documents"),
+    *(("query", value) for value in (None, "", 5, ["a"], {})),
+    *(("documents", value) for value in (None, [], 5, "", [5], [""], [{"title": "x"}], ["a"] * 2049)),
+    ("top_n", -1),
+    ("truncate_prompt_tokens", 5),
+    ("max_tokens_per_doc", 5),
+    ("rank_fields", ["title"]),
+]
+ABORT: list[Row] = [
+    ("rid", All({"rid": None})),
+    *((name, value) for name in ("rid", "request_ids") for value in (5, True, {}, "", [""], [5], [["x"]])),
+    *wrong_kinds(boolean="abort_all"),
+]
+WEIGHTS: list[Row] = [
+    *wrong_kinds(string="model_path load_format weight_version", boolean="flush_cache abort_all_requests"),
+    *(("model_path", value) for value in (None, "", "a\0b", "x" * 4097, "/no/such/directory")),
+    ("load_format", "gguf"),
+    ("flush_cache", False),
+    *(("weight_version", value) for value in ("", "x" * 129)),
 ]
 
 FAMILIES: list[Family] = [
@@ -511,6 +584,12 @@ FAMILIES: list[Family] = [
     Family("/api/chat", {"messages": HI, "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama),
     Family("/api/generate", {"prompt": "x", "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama),
     Family("/api/show", {}, wrong_kinds(string="model name"), check_ollama),
+    Family("/v1/embeddings", {"input": "x"}, EMBEDDINGS),
+    Family("/score", {"text_1": "a", "text_2": "b"}, SCORE),
+    Family("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [5]}, LABELS),
+    Family("/rerank", {"query": "a", "documents": ["b"]}, RERANK),
+    Family("/abort_request", {"rid": "unknown"}, ABORT),
+    Family("/update_weights_from_disk", {"model_path": "."}, WEIGHTS),
     Family("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 1}}, GENERATE),
 ]
 

@@ -21,9 +21,10 @@ import engine.demo
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions, ServerOptions, StreamOptions
 from engine.engine import Engine
 from engine.executor.base import StepHandle
-from engine.executor.fake import FakeExecutor, FakeModel
+from engine.executor.fake import FAKE_WIDTH, FakeExecutor, FakeModel
 from engine.forward import ForwardOutput, Limits
 from engine.metrics import EngineMetrics
+from engine.models.abilities import Abilities
 from engine.models.config import GenerationDefaults, ModelConfig
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
@@ -32,6 +33,9 @@ from server.state import STATE, State
 
 DEMO = Path(engine.demo.__file__).parent
 BOUND_S = 10.0
+# Tokens that a score is read from.
+YES, NO = 300, 301
+ALL_ABILITIES = Abilities(embedding="mean", width=FAKE_WIDTH, score_tokens=(YES, NO))
 
 
 @functools.cache
@@ -169,6 +173,7 @@ def served_model(**changes: Any) -> ServedModel:
         model_config=ModelConfig.load(DEMO),
         max_model_len=512,
         server_info={"device": "fake"},
+        abilities=ALL_ABILITIES,
     )
     return dataclasses.replace(model, **changes)
 

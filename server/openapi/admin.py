@@ -1,0 +1,58 @@
+"""Routes that change the server for everybody: with --admin-api-key they take that key and no other."""
+
+from __future__ import annotations
+
+from engine.engine import PAUSE_MODES
+from server.openapi.words import Json, array, boolean, constant, either, get, gives, integer, post, string, takes
+
+_ID = string(least=1, about="Of a response, or its X-Request-Id.")
+_IDS = either(_ID, array(_ID))
+
+SCHEMAS: Json = {
+    "Done": gives({"success": constant(True)}, {"message": string(), "file": string()}),
+    "AbortRequest": takes({}, {"rid": _IDS, "request_ids": _IDS, "abort_all": boolean()}, "One of the three."),
+    "WeightsRequest": takes(
+        {"model_path": string("A directory on the server's machine.", least=1, most=4096)},
+        {
+            "load_format": constant("auto", "safetensors"),
+            "flush_cache": constant(True),
+            "weight_version": string(least=1, most=128),
+            "abort_all_requests": boolean("Or it waits for them."),
+        },
+    ),
+}
+
+_FLUSH = "Forget every cached prefix; 400 while requests run or wait."
+_ABORT = post(
+    "End requests; one that is not there is no error.",
+    "AbortRequest",
+    gives({"success": constant(True), "num_aborted": integer(0)}),
+    examples=({"rid": "cmpl-1"}, {"request_ids": ["cmpl-1"], "abort_all": True}),
+)
+_MODE: Json = {"mode": constant(*PAUSE_MODES, about="What becomes of requests that are there.")}
+
+PATHS: Json = {
+    "/flush_cache": get(_FLUSH, "Done") | post(_FLUSH, None, "Done"),
+    "/reset_prefix_cache": get(_FLUSH, "Done") | post(_FLUSH, None, "Done"),
+    "/abort_request": _ABORT,
+    "/abort_requests": _ABORT,
+    "/pause": post("Compute nothing until /resume.", None, gives({"status": constant("paused")}), query=_MODE),
+    "/resume": post("Go on.", None, gives({"status": constant("resumed")})),
+    "/is_paused": get("Whether it is.", gives({"is_paused": boolean()})),
+    "/sleep": post(
+        "Give the device's memory back: weights to the host (1) or nowhere (2).",
+        None,
+        None,
+        query={"level": constant("1", "2"), **_MODE},
+    ),
+    "/wake_up": post("Take it again.", None, None),
+    "/is_sleeping": get("Whether it does.", gives({"is_sleeping": boolean()})),
+    "/update_weights_from_disk": post(
+        "Serve with other weights of the same model.",
+        "WeightsRequest",
+        gives({"success": constant(True), "message": string(), "num_paused_requests": constant(0)}),
+        examples=({"model_path": "."},),
+    ),
+    "/start_profile": post("Record what the device does (CUDA, --profile-dir).", None, "Done"),
+    "/stop_profile": post("Write the trace.", None, "Done"),
+}
