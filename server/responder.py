@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
+from itertools import repeat
 
 from aiohttp import web
 
@@ -31,10 +32,17 @@ Ready = list[tuple[int, Delta]]
 
 
 async def respond(
-    request: web.Request, state: State, plan: Plan, make_answer: MakeAnswer = OpenAIAnswer
+    request: web.Request,
+    state: State,
+    plan: Plan,
+    make_answer: MakeAnswer = OpenAIAnswer,
+    rids: Sequence[tuple[str, ...]] = (),
 ) -> web.StreamResponse:
-    """Run a plan and answer the client. Raises RequestError for what is known before the first token."""
-    async with submitted(state, plan.requests, names_of(request, plan.id)) as streams:
+    """Run a plan and answer the client. Raises RequestError for what is known before the first token.
+
+    rids: more names of each of the plan's requests, if any.
+    """
+    async with submitted(state, plan.requests, names_of(request, plan.id), rids) as streams:
         answer = make_answer(state, plan, streams)
         if not plan.stream:
             return json_response(answer.whole([await _collect(stream) for stream in streams]))
@@ -55,14 +63,17 @@ def names_of(request: web.Request, response_id: str) -> tuple[str, ...]:
 
 @contextlib.asynccontextmanager
 async def submitted(
-    state: State, requests: list[Request], names: tuple[str, ...]
+    state: State, requests: list[Request], names: tuple[str, ...], rids: Sequence[tuple[str, ...]] = ()
 ) -> AsyncIterator[list[TokenStream]]:
-    """The streams of all requests, or none: one that is refused takes the others back. names: see State.submitted."""
+    """The streams of all requests, or none: one that is refused takes the others back.
+
+    names: of all of them, rids: of each; see State.submitted.
+    """
     async with contextlib.AsyncExitStack() as stack:
         streams: list[TokenStream] = []
-        for request in requests:
+        for request, own in zip(requests, rids or repeat(()), strict=False):
             streams.append(await stack.enter_async_context(state.engine.submit(request)))
-            state.submitted[request.request_id] = names
+            state.submitted[request.request_id] = names + own
             stack.callback(state.submitted.pop, request.request_id)
             # Thousands of embeddings must not hold the loop.
             if len(streams) % _SUBMITTED_AT_ONCE == 0:

@@ -11,7 +11,7 @@ from server.state import STATE
 
 async def abort(request: web.Request) -> web.Response:
     """`{"rid": ID or a list of them}`, `{"request_ids": [...]}` or `{"abort_all": true}`. No such request is no error:
-    it may just have ended. An ID is that of a response, or its X-Request-Id."""
+    it may just have ended. An ID is that of a response, its X-Request-Id, or the `rid` that was sent to /generate."""
     state, body = request.app[STATE], await read_body(request)
     abort_all = body.boolean("abort_all", False)
     wanted = _read_ids(body, "rid") | _read_ids(body, "request_ids")

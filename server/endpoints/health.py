@@ -8,7 +8,7 @@ import contextlib
 
 from aiohttp import web
 
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import FinishReason, Pooling, Request, SamplingParams
 from server.protocol.errors import ApiError
 from server.state import REQUEST_ID, STATE, State
 
@@ -23,23 +23,37 @@ async def health(request: web.Request) -> web.Response:
 
 
 async def health_generate(request: web.Request) -> web.Response:
-    """200 when a token has come out of the model, or within PROBE_SECONDS at least tokens of others; empty body."""
+    """200 when a token has come out of the model (a vector, where it gives no text), or within PROBE_SECONDS at least
+    those of others; empty body."""
     state = request.app[STATE]
     _check(state)
     if state.engine.is_paused:
         raise ApiError(503, "The engine is paused.")
-    sampling = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
-    probe = Request(f"health-{request[REQUEST_ID]}", [0], sampling, False, priority=-(2**31), fairness_key="health")
-    began = state.engine.metrics.generation_tokens
+    probe = Request(
+        f"health-{request[REQUEST_ID]}",
+        [0],
+        SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True),
+        stream=False,
+        priority=-(2**31),
+        fairness_key="health",
+        pooling=None if state.model.abilities.generates else Pooling("last"),
+    )
+    began = _num_answered(state)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(PROBE_SECONDS), state.engine.submit(probe) as stream:
             delta = await stream.collect()
-            if delta.finish_reason is not FinishReason.LENGTH:
+            if delta.finish_reason not in (FinishReason.LENGTH, FinishReason.STOP):
                 raise ApiError(503, delta.error or "The probe was aborted.")
             return web.Response()
-    if state.engine.metrics.generation_tokens == began:
-        raise ApiError(503, f"No token came within {PROBE_SECONDS:g} seconds.")
+    if _num_answered(state) == began:
+        raise ApiError(503, f"Nothing came out of the model within {PROBE_SECONDS:g} seconds.")
     return web.Response()
+
+
+def _num_answered(state: State) -> int:
+    """Tokens and vectors so far."""
+    metrics = state.engine.metrics
+    return metrics.generation_tokens + metrics.finished[FinishReason.STOP]
 
 
 async def metrics(request: web.Request) -> web.Response:

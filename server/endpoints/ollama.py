@@ -99,6 +99,8 @@ async def show(request: web.Request) -> web.Response:
 
 
 def _capabilities(state: State) -> list[str]:
+    if not state.model.abilities.generates:
+        return []
     can = ["completion"]
     if state.tool_family is not None:
         can.append("tools")

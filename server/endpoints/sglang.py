@@ -16,9 +16,13 @@ from server.state import REQUEST_ID, STATE
 
 async def generate(request: web.Request) -> web.StreamResponse:
     state = request.app[STATE]
-    plan, wanted = await parse_generate(await read_body(request), state, request[REQUEST_ID])
+    body = await read_body(request)
+    plan, wanted = await parse_generate(body, state, request[REQUEST_ID])
+    # One id for all prompts, as it was before it was numbered.
+    given = body.raw("rid") if isinstance(body.raw("rid"), str) else None
+    rids = [tuple(filter(None, (rid, given))) for rid in wanted.rids]
     with in_words_of(wanted.names):
-        return await respond(request, state, plan, partial(SGLangAnswer, wanted=wanted))
+        return await respond(request, state, plan, partial(SGLangAnswer, wanted=wanted), rids)
 
 
 ROUTES = (("POST", "/generate", generate),)

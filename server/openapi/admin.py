@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.engine import PAUSE_MODES
 from server.openapi.words import Json, array, boolean, constant, either, get, gives, integer, post, string, takes
 
-_ID = string(least=1, about="Of a response, or its X-Request-Id.")
+_ID = string(least=1, about="Of a response, its X-Request-Id, or its `rid`.")
 _IDS = either(_ID, array(_ID))
 
 SCHEMAS: Json = {

@@ -10,10 +10,12 @@ import pytest
 
 from server.app import ADMIN_ENDPOINTS
 from server.endpoints import health
-from tests.server.support import Live, live, parse_events, until
+from tests.server.support import ALL_ABILITIES, Live, live, parse_events, served_model, until
 from tests.server.test_errors import check_shape
 
 PROMPT = [7] * 100
+HI = [{"role": "user", "content": "hi"}]
+LONG = [{"role": "user", "content": "word " * 50}]
 
 
 def with_options(server: Live, **changes: Any) -> None:
@@ -52,7 +54,8 @@ async def test_the_admin_key_is_for_admin_routes_and_for_nothing_else() -> None:
                 async with server.http.request(method, server.url + path, headers=headers) as response:
                     error = check_shape(response.status, await response.json(), expected=401)
                     assert "admin key" in error["message"]
-        assert (await get(server, "/is_sleeping", headers=bearer("root")))[0] == 200
+        for headers in (bearer("root"), {"X-Api-Key": "root"}):
+            assert (await get(server, "/is_sleeping", headers=headers))[0] == 200
         assert (await get(server, "/version", headers=bearer("user")))[0] == 200
         check_shape(*await get(server, "/version", headers=bearer("root")), expected=401)
 
@@ -80,6 +83,32 @@ async def test_keys_do_not_share_a_cache(isolate: bool | None) -> None:
         for salt in ("a", "0", "0:", ":", "1:0:"):
             assert await cached(server, headers=bearer("b"), cache_salt=salt) == 0
         assert await cached(server, headers=bearer("b"), cache_salt="0:") == 96
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": LONG, "max_tokens": 1}),
+        ("/v1/responses", {"input": LONG, "max_output_tokens": 1}),
+        ("/v1/messages", {"messages": LONG, "max_tokens": 1}),
+        ("/api/chat", {"messages": LONG, "stream": False, "options": {"num_predict": 1}}),
+        ("/generate", {"input_ids": PROMPT, "sampling_params": {"max_new_tokens": 1}}),
+        ("/v1/embeddings", {"input": PROMPT}),
+        ("/score", {"text_1": "word " * 50, "text_2": "word " * 50}),
+        ("/v1/score", {"query": PROMPT, "items": [[8]], "label_token_ids": [5]}),
+    ],
+)
+async def test_keys_share_a_cache_in_no_family(path: str, body: dict[str, Any]) -> None:
+    # A mean needs every token's hidden state, so it would find nothing.
+    abilities = dataclasses.replace(ALL_ABILITIES, embedding="last")
+    async with live(api_keys=("a", "b"), model=served_model(abilities=abilities)) as server:
+        for key, hit in (("a", False), ("b", False), ("a", True), ("b", True)):
+            before = server.engine.scheduler.counters.prefix_cache_hits
+            # Both ways to send a key are one key.
+            headers = {"X-Api-Key": key} if hit else bearer(key)
+            status, answer = await server.post(path, body, headers=headers)
+            assert status == 200, answer
+            assert (server.engine.scheduler.counters.prefix_cache_hits > before) == hit, key
 
 
 async def test_keys_share_a_cache_where_that_is_wished() -> None:
@@ -199,6 +228,49 @@ async def test_requests_are_aborted_by_every_name_their_client_knows(server: Liv
     await server.all_free()
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "/v1/completions": {"prompt": "x", "max_tokens": 300},
+    "/v1/chat/completions": {"messages": HI, "max_tokens": 300},
+    "/v1/responses": {"input": "x", "max_output_tokens": 300},
+    "/v1/messages": {"messages": HI, "max_tokens": 300},
+    "/api/chat": {"messages": HI, "stream": False},
+    "/api/generate": {"prompt": "x", "stream": False},
+    "/generate": {"text": "x"},
+    "/v1/embeddings": {"input": ["x", "y"]},
+    "/score": {"text_1": "x", "text_2": "y"},
+    "/rerank": {"query": "x", "documents": ["y"]},
+}
+
+
+@pytest.mark.parametrize("path", FAMILIES)
+async def test_requests_of_every_family_are_aborted(server: Live, path: str) -> None:
+    server.device.gate.clear()
+    task = asyncio.create_task(server.post(path, FAMILIES[path], headers={"X-Request-Id": "mine"}))
+    await until(lambda: len(server.state.submitted) > path.count("embeddings"))
+    count = len(server.state.submitted)
+    assert (await server.post("/abort_request", {"rid": "mine"}))[1]["num_aborted"] == count
+    status, answer = await task
+    assert status == 503 and "aborted" in str(answer)
+    server.device.gate.set()
+    await server.all_free()
+
+
+async def test_prompts_of_generate_are_aborted_by_their_rids(server: Live) -> None:
+    for rid, wanted, count in (
+        ("own", "own", 2),
+        ("own", "own_1", 1),
+        (["one", "other"], "other", 1),
+        (["one", "other"], ["one", "other"], 2),
+    ):
+        server.device.gate.clear()
+        task = asyncio.create_task(server.post("/generate", {"text": ["x", "y"], "rid": rid}))
+        await until(lambda: len(server.state.submitted) == 2)
+        assert (await server.post("/abort_request", {"rid": wanted}))[1]["num_aborted"] == count
+        server.device.gate.set()
+        assert (await task)[0] == 503
+        await server.all_free()
+
+
 # ---- what it does and how it is
 
 
@@ -261,6 +333,16 @@ async def test_the_probe_generates_a_token_or_says_why_not(server: Live, monkeyp
     check_shape(*await get(server, "/health_generate"), expected=503)
     await server.engine.resume()
     assert (await get(server, "/health_generate"))[0] == 200
+
+
+async def test_the_probe_of_a_model_without_text_asks_for_a_vector() -> None:
+    embeds = dataclasses.replace(ALL_ABILITIES, generates=False)
+    async with live(model=served_model(abilities=embeds)) as server:
+        assert (await get(server, "/health_generate"))[0] == 200
+        metrics = server.engine.metrics
+        assert (metrics.prompt_tokens, metrics.generation_tokens) == (1, 0)
+        assert (await get(server, "/model_info"))[1]["is_generation"] is False
+        assert (await server.post("/api/show", {}))[1]["capabilities"] == []
 
 
 # ---- rest

@@ -281,6 +281,10 @@ async def test_thinking() -> None:
         assert found["content"] == [thought, {"type": "text", "text": "Yes!"}]
         found = await say(server, said, {**BODY, "thinking": {"type": "adaptive", "display": "omitted"}})
         assert found["content"][0] == {**thought, "thinking": ""} and found["content"][1]["text"] == "Yes!"
+        found = await say(server, said, {**BODY, "thinking": {"type": "enabled", "budget_tokens": 3}})
+        [cut, *rest] = found["content"]
+        num_tokens = len(server.state.tokenizer.encode(cut["thinking"], add_special_tokens=False))
+        assert cut["type"] == "thinking" and num_tokens <= 3 and rest, found
         found = await say(server, f"<think>I need it.</think>{CALL}", {**BODY, "tools": [WEATHER]})
         assert [block["type"] for block in found["content"]] == ["thinking", "tool_use"]
     # Templates are told whether to think.
