@@ -421,6 +421,8 @@ MESSAGES: list[Row] = [
         list="messages stop_sequences tools",
         object="metadata tool_choice thinking output_config chat_template_kwargs",
     ),
+    *(row for row in TERMS if row[0] in ("cache_salt", "priority")),
+    *(("metadata.user_id", {"user_id": value}) for value in NOT["string"]),
     *(("temperature", value) for value in (-0.1, 2.1)),
     *(("max_tokens", value) for value in (None, 0, -1)),
     ("messages", []),
@@ -444,11 +446,12 @@ MESSAGES: list[Row] = [
     ("mcp_servers", [{"url": "http://127.0.0.1"}]),
 ]
 RESPONSES: list[Row] = [
-    *(row for row in SAMPLING if row[0] in ("temperature", "top_p", "min_p", "seed", "logit_bias", "cache_salt")),
+    *(row for row in SAMPLING if row[0] in ("temperature", "top_p", "min_p", "seed", "logit_bias")),
+    *TERMS,
     *wrong_kinds(
-        string="model instructions previous_response_id user prompt_cache_key safety_identifier",
+        string="model instructions previous_response_id prompt_cache_key safety_identifier",
         integer="max_output_tokens top_logprobs",
-        boolean="stream store parallel_tool_calls",
+        boolean="stream store parallel_tool_calls include_reasoning separate_reasoning stream_reasoning",
         list="tools include",
         object="text reasoning metadata stream_options",
     ),
@@ -468,6 +471,8 @@ RESPONSES: list[Row] = [
     ("text.verbosity", {"verbosity": "huge"}),
     ("truncation", "some"),
     *((name, 5) for name in ("messages", "max_tokens", "response_format", "n", "background")),
+    # Its model does not reason.
+    *((name, value) for name in ("thinking_token_budget", "max_thinking_tokens") for value in (5, -2, "5", True)),
 ]
 OLLAMA: list[Row] = [
     *wrong_kinds(string="model", boolean="stream logprobs", integer="top_logprobs", object="options"),
@@ -666,5 +671,5 @@ NO_ROUTES: list[tuple[str, str, int]] = [
     *((method, "/v1/completions", 405) for method in ("GET", "PUT", "DELETE", "PATCH", "HEAD", "TRACE")),
     *((method, "/v1/models", 405) for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS")),
     *(("POST", path, 405) for path in ("/health", "/ready", "/metrics", "/version", "/server_info", "/v1/models/demo")),
-    *(("GET", path, 405) for path in ("/tokenize", "/detokenize", "/start_profile")),
+    *(("GET", path, 405) for path in ("/tokenize", "/start_profile", "/abort_request", "/pause", "/v1/embeddings")),
 ]

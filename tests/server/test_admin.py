@@ -10,6 +10,7 @@ import pytest
 
 from server.app import ADMIN_ENDPOINTS
 from server.endpoints import health
+from tests.server.bad_requests import check_anthropic, check_ollama
 from tests.server.support import ALL_ABILITIES, Live, live, parse_events, served_model, until
 from tests.server.test_errors import check_shape
 
@@ -181,6 +182,10 @@ async def test_a_request_timeout_is_a_504_before_the_first_token_and_an_event_af
     for stream in (False, True):
         body = {"prompt": "y", "max_tokens": 2, "stream": stream, "timeout": 0.02}
         assert check_shape(*await server.post("/v1/completions", body), expected=504)["code"] == "timeout"
+    headers = {"X-Request-Timeout": "0.02"}
+    check_anthropic(*await server.post("/v1/messages", {"messages": HI, "max_tokens": 2}, headers=headers), 504)
+    check_ollama(*await server.post("/api/chat", {"messages": HI, "stream": False}, headers=headers), 504)
+    check_shape(*await server.post("/v1/embeddings", {"input": "x"}, headers=headers), 504)
     server.device.gate.set()
     body = {"prompt": "y", "max_tokens": 300, "stream": True, "timeout": 0.3, "ignore_eos": True}
     async with server.http.post(server.url + "/v1/completions", json=body) as response:
