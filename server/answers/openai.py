@@ -88,20 +88,29 @@ class OpenAIAnswer:
             "choices": choices,
             "usage": self._usage(sum(len(delta.token_ids) for delta in deltas)),
         }
-        if plan.chat and plan.return_token_ids:
-            answer["prompt_token_ids"] = plan.requests[0].prompt_token_ids
+        answer |= self._of_prompt()
         if plan.chat and plan.prompt_logprobs is not None:
             answer["prompt_logprobs"] = vllm_prompt_logprobs(
                 streams[0].prompt_logprobs, plan.prompt_logprobs, self._spelling
             )
         return answer
 
+    def _of_prompt(self) -> Json:
+        """What a chat's answer shows of its prompt."""
+        plan = self._plan
+        shown: Json = {}
+        if plan.chat and plan.return_token_ids:
+            shown["prompt_token_ids"] = plan.requests[0].prompt_token_ids
+        if plan.prompt_text is not None:
+            shown["prompt_text"] = plan.prompt_text
+        return shown
+
     def opening(self) -> bytes:
         """The role chunk of every choice; completions have none."""
         plan = self._plan
         if not plan.chat:
             return b""
-        first = {"prompt_token_ids": plan.requests[0].prompt_token_ids} if plan.return_token_ids else {}
+        first = self._of_prompt()
         return b"".join(
             self._chunks.choice(
                 {

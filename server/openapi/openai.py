@@ -247,6 +247,7 @@ SCHEMAS: Json = {
             "max_tokens": integer(1, about="The same under its older name."),
             "logprobs": boolean(),
             "top_logprobs": integer(0, MAX_TOP_LOGPROBS, "Needs `logprobs`."),
+            "return_prompt_text": boolean("The rendered prompt comes back as `prompt_text`."),
             **refused(CHAT_REFUSALS),
         },
     ),
@@ -297,7 +298,7 @@ SCHEMAS: Json = {
             },
             {"token_ids": IDS},
         ),
-        {"usage": ref("Usage"), "prompt_token_ids": IDS, "prompt_logprobs": _PROMPT_LOGPROBS},
+        {"usage": ref("Usage"), "prompt_token_ids": IDS, "prompt_text": string(), "prompt_logprobs": _PROMPT_LOGPROBS},
     ),
     "ChatChunk": _answer(
         "chat.completion.chunk",
@@ -326,7 +327,7 @@ SCHEMAS: Json = {
             },
             {**_STOPPED, "token_ids": IDS},
         ),
-        {"usage": either(ref("Usage"), NULL), "prompt_token_ids": IDS},
+        {"usage": either(ref("Usage"), NULL), "prompt_token_ids": IDS, "prompt_text": string()},
     ),
     "Completion": _answer(
         "text_completion",
@@ -403,6 +404,7 @@ PATHS: Json = {
             {"messages": HELLO, "stream": True, "stream_options": {"include_usage": True}, "max_tokens": 8},
             {"messages": HELLO, "logprobs": True, "top_logprobs": 2, "n": 2, "max_tokens": 4, "stream": True},
             {"messages": HELLO, "logprobs": True, "prompt_logprobs": 1, "return_token_ids": True, "max_tokens": 4},
+            {"messages": HELLO, "return_prompt_text": True, "max_tokens": 2},
             {"messages": HELLO, "response_format": {"type": "json_object"}, "max_tokens": 20},
             {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required", "max_tokens": 100},
             {"messages": HELLO, "tools": [WEATHER], "tool_choice": "required", "stream": True, "max_tokens": 100},

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -60,9 +61,10 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     # A forced call of a family that reads both begins with the call itself.
     thinks = None if tools.is_forced and reasoning is not None and reasoning.whole else reasoning
     structure = await make_structure(state, common.sampling, spec, reasoning=thinks, prompt=text, budget=budget)
-    return make_plan(
+    plan = make_plan(
         state, common, response_id, [prompt], chat=True, echoes=echoes, structure=structure, reading=reading
     )
+    return replace(plan, prompt_text=text) if body.boolean("return_prompt_text", False) else plan
 
 
 def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:

@@ -51,7 +51,8 @@ class Plan:
     prompt_logprobs: the same under the prompt's own heading (vLLM's field). Of a prompt's requests at least the first
     carries what its answer needs of the prompt's tokens.
     tokens_as_ids: tokens of log-probabilities are spelled "token_id:17".
-    reading: how the output becomes a message; None where all of it is the content.
+    reading: how the output becomes a message; None where all of it is the content. prompt_text: the rendered prompt,
+    where the answer is to show it.
     """
 
     chat: bool
@@ -70,6 +71,7 @@ class Plan:
     continuous_usage: bool
     return_token_ids: bool
     reading: Reading | None = None
+    prompt_text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,7 +38,6 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "ec_transfer_params": (),
     "lora_path": (),
     "return_token_offsets": (False,),
-    "return_prompt_text": (False,),
     "return_hidden_states": (False,),
     "return_routed_experts": (False,),
 }
@@ -57,6 +56,7 @@ CHAT_REFUSALS = _COMMON | {
 }
 
 COMPLETION_REFUSALS = _COMMON | {
+    "return_prompt_text": (False,),
     "suffix": ("",),
     # Where a raw prompt stands in its reasoning only its writer knows.
     "thinking_token_budget": (),

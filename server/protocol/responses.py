@@ -59,6 +59,7 @@ REFUSALS: dict[str, tuple[object, ...]] = {
     "echo": (False,),
     "prompt_logprobs": (),
     "return_token_ids": (False,),
+    "return_prompt_text": (False,),
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
 }

@@ -189,6 +189,15 @@ async def test_a_character_is_never_split(server: Live) -> None:
         assert whole == (await server.complete(**body))["choices"][0]["text"]
 
 
+async def test_return_prompt_text(server: Live) -> None:
+    body = {"messages": HI, "max_tokens": 3, "return_prompt_text": True}
+    _, rendered = await server.post("/apply-template", {"messages": HI})
+    _, whole = await server.post(CHAT, body)
+    first, *others = (event for event in await server.events(CHAT, body) if isinstance(event, dict))
+    assert whole["prompt_text"] == first["prompt_text"] == rendered["prompt"] != ""
+    assert not any("prompt_text" in event for event in others)
+
+
 async def test_return_token_ids(server: Live) -> None:
     prompt = tokenizer().encode("hi there")
     body = await server.complete(prompt, max_tokens=5, seed=1, return_token_ids=True)
