@@ -94,6 +94,9 @@ class LLM:
 
     def __init__(self, model: str | None = None, **options: Any) -> None:
         built = build_engine(_read_options(model, options))
+        if not built.abilities.generates:
+            built.engine.executor.close()
+            raise StartupError(f"{built.names[0]} is for embeddings or scores; it does not generate text")
         self.tokenizer: Tokenizer | None = built.engine.tokenizer
         self._built = built
         self._numbers = itertools.count()

@@ -373,3 +373,8 @@ def test_a_script_that_does_not_close_ends() -> None:
         [sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.stdout == "length\n" and not done.stderr and time.monotonic() - started < 60
+
+
+def test_a_model_that_gives_no_text() -> None:
+    with pytest.raises(StartupError, match=r"^oneloop-demo is for embeddings or scores; it does not generate text$"):
+        LLM(runner="pooling", pooling="last")
