@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -47,7 +48,11 @@ def main(argv: list[str] | None = None) -> int:
         )
         if "tools" in prompt:
             asked += " *(with the tool " + ", ".join(tool["function"]["name"] for tool in prompt["tools"]) + ")*"
-        text = " ".join(answer(f"http://{args.host}:{args.port}", prompt).split())
+        try:
+            text = " ".join(answer(f"http://{args.host}:{args.port}", prompt).split())
+        except urllib.error.URLError as error:
+            print(f"error: no answer from http://{args.host}:{args.port}: {error}", file=sys.stderr)
+            return 1
         cells = [cell.replace("|", "\\|").replace("<tool_call>", "`<tool_call>`") for cell in (asked, text)]
         print(f"| {cells[0]} | {cells[1]} |")
     return 0

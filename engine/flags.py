@@ -38,6 +38,38 @@ _DTYPES = {
 _TASKS = {"auto": "auto", "generate": "generate", "embed": "pooling", "embedding": "pooling", "score": "pooling"}
 
 
+# Flags of vLLM and SGLang that switch on what is always on here.
+_ALWAYS = (
+    "--enable-auto-tool-choice",
+    "--enable-chunked-prefill",
+    "--enable-mixed-chunk",
+    "--enable-metrics",
+    "--enable-cache-report",
+    "--enable-prompt-tokens-details",
+    "--enable-request-id-headers",
+    "--enable-sleep-mode",
+)
+# How many devices, or copies, of a model; one is all there is.
+_ALWAYS_ONE = (
+    "--tensor-parallel-size",
+    "-tp",
+    "--tp",
+    "--tp-size",
+    "--pipeline-parallel-size",
+    "-pp",
+    "--pp-size",
+    "--data-parallel-size",
+    "-dp",
+    "--dp-size",
+)
+
+
+def _one(text: str) -> int:
+    if text != "1":
+        raise argparse.ArgumentTypeError(f"'{text}': this server runs on one device")
+    return 1
+
+
 def _count(text: str) -> int:
     """A number of tokens: 4096, 4k (4000) or 4K (4096), as vLLM writes them."""
     factors = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
@@ -274,7 +306,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         dest="drain_timeout",
         type=_not_negative,
         metavar="S",
-        help="how long accepted requests may go on after SIGTERM",
+        help="how long accepted requests may go on after SIGTERM or Ctrl-C (30)",
     )
     server.add_argument("--sse-keep-alive-interval", type=_not_negative, metavar="S", help="0 is off")
     server.add_argument("--metrics-prefix", metavar="NAME", help="vllm (default), sglang, or a prefix of your own")
@@ -316,6 +348,9 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         metavar="PATH",
         help="prefix that a proxy puts before routes",
     )
+    same = parser.add_argument_group("what is so here anyway")
+    same.add_argument(*_ALWAYS, dest="always", action="store_true", help="always on")
+    same.add_argument(*_ALWAYS_ONE, dest="devices", type=_one, metavar="1", help="one device is all there is")
     server.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
 

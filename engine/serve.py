@@ -6,6 +6,7 @@ The only module that knows both the engine and the server. Heavy imports happen 
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import TYPE_CHECKING
@@ -76,7 +77,7 @@ async def _run(config: EngineConfig, built: Built) -> int:
     def on_listening(host: str, port: int) -> None:
         engine.metrics.startup_seconds = dict(report.phases)
         model.server_info["startup_seconds"] = {**report.phases, "total": report.total_seconds}
-        print(f"\noneloop is ready\n{report.table()}\n", flush=True)
+        print(f"\noneloop is ready, process {os.getpid()}\n{report.table()}\n", flush=True)
         print(_hello(f"http://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
 
     # What has been loaded stays: the collector need not look at it again, which would stall the loop for long.

@@ -363,6 +363,12 @@ async def _drain(engine: Engine, state: State, limit: float) -> None:
     """Let what was accepted end, for at most `limit` seconds; new requests meanwhile get their 503."""
     engine.drain()
     grace = _grace(limit)
+    if state.in_flight.count:
+        logger.info(
+            "%d requests go on for at most %g s (--drain-timeout); a second signal ends them now",
+            state.in_flight.count,
+            limit,
+        )
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit - 4 * grace):
             await engine.drained()

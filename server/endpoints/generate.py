@@ -11,6 +11,7 @@ from server.protocol.body import Body, read_body
 from server.protocol.chat import parse_chat
 from server.protocol.completions import parse_completion
 from server.protocol.generation import Plan
+from server.protocol.naming import in_words_of
 from server.responder import respond
 from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, State
 
@@ -18,7 +19,9 @@ Parser = Callable[[Body, State, str], Awaitable[Plan]]
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
-    return await _generate(request, parse_chat, "chatcmpl-")
+    # What the engine says of a prompt is about the messages that became it.
+    with in_words_of({"prompt": "messages"}):
+        return await _generate(request, parse_chat, "chatcmpl-")
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
