@@ -239,6 +239,7 @@ class Engine:
             self.abort_all()
         self.is_paused = False
         self._settle()
+        self._at_rest.set()
 
     async def drained(self) -> None:
         """Wait until nothing is left to do."""
@@ -290,8 +291,8 @@ class Engine:
         """
         async with self._maintenance:
             await self._clear(mode)
-            self.is_paused = True
             await self._rest()
+            self.is_paused = True
 
     async def resume(self) -> None:
         """Go on after `pause`."""
@@ -326,9 +327,9 @@ class Engine:
         if not self.is_paused or mode == "abort":
             await self._clear(mode)
         self.sleep_level = level
-        await self._rest()
-        self._forget()
         try:
+            await self._rest()
+            self._forget()
             await asyncio.to_thread(self.executor.sleep, level)
         except BaseException:
             self.sleep_level = 0
@@ -344,8 +345,6 @@ class Engine:
     async def _load_weights(self, directory: Path, abort: bool, version: str | None) -> None:
         if self.sleep_level:
             raise RequestError("The model is asleep; POST /wake_up first.")
-        if self.is_paused and self._listeners and not abort:
-            raise RequestError("The engine is paused amid its requests; resume it, or abort them.")
         await self._clear("abort" if abort else "wait")
         self._loading = True
         try:
@@ -376,6 +375,8 @@ class Engine:
         if mode == "abort":
             self.abort_all()
         elif mode == "wait" and self._listeners:
+            if self._stopped:
+                raise RequestError("The engine is paused amid its requests; resume it, or abort them.")
             self.scheduler.hold()
             self._awaited = set(self._listeners)
             self._awaited_ended.clear()
@@ -387,13 +388,21 @@ class Engine:
                 raise
 
     async def _rest(self) -> None:
-        """Stop scheduling, and wait until nothing is in flight."""
-        self._stopped = True
-        self._at_rest.clear()
-        self._wake.set()
-        await self._at_rest.wait()
+        """Stop scheduling, and wait until nothing is in flight. A drain does not wait for it, and ends it."""
+        if not self.draining:
+            self._stopped = True
+            self._at_rest.clear()
+            self._wake.set()
+            try:
+                await self._at_rest.wait()
+            except asyncio.CancelledError:
+                self._settle()
+                raise
         if self.failed:
             raise UnavailableError("The engine has failed and is shutting down.")
+        if self.draining:
+            self._settle()
+            raise UnavailableError("The server is shutting down.")
 
     def _settle(self) -> None:
         """Go on scheduling, unless there is still a reason not to."""

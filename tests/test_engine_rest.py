@@ -215,6 +215,54 @@ async def test_a_drain_ends_a_pause() -> None:
         await r.engine.drained()
 
 
+@pytest.mark.parametrize("held_by", ["keep", "abort", "sleep"])
+async def test_nobody_waits_for_those_that_are_held(held_by: str) -> None:
+    async with rig() as r:
+        kept = r.engine.submit(ask("a", [1], max_tokens=40))
+        await kept.take()
+        await (r.engine.sleep(1, "keep") if held_by == "sleep" else r.engine.pause(held_by))
+        if held_by == "abort":
+            kept = r.engine.submit(ask("b", [1], max_tokens=40))
+        with pytest.raises(RequestError, match="paused amid its requests"):
+            await r.engine.pause("wait")
+        await (r.engine.wake_up() if held_by == "sleep" else r.engine.resume())
+        assert (await kept.collect()).finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("rest", ["wait", "keep", "sleep"])
+async def test_a_drain_ends_a_rest_that_is_still_to_come(rest: str) -> None:
+    async with rig() as r:
+        r.device.gate.clear()
+        running = r.engine.submit(ask("a", [1]))
+        await r.turns()
+        coming = r.engine.sleep(1, "wait") if rest == "sleep" else r.engine.pause(rest)
+        resting = asyncio.create_task(coming)
+        await r.turns()
+        late = r.engine.submit(ask("b", [2])) if rest != "sleep" else None
+        r.engine.drain()
+        await r.turns()
+        r.device.gate.set()
+        with pytest.raises(UnavailableError, match="shutting down"):
+            await resting
+        assert (await running.collect()).token_ids == reference([1])
+        assert late is None or (await late.collect()).token_ids == reference([2])
+        await r.engine.drained()
+        assert not r.engine.is_paused and not r.engine.sleep_level
+
+
+async def test_whoever_gives_up_waiting_for_a_step_leaves_the_engine_running() -> None:
+    async with rig() as r:
+        r.device.gate.clear()
+        running = r.engine.submit(ask("a", [1]))
+        await r.turns()
+        pausing = asyncio.create_task(r.engine.pause("keep"))
+        await r.turns()
+        pausing.cancel()
+        await asyncio.gather(pausing, return_exceptions=True)
+        r.device.gate.set()
+        assert (await running.collect()).token_ids == reference([1]) and not r.engine.is_paused
+
+
 async def test_an_engine_that_fails_leaves_nobody_waiting_for_a_pause() -> None:
     async with rig() as r:
         r.device.gate.clear()

@@ -417,10 +417,18 @@ class CUDAExecutor:
         with self._released():
             self.attention.release()
             self.layer.free_memory()
+            problem: Exception | None = None
             try:
                 self.model = self._with_products(load(directory))
-            finally:
-                self.attention.allocate()
+            except Exception as error:
+                problem = error.with_traceback(None)  # its frames hold what was half loaded
+            gc.collect()
+            self.layer.free_memory()
+            self.attention.allocate()
+            if isinstance(problem, torch.OutOfMemoryError):
+                raise StartupError(f"no device memory for two models: {str(problem).splitlines()[0]}")
+            if problem is not None:
+                raise problem
 
     def _reader(self) -> Callable[[Path | None], CausalLM]:
         if self._load is None:

@@ -60,7 +60,11 @@ def find_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _find_sharded(index: Path) -> dict[str, StoredTensor]:
-    weight_map = _read_json(index, index.read_bytes()).get("weight_map")
+    try:
+        text = index.read_bytes()
+    except OSError as error:
+        raise StartupError(f"{index}: {error.strerror}") from None
+    weight_map = _read_json(index, text).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise StartupError(f"{index}: weight_map must be an object that names the file of every tensor")
     for name, file in weight_map.items():

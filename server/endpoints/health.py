@@ -8,12 +8,13 @@ import contextlib
 
 from aiohttp import web
 
-from engine.request import FinishReason, Pooling, Request, SamplingParams
+from engine.request import FinishReason, Pooling, QueueFullError, Request, SamplingParams
 from server.protocol.errors import ApiError
 from server.state import REQUEST_ID, STATE, State
 
 # How long a probe may wait behind others; SGLang's bound.
 PROBE_SECONDS = 20.0
+_LOOK_SECONDS = 0.05
 
 
 async def health(request: web.Request) -> web.Response:
@@ -40,14 +41,29 @@ async def health_generate(request: web.Request) -> web.Response:
     )
     began = _num_answered(state)
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(PROBE_SECONDS), state.engine.submit(probe) as stream:
-            delta = await stream.collect()
-            if delta.finish_reason not in (FinishReason.LENGTH, FinishReason.STOP):
-                raise ApiError(503, delta.error or "The probe was aborted.")
-            return web.Response()
+        async with asyncio.timeout(PROBE_SECONDS):
+            if await _answers(state, probe):
+                return web.Response()
+            # There is no room for it, which says nothing against the model.
+            while _num_answered(state) == began:  # noqa: ASYNC110  (tokens of others are no event)
+                await asyncio.sleep(_LOOK_SECONDS)
     if _num_answered(state) == began:
         raise ApiError(503, f"Nothing came out of the model within {PROBE_SECONDS:g} seconds.")
     return web.Response()
+
+
+async def _answers(state: State, probe: Request) -> bool:
+    """False where the probe was crowded out: the queue is full, or it waited in it for too long."""
+    try:
+        async with state.engine.submit(probe) as stream:
+            delta = await stream.collect()
+    except QueueFullError:
+        return False
+    if delta.finish_reason is FinishReason.ERROR and delta.status == 503:
+        return False
+    if delta.finish_reason not in (FinishReason.LENGTH, FinishReason.STOP):
+        raise ApiError(503, delta.error or "The probe was aborted.")
+    return True
 
 
 def _num_answered(state: State) -> int:

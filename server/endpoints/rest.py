@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
+from pathlib import Path, PurePath
 
 from aiohttp import web
 
@@ -11,6 +12,9 @@ from engine.engine import PAUSE_MODES
 from server.protocol.body import invalid, read_body
 from server.protocol.errors import ApiError, json_response
 from server.state import STATE
+
+# A file of the server in a sentence.
+_PATH = re.compile(r"(?<![\w.])/[^\s:,;]*")
 
 
 async def pause(request: web.Request) -> web.Response:
@@ -47,8 +51,7 @@ async def wake_up(request: web.Request) -> web.Response:
     try:
         await request.app[STATE].engine.wake_up()
     except StartupError as error:
-        # Its words name files of the server.
-        raise ApiError(503, f"The model cannot wake up: {str(error).rpartition(': ')[2]}") from None
+        raise ApiError(503, f"The model cannot wake up: {_without_paths(error)}") from None
     return web.Response()
 
 
@@ -75,9 +78,13 @@ async def update_weights(request: web.Request) -> web.Response:
     try:
         await engine.load_weights(Path(path), abort=abort, version=version)
     except StartupError as error:
-        sentence = str(error).replace(path.rstrip("/"), "model_path")
-        raise ApiError(400, f"The weights were not taken: {sentence}", param="model_path") from None
+        raise ApiError(400, f"The weights were not taken: {_without_paths(error)}", param="model_path") from None
     return json_response({"success": True, "message": "The new weights serve.", "num_paused_requests": 0})
+
+
+def _without_paths(error: StartupError) -> str:
+    """Its words, with the last part alone of every file of the server that they name."""
+    return _PATH.sub(lambda found: PurePath(found[0]).name or "/", str(error))
 
 
 def _read_mode(request: web.Request) -> str:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import weakref
+from pathlib import Path
 
 import pytest
+import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, StartupError
 from engine.engine import Engine
+from engine.models.registry import CausalLM
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import SMALL, WINDOWED, expected_tokens, make_executor, requests_of, serve, tiny_model
 from tests.sim.workload import Runs
@@ -113,3 +117,26 @@ async def test_a_step_without_memory_ends_its_requests_alone() -> None:
     for ours, theirs in zip(tokens, expected, strict=True):
         assert ours == theirs[: len(ours)], "a token of a failed step reached a client"
     assert sum(ours == theirs for ours, theirs in zip(tokens, expected, strict=True)) >= len(requests) // 2
+
+
+async def test_weights_that_find_no_memory_leave_the_old_ones_serving() -> None:
+    requests, model = requests_of(0), tiny_model()
+    executor = make_executor(SMALL, device=FakeDevice(0))
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def load(directory: Path | None) -> CausalLM:
+        half = torch.zeros(4)
+        held.append(weakref.ref(half))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    executor._load = load
+    allocate = executor.attention.allocate
+
+    def allocate_behind_it() -> None:
+        assert held[0]() is None, "the half loaded model is still there"
+        allocate()
+
+    executor.attention.allocate = allocate_behind_it  # type: ignore[method-assign]
+    with pytest.raises(StartupError, match=r"^no device memory for two models: CUDA out of memory\.$"):
+        executor.load_weights(Path("anywhere"))
+    assert await serve(executor, requests) == [expected_tokens(model, request) for request in requests]

@@ -305,3 +305,10 @@ def test_no_memory(llama: Path) -> None:
     """A rope table of 2^60 bytes."""
     with pytest.raises(StartupError, match="no memory for the model: "):
         load(llama, max_model_len=2**54)
+
+
+def test_an_index_that_cannot_be_read(shards: Path) -> None:
+    index = shards / "model.safetensors.index.json"
+    index.unlink()
+    index.mkdir()
+    assert error_of(shards) == f"{index}: Is a directory"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from engine.config import StartupError
 from server.app import ADMIN_ENDPOINTS
 from server.endpoints import health
 from tests.server.bad_requests import check_anthropic, check_ollama
@@ -340,6 +342,25 @@ async def test_the_probe_generates_a_token_or_says_why_not(server: Live, monkeyp
     assert (await get(server, "/health_generate"))[0] == 200
 
 
+async def test_the_probe_that_finds_no_room_looks_at_others() -> None:
+    async with live(max_num_seqs=1, max_queued_requests=1) as server:
+        for limit in (0.01, None):
+            with_options(server, queue_timeout_s=limit)
+            server.device.gate.clear()
+            body = {"prompt": "x", "max_tokens": 2, "temperature": 0}
+            busy = [asyncio.create_task(server.post("/v1/completions", body))]
+            await until(lambda: server.engine.stats().num_running == 1)
+            if limit is None:
+                busy.append(asyncio.create_task(server.post("/v1/completions", body)))
+                await until(lambda: server.engine.stats().num_waiting == 1)
+            rejected = server.engine.metrics.rejected.copy()
+            probe = asyncio.create_task(get(server, "/health_generate"))
+            await until(lambda before=rejected: server.engine.metrics.rejected != before)  # type: ignore[misc]
+            server.device.gate.set()
+            assert (await probe)[0] == 200
+            await asyncio.gather(*busy)
+
+
 async def test_the_probe_of_a_model_without_text_asks_for_a_vector() -> None:
     embeds = dataclasses.replace(ALL_ABILITIES, generates=False)
     async with live(model=served_model(abilities=embeds)) as server:
@@ -382,7 +403,7 @@ async def test_pausing_and_resuming(server: Live) -> None:
     assert (await waiting)["usage"]["completion_tokens"] == 1
 
 
-async def test_new_weights_from_disk(server: Live, tmp_path: Any) -> None:
+async def test_new_weights_from_disk(server: Live, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     body = {"model_path": str(tmp_path), "weight_version": "2"}
     status, answer = await server.post("/update_weights_from_disk", body)
     assert status == 200 and answer["success"] is True and server.device.weights == tmp_path
@@ -390,6 +411,15 @@ async def test_new_weights_from_disk(server: Live, tmp_path: Any) -> None:
     missing = str(tmp_path / "missing")
     error = check_shape(*await server.post("/update_weights_from_disk", {"model_path": missing}), expected=400)
     assert missing not in error["message"] and error["param"] == "model_path"
+    # Names of the server's files are told by their last part alone.
+    def fail(directory: Path) -> None:
+        raise StartupError(f"{tmp_path}/broken/config.json: is no JSON")
+
+    for path in (f"{tmp_path}/broken", f"{tmp_path}//./broken/", "/", "e"):
+        with monkeypatch.context() as patched:
+            patched.setattr(server.device, "load_weights", fail)
+            error = check_shape(*await server.post("/update_weights_from_disk", {"model_path": path}), expected=400)
+        assert error["message"] == "The weights were not taken: config.json: is no JSON"
     for bad in ({}, {"model_path": 5}, {"model_path": "a\0b"}, {"model_path": "x", "load_format": "gguf"}):
         check_shape(*await server.post("/update_weights_from_disk", bad), expected=400)
     bad = {"model_path": str(tmp_path), "flush_cache": False}
