@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+GUIDELLM := .venv-guidellm
 ARGS ?=
 SECONDS ?= 600
 MATRIX ?=
@@ -59,8 +60,14 @@ $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json | $
 	@if command -v npm >/dev/null; then cd $(CLIENTS)/node && npm install --silent; fi
 	@touch $@
 
-test-clients: $(VENV)/.dev $(CLIENTS)/.ready  ## real clients against the server; MATRIX=1 writes the README's table
-	ONELOOP_PYTHON=$(abspath $(BIN))/python MATRIX=$(MATRIX) \
+$(GUIDELLM)/.ready: | $(BIN)/python
+	@echo "Installing guidellm into $(GUIDELLM) (once, 1.5 GB) ..."
+	$(PYTHON) -m venv $(GUIDELLM)
+	$(GUIDELLM)/bin/python -m pip install --quiet 'guidellm==0.8.1' 'torch>=2.11,<2.14'
+	@touch $@
+
+test-clients: $(VENV)/.dev $(CLIENTS)/.ready $(if $(HEAVY),$(GUIDELLM)/.ready)  ## real clients against the server; MATRIX=1 writes the README's table, HEAVY=1 adds guidellm
+	$(if $(HEAVY),ONELOOP_GUIDELLM=$(abspath $(GUIDELLM))/bin/guidellm) ONELOOP_PYTHON=$(abspath $(BIN))/python MATRIX=$(MATRIX) \
 	  $(CLIENTS)/bin/python -m pytest -c tests/clients/clients.ini --rootdir=. tests/clients $(ARGS)
 
 lock-clients: $(CLIENTS)/.ready  ## pin the newest clients
@@ -82,4 +89,4 @@ bench-gpu: gpu-python  ## 8 minutes on an NVIDIA GPU; writes bench/results
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(CLIENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -76,6 +76,8 @@ ENDPOINTS = (
     tokenize,
 )
 _ADMIN_HANDLERS = frozenset(handler for endpoint in ADMIN_ENDPOINTS for _, _, handler in endpoint.ROUTES)
+# What makes a drain shorter.
+_ALWAYS_OPEN = frozenset(handler for _, _, handler in abort.ROUTES)
 # How errors look by path, where they do not have OpenAI's shape; also a 405, which has no handler.
 _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
 # Bodies are inflated by read_body, which can stop.
@@ -165,7 +167,7 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return _preflight(request, state.options)
         CALLER.set(Caller(_authorize(request, state.options), _read_timeout(request)))
-        if state.engine.draining and request.method == "POST":
+        if state.engine.draining and request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:
             raise UnavailableError("The server is shutting down and takes no new requests.")
         return await handler(request)
     except RequestError as error:
@@ -365,7 +367,7 @@ async def _drain(engine: Engine, state: State, limit: float) -> None:
     grace = _grace(limit)
     if state.in_flight.count:
         logger.info(
-            "%d requests go on for at most %g s (--drain-timeout); a second signal ends them now",
+            "requests still running: %d, for at most %g s (--drain-timeout); a second signal ends them now",
             state.in_flight.count,
             limit,
         )

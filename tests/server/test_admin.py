@@ -425,3 +425,15 @@ async def test_new_weights_from_disk(server: Live, tmp_path: Path, monkeypatch: 
     bad = {"model_path": str(tmp_path), "flush_cache": False}
     assert check_shape(*await server.post("/update_weights_from_disk", bad), expected=400)["param"] == "flush_cache"
     assert server.device.weights == tmp_path
+
+
+async def test_an_abort_makes_a_drain_shorter(server: Live) -> None:
+    server.device.gate.clear()
+    running = asyncio.create_task(server.post("/v1/completions", {"prompt": "x", "max_tokens": 5}))
+    await until(lambda: server.num_requests() == 1)
+    server.engine.drain()
+    check_shape(*await server.post("/v1/completions", {"prompt": "y"}), expected=503)
+    assert (await server.post("/abort_request", {"abort_all": True}))[0] == 200
+    server.device.gate.set()
+    check_shape(*await running, expected=503)
+    await server.engine.drained()
