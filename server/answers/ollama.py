@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +18,11 @@ from server.protocol.generation import Plan
 from server.protocol.ollama import Wanted, error_body
 from server.sse import EVENT_HEADERS, Json
 from server.state import State
+
+
+def iso_time(seconds: float) -> str:
+    """Unix seconds as Ollama writes times."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 class OllamaAnswer:
@@ -97,7 +103,7 @@ class OllamaAnswer:
             call["function"]["arguments"] = arguments_object(call["function"]["arguments"])
         head: Json = {
             "model": self._wanted.model,
-            "created_at": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "created_at": iso_time(time.time()),
         }
         extra: Json = {"thinking": thinking} if thinking else {}
         if not self._wanted.chat:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from datetime import UTC, datetime
+import time
 from functools import partial
 
 from aiohttp import web
 
-from server.answers.ollama import OllamaAnswer
+from server.answers.ollama import OllamaAnswer, iso_time
 from server.endpoints.info import get_version
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
@@ -42,7 +42,7 @@ async def _answer(request: web.Request, *, chat: bool) -> web.StreamResponse:
         if plan is not None:
             return await respond(request, state, plan, partial(OllamaAnswer, wanted=Wanted(name, chat, started_at)))
     said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
-    now = _time(datetime.now(UTC).timestamp())
+    now = iso_time(time.time())
     return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": "load"})
 
 
@@ -93,7 +93,7 @@ async def show(request: web.Request) -> web.Response:
                 f"{kind}.vocab_size": config.vocab_size,
             },
             "capabilities": _capabilities(state),
-            "modified_at": _time(model.created),
+            "modified_at": iso_time(model.created),
         }
     )
 
@@ -117,7 +117,7 @@ def _cards(model: ServedModel) -> list[dict[str, object]]:
         {
             "name": name,
             "model": name,
-            "modified_at": _time(model.created),
+            "modified_at": iso_time(model.created),
             # Of the weight matrices, as they are stored.
             "size": config.num_parameters * _DTYPES[config.dtype][1],
             "digest": digest,
@@ -138,10 +138,6 @@ def _details(model: ServedModel) -> dict[str, object]:
         "parameter_size": f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.1f}M",
         "quantization_level": _DTYPES[config.dtype][0],
     }
-
-
-def _time(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 ROUTES = (

@@ -135,7 +135,7 @@ def _to_chat(body: Body) -> dict[str, Any]:
     chat["stop"] = body.raw("stop_sequences")
     if not isinstance(chat["stop"], list | None):
         raise invalid("stop_sequences", "must be a list of strings")
-    chat["user"] = _inner(body, "metadata").string("metadata.user_id", None)
+    chat["user"] = body.inner("metadata").string("metadata.user_id", None)
     tools = _read_tools(body.raw("tools"))
     if tools:
         chat["tools"] = tools
@@ -149,14 +149,9 @@ def _to_chat(body: Body) -> dict[str, Any]:
     return chat
 
 
-def _inner(body: Body, name: str) -> Body:
-    """The fields of an object under their full names."""
-    return Body({f"{name}.{key}": value for key, value in (body.object(name) or {}).items()})
-
-
 def _read_thinking(body: Body) -> dict[str, Any]:
     """`thinking` and `output_config` as the chat's template arguments, budget, effort and response_format."""
-    fields, config = _inner(body, "thinking"), _inner(body, "output_config")
+    fields, config = body.inner("thinking"), body.inner("output_config")
     chat: dict[str, Any] = {"reasoning_effort": config.choice("output_config.effort", EFFORTS)}
     kwargs = body.object("chat_template_kwargs") or {}
     kind = fields.choice("thinking.type", THINKING)
@@ -205,7 +200,7 @@ def _read_tools(tools: Any) -> list[dict[str, Any]]:
 def _read_tool_choice(body: Body) -> dict[str, Any]:
     if not body.has("tool_choice"):
         return {}
-    fields = _inner(body, "tool_choice")
+    fields = body.inner("tool_choice")
     kind = fields.choice("tool_choice.type", (*CHOICES, "tool"))
     if kind is None:
         raise invalid("tool_choice.type", f"must be one of {', '.join(CHOICES)}, tool")

@@ -116,6 +116,10 @@ class Body:
         check_nesting(name, value)
         return value
 
+    def inner(self, name: str) -> Body:
+        """The fields of an object in the body under their full names; none where it is absent."""
+        return Body({f"{name}.{key}": value for key, value in (self.object(name) or {}).items()})
+
 
 def invalid(name: str, what: str) -> RequestError:
     """The 400 for a field: "`name` what"."""

@@ -111,7 +111,7 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
         if body.has(name):
             raise invalid(name, f"is no field of /v1/responses; it is called `{other}` here")
     refuse(body, REFUSALS)
-    text, reasoning, options = (_inner(body, name) for name in ("text", "reasoning", "stream_options"))
+    text, reasoning, options = (body.inner(name) for name in ("text", "reasoning", "stream_options"))
     for inner in (text, reasoning, options):
         refuse(inner, INNER_REFUSALS)
     if body.has("stream_options") and not body.boolean("stream", False):
@@ -156,11 +156,6 @@ def our_names() -> Iterator[None]:
 # ---- fields
 
 
-def _inner(body: Body, name: str) -> Body:
-    """The fields of an object in the body, under their full names."""
-    return Body({f"{name}.{key}": value for key, value in (body.object(name) or {}).items()})
-
-
 def _read_store(body: Body, state: State) -> bool:
     enabled = state.responses.enabled
     if body.boolean("store", False) and not enabled:
@@ -182,7 +177,7 @@ def _read_include(body: Body) -> list[str]:
 
 def _read_fields(body: Body) -> Json:
     """What a Response repeats of its request, checked where nobody else looks at it."""
-    text, reasoning = _inner(body, "text"), _inner(body, "reasoning")
+    text, reasoning = body.inner("text"), body.inner("reasoning")
     return {
         "instructions": body.string("instructions", None),
         "max_output_tokens": body.raw("max_output_tokens"),
