@@ -76,12 +76,12 @@ lock-clients: $(CLIENTS)/.ready  ## pin the newest clients
 	$(CLIENTS)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
 	  tests/clients/requirements.in -o tests/clients/requirements.txt
 
-# Programs of npm; what their install steps would fetch is not wanted.
+# Programs of npm; the install steps of two of them put their binaries in place.
 $(AGENTS)/.ready: tests/agents/package.json
 	@command -v npm >/dev/null || { echo "node 20 or newer and npm are needed"; exit 1; }
 	@echo "Installing the agents into $(AGENTS) (once, 2 GB) ..."
 	@mkdir -p $(AGENTS) && cp tests/agents/package.json $(AGENTS)
-	cd $(AGENTS) && npm install --silent --no-audit --no-fund --ignore-scripts
+	cd $(AGENTS) && npm install --silent --no-audit --no-fund
 	@touch $@
 
 test-agents: $(VENV)/.dev $(AGENTS)/.ready  ## coding agents against the server, without a network
