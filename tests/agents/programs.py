@@ -19,6 +19,7 @@ class Program:
 
     tool: a call that reads the file {path}; a name that holds a `?` is looked up in the prompt (`x?` is the first
     declared name that ends in x). files: what lies in the home directory. env: more of the environment.
+    thinks: it gives reasoning back with the next request.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Program:
     tool: tuple[str, dict[str, Any]]
     files: dict[str, str] = field(default_factory=dict)
     env: dict[str, str] = field(default_factory=dict)
+    thinks: bool = False
 
 
 _CODEX = (
