@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import ModelOptions, StartupError
-from engine.models.config import Fields, ModelConfig
+from engine.models.config import ModelConfig
+from engine.models.fields import Fields
 
 # Pooling modes of sentence-transformers that a causal model is served with.
 _MODES: dict[str, Literal["last", "mean"]] = {"lasttoken": "last", "mean": "mean"}
