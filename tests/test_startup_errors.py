@@ -140,6 +140,7 @@ def prefix(text: str) -> Damage:
 
 
 NORM = "model.norm.weight"
+NEITHER = "DIR: holds neither model.safetensors nor model.safetensors.index.json; "
 ROPE = {"rope_parameters": ..., "rope_theta": 10000.0}
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "config-missing": (text("config.json", None), "DIR/config.json: no such file; is this a model directory?"),
@@ -218,19 +219,19 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "weights-bin": (
         renamed("model.safetensors", "pytorch_model.bin"),
-        "DIR: holds neither model.safetensors nor model.safetensors.index.json; pytorch_model.bin is not a format",
+        NEITHER + "pytorch_model.bin is not a format",
     ),
     "weights-variant": (
         renamed("model.safetensors", "model.fp16.safetensors"),
-        "DIR: holds neither model.safetensors nor model.safetensors.index.json; model.fp16.safetensors is a variant",
+        NEITHER + "model.fp16.safetensors is a variant",
     ),
     "weights-consolidated": (
         renamed("model.safetensors", "consolidated.safetensors"),
-        "DIR: holds neither model.safetensors nor model.safetensors.index.json; consolidated.safetensors is in a layout",
+        NEITHER + "consolidated.safetensors is in a layout",
     ),
     "weights-adapter": (
         renamed("model.safetensors", "adapter_model.safetensors"),
-        "DIR: holds neither model.safetensors nor model.safetensors.index.json; adapter_model.safetensors is an adapter",
+        NEITHER + "adapter_model.safetensors is an adapter",
     ),
     "weights-one-of-two": (
         renamed("model.safetensors", "model-00001-of-00002.safetensors"),
