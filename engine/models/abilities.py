@@ -169,7 +169,7 @@ def _score_tokens(
         return None
     ids: list[int] = []
     for spelling in spellings:
-        if (found := token_id(spelling)) is None:
+        if (found := token_id(spelling)) is None or found >= vocab_size:
             raise StartupError(f"{origin}: {spelling!r} is no token of the vocabulary in {directory}")
         ids.append(found)
     return ids[0], ids[1]
