@@ -66,15 +66,16 @@ def settle_added_tokens(backend: tokenizers.Tokenizer, directory: Path, rows: in
     `added_tokens_decoder` of tokenizer_config.json decides over tokenizer.json: flags, and tokens that are only there.
     Where it is missing, added_tokens.json and special_tokens_map.json of older directories add theirs. A named token
     that is an ordinary word becomes special; one that is in no vocabulary is added only where its id is below `rows`,
-    so that the model has a row for it. What tokenizer.json calls special stays so when decoding, as in the library.
-    Raises StartupError.
+    so that the model has a row for it, and never for EOS, for answers would not end. What tokenizer.json calls special
+    stays so when decoding, as in the library. Raises StartupError.
     """
     path = directory / "tokenizer_config.json"
     config = read_json(path) if path.is_file() else {}
     existing = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     special = {text for text, token in existing.items() if token.special}
     extra = _extra_tokens(config, path)
-    texts = list(named_tokens(directory).values())
+    named = named_tokens(directory)
+    texts = list(named.values())
     if "added_tokens_decoder" in config:
         declared = _declared(config["added_tokens_decoder"], path)
         flags: dict[str, dict[str, Any]] = {}
@@ -101,7 +102,8 @@ def settle_added_tokens(backend: tokenizers.Tokenizer, directory: Path, rows: in
     for text in (*texts, *extra):
         # Not those that are added tokens already: only a name makes such a one special.
         known = backend.token_to_id(text) is not None
-        if text not in settled and text not in existing and (known or _next_id(backend) < rows):
+        room = text != named.get("eos_token") and _next_id(backend) < rows
+        if text not in settled and text not in existing and (known or room):
             backend.add_tokens([_token(text, {**flags.get(text, {}), "special": True}, path)])
     added = backend.get_added_tokens_decoder()
     return frozenset(token_id for token_id, token in added.items() if token.special or token.content in special)
