@@ -244,6 +244,8 @@ def _load(
     stored: dict[str, StoredTensor] = {}
     if load_format != "dummy":
         stored = find_model_tensors(directory)
+        if (directory / "adapter_config.json").exists():
+            logger.warning("%s: the adapter beside the model (adapter_config.json) is not applied", directory)
         model_config = settle_output(model_config, stored, directory, dtype)
     recorder = ShapeRecorder(dtype)
     Decoder(model_config, recorder, context)

@@ -181,6 +181,14 @@ def test_whole_shards_beside_other_files(two: tuple[Path, Path]) -> None:
     same(shards)
 
 
+def test_an_adapter_beside_the_model_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_checkpoint(tmp_path, "Llama")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    load(tmp_path)
+    [told] = [record.getMessage() for record in caplog.records]
+    assert told == f"{tmp_path}: the adapter beside the model (adapter_config.json) is not applied"
+
+
 def test_an_index_that_is_wrong_about_which_file(two: tuple[Path, Path]) -> None:
     _, shards = two
     index = shards / "model.safetensors.index.json"
