@@ -207,7 +207,13 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         default=None,
         help="the same tokens and log-probabilities whatever runs beside a request; on anyway where it costs nothing",
     )
-    device.add_argument("--kv-cache-gb", type=_positive, metavar="GB", help="size of the KV cache in 1e9 bytes")
+    device.add_argument(
+        "--kv-cache-gb",
+        type=_positive,
+        metavar="GB",
+        help="size of the KV cache in 1e9 bytes; by default on a CPU a quarter of the RAM that is available, or what "
+        "64 sequences of full context fill; on a GPU nine tenths of what is free",
+    )
     device.add_argument("--kv-cache-memory-bytes", type=_count, metavar="BYTES")
     device.add_argument(
         "--gpu-memory-utilization",

@@ -22,7 +22,7 @@ import jinja2.sandbox
 
 from engine.config import StartupError
 from engine.request import RequestError
-from engine.text.tokenizer import named_tokens, read_json
+from engine.text.added_tokens import named_tokens, read_json
 
 # The body limit is 8 MiB; a template that makes more than this of it is not rendering a conversation.
 MAX_OUTPUT_CHARACTERS = 32 * 1024 * 1024

@@ -367,7 +367,9 @@ def _read_bad_words(body: Body, state: State) -> tuple[tuple[int, ...], ...]:
         or not all(isinstance(word, str) and 0 < len(word) <= MAX_BAD_WORD_LENGTH for word in words)
     ):
         raise invalid("bad_words", f"must be at most {MAX_BAD_WORDS} strings of 1 to {MAX_BAD_WORD_LENGTH} characters")
-    return bad_word_ids(state.tokenizer, words)
+    # What holds an id that the model cannot say is never said.
+    rows = state.model.model_config.vocab_size
+    return tuple(ids for ids in bad_word_ids(state.tokenizer, words) if max(ids) < rows)
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int, ...], ...]:
