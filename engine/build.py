@@ -148,8 +148,9 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             raise StartupError(f"{directory}: scores by tokens need a chat template; --chat-template gives one")
         model_config = dataclasses.replace(model_config, headless=not abilities.needs_head)
     local = Path(options.path).expanduser()
-    names = options.served_names or ((local.resolve().name,) if local.is_dir() else (options.path,))
-    if not options.served_names and directory.resolve() == (Path(__file__).parent / "demo").resolve():
+    given = tuple(name for name in options.served_names if name != "*")
+    names = given or ((local.resolve().name,) if local.is_dir() else (options.path,))
+    if not given and directory.resolve() == (Path(__file__).parent / "demo").resolve():
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({model_config.architecture}, {directory})")
     if abilities != Abilities(width=abilities.width, dimensions=abilities.dimensions):

@@ -35,9 +35,9 @@ INLINE_BYTES = 16 * 1024
 async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     """Raises RequestError for anything that cannot be served."""
     name = "max_tokens"
-    if (wanted := body.integer("max_completion_tokens", None, 1)) is not None:
+    if (wanted := body.integer("max_completion_tokens", None, -1)) is not None:
         name = "max_completion_tokens"
-        if body.integer("max_tokens", wanted, 1) != wanted:
+        if body.integer("max_tokens", wanted, -1) != wanted:
             raise invalid("max_tokens", "and `max_completion_tokens` differ; give one of them")
     logprobs = _read_logprobs(body)
     common = read_common(body, state, name, state.model.generation_defaults.max_new_tokens, logprobs)
