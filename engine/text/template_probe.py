@@ -147,6 +147,7 @@ class _Probe:
         self._ask_roles()
         if self._tools is not None:
             self._ask_tools()
+            self._num_none = (self._text([_user(1)], self.shape) or "").count("None")
         self._ask_calls()
         self._ask_marks()
 
@@ -233,6 +234,9 @@ class _Probe:
         empty = {"role": "assistant", "content": None, "reasoning_content": "qzxthought"}
         turns = [_user(1), empty, _user(2)]
         self._choose("empty_content", ("empty", "absent", "null", "space", "dropped"), turns)
+
+        thought = [_user(1), _answer(1, reasoning_content="qzxthought")]
+        self._choose("reasoning_parts", (False, True), thought, [*_words(thought), "qzxthought"])
 
     def _ask_parts(self, role: str, conversation: Callable[[Any], list[Message]]) -> None:
         accepting = replace(self.shape, parts=self.shape.parts | {role})

@@ -50,6 +50,7 @@ class TemplateShape:
     other place for it, and calls matter more. reasoning_with_calls: reasoning beside text and calls is kept, joined
     with the text, or has no place. parallel_calls: several calls in a turn; else each has a turn, with its result
     behind it.
+    reasoning_parts: reasoning is read as a part of the content of type thinking, not as a field.
     tool_role: results are read. lone_results: one without its call. user_after_tool: a user turn may follow a result;
     else it is part of it.
 
@@ -80,6 +81,7 @@ class TemplateShape:
     empty_content: Literal["empty", "absent", "null", "space", "dropped"] = "empty"
     text_with_calls: Literal["kept", "split", "dropped"] = "kept"
     reasoning_with_calls: Literal["kept", "joined", "dropped"] = "kept"
+    reasoning_parts: bool = False
     parallel_calls: bool = True
     tool_role: bool = True
     lone_results: bool = True
@@ -117,7 +119,11 @@ def text_of(content: Any, between: str = "\n") -> str:
     """The text of a content that is none, a string, or a list of parts."""
     if isinstance(content, str):
         return content
-    texts = (part.get("text") if isinstance(part, dict) else part for part in content or ())
+    if isinstance(content, dict):
+        return json.dumps(content, ensure_ascii=False)
+    if not isinstance(content, list | tuple):
+        return ""
+    texts = (part.get("text") if isinstance(part, dict) else part for part in content)
     return between.join(text for text in texts if isinstance(text, str))
 
 
@@ -296,6 +302,10 @@ def _in_turns(chat: list[Message], lone: set[int], shape: TemplateShape, keep_la
 
     def add_user(message: Message) -> None:
         last = out[-1] if out else {}
+        if last.get("tool_calls") and not shape.user_after_tool:
+            # Of calls that were never answered, what the user said is the answer.
+            last = {"role": "tool", "tool_call_id": last["tool_calls"][-1]["id"], "content": ""}
+            out.append(last)
         if (last.get("role") == "user" and not shape.users_in_row) or (
             last.get("role") == "tool" and not shape.user_after_tool
         ):
@@ -372,7 +382,7 @@ def _split(chat: list[Message], shape: TemplateShape, keep_last: bool) -> Iterab
         message = chat[index]
         index += 1
         calls = message.get("tool_calls")
-        if not calls or (keep_last and index == len(chat)):
+        if not isinstance(calls, list) or (keep_last and index == len(chat)):
             yield message
             continue
         text = text_of(message.get("content"))
@@ -409,11 +419,14 @@ def _dress(message: Message, shape: TemplateShape, keep: bool) -> None:
     """Content and calls in the form that the template reads. keep: an empty content is a text to go on with."""
     role = message.get("role")
     calls = message.get("tool_calls")
-    if calls:
+    if isinstance(calls, list):
         message["tool_calls"] = [_dressed_call(call, shape) for call in calls]
     content = message.get("content")
     if isinstance(content, list) and role not in shape.parts and _is_text(content):
         content = text_of(content)
+    if shape.reasoning_parts and role == "assistant" and isinstance(message.get("reasoning_content"), str):
+        text = [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
+        content = [{"type": "thinking", "thinking": message["reasoning_content"]}, *text]
     if content is None or content == [] or content == "":
         content = ""
         if role == "assistant" and not keep:

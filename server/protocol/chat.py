@@ -11,6 +11,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import orjson
+
 from engine.config import RESERVED_TEMPLATE_KWARGS
 from engine.request import MAX_TOP_LOGPROBS, RequestError
 from engine.text.structured import GrammarSpec
@@ -218,7 +220,16 @@ def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid(where, "must be an object with a `function` that has a `name`")
-    if not isinstance(function.get("arguments"), str | dict | None):
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        # The text goes on as it is, for some templates want it so; what the model garbled does, too.
+        try:
+            parsed = orjson.loads(arguments)
+        except orjson.JSONDecodeError:
+            parsed = None
+        if isinstance(parsed, dict):
+            check_nesting(f"{where}.function.arguments", parsed)
+    elif not isinstance(arguments, dict | None):
         raise invalid(f"{where}.function.arguments", "must be a string of JSON")
     return dict(call)
 

@@ -167,7 +167,7 @@ MISTRAL_V3 = """{%- set turns = messages %}
 {%- endfor %}
 """
 
-# Text, then calls by name and arguments; systems anywhere; reasoning as parts of the content.
+# Text, then calls by name and arguments; systems anywhere; reasoning as a part of the content.
 MISTRAL_V11 = """{{- bos_token }}
 {%- for m in messages %}
 {%- if m.role == 'system' %}{{ '[SYSTEM_PROMPT]' + m.content + '[/SYSTEM_PROMPT]' }}
@@ -175,7 +175,9 @@ MISTRAL_V11 = """{{- bos_token }}
 {%- if tools %}{{ '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' }}{% endif %}
 {{- '[INST]' + m.content + '[/INST]' }}
 {%- elif m.role == 'assistant' %}
-{%- if m.content is string %}{{ m.content }}{% endif %}
+{%- if m.content is string %}{{ m.content }}
+{%- else %}{% for part in m.content or [] %}
+{{- '[THINK]' + part.thinking + '[/THINK]' if part.type == 'thinking' else part.text }}{% endfor %}{% endif %}
 {%- for call in m.tool_calls or [] %}
 {%- set arguments = call.function.arguments %}
 {{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' }}

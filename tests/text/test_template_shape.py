@@ -88,7 +88,10 @@ def test_a_template_that_takes_all_has_the_default_shape() -> None:
         ("gemma2", {"system": False, "users_in_row": False, "assistant_first": False, "calls": "text"}),
         ("gemma3", {"system": True, "system_in_middle": False, "parts": frozenset({"user", "assistant"})}),
         ("mistral_v3", {"call_ids": "nine", "empty_content": "space", "user_after_tool": False}),
-        ("mistral_v11", {"users_in_row": True, "call_ids": "any"}),
+        (
+            "mistral_v11",
+            {"users_in_row": True, "call_ids": "any", "reasoning_parts": True, "reasoning_open": "[THINK]"},
+        ),
         ("llama31", {"parallel_calls": False, "text_with_calls": "split"}),
         ("glm", {"arguments": "object", "loose_arguments": False, "reasoning_open": "\n<think>"}),
         ("gpt_oss", {"reasoning_with_calls": "joined", "lone_results": False, "developer": True}),
@@ -274,6 +277,31 @@ def test_developer_is_a_system_where_the_template_does_not_know_it() -> None:
 def test_a_user_behind_results_is_part_of_them_where_turns_alternate() -> None:
     text = TEMPLATE["mistral_v3"].render([*LOOP, user("In Fahrenheit."), says("70"), user("Thanks")])
     assert '{"content": 21 degrees\n\nIn Fahrenheit., "call_id"' in text
+
+
+def test_reasoning_is_a_part_of_the_content_where_that_is_read() -> None:
+    chat = [LOOP[0], says("Look.", reasoning="Hm.", tool_calls=LOOP[1]["tool_calls"]), LOOP[2]]
+    text = TEMPLATE["mistral_v11"].render(chat)
+    assert '[THINK]Hm.[/THINK]Look.[TOOL_CALLS]weather[ARGS]{"city": "Köln"}' in text
+    chat[1] = says(None, reasoning="Hm.", tool_calls=LOOP[1]["tool_calls"])
+    assert "[THINK]Hm.[/THINK][TOOL_CALLS]" in TEMPLATE["mistral_v11"].render(chat)
+    assert go_on("mistral_v11", says(None, reasoning="Let me")).endswith("[/INST][THINK]Let me")
+    assert go_on("mistral_v11", says("So", reasoning="Hm.")).endswith("[/INST][THINK]Hm.[/THINK]So")
+
+
+def test_calls_that_were_never_answered() -> None:
+    for name, template in TEMPLATE.items():
+        text = template.render([*LOOP[:2], user("Never mind."), says("Good."), user("Next")])
+        assert text.index("Never mind.") < text.index("Good.") < text.index("Next"), name
+
+
+def test_contents_of_other_kinds_are_the_templates() -> None:
+    source = "{% for m in messages %}{{ m.content | tojson }}{% endfor %}"
+    chat: list[Message] = [user("x"), *LOOP[1:2], {**LOOP[2], "content": {"degrees": 21}}, user("y")]
+    assert '{"degrees": 21}' in made(source).render(chat)
+    assert '{"degrees": 21}' in TEMPLATE["gemma2"].render(chat)
+    image = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "x"}]}]
+    assert '{"type": "image"}' in made(source).render(image)
 
 
 def test_tools_that_say_little() -> None:
