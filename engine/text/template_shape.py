@@ -146,7 +146,7 @@ def _normal(message: Message, developer: bool) -> Message:
     chat: Message = {key: plain(value) for key, value in message.items() if value is not None}
     if chat.get("role") == "developer" and not developer:
         chat["role"] = "system"
-    if not chat.get("tool_calls"):
+    if not isinstance(chat.get("tool_calls"), list) or not chat["tool_calls"]:
         # Templates ask whether there are any by whether the key is there.
         chat.pop("tool_calls", None)
     reasoning = next((chat[name] for name in REASONING_FIELDS if name in chat), None)
@@ -174,7 +174,7 @@ def _paired(chat: list[Message], shape: TemplateShape) -> tuple[list[Message], s
     waiting: list[str] = []
     number = 0
     for index, message in enumerate(chat):
-        if isinstance(message.get("tool_calls"), list):
+        if "tool_calls" in message:
             calls = [_call(call) for call in message["tool_calls"]]
             for call in calls:
                 name = str(call["function"].get("name", ""))
@@ -382,7 +382,7 @@ def _split(chat: list[Message], shape: TemplateShape, keep_last: bool) -> Iterab
         message = chat[index]
         index += 1
         calls = message.get("tool_calls")
-        if not isinstance(calls, list) or (keep_last and index == len(chat)):
+        if not calls or (keep_last and index == len(chat)):
             yield message
             continue
         text = text_of(message.get("content"))
@@ -407,9 +407,10 @@ def _split(chat: list[Message], shape: TemplateShape, keep_last: bool) -> Iterab
             index += 1
         for number, call in enumerate(calls):
             yield {**message, "tool_calls": [call]} if not number else {"role": "assistant", "tool_calls": [call]}
-            yield from (result for result in results if result.get("tool_call_id") == call["id"])
-        ids = {call["id"] for call in calls}
-        yield from (result for result in results if result.get("tool_call_id") not in ids)
+            own = next((place for place, one in enumerate(results) if one.get("tool_call_id") == call["id"]), None)
+            if own is not None:
+                yield results.pop(own)
+        yield from results
 
 
 # ---- the parts of a message
@@ -419,14 +420,15 @@ def _dress(message: Message, shape: TemplateShape, keep: bool) -> None:
     """Content and calls in the form that the template reads. keep: an empty content is a text to go on with."""
     role = message.get("role")
     calls = message.get("tool_calls")
-    if isinstance(calls, list):
+    if calls:
         message["tool_calls"] = [_dressed_call(call, shape) for call in calls]
     content = message.get("content")
     if isinstance(content, list) and role not in shape.parts and _is_text(content):
         content = text_of(content)
     if shape.reasoning_parts and role == "assistant" and isinstance(message.get("reasoning_content"), str):
-        text = [{"type": "text", "text": content}] if isinstance(content, str) and content else content or []
-        content = [{"type": "thinking", "thinking": message["reasoning_content"]}, *text]
+        spoken = content if isinstance(content, list) else [{"type": "text", "text": text_of(content)}]
+        content = [{"type": "thinking", "thinking": message["reasoning_content"]}]
+        content += [part for part in spoken if part != {"type": "text", "text": ""}]
     if content is None or content == [] or content == "":
         content = ""
         if role == "assistant" and not keep:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import itertools
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from engine.request import RequestError
 from engine.text import template_probe
 from engine.text.chat_template import ChatTemplate
 from engine.text.template_shape import INVALID_JSON, TemplateShape
@@ -438,3 +440,35 @@ def beside_calls(chat: list[Message]) -> str:
         if any(message.get("tool_calls") for message in run):
             told += repr([message["content"] for message in run])
     return told
+
+
+def test_no_message_is_more_than_a_refusal() -> None:
+    """Whatever stands in a message, the answer is a prompt or a RequestError."""
+    rng = random.Random(7)
+    scalars: list[Any] = [None, "", "x", "a b", 5, True, [], {}, ["x"], [None], {"text": "x"}, "\ud800", "{{ 7*7 }}"]
+
+    def anything(depth: int = 2) -> Any:
+        if not depth or rng.random() < 0.6:
+            return rng.choice(scalars)
+        if rng.random() < 0.5:
+            return [anything(depth - 1) for _ in range(rng.randint(0, 3))]
+        keys = ("type", "text", "function", "name", "arguments", "id", "thinking")
+        return {rng.choice(keys): anything(depth - 1) for _ in range(rng.randint(0, 4))}
+
+    fields = ("content", "tool_calls", "tool_call_id", "name", "reasoning_content", "refusal")
+    roles = ("system", "developer", "user", "assistant", "tool", "query", None)
+    num_prompts = 0
+    for _ in range(150):
+        chat = [
+            {"role": rng.choice(roles)} | {name: anything() for name in fields if rng.random() < 0.5}
+            for _ in range(rng.randint(1, 5))
+        ]
+        tools = rng.choice([None, [], [anything()], [declared("f", description=anything(), parameters=anything())]])
+        for template in TEMPLATE.values():
+            for continued in (False, True):
+                with contextlib.suppress(RequestError):
+                    text = template.render(
+                        chat, tools=tools, continue_final_message=continued, add_generation_prompt=not continued
+                    )
+                    num_prompts += isinstance(text, str)
+    assert num_prompts > 1000
