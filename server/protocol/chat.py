@@ -193,7 +193,7 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
     if content is None and role == "assistant" and isinstance(message.get("refusal"), str):
         content = message["refusal"]
     # Null is an empty turn: agents keep what an answer had besides its text, and send it back without one.
-    if content is not None or role in ("system", "developer"):
+    if content is not None or role in ("system", "developer") or (role != "assistant" and "content" not in message):
         read["content"] = _read_content(content, f"{where}.content")
     return read
 
