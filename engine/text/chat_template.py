@@ -22,7 +22,7 @@ import jinja2.sandbox
 
 from engine.config import StartupError
 from engine.request import RequestError
-from engine.text.template_probe import MAX_PROBE_SECONDS, find_shape
+from engine.text.template_probe import PROBE_RENDER_SECONDS, find_shape
 from engine.text.template_shape import REASONING_FIELDS, Message, TemplateShape, fit, plain, text_of
 from engine.text.tokenizer import named_tokens, read_json
 
@@ -244,7 +244,7 @@ class ChatTemplate:
 
     def _find_shape(self, *, with_tools: bool) -> TemplateShape:
         def render(chat: list[Message], tools: list[Any] | None, generate: bool, shape: TemplateShape) -> str:
-            return self._run(chat, tools, generate, shape, None, min(MAX_PROBE_SECONDS, MAX_RENDER_SECONDS))
+            return self._run(chat, tools, generate, shape, None, min(PROBE_RENDER_SECONDS, MAX_RENDER_SECONDS))
 
         source = self._sources[self._name([] if with_tools else None)]
         return find_shape(render, source, with_tools=with_tools)

@@ -21,8 +21,11 @@ from engine.text.template_shape import Message, TemplateShape, fit
 # render(messages, tools, add_generation_prompt) -> text; tools None leaves the variable undefined where `omits_tools`.
 Render = Callable[[list[Message], list[Any] | None, bool, TemplateShape], str]
 
+# A template takes 30 to 110 renderings of well under a millisecond; the bounds are for what is hardly a template.
 MAX_PROBES = 400
-MAX_PROBE_SECONDS = 2.0
+MAX_PROBE_SECONDS = 10.0
+# Of one rendering.
+PROBE_RENDER_SECONDS = 1.0
 
 # Words that no template writes of its own.
 _KEY, _VALUE = "qzxkey", "qzxvalue"

@@ -143,7 +143,7 @@ def test_a_template_that_answers_nothing_keeps_the_default_in_a_bounded_time(
     source: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template_probe, "MAX_PROBE_SECONDS", 0.1)
-    monkeypatch.setattr("engine.text.chat_template.MAX_PROBE_SECONDS", 0.1)
+    monkeypatch.setattr("engine.text.chat_template.PROBE_RENDER_SECONDS", 0.1)
     start = time.monotonic()
     asked = made(source)
     assert time.monotonic() - start < 5
