@@ -281,6 +281,16 @@ class Engine:
             num_evictable_pages=cache.num_evictable,
         )
 
+    def slots(self) -> list[tuple[int, int, int] | None]:
+        """What runs in each place of a batch: its prompt's tokens, those generated, and how many may follow yet."""
+        places = self.limits.max_num_seqs
+        running = [
+            (one.num_prompt_tokens, one.num_tokens - one.num_prompt_tokens, one.max_length - one.num_tokens)
+            for one in self.scheduler.slot_owners
+            if one is not None and not one.is_finished
+        ][:places]
+        return [*running, *[None] * (places - len(running))]
+
     def name_stages(self, range_of: RangeOf) -> None:
         """Put schedule and commit into named ranges of a profiler's time line. Costs nothing until it is called."""
         for name in ("schedule", "commit"):

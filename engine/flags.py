@@ -157,7 +157,9 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     model.add_argument("--tokenizer", "--tokenizer-path", dest="tokenizer", metavar="DIR")
     model.add_argument("--revision", help="branch, tag or commit of a hub id")
     model.add_argument("--download-dir", metavar="DIR", help="where hub downloads are kept")
-    model.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names in the API, the first is shown; '*': any")
+    model.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="names in the API, the first is shown; '*': any name"
+    )
     model.add_argument("--dtype", choices=sorted(_DTYPES), help="auto: bfloat16 where the device has it, else float32")
     model.add_argument("--load-format", choices=["auto", "safetensors", "dummy"], help="dummy: random weights")
     model.add_argument(

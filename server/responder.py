@@ -46,7 +46,9 @@ async def respond(
         answer = make_answer(state, plan, streams)
         if not plan.stream:
             deltas = [await _collect(stream) for stream in streams]
-            return json_response(answer.whole([_without_output(delta) for delta in deltas] if plan.no_output else deltas))
+            if plan.no_output:
+                deltas = list(map(_without_output, deltas))
+            return json_response(answer.whole(deltas))
         async with contextlib.aclosing(_Source(streams, no_output=plan.no_output)) as source:
             return await _stream(request, state, answer, source)
 

@@ -7,6 +7,7 @@ from functools import partial
 from aiohttp import web
 
 from server.answers.anthropic import AnthropicAnswer
+from server.endpoints.short import with_short_forms
 from server.protocol.anthropic import NAMES, count_tokens, error_body, parse_messages
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
@@ -30,8 +31,10 @@ async def count(request: web.Request) -> web.Response:
         return json_response({"input_tokens": await count_tokens(body, request.app[STATE])})
 
 
-ROUTES = (
-    ("POST", "/v1/messages", messages),
-    ("POST", "/v1/messages/count_tokens", count),
+ROUTES = with_short_forms(
+    (
+        ("POST", "/v1/messages", messages),
+        ("POST", "/v1/messages/count_tokens", count),
+    )
 )
 ERROR_SHAPE = error_body

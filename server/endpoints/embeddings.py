@@ -9,6 +9,7 @@ import numpy as np
 import orjson
 from aiohttp import web
 
+from server.endpoints.short import with_short_forms
 from server.pooling import Vector, pool, scaled
 from server.protocol.body import read_body
 from server.protocol.embeddings import EmbeddingPlan, parse_embedding
@@ -42,4 +43,4 @@ def _item(index: int, vector: Vector, plan: EmbeddingPlan) -> orjson.Fragment:
     return orjson.Fragment(orjson.dumps(item, option=orjson.OPT_SERIALIZE_NUMPY))
 
 
-ROUTES = (("POST", "/v1/embeddings", embeddings),)
+ROUTES = with_short_forms((("POST", "/v1/embeddings", embeddings),))

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from server.endpoints.short import with_short_forms
 from server.protocol.body import Body, read_body
 from server.protocol.chat import parse_chat
 from server.protocol.completions import parse_completion
@@ -43,7 +44,9 @@ def echo_request_id(request: web.Request, body: Body) -> None:
         request[ECHOED_ID] = own
 
 
-ROUTES = (
-    ("POST", "/v1/chat/completions", chat_completions),
-    ("POST", "/v1/completions", completions),
+ROUTES = with_short_forms(
+    (
+        ("POST", "/v1/chat/completions", chat_completions),
+        ("POST", "/v1/completions", completions),
+    )
 )

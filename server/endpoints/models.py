@@ -6,6 +6,7 @@ import datetime
 
 from aiohttp import web
 
+from server.endpoints.short import with_short_forms
 from server.protocol.errors import json_response
 from server.protocol.generation import unknown_model
 from server.state import STATE, ServedModel
@@ -65,10 +66,10 @@ def _card(model: ServedModel, name: str) -> dict[str, object]:
     }
 
 
-ROUTES = (
-    ("GET", "/v1/models", list_models),
-    # Clients whose base URL lacks the /v1.
-    ("GET", "/models", list_models),
-    # Ids of hub models hold slashes.
-    ("GET", "/v1/models/{id:.+}", get_model),
+ROUTES = with_short_forms(
+    (
+        ("GET", "/v1/models", list_models),
+        # Ids of hub models hold slashes.
+        ("GET", "/v1/models/{id:.+}", get_model),
+    )
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
+from server.endpoints.short import with_short_forms
 from server.protocol.body import read_body
 from server.protocol.chat import encode_messages
 from server.protocol.errors import json_response
@@ -20,4 +21,4 @@ async def render(request: web.Request) -> web.Response:
     return json_response({"model": model, "prompt": text, "token_ids": tokens})
 
 
-ROUTES = tuple(("POST", path, render) for path in ("/v1/chat/completions/render", "/apply-template"))
+ROUTES = with_short_forms(tuple(("POST", path, render) for path in ("/v1/chat/completions/render", "/apply-template")))

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from server.answers.responses import ResponsesAnswer
 from server.endpoints.generate import echo_request_id
+from server.endpoints.short import with_short_forms
 from server.protocol.body import Body, invalid, read_body
 from server.protocol.chat import encode_messages
 from server.protocol.errors import ApiError, json_response
@@ -108,11 +109,13 @@ def _owner() -> str:
     return CALLER.get().key
 
 
-ROUTES = (
-    ("POST", "/v1/responses", create),
-    ("POST", "/v1/responses/input_tokens", count_input_tokens),
-    ("GET", "/v1/responses/{response_id}", retrieve),
-    ("DELETE", "/v1/responses/{response_id}", delete),
-    ("POST", "/v1/responses/{response_id}/cancel", cancel),
-    ("GET", "/v1/responses/{response_id}/input_items", list_input_items),
+ROUTES = with_short_forms(
+    (
+        ("POST", "/v1/responses", create),
+        ("POST", "/v1/responses/input_tokens", count_input_tokens),
+        ("GET", "/v1/responses/{response_id}", retrieve),
+        ("DELETE", "/v1/responses/{response_id}", delete),
+        ("POST", "/v1/responses/{response_id}/cancel", cancel),
+        ("GET", "/v1/responses/{response_id}/input_items", list_input_items),
+    )
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from server.endpoints.short import short_form
 from server.openapi import admin, anthropic, ollama, openai, pooling, responses, sglang, small
 from server.openapi.words import Json, string
 
@@ -23,7 +24,9 @@ def document(version: str, root_path: str = "") -> Json:
     for family in FAMILIES:
         schemas |= family.SCHEMAS
         for path, item in family.PATHS.items():
-            paths[path] = {method: _named(method, path, operation) for method, operation in item.items()}
+            for form in (path, short_form(path)):
+                if form is not None:
+                    paths[form] = {method: _named(method, form, operation) for method, operation in item.items()}
     return {
         "openapi": "3.1.0",
         "info": {"title": "oneloop", "version": version, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},

@@ -89,6 +89,7 @@ STRUCTURE: Json = {
     "json_schema": SCHEMA,
     "regex": _REGEX,
     "ebnf": _GRAMMAR,
+    "grammar": _GRAMMAR,
     "structural_tag": _TAG,
 }
 
@@ -243,8 +244,8 @@ SCHEMAS: Json = {
             **TOOLS,
             **TEMPLATE,
             **THINKING,
-            "max_completion_tokens": integer(1),
-            "max_tokens": integer(1, about="The same under its older name."),
+            "max_completion_tokens": integer(-1),
+            "max_tokens": integer(-1, about="The same under its older name."),
             "logprobs": boolean(),
             "top_logprobs": integer(0, MAX_TOP_LOGPROBS, "Needs `logprobs`."),
             "return_prompt_text": boolean("The rendered prompt comes back as `prompt_text`."),
@@ -255,7 +256,7 @@ SCHEMAS: Json = {
         {"prompt": prompts(MAX_PROMPTS)},
         {
             **GENERATION,
-            "max_tokens": integer(1, about=f"{DEFAULT_MAX_TOKENS} where that fits."),
+            "max_tokens": integer(-1, about=f"{DEFAULT_MAX_TOKENS} where that fits. 0: only the prompt; -1: no limit."),
             "logprobs": integer(0, MAX_LOGPROBS),
             **refused(COMPLETION_REFUSALS),
         },
@@ -365,9 +366,35 @@ SCHEMAS: Json = {
             "root": string(),
             "parent": NULL,
             "max_model_len": integer(1),
+            "context_length": integer(1),
+            "max_context_length": integer(1),
+            "max_input_tokens": integer(1),
+            "max_tokens": integer(1),
+            "meta": gives({"n_ctx": integer(1), "n_ctx_train": integer(1), "n_vocab": integer(1)}),
         }
     ),
-    "Models": gives({"object": constant("list"), "data": array(ref("Model"), least=1)}),
+    "AnthropicModel": gives(
+        {
+            "type": constant("model"),
+            "id": string(),
+            "display_name": string(),
+            "created_at": string(),
+            "max_input_tokens": integer(1),
+            "max_tokens": integer(1),
+        },
+        about="Where the request has the header anthropic-version.",
+    ),
+    "Models": either(
+        gives({"object": constant("list"), "data": array(ref("Model"), least=1)}),
+        gives(
+            {
+                "data": array(ref("AnthropicModel"), least=1),
+                "has_more": constant(False),
+                "first_id": string(),
+                "last_id": string(),
+            }
+        ),
+    ),
 }
 
 
@@ -431,5 +458,5 @@ PATHS: Json = {
     "/detokenize": _DETOKENIZE,
     "/v1/detokenize": _DETOKENIZE,
     "/v1/models": get("The served model, once for each of its names.", "Models"),
-    "/v1/models/{id}": get("The served model by one of its names.", "Model"),
+    "/v1/models/{id}": get("The served model by one of its names.", either(ref("Model"), ref("AnthropicModel"))),
 }

@@ -45,7 +45,6 @@ _PARAMETERS = takes(
 _COMMON: Json = {
     "sampling_params": _each(_PARAMETERS),
     "rid": _each(string(least=1, most=MAX_RID_LENGTH)),
-    "model": GENERATION["model"],
     "stream": boolean(),
     "return_logprob": _each(boolean()),
     "top_logprobs_num": _each(integer(0, MAX_TOP_LOGPROBS)),

@@ -47,6 +47,30 @@ SCHEMAS: Json = {
             "max_model_len": integer(1),
         }
     ),
+    "Props": gives(
+        {
+            "default_generation_settings": OBJECT,
+            "total_slots": integer(1),
+            "model_alias": string(),
+            "model_path": string(),
+            "chat_template": string(),
+            "modalities": gives({"vision": constant(False), "audio": constant(False)}),
+            "eos_token": either(string(), NULL),
+            "build_info": string(),
+            "is_sleeping": boolean(),
+        }
+    ),
+    "Slots": array(
+        gives(
+            {"id": integer(0), "n_ctx": integer(1), "speculative": constant(False), "is_processing": boolean()},
+            {
+                "n_prompt_tokens": integer(1),
+                "next_token": gives(
+                    {"has_next_token": boolean(), "n_decoded": integer(0), "n_remain": integer(0)},
+                ),
+            },
+        )
+    ),
 }
 
 _INFO = get("Resolved options as they were at start, and the engine's state now.", OBJECT)
@@ -81,6 +105,12 @@ PATHS: Json = {
     "/get_server_info": _INFO,
     "/model_info": _MODEL,
     "/get_model_info": _MODEL,
+    "/props": get("The model as llama.cpp's clients ask for it.", "Props"),
+    "/slots": get(
+        "What runs in each place of the batch.",
+        "Slots",
+        query={"fail_on_no_slot": constant("0", "1", about="1: a 503 where none is free.")},
+    ),
     "/load": get("How many requests run or wait.", gives({"server_load": integer(0)})),
     "/v1/loads": get(
         "What a router balances by.",

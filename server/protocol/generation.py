@@ -156,7 +156,9 @@ def read_common(
     body.string("request_id", None, most=128)
     max_tokens = body.integer(max_tokens_field, None, -1)
     # What llama.cpp's clients say for "no limit".
-    sampling = _read_sampling(body, state, None if max_tokens == -1 else max_tokens)
+    if max_tokens == -1:
+        max_tokens = default_max_tokens = None
+    sampling = _read_sampling(body, state, max_tokens)
     # Candidates are compared by their log-probabilities, whether the client wants to see them or not.
     sampling = replace(sampling, logprobs=0 if logprobs is None and num_candidates > num_choices else logprobs)
     return Common(

@@ -181,9 +181,7 @@ async def _parse_raw(body: Body, fields: dict[str, Any], state: State, response_
     if top and not wanted:
         raise invalid("top_logprobs", "needs `logprobs` to be true")
     fields |= {"prompt": body.raw("prompt"), "logprobs": (top or 0) if wanted else None}
-    return await parse_completion(
-        Body(fields, body.size), state, response_id, default_max_tokens=None
-    )
+    return await parse_completion(Body(fields, body.size), state, response_id, default_max_tokens=None)
 
 
 def _as_messages(body: Body) -> list[dict[str, Any]]:

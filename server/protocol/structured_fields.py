@@ -177,7 +177,7 @@ _STRUCTURED: dict[str, Reader] = {
     "json_object": _object,
     "structural_tag": _structural_tag,
 }
-# vLLM's older names and SGLang's.
+# vLLM's older names, SGLang's and llama.cpp's.
 _TOP_LEVEL: dict[str, Reader] = {
     "guided_json": _schema,
     "guided_regex": _text("regex"),
@@ -187,6 +187,8 @@ _TOP_LEVEL: dict[str, Reader] = {
     "json_schema": _schema,
     "regex": _text("regex"),
     "ebnf": _text("grammar"),
+    # llama.cpp's, which has `json_schema` as well.
+    "grammar": _text("grammar"),
     "structural_tag": _structural_tag,
 }
 # All that is read here.

@@ -380,7 +380,7 @@ CHAT: list[Row] = [
     *(("logprobs", value) for value in (0, "true", [], {})),
     *(("top_logprobs", All({"logprobs": True, "top_logprobs": value})) for value in (-1, 21, 0.5, "1", True, [], {})),
     ("top_logprobs", All({"logprobs": False, "top_logprobs": 1})),
-    *(("max_completion_tokens", value) for value in (-1, 0.5, "", [], {}, True, 1e30)),
+    *(("max_completion_tokens", value) for value in (-2, 0.5, "", [], {}, True, 1e30)),
     ("max_tokens", All({"max_tokens": 4, "max_completion_tokens": 5})),
     *(("reasoning_effort", value) for value in ("", "HIGH", 5, True, [], {})),
     *(("chat_template_kwargs", value) for value in (5, True, [], "{}")),
@@ -484,14 +484,14 @@ OLLAMA: list[Row] = [
         for value in ("", "0.5", [], {}, True, -2.1, 2.1)
     ),
     *((f"options.{name}", {name: value}) for name in ("top_k", "seed") for value in NOT["integer"]),
-    *(("options.num_predict", {"num_predict": value}) for value in (*NOT["integer"], 0, -3)),
+    *(("options.num_predict", {"num_predict": value}) for value in (*NOT["integer"], -3)),
     *(("options.num_ctx", {"num_ctx": value}) for value in (*NOT["integer"], 0, 10**6)),
     *(("options.stop", {"stop": value}) for value in (5, {}, [5], [""])),
     ("options.mirostat", {"mirostat": 1}),
     *(("think", value) for value in (5, [], "deep", True)),
 ]
 GENERATE: list[Row] = [
-    *wrong_kinds(string="model", boolean="stream return_text_in_logprobs return_logprob"),
+    *wrong_kinds(boolean="stream return_text_in_logprobs return_logprob"),
     *(("text", value) for value in (None, 5, True, {}, [], [5], [["a"]], ["a"] * 1025)),
     *(("input_ids", All({"text": None, "input_ids": value})) for value in (5, "x", {}, [-1], [VOCAB], ["a"], [[]])),
     *(("sampling_params", value) for value in (5, "x", [{}], True)),

@@ -293,3 +293,17 @@ def served_sampling() -> Any:
     from engine.request import SamplingParams
 
     return SamplingParams()
+
+
+async def test_a_prompt_is_scored_without_an_answer(server: Live) -> None:
+    """What lm-eval asks for: `max_tokens` 0 with `echo`."""
+    body = {"prompt": "Once upon a time", "echo": True, "logprobs": 1}
+    [whole] = (await server.complete(max_tokens=0, **body))["choices"]
+    [longer] = (await server.complete(max_tokens=1, **body))["choices"]
+    scores, more = whole["logprobs"], longer["logprobs"]
+    assert whole["text"] == "".join(scores["tokens"]) == "Once upon a time"
+    assert scores == {name: values[:-1] for name, values in more.items()}
+    events = await server.events("/v1/completions", {"max_tokens": 0, **body})
+    assert text_of(events) == "Once upon a time"
+    streamed = [event["choices"][0]["logprobs"] for event in events[:-1]]
+    assert [token for piece in streamed if piece for token in piece["tokens"]] == scores["tokens"]

@@ -10,6 +10,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from server.app import ENDPOINTS
+from server.endpoints.short import short_form
 from server.openapi.document import document
 from server.protocol.body import Body
 from tests.server.support import Live, live
@@ -128,6 +129,7 @@ async def test_the_fields_that_are_read_are_the_fields_that_are_told(
 
 def test_every_route_that_reads_a_body_is_in_the_tables_of_malformed_ones() -> None:
     tested = {family.path for family in FAMILIES}
+    tested |= {short for path in tested if (short := short_form(path)) is not None}
     assert {path for path, _ in READING if path not in tested} == {
         "/v1/tokenize",
         "/v1/detokenize",
@@ -139,7 +141,12 @@ def test_every_route_that_reads_a_body_is_in_the_tables_of_malformed_ones() -> N
 
 
 # Nothing here can be profiled, and nothing that is kept can be cancelled.
-REFUSED = ("/start_profile", "/stop_profile", "/v1/responses/{response_id}/cancel")
+REFUSED = (
+    "/start_profile",
+    "/stop_profile",
+    "/v1/responses/{response_id}/cancel",
+    "/responses/{response_id}/cancel",
+)
 
 
 @pytest.mark.parametrize(("method", "path", "operation"), OPERATIONS, ids=[f"{one[0]} {one[1]}" for one in OPERATIONS])
