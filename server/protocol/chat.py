@@ -251,9 +251,9 @@ def _read_tool_call(call: Any, where: str) -> dict[str, Any] | None:
         if not isinstance(custom.get("name"), str) or not isinstance(custom.get("input"), str | None):
             raise invalid(f"{where}.custom", "must have a `name` and an `input` that are strings")
         # As a custom tool is declared to the model.
-        arguments = {INPUT: custom.get("input") or ""}
+        given = {INPUT: custom.get("input") or ""}
         rest = {name: value for name, value in call.items() if name != "custom"}
-        return rest | {"type": "function", "function": {"name": custom["name"], "arguments": arguments}}
+        return rest | {"type": "function", "function": {"name": custom["name"], "arguments": given}}
     if isinstance(kind, str) and kind not in ("", "function") and "function" not in call:
         ignore("tool_calls", kind)
         return None

@@ -455,7 +455,7 @@ MESSAGES: list[Row] = [
     *(("messages[0].role", [{"role": role, "content": "x"}]) for role in (None, "", "tool", 5, [])),
     *(("messages[0].content", message(content=value)) for value in (5, {})),
     *(("messages[0].content[0]", message(content=[value])) for value in (None, 5, "x", {}, {"type": "image"})),
-    ("messages[1].content[0]", [*HI, {"role": "user", "content": [{"type": "document", "source": {"type": "base64"}}]}]),
+    ("messages[1].content[0]", [*HI, *message(content=[{"type": "document", "source": {"type": "base64"}}])]),
     ("messages[0].content[0]", message("assistant", [{"type": "tool_use"}])),
     ("messages[0].content[0].tool_use_id", message(content=[{"type": "tool_result", "content": "x"}])),
     ("messages", message(extra=nested(100))),

@@ -563,8 +563,8 @@ async def test_bad_input_is_a_400_that_names_the_field(server: Live) -> None:
         error = check_shape(*await server.post(path, {"input": "x", "model": "other"}), expected=404)
         assert error["code"] == "model_not_found"
     options = {"stream": True, "stream_options": {"include_obfuscation": True}}
-    error = check_shape(*await server.post(RESPONSES, {"input": "x", **options}))
-    assert error["param"] == "stream_options.include_obfuscation"
+    async with server.http.post(server.url + RESPONSES, json={"input": "x", "max_output_tokens": 1, **options}) as got:
+        assert got.status == 200
     await create(server, {"input": "x", "max_output_tokens": 2})
 
 
