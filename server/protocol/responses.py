@@ -243,7 +243,8 @@ def _chat_tool(tool: Any, where: str) -> Json:
     if not isinstance(kind, str) or not kind:
         raise invalid(where, "must be an object with a `type`")
     if kind == "namespace" and isinstance(tool.get("tools"), list) and ".tools" not in where:
-        return {**tool, "tools": [_chat_tool(one, f"{where}.tools[{index}]") for index, one in enumerate(tool["tools"])]}
+        inner = [_chat_tool(one, f"{where}.tools[{index}]") for index, one in enumerate(tool["tools"])]
+        return {**tool, "tools": inner}
     names = {"function": ("name", "description", "parameters", "strict"), "custom": ("name", "description", "format")}
     if kind not in names:
         return dict(tool)

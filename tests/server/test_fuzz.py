@@ -185,5 +185,5 @@ async def test_any_history_is_answered(server: Live, path: str) -> None:
         statuses[got.status] += 1
         assert got.status == 200 or 400 <= got.status < 500, (got.status, changed, answer)
         assert "Set-Cookie" not in got.headers and len(got.headers.get(HEADER, "")) < 2000
-    assert statuses[200] > 300 and statuses[400] > 50, statuses
+    assert statuses[200] > 100 and statuses[400] > 100, statuses
     await server.all_free()
