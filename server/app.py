@@ -50,6 +50,8 @@ from server.endpoints import (
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
+from server.protocol.ignored import HEADER as IGNORED_HEADER
+from server.protocol.ignored import IGNORED, Ignored
 from server.response_store import ResponseStore
 from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, Caller, ServedModel, State
 
@@ -82,6 +84,8 @@ _ADMIN_HANDLERS = frozenset(handler for endpoint in ADMIN_ENDPOINTS for _, _, ha
 _ALWAYS_OPEN = frozenset(handler for _, _, handler in abort.ROUTES)
 # How errors look by path, where they do not have OpenAI's shape; also a 405, which has no handler.
 _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
+# What a request holds and its answer does without.
+_IGNORED = web.RequestKey("ignored", Ignored)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A burst of this many connects waits in the kernel and is not refused.
@@ -149,6 +153,8 @@ async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Name the request, answer it, count it."""
     state = request.app[STATE]
     request[REQUEST_ID] = request[ECHOED_ID] = uuid.uuid4().hex
+    request[_IGNORED] = Ignored()
+    IGNORED.set(request[_IGNORED])
     given = request.headers.get("X-Request-Id")
     if given is not None and re.fullmatch(ID_PATTERN, given):
         request[ECHOED_ID] = given
@@ -261,13 +267,15 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     """Headers of every response, streamed ones included."""
     if ECHOED_ID in request:
         response.headers["X-Request-Id"] = request[ECHOED_ID]
+    if _IGNORED in request and (kinds := request[_IGNORED].header()) is not None:
+        response.headers[IGNORED_HEADER] = kinds
     options = request.app[STATE].options
     if not options.allowed_origins:
         return
     response.headers.add("Vary", "Origin")
     if (origin := _allowed_origin(request, options)) is not None:
         response.headers["Access-Control-Allow-Origin"] = origin
-        response.headers["Access-Control-Expose-Headers"] = "X-Request-Id, Retry-After"
+        response.headers["Access-Control-Expose-Headers"] = f"X-Request-Id, Retry-After, {IGNORED_HEADER}"
 
 
 async def _expect(request: web.Request) -> None:

@@ -5,12 +5,14 @@ A Reading belongs to one request and says how its outputs are to be read; each c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from engine.stream import Delta
 from engine.text.tokenizer import Tokenizer
+from server.custom_calls import CustomParser
 from server.parsers.base import (
     ContentDelta,
     Event,
@@ -30,8 +32,9 @@ Json = dict[str, object]
 class Reading:
     """tool_family: None where no calls are looked for. start_inside: the prompt has opened the reasoning already.
 
-    tools: parameters by name of the functions that may be called. max_calls: later calls are left out. style: what
-    becomes of the reasoning.
+    tools: parameters by name of the functions that may be called. refused: names that were declared and may not be.
+    custom: of tools whose calls have a bare string as input. origins: namespace and inner name of functions that the
+    model knows by a flat name. max_calls: later calls are left out. style: what becomes of the reasoning.
     """
 
     tool_family: ToolFamily | None
@@ -40,13 +43,18 @@ class Reading:
     tools: Mapping[str, Any] = field(default_factory=dict)
     max_calls: int | None = None
     style: ReasoningStyle = "apart"
+    refused: Collection[str] = ()
+    custom: Collection[str] = ()
+    origins: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     def make_parser(self, *, buffer_calls: bool = False) -> OutputParser:
-        return OutputParser(
+        make = partial(CustomParser, self.custom) if self.custom else OutputParser
+        return make(
             self.tool_family,
             self.reasoning_family,
             start_inside=self.start_inside,
             tools=self.tools,
+            refused=self.refused,
             buffer_calls=buffer_calls,
             max_calls=self.max_calls,
             style=self.style,
@@ -86,14 +94,17 @@ def read_message(parser: OutputParser, text: str, echo: str) -> Json:
         message |= {"reasoning": reasoning, "reasoning_content": reasoning}
     if calls:
         message["tool_calls"] = [
-            {
-                "id": start.id,
-                "type": "function",
-                "function": {"name": start.name, "arguments": "".join(pieces)},
-            }
-            for start, pieces in calls
+            {"id": start.id, **_call(start.custom, name=start.name, text="".join(pieces))} for start, pieces in calls
         ]
     return message
+
+
+def _call(custom: bool, *, text: str, name: str | None = None) -> Json:
+    """A call, or with no name a piece of one, as a chat has those of functions and of custom tools."""
+    kind, key = ("custom", "input") if custom else ("function", "arguments")
+    if name is None:
+        return {kind: {key: text}}
+    return {"type": kind, kind: {"name": name, key: text}}
 
 
 def delta_of(event: Event) -> Json:
@@ -103,8 +114,7 @@ def delta_of(event: Event) -> Json:
     if isinstance(event, ReasoningDelta):
         return {"reasoning": event.text, "reasoning_content": event.text}
     if isinstance(event, ToolCallStart):
-        function = {"name": event.name, "arguments": ""}
-        call: Json = {"index": event.index, "id": event.id, "type": "function", "function": function}
+        call: Json = {"index": event.index, "id": event.id, **_call(event.custom, name=event.name, text="")}
     else:
-        call = {"index": event.index, "function": {"arguments": event.text}}
+        call = {"index": event.index, **_call(event.custom, text=event.text)}
     return {"tool_calls": [call]}

@@ -16,6 +16,10 @@ from server.protocol.generation import Plan
 from server.sse import EVENT_HEADERS, Json
 from server.state import State
 
+# Proves to Anthropic that it has written a thought; there is nothing to prove here. Not empty: clients throw away
+# thoughts without one before the next turn.
+SIGNATURE = "b25lbG9vcA=="
+
 
 def _event(fields: Json) -> bytes:
     return b"event: " + str(fields["type"]).encode() + b"\ndata: " + orjson.dumps(fields) + b"\n\n"
@@ -58,6 +62,8 @@ class AnthropicAnswer:
         for block in blocks:
             if block["type"] == "tool_use":
                 block["input"] = arguments_object(block["input"])
+            elif block["type"] == "thinking":
+                block["signature"] = SIGNATURE
         self._num_output = len(delta.token_ids)
         return self._message(blocks) | self._end(delta)
 
@@ -142,8 +148,12 @@ class AnthropicAnswer:
         """The end of the open block, if there is one."""
         if self._open is None:
             return b""
+        signed = b""
+        if self._open is ReasoningDelta:
+            piece = {"type": "signature_delta", "signature": SIGNATURE}
+            signed = _event({"type": "content_block_delta", "index": self._index, "delta": piece})
         self._open = None
-        return _event({"type": "content_block_stop", "index": self._index})
+        return signed + _event({"type": "content_block_stop", "index": self._index})
 
 
 def _block(event: Event, after: type[Event] | None) -> dict[str, Any] | None:
@@ -153,6 +163,6 @@ def _block(event: Event, after: type[Event] | None) -> dict[str, Any] | None:
     if isinstance(event, ContentDelta) and after is not ContentDelta:
         return {"type": "text", "text": ""}
     if isinstance(event, ReasoningDelta) and after is not ReasoningDelta:
-        # Signatures prove to Anthropic that it has written the text; there is nothing to prove here.
+        # In a stream the signature follows the text.
         return {"type": "thinking", "thinking": "", "signature": ""}
     return None

@@ -26,8 +26,14 @@ from server.state import State
 Json = dict[str, Any]
 
 # What ids of items begin with.
-_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc"}
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
 _TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}
+# Of calls: the field that grows.
+_CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
+_EVENTS_OF_CALLS = {
+    "function_call": "response.function_call_arguments",
+    "custom_tool_call": "response.custom_tool_call_input",
+}
 
 
 class ResponsesAnswer:
@@ -120,7 +126,8 @@ class ResponsesAnswer:
     def _add(self, event: Event) -> None:
         """What one event of the parser adds."""
         if isinstance(event, ToolCallStart):
-            self._open("function_call", call_id=event.id, name=event.name, arguments="")
+            kind = "custom_tool_call" if event.custom else "function_call"
+            self._open(kind, call_id=event.id, **self._name(event.name), **{_CALLS[kind]: ""})
             return
         if isinstance(event, ContentDelta):
             kind = "message"
@@ -131,18 +138,26 @@ class ResponsesAnswer:
             if self._kind != kind:
                 self._open(kind, summary=[], content=[])
         else:
-            kind = "function_call"
+            kind = "custom_tool_call" if event.custom else "function_call"
         if not event.text:
             return
         assert self._pieces is not None
         self._pieces.append(event.text)
-        if kind == "function_call":
-            self._tell_item("response.function_call_arguments.delta", delta=event.text)
+        if kind in _CALLS:
+            self._tell_item(f"{_EVENTS_OF_CALLS[kind]}.delta", delta=event.text)
         elif kind == "reasoning":
             self._tell_item("response.reasoning_text.delta", content_index=0, delta=event.text)
         else:
             logprobs = [] if self._logprobs is None else self._logprobs.take(event.text)
             self._tell_item("response.output_text.delta", content_index=0, delta=event.text, logprobs=logprobs)
+
+    def _name(self, name: str) -> Json:
+        """What a call names: a function of a namespace has the two apart."""
+        origins = {} if self._plan.reading is None else self._plan.reading.origins
+        if name not in origins:
+            return {"name": name}
+        namespace, inner = origins[name]
+        return {"name": inner, "namespace": namespace}
 
     @property
     def _kind(self) -> str:
@@ -165,9 +180,10 @@ class ResponsesAnswer:
         if self._pieces is None:
             return
         kind, item, text = self._kind, self._output[-1], "".join(self._pieces)
-        if kind == "function_call":
-            item["arguments"] = text
-            self._tell_item("response.function_call_arguments.done", name=item["name"], arguments=text)
+        if kind in _CALLS:
+            item[_CALLS[kind]] = text
+            named = {"name": item["name"]} if kind == "function_call" else {}
+            self._tell_item(f"{_EVENTS_OF_CALLS[kind]}.done", **named, **{_CALLS[kind]: text})
         else:
             part = _part(kind, text)
             if kind == "message":

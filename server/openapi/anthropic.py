@@ -23,28 +23,29 @@ from server.openapi.words import (
 )
 from server.protocol.anthropic import (
     CHOICES,
-    DISPLAYS,
     EFFORTS,
     ERROR_TYPES,
+    HINTS,
     REFUSALS,
+    ROLES,
     SAME,
     THINKING,
-    TOOL_REFUSALS,
 )
 from server.protocol.refusals import CHAT_REFUSALS
 
 _TEXT = takes({"type": constant("text"), "text": string()})
-_TEXTS = either(string(), array(_TEXT, least=1))
+_OTHER = takes({"type": string(least=1)}, about="Of any other kind: named in the text, or left out.")
 _BLOCK = either(
     _TEXT,
     takes({"type": constant("thinking"), "thinking": string()}),
     takes({"type": constant("tool_use"), "id": string(), "name": string(), "input": OBJECT}),
     takes(
         {"type": constant("tool_result"), "tool_use_id": string()},
-        {"content": either(string(), array(_TEXT)), "is_error": boolean()},
+        {"content": either(string(), array(either(_TEXT, _OTHER))), "is_error": boolean()},
     ),
+    _OTHER,
 )
-_MESSAGE = takes({"role": constant("user", "assistant", "system"), "content": either(string(), array(_BLOCK, least=1))})
+_MESSAGE = takes({"role": constant(*ROLES)}, {"content": either(string(), array(_BLOCK))})
 _FORM = takes({"type": constant("json_schema"), "schema": SCHEMA})
 _REQUEST: Json = {
     # What has the same name and meaning in a chat.
@@ -54,19 +55,23 @@ _REQUEST: Json = {
     "stop_sequences": array(string(least=1)),
     "metadata": takes({}, {"user_id": string()}),
     "tools": array(
-        takes(
-            {"name": string(least=1, most=128), "input_schema": OBJECT},
-            {"type": constant("custom"), "description": string(), "strict": boolean(), **refused(TOOL_REFUSALS)},
+        either(
+            takes(
+                {"name": string(least=1, most=128), "input_schema": OBJECT},
+                {"type": constant("custom"), "description": string(), "strict": boolean()},
+            ),
+            takes({"type": string(least=1)}, about="One that Anthropic defines: left out."),
         )
     ),
     "tool_choice": either(
         takes({"type": constant(*CHOICES)}, {"disable_parallel_tool_use": boolean()}),
         takes({"type": constant("tool"), "name": string()}, {"disable_parallel_tool_use": boolean()}),
     ),
-    "thinking": takes({"type": constant(*THINKING)}, {"budget_tokens": integer(1), "display": constant(*DISPLAYS)}),
+    "thinking": takes({"type": constant(*THINKING)}, {"budget_tokens": integer(1), "display": string()}),
     "output_config": takes({}, {"effort": constant(*EFFORTS), "format": _FORM}),
     "output_format": _FORM,
     "chat_template_kwargs": TEMPLATE["chat_template_kwargs"],
+    **dict.fromkeys(HINTS, ANYTHING | {"description": "Changes nothing here."}),
     **refused(REFUSALS),
 }
 # Of what says how to go on from the prompt, a count of its tokens reads no more than that it is there.
@@ -100,6 +105,7 @@ _SAID = either(
 _PIECE = either(
     gives({"type": constant("text_delta"), "text": string()}),
     gives({"type": constant("thinking_delta"), "thinking": string()}),
+    gives({"type": constant("signature_delta"), "signature": string()}),
     gives({"type": constant("input_json_delta"), "partial_json": string()}),
 )
 # By the type of an event.

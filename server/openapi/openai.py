@@ -153,9 +153,27 @@ _FUNCTION = takes(
     {"name": string(least=1, most=128)}, {"description": string(), "parameters": OBJECT, "strict": boolean()}
 )
 TOOL = takes({"type": constant("function"), "function": _FUNCTION})
-_PICK = takes({"type": constant("function"), "function": takes({"name": string()})})
+_LANGUAGE = takes({"syntax": constant("lark", "regex"), "definition": string(least=1)})
+_CUSTOM = takes(
+    {"name": string(least=1, most=128)},
+    {
+        "description": string(),
+        "format": either(takes({"type": constant("text")}), takes({"type": constant("grammar"), "grammar": _LANGUAGE})),
+    },
+    "A tool whose input is a text; where it must be called, its grammar holds.",
+)
+_PICK = either(
+    *(takes({"type": constant(kind), kind: takes({"name": string()})}) for kind in ("function", "custom")),
+)
 TOOLS: Json = {
-    "tools": array(TOOL, least=1, most=MAX_TOOLS),
+    "tools": array(
+        either(
+            TOOL,
+            takes({"type": constant("custom"), "custom": _CUSTOM}),
+            takes({"type": string(least=1)}, about="Of any other type: left out."),
+        ),
+        most=MAX_TOOLS,
+    ),
     "tool_choice": either(
         constant("none", "auto", "required"),
         _PICK,
@@ -168,7 +186,10 @@ TOOLS: Json = {
     ),
     "parallel_tool_calls": boolean(),
 }
-_TEXT_PART = takes({"type": constant("text"), "text": string()})
+_TEXT_PART = either(
+    takes({"type": constant("text"), "text": string()}),
+    takes({"type": string(least=1)}, about="Of any other kind: named in the text, but in the newest turn an error."),
+)
 MESSAGE = takes(
     {"role": constant(*ROLES)},
     {
@@ -268,12 +289,15 @@ SCHEMAS: Json = {
     "RenderRequest": takes({"messages": array(MESSAGE, least=1)}, {**MODEL, **TOOLS, **TEMPLATE}),
     "Rendered": gives({"model": string(), "prompt": string(), "token_ids": IDS}),
     "DetokenizeRequest": takes({"tokens": IDS}, {**MODEL, "skip_special_tokens": boolean()}),
-    "ToolCall": gives(
-        {
-            "id": string(),
-            "type": constant("function"),
-            "function": gives({"name": string(), "arguments": string()}),
-        }
+    "ToolCall": either(
+        gives(
+            {
+                "id": string(),
+                "type": constant("function"),
+                "function": gives({"name": string(), "arguments": string()}),
+            }
+        ),
+        gives({"id": string(), "type": constant("custom"), "custom": gives({"name": string(), "input": string()})}),
     ),
     "ChatLogprobs": gives({"content": array(gives(TOKEN | {"top_logprobs": array(gives(TOKEN))}))}),
     "Logprobs": gives(
@@ -314,11 +338,13 @@ SCHEMAS: Json = {
                         **_REASONING,
                         "tool_calls": array(
                             gives(
+                                {"index": integer(0)},
                                 {
-                                    "index": integer(0),
+                                    "id": string(),
+                                    "type": constant("function", "custom"),
                                     "function": gives({"arguments": string()}, {"name": string()}),
+                                    "custom": gives({"input": string()}, {"name": string()}),
                                 },
-                                {"id": string(), "type": constant("function")},
                             )
                         ),
                     },

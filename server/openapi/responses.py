@@ -27,63 +27,82 @@ from server.openapi.words import (
     takes,
 )
 from server.protocol.refusals import CHAT_REFUSALS
-from server.protocol.responses import INCLUDES, INNER_REFUSALS, MOVED, REFUSALS, ROLES
-
-
-def _inner(name: str) -> Json:
-    """The refused fields of an object."""
-    return refused(
-        {
-            path.removeprefix(f"{name}."): neutral
-            for path, neutral in INNER_REFUSALS.items()
-            if path.startswith(f"{name}.")
-        }
-    )
-
+from server.protocol.response_items import ROLES
+from server.protocol.responses import HINTS, INCLUDES, MOVED, REFUSALS
 
 _TEXT = takes({"type": constant("input_text", "output_text", "text"), "text": string()})
-_CONTENT = either(string(), array(either(_TEXT, takes({"type": constant("refusal"), "refusal": string()}))))
+_OTHER = takes({"type": string(least=1)}, about="Of any other kind: named in the text, or left out.")
+_CONTENT = either(string(), array(either(_TEXT, takes({"type": constant("refusal"), "refusal": string()}), _OTHER)))
 _ID: Json = {"id": string(least=1, most=128)}
 _ITEM = either(
     takes({"role": constant(*ROLES), "content": _CONTENT}, {"type": constant("message"), **_ID}),
-    takes({"type": constant("function_call"), "call_id": string(), "name": string(), "arguments": string()}, _ID),
-    takes({"type": constant("function_call_output"), "call_id": string(), "output": _CONTENT}, _ID),
+    takes(
+        {"type": constant("function_call"), "call_id": string(), "name": string(), "arguments": string()},
+        {"namespace": string(), **_ID},
+    ),
+    takes(
+        {"type": constant("custom_tool_call"), "call_id": string(), "name": string(), "input": string()},
+        {"namespace": string(), **_ID},
+    ),
+    takes(
+        {"type": constant("function_call_output", "custom_tool_call_output"), "call_id": string()},
+        {"output": _CONTENT, **_ID},
+    ),
     takes({"type": constant("reasoning")}, {"summary": array(OBJECT), "content": array(OBJECT), **_ID}),
     takes({"id": string()}, {"type": constant("item_reference")}),
+    takes({"type": string(least=1)}, _ID, "Of any other kind: calls, results and text are shown."),
 )
 _FORMAT = either(
     takes({"type": constant("text", "json_object")}),
     takes({"type": constant("json_schema"), "schema": SCHEMA}, {"name": string(), "strict": boolean()}),
 )
-_PICK = takes({"type": constant("function"), "name": string()})
+_PICK = takes({"type": constant("function", "custom"), "name": string()}, {"namespace": string()})
+_FUNCTION = takes(
+    {"type": constant("function"), "name": string(least=1, most=128)},
+    {"description": string(), "parameters": OBJECT, "strict": boolean()},
+)
+_CUSTOM = takes(
+    {"type": constant("custom"), "name": string(least=1, most=128)},
+    {
+        "description": string(),
+        "format": either(
+            takes({"type": constant("text")}),
+            takes(
+                {"type": constant("grammar"), "syntax": constant("lark", "regex"), "definition": string(least=1)},
+            ),
+        ),
+    },
+)
+_UNKNOWN = takes({"type": string(least=1)}, about="Of any other type: left out.")
+_NAMESPACE = takes(
+    {"type": constant("namespace"), "name": string(least=1)},
+    {"description": string(), "tools": array(either(_FUNCTION, _CUSTOM, _UNKNOWN))},
+)
 # What makes the prompt.
 _PROMPT: Json = {
     "model": GENERATION["model"],
     "instructions": string(),
     "previous_response_id": string(),
     "max_output_tokens": integer(1),
-    "include": array(constant(*INCLUDES)),
+    "include": array(string(least=1), f"Known: {', '.join(INCLUDES)}."),
     "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
-    "tools": array(
-        takes(
-            {"type": constant("function"), "name": string(least=1, most=128)},
-            {"description": string(), "parameters": OBJECT, "strict": boolean()},
-        )
-    ),
+    "tools": array(either(_FUNCTION, _CUSTOM, _NAMESPACE, _UNKNOWN)),
     "tool_choice": either(
         constant("none", "auto", "required"),
         _PICK,
+        takes({"type": constant("namespace"), "name": string()}),
         takes(
             {"type": constant("allowed_tools"), "mode": constant("auto", "required"), "tools": array(_PICK, least=1)}
         ),
     ),
     "parallel_tool_calls": boolean(),
     "text": takes({}, {"format": _FORMAT, "verbosity": constant("low", "medium", "high")}),
-    "reasoning": takes({}, {"effort": TEMPLATE["reasoning_effort"], **_inner("reasoning")}),
+    "reasoning": takes({}, {"effort": TEMPLATE["reasoning_effort"]}),
     "chat_template_kwargs": TEMPLATE["chat_template_kwargs"],
     "add_special_tokens": boolean(),
     "stream": boolean(),
-    "stream_options": takes({}, _inner("stream_options")),
+    "stream_options": OBJECT,
+    **dict.fromkeys(HINTS, ANYTHING | {"description": "Changes nothing here."}),
     **{name: NULL | {"description": f"Called `{other}` here."} for name, other in MOVED.items()},
     **refused(REFUSALS),
 }
@@ -111,7 +130,7 @@ _OUTPUT_TEXT = gives(
 )
 _REASONING_TEXT = gives({"type": constant("reasoning_text"), "text": string()})
 _STATUS: Json = {"status": constant("in_progress", "completed", "incomplete")}
-_CALL: Json = {"call_id": string(), "name": string(), "arguments": string()}
+_CALL: Json = {"call_id": string(), "name": string()}
 _OUTPUT = either(
     gives(
         {"id": string(), "type": constant("message"), "role": constant("assistant"), "content": array(_OUTPUT_TEXT)}
@@ -121,7 +140,13 @@ _OUTPUT = either(
         {"id": string(), "type": constant("reasoning"), "summary": array(OBJECT), "content": array(_REASONING_TEXT)}
         | _STATUS
     ),
-    gives({"id": string(), "type": constant("function_call"), **_CALL, **_STATUS}),
+    *(
+        gives(
+            {"id": string(), "type": constant(kind), **_CALL, field: string(), **_STATUS},
+            {"namespace": string("Of a function in a namespace.")},
+        )
+        for kind, field in (("function_call", "arguments"), ("custom_tool_call", "input"))
+    ),
 )
 _USAGE = gives(
     {
@@ -155,6 +180,8 @@ _RESPONSE = gives(
         "max_tool_calls": _NO_INTEGER,
         "metadata": mapping(string()),
         "parallel_tool_calls": boolean(),
+        "presence_penalty": number(-2, 2),
+        "frequency_penalty": number(-2, 2),
         "previous_response_id": _NO_STRING,
         "prompt_cache_key": _NO_STRING,
         "reasoning": gives({"effort": _NO_STRING, "summary": _NO_STRING}),
@@ -188,6 +215,8 @@ _EVENTS: Json = {
     "response.reasoning_text.done": {**_PART, "text": string()},
     "response.function_call_arguments.delta": {**_OF_CALL, "delta": string()},
     "response.function_call_arguments.done": {**_OF_CALL, "name": string(), "arguments": string()},
+    "response.custom_tool_call_input.delta": {**_OF_CALL, "delta": string()},
+    "response.custom_tool_call_input.done": {**_OF_CALL, "input": string()},
 }
 
 SCHEMAS: Json = {

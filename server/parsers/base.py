@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import re
 import uuid
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal, TypeVar
@@ -39,17 +39,21 @@ class ReasoningDelta:
 
 @dataclass(frozen=True, slots=True)
 class ToolCallStart:
+    """custom: its arguments are the input of a custom tool, no JSON."""
+
     index: int
     id: str
     name: str
+    custom: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class ToolCallArguments:
-    """A piece of the JSON text of a call's arguments."""
+    """A piece of the JSON text of a call's arguments, or of a custom tool's input."""
 
     index: int
     text: str
+    custom: bool = False
 
 
 Event = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallArguments
@@ -69,7 +73,8 @@ class ToolFamily:
 
     run: the grammar; it reads from content to the end of the text. markers: texts that are special tokens in some
     models, to be kept by the detokenizer. call_format: the structural tag that forces calls, from (name, JSON schema)
-    of each tool that may be called and whether there may be several.
+    of each tool that may be called and whether there may be several. marked: nothing but a call begins as its calls do;
+    otherwise what looks like one may be an ordinary answer, unless it names a declared tool.
     """
 
     name: str
@@ -77,6 +82,7 @@ class ToolFamily:
     markers: tuple[str, ...]
     call_format: Callable[[list[tuple[str, dict[str, Any]]], bool], dict[str, Any]]
     make_id: Callable[[], str] = make_call_id
+    marked: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +112,9 @@ class ReasoningFamily:
 class OutputParser:
     """Events of one output. `push` the text as it comes, then `finish` once.
 
-    tools: parameters by name of the declared tools: calls to other names are content. None: any name is a call.
+    tools: parameters by name of the tools that may be called. A call of a name that nobody declared is one all
+    the same, for the client to answer; only one without a mark has to name a declared tool, in whatever case. None: any
+    name is a call. refused: names that were declared and must not be called: content.
     buffer_calls: a call comes whole or not at all, so one that breaks in its middle is content in full; otherwise its
     arguments stream, and what follows the break is content.
     max_calls: later calls are left out (`parallel_tool_calls: false`). style: what becomes of the reasoning.
@@ -119,6 +127,7 @@ class OutputParser:
         *,
         start_inside: bool = False,
         tools: Mapping[str, Any] | None = None,
+        refused: Collection[str] = (),
         buffer_calls: bool = False,
         max_calls: int | None = None,
         style: ReasoningStyle = "apart",
@@ -129,7 +138,8 @@ class OutputParser:
         # Reasoning that waits for its end.
         self._held = ""
         new_id = make_id or (tool.make_id if tool is not None else make_call_id)
-        self._scanner = Scanner(tool is not None, tools, buffer_calls, new_id)
+        marked = tool is None or tool.marked
+        self._scanner = Scanner(tool is not None, tools, buffer_calls, new_id, refused=refused, marked=marked)
         read = None if style == "inline" else reasoning
         self._steps: Steps[None] | None = _run(self._scanner, tool, read, start_inside)
         self.markers = (*(tool.markers if tool else ()), *(reasoning.markers if reasoning else ()))
@@ -198,10 +208,20 @@ class Scanner:
     """
 
     def __init__(
-        self, has_tools: bool, tools: Mapping[str, Any] | None, buffer_calls: bool, make_id: Callable[[], str]
+        self,
+        has_tools: bool,
+        tools: Mapping[str, Any] | None,
+        buffer_calls: bool,
+        make_id: Callable[[], str],
+        *,
+        refused: Collection[str] = (),
+        marked: bool = True,
     ) -> None:
         self.has_tools = has_tools
         self.tools = tools
+        self._refused = refused
+        # Without a mark: the names that are calls, in lower case.
+        self._names = None if marked or tools is None else frozenset(name.casefold() for name in tools)
         self.closed = False
         self.num_calls = 0
         self._buffer_calls = buffer_calls
@@ -306,8 +326,11 @@ class Scanner:
         self._space = ""
 
     def start_call(self, name: str) -> None:
-        """The call is one: its name is known. Raises Malformed for a tool that was not declared."""
-        if not name or (self.tools is not None and name not in self.tools):
+        """The call is one: its name is known. Raises Malformed for a name that makes it none; see OutputParser."""
+        known = self.tools is None or name in self.tools
+        if not known and (name in self._refused or len(name) > MAX_NAME or not name.isprintable()):
+            raise Malformed
+        if not name or not (known or self._names is None or name.casefold() in self._names):
             raise Malformed
         start = ToolCallStart(self.num_calls, self._make_id(), name)
         if self._buffer_calls:

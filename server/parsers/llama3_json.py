@@ -45,4 +45,4 @@ def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dic
     return tags([json_call("", name, "parameters", schema, "") for name, schema in tools], "; ", parallel)
 
 
-FAMILY = ToolFamily("llama3_json", _run, (_TAG,), _call_format)
+FAMILY = ToolFamily("llama3_json", _run, (_TAG,), _call_format, marked=False)

@@ -162,4 +162,4 @@ def _keywords(schema: dict[str, Any]) -> Format:
     return optional_fields([field(name) for name in must], [field(name) for name in may], const(", "))
 
 
-FAMILY = ToolFamily("pythonic", _run, (_OPEN, _CLOSE), _call_format)
+FAMILY = ToolFamily("pythonic", _run, (_OPEN, _CLOSE), _call_format, marked=False)

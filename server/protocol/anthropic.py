@@ -13,7 +13,9 @@ from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.chat import encode_messages, parse_chat
 from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
-from server.protocol.refusals import refuse, refuse_in
+from server.protocol.history import Turn, newest_turn, read_part, read_parts
+from server.protocol.ignored import ignore
+from server.protocol.refusals import refuse
 from server.protocol.tool_fields import read_tools
 from server.state import State
 
@@ -46,26 +48,30 @@ SAME = (
     "priority",
 )
 REFUSALS: dict[str, tuple[object, ...]] = {
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+}
+# Wishes that change no word of the answer, or that only Anthropic's own servers could meet: with the values that ask
+# for nothing.
+HINTS: dict[str, tuple[object, ...]] = {
     "container": (),
-    # The last keeps everything that it could clear.
-    "context_management": ({}, {"edits": []}, {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]}),
+    "context_management": ({}, {"edits": []}),
     "diagnostics": (),
     "inference_geo": (),
     "mcp_servers": ([],),
     "service_tier": ("auto", "standard_only"),
     "speed": ("standard",),
-    "kv_transfer_params": (),
-    "vllm_xargs": ({},),
 }
-# Of a tool: where Anthropic's own servers would have to do something.
-TOOL_REFUSALS: dict[str, tuple[object, ...]] = {
-    "defer_loading": (False,),
-    "allowed_callers": ([], ["direct"]),
-    "input_examples": ([],),
-}
+# Of a message that continues a conversation, by its role.
+ROLES: dict[str, str] = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
 THINKING = ("enabled", "adaptive", "disabled")
+# Chat templates' names for their switch.
+_SWITCHES = ("enable_thinking", "thinking")
+# What Claude Code puts in front of its system prompt. It changes with every conversation, tells a model nothing and
+# would keep all that follows out of the prefix cache.
+_BILLING = "x-anthropic-billing-header"
 EFFORTS = ("low", "medium", "high", "xhigh", "max")
-DISPLAYS = ("summarized", "omitted")
+FORCED = ("any", "tool")
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 ERROR_TYPES = {
     401: "authentication_error",
@@ -96,7 +102,7 @@ async def parse_messages(body: Body, state: State, response_id: str) -> tuple[Pl
     if max_tokens is None:
         raise invalid("max_tokens", "is required")
     thinking = body.object("thinking") or {}
-    chat = _to_chat(body)
+    chat = _to_chat(body, state)
     budget = chat.get("thinking_token_budget")
     if budget is not None and budget >= max_tokens:
         raise invalid("thinking.budget_tokens", "must be less than `max_tokens`")
@@ -112,7 +118,7 @@ async def parse_messages(body: Body, state: State, response_id: str) -> tuple[Pl
 
 async def count_tokens(body: Body, state: State) -> int:
     """Tokens of the prompt that the same body would make for parse_messages."""
-    chat = Body(_to_chat(body), body.size)
+    chat = Body(_to_chat(body, state), body.size)
     read_model(chat, state.model)
     _, prompt = await encode_messages(chat, state, read_tools(chat))
     return len(prompt)
@@ -128,43 +134,62 @@ def error_body(error: RequestError, request_id: str | None) -> dict[str, object]
     return {"type": "error", "error": {"type": kind, "message": message}, "request_id": request_id}
 
 
-def _to_chat(body: Body) -> dict[str, Any]:
+def _to_chat(body: Body, state: State) -> dict[str, Any]:
     """The body of the chat that says the same, without `max_tokens`."""
     refuse(body, REFUSALS)
+    for name, neutral in HINTS.items():
+        if body.has(name) and body.raw(name) not in neutral:
+            ignore(name)
     chat: dict[str, Any] = {name: body.raw(name) for name in SAME}
     chat["stop"] = body.raw("stop_sequences")
     if not isinstance(chat["stop"], list | None):
         raise invalid("stop_sequences", "must be a list of strings")
     chat["user"] = body.inner("metadata").string("metadata.user_id", None)
-    tools = _read_tools(body.raw("tools"))
-    if tools:
-        chat["tools"] = tools
+    chat["tools"] = _read_tools(body.raw("tools"))
     chat |= _read_tool_choice(body)
-    chat |= _read_thinking(body)
-    chat["messages"] = messages = _read_system(body.raw("system")) + _read_messages(body.raw("messages"))
-    # Anthropic's way to begin an answer for the model.
-    chat["continue_final_message"] = messages[-1]["role"] == "assistant"
-    if messages[-1].get("tool_calls"):
-        raise invalid("messages", "ends with a `tool_use`; its `tool_result` must follow")
+    chat |= _read_thinking(body, state)
+    messages = _read_messages(body.raw("messages"))
+    last = messages[-1]
+    if last["role"] == "assistant" and not last.get("tool_calls"):
+        # Anthropic's way to begin an answer for the model; of a turn that was cut there may be nothing to go on with.
+        chat["continue_final_message"] = bool(last["content"])
+        if not last["content"] and len(messages) > 1:
+            messages.pop()
+    chat["messages"] = _read_system(body.raw("system")) + messages
     return chat
 
 
-def _read_thinking(body: Body) -> dict[str, Any]:
-    """`thinking` and `output_config` as the chat's template arguments, budget, effort and response_format."""
+def _read_thinking(body: Body, state: State) -> dict[str, Any]:
+    """`thinking` and `output_config` as the chat's template arguments, budget, effort and response_format.
+
+    The model thinks where it is asked to, and not where it must call a tool at once; what a model that always thinks
+    has thought without being asked is not shown.
+    """
     fields, config = body.inner("thinking"), body.inner("output_config")
     chat: dict[str, Any] = {"reasoning_effort": config.choice("output_config.effort", EFFORTS)}
-    kwargs = body.object("chat_template_kwargs") or {}
     kind = fields.choice("thinking.type", THINKING)
+    asked, budget = kind in ("enabled", "adaptive"), None
     if body.has("thinking"):
         if kind is None:
             raise invalid("thinking.type", f"must be one of {', '.join(THINKING)}")
-        fields.choice("thinking.display", DISPLAYS)
-        kwargs = {"enable_thinking": kind != "disabled", "thinking": kind != "disabled"} | kwargs
         budget = fields.integer("thinking.budget_tokens", None, 1)
-        if (budget is None) == (kind == "enabled"):
-            raise invalid("thinking.budget_tokens", "is required for the type enabled, and for no other")
+        if budget is None and kind == "enabled":
+            raise invalid("thinking.budget_tokens", "is required for the type enabled")
+    thinks = asked
+    if asked and (body.raw("tool_choice") or {}).get("type") in FORCED:
+        # Anthropic excludes the one by the other.
+        ignore("thinking")
+        thinks = False
+    # An operator's own default holds for those who say nothing.
+    set_by_operator = () if body.has("thinking") else state.options.default_chat_template_kwargs
+    switches = {name: thinks for name in _SWITCHES if name not in set_by_operator}
+    chat["chat_template_kwargs"] = switches | (body.object("chat_template_kwargs") or {})
+    chat["include_reasoning"] = asked
+    if kind == "enabled" and thinks:
         chat["thinking_token_budget"] = budget
-    chat["chat_template_kwargs"] = kwargs
+    elif (body.raw("tool_choice") or {}).get("type") in FORCED:
+        # Where the template has no switch.
+        chat["thinking_token_budget"] = 0
     # The second is the name that it had in beta.
     form = config.object("output_config.format")
     if form is None:
@@ -177,7 +202,10 @@ def _read_thinking(body: Body) -> dict[str, Any]:
 
 
 def _read_tools(tools: Any) -> list[dict[str, Any]]:
-    """An empty list is no tools, as for Anthropic."""
+    """Each in its place, so that errors name the client's own.
+
+    Those that Anthropic defines have another type, and the chat leaves them out.
+    """
     if not isinstance(tools, list | None):
         raise invalid("tools", "must be a list")
     read: list[dict[str, Any]] = []
@@ -186,9 +214,12 @@ def _read_tools(tools: Any) -> list[dict[str, Any]]:
         if not isinstance(tool, dict):
             raise invalid(where, "must be an object")
         kind = tool.get("type")
-        if kind is not None and kind != "custom":
-            raise invalid(where, f"is of type {str(kind)[:64]!r}; this server has no tools of its own")
-        refuse_in(where, tool, TOOL_REFUSALS)
+        if kind is not None and (not isinstance(kind, str) or not kind):
+            raise invalid(f"{where}.type", "must be a non-empty string")
+        if kind not in (None, "custom"):
+            # Not by its type alone: chat has one that is called function.
+            read.append({"type": f"tool.{kind}" if kind in ("function", "namespace") else kind})
+            continue
         if not isinstance(tool.get("input_schema"), dict):
             raise invalid(f"{where}.input_schema", "must be an object")
         function = {"name": tool.get("name"), "parameters": tool["input_schema"]}
@@ -219,33 +250,41 @@ def _read_tool_choice(body: Body) -> dict[str, Any]:
 def _read_system(system: Any) -> list[dict[str, Any]]:
     if system is None or system == "" or system == []:
         return []
-    return [{"role": "system", "content": _read_texts(system, "system")}]
+    kept = [text for text in map(_without_billing, _read_texts(system, "system")) if text is not None]
+    if not kept:
+        return []
+    return [{"role": "system", "content": _as_content(kept)}]
 
 
-def _read_texts(content: Any, where: str) -> str | list[dict[str, str]]:
-    """A string, or text blocks as a chat's parts."""
-    if isinstance(content, str):
-        return content
-    return [_read_text(block, f"{where}[{index}]") for index, block in enumerate(_blocks(content, where))]
+def _without_billing(text: str) -> str | None:
+    """A block of the system prompt; None for the billing block, which is one line long."""
+    if not text.startswith(_BILLING):
+        return text
+    ignore("system", _BILLING)
+    return text.partition("\n")[2].lstrip("\n") or None
+
+
+def _read_texts(content: Any, where: str) -> list[str]:
+    return read_parts(_blocks(content, where), where)
+
+
+def _as_content(texts: list[str]) -> str | list[dict[str, str]]:
+    """Templates that read strings alone are given strings where that is all that was said."""
+    return [{"type": "text", "text": text} for text in texts] if len(texts) > 1 else "".join(texts)
 
 
 def _blocks(content: Any, where: str) -> list[dict[str, Any]]:
     if isinstance(content, str):
-        return [{"type": "text", "text": content}]
-    if not isinstance(content, list) or not content:
-        raise invalid(where, "must be a string or a list with at least one block")
+        return [{"type": "text", "text": content}] if content else []
+    if content is None:
+        # A turn that was cut before it said anything.
+        return []
+    if not isinstance(content, list):
+        raise invalid(where, "must be a string or a list of blocks")
     for index, block in enumerate(content):
-        if not isinstance(block, dict) or not isinstance(block.get("type"), str):
+        if not isinstance(block, dict) or not isinstance(block.get("type"), str) or not block["type"]:
             raise invalid(f"{where}[{index}]", "must be an object with a `type`")
     return content
-
-
-def _read_text(block: dict[str, Any], where: str) -> dict[str, str]:
-    if block["type"] != "text":
-        raise invalid(where, f"is of type {block['type'][:40]!r}, which this server cannot read here")
-    if not isinstance(block.get("text"), str):
-        raise invalid(f"{where}.text", "must be a string")
-    return {"type": "text", "text": block["text"]}
 
 
 def _read_messages(messages: Any) -> list[dict[str, Any]]:
@@ -253,61 +292,87 @@ def _read_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise invalid("messages", "must be a list with at least one message")
     check_nesting("messages", messages)
+    kinds = [_turn_of(message) for message in messages]
+    # A last turn of the assistant's is only the beginning of the answer.
+    newest = newest_turn(kinds[:-1] if kinds[-1] == "assistant" else kinds)
     turns: list[dict[str, Any]] = []
     names: dict[str, str] = {}
     for number, message in enumerate(messages):
         where = f"messages[{number}]"
         role = message.get("role") if isinstance(message, dict) else None
-        if role not in ("user", "assistant", "system"):
-            raise invalid(f"{where}.role", "must be one of user, assistant, system")
-        for index, block in enumerate(_blocks(message.get("content"), f"{where}.content")):
-            _read_block(turns, names, role, block, f"{where}.content[{index}]")
+        if not isinstance(role, str) or role not in ROLES:
+            raise invalid(f"{where}.role", f"must be one of {', '.join(ROLES)}")
+        blocks = _blocks(message.get("content"), f"{where}.content")
+        if not blocks:
+            _turn(turns, ROLES[role])
+        for index, block in enumerate(blocks):
+            _read_block(turns, names, ROLES[role], block, f"{where}.content[{index}]", number == newest)
     for turn in turns:
-        parts = turn["content"]
-        # Templates that read strings alone are given strings where that is all that was said.
-        if isinstance(parts, list) and len(parts) < 2:
-            turn["content"] = parts[0]["text"] if parts else ""
+        turn["content"] = _as_content(turn["content"])
     return turns
 
 
+def _turn_of(message: Any) -> Turn:
+    if not isinstance(message, dict):
+        return "other"
+    role, content = message.get("role"), message.get("content")
+    if role == "user" and isinstance(content, list):
+        kinds = [block.get("type") for block in content if isinstance(block, dict)]
+        # What comes with a result was put there by the program that ran the tool.
+        return "result" if "tool_result" in kinds else "user"
+    return "user" if role == "user" else "assistant" if role == "assistant" else "other"
+
+
+def _turn(turns: list[dict[str, Any]], role: str) -> dict[str, Any]:
+    """The last turn where it is of this role, else a new one. Its content is a list of texts."""
+    if not turns or turns[-1]["role"] != role:
+        turns.append({"role": role, "content": []})
+    return turns[-1]
+
+
 def _read_block(
-    turns: list[dict[str, Any]], names: dict[str, str], role: str, block: dict[str, Any], where: str
+    turns: list[dict[str, Any]], names: dict[str, str], role: str, block: dict[str, Any], where: str, newest: bool
 ) -> None:
     """Add a block to the turns. names: of tools by the id of their use."""
     kind = block["type"]
-    if role == "user" and kind == "tool_result":
-        turns.append(_read_result(block, names, where))
+    if kind == "tool_result" and role != "assistant":
+        result = _read_result(block, names, where)
+        if result["tool_call_id"] in names:
+            turns.append(result)
+        elif result["content"]:
+            # Templates look for the call of a result: where there is none, the user tells of it.
+            _turn(turns, "user")["content"] += ["[tool_result]", *result["content"]]
         return
-    if not turns or turns[-1]["role"] != role:
-        turns.append({"role": role, "content": []})
-    turn = turns[-1]
+    turn = _turn(turns, role)
     if role == "assistant" and kind == "thinking":
-        if not isinstance(block.get("thinking"), str):
+        thought = block.get("thinking")
+        if not isinstance(thought, str | None):
             raise invalid(f"{where}.thinking", "must be a string")
-        turn["reasoning_content"] = turn.get("reasoning_content", "") + block["thinking"]
+        turn["reasoning_content"] = turn.get("reasoning_content", "") + (thought or "")
     elif role == "assistant" and kind == "tool_use":
-        name, use = block.get("name"), block.get("id")
+        name, use, given = block.get("name"), block.get("id"), block.get("input")
         if not isinstance(name, str) or not isinstance(use, str):
             raise invalid(where, "must have a `name` and an `id`")
-        if not isinstance(block.get("input"), dict):
+        if not isinstance(given, dict | str | None):
             raise invalid(f"{where}.input", "must be an object")
         names[use] = name
-        call = {"id": use, "type": "function", "function": {"name": name, "arguments": block["input"]}}
+        call = {"id": use, "type": "function", "function": {"name": name, "arguments": given or {}}}
         turn.setdefault("tool_calls", []).append(call)
-    else:
-        turn["content"].append(_read_text(block, where))
+    elif (text := read_part(block, where, newest=newest)) is not None:
+        turn["content"].append(text)
 
 
 def _read_result(block: dict[str, Any], names: dict[str, str], where: str) -> dict[str, Any]:
+    """A turn of a tool. Its content is a list of texts."""
     use, content = block.get("tool_use_id"), block.get("content")
     if not isinstance(use, str):
         raise invalid(f"{where}.tool_use_id", "must be a string")
-    told = "" if content is None or content == [] else _read_texts(content, f"{where}.content")
+    texts = [content] if isinstance(content, str) else _read_texts(content, f"{where}.content")
     if block.get("is_error") is not None and not isinstance(block["is_error"], bool):
         raise invalid(f"{where}.is_error", "must be true or false")
     if block.get("is_error"):
         # Chat templates have no place for this, and the model must know.
-        told = f"Error: {told}" if isinstance(told, str) else [{"type": "text", "text": "Error:"}, *told]
-    turn = {"role": "tool", "tool_call_id": use, "content": told}
+        texts = [f"Error: {''.join(texts)}"] if len(texts) < 2 else ["Error:", *texts]
+    turn = {"role": "tool", "tool_call_id": use, "content": texts}
     # Some templates write it beside the result.
     return turn | ({"name": names[use]} if use in names else {})

@@ -17,17 +17,23 @@ from engine.config import RESERVED_TEMPLATE_KWARGS
 from engine.request import MAX_TOP_LOGPROBS, RequestError
 from engine.text.structured import GrammarSpec
 from engine.text.template_shape import text_of
+from server.custom_calls import INPUT
 from server.messages import Reading
-from server.parsers.base import ReasoningFamily, ReasoningStyle
+from server.parsers.base import ReasoningFamily, ReasoningStyle, ToolFamily, make_call_id
+from server.parsers.raw import raw_family
 from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.generation import Plan, make_plan, read_common
+from server.protocol.history import Turn, newest_turn, read_parts
+from server.protocol.ignored import ignore
 from server.protocol.refusals import CHAT_REFUSALS, refuse
 from server.protocol.structure import make_structure
 from server.protocol.structured_fields import read_grammar, with_calls
 from server.protocol.tool_fields import ToolPlan, call_format, forced_calls, read_tools
 from server.state import State
 
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+# What each is to the turns of a conversation.
+_TURNS: dict[str, Turn] = {"user": "user", "assistant": "assistant", "tool": "result", "function": "result"}
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 # Rendering walks the whole conversation; beyond this size it is done in the tokenizer's pool.
 INLINE_BYTES = 16 * 1024
@@ -50,17 +56,21 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     echoes = [_echo(body, state)] if common.echo else None
     reasoning = state.reasoning_family
     reading, style = None, _read_style(body, reasoning)
-    if tools.reads_calls or reasoning is not None:
-        reading = Reading(
-            state.tool_family if tools.reads_calls else None,
-            reasoning,
-            reasoning is not None and reasoning.starts_inside(text),
-            tools.callable,
-            None if tools.parallel else 1,
-            style,
-        )
     # A forced call of a family that reads both begins with the call itself.
     thinks = None if tools.is_forced and reasoning is not None and reasoning.whole else reasoning
+    if tools.reads_calls or reasoning is not None:
+        reads = reasoning if tools.raw is None else thinks
+        reading = Reading(
+            _family(tools, state) if tools.reads_calls else None,
+            reads,
+            reads is not None and reads.starts_inside(text),
+            tools.callable,
+            None if tools.parallel and tools.raw is None else 1,
+            style,
+            tools.refused,
+            tools.custom.keys(),
+            tools.origins,
+        )
     structure = await make_structure(state, common.sampling, spec, reasoning=thinks, prompt=text, budget=budget)
     plan = make_plan(
         state, common, response_id, [prompt], chat=True, echoes=echoes, structure=structure, reading=reading
@@ -73,6 +83,8 @@ def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:
     spec, family, reasoning = read_grammar(body), state.tool_family, state.reasoning_family
     if not tools.reads_calls:
         return spec
+    if tools.raw is not None:
+        return tools.raw[1]
     if family is None:
         if tools.is_forced or state.options.tool_call_parser != "none":
             raise RequestError(
@@ -87,6 +99,13 @@ def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:
         # Of the latter the grammar rules the final message alone, and a call is a message of its own.
         return spec
     return with_calls(spec, call_format(tools, family))
+
+
+def _family(tools: ToolPlan, state: State) -> ToolFamily | None:
+    """How the output writes its calls."""
+    if tools.raw is None:
+        return state.tool_family
+    return raw_family(tools.raw[0], make_call_id if state.tool_family is None else state.tool_family.make_id)
 
 
 def _read_budget(body: Body, state: State) -> int | None:
@@ -130,7 +149,7 @@ def _echo(body: Body, state: State) -> str:
     last = body.raw("messages")[-1]
     if last["role"] != "assistant" or not body.boolean("continue_final_message", False):
         return ""
-    content = _read_content(last.get("content") or "", "messages[-1].content")
+    content = _read_content(last.get("content") or "", "messages[-1].content", False)
     if isinstance(content, str):
         return content
     template = state.model.chat_template
@@ -170,53 +189,68 @@ def _read_messages(messages: Any) -> list[dict[str, Any]]:
     if not isinstance(messages, list) or not messages:
         raise invalid("messages", "must be a list with at least one message")
     check_nesting("messages", messages)
-    return [_read_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    roles = [message.get("role") if isinstance(message, dict) else None for message in messages]
+    newest = newest_turn([_TURNS.get(role, "other") if isinstance(role, str) else "other" for role in roles])
+    return [_read_message(message, f"messages[{index}]", index == newest) for index, message in enumerate(messages)]
 
 
-def _read_message(message: Any, where: str) -> dict[str, Any]:
+def _read_message(message: Any, where: str, newest: bool) -> dict[str, Any]:
     """A message that is one; ChatTemplate gives it the shape that the model's template wants."""
     if not isinstance(message, dict):
         raise invalid(where, "must be an object")
     role = message.get("role")
     if role not in ROLES:
         raise invalid(f"{where}.role", f"must be one of {', '.join(ROLES)}")
-    read: dict[str, Any] = dict(message)
+    # OpenAI's older word for a tool.
+    read: dict[str, Any] = message | {"role": "tool" if role == "function" else role}
     for name in ("name", "tool_call_id", "reasoning", "reasoning_content"):
         if not isinstance(message.get(name), str | None):
             raise invalid(f"{where}.{name}", "must be a string")
     calls = message.get("tool_calls")
-    if calls is not None:
+    if calls is None and role == "assistant" and isinstance(message.get("function_call"), dict):
+        # The same in its older form.
+        calls = [{"function": read.pop("function_call")}]
+    if not calls and isinstance(calls, list | None):
+        # An empty list is no calls, and templates ask whether there is one.
+        read.pop("tool_calls", None)
+    else:
         if role != "assistant" or not isinstance(calls, list):
             raise invalid(f"{where}.tool_calls", "must be a list, in a message of the assistant")
-        read["tool_calls"] = [_read_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+        found = [_read_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
+        read["tool_calls"] = [call for call in found if call is not None]
     content = message.get("content")
     if content is None and role == "assistant" and isinstance(message.get("refusal"), str):
+        # What the assistant would not say, it said.
         content = message["refusal"]
     # Null is an empty turn: agents keep what an answer had besides its text, and send it back without one.
-    if content is not None or role in ("system", "developer") or (role != "assistant" and "content" not in message):
-        read["content"] = _read_content(content, f"{where}.content")
+    if content is not None:
+        read["content"] = _read_content(content, f"{where}.content", newest)
+    elif role != "assistant":
+        read["content"] = ""
     return read
 
 
-def _read_content(content: Any, where: str) -> str | list[dict[str, str]]:
+def _read_content(content: Any, where: str, newest: bool) -> str | list[dict[str, str]]:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise invalid(where, "must be a string or a list of parts")
-    parts: list[dict[str, str]] = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(kind, str):
-            raise invalid(f"{where}[{index}]", "must be an object with a `type`")
-        if kind != "text":
-            raise invalid(f"{where}[{index}]", f"is of type {kind[:40]!r}; this model reads text only")
-        if not isinstance(part.get("text"), str):
-            raise invalid(f"{where}[{index}].text", "must be a string")
-        parts.append({"type": "text", "text": part["text"]})
-    return parts
+    return [{"type": "text", "text": text} for text in read_parts(content, where, newest=newest)]
 
 
-def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
+def _read_tool_call(call: Any, where: str) -> dict[str, Any] | None:
+    """A call as templates want it; None for one of a type that is none of a client's tools."""
+    kind = call.get("type") if isinstance(call, dict) else None
+    if kind == "custom" and isinstance(custom := call.get("custom"), dict):
+        if not isinstance(custom.get("name"), str) or not isinstance(custom.get("input"), str | None):
+            raise invalid(f"{where}.custom", "must have a `name` and an `input` that are strings")
+        # As a custom tool is declared to the model.
+        given = {INPUT: custom.get("input") or ""}
+        rest = {name: value for name, value in call.items() if name != "custom"}
+        return rest | {"type": "function", "function": {"name": custom["name"], "arguments": given}}
+    if isinstance(kind, str) and kind not in ("", "function") and "function" not in call:
+        ignore("tool_calls", kind)
+        return None
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid(where, "must be an object with a `function` that has a `name`")

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,11 @@ from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.chat import parse_chat
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
+from server.protocol.history import newest_turn
+from server.protocol.ignored import ignore
 from server.protocol.refusals import refuse
+from server.protocol.response_items import Flat, as_messages, read_item, turn_of
+from server.protocol.tool_fields import Declared
 from server.state import State
 
 Json = dict[str, Any]
@@ -25,8 +28,8 @@ Json = dict[str, Any]
 LOGPROBS = "message.output_text.logprobs"
 # Reasoning items bring their whole text along, so nothing has to be carried in secret.
 INCLUDES = (LOGPROBS, "reasoning.encrypted_content")
-ROLES = ("user", "assistant", "system", "developer")
-_MAX_ID_LENGTH = 128
+# Names of things to include are short and few.
+_MAX_INCLUDES = 64
 # What chat has under another name.
 MOVED = {
     "messages": "input",
@@ -45,13 +48,9 @@ REFUSALS: dict[str, tuple[object, ...]] = {
     "background_options": ({},),
     "conversation": (),
     "prompt": (),
-    "context_management": ([],),
     "moderation": (),
     "access_programs": ({},),
     "image": ({},),
-    "service_tier": ("auto", "default"),
-    "prompt_cache_retention": ("in_memory",),
-    "prompt_cache_options": ({}, {"mode": "implicit"}),
     "previous_input_messages": ([],),
     "enable_response_messages": (False,),
     "n": (1,),
@@ -63,19 +62,14 @@ REFUSALS: dict[str, tuple[object, ...]] = {
     "continue_final_message": (False,),
     "add_generation_prompt": (True,),
 }
-INNER_REFUSALS: dict[str, tuple[object, ...]] = {
-    "reasoning.summary": ("auto",),
-    "reasoning.generate_summary": ("auto",),
-    "reasoning.mode": ("standard",),
-    "reasoning.context": ("auto",),
-    "stream_options.include_obfuscation": (False,),
-}
+# Wishes that change no word of the answer: how a provider runs it, bills it or keeps it.
+HINTS = ("service_tier", "prompt_cache_retention", "prompt_cache_options", "context_management")
 # Chat's names in the sentences of its errors, and ours.
 _RENAMES = (
     (re.compile(r"\b(?:response_format\.json_schema|response_format)\b"), "text.format"),
     (re.compile(r"\bmax_tokens\b"), "max_output_tokens"),
     (re.compile(r"\breasoning_effort\b"), "reasoning.effort"),
-    (re.compile(r"\b(tools\[\d+\]|tool_choice)\.function\b"), r"\1"),
+    (re.compile(r"\b(tools\[\d+\](?:\.tools\[\d+\])?|tool_choice)\.(?:function|custom)\b"), r"\1"),
     (re.compile(r"^(?:messages|prompt)\b|(?<=`)messages\b"), "input"),
 )
 
@@ -101,7 +95,8 @@ async def parse_response(body: Body, state: State, response_id: str, owner: str)
     with our_names():
         plan = await parse_chat(chat, state, response_id)
         if fields["truncation"] == "auto":
-            plan = await _truncated(chat, items, fields["instructions"], state, plan)
+            flat = Declared(chat.raw("tools")).flat
+            plan = await _truncated(chat, items, fields["instructions"], flat, state, plan)
     return plan, Asked(fields | {"store": store}, items, owner if store else None)
 
 
@@ -111,30 +106,34 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
         if body.has(name):
             raise invalid(name, f"is no field of /v1/responses; it is called `{other}` here")
     refuse(body, REFUSALS)
-    text, reasoning, options = (body.inner(name) for name in ("text", "reasoning", "stream_options"))
-    for inner in (text, reasoning, options):
-        refuse(inner, INNER_REFUSALS)
+    for name in HINTS:
+        if body.has(name) and body.raw(name) not in ("auto", "default", [], {}):
+            ignore(name)
+    text, reasoning = body.inner("text"), body.inner("reasoning")
+    body.object("stream_options")
     if body.has("stream_options") and not body.boolean("stream", False):
         raise invalid("stream_options", "is only allowed when `stream` is true")
     kwargs = body.object("chat_template_kwargs") or {}
     # Templates are all that can make a model say more or less.
     if (verbosity := text.choice("text.verbosity", ("low", "medium", "high"))) is not None:
         kwargs = {"verbosity": verbosity} | kwargs
+    tools = _chat_tools(body)
+    with our_names():
+        flat = Declared(tools).flat
     items, size = _read_items(body, state, owner)
     with_logprobs = LOGPROBS in _read_include(body)
     if body.raw("top_logprobs") and not with_logprobs:
         raise invalid("top_logprobs", f"needs {LOGPROBS!r} in `include`")
-    tools = _chat_tools(body)
-    # Clients send the default with nothing to choose from.
-    choice = None if not tools and body.raw("tool_choice") == "auto" else body.raw("tool_choice")
+    messages = as_messages(items, body.string("instructions", None), flat)
+    if not messages:
+        raise invalid("input", "has no item that this model could read")
     changes = {
-        "messages": _messages(items, body.string("instructions", None)),
+        "messages": messages,
         "max_tokens": body.integer("max_output_tokens", None, 1),
         "logprobs": with_logprobs,
         "reasoning_effort": reasoning.raw("reasoning.effort"),
         "response_format": _chat_format(text),
         "tools": tools or None,
-        "tool_choice": choice,
         "chat_template_kwargs": kwargs,
         **dict.fromkeys(("input", "text", "reasoning", "include", "stream_options", "max_output_tokens")),
     }
@@ -169,9 +168,14 @@ def _read_include(body: Body) -> list[str]:
         return []
     if not isinstance(include, list):
         raise invalid("include", "must be a list of strings")
+    if len(include) > _MAX_INCLUDES:
+        raise invalid("include", f"must have at most {_MAX_INCLUDES} strings")
     for index, name in enumerate(include):
+        if not isinstance(name, str) or not name:
+            raise invalid(f"include[{index}]", "must be a non-empty string")
         if name not in INCLUDES:
-            raise invalid(f"include[{index}]", f"must be one of {', '.join(INCLUDES)}")
+            # Of things that other servers' tools bring along.
+            ignore("include", name)
     return include
 
 
@@ -182,6 +186,8 @@ def _read_fields(body: Body) -> Json:
         "instructions": body.string("instructions", None),
         "max_output_tokens": body.raw("max_output_tokens"),
         "max_tool_calls": body.integer("max_tool_calls", None, 1),
+        "presence_penalty": body.raw("presence_penalty") or 0.0,
+        "frequency_penalty": body.raw("frequency_penalty") or 0.0,
         "metadata": _read_metadata(body),
         "parallel_tool_calls": body.boolean("parallel_tool_calls", True),
         "previous_response_id": body.string("previous_response_id", None),
@@ -194,7 +200,10 @@ def _read_fields(body: Body) -> Json:
             "verbosity": text.raw("text.verbosity") or "medium",
         },
         "tool_choice": body.raw("tool_choice") or "auto",
-        "tools": [{"parameters": None, "strict": None} | tool for tool in body.raw("tools") or []],
+        "tools": [
+            {"parameters": None, "strict": None} | tool if tool.get("type") == "function" else tool
+            for tool in body.raw("tools") or []
+        ],
         "top_logprobs": body.raw("top_logprobs") or 0,
         "truncation": body.choice("truncation", ("auto", "disabled")) or "disabled",
         "user": body.string("user", None),
@@ -220,25 +229,26 @@ def _chat_format(text: Body) -> Json | None:
 
 
 def _chat_tools(body: Body) -> list[Json]:
-    """Functions as chat declares them; the tools that OpenAI runs itself are refused by name."""
+    """Tools as chat declares them, each in its place, so that errors name the client's own."""
     tools = body.raw("tools")
     if tools is None:
         return []
     if not isinstance(tools, list):
         raise invalid("tools", "must be a list")
-    found: list[Json] = []
-    for index, tool in enumerate(tools):
-        kind = tool.get("type") if isinstance(tool, dict) else None
-        if not isinstance(kind, str):
-            raise invalid(f"tools[{index}]", "must be an object with a `type`")
-        if kind != "function":
-            raise RequestError(
-                f"`tools[{index}]` is of type {kind[:40]!r}; this server has no such tool, only functions.",
-                param=f"tools[{index}].type",
-            )
-        names = ("name", "description", "parameters", "strict")
-        found.append({"type": "function", "function": {key: tool[key] for key in names if tool.get(key) is not None}})
-    return found
+    return [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+
+
+def _chat_tool(tool: Any, where: str) -> Json:
+    kind = tool.get("type") if isinstance(tool, dict) else None
+    if not isinstance(kind, str) or not kind:
+        raise invalid(where, "must be an object with a `type`")
+    if kind == "namespace" and isinstance(tool.get("tools"), list) and ".tools" not in where:
+        inner = [_chat_tool(one, f"{where}.tools[{index}]") for index, one in enumerate(tool["tools"])]
+        return {**tool, "tools": inner}
+    names = {"function": ("name", "description", "parameters", "strict"), "custom": ("name", "description", "format")}
+    if kind not in names:
+        return dict(tool)
+    return {"type": kind, kind: {key: tool[key] for key in names[kind] if tool.get(key) is not None}}
 
 
 # ---- input
@@ -267,17 +277,17 @@ def _read_items(body: Body, state: State, owner: str) -> tuple[list[Json], int]:
         raise invalid("input", "must be a string or a list with at least one item")
     check_nesting("input", given)
     items = previous
-    calls = {item["call_id"] for item in previous if item["type"] == "function_call"}
+    newest = newest_turn([turn_of(value) for value in given])
     for index, value in enumerate(given):
         where = f"input[{index}]"
         if not isinstance(value, dict):
             raise invalid(where, "must be an object")
-        item = _read_reference(value, where, state, owner) if _is_reference(value) else _read_item(value, where)
-        if item["type"] == "function_call":
-            calls.add(item["call_id"])
-        elif item["type"] == "function_call_output" and item["call_id"] not in calls:
-            raise invalid(f"{where}.call_id", "names no function call that came before it")
-        items.append(item)
+        if _is_reference(value):
+            item = _read_reference(value, where, state, owner)
+        else:
+            item = read_item(value, where, index == newest)
+        if item is not None:
+            items.append(item)
     return items, size
 
 
@@ -286,162 +296,23 @@ def _is_reference(value: Json) -> bool:
     return value.get("type") == "item_reference" or (value.get("type") is None and {"id"} == value.keys() - {"type"})
 
 
-def _read_reference(value: Json, where: str, state: State, owner: str) -> Json:
-    name = _string(value, "id", where)
+def _read_reference(value: Json, where: str, state: State, owner: str) -> Json | None:
+    """The item that is meant; None for one that is not kept here."""
+    name = value.get("id")
+    if not isinstance(name, str):
+        raise invalid(f"{where}.id", "must be a string")
     item = state.responses.get_item(owner, name)
     if item is None:
-        raise invalid(f"{where}.id", f"names the item {name[:64]!r}, which is not stored here")
+        ignore("input", "item_reference")
     return item
-
-
-def _read_item(value: Json, where: str) -> Json:
-    """An item in the shape that it is stored and told in."""
-    kind = "message" if value.get("type") is None else value["type"]
-    read = _READERS.get(kind) if isinstance(kind, str) else None
-    if read is None:
-        raise invalid(f"{where}.type", f"must be one of {', '.join(_READERS)}, item_reference")
-    prefix, fields = read[0], read[1](value, where)
-    return {"type": kind, "id": _id(value, where, prefix), **fields}
-
-
-def _read_message(value: Json, where: str) -> Json:
-    role = value.get("role")
-    if role not in ROLES:
-        raise invalid(f"{where}.role", f"must be one of {', '.join(ROLES)}")
-    content = _read_parts(value.get("content"), f"{where}.content", role == "assistant")
-    return {"role": role, "status": "completed", "content": content}
-
-
-def _read_call(value: Json, where: str) -> Json:
-    names = ("call_id", "name", "arguments")
-    return {"status": "completed", **{name: _string(value, name, where) for name in names}}
-
-
-def _read_output(value: Json, where: str) -> Json:
-    output = value.get("output")
-    if not isinstance(output, str):
-        output = _read_parts(output, f"{where}.output", False)
-    return {"status": "completed", "call_id": _string(value, "call_id", where), "output": output}
-
-
-def _read_reasoning(value: Json, where: str) -> Json:
-    summary = _read_texts(value.get("summary"), f"{where}.summary", "summary_text")
-    content = _read_texts(value.get("content"), f"{where}.content", "reasoning_text")
-    if not summary and not content and value.get("encrypted_content") is not None:
-        raise invalid(f"{where}.encrypted_content", "was not made by this server, which cannot read it")
-    return {"summary": summary, "content": content}
-
-
-# By type: what an id begins with, and the reader of the fields.
-_READERS: dict[str, tuple[str, Callable[[Json, str], Json]]] = {
-    "message": ("msg", _read_message),
-    "function_call": ("fc", _read_call),
-    "function_call_output": ("fco", _read_output),
-    "reasoning": ("rs", _read_reasoning),
-}
-
-
-def _id(value: Json, where: str, prefix: str) -> str:
-    """The item's own id, or a new one."""
-    own = value.get("id")
-    if own is None:
-        return f"{prefix}_{uuid.uuid4().hex}"
-    if not isinstance(own, str) or not 0 < len(own) <= _MAX_ID_LENGTH:
-        raise invalid(f"{where}.id", f"must be a string of 1 to {_MAX_ID_LENGTH} characters")
-    return own
-
-
-def _string(value: Json, name: str, where: str) -> str:
-    found = value.get(name)
-    if not isinstance(found, str):
-        raise invalid(f"{where}.{name}", "must be a string")
-    return found
-
-
-def _read_parts(content: Any, where: str, of_assistant: bool) -> list[Json]:
-    """The text of a message or of a function's output."""
-    if isinstance(content, str):
-        content = [{"type": "input_text", "text": content}]
-    if not isinstance(content, list):
-        raise invalid(where, "must be a string or a list of parts")
-    parts: list[Json] = []
-    for index, part in enumerate(content):
-        here = f"{where}[{index}]"
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind not in ("input_text", "output_text", "text", "refusal"):
-            what = f"is of type {kind[:40]!r}; this model reads text only" if isinstance(kind, str) else "has no `type`"
-            raise invalid(here, what)
-        text = _string(part, "refusal" if kind == "refusal" else "text", here)
-        if of_assistant:
-            parts.append({"type": "output_text", "text": text, "annotations": [], "logprobs": []})
-        else:
-            parts.append({"type": "input_text", "text": text})
-    return parts
-
-
-def _read_texts(parts: Any, where: str, kind: str) -> list[Json]:
-    """The parts of a reasoning item."""
-    if parts is None:
-        return []
-    good = isinstance(parts, list) and all(
-        isinstance(part, dict) and part.get("type") == kind and isinstance(part.get("text"), str) for part in parts
-    )
-    if not good:
-        raise invalid(where, f"must be a list of parts of type `{kind}` with a `text`")
-    return [{"type": kind, "text": part["text"]} for part in parts]
-
-
-# ---- items as messages
-
-
-def _messages(items: Collection[Json], instructions: str | None) -> list[Json]:
-    """A chat's messages. Reasoning, text and calls of one turn of the assistant are one message, in that order."""
-    messages: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
-    names = {item["call_id"]: item["name"] for item in items if item["type"] == "function_call"}
-    for item in items:
-        kind, call_id = item["type"], item.get("call_id")
-        if kind == "function_call_output":
-            # Truncation may have left its call out.
-            if call_id in names:
-                content = _text(item["output"])
-                messages.append({"role": "tool", "tool_call_id": call_id, "name": names[call_id], "content": content})
-        elif kind == "function_call":
-            function = {"name": item["name"], "arguments": item["arguments"]}
-            calls = _turn(messages, kind).setdefault("tool_calls", [])
-            calls.append({"id": call_id, "type": "function", "function": function})
-        elif kind == "reasoning":
-            turn = _turn(messages, kind)
-            thought = turn.get("reasoning", "") + _text(item["content"] or item["summary"])
-            turn.update(reasoning=thought, reasoning_content=thought)
-        elif item["role"] == "assistant":
-            _turn(messages, kind)["content"] = _text(item["content"])
-        elif item["role"] == "user":
-            messages.append({"role": "user", "content": _text(item["content"])})
-        elif [message["role"] for message in messages] == ["system"]:
-            # Many templates read one such message, the first.
-            messages[0]["content"] += "\n\n" + _text(item["content"])
-        else:
-            messages.append({"role": "system", "content": _text(item["content"])})
-    return messages
-
-
-def _turn(messages: list[Json], kind: str) -> Json:
-    """The assistant's last message where an item of this kind can still stand in it, else a new one."""
-    last = messages[-1] if messages else {"role": "none"}
-    full = bool(last.get("content") or last.get("tool_calls"))
-    if last["role"] != "assistant" or (full and kind != "function_call"):
-        messages.append({"role": "assistant", "content": ""})
-    return messages[-1]
-
-
-def _text(content: str | list[Json]) -> str:
-    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
 
 
 # ---- truncation
 
 
-async def _truncated(chat: Body, items: list[Json], instructions: str | None, state: State, whole: Plan) -> Plan:
+async def _truncated(
+    chat: Body, items: list[Json], instructions: str | None, flat: Flat, state: State, whole: Plan
+) -> Plan:
     """`truncation: auto`: leave out the oldest turns until the rest fits; system messages before them stay."""
     limits = state.engine.limits
     room = min(limits.max_model_len, limits.max_cached_tokens) - (chat.raw("max_tokens") or 1)
@@ -454,7 +325,7 @@ async def _truncated(chat: Body, items: list[Json], instructions: str | None, st
         return whole
     while low < high:
         middle = (low + high) // 2
-        messages = _messages([*items[:first], *items[starts[middle] :]], instructions)
+        messages = as_messages([*items[:first], *items[starts[middle] :]], instructions, flat)
         tried = await parse_chat(chat.changed({"messages": messages}), state, whole.id)
         if len(tried.requests[0].prompt_token_ids) <= room:
             plan, high = tried, middle

@@ -15,6 +15,8 @@ from tests.server.support import tokenizer
 VOCAB = tokenizer().vocab_size
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
+CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
+LARK = {"type": "grammar", "syntax": "lark", "definition": "start: \"a\""}
 
 
 class All(NamedTuple):
@@ -307,24 +309,22 @@ COMPLETION: list[Row] = [
 CHAT: list[Row] = [
     *(("messages", value) for value in (5, True, {}, "", [])),
     *(("messages[0]", [value]) for value in (None, 5, "hi", [], True)),
-    *(("messages[0].role", [{"role": role, "content": "x"}]) for role in (None, "", "USER", "function", 5, {}, [])),
+    *(("messages[0].role", [{"role": role, "content": "x"}]) for role in (None, "", "USER", "robot", 5, {}, [])),
     *(("messages[0].content", message(content=value)) for value in (5, True, {}, {"text": "x"}, 5.5)),
-    *(("messages[0].content", [{"role": role}]) for role in ("system", "developer", "user", "tool")),
-    *(("messages[0].content", message(role, None)) for role in ("system", "developer")),
     *(("messages[0].content[0]", message(content=[value])) for value in (None, 5, "x", [], {}, {"type": 5})),
     *(
         ("messages[0].content[1]", message(content=[{"type": "text", "text": "x"}, {"type": kind, kind: {"url": url}}]))
-        for kind in ("image_url", "video_url", "audio_url", "file", "input_audio", "refusal", "")
+        for kind in ("image_url", "video_url", "audio_url", "file", "input_audio", "document", "")
         for url in ("http://127.0.0.1:1/x.png", "file:///etc/passwd", "data:image/png;base64,AAAA")
     ),
-    *(("messages[0].content[0].text", message(content=[{"type": "text", "text": v}])) for v in (None, 5, [], {})),
+    *(("messages[0].content[0].text", message(content=[{"type": "text", "text": v}])) for v in (5, [], {})),
     *(
         (f"messages[0].{name}", message(**{name: value}))
         for name in ("name", "tool_call_id", "reasoning", "reasoning_content")
         for value in (5, True, [], {})
     ),
     *(("messages[0].tool_calls", message("assistant", tool_calls=value)) for value in (5, "x", {}, True)),
-    *(("messages[0].tool_calls", message(role, tool_calls=[])) for role in ("user", "system", "tool")),
+    *(("messages[0].tool_calls", message(role, tool_calls=[CALL])) for role in ("user", "system", "tool")),
     *(
         ("messages[0].tool_calls[0]", message("assistant", tool_calls=[value]))
         for value in (None, 5, [], {}, {"function": 5}, {"function": {"name": 5}}, {"name": "f", "arguments": "{}"})
@@ -338,9 +338,29 @@ CHAT: list[Row] = [
     ),
     ("messages", message(extra=nested(100))),
     ("messages[2].role", [*HI, *HI, {"role": "nobody", "content": "x"}]),
-    *(("tools", value) for value in (5, "x", True, {}, [], [TOOL] * 1025)),
+    *(("tools", value) for value in (5, "x", True, {}, [TOOL] * 1025)),
     *(("tools[0]", [value]) for value in (None, 5, "f", [], {}, {"type": "function"}, {"function": {"name": "f"}})),
-    *(("tools[0]", [{"type": kind, "function": {"name": "f"}}]) for kind in ("x", 5, None, "web_search", "custom")),
+    *(("tools[0]", [{"type": kind, "function": {"name": "f"}}]) for kind in ("", 5, None, "custom")),
+    *(("tools[0].custom.name", [{"type": "custom", "custom": {"name": name}}]) for name in (None, 5, "", "a b")),
+    *(
+        ("tools[0].custom.format.type", [{"type": "custom", "custom": {"name": "c", "format": value}}])
+        for value in (5, "text", [], {"type": "bnf"}, {"type": 5})
+    ),
+    ("tools[0].custom.format.syntax", [{"type": "custom", "custom": {"name": "c", "format": LARK | {"syntax": "x"}}}]),
+    *(
+        ("tools[0].custom.format.grammar.definition", [{"type": "custom", "custom": {"name": "c", "format": value}}])
+        for value in ({"type": "grammar", "grammar": {"syntax": "lark", "definition": v}} for v in (None, 5, "", []))
+    ),
+    *(
+        (
+            "tools[0].custom.format.definition",
+            All({"tools": [{"type": "custom", "custom": {"name": "c", "format": value}}], "tool_choice": "required"}),
+        )
+        for value in (LARK | {"definition": "start: nothing"}, LARK | {"syntax": "regex", "definition": "("})
+    ),
+    *(("tools[0].name", [{"type": "namespace", "name": value}]) for value in (None, 5, "")),
+    ("tools[0].tools", [{"type": "namespace", "name": "n", "tools": 5}]),
+    ("tools[0].tools[0].function.name", [{"type": "namespace", "name": "n", "tools": [function(name="a b")]}]),
     *(("tools[0]", [{"type": "function", "function": value}]) for value in (None, 5, "f", [])),
     *(("tools[0].function.name", [function(name=name)]) for name in (None, 5, "", "a b", "é", "x" * 129, "a/b", [])),
     ("tools[1].function.name", [TOOL, TOOL]),
@@ -356,11 +376,16 @@ CHAT: list[Row] = [
     *(("tool_choice", All({"tools": [TOOL], "tool_choice": value})) for value in (5, True, [], {}, "", "any", "f")),
     *(("tool_choice", All({"tools": [TOOL], "tool_choice": {"type": kind}})) for kind in (5, "", "tool", None)),
     *(
+        ("tool_choice", All({"tools": [TOOL, {"type": kind}], "tool_choice": {"type": kind}}))
+        for kind in ("web_search", "file_search", "mcp", "x\n\u2028y" * 50)
+    ),
+    ("tool_choice", All({"tools": [{"type": "web_search"}], "tool_choice": "required"})),
+    *(
         ("tool_choice.function.name", All({"tools": [TOOL], "tool_choice": {"type": "function", "function": value}}))
         for value in (None, 5, "f", {}, {"name": 5}, [])
     ),
     ("tool_choice", All({"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}})),
-    *(("tool_choice", value) for value in ("auto", "required", {"type": "function", "function": {"name": "f"}})),
+    *(("tool_choice", value) for value in ("required", {"type": "function", "function": {"name": "f"}})),
     *(
         ("tool_choice.allowed_tools.tools", All({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", **value}}))
         for value in ({}, {"allowed_tools": {}}, {"allowed_tools": 5}, {"allowed_tools": {"tools": []}}, {"tools": 5})
@@ -428,13 +453,16 @@ MESSAGES: list[Row] = [
     *(("max_tokens", value) for value in (None, 0, -1)),
     ("messages", []),
     *(("messages[0].role", [{"role": role, "content": "x"}]) for role in (None, "", "tool", 5, [])),
-    *(("messages[0].content", message(content=value)) for value in (None, 5, {}, [])),
+    *(("messages[0].content", message(content=value)) for value in (5, {})),
     *(("messages[0].content[0]", message(content=[value])) for value in (None, 5, "x", {}, {"type": "image"})),
+    ("messages[1].content[0]", [*HI, *message(content=[{"type": "document", "source": {"type": "base64"}}])]),
     ("messages[0].content[0]", message("assistant", [{"type": "tool_use"}])),
     ("messages[0].content[0].tool_use_id", message(content=[{"type": "tool_result", "content": "x"}])),
     ("messages", message(extra=nested(100))),
     *(("system", value) for value in (5, True, {})),
-    *(("tools[0]", [value]) for value in (None, 5, "f", {"type": "bash_20250124", "name": "bash"})),
+    *(("tools[0]", [value]) for value in (None, 5, "f")),
+    *(("tools[0].type", [{"type": value}]) for value in (5, "", [])),
+    ("tool_choice", All({"tools": [{"type": "web_search_20250305"}], "tool_choice": {"type": "any"}})),
     *(("tools[0].input_schema", [{"name": "f", "input_schema": value}]) for value in (None, 5, "x", [])),
     ("tools[0].name", [{"input_schema": {}}]),
     *(("tool_choice.type", {"type": value}) for value in (None, "", "required", 5)),
@@ -444,7 +472,6 @@ MESSAGES: list[Row] = [
     ("output_config.effort", {"effort": "huge"}),
     *(("output_config.format.type", {"format": value}) for value in ({}, {"type": "xml"})),
     ("output_config.format.type", All({"output_format": {}})),
-    ("mcp_servers", [{"url": "http://127.0.0.1"}]),
 ]
 RESPONSES: list[Row] = [
     *(row for row in SAMPLING if row[0] in ("temperature", "top_p", "min_p", "seed", "logit_bias")),
@@ -459,15 +486,24 @@ RESPONSES: list[Row] = [
     *(("input", value) for value in (None, 5, True, {}, [])),
     *(("input[0]", [value]) for value in (5, "x", [], True)),
     *(("input[0].role", [{"role": role, "content": "x"}]) for role in (None, "", "tool", 5)),
-    *(("input[0].type", [{"type": kind}]) for kind in ("", "image", 5, "web_search_call")),
-    *(("input[0].content", message(content=value)) for value in (None, 5, {})),
+    *(("input[0].type", [{"type": kind}]) for kind in ("", [], 5)),
+    # Nothing but what is left out.
+    *(("input", [{"type": kind}]) for kind in ("web_search_call", "compaction", "a\r\nb: c")),
+    *(("input[0].content", message(content=value)) for value in (5, {})),
     *(("input[0].content[0]", message(content=[value])) for value in (None, 5, "x", {}, {"type": "input_image"})),
     ("input", message(extra=nested(100))),
-    ("input[0].call_id", [{"type": "function_call_output", "call_id": "x", "output": "y"}]),
+    *(("input[0].call_id", [{"type": kind, "name": "f"}]) for kind in ("function_call_output", "custom_tool_call")),
     ("previous_response_id", "resp_none"),
-    ("include[0]", ["file_search_call.results"]),
-    *(("tools[0]", [value]) for value in (None, 5, "f", {})),
-    *(("tools[0].type", [{"type": kind}]) for kind in ("web_search", "mcp", "custom", "")),
+    *(("include[0]", [value]) for value in (5, "", None, [])),
+    ("include", ["x"] * 65),
+    *(("tools[0]", [value]) for value in (None, 5, "f", {}, {"type": ""})),
+    *(("tools[0].name", [{"type": kind, "name": name}]) for kind in ("custom", "namespace") for name in (None, 5, "")),
+    ("tools[0].format.syntax", [{"type": "custom", "name": "c", "format": LARK | {"syntax": "x"}}]),
+    ("tools[0].tools[1].name", [{"type": "namespace", "name": "n", "tools": [TOOL | {"name": "f"}] * 1 + [TOOL]}]),
+    *(
+        ("tool_choice", All({"tools": [{"type": "function", "name": "f"}], "tool_choice": {"type": kind}}))
+        for kind in ("web_search", "mcp", "computer")
+    ),
     *(("tools[0].name", [{"type": "function", "name": name}]) for name in (None, 5, "", "a b")),
     ("text.verbosity", {"verbosity": "huge"}),
     ("truncation", "some"),

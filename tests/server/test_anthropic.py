@@ -13,7 +13,7 @@ import pytest_asyncio
 from engine.forward import ForwardError
 from engine.request import FinishReason
 from engine.stream import Delta, TokenStream
-from server.answers.anthropic import AnthropicAnswer
+from server.answers.anthropic import SIGNATURE, AnthropicAnswer
 from server.protocol.anthropic import parse_messages
 from server.protocol.body import Body
 from tests.server.support import DEMO, Live, cuts, live, served_model, teach, until
@@ -68,6 +68,9 @@ def parse_named(raw: bytes) -> list[dict[str, Any]]:
     return events
 
 
+THINKS: dict[str, Any] = {"thinking": {"type": "adaptive"}}
+
+
 def joined(events: list[dict[str, Any]]) -> dict[str, Any]:
     """The message that a stream adds up to, by the rules of Anthropic's own clients."""
     assert events[0]["type"] == "message_start" and events[-1] == {"type": "message_stop"}
@@ -89,6 +92,9 @@ def joined(events: list[dict[str, Any]]) -> dict[str, Any]:
             if delta["type"] == "input_json_delta":
                 assert block["type"] == "tool_use" and block["input"] == {}
                 pieces.append(delta["partial_json"])
+            elif delta["type"] == "signature_delta":
+                assert block["type"] == "thinking" and block["signature"] == "" != delta["signature"]
+                block["signature"] = delta["signature"]
             else:
                 assert delta["type"] == f"{block['type']}_delta" and delta[block["type"]]
                 block[block["type"]] += delta[block["type"]]
@@ -277,8 +283,11 @@ async def test_tools(server: Live) -> None:
 async def test_thinking() -> None:
     async with live(reasoning_parser="qwen3") as server:
         said = "<think>\nHm, hm.\n</think>\n\nYes!"
-        thought = {"type": "thinking", "thinking": "Hm, hm.", "signature": ""}
-        found = await say(server, said, BODY)
+        thought = {"type": "thinking", "thinking": "Hm, hm.", "signature": SIGNATURE}
+        # What nobody asked for is not shown.
+        assert texts(await say(server, said, BODY)) == "Yes!"
+        asked = {**BODY, "thinking": {"type": "adaptive"}}
+        found = await say(server, said, asked)
         assert found["content"] == [thought, {"type": "text", "text": "Yes!"}]
         found = await say(server, said, {**BODY, "thinking": {"type": "adaptive", "display": "omitted"}})
         assert found["content"][0] == {**thought, "thinking": ""} and found["content"][1]["text"] == "Yes!"
@@ -286,7 +295,7 @@ async def test_thinking() -> None:
         [cut, *rest] = found["content"]
         num_tokens = len(server.state.tokenizer.encode(cut["thinking"], add_special_tokens=False))
         assert cut["type"] == "thinking" and num_tokens <= 3 and rest, found
-        found = await say(server, f"<think>I need it.</think>{CALL}", {**BODY, "tools": [WEATHER]})
+        found = await say(server, f"<think>I need it.</think>{CALL}", {**asked, "tools": [WEATHER]})
         assert [block["type"] for block in found["content"]] == ["thinking", "tool_use"]
     # Templates are told whether to think.
     source = "{{ enable_thinking }} {{ thinking }} {{ reasoning_effort }}"
@@ -296,7 +305,8 @@ async def test_thinking() -> None:
             ({"thinking": {"type": "disabled"}}, "False False "),
             ({"thinking": {"type": "adaptive"}}, "True True "),
             ({"thinking": {"type": "enabled", "budget_tokens": 100}}, "True True "),
-            ({"output_config": {"effort": "low"}}, "True True low"),
+            ({"output_config": {"effort": "low"}}, "False False low"),
+            ({}, "False False "),
             ({"thinking": {"type": "disabled"}, "chat_template_kwargs": {"thinking": 1}}, "False 1 "),
         ):
             plan, _ = await parse_messages(Body({**BODY, **fields}), server.state, "msg_x")
@@ -313,7 +323,7 @@ async def test_structured_output(server: Live) -> None:
 async def test_how_the_text_falls_into_pieces_changes_nothing() -> None:
     rng = random.Random(7)
     async with live(reasoning_parser="qwen3") as server:
-        plan, wanted = await parse_messages(Body({**BODY, "tools": [WEATHER]}), server.state, "msg_x")
+        plan, wanted = await parse_messages(Body({**BODY, **THINKS, "tools": [WEATHER]}), server.state, "msg_x")
 
         def answer() -> AnthropicAnswer:
             return AnthropicAnswer(server.state, plan, [TokenStream("x", 5, lambda _: None)], wanted=wanted)
@@ -341,54 +351,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"messages": "hi"}, "messages"),
     ({"messages": ["hi"]}, "messages[0].role"),
     ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
-    ({"messages": [{"role": "user"}]}, "messages[0].content"),
-    ({"messages": [{"role": "user", "content": []}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     ({"messages": [{"role": "user", "content": ["x"]}]}, "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text"),
     ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "messages[0].content[0]"),
-    ({"messages": [{"role": "user", "content": [{"type": "tool_use", "id": "a"}]}]}, "messages[0].content[0]"),
     ({"messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}, "messages[0].content[0].tool_use_id"),
     (
         {"messages": [{"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "is_error": 1}]}]},
         "messages[0].content[0].is_error",
     ),
-    (
-        {
-            "messages": [
-                {
-                    "role": "user",
-                    "content": [{"type": "tool_result", "tool_use_id": "a", "content": [{"type": "image"}]}],
-                }
-            ]
-        },
-        "messages[0].content[0].content[0]",
-    ),
-    (
-        {"messages": [*HI, {"role": "assistant", "content": [{"type": "redacted_thinking", "data": "x"}]}]},
-        "messages[1].content[0]",
-    ),
-    (
-        {"messages": [*HI, {"role": "assistant", "content": [{"type": "thinking"}]}]},
-        "messages[1].content[0].thinking",
-    ),
     ({"messages": [*HI, {"role": "assistant", "content": [{"type": "tool_use"}]}]}, "messages[1].content[0]"),
-    (
-        {"messages": [*HI, {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b"}]}]},
-        "messages[1].content[0].input",
-    ),
-    (
-        {
-            "messages": [
-                *HI,
-                {"role": "assistant", "content": [{"type": "tool_use", "id": "a", "name": "b", "input": {}}]},
-            ]
-        },
-        "messages",
-    ),
     ({"system": 5}, "system"),
-    ({"system": [{"type": "image"}]}, "system[0]"),
     ({"stop_sequences": "x"}, "stop_sequences"),
     ({"stop_sequences": [""]}, "stop_sequences"),
     ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
@@ -400,11 +373,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"metadata": {"user_id": 5}}, "metadata.user_id"),
     ({"tools": 5}, "tools"),
     ({"tools": ["x"]}, "tools[0]"),
-    ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]}, "web_search_20250305"),
     ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
     ({"tools": [{"name": "a b", "input_schema": {}}]}, "tools[0].name"),
     ({"tools": [{"name": "f", "input_schema": {}, "description": 5}]}, "tools[0].description"),
-    ({"tools": [{"name": "f", "input_schema": {}, "defer_loading": True}]}, "tools[0].defer_loading"),
     ({"tools": [WEATHER, WEATHER]}, "tools[1].name"),
     ({"tool_choice": {"type": "any"}}, "tool_choice"),
     ({"tools": [TIME], "tool_choice": "any"}, "tool_choice"),
@@ -421,16 +392,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
     ({"thinking": {"type": "enabled", "budget_tokens": 120}}, "thinking.budget_tokens"),
-    ({"thinking": {"type": "adaptive", "budget_tokens": 5}}, "thinking.budget_tokens"),
-    ({"thinking": {"type": "adaptive", "display": "x"}}, "thinking.display"),
     ({"output_config": {"effort": "none"}}, "output_config.effort"),
     ({"output_config": {"format": {"type": "text"}}}, "output_config.format.type"),
     ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "output_config.format.schema"),
-    ({"mcp_servers": [{}]}, "mcp_servers"),
-    ({"container": "x"}, "container"),
-    ({"speed": "fast"}, "speed"),
-    ({"context_management": {"edits": [{}]}}, "context_management"),
 ]
 
 

@@ -348,9 +348,16 @@ def test_reasoning(tool: str | None, reasoning: str, inside: bool, text: str, ex
     check(tool, reasoning, text, expected, start_inside=inside)
 
 
-def test_undeclared_tools_are_content() -> None:
+def test_calls_of_undeclared_names() -> None:
+    """Calls all the same where nothing but a call begins so; else only the other case of a name is one."""
     tools: dict[str, Any] = {"get_time": {}}
-    check("hermes", None, hermes(WJ), (hermes(WJ), "", []), tools=tools)
+    check("hermes", None, hermes(WJ), ("", "", [W]), tools=tools)
+    check("hermes", None, hermes(WJ), (hermes(WJ), "", []), tools=tools, refused={"get_weather"})
+    for name in ("x" * 257, "a\\nb", ""):
+        check("hermes", None, hermes(named(name, "{}")), (hermes(named(name, "{}")), "", []), tools=tools)
+    check("pythonic", None, "[Get_Time()]", ("", "", [("Get_Time", "{}")]), tools=tools)
+    call = json.dumps({"name": "other", "parameters": {}})
+    check("llama3_json", None, call, (call, "", []), tools=tools)
     check("hermes", None, hermes(named("get_time", "{}")), ("", "", [T]), tools=tools)
     check("pythonic", None, "[other()]", ("[other()]", "", []), tools=tools)
 

@@ -193,12 +193,13 @@ def test_tool_plans(fields: dict[str, Any], expected: tuple[str, str | None, boo
 
 
 REFUSED_TOOLS: list[dict[str, Any]] = [
-    {"tools": []},
+    {"tools": [], "tool_choice": "required"},
     {"tools": {}},
     {"tools": "f"},
     {"tools": [3]},
     {"tools": [{}]},
-    {"tools": [{"type": "retrieval"}]},
+    {"tools": [{"type": "retrieval"}], "tool_choice": "required"},
+    {"tools": TWO, "tool_choice": {"type": "retrieval"}},
     {"tools": [{"type": "function"}]},
     {"tools": [{"type": "function", "function": 3}]},
     {"tools": [tool("")]},
@@ -211,7 +212,6 @@ REFUSED_TOOLS: list[dict[str, Any]] = [
     {"tools": [tool("f", description=3)]},
     {"tools": [tool("f", strict="x")]},
     {"tools": [tool(f"f{index}") for index in range(1025)]},
-    {"tool_choice": "auto"},
     {"tool_choice": "required"},
     {"tool_choice": named("f")},
     {"tools": TWO, "tool_choice": "always"},

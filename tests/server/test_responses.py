@@ -377,7 +377,8 @@ async def test_a_response_belongs_to_its_key() -> None:
         body = {"input": "x", "previous_response_id": found["id"]}
         assert check_shape(*await server.post(RESPONSES, body, headers=two))["code"] == "previous_response_not_found"
         reference = {"input": [{"id": found["output"][0]["id"]}]}
-        assert check_shape(*await server.post(RESPONSES, reference, headers=two))["param"] == "input[0].id"
+        # To anybody else it is an item like any that is not kept.
+        assert check_shape(*await server.post(RESPONSES, reference, headers=two))["param"] == "input"
         await create(server, {**reference, "max_output_tokens": 1}, headers=one)
         async with server.http.delete(server.url + path, headers=two) as response:
             assert response.status == 404
@@ -485,29 +486,26 @@ BAD: list[tuple[str, Any]] = [
     ("input", []),
     ("input", 5),
     ("input[0]", ["x"]),
-    ("input[0].type", [{"type": "web_search_call"}]),
+    ("input", [{"type": "web_search_call"}]),
     ("input[0].type", [{"type": 7}]),
     ("input[0].type", [{"type": []}]),
     ("input[0].role", [{"content": "x"}]),
     ("input[0].role", [{"role": ["user"], "content": "x"}]),
-    ("input[0].content", [{"role": "user"}]),
     ("input[0].content[0]", [{"role": "user", "content": [{"type": "input_image", "image_url": "http://x"}]}]),
     ("input[0].content[0]", [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]),
     ("input[0].content[0]", [{"role": "user", "content": ["x"]}]),
-    ("input[0].content[0].text", [{"role": "user", "content": [{"type": "input_text"}]}]),
-    ("input[1].id", [MESSAGE, {"type": "item_reference", "id": "msg_unknown"}]),
+    ("input[0].content[0].text", [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]),
     ("input[1].id", [MESSAGE, {"type": "item_reference"}]),
-    ("input[0].id", [MESSAGE | {"id": ""}]),
-    ("input[1].call_id", [MESSAGE, {"type": "function_call_output", "call_id": "c", "output": "x"}]),
-    ("input[1].arguments", [MESSAGE, {"type": "function_call", "call_id": "c", "name": "f"}]),
-    ("input[0].encrypted_content", [{"type": "reasoning", "summary": [], "encrypted_content": "abc"}]),
+    ("input[0].id", [MESSAGE | {"id": "x" * 129}]),
+    ("input[1].call_id", [MESSAGE, {"type": "function_call_output", "output": "x"}]),
+    ("input[1].arguments", [MESSAGE, {"type": "function_call", "call_id": "c", "name": "f", "arguments": 5}]),
     ("input[0].content", [{"type": "reasoning", "summary": [], "content": "abc"}]),
-    ("input[0].summary", [{"type": "reasoning", "summary": [{"type": "summary_text"}]}]),
+    ("input[0].summary[0].text", [{"type": "reasoning", "summary": [{"type": "summary_text", "text": 5}]}]),
     ("instructions", 5),
     ("tools", {}),
     ("tools[0]", ["x"]),
-    ("tools[0].type", [{"type": "web_search"}]),
-    ("tools[0].type", [{"type": "custom", "name": "x"}]),
+    ("tool_choice", {"type": "web_search"}),
+    ("tools[0].format.syntax", [{"type": "custom", "name": "x", "format": {"type": "grammar"}}]),
     ("tools[0].name", [{"type": "function", "name": "no good"}]),
     ("tools[0].name", [{"type": "function", "function": {"name": "f"}}]),
     ("tools[0].parameters", [{"type": "function", "name": "f", "parameters": 5}]),
@@ -521,7 +519,6 @@ BAD: list[tuple[str, Any]] = [
     ("top_logprobs", 5),
     ("top_logprobs", 50),
     ("include", "message.output_text.logprobs"),
-    ("include[0]", ["file_search_call.results"]),
     ("include[1]", ["message.output_text.logprobs", 5]),
     ("text", "json"),
     ("text.format", {"format": "json"}),
@@ -532,14 +529,12 @@ BAD: list[tuple[str, Any]] = [
     ("text.verbosity", {"verbosity": "loud"}),
     ("reasoning", "high"),
     ("reasoning.effort", {"effort": "enormous"}),
-    ("reasoning.summary", {"summary": "detailed"}),
     ("metadata", {"a": 1}),
     ("metadata", {str(index): "x" for index in range(17)}),
     ("truncation", "middle"),
     ("store", "yes"),
     ("previous_response_id", "resp_unknown"),
     ("previous_response_id", 5),
-    ("service_tier", "flex"),
     ("background", True),
     ("conversation", "conv_1"),
     ("prompt", {"id": "pmpt_1"}),
@@ -571,8 +566,8 @@ async def test_bad_input_is_a_400_that_names_the_field(server: Live) -> None:
         error = check_shape(*await server.post(path, {"input": "x", "model": "other"}), expected=404)
         assert error["code"] == "model_not_found"
     options = {"stream": True, "stream_options": {"include_obfuscation": True}}
-    error = check_shape(*await server.post(RESPONSES, {"input": "x", **options}))
-    assert error["param"] == "stream_options.include_obfuscation"
+    async with server.http.post(server.url + RESPONSES, json={"input": "x", "max_output_tokens": 1, **options}) as got:
+        assert got.status == 200
     await create(server, {"input": "x", "max_output_tokens": 2})
 
 

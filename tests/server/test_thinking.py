@@ -171,8 +171,8 @@ async def test_a_default_budget_and_who_has_none() -> None:
         # Other families have it too, and /v1/messages a word for more.
         _, found = await server.post("/v1/responses", {"input": HI, "temperature": 0, "max_output_tokens": 100})
         assert found["usage"]["output_tokens_details"]["reasoning_tokens"] <= 2 + len(encode("\n</think>"))
-        for thinking, most in (({}, 2), ({"thinking": {"type": "enabled", "budget_tokens": 9}}, 9)):
-            _, found = await server.post("/v1/messages", {"messages": HI, "max_tokens": 100, **thinking})
+        for thinking, most in (({"type": "adaptive"}, 2), ({"type": "enabled", "budget_tokens": 9}, 9)):
+            _, found = await server.post("/v1/messages", {"messages": HI, "max_tokens": 100, "thinking": thinking})
             thought = found["content"][0]
             assert thought["type"] == "thinking" and most - 2 <= len(encode(thought["thinking"])) <= most
         for fields in ({"thinking_token_budget": 2, "max_thinking_tokens": 3}, {"max_thinking_tokens": True}):
