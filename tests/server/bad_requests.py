@@ -536,7 +536,8 @@ GENERATE: list[Row] = [
         for name in ("temperature", "top_p", "min_p", "repetition_penalty")
         for value in ("", "0.5", [], {}, True, -2.1, 2.1)
     ),
-    *((f"sampling_params.{name}", {name: value}) for name in ("n", "max_new_tokens") for value in (*NOT["integer"], 0)),
+    *(("sampling_params.n", {"n": value}) for value in (*NOT["integer"], 0)),
+    *(("sampling_params.max_new_tokens", {"max_new_tokens": value}) for value in (*NOT["integer"], -2)),
     *(("sampling_params.stop", {"stop": value}) for value in (5, {}, [5], [""])),
     *(("sampling_params.regex", {"regex": value}) for value in BAD_REGEXES if value != ""),
     *(("sampling_params.json_schema", {"json_schema": value}) for value in BAD_SCHEMAS),

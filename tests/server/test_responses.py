@@ -512,7 +512,6 @@ BAD: list[tuple[str, Any]] = [
     ("tool_choice", "required"),
     ("tool_choice", {"type": "function", "name": "f"}),
     ("max_output_tokens", 0),
-    ("max_output_tokens", 10_000),
     ("max_tool_calls", 0),
     ("temperature", 3),
     ("top_p", 0),

@@ -216,8 +216,6 @@ async def test_bad_bodies_are_refused_and_name_the_field(server: Live) -> None:
         await ask(server, text="x", sampling_params={"max_new_tokens": 1})
     error = check_shape(*await server.post(GENERATE, {"input_ids": [5] * 512}))
     assert "maximum context length is 512 tokens" in error["message"] and error["param"] == "input_ids"
-    error = check_shape(*await server.post(GENERATE, {"text": "x", "sampling_params": {"max_new_tokens": 512}}))
-    assert error["code"] == "context_length_exceeded" and error["param"] == "sampling_params.max_new_tokens"
     await server.all_free()
 
 
