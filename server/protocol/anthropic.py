@@ -152,8 +152,9 @@ def _to_chat(body: Body, state: State) -> dict[str, Any]:
     last = messages[-1]
     if last["role"] == "assistant" and not last.get("tool_calls"):
         # Anthropic's way to begin an answer for the model; of a turn that was cut there may be nothing to go on with.
-        chat["continue_final_message"] = bool(last["content"] or last.get("reasoning_content"))
-        if not last["content"] and len(messages) > 1:
+        begun = bool(last["content"] or last.get("reasoning_content"))
+        chat["continue_final_message"] = begun
+        if not begun and len(messages) > 1:
             messages.pop()
     chat["messages"] = _read_system(body.raw("system")) + messages
     return chat
