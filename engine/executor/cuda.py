@@ -99,6 +99,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         """A failed step too is done only when the device has finished with its staging set."""
         if self._lost is None:
             try:
+                if handle.error is not None:
+                    # What it has uploaded still reads its staging, and nothing may have waited for that.
+                    with self.layer.on(self._compute):
+                        self.layer.wait(handle.side.uploaded)
                 self._finish(handle.side, handle)
             except Exception as error:
                 handle.error = self._judge(error)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from engine.executor.cuda_attention import choose_attention
 from engine.executor.cuda_buffers import Side
 from engine.executor.cuda_decode import DecodeSteps
 from engine.executor.cuda_graph import GraphKey
@@ -24,14 +25,17 @@ class Captures(DecodeSteps):
         """Run a decode step of padding rows, then record it. Nothing of the key's parity may be in flight."""
         layer, side = self.layer, self._sides[key.parity]
         with layer.on(self._compute):
-            layer.launch(side.block.zero_)
-            if self.attention.decode_needs_plan:
-                self._plan_padding(side, key)
-            self._prepare(key)
-            layer.launch(lambda: self._decode(key))
-            if capture:
-                self._capture(key)
-            layer.record(side.computed)
+            try:
+                layer.launch(side.block.zero_)
+                if self.attention.decode_needs_plan(key.size):
+                    self._plan_padding(side, key)
+                self._prepare(key)
+                layer.launch(lambda: self._decode(key))
+                if capture:
+                    self._capture(key)
+            finally:
+                # The next upload to this side must not overtake what was launched, also where the rest has failed.
+                layer.record(side.computed)
 
     def _plan_padding(self, side: Side, key: GraphKey) -> None:
         indptr, ones = torch.arange(key.size + 1, dtype=torch.int32), torch.ones(key.size, dtype=torch.int32)
@@ -56,6 +60,15 @@ class Captures(DecodeSteps):
             self._moving.release()
         if self._lost is None and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(0.0, self._capture_when_idle)
+
+    def choose_attention(self) -> list[int]:
+        """See cuda_attention.py; before anything is captured. Blocks."""
+        graphs = self.graphs
+        sizes = graphs.sizes if graphs.enabled else []  # else there are as many sizes as rows
+        with self.layer.may_block(), self.layer.on(self._compute):
+            found = choose_attention(self.attention, sizes, graphs.width, self.limits.max_model_len, self.layer)
+            self.layer.synchronize_all()
+        return found
 
     def choose_products(self) -> tuple[int, int]:
         """See cuda_products.py; before anything is captured. Blocks."""
@@ -82,6 +95,9 @@ class Captures(DecodeSteps):
         keys = list(self.graphs.at_start())
         with self.layer.may_block():
             for number, key in enumerate(keys):
+                if self.attention.decode_needs_plan(key.size):
+                    # A plan writes to the pinned buffer that the copy of the parity's last one may still read.
+                    self.layer.synchronize(self._sides[key.parity].computed)
                 self._warm_up(key, capture=True)
                 if progress is not None:
                     progress(number + 1, len(keys))

@@ -33,7 +33,9 @@ class DecodeSteps(DeviceState):
         key = self.graphs.key(rows, -(-longest // self.limits.page_size), side.parity, draw)
         size = key.size
         inside = self._pad(side, rows, size, count)
-        num_meta, plan = self._decode_plan(forward_input, side, size) if self.attention.decode_needs_plan else (0, None)
+        num_meta, plan = 0, None
+        if self.attention.decode_needs_plan(size):
+            num_meta, plan = self._decode_plan(forward_input, side, size)
         end = side.end_of(side.first_page, max(inside, size))
         if changed:
             end = side.end_of(staging.sampling, changed)

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_state import DeviceState
 from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
-from engine.ops.attention.device import MixedStep
+from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, decode_inputs
 from engine.ops.pooling import pooled_chunks
 from engine.ops.sampling.device import sample
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
@@ -44,7 +44,13 @@ class MixedSteps(DeviceState):
             staging.row_slot[:rows][sampled],
             metadata.kv_len[sampled],
             metadata.kv_len,
+            # The prompts alone.
+            metadata.qo_indptr[decodes:] - decodes,
+            metadata.kv_indptr[decodes:] - metadata.kv_indptr[decodes],
+            metadata.kv_indices[metadata.kv_indptr[decodes] :],
         ]
+        longest = int(metadata.kv_len[:decodes].max(initial=1))
+        width = self.graphs.width(-(-longest // self.limits.page_size))
         cuts, total = side.write_meta(parts, self._upload)
         inside = staging.table_index is side.first_index
         end = side.end_of(side.first_page, forward_input.num_table_diffs if inside else 0)
@@ -59,8 +65,13 @@ class MixedSteps(DeviceState):
             layer.wait(side.uploaded)
             self._apply_diffs(forward_input, side, handle)
             kv_slots = slots32  # widened on the device
-            on_host = (pinned[cuts[part]] for part in (2, 3, 4, 10))
-            step = MixedStep(positions, kv_slots, indices, *on_host, side.parity)
+            qo_indptr, kv_indptr, last_page_len, kv_len, qo_prompts, kv_prompts = (
+                pinned[cuts[part]] for part in (2, 3, 4, 10, 11, 12)
+            )
+            every = Ragged(indices, qo_indptr, kv_indptr, last_page_len, kv_len)
+            pages = meta[cuts[13]]
+            prompts = Ragged(pages, qo_prompts, kv_prompts, last_page_len[decodes:], kv_len[decodes:])
+            step = MixedStep(positions, kv_slots, every, prompts, decodes, side.parity)
             attention = self.attention.mixed(step)
 
             chunks = []
@@ -76,7 +87,7 @@ class MixedSteps(DeviceState):
                     step.kv_slots = slots32.long()
                     token_ids = side.token_ids[:tokens]
                     if decodes:
-                        known = self._last_token.index_select(0, side.row_slot[:decodes].long())
+                        step.decode, known = self._decode_rows(side, decodes, width)
                         token_ids[:decodes].copy_(known)
                     hidden = self.model.forward(token_ids, positions, attention)
                     for first, targets, out, k in chunks:
@@ -99,6 +110,21 @@ class MixedSteps(DeviceState):
 
             layer.launch(work)
         return found.pop if draw == "open" and len(sampled) else None
+
+    def _decode_rows(self, side: Side, count: int, width: int) -> tuple[DecodeStep, Tensor]:
+        """The decode rows of a step with prompts, and their tokens; the step's diffs are applied."""
+        positions, nothing = side.row_start[:count], side.table_index[:0]
+        _, tokens, kv_len, kv_slots, tables = decode_inputs(
+            self._page_table,
+            self._last_token,
+            side.row_slot[:count],
+            positions,
+            nothing,
+            nothing,
+            width,
+            self.limits.page_size,
+        )
+        return DecodeStep(positions, kv_slots, tables, kv_len, side.parity), tokens
 
     def _prompt_out(self, handle: CudaHandle, row: int, first: int, targets: Int32Array, k: int) -> Tensor:
         """Where the log-probabilities of a prompt chunk go on the device; they come with the step's tokens."""

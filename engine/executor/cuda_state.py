@@ -52,7 +52,7 @@ class DeviceState:
             self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
             layer.synchronize_all()
             with layer.on(self._compute):
-                attention.settle()
+                attention.settle(layer.synchronize_all)
             layer.synchronize_all()
         self._flat_table = self._page_table.view(-1)
         self._extras = DeviceExtras(limits, layer.zeros)
@@ -92,10 +92,12 @@ class DeviceState:
         with layer.on(self._upload):
             # The step before last has read this image; it is done, unless it was one that warmed up a graph.
             layer.wait(side.computed)
-            layer.upload(side.block[:num_bytes], side.arena.memory[:num_bytes])
-            if num_meta:
-                layer.upload(side.meta[:num_meta], side.meta_host[:num_meta])
-            layer.record(side.uploaded)
+            try:
+                layer.upload(side.block[:num_bytes], side.arena.memory[:num_bytes])
+                if num_meta:
+                    layer.upload(side.meta[:num_meta], side.meta_host[:num_meta])
+            finally:
+                layer.record(side.uploaded)
 
     def _send_grown_diffs(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> tuple[Tensor, Tensor]:
         """Table diffs that outgrew the arena travel on their own."""
