@@ -97,11 +97,13 @@ async def test_an_idle_warm_up_that_fails_at_any_launch_changes_no_token(attenti
             tokens += await driver.run([decode(1, 7)])
             warm_up = executor._warm_up
 
-            def failing(*args: Any, warm_up: Any = warm_up, device: FakeDevice = device, **options: Any) -> None:
+            def failing(
+                *args: Any, inner: Any = warm_up, device: FakeDevice = device, number: int = number, **options: Any
+            ) -> None:
                 nonlocal failures
                 device.launches_until_failure = number
                 try:
-                    warm_up(*args, **options)
+                    inner(*args, **options)
                 except torch.OutOfMemoryError:
                     failures += 1
                     raise
