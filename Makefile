@@ -30,9 +30,11 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.$(RUN_EXTRAS)'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml tests/cuda/requirements.txt | $(BIN)/python
 	@echo "Installing oneloop with its test tools into $(VENV) (once) ..."
 	$(BIN)/python -m pip install --quiet -e '.$(DEV_EXTRAS)'
+	@$(if $(HAS_GPU),true,$(BIN)/python -m pip install --quiet --no-deps -r tests/cuda/requirements.txt) \
+	  || echo "FlashInfer could not be had: the dry run of the GPU path (tests/cuda/test_dry_run.py) will be skipped"
 	@touch $@ $(VENV)/.run
 
 install: $(VENV)/.run  ## make .venv with all that serving needs

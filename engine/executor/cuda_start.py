@@ -81,7 +81,7 @@ def has_flashinfer() -> bool:
 
 def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
     """FlashInfer where it is installed, else torch. options: num_pages, page_size, dtype, kv_dtype."""
-    if module is None and not has_flashinfer():
+    if module is None and not (layer.device.type == "cuda" and has_flashinfer()):
         return DeviceAttention(model.attention_spec, device=layer.device, **options)
     from engine.ops.attention.flashinfer import Backend
 

@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from engine.executor.cuda_attention import choose_attention
+from engine.ops import native
 from engine.ops.attention import flashinfer
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.attention.device import DecodePlan, DecodeStep, DeviceAttention, MixedStep, Ragged
 from engine.ops.attention.flashinfer import Backend
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer
+from tests.gpu import support as gpu_support
 
 PAGE = 16
 # Rows: tokens, pages in the pool, length of the context with them. Two prompts, and two rows that decode beside them.
@@ -416,3 +418,18 @@ def test_the_driver_is_loaded_before_flashinfer(tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ImportError, match="it was imported"):
         Backend(LLAMA_1B, num_pages=2, page_size=16, dtype=torch.bfloat16, device=torch.device("cpu"))
     assert order == ["driver"]
+
+
+@pytest.mark.parametrize("missing", [("xqa", False), ("prefill auto", False), ("sampling", False)])
+def test_tests_on_a_gpu_do_not_pass_on_torch(missing: tuple[str, bool]) -> None:
+    """Where a kernel is missing, what is meant to try it fails."""
+    with native.disabled():
+        model = gpu_support.load("LlamaForCausalLM", torch.bfloat16, torch.device("cpu"))
+    device: Any = FakeDevice(0)
+    for module in (FakeFlashInfer(device), FakeFlashInfer(device, missing=(missing,))):
+        options: dict[str, Any] = {"attention": "auto", "module": module}
+        if module.missing:
+            with pytest.raises(AssertionError):
+                gpu_support.executor(device, model, torch.bfloat16, **options)
+        else:
+            gpu_support.executor(device, model, torch.bfloat16, **options).close()
