@@ -419,6 +419,7 @@ def requests_of(changes: list[dict[str, Any]], vocab: int) -> list[Any]:
 
 def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, changes: list[dict[str, Any]]) -> None:
     """Requests through the whole engine; steps of all kinds, eager and captured."""
+    from engine.kernels import kernels_of
     from tests.cuda.support import serve as through_the_engine
 
     LOG.__init__()  # type: ignore[misc]
@@ -432,6 +433,9 @@ def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, chan
             asyncio.run(asyncio.wait_for(through_the_engine(executor, asked), 240))
             LOG.steps = False
             result["attention"] = executor.attention.describe()
+            attention = executor.attention
+            kit = kernels_of(attention.spec, attention.dtype, attention.kv_dtype)
+            result["kit"] = [each.name for each in kit]
     except Exception as error:
         traceback.print_exc()
         result["error"] = f"{type(error).__name__}: {error}"

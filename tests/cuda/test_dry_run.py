@@ -58,6 +58,8 @@ def test_nothing_is_found(scenario: str) -> None:
     for result in dry_run(scenario):
         assert not result["error"] and not result["findings"], result
         assert result["captured"] > 0
+        # What a kit for the model would hold is at least what was asked for.
+        assert set(result["modules"]) <= set(result["kit"]), result
         if "torch" not in result["name"] and "float32" not in result["name"]:
             assert "torch" not in result["attention"], result
     names = {result["name"].split()[0] for result in dry_run(scenario)}
