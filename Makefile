@@ -14,7 +14,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim test-clients lock-clients gpu-python test-gpu bench-gpu clean
+.PHONY: help install serve test check sim test-clients lock-clients gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -89,6 +89,9 @@ test-gpu: gpu-python  ## parity and no-sync tests; needs an NVIDIA GPU
 
 bench-gpu: gpu-python  ## 8 minutes on an NVIDIA GPU; writes bench/results
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
+
+gpu-run: gpu-python  ## all of 28 minutes on an NVIDIA GPU: checks, tests, benchmarks; ARGS="--out DIR"
+	$(GPU_PYTHON) -m bench.gpu_run $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

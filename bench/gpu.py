@@ -34,6 +34,7 @@ from engine.engine import Engine
 from engine.executor.base import StepHandle
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
+from engine.executor.cuda_kit import use_kit_of_build
 from engine.executor.cuda_start import build_cuda_executor
 from engine.forward import ForwardInput, ForwardOutput
 from engine.models.config import ModelConfig
@@ -726,8 +727,10 @@ def main(argv: list[str] | None = None) -> int:
         print("bench.gpu needs an NVIDIA GPU that torch can see", file=sys.stderr)
         return 1
     if args.first_token is not None:
+        use_kit_of_build()
         first_token(args.first_token)
         return 0
+    print(f"kernels: {use_kit_of_build() or 'as FlashInfer finds or builds them'}", file=sys.stderr)
     layer = TimedDevice()
     report = Report(args.out, args.seconds, torch.cuda.get_device_name(layer.device))
     run_all(report, layer)

@@ -129,6 +129,16 @@ def _unpack(path: Path, kernels: dict[str, str], folder: Path) -> None:
         raise StartupError(f"--kernels {path}: {len(kernels) - len(found)} kernels of its manifest are missing")
 
 
+def use_kit_of_build() -> str:
+    """The kit that tests and benchmarks take where there is one; what is said of it."""
+    import torch
+
+    path = Path("build/kernels.kit")
+    if not path.exists():
+        return ""
+    return use_kit(path, torch.cuda.get_device_capability(), torch.version.cuda)
+
+
 def use_kit(path: Path, capability: tuple[int, int], torch_cuda: str | None) -> str:
     """Let FlashInfer take its kernels from a kit, and build none. Returns a line for the start-up table.
 
