@@ -119,6 +119,7 @@ def build(args: argparse.Namespace) -> int:
         os.environ["FLASHINFER_EXTRA_LDFLAGS"] = link_driver(Path(folder))
         os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
         os.environ.pop("FLASHINFER_DISABLE_JIT", None)
+        os.environ.setdefault("CUDA_HOME", cuda_home())
         try:
             import flashinfer
         except ImportError as error:
@@ -134,6 +135,15 @@ def build(args: argparse.Namespace) -> int:
         size = write_kit(args.out, target, libraries, [directory.name for directory in args.models])
     print(f"{args.out}: {len(libraries)} kernels for {args.arch}, {size / 1e6:.1f} MB")
     return 0
+
+
+def cuda_home() -> str:
+    """Where nvcc has its headers, also where what is on the PATH only calls it."""
+    done = subprocess.run(["nvcc", "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, check=True)
+    tops = [line.partition("TOP=")[2].strip() for line in done.stderr.splitlines() if "TOP=" in line]
+    if not tops:
+        raise StartupError("nvcc does not say where its headers are; set CUDA_HOME")
+    return str(Path(tops[0]).resolve())
 
 
 def nvcc_version() -> str:

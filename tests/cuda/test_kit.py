@@ -205,6 +205,8 @@ def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(kernels, "link_driver", lambda folder: "-lcuda")
     monkeypatch.setattr(kernels, "nvcc_version", lambda: "13.0")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(kernels, "cuda_home", lambda: "/opt/cuda")
     monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(__version__="0.7.2"))
     asked: list[argparse.Namespace] = []
 
@@ -222,4 +224,14 @@ def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kernels.main([*words, "--work", str(tmp_path / "work")]) == 0
     assert asked[0].kinds == ["auto", "fp8"] and asked[0].arch == "9.0a"
     assert "FLASHINFER_DISABLE_JIT" not in os.environ and os.environ["FLASHINFER_EXTRA_LDFLAGS"] == "-lcuda"
+    assert os.environ.pop("CUDA_HOME") == "/opt/cuda"
     assert open_kit(tmp_path / "out/a.kit", HERE, tmp_path / "cache")[1] == 2
+
+
+def test_where_the_compiler_has_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "#$ _NVVM_BRANCH_=nvvm\n#$ TOP=/opt/cuda/bin/..\n#$ x"
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *args, **options: SimpleNamespace(stderr=said))
+    assert kernels.cuda_home() == "/opt/cuda"
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *args, **options: SimpleNamespace(stderr=""))
+    with pytest.raises(StartupError, match="CUDA_HOME"):
+        kernels.cuda_home()
