@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ctypes
 import dataclasses
+import inspect
 import json
 import os
 import subprocess
@@ -518,6 +519,29 @@ def planted() -> None:
     print(json.dumps({"name": "planted", "findings": findings}), flush=True)
 
 
+def signatures() -> None:
+    """Parameters of what is called, those with defaults behind a bar."""
+    import flashinfer
+
+    prefill, decode = flashinfer.BatchPrefillWithPagedKVCacheWrapper, flashinfer.BatchDecodeWithPagedKVCacheWrapper
+    found = {}
+    for name, call in {
+        "prefill.__init__": prefill.__init__,
+        "prefill.plan": prefill.plan,
+        "prefill.run": prefill.run,
+        "decode.__init__": decode.__init__,
+        "decode.plan": decode.plan,
+        "decode.run": decode.run,
+        "xqa": flashinfer.decode.xqa_batch_decode_with_kv_cache,
+    }.items():
+        named = [
+            p for p in inspect.signature(call).parameters.values() if p.name != "self" and p.kind != p.VAR_POSITIONAL
+        ]
+        required = [p.name for p in named if p.default is p.empty]
+        found[name] = " ".join([*required, "|", *(p.name for p in named if p.default is not p.empty)])
+    print(json.dumps({"name": "signatures", "found": found}), flush=True)
+
+
 def main(names: list[str]) -> None:
     without_gpu()
     without_compiler()
@@ -532,6 +556,8 @@ def main(names: list[str]) -> None:
                 # Those whose layers differ in what their attention sees are tried by both.
                 for way in ("auto", "wrapper") if "window" in str(config) else ("auto",):
                     serve(f"{architecture} {way}", config, way, "bfloat16", "auto", [{}, {"top_p": 0.9}])
+        elif name == "signatures":
+            signatures()
         elif name == "planted":
             planted()
         elif name == "features":

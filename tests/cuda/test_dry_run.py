@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cuda.fake_flashinfer import SIGNATURES
 from tests.gpu.support import families
 
 ROOT = Path(__file__).parents[2]
@@ -72,6 +73,18 @@ def test_a_finding_is_found() -> None:
     found = " ".join(result["findings"])
     assert "brings a value to the host" in found and "pageable" in found and "that waits" in found
     assert "not aligned" in found and "a graph holds" in found
+
+
+def test_the_stand_in_has_the_real_signatures() -> None:
+    """What the tests on the fake device check calls by."""
+    (result,) = dry_run("signatures")
+    for name, real in result["found"].items():
+        known = SIGNATURES.get(name) or SIGNATURES["run"]
+        required, _, optional = known.partition(" | ")
+        assert real.startswith(required + " |"), name
+        assert set(optional.split()) <= set(real.split()), name
+        if name in SIGNATURES:
+            assert real == known, name
 
 
 # (shape, rows, how it draws): nodes of a layer, and of the rest of the step.
