@@ -535,10 +535,14 @@ def signatures() -> None:
         "xqa": flashinfer.decode.xqa_batch_decode_with_kv_cache,
     }.items():
         named = [
-            p for p in inspect.signature(call).parameters.values() if p.name != "self" and p.kind != p.VAR_POSITIONAL
+            p
+            for p in inspect.signature(call).parameters.values()
+            if p.name != "self" and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
         required = [p.name for p in named if p.default is p.empty]
         found[name] = " ".join([*required, "|", *(p.name for p in named if p.default is not p.empty)])
+        if any(p.kind is p.VAR_KEYWORD for p in inspect.signature(call).parameters.values()):
+            found[name] += " ..."  # and what it hands on by name
     print(json.dumps({"name": "signatures", "found": found}), flush=True)
 
 

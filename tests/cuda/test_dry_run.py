@@ -82,6 +82,8 @@ def test_the_stand_in_has_the_real_signatures() -> None:
         known = SIGNATURES.get(name) or SIGNATURES["run"]
         required, _, optional = known.partition(" | ")
         assert real.startswith(required + " |"), name
+        if real.endswith(" ..."):  # what it takes by name beyond that is seen by the other tests alone
+            continue
         assert set(optional.split()) <= set(real.split()), name
         if name in SIGNATURES:
             assert real == known, name
