@@ -15,7 +15,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim test-clients lock-clients test-agents gpu-python test-gpu bench-gpu clean
+.PHONY: help install serve test check sim test-clients lock-clients test-agents gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -31,9 +31,11 @@ $(VENV)/.run: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet -e '.$(RUN_EXTRAS)'
 	@touch $@
 
-$(VENV)/.dev: pyproject.toml | $(BIN)/python
+$(VENV)/.dev: pyproject.toml tests/cuda/requirements.txt | $(BIN)/python
 	@echo "Installing oneloop with its test tools into $(VENV) (once) ..."
 	$(BIN)/python -m pip install --quiet -e '.$(DEV_EXTRAS)'
+	@$(if $(HAS_GPU),true,$(BIN)/python -m pip install --quiet --no-deps -r tests/cuda/requirements.txt) \
+	  || echo "FlashInfer could not be had: the dry run of the GPU path (tests/cuda/test_dry_run.py) will be skipped"
 	@touch $@ $(VENV)/.run
 
 install: $(VENV)/.run  ## make .venv with all that serving needs
@@ -100,6 +102,9 @@ test-gpu: gpu-python  ## parity and no-sync tests; needs an NVIDIA GPU
 
 bench-gpu: gpu-python  ## 8 minutes on an NVIDIA GPU; writes bench/results
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
+
+gpu-run: gpu-python  ## all of 28 minutes on an NVIDIA GPU: checks, tests, benchmarks; ARGS="--out DIR"
+	$(GPU_PYTHON) -m bench.gpu_run $(ARGS)
 
 clean:  ## remove the virtual environment and caches
 	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) $(AGENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -34,6 +34,7 @@ from engine.engine import Engine
 from engine.executor.base import StepHandle
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
+from engine.executor.cuda_kit import use_kit_of_build
 from engine.executor.cuda_start import build_cuda_executor
 from engine.forward import ForwardInput, ForwardOutput
 from engine.models.config import ModelConfig
@@ -46,6 +47,8 @@ CONTEXT = 1024
 DECODE_TOKENS = 160
 # Steps left out at the start of a measurement: graphs are captured, clocks rise.
 WARM_STEPS = 24
+# Full steps of prompts that a rate is taken over: 64 prompts of 1,024 tokens in steps of 8,192.
+PREFILL_STEPS = 8
 # Weights [out, in] of Llama-3.2-1B and, the last two, Llama-3.1-8B.
 PRODUCTS = ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048), (6144, 4096), (28672, 4096))
 # Of Qwen3-30B-A3B: hidden size, an expert's, experts, chosen of them.
@@ -204,18 +207,18 @@ class TimedDevice(CudaDevice):
 
 
 class Watch:
-    """Times of steps, as the loop sees them: (when it was waited for, when it was done, rows, decode only)."""
+    """Times of steps, as the loop sees them: (when it was waited for, when it was done, rows, decode only, tokens)."""
 
     def __init__(self, executor: CUDAExecutor) -> None:
-        self.steps: list[tuple[float, float, int, bool]] = []
-        self._kinds: dict[int, tuple[int, bool]] = {}
+        self.steps: list[tuple[float, float, int, bool, int]] = []
+        self._kinds: dict[int, tuple[int, bool, int]] = {}
         self._executor, self._submit, self._wait = executor, executor.submit, executor.wait
         executor.submit = self.submit  # type: ignore[method-assign]
         executor.wait = self.wait  # type: ignore[method-assign]
 
     def submit(self, forward_input: ForwardInput) -> Any:
         rows = forward_input.num_rows
-        self._kinds[forward_input.step] = (rows, forward_input.num_decode_rows == rows)
+        self._kinds[forward_input.step] = (rows, forward_input.num_decode_rows == rows, forward_input.num_tokens)
         return self._submit(forward_input)
 
     async def wait(self, handle: StepHandle) -> ForwardOutput:
@@ -231,7 +234,7 @@ class Watch:
         """Seconds per step, and of it those that the host worked, over the decode steps of the whole batch."""
         intervals, worked = [], []
         for before, step in itertools.pairwise(self.steps):
-            if before[2:] == step[2:] == (batch, True):
+            if before[2:4] == step[2:4] == (batch, True):
                 intervals.append(step[1] - before[1])
                 worked.append(step[0] - before[1])
         intervals, worked = intervals[WARM_STEPS:], worked[WARM_STEPS:]
@@ -363,13 +366,28 @@ async def measure_decode(
     return watch.steady(batch)
 
 
-async def measure_prefill(subject: Subject, executor: CUDAExecutor, count: int) -> float:
-    """Prompt tokens per second, `count` prompts at once."""
-    async with running(subject, executor, True) as engine:
-        await answer(engine, subject.prompts(count, subject.context), 1)
-        begin = time.perf_counter()
-        await answer(engine, subject.prompts(count, subject.context), 1)
-        return count * subject.context / (time.perf_counter() - begin)
+async def measure_prefill(subject: Subject, executor: CUDAExecutor) -> tuple[float, float]:
+    """Prompt tokens per second over several full steps, and seconds from a step's worth of prompts to their tokens.
+
+    Rates count from the first step's end to the last one's: what the host needs before the first and after the last is
+    no part of a steady rate, and is in the second figure.
+    """
+    budget = executor.limits.max_num_batched_tokens
+    per_step = max(1, budget // subject.context)
+    count = PREFILL_STEPS * per_step
+    watch = Watch(executor)
+    try:
+        async with running(subject, executor, True) as engine:
+            await answer(engine, subject.prompts(count, subject.context), 1)
+            watch.steps.clear()
+            await answer(engine, subject.prompts(count, subject.context), 1)
+            ends = [(end, tokens) for _, end, _, _, tokens in watch.steps]
+            begin = time.perf_counter()
+            await answer(engine, subject.prompts(per_step, subject.context), 1)
+            once = time.perf_counter() - begin
+    finally:
+        watch.remove()
+    return sum(tokens for _, tokens in ends[1:]) / (ends[-1][0] - ends[0][0]), once
 
 
 def measure_small_step(executor: CUDAExecutor, rows: int, length: int) -> tuple[float, float | None]:
@@ -416,9 +434,12 @@ def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth:
         common: dict[str, Any] = {"model": name, "batch": batch, "context": context}
         report.add("decode", batch / interval, "tok/s", floor_ratio=floor / interval, **common)
         report.add("host time per decode step", 1e6 * worked, "us", **common)
-    rate = asyncio.run(measure_prefill(subject, executor, 8))
+    rate, once = asyncio.run(measure_prefill(subject, executor))
     floor = subject.prefill_flops(context) / flops / context
-    report.add("prefill", rate, "tok/s", model=name, batch=8, context=context, floor_ratio=rate * floor)
+    per_step = max(1, executor.limits.max_num_batched_tokens // context)
+    prompts = PREFILL_STEPS * per_step
+    report.add("prefill", rate, "tok/s", model=name, batch=prompts, context=context, floor_ratio=rate * floor)
+    report.add("prompts to first tokens", 1e3 * once, "ms", model=name, batch=per_step, context=context)
     middle = [batch for batch in batches if batch > 1]
     if isinstance(subject.layer, TimedDevice) and middle:
         subject.layer.timing = True
@@ -706,8 +727,10 @@ def main(argv: list[str] | None = None) -> int:
         print("bench.gpu needs an NVIDIA GPU that torch can see", file=sys.stderr)
         return 1
     if args.first_token is not None:
+        use_kit_of_build()
         first_token(args.first_token)
         return 0
+    print(f"kernels: {use_kit_of_build() or 'as FlashInfer finds or builds them'}", file=sys.stderr)
     layer = TimedDevice()
     report = Report(args.out, args.seconds, torch.cuda.get_device_name(layer.device))
     run_all(report, layer)

@@ -227,7 +227,9 @@ def _build_executor(
     if device == "cuda":
         return _build_cuda(config, directory, model_config, context, report)
     if config.cuda != CudaOptions():
-        raise StartupError("--cuda-graph, --kv-cache-dtype, --profile-dir and --nvtx need a CUDA device; this is a CPU")
+        raise StartupError(
+            "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx need a CUDA device; this is a CPU"
+        )
     return _build_cpu(config, directory, model_config, context, report)
 
 
@@ -270,6 +272,11 @@ def _build_cuda(
         raise StartupError("--deterministic is not promised on a GPU yet")
     if config.num_threads is not None:
         raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
+    if config.cuda.kernels is not None:
+        from engine.executor.cuda_kit import use_kit
+
+        found = use_kit(Path(config.cuda.kernels), torch.cuda.get_device_capability(), torch.version.cuda)
+        report.row("kernels", found)
     layer, dtype = CudaDevice(nvtx=config.cuda.nvtx != "off"), pick_dtype(config.model.dtype)
     report.row("device", torch.cuda.get_device_name(layer.device))
     report.row("dtype", str(dtype).removeprefix("torch."))

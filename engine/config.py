@@ -128,11 +128,14 @@ class ServerOptions:
 class CudaOptions:
     """cuda_graph: lazy, start or off. kv_cache_dtype: auto, fp8 or fp8_e4m3. profile_dir: where traces go.
 
+    kernels: a kit that was built beforehand (executor/cuda_kit.py).
+
     nvtx: off, steps (ranges around schedule, launch, commit, capture) or layers (those, and the parts of every layer).
     """
 
     cuda_graph: str = "lazy"
     kv_cache_dtype: str = "auto"
+    kernels: str | None = None
     profile_dir: str | None = None
     nvtx: str = "off"
 

@@ -233,6 +233,9 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     cuda.add_argument("--cuda-graph", choices=["lazy", "start", "off"], help="when decode graphs are captured")
     cuda.add_argument("--enforce-eager", "--disable-cuda-graph", dest="cuda_graph", action="store_const", const="off")
     cuda.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "fp8_e4m3"], help="auto: the model's")
+    cuda.add_argument(
+        "--kernels", metavar="FILE", help="a kit of `python -m engine.kernels build`: FlashInfer compiles nothing here"
+    )
     cuda.add_argument("--profile-dir", metavar="DIR", help="where /start_profile writes torch profiler traces")
     cuda.add_argument(
         "--nvtx",
@@ -487,6 +490,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             **_given(  # type: ignore[arg-type]
                 cuda_graph=args.cuda_graph,
                 kv_cache_dtype=args.kv_cache_dtype,
+                kernels=args.kernels,
                 profile_dir=args.profile_dir,
                 nvtx=args.nvtx,
             )

@@ -25,6 +25,7 @@ ALLOWED = {
     "engine.report": set(),
     "engine.build": {"engine"},
     "engine.llm": {"engine"},
+    "engine.kernels": {"engine"},
     "server": {"engine.engine", "engine.text", "engine.models.config", "engine.models.abilities"},
     "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
     "engine.serve": {"*"},
@@ -33,6 +34,7 @@ ALLOWED = {
 # build.py puts the device wing together, inside its functions.
 TORCH_ALLOWED = (
     "engine.build",
+    "engine.kernels",
     "engine.executor.cpu",
     "engine.executor.cuda",
     "engine.models",

@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+logger = logging.getLogger("oneloop.cuda")
 
 Stream = Any
 Event = Any
@@ -25,6 +28,10 @@ _cuda: Any = torch.cuda
 
 class CaptureError(RuntimeError):
     """Operations that cannot be captured in a graph; the device is well."""
+
+
+class CapturesOver(CaptureError):
+    """A capture went wrong in a way that lets none follow; steps and graphs that are there go on."""
 
 
 class DeviceLayer(Protocol):
@@ -84,6 +91,10 @@ class DeviceLayer(Protocol):
         """
         ...
 
+    def drop_graph_memory(self) -> None:
+        """Let go of the memory that graphs share, once all of them are gone."""
+        ...
+
     def replay(self, graph: Graph) -> None: ...
 
     def time(self, graph: Graph) -> float:
@@ -125,6 +136,7 @@ class CudaDevice:
         self._nvtx = nvtx
         self._pool: Any = None
         self._first_graph: torch.cuda.CUDAGraph | None = None
+        self._captures_over: str | None = None
         torch.cuda.set_device(self.device)
 
     def stream(self) -> Stream:
@@ -177,6 +189,8 @@ class CudaDevice:
     def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         # Not `torch.cuda.graph`: that synchronises, collects garbage and empties the allocator's cache first.
         # thread_local: the waiter thread may go on waiting for events meanwhile.
+        if self._captures_over is not None:
+            raise CapturesOver(self._captures_over)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             # torch refuses to capture into a pool whose last graph is gone, so the first stays.
@@ -190,16 +204,33 @@ class CudaDevice:
             work()
         except BaseException as error:
             # Ending a broken capture fails in its own way; what broke it is what counts.
-            with contextlib.suppress(RuntimeError):
+            try:
                 graph.capture_end()
+            except RuntimeError:
+                self._end_of_captures(str(error))
             if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                 raise
-            raise CaptureError(f"{type(error).__name__}: {error}") from error
+            kind = CaptureError if self._captures_over is None else CapturesOver
+            raise kind(f"{type(error).__name__}: {error}") from error
         try:
             graph.capture_end()
         except RuntimeError as error:
-            raise CaptureError(str(error)) from error
+            self._end_of_captures(str(error))
+            raise CapturesOver(str(error)) from error
         return graph
+
+    def _end_of_captures(self, reason: str) -> None:
+        """A capture was invalidated. Until 2.12, torch then goes on as if it were still recording into the pool:
+        its allocator never empties its cache again, nor tries anew when memory is short.
+        """
+        self._captures_over = f"an earlier capture was invalidated: {(reason.splitlines() or [''])[0]}"
+        end = getattr(torch._C, "_cuda_endAllocateToPool", None)
+        if end is not None:
+            with contextlib.suppress(RuntimeError):  # it is not recording, as it should be
+                end(self.device.index, self._pool)
+
+    def drop_graph_memory(self) -> None:
+        self._first_graph = self._pool = None
 
     def replay(self, graph: torch.cuda.CUDAGraph) -> None:
         graph.replay()
@@ -222,7 +253,12 @@ class CudaDevice:
         return torch.zeros(shape, dtype=dtype, device=self.device)
 
     def free_memory(self) -> int:
-        torch.cuda.empty_cache()
+        try:
+            torch.cuda.empty_cache()
+        except RuntimeError as error:
+            if self._captures_over is None:
+                raise
+            logger.warning("the allocator's cache cannot be emptied: %s", str(error).splitlines()[0])
         return torch.cuda.mem_get_info(self.device)[0]
 
     def total_memory(self) -> int:

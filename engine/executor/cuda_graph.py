@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from engine.executor.cuda_device import CaptureError, DeviceLayer, Graph
+from engine.executor.cuda_device import CaptureError, CapturesOver, DeviceLayer, Graph
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ class GraphCache:
         # Seen but not captured, oldest first: the value says whether the key has run once.
         self._wanted: dict[GraphKey, bool] = {}
         self._failed: set[GraphKey] = set()
+        self._over = False
         self.num_replays = 0
 
     def __len__(self) -> int:
@@ -80,7 +81,11 @@ class GraphCache:
     def key(self, rows: int, pages: int, parity: int, draw: str) -> GraphKey:
         """The smallest key that holds a batch. Without graphs there is no reason to pad rows."""
         size = self.sizes[bisect_left(self.sizes, rows)] if self.enabled else rows
-        return GraphKey(size, self.widths[bisect_left(self.widths, pages)], parity, draw)
+        return GraphKey(size, self.width(pages), parity, draw)
+
+    def width(self, pages: int) -> int:
+        """The narrowest page tables that hold so many pages."""
+        return self.widths[bisect_left(self.widths, pages)]
 
     def at_start(self) -> Iterator[GraphKey]:
         """What mode start captures: every size, largest first, so that their memory pool is laid out once."""
@@ -96,7 +101,7 @@ class GraphCache:
 
     def note_use(self, key: GraphKey) -> bool:
         """A step runs without a graph. True: capture it now, its operations have run before."""
-        if not self.enabled or key in self._failed:
+        if not self.enabled or self._over or key in self._failed:
             return False
         if self._wanted.get(key, False):
             return True
@@ -120,7 +125,13 @@ class GraphCache:
         return graph
 
     def give_up(self, key: GraphKey, error: Exception) -> None:
-        """Never try this key again."""
+        """Never try this key again; nor any other, where none can be captured any more."""
+        if isinstance(error, CapturesOver):
+            if not self._over:
+                logger.warning("no more CUDA graphs will be captured: %s", error)
+            self._over = True
+            self._wanted.clear()
+            return
         logger.warning("no CUDA graph for %d rows (%s): %s", key.size, key.draw, error)
         self._wanted.pop(key, None)
         self._failed.add(key)
@@ -132,3 +143,4 @@ class GraphCache:
     def clear(self) -> None:
         self._graphs.clear()
         self._wanted.clear()
+        self._layer.drop_graph_memory()

@@ -75,9 +75,13 @@ def pick_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return KV_DTYPES[name]
 
 
+def has_flashinfer() -> bool:
+    return importlib.util.find_spec("flashinfer") is not None
+
+
 def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
     """FlashInfer where it is installed, else torch. options: num_pages, page_size, dtype, kv_dtype."""
-    if module is None and importlib.util.find_spec("flashinfer") is None:
+    if module is None and not (layer.device.type == "cuda" and has_flashinfer()):
         return DeviceAttention(model.attention_spec, device=layer.device, **options)
     from engine.ops.attention.flashinfer import Backend
 
@@ -190,12 +194,13 @@ def build_cuda_executor(
         left = free - kv_bytes - activations - workspace - graphs
         plan = MemoryPlan(layer.total_memory(), weights, workspace, activations, graphs, kv_bytes, max(0, left))
         row("GPU memory", str(plan))
-        text = attention.describe()
-        if attention.name == "torch":
-            text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
-        row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
         if not model.config.headless:
             executor.decode_once()
+            executor.choose_attention()
+        text = attention.describe()
+        if module is None and not has_flashinfer():
+            text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
+        row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
         ours, products = executor.choose_products()
         row("products of 1 to 4 rows", f"{ours} of {products} by our kernel, the others by cuBLAS, as was quicker")
         if cuda_graph == "start":

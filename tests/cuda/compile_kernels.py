@@ -1,13 +1,20 @@
 """Compiles every Triton kernel for an H100 / H200 (sm_90) as its wrapper would launch it; no GPU is needed for that.
 
 `python -m tests.cuda.compile_kernels`: run by test_compile.py in a process of its own, for Triton decides once, when
-it is imported, whether it interprets. Prints a line for each kernel; what does not compile raises.
+it is imported, whether it interprets. Prints a line of JSON for each variant, with what its machine code needs; what
+does not compile raises.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import re
+import subprocess
+import tempfile
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,8 +31,23 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 SHARED_MEMORY = 227 * 1024
 
 
-def compile_only(compiled: dict[str, int]) -> None:
-    """From now on a launch compiles and does not run. compiled: kernel names -> how many variants."""
+def machine_code(cubin: bytes) -> dict[str, int]:
+    """registers of a thread, stack (bytes that did not fit there), loads of 16 bytes, by the tool that Triton has."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run(
+            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True, timeout=60
+        ).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", text)
+    assert found is not None, text[:500]
+    wide = len(re.findall(r"\bLDG\.E\S*\.128\b", text))
+    return {"registers": int(found[1]), "stack": int(found[2]), "wide_loads": wide}
+
+
+def compile_only() -> None:
+    """From now on a launch compiles and does not run."""
     target = GPUTarget("cuda", 90, 32)
     driver = SimpleNamespace(
         get_current_device=lambda: 0,
@@ -41,7 +63,10 @@ def compile_only(compiled: dict[str, int]) -> None:
             found = kernel.run(*args, grid=grid, warmup=True, **options)
             assert found.metadata.shared <= SHARED_MEMORY, f"{kernel.__name__} needs {found.metadata.shared} bytes"
             assert len(found.asm["cubin"])
-            compiled[kernel.__name__] = compiled.get(kernel.__name__, 0) + 1
+            tensors = [str(argument.dtype) for argument in args if isinstance(argument, Tensor)]
+            line = {"name": kernel.__name__, "types": tensors, "warps": found.metadata.num_warps}
+            constants = {name: value for name, value in options.items() if name.isupper()}
+            print(json.dumps(line | constants | machine_code(found.asm["cubin"])), flush=True)
             return found
 
         return launch
@@ -65,9 +90,9 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     norm.add_rms_norm(x, empty(rows, 2048), empty(2048), 1e-5)
     for gelu in (False, True):
         activation.gate_and_mul(empty(rows, 16384), gelu=gelu)
-    for blocks in BLOCKS if rows <= 4 else ():
-        skinny.skinny_product(x, empty(2048, 2048), empty(2048), blocks, None)
-        skinny.skinny_product(x, empty(16384, 2048), None, blocks, "silu")
+    for few, blocks in itertools.product((1, 2, 4), BLOCKS) if rows == 1 else ():
+        skinny.skinny_product(empty(few, 2048), empty(2048, 2048), empty(2048), blocks, None)
+        skinny.skinny_product(empty(few, 2048), empty(16384, 2048), None, blocks, "silu")
     q, k, v = empty(rows, 48, 64).split([32, 8, 8], dim=1)
     for pool in (dtype, torch.float8_e4m3fn):
         pools = [empty(16, 16, 8, 64, kind=pool) for _ in range(2)]
@@ -89,12 +114,9 @@ def calls(dtype: torch.dtype, rows: int) -> None:
 
 
 def main() -> None:
-    compiled: dict[str, int] = {}
-    compile_only(compiled)
+    compile_only()
     for dtype, rows in ((torch.bfloat16, 1), (torch.bfloat16, 64), (torch.float32, 3)):
         calls(dtype, rows)
-    for name, count in compiled.items():
-        print(f"{name} {count}")
 
 
 if __name__ == "__main__":

@@ -269,6 +269,9 @@ class FakeDevice:
             self.recorder = None
         return graph
 
+    def drop_graph_memory(self) -> None:
+        self.counts["drop"] = self.counts.get("drop", 0) + 1
+
     def replay(self, graph: FakeGraph) -> None:
         assert self.recorder is None
         self.counts["replay"] += 1

@@ -137,7 +137,7 @@ class PrefillWrapper(_Wrapper):
         self.check_workspace(given["float_workspace_buffer"])
         assert given["kv_layout"] == "NHD" and not given.get("use_cuda_graph")
         assert given.get("backend", "auto") in ("auto", "fa2", "fa3")
-        self.backend = given.get("backend", "auto")
+        self.backend = self._backend = given.get("backend", "auto")
 
     def plan(self, *args: Any, **kwargs: Any) -> None:
         given = bind("prefill.plan", args, kwargs)
@@ -159,6 +159,8 @@ class PrefillWrapper(_Wrapper):
             assert given["head_dim_qk"] in (64, 128, 256) and given["q_data_type"] in (torch.bfloat16, torch.float16)
             assert self.backend != "fa3" or given["kv_data_type"] == given["q_data_type"]
         self.settings = dict(given, head_dim=given["head_dim_qk"])
+        if self._backend == "auto":
+            self._backend = "fa3"  # on these GPUs, and for good
         self.indices = indices
         self.send_plan(given["qo_indptr"], given["paged_kv_indptr"], given["paged_kv_last_page_len"])
 
@@ -166,7 +168,8 @@ class PrefillWrapper(_Wrapper):
         given = bind("run", args, kwargs)
         q, out, settings, indices = given["q"], given["out"], self.settings, self.indices
         k, v = self.check_cache(q, given["paged_kv_cache"])
-        assert out.shape == q.shape and out.dtype == q.dtype and indices is not None
+        self.package.look_for(f"run of prefill {self.backend}", settings["window_left"])
+        assert out.shape == q.shape and out.dtype == q.dtype and indices is not None and out.is_contiguous()
 
         def work() -> None:
             qo, kv, last = self.read_plan(3)
@@ -217,6 +220,7 @@ class DecodeWrapper(_Wrapper):
         q, out, settings = given["q"], given["out"], self.settings
         assert settings, "run before plan"
         k, v = self.check_cache(q, given["paged_kv_cache"])
+        self.package.look_for("run of decode", settings["window_left"])
         assert len(q) == self.rows and out.shape == q.shape and out.dtype == q.dtype
 
         def work() -> None:
@@ -233,7 +237,8 @@ class DecodeWrapper(_Wrapper):
 class FakeFlashInfer:
     """The package. log: every call with its arguments by name. strict: only shapes that FlashInfer has kernels for.
 
-    missing: kernels that cannot be built, (prefill auto, prefill fa2, decode or xqa; whether with a window).
+    missing: kernels that cannot be built, (prefill auto, prefill fa2, decode, xqa or sampling; whether with a window),
+    or that cannot run, (run of prefill auto, ...).
     """
 
     def __init__(self, device: FakeDevice, strict: bool = True, missing: tuple[tuple[str, bool], ...] = ()) -> None:
@@ -306,6 +311,7 @@ class FakeFlashInfer:
         return out
 
     def _top_k(self, probs: Tensor, top_k: Tensor, is_deterministic: bool = False) -> Tensor:
+        self.look_for("sampling", -1)
         assert top_k.dtype == torch.int32
 
         def floor() -> Tensor:

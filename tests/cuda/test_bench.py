@@ -34,7 +34,9 @@ def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.Monke
     assert set(content) == {"commit", "date", "gpu", "versions", "command", "rows"} and content["command"] == sys.argv
     names = [(row["name"], row["batch"]) for row in content["rows"]]
     assert names.count(("decode", 1)) == names.count(("decode", 3)) == 1
-    assert ("prefill", 8) in names and ("overlap on over off", 3) in names
+    # 40 tokens a step hold three prompts of 12.
+    assert ("prefill", 3 * gpu.PREFILL_STEPS) in names and ("prompts to first tokens", 3) in names
+    assert ("overlap on over off", 3) in names
     launches = [row["context"] for row in content["rows"] if row["name"] == "host launch, small prompt step"]
     assert launches == [12, 12]
     for row in content["rows"]:

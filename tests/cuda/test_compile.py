@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
+# Registers of a thread, where more than 64 are meant.
+BUDGETS = {"_skinny": 232}
 
 
-def test_every_kernel_compiles_for_sm_90(tmp_path: Path) -> None:
+def test_every_kernel_compiles_for_sm_90_within_its_budget(tmp_path: Path) -> None:
     kernels = {
         name
         for path in (ROOT / "engine/ops/triton").glob("*.py")
@@ -19,14 +23,31 @@ def test_every_kernel_compiles_for_sm_90(tmp_path: Path) -> None:
         if re.search(rf"\b{name}\[", path.read_text())
     }
     assert len(kernels) >= 7
+    lines = compiled_kernels(tmp_path)
+    assert {line["name"] for line in lines} == kernels
+    for line in lines:
+        # A multiprocessor has 65,536 registers: all kernels but those on tensor cores let two blocks live on it.
+        budget = 255 if line["name"] == "_multiply" else BUDGETS.get(line["name"], 64)
+        assert line["registers"] <= budget, line
+        assert line["registers"] * 32 * line["warps"] * 2 <= 65536 or line["name"] == "_multiply", line
+        # In float32, which no GPU is served in but for comparison, tiles of 64 numbers may not fit.
+        assert not line["stack"] or "torch.float32" in line["types"], f"spilled registers: {line}"
+    for line in lines:
+        if line["name"] == "_skinny" and line["types"][1] == "torch.bfloat16":
+            assert line["wide_loads"] >= 2, f"weights are not read in 16 bytes at a time: {line}"
+        if line["name"] in ("_gate_and_mul", "_segments", "_choose", "_weigh"):
+            assert line["wide_loads"] >= 2, line
+
+
+def compiled_kernels(cache: Path) -> list[dict[str, Any]]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", "tests.cuda.compile_kernels"],
         cwd=ROOT,
-        env=environment | {"TRITON_CACHE_DIR": str(tmp_path)},
+        env=environment | {"TRITON_CACHE_DIR": str(cache)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert {line.split()[0] for line in done.stdout.splitlines()} == kernels
+    return [json.loads(line) for line in done.stdout.splitlines()]

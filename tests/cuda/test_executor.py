@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engine.config import CacheOptions, StartupError
+from engine.executor import cuda_start
 from engine.executor.cuda_device import CaptureError
 from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_widths
 from engine.executor.cuda_start import build_cuda_executor, pick_dtype, pick_kv_dtype
@@ -220,7 +221,8 @@ def build(**options: object) -> tuple[dict[str, str], object]:
     return rows, executor
 
 
-async def test_start_measures_and_explains() -> None:
+async def test_start_measures_and_explains(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_start, "has_flashinfer", lambda: False)
     device = FakeDevice()
     device.memory, device.allocated, device.peak = 3 * 2**25, 2**24, 2**25
     rows, executor = build(layer=device, cache=CacheOptions(page_size=4, memory_fraction=0.5), cuda_graph="off")

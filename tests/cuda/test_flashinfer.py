@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from engine.executor.cuda_attention import choose_attention
+from engine.ops import native
+from engine.ops.attention import flashinfer
 from engine.ops.attention.base import AttentionSpec
-from engine.ops.attention.device import DecodePlan, DecodeStep, DeviceAttention, MixedStep
+from engine.ops.attention.device import DecodePlan, DecodeStep, DeviceAttention, MixedStep, Ragged
 from engine.ops.attention.flashinfer import Backend
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer
+from tests.gpu import support as gpu_support
 
 PAGE = 16
-# Two rows: tokens, pages in the pool, length of the context with them.
+# Rows: tokens, pages in the pool, length of the context with them. Two prompts, and two rows that decode beside them.
 ROWS = [(20, [3, 7], 20), (5, [2, 9, 4], 37)]
+DECODES = [(1, [5, 8, 1], 40), (1, [6], 7)]
 
 
 class Bench:
@@ -73,30 +84,33 @@ class Bench:
                 self.device.synchronize_all()
         return results
 
-    def mixed(self, parity: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-        positions = [length - count + i for count, _, length in ROWS for i in range(count)]
-        pages = [page for _, row, _ in ROWS for page in row]
+    def ragged(self, rows: list[tuple[int, list[int], int]]) -> Ragged:
+        ends = [[0, *itertools.accumulate(sizes)] for sizes in ([r[0] for r in rows], [len(r[1]) for r in rows])]
+        last = [length - (len(pages) - 1) * PAGE for _, pages, length in rows]
+        host = [self.pinned(values) for values in (*ends, last, [length for _, _, length in rows])]
+        return Ragged(self.on_device([page for _, pages, _ in rows for page in pages]), *host)
+
+    def mixed(self, parity: int = 0, decodes: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+        first = DECODES[:decodes]
+        rows = first + ROWS
+        positions = [length - count + i for count, _, length in rows for i in range(count)]
         slots = [
             row[(length - count + i) // PAGE] * PAGE + (length - count + i) % PAGE
-            for count, row, length in ROWS
+            for count, row, length in rows
             for i in range(count)
         ]
+        on_device = self.on_device(positions), self.on_device(slots, torch.int64)
+        tables = torch.tensor([pages + (4 - len(pages)) * [0] for _, pages, _ in first], dtype=torch.int32)
+        lengths = self.on_device([length for _, _, length in first])
+        known = DecodeStep(on_device[0][:decodes], on_device[1][:decodes], tables, lengths, parity)
 
         def make(backend: DeviceAttention) -> Any:
-            return backend.mixed(
-                MixedStep(
-                    self.on_device(positions),
-                    self.on_device(slots, torch.int64),
-                    self.on_device(pages),
-                    self.pinned([0, 20, 25]),
-                    self.pinned([0, 2, 5]),
-                    self.pinned([4, 5]),
-                    self.pinned([20, 37]),
-                    parity,
-                )
-            )
+            step = MixedStep(*on_device, self.ragged(rows), self.ragged(ROWS), decodes, parity)
+            attention = backend.mixed(step)
+            step.decode = known if decodes else None
+            return attention
 
-        return self.run(self.spec.num_layers, make, 25)
+        return self.run(self.spec.num_layers, make, 25 + decodes)
 
     def decode(self, parity: int = 0) -> tuple[list[Tensor], list[Tensor]]:
         """The two rows, one token on, and a row of padding."""
@@ -111,7 +125,7 @@ class Bench:
         )
 
         def make(backend: DeviceAttention) -> Any:
-            if backend.decode_needs_plan:
+            if backend.decode_needs_plan(3):
                 plan = DecodePlan(self.pinned([0, 2, 5, 6]), self.pinned([5, 6, 1]), self.on_device([3, 7, 2, 9, 4, 0]))
                 backend.plan_decode(plan, 3, width, parity)
             return backend.decode(step)
@@ -166,7 +180,7 @@ def test_windows_on_some_layers(decode: str) -> None:
 
 def test_a_soft_cap_goes_by_the_decode_wrapper() -> None:
     bench = Bench(AttentionSpec(2, 8, 4, 256, 1 / 16, softcap=30.0))
-    assert bench.backend.decode_needs_plan
+    assert bench.backend.decode_needs_plan(1)
     check(bench.mixed())
     check(bench.decode())
     assert bench.calls("decode.plan")[0]["logits_soft_cap"] == 30.0
@@ -223,17 +237,15 @@ WINDOWED = AttentionSpec(3, 8, 2, 64, 0.1, window=(6, None, 6))
 
 def settled(missing: tuple[tuple[str, bool], ...], spec: AttentionSpec = WINDOWED) -> Bench:
     bench = Bench(spec, missing=missing)
-    with bench.device.on(bench.stream):
-        bench.backend.settle()
-    with bench.device.may_block():
-        bench.device.synchronize_all()
+    with bench.device.may_block(), bench.device.on(bench.stream):
+        bench.backend.settle(bench.device.synchronize_all)
     bench.flashinfer.log.clear()
     return bench
 
 
 def test_settling_finds_every_kernel_and_changes_nothing() -> None:
     bench = settled(())
-    assert bench.backend.describe() == "FlashInfer, prefill auto, decode XQA"
+    assert bench.backend.describe() == "FlashInfer, prefill fa3, decode XQA"
     check(bench.mixed())
     check(bench.decode())
     assert len(bench.calls("xqa")) == 3 and not bench.calls("decode.plan")
@@ -256,11 +268,168 @@ def test_a_kernel_that_cannot_be_built_is_replaced_for_its_layers_alone(
     bench = settled(missing)
     assert len(caplog.records) == len(missing) and "window of 6" in caplog.text
     assert "JIT is disabled" in caplog.text and "with these flags" not in caplog.text
+    for kernel, _ in missing:
+        assert f"there is no {kernel}" in bench.backend.describe(), "what is missing, and why"
     assert ("torch (slow) in some layers" in bench.backend.describe()) == (len(missing) > 1)
     for parity in (0, 1):
         check(bench.mixed(parity))
         check(bench.decode(parity))
     assert len(bench.calls("prefill.plan")) == 2 * plans
     if ("prefill auto", False) in missing:
-        assert "prefill auto and fa2" in bench.backend.describe()
+        assert "prefill fa2 and fa3" in bench.backend.describe()
     assert len(bench.calls("xqa")) == 2 * xqa and len(bench.calls("decode.plan")) == 2 * decode_plans
+
+
+@pytest.mark.parametrize("decodes", [1, 2])
+@pytest.mark.parametrize("spec", [LLAMA_1B, WINDOWED], ids=["1b", "windows"])
+def test_decode_rows_beside_prompts_go_by_xqa(spec: AttentionSpec, decodes: int) -> None:
+    """fa3 would take a tile of 192 rows for each of their query heads; prompts are planned alone."""
+    bench = settled((), spec)
+    for parity in (0, 1):
+        check(bench.mixed(parity, decodes))
+    assert len(bench.calls("xqa")) == 2 * spec.num_layers
+    assert all(len(call["query"]) == decodes for call in bench.calls("xqa"))
+    assert all(plan["qo_indptr"].tolist() == [0, 20, 25] for plan in bench.calls("prefill.plan"))
+    check(bench.mixed(0, 0))
+
+
+def test_decode_rows_that_xqa_has_not_share_fa2_with_the_prompts() -> None:
+    bench = settled((), AttentionSpec(2, 8, 4, 256, 1 / 16, softcap=30.0))
+    assert {call.backend for call in bench.backend._packed.values()} == {"fa2"}
+    for decodes in (0, 2):
+        bench.flashinfer.log.clear()
+        check(bench.mixed(0, decodes))
+        (plan,) = bench.calls("prefill.plan")
+        assert len(plan["qo_indptr"]) == 3 + decodes
+        wrapper = bench.backend._packed[None, 0] if decodes else bench.backend._prefills[None, 0]
+        assert wrapper.settings["qo_indptr"] is plan["qo_indptr"]
+
+
+def test_without_fa2_they_share_what_there_is() -> None:
+    bench = settled((("prefill fa2", False),), AttentionSpec(2, 8, 4, 256, 1 / 16, softcap=30.0))
+    assert not bench.backend._packed and "no prefill (fa2) kernel" in bench.backend.describe()
+    check(bench.mixed(0, 2))
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [("xqa", False), ("prefill auto", False), ("prefill fa2", False)],
+)
+def test_decode_rows_beside_prompts_without_a_kernel(missing: tuple[str, bool]) -> None:
+    both = (missing, ("prefill auto", False)) if missing[0] == "prefill fa2" else (missing,)
+    bench = settled(both, LLAMA_1B)
+    check(bench.mixed(0, 2))
+    check(bench.decode())
+
+
+@pytest.mark.parametrize(("kernel", "says"), [("prefill auto", "prefill fa2"), ("decode", "torch (slow) in some")])
+def test_a_kernel_that_does_not_run_is_found_out_before_the_first_step(kernel: str, says: str) -> None:
+    """Prompts and planned decode, which else would run first in a step that nothing can save."""
+    spec = AttentionSpec(2, 8, 4, 256, 1 / 16, softcap=30.0)
+    bench = settled(((f"run of {kernel}", False),), spec)
+    assert says in bench.backend.describe()
+    check(bench.mixed(0, 1))
+    check(bench.decode())
+
+
+def test_sampling_kernels_are_looked_for_too() -> None:
+    assert settled((), LLAMA_1B).backend.filters is not None
+    without = settled((("sampling", False),), LLAMA_1B)
+    assert without.backend.filters is None and "no sampling kernel (JIT is disabled" in without.backend.describe()
+
+
+def test_the_way_of_a_batch_size_is_what_was_quicker() -> None:
+    """The clock of the fake device counts calls: the wrapper of 1 row is the only one that is quicker."""
+    bench = settled((), WINDOWED)
+    measured: list[int] = []
+
+    def time(graph: Any) -> float:
+        measured.append(1)
+        return {2: 0.5, 4: 0.95}.get(len(measured), 1.0)  # XQA, wrapper, XQA, ...
+
+    bench.device.time = time  # type: ignore[method-assign]
+    with bench.device.may_block(), bench.device.on(bench.stream):
+        found = choose_attention(bench.backend, [1, 3, 96], lambda pages: pages + 1, 40, bench.device)
+        bench.device.synchronize_all()
+    assert found == [1] and len(measured) == 2 * 2 * 2, (
+        "two ways, sizes and kinds; a batch that fills the GPU is not timed"
+    )
+    assert bench.backend.decode_needs_plan(1) and not bench.backend.decode_needs_plan(3)
+    assert "CUDA cores for 1 rows" in bench.backend.describe()
+    bench.flashinfer.log.clear()
+    check(bench.decode())
+    assert not bench.calls("decode.plan") and len(bench.calls("xqa")) == 3
+    bench.backend.prefer(None, 3)
+    bench.flashinfer.log.clear()
+    check(bench.decode())
+    assert len(bench.calls("decode.plan")) == 1 and len(bench.calls("xqa")) == 2
+
+
+def test_a_wrapper_that_is_not_there_is_not_chosen() -> None:
+    bench = settled((("decode", False), ("decode", True)), WINDOWED)
+    with bench.device.may_block(), bench.device.on(bench.stream):
+        assert choose_attention(bench.backend, [1, 3], lambda pages: pages, 40, bench.device) == []
+        bench.device.synchronize_all()
+    check(bench.decode())
+
+
+# A library that was linked without the driver's, as pre-built kernels are: its undefined symbol is looked for at its
+# first use, in what was loaded for all to see.
+KERNEL = "extern int cuTensorMapEncodeTiled(void); int use(void) { return cuTensorMapEncodeTiled(); }"
+DRIVER = "int cuTensorMapEncodeTiled(void) { return 42; }"
+PROGRAM = """
+import ctypes, os, sys
+from engine.ops.attention.flashinfer import load_driver
+if sys.argv[1] == "load":
+    load_driver()
+ctypes.CDLL("libcuda.so.1")  # as the runtime does, for itself
+print(ctypes.CDLL(sys.argv[2], mode=os.RTLD_LAZY).use())
+"""
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_kernels_that_were_linked_without_the_driver_find_it(tmp_path: Path) -> None:
+    for name, source in (("libcuda.so.1", DRIVER), ("kernel.so", KERNEL)):
+        (tmp_path / "source.c").write_text(source)
+        subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / name, tmp_path / "source.c"], check=True)
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = {
+        way: subprocess.run(
+            [sys.executable, "-c", PROGRAM, way, str(tmp_path / "kernel.so")],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        for way in ("load", "not")
+    }
+    assert done["load"].stdout.strip() == "42", done["load"].stderr
+    assert done["not"].returncode == 127 and "undefined symbol" in done["not"].stderr, "else this test shows nothing"
+
+
+def test_the_driver_is_loaded_before_flashinfer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    package = tmp_path / "flashinfer"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('it was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "flashinfer", raising=False)
+    monkeypatch.setattr(flashinfer, "load_driver", lambda: order.append("driver"))
+    with pytest.raises(ImportError, match="it was imported"):
+        Backend(LLAMA_1B, num_pages=2, page_size=16, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert order == ["driver"]
+
+
+@pytest.mark.parametrize("missing", [("xqa", False), ("prefill auto", False), ("sampling", False)])
+def test_tests_on_a_gpu_do_not_pass_on_torch(missing: tuple[str, bool]) -> None:
+    """Where a kernel is missing, what is meant to try it fails."""
+    with native.disabled():
+        model = gpu_support.load("LlamaForCausalLM", torch.bfloat16, torch.device("cpu"))
+    device: Any = FakeDevice(0)
+    for module in (FakeFlashInfer(device), FakeFlashInfer(device, missing=(missing,))):
+        options: dict[str, Any] = {"attention": "auto", "module": module}
+        if module.missing:
+            with pytest.raises(AssertionError):
+                gpu_support.executor(device, model, torch.bfloat16, **options)
+        else:
+            gpu_support.executor(device, model, torch.bfloat16, **options).close()

@@ -107,6 +107,17 @@ def test_skinny_product(
         assert ours.shape == (rows, out_features // (2 if activation_name else 1)) and close(ours, expected)
 
 
+@pytest.mark.parametrize("rows", [2, 3, 4])
+@pytest.mark.parametrize("in_features", [2048, 8192])
+@pytest.mark.parametrize("activation_name", [None, "silu"])
+def test_skinny_product_over_real_rows(rows: int, in_features: int, activation_name: str | None) -> None:
+    """As many numbers as a product of Llama-3.2-1B sums, in all block sizes."""
+    x, weight = randn(rows, in_features), in_features**-0.5 * randn(16, in_features, seed=1)
+    expected = torch_skinny_product(x, weight, None, activation_name)
+    for blocks in BLOCKS:
+        assert close(skinny.skinny_product(x, weight, None, blocks, activation_name), expected)
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("normalize", [False, True])
 def test_route(normalize: bool) -> None:
@@ -262,9 +273,10 @@ def test_flashinfers_filters_draw_the_same(seed: int) -> None:
     assert ours.tolist() == torch_sample(logits, on_device(params), positions, filtered=True).tolist()
 
 
-@pytest.mark.parametrize("seed", range(3))
+# The last two are of Llama 3 and Qwen: 32 and 38 segments, of which the second kernel sums a block of 32 and of 64.
+@pytest.mark.parametrize("seed", range(5))
 def test_sample_rows(seed: int) -> None:
-    rows, vocab = 12, [40, 4096, 9000][seed]
+    rows, vocab = (12, 12, 12, 6, 6)[seed], (40, 4096, 9000, 128256, 151936)[seed]
     logits, params = 3 * randn(rows, vocab, seed=seed), params_of(rows, seed=seed)
     logits[1] = logits[1].round()
     logits[2, :] = float("-inf")

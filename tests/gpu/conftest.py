@@ -8,6 +8,12 @@ import pytest
 import torch
 
 from engine.executor.cuda_device import CudaDevice
+from engine.executor.cuda_kit import use_kit_of_build
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    if torch.cuda.is_available():
+        use_kit_of_build()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

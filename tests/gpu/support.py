@@ -94,8 +94,12 @@ def executor(
     attention: str = "auto",
     kv_dtype: torch.dtype | None = None,
     cuda_graph: str = "lazy",
+    module: Any = None,
 ) -> CUDAExecutor:
-    """attention: auto (FlashInfer where it is), torch, xqa or wrapper."""
+    """attention: auto (FlashInfer where it is), torch, xqa or wrapper. module: what stands in for `flashinfer`.
+
+    Asserts that FlashInfer has all kernels: a test that falls back to torch would pass and prove nothing.
+    """
     options: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": limits.page_size,
@@ -103,11 +107,17 @@ def executor(
         "kv_dtype": kv_dtype,
         "device": layer.device,
     }
-    backend: DeviceAttention
-    if attention == "torch" or (attention == "auto" and not HAS_FLASHINFER):
-        backend = DeviceAttention(model.attention_spec, **options)
-    else:
-        from engine.ops.attention.flashinfer import Backend
+    if attention == "torch" or (attention == "auto" and not HAS_FLASHINFER and module is None):
+        return CUDAExecutor(
+            model, limits, layer, DeviceAttention(model.attention_spec, **options), cuda_graph=cuda_graph
+        )
+    from engine.ops.attention.flashinfer import Backend
 
-        backend = Backend(model.attention_spec, decode="auto" if attention == "auto" else attention, **options)
-    return CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph)
+    backend = Backend(
+        model.attention_spec, decode="auto" if attention == "auto" else attention, module=module, **options
+    )
+    made = CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph)
+    said = backend.describe()
+    assert "torch" not in said and "; no " not in said, f"kernels are missing, so that this would test torch: {said}"
+    assert backend.filters is not None
+    return made

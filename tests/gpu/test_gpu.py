@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.config import CacheOptions
 from engine.executor.cuda import CUDAExecutor
-from engine.executor.cuda_device import CudaDevice
+from engine.executor.cuda_device import CapturesOver, CudaDevice
 from engine.executor.cuda_start import build_cuda_executor
 from engine.forward import ForwardError
 from engine.models.registry import CausalLM
@@ -260,6 +260,37 @@ def test_a_batch_without_memory_fails_alone(layer: CudaDevice) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
         engine.close()
+
+
+def test_an_invalidated_capture_costs_graphs_alone(layer: CudaDevice) -> None:
+    """Its memory can still be given back, and steps go on as they are; what was captured before is replayed."""
+    model = load("LlamaForCausalLM", torch.bfloat16, layer.device)
+    engine = executor(layer, model, torch.bfloat16, attention="torch")
+    driver = Driver(engine)
+
+    def looking() -> None:
+        torch.zeros(1, device=layer.device).item()
+
+    async def run() -> list[int]:
+        await driver.run([prefill(1, PROMPT[:40])], PAGES, {1: GREEDY})
+        tokens = []
+        for position in range(40, 46):
+            tokens += await driver.run([decode(1, position)])
+        replays = engine.graphs.num_replays
+        assert replays > 0
+        with layer.on(engine._compute), pytest.raises(CapturesOver):
+            layer.capture(looking)
+        assert layer.free_memory() > 0
+        for position in range(46, 50):
+            tokens += await driver.run([decode(1, position)])
+        assert engine.graphs.num_replays > replays
+        engine.sleep(1)
+        engine.wake_up()
+        return tokens + await driver.run([prefill(2, PROMPT[:40])], {2: [40, 41, 42]}, {2: GREEDY})
+
+    tokens = asyncio.run(run())
+    engine.close()
+    assert all(0 <= token < 1000 for token in tokens)
 
 
 @pytest.mark.skipif(not HAS_FLASHINFER, reason="fp8 is compared through FlashInfer")

@@ -411,6 +411,7 @@ async def test_new_weights_from_disk(server: Live, tmp_path: Path, monkeypatch: 
     missing = str(tmp_path / "missing")
     error = check_shape(*await server.post("/update_weights_from_disk", {"model_path": missing}), expected=400)
     assert missing not in error["message"] and error["param"] == "model_path"
+
     # Names of the server's files are told by their last part alone.
     def fail(directory: Path) -> None:
         raise StartupError(f"{tmp_path}/broken/config.json: is no JSON")

@@ -7,6 +7,7 @@ and `DeviceAttention` here, the slow one that runs everything.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,21 +35,41 @@ class DecodeStep:
 
 
 @dataclass(slots=True)
-class MixedStep:
-    """A step with prompts. positions int32 [T], kv_slots int64 [T], kv_indices int32 [pages]: on the device.
+class Ragged:
+    """Rows of any length, for a plan on the host. kv_indices int32 [pages]: on the device.
 
     qo_indptr, kv_indptr int32 [R + 1], last_page_len, kv_len int32 [R]: pinned host tensors, unchanged until the step
     is done.
     """
 
-    positions: Tensor
-    kv_slots: Tensor
     kv_indices: Tensor
     qo_indptr: Tensor
     kv_indptr: Tensor
     last_page_len: Tensor
     kv_len: Tensor
+
+    def sizes(self) -> list[tuple[int, int, int]]:
+        """(tokens, pages, kv_len) of every row."""
+        lengths = (self.qo_indptr[1:] - self.qo_indptr[:-1]).tolist()
+        pages = (self.kv_indptr[1:] - self.kv_indptr[:-1]).tolist()
+        return list(zip(lengths, pages, self.kv_len.tolist(), strict=True))
+
+
+@dataclass(slots=True)
+class MixedStep:
+    """A step with prompts. positions int32 [T], kv_slots int64 [T]: on the device.
+
+    rows: all of them. The first num_decodes continue by one token each; prompts: the others, counted from 0.
+    decode: the first ones once more, in fixed shapes; set on the device, just before the forward.
+    """
+
+    positions: Tensor
+    kv_slots: Tensor
+    rows: Ragged
+    prompts: Ragged
+    num_decodes: int
     parity: int
+    decode: DecodeStep | None = None
 
 
 @dataclass(slots=True)
@@ -118,12 +139,12 @@ class DeviceAttention:
         self.kv_dtype = kv_dtype or dtype
         self.device = device
         self.windows: tuple[int | None, ...] = spec.window or (None,) * spec.num_layers
-        self._num_pages = num_pages
+        self.num_pages = num_pages
         self.allocate()
 
     def allocate(self) -> None:
         """The KV pools; again, after `release`."""
-        shape = (self._num_pages + 1, self.page_size, self.spec.num_kv_heads, self.spec.head_dim)
+        shape = (self.num_pages + 1, self.page_size, self.spec.num_kv_heads, self.spec.head_dim)
         options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
         # Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
         self.k_pools = [torch.zeros(shape, **options) for _ in range(self.spec.num_layers)]
@@ -133,21 +154,27 @@ class DeviceAttention:
         """Give the KV pools' memory back; graphs that were captured with them are void."""
         self.k_pools, self.v_pools = [], []
 
-    @property
-    def decode_needs_plan(self) -> bool:
-        """Whether decode steps come with a DecodePlan."""
+    def decode_needs_plan(self, size: int) -> bool:
+        """Whether decode steps of `size` rows come with a DecodePlan."""
         return False
 
     @property
     def workspace_bytes(self) -> int:
         return 0
 
-    def settle(self) -> None:
-        """Find out which kernels there are, before the first step; on the stream of the steps. May block."""
+    def settle(self, wait: Callable[[], None]) -> None:
+        """Find out which kernels there are, before the first step; on the stream of the steps.
+
+        wait: blocks until the device has done what was issued.
+        """
 
     def describe(self) -> str:
         """One line for the start-up table."""
         return "torch (slow)"
+
+    def choices(self) -> list[int | None]:
+        """Kinds of layers, by their window, that could decode in more than one way: see executor/cuda_attention.py."""
+        return []
 
     def prepare_decode(self, size: int, width: int) -> None:
         """Make ready for decode batches of `size` rows, before the first is planned or captured."""
@@ -161,13 +188,7 @@ class DeviceAttention:
 
     def mixed(self, step: MixedStep) -> MixedAttention:
         """Plan a step with prompts on the host; the result attends on the device."""
-        return MixedAttention(self, step, self.rows_of(step))
-
-    def rows_of(self, step: MixedStep) -> list[tuple[int, int, int]]:
-        """(tokens, pages, kv_len) of every row."""
-        lengths = (step.qo_indptr[1:] - step.qo_indptr[:-1]).tolist()
-        pages = (step.kv_indptr[1:] - step.kv_indptr[:-1]).tolist()
-        return list(zip(lengths, pages, step.kv_len.tolist(), strict=True))
+        return MixedAttention(self, step)
 
     # What both do per layer.
 
@@ -219,6 +240,15 @@ class DeviceAttention:
         weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
         return torch.einsum("bhgl,blhd->bhgd", weights, values.float()).reshape(q.shape).to(q.dtype)
 
+    def prefill_rows(self, layer: int, q: Tensor, rows: Ragged, sizes: list[tuple[int, int, int]]) -> Tensor:
+        """q [T, Hq, D] -> [T, Hq, D], row by row."""
+        parts, token, page = [], 0, 0
+        for length, count, kv_len in sizes:
+            pages = rows.kv_indices[page : page + count].long()
+            parts.append(self.prefill_row(layer, q[token : token + length], pages, kv_len))
+            token, page = token + length, page + count
+        return torch.cat(parts)
+
     def prefill_row(self, layer: int, q: Tensor, pages: Tensor, kv_len: int) -> Tensor:
         """q [N, Hq, D], the last N of kv_len tokens -> [N, Hq, D]."""
         keys = self.gather(self.k_pools[layer], pages)[:kv_len]
@@ -249,12 +279,12 @@ class DecodeAttention:
 
 
 class MixedAttention:
-    """AttentionBackend of one step with prompts. rows: (tokens, pages, kv_len) each."""
+    """AttentionBackend of one step with prompts; `attend` is what a faster backend replaces."""
 
-    def __init__(self, backend: Any, step: MixedStep, rows: list[tuple[int, int, int]]) -> None:
+    def __init__(self, backend: Any, step: MixedStep) -> None:
         self.backend = backend
         self.step = step
-        self.rows = rows
+        self.sizes = step.prompts.sizes()
 
     def plan(self, metadata: object) -> None:
         """Planned already."""
@@ -263,13 +293,13 @@ class MixedAttention:
         """See AttentionBackend."""
         step = self.step
         q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin)
-        return self.attend(layer, q).reshape(q.shape[0], -1)
+        return self.attend(layer, q).view(q.shape[0], -1)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """[T, Hq, D] -> [T, Hq, D]."""
-        parts, token, page = [], 0, 0
-        for length, count, kv_len in self.rows:
-            pages = self.step.kv_indices[page : page + count].long()
-            parts.append(self.backend.prefill_row(layer, q[token : token + length], pages, kv_len))
-            token, page = token + length, page + count
-        return torch.cat(parts)
+        count, decode = self.step.num_decodes, self.step.decode
+        prompts: Tensor = self.backend.prefill_rows(layer, q[count:], self.step.prompts, self.sizes)
+        if not count:
+            return prompts
+        assert decode is not None
+        return torch.cat([self.backend.decode_rows(layer, q[:count], decode.tables, decode.kv_len), prompts])

@@ -2,6 +2,9 @@
 decode wrapper. What it has not (float32, odd head sizes, a kernel that cannot be built here) falls back to plain
 torch, layer kind by layer kind; layers that see the same window are of one kind.
 
+In steps with prompts the decode rows go by XQA, too. Where it is not, they share fa2 with the prompts, which packs the
+queries of a KV head; fa3 would take a tile of 128 or more for each query head of each row.
+
 `plan` gets host metadata alone (device arrays would synchronise), and each wrapper exists twice, for even and odd
 steps: a second plan may overwrite the pinned buffer that the first one's copy still reads. Programmatic dependent
 launch is FlashInfer's own default on these GPUs.
@@ -9,7 +12,10 @@ launch is FlashInfer's own default on these GPUs.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +30,7 @@ from engine.ops.attention.device import (
     DeviceAttention,
     MixedAttention,
     MixedStep,
+    Ragged,
 )
 
 logger = logging.getLogger("oneloop.cuda")
@@ -42,6 +49,15 @@ XQA_WORKSPACE_BYTES = 128 * 1024 * 1024
 PLAN_BYTES = 8 * 1024 * 1024
 
 Window = int | None
+
+
+def load_driver() -> None:
+    """Make the driver's symbols known to libraries that were linked without it, as pre-built kernels are.
+
+    They look for them when they first need one, and a process that finds none ends at once.
+    """
+    with contextlib.suppress(OSError):  # no driver: whatever needs one says so
+        ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
 
 
 class Backend(DeviceAttention):
@@ -67,9 +83,12 @@ class Backend(DeviceAttention):
     ) -> None:
         super().__init__(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype, device=device)
         if module is None:
+            load_driver()
             import flashinfer as module  # late: 1.4 s, and the package is optional
         self._module: Any = module
         self.filters = module.sampling
+        # What was looked for in vain, and why.
+        self._missing: list[str] = []
         group = spec.num_heads // spec.num_kv_heads
         usable = dtype in DTYPES and spec.head_dim in HEAD_DIMS
         has_xqa = usable and page_size in XQA_PAGE_SIZES and group in XQA_GROUPS and spec.softcap is None
@@ -83,9 +102,13 @@ class Backend(DeviceAttention):
         self._prefill_ways: dict[Window, str] = dict.fromkeys(self._kinds, prefill if usable else "torch")
         way = "torch" if not usable else "xqa" if has_xqa and decode in ("auto", "xqa") else "wrapper"
         self._decode_ways: dict[Window, str] = dict.fromkeys(self._kinds, way)
+        # Batch sizes that another way was found to be faster for.
+        self._preferred: dict[tuple[Window, int], str] = {}
         self._workspace: Tensor | None = None
         self._xqa_workspace: Tensor | None = None
         self._prefills: dict[tuple[Window, int], Any] = {}
+        # By fa2, for steps whose decode rows go with the prompts.
+        self._packed: dict[tuple[Window, int], Any] = {}
         self._decodes: dict[tuple[int, int, Window, int], Any] = {}
         self._plan_memory: dict[tuple[Window, int], tuple[Tensor, Tensor]] = {}
         if usable:
@@ -96,80 +119,143 @@ class Backend(DeviceAttention):
             for window in self._kinds:
                 self._make_prefills(window, prefill)
 
-    @property
-    def decode_needs_plan(self) -> bool:
-        """Whether some layers decode by the wrapper."""
-        return "wrapper" in self._decode_ways.values()
+    def decode_needs_plan(self, size: int) -> bool:
+        """Whether some layers decode so many rows by the wrapper."""
+        return any(self._way(window, size) == "wrapper" for window in self._kinds)
+
+    def _way(self, window: Window, size: int) -> str:
+        """How layers of a kind decode a batch of `size` rows."""
+        return self._preferred.get((window, size), self._decode_ways[window])
 
     @property
     def workspace_bytes(self) -> int:
         buffers = sum(buffer.numel() for buffer in (self._workspace, self._xqa_workspace) if buffer is not None)
-        wrappers = len(self._prefills) + 2 * list(self._decode_ways.values()).count("wrapper")
-        return buffers + PLAN_BYTES * wrappers
+        # XQA may yet turn out slower than the wrapper at some batch size.
+        decodes = sum(way != "torch" for way in self._decode_ways.values())
+        return buffers + PLAN_BYTES * (len(self._prefills) + len(self._packed) + 2 * decodes)
 
     def describe(self) -> str:
         prefills, decodes = set(self._prefill_ways.values()), set(self._decode_ways.values())
+        missing = "".join(f"; no {what}" for what in self._missing)
         if prefills == decodes == {"torch"}:
-            return f"torch (slow): FlashInfer has no kernels for {self.dtype} with head_dim {self.spec.head_dim}"
+            reason = missing or f"; FlashInfer has no kernels for {self.dtype} with head_dim {self.spec.head_dim}"
+            return f"torch (slow){reason}"
         names = {
             "xqa": "XQA",
             "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores",
             "torch": "torch (slow) in some layers",
         }
-        prefill, decode = (" and ".join(names.get(way, way) for way in sorted(ways)) for ways in (prefills, decodes))
-        return f"FlashInfer, prefill {prefill}, decode {decode}"
+        # auto is fa2 or fa3, as the first plan has found.
+        found = {
+            way if way == "torch" else self._prefills[window, 0]._backend for window, way in self._prefill_ways.items()
+        }
+        prefill, decode = (" and ".join(names.get(way, way) for way in sorted(ways)) for ways in (found, decodes))
+        if self._preferred:
+            sizes = ", ".join(str(size) for size in sorted({size for _, size in self._preferred}))
+            decode += f" ({names['wrapper']} for {sizes} rows, as was quicker)"
+        return f"FlashInfer, prefill {prefill}, decode {decode}{missing}"
 
-    def settle(self) -> None:
-        """See DeviceAttention: load the kernels of every kind of layer, and fall back where one cannot be had.
+    def settle(self, wait: Callable[[], None]) -> None:
+        """See DeviceAttention: load and run the kernels of every kind of layer, and fall back where one cannot be had.
 
         A kernel is built when it is first asked for, which fails without a compiler or where FlashInfer may not
         build any.
         """
         one = torch.ones(1, dtype=torch.int32)
-        step = MixedStep(one, one, self._buffer(1), one.new_tensor([0, 1]), one.new_tensor([0, 1]), one, one, 0)
+        row = Ragged(self._buffer(1), one.new_tensor([0, 1]), one.new_tensor([0, 1]), one, one)
         for window in self._kinds:
             # Which of fa2 and fa3 auto takes does not depend on what can be built.
             for way in dict.fromkeys((self._prefill_ways[window], "fa2")):
-                if way == "torch" or self._has(f"prefill ({way})", window, self._try_prefill, way, step):
+                if way == "torch" or self._has(f"prefill ({way})", window, self._try_prefill, way, row, wait):
                     break
             else:
                 self._prefill_ways[window] = "torch"
-            if self._decode_ways[window] == "xqa" and not self._has("XQA decode", window, self._try_xqa):
+            if self._decode_ways[window] == "xqa" and not self._has("XQA decode", window, self._try_xqa, wait):
                 self._decode_ways[window] = "wrapper"
-            if self._decode_ways[window] == "wrapper":
-                plan = DecodePlan(step.kv_indptr, one, self._buffer(1))
-                if not self._has("decode", window, self._plan_decode, plan, 1, 1, 0):
-                    self._decode_ways[window] = "torch"
+            if self._decode_ways[window] == "wrapper" and not self._has("decode", window, self.try_wrapper, wait):
+                self._decode_ways[window] = "torch"
+            if self._decode_ways[window] != "xqa" and self._prefill_ways[window] == "auto":
+                self._has("prefill (fa2)", window, self._try_packed, row, wait)
+        if self._workspace is not None:
+            try:
+                self._try_filters(wait)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                self.filters = None
+                self._note_missing("sampling", "", error)
 
     def _has(self, what: str, window: Window, work: Any, *args: Any) -> bool:
-        """Whether `work(window, *args)` finds its kernel."""
+        """Whether `work(window, *args)` finds its kernel, and it runs."""
         try:
             work(window, *args)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # whatever a build system may raise
             kind = "full attention" if window is None else f"a window of {window}"
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            logger.warning("FlashInfer has no %s kernel for layers with %s: %s", what, kind, reason)
+            self._note_missing(what, f" for layers with {kind}", error)
             return False
         return True
+
+    def _note_missing(self, what: str, where: str, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        logger.warning("FlashInfer has no %s kernel%s: %s", what, where, reason)
+        self._missing.append(f"{what} kernel{where} ({reason})")
 
     def _make_prefills(self, window: Window, way: str) -> None:
         self._prefill_ways[window] = way
         for parity in (0, 1):
-            self._prefills[window, parity] = self._module.BatchPrefillWithPagedKVCacheWrapper(
-                self._workspace, "NHD", backend=way
-            )
+            self._prefills[window, parity] = self._make_prefill(way)
 
-    def _try_prefill(self, window: Window, way: str, step: MixedStep) -> None:
+    def _make_prefill(self, way: str) -> Any:
+        return self._module.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend=way)
+
+    def _try_prefill(self, window: Window, way: str, row: Ragged, wait: Callable[[], None]) -> None:
         if way != self._prefill_ways[window]:
             self._make_prefills(window, way)
-        self._plan_mixed(window, step)
+        self._run_prefill(self._prefills[window, 0], window, row, wait)
 
-    def _try_xqa(self, window: Window) -> None:
-        q = torch.zeros(1, self.spec.num_heads, self.spec.head_dim, dtype=self.dtype, device=self.device)
+    def _try_packed(self, window: Window, row: Ragged, wait: Callable[[], None]) -> None:
+        """No plan of auto's is fa2, as far as is known: where it is not, the decode rows go by what there is."""
+        if self._prefills[window, 0]._backend == "fa2":
+            return
+        wrappers = [self._make_prefill("fa2") for _ in range(2)]
+        self._run_prefill(wrappers[0], window, row, wait)
+        for parity, wrapper in enumerate(wrappers):
+            self._packed[window, parity] = wrapper
+
+    def _run_prefill(self, wrapper: Any, window: Window, row: Ragged, wait: Callable[[], None]) -> None:
+        self._plan(wrapper, window, row)
+        wait()
+        q, layer = self._some_query(), self.windows.index(window)
+        wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))
+        wait()
+
+    def _some_query(self) -> Tensor:
+        return torch.zeros(1, self.spec.num_heads, self.spec.head_dim, dtype=self.dtype, device=self.device)
+
+    def _some_step(self) -> DecodeStep:
         one = torch.ones(1, dtype=torch.int32, device=self.device)
-        self.xqa(self.windows.index(window), q, DecodeStep(one, one, self._buffer(1)[None], one, 0))
+        return DecodeStep(one, one, self._buffer(1)[None], one, 0)
+
+    def _try_xqa(self, window: Window, wait: Callable[[], None]) -> None:
+        self.xqa(self.windows.index(window), self._some_query(), self._some_step())
+        wait()
+
+    def try_wrapper(self, window: Window, wait: Callable[[], None]) -> None:
+        """One row by the decode wrapper; raises where it has no kernel."""
+        one = torch.ones(1, dtype=torch.int32)
+        self.plan_wrapper(window, DecodePlan(one.new_tensor([0, 1]), one, self._buffer(1)), 1, 1, 0)
+        wait()
+        self.wrapped_decode(self.windows.index(window), self._some_query(), self._some_step())
+        wait()
+
+    def _try_filters(self, wait: Callable[[], None]) -> None:
+        """A first use of the sampling kernels, which else a client's step would be."""
+        probs = torch.full((1, 8), 0.125, dtype=torch.float32, device=self.device)
+        self.filters.top_k_renorm_probs(probs, self._buffer(1) + 2, is_deterministic=True)
+        self.filters.top_p_renorm_probs(probs, probs.new_full((1,), 0.5), is_deterministic=True)
+        wait()
 
     def _common(self, window: Window) -> dict[str, Any]:
         """What every plan says of a layer kind. window_left does not count the query itself."""
@@ -187,42 +273,56 @@ class Backend(DeviceAttention):
         """See DeviceAttention."""
         for window, way in self._prefill_ways.items():
             if way != "torch":
-                self._plan_mixed(window, step)
-        return _Prefill(self, step, self.rows_of(step) if "torch" in self._prefill_ways.values() else [])
+                apart = self.decodes_apart(window, step)
+                self._plan(self._prefill_of(window, step), window, step.prompts if apart else step.rows)
+        return _Mixed(self, step)
 
-    def _plan_mixed(self, window: Window, step: MixedStep) -> None:
+    def decodes_apart(self, window: Window, step: MixedStep) -> bool:
+        """Whether layers of a kind attend the step's decode rows by a call of their own."""
+        return step.num_decodes > 0 and self._decode_ways[window] == "xqa"
+
+    def _prefill_of(self, window: Window, step: MixedStep) -> Any:
+        key = window, step.parity
+        shared = step.num_decodes > 0 and not self.decodes_apart(window, step)
+        return self._packed.get(key, self._prefills[key]) if shared else self._prefills[key]
+
+    def _plan(self, wrapper: Any, window: Window, rows: Ragged) -> None:
         spec = self.spec
-        self._prefills[window, step.parity].plan(
-            step.qo_indptr,
-            step.kv_indptr,
-            step.kv_indices,
-            step.last_page_len,
+        wrapper.plan(
+            rows.qo_indptr,
+            rows.kv_indptr,
+            rows.kv_indices,
+            rows.last_page_len,
             spec.num_heads,
             spec.num_kv_heads,
             spec.head_dim,
             self.page_size,
             causal=True,
             # It copies them to the device: from pinned memory here, from a fresh pageable tensor if it had to count.
-            seq_lens=step.kv_len,
+            seq_lens=rows.kv_len,
             **self._common(window),
         )
 
     def prefills_by_torch(self, layer: int) -> bool:
         return self._prefill_ways[self.windows[layer]] == "torch"
 
-    def prefill(self, layer: int, q: Tensor, parity: int) -> Tensor:
+    def prefill(self, layer: int, q: Tensor, step: MixedStep, out: Tensor) -> None:
         """[T, Hq, D] -> [T, Hq, D] by the step's plan."""
-        wrapper = self._prefills[self.windows[layer], parity]
-        return wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))  # type: ignore[no-any-return]
+        wrapper = self._prefill_of(self.windows[layer], step)
+        wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=out)
 
     # ---- decode
 
     def prepare_decode(self, size: int, width: int) -> None:
         """See DeviceAttention: the wrappers that graphs hold on to, with buffers of their own."""
-        for window, way in self._decode_ways.items():
-            for parity in (0, 1):
-                if way == "wrapper" and (size, width, window, parity) not in self._decodes:
-                    self._decodes[size, width, window, parity] = self._make_decode(size, width, window, parity)
+        for window in self._kinds:
+            if self._way(window, size) == "wrapper":
+                self._prepare_wrapper(size, width, window)
+
+    def _prepare_wrapper(self, size: int, width: int, window: Window) -> None:
+        for parity in (0, 1):
+            if (size, width, window, parity) not in self._decodes:
+                self._decodes[size, width, window, parity] = self._make_decode(size, width, window, parity)
 
     def _make_decode(self, size: int, width: int, window: Window, parity: int) -> Any:
         wrapper = self._module.BatchDecodeWithPagedKVCacheWrapper(
@@ -247,12 +347,13 @@ class Backend(DeviceAttention):
 
     def plan_decode(self, plan: DecodePlan, size: int, width: int, parity: int) -> None:
         """See DeviceAttention. A captured graph survives it: the grid depends on the batch size alone."""
-        for window, way in self._decode_ways.items():
-            if way == "wrapper":
-                self._plan_decode(window, plan, size, width, parity)
+        for window in self._kinds:
+            if self._way(window, size) == "wrapper":
+                self.plan_wrapper(window, plan, size, width, parity)
 
-    def _plan_decode(self, window: Window, plan: DecodePlan, size: int, width: int, parity: int) -> None:
-        self.prepare_decode(size, width)
+    def plan_wrapper(self, window: Window, plan: DecodePlan, size: int, width: int, parity: int) -> None:
+        """`plan_decode` for layers of one kind."""
+        self._prepare_wrapper(size, width, window)
         spec = self.spec
         self._decodes[size, width, window, parity].plan(
             plan.kv_indptr,
@@ -271,14 +372,22 @@ class Backend(DeviceAttention):
 
     def decode_rows_of(self, layer: int, q: Tensor, step: DecodeStep) -> Tensor:
         """[B, Hq, D] -> [B, Hq, D], the way that layers of this kind go."""
-        way = self._decode_ways[self.windows[layer]]
+        way = self._way(self.windows[layer], len(q))
         if way == "xqa":
             return self.xqa(layer, q, step)
         if way == "wrapper":
             return self.wrapped_decode(layer, q, step)
         return self.decode_rows(layer, q, step.tables, step.kv_len)
 
-    def xqa(self, layer: int, q: Tensor, step: DecodeStep) -> Tensor:
+    def choices(self) -> list[Window]:
+        """See DeviceAttention: XQA splits a context by the batch size alone, the wrapper as the GPU has room."""
+        return [window for window in self._kinds if self._decode_ways[window] == "xqa"]
+
+    def prefer(self, window: Window, size: int) -> None:
+        """Let layers of a kind decode batches of `size` rows by the wrapper from now on."""
+        self._preferred[window, size] = "wrapper"
+
+    def xqa(self, layer: int, q: Tensor, step: DecodeStep, out: Tensor | None = None) -> Tensor:
         """[B, Hq, D] -> [B, Hq, D]; page tables and lengths stay on the device, so there is nothing to plan."""
         window = self.windows[layer]
         return self._module.decode.xqa_batch_decode_with_kv_cache(  # type: ignore[no-any-return]
@@ -292,7 +401,7 @@ class Backend(DeviceAttention):
             bmm1_scale=self.spec.scale,
             bmm2_scale=1.0,
             window_left=-1 if window is None else window - 1,
-            out=torch.empty_like(q),
+            out=torch.empty_like(q) if out is None else out,
             kv_layout="NHD",
         )
 
@@ -303,11 +412,24 @@ class Backend(DeviceAttention):
         return wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))  # type: ignore[no-any-return]
 
 
-class _Prefill(MixedAttention):
+class _Mixed(MixedAttention):
     def attend(self, layer: int, q: Tensor) -> Tensor:
-        if self.backend.prefills_by_torch(layer):
+        backend: Backend = self.backend
+        step, count = self.step, self.step.num_decodes
+        apart = backend.decodes_apart(backend.windows[layer], step)
+        by_torch = backend.prefills_by_torch(layer)
+        if by_torch and not apart:
             return super().attend(layer, q)
-        return self.backend.prefill(layer, q, self.step.parity)  # type: ignore[no-any-return]
+        out = torch.empty_like(q)
+        first = count if apart else 0
+        if apart:
+            assert step.decode is not None
+            backend.xqa(layer, q[:count], step.decode, out[:count])
+        if by_torch:
+            out[first:] = backend.prefill_rows(layer, q[first:], step.prompts, self.sizes)
+        else:
+            backend.prefill(layer, q[first:], step, out[first:])
+        return out
 
 
 class _Decode(DecodeAttention):

@@ -64,7 +64,8 @@ def prepare(
     """See `decode_inputs`; returns slots, token_ids, kv_len, kv_slots, tables."""
     rows, device = row_slot.shape[0], row_slot.device
     count = table_index.shape[0]
-    _apply_diffs[(triton.cdiv(count, BLOCK),)](page_table, table_index, table_page, count, BLOCK=BLOCK)
+    if count:
+        _apply_diffs[(triton.cdiv(count, BLOCK),)](page_table, table_index, table_page, count, BLOCK=BLOCK)
     slots = torch.empty(rows, dtype=torch.int64, device=device)
     kv_slots = torch.empty(rows, dtype=torch.int64, device=device)
     token_ids = torch.empty(rows, dtype=torch.int32, device=device)

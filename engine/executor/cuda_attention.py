@@ -1,0 +1,106 @@
+"""Which batch sizes decode by a planned wrapper instead of XQA: both are timed at start, as products are.
+
+XQA splits contexts by the number of rows alone, which leaves part of the GPU idle at some sizes. Called before graphs
+are captured, so that they hold the faster way. Loop thread; blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.executor.cuda_device import DeviceLayer
+from engine.ops.attention.device import DecodePlan, DecodeStep
+
+logger = logging.getLogger("oneloop.cuda")
+
+# Of the wrapper, to be worth the plan that the host makes for every step.
+WORTH = 0.9
+# Larger batches fill the GPU with one row and KV head each.
+MOST_ROWS = 64
+# Tokens of every row, and how many layers are gone through in turn, so that the L2 cache holds none of them.
+CONTEXT = 1024
+LAYERS = 8
+
+
+def choose_attention(
+    attention: Any, sizes: Sequence[int], width_of: Callable[[int], int], context: int, layer: DeviceLayer
+) -> list[int]:
+    """Call `attention.prefer` where the wrapper is faster. On the current stream, inside `may_block`.
+
+    width_of: of page tables, from a number of pages. context: the longest there may be. Returns the sizes preferred.
+    """
+    found = set()
+    for window in attention.choices():
+        layers = [index for index, each in enumerate(attention.windows) if each == window][:LAYERS]
+        for size in (size for size in sizes if size <= MOST_ROWS):
+            try:
+                trial = _Trial(attention, window, size, width_of, min(CONTEXT, context), layer)
+                ways = (attention.xqa, attention.wrapped_decode)
+                by_xqa, by_wrapper = (trial.seconds(layers, way) for way in ways)
+            except Exception as error:
+                if layer.is_lost(error) or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                # Without a wrapper there is nothing to choose from.
+                logger.info("decode of %d rows is not timed: %s", size, error)
+                break
+            if by_wrapper < WORTH * by_xqa:
+                attention.prefer(window, size)
+                found.add(size)
+    return sorted(found)
+
+
+class _Trial:
+    """A decode step of `size` rows of the same length, planned."""
+
+    def __init__(
+        self,
+        attention: Any,
+        window: int | None,
+        size: int,
+        width_of: Callable[[int], int],
+        context: int,
+        layer: DeviceLayer,
+    ) -> None:
+        page_size, most = attention.page_size, attention.num_pages
+        self.layer = layer
+        spec = attention.spec
+        self.q = layer.zeros((size, spec.num_heads, spec.head_dim), attention.dtype)
+        count = min(-(-context // page_size), most)
+        context = min(context, count * page_size)
+        pages = torch.arange(size * count, dtype=torch.int32) % most + 1
+        width = width_of(count)
+        tables = torch.zeros((size, width), dtype=torch.int32)
+        tables[:, :count] = pages.view(size, count)
+        lengths = torch.full((size,), context, dtype=torch.int32)
+        ones = torch.zeros(size, dtype=torch.int64)
+        tables, lengths, ones, on_device = (self._sent(each) for each in (tables, lengths, ones, pages))
+        self.step = DecodeStep(lengths, ones, tables, lengths, 0)
+        indptr = torch.arange(size + 1, dtype=torch.int32) * count
+        last = torch.full((size,), context - (count - 1) * page_size, dtype=torch.int32)
+        attention.plan_wrapper(window, DecodePlan(indptr, last, on_device), size, width, 0)
+
+    def _sent(self, source: Tensor) -> Tensor:
+        """On the device."""
+        flat = source.reshape(-1)
+        pinned = self.layer.pinned(flat.numel() * flat.itemsize).view(flat.dtype)
+        pinned.copy_(flat)
+        target = self.layer.zeros((flat.numel(),), flat.dtype)
+        self.layer.upload(target, pinned)
+        self.layer.synchronize_all()
+        return target.view(source.shape)
+
+    def seconds(self, layers: Sequence[int], way: Callable[[int, Tensor, DecodeStep], Tensor]) -> float:
+        """One call for each layer, inside a graph."""
+
+        def work() -> None:
+            with torch.inference_mode():
+                for index in layers:
+                    way(index, self.q, self.step)
+
+        self.layer.launch(work)  # builds and loads the kernels, which a capture must not
+        return self.layer.time(self.layer.capture(work))

@@ -1,0 +1,104 @@
+"""When graphs of decode steps are captured: at a second use, while the device is idle, or at start; and what is tried
+before, so that no client waits for a kernel to be built.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import torch
+
+from engine.executor.cuda_attention import choose_attention
+from engine.executor.cuda_buffers import Side
+from engine.executor.cuda_decode import DecodeSteps
+from engine.executor.cuda_graph import GraphKey
+from engine.executor.cuda_products import choose_products
+from engine.models.registry import CausalLM
+from engine.ops.attention.device import DecodePlan
+
+
+class Captures(DecodeSteps):
+    """See the module."""
+
+    def _warm_up(self, key: GraphKey, *, capture: bool) -> None:
+        """Run a decode step of padding rows, then record it. Nothing of the key's parity may be in flight."""
+        layer, side = self.layer, self._sides[key.parity]
+        with layer.on(self._compute):
+            try:
+                layer.launch(side.block.zero_)
+                if self.attention.decode_needs_plan(key.size):
+                    self._plan_padding(side, key)
+                self._prepare(key)
+                layer.launch(lambda: self._decode(key))
+                if capture:
+                    self._capture(key)
+            finally:
+                # The next upload to this side must not overtake what was launched, also where the rest has failed.
+                layer.record(side.computed)
+
+    def _plan_padding(self, side: Side, key: GraphKey) -> None:
+        indptr, ones = torch.arange(key.size + 1, dtype=torch.int32), torch.ones(key.size, dtype=torch.int32)
+        indices = side.meta[: key.size]
+        self.layer.launch(indices.zero_)
+        self.attention.plan_decode(DecodePlan(indptr, ones, indices), key.size, key.width, key.parity)
+
+    def _capture_when_idle(self) -> None:
+        """Called by the loop a while after the last step. One graph at a time, then the loop gets its turn."""
+        self._idle_timer = None
+        key = self.graphs.next_wanted()
+        if key is None or self._in_flight or self._lost is not None or self._closed:
+            return
+        if not self._moving.acquire(blocking=False):
+            return
+        try:
+            self._warm_up(key, capture=True)
+        except Exception as error:
+            self._judge(error)
+            self.graphs.give_up(key, error)
+        finally:
+            self._moving.release()
+        if self._lost is None and self.graphs.next_wanted() is not None:
+            self._idle_timer = asyncio.get_running_loop().call_later(0.0, self._capture_when_idle)
+
+    def choose_attention(self) -> list[int]:
+        """See cuda_attention.py; before anything is captured. Blocks."""
+        graphs = self.graphs
+        sizes = graphs.sizes if graphs.enabled else []  # else there are as many sizes as rows
+        with self.layer.may_block(), self.layer.on(self._compute):
+            found = choose_attention(self.attention, sizes, graphs.width, self.limits.max_model_len, self.layer)
+            self.layer.synchronize_all()
+        return found
+
+    def choose_products(self) -> tuple[int, int]:
+        """See cuda_products.py; before anything is captured. Blocks."""
+        with self.layer.may_block(), self.layer.on(self._compute):
+            found = choose_products(self.model.linears, self.layer)
+            self.layer.synchronize_all()
+        self._few = [linear.few for linear in self.model.linears]
+        return found
+
+    def _with_products(self, model: CausalLM) -> CausalLM:
+        """Another model of the same shapes, with what was found faster for the first one."""
+        for linear, few in zip(model.linears, self._few, strict=False):
+            linear.few = few
+        return model
+
+    def decode_once(self) -> None:
+        """A decode step of one padding row: its kernels are built and loaded before a client waits for them. Blocks."""
+        with self.layer.may_block():
+            self._warm_up(self.graphs.key(1, 1, 0, "plain"), capture=False)
+            self.layer.synchronize_all()
+
+    def capture_at_start(self, progress: Callable[[int, int], None] | None = None) -> None:
+        """Mode start: capture what is commonly used. Blocks."""
+        keys = list(self.graphs.at_start())
+        with self.layer.may_block():
+            for number, key in enumerate(keys):
+                if self.attention.decode_needs_plan(key.size):
+                    # A plan writes to the pinned buffer that the copy of the parity's last one may still read.
+                    self.layer.synchronize(self._sides[key.parity].computed)
+                self._warm_up(key, capture=True)
+                if progress is not None:
+                    progress(number + 1, len(keys))
+            self.layer.synchronize_all()

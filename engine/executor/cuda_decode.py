@@ -1,0 +1,134 @@
+"""Decode steps of the CUDA executor: one token a row, replayed from graphs where there are any.
+
+Shapes depend on the batch size and the width of the page tables alone, so that a graph can hold all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.executor.cuda_buffers import CudaHandle, Side
+from engine.executor.cuda_graph import GraphKey
+from engine.executor.cuda_state import DeviceState
+from engine.forward import NULL_PAGE, NULL_SLOT, ForwardInput
+from engine.ops.attention.device import DecodePlan, DecodeStep, decode_inputs
+from engine.ops.sampling.device import sample
+
+
+class DecodeSteps(DeviceState):
+    """See the module."""
+
+    def _launch_decode(
+        self, forward_input: ForwardInput, side: Side, handle: CudaHandle, draw: str
+    ) -> Callable[[], Tensor] | None:
+        """How an open step's logits are had on the device; None where the step draws by itself."""
+        layer, staging, rows = self.layer, side.staging, forward_input.num_rows
+        count, changed = forward_input.num_table_diffs, forward_input.num_sampling_diffs
+        longest = int(staging.row_start[:rows].max()) + 1
+        key = self.graphs.key(rows, -(-longest // self.limits.page_size), side.parity, draw)
+        size = key.size
+        inside = self._pad(side, rows, size, count)
+        num_meta, plan = 0, None
+        if self.attention.decode_needs_plan(size):
+            num_meta, plan = self._decode_plan(forward_input, side, size)
+        end = side.end_of(side.first_page, max(inside, size))
+        if changed:
+            end = side.end_of(staging.sampling, changed)
+        self._send(side, end, num_meta)
+        with layer.on(self._compute):
+            layer.wait(side.uploaded)
+            if changed or count > min(inside, size):
+                # More than a graph has room for. It applies its share again, which changes nothing.
+                self._apply_diffs(forward_input, side, handle)
+            if plan is not None:
+                self.attention.plan_decode(plan, size, key.width, side.parity)
+            graph = self.graphs.get(key)
+            if graph is None and self.graphs.note_use(key):
+                graph = self._capture(key)
+            if graph is not None:
+                self.graphs.replay(graph)
+            else:
+                self._prepare(key)
+                layer.launch(lambda: self._decode(key))
+        room = self._open
+        return (lambda: room[:rows]) if room is not None and draw == "open" else None
+
+    def _prepare(self, key: GraphKey) -> None:
+        """Memory that steps of a key need beside their own, and that graphs hold on to; compute stream."""
+        self.attention.prepare_decode(key.size, key.width)
+        if key.draw == "open" and self._open is None:
+            # For all graphs: each would keep its own.
+            self._open = self.layer.zeros((self.limits.max_num_seqs, self.limits.vocab_size), torch.float32)
+
+    @staticmethod
+    def _pad(side: Side, rows: int, size: int, num_diffs: int) -> int:
+        """Fill up a decode batch: rows of slot 0, and changes of its first page-table entry to what it is.
+
+        Returns how many of the table diffs stand where graphs look for them.
+        """
+        staging = side.staging
+        staging.row_slot[rows:size] = NULL_SLOT
+        staging.row_start[rows:size] = 0
+        inside = num_diffs if staging.table_index is side.first_index else 0
+        side.first_index[inside:size] = 0
+        side.first_page[inside:size] = NULL_PAGE
+        return inside
+
+    def _decode(self, key: GraphKey) -> None:
+        """The whole of a decode step on the device. Shapes depend on the key alone."""
+        size, width, parity, draw = key
+        side, page_size = self._sides[parity], self.limits.page_size
+        with torch.inference_mode():
+            positions = side.row_start[:size]
+            slots, token_ids, kv_len, kv_slots, tables = decode_inputs(
+                self._page_table,
+                self._last_token,
+                side.row_slot[:size],
+                positions,
+                side.table_index[:size],
+                side.table_page[:size],
+                width,
+                page_size,
+            )
+            attention = self.attention.decode(DecodeStep(positions, kv_slots, tables, kv_len, parity))
+            hidden = self.model.forward(token_ids, positions, attention)
+            logits = self.model.logits(hidden)
+            if draw == "open":
+                assert self._open is not None
+                self._open[:size].copy_(logits)
+                return
+            params, filters = self._sampling.index_select(0, slots), self.attention.filters
+            tokens = sample(logits, params, kv_len, filtered=draw == "filtered", filters=filters)
+            self._last_token.index_copy_(0, slots, tokens)
+            side.out[:size].copy_(tokens)
+
+    def _decode_plan(self, forward_input: ForwardInput, side: Side, size: int) -> tuple[int, DecodePlan]:
+        """Host metadata of a decode step, padded to `size` rows of one page. Returns its length in words."""
+        rows, metadata = forward_input.num_rows, side.metadata
+        metadata.build(forward_input, self._tables)
+        pages = len(metadata.kv_indices)
+        total = 2 * size + 1 + pages + (size - rows)
+        with self.layer.on(self._upload):
+            side.reserve_meta(total)
+        host = side.meta_host.numpy()
+        host[: rows + 1] = metadata.kv_indptr
+        host[rows + 1 : size + 1] = pages + np.arange(1, size - rows + 1)
+        host[size + 1 : size + 1 + rows] = metadata.last_page_len
+        host[size + 1 + rows : 2 * size + 1] = 1
+        host[2 * size + 1 : 2 * size + 1 + pages] = metadata.kv_indices
+        host[2 * size + 1 + pages : total] = NULL_PAGE
+        plan = DecodePlan(
+            side.meta_host[: size + 1], side.meta_host[size + 1 : 2 * size + 1], side.meta[2 * size + 1 : total]
+        )
+        return total, plan
+
+    def _capture(self, key: GraphKey) -> Any:
+        """Record the decode step of a key; compute stream."""
+        self._prepare(key)
+        with self.layer.range(f"capture {key.size}"):
+            return self.graphs.capture(key, lambda: self._decode(key))

@@ -1,0 +1,70 @@
+"""Open steps: their logits are drawn from by operations of their own, for penalties, grammars and log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.executor.cuda_buffers import CudaHandle
+from engine.executor.cuda_state import DeviceState
+from engine.forward import FUTURE_TOKEN, ForwardInput
+from engine.ops.sampling.device import sample
+from engine.ops.sampling.device_extras import allow, figures_of
+
+
+class OpenSteps(DeviceState):
+    """See the module."""
+
+    def _draw_open(
+        self, forward_input: ForwardInput, handle: CudaHandle, logits: Callable[[], Tensor], *, filtered: bool
+    ) -> None:
+        """Launch the sampling of a step whose logits are there; compute stream."""
+        layer, side, extras = self.layer, handle.side, self._extras
+        staging, num_rows = side.staging, forward_input.num_rows
+        rows = np.flatnonzero(staging.row_samples[:num_rows])
+        slots_host = staging.row_slot[:num_rows][rows]
+        lengths = (staging.row_start + staging.row_len)[:num_rows][rows]
+
+        def send(arrays: Sequence[npt.NDArray[Any]]) -> list[Tensor]:
+            return self._send_arrays(arrays, handle)
+
+        plan = extras.plan(slots_host, send)
+        where, slots, positions = send([rows.astype(np.int32), slots_host, lengths.astype(np.int32)])
+        masks, masked, bits = forward_input.masks, None, None
+        if masks is not None:
+            index = np.searchsorted(rows, masks.rows).astype(np.int32)
+            masked, bits = send([index, masks.bits.reshape(-1).view(np.int32)])
+            bits = bits.view(len(masks.rows), -1)
+        figures = asked = None
+        if plan is not None and len(plan.logprob_rows):
+            figures = layer.zeros((len(plan.logprob_rows), plan.figures()), torch.int32)
+            (asked,) = send([plan.logprob_rows.astype(np.int32)])
+            self._bring(
+                handle,
+                figures,
+                lambda output, host: setattr(output, "logprobs", extras.step_logprobs(host, plan, rows)),
+            )
+
+        def work() -> None:
+            with torch.inference_mode():
+                raw, wide = logits(), slots.long()
+                x = raw if plan is None else extras.adjust(raw, wide, plan)
+                if masked is not None and bits is not None:
+                    x = allow(x, masked, bits)
+                params, filters = self._sampling.index_select(0, wide), self.attention.filters
+                tokens = sample(x, params, positions, filtered=filtered, filters=filters)
+                if plan is not None:
+                    extras.note(wide, tokens)
+                if figures is not None and asked is not None and plan is not None:
+                    index = asked.long()
+                    figures.copy_(figures_of(raw.index_select(0, index), tokens.index_select(0, index), plan.num_top))
+                self._last_token.index_copy_(0, wide, tokens)
+                side.out[:num_rows].fill_(FUTURE_TOKEN)
+                side.out.index_copy_(0, where.long(), tokens)
+
+        layer.launch(work)

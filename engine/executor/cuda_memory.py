@@ -1,0 +1,85 @@
+"""Device memory that comes and goes while no step runs: sleep, wake up, other weights."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from engine.config import StartupError
+from engine.executor.cuda_capture import Captures
+from engine.models.offload import Offloaded
+from engine.models.registry import CausalLM
+
+
+class MovingMemory(Captures):
+    """See the module. load: reads the model from a directory, None for where `model` came from."""
+
+    _load: Callable[[Path | None], CausalLM] | None
+    _offloaded: Offloaded | None
+
+    def sleep(self, level: int) -> None:
+        """See `Executor.sleep`."""
+        with self._released():
+            if level == 2:
+                self._reader()  # or it would never wake up
+                del self.model
+            else:
+                self._offloaded = Offloaded(self.model)
+            self.attention.release()
+
+    def wake_up(self, directory: Path | None = None) -> None:
+        """See `Executor.wake_up`."""
+        with self._released():
+            try:
+                if self._offloaded is not None:
+                    self._offloaded.restore()
+                elif not hasattr(self, "model"):
+                    self.model = self._with_products(self._reader()(directory))
+                self.attention.allocate()
+            except torch.OutOfMemoryError as error:
+                self.attention.release()
+                raise StartupError(f"no device memory: {str(error).splitlines()[0]}") from error
+            self._offloaded = None
+
+    def load_weights(self, directory: Path) -> None:
+        """See `Executor.load_weights`. The KV cache makes room meanwhile, so that both models fit."""
+        load = self._reader()
+        with self._released():
+            self.attention.release()
+            self.layer.free_memory()
+            problem: Exception | None = None
+            try:
+                self.model = self._with_products(load(directory))
+            except Exception as error:
+                problem = error.with_traceback(None)  # its frames hold what was half loaded
+            gc.collect()
+            self.layer.free_memory()
+            self.attention.allocate()
+            if isinstance(problem, torch.OutOfMemoryError):
+                raise StartupError(f"no device memory for two models: {str(problem).splitlines()[0]}")
+            if problem is not None:
+                raise problem
+
+    def _reader(self) -> Callable[[Path | None], CausalLM]:
+        if self._load is None:
+            raise StartupError("this executor has nowhere to read weights from")
+        return self._load
+
+    @contextlib.contextmanager
+    def _released(self) -> Iterator[None]:
+        """The device idle and without graphs, which hold addresses; they are captured again as they are needed."""
+        assert not self._in_flight, "memory moves under a step"
+        with self._moving, self.layer.may_block():
+            self.layer.synchronize_all()
+            self.graphs.clear()
+            self._open = None
+            try:
+                yield
+            finally:
+                gc.collect()
+                self.layer.synchronize_all()
+                self.layer.free_memory()  # gives what nobody uses back to the driver

@@ -1,0 +1,164 @@
+"""Steps with prompts: launched operation by operation, planned on the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.executor.cuda_buffers import CudaHandle, Side
+from engine.executor.cuda_state import DeviceState
+from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
+from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, decode_inputs
+from engine.ops.pooling import pooled_chunks
+from engine.ops.sampling.device import sample
+from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
+from engine.request import Pooling
+
+
+class MixedSteps(DeviceState):
+    """See the module."""
+
+    def _launch_mixed(
+        self, forward_input: ForwardInput, side: Side, handle: CudaHandle, draw: str
+    ) -> Callable[[], Tensor] | None:
+        """See `_launch_decode`."""
+        layer, staging = self.layer, side.staging
+        rows, tokens, decodes = forward_input.num_rows, forward_input.num_tokens, forward_input.num_decode_rows
+        metadata = side.metadata
+        metadata.build(forward_input, self._tables)
+        sampled = np.flatnonzero(staging.row_samples[:rows])
+        parts: list[npt.NDArray[Any]] = [
+            metadata.positions,
+            metadata.kv_slots,
+            metadata.qo_indptr,
+            metadata.kv_indptr,
+            metadata.last_page_len,
+            metadata.kv_indices,
+            sampled,
+            metadata.qo_indptr[1:][sampled] - 1,
+            staging.row_slot[:rows][sampled],
+            metadata.kv_len[sampled],
+            metadata.kv_len,
+            # The prompts alone.
+            metadata.qo_indptr[decodes:] - decodes,
+            metadata.kv_indptr[decodes:] - metadata.kv_indptr[decodes],
+            metadata.kv_indices[metadata.kv_indptr[decodes] :],
+        ]
+        longest = int(metadata.kv_len[:decodes].max(initial=1))
+        width = self.graphs.width(-(-longest // self.limits.page_size))
+        cuts, total = side.write_meta(parts, self._upload)
+        inside = staging.table_index is side.first_index
+        end = side.end_of(side.first_page, forward_input.num_table_diffs if inside else 0)
+        if forward_input.num_sampling_diffs:
+            end = side.end_of(staging.sampling, forward_input.num_sampling_diffs)
+        self._send(side, max(end, side.end_of(staging.token_ids, tokens)), total)
+        meta, pinned = side.meta, side.meta_host
+        positions, slots32, indices, where, last, sample_slots, sample_at = (
+            meta[cuts[part]] for part in (0, 1, 5, 6, 7, 8, 9)
+        )
+        with layer.on(self._compute):
+            layer.wait(side.uploaded)
+            self._apply_diffs(forward_input, side, handle)
+            kv_slots = slots32  # widened on the device
+            qo_indptr, kv_indptr, last_page_len, kv_len, qo_prompts, kv_prompts = (
+                pinned[cuts[part]] for part in (2, 3, 4, 10, 11, 12)
+            )
+            every = Ragged(indices, qo_indptr, kv_indptr, last_page_len, kv_len)
+            pages = meta[cuts[13]]
+            prompts = Ragged(pages, qo_prompts, kv_prompts, last_page_len[decodes:], kv_len[decodes:])
+            step = MixedStep(positions, kv_slots, every, prompts, decodes, side.parity)
+            attention = self.attention.mixed(step)
+
+            chunks = []
+            for row, first, at, targets, k in self._extras.prompts(forward_input):
+                (sent,) = self._send_arrays([targets], handle)
+                chunks.append((first, sent, self._prompt_out(handle, row, at, targets, k), k))
+            pooled = pooled_chunks(forward_input)
+            vectors = [self._vector_out(handle, entry.pooling) for entry in forward_input.pooled if entry.ends]
+            found: list[Tensor] = []
+
+            def work() -> None:
+                with torch.inference_mode():
+                    step.kv_slots = slots32.long()
+                    token_ids = side.token_ids[:tokens]
+                    if decodes:
+                        step.decode, known = self._decode_rows(side, decodes, width)
+                        token_ids[:decodes].copy_(known)
+                    hidden = self.model.forward(token_ids, positions, attention)
+                    for first, targets, out, k in chunks:
+                        part = hidden[first : first + len(targets)]
+                        prompt_figures(part, self.model.logits, targets, k, self.limits.vocab_size, out)
+                    for out, vector in zip(vectors, self._pooler.run(pooled, hidden, self.model.logits), strict=True):
+                        out.copy_(vector)
+                    side.out[:rows].fill_(FUTURE_TOKEN)
+                    if not len(sampled):
+                        return
+                    logits = self.model.logits(hidden.index_select(0, last.long()))
+                    if draw == "open":
+                        found.append(logits)
+                        return
+                    params = self._sampling.index_select(0, sample_slots.long())
+                    filters = self.attention.filters
+                    tokens_out = sample(logits, params, sample_at, filtered=draw == "filtered", filters=filters)
+                    self._last_token.index_copy_(0, sample_slots.long(), tokens_out)
+                    side.out.index_copy_(0, where.long(), tokens_out)
+
+            layer.launch(work)
+        return found.pop if draw == "open" and len(sampled) else None
+
+    def _decode_rows(self, side: Side, count: int, width: int) -> tuple[DecodeStep, Tensor]:
+        """The decode rows of a step with prompts, and their tokens; the step's diffs are applied."""
+        positions, nothing = side.row_start[:count], side.table_index[:0]
+        _, tokens, kv_len, kv_slots, tables = decode_inputs(
+            self._page_table,
+            self._last_token,
+            side.row_slot[:count],
+            positions,
+            nothing,
+            nothing,
+            width,
+            self.limits.page_size,
+        )
+        return DecodeStep(positions, kv_slots, tables, kv_len, side.parity), tokens
+
+    def _prompt_out(self, handle: CudaHandle, row: int, first: int, targets: Int32Array, k: int) -> Tensor:
+        """Where the log-probabilities of a prompt chunk go on the device; they come with the step's tokens."""
+        out = self.layer.zeros((len(targets), 2 + 2 * k), torch.int32)
+        self._bring(
+            handle, out, lambda output, host: output.prompt_logprobs.append(prompt_logprobs(row, first, host, k))
+        )
+        return out
+
+    def _vector_out(self, handle: CudaHandle, pooling: Pooling) -> Tensor:
+        """Where a prompt's vector goes on the device, float32; it comes with the step's tokens."""
+        width = len(pooling.token_ids) if pooling.kind == "logprobs" else self.model.config.hidden_size
+        out = self.layer.zeros((1, width), torch.int32)
+        self._bring(handle, out, lambda output, host: output.pooled.append(host[0].view(np.float32).copy()))
+        return out[0].view(torch.float32)
+
+    def prompt_step(self, step: int, rows: int, length: int) -> ForwardInput:
+        """A step of `rows` new prompts that are `length` tokens long and sample in the hungriest way."""
+        limits, staging = self.limits, self.staging[step & 1]
+        pages = -(-length // limits.page_size)
+        assert rows * pages <= limits.num_pages
+        staging.reserve_table_diff(rows * pages)
+        index = np.arange(rows, dtype=np.int32)
+        staging.row_slot[:rows] = index + 1
+        staging.row_start[:rows] = 0
+        staging.row_len[:rows] = length
+        staging.row_samples[:rows] = not self.model.config.headless
+        staging.token_ids[: rows * length] = 0
+        staging.qo_indptr[: rows + 1] = np.arange(rows + 1) * length
+        entry = np.arange(rows * pages, dtype=np.int32)
+        staging.table_index[: rows * pages] = (entry // pages + 1) * limits.max_pages_per_seq + entry % pages
+        staging.table_page[: rows * pages] = entry + 1
+        staging.sampling_slot[:rows] = index + 1
+        staging.sampling[:rows] = np.zeros((), staging.sampling.dtype)
+        staging.sampling["temperature"][:rows] = 1.0
+        staging.sampling["top_p"][:rows] = 0.9
+        return ForwardInput(step, staging, rows, 0, rows * length, rows * pages, rows)

@@ -1,0 +1,184 @@
+"""What all steps of the CUDA executor share: streams, state by slot on the device, and the way there and back.
+
+Base of the kinds of steps (cuda_decode.py, cuda_mixed.py, cuda_draw.py), which CUDAExecutor puts together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.executor.cuda_buffers import CudaHandle, Side
+from engine.executor.cuda_device import DeviceLayer
+from engine.executor.cuda_graph import GraphCache
+from engine.executor.tables import SlotTables
+from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
+from engine.models.registry import CausalLM
+from engine.ops.attention.device import DeviceAttention
+from engine.ops.pooling import Pooler
+from engine.ops.sampling.device import WORDS
+from engine.ops.sampling.device_extras import DeviceExtras
+from engine.ops.skinny import Blocks
+
+logger = logging.getLogger("oneloop.cuda")
+
+
+class DeviceState:
+    """See the module. attention: owns the KV memory, limits.num_pages + 1 pages. cuda_graph: lazy, start or off."""
+
+    def __init__(
+        self, model: CausalLM, limits: Limits, layer: DeviceLayer, attention: DeviceAttention, cuda_graph: str
+    ) -> None:
+        self.limits = limits
+        self.layer = layer
+        self.model = model
+        self.attention = attention
+        self.graphs = GraphCache(layer, cuda_graph, limits.max_num_seqs, limits.max_pages_per_seq)
+        self.num_steps = 0
+        with layer.may_block():
+            self._sides = self._make_sides()
+            # State by slot, on the device.
+            self._page_table = layer.zeros((limits.num_slots, limits.max_pages_per_seq), torch.int32)
+            self._last_token = layer.zeros((limits.num_slots,), torch.int32)
+            self._sampling = layer.zeros((limits.num_slots, WORDS), torch.int32)
+            self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
+            layer.synchronize_all()
+            with layer.on(self._compute):
+                attention.settle(layer.synchronize_all)
+            layer.synchronize_all()
+        self._flat_table = self._page_table.view(-1)
+        self._extras = DeviceExtras(limits, layer.zeros)
+        self._pooler = Pooler()
+        self.staging: tuple[Staging, Staging] = (self._sides[0].staging, self._sides[1].staging)
+        # What the host plans from; the device has its own image of all of it.
+        self._tables = SlotTables(limits)
+        self._filters: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
+        # Logits of an open step, which draws before the next begins.
+        self._open: Tensor | None = None
+        self._in_flight = 0
+        self._lost: DeviceLostError | None = None
+        self._closed = False
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._few: list[dict[int, Blocks]] = []
+        # Held while memory moves, on another thread: no graph may be captured meanwhile.
+        self._moving = threading.Lock()
+
+    def _make_sides(self) -> tuple[Side, Side]:
+        return Side(self.layer, self.limits, 0), Side(self.layer, self.limits, 1)
+
+    def _finish(self, side: Side, handle: CudaHandle) -> None:
+        """Bring the sampled tokens to the host."""
+        layer = self.layer
+        with layer.on(self._compute):
+            layer.record(side.computed)
+        with layer.on(self._download):
+            layer.wait(side.computed)
+            layer.download(side.result_host[: handle.num_rows], side.out[: handle.num_rows])
+            for to, source in handle.downloads:
+                layer.download(to, source)
+            layer.record(side.done)
+
+    def _send(self, side: Side, num_bytes: int, num_meta: int = 0) -> None:
+        """Upload the used part of the staging arena, and of the metadata."""
+        layer = self.layer
+        with layer.on(self._upload):
+            # The step before last has read this image; it is done, unless it was one that warmed up a graph.
+            layer.wait(side.computed)
+            try:
+                layer.upload(side.block[:num_bytes], side.arena.memory[:num_bytes])
+                if num_meta:
+                    layer.upload(side.meta[:num_meta], side.meta_host[:num_meta])
+            finally:
+                layer.record(side.uploaded)
+
+    def _send_grown_diffs(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> tuple[Tensor, Tensor]:
+        """Table diffs that outgrew the arena travel on their own."""
+        count, layer = forward_input.num_table_diffs, self.layer
+        staging = side.staging
+        with layer.on(self._upload):
+            sent = []
+            for array in (staging.table_index, staging.table_page):
+                tensor = layer.zeros((count,), torch.int32)
+                layer.upload(tensor, torch.from_numpy(array[:count]))
+                sent.append(tensor)
+            handle.keep += sent
+            layer.record(side.uploaded)
+        return sent[0], sent[1]
+
+    def _apply_diffs(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
+        """Table and sampling diffs by operations of their own; compute stream."""
+        count, changed = forward_input.num_table_diffs, forward_input.num_sampling_diffs
+        index, pages = side.table_index[:count], side.table_page[:count]
+        if count and side.staging.table_index is not side.first_index:
+            index, pages = self._send_grown_diffs(forward_input, side, handle)
+            self.layer.wait(side.uploaded)
+
+        def work() -> None:
+            if count:
+                self._flat_table.index_copy_(0, index.long(), pages)
+            if changed:
+                self._sampling.index_copy_(0, side.sampling_slot[:changed].long(), side.sampling[:changed])
+
+        if count or changed:
+            self.layer.launch(work)
+        if changed:
+            for change in self._extras.apply(forward_input, lambda arrays: self._send_arrays(arrays, handle)):
+                self.layer.launch(change)
+
+    def _send_arrays(self, arrays: Sequence[npt.NDArray[Any]], handle: CudaHandle) -> list[Tensor]:
+        """Host arrays of 4-byte numbers, to be used on the compute stream from now on. Called on that stream."""
+        layer, side = self.layer, handle.side
+        ends = np.cumsum([len(array) for array in arrays]).tolist()
+        size = max(1, ends[-1])
+        pinned = layer.pinned(4 * size).view(torch.int32)
+        host = pinned.numpy()
+        for array, end in zip(arrays, ends, strict=True):
+            host[end - len(array) : end] = array.view(np.int32)
+        with layer.on(self._upload):
+            sent = layer.zeros((size,), torch.int32)
+            layer.upload(sent, pinned)
+            layer.record(side.uploaded)
+        layer.wait(side.uploaded)
+        handle.keep += [pinned, sent]
+        parts = [sent[end - len(array) : end] for array, end in zip(arrays, ends, strict=True)]
+        return [
+            part.view(torch.float32) if array.dtype == np.float32 else part
+            for array, part in zip(arrays, parts, strict=True)
+        ]
+
+    def _bring(self, handle: CudaHandle, source: Tensor, read: Callable[[ForwardOutput, Int32Array], object]) -> None:
+        """Download int32 [n, k] with the step's tokens and let `read` put it into the output."""
+        host = self.layer.pinned(4 * source.numel()).view(torch.int32).view(source.shape)
+        handle.keep += [source, host]
+        handle.downloads.append((host, source))
+        array: Int32Array = host.numpy()
+        handle.readers.append(lambda output: read(output, array))
+
+    # ---- errors
+
+    def _judge(self, error: Exception) -> Exception:
+        """What an exception at launch means for its step, and for the device."""
+        if self.layer.is_lost(error):
+            self._lose(error)
+            assert self._lost is not None
+            return self._lost
+        if isinstance(error, torch.OutOfMemoryError):
+            return ForwardError(f"out of device memory: {str(error).splitlines()[0]}")
+        if isinstance(error, ForwardError):
+            return error
+        logger.error("a step could not be launched", exc_info=error)
+        return ForwardError(f"{type(error).__name__}: {error}")
+
+    def _lose(self, error: BaseException) -> None:
+        if self._lost is None:
+            logger.critical("the device is lost: %s", error)
+            self._lost = DeviceLostError(f"the device failed: {error}")
+            self._lost.__cause__ = error

@@ -1,0 +1,237 @@
+"""Kits of kernels: written, refused where they do not fit, unpacked once; and how they are compiled."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import shutil
+import sys
+import tarfile
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from engine import kernels
+from engine.config import StartupError
+from engine.executor import cuda_kit
+from engine.executor.cuda_kit import Target, open_kit, read_manifest, write_kit
+from engine.flags import parse
+
+HERE = Target("9.0a", "0.7.2", "13")
+
+
+def kit(folder: Path, target: Target = HERE, names: tuple[str, ...] = ("sampling", "xqa_bf16")) -> Path:
+    libraries = {}
+    for name in names:
+        libraries[name] = folder / f"built-{name}.so"
+        libraries[name].write_bytes(name.encode() * 100)
+    path = folder / "some.kit"
+    assert write_kit(path, target, libraries, ["llama"]) == path.stat().st_size
+    return path
+
+
+def test_a_kit_is_unpacked_once(tmp_path: Path) -> None:
+    path = kit(tmp_path)
+    folder, count = open_kit(path, HERE, tmp_path / "cache")
+    assert count == 2
+    assert (folder / "sampling/sampling.so").read_bytes() == b"sampling" * 100
+    (folder / "sampling/sampling.so").write_bytes(b"mine")
+    assert open_kit(path, HERE, tmp_path / "cache") == (folder, 2)
+    assert (folder / "sampling/sampling.so").read_bytes() == b"mine", "it was unpacked again"
+    assert [each.name for each in (tmp_path / "cache").iterdir()] == [folder.name], "no half a kit is left"
+    assert read_manifest(path)["models"] == ["llama"]
+
+
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        (Target("8.9", "0.7.2", "13"), "is for GPUs of architecture 8.9, and here is 9.0a"),
+        (Target("9.0a", "0.7.1", "13"), "is for FlashInfer 0.7.1, and here is 0.7.2"),
+        (Target("9.0a", "0.7.2", "12"), "is for torch with CUDA 12, and here is 13"),
+    ],
+)
+def test_a_kit_for_something_else_is_refused_in_a_line(tmp_path: Path, target: Target, says: str) -> None:
+    with pytest.raises(StartupError, match=says) as error:
+        open_kit(kit(tmp_path, target), HERE, tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+def write(path: Path, manifest: object, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w:xz") as archive:
+        for name, content in {"manifest.json": json.dumps(manifest).encode(), **members}.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+GOOD = {"format": 1, "arch": "9.0a", "flashinfer": "0.7.2", "cuda": "13"}
+EMPTY = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+@pytest.mark.parametrize(
+    ("manifest", "members", "says"),
+    [
+        ([], {}, "another version"),
+        ({**GOOD, "format": 2, "kernels": {}}, {}, "another version"),
+        ({**GOOD, "arch": None, "kernels": {}}, {}, "another version"),
+        ({**GOOD, "kernels": []}, {}, "another version"),
+        ({**GOOD, "kernels": {"a": EMPTY}}, {"a.so": b"x"}, "a is damaged"),
+        ({**GOOD, "kernels": {"a": EMPTY, "b": EMPTY}}, {"a.so": b""}, "1 kernels of its manifest are missing"),
+        ({**GOOD, "kernels": {"a": EMPTY}}, {"b.so": b""}, "does not name"),
+        ({**GOOD, "kernels": {"../a": EMPTY}}, {"../a.so": b""}, "does not name"),
+        ({**GOOD, "kernels": {"/a": EMPTY}}, {"/a.so": b""}, "does not name"),
+        ({**GOOD, "kernels": {"": EMPTY}}, {".so": b""}, "does not name"),
+    ],
+)
+def test_a_kit_that_is_not_whole_is_refused(tmp_path: Path, manifest: Any, members: Any, says: str) -> None:
+    with pytest.raises(StartupError, match=says):
+        open_kit(write(tmp_path / "bad.kit", manifest, members), HERE, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*")) and not (tmp_path / "a.so").exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"\xfd7zXZ\x00" + bytes(50), None])
+def test_a_file_that_is_no_kit(tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "no.kit"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(StartupError, match=r"no kit|No such file") as error:
+        open_kit(path, HERE, tmp_path / "cache")
+    assert "\n" not in str(error.value)
+
+
+def test_half_a_kit(tmp_path: Path) -> None:
+    path = kit(tmp_path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(StartupError, match="--kernels"):
+        open_kit(path, HERE, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_a_kit_stays_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_kit, "MOST_BYTES", 100)
+    with pytest.raises(StartupError, match="name fewer models"):
+        kit(tmp_path)
+    assert not (tmp_path / "some.kit").exists() and not (tmp_path / "some.kit.part").exists()
+
+
+def test_flashinfer_takes_its_kernels_from_the_kit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the folder where it looks for what came with it; nothing is compiled from then on."""
+    places = SimpleNamespace(FLASHINFER_AOT_DIR=None)
+    package = SimpleNamespace(__version__="0.7.2", jit=SimpleNamespace(env=places))
+    monkeypatch.setitem(sys.modules, "flashinfer", package)
+    monkeypatch.setitem(sys.modules, "flashinfer.jit", package.jit)
+    monkeypatch.setitem(sys.modules, "flashinfer.jit.env", places)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("FLASHINFER_DISABLE_JIT", raising=False)
+    path = kit(tmp_path)
+    assert cuda_kit.use_kit(path, (9, 0), "13.0") == "2 from some.kit; none is compiled here"
+    assert (places.FLASHINFER_AOT_DIR / "xqa_bf16" / "xqa_bf16.so").is_file()
+    assert os.environ["FLASHINFER_DISABLE_JIT"] == "1"
+    with pytest.raises(StartupError, match=r"architecture 9.0a, and here is 8.9"):
+        cuda_kit.use_kit(path, (8, 9), "13.0")
+    monkeypatch.setitem(sys.modules, "flashinfer", None)
+    with pytest.raises(StartupError, match="Python part"):
+        cuda_kit.use_kit(path, (9, 0), "13.0")
+
+
+def test_the_flag() -> None:
+    assert parse(["--kernels", "a.kit"])[0].cuda.kernels == "a.kit" and parse([])[0].cuda.kernels is None
+
+
+# ---- how they are compiled
+
+
+class Spec:
+    """What FlashInfer says of a module."""
+
+    def __init__(self, folder: Path, name: str, problem: str = "") -> None:
+        self.name, self.problem = name, problem
+        self.jit_library_path = folder / f"{name}.so"
+
+    def build(self, verbose: bool) -> None:
+        if self.problem:
+            raise RuntimeError(self.problem)
+        self.jit_library_path.write_bytes(b"code")
+
+
+def test_progress_is_told_and_libraries_are_named(tmp_path: Path) -> None:
+    said: list[str] = []
+    specs = [Spec(tmp_path, name) for name in ("a", "b", "c")]
+    found = kernels.compile_all(specs, 2, lambda line, flush: said.append(line))
+    assert found == {name: tmp_path / f"{name}.so" for name in ("a", "b", "c")}
+    assert [line.partition(",")[0] for line in said] == ["1 of 3", "2 of 3", "3 of 3"]
+
+
+def test_what_does_not_compile_says_why_in_a_line(tmp_path: Path) -> None:
+    specs = [Spec(tmp_path, "a", "Ninja build failed.\n[1/3] nvcc\nx.cu(3): error: no such thing\nmore")]
+    with pytest.raises(StartupError, match=r"^a does not compile: x.cu\(3\): error: no such thing$"):
+        kernels.compile_all(specs, 2, lambda *a, **o: None)
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_what_is_compiled_names_the_driver(tmp_path: Path) -> None:
+    """Else its symbols are looked for in vain at their first use, which ends the process."""
+    flags = kernels.link_driver(tmp_path)
+    (tmp_path / "kernel.c").write_text("extern int cuGetErrorName(void); int use(void) { return cuGetErrorName(); }")
+    words = f"cc -shared -fPIC -o {tmp_path}/kernel.so {tmp_path}/kernel.c"
+    assert os.system(words) == 0 and b"libcuda.so.1" not in (tmp_path / "kernel.so").read_bytes()
+    assert os.system(f"{words} {flags}") == 0 and b"libcuda.so.1" in (tmp_path / "kernel.so").read_bytes()
+
+
+@pytest.mark.parametrize("tool", ["nvcc", "ninja", "cc"])
+def test_a_tool_that_is_missing_is_named(
+    tool: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None if name == tool else name)
+    assert kernels.main(["build", "--for", str(tmp_path), "--out", str(tmp_path / "x.kit")]) == 1
+    assert capsys.readouterr().err == f"error: {tool} is needed to build kernels, and is not on the PATH\n"
+
+
+def test_a_folder_without_a_model_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    assert kernels.main(["build", "--for", str(tmp_path), "--out", str(tmp_path / "x.kit")]) == 1
+    assert "there is no config.json" in capsys.readouterr().err
+
+
+def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a compiler that writes files: from the command line to a kit that fits here."""
+    monkeypatch.setattr(shutil, "which", lambda name: name)
+    monkeypatch.setattr(kernels, "link_driver", lambda folder: "-lcuda")
+    monkeypatch.setattr(kernels, "nvcc_version", lambda: "13.0")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setattr(kernels, "cuda_home", lambda: "/opt/cuda")
+    monkeypatch.setitem(sys.modules, "flashinfer", SimpleNamespace(__version__="0.7.2"))
+    asked: list[argparse.Namespace] = []
+
+    def specs(models: list[Path], kinds: list[str], arch: str) -> list[Spec]:
+        asked.append(argparse.Namespace(models=models, kinds=kinds, arch=arch))
+        return [Spec(tmp_path, "sampling"), Spec(tmp_path, "xqa")]
+
+    monkeypatch.setattr(kernels, "kernels_for", specs)
+    for name in ("FLASHINFER_CUDA_ARCH_LIST", "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_EXTRA_LDFLAGS"):
+        monkeypatch.setenv(name, "")
+    monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
+    monkeypatch.setenv("FLASHINFER_USE_CUDA_NORM", "1")
+    (tmp_path / "config.json").write_text("{}")
+    words = ["build", "--for", str(tmp_path), "--kv-cache-dtype", "auto", "fp8", "--out", str(tmp_path / "out/a.kit")]
+    assert kernels.main([*words, "--work", str(tmp_path / "work")]) == 0
+    assert asked[0].kinds == ["auto", "fp8"] and asked[0].arch == "9.0a"
+    assert "FLASHINFER_DISABLE_JIT" not in os.environ and os.environ["FLASHINFER_EXTRA_LDFLAGS"] == "-lcuda"
+    assert os.environ.pop("CUDA_HOME") == "/opt/cuda"
+    assert open_kit(tmp_path / "out/a.kit", HERE, tmp_path / "cache")[1] == 2
+
+
+def test_where_the_compiler_has_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = "#$ _NVVM_BRANCH_=nvvm\n#$ TOP=/opt/cuda/bin/..\n#$ x"
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *args, **options: SimpleNamespace(stderr=said))
+    assert kernels.cuda_home() == "/opt/cuda"
+    monkeypatch.setattr(kernels.subprocess, "run", lambda *args, **options: SimpleNamespace(stderr=""))
+    with pytest.raises(StartupError, match="CUDA_HOME"):
+        kernels.cuda_home()
