@@ -76,8 +76,17 @@ class SchemaTypes:
 
     def property(self, name: str) -> Any:
         """The schema of a property of the root; True, which admits everything, for one that it does not name."""
+        return self.property_of(self._root, name)
+
+    def property_of(self, schema: Any, name: str) -> Any:
+        """The same for any schema inside of the root."""
         self._left = _MAX_STEPS
-        return self._property(self._root, name, 0)
+        return self._property(schema, name, 0)
+
+    def items_of(self, schema: Any) -> Any:
+        """The schema of a list's items; True where it says nothing of them."""
+        self._left = _MAX_STEPS
+        return self._items(schema, 0)
 
     def properties(self) -> dict[str, Any]:
         """The root's own properties by name, those that its `allOf` and `$ref` add included."""
@@ -217,6 +226,16 @@ class SchemaTypes:
                 return found
         rest = schema.get("additionalProperties")
         return rest if isinstance(rest, dict) else True
+
+    def _items(self, schema: Any, depth: int) -> Any:
+        if not isinstance(schema, dict) or not self._step(depth):
+            return True
+        items = schema.get("items")
+        if isinstance(items, dict):
+            return items
+        return next(
+            (found for part in self._parts(schema) if (found := self._items(part, depth + 1)) is not True), True
+        )
 
     def _collect(self, schema: Any, found: dict[str, Any], depth: int) -> None:
         if not isinstance(schema, dict) or not self._step(depth):
