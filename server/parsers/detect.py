@@ -8,6 +8,7 @@ are shared by many. What no row fits has no parser, as a wrong one reads calls a
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -133,9 +134,10 @@ def _llama(source: str) -> str | None:
 
 def _written_call(render: Render) -> str | None:
     """What the template writes of a past call; None where it writes none, or refuses the conversation."""
-    for arguments in (_ARGUMENTS, json.dumps(_ARGUMENTS)):
+    # Some templates take arguments as text, and some write calls only where there is no content.
+    for arguments, content in itertools.product((_ARGUMENTS, json.dumps(_ARGUMENTS)), ("", None)):
         call = {"id": "probe0000", "type": "function", "function": {"name": _NAME, "arguments": arguments}}
-        answer = {"role": "assistant", "content": "", "tool_calls": [call]}
+        answer = {"role": "assistant", "content": content, "tool_calls": [call]}
         result = {"role": "tool", "tool_call_id": "probe0000", "name": _NAME, "content": _RESULT}
         for conversation in ([answer, result], [answer]):
             try:

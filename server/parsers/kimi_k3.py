@@ -43,6 +43,7 @@ _CALLS = family(
         quoted=True,
         attribute=_types,
         count="index",
+        escaped=True,
         special=_TOKENS,
         line="",
         between="",

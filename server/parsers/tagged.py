@@ -34,7 +34,8 @@ class Tags:
     behind `call_end`, all optional when they are read; around: how the model writes them. call: in front of the name
     and behind it; "" where white space ends it. key: in front of a parameter's name and behind it. value: in front of
     the value, "" where `key` does, and behind it. quoted: names are attributes. attribute: further attributes of a
-    parameter, one of which is written for a value of such types. count: an attribute that counts calls. special: the
+    parameter, one of which is written for a value of such types. count: an attribute that counts calls. escaped: & and
+    quotes in attributes are entities. special: the
     tokens that tags are made of, where they are no tokens themselves. line: what is written between tags. between:
     between calls.
     """
@@ -50,6 +51,7 @@ class Tags:
     quoted: bool = False
     attribute: Callable[[Types], list[str]] | None = None
     count: str = ""
+    escaped: bool = False
     special: tuple[str, ...] = ()
     line: str = "\n"
     between: str = "\n"
@@ -136,7 +138,7 @@ def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
     """From behind the tag of the call to its end."""
     if spelling.call[1]:
         header, _ = yield from scanner.raw_until((spelling.call[1],), MAX_NAME)
-        name, tag = _name_in(header, spelling.quoted), ""
+        name, tag = _name_in(header, spelling), ""
         if not name or re.search(r"[<>\s]", name):
             raise Malformed
     else:
@@ -161,7 +163,7 @@ def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
         except Malformed:
             # Half of a tag, or no tag at all: the values so far are whole.
             break
-        key = _name_in(header, spelling.quoted)
+        key = _name_in(header, spelling)
         scanner.arguments((", " if num_values else "{") + json.dumps(key, ensure_ascii=False) + ": ")
         num_values += 1
         ends = (spelling.value[1], *spelling.inner)
@@ -202,12 +204,13 @@ def _is_head(scanner: Scanner, spelling: Tags) -> Steps[bool]:
         yield
 
 
-def _name_in(header: str, quoted: bool) -> str:
+def _name_in(header: str, spelling: Tags) -> str:
     """The name in what stands between the two parts of a tag."""
-    if not quoted:
+    if not spelling.quoted:
         return header.strip()
     found = _QUOTED.match(header)
-    return "" if found is None else (found[1] or found[2] or found[3] or "").strip()
+    name = "" if found is None else (found[1] or found[2] or found[3] or "").strip()
+    return name.replace("&quot;", '"').replace("&amp;", "&") if spelling.escaped else name
 
 
 def _next_tag(scanner: Scanner, spelling: Tags) -> Steps[tuple[str, str]]:

@@ -11,6 +11,8 @@ import pytest
 from engine.text.chat_template import ChatTemplate
 from server.parsers.detect import detect
 from server.parsers.registry import REASONING_PARSERS, TOOL_PARSERS, choose_parsers
+from tests.server.dictate import dictated
+from tests.server.support import live, served_model
 from tests.server.test_parsers import outcome, parser, run
 from tests.text import templates
 
@@ -265,6 +267,34 @@ def test_what_is_written_counts_for_more_than_what_is_said() -> None:
 def test_templates_that_write_no_calls(source: str) -> None:
     template = ChatTemplate({"default": source}, {})
     assert detect(source, render_by(template)) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["glm47", "minimax_m2", "gemma4", "olmo3"])
+async def test_a_server_reads_calls_by_its_template(name: str) -> None:
+    source = template_of(*WRITTEN[name])
+    template = ChatTemplate({"default": source}, {})
+    call = {"id": "call00000", "type": "function", "function": {"name": "get_time", "arguments": {"zone": "UTC"}}}
+    said = template.render([{"role": "assistant", "content": "", "tool_calls": [call]}], add_generation_prompt=False)
+    said = said.partition("<|im_assistant|>")[2].removesuffix("<|im_end|>")
+    tool = {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object"}}}
+    async with live(model=served_model(chat_template=template)) as server:
+        with dictated(server, said):
+            body = {"messages": [{"role": "user", "content": "hi"}], "tools": [tool], "max_tokens": 300}
+            status, answer = await server.post("/v1/chat/completions", body)
+    assert status == 200, answer
+    message = answer["choices"][0]["message"]
+    found = [call["function"] for call in message["tool_calls"]]
+    assert [(one["name"], json.loads(one["arguments"])) for one in found] == [("get_time", {"zone": "UTC"})]
+    assert not (message["content"] or "").strip()
+
+
+def test_calls_that_a_template_writes_in_place_of_content() -> None:
+    before, call, after = WRITTEN["deepseek_v31"]
+    source = template_of("{% if m.content is not string %}" + before, call, after + "{% endif %}")
+    written = source.replace("<｜tool▁calls▁begin｜>", "{{ '<｜tool▁calls' ~ '▁begin｜>' }}")
+    template = ChatTemplate({"default": written}, {})
+    assert detect(written) == (None, None)
+    assert detect(written, render_by(template))[0] == "deepseek_v31"
 
 
 def test_the_demo_template() -> None:

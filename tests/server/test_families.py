@@ -265,7 +265,9 @@ def test_every_family_is_tried() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments(name: str, case: str) -> None:
     given = ARGUMENTS[case]
-    assert read(name, WRITERS[name]([("get_weather", given)])) == ("", "", [("get_weather", given)])
+    text = WRITERS[name]([("get_weather", given)])
+    assert read(name, text) == ("", "", [("get_weather", given)])
+    assert read(name, text, buffer_calls=True) == ("", "", [("get_weather", given)])
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -497,6 +499,13 @@ SLIPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         '    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}}\n]<|END_ACTION|>',
         "Wait.",
         [PARIS],
+    ),
+    (
+        "kimi_k3",
+        '<|open|>tools<|sep|><|open|>call tool="f" index="1"<|sep|><|open|>argument key="a&amp;b" type="number"<|sep|>1'
+        "<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|>",
+        "",
+        [("f", '{"a&b": 1}')],
     ),
     (
         "kimi_k3",
