@@ -169,7 +169,7 @@ def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
         ends = (spelling.value[1], *spelling.inner)
         value = Value(scanner, types, types.property(key), dict(_ATTRIBUTE.findall(header)), ends)
         stop = yield from scanner.until(ends, value.add)
-        while stop == spelling.call[0] and not (yield from _is_head(scanner, spelling)):
+        while stop not in (None, spelling.value[1]) and not (yield from _ends_value(scanner, spelling, stop)):
             # Text that speaks of the tag.
             value.add(stop)
             stop = yield from scanner.until(ends, value.add)
@@ -189,6 +189,17 @@ def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
     scanner.end_call()
     if tag != spelling.call_end:
         scanner.content(rest)
+
+
+def _ends_value(scanner: Scanner, spelling: Tags, tag: str) -> Steps[bool]:
+    """Whether a tag that is not the value's own end, and has been read, ends it, and is no text. Nothing is read."""
+    if tag == spelling.key[0]:
+        return True
+    if tag == spelling.call[0]:
+        return (yield from _is_head(scanner, spelling))
+    # Nothing but further tags stands behind the end of a call, or in front of the next.
+    character, distance = yield from scanner.look_past(SPACE)
+    return not character or (yield from scanner.look_at(spelling.inner, distance)) is not None
 
 
 def _is_head(scanner: Scanner, spelling: Tags) -> Steps[bool]:

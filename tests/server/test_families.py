@@ -403,6 +403,22 @@ SLIPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         "",
         [("get_weather", "{}")],
     ),
+    # Tags in a text.
+    (
+        "minimax_m2",
+        '<minimax:tool_call><invoke name="get_weather"><parameter name="city">'
+        "the </invoke> tag, </minimax:tool_call> too"
+        "</parameter></invoke></minimax:tool_call>",
+        "",
+        [("get_weather", '{"city": "the </invoke> tag, </minimax:tool_call> too"}')],
+    ),
+    (
+        "glm47",
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>a <tool_call> of it, </tool_call> too</arg_value>"
+        "</tool_call>",
+        "",
+        [("get_weather", '{"city": "a <tool_call> of it, </tool_call> too"}')],
+    ),
     # Arguments as JSON in place of parameters.
     (
         "deepseek_v32",
