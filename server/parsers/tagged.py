@@ -196,7 +196,7 @@ def _ends_value(scanner: Scanner, spelling: Tags, tag: str) -> Steps[bool]:
     if tag == spelling.key[0]:
         return True
     if tag == spelling.call[0]:
-        return (yield from _is_head(scanner, spelling))
+        return spelling.quoted or (yield from _is_head(scanner, spelling))
     # Nothing but further tags stands behind the end of a call, or in front of the next.
     character, distance = yield from scanner.look_past(SPACE)
     return not character or (yield from scanner.look_at(spelling.inner, distance)) is not None
@@ -307,6 +307,8 @@ class Value:
             return
         held = "".join(self._pieces)
         body = held.rstrip(SPACE)
+        if len(held) - len(body) > MAX_NAME:
+            body = held
         if body:
             self._send(body)
             self._pieces = [held[len(body) :]]

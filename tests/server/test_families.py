@@ -327,6 +327,16 @@ def test_text_streams(name: str) -> None:
     assert "".join(event.text for event in events[1:] if isinstance(event, ToolCallArguments)).endswith('"Paris')
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_long_values(name: str) -> None:
+    """Text, white space and lists of some size, a character at a time, in time."""
+    given = {"city": "x" * 4_000 + "\n" * 1_000 + "y", "tags": ["z"] * 300}
+    made = parser(name, tools=TOOLS)
+    events = run(made, list(WRITERS[name]([("get_weather", given)])))
+    _, _, calls = outcome(events)
+    assert [(called, json.loads(arguments)) for called, arguments in calls] == [("get_weather", given)]
+
+
 @pytest.mark.parametrize("name", sorted(set(NAMES) - {"xlam"}))
 def test_only_marks_are_held_back(name: str) -> None:
     made = parser(name, tools=TOOLS)
