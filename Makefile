@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 GUIDELLM := .venv-guidellm
+AGENTS := .venv-agents
 ARGS ?=
 SECONDS ?= 600
 MATRIX ?=
@@ -14,7 +15,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim test-clients lock-clients gpu-python test-gpu bench-gpu clean
+.PHONY: help install serve test check sim test-clients lock-clients test-agents gpu-python test-gpu bench-gpu clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -75,6 +76,18 @@ lock-clients: $(CLIENTS)/.ready  ## pin the newest clients
 	$(CLIENTS)/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --no-header --no-annotate \
 	  tests/clients/requirements.in -o tests/clients/requirements.txt
 
+# Programs of npm; the install steps of two of them put their binaries in place.
+$(AGENTS)/.ready: tests/agents/package.json
+	@command -v npm >/dev/null || { echo "node 20 or newer and npm are needed"; exit 1; }
+	@echo "Installing the agents into $(AGENTS) (once, 2 GB) ..."
+	@mkdir -p $(AGENTS) && cp tests/agents/package.json $(AGENTS)
+	cd $(AGENTS) && npm install --silent --no-audit --no-fund
+	@touch $@
+
+test-agents: $(VENV)/.dev $(AGENTS)/.ready  ## coding agents against the server, without a network
+	ONELOOP_AGENTS=$(abspath $(AGENTS)) $(BIN)/python -m tests.agents.loopback \
+	  $(abspath $(BIN))/python -m pytest -o addopts="-ra --strict-markers" tests/agents $(ARGS)
+
 # A machine with a GPU may have no network: there a Python that has what the two targets need is taken as it is.
 GPU_NEEDS := import torch, numpy, tokenizers, prometheus_client, tqdm, safetensors, pytest; assert torch.cuda.is_available()
 GPU_PYTHON = $$([ -e $(VENV)/.dev ] && echo $(BIN)/python || echo $(PYTHON))
@@ -89,4 +102,4 @@ bench-gpu: gpu-python  ## 8 minutes on an NVIDIA GPU; writes bench/results
 	$(GPU_PYTHON) -m bench.gpu $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) $(AGENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

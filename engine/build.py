@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oneloop.start")
 
+# Ordinary words that a vocabulary may have beyond the embedding, as a share of its rows: with more it belongs to
+# another model. Added tokens (a pad that was never trained) may be any number; transformers minds neither.
+MAX_WORDS_OVER = 0.01
+
 
 @dataclass(slots=True)
 class Built:
@@ -52,12 +56,19 @@ def _load_tokenizer(config: EngineConfig, directory: Path, model_config: ModelCo
     source = Path(config.model.tokenizer_path) if config.model.tokenizer_path else directory
     if config.model.load_format == "dummy" and not (source / "tokenizer.json").exists():
         return None
-    tokenizer = Tokenizer.load(source)
-    if tokenizer.vocab_size > model_config.vocab_size:
-        raise StartupError(
-            f"{source / 'tokenizer.json'}: the vocabulary has {tokenizer.vocab_size} tokens, but the model's "
-            f"embedding only {model_config.vocab_size} (vocab_size in {directory / 'config.json'})"
-        )
+    rows = model_config.vocab_size
+    tokenizer = Tokenizer.load(source, rows)
+    over = [token_id for token_id in range(rows, tokenizer.vocab_size) if tokenizer.id_to_token(token_id) is not None]
+    told = (
+        f"{source / 'tokenizer.json'}: the vocabulary has {tokenizer.vocab_size} tokens, but the model's embedding "
+        f"only {rows} (vocab_size in {directory / 'config.json'})"
+    )
+    words = len(set(over) - tokenizer.added_ids)
+    if words > rows * MAX_WORDS_OVER:
+        raise StartupError(told)
+    if over:
+        shown = ", ".join(repr(tokenizer.id_to_token(token_id)) for token_id in over[:3])
+        logger.warning("%s: a prompt with %s%s is refused", told, shown, ", ..." if len(over) > 3 else "")
     return tokenizer
 
 
@@ -127,14 +138,19 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         chat_template = ChatTemplate.load(directory, options.chat_template) if tokenizer is not None else None
         if tokenizer is not None:
             eos = tuple(dict.fromkeys((*eos, *tokenizer.eos_token_ids)))
+        if not eos and not (directory / "generation_config.json").exists():
+            eos = model_config.class_eos_token_ids
+        # The model cannot say what its embedding has no row for.
+        eos = tuple(token_id for token_id in eos if token_id < model_config.vocab_size)
         token_id = tokenizer.token_to_id if tokenizer is not None else lambda text: None
         abilities = read_abilities(directory, model_config, options, token_id)
         if abilities.score_tokens is not None and chat_template is None:
             raise StartupError(f"{directory}: scores by tokens need a chat template; --chat-template gives one")
         model_config = dataclasses.replace(model_config, headless=not abilities.needs_head)
     local = Path(options.path).expanduser()
-    names = options.served_names or ((local.resolve().name,) if local.is_dir() else (options.path,))
-    if not options.served_names and directory.resolve() == (Path(__file__).parent / "demo").resolve():
+    given = tuple(name for name in options.served_names if name != "*")
+    names = given or ((local.resolve().name,) if local.is_dir() else (options.path,))
+    if not given and directory.resolve() == (Path(__file__).parent / "demo").resolve():
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({model_config.architecture}, {directory})")
     if abilities != Abilities(width=abilities.width, dimensions=abilities.dimensions):
@@ -159,6 +175,8 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
     capacity = limits.num_pages * limits.page_size
+    if model_config.rope.kind in ("longrope", "dynamic"):
+        report.row("rope", _describe_rope(model_config, context))
     report.row("context", f"{context} tokens")
     report.row(
         "KV cache",
@@ -174,6 +192,28 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     if options.generation_config != "auto":
         defaults = GenerationDefaults(eos_token_ids=defaults.eos_token_ids)
     return Built(engine, directory, names, model_config, defaults, chat_template, report, abilities)
+
+
+def _report_output_layer(model: CausalLM, model_config: ModelConfig, report: StartupReport) -> None:
+    """Where the checkpoint knew better than config.json."""
+    if model.config.tie_word_embeddings != model_config.tie_word_embeddings:
+        report.row("output layer", "the checkpoint's own: it differs from the embedding, though config.json ties them")
+
+
+def _describe_rope(model_config: ModelConfig, context: int) -> str:
+    """Which of the frequencies that change with a text's length are used: one choice for all texts."""
+    rope, native = model_config.rope, model_config.max_position_embeddings
+    if rope.kind == "dynamic":
+        if context <= native:
+            return "dynamic, unscaled: the context is no longer than the model's own"
+        return f"dynamic, scaled for {context} tokens in every text; up to --max-model-len {native} it is not scaled"
+    original = rope.original_max_position
+    if context <= original:
+        return f"longrope, short factors in every text: the context is at most {original} tokens"
+    return (
+        f"longrope, long factors in every text, short ones too: the context is longer than {original} tokens; "
+        f"--max-model-len {original} takes the short factors"
+    )
 
 
 def _build_executor(
@@ -202,7 +242,7 @@ def _make_loader(
         if other is not None:
             theirs, load_format = ModelConfig.load(other), "auto"
             # Whether the output layer is used is ours to say.
-            theirs = dataclasses.replace(theirs, headless=model_config.headless)
+            theirs = dataclasses.replace(theirs, headless=model_config.headless, assumed=model_config.assumed)
             for field in dataclasses.fields(ModelConfig):
                 if getattr(theirs, field.name) != getattr(model_config, field.name):
                     raise StartupError(f"{other / 'config.json'} is of another model: {field.name} differs")
@@ -244,6 +284,7 @@ def _build_cuda(
             return model
 
         model = load(None)
+    _report_output_layer(model, model_config, report)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,
@@ -266,7 +307,7 @@ def _build_cpu(
 ) -> Executor:
     import torch
 
-    from engine.executor.cpu import CPUExecutor, choose_threads, pick_dtype, plan_memory
+    from engine.executor.cpu import DEFAULT_MEMORY_SHARE, CPUExecutor, choose_threads, pick_dtype, plan_memory
     from engine.ops import native
     from engine.ops.invariance import promise
 
@@ -288,12 +329,22 @@ def _build_cpu(
             deterministic=bool(config.deterministic),
         )
         model = load(None)
+    _report_output_layer(model, model_config, report)
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
     report.row("deterministic", f"{'yes' if promised else 'no'} ({how})")
     with report.phase("KV cache"):
         num_pages = plan_memory(model_config, dtype, config.cache, config.scheduler.max_num_seqs, context)
+        kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype)
+        asked = config.cache != dataclasses.replace(
+            config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
+        )
+        report.row(
+            "KV memory",
+            f"up to {kv_bytes / 2**30:.2f} GiB, taken as the cache fills"
+            + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
+        )
         limits = Limits(
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,

@@ -97,7 +97,9 @@ class ServerOptions:
     template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
     reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
     response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later turn, and how
-    much of them; 0 keeps none.
+    much of them; 0 keeps none. allowed_origins: web pages that may read answers; "local" stands for all of this
+    machine's, "*" for all there are. refuse_max_tokens: a max_tokens that does not fit the context is an error and not
+    cut to what fits.
     """
 
     host: str = "127.0.0.1"
@@ -107,7 +109,7 @@ class ServerOptions:
     isolate_api_keys: bool | None = None
     protect_metrics: bool = False
     max_body_bytes: int = 8 * 1024 * 1024
-    allowed_origins: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ("local",)
     drain_timeout_s: float = 30.0
     keep_alive_interval_s: float = 15.0
     metrics_prefix: str = "vllm"
@@ -119,6 +121,7 @@ class ServerOptions:
     response_store_bytes: int = 64 * 1024 * 1024
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_budget: int | None = None
+    refuse_max_tokens: bool = False
 
 
 @dataclass(frozen=True, slots=True)

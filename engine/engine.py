@@ -159,6 +159,7 @@ class Engine:
             self.metrics.on_rejected("queue_full")
             raise QueueFullError("Too many requests are waiting; please retry later.")
         assert request.request_id not in self._listeners, "request ids are unique"
+        self._check_rows(request)
         if request.sampling.seed is None and request.sampling.temperature > 0:
             sampling = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=sampling)
@@ -184,6 +185,20 @@ class Engine:
             self._progress_at = self.clock.now()
         self._wake.set()
         return stream
+
+    def _check_rows(self, request: Request) -> None:
+        """A vocabulary may have tokens (a pad that was never trained) that the model's embedding has no row for."""
+        rows = self.limits.vocab_size
+        if self.tokenizer is None or self.tokenizer.vocab_size <= rows:
+            return
+        over = next((token_id for token_id in request.prompt_token_ids if token_id >= rows), None)
+        if over is not None:
+            shown = self.tokenizer.id_to_token(over)
+            named = f"{over} ({shown[:80]!r})" if shown else str(over)
+            raise RequestError(
+                f"The prompt holds the token {named}, which the model cannot read: its embedding has {rows} rows.",
+                param="prompt" if request.pooling is None else "input",
+            )
 
     def abort(self, request_id: str) -> None:
         """End a request now; nothing happens if it has ended or never was."""

@@ -157,7 +157,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     model.add_argument("--tokenizer", "--tokenizer-path", dest="tokenizer", metavar="DIR")
     model.add_argument("--revision", help="branch, tag or commit of a hub id")
     model.add_argument("--download-dir", metavar="DIR", help="where hub downloads are kept")
-    model.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names in the API, the first is shown")
+    model.add_argument("--served-model-name", nargs="+", metavar="NAME", help="names in the API, the first is shown; '*': any")
     model.add_argument("--dtype", choices=sorted(_DTYPES), help="auto: bfloat16 where the device has it, else float32")
     model.add_argument("--load-format", choices=["auto", "safetensors", "dummy"], help="dummy: random weights")
     model.add_argument(
@@ -207,7 +207,13 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         default=None,
         help="the same tokens and log-probabilities whatever runs beside a request; on anyway where it costs nothing",
     )
-    device.add_argument("--kv-cache-gb", type=_positive, metavar="GB", help="size of the KV cache in 1e9 bytes")
+    device.add_argument(
+        "--kv-cache-gb",
+        type=_positive,
+        metavar="GB",
+        help="size of the KV cache in 1e9 bytes; by default on a CPU a quarter of the RAM that is available, or what "
+        "64 sequences of full context fill; on a GPU nine tenths of what is free",
+    )
     device.add_argument("--kv-cache-memory-bytes", type=_count, metavar="BYTES")
     device.add_argument(
         "--gpu-memory-utilization",
@@ -298,7 +304,18 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="no prefix cache across API keys; on where several are set",
     )
     server.add_argument("--protect-metrics", action="store_true", help="/metrics needs the key too")
-    server.add_argument("--allowed-origins", nargs="+", metavar="ORIGIN", help="CORS; '*' for any")
+    server.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        metavar="ORIGIN",
+        help="web pages that may read answers (CORS): local (those of this machine, the default), '*' (all), none, or "
+        "origins",
+    )
+    server.add_argument(
+        "--refuse-max-tokens",
+        action="store_true",
+        help="a max_tokens that does not fit the context is an error; otherwise it is cut to what fits",
+    )
     server.add_argument("--max-body-bytes", type=_count, metavar="BYTES")
     server.add_argument(
         "--drain-timeout",
@@ -353,6 +370,10 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     same.add_argument(*_ALWAYS_ONE, dest="devices", type=_one, metavar="1", help="one device is all there is")
     server.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
     return parser
+
+
+def _origins(given: list[str]) -> tuple[str, ...]:
+    return () if given == ["none"] else tuple(given)
 
 
 def _given(**values: object) -> dict[str, object]:
@@ -442,9 +463,10 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             admin_api_key=admin_key,
             isolate_api_keys=args.isolate_api_keys,
             protect_metrics=args.protect_metrics,
-            allowed_origins=tuple(args.allowed_origins or ()),
+            refuse_max_tokens=args.refuse_max_tokens,
             **_given(  # type: ignore[arg-type]
                 host=args.host,
+                allowed_origins=None if args.allowed_origins is None else _origins(args.allowed_origins),
                 port=args.port,
                 max_body_bytes=args.max_body_bytes,
                 drain_timeout_s=args.drain_timeout,

@@ -72,6 +72,7 @@ async def _run(config: EngineConfig, built: Built) -> int:
         max_model_len=engine.limits.max_model_len,
         server_info=_server_info(config, built),
         abilities=built.abilities,
+        any_name="*" in config.model.served_names,
     )
 
     def on_listening(host: str, port: int) -> None:

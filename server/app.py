@@ -84,6 +84,8 @@ _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A burst of this many connects waits in the kernel and is not refused.
 _BACKLOG = 4096
+# Pages that this machine serves to itself. Not "null", which is also what a page of any site is inside of a sandbox.
+_LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
 # nginx's word for a client that did not wait.
 _CLIENT_CLOSED = 499
 _MESSAGES = {
@@ -256,7 +258,8 @@ def _allowed_origin(request: web.Request, options: ServerOptions) -> str | None:
         return None
     if "*" in options.allowed_origins:
         return "*"
-    return origin if origin in options.allowed_origins else None
+    local = "local" in options.allowed_origins and _LOCAL_ORIGIN.fullmatch(origin)
+    return origin if local or origin in options.allowed_origins else None
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

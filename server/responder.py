@@ -14,7 +14,7 @@ from itertools import repeat
 
 from aiohttp import web
 
-from engine.request import Request
+from engine.request import FinishReason, Request
 from engine.stream import Delta, TokenStream
 from server.answers.base import Answer, MakeAnswer, raise_early
 from server.answers.openai import OpenAIAnswer
@@ -45,14 +45,23 @@ async def respond(
     async with submitted(state, plan.requests, names_of(request, plan.id), rids) as streams:
         answer = make_answer(state, plan, streams)
         if not plan.stream:
-            return json_response(answer.whole([await _collect(stream) for stream in streams]))
-        async with contextlib.aclosing(_Source(streams)) as source:
+            deltas = [await _collect(stream) for stream in streams]
+            return json_response(answer.whole([_without_output(delta) for delta in deltas] if plan.no_output else deltas))
+        async with contextlib.aclosing(_Source(streams, no_output=plan.no_output)) as source:
             return await _stream(request, state, answer, source)
 
 
 async def _collect(stream: TokenStream) -> Delta:
     delta = await stream.collect()
     raise_early(delta)
+    return delta
+
+
+def _without_output(delta: Delta) -> Delta:
+    """The delta of a request whose one token nobody asked for."""
+    delta.text, delta.token_ids, delta.logprobs = "", [], []
+    if delta.finish_reason is FinishReason.STOP:
+        delta.finish_reason, delta.stop_reason = FinishReason.LENGTH, None
     return delta
 
 
@@ -84,7 +93,8 @@ async def submitted(
 class _Source:
     """The deltas of several streams as one sequence, without a task per token."""
 
-    def __init__(self, streams: list[TokenStream]) -> None:
+    def __init__(self, streams: list[TokenStream], *, no_output: bool = False) -> None:
+        self._no_output = no_output
         self._only = streams[0] if len(streams) == 1 else None
         self._ready: dict[int, Delta] = {}
         self._wake = asyncio.Event()
@@ -96,6 +106,10 @@ class _Source:
 
     async def take(self) -> Ready:
         """What has come since the last take, at most one delta of each stream; waits for the first."""
+        ready = await self._take()
+        return [(index, _without_output(delta)) for index, delta in ready] if self._no_output else ready
+
+    async def _take(self) -> Ready:
         if self._only is not None:
             return [(0, await self._only.take())]
         await self._wake.wait()

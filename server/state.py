@@ -28,7 +28,7 @@ from server.response_store import ResponseStore
 class ServedModel:
     """The one model of this server.
 
-    names: what clients may call it; the first is its own. created: Unix seconds.
+    names: what clients may call it; the first is its own. any_name: they may call it anything. created: Unix seconds.
     server_info: resolved options and the like, for /server_info.
     """
 
@@ -40,6 +40,11 @@ class ServedModel:
     max_model_len: int
     server_info: dict[str, object] = field(default_factory=dict)
     abilities: Abilities = field(default_factory=Abilities)
+    any_name: bool = False
+
+    def knows(self, name: str) -> bool:
+        """Whether clients may call the model so."""
+        return self.any_name or name in self.names
 
 
 class InFlight:

@@ -81,6 +81,20 @@ def text(name: str, content: str | bytes | None) -> Damage:
     return write
 
 
+def index(content: str | bytes) -> Damage:
+    """An index in place of the file."""
+
+    def write(directory: Path) -> None:
+        text("model.safetensors", None)(directory)
+        text("model.safetensors.index.json", content)(directory)
+
+    return write
+
+
+def renamed(old: str, new: str) -> Damage:
+    return lambda directory: (directory / old).rename(directory / new)
+
+
 def cut(name: str, size: int) -> Damage:
     return lambda directory: (directory / name).write_bytes((directory / name).read_bytes()[:size])
 
@@ -126,12 +140,16 @@ def prefix(text: str) -> Damage:
 
 
 NORM = "model.norm.weight"
+NEITHER = "DIR: holds neither model.safetensors nor model.safetensors.index.json; "
 ROPE = {"rope_parameters": ..., "rope_theta": 10000.0}
 DAMAGES: dict[str, tuple[Damage, str]] = {
     "config-missing": (text("config.json", None), "DIR/config.json: no such file; is this a model directory?"),
     "config-cut": (cut("config.json", 40), "DIR/config.json: is not valid JSON: "),
     "config-list": (text("config.json", "[]"), "DIR/config.json: must hold a JSON object"),
-    "field-missing": (config(hidden_size=...), "DIR/config.json: hidden_size is missing"),
+    "field-missing": (
+        config(hidden_size=...),
+        "DIR: model.safetensors: tensor lm_head.weight has shape [512, 48], config.json asks for [512, 4096]; ",
+    ),
     "field-type": (config(vocab_size="many"), "DIR/config.json: vocab_size must be an integer"),
     "field-negative": (config(num_hidden_layers=-1), "DIR/config.json: num_hidden_layers must be an integer"),
     "field-huge": (config(intermediate_size=10**30), "DIR/config.json: intermediate_size must be an integer"),
@@ -153,7 +171,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         config(architectures=["BertModel"]),
         "DIR/config.json: architectures BertModel is not supported; supported are: Gemma2ForCausalLM, ",
     ),
-    "architectures": (config(architectures=[]), "DIR/config.json: architectures must be a list"),
+    "architectures": (config(architectures="Llama"), "DIR/config.json: architectures must be a list"),
     "quantized": (config(quantization_config={"quant_method": "awq"}), "DIR/config.json: quantization_config"),
     "activation": (config(hidden_act="relu"), "DIR/config.json: hidden_act must be one of"),
     "largest": (config(hidden_size=2**31 - 1, intermediate_size=2**31 - 1), "DIR: no memory for the model: "),
@@ -197,7 +215,48 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "weights-text": (
         text("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"),
-        "DIR/model.safetensors",
+        "DIR/model.safetensors: is a pointer of Git LFS",
+    ),
+    "weights-bin": (
+        renamed("model.safetensors", "pytorch_model.bin"),
+        NEITHER + "pytorch_model.bin is not a format",
+    ),
+    "weights-variant": (
+        renamed("model.safetensors", "model.fp16.safetensors"),
+        NEITHER + "model.fp16.safetensors is a variant",
+    ),
+    "weights-consolidated": (
+        renamed("model.safetensors", "consolidated.safetensors"),
+        NEITHER + "consolidated.safetensors is in a layout",
+    ),
+    "weights-adapter": (
+        renamed("model.safetensors", "adapter_model.safetensors"),
+        NEITHER + "adapter_model.safetensors is an adapter",
+    ),
+    "weights-one-of-two": (
+        renamed("model.safetensors", "model-00001-of-00002.safetensors"),
+        "DIR: of 2 shards 1 are not there (00002); is the download complete?",
+    ),
+    "weights-link": (
+        lambda directory: (
+            (directory / "model.safetensors").unlink(),
+            (directory / "model.safetensors").symlink_to("../blobs/none"),
+        ),
+        "DIR/model.safetensors: is a link to a file that is not there; is the download complete?",
+    ),
+    "adapter-alone": (
+        renamed("config.json", "adapter_config.json"),
+        "DIR: is an adapter, which must be merged into its base model first",
+    ),
+    "no-output-layer": (
+        tensors(lambda values: values.pop("lm_head.weight")),
+        "DIR: tensor lm_head.weight is missing, and tie_word_embeddings in config.json is false (which an absent field "
+        "may mean); true there uses the embedding in its place",
+    ),
+    "causal": (config(is_causal=False), "DIR/config.json: is_causal is false: attention to later tokens"),
+    "quantized-tensors": (
+        tensors(lambda values: values.update({"model.layers.0.mlp.down_proj.qweight": torch.zeros(2)})),
+        "DIR: tensor model.layers.0.mlp.down_proj.qweight is of a quantized checkpoint, which is not supported; ",
     ),
     "weights-shape": (
         header(lambda values: values[NORM].update(shape=[2**40, 2**40])),
@@ -226,12 +285,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "embedding": (config(vocab_size=600), "DIR: model.safetensors: tensor lm_head.weight has shape [512, 48]"),
     "index": (
-        text("model.safetensors.index.json", '{"weight_map": {"x": "../x.safetensors"}}'),
+        index('{"weight_map": {"x": "../x.safetensors"}}'),
         "DIR/model.safetensors.index.json: tensor x: '../x.safetensors' is not the name of a safetensors file",
     ),
-    "index-binary": (text("model.safetensors.index.json", b"\xff"), "DIR/model.safetensors.index.json: "),
+    "index-binary": (index(b"\xff"), "DIR/model.safetensors.index.json: "),
     "shard": (
-        text("model.safetensors.index.json", '{"weight_map": {"x": "model-2.safetensors"}}'),
+        index('{"weight_map": {"x": "model-2.safetensors"}}'),
         "DIR/model-2.safetensors: is named by model.safetensors.index.json but does not exist",
     ),
 }

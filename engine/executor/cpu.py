@@ -34,8 +34,11 @@ logger = logging.getLogger(__name__)
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Share of the available memory that the KV cache takes when nothing was asked for: the rest is for activations,
-# other processes and the page cache that holds the checkpoint.
-DEFAULT_MEMORY_SHARE = 0.4
+# other processes and the page cache that holds the checkpoint. It is touched as the cache fills, so what it comes to
+# take shows only later.
+DEFAULT_MEMORY_SHARE = 0.25
+# Sequences of full context that it then holds at most; many more fit, for few are that long.
+DEFAULT_FULL_SEQUENCES = 64
 
 
 class Model(Protocol):
@@ -336,7 +339,8 @@ def plan_memory(
     """Pages of the KV cache. To be called after the weights are loaded. Raises StartupError.
 
     What was asked for is taken as it is: num_pages, kv_cache_bytes, or memory_fraction of the available memory. Else
-    DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len can fill.
+    DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len (or DEFAULT_FULL_SEQUENCES, if
+    those are fewer) can fill.
     """
     per_token = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim * dtype.itemsize
     per_page = per_token * cache.page_size
@@ -348,7 +352,7 @@ def plan_memory(
     elif cache.memory_fraction is not None:
         num_pages = int(free * cache.memory_fraction) // per_page - 1
     else:
-        useful = max_num_seqs * -(-max_model_len // cache.page_size)
+        useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * -(-max_model_len // cache.page_size)
         num_pages = min(int(free * DEFAULT_MEMORY_SHARE) // per_page - 1, useful)
     if num_pages < 1:
         raise StartupError(f"the KV cache would hold no page: one of {cache.page_size} tokens takes {per_page:,} bytes")

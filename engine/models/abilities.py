@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import ModelOptions, StartupError
-from engine.models.config import Fields, ModelConfig
+from engine.models.config import ModelConfig
+from engine.models.fields import Fields
 
 # Pooling modes of sentence-transformers that a causal model is served with.
 _MODES: dict[str, Literal["last", "mean"]] = {"lasttoken": "last", "mean": "mean"}
@@ -168,7 +169,7 @@ def _score_tokens(
         return None
     ids: list[int] = []
     for spelling in spellings:
-        if (found := token_id(spelling)) is None:
+        if (found := token_id(spelling)) is None or found >= vocab_size:
             raise StartupError(f"{origin}: {spelling!r} is no token of the vocabulary in {directory}")
         ids.append(found)
     return ids[0], ids[1]

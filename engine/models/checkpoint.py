@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from engine.config import StartupError
+from engine.models.fields import Fields
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -32,7 +33,18 @@ ITEM_BYTES = {
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 # Tensors that old versions of transformers saved although they are computed from config.json.
-_HARMLESS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|masked_bias|attn\.bias)$")
+# The heads of a trainer's value and reward model say nothing of the next token, nor does a head that drafts several.
+_HARMLESS = re.compile(
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias)$|^(v_head|score|mtp)\."
+)
+# What quantised checkpoints hold in place of a weight, or beside it.
+_QUANTIZED = re.compile(
+    r"\.(qweight|qzeros|scales|weight_scale|weight_scale_inv|weight_scale_2|weight_packed|weight_shape|input_scale|"
+    r"absmax|quant_map|quant_state\..*|SCB|blocks)$|_(blocks|scales)$"
+)
+_SHARD = re.compile(r"model-(\d{1,9})-of-(\d{1,9})\.safetensors")
+# More are a typing error.
+MAX_SHARDS = 100_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +59,84 @@ class StoredTensor:
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
-    """All tensors of a directory with model.safetensors or model.safetensors.index.json. Raises StartupError."""
-    index = directory / INDEX
+    """All tensors of a directory. Raises StartupError.
+
+    The order is transformers': the file that config.json names in `transformers_weights`, model.safetensors, the index
+    of shards. A whole set of shards without an index is read, too.
+    """
+    named = _named_file(directory)
+    if named is not None:
+        return _find_sharded(named) if named.name.endswith(".index.json") else read_header(named)
+    single, index = directory / SINGLE, directory / INDEX
+    if single.is_file():
+        return read_header(single)
     if index.exists():
         return _find_sharded(index)
-    single = directory / SINGLE
-    if single.exists():
-        return read_header(single)
-    other = sorted(path.name for path in directory.glob("*") if path.suffix in (".bin", ".pt", ".pth", ".gguf"))
-    hint = f"; {other[0]} is not a format that is read" if other else ""
-    raise StartupError(f"{directory}: holds neither {SINGLE} nor {INDEX}{hint}")
+    for path in (single, index):
+        if path.is_symlink():
+            raise StartupError(f"{path}: is a link to a file that is not there; is the download complete?")
+    shards = _numbered_shards(directory)
+    if shards:
+        return _merged(directory, [read_header(path) for path in shards])
+    raise StartupError(f"{directory}: holds neither {SINGLE} nor {INDEX}{_other_files(directory)}")
+
+
+def _named_file(directory: Path) -> Path | None:
+    """The file of `transformers_weights` in config.json."""
+    path = directory / "config.json"
+    if not path.is_file():
+        return None
+    name = Fields.read(path).raw("transformers_weights")
+    if name is None:
+        return None
+    ends = (".safetensors", ".safetensors.index.json")
+    if not isinstance(name, str) or name != Path(name).name or not name.endswith(ends):
+        raise StartupError(f"{path}: transformers_weights must be the name of a safetensors file, not {name!r:.80}")
+    return directory / name
+
+
+def _numbered_shards(directory: Path) -> list[Path]:
+    """model-00001-of-00002.safetensors and so on, all of them, or none where there is no such file."""
+    found: dict[int, Path] = {}
+    total = 0
+    for path in directory.glob("model-*-of-*.safetensors"):
+        if match := _SHARD.fullmatch(path.name):
+            found[int(match[1])] = path
+            total = max(total, int(match[2]))
+    missing = [number for number in range(1, min(total, MAX_SHARDS) + 1) if number not in found]
+    if missing:
+        shown = ", ".join(f"{number:05d}" for number in missing[:MAX_SHOWN_PROBLEMS])
+        raise StartupError(
+            f"{directory}: of {total} shards {len(missing)} are not there ({shown}); is the download complete?"
+        )
+    return [found[number] for number in sorted(found)]
+
+
+def _merged(directory: Path, parts: list[dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    twice = []
+    for part in parts:
+        twice += [f"tensor {name} is in several files" for name in part if name in found]
+        found |= part
+    raise_all(directory, twice)
+    return found
+
+
+def _other_files(directory: Path) -> str:
+    """What stands in place of the weights, for the error."""
+    names = sorted(path.name for path in directory.glob("*") if path.is_file() or path.is_symlink())
+    for name in names:
+        if name.startswith("adapter_model."):
+            return f"; {name} is an adapter, which must be merged into its base model"
+        if name.startswith("consolidated."):
+            return f"; {name} is in a layout that is not read; the same model is published for transformers, too"
+        if re.fullmatch(r"model\..+\.safetensors", name):
+            return f"; {name} is a variant: to serve it, call it {SINGLE}"
+        if name.endswith(".safetensors"):
+            return f"; {name} has another name"
+    formats = [name for name in names if name.endswith((".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".ckpt"))]
+    formats.sort(key=lambda name: not name.startswith("pytorch_model"))
+    return f"; {formats[0]} is not a format that is read" if formats else ""
 
 
 def _find_sharded(index: Path) -> dict[str, StoredTensor]:
@@ -74,13 +154,11 @@ def _find_sharded(index: Path) -> dict[str, StoredTensor]:
     for file in sorted(set(weight_map.values())):
         path = index.parent / file
         if not path.exists():
-            raise StartupError(f"{path}: is named by {INDEX} but does not exist; is the download complete?")
-        # A tensor that the index does not know is kept, so that `check` can complain about it.
-        held = read_header(path).items()
-        found |= {name: tensor for name, tensor in held if weight_map.get(name, file) == file}
-    missing = [name for name in weight_map if name not in found]
-    told = [f"{weight_map[name]}: tensor {name} is named by {INDEX} but not in the file" for name in missing]
-    raise_all(index.parent, told)
+            raise StartupError(f"{path}: is named by {index.name} but does not exist; is the download complete?")
+        # Whatever the files hold counts, as in transformers; where a name is in two of them, the index decides.
+        for name, tensor in read_header(path).items():
+            if name not in found or weight_map.get(name) == file:
+                found[name] = tensor
     return found
 
 
@@ -94,6 +172,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(8), "little")
+            if length == int.from_bytes(b"version ", "little"):
+                raise StartupError(f"{path}: is a pointer of Git LFS; `git lfs pull` fetches the file itself")
             if size < 8 or length > size - 8:
                 problem = f"header of {length} bytes in a file of {size}: truncated or not safetensors"
                 raise StartupError(f"{path}: {problem}")
@@ -163,9 +243,16 @@ def check(
     tensors: Mapping[str, StoredTensor],
     expected: Mapping[str, tuple[int, ...]],
     ignored: Collection[str] = (),
+    assumed: Collection[str] = (),
 ) -> None:
-    """Compare what a model needs (name -> shape) with what is there; one StartupError names the first problems."""
-    problems = []
+    """Compare what a model needs (name -> shape) with what is there; one StartupError names the first problems.
+
+    assumed: sizes that config.json does not name.
+    """
+    problems, quantized = [], [name for name in tensors if _QUANTIZED.search(name) and name not in expected]
+    if quantized:
+        problems.append(f"tensor {quantized[0]} is of a quantized checkpoint, which is not supported")
+    hint = ""
     for name, shape in expected.items():
         tensor = tensors.get(name)
         if tensor is None:
@@ -174,23 +261,24 @@ def check(
             problems.append(
                 f"{tensor.file.name}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
+            hint = f"; config.json has no {', '.join(assumed)}: the defaults of the class count" if assumed else ""
         elif tensor.dtype not in FLOATS:
             problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {FLOATS} are read")
     problems += [
         f"{tensor.file.name}: tensor {name} is not part of the model"
         for name, tensor in tensors.items()
-        if name not in expected and name not in ignored and not _HARMLESS.search(name)
+        if name not in expected and name not in ignored and not _HARMLESS.search(name) and math.prod(tensor.shape)
     ]
-    raise_all(directory, problems)
+    raise_all(directory, problems, hint)
 
 
-def raise_all(directory: Path, problems: list[str]) -> None:
+def raise_all(directory: Path, problems: list[str], hint: str = "") -> None:
     """Raise one line with the first few problems and the number of the others; nothing without problems."""
     if not problems:
         return
     more = len(problems) - MAX_SHOWN_PROBLEMS
     shown = "; ".join(problems[:MAX_SHOWN_PROBLEMS])
-    raise StartupError(f"{directory}: {shown}" + (f"; and {more} more such problems" if more > 0 else ""))
+    raise StartupError(f"{directory}: {shown}" + (f"; and {more} more such problems" if more > 0 else "") + hint)
 
 
 class MappedFiles:

@@ -1,27 +1,23 @@
 """What a model is: config.json and generation_config.json as frozen dataclasses.
 
-Read once at start by the composition root, then by models/, the executors and the server. Every bad value ends
-in one StartupError line that names the file and the field. Imports no torch.
+Read once at start by the composition root, then by models/, the executors and the server. A field that is absent has
+its class's default in transformers, which each family's file lists. Imports no torch.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from engine.config import StartupError
+from engine.models.fields import Fields, show
 
 DTYPES = ("bfloat16", "float16", "float32")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
-# Sizes above this are typing errors; it also keeps products of two sizes inside 64 bits.
-MAX_SIZE = 2**31 - 1
 MAX_CONTEXT = 100_000_000
-
-_REQUIRED = object()
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +90,16 @@ class WeightNames:
 class ModelConfig:
     """A decoder-only model; families differ by these values alone.
 
-    dtype: what config.json names, bfloat16 where it names none. eos_token_ids: of config.json.
+    dtype: what config.json names, bfloat16 where it names none. eos_token_ids: of config.json; where it does not
+    mention them, class_eos_token_ids are those of the class. assumed: sizes that config.json does not name.
     qk_norm: an RMS norm on q and k, per head or over all heads at once. norm_offset: norms multiply by
     (offset + weight). windows: one entry a layer; the tokens a query sees, itself included, or None for all.
     local_rope: the rope of the layers flagged in local_rope_layers, where they differ. attention_scale: on q @ k.
     attention_softcap, logit_softcap: c in c * tanh(x / c), or None. experts: None for a dense model.
-    headless: there is no output layer, so hidden states are all it gives.
+    architecture: the class, as `architectures` names it. headless: there is no output layer, so hidden states are all
+    it gives.
     """
 
-    architecture: str
     vocab_size: int
     hidden_size: int
     num_layers: int
@@ -132,7 +129,10 @@ class ModelConfig:
     local_rope_layers: tuple[bool, ...] = ()
     experts: ExpertsConfig | None = None
     names: WeightNames = WeightNames()
+    architecture: str = ""
     headless: bool = False
+    class_eos_token_ids: tuple[int, ...] = ()
+    assumed: tuple[str, ...] = ()
 
     @property
     def longest_window(self) -> int | None:
@@ -144,7 +144,10 @@ class ModelConfig:
         """Read `directory/config.json`. Raises StartupError."""
         from engine.models.registry import read_config
 
-        return read_config(Fields.read(directory / "config.json"))
+        path = directory / "config.json"
+        if not path.exists() and (directory / "adapter_config.json").exists():
+            raise StartupError(f"{directory}: is an adapter, which must be merged into its base model first")
+        return read_config(Fields.read(path))
 
     @property
     def context_length(self) -> int:
@@ -202,161 +205,6 @@ class GenerationDefaults:
         )
 
 
-class Fields:
-    """Typed reading of one JSON object; a field that is null counts as absent."""
-
-    def __init__(self, path: Path, values: Mapping[str, Any], prefix: str = "") -> None:
-        self.path = path
-        self._values = values
-        self._prefix = prefix
-
-    @classmethod
-    def read(cls, path: Path) -> Fields:
-        """Read a JSON file that holds an object. Raises StartupError."""
-        try:
-            values = json.loads(path.read_bytes())
-        except FileNotFoundError:
-            raise StartupError(f"{path}: no such file; is this a model directory?") from None
-        except OSError as error:
-            raise StartupError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise StartupError(f"{path}: is not valid JSON: {error}") from None
-        if not isinstance(values, dict):
-            raise StartupError(f"{path}: must hold a JSON object, not {_show(values)}")
-        return cls(path, values)
-
-    def fail(self, name: str, problem: str) -> NoReturn:
-        """Raise the one line that a user gets: file, field, problem."""
-        raise StartupError(f"{self.path}: {self._prefix}{name} {problem}")
-
-    def has(self, name: str) -> bool:
-        return self._values.get(name) is not None
-
-    def mentions(self, name: str) -> bool:
-        """Whether the field is there at all, be it null."""
-        return name in self._values
-
-    def raw(self, name: str) -> Any:
-        return self._values.get(name)
-
-    def nested(self, name: str) -> Fields | None:
-        """The object under `name`, or None where there is none."""
-        value = self._values.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, dict):
-            self.fail(name, f"must be an object, not {_show(value)}")
-        return Fields(self.path, value, f"{self._prefix}{name}.")
-
-    def _get(self, name: str, default: Any) -> Any:
-        value = self._values.get(name)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            self.fail(name, "is missing")
-        return default
-
-    def integer(self, name: str, default: Any = _REQUIRED, *, minimum: int = 1, maximum: int = MAX_SIZE) -> int:
-        value = self._get(name, default)
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            self.fail(name, f"must be an integer from {minimum} to {maximum}, not {_show(value)}")
-        return value
-
-    def optional_integer(self, name: str, *, minimum: int = 1) -> int | None:
-        return self.integer(name, minimum=minimum) if self.has(name) else None
-
-    def number(
-        self,
-        name: str,
-        default: Any = _REQUIRED,
-        *,
-        above: float | None = None,
-        minimum: float | None = None,
-        maximum: float | None = None,
-    ) -> float:
-        value = self._get(name, default)
-        wanted = "a finite number"
-        wanted += f" above {above:g}" if above is not None else ""
-        wanted += f" of at least {minimum:g}" if minimum is not None else ""
-        wanted += f" and at most {maximum:g}" if maximum is not None else ""
-        if (
-            not isinstance(value, int | float)
-            or isinstance(value, bool)
-            or not _is_finite(value)
-            or (above is not None and value <= above)
-            or (minimum is not None and value < minimum)
-            or (maximum is not None and value > maximum)
-        ):
-            self.fail(name, f"must be {wanted}, not {_show(value)}")
-        return float(value)
-
-    def optional_number(
-        self,
-        name: str,
-        *,
-        above: float | None = None,
-        minimum: float | None = None,
-        maximum: float | None = None,
-    ) -> float | None:
-        return self.number(name, above=above, minimum=minimum, maximum=maximum) if self.has(name) else None
-
-    def flag(self, name: str, default: bool) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            self.fail(name, f"must be true or false, not {_show(value)}")
-        return value
-
-    def choice(self, name: str, choices: Collection[str], default: Any = _REQUIRED) -> str:
-        value = self._get(name, default)
-        if not isinstance(value, str) or value not in choices:
-            self.fail(name, f"must be one of {', '.join(choices)}, not {_show(value)}")
-        return value
-
-    def numbers(self, name: str, length: int) -> tuple[float, ...]:
-        """A list of `length` numbers above zero."""
-        value = self._get(name, _REQUIRED)
-        if not isinstance(value, list) or len(value) != length:
-            count = f"of {len(value)}" if isinstance(value, list) else _show(value)
-            self.fail(name, f"must be a list of {length} numbers, not {count}")
-        for item in value:
-            if not isinstance(item, int | float) or isinstance(item, bool) or not _is_finite(item) or item <= 0:
-                self.fail(name, f"must hold numbers above 0, not {_show(item)}")
-        return tuple(float(item) for item in value)
-
-    def integers(self, name: str) -> tuple[int, ...]:
-        """A list of integers, empty where it is absent."""
-        value = self._get(name, [])
-        if not isinstance(value, list) or any(type(item) is not int for item in value):
-            self.fail(name, f"must be a list of integers, not {_show(value)}")
-        return tuple(value)
-
-    def token_ids(self, name: str) -> tuple[int, ...]:
-        """A token id, a list of them, or nothing."""
-        value = self._values.get(name)
-        if value is None:
-            return ()
-        items = value if isinstance(value, list) else [value]
-        for item in items:
-            if not isinstance(item, int) or isinstance(item, bool) or not 0 <= item <= MAX_SIZE:
-                self.fail(name, f"must be a token id or a list of token ids, not {_show(item)}")
-        return tuple(items)
-
-    def layer_types(self, num_layers: int) -> tuple[str, ...] | None:
-        """`layer_types`: full_attention or sliding_attention for every layer, or None where it is absent."""
-        value = self._values.get("layer_types")
-        if value is None:
-            return None
-        if not isinstance(value, list) or len(value) != num_layers:
-            count = f"{len(value)} entries" if isinstance(value, list) else _show(value)
-            self.fail("layer_types", f"must be a list of num_hidden_layers = {num_layers} entries, not {count}")
-        for item in value:
-            if item not in ("full_attention", "sliding_attention"):
-                self.fail("layer_types", f"must hold full_attention or sliding_attention, not {_show(item)}")
-        return tuple(value)
-
-
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The sizes that every family reads alike; `common` is to be passed on to ModelConfig."""
@@ -370,23 +218,32 @@ class Shape:
     common: dict[str, Any]
 
 
-def read_shape(fields: Fields, *, head_dim: int | None = None, tie_word_embeddings: bool = False) -> Shape:
-    """Read and check what all families have in common.
+# Fields whose absence a tensor of another shape gives away.
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
 
-    head_dim, tie_word_embeddings: the family's defaults where config.json is silent; head_dim None means
-    hidden_size / num_attention_heads. Raises StartupError.
+
+def read_shape(fields: Fields) -> Shape:
+    """Read and check what all families have in common. Raises StartupError.
+
+    head_dim is hidden_size / num_attention_heads where neither the file nor the class has one; as many key and value
+    heads as others, where the file says null or neither says anything.
     """
-    if fields.has("quantization_config"):
-        method = fields.raw("quantization_config")
-        method = method.get("quant_method", "unknown") if isinstance(method, dict) else method
-        fields.fail("quantization_config", f"({_show(method)}) is not supported; use an unquantized checkpoint")
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads")
-    num_kv_heads = fields.integer("num_key_value_heads", num_heads)
+    num_kv_heads = fields.optional_integer("num_key_value_heads") or num_heads
     if num_heads % num_kv_heads:
-        fields.fail("num_key_value_heads", f"({num_kv_heads}) must divide num_attention_heads ({num_heads})")
-    if fields.has("head_dim") or head_dim is not None:
-        head_dim = fields.integer("head_dim", head_dim)
+        default = "" if fields.mentions("num_key_value_heads") else ", the default of this class,"
+        fields.fail("num_key_value_heads", f"({num_kv_heads}){default} must divide num_attention_heads ({num_heads})")
+    if fields.has_any("head_dim"):
+        head_dim = fields.integer("head_dim")
     elif hidden_size % num_heads:
         fields.fail("num_attention_heads", f"({num_heads}) must divide hidden_size ({hidden_size})")
     else:
@@ -394,67 +251,57 @@ def read_shape(fields: Fields, *, head_dim: int | None = None, tie_word_embeddin
     vocab_size = fields.integer("vocab_size")
     max_position_embeddings = fields.integer("max_position_embeddings", maximum=MAX_CONTEXT)
     num_layers = fields.integer("num_hidden_layers", maximum=100_000)
+    intermediate_size = fields.integer("intermediate_size")
     dtype_field = "dtype" if fields.has("dtype") else "torch_dtype"
     dtype = fields.choice(dtype_field, DTYPES, "bfloat16")
     eos_token_ids = fields.token_ids("eos_token_id")
     bos_token_ids = fields.token_ids("bos_token_id")
     common = {
-        "architecture": architecture_of(fields),
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "num_layers": num_layers,
         "num_heads": num_heads,
         "num_kv_heads": num_kv_heads,
         "head_dim": head_dim,
-        "intermediate_size": fields.integer("intermediate_size"),
+        "intermediate_size": intermediate_size,
         "max_position_embeddings": max_position_embeddings,
-        "rms_norm_eps": fields.number("rms_norm_eps", 1e-6, minimum=0.0, maximum=1.0),
-        "tie_word_embeddings": fields.flag("tie_word_embeddings", tie_word_embeddings),
+        "rms_norm_eps": fields.number("rms_norm_eps", minimum=0.0, maximum=1.0),
+        "tie_word_embeddings": fields.flag("tie_word_embeddings"),
         "dtype": dtype,
         "eos_token_ids": eos_token_ids,
         "bos_token_id": bos_token_ids[0] if bos_token_ids else None,
+        "class_eos_token_ids": () if fields.mentions("eos_token_id") else fields.default_token_ids("eos_token_id"),
+        "assumed": tuple(name for name in _SIZES if name in fields.assumed),
     }
     return Shape(num_layers, num_heads, num_kv_heads, head_dim, hidden_size, max_position_embeddings, common)
 
 
-def architecture_of(fields: Fields) -> str:
-    """The one entry of `architectures`. Raises StartupError."""
-    value = fields.raw("architectures")
-    if not isinstance(value, list) or not value or not isinstance(value[0], str):
-        fields.fail("architectures", f"must be a list with the name of the model class, not {_show(value)}")
-    return value[0]
-
-
-def read_activation(fields: Fields, name: str, default: str) -> Literal["silu", "gelu_tanh"]:
+def read_activation(fields: Fields, name: str) -> Literal["silu", "gelu_tanh"]:
     """`hidden_act` of config.json as ModelConfig.activation."""
     known: dict[str, Literal["silu", "gelu_tanh"]] = {
         "silu": "silu",
         "swish": "silu",
         "gelu_pytorch_tanh": "gelu_tanh",
     }
-    return known[fields.choice(name, known, default)]
+    return known[fields.choice(name, known)]
 
 
-def read_experts(fields: Fields, name: str, count: int, chosen: int) -> tuple[int, int]:
-    """The number of experts (the field `name`) and of those that a token uses; the defaults are the family's."""
-    count = fields.integer(name, count, maximum=100_000)
-    chosen = fields.integer("num_experts_per_tok", chosen)
+def read_experts(fields: Fields, name: str, alias: str) -> tuple[int, int]:
+    """The number of experts (the field `name`; transformers writes it as `alias`, too) and of those a token uses."""
+    name = alias if fields.mentions(alias) and not fields.mentions(name) else name
+    count = fields.integer(name, maximum=100_000)
+    chosen = fields.integer("num_experts_per_tok")
     if chosen > count:
         fields.fail("num_experts_per_tok", f"({chosen}) must not exceed {name} ({count})")
     return count, chosen
 
 
-def read_windows(
-    fields: Fields, shape: Shape, layer_types: tuple[str, ...], *, default: int | None = 4096
-) -> tuple[int | None, ...]:
-    """The window of every layer: `sliding_window` where the layer's type is sliding_attention.
+def read_windows(fields: Fields, shape: Shape, layer_types: tuple[str, ...]) -> tuple[int | None, ...]:
+    """The window of every layer: `sliding_window` where the layer's type is sliding_attention; null is no window.
 
-    default: where the file does not mention the field; a null there means no window. A window as long as the
-    context changes nothing and is left out.
+    A window as long as the context changes nothing and is left out.
     """
-    if fields.mentions("sliding_window"):
-        default = fields.optional_integer("sliding_window")
-    window = default
+    window = fields.optional_integer("sliding_window")
     if window is None or "sliding_attention" not in layer_types:
         return (None,) * shape.num_layers
     if window >= shape.max_position_embeddings:
@@ -462,13 +309,28 @@ def read_windows(
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
+def _rope_fields(fields: Fields, layer_type: str | None, scaled: bool) -> Fields:
+    """The object that describes a rope, empty where there is none; where two forms meet, as transformers merges them.
+
+    `rope_scaling` takes the place of `rope_parameters`, theta included; where layers differ by type, it is laid over
+    what `rope_parameters` has of the type (scaled) or does not count.
+    """
+    newer, older = fields.nested("rope_parameters"), fields.nested("rope_scaling")
+    if layer_type is not None:
+        newer = newer.nested(layer_type) if newer is not None else None
+        if older is None or not scaled:
+            return newer or fields.empty("rope_parameters")
+        return older if newer is None else older.over_values(newer)
+    if older is not None and not older.is_empty:
+        return older
+    return newer or fields.empty("rope_parameters")
+
+
 def read_rope(
     fields: Fields,
     shape: Shape,
     *,
-    theta: float = 10000.0,
     theta_field: str = "rope_theta",
-    partial_rotary_factor: float = 1.0,
     layer_type: str | None = None,
     scaled: bool = True,
     renamed: Mapping[str, str] | None = None,
@@ -476,24 +338,18 @@ def read_rope(
 ) -> RopeConfig:
     """Read a rotary embedding in either form of config.json.
 
-    The newer form is `rope_parameters`, flat or one object per layer type; the older one is `rope_theta` beside
-    `rope_scaling`. theta, partial_rotary_factor: the family's defaults. theta_field, scaled: where the older
-    form keeps the base, and whether `rope_scaling` applies (gemma's local rope differs in both).
-    renamed: kinds that the family writes under another name. Raises StartupError.
+    The newer form is `rope_parameters`, flat or (layer_type) one object per layer type; the older one is `rope_theta`
+    beside `rope_scaling`. theta_field, scaled: where the older form keeps the base, and whether `rope_scaling` applies
+    (gemma's local rope differs in both). renamed: kinds that the family writes under another name. Raises
+    StartupError.
     """
-    newer = fields.nested("rope_parameters")
-    if newer is not None and layer_type is not None and newer.has(layer_type):
-        newer = newer.nested(layer_type)
-        scaled = True
-    scaling = newer if newer is not None else fields.nested("rope_scaling")
-    if scaling is None or not scaled:
-        scaling = Fields(fields.path, {}, "rope_scaling.")
-    if newer is not None and newer.has("rope_theta"):
-        theta = newer.number("rope_theta", above=0.0)
+    scaling = _rope_fields(fields, layer_type, scaled)
+    if scaling.has("rope_theta"):
+        theta = scaling.number("rope_theta", above=0.0)
     else:
-        theta = fields.number(theta_field, theta, above=0.0)
-    partial_fields = newer if newer is not None and newer.has("partial_rotary_factor") else fields
-    partial = partial_fields.number("partial_rotary_factor", partial_rotary_factor, above=0.0, maximum=1.0)
+        theta = fields.number(theta_field, above=0.0)
+    partial_fields = scaling if scaling.has("partial_rotary_factor") else fields
+    partial = partial_fields.number("partial_rotary_factor", 1.0, above=0.0, maximum=1.0)
     rotary_dim = int(shape.head_dim * partial)
     if rotary_dim < 2 or rotary_dim % 2:
         fields.fail("head_dim", f"({shape.head_dim}) leaves {rotary_dim} rotary dimensions; they must be even")
@@ -504,13 +360,16 @@ def read_rope(
     if kind is None:
         kind = "default"
     if kind not in ROPE_KINDS:
-        scaling.fail(kind_field, f"must be one of {', '.join(ROPE_KINDS)}, not {_show(given)}")
+        scaling.fail(kind_field, f"must be one of {', '.join(ROPE_KINDS)}, not {show(given)}")
     values: dict[str, Any] = {}
     if kind in ("linear", "dynamic", "llama3"):
         values["factor"] = scaling.number("factor", minimum=1.0)
     if kind in ("llama3", "yarn", "longrope"):
-        at = fields if fields.has("original_max_position_embeddings") else scaling
-        original = at.integer("original_max_position_embeddings", shape.max_position_embeddings, minimum=2)
+        name = "original_max_position_embeddings"
+        # Phi-3 has the field beside the object, and then that one counts.
+        beside = fields.has(name) and (fields.declares(name) or not scaling.has(name))
+        at = fields if beside else scaling
+        original = at.integer(name, shape.max_position_embeddings, minimum=2)
         values["original_max_position"] = original
     if kind == "dynamic" and rotary_dim < 4:
         fields.fail("head_dim", f"leaves {rotary_dim} rotary dimensions; dynamic rope needs at least 4")
@@ -546,17 +405,3 @@ def _yarn_attention_scaling(scaling: Fields, factor: float) -> float:
     mscale = scaling.number("mscale", 0.0, minimum=0.0)
     mscale_all_dim = scaling.number("mscale_all_dim", 0.0, minimum=0.0)
     return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
-
-
-def _is_finite(value: float) -> bool:
-    """Whether a number of a JSON file, which may be an integer of any length, is a finite float."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _show(value: Any) -> str:
-    """A value of a JSON file, short enough for one line."""
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 60 else text[:57] + "..."

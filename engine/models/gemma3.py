@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-from engine.models.config import Fields, ModelConfig, read_rope, read_shape
-from engine.models.gemma2 import gemma_softcap, gemma_values
+from engine.models.config import ModelConfig, read_rope, read_shape
+from engine.models.fields import Fields
+from engine.models.gemma2 import gemma_values
+
+# What an absent field means: Gemma3TextConfig of transformers.
+DEFAULTS = {
+    "vocab_size": 262208,
+    "hidden_size": 2304,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-06,
+    "eos_token_id": 1,
+    "tie_word_embeddings": True,
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 10000.0,
+    "attention_bias": False,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
+}
 
 
 def read_config(fields: Fields) -> ModelConfig:
     """Every sixth layer (`sliding_window_pattern`) sees all, where `layer_types` says nothing."""
-    shape = read_shape(fields, head_dim=256, tie_word_embeddings=True)
+    shape = read_shape(fields)
     layer_types = fields.layer_types(shape.num_layers)
     if layer_types is None:
-        pattern = fields.integer("sliding_window_pattern", 6)
+        pattern = fields.integer("sliding_window_pattern")
         layer_types = tuple(
             "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(shape.num_layers)
         )
     return ModelConfig(
         **gemma_values(fields, shape, layer_types),
         qk_norm="head",
-        rope=read_rope(fields, shape, theta=1e6, layer_type="full_attention"),
+        rope=read_rope(fields, shape, layer_type="full_attention"),
         local_rope=read_rope(
             fields, shape, theta_field="rope_local_base_freq", layer_type="sliding_attention", scaled=False
         ),
         local_rope_layers=tuple(kind == "sliding_attention" for kind in layer_types),
-        attention_softcap=gemma_softcap(fields, "attn_logit_softcapping", None),
-        logit_softcap=gemma_softcap(fields, "final_logit_softcapping", None),
+        attention_softcap=fields.optional_number("attn_logit_softcapping", above=0.0),
+        logit_softcap=fields.optional_number("final_logit_softcapping", above=0.0),
     )

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
-from engine.models.config import Fields, ModelConfig, read_activation, read_rope, read_shape, read_windows
+from engine.models.config import ModelConfig, read_activation, read_rope, read_shape, read_windows
+from engine.models.fields import Fields
+
+# What an absent field means: MistralConfig of transformers.
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-06,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+}
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -13,5 +31,5 @@ def read_config(fields: Fields) -> ModelConfig:
         rope=read_rope(fields, shape),
         attention_scale=shape.head_dim**-0.5,
         windows=read_windows(fields, shape, layer_types),
-        activation=read_activation(fields, "hidden_act", "silu"),
+        activation=read_activation(fields, "hidden_act"),
     )

@@ -2,9 +2,27 @@
 
 from __future__ import annotations
 
-from engine.models.config import Fields, ModelConfig, WeightNames, read_activation, read_rope, read_shape, read_windows
+from engine.models.config import ModelConfig, WeightNames, read_activation, read_rope, read_shape, read_windows
+from engine.models.fields import Fields
 
 NAMES = WeightNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
+
+
+# What an absent field means: Phi3Config of transformers.
+DEFAULTS = {
+    "vocab_size": 32064,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "eos_token_id": 32000,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+}
 
 
 def read_config(fields: Fields) -> ModelConfig:
@@ -14,7 +32,7 @@ def read_config(fields: Fields) -> ModelConfig:
         **shape.common,
         rope=read_rope(fields, shape, renamed={"su": "longrope", "yarn": "longrope"}),
         attention_scale=shape.head_dim**-0.5,
-        windows=read_windows(fields, shape, ("sliding_attention",) * shape.num_layers, default=None),
-        activation=read_activation(fields, "hidden_act", "silu"),
+        windows=read_windows(fields, shape, ("sliding_attention",) * shape.num_layers),
+        activation=read_activation(fields, "hidden_act"),
         names=NAMES,
     )

@@ -6,7 +6,10 @@ and shapes are written down once. Used at start, on the loading thread.
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import math
+import re
 import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -16,12 +19,15 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from engine.models.checkpoint import MappedFiles, StoredTensor, check, find_tensors
+from engine.config import StartupError
+from engine.models.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
+from engine.models.config import ModelConfig
 from engine.ops.linear import Linear
 
 PREFIX = "model."
 EMBEDDING = PREFIX + "embed_tokens.weight"
 OUTPUT = "lm_head"
+OUTPUT_WEIGHT = f"{OUTPUT}.weight"
 
 # Bytes copied before the mapped pages are given back and progress is told.
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -29,6 +35,8 @@ CHUNK_BYTES = 16 * 1024 * 1024
 DUMMY_BLOCK = 1_048_573
 
 TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+logger = logging.getLogger("oneloop.start")
 
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
@@ -131,6 +139,8 @@ class ShapeRecorder(Weights):
 class CheckpointWeights(Weights):
     """Tensors of a directory of safetensors. `shapes` is all that the model will ask for; checked at once.
 
+    tensors: see `find_model_tensors`. assumed: sizes that config.json does not name, for the error of a wrong one.
+
     Every tensor goes from the mapped file to its place in chunks, and the mapped pages are given back after
     each: memory never holds more than the model so far, the layer at hand and one chunk.
     """
@@ -140,14 +150,17 @@ class CheckpointWeights(Weights):
         dtype: torch.dtype,
         device: torch.device,
         directory: Path,
+        tensors: dict[str, StoredTensor],
         shapes: Shapes,
         progress: Progress | None = None,
+        *,
+        assumed: Sequence[str] = (),
     ) -> None:
         super().__init__(dtype, device)
-        self._tensors: dict[str, StoredTensor] = _with_prefix(find_tensors(directory))
+        self._tensors = tensors
         # A tied model's checkpoint may hold the embedding a second time, as the output layer.
-        ignored = () if f"{OUTPUT}.weight" in shapes else (f"{OUTPUT}.weight",)
-        check(directory, self._tensors, shapes, ignored)
+        ignored = () if OUTPUT_WEIGHT in shapes else (OUTPUT_WEIGHT,)
+        check(directory, self._tensors, shapes, ignored, assumed)
         self._files = MappedFiles()
         self._progress = progress
         self._done = 0
@@ -159,17 +172,13 @@ class CheckpointWeights(Weights):
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]
         dtype = TORCH_DTYPES[stored.dtype]
-        mapped = self._files.get(stored.file, stored.end)
         flat = destination.view(-1)
         step = CHUNK_BYTES // dtype.itemsize
         for start in range(0, flat.numel(), step):
             count = min(step, flat.numel() - start)
             begin = stored.begin + start * dtype.itemsize
             end = begin + count * dtype.itemsize
-            with warnings.catch_warnings():
-                # torch warns that the buffer is read-only; nothing writes to it.
-                warnings.simplefilter("ignore", UserWarning)
-                source = torch.frombuffer(mapped, dtype=dtype, count=count, offset=begin)
+            source = _view(self._files, stored, dtype, start, count)
             flat[start : start + count].copy_(source)
             del source
             self._files.release(stored.file, begin, end)
@@ -178,11 +187,100 @@ class CheckpointWeights(Weights):
                 self._progress(self._done, self._total)
 
 
-def _with_prefix(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
-    """A model saved without its output layer has no `model.` before its names; Qwen3-Embedding is one."""
-    if EMBEDDING in tensors or EMBEDDING.removeprefix(PREFIX) not in tensors:
+def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: int, count: int) -> Tensor:
+    """[count]: elements of a stored tensor from `start` on, in the mapped file. Not to be written to."""
+    mapped = files.get(stored.file, stored.end)
+    with warnings.catch_warnings():
+        # torch warns that the buffer is read-only; nothing writes to it.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.frombuffer(mapped, dtype=dtype, count=count, offset=stored.begin + start * dtype.itemsize)
+
+
+def find_model_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """The tensors of a directory by the names that a model asks for. Raises StartupError."""
+    return _with_our_names(find_tensors(directory))
+
+
+def _with_our_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """A model saved without its output layer has no `model.` before its names (Qwen3-Embedding is one); one saved from
+    inside of another object has that one's name before them. The embedding, or else the layers, show the prefix.
+    """
+    name = EMBEDDING.removeprefix(PREFIX)
+    found = {key.removesuffix(name) for key in tensors if f".{key}".endswith(f".{name}")}
+    found = found or {match[1] for key in tensors if (match := re.match(r"((?:.*?\.)?)layers\.\d+\.", key))}
+    if len(found) != 1 or found == {PREFIX}:
         return tensors
-    return {name if name.startswith(OUTPUT) else PREFIX + name: tensor for name, tensor in tensors.items()}
+    prefix = found.pop()
+    outer = prefix.removesuffix(PREFIX) if prefix.endswith(f".{PREFIX}") else prefix
+
+    def ours(key: str) -> str:
+        if key.removeprefix(outer).startswith(f"{OUTPUT}."):
+            return key.removeprefix(outer)
+        return PREFIX + key.removeprefix(prefix) if key.startswith(prefix) else key
+
+    renamed = {ours(key): tensor for key, tensor in tensors.items()}
+    return renamed if len(renamed) == len(tensors) else tensors
+
+
+def settle_output(
+    config: ModelConfig, tensors: dict[str, StoredTensor], directory: Path, dtype: torch.dtype
+) -> ModelConfig:
+    """The config as the checkpoint has it: tied where config.json says so and the checkpoint has no other output layer.
+
+    As transformers decides: an output layer that differs from the embedding is used, with a warning; an embedding that
+    is stored under the output layer's name alone is moved there, in `tensors`. Raises StartupError for a model that has
+    no output layer although it is not tied.
+    """
+    if config.headless:
+        return config
+    head, embedding = tensors.get(OUTPUT_WEIGHT), tensors.get(EMBEDDING)
+    if not config.tie_word_embeddings:
+        if head is None and embedding is not None:
+            raise StartupError(
+                f"{directory}: tensor {OUTPUT_WEIGHT} is missing, and tie_word_embeddings in config.json is false "
+                "(which an absent field may mean); true there uses the embedding in its place"
+            )
+        return config
+    if head is None:
+        return config
+    if embedding is None:
+        tensors[EMBEDDING] = tensors.pop(OUTPUT_WEIGHT)
+        return config
+    if _are_equal(head, embedding, dtype):
+        return config
+    logger.warning(
+        "%s: tie_word_embeddings in config.json is true, but %s differs from the embedding: it is used, as in "
+        "transformers; false there says so",
+        directory,
+        OUTPUT_WEIGHT,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) -> bool:
+    """Whether two stored tensors are the same once they are loaded; read in chunks, up to the first difference."""
+    if first.shape != second.shape:
+        return False
+    if first.dtype not in FLOATS or second.dtype not in FLOATS:
+        return first.dtype == second.dtype  # an error of its own, later
+    count = math.prod(first.shape)
+    step = CHUNK_BYTES // 8
+    files = MappedFiles()
+    try:
+        for start in range(0, count, step):
+            size = min(step, count - start)
+            parts = [_view(files, stored, TORCH_DTYPES[stored.dtype], start, size) for stored in (first, second)]
+            equal = first.dtype == second.dtype and torch.equal(*(part.view(torch.uint8) for part in parts))
+            equal = equal or torch.equal(*(part.to(dtype) for part in parts))
+            del parts
+            for stored in (first, second):
+                item = TORCH_DTYPES[stored.dtype].itemsize
+                files.release(stored.file, stored.begin + start * item, stored.begin + (start + size) * item)
+            if not equal:
+                return False
+    finally:
+        files.close()
+    return True
 
 
 class DummyWeights(Weights):

@@ -22,14 +22,15 @@ import jinja2.sandbox
 
 from engine.config import StartupError
 from engine.request import RequestError
-from engine.text.tokenizer import named_tokens, read_json
+from engine.text.added_tokens import named_tokens, read_json
+from engine.text.template_probe import PROBE_RENDER_SECONDS, find_shape
+from engine.text.template_shape import REASONING_FIELDS, Message, TemplateShape, fit, plain, text_of
 
 # The body limit is 8 MiB; a template that makes more than this of it is not rendering a conversation.
 MAX_OUTPUT_CHARACTERS = 32 * 1024 * 1024
 MAX_RENDER_SECONDS = 5.0
 # Marks the place where a continued message ends; the trailing space shows whether the template trims.
 _CONTINUE_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
-_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
 
 
 class _GenerationTag(jinja2.ext.Extension):
@@ -45,16 +46,17 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Deadline:
-    """Raises RequestError when a rendering takes longer than MAX_RENDER_SECONDS."""
+    """Raises RequestError when a rendering takes longer than so many seconds."""
 
-    __slots__ = ("_end",)
+    __slots__ = ("_end", "_seconds")
 
-    def __init__(self) -> None:
-        self._end = time.monotonic() + MAX_RENDER_SECONDS
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._end = time.monotonic() + seconds
 
     def check(self) -> None:
         if time.monotonic() > self._end:
-            raise RequestError(f"The chat template took longer than {MAX_RENDER_SECONDS:g} s on these messages.")
+            raise RequestError(f"The chat template took longer than {self._seconds:g} s on these messages.")
 
 
 class _Messages(list[Any]):
@@ -162,8 +164,8 @@ def _find(directory: Path) -> tuple[dict[str, str], Path]:
 class ChatTemplate:
     """One model's template, or its named ones: tool_use where tools are given and there is one, else default.
 
-    source: the text of the default one. accepts_parts: whether content may be a list of {"type": "text"} parts;
-    where it may not, the caller joins the parts first.
+    source: the text of the default one. shape, tool_shape: what conversations without and with tools have to look
+    like; `render` gives them so.
     """
 
     def __init__(
@@ -178,7 +180,8 @@ class ChatTemplate:
         self._default = "default" if "default" in templates else next(iter(templates))
         self._special_tokens = dict(special_tokens)
         self.source = templates[self._default]
-        self.accepts_parts = self._accepts_parts()
+        self.shape = self._find_shape(with_tools=False)
+        self.tool_shape = self._find_shape(with_tools=True)
 
     @classmethod
     def load(cls, directory: Path, override: str | None = None) -> ChatTemplate | None:
@@ -213,28 +216,64 @@ class ChatTemplate:
         """
         if not messages:
             raise RequestError("messages must hold at least one message", param="messages")
-        if continue_final_message and add_generation_prompt:
+        if not continue_final_message:
+            return self._render(messages, tools, add_generation_prompt, kwargs)
+        if add_generation_prompt:
             raise RequestError(
                 "continue_final_message and add_generation_prompt exclude each other: the first goes on with the "
                 "last message, the second begins a new one",
                 param="continue_final_message",
             )
-        chat = [_normalise(message) for message in messages]
-        name = "tool_use" if tools is not None and "tool_use" in self._compiled else self._default
-        final = _mark_final(chat[-1], self._sources[name]) if continue_final_message else ""
-        deadline = _Deadline()
+        return self._continue(messages, tools, kwargs)
+
+    def _render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        kwargs: dict[str, Any] | None,
+    ) -> str:
+        chat, declared = fit(messages, tools, self._shape(tools))
+        return self._run(chat, declared, add_generation_prompt, self._shape(tools), kwargs)
+
+    def _shape(self, tools: list[dict[str, Any]] | None) -> TemplateShape:
+        return self.shape if tools is None else self.tool_shape
+
+    def _name(self, tools: list[dict[str, Any]] | None) -> str:
+        return "tool_use" if tools is not None and "tool_use" in self._compiled else self._default
+
+    def _find_shape(self, *, with_tools: bool) -> TemplateShape:
+        def render(chat: list[Message], tools: list[Any] | None, generate: bool, shape: TemplateShape) -> str:
+            return self._run(chat, tools, generate, shape, None, min(PROBE_RENDER_SECONDS, MAX_RENDER_SECONDS))
+
+        source = self._sources[self._name([] if with_tools else None)]
+        return find_shape(render, source, with_tools=with_tools)
+
+    def _run(
+        self,
+        chat: list[Message],
+        tools: list[dict[str, Any]] | None,
+        add_generation_prompt: bool,
+        shape: TemplateShape,
+        kwargs: dict[str, Any] | None,
+        seconds: float | None = None,
+    ) -> str:
+        """Messages in the template's shape through the template."""
+        deadline = _Deadline(MAX_RENDER_SECONDS if seconds is None else seconds)
         variables = {
             **self._special_tokens,
-            **_plain(kwargs or {}),
+            **plain(kwargs or {}),
             "messages": _Messages(chat, deadline),
-            "tools": _plain(tools),
-            "documents": _plain((kwargs or {}).get("documents")),
+            "tools": tools,
+            "documents": plain((kwargs or {}).get("documents")),
             "add_generation_prompt": add_generation_prompt,
         }
+        if shape.tools == "system" or (tools is None and shape.omits_tools):
+            del variables["tools"]
         parts: list[str] = []
         size = 0
         try:
-            for part in self._compiled[name].generate(variables):
+            for part in self._compiled[self._name(tools)].generate(variables):
                 parts.append(part)
                 size += len(part)
                 if size > MAX_OUTPUT_CHARACTERS:
@@ -248,37 +287,65 @@ class ChatTemplate:
             raise RequestError(
                 f"The chat template cannot render these messages: {error or type(error).__name__}", param="messages"
             ) from None
-        text = "".join(parts)
-        return _cut_at_mark(text, final) if continue_final_message else text
+        return "".join(parts)
 
-    def _accepts_parts(self) -> bool:
-        """Ask the template itself: does a list of parts come out as its text?"""
-        word = "qzxprobe"
+    # ---- going on with the last message
+
+    def _continue(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, kwargs: dict[str, Any] | None
+    ) -> str:
+        """The prompt that ends where the last message does.
+
+        The message goes through the template, as in transformers, but where it ends inside of its reasoning or where
+        the template would cut the reasoning away: those templates write a block of their own around it. Then the text
+        stands as it was given behind what the template begins an answer with.
+        """
+        shape = self._shape(tools)
+        last = messages[-1]
+        given = _open_reasoning(last, shape)
+        if given is not None and len(messages) > 1:
+            return self._answer_head(messages[:-1], tools, kwargs) + given
+        if last.get("content") is None:
+            raise _nothing_to_go_on_with()
+        chat, declared = fit(messages, tools, shape, keep_last=True)
+        final = _mark_final(chat[-1], self._sources[self._name(tools)])
+        text = self._run(chat, declared, False, shape, kwargs)
         try:
-            text = self.render([{"role": "user", "content": [{"type": "text", "text": word}]}])
+            return _cut_at_mark(text, final)
         except RequestError:
-            return False
-        return word in text and "'type'" not in text and '"type"' not in text
+            close = shape.reasoning_close.strip()
+            spoken = text_of(last.get("content"))
+            if last.get("role") != "assistant" or not close or close not in spoken or len(messages) < 2:
+                raise
+            return self._answer_head(messages[:-1], tools, kwargs) + spoken
+
+    def _answer_head(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, kwargs: dict[str, Any] | None
+    ) -> str:
+        """The prompt of an answer, without the reasoning that the template may have opened, or left out, in it."""
+        shape = self._shape(tools)
+        head = self._render(messages, tools, True, kwargs)
+        opening, closing = shape.reasoning_open.strip(), shape.reasoning_close.strip()
+        bare = head.rstrip()
+        if closing and bare.endswith(closing):
+            head = bare.removesuffix(closing)
+            bare = head.rstrip()
+        for mark in (shape.reasoning_open.rstrip(), opening):
+            if mark and bare.endswith(mark):
+                return bare.removesuffix(mark)
+        return head
 
 
-def _plain(value: Any) -> Any:
-    """A copy made of JSON's types alone, so that a template finds no method on anything."""
-    if value is None or isinstance(value, str | bool | int | float):
-        return value
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return f"<{type(value).__name__}>"
-
-
-def _normalise(message: dict[str, Any]) -> dict[str, Any]:
-    """Without nulls (templates print them as "None"), and with reasoning under the names that templates read."""
-    chat = {key: _plain(value) for key, value in message.items() if value is not None}
-    reasoning = next((chat[name] for name in _REASONING_FIELDS if name in chat), None)
-    if reasoning is not None:
-        chat = {"thinking": reasoning, **chat, "reasoning_content": reasoning}
-    return chat
+def _open_reasoning(message: dict[str, Any], shape: TemplateShape) -> str | None:
+    """The text of a message that ends inside of its reasoning, with the mark before it; None where it does not."""
+    opening, closing = shape.reasoning_open.strip(), shape.reasoning_close.strip()
+    if message.get("role") != "assistant" or not opening or message.get("tool_calls"):
+        return None
+    content = text_of(message.get("content"), "" if "assistant" in shape.parts else "\n")
+    reasoning = next((message[name] for name in REASONING_FIELDS if isinstance(message.get(name), str)), "")
+    if not content:
+        return shape.reasoning_open + reasoning if reasoning else None
+    return content if content.rfind(opening) > content.rfind(closing) else None
 
 
 def _mark_final(message: dict[str, Any], source: str) -> str:
@@ -293,7 +360,11 @@ def _mark_final(message: dict[str, Any], source: str) -> str:
                 text: str = part["text"]
                 part["text"] = text + _CONTINUE_TAG
                 return text
-    raise RequestError(
+    raise _nothing_to_go_on_with()
+
+
+def _nothing_to_go_on_with() -> RequestError:
+    return RequestError(
         "continue_final_message is set but the last message has no text to go on with", param="continue_final_message"
     )
 

@@ -213,7 +213,8 @@ class GrammarCompiler:
         self._eos_token_ids = list(eos_token_ids)
         self._building = threading.Lock()
         self._built: tuple[LLTokenizer, bool] | None = None
-        names = {tokenizer.id_to_token(token_id): token_id for token_id in tokenizer.special_ids}
+        special_ids = [token_id for token_id in tokenizer.special_ids if token_id < vocab_size]
+        names = {tokenizer.id_to_token(token_id): token_id for token_id in special_ids}
         self._special = {name: token_id for name, token_id in names.items() if name}
         longest_first = sorted(self._special, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
@@ -433,8 +434,9 @@ class _Words:
         assert eos_token_ids, "a grammar ends with an EOS"
         self.eos_token_ids = eos_token_ids
         self.eos_token_id = eos_token_ids[0]
-        self.special_token_ids = sorted({*tokenizer.special_ids, *eos_token_ids})
-        special = frozenset(self.special_token_ids)
+        self.special_token_ids = sorted(id for id in {*tokenizer.special_ids, *eos_token_ids} if id < vocab_size)
+        # An id that the model cannot say is in no forced text either.
+        special = frozenset((*self.special_token_ids, *range(vocab_size, tokenizer.vocab_size)))
         # A token without bytes is in nobody's text. Special ones go by their name.
         self.tokens = [tokenizer.token_bytes(token_id) for token_id in range(min(tokenizer.vocab_size, vocab_size))]
         self.tokens += [b""] * (vocab_size - len(self.tokens))

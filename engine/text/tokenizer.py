@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import tokenizers
 
 from engine.config import StartupError
 from engine.request import QueueFullError, RequestError
+from engine.text.added_tokens import named_tokens, read_json, settle_added_tokens
 from engine.text.pieces import Opening, PieceRule, Pieces, Texts, compile_rule
 
 # Encoding costs about 0.35 us a character, and a hop to the pool and back about 0.1 ms of the loop's time: below
@@ -29,22 +29,9 @@ INLINE_CHARACTERS = 1024
 MAX_WAITING_ENCODES = 4096
 POOL_THREADS = max(1, min(4, (os.cpu_count() or 2) // 2))
 
-# Named tokens of tokenizer_config.json. Each is special: split off when encoding, skipped when decoding.
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What holds a vocabulary where there is no tokenizer.json.
+OLDER_FILES = ("tokenizer.model", "tekken.json", "tiktoken.model", "spiece.model", "vocab.json", "vocab.txt")
 _NOTHING: frozenset[int] = frozenset()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of the model directory. StartupError when it cannot be read."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise StartupError(f"{path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise StartupError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise StartupError(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def check_merges(path: Path) -> None:
@@ -62,40 +49,6 @@ def check_merges(path: Path) -> None:
             raise StartupError(
                 f"{path}: model.continuing_subword_prefix is {prefix!r}, but the merge {pair} does not continue with it"
             )
-
-
-def named_tokens(directory: Path) -> dict[str, str]:
-    """`*_token` fields of tokenizer_config.json (and of the older special_tokens_map.json) by name, as text."""
-    found: dict[str, str] = {}
-    path = directory / "tokenizer_config.json"
-    config = read_json(path) if path.is_file() else {}
-    old = directory / "special_tokens_map.json"
-    # Files that list their added tokens carry the names themselves; only older ones need the map.
-    sources = [(path, config)]
-    if old.is_file() and "added_tokens_decoder" not in config:
-        sources.append((old, read_json(old)))
-    for source, fields in sources:
-        for name, value in fields.items():
-            if not name.endswith("_token") or isinstance(value, bool) or value is None:
-                continue  # add_bos_token and its like end in _token too
-            content = value.get("content") if isinstance(value, dict) else value
-            if isinstance(content, str):
-                found[name] = content
-            elif name in NAMED_TOKENS:
-                raise StartupError(f"{source}: {name} must be text or an object with content, got {value!r}")
-        extra = fields.get("extra_special_tokens")
-        if isinstance(extra, dict):
-            found.update({name: text for name, text in extra.items() if isinstance(text, str)})
-    return found
-
-
-def _extra_tokens(config: dict[str, Any], path: Path) -> list[str]:
-    name = "extra_special_tokens" if config.get("extra_special_tokens") else "additional_special_tokens"
-    value = config.get(name) or []
-    if not isinstance(value, list | dict):
-        raise StartupError(f"{path}: {name} must be a list of tokens, got {value!r}")
-    listed = [item.get("content") if isinstance(item, dict) else item for item in value]
-    return [item for item in listed if isinstance(item, str)]
 
 
 class Tokenizer:
@@ -134,15 +87,19 @@ class Tokenizer:
         self._waiting = 0
 
     @classmethod
-    def load(cls, directory: Path) -> Tokenizer:
+    def load(cls, directory: Path, rows: int = 0) -> Tokenizer:
         """Read tokenizer.json, tokenizer_config.json and, for older models, special_tokens_map.json.
+
+        rows: of the model's embedding; a named token that is in no file gets an id only below it.
 
         Whether BOS is prepended is tokenizer.json's post-processor to say; `add_bos_token` beside it has no effect,
         as in transformers 5. Raises StartupError naming the file and the field.
         """
         path = directory / "tokenizer.json"
         if not path.is_file():
-            raise StartupError(f"{directory}: no tokenizer.json (only `tokenizers` files are read)")
+            older = [name for name in OLDER_FILES if (directory / name).is_file()]
+            hint = f"; {older[0]} is there, from which transformers' save_pretrained makes one" if older else ""
+            raise StartupError(f"{directory}: no tokenizer.json (only `tokenizers` files are read){hint}")
         try:
             check_merges(path)
             backend = tokenizers.Tokenizer.from_file(str(path))
@@ -151,35 +108,14 @@ class Tokenizer:
         except BaseException as error:  # the library raises bare Exception, and a panic of its is none at all
             raise StartupError(f"{path}: {' '.join(str(error).split())}") from None
         named = named_tokens(directory)
-        config_path = directory / "tokenizer_config.json"
-        config = read_json(config_path) if config_path.is_file() else {}
-        cls._add_declared(backend, config, config_path)
-        # A named token that is an ordinary word of the vocabulary becomes special. One that is unknown is left
-        # out: it would get an id that the model has no row for.
-        special = [named[name] for name in named if backend.token_to_id(named[name]) is not None]
-        special += [text for text in _extra_tokens(config, config_path) if backend.token_to_id(text) is not None]
-        backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in special])
+        special_ids = settle_added_tokens(backend, directory, rows)
         tokenizer = cls(backend, named)
-        tokenizer.special_ids |= {id for text in special if (id := backend.token_to_id(text)) is not None}
+        tokenizer.special_ids |= special_ids
         eos = named.get("eos_token")
         if eos and not tokenizer.eos_token_ids:
+            config_path = directory / "tokenizer_config.json"
             raise StartupError(f"{config_path}: eos_token {eos!r} is not in the vocabulary of tokenizer.json")
         return tokenizer
-
-    @staticmethod
-    def _add_declared(backend: tokenizers.Tokenizer, config: dict[str, Any], path: Path) -> None:
-        """Add tokens that only tokenizer_config.json's added_tokens_decoder knows, where they get their own id."""
-        declared = config.get("added_tokens_decoder", {})
-        if not isinstance(declared, dict):
-            raise StartupError(f"{path}: added_tokens_decoder must be an object")
-        try:
-            entries = sorted((int(token_id), dict(fields)) for token_id, fields in declared.items())
-            for token_id, fields in entries:
-                content = fields.pop("content")
-                if backend.token_to_id(content) is None and backend.get_vocab_size() == token_id:
-                    backend.add_tokens([tokenizers.AddedToken(content, **fields)])
-        except (ValueError, TypeError, KeyError) as error:
-            raise StartupError(f"{path}: added_tokens_decoder: {error!r}") from None
 
     # Text to ids.
 

@@ -156,7 +156,7 @@ class OpenAIAnswer:
         else:
             choice["text"] = text
         choice["logprobs"] = None
-        if self._logprobs and delta.token_ids:
+        if self._logprobs and (delta.token_ids or echo):
             choice["logprobs"] = self._logprobs[index].next(delta, self._streams[index].prompt_logprobs)
         choice |= _ending(delta, called) if delta.finish_reason is not None else {"finish_reason": None}
         if plan.return_token_ids:

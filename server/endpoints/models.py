@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+
 from aiohttp import web
 
 from server.protocol.errors import json_response
@@ -11,17 +13,41 @@ from server.state import STATE, ServedModel
 
 async def list_models(request: web.Request) -> web.Response:
     model = request.app[STATE].model
-    return json_response({"object": "list", "data": [_card(model, name) for name in model.names]})
+    if not _asks_anthropic(request):
+        return json_response({"object": "list", "data": [_card(model, name) for name in model.names]})
+    cards = [_anthropic_card(model, name) for name in model.names]
+    ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"]}
+    return json_response({"data": cards, "has_more": False, **ends})
 
 
 async def get_model(request: web.Request) -> web.Response:
     model, name = request.app[STATE].model, request.match_info["id"]
-    if name not in model.names:
+    if not model.knows(name):
         raise unknown_model(name)
-    return json_response(_card(model, name))
+    return json_response((_anthropic_card if _asks_anthropic(request) else _card)(model, name))
+
+
+def _asks_anthropic(request: web.Request) -> bool:
+    """Anthropic's clients ask the same path, and say who they are."""
+    return "anthropic-version" in request.headers
+
+
+def _anthropic_card(model: ServedModel, name: str) -> dict[str, object]:
+    created = datetime.datetime.fromtimestamp(model.created, datetime.UTC)
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": created.isoformat().replace("+00:00", "Z"),
+        "max_input_tokens": model.max_model_len,
+        "max_tokens": model.max_model_len,
+    }
 
 
 def _card(model: ServedModel, name: str) -> dict[str, object]:
+    """The context's length under every name that clients look for it: vLLM's, OpenRouter's, LM Studio's, Anthropic's,
+    llama.cpp's."""
+    context = model.max_model_len
     return {
         "id": name,
         "object": "model",
@@ -30,12 +56,19 @@ def _card(model: ServedModel, name: str) -> dict[str, object]:
         "owned_by": "oneloop",
         "root": model.names[0],
         "parent": None,
-        "max_model_len": model.max_model_len,
+        "max_model_len": context,
+        "context_length": context,
+        "max_context_length": context,
+        "max_input_tokens": context,
+        "max_tokens": context,
+        "meta": {"n_ctx": context, "n_ctx_train": context, "n_vocab": model.model_config.vocab_size},
     }
 
 
 ROUTES = (
     ("GET", "/v1/models", list_models),
+    # Clients whose base URL lacks the /v1.
+    ("GET", "/models", list_models),
     # Ids of hub models hold slashes.
     ("GET", "/v1/models/{id:.+}", get_model),
 )

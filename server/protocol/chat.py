@@ -16,6 +16,7 @@ import orjson
 from engine.config import RESERVED_TEMPLATE_KWARGS
 from engine.request import MAX_TOP_LOGPROBS, RequestError
 from engine.text.structured import GrammarSpec
+from engine.text.template_shape import text_of
 from server.messages import Reading
 from server.parsers.base import ReasoningFamily, ReasoningStyle
 from server.protocol.body import Body, check_nesting, invalid
@@ -35,9 +36,9 @@ INLINE_BYTES = 16 * 1024
 async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     """Raises RequestError for anything that cannot be served."""
     name = "max_tokens"
-    if (wanted := body.integer("max_completion_tokens", None, 1)) is not None:
+    if (wanted := body.integer("max_completion_tokens", None, -1)) is not None:
         name = "max_completion_tokens"
-        if body.integer("max_tokens", wanted, 1) != wanted:
+        if body.integer("max_tokens", wanted, -1) != wanted:
             raise invalid("max_tokens", "and `max_completion_tokens` differ; give one of them")
     logprobs = _read_logprobs(body)
     common = read_common(body, state, name, state.model.generation_defaults.max_new_tokens, logprobs)
@@ -133,8 +134,8 @@ def _echo(body: Body, state: State) -> str:
     if isinstance(content, str):
         return content
     template = state.model.chat_template
-    # As the template got it: see _with_joined_parts.
-    return ("" if template is None or template.accepts_parts else "\n").join(part["text"] for part in content)
+    # As the template got it.
+    return text_of(content, "" if template is None or "assistant" in template.shape.parts else "\n")
 
 
 async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, list[int]]:
@@ -151,7 +152,7 @@ async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[st
         raise RequestError("This model has no chat template; use /v1/completions.", param="messages")
     render = partial(
         template.render,
-        messages if template.accepts_parts else [_with_joined_parts(message) for message in messages],
+        messages,
         # Who must not call is told of nothing to call.
         tools=tools.tools if tools.reads_calls else None,
         add_generation_prompt=add_generation,
@@ -173,14 +174,13 @@ def _read_messages(messages: Any) -> list[dict[str, Any]]:
 
 
 def _read_message(message: Any, where: str) -> dict[str, Any]:
-    """A message as templates want it: content never null, arguments of tool calls as objects."""
+    """A message that is one; ChatTemplate gives it the shape that the model's template wants."""
     if not isinstance(message, dict):
         raise invalid(where, "must be an object")
     role = message.get("role")
     if role not in ROLES:
         raise invalid(f"{where}.role", f"must be one of {', '.join(ROLES)}")
-    # Templates of open models know no developer and would drop the message without a word.
-    read: dict[str, Any] = message | {"role": "system" if role == "developer" else role}
+    read: dict[str, Any] = dict(message)
     for name in ("name", "tool_call_id", "reasoning", "reasoning_content"):
         if not isinstance(message.get(name), str | None):
             raise invalid(f"{where}.{name}", "must be a string")
@@ -190,12 +190,10 @@ def _read_message(message: Any, where: str) -> dict[str, Any]:
             raise invalid(f"{where}.tool_calls", "must be a list, in a message of the assistant")
         read["tool_calls"] = [_read_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
     content = message.get("content")
-    if content is None:
-        if not calls:
-            raise invalid(f"{where}.content", "is required, unless the assistant calls tools")
-        # Not null: templates add it to strings.
-        read["content"] = ""
-    else:
+    if content is None and role == "assistant" and isinstance(message.get("refusal"), str):
+        content = message["refusal"]
+    # Null is an empty turn: agents keep what an answer had besides its text, and send it back without one.
+    if content is not None or role in ("system", "developer") or (role != "assistant" and "content" not in message):
         read["content"] = _read_content(content, f"{where}.content")
     return read
 
@@ -218,32 +216,22 @@ def _read_content(content: Any, where: str) -> str | list[dict[str, str]]:
     return parts
 
 
-def _with_joined_parts(message: dict[str, Any]) -> dict[str, Any]:
-    """The message for a template that can only read strings."""
-    content = message["content"]
-    if isinstance(content, str):
-        return message
-    return message | {"content": "\n".join(part["text"] for part in content)}
-
-
 def _read_tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise invalid(where, "must be an object with a `function` that has a `name`")
     arguments = function.get("arguments")
     if isinstance(arguments, str):
-        # Templates print an object as JSON and would quote a string twice. What the model garbled stays text.
+        # The text goes on as it is, for some templates want it so; what the model garbled does, too.
         try:
             parsed = orjson.loads(arguments)
         except orjson.JSONDecodeError:
             parsed = None
         if isinstance(parsed, dict):
             check_nesting(f"{where}.function.arguments", parsed)
-            arguments = parsed
-    elif arguments is not None and not isinstance(arguments, dict):
+    elif not isinstance(arguments, dict | None):
         raise invalid(f"{where}.function.arguments", "must be a string of JSON")
-    function = function | {"arguments": {} if arguments is None else arguments}
-    return {**call, "function": function}
+    return dict(call)
 
 
 def _read_template_kwargs(body: Body, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.request import MAX_TOP_LOGPROBS
 from server.protocol.body import Body
 from server.protocol.generation import Common, Plan, make_plan, read_common
 from server.protocol.prompts import encode_prompts, read_prompts
@@ -12,7 +13,8 @@ from server.state import State
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
-MAX_LOGPROBS = 5
+# vLLM's bound; OpenAI's own is 5.
+MAX_LOGPROBS = MAX_TOP_LOGPROBS
 
 
 async def parse_completion(
@@ -21,10 +23,9 @@ async def parse_completion(
     response_id: str,
     *,
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
-    most_logprobs: int = MAX_LOGPROBS,
 ) -> Plan:
     """Raises RequestError for anything that cannot be served. Other families have other defaults and limits."""
-    logprobs = body.integer("logprobs", None, 0, most_logprobs)
+    logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
     common = read_common(body, state, "max_tokens", default_max_tokens, logprobs)
     spec = read_grammar(body)
     refuse(body, COMPLETION_REFUSALS)

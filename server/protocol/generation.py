@@ -52,7 +52,8 @@ class Plan:
     carries what its answer needs of the prompt's tokens.
     tokens_as_ids: tokens of log-probabilities are spelled "token_id:17".
     reading: how the output becomes a message; None where all of it is the content. prompt_text: the rendered prompt,
-    where the answer is to show it.
+    where the answer is to show it. no_output: max_tokens is 0, which is about the prompt alone; the engine makes one
+    token, and nobody sees it.
     """
 
     chat: bool
@@ -72,6 +73,7 @@ class Plan:
     return_token_ids: bool
     reading: Reading | None = None
     prompt_text: str | None = None
+    no_output: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,7 @@ class Common:
 def read_model(body: Body, model: ServedModel) -> str:
     """The name that the client uses; the served one where it gives none. Raises the 404 for an unknown one."""
     name = body.string("model", model.names[0])
-    if name not in model.names:
+    if not model.knows(name):
         raise unknown_model(name)
     return name
 
@@ -152,7 +154,9 @@ def read_common(
     include_usage, continuous_usage = _read_stream_options(body, stream)
     # Ids are the server's own; a client's word is only echoed.
     body.string("request_id", None, most=128)
-    sampling = _read_sampling(body, state, body.integer(max_tokens_field, None, 1))
+    max_tokens = body.integer(max_tokens_field, None, -1)
+    # What llama.cpp's clients say for "no limit".
+    sampling = _read_sampling(body, state, None if max_tokens == -1 else max_tokens)
     # Candidates are compared by their log-probabilities, whether the client wants to see them or not.
     sampling = replace(sampling, logprobs=0 if logprobs is None and num_candidates > num_choices else logprobs)
     return Common(
@@ -213,11 +217,14 @@ def make_plan(
     """Turn prompts into engine requests. echoes, reading: see Plan. Raises RequestError for what does not fit."""
     if reading is not None:
         common = replace(common, sampling=replace(common.sampling, kept_special_ids=_markers(state, reading)))
+    no_output = common.sampling.max_tokens == 0
     num_requests = len(prompts) * common.num_candidates
     check_count(state, num_requests)
     requests: list[Request] = []
     for prompt in prompts:
         sampling = _fit(state, common, prompt)
+        if no_output:
+            sampling = replace(sampling, max_tokens=1)
         of_prompt = _prompt_logprobs(common, chat)
         for index in range(common.num_candidates):
             seeded = sampling
@@ -249,6 +256,7 @@ def make_plan(
         continuous_usage=common.continuous_usage,
         return_token_ids=common.return_token_ids,
         reading=reading,
+        no_output=no_output,
     )
 
 
@@ -288,11 +296,17 @@ def room_for(state: State, prompt: list[int]) -> int:
 
 
 def _fit(state: State, common: Common, prompt: list[int]) -> SamplingParams:
-    """Give a prompt its default max_tokens; an explicit one that does not fit is the engine's to refuse."""
+    """Give a prompt its max_tokens: the default where it fits, and of an explicit one what fits.
+
+    That is the rule of every API family, for agents send the largest number that they know. Where --refuse-max-tokens
+    is set, one that does not fit is the engine's to refuse; and so is a prompt that leaves no room at all.
+    """
     sampling, room = common.sampling, room_for(state, prompt)
     max_tokens = sampling.max_tokens
     if max_tokens is None and common.default_max_tokens is not None and common.default_max_tokens <= room:
         max_tokens = common.default_max_tokens
+    if max_tokens is not None and max_tokens > room > 0 and not state.options.refuse_max_tokens:
+        max_tokens = room
     most = room if max_tokens is None else max_tokens
     # Where nothing fits, the engine's own error says more.
     if room > 0 and sampling.min_tokens > most:
@@ -367,7 +381,9 @@ def _read_bad_words(body: Body, state: State) -> tuple[tuple[int, ...], ...]:
         or not all(isinstance(word, str) and 0 < len(word) <= MAX_BAD_WORD_LENGTH for word in words)
     ):
         raise invalid("bad_words", f"must be at most {MAX_BAD_WORDS} strings of 1 to {MAX_BAD_WORD_LENGTH} characters")
-    return bad_word_ids(state.tokenizer, words)
+    # What holds an id that the model cannot say is never said.
+    rows = state.model.model_config.vocab_size
+    return tuple(ids for ids in bad_word_ids(state.tokenizer, words) if max(ids) < rows)
 
 
 def bad_word_ids(tokenizer: Tokenizer, words: list[str]) -> tuple[tuple[int, ...], ...]:
@@ -422,7 +438,6 @@ def _read_stream_options(body: Body, stream: bool) -> tuple[bool, bool]:
     if not stream:
         raise invalid("stream_options", "is only allowed when `stream` is true")
     fields = Body({f"stream_options.{name}": value for name, value in options.items()})
-    return (
-        fields.boolean("stream_options.include_usage", False),
-        fields.boolean("stream_options.continuous_usage_stats", False),
-    )
+    include_usage = fields.boolean("stream_options.include_usage", False)
+    # As in vLLM, the second says how often, and nothing without the first.
+    return include_usage, fields.boolean("stream_options.continuous_usage_stats", False) and include_usage

@@ -182,7 +182,7 @@ async def _parse_raw(body: Body, fields: dict[str, Any], state: State, response_
         raise invalid("top_logprobs", "needs `logprobs` to be true")
     fields |= {"prompt": body.raw("prompt"), "logprobs": (top or 0) if wanted else None}
     return await parse_completion(
-        Body(fields, body.size), state, response_id, default_max_tokens=None, most_logprobs=MAX_TOP_LOGPROBS
+        Body(fields, body.size), state, response_id, default_max_tokens=None
     )
 
 

@@ -14,6 +14,10 @@ from server.protocol.body import Body
 
 # null is neutral everywhere.
 _COMMON: dict[str, tuple[object, ...]] = {
+    # Halves of a prefill and a decode that would meet elsewhere.
+    "bootstrap_host": (),
+    "bootstrap_port": (),
+    "bootstrap_room": (),
     "extra_key": ("",),
     "session_params": ({},),
     "sampling_logprobs_mode": (),

@@ -73,8 +73,6 @@ REFUSALS: dict[str, tuple[object, ...]] = {
     "require_reasoning": (False,),
     "max_thinking_tokens": (),
     "background": (False,),
-    "bootstrap_host": (),
-    "bootstrap_room": (),
     "positional_embed_overrides": (),
     "multi_item_delimiter_indices": (),
     "token_indices_to_pool": (),
@@ -99,7 +97,8 @@ class Wanted:
 
 
 async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Plan, Wanted]:
-    """Raises RequestError for anything that cannot be served, in SGLang's names."""
+    """Raises RequestError for anything that cannot be served, in SGLang's names. `model` is what routers add for
+    themselves; SGLang never looks at it."""
     refuse(body, REFUSALS)
     by_text = body.has("text")
     if by_text == body.has("input_ids"):
@@ -113,7 +112,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
     plans: list[Plan] = []
     starts: list[int] = []
     for index, prompt in enumerate(prompts):
-        fields = {"prompt": prompt, "stream": stream, "model": body.raw("model"), **each.at(EACH, index)}
+        fields = {"prompt": prompt, "stream": stream, **each.at(EACH, index)}
         fields |= _read_params(params[index])
         own = Body(each.at(("return_logprob", "top_logprobs_num", "logprob_start_len"), index))
         wants_logprobs = own.boolean("return_logprob", False)
@@ -129,7 +128,6 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
                 state,
                 f"{response_id}-{index}" if is_list else response_id,
                 default_max_tokens=DEFAULT_MAX_NEW_TOKENS,
-                most_logprobs=MAX_TOP_LOGPROBS,
             )
         check_count(state, plan.num_candidates * len(prompts))
         size = len(plan.requests[0].prompt_token_ids)

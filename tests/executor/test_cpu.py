@@ -220,9 +220,10 @@ def test_memory_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert pages(num_pages=7) == 7
     assert pages(kv_cache_bytes=10 * PER_PAGE + 5) == 9
     assert pages(memory_fraction=0.5) == 499
-    assert pages() == 399
+    assert pages() == 249
     assert pages(seqs=3, context=33) == 9, "no more than the sequences can use"
-    assert plan_memory(SIZES, torch.float32, CacheOptions(), 64, 1 << 20) == 199
+    assert pages(seqs=256, context=48) == 64 * 3, "nor than many of full context"
+    assert plan_memory(SIZES, torch.float32, CacheOptions(), 64, 1 << 20) == 124
     with pytest.raises(StartupError, match="no page"):
         pages(kv_cache_bytes=100)
     with pytest.raises(StartupError, match="are available"):

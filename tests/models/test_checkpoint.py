@@ -18,7 +18,7 @@ from engine.models.checkpoint import find_tensors, read_header
 from engine.models.config import ModelConfig
 from engine.models.registry import load_model
 from engine.models.weights import DummyWeights
-from tests.models.support import CPU, Runner, compare, edit_json, load, make_checkpoint, prompts_of
+from tests.models.support import CPU, Runner, edit_json, load, make_checkpoint, prompts_of
 
 
 def write_file(path: Path, header: Any, data: bytes = b"", *, length: int | None = None) -> None:
@@ -146,19 +146,6 @@ def test_harmless_extras_are_ignored(llama: Path, tmp_path: Path) -> None:
     load(rewritten(llama, tmp_path, lambda tensors: tensors.update(extra)))
 
 
-def test_tied_model_ignores_its_output_layer(tmp_path: Path) -> None:
-    reference = make_checkpoint(tmp_path / "tied", "Llama", tie_word_embeddings=True)
-    (tmp_path / "copy").mkdir()
-    extra = {"lm_head.weight": torch.full((211, 48), torch.nan)}
-    compare(reference, rewritten(tmp_path / "tied", tmp_path / "copy", lambda tensors: tensors.update(extra)))
-
-
-def test_missing_output_layer_of_an_untied_model(tmp_path: Path) -> None:
-    make_checkpoint(tmp_path, "Llama", tie_word_embeddings=True)
-    edit_json(tmp_path / "config.json", tie_word_embeddings=False)
-    assert error_of(tmp_path) == f"{tmp_path}: tensor lm_head.weight [211, 48] is missing"
-
-
 def test_no_weights(llama: Path, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((llama / "config.json").read_text())
     assert error_of(tmp_path).endswith("holds neither model.safetensors nor model.safetensors.index.json")
@@ -192,10 +179,9 @@ def test_index_names_a_tensor_that_is_not_there(shards: Path) -> None:
     index = shards / "model.safetensors.index.json"
     weight_map = json.loads(index.read_text())["weight_map"]
     file = weight_map["model.norm.weight"]
+    # transformers does not miss it either, where the model has no such tensor.
     edit_json(index, weight_map=weight_map | {"model.nowhere": file})
-    assert error_of(shards) == (
-        f"{shards}: {file}: tensor model.nowhere is named by model.safetensors.index.json but not in the file"
-    )
+    load(shards)
     edit_json(index, weight_map=[])
     assert "weight_map must be an object" in error_of(shards)
 

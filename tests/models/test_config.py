@@ -71,8 +71,10 @@ def test_window(tmp_path: Path, window: int | None, expected: int | None) -> Non
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "missing": ({"hidden_size": ...}, "hidden_size is missing"),
-    "null": ({"vocab_size": None}, "vocab_size is missing"),
+    "default-heads": (
+        {"architectures": ["Qwen2ForCausalLM"], "num_key_value_heads": ...},
+        "num_key_value_heads (32), the default of this class, must divide num_attention_heads (4)",
+    ),
     "mistyped": ({"vocab_size": "many"}, 'vocab_size must be an integer from 1 to 2147483647, not "many"'),
     "boolean": ({"num_hidden_layers": True}, "num_hidden_layers must be an integer from 1 to 100000, not true"),
     "negative": ({"hidden_size": -64}, "hidden_size must be an integer from 1 to 2147483647, not -64"),
@@ -88,7 +90,47 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"torch_dtype": "int8"}, 'torch_dtype must be one of bfloat16, float16, float32, not "int8"'),
     "activation": ({"hidden_act": "relu"}, 'hidden_act must be one of silu, swish, gelu_pytorch_tanh, not "relu"'),
     "eos": ({"eos_token_id": "</s>"}, 'eos_token_id must be a token id or a list of token ids, not "</s>"'),
-    "no-architecture": ({"architectures": ...}, "architectures must be a list with the name of the model class"),
+    "no-architecture": ({"architectures": ...}, "architectures and model_type are missing: one of them must name"),
+    "architectures": ({"architectures": "llama"}, "architectures must be a list with the name of the model class"),
+    "model-type": ({"architectures": None, "model_type": 3}, "model_type must be text, not 3"),
+    "other-type": (
+        {"architectures": None, "model_type": "bert"},
+        "model_type bert is not supported; supported are: Gemma2ForCausalLM, ",
+    ),
+    "classifier": (
+        {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
+        "architectures LlamaForSequenceClassification is not supported; supported are: ",
+    ),
+    "text-part": (
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "text_config": {"model_type": "gemma3_text"},
+        },
+        "architectures Gemma3ForConditionalGeneration is not supported; its text part is a Gemma3ForCausalLM, which is "
+        "served from a directory of that class alone; supported are: ",
+    ),
+    "text-part-untyped": (
+        {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": {}},
+        "architectures Mistral3ForConditionalGeneration is not supported; its text part is a MistralForCausalLM",
+    ),
+    "text-part-flat": (
+        {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"},
+        "architectures Qwen2VLForConditionalGeneration is not supported; its text part is a Qwen2ForCausalLM",
+    ),
+    "text-part-unknown": (
+        {"architectures": ["XForConditionalGeneration"], "model_type": "x", "text_config": {"model_type": "y"}},
+        "architectures XForConditionalGeneration is not supported; supported are: ",
+    ),
+    "causal": ({"is_causal": False}, "is_causal is false: attention to later tokens (bidirectional) is not supported"),
+    "causal-null": ({"is_causal": None}, "is_causal is null: attention to later tokens"),
+    "bidirectional-any": ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
+    "per-layer": ({"per_layer_config": {"1": {"num_attention_heads": 2}}}, "per_layer_config is not supported"),
+    "compressed": (
+        {"compression_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
+        'compression_config ("compressed-tensors, pack-quantized") is not supported',
+    ),
+    "quantized-untold": ({"quantization_config": {}}, 'quantization_config ("unknown") is not supported'),
     "architecture": ({"architectures": ["BertModel"]}, "architectures BertModel is not supported; supported are: "),
     "quantized": (
         {"quantization_config": {"quant_method": "gptq"}},

@@ -309,7 +309,8 @@ CHAT: list[Row] = [
     *(("messages[0]", [value]) for value in (None, 5, "hi", [], True)),
     *(("messages[0].role", [{"role": role, "content": "x"}]) for role in (None, "", "USER", "function", 5, {}, [])),
     *(("messages[0].content", message(content=value)) for value in (5, True, {}, {"text": "x"}, 5.5)),
-    *(("messages[0].content", [{"role": role}]) for role in ("system", "user", "assistant", "tool")),
+    *(("messages[0].content", [{"role": role}]) for role in ("system", "developer", "user", "tool")),
+    *(("messages[0].content", message(role, None)) for role in ("system", "developer")),
     *(("messages[0].content[0]", message(content=[value])) for value in (None, 5, "x", [], {}, {"type": 5})),
     *(
         ("messages[0].content[1]", message(content=[{"type": "text", "text": "x"}, {"type": kind, kind: {"url": url}}]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from engine.request import Request, TokenConstraint
@@ -69,17 +69,23 @@ class Dictation:
 
 
 @contextlib.contextmanager
-def dictated(server: Live, *texts: str, cut: Cut = "whole", ends: bool = True) -> Iterator[list[Request]]:
+def dictated(
+    server: Live, *texts: str, say: Callable[[str], str] | None = None, cut: Cut = "whole", ends: bool = True
+) -> Iterator[list[Request]]:
     """Every request inside says the next of the texts (the last one over and over), then ends.
 
-    Yields the requests as they come, as the engine gets them. A request that is cut short by its max_tokens says as
-    much of its text as fits.
+    say: chooses the text by the prompt instead. Yields the requests as they come, as the engine gets them. A request
+    that is cut short by its max_tokens says as much of its text as fits.
     """
+    assert bool(texts) != bool(say), "either texts or a way to choose them"
     seen: list[Request] = []
     submit = server.engine.submit
 
     def dictate(request: Request) -> TokenStream:
-        text = texts[min(len(seen), len(texts) - 1)]
+        if say is not None:
+            text = say(tokenizer().decode(request.prompt_token_ids))
+        else:
+            text = texts[min(len(seen), len(texts) - 1)]
         seen.append(request)
         constraint = Dictation(
             tokens_of(text, cut), eos=tokenizer().eos_token_ids[0], ends=ends, inner=request.constraint

@@ -172,7 +172,7 @@ async def test_a_conversation_is_the_prompt_that_a_chat_makes(server: Live) -> N
         assert plan is not None
         assert tokenizer().decode(plan.requests[0].prompt_token_ids) == (
             "[user::::x][assistant:::Hm.:<call00000 f><call00001 g><call00002 f>][tool:g:call00001::1]"
-            "[tool::call00000::2][assistant::::<mine f>][tool::mine::3]"
+            "[tool:f:call00000::2][assistant::::<mine f>][tool:f:mine::3]"
         )
 
 

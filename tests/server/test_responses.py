@@ -448,7 +448,10 @@ async def test_items_become_messages() -> None:
         ]
         prompt = await prompt_of(server, {"input": turn, "instructions": "A"})
         assert prompt == (
-            "[system::A\n\nB][user::q\nr][assistant:hm:let me see][tool::two][tool::one][assistant:so:done]"
+            # A template without words for calls gets them as text.
+            "[system::A\n\nB][user::q\nr][assistant:hm:let me see\n\n"
+            '{"name": "f", "arguments": {}}\n{"name": "g", "arguments": "not JSON"}][tool::two]'
+            "[tool::one][assistant:so:done]"
             "[assistant::no][system::late]"
         )
 

@@ -63,18 +63,32 @@ def test_equals_transformers(name: str, tmp_path: Path) -> None:
         for tools in (None, TOOLS):
             for generation in (True, False):
                 for kwargs in ({}, {"enable_thinking": False, "today": "1 Jan 2026"}):
+                    found = ours.render(messages, tools=tools, add_generation_prompt=generation, kwargs=kwargs)
                     try:
                         expected = theirs.apply_chat_template(
                             messages, tools=tools, add_generation_prompt=generation, tokenize=False, **kwargs
                         )
                     except Exception:
-                        with pytest.raises(RequestError):
-                            ours.render(messages, tools=tools, add_generation_prompt=generation, kwargs=kwargs)
-                        continue
-                    compared += 1
-                    found = ours.render(messages, tools=tools, add_generation_prompt=generation, kwargs=kwargs)
-                    assert found == expected
-    assert compared >= 40
+                        expected = ""
+                    if holds(expected, messages):
+                        compared += 1
+                        assert found == expected
+                    else:
+                        # What the template refuses or leaves out is given to it in another shape.
+                        assert holds(found, messages)
+    assert compared >= 30
+
+
+def holds(prompt: str, messages: list[dict[str, Any]]) -> bool:
+    """Whether a prompt holds all that was said, and no part of it as Python writes it."""
+    words: list[str] = []
+    for message in messages:
+        content = message["content"]
+        parts = content if isinstance(content, list) else [{"text": content or ""}]
+        words += [part["text"].strip() for part in parts]
+        words += ["weather"] * ("tool_calls" in message)
+    told = [word in prompt or json.dumps(word)[1:-1] in prompt for word in words]
+    return all(told) and "'type': 'text'" not in prompt
 
 
 @pytest.mark.parametrize("name", templates.ALL)
@@ -83,12 +97,9 @@ def test_continue_final_message_equals_transformers(name: str, tmp_path: Path) -
     for text in ("The answer is", "The answer is ", "  padded  "):
         for content in (text, [{"type": "text", "text": text}]):
             messages: list[dict[str, Any]] = [USER, {"role": "assistant", "content": content}]
-            try:
-                expected = theirs.apply_chat_template(messages, continue_final_message=True, tokenize=False)
-            except Exception:
-                with pytest.raises(RequestError):
-                    ours.render(messages, continue_final_message=True, add_generation_prompt=False)
-                continue
+            # A template that cannot read parts gets their text.
+            read = messages if "assistant" in ours.shape.parts else [USER, {"role": "assistant", "content": text}]
+            expected = theirs.apply_chat_template(read, continue_final_message=True, tokenize=False)
             found = ours.render(messages, continue_final_message=True, add_generation_prompt=False)
             assert found == expected
             assert messages[1]["content"] == content  # the caller's messages are left alone
@@ -102,7 +113,7 @@ def test_the_demo_template_equals_transformers() -> None:
     directory = Path(str(engine.demo.__file__)).parent
     ours, theirs = ChatTemplate.load(directory), PreTrainedTokenizerFast.from_pretrained(directory)
     assert ours is not None
-    assert ours.accepts_parts
+    assert ours.shape.parts == {"system", "user", "assistant", "tool"}
     for messages in CONVERSATIONS:
         for tools in (None, TOOLS):
             expected = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True, tokenize=False)
@@ -120,14 +131,11 @@ def test_special_tokens_and_globals(tmp_path: Path) -> None:
     assert ChatTemplate({"default": "{{ x.y }}{{ x }}"}, {}).render([USER], kwargs={"x": object()}) == "<object>"
 
 
-@pytest.mark.parametrize("name", ["chatml", "llama3", "mistral"])
-def test_accepts_parts_is_false_where_content_must_be_text(name: str) -> None:
-    assert not ChatTemplate({"default": templates.ALL[name]}, {"bos_token": "<s>", "eos_token": "</s>"}).accepts_parts
-
-
-def test_accepts_parts() -> None:
-    assert ChatTemplate({"default": templates.PARTS}, {}).accepts_parts
-    assert not ChatTemplate({"default": "{{ messages[0].content }}"}, {}).accepts_parts
+def test_which_roles_may_have_parts() -> None:
+    for name in ("chatml", "llama3", "mistral"):
+        assert not ChatTemplate({"default": templates.ALL[name]}, {"bos_token": "<s>", "eos_token": "</s>"}).shape.parts
+    assert ChatTemplate({"default": templates.PARTS}, {}).shape.parts == {"user", "assistant"}
+    assert not ChatTemplate({"default": "{{ messages[0].content }}"}, {}).shape.parts
 
 
 def test_where_templates_are_found(tmp_path: Path) -> None:

@@ -75,16 +75,6 @@ def test_a_named_token_that_is_an_ordinary_word_becomes_special(tmp_path: Path) 
     assert ours.vocab_size == 1 + max(ours._backend.get_vocab().values())
 
 
-def test_tokens_that_only_the_config_declares(tmp_path: Path) -> None:
-    size = kinds.load("byte_level").vocab_size
-    declared = {str(size): {"content": "<think>", "special": False}, "9999": {"content": "<far>", "special": True}}
-    directory = kinds.write("byte_level", tmp_path, {**kinds.CONFIG, "added_tokens_decoder": declared})
-    ours = Tokenizer.load(directory)
-    assert ours.encode("<think>") == [size]
-    assert ours.decode([size]) == "<think>"
-    assert ours.token_to_id("<far>") is None
-
-
 def test_older_directories(tmp_path: Path) -> None:
     directory = kinds.write("byte_level", tmp_path, {})
     (directory / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
