@@ -106,8 +106,15 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web.Application:
     """All routes, under `options.root_path` as well where it is set (some proxies strip it and some do not)."""
     app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(_CONNECTION))
-    source = "" if model.chat_template is None else model.chat_template.source
-    tool_family, reasoning_family = choose_parsers(options.tool_call_parser, options.reasoning_parser, source)
+    template = model.chat_template
+    tool_family, reasoning_family = choose_parsers(
+        options.tool_call_parser,
+        options.reasoning_parser,
+        "" if template is None else template.source,
+        None
+        if template is None
+        else lambda chat, tools: template.render(chat, tools=tools, add_generation_prompt=False),
+    )
     if options.reasoning_budget is not None and reasoning_family is None:
         raise StartupError("--reasoning-budget needs a model that reasons; this one's chat template shows no reasoning")
     store = ResponseStore(options.response_store_size, options.response_store_bytes)

@@ -37,9 +37,9 @@ class CustomParser(OutputParser):
         """As OutputParser does."""
         return list(self._read(super().push(text)))
 
-    def finish(self) -> list[Event]:
+    def finish(self, *, cut: bool = False) -> list[Event]:
         """As OutputParser does."""
-        return [*self._read(super().finish()), *self._end()]
+        return [*self._read(super().finish(cut=cut)), *self._end()]
 
     def _read(self, events: list[Event]) -> Iterator[Event]:
         for event in events:

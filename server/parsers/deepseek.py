@@ -9,10 +9,12 @@ from typing import Any
 
 from server.parsers.base import MAX_NAME, Malformed, Scanner, Steps, ToolFamily
 from server.parsers.formats import const, schema_of, sequence, tags
-from server.parsers.json_text import read_json
+from server.parsers.json_text import close_call, read_arguments
 
 _ALL_OPEN, _ALL_CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _OPEN, _SEPARATOR, _CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+_FENCE = "```"
+_ENDS = (_CLOSE, _ALL_CLOSE, _OPEN)
 _MARKERS = (_ALL_OPEN, _ALL_CLOSE, _OPEN, _SEPARATOR, _CLOSE)
 
 
@@ -23,7 +25,7 @@ def _run(scanner: Scanner) -> Steps[None]:
                 yield from scanner.space()
                 yield from scanner.expect(_OPEN)
             yield from _read_call(scanner)
-            yield from scanner.accept(_CLOSE, spaced=True)
+            yield from close_call(scanner, _CLOSE)
             yield from scanner.accept(_ALL_CLOSE, spaced=True)
         except Malformed:
             scanner.fail()
@@ -33,14 +35,17 @@ def _read_call(scanner: Scanner) -> Steps[None]:
     name, _ = yield from scanner.raw_until((_SEPARATOR,), MAX_NAME)
     fenced = (yield from scanner.space()) != "{"
     if fenced:
-        name, _ = yield from scanner.raw_until(("```json",), MAX_NAME)
+        # The name stands on a line of its own, and the fence may be left out.
+        name, mark = yield from scanner.raw_until(("\n", _FENCE), MAX_NAME)
+        if mark == _FENCE or (yield from scanner.accept(_FENCE, spaced=True)):
+            yield from scanner.accept("json")
         if (yield from scanner.space()) != "{":
             raise Malformed
-    scanner.start_call(name.strip())
-    yield from read_json(scanner, scanner.arguments)
+    scanner.start_call(name)
+    yield from read_arguments(scanner, scanner.arguments, _ENDS, fence=_FENCE if fenced else "")
     scanner.end_call()
     if fenced:
-        yield from scanner.accept("```", spaced=True)
+        yield from scanner.accept(_FENCE, spaced=True)
 
 
 def _v3_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:

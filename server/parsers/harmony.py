@@ -8,69 +8,105 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from server.parsers.base import Malformed, ReasoningFamily, Scanner, Steps, ToolFamily
+from server.parsers.base import SPACE, Malformed, ReasoningFamily, Scanner, Sink, Steps, ToolFamily
 from server.parsers.formats import schema_of, tags
-from server.parsers.json_text import read_json
+from server.parsers.json_text import read_arguments
 
 _START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
 _CONSTRAIN, _END, _RETURN, _CALL = "<|constrain|>", "<|end|>", "<|return|>", "<|call|>"
 _ENDS = (_END, _RETURN, _CALL)
 _MARKERS = (_START, _CHANNEL, _MESSAGE, _CONSTRAIN, *_ENDS)
+# What a call ends before, its own end mark first.
+_AFTER_CALL = (_CALL, _END, _RETURN, _START, _CHANNEL)
 _MAX_HEADER = 512
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
 _RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 
 
 def _run(scanner: Scanner) -> Steps[None]:
-    sink = scanner.content
+    yield from _read_messages(scanner, False)
+
+
+def _read_messages(scanner: Scanner, start_inside: bool) -> Steps[None]:
+    sink: Sink = scanner.content
+    if start_inside:
+        scanner.begin_reasoning()
+        sink = scanner.reasoning
+    elif (yield from _begins_with_recipient(scanner)):
+        sink = yield from _read_header(scanner, "")
     while marker := (yield from scanner.until((_START, _CHANNEL, _MESSAGE, *_ENDS), sink)):
         sink = scanner.content
-        if marker not in (_START, _CHANNEL):
-            scanner.settle()
-            continue
-        try:
-            header, _ = yield from scanner.raw_until((_MESSAGE,), _MAX_HEADER)
-        except Malformed:
-            if scanner.closed:
-                # Cut off in the middle of a header, which nobody wants to read.
-                scanner.skip(len(scanner.text) - scanner.at)
-                scanner.settle()
-            else:
-                scanner.fail()
-            continue
-        header = marker + header
-        channel = _CHANNEL_NAME.search(header)
-        recipient = _RECIPIENT.search(header)
-        if recipient is not None and scanner.has_tools and not _is_builtin(recipient[1]):
-            try:
-                yield from _read_call(scanner, recipient[1].removeprefix("functions."))
-            except Malformed:
-                scanner.fail()
-            continue
-        scanner.settle()
-        if channel is not None and channel[1] == "analysis":
-            scanner.begin_reasoning()
-            sink = scanner.reasoning
+        if marker in (_START, _CHANNEL):
+            sink = yield from _read_header(scanner, marker)
         else:
-            scanner.end_reasoning()
+            scanner.settle()
     if sink == scanner.reasoning:
         scanner.flush_reasoning()
 
 
-def _is_builtin(recipient: str) -> bool:
-    """Tools of the model's own, which belong to its reasoning."""
-    return recipient.split(".")[0] in ("python", "browser", "container")
+def _begins_with_recipient(scanner: Scanner) -> Steps[bool]:
+    """Whether the first header goes on with its recipient: the prompt has written `<|start|>assistant`."""
+    scanner.begin()
+    _, distance = yield from scanner.look_past(SPACE)
+    if (yield from scanner.look_at(("to=",), distance)) is not None:
+        return True
+    scanner.settle()
+    return False
+
+
+def _read_header(scanner: Scanner, marker: str) -> Steps[Sink]:
+    """The rest of a header, and the call that it announces; returns where the text of its message goes."""
+    try:
+        header, _ = yield from scanner.raw_until((_MESSAGE,), _MAX_HEADER)
+    except Malformed:
+        if scanner.closed and marker:
+            # Cut off in the middle of a header, which nobody wants to read.
+            scanner.skip(len(scanner.text) - scanner.at)
+            scanner.settle()
+        else:
+            scanner.fail()
+        return scanner.content
+    header = marker + header
+    channel = _CHANNEL_NAME.search(header)
+    in_analysis = channel is not None and channel[1] == "analysis"
+    recipient = _RECIPIENT.search(header)
+    if recipient is not None and scanner.has_tools and _is_call(scanner, recipient[1], in_analysis):
+        try:
+            yield from _read_call(scanner, recipient[1].removeprefix("functions."))
+        except Malformed:
+            scanner.fail()
+        return scanner.content
+    scanner.settle()
+    if in_analysis:
+        scanner.begin_reasoning()
+        return scanner.reasoning
+    scanner.end_reasoning()
+    return scanner.content
+
+
+def _is_call(scanner: Scanner, recipient: str, in_analysis: bool) -> bool:
+    """Tools of the model's own, called while it thinks, belong to its reasoning; and a role is no tool."""
+    if recipient in ("assistant", "user", "all"):
+        return False
+    is_own = recipient.split(".")[0] in ("python", "browser", "container")
+    return not (is_own and in_analysis and recipient not in (scanner.tools or ()))
 
 
 def _read_call(scanner: Scanner, name: str) -> Steps[None]:
-    if (yield from scanner.space()) != "{":
-        raise Malformed
     scanner.start_call(name)
-    yield from read_json(scanner, scanner.arguments)
+    if (yield from scanner.space()) in ("{", "["):
+        yield from read_arguments(scanner, scanner.arguments, _AFTER_CALL)
+        # What else the message holds is none of the arguments.
+        yield from scanner.before(_AFTER_CALL, _drop)
+    elif (yield from scanner.look_at(_AFTER_CALL)) is not None or (scanner.closed and not scanner.cut):
+        scanner.arguments("{}")
+    else:
+        yield from scanner.before(_AFTER_CALL, scanner.arguments)
     scanner.end_call()
-    for marker in _ENDS:
-        if (yield from scanner.accept(marker, spaced=True)):
-            return
+
+
+def _drop(text: str) -> None:
+    """A sink for what nobody wants to know."""
 
 
 def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:
@@ -87,15 +123,11 @@ def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dic
     return tags(calls, "", False)
 
 
-def _run_reasoning(scanner: Scanner, start_inside: bool) -> Steps[None]:
-    yield from _run(scanner)
-
-
 FAMILY = ToolFamily("harmony", _run, _MARKERS, _call_format)
 _FINAL = f"{_CHANNEL}final{_MESSAGE}"
 REASONING = ReasoningFamily(
     "harmony",
-    _run_reasoning,
+    _read_messages,
     _MARKERS,
     open=f"{_CHANNEL}analysis{_MESSAGE}",
     close=_FINAL,

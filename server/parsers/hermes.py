@@ -6,18 +6,21 @@ from typing import Any
 
 from server.parsers.base import Malformed, Scanner, Steps, ToolFamily
 from server.parsers.formats import json_call, tags
-from server.parsers.json_text import read_call_object
+from server.parsers.json_text import close_call, read_call_list, read_call_object
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_ENDS = (_CLOSE, _OPEN)
 
 
 def _run(scanner: Scanner) -> Steps[None]:
     while (yield from scanner.until((_OPEN,), scanner.content)):
         try:
-            yield from scanner.space()
-            yield from read_call_object(scanner)
+            if (yield from scanner.space()) == "[":
+                yield from read_call_list(scanner, _ENDS)
+            else:
+                yield from read_call_object(scanner, _ENDS)
             # Models that end with their last brace are understood.
-            yield from scanner.accept(_CLOSE, spaced=True)
+            yield from close_call(scanner, _CLOSE)
         except Malformed:
             scanner.fail()
 

@@ -12,9 +12,10 @@ from typing import Any
 
 from server.parsers.base import Malformed, Scanner, Steps, ToolFamily
 from server.parsers.formats import json_call, schema_of, tags
-from server.parsers.json_text import read_call_object, read_json
+from server.parsers.json_text import close_call, read_arguments, read_call_list, read_call_object
 
-_OPEN, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+_OPEN, _CLOSE, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[/TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
+_ENDS = (_CLOSE, _OPEN)
 _LETTERS = string.ascii_letters + string.digits
 _NAME = re.compile(r"[A-Za-z0-9_.\-]")
 
@@ -26,38 +27,32 @@ def _make_id() -> str:
 def _run(scanner: Scanner) -> Steps[None]:
     while (yield from scanner.until((_OPEN,), scanner.content)):
         try:
+            while (yield from scanner.accept(_OPEN, spaced=True)):
+                pass
             character = yield from scanner.space()
             if character == "[":
-                yield from _read_list(scanner)
+                yield from read_call_list(scanner, _ENDS)
             elif character == "{":
-                yield from read_call_object(scanner)
+                yield from read_call_object(scanner, _ENDS)
             else:
                 yield from _read_named(scanner)
+            yield from close_call(scanner, _CLOSE)
         except Malformed:
             scanner.fail()
-
-
-def _read_list(scanner: Scanner) -> Steps[None]:
-    scanner.skip(1)
-    while True:
-        yield from scanner.space()
-        yield from read_call_object(scanner)
-        if (yield from scanner.accept("]", spaced=True)):
-            return
-        scanner.begin()
-        yield from scanner.space()
-        yield from scanner.expect(",")
 
 
 def _read_named(scanner: Scanner) -> Steps[None]:
     name = yield from scanner.word(_NAME)
     if (yield from scanner.accept(_ID)):
         yield from scanner.word(_NAME)
-    yield from scanner.accept(_ARGUMENTS)
-    if (yield from scanner.space()) != "{":
+    marked = yield from scanner.accept(_ARGUMENTS)
+    if (yield from scanner.space()) == "{":
+        scanner.start_call(name)
+        yield from read_arguments(scanner, scanner.arguments, _ENDS)
+    elif marked and scanner.closed:
+        scanner.start_call(name)
+    else:
         raise Malformed
-    scanner.start_call(name)
-    yield from read_json(scanner, scanner.arguments)
     scanner.end_call()
 
 
@@ -74,6 +69,6 @@ def _named_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> di
     return tags(calls, "", parallel)
 
 
-FAMILY = ToolFamily("mistral", _run, (_OPEN, _ARGUMENTS, _ID), _list_format, _make_id)
+FAMILY = ToolFamily("mistral", _run, (_OPEN, _CLOSE, _ARGUMENTS, _ID), _list_format, _make_id)
 # Reads the same; what it forces is the newer way.
-NAMED_FAMILY = ToolFamily("mistral_v11", _run, (_OPEN, _ARGUMENTS, _ID), _named_format, _make_id)
+NAMED_FAMILY = ToolFamily("mistral_v11", _run, (_OPEN, _CLOSE, _ARGUMENTS, _ID), _named_format, _make_id)

@@ -1,23 +1,28 @@
 """Tool calls of Llama 3.2 and 4 as Python: `[get_weather(city="Paris", days=3), now()]`, the whole output.
 
-Each argument goes out when its value is complete: only then is it known what it is in JSON.
+Strings stream as they come. Any other value goes out when it is complete: only then is it known what it is in JSON.
 """
 
 from __future__ import annotations
 
-import ast
 import json
-import math
 import re
-import warnings
+import string
+import sys
 from typing import Any
 
+from engine.text.schema_types import is_json, literal_as_json
 from server.parsers.base import MAX_JSON_DEPTH, SPACE, Malformed, Scanner, Steps, ToolFamily
 from server.parsers.formats import Format, const, optional_fields, schema_of, sequence, tags
+from server.parsers.json_text import json_escaped
 
 _OPEN, _CLOSE = "<|python_start|>", "<|python_end|>"
 _NAME = re.compile(r"[\w.\-]")
 _KEYWORD = re.compile(r"\w")
+_PLAIN = {quote: re.compile(rf"[^{quote}\\]+") for quote in "\"'"}
+_ESCAPES = {"\n": "", "n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "0": "\0"}
+_ESCAPES |= {character: character for character in "\\'\"/"}
+_CODES = {"x": 2, "u": 4, "U": 8}
 _MAX_VALUE = 1 << 20
 # Parameters beyond these cannot be forced; a call stays valid without them.
 _MAX_OPTIONAL = 16
@@ -42,7 +47,7 @@ def _read_list(scanner: Scanner) -> Steps[None]:
         yield from scanner.expect("[")
         while True:
             yield from scanner.space()
-            yield from _read_call(scanner)
+            yield from read_python_call(scanner)
             if (yield from scanner.accept("]", spaced=True)):
                 return
             scanner.begin()
@@ -52,39 +57,116 @@ def _read_list(scanner: Scanner) -> Steps[None]:
         scanner.fail()
 
 
-def _read_call(scanner: Scanner) -> Steps[None]:
+def read_python_call(scanner: Scanner) -> Steps[None]:
+    """A call; it has begun where the first of its values is one. What is wrong behind that goes on as it is."""
     name = yield from scanner.word(_NAME)
     yield from scanner.expect("(")
-    num_arguments = 0
-    while (yield from scanner.space()) != ")":
-        keyword = yield from scanner.word(_KEYWORD)
-        yield from scanner.space()
-        yield from scanner.expect("=")
-        value = yield from _read_value(scanner)
-        if (yield from scanner.peek()) == ",":
-            scanner.skip(1)
-        if not num_arguments:
-            scanner.start_call(name)
-        scanner.arguments(("{" if not num_arguments else ", ") + f"{json.dumps(keyword)}: {value}")
-        num_arguments += 1
-    scanner.skip(1)
-    if not num_arguments:
+    is_known = scanner.tools is not None and name in scanner.tools
+    before = "{"
+    while (character := (yield from scanner.space())) != ")":
+        if not character:
+            if not (scanner.has_begun or is_known):
+                raise Malformed
+            break
+        scanner.begin()
+        try:
+            keyword = yield from scanner.word(_KEYWORD)
+            yield from scanner.space()
+            yield from scanner.expect("=")
+        except Malformed:
+            if not scanner.has_begun:
+                raise
+            scanner.rewind()
+            scanner.arguments(before + (yield from _read_source(scanner))[0])
+        else:
+            before += f"{json.dumps(keyword, ensure_ascii=False)}: "
+            character = yield from scanner.space()
+            if character and character in "\"'":
+                if not scanner.has_begun:
+                    scanner.start_call(name)
+                scanner.arguments(before)
+                yield from _read_text(scanner)
+            else:
+                source, is_whole = yield from _read_source(scanner)
+                value = _as_json(source) if is_whole else source.strip()
+                if value is None and not (scanner.has_begun or is_known):
+                    raise Malformed
+                if not scanner.has_begun:
+                    scanner.start_call(name)
+                scanner.arguments(before + (json.dumps(source.strip(), ensure_ascii=False) if value is None else value))
+        before = ", "
+        yield from scanner.accept(",", spaced=True)
+    if not scanner.has_begun:
         scanner.start_call(name)
-    scanner.arguments("}" if num_arguments else "{}")
+    scanner.skip(len(character))
+    if character or not scanner.cut:
+        scanner.arguments("{}" if before == "{" else "}")
     scanner.end_call()
 
 
-def _read_value(scanner: Scanner) -> Steps[str]:
-    """A Python literal up to the comma or bracket that ends it, as JSON."""
+def _read_text(scanner: Scanner) -> Steps[None]:
+    """A string, which streams as JSON. A quote that nothing follows as it follows a value is a part of the text."""
+    quote = yield from scanner.peek()
+    if (yield from scanner.look_at((quote * 3,))) is not None:
+        quote *= 3
+    scanner.skip(len(quote))
+    scanner.arguments('"')
+    plain = _PLAIN[quote[0]]
+    while character := (yield from scanner.peek()):
+        found = plain.match(scanner.text, scanner.at)
+        if found is not None:
+            scanner.skip(len(found[0]))
+            text = found[0]
+        elif character == "\\":
+            text = yield from _read_escape(scanner)
+        elif (yield from scanner.look_at((quote,))) is None:
+            scanner.skip(1)
+            text = character
+        else:
+            following, distance = yield from scanner.look_past(SPACE, len(quote))
+            if not following or following in ",)":
+                scanner.skip(len(quote))
+                break
+            if following == quote and distance > len(quote):
+                # Neighbouring strings are one to Python.
+                scanner.skip(distance + len(quote))
+                continue
+            scanner.skip(len(quote))
+            text = quote
+        scanner.arguments(json_escaped(text))
+    if character or not scanner.cut:
+        scanner.arguments('"')
+
+
+def _read_escape(scanner: Scanner) -> Steps[str]:
+    """What a backslash and the characters behind it stand for; themselves, where it is nothing."""
+    scanner.skip(1)
+    character = yield from scanner.peek()
+    scanner.skip(len(character))
+    if character in _ESCAPES:
+        return _ESCAPES[character]
+    size = _CODES.get(character)
+    if size is None:
+        return "\\" + character
+    digits = ""
+    while len(digits) < size and (digit := (yield from scanner.peek())) and digit in string.hexdigits:
+        scanner.skip(1)
+        digits += digit
+    if len(digits) < size or (code := int(digits, 16)) > sys.maxunicode:
+        return f"\\{character}{digits}"
+    return chr(code)
+
+
+def _read_source(scanner: Scanner) -> Steps[tuple[str, bool]]:
+    """The source of a value up to the comma or bracket that ends it, and whether one does."""
     found: list[str] = []
     closers: list[str] = []
     quote = ""
-    while True:
-        character = yield from scanner.peek()
-        if not character or len(found) > _MAX_VALUE or len(closers) > MAX_JSON_DEPTH:
+    while character := (yield from scanner.peek()):
+        if len(found) > _MAX_VALUE or len(closers) > MAX_JSON_DEPTH:
             raise Malformed
         if not quote and not closers and character in ",)":
-            return _as_json("".join(found))
+            return "".join(found), True
         scanner.skip(1)
         found.append(character)
         if quote:
@@ -99,49 +181,22 @@ def _read_value(scanner: Scanner) -> Steps[str]:
             closers.append({"(": ")", "[": "]", "{": "}"}[character])
         elif character in ")]}" and (not closers or closers.pop() != character):
             raise Malformed
+    return "".join(found), False
 
 
-def _as_json(text: str) -> str:
-    """What was written as Python or, since models mix them up, as JSON, which stays as it is."""
+def _as_json(text: str) -> str | None:
+    """What was written as Python or, since models mix them up, as JSON, which stays as it is. None for neither."""
     text = text.strip()
-    try:
-        json.loads(text, parse_constant=_refuse)
-    except (ValueError, RecursionError):
-        return _python_as_json(text)
-    return text
-
-
-def _refuse(name: str) -> None:
-    """NaN and Infinity, which are no JSON."""
-    raise ValueError(name)
-
-
-def _python_as_json(text: str) -> str:
-    try:
-        with warnings.catch_warnings():
-            # "\\d" is a string to Python, with a warning.
-            warnings.simplefilter("ignore")
-            value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise Malformed from None
-    if not _is_json(value):
-        raise Malformed
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _is_json(value: Any) -> bool:
-    if isinstance(value, float):
-        return math.isfinite(value)
-    if isinstance(value, list | tuple):
-        return all(map(_is_json, value))
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
-    return value is None or isinstance(value, str | bool | int)
+    return text if is_json(text) else literal_as_json(text)
 
 
 def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:
-    calls = [{"type": "tag", "begin": f"{name}(", "content": _keywords(schema), "end": ")"} for name, schema in tools]
-    return sequence(const("["), tags(calls, ", ", parallel), const("]"))
+    return sequence(const("["), tags([python_call(*tool) for tool in tools], ", ", parallel), const("]"))
+
+
+def python_call(name: str, schema: dict[str, Any]) -> Format:
+    """The tag of one call."""
+    return {"type": "tag", "begin": f"{name}(", "content": _keywords(schema), "end": ")"}
 
 
 def _keywords(schema: dict[str, Any]) -> Format:

@@ -1,14 +1,36 @@
-"""Names of the parsers, and which ones a chat template asks for. A new family is its file and a line here."""
+"""Names of the parsers, ours and those that other servers' users know. A new family is its file and a line here."""
 
 from __future__ import annotations
 
-import re
+import logging
 from collections.abc import Mapping
 from typing import TypeVar
 
 from engine.config import StartupError
-from server.parsers import deepseek, harmony, hermes, llama3_json, mistral, pythonic, qwen3_coder, think
+from server.parsers import (
+    deepseek,
+    gemma4,
+    glm,
+    harmony,
+    hermes,
+    invoke,
+    kimi_k2,
+    kimi_k3,
+    llama3_json,
+    marked_json,
+    marked_python,
+    marked_thoughts,
+    minimax_m3,
+    mistral,
+    pythonic,
+    qwen3_coder,
+    seed_oss,
+    think,
+)
 from server.parsers.base import ReasoningFamily, ToolFamily
+from server.parsers.detect import Render, detect
+
+logger = logging.getLogger("oneloop.parsers")
 
 Family = TypeVar("Family", ToolFamily, ReasoningFamily)
 
@@ -23,22 +45,62 @@ TOOL_PARSERS: dict[str, ToolFamily] = {
         mistral.NAMED_FAMILY,
         deepseek.V3,
         deepseek.V31,
+        invoke.DEEPSEEK_V32,
+        invoke.DEEPSEEK_V4,
+        invoke.MINIMAX_M2,
+        invoke.STEP3,
+        minimax_m3.FAMILY,
+        glm.GLM45,
+        glm.GLM47,
+        glm.HY_V3,
+        seed_oss.FAMILY,
+        kimi_k2.FAMILY,
+        kimi_k3.FAMILY,
+        gemma4.GEMMA4,
+        gemma4.FUNCTIONGEMMA,
+        marked_python.LFM2,
+        marked_python.OLMO3,
+        *marked_json.FAMILIES,
         harmony.FAMILY,
     )
 }
 REASONING_PARSERS: dict[str, ReasoningFamily] = {
-    family.name: family for family in (think.QWEN3, think.DEEPSEEK_R1, think.MISTRAL, harmony.REASONING)
+    family.name: family
+    for family in (
+        think.QWEN3,
+        think.DEEPSEEK_R1,
+        think.MISTRAL,
+        *marked_thoughts.FAMILIES,
+        kimi_k3.REASONING,
+        harmony.REASONING,
+    )
 }
-# Names that other servers' users know.
 TOOL_ALIASES = {
     "qwen": "hermes",
     "qwen25": "hermes",
+    "granite4": "hermes",
+    "ernie45": "hermes",
     "qwen3_xml": "qwen3_coder",
+    "mimo": "qwen3_coder",
+    "step3p5": "qwen3_coder",
+    "nemotron_v3": "qwen3_coder",
     "llama3": "llama3_json",
     "llama4_json": "llama3_json",
     "llama4_pythonic": "pythonic",
     "deepseekv3": "deepseek_v3",
     "deepseekv31": "deepseek_v31",
+    "deepseekv32": "deepseek_v32",
+    "deepseekv4": "deepseek_v4",
+    "glm": "glm45",
+    "poolside_v1": "glm47",
+    "minimax-m2": "minimax_m2",
+    "minimax-m3": "minimax_m3",
+    "hunyuan": "hunyuan_a13b",
+    "nemotron_v2": "nemotron_json",
+    "cohere_command4": "cohere_command3",
+    "apertus2509": "apertus",
+    "interns1": "internlm",
+    "intern-s1": "internlm",
     "openai": "harmony",
     "gpt-oss": "harmony",
 }
@@ -46,19 +108,55 @@ REASONING_ALIASES = {
     "qwen3-thinking": "qwen3",
     "deepseek-r1": "deepseek_r1",
     "deepseek-v3": "deepseek_r1",
-    "deepseek_v3": "deepseek_r1",
+    "gpt-oss": "harmony",
     "openai": "harmony",
     "openai_gptoss": "harmony",
-    "gpt-oss": "harmony",
+    "minimax-m3": "minimax_m3",
+    "minimax-append-think": "minimax_m2_append_think",
+    "hunyuan": "hunyuan_a13b",
+    "cohere_command4": "cohere_command3",
+    "seed-oss": "seed_oss",
+    **dict.fromkeys(
+        (
+            "deepseek_v3",
+            "deepseek_v4",
+            "deepseek-v4",
+            "glm45",
+            "glm47",
+            "holo2",
+            "hy_v3",
+            "interns1",
+            "kimi_k2",
+            "lfm2",
+            "mimo",
+            "minimax",
+            "minimax_m2",
+            "nemotron_3",
+            "nemotron_v2",
+            "nemotron_v3",
+            "olmo3",
+            "poolside_v1",
+            "step3",
+            "step3p5",
+        ),
+        "deepseek_r1",
+    ),
 }
 
 
-def choose_parsers(tools: str, reasoning: str, template: str) -> tuple[ToolFamily | None, ReasoningFamily | None]:
+def choose_parsers(
+    tools: str, reasoning: str, template: str, render: Render | None = None
+) -> tuple[ToolFamily | None, ReasoningFamily | None]:
     """The parsers that options name: "none", "auto" for what the template shows, or a name of ours or another server's.
 
-    Raises StartupError for an unknown name.
+    template: its source; render: the template itself. Raises StartupError for an unknown name.
     """
-    found = detect(template)
+    found = detect(template, render)
+    if tools == "auto" and found[0] is None and "tool_calls" in template:
+        logger.warning(
+            "the chat template writes tool calls in no way that is known: they stay in the content "
+            "(--tool-call-parser names a parser)"
+        )
     return (
         _choose("--tool-call-parser", tools, found[0], TOOL_PARSERS, TOOL_ALIASES),
         _choose("--reasoning-parser", reasoning, found[1], REASONING_PARSERS, REASONING_ALIASES),
@@ -76,38 +174,3 @@ def _choose(
     if family is None:
         raise StartupError(f"{flag} '{name}' is not known: auto, none, {', '.join(sorted({*families, *aliases}))}")
     return family
-
-
-def detect(chat_template_source: str) -> tuple[str | None, str | None]:
-    """Tool and reasoning parser of a model, by what its chat template writes; None where it writes nothing known."""
-    return _detect_tools(chat_template_source), _detect_reasoning(chat_template_source)
-
-
-def _detect_tools(source: str) -> str | None:
-    if "<|channel|>" in source and "<|start|>" in source:
-        return "harmony"
-    if "<｜tool▁calls▁begin｜>" in source:
-        return "deepseek_v3" if "```json" in source else "deepseek_v31"
-    if "[TOOL_CALLS]" in source:
-        return "mistral_v11" if "[ARGS]" in source else "mistral"
-    if "<tool_call>" in source:
-        if "<function=" in source and "<parameter=" in source:
-            return "qwen3_coder"
-        # Others (GLM) have the tag but no JSON in it.
-        return None if "<arg_key>" in source else "hermes"
-    if "<|start_header_id|>" in source or "<|header_start|>" in source:
-        if re.search(r"func_name\d?\(\s*params_name", source) or "<|python_start|>" in source:
-            return "pythonic"
-        if '"parameters"' in source and '"name"' in source:
-            return "llama3_json"
-    return None
-
-
-def _detect_reasoning(source: str) -> str | None:
-    if "<|channel|>" in source and "<|start|>" in source:
-        return "harmony"
-    if "[THINK]" in source:
-        return "mistral"
-    if "<think>" in source or "</think>" in source:
-        return "qwen3" if "enable_thinking" in source else "deepseek_r1"
-    return None

@@ -10,12 +10,17 @@ def family(name: str, open: str, close: str) -> ReasoningFamily:
 
     def run(scanner: Scanner, start_inside: bool) -> Steps[None]:
         # A model that was started inside may open its reasoning once more.
-        if not (yield from scanner.accept(open, spaced=True)) and not start_inside:
+        inside = start_inside
+        while (yield from scanner.accept(open, spaced=True)):
+            inside = True
+        if not inside:
             return
         scanner.begin_reasoning()
-        if (yield from scanner.until((close,), scanner.reasoning)):
+        drafts = scanner.drafts()
+        if (yield from scanner.until((close,), drafts.push)):
+            drafts.close()
             scanner.end_reasoning()
-        else:
+        elif not drafts.finish():
             scanner.flush_reasoning()
 
     return ReasoningFamily(name, run, (open, close), open, close, f"\n{close}\n\n")

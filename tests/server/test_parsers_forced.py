@@ -260,6 +260,24 @@ TOOLS = [tool("get_weather", WEATHER, strict=True), tool("set-it", OPTIONAL), to
 SCHEMAS = {"get_weather": WEATHER, "set-it": {"type": "object", **OPTIONAL}, "now": {"type": "object"}}
 
 
+# What ends free text in the formats that have any.
+CLOSING = {
+    "qwen3_coder": "\n</parameter>\n",
+    "deepseek_v32": "</｜DSML｜parameter>\n",
+    "deepseek_v4": "</｜DSML｜parameter>\n",
+    "minimax_m2": "</parameter>\n",
+    "minimax_m3": "]<]minimax[>[</city>",
+    "seed_oss": "</parameter>\n",
+    "step3": "</steptml:parameter>\n",
+    "glm45": "</arg_value>\n",
+    "glm47": "</arg_value>",
+    "hy_v3": "</arg_value>\n",
+    "kimi_k3": "<|close|>argument<|sep|>",
+    "gemma4": '<|"|>',
+    "functiongemma": "<escape>",
+}
+
+
 @pytest.mark.parametrize("name", TOOL_PARSERS)
 @pytest.mark.parametrize("choice", ["required", named("get_weather"), named("set-it"), named("now")])
 @pytest.mark.parametrize("parallel", [True, False])
@@ -271,7 +289,7 @@ def test_forced_calls_are_read_back(name: str, choice: Any, parallel: bool) -> N
     grammar = compiler().compile(spec)
     most = 0
     for seed in range(12):
-        closing = b"\n</parameter>\n" if name == "qwen3_coder" else b""
+        closing = CLOSING.get(name, "").encode()
         text, _ = walk(grammar, random.Random(seed), force=seed % 2 == 0, closing=closing)
         events = run(parser(name, tools=plan.callable), [text])
         content, reasoning, calls = outcome(events)

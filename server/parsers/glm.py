@@ -1,0 +1,18 @@
+"""Calls of GLM-4.5 and later, Laguna and Hunyuan 3: `<tool_call>name`, then keys and values in tags of their own.
+
+GLM-4.5 and 4.6 break the line behind every tag; 4.7 and later write none. One grammar reads both.
+"""
+
+from __future__ import annotations
+
+from server.parsers.tagged import Tags, family
+
+_KEY, _VALUE = ("<arg_key>", "</arg_key>"), ("<arg_value>", "</arg_value>")
+
+GLM45 = family("glm45", Tags(("<tool_call>", ""), "</tool_call>", _KEY, _VALUE))
+GLM47 = family("glm47", Tags(("<tool_call>", ""), "</tool_call>", _KEY, _VALUE, line="", between=""))
+# A section around the calls, and a mark behind the name.
+HY_V3 = family(
+    "hy_v3",
+    Tags(("<tool_call>", "<tool_sep>"), "</tool_call>", _KEY, _VALUE, section=("<tool_calls>", "</tool_calls>")),
+)

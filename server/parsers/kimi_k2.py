@@ -1,0 +1,84 @@
+"""Calls of Kimi K2: an id that holds the name, `functions.get_weather:0`, then the arguments as JSON.
+
+The id is the call's own: the template writes it back, and the model counts on from it over the conversation.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from server.parsers.base import MAX_NAME, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.formats import Format, const, schema_of, sequence, tags
+from server.parsers.json_text import close_call, read_arguments
+from server.parsers.tagged import drop_begun
+
+_ALL_OPEN, _ALL_CLOSE = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+# Written by some conversions of the model.
+_ALSO_OPEN, _ALSO_CLOSE = "<|tool_call_section_begin|>", "<|tool_call_section_end|>"
+_OPEN, _ARGUMENTS, _CLOSE = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+_ENDS = (_CLOSE, _ALL_CLOSE, _ALSO_CLOSE, _OPEN)
+_MARKERS = (_ALL_OPEN, _ALL_CLOSE, _ALSO_OPEN, _ALSO_CLOSE, _OPEN, _ARGUMENTS, _CLOSE)
+_ID = re.compile(r"(?:functions\.)?([\w.\-]+?)(?::(\d+))?")
+
+
+def _run(scanner: Scanner) -> Steps[None]:
+    used: set[str] = set()
+    while marker := (yield from scanner.until((_ALL_OPEN, _ALSO_OPEN, _OPEN), scanner.content)):
+        try:
+            if marker != _OPEN:
+                yield from scanner.space()
+                yield from scanner.expect(_OPEN)
+            yield from _read_call(scanner, used)
+            yield from close_call(scanner, _CLOSE)
+        except Malformed:
+            scanner.fail()
+            continue
+        for end in (_ALL_CLOSE, _ALSO_CLOSE):
+            yield from scanner.accept(end, spaced=True)
+        drop_begun(scanner, _ENDS)
+
+
+def _read_call(scanner: Scanner, used: set[str]) -> Steps[None]:
+    written, _ = yield from scanner.raw_until((_ARGUMENTS,), MAX_NAME)
+    found = _ID.fullmatch(written.strip())
+    if found is None:
+        raise Malformed
+    call_id = f"functions.{found[1]}:{found[2]}" if found[2] else None
+    if call_id in used:
+        call_id = None
+    used.add(call_id or "")
+    scanner.start_call(found[1], call_id)
+    if (yield from scanner.space()) == "{":
+        yield from read_arguments(scanner, scanner.arguments, _ENDS)
+    else:
+        scanner.arguments((yield from _read_other(scanner)))
+    scanner.end_call()
+
+
+def _read_other(scanner: Scanner) -> Steps[str]:
+    """What stands in place of the arguments' object; nothing is an empty one."""
+    pieces: list[str] = []
+    marker = yield from scanner.until(_ENDS, pieces.append)
+    if marker is not None:
+        scanner.skip(-len(marker))
+    text = "".join(pieces).strip()
+    return text or ("" if marker is None and scanner.cut else "{}")
+
+
+def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> Format:
+    calls: list[Format] = [
+        {
+            "type": "tag",
+            "begin": f"{_OPEN}functions.{name}:",
+            "content": sequence(
+                {"type": "regex", "pattern": "0|[1-9][0-9]{0,2}"}, const(_ARGUMENTS), schema_of(schema)
+            ),
+            "end": _CLOSE,
+        }
+        for name, schema in tools
+    ]
+    return sequence(const(_ALL_OPEN), tags(calls, "", parallel), const(_ALL_CLOSE))
+
+
+FAMILY = ToolFamily("kimi_k2", _run, _MARKERS, _call_format)

@@ -1,0 +1,415 @@
+"""Calls in tags: a name, then parameters whose values are bare text, each between an opening and a closing tag.
+
+Tags says how one family spells them; what a value is in JSON is looked up in the tool's declaration. Text goes out as
+it comes, other values when they are complete. From its name on a call is one: tags that are missing end where the next
+one begins, and where a limit cuts the text off the arguments are what there is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from engine.text.schema_types import MAX_SCALAR, SchemaTypes, Types
+from server.parsers.base import MAX_NAME, SPACE, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.formats import Format, const, either, schema_of, sequence, tags
+from server.parsers.json_text import json_escaped
+
+# Values that wait for their end; what passes this is text.
+_MAX_VALUE = 1 << 20
+_BARE_NAME = re.compile(r"[^<>\s{}\[\]\"]")
+_QUOTED = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""")
+_ATTRIBUTE = re.compile(r"""\b(string|type)\s*=\s*["']?([^\s"'>]*)""")
+_TEXT = frozenset({"string"})
+
+
+@dataclass(frozen=True, slots=True)
+class Tags:
+    """The tags of a family. All text between them but values is white space.
+
+    section: around the calls of an answer; "" where there is none. lead, tail: further tags in front of `call` and
+    behind `call_end`, all optional when they are read; around: how the model writes them. call: in front of the name
+    and behind it; "" where white space ends it. key: in front of a parameter's name and behind it. value: in front of
+    the value, "" where `key` does, and behind it. quoted: names are attributes. attribute: further attributes of a
+    parameter, one of which is written for a value of such types. count: an attribute that counts calls. escaped: & and
+    quotes in attributes are entities. special: the
+    tokens that tags are made of, where they are no tokens themselves. line: what is written between tags. between:
+    between calls.
+    """
+
+    call: tuple[str, str]
+    call_end: str
+    key: tuple[str, str]
+    value: tuple[str, str]
+    section: tuple[str, str] = ("", "")
+    lead: tuple[str, ...] = ()
+    tail: tuple[str, ...] = ()
+    around: tuple[str, str] = ("", "")
+    quoted: bool = False
+    attribute: Callable[[Types], list[str]] | None = None
+    count: str = ""
+    escaped: bool = False
+    special: tuple[str, ...] = ()
+    line: str = "\n"
+    between: str = "\n"
+
+    @property
+    def opens(self) -> tuple[str, ...]:
+        """What begins a call in the middle of content."""
+        return tuple(filter(None, (self.section[0], *self.lead[:1]))) or (self.call[0],)
+
+    @property
+    def closers(self) -> tuple[str, ...]:
+        """What may follow a call."""
+        return tuple(filter(None, (*self.tail, self.section[1])))
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """What ends a value, or a call, whose own end is missing."""
+        parts = (self.key[0], self.call_end, self.call[0], *self.lead[:1], *self.closers)
+        return tuple(dict.fromkeys(parts))
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        """The texts that are one token in some models."""
+        if self.special:
+            return self.special
+        parts = (*self.section, *self.lead, *self.tail, *self.call, self.call_end, *self.key, *self.value)
+        return tuple(dict.fromkeys(part for part in parts if re.fullmatch(r"<[^\s=]+>", part)))
+
+
+def family(name: str, spelling: Tags, **options: Any) -> ToolFamily:
+    """A family that writes its calls so. options: more fields of the family."""
+
+    def run(scanner: Scanner) -> Steps[None]:
+        yield from _run(scanner, spelling)
+
+    def call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> Format:
+        calls = tags([_call(spelling, name, schema) for name, schema in tools], spelling.between, parallel)
+        if not spelling.section[0]:
+            return calls
+        begin, end = spelling.section
+        return sequence(const(begin + spelling.line), calls, const(spelling.line + end))
+
+    return ToolFamily(name, run, spelling.markers, call_format, **options)
+
+
+def _run(scanner: Scanner, spelling: Tags) -> Steps[None]:
+    inside = False
+    while True:
+        begins = (*spelling.opens, spelling.call[0]) if inside else spelling.opens
+        marker = yield from scanner.until(begins, scanner.content)
+        if marker is None:
+            return
+        try:
+            while marker != spelling.call[0]:
+                marker = yield from _accept_any(scanner, (*spelling.lead, spelling.call[0]))
+                if not marker:
+                    raise Malformed
+            yield from _read_call(scanner, spelling)
+        except Malformed:
+            scanner.fail()
+            continue
+        inside = bool(spelling.section[0])
+        while closer := (yield from _accept_any(scanner, spelling.closers)):
+            inside = inside and closer != spelling.section[1]
+        drop_begun(scanner, spelling.inner)
+
+
+def drop_begun(scanner: Scanner, literals: tuple[str, ...]) -> None:
+    """Leave out the begin of a tag in which a limit has cut off the text."""
+    rest = scanner.text[scanner.at :].strip(SPACE)
+    if scanner.closed and scanner.cut and any(literal.startswith(rest) for literal in literals):
+        scanner.skip(len(scanner.text) - scanner.at)
+
+
+def _accept_any(scanner: Scanner, literals: tuple[str, ...]) -> Steps[str]:
+    """Read whichever of the literals comes next, behind white space; "" where none does."""
+    for literal in literals:
+        if (yield from scanner.accept(literal, spaced=True)):
+            return literal
+    return ""
+
+
+def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
+    """From behind the tag of the call to its end."""
+    if spelling.call[1]:
+        header, _ = yield from scanner.raw_until((spelling.call[1],), MAX_NAME)
+        name, tag = _name_in(header, spelling), ""
+        if not name or re.search(r"[<>\s]", name):
+            raise Malformed
+    else:
+        yield from scanner.space()
+        name = yield from scanner.word(_BARE_NAME)
+        # Words behind it, and it is none.
+        tag = yield from _accept_any(scanner, (spelling.key[0], spelling.call_end))
+        if not tag:
+            raise Malformed
+    scanner.start_call(name)
+    types = SchemaTypes(scanner.tools.get(name) if scanner.tools is not None else None)
+    num_values = 0
+    rest = ""
+    while True:
+        if not tag:
+            tag, rest = yield from _next_tag(scanner, spelling)
+        if tag != spelling.key[0]:
+            break
+        tag = ""
+        try:
+            header = yield from _read_key(scanner, spelling)
+        except Malformed:
+            # Half of a tag, or no tag at all: the values so far are whole.
+            break
+        key = _name_in(header, spelling)
+        scanner.arguments((", " if num_values else "{") + json.dumps(key, ensure_ascii=False) + ": ")
+        num_values += 1
+        ends = (spelling.value[1], *spelling.inner)
+        value = Value(scanner, types, types.property(key), dict(_ATTRIBUTE.findall(header)), ends)
+        stop = yield from scanner.until(ends, value.add)
+        while stop not in (None, spelling.value[1]) and not (yield from _ends_value(scanner, spelling, stop)):
+            # Text that speaks of the tag.
+            value.add(stop)
+            stop = yield from scanner.until(ends, value.add)
+        if stop is None and scanner.cut:
+            value.cut()
+            scanner.end_call()
+            return
+        value.end(whole=stop == spelling.value[1])
+        if stop is not None and stop != spelling.value[1]:
+            scanner.skip(-len(stop))
+    if not num_values and (found := _object_in(rest)):
+        # Arguments as JSON in place of parameters.
+        scanner.arguments(found)
+        rest = ""
+    elif tag or not scanner.closed or not scanner.cut:
+        scanner.arguments("}" if num_values else "{}")
+    scanner.end_call()
+    if tag != spelling.call_end:
+        scanner.content(rest)
+
+
+def _ends_value(scanner: Scanner, spelling: Tags, tag: str) -> Steps[bool]:
+    """Whether a tag that is not the value's own end, and has been read, ends it, and is no text. Nothing is read."""
+    if tag == spelling.key[0]:
+        return True
+    if tag == spelling.call[0]:
+        return spelling.quoted or (yield from _is_head(scanner, spelling))
+    # Nothing but further tags stands behind the end of a call, or in front of the next.
+    character, distance = yield from scanner.look_past(SPACE)
+    return not character or (yield from scanner.look_at(spelling.inner, distance)) is not None
+
+
+def _is_head(scanner: Scanner, spelling: Tags) -> Steps[bool]:
+    """Whether a name, and what ends it, stand behind the tag of a call. Nothing is read."""
+    end = re.escape(spelling.call[1]) or "|".join(map(re.escape, (spelling.key[0], spelling.call_end)))
+    pattern = re.compile(rf"""\s*["']?[^<>\s"']+["']?\s*(?:{end})""")
+    while True:
+        rest = scanner.text[scanner.at : scanner.at + MAX_NAME]
+        if pattern.match(rest):
+            return True
+        if scanner.closed or len(rest) == MAX_NAME or re.search(r"\S\s+[^\s<>]", rest):
+            return False
+        yield
+
+
+def _name_in(header: str, spelling: Tags) -> str:
+    """The name in what stands between the two parts of a tag."""
+    if not spelling.quoted:
+        return header.strip()
+    found = _QUOTED.match(header)
+    name = "" if found is None else (found[1] or found[2] or found[3] or "").strip()
+    return name.replace("&quot;", '"').replace("&amp;", "&") if spelling.escaped else name
+
+
+def _next_tag(scanner: Scanner, spelling: Tags) -> Steps[tuple[str, str]]:
+    """The tag of a parameter or the end of the call, which is read, or "" where another tag or the end follows.
+
+    Also the text in front of it.
+    """
+    found = yield from _accept_any(scanner, (spelling.key[0], spelling.call_end))
+    if found:
+        return found, ""
+    pieces: list[str] = []
+    found = (yield from scanner.until(spelling.inner, pieces.append)) or ""
+    text = "".join(pieces)
+    if found in (spelling.key[0], spelling.call_end):
+        return found, text
+    if found:
+        scanner.skip(-len(found))
+    elif any(tag.startswith(text.strip()) for tag in spelling.inner):
+        # The begin of a tag that was cut off.
+        text = ""
+    return "", text
+
+
+def _read_key(scanner: Scanner, spelling: Tags) -> Steps[str]:
+    """From behind the tag of a parameter to its value; returns what the tag holds."""
+    before = spelling.value[0]
+    header, end = yield from scanner.raw_until((spelling.key[1], *([before] if before else [])), MAX_NAME)
+    if before and end != before and not (yield from scanner.accept(before, spaced=True)):
+        drop_begun(scanner, (before,))
+    if scanner.closed and scanner.cut and scanner.at == len(scanner.text):
+        raise Malformed
+    return header
+
+
+def without_begun(text: str, literals: tuple[str, ...]) -> str:
+    """The text without the begin of a literal at its end."""
+    longest = max(map(len, literals))
+    for place in range(max(0, len(text) - longest), len(text)):
+        if any(literal.startswith(text[place:]) for literal in literals):
+            return text[:place]
+    return text
+
+
+def _object_in(text: str) -> str:
+    """The object of JSON in a text, "" where there is none."""
+    found = text[text.find("{") : text.rfind("}") + 1]
+    try:
+        return found if isinstance(json.loads(found), dict) else ""
+    except (ValueError, RecursionError):
+        return ""
+
+
+class Value:
+    """One value as it comes. White space at its end waits: it is the value's only where its own tag follows."""
+
+    def __init__(
+        self,
+        scanner: Scanner,
+        types: SchemaTypes,
+        schema: Any,
+        attributes: dict[str, str],
+        ends: tuple[str, ...],
+    ) -> None:
+        self._scanner = scanner
+        self._ends = ends
+        self._types = types
+        self._schema = schema
+        self._pieces: list[str] = []
+        self._size = 0
+        self._streams = False
+        said = attributes.get("string") or {"": "", "string": "true"}.get(attributes.get("type", ""), "false")
+        admitted = types.types(schema, implied=True)
+        self._is_text = admitted <= _TEXT or (said == "true" and "string" in admitted)
+        self._waits = said == "false"
+
+    def add(self, text: str) -> None:
+        """The next text."""
+        if self._scanner.closed and self._scanner.cut:
+            text = without_begun(text, self._ends)
+        self._pieces.append(text)
+        self._size += len(text)
+        if not self._streams and not self._is_decided_text():
+            return
+        held = "".join(self._pieces)
+        body = held.rstrip(SPACE)
+        if len(held) - len(body) > MAX_NAME:
+            body = held
+        if body:
+            self._send(body)
+            self._pieces = [held[len(body) :]]
+
+    def _is_decided_text(self) -> bool:
+        if self._is_text or self._size > _MAX_VALUE:
+            return True
+        # What is undecided at this length is a container, whose end shows what it is.
+        if self._waits or self._size > 2 * MAX_SCALAR:
+            return False
+        return not self._types.is_undecided("".join(self._pieces), self._schema)
+
+    def _send(self, text: str) -> None:
+        self._scanner.arguments(("" if self._streams else '"') + json_escaped(text))
+        self._streams = True
+
+    def end(self, *, whole: bool) -> None:
+        """The value is complete."""
+        text = "".join(self._pieces)
+        if not whole:
+            text = text.rstrip(SPACE)
+        if self._streams or self._is_text:
+            self._send(text)
+            self._scanner.arguments('"')
+        else:
+            self._scanner.arguments(self._as_json(text))
+
+    def cut(self) -> None:
+        """The text has ended inside of the value."""
+        text = "".join(self._pieces)
+        if self._streams or self._is_text:
+            self._send(text)
+        elif text.strip():
+            self._scanner.arguments(text.strip())
+
+    def _as_json(self, text: str) -> str:
+        admitted = self._types.types(self._schema, implied=True)
+        if not text.strip() and "string" not in admitted:
+            empty = next((kind for kind in ("array", "object", "null") if kind in admitted), "")
+            if empty:
+                return {"array": "[]", "object": "{}", "null": "null"}[empty]
+        return self._types.read_value(text, self._schema)
+
+
+def _call(spelling: Tags, name: str, schema: dict[str, Any]) -> Format:
+    """The tag of one call, its parameters in the order of the schema."""
+    quote = '"' if spelling.quoted else ""
+    before, after = spelling.around
+    begin = f"{before}{spelling.call[0]}{quote}{name}{quote}"
+    head = [const(spelling.call[1] + spelling.line)]
+    if spelling.count:
+        head = [
+            const(f' {spelling.count}="'),
+            {"type": "regex", "pattern": "[1-9][0-9]?"},
+            const(f'"{spelling.call[1]}'),
+        ]
+    types = SchemaTypes(schema)
+    required = schema.get("required")
+    parts: list[Format] = []
+    for key, inner in types.properties().items():
+        if not key or re.search(r"[<>\"'&\s]", key):
+            continue
+        part = _parameter(spelling, types, key, inner, schema)
+        must = isinstance(required, list) and key in required
+        parts.append(part if must else either(const(""), part))
+    return {"type": "tag", "begin": begin, "content": sequence(*head, *parts), "end": spelling.call_end + after}
+
+
+def _parameter(spelling: Tags, types: SchemaTypes, key: str, inner: Any, root: dict[str, Any]) -> Format:
+    """One parameter with its value."""
+    # Free text ends with the tag alone, as it does for who reads it.
+    end = [const(part) for part in (spelling.value[1], spelling.line) if part]
+    quote = '"' if spelling.quoted else ""
+    between = spelling.line + spelling.value[0] if spelling.value[0] else ""
+
+    def begin(admitted: Types) -> Format:
+        attributes = spelling.attribute(admitted) if spelling.attribute is not None else [""]
+        return either(
+            *(const(f"{spelling.key[0]}{quote}{key}{quote}{text}{spelling.key[1]}{between}") for text in attributes)
+        )
+
+    admitted = types.types(inner, implied=True)
+    values = types.values(inner)
+    if values is not None:
+        options = [
+            sequence(begin(types.types({"const": value})), const(text), *end)
+            for value in values
+            if (text := _spelled(types, inner, value)) is not None
+        ]
+        if options:
+            return either(*options)
+    if "string" in admitted:
+        return sequence(begin(_TEXT), {"type": "any_text"}, *end)
+    definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
+    whole = schema_of({**inner, **definitions} if isinstance(inner, dict) else inner)
+    return sequence(begin(admitted), whole, *end)
+
+
+def _spelled(types: SchemaTypes, schema: Any, value: Any) -> str | None:
+    """A value as bare text; None for one that would be read as another."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    if not text or "<" in text:
+        return None
+    return text if json.loads(types.read_value(text, schema)) == value else None

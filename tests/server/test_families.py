@@ -1,0 +1,747 @@
+"""Calls as each family of models writes them: read whole and in pieces, whatever their arguments are, and back.
+
+Every family has a writer of its own here, for the cases that all of them share.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.text.chat_template import ChatTemplate
+from server.parsers.base import ContentDelta, ToolCallArguments, ToolCallStart
+from server.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
+from tests.server.dictate import CUTS, Cut, dictated
+from tests.server.support import live, served_model
+from tests.server.test_parsers import check, cuts, melt, outcome, parser, run
+
+Arguments = dict[str, Any]
+Calls = list[tuple[str, Arguments]]
+
+NS = "]<]minimax[>["
+DSML = "｜DSML｜"
+
+
+def bare(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def dsml(section: str) -> Callable[[Calls], str]:
+    def write(calls: Calls) -> str:
+        text = ""
+        for name, arguments in calls:
+            text += f'<{DSML}invoke name="{name}">\n'
+            for key, value in arguments.items():
+                kind = "true" if isinstance(value, str) else "false"
+                text += f'<{DSML}parameter name="{key}" string="{kind}">{bare(value)}</{DSML}parameter>\n'
+            text += f"</{DSML}invoke>\n"
+        return f"<{DSML}{section}>\n{text}</{DSML}{section}>"
+
+    return write
+
+
+def glm(line: str) -> Callable[[Calls], str]:
+    def write(calls: Calls) -> str:
+        return line.join(
+            f"<tool_call>{name}{line}"
+            + "".join(
+                f"<arg_key>{key}</arg_key>{line}<arg_value>{bare(value)}</arg_value>{line}"
+                for key, value in arguments.items()
+            )
+            + "</tool_call>"
+            for name, arguments in calls
+        )
+
+    return write
+
+
+def hy_v3(calls: Calls) -> str:
+    text = glm("\n")(calls)
+    for name, _ in calls:
+        text = text.replace(f"<tool_call>{name}\n", f"<tool_call>{name}<tool_sep>\n")
+    return f"<tool_calls>\n{text}\n</tool_calls>"
+
+
+def minimax_m2(calls: Calls) -> str:
+    text = ""
+    for name, arguments in calls:
+        inner = "".join(f'<parameter name="{key}">{bare(value)}</parameter>\n' for key, value in arguments.items())
+        text += f'<invoke name="{name}">\n{inner}</invoke>\n'
+    return f"<minimax:tool_call>\n{text}</minimax:tool_call>"
+
+
+def nested(value: Any) -> str:
+    if isinstance(value, dict) and value:
+        return "".join(f"{NS}<{key}>{nested(inner)}{NS}</{key}>" for key, inner in value.items())
+    if isinstance(value, list) and value:
+        return "".join(f"{NS}<item>{nested(inner)}{NS}</item>" for inner in value)
+    return bare(value)
+
+
+def minimax_m3(calls: Calls) -> str:
+    text = "".join(f'{NS}<invoke name="{name}">{nested(given)}{NS}</invoke>\n' for name, given in calls)
+    return f"{NS}<tool_call>\n{text.replace('>{}', '>')}{NS}</tool_call>"
+
+
+def seed_oss(calls: Calls) -> str:
+    return "\n".join(
+        f"<seed:tool_call>\n<function={name}>\n"
+        + "".join(f"<parameter={key}>{bare(value)}</parameter>\n" for key, value in arguments.items())
+        + "</function>\n</seed:tool_call>"
+        for name, arguments in calls
+    )
+
+
+def step3(calls: Calls) -> str:
+    text = ""
+    for name, arguments in calls:
+        inner = "".join(
+            f'<steptml:parameter name="{key}">{bare(value)}</steptml:parameter>\n' for key, value in arguments.items()
+        )
+        text += (
+            f'<｜tool_call_begin｜>function<｜tool_sep｜><steptml:invoke name="{name}">\n{inner}</steptml:invoke>'
+            "<｜tool_call_end｜>\n"
+        )
+    return f"<｜tool_calls_begin｜>\n{text}<｜tool_calls_end｜>"
+
+
+def kimi_k2(calls: Calls) -> str:
+    text = "".join(
+        f"<|tool_call_begin|>functions.{name}:{index}<|tool_call_argument_begin|>{dumped(given)}<|tool_call_end|>"
+        for index, (name, given) in enumerate(calls)
+    )
+    return f"<|tool_calls_section_begin|>{text}<|tool_calls_section_end|>"
+
+
+def kimi_k3(calls: Calls) -> str:
+    kinds = {str: "string", bool: "boolean", int: "number", float: "number", dict: "object", list: "array"}
+    text = ""
+    for index, (name, arguments) in enumerate(calls, 1):
+        text += f'<|open|>call tool="{name}" index="{index}"<|sep|>'
+        for key, value in arguments.items():
+            kind = kinds.get(type(value), "null")
+            text += f'<|open|>argument key="{key}" type="{kind}"<|sep|>{bare(value)}<|close|>argument<|sep|>'
+        text += "<|close|>call<|sep|>"
+    return f"<|open|>tools<|sep|>{text}<|close|>tools<|sep|>"
+
+
+def dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+def gemma(begin: str, end: str, quote: str) -> Callable[[Calls], str]:
+    def value_of(value: Any) -> str:
+        if isinstance(value, str):
+            return f"{quote}{value}{quote}"
+        if isinstance(value, dict):
+            return "{" + fields(value) + "}"
+        if isinstance(value, list):
+            return "[" + ",".join(map(value_of, value)) + "]"
+        return dumped(value)
+
+    def fields(arguments: Arguments) -> str:
+        return ",".join(f"{key}:{value_of(value)}" for key, value in arguments.items())
+
+    return lambda calls: "".join(f"{begin}call:{name}{{{fields(given)}}}{end}" for name, given in calls)
+
+
+def python(begin: str, separator: str, end: str) -> Callable[[Calls], str]:
+    def write(calls: Calls) -> str:
+        texts = [
+            f"{name}({', '.join(f'{key}={value!r}' for key, value in arguments.items())})" for name, arguments in calls
+        ]
+        return begin + separator.join(texts) + end
+
+    return write
+
+
+def listed(begin: str, end: str, name_key: str = "name", arguments_key: str = "arguments") -> Callable[[Calls], str]:
+    return lambda calls: begin + dumped([{name_key: name, arguments_key: given} for name, given in calls]) + end
+
+
+def each(begin: str, end: str, arguments_key: str = "arguments") -> Callable[[Calls], str]:
+    return lambda calls: "\n".join(begin + dumped({"name": name, arguments_key: given}) + end for name, given in calls)
+
+
+WRITERS: dict[str, Callable[[Calls], str]] = {
+    "glm45": glm("\n"),
+    "glm47": glm(""),
+    "hy_v3": hy_v3,
+    "deepseek_v32": dsml("function_calls"),
+    "deepseek_v4": dsml("tool_calls"),
+    "minimax_m2": minimax_m2,
+    "minimax_m3": minimax_m3,
+    "seed_oss": seed_oss,
+    "step3": step3,
+    "kimi_k2": kimi_k2,
+    "kimi_k3": kimi_k3,
+    "gemma4": gemma("<|tool_call>", "<tool_call|>", '<|"|>'),
+    "functiongemma": gemma("<start_function_call>", "<end_function_call>", "<escape>"),
+    "lfm2": python("<|tool_call_start|>[", ", ", "]<|tool_call_end|>"),
+    "olmo3": python("<function_calls>\n", "\n", "\n</function_calls>"),
+    "granite": listed("<|tool_call|>", ""),
+    "granite-20b-fc": each("<function_call> ", ""),
+    "phi4_mini_json": listed("functools", ""),
+    "hunyuan_a13b": listed("<tool_calls>", "</tool_calls>"),
+    "jamba": listed("<tool_calls>", "</tool_calls>"),
+    "nemotron_json": listed("<TOOLCALL>", "</TOOLCALL>"),
+    "cohere_command3": listed("<|START_ACTION|>", "<|END_ACTION|>", "tool_name", "parameters"),
+    "internlm": each("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters"),
+    "longcat": each("<longcat_tool_call>\n", "\n</longcat_tool_call>"),
+    "apertus": lambda calls: f"<|tools_prefix|>{dumped([{name: given} for name, given in calls])}<|tools_suffix|>",
+    "xlam": listed("", ""),
+}
+# Those of the families that other tests are about.
+ELSEWHERE = {
+    "hermes",
+    "qwen3_coder",
+    "llama3_json",
+    "pythonic",
+    "mistral",
+    "mistral_v11",
+    "deepseek_v3",
+    "deepseek_v31",
+}
+NAMES = sorted(WRITERS)
+
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string"},
+        "zip": {"$ref": "#/$defs/code"},
+        "days": {"type": "integer"},
+        "ratio": {"type": "number"},
+        "deep": {"type": "boolean"},
+        "note": {"type": ["string", "null"]},
+        "limit": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "tags": {"type": "array", "items": {"type": "string"}},
+        "where": {
+            "type": "object",
+            "properties": {"at": {"type": "array", "items": {"type": "number"}}, "name": {"type": "string"}},
+        },
+        "unit": {"enum": ["C", "F"]},
+        "empty": {"type": "string"},
+    },
+    "$defs": {"code": {"type": "string"}},
+}
+TOOLS: dict[str, Any] = {"get_weather": SCHEMA, "now": {"type": "object", "properties": {}}}
+
+ARGUMENTS: dict[str, Arguments] = {
+    "one": {"city": "Paris"},
+    "none": {},
+    "types": {"city": "Paris", "days": 3, "ratio": -1.5, "deep": True, "limit": None, "unit": "F"},
+    "text that looks like something else": {"city": "true", "zip": "01234"},
+    "unicode": {"city": "São Paulo, 北京 😀"},
+    "marks": {"city": 'a "b" <c> & {d} [e], f: g; `h` </x>'},
+    "lines": {"city": "one\n  two\n\nthree"},
+    "backslashes": {"city": "C:\\dir\\n and \\d+"},
+    "nested": {"where": {"at": [1, 2.5], "name": "x, {y} [z]"}, "tags": ["a", "b, c"]},
+    "an empty text": {"city": "x", "empty": ""},
+}
+TWO: Calls = [("get_weather", {"city": "Paris", "days": 3}), ("now", {})]
+
+
+def read(name: str, text: str, **options: Any) -> tuple[str, str, Calls]:
+    """What comes of a text, which must be the same however it is cut."""
+    options = {"tools": TOOLS, **options}
+    events = run(parser(name, **options), [text])
+    assert melt(run(parser(name, **options), list(text))) == melt(events)
+    for seed in range(4):
+        assert melt(run(parser(name, **options), cuts(text, seed))) == melt(events)
+    content, reasoning, calls = outcome(events)
+    return content, reasoning, [(called, json.loads(arguments)) for called, arguments in calls]
+
+
+def test_every_family_is_tried() -> None:
+    assert set(WRITERS) | ELSEWHERE | {"harmony"} == set(TOOL_PARSERS)
+
+
+@pytest.mark.parametrize("case", ARGUMENTS)
+@pytest.mark.parametrize("name", NAMES)
+def test_arguments(name: str, case: str) -> None:
+    given = ARGUMENTS[case]
+    text = WRITERS[name]([("get_weather", given)])
+    assert read(name, text) == ("", "", [("get_weather", given)])
+    assert read(name, text, buffer_calls=True) == ("", "", [("get_weather", given)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_calls(name: str) -> None:
+    assert read(name, WRITERS[name](TWO)) == ("", "", TWO)
+    assert read(name, WRITERS[name]([TWO[0], TWO[0]])) == ("", "", [TWO[0], TWO[0]])
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"xlam"}))
+def test_text_around(name: str) -> None:
+    text = f"I look it up.\n\n{WRITERS[name](TWO)}"
+    assert read(name, text) == ("I look it up.", "", TWO)
+    content, _, calls = read(name, text + "\nDone.")
+    assert (content.split(), calls) == (["I", "look", "it", "up.", "Done."], TWO)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_nobody_declared(name: str) -> None:
+    call = ("other", {"city": "Paris", "n": 1})
+    assert read(name, WRITERS[name]([call])) == ("", "", [call])
+    assert read(name, WRITERS[name]([call]), tools=None) == ("", "", [call])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_call_that_is_cut_off(name: str) -> None:
+    """Whatever a limit leaves of a call: once its name is known it is one, and its arguments are a beginning."""
+    text = WRITERS[name]([("get_weather", {"city": "Paris in the spring", "days": 31})])
+    begun = 0
+    last = ""
+    for size in range(len(text)):
+        made = parser(name, tools=TOOLS)
+        events = [*made.push(text[:size]), *made.finish(cut=True)]
+        content, _, calls = outcome(events)
+        assert len(calls) <= 1
+        if not calls:
+            # Python that stops in a keyword may yet be anything.
+            assert not begun or name in ("lfm2", "olmo3")
+            continue
+        begun += 1
+        called, arguments = calls[0]
+        assert (called, content.strip()) == ("get_weather", "")
+        plain = arguments.replace(" ", "")
+        if name in ("lfm2", "olmo3"):
+            continue
+        assert plain.startswith(last) or last.startswith(plain), (last, plain)
+        last = max(last, plain, key=len)
+    assert begun > 20
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_text_streams(name: str) -> None:
+    """The text of an argument goes out before it is complete, where the format shows that it is one."""
+    text = WRITERS[name]([("get_weather", {"city": "Paris in the spring"})])
+    made = parser(name, tools=TOOLS)
+    events = made.push(text[: text.index(" in the")])
+    assert isinstance(events[0], ToolCallStart) and events[0].name == "get_weather"
+    assert "".join(event.text for event in events[1:] if isinstance(event, ToolCallArguments)).endswith('"Paris')
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_long_values(name: str) -> None:
+    """Text, white space and lists of some size, a character at a time, in time."""
+    given = {"city": "x" * 4_000 + "\n" * 1_000 + "y", "tags": ["z"] * 300}
+    made = parser(name, tools=TOOLS)
+    events = run(made, list(WRITERS[name]([("get_weather", given)])))
+    _, _, calls = outcome(events)
+    assert [(called, json.loads(arguments)) for called, arguments in calls] == [("get_weather", given)]
+
+
+@pytest.mark.parametrize("name", sorted(set(NAMES) - {"xlam"}))
+def test_only_marks_are_held_back(name: str) -> None:
+    made = parser(name, tools=TOOLS)
+    assert made.push("an answer, ") == [ContentDelta("an answer,")]
+    assert made.push("plain as it is") == [ContentDelta(" plain as it is")]
+
+
+# What is no call is content to the letter.
+NO_CALLS = [
+    ("glm45", "The tag <tool_call> is written as it is"),
+    ("glm47", "<tool_call> {} </tool_call>"),
+    ("minimax_m2", "<minimax:tool_call>\nnothing"),
+    ("minimax_m2", 'It writes <invoke name="f"> then'),
+    ("minimax_m3", f"{NS}<tool_call>\nnothing"),
+    ("deepseek_v32", f"<{DSML}function_calls>\n</{DSML}function_calls>"),
+    ("seed_oss", "<seed:tool_call>\n{}"),
+    ("step3", "<｜tool_calls_begin｜>\n<｜tool_call_begin｜>code<｜tool_sep｜>"),
+    ("kimi_k2", "<|tool_calls_section_begin|>nothing"),
+    ("kimi_k2", "<|tool_call_begin|>no id at all<|tool_call_argument_begin|>{}"),
+    ("kimi_k3", "<|open|>tools<|sep|>nothing"),
+    ("gemma4", "<|tool_call>get_weather"),
+    ("gemma4", "<|tool_call>call:f("),
+    ("functiongemma", "<start_function_call>f"),
+    ("lfm2", "<|tool_call_start|>nothing here"),
+    ("lfm2", "<|tool_call_start|>"),
+    ("olmo3", "<function_calls>\n</function_calls>"),
+    ("granite", "<|tool_call|>text"),
+    ("phi4_mini_json", "the functools module"),
+    ("phi4_mini_json", "functools[1]"),
+    ("hunyuan_a13b", "<tool_calls>[]</tool_calls>"),
+    ("apertus", "<|tools_prefix|>[]"),
+    ("apertus", '<|tools_prefix|>[{"f": 1}]'),
+    ("xlam", '{"answer": 1}'),
+    ("xlam", "[1, 2]"),
+    ("xlam", "```json\n{}\n```"),
+]
+
+
+@pytest.mark.parametrize(("name", "text"), NO_CALLS)
+def test_no_calls(name: str, text: str) -> None:
+    assert read(name, text) == (text, "", [])
+
+
+PARIS = ("get_weather", '{"city": "Paris"}')
+# Slips: text, content and calls as they come out.
+SLIPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
+    # Missing ends of values and calls.
+    ("glm45", "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris\n</tool_call>", "", [PARIS]),
+    ("glm45", "<tool_call>get_weather\n<arg_key>city<arg_value>Paris</arg_value></tool_call>", "", [PARIS]),
+    (
+        "glm47",
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris<tool_call>now</tool_call>",
+        "",
+        [PARIS, ("now", "{}")],
+    ),
+    ("glm47", "<tool_call>get_weather<arg_key>city</arg_key><arg_value>Paris", "", [PARIS]),
+    ("minimax_m2", '<minimax:tool_call><invoke name="get_weather"><parameter name="city">Paris</invoke>', "", [PARIS]),
+    (
+        "minimax_m2",
+        '<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">Paris\n<invoke name="now">\n'
+        "</minimax:tool_call>",
+        "",
+        [PARIS, ("now", "{}")],
+    ),
+    (
+        "minimax_m2",
+        '<minimax:tool_call><invoke name="get_weather"><parameter name="city">Paris</parameter></invoke>\nDone.',
+        "\nDone.",
+        [PARIS],
+    ),
+    (
+        "minimax_m2",
+        "<minimax:tool_call><invoke name='get_weather'></invoke></minimax:tool_call>",
+        "",
+        [("get_weather", "{}")],
+    ),
+    # Tags in a text.
+    (
+        "minimax_m2",
+        '<minimax:tool_call><invoke name="get_weather"><parameter name="city">'
+        "the </invoke> tag, </minimax:tool_call> too"
+        "</parameter></invoke></minimax:tool_call>",
+        "",
+        [("get_weather", '{"city": "the </invoke> tag, </minimax:tool_call> too"}')],
+    ),
+    (
+        "glm47",
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_value>a <tool_call> of it, </tool_call> too</arg_value>"
+        "</tool_call>",
+        "",
+        [("get_weather", '{"city": "a <tool_call> of it, </tool_call> too"}')],
+    ),
+    # Arguments as JSON in place of parameters.
+    (
+        "deepseek_v32",
+        f'<{DSML}function_calls><{DSML}invoke name="get_weather">{{"city": "Paris"}}</{DSML}invoke>'
+        f"</{DSML}function_calls>",
+        "",
+        [PARIS],
+    ),
+    # What a parameter says of itself, against what the tool does.
+    (
+        "deepseek_v4",
+        f'<{DSML}tool_calls><{DSML}invoke name="get_weather">'
+        f'<{DSML}parameter name="days" string="true">3</{DSML}parameter>'
+        f'<{DSML}parameter name="city" string="false">7</{DSML}parameter></{DSML}invoke></{DSML}tool_calls>',
+        "",
+        [("get_weather", '{"days": 3, "city": "7"}')],
+    ),
+    (
+        "seed_oss",
+        "<seed:tool_call><function=get_weather><parameter=city>Paris</function></seed:tool_call>",
+        "",
+        [PARIS],
+    ),
+    ("seed_oss", "<seed:tool_call>\n<function=get_weather>\n<parameter=city>Paris</parameter>\n", "", [PARIS]),
+    (
+        "minimax_m3",
+        f'{NS}<tool_call>{NS}<invoke name="get_weather">{NS}<city>Paris{NS}</invoke>{NS}</tool_call>',
+        "",
+        [PARIS],
+    ),
+    (
+        "minimax_m3",
+        f'{NS}<tool_call>{NS}<invoke name="get_weather">{NS}<tags>["a", "b"]{NS}</tags>{NS}</invoke>{NS}</tool_call>',
+        "",
+        [("get_weather", '{"tags": ["a", "b"]}')],
+    ),
+    ("kimi_k2", '<|tool_call_begin|>functions.get_weather:0<|tool_call_argument_begin|>{"city": "Paris"}', "", [PARIS]),
+    (
+        "kimi_k2",
+        '<|tool_call_begin|>get_weather<|tool_call_argument_begin|>{"city": "Paris"}<|tool_call_end|>',
+        "",
+        [PARIS],
+    ),
+    (
+        "kimi_k2",
+        "<|tool_calls_section_begin|><|tool_call_begin|>functions.now:0<|tool_call_argument_begin|><|tool_call_end|>"
+        "<|tool_calls_section_end|>",
+        "",
+        [("now", "{}")],
+    ),
+    (
+        "kimi_k2",
+        "<|tool_call_begin|>functions.now:0<|tool_call_argument_begin|>{oops<|tool_call_end|><|tool_calls_section_end|>",
+        "",
+        [("now", "{oops")],
+    ),
+    ("gemma4", '<|tool_call>call:get_weather{city:<|"|>Paris<|"|><tool_call|>', "", [PARIS]),
+    ("gemma4", '<|tool_call>call:get_weather{city:<|"|>Paris', "", [PARIS]),
+    ("gemma4", '<|tool_call>call:get_weather{"city": "Paris"}<tool_call|>', "", [PARIS]),
+    ("gemma4", "<|tool_call>call:get_weather{city:Paris}<tool_call|>", "", [PARIS]),
+    (
+        "gemma4",
+        '<|tool_call>call:get_weather{<|"|>city<|"|>: <|"|>Paris<|"|>}<tool_call|><|tool_response>',
+        "",
+        [PARIS],
+    ),
+    (
+        "functiongemma",
+        "<start_function_call>call:get_weather{days:<escape>3<escape>}",
+        "",
+        [("get_weather", '{"days": 3}')],
+    ),
+    ("lfm2", "<|tool_call_start|>[get_weather(city='Paris')", "", [PARIS]),
+    (
+        "lfm2",
+        '<|tool_call_start|>[{"name": "get_weather", "arguments": {"city": "Paris"}}]<|tool_call_end|>',
+        "",
+        [PARIS],
+    ),
+    ("olmo3", "<function_calls>get_weather(city='Paris')", "", [PARIS]),
+    (
+        "olmo3",
+        "<function_calls>\nget_weather(deep=true, limit=null)\n</function_calls>",
+        "",
+        [("get_weather", '{"deep": true, "limit": null}')],
+    ),
+    ("granite", '<tool_call>[{"name": "get_weather", "arguments": {"city": "Paris"}}]', "", [PARIS]),
+    ("phi4_mini_json", 'functools[{"name": "get_weather", "arguments": {"city": "Paris"}}', "", [PARIS]),
+    ("apertus", '<|tools_prefix|>[{"get_weather": {"city": "Paris"}}', "", [PARIS]),
+    ("xlam", '```json\n[{"name": "get_weather", "arguments": {"city": "Paris"}}]\n```', "", [PARIS]),
+    (
+        "cohere_command3",
+        "<|START_RESPONSE|>Wait.<|END_RESPONSE|><|START_ACTION|>[\n"
+        '    {"tool_call_id": "0", "tool_name": "get_weather", "parameters": {"city": "Paris"}}\n]<|END_ACTION|>',
+        "Wait.",
+        [PARIS],
+    ),
+    (
+        "kimi_k3",
+        '<|open|>tools<|sep|><|open|>call tool="f" index="1"<|sep|><|open|>argument key="a&amp;b" type="number"<|sep|>1'
+        "<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|>",
+        "",
+        [("f", '{"a&b": 1}')],
+    ),
+    (
+        "kimi_k3",
+        "<|open|>response<|sep|>Wait.<|close|>response<|sep|><|open|>tools<|sep|>"
+        '<|open|>call tool="get_weather" index="1"<|sep|><|open|>argument key="city" type="string"<|sep|>Paris'
+        "<|close|>argument<|sep|><|close|>call<|sep|><|close|>tools<|sep|><|close|>message<|sep|><|end_of_msg|>",
+        "Wait.",
+        [PARIS],
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "content", "calls"), SLIPS)
+def test_slips(name: str, text: str, content: str, calls: list[tuple[str, str]]) -> None:
+    check(name, None, text, (content, "", calls), tools=TOOLS)
+
+
+# ---- reasoning
+
+# Reasoning, tools, whether the prompt has opened it, text, and content, reasoning and calls of it.
+THOUGHTS: list[tuple[str, str | None, bool, str, tuple[str, str, list[tuple[str, str]]]]] = [
+    ("gemma4", None, False, "<|channel>thought\nHm.\n<channel|>Yes.", ("Yes.", "Hm.", [])),
+    ("gemma4", None, False, "<|channel>Hm.<channel|>Yes.", ("Yes.", "Hm.", [])),
+    ("gemma4", None, False, "Yes, <|channel|> is no mark.", ("Yes, <|channel|> is no mark.", "", [])),
+    (
+        "gemma4",
+        "gemma4",
+        False,
+        '<|channel>thought\nHm.<channel|><|tool_call>call:get_weather{city:<|"|>Paris<|"|>}<tool_call|>',
+        ("", "Hm.", [PARIS]),
+    ),
+    ("seed_oss", None, False, "<seed:think>Hm.</seed:think>Yes.", ("Yes.", "Hm.", [])),
+    (
+        "seed_oss",
+        "seed_oss",
+        False,
+        "<seed:think>Hm.</seed:think>\n<seed:tool_call>\n<function=now>\n</function>\n</seed:tool_call>",
+        ("", "Hm.", [("now", "{}")]),
+    ),
+    (
+        "minimax_m3",
+        "minimax_m3",
+        True,
+        f'Hm.</mm:think>{NS}<tool_call>\n{NS}<invoke name="now">{NS}</invoke>\n{NS}</tool_call>',
+        ("", "Hm.", [("now", "{}")]),
+    ),
+    ("minimax_m3", "minimax_m3", False, "</mm:think>Yes.", ("Yes.", "", [])),
+    ("cohere_command3", None, True, "Hm.<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", ("Yes.", "Hm.", [])),
+    ("cohere_command3", None, True, "Hm.<|END_THINKING|><|START_TEXT|>Yes.<|END_TEXT|>", ("Yes.", "Hm.", [])),
+    ("apertus", None, False, "<|inner_prefix|>Hm.<|inner_suffix|>Yes.", ("Yes.", "Hm.", [])),
+    ("granite", None, False, "Here is my thought process: Hm. Here is my response: Yes.", ("Yes.", "Hm.", [])),
+    ("granite", None, False, "Here's my thought process:\nHm.\n\nHere's my response:\nYes.", ("Yes.", "Hm.", [])),
+    ("granite", None, False, "Here is my answer.", ("Here is my answer.", "", [])),
+    ("granite_think", None, False, "<think>Hm.</think><response>Yes.</response>", ("Yes.", "Hm.", [])),
+    ("ernie45", "hermes", True, "Hm.\n</think>\n\n<response>\nYes.</response>", ("Yes.", "Hm.", [])),
+    (
+        "ernie45",
+        "hermes",
+        True,
+        'Hm.</think>\n\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n',
+        ("", "Hm.", [("now", "{}")]),
+    ),
+    ("hunyuan_a13b", None, False, "<think>\nHm.\n</think>\n<answer>\nYes.</answer>", ("Yes.", "Hm.", [])),
+    ("hunyuan_a13b", "hunyuan_a13b", False, "<think>\n\n</think>\n<answer>\nYes.</answer>", ("Yes.", "", [])),
+    (
+        "kimi_k3",
+        "kimi_k3",
+        True,
+        "Hm.<|close|>think<|sep|><|open|>response<|sep|>Yes.<|close|>response<|sep|><|open|>tools<|sep|>"
+        '<|open|>call tool="now" index="1"<|sep|><|close|>call<|sep|><|close|>tools<|sep|><|close|>message<|sep|>',
+        ("Yes.", "Hm.", [("now", "{}")]),
+    ),
+    ("minimax_m2_append_think", None, True, "Hm.\n</think>\n\nYes.", ("<think>Hm.\n</think>\n\nYes.", "", [])),
+    ("minimax_m2_append_think", None, False, "Yes.", ("Yes.", "", [])),
+]
+
+
+@pytest.mark.parametrize(("reasoning", "tool", "inside", "text", "expected"), THOUGHTS)
+def test_thoughts(reasoning: str, tool: str | None, inside: bool, text: str, expected: Any) -> None:
+    check(tool, reasoning, text, expected, start_inside=inside, tools=TOOLS)
+
+
+def test_every_reasoning_is_tried() -> None:
+    assert {name for name, *_ in THOUGHTS} | {"qwen3", "deepseek_r1", "mistral", "harmony"} == set(REASONING_PARSERS)
+
+
+# ---- properties
+
+FRAGMENTS = [
+    *sorted({mark for name in NAMES for mark in TOOL_PARSERS[name].markers}),
+    *sorted({mark for family in REASONING_PARSERS.values() for mark in family.markers}),
+    *("get_weather", "now", "call:", "function", "functools", "{", "}", "[", "]", "(", ")", ",", ":", "=", '"', "'"),
+    *("city", "days", "tags", "item", "Paris", "3", "null", "tru", "\n", " ", "é", "\\", "<", ">", "/", "```", "json"),
+    *(
+        '<invoke name="now">',
+        '<parameter name="city">',
+        "</parameter>",
+        "</invoke>",
+        "<function=now>",
+        "<parameter=days>",
+    ),
+    *(f'<{DSML}invoke name="now">', f'<{DSML}parameter name="city" string="true">', f"</{DSML}invoke>"),
+    *(
+        '<steptml:invoke name="now">',
+        '<steptml:parameter name="tags">',
+        "call tool=",
+        "argument key=",
+        "tools",
+        "response",
+    ),
+    *(f"{NS}<tool_call>", f'{NS}<invoke name="now">', f"{NS}<tags>", f"{NS}<item>", f"{NS}</item>", f"{NS}</invoke>"),
+    *("functions.now:0", '{"name": "now", "arguments": {', '{"now": {', "now(", "city='x'", "Here is my response:"),
+]
+TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=16).map("".join)
+
+
+@settings(max_examples=400, deadline=None)
+@given(TEXTS, st.sampled_from(NAMES), st.sampled_from([None, *REASONING_PARSERS]), st.booleans(), st.booleans())
+def test_pieces_change_nothing(text: str, name: str, reasoning: str | None, inside: bool, cut: bool) -> None:
+    """Whatever a model writes, in whatever pieces: the same comes out, and no call is without a name."""
+
+    def read_in(pieces: list[str]) -> list[tuple[str, int, str]]:
+        made = parser(name, reasoning, start_inside=inside, tools=TOOLS)
+        events = [event for piece in pieces for event in made.push(piece)]
+        events += made.finish(cut=cut)
+        outcome(events)
+        return melt(events)
+
+    whole = read_in([text])
+    assert read_in(list(text)) == whole
+    for seed in range(3):
+        assert read_in(cuts(text, seed)) == whole
+
+
+@settings(max_examples=300, deadline=None)
+@given(TEXTS, st.sampled_from(NAMES))
+def test_text_without_calls_is_content(text: str, name: str) -> None:
+    content, _, calls = outcome(run(parser(name, tools=TOOLS), [text]))
+    wrap = TOOL_PARSERS[name].wrap
+    if not calls and not any(mark in text for mark in (*wrap, "_response")):
+        assert content == text
+
+
+NO_JSON = {"minimax_m3", "gemma4", "functiongemma", "lfm2", "olmo3"}
+JSON_VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-(10**9), 10**9) | st.text(st.characters(codec="utf-8"), max_size=12),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.from_regex(r"[a-z]{1,6}", fullmatch=True), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=30), st.sampled_from(NAMES))
+def test_any_text_comes_through(value: str, name: str) -> None:
+    """Text that holds no mark of the format is itself in the arguments."""
+    if any(mark in value for mark in ("<", NS)):
+        return
+    _, _, calls = outcome(run(parser(name, tools=TOOLS), [WRITERS[name]([("get_weather", {"city": value})])]))
+    assert [(called, json.loads(arguments)) for called, arguments in calls] == [("get_weather", {"city": value})]
+
+
+@settings(max_examples=200, deadline=None)
+@given(JSON_VALUES, st.sampled_from(sorted(set(NAMES) - NO_JSON)))
+def test_any_value_comes_through(value: Any, name: str) -> None:
+    """Lists and objects are JSON in most formats, and any of them is itself in the arguments."""
+    if not isinstance(value, list | dict) or "<" in json.dumps(value):
+        return
+    schema = {"properties": {"v": {"type": ["array", "object"]}}}
+    text = WRITERS[name]([("f", {"v": value})])
+    _, _, calls = outcome(run(parser(name, tools={"f": schema}), cuts(text, 1)))
+    assert [(called, json.loads(arguments)) for called, arguments in calls] == [("f", {"v": value})]
+
+
+# ---- ids
+
+
+def test_ids_that_the_model_writes() -> None:
+    """They go back into the conversation as they came, and are told apart where the model repeats itself."""
+    text = "".join(
+        f"<|tool_call_begin|>{written}<|tool_call_argument_begin|>{{}}<|tool_call_end|>"
+        for written in ("functions.now:3", "now:4", "functions.now:3", "now")
+    )
+    events = run(parser("kimi_k2"), [text])
+    ids = [event.id for event in events if isinstance(event, ToolCallStart)]
+    assert ids == ["functions.now:3", "functions.now:4", "id0", "id1"]
+
+
+# ---- through the whole server
+
+WEATHER = [{"type": "function", "function": {"name": name, "parameters": schema}} for name, schema in TOOLS.items()]
+SAID = {"city": "São Paulo", "days": 3}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("name", NAMES)
+async def test_calls_through_the_server(name: str, cut: Cut) -> None:
+    text = WRITERS[name]([("get_weather", SAID), ("now", {})])
+    body = {"messages": [{"role": "user", "content": "hi"}], "tools": WEATHER, "max_tokens": 480}
+    model = served_model(chat_template=ChatTemplate({"default": "{{ messages[0].content }}"}, {}))
+    async with live(model=model, tool_call_parser=name, reasoning_parser="none") as server:
+        with dictated(server, text, cut=cut):
+            status, whole = await server.post("/v1/chat/completions", body)
+            events = await server.events("/v1/chat/completions", body)
+    assert status == 200, whole
+    choice = whole["choices"][0]
+    found = [call["function"] for call in choice["message"]["tool_calls"]]
+    assert [(call["name"], json.loads(call["arguments"])) for call in found] == [("get_weather", SAID), ("now", {})]
+    assert choice["finish_reason"] == "tool_calls"
+    pieces = ["", ""]
+    for event in events:
+        for call in event["choices"][0]["delta"].get("tool_calls", ()) if event != "[DONE]" else ():
+            pieces[call["index"]] += call["function"].get("arguments", "")
+    assert [json.loads(piece) for piece in pieces] == [SAID, {}]
