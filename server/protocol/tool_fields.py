@@ -26,7 +26,8 @@ class ToolPlan:
 
     tools: as the chat template gets them, None without any. mode: none, auto or required. named: the one function
     that must be called. parallel: several calls are allowed. callable: parameters by name of what may be called.
-    strict: every tool that may be called asks for arguments that keep its schema in every point.
+    strict: those of them whose arguments are to keep their schema in every point. places: where in the request each
+    one's schema stands, for errors.
     """
 
     tools: list[dict[str, Any]] | None = None
@@ -34,7 +35,8 @@ class ToolPlan:
     named: str | None = None
     parallel: bool = True
     callable: dict[str, dict[str, Any]] = field(default_factory=dict)
-    strict: bool = False
+    strict: frozenset[str] = frozenset()
+    places: dict[str, str] = field(default_factory=dict)
 
     @property
     def reads_calls(self) -> bool:
@@ -64,7 +66,8 @@ def read_tools(body: Body) -> ToolPlan:
         named=named,
         parallel=parallel and named is None,
         callable=callable,
-        strict=all(strict[name] for name in callable),
+        strict=frozenset(name for name in callable if strict[name]),
+        places={name: f"tools[{index}].function.parameters" for index, name in enumerate(declared)},
     )
 
 
@@ -135,10 +138,30 @@ def _function_name(value: Any, where: str, declared: dict[str, Any]) -> str:
 
 
 def call_format(plan: ToolPlan, family: ToolFamily) -> dict[str, Any]:
-    """The structural tag of the calls that a plan allows, in the way that the model writes them."""
-    return family.call_format(
-        [(name, _as_object(parameters)) for name, parameters in plan.callable.items()], plan.parallel
-    )
+    """The structural tag of the calls that a plan allows, in the way that the model writes them.
+
+    Each schema in it says whose it is and whether that tool is strict: one tool's schema is never another's fault.
+    """
+    tools = [(name, _as_object(parameters)) for name, parameters in plan.callable.items()]
+    found = family.call_format(tools, plan.parallel)
+    _mark(found, plan, [name for name, _ in tools], None)
+    return found
+
+
+def _mark(node: Any, plan: ToolPlan, names: list[str], name: str | None) -> None:
+    """Write into the schemas of a structural tag which tool they belong to; the tags of a family are in its order."""
+    if isinstance(node, list):
+        for index, inner in enumerate(node):
+            _mark(inner, plan, names, name if name is not None or len(node) != len(names) else names[index])
+    elif isinstance(node, dict):
+        if node.get("type") == "json_schema":
+            node["strict"] = name in plan.strict if name is not None else plan.strict.issuperset(names)
+            if name is not None:
+                node["name"] = plan.places[name]
+            return
+        for key in ("tags", "elements", "content"):
+            if key in node:
+                _mark(node[key], plan, names if key == "tags" else [], name)
 
 
 def forced_calls(plan: ToolPlan, family: ToolFamily) -> GrammarSpec | None:
@@ -146,9 +169,7 @@ def forced_calls(plan: ToolPlan, family: ToolFamily) -> GrammarSpec | None:
     if not plan.is_forced:
         return None
     param = "tools" if plan.named is None else "tool_choice"
-    return GrammarSpec(
-        "structural_tag", orjson.dumps(call_format(plan, family)).decode(), strict=plan.strict, param=param
-    )
+    return GrammarSpec("structural_tag", orjson.dumps(call_format(plan, family)).decode(), strict=False, param=param)
 
 
 def _as_object(parameters: dict[str, Any]) -> dict[str, Any]:
