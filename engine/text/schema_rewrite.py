@@ -13,7 +13,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 from urllib.parse import quote, unquote, urldefrag, urljoin
 
 from engine.text.schema_types import SchemaTypes
@@ -311,7 +311,7 @@ class SchemaRewriter:
             return None
         return pattern
 
-    def _writers(self, schema: dict[str, Any], where: str) -> Iterator[tuple[str, Callable[[], Any]]]:
+    def _writers(self, schema: dict[str, Any], where: str) -> Iterator[tuple[str, Callable[..., Any]]]:
         """The keywords of a schema that are parts of their own, each with what writes it."""
         for key in ("$ref", "$dynamicRef", "$recursiveRef"):
             if key in schema:
@@ -392,10 +392,14 @@ class SchemaRewriter:
         if not isinstance(branches, list) or not branches:
             raise self._invalid("has a `oneOf` that is no list of schemas")
         here = _at(where, "oneOf")
-        rivals = {
-            index: [other for other in range(len(branches)) if other != index and not self._disjoint(branches[index], branches[other], 0)]
-            for index in range(len(branches))
-        } if len(branches) <= MAX_CASES else {0: [0]}  # fmt: skip
+        rivals: dict[int, list[int]] = {0: [0]}
+        if len(branches) <= MAX_CASES:
+            pairs = list(itertools.combinations(range(len(branches)), 2))
+            close = {(one, two) for one, two in pairs if not self._disjoint(branches[one], branches[two], 0)}
+            rivals = {
+                index: [two if one == index else one for one, two in close if index in (one, two)]
+                for index in range(len(branches))
+            }
         if not any(rivals.values()):
             return self._some(branches, where, "oneOf")
         found: list[Any] = []
@@ -410,10 +414,10 @@ class SchemaRewriter:
         written = _any(found)
         if written is False or not self._expand:
             why = "its branches may hold at once, and cannot be told apart"
-            error = Unwritable("oneOf", here, why if failed is None else f"{why}: {failed.keyword}")
+            vague = Unwritable("oneOf", here, why if failed is None else f"{why}: {failed.keyword}")
             if self._strict:
-                raise error
-            self._warn(error)
+                raise vague
+            self._warn(vague)
             return self._some(branches, where, "oneOf")
         return written
 
@@ -509,9 +513,10 @@ class SchemaRewriter:
             for chosen in itertools.permutations(range(len(values)), count - 1):
                 left = [value for index, value in enumerate(values) if index not in chosen]
                 prefix = [{"const": values[index]} for index in chosen]
-                cases.append(
-                    {"type": "array", "prefixItems": [*prefix, {"enum": left}], "items": False, "minItems": max(low, min(count - 1, 1)) if length >= 3 else count, "maxItems": count}
-                )  # fmt: skip
+                # From three on one case holds the shorter ones too: fewer of the chosen, then the end.
+                least = max(low, min(count - 1, 1)) if length >= 3 else count
+                case = {"type": "array", "prefixItems": [*prefix, {"enum": left}], "items": False}
+                cases.append({**case, "minItems": least, "maxItems": count})
         return _any(cases)
 
     def _property_names(self, schema: dict[str, Any], where: str) -> Any:
@@ -685,7 +690,7 @@ class SchemaRewriter:
         finally:
             self._negated -= 1
 
-    def _negations(self, schema: dict[str, Any], where: str) -> Iterator[Callable[[], Any]]:
+    def _negations(self, schema: dict[str, Any], where: str) -> Iterator[Callable[..., Any]]:
         """For each keyword, what writes the values that break it."""
         for key, value in schema.items():
             kind = _TYPE_OF.get(key)
@@ -937,9 +942,8 @@ def _plain(schema: dict[str, Any], invalid: Callable[[str], Exception]) -> dict[
         if key in found and not (isinstance(value, int | float) or (isinstance(value, bool) and key.startswith("ex"))):
             raise invalid(f"has a `{key}` that is no number")
     for key, bound in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if isinstance(found.get(key), bool):
-            if found.pop(key) and bound in found:
-                found[key] = found.pop(bound)
+        if isinstance(found.get(key), bool) and found.pop(key) and bound in found:
+            found[key] = found.pop(bound)
     for key in ("allOf", "anyOf", "oneOf", "prefixItems"):
         if key in found and not isinstance(found[key], list):
             raise invalid(f"has an `{key}` that is no list of schemas")
@@ -1107,7 +1111,7 @@ def _counts_apart(left: dict[str, Any], right: dict[str, Any], what: str) -> boo
     return False
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -332,9 +332,9 @@ class GrammarCompiler:
         return {"x-guidance": options, **written}
 
     def inline_schema(self, spec: GrammarSpec, node: dict[str, Any], warnings: list[str]) -> str:
-        """A schema of a structural tag as a part of a Lark rule; each is judged by itself, as its own tool says.
+        """A schema of a structural tag as a part of a Lark rule; each is judged by itself.
 
-        A node's own `strict` and `name` go before the spec's; other schemas beside it are never to blame for its faults.
+        A node's own `strict` and `name` go before the spec's; schemas beside it are never to blame for its faults.
         """
         schema = node.get("json_schema", node.get("schema"))
         strict, name = node.get("strict", spec.strict), node.get("name")
@@ -356,7 +356,9 @@ class GrammarCompiler:
     def _fails(self, matcher: LLMatcher) -> str | None:
         """Why a grammar cannot be used; it is walked some tokens far, so that it does not fail amid an answer."""
         mask = np.zeros(self.mask_words, np.uint32)
-        for index, matcher in enumerate((matcher, *(matcher.deep_copy() for _ in range(NUM_WALKS)))):
+        first = matcher
+        for index in range(NUM_WALKS + 1):
+            matcher = first.deep_copy() if index else first
             rng = random.Random(index)
             for _ in range(WALK_TOKENS if index else 1):
                 if matcher.is_error():

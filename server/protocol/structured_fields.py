@@ -198,7 +198,8 @@ FIELDS = frozenset(
 def with_calls(spec: GrammarSpec, calls: dict[str, Any]) -> GrammarSpec:
     """The structure, or calls of tools instead: what `response_format` means when tools may be called.
 
-    calls: the structural tag of a family's calls, whose schemas say each how strict it is. Raises RequestError for a structure that cannot stand beside calls.
+    calls: the structural tag of a family's calls, whose schemas say each how strict it is. Raises RequestError for a
+    structure that cannot stand beside calls.
     """
     tree: dict[str, Any]
     if spec.kind == "json_object":

@@ -411,7 +411,8 @@ REWRITTEN: list[tuple[Any, list[Any], list[Any]]] = [
      [{"ab": 1}, {"a": None}], [{"abc": 1}, {"a": 1}]),
     ({"type": "object", "properties": {"a": {}}, "unevaluatedProperties": False}, [{"a": 1}], [{"b": 1}]),
     (
-        {"type": "object", "allOf": [{"properties": {"a": {}}}], "properties": {"b": {}}, "unevaluatedProperties": False},
+        {"type": "object", "allOf": [{"properties": {"a": {}}}], "properties": {"b": {}}}
+        | {"unevaluatedProperties": False},
         [{"b": 1, "a": 1}],
         [{"c": 1}],
     ),
