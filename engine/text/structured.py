@@ -297,6 +297,9 @@ class GrammarCompiler:
         """
 
         def invalid(what: str) -> RequestError:
+            if where.startswith("of `"):
+                # Tools were sent, and no tag.
+                return RequestError(f"The schema {where}{what}.", param=spec.param)
             return _error(spec, f"{where}{what}")
 
         if not isinstance(schema, dict | bool):
@@ -349,6 +352,8 @@ class GrammarCompiler:
             written = self._fitted(written, found)
             matcher = self._match(LLMatcher.grammar_from_json_schema(json.dumps(written)))
         if fault := self._fails(matcher):
+            if where.startswith("of `"):
+                raise RequestError(f"The schema {where}cannot be used: {fault}.", param=spec.param)
             raise _error(spec, f"{where}cannot be used: {fault}")
         warnings += found
         return "%json " + json.dumps(written)
