@@ -117,7 +117,7 @@ BAD_SCHEMAS: list[Any] = [
     {"properties": 5},
     {"type": "object", "properties": {"a": 5}},
     {"$ref": "#/$defs/none"},
-    {"$ref": "http://127.0.0.1/x.json"},
+    {"$ref": "#/$defs/missing"},
     {"$ref": "file:///etc/passwd"},
     {"$ref": "other.json#/a"},
     {"$ref": 5},
@@ -476,7 +476,7 @@ RESPONSES: list[Row] = [
 ]
 OLLAMA: list[Row] = [
     *wrong_kinds(string="model", boolean="stream logprobs", integer="top_logprobs", object="options"),
-    *(("format", value) for value in (5, True, [], "xml", {"type": "nothing"}, {"$ref": "http://127.0.0.1/x"})),
+    *(("format", value) for value in (5, True, [], "xml", {"type": "nothing"}, {"$ref": "#/missing"})),
     *(
         (f"options.{name}", {name: value})
         for name in ("temperature", "top_p", "min_p", "repeat_penalty", "presence_penalty")

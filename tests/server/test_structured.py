@@ -140,7 +140,7 @@ async def test_json_object_and_length(server: Live) -> None:
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("response_format", response_format({"type": "nothing"}), "JSON schema"),
-    ("response_format", response_format({"$ref": "http://127.0.0.1/x.json"}), "only references within it"),
+    ("response_format", response_format({"$ref": "#/$defs/missing"}), "names nothing in it"),
     ("response_format", response_format({"$ref": "#/$defs/none"}), "JSON schema"),
     ("response_format", response_format({"not": {"type": "string"}}, strict=True), "JSON schema"),
     ("response_format", response_format({"type": "string", "pattern": "("}, strict=True), "JSON schema"),
@@ -192,7 +192,7 @@ async def test_fields_that_would_fight_with_the_grammar(server: Live, name: str,
 async def test_what_a_lenient_schema_leaves_to_the_model_is_logged_once(
     server: Live, caplog: pytest.LogCaptureFixture
 ) -> None:
-    schema = {"type": "string", "minLength": 1, "maxLength": 2, "not": {"const": "b"}}
+    schema = {"type": "string", "minLength": 1, "maxLength": 2, "not": {"format": "date"}}
     with caplog.at_level(logging.WARNING, "oneloop.grammar"):
         for _ in range(2):
             status, body = await server.post(CHAT, {"messages": HI, "response_format": response_format(schema)})
