@@ -119,7 +119,7 @@ BAD_SCHEMAS: list[Any] = [
     {"$ref": "#/$defs/none"},
     {"$ref": "#/$defs/missing"},
     {"$ref": 5},
-    {"$ref": "other.json#/a"},
+    {"$ref": "#/a/0/b"},
     {"$ref": 5},
     {"items": {"$ref": "https://example.com/s"}},
     {"$dynamicRef": "https://example.com/s"},
