@@ -385,8 +385,8 @@ class GrammarCompiler:
         for _ in range(8):
             matcher = self._match(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
             fault = self._fails(matcher)
-            if fault is None:
-                break
+            if fault is None or "nsatisfiable" in fault:
+                break  # no keyword is beyond the library: the schema itself admits nothing
             if "min/maxProperties" in fault:
                 schema = _without(schema, frozenset(("minProperties", "maxProperties")))
                 warnings.append("minProperties and maxProperties are not enforced")
