@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import queue
+import random
 import re
 import threading
 from collections import OrderedDict
@@ -27,6 +28,7 @@ from llguidance.gbnf_to_lark import any_to_lark
 from numpy.typing import NDArray
 
 from engine.request import QueueFullError, RequestError
+from engine.text.schema_rewrite import SchemaRewriter, Unwritable
 from engine.text.tokenizer import Tokenizer
 
 logger = logging.getLogger("oneloop.grammar")
@@ -57,6 +59,9 @@ MAX_LOST_THREADS = 4
 MAX_WAITING_COMPILES = 1024
 # Forced tokens that one step appends: a longer run would hold up the loop, by some microseconds a token.
 MAX_FORCED_TOKENS = 256
+# Tokens that a grammar is walked at its making, and how often: one that grows too complex shows it by then.
+NUM_WALKS = 2
+WALK_TOKENS = 6
 # What one grammar may cost to make, and one mask: 7 ms at most, half the library's own limits.
 _LIMITS = LLParserLimits(
     max_lexer_states=50_000,
@@ -68,10 +73,6 @@ _LIMITS = LLParserLimits(
 
 # Unbounded whitespace is how a hot model writes blanks until max_tokens; 40 is enough to indent ten levels by four.
 _WHITESPACE = r"[\x20\x0A\x0D\x09]{1,40}"
-# The formats that are enforced. Others are annotations, as JSON Schema says of formats that a validator does not know.
-_FORMATS = frozenset(
-    ["date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown"]
-)
 # Where a schema holds schemas. Everything else is data (enum, const, examples) or a value.
 _SCHEMA_MAPS = frozenset(["properties", "patternProperties", "$defs", "definitions", "dependentSchemas"])
 _SCHEMA_LISTS = frozenset(["allOf", "anyOf", "oneOf", "prefixItems"])
@@ -251,32 +252,23 @@ class GrammarCompiler:
         schema: Any = None
         warnings: list[str] = []
         if spec.kind in ("json_object", "json_schema"):
-            schema = {"type": "object"} if spec.kind == "json_object" else _load(spec)
-            schema = self._check_schema(spec, schema, warnings)
-        matcher = self._match(self._source(spec, schema))
-        if matcher.is_error() and schema is not None and not spec.strict:
-            # The library's lenient mode still refuses these two where it cannot express them.
-            for keywords in (("minProperties", "maxProperties"), ("pattern", "patternProperties")):
-                text = matcher.get_error()
-                if ("min/maxProperties" in text) if keywords[0] == "minProperties" else ("regex" in text.lower()):
-                    schema = _without(schema, frozenset(keywords))
-                    warnings.append(f"{' and '.join(keywords)} are not enforced")
-                    matcher = self._match(self._source(spec, schema))
-        if matcher.is_error():
-            raise _error(spec, f"cannot be used: {_sentence(matcher.get_error())}")
-        # The first mask is the dearest; made here, it is not made on the loop. It also shows a grammar with no text.
-        mask = np.zeros(self.mask_words, np.uint32)
-        matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        if matcher.is_error():
-            raise _error(spec, f"cannot be used: {_sentence(matcher.get_error())}")
-        if not mask.any():
-            raise _error(spec, "cannot be used: no text satisfies it")
+            given = {"type": "object"} if spec.kind == "json_object" else _load(spec)
+            schema = self._check_schema(spec, given, warnings, strict=spec.strict)
+        matcher = self._match(self._source(spec, schema, warnings))
+        fault = self._fails(matcher)
+        if fault is not None and schema is not None and not spec.strict:
+            warnings = []
+            schema = self._fitted(self._check_schema(spec, given, warnings, strict=False, expand=False), warnings)
+            matcher = self._match(self._source(spec, schema, warnings))
+            fault = self._fails(matcher)
+        if fault is not None:
+            raise _error(spec, f"cannot be used: {fault}")
         return Grammar(spec, matcher, [*warnings, *map(_sentence, matcher.get_grammar_warnings())], self.warm())
 
     def _match(self, source: str) -> LLMatcher:
         return LLMatcher(self._vocabulary()[0], source, log_level=0, limits=_LIMITS)
 
-    def _source(self, spec: GrammarSpec, schema: Any) -> str:
+    def _source(self, spec: GrammarSpec, schema: Any, warnings: list[str]) -> str:
         """The library's own form of a spec."""
         if schema is not None:
             return LLMatcher.grammar_from_json_schema(json.dumps(schema))
@@ -295,30 +287,134 @@ class GrammarCompiler:
             return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {quoted}")
         if spec.kind == "grammar":
             return LLMatcher.grammar_from_lark(_as_lark(spec, spec.text))
-        return _TagWriter(self, spec).write(_load(spec))
+        return _TagWriter(self, spec, warnings).write(_load(spec))
 
-    def _check_schema(self, spec: GrammarSpec, schema: Any, warnings: list[str]) -> Any:
-        """The schema as the library takes it. Raises RequestError for one that is too deep, too large or remote."""
-        if schema is True:
-            schema = {}
-        if not isinstance(schema, dict):
-            raise _error(spec, "must be a JSON schema: an object")
-        cleaned = _Cleaner(spec, schema).clean(schema, 0)
-        assert isinstance(cleaned, dict)
+    def _check_schema(
+        self, spec: GrammarSpec, schema: Any, warnings: list[str], *, strict: bool, expand: bool = True, where: str = ""
+    ) -> Any:
+        """The schema as the library takes it. Raises RequestError for one that is too deep, too large or remote.
+
+        where: what the sentences call it, where a spec holds several.
+        """
+
+        def invalid(what: str) -> RequestError:
+            if where.startswith("of `"):
+                # Tools were sent, and no tag.
+                return RequestError(f"The schema {where}{what}.", param=spec.param)
+            return _error(spec, f"{where}{what}")
+
+        if not isinstance(schema, dict | bool):
+            raise invalid("must be a JSON schema: an object")
+        _bound(schema, invalid)
         try:
-            joined = _Joined(cleaned).count(cleaned)
+            written = SchemaRewriter(schema, strict=strict, invalid=invalid, warnings=warnings, expand=expand).write()
+        except Unwritable as error:
+            sentence = (
+                f"has `{error.keyword}` at `{error.where or 'its top'}`, which cannot be kept in full: {error.why}"
+            )
+            raise invalid(sentence) from None
         except RecursionError:
-            raise _error(spec, f"follows references more than {MAX_REFERENCE_DEPTH} schemas deep") from None
+            raise invalid(f"follows references more than {MAX_REFERENCE_DEPTH} schemas deep") from None
+        except (TypeError, AttributeError):
+            # A keyword's value of another kind than the standard has it: the walk finds no list, or no number.
+            raise invalid("has a keyword whose value is not of the kind that JSON Schema asks for") from None
+        if written is False:
+            raise invalid("cannot be used: no value satisfies it")
+        if written is True:
+            written = {}
+        if len(json.dumps(written)) > 4 * MAX_SPEC_CHARACTERS:
+            raise invalid("grows too large when its `not`, `oneOf` and the like are written out")
+        try:
+            joined = _Joined(written).count(written)
+        except RecursionError:
+            raise invalid(f"follows references more than {MAX_REFERENCE_DEPTH} schemas deep") from None
         if joined > MAX_JOINED_PATTERNS:
-            raise _error(spec, f"joins more than {MAX_JOINED_PATTERNS} patterns in one place")
-        options: dict[str, Any] = {"lenient": not spec.strict, "whitespace_flexible": spec.any_whitespace}
+            raise invalid(f"joins more than {MAX_JOINED_PATTERNS} patterns in one place")
+        options: dict[str, Any] = {"lenient": not strict, "whitespace_flexible": spec.any_whitespace}
         if spec.any_whitespace:
             options["whitespace_pattern"] = spec.whitespace_pattern or _WHITESPACE
-        return {"x-guidance": options, **cleaned}
+        return {"x-guidance": options, **written}
 
-    def inline_schema(self, spec: GrammarSpec, schema: Any) -> str:
-        """A schema as a part of a Lark rule."""
-        return "%json " + json.dumps(self._check_schema(spec, schema, []))
+    def inline_schema(self, spec: GrammarSpec, node: dict[str, Any], warnings: list[str]) -> str:
+        """A schema of a structural tag as a part of a Lark rule; each is judged by itself.
+
+        A node's own `strict` and `name` go before the spec's; schemas beside it are never to blame for its faults.
+        """
+        schema = node.get("json_schema", node.get("schema"))
+        strict, name = node.get("strict", spec.strict), node.get("name")
+        where = f"of `{name}` " if isinstance(name, str) else "holds a schema that "
+        for expand in (True,) if strict else (True, False):
+            found: list[str] = []
+            written = self._check_schema(spec, schema, found, strict=strict is True, expand=expand, where=where)
+            matcher = self._match(LLMatcher.grammar_from_json_schema(json.dumps(written)))
+            if not self._fails(matcher):
+                break
+        else:
+            written = self._fitted(written, found)
+            matcher = self._match(LLMatcher.grammar_from_json_schema(json.dumps(written)))
+        if fault := self._fails(matcher):
+            if where.startswith("of `"):
+                raise RequestError(f"The schema {where}cannot be used: {fault}.", param=spec.param)
+            raise _error(spec, f"{where}cannot be used: {fault}")
+        warnings += found
+        return "%json " + json.dumps(written)
+
+    def _fails(self, matcher: LLMatcher) -> str | None:
+        """Why a grammar cannot be used; it is walked some tokens far, so that it does not fail amid an answer."""
+        mask = np.zeros(self.mask_words, np.uint32)
+        first = matcher
+        for index in range(NUM_WALKS + 1):
+            matcher = first.deep_copy() if index else first
+            rng = random.Random(index)
+            for _ in range(WALK_TOKENS if index else 1):
+                if matcher.is_error():
+                    return _sentence(matcher.get_error()) or "it is too complex"
+                if matcher.is_stopped():
+                    break
+                matcher.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
+                if matcher.is_error():
+                    return _sentence(matcher.get_error()) or "it is too complex"
+                options = np.unpackbits(mask.view(np.uint8), bitorder="little").nonzero()[0]
+                if not options.size:
+                    return "no text satisfies it"
+                if index:
+                    matcher.consume_token(int(rng.choice(options)))
+        return None
+
+    def _fitted(self, schema: Any, warnings: list[str]) -> Any:
+        """A schema that is not strict, without what the library's lenient mode still refuses."""
+        for _ in range(8):
+            matcher = self._match(LLMatcher.grammar_from_json_schema(json.dumps(schema)))
+            fault = self._fails(matcher)
+            if fault is None or "nsatisfiable" in fault:
+                break  # no keyword is beyond the library: the schema itself admits nothing
+            if "min/maxProperties" in fault:
+                schema = _without(schema, frozenset(("minProperties", "maxProperties")))
+                warnings.append("minProperties and maxProperties are not enforced")
+            elif "not disjoint" in fault:
+                schema = _without(schema, frozenset(("patternProperties",)))
+                warnings.append("patternProperties are not enforced")
+            else:
+                bad = self._bad_patterns(schema)
+                keywords = ("pattern", "patternProperties", "maxLength", "minLength")
+                if bad:
+                    schema = _without_patterns(schema, bad)
+                    warnings.append(f"the pattern {min(bad)!r:.60} is not enforced")
+                elif schema != (fewer := _without(schema, frozenset(keywords))):
+                    schema = fewer
+                    warnings.append("patterns and lengths are not enforced")
+                else:
+                    break
+        return schema
+
+    def _bad_patterns(self, schema: Any) -> set[str]:
+        """The patterns of a schema that the library cannot take, each tried alone."""
+        found = set[str]()
+        for pattern in _patterns(schema):
+            alone = json.dumps({"type": "string", "pattern": pattern})
+            if len(found) < 100 and self._fails(self._match(LLMatcher.grammar_from_json_schema(alone))):
+                found.add(pattern)
+        return found
 
     def literal(self, text: str) -> list[str]:
         """A fixed text as parts of a Lark rule. A special token's name is that token: it has no text of its own."""
@@ -474,83 +570,6 @@ class _Words:
         return ids
 
 
-class _Cleaner:
-    """Walks a schema: bounds it, refuses remote references, drops formats that are annotations."""
-
-    def __init__(self, spec: GrammarSpec, root: Any) -> None:
-        self._spec = spec
-        self._root = root
-        self._count = 0
-
-    def clean(self, schema: Any, depth: int) -> Any:
-        if isinstance(schema, bool):
-            return schema
-        if not isinstance(schema, dict):
-            raise _error(self._spec, f"holds {json.dumps(schema)[:40]} where a schema must stand")
-        self._count += 1
-        if depth > MAX_DEPTH:
-            raise _error(self._spec, f"is nested more than {MAX_DEPTH} schemas deep")
-        if self._count > MAX_SCHEMAS:
-            raise _error(self._spec, f"holds more than {MAX_SCHEMAS} schemas")
-        cleaned: dict[str, Any] = {}
-        for key, value in schema.items():
-            if key in ("$ref", "$dynamicRef", "$recursiveRef"):
-                if not isinstance(value, str) or not value.startswith("#"):
-                    raise _error(
-                        self._spec, f"has the `{key}` {value!r:.80}: only references within it (#...) are read"
-                    )
-                cleaned[key] = value
-            elif key in _SCHEMA_MAPS and isinstance(value, dict):
-                cleaned[key] = {name: self.clean(inner, depth + 1) for name, inner in value.items()}
-            elif (key in _SCHEMA_LISTS or key == "items") and isinstance(value, list):
-                cleaned[key] = [self.clean(inner, depth + 1) for inner in value]
-            elif key in _SCHEMAS:
-                cleaned[key] = self.clean(value, depth + 1)
-            elif key == "format" and (not isinstance(value, str) or value not in _FORMATS):
-                continue
-            elif key in ("x-guidance", "$id", "id") and (key == "x-guidance" or isinstance(value, str)):
-                # The library's own options are not the client's to set; a base URI only matters to remote references.
-                continue
-            else:
-                cleaned[key] = value
-        if "oneOf" in cleaned and "anyOf" not in cleaned and self._excludes(cleaned["oneOf"]):
-            # Of branches that no value has in common "one of" is "any of", which the library can do.
-            cleaned = {"anyOf" if key == "oneOf" else key: value for key, value in cleaned.items()}
-        return cleaned
-
-    def _excludes(self, branches: Any) -> bool:
-        """Whether the branches of a oneOf exclude each other, by values or by a property that tells them apart."""
-        if not isinstance(branches, list) or len(branches) > 256:
-            return False
-        told = [self._told_values(branch) for branch in branches]
-        shared = set(told[0]).intersection(*told) if told else set()
-        for name in shared:
-            values = [value for branch in told for value in branch[name]]
-            if len(values) == len(set(values)):
-                return True
-        return False
-
-    def _told_values(self, branch: Any) -> dict[str | None, set[str]]:
-        """Values that a branch is limited to: under None its own, under a name those of a required property."""
-        for _ in range(8):
-            if not isinstance(branch, dict) or "$ref" not in branch:
-                break
-            branch = point(self._root, branch["$ref"])
-        if not isinstance(branch, dict):
-            return {}
-        found: dict[str | None, set[str]] = {}
-        properties, required = branch.get("properties"), branch.get("required")
-        sources: list[tuple[str | None, Any]] = [(None, branch)]
-        # Only an object has properties to be told apart by.
-        if branch.get("type") == "object" and isinstance(properties, dict) and isinstance(required, list):
-            sources += [(name, properties.get(name)) for name in required if isinstance(name, str)]
-        for name, source in sources:
-            if isinstance(source, dict) and ("const" in source or isinstance(source.get("enum"), list)):
-                values = [source["const"]] if "const" in source else source["enum"]
-                found[name] = {_canonical(value) for value in values}
-        return found
-
-
 class _Joined:
     """How many patterns may have to hold for one string, from above: members of allOf and targets of $ref add up."""
 
@@ -596,13 +615,6 @@ def point(root: Any, reference: Any) -> Any:
     return found
 
 
-def _canonical(value: Any) -> str:
-    """Equal for values that JSON Schema holds equal: 1 is 1.0."""
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    return json.dumps(value, sort_keys=True)
-
-
 def _children(schema: dict[str, Any], keys: Iterable[str]) -> list[Any]:
     """The schemas under some keywords."""
     found: list[Any] = []
@@ -618,9 +630,10 @@ def _children(schema: dict[str, Any], keys: Iterable[str]) -> list[Any]:
 class _TagWriter:
     """Turns the format of a structural tag into one Lark grammar (with side grammars where a tag holds one)."""
 
-    def __init__(self, compiler: GrammarCompiler, spec: GrammarSpec) -> None:
+    def __init__(self, compiler: GrammarCompiler, spec: GrammarSpec, warnings: list[str]) -> None:
         self._compiler = compiler
         self._spec = spec
+        self._warnings = warnings
         self._rules: list[str] = []
         self._grammars: list[dict[str, str]] = []
 
@@ -677,7 +690,7 @@ class _TagWriter:
         if kind == "any_text":
             return "TEXT"
         if kind == "json_schema":
-            return self._rule(self._compiler.inline_schema(self._spec, node.get("json_schema", node.get("schema"))))
+            return self._rule(self._compiler.inline_schema(self._spec, node, self._warnings))
         if kind == "regex":
             pattern = self._string(node, "pattern", where, empty=False)
             if len(pattern) > MAX_GRAMMAR_CHARACTERS:
@@ -798,6 +811,54 @@ def _sentence(text: str) -> str:
     return " ".join(line for line in lines if line and not line.startswith(("at ", "stack backtrace")))[:300].rstrip(
         " ."
     )
+
+
+def _bound(schema: Any, invalid: Callable[[str], RequestError]) -> None:
+    """Raises for a schema that is nested too deep, or holds too many."""
+    level, count = [schema], 0
+    for _ in range(MAX_DEPTH + 1):
+        count += len(level)
+        if count > MAX_SCHEMAS:
+            raise invalid(f"holds more than {MAX_SCHEMAS} schemas")
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict)
+            for inner in _children(outer, (*_SCHEMA_MAPS, *_SCHEMA_LISTS, *_SCHEMAS, "items"))
+        ]
+        if not level:
+            return
+    raise invalid(f"is nested more than {MAX_DEPTH} schemas deep")
+
+
+def _patterns(schema: Any) -> set[str]:
+    """Every pattern that stands in a schema, of values and of names."""
+    found: set[str] = set()
+    if isinstance(schema, dict):
+        if isinstance(schema.get("pattern"), str):
+            found.add(schema["pattern"])
+        if isinstance(schema.get("patternProperties"), dict):
+            found.update(schema["patternProperties"])
+        for inner in _children(schema, (*_SCHEMA_MAPS, *_SCHEMA_LISTS, *_SCHEMAS, "items")):
+            found |= _patterns(inner)
+    return found
+
+
+def _without_patterns(schema: Any, bad: set[str]) -> Any:
+    """A schema without some patterns, the others still held."""
+    if isinstance(schema, list):
+        return [_without_patterns(inner, bad) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    kept = {key: value for key, value in schema.items() if not (key == "pattern" and value in bad)}
+    for key, value in kept.items():
+        if key == "patternProperties":
+            kept[key] = {name: _without_patterns(inner, bad) for name, inner in value.items() if name not in bad}
+        elif key in _SCHEMA_MAPS and isinstance(value, dict):
+            kept[key] = {name: _without_patterns(inner, bad) for name, inner in value.items()}
+        elif key in _SCHEMAS or key in _SCHEMA_LISTS:
+            kept[key] = _without_patterns(value, bad)
+    return kept
 
 
 def _without(schema: Any, keywords: frozenset[str]) -> Any:

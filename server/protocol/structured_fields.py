@@ -200,13 +200,15 @@ FIELDS = frozenset(
 def with_calls(spec: GrammarSpec, calls: dict[str, Any]) -> GrammarSpec:
     """The structure, or calls of tools instead: what `response_format` means when tools may be called.
 
-    calls: the structural tag of a family's calls. Raises RequestError for a structure that cannot stand beside calls.
+    calls: the structural tag of a family's calls, whose schemas say each how strict it is. Raises RequestError for a
+    structure that cannot stand beside calls.
     """
     tree: dict[str, Any]
     if spec.kind == "json_object":
         tree = {"type": "json_schema", "json_schema": {"type": "object"}}
     elif spec.kind == "json_schema":
         tree = {"type": "json_schema", "json_schema": orjson.loads(spec.text)}
+        tree |= {"strict": spec.strict, "name": spec.param}
     elif spec.kind == "structural_tag":
         tree = orjson.loads(spec.text)
     elif spec.kind == "choice":

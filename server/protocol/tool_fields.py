@@ -38,9 +38,10 @@ class ToolPlan:
 
     tools: functions as the chat template gets them, None without any. mode: none, auto or required. named: the one
     function that must be called. parallel: several calls are allowed. callable: parameters by name of what may be
-    called. refused: declared names that may not be. strict: every tool that may be called asks for arguments that keep
-    its schema in every point. custom: by name the grammars that bind the inputs of custom tools, None where they are
-    free. origins: namespace and own name of the functions of namespaces, by the flat name that the model knows.
+    called. refused: declared names that may not be. strict: those of the callable whose arguments are to keep their
+    schema in every point. places: where in the request each one's schema stands, for errors. custom: by name the
+    grammars that bind the inputs of custom tools, None where they are free. origins: namespace and own name of the
+    functions of namespaces, by the flat name that the model knows.
     """
 
     tools: list[dict[str, Any]] | None = None
@@ -49,7 +50,8 @@ class ToolPlan:
     parallel: bool = True
     callable: dict[str, dict[str, Any]] = field(default_factory=dict)
     refused: frozenset[str] = frozenset()
-    strict: bool = False
+    strict: frozenset[str] = frozenset()
+    places: dict[str, str] = field(default_factory=dict)
     custom: dict[str, GrammarSpec | None] = field(default_factory=dict)
     origins: dict[str, tuple[str, str]] = field(default_factory=dict)
 
@@ -75,13 +77,15 @@ class ToolPlan:
 
 @dataclass(frozen=True, slots=True)
 class _Tool:
-    """One that can be called. declaration: the function that the template shows. name: its own, in its namespace."""
+    """One that can be called. declaration: the function that the template shows. name: its own, in its namespace.
+    place: where its schema stands in the request."""
 
     flat: str
     name: str
     namespace: str | None
     declaration: dict[str, Any]
     parameters: dict[str, Any]
+    place: str
     strict: bool
     is_custom: bool = False
     spec: GrammarSpec | None = None
@@ -165,7 +169,7 @@ class Declared:
             raise invalid(f"{where}.strict", "must be true or false")
         declaration = tool if namespace is None else {**tool, "function": {**function, "name": flat}}
         strict = bool(function.get("strict"))
-        self.tools.append(_Tool(flat, name, namespace, declaration, parameters or {}, strict))
+        self.tools.append(_Tool(flat, name, namespace, declaration, parameters or {}, f"{where}.parameters", strict))
 
     def _free(self, flat: str) -> str:
         number, found = 1, flat
@@ -229,7 +233,7 @@ def _custom(tool: dict[str, Any], where: str, flat: str, namespace: str | None) 
     parameters = {"type": "object", "properties": {INPUT: schema}, "required": [INPUT], "additionalProperties": False}
     shown = {**parameters, "properties": {INPUT: {"type": "string"}}}
     declaration = {"type": "function", "function": {"name": flat, "description": description, "parameters": shown}}
-    return _Tool(flat, tool["name"], namespace, declaration, parameters, False, True, spec)
+    return _Tool(flat, tool["name"], namespace, declaration, parameters, f"{where}.format", False, True, spec)
 
 
 def read_tools(body: Body) -> ToolPlan:
@@ -249,7 +253,8 @@ def read_tools(body: Body) -> ToolPlan:
         parallel=parallel and named is None,
         callable=callable,
         refused=frozenset(tool.flat for tool in declared.tools).difference(callable),
-        strict=all(tool.strict for tool in declared.tools if tool.flat in callable),
+        strict=frozenset(tool.flat for tool in declared.tools if tool.strict and tool.flat in callable),
+        places={tool.flat: tool.place for tool in declared.tools},
         custom={tool.flat: tool.spec for tool in declared.tools if tool.is_custom},
         origins={tool.flat: (tool.namespace, tool.name) for tool in declared.tools if tool.namespace is not None},
     )
@@ -310,10 +315,30 @@ def _chosen(value: Any, where: str, declared: Declared) -> str:
 
 
 def call_format(plan: ToolPlan, family: ToolFamily) -> dict[str, Any]:
-    """The structural tag of the calls that a plan allows, in the way that the model writes them."""
-    return family.call_format(
-        [(name, _as_object(parameters)) for name, parameters in plan.callable.items()], plan.parallel
-    )
+    """The structural tag of the calls that a plan allows, in the way that the model writes them.
+
+    Each schema in it says whose it is and whether that tool is strict: one tool's schema is never another's fault.
+    """
+    tools = [(name, _as_object(parameters)) for name, parameters in plan.callable.items()]
+    found = family.call_format(tools, plan.parallel)
+    _mark(found, plan, [name for name, _ in tools], None)
+    return found
+
+
+def _mark(node: Any, plan: ToolPlan, names: list[str], name: str | None) -> None:
+    """Write into the schemas of a structural tag which tool they belong to; the tags of a family are in its order."""
+    if isinstance(node, list):
+        for index, inner in enumerate(node):
+            _mark(inner, plan, names, name if name is not None or len(node) != len(names) else names[index])
+    elif isinstance(node, dict):
+        if node.get("type") == "json_schema":
+            node["strict"] = name in plan.strict if name is not None else plan.strict.issuperset(names)
+            if name is not None:
+                node["name"] = plan.places[name]
+            return
+        for key in ("tags", "elements", "content"):
+            if key in node:
+                _mark(node[key], plan, names if key == "tags" else [], name)
 
 
 def forced_calls(plan: ToolPlan, family: ToolFamily) -> GrammarSpec | None:
@@ -321,9 +346,7 @@ def forced_calls(plan: ToolPlan, family: ToolFamily) -> GrammarSpec | None:
     if not plan.is_forced:
         return None
     param = "tools" if plan.named is None else "tool_choice"
-    return GrammarSpec(
-        "structural_tag", orjson.dumps(call_format(plan, family)).decode(), strict=plan.strict, param=param
-    )
+    return GrammarSpec("structural_tag", orjson.dumps(call_format(plan, family)).decode(), strict=False, param=param)
 
 
 def _as_object(parameters: dict[str, Any]) -> dict[str, Any]:

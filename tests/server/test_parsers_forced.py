@@ -340,3 +340,24 @@ def test_only_one_call_where_parallel_ones_are_not_wanted() -> None:
     made = parser("hermes", max_calls=1)
     run(made, [text])
     assert made.num_calls == 1
+
+
+@pytest.mark.parametrize("strict", [None, False, True])
+@pytest.mark.parametrize("strict_answer", [False, True])
+def test_each_schema_is_judged_by_itself(strict: bool | None, strict_answer: bool) -> None:
+    """A tool that is not strict never makes a request fail; one that is names its keyword and place."""
+    tags = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+    function = {"name": "f", "strict": strict, "parameters": {"type": "object", "properties": {"tags": tags}}}
+    answer: dict[str, Any] = {"type": "json_object"}
+    if strict_answer:
+        answer = {"type": "json_schema", "json_schema": {"name": "a", "strict": True, "schema": {"type": "object"}}}
+    tools = [{"type": "function", "function": {"name": "g"}}, {"type": "function", "function": function}]
+    body = Body({"tools": tools, "response_format": answer})
+    plan, spec = read_tools(body), read_grammar(body)
+    assert spec is not None
+    joined = with_calls(spec, call_format(plan, TOOL_PARSERS["hermes"]))
+    if strict:
+        with pytest.raises(RequestError, match=r"`tools\[1\].function.parameters` .*`properties.tags.uniqueItems`"):
+            compiler().compile(joined)
+    else:
+        assert any("uniqueItems" in warning for warning in compiler().compile(joined).warnings)

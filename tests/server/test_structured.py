@@ -140,9 +140,9 @@ async def test_json_object_and_length(server: Live) -> None:
 
 REFUSED: list[tuple[str, Any, str]] = [
     ("response_format", response_format({"type": "nothing"}), "JSON schema"),
-    ("response_format", response_format({"$ref": "http://127.0.0.1/x.json"}), "only references within it"),
+    ("response_format", response_format({"$ref": "#/$defs/missing"}), "names nothing in it"),
     ("response_format", response_format({"$ref": "#/$defs/none"}), "JSON schema"),
-    ("response_format", response_format({"not": {"type": "string"}}, strict=True), "JSON schema"),
+    ("response_format", response_format({"uniqueItems": True}, strict=True), "uniqueItems"),
     ("response_format", response_format({"type": "string", "pattern": "("}, strict=True), "JSON schema"),
     ("response_format", response_format({"type": "string", "enum": []}), "JSON schema"),
     ("response_format", response_format(5), "must be an object"),
@@ -171,10 +171,10 @@ async def test_a_bad_grammar_is_its_own_requests_400(server: Live) -> None:
                 assert status == 400, (name, value, body)
                 assert body["error"]["param"].startswith(name) and words in body["error"]["message"], body
     is_small(await going)
-    # One that proves too complex when its first mask has been used already.
+    # One that proves too complex only after its first mask: it is walked on at the door.
     heavy = {"prompt": "x", "guided_regex": "a{1000000}", "max_tokens": 400}
     status, body = await server.post(COMPLETIONS, heavy)
-    assert status == 400 and "grammar of this request failed: lexer error" in body["error"]["message"]
+    assert status == 400 and "regular expression cannot be used: lexer error" in body["error"]["message"]
     async with server.http.post(server.url + COMPLETIONS, json={**heavy, "stream": True}) as response:
         last = parse_events(await response.read())[-2:] if response.status == 200 else [await response.json(), "[DONE]"]
     assert last[0]["error"]["type"] == "invalid_request_error" and last[1] == "[DONE]"
@@ -192,7 +192,7 @@ async def test_fields_that_would_fight_with_the_grammar(server: Live, name: str,
 async def test_what_a_lenient_schema_leaves_to_the_model_is_logged_once(
     server: Live, caplog: pytest.LogCaptureFixture
 ) -> None:
-    schema = {"type": "string", "minLength": 1, "maxLength": 2, "not": {"const": "b"}}
+    schema = {"type": "string", "minLength": 1, "maxLength": 2, "not": {"format": "date"}}
     with caplog.at_level(logging.WARNING, "oneloop.grammar"):
         for _ in range(2):
             status, body = await server.post(CHAT, {"messages": HI, "response_format": response_format(schema)})
