@@ -100,6 +100,9 @@ _MESSAGES = {
     413: "The body is too large.",
 }
 
+# Methods that change nothing here.
+_READING = ("GET", "HEAD", "OPTIONS")
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -183,6 +186,8 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
     try:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return _preflight(request, state.options)
+        if request.method not in _READING and _is_foreign_page(request, state.options):
+            raise ApiError(403, "Pages of this origin may not use this server; --allowed-origins says which may.")
         CALLER.set(Caller(_authorize(request, state.options), _read_timeout(request)))
         if state.engine.draining and request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:
             raise UnavailableError("The server is shutting down and takes no new requests.")
@@ -268,6 +273,18 @@ def _allowed_origin(request: web.Request, options: ServerOptions) -> str | None:
         return "*"
     local = "local" in options.allowed_origins and _LOCAL_ORIGIN.fullmatch(origin)
     return origin if local or origin in options.allowed_origins else None
+
+
+def _is_foreign_page(request: web.Request, options: ServerOptions) -> bool:
+    """Whether a browser says that a page of an origin that is not allowed sent this. Other programs say nothing.
+
+    CORS keeps such a page from the answer, but not from the effect of a request without a body, or with a text.
+    """
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+    # By the host alone: a proxy may have taken the TLS off.
+    return origin.partition("://")[2] != request.host and _allowed_origin(request, options) is None
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

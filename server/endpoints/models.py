@@ -62,7 +62,13 @@ def _card(model: ServedModel, name: str) -> dict[str, object]:
         "max_context_length": context,
         "max_input_tokens": context,
         "max_tokens": context,
-        "meta": {"n_ctx": context, "n_ctx_train": context, "n_vocab": model.model_config.vocab_size},
+        "max_output_tokens": context,
+        "meta": {
+            "n_ctx": context,
+            "n_ctx_train": model.model_config.max_position_embeddings,
+            "n_vocab": model.model_config.vocab_size,
+            "n_params": model.model_config.num_parameters,
+        },
     }
 
 

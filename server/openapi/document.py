@@ -13,6 +13,7 @@ from typing import Any
 from server.endpoints.short import short_form
 from server.openapi import admin, anthropic, ollama, openai, pooling, responses, sglang, small
 from server.openapi.words import Json, string
+from server.protocol.body import REFUSED_EVERYWHERE
 
 FAMILIES: tuple[Any, ...] = (openai, responses, pooling, anthropic, ollama, sglang, admin, small)
 
@@ -29,7 +30,12 @@ def document(version: str, root_path: str = "") -> Json:
                     paths[form] = {method: _named(method, form, operation) for method, operation in item.items()}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "oneloop", "version": version, "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"}},
+        "info": {
+            "title": "oneloop",
+            "version": version,
+            "description": f"No body may have the fields {', '.join(REFUSED_EVERYWHERE)}.",
+            "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
+        },
         "servers": [{"url": root_path.rstrip("/") or "/"}],
         "security": [{}, {"bearer": []}, {"header": []}],
         "paths": paths,

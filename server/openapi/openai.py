@@ -108,6 +108,7 @@ SAMPLING: Json = {
     "presence_penalty": _ranged("presence_penalty"),
     "frequency_penalty": _ranged("frequency_penalty"),
     "repetition_penalty": _ranged("repetition_penalty"),
+    "repeat_penalty": _ranged("repetition_penalty", "llama.cpp's name."),
     "logit_bias": mapping(number(-100, 100), "By token id."),
     "allowed_token_ids": array(integer(0), least=1),
     "bad_words": array(string(least=1, most=MAX_BAD_WORD_LENGTH), most=MAX_BAD_WORDS),
@@ -146,6 +147,7 @@ GENERATION: Json = {
     "return_tokens_as_token_ids": boolean(),
     "add_special_tokens": boolean(),
     "request_id": string(least=1, most=128, about="Comes back as X-Request-Id."),
+    "n_predict": integer(-1, about="llama.cpp's name of max_tokens."),
 }
 
 
@@ -396,7 +398,8 @@ SCHEMAS: Json = {
             "max_context_length": integer(1),
             "max_input_tokens": integer(1),
             "max_tokens": integer(1),
-            "meta": gives({"n_ctx": integer(1), "n_ctx_train": integer(1), "n_vocab": integer(1)}),
+            "max_output_tokens": integer(1),
+            "meta": gives({name: integer(1) for name in ("n_ctx", "n_ctx_train", "n_vocab", "n_params")}),
         }
     ),
     "AnthropicModel": gives(

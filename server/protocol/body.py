@@ -20,6 +20,8 @@ from server.protocol.errors import ApiError
 
 T = TypeVar("T")
 
+# A router that takes this server for half of a pair would wait for the other half: in no family a hint.
+REFUSED_EVERYWHERE = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
 BODY_TIMEOUT_S = 60.0
 # Free-form values (tools, template arguments) go through recursive code; the parser's own limit is 1024.
 MAX_NESTING = 64
@@ -171,7 +173,11 @@ async def read_body(request: web.Request) -> Body:
         raise RequestError("The body could not be read: its transfer encoding is broken.") from None
     if encoding != "identity":
         data = inflate(data, _DEFLATE if encoding == "deflate" else _GZIP, limit)
-    return Body.parse(data)
+    body = Body.parse(data)
+    for name in REFUSED_EVERYWHERE:
+        if body.has(name):
+            raise invalid(name, "is for servers that prefill for others, or decode for them; this one does both")
+    return body
 
 
 def inflate(data: bytes, windows: tuple[int, ...], limit: int) -> bytes:

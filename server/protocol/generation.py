@@ -154,8 +154,8 @@ def read_common(
     include_usage, continuous_usage = _read_stream_options(body, stream)
     # Ids are the server's own; a client's word is only echoed.
     body.string("request_id", None, most=128)
-    max_tokens = body.integer(max_tokens_field, None, -1)
-    # What llama.cpp's clients say for "no limit".
+    # llama.cpp's name, and its clients' -1 for no limit.
+    max_tokens = body.integer(max_tokens_field, body.integer("n_predict", None, -1), -1)
     if max_tokens == -1:
         max_tokens = default_max_tokens = None
     sampling = _read_sampling(body, state, max_tokens)
@@ -342,12 +342,20 @@ def _read_sampling(body: Body, state: State, max_tokens: int | None) -> Sampling
         spaces_between_special_tokens=body.boolean("spaces_between_special_tokens", True),
         presence_penalty=number("presence_penalty") or 0.0,
         frequency_penalty=number("frequency_penalty") or 0.0,
-        repetition_penalty=either(number("repetition_penalty"), defaults.repetition_penalty, 1.0),
+        repetition_penalty=either(_read_repetition_penalty(body), defaults.repetition_penalty, 1.0),
         logit_bias=_read_logit_bias(body, vocab_size),
         allowed_token_ids=_read_allowed_token_ids(body, vocab_size),
         bad_words=_read_bad_words(body, state),
     )
     return normalised(sampling, vocab_size)
+
+
+def _read_repetition_penalty(body: Body) -> float | None:
+    """vLLM's name, or llama.cpp's."""
+    allowed = RANGES["repetition_penalty"]
+    names = ("repetition_penalty", "repeat_penalty")
+    given = (body.number(name, None, allowed.low, allowed.high, above=allowed.above) for name in names)
+    return next((value for value in given if value is not None), None)
 
 
 def _read_logit_bias(body: Body, vocab_size: int) -> tuple[tuple[int, float], ...]:

@@ -14,10 +14,17 @@ from server.protocol.body import Body
 
 # null is neutral everywhere.
 _COMMON: dict[str, tuple[object, ...]] = {
-    # Halves of a prefill and a decode that would meet elsewhere.
-    "bootstrap_host": (),
-    "bootstrap_port": (),
-    "bootstrap_room": (),
+    # Samplers of llama.cpp.
+    "mirostat": (0,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "typical_p": (1,),
+    "dynatemp_range": (0,),
+    "top_n_sigma": (-1,),
+    "t_max_predict_ms": (-1, 0),
+    "n_probs": (0,),
+    "post_sampling_probs": (False,),
+    "lora": ([],),
     "extra_key": ("",),
     "session_params": ({},),
     "sampling_logprobs_mode": (),

@@ -40,7 +40,7 @@ BYE = {"role": "user", "content": "bye"}
 
 
 def shown() -> Any:
-    return live(model=served_model(chat_template=TEMPLATE, max_model_len=2048))
+    return live(model=served_model(chat_template=TEMPLATE, max_model_len=2048), tool_call_parser="hermes")
 
 
 async def prompt(server: Live, path: str, body: dict[str, Any]) -> tuple[str, str]:
@@ -543,7 +543,7 @@ async def test_what_was_left_out_is_told_once_in_the_log(
 
 async def test_a_billing_header_does_not_reach_the_prompt() -> None:
     rest = "You are an agent. " * 20
-    async with live(model=served_model(chat_template=TEMPLATE)) as server:
+    async with live(model=served_model(chat_template=TEMPLATE), tool_call_parser="hermes") as server:
         cached = []
         for cch in ("e2f", "a01"):
             billing = f"x-anthropic-billing-header: cc_version=2.1.197.{cch}; cc_entrypoint=cli; cch={cch};"
