@@ -186,7 +186,9 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
     try:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return _preflight(request, state.options)
-        if request.method not in _READING and _is_foreign_page(request, state.options):
+        # A browser asks before it sends JSON, so what comes as such is no page's, or an allowed one's.
+        asked = request.method in _READING or request.content_type == "application/json"
+        if not asked and _is_foreign_page(request, state.options):
             raise ApiError(403, "Pages of this origin may not use this server; --allowed-origins says which may.")
         CALLER.set(Caller(_authorize(request, state.options), _read_timeout(request)))
         if state.engine.draining and request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:

@@ -229,7 +229,13 @@ async def test_pages_of_other_origins_change_nothing(server: Live, path: str) ->
             assert "Access-Control-Allow-Origin" not in response.headers
     assert not server.engine.is_paused and not server.engine.sleep_level
     body = {"messages": HI, "max_tokens": 1}
-    for headers in ({"Origin": server.url}, {"Origin": "http://localhost:3000"}, {"Sec-Fetch-Site": "same-origin"}):
+    for headers in (
+        {"Origin": server.url},
+        {"Origin": "http://localhost:3000"},
+        {"Sec-Fetch-Site": "same-origin"},
+        # An extension of a browser, or a program with a window of its own, which no CORS holds.
+        {"Origin": "chrome-extension://abc"},
+    ):
         assert (await server.post(CHAT, body, headers=headers))[0] == 200
 
 
