@@ -10,7 +10,6 @@ from functools import partial
 from aiohttp import web
 
 from server.answers.ollama import OllamaAnswer, iso_time
-from server.endpoints.info import get_version
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
 from server.protocol.naming import in_words_of
@@ -20,6 +19,9 @@ from server.responder import respond
 from server.state import REQUEST_ID, STATE, ServedModel, State
 
 _DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+# The release of Ollama whose API this is: clients compare it with what they need. VS Code wants 0.6.4 (tools and
+# capabilities), Codex 0.13.4 (/v1/responses), and with 0.14.0 came /v1/messages. Our own version is at /version.
+API_VERSION = "0.14.0"
 # A model that is never unloaded.
 _NEVER = "9999-12-31T23:59:59Z"
 
@@ -98,6 +100,11 @@ async def show(request: web.Request) -> web.Response:
     )
 
 
+async def version(request: web.Request) -> web.Response:
+    """The version of the API, and not of this server."""
+    return json_response({"version": API_VERSION})
+
+
 def _capabilities(state: State) -> list[str]:
     if not state.model.abilities.generates:
         return []
@@ -146,6 +153,6 @@ ROUTES = (
     ("GET", "/api/tags", tags),
     ("GET", "/api/ps", running),
     ("POST", "/api/show", show),
-    ("GET", "/api/version", get_version),
+    ("GET", "/api/version", version),
 )
 ERROR_SHAPE = error_body

@@ -159,5 +159,5 @@ PATHS: Json = {
     "/api/tags": get("The models that there are.", "Tags", error=_ERROR),
     "/api/ps": get("The models that are loaded.", "Running", error=_ERROR),
     "/api/show": post("What the model is.", "ShowRequest", "Shown", examples=({},), error=_ERROR),
-    "/api/version": get("The version.", "Version", error=_ERROR),
+    "/api/version": get("The release of Ollama whose API is spoken.", "Version", error=_ERROR),
 }
