@@ -47,6 +47,7 @@ from server.endpoints import (
     tokenize,
 )
 from server.parsers.registry import choose_parsers
+from server.protocol.body import FOREIGN_PAGE
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
 from server.response_store import ResponseStore
@@ -166,6 +167,7 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
     try:
         if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
             return _preflight(request, state.options)
+        request[FOREIGN_PAGE] = _is_foreign_page(request, state.options)
         CALLER.set(Caller(_authorize(request, state.options), _read_timeout(request)))
         if state.engine.draining and request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:
             raise UnavailableError("The server is shutting down and takes no new requests.")
@@ -250,6 +252,15 @@ def _allowed_origin(request: web.Request, options: ServerOptions) -> str | None:
     if "*" in options.allowed_origins:
         return "*"
     return origin if origin in options.allowed_origins else None
+
+
+def _is_foreign_page(request: web.Request, options: ServerOptions) -> bool:
+    """Whether a browser says that a page of an origin that is not allowed sent this. Other programs say nothing."""
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin")
+    # By the host alone: a proxy may have taken the TLS off.
+    return origin.partition("://")[2] != request.host and _allowed_origin(request, options) is None
 
 
 async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:

@@ -13,7 +13,15 @@ from server.answers.ollama import OllamaAnswer, iso_time
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
 from server.protocol.naming import in_words_of
-from server.protocol.ollama import CHAT_NAMES, GENERATE_NAMES, Wanted, error_body, parse, read_name
+from server.protocol.ollama import (
+    CHAT_NAMES,
+    GENERATE_NAMES,
+    Wanted,
+    error_body,
+    parse,
+    read_name,
+    wants_unloading,
+)
 from server.protocol.refusals import refuse
 from server.responder import respond
 from server.state import REQUEST_ID, STATE, ServedModel, State
@@ -37,15 +45,17 @@ async def generate(request: web.Request) -> web.StreamResponse:
 async def _answer(request: web.Request, *, chat: bool) -> web.StreamResponse:
     state = request.app[STATE]
     started_at = state.engine.clock.now()
-    body = await read_body(request)
+    body = await read_body(request, any_type=True)
     with in_words_of(CHAT_NAMES if chat else GENERATE_NAMES):
         plan = await parse(body, state, request[REQUEST_ID], chat=chat)
         name, _ = read_name(body, state.model)
+        unload = wants_unloading(body)
         if plan is not None:
             return await respond(request, state, plan, partial(OllamaAnswer, wanted=Wanted(name, chat, started_at)))
     said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
     now = iso_time(time.time())
-    return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": "load"})
+    reason = "unload" if unload else "load"
+    return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": reason})
 
 
 async def tags(request: web.Request) -> web.Response:
@@ -72,7 +82,7 @@ async def running(request: web.Request) -> web.Response:
 
 async def show(request: web.Request) -> web.Response:
     """What the model is and can do."""
-    state, body = request.app[STATE], await read_body(request)
+    state, body = request.app[STATE], await read_body(request, any_type=True)
     refuse(body, {"verbose": (False,), "system": ("",), "template": ("",), "options": ({},)})
     _, name = read_name(body, state.model)
     model, config = state.model, state.model.model_config

@@ -20,6 +20,9 @@ from server.protocol.errors import ApiError
 
 T = TypeVar("T")
 
+# Whether a web page that may not read the answer had its browser send the request. Set by the gate.
+FOREIGN_PAGE = web.RequestKey("foreign_page", bool)
+
 BODY_TIMEOUT_S = 60.0
 # Free-form values (tools, template arguments) go through recursive code; the parser's own limit is 1024.
 MAX_NESTING = 64
@@ -150,10 +153,15 @@ def check_nesting(name: str, value: Any) -> None:
     raise invalid(name, f"is nested more than {MAX_NESTING} deep")
 
 
-async def read_body(request: web.Request) -> Body:
-    """Read, inflate and parse the JSON object that the client sends. Raises RequestError (400, 408, 413, 415)."""
-    if request.content_type != "application/json":
-        raise ApiError(415, "The content type must be application/json.")
+async def read_body(request: web.Request, *, any_type: bool = False) -> Body:
+    """Read, inflate and parse the JSON object that the client sends. Raises RequestError (400, 408, 413, 415).
+
+    A page may send any site a text or a form, but JSON only after its browser has asked: so the content type keeps
+    foreign pages out. any_type: of families whose clients do not say it; there, what else tells of such a page does.
+    """
+    if request.content_type != "application/json" and (not any_type or request.get(FOREIGN_PAGE, True)):
+        where = " in a request of a web page of another origin" if any_type else ""
+        raise ApiError(415, f"The content type must be application/json{where}.")
     encoding = request.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("identity", "gzip", "x-gzip", "deflate"):
         raise ApiError(415, "The content encoding must be gzip, deflate or identity.")
