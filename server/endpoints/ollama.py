@@ -10,16 +10,26 @@ from functools import partial
 from aiohttp import web
 
 from server.answers.ollama import OllamaAnswer, iso_time
-from server.endpoints.info import get_version
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
 from server.protocol.naming import in_words_of
-from server.protocol.ollama import CHAT_NAMES, GENERATE_NAMES, Wanted, error_body, parse, read_name
+from server.protocol.ollama import (
+    CHAT_NAMES,
+    GENERATE_NAMES,
+    Wanted,
+    error_body,
+    parse,
+    read_name,
+    wants_unloading,
+)
 from server.protocol.refusals import refuse
 from server.responder import respond
 from server.state import REQUEST_ID, STATE, ServedModel, State
 
 _DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+# The release of Ollama whose API this is: clients compare it with what they need. VS Code wants 0.6.4 (tools and
+# capabilities), Codex 0.13.4 (/v1/responses), and with 0.14.0 came /v1/messages. Our own version is at /version.
+API_VERSION = "0.14.0"
 # A model that is never unloaded.
 _NEVER = "9999-12-31T23:59:59Z"
 
@@ -35,15 +45,17 @@ async def generate(request: web.Request) -> web.StreamResponse:
 async def _answer(request: web.Request, *, chat: bool) -> web.StreamResponse:
     state = request.app[STATE]
     started_at = state.engine.clock.now()
-    body = await read_body(request)
+    body = await read_body(request, any_type=True)
     with in_words_of(CHAT_NAMES if chat else GENERATE_NAMES):
         plan = await parse(body, state, request[REQUEST_ID], chat=chat)
         name, _ = read_name(body, state.model)
+        unload = wants_unloading(body)
         if plan is not None:
             return await respond(request, state, plan, partial(OllamaAnswer, wanted=Wanted(name, chat, started_at)))
     said = {"message": {"role": "assistant", "content": ""}} if chat else {"response": ""}
     now = iso_time(time.time())
-    return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": "load"})
+    reason = "unload" if unload else "load"
+    return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": reason})
 
 
 async def tags(request: web.Request) -> web.Response:
@@ -70,7 +82,7 @@ async def running(request: web.Request) -> web.Response:
 
 async def show(request: web.Request) -> web.Response:
     """What the model is and can do."""
-    state, body = request.app[STATE], await read_body(request)
+    state, body = request.app[STATE], await read_body(request, any_type=True)
     refuse(body, {"verbose": (False,), "system": ("",), "template": ("",), "options": ({},)})
     _, name = read_name(body, state.model)
     model, config = state.model, state.model.model_config
@@ -96,6 +108,11 @@ async def show(request: web.Request) -> web.Response:
             "modified_at": iso_time(model.created),
         }
     )
+
+
+async def version(request: web.Request) -> web.Response:
+    """The version of the API, and not of this server."""
+    return json_response({"version": API_VERSION})
 
 
 def _capabilities(state: State) -> list[str]:
@@ -146,6 +163,6 @@ ROUTES = (
     ("GET", "/api/tags", tags),
     ("GET", "/api/ps", running),
     ("POST", "/api/show", show),
-    ("GET", "/api/version", get_version),
+    ("GET", "/api/version", version),
 )
 ERROR_SHAPE = error_body

@@ -23,19 +23,32 @@ from server.openapi.words import (
     string,
     takes,
 )
-from server.protocol.ollama import EFFORTS, OPTION_REFUSALS, OPTIONS, REFUSALS
+from server.protocol.ollama import EFFORTS, ENDLESS, FLAG_HINTS, NUMBER_HINTS, OPTION_REFUSALS, OPTIONS, REFUSALS
 
-# Ollama's names of what a chat has, too; -1 and -2 are "until the model stops".
+# Ollama's names of what a chat has, too.
 _PARAMETERS: Json = {
-    theirs: either(integer(-2, -1), integer(1)) if ours == "max_tokens" else SAMPLING[ours]
-    for theirs, ours in OPTIONS.items()
+    **{theirs: SAMPLING[ours] for theirs, ours in OPTIONS.items() if ours not in ("max_tokens", "stop")},
+    "num_predict": integer(min(ENDLESS), about="0 and below: until the model stops."),
+    "stop": either(constant(""), SAMPLING["stop"]),
+}
+_HINT = "Taken, and changes nothing."
+# What is read even where there is nothing to answer.
+_HINTS: Json = {
+    "num_ctx": integer(1, about="At most the server's own counts."),
+    "repeat_last_n": integer(-1, about="0 turns penalties off; else they are of the whole text."),
+    "penalize_newline": boolean("true, where there is a penalty."),
+    "tfs_z": number(1),
+    **{name: number(about=_HINT) for name in NUMBER_HINTS},
+    **{name: boolean(_HINT) for name in FLAG_HINTS},
+    **refused(OPTION_REFUSALS),
 }
 _NAME: Json = {"model": string(), "name": string("The same under its older name.")}
 _COMMON: Json = {
     **_NAME,
     "stream": boolean("true unless it is said."),
     "format": either(constant("json", ""), OBJECT, about="json, or a JSON schema."),
-    "options": takes({}, {**_PARAMETERS, "num_ctx": integer(1), **refused(OPTION_REFUSALS)}),
+    "options": takes({}, {**_PARAMETERS, **_HINTS}),
+    "keep_alive": either(number(), string(), about="Seconds, or a duration as 5m; 0 without a prompt is unload."),
     "think": either(boolean(), constant(*EFFORTS)),
     "logprobs": boolean(),
     "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
@@ -44,7 +57,7 @@ _COMMON: Json = {
 # What is read of a request that only loads the model.
 _LOADING: Json = {
     **{name: schema for name, schema in _COMMON.items() if name not in ("think", "logprobs", "top_logprobs")},
-    "options": takes({}, {"num_ctx": integer(1), **refused(OPTION_REFUSALS)}),
+    "options": takes({}, _HINTS),
 }
 _MESSAGE = takes(
     {"role": MESSAGE["properties"]["role"]},
@@ -60,7 +73,7 @@ _MESSAGE = takes(
 
 _HEAD: Json = {"model": string(), "created_at": string()}
 _ENDING: Json = {
-    "done_reason": constant("stop", "length", "load"),
+    "done_reason": constant("stop", "length", "load", "unload"),
     **{
         name: integer(0)
         for name in (
@@ -159,5 +172,5 @@ PATHS: Json = {
     "/api/tags": get("The models that there are.", "Tags", error=_ERROR),
     "/api/ps": get("The models that are loaded.", "Running", error=_ERROR),
     "/api/show": post("What the model is.", "ShowRequest", "Shown", examples=({},), error=_ERROR),
-    "/api/version": get("The version.", "Version", error=_ERROR),
+    "/api/version": get("The release of Ollama whose API is spoken.", "Version", error=_ERROR),
 }

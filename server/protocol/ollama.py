@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,33 +32,30 @@ _NAMES = {ours: f"options.{theirs}" for theirs, ours in OPTIONS.items()} | {
 }
 CHAT_NAMES = _NAMES | {"prompt": "messages", ".reasoning_content": ".thinking"}
 GENERATE_NAMES = _NAMES | {"messages": "prompt"}
-# Ollama's words for "until the model stops".
-_ENDLESS = (-1, -2)
+# Ollama's words for "until the model stops": its runner has no limit of 0 either.
+ENDLESS = (0, -1, -2)
+# What repeat_last_n: 0 turns off.
+_PENALTIES = {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
+# A text of Go's kind, as "1h30m", or the bare number that Python's clients write into a text.
+_DURATION = re.compile(r"[+-]?(([0-9]+[.]?[0-9]*|[.][0-9]+)(ns|us|µs|μs|ms|s|m|h))+|[+-]?[0-9]+([.][0-9]*)?")
+_MAX_DURATION = 64
 EFFORTS = ("low", "medium", "high", "max")
-# What this server cannot do, with Ollama's own defaults, which some clients send.
+# What is taken and changes no answer. Of the hardware and the memory the server's own flags decide; a prompt is never
+# shifted, so that nothing of it has to be kept (num_keep); mirostat_tau and _eta say something only beside a mirostat.
+# typical_p is the odd one: it is in Ollama's example of all options, and Ollama's own runner has no such sampler.
+NUMBER_HINTS = (
+    *("num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread"),
+    *("mirostat_tau", "mirostat_eta", "typical_p"),
+)
+FLAG_HINTS = (
+    *("low_vram", "f16_kv", "logits_all", "vocab_only", "embedding_only"),
+    *("use_mmap", "use_mlock", "numa"),
+)
+# What this server cannot do, with the values that ask for nothing.
 OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
-    "num_keep": (0, 4),
-    "typical_p": (1,),
-    "tfs_z": (1,),
-    # Penalties are of the whole text here.
-    "repeat_last_n": (-1,),
     "mirostat": (0,),
-    "mirostat_tau": (5,),
-    "mirostat_eta": (0.1,),
-    "penalize_newline": (True,),
-    # These the server's own flags decide.
-    "numa": (False,),
-    "num_batch": (512,),
-    "num_gpu": (-1,),
-    "main_gpu": (0,),
-    "low_vram": (False,),
-    "f16_kv": (True,),
-    "logits_all": (False,),
-    "vocab_only": (False,),
-    "use_mmap": (True,),
-    "use_mlock": (False,),
-    "embedding_only": (False,),
-    "num_thread": (0,),
+    "rope_frequency_base": (0,),
+    "rope_frequency_scale": (0, 1),
 }
 REFUSALS: dict[str, tuple[object, ...]] = {
     "template": ("",),
@@ -106,7 +104,7 @@ async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Pl
         if chat and body.raw("tools") != []:
             fields["tools"] = body.raw("tools")
         plan = await parse_chat(Body(fields, body.size), state, response_id)
-    endless = options.get("num_predict") in _ENDLESS
+    endless = _is_endless(options.get("num_predict"))
 
     def count(request: Request) -> int:
         size, most = len(request.prompt_token_ids), request.sampling.max_tokens
@@ -133,10 +131,17 @@ def error_body(error: RequestError, request_id: str | None) -> dict[str, object]
 def _read_fields(body: Body, options: dict[str, Any], state: State) -> dict[str, Any]:
     """What a chat and a completion have in common, in our names."""
     refuse(body, REFUSALS)
-    refuse_in("options", options, OPTION_REFUSALS)
+    _check_options(options, state)
     fields: dict[str, Any] = {ours: options.get(theirs) for theirs, ours in OPTIONS.items()}
-    if fields["max_tokens"] in _ENDLESS:
+    if _is_endless(fields["max_tokens"]):
         fields["max_tokens"] = None
+    if fields["stop"] == "":
+        fields["stop"] = None
+    if fields["seed"] == -1:
+        # Ollama's default: another text every time.
+        fields["seed"] = None
+    if options.get("repeat_last_n") == 0:
+        fields |= {name: off for name, off in _PENALTIES.items() if _is_number(fields[name]) or fields[name] is None}
     fields["model"] = read_name(body, state.model)[1]
     fields["stream"] = body.boolean("stream", True)
     fields |= {"logprobs": body.raw("logprobs"), "top_logprobs": body.raw("top_logprobs")}
@@ -150,12 +155,57 @@ def _read_fields(body: Body, options: dict[str, Any], state: State) -> dict[str,
     return fields
 
 
+def _check_options(options: dict[str, Any], state: State) -> None:
+    """What no sampler of ours reads. Options that nobody knows are not looked at, as in Ollama.
+
+    repeat_last_n is how far back a penalty looks. Here it looks at the whole text, as -1 asks; a shorter window is
+    taken and not kept to, because every client sends one, and 0 turns the penalties off.
+    """
+    refuse_in("options", options, OPTION_REFUSALS)
+    fields = Body({f"options.{name}": value for name, value in options.items()})
+    for name in NUMBER_HINTS:
+        if (value := options.get(name)) is not None and not _is_number(value):
+            raise invalid(f"options.{name}", "must be a number")
+    for name in FLAG_HINTS:
+        fields.boolean(f"options.{name}", False)
+    if (z := options.get("tfs_z")) is not None and not (_is_number(z) and z >= 1):
+        raise invalid("options.tfs_z", "must be at least 1, which is off: this server has no tail-free sampling")
+    window = fields.integer("options.repeat_last_n", -1, -1)
+    if not fields.boolean("options.penalize_newline", True) and window != 0 and _penalises(options, state):
+        raise invalid("options.penalize_newline", "must be true beside a penalty: penalties here know no exceptions")
+
+
+def _penalises(options: dict[str, Any], state: State) -> bool:
+    repeat = options.get("repeat_penalty")
+    if repeat is None:
+        repeat = state.model.generation_defaults.repetition_penalty
+    return repeat not in (None, 1) or any(options.get(name) for name in ("presence_penalty", "frequency_penalty"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_endless(num_predict: Any) -> bool:
+    return _is_number(num_predict) and num_predict in ENDLESS
+
+
 def _read_num_ctx(options: dict[str, Any], state: State) -> int | None:
-    most = state.model.max_model_len
+    """The context that the client wants, None where it is all that there is: clients ask for more, unseen."""
     num_ctx = Body({"options.num_ctx": options.get("num_ctx")}).integer("options.num_ctx", None, 1)
-    if num_ctx is not None and num_ctx > most:
-        raise invalid("options.num_ctx", f"must be at most {most}, which is this server's --max-model-len")
-    return num_ctx
+    return None if num_ctx is None or num_ctx >= state.model.max_model_len else num_ctx
+
+
+def wants_unloading(body: Body) -> bool:
+    """Whether keep_alive is 0, in any of its forms: seconds, or a text as "5m". The model stays; it costs nothing."""
+    value = body.raw("keep_alive")
+    if value is None:
+        return False
+    if _is_number(value):
+        return bool(value == 0)
+    if not isinstance(value, str) or len(value) > _MAX_DURATION or not _DURATION.fullmatch(value):
+        raise invalid("keep_alive", 'must be a number of seconds, or a duration as "5m" or "1h30m"')
+    return not any(digit in value for digit in "123456789")
 
 
 def _read_think(body: Body, state: State) -> dict[str, Any]:

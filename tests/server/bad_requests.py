@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from server.protocol.ollama import FLAG_HINTS, NUMBER_HINTS
 from tests.server.support import tokenizer
 
 VOCAB = tokenizer().vocab_size
@@ -60,13 +61,14 @@ class Family:
     """good: a body that is answered with a 200, into which each row puts its value.
 
     check: (status, body, expected status) -> the error's `message`, and its `param` where the shape has one; where it
-    has none the message names the field.
+    has none the message names the field. any_type: its content type may be any.
     """
 
     path: str
     good: dict[str, Any]
     rows: list[Row]
     check: Any = check_shape
+    any_type: bool = False
 
     def body(self, row: Row) -> dict[str, Any]:
         name, value = row
@@ -520,9 +522,17 @@ OLLAMA: list[Row] = [
     ),
     *((f"options.{name}", {name: value}) for name in ("top_k", "seed") for value in NOT["integer"]),
     *(("options.num_predict", {"num_predict": value}) for value in (*NOT["integer"], -3)),
-    *(("options.num_ctx", {"num_ctx": value}) for value in (*NOT["integer"], 0, 10**6)),
+    *(("options.num_ctx", {"num_ctx": value}) for value in (*NOT["integer"], 0, -1)),
+    *(("options.repeat_last_n", {"repeat_last_n": value}) for value in (*NOT["integer"], -2)),
     *(("options.stop", {"stop": value}) for value in (5, {}, [5], [""])),
-    ("options.mirostat", {"mirostat": 1}),
+    *((f"options.{name}", {name: value}) for name in NUMBER_HINTS for value in ("", "1", [], {}, True)),
+    *((f"options.{name}", {name: value}) for name in FLAG_HINTS for value in ("", "true", [], {}, 1)),
+    *(("options.mirostat", {"mirostat": value}) for value in (1, 2, "0", False, {})),
+    *(("options.tfs_z", {"tfs_z": value}) for value in (0, 0.5, "1", True)),
+    *(("options.rope_frequency_base", {"rope_frequency_base": value}) for value in (1e6, "x")),
+    *(("options.rope_frequency_scale", {"rope_frequency_scale": value}) for value in (0.5, "x")),
+    *(("options.penalize_newline", {"penalize_newline": value, "repeat_penalty": 1.1}) for value in (False, 0, "", [])),
+    *(("keep_alive", value) for value in (True, [], {}, "", "soon", "5 m", "1x", "m", "--1", "nan", "1e3s", "٥m")),
     *(("think", value) for value in (5, [], "deep", True)),
 ]
 GENERATE: list[Row] = [
@@ -623,9 +633,11 @@ FAMILIES: list[Family] = [
     ),
     Family("/v1/responses", {"input": "x", "max_output_tokens": 1}, RESPONSES),
     Family("/v1/responses/input_tokens", {"input": "x"}, wrong_kinds(string="model instructions", list="tools")),
-    Family("/api/chat", {"messages": HI, "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama),
-    Family("/api/generate", {"prompt": "x", "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama),
-    Family("/api/show", {}, wrong_kinds(string="model name"), check_ollama),
+    Family("/api/chat", {"messages": HI, "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama, True),
+    Family(
+        "/api/generate", {"prompt": "x", "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama, True
+    ),
+    Family("/api/show", {}, wrong_kinds(string="model name"), check_ollama, True),
     Family("/v1/embeddings", {"input": "x"}, EMBEDDINGS),
     Family("/score", {"text_1": "a", "text_2": "b"}, SCORE),
     Family("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [5]}, LABELS),

@@ -279,14 +279,15 @@ async def test_bodies_that_are_no_json_object(server: Live, family: Family) -> N
     good = json.dumps(family.good).encode()
     cases: list[tuple[bytes, dict[str, str], int]] = [
         *((raw, {}, 400) for raw in RAW),
-        *((good, {"Content_Type": kind}, 415) for kind in MEDIA_TYPES),
+        *((good, {"Content_Type": kind}, 200 if family.any_type else 415) for kind in MEDIA_TYPES),
         *((good, {"Content_Encoding": encoding}, 415) for encoding in ENCODINGS),
     ]
     for raw, headers, expected in cases:
         async with asyncio.timeout(1.0):
             status, body = await post_raw(server, family.path, raw, **headers)
         assert status == expected, (raw[:80], headers, body)
-        family.check(status, body, expected)
+        if expected != 200:
+            family.check(status, body, expected)
         assert (await server.post(family.path, family.good))[0] == 200, (raw[:80], headers)
 
 

@@ -15,9 +15,10 @@ from engine.models.config import GenerationDefaults, ModelConfig
 from engine.request import FinishReason
 from engine.stream import Delta, TokenStream
 from server.answers.ollama import OllamaAnswer
+from server.endpoints.info import version
 from server.protocol.body import Body
 from server.protocol.generation import Plan
-from server.protocol.ollama import Wanted, parse
+from server.protocol.ollama import FLAG_HINTS, Wanted, parse
 from tests.server.support import DEMO, Live, cuts, live, served_model, teach, tokenizer, until
 from tests.server.test_logprobs import device
 
@@ -127,7 +128,12 @@ async def test_how_far_it_goes() -> None:
 
         prompt = await counts(num_predict=1) - 1
         assert await counts() == prompt + 7
-        assert await counts(num_predict=-1) == await counts(num_predict=-2) == 512
+        for endless in (-1, -2, 0, -1.0):
+            assert await counts(num_predict=endless) == 512
+        # More than the server has is what the server has.
+        for num_ctx in (512, 513, 4096, 131072.0, 10**9):
+            assert await counts(num_predict=-1, num_ctx=num_ctx) == 512
+            assert await counts(num_predict=5, num_ctx=num_ctx) == prompt + 5
         assert await counts(num_predict=-1, num_ctx=64) == await counts(num_predict=100, num_ctx=64) == 64
         assert await counts(num_predict=5, num_ctx=64) == prompt + 5
         message = check_error(*await server.post(CHAT, {**BODY, "options": {"num_ctx": prompt}}))
@@ -222,17 +228,117 @@ async def test_options_reach_the_sampler(server: Live) -> None:
     assert (sampling.presence_penalty, sampling.frequency_penalty) == (0.5, -0.5)
 
 
-async def test_nothing_to_answer_loads_the_model(server: Live) -> None:
-    for path, body in (
-        (CHAT, {"messages": []}),
-        (CHAT, {}),
-        (GENERATE, {}),
-        (GENERATE, {"prompt": "", "keep_alive": 0}),
-    ):
-        status, answer = await server.post(path, {"model": "demo", **body})
-        assert status == 200 and answer["done"] is True and answer["done_reason"] == "load"
-        assert read(answer) == ("", "", [])
+# As Ollama's page about its API has it.
+ALL_OPTIONS = {
+    "num_keep": 5,
+    "seed": 42,
+    "num_predict": 100,
+    "top_k": 20,
+    "top_p": 0.9,
+    "min_p": 0.0,
+    "typical_p": 0.7,
+    "repeat_last_n": 33,
+    "temperature": 0.8,
+    "repeat_penalty": 1.2,
+    "presence_penalty": 1.5,
+    "frequency_penalty": 1.0,
+    "penalize_newline": True,
+    "stop": ["\n", "user:"],
+    "numa": False,
+    "num_ctx": 1024,
+    "num_batch": 2,
+    "num_gpu": 1,
+    "main_gpu": 0,
+    "use_mmap": True,
+    "num_thread": 8,
+}
+# Each changes nothing.
+HINTS: list[dict[str, Any]] = [
+    *({"num_gpu": value} for value in (-1, 0, 1, 99, 999.0, None)),
+    *({"num_thread": value} for value in (0, 1, 8, 64)),
+    *({"num_batch": value} for value in (1, 2, 512, 2048)),
+    *({"num_keep": value} for value in (-1, 0, 4, 5, 24)),
+    *({"main_gpu": value} for value in (0, 1)),
+    *({name: value} for name in FLAG_HINTS for value in (True, False, None)),
+    *({"repeat_last_n": value} for value in (-1, 0, 33, 64, 2048, None)),
+    *({"repeat_last_n": 64, "repeat_penalty": value} for value in (1, 1.0, None)),
+    *({"penalize_newline": value} for value in (True, False, None)),
+    *({"typical_p": value} for value in (0.7, 1, 1.0, None)),
+    *({"tfs_z": value} for value in (1, 1.0, 2, None)),
+    {"mirostat": 0, "mirostat_tau": 0.8, "mirostat_eta": 0.6},
+    {"mirostat_tau": 5.0, "mirostat_eta": 0.1},
+    *({"rope_frequency_base": 0, "rope_frequency_scale": value} for value in (0, 1.0, None)),
+    *({"num_ctx": value} for value in (512, 1024, 8192, 10**9, None)),
+    *({"stop": value} for value in ("", [], None)),
+    {"seed": None, "top_k": None, "num_predict": None, "temperature": None},
+    {"unheard_of": [1], "num_gqa": 8},
+]
+
+
+async def test_the_example_of_all_options(server: Live) -> None:
+    for path, body in ((CHAT, BODY), (GENERATE, PROMPT), (GENERATE, {**PROMPT, "raw": True})):
+        for more in ({}, {"low_vram": False, "vocab_only": False, "use_mlock": False, "f16_kv": True}):
+            found = await both_ways(server, path, {**body, "options": {**ALL_OPTIONS, **more}})
+            assert 0 < found["eval_count"] <= 100
+    plan = await parse(Body({**PROMPT, "options": ALL_OPTIONS}), server.state, "x", chat=False)
+    assert plan is not None
+    sampling = plan.requests[0].sampling
+    assert (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty) == (1.2, 1.5, 1.0)
+    assert (sampling.stop, sampling.seed, sampling.max_tokens) == (("\n", "user:"), 42, 100)
+
+
+async def test_hints_change_nothing(server: Live) -> None:
+    for chat, body in ((True, BODY), (False, PROMPT), (False, {**PROMPT, "raw": True})):
+        plain = await parse(Body({**body, "options": {}}), server.state, "x", chat=chat)
+        assert plain is not None
+        for options in HINTS:
+            hinted = await parse(Body({**body, "options": options}), server.state, "x", chat=chat)
+            assert hinted is not None
+            [one], [other] = hinted.requests, plain.requests
+            assert one.sampling == other.sampling and one.prompt_token_ids == other.prompt_token_ids, options
+    for options in HINTS:
+        for path in (CHAT, GENERATE):
+            assert (await server.post(path, {"options": options}))[0] == 200, options
     assert server.device.num_steps == 0
+
+
+async def test_penalties_and_seeds_as_ollama_means_them(server: Live) -> None:
+    async def sampling(**options: Any) -> Any:
+        plan = await parse(Body({**PROMPT, "options": options}), server.state, "x", chat=False)
+        assert plan is not None
+        return plan.requests[0].sampling
+
+    penalties = {"repeat_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5}
+    for window in (-1, 1, 64, 4096, None):
+        found = await sampling(repeat_last_n=window, **penalties)
+        assert (found.repetition_penalty, found.presence_penalty, found.frequency_penalty) == (1.5, 0.5, -0.5)
+    for window in (0, 0.0):
+        assert not (await sampling(repeat_last_n=window, penalize_newline=False, **penalties)).has_penalties
+    assert (await sampling(seed=-1)).seed is None and (await sampling(seed=0)).seed == 0
+    for options in ({"repeat_penalty": 1.1}, {"presence_penalty": 1}, {"frequency_penalty": -1}):
+        body = {**PROMPT, "options": {**options, "penalize_newline": False}}
+        assert "`options.penalize_newline`" in check_error(*await server.post(GENERATE, body))
+
+
+FOR_EVER = (None, -1, -1.0, 300, 0.5, "-1", "300", "5m", "24h", "1h30m", "1.5h", "-1m", "-1s", "100ms", "+5m")
+AT_ONCE = (0, 0.0, "0", "0s", "0m", "0h0m0s", "-0s", "0.0")
+
+
+async def test_nothing_to_answer_loads_the_model_or_unloads_it(server: Live) -> None:
+    for path, body in ((CHAT, {"messages": []}), (CHAT, {}), (GENERATE, {}), (GENERATE, {"prompt": ""})):
+        for reason, values in (("load", FOR_EVER), ("unload", AT_ONCE)):
+            for value in values:
+                fields = {"model": "demo", "keep_alive": value, **body}
+                status, answer = await server.post(path, fields)
+                assert status == 200 and answer["done"] is True and answer["done_reason"] == reason, fields
+                assert read(answer) == ("", "", [])
+    assert server.device.num_steps == 0
+    # Beside a prompt it is about what comes behind the answer.
+    for path, body in ((CHAT, BODY), (GENERATE, PROMPT)):
+        for value in (0, "0s", -1, "5m"):
+            found = {**body, "options": {"num_predict": 1}, "keep_alive": value, "stream": False}
+            status, answer = await server.post(path, found)
+            assert status == 200 and answer["done_reason"] == "length"
 
 
 async def test_how_the_text_falls_into_pieces_changes_nothing() -> None:
@@ -278,7 +384,11 @@ async def test_the_model_as_it_is() -> None:
     model = served_model(model_config=ModelConfig.load(DEMO), generation_defaults=GenerationDefaults.load(DEMO))
     async with live(model=model) as server:
         async with server.http.get(server.url + "/api/version") as response:
-            assert set(await response.json()) == {"version"}
+            spoken = (await response.json())["version"]
+            # What VS Code and Codex ask for, who compare numbers.
+            assert tuple(map(int, spoken.split("."))) >= max((0, 6, 4), (0, 13, 4))
+        async with server.http.get(server.url + "/version") as response:
+            assert (await response.json())["version"] == version() != spoken
         async with server.http.get(server.url + "/api/tags") as response:
             cards = (await response.json())["models"]
         async with server.http.get(server.url + "/api/ps") as response:
@@ -337,17 +447,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ({"options": 5}, "options"),
             ({"options": {"temperature": 3}}, "options.temperature"),
             ({"options": {"top_k": -7}}, "options.top_k"),
-            ({"options": {"num_predict": 0}}, "options.num_predict"),
             ({"options": {"num_predict": -3}}, "options.num_predict"),
             ({"options": {"num_predict": "9"}}, "options.num_predict"),
             ({"options": {"repeat_penalty": 0}}, "options.repeat_penalty"),
             ({"options": {"stop": [""]}}, "options.stop"),
             ({"options": {"seed": 1.5}}, "options.seed"),
-            ({"options": {"num_ctx": 513}}, "options.num_ctx"),
             ({"options": {"num_ctx": 0}}, "options.num_ctx"),
             ({"options": {"mirostat": 1}}, "options.mirostat"),
-            ({"options": {"num_gpu": 3}}, "options.num_gpu"),
-            ({"options": {"repeat_last_n": 64}}, "options.repeat_last_n"),
         ]
     ),
 ]
@@ -367,13 +473,74 @@ async def test_every_error_has_its_shape() -> None:
     async with live(api_keys=("k",)) as server:
         for path in (CHAT, GENERATE, "/api/show"):
             check_error(*await server.post(path, PROMPT), expected=401)
-            for method, expected in (("GET", 405), ("POST", 415)):
+            for method, data, expected in (("GET", b"", 405), ("POST", b"[]", 400), ("POST", b"", 400)):
                 headers = {"Authorization": "Bearer k"}
-                async with server.http.request(method, server.url + path, data=b"{}", headers=headers) as response:
+                async with server.http.request(method, server.url + path, data=data, headers=headers) as response:
                     check_error(response.status, await response.json(), expected=expected)
         for path in ("/api/tags", "/api/ps", "/api/version"):
             async with server.http.get(server.url + path) as response:
                 check_error(response.status, await response.json(), expected=401)
+
+
+CURL = "application/x-www-form-urlencoded"
+FETCHED = "Sec-Fetch-Site"
+
+
+async def test_any_content_type_but_from_a_page_of_another_origin() -> None:
+    async with live(allowed_origins=("https://app.example",)) as server:
+        host = f"127.0.0.1:{server.port}"
+
+        async def status(path: str, kind: str | None, headers: dict[str, str]) -> int:
+            fields = {"options": {"num_predict": 1}, "stream": False}
+            bodies = {CHAT: BODY | fields, GENERATE: PROMPT | fields}
+            data = json.dumps(bodies.get(path, {})).encode()
+            request = server.http.post(
+                server.url + path,
+                data=data,
+                headers=headers | ({} if kind is None else {"Content-Type": kind}),
+                skip_auto_headers=("Content-Type",),
+            )
+            async with request as response:
+                answer = await response.json()
+            if response.status != 200:
+                assert "`" not in check_error(response.status, answer, expected=403) and "origin" in answer["error"]
+            return response.status
+
+        for path in (CHAT, GENERATE, "/api/show"):
+            for kind in (None, "", CURL, "text/plain", "text/plain;charset=UTF-8", "application/octet-stream", "x"):
+                for headers in (
+                    {},
+                    {FETCHED: "none"},
+                    {FETCHED: "same-origin"},
+                    {"Origin": f"http://{host}", FETCHED: "same-origin"},
+                    {"Origin": f"https://{host}"},
+                    {"Origin": "https://app.example", FETCHED: "cross-site"},
+                ):
+                    assert await status(path, kind, headers) == 200, (path, kind, headers)
+            for kind in (None, CURL, "text/plain", "multipart/form-data; boundary=x"):
+                for headers in (
+                    {FETCHED: "cross-site"},
+                    {FETCHED: "same-site"},
+                    {FETCHED: "new-word"},
+                    {"Origin": "null"},
+                    {"Origin": ""},
+                    {"Origin": "https://evil.example"},
+                    {"Origin": "https://evil.example", FETCHED: "same-origin"},
+                    {"Origin": f"https://evil.{host}"},
+                    {"Origin": f"https://{host}.evil.example"},
+                    {"Origin": "http://app.example"},
+                ):
+                    assert await status(path, kind, headers) == 403, (path, kind, headers)
+            # What a browser asks for leave to send.
+            assert await status(path, "application/json", {"Origin": "https://evil.example"}) == 200
+        # Other families have clients that say it.
+        for path in ("/v1/chat/completions", "/v1/messages", "/v1/embeddings", "/generate"):
+            async with server.http.post(server.url + path, data=b"{}", headers={"Content-Type": CURL}) as response:
+                assert response.status == 415
+    async with live(allowed_origins=("*",)) as server:
+        headers = {"Content-Type": CURL, "Origin": "https://any.example", FETCHED: "cross-site"}
+        async with server.http.post(server.url + "/api/show", data=b"{}", headers=headers) as response:
+            assert response.status == 200
 
 
 async def test_one_that_is_aborted_ends_with_an_error(server: Live) -> None:
