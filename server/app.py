@@ -214,7 +214,9 @@ def _failed(request: web.Request, error: RequestError, headers: Mapping[str, str
 
 
 def _shape(request: web.Request, error: RequestError) -> dict[str, object]:
-    shape = request.app[_SHAPES].get(request.path, error_body)
+    resource = request.match_info.route.resource
+    path = request.path if resource is None else resource.canonical
+    shape = request.app[_SHAPES].get(path, error_body)
     return shape(error, request.get(ECHOED_ID))
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+
 import numpy as np
 import numpy.typing as npt
+import orjson
 from aiohttp import web
 
 from engine.request import Pooling, SamplingParams
@@ -17,6 +21,8 @@ Vector = npt.NDArray[np.float32]
 _NO_SAMPLING = SamplingParams(temperature=0.0)
 # Below this a vector has no direction; it stays as it is.
 _TINY = 1e-12
+# Vectors that are written between two turns of the loop: about a millisecond of work.
+_AT_ONCE = 32
 
 
 async def pool(
@@ -36,6 +42,22 @@ async def pool(
             assert stream.pooled is not None
             vectors.append(stream.pooled)
     return vectors
+
+
+def shaped(vector: Vector, dimensions: int, *, normalize: bool) -> Vector:
+    """Its first numbers, and those at length 1 where that is asked for."""
+    vector = np.ascontiguousarray(vector[:dimensions])
+    return scaled(vector) if normalize else vector
+
+
+async def written(vectors: list[Vector], item: Callable[[int, Vector], object]) -> list[orjson.Fragment]:
+    """JSON of what `item` makes of each vector and its index; arrays are written as numbers."""
+    items: list[orjson.Fragment] = []
+    for index, vector in enumerate(vectors):
+        items.append(orjson.Fragment(orjson.dumps(item(index, vector), option=orjson.OPT_SERIALIZE_NUMPY)))
+        if len(items) % _AT_ONCE == 0:
+            await asyncio.sleep(0)
+    return items
 
 
 def scaled(vector: Vector) -> Vector:

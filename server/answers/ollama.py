@@ -118,14 +118,14 @@ class OllamaAnswer:
         return {
             "done": True,
             "done_reason": self._done_reason,
-            "total_duration": _nanoseconds(stream.finished_at - started),
-            "load_duration": _nanoseconds(stream.arrived_at - started),
+            "total_duration": nanoseconds(stream.finished_at - started),
+            "load_duration": nanoseconds(stream.arrived_at - started),
             "prompt_eval_count": stream.num_prompt_tokens,
-            "prompt_eval_duration": _nanoseconds(stream.first_token_at - stream.arrived_at),
+            "prompt_eval_duration": nanoseconds(stream.first_token_at - stream.arrived_at),
             "eval_count": self._num_output,
-            "eval_duration": _nanoseconds(stream.finished_at - stream.first_token_at),
+            "eval_duration": nanoseconds(stream.finished_at - stream.first_token_at),
         }
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9)

@@ -1,4 +1,5 @@
-"""Ollama's API: /api/chat and /api/generate, and what its clients ask about the model before."""
+"""Ollama's API: answers and embeddings, what its clients ask about the model before, and what only Ollama itself does
+with models."""
 
 from __future__ import annotations
 
@@ -7,18 +8,25 @@ import hashlib
 import time
 from functools import partial
 
+import orjson
 from aiohttp import web
 
-from server.answers.ollama import OllamaAnswer, iso_time
+from server.answers.ollama import OllamaAnswer, iso_time, nanoseconds
+from server.pooling import pool, shaped, written
 from server.protocol.body import read_body
-from server.protocol.errors import json_response
+from server.protocol.embeddings import EmbeddingPlan
+from server.protocol.errors import ApiError, json_response
 from server.protocol.naming import in_words_of
 from server.protocol.ollama import (
     CHAT_NAMES,
+    EMBED_NAMES,
     GENERATE_NAMES,
+    OLD_EMBED_NAMES,
     Wanted,
     error_body,
     parse,
+    parse_embed,
+    parse_old_embed,
     read_name,
     wants_unloading,
 )
@@ -30,6 +38,8 @@ _DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)
 # The release of Ollama whose API this is: clients compare it with what they need. VS Code wants 0.6.4 (tools and
 # capabilities), Codex 0.13.4 (/v1/responses), and with 0.14.0 came /v1/messages. Our own version is at /version.
 API_VERSION = "0.14.0"
+_ONE_MODEL = "This server serves the model that it was started with, and no others."
+_DONE = b'{"status":"success"}\n'
 # A model that is never unloaded.
 _NEVER = "9999-12-31T23:59:59Z"
 
@@ -58,9 +68,48 @@ async def _answer(request: web.Request, *, chat: bool) -> web.StreamResponse:
     return json_response({"model": name, "created_at": now, **said, "done": True, "done_reason": reason})
 
 
+async def embed(request: web.Request) -> web.Response:
+    """The vectors of texts."""
+    state = request.app[STATE]
+    started_at = state.engine.clock.now()
+    body = await read_body(request, any_type=True)
+    with in_words_of(EMBED_NAMES):
+        plan = await parse_embed(body, state)
+        name, _ = read_name(body, state.model)
+        if plan is None:
+            return json_response({"model": name, "embeddings": []})
+        parsed_at = state.engine.clock.now()
+        vectors = await _embed(request, plan)
+    return json_response(
+        {
+            "model": name,
+            "embeddings": vectors,
+            "total_duration": nanoseconds(state.engine.clock.now() - started_at),
+            "load_duration": nanoseconds(parsed_at - started_at),
+            "prompt_eval_count": sum(map(len, plan.prompts)),
+        }
+    )
+
+
+async def old_embed(request: web.Request) -> web.Response:
+    """The vector of one text."""
+    body = await read_body(request, any_type=True)
+    with in_words_of(OLD_EMBED_NAMES):
+        plan = await parse_old_embed(body, request.app[STATE])
+        vectors = [] if plan is None else await _embed(request, plan)
+    return json_response({"embedding": vectors[0] if vectors else []})
+
+
+async def _embed(request: web.Request, plan: EmbeddingPlan) -> list[orjson.Fragment]:
+    vectors = await pool(request, f"embd-{request[REQUEST_ID]}", plan.prompts, plan.pooling, plan.terms)
+    return await written(vectors, lambda _, vector: shaped(vector, plan.dimensions, normalize=plan.normalize))
+
+
 async def tags(request: web.Request) -> web.Response:
     """The models that there are."""
-    return json_response({"models": _cards(request.app[STATE].model)})
+    state = request.app[STATE]
+    can = {"capabilities": _capabilities(state)}
+    return json_response({"models": [card | can for card in _cards(state.model)]})
 
 
 async def running(request: web.Request) -> web.Response:
@@ -110,19 +159,40 @@ async def show(request: web.Request) -> web.Response:
     )
 
 
+async def pull(request: web.Request) -> web.Response:
+    """Done, for a model that is here. Others do not come: the 404."""
+    state, body = request.app[STATE], await read_body(request, any_type=True)
+    streams = body.boolean("stream", True)
+    try:
+        read_name(body, state.model)
+    except ApiError as error:
+        raise ApiError(error.status, f"{error} {_ONE_MODEL}", param=error.param) from None
+    response = json_response({"status": "success"})
+    if streams:
+        response = web.Response(body=_DONE, content_type="application/x-ndjson")
+    return response
+
+
+async def unsupported(request: web.Request) -> web.Response:
+    """What Ollama does with its store of models. The body, which may be a whole model, is not read."""
+    raise ApiError(400, f"{_ONE_MODEL} It creates, copies, pushes and deletes none.")
+
+
 async def version(request: web.Request) -> web.Response:
     """The version of the API, and not of this server."""
     return json_response({"version": API_VERSION})
 
 
 def _capabilities(state: State) -> list[str]:
-    if not state.model.abilities.generates:
-        return []
-    can = ["completion"]
-    if state.tool_family is not None:
-        can.append("tools")
-    if state.reasoning_family is not None:
-        can.append("thinking")
+    abilities, can = state.model.abilities, []
+    if abilities.generates:
+        can.append("completion")
+        if state.tool_family is not None:
+            can.append("tools")
+        if state.reasoning_family is not None:
+            can.append("thinking")
+    if abilities.embedding is not None:
+        can.append("embedding")
     return can
 
 
@@ -160,9 +230,17 @@ def _details(model: ServedModel) -> dict[str, object]:
 ROUTES = (
     ("POST", "/api/chat", chat),
     ("POST", "/api/generate", generate),
+    ("POST", "/api/embed", embed),
+    ("POST", "/api/embeddings", old_embed),
     ("GET", "/api/tags", tags),
     ("GET", "/api/ps", running),
     ("POST", "/api/show", show),
     ("GET", "/api/version", version),
+    ("POST", "/api/pull", pull),
+    ("POST", "/api/create", unsupported),
+    ("POST", "/api/copy", unsupported),
+    ("POST", "/api/push", unsupported),
+    ("DELETE", "/api/delete", unsupported),
+    ("POST", "/api/blobs/{digest}", unsupported),
 )
 ERROR_SHAPE = error_body

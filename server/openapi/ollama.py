@@ -11,6 +11,7 @@ from server.openapi.words import (
     array,
     boolean,
     constant,
+    delete,
     either,
     get,
     gives,
@@ -23,6 +24,7 @@ from server.openapi.words import (
     string,
     takes,
 )
+from server.protocol.embeddings import MAX_INPUTS
 from server.protocol.ollama import EFFORTS, ENDLESS, FLAG_HINTS, NUMBER_HINTS, OPTION_REFUSALS, OPTIONS, REFUSALS
 
 # Ollama's names of what a chat has, too.
@@ -54,6 +56,7 @@ _COMMON: Json = {
     "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
     **refused(REFUSALS),
 }
+_KEPT: Json = {"keep_alive": _COMMON["keep_alive"], "options": takes({}, _HINTS)}
 # What is read of a request that only loads the model.
 _LOADING: Json = {
     **{name: schema for name, schema in _COMMON.items() if name not in ("think", "logprobs", "top_logprobs")},
@@ -97,6 +100,7 @@ _DETAILS = gives(
         "quantization_level": string(),
     }
 )
+_ABLE = array(constant("completion", "tools", "thinking", "embedding"))
 _CARD: Json = {
     "name": string(),
     "model": string(),
@@ -119,9 +123,27 @@ SCHEMAS: Json = {
     "ShowRequest": takes(
         {}, {**_NAME, **refused({"verbose": (False,), "system": ("",), "template": ("",), "options": ({},)})}
     ),
+    "EmbedRequest": takes(
+        {},
+        {
+            **_NAME,
+            **_KEPT,
+            "input": either(string(), array(string(least=1), most=MAX_INPUTS)),
+            "truncate": boolean("Cut what is longer than the context; true unless it is said."),
+            "dimensions": integer(0, about="Of models that were trained for shorter vectors."),
+        },
+    ),
+    "OldEmbedRequest": takes({}, {**_NAME, **_KEPT, "prompt": string()}),
+    "PullRequest": takes({}, {**_NAME, "stream": _COMMON["stream"]}),
+    "Embedded": gives(
+        {"model": string(), "embeddings": array(array(number()), "Of length 1 each.")},
+        {name: integer(0) for name in ("total_duration", "load_duration", "prompt_eval_count")},
+    ),
+    "OldEmbedded": gives({"embedding": array(number(), "Not brought to length 1.")}),
+    "Pulled": gives({"status": constant("success")}),
     "OllamaChat": gives({**_HEAD, "message": _SAID, "done": boolean()}, _ENDING),
     "OllamaText": gives({**_HEAD, "response": string(), "done": boolean()}, {**_ENDING, "thinking": string()}),
-    "Tags": gives({"models": array(gives(_CARD))}),
+    "Tags": gives({"models": array(gives({**_CARD, "capabilities": _ABLE}))}),
     "Running": gives(
         {
             "models": array(
@@ -136,13 +158,14 @@ SCHEMAS: Json = {
             "template": string(),
             "details": _DETAILS,
             "model_info": mapping(either(string(), number(), NULL)),
-            "capabilities": array(constant("completion", "tools", "thinking")),
+            "capabilities": _ABLE,
             "modified_at": string(),
         }
     ),
 }
 
 _ERROR = "OllamaError"
+_NONE = "An error: there is one model, and it is served."
 _SHORT: Json = {"options": {"temperature": 0, "num_predict": 5}}
 
 PATHS: Json = {
@@ -169,6 +192,31 @@ PATHS: Json = {
         streamed=lines("OllamaText"),
         error=_ERROR,
     ),
+    "/api/embed": post(
+        "The vectors of texts, each of length 1.",
+        "EmbedRequest",
+        "Embedded",
+        examples=({"input": "Hello", "options": {"num_ctx": 64}}, {"input": ["a", "b"], "truncate": False}, {}),
+        error=_ERROR,
+    ),
+    "/api/embeddings": post(
+        "The vector of one text; /api/embed came after it.",
+        "OldEmbedRequest",
+        "OldEmbedded",
+        examples=({"prompt": "Hello"}, {"prompt": ""}),
+        error=_ERROR,
+    ),
+    "/api/pull": post(
+        "Done, for the model that is served; an error for any other.",
+        "PullRequest",
+        "Pulled",
+        examples=({}, {"stream": False}),
+        streamed=lines("Pulled"),
+        error=_ERROR,
+    ),
+    **{path: post(_NONE, None, None, error=_ERROR) for path in ("/api/create", "/api/copy", "/api/push")},
+    "/api/blobs/{digest}": post(_NONE, None, None, error=_ERROR),
+    "/api/delete": delete(_NONE, None, error=_ERROR),
     "/api/tags": get("The models that there are.", "Tags", error=_ERROR),
     "/api/ps": get("The models that are loaded.", "Running", error=_ERROR),
     "/api/show": post("What the model is.", "ShowRequest", "Shown", examples=({},), error=_ERROR),

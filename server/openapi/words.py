@@ -96,9 +96,9 @@ def get(
     return {"get": _operation(summary, {} if answer is None else {kind: _media(answer)}, error, query)}
 
 
-def delete(summary: str, answer: Json | str) -> Json:
-    """A route that takes something away."""
-    return {"delete": _operation(summary, {"application/json": _media(answer)}, "Error")}
+def delete(summary: str, answer: Json | str | None, *, error: str = "Error") -> Json:
+    """A route that takes something away; see get."""
+    return {"delete": _operation(summary, {} if answer is None else {"application/json": _media(answer)}, error)}
 
 
 def post(

@@ -1,4 +1,5 @@
-"""POST /api/chat and /api/generate: Ollama's body becomes a chat's or a completion's, which becomes a Plan."""
+"""POST /api/chat, /api/generate, /api/embed and /api/embeddings: Ollama's bodies become those of a chat, a completion
+or /v1/embeddings, which become plans."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from engine.request import MAX_TOP_LOGPROBS, ContextLengthExceededError, Request
 from server.protocol.body import Body, invalid
 from server.protocol.chat import parse_chat
 from server.protocol.completions import parse_completion
+from server.protocol.embeddings import EmbeddingPlan, embedding_of, parse_embedding
 from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
 from server.protocol.refusals import refuse, refuse_in
@@ -31,6 +33,8 @@ _NAMES = {ours: f"options.{theirs}" for theirs, ours in OPTIONS.items()} | {
     "reasoning_effort": "think",
 }
 CHAT_NAMES = _NAMES | {"prompt": "messages", ".reasoning_content": ".thinking"}
+EMBED_NAMES = {"truncate_prompt_tokens": "truncate"}
+OLD_EMBED_NAMES = {"input": "prompt"}
 GENERATE_NAMES = _NAMES | {"messages": "prompt"}
 # Ollama's words for "until the model stops": its runner has no limit of 0 either.
 ENDLESS = (0, -1, -2)
@@ -113,14 +117,50 @@ async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Pl
         if num_ctx is None:
             return most
         if size >= num_ctx:
-            raise ContextLengthExceededError(
-                f"The prompt has {size} tokens, and by `options.num_ctx` the maximum context length is "
-                f"{num_ctx} tokens.",
-                param="options.num_ctx",
-            )
+            raise _too_long(size, num_ctx)
         return min(most, num_ctx - size)
 
     return with_max_tokens(plan, count)
+
+
+async def parse_embed(body: Body, state: State) -> EmbeddingPlan | None:
+    """/api/embed: vectors of length 1; texts that are too long are cut unless `truncate` is false. See parse."""
+    given = body.raw("input")
+    if not isinstance(given, str | list | None) or not all(isinstance(text, str) for text in given or ()):
+        raise invalid("input", "must be a string or a list of strings")
+    # 0 is Go's word for "not said".
+    dimensions = body.integer("dimensions", None, 0) or None
+    fields = {"input": given, "dimensions": dimensions, "normalize": True}
+    return await _parse_embedding(body, state, fields, cut=body.boolean("truncate", True))
+
+
+async def parse_old_embed(body: Body, state: State) -> EmbeddingPlan | None:
+    """/api/embeddings, which was there first: one prompt, and its vector as it is. See parse."""
+    return await _parse_embedding(body, state, {"input": body.string("prompt", ""), "normalize": False}, cut=False)
+
+
+async def _parse_embedding(body: Body, state: State, fields: dict[str, Any], *, cut: bool) -> EmbeddingPlan | None:
+    options = body.object("options") or {}
+    _check_options(options, state)
+    num_ctx = _read_num_ctx(options, state)
+    wants_unloading(body)
+    name = read_name(body, state.model)[1]
+    embedding_of(state.model)
+    if not fields["input"]:
+        return None
+    most = (num_ctx or state.model.max_model_len) if cut else None
+    plan = await parse_embedding(Body(fields | {"model": name, "truncate_prompt_tokens": most}, body.size), state)
+    size = max(map(len, plan.prompts))
+    if num_ctx is not None and size > num_ctx:
+        raise _too_long(size, num_ctx)
+    return plan
+
+
+def _too_long(size: int, num_ctx: int) -> ContextLengthExceededError:
+    return ContextLengthExceededError(
+        f"The prompt has {size} tokens, and by `options.num_ctx` the maximum context length is {num_ctx} tokens.",
+        param="options.num_ctx",
+    )
 
 
 def error_body(error: RequestError, request_id: str | None) -> dict[str, object]:

@@ -17,7 +17,7 @@ VOCAB = tokenizer().vocab_size
 HI = [{"role": "user", "content": "hi"}]
 TOOL = {"type": "function", "function": {"name": "f"}}
 CALL = {"type": "function", "function": {"name": "f", "arguments": "{}"}}
-LARK = {"type": "grammar", "syntax": "lark", "definition": "start: \"a\""}
+LARK = {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'}
 
 
 class All(NamedTuple):
@@ -535,6 +535,26 @@ OLLAMA: list[Row] = [
     *(("keep_alive", value) for value in (True, [], {}, "", "soon", "5 m", "1x", "m", "--1", "nan", "1e3s", "٥m")),
     *(("think", value) for value in (5, [], "deep", True)),
 ]
+_OLLAMA_KEPT: list[Row] = [
+    *wrong_kinds(string="model name", object="options"),
+    *(("options.num_ctx", {"num_ctx": value}) for value in (*NOT["integer"], 0)),
+    *(("options.num_gpu", {"num_gpu": value}) for value in ("1", True)),
+    *(("keep_alive", value) for value in (True, [], "soon")),
+]
+OLLAMA_EMBED: list[Row] = [
+    *_OLLAMA_KEPT,
+    *wrong_kinds(boolean="truncate", integer="dimensions"),
+    *(("input", value) for value in (5, True, {}, [5], ["a", ""], ["a", None], [["a"]], ["a"] * 2049)),
+    *(("dimensions", value) for value in (-1, 2)),
+    ("input", All({"input": "w " * 600, "truncate": False})),
+    ("options.num_ctx", All({"input": "w " * 60, "truncate": False, "options": {"num_ctx": 8}})),
+]
+OLLAMA_OLD_EMBED: list[Row] = [
+    *_OLLAMA_KEPT,
+    *wrong_kinds(string="prompt"),
+    ("prompt", All({"prompt": "w " * 600})),
+    ("options.num_ctx", All({"prompt": "w " * 60, "options": {"num_ctx": 8}})),
+]
 GENERATE: list[Row] = [
     *wrong_kinds(boolean="stream return_text_in_logprobs return_logprob"),
     *(("text", value) for value in (None, 5, True, {}, [], [5], [["a"]], ["a"] * 1025)),
@@ -638,6 +658,9 @@ FAMILIES: list[Family] = [
         "/api/generate", {"prompt": "x", "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama, True
     ),
     Family("/api/show", {}, wrong_kinds(string="model name"), check_ollama, True),
+    Family("/api/embed", {"input": "x"}, OLLAMA_EMBED, check_ollama, True),
+    Family("/api/embeddings", {"prompt": "x"}, OLLAMA_OLD_EMBED, check_ollama, True),
+    Family("/api/pull", {"stream": False}, wrong_kinds(string="model name", boolean="stream"), check_ollama, True),
     Family("/v1/embeddings", {"input": "x"}, EMBEDDINGS),
     Family("/score", {"text_1": "a", "text_2": "b"}, SCORE),
     Family("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [5]}, LABELS),

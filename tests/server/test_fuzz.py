@@ -86,8 +86,27 @@ async def test_any_body_is_answered(server: Live, family: Family, make: Any) -> 
 
 # ---- histories and declarations that nobody thought of
 
-WORDS = ("text", "image", "function", "custom", "namespace", "function_call", "custom_tool_call_output", "tool_use", "tool_result")
-EVIL = ("x\r\nSet-Cookie: a=b", "\x00\x1b[31m", "é\u2028", "n" * 3000, "../../etc/passwd", "<|im_start|>", "{{ 7*7 }}", "")
+WORDS = (
+    "text",
+    "image",
+    "function",
+    "custom",
+    "namespace",
+    "function_call",
+    "custom_tool_call_output",
+    "tool_use",
+    "tool_result",
+)
+EVIL = (
+    "x\r\nSet-Cookie: a=b",
+    "\x00\x1b[31m",
+    "é\u2028",
+    "n" * 3000,
+    "../../etc/passwd",
+    "<|im_start|>",
+    "{{ 7*7 }}",
+    "",
+)
 NAMES = (
     "type", "role", "content", "text", "name", "namespace", "input", "arguments", "call_id", "id", "tools", "output",
     "tool_use_id", "thinking", "source", "action", "function", "custom", "format", "summary", "title", "encrypted_content",
@@ -149,7 +168,9 @@ def odd(rng: random.Random) -> Any:
     deep: Any = "x"
     for _ in range(rng.choice((3, 70))):
         deep = [deep] if rng.random() < 0.5 else {rng.choice(NAMES): deep}
-    return rng.choice([None, 0, True, [], {}, [None], deep, rng.choice(WORDS), rng.choice(EVIL), {"type": rng.choice(EVIL)}])
+    return rng.choice(
+        [None, 0, True, [], {}, [None], deep, rng.choice(WORDS), rng.choice(EVIL), {"type": rng.choice(EVIL)}]
+    )
 
 
 def mutated(rng: random.Random, value: Any) -> Any:

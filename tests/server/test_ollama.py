@@ -9,10 +9,13 @@ import random
 from collections.abc import AsyncIterator
 from typing import Any
 
+import numpy as np
 import pytest_asyncio
 
+from engine.executor.fake import FAKE_WIDTH, expected_vector
+from engine.models.abilities import Abilities
 from engine.models.config import GenerationDefaults, ModelConfig
-from engine.request import FinishReason
+from engine.request import FinishReason, Pooling
 from engine.stream import Delta, TokenStream
 from server.answers.ollama import OllamaAnswer
 from server.endpoints.info import version
@@ -138,8 +141,7 @@ async def test_how_far_it_goes() -> None:
         assert await counts(num_predict=5, num_ctx=64) == prompt + 5
         message = check_error(*await server.post(CHAT, {**BODY, "options": {"num_ctx": prompt}}))
         assert f"maximum context length is {prompt} tokens" in message and "`options.num_ctx`" in message
-        message = check_error(*await server.post(CHAT, {**BODY, "options": {"num_predict": 512}}))
-        assert "maximum context length is 512 tokens" in message and "`options.num_predict`" in message
+        assert await counts(num_predict=10**6) == 512
         for path, body, name in ((CHAT, BODY, "messages"), (GENERATE, PROMPT, "prompt")):
             long = {"messages": [{"role": "user", "content": "w " * 600}], "prompt": "w " * 600}
             assert f"`{name}`" in check_error(*await server.post(path, body | long))
@@ -398,14 +400,104 @@ async def test_the_model_as_it_is() -> None:
         assert card["details"]["parameter_size"] == "4.3M" and len(card["digest"]) == 64
         weights = (DEMO / "model.safetensors").stat().st_size
         assert abs(card["size"] - weights) < weights / 10
+        assert card["capabilities"] == ["completion", "tools", "embedding"]
         assert loaded[0]["size_vram"] == 0 and loaded[0]["context_length"] == 512
         for name in ("model", "name"):
             status, shown = await server.post("/api/show", {name: "demo:latest"})
-            assert status == 200 and shown["capabilities"] == ["completion", "tools"]
+            assert status == 200 and shown["capabilities"] == card["capabilities"]
             architecture = shown["model_info"]["general.architecture"]
             assert shown["model_info"][f"{architecture}.context_length"] == 512
             assert shown["template"] and "temperature 0.7" in shown["parameters"]
         assert "`verbose`" in check_error(*await server.post("/api/show", {"model": "demo", "verbose": True}))
+
+
+# ---- embeddings
+
+
+EMBED, OLD_EMBED = "/api/embed", "/api/embeddings"
+
+
+def vector_of(text: str, most: int = 512) -> Any:
+    return expected_vector(tokenizer().encode(text)[:most], Pooling("mean"))
+
+
+def same(found: Any, wanted: Any, *, scaled: bool = True) -> bool:
+    wanted = wanted / np.linalg.norm(wanted) if scaled else wanted
+    return len(found) == len(wanted) and bool(
+        np.abs(np.array(found) - wanted).max() < 1e-6 * np.abs(wanted).max() + 1e-6
+    )
+
+
+async def test_embed(server: Live) -> None:
+    texts = ["a fox", "the moon and the sea " * 20, "x"]
+    for given, wanted in ((texts, texts), (texts[0], texts[:1]), (texts[1:2], texts[1:2])):
+        status, answer = await server.post(EMBED, {"model": "demo:latest", "input": given, "keep_alive": "5m"})
+        assert status == 200 and answer["model"] == "demo:latest", answer
+        names = {"model", "embeddings", "total_duration", "load_duration", "prompt_eval_count"}
+        assert set(answer) == names and answer["total_duration"] >= answer["load_duration"] >= 0
+        assert answer["prompt_eval_count"] == sum(len(tokenizer().encode(text)) for text in wanted)
+        assert len(answer["embeddings"]) == len(wanted)
+        assert all(same(found, vector_of(text)) for found, text in zip(answer["embeddings"], wanted, strict=True))
+    for given in ("", [], None):
+        assert await server.post(EMBED, {"model": "demo", "input": given}) == (200, {"model": "demo", "embeddings": []})
+    # What is too long is cut, unless that is not wanted.
+    long = "w " * 600
+    for options, most in (({}, 512), ({"num_ctx": 4096}, 512), ({"num_ctx": 8, "num_gpu": 1}, 8)):
+        _, answer = await server.post(EMBED, {"input": ["a", long], "options": options, "dimensions": 0})
+        assert answer["prompt_eval_count"] == most + len(tokenizer().encode("a"))
+        assert same(answer["embeddings"][1], vector_of(long, most))
+        body = {"input": long, "truncate": False, "options": options}
+        assert f"maximum context length is {most} tokens" in check_error(*await server.post(EMBED, body))
+    await server.all_free()
+
+
+async def test_the_older_route_of_embeddings(server: Live) -> None:
+    status, answer = await server.post(OLD_EMBED, {"model": "demo", "prompt": "a fox", "keep_alive": 0})
+    assert status == 200 and set(answer) == {"embedding"}
+    # As the model gives it.
+    assert same(answer["embedding"], vector_of("a fox"), scaled=False)
+    for body in ({"prompt": ""}, {}):
+        assert await server.post(OLD_EMBED, body) == (200, {"embedding": []})
+
+
+async def test_embeddings_of_models_that_have_some_and_of_others() -> None:
+    nested = Abilities(generates=False, embedding="mean", width=FAKE_WIDTH, dimensions=(2, 4))
+    async with live(model=served_model(abilities=nested)) as server:
+        _, answer = await server.post(EMBED, {"input": "a fox", "dimensions": 2})
+        assert same(answer["embeddings"][0], vector_of("a fox")[:2])
+        assert "`dimensions`" in check_error(*await server.post(EMBED, {"input": "a fox", "dimensions": 3}))
+        assert (await server.post("/api/show", {}))[1]["capabilities"] == ["embedding"]
+    async with live(model=served_model(abilities=Abilities())) as server:
+        for path, body in ((EMBED, {"input": "x"}), (EMBED, {}), (OLD_EMBED, {"prompt": "x"})):
+            assert "--pooling" in check_error(*await server.post(path, body))
+        assert (await server.post("/api/show", {}))[1]["capabilities"] == ["completion", "tools"]
+
+
+# ---- the store of models that there is not
+
+
+async def test_a_served_model_is_there_to_pull(server: Live) -> None:
+    for name in ("demo", "demo:latest", "org/demo"):
+        for body in ({"model": name}, {"name": name, "stream": True, "insecure": False}):
+            assert await stream(server, "/api/pull", body) == [{"status": "success"}]
+        assert await server.post("/api/pull", {"model": name, "stream": False}) == (200, {"status": "success"})
+    for more in ({}, {"stream": False}):
+        message = check_error(*await server.post("/api/pull", {"model": "llama3.2", **more}), expected=404)
+        assert "llama3.2" in message and "no others" in message
+
+
+async def test_what_only_a_store_of_models_does(server: Live) -> None:
+    for method, path, body in (
+        ("POST", "/api/create", {"model": "mario", "from": "demo", "system": "You are Mario."}),
+        ("POST", "/api/copy", {"source": "demo", "destination": "demo-backup"}),
+        ("POST", "/api/push", {"model": "demo"}),
+        ("DELETE", "/api/delete", {"model": "demo"}),
+        ("POST", "/api/blobs/sha256:29fdb92e57cf0827ded04ae6461b5931d01fa595843f55d36f5b275a52087dd2", {}),
+    ):
+        async with server.http.request(method, server.url + path, json=body) as response:
+            assert "This server serves the model that it was started with" in check_error(
+                response.status, await response.json()
+            )
 
 
 # ---- errors
