@@ -313,6 +313,8 @@ def read_call_object(
             if only_known_keys or not reader.name or not scanner.closed or (yield from scanner.peek()):
                 raise
             scanner.start_call(reader.name)
+            if not scanner.cut:
+                scanner.arguments("{}")
         yield from _skip_junk(scanner, ends)
     scanner.end_call()
 

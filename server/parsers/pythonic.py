@@ -68,7 +68,8 @@ def read_python_call(scanner: Scanner) -> Steps[None]:
             if not (scanner.has_begun or is_known):
                 raise Malformed
             break
-        scanner.begin()
+        if scanner.has_begun:
+            scanner.begin()
         try:
             keyword = yield from scanner.word(_KEYWORD)
             yield from scanner.space()
