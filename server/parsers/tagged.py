@@ -358,6 +358,8 @@ class Value:
     def cut(self) -> None:
         """The text has ended inside of the value."""
         text = "".join(self._pieces)
+        if self._framed:
+            text = text.removesuffix("\n")
         if self._streams or self._is_text:
             self._send(text)
         elif text.strip():
