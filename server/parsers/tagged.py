@@ -77,9 +77,9 @@ class Tags:
 
     @property
     def half_ends(self) -> tuple[str, ...]:
-        """The end of a value without its last character, before white space."""
+        """The end of a value without its last character, before white space or the next tag."""
         end = self.value[1]
-        return tuple(end[:-1] + space for space in SPACE) if end.startswith("</") and end.endswith(">") else ()
+        return tuple(end[:-1] + other for other in SPACE + "<") if end.startswith("</") and end.endswith(">") else ()
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -123,15 +123,15 @@ def _run(scanner: Scanner, spelling: Tags) -> Steps[None]:
             scanner.fail()
             continue
         inside = bool(spelling.section[0])
-        while closer := (yield from _accept_any(scanner, spelling.closers)):
+        while closer := (yield from _accept_any(scanner, (*spelling.closers, spelling.call_end))):
             inside = inside and closer != spelling.section[1]
         drop_begun(scanner, spelling.inner)
 
 
 def drop_begun(scanner: Scanner, literals: tuple[str, ...]) -> None:
-    """Leave out the begin of a tag in which a limit has cut off the text."""
+    """Leave out the begin of a tag in which the text ends; a short one is that only where a limit has cut it off."""
     rest = scanner.text[scanner.at :].strip(SPACE)
-    if scanner.closed and scanner.cut and any(literal.startswith(rest) for literal in literals):
+    if scanner.closed and (scanner.cut or len(rest) > 2) and any(literal.startswith(rest) for literal in literals):
         scanner.skip(len(scanner.text) - scanner.at)
 
 
@@ -188,7 +188,10 @@ def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
             scanner.end_call()
             return
         value.end(whole=stop == spelling.value[1])
-        if stop is not None and stop != spelling.value[1] and stop not in halves:
+        if stop in halves:
+            scanner.skip(-1)
+            yield from scanner.accept(">", spaced=True)
+        elif stop is not None and stop != spelling.value[1]:
             scanner.skip(-len(stop))
     if not num_values and (found := _object_in(rest)):
         # Arguments as JSON in place of parameters.
@@ -208,7 +211,8 @@ def _ends_value(scanner: Scanner, spelling: Tags, tag: str) -> Steps[bool]:
     if tag == spelling.call[0]:
         return spelling.quoted or (yield from _is_head(scanner, spelling))
     # Nothing but further tags stands behind the end of a call, or in front of the next.
-    character, distance = yield from scanner.look_past(SPACE)
+    back = -1 if tag.endswith("<") else 0
+    character, distance = yield from scanner.look_past(SPACE + (">" if tag in spelling.half_ends else ""), back)
     return not character or (yield from scanner.look_at(spelling.inner, distance)) is not None
 
 
@@ -228,7 +232,7 @@ def _is_head(scanner: Scanner, spelling: Tags) -> Steps[bool]:
 def _name_in(header: str, spelling: Tags) -> str:
     """The name in what stands between the two parts of a tag."""
     if not spelling.quoted:
-        return header.strip()
+        return header.strip().strip("\"'")
     found = _QUOTED.match(header)
     name = "" if found is None else (found[1] or found[2] or found[3] or "").strip()
     return name.replace("&quot;", '"').replace("&amp;", "&") if spelling.escaped else name
