@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from engine.request import FinishReason
 from engine.stream import Delta
 from engine.text.tokenizer import Tokenizer
 from server.custom_calls import CustomParser
@@ -26,6 +27,8 @@ from server.parsers.base import (
 from server.protocol.thinking import ReasoningWatch
 
 Json = dict[str, object]
+# Ends of a text that are none of the model's own.
+_CUTS = (FinishReason.LENGTH, FinishReason.ABORT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,14 +75,19 @@ def read_events(parser: OutputParser | None, delta: Delta) -> list[Event]:
     if parser is None:
         return [ContentDelta(delta.text)] if delta.text else []
     events = parser.push(delta.text) if delta.text else []
-    return events if delta.finish_reason is None else [*events, *parser.finish()]
+    return events if delta.finish_reason is None else [*events, *finish_events(parser, delta)]
 
 
-def read_message(parser: OutputParser, text: str, echo: str) -> Json:
+def finish_events(parser: OutputParser, last: Delta) -> list[Event]:
+    """What was held back up to the last delta. A call that a limit has cut off is one with what there is of it."""
+    return parser.finish(cut=last.finish_reason in _CUTS)
+
+
+def read_message(parser: OutputParser, delta: Delta, echo: str) -> Json:
     """`choices[].message` of a whole output. echo: text that its content begins with."""
     content, reasoning = [echo], ""
     calls: list[tuple[ToolCallStart, list[str]]] = []
-    for event in (*parser.push(text), *parser.finish()):
+    for event in read_events(parser, delta):
         if isinstance(event, ContentDelta):
             content.append(event.text)
         elif isinstance(event, ReasoningDelta):

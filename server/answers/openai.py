@@ -62,7 +62,7 @@ class OpenAIAnswer:
                 called = False
                 if plan.reading is not None:
                     parser = plan.reading.make_parser()
-                    choice["message"] = read_message(parser, delta.text, echo or "")
+                    choice["message"] = read_message(parser, delta, echo or "")
                     called = parser.num_calls > 0
                 elif plan.chat:
                     choice["message"] = {"role": "assistant", "content": text}

@@ -16,6 +16,7 @@ from engine.stream import Delta, TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from server.answers.base import failure, reasoning_watches, usage
 from server.logprobs import Spelling, chat_logprobs
+from server.messages import finish_events
 from server.parsers.base import ContentDelta, Event, ReasoningDelta, ToolCallStart
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
@@ -108,7 +109,7 @@ class ResponsesAnswer:
         if delta.finish_reason is None:
             return
         self._end = delta
-        for event in self._parser.finish() if self._parser is not None else ():
+        for event in finish_events(self._parser, delta) if self._parser is not None else ():
             self._add(event)
         if not self._output:
             self._add(ContentDelta(""))

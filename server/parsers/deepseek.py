@@ -33,15 +33,26 @@ def _run(scanner: Scanner) -> Steps[None]:
 
 def _read_call(scanner: Scanner) -> Steps[None]:
     name, _ = yield from scanner.raw_until((_SEPARATOR,), MAX_NAME)
-    fenced = (yield from scanner.space()) != "{"
+    character = yield from scanner.space()
+    if not character and name.strip() == "function":
+        raise Malformed
+    bare = (yield from scanner.look_at(_ENDS)) is not None
+    fenced = bool(character) and character != "{" and not bare
     if fenced:
         # The name stands on a line of its own, and the fence may be left out.
         name, mark = yield from scanner.raw_until(("\n", _FENCE), MAX_NAME)
         if mark == _FENCE or (yield from scanner.accept(_FENCE, spaced=True)):
             yield from scanner.accept("json")
-        if (yield from scanner.space()) != "{":
+        character = yield from scanner.space()
+        bare = (yield from scanner.look_at(_ENDS)) is not None
+        if character and character != "{" and not bare:
             raise Malformed
     scanner.start_call(name)
+    if bare or not character:
+        if not scanner.cut:
+            scanner.arguments("{}")
+        scanner.end_call()
+        return
     yield from read_arguments(scanner, scanner.arguments, _ENDS, fence=_FENCE if fenced else "")
     scanner.end_call()
     if fenced:

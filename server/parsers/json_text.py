@@ -313,6 +313,8 @@ def read_call_object(
             if only_known_keys or not reader.name or not scanner.closed or (yield from scanner.peek()):
                 raise
             scanner.start_call(reader.name)
+            if not scanner.cut:
+                scanner.arguments("{}")
         yield from _skip_junk(scanner, ends)
     scanner.end_call()
 
@@ -362,9 +364,12 @@ class _CallReader:
         arguments: str | None = None
         yield from scanner.space()
         while True:
-            key = yield from self._read_key()
-            yield from scanner.space()
-            yield from scanner.expect(":")
+            # Arguments whose key is missing.
+            bare = bool(self.name) and not self._only_known_keys and (yield from scanner.peek()) == "{"
+            key = _ARGUMENT_KEYS[0] if bare else (yield from self._read_key())
+            if not bare:
+                yield from scanner.space()
+                yield from scanner.expect(":")
             character = yield from scanner.space()
             if scanner.has_begun:
                 yield from read_json(scanner, _drop)

@@ -49,8 +49,11 @@ def _read_named(scanner: Scanner) -> Steps[None]:
     if (yield from scanner.space()) == "{":
         scanner.start_call(name)
         yield from read_arguments(scanner, scanner.arguments, _ENDS)
-    elif marked and scanner.closed:
+    elif marked:
         scanner.start_call(name)
+        if (yield from scanner.look_at(_ENDS)) is not None or (not (yield from scanner.peek()) and not scanner.cut):
+            scanner.arguments("{}")
+        yield from scanner.before(_ENDS, scanner.arguments)
     else:
         raise Malformed
     scanner.end_call()

@@ -11,14 +11,15 @@ import string
 import sys
 from typing import Any
 
-from engine.text.schema_types import is_json, literal_as_json
-from server.parsers.base import MAX_JSON_DEPTH, SPACE, Malformed, Scanner, Steps, ToolFamily
+from engine.text.schema_types import SchemaTypes, is_json, literal_as_json
+from server.parsers.base import MAX_JSON_DEPTH, MAX_NAME, SPACE, Malformed, Scanner, Steps, ToolFamily
 from server.parsers.formats import Format, const, optional_fields, schema_of, sequence, tags
 from server.parsers.json_text import json_escaped
 
 _OPEN, _CLOSE = "<|python_start|>", "<|python_end|>"
 _NAME = re.compile(r"[\w.\-]")
-_KEYWORD = re.compile(r"\w")
+_KEYWORD = re.compile(r"(\w+)\s*=(?!=)\s*")
+_MAYBE_KEYWORD = re.compile(r"\w*\s*=?\s*")
 _PLAIN = {quote: re.compile(rf"[^{quote}\\]+") for quote in "\"'"}
 _ESCAPES = {"\n": "", "n": "\n", "t": "\t", "r": "\r", "a": "\a", "b": "\b", "f": "\f", "v": "\v", "0": "\0"}
 _ESCAPES |= {character: character for character in "\\'\"/"}
@@ -62,22 +63,24 @@ def read_python_call(scanner: Scanner) -> Steps[None]:
     name = yield from scanner.word(_NAME)
     yield from scanner.expect("(")
     is_known = scanner.tools is not None and name in scanner.tools
+    # What values without a keyword are called.
+    places = iter(SchemaTypes(scanner.tools[name]).properties() if is_known and scanner.tools is not None else ())
     before = "{"
     while (character := (yield from scanner.space())) != ")":
         if not character:
             if not (scanner.has_begun or is_known):
                 raise Malformed
             break
-        scanner.begin()
-        try:
-            keyword = yield from scanner.word(_KEYWORD)
-            yield from scanner.space()
-            yield from scanner.expect("=")
-        except Malformed:
+        if scanner.has_begun:
+            scanner.begin()
+        keyword = (yield from _read_keyword(scanner)) or next(places, "")
+        if not keyword:
+            source, _ = yield from _read_source(scanner)
             if not scanner.has_begun:
-                raise
-            scanner.rewind()
-            scanner.arguments(before + (yield from _read_source(scanner))[0])
+                if not is_known:
+                    raise Malformed
+                scanner.start_call(name)
+            scanner.arguments(before + source)
         else:
             before += f"{json.dumps(keyword, ensure_ascii=False)}: "
             character = yield from scanner.space()
@@ -102,6 +105,19 @@ def read_python_call(scanner: Scanner) -> Steps[None]:
     if character or not scanner.cut:
         scanner.arguments("{}" if before == "{" else "}")
     scanner.end_call()
+
+
+def _read_keyword(scanner: Scanner) -> Steps[str]:
+    """The keyword of the next value; "" where there is none, and nothing is read."""
+    while True:
+        rest = scanner.text[scanner.at : scanner.at + 2 * MAX_NAME]
+        found = _KEYWORD.match(rest)
+        if found is not None and (found.end() < len(rest) or scanner.closed):
+            scanner.skip(found.end())
+            return found[1]
+        if scanner.closed or len(rest) == 2 * MAX_NAME or not _MAYBE_KEYWORD.fullmatch(rest):
+            return ""
+        yield
 
 
 def _read_text(scanner: Scanner) -> Steps[None]:

@@ -35,9 +35,9 @@ class Tags:
     and behind it; "" where white space ends it. key: in front of a parameter's name and behind it. value: in front of
     the value, "" where `key` does, and behind it. quoted: names are attributes. attribute: further attributes of a
     parameter, one of which is written for a value of such types. count: an attribute that counts calls. escaped: & and
-    quotes in attributes are entities. special: the
-    tokens that tags are made of, where they are no tokens themselves. line: what is written between tags. between:
-    between calls.
+    quotes in attributes are entities. special: the tokens that tags are made of, where they are no tokens themselves.
+    line: what is written between tags. between: between calls. bare: calls begin without `lead` as well. framed: values
+    stand on lines of their own, whose breaks are none of theirs.
     """
 
     call: tuple[str, str]
@@ -55,11 +55,14 @@ class Tags:
     special: tuple[str, ...] = ()
     line: str = "\n"
     between: str = "\n"
+    bare: bool = False
+    framed: bool = False
 
     @property
     def opens(self) -> tuple[str, ...]:
         """What begins a call in the middle of content."""
-        return tuple(filter(None, (self.section[0], *self.lead[:1]))) or (self.call[0],)
+        begins = tuple(filter(None, (self.section[0], *self.lead[:1])))
+        return (*begins, self.call[0]) if self.bare or not begins else begins
 
     @property
     def closers(self) -> tuple[str, ...]:
@@ -71,6 +74,12 @@ class Tags:
         """What ends a value, or a call, whose own end is missing."""
         parts = (self.key[0], self.call_end, self.call[0], *self.lead[:1], *self.closers)
         return tuple(dict.fromkeys(parts))
+
+    @property
+    def half_ends(self) -> tuple[str, ...]:
+        """The end of a value without its last character, before white space or the next tag."""
+        end = self.value[1]
+        return tuple(end[:-1] + other for other in SPACE + "<") if end.startswith("</") and end.endswith(">") else ()
 
     @property
     def markers(self) -> tuple[str, ...]:
@@ -114,15 +123,15 @@ def _run(scanner: Scanner, spelling: Tags) -> Steps[None]:
             scanner.fail()
             continue
         inside = bool(spelling.section[0])
-        while closer := (yield from _accept_any(scanner, spelling.closers)):
+        while closer := (yield from _accept_any(scanner, (*spelling.closers, spelling.call_end))):
             inside = inside and closer != spelling.section[1]
         drop_begun(scanner, spelling.inner)
 
 
 def drop_begun(scanner: Scanner, literals: tuple[str, ...]) -> None:
-    """Leave out the begin of a tag in which a limit has cut off the text."""
+    """Leave out the begin of a tag in which the text ends; a short one is that only where a limit has cut it off."""
     rest = scanner.text[scanner.at :].strip(SPACE)
-    if scanner.closed and scanner.cut and any(literal.startswith(rest) for literal in literals):
+    if scanner.closed and (scanner.cut or len(rest) > 2) and any(literal.startswith(rest) for literal in literals):
         scanner.skip(len(scanner.text) - scanner.at)
 
 
@@ -167,18 +176,22 @@ def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
         scanner.arguments((", " if num_values else "{") + json.dumps(key, ensure_ascii=False) + ": ")
         num_values += 1
         ends = (spelling.value[1], *spelling.inner)
-        value = Value(scanner, types, types.property(key), dict(_ATTRIBUTE.findall(header)), ends)
-        stop = yield from scanner.until(ends, value.add)
+        value = Value(scanner, types, types.property(key), dict(_ATTRIBUTE.findall(header)), ends, spelling.framed)
+        halves = spelling.half_ends
+        stop = yield from scanner.until((*ends, *halves), value.add)
         while stop not in (None, spelling.value[1]) and not (yield from _ends_value(scanner, spelling, stop)):
             # Text that speaks of the tag.
             value.add(stop)
-            stop = yield from scanner.until(ends, value.add)
+            stop = yield from scanner.until((*ends, *halves), value.add)
         if stop is None and scanner.cut:
             value.cut()
             scanner.end_call()
             return
         value.end(whole=stop == spelling.value[1])
-        if stop is not None and stop != spelling.value[1]:
+        if stop in halves:
+            scanner.skip(-1)
+            yield from scanner.accept(">", spaced=True)
+        elif stop is not None and stop != spelling.value[1]:
             scanner.skip(-len(stop))
     if not num_values and (found := _object_in(rest)):
         # Arguments as JSON in place of parameters.
@@ -198,7 +211,8 @@ def _ends_value(scanner: Scanner, spelling: Tags, tag: str) -> Steps[bool]:
     if tag == spelling.call[0]:
         return spelling.quoted or (yield from _is_head(scanner, spelling))
     # Nothing but further tags stands behind the end of a call, or in front of the next.
-    character, distance = yield from scanner.look_past(SPACE)
+    back = -1 if tag.endswith("<") else 0
+    character, distance = yield from scanner.look_past(SPACE + (">" if tag in spelling.half_ends else ""), back)
     return not character or (yield from scanner.look_at(spelling.inner, distance)) is not None
 
 
@@ -218,7 +232,7 @@ def _is_head(scanner: Scanner, spelling: Tags) -> Steps[bool]:
 def _name_in(header: str, spelling: Tags) -> str:
     """The name in what stands between the two parts of a tag."""
     if not spelling.quoted:
-        return header.strip()
+        return header.strip().strip("\"'")
     found = _QUOTED.match(header)
     name = "" if found is None else (found[1] or found[2] or found[3] or "").strip()
     return name.replace("&quot;", '"').replace("&amp;", "&") if spelling.escaped else name
@@ -284,9 +298,12 @@ class Value:
         schema: Any,
         attributes: dict[str, str],
         ends: tuple[str, ...],
+        framed: bool = False,
     ) -> None:
         self._scanner = scanner
         self._ends = ends
+        self._framed = framed
+        self._begun = False
         self._types = types
         self._schema = schema
         self._pieces: list[str] = []
@@ -299,8 +316,12 @@ class Value:
 
     def add(self, text: str) -> None:
         """The next text."""
-        if self._scanner.closed and self._scanner.cut:
-            text = without_begun(text, self._ends)
+        if self._scanner.closed:
+            # The begin of a tag; a shorter one is that only where the model was cut off.
+            kept = without_begun(text, self._ends)
+            text = kept if self._scanner.cut or len(text) - len(kept) > 2 else text
+        if self._framed and not self._begun and text:
+            text, self._begun = text.removeprefix("\n"), True
         self._pieces.append(text)
         self._size += len(text)
         if not self._streams and not self._is_decided_text():
@@ -330,6 +351,8 @@ class Value:
         text = "".join(self._pieces)
         if not whole:
             text = text.rstrip(SPACE)
+        elif self._framed:
+            text = text.removesuffix("\n")
         if self._streams or self._is_text:
             self._send(text)
             self._scanner.arguments('"')
@@ -339,6 +362,8 @@ class Value:
     def cut(self) -> None:
         """The text has ended inside of the value."""
         text = "".join(self._pieces)
+        if self._framed:
+            text = text.removesuffix("\n")
         if self._streams or self._is_text:
             self._send(text)
         elif text.strip():
@@ -380,9 +405,11 @@ def _call(spelling: Tags, name: str, schema: dict[str, Any]) -> Format:
 def _parameter(spelling: Tags, types: SchemaTypes, key: str, inner: Any, root: dict[str, Any]) -> Format:
     """One parameter with its value."""
     # Free text ends with the tag alone, as it does for who reads it.
+    frame = "\n" if spelling.framed else ""
     end = [const(part) for part in (spelling.value[1], spelling.line) if part]
+    framed_end = [const(frame), *end] if frame else end
     quote = '"' if spelling.quoted else ""
-    between = spelling.line + spelling.value[0] if spelling.value[0] else ""
+    between = spelling.line + spelling.value[0] if spelling.value[0] else frame
 
     def begin(admitted: Types) -> Format:
         attributes = spelling.attribute(admitted) if spelling.attribute is not None else [""]
@@ -394,7 +421,7 @@ def _parameter(spelling: Tags, types: SchemaTypes, key: str, inner: Any, root: d
     values = types.values(inner)
     if values is not None:
         options = [
-            sequence(begin(types.types({"const": value})), const(text), *end)
+            sequence(begin(types.types({"const": value})), const(text), *framed_end)
             for value in values
             if (text := _spelled(types, inner, value)) is not None
         ]
@@ -404,7 +431,7 @@ def _parameter(spelling: Tags, types: SchemaTypes, key: str, inner: Any, root: d
         return sequence(begin(_TEXT), {"type": "any_text"}, *end)
     definitions = {name: root[name] for name in ("$defs", "definitions") if name in root}
     whole = schema_of({**inner, **definitions} if isinstance(inner, dict) else inner)
-    return sequence(begin(admitted), whole, *end)
+    return sequence(begin(admitted), whole, *framed_end)
 
 
 def _spelled(types: SchemaTypes, schema: Any, value: Any) -> str | None:
