@@ -73,7 +73,15 @@ def read_python_call(scanner: Scanner) -> Steps[None]:
             break
         if scanner.has_begun:
             scanner.begin()
-        keyword = (yield from _read_keyword(scanner)) or next(places, "")
+        keyword = yield from _read_keyword(scanner)
+        if not keyword and scanner.closed and scanner.cut and _MAYBE_KEYWORD.fullmatch(scanner.text, scanner.at):
+            if not (scanner.has_begun or is_known):
+                raise Malformed
+            # Half a keyword.
+            scanner.skip(len(scanner.text) - scanner.at)
+            character = ""
+            break
+        keyword = keyword or next(places, "")
         if not keyword:
             source, _ = yield from _read_source(scanner)
             if not scanner.has_begun:

@@ -342,6 +342,7 @@ CUT_OFF: list[tuple[str, str, Call]] = [
     ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=cmd>\nls\n</parame", ("f", '{"cmd": "ls')),
     ("qwen3_coder", "<tool_call>\n<function=f>\n<parameter=n>\n1", ("f", '{"n": 1')),
     ("pythonic", "[f(cmd='ls -", ("f", '{"cmd": "ls -')),
+    ("pythonic", "[f(cmd='ls', n", ("f", '{"cmd": "ls"')),
     ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {"cmd": "ls', ("f", '{"cmd": "ls')),
     ("mistral", '[TOOL_CALLS]f[ARGS]{"cmd": "ls', ("f", '{"cmd": "ls')),
     ("llama3_json", '{"name": "f", "parameters": {"cmd": "ls', ("f", '{"cmd": "ls')),
