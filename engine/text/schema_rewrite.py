@@ -287,10 +287,18 @@ class SchemaRewriter:
     def _sizes(self, schema: dict[str, Any], where: str) -> dict[str, Any]:
         """minProperties and maxProperties where they say something, and the library can count."""
         low, high = schema.get("minProperties", 0), schema.get("maxProperties")
-        required = len(set(_names(schema.get("required"))))
+        required = set(_names(schema.get("required")))
+        optional = set(schema.get("properties", {})) - required
         closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
         found: dict[str, Any] = {}
-        if low > required:
+        missing = low - len(required)
+        if missing > 0 and not optional:
+            # The library lets a free name come twice, so it counts right up to one of them.
+            error = Unwritable("minProperties", _at(where, "minProperties"), "free names might be the same name twice")
+            if missing > 1 and self._strict and self._may_be(schema, "object"):
+                raise error
+            if missing > 1:
+                self._warn(error)
             found["minProperties"] = low
         if high is not None and not (closed and len(schema.get("properties", {})) <= high):
             found["maxProperties"] = high
@@ -569,6 +577,8 @@ class SchemaRewriter:
         optional = [name for name, inner in schema["properties"].items() if name not in required and inner is not False]
         if missing <= 0 or not self._may_be(schema, "object"):
             return True
+        if not optional:
+            return True
         if missing > len(optional) or math.comb(len(optional), missing) > MAX_CASES:
             raise Unwritable("minProperties", _at(where, "minProperties"), "has too many properties to choose from")
         return _any(
@@ -716,6 +726,9 @@ class SchemaRewriter:
                 case "maxLength" | "maxItems" | "maxProperties":
                     kind = {"maxLength": "string", "maxItems": "array"}.get(key, "object")
                     least = key.replace("max", "min")
+                    if key == "maxProperties" and value > 0:
+                        yield lambda: self._cannot("maxProperties", where, "cannot be turned round")
+                        continue
                     yield lambda kind=kind, least=least, value=value: {"type": kind, least: value + 1}
                 case "minimum":
                     yield lambda value=value: {"type": "number", "exclusiveMaximum": value}
@@ -1064,7 +1077,9 @@ def _not_values(values: list[Any]) -> Any:
         elif kind == "array":
             cases.append({"type": "array", "minItems": max(map(len, listed)) + 1})
         elif kind == "object":
-            cases.append({"type": "object", "minProperties": max(map(len, listed)) + 1})
+            # Without one name of each of them, whatever else is there.
+            case = {"type": "object", "properties": {next(iter(value)): False for value in listed if value}}
+            cases.append(case if {} not in listed else {**case, "minProperties": 1})
     return _any(cases)
 
 

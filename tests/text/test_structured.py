@@ -424,6 +424,8 @@ REWRITTEN: list[tuple[Any, list[Any], list[Any]]] = [
     ({"type": "string", "pattern": "^(?!ab).*$"}, ["", "a", "ac", "xab"], ["ab", "abc"]),
     ({"type": "string", "not": {"pattern": "^ab"}}, ["", "a", "ac", "xab"], ["ab", "abc"]),
     ({"type": "integer", "minLength": 4}, [1], ["abcd"]),
+    ({"type": "object", "not": {"const": {"a": 1}}}, [{}, {"b": 1}], [{"a": 1}]),
+    ({"type": "object", "required": ["a"], "minProperties": 2}, [{"a": 1, "b": 1}], [{"a": 1}]),
 ]  # fmt: skip
 # Each with the keyword and the place that the sentence names.
 UNENFORCEABLE: list[tuple[dict[str, Any], str, str]] = [
@@ -442,6 +444,9 @@ UNENFORCEABLE: list[tuple[dict[str, Any], str, str]] = [
     ({"$dynamicRef": "http://x/y"}, "$dynamicRef", "$dynamicRef"),
     ({"not": {"type": "integer", "multipleOf": 3}, "type": "integer"}, "multipleOf", "not"),
     ({"type": "object", "propertyNames": {"pattern": "^a", "minLength": 4}}, "propertyNames", "propertyNames"),
+    # Free names may come twice, and would be counted so.
+    ({"type": "object", "minProperties": 2}, "minProperties", "minProperties"),
+    ({"type": "object", "not": {"maxProperties": 2}}, "maxProperties", "not"),
 ]
 
 
