@@ -226,6 +226,37 @@ class ChatTemplate:
             )
         return self._continue(messages, tools, kwargs)
 
+    def find_turn(
+        self,
+        prompt: str,
+        messages: list[dict[str, Any]],
+        *,
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        kwargs: dict[str, Any] | None = None,
+    ) -> int:
+        """Where in `prompt`, which `render` made of the same arguments, the turn begins that the model goes on with.
+
+        What lies behind is the template's own and a continued message of the assistant: nothing that a user or a tool
+        said. It takes a second rendering, of the conversation without that turn.
+        """
+        before = messages
+        if continue_final_message or not add_generation_prompt:
+            if messages[-1].get("role") != "assistant":
+                return len(prompt)
+            before = messages[:-1]
+        if not before:
+            return 0
+        try:
+            bare = self._render(before, tools, False, kwargs)
+        except RequestError:
+            # It renders no conversation without an answer to it; what is behind the last text is the answer's.
+            said = text_of(before[-1].get("content")).strip()
+            place = prompt.rfind(said) if said else -1
+            return len(prompt) if place < 0 else place + len(said)
+        return _common_length(bare, prompt)
+
     def _render(
         self,
         messages: list[dict[str, Any]],
@@ -334,6 +365,20 @@ class ChatTemplate:
             if mark and bare.endswith(mark):
                 return bare.removesuffix(mark)
         return head
+
+
+def _common_length(one: str, other: str) -> int:
+    """Characters that both begin with."""
+    if other.startswith(one):
+        return len(one)
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if other.startswith(one[low:middle], low):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _open_reasoning(message: dict[str, Any], shape: TemplateShape) -> str | None:

@@ -98,17 +98,22 @@ class ReasoningFamily:
     end: str = ""
     wrap: tuple[str, ...] = ()
 
-    def starts_inside(self, prompt: str) -> bool:
-        """Whether the prompt's end has opened the reasoning already."""
-        return bool(self.open) and prompt.rstrip().endswith(self.open)
+    def has_marks(self, text: str) -> bool:
+        """Whether a text holds any mark at all."""
+        return bool(self.open) and any(mark and mark in text for mark in (self.open, self.close, self.end))
 
-    def follow(self, text: str) -> ReasoningState:
-        """Where a text leaves the reasoning: a turn that begins with it is gone through mark by mark."""
+    def follow(self, text: str, start: int = 0) -> ReasoningState:
+        """Where a text leaves the reasoning: a turn is gone through mark by mark. It begins at `start`, give or take
+        a part of a mark: one that ends behind it counts."""
         state: ReasoningState = "none"
         if not self.open:
             return state
         end = self.end or self.close
-        for found in re.finditer("|".join(map(re.escape, (self.open, self.close, end))), text):
+        marks = re.compile("|".join(map(re.escape, filter(None, (self.open, self.close, end)))))
+        before = max(len(self.open), len(self.close), len(end))
+        for found in marks.finditer(text, max(0, start - before)):
+            if found.end() <= start:
+                continue
             mark = found[0]
             if mark == self.close:
                 state = "over"

@@ -15,11 +15,12 @@ import orjson
 
 from engine.config import RESERVED_TEMPLATE_KWARGS
 from engine.request import MAX_TOP_LOGPROBS, RequestError
+from engine.text.chat_template import ChatTemplate
 from engine.text.structured import GrammarSpec
 from engine.text.template_shape import text_of
 from server.custom_calls import INPUT
 from server.messages import Reading
-from server.parsers.base import ReasoningFamily, ReasoningStyle, ToolFamily, make_call_id
+from server.parsers.base import ReasoningFamily, ReasoningState, ReasoningStyle, ToolFamily, make_call_id
 from server.parsers.raw import raw_family
 from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.generation import Plan, make_plan, read_common
@@ -52,9 +53,9 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     spec = _read_spec(body, tools, state)
     budget = _read_budget(body, state)
     refuse(body, CHAT_REFUSALS)
-    text, prompt = await encode_messages(body, state, tools)
-    echoes = [_echo(body, state)] if common.echo else None
     reasoning = state.reasoning_family
+    text, prompt, thinking = await _encode(body, state, tools, reasoning)
+    echoes = [_echo(body, state)] if common.echo else None
     reading, style = None, _read_style(body, reasoning)
     # A forced call of a family that reads both begins with the call itself.
     thinks = None if tools.is_forced and reasoning is not None and reasoning.whole else reasoning
@@ -63,7 +64,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
         reading = Reading(
             _family(tools, state) if tools.reads_calls else None,
             reads,
-            reads is not None and reads.starts_inside(text),
+            reads is not None and thinking == "inside",
             tools.callable,
             None if tools.parallel and tools.raw is None else 1,
             style,
@@ -71,7 +72,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
             tools.custom.keys(),
             tools.origins,
         )
-    structure = await make_structure(state, common.sampling, spec, reasoning=thinks, prompt=text, budget=budget)
+    structure = await make_structure(state, common.sampling, spec, reasoning=thinks, thinking=thinking, budget=budget)
     plan = make_plan(
         state, common, response_id, [prompt], chat=True, echoes=echoes, structure=structure, reading=reading
     )
@@ -159,6 +160,14 @@ def _echo(body: Body, state: State) -> str:
 
 async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, list[int]]:
     """The prompt of `messages`, `tools` and the template's options, as text and as ids."""
+    text, ids, _ = await _encode(body, state, tools, None)
+    return text, ids
+
+
+async def _encode(
+    body: Body, state: State, tools: ToolPlan, reasoning: ReasoningFamily | None
+) -> tuple[str, list[int], ReasoningState]:
+    """encode_messages, and where the prompt leaves the model in its reasoning: "none" where no family is given."""
     template, tokenizer = state.model.chat_template, state.tokenizer
     messages = _read_messages(body.raw("messages"))
     kwargs = _read_template_kwargs(body, state.options.default_chat_template_kwargs)
@@ -169,20 +178,28 @@ async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[st
     add_special_tokens = body.boolean("add_special_tokens", False)
     if template is None:
         raise RequestError("This model has no chat template; use /v1/completions.", param="messages")
-    render = partial(
-        template.render,
-        messages,
+    options: dict[str, Any] = {
         # Who must not call is told of nothing to call.
-        tools=tools.tools if tools.reads_calls else None,
-        add_generation_prompt=add_generation,
-        continue_final_message=continue_final,
-        kwargs=kwargs,
-    )
+        "tools": tools.tools if tools.reads_calls else None,
+        "add_generation_prompt": add_generation,
+        "continue_final_message": continue_final,
+        "kwargs": kwargs,
+    }
+    render = partial(_render, template, messages, options, reasoning)
     if body.size <= INLINE_BYTES:
-        text = render()
+        text, thinking = render()
     else:
-        text = await asyncio.get_running_loop().run_in_executor(tokenizer.pool, render)
-    return text, await tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
+        text, thinking = await asyncio.get_running_loop().run_in_executor(tokenizer.pool, render)
+    return text, await tokenizer.encode_async(text, add_special_tokens=add_special_tokens), thinking
+
+
+def _render(
+    template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any], reasoning: ReasoningFamily | None
+) -> tuple[str, ReasoningState]:
+    text = template.render(messages, **options)
+    if reasoning is None or not reasoning.has_marks(text):
+        return text, "none"
+    return text, reasoning.follow(text, template.find_turn(text, messages, **options))
 
 
 def _read_messages(messages: Any) -> list[dict[str, Any]]:

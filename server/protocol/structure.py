@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from engine.request import RequestError, SamplingParams, TokenConstraint
 from engine.text.structured import Grammar, GrammarSpec
 from engine.text.tokenizer import Tokenizer
-from server.parsers.base import ReasoningFamily
+from server.parsers.base import ReasoningFamily, ReasoningState
 from server.protocol.body import invalid
 from server.protocol.thinking import ReasoningWatch, Thinking
 from server.state import State
@@ -44,20 +44,20 @@ async def make_structure(
     spec: GrammarSpec | None,
     *,
     reasoning: ReasoningFamily | None = None,
-    prompt: str = "",
+    thinking: ReasoningState = "none",
     budget: int | None = None,
 ) -> Structure | None:
-    """Compile what a request asks for. reasoning: how the model thinks before it, if it may; prompt: what it goes on;
-    budget: most tokens of reasoning.
+    """Compile what a request asks for. reasoning: how the model thinks before it, if it may; thinking: where the
+    prompt leaves it in that; budget: most tokens of reasoning.
 
     Raises RequestError for what makes no usable grammar, and for fields that would fight with one.
     """
-    if reasoning is not None and (not reasoning.close or prompt.rstrip().endswith(reasoning.close)):
-        reasoning = None  # it has been told not to think
+    if reasoning is not None and (not reasoning.close or thinking == "over"):
+        reasoning = None  # it has been told not to think, or it has done so
     grammar = None if spec is None else await _compile(state, sampling, spec)
     if reasoning is None or (grammar is None and budget is None):
         return None if grammar is None else Structure(grammar)
-    tokenizer, inside = state.tokenizer, reasoning.starts_inside(prompt)
+    tokenizer, inside = state.tokenizer, thinking == "inside"
     open_id = None
     if grammar is not None and not reasoning.whole and not inside:
         open_id = tokenizer.token_to_id(reasoning.open)

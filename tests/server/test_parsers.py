@@ -549,7 +549,9 @@ def test_names() -> None:
 
 def test_the_prompt_tells_where_reasoning_starts() -> None:
     family = REASONING_PARSERS["qwen3"]
-    assert family.starts_inside("<|im_start|>assistant\n<think>\n")
-    assert not family.starts_inside("<|im_start|>assistant\n<think>\n\n</think>\n\n")
-    assert not family.starts_inside("<|im_start|>assistant\n")
-    assert not REASONING_PARSERS["harmony"].starts_inside("<|start|>assistant")
+    assert family.follow("<|im_start|>assistant\n<think>\n") == "inside"
+    assert family.follow("<|im_start|>assistant\n<think>\n\n</think>\n\n") == "over"
+    assert family.follow("<|im_start|>assistant\n") == "none"
+    assert family.follow("<think><|im_start|>assistant\n", 7) == "none"
+    assert family.follow("text<think>", 5) == "inside"
+    assert REASONING_PARSERS["harmony"].follow("<|start|>assistant") == "none"

@@ -152,7 +152,10 @@ async def test_a_grammar_follows_the_budget() -> None:
 
 async def test_a_token_that_is_the_mark(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.REASONING_PARSERS, "special", think.family("special", "<|im_start|>", "<|endoftext|>"))
-    async with live(reasoning_parser="special") as server:
+    # The demo's own template begins every turn with that mark.
+    source = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    model = served_model(chat_template=ChatTemplate({"default": source}, {}))
+    async with live(model=model, reasoning_parser="special") as server:
         body = {**BODY, "temperature": 1, "structured_outputs": {"choice": ["tea", "coffee"]}, "max_thinking_tokens": 3}
         counts = []
         for turn in range(24):
