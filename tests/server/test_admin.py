@@ -368,7 +368,7 @@ async def test_the_probe_of_a_model_without_text_asks_for_a_vector() -> None:
         metrics = server.engine.metrics
         assert (metrics.prompt_tokens, metrics.generation_tokens) == (1, 0)
         assert (await get(server, "/model_info"))[1]["is_generation"] is False
-        assert (await server.post("/api/show", {}))[1]["capabilities"] == []
+        assert (await server.post("/api/show", {}))[1]["capabilities"] == ["embedding"]
 
 
 # ---- rest
