@@ -14,6 +14,7 @@ from server.protocol.completions import parse_completion
 from server.protocol.embeddings import EmbeddingPlan, embedding_of, parse_embedding
 from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
+from server.protocol.ignored import ignore
 from server.protocol.refusals import refuse, refuse_in
 from server.state import ServedModel, State
 
@@ -46,18 +47,19 @@ _MAX_DURATION = 64
 EFFORTS = ("low", "medium", "high", "max")
 # What is taken and changes no answer. Of the hardware and the memory the server's own flags decide; a prompt is never
 # shifted, so that nothing of it has to be kept (num_keep); mirostat_tau and _eta say something only beside a mirostat.
-# typical_p is the odd one: it is in Ollama's example of all options, and Ollama's own runner has no such sampler.
+# mirostat and typical_p are odd ones: they are in Ollama's examples of all options, and its own runner has no such
+# samplers; where one asks for something the answer says that it was left out.
 NUMBER_HINTS = (
     *("num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread"),
-    *("mirostat_tau", "mirostat_eta", "typical_p"),
+    *("mirostat", "mirostat_tau", "mirostat_eta", "typical_p"),
 )
+_NEUTRAL = {"mirostat": 0, "typical_p": 1}
 FLAG_HINTS = (
     *("low_vram", "f16_kv", "logits_all", "vocab_only", "embedding_only"),
     *("use_mmap", "use_mlock", "numa"),
 )
 # What this server cannot do, with the values that ask for nothing.
 OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
-    "mirostat": (0,),
     "rope_frequency_base": (0,),
     "rope_frequency_scale": (0, 1),
 }
@@ -206,6 +208,8 @@ def _check_options(options: dict[str, Any], state: State) -> None:
     for name in NUMBER_HINTS:
         if (value := options.get(name)) is not None and not _is_number(value):
             raise invalid(f"options.{name}", "must be a number")
+        if value is not None and value != _NEUTRAL.get(name, value):
+            ignore("options", name)
     for name in FLAG_HINTS:
         fields.boolean(f"options.{name}", False)
     if (z := options.get("tfs_z")) is not None and not (_is_number(z) and z >= 1):

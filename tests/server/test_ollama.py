@@ -546,7 +546,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
             ({"options": {"stop": [""]}}, "options.stop"),
             ({"options": {"seed": 1.5}}, "options.seed"),
             ({"options": {"num_ctx": 0}}, "options.num_ctx"),
-            ({"options": {"mirostat": 1}}, "options.mirostat"),
+            ({"options": {"mirostat": "1"}}, "options.mirostat"),
         ]
     ),
 ]
@@ -667,3 +667,14 @@ async def test_the_demo_model(demo: Live) -> None:
     raw = {**PROMPT, "raw": True, "prompt": "Once upon a", "logprobs": True, "top_logprobs": 7, "stream": False}
     _, whole = await demo.post(GENERATE, raw)
     assert whole["logprobs"][0]["token"] == " time" and len(whole["logprobs"][0]["top_logprobs"]) == 7
+
+
+async def test_samplers_that_ollama_has_not_either_are_told(server: Live) -> None:
+    for options, told in (
+        ({"mirostat": 1, "typical_p": 0.7}, "options.mirostat, options.typical_p"),
+        ({"mirostat": 0}, None),
+    ):
+        body = {**BODY, "stream": False, "options": {"num_predict": 1, **options}}
+        async with server.http.post(server.url + CHAT, json=body) as response:
+            assert response.status == 200
+            assert response.headers.get("X-Oneloop-Ignored") == told
