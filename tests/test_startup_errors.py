@@ -314,8 +314,8 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "eviction": (["--radix-eviction-policy", "luck"], "unknown eviction policy 'luck'; known are: "),
     "template": (["--chat-template", "/nowhere/template.jinja"], "/nowhere/template.jinja: "),
     "tokenizer": (["--tokenizer", "/nowhere"], "/nowhere: no tokenizer.json"),
-    "tools": (["--tool-call-parser", "hermez"], "--tool-call-parser 'hermez' is not known: auto, none, deepseek_v3, "),
-    "reasoning": (["--reasoning-parser", "x"], "--reasoning-parser 'x' is not known: auto, none, deepseek-r1, "),
+    "tools": (["--tool-call-parser", "hermez"], "--tool-call-parser 'hermez' is not known: auto, none, apertus, "),
+    "reasoning": (["--reasoning-parser", "x"], "--reasoning-parser 'x' is not known: auto, none, apertus, "),
     "two-models": (["/elsewhere"], "two models are named: '/elsewhere' and 'DIR'"),
     "deterministic": (["--deterministic", "--dtype", "float16"], "--deterministic cannot be promised here: "),
     "sequences": (

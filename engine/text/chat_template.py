@@ -251,11 +251,13 @@ class ChatTemplate:
         try:
             bare = self._render(before, tools, False, kwargs)
         except RequestError:
-            # It renders no conversation without an answer to it; what is behind the last text is the answer's.
-            said = text_of(before[-1].get("content")).strip()
-            place = prompt.rfind(said) if said else -1
-            return len(prompt) if place < 0 else place + len(said)
-        return _common_length(bare, prompt)
+            bare = prompt
+        if bare != prompt:
+            return _common_length(bare, prompt)
+        # The template asks for an answer whatever it is told, or renders nothing else: behind the last text it stands.
+        said = text_of(before[-1].get("content")).strip()
+        place = prompt.rfind(said) if said else -1
+        return len(prompt) if place < 0 else place + len(said)
 
     def _render(
         self,
