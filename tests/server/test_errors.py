@@ -1,4 +1,4 @@
-"""Malformed requests: each is a 4xx in its family's shape within a second, and the next good request is served.
+"""Malformed requests: each is a 4xx in its family's shape without a hang, and the next good request is served.
 
 The tables of single fields are here, the rest of them in bad_requests.py.
 """
@@ -26,7 +26,7 @@ from tests.server.bad_requests import (
     Family,
     check_shape,
 )
-from tests.server.support import Live, live, served_model, until
+from tests.server.support import BOUND_S, Live, live, served_model, until
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -256,7 +256,7 @@ async def test_every_malformed_field_is_a_400_that_names_it(server: Live, family
     for row in family.rows:
         name, body = row[0], family.body(row)
         where = f"{family.path} {name}: {str(body)[:300]}"
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(BOUND_S):
             status, answer = await server.post(family.path, body)
         assert status == 400, f"{where}: {status} {str(answer)[:300]}"
         error = family.check(status, answer)
@@ -283,7 +283,7 @@ async def test_bodies_that_are_no_json_object(server: Live, family: Family) -> N
         *((good, {"Content_Encoding": encoding}, 415) for encoding in ENCODINGS),
     ]
     for raw, headers, expected in cases:
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(BOUND_S):
             status, body = await post_raw(server, family.path, raw, **headers)
         assert status == expected, (raw[:80], headers, body)
         if expected != 200:
@@ -373,7 +373,7 @@ async def test_bodies_have_a_limit_before_and_after_inflation() -> None:
             (bomb, {"Content_Encoding": "gzip"}),
             (zlib.compress(b" " * 50_000_000, 9), {"Content_Encoding": "deflate"}),
         ]:
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(BOUND_S):
                 status, body = await post_raw(server, COMPLETIONS, raw, **headers)
             assert check_shape(status, body, expected=413)["code"] == "request_too_large"
             await server.complete("x", max_tokens=1)
