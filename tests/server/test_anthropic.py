@@ -16,7 +16,7 @@ from engine.stream import Delta, TokenStream
 from server.answers.anthropic import SIGNATURE, AnthropicAnswer
 from server.protocol.anthropic import parse_messages
 from server.protocol.body import Body
-from tests.server.support import DEMO, Live, cuts, live, served_model, teach, until
+from tests.server.support import BOUND_S, DEMO, Live, cuts, live, served_model, teach, until
 from tests.server.test_gate import raw_exchange
 from tests.server.test_logprobs import device
 
@@ -402,7 +402,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 async def test_bad_bodies_are_400_in_their_shape_and_name_the_field(server: Live) -> None:
     for fields, name in REFUSED:
         for extra in ({}, {"stream": True}):
-            async with asyncio.timeout(1.0):
+            async with asyncio.timeout(BOUND_S):
                 message = check_error(*await server.post(MESSAGES, {**BODY, **extra, **fields}))
             assert f"`{name}`" in message or f"'{name}'" in message, (fields, message)
         assert (await server.post(MESSAGES, {**BODY, "max_tokens": 1}))[0] == 200

@@ -22,7 +22,7 @@ from server.endpoints.info import version
 from server.protocol.body import Body
 from server.protocol.generation import Plan
 from server.protocol.ollama import FLAG_HINTS, Wanted, parse
-from tests.server.support import DEMO, Live, cuts, live, served_model, teach, tokenizer, until
+from tests.server.support import BOUND_S, DEMO, Live, cuts, live, served_model, teach, tokenizer, until
 from tests.server.test_logprobs import device
 
 CHAT = "/api/chat"
@@ -555,7 +555,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 async def test_bad_bodies_are_400_in_its_shape_and_name_the_field(server: Live) -> None:
     for path, fields, name in REFUSED:
         base = BODY if path == CHAT else PROMPT
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(BOUND_S):
             message = check_error(*await server.post(path, {**base, **fields}))
         assert f"`{name}`" in message, (path, fields, message)
         assert (await server.post(path, {**base, "options": {"num_predict": 1}, "stream": False}))[0] == 200

@@ -10,7 +10,7 @@ import pytest_asyncio
 
 from server.protocol.body import Body
 from server.protocol.sglang import parse_generate
-from tests.server.support import Live, live, teach, tokenizer
+from tests.server.support import BOUND_S, Live, live, teach, tokenizer
 from tests.server.test_errors import check_shape
 from tests.server.test_logprobs import device, whole_logprobs
 
@@ -207,7 +207,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 async def test_bad_bodies_are_refused_and_name_the_field(server: Live) -> None:
     for fields, name in REFUSED:
-        async with asyncio.timeout(1.0):
+        async with asyncio.timeout(BOUND_S):
             status, answer = await server.post(GENERATE, {"text": "x", **fields})
         assert status != 200, fields
         error = check_shape(status, answer)
