@@ -268,7 +268,7 @@ def _read_choice(choice: Any, declared: Declared) -> tuple[str, set[str], str | 
             raise invalid("tool_choice", f"must be one of {', '.join(_MODES)}, or an object that names a function")
         return choice, everything, None
     kind = choice.get("type") if isinstance(choice, dict) else None
-    if kind in _CALLABLE:
+    if isinstance(kind, str) and kind in _CALLABLE:
         name = _chosen(choice, "tool_choice", declared)
         return "required", {name}, name
     if kind == "namespace":
@@ -299,6 +299,8 @@ def _read_choice(choice: Any, declared: Declared) -> tuple[str, set[str], str | 
 def _chosen(value: Any, where: str, declared: Declared) -> str:
     """The flat name of what a choice names."""
     kind = value.get("type", "function") if isinstance(value, dict) else "function"
+    if not isinstance(kind, str):
+        raise invalid(f"{where}.type", "must be a string")
     # The Responses API has the name beside the type.
     inner = value.get(kind, value) if isinstance(value, dict) else None
     name = inner.get("name") if isinstance(inner, dict) else None
