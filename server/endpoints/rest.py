@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from aiohttp import web
 
 from engine.config import StartupError
-from engine.engine import PAUSE_MODES
+from engine.resting import PAUSE_MODES
 from server.protocol.body import invalid, read_body
 from server.protocol.errors import ApiError, json_response
 from server.state import STATE

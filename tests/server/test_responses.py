@@ -423,7 +423,7 @@ async def prompt_of(server: Live, body: dict[str, Any]) -> str:
     try:
         await until(lambda: server.num_requests() == 1 or task.done())
         assert not task.done(), task.result()
-        [request] = server.engine._listeners.values()
+        [request] = server.engine.publisher.listeners.values()
         return tokenizer().decode(request.sequence.request.prompt_token_ids, skip_special_tokens=False)
     finally:
         task.cancel()
