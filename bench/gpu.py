@@ -37,8 +37,9 @@ from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_kit import use_kit_of_build
 from engine.executor.cuda_start import build_cuda_executor
 from engine.forward import ForwardInput, ForwardOutput
-from engine.models.config import ModelConfig
-from engine.models.registry import CausalLM, load_model
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
 from engine.request import Request, SamplingParams
 
 # torch's stubs leave streams and events untyped.
@@ -264,7 +265,7 @@ class Subject:
         with tempfile.TemporaryDirectory() as folder:
             directory = Path(folder)
             (directory / "config.json").write_text(json.dumps(config))
-            self.config = ModelConfig.load(directory)
+            self.config = read_spec(directory)
             begin = time.perf_counter()
             self.model: CausalLM = load_model(
                 self.config,
@@ -297,12 +298,11 @@ class Subject:
 
     def idle_parameters(self, tokens: int) -> float:
         """Of experts that none of so many tokens is expected to choose."""
-        experts = self.config.experts
-        if experts is None:
-            return 0.0
-        unchosen = (1 - experts.num_experts_per_token / experts.num_experts) ** tokens
-        each = 3 * self.config.hidden_size * experts.intermediate_size
-        return sum(experts.layers) * experts.num_experts * each * unchosen
+        idle = 0.0
+        for experts in self.config.experts:
+            unchosen = (1 - experts.num_experts_per_token / experts.num_experts) ** tokens
+            idle += 3 * self.config.hidden_size * experts.intermediate_size * experts.num_experts * unchosen
+        return idle
 
     def weight_bytes(self, batch: int) -> float:
         """What a decode step reads: all layers and the output head; of the embedding only rows."""
@@ -468,12 +468,12 @@ def bench_start(report: Report, shape: str) -> None:
     """From the start of a process to its first token, weights from the page cache."""
     from safetensors.torch import save_file
 
-    from engine.models.weights import ShapeRecorder
+    from engine.models.loading.weights import ShapeRecorder
 
     with tempfile.TemporaryDirectory() as folder:
         directory = write_shape(shape, Path(folder) / shape)
-        config = ModelConfig.load(directory)
-        from engine.models.decoder import Decoder
+        config = read_spec(directory)
+        from engine.models.parts.decoder import Decoder
 
         recorder = ShapeRecorder(torch.bfloat16)
         Decoder(config, recorder, 2048)
@@ -491,7 +491,7 @@ def bench_start(report: Report, shape: str) -> None:
 def first_token(directory: Path) -> None:
     """The child of `bench_start`: load, answer one token."""
     layer = CudaDevice()
-    config = ModelConfig.load(directory)
+    config = read_spec(directory)
     model = load_model(config, directory, dtype=torch.bfloat16, device=layer.device, max_model_len=8192)
     executor = build_cuda_executor(
         model,

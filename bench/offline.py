@@ -23,20 +23,20 @@ from bench.shapes import SHAPES, write_shape
 from engine.build import Built, build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions, StreamOptions
 from engine.engine import Engine
-from engine.models.config import ModelConfig
+from engine.models.spec import ModelSpec
 from engine.request import Request, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 
 
-def layer_bytes(config: ModelConfig, itemsize: int) -> float:
+def layer_bytes(config: ModelSpec, itemsize: int) -> float:
     """Bytes of weights that one decode step reads: all layers and the output head; of the embedding only rows."""
     head = config.vocab_size * config.hidden_size
     other = head if not config.tie_word_embeddings else 0
     return float((config.num_parameters - other) * itemsize)
 
 
-def kv_bytes(config: ModelConfig, itemsize: int, tokens: int) -> float:
+def kv_bytes(config: ModelSpec, itemsize: int, tokens: int) -> float:
     """Bytes of keys and values of `tokens` tokens."""
     return float(2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize * tokens)
 

@@ -10,26 +10,24 @@ import dataclasses
 import logging
 import os
 import random
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.config import CudaOptions, EngineConfig, StartupError
+from engine.config import EngineConfig, StartupError
 from engine.engine import Engine
-from engine.forward import Limits
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities, read_abilities
-from engine.models.config import GenerationDefaults, ModelConfig
+from engine.models.generation import GenerationDefaults
 from engine.models.hub import resolve
+from engine.models.registry import read_spec
+from engine.models.spec import ModelSpec, RopeSpec
 from engine.report import StartupReport
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from engine.executor.base import Executor
-    from engine.models.registry import CausalLM
 
 logger = logging.getLogger("oneloop.start")
 
@@ -45,18 +43,18 @@ class Built:
     engine: Engine
     directory: Path
     names: tuple[str, ...]
-    model_config: ModelConfig
+    model_config: ModelSpec
     generation_defaults: GenerationDefaults
     chat_template: ChatTemplate | None
     report: StartupReport
     abilities: Abilities
 
 
-def _load_tokenizer(config: EngineConfig, directory: Path, model_config: ModelConfig) -> Tokenizer | None:
+def _load_tokenizer(config: EngineConfig, directory: Path, spec: ModelSpec) -> Tokenizer | None:
     source = Path(config.model.tokenizer_path) if config.model.tokenizer_path else directory
     if config.model.load_format == "dummy" and not (source / "tokenizer.json").exists():
         return None
-    rows = model_config.vocab_size
+    rows = spec.vocab_size
     tokenizer = Tokenizer.load(source, rows)
     over = [token_id for token_id in range(rows, tokenizer.vocab_size) if tokenizer.id_to_token(token_id) is not None]
     told = (
@@ -72,8 +70,8 @@ def _load_tokenizer(config: EngineConfig, directory: Path, model_config: ModelCo
     return tokenizer
 
 
-def _context_length(config: EngineConfig, model_config: ModelConfig, directory: Path) -> int:
-    asked, own = config.model.max_model_len, model_config.context_length
+def _context_length(config: EngineConfig, spec: ModelSpec, directory: Path) -> int:
+    asked, own = config.model.max_model_len, spec.context_length
     if asked is None:
         return own
     if asked > own:
@@ -96,68 +94,41 @@ def _pick_device(config: EngineConfig) -> str:
     return "cpu"
 
 
-def show_progress() -> Callable[[int, int], None]:
-    """A progress bar for weights, on stderr; nothing where stderr is no terminal and the load is short."""
-    from tqdm import tqdm
-
-    delay = 0.0 if sys.stderr.isatty() else 2.0
-
-    bar: tqdm | None = None
-
-    def progress(done: int, total: int) -> None:
-        nonlocal bar
-        if bar is None:
-            bar = tqdm(
-                total=total,
-                desc="Loading weights",
-                unit="B",
-                unit_scale=True,
-                file=sys.stderr,
-                mininterval=0.2,
-                delay=delay,
-            )
-        bar.update(done - bar.n)
-        if done >= total:
-            bar.close()
-
-    return progress
-
-
 def build_engine(config: EngineConfig, report: StartupReport | None = None) -> Built:
     """Raises StartupError with one readable line for everything that is wrong with the model or the machine."""
     report = report or StartupReport()
     options = config.model
     with report.phase("config"):
         directory = resolve(options.path, options.revision, options.download_dir)
-        model_config = ModelConfig.load(directory)
+        spec = read_spec(directory)
         defaults = GenerationDefaults.load(directory)
-        context = _context_length(config, model_config, directory)
-        eos = tuple(dict.fromkeys((*model_config.eos_token_ids, *defaults.eos_token_ids)))
+        context = _context_length(config, spec, directory)
+        eos = tuple(dict.fromkeys((*spec.eos_token_ids, *defaults.eos_token_ids)))
     with report.phase("tokenizer"):
-        tokenizer = _load_tokenizer(config, directory, model_config)
+        tokenizer = _load_tokenizer(config, directory, spec)
         chat_template = ChatTemplate.load(directory, options.chat_template) if tokenizer is not None else None
         if tokenizer is not None:
             eos = tuple(dict.fromkeys((*eos, *tokenizer.eos_token_ids)))
         if not eos and not (directory / "generation_config.json").exists():
-            eos = model_config.class_eos_token_ids
+            eos = spec.class_eos_token_ids
         # The model cannot say what its embedding has no row for.
-        eos = tuple(token_id for token_id in eos if token_id < model_config.vocab_size)
+        eos = tuple(token_id for token_id in eos if token_id < spec.vocab_size)
         token_id = tokenizer.token_to_id if tokenizer is not None else lambda text: None
-        abilities = read_abilities(directory, model_config, options, token_id)
+        abilities = read_abilities(directory, spec, options, token_id)
         if abilities.score_tokens is not None and chat_template is None:
             raise StartupError(f"{directory}: scores by tokens need a chat template; --chat-template gives one")
-        model_config = dataclasses.replace(model_config, headless=not abilities.needs_head)
+        spec = dataclasses.replace(spec, headless=not abilities.needs_head)
     local = Path(options.path).expanduser()
     given = tuple(name for name in options.served_names if name != "*")
     names = given or ((local.resolve().name,) if local.is_dir() else (options.path,))
     if not given and directory.resolve() == (Path(__file__).parent / "demo").resolve():
         names = ("oneloop-demo",)
-    report.row("model", f"{names[0]} ({model_config.architecture}, {directory})")
+    report.row("model", f"{names[0]} ({spec.architecture}, {directory})")
     if abilities != Abilities(width=abilities.width, dimensions=abilities.dimensions):
         report.row("gives", abilities.describe())
     metrics = EngineMetrics(names[0], prefix=config.server.metrics_prefix, max_model_len=context)
     try:
-        executor = _build_executor(config, directory, model_config, context, report)
+        executor = _build_executor(config, directory, spec, context, report)
         rng = None if options.seed is None else random.Random(options.seed)
         engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics, rng=rng)
         if config.cuda.nvtx != "off":
@@ -175,8 +146,9 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
     capacity = limits.num_pages * limits.page_size
-    if model_config.rope.kind in ("longrope", "dynamic"):
-        report.row("rope", _describe_rope(model_config, context))
+    for rope in spec.ropes:
+        if rope.kind in ("longrope", "dynamic"):
+            report.row("rope", _describe_rope(rope, spec.max_position_embeddings, context))
     report.row("context", f"{context} tokens")
     report.row(
         "KV cache",
@@ -191,18 +163,11 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     )
     if options.generation_config != "auto":
         defaults = GenerationDefaults(eos_token_ids=defaults.eos_token_ids)
-    return Built(engine, directory, names, model_config, defaults, chat_template, report, abilities)
+    return Built(engine, directory, names, spec, defaults, chat_template, report, abilities)
 
 
-def _report_output_layer(model: CausalLM, model_config: ModelConfig, report: StartupReport) -> None:
-    """Where the checkpoint knew better than config.json."""
-    if model.config.tie_word_embeddings != model_config.tie_word_embeddings:
-        report.row("output layer", "the checkpoint's own: it differs from the embedding, though config.json ties them")
-
-
-def _describe_rope(model_config: ModelConfig, context: int) -> str:
+def _describe_rope(rope: RopeSpec, native: int, context: int) -> str:
     """Which of the frequencies that change with a text's length are used: one choice for all texts."""
-    rope, native = model_config.rope, model_config.max_position_embeddings
     if rope.kind == "dynamic":
         if context <= native:
             return "dynamic, unscaled: the context is no longer than the model's own"
@@ -217,148 +182,20 @@ def _describe_rope(model_config: ModelConfig, context: int) -> str:
 
 
 def _build_executor(
-    config: EngineConfig, directory: Path, model_config: ModelConfig, context: int, report: StartupReport
+    config: EngineConfig, directory: Path, spec: ModelSpec, context: int, report: StartupReport
 ) -> Executor:
     with report.phase("torch"):
         # OpenMP reads its settings when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch  # noqa: F401
     device = _pick_device(config)
+    from engine.executor.start import Start
+
+    given = Start(config, directory, spec, context, report)
     if device == "cuda":
-        return _build_cuda(config, directory, model_config, context, report)
-    if config.cuda != CudaOptions():
-        raise StartupError(
-            "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx need a CUDA device; this is a CPU"
-        )
-    return _build_cpu(config, directory, model_config, context, report)
+        from engine.executor import cuda_start
 
+        return cuda_start.start(given)
+    from engine.executor import cpu_start
 
-def _make_loader(
-    config: EngineConfig, directory: Path, model_config: ModelConfig, **options: Any
-) -> Callable[[Path | None], CausalLM]:
-    """What reads the model: from `directory`, and later from others that hold the same one with other weights."""
-    from engine.models.registry import load_model
-
-    def load(other: Path | None) -> CausalLM:
-        load_format = config.model.load_format
-        if other is not None:
-            theirs, load_format = ModelConfig.load(other), "auto"
-            # Whether the output layer is used is ours to say.
-            theirs = dataclasses.replace(theirs, headless=model_config.headless, assumed=model_config.assumed)
-            for field in dataclasses.fields(ModelConfig):
-                if getattr(theirs, field.name) != getattr(model_config, field.name):
-                    raise StartupError(f"{other / 'config.json'} is of another model: {field.name} differs")
-        return load_model(
-            model_config,
-            other or directory,
-            load_format=load_format,
-            seed=config.model.seed or 0,
-            progress=show_progress(),
-            **options,
-        )
-
-    return load
-
-
-def _build_cuda(
-    config: EngineConfig, directory: Path, model_config: ModelConfig, context: int, report: StartupReport
-) -> Executor:
-    import torch
-
-    from engine.executor.cuda_device import CudaDevice
-    from engine.executor.cuda_start import build_cuda_executor, pick_dtype
-
-    if config.deterministic:
-        raise StartupError("--deterministic is not promised on a GPU yet")
-    if config.num_threads is not None:
-        raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
-    if config.cuda.kernels is not None:
-        from engine.executor.cuda_kit import use_kit
-
-        found = use_kit(Path(config.cuda.kernels), torch.cuda.get_device_capability(), torch.version.cuda)
-        report.row("kernels", found)
-    layer, dtype = CudaDevice(nvtx=config.cuda.nvtx != "off"), pick_dtype(config.model.dtype)
-    report.row("device", torch.cuda.get_device_name(layer.device))
-    report.row("dtype", str(dtype).removeprefix("torch."))
-    report.row("deterministic", "no (GPU)")
-    with report.phase("weights"):
-        read = _make_loader(config, directory, model_config, dtype=dtype, device=layer.device, max_model_len=context)
-
-        def load(other: Path | None) -> CausalLM:
-            model = read(other)
-            if config.cuda.nvtx == "layers":
-                model.name_layers(layer.range)
-            return model
-
-        model = load(None)
-    _report_output_layer(model, model_config, report)
-    with report.phase("KV cache and graphs"):
-        return build_cuda_executor(
-            model,
-            layer,
-            config.cache,
-            dtype=dtype,
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=context,
-            kv_cache_dtype=config.cuda.kv_cache_dtype,
-            # Graphs are of decode steps.
-            cuda_graph="off" if model_config.headless else config.cuda.cuda_graph,
-            row=report.row,
-            load=load,
-        )
-
-
-def _build_cpu(
-    config: EngineConfig, directory: Path, model_config: ModelConfig, context: int, report: StartupReport
-) -> Executor:
-    import torch
-
-    from engine.executor.cpu import DEFAULT_MEMORY_SHARE, CPUExecutor, choose_threads, pick_dtype, plan_memory
-    from engine.ops import native
-    from engine.ops.invariance import promise
-
-    dtype = pick_dtype(config.model.dtype)
-    with report.phase("kernels"):
-        status = native.status()
-    threads = config.num_threads or choose_threads(model_config.num_parameters * dtype.itemsize)
-    torch.set_num_threads(threads)
-    report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
-    report.row("dtype", str(dtype).removeprefix("torch."))
-    with report.phase("weights"):
-        load = _make_loader(
-            config,
-            directory,
-            model_config,
-            dtype=dtype,
-            device=torch.device("cpu"),
-            max_model_len=context,
-            deterministic=bool(config.deterministic),
-        )
-        model = load(None)
-    _report_output_layer(model, model_config, report)
-    promised, how = promise(model.linears, model.attention_spec, dtype)
-    if config.deterministic and not promised:
-        raise StartupError(f"--deterministic cannot be promised here: {how}")
-    report.row("deterministic", f"{'yes' if promised else 'no'} ({how})")
-    with report.phase("KV cache"):
-        num_pages = plan_memory(model_config, dtype, config.cache, config.scheduler.max_num_seqs, context)
-        kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype)
-        asked = config.cache != dataclasses.replace(
-            config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
-        )
-        report.row(
-            "KV memory",
-            f"up to {kv_bytes / 2**30:.2f} GiB, taken as the cache fills"
-            + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
-        )
-        limits = Limits(
-            max_num_seqs=config.scheduler.max_num_seqs,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=context,
-            page_size=config.cache.page_size,
-            num_pages=num_pages,
-            vocab_size=model_config.vocab_size,
-            window=model_config.longest_window,
-        )
-        return CPUExecutor(model, limits, dtype=dtype, load=load)
+    return cpu_start.start(given)

@@ -57,13 +57,13 @@ def kernels_for(directories: Iterable[Path], kv_cache_dtypes: Sequence[str], arc
     import torch
 
     from engine.executor.cuda_start import pick_kv_dtype
-    from engine.models.config import ModelConfig
-    from engine.models.decoder import Decoder
-    from engine.models.weights import ShapeRecorder
+    from engine.models.loading.weights import ShapeRecorder
+    from engine.models.parts.decoder import Decoder
+    from engine.models.registry import read_spec
 
     found: dict[str, Any] = {}
     for directory in directories:
-        spec = Decoder(ModelConfig.load(directory), ShapeRecorder(torch.bfloat16), 2048).attention_spec
+        spec = Decoder(read_spec(directory), ShapeRecorder(torch.bfloat16), 2048).attention_spec
         for name in kv_cache_dtypes:
             for each in kernels_of(spec, torch.bfloat16, pick_kv_dtype(name, torch.bfloat16), arch):
                 found[each.name] = each

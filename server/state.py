@@ -15,7 +15,8 @@ from aiohttp import web
 from engine.config import ServerOptions
 from engine.engine import Engine
 from engine.models.abilities import Abilities
-from engine.models.config import GenerationDefaults, ModelConfig
+from engine.models.generation import GenerationDefaults
+from engine.models.spec import ModelSpec
 from engine.request import RequestError
 from engine.text.chat_template import ChatTemplate
 from engine.text.structured import GrammarCompiler
@@ -36,7 +37,7 @@ class ServedModel:
     created: int
     chat_template: ChatTemplate | None
     generation_defaults: GenerationDefaults
-    model_config: ModelConfig
+    model_config: ModelSpec
     max_model_len: int
     server_info: dict[str, object] = field(default_factory=dict)
     abilities: Abilities = field(default_factory=Abilities)

@@ -18,7 +18,7 @@ from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOpt
 from engine.engine import Engine
 from engine.executor.cpu import CPUExecutor
 from engine.forward import Limits
-from engine.models.registry import CausalLM
+from engine.models.parts.decoder import CausalLM
 from engine.ops.invariance import promise
 from engine.request import ContextLengthExceededError, FinishReason, Pooling, Request, SamplingParams
 from engine.scheduling.sequence import Sequence

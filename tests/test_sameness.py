@@ -27,8 +27,9 @@ from engine.engine import Engine
 from engine.executor.cpu import CPUExecutor
 from engine.flags import parse
 from engine.forward import Limits
-from engine.models.config import ModelConfig
-from engine.models.registry import CausalLM, load_model
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
 from engine.ops import native
 from engine.request import Request, SamplingParams
 from engine.scheduling.sequence import Sequence
@@ -176,7 +177,7 @@ def threads() -> Iterator[None]:
 
 
 def load(directory: Path, dtype: torch.dtype, *, deterministic: bool) -> CausalLM:
-    config, cpu = ModelConfig.load(directory), torch.device("cpu")
+    config, cpu = read_spec(directory), torch.device("cpu")
     return load_model(config, directory, dtype=dtype, device=cpu, max_model_len=CONTEXT, deterministic=deterministic)
 
 

@@ -16,7 +16,7 @@ from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOpt
 from engine.engine import Engine
 from engine.executor.cpu import CPUExecutor
 from engine.forward import Limits
-from engine.models.config import ModelConfig
+from engine.models.registry import read_spec
 from engine.ops import native
 from engine.request import Request, SamplingParams
 from tests.models.support import load, make_checkpoint
@@ -28,7 +28,7 @@ LENGTHS = (200, 9, 61)
 
 def longest(directory: Path, family: str, **sizes: Any) -> int | None:
     make_checkpoint(directory, family, **sizes)
-    return ModelConfig.load(directory).longest_window
+    return read_spec(directory).longest_window
 
 
 def test_windows_of_the_families(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """CPUExecutor: runs steps on the host's cores, one after another, on one worker thread beside the event loop.
 
 Owns the KV memory (through its attention backend), the slot tables and the last-token relay; only the worker
-touches them. Also answers what the composition root asks before it can build one: dtype, threads, pages.
+touches them. cpu_start.py says how one comes to be.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -20,29 +19,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import CacheOptions, StartupError
+from engine.config import StartupError
 from engine.executor.base import StepHandle
 from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
-from engine.ops.linear import has_fast_bfloat16
 from engine.ops.pooling import Pooler, pooled_chunks
 from engine.ops.sampling.extras import SlotExtras
 from engine.ops.sampling.sampler import sample
 
 logger = logging.getLogger(__name__)
 
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-# Share of the available memory that the KV cache takes when nothing was asked for: the rest is for activations,
-# other processes and the page cache that holds the checkpoint. It is touched as the cache fills, so what it comes to
-# take shows only later.
-DEFAULT_MEMORY_SHARE = 0.25
-# Sequences of full context that it then holds at most; many more fit, for few are that long.
-DEFAULT_FULL_SEQUENCES = 64
-
 
 class Model(Protocol):
-    """What is needed of models.registry.CausalLM; and its attention_spec, where no backend is given."""
+    """What is needed of a CausalLM; and its attention_spec, where no backend is given."""
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor: ...
 
@@ -250,115 +240,3 @@ class CPUExecutor:
         self._last_token[sampling_slots] = drawn
         chosen[sampling_rows] = drawn
         return output
-
-
-# ---- what the composition root asks before it builds one
-
-
-def pick_dtype(name: str = "auto") -> torch.dtype:
-    """auto: bfloat16 where the processor multiplies it (AVX512-BF16, AMX), else float32. Raises StartupError."""
-    if name == "auto":
-        return torch.bfloat16 if has_fast_bfloat16() else torch.float32
-    if name not in _DTYPES:
-        raise StartupError(f"dtype {name!r} is not one of auto, {', '.join(_DTYPES)}")
-    return _DTYPES[name]
-
-
-def available_cores() -> int:
-    """Physical cores that this process may use: affinity, hyperthreads counted once, the cgroup's quota."""
-    cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
-    siblings = set()
-    for cpu in cpus:
-        path = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            siblings.add(path.read_text().strip())
-        except OSError:
-            siblings.add(str(cpu))
-    count = len(siblings)
-    with contextlib.suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, int(int(quota) / int(period) + 0.5))
-    return max(1, count)
-
-
-def choose_threads(weight_bytes: int, cores: int | None = None) -> int:
-    """Compute threads for a model of that size.
-
-    A step reads all weights, so one thread takes about weight_bytes / 15 GB/s, and every thread should have a share
-    of 16 MB (1 ms): its barriers and the event loop's work, 0.1 to 1 ms a step, weigh as much as the gain otherwise.
-    A thread that must share its core with the loop holds all others up at each barrier (measured: 3 to 5 times
-    slower than one thread), so a core is left to the loop, unless the loop has next to nothing to do: steps of
-    20 ms and more (300 MB) on four cores or fewer, where that core is worth more (1.9 times on two).
-    """
-    cores = cores or available_cores()
-    heavy = weight_bytes >= 300_000_000
-    most = cores if heavy and cores <= 4 else max(1, cores - 1)
-    return max(1, min(most, weight_bytes // 16_000_000))
-
-
-def available_memory() -> int:
-    """Bytes of RAM that can be had without swapping, within the cgroup's limit."""
-    found: list[int] = []
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-    groups = [Path("/sys/fs/cgroup")]
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/cgroup").read_text().splitlines():
-            if line.startswith("0::/"):
-                own = Path("/sys/fs/cgroup") / line[4:]
-                groups += [own, *own.parents]
-    for group in groups:
-        for limit, usage in (
-            ("memory.max", "memory.current"),
-            ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-        ):
-            # "max" is no number, and then no limit.
-            with contextlib.suppress(OSError, ValueError):
-                found.append(max(0, int((group / limit).read_text()) - int((group / usage).read_text())))
-    if not found:
-        return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) // 2
-    return min(found)
-
-
-class _Sizes(Protocol):
-    """Of models.config.ModelConfig."""
-
-    @property
-    def num_layers(self) -> int: ...
-    @property
-    def num_kv_heads(self) -> int: ...
-    @property
-    def head_dim(self) -> int: ...
-
-
-def plan_memory(
-    model_config: _Sizes, dtype: torch.dtype, cache: CacheOptions, max_num_seqs: int, max_model_len: int
-) -> int:
-    """Pages of the KV cache. To be called after the weights are loaded. Raises StartupError.
-
-    What was asked for is taken as it is: num_pages, kv_cache_bytes, or memory_fraction of the available memory. Else
-    DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len (or DEFAULT_FULL_SEQUENCES, if
-    those are fewer) can fill.
-    """
-    per_token = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim * dtype.itemsize
-    per_page = per_token * cache.page_size
-    free = available_memory()
-    if cache.num_pages is not None:
-        num_pages = cache.num_pages
-    elif cache.kv_cache_bytes is not None:
-        num_pages = cache.kv_cache_bytes // per_page - 1  # page 0 is nobody's
-    elif cache.memory_fraction is not None:
-        num_pages = int(free * cache.memory_fraction) // per_page - 1
-    else:
-        useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * -(-max_model_len // cache.page_size)
-        num_pages = min(int(free * DEFAULT_MEMORY_SHARE) // per_page - 1, useful)
-    if num_pages < 1:
-        raise StartupError(f"the KV cache would hold no page: one of {cache.page_size} tokens takes {per_page:,} bytes")
-    if (num_pages + 1) * per_page > free:
-        raise StartupError(
-            f"a KV cache of {num_pages:,} pages takes {(num_pages + 1) * per_page / 2**30:.1f} GiB, "
-            f"and {free / 2**30:.1f} GiB of memory are available"
-        )
-    return num_pages

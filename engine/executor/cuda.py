@@ -25,7 +25,7 @@ from engine.executor.cuda_mixed import MixedSteps
 from engine.executor.cuda_waiter import Waiter
 from engine.forward import ForwardInput, ForwardOutput, Limits
 from engine.models.offload import Offloaded
-from engine.models.registry import CausalLM
+from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 
 logger = logging.getLogger("oneloop.cuda")

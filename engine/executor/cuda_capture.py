@@ -14,7 +14,7 @@ from engine.executor.cuda_buffers import Side
 from engine.executor.cuda_decode import DecodeSteps
 from engine.executor.cuda_graph import GraphKey
 from engine.executor.cuda_products import choose_products
-from engine.models.registry import CausalLM
+from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DecodePlan
 
 

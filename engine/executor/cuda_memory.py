@@ -12,7 +12,7 @@ import torch
 from engine.config import StartupError
 from engine.executor.cuda_capture import Captures
 from engine.models.offload import Offloaded
-from engine.models.registry import CausalLM
+from engine.models.parts.decoder import CausalLM
 
 
 class MovingMemory(Captures):

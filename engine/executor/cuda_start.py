@@ -17,10 +17,11 @@ import torch
 
 from engine.config import CacheOptions, StartupError
 from engine.executor.cuda import CUDAExecutor
-from engine.executor.cuda_device import DeviceLayer
+from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
+from engine.executor.start import Start
 from engine.forward import Limits
-from engine.models.registry import CausalLM
+from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 
 logger = logging.getLogger("oneloop.cuda")
@@ -32,6 +33,50 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 # What the driver keeps for one captured graph of some 200 kernels; an upper guess, the pool itself is shared.
 GRAPH_BYTES = 8 * 1024 * 1024
 GIB = 2**30
+
+
+def start(given: Start) -> CUDAExecutor:
+    """Load the model onto the GPU, divide its memory, and say what was decided. Raises StartupError."""
+    config, report = given.config, given.report
+    if config.deterministic:
+        raise StartupError("--deterministic is not promised on a GPU yet")
+    if config.num_threads is not None:
+        raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
+    if config.cuda.kernels is not None:
+        from engine.executor.cuda_kit import use_kit
+
+        found = use_kit(Path(config.cuda.kernels), torch.cuda.get_device_capability(), torch.version.cuda)
+        report.row("kernels", found)
+    layer, dtype = CudaDevice(nvtx=config.cuda.nvtx != "off"), pick_dtype(config.model.dtype)
+    report.row("device", torch.cuda.get_device_name(layer.device))
+    report.row("dtype", str(dtype).removeprefix("torch."))
+    report.row("deterministic", "no (GPU)")
+    with report.phase("weights"):
+        read = given.loader(dtype=dtype, device=layer.device)
+
+        def load(other: Path | None) -> CausalLM:
+            model = read(other)
+            if config.cuda.nvtx == "layers":
+                model.name_layers(layer.range)
+            return model
+
+        model = load(None)
+    given.report_output_layer(model)
+    with report.phase("KV cache and graphs"):
+        return build_cuda_executor(
+            model,
+            layer,
+            config.cache,
+            dtype=dtype,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=given.context,
+            kv_cache_dtype=config.cuda.kv_cache_dtype,
+            # Graphs are of decode steps.
+            cuda_graph="off" if given.spec.headless else config.cuda.cuda_graph,
+            row=report.row,
+            load=load,
+        )
 
 
 @dataclass(frozen=True, slots=True)

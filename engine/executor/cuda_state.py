@@ -21,7 +21,7 @@ from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
 from engine.executor.tables import SlotTables
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
-from engine.models.registry import CausalLM
+from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.pooling import Pooler
 from engine.ops.sampling.device import WORDS

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import ModelOptions, StartupError
-from engine.models.config import ModelConfig
 from engine.models.fields import Fields
+from engine.models.spec import ModelSpec
 
 # Pooling modes of sentence-transformers that a causal model is served with.
 _MODES: dict[str, Literal["last", "mean"]] = {"lasttoken": "last", "mean": "mean"}
@@ -62,7 +62,7 @@ class Abilities:
 
 
 def read_abilities(
-    directory: Path, config: ModelConfig, options: ModelOptions, token_id: Callable[[str], int | None]
+    directory: Path, config: ModelSpec, options: ModelOptions, token_id: Callable[[str], int | None]
 ) -> Abilities:
     """token_id: of a token's exact spelling in the vocabulary. Raises StartupError.
 

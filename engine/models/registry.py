@@ -1,33 +1,22 @@
-"""Which architectures there are, and how one is loaded.
+"""Which families there are, and which of them a directory's config.json is of.
 
-A new model is one file with `read_config(fields) -> ModelConfig` and the DEFAULTS of its class, one line in FAMILIES
-and one in MODEL_TYPES. Called once at start by the composition root. torch is imported only when weights are loaded.
+A new model is one file in families/ with `read_spec(fields) -> ModelSpec` and the DEFAULTS of its class, one line in
+FAMILIES and one in MODEL_TYPES. Called once at start by the composition root. Imports no torch.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import importlib
 import logging
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, Protocol
+from typing import NoReturn
 
-from engine.clock import RangeOf
 from engine.config import StartupError
-from engine.models.config import ModelConfig
 from engine.models.fields import Fields, show
+from engine.models.spec import ModelSpec
 
-if TYPE_CHECKING:
-    import torch
-
-    from engine.ops.attention.base import AttentionBackend, AttentionSpec
-    from engine.ops.linear import Linear
-
-# `architectures` of config.json -> the module in this package that reads it.
+# `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
@@ -74,45 +63,24 @@ _TEXT_PARTS = {
     "smolvlm": "llama",
 }
 
-Progress = Callable[[int, int], None]
-
 logger = logging.getLogger("oneloop.start")
 
-_M_MMAP_THRESHOLD = -3  # malloc.h
 
+def read_spec(directory: Path) -> ModelSpec:
+    """What `directory/config.json` describes, read by the family of its class. Raises StartupError.
 
-class CausalLM(Protocol):
-    """A loaded model. Not thread safe: one thread runs it."""
-
-    config: ModelConfig
-    attention_spec: AttentionSpec
-    linears: list[Linear]
-
-    def forward(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
-        """Integers [T] and [T] -> hidden states [T, hidden_size] after the final norm, in the model's dtype."""
-        ...
-
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Hidden states [R, hidden_size] -> float32 [R, vocab_size]. Never called where config.headless is set."""
-        ...
-
-    def name_layers(self, range_of: RangeOf) -> None:
-        """Put every layer's parts into named ranges of a profiler's time line from now on."""
-        ...
-
-
-def read_config(fields: Fields) -> ModelConfig:
-    """Let the family of the file's class read it; Qwen3Model is a Qwen3ForCausalLM without its output layer.
-
-    Raises StartupError.
+    Qwen3Model is a Qwen3ForCausalLM without its output layer.
     """
+    path = directory / "config.json"
+    if not path.exists() and (directory / "adapter_config.json").exists():
+        raise StartupError(f"{directory}: is an adapter, which must be merged into its base model first")
+    fields = Fields.read(path)
     architecture = _architecture_of(fields)
-    headless = architecture.endswith("Model")
     _refuse_unknown(fields)
-    module = importlib.import_module(f"engine.models.{FAMILIES[_with_head(architecture)]}")
-    config = module.read_config(fields.over(module.DEFAULTS))
-    assert isinstance(config, ModelConfig)
-    return dataclasses.replace(config, architecture=architecture, headless=headless)
+    family = importlib.import_module(f"engine.models.families.{FAMILIES[_with_head(architecture)]}")
+    spec = family.read_spec(fields.over(family.DEFAULTS))
+    assert isinstance(spec, ModelSpec)
+    return dataclasses.replace(spec, architecture=architecture, headless=architecture.endswith("Model"))
 
 
 def _with_head(architecture: str) -> str:
@@ -126,8 +94,8 @@ def _architecture_of(fields: Fields) -> str:
     A `...Model` in `architectures` is the class without its output layer. Raises StartupError.
     """
     given, kind = fields.raw("architectures"), fields.raw("model_type")
-    names = [] if given is None else given
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+    names: list[str] = [] if given is None else given  # checked below
+    if not isinstance(given, list | None) or any(not isinstance(name, str) for name in names):
         fields.fail("architectures", f"must be a list with the name of the model class, not {show(given)}")
     if kind is not None and not isinstance(kind, str):
         fields.fail("model_type", f"must be text, not {show(kind)}")
@@ -185,96 +153,3 @@ def _refuse_unknown(fields: Fields) -> None:
         fields.fail("use_bidirectional_attention", "is not supported")
     if fields.raw("per_layer_config"):
         fields.fail("per_layer_config", "is not supported: layers of different sizes")
-
-
-def load_model(
-    model_config: ModelConfig,
-    directory: Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    load_format: str = "auto",
-    seed: int = 0,
-    progress: Progress | None = None,
-    max_model_len: int | None = None,
-    deterministic: bool = False,
-) -> CausalLM:
-    """Build a model and fill it with weights.
-
-    load_format: auto reads the safetensors of `directory`; dummy makes random weights from `seed` and reads
-    nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
-    be used, which sizes the rope tables; None is `model_config.context_length`.
-    Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
-    """
-    try:
-        return _load(model_config, directory, dtype, device, load_format, seed, progress, max_model_len, deterministic)
-    except (RuntimeError, MemoryError) as error:
-        # torch has no class of its own for a failed allocation on the host, nor for a size beyond 64 bits.
-        text = " ".join(str(error).split())
-        if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text or "overflow" in text:
-            raise StartupError(f"{directory}: no memory for the model: {text[:200]}") from error
-        raise
-
-
-def _load(
-    model_config: ModelConfig,
-    directory: Path,
-    dtype: torch.dtype,
-    device: torch.device,
-    load_format: str,
-    seed: int,
-    progress: Progress | None,
-    max_model_len: int | None,
-    deterministic: bool,
-) -> CausalLM:
-    from engine.models.decoder import Decoder
-    from engine.models.weights import (
-        CheckpointWeights,
-        DummyWeights,
-        ShapeRecorder,
-        StoredTensor,
-        Weights,
-        find_model_tensors,
-        settle_output,
-    )
-
-    if load_format not in ("auto", "safetensors", "dummy"):
-        raise StartupError(f"load format {load_format!r} is not one of auto, safetensors, dummy")
-    context = max_model_len or model_config.context_length
-    stored: dict[str, StoredTensor] = {}
-    if load_format != "dummy":
-        stored = find_model_tensors(directory)
-        if (directory / "adapter_config.json").exists():
-            logger.warning("%s: the adapter beside the model (adapter_config.json) is not applied", directory)
-        model_config = settle_output(model_config, stored, directory, dtype)
-    recorder = ShapeRecorder(dtype)
-    Decoder(model_config, recorder, context)
-    weights: Weights
-    if load_format == "dummy":
-        weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
-    else:
-        weights = CheckpointWeights(
-            dtype, device, directory, stored, recorder.shapes, progress, assumed=model_config.assumed
-        )
-    weights.deterministic = deterministic
-    with weights, _freed_memory_goes_back():
-        return Decoder(model_config, weights, context)
-
-
-@contextlib.contextmanager
-def _freed_memory_goes_back() -> Iterator[None]:
-    """Keep glibc from holding on to what loading frees.
-
-    Its threshold for memory that is given back at once rises with each large block that is freed, so that later
-    temporaries of that size stay in the heap: up to a tenth of the weights of a small model, now and then. Afterwards
-    it stands at its highest (32 MB), where a step's activations are reused without new page faults.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is None:
-        yield
-        return
-    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-    try:
-        yield
-    finally:
-        mallopt(_M_MMAP_THRESHOLD, 32 << 20)

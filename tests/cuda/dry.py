@@ -366,9 +366,9 @@ def make_executor(
 ) -> Any:
     from engine.executor.cuda import CUDAExecutor
     from engine.forward import Limits
-    from engine.models.config import ModelConfig
-    from engine.models.registry import load_model
-    from engine.models.weights import DummyWeights
+    from engine.models.loading.load import load_model
+    from engine.models.loading.weights import DummyWeights
+    from engine.models.registry import read_spec
     from engine.ops.attention.device import DeviceAttention
     from engine.ops.attention.flashinfer import Backend
 
@@ -378,7 +378,7 @@ def make_executor(
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))
         model = load_model(
-            ModelConfig.load(directory), directory, dtype=dtype, device=DEVICE, load_format="dummy", max_model_len=1024
+            read_spec(directory), directory, dtype=dtype, device=DEVICE, load_format="dummy", max_model_len=1024
         )
     limits = Limits(
         max_num_seqs=options.get("rows", 8),

@@ -21,8 +21,9 @@ from engine.config import EngineConfig, SchedulerOptions, StreamOptions
 from engine.engine import Engine
 from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
 from engine.forward import SAMPLING_DTYPE, ForwardInput, Limits
-from engine.models.config import ModelConfig
-from engine.models.registry import CausalLM, load_model
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
 from engine.ops import native
 from engine.ops.attention import flashinfer
 from engine.ops.attention.device import DeviceAttention
@@ -67,7 +68,7 @@ def tiny_model(config: str = json.dumps(TINY), max_model_len: int = 256) -> Caus
         directory = Path(folder)
         (directory / "config.json").write_text(config)
         return load_model(
-            ModelConfig.load(directory),
+            read_spec(directory),
             directory,
             dtype=torch.float32,
             device=torch.device("cpu"),
@@ -188,7 +189,7 @@ def make_executor(
 def read_tiny_model(directory: Path | None) -> CausalLM:
     """A fresh tiny_model; its weights come from a seed, so that of the directory only config.json is looked at."""
     if directory is not None:
-        ModelConfig.load(directory)
+        read_spec(directory)
     return tiny_model.__wrapped__()
 
 

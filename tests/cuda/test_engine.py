@@ -13,7 +13,7 @@ import torch
 
 from engine.config import EngineConfig, StartupError
 from engine.engine import Engine
-from engine.models.registry import CausalLM
+from engine.models.parts.decoder import CausalLM
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import SMALL, WINDOWED, expected_tokens, make_executor, requests_of, serve, tiny_model
 from tests.sim.workload import Runs

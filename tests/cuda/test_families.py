@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from engine.models import layers
+from engine.models.parts import experts
 from engine.ops import native
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import DenseAttention, one_thread
@@ -19,7 +19,7 @@ PROMPT = [(37 * i + 11) % 990 + 3 for i in range(50)]
 async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with native.disabled(), one_thread():
         plain = load(architecture, torch.float32, torch.device("cpu"))
-        monkeypatch.setattr(layers, "keeps_experts_stacked", lambda device: True)
+        monkeypatch.setattr(experts, "keeps_experts_stacked", lambda device: True)
         model = load(architecture, torch.float32, torch.device("cpu"))
     device = FakeDevice(1)
     engine = executor(device, model, torch.float32, attention="torch")  # type: ignore[arg-type]

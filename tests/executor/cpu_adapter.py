@@ -13,8 +13,9 @@ from torch import Tensor
 
 from engine.executor.cpu import CPUExecutor
 from engine.forward import SAMPLING_DTYPE, ForwardError, Limits
-from engine.models.config import ModelConfig
-from engine.models.registry import CausalLM, load_model
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.sampling.sampler import torch_sample
 from engine.request import Pooling, SamplingParams
@@ -38,7 +39,7 @@ def _models() -> tuple[CausalLM, Any]:
 
 def _load(directory: Path | None) -> CausalLM:
     directory = directory or Path(_folder().name)
-    config = ModelConfig.load(directory)
+    config = read_spec(directory)
     return load_model(config, directory, dtype=torch.float32, device=torch.device("cpu"))
 
 

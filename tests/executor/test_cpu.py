@@ -1,4 +1,4 @@
-"""engine/executor/cpu.py: a real model through real steps, and what the composition root asks before."""
+"""engine/executor/cpu.py and cpu_start.py: a real model through real steps, and what is decided before."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from engine.config import CacheOptions, StartupError
-from engine.executor import cpu
-from engine.executor.cpu import CPUExecutor, choose_threads, pick_dtype, plan_memory
+from engine.executor import cpu_start
+from engine.executor.cpu import CPUExecutor, Model
+from engine.executor.cpu_start import choose_threads, pick_dtype, plan_memory
 from engine.forward import ForwardError, Limits
-from engine.models.config import ModelConfig
-from engine.models.registry import CausalLM, load_model
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
 from engine.ops import native
-from engine.ops.attention.base import AttentionBackend
+from engine.ops.attention.base import AttentionBackend, AttentionSpec
 from engine.request import SamplingParams
 from tests.executor.driver import GREEDY, Driver, decode, prefill
 from tests.models.support import make_checkpoint
@@ -37,7 +38,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, object]:
 @pytest.fixture(scope="module")
 def model(checkpoint: tuple[Path, object]) -> CausalLM:
     directory, _ = checkpoint
-    config = ModelConfig.load(directory)
+    config = read_spec(directory)
     return load_model(config, directory, dtype=torch.float32, device=torch.device("cpu"))
 
 
@@ -49,7 +50,7 @@ def make() -> Iterator[MakeDriver]:
     torch.set_num_threads(1)
     made: list[CPUExecutor] = []
 
-    def factory(model: cpu.Model, page_size: int = 4) -> Driver:
+    def factory(model: Model, page_size: int = 4) -> Driver:
         executor = CPUExecutor(model, Limits(4, 64, 128, page_size, 128 // page_size * 4, 211), dtype=torch.float32)
         made.append(executor)
         return Driver(executor)
@@ -206,16 +207,16 @@ def test_worker_without_a_loop(make: MakeDriver, model: CausalLM) -> None:
     assert asyncio.run(driver.wait(handle))[0] >= 0
 
 
-SIZES = SimpleNamespace(num_layers=2, num_kv_heads=2, head_dim=64)
+SIZES = AttentionSpec(num_layers=2, num_heads=2, num_kv_heads=2, head_dim=64, scale=1.0)
 PER_PAGE = 2 * 2 * 2 * 64 * 2 * 16
 
 
 def test_memory_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "available_memory", lambda: 1000 * PER_PAGE)
+    monkeypatch.setattr(cpu_start, "available_memory", lambda: 1000 * PER_PAGE)
     half = torch.bfloat16
 
     def pages(seqs: int = 64, context: int = 1 << 20, **options: float) -> int:
-        return plan_memory(SIZES, half, CacheOptions(**options), seqs, context)  # type: ignore[arg-type]
+        return plan_memory(SIZES, half, CacheOptions(**options), seqs, context)
 
     assert pages(num_pages=7) == 7
     assert pages(kv_cache_bytes=10 * PER_PAGE + 5) == 9
@@ -231,8 +232,8 @@ def test_memory_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_available_memory_is_sane() -> None:
-    assert 2**20 < cpu.available_memory() < 2**50
-    assert 1 <= cpu.available_cores() <= 4096
+    assert 2**20 < cpu_start.available_memory() < 2**50
+    assert 1 <= cpu_start.available_cores() <= 4096
 
 
 def test_threads() -> None:

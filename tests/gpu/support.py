@@ -13,8 +13,9 @@ import torch
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice
 from engine.forward import Limits
-from engine.models.config import ModelConfig
-from engine.models.registry import FAMILIES, CausalLM, load_model
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import FAMILIES, read_spec
 from engine.ops.attention.device import DeviceAttention
 
 BASE: dict[str, Any] = {
@@ -76,9 +77,7 @@ def load(architecture: str, dtype: torch.dtype, device: torch.device) -> CausalL
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))
-        return load_model(
-            ModelConfig.load(directory), directory, dtype=dtype, device=device, load_format="dummy", seed=5
-        )
+        return load_model(read_spec(directory), directory, dtype=dtype, device=device, load_format="dummy", seed=5)
 
 
 def families() -> list[str]:

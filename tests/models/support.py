@@ -13,8 +13,9 @@ from torch import Tensor
 
 from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import ForwardInput, Limits, Staging
-from engine.models.config import ModelConfig
-from engine.models.registry import CausalLM, load_model
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
 from engine.ops.attention.base import create_backend
 
 CPU = torch.device("cpu")
@@ -83,7 +84,7 @@ def edit_json(path: Path, **changes: Any) -> None:
 
 
 def load(directory: Path, dtype: torch.dtype = torch.float32, **options: Any) -> CausalLM:
-    return load_model(ModelConfig.load(directory), directory, dtype=dtype, device=CPU, **options)
+    return load_model(read_spec(directory), directory, dtype=dtype, device=CPU, **options)
 
 
 class Runner:

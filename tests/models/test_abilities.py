@@ -12,7 +12,7 @@ import torch
 from engine.config import ModelOptions, StartupError
 from engine.flags import parse
 from engine.models.abilities import Abilities, read_abilities
-from engine.models.config import ModelConfig
+from engine.models.registry import read_spec
 from tests.models.support import SIZES, Runner, edit_json, load, make_checkpoint, prompts_of, relative_error
 
 WIDTH = SIZES["hidden_size"]
@@ -41,7 +41,7 @@ def directory(tmp_path: Path) -> Path:
 
 
 def abilities(directory: Path, **options: Any) -> Abilities:
-    return read_abilities(directory, ModelConfig.load(directory), ModelOptions(**options), TOKENS.get)
+    return read_abilities(directory, read_spec(directory), ModelOptions(**options), TOKENS.get)
 
 
 LAST = {"word_embedding_dimension": WIDTH, "pooling_mode_cls_token": False, "pooling_mode_lasttoken": True}

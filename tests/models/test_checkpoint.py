@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import StartupError
-from engine.models.checkpoint import find_tensors, read_header
-from engine.models.config import ModelConfig
-from engine.models.registry import load_model
-from engine.models.weights import DummyWeights
+from engine.models.loading.checkpoint import find_tensors, read_header
+from engine.models.loading.load import load_model
+from engine.models.loading.weights import DummyWeights
+from engine.models.registry import read_spec
 from tests.models.support import CPU, Runner, edit_json, load, make_checkpoint, prompts_of
 
 
@@ -224,9 +224,9 @@ MEASURE = """
 import re, sys
 from pathlib import Path
 import torch
-from engine.models.config import ModelConfig
-from engine.models.registry import load_model
-import engine.models.decoder
+from engine.models.registry import read_spec
+from engine.models.loading.load import load_model
+import engine.models.parts.decoder
 torch.set_num_threads(1)
 
 def resident():
@@ -236,9 +236,9 @@ def resident():
 # The first use of the linear library and of the kernels brings its own pages.
 directory = Path(sys.argv[1])
 small = Path(sys.argv[2])
-load_model(ModelConfig.load(small), small, dtype=torch.bfloat16, device=torch.device("cpu"))
+load_model(read_spec(small), small, dtype=torch.bfloat16, device=torch.device("cpu"))
 before = resident()
-model = load_model(ModelConfig.load(directory), directory, dtype=torch.bfloat16, device=torch.device("cpu"))
+model = load_model(read_spec(directory), directory, dtype=torch.bfloat16, device=torch.device("cpu"))
 print(resident() - before)
 """
 
@@ -265,11 +265,11 @@ def test_memory_at_load(tied: bool, tmp_path: Path) -> None:
 
 def generate_checkpoint(directory: Path) -> None:
     """Two shards of dummy weights for the config that is already there."""
-    from engine.models.decoder import Decoder
-    from engine.models.weights import ShapeRecorder
+    from engine.models.loading.weights import ShapeRecorder
+    from engine.models.parts.decoder import Decoder
 
     recorder = ShapeRecorder(torch.bfloat16)
-    Decoder(ModelConfig.load(directory), recorder, 16)
+    Decoder(read_spec(directory), recorder, 16)
     weights = DummyWeights(torch.bfloat16, CPU, 0, recorder.shapes)
     names = list(recorder.shapes)
     weight_map = {}
@@ -281,7 +281,7 @@ def generate_checkpoint(directory: Path) -> None:
 
 
 def test_context_sizes_the_rope_table(llama: Path) -> None:
-    config = ModelConfig.load(llama)
+    config = read_spec(llama)
     for max_model_len, rows in ((None, 256), (100, 100)):
         model: Any = load_model(config, llama, dtype=torch.float32, device=CPU, max_model_len=max_model_len)
         assert model._steps[0][1].shape == (rows, 8)

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from engine.config import StartupError
-from engine.models.config import GenerationDefaults, ModelConfig
-from engine.models.registry import FAMILIES
+from engine.models.generation import GenerationDefaults
+from engine.models.registry import FAMILIES, read_spec
+from engine.models.spec import ModelSpec
 
 LLAMA: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -29,17 +30,17 @@ LLAMA: dict[str, Any] = {
 }
 
 
-def read(directory: Path, **changes: Any) -> ModelConfig:
+def read(directory: Path, **changes: Any) -> ModelSpec:
     values = {name: value for name, value in (LLAMA | changes).items() if value is not ...}
     (directory / "config.json").write_text(json.dumps(values))
-    return ModelConfig.load(directory)
+    return read_spec(directory)
 
 
 def test_reads_what_it_says(tmp_path: Path) -> None:
     config = read(tmp_path)
     assert (config.head_dim, config.num_kv_heads, config.dtype) == (16, 2, "float16")
     assert (config.eos_token_ids, config.bos_token_id) == ((2, 3), 1)
-    assert (config.rope.kind, config.rope.theta, config.rope.rotary_dim) == ("default", 10000.0, 16)
+    assert (config.ropes[0].kind, config.ropes[0].theta, config.ropes[0].rotary_dim) == ("default", 10000.0, 16)
     assert config.windows == (None, None)
     assert config.context_length == 128
     assert read(tmp_path, num_key_value_heads=...).num_kv_heads == 4
@@ -59,7 +60,7 @@ def test_yarn_context(tmp_path: Path) -> None:
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
     config = read(tmp_path, rope_scaling=yarn)
     assert config.context_length == 512
-    assert config.rope.attention_scaling == pytest.approx(1.1386294)
+    assert config.ropes[0].attention_scaling == pytest.approx(1.1386294)
 
 
 @pytest.mark.parametrize(
@@ -223,7 +224,7 @@ def test_bad_file(text: str | None, expected: str, tmp_path: Path) -> None:
     if text is not None:
         (tmp_path / "config.json").write_text(text, encoding="latin-1")
     with pytest.raises(StartupError) as caught:
-        ModelConfig.load(tmp_path)
+        read_spec(tmp_path)
     assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {expected}")
     assert "\n" not in str(caught.value)
 
@@ -275,9 +276,9 @@ def test_configs_need_no_torch(tmp_path: Path) -> None:
     """The server reads a config before the executor, and `--help`, load torch."""
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     script = (
-        "import sys; from pathlib import Path; from engine.models.config import ModelConfig;"
-        "import engine.models.hub, engine.models.checkpoint;"
-        f"ModelConfig.load(Path({str(tmp_path)!r}));"
+        "import sys; from pathlib import Path; from engine.models.registry import read_spec;"
+        "import engine.models.hub, engine.models.generation, engine.models.loading.checkpoint;"
+        f"read_spec(Path({str(tmp_path)!r}));"
         "sys.exit(any(name in sys.modules for name in ('torch', 'huggingface_hub', 'safetensors')))"
     )
     subprocess.run([sys.executable, "-c", script], check=True)

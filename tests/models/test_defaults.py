@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from engine.models.config import ModelConfig
-from engine.models.registry import FAMILIES, MODEL_TYPES
+from engine.models.registry import FAMILIES, MODEL_TYPES, read_spec
+from engine.models.spec import Dense, ModelSpec, RopeSpec
 from tests.models.support import compare, edit_json, make_checkpoint
 
 TYPES = {name: kind for kind, name in MODEL_TYPES.items() if kind != "ministral"}
@@ -28,13 +29,26 @@ def config_of(architecture: str, values: dict[str, Any]) -> Any:
         return transformers.CONFIG_MAPPING[TYPES[architecture]].from_dict(dict(values))
 
 
-def read(directory: Path, values: dict[str, Any]) -> ModelConfig:
+def read(directory: Path, values: dict[str, Any]) -> ModelSpec:
     (directory / "config.json").write_text(json.dumps(values))
-    return ModelConfig.load(directory)
+    return read_spec(directory)
+
+
+def wide_rope(spec: ModelSpec) -> RopeSpec:
+    """That of the layers that see all, or of all layers."""
+    [rope] = {layer.mixer.rope for layer in spec.layers if layer.mixer.window is None} or set(spec.ropes)
+    assert rope is not None
+    return rope
+
+
+def local_rope(spec: ModelSpec) -> RopeSpec:
+    [rope] = {layer.mixer.rope for layer in spec.layers if layer.mixer.window is not None}
+    assert rope is not None
+    return rope
 
 
 def defaults_of(architecture: str) -> dict[str, Any]:
-    return importlib.import_module(f"engine.models.{FAMILIES[architecture]}").DEFAULTS
+    return importlib.import_module(f"engine.models.families.{FAMILIES[architecture]}").DEFAULTS
 
 
 def theirs(config: Any, name: str) -> Any:
@@ -89,9 +103,10 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
         config.vocab_size, config.hidden_size, config.num_hidden_layers, heads, config.num_key_value_heads
     )  # fmt: skip
     assert ours.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    assert ours.intermediate_size == config.intermediate_size
+    dense = [layer.feed_forward for layer in ours.layers if isinstance(layer.feed_forward, Dense)]
+    assert {each.intermediate_size for each in dense} <= {config.intermediate_size}
     assert ours.max_position_embeddings == config.max_position_embeddings
-    assert ours.rms_norm_eps == config.rms_norm_eps
+    assert ours.final_norm.eps == config.rms_norm_eps
     assert ours.tie_word_embeddings == config.tie_word_embeddings
     eos = config.eos_token_id
     assert (ours.eos_token_ids, ours.class_eos_token_ids) == (
@@ -99,15 +114,15 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     )  # fmt: skip
     rope = config.rope_parameters
     rope = rope.get("full_attention", rope)
-    assert ours.rope.theta == rope["rope_theta"]
-    assert ours.rope.rotary_dim == int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))
+    assert wide_rope(ours).theta == rope["rope_theta"]
+    assert wide_rope(ours).rotary_dim == int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * ours.num_layers
     assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
     assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(ours.assumed)
-    if ours.experts is not None:
-        assert ours.experts.num_experts == config.num_local_experts
-        assert ours.experts.num_experts_per_token == config.num_experts_per_tok
+    for experts in ours.experts:
+        assert experts.num_experts == config.num_local_experts
+        assert experts.num_experts_per_token == config.num_experts_per_tok
 
 
 OPTIONAL = (
@@ -141,8 +156,8 @@ def test_a_sparse_config_gives_the_same_logits(architecture: str, tmp_path: Path
 def test_epsilon(eps: str, tmp_path: Path) -> None:
     expected = {"Mixtral": 1e-5, "Phi3": 1e-5, "Olmo2": 1e-5, "Glm4": 1.5625e-7}[eps]
     config = read(tmp_path, {"architectures": [f"{eps}ForCausalLM"], "hidden_size": 4096})
-    assert config.rms_norm_eps == expected
-    assert read(tmp_path, {"architectures": [f"{eps}ForCausalLM"], "rms_norm_eps": None}).rms_norm_eps == expected
+    assert config.final_norm.eps == expected
+    assert read(tmp_path, {"architectures": [f"{eps}ForCausalLM"], "rms_norm_eps": None}).final_norm.eps == expected
 
 
 def test_the_sparse_text_part_of_gemma3_4b(tmp_path: Path) -> None:
@@ -158,14 +173,14 @@ def test_the_sparse_text_part_of_gemma3_4b(tmp_path: Path) -> None:
     }
     config = read(tmp_path, values)
     assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (8, 4, 256, 262208)
-    assert (config.max_position_embeddings, config.attention_scale, config.tie_word_embeddings) == (
+    assert (config.max_position_embeddings, config.attention.scale, config.tie_word_embeddings) == (
         131072,
         1 / 16,
         True,
     )
-    assert (config.rope.kind, config.rope.factor, config.rope.theta) == ("linear", 8.0, 1e6)
-    assert config.local_rope is not None
-    assert (config.local_rope.kind, config.local_rope.theta) == ("default", 1e4)
+    rope, local = wide_rope(config), local_rope(config)
+    assert (rope.kind, rope.factor, rope.theta) == ("linear", 8.0, 1e6)
+    assert (local.kind, local.theta) == ("default", 1e4)
     assert [index for index, window in enumerate(config.windows) if window is None] == [5, 11, 17, 23, 29]
 
 
@@ -174,9 +189,9 @@ NULLS: dict[str, tuple[dict[str, Any], str, Any]] = {
     "kv-heads-absent": ({"architectures": ["MistralForCausalLM"]}, "num_kv_heads", 8),
     "head-dim": ({"architectures": ["LlamaForCausalLM"], "head_dim": None, "hidden_size": 64}, "head_dim", 2),
     "head-dim-class": ({"architectures": ["Qwen3ForCausalLM"], "head_dim": None, "hidden_size": 64}, "head_dim", 128),
-    "eps": ({"architectures": ["Phi3ForCausalLM"], "rms_norm_eps": None}, "rms_norm_eps", 1e-5),
+    "eps": ({"architectures": ["Phi3ForCausalLM"], "rms_norm_eps": None}, "final_norm.eps", 1e-5),
     "tied": ({"architectures": ["Gemma2ForCausalLM"], "tie_word_embeddings": None}, "tie_word_embeddings", True),
-    "bias": ({"architectures": ["Glm4ForCausalLM"], "attention_bias": None}, "qkv_bias", True),
+    "bias": ({"architectures": ["Glm4ForCausalLM"], "attention_bias": None}, "attention.qkv_bias", True),
     "softcap": ({"architectures": ["Gemma2ForCausalLM"], "final_logit_softcapping": None}, "logit_softcap", None),
     "softcap-absent": ({"architectures": ["Gemma2ForCausalLM"]}, "logit_softcap", 30.0),
     "window": ({"architectures": ["MistralForCausalLM"], "sliding_window": None}, "longest_window", None),
@@ -194,7 +209,7 @@ NULLS: dict[str, tuple[dict[str, Any], str, Any]] = {
 @pytest.mark.parametrize("name", NULLS)
 def test_null_and_absent(name: str, tmp_path: Path) -> None:
     values, attribute, expected = NULLS[name]
-    assert getattr(read(tmp_path, values), attribute) == expected
+    assert attrgetter(attribute)(read(tmp_path, values)) == expected
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -224,7 +239,7 @@ ROPES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "MixtralForCausalLM", "Glm4ForCausalLM"])
 def test_where_two_forms_of_rope_meet(architecture: str, name: str, tmp_path: Path) -> None:
     values = {"model_type": TYPES[architecture], **json.loads(json.dumps(ROPES[name]))}
-    ours = read(tmp_path, values).rope
+    [ours] = read(tmp_path, values).ropes
     rope = config_of(architecture, values).rope_parameters
     assert (ours.kind, ours.theta, ours.factor) == (rope["rope_type"], rope["rope_theta"], rope.get("factor", 1.0))
 
@@ -247,8 +262,7 @@ def test_rope_by_layer_type(name: str, tmp_path: Path) -> None:
     values = {"model_type": "gemma3_text", **json.loads(json.dumps(GEMMA_ROPES[name]))}
     config = read(tmp_path, values)
     rope = config_of("Gemma3ForCausalLM", values).rope_parameters
-    assert config.local_rope is not None
-    for ours, theirs in ((config.rope, rope["full_attention"]), (config.local_rope, rope["sliding_attention"])):
+    for ours, theirs in ((wide_rope(config), rope["full_attention"]), (local_rope(config), rope["sliding_attention"])):
         assert (ours.kind, ours.theta, ours.factor) == (
             theirs["rope_type"], theirs["rope_theta"], theirs.get("factor", 1.0)
         )  # fmt: skip

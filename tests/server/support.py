@@ -25,7 +25,8 @@ from engine.executor.fake import FAKE_WIDTH, FakeExecutor, FakeModel
 from engine.forward import ForwardOutput, Limits
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities
-from engine.models.config import GenerationDefaults, ModelConfig
+from engine.models.generation import GenerationDefaults
+from engine.models.registry import read_spec
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from server.app import ServedModel, build_app, serve
@@ -170,7 +171,7 @@ def served_model(**changes: Any) -> ServedModel:
         created=1_700_000_000,
         chat_template=ChatTemplate.load(DEMO),
         generation_defaults=GenerationDefaults(),
-        model_config=ModelConfig.load(DEMO),
+        model_config=read_spec(DEMO),
         max_model_len=512,
         server_info={"device": "fake"},
         abilities=ALL_ABILITIES,

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from engine.models.config import GenerationDefaults
+from engine.models.generation import GenerationDefaults
 from tests.server.support import Live, live, served_model, text_of, tokenizer
 
 CHAT = "/v1/chat/completions"

@@ -13,8 +13,10 @@ import torch
 
 from engine.executor.cpu import CPUExecutor
 from engine.forward import Limits
-from engine.models.config import GenerationDefaults, ModelConfig
-from engine.models.registry import CausalLM, load_model
+from engine.models.generation import GenerationDefaults
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
 from engine.text.detokenizer import IncrementalDetokenizer
 from server.protocol.generation import bad_word_ids
 from tests.server.support import DEMO, Live, live, served_model, text_of, tokenizer
@@ -28,7 +30,7 @@ TEXT = "The little fox – it was quick 🦊 – ran over the hill."
 @functools.cache
 def model() -> CausalLM:
     torch.set_num_threads(1)
-    config = ModelConfig.load(DEMO)
+    config = read_spec(DEMO)
     assert config.vocab_size >= tokenizer().vocab_size
     return load_model(config, DEMO, dtype=torch.float32, device=torch.device("cpu"))
 

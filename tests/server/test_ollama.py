@@ -14,7 +14,8 @@ import pytest_asyncio
 
 from engine.executor.fake import FAKE_WIDTH, expected_vector
 from engine.models.abilities import Abilities
-from engine.models.config import GenerationDefaults, ModelConfig
+from engine.models.generation import GenerationDefaults
+from engine.models.registry import read_spec
 from engine.request import FinishReason, Pooling
 from engine.stream import Delta, TokenStream
 from server.answers.ollama import OllamaAnswer
@@ -384,7 +385,7 @@ async def test_names(server: Live) -> None:
 
 
 async def test_the_model_as_it_is() -> None:
-    model = served_model(model_config=ModelConfig.load(DEMO), generation_defaults=GenerationDefaults.load(DEMO))
+    model = served_model(model_config=read_spec(DEMO), generation_defaults=GenerationDefaults.load(DEMO))
     async with live(model=model) as server:
         async with server.http.get(server.url + "/api/version") as response:
             spoken = (await response.json())["version"]

@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from engine.models.config import RopeConfig
+from engine.models.spec import RopeSpec
 
 
-def rope_table(rope: RopeConfig, native_context: int, max_model_len: int, device: torch.device) -> Tensor:
+def rope_table(rope: RopeSpec, native_context: int, max_model_len: int, device: torch.device) -> Tensor:
     """float32 [max_model_len, rotary_dim]: row p holds cos(p f_i), then sin(p f_i), for i < rotary_dim / 2.
 
     native_context: the model's max_position_embeddings.
@@ -31,7 +31,7 @@ def rope_table(rope: RopeConfig, native_context: int, max_model_len: int, device
     return table if rope.attention_scaling == 1.0 else table.mul_(rope.attention_scaling)
 
 
-def inverse_frequencies(rope: RopeConfig, native_context: int, max_model_len: int) -> Tensor:
+def inverse_frequencies(rope: RopeSpec, native_context: int, max_model_len: int) -> Tensor:
     """float32 [rotary_dim / 2]: radians per position.
 
     The kinds whose frequencies change with the length of the text (dynamic, longrope) are fixed by the length
@@ -57,7 +57,7 @@ def inverse_frequencies(rope: RopeConfig, native_context: int, max_model_len: in
     return 1.0 / wavelengths
 
 
-def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
+def _llama3(rope: RopeSpec, frequencies: Tensor) -> Tensor:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     original, low, high = rope.original_max_position, rope.low_freq_factor, rope.high_freq_factor
     wavelengths = 2 * math.pi / frequencies
@@ -67,7 +67,7 @@ def _llama3(rope: RopeConfig, frequencies: Tensor) -> Tensor:
     return torch.where(wavelengths < original / high, frequencies, result)
 
 
-def _yarn(rope: RopeConfig, wavelengths: Tensor) -> Tensor:
+def _yarn(rope: RopeSpec, wavelengths: Tensor) -> Tensor:
     """YaRN (arXiv 2309.00071), section 3.2: dimensions that turn often are kept, slow ones stretched."""
     dim = rope.rotary_dim
 

@@ -267,7 +267,7 @@ def check(
     problems += [
         f"{tensor.file.name}: tensor {name} is not part of the model"
         for name, tensor in tensors.items()
-        if name not in expected and name not in ignored and not _HARMLESS.search(name) and math.prod(tensor.shape)
+        if name not in expected and name not in ignored and not _HARMLESS.search(name) and 0 not in tensor.shape
     ]
     raise_all(directory, problems, hint)
 

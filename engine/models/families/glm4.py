@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from engine.models.config import ModelConfig, WeightNames, read_activation, read_rope, read_shape
+from engine.models.families.common import read_activation, read_shape
+from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
+from engine.models.spec import Dense, ModelSpec
 
-NAMES = WeightNames(
-    attention_out_norm="post_self_attn_layernorm",
-    mlp_norm="post_attention_layernorm",
-    mlp_out_norm="post_mlp_layernorm",
-    gate_up=("mlp.gate_up_proj",),
-)
-
+NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 
 # What an absent field means: Glm4Config of transformers.
 DEFAULTS = {
@@ -33,15 +29,9 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: Fields) -> ModelConfig:
+def read_spec(fields: Fields) -> ModelSpec:
     """attention_bias covers q, k and v but not o."""
     shape = read_shape(fields)
-    return ModelConfig(
-        **shape.common,
-        rope=read_rope(fields, shape, interleaved=True),
-        attention_scale=shape.head_dim**-0.5,
-        windows=(None,) * shape.num_layers,
-        qkv_bias=fields.flag("attention_bias"),
-        activation=read_activation(fields, "hidden_act"),
-        names=NAMES,
-    )
+    attention = shape.attention(read_rope(fields, shape, interleaved=True), qkv_bias=fields.flag("attention_bias"))
+    mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"), gate_up=("mlp.gate_up_proj",))
+    return shape.model([shape.layer(attention, mlp, NORMS)] * shape.num_layers)

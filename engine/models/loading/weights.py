@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from engine.config import StartupError
-from engine.models.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
-from engine.models.config import ModelConfig
+from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
+from engine.models.parts.decoder import EMBEDDING, PREFIX
+from engine.models.spec import ModelSpec
 from engine.ops.linear import Linear
 
-PREFIX = "model."
-EMBEDDING = PREFIX + "embed_tokens.weight"
 OUTPUT = "lm_head"
 OUTPUT_WEIGHT = f"{OUTPUT}.weight"
 
@@ -222,39 +221,37 @@ def _with_our_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]
     return renamed if len(renamed) == len(tensors) else tensors
 
 
-def settle_output(
-    config: ModelConfig, tensors: dict[str, StoredTensor], directory: Path, dtype: torch.dtype
-) -> ModelConfig:
-    """The config as the checkpoint has it: tied where config.json says so and the checkpoint has no other output layer.
+def settle_output(spec: ModelSpec, tensors: dict[str, StoredTensor], directory: Path, dtype: torch.dtype) -> ModelSpec:
+    """The spec as the checkpoint has it: tied where config.json says so and the checkpoint has no other output layer.
 
     As transformers decides: an output layer that differs from the embedding is used, with a warning; an embedding that
     is stored under the output layer's name alone is moved there, in `tensors`. Raises StartupError for a model that has
     no output layer although it is not tied.
     """
-    if config.headless:
-        return config
+    if spec.headless:
+        return spec
     head, embedding = tensors.get(OUTPUT_WEIGHT), tensors.get(EMBEDDING)
-    if not config.tie_word_embeddings:
+    if not spec.tie_word_embeddings:
         if head is None and embedding is not None:
             raise StartupError(
                 f"{directory}: tensor {OUTPUT_WEIGHT} is missing, and tie_word_embeddings in config.json is false "
                 "(which an absent field may mean); true there uses the embedding in its place"
             )
-        return config
+        return spec
     if head is None:
-        return config
+        return spec
     if embedding is None:
         tensors[EMBEDDING] = tensors.pop(OUTPUT_WEIGHT)
-        return config
+        return spec
     if _are_equal(head, embedding, dtype):
-        return config
+        return spec
     logger.warning(
         "%s: tie_word_embeddings in config.json is true, but %s differs from the embedding: it is used, as in "
         "transformers; false there says so",
         directory,
         OUTPUT_WEIGHT,
     )
-    return dataclasses.replace(config, tie_word_embeddings=False)
+    return dataclasses.replace(spec, tie_word_embeddings=False)
 
 
 def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) -> bool:

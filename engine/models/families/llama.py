@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from engine.models.config import ModelConfig, read_activation, read_rope, read_shape
+from engine.models.families.common import read_activation, read_shape
+from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
+from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: LlamaConfig of transformers.
 DEFAULTS = {
@@ -23,17 +25,10 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: Fields) -> ModelConfig:
+def read_spec(fields: Fields) -> ModelSpec:
     """attention_bias covers q, k, v and o; no windows."""
     shape = read_shape(fields)
-    attention_bias = fields.flag("attention_bias")
-    return ModelConfig(
-        **shape.common,
-        rope=read_rope(fields, shape),
-        attention_scale=shape.head_dim**-0.5,
-        windows=(None,) * shape.num_layers,
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        mlp_bias=fields.flag("mlp_bias"),
-        activation=read_activation(fields, "hidden_act"),
-    )
+    bias = fields.flag("attention_bias")
+    attention = shape.attention(read_rope(fields, shape), qkv_bias=bias, output_bias=bias)
+    mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"), bias=fields.flag("mlp_bias"))
+    return shape.model([shape.layer(attention, mlp)] * shape.num_layers)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from engine.models.config import (
-    ExpertsConfig,
-    ModelConfig,
-    read_activation,
-    read_experts,
-    read_rope,
-    read_shape,
-    read_windows,
-)
+from dataclasses import replace
+
+from engine.models.families.common import read_activation, read_experts, read_shape, read_windows
+from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
+from engine.models.spec import Dense, Experts, ModelSpec
 
 # What an absent field means: Qwen3MoeConfig of transformers.
 DEFAULTS = {
@@ -37,28 +33,28 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: Fields) -> ModelConfig:
+def read_spec(fields: Fields) -> ModelSpec:
     """Layer i has experts unless `mlp_only_layers` lists it or `decoder_sparse_step` does not divide i + 1."""
     shape = read_shape(fields)
-    attention_bias = fields.flag("attention_bias")
-    sliding = fields.flag("use_sliding_window")
+    bias = fields.flag("attention_bias")
+    attention = shape.attention(read_rope(fields, shape), qkv_bias=bias, output_bias=bias, **shape.qk_norms())
+    kind = "sliding_attention" if fields.flag("use_sliding_window") else "full_attention"
+    windows = read_windows(fields, shape, (kind,) * shape.num_layers)
     num_experts, num_experts_per_token = read_experts(fields, "num_experts", "num_local_experts")
     step = fields.integer("decoder_sparse_step")
     plain = fields.integers("mlp_only_layers")
-    return ModelConfig(
-        **shape.common,
-        rope=read_rope(fields, shape),
-        attention_scale=shape.head_dim**-0.5,
-        windows=read_windows(fields, shape, ("sliding_attention" if sliding else "full_attention",) * shape.num_layers),
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        qk_norm="head",
-        activation=read_activation(fields, "hidden_act"),
-        experts=ExpertsConfig(
-            num_experts=num_experts,
-            num_experts_per_token=num_experts_per_token,
-            intermediate_size=fields.integer("moe_intermediate_size"),
-            normalize=fields.flag("norm_topk_prob"),
-            layers=tuple((i + 1) % step == 0 and i not in plain for i in range(shape.num_layers)),
-        ),
+    activation = read_activation(fields, "hidden_act")
+    mlp = Dense(shape.intermediate_size, activation)
+    experts = Experts(
+        num_experts,
+        num_experts_per_token,
+        fields.integer("moe_intermediate_size"),
+        activation,
+        normalize=fields.flag("norm_topk_prob"),
+    )
+    return shape.model(
+        shape.layer(
+            replace(attention, window=window), experts if (index + 1) % step == 0 and index not in plain else mlp
+        )
+        for index, window in enumerate(windows)
     )

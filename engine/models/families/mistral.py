@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from engine.models.config import ModelConfig, read_activation, read_rope, read_shape, read_windows
+from engine.models.families.common import read_activation, read_shape, read_windows
+from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
+from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: MistralConfig of transformers.
 DEFAULTS = {
@@ -23,13 +25,11 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: Fields) -> ModelConfig:
+def read_spec(fields: Fields) -> ModelSpec:
+    """All layers have the window where `layer_types` says nothing."""
     shape = read_shape(fields)
     layer_types = fields.layer_types(shape.num_layers) or ("sliding_attention",) * shape.num_layers
-    return ModelConfig(
-        **shape.common,
-        rope=read_rope(fields, shape),
-        attention_scale=shape.head_dim**-0.5,
-        windows=read_windows(fields, shape, layer_types),
-        activation=read_activation(fields, "hidden_act"),
-    )
+    windows = read_windows(fields, shape, layer_types)
+    rope = read_rope(fields, shape)
+    mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
+    return shape.model(shape.layer(shape.attention(rope, window=window), mlp) for window in windows)

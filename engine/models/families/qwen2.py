@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from engine.models.config import ModelConfig, Shape, read_activation, read_rope, read_shape, read_windows
+from engine.models.families.common import Shape, read_activation, read_shape, read_windows
+from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
+from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: Qwen2Config of transformers.
 DEFAULTS = {
@@ -24,16 +26,11 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: Fields) -> ModelConfig:
+def read_spec(fields: Fields) -> ModelSpec:
     shape = read_shape(fields)
-    return ModelConfig(
-        **shape.common,
-        rope=read_rope(fields, shape),
-        attention_scale=shape.head_dim**-0.5,
-        windows=qwen_windows(fields, shape),
-        qkv_bias=True,
-        activation=read_activation(fields, "hidden_act"),
-    )
+    rope, windows = read_rope(fields, shape), qwen_windows(fields, shape)
+    mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
+    return shape.model(shape.layer(shape.attention(rope, window=window, qkv_bias=True), mlp) for window in windows)
 
 
 def qwen_windows(fields: Fields, shape: Shape) -> tuple[int | None, ...]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from engine.models.config import ModelConfig, read_activation, read_rope, read_shape
+from dataclasses import replace
+
+from engine.models.families.common import read_activation, read_shape
+from engine.models.families.qwen2 import qwen_windows
+from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-from engine.models.qwen2 import qwen_windows
+from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: Qwen3Config of transformers.
 DEFAULTS = {
@@ -27,16 +31,10 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: Fields) -> ModelConfig:
+def read_spec(fields: Fields) -> ModelSpec:
     shape = read_shape(fields)
-    attention_bias = fields.flag("attention_bias")
-    return ModelConfig(
-        **shape.common,
-        rope=read_rope(fields, shape),
-        attention_scale=shape.head_dim**-0.5,
-        windows=qwen_windows(fields, shape),
-        qkv_bias=attention_bias,
-        output_bias=attention_bias,
-        qk_norm="head",
-        activation=read_activation(fields, "hidden_act"),
-    )
+    bias = fields.flag("attention_bias")
+    attention = shape.attention(read_rope(fields, shape), qkv_bias=bias, output_bias=bias, **shape.qk_norms())
+    mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
+    windows = qwen_windows(fields, shape)
+    return shape.model(shape.layer(replace(attention, window=window), mlp) for window in windows)

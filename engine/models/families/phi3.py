@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from engine.models.config import ModelConfig, WeightNames, read_activation, read_rope, read_shape, read_windows
+from engine.models.families.common import read_activation, read_shape, read_windows
+from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-
-NAMES = WeightNames(qkv=("self_attn.qkv_proj",), gate_up=("mlp.gate_up_proj",))
-
+from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: Phi3Config of transformers.
 DEFAULTS = {
@@ -25,14 +24,12 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: Fields) -> ModelConfig:
+def read_spec(fields: Fields) -> ModelSpec:
     """Early releases call longrope "su" or "yarn"."""
     shape = read_shape(fields)
-    return ModelConfig(
-        **shape.common,
-        rope=read_rope(fields, shape, renamed={"su": "longrope", "yarn": "longrope"}),
-        attention_scale=shape.head_dim**-0.5,
-        windows=read_windows(fields, shape, ("sliding_attention",) * shape.num_layers),
-        activation=read_activation(fields, "hidden_act"),
-        names=NAMES,
+    rope = read_rope(fields, shape, renamed={"su": "longrope", "yarn": "longrope"})
+    windows = read_windows(fields, shape, ("sliding_attention",) * shape.num_layers)
+    mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"), gate_up=("mlp.gate_up_proj",))
+    return shape.model(
+        shape.layer(shape.attention(rope, window=window, qkv=("self_attn.qkv_proj",)), mlp) for window in windows
     )

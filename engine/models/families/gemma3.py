@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from engine.models.config import ModelConfig, read_rope, read_shape
+from engine.models.families.common import read_shape, read_windows
+from engine.models.families.gemma2 import gemma_attention, gemma_model
+from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-from engine.models.gemma2 import gemma_values
+from engine.models.spec import ModelSpec
 
 # What an absent field means: Gemma3TextConfig of transformers.
 DEFAULTS = {
@@ -29,23 +31,24 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: Fields) -> ModelConfig:
+def read_spec(fields: Fields) -> ModelSpec:
     """Every sixth layer (`sliding_window_pattern`) sees all, where `layer_types` says nothing."""
-    shape = read_shape(fields)
+    shape = read_shape(fields, norm_offset=1.0)
     layer_types = fields.layer_types(shape.num_layers)
     if layer_types is None:
         pattern = fields.integer("sliding_window_pattern")
         layer_types = tuple(
             "sliding_attention" if (layer + 1) % pattern else "full_attention" for layer in range(shape.num_layers)
         )
-    return ModelConfig(
-        **gemma_values(fields, shape, layer_types),
-        qk_norm="head",
-        rope=read_rope(fields, shape, layer_type="full_attention"),
-        local_rope=read_rope(
+    ropes = {
+        "full_attention": read_rope(fields, shape, layer_type="full_attention"),
+        "sliding_attention": read_rope(
             fields, shape, theta_field="rope_local_base_freq", layer_type="sliding_attention", scaled=False
         ),
-        local_rope_layers=tuple(kind == "sliding_attention" for kind in layer_types),
-        attention_softcap=fields.optional_number("attn_logit_softcapping", above=0.0),
-        logit_softcap=fields.optional_number("final_logit_softcapping", above=0.0),
-    )
+    }
+    windows = read_windows(fields, shape, layer_types)
+    attention = [
+        gemma_attention(fields, shape, ropes[kind], window, **shape.qk_norms())
+        for kind, window in zip(layer_types, windows, strict=True)
+    ]
+    return gemma_model(fields, shape, attention)

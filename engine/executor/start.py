@@ -1,0 +1,94 @@
+"""What the start of every device is given, and does alike: reading the weights, now and later.
+
+Made by the composition root, used by cpu_start.py and cuda_start.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engine.config import EngineConfig, StartupError
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
+from engine.models.spec import ModelSpec, difference
+from engine.report import StartupReport
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """spec: of the model in `directory`. context: tokens that a sequence may have."""
+
+    config: EngineConfig
+    directory: Path
+    spec: ModelSpec
+    context: int
+    report: StartupReport
+
+    def loader(self, **options: Any) -> Callable[[Path | None], CausalLM]:
+        """What reads the model: from `directory`, and later from others that hold the same one with other weights.
+
+        options: of load_model.
+        """
+
+        def load(other: Path | None) -> CausalLM:
+            load_format = self.config.model.load_format
+            if other is not None:
+                load_format = "auto"
+                self._refuse_another(other)
+            return load_model(
+                self.spec,
+                other or self.directory,
+                load_format=load_format,
+                seed=self.config.model.seed or 0,
+                progress=show_progress(),
+                max_model_len=self.context,
+                **options,
+            )
+
+        return load
+
+    def _refuse_another(self, directory: Path) -> None:
+        # Whether the output layer is used is ours to say.
+        theirs = dataclasses.replace(read_spec(directory), headless=self.spec.headless, assumed=self.spec.assumed)
+        if (name := difference(theirs, self.spec)) is not None:
+            raise StartupError(f"{directory / 'config.json'} is of another model: {name} differs")
+
+    def report_output_layer(self, model: CausalLM) -> None:
+        """Where the checkpoint knew better than config.json."""
+        if model.config.tie_word_embeddings != self.spec.tie_word_embeddings:
+            self.report.row(
+                "output layer", "the checkpoint's own: it differs from the embedding, though config.json ties them"
+            )
+
+
+def show_progress() -> Callable[[int, int], None]:
+    """A progress bar for weights, on stderr; nothing where stderr is no terminal and the load is short."""
+    from tqdm import tqdm
+
+    delay = 0.0 if sys.stderr.isatty() else 2.0
+
+    bar: tqdm | None = None
+
+    def progress(done: int, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(
+                total=total,
+                desc="Loading weights",
+                unit="B",
+                unit_scale=True,
+                file=sys.stderr,
+                mininterval=0.2,
+                delay=delay,
+            )
+        bar.update(done - bar.n)
+        if done >= total:
+            bar.close()
+
+    return progress

@@ -1,0 +1,111 @@
+"""From a spec and a directory to a model that runs. Called once at start by the device's start module."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from engine.config import StartupError
+from engine.models.loading.checkpoint import StoredTensor
+from engine.models.loading.weights import (
+    CheckpointWeights,
+    DummyWeights,
+    ShapeRecorder,
+    Weights,
+    find_model_tensors,
+    settle_output,
+)
+from engine.models.parts.decoder import CausalLM, Decoder
+from engine.models.spec import ModelSpec
+
+Progress = Callable[[int, int], None]
+
+logger = logging.getLogger("oneloop.start")
+
+_M_MMAP_THRESHOLD = -3  # malloc.h
+
+
+def load_model(
+    spec: ModelSpec,
+    directory: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: Progress | None = None,
+    max_model_len: int | None = None,
+    deterministic: bool = False,
+) -> CausalLM:
+    """Build a model and fill it with weights.
+
+    load_format: auto reads the safetensors of `directory`; dummy makes random weights from `seed` and reads
+    nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
+    be used, which sizes the rope tables; None is `spec.context_length`.
+    Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
+    """
+    try:
+        return _load(spec, directory, dtype, device, load_format, seed, progress, max_model_len, deterministic)
+    except (RuntimeError, MemoryError) as error:
+        # torch has no class of its own for a failed allocation on the host, nor for a size beyond 64 bits.
+        text = " ".join(str(error).split())
+        if isinstance(error, MemoryError) or "alloc" in text or "out of memory" in text or "overflow" in text:
+            raise StartupError(f"{directory}: no memory for the model: {text[:200]}") from error
+        raise
+
+
+def _load(
+    spec: ModelSpec,
+    directory: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str,
+    seed: int,
+    progress: Progress | None,
+    max_model_len: int | None,
+    deterministic: bool,
+) -> CausalLM:
+    if load_format not in ("auto", "safetensors", "dummy"):
+        raise StartupError(f"load format {load_format!r} is not one of auto, safetensors, dummy")
+    context = max_model_len or spec.context_length
+    stored: dict[str, StoredTensor] = {}
+    if load_format != "dummy":
+        stored = find_model_tensors(directory)
+        if (directory / "adapter_config.json").exists():
+            logger.warning("%s: the adapter beside the model (adapter_config.json) is not applied", directory)
+        spec = settle_output(spec, stored, directory, dtype)
+    recorder = ShapeRecorder(dtype)
+    Decoder(spec, recorder, context)
+    weights: Weights
+    if load_format == "dummy":
+        weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
+    else:
+        weights = CheckpointWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
+    weights.deterministic = deterministic
+    with weights, _freed_memory_goes_back():
+        return Decoder(spec, weights, context)
+
+
+@contextlib.contextmanager
+def _freed_memory_goes_back() -> Iterator[None]:
+    """Keep glibc from holding on to what loading frees.
+
+    Its threshold for memory that is given back at once rises with each large block that is freed, so that later
+    temporaries of that size stay in the heap: up to a tenth of the weights of a small model, now and then. Afterwards
+    it stands at its highest (32 MB), where a step's activations are reused without new page faults.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        yield
+        return
+    mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+    try:
+        yield
+    finally:
+        mallopt(_M_MMAP_THRESHOLD, 32 << 20)

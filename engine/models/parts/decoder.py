@@ -1,0 +1,159 @@
+"""The one decoder that all families are: embedding, layers, final norm, output layer.
+
+Built at start by loading/; run by the executor's thread, one step after another.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.clock import RangeOf, in_range
+from engine.models.parts.attention import Attention
+from engine.models.parts.dense import Mlp
+from engine.models.parts.experts import SeparateExperts, StackedExperts, make_experts
+from engine.models.parts.norm import NoNorm, Norm
+from engine.models.parts.rope import rope_table
+from engine.models.parts.source import Source
+from engine.models.spec import Experts, LayerSpec, ModelSpec, NormSpec, RopeSpec
+from engine.ops.attention.base import AttentionBackend, AttentionSpec
+from engine.ops.linear import Linear
+
+# Of all tensors but the output layer's.
+PREFIX = "model."
+EMBEDDING = PREFIX + "embed_tokens.weight"
+
+
+class CausalLM(Protocol):
+    """A loaded model, as executors know it. Not thread safe: one thread runs it."""
+
+    config: ModelSpec
+    attention_spec: AttentionSpec
+    linears: list[Linear]
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """Integers [T] and [T] -> hidden states [T, hidden_size] after the final norm, in the model's dtype."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states [R, hidden_size] -> float32 [R, vocab_size]. Never called where config.headless is set."""
+        ...
+
+    def name_layers(self, range_of: RangeOf) -> None:
+        """Put every layer's parts into named ranges of a profiler's time line from now on."""
+        ...
+
+
+class Layer:
+    """One decoder layer: the parts, put together by Decoder.forward."""
+
+    def __init__(self, spec: LayerSpec, source: Source, index: int, hidden_size: int) -> None:
+        prefix = f"{PREFIX}layers.{index}."
+
+        def norm(spec: NormSpec | None) -> Norm | None:
+            return Norm(spec, source, prefix, hidden_size) if spec is not None else None
+
+        self.input_norm = norm(spec.mixer_norm) or NoNorm()
+        self.attention = Attention(spec.mixer, source, index, prefix, hidden_size)
+        self.attention_out_norm = norm(spec.mixer_out_norm)
+        self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
+        self.mlp: Mlp | SeparateExperts | StackedExperts
+        if isinstance(spec.feed_forward, Experts):
+            self.mlp = make_experts(spec.feed_forward, source, prefix, hidden_size)
+        else:
+            assert spec.feed_forward is not None, "a layer without a feed-forward has no part yet"
+            self.mlp = Mlp(spec.feed_forward, source, prefix, hidden_size)
+        self.mlp_out_norm = norm(spec.feed_forward_out_norm)
+
+
+def _attention_spec(spec: ModelSpec) -> AttentionSpec:
+    """What a backend must be built for; its layers differ in nothing but their window."""
+    first, windows = spec.attention, spec.windows
+    for layer in spec.layers:
+        same = (layer.mixer.num_heads, layer.mixer.num_kv_heads, layer.mixer.head_dim, layer.mixer.scale)
+        assert same == (first.num_heads, first.num_kv_heads, first.head_dim, first.scale)
+        assert layer.mixer.softcap == first.softcap
+    return AttentionSpec(
+        num_layers=spec.num_layers,
+        num_heads=first.num_heads,
+        num_kv_heads=first.num_kv_heads,
+        head_dim=first.head_dim,
+        scale=first.scale,
+        window=windows if any(windows) else None,
+        softcap=first.softcap,
+    )
+
+
+class Decoder:
+    """A CausalLM. config: what it is. attention_spec: what its attention backend must be built for."""
+
+    def __init__(self, spec: ModelSpec, source: Source, max_model_len: int) -> None:
+        self.config = spec
+        self.attention_spec = _attention_spec(spec)
+        vocab, hidden = spec.vocab_size, spec.hidden_size
+        # The largest tensor first: what it needs beside itself while it is prepacked is then the only thing held.
+        self._lm_head: Linear | None = None
+        if not spec.headless:
+            self._lm_head = source.output_layer(vocab, hidden, tied=spec.tie_word_embeddings)
+        self._embedding: Tensor | None = None
+        if self._lm_head is None or not spec.tie_word_embeddings:
+            self._embedding = source.tensor(EMBEDDING, (vocab, hidden))
+        # Rounded to the model's dtype, as the gemmas were trained.
+        scale = torch.tensor(spec.embedding_scale, dtype=source.dtype).item()
+        self._embedding_scale = scale if scale != 1.0 else None
+        self._logit_softcap = spec.logit_softcap
+        self._layers = [Layer(layer, source, index, hidden) for index, layer in enumerate(spec.layers)]
+        self._norm = Norm(spec.final_norm, source, PREFIX, hidden)
+
+        tables: dict[RopeSpec | None, Tensor | None] = {None: None}
+        for rope in spec.ropes:
+            tables[rope] = rope_table(rope, spec.max_position_embeddings, max_model_len, source.device)
+        # Each layer with its rope table and the norm that follows it: its residual addition is part of that norm.
+        following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
+        own = [tables[layer.mixer.rope] for layer in spec.layers]
+        self._steps = list(zip(self._layers, own, following, strict=True))
+        # For what the start says of them.
+        self.linears = source.linears
+
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """int32 or int64 [T], [T] -> [T, hidden_size] after the final norm.
+
+        `attention` has planned the step, and turns q and k by the positions of that plan: `positions` are the
+        same ones, for a family that adds positions anywhere else.
+        """
+        embedding = self._embedding
+        if embedding is None:
+            assert self._lm_head is not None
+            residual = self._lm_head.rows(token_ids)
+        else:
+            residual = F.embedding(token_ids, embedding)
+        if self._embedding_scale is not None:
+            residual = residual.mul_(self._embedding_scale)
+        x = self._layers[0].input_norm(residual)
+        for layer, table, following in self._steps:
+            x = layer.attention(x, table, attention)
+            if layer.attention_out_norm is not None:
+                x = layer.attention_out_norm(x)
+            x, residual = layer.mlp_norm.add(x, residual)
+            x = layer.mlp(x)
+            if layer.mlp_out_norm is not None:
+                x = layer.mlp_out_norm(x)
+            x, residual = following.add(x, residual)
+        return x
+
+    def name_layers(self, range_of: RangeOf) -> None:
+        """See CausalLM. Costs nothing until it is called."""
+        for index, layer in enumerate(self._layers):
+            for part in ("attention", "mlp"):
+                setattr(layer, part, in_range(getattr(layer, part), f"layer {index} {part}", range_of))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, hidden_size] -> float32 [R, vocab_size]."""
+        assert self._lm_head is not None, "a model without an output layer has no logits"
+        logits = self._lm_head(hidden).float()
+        if self._logit_softcap is not None:
+            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
+        return logits

@@ -1,0 +1,28 @@
+"""The plain feed-forward of a layer. Run by the executor's thread."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engine.models.parts.source import Source
+from engine.models.spec import Dense
+from engine.ops.linear import Linear
+
+
+class Mlp:
+    """down(act(gate(x)) * up(x)), gate and up in one product."""
+
+    def __init__(self, spec: Dense, source: Source, prefix: str, hidden_size: int) -> None:
+        inner = spec.intermediate_size
+        self._gate_up: Linear = source.linear(
+            [prefix + name for name in spec.gate_up],
+            [inner, inner] if len(spec.gate_up) == 2 else [2 * inner],
+            hidden_size,
+            bias=spec.bias,
+            activation=spec.activation,
+        )
+        self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=spec.bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        return self._down(self._gate_up.gated(x))

@@ -1,0 +1,82 @@
+"""Mixtures of experts, as a CPU and as a GPU compute them. Run by the executor's thread."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.models.parts.dense import Mlp
+from engine.models.parts.source import Source
+from engine.models.spec import Dense, Experts
+from engine.ops.experts import choose_experts, mix_experts
+
+
+def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> SeparateExperts | StackedExperts:
+    """The form that the device wants."""
+    kind = StackedExperts if keeps_experts_stacked(source.device) else SeparateExperts
+    return kind(spec, source, prefix, hidden_size)
+
+
+def _expert(spec: Experts, number: int) -> Dense:
+    """One of them, on its own."""
+    gate_up = tuple(name.format(number) for name in spec.gate_up)
+    return Dense(spec.intermediate_size, spec.activation, gate_up=gate_up, down=spec.down.format(number))
+
+
+def keeps_experts_stacked(device: torch.device) -> bool:
+    """Whether all experts of a layer are one tensor: what a GPU's kernels read."""
+    return device.type == "cuda"
+
+
+class SeparateExperts:
+    """A mixture of experts: every token goes through the few experts that the router rates highest.
+
+    Tokens are sorted by expert, so each expert that is needed does one product over all its tokens. That reads the
+    counts on the host, which is free on the CPU; for a GPU there is StackedExperts.
+    """
+
+    def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
+        self._count = spec.num_experts
+        self._chosen = spec.num_experts_per_token
+        self._normalize = spec.normalize
+        self._router = source.linear([prefix + spec.router], [spec.num_experts], hidden_size)
+        self._experts = [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        experts, shares = choose_experts(self._router(x), self._chosen, normalize=self._normalize)
+        experts = experts.view(-1)
+        order = experts.argsort(stable=True)
+        counts = torch.bincount(experts, minlength=self._count).tolist()
+        inputs = x.index_select(0, order // self._chosen)
+        parts, start = [], 0
+        for expert, count in enumerate(counts):
+            if count:
+                parts.append(self._experts[expert](inputs[start : start + count]))
+                start += count
+        outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
+        # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
+        weighted = outputs.view(-1, self._chosen, x.shape[-1]) * shares[:, :, None]
+        return weighted.sum(dim=1).to(x.dtype)
+
+
+class StackedExperts:
+    """The same on a GPU, where the host knows no counts (ops/experts.py)."""
+
+    def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
+        count, inner = spec.num_experts, spec.intermediate_size
+        self._chosen = spec.num_experts_per_token
+        self._normalize = spec.normalize
+        self._activation = spec.activation
+        self._router = source.linear([prefix + spec.router], [count], hidden_size)
+        parts = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
+        rows = [2 * inner * count // len(parts)] * len(parts)
+        self._gate_up = source.stacked([f"{part}.weight" for part in parts], rows, hidden_size)
+        self._gate_up = self._gate_up.view(count, 2 * inner, hidden_size)
+        downs = [f"{prefix + spec.down.format(number)}.weight" for number in range(count)]
+        self._down = source.stacked(downs, [hidden_size] * count, inner).view(count, hidden_size, inner)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        weights = self._gate_up, self._down
+        return mix_experts(x, self._router(x), *weights, self._chosen, self._activation, normalize=self._normalize)

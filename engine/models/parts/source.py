@@ -1,0 +1,51 @@
+"""Where parts get their tensors from while they build themselves. Implemented in loading/weights.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from engine.ops.linear import Linear
+
+
+class Source(Protocol):
+    """Tensors by name and shape; dtype and device are those of the result.
+
+    deterministic: linear layers are to give a row the same bits in any batch. linears: all that were made so far.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    deterministic: bool
+    linears: list[Linear]
+
+    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """One tensor as the checkpoint has it."""
+        ...
+
+    def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
+        """Several tensors [rows[i], *columns] below one another, as one [sum(rows), *columns]."""
+        ...
+
+    def linear(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        columns: int,
+        *,
+        bias: bool = False,
+        order: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Linear:
+        """A ready linear layer from one or several projections of the checkpoint (`NAME.weight`, `NAME.bias`).
+
+        order: the first len(order) rows of the result are rows `order` of the checkpoint. activation: see Linear.
+        """
+        ...
+
+    def output_layer(self, vocab: int, hidden: int, *, tied: bool) -> Linear:
+        """The layer that makes logits; a tied one is the embedding too, and hands out its rows."""
+        ...

@@ -1,0 +1,248 @@
+"""What a model is: sizes, a list of layers and a head, as frozen dataclasses.
+
+Families make one from config.json, loading finds its tensors, parts compute it; executors and the server read it.
+Names of tensors are those of the checkpoint, without `.weight` and `.bias`, relative to their layer. Imports nothing
+of ours and no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+DTYPES = ("bfloat16", "float16", "float32")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+
+Activation = Literal["silu", "gelu_tanh"]
+
+
+@dataclass(frozen=True, slots=True)
+class RopeSpec:
+    """A rotary embedding.
+
+    kind: one of ROPE_KINDS. rotary_dim: how many leading dimensions of a head are turned (even).
+    interleaved: the checkpoint pairs dimensions (2i, 2i+1) and not (i, i + rotary_dim/2).
+    attention_scaling: factor on cos and sin (yarn, longrope).
+    original_max_position: context of the pretraining, where the kind needs it.
+    The remaining fields belong to single kinds and carry the names of config.json.
+    """
+
+    kind: str
+    theta: float
+    rotary_dim: int
+    interleaved: bool = False
+    attention_scaling: float = 1.0
+    factor: float = 1.0
+    original_max_position: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class NormSpec:
+    """An RMS norm over the last dimension: x / sqrt(mean(x^2) + eps) * (offset + weight)."""
+
+    name: str
+    eps: float
+    offset: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedQueryAttention:
+    """Softmax attention with as many or fewer key and value heads than query heads; its memory is KV pages.
+
+    scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included,
+    or None for all. softcap: c in c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope, over each
+    head or (norm_width full) over all heads at once. qkv: one name where the checkpoint has them fused, else three.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopeSpec | None
+    window: int | None = None
+    softcap: float | None = None
+    q_norm: NormSpec | None = None
+    k_norm: NormSpec | None = None
+    norm_width: Literal["head", "full"] = "head"
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    output: str = "self_attn.o_proj"
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return 2 * (self.num_heads + self.num_kv_heads) * self.head_dim * hidden_size
+
+
+# What mixes the tokens of a sequence; latent attention, delta nets, state spaces and convolutions join here.
+Mixer = GroupedQueryAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two."""
+
+    intermediate_size: int
+    activation: Activation
+    bias: bool = False
+    gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
+    down: str = "mlp.down_proj"
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return 3 * hidden_size * self.intermediate_size
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A mixture of experts, each a Dense of its own; a router chooses a few for every token.
+
+    normalize: the weights of a token's chosen experts are made to add up to 1. `{}` in a name is the expert's number.
+    """
+
+    num_experts: int
+    num_experts_per_token: int
+    intermediate_size: int
+    activation: Activation
+    normalize: bool
+    router: str = "mlp.gate"
+    gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
+    down: str = "mlp.experts.{}.down_proj"
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return self.num_experts * hidden_size * (3 * self.intermediate_size + 1)
+
+
+FeedForward = Dense | Experts
+
+
+@dataclass(frozen=True, slots=True)
+class LayerSpec:
+    """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there."""
+
+    mixer: Mixer
+    feed_forward: FeedForward | None
+    mixer_norm: NormSpec | None = None
+    mixer_out_norm: NormSpec | None = None
+    feed_forward_norm: NormSpec | None = None
+    feed_forward_out_norm: NormSpec | None = None
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        feed_forward = self.feed_forward.num_parameters(hidden_size) if self.feed_forward is not None else 0
+        return self.mixer.num_parameters(hidden_size) + feed_forward
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """A decoder-only model: embedding, layers, final norm, output layer.
+
+    layers: equal ones are one object. max_position_embeddings: tokens that it was trained for. dtype: what config.json
+    names, bfloat16 where it names none. eos_token_ids: of config.json; where it does not mention them,
+    class_eos_token_ids are those of the class. embedding_scale: factor on what the embedding gives. logit_softcap: c
+    in c * tanh(x / c), or None. architecture: the class, as `architectures` names it. headless: there is no output
+    layer, so hidden states are all it gives. assumed: sizes that config.json does not name.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    layers: tuple[LayerSpec, ...]
+    final_norm: NormSpec
+    max_position_embeddings: int
+    tie_word_embeddings: bool
+    dtype: str
+    eos_token_ids: tuple[int, ...]
+    bos_token_id: int | None
+    embedding_scale: float = 1.0
+    logit_softcap: float | None = None
+    architecture: str = ""
+    headless: bool = False
+    class_eos_token_ids: tuple[int, ...] = ()
+    assumed: tuple[str, ...] = ()
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def attention(self) -> GroupedQueryAttention:
+        """Of the first layer that has one: heads, their size and scale are those of all."""
+        return next(layer.mixer for layer in self.layers if isinstance(layer.mixer, GroupedQueryAttention))
+
+    @property
+    def num_heads(self) -> int:
+        return self.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.attention.num_kv_heads
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """One entry a layer: the tokens that a query sees, itself included, or None for all."""
+        return tuple(layer.mixer.window for layer in self.layers)
+
+    @property
+    def longest_window(self) -> int | None:
+        """Tokens that a query sees at most, itself included; None where some layer sees all."""
+        windows = [window for window in self.windows if window is not None]
+        return max(windows) if len(windows) == self.num_layers else None
+
+    @property
+    def ropes(self) -> tuple[RopeSpec, ...]:
+        """Those there are, in the order in which layers have them."""
+        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers if layer.mixer.rope is not None))
+
+    @property
+    def experts(self) -> tuple[Experts, ...]:
+        """Those of every layer that has some."""
+        return tuple(layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, Experts))
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of context the model is made for: yarn is the one kind whose field does not say it itself."""
+        yarn = [int(rope.original_max_position * rope.factor) for rope in self.ropes if rope.kind == "yarn"]
+        return max([self.max_position_embeddings, *yarn])
+
+    @property
+    def num_parameters(self) -> int:
+        """Elements of all weight matrices; norms and biases, far below 1%, are left out."""
+        matrices = 1 if self.tie_word_embeddings or self.headless else 2
+        total = self.vocab_size * self.hidden_size * matrices
+        return total + sum(layer.num_parameters(self.hidden_size) for layer in self.layers)
+
+
+def share(layers: Iterable[LayerSpec]) -> tuple[LayerSpec, ...]:
+    """The same layers, equal ones as one object."""
+    seen: dict[LayerSpec, LayerSpec] = {}
+    return tuple(seen.setdefault(layer, layer) for layer in layers)
+
+
+def difference(first: Any, second: Any, name: str = "") -> str | None:
+    """Where two specs differ first: `layers.3.mixer.window`; None where they are equal."""
+    if first == second:
+        return None
+    inner: list[tuple[str, Any, Any]] = []
+    if type(first) is type(second) and dataclasses.is_dataclass(first):
+        names = [each.name for each in dataclasses.fields(first)]
+        inner = [(each, getattr(first, each), getattr(second, each)) for each in names]
+    elif isinstance(first, tuple) and isinstance(second, tuple) and len(first) == len(second):
+        inner = [(str(index), *pair) for index, pair in enumerate(zip(first, second, strict=True))]
+    for part, one, other in inner:
+        if (found := difference(one, other, f"{name}.{part}" if name else part)) is not None:
+            return found
+    return name
