@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.request import RequestError, SamplingParams, TokenConstraint
-from engine.text.structured import Grammar, GrammarSpec
+from engine.text.grammar.spec import GrammarSpec
+from engine.text.grammar.state import Grammar
 from engine.text.tokenizer import Tokenizer
 from server.parsers.base import ReasoningFamily, ReasoningState
 from server.protocol.body import invalid

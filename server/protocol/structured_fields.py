@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from engine.request import RequestError
-from engine.text.structured import GrammarSpec, Kind
+from engine.text.grammar.spec import GrammarSpec, Kind
 from server.protocol.body import Body, check_nesting, invalid
 
 _SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
