@@ -67,6 +67,9 @@ READ: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
     ({"json_schema": TEXT}, ("json_schema", TEXT)),
     ({"regex": "a"}, ("regex", "a")),
     ({"ebnf": "root ::= a"}, ("grammar", "root ::= a")),
+    ({"grammar": "root ::= a"}, ("grammar", "root ::= a")),
+    ({"grammar": ""}, None),
+    ({"grammar": "", "json_schema": TEXT}, ("json_schema", TEXT)),
 ]
 
 
