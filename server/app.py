@@ -25,7 +25,7 @@ from aiohttp import web
 from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
 from engine.request import RequestError, UnavailableError
-from engine.text.structured import GrammarCompiler
+from engine.text.grammar.compiler import GrammarCompiler
 from server.endpoints import (
     abort,
     anthropic,

@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from engine.text.structured import GrammarSpec
+from engine.text.grammar.spec import GrammarSpec
 from server.custom_calls import INPUT
 from server.parsers.base import ToolFamily
 from server.protocol.body import Body, check_nesting, invalid
