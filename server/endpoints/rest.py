@@ -103,3 +103,4 @@ ROUTES = (
     ("GET", "/is_sleeping", is_sleeping),
     ("POST", "/update_weights_from_disk", update_weights),
 )
+IS_ADMIN = True

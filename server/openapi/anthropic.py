@@ -23,7 +23,6 @@ from server.openapi.words import (
 )
 from server.protocol.anthropic import (
     CHOICES,
-    EFFORTS,
     ERROR_TYPES,
     HINTS,
     REFUSALS,
@@ -68,7 +67,7 @@ _REQUEST: Json = {
         takes({"type": constant("tool"), "name": string()}, {"disable_parallel_tool_use": boolean()}),
     ),
     "thinking": takes({"type": constant(*THINKING)}, {"budget_tokens": integer(1), "display": string()}),
-    "output_config": takes({}, {"effort": constant(*EFFORTS), "format": _FORM}),
+    "output_config": takes({}, {"effort": _EFFORT, "format": _FORM}),
     "output_format": _FORM,
     "chat_template_kwargs": TEMPLATE["chat_template_kwargs"],
     **dict.fromkeys(HINTS, ANYTHING | {"description": "Changes nothing here."}),
@@ -80,7 +79,7 @@ _UNREAD: Json = {
     "stop_sequences": array(ANYTHING),
 }
 _ANY_FORM = takes({"type": constant("json_schema")})
-_CONFIG = takes({}, {"effort": constant(*EFFORTS), "format": _ANY_FORM})
+_CONFIG = takes({}, {"effort": _EFFORT, "format": _ANY_FORM})
 _MESSAGES: Json = {"messages": array(_MESSAGE, least=1)}
 
 _USAGE = gives(

@@ -10,10 +10,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from server.endpoints.short import short_form
 from server.openapi import admin, anthropic, ollama, openai, pooling, responses, sglang, small
 from server.openapi.words import Json, string
 from server.protocol.body import REFUSED_EVERYWHERE
+from server.short_forms import short_form
 
 FAMILIES: tuple[Any, ...] = (openai, responses, pooling, anthropic, ollama, sglang, admin, small)
 

@@ -5,19 +5,16 @@ Pure but for the store, which earlier turns come from. Loop thread.
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.request import RequestError
 from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.chat import parse_chat
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
 from server.protocol.history import newest_turn
 from server.protocol.ignored import ignore
+from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse
 from server.protocol.response_items import Flat, as_messages, read_item, turn_of
 from server.protocol.tool_fields import Declared
@@ -64,13 +61,19 @@ REFUSALS: dict[str, tuple[object, ...]] = {
 }
 # Wishes that change no word of the answer: how a provider runs it, bills it or keeps it.
 HINTS = ("service_tier", "prompt_cache_retention", "prompt_cache_options", "context_management")
-# Chat's names in the sentences of its errors, and ours.
-_RENAMES = (
-    (re.compile(r"\b(?:response_format\.json_schema|response_format)\b"), "text.format"),
-    (re.compile(r"\bmax_tokens\b"), "max_output_tokens"),
-    (re.compile(r"\breasoning_effort\b"), "reasoning.effort"),
-    (re.compile(r"\b(tools\[\d+\](?:\.tools\[\d+\])?|tool_choice)\.(?:function|custom)\b"), r"\1"),
-    (re.compile(r"^(?:messages|prompt)\b|(?<=`)messages\b"), "input"),
+# Our name of a field and this API's, for errors: what describes a tool stands beside its type here.
+NAMES = (
+    MOVED
+    | {
+        "prompt": "input",
+        "response_format.json_schema": "text.format",
+        "tool_choice.allowed_tools": "tool_choice",
+    }
+    | {
+        f"{place}.{kind}": place.replace("allowed_tools.", "")
+        for place in ("tools[]", "tools[].tools[]", "tool_choice", "tool_choice.allowed_tools.tools[]")
+        for kind in ("function", "custom")
+    }
 )
 
 
@@ -92,7 +95,7 @@ async def parse_response(body: Body, state: State, response_id: str, owner: str)
     store = _read_store(body, state)
     chat, items = read_chat(body, state, owner)
     fields = _read_fields(body)
-    with our_names():
+    with in_words_of(NAMES):
         plan = await parse_chat(chat, state, response_id)
         if fields["truncation"] == "auto":
             flat = Declared(chat.raw("tools")).flat
@@ -118,7 +121,7 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
     if (verbosity := text.choice("text.verbosity", ("low", "medium", "high"))) is not None:
         kwargs = {"verbosity": verbosity} | kwargs
     tools = _chat_tools(body)
-    with our_names():
+    with in_words_of(NAMES):
         flat = Declared(tools).flat
     items, size = _read_items(body, state, owner)
     with_logprobs = LOGPROBS in _read_include(body)
@@ -138,18 +141,6 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
         **dict.fromkeys(("input", "text", "reasoning", "include", "stream_options", "max_output_tokens")),
     }
     return body.changed(changes, body.size + size), items
-
-
-@contextlib.contextmanager
-def our_names() -> Iterator[None]:
-    """Errors of a chat leave this block under this API's names of fields."""
-    try:
-        yield
-    except RequestError as error:
-        message, param = str(error), error.param or ""
-        for pattern, name in _RENAMES:
-            message, param = pattern.sub(name, message), pattern.sub(name, param)
-        raise ApiError(error.status, message, param=param or None, code=error.code) from None
 
 
 # ---- fields

@@ -470,7 +470,7 @@ MESSAGES: list[Row] = [
     ("tool_choice.name", {"type": "tool"}),
     *(("thinking.type", {"type": value}) for value in (None, "", "on", 5)),
     *(("thinking.budget_tokens", {"type": "enabled", "budget_tokens": value}) for value in (None, 0, -1, "5", 10**6)),
-    ("output_config.effort", {"effort": "huge"}),
+    ("output_config.effort", {"effort": 5}),
     *(("output_config.format.type", {"format": value}) for value in ({}, {"type": "xml"})),
     ("output_config.format.type", All({"output_format": {}})),
 ]

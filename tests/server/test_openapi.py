@@ -10,9 +10,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from server.app import ENDPOINTS
-from server.endpoints.short import short_form
 from server.openapi.document import document
 from server.protocol.body import REFUSED_EVERYWHERE, Body
+from server.short_forms import short_form
 from tests.server.support import Live, live
 from tests.server.test_errors import FAMILIES
 
