@@ -1,8 +1,8 @@
 """A dry run without a GPU: the executor, the models and the real FlashInfer on CUDA tensors that have no memory.
 
 `python -m tests.cuda.dry SCENARIO...`: run by test_dry_run.py in processes of its own, for it changes torch, Triton and
-FlashInfer where they ask for a device. Every operation, launch, copy and plan is noted; a line of JSON for each
-scenario says what would be wrong on a GPU, what a graph holds and which kernels are needed.
+FlashInfer where they ask for a device. Every operation, launch, copy and plan is noted; lines of JSON, behind one
+that names their scenario, say what would be wrong on a GPU, what a graph holds and which kernels are needed.
 
 Tensors on the device are fake (shapes, dtypes, devices and strides alone), those of the host are real. FlashInfer's
 Python is the installed one, its compiled modules are stand-ins that take any arguments.
@@ -554,6 +554,7 @@ def main(names: list[str]) -> None:
 
     llama = {**BASE, "architectures": ["LlamaForCausalLM"]}
     for name in names:
+        print(json.dumps({"scenario": name}), flush=True)
         if name == "families":
             for architecture in families():
                 config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}

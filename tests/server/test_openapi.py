@@ -62,6 +62,19 @@ async def test_it_is_served_and_has_every_route_and_no_other(server: Live) -> No
     assert len(set(ids)) == len(ids)
 
 
+def test_a_path_without_v1_is_the_same_route() -> None:
+    """So that schemathesis (tests/clients) need not try both."""
+    routes = [route for endpoint in ENDPOINTS for route in endpoint.ROUTES]
+    handlers = {(method, path.replace(":.+", "")): handler for method, path, handler in routes}
+    twice = [(method, path) for method, path in handlers if (method, f"/v1{path}") in handlers]
+    assert len(twice) >= 18
+    for method, path in twice:
+        assert handlers[method, path] is handlers[method, f"/v1{path}"]
+        told = (DOCUMENT["paths"][form][method.lower()] for form in (path, f"/v1{path}"))
+        short, long = ({name: value for name, value in each.items() if name != "operationId"} for each in told)
+        assert short == long, path
+
+
 async def test_it_knows_where_a_proxy_puts_it() -> None:
     async with live(root_path="/llm/") as server, server.http.get(server.url + "/llm/openapi.json") as response:
         assert (await response.json())["servers"] == [{"url": "/llm"}]
