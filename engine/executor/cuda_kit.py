@@ -74,6 +74,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         not isinstance(manifest, dict)
         or manifest.get("format") != FORMAT
         or not isinstance(manifest.get("kernels"), dict)
+        or not isinstance(manifest.setdefault("models", []), list)
         or not all(isinstance(manifest.get(field), str) for field in fields)
     ):
         raise StartupError(f"--kernels {path}: a kit that another version has written; build it anew")

@@ -65,6 +65,8 @@ class Log:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.modules: set[str] = set()
+        # Functions of modules that were called: (module, function).
+        self.calls: set[tuple[str, str]] = set()
         self.capturing = False
         self.steps = False
         self.pinned: list[tuple[int, int]] = []
@@ -312,6 +314,7 @@ class _Module:
 
         def call(*args: Any) -> object:
             LOG.modules.add(self.name)
+            LOG.calls.add((self.name, what))
             if what == "plan":
                 LOG.add("plan", self.name)
                 return [0] * 16
@@ -442,6 +445,7 @@ def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, chan
         result["error"] = f"{type(error).__name__}: {error}"
     result["findings"] = dict(Counter(event.name for event in LOG.events if event.kind == "finding"))
     result["modules"] = sorted(LOG.modules)
+    result["calls"] = sorted(LOG.calls)
     result["captured"] = sum(event.captured for event in LOG.events)
     print(json.dumps(result), flush=True)
 

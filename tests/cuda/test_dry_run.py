@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from engine.kernels import ENTRY_POINTS, entry_points
 from tests.cuda.fake_flashinfer import SIGNATURES
 from tests.gpu.support import families
 
@@ -72,8 +73,19 @@ def test_nothing_is_found(scenario: str) -> None:
         assert result["captured"] > 0
         # What a kit for the model would hold is at least what was asked for.
         assert set(result["modules"]) <= set(result["kit"]), result
+        for module, function in result["calls"]:
+            assert function in entry_points(module), f"a kit is not asked whether {module} has {function}"
         if "torch" not in result["name"] and "float32" not in result["name"]:
             assert "torch" not in result["attention"], result
+    # And a kit is asked for no more than is called.
+    found = {
+        (begin, what)
+        for r in dry_run(scenario)
+        for m, what in r["calls"]
+        for begin in ENTRY_POINTS
+        if m.startswith(begin)
+    }
+    assert found == {(begin, what) for begin, functions in ENTRY_POINTS.items() for what in functions}
     names = {result["name"].split()[0] for result in dry_run(scenario)}
     assert scenario == "features" or names == set(families())
 
