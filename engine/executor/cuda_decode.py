@@ -102,8 +102,8 @@ class DecodeSteps(DeviceState):
                 assert self._open is not None
                 self._open[:size].copy_(logits)
                 return
-            params, filters = self._sampling.index_select(0, slots), self.attention.filters
-            tokens = sample(logits, params, kv_len, filtered=draw == "filtered", filters=filters)
+            params = self._sampling.index_select(0, slots)
+            tokens = sample(logits, params, kv_len, filtered=draw == "filtered")
             self._last_token.index_copy_(0, slots, tokens)
             side.out[:size].copy_(tokens)
 

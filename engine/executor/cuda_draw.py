@@ -56,8 +56,8 @@ class OpenSteps(DeviceState):
                 x = raw if plan is None else extras.adjust(raw, wide, plan)
                 if masked is not None and bits is not None:
                     x = allow(x, masked, bits)
-                params, filters = self._sampling.index_select(0, wide), self.attention.filters
-                tokens = sample(x, params, positions, filtered=filtered, filters=filters)
+                params = self._sampling.index_select(0, wide)
+                tokens = sample(x, params, positions, filtered=filtered)
                 if plan is not None:
                     extras.note(wide, tokens)
                 if figures is not None and asked is not None and plan is not None:

@@ -103,8 +103,7 @@ class MixedSteps(DeviceState):
                         found.append(logits)
                         return
                     params = self._sampling.index_select(0, sample_slots.long())
-                    filters = self.attention.filters
-                    tokens_out = sample(logits, params, sample_at, filtered=draw == "filtered", filters=filters)
+                    tokens_out = sample(logits, params, sample_at, filtered=draw == "filtered")
                     self._last_token.index_copy_(0, sample_slots.long(), tokens_out)
                     side.out.index_copy_(0, where.long(), tokens_out)
 

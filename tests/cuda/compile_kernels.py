@@ -110,7 +110,7 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     tables = counts, empty(9, 128256, kind=torch.bool), empty(9, 3, kind=torch.float32)
     extras.adjust(logits, slots, bias, *tables)
     extras.adjust(logits, slots, bias, None, None, None)
-    sampling.sample_rows(logits, empty(rows, WORDS, kind=ints), numbers)
+    sampling.sample_rows(logits, empty(rows, WORDS, kind=ints), numbers, filtered=True)
 
 
 def main() -> None:

@@ -260,19 +260,6 @@ def test_torch_on_the_device_draws_what_the_cpu_draws(filters: bool, seed: int) 
     assert ours.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_flashinfers_filters_draw_the_same(seed: int) -> None:
-    """But for ids that tie at the border of top_p, of which FlashInfer keeps all; here are none."""
-    rows, vocab = 40, 600
-    logits, params = 3 * randn(rows, vocab, seed=seed), params_of(rows, True, seed)
-    positions = torch.from_numpy(np.random.default_rng(seed).integers(0, 100, rows).astype(np.int32)).to(DEVICE)
-    filters = FakeFlashInfer(FakeDevice()).sampling
-    if DEVICE.type == "cuda":
-        filters = pytest.importorskip("flashinfer").sampling
-    ours = torch_sample(logits, on_device(params), positions, filtered=True, filters=filters)
-    assert ours.tolist() == torch_sample(logits, on_device(params), positions, filtered=True).tolist()
-
-
 # The last two are of Llama 3 and Qwen: 32 and 38 segments, of which the second kernel sums a block of 32 and of 64.
 @pytest.mark.parametrize("seed", range(5))
 def test_sample_rows(seed: int) -> None:
@@ -283,6 +270,63 @@ def test_sample_rows(seed: int) -> None:
     logits[3, 5:] = float("-inf")
     positions = torch.from_numpy(np.random.default_rng(seed).integers(0, 100, rows).astype(np.int32)).to(DEVICE)
     before = logits.clone()
-    ours = sampling.sample_rows(logits, on_device(params), positions)
+    ours = sampling.sample_rows(logits, on_device(params), positions, filtered=False)
     assert torch.equal(logits, before)
     assert ours.tolist() == torch_sample(logits, on_device(params), positions, filtered=False).tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("seed", "rows", "vocab"), [(0, 15, 40), (1, 15, 1000), (2, 15, 9001), (3, 8, 32000), (4, 5, 128256)]
+)
+def test_filtered_rows_draw_what_the_cpu_draws(dtype: torch.dtype, seed: int, rows: int, vocab: int) -> None:
+    """Ties at borders, rows all equal, biased away but for a few ids, spread wide and hardly at all."""
+    generator = np.random.default_rng(seed)
+    logits, params = (3 * randn(rows, vocab, seed=seed).to(dtype)).float(), params_of(rows, True, seed)
+    params["top_k"] = generator.choice([0, 0, 1, 40, vocab - 1, 10**6], rows)
+    params["top_p"] = generator.choice([1.0, 0.95, 0.5, 1e-6, 0.0], rows)
+    params["min_p"] = generator.choice([0.0, 0.0, 0.05, 1.0], rows)
+    params["temperature"] = generator.choice([0.0, 1e-42, 1e-6, 0.3, 1.0, 2.5, 100.0], rows)
+    logits[::3] = logits[::3].round()  # with zeros of both signs
+    logits[::7] = logits[::7, :1]
+    logits[1::7, 5:] = float("-inf")
+    logits[2::14] = float("-inf")
+    logits[3::14] *= 20
+    logits[4::14] *= 0.001
+    positions = generator.integers(0, 100, rows).astype(np.int32)
+    expected = sampler.sample(logits.cpu().clone(), params, positions)
+    given = on_device(params), torch.from_numpy(positions).to(DEVICE)
+    ours = sampling.sample_rows(logits, *given, filtered=True)
+    assert ours.tolist() == expected.tolist()
+    # A row alone is drawn as in the batch.
+    for row in range(0, rows, 9):
+        alone = [x[row : row + 1].contiguous() for x in (logits, *given)]
+        assert sampling.sample_rows(*alone, filtered=True).tolist() == [int(expected[row])]
+
+
+@pytest.mark.parametrize(
+    ("filters", "allowed"),
+    [
+        ({"top_k": 2}, {1, 2, 3, 5}),
+        ({"top_p": 0.75}, {1, 2}),
+        ({"top_p": 0.8}, {1, 2, 3}),
+        ({"top_p": 0.0}, {1}),
+        ({"min_p": 0.1}, {1, 2, 3, 5}),
+        ({"top_k": 2, "top_p": 0.86, "min_p": 0.0}, {1, 2, 3}),
+        ({"top_k": 4, "top_p": 0.95, "min_p": 0.5}, {1}),
+        ({"top_k": 1, "top_p": 0.5}, {1}),
+    ],
+    ids=str,
+)
+def test_the_filters_allow_what_the_cpus_do(filters: dict[str, float], allowed: set[int]) -> None:
+    """Exactly the allowed ids are drawn; of ties with a border all stay for top_k, the lowest ids for top_p."""
+    rows = 40
+    params = params_of(rows)
+    params["temperature"], params["seed"], params["min_length"] = 1.0, np.arange(rows), 0
+    for name, value in filters.items():
+        params[name] = value
+    logits = torch.tensor([-40.0, 3.0, 1.0, 1.0, 0.0, 1.0, float("-inf")], device=DEVICE).repeat(rows, 1)
+    positions = np.zeros(rows, np.int32)
+    ours = sampling.sample_rows(logits, on_device(params), torch.from_numpy(positions).to(DEVICE), filtered=True)
+    expected = sampler.sample(logits.cpu(), params, positions)
+    assert set(ours.tolist()) == allowed and ours.tolist() == expected.tolist()
