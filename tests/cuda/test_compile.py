@@ -12,7 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 # Registers of a thread, where more than 64 are meant.
-BUDGETS = {"_skinny": 232}
+BUDGETS = {"_skinny": 232, "_draw": 120}
+# On tensor cores, or one block a row: no second block need live on a multiprocessor.
+ALONE = ("_multiply", "_draw")
 
 
 def test_every_kernel_compiles_for_sm_90_within_its_budget(tmp_path: Path) -> None:
@@ -29,7 +31,7 @@ def test_every_kernel_compiles_for_sm_90_within_its_budget(tmp_path: Path) -> No
         # A multiprocessor has 65,536 registers: all kernels but those on tensor cores let two blocks live on it.
         budget = 255 if line["name"] == "_multiply" else BUDGETS.get(line["name"], 64)
         assert line["registers"] <= budget, line
-        assert line["registers"] * 32 * line["warps"] * 2 <= 65536 or line["name"] == "_multiply", line
+        assert line["registers"] * 32 * line["warps"] * 2 <= 65536 or line["name"] in ALONE, line
         # In float32, which no GPU is served in but for comparison, tiles of 64 numbers may not fit.
         assert not line["stack"] or "torch.float32" in line["types"], f"spilled registers: {line}"
     for line in lines:
