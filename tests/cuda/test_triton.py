@@ -25,8 +25,6 @@ from engine.ops.sampling.device import WORDS, torch_sample, uniform  # noqa: E40
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
 from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny  # noqa: E402
-from tests.cuda.fake_device import FakeDevice  # noqa: E402
-from tests.cuda.fake_flashinfer import FakeFlashInfer  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16]
 
