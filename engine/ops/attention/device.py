@@ -119,8 +119,6 @@ class DeviceAttention:
     """
 
     name = "torch"
-    # What finds the borders of top_k and top_p for the sampler (ops/sampling/device.py), where the library has it.
-    filters: Any = None
 
     def __init__(
         self,
