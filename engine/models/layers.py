@@ -14,8 +14,8 @@ from engine.models.rope import split_pairs
 from engine.models.weights import Weights
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.experts import choose_experts, mix_experts
-from engine.ops.linear import Linear
-from engine.ops.norm import add_rms_norm, rms_norm
+from engine.ops.linear import Linear, Product, computed
+from engine.ops.norm import Normed, add_rms_norm, plain, rms_norm
 
 
 class Norm:
@@ -30,12 +30,19 @@ class Norm:
         if offset:
             self._weight = self._weight.float() + offset
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Product) -> Tensor:
         """[N, width] -> [N, width]."""
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(computed(x), self._weight, self._eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def later(self, x: Tensor) -> Tensor | Normed:
+        """The same, for a product to take."""
+        return Normed(x, self._weight, self._eps)
+
+    def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor | Normed, Tensor]:
         """x and residual [N, width] -> (norm of their sum, their sum). The sum takes the residual's memory."""
+        if isinstance(x, Product):
+            residual = x.add_to(residual)
+            return self.later(residual), residual
         return add_rms_norm(x, residual, self._weight, self._eps)
 
 
@@ -45,11 +52,14 @@ class NoNorm(Norm):
     def __init__(self) -> None:
         pass
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Product) -> Tensor:
+        return computed(x)
+
+    def later(self, x: Tensor) -> Tensor:
         return x
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        residual = residual.add_(x)
+    def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = x.add_to(residual) if isinstance(x, Product) else residual.add_(x)
         return residual, residual
 
 
@@ -86,14 +96,14 @@ class Attention:
             self._k_norm = Norm(weights, prefix + names.k_norm, k_width, eps, offset)
             self._norm_widths = (q_width, k_width)
 
-    def __call__(self, x: Tensor, table: Tensor, attention: AttentionBackend) -> Tensor:
+    def __call__(self, x: Tensor | Normed, table: Tensor, attention: AttentionBackend) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
         q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
         if self._q_norm is not None and self._k_norm is not None:
             q_width, k_width = self._norm_widths
             q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
             k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
-        return self._output(attention.forward(self._layer, q, k, v, table))
+        return self._output.later(attention.forward(self._layer, q, k, v, table))
 
 
 class Mlp:
@@ -109,9 +119,9 @@ class Mlp:
         )
         self._down: Linear = weights.linear([down], [config.hidden_size], inner, bias=config.mlp_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""
-        return self._down(self._gate_up.gated(x))
+        return self._down.later(self._gate_up.gated(x))
 
 
 def keeps_experts_stacked(device: torch.device) -> bool:
@@ -143,8 +153,9 @@ class Experts:
             for number in range(experts.num_experts)
         ]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
         experts, shares = choose_experts(self._router(x), self._chosen, normalize=self._normalize)
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
@@ -153,7 +164,7 @@ class Experts:
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count:
-                parts.append(self._experts[expert](inputs[start : start + count]))
+                parts.append(computed(self._experts[expert](inputs[start : start + count])))
                 start += count
         outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
@@ -179,8 +190,9 @@ class StackedExperts:
         downs = [f"{prefix + names.expert_down.format(number)}.weight" for number in range(count)]
         self._down = weights.stacked(downs, [hidden] * count, inner).view(count, hidden, inner)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
         weights = self._gate_up, self._down
         return mix_experts(x, self._router(x), *weights, self._chosen, self._activation, normalize=self._normalize)
 

@@ -96,6 +96,14 @@ class CausalLM(Protocol):
         """Hidden states [R, hidden_size] -> float32 [R, vocab_size]. Never called where config.headless is set."""
         ...
 
+    def raw_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The same in the model's dtype where nothing is done to them after the product: for who reads them once."""
+        ...
+
+    def decode(self, token_ids: torch.Tensor, positions: torch.Tensor, attention: AttentionBackend) -> torch.Tensor:
+        """`forward`, and `raw_logits` of every token."""
+        ...
+
     def name_layers(self, range_of: RangeOf) -> None:
         """Put every layer's parts into named ranges of a profiler's time line from now on."""
         ...

@@ -29,10 +29,14 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 # What a block may have on these GPUs, in bytes.
 SHARED_MEMORY = 227 * 1024
+WIDE_LOAD = r"\bLDG\.E\S*\.128\b"
 
 
 def machine_code(cubin: bytes) -> dict[str, int]:
-    """registers of a thread, stack (bytes that did not fit there), loads of 16 bytes, by the tool that Triton has."""
+    """registers of a thread, stack (bytes that did not fit there), loads of 16 bytes, by the tool that Triton has.
+
+    And of programmatic dependent launch: loads before the wait, stores and ends before it.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -42,8 +46,18 @@ def machine_code(cubin: bytes) -> dict[str, int]:
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text[:500]
-    wide = len(re.findall(r"\bLDG\.E\S*\.128\b", text))
-    return {"registers": int(found[1]), "stack": int(found[2]), "wide_loads": wide}
+    # What comes before the wait for the kernel ahead; all of it, where there is no wait.
+    ahead, wait, _ = text.partition("ACQBULK")
+    return {
+        "registers": int(found[1]),
+        "stack": int(found[2]),
+        "wide_loads": len(re.findall(WIDE_LOAD, text)),
+        "waits": bool(wait),
+        "lets_next_begin": "PREEXIT" in ahead,
+        "loads_ahead": len(re.findall(r"\bLD(?:G|\.E)\b", ahead)),
+        "wide_loads_ahead": len(re.findall(WIDE_LOAD, ahead)),
+        "too_early": len(re.findall(r"\b(?:STG|ST\.E|RED|ATOMG|EXIT)\b", ahead.replace("PREEXIT", ""))),
+    }
 
 
 def compile_only() -> None:
@@ -91,8 +105,10 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     for gelu in (False, True):
         activation.gate_and_mul(empty(rows, 16384), gelu=gelu)
     for few, blocks in itertools.product((1, 2, 4), BLOCKS) if rows == 1 else ():
-        skinny.skinny_product(empty(few, 2048), empty(2048, 2048), empty(2048), blocks, None)
-        skinny.skinny_product(empty(few, 2048), empty(16384, 2048), None, blocks, "silu")
+        square, norm = empty(2048, 2048), (empty(2048), 1e-5)
+        skinny.skinny_product(empty(few, 2048), square, empty(2048), blocks, None, norm)
+        skinny.skinny_product(empty(few, 2048), square, None, blocks, None, None, empty(few, 2048))
+        skinny.skinny_product(empty(few, 2048), empty(16384, 2048), None, blocks, "silu", norm)
     q, k, v = empty(rows, 48, 64).split([32, 8, 8], dim=1)
     for pool in (dtype, torch.float8_e4m3fn):
         pools = [empty(16, 16, 8, 64, kind=pool) for _ in range(2)]
@@ -104,13 +120,16 @@ def calls(dtype: torch.dtype, rows: int) -> None:
         experts.mix_experts(tokens, ratings, gate_up, down, 4, "silu", normalize=True)
     numbers = empty(rows, kind=ints)
     prepare.prepare(empty(9, 128, kind=ints), empty(9, kind=ints), numbers, numbers, numbers, numbers, 64, 16)
-    logits = empty(rows, 128256, kind=torch.float32)
+    raw, logits = empty(rows, 128256), empty(rows, 128256, kind=torch.float32)
     slots = empty(rows, kind=longs)
     bias, counts = empty(9, 128256, kind=torch.float32), empty(9, 128256, kind=ints)
     tables = counts, empty(9, 128256, kind=torch.bool), empty(9, 3, kind=torch.float32)
     extras.adjust(logits, slots, bias, *tables)
     extras.adjust(logits, slots, bias, None, None, None)
-    sampling.sample_rows(logits, empty(rows, WORDS, kind=ints), numbers, filtered=True)
+    params, out = empty(9, WORDS, kind=ints), empty(rows, kind=ints)
+    sampling.sample_rows(raw, params, numbers, numbers, numbers, out, None, filtered=True)
+    if rows == 1:  # open steps, and those with prompts
+        sampling.sample_rows(logits, params, numbers, numbers, numbers, out, numbers, filtered=True)
 
 
 def main() -> None:

@@ -91,11 +91,11 @@ def test_the_stand_in_has_the_real_signatures() -> None:
 
 # (shape, rows, how it draws): nodes of a layer, and of the rest of the step.
 NODES = {
-    "llama-3.2-1b:1:plain": (8, 11),
-    "llama-3.2-1b:64:plain": (9, 11),
-    "llama-3.2-1b:1:filtered": (8, 13),
-    "qwen3-30b-a3b:1:plain": (13, 11),
-    "qwen3-30b-a3b:64:plain": (17, 11),
+    "llama-3.2-1b:1:plain": (6, 5),
+    "llama-3.2-1b:64:plain": (9, 6),
+    "llama-3.2-1b:1:filtered": (6, 7),
+    "qwen3-30b-a3b:1:plain": (13, 6),
+    "qwen3-30b-a3b:64:plain": (17, 6),
 }
 
 

@@ -43,21 +43,39 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
-def sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
-    """float32 [R, V], int32 [R, WORDS] (rows of SAMPLING_DTYPE), int32 [R] -> int32 [R].
+def draw(
+    logits: Tensor,
+    params: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    last_token: Tensor,
+    out: Tensor,
+    where: Tensor | None = None,
+    *,
+    filtered: bool,
+) -> None:
+    """A token for each row of logits [R, V], to `last_token` by slot and to `out` [R], or where `where` says in it.
 
-    positions: index in its sequence of each new token. filtered: some row has top_k, top_p or min_p; without, those
-    fields are not looked at.
+    params int32 [slots, WORDS]: rows of SAMPLING_DTYPE; slots, where int32 or int64 [R]; last_token, out int32.
+    positions int32 [R]: index in its sequence of each new token. filtered: some row has top_k, top_p or min_p; without,
+    those fields are not looked at.
     """
     if on_gpu(logits):
         from engine.ops.triton.sampling import sample_rows
 
-        return sample_rows(logits, params, positions, filtered=filtered)
-    return torch_sample(logits, params, positions, filtered=filtered)
+        sample_rows(logits, params, slots, positions, last_token, out, where, filtered=filtered)
+        return
+    slots = slots.long()
+    tokens = torch_sample(logits.float(), params.index_select(0, slots), positions, filtered=filtered)
+    last_token.index_copy_(0, slots, tokens)
+    if where is None:
+        out.copy_(tokens)
+    else:
+        out.index_copy_(0, where.long(), tokens)
 
 
 def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
-    """The same in torch; sorts every row when filtered."""
+    """float32 [R, V], int32 [R, WORDS], int32 [R] -> int32 [R], in torch; sorts every row when filtered."""
     rows, vocab = logits.shape
     floats = params.view(torch.float32)
     temperature = floats[:, TEMPERATURE : TEMPERATURE + 1]

@@ -3,8 +3,9 @@
 The vocabulary is cut into segments: the first kernel finds each segment's maximum and mass, the second picks the
 segment and then the token. Rows with top_k, top_p or min_p are then drawn anew: the third kernel counts and weighs
 what lies within some distances of the best, the fourth lists what lies within the least that will do, finds in the
-list the logits at which the filters end, and draws from what is left. Nothing of a row depends on the others.
-Called by ops/sampling/device.py, whose `torch_sample` is the reference.
+list the logits at which the filters end, and draws from what is left. Nothing of a row depends on the others. Logits
+are read in the model's dtype, parameters by slot, and tokens go where the next step looks for them, so that a step has
+no launch beside these. Called by ops/sampling/device.py, whose `torch_sample` is the reference.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from engine.ops.sampling.device import (
     TOP_P,
     WORDS,
 )
+from engine.ops.triton.pdl import launch_options, overlap
 
 SEGMENT = 4096
 # Distances from the best logit, in units of the temperature: 1/16 times the powers of 1.5, which float32 holds exactly.
@@ -48,7 +50,7 @@ def _logits_of(
 ):
     """A segment of a row, stop ids masked while the row is too short to stop."""
     ids = segment * SEGMENT + tl.arange(0, SEGMENT)
-    x = tl.load(logits_ptr + row * vocab + ids, mask=ids < vocab, other=-float("inf"))
+    x = tl.load(logits_ptr + row * vocab + ids, mask=ids < vocab, other=-float("inf")).to(tl.float32)
     stops = tl.where(position < tl.load(params_ptr + MIN_LENGTH), tl.load(params_ptr + NUM_STOP_IDS), 0)
     for index in range(stops):
         x = tl.where(ids == tl.load(params_ptr + STOP_IDS + index), -float("inf"), x)
@@ -71,6 +73,7 @@ def _inverse(temperature):
 def _segments(
     logits_ptr,
     params_ptr,
+    slots_ptr,
     positions_ptr,
     tops_ptr,
     sums_ptr,
@@ -83,9 +86,11 @@ def _segments(
     NUM_STOP_IDS: tl.constexpr,
     STOP_IDS: tl.constexpr,
     SEGMENT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    overlap(PDL)
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    params_ptr += row * WORDS
+    params_ptr += tl.load(slots_ptr + row).to(tl.int64) * WORDS
     position = tl.load(positions_ptr + row)
     x = _logits_of(logits_ptr, params_ptr, row, segment, position, vocab, MIN_LENGTH, NUM_STOP_IDS, STOP_IDS, SEGMENT)
     top = tl.max(x, axis=0)
@@ -118,13 +123,23 @@ def _uniform(seed_ptr, position):
 
 
 @triton.jit
+def _note(token, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER: tl.constexpr):
+    """Leave a row's token for the next step, and for the host."""
+    tl.store(last_token_ptr + tl.load(slots_ptr + row), token)
+    tl.store(out_ptr + (tl.load(where_ptr + row) if SCATTER else row), token)
+
+
+@triton.jit
 def _choose(
     logits_ptr,
     params_ptr,
+    slots_ptr,
     positions_ptr,
     tops_ptr,
     sums_ptr,
     args_ptr,
+    where_ptr,
+    last_token_ptr,
     out_ptr,
     vocab,
     num_segments,
@@ -136,9 +151,12 @@ def _choose(
     STOP_IDS: tl.constexpr,
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    SCATTER: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    overlap(PDL)
     row = tl.program_id(0).to(tl.int64)
-    params_ptr += row * WORDS
+    params_ptr += tl.load(slots_ptr + row).to(tl.int64) * WORDS
     position = tl.load(positions_ptr + row)
     number = tl.arange(0, BLOCK)
     inside = number < num_segments
@@ -168,7 +186,8 @@ def _choose(
     chosen = tl.sum((tl.cumsum(weights, axis=0) <= left).to(tl.int32), axis=0)
     drawn = segment * SEGMENT + tl.minimum(chosen, last)
     sane = (temperature > 0.0) & (top > -float("inf")) & (top < float("inf"))
-    tl.store(out_ptr + row, tl.where(sane, drawn, greedy).to(tl.int32))
+    token = tl.where(sane, drawn, greedy).to(tl.int32)
+    _note(token, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER)
 
 
 @triton.jit
@@ -191,6 +210,7 @@ def _filters(
 def _depths(
     logits_ptr,
     params_ptr,
+    slots_ptr,
     positions_ptr,
     tops_ptr,
     counts_ptr,
@@ -208,10 +228,12 @@ def _depths(
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     DEPTHS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """How many of a segment, and with what mass, lie within each distance of the row's best."""
+    overlap(PDL)
     row, segment = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    params_ptr += row * WORDS
+    params_ptr += tl.load(slots_ptr + row).to(tl.int64) * WORDS
     number = tl.arange(0, BLOCK)
     tops = tl.load(tops_ptr + row * num_segments + number, mask=number < num_segments, other=-float("inf"))
     top = tl.max(tops, axis=0)
@@ -244,7 +266,8 @@ def _listed(logits_ptr, list_ptr, start, count, top, inverse, LISTED: tl.constex
     """Keys and weights of listed tokens, and which of the block are there."""
     at = start + tl.arange(0, LISTED)
     inside = at < count
-    x = tl.load(logits_ptr + tl.load(list_ptr + at, mask=inside, other=0), mask=inside, other=-float("inf"))
+    ids = tl.load(list_ptr + at, mask=inside, other=0)
+    x = tl.load(logits_ptr + ids, mask=inside, other=-float("inf")).to(tl.float32)
     return _key(x), tl.where(inside, tl.exp((x - top) * inverse), 0.0), inside
 
 
@@ -277,12 +300,15 @@ def _border(logits_ptr, list_ptr, count, top, inverse, low, limit, BY_COUNT: tl.
 def _draw(
     logits_ptr,
     params_ptr,
+    slots_ptr,
     positions_ptr,
     tops_ptr,
     sums_ptr,
     counts_ptr,
     masses_ptr,
     list_ptr,
+    where_ptr,
+    last_token_ptr,
     out_ptr,
     vocab,
     num_segments,
@@ -299,10 +325,13 @@ def _draw(
     BLOCK: tl.constexpr,
     DEPTHS: tl.constexpr,
     LISTED: tl.constexpr,
+    SCATTER: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A token of a row with filters; of other rows nothing is touched."""
+    overlap(PDL)
     row = tl.program_id(0).to(tl.int64)
-    params_ptr += row * WORDS
+    params_ptr += tl.load(slots_ptr + row).to(tl.int64) * WORDS
     number = tl.arange(0, BLOCK)
     inside = number < num_segments
     tops = tl.load(tops_ptr + row * num_segments + number, mask=inside, other=-float("inf"))
@@ -392,20 +421,30 @@ def _draw(
         last = tl.maximum(last, tl.max(tl.where(keep, start + tl.arange(0, LISTED), 0), axis=0))
         end += tl.sum(kept, axis=0)
         tied += tl.sum(equal, axis=0)
-    tl.store(out_ptr + row, tl.load(list_ptr + tl.minimum(chosen, last)))
+    token = tl.load(list_ptr + tl.minimum(chosen, last))
+    _note(token, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER)
 
 
-def sample_rows(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
-    """float32 [R, V], int32 [R, WORDS], int32 [R] -> int32 [R]; see `sample` in ops/sampling/device.py."""
+def sample_rows(
+    logits: Tensor,
+    params: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    last_token: Tensor,
+    out: Tensor,
+    where: Tensor | None,
+    *,
+    filtered: bool,
+) -> None:
+    """See `draw` in ops/sampling/device.py."""
     rows, vocab = logits.shape
-    assert logits.dtype == torch.float32 and logits.is_contiguous() and params.is_contiguous()
+    assert logits.is_contiguous() and params.is_contiguous()
     segments = triton.cdiv(vocab, SEGMENT)
     block = triton.next_power_of_2(segments)
     shape, device = (rows, segments), logits.device
     tops = torch.empty(shape, dtype=torch.float32, device=device)
     sums = torch.empty(shape, dtype=torch.float32, device=device)
     args = torch.empty(shape, dtype=torch.int32, device=device)
-    out = torch.empty(rows, dtype=torch.int32, device=device)
     places = {
         "WORDS": WORDS,
         "TEMPERATURE": TEMPERATURE,
@@ -413,18 +452,18 @@ def sample_rows(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: 
         "NUM_STOP_IDS": NUM_STOP_IDS,
         "STOP_IDS": STOP_IDS,
         "SEGMENT": SEGMENT,
+        **launch_options(),
     }
-    given = logits, params, positions, tops
+    given = logits, params, slots, positions, tops
+    results = slots if where is None else where, last_token, out, vocab, segments
+    ends = {"SEED": SEED, "BLOCK": block, "SCATTER": where is not None}
     _segments[shape](*given, sums, args, vocab, segments, num_warps=8, **places)
-    _choose[(rows,)](*given, sums, args, out, vocab, segments, SEED=SEED, BLOCK=block, num_warps=8, **places)
+    _choose[(rows,)](*given, sums, args, *results, num_warps=8, **places, **ends)
     if not filtered:
-        return out
-    places |= {"TOP_K": TOP_K, "TOP_P": TOP_P, "MIN_P": MIN_P, "BLOCK": block, "DEPTHS": DEPTHS}
+        return
+    places |= {"TOP_K": TOP_K, "TOP_P": TOP_P, "MIN_P": MIN_P, "DEPTHS": DEPTHS}
     counts = torch.empty((*shape, DEPTHS), dtype=torch.int32, device=device)
     masses = torch.empty((*shape, DEPTHS), dtype=torch.float32, device=device)
     listed = torch.empty((rows, vocab), dtype=torch.int32, device=device)
-    _depths[shape](*given, counts, masses, vocab, segments, num_warps=8, **places)
-    _draw[(rows,)](
-        *given, sums, counts, masses, listed, out, vocab, segments, SEED=SEED, LISTED=LISTED, num_warps=16, **places
-    )
-    return out
+    _depths[shape](*given, counts, masses, vocab, segments, num_warps=8, BLOCK=block, **places)
+    _draw[(rows,)](*given, sums, counts, masses, listed, *results, num_warps=16, LISTED=LISTED, **places, **ends)
