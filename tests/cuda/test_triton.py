@@ -285,9 +285,8 @@ def test_torch_on_the_device_draws_what_the_cpu_draws(filters: bool, seed: int) 
 def sample_rows(logits: Tensor, params: np.ndarray, positions: Tensor, *, filtered: bool) -> list[int]:
     """Rows find their parameters by slot; a token lies there for the next step, and at its place among the results."""
     rows = len(logits)
-    slots, where = (
-        torch.arange(start, end, step, dtype=torch.int32) for start, end, step in ((rows, 0, -1), (0, rows, 1))
-    )
+    where = torch.arange(rows, dtype=torch.int32)
+    slots = rows - where
     table = on_device(np.concatenate((params[:1], params[::-1])))
     slots, where = slots.to(DEVICE), (where * 7 % rows if rows % 7 else where).to(DEVICE)
     last, out = (torch.full((count,), -9, dtype=torch.int32, device=DEVICE) for count in (rows + 1, rows))
