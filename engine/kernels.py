@@ -37,17 +37,16 @@ COMPILER_BYTES = 3 * 2**30
 
 
 def kernels_of(spec: Any, dtype: Any, kv_dtype: Any, arch: str = "9.0a", page_size: int = PAGE_SIZE) -> list[Any]:
-    """FlashInfer's build specs that a model's attention and sampling ask for, as ops/attention/flashinfer.py does."""
+    """FlashInfer's build specs that a model's attention asks for, as ops/attention/flashinfer.py does."""
     import torch
     from flashinfer.jit.attention import modules
-    from flashinfer.jit.sampling import gen_sampling_module
     from flashinfer.jit.xqa import gen_xqa_module
 
     from engine.ops.attention.flashinfer import CUDA_CORE_GROUPS, DTYPES, HEAD_DIMS, XQA_GROUPS, XQA_PAGE_SIZES
 
     if dtype not in DTYPES or spec.head_dim not in HEAD_DIMS:
         return []
-    found = [gen_sampling_module()]
+    found: list[Any] = []
     group = spec.num_heads // spec.num_kv_heads
     capped = spec.softcap is not None
     for window in dict.fromkeys(spec.window or (None,)):

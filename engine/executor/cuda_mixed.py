@@ -15,7 +15,7 @@ from engine.executor.cuda_state import DeviceState
 from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
 from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, decode_inputs
 from engine.ops.pooling import pooled_chunks
-from engine.ops.sampling.device import sample
+from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
 from engine.request import Pooling
 
@@ -98,15 +98,12 @@ class MixedSteps(DeviceState):
                     side.out[:rows].fill_(FUTURE_TOKEN)
                     if not len(sampled):
                         return
-                    logits = self.model.logits(hidden.index_select(0, last.long()))
+                    logits = self.model.raw_logits(hidden.index_select(0, last.long()))
                     if draw == "open":
-                        found.append(logits)
+                        found.append(logits.float())
                         return
-                    params = self._sampling.index_select(0, sample_slots.long())
-                    filters = self.attention.filters
-                    tokens_out = sample(logits, params, sample_at, filtered=draw == "filtered", filters=filters)
-                    self._last_token.index_copy_(0, sample_slots.long(), tokens_out)
-                    side.out.index_copy_(0, where.long(), tokens_out)
+                    given = logits, self._sampling, sample_slots, sample_at
+                    draw_tokens(*given, self._last_token, side.out, where, filtered=draw == "filtered")
 
             layer.launch(work)
         return found.pop if draw == "open" and len(sampled) else None
@@ -114,7 +111,7 @@ class MixedSteps(DeviceState):
     def _decode_rows(self, side: Side, count: int, width: int) -> tuple[DecodeStep, Tensor]:
         """The decode rows of a step with prompts, and their tokens; the step's diffs are applied."""
         positions, nothing = side.row_start[:count], side.table_index[:0]
-        _, tokens, kv_len, kv_slots, tables = decode_inputs(
+        tokens, kv_len, kv_slots, tables = decode_inputs(
             self._page_table,
             self._last_token,
             side.row_slot[:count],

@@ -210,9 +210,9 @@ def build_cuda_executor(
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype)
         graphs = 0
         if cuda_graph != "off":
-            # Sampling with filters holds this many numbers for each logit at a time; all graphs share the room.
+            # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
             logits = max_num_seqs * model.config.vocab_size * 4
-            graphs = 8 * logits + 2 * len(graph_sizes(max_num_seqs)) * GRAPH_BYTES
+            graphs = 4 * logits + 2 * len(graph_sizes(max_num_seqs)) * GRAPH_BYTES
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
             wanted = (cache.num_pages + 1) * page_bytes

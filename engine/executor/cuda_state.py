@@ -136,19 +136,20 @@ class DeviceState:
     def _send_arrays(self, arrays: Sequence[npt.NDArray[Any]], handle: CudaHandle) -> list[Tensor]:
         """Host arrays of 4-byte numbers, to be used on the compute stream from now on. Called on that stream."""
         layer, side = self.layer, handle.side
-        ends = np.cumsum([len(array) for array in arrays]).tolist()
-        size = max(1, ends[-1])
+        # Each on a multiple of 16 bytes: kernels are compiled anew for pointers that are not so aligned.
+        starts = np.cumsum([0, *(-(-len(array) // 4) * 4 for array in arrays)]).tolist()
+        size = max(1, starts[-1])
         pinned = layer.pinned(4 * size).view(torch.int32)
         host = pinned.numpy()
-        for array, end in zip(arrays, ends, strict=True):
-            host[end - len(array) : end] = array.view(np.int32)
+        for array, start in zip(arrays, starts, strict=False):
+            host[start : start + len(array)] = array.view(np.int32)
         with layer.on(self._upload):
             sent = layer.zeros((size,), torch.int32)
             layer.upload(sent, pinned)
             layer.record(side.uploaded)
         layer.wait(side.uploaded)
         handle.keep += [pinned, sent]
-        parts = [sent[end - len(array) : end] for array, end in zip(arrays, ends, strict=True)]
+        parts = [sent[start : start + len(array)] for array, start in zip(arrays, starts, strict=False)]
         return [
             part.view(torch.float32) if array.dtype == np.float32 else part
             for array, part in zip(arrays, parts, strict=True)

@@ -29,14 +29,19 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 # What a block may have on these GPUs, in bytes.
 SHARED_MEMORY = 227 * 1024
-# Kernels whose loads of 16 bytes are counted: taking machine code apart is as slow as making it.
+# Kernels whose loads of 16 bytes are counted in every variant: taking machine code apart is as slow as making it.
 WIDE = {"_skinny", "_gate_and_mul", "_segments", "_choose", "_weigh"}
+WIDE_LOAD = r"\bLDG\.E\S*\.128\b"
 
 
-def machine_code(name: str, cubin: bytes) -> dict[str, int]:
-    """registers of a thread, stack (bytes that did not fit there), loads of 16 bytes, by the tool that Triton has."""
+def machine_code(cubin: bytes, *, taken_apart: bool) -> dict[str, int]:
+    """registers of a thread and stack (bytes that did not fit there), by the tool that Triton has.
+
+    taken_apart: also loads of 16 bytes, and of programmatic dependent launch: loads before the wait, stores and ends
+    before it.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    options = ["-res-usage", *(["-sass"] if name in WIDE else [])]
+    options = ["-res-usage", *(["-sass"] if taken_apart else [])]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -45,8 +50,19 @@ def machine_code(name: str, cubin: bytes) -> dict[str, int]:
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text[:500]
-    wide = {"wide_loads": len(re.findall(r"\bLDG\.E\S*\.128\b", text))} if name in WIDE else {}
-    return {"registers": int(found[1]), "stack": int(found[2])} | wide
+    size = {"registers": int(found[1]), "stack": int(found[2])}
+    if not taken_apart:
+        return size
+    # What comes before the wait for the kernel ahead; all of it, where there is no wait.
+    ahead, wait, _ = text.partition("ACQBULK")
+    return size | {
+        "wide_loads": len(re.findall(WIDE_LOAD, text)),
+        "waits": bool(wait),
+        "lets_next_begin": "PREEXIT" in ahead,
+        "loads_ahead": len(re.findall(r"\bLD(?:G|\.E)\b", ahead)),
+        "wide_loads_ahead": len(re.findall(WIDE_LOAD, ahead)),
+        "too_early": len(re.findall(r"\b(?:STG|ST\.E|RED|ATOMG|EXIT)\b", ahead.replace("PREEXIT", ""))),
+    }
 
 
 def compile_only() -> None:
@@ -59,6 +75,7 @@ def compile_only() -> None:
         get_active_torch_device=lambda: torch.device("cpu"),
     )
     triton.runtime.driver.set_active(driver)
+    seen: set[str] = set()
 
     def getitem(kernel: Any, grid: Any) -> Callable[..., object]:
         def launch(*args: Any, **options: Any) -> object:
@@ -69,7 +86,10 @@ def compile_only() -> None:
             tensors = [str(argument.dtype) for argument in args if isinstance(argument, Tensor)]
             line = {"name": kernel.__name__, "types": tensors, "warps": found.metadata.num_warps}
             constants = {name: value for name, value in options.items() if name.isupper()}
-            print(json.dumps(line | constants | machine_code(kernel.__name__, found.asm["cubin"])), flush=True)
+            taken_apart = kernel.__name__ in WIDE or kernel.__name__ not in seen
+            seen.add(kernel.__name__)
+            code = machine_code(found.asm["cubin"], taken_apart=taken_apart)
+            print(json.dumps(line | constants | code), flush=True)
             return found
 
         return launch
@@ -94,8 +114,10 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     for gelu in (False, True):
         activation.gate_and_mul(empty(rows, 16384), gelu=gelu)
     for few, blocks in itertools.product((1, 2, 4), BLOCKS) if rows == 1 else ():
-        skinny.skinny_product(empty(few, 2048), empty(2048, 2048), empty(2048), blocks, None)
-        skinny.skinny_product(empty(few, 2048), empty(16384, 2048), None, blocks, "silu")
+        square, norm = empty(2048, 2048), (empty(2048), 1e-5)
+        skinny.skinny_product(empty(few, 2048), square, empty(2048), blocks, None, norm)
+        skinny.skinny_product(empty(few, 2048), square, None, blocks, None, None, empty(few, 2048))
+        skinny.skinny_product(empty(few, 2048), empty(16384, 2048), None, blocks, "silu", norm)
     q, k, v = empty(rows, 48, 64).split([32, 8, 8], dim=1)
     for pool in (dtype, torch.float8_e4m3fn):
         pools = [empty(16, 16, 8, 64, kind=pool) for _ in range(2)]
@@ -107,13 +129,16 @@ def calls(dtype: torch.dtype, rows: int) -> None:
         experts.mix_experts(tokens, ratings, gate_up, down, 4, "silu", normalize=True)
     numbers = empty(rows, kind=ints)
     prepare.prepare(empty(9, 128, kind=ints), empty(9, kind=ints), numbers, numbers, numbers, numbers, 64, 16)
-    logits = empty(rows, 128256, kind=torch.float32)
+    raw, logits = empty(rows, 128256), empty(rows, 128256, kind=torch.float32)
     slots = empty(rows, kind=longs)
     bias, counts = empty(9, 128256, kind=torch.float32), empty(9, 128256, kind=ints)
     tables = counts, empty(9, 128256, kind=torch.bool), empty(9, 3, kind=torch.float32)
     extras.adjust(logits, slots, bias, *tables)
     extras.adjust(logits, slots, bias, None, None, None)
-    sampling.sample_rows(logits, empty(rows, WORDS, kind=ints), numbers)
+    params, out = empty(9, WORDS, kind=ints), empty(rows, kind=ints)
+    sampling.sample_rows(raw, params, numbers, numbers, numbers, out, None, filtered=True)
+    if rows == 1:  # open steps, and those with prompts
+        sampling.sample_rows(logits, params, numbers, numbers, numbers, out, numbers, filtered=True)
 
 
 def main() -> None:

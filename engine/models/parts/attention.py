@@ -13,6 +13,8 @@ from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
 from engine.models.spec import GroupedQueryAttention
 from engine.ops.attention.base import AttentionBackend
+from engine.ops.linear import Product
+from engine.ops.norm import Normed
 
 
 class Attention:
@@ -46,11 +48,11 @@ class Attention:
             self._k_norm = Norm(spec.k_norm, source, prefix, k_width)
             self._norm_widths = (q_width, k_width)
 
-    def __call__(self, x: Tensor, table: Tensor | None, attention: AttentionBackend) -> Tensor:
+    def __call__(self, x: Tensor | Normed, table: Tensor | None, attention: AttentionBackend) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
         q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
         if self._q_norm is not None and self._k_norm is not None:
             q_width, k_width = self._norm_widths
             q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
             k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
-        return self._output(attention.forward(self._layer, q, k, v, table))
+        return self._output.later(attention.forward(self._layer, q, k, v, table))

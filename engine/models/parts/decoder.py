@@ -21,6 +21,7 @@ from engine.models.parts.source import Source
 from engine.models.spec import Experts, LayerSpec, ModelSpec, NormSpec, RopeSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec
 from engine.ops.linear import Linear
+from engine.ops.norm import Normed, plain
 
 # Of all tensors but the output layer's.
 PREFIX = "model."
@@ -40,6 +41,14 @@ class CausalLM(Protocol):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden_size] -> float32 [R, vocab_size]. Never called where config.headless is set."""
+        ...
+
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The same in the model's dtype where nothing is done to them after the product: for who reads them once."""
+        ...
+
+    def decode(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """`forward`, and `raw_logits` of every token."""
         ...
 
     def name_layers(self, range_of: RangeOf) -> None:
@@ -124,6 +133,10 @@ class Decoder:
         `attention` has planned the step, and turns q and k by the positions of that plan: `positions` are the
         same ones, for a family that adds positions anywhere else.
         """
+        return plain(self._run(token_ids, positions, attention))
+
+    def _run(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor | Normed:
+        """The same, the final norm to be taken where it need not be yet."""
         embedding = self._embedding
         if embedding is None:
             assert self._lm_head is not None
@@ -132,16 +145,16 @@ class Decoder:
             residual = F.embedding(token_ids, embedding)
         if self._embedding_scale is not None:
             residual = residual.mul_(self._embedding_scale)
-        x = self._layers[0].input_norm(residual)
+        x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
-            x = layer.attention(x, table, attention)
+            y = layer.attention(x, table, attention)
             if layer.attention_out_norm is not None:
-                x = layer.attention_out_norm(x)
-            x, residual = layer.mlp_norm.add(x, residual)
-            x = layer.mlp(x)
+                y = layer.attention_out_norm(y)
+            x, residual = layer.mlp_norm.add(y, residual)
+            y = layer.mlp(x)
             if layer.mlp_out_norm is not None:
-                x = layer.mlp_out_norm(x)
-            x, residual = following.add(x, residual)
+                y = layer.mlp_out_norm(y)
+            x, residual = following.add(y, residual)
         return x
 
     def name_layers(self, range_of: RangeOf) -> None:
@@ -152,8 +165,16 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size]."""
+        return self.raw_logits(hidden).float()
+
+    def raw_logits(self, hidden: Tensor | Normed) -> Tensor:
+        """See CausalLM."""
         assert self._lm_head is not None, "a model without an output layer has no logits"
-        logits = self._lm_head(hidden).float()
+        logits = self._lm_head(hidden)
         if self._logit_softcap is not None:
-            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
+            logits = torch.tanh(logits.float() / self._logit_softcap) * self._logit_softcap
         return logits
+
+    def decode(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """See CausalLM."""
+        return self.raw_logits(self._run(token_ids, positions, attention))

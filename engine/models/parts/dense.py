@@ -6,7 +6,8 @@ from torch import Tensor
 
 from engine.models.parts.source import Source
 from engine.models.spec import Dense
-from engine.ops.linear import Linear
+from engine.ops.linear import Linear, Product
+from engine.ops.norm import Normed
 
 
 class Mlp:
@@ -23,6 +24,6 @@ class Mlp:
         )
         self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=spec.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""
-        return self._down(self._gate_up.gated(x))
+        return self._down.later(self._gate_up.gated(x))

@@ -9,6 +9,8 @@ from engine.models.parts.dense import Mlp
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, Experts
 from engine.ops.experts import choose_experts, mix_experts
+from engine.ops.linear import computed
+from engine.ops.norm import Normed, plain
 
 
 def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> SeparateExperts | StackedExperts:
@@ -42,8 +44,9 @@ class SeparateExperts:
         self._router = source.linear([prefix + spec.router], [spec.num_experts], hidden_size)
         self._experts = [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
         experts, shares = choose_experts(self._router(x), self._chosen, normalize=self._normalize)
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
@@ -52,7 +55,7 @@ class SeparateExperts:
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count:
-                parts.append(self._experts[expert](inputs[start : start + count]))
+                parts.append(computed(self._experts[expert](inputs[start : start + count])))
                 start += count
         outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
@@ -76,7 +79,8 @@ class StackedExperts:
         downs = [f"{prefix + spec.down.format(number)}.weight" for number in range(count)]
         self._down = source.stacked(downs, [hidden_size] * count, inner).view(count, hidden_size, inner)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
         weights = self._gate_up, self._down
         return mix_experts(x, self._router(x), *weights, self._chosen, self._activation, normalize=self._normalize)

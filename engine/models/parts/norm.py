@@ -6,7 +6,8 @@ from torch import Tensor
 
 from engine.models.parts.source import Source
 from engine.models.spec import NormSpec
-from engine.ops.norm import add_rms_norm, rms_norm
+from engine.ops.linear import Product, computed
+from engine.ops.norm import Normed, add_rms_norm, rms_norm
 
 
 class Norm:
@@ -21,12 +22,19 @@ class Norm:
         if spec.offset:
             self._weight = self._weight.float() + spec.offset
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Product) -> Tensor:
         """[N, width] -> [N, width]."""
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(computed(x), self._weight, self._eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def later(self, x: Tensor) -> Tensor | Normed:
+        """The same, for a product to take."""
+        return Normed(x, self._weight, self._eps)
+
+    def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor | Normed, Tensor]:
         """x and residual [N, width] -> (norm of their sum, their sum). The sum takes the residual's memory."""
+        if isinstance(x, Product):
+            residual = x.add_to(residual)
+            return self.later(residual), residual
         return add_rms_norm(x, residual, self._weight, self._eps)
 
 
@@ -36,9 +44,12 @@ class NoNorm(Norm):
     def __init__(self) -> None:
         pass
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Product) -> Tensor:
+        return computed(x)
+
+    def later(self, x: Tensor) -> Tensor:
         return x
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        residual = residual.add_(x)
+    def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = x.add_to(residual) if isinstance(x, Product) else residual.add_(x)
         return residual, residual

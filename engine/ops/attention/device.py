@@ -93,12 +93,12 @@ def decode_inputs(
     table_page: Tensor,
     width: int,
     page_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Apply table diffs, then look up what the rows of a decode step need.
 
     page_table int32 [slots, pages], changed in place; last_token int32 [slots]; row_slot, row_start int32 [B];
-    table_index, table_page int32 [D], an entry may repeat. Returns slots int64 [B], token_ids int32 [B], kv_len int32
-    [B], kv_slots int64 [B], tables int32 [B, width].
+    table_index, table_page int32 [D], an entry may repeat. Returns token_ids int32 [B], kv_len int32 [B], kv_slots
+    int64 [B], tables int32 [B, width].
     """
     if on_gpu(page_table):
         from engine.ops.triton.prepare import prepare
@@ -109,7 +109,7 @@ def decode_inputs(
     tables = page_table[:, :width].index_select(0, slots)
     pages = tables.gather(1, (where // page_size)[:, None])[:, 0]
     kv_slots = pages.long() * page_size + where % page_size
-    return slots, last_token.index_select(0, slots), row_start + 1, kv_slots, tables
+    return last_token.index_select(0, slots), row_start + 1, kv_slots, tables
 
 
 class DeviceAttention:
@@ -119,8 +119,6 @@ class DeviceAttention:
     """
 
     name = "torch"
-    # What finds the borders of top_k and top_p for the sampler (ops/sampling/device.py), where the library has it.
-    filters: Any = None
 
     def __init__(
         self,

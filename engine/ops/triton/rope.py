@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.triton.pdl import launch_options, overlap
+
 # Heads of one program: 8 heads of 128 are 2 KB of bf16.
 BLOCK_HEADS = 8
 
@@ -34,7 +36,9 @@ def _rope_and_write(
     ROT: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    overlap(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     dim = tl.arange(0, BLOCK_D)[None, :]
@@ -113,5 +117,6 @@ def rope_and_write_kv(
         BLOCK_H=BLOCK_HEADS,
         BLOCK_D=triton.next_power_of_2(dim),
         num_warps=4,
+        **launch_options(),
     )
     return out
