@@ -1,6 +1,6 @@
 """A mixture of experts with its weights stacked: the form that a GPU multiplies without asking the host for counts.
 
-Called by models/layers.py on the executor's stream. No value is read on the host and every shape depends on the
+Called by models/parts/experts.py on the executor's stream. No value is read on the host and every shape depends on the
 number of tokens alone, so that a graph can hold it.
 """
 

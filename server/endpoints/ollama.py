@@ -11,7 +11,7 @@ from functools import partial
 import orjson
 from aiohttp import web
 
-from engine.models.config import ModelConfig
+from engine.models.spec import ModelSpec
 from server.answers.ollama import OllamaAnswer, iso_time, nanoseconds
 from server.pooling import pool, shaped, written
 from server.protocol.body import read_body
@@ -216,7 +216,7 @@ def _cards(model: ServedModel) -> list[dict[str, object]]:
     ]
 
 
-def parameter_size(config: ModelConfig) -> str:
+def parameter_size(config: ModelSpec) -> str:
     """As in names of models: 4.3M, 1.2B."""
     millions = config.num_parameters / 1e6
     return f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.1f}M"
