@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from engine.config import CudaOptions, EngineConfig, StartupError
 from engine.engine import Engine
 from engine.forward import Limits
+from engine.groups import pages_held, plan_groups
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities, read_abilities
 from engine.models.config import GenerationDefaults, ModelConfig
@@ -174,14 +175,16 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         num_gpu_blocks=limits.num_pages,
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    capacity = limits.num_pages * limits.page_size
+    sequences = limits.num_pages / pages_held(limits.groups, context, limits.page_size)
+    one = len(limits.groups) == 1
+    capacity = limits.num_pages * limits.page_size if one else int(sequences * context)
     if model_config.rope.kind in ("longrope", "dynamic"):
         report.row("rope", _describe_rope(model_config, context))
     report.row("context", f"{context} tokens")
     report.row(
         "KV cache",
-        f"{limits.num_pages} pages of {limits.page_size} tokens: {capacity} tokens fit, "
-        f"{capacity / context:.1f} sequences of full context",
+        f"{limits.num_pages} pages of {limits.page_size} tokens{'' if one else f' for {len(limits.groups)} groups of layers'}"
+        f": {capacity} tokens fit, {capacity / context if one else sequences:.1f} sequences of full context",
     )
     report.row(
         "scheduler",
@@ -342,8 +345,10 @@ def _build_cpu(
         raise StartupError(f"--deterministic cannot be promised here: {how}")
     report.row("deterministic", f"{'yes' if promised else 'no'} ({how})")
     with report.phase("KV cache"):
-        num_pages = plan_memory(model_config, dtype, config.cache, config.scheduler.max_num_seqs, context)
-        kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype)
+        groups = plan_groups(model_config.windows, context)
+        num_pages = plan_memory(model_config, dtype, config.cache, config.scheduler.max_num_seqs, context, groups)
+        per_token = model.attention_spec.kv_bytes_per_token(dtype, groups)
+        kv_bytes = (num_pages + 1) * config.cache.page_size * per_token
         asked = config.cache != dataclasses.replace(
             config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
         )
@@ -359,6 +364,6 @@ def _build_cpu(
             page_size=config.cache.page_size,
             num_pages=num_pages,
             vocab_size=model_config.vocab_size,
-            window=model_config.longest_window,
+            groups=groups,
         )
         return CPUExecutor(model, limits, dtype=dtype, load=load)

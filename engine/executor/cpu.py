@@ -22,8 +22,9 @@ from torch import Tensor
 
 from engine.config import CacheOptions, StartupError
 from engine.executor.base import StepHandle
-from engine.executor.tables import PagedMetadata, SlotTables
+from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.groups import MemoryGroup, num_buffers, pages_held
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
 from engine.ops.linear import has_fast_bfloat16
 from engine.ops.pooling import Pooler, pooled_chunks
@@ -114,6 +115,7 @@ class CPUExecutor:
                 num_pages=limits.num_pages,
                 page_size=limits.page_size,
                 dtype=dtype,
+                groups=limits.groups,
             )
         self.limits = limits
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
@@ -123,7 +125,7 @@ class CPUExecutor:
         self._tables = SlotTables(limits)
         self._extras = SlotExtras(limits)
         self._pooler = Pooler()
-        self._metadata = PagedMetadata(limits)
+        self._metadata = StepMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
         self._token_tensor = torch.from_numpy(self._token_ids)
@@ -206,15 +208,15 @@ class CPUExecutor:
         chosen = np.full(rows, -1, np.int32)
         if tokens == 0:
             return ForwardOutput(chosen, step.step)
-        model, attention, metadata, staging = self._model, self._attention, self._metadata, step.staging
+        model, attention, staging = self._model, self._attention, step.staging
         assert model is not None and attention is not None
-        metadata.build(step, self._tables)
+        metadata = self._metadata.build(step, self._tables)
         slots = staging.row_slot[:rows]
         ids = self._token_ids[:tokens]
         ids[:] = staging.token_ids[:tokens]
         decode = ids[: step.num_decode_rows]
         np.copyto(decode, self._last_token[slots[: step.num_decode_rows]], where=decode == FUTURE_TOKEN)
-        attention.plan(metadata)
+        attention.plan(*self._metadata.of_groups)
         hidden = model.forward(self._token_tensor[:tokens], torch.from_numpy(metadata.positions), attention)
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
@@ -334,7 +336,12 @@ class _Sizes(Protocol):
 
 
 def plan_memory(
-    model_config: _Sizes, dtype: torch.dtype, cache: CacheOptions, max_num_seqs: int, max_model_len: int
+    model_config: _Sizes,
+    dtype: torch.dtype,
+    cache: CacheOptions,
+    max_num_seqs: int,
+    max_model_len: int,
+    groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
 ) -> int:
     """Pages of the KV cache. To be called after the weights are loaded. Raises StartupError.
 
@@ -342,8 +349,8 @@ def plan_memory(
     DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len (or DEFAULT_FULL_SEQUENCES, if
     those are fewer) can fill.
     """
-    per_token = 2 * model_config.num_layers * model_config.num_kv_heads * model_config.head_dim * dtype.itemsize
-    per_page = per_token * cache.page_size
+    per_token = 2 * model_config.num_kv_heads * model_config.head_dim * dtype.itemsize
+    per_page = per_token * num_buffers(groups, model_config.num_layers) * cache.page_size
     free = available_memory()
     if cache.num_pages is not None:
         num_pages = cache.num_pages
@@ -352,7 +359,7 @@ def plan_memory(
     elif cache.memory_fraction is not None:
         num_pages = int(free * cache.memory_fraction) // per_page - 1
     else:
-        useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * -(-max_model_len // cache.page_size)
+        useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * pages_held(groups, max_model_len, cache.page_size)
         num_pages = min(int(free * DEFAULT_MEMORY_SHARE) // per_page - 1, useful)
     if num_pages < 1:
         raise StartupError(f"the KV cache would hold no page: one of {cache.page_size} tokens takes {per_page:,} bytes")

@@ -20,6 +20,7 @@ from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
 from engine.forward import Limits
+from engine.groups import one_group
 from engine.models.registry import CausalLM
 from engine.ops.attention.device import DeviceAttention
 
@@ -149,7 +150,7 @@ def build_cuda_executor(
             page_size=page_size,
             num_pages=num_pages,
             vocab_size=model.config.vocab_size,
-            window=model.config.longest_window,
+            groups=one_group(model.config.windows),
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:
