@@ -1,8 +1,8 @@
 """KV memory of models whose layers see different windows, with memory groups and without: `python -m bench.groups`.
 
-The scheduler and the cache at work on a device that computes nothing: prompts of random tokens go through in chunks and
-answers are decoded behind them, one sequence after another or many at once. Memory is in pages of one layer, so that the
-two ways compare. held: pages that no one else can have, at the end of a step, during the prompts and the answers.
+The scheduler and the cache at work on a device that computes nothing: prompts of random tokens go through in chunks,
+answers are decoded behind them. Memory is in pages of one layer, so that the two ways compare, and counts what nobody
+else can have.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ class Held:
     decode: float
 
 
-def measure(groups: tuple[MemoryGroup, ...], num_layers: int, tokens: int, answer: int, budget: int, count: int) -> Held:
+def measure(
+    groups: tuple[MemoryGroup, ...], num_layers: int, tokens: int, answer: int, budget: int, count: int
+) -> Held:
     """Of `count` sequences at once that reach `tokens` tokens each, `answer` of them decoded."""
     pages = count * len(groups) * (tokens // PAGE_SIZE + 1)
     limits = Limits(count, budget, tokens + 1, PAGE_SIZE, pages, VOCAB, groups)

@@ -183,8 +183,9 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     report.row("context", f"{context} tokens")
     report.row(
         "KV cache",
-        f"{limits.num_pages} pages of {limits.page_size} tokens{'' if one else f' for {len(limits.groups)} groups of layers'}"
-        f": {capacity} tokens fit, {capacity / context if one else sequences:.1f} sequences of full context",
+        f"{limits.num_pages} pages of {limits.page_size} tokens"
+        f"{'' if one else f' for {len(limits.groups)} groups of layers'}: {capacity} tokens fit, "
+        f"{capacity / context if one else sequences:.1f} sequences of full context",
     )
     report.row(
         "scheduler",

@@ -98,7 +98,11 @@ def expect(oracle: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list
         ("Mistral", {"sliding_window": WINDOW}, (9, 20, 48)),
         # 88 pages of the group that sees all, and 8 of each of the others, are one long text.
         ("Gemma3", {"layer_types": GEMMA3_KINDS, **GEMMA3}, (114, 160, 400)),
-        ("Gemma2", {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24}, (96, 300)),
+        (
+            "Gemma2",
+            {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24},
+            (96, 300),
+        ),
     ],
     ids=["mistral", "gemma3", "gemma2"],
 )

@@ -117,8 +117,10 @@ class KVCache:
         return self._tree.match_length(namespace, _to_bytes(token_ids), limit) * self.page_size
 
     def num_missing(self, seq: SequencePages, num_tokens: int, ahead: int = 0) -> int:
-        """Pages that must be had to bring a sequence to num_tokens, `ahead` tokens at a time (0: one by one): of a group
-        with a window only what it holds at once, for it gives back on the way."""
+        """Pages that must be had to bring a sequence to num_tokens, `ahead` tokens at a time (0: one by one).
+
+        Of a group with a window only what it holds at once, for it gives back on the way.
+        """
         end, missing = -(-num_tokens // self.page_size), 0
         for group, pages, gone in zip(self.groups, seq.lists, seq.gone, strict=True):
             most = group.most_pages(self.page_size) + -(-ahead // self.page_size)
@@ -181,8 +183,8 @@ class KVCache:
         return remaps
 
     def give_back(self, seq: SequencePages, num_computed: int) -> list[tuple[int, range]]:
-        """No step to come reads what is behind the windows of token num_computed. Returns (group, indices) that now hold
-        the null page.
+        """No step to come reads what is behind the windows of token num_computed. Returns (group, indices) of what are
+        null pages from now on.
 
         Private pages are free at once; shared ones stay in the tree for others, as long as their memory is not needed.
         """
@@ -327,7 +329,9 @@ class KVCache:
             for group, (pages, gone) in enumerate(zip(seq.lists, seq.gone, strict=True)):
                 shared = [page for node in path for page in node.runs[group]]
                 assert len(shared) == seq.num_shared, f"{seq.num_shared} shared pages on a path of {len(shared)}"
-                assert shared[gone:] == pages[gone : seq.num_shared], f"shared pages {pages}, {gone} gone, path {shared}"
+                assert shared[gone:] == pages[gone : seq.num_shared], (
+                    f"shared pages {pages}, {gone} gone, path {shared}"
+                )
                 assert not any(pages[:gone]), "a page that was given back is still named"
                 assert all(pages[gone:]), "a page that was not given back is not named"
         missing = sorted(set(range(1, self.num_pages + 1)) - owners.keys())

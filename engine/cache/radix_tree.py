@@ -65,7 +65,7 @@ class Node(Link):
 
 
 class Part(Link):
-    """The pages of a node in the groups of one window: pages[:hole] are gone, pages[hole:free_to] may go, none is in use.
+    """The pages of a node in the groups of one window: the first `hole` are gone, those up to free_to may go.
 
     locks: first page that is needed -> locks that need it and all behind it; free_to is the least of them. While
     hole < free_to, the part is in its window's order of eviction.
@@ -190,7 +190,7 @@ class RadixTree:
         return leaf
 
     def leave(self, node: Node, depth: int, window: int, old: int, new: int) -> None:
-        """Who holds a lock at `node` (which ends at `depth`) needs the pages from `old` to `new` of a window no more."""
+        """Who holds a lock at `node` (which ends at `depth`) needs pages `old` to `new` of a window no more."""
         self._ticks += 1
         for place, start in self._path(node, depth, old):
             if start < new:
@@ -462,7 +462,7 @@ class RadixTree:
     # ---- locks
 
     def _lock(self, path: list[Node], depth: int, gone: Sequence[int], cut: Node | None) -> None:
-        """Lock nodes that follow each other from `depth` on. cut: the one that was just split off; it is in no order."""
+        """Lock nodes that follow each other from `depth` on. cut: the one just split off, which is in no order."""
         for node in path:
             if not node.lock_count:
                 if node is not cut:
@@ -527,6 +527,4 @@ class RadixTree:
 
     def _full_pages(self, node: Node) -> list[int]:
         """Of the groups without a window."""
-        return [
-            page for run, group in zip(node.runs, self.groups, strict=True) if group.window is None for page in run
-        ]
+        return [page for run, group in zip(node.runs, self.groups, strict=True) if group.window is None for page in run]

@@ -28,7 +28,6 @@ from engine.executor.base import StepHandle
 from engine.executor.tables import PagedMetadata, SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
-    NULL_PAGE,
     NULL_SLOT,
     ForwardError,
     ForwardInput,
@@ -324,7 +323,8 @@ class _Reads:
             cell = self.cells[at]
             raise AssertionError(
                 f"slot {self.slots[self.rows[at]]} reads position {self.positions[at]} of group {group} in page "
-                f"{self.pages[at]}, whose cell was written for position {cell_position[cell]} of group {cell_group[cell]}"
+                f"{self.pages[at]}, whose cell was written for position {cell_position[cell]} of group "
+                f"{cell_group[cell]}"
             )
 
     def sums(self, layer: UInt64Array) -> UInt64Array:

@@ -486,7 +486,7 @@ class Scheduler:
                 self._decodes_stale = True
 
     def _grow(self, batch: Batch, sequence: Sequence, end: int) -> int:
-        """Pages for a prompt's next chunk in groups with a window, as many as are to be had; returns how far they reach."""
+        """Pages of groups with a window for a prompt's next chunk, as many as are to be had; returns their reach."""
         cache, table, slot, page_size = self.kv_cache, self._table, sequence.slot, self.limits.page_size
         pages = sequence.pages
         assert pages is not None

@@ -161,9 +161,7 @@ class Simulator:
         if leaving:
             self._leave()
         scheduler, depth = self.scheduler, self.options.depth
-        before = {
-            sequence.pages: [*sequence.pages.gone] for sequence in scheduler.live_sequences() if sequence.pages
-        }
+        before = {sequence.pages: [*sequence.pages.gone] for sequence in scheduler.live_sequences() if sequence.pages}
         batch = scheduler.schedule()
         if batch is not None:
             assert 0 < batch.num_tokens <= self.options.max_num_batched_tokens, "the token budget"

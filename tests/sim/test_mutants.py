@@ -116,7 +116,7 @@ MUTANTS = [
     # What the device is told.
     Mutant("a page is not told", Batch, "write_page", "count + 1\n", "count + 1 - (page % 8 == 0)\n"),
     Mutant("one page of an admission is not told", Batch, "write_pages", "+ len(ids)\n", "+ max(0, len(ids) - 1)\n"),
-    Mutant("a remap is lost", Scheduler, "_write_remaps", "batch.write_page(group, sequence.slot, index, page)", "pass"),
+    Mutant("a remap is lost", Scheduler, "_write_remaps", "batch.write_page(", "(lambda *_: 0)("),
     Mutant(
         "a remap outlives its sequence", Scheduler, "_write_remaps",
         "if sequence.pages is pages and", "if sequence.holds_slot and", REMAPS,
@@ -366,7 +366,7 @@ MUTANTS = [
         "all groups are told the first one's pages", Scheduler, "_admit",
         "write_pages(group, slot, 0, ids)", "write_pages(group, slot, 0, pages.pages)", GROUPS,
     ),
-    Mutant("remaps are the first group's", KVCache, "_insert", "((group, index, other))", "((0, index, other))", GROUPS),
+    Mutant("remaps are the first group's", KVCache, "_insert", "((group, index,", "((0, index,", GROUPS),
     Mutant(
         "a release forgets all groups but the first", KVCache, "release",
         "in self._own(seq):", "in self._own(seq)[:1]:", GROUPS,

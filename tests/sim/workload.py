@@ -100,9 +100,8 @@ class Options:
         """Most tokens of one sequence that the pool can serve."""
         if None not in self.windows and self.pages_of(10**6) <= self.num_pages:
             return self.max_model_len
-        return next(n for n in itertools.count(1) if self.pages_of(n * self.page_size + 1) > self.num_pages) * (
-            self.page_size
-        ) if self.pages_of(1) <= self.num_pages else 0
+        whole = (n for n in itertools.count() if self.pages_of(n * self.page_size + 1) > self.num_pages)
+        return next(whole) * self.page_size
 
 
 class Runs:

@@ -56,7 +56,7 @@ class AttentionBackend(Protocol):
         ...
 
     def plan(self, *groups: PagedMetadata) -> None:
-        """Take up a step, of which each memory group has its own page ids; the arrays stay untouched until it is done."""
+        """Take up a step, in which each memory group has its page ids; its arrays stay untouched until it is done."""
         ...
 
     def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
