@@ -21,6 +21,7 @@ from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
 from engine.executor.start import Start
 from engine.forward import Limits
+from engine.groups import one_group
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 
@@ -194,7 +195,7 @@ def build_cuda_executor(
             page_size=page_size,
             num_pages=num_pages,
             vocab_size=model.config.vocab_size,
-            window=model.config.longest_window,
+            groups=one_group(model.config.windows),
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:

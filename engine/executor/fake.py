@@ -1,9 +1,10 @@
 """FakeExecutor: a device without torch that detects what a scheduler did wrong. For tests and benches.
 
-It computes a two-layer "attention" over 64-bit hashes: the KV cell of a token depends on all cells before it,
-the next token on all cells of the context, and every read goes through page tables fed by ForwardInput alone.
-So a wrong page, a stale row or a lost diff changes a token or trips an assertion. `expected_tokens` computes
-the same tokens directly. Runs on the thread of its caller.
+It computes a two-layer "attention" over 64-bit hashes in every memory group: the KV cell of a token depends on all
+cells before it in the group's window, the next token on all cells of the context that windows leave, and every read
+goes through page tables fed by ForwardInput alone. So a wrong page, a page of another group, one that was given back
+too early, a stale row or a lost diff changes a token or trips an assertion. `expected_tokens` computes the same tokens
+directly. Runs on the thread of its caller.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ import numpy.typing as npt
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
-from engine.executor.tables import PagedMetadata, SlotTables
+from engine.executor.tables import PagedMetadata, SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
-    NULL_PAGE,
+    NULL_SLOT,
     ForwardError,
     ForwardInput,
     ForwardOutput,
@@ -77,7 +78,8 @@ class FakeModel:
     vocab_size: int
     eos_token_id: int = 0
     eos_rate: float = 0.0
-    window: int | None = None  # tokens that a query sees in both layers, itself included; None: all
+    # By memory group: tokens that a query sees in both layers, itself included; None: all.
+    windows: tuple[int | None, ...] = (None,)
 
     @property
     def eos_threshold(self) -> int:
@@ -111,7 +113,7 @@ def expected_stream(
     extras = _extras_key(sampling) if _shapes_draws(sampling) else None
     history = sum(_mix_int(token) for token in prompt) & _MASK
     min_length = len(prompt) + sampling.min_tokens
-    context, token = _Context(model.window), prompt[-1]
+    context, token = _Context(model.windows), prompt[-1]
     for earlier in prompt[:-1]:
         context.push(earlier)
     while True:
@@ -133,29 +135,60 @@ def expected_stream(
 class _Context:
     """The layers of the fake over a growing context, from its tokens alone. position: of the token to come."""
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, windows: tuple[int | None, ...]) -> None:
         self.position = 0
-        self._window = window
-        self._layer0 = self._layer1 = 0
-        self._seen: deque[tuple[int, int]] = deque()
+        self._groups = [_GroupContext(group, window) for group, window in enumerate(windows)]
 
     def push(self, token: int) -> int:
-        """One more token; returns its cell in the second layer."""
-        if self._window is not None and len(self._seen) == self._window:
-            left = self._seen.popleft()
-            self._layer0, self._layer1 = self._layer0 - left[0], self._layer1 - left[1]
-        cell = _mix_int((token * _TOKEN + self.position * _POSITION + _ROUND) & _MASK)
-        self._layer0 = (self._layer0 + cell) & _MASK
-        above = _mix_int(self._layer0)
-        self._layer1 = (self._layer1 + above) & _MASK
-        if self._window is not None:
-            self._seen.append((cell, above))
+        """One more token; returns its cells in the second layers, as one number."""
+        cells = [group.push(token, self.position) for group in self._groups]
         self.position += 1
-        return above
+        return _combine_ints(cells)
 
     def draw(self) -> int:
         """What the next token is drawn from."""
-        return _mix_int(self._layer1 ^ _ROUND)
+        return _mix_int(_combine_ints([group.layer1 for group in self._groups]) ^ _ROUND)
+
+
+class _GroupContext:
+    """Sums over the cells that the last token sees in one memory group."""
+
+    def __init__(self, group: int, window: int | None) -> None:
+        self._round, self._window = _round_of(group), window
+        self._layer0 = self.layer1 = 0
+        self._seen: deque[tuple[int, int]] = deque()
+
+    def push(self, token: int, position: int) -> int:
+        if self._window is not None and len(self._seen) == self._window:
+            left = self._seen.popleft()
+            self._layer0, self.layer1 = self._layer0 - left[0], self.layer1 - left[1]
+        cell = _mix_int((token * _TOKEN + position * _POSITION + self._round) & _MASK)
+        self._layer0 = (self._layer0 + cell) & _MASK
+        above = _mix_int(self._layer0)
+        self.layer1 = (self.layer1 + above) & _MASK
+        if self._window is not None:
+            self._seen.append((cell, above))
+        return above
+
+
+def _round_of(group: int) -> int:
+    """So that equal tokens leave other cells in another group."""
+    return (group + 1) * _ROUND & _MASK
+
+
+def _combine_ints(values: list[int]) -> int:
+    """One number of one in each memory group."""
+    result = values[0]
+    for value in values[1:]:
+        result = _mix_int((result * _ROUND + value) & _MASK)
+    return result
+
+
+def _combine(values: list[UInt64Array]) -> UInt64Array:
+    result = values[0]
+    for value in values[1:]:
+        result = _mix(result * _U_ROUND + value)
+    return result
 
 
 def expected_tokens(
@@ -175,9 +208,11 @@ def expected_logprob(token: int, position: int) -> float:
     return -float((7 * token + position) % 64)
 
 
-def expected_vector(prompt: list[int], pooling: Pooling, window: int | None = None) -> npt.NDArray[np.float32]:
-    """What the fake answers to a request for a vector, from its tokens alone. window: see FakeModel."""
-    context = _Context(window)
+def expected_vector(
+    prompt: list[int], pooling: Pooling, windows: tuple[int | None, ...] = (None,)
+) -> npt.NDArray[np.float32]:
+    """What the fake answers to a request for a vector, from its tokens alone. windows: see FakeModel."""
+    context = _Context(windows)
     cells = [context.push(token) for token in prompt]
     if pooling.kind == "mean":
         mean: npt.NDArray[np.float64] = _numbers(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
@@ -253,6 +288,66 @@ class FakeHandle:
     error: ForwardError | None = None
 
 
+class _Reads:
+    """Every cell of a memory group that a row's first query or a later one sees, row after row, through its page table.
+
+    cells, rows, positions: [cells]; bases: where each row begins.
+    """
+
+    def __init__(
+        self,
+        metadata: PagedMetadata,
+        table: Int32Array,
+        page_size: int,
+        slots: Int32Array,
+        starts: Int32Array,
+        window: int | None,
+    ) -> None:
+        kv_len = metadata.kv_len
+        first = np.zeros(len(slots), np.int32) if window is None else np.maximum(starts - window + 1, 0)
+        self.window, self.slots = window, slots
+        self.ends = np.cumsum(kv_len - first)
+        self.bases = self.ends - (kv_len - first)
+        self.rows = np.repeat(np.arange(len(slots)), kv_len - first)
+        self.positions = np.arange(int(self.ends[-1])) - (self.bases - first)[self.rows]
+        self.pages = table[slots[self.rows], self.positions // page_size]
+        null = int(slots[self.rows[int(self.pages.argmin())]]) if not self.pages.all() else 0
+        assert not null, f"slot {null} reads the null page"
+        self.cells = self.pages * page_size + self.positions % page_size
+
+    def check(self, group: int, cell_position: Int32Array, cell_group: Int32Array) -> None:
+        """Every cell was written for its position, and for the group."""
+        wrong = (cell_position[self.cells] != self.positions) | (cell_group[self.cells] != group)
+        if wrong.any():
+            at = int(wrong.argmax())
+            cell = self.cells[at]
+            raise AssertionError(
+                f"slot {self.slots[self.rows[at]]} reads position {self.positions[at]} of group {group} in page "
+                f"{self.pages[at]}, whose cell was written for position {cell_position[cell]} of group "
+                f"{cell_group[cell]}"
+            )
+
+    def sums(self, layer: UInt64Array) -> UInt64Array:
+        """[cells]: of each token's cell and all before it that it sees."""
+        values = layer[self.cells]
+        sums = np.cumsum(values)
+        before = sums - values
+        since = self.bases[self.rows]
+        if self.window is not None:
+            since = np.maximum(since, np.arange(len(values)) - self.window + 1)
+        sums -= before[since]
+        return sums
+
+    def totals(self, layer: UInt64Array) -> UInt64Array:
+        """[rows]: of all cells that the row's last token sees."""
+        values, bases = layer[self.cells], self.bases
+        if self.window is not None:
+            bases = np.maximum(bases, self.ends - self.window)
+            values = np.where(np.arange(len(values)) >= bases[self.rows], values, np.uint64(0))
+        result: UInt64Array = np.add.reduceat(values, bases)
+        return result
+
+
 def _may_run(handle: FakeHandle) -> bool:
     masks = handle.forward_input.masks
     return masks is None or masks.is_ready
@@ -282,11 +377,13 @@ class FakeExecutor:
     ) -> None:
         assert limits.page_size > 0 and limits.num_pages > 0
         self.limits = limits
-        self.model = model if model is not None else FakeModel(limits.vocab_size, window=limits.window)
+        windows = tuple(group.window for group in limits.groups)
+        self.model = model if model is not None else FakeModel(limits.vocab_size, windows=windows)
+        assert len(self.model.windows) == len(windows), "the model has other memory groups"
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self.tables = SlotTables(limits)
         self.num_steps = 0
-        self._metadata = PagedMetadata(limits)
+        self._metadata = StepMetadata(limits)
         self._fail_on = fail_on
         self._random = random
         self._eagerness = eagerness if random is not None else 0.0
@@ -303,7 +400,8 @@ class FakeExecutor:
         # Two output buffers in turn: a receiver that keeps an output too long sees it change.
         self._outputs = [np.zeros(limits.max_num_seqs, np.int32) for _ in range(2)]
         cells = (limits.num_pages + 1) * limits.page_size
-        # Per KV cell: which position it was written for (-1: never), and two layers of hashes.
+        # Per KV cell: which position and group it was written for (-1: never), and two layers of hashes.
+        self._cell_group: Int32Array = np.full(cells, -1, np.int32)
         self._cell_position: Int32Array = np.full(cells, -1, np.int32)
         self._cell_tainted = np.zeros(cells, np.bool_)
         self._layer0: UInt64Array = np.zeros(cells, np.uint64)
@@ -364,7 +462,7 @@ class FakeExecutor:
         assert not self._not_waited, "a step is in flight"
         assert self.sleep_level == 0 and level in (1, 2)
         self.sleep_level = level
-        self.tables.page_table.fill(0)
+        self.tables.page_tables.fill(0)
         self._cell_position.fill(-1)
         self._layer0.fill(0)
         self._layer1.fill(0)
@@ -400,10 +498,10 @@ class FakeExecutor:
         assert handle.output is not None
         return handle.output
 
-    def pages_of(self, slot: int, num_tokens: int) -> list[int]:
+    def pages_of(self, slot: int, num_tokens: int, group: int = 0) -> list[int]:
         """The device's page-table row of a slot, as far as num_tokens tokens reach."""
         width = -(-num_tokens // self.limits.page_size)
-        pages: list[int] = self.tables.page_table[slot, :width].tolist()
+        pages: list[int] = self.tables.page_tables[group, slot, :width].tolist()
         return pages
 
     # The device.
@@ -468,7 +566,9 @@ class FakeExecutor:
             index: list[int] = staging.table_index[:count].tolist()
             # A scatter on a device has no order: an entry that stands twice is a race.
             assert len(set(index)) == count, "a page-table entry stands twice in one diff"
-            assert min(index) >= limits.max_pages_per_seq and max(index) < self.tables.page_table.size
+            assert min(index) >= 0 and max(index) < self.tables.page_tables.size
+            rows_of = [place // limits.max_pages_per_seq % limits.num_slots for place in index]
+            assert NULL_SLOT not in rows_of, "the page table of the null slot changes"
             pages = staging.table_page[:count]
             assert int(pages.min()) >= 0 and int(pages.max()) <= limits.num_pages, "page id out of range"
         count = forward_input.num_sampling_diffs
@@ -479,25 +579,15 @@ class FakeExecutor:
 
     def _forward(self, forward_input: ForwardInput, output: Int32Array, failed: bool) -> list[npt.NDArray[np.float32]]:
         """Fills in the tokens; returns the vectors of pooled rows."""
-        limits, metadata = self.limits, self._metadata
-        page_size, rows = limits.page_size, forward_input.num_rows
+        limits, rows = self.limits, forward_input.num_rows
         decode_rows, num_tokens = forward_input.num_decode_rows, forward_input.num_tokens
         staging = forward_input.staging
-        metadata.build(forward_input, self.tables)
-        slots, starts = staging.row_slot[:rows], staging.row_start[:rows]
-        kv_len, kv_slots = metadata.kv_len, metadata.kv_slots
-
-        # Every cell that a row's first query or a later one sees, row after row, through the page table.
-        window = self.model.window
-        first = np.zeros(rows, np.int32) if window is None else np.maximum(starts - window + 1, 0)
-        ends = np.cumsum(kv_len - first)
-        bases = ends - (kv_len - first)
-        row_of_cell = np.repeat(np.arange(rows), kv_len - first)
-        positions = np.arange(int(ends[-1])) - (bases - first)[row_of_cell]
-        pages = self.tables.page_table[slots[row_of_cell], positions // page_size]
-        null = int(slots[row_of_cell[int(pages.argmin())]]) if not pages.all() else 0
-        assert not null, f"slot {null} reads the null page"
-        cells = pages * page_size + positions % page_size
+        metadata = self._metadata.build(forward_input, self.tables)
+        slots, starts, kv_len = staging.row_slot[:rows], staging.row_start[:rows], metadata.kv_len
+        reads = [
+            _Reads(metadata, self.tables.page_tables[group], limits.page_size, slots, starts, window)
+            for group, window in enumerate(self.model.windows)
+        ]
 
         token_ids = staging.token_ids[:num_tokens].copy()
         row_tainted = np.zeros(rows, np.bool_)
@@ -512,35 +602,23 @@ class FakeExecutor:
             row_tainted[:decode_rows] = token_ids[:decode_rows] == TAINTED_TOKEN
 
         # Layer 0: as on a device, all rows write before any row reads.
-        written = np.sort(kv_slots)
+        written = np.sort(np.concatenate([own.kv_slots for own in self._metadata.of_groups]))
         assert not (written[1:] == written[:-1]).any(), "two rows write the same KV cell"
-        self._cell_position[kv_slots] = metadata.positions
-        self._layer0[kv_slots] = _mix(
-            token_ids.astype(np.uint64) * _U_TOKEN + metadata.positions.astype(np.uint64) * _U_POSITION + _U_ROUND
-        )
-        wrong = self._cell_position[cells] != positions
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise AssertionError(
-                f"slot {slots[row_of_cell[at]]} reads position {positions[at]} in page {pages[at]}, "
-                f"whose cell was written for position {self._cell_position[cells[at]]}"
-            )
-        self._spread_taint(forward_input, cells, bases, row_tainted, failed)
+        mixed = token_ids.astype(np.uint64) * _U_TOKEN + metadata.positions.astype(np.uint64) * _U_POSITION
+        for group, own in enumerate(self._metadata.of_groups):
+            self._cell_group[own.kv_slots] = group
+            self._cell_position[own.kv_slots] = own.positions
+            self._layer0[own.kv_slots] = _mix(mixed + np.uint64(_round_of(group)))
+        for group, read in enumerate(reads):
+            read.check(group, self._cell_position, self._cell_group)
+        self._spread_taint(forward_input, reads, row_tainted, failed)
 
-        # Layer 1 of this step's tokens: a hash over layer 0 up to each.
-        layer0 = self._layer0[cells]
-        sums = np.cumsum(layer0)
-        before = sums - layer0
-        since = bases[row_of_cell]
-        if window is not None:
-            since = np.maximum(since, np.arange(len(cells)) - window + 1)
-        sums -= before[since]
-        self._layer1[kv_slots] = _mix(sums[positions >= starts[row_of_cell]])
-
-        if window is not None:
-            bases = np.maximum(bases, ends - window)
-            cells = np.where(np.arange(len(cells)) >= bases[row_of_cell], cells, NULL_PAGE)
-        draws = _mix(np.add.reduceat(self._layer1[cells], bases) ^ _U_ROUND)
+        # Layer 1 of this step's tokens: a hash over layer 0 up to each. Then what rows draw from: sums over layer 1.
+        totals = []
+        for read, own in zip(reads, self._metadata.of_groups, strict=True):
+            self._layer1[own.kv_slots] = _mix(read.sums(self._layer0)[read.positions >= starts[read.rows]])
+            totals.append(read.totals(self._layer1))
+        draws = _mix(_combine(totals) ^ _U_ROUND)
         vectors = self._pool(forward_input, draws, row_tainted) if forward_input.pooled else []
         if self._extras:
             self._shape(draws, slots)
@@ -567,7 +645,7 @@ class FakeExecutor:
         self, forward_input: ForwardInput, draws: UInt64Array, row_tainted: npt.NDArray[np.bool_]
     ) -> list[npt.NDArray[np.float32]]:
         """Vectors of the rows that end; NaN where something of a failed step is in them."""
-        staging, kv_slots = forward_input.staging, self._metadata.kv_slots
+        staging = forward_input.staging
         vectors = []
         for pooled in forward_input.pooled:
             row, pooling = pooled.row, pooled.pooling
@@ -577,8 +655,9 @@ class FakeExecutor:
                 slot, start = int(staging.row_slot[row]), int(staging.row_start[row])
                 seen, total = self._sums.pop(slot, (0, np.zeros(FAKE_WIDTH))) if start else (0, np.zeros(FAKE_WIDTH))
                 assert seen == start, f"a mean over {start} tokens has seen {seen} of them"
-                own = kv_slots[staging.qo_indptr[row] : staging.qo_indptr[row + 1]]
-                seen, total = seen + len(own), total + _numbers(self._layer1[own]).sum(axis=0)
+                own = slice(staging.qo_indptr[row], staging.qo_indptr[row + 1])
+                above = _combine([self._layer1[group.kv_slots[own]] for group in self._metadata.of_groups])
+                seen, total = seen + len(above), total + _numbers(above).sum(axis=0)
                 if row_tainted[row]:
                     total[:] = np.nan
                 if not pooled.ends:
@@ -591,24 +670,22 @@ class FakeExecutor:
         return vectors
 
     def _spread_taint(
-        self,
-        forward_input: ForwardInput,
-        cells: npt.NDArray[Any],
-        bases: npt.NDArray[Any],
-        row_tainted: npt.NDArray[np.bool_],
-        failed: bool,
+        self, forward_input: ForwardInput, reads: list[_Reads], row_tainted: npt.NDArray[np.bool_], failed: bool
     ) -> None:
         """Mark what depends on a failed step, row by row and cell by cell; in place."""
-        kv_slots, lengths = self._metadata.kv_slots, forward_input.staging.row_len[: forward_input.num_rows]
-        self._cell_tainted[kv_slots] = failed
+        lengths = forward_input.staging.row_len[: forward_input.num_rows]
+        written = [own.kv_slots for own in self._metadata.of_groups]
+        for kv_slots in written:
+            self._cell_tainted[kv_slots] = failed
         if failed:
             row_tainted[:] = True
-        elif row_tainted.any() or self._cell_tainted[cells].any():
+        elif row_tainted.any() or any(self._cell_tainted[read.cells].any() for read in reads):
             # Rows of one step may read each other's pages, so until nothing changes.
             count = -1
             while count != (count := int(row_tainted.sum())):
-                self._cell_tainted[kv_slots] = np.repeat(row_tainted, lengths)
-                row_tainted |= np.logical_or.reduceat(self._cell_tainted[cells], bases)
+                for read, kv_slots in zip(reads, written, strict=True):
+                    self._cell_tainted[kv_slots] = np.repeat(row_tainted, lengths)
+                    row_tainted |= np.logical_or.reduceat(self._cell_tainted[read.cells], read.bases)
 
     def _take_extras(self, forward_input: ForwardInput) -> None:
         """Of each slot with a new sampling row: its extras, or none any more."""
@@ -633,7 +710,7 @@ class FakeExecutor:
 
     def _logprobs(self, forward_input: ForwardInput, output: Int32Array) -> StepLogprobs | None:
         """Of the rows that sampled and asked. Top ids are the ones after the token. Prompts get none."""
-        staging, kv_len = forward_input.staging, self._metadata.kv_len
+        staging, kv_len = forward_input.staging, self._metadata.of_groups[0].kv_len
         rows: list[int] = []
         width = 0
         for row, slot in enumerate(staging.row_slot[: forward_input.num_rows].tolist()):
