@@ -19,8 +19,9 @@ RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty", "n
 NAMES = {ours: theirs for theirs, ours in RENAMED.items()}
 # Means here what it means in a completion.
 SAME = (
-    *("model", "prompt", "stream", "stop", "seed", "ignore_eos", "grammar", "json_schema", "cache_salt", "priority"),
-    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "timeout"),
+    *("model", "prompt", "stream", "stop", "seed", "ignore_eos", "grammar", "json_schema", "logit_bias"),
+    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
+    *("cache_salt", "priority", "user", "timeout"),
 )
 # Samplers that this server does not have, with the values that turn them off.
 REFUSALS: dict[str, tuple[object, ...]] = {
