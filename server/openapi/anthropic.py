@@ -61,7 +61,11 @@ _REQUEST: Json = {
                 {"name": string(least=1, most=128), "input_schema": OBJECT},
                 {"type": constant("custom"), "description": string(), "strict": boolean()},
             ),
-            takes({"type": string(least=1)}, {"name": string()}, about="One that Anthropic defines: left out, but for what clients run."),
+            takes(
+                {"type": string(least=1)},
+                {"name": string()},
+                about="One that Anthropic defines: left out, but for what clients run.",
+            ),
         )
     ),
     "tool_choice": either(

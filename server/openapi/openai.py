@@ -463,7 +463,11 @@ _TOKENIZE = post(
     "Ids of a prompt, or of messages as a chat would render them.",
     "TokenizeRequest",
     either(ref("Tokens"), ref("Pieces")),
-    examples=({"prompt": "Hello"}, {"messages": HELLO, "tools": [WEATHER], "return_token_strs": True}, {"content": "é", "with_pieces": True}),
+    examples=(
+        {"prompt": "Hello"},
+        {"messages": HELLO, "tools": [WEATHER], "return_token_strs": True},
+        {"content": "é", "with_pieces": True},
+    ),
 )
 _DETOKENIZE = post("Text of token ids.", "DetokenizeRequest", "Text", examples=({"tokens": [5, 6, 7]},))
 

@@ -106,7 +106,7 @@ def _read_bias(pairs: list[Any], tokenizer: Tokenizer) -> dict[str, Any]:
         if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], bool):
             raise invalid(f"logit_bias[{index}]", "must be a pair of a token id or a text, and a number or false")
         of, value = pair
-        if not isinstance(of, int | str) or (not isinstance(value, int | float) and value is not False):
+        if not isinstance(of, int | str) or value is True or not isinstance(value, int | float):
             raise invalid(f"logit_bias[{index}]", "must be a pair of a token id or a text, and a number or false")
         if value is False:
             value = _NEVER

@@ -10,9 +10,12 @@ import re
 from typing import Any
 
 import pytest
+from jsonschema import Draft202012Validator
 
 from server.protocol import ignored
+from server.protocol.anthropic_tools import client_tool
 from server.protocol.ignored import HEADER
+from tests.server.bad_requests import check_anthropic
 from tests.server.dictate import CUTS, Cut, dictated
 from tests.server.histories import BYE, CHAT, FUNCTION, HI, MESSAGES, RESPONSES, call, prompt, shown, stream
 from tests.server.support import Live, live
@@ -21,7 +24,7 @@ HOSTED: dict[str, list[Any]] = {
     CHAT: [{"type": "web_search"}, {"type": "retrieval", "x": 1}],
     MESSAGES: [
         {"type": f"{kind}", "name": kind.rpartition("_")[0]}
-        for kind in ("web_search_20250305", "bash_20250124", "text_editor_20250728", "computer_20250124")
+        for kind in ("web_search_20250305", "bash_2025", "tool_search_tool_regex_20251119", "computer_20250124")
     ]
     + [{"type": "function"}],
     RESPONSES: [
@@ -59,6 +62,74 @@ async def test_tools_that_nobody_here_can_run_are_left_out() -> None:
     async with live() as server:
         for choice in ("auto", "none"):
             assert (await server.post(CHAT, {"messages": [HI], "tool_choice": choice, "max_tokens": 1}))[0] == 200
+
+
+# Of the tools that Anthropic defines, those that clients run: by type and name, inputs that they take.
+CLIENT_TOOLS: list[tuple[str, str, list[dict[str, Any]]]] = [
+    ("bash_20250124", "bash", [{"command": "ls"}, {"restart": True}]),
+    ("bash_20241022", "shell", [{"command": "ls"}]),
+    (
+        "text_editor_20250728",
+        "str_replace_based_edit_tool",
+        [
+            {"command": "view", "path": "a", "view_range": [1, -1]},
+            {"command": "create", "path": "a", "file_text": "x"},
+            {"command": "str_replace", "path": "a", "old_str": "x", "new_str": "y"},
+            {"command": "insert", "path": "a", "insert_line": 0, "insert_text": "z"},
+        ],
+    ),
+    ("text_editor_20250429", "edit", [{"command": "insert", "path": "a", "insert_line": 0, "new_str": "z"}]),
+    ("text_editor_20250124", "edit", [{"command": "undo_edit", "path": "a"}]),
+    (
+        "memory_20250818",
+        "memory",
+        [
+            {"command": "insert", "path": "/memories/a", "insert_line": 0, "insert_text": "z"},
+            {"command": "rename", "old_path": "/memories/a", "new_path": "/memories/b"},
+        ],
+    ),
+]
+
+
+async def test_tools_that_anthropic_defines_and_clients_run_can_be_called(server: Live) -> None:
+    for kind, name, inputs in CLIENT_TOOLS:
+        tools = [{"type": kind, "name": name, "cache_control": {"type": "ephemeral"}}]
+        body = {"messages": [HI], "tools": tools, "max_tokens": 200, "tool_choice": {"type": "tool", "name": name}}
+        declared = client_tool(kind)
+        assert declared is not None
+        schema = Draft202012Validator(declared["parameters"])
+        for given in inputs:
+            with dictated(server, call(name, json.dumps(given))):
+                async with server.http.post(server.url + MESSAGES, json=body) as response:
+                    answer = await response.json()
+            assert response.status == 200 and HEADER not in response.headers, answer
+            assert [(block["name"], block["input"]) for block in answer["content"]] == [(name, given)]
+            schema.validate(given)
+            assert not schema.is_valid({**given, "command": 5}) and set(given) <= set(
+                declared["parameters"]["properties"]
+            )
+    assert client_tool("text_editor_20250728") != client_tool("text_editor_20250124")
+    async with shown() as other:
+        tool: dict[str, Any] = {"type": "bash_20250124", "name": "b"}
+        found, _ = await prompt(other, MESSAGES, {"messages": [HI], "tools": [tool]})
+        assert found.startswith("<b|Run a command")
+    for name in (None, "a b", 5, {}):
+        status, answer = await server.post(
+            MESSAGES, {"messages": [HI], "tools": [{"type": "memory_20250818", "name": name}], "max_tokens": 1}
+        )
+        assert "`tools[0].name`" in check_anthropic(status, answer)["message"]
+
+
+async def test_an_effort_that_is_newer_than_this_server_is_the_highest(server: Live) -> None:
+    for effort, told in (
+        ("high", None),
+        ("max", None),
+        ("ultra", "output_config.effort.ultra"),
+        ("a\r\nb", "output_config.effort.a__b"),
+    ):
+        body = {"messages": [HI], "max_tokens": 1, "output_config": {"effort": effort}}
+        async with server.http.post(server.url + MESSAGES, json=body) as response:
+            assert response.status == 200 and response.headers.get(HEADER) == told
 
 
 async def test_functions_of_namespaces() -> None:

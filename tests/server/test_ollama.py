@@ -181,6 +181,19 @@ async def test_a_conversation_is_the_prompt_that_a_chat_makes(server: Live) -> N
         )
 
 
+async def test_an_image_is_an_error_in_the_newest_turn_alone(server: Live) -> None:
+    for content in ("look", "", None):
+        seen = {"role": "user", "content": content, "images": ["aGk=", "aGk="]}
+        for messages in ([seen], [{"role": "user", "content": "x"}, seen]):
+            message = check_error(*await server.post(CHAT, {**BODY, "messages": messages}))
+            assert f"`messages[{len(messages) - 1}].images`" in message and "text only" in message
+        messages = [seen, {"role": "assistant", "content": "A cat."}, {"role": "user", "content": "Sure?"}]
+        plan = await parse(Body({**BODY, "messages": messages}), server.state, "x", chat=True)
+        assert plan is not None
+        shown = tokenizer().decode(plan.requests[0].prompt_token_ids)
+        assert shown.count("[image left out: this model reads text only]") == 1 and (content or "") in shown
+
+
 async def test_thinking() -> None:
     async with live(reasoning_parser="qwen3") as server:
         for path, body in ((CHAT, BODY), (GENERATE, PROMPT)):
@@ -373,6 +386,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": [{"role": "nobody", "content": "x"}]}, "messages[0].role"),
     (CHAT, {"messages": [{"role": "user", "content": 5}]}, "messages[0].content"),
     (CHAT, {"messages": [{"role": "user", "content": "x", "images": ["aGk="]}]}, "messages[0].images"),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "images": "aGk="}]}, "messages[0].images"),
     (CHAT, {"messages": [{"role": "assistant", "content": "x", "thinking": 5}]}, "messages[0].thinking"),
     (CHAT, {"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0].tool_calls[0]"),
     (CHAT, {"messages": [{"role": "assistant", "tool_calls": 5}]}, "messages[0].tool_calls"),

@@ -13,7 +13,7 @@ from engine.models.config import GenerationDefaults, ModelConfig
 from engine.request import Pooling
 from server.endpoints.info import version
 from tests.server.support import DEMO, Live, live, served_model, tokenizer
-from tests.server.test_ollama import BODY, CHAT, GENERATE, PROMPT, check_error
+from tests.server.test_ollama import BODY, CHAT, GENERATE, PROMPT, check_error, stream
 
 # ---- what clients ask before
 
