@@ -62,9 +62,7 @@ _REQUEST: Json = {
                 {"type": constant("custom"), "description": string(), "strict": boolean()},
             ),
             takes(
-                {"type": string(least=1)},
-                {"name": string()},
-                about="One that Anthropic defines: left out, but for what clients run.",
+                {"type": string(least=1)}, {"name": string()}, "Anthropic's own: left out, but for what clients run."
             ),
         )
     ),

@@ -466,6 +466,7 @@ _TOKENIZE = post(
     examples=(
         {"prompt": "Hello"},
         {"messages": HELLO, "tools": [WEATHER], "return_token_strs": True},
+        {"content": "Hello"},
         {"content": "é", "with_pieces": True},
     ),
 )

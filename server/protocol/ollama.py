@@ -39,10 +39,6 @@ CHAT_NAMES = _NAMES | {
     # What stands for images; Ollama's own contents have no parts.
     "messages[].content[]": "messages[].images",
 }
-    "prompt": "messages",
-    "messages[].reasoning_content": "messages[].thinking",
-    "messages[].content[]": "messages[].images",
-}
 EMBED_NAMES = {"truncate_prompt_tokens": "truncate"}
 OLD_EMBED_NAMES = {"input": "prompt"}
 GENERATE_NAMES = _NAMES | {"messages": "prompt"}

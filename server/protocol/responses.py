@@ -192,7 +192,7 @@ def _read_fields(body: Body) -> Json:
         },
         "tool_choice": body.raw("tool_choice") or "auto",
         "tools": [
-            {"parameters": None, "strict": None} | tool if tool.get("type") == "function" else tool
+            {"description": None, "parameters": None, "strict": None} | tool if tool.get("type") == "function" else tool
             for tool in body.raw("tools") or []
         ],
         "top_logprobs": body.raw("top_logprobs") or 0,
