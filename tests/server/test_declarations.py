@@ -132,6 +132,56 @@ async def test_an_effort_that_is_newer_than_this_server_is_the_highest(server: L
             assert response.status == 200 and response.headers.get(HEADER) == told
 
 
+async def test_a_search_of_the_clients_is_a_call_and_what_it_finds_can_be_called(server: Live) -> None:
+    search = {"type": "tool_search", "execution": "client", "description": "Finds tools."}
+    found = [
+        {"type": "namespace", "name": "mcp", "tools": [FUNCTION, FUNCTION | {"name": "g"}, {"type": "x"}]},
+        FUNCTION | {"name": "h", "defer_loading": True},
+        # What is broken in a history is left out.
+        *(
+            {"type": "function"},
+            {"type": "function", "name": "a b"},
+            5,
+            {"type": "namespace"},
+            {"type": "custom", "name": []},
+        ),
+    ]
+    body = {"tools": [search, FUNCTION], "max_output_tokens": 100}
+    with dictated(server, call("tool_search", '{"query": "q"}')):
+        _, whole = await server.post(RESPONSES, {**body, "input": "hi"})
+        events = await stream(server, RESPONSES, {**body, "input": "hi"})
+    for response in (whole, events[-1]["response"]):
+        [item] = response["output"]
+        assert (item["type"], item["execution"], item["arguments"]) == ("tool_search_call", "client", {"query": "q"})
+        assert item["call_id"] and item["status"] == "completed"
+    assert [event["type"] for event in events[2:-1]] == ["response.output_item.added", "response.output_item.done"]
+    output = {"type": "tool_search_output", "call_id": item["call_id"], "execution": "client", "tools": found}
+    # Both as a kept thread and as one that the client sends whole.
+    for more in ({"input": [output], "previous_response_id": whole["id"]}, {"input": [HI, item, output]}):
+        with dictated(server, call("mcp__g", "{}") + call("h", "{}")):
+            status, answer = await server.post(RESPONSES, {**body, **more})
+        assert status == 200, answer
+        calls = [(one["type"], one.get("namespace"), one["name"]) for one in answer["output"]]
+        assert calls == [("function_call", "mcp", "g"), ("function_call", None, "h")]
+    async with shown() as other:
+        text, header = await prompt(
+            other, RESPONSES, {"input": [HI, item, output, output], "tools": [search, FUNCTION]}
+        )
+        assert text.startswith("<tool_search|Finds tools.><f|d><mcp__f|d><mcp__g|d><h|d>[user::hi]")
+        assert "input.tool_search_output.tools" in header
+        # Without the search nothing of it is declared; one that a server would run is left out.
+        for tools in ([FUNCTION], [{"type": "tool_search"}, FUNCTION]):
+            text, _ = await prompt(other, RESPONSES, {"input": [HI, item, output], "tools": tools})
+            assert text.startswith("<f|d>[user::hi]")
+        # Deferred or not, what is declared can be called.
+        deferred = {"type": "namespace", "name": "n", "tools": [FUNCTION | {"defer_loading": True}]}
+        text, _ = await prompt(other, RESPONSES, {"input": "hi", "tools": [{"type": "tool_search"}, deferred]})
+        assert text.startswith("<n__f|d>[user::hi]")
+    for broken in ({"parameters": 5}, {"description": 5}):
+        status, answer = await server.post(RESPONSES, {"input": "hi", "tools": [search | broken]})
+        assert status == 400 and answer["error"]["param"] == f"tools[0].{next(iter(broken))}"
+
+
 async def test_functions_of_namespaces() -> None:
     tools = [
         {"type": "function", "name": "mcp__s__f", "description": "plain"},
