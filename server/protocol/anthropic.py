@@ -268,6 +268,7 @@ def _read_tool_choice(body: Body) -> dict[str, Any]:
 def _read_system(system: Any) -> list[dict[str, Any]]:
     if system is None or system == "" or system == []:
         return []
+    check_nesting("system", system)
     kept = [text for text in map(_without_billing, _read_texts(system, "system")) if text is not None]
     if not kept:
         return []
