@@ -98,9 +98,9 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
             shape = getattr(endpoint, "ERROR_SHAPE", error_body)
             for method, path, handler in endpoint.ROUTES:
                 app[_SHAPES][prefix + path] = shape
-                # A variable at the end takes the slash as well.
-                slashed = [] if (path.endswith(("/", "}")) and ":" in path) or path == "/" else [path + "/"]
-                for form in (path, *slashed):
+                # What takes any rest of a path takes the slash, too.
+                forms = (path,) if path == "/" or path.endswith(":.+}") else (path, path + "/")
+                for form in forms:
                     for one in (method, "HEAD") if method == "GET" else (method,):
                         app.router.add_route(one, prefix + form, handler, expect_handler=_expect)
     return app

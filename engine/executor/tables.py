@@ -37,7 +37,8 @@ class SlotTables:
     @property
     def page_table(self) -> Int32Array:
         """Of the first group: int32 [num_slots, max_pages_per_seq]."""
-        return self.page_tables[0]
+        table: Int32Array = self.page_tables[0]
+        return table
 
 
 class PagedMetadata:

@@ -251,6 +251,9 @@ def _arguments(value: Any, want: str, loose: bool) -> Any:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
+            if "\\u" in value:
+                # Half of a pair of surrogates is no character that a prompt could have.
+                json.dumps(parsed, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             parsed = None
         if isinstance(parsed, dict) and _is_flat(parsed):

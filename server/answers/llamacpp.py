@@ -117,10 +117,7 @@ class NativeAnswer:
         raise_cut(delta)
         stream, request = self._streams[index], self._plan.requests[index]
         word = delta.stop_reason if isinstance(delta.stop_reason, str) else ""
-        if delta.finish_reason is FinishReason.LENGTH:
-            kind = "limit"
-        else:
-            kind = "word" if word else "eos"
+        kind = "limit" if delta.finish_reason is FinishReason.LENGTH else "word" if word else "eos"
         tokenizer = self._state.engine.tokenizer
         prompt = "" if tokenizer is None else tokenizer.decode(request.prompt_token_ids, skip_special_tokens=False)
         return {

@@ -1,4 +1,4 @@
-"""GET /api/v0/models and /api/v1/models: what LM Studio's clients ask about the model. They talk to it by OpenAI's API."""
+"""GET /api/v0/models and /api/v1/models: what LM Studio's clients ask about the model before they use OpenAI's API."""
 
 from __future__ import annotations
 

@@ -25,6 +25,7 @@ from server.protocol.anthropic import (
     CHOICES,
     ERROR_TYPES,
     HINTS,
+    MAX_EFFORT,
     REFUSALS,
     ROLES,
     SAME,
@@ -46,6 +47,7 @@ _BLOCK = either(
 )
 _MESSAGE = takes({"role": constant(*ROLES)}, {"content": either(string(), array(_BLOCK))})
 _FORM = takes({"type": constant("json_schema"), "schema": SCHEMA})
+_EFFORT = string("low to max; one that is not known is the highest.", least=1, most=MAX_EFFORT)
 _REQUEST: Json = {
     # What has the same name and meaning in a chat.
     **{name: GENERATION[name] for name in SAME if name in GENERATION},
@@ -59,7 +61,9 @@ _REQUEST: Json = {
                 {"name": string(least=1, most=128), "input_schema": OBJECT},
                 {"type": constant("custom"), "description": string(), "strict": boolean()},
             ),
-            takes({"type": string(least=1)}, about="One that Anthropic defines: left out."),
+            takes(
+                {"type": string(least=1)}, {"name": string()}, "Anthropic's own: left out, but for what clients run."
+            ),
         )
     ),
     "tool_choice": either(

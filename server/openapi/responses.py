@@ -147,6 +147,11 @@ _OUTPUT = either(
         )
         for kind, field in (("function_call", "arguments"), ("custom_tool_call", "input"))
     ),
+    gives(
+        {"id": string(), "type": constant("tool_search_call"), "call_id": string(), "execution": constant("client")}
+        | {"arguments": OBJECT}
+        | _STATUS
+    ),
 )
 _USAGE = gives(
     {

@@ -73,7 +73,7 @@ _SWITCHES = ("enable_thinking", "thinking")
 # What Claude Code puts in front of its system prompt. It changes with every conversation, tells a model nothing and
 # would keep all that follows out of the prefix cache.
 _BILLING = "x-anthropic-billing-header"
-_MAX_EFFORT = 64
+MAX_EFFORT = 64
 FORCED = ("any", "tool")
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 ERROR_TYPES = {
@@ -206,8 +206,8 @@ def _read_thinking(body: Body, state: State) -> dict[str, Any]:
 
 
 def _read_effort(config: Body) -> str | None:
-    """An effort that is newer than this server is the highest that it knows: so far each new one was above the others."""
-    effort = config.string("output_config.effort", None, most=_MAX_EFFORT)
+    """An effort that is newer than this server is the highest that it knows: new ones have been above the others."""
+    effort = config.string("output_config.effort", None, most=MAX_EFFORT)
     if effort is None or effort in EFFORTS:
         return effort
     ignore("output_config.effort", effort)
@@ -268,6 +268,7 @@ def _read_tool_choice(body: Body) -> dict[str, Any]:
 def _read_system(system: Any) -> list[dict[str, Any]]:
     if system is None or system == "" or system == []:
         return []
+    check_nesting("system", system)
     kept = [text for text in map(_without_billing, _read_texts(system, "system")) if text is not None]
     if not kept:
         return []

@@ -19,8 +19,9 @@ RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty", "n
 NAMES = {ours: theirs for theirs, ours in RENAMED.items()}
 # Means here what it means in a completion.
 SAME = (
-    *("model", "prompt", "stream", "stop", "seed", "ignore_eos", "grammar", "json_schema", "cache_salt", "priority"),
-    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "logit_bias", "timeout"),
+    *("model", "prompt", "stream", "stop", "seed", "ignore_eos", "grammar", "json_schema", "logit_bias"),
+    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
+    *("cache_salt", "priority", "user", "timeout"),
 )
 # Samplers that this server does not have, with the values that turn them off.
 REFUSALS: dict[str, tuple[object, ...]] = {
@@ -105,7 +106,7 @@ def _read_bias(pairs: list[Any], tokenizer: Tokenizer) -> dict[str, Any]:
         if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], bool):
             raise invalid(f"logit_bias[{index}]", "must be a pair of a token id or a text, and a number or false")
         of, value = pair
-        if not isinstance(of, int | str) or (not isinstance(value, int | float) and value is not False):
+        if not isinstance(of, int | str) or value is True or not isinstance(value, int | float):
             raise invalid(f"logit_bias[{index}]", "must be a pair of a token id or a text, and a number or false")
         if value is False:
             value = _NEVER

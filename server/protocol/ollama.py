@@ -33,7 +33,12 @@ _NAMES = {ours: f"options.{theirs}" for theirs, ours in OPTIONS.items()} | {
     "response_format.json_schema.schema": "format",
     "reasoning_effort": "think",
 }
-CHAT_NAMES = _NAMES | {"prompt": "messages", "messages[].reasoning_content": "messages[].thinking"}
+CHAT_NAMES = _NAMES | {
+    "prompt": "messages",
+    "messages[].reasoning_content": "messages[].thinking",
+    # What stands for images; Ollama's own contents have no parts.
+    "messages[].content[]": "messages[].images",
+}
 EMBED_NAMES = {"truncate_prompt_tokens": "truncate"}
 OLD_EMBED_NAMES = {"input": "prompt"}
 GENERATE_NAMES = _NAMES | {"messages": "prompt"}
@@ -296,9 +301,12 @@ def _read_messages(messages: Any) -> list[Any]:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise invalid(f"messages[{index}]", "must be an object")
-        if message.get("images"):
-            raise invalid(f"messages[{index}].images", "cannot be read: this model reads text only")
         turn = message | ({"content": ""} if message.get("content") is None else {})
+        if not isinstance(images := turn.pop("images", None), list | None):
+            raise invalid(f"messages[{index}].images", "must be a list")
+        if images and isinstance(text := turn["content"], str):
+            # One part stands for all of them: in the user's newest turn it is an error, before it a bracketed word.
+            turn["content"] = [{"type": "text", "text": text}, {"type": "image"}] if text else [{"type": "image"}]
         if message.get("thinking") is not None:
             turn["reasoning_content"] = turn.pop("thinking")
         if message.get("tool_name") is not None:

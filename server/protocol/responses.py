@@ -18,6 +18,7 @@ from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse
 from server.protocol.response_items import Flat, as_messages, read_item, turn_of
 from server.protocol.tool_fields import Declared
+from server.protocol.tool_search import as_function, found_tools, is_client_search
 from server.state import State
 
 Json = dict[str, Any]
@@ -82,12 +83,13 @@ class Asked:
     """What the answer tells of its request.
 
     fields: of the Response object. items: the whole input, earlier turns included. owner: whom the response is kept
-    for, None where it is not kept.
+    for, None where it is not kept. searches: the client runs searches for tools.
     """
 
     fields: Json
     items: list[Json]
     owner: str | None
+    searches: bool
 
 
 async def parse_response(body: Body, state: State, response_id: str, owner: str) -> tuple[Plan, Asked]:
@@ -100,7 +102,8 @@ async def parse_response(body: Body, state: State, response_id: str, owner: str)
         if fields["truncation"] == "auto":
             flat = Declared(chat.raw("tools")).flat
             plan = await _truncated(chat, items, fields["instructions"], flat, state, plan)
-    return plan, Asked(fields | {"store": store}, items, owner if store else None)
+    searches = any(map(is_client_search, fields["tools"]))
+    return plan, Asked(fields | {"store": store}, items, owner if store else None, searches)
 
 
 def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
@@ -122,8 +125,12 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
         kwargs = {"verbosity": verbosity} | kwargs
     tools = _chat_tools(body)
     with in_words_of(NAMES):
-        flat = Declared(tools).flat
+        declared = Declared(tools)
+    flat = declared.flat
     items, size = _read_items(body, state, owner)
+    if any(map(is_client_search, body.raw("tools") or [])):
+        tools += found_tools(items, declared, _chat_tool)
+        flat = Declared(tools).flat
     with_logprobs = LOGPROBS in _read_include(body)
     if body.raw("top_logprobs") and not with_logprobs:
         raise invalid("top_logprobs", f"needs {LOGPROBS!r} in `include`")
@@ -192,7 +199,7 @@ def _read_fields(body: Body) -> Json:
         },
         "tool_choice": body.raw("tool_choice") or "auto",
         "tools": [
-            {"parameters": None, "strict": None} | tool if tool.get("type") == "function" else tool
+            {"description": None, "parameters": None, "strict": None} | tool if tool.get("type") == "function" else tool
             for tool in body.raw("tools") or []
         ],
         "top_logprobs": body.raw("top_logprobs") or 0,
@@ -236,6 +243,8 @@ def _chat_tool(tool: Any, where: str) -> Json:
     if kind == "namespace" and isinstance(tool.get("tools"), list) and ".tools" not in where:
         inner = [_chat_tool(one, f"{where}.tools[{index}]") for index, one in enumerate(tool["tools"])]
         return {**tool, "tools": inner}
+    if is_client_search(tool):
+        return {"type": "function", "function": as_function(tool)}
     names = {"function": ("name", "description", "parameters", "strict"), "custom": ("name", "description", "format")}
     if kind not in names:
         return dict(tool)

@@ -240,6 +240,8 @@ def read_tools(body: Body) -> ToolPlan:
     """Raises RequestError (400) for broken declarations, and for a choice that cannot be met."""
     parallel = body.boolean("parallel_tool_calls", True)
     declared, choice = Declared(body.raw("tools")), body.raw("tool_choice")
+    # Some families tell it in their answers.
+    check_nesting("tool_choice", choice)
     mode, allowed, named = _read_choice("auto" if choice is None else choice, declared)
     if not declared.tools or not allowed:
         if mode == "required":

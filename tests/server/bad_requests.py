@@ -628,6 +628,28 @@ RERANK: list[Row] = [
     ("max_tokens_per_doc", 5),
     ("rank_fields", ["title"]),
 ]
+NATIVE: list[Row] = [
+    *TERMS,
+    *wrong_kinds(string="model grammar", integer="n_predict n_probs repeat_last_n seed top_k"),
+    *wrong_kinds(number="temperature top_p min_p repeat_penalty presence_penalty frequency_penalty"),
+    *wrong_kinds(boolean="stream ignore_eos return_tokens timings_per_token"),
+    *(
+        ("prompt", value)
+        for value in (None, 5, [], {}, [["x"]], [[]], ["x", 5], [VOCAB], [True], {"prompt_string": "x"})
+    ),
+    *(("n_predict", value) for value in (-2, 10**30)),
+    *(("n_probs", value) for value in (-1, 10**6)),
+    *(("stop", value) for value in (5, [5], [""], ["x"] * 17)),
+    *(
+        ("logit_bias[0]", [value])
+        for value in (5, [], [5], [5, 1, 1], [True, 1], [None, 1], [5, True], [5, "x"], [[], 1])
+    ),
+    *(("logit_bias", value) for value in ([[5, 101]], [[VOCAB, 1]], [[-1, 1]], {"x": 1}, "x")),
+    *(("json_schema", value) for value in (5, [], "x")),
+    *(("mirostat", value) for value in (1, 2)),
+    ("dry_multiplier", 0.5),
+    ("lora", [{"id": 0, "scale": 1}]),
+]
 ABORT: list[Row] = [
     ("rid", All({"rid": None})),
     *((name, value) for name in ("rid", "request_ids") for value in (5, True, {}, "", [""], [5], [["x"]])),
@@ -667,6 +689,7 @@ FAMILIES: list[Family] = [
     Family("/rerank", {"query": "a", "documents": ["b"]}, RERANK),
     Family("/abort_request", {"rid": "unknown"}, ABORT),
     Family("/update_weights_from_disk", {"model_path": "."}, WEIGHTS),
+    Family("/completion", {"prompt": "x", "n_predict": 1}, NATIVE),
     Family("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 1}}, GENERATE),
 ]
 
@@ -736,12 +759,26 @@ MEDIA_TYPES = (
 ENCODINGS = ("br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "identity, gzip", "utf-8", "*", "x" * 200)
 # (method, path, status)
 NO_ROUTES: list[tuple[str, str, int]] = [
-    *(("GET", path, 404) for path in ("/nowhere", "/v1/", "/v2/models", "/v1/chat", "//", "/v1//models", "/%00")),
-    *(("POST", path, 404) for path in ("/v1/nowhere", "/v1/completions/", "/V1/completions", "/engines/x/completions")),
+    *(("GET", path, 404) for path in ("/nowhere", "/v1x", "/v2/models", "/v1/chat", "//", "/v1//models", "/%00")),
+    *(
+        ("POST", path, 404)
+        for path in ("/v1/nowhere", "/v1/completions//", "/V1/completions", "/engines/x/completions")
+    ),
     ("GET", "/v1/models/no/such", 404),
     ("GET", "/v1/models/%2e%2e%2fetc%2fpasswd", 404),
     *((method, "/v1/completions", 405) for method in ("GET", "PUT", "DELETE", "PATCH", "HEAD", "TRACE")),
     *((method, "/v1/models", 405) for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS")),
     *(("POST", path, 405) for path in ("/health", "/ready", "/metrics", "/version", "/server_info", "/v1/models/demo")),
-    *(("GET", path, 405) for path in ("/tokenize", "/start_profile", "/abort_request", "/pause", "/v1/embeddings")),
+    *(
+        ("GET", path, 405)
+        for path in (
+            "/tokenize",
+            "/v1/completions/",
+            "/completion",
+            "/start_profile",
+            "/abort_request",
+            "/pause",
+            "/v1/embeddings",
+        )
+    ),
 ]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import copy
-import functools
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -27,6 +26,7 @@ from tests.server.support import BOUND_S, Live
 SEEDED = settings(
     max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+JSON = {"Content-Type": "application/json"}
 BYTES = st.one_of(
     st.binary(min_size=0, max_size=4), st.sampled_from([b'"', b"\\", b"[", b"}", b"\xff", b"\x00", b"e9"])
 )
@@ -71,11 +71,10 @@ async def test_any_body_is_answered(server: Live, family: Family, make: Any) -> 
     bodies: list[bytes] = []
     collect()
     assert len(set(bodies)) > 60
-    headers = {"Content-Type": "application/json"}
     for data in bodies:
         async with (
             asyncio.timeout(BOUND_S),
-            server.http.post(server.url + family.path, data=data, headers=headers) as got,
+            server.http.post(server.url + family.path, data=data, headers=JSON) as got,
         ):
             answer = await got.read()
         assert got.status == 200 or 400 <= got.status < 500, (got.status, data, answer)
@@ -171,7 +170,7 @@ def odd(rng: random.Random) -> Any:
     for _ in range(rng.choice((3, 70))):
         deep = [deep] if rng.random() < 0.5 else {rng.choice(NAMES): deep}
     return rng.choice(
-        [None, 0, True, [], {}, [None], deep, rng.choice(WORDS), rng.choice(EVIL), {"type": rng.choice(EVIL)}]
+        [None, 0, True, [], {}, [None], deep, DEEP, rng.choice(WORDS), rng.choice(EVIL), {"type": rng.choice(EVIL)}]
     )
 
 
@@ -203,7 +202,10 @@ async def test_any_history_is_answered(server: Live, path: str) -> None:
         body = {field: history, "tools": tools, "max_output_tokens" if field == "input" else "max_tokens": 1}
         changed = {name: mutated(rng, body[name]) for name in rng.choice([(field,), ("tools",), (field, "tools")])}
         body |= changed | {"stream": rng.random() < 0.2}
-        async with asyncio.timeout(BOUND_S), server.http.post(server.url + path, json=body) as got:
+        async with (
+            asyncio.timeout(BOUND_S),
+            server.http.post(server.url + path, data=written(body), headers=JSON) as got,
+        ):
             answer = await got.read()
         statuses[got.status] += 1
         assert got.status == 200 or 400 <= got.status < 500, (got.status, changed, answer)
@@ -246,11 +248,17 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": HI, "response_format": {"type": "structural_tag", "triggers": ["<"],
         "structures": [{"begin": "<a>", "schema": OBJECT, "end": "</a>"}]}}),
     ("/v1/completions", {"prompt": ["x"], "structured_outputs": {"json": OBJECT, "whitespace_pattern": " ?"}}),
-    ("/v1/completions", {"prompt": [[5, 6]], "guided_choice": ["a"], "allowed_token_ids": [5, 2], "logprobs": 1}),
+    ("/v1/completions", {"prompt": [[5, 6]], "allowed_token_ids": [5, 2], "logprobs": 1, "echo": True}),
+    ("/v1/completions", {"prompt": "x", "guided_choice": ["a"], "guided_whitespace_pattern": " ?"}),
+    ("/completion", {"prompt": ["x"], "n_predict": 1, "logit_bias": [[5, 1.5], ["a", False]], "json_schema": OBJECT,
+        "stop": ["x"], "samplers": ["top_k"], "lora": []}),
+    ("/tokenize", {"content": "x", "with_pieces": True}),
+    ("/tokenize", {"messages": HI, "tools": [FUNCTION]}),
     ("/v1/messages", {
         "messages": HI, "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
         "tools": [{"name": "f", "description": "d", "input_schema": OBJECT, "strict": True},
-                  {"type": "web_search_20250305", "name": "web_search", "max_uses": 1}],
+                  {"type": "web_search_20250305", "name": "web_search", "max_uses": 1},
+                  {"type": "bash_20250124", "name": "bash"}],
         "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
         "metadata": {"user_id": "u"}, "stop_sequences": ["x"], "context_management": {"edits": [{"type": "x"}]},
         "mcp_servers": [{"type": "url", "url": "x"}], "container": {"id": "x", "skills": []},
@@ -274,6 +282,10 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
         {"type": "allowed_tools", "mode": "required", "tools": [
             {"type": "function", "name": "f"}, {"type": "custom", "name": "c"}]},
     )),
+    ("/v1/responses", {
+        "input": [{"role": "user", "content": "x"}, {"type": "tool_search_call", "call_id": "c", "arguments": {"query": "q"}},
+            {"type": "tool_search_output", "call_id": "c", "tools": [FLAT, SPACE]}],
+        "tools": [{"type": "tool_search", "execution": "client", "description": "d", "parameters": OBJECT}]}),
     ("/v1/responses", {"input": "x", "text": {"format": {
         "type": "json_schema", "name": "n", "description": "d", "schema": OBJECT, "strict": True}}}),
     ("/api/chat", {
@@ -293,13 +305,19 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
 ]  # fmt: skip
 LIMITS = {"/v1/responses": "max_output_tokens", "/v1/completions": "max_tokens", "/v1/chat/completions": "max_tokens"}
 LIMITS["/v1/messages"] = "max_tokens"
-DEEP: Any = functools.reduce(lambda inner, _: [inner], range(70), "x")
+# Stands for lists in lists, deeper than Python recurses and than its own writer of JSON would write.
+DEEP = "@deep@"
+DEPTH = 900
 ODD: tuple[Any, ...] = (
     None, True, -1, 2**64 - 1, 1e308, 0.5, "", "x\r\ny", "9" * 5000, [], {}, [[]], [{}], [None], {"type": []},
     {"type": {}}, {"": ""}, DEEP,
 )  # fmt: skip
 # How many of them are tried in each place.
 ODD_EACH = len(ODD)
+
+
+def written(body: Any) -> bytes:
+    return json.dumps(body).replace(f'"{DEEP}"', "[" * DEPTH + "]" * DEPTH).encode()
 
 
 def hit(body: dict[str, Any], number: int) -> Iterator[dict[str, Any]]:
@@ -325,7 +343,10 @@ async def test_any_value_at_any_depth_is_answered(server: Live, path: str) -> No
         async with server.http.post(server.url + path, json=body) as got:
             assert got.status == 200, (body, await got.read())
         for changed in hit(body, number):
-            async with asyncio.timeout(BOUND_S), server.http.post(server.url + path, json=changed) as got:
+            async with (
+                asyncio.timeout(BOUND_S),
+                server.http.post(server.url + path, data=written(changed), headers=JSON) as got,
+            ):
                 answer = await got.read()
             statuses[got.status] += 1
             assert got.status == 200 or 400 <= got.status < 500, (got.status, changed, answer)

@@ -190,13 +190,15 @@ def test_arguments_that_are_an_object_become_the_text_that_templates_concatenate
 
 
 @pytest.mark.parametrize(
-    "arguments", ['{"city": "Kö', "[1, 2]", "17", '"x"', "null", "[" * 3000, '{"a":' * 90 + "1" + "}" * 90]
+    "arguments",
+    ['{"city": "Kö', "[1, 2]", "17", '"x"', "null", "[" * 3000, '{"a":' * 90 + "1" + "}" * 90, '{"a": "\\ud83d"}'],
 )
 def test_arguments_that_are_no_object_stay_readable(arguments: str) -> None:
     chat = [LOOP[0], says(None, tool_calls=[call("weather", arguments)]), LOOP[2]]
     for name, template in TEMPLATE.items():
         text = template.render(chat)
         assert arguments in text or json.dumps(arguments, ensure_ascii=False)[1:-1] in text, name
+        text.encode()
     assert f"<parameter={INVALID_JSON}>\n{arguments}\n" in TEMPLATE["qwen35"].render(chat)
 
 
