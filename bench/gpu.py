@@ -629,7 +629,8 @@ def bench_experts(report: Report, layer: DeviceLayer, bandwidth: float, flops: f
 def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
     """Ours beside torch's, on the shapes of Llama-3.2-1B; microseconds inside a CUDA graph."""
     from engine.ops.norm import torch_rms_norm
-    from engine.ops.sampling.device import WORDS, torch_sample
+    from engine.ops.sampling.device import torch_sample
+    from engine.ops.sampling.layout import WORDS
     from engine.ops.triton import activation, norm, rope, sampling
 
     device, stream = layer.device, layer.stream()

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.tables import PagedMetadata
 from engine.forward import ForwardOutput, Int32Array, Limits, Staging
-from engine.ops.sampling.device import WORDS
+from engine.ops.sampling.layout import WORDS
 
 # Every array of the staging arena starts on a multiple of this many bytes.
 ALIGN = 64

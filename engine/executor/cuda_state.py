@@ -24,8 +24,8 @@ from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardO
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.pooling import Pooler
-from engine.ops.sampling.device import WORDS
 from engine.ops.sampling.device_extras import DeviceExtras
+from engine.ops.sampling.layout import WORDS
 from engine.ops.skinny import Blocks
 
 logger = logging.getLogger("oneloop.cuda")

@@ -99,7 +99,7 @@ def compile_only() -> None:
 
 def calls(dtype: torch.dtype, rows: int) -> None:
     """Every wrapper once, on the shapes of Llama-3.2-1B with `rows` rows."""
-    from engine.ops.sampling.device import WORDS
+    from engine.ops.sampling.layout import WORDS
     from engine.ops.skinny import BLOCKS
     from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny
 

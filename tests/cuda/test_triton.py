@@ -21,8 +21,9 @@ from engine.ops.experts import torch_mix_experts  # noqa: E402
 from engine.ops.norm import Normed, torch_rms_norm  # noqa: E402
 from engine.ops.rope import torch_rotate  # noqa: E402
 from engine.ops.sampling import sampler  # noqa: E402
-from engine.ops.sampling.device import WORDS, torch_sample, uniform  # noqa: E402
+from engine.ops.sampling.device import torch_sample, uniform  # noqa: E402
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
+from engine.ops.sampling.layout import WORDS  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
 from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny  # noqa: E402
 

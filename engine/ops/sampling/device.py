@@ -9,18 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.forward import SAMPLING_DTYPE
-from engine.ops.triton.runtime import on_gpu
-
-# A sampling row as int32 words, and where its fields stand in them.
-WORDS = SAMPLING_DTYPE.itemsize // 4
-_FIELDS = SAMPLING_DTYPE.fields
-assert _FIELDS is not None
-TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED, MIN_LENGTH, NUM_STOP_IDS, STOP_IDS = (
-    _FIELDS[name][1] // 4
-    for name in ("temperature", "top_p", "min_p", "top_k", "seed", "min_length", "num_stop_ids", "stop_ids")
+from engine.ops.sampling.layout import (
+    MIN_LENGTH,
+    MIN_P,
+    NUM_STOP_IDS,
+    NUM_STOPS,
+    SEED,
+    STOP_IDS,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
 )
-NUM_STOPS = WORDS - STOP_IDS
+from engine.ops.triton.runtime import on_gpu
 
 
 def _signed(value: int) -> int:

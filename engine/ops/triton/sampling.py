@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.ops.sampling.device import (
+from engine.ops.sampling.layout import (
     MIN_LENGTH,
     MIN_P,
     NUM_STOP_IDS,
