@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,7 @@ from engine.ops.sampling import sampler  # noqa: E402
 from engine.ops.sampling.device import WORDS, torch_sample, uniform  # noqa: E402
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
-from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny  # noqa: E402
+from engine.ops.triton import activation, experts, extras, norm, pdl, prepare, rope, sampling, skinny  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -294,8 +295,8 @@ def sample_rows(logits: Tensor, params: np.ndarray, positions: Tensor, *, filter
     before = logits.clone()
     sampling.sample_rows(logits, table, slots, positions, last, out, None, filtered=filtered)
     assert torch.equal(logits, before) and last[0] == -9 and torch.equal(last[slots], out)
-    if rows < 20:
-        sampling.sample_rows(logits, table, slots.int(), positions, last, scattered, where, filtered=filtered)
+    if logits.numel() < 20_000:  # the interpreter takes its time
+        sampling.sample_rows(logits, table, slots.long(), positions, last, scattered, where, filtered=filtered)
         assert torch.equal(scattered[where.long()], out) and torch.equal(last[slots], out)
     return out.tolist()
 
@@ -368,3 +369,19 @@ def test_the_filters_allow_what_the_cpus_do(filters: dict[str, float], allowed: 
     ours = sample_rows(logits, params, torch.from_numpy(positions).to(DEVICE), filtered=True)
     expected = sampler.sample(logits.cpu(), params, positions)
     assert set(ours) == allowed and ours == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "dependent"),
+    [("cuda", 80, False), ("cuda", 90, True), ("cuda", 120, True), ("hip", "gfx942", False)],
+)
+def test_launches_depend_on_one_another_from_hopper_on(
+    backend: str, arch: object, dependent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch and the kernel must agree: one that starts early and does not wait reads what is not there yet."""
+    target = SimpleNamespace(backend=backend, arch=arch)
+    monkeypatch.setattr(pdl.triton.knobs.runtime, "interpret", False)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(pdl.triton.runtime, "driver", driver)
+    options = pdl.launch_options.__wrapped__()
+    assert options["PDL"] == options.get("launch_pdl", False) == dependent
