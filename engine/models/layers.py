@@ -13,6 +13,7 @@ from engine.models.config import ExpertsConfig, ModelConfig
 from engine.models.rope import split_pairs
 from engine.models.weights import Weights
 from engine.ops.attention.base import AttentionBackend
+from engine.ops.attention.device import HeadNorms, StepAttention
 from engine.ops.experts import choose_experts, mix_experts
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, add_rms_norm, plain, rms_norm
@@ -25,25 +26,25 @@ class Norm:
     """
 
     def __init__(self, weights: Weights, name: str, width: int, eps: float, offset: float = 0.0) -> None:
-        self._eps = eps
-        self._weight = weights.tensor(f"{name}.weight", (width,))
+        self.eps = eps
+        self.weight = weights.tensor(f"{name}.weight", (width,))
         if offset:
-            self._weight = self._weight.float() + offset
+            self.weight = self.weight.float() + offset
 
     def __call__(self, x: Tensor | Product) -> Tensor:
         """[N, width] -> [N, width]."""
-        return rms_norm(computed(x), self._weight, self._eps)
+        return rms_norm(computed(x), self.weight, self.eps)
 
     def later(self, x: Tensor) -> Tensor | Normed:
         """The same, for a product to take."""
-        return Normed(x, self._weight, self._eps)
+        return Normed(x, self.weight, self.eps)
 
     def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor | Normed, Tensor]:
         """x and residual [N, width] -> (norm of their sum, their sum). The sum takes the residual's memory."""
         if isinstance(x, Product):
             residual = x.add_to(residual)
             return self.later(residual), residual
-        return add_rms_norm(x, residual, self._weight, self._eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class NoNorm(Norm):
@@ -88,6 +89,7 @@ class Attention:
         )
         self._q_norm: Norm | None = None
         self._k_norm: Norm | None = None
+        self._head_norms: HeadNorms | None = None
         if config.qk_norm != "none":
             full = config.qk_norm == "full"
             eps, offset = config.rms_norm_eps, config.norm_offset
@@ -95,10 +97,14 @@ class Attention:
             self._q_norm = Norm(weights, prefix + names.q_norm, q_width, eps, offset)
             self._k_norm = Norm(weights, prefix + names.k_norm, k_width, eps, offset)
             self._norm_widths = (q_width, k_width)
+            if not full:
+                self._head_norms = (self._q_norm.weight, self._k_norm.weight, eps)
 
     def __call__(self, x: Tensor | Normed, table: Tensor, attention: AttentionBackend) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
         q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
+        if self._head_norms is not None and isinstance(attention, StepAttention):
+            return self._output.later(attention.forward(self._layer, q, k, v, table, self._head_norms))
         if self._q_norm is not None and self._k_norm is not None:
             q_width, k_width = self._norm_widths
             q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)

@@ -94,8 +94,8 @@ NODES = {
     "llama-3.2-1b:1:plain": (6, 5),
     "llama-3.2-1b:64:plain": (9, 6),
     "llama-3.2-1b:1:filtered": (6, 7),
-    "qwen3-30b-a3b:1:plain": (13, 5),
-    "qwen3-30b-a3b:64:plain": (17, 6),
+    "qwen3-30b-a3b:1:plain": (11, 5),
+    "qwen3-30b-a3b:64:plain": (13, 6),
 }
 
 

@@ -66,21 +66,25 @@ def test_gate_and_mul(dtype: torch.dtype, gelu: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "rot"), [(6, 2, 8, 8), (4, 4, 12, 4), (8, 1, 16, 0)])
-def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int) -> None:
+def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int, normed: bool) -> None:
     tokens, pages, page_size = 5, 4, 4
     qkv = randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     cos_sin = randn(32, rot, seed=4) if rot else None
     positions = torch.tensor([0, 7, 31, 7, 2], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([9, 15, 0, 4, 2], device=DEVICE)
-    expected_q, expected_k = q.clone(), k.clone()
+    expected_q, expected_k, norms = q.clone(), k.clone(), None
+    if normed:  # weights of a type of their own, as with an offset
+        norms = randn(dim, dtype=dtype, seed=7), randn(dim, seed=8), 1e-2
+        expected_q, expected_k = (torch_rms_norm(x, w, 1e-2) for x, w in zip((q, k), norms, strict=False))
     if cos_sin is not None:
         torch_rotate(expected_q, cos_sin, positions)
         torch_rotate(expected_k, cos_sin, positions)
     pools = [randn(pages, page_size, kv_heads, dim, dtype=dtype, seed=s) for s in (5, 6)]
     before = [pool.clone() for pool in pools]
-    out = rope.rope_and_write_kv(q, k, v, cos_sin, positions, slots, *pools)
+    out = rope.rope_and_write_kv(q, k, v, cos_sin, positions, slots, *pools, norms)
     assert out.is_contiguous() and close(out, expected_q)
     for pool, old, new in zip(pools, before, (expected_k, v), strict=True):
         flat, old_flat = pool.view(-1, kv_heads, dim), old.view(-1, kv_heads, dim)

@@ -16,8 +16,12 @@ from torch import Tensor
 
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.attention.sequence import attend_sequence
+from engine.ops.norm import rms_norm
 from engine.ops.rope import apply_rope
 from engine.ops.triton.runtime import on_gpu
+
+# Weights [D] of the RMS norms of a head of q and of k, and their epsilon.
+HeadNorms = tuple[Tensor, Tensor, float]
 
 
 @dataclass(slots=True)
@@ -191,14 +195,25 @@ class DeviceAttention:
     # What both do per layer.
 
     def write(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Tensor, cos_sin: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        kv_slots: Tensor,
+        cos_sin: Tensor | None,
+        norms: HeadNorms | None,
     ) -> Tensor:
-        """Turn q and k, put k and v into the pool; returns q, contiguous."""
+        """Norm and turn q and k, put k and v into the pool; returns q, contiguous."""
         if on_gpu(q):
             from engine.ops.triton.rope import rope_and_write_kv
 
             pools = self.k_pools[layer], self.v_pools[layer]
-            return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools)
+            return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools, norms)
+        if norms is not None:
+            *weights, eps = norms
+            q, k = (rms_norm(x.flatten(0, 1), w, eps).view(x.shape) for x, w in zip((q, k), weights, strict=True))
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, positions)
         self._store(self.k_pools[layer], kv_slots, k)
@@ -254,21 +269,39 @@ class DeviceAttention:
         return attend_sequence(self.spec, self.windows[layer], q, keys, values)
 
 
-class DecodeAttention:
-    """AttentionBackend of one decode step; `attend` is what a faster backend replaces."""
+class StepAttention:
+    """AttentionBackend of one step, planned already; `attend` is what a faster backend replaces."""
 
-    def __init__(self, backend: Any, step: DecodeStep) -> None:
+    def __init__(self, backend: Any, step: Any) -> None:
         self.backend = backend
         self.step = step
 
     def plan(self, metadata: object) -> None:
         """Planned already."""
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
-        """See AttentionBackend."""
+    def forward(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor | None = None,
+        norms: HeadNorms | None = None,
+    ) -> Tensor:
+        """See AttentionBackend. norms: of the heads of q and k, taken first."""
         step = self.step
-        q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin)
+        q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin, norms)
         return self.attend(layer, q).view(q.shape[0], -1)
+
+    def attend(self, layer: int, q: Tensor) -> Tensor:
+        """[T, Hq, D] -> [T, Hq, D]."""
+        raise NotImplementedError
+
+
+class DecodeAttention(StepAttention):
+    """Of a step in which every row has one token."""
+
+    step: DecodeStep
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """[B, Hq, D] -> [B, Hq, D]."""
@@ -276,22 +309,14 @@ class DecodeAttention:
         return result
 
 
-class MixedAttention:
-    """AttentionBackend of one step with prompts; `attend` is what a faster backend replaces."""
+class MixedAttention(StepAttention):
+    """Of a step with prompts."""
+
+    step: MixedStep
 
     def __init__(self, backend: Any, step: MixedStep) -> None:
-        self.backend = backend
-        self.step = step
+        super().__init__(backend, step)
         self.sizes = step.prompts.sizes()
-
-    def plan(self, metadata: object) -> None:
-        """Planned already."""
-
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
-        """See AttentionBackend."""
-        step = self.step
-        q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin)
-        return self.attend(layer, q).view(q.shape[0], -1)
 
     def attend(self, layer: int, q: Tensor) -> Tensor:
         """[T, Hq, D] -> [T, Hq, D]."""
