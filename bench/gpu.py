@@ -648,12 +648,12 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
         params = torch.zeros(batch, WORDS, dtype=torch.int32, device=device)
         params.view(torch.float32)[:, TEMPERATURE] = 0.8
         params.view(torch.float32)[:, TOP_P] = 1.0
-        last, out = positions.clone(), positions.clone()
+        last, taken = positions.clone(), positions.clone()
         rows = torch.arange(batch, device=device, dtype=torch.int32)
-        sample = partial(sampling.sample_rows, logits.bfloat16(), params, rows, positions, last, out, None)
+        sample = partial(sampling.sample_rows, logits.bfloat16(), params, rows, positions, last, taken, None)
         filtering = params.clone()
         filtering.view(torch.float32)[:, TOP_P] = 0.9
-        narrow = partial(sampling.sample_rows, logits.bfloat16(), filtering, rows, positions, last, out, None)
+        narrow = partial(sampling.sample_rows, logits.bfloat16(), filtering, rows, positions, last, taken, None)
         candidates += [
             ("add + RMSNorm, ours", batch, partial(norm.add_rms_norm, x, residual, weight, 1e-5), 4 * x.nbytes),
             ("RMSNorm, torch", batch, partial(torch_rms_norm, x, weight, 1e-5), 2 * x.nbytes),

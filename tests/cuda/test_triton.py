@@ -319,9 +319,7 @@ def test_sample_rows(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("seed", "rows", "vocab"), [(0, 15, 40), (1, 15, 1000), (2, 15, 9001), (3, 8, 32000), (4, 5, 128256)]
-)
+@pytest.mark.parametrize(("seed", "rows", "vocab"), [(0, 15, 40), (1, 15, 1000), (2, 7, 9001)])
 def test_filtered_rows_draw_what_the_cpu_draws(dtype: torch.dtype, seed: int, rows: int, vocab: int) -> None:
     """Ties at borders, rows all equal, biased away but for a few ids, spread wide and hardly at all."""
     generator = np.random.default_rng(seed)
@@ -345,6 +343,15 @@ def test_filtered_rows_draw_what_the_cpu_draws(dtype: torch.dtype, seed: int, ro
     for row in range(0, rows, 9):
         one = slice(row, row + 1)
         assert sample_rows(logits[one], params[one], there[one], filtered=True) == [int(expected[row])]
+
+
+def test_filtered_rows_of_a_real_vocabulary() -> None:
+    """What Llama 3 is asked with."""
+    logits, params = (3 * randn(2, 128256)).bfloat16(), params_of(2)
+    params["temperature"], params["top_p"], params["top_k"] = (1.0, 0.6), (0.95, 0.9), (0, 40)
+    positions = np.array([7, 100], np.int32)
+    expected = sampler.sample(logits.cpu().float(), params, positions)
+    assert sample_rows(logits, params, torch.from_numpy(positions).to(DEVICE), filtered=True) == expected.tolist()
 
 
 @pytest.mark.parametrize(
