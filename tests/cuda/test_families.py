@@ -28,11 +28,13 @@ async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Non
         linear.few = {1: BLOCKS[0]}
     device = FakeDevice(1)
     engine = executor(device, model, torch.float32, attention="torch")  # type: ignore[arg-type]
+    engine.pieces._seen.update(engine.pieces.sizes)  # a chain of graphs for the first prompt already
     driver = Driver(engine)
     await driver.run([prefill(1, PROMPT[:40], samples=False)], {1: [5, 9, 2, 30]}, {1: GREEDY})
     tokens = await driver.run([prefill(1, PROMPT[40:], start=40)])
     for position in range(len(PROMPT), len(PROMPT) + 7):
         tokens += await driver.run([decode(1, position)])
+    assert len(engine.pieces) == 2
     engine.close()
     assert device.counts["replay"] > 0
     context = PROMPT + tokens

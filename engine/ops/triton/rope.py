@@ -98,18 +98,21 @@ def rope_and_write_kv(
     k_pool: Tensor,
     v_pool: Tensor,
     norms: tuple[Tensor, Tensor, float] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """q [T, Hq, D], k and v [T, Hkv, D] -> turned q, contiguous. k, turned, and v go to the cells `kv_slots` [T].
 
     cos_sin: see ops/rope.py, None where nothing is to be turned. Pools [pages, page_size, Hkv, D] of any dtype. norms:
-    weights [D] of the RMS norms of a head of q and of k, which come first, and their epsilon.
+    weights [D] of the RMS norms of a head of q and of k, which come first, and their epsilon. out: for q.
     """
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     for x in (q, k, v):
         assert x.stride(2) == 1 and x.stride(1) == dim
     assert k_pool.is_contiguous() and v_pool.is_contiguous()
-    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    assert out.is_contiguous() and out.shape == q.shape
     q_gain, k_gain, eps = norms or (q, q, 0.0)
     grid = (tokens, triton.cdiv(heads + 2 * kv_heads, BLOCK_HEADS))
     _rope_and_write[grid](
