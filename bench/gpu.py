@@ -630,7 +630,7 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
     """Ours beside torch's, on the shapes of Llama-3.2-1B; microseconds inside a CUDA graph."""
     from engine.ops.norm import torch_rms_norm
     from engine.ops.sampling.device import torch_sample
-    from engine.ops.sampling.layout import WORDS
+    from engine.ops.sampling.layout import TEMPERATURE, TOP_P, WORDS
     from engine.ops.triton import activation, norm, rope, sampling
 
     device, stream = layer.device, layer.stream()
@@ -647,7 +647,14 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
         slots = torch.randperm(512 * 16, device=device)[:batch]
         logits = torch.randn(batch, 128256, device=device)
         params = torch.zeros(batch, WORDS, dtype=torch.int32, device=device)
-        params.view(torch.float32)[:, 0] = 0.8
+        params.view(torch.float32)[:, TEMPERATURE] = 0.8
+        params.view(torch.float32)[:, TOP_P] = 1.0
+        last, taken = positions.clone(), positions.clone()
+        rows = torch.arange(batch, device=device, dtype=torch.int32)
+        sample = partial(sampling.sample_rows, logits.bfloat16(), params, rows, positions, last, taken, None)
+        filtering = params.clone()
+        filtering.view(torch.float32)[:, TOP_P] = 0.9
+        narrow = partial(sampling.sample_rows, logits.bfloat16(), filtering, rows, positions, last, taken, None)
         candidates += [
             ("add + RMSNorm, ours", batch, partial(norm.add_rms_norm, x, residual, weight, 1e-5), 4 * x.nbytes),
             ("RMSNorm, torch", batch, partial(torch_rms_norm, x, weight, 1e-5), 2 * x.nbytes),
@@ -655,10 +662,11 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
             (
                 "rope + KV write, ours",
                 batch,
-                partial(rope.rope_and_write_kv, q, k, v, table, positions, slots, *pools),
+                partial(rope.rope_and_write_kv, q, k, v, table, positions, slots, pools[0], pools[1]),
                 2 * qkv.nbytes,
             ),
-            ("sampling, ours", batch, partial(sampling.sample_rows, logits, params, positions), logits.nbytes),
+            ("sampling, ours", batch, partial(sample, filtered=False), logits.nbytes / 2),
+            ("sampling with top_p, ours", batch, partial(narrow, filtered=True), logits.nbytes / 2),
             ("argmax, torch", batch, partial(torch.argmax, logits, -1), logits.nbytes),
         ]
         if batch == 64:

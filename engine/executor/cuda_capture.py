@@ -109,4 +109,7 @@ class Captures(DecodeSteps):
                 self._warm_up(key, capture=True)
                 if progress is not None:
                     progress(number + 1, len(keys))
+            with self.layer.on(self._compute):
+                for size in reversed(self.pieces.sizes):
+                    self.pieces.capture(self.model, size)
             self.layer.synchronize_all()

@@ -19,6 +19,7 @@ from engine.config import CacheOptions, StartupError
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
+from engine.executor.cuda_pieces import SIZES
 from engine.executor.start import Start
 from engine.forward import Limits
 from engine.groups import one_group
@@ -213,7 +214,8 @@ def build_cuda_executor(
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
             logits = max_num_seqs * model.config.vocab_size * 4
-            graphs = 4 * logits + 2 * len(graph_sizes(max_num_seqs)) * GRAPH_BYTES
+            graphs = 4 * logits + (2 * len(graph_sizes(max_num_seqs)) + len(SIZES)) * GRAPH_BYTES
+            graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
             wanted = (cache.num_pages + 1) * page_bytes
@@ -251,7 +253,10 @@ def build_cuda_executor(
         row("products of 1 to 4 rows", f"{ours} of {products} by our kernel, the others by cuBLAS, as was quicker")
         if cuda_graph == "start":
             executor.capture_at_start()
-            row("CUDA graphs", f"{len(executor.graphs)} captured")
+            row(
+                "CUDA graphs",
+                f"{len(executor.graphs)} captured, and {len(executor.pieces)} sizes of steps with prompts",
+            )
         elif cuda_graph == "lazy":
             row("CUDA graphs", f"captured as they are needed, batch sizes {executor.graphs.sizes[-1]} and below")
         else:

@@ -19,6 +19,7 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
+from engine.executor.cuda_pieces import Pieces
 from engine.executor.tables import SlotTables
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.models.parts.decoder import CausalLM
@@ -49,6 +50,7 @@ class DeviceState:
             self._page_table = layer.zeros((limits.num_slots, limits.max_pages_per_seq), torch.int32)
             self._last_token = layer.zeros((limits.num_slots,), torch.int32)
             self._sampling = layer.zeros((limits.num_slots, WORDS), torch.int32)
+            self.pieces = Pieces(model, layer, attention, limits, enabled=self.graphs.enabled)
             self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
             layer.synchronize_all()
             with layer.on(self._compute):

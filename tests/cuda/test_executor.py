@@ -239,7 +239,8 @@ def test_start_takes_sizes_as_given_and_captures() -> None:
     rows, executor = build(cache=CacheOptions(page_size=4, num_pages=30), cuda_graph="start")
     assert executor.limits.num_pages == 30
     assert "of 15 by our kernel" in rows["products of 1 to 4 rows"]
-    assert rows["CUDA graphs"] == f"{2 * len(executor.graphs.sizes)} captured"
+    decodes, prompts = 2 * len(executor.graphs.sizes), len(executor.pieces.sizes)
+    assert rows["CUDA graphs"] == f"{decodes} captured, and {prompts} sizes of steps with prompts" and prompts > 1
     executor.close()
 
 

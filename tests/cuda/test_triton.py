@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ from engine.ops.sampling.device import torch_sample, uniform  # noqa: E402
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.sampling.layout import WORDS  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
-from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny  # noqa: E402
+from engine.ops.triton import activation, experts, extras, norm, pdl, prepare, rope, sampling, skinny  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -66,21 +67,25 @@ def test_gate_and_mul(dtype: torch.dtype, gelu: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "rot"), [(6, 2, 8, 8), (4, 4, 12, 4), (8, 1, 16, 0)])
-def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int) -> None:
+def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int, normed: bool) -> None:
     tokens, pages, page_size = 5, 4, 4
     qkv = randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     cos_sin = randn(32, rot, seed=4) if rot else None
     positions = torch.tensor([0, 7, 31, 7, 2], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([9, 15, 0, 4, 2], device=DEVICE)
-    expected_q, expected_k = q.clone(), k.clone()
+    expected_q, expected_k, norms = q.clone(), k.clone(), None
+    if normed:  # weights of a type of their own, as with an offset
+        norms = randn(dim, dtype=dtype, seed=7), randn(dim, seed=8), 1e-2
+        expected_q, expected_k = (torch_rms_norm(x, w, 1e-2) for x, w in zip((q, k), norms, strict=False))
     if cos_sin is not None:
         torch_rotate(expected_q, cos_sin, positions)
         torch_rotate(expected_k, cos_sin, positions)
     pools = [randn(pages, page_size, kv_heads, dim, dtype=dtype, seed=s) for s in (5, 6)]
     before = [pool.clone() for pool in pools]
-    out = rope.rope_and_write_kv(q, k, v, cos_sin, positions, slots, *pools)
+    out = rope.rope_and_write_kv(q, k, v, cos_sin, positions, slots, *pools, norms)
     assert out.is_contiguous() and close(out, expected_q)
     for pool, old, new in zip(pools, before, (expected_k, v), strict=True):
         flat, old_flat = pool.view(-1, kv_heads, dim), old.view(-1, kv_heads, dim)
@@ -295,8 +300,8 @@ def sample_rows(logits: Tensor, params: np.ndarray, positions: Tensor, *, filter
     before = logits.clone()
     sampling.sample_rows(logits, table, slots, positions, last, out, None, filtered=filtered)
     assert torch.equal(logits, before) and last[0] == -9 and torch.equal(last[slots], out)
-    if rows < 20:
-        sampling.sample_rows(logits, table, slots.int(), positions, last, scattered, where, filtered=filtered)
+    if logits.numel() < 20_000:  # the interpreter takes its time
+        sampling.sample_rows(logits, table, slots.long(), positions, last, scattered, where, filtered=filtered)
         assert torch.equal(scattered[where.long()], out) and torch.equal(last[slots], out)
     return out.tolist()
 
@@ -315,9 +320,7 @@ def test_sample_rows(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("seed", "rows", "vocab"), [(0, 15, 40), (1, 15, 1000), (2, 15, 9001), (3, 8, 32000), (4, 5, 128256)]
-)
+@pytest.mark.parametrize(("seed", "rows", "vocab"), [(0, 15, 40), (1, 15, 1000), (2, 7, 9001)])
 def test_filtered_rows_draw_what_the_cpu_draws(dtype: torch.dtype, seed: int, rows: int, vocab: int) -> None:
     """Ties at borders, rows all equal, biased away but for a few ids, spread wide and hardly at all."""
     generator = np.random.default_rng(seed)
@@ -341,6 +344,15 @@ def test_filtered_rows_draw_what_the_cpu_draws(dtype: torch.dtype, seed: int, ro
     for row in range(0, rows, 9):
         one = slice(row, row + 1)
         assert sample_rows(logits[one], params[one], there[one], filtered=True) == [int(expected[row])]
+
+
+def test_filtered_rows_of_a_real_vocabulary() -> None:
+    """What Llama 3 is asked with."""
+    logits, params = (3 * randn(2, 128256)).bfloat16(), params_of(2)
+    params["temperature"], params["top_p"], params["top_k"] = (1.0, 0.6), (0.95, 0.9), (0, 40)
+    positions = np.array([7, 100], np.int32)
+    expected = sampler.sample(logits.cpu().float(), params, positions)
+    assert sample_rows(logits, params, torch.from_numpy(positions).to(DEVICE), filtered=True) == expected.tolist()
 
 
 @pytest.mark.parametrize(
@@ -369,3 +381,19 @@ def test_the_filters_allow_what_the_cpus_do(filters: dict[str, float], allowed: 
     ours = sample_rows(logits, params, torch.from_numpy(positions).to(DEVICE), filtered=True)
     expected = sampler.sample(logits.cpu(), params, positions)
     assert set(ours) == allowed and ours == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "dependent"),
+    [("cuda", 80, False), ("cuda", 90, True), ("cuda", 120, True), ("hip", "gfx942", False)],
+)
+def test_launches_depend_on_one_another_from_hopper_on(
+    backend: str, arch: object, dependent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch and the kernel must agree: one that starts early and does not wait reads what is not there yet."""
+    target = SimpleNamespace(backend=backend, arch=arch)
+    monkeypatch.setattr(pdl.triton.knobs.runtime, "interpret", False)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(pdl.triton.runtime, "driver", driver)
+    options = pdl.launch_options.__wrapped__()
+    assert options["PDL"] == options.get("launch_pdl", False) == dependent

@@ -13,6 +13,7 @@ from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
 from engine.models.spec import GroupedQueryAttention
 from engine.ops.attention.base import AttentionBackend
+from engine.ops.attention.device import HeadNorms, StepAttention
 from engine.ops.linear import Product
 from engine.ops.norm import Normed
 
@@ -42,15 +43,20 @@ class Attention:
         self._output = source.linear([prefix + spec.output], [hidden_size], heads * dim, bias=spec.output_bias)
         self._q_norm: Norm | None = None
         self._k_norm: Norm | None = None
+        self._head_norms: HeadNorms | None = None
         if spec.q_norm is not None and spec.k_norm is not None:
             q_width, k_width = (heads * dim, kv_heads * dim) if spec.norm_width == "full" else (dim, dim)
             self._q_norm = Norm(spec.q_norm, source, prefix, q_width)
             self._k_norm = Norm(spec.k_norm, source, prefix, k_width)
             self._norm_widths = (q_width, k_width)
+            if spec.norm_width == "head" and spec.q_norm.eps == spec.k_norm.eps:
+                self._head_norms = (self._q_norm.weight, self._k_norm.weight, spec.q_norm.eps)
 
     def __call__(self, x: Tensor | Normed, table: Tensor | None, attention: AttentionBackend) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
         q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
+        if self._head_norms is not None and isinstance(attention, StepAttention):
+            return self._output.later(attention.forward(self._layer, q, k, v, table, self._head_norms))
         if self._q_norm is not None and self._k_norm is not None:
             q_width, k_width = self._norm_widths
             q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)

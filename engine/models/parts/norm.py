@@ -17,25 +17,25 @@ class Norm:
     """
 
     def __init__(self, spec: NormSpec, source: Source, prefix: str, width: int) -> None:
-        self._eps = spec.eps
-        self._weight = source.tensor(f"{prefix}{spec.name}.weight", (width,))
+        self.eps = spec.eps
+        self.weight = source.tensor(f"{prefix}{spec.name}.weight", (width,))
         if spec.offset:
-            self._weight = self._weight.float() + spec.offset
+            self.weight = self.weight.float() + spec.offset
 
     def __call__(self, x: Tensor | Product) -> Tensor:
         """[N, width] -> [N, width]."""
-        return rms_norm(computed(x), self._weight, self._eps)
+        return rms_norm(computed(x), self.weight, self.eps)
 
     def later(self, x: Tensor) -> Tensor | Normed:
         """The same, for a product to take."""
-        return Normed(x, self._weight, self._eps)
+        return Normed(x, self.weight, self.eps)
 
     def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor | Normed, Tensor]:
         """x and residual [N, width] -> (norm of their sum, their sum). The sum takes the residual's memory."""
         if isinstance(x, Product):
             residual = x.add_to(residual)
             return self.later(residual), residual
-        return add_rms_norm(x, residual, self._weight, self._eps)
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class NoNorm(Norm):

@@ -394,14 +394,14 @@ class Backend(DeviceAttention):
 
 
 class _Mixed(MixedAttention):
-    def attend(self, layer: int, q: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         backend: Backend = self.backend
         step, count = self.step, self.step.num_decodes
         apart = backend.decodes_apart(backend.windows[layer], step)
         by_torch = backend.prefills_by_torch(layer)
         if by_torch and not apart:
-            return super().attend(layer, q)
-        out = torch.empty_like(q)
+            return super().attend(layer, q, out)
+        out = torch.empty_like(q) if out is None else out
         first = count if apart else 0
         if apart:
             assert step.decode is not None
@@ -414,5 +414,6 @@ class _Mixed(MixedAttention):
 
 
 class _Decode(DecodeAttention):
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        return self.backend.decode_rows_of(layer, q, self.step)  # type: ignore[no-any-return]
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+        result: Tensor = self.backend.decode_rows_of(layer, q, self.step)
+        return result if out is None else out.copy_(result)

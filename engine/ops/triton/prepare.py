@@ -49,7 +49,7 @@ def _prepare(
     tl.store(tables_ptr + row * width + column, pages, mask=mask)
     if tl.program_id(1) == 0:
         start = tl.load(row_start_ptr + row)
-        page = tl.load(table_ptr + slot * stride + start // page_size).to(tl.int64)
+        page = tl.load(table_ptr + slot * stride + start // page_size)
         tl.store(token_ids_ptr + row, tl.load(last_token_ptr + slot))
         tl.store(kv_len_ptr + row, start + 1)
         tl.store(kv_slots_ptr + row, page * page_size + start % page_size)
@@ -67,7 +67,7 @@ def prepare(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `decode_inputs`; returns token_ids, kv_len, kv_slots, tables."""
     rows, device = row_slot.shape[0], row_slot.device
-    kv_slots = torch.empty(rows, dtype=torch.int64, device=device)
+    kv_slots = torch.empty(rows, dtype=torch.int32, device=device)
     token_ids = torch.empty(rows, dtype=torch.int32, device=device)
     kv_len = torch.empty(rows, dtype=torch.int32, device=device)
     tables = torch.empty((rows, width), dtype=torch.int32, device=device)
