@@ -18,7 +18,7 @@ from torch import Tensor
 
 from engine.executor.cuda_device import CapturesOver, DeviceLayer, Graph
 from engine.forward import Limits
-from engine.models.registry import CausalLM
+from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention, StepAttention
 
 logger = logging.getLogger("oneloop.cuda")
