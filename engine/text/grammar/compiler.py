@@ -21,8 +21,9 @@ import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from engine.request import QueueFullError, RequestError
+from engine.text.grammar.blame import NO_VALUE, blame
 from engine.text.grammar.lark import as_lark, choice, regex
-from engine.text.grammar.schemas import checked, patterns, without, without_patterns
+from engine.text.grammar.schemas import NoValueError, checked, patterns, schema_error, without, without_patterns
 from engine.text.grammar.spec import (
     MAX_GRAMMAR_CHARACTERS,
     MAX_SPEC_CHARACTERS,
@@ -119,16 +120,17 @@ class GrammarCompiler:
         warnings: list[str] = []
         if spec.kind in ("json_object", "json_schema"):
             given = {"type": "object"} if spec.kind == "json_object" else load(spec)
-            schema = checked(spec, given, warnings, strict=spec.strict)
+            schema = self._checked(spec, given, warnings, strict=spec.strict)
         matcher = self._match(self._source(spec, schema, warnings))
         fault = self._fails(matcher)
         if fault is not None and schema is not None and not spec.strict:
             warnings = []
-            schema = self._fitted(checked(spec, given, warnings, strict=False, expand=False), warnings)
+            schema = self._fitted(self._checked(spec, given, warnings, strict=False, expand=False), warnings)
             matcher = self._match(self._source(spec, schema, warnings))
             fault = self._fails(matcher)
         if fault is not None:
-            raise spec_error(spec, f"cannot be used: {fault}")
+            ending = f"cannot be used: {fault}" if schema is None else self._blame(spec, given, fault, spec.strict)
+            raise spec_error(spec, ending)
         return Grammar(spec, matcher, [*warnings, *map(sentence, matcher.get_grammar_warnings())], self.warm())
 
     def _match(self, source: str) -> LLMatcher:
@@ -159,7 +161,7 @@ class GrammarCompiler:
         where = f"of `{name}` " if isinstance(name, str) else "holds a schema that "
         for expand in (True,) if strict else (True, False):
             found: list[str] = []
-            written = checked(spec, schema, found, strict=strict is True, expand=expand, where=where)
+            written = self._checked(spec, schema, found, strict=strict is True, expand=expand, where=where)
             matcher = self._match(LLMatcher.grammar_from_json_schema(json.dumps(written)))
             if not self._fails(matcher):
                 break
@@ -167,11 +169,30 @@ class GrammarCompiler:
             written = self._fitted(written, found)
             matcher = self._match(LLMatcher.grammar_from_json_schema(json.dumps(written)))
         if fault := self._fails(matcher):
-            if where.startswith("of `"):
-                raise RequestError(f"The schema {where}cannot be used: {fault}.", param=spec.param)
-            raise spec_error(spec, f"{where}cannot be used: {fault}")
+            raise schema_error(spec, where, self._blame(spec, schema, fault, strict is True))
         warnings += found
         return "%json " + json.dumps(written)
+
+    def _checked(
+        self, spec: GrammarSpec, schema: Any, warnings: list[str], *, strict: bool, expand: bool = True, where: str = ""
+    ) -> Any:
+        """`checked`, and whose fault it is when no value satisfies the schema."""
+        try:
+            return checked(spec, schema, warnings, strict=strict, expand=expand, where=where)
+        except NoValueError:
+            raise schema_error(spec, where, self._blame(spec, schema, NO_VALUE, strict)) from None
+
+    def _blame(self, spec: GrammarSpec, schema: Any, fault: str, strict: bool) -> str:
+        """The end of the sentence about a schema that the library does not take: its keyword, place and why."""
+
+        def fails(changed: Any) -> str | None:
+            try:
+                written = checked(spec, changed, [], strict=strict)
+            except (RequestError, NoValueError) as error:
+                return str(error) or NO_VALUE
+            return self._fails(self._match(LLMatcher.grammar_from_json_schema(json.dumps(written))))
+
+        return blame(schema, fault, fails)
 
     def _fails(self, matcher: LLMatcher) -> str | None:
         """Why a grammar cannot be used; it is walked some tokens far, so that it does not fail amid an answer."""

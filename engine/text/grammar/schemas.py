@@ -27,19 +27,29 @@ _SCHEMAS = frozenset(
 )  # fmt: skip
 
 
+class NoValueError(Exception):
+    """A schema that is well-formed and that no value satisfies."""
+
+
+def schema_error(spec: GrammarSpec, where: str, what: str) -> RequestError:
+    """The error about one schema of a spec, from its sentence's end."""
+    if where.startswith("of `"):
+        # Tools were sent, and no tag.
+        return RequestError(f"The schema {where}{what}.", param=spec.param)
+    return spec_error(spec, f"{where}{what}")
+
+
 def checked(
     spec: GrammarSpec, schema: Any, warnings: list[str], *, strict: bool, expand: bool = True, where: str = ""
 ) -> Any:
-    """The schema as the library takes it. Raises RequestError for one that is too deep, too large or remote.
+    """The schema as the library takes it. Raises RequestError for one that is too deep, too large or remote,
+    NoValueError for one that admits nothing.
 
     where: what the sentences call it, where a spec holds several.
     """
 
     def invalid(what: str) -> RequestError:
-        if where.startswith("of `"):
-            # Tools were sent, and no tag.
-            return RequestError(f"The schema {where}{what}.", param=spec.param)
-        return spec_error(spec, f"{where}{what}")
+        return schema_error(spec, where, what)
 
     if not isinstance(schema, dict | bool):
         raise invalid("must be a JSON schema: an object")
@@ -55,7 +65,7 @@ def checked(
         # A keyword's value of another kind than the standard has it: the walk finds no list, or no number.
         raise invalid("has a keyword whose value is not of the kind that JSON Schema asks for") from None
     if written is False:
-        raise invalid("cannot be used: no value satisfies it")
+        raise NoValueError
     if written is True:
         written = {}
     if len(json.dumps(written)) > 4 * MAX_SPEC_CHARACTERS:

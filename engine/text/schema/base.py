@@ -8,6 +8,7 @@ from typing import Any
 
 from engine.text.schema.errors import Unwritable
 from engine.text.schema.references import References
+from engine.text.schema.regular import Languages
 from engine.text.schema_types import SchemaTypes
 
 MAX_WRITTEN = 6_000  # schemas that one schema may grow to
@@ -35,6 +36,7 @@ class Rewriter(ABC):
         self.dropped: Unwritable | None = None
         self.types = SchemaTypes(root)
         self.references = References(root, invalid)
+        self.languages = Languages()
 
     @abstractmethod
     def yes(self, schema: Any, where: str) -> Any:

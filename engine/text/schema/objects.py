@@ -7,11 +7,10 @@ import math
 import re
 from typing import Any
 
-from engine.text.schema.base import FORMATS, MAX_CASES, Rewriter
+from engine.text.schema.base import MAX_CASES, Rewriter
 from engine.text.schema.errors import Unwritable
+from engine.text.schema.names import is_listed
 from engine.text.schema.parts import TYPES, all_of, any_of, at, names_of
-from engine.text.schema.plain import plain
-from engine.text.schema.strings import readable_pattern
 
 
 def property_counts(rewriter: Rewriter, schema: dict[str, Any], where: str) -> dict[str, Any]:
@@ -36,47 +35,27 @@ def property_counts(rewriter: Rewriter, schema: dict[str, Any], where: str) -> d
 
 
 def property_names(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
+    """`propertyNames` where it admits nothing, or names that are listed; for the rest see `name_keywords`."""
     here = at(where, "propertyNames")
     names = schema["propertyNames"]
     if names is True or not rewriter.may_be(schema, "object"):
         return True
     if names is False or (isinstance(names, dict) and "string" not in rewriter.types.types(names)):
         return {"additionalProperties": False}
-    if isinstance(names, dict) and set(names) == {"$ref"}:
-        names = rewriter.references.target(names["$ref"], names, here)
-    names = plain(names, rewriter.invalid) if isinstance(names, dict) else {}
-    told = {key for key in names if key not in ("type", "description", "title", "$comment", "$schema", "examples")}
-    if not told or (told == {"format"} and names["format"] not in FORMATS):
+    if not isinstance(names, dict) or not is_listed(rewriter, names, here):
         return True
-    if told <= {"enum", "const"}:
-        values = [name for name in rewriter.types.values(names) or [] if isinstance(name, str)]
-        rest, inner = schema.get("additionalProperties", True), schema.get("properties", {})
-        patterns = schema.get("patternProperties")
-        if patterns:
-            raise Unwritable("propertyNames", here, "stands beside `patternProperties`")
-        written = {name: rewriter.yes(inner.get(name, rest), at(where, "additionalProperties")) for name in values}
-        return {"properties": written, "additionalProperties": False}
-    if told == {"pattern"}:
-        pattern = readable_pattern(rewriter, names["pattern"], here, "propertyNames")
-    elif told <= {"minLength", "maxLength"}:
-        pattern = f"^[\\s\\S]{{{names.get('minLength', 0)},{names.get('maxLength', '')}}}$"
-    else:
-        raise Unwritable("propertyNames", here, "can be kept for one pattern, a length, or names that are listed")
-    if pattern is None:
-        return True
-    given = schema.get("patternProperties", {})
-    if given and set(given) != {pattern}:
-        raise Unwritable("propertyNames", here, "stands beside `patternProperties`")
-    forbidden = {}
-    for name in schema.get("properties", {}):
+    values = [name for name in rewriter.types.values(names) or [] if isinstance(name, str)]
+    rest, inner = schema.get("additionalProperties", True), schema.get("properties", {})
+    patterns = schema.get("patternProperties", {})
+    written = {}
+    for name in values:
         try:
-            matches = re.search(pattern, name) is not None
+            parts = [part for pattern, part in patterns.items() if re.search(pattern, name)]
         except re.error:
-            raise Unwritable("propertyNames", here, "cannot be compared with the names of `properties`") from None
-        if not matches:
-            forbidden[name] = False
-    inner = {**given} or {pattern: True}
-    return {"properties": forbidden, "patternProperties": dict.fromkeys(inner, True), "additionalProperties": False}
+            raise Unwritable("propertyNames", here, "cannot be compared with `patternProperties`") from None
+        parts += [inner[name]] if name in inner else []
+        written[name] = all_of([rewriter.yes(part, at(where, f"properties.{name}")) for part in parts or [rest]])
+    return {"properties": written, "additionalProperties": False}
 
 
 def min_properties(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:

@@ -21,9 +21,30 @@ _COUNTS = (
 NUMBERS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf")
 
 
+_MAPS_OF_SCHEMAS = ("properties", "patternProperties", "dependentSchemas")
+# The kinds of value that keywords must have, and what they are called.
+_SCHEMA = ((dict, bool), "schema: an object, true or false")
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys((*_MAPS_OF_SCHEMAS, "$defs", "definitions", "dependentRequired"), ((dict,), "object")),
+    **dict.fromkeys(("additionalProperties", "contains", "propertyNames", "not", "if", "then", "else"), _SCHEMA),
+    **dict.fromkeys(("unevaluatedProperties", "unevaluatedItems", "additionalItems"), _SCHEMA),
+    "items": ((dict, bool, list), "schema, and no list of schemas"),
+    "pattern": ((str,), "string"),
+    "uniqueItems": ((bool,), "true or false"),
+    "type": ((str, list), "name of a type, and no list of them"),
+}
+
+
 def plain(schema: dict[str, Any], invalid: Callable[[str], Exception]) -> dict[str, Any]:
     """The schema with the older drafts' words in those of 2020-12, and without what constrains nothing."""
     found = dict(schema)
+    for key, (kinds, words) in _KINDS.items():
+        if key in found and not isinstance(found[key], kinds):
+            raise invalid(f"has a `{key}` that is no {words}")
+    for key in _MAPS_OF_SCHEMAS:
+        for name, inner in found.get(key, {}).items():
+            if not isinstance(inner, dict | bool | list) or (isinstance(inner, list) and key != "dependencies"):
+                raise invalid(f"has `{key}` with no schema for {name[:40]!r}")
     for key in _COUNTS:
         value = found.get(key)
         if isinstance(value, float) and value.is_integer():

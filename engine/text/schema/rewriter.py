@@ -15,6 +15,7 @@ from typing import Any
 from engine.text.schema import arrays, combining, negation, objects, strings
 from engine.text.schema.base import FORMATS, MAX_NEGATED_DEPTH, MAX_WRITTEN, Rewriter
 from engine.text.schema.errors import Unwritable
+from engine.text.schema.names import name_keywords
 from engine.text.schema.parts import absent, all_of, any_of, at, names_of
 from engine.text.schema.plain import NUMBERS, plain
 
@@ -30,7 +31,13 @@ class SchemaRewriter(Rewriter):
         self._warnings = warnings
         self._names: dict[int, str] = {}
         self._defs: dict[str, Any] = {}
-        super().__init__(root, strict, expand, invalid)
+        self._place = ""
+
+        def invalid_here(what: str) -> Exception:
+            return invalid(f"{what} (at `{self._place}`)" if self._place else what)
+
+        super().__init__(root, strict, expand, invalid_here)
+        self._given_invalid = invalid
 
     def write(self) -> Any:
         """The schema in the library's keywords, with the targets of all references under `$defs`."""
@@ -40,7 +47,7 @@ class SchemaRewriter(Rewriter):
                 raise self.dropped
             self.warn(self.dropped)
             return SchemaRewriter(
-                self._root, strict=False, invalid=self.invalid, warnings=self._warnings, expand=False
+                self._root, strict=False, invalid=self._given_invalid, warnings=self._warnings, expand=False
             ).write()
         if self._defs:
             found = {"$defs": self._defs, **(found if isinstance(found, dict) else {"allOf": [found]})}
@@ -68,6 +75,7 @@ class SchemaRewriter(Rewriter):
     def yes(self, schema: Any, where: str) -> Any:
         if isinstance(schema, bool):
             return schema
+        self._place = where
         if not isinstance(schema, dict):
             raise self.invalid(f"holds {json.dumps(schema)[:40]} where a schema must stand")
         self.written += 1
@@ -104,32 +112,30 @@ class SchemaRewriter(Rewriter):
             found.pop(key, None)
         if isinstance(schema.get("format"), str) and schema["format"] in FORMATS:
             found["format"] = schema["format"]
+        more: list[Any] = []
         if "pattern" in schema:
-            pattern = strings.readable_pattern(self, schema["pattern"], at(where, "pattern"), "pattern")
-            if pattern is not None:
-                found["pattern"] = pattern
-        for key in ("properties", "patternProperties"):
-            if key not in schema:
-                continue
-            if not isinstance(schema[key], dict):
-                raise self.invalid(f"has `{key}` that are no object")
-            inner = {name: self.yes(part, at(where, f"{key}.{name}")) for name, part in schema[key].items()}
-            if key == "patternProperties":
-                inner = {
-                    name: part
-                    for name, part in inner.items()
-                    if strings.readable_pattern(self, name, at(where, key), "patternProperties") is not None
-                }
-            found[key] = inner
+            patterns = strings.readable_patterns(self, schema["pattern"], at(where, "pattern"), "pattern")
+            if patterns:
+                found["pattern"] = patterns[0]
+            more += [{"pattern": pattern} for pattern in patterns[1:]]
+        if "properties" in schema:
+            if not isinstance(schema["properties"], dict):
+                raise self.invalid("has `properties` that are no object")
+            found["properties"] = {
+                name: self.yes(part, at(where, f"properties.{name}")) for name, part in schema["properties"].items()
+            }
+        named = name_keywords(self, schema, where)
+        if "properties" in named:
+            named["properties"] = {**found.get("properties", {}), **named["properties"]}
+        found |= named
         if "prefixItems" in schema:
             found["prefixItems"] = [
                 self.yes(part, at(where, f"prefixItems[{index}]")) for index, part in enumerate(schema["prefixItems"])
             ]
-        for key in ("items", "additionalProperties"):
-            if key in schema:
-                found[key] = self.yes(schema[key], at(where, key))
+        if "items" in schema:
+            found["items"] = self.yes(schema["items"], at(where, "items"))
         found |= objects.property_counts(self, schema, where)
-        return found or True
+        return all_of([found or True, *more])
 
     def _writers(self, schema: dict[str, Any], where: str) -> Iterator[tuple[str, Callable[..., Any]]]:
         """The keywords of a schema that are parts of their own, each with what writes it."""

@@ -9,33 +9,45 @@ from typing import Any
 from engine.text.schema.base import Rewriter
 from engine.text.schema.errors import Unwritable
 from engine.text.schema.parts import at
+from engine.text.schema.patterns import Unreadable, split_looks
+from engine.text.schema.regular import Languages
 
+# What the library does not read: looking ahead, behind and back, borders of words.
 _LOOKS = re.compile(r"\(\?(?:[=!]|<[=!])|\\[1-9bBk]")
+NO_STRING = "^[^\\s\\S]$"
 
 
-def readable_pattern(rewriter: Rewriter, pattern: Any, where: str, keyword: str) -> str | None:
+def readable_patterns(rewriter: Rewriter, pattern: Any, where: str, keyword: str) -> list[str]:
+    """A pattern as some that the library reads and that must all hold; none where it is left to the model."""
     if not isinstance(pattern, str):
         raise rewriter.invalid(f"has a `{keyword}` that is no string")
     check_pattern(pattern, rewriter.invalid)
-    if _LOOKS.search(pattern.replace("\\\\", "")):
-        simple = _without_look(pattern)
-        if simple is not None:
-            return simple
-        error = Unwritable(keyword, where, "looks ahead, behind or back, which a grammar cannot")
+    if not _LOOKS.search(pattern.replace("\\\\", "")):
+        return [pattern]
+    try:
+        return without_looks(rewriter.languages, pattern)
+    except Unreadable as error:
+        unwritable = Unwritable(keyword, where, f"the pattern {pattern!r:.60} {error}")
         if rewriter.strict:
-            raise error
-        rewriter.warn(error)
-        return None
-    return pattern
+            raise unwritable from None
+        rewriter.warn(unwritable)
+        return []
+
+
+def without_looks(languages: Languages, pattern: str) -> list[str]:
+    """Patterns that look nowhere and must all hold. Raises Unreadable."""
+    yes, no, rest = split_looks(pattern)
+    found = [one if not _LOOKS.search(one) else languages.pattern([one]) or NO_STRING for one in (*yes, rest)]
+    # One by one they are shorter than together.
+    return [*found, *(languages.pattern(no=[one]) or NO_STRING for one in no)]
 
 
 def not_pattern(rewriter: Rewriter, pattern: str, where: str) -> str:
-    """A pattern for the strings that one of a plain text does not match."""
-    begins, ends = pattern.startswith("^"), pattern.endswith("$") and not pattern.endswith("\\$")
-    text = literal(pattern[begins : len(pattern) - ends])
-    if text is None or not begins:
-        raise Unwritable("pattern", at(where, "pattern"), "cannot be turned round")
-    return other_strings([text], prefix=not ends)
+    """A pattern for the strings that one does not match."""
+    try:
+        return rewriter.languages.pattern(no=[pattern]) or NO_STRING
+    except Unreadable as error:
+        raise Unwritable("pattern", at(where, "pattern"), f"cannot be turned round: it {error}") from None
 
 
 def check_pattern(pattern: str, invalid: Callable[[str], Exception]) -> None:
@@ -54,33 +66,9 @@ def check_pattern(pattern: str, invalid: Callable[[str], Exception]) -> None:
         raise invalid(f"has the pattern {pattern!r:.60}, which is too deep or too large") from None
 
 
-def _without_look(pattern: str) -> str | None:
-    """The pattern of a text that must not begin so, or must not be empty, without looking ahead; None for others."""
-    found = re.fullmatch(r"\^\(\?!((?:[^()\[\]|\\]|\\.)*)\)(?:\.\*|\[\\s\\S\]\*)?\$?", pattern)
-    if found is None:
-        return None
-    inner = found[1]
-    whole = inner.endswith("$")
-    text = literal(inner[:-1] if whole else inner)
-    return (
-        None
-        if not text or "\n" in text
-        else other_strings([text], prefix=not whole, any_text="." if ".*" in pattern else None)
-    )
-
-
-def literal(pattern: str) -> str | None:
-    """The text that a pattern stands for, where it stands for one."""
-    plain = re.sub(r"\\([^a-zA-Z0-9])", "", pattern)
-    if re.search(r"[\\.*+?()\[\]{}|^$]", plain):
-        return None
-    return re.sub(r"\\([^a-zA-Z0-9])", r"\1", pattern)
-
-
-def other_strings(texts: list[str], *, prefix: bool = False, any_text: str | None = None) -> str:
-    """A pattern for every string but these; prefix: but those that begin with one."""
-    rest = (any_text or "[\\s\\S]") + "*"
-    any_one = any_text or "[\\s\\S]"
+def other_strings(texts: list[str]) -> str:
+    """A pattern for every string but these."""
+    any_one, rest = "[\\s\\S]", "[\\s\\S]*"
     tree: dict[str, Any] = {}
     for text in texts:
         node = tree
@@ -91,8 +79,6 @@ def other_strings(texts: list[str], *, prefix: bool = False, any_text: str | Non
     def write(node: dict[str, Any]) -> str | None:
         """What may follow here; None where nothing may."""
         ends = "" in node
-        if ends and prefix:
-            return None
         letters = [letter for letter in node if letter]
         options: list[str] = []
         if letters:
@@ -106,7 +92,7 @@ def other_strings(texts: list[str], *, prefix: bool = False, any_text: str | Non
         return f"(?:{'|'.join(options)})" + ("" if ends else "?")
 
     found = write(tree)
-    return f"^{found}$" if found is not None else "^[^\\s\\S]$"
+    return f"^{found}$" if found is not None else NO_STRING
 
 
 def _escaped(letter: str) -> str:

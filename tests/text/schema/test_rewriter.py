@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -154,7 +155,23 @@ REWRITTEN: list[tuple[Any, list[Any], list[Any]]] = [
     ({"$ref": "#here", "$defs": {"a": {"$anchor": "here", "type": "integer"}}, "maximum": 3}, [3], [4]),
     ({"type": "object", "properties": {"a": {}, "b": {}}, "minProperties": 1}, [{"a": 1}, {"b": 1}], [{}]),
     ({"type": "string", "pattern": "^(?!ab).*$"}, ["", "a", "ac", "xab"], ["ab", "abc"]),
+    ({"type": "string", "pattern": "^(?!aws:.*).{1,128}$"}, ["a", "awsx", "xaws:"], ["", "aws:", "aws:x"]),
+    ({"type": "string", "pattern": "^(?=.*[A-Z])(?=.*\\d).{4,}$"}, ["aA1b", "1xxA"], ["abcd", "A1", "ABCD"]),
+    ({"type": "string", "pattern": "^(?!-)[a-z-]{1,63}(?<!-)$"}, ["a", "a-b"], ["-a", "a-", ""]),
+    ({"type": "string", "pattern": "^((?!foo).)*$"}, ["", "fo", "barfo"], ["foo", "xfoox"]),
+    ({"type": "string", "pattern": "^(?!.*--)(?!^[0-9]+$)[a-z0-9-]*$"}, ["a-1", "1a"], ["a--b", "12"]),
+    ({"type": "string", "pattern": "^[A-Z]{2}(?!ZZ)[A-Z]{2}$"}, ["ZZAA"], ["AAZZ"]),
     ({"type": "string", "not": {"pattern": "^ab"}}, ["", "a", "ac", "xab"], ["ab", "abc"]),
+    ({"type": "string", "not": {"pattern": "[0-9]{2}|^x+$"}}, ["", "a1", "1a1", "xy"], ["12", "a12", "xx"]),
+    ({"oneOf": [{"type": "string", "pattern": "^a"}, {"type": "string", "pattern": "b$"}]}, ["a", "b"], ["ab", "c"]),
+    ({"type": "object", "patternProperties": {"^a": {"type": "integer"}, "b$": {"maximum": 5}},
+      "additionalProperties": False}, [{"a": 9, "b": 5, "ab": 5}], [{"ab": 6}, {"ab": "x"}, {"c": 1}]),
+    ({"type": "object", "patternProperties": {"^(?!x-)": {"type": "integer"}}, "additionalProperties": False},
+     [{"a": 9}, {"x": 1}], [{"x-a": 6}, {"a": "b"}]),
+    ({"type": "object", "patternProperties": {"^a": {"type": "integer"}}, "propertyNames": {"maxLength": 3},
+      "additionalProperties": {"type": "null"}}, [{"ab": 9, "b": None}], [{"abcd": 6}, {"bcde": None}, {"b": 1}]),
+    ({"type": "object", "propertyNames": {"pattern": "^a", "minLength": 2}}, [{"ab": 1}], [{"a": 1}, {"bb": 1}]),
+    ({"type": "object", "propertyNames": {"not": {"pattern": "^a"}}}, [{"b": 1}, {}], [{"a": 1}]),
     ({"type": "integer", "minLength": 4}, [1], ["abcd"]),
     ({"type": "object", "not": {"const": {"a": 1}}}, [{}, {"b": 1}], [{"a": 1}]),
     ({"type": "object", "required": ["a"], "minProperties": 2}, [{"a": 1, "b": 1}], [{"a": 1}]),
@@ -170,14 +187,15 @@ UNENFORCEABLE: list[tuple[dict[str, Any], str, str]] = [
         "properties.tags.uniqueItems",
     ),
     ({"oneOf": [{"type": "number"}, {"type": "integer"}]}, "oneOf", "oneOf"),
-    ({"type": "string", "pattern": "^(?=a)b"}, "pattern", "pattern"),
+    ({"type": "string", "pattern": "\\bword\\b"}, "pattern", "pattern"),
+    ({"type": "string", "pattern": "^(a|b)\\1$"}, "pattern", "pattern"),
     ({"properties": {"a": {"pattern": "(?<!x)b"}}}, "pattern", "properties.a.pattern"),
-    ({"type": "object", "patternProperties": {"(?=a)": {}}}, "patternProperties", "patternProperties"),
+    ({"type": "object", "patternProperties": {"(?<=a)b": {}}}, "patternProperties", "patternProperties"),
     ({"$ref": "https://example.com/schema.json"}, "$ref", "$ref"),
     ({"properties": {"a": {"$ref": "file:///etc/passwd"}}}, "$ref", "properties.a.$ref"),
     ({"$dynamicRef": "http://x/y"}, "$dynamicRef", "$dynamicRef"),
     ({"not": {"type": "integer", "multipleOf": 3}, "type": "integer"}, "multipleOf", "not"),
-    ({"type": "object", "propertyNames": {"pattern": "^a", "minLength": 4}}, "propertyNames", "propertyNames"),
+    ({"type": "object", "propertyNames": {"format": "email"}}, "propertyNames", "propertyNames"),
     # Free names may come twice, and would be counted so.
     ({"type": "object", "minProperties": 2}, "minProperties", "minProperties"),
     ({"type": "object", "not": {"maxProperties": 2}}, "maxProperties", "not"),
@@ -208,3 +226,32 @@ def test_what_is_rewritten(schema: Any, valid: list[Any], invalid: list[Any]) ->
         for value in values:
             assert checker.is_valid(value) is expected
             assert admits(grammar, value) is expected, value
+
+
+# Each with what the sentence says: the keyword, its place, and no word of the library.
+FAULTS: list[tuple[Any, str]] = [
+    (
+        {"type": "object", "properties": {"a": {"type": "integer", "minimum": 5, "maximum": 4}}, "required": ["a"]},
+        "at `properties.a.m",
+    ),
+    ({"type": "object", "allOf": [{"properties": {"x": {"not": {}}}, "required": ["x"]}]}, "at `allOf[0]."),
+    (
+        {"type": "object", "properties": {"n": {"type": "number", "multipleOf": 1.23456789e-19}}},
+        "properties.n.multipleOf",
+    ),
+    ({"properties": {"a": {"pattern": "a^b"}, "b": {"pattern": "c^d"}}, "type": "object"}, "`pattern` at `properties."),
+    ({"$ref": "#/$defs/a", "$defs": {"a": {"type": "string", "pattern": "x^"}}}, "`pattern` at `$defs.a.pattern`"),
+    ({"properties": {"a": {"minimum": "x"}}}, "`minimum` that is no number (at `properties.a`)"),
+    ({"properties": {"a": {"items": [{"uniqueItems": "yes"}]}}}, "`uniqueItems`"),
+    ({"properties": {"a": 3}}, "`properties` with no schema for 'a'"),
+    ({"items": {"properties": []}}, "`properties` that is no object (at `items`)"),
+]
+
+
+@pytest.mark.parametrize("schema, words", FAULTS)
+def test_a_fault_is_named_in_the_words_of_the_schema(schema: Any, words: str) -> None:
+    with pytest.raises(RequestError) as error:
+        compiler().compile(spec("json_schema", schema))
+    message = str(error.value)
+    assert words in message
+    assert not re.search(r"(?i)regex|lexer|disjoint|json-schema:///|lark|unsatisfiable|llguidance|fuel", message)
