@@ -343,7 +343,7 @@ async def test_items_become_messages() -> None:
         prompt = await prompt_of(server, {"input": turn, "instructions": "A"})
         assert prompt == (
             # A template without words for calls gets them as text.
-            "[system::A\n\nB][user::q\nr][assistant:hm:let me see\n\n"
+            "[system::A][system::B][user::q\nr][assistant:hm:let me see\n\n"
             '{"name": "f", "arguments": {}}\n{"name": "g", "arguments": "not JSON"}][tool::two]'
             "[tool::one][assistant:so:done]"
             "[assistant::no][system::late]"
