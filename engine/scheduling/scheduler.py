@@ -178,7 +178,7 @@ class Scheduler:
             if params.max_tokens is not None or len(prompt) >= limits.max_cached_tokens:
                 raise ContextLengthExceededError(
                     f"The KV cache holds {limits.max_cached_tokens} tokens; {max_length} were asked "
-                    "for (prompt and max_tokens). Please shorten the prompt or the output.",
+                    "for (prompt and output). Please shorten the prompt or the output.",
                     param="max_tokens",
                 )
             max_length = limits.max_cached_tokens + 1

@@ -160,7 +160,7 @@ async def test_tokenize_and_back(server: Live) -> None:
         assert status == 200
         assert body == {"count": len(ids), "max_model_len": 512, "tokens": ids, "token_strs": None}
         _, body = await server.post(prefix + "/detokenize", {"tokens": ids})
-        assert body == {"prompt": text, "text": text}
+        assert body == {"prompt": text, "text": text, "content": text}
     _, body = await server.post("/tokenize", {"prompt": text, "return_token_strs": True})
     assert body["token_strs"] == [tokenizer().id_to_token(token) for token in ids]
     status, _ = await server.post("/tokenize", {"messages": [{"role": "user", "content": "hi"}]})
