@@ -73,7 +73,7 @@ def _read_call(scanner: Scanner, marks: _Marks) -> Steps[None]:
     if (yield from scanner.space()) != "{":
         raise Malformed
     scanner.start_call(name)
-    types = SchemaTypes(scanner.tools.get(name) if scanner.tools is not None else None)
+    types = SchemaTypes(scanner.parameters(name))
     reader = _Reader(scanner, marks, types)
     try:
         yield from reader.read_object(0)

@@ -9,8 +9,9 @@ import re
 from typing import Any
 
 from server.parsers.base import MAX_NAME, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import close_call
 from server.parsers.formats import Format, const, schema_of, sequence, tags
-from server.parsers.json_text import close_call, read_arguments
+from server.parsers.json_text import read_arguments
 from server.parsers.tagged import drop_begun
 
 _ALL_OPEN, _ALL_CLOSE = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"

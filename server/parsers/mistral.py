@@ -11,8 +11,9 @@ import string
 from typing import Any
 
 from server.parsers.base import Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import close_call, read_call_list, read_call_object
 from server.parsers.formats import json_call, schema_of, tags
-from server.parsers.json_text import close_call, read_arguments, read_call_list, read_call_object
+from server.parsers.json_text import read_arguments
 
 _OPEN, _CLOSE, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[/TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _ENDS = (_CLOSE, _OPEN)
