@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import sys
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from engine.models.registry import CausalLM
 
 logger = logging.getLogger("oneloop.start")
+
+GPU_FLAGS = "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx"
 
 # Ordinary words that a vocabulary may have beyond the embedding, as a share of its rows: with more it belongs to
 # another model. Added tokens (a pad that was never trained) may be any number; transformers minds neither.
@@ -84,15 +87,31 @@ def _context_length(config: EngineConfig, model_config: ModelConfig, directory: 
     return asked
 
 
-def _pick_device(config: EngineConfig) -> str:
+def _pick_device(config: EngineConfig, report: StartupReport) -> str:
+    """The GPU where it can be used. One that cannot is told in a row, or ends the start where it was asked for."""
     if config.device == "cpu":
+        if config.cuda != CudaOptions():
+            raise StartupError(f"{GPU_FLAGS} need a CUDA device; this is a CPU")
         return "cpu"
     import torch
 
-    if torch.cuda.is_available():
+    from engine.executor import gpu_probe
+
+    reason: str | None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch warns of is the reason below
+        if torch.cuda.is_available():
+            reason = gpu_probe.too_old(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        else:
+            reason = gpu_probe.obstacle_here(torch.version.cuda)
+    if reason is None:
         return "cuda"
     if config.device == "cuda":
-        raise StartupError("--device cuda: torch sees no CUDA device")
+        raise StartupError(f"--device cuda: {reason}")
+    if config.cuda != CudaOptions():
+        raise StartupError(f"{GPU_FLAGS} need a CUDA device: {reason}")
+    if gpu_probe.driver_version() is not None:
+        report.row("GPU", f"not used: {reason}")
     return "cpu"
 
 
@@ -223,13 +242,8 @@ def _build_executor(
         # OpenMP reads its settings when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch  # noqa: F401
-    device = _pick_device(config)
-    if device == "cuda":
+    if _pick_device(config, report) == "cuda":
         return _build_cuda(config, directory, model_config, context, report)
-    if config.cuda != CudaOptions():
-        raise StartupError(
-            "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx need a CUDA device; this is a CPU"
-        )
     return _build_cpu(config, directory, model_config, context, report)
 
 
@@ -265,8 +279,9 @@ def _build_cuda(
 ) -> Executor:
     import torch
 
+    from engine.executor import gpu_probe
     from engine.executor.cuda_device import CudaDevice
-    from engine.executor.cuda_start import build_cuda_executor, pick_dtype
+    from engine.executor.cuda_start import build_cuda_executor, pick_dtype, starting
 
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
@@ -278,7 +293,8 @@ def _build_cuda(
         found = use_kit(Path(config.cuda.kernels), torch.cuda.get_device_capability(), torch.version.cuda)
         report.row("kernels", found)
     layer, dtype = CudaDevice(nvtx=config.cuda.nvtx != "off"), pick_dtype(config.model.dtype)
-    report.row("device", torch.cuda.get_device_name(layer.device))
+    other = gpu_probe.stands_in(torch.cuda.get_device_capability(layer.device))
+    report.row("device", torch.cuda.get_device_name(layer.device) + ("" if other is None else f": {other}"))
     report.row("dtype", str(dtype).removeprefix("torch."))
     report.row("deterministic", "no (GPU)")
     with report.phase("weights"):
@@ -290,7 +306,8 @@ def _build_cuda(
                 model.name_layers(layer.range)
             return model
 
-        model = load(None)
+        with starting("the weights do not fit on the GPU"):
+            model = load(None)
     _report_output_layer(model, model_config, report)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
