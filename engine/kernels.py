@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import StartupError
-from engine.executor.cuda_kit import Target, open_kit, read_manifest, write_kit
+from engine.executor.cuda_kit import KIT_OF_BUILD, Target, open_kit, read_manifest, write_kit
 from engine.executor.kernel_library import read_library
 
 PAGE_SIZE = 16
@@ -97,11 +97,17 @@ def compile_all(specs: Sequence[Any], jobs: int, work: Path, say: Any = print) -
         spec.write_ninja()
     plan = work / "kit.ninja"
     plan.write_text("".join(f"subninja {spec.ninja_path}\n" for spec in specs))
-    command = ["ninja", "-C", str(work), "-f", str(plan.resolve()), "-j", str(jobs)]
+    command = ["ninja", "-f", str(plan.resolve()), "-j", str(jobs)]
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t %e] "}
     failed: list[str] = []
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+        command,
+        cwd=work,  # where ninja keeps what it knows
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     with process:
         assert process.stdout is not None
@@ -111,7 +117,7 @@ def compile_all(specs: Sequence[Any], jobs: int, work: Path, say: Any = print) -
                 number, count, seconds, out = step.groups()
                 if not failed:
                     say(f"{number} of {count}, {float(seconds):.0f} s: {_short(Path(out))}", flush=True)
-            elif failed or line.startswith(("FAILED:", "ninja: ")):
+            elif failed or line.startswith(("FAILED:", "ninja: error", "ninja: fatal")):
                 failed.append(line.strip())
     if process.returncode != 0:
         raise StartupError(_cause(failed))
@@ -256,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--arch", choices=("8.0", "8.6", "8.9", "9.0a"), default="9.0a", help="of the GPU")
     command.add_argument("--for", dest="models", type=Path, nargs="+", required=True, metavar="MODEL_DIR")
     command.add_argument("--kv-cache-dtype", nargs="+", choices=("auto", "fp8"), default=["auto"])
-    command.add_argument("--out", type=Path, default=Path("build/kernels.kit"))
+    command.add_argument("--out", type=Path, default=KIT_OF_BUILD)
     command.add_argument("--jobs", type=int, default=default_jobs(), help="compilers that run at once")
     command.add_argument("--work", type=Path, default=Path("build/kernels"), help="where what is compiled stays")
     command.add_argument("--list", action="store_true", help="only say what would be compiled")

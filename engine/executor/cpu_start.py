@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from engine.config import CacheOptions, CudaOptions, StartupError
+from engine.config import CacheOptions, StartupError
 from engine.executor.cpu import CPUExecutor
 from engine.executor.start import Start
 from engine.forward import Limits
@@ -34,10 +34,6 @@ DEFAULT_FULL_SEQUENCES = 64
 def start(given: Start) -> CPUExecutor:
     """Load the model, divide the memory, and say what was decided. Raises StartupError."""
     config, report, context = given.config, given.report, given.context
-    if config.cuda != CudaOptions():
-        raise StartupError(
-            "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx need a CUDA device; this is a CPU"
-        )
     dtype = pick_dtype(config.model.dtype)
     with report.phase("kernels"):
         status = native.status()

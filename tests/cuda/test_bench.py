@@ -11,7 +11,7 @@ import torch
 
 from bench import gpu
 from engine.text.tokenizer import Tokenizer
-from tests.cuda.fake_device import FakeDevice
+from tests.cuda.fake_device import FakeDevice, FakeDeviceError
 from tests.cuda.support import TINY
 
 
@@ -49,6 +49,36 @@ def test_sections_that_fail_or_have_no_time_cost_no_other(tmp_path: Path, capsys
     assert not report.has_time(1.0)
     assert gpu.main(["--out", str(tmp_path)]) == (1 if not torch.cuda.is_available() else 0)
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
+
+
+def test_a_device_that_is_lost_costs_one_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process, which gets the device anew, does those behind it; one that fails otherwise is only told."""
+    calls: list[object] = []
+    monkeypatch.setattr(gpu, "copy_rate", lambda device: 1e12)
+    monkeypatch.setattr(gpu, "gemm_rate", lambda device: 1e12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "none")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu, "use_kit_of_build", lambda: "")
+    monkeypatch.setattr(gpu, "TimedDevice", FakeDevice)
+    monkeypatch.setattr(gpu.os, "execv", lambda path, words: calls.append(words))
+    errors = [ValueError("a bug"), RuntimeError("a step"), RuntimeError("never"), RuntimeError("never")]
+    errors[1].__cause__ = FakeDeviceError("CUDA error: an illegal memory access was encountered")
+
+    def section(*args: object, **options: object) -> None:
+        raise errors.pop(0)
+
+    for name in ("bench_products", "bench_experts", "bench_http", "bench_kernels"):
+        monkeypatch.setattr(gpu, name, section)
+    words = ["--out", str(tmp_path), "--seconds", "400", "--only", "products", "experts", "kernels", "HTTP"]
+    assert gpu.main(words) == 0
+    assert [str(error) for error in errors] == ["never", "never"]
+    (command,) = calls
+    assert isinstance(command, list) and command[-3:] == ["--only", "HTTP", "kernels"] and command[2] == "bench.gpu"
+    assert int(command[command.index("--seconds") + 1]) > 300
+    assert "products failed: ValueError: a bug\nexperts failed: RuntimeError: a step\n" in capsys.readouterr().err
 
 
 def test_products_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,13 +7,17 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from engine.config import StartupError
 from engine.executor.cuda_device import CudaDevice
 from engine.executor.cuda_kit import use_kit_of_build
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if torch.cuda.is_available():
-        use_kit_of_build()
+        try:
+            use_kit_of_build()
+        except StartupError as error:
+            pytest.exit(str(error), returncode=1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
