@@ -92,7 +92,7 @@ class MixedSteps(DeviceState):
             vectors = [self._vector_out(handle, entry.pooling) for entry in forward_input.pooled if entry.ends]
             found: list[Tensor] = []
 
-            def begin(token_ids: Tensor) -> None:
+            def enter(token_ids: Tensor) -> None:
                 with torch.inference_mode():
                     if chain is not None:
                         self.pieces.inputs(size).copy_(meta[: 3 * size].view(3, size))
@@ -100,7 +100,7 @@ class MixedSteps(DeviceState):
                         step.decode, known = self._decode_rows(side, decodes, width)
                         token_ids[:decodes].copy_(known)
 
-            def end(hidden: Tensor) -> None:
+            def leave(hidden: Tensor) -> None:
                 with torch.inference_mode():
                     for first, targets, out, k in chunks:
                         part = hidden[first : first + len(targets)]
@@ -118,17 +118,17 @@ class MixedSteps(DeviceState):
                     draw_tokens(*given, self._last_token, side.out, where, filtered=draw == "filtered")
 
             def work() -> None:
-                begin(token_ids)
+                enter(token_ids)
                 with torch.inference_mode():
                     hidden = self.model.forward(token_ids, positions, attention)
-                end(hidden)
+                leave(hidden)
 
             if chain is None:
                 layer.launch(work)
             else:
-                layer.launch(lambda: begin(self.pieces.inputs(size)[0]))
+                layer.launch(lambda: enter(self.pieces.inputs(size)[0]))
                 self._replay(chain, attention, tokens)
-                layer.launch(lambda: end(self.pieces.hidden[:tokens]))
+                layer.launch(lambda: leave(self.pieces.hidden[:tokens]))
         return found.pop if draw == "open" and len(sampled) else None
 
     def _replay(self, chain: Chain, attention: StepAttention, tokens: int) -> None:

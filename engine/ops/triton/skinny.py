@@ -49,7 +49,8 @@ def _skinny(
     x_at = x_ptr + row * x_stride + column
     total = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
     up = tl.zeros((ROWS, BLOCK_N, BLOCK_K), tl.float32)
-    squares = tl.zeros((ROWS, 1, BLOCK_K), tl.float32)
+    # Of the eight columns that a thread reads at a time: one register a row.
+    squares = tl.zeros((ROWS, BLOCK_K // 8), tl.float32)
     # A weight is read once: it must not drive x out of the cache.
     here = inside & (column < in_features)
     weight = tl.load(weight_at, mask=here, other=0.0, eviction_policy="evict_first")
@@ -64,7 +65,7 @@ def _skinny(
         if GATED:
             next_up = tl.load(up_at + first + BLOCK_K, mask=then, other=0.0, eviction_policy="evict_first")
         if NORM:
-            squares += x * x
+            squares += tl.sum(tl.reshape(x * x, (ROWS, BLOCK_K // 8, 8)), axis=2)
             x *= tl.load(gain_ptr + column + first, mask=left, other=0.0).to(tl.float32)
         total += x * weight.to(tl.float32)
         weight = next_weight
@@ -76,7 +77,7 @@ def _skinny(
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
     scale = tl.full((ROWS, 1), 1.0, tl.float32)
     if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=2) / in_features + eps)
+        scale = 1.0 / tl.sqrt(tl.sum(squares, axis=1, keep_dims=True) / in_features + eps)
         result *= scale
     if BIAS:
         result += tl.load(bias_ptr + n, mask=n < out_features, other=0.0).to(tl.float32)
