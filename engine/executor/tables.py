@@ -21,6 +21,7 @@ class SlotTables:
         self.limits = limits
         shape = len(limits.groups), limits.num_slots, limits.max_pages_per_seq
         self.page_tables: Int32Array = np.zeros(shape, np.int32)
+        self.page_table: Int32Array = self.page_tables[0]  # of the first group, which often is the only one
         self._flat_table = self.page_tables.reshape(-1)
         self.sampling: npt.NDArray[Any] = np.zeros(limits.num_slots, SAMPLING_DTYPE)
 
@@ -33,12 +34,6 @@ class SlotTables:
         count = forward_input.num_sampling_diffs
         if count:
             self.sampling[staging.sampling_slot[:count]] = staging.sampling[:count]
-
-    @property
-    def page_table(self) -> Int32Array:
-        """Of the first group: int32 [num_slots, max_pages_per_seq]."""
-        table: Int32Array = self.page_tables[0]
-        return table
 
 
 class PagedMetadata:
