@@ -31,6 +31,26 @@ EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 QWEN_EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
 GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24}
 
+OLMO3_ROPE = {
+    "full_attention": {**YARN_ROPE, "attention_factor": 1.2},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+MINISTRAL3_ROPE = {
+    **YARN_ROPE,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.1,
+    "tie_word_embeddings": True,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -64,6 +84,24 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2-bias": ("Olmo2", {"attention_bias": True, "num_key_value_heads": 6}),
     "glm4": ("Glm4", {"head_dim": 16}),
     "glm4-no-bias": ("Glm4", {"head_dim": 8, "attention_bias": False}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "smollm3-window": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 9, "no_rope_layers": [1, 0, 1]}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 5, "sliding_window": 9, "rope_parameters": OLMO3_ROPE}),
+    "seedoss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
+    "glm": ("Glm", {"head_dim": 16}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "granite": ("Granite", GRANITE),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "exaone4": ("Exaone4", {"num_hidden_layers": 5, "sliding_window": 9}),
+    "exaone4-no-window": ("Exaone4", {"sliding_window": None}),
+    "cohere2": ("Cohere2", {"num_hidden_layers": 5, "sliding_window": 9}),
+    "arcee": ("Arcee", {"mlp_bias": True}),
+    "nemotron": ("Nemotron", {}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 9}),
+    "phi": ("Phi", {}),
+    "hunyuandensev1": ("HunYuanDenseV1", {"head_dim": 16, "attention_bias": True}),
+    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 9, "layer_types": ALTERNATING}),
+    "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": MINISTRAL3_ROPE}),
     "yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
     "yarn-mscale": ("Qwen3", {"head_dim": 32, "rope_parameters": {**YARN_ROPE, **MSCALE}}),
     "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),

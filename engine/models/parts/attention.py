@@ -6,13 +6,15 @@ few operations, for each costs 1 to 25 us of Python on the CPU.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from engine.models.parts.norm import Norm
+from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
 from engine.models.spec import GroupedQueryAttention
 from engine.ops.attention.base import AttentionBackend
+from engine.ops.rope import apply_rope
 
 
 class Attention:
@@ -38,19 +40,27 @@ class Attention:
             order=order,
         )
         self._output = source.linear([prefix + spec.output], [hidden_size], heads * dim, bias=spec.output_bias)
+        self._norm_after_rope = spec.norm_after_rope
+        self._query_scale = spec.query_scale
         self._q_norm: Norm | None = None
         self._k_norm: Norm | None = None
         if spec.q_norm is not None and spec.k_norm is not None:
             q_width, k_width = (heads * dim, kv_heads * dim) if spec.norm_width == "full" else (dim, dim)
-            self._q_norm = Norm(spec.q_norm, source, prefix, q_width)
-            self._k_norm = Norm(spec.k_norm, source, prefix, k_width)
+            self._q_norm = make_norm(spec.q_norm, source, prefix, q_width)
+            self._k_norm = make_norm(spec.k_norm, source, prefix, k_width)
             self._norm_widths = (q_width, k_width)
 
-    def __call__(self, x: Tensor, table: Tensor | None, attention: AttentionBackend) -> Tensor:
+    def __call__(self, x: Tensor, table: Tensor | None, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
         q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
+        if self._norm_after_rope and table is not None:
+            apply_rope(q, k, table, positions)
+            table = None
         if self._q_norm is not None and self._k_norm is not None:
             q_width, k_width = self._norm_widths
             q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
             k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
+        if self._query_scale is not None:
+            steps = torch.div(positions, self._query_scale.original_max_position, rounding_mode="floor")
+            q = q * (1 + self._query_scale.beta * torch.log1p(steps.float())).to(q.dtype)[:, None, None]
         return self._output(attention.forward(self._layer, q, k, v, table))

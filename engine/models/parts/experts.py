@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from engine.models.parts.dense import Mlp
 from engine.models.parts.source import Source
-from engine.models.spec import Dense, Experts
-from engine.ops.experts import choose_experts, mix_experts
+from engine.models.spec import Dense, Experts, Router
+from engine.ops.experts import Choice
 
 
-def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> SeparateExperts | StackedExperts:
-    """The form that the device wants."""
+def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Callable[[Tensor], Tensor]:
+    """The form that the device wants, and beside it what all tokens share."""
     kind = StackedExperts if keeps_experts_stacked(source.device) else SeparateExperts
-    return kind(spec, source, prefix, hidden_size)
+    routed = kind(spec, source, prefix, hidden_size)
+    return routed if spec.shared is None else WithShared(routed, spec, source, prefix, hidden_size)
+
+
+def keeps_experts_stacked(device: torch.device) -> bool:
+    """Whether all experts of a layer are one tensor: what a GPU's kernels read."""
+    return device.type == "cuda"
 
 
 def _expert(spec: Experts, number: int) -> Dense:
@@ -23,9 +31,38 @@ def _expert(spec: Experts, number: int) -> Dense:
     return Dense(spec.intermediate_size, spec.activation, gate_up=gate_up, down=spec.down.format(number))
 
 
-def keeps_experts_stacked(device: torch.device) -> bool:
-    """Whether all experts of a layer are one tensor: what a GPU's kernels read."""
-    return device.type == "cuda"
+def _choice(spec: Experts, source: Source, prefix: str) -> Choice:
+    router: Router = spec.router
+    bias = None if router.bias is None else source.tensor(prefix + router.bias, (spec.num_experts,)).float()
+    return Choice(
+        spec.num_experts_per_token,
+        router.normalize,
+        router.score,
+        bias,
+        router.groups,
+        router.groups_chosen,
+        router.scale,
+        router.minimum,
+    )
+
+
+class WithShared:
+    """Experts, and a feed-forward that every token goes through beside them, with a share of its own or a whole one."""
+
+    def __init__(
+        self, routed: Callable[[Tensor], Tensor], spec: Experts, source: Source, prefix: str, hidden_size: int
+    ) -> None:
+        assert spec.shared is not None
+        self._routed = routed
+        self._shared = Mlp(spec.shared, source, prefix, hidden_size)
+        self._gate = None if spec.shared_gate is None else source.linear([prefix + spec.shared_gate], [1], hidden_size)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        shared = self._shared(x)
+        if self._gate is not None:
+            shared = shared * torch.sigmoid(self._gate(x).float()).to(x.dtype)
+        return self._routed(x).add_(shared)
 
 
 class SeparateExperts:
@@ -38,13 +75,13 @@ class SeparateExperts:
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         self._count = spec.num_experts
         self._chosen = spec.num_experts_per_token
-        self._normalize = spec.normalize
-        self._router = source.linear([prefix + spec.router], [spec.num_experts], hidden_size)
+        self._choice = _choice(spec, source, prefix)
+        self._router = source.linear([prefix + spec.router.name], [spec.num_experts], hidden_size)
         self._experts = [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
-        experts, shares = choose_experts(self._router(x), self._chosen, normalize=self._normalize)
+        experts, shares = self._choice(self._router(x))
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self._count).tolist()
@@ -65,10 +102,9 @@ class StackedExperts:
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         count, inner = spec.num_experts, spec.intermediate_size
-        self._chosen = spec.num_experts_per_token
-        self._normalize = spec.normalize
+        self._choice = _choice(spec, source, prefix)
         self._activation = spec.activation
-        self._router = source.linear([prefix + spec.router], [count], hidden_size)
+        self._router = source.linear([prefix + spec.router.name], [count], hidden_size)
         parts = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
         rows = [2 * inner * count // len(parts)] * len(parts)
         self._gate_up = source.stacked([f"{part}.weight" for part in parts], rows, hidden_size)
@@ -78,5 +114,4 @@ class StackedExperts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
-        weights = self._gate_up, self._down
-        return mix_experts(x, self._router(x), *weights, self._chosen, self._activation, normalize=self._normalize)
+        return self._choice.mix(x, self._router(x), self._gate_up, self._down, self._activation)

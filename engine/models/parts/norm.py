@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.parts.source import Source
 from engine.models.spec import NormSpec
 from engine.ops.norm import add_rms_norm, rms_norm
+
+
+def make_norm(spec: NormSpec, source: Source, prefix: str, width: int) -> Norm:
+    """The one that `spec` describes. prefix: of its tensors."""
+    return (CenteredNorm if spec.centered else Norm)(spec, source, prefix, width)
 
 
 class Norm:
@@ -28,6 +34,23 @@ class Norm:
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """x and residual [N, width] -> (norm of their sum, their sum). The sum takes the residual's memory."""
         return add_rms_norm(x, residual, self._weight, self._eps)
+
+
+class CenteredNorm(Norm):
+    """LayerNorm: x less its mean, over its standard deviation, times the weight, and the bias where there is one."""
+
+    def __init__(self, spec: NormSpec, source: Source, prefix: str, width: int) -> None:
+        super().__init__(spec, source, prefix, width)
+        self._weight = self._weight.float()
+        self._bias = source.tensor(f"{prefix}{spec.name}.bias", (width,)).float() if spec.bias else None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        # In float32, rounded once.
+        return F.layer_norm(x.float(), self._weight.shape, self._weight, self._bias, self._eps).to(x.dtype)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = residual.add_(x)
+        return self(residual), residual
 
 
 class NoNorm(Norm):

@@ -46,6 +46,6 @@ class Source(Protocol):
         """
         ...
 
-    def output_layer(self, vocab: int, hidden: int, *, tied: bool) -> Linear:
+    def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """The layer that makes logits; a tied one is the embedding too, and hands out its rows."""
         ...
