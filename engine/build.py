@@ -124,7 +124,7 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     if not given and directory.resolve() == (Path(__file__).parent / "demo").resolve():
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({spec.architecture}, {directory})")
-    if spec.outside:
+    if spec.text_only:
         report.row("reads", "text only: requests with images are refused, the towers for them are not loaded")
     if abilities != Abilities(width=abilities.width, dimensions=abilities.dimensions):
         report.row("gives", abilities.describe())

@@ -194,6 +194,13 @@ class Fields:
             self.fail(name, f"must be a list of integers, not {show(value)}")
         return tuple(value)
 
+    def words(self, name: str) -> tuple[str, ...]:
+        """A list of words, empty where it is absent."""
+        value = self._get(name, [])
+        if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
+            self.fail(name, f"must be a list of words, not {show(value)}")
+        return tuple(value)
+
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id, a list of them, or nothing."""
         value = self._values.get(name)

@@ -139,16 +139,19 @@ class Ungated:
 class Router:
     """Which experts a token goes through, and with what share: scores of all experts, the best are chosen.
 
-    score: of an expert's logit. bias: a tensor (its whole name) that is added to the scores for the choice alone.
-    normalize: the shares of a token's chosen experts are made to add up to 1 (their sum is `minimum` at least).
-    groups, groups_chosen: experts stand in so many groups, of which those with the best two scores may be chosen from.
-    scale: factor on the shares.
+    score: of an expert's logit. bias: a tensor (its whole name; [experts], or [1, experts] where bias_is_row) that is
+    added to the scores for the choice alone. normalize: the shares of a token's chosen experts are made to add up to 1
+    (their sum counts as `minimum` at least). groups, groups_chosen: experts stand in so many groups, of which those
+    with the best two scores may be chosen from.
+    scale: factor on the shares. wide: logits are computed in float32.
     """
 
     normalize: bool
     name: str = "mlp.gate"
     score: Literal["softmax", "sigmoid"] = "softmax"
     bias: str | None = None
+    bias_is_row: bool = False
+    wide: bool = False
     groups: int = 1
     groups_chosen: int = 1
     scale: float = 1.0
@@ -219,7 +222,8 @@ class ModelSpec:
     output layer has one. logit_scale: factor on logits. logit_softcap: c in c * tanh(x / c), or None. architecture:
     the class, as `architectures` names it. headless: there is no output layer, so hidden states are all it gives.
     assumed: sizes that config.json does not name. outside: what names of tensors begin with (after a `model.` or not)
-    that serve other inputs than text, and are not read.
+    that are not read: those of other inputs than text, and of layers that draft. text_only: it was made for other
+    inputs, too.
     """
 
     vocab_size: int
@@ -240,6 +244,7 @@ class ModelSpec:
     class_eos_token_ids: tuple[int, ...] = ()
     assumed: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
+    text_only: bool = False
 
     @property
     def num_layers(self) -> int:

@@ -20,7 +20,7 @@ from engine.models.registry import read_spec
 from engine.ops.attention.base import create_backend
 
 CPU = torch.device("cpu")
-_TOWERS = re.compile(r"vision|visual|projector|connector")
+_UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias")
 
 # Small, and with no two sizes alike, so that a mixed-up dimension cannot pass.
 SIZES: dict[str, Any] = {
@@ -77,6 +77,9 @@ def fill(model: Any, seed: int = 0, *, offset: float) -> None:
                 parameter.copy_(noise * 0.3)
             else:
                 parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -188,7 +191,7 @@ def compare(
     others, one pass over our continuation must prefer the same token at every place.
     """
     model = load(directory, **options)
-    text = [each for name, each in reference.named_parameters() if not _TOWERS.search(name)]
+    text = [each for name, each in reference.named_parameters() if not _UNCOUNTED.search(name)]
     assert model.config.num_parameters == sum(each.numel() for each in text if each.dim() > 1)
     prompts = prompts_of(list(lengths))
     runner = Runner(model, max_model_len=options.get("max_model_len", 256))

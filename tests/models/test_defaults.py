@@ -95,7 +95,11 @@ def test_every_field_of_the_class_that_counts_has_its_default(architecture: str)
     assert "rope_theta" in ours
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+# Their classes leave out sizes that a model must have, or have ones that do not fit each other.
+INCOMPLETE = {"Dots1ForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeHybridForCausalLM"}
+
+
+@pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - INCOMPLETE))
 def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     """The values that a model is made of, where the file names nothing but the type."""
     values = {"model_type": TYPES[architecture]}
@@ -125,7 +129,8 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
     assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(ours.assumed)
     for experts in ours.experts:
-        assert experts.num_experts == config.num_local_experts
+        counts = [getattr(config, name) for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
+        assert experts.num_experts == counts[0]
         assert experts.num_experts_per_token == config.num_experts_per_tok
 
 
@@ -138,21 +143,21 @@ OPTIONAL = (
     "logit_scale", "embedding_multiplier", "logits_scaling", "residual_multiplier", "attention_multiplier",
 )  # fmt: skip
 EXTRA: dict[str, dict[str, Any]] = {
-    "Ernie4_5": {"head_dim": 16},
-    "Gemma": {"head_dim": 16},
-    "Glm": {"head_dim": 16},
-    "Ministral3": {"head_dim": 16},
-    "SeedOss": {"head_dim": 16},
     "Gemma2": {"head_dim": 16},
     "Gemma3": {"head_dim": 16, "num_hidden_layers": 7},
     "Glm4": {"head_dim": 16},
     "Qwen3": {"head_dim": 16},
     "Mixtral": {"num_local_experts": 5},
     "Qwen3Moe": {"num_experts": 9, "moe_intermediate_size": 24, "head_dim": 16},
+    "Ernie4_5_Moe": {"moe_num_experts": 7, "moe_k": 3, "moe_intermediate_size": 24},
+    "Exaone4": {"num_hidden_layers": 5},
+    "Ministral3": {"head_dim": 16},
+    "MiniMaxM2": {"num_local_experts": 9, "head_dim": 16},
 }
+SPARSE = [*(f"{family}ForCausalLM" for family in EXTRA), "LlamaForCausalLM", "Cohere2ForCausalLM", "PhiForCausalLM"]
 
 
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("architecture", SPARSE)
 def test_a_sparse_config_gives_the_same_logits(architecture: str, tmp_path: Path) -> None:
     """The sizes alone, as sparse directories have them: everything else is the class's."""
     family = architecture.removesuffix("ForCausalLM")

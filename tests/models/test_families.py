@@ -51,6 +51,23 @@ GRANITE = {
     "tie_word_embeddings": True,
 }
 
+GRANITE_4 = {
+    "layer_types": ["full_attention"] * 3,
+    "position_embedding_type": "rope",
+    "shared_intermediate_size": 56,
+    "mamba_n_heads": 6,
+}
+ALPHA_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+SHARED = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -102,6 +119,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "hunyuandensev1": ("HunYuanDenseV1", {"head_dim": 16, "attention_bias": True}),
     "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 9, "layer_types": ALTERNATING}),
     "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": MINISTRAL3_ROPE}),
+    "hunyuan-alpha": ("HunYuanDenseV1", {"head_dim": 16, "rope_parameters": ALPHA_ROPE}),
+    "qwen2moe": ("Qwen2Moe", {**SHARED, "shared_expert_intermediate_size": 28, "norm_topk_prob": True}),
+    "qwen2moe-window": (
+        "Qwen2Moe",
+        {**SHARED, "shared_expert_intermediate_size": 28, "use_sliding_window": True, "sliding_window": 9},
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 7, "num_experts_per_tok": 3}),
+    "granitemoe": ("GraniteMoe", {**GRANITE, **EXPERTS}),
+    "granitemoehybrid": ("GraniteMoeHybrid", {**GRANITE, **GRANITE_4, "num_local_experts": 0}),
+    "granitemoehybrid-experts": ("GraniteMoeHybrid", {**GRANITE, **GRANITE_4, **EXPERTS}),
+    "granitemoehybrid-no-rope": (
+        "GraniteMoeHybrid",
+        {**GRANITE, **GRANITE_4, "num_local_experts": 0, "position_embedding_type": "nope"},
+    ),
+    "glm4moe": ("Glm4Moe", {**SIGMOID, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
+    "glm4moe-groups": ("Glm4Moe", {**SIGMOID, "head_dim": 16, "n_group": 4, "topk_group": 2, "norm_topk_prob": False}),
+    "minimaxm2": (
+        "MiniMaxM2",
+        {**EXPERTS, "head_dim": 16, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+    "hyv3": ("HYV3", {**SHARED, "head_dim": 16}),
+    "ernie4_5_moe": ("Ernie4_5_Moe", {"moe_num_experts": 7, "moe_k": 3, "moe_intermediate_size": 24}),
+    "hunyuanmoev1": ("HunYuanMoEV1", {"num_experts": 7, "moe_topk": 3, "head_dim": 16}),
+    "dots1": ("Dots1", {**SIGMOID, "sliding_window": 9, "max_window_layers": 1, "norm_topk_prob": True}),
     "yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
     "yarn-mscale": ("Qwen3", {"head_dim": 32, "rope_parameters": {**YARN_ROPE, **MSCALE}}),
     "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),

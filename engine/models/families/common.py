@@ -13,6 +13,7 @@ from typing import Any
 from engine.models.fields import Fields
 from engine.models.spec import (
     DTYPES,
+    Dense,
     FeedForward,
     GatedActivation,
     GroupedQueryAttention,
@@ -64,7 +65,9 @@ class Shape:
         self, mixer: Mixer, feed_forward: FeedForward, norms: tuple[str | None, ...] = LLAMA_NORMS, **given: Any
     ) -> LayerSpec:
         """norms: names of those before and after the mixer, before and after the feed-forward. given: other fields."""
-        return LayerSpec(mixer, feed_forward, *(self.norm(name) if name else None for name in norms), **given)
+        names = ("mixer_norm", "mixer_out_norm", "feed_forward_norm", "feed_forward_out_norm")
+        given |= {field: self.norm(name) for field, name in zip(names, norms, strict=True) if name}
+        return LayerSpec(mixer, feed_forward, **given)
 
     def model(self, layers: Iterable[LayerSpec], **given: Any) -> ModelSpec:
         """given: fields of ModelSpec."""
@@ -166,6 +169,20 @@ def read_experts(fields: Fields, name: str, alias: str) -> tuple[int, int]:
     if chosen > count:
         fields.fail("num_experts_per_tok", f"({chosen}) must not exceed {name} ({count})")
     return count, chosen
+
+
+def shared_experts(name: str, intermediate_size: int, activation: GatedActivation) -> Dense | None:
+    """What all tokens go through beside their experts, under `mlp.NAME`; None where its size is 0."""
+    gate_up = (f"mlp.{name}.gate_proj", f"mlp.{name}.up_proj")
+    if not intermediate_size:
+        return None
+    return Dense(intermediate_size, activation, gate_up=gate_up, down=f"mlp.{name}.down_proj")
+
+
+def drafting_layers(fields: Fields, shape: Shape, *names: str) -> tuple[str, ...]:
+    """ModelSpec.outside: the layers past the last that guess several tokens at once; their number is in `names`."""
+    count = next((fields.integer(name, minimum=0, maximum=1000) for name in names if fields.has(name)), 0)
+    return tuple(f"layers.{shape.num_layers + index}." for index in range(count))
 
 
 def read_windows(fields: Fields, shape: Shape, layer_types: tuple[str, ...]) -> tuple[int | None, ...]:

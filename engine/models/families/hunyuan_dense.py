@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.models.families.common import Shape, read_activation, read_shape
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-from engine.models.spec import Dense, GroupedQueryAttention, ModelSpec
+from engine.models.spec import Dense, GroupedQueryAttention, ModelSpec, RopeSpec
 
 # What an absent field means: HunYuanDenseV1Config of transformers.
 DEFAULTS = {
@@ -34,10 +36,20 @@ def hunyuan_attention(fields: Fields, shape: Shape) -> GroupedQueryAttention:
     """That of the dense models and of those with experts."""
     bias = fields.flag("attention_bias")
     return shape.attention(
-        read_rope(fields, shape),
+        _read_rope(fields, shape),
         qkv_bias=bias,
         output_bias=bias,
         q_norm=shape.norm("self_attn.query_layernorm"),
         k_norm=shape.norm("self_attn.key_layernorm"),
         norm_after_rope=True,
     )
+
+
+def _read_rope(fields: Fields, shape: Shape) -> RopeSpec:
+    """What the files call dynamic has a fixed `alpha`, by which the base alone is stretched."""
+    scaling = fields.nested("rope_scaling") or fields.nested("rope_parameters") or fields.empty("rope_scaling")
+    if not scaling.has("alpha") or "dynamic" not in (scaling.raw("rope_type"), scaling.raw("type")):
+        return read_rope(fields, shape)
+    alpha = scaling.number("alpha", above=0.0)
+    rope = read_rope(fields, shape, renamed={"dynamic": "default"})
+    return replace(rope, theta=rope.theta * alpha ** (rope.rotary_dim / (rope.rotary_dim - 2)))

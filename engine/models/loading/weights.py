@@ -69,15 +69,17 @@ class Weights:
         """Write the tensor called `name` into `destination` (contiguous, its shape), converting the dtype."""
         raise NotImplementedError
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor as the checkpoint has it."""
-        result = torch.empty(shape, dtype=self.dtype, device=self.device)
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor as the checkpoint has it. dtype: in place of the usual one."""
+        result = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         self.fill(result, name)
         return result
 
-    def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
+    def stacked(
+        self, names: Sequence[str], rows: Sequence[int], *columns: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Several tensors [rows[i], *columns] below one another, as one [sum(rows), *columns]."""
-        result = torch.empty((sum(rows), *columns), dtype=self.dtype, device=self.device)
+        result = torch.empty((sum(rows), *columns), dtype=dtype or self.dtype, device=self.device)
         for name, part in zip(names, result.split_with_sizes(list(rows)), strict=True):
             self.fill(part, name)
         return result
@@ -91,13 +93,14 @@ class Weights:
         bias: bool = False,
         order: Tensor | None = None,
         activation: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Linear:
         """A ready linear layer from one or several projections of the checkpoint (`NAME.weight`, `NAME.bias`).
 
         order: the first len(order) rows of the result are rows `order` of the checkpoint. activation: see Linear.
         """
-        weight = self.stacked([f"{name}.weight" for name in names], rows, columns)
-        bias_vector = self.stacked([f"{name}.bias" for name in names], rows) if bias else None
+        weight = self.stacked([f"{name}.weight" for name in names], rows, columns, dtype=dtype)
+        bias_vector = self.stacked([f"{name}.bias" for name in names], rows, dtype=dtype) if bias else None
         if order is not None:
             for part in (weight, bias_vector):
                 if part is not None:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.models.parts.dense import Mlp
 from engine.models.parts.source import Source
-from engine.models.spec import Dense, Experts, Router
+from engine.models.spec import Dense, Experts
 from engine.ops.experts import Choice
 
 
@@ -31,19 +31,33 @@ def _expert(spec: Experts, number: int) -> Dense:
     return Dense(spec.intermediate_size, spec.activation, gate_up=gate_up, down=spec.down.format(number))
 
 
-def _choice(spec: Experts, source: Source, prefix: str) -> Choice:
-    router: Router = spec.router
-    bias = None if router.bias is None else source.tensor(prefix + router.bias, (spec.num_experts,)).float()
-    return Choice(
-        spec.num_experts_per_token,
-        router.normalize,
-        router.score,
-        bias,
-        router.groups,
-        router.groups_chosen,
-        router.scale,
-        router.minimum,
-    )
+class Rating:
+    """The router's projection and the choice that follows from it."""
+
+    def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
+        router, count = spec.router, spec.num_experts
+        self._wide = router.wide
+        dtype = torch.float32 if router.wide else None
+        self._project = source.linear([prefix + router.name], [count], hidden_size, dtype=dtype)
+        bias = None
+        if router.bias is not None:
+            shape = (1, count) if router.bias_is_row else (count,)
+            # Not rounded: it decides between scores that are close.
+            bias = source.tensor(prefix + router.bias, shape, torch.float32).view(-1)
+        self.choice = Choice(
+            spec.num_experts_per_token,
+            router.normalize,
+            router.score,
+            bias,
+            router.groups,
+            router.groups_chosen,
+            router.scale,
+            router.minimum,
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, experts]."""
+        return self._project(x.float() if self._wide else x)
 
 
 class WithShared:
@@ -75,13 +89,12 @@ class SeparateExperts:
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         self._count = spec.num_experts
         self._chosen = spec.num_experts_per_token
-        self._choice = _choice(spec, source, prefix)
-        self._router = source.linear([prefix + spec.router.name], [spec.num_experts], hidden_size)
+        self._rating = Rating(spec, source, prefix, hidden_size)
         self._experts = [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
-        experts, shares = self._choice(self._router(x))
+        experts, shares = self._rating.choice(self._rating.logits(x))
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self._count).tolist()
@@ -102,9 +115,8 @@ class StackedExperts:
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         count, inner = spec.num_experts, spec.intermediate_size
-        self._choice = _choice(spec, source, prefix)
+        self._rating = Rating(spec, source, prefix, hidden_size)
         self._activation = spec.activation
-        self._router = source.linear([prefix + spec.router.name], [count], hidden_size)
         parts = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
         rows = [2 * inner * count // len(parts)] * len(parts)
         self._gate_up = source.stacked([f"{part}.weight" for part in parts], rows, hidden_size)
@@ -114,4 +126,5 @@ class StackedExperts:
 
     def __call__(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
-        return self._choice.mix(x, self._router(x), self._gate_up, self._down, self._activation)
+        logits = self._rating.logits(x)
+        return self._rating.choice.mix(x, logits, self._gate_up, self._down, self._activation)
