@@ -144,6 +144,8 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     if not given and directory.resolve() == (Path(__file__).parent / "demo").resolve():
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({spec.architecture}, {directory})")
+    if spec.text_only:
+        report.row("reads", "text only: requests with images are refused, the towers for them are not loaded")
     if abilities != Abilities(width=abilities.width, dimensions=abilities.dimensions):
         report.row("gives", abilities.describe())
     metrics = EngineMetrics(names[0], prefix=config.server.metrics_prefix, max_model_len=context)

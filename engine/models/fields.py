@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -58,9 +58,17 @@ class Fields:
         """The same object with what `below` has beside it."""
         return Fields(self.path, {**below._values, **self._values}, self._prefix)
 
-    def empty(self, name: str) -> Fields:
-        """An object without fields, in place of the one that is not there under `name`."""
-        return Fields(self.path, {}, f"{self._prefix}{name}.")
+    def with_values(self, values: Mapping[str, Any]) -> Fields:
+        """The same object with these fields, too."""
+        return Fields(self.path, {**self._values, **values}, self._prefix, self._defaults)
+
+    def only(self, names: Iterable[str]) -> Fields:
+        """The same object with no other fields than these."""
+        return Fields(self.path, {name: self._values[name] for name in names if name in self._values}, self._prefix)
+
+    def empty(self, name: str, values: Mapping[str, Any] | None = None) -> Fields:
+        """An object without fields, or with `values`, in place of the one that is not there under `name`."""
+        return Fields(self.path, values or {}, f"{self._prefix}{name}.")
 
     @property
     def is_empty(self) -> bool:
@@ -184,6 +192,13 @@ class Fields:
         value = self._get(name, [])
         if not isinstance(value, list) or any(type(item) is not int for item in value):
             self.fail(name, f"must be a list of integers, not {show(value)}")
+        return tuple(value)
+
+    def words(self, name: str) -> tuple[str, ...]:
+        """A list of words, empty where it is absent."""
+        value = self._get(name, [])
+        if not isinstance(value, list) or any(not isinstance(item, str) for item in value):
+            self.fail(name, f"must be a list of words, not {show(value)}")
         return tuple(value)
 
     def token_ids(self, name: str) -> tuple[int, ...]:

@@ -13,55 +13,94 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.config import StartupError
+from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
 from engine.models.spec import ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
+    "ArceeForCausalLM": "arcee",
+    "Cohere2ForCausalLM": "cohere2",
+    "Dots1ForCausalLM": "dots1",
+    "Ernie4_5ForCausalLM": "ernie4_5",
+    "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
+    "Exaone4ForCausalLM": "exaone4",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm4",
+    "Glm4MoeForCausalLM": "glm4_moe",
+    "GlmForCausalLM": "glm",
+    "GraniteForCausalLM": "granite",
+    "GraniteMoeForCausalLM": "granite_moe",
+    "GraniteMoeHybridForCausalLM": "granite_hybrid",
+    "HYV3ForCausalLM": "hy_v3",
+    "HunYuanDenseV1ForCausalLM": "hunyuan_dense",
+    "HunYuanMoEV1ForCausalLM": "hunyuan_moe",
     "LlamaForCausalLM": "llama",
+    "MiniMaxM2ForCausalLM": "minimax_m2",
+    "Ministral3ForCausalLM": "ministral3",
+    "MinistralForCausalLM": "mistral",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
+    "NemotronForCausalLM": "nemotron",
     "Olmo2ForCausalLM": "olmo2",
+    "Olmo3ForCausalLM": "olmo3",
+    "OlmoeForCausalLM": "olmoe",
     "Phi3ForCausalLM": "phi3",
+    "PhiForCausalLM": "phi",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "SeedOssForCausalLM": "seed_oss",
+    "SmolLM3ForCausalLM": "smollm3",
+    "Starcoder2ForCausalLM": "starcoder2",
 }
 
 # `model_type` of config.json -> the class, as transformers' AutoModelForCausalLM has it.
 MODEL_TYPES = {
+    "arcee": "ArceeForCausalLM",
+    "cohere2": "Cohere2ForCausalLM",
+    "dots1": "Dots1ForCausalLM",
+    "ernie4_5": "Ernie4_5ForCausalLM",
+    "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
+    "exaone4": "Exaone4ForCausalLM",
+    "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
+    "glm4_moe": "Glm4MoeForCausalLM",
+    "granite": "GraniteForCausalLM",
+    "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
+    "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
+    "hy_v3": "HYV3ForCausalLM",
     "llama": "LlamaForCausalLM",
-    "ministral": "MistralForCausalLM",
+    "minimax_m2": "MiniMaxM2ForCausalLM",
+    "ministral": "MinistralForCausalLM",
+    "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
     "mixtral": "MixtralForCausalLM",
+    "nemotron": "NemotronForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "olmoe": "OlmoeForCausalLM",
+    "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
+    "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "seed_oss": "SeedOssForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "starcoder2": "Starcoder2ForCausalLM",
 }
-# Types of classes for images and text -> what their text part is, where `text_config` has no type of its own.
-_TEXT_PARTS = {
-    "gemma3": "gemma3_text",
-    "llava": "llama",
-    "llava_next": "llama",
-    "mistral3": "mistral",
-    "qwen2_5_vl": "qwen2",
-    "qwen2_5_vl_text": "qwen2",
-    "qwen2_vl": "qwen2",
-    "qwen2_vl_text": "qwen2",
-    "qwen3_vl": "qwen3",
-    "qwen3_vl_text": "qwen3",
-    "qwen3_vl_moe": "qwen3_moe",
-    "qwen3_vl_moe_text": "qwen3_moe",
-    "smolvlm": "llama",
-}
+
+# How the names of classes for images and text end.
+WRAPPED = "ForConditionalGeneration"
 
 logger = logging.getLogger("oneloop.start")
 
@@ -75,12 +114,55 @@ def read_spec(directory: Path) -> ModelSpec:
     if not path.exists() and (directory / "adapter_config.json").exists():
         raise StartupError(f"{directory}: is an adapter, which must be merged into its base model first")
     fields = Fields.read(path)
-    architecture = _architecture_of(fields)
     _refuse_unknown(fields)
-    family = importlib.import_module(f"engine.models.families.{FAMILIES[_with_head(architecture)]}")
+    if (wrapper := _wrapper_of(fields)) is not None:
+        return _read_text_part(fields, wrapper)
+    architecture = _architecture_of(fields)
+    spec = _read_family(FAMILIES[_with_head(architecture)], fields)
+    return dataclasses.replace(spec, architecture=architecture, headless=architecture.endswith("Model"))
+
+
+def _read_family(name: str, fields: Fields) -> ModelSpec:
+    family = importlib.import_module(f"engine.models.families.{name}")
     spec = family.read_spec(fields.over(family.DEFAULTS))
     assert isinstance(spec, ModelSpec)
-    return dataclasses.replace(spec, architecture=architecture, headless=architecture.endswith("Model"))
+    return spec
+
+
+def _wrapper_of(fields: Fields) -> Wrapper | None:
+    """By `model_type`, which must not contradict `architectures`; by `architectures` where the type is not known."""
+    kind, given = fields.raw("model_type"), fields.raw("architectures")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    wrapper = WRAPPERS.get(kind) if isinstance(kind, str) else None
+    if wrapper is not None:
+        fits = not names or any(name.endswith(WRAPPED) or name == f"{wrapper.name}Model" for name in names)
+        return wrapper if fits else None
+    if kind in MODEL_TYPES:
+        return None
+    return next((each for each in WRAPPERS.values() if each.name + WRAPPED in names), None)
+
+
+def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
+    """Tied where the file says so in either place, or the class does and it says nothing."""
+    text, kind = text_fields(fields, wrapper)
+    _refuse_unknown(text)
+    module = TEXT_TYPES.get(kind) or FAMILIES.get(MODEL_TYPES.get(kind, ""))
+    if module is None:
+        known = ", ".join(sorted(MODEL_TYPES))
+        text.fail("model_type", f"({show(kind)}) is not supported as the text part; supported are: {known}")
+    spec = _read_family(module, text)
+    assumed = spec.assumed
+    if not fields.mentions("tie_word_embeddings"):
+        assumed += ("tie_word_embeddings",)
+    return dataclasses.replace(
+        spec,
+        architecture=wrapper.name + WRAPPED,
+        headless=fields.raw("architectures") == [f"{wrapper.name}Model"],
+        tie_word_embeddings=fields.flag("tie_word_embeddings", wrapper.ties) or spec.tie_word_embeddings,
+        assumed=assumed,
+        outside=spec.outside + OUTSIDE,
+        text_only=True,
+    )
 
 
 def _with_head(architecture: str) -> str:
@@ -124,16 +206,10 @@ def _architecture_of(fields: Fields) -> str:
 
 
 def _refuse(fields: Fields, name: str) -> NoReturn:
-    """The sentence for a class that is not served; it names the class of a text part that would be."""
-    text = fields.raw("text_config")
-    inner = text.get("model_type") if isinstance(text, dict) else None
-    outer = _TEXT_PARTS.get(str(fields.raw("model_type")))
-    part = MODEL_TYPES.get(_TEXT_PARTS.get(str(inner), str(inner))) or MODEL_TYPES.get(str(outer))
-    told = f"{name[:100]} is not supported; "
-    if part is not None:
-        told += f"its text part is a {part}, which is served from a directory of that class alone; "
+    """The sentence for a class that is not served."""
     field = "architectures" if fields.has("architectures") else "model_type"
-    fields.fail(field, f"{told}supported are: {', '.join(sorted(FAMILIES))}")
+    known = sorted([*FAMILIES, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
+    fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 
 def _refuse_unknown(fields: Fields) -> None:

@@ -15,7 +15,9 @@ from typing import Any, Literal
 DTYPES = ("bfloat16", "float16", "float32")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
-Activation = Literal["silu", "gelu_tanh"]
+# Of a gate, which then multiplies; and of a feed-forward without one.
+GatedActivation = Literal["silu", "gelu_tanh"]
+PlainActivation = Literal["relu2", "gelu", "gelu_tanh"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,11 +49,24 @@ class RopeSpec:
 
 @dataclass(frozen=True, slots=True)
 class NormSpec:
-    """An RMS norm over the last dimension: x / sqrt(mean(x^2) + eps) * (offset + weight)."""
+    """An RMS norm over the last dimension: x / sqrt(mean(x^2) + eps) * (offset + weight).
+
+    centered: x has its mean taken away first (LayerNorm). bias: is added at the end.
+    """
 
     name: str
     eps: float
     offset: float = 0.0
+    centered: bool = False
+    bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class QueryScale:
+    """Queries at position p are multiplied by 1 + beta ln(1 + floor(p / original_max_position))."""
+
+    beta: float
+    original_max_position: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +74,9 @@ class GroupedQueryAttention:
     """Softmax attention with as many or fewer key and value heads than query heads; its memory is KV pages.
 
     scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included,
-    or None for all. softcap: c in c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope, over each
-    head or (norm_width full) over all heads at once. qkv: one name where the checkpoint has them fused, else three.
+    or None for all. softcap: c in c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope (or after
+    it: norm_after_rope), over each head or (norm_width full) over all heads at once. query_scale: None where queries
+    keep their size. qkv: one name where the checkpoint has them fused, else three.
     """
 
     num_heads: int
@@ -73,6 +89,8 @@ class GroupedQueryAttention:
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
     norm_width: Literal["head", "full"] = "head"
+    norm_after_rope: bool = False
+    query_scale: QueryScale | None = None
     qkv_bias: bool = False
     output_bias: bool = False
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -92,7 +110,7 @@ class Dense:
     """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two."""
 
     intermediate_size: int
-    activation: Activation
+    activation: GatedActivation
     bias: bool = False
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
@@ -103,32 +121,81 @@ class Dense:
 
 
 @dataclass(frozen=True, slots=True)
+class Ungated:
+    """down(activation(up(x)))."""
+
+    intermediate_size: int
+    activation: PlainActivation
+    bias: bool = False
+    up: str = "mlp.up_proj"
+    down: str = "mlp.down_proj"
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return 2 * hidden_size * self.intermediate_size
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """Which experts a token goes through, and with what share: scores of all experts, the best are chosen.
+
+    score: of an expert's logit. bias: a tensor (its whole name; [experts], or [1, experts] where bias_is_row) that is
+    added to the scores for the choice alone. normalize: the shares of a token's chosen experts are made to add up to 1
+    (their sum counts as `minimum` at least). groups, groups_chosen: experts stand in so many groups, of which those
+    with the best two scores may be chosen from.
+    scale: factor on the shares. wide: logits are computed in float32.
+    """
+
+    normalize: bool
+    name: str = "mlp.gate"
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    bias: str | None = None
+    bias_is_row: bool = False
+    wide: bool = False
+    groups: int = 1
+    groups_chosen: int = 1
+    scale: float = 1.0
+    minimum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class Experts:
     """A mixture of experts, each a Dense of its own; a router chooses a few for every token.
 
-    normalize: the weights of a token's chosen experts are made to add up to 1. `{}` in a name is the expert's number.
+    `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
+    name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
+    the other, it counts. shared: what every token goes through beside them. shared_gate: a projection to one number
+    whose sigmoid is the share of that.
     """
 
     num_experts: int
     num_experts_per_token: int
     intermediate_size: int
-    activation: Activation
-    normalize: bool
-    router: str = "mlp.gate"
+    activation: GatedActivation
+    router: Router
     gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     down: str = "mlp.experts.{}.down_proj"
+    stacked: Literal["rows", "columns"] | None = None
+    shared: Dense | None = None
+    shared_gate: str | None = None
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
-        return self.num_experts * hidden_size * (3 * self.intermediate_size + 1)
+        shared = 0 if self.shared is None else self.shared.num_parameters(hidden_size)
+        gate = 0 if self.shared_gate is None else hidden_size
+        return self.num_experts * hidden_size * (3 * self.intermediate_size + 1) + shared + gate
 
 
-FeedForward = Dense | Experts
+FeedForward = Dense | Ungated | Experts
 
 
 @dataclass(frozen=True, slots=True)
 class LayerSpec:
-    """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there."""
+    """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there.
+
+    parallel: the feed-forward reads what the mixer reads, and both are added at once; it has no norms of its own.
+    residual_scale: factor on what is added to x.
+    """
 
     mixer: Mixer
     feed_forward: FeedForward | None
@@ -136,6 +203,8 @@ class LayerSpec:
     mixer_out_norm: NormSpec | None = None
     feed_forward_norm: NormSpec | None = None
     feed_forward_out_norm: NormSpec | None = None
+    parallel: bool = False
+    residual_scale: float = 1.0
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -149,9 +218,12 @@ class ModelSpec:
 
     layers: equal ones are one object. max_position_embeddings: tokens that it was trained for. dtype: what config.json
     names, bfloat16 where it names none. eos_token_ids: of config.json; where it does not mention them,
-    class_eos_token_ids are those of the class. embedding_scale: factor on what the embedding gives. logit_softcap: c
-    in c * tanh(x / c), or None. architecture: the class, as `architectures` names it. headless: there is no output
-    layer, so hidden states are all it gives. assumed: sizes that config.json does not name.
+    class_eos_token_ids are those of the class. embedding_scale: factor on what the embedding gives. head_bias: the
+    output layer has one. logit_scale: factor on logits. logit_softcap: c in c * tanh(x / c), or None. architecture:
+    the class, as `architectures` names it. headless: there is no output layer, so hidden states are all it gives.
+    assumed: sizes that config.json does not name. outside: what names of tensors begin with (after a `model.` or not)
+    that are not read: those of other inputs than text, and of layers that draft. text_only: it was made for other
+    inputs, too.
     """
 
     vocab_size: int
@@ -164,11 +236,15 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     bos_token_id: int | None
     embedding_scale: float = 1.0
+    head_bias: bool = False
+    logit_scale: float = 1.0
     logit_softcap: float | None = None
     architecture: str = ""
     headless: bool = False
     class_eos_token_ids: tuple[int, ...] = ()
     assumed: tuple[str, ...] = ()
+    outside: tuple[str, ...] = ()
+    text_only: bool = False
 
     @property
     def num_layers(self) -> int:

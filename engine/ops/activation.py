@@ -1,4 +1,4 @@
-"""Gated activations of the MLP: act(first half) * second half, in float32, rounded once.
+"""Activations of the MLP in float32, rounded once: gated ones, act(first half) * second half, and plain ones.
 
 Called by models/ on the executor's thread; native kernels where they know the dtype, torch otherwise.
 """
@@ -26,6 +26,23 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
 
 
 GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+
+
+def relu2(x: Tensor) -> Tensor:
+    """relu(x)^2, in place."""
+    return x.relu_().square_()
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+# Without a gate, [N, I] -> [N, I]; the input may be written over.
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": relu2, "gelu": gelu, "gelu_tanh": gelu_tanh}
 
 
 def _gate_and_mul(x: Tensor, *, gelu: bool) -> Tensor:

@@ -6,6 +6,9 @@ number of tokens alone, so that a graph can hold it.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -52,3 +55,56 @@ def torch_mix_experts(
         output = F.linear(activate(F.linear(x, gate_up[number])), down[number])
         total.addcmul_(output.float(), spread[:, number, None])
     return total.to(x.dtype)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Choice:
+    """How a token's experts follow from the router's logits; the fields are those of models.spec.Router.
+
+    bias: float32 [experts], or None.
+    """
+
+    chosen: int
+    normalize: bool
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    bias: Tensor | None = None
+    groups: int = 1
+    groups_chosen: int = 1
+    scale: float = 1.0
+    minimum: float = 0.0
+
+    def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """[N, experts] -> the experts of each token int64 [N, chosen], best first, and their shares float32."""
+        if self._is_plain:
+            return choose_experts(logits, self.chosen, normalize=self.normalize)
+        scores = logits.float()
+        scores = scores.softmax(dim=-1) if self.score == "softmax" else scores.sigmoid()
+        rated = scores if self.bias is None else scores + self.bias
+        if self.groups > 1:
+            grouped = rated.view(len(rated), self.groups, -1)
+            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+            kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
+                1, best.topk(self.groups_chosen, dim=-1).indices, True
+            )
+            rated = grouped.masked_fill(~kept[:, :, None], -torch.inf).view(rated.shape)
+        experts = rated.topk(self.chosen, dim=-1).indices
+        shares = scores.gather(1, experts)
+        if self.normalize:
+            shares = shares / shares.sum(dim=-1, keepdim=True).clamp_min(max(self.minimum, 1e-20))
+        return experts, shares * self.scale
+
+    def mix(self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+        """See mix_experts."""
+        if self._is_plain:
+            return mix_experts(x, logits, gate_up, down, self.chosen, activation, normalize=self.normalize)
+        experts, shares = self(logits)
+        # Logits by which the kernel comes to the same experts and the same shares, up to their sum.
+        logs = shares.clamp_min(1e-30).log()
+        given = torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter_(1, experts, logs)
+        mixed = mix_experts(x, given, gate_up, down, self.chosen, activation, normalize=True)
+        return (mixed * shares.sum(dim=-1, keepdim=True)).to(x.dtype)
+
+    @property
+    def _is_plain(self) -> bool:
+        """What the kernels do by themselves."""
+        return self.score == "softmax" and self.bias is None and self.groups == 1 and self.scale == 1.0

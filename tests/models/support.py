@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from engine.models.registry import read_spec
 from engine.ops.attention.base import create_backend
 
 CPU = torch.device("cpu")
+_UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias")
 
 # Small, and with no two sizes alike, so that a mixed-up dimension cannot pass.
 SIZES: dict[str, Any] = {
@@ -55,22 +57,29 @@ def make_checkpoint(
         config = config_class(**{**SIZES, **sizes})
         config._attn_implementation = "eager"
         model = getattr(transformers, family + "ForCausalLM")(config)
-        generator = torch.Generator().manual_seed(seed)
-        offset = 0.0 if family.startswith("Gemma") else 1.0
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                noise = torch.randn(parameter.shape, generator=generator)
-                if "norm" in name:
-                    parameter.copy_(noise * 0.2 + offset)
-                elif parameter.dim() == 1:
-                    parameter.copy_(noise * 0.3)
-                else:
-                    parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+        fill(model, seed, offset=0.0 if family.startswith("Gemma") else 1.0)
         model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
         if dtype != torch.float32:
             # Not model.float(): its rope frequencies have been rounded too.
             model = type(model).from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
     return model.eval()
+
+
+def fill(model: Any, seed: int = 0, *, offset: float) -> None:
+    """Random weights that keep activations near size 1. offset: of the norms."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if "norm" in name:
+                parameter.copy_(noise * 0.2 + offset)
+            elif parameter.dim() == 1:
+                parameter.copy_(noise * 0.3)
+            else:
+                parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
 
 
 def edit_json(path: Path, **changes: Any) -> None:
@@ -182,8 +191,8 @@ def compare(
     others, one pass over our continuation must prefer the same token at every place.
     """
     model = load(directory, **options)
-    matrices = sum(parameter.numel() for parameter in reference.parameters() if parameter.dim() > 1)
-    assert model.config.num_parameters == matrices
+    text = [each for name, each in reference.named_parameters() if not _UNCOUNTED.search(name)]
+    assert model.config.num_parameters == sum(each.numel() for each in text if each.dim() > 1)
     prompts = prompts_of(list(lengths))
     runner = Runner(model, max_model_len=options.get("max_model_len", 256))
     outputs = runner.greedy(prompts, new_tokens, chunk)

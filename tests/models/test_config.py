@@ -103,21 +103,40 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "architectures LlamaForSequenceClassification is not supported; supported are: ",
     ),
     "text-part": (
+        {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "text_config": {}},
+        "architectures MllamaForConditionalGeneration is not supported; supported are: ",
+    ),
+    "text-part-type": (
         {
-            "architectures": ["Gemma3ForConditionalGeneration"],
-            "model_type": "gemma3",
-            "text_config": {"model_type": "gemma3_text"},
+            "architectures": ["LlavaForConditionalGeneration"],
+            "model_type": "llava",
+            "text_config": {"model_type": "opt"},
         },
-        "architectures Gemma3ForConditionalGeneration is not supported; its text part is a Gemma3ForCausalLM, which is "
-        "served from a directory of that class alone; supported are: ",
+        'text_config.model_type ("opt") is not supported as the text part; supported are: gemma2, ',
     ),
-    "text-part-untyped": (
-        {"architectures": ["Mistral3ForConditionalGeneration"], "model_type": "mistral3", "text_config": {}},
-        "architectures Mistral3ForConditionalGeneration is not supported; its text part is a MistralForCausalLM",
+    "text-part-number": (
+        {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": {"model_type": 3}},
+        "text_config.model_type must be text",
     ),
-    "text-part-flat": (
-        {"architectures": ["Qwen2VLForConditionalGeneration"], "model_type": "qwen2_vl"},
-        "architectures Qwen2VLForConditionalGeneration is not supported; its text part is a Qwen2ForCausalLM",
+    "text-part-list": (
+        {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": []},
+        "text_config must be an object, not []",
+    ),
+    "text-part-field": (
+        {"model_type": "gemma3", "architectures": None, "text_config": {"head_dim": 0}},
+        "text_config.head_dim must be an integer from 1 to 2147483647, not 0",
+    ),
+    "text-part-quantized": (
+        {
+            "model_type": "gemma3",
+            "architectures": None,
+            "text_config": {"quantization_config": {"quant_method": "awq"}},
+        },
+        'text_config.quantization_config ("unknown") is not supported',
+    ),
+    "text-part-classifier": (
+        {"architectures": ["Qwen2VLForSequenceClassification"], "model_type": "qwen2_vl"},
+        "architectures Qwen2VLForSequenceClassification is not supported; supported are: ",
     ),
     "text-part-unknown": (
         {"architectures": ["XForConditionalGeneration"], "model_type": "x", "text_config": {"model_type": "y"}},

@@ -31,6 +31,43 @@ EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
 QWEN_EXPERTS = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "head_dim": 16}
 GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24}
 
+OLMO3_ROPE = {
+    "full_attention": {**YARN_ROPE, "attention_factor": 1.2},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+}
+MINISTRAL3_ROPE = {
+    **YARN_ROPE,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.3,
+}
+ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "logits_scaling": 8.0,
+    "residual_multiplier": 0.22,
+    "attention_multiplier": 0.1,
+    "tie_word_embeddings": True,
+}
+
+GRANITE_4 = {
+    "layer_types": ["full_attention"] * 3,
+    "position_embedding_type": "rope",
+    "shared_intermediate_size": 56,
+    "mamba_n_heads": 6,
+}
+ALPHA_ROPE = {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 50.0, "factor": 1.0}
+SHARED = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+SIGMOID = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_shared_experts": 2,
+    "routed_scaling_factor": 1.7,
+    "first_k_dense_replace": 1,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
@@ -64,6 +101,48 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmo2-bias": ("Olmo2", {"attention_bias": True, "num_key_value_heads": 6}),
     "glm4": ("Glm4", {"head_dim": 16}),
     "glm4-no-bias": ("Glm4", {"head_dim": 8, "attention_bias": False}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
+    "smollm3-window": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 9, "no_rope_layers": [1, 0, 1]}),
+    "olmo3": ("Olmo3", {"num_hidden_layers": 5, "sliding_window": 9, "rope_parameters": OLMO3_ROPE}),
+    "seedoss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
+    "glm": ("Glm", {"head_dim": 16}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "granite": ("Granite", GRANITE),
+    "ernie4_5": ("Ernie4_5", {"head_dim": 16, "use_bias": True}),
+    "exaone4": ("Exaone4", {"num_hidden_layers": 5, "sliding_window": 9}),
+    "exaone4-no-window": ("Exaone4", {"sliding_window": None}),
+    "cohere2": ("Cohere2", {"num_hidden_layers": 5, "sliding_window": 9}),
+    "arcee": ("Arcee", {"mlp_bias": True}),
+    "nemotron": ("Nemotron", {}),
+    "starcoder2": ("Starcoder2", {"sliding_window": 9}),
+    "phi": ("Phi", {}),
+    "hunyuandensev1": ("HunYuanDenseV1", {"head_dim": 16, "attention_bias": True}),
+    "ministral": ("Ministral", {"head_dim": 8, "sliding_window": 9, "layer_types": ALTERNATING}),
+    "ministral3": ("Ministral3", {"head_dim": 16, "rope_parameters": MINISTRAL3_ROPE}),
+    "hunyuan-alpha": ("HunYuanDenseV1", {"head_dim": 16, "rope_parameters": ALPHA_ROPE}),
+    "qwen2moe": ("Qwen2Moe", {**SHARED, "shared_expert_intermediate_size": 28, "norm_topk_prob": True}),
+    "qwen2moe-window": (
+        "Qwen2Moe",
+        {**SHARED, "shared_expert_intermediate_size": 28, "use_sliding_window": True, "sliding_window": 9},
+    ),
+    "olmoe": ("Olmoe", {"num_experts": 7, "num_experts_per_tok": 3}),
+    "granitemoe": ("GraniteMoe", {**GRANITE, **EXPERTS}),
+    "granitemoehybrid": ("GraniteMoeHybrid", {**GRANITE, **GRANITE_4, "num_local_experts": 0}),
+    "granitemoehybrid-experts": ("GraniteMoeHybrid", {**GRANITE, **GRANITE_4, **EXPERTS}),
+    "granitemoehybrid-no-rope": (
+        "GraniteMoeHybrid",
+        {**GRANITE, **GRANITE_4, "num_local_experts": 0, "position_embedding_type": "nope"},
+    ),
+    "glm4moe": ("Glm4Moe", {**SIGMOID, "head_dim": 16, "use_qk_norm": True, "attention_bias": True}),
+    "glm4moe-groups": ("Glm4Moe", {**SIGMOID, "head_dim": 16, "n_group": 4, "topk_group": 2, "norm_topk_prob": False}),
+    "minimaxm2": (
+        "MiniMaxM2",
+        {**EXPERTS, "head_dim": 16, "rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
+    ),
+    "hyv3": ("HYV3", {**SHARED, "head_dim": 16}),
+    "ernie4_5_moe": ("Ernie4_5_Moe", {"moe_num_experts": 7, "moe_k": 3, "moe_intermediate_size": 24}),
+    "hunyuanmoev1": ("HunYuanMoEV1", {"num_experts": 7, "moe_topk": 3, "head_dim": 16}),
+    "dots1": ("Dots1", {**SIGMOID, "sliding_window": 9, "max_window_layers": 1, "norm_topk_prob": True}),
     "yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
     "yarn-mscale": ("Qwen3", {"head_dim": 32, "rope_parameters": {**YARN_ROPE, **MSCALE}}),
     "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),

@@ -6,20 +6,22 @@ transformers. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from engine.models.fields import Fields
 from engine.models.spec import (
     DTYPES,
-    Activation,
+    Dense,
     FeedForward,
+    GatedActivation,
     GroupedQueryAttention,
     LayerSpec,
     Mixer,
     ModelSpec,
     NormSpec,
+    PlainActivation,
     RopeSpec,
     share,
 )
@@ -34,7 +36,7 @@ LLAMA_NORMS = ("input_layernorm", None, "post_attention_layernorm", None)
 class Shape:
     """The sizes that every family reads alike, and what is made of them.
 
-    common: fields of ModelSpec. eps, offset: of all norms.
+    common: fields of ModelSpec. norms: fields of NormSpec, of all norms.
     """
 
     num_layers: int
@@ -44,12 +46,11 @@ class Shape:
     hidden_size: int
     intermediate_size: int
     max_position_embeddings: int
-    eps: float
-    offset: float
+    norms: dict[str, Any]
     common: dict[str, Any]
 
     def norm(self, name: str) -> NormSpec:
-        return NormSpec(name, self.eps, self.offset)
+        return NormSpec(name, **self.norms)
 
     def attention(self, rope: RopeSpec | None, **given: Any) -> GroupedQueryAttention:
         """given: fields of GroupedQueryAttention; the scale is 1 / sqrt(head_dim) unless it is among them."""
@@ -60,9 +61,13 @@ class Shape:
         """Fields of GroupedQueryAttention."""
         return {"q_norm": self.norm("self_attn.q_norm"), "k_norm": self.norm("self_attn.k_norm")}
 
-    def layer(self, mixer: Mixer, feed_forward: FeedForward, norms: tuple[str | None, ...] = LLAMA_NORMS) -> LayerSpec:
-        """norms: names of those before and after the mixer, before and after the feed-forward."""
-        return LayerSpec(mixer, feed_forward, *(self.norm(name) if name else None for name in norms))
+    def layer(
+        self, mixer: Mixer, feed_forward: FeedForward, norms: tuple[str | None, ...] = LLAMA_NORMS, **given: Any
+    ) -> LayerSpec:
+        """norms: names of those before and after the mixer, before and after the feed-forward. given: other fields."""
+        names = ("mixer_norm", "mixer_out_norm", "feed_forward_norm", "feed_forward_out_norm")
+        given |= {field: self.norm(name) for field, name in zip(names, norms, strict=True) if name}
+        return LayerSpec(mixer, feed_forward, **given)
 
     def model(self, layers: Iterable[LayerSpec], **given: Any) -> ModelSpec:
         """given: fields of ModelSpec."""
@@ -81,8 +86,10 @@ _SIZES = (
 )
 
 
-def read_shape(fields: Fields, *, eps: str = "rms_norm_eps", norm_offset: float = 0.0) -> Shape:
-    """Read and check what all families have in common. eps: the field of the norms' epsilon. Raises StartupError.
+def read_shape(fields: Fields, *, eps: str = "rms_norm_eps", **norms: Any) -> Shape:
+    """Read and check what all families have in common.
+
+    eps: the field of the norms' epsilon. norms: other fields of NormSpec. Raises StartupError.
 
     head_dim is hidden_size / num_attention_heads where neither the file nor the class has one; as many key and value
     heads as others, where the file says null or neither says anything.
@@ -126,17 +133,29 @@ def read_shape(fields: Fields, *, eps: str = "rms_norm_eps", norm_offset: float 
         hidden_size,
         intermediate_size,
         max_position_embeddings,
-        fields.number(eps, minimum=0.0, maximum=1.0),
-        norm_offset,
+        {"eps": fields.number(eps, minimum=0.0, maximum=1.0), **norms},
         common,
     )
 
 
-def read_activation(fields: Fields, name: str) -> Activation:
-    """`hidden_act` of config.json, or the field that a family has in its place."""
-    known: dict[str, Activation] = {
+def read_activation(fields: Fields, name: str, renamed: Mapping[str, GatedActivation] | None = None) -> GatedActivation:
+    """`hidden_act` of config.json, or the field that a family has in its place. renamed: other words for known ones."""
+    known: dict[str, GatedActivation] = {
         "silu": "silu",
         "swish": "silu",
+        "gelu_pytorch_tanh": "gelu_tanh",
+        **(renamed or {}),
+    }
+    return known[fields.choice(name, known)]
+
+
+def read_plain_activation(fields: Fields, name: str) -> PlainActivation:
+    """The same for an MLP without a gate."""
+    known: dict[str, PlainActivation] = {
+        "relu2": "relu2",
+        "gelu": "gelu",
+        "gelu_new": "gelu_tanh",
+        "gelu_fast": "gelu_tanh",
         "gelu_pytorch_tanh": "gelu_tanh",
     }
     return known[fields.choice(name, known)]
@@ -150,6 +169,20 @@ def read_experts(fields: Fields, name: str, alias: str) -> tuple[int, int]:
     if chosen > count:
         fields.fail("num_experts_per_tok", f"({chosen}) must not exceed {name} ({count})")
     return count, chosen
+
+
+def shared_experts(name: str, intermediate_size: int, activation: GatedActivation) -> Dense | None:
+    """What all tokens go through beside their experts, under `mlp.NAME`; None where its size is 0."""
+    gate_up = (f"mlp.{name}.gate_proj", f"mlp.{name}.up_proj")
+    if not intermediate_size:
+        return None
+    return Dense(intermediate_size, activation, gate_up=gate_up, down=f"mlp.{name}.down_proj")
+
+
+def drafting_layers(fields: Fields, shape: Shape, *names: str) -> tuple[str, ...]:
+    """ModelSpec.outside: the layers past the last that guess several tokens at once; their number is in `names`."""
+    count = next((fields.integer(name, minimum=0, maximum=1000) for name in names if fields.has(name)), 0)
+    return tuple(f"layers.{shape.num_layers + index}." for index in range(count))
 
 
 def read_windows(fields: Fields, shape: Shape, layer_types: tuple[str, ...]) -> tuple[int | None, ...]:

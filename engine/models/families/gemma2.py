@@ -41,7 +41,7 @@ DEFAULTS = {
 
 def read_spec(fields: Fields) -> ModelSpec:
     """Even layers have the window where `layer_types` says nothing."""
-    shape = read_shape(fields, norm_offset=1.0)
+    shape = read_shape(fields, offset=1.0)
     layer_types = fields.layer_types(shape.num_layers) or tuple(
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(shape.num_layers)
     )

@@ -33,7 +33,7 @@ DEFAULTS = {
 
 def read_spec(fields: Fields) -> ModelSpec:
     """Every sixth layer (`sliding_window_pattern`) sees all, where `layer_types` says nothing."""
-    shape = read_shape(fields, norm_offset=1.0)
+    shape = read_shape(fields, offset=1.0)
     layer_types = fields.layer_types(shape.num_layers)
     if layer_types is None:
         pattern = fields.integer("sliding_window_pattern")

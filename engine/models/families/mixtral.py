@@ -5,7 +5,7 @@ from __future__ import annotations
 from engine.models.families.common import read_activation, read_experts, read_shape, read_windows
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-from engine.models.spec import Experts, ModelSpec
+from engine.models.spec import Experts, ModelSpec, Router
 
 # What an absent field means: MixtralConfig of transformers.
 DEFAULTS = {
@@ -36,8 +36,7 @@ def read_spec(fields: Fields) -> ModelSpec:
         num_experts_per_token,
         shape.intermediate_size,
         read_activation(fields, "hidden_act"),
-        normalize=True,
-        router="block_sparse_moe.gate",
+        Router(normalize=True, name="block_sparse_moe.gate"),
         gate_up=("block_sparse_moe.experts.{}.w1", "block_sparse_moe.experts.{}.w3"),
         down="block_sparse_moe.experts.{}.w2",
     )

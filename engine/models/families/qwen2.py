@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from engine.models.families.common import Shape, read_activation, read_shape, read_windows
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
@@ -26,9 +28,10 @@ DEFAULTS = {
 }
 
 
-def read_spec(fields: Fields) -> ModelSpec:
+def read_spec(fields: Fields, renamed: Mapping[str, str] | None = None) -> ModelSpec:
+    """renamed: see read_rope."""
     shape = read_shape(fields)
-    rope, windows = read_rope(fields, shape), qwen_windows(fields, shape)
+    rope, windows = read_rope(fields, shape, renamed=renamed), qwen_windows(fields, shape)
     mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
     return shape.model(shape.layer(shape.attention(rope, window=window, qkv_bias=True), mlp) for window in windows)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from engine.models.families.common import read_activation, read_experts, read_shape, read_windows
+from engine.models.families.common import Shape, read_activation, read_experts, read_shape, read_windows
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-from engine.models.spec import Dense, Experts, ModelSpec
+from engine.models.spec import Dense, Experts, ModelSpec, Router
 
 # What an absent field means: Qwen3MoeConfig of transformers.
 DEFAULTS = {
@@ -34,15 +34,12 @@ DEFAULTS = {
 
 
 def read_spec(fields: Fields) -> ModelSpec:
-    """Layer i has experts unless `mlp_only_layers` lists it or `decoder_sparse_step` does not divide i + 1."""
     shape = read_shape(fields)
     bias = fields.flag("attention_bias")
     attention = shape.attention(read_rope(fields, shape), qkv_bias=bias, output_bias=bias, **shape.qk_norms())
     kind = "sliding_attention" if fields.flag("use_sliding_window") else "full_attention"
     windows = read_windows(fields, shape, (kind,) * shape.num_layers)
     num_experts, num_experts_per_token = read_experts(fields, "num_experts", "num_local_experts")
-    step = fields.integer("decoder_sparse_step")
-    plain = fields.integers("mlp_only_layers")
     activation = read_activation(fields, "hidden_act")
     mlp = Dense(shape.intermediate_size, activation)
     experts = Experts(
@@ -50,11 +47,15 @@ def read_spec(fields: Fields) -> ModelSpec:
         num_experts_per_token,
         fields.integer("moe_intermediate_size"),
         activation,
-        normalize=fields.flag("norm_topk_prob"),
+        Router(fields.flag("norm_topk_prob")),
     )
     return shape.model(
-        shape.layer(
-            replace(attention, window=window), experts if (index + 1) % step == 0 and index not in plain else mlp
-        )
-        for index, window in enumerate(windows)
+        shape.layer(replace(attention, window=window), experts if sparse else mlp)
+        for window, sparse in zip(windows, sparse_layers(fields, shape), strict=True)
     )
+
+
+def sparse_layers(fields: Fields, shape: Shape) -> list[bool]:
+    """Layer i has experts unless `mlp_only_layers` lists it or `decoder_sparse_step` does not divide i + 1."""
+    step, plain = fields.integer("decoder_sparse_step"), fields.integers("mlp_only_layers")
+    return [(index + 1) % step == 0 and index not in plain for index in range(shape.num_layers)]

@@ -49,13 +49,14 @@ MAX_SHARDS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: absolute byte offsets [begin, end) in `file`."""
+    """Where a tensor lies: absolute byte offsets [begin, end) in `file`. transposed: columns by rows, a matrix's."""
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
+    transposed: bool = False
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -261,7 +262,8 @@ def check(
             problems.append(
                 f"{tensor.file.name}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-            hint = f"; config.json has no {', '.join(assumed)}: the defaults of the class count" if assumed else ""
+            sizes = ", ".join(name for name in assumed if name != "tie_word_embeddings")
+            hint = f"; config.json has no {sizes}: the defaults of the class count" if sizes else ""
         elif tensor.dtype not in FLOATS:
             problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {FLOATS} are read")
     problems += [

@@ -76,7 +76,7 @@ def _load(
     context = max_model_len or spec.context_length
     stored: dict[str, StoredTensor] = {}
     if load_format != "dummy":
-        stored = find_model_tensors(directory)
+        stored = find_model_tensors(directory, spec)
         if (directory / "adapter_config.json").exists():
             logger.warning("%s: the adapter beside the model (adapter_config.json) is not applied", directory)
         spec = settle_output(spec, stored, directory, dtype)

@@ -22,7 +22,7 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
 from engine.models.parts.decoder import EMBEDDING, PREFIX
-from engine.models.spec import ModelSpec
+from engine.models.spec import Experts, ModelSpec
 from engine.ops.linear import Linear
 
 OUTPUT = "lm_head"
@@ -69,15 +69,17 @@ class Weights:
         """Write the tensor called `name` into `destination` (contiguous, its shape), converting the dtype."""
         raise NotImplementedError
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor as the checkpoint has it."""
-        result = torch.empty(shape, dtype=self.dtype, device=self.device)
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor as the checkpoint has it. dtype: in place of the usual one."""
+        result = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
         self.fill(result, name)
         return result
 
-    def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
+    def stacked(
+        self, names: Sequence[str], rows: Sequence[int], *columns: int, dtype: torch.dtype | None = None
+    ) -> Tensor:
         """Several tensors [rows[i], *columns] below one another, as one [sum(rows), *columns]."""
-        result = torch.empty((sum(rows), *columns), dtype=self.dtype, device=self.device)
+        result = torch.empty((sum(rows), *columns), dtype=dtype or self.dtype, device=self.device)
         for name, part in zip(names, result.split_with_sizes(list(rows)), strict=True):
             self.fill(part, name)
         return result
@@ -91,13 +93,14 @@ class Weights:
         bias: bool = False,
         order: Tensor | None = None,
         activation: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Linear:
         """A ready linear layer from one or several projections of the checkpoint (`NAME.weight`, `NAME.bias`).
 
         order: the first len(order) rows of the result are rows `order` of the checkpoint. activation: see Linear.
         """
-        weight = self.stacked([f"{name}.weight" for name in names], rows, columns)
-        bias_vector = self.stacked([f"{name}.bias" for name in names], rows) if bias else None
+        weight = self.stacked([f"{name}.weight" for name in names], rows, columns, dtype=dtype)
+        bias_vector = self.stacked([f"{name}.bias" for name in names], rows, dtype=dtype) if bias else None
         if order is not None:
             for part in (weight, bias_vector):
                 if part is not None:
@@ -107,10 +110,11 @@ class Weights:
         self.prepare(linear)
         return linear
 
-    def output_layer(self, vocab: int, hidden: int, *, tied: bool) -> Linear:
+    def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """The layer that makes logits; a tied one is the embedding too, and hands out its rows."""
         if not tied:
-            return self.linear([OUTPUT], [vocab], hidden)
+            return self.linear([OUTPUT], [vocab], hidden, bias=bias)
+        assert not bias, "a tied output layer has no bias"
         linear = Linear(self.tensor(EMBEDDING, (vocab, hidden)))
         self.prepare(linear, keep_rows=True)
         return linear
@@ -173,12 +177,20 @@ class CheckpointWeights(Weights):
         dtype = TORCH_DTYPES[stored.dtype]
         flat = destination.view(-1)
         step = CHUNK_BYTES // dtype.itemsize
+        if stored.transposed:
+            # Whole rows of the file, which are columns of the destination.
+            columns = destination.T
+            width = columns.shape[1]
+            step = max(1, step // width) * width
         for start in range(0, flat.numel(), step):
             count = min(step, flat.numel() - start)
             begin = stored.begin + start * dtype.itemsize
             end = begin + count * dtype.itemsize
             source = _view(self._files, stored, dtype, start, count)
-            flat[start : start + count].copy_(source)
+            if stored.transposed:
+                columns[start // width : (start + count) // width].copy_(source.view(-1, width))
+            else:
+                flat[start : start + count].copy_(source)
             del source
             self._files.release(stored.file, begin, end)
             self._done += end - begin
@@ -195,9 +207,51 @@ def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: i
         return torch.frombuffer(mapped, dtype=dtype, count=count, offset=stored.begin + start * dtype.itemsize)
 
 
-def find_model_tensors(directory: Path) -> dict[str, StoredTensor]:
+def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
     """The tensors of a directory by the names that a model asks for. Raises StartupError."""
-    return _with_our_names(find_tensors(directory))
+    tensors = find_tensors(directory)
+    if spec.outside:
+        tensors = {
+            name: tensor for name, tensor in tensors.items() if not name.removeprefix(PREFIX).startswith(spec.outside)
+        }
+    return _with_single_experts(_with_our_names(tensors), spec)
+
+
+def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
+    """Every expert of a tensor that holds all those of a layer, as one of its own. Raises StartupError."""
+    found = dict(tensors)
+    for index, layer in enumerate(spec.layers):
+        experts = layer.feed_forward
+        if not isinstance(experts, Experts) or experts.stacked is None:
+            continue
+        count, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
+        inputs = 2 * inner // len(experts.gate_up)
+        for template, out, into in (
+            *((name, inputs, hidden) for name in experts.gate_up),
+            (experts.down, hidden, inner),
+        ):
+            name = f"{PREFIX}layers.{index}.{template.replace('.{}', '')}"
+            name = name if name in found else f"{name}.weight"
+            tensor = found.get(name)
+            if tensor is None:
+                continue
+            fits = [
+                way for way, shape in (("rows", (out, into)), ("columns", (into, out))) if tensor.shape[1:] == shape
+            ]
+            if tensor.shape[:1] != (count,) or not fits:
+                raise StartupError(
+                    f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
+                    f"{[count, out, into]} or {[count, into, out]}"
+                )
+            way = experts.stacked if experts.stacked in fits else fits[0]
+            del found[name]
+            size = (tensor.end - tensor.begin) // count
+            for number in range(count):
+                begin = tensor.begin + number * size
+                found[f"{PREFIX}layers.{index}.{template.format(number)}.weight"] = StoredTensor(
+                    tensor.file, tensor.dtype, (out, into), begin, begin + size, transposed=way == "columns"
+                )
+    return found
 
 
 def _with_our_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
@@ -245,6 +299,8 @@ def settle_output(spec: ModelSpec, tensors: dict[str, StoredTensor], directory: 
         return spec
     if _are_equal(head, embedding, dtype):
         return spec
+    if "tie_word_embeddings" in spec.assumed:
+        return dataclasses.replace(spec, tie_word_embeddings=False)
     logger.warning(
         "%s: tie_word_embeddings in config.json is true, but %s differs from the embedding: it is used, as in "
         "transformers; false there says so",

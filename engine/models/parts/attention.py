@@ -6,9 +6,10 @@ few operations, for each costs 1 to 25 us of Python on the CPU.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from engine.models.parts.norm import Norm
+from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
 from engine.models.spec import GroupedQueryAttention
@@ -16,6 +17,7 @@ from engine.ops.attention.base import AttentionBackend
 from engine.ops.attention.device import HeadNorms, StepAttention
 from engine.ops.linear import Product
 from engine.ops.norm import Normed
+from engine.ops.rope import apply_rope
 
 
 class Attention:
@@ -41,24 +43,35 @@ class Attention:
             order=order,
         )
         self._output = source.linear([prefix + spec.output], [hidden_size], heads * dim, bias=spec.output_bias)
+        self._norm_after_rope = spec.norm_after_rope
+        self._query_scale = spec.query_scale
         self._q_norm: Norm | None = None
         self._k_norm: Norm | None = None
         self._head_norms: HeadNorms | None = None
         if spec.q_norm is not None and spec.k_norm is not None:
             q_width, k_width = (heads * dim, kv_heads * dim) if spec.norm_width == "full" else (dim, dim)
-            self._q_norm = Norm(spec.q_norm, source, prefix, q_width)
-            self._k_norm = Norm(spec.k_norm, source, prefix, k_width)
+            self._q_norm = make_norm(spec.q_norm, source, prefix, q_width)
+            self._k_norm = make_norm(spec.k_norm, source, prefix, k_width)
             self._norm_widths = (q_width, k_width)
-            if spec.norm_width == "head" and spec.q_norm.eps == spec.k_norm.eps:
+            plain = not (spec.norm_after_rope or spec.query_scale or spec.q_norm.centered or spec.k_norm.centered)
+            if plain and spec.norm_width == "head" and spec.q_norm.eps == spec.k_norm.eps:
                 self._head_norms = (self._q_norm.weight, self._k_norm.weight, spec.q_norm.eps)
 
-    def __call__(self, x: Tensor | Normed, table: Tensor | None, attention: AttentionBackend) -> Tensor | Product:
+    def __call__(
+        self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
+    ) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
         q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
         if self._head_norms is not None and isinstance(attention, StepAttention):
             return self._output.later(attention.forward(self._layer, q, k, v, table, self._head_norms))
+        if self._norm_after_rope and table is not None:
+            apply_rope(q, k, table, positions)
+            table = None
         if self._q_norm is not None and self._k_norm is not None:
             q_width, k_width = self._norm_widths
             q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
             k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
+        if self._query_scale is not None:
+            steps = torch.div(positions, self._query_scale.original_max_position, rounding_mode="floor")
+            q = q * (1 + self._query_scale.beta * torch.log1p(steps.float())).to(q.dtype)[:, None, None]
         return self._output.later(attention.forward(self._layer, q, k, v, table))

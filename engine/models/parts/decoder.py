@@ -5,6 +5,7 @@ Built at start by loading/; run by the executor's thread, one step after another
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -13,14 +14,14 @@ from torch import Tensor
 
 from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
-from engine.models.parts.dense import Mlp
-from engine.models.parts.experts import SeparateExperts, StackedExperts, make_experts
-from engine.models.parts.norm import NoNorm, Norm
+from engine.models.parts.dense import Mlp, UngatedMlp
+from engine.models.parts.experts import make_experts
+from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
-from engine.models.spec import Experts, LayerSpec, ModelSpec, NormSpec, RopeSpec
+from engine.models.spec import Experts, LayerSpec, ModelSpec, NormSpec, RopeSpec, Ungated
 from engine.ops.attention.base import AttentionBackend, AttentionSpec
-from engine.ops.linear import Linear
+from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
 
 # Of all tensors but the output layer's.
@@ -63,18 +64,22 @@ class Layer:
         prefix = f"{PREFIX}layers.{index}."
 
         def norm(spec: NormSpec | None) -> Norm | None:
-            return Norm(spec, source, prefix, hidden_size) if spec is not None else None
+            return make_norm(spec, source, prefix, hidden_size) if spec is not None else None
 
         self.input_norm = norm(spec.mixer_norm) or NoNorm()
         self.attention = Attention(spec.mixer, source, index, prefix, hidden_size)
         self.attention_out_norm = norm(spec.mixer_out_norm)
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
-        self.mlp: Mlp | SeparateExperts | StackedExperts
+        self.mlp: Callable[[Tensor | Normed], Tensor | Product]
         if isinstance(spec.feed_forward, Experts):
             self.mlp = make_experts(spec.feed_forward, source, prefix, hidden_size)
+        elif isinstance(spec.feed_forward, Ungated):
+            self.mlp = UngatedMlp(spec.feed_forward, source, prefix, hidden_size)
         else:
             assert spec.feed_forward is not None, "a layer without a feed-forward has no part yet"
             self.mlp = Mlp(spec.feed_forward, source, prefix, hidden_size)
+        self.parallel = spec.parallel
+        self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
 
 
@@ -106,16 +111,17 @@ class Decoder:
         # The largest tensor first: what it needs beside itself while it is prepacked is then the only thing held.
         self._lm_head: Linear | None = None
         if not spec.headless:
-            self._lm_head = source.output_layer(vocab, hidden, tied=spec.tie_word_embeddings)
+            self._lm_head = source.output_layer(vocab, hidden, tied=spec.tie_word_embeddings, bias=spec.head_bias)
         self._embedding: Tensor | None = None
         if self._lm_head is None or not spec.tie_word_embeddings:
             self._embedding = source.tensor(EMBEDDING, (vocab, hidden))
         # Rounded to the model's dtype, as the gemmas were trained.
         scale = torch.tensor(spec.embedding_scale, dtype=source.dtype).item()
         self._embedding_scale = scale if scale != 1.0 else None
+        self._logit_scale = spec.logit_scale if spec.logit_scale != 1.0 else None
         self._logit_softcap = spec.logit_softcap
         self._layers = [Layer(layer, source, index, hidden) for index, layer in enumerate(spec.layers)]
-        self._norm = Norm(spec.final_norm, source, PREFIX, hidden)
+        self._norm = make_norm(spec.final_norm, source, PREFIX, hidden)
 
         tables: dict[RopeSpec | None, Tensor | None] = {None: None}
         for rope in spec.ropes:
@@ -131,7 +137,7 @@ class Decoder:
         """int32 or int64 [T], [T] -> [T, hidden_size] after the final norm.
 
         `attention` has planned the step, and turns q and k by the positions of that plan: `positions` are the
-        same ones, for a family that adds positions anywhere else.
+        same ones, for a layer that does anything else by them.
         """
         return plain(self._run(token_ids, positions, attention))
 
@@ -147,13 +153,21 @@ class Decoder:
             residual = residual.mul_(self._embedding_scale)
         x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
-            y = layer.attention(x, table, attention)
+            if layer.parallel:
+                y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(x)))
+                x, residual = following.add(y, residual)
+                continue
+            y = layer.attention(x, table, positions, attention)
             if layer.attention_out_norm is not None:
                 y = layer.attention_out_norm(y)
+            if layer.residual_scale is not None:
+                y = computed(y) * layer.residual_scale
             x, residual = layer.mlp_norm.add(y, residual)
             y = layer.mlp(x)
             if layer.mlp_out_norm is not None:
                 y = layer.mlp_out_norm(y)
+            if layer.residual_scale is not None:
+                y = computed(y) * layer.residual_scale
             x, residual = following.add(y, residual)
         return x
 
@@ -171,6 +185,8 @@ class Decoder:
         """See CausalLM."""
         assert self._lm_head is not None, "a model without an output layer has no logits"
         logits = self._lm_head(hidden)
+        if self._logit_scale is not None:
+            logits = logits.float() * self._logit_scale
         if self._logit_softcap is not None:
             logits = torch.tanh(logits.float() / self._logit_softcap) * self._logit_softcap
         return logits

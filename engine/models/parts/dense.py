@@ -1,11 +1,12 @@
-"""The plain feed-forward of a layer. Run by the executor's thread."""
+"""The feed-forward of a layer that all tokens share. Run by the executor's thread."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from engine.models.parts.source import Source
-from engine.models.spec import Dense
+from engine.models.spec import Dense, Ungated
+from engine.ops.activation import PLAIN_ACTIVATIONS
 from engine.ops.linear import Linear, Product
 from engine.ops.norm import Normed
 
@@ -27,3 +28,17 @@ class Mlp:
     def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""
         return self._down.later(self._gate_up.gated(x))
+
+
+class UngatedMlp:
+    """down(act(up(x)))."""
+
+    def __init__(self, spec: Ungated, source: Source, prefix: str, hidden_size: int) -> None:
+        inner = spec.intermediate_size
+        self._activation = PLAIN_ACTIVATIONS[spec.activation]
+        self._up: Linear = source.linear([prefix + spec.up], [inner], hidden_size, bias=spec.bias)
+        self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=spec.bias)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor | Product:
+        """[N, hidden] -> [N, hidden]."""
+        return self._down.later(self._activation(self._up(x)))

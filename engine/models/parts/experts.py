@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from engine.models.parts.dense import Mlp
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, Experts
-from engine.ops.experts import choose_experts, mix_experts
+from engine.ops.experts import Choice
 from engine.ops.linear import computed
 from engine.ops.norm import Normed, plain
 
 
-def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> SeparateExperts | StackedExperts:
-    """The form that the device wants."""
+def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Callable[[Tensor | Normed], Tensor]:
+    """The form that the device wants, and beside it what all tokens share."""
     kind = StackedExperts if keeps_experts_stacked(source.device) else SeparateExperts
-    return kind(spec, source, prefix, hidden_size)
+    routed = kind(spec, source, prefix, hidden_size)
+    return routed if spec.shared is None else WithShared(routed, spec, source, prefix, hidden_size)
+
+
+def keeps_experts_stacked(device: torch.device) -> bool:
+    """Whether all experts of a layer are one tensor: what a GPU's kernels read."""
+    return device.type == "cuda"
 
 
 def _expert(spec: Experts, number: int) -> Dense:
@@ -25,9 +33,53 @@ def _expert(spec: Experts, number: int) -> Dense:
     return Dense(spec.intermediate_size, spec.activation, gate_up=gate_up, down=spec.down.format(number))
 
 
-def keeps_experts_stacked(device: torch.device) -> bool:
-    """Whether all experts of a layer are one tensor: what a GPU's kernels read."""
-    return device.type == "cuda"
+class Rating:
+    """The router's projection and the choice that follows from it."""
+
+    def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
+        router, count = spec.router, spec.num_experts
+        self._wide = router.wide
+        dtype = torch.float32 if router.wide else None
+        self._project = source.linear([prefix + router.name], [count], hidden_size, dtype=dtype)
+        bias = None
+        if router.bias is not None:
+            shape = (1, count) if router.bias_is_row else (count,)
+            # Not rounded: it decides between scores that are close.
+            bias = source.tensor(prefix + router.bias, shape, torch.float32).view(-1)
+        self.choice = Choice(
+            spec.num_experts_per_token,
+            router.normalize,
+            router.score,
+            bias,
+            router.groups,
+            router.groups_chosen,
+            router.scale,
+            router.minimum,
+        )
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[N, hidden] -> [N, experts]."""
+        return self._project(x.float() if self._wide else x)
+
+
+class WithShared:
+    """Experts, and a feed-forward that every token goes through beside them, with a share of its own or a whole one."""
+
+    def __init__(
+        self, routed: Callable[[Tensor | Normed], Tensor], spec: Experts, source: Source, prefix: str, hidden_size: int
+    ) -> None:
+        assert spec.shared is not None
+        self._routed = routed
+        self._shared = Mlp(spec.shared, source, prefix, hidden_size)
+        self._gate = None if spec.shared_gate is None else source.linear([prefix + spec.shared_gate], [1], hidden_size)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
+        shared = computed(self._shared(x))
+        if self._gate is not None:
+            shared = shared * torch.sigmoid(self._gate(x).float()).to(x.dtype)
+        return self._routed(x).add_(shared)
 
 
 class SeparateExperts:
@@ -40,14 +92,13 @@ class SeparateExperts:
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         self._count = spec.num_experts
         self._chosen = spec.num_experts_per_token
-        self._normalize = spec.normalize
-        self._router = source.linear([prefix + spec.router], [spec.num_experts], hidden_size)
+        self._rating = Rating(spec, source, prefix, hidden_size)
         self._experts = [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
         x = plain(x)
-        experts, shares = choose_experts(self._router(x), self._chosen, normalize=self._normalize)
+        experts, shares = self._rating.choice(self._rating.logits(x))
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self._count).tolist()
@@ -68,10 +119,8 @@ class StackedExperts:
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         count, inner = spec.num_experts, spec.intermediate_size
-        self._chosen = spec.num_experts_per_token
-        self._normalize = spec.normalize
+        self._rating = Rating(spec, source, prefix, hidden_size)
         self._activation = spec.activation
-        self._router = source.linear([prefix + spec.router], [count], hidden_size)
         parts = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
         rows = [2 * inner * count // len(parts)] * len(parts)
         self._gate_up = source.stacked([f"{part}.weight" for part in parts], rows, hidden_size)
@@ -82,5 +131,5 @@ class StackedExperts:
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
         x = plain(x)
-        weights = self._gate_up, self._down
-        return mix_experts(x, self._router(x), *weights, self._chosen, self._activation, normalize=self._normalize)
+        logits = self._rating.logits(x)
+        return self._rating.choice.mix(x, logits, self._gate_up, self._down, self._activation)

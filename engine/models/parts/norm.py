@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.parts.source import Source
 from engine.models.spec import NormSpec
 from engine.ops.linear import Product, computed
 from engine.ops.norm import Normed, add_rms_norm, rms_norm
+
+
+def make_norm(spec: NormSpec, source: Source, prefix: str, width: int) -> Norm:
+    """The one that `spec` describes. prefix: of its tensors."""
+    return (CenteredNorm if spec.centered else Norm)(spec, source, prefix, width)
 
 
 class Norm:
@@ -36,6 +42,27 @@ class Norm:
             residual = x.add_to(residual)
             return self.later(residual), residual
         return add_rms_norm(x, residual, self.weight, self.eps)
+
+
+class CenteredNorm(Norm):
+    """LayerNorm: x less its mean, over its standard deviation, times the weight, and the bias where there is one."""
+
+    def __init__(self, spec: NormSpec, source: Source, prefix: str, width: int) -> None:
+        super().__init__(spec, source, prefix, width)
+        self.weight = self.weight.float()
+        self._bias = source.tensor(f"{prefix}{spec.name}.bias", (width,)).float() if spec.bias else None
+
+    def __call__(self, x: Tensor | Product) -> Tensor:
+        x = computed(x)
+        # In float32, rounded once.
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self._bias, self.eps).to(x.dtype)
+
+    def later(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = x.add_to(residual) if isinstance(x, Product) else residual.add_(x)
+        return self(residual), residual
 
 
 class NoNorm(Norm):

@@ -12,7 +12,7 @@ from engine.ops.linear import Linear
 
 
 class Source(Protocol):
-    """Tensors by name and shape; dtype and device are those of the result.
+    """Tensors by name and shape; dtype and device are those of the result unless it is asked for another dtype.
 
     deterministic: linear layers are to give a row the same bits in any batch. linears: all that were made so far.
     """
@@ -22,8 +22,8 @@ class Source(Protocol):
     deterministic: bool
     linears: list[Linear]
 
-    def tensor(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """One tensor as the checkpoint has it."""
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+        """One tensor as the checkpoint has it. dtype: in place of the usual one."""
         ...
 
     def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
@@ -39,6 +39,7 @@ class Source(Protocol):
         bias: bool = False,
         order: Tensor | None = None,
         activation: str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Linear:
         """A ready linear layer from one or several projections of the checkpoint (`NAME.weight`, `NAME.bias`).
 
@@ -46,6 +47,6 @@ class Source(Protocol):
         """
         ...
 
-    def output_layer(self, vocab: int, hidden: int, *, tied: bool) -> Linear:
+    def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """The layer that makes logits; a tied one is the embedding too, and hands out its rows."""
         ...

@@ -1,0 +1,33 @@
+"""Arcee (AFM-4.5B): Llama's layers with an MLP that has no gate."""
+
+from __future__ import annotations
+
+from engine.models.families.common import read_plain_activation, read_shape
+from engine.models.families.rope import read_rope
+from engine.models.fields import Fields
+from engine.models.spec import ModelSpec, Ungated
+
+# What an absent field means: ArceeConfig of transformers.
+DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 2560,
+    "intermediate_size": 18432,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "hidden_act": "relu2",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "eos_token_id": 128001,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+}
+
+
+def read_spec(fields: Fields) -> ModelSpec:
+    shape = read_shape(fields)
+    bias = fields.flag("attention_bias")
+    attention = shape.attention(read_rope(fields, shape), qkv_bias=bias, output_bias=bias)
+    mlp = Ungated(shape.intermediate_size, read_plain_activation(fields, "hidden_act"), bias=fields.flag("mlp_bias"))
+    return shape.model([shape.layer(attention, mlp)] * shape.num_layers)

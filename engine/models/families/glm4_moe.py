@@ -1,0 +1,82 @@
+"""GLM-4.5 to 4.7: experts by the sigmoid of a biased router and one that all share, after dense layers."""
+
+from __future__ import annotations
+
+from engine.models.families.common import (
+    Shape,
+    drafting_layers,
+    read_activation,
+    read_experts,
+    read_shape,
+    shared_experts,
+)
+from engine.models.families.rope import read_rope
+from engine.models.fields import Fields
+from engine.models.spec import Dense, Experts, GroupedQueryAttention, LayerSpec, ModelSpec, Router
+
+# What an absent field means: Glm4MoeConfig of transformers.
+DEFAULTS = {
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "tie_word_embeddings": False,
+    "rope_theta": 10000.0,
+    "partial_rotary_factor": 0.5,
+    "attention_bias": False,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_routed_experts": 128,
+    "routed_scaling_factor": 1.0,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "norm_topk_prob": True,
+    "use_qk_norm": False,
+}
+
+
+def read_spec(fields: Fields) -> ModelSpec:
+    """attention_bias covers q, k and v but not o."""
+    shape = read_shape(fields)
+    norms = shape.qk_norms() if fields.flag("use_qk_norm") else {}
+    attention = shape.attention(read_rope(fields, shape), qkv_bias=fields.flag("attention_bias"), **norms)
+    return shape.model(
+        sigmoid_layers(fields, shape, [attention] * shape.num_layers),
+        outside=drafting_layers(fields, shape, "num_nextn_predict_layers", "num_mtp_layers"),
+    )
+
+
+def sigmoid_layers(fields: Fields, shape: Shape, attention: list[GroupedQueryAttention]) -> list[LayerSpec]:
+    """Layers with experts as DeepSeek V3 introduced them, after `first_k_dense_replace` without."""
+    activation = read_activation(fields, "hidden_act")
+    num_experts, num_experts_per_token = read_experts(fields, "n_routed_experts", "num_local_experts")
+    inner = fields.integer("moe_intermediate_size")
+    groups = fields.integer("n_group", 1)
+    if num_experts % groups:
+        fields.fail("n_group", f"({groups}) must divide n_routed_experts ({num_experts})")
+    experts = Experts(
+        num_experts,
+        num_experts_per_token,
+        inner,
+        activation,
+        Router(
+            fields.flag("norm_topk_prob"),
+            score="sigmoid",
+            bias="mlp.gate.e_score_correction_bias",
+            wide=True,
+            groups=groups,
+            groups_chosen=fields.integer("topk_group", 1, maximum=groups),
+            scale=fields.number("routed_scaling_factor", above=0.0),
+        ),
+        shared=shared_experts("shared_experts", inner * fields.integer("n_shared_experts", 0, minimum=0), activation),
+    )
+    mlp = Dense(shape.intermediate_size, activation)
+    dense = fields.integer("first_k_dense_replace", minimum=0)
+    return [shape.layer(each, mlp if index < dense else experts) for index, each in enumerate(attention)]
