@@ -23,7 +23,7 @@ ALLOWED = {
     "engine.models.fields": set(),
     "engine.models.spec": set(),
     "engine.models.families": {"engine.models.fields", "engine.models.spec"},
-    "engine.models.registry": {"engine.models.fields", "engine.models.spec"},
+    "engine.models.registry": {"engine.models.fields", "engine.models.spec", "engine.models.families"},
     "engine.models.generation": {"engine.models.fields"},
     "engine.models.abilities": {"engine.models.fields", "engine.models.spec"},
     "engine.models.hub": set(),
