@@ -55,7 +55,7 @@ def test_every_route(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=500,
+            timeout=1200,
         )
         print(done.stdout)
         assert done.returncode == 0

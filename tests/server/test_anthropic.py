@@ -444,7 +444,7 @@ async def test_shapes_under_a_root_path_and_before_the_gate() -> None:
 
 
 async def test_overload_and_prompts_that_do_not_fit() -> None:
-    async with live(max_queued_requests=1, max_num_seqs=1) as server:
+    async with live(max_queued_requests=1, max_num_seqs=1, drain_timeout_s=30.0) as server:
         message = check_error(*await server.post(MESSAGES, {**BODY, "system": "w " * 600}))
         # Agents look for either.
         assert message.startswith("prompt is too long: ") and "maximum context length is 512 tokens" in message
