@@ -11,19 +11,6 @@ from engine.text.schema.base import MAX_CASES, MAX_POSITION, Rewriter
 from engine.text.schema.disjoint import disjoint
 from engine.text.schema.errors import Unwritable, cannot
 from engine.text.schema.parts import TYPES, any_of, at, canonical
-from engine.text.schema.plain import plain
-
-_IN_PLACE = (
-    "$ref",
-    "$dynamicRef",
-    "$recursiveRef",
-    "allOf",
-    "anyOf",
-    "oneOf",
-    "if",
-    "dependentSchemas",
-    "dependencies",
-)
 
 
 def contains(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
@@ -109,39 +96,3 @@ def _permutations(rewriter: Rewriter, values: list[Any], low: int, high: int | N
             case = {"type": "array", "prefixItems": [*prefix, {"enum": left}], "items": False}
             cases.append({**case, "minItems": least, "maxItems": count})
     return any_of(cases)
-
-
-def unevaluated_items(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
-    rest = schema["unevaluatedItems"]
-    if rest is True or rest == {} or "items" in schema or not rewriter.may_be(schema, "array"):
-        return True
-    here = at(where, "unevaluatedItems")
-    length = _evaluated_items(
-        rewriter, {key: value for key, value in schema.items() if key != "unevaluatedItems"}, here, 0
-    )
-    if length is None:
-        return True
-    return {"prefixItems": [True] * length, "items": rewriter.yes(rest, here)}
-
-
-def _evaluated_items(rewriter: Rewriter, schema: Any, here: str, depth: int) -> int | None:
-    """How many items a schema looks at whenever it holds; None for all."""
-    if not isinstance(schema, dict):
-        return 0
-    if depth > 12 or any(key in schema for key in _IN_PLACE if key not in ("$ref", "allOf")):
-        raise Unwritable("unevaluatedItems", here, "stands beside conditions")
-    if depth and "contains" in schema:
-        raise Unwritable("unevaluatedItems", here, "stands beside `contains`")
-    schema = plain(schema, rewriter.invalid)
-    if "items" in schema or "unevaluatedItems" in schema:
-        return None
-    found = len(schema.get("prefixItems", ()))
-    parts = list(schema.get("allOf", ()))
-    if "$ref" in schema:
-        parts.append(rewriter.references.target(schema["$ref"], schema, here))
-    for part in parts:
-        more = _evaluated_items(rewriter, part, here, depth + 1)
-        if more is None:
-            return None
-        found = max(found, more)
-    return found

@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine.text.schema import arrays, combining, negation, objects, strings
+from engine.text.schema import arrays, combining, negation, objects, strings, unevaluated
 from engine.text.schema.base import FORMATS, MAX_NEGATED_DEPTH, MAX_WRITTEN, Rewriter
 from engine.text.schema.errors import Unwritable
 from engine.text.schema.names import name_keywords
@@ -189,9 +189,11 @@ class SchemaRewriter(Rewriter):
         if "propertyNames" in schema:
             yield "propertyNames", lambda: objects.property_names(self, schema, where)
         if "unevaluatedProperties" in schema:
-            yield "unevaluatedProperties", lambda: objects.unevaluated_properties(self, schema, where)
+            yield "unevaluatedProperties", lambda: unevaluated.unevaluated_properties(self, schema, where)
         if "unevaluatedItems" in schema:
-            yield "unevaluatedItems", lambda: arrays.unevaluated_items(self, schema, where)
+            yield "unevaluatedItems", lambda: unevaluated.unevaluated_items(self, schema, where)
+        if "maxProperties" in schema and schema.get("properties"):
+            yield "maxProperties", lambda: objects.max_properties(self, schema, where)
         if schema.get("minProperties", 0) and schema.get("properties"):
             yield "minProperties", lambda: objects.min_properties(self, schema, where)
 
