@@ -25,7 +25,7 @@ def disjoint(rewriter: Rewriter, left: Any, right: Any, depth: int) -> bool:
     values, rivals = rewriter.types.values(left), rewriter.types.values(right)
     if values is not None and rivals is not None and not set(map(canonical, values)) & set(map(canonical, rivals)):
         return True
-    left, right = _resolved(rewriter, left), _resolved(rewriter, right)
+    left, right = resolved(rewriter, left), resolved(rewriter, right)
     for one, two in ((left, right), (right, left)):
         for key in ("anyOf", "oneOf"):
             branches = one.get(key)
@@ -73,7 +73,7 @@ def _pattern(schema: dict[str, Any]) -> str | None:
     return None
 
 
-def _resolved(rewriter: Rewriter, schema: dict[str, Any]) -> dict[str, Any]:
+def resolved(rewriter: Rewriter, schema: dict[str, Any]) -> dict[str, Any]:
     for _ in range(8):
         if set(schema) - {"description", "title"} != {"$ref"}:
             break
