@@ -15,7 +15,7 @@ from typing import Any
 from engine.text.schema.references import children
 
 MAX_TRIES = 80
-MAX_SECONDS = 2.0
+MAX_SECONDS = 1.0
 NO_VALUE = "no value satisfies it"
 _TOO_LARGE = "it is too large or too complex"
 # What the library says, and what it means.

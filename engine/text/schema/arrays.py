@@ -8,22 +8,16 @@ import math
 from typing import Any
 
 from engine.text.schema.base import MAX_CASES, MAX_POSITION, Rewriter
-from engine.text.schema.disjoint import disjoint
+from engine.text.schema.disjoint import disjoint, resolved
 from engine.text.schema.errors import Unwritable, cannot
-from engine.text.schema.parts import TYPES, any_of, at, canonical
-from engine.text.schema.plain import plain
+from engine.text.schema.parts import TYPES, any_of, at, canonical, names_of
 
-_IN_PLACE = (
-    "$ref",
-    "$dynamicRef",
-    "$recursiveRef",
-    "allOf",
-    "anyOf",
-    "oneOf",
-    "if",
-    "dependentSchemas",
-    "dependencies",
-)
+MAX_FREE = 3  # items that are not listed and yet none of them twice: each begins otherwise
+# By their first characters strings are told apart.
+_LETTERS = (
+    "aA", "bB", "cC", "dD", "eEfF", "gGhH", "iIjJkK", "lL", "mM", "nNoO", "pPqQ", "rR", "sS", "tT", "uUvVwWxXyYzZ",
+    "0-4", "5-9",
+)  # fmt: skip
 
 
 def contains(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
@@ -62,14 +56,64 @@ def unique_items(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
     if not rewriter.may_be(schema, "array"):
         return True
     prefix, items = schema.get("prefixItems", []), schema.get("items", True)
-    if items is False and prefix:
-        if _apart(rewriter, prefix):
+    if items is False or (high is not None and high <= len(prefix)):
+        most = len(prefix) if high is None else min(high, len(prefix))
+        if _apart(rewriter, prefix[:most]):
             return True
-    elif not prefix:
-        values = _listed(rewriter, items)
-        if values is not None:
-            return _permutations(rewriter, values, low, high, where)
-    raise Unwritable("uniqueItems", at(where, "uniqueItems"), "can be kept only where the items are listed by `enum`")
+        return _listed_places(rewriter, prefix[:most], low, where)
+    if prefix:
+        # No more than the first ones, which is all that is known.
+        return _listed_places(rewriter, prefix, low, where)
+    values = _listed(rewriter, items)
+    if values is not None:
+        return _permutations([{"const": value} for value in values], low, high, where)
+    if high is not None and high <= MAX_FREE:
+        classes = _classes(rewriter, items, 0)
+        if len(classes) >= high:
+            return _permutations(classes, low, high, where)
+    why = f"can be kept where the items are listed by `enum`, or where there are at most {MAX_FREE} strings or numbers"
+    raise Unwritable("uniqueItems", at(where, "uniqueItems"), why)
+
+
+def _listed_places(rewriter: Rewriter, prefix: list[Any], low: int, where: str) -> Any:
+    """The first items only, each choice of values of which none comes twice."""
+    here = at(where, "uniqueItems")
+    places = [_listed(rewriter, schema) for schema in prefix]
+    if low > len(prefix) or any(place is None for place in places):
+        raise Unwritable("uniqueItems", here, "can be kept only where the first items are listed by `enum`")
+    listed = [place for place in places if place is not None]
+    if math.prod(map(len, listed)) > MAX_CASES:
+        raise Unwritable("uniqueItems", here, "has too many values to choose from")
+    cases: list[Any] = [{"type": [name for name in TYPES if name != "array"]}]
+    for values in itertools.product(*listed):
+        if len(set(map(canonical, values))) == len(values):
+            consts = [{"const": value} for value in values]
+            cases.append({"type": "array", "prefixItems": consts, "items": False, "minItems": low})
+    return any_of(cases)
+
+
+def _classes(rewriter: Rewriter, schema: Any, depth: int) -> list[dict[str, Any]]:
+    """Parts of a schema's values that share none with each other; empty where there are none to be told."""
+    types = rewriter.types.types(schema)
+    if types == {"string"}:
+        return [{"type": "string", "pattern": f"^[{letters}]"} for letters in _LETTERS]
+    if types and types <= {"integer", "number"}:
+        kind = "integer" if types == {"integer"} else "number"
+        return [
+            {"type": kind, **({} if low is None else {"minimum": low}), **({} if high is None else {bound: high})}
+            for low, high in itertools.pairwise((None, 0, 1, 2, 3, 4, 5, 10, 20, 50, 100, 1000, None))
+            for bound in ("exclusiveMaximum",)
+        ]
+    if types != {"object"} or not isinstance(schema, dict) or depth > 4:
+        return []
+    schema = resolved(rewriter, schema)
+    for name in names_of(schema.get("required")):
+        inner = schema.get("properties", {}).get(name)
+        values = None if inner is None else _listed(rewriter, inner)
+        classes = [{"const": value} for value in values or ()] or _classes(rewriter, inner, depth + 1)
+        if len(classes) > 1:
+            return [{"type": "object", "required": [name], "properties": {name: one}} for one in classes]
+    return []
 
 
 def _apart(rewriter: Rewriter, schemas: list[Any]) -> bool:
@@ -87,61 +131,26 @@ def _listed(rewriter: Rewriter, schema: Any) -> list[Any] | None:
     return [json.loads(text) for text in dict.fromkeys(map(canonical, values))]
 
 
-def _permutations(rewriter: Rewriter, values: list[Any], low: int, high: int | None, where: str) -> Any:
-    most = len(values) if high is None else min(high, len(values))
+def _permutations(choices: list[dict[str, Any]], low: int, high: int | None, where: str) -> Any:
+    most = len(choices) if high is None else min(high, len(choices))
     if low > most:
         return {"type": [name for name in TYPES if name != "array"]}
     # The last place may hold any of the values that are left, so a case is a choice of those before it.
     length = min(most, max(low, 2))
-    if math.perm(len(values), max(length - 1, 0)) > 2 * MAX_CASES:
+    if math.perm(len(choices), max(length - 1, 0)) > 2 * MAX_CASES:
         raise Unwritable("uniqueItems", at(where, "uniqueItems"), "has too many values to choose from")
-    while length < most and math.perm(len(values), length) <= MAX_CASES:
+    while length < most and math.perm(len(choices), length) <= MAX_CASES:
         length += 1
     cases: list[Any] = [{"type": [name for name in TYPES if name != "array"]}]
     if low == 0:
         cases.append({"type": "array", "maxItems": 0})
     for count in range(max(1, low), length + 1) if length < 3 else (length,):
-        for chosen in itertools.permutations(range(len(values)), count - 1):
-            left = [value for index, value in enumerate(values) if index not in chosen]
-            prefix = [{"const": values[index]} for index in chosen]
+        for chosen in itertools.permutations(range(len(choices)), count - 1):
+            left = [choice for index, choice in enumerate(choices) if index not in chosen]
+            prefix = [choices[index] for index in chosen]
             # From three on one case holds the shorter ones too: fewer of the chosen, then the end.
             least = max(low, min(count - 1, 1)) if length >= 3 else count
-            case = {"type": "array", "prefixItems": [*prefix, {"enum": left}], "items": False}
+            last = {"enum": [one["const"] for one in left]} if "const" in left[0] else any_of(left)
+            case = {"type": "array", "prefixItems": [*prefix, last], "items": False}
             cases.append({**case, "minItems": least, "maxItems": count})
     return any_of(cases)
-
-
-def unevaluated_items(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
-    rest = schema["unevaluatedItems"]
-    if rest is True or rest == {} or "items" in schema or not rewriter.may_be(schema, "array"):
-        return True
-    here = at(where, "unevaluatedItems")
-    length = _evaluated_items(
-        rewriter, {key: value for key, value in schema.items() if key != "unevaluatedItems"}, here, 0
-    )
-    if length is None:
-        return True
-    return {"prefixItems": [True] * length, "items": rewriter.yes(rest, here)}
-
-
-def _evaluated_items(rewriter: Rewriter, schema: Any, here: str, depth: int) -> int | None:
-    """How many items a schema looks at whenever it holds; None for all."""
-    if not isinstance(schema, dict):
-        return 0
-    if depth > 12 or any(key in schema for key in _IN_PLACE if key not in ("$ref", "allOf")):
-        raise Unwritable("unevaluatedItems", here, "stands beside conditions")
-    if depth and "contains" in schema:
-        raise Unwritable("unevaluatedItems", here, "stands beside `contains`")
-    schema = plain(schema, rewriter.invalid)
-    if "items" in schema or "unevaluatedItems" in schema:
-        return None
-    found = len(schema.get("prefixItems", ()))
-    parts = list(schema.get("allOf", ()))
-    if "$ref" in schema:
-        parts.append(rewriter.references.target(schema["$ref"], schema, here))
-    for part in parts:
-        more = _evaluated_items(rewriter, part, here, depth + 1)
-        if more is None:
-            return None
-        found = max(found, more)
-    return found

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from engine.text.schema.base import Rewriter
 from engine.text.schema.errors import Unwritable
 from engine.text.schema.parts import canonical, is_number, names_of, wide
+from engine.text.schema.patterns import Unreadable
+
+MAX_LISTED = 40  # values that are compared with a pattern
 
 
 def disjoint(rewriter: Rewriter, left: Any, right: Any, depth: int) -> bool:
@@ -21,7 +25,7 @@ def disjoint(rewriter: Rewriter, left: Any, right: Any, depth: int) -> bool:
     values, rivals = rewriter.types.values(left), rewriter.types.values(right)
     if values is not None and rivals is not None and not set(map(canonical, values)) & set(map(canonical, rivals)):
         return True
-    left, right = _resolved(rewriter, left), _resolved(rewriter, right)
+    left, right = resolved(rewriter, left), resolved(rewriter, right)
     for one, two in ((left, right), (right, left)):
         for key in ("anyOf", "oneOf"):
             branches = one.get(key)
@@ -37,7 +41,7 @@ def disjoint(rewriter: Rewriter, left: Any, right: Any, depth: int) -> bool:
     if shared == {"number"}:
         return _above(left, right) or _above(right, left)
     if shared == {"string"}:
-        return _counts_apart(left, right, "Length")
+        return _counts_apart(left, right, "Length") or _patterns_apart(rewriter, left, right)
     if shared == {"array"}:
         return _counts_apart(left, right, "Items")
     if shared != {"object"}:
@@ -49,7 +53,27 @@ def disjoint(rewriter: Rewriter, left: Any, right: Any, depth: int) -> bool:
     return False
 
 
-def _resolved(rewriter: Rewriter, schema: dict[str, Any]) -> dict[str, Any]:
+def _patterns_apart(rewriter: Rewriter, left: dict[str, Any], right: dict[str, Any]) -> bool:
+    """Whether no string matches the patterns, or is one of the values, of both."""
+    mine, other = _pattern(left), _pattern(right)
+    if mine is None or other is None:
+        return False
+    try:
+        return rewriter.languages.is_empty([mine, other])
+    except Unreadable:
+        return False
+
+
+def _pattern(schema: dict[str, Any]) -> str | None:
+    if isinstance(schema.get("pattern"), str):
+        return str(schema["pattern"])
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list) and 0 < len(values) <= MAX_LISTED:
+        return f"^(?:{'|'.join(re.escape(value) for value in values if isinstance(value, str))})$"
+    return None
+
+
+def resolved(rewriter: Rewriter, schema: dict[str, Any]) -> dict[str, Any]:
     for _ in range(8):
         if set(schema) - {"description", "title"} != {"$ref"}:
             break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from engine.text.schema.base import FORMATS, Rewriter
@@ -65,7 +66,18 @@ def name_keywords(rewriter: Rewriter, schema: dict[str, Any], where: str) -> dic
         parts = {patterns[name][0]: part for name, part in written.items()}
     if parts:
         found["patternProperties"] = parts
+        if found.get("additionalProperties") is not False and _are_all(rewriter.languages, parts):
+            # The library would begin a name that matches none of them, and never come to its end.
+            found["additionalProperties"] = False
     return found
+
+
+def _are_all(languages: Languages, patterns: Iterable[str]) -> bool:
+    """Whether every name matches one of some patterns."""
+    try:
+        return languages.is_empty(no=list(patterns), widely=False)
+    except Unreadable:
+        return False
 
 
 def _overlapping(languages: Languages, patterns: dict[str, list[str]]) -> list[list[str]]:

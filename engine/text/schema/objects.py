@@ -18,7 +18,6 @@ def property_counts(rewriter: Rewriter, schema: dict[str, Any], where: str) -> d
     low, high = schema.get("minProperties", 0), schema.get("maxProperties")
     required = set(names_of(schema.get("required")))
     optional = set(schema.get("properties", {})) - required
-    closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
     found: dict[str, Any] = {}
     missing = low - len(required)
     if missing > 0 and not optional:
@@ -29,9 +28,34 @@ def property_counts(rewriter: Rewriter, schema: dict[str, Any], where: str) -> d
         if missing > 1:
             rewriter.warn(error)
         found["minProperties"] = low
-    if high is not None and not (closed and len(schema.get("properties", {})) <= high):
+    if high is not None and not optional:
         found["maxProperties"] = high
     return found
+
+
+def max_properties(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
+    """maxProperties beside optional properties: one case for each choice of them, and no free names."""
+    names = schema.get("properties", {})
+    required = set(names_of(schema.get("required")))
+    optional = [name for name, inner in names.items() if name not in required and inner is not False]
+    room = schema["maxProperties"] - len(required)
+    closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
+    if not set(names) - required or not rewriter.may_be(schema, "object") or (closed and room >= len(optional)):
+        return True
+    others = {"type": [name for name in TYPES if name != "object"]}
+    if room < 0:
+        return others
+    if math.comb(len(optional), min(room, len(optional))) > MAX_CASES:
+        raise Unwritable("maxProperties", at(where, "maxProperties"), "has too many properties to choose from")
+    cases = [
+        {
+            "type": "object",
+            "properties": {name: name in chosen for name in optional} | dict.fromkeys(sorted(required), True),
+            "additionalProperties": False,
+        }
+        for chosen in itertools.combinations(optional, min(room, len(optional)))
+    ]
+    return any_of([others, *cases])
 
 
 def property_names(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
@@ -73,52 +97,3 @@ def min_properties(rewriter: Rewriter, schema: dict[str, Any], where: str) -> An
         [{"type": [name for name in TYPES if name != "object"]}]
         + [{"type": "object", "required": list(names)} for names in itertools.combinations(optional, missing)]
     )
-
-
-def unevaluated_properties(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
-    rest, here = schema["unevaluatedProperties"], at(where, "unevaluatedProperties")
-    if rest is True or rest == {} or "additionalProperties" in schema or not rewriter.may_be(schema, "object"):
-        return True
-    unions = [key for key in ("anyOf", "oneOf") if key in schema]
-    if len(unions) > 1 or "if" in schema or "dependentSchemas" in schema:
-        raise Unwritable("unevaluatedProperties", here, "stands beside conditions")
-    written = rewriter.yes(rest, here)
-    own = {key: value for key, value in schema.items() if key not in ("anyOf", "oneOf", "unevaluatedProperties")}
-    names = _evaluated(rewriter, own, here, 0)
-    cases: list[Any] = []
-    for branch in schema[unions[0]] if unions else (True,):
-        more = _evaluated(rewriter, branch, here, 0)
-        if names is None or more is None:
-            cases.append(rewriter.yes(branch, here))
-            continue
-        closed: dict[str, Any] = {
-            "properties": dict.fromkeys([*names[0], *more[0]], True), "additionalProperties": written
-        }  # fmt: skip
-        if names[1] or more[1]:
-            closed["patternProperties"] = dict.fromkeys([*names[1], *more[1]], True)
-        cases.append(all_of([rewriter.yes(branch, here), closed]))
-    return any_of(cases)
-
-
-def _evaluated(rewriter: Rewriter, schema: Any, here: str, depth: int) -> tuple[set[str], set[str]] | None:
-    """Names and patterns that a schema looks at whenever it holds; None for all."""
-    names: set[str] = set()
-    patterns: set[str] = set()
-    if not isinstance(schema, dict):
-        return names, patterns
-    if depth > 12 or any(key in schema for key in ("anyOf", "oneOf", "if", "dependentSchemas", "$dynamicRef")):
-        raise Unwritable("unevaluatedProperties", here, "stands beside conditions")
-    if "additionalProperties" in schema or "unevaluatedProperties" in schema:
-        return None
-    names |= set(schema.get("properties", {}))
-    patterns |= set(schema.get("patternProperties", {}))
-    parts = list(schema.get("allOf", []))
-    if "$ref" in schema:
-        parts.append(rewriter.references.target(schema["$ref"], schema, here))
-    for part in parts:
-        more = _evaluated(rewriter, part, here, depth + 1)
-        if more is None:
-            return None
-        names |= more[0]
-        patterns |= more[1]
-    return names, patterns

@@ -99,8 +99,8 @@ class Language:
 
     def is_empty(self) -> bool:
         """Whether there is no such string. Raises Unsupported where it takes too long to tell."""
-        states, _ = self._automaton()
-        return not any(state.nullable for state in states)
+        states, _ = self._automaton(until_one=True)
+        return not states[-1].nullable and not self._root.nullable
 
     def pattern(self) -> str | None:
         """A pattern without assertions for exactly these strings; None where there is none."""
@@ -245,8 +245,11 @@ class Language:
 
     # ---- the automaton
 
-    def _automaton(self) -> tuple[list[_Term], list[list[int]]]:
-        """States, the first one first, and for each the state behind every class of characters."""
+    def _automaton(self, *, until_one: bool = False) -> tuple[list[_Term], list[list[int]]]:
+        """States, the first one first, and for each the state behind every class of characters.
+
+        until_one: no further than to the first state in which a string may end; it is the last one then.
+        """
         self._characters = _classes(self._terms.values())
         states = [self._root]
         places = {id(self._root): 0}
@@ -258,6 +261,8 @@ class Language:
                 place = places.setdefault(id(after), len(states))
                 if place == len(states):
                     states.append(after)
+                    if until_one and after.nullable:
+                        return states, edges
                     if len(states) > MAX_STATES:
                         raise Unsupported("is too large to compare")
                 row.append(place)

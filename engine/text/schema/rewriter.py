@@ -12,12 +12,13 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from engine.text.schema import arrays, combining, negation, objects, strings
+from engine.text.schema import arrays, combining, negation, objects, strings, unevaluated
 from engine.text.schema.base import FORMATS, MAX_NEGATED_DEPTH, MAX_WRITTEN, Rewriter
 from engine.text.schema.errors import Unwritable
 from engine.text.schema.names import name_keywords
+from engine.text.schema.numbers import number_keywords
 from engine.text.schema.parts import absent, all_of, any_of, at, names_of
-from engine.text.schema.plain import NUMBERS, plain
+from engine.text.schema.plain import plain
 
 
 class SchemaRewriter(Rewriter):
@@ -105,9 +106,15 @@ class SchemaRewriter(Rewriter):
     def _own(self, schema: dict[str, Any], where: str) -> Any:
         """The keywords that the library knows, their schemas written."""
         found: dict[str, Any] = {}
-        for key in ("type", "const", "enum", *NUMBERS, "minLength", "maxLength", "minItems", "maxItems", "required"):
+        for key in ("type", "const", "enum", "minItems", "maxItems", "required"):
             if key in schema:
                 found[key] = schema[key]
+        try:
+            found |= number_keywords(self, schema, where)
+        except Unwritable as error:
+            if self.strict:
+                raise
+            self.warn(error)
         for key in ("description", "title"):
             found.pop(key, None)
         if isinstance(schema.get("format"), str) and schema["format"] in FORMATS:
@@ -189,9 +196,11 @@ class SchemaRewriter(Rewriter):
         if "propertyNames" in schema:
             yield "propertyNames", lambda: objects.property_names(self, schema, where)
         if "unevaluatedProperties" in schema:
-            yield "unevaluatedProperties", lambda: objects.unevaluated_properties(self, schema, where)
+            yield "unevaluatedProperties", lambda: unevaluated.unevaluated_properties(self, schema, where)
         if "unevaluatedItems" in schema:
-            yield "unevaluatedItems", lambda: arrays.unevaluated_items(self, schema, where)
+            yield "unevaluatedItems", lambda: unevaluated.unevaluated_items(self, schema, where)
+        if "maxProperties" in schema and schema.get("properties"):
+            yield "maxProperties", lambda: objects.max_properties(self, schema, where)
         if schema.get("minProperties", 0) and schema.get("properties"):
             yield "minProperties", lambda: objects.min_properties(self, schema, where)
 
