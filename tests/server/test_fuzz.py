@@ -301,7 +301,7 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
     ("/v1/embeddings", {"input": ["x"], "encoding_format": "float"}),
     ("/rerank", {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}),
     ("/v1/score", {"query": [5], "items": [[6], [7]], "label_token_ids": [5, 6]}),
-    ("/abort_request", {"rid": ["a"]}),
+    ("/abort_request", {"rid": ["a"], "request_ids": ["b"], "abort_all": False}),
 ]  # fmt: skip
 LIMITS = {"/v1/responses": "max_output_tokens", "/v1/completions": "max_tokens", "/v1/chat/completions": "max_tokens"}
 LIMITS["/v1/messages"] = "max_tokens"
