@@ -52,8 +52,10 @@ def _read_list(scanner: Scanner) -> Steps[None]:
             if (yield from scanner.accept("]", spaced=True)):
                 return
             scanner.begin()
-            yield from scanner.space()
-            yield from scanner.expect(",")
+            # A comma may be missing, or one too many.
+            if (yield from scanner.accept(",", spaced=True)) and (yield from scanner.accept("]", spaced=True)):
+                scanner.settle()
+                return
     except Malformed:
         scanner.fail()
 

@@ -15,9 +15,10 @@ from typing import Any
 
 from engine.text.schema_types import MAX_SCALAR, SchemaTypes, Types
 from server.parsers.base import MAX_NAME, SPACE, Malformed, Scanner, Steps, ToolFamily
-from server.parsers.call_objects import read_call_list, read_call_object
+from server.parsers.call_objects import NAME_CHARACTERS, read_call_list, read_call_object
 from server.parsers.formats import Format, const, either, schema_of, sequence, tags
 from server.parsers.json_text import json_escaped, read_arguments
+from server.parsers.pythonic import read_python_call
 
 # Values that wait for their end; what passes this is text.
 _MAX_VALUE = 1 << 20
@@ -123,12 +124,12 @@ def family(name: str, spelling: Tags, **options: Any) -> ToolFamily:
 def _run(scanner: Scanner, spelling: Tags) -> Steps[None]:
     inside = False
     while True:
-        begins = (*spelling.opens, spelling.call[0]) if inside else spelling.opens
+        begins = tuple(dict.fromkeys((*spelling.opens, *spelling.calls)))
         marker = yield from scanner.until(begins, scanner.content)
         if marker is None:
             return
-        # Words that begin like a call in the other way may be about anything.
-        declared = marker == spelling.also[0]
+        # What stands outside of its tags, or begins in the other way, may be about anything.
+        declared = marker == spelling.also[0] or not (inside or marker in spelling.opens)
         try:
             while marker not in ("", *spelling.calls):
                 marker = yield from _accept_any(scanner, (*spelling.lead, *spelling.calls))
@@ -175,13 +176,17 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
     declared: the name of a tool that nobody declared makes it none.
     """
     if spelling.call[1]:
-        header, _ = yield from scanner.raw_until((spelling.call[1],), MAX_NAME)
+        yield from scanner.space()
+        header, _ = yield from scanner.raw_until(_ends_of(spelling.call, begin), MAX_NAME)
         name, tag = _name_in(header, spelling, begin == spelling.also[0]), ""
         if not name or re.search(r"[<>\s]", name) or (declared and not scanner.is_declared(name)):
             raise Malformed
     else:
         if (yield from scanner.space()) in ("{", "["):
             yield from _read_object(scanner, spelling)
+            return
+        if (yield from _is_python(scanner)):
+            yield from read_python_call(scanner)
             return
         name = yield from scanner.word(_BARE_NAME)
         # Words behind it, and it is none.
@@ -198,13 +203,13 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
             tag, rest = yield from _next_tag(scanner, spelling)
         if tag not in spelling.keys:
             break
-        quoted, tag = tag == spelling.also[1], ""
+        spelled, tag = tag, ""
         try:
-            header = yield from _read_key(scanner, spelling)
+            header = yield from _read_key(scanner, spelling, spelled)
         except Malformed:
             # Half of a tag, or no tag at all: the values so far are whole.
             break
-        key = _name_in(header, spelling, quoted)
+        key = _name_in(header, spelling, spelled == spelling.also[1])
         scanner.arguments((", " if num_values else "{") + json.dumps(key, ensure_ascii=False) + ": ")
         num_values += 1
         ends = (spelling.value[1], *spelling.inner)
@@ -237,12 +242,30 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
 
 
 def _read_named_object(scanner: Scanner, spelling: Tags, name: str) -> Steps[None]:
-    """A declared name, then its arguments as an object of JSON."""
-    if (yield from scanner.space()) != "{" or not scanner.is_declared(name):
+    """A declared name, then its arguments as an object of JSON, or the end of the text."""
+    if not scanner.is_declared(name):
+        raise Malformed
+    drop_begun(scanner, (*spelling.keys, spelling.call_end))
+    character = yield from scanner.space()
+    if character not in ("", "{"):
         raise Malformed
     scanner.start_call(name)
-    yield from read_arguments(scanner, scanner.arguments, spelling.inner)
+    if character:
+        yield from read_arguments(scanner, scanner.arguments, spelling.inner)
+    elif not scanner.cut:
+        scanner.arguments("{}")
     scanner.end_call()
+
+
+def _is_python(scanner: Scanner) -> Steps[bool]:
+    """Whether a declared name and a bracket come next."""
+    character, distance = yield from scanner.look_past(NAME_CHARACTERS)
+    return character == "(" and scanner.is_declared(scanner.text[scanner.at : scanner.at + distance])
+
+
+def _ends_of(tag: tuple[str, str], begin: str) -> tuple[str, ...]:
+    """What may end the name in a tag that was spelled `begin`: its second part, or in a line of its own the line."""
+    return (tag[1], "\n") if tag[1] == ">" and begin.endswith("=") else (tag[1],)
 
 
 def _ends_value(scanner: Scanner, spelling: Tags, tag: str) -> Steps[bool]:
@@ -300,10 +323,15 @@ def _next_tag(scanner: Scanner, spelling: Tags) -> Steps[tuple[str, str]]:
     return "", text
 
 
-def _read_key(scanner: Scanner, spelling: Tags) -> Steps[str]:
-    """From behind the tag of a parameter to its value; returns what the tag holds."""
+def _read_key(scanner: Scanner, spelling: Tags, begin: str) -> Steps[str]:
+    """From behind the tag of a parameter, spelled `begin`, to its value; returns what the tag holds."""
     before = spelling.value[0]
-    header, end = yield from scanner.raw_until((spelling.key[1], *([before] if before else [])), MAX_NAME)
+    ends = _ends_of(spelling.key, begin)
+    yield from scanner.space()
+    header, end = yield from scanner.raw_until((*ends, *([before] if before else [])), MAX_NAME)
+    if end == "\n":
+        # The line belongs to the value as well.
+        scanner.skip(-1)
     if before and end != before and not (yield from scanner.accept(before, spaced=True)):
         drop_begun(scanner, (before,))
     if scanner.closed and scanner.cut and scanner.at == len(scanner.text):

@@ -28,6 +28,9 @@ FUNCTION = "<function=f>\n<parameter=cmd>\nls\n</parameter>\n</function>"
 NAMED_FUNCTION = '<function name="f">\n<parameter name="cmd">\nls\n</parameter>\n</function>'
 ANYBODY = '{"name": "Bob", "arguments": {"age": 3}}'
 TAG = "<|python_tag|>"
+KIMI = tuple(
+    f"<|tool_call{name}|>" for name in ("s_section_begin", "s_section_end", "_begin", "_argument_begin", "_end")
+)
 
 
 def tagged(inner: str) -> str:
@@ -154,6 +157,41 @@ ROWS: list[tuple[str, str, str, list[Call]]] = [
     ("pythonic", '[put({"a": 1})]', "", [("put", '{"value": {"a": 1}}')]),
     ("pythonic", '[put({"a": 1}, {"b": 2})]', "", [("put", '{"value": {"a": 1}, "args": {"b": 2}}')]),
     ("lfm2", f"<|tool_call_start|>[f({LS})]<|tool_call_end|>", "", [F]),
+    ("pythonic", "[f(cmd='ls'),]", "", [F]),
+    ("pythonic", "[f(cmd='ls') now()]", "", [F, NOW]),
+    # GLM and Qwen3-Coder: Python, a name alone, tags that do not end, a section that is missing.
+    ("glm47", "<tool_call>f(cmd='ls')</tool_call>", "", [F]),
+    ("glm47", "<tool_call>now", "", [NOW]),
+    ("glm47", "<tool_call>nobody", "<tool_call>nobody", []),
+    ("qwen3_coder", tagged(FUNCTION.replace("=f>", "=f")), "", [F]),
+    ("qwen3_coder", tagged(FUNCTION.replace("=cmd>", "=cmd")), "", [F]),
+    ("qwen3_coder", tagged(FUNCTION.replace("=cmd>", "=\ncmd>").replace("=f>", "=\nf\n>")), "", [F]),
+    ("minimax_m2", 'So <invoke name="f"><parameter name="cmd">ls</parameter></invoke>', "So", [F]),
+    ("minimax_m2", '<invoke name="x"></invoke>', '<invoke name="x"></invoke>', []),
+    # Mistral: a word before the list, no list, nothing behind the name.
+    ("mistral", f"[TOOL_CALLS] so [{OBJECT}]", "", [F]),
+    ("mistral", f"[TOOL_CALLS]{OBJECT}, {OBJECT}", "", [F, F]),
+    ("mistral", "[TOOL_CALLS]now[TOOL_CALLS]now", "", [NOW, NOW]),
+    # Kimi K2: noise in the section, none in it, no mark before the arguments, a number alone for an id.
+    ("kimi_k2", f"{KIMI[0]} so {KIMI[2]}functions.f:0{KIMI[3]}{LS}{KIMI[4]}{KIMI[1]}", "", [F]),
+    ("kimi_k2", f"So{KIMI[0]}{KIMI[1]}Hi", "SoHi", []),
+    ("kimi_k2", f"{KIMI[2]}functions.f:0\n{LS}{KIMI[4]}", "", [F]),
+    ("kimi_k2", f'{KIMI[2]}0{KIMI[3]}{{"cmd": "ls", "n": 1}}{KIMI[4]}', "", [("f", '{"cmd": "ls", "n": 1}')]),
+    ("kimi_k2", f"{KIMI[2]}0{KIMI[3]}{LS}{KIMI[4]}", f"{KIMI[2]}0{KIMI[3]}{LS}{KIMI[4]}", []),
+    # Gemma 4: marks that are missing or doubled.
+    ("gemma4", 'So\ncall:f{cmd:<|"|>ls<|"|>}', "So", [F]),
+    ("gemma4", '<call>f{cmd:<|"|>ls<|"|>}', "", [F]),
+    ("gemma4", '<|tool_call>:call:f{cmd:<|"|>ls<|"|>}', "", [F]),
+    ("gemma4", '<|tool_call>f{cmd:<|"|>ls<|"|>}<tool_call|>', "", [F]),
+    ("gemma4", f"<|tool_call>{OBJECT}<tool_call|>", "", [F]),
+    ("gemma4", '<|tool_call>call:f{cmd:<|"|>ls<tool_call|>', "", [F]),
+    (
+        "gemma4",
+        '<|tool_call>call:f{cmd:<|"|>a <tool_call|> b<|"|>}<tool_call|>',
+        "",
+        [("f", '{"cmd": "a <tool_call|> b"}')],
+    ),
+    ("gemma4", "I call:f once, and call:nobody{x:1}", "I call:f once, and call:nobody{x:1}", []),
     # DeepSeek: marks that are missing, misspelt or in another version's order.
     *(
         (name, f"{DS_ALL}{DS_CALL}{inner}{DS_CLOSE}{DS_END}", "", [F])
