@@ -36,6 +36,7 @@ from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_kit import KIT_OF_BUILD, use_kit_of_build
 from engine.executor.cuda_start import build_cuda_executor
+from engine.executor.gpu_probe import obstacle_here
 from engine.forward import ForwardInput, ForwardOutput
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
@@ -755,7 +756,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first-token", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench.gpu needs an NVIDIA GPU that torch can see", file=sys.stderr)
+        print(f"bench.gpu needs an NVIDIA GPU: {obstacle_here(torch.version.cuda)}", file=sys.stderr)
         return 1
     try:
         kernels = use_kit_of_build()

@@ -269,7 +269,8 @@ def build_cuda_executor(
         if module is None and not has_flashinfer():
             text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
-        ours, products = executor.choose_products()
+        with starting("a first decode step fails", SMALLER):
+            ours, products = executor.choose_products()
         row("products of 1 to 4 rows", f"{ours} of {products} by our kernel, the others by cuBLAS, as was quicker")
         if cuda_graph == "start":
             executor.capture_at_start()

@@ -94,25 +94,19 @@ def test_products_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(row["value"] > 0 and row["floor_ratio"] is not None for row in report.content["rows"])
 
 
-def test_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a small shape on the CPU; a token must make text, or the server has less to do than it would have."""
-    small = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "intermediate_size": 32,
-        "vocab_size": 500,
-    }
-    end = {"bos_token_id": 1, "eos_token_id": 2}
-    monkeypatch.setitem(gpu.SHAPES, "small", {**gpu.SHAPES["llama-3.2-1b"], **small, **end})
-    report = gpu.Report(tmp_path, 1e9, "none")
-    gpu.bench_http(report, "small", (2,), "--num-gpu-blocks-override 300 --max-num-seqs 4")
-    rows = {row["name"]: row["value"] for row in report.content["rows"]}
-    assert set(rows) == {"HTTP, output", "HTTP, overlap on over off"} and min(rows.values()) > 0
+def test_a_token_makes_text(tmp_path: Path) -> None:
+    """Or the server has less to do than it would have. The section itself: test_gpu_run.py."""
     gpu.write_words(tmp_path, 500)
     assert Tokenizer.load(tmp_path).decode([7, 300]) == "w7 w300"
+
+
+def test_a_server_takes_the_kit_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would compile kernels, or do without where nothing can be compiled."""
+    monkeypatch.setattr(gpu, "KIT_OF_BUILD", tmp_path / "kernels.kit")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.kit_flags() == ""
+    (tmp_path / "kernels.kit").write_bytes(b"")
+    assert gpu.kit_flags() == f"--kernels {tmp_path / 'kernels.kit'}"
 
 
 def test_rates_are_measured() -> None:

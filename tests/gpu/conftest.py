@@ -10,6 +10,7 @@ import torch
 from engine.config import StartupError
 from engine.executor.cuda_device import CudaDevice
 from engine.executor.cuda_kit import use_kit_of_build
+from engine.executor.gpu_probe import obstacle_here
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
@@ -22,7 +23,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if not torch.cuda.is_available():
-        pytest.exit("tests/gpu needs an NVIDIA GPU that torch can see", returncode=1)
+        pytest.exit(f"tests/gpu needs an NVIDIA GPU: {obstacle_here(torch.version.cuda)}", returncode=1)
 
 
 @pytest.fixture
