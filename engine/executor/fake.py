@@ -52,6 +52,7 @@ _MASK = 2**64 - 1
 # Finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit flips every output bit half of the time.
 _MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _TOKEN, _POSITION, _ROUND = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
+_STATE = 0xA0761D6478BD642F
 _U_MIX_1, _U_MIX_2 = np.uint64(_MIX_1), np.uint64(_MIX_2)
 _U_TOKEN, _U_POSITION, _U_ROUND = np.uint64(_TOKEN), np.uint64(_POSITION), np.uint64(_ROUND)
 _U_30, _U_27, _U_31, _U_32, _U_11, _U_44 = (np.uint64(n) for n in (30, 27, 31, 32, 11, 44))
@@ -80,6 +81,7 @@ class FakeModel:
     eos_rate: float = 0.0
     # By memory group: tokens that a query sees in both layers, itself included; None: all.
     windows: tuple[int | None, ...] = (None,)
+    has_state: bool = False  # a recurrent one, which every token changes
 
     @property
     def eos_threshold(self) -> int:
@@ -113,7 +115,7 @@ def expected_stream(
     extras = _extras_key(sampling) if _shapes_draws(sampling) else None
     history = sum(_mix_int(token) for token in prompt) & _MASK
     min_length = len(prompt) + sampling.min_tokens
-    context, token = _Context(model.windows), prompt[-1]
+    context, token = _Context(model.windows, model.has_state), prompt[-1]
     for earlier in prompt[:-1]:
         context.push(earlier)
     while True:
@@ -135,19 +137,23 @@ def expected_stream(
 class _Context:
     """The layers of the fake over a growing context, from its tokens alone. position: of the token to come."""
 
-    def __init__(self, windows: tuple[int | None, ...]) -> None:
+    def __init__(self, windows: tuple[int | None, ...], has_state: bool) -> None:
         self.position = 0
+        self._state = 0
+        self._has_state = has_state
         self._groups = [_GroupContext(group, window) for group, window in enumerate(windows)]
 
     def push(self, token: int) -> int:
         """One more token; returns its cells in the second layers, as one number."""
         cells = [group.push(token, self.position) for group in self._groups]
+        self._state = (self._state + _mix_int((token * _TOKEN + self.position * _POSITION + _STATE) & _MASK)) & _MASK
         self.position += 1
         return _combine_ints(cells)
 
     def draw(self) -> int:
         """What the next token is drawn from."""
-        return _mix_int(_combine_ints([group.layer1 for group in self._groups]) ^ _ROUND)
+        state = [self._state] if self._has_state else []
+        return _mix_int(_combine_ints([group.layer1 for group in self._groups] + state) ^ _ROUND)
 
 
 class _GroupContext:
@@ -209,10 +215,10 @@ def expected_logprob(token: int, position: int) -> float:
 
 
 def expected_vector(
-    prompt: list[int], pooling: Pooling, windows: tuple[int | None, ...] = (None,)
+    prompt: list[int], pooling: Pooling, windows: tuple[int | None, ...] = (None,), has_state: bool = False
 ) -> npt.NDArray[np.float32]:
     """What the fake answers to a request for a vector, from its tokens alone. windows: see FakeModel."""
-    context = _Context(windows)
+    context = _Context(windows, has_state)
     cells = [context.push(token) for token in prompt]
     if pooling.kind == "mean":
         mean: npt.NDArray[np.float64] = _numbers(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
@@ -268,7 +274,10 @@ def poison_staging(staging: Staging) -> None:
     """Overwrite a set that nobody owns (after commit, before the next schedule), so that leftovers show."""
     for name in ("row_slot", "row_start", "row_len", "token_ids", "qo_indptr"):
         getattr(staging, name).fill(POISON)
-    for name in ("table_index", "table_page", "sampling_slot"):
+    for name in (
+        *("table_index", "table_page", "sampling_slot"),
+        *("save_slot", "save_snapshot", "load_slot", "load_snapshot"),
+    ):
         getattr(staging, name).fill(POISON)
     staging.row_samples.fill(True)
     staging.sampling["temperature"] = 1.0
@@ -286,6 +295,40 @@ class FakeHandle:
     done_at: float = 0.0
     output: ForwardOutput | None = None
     error: ForwardError | None = None
+
+
+class _States:
+    """Recurrent states with the number of tokens that each is of (-1: none), and whether a failed step is in it."""
+
+    def __init__(self, count: int) -> None:
+        self.value: UInt64Array = np.zeros(count, np.uint64)
+        self.position: Int32Array = np.full(count, -1, np.int32)
+        self.tainted = np.zeros(count, np.bool_)
+
+    def copy(self, source: npt.NDArray[Any], target: npt.NDArray[Any]) -> None:
+        for array in (self.value, self.position, self.tainted):
+            array[target] = array[source]
+
+    def begin(self, slots: Int32Array, starts: Int32Array) -> npt.NDArray[np.bool_]:
+        """Rows that start at 0 start anew; all others go on where their state is. Returns which are tainted."""
+        fresh = slots[starts == 0]
+        self.value[fresh], self.position[fresh], self.tainted[fresh] = 0, 0, False
+        wrong = self.position[slots] != starts
+        assert not wrong.any(), (
+            f"slots {slots[wrong].tolist()} go on at {starts[wrong].tolist()} from states of "
+            f"{self.position[slots][wrong].tolist()} tokens"
+        )
+        result: npt.NDArray[np.bool_] = self.tainted[slots]
+        return result
+
+    def advance(
+        self, slots: Int32Array, terms: UInt64Array, lengths: Int32Array, tainted: npt.NDArray[np.bool_]
+    ) -> UInt64Array:
+        """Returns the states after the rows."""
+        self.value[slots] += terms
+        self.position[slots] += lengths
+        self.tainted[slots] = tainted
+        return self.value[slots]
 
 
 class _Reads:
@@ -378,8 +421,13 @@ class FakeExecutor:
         assert limits.page_size > 0 and limits.num_pages > 0
         self.limits = limits
         windows = tuple(group.window for group in limits.groups)
-        self.model = model if model is not None else FakeModel(limits.vocab_size, windows=windows)
+        self.model = (
+            model
+            if model is not None
+            else FakeModel(limits.vocab_size, windows=windows, has_state=limits.num_snapshots is not None)
+        )
         assert len(self.model.windows) == len(windows), "the model has other memory groups"
+        assert self.model.has_state == (limits.num_snapshots is not None), "the model has another kind of state"
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self.tables = SlotTables(limits)
         self.num_steps = 0
@@ -409,6 +457,8 @@ class FakeExecutor:
         # The relay: the token sampled last in a slot, and the position that it was sampled for.
         self._last_token: Int32Array = np.full(limits.num_slots, POISON, np.int32)
         self._last_position: Int32Array = np.full(limits.num_slots, -1, np.int32)
+        # Recurrent states: of slots first, then of snapshots.
+        self._states = _States(limits.num_slots + (limits.num_snapshots or 0))
         # What slots need beyond their sampling row, and a sum over the tokens that penalties count from.
         self._extras: dict[int, RowExtras] = {}
         self._history: dict[int, int] = {}
@@ -464,6 +514,7 @@ class FakeExecutor:
         self.sleep_level = level
         self.tables.page_tables.fill(0)
         self._cell_position.fill(-1)
+        self._states.position.fill(-1)
         self._layer0.fill(0)
         self._layer1.fill(0)
 
@@ -526,6 +577,7 @@ class FakeExecutor:
             handle.error = error
             failed = True
         self.tables.apply(forward_input)
+        self._copy_states(forward_input)
         self._take_extras(forward_input)
         vectors = self._forward(forward_input, output, failed)
         if not failed:
@@ -600,6 +652,8 @@ class FakeExecutor:
             )
             token_ids[:decode_rows] = self._last_token[decoding]
             row_tainted[:decode_rows] = token_ids[:decode_rows] == TAINTED_TOKEN
+        if self.model.has_state:
+            row_tainted |= self._states.begin(slots, starts)
 
         # Layer 0: as on a device, all rows write before any row reads.
         written = np.sort(np.concatenate([own.kv_slots for own in self._metadata.of_groups]))
@@ -618,6 +672,9 @@ class FakeExecutor:
         for read, own in zip(reads, self._metadata.of_groups, strict=True):
             self._layer1[own.kv_slots] = _mix(read.sums(self._layer0)[read.positions >= starts[read.rows]])
             totals.append(read.totals(self._layer1))
+        if self.model.has_state:
+            terms = np.add.reduceat(_mix(mixed + np.uint64(_STATE)), metadata.qo_indptr[:-1])
+            totals.append(self._states.advance(slots, terms, staging.row_len[:rows], row_tainted))
         draws = _mix(_combine(totals) ^ _U_ROUND)
         vectors = self._pool(forward_input, draws, row_tainted) if forward_input.pooled else []
         if self._extras:
@@ -640,6 +697,18 @@ class FakeExecutor:
             if slot in self._history:
                 self._history[slot] = (self._history[slot] + _mix_int(token)) & _MASK
         return vectors
+
+    def _copy_states(self, forward_input: ForwardInput) -> None:
+        """Saves, then loads."""
+        staging, first = forward_input.staging, self.limits.num_slots - 1
+        count = forward_input.num_saves
+        if count:
+            snapshots = staging.save_snapshot[:count]
+            assert len(set(snapshots.tolist())) == count, "two states are saved to one snapshot"
+            self._states.copy(staging.save_slot[:count], first + snapshots)
+        count = forward_input.num_loads
+        if count:
+            self._states.copy(first + staging.load_snapshot[:count], staging.load_slot[:count])
 
     def _pool(
         self, forward_input: ForwardInput, draws: UInt64Array, row_tainted: npt.NDArray[np.bool_]
@@ -771,6 +840,10 @@ def _fingerprint(forward_input: ForwardInput) -> tuple[object, ...]:
         staging.table_page[:diffs].tobytes(),
         staging.sampling_slot[:changed].tobytes(),
         staging.sampling[:changed].tobytes(),
+        staging.save_slot[: forward_input.num_saves].tobytes(),
+        staging.save_snapshot[: forward_input.num_saves].tobytes(),
+        staging.load_slot[: forward_input.num_loads].tobytes(),
+        staging.load_snapshot[: forward_input.num_loads].tobytes(),
         tuple((extras.slot, extras.history.tobytes()) for extras in forward_input.extras),
         tuple(forward_input.pooled),
     )
