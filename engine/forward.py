@@ -54,6 +54,8 @@ class Limits:
     num_pages: usable pages of the one pool, ids 1..num_pages (an executor allocates num_pages + 1).
     groups: each has a page table of its own. Pages that all queries to come of a group have left behind are given
     back, and the null page stands in their place.
+    num_snapshots: of recurrent states, ids 1..num_snapshots; None for a model that has no such state. A slot has one,
+    and a row that starts at token 0 starts it anew.
     """
 
     max_num_seqs: int
@@ -63,6 +65,7 @@ class Limits:
     num_pages: int
     vocab_size: int
     groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)
+    num_snapshots: int | None = None
 
     @property
     def num_slots(self) -> int:
@@ -177,6 +180,8 @@ class Staging:
     table_page   int32 [diffs]     their new page ids
     sampling_slot int32 [changed]  slots whose sampling row changes, before the step
     sampling     SAMPLING_DTYPE [changed]
+    save_slot, save_snapshot int32 [saves]: first of all, states of slots are copied to snapshots
+    load_slot, load_snapshot int32 [loads]: then snapshots to slots, which is what their rows go on from
     """
 
     def __init__(self, limits: Limits, allocate: Allocator = numpy_allocator) -> None:
@@ -195,6 +200,12 @@ class Staging:
         self.table_page: Int32Array = allocate(diffs, int32)
         self.sampling_slot: Int32Array = allocate(rows, int32)
         self.sampling: npt.NDArray[Any] = allocate(rows, SAMPLING_DTYPE)
+        states = 0 if limits.num_snapshots is None else rows
+        # A prompt's chunk and the decoding after it may both leave a snapshot of one slot.
+        self.save_slot: Int32Array = allocate(2 * states, int32)
+        self.save_snapshot: Int32Array = allocate(2 * states, int32)
+        self.load_slot: Int32Array = allocate(states, int32)
+        self.load_snapshot: Int32Array = allocate(states, int32)
 
     def reserve_table_diff(self, length: int) -> None:
         """Make room for `length` table entries, keeping what is already written."""
@@ -228,6 +239,8 @@ class ForwardInput:
     extras: list[RowExtras] = field(default_factory=list)
     masks: TokenMasks | None = None
     pooled: list[PooledRow] = field(default_factory=list)
+    num_saves: int = 0
+    num_loads: int = 0
 
 
 @dataclass(slots=True)

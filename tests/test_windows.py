@@ -127,4 +127,5 @@ async def test_texts_in_a_pool_that_is_too_small(
         for ours, theirs in zip(numbers, logprobs, strict=True):
             np.testing.assert_allclose(ours, theirs, atol=1e-4)
         retractions.append(engine.scheduler.counters.num_preemptions)
-    assert retractions[-1] == 0 < max(retractions)
+    # Where all layers have windows, one is admitted only if its windows fit.
+    assert retractions[-1] == 0 and (max(retractions) > 0 or family == "Mistral")

@@ -2,7 +2,8 @@
 
 Called by the Scheduler alone, on the loop thread. A page is at any time free, in the tree, private to one
 sequence, a duplicate that waits for `end_step`, or on a detached path that somebody still holds; `check` says so.
-A sequence has a page list in every memory group; all pages come from one pool.
+A sequence has a page list in every memory group; all pages come from one pool. Snapshots of recurrent states have a
+pool of their own; one is free, hangs in the tree, or is kept by a sequence for the time when it leaves.
 """
 
 from __future__ import annotations
@@ -36,12 +37,17 @@ class SequencePages:
     Lists of groups with a window may be shorter than the others, until the prompt is computed. Only KVCache writes it.
     """
 
-    __slots__ = ("data", "gone", "lists", "namespace", "node", "num_shared")
+    __slots__ = ("data", "gone", "kept", "lists", "namespace", "node", "num_known", "num_shared", "snapshot")
 
     def __init__(self, namespace: str, data: bytes, node: Node, num_groups: int) -> None:
         self.lists: list[list[int]] = [[] for _ in range(num_groups)]
         self.gone = [0] * num_groups
         self.num_shared = 0
+        # Of models with a recurrent state: pages that the tree knew at `begin`, beyond what was usable, too; the
+        # snapshot to go on from; and the one to leave behind, with the tokens that it is of.
+        self.num_known = 0
+        self.snapshot = 0
+        self.kept: tuple[int, int] | None = None
         self.namespace = namespace
         self.data = data  # the tokens seen so far, so that no call converts a prompt again
         self.node: Node | None = node  # where the lock is; ends at num_shared. None once released
@@ -71,6 +77,7 @@ class KVCache:
         page_size: int,
         *,
         groups: Sequence[MemoryGroup] = (MemoryGroup(),),
+        num_snapshots: int | None = None,
         enable_prefix_caching: bool = True,
         eviction_policy: str = "lru",
     ) -> None:
@@ -81,7 +88,8 @@ class KVCache:
         self.num_evicted_pages = 0
         self._caching = enable_prefix_caching
         self._pool = PagePool(num_pages)
-        self._tree = RadixTree(page_size, make_eviction_policy(eviction_policy), groups)
+        self._tree = RadixTree(page_size, make_eviction_policy(eviction_policy), groups, num_snapshots is not None)
+        self._snapshots = PagePool(num_snapshots) if num_snapshots and enable_prefix_caching else None
         self._deferred: list[int] = []
 
     @property
@@ -105,8 +113,9 @@ class KVCache:
         if self._caching:
             assert seq.node is not None
             limit = (len(token_ids) - 1) // self.page_size
-            seq.node, seq.lists, seq.gone = self._tree.match(seq.node, data, limit)
+            seq.node, seq.lists, seq.gone, seq.num_known = self._tree.match(seq.node, data, limit)
             seq.num_shared = len(seq.lists[0])
+            seq.snapshot = seq.node.snapshot.id if seq.node.snapshot is not None else 0
         return seq
 
     def match_length(self, token_ids: TokenIds, namespace: str = "") -> int:
@@ -210,6 +219,39 @@ class KVCache:
                 returned.append((group, range(old, new)))
         return returned
 
+    def save_shared(self, seq: SequencePages, num_tokens: int) -> int:
+        """A snapshot to save the state of a sequence to, which has just computed num_tokens, the end of a page that it
+        shares: from the step on that saves it others may go on there. 0: none is to be had, or there is one."""
+        assert seq.node is not None and num_tokens == seq.num_shared * self.page_size
+        snapshot = self._take_snapshot() if seq.node.snapshot is None else 0
+        if snapshot and not self._tree.attach(seq.node, seq.num_shared, num_tokens // self.page_size, snapshot):
+            self._free_snapshots([snapshot])
+            return 0
+        return snapshot
+
+    def save_private(self, seq: SequencePages, num_tokens: int) -> int:
+        """The same for pages that it does not share yet. It hangs in the tree when the sequence leaves."""
+        assert num_tokens % self.page_size == 0
+        snapshot = seq.kept[0] if seq.kept is not None else self._take_snapshot()
+        if snapshot:
+            seq.kept = snapshot, num_tokens
+        return snapshot
+
+    def _take_snapshot(self) -> int:
+        if self._snapshots is None:
+            return 0
+        self._collect_snapshots()
+        return self._snapshots.allocate_one() if self._snapshots.num_free else self._tree.oldest_snapshot()
+
+    def _free_snapshots(self, snapshots: list[int]) -> None:
+        assert self._snapshots is not None
+        self._snapshots.free(snapshots)
+
+    def _collect_snapshots(self) -> None:
+        if self._tree.lost_snapshots:
+            self._free_snapshots(self._tree.lost_snapshots)
+            self._tree.lost_snapshots = []
+
     def end_step(self) -> None:
         """The step is built: duplicates may be handed out again."""
         if self._deferred:
@@ -225,6 +267,12 @@ class KVCache:
         assert seq.node is not None, "the sequence was released before"
         if num_tokens and not seq.node.detached:
             self._pool.free(self._insert(seq, token_ids, num_tokens)[0])
+        if seq.kept is not None:
+            snapshot, at = seq.kept
+            known = at <= min(num_tokens, seq.num_shared * self.page_size)
+            if not known or not self._tree.attach(seq.node, seq.num_shared, at // self.page_size, snapshot):
+                self._free_snapshots([snapshot])
+            seq.kept = None
         for pages in self._own(seq):
             self._pool.free(pages)
         self._pool.free(self._tree.unlock(seq.node, seq.num_shared, seq.gone))
@@ -297,6 +345,7 @@ class KVCache:
                 assert page not in owners, f"page {page} belongs to {owners[page]} and to {owner}"
                 owners[page] = owner
 
+        live = list(live)
         own(self._pool.free_pages(), "the free list")
         own(self._deferred, "the deferred duplicates")
         nodes = list(self._tree.nodes())
@@ -343,6 +392,14 @@ class KVCache:
                 counts = {first: count for (window, first), count in needed[node].items() if window == part.window}
                 assert part.locks == counts, f"windows need {counts} of a node, which counts {part.locks}"
         assert not locks, "a sequence holds a node that is not in the tree"
+        if self._snapshots is not None:
+            hanging = [node.snapshot for node in nodes if node.snapshot is not None]
+            assert {snapshot.node for snapshot in hanging} == {node for node in nodes if node.snapshot is not None}
+            assert set(self._tree.snapshots()) == set(hanging), "the order of snapshots is wrong"
+            ids = [snapshot.id for snapshot in hanging] + [seq.kept[0] for seq in live if seq.kept is not None]
+            ids += self._tree.lost_snapshots + self._snapshots.free_pages()
+            assert sorted(ids) == list(range(1, len(ids) + 1)), f"snapshots {sorted(ids)}"
+            assert len(ids) == self._snapshots.num_pages, "a snapshot was lost"
         self._check_tree(nodes)
 
     def _check_tree(self, nodes: list[Node]) -> None:

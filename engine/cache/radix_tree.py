@@ -7,7 +7,7 @@ policy's order. The tree never frees: it returns page ids, and its owner gives t
 
 Groups with a window need the end of a path alone. So a lock names the first page that it needs of such a group, and
 what stands before all of them may go by itself, from the front of a node: a hole (null pages). A match ends where no
-window looks into a hole.
+window looks into a hole. Models with a recurrent state go on only where a snapshot of it hangs at the end of a node.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ class Node(Link):
         "parts",  # what is to be known of its windows, in the tree's order of them
         "queued",  # the eviction policy's
         "runs",
+        "snapshot",  # of the recurrent state at its end
         "tokens",
         "used",  # tick at which its last lock went
     )
@@ -51,6 +52,7 @@ class Node(Link):
         self.runs = runs
         self.children: dict[bytes, Node] = {}
         self.parts: list[Part] = []
+        self.snapshot: Snapshot | None = None
         self.lock_count = 0
         self.hits = 0
         self.entered = 0
@@ -82,6 +84,17 @@ class Part(Link):
         self.used = 0
 
 
+class Snapshot(Link):
+    """A recurrent state that is kept at the end of a node. Needs no lock: who loads it does so before anything else can
+    be written to its place."""
+
+    __slots__ = ("id", "node")
+
+    def __init__(self, node: Node, snapshot_id: int) -> None:
+        self.node = node
+        self.id = snapshot_id
+
+
 class RadixTree:
     """`data` is always the int32 bytes of a prompt from its first token; `depth` counts pages from there.
 
@@ -89,7 +102,11 @@ class RadixTree:
     """
 
     def __init__(
-        self, page_size: int, policy: EvictionPolicy, groups: Sequence[MemoryGroup] = (MemoryGroup(),)
+        self,
+        page_size: int,
+        policy: EvictionPolicy,
+        groups: Sequence[MemoryGroup] = (MemoryGroup(),),
+        has_state: bool = False,
     ) -> None:
         self.num_evictable = 0  # pages that `evict` can get
         self.policy = policy
@@ -103,6 +120,10 @@ class RadixTree:
         # By window: its groups, and the parts of which something may go, the one left behind first at the old end.
         self.members = [[i for i, group in enumerate(groups) if group.window == window] for window in windows]
         self._orders: list[Ring[Part]] = [Ring() for _ in windows]
+        self._has_state = has_state
+        self._snapshots: Ring[Snapshot] = Ring()
+        # Ids whose nodes have gone or changed; KVCache collects them.
+        self.lost_snapshots: list[int] = []
 
     def open(self, namespace: str) -> Node:
         """Lock the root of a namespace, which lives while it is locked or has children."""
@@ -113,13 +134,14 @@ class RadixTree:
         root.lock_count += 1
         return root
 
-    def match(self, root: Node, data: bytes, limit: int) -> tuple[Node, Runs, list[int]]:
+    def match(self, root: Node, data: bytes, limit: int) -> tuple[Node, Runs, list[int], int]:
         """Move a lock from `root` to the deepest end from which every group can go on, `limit` pages at most.
 
-        Returns the node that ends there, split off if that is amid a run, the pages on the way, and how many at the
-        front of each group are not needed; null pages stand for those.
+        Returns the node that ends there, split off if that is amid a run, the pages on the way, how many at the front
+        of each group are not needed (null pages stand for those), and how many the tree knows beyond that end or up to
+        it, whether anybody can go on there or not.
         """
-        path, length = self._usable(root, data, limit)
+        path, length, known = self._usable(root, data, limit)
         cut = None
         if path and length < path[-1].length:
             cut = path[-1] = self._split(path[-1], length)
@@ -132,14 +154,18 @@ class RadixTree:
                 pages += run
         for pages, count in zip(runs, gone, strict=True):
             pages[:count] = [NULL_PAGE] * count
-        return (path[-1] if path else root), runs, gone
+        end = path[-1] if path else root
+        if end.snapshot is not None:
+            unlink(end.snapshot)
+            self._snapshots.add(end.snapshot)
+        return end, runs, gone, known
 
     def match_length(self, namespace: str, data: bytes, limit: int) -> int:
         """Pages that `match` would find from the root; changes nothing."""
         root = self._roots.get(namespace.encode(errors="surrogatepass"))
         if root is None:
             return 0
-        path, length = self._usable(root, data, limit)
+        path, length, _ = self._usable(root, data, limit)
         return sum([node.length for node in path[:-1]], length)
 
     def insert(self, node: Node, data: bytes, depth: int, own: Runs, gone: Sequence[int] = ()) -> tuple[Node, Runs]:
@@ -218,6 +244,7 @@ class RadixTree:
                     freed += self._full_pages(node)
                 elif not node.children and self._is_bare(node):
                     node.detached = True
+                    self._lose_snapshot(node)
                     del node.parent.children[node.key]
                 else:
                     self.num_evictable += self._num_full * node.length
@@ -228,6 +255,39 @@ class RadixTree:
         node.lock_count -= 1
         self._drop_bare_root(node)
         return freed
+
+    # ---- snapshots
+
+    def attach(self, node: Node, depth: int, at: int, snapshot_id: int) -> bool:
+        """Hang a snapshot at page `at` on the path of a locked node, which ends at `depth`; False where one is."""
+        while at <= depth - node.length:
+            depth -= node.length
+            assert node.parent is not None
+            node = node.parent
+        if node.detached or node.parent is None:
+            return False
+        if at < depth:
+            node = self._split(node, node.length - (depth - at))
+        if node.snapshot is not None:
+            return False
+        node.snapshot = Snapshot(node, snapshot_id)
+        self._snapshots.add(node.snapshot)
+        return True
+
+    def oldest_snapshot(self) -> int:
+        """Take the one that was loaded longest ago off; 0 if there is none."""
+        snapshot = self._snapshots.oldest()
+        if snapshot is None:
+            return 0
+        unlink(snapshot)
+        snapshot.node.snapshot = None
+        return snapshot.id
+
+    def _lose_snapshot(self, node: Node) -> None:
+        if node.snapshot is not None:
+            unlink(node.snapshot)
+            self.lost_snapshots.append(node.snapshot.id)
+            node.snapshot = None
 
     # ---- eviction
 
@@ -274,6 +334,7 @@ class RadixTree:
         for run in runs:
             del run[left:]
         self.num_evictable -= len(freed)
+        self._lose_snapshot(node)
         for part in node.parts:
             was_in_order = part.hole < part.free_to
             part.hole, part.free_to = min(part.hole, left), left
@@ -293,6 +354,7 @@ class RadixTree:
             assert parent is not None
             del parent.children[node.key]
             node.detached = True
+            self._lose_snapshot(node)
             self.policy.remove(node)
             if parent.parent is None:
                 self._drop_bare_root(parent)
@@ -330,6 +392,7 @@ class RadixTree:
             stack += node.children.values()
             node.children = {}
             node.detached = True
+            self._lose_snapshot(node)
             before = len(freed)
             for part in node.parts:
                 if part.hole < part.free_to:
@@ -358,6 +421,10 @@ class RadixTree:
         """As they would go."""
         return list(self._orders[window])
 
+    def snapshots(self) -> list[Snapshot]:
+        """As they would go."""
+        return list(self._snapshots)
+
     # ---- walking
 
     def _walk(self, node: Node, data: bytes, depth: int, limit: int) -> tuple[list[Node], int]:
@@ -383,14 +450,14 @@ class RadixTree:
             offset += size
         return path, length
 
-    def _usable(self, root: Node, data: bytes, limit: int) -> tuple[list[Node], int]:
-        """`_walk` from the root, cut back to where every window has what it sees.
+    def _usable(self, root: Node, data: bytes, limit: int) -> tuple[list[Node], int, int]:
+        """`_walk` from the root, cut back to where every window has what it sees, and the state is; and its own length.
 
         In one node that is its last page that agrees, or none: the further on, the less of a hole is seen.
         """
         path, length = self._walk(root, data, 0, limit)
-        if not self.members:
-            return path, length
+        if not self.members and not self._has_state:
+            return path, length, 0
         # By window: where the pages begin that are there without a gap up to here.
         firsts = [0] * len(self.members)
         best, best_size, depth = 0, 0, 0
@@ -401,12 +468,14 @@ class RadixTree:
                     firsts[part.window] = depth + min(part.hole, size)
             depth += size
             end = depth * self._page_size
+            if self._has_state and (node.snapshot is None or size < node.length):
+                continue
             if all(
                 self.groups[members[0]].behind(end, self._page_size) >= first
                 for members, first in zip(self.members, firsts, strict=True)
             ):
                 best, best_size = number, size
-        return path[:best], best_size
+        return path[:best], best_size, depth
 
     def _path(self, node: Node, depth: int, first: int) -> list[tuple[Node, int]]:
         """The nodes on the way to `node` that have pages from `first` on, and where each begins; the upper first."""

@@ -34,6 +34,8 @@ from engine.scheduling.slots import IndexArray, Scratch, SlotTable
 
 # A run of forced tokens shorter than this is sampled token by token: nothing, or one step of one row, would be saved.
 MIN_JUMP = 2
+# Pages that a sequence decodes between two snapshots of its recurrent state.
+SNAPSHOT_PAGES = 16
 
 
 @dataclass(slots=True)
@@ -84,6 +86,7 @@ class Scheduler:
             limits.num_pages,
             limits.page_size,
             groups=limits.groups,
+            num_snapshots=limits.num_snapshots,
             enable_prefix_caching=cache_options.enable_prefix_caching,
             eviction_policy=cache_options.eviction_policy,
         )
@@ -113,6 +116,11 @@ class Scheduler:
         self._decodes_stale = False
         # Page-table entries that the next step changes: (sequence, its pages then, group, index, page).
         self._remaps: list[tuple[Sequence, SequencePages, int, int, int]] = []
+        # Of models with a recurrent state: (sequence, its pages then, tokens) whose state the next step saves.
+        self._saves: list[tuple[Sequence, SequencePages, int]] = []
+        self._unsent: list[tuple[int, int]] = []  # (slot, snapshot) that were written, but no step came
+        self.snapshot_pages = SNAPSHOT_PAGES
+        self._has_state = limits.num_snapshots is not None
         self._watermark_pages = max(1, int(limits.num_pages * options.admission_watermark))
         self._scratch = Scratch(limits.max_num_seqs)
         self._num_groups = len(limits.groups)
@@ -253,6 +261,8 @@ class Scheduler:
             return None
         batch.begin(self._next_step)
         remaps, self._remaps = self._remaps, []
+        if self._has_state:
+            self._write_saves(batch)
         self._schedule_decodes(batch)
         self._schedule_jumps(batch)
         self._schedule_prefills(batch)
@@ -260,6 +270,7 @@ class Scheduler:
         if batch.num_rows == 0:
             # No step carries them, so the next one must.
             self._remaps += remaps
+            self._unsent = batch.saves()
             return None
         if remaps:
             self._write_remaps(batch, remaps)
@@ -309,6 +320,8 @@ class Scheduler:
             pages = sequence.pages
             assert pages is not None
             self._give_back(sequence)
+            if self._has_state:
+                self._save_decoded(batch, slot, pages, int(computed[row]))
             keep[row] = self._reserve_one(batch, sequence, pages)
         if keep.all():
             return slots, computed
@@ -322,6 +335,28 @@ class Scheduler:
             batch.write_page(group, sequence.slot, len(ids) - 1, ids[-1])
         self._table.set_capacity(sequence.slot, len(pages.pages))
         return True
+
+    def _write_saves(self, batch: Batch) -> None:
+        """Before anything else of the step: what the last one left in the slots goes to snapshots.
+
+        All saves of a step are taken before its first admission, so none can be to what that loads.
+        """
+        for slot, snapshot in self._unsent:
+            batch.write_save(slot, snapshot)
+        self._unsent = []
+        saves, self._saves = self._saves, []
+        for sequence, pages, num_tokens in saves:
+            if sequence.pages is pages and (snapshot := self.kv_cache.save_shared(pages, num_tokens)):
+                batch.write_save(sequence.slot, snapshot)
+
+    def _save_decoded(self, batch: Batch, slot: int, pages: SequencePages, num_computed: int) -> None:
+        """Where a page ends, now and then: so that somebody can go on not far before the end of an answer."""
+        page_size = self.limits.page_size
+        since = pages.kept[1] if pages.kept is not None else pages.num_shared * page_size
+        if num_computed - since >= self.snapshot_pages * page_size:
+            snapshot = self.kv_cache.save_private(pages, num_computed)
+            if snapshot:
+                batch.write_save(slot, snapshot)
 
     def _give_back(self, sequence: Sequence) -> None:
         """The pages that have left a group's window of a sequence's next token, and so of all that follow.
@@ -444,6 +479,8 @@ class Scheduler:
         table.set_capacity(slot, pages.num_pages)
         for group, ids in enumerate(pages.lists):
             batch.write_pages(group, slot, 0, ids)
+        if pages.snapshot:
+            batch.write_load(slot, pages.snapshot)
         batch.write_sampling(sequence, sequence.request.sampling.seed or 0)
         self._running.append(sequence)
         self._prefilling.append(sequence)
@@ -458,6 +495,11 @@ class Scheduler:
             end = self._grow(batch, sequence, end)
             if end <= start:
                 return
+        pages = sequence.pages
+        assert pages is not None
+        if self._has_state and start < pages.num_known * page_size < end:
+            # Where others have been before, and will be again: a snapshot is worth its place there.
+            end = pages.num_known * page_size
         if end < known:
             # Chunks end where a page ends, so that a page is computed by one step. A budget of less than a page
             # is used as it is, but only where no other prompt could use it better.
@@ -466,8 +508,7 @@ class Scheduler:
                 end = aligned
             elif batch.num_rows > batch.forward_input.num_decode_rows:
                 return
-        pages = sequence.pages
-        assert pages is not None and end > start
+        assert end > start
         tokens = sequence.token_ids
         pools = sequence.request.pooling is not None
         batch.write_prefill(slot, start, tokens[start:end], end == known and not pools)
@@ -479,6 +520,8 @@ class Scheduler:
         for group, index, page in self.kv_cache.enter(pages, tokens, end):
             # This step still writes and reads the sequence's own page; the shared one serves from the next on.
             self._remaps.append((sequence, pages, group, index, page))
+        if self._has_state and end == pages.num_shared * page_size:
+            self._saves.append((sequence, pages, end))
         if end == known:
             self._prefilling.remove(sequence)
             if not pools:

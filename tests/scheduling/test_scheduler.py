@@ -35,12 +35,16 @@ class Rig:
     prefix_cache: bool = True
     policy: str = "fcfs"
     windows: tuple[int | None, ...] = (None,)
+    num_snapshots: int | None = None
     clock: ManualClock = field(default_factory=ManualClock)
 
     def __post_init__(self) -> None:
         groups = tuple(MemoryGroup(window) for window in self.windows)
-        limits = Limits(self.max_num_seqs, self.budget, self.max_model_len, PAGE, self.num_pages, 1000, groups)
-        self.model = FakeModel(1000, EOS, self.eos_rate, self.windows)
+        limits = Limits(
+            *(self.max_num_seqs, self.budget, self.max_model_len, PAGE, self.num_pages, 1000, groups),
+            self.num_snapshots,
+        )
+        self.model = FakeModel(1000, EOS, self.eos_rate, self.windows, self.num_snapshots is not None)
         self.fail_steps: set[int] = set()
         self.executor = FakeExecutor(limits, self.model, fail_on=self._fail)
         self.scheduler = Scheduler(

@@ -114,6 +114,8 @@ class Simulator:
             self.clock,
             (EOS,),
         )
+        # Answers are short here.
+        self.scheduler.snapshot_pages = 1
         policy = self.scheduler._policy
         self.scheduler._policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
         self.arrivals = deque(arrivals)

@@ -47,6 +47,7 @@ FAILURES = {
     "arrival_rate": 0.5,
     "vocab_size": 40,
     "windows": (None,),
+    "num_snapshots": None,
 }
 REMAPS = {
     "page_size": 1,
@@ -63,11 +64,13 @@ REMAPS = {
     "vocab_size": 40,
     "constrained_rate": 0.0,
     "windows": (None,),
+    "num_snapshots": None,
 }
 # Windows that are left behind all the time, by prompts longer than the pool, too.
 WINDOWS = {
     "page_size": 2,
     "windows": (8,),
+    "num_snapshots": None,
     "max_model_len": 64,
     "num_pages": 14,
     "max_num_seqs": 4,
@@ -81,6 +84,8 @@ WINDOWS = {
 }
 # A group that sees all beside two with a window, whose pages go when memory is needed.
 GROUPS = WINDOWS | {"windows": (None, 8, 8), "num_pages": 56}
+# Recurrent states, with fewer snapshots than are wanted.
+STATES = GROUPS | {"windows": (None,), "num_pages": 40, "num_snapshots": 3}
 # Long forced runs in a pool and a budget that are too small for them.
 RUNS = {
     "page_size": 2,
@@ -380,6 +385,32 @@ MUTANTS = [
         "if others and cache.has_windows:", "if cache.has_windows:", GROUPS | {"num_pages": 44},
     ),
     Mutant("a window is promised a page less", MemoryGroup, "most_pages", "+ 2", "+ 1", WINDOWS | {"num_pages": 5}),
+    # Recurrent states.
+    Mutant("a load is not told", Scheduler, "_admit", "batch.write_load(slot, pages.snapshot)", "pass", STATES),
+    Mutant(
+        "a save is not told", Scheduler, "_write_saves", "batch.write_save(sequence.slot, snapshot)", "pass", STATES
+    ),
+    Mutant("a save that no step carried is lost", Scheduler, "schedule", "= batch.saves()", "= []", STATES),
+    Mutant(
+        "a state is saved for a sequence that has left", Scheduler, "_write_saves",
+        "if sequence.pages is pages and", "if sequence.pages and", STATES,
+    ),
+    Mutant("a match ends amid a node", RadixTree, "_usable", "or size < node.length", "", STATES),
+    Mutant("a match needs no snapshot", RadixTree, "_usable", "node.snapshot is None or", "", STATES),
+    Mutant("a leaf keeps its end's snapshot", RadixTree, "_evict_leaf", "self._lose_snapshot(node)", "pass", STATES),
+    Mutant(
+        "a failed step's snapshot stays", RadixTree, "detach", "self._lose_snapshot(node)", "pass", FAILURES | STATES
+    ),
+    Mutant("what is left behind hangs too deep", RadixTree, "attach", "if at < depth:", "if False:", STATES),
+    Mutant(
+        "an overrun's state is left behind", KVCache, "release",
+        "known = at <= min(num_tokens, seq.num_shared * self.page_size)", "known = True", STATES,
+    ),
+    Mutant(
+        "two states go to one snapshot", Batch, "write_save",
+        "if not count or", "if True or", STATES | {"num_snapshots": 1},
+    ),
+    Mutant("a snapshot not wanted is lost", KVCache, "release", "self._free_snapshots([snapshot])", "pass", STATES),
     Mutant("a page is handed out twice", PagePool, "allocate_one", "self._free.pop()", "self._free[-1]"),
     Mutant("growing the staging loses what is there", Staging, "reserve_table_diff", "new[: len(old)] = old", "pass"),
 ]  # fmt: skip
@@ -409,8 +440,8 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [FAILURES, REMAPS, WINDOWS, GROUPS, RUNS, LONGEST, IMPORTANT, SHARES],
-    ids=["failures", "remaps", "windows", "groups", "runs", "longest", "important", "shares"],
+    [FAILURES, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES],
+    ids=["failures", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"],
 )
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
     """Under the changed options, too; the plain ones are `test_simulation.test_runs`."""

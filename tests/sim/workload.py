@@ -62,6 +62,7 @@ class Options:
     jump_ahead: bool
     policy: str
     windows: tuple[int | None, ...]
+    num_snapshots: int | None
 
     @property
     def limits(self) -> Limits:
@@ -73,11 +74,12 @@ class Options:
             num_pages=self.num_pages,
             vocab_size=self.vocab_size,
             groups=tuple(MemoryGroup(window) for window in self.windows),
+            num_snapshots=self.num_snapshots,
         )
 
     @property
     def model(self) -> FakeModel:
-        return FakeModel(self.vocab_size, EOS, self.eos_rate, self.windows)
+        return FakeModel(self.vocab_size, EOS, self.eos_rate, self.windows, self.num_snapshots is not None)
 
     @property
     def whole_context(self) -> int:
@@ -207,6 +209,7 @@ def draw_options(seed: int) -> Options:
         policy=random.choice(sorted(POLICIES)),
         pool_rate=random.choice([0.0, 0.0, 0.1, 0.4]),
         windows=windows,
+        num_snapshots=random.choice([None, None, None, None, 0, 1, 3, 20]),
     )
 
 
@@ -343,7 +346,7 @@ def _expect(tick: int, request: Request, options: Options) -> Arrival:
     if request.pooling is not None:
         if len(prompt) > min(options.max_model_len, cache_tokens):
             return refused
-        vector = tuple(expected_vector(prompt, request.pooling, options.windows).tolist())
+        vector = tuple(expected_vector(prompt, request.pooling, options.windows, options.model.has_state).tolist())
         return Arrival(tick, request, True, [], FinishReason.STOP, None, vector=vector)
     if len(prompt) >= options.max_model_len:
         return refused
