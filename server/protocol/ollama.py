@@ -299,7 +299,7 @@ def _read_messages(messages: Any) -> list[Any]:
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise invalid(f"messages[{index}]", "must be an object")
-        if message.get("images"):
+        if message.get("images") not in (None, []):
             raise invalid(f"messages[{index}].images", "cannot be read: this model reads text only")
         turn = message | ({"content": ""} if message.get("content") is None else {})
         if message.get("thinking") is not None:
