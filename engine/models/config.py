@@ -7,6 +7,7 @@ its class's default in transformers, which each family's file lists. Imports no 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,8 @@ class ModelConfig:
         from engine.models.registry import read_config
 
         path = directory / "config.json"
-        if not path.exists() and (directory / "adapter_config.json").exists():
+        # pathlib raises where a name is too long or a directory may not be looked into.
+        if not os.path.exists(path) and os.path.exists(directory / "adapter_config.json"):
             raise StartupError(f"{directory}: is an adapter, which must be merged into its base model first")
         return read_config(Fields.read(path))
 
