@@ -79,6 +79,8 @@ async def update_weights(request: web.Request) -> web.Response:
         await engine.load_weights(Path(path), abort=abort, version=version)
     except StartupError as error:
         raise ApiError(400, f"The weights were not taken: {_without_paths(error)}", param="model_path") from None
+    except OSError as error:  # a name that is too long, a directory that may not be looked into
+        raise ApiError(400, f"The weights were not taken: {error.strerror}.", param="model_path") from None
     return json_response({"success": True, "message": "The new weights serve.", "num_paused_requests": 0})
 
 

@@ -167,12 +167,13 @@ _CUSTOM = takes(
 _PICK = either(
     *(takes({"type": constant(kind), kind: takes({"name": string()})}) for kind in ("function", "custom")),
 )
+OTHER_TOOL = takes({"type": string(least=1)}, about="Of any other type: left out.")
 TOOLS: Json = {
     "tools": array(
         either(
             TOOL,
             takes({"type": constant("custom"), "custom": _CUSTOM}),
-            takes({"type": string(least=1)}, about="Of any other type: left out."),
+            OTHER_TOOL,
         ),
         most=MAX_TOOLS,
     ),
@@ -182,7 +183,7 @@ TOOLS: Json = {
         takes(
             {
                 "type": constant("allowed_tools"),
-                "allowed_tools": takes({"mode": constant("auto", "required"), "tools": array(_PICK, least=1)}),
+                "allowed_tools": takes({"mode": constant("auto", "required"), "tools": array(either(_PICK, OTHER_TOOL), least=1)}),
             }
         ),
     ),

@@ -288,7 +288,7 @@ def _read_choice(choice: Any, declared: Declared) -> tuple[str, set[str], str | 
         names: set[str] = set()
         for index, tool in enumerate(tools):
             other = tool.get("type") if isinstance(tool, dict) else None
-            if isinstance(other, str) and other not in _CALLABLE:
+            if isinstance(other, str) and other and other not in _CALLABLE:
                 ignore("tool_choice", other)
             else:
                 names.add(_chosen(tool, f"tool_choice.allowed_tools.tools[{index}]", declared))
@@ -301,8 +301,8 @@ def _read_choice(choice: Any, declared: Declared) -> tuple[str, set[str], str | 
 def _chosen(value: Any, where: str, declared: Declared) -> str:
     """The flat name of what a choice names."""
     kind = value.get("type", "function") if isinstance(value, dict) else "function"
-    if not isinstance(kind, str):
-        raise invalid(f"{where}.type", "must be a string")
+    if not isinstance(kind, str) or not kind:
+        raise invalid(f"{where}.type", "must be a non-empty string")
     # The Responses API has the name beside the type.
     inner = value.get(kind, value) if isinstance(value, dict) else None
     name = inner.get("name") if isinstance(inner, dict) else None

@@ -657,7 +657,7 @@ ABORT: list[Row] = [
 ]
 WEIGHTS: list[Row] = [
     *wrong_kinds(string="model_path load_format weight_version", boolean="flush_cache abort_all_requests"),
-    *(("model_path", value) for value in (None, "", "a\0b", "x" * 4097, "/no/such/directory")),
+    *(("model_path", value) for value in (None, "", "a\0b", "x" * 4000, "x" * 4097, "/no/such/directory")),
     ("load_format", "gguf"),
     ("flush_cache", False),
     *(("weight_version", value) for value in ("", "x" * 129)),
