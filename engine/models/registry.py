@@ -20,8 +20,10 @@ from engine.models.spec import ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
+    "ApertusForCausalLM": "apertus",
     "ArceeForCausalLM": "arcee",
     "Cohere2ForCausalLM": "cohere2",
+    "CohereForCausalLM": "cohere",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5ForCausalLM": "ernie4_5",
     "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
@@ -61,7 +63,9 @@ FAMILIES = {
 
 # `model_type` of config.json -> the class, as transformers' AutoModelForCausalLM has it.
 MODEL_TYPES = {
+    "apertus": "ApertusForCausalLM",
     "arcee": "ArceeForCausalLM",
+    "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
     "dots1": "Dots1ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",

@@ -17,7 +17,7 @@ ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 # Of a gate, which then multiplies; and of a feed-forward without one.
 GatedActivation = Literal["silu", "gelu_tanh"]
-PlainActivation = Literal["relu2", "gelu", "gelu_tanh"]
+PlainActivation = Literal["relu2", "gelu", "gelu_tanh", "xielu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +122,7 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class Ungated:
-    """down(activation(up(x)))."""
+    """down(activation(up(x))). Of xielu, two numbers are learned: `mlp.act_fn.alpha_p` and `alpha_n`."""
 
     intermediate_size: int
     activation: PlainActivation

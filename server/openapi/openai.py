@@ -183,7 +183,9 @@ TOOLS: Json = {
         takes(
             {
                 "type": constant("allowed_tools"),
-                "allowed_tools": takes({"mode": constant("auto", "required"), "tools": array(either(_PICK, OTHER_TOOL), least=1)}),
+                "allowed_tools": takes(
+                    {"mode": constant("auto", "required"), "tools": array(either(_PICK, OTHER_TOOL), least=1)}
+                ),
             }
         ),
     ),

@@ -92,7 +92,11 @@ _PROMPT: Json = {
         _PICK,
         takes({"type": constant("namespace"), "name": string()}),
         takes(
-            {"type": constant("allowed_tools"), "mode": constant("auto", "required"), "tools": array(either(_PICK, OTHER_TOOL), least=1)}
+            {
+                "type": constant("allowed_tools"),
+                "mode": constant("auto", "required"),
+                "tools": array(either(_PICK, OTHER_TOOL), least=1),
+            }
         ),
     ),
     "parallel_tool_calls": boolean(),

@@ -52,8 +52,8 @@ def test_both_forms_of_rope_agree(tmp_path: Path) -> None:
     scaling = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
     older = read(tmp_path, rope_theta=5e5, rope_scaling={"type": "llama3", **scaling})
     newer = read(tmp_path, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, **scaling})
-    assert older.rope == newer.rope
-    assert older.rope.kind == "llama3"
+    assert older.ropes == newer.ropes
+    assert older.ropes[0].kind == "llama3"
 
 
 def test_yarn_context(tmp_path: Path) -> None:
@@ -96,7 +96,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "model-type": ({"architectures": None, "model_type": 3}, "model_type must be text, not 3"),
     "other-type": (
         {"architectures": None, "model_type": "bert"},
-        "model_type bert is not supported; supported are: Gemma2ForCausalLM, ",
+        "model_type bert is not supported; supported are: ApertusForCausalLM, ",
     ),
     "classifier": (
         {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
@@ -112,7 +112,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             "model_type": "llava",
             "text_config": {"model_type": "opt"},
         },
-        'text_config.model_type ("opt") is not supported as the text part; supported are: gemma2, ',
+        'text_config.model_type ("opt") is not supported as the text part; supported are: apertus, ',
     ),
     "text-part-number": (
         {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": {"model_type": 3}},
@@ -130,7 +130,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {
             "model_type": "gemma3",
             "architectures": None,
-            "text_config": {"quantization_config": {"quant_method": "awq"}},
+            "text_config": {"quantization_config": {}},
         },
         'text_config.quantization_config ("unknown") is not supported',
     ),

@@ -60,7 +60,9 @@ def theirs(config: Any, name: str) -> Any:
         return rope.get("full_attention", rope)[name]
     if name == "sliding_window_pattern":
         return config.layer_types.index("full_attention") + 1
-    if name == "sliding_window" and config.sliding_window is None:
+    if name == "moe_layer_end_index":
+        return -1 if config.moe_layer_end_index == config.num_hidden_layers - 1 else config.moe_layer_end_index
+    if name == "sliding_window" and not config.sliding_window:
         # Hidden where use_sliding_window is false.
         return type(config)(use_sliding_window=True).sliding_window
     return getattr(config, name)
@@ -107,7 +109,7 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     heads = config.num_attention_heads
     assert ours.architecture == architecture
     assert (ours.vocab_size, ours.hidden_size, ours.num_layers, ours.num_heads, ours.num_kv_heads) == (
-        config.vocab_size, config.hidden_size, config.num_hidden_layers, heads, config.num_key_value_heads
+        config.vocab_size, config.hidden_size, config.num_hidden_layers, heads, config.num_key_value_heads or heads
     )  # fmt: skip
     assert ours.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // heads)
     dense = [layer.feed_forward for layer in ours.layers if isinstance(layer.feed_forward, Dense | Ungated)]

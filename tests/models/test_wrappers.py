@@ -15,6 +15,7 @@ from engine.config import StartupError
 from engine.models.families.wrappers import WRAPPERS
 from engine.models.registry import read_spec
 from tests.models.support import SIZES, compare, edit_json, fill, load
+from tests.models.test_families import SIGMOID
 
 TOWER = {
     "hidden_size": 32,
@@ -77,6 +78,25 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {"model_type": "qwen2"},
         {**TOWER, "model_type": "siglip_vision_model"},
         {"tie_word_embeddings": False},
+    ),
+    "glm4v": (
+        "Glm4v",
+        {"rope_parameters": {**MROPE, "mrope_section": [0, 1, 1], "partial_rotary_factor": 0.5}},
+        {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 48},
+        {},
+    ),
+    "glm4v-moe": (
+        "Glm4vMoe",
+        {**SIGMOID, "rope_parameters": {**MROPE, "mrope_section": [0, 1, 1], "partial_rotary_factor": 0.5}},
+        {"depth": 1, "hidden_size": 32, "num_heads": 2, "intermediate_size": 32, "out_hidden_size": 48},
+        {},
+    ),
+    "cohere2-vision": (
+        "Cohere2Vision",
+        # transformers leaves the factor on logits out here.
+        {"model_type": "cohere2", "sliding_window": 9, "num_hidden_layers": 5, "logit_scale": 1.0},
+        {**TOWER, "model_type": "siglip_vision_model"},
+        {},
     ),
     "smolvlm": ("SmolVLM", {"model_type": "llama"}, TOWER, {"tie_word_embeddings": True}),
     "idefics3": ("Idefics3", {"model_type": "llama"}, TOWER, {}),
@@ -181,7 +201,7 @@ def test_an_unknown_tensor_is_still_an_error(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("kind", WRAPPERS)
+@pytest.mark.parametrize("kind", sorted(WRAPPERS.keys() - {"glm4v_moe"}))  # its sizes do not fit each other
 def test_defaults_of_a_text_part(kind: str, tmp_path: Path) -> None:
     """With an empty text_config, and without one."""
     import transformers
@@ -198,8 +218,8 @@ def test_defaults_of_a_text_part(kind: str, tmp_path: Path) -> None:
         )  # fmt: skip
         assert ours.head_dim == (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         assert ours.max_position_embeddings == text.max_position_embeddings
-        assert ours.final_norm.eps == text.rms_norm_eps
+        assert ours.final_norm.eps == (text.layer_norm_eps if text.model_type == "cohere2" else text.rms_norm_eps)
         rope = text.rope_parameters
         assert ours.ropes[-1].theta == rope.get("full_attention", rope)["rope_theta"]
-        assert ours.longest_window == (getattr(text, "sliding_window", None) if "mistral" in text.model_type else None)
+        assert ours.longest_window == (text.sliding_window if text.model_type == "mistral" else None)
         assert ours.tie_word_embeddings == bool(theirs.tie_word_embeddings)

@@ -19,6 +19,7 @@ DEFAULTS = {
     "hidden_act": "silu",
     "max_position_embeddings": 131072,
     "rms_norm_eps": 1.5625e-07,
+    "eos_token_id": [151329, 151336, 151338],
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.5,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from engine.models.families.common import read_activation, read_shape
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
@@ -29,9 +31,10 @@ DEFAULTS = {
 }
 
 
-def read_spec(fields: Fields) -> ModelSpec:
-    """attention_bias covers q, k and v but not o."""
+def read_spec(fields: Fields, renamed: Mapping[str, str] | None = None) -> ModelSpec:
+    """attention_bias covers q, k and v but not o. renamed: see read_rope."""
     shape = read_shape(fields)
-    attention = shape.attention(read_rope(fields, shape, interleaved=True), qkv_bias=fields.flag("attention_bias"))
+    rope = read_rope(fields, shape, interleaved=True, renamed=renamed)
+    attention = shape.attention(rope, qkv_bias=fields.flag("attention_bias"))
     mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"), gate_up=("mlp.gate_up_proj",))
     return shape.model([shape.layer(attention, mlp, NORMS)] * shape.num_layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from engine.models.families.common import (
     Shape,
     drafting_layers,
@@ -42,11 +44,12 @@ DEFAULTS = {
 }
 
 
-def read_spec(fields: Fields) -> ModelSpec:
-    """attention_bias covers q, k and v but not o."""
+def read_spec(fields: Fields, renamed: Mapping[str, str] | None = None) -> ModelSpec:
+    """attention_bias covers q, k and v but not o. renamed: see read_rope."""
     shape = read_shape(fields)
     norms = shape.qk_norms() if fields.flag("use_qk_norm") else {}
-    attention = shape.attention(read_rope(fields, shape), qkv_bias=fields.flag("attention_bias"), **norms)
+    rope = read_rope(fields, shape, renamed=renamed)
+    attention = shape.attention(rope, qkv_bias=fields.flag("attention_bias"), **norms)
     return shape.model(
         sigmoid_layers(fields, shape, [attention] * shape.num_layers),
         outside=drafting_layers(fields, shape, "num_nextn_predict_layers", "num_mtp_layers"),

@@ -19,7 +19,7 @@ DEFAULTS = {
     "rms_norm_eps": 1e-05,
     "eos_token_id": 151645,
     "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
+    "rope_theta": 1000000.0,
     "use_sliding_window": False,
     "sliding_window": 4096,
     "max_window_layers": 80,

@@ -56,12 +56,17 @@ _MISTRAL_SMALL = {
 }
 # `model_type` of config.json -> what it is.
 WRAPPERS = {
+    "aya_vision": Wrapper("AyaVision", "cohere2", ties=True),
+    "cohere2_vision": Wrapper("Cohere2Vision", "cohere2", ties=True),
     "gemma3": Wrapper("Gemma3", "gemma3_text", ties=True),
+    "glm46v": Wrapper("Glm46V", "glm4v_text"),
+    "glm4v": Wrapper("Glm4v", "glm4v_text"),
+    "glm4v_moe": Wrapper("Glm4vMoe", "glm4v_moe_text"),
     "idefics3": Wrapper("Idefics3", "llama", {"rms_norm_eps": 1e-05}),
     "internvl": Wrapper("InternVL", "qwen2", ties=True),
     "llava": Wrapper("Llava", "llama"),
     "llava_next": Wrapper("LlavaNext", "llama"),
-    "llava_onevision": Wrapper("LlavaOnevision", "qwen2", ties=True),
+    "llava_onevision": Wrapper("LlavaOnevision", "qwen2"),
     "mistral3": Wrapper("Mistral3", "mistral", _MISTRAL_SMALL, ties=True),
     "qwen2_5_vl": Wrapper("Qwen2_5_VL", "qwen2_5_vl_text", flat=True),
     "qwen2_vl": Wrapper("Qwen2VL", "qwen2_vl_text", flat=True),
@@ -72,6 +77,8 @@ WRAPPERS = {
 }
 # `model_type` of a text part that is no class for text alone -> the module in families/ that reads it.
 TEXT_TYPES = {
+    "glm4v_moe_text": "glm4v_moe",
+    "glm4v_text": "glm4v",
     "qwen2_5_vl": "qwen2_vl",
     "qwen2_5_vl_text": "qwen2_vl",
     "qwen2_vl": "qwen2_vl",

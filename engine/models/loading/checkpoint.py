@@ -32,10 +32,10 @@ ITEM_BYTES = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 
-# Tensors that old versions of transformers saved although they are computed from config.json.
+# Tensors that are saved although they are computed from config.json, or always the same (xIELU's beta and eps).
 # The heads of a trainer's value and reward model say nothing of the next token, nor does a head that drafts several.
 _HARMLESS = re.compile(
-    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias)$|^(v_head|score|mtp)\."
+    r"(^|\.)(rotary_emb\.(inv_freq|cos_cached|sin_cached)|masked_bias|attn\.bias|act_fn\.(beta|eps))$|^(v_head|score|mtp)\."
 )
 # What quantised checkpoints hold in place of a weight, or beside it.
 _QUANTIZED = re.compile(
