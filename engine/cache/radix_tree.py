@@ -13,6 +13,7 @@ window looks into a hole. Models with a recurrent state go on only where a snaps
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -95,6 +96,20 @@ class Snapshot(Link):
         self.id = snapshot_id
 
 
+class Match(NamedTuple):
+    """A path that was found and locked.
+
+    node: ends there, split off if that was amid a run. runs: the pages on the way, null pages for the first gone[g] of
+    group g, which its window does not see. known: of a model with windows or a state, pages of the same tokens in the
+    tree, whether anybody can go on there or not.
+    """
+
+    node: Node
+    runs: Runs
+    gone: list[int]
+    known: int
+
+
 class RadixTree:
     """`data` is always the int32 bytes of a prompt from its first token; `depth` counts pages from there.
 
@@ -134,13 +149,8 @@ class RadixTree:
         root.lock_count += 1
         return root
 
-    def match(self, root: Node, data: bytes, limit: int) -> tuple[Node, Runs, list[int], int]:
-        """Move a lock from `root` to the deepest end from which every group can go on, `limit` pages at most.
-
-        Returns the node that ends there, split off if that is amid a run, the pages on the way, how many at the front
-        of each group are not needed (null pages stand for those), and how many the tree knows beyond that end or up to
-        it, whether anybody can go on there or not.
-        """
+    def match(self, root: Node, data: bytes, limit: int) -> Match:
+        """Move a lock from `root` to the deepest end from which every group can go on, `limit` pages at most."""
         path, length, known = self._usable(root, data, limit)
         cut = None
         if path and length < path[-1].length:
@@ -158,7 +168,7 @@ class RadixTree:
         if end.snapshot is not None:
             unlink(end.snapshot)
             self._snapshots.add(end.snapshot)
-        return end, runs, gone, known
+        return Match(end, runs, gone, known)
 
     def match_length(self, namespace: str, data: bytes, limit: int) -> int:
         """Pages that `match` would find from the root; changes nothing."""

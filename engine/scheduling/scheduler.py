@@ -346,6 +346,7 @@ class Scheduler:
         self._unsent = []
         saves, self._saves = self._saves, []
         for sequence, pages, num_tokens in saves:
+            # One that has left since has given up its place in the tree.
             if sequence.pages is pages and (snapshot := self.kv_cache.save_shared(pages, num_tokens)):
                 batch.write_save(sequence.slot, snapshot)
 

@@ -32,8 +32,8 @@ def insert(tree: RadixTree, text: str, pages: list[int], namespace: str = "") ->
 
 
 def match(tree: RadixTree, text: str, limit: int, namespace: str = "") -> tuple[Node, list[int]]:
-    node, runs, _ = tree.match(tree.open(namespace), to_bytes(text), limit)
-    return node, runs[0]
+    found = tree.match(tree.open(namespace), to_bytes(text), limit)
+    return found.node, found.runs[0]
 
 
 def store(tree: RadixTree, text: str, pages: list[int], namespace: str = "") -> list[int]:

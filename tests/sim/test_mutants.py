@@ -391,10 +391,6 @@ MUTANTS = [
         "a save is not told", Scheduler, "_write_saves", "batch.write_save(sequence.slot, snapshot)", "pass", STATES
     ),
     Mutant("a save that no step carried is lost", Scheduler, "schedule", "= batch.saves()", "= []", STATES),
-    Mutant(
-        "a state is saved for a sequence that has left", Scheduler, "_write_saves",
-        "if sequence.pages is pages and", "if sequence.pages and", STATES,
-    ),
     Mutant("a match ends amid a node", RadixTree, "_usable", "or size < node.length", "", STATES),
     Mutant("a match needs no snapshot", RadixTree, "_usable", "node.snapshot is None or", "", STATES),
     Mutant("a leaf keeps its end's snapshot", RadixTree, "_evict_leaf", "self._lose_snapshot(node)", "pass", STATES),
