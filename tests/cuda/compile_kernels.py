@@ -123,7 +123,7 @@ def calls(dtype: torch.dtype, rows: int) -> None:
         pools = [empty(16, 16, 8, 64, kind=pool) for _ in range(2)]
         for table in (empty(4096, 64, kind=torch.float32), None):
             norms = (empty(64), empty(64), 1e-6) if table is not None else None
-            rope.rope_and_write_kv(q, k, v, table, empty(rows, kind=ints), empty(rows, kind=longs), *pools, norms)
+            rope.rope_and_write_kv(q, k, v, table, empty(rows, kind=ints), empty(rows, kind=ints), *pools, norms)
     for many in (rows, 64 * rows):  # the last of 64 rows: tiles of 64 and of 128
         gate_up, down = empty(16, 1536, 2048), empty(16, 2048, 768)
         tokens, ratings = empty(many, 2048), empty(many, 16)

@@ -320,7 +320,7 @@ def test_sample_rows(seed: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("seed", "rows", "vocab"), [(0, 15, 40), (1, 15, 1000), (2, 7, 9001)])
+@pytest.mark.parametrize(("seed", "rows", "vocab"), [(0, 15, 40), (1, 15, 1000), (2, 5, 9001)])
 def test_filtered_rows_draw_what_the_cpu_draws(dtype: torch.dtype, seed: int, rows: int, vocab: int) -> None:
     """Ties at borders, rows all equal, biased away but for a few ids, spread wide and hardly at all."""
     generator = np.random.default_rng(seed)
@@ -346,9 +346,10 @@ def test_filtered_rows_draw_what_the_cpu_draws(dtype: torch.dtype, seed: int, ro
         assert sample_rows(logits[one], params[one], there[one], filtered=True) == [int(expected[row])]
 
 
-def test_filtered_rows_of_a_real_vocabulary() -> None:
-    """What Llama 3 is asked with."""
-    logits, params = (3 * randn(2, 128256)).bfloat16(), params_of(2)
+def test_filtered_rows_as_chats_ask_for_them() -> None:
+    """On a GPU of Llama 3's vocabulary."""
+    vocab = 128256 if DEVICE.type == "cuda" else 12000
+    logits, params = (3 * randn(2, vocab)).bfloat16(), params_of(2)
     params["temperature"], params["top_p"], params["top_k"] = (1.0, 0.6), (0.95, 0.9), (0, 40)
     positions = np.array([7, 100], np.int32)
     expected = sampler.sample(logits.cpu().float(), params, positions)
