@@ -96,7 +96,8 @@ def run_part(part: Part, seconds: float, stop: Stop) -> Outcome:
         process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
         stop.group = process.pid
         try:
-            state = "passed" if process.wait(seconds) == 0 else "failed"
+            code = process.wait(seconds)
+            state = "passed" if code == 0 else "cut" if stop.asked else "failed"
         except subprocess.TimeoutExpired:
             state = "cut"
         stop.kill()
@@ -104,7 +105,7 @@ def run_part(part: Part, seconds: float, stop: Stop) -> Outcome:
         process.wait()
         log.seek(max(0, log.seek(0, os.SEEK_END) - TAIL))
         output = log.read().decode(errors="replace")
-    return Outcome(part.name, "cut" if stop.asked else state, round(time.monotonic() - begin, 1), output)
+    return Outcome(part.name, state, round(time.monotonic() - begin, 1), output)
 
 
 def run_all(planned: Sequence[Part], out: Path, seconds: float) -> list[Outcome]:

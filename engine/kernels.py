@@ -25,7 +25,6 @@ from engine.executor.kernel_library import read_library
 PAGE_SIZE = 16
 # What is called of a kernel, by how its name begins.
 ENTRY_POINTS = {
-    "sampling": ("top_k_renorm_probs", "top_p_renorm_probs"),
     "batch_prefill_": ("plan", "paged_run"),
     "batch_decode_": ("plan", "run"),
     "xqa_": ("xqa_wrapper",),
@@ -156,16 +155,6 @@ def link_driver(folder: Path) -> str:
     return f"-L{folder.resolve()} -Wl,--no-as-needed -lcuda -Wl,--as-needed -Wl,-s"
 
 
-def find_headers(home: Path, places: Iterable[str]) -> str:
-    """Compiler flags for cuRAND's headers, which a toolkit may lack: they are looked for in NVIDIA's packages, too."""
-    if any((home / folder / "curand_kernel.h").is_file() for folder in ("include", "targets/x86_64-linux/include")):
-        return ""
-    for place in places:
-        for header in sorted(Path(place).glob("nvidia/*/include/curand_kernel.h")):
-            return f"-isystem {header.parent.resolve()}"
-    raise StartupError(f"cuRAND's headers are neither in {home} nor installed: pip install --no-deps nvidia-curand")
-
-
 def build(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for tool in ("nvcc", "ninja", "cc"):
@@ -180,10 +169,7 @@ def build(args: argparse.Namespace) -> int:
     os.environ["FLASHINFER_EXTRA_LDFLAGS"] = link_driver(args.work)
     os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
     os.environ.pop("FLASHINFER_DISABLE_JIT", None)
-    home = os.environ.setdefault("CUDA_HOME", cuda_home())
-    given, found = os.environ.get("FLASHINFER_EXTRA_CUDAFLAGS", ""), find_headers(Path(home), sys.path)
-    if found and found not in given:
-        os.environ["FLASHINFER_EXTRA_CUDAFLAGS"] = f"{given} {found}".strip()
+    os.environ.setdefault("CUDA_HOME", cuda_home())
     try:
         import flashinfer
     except ImportError as error:

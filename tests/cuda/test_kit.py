@@ -234,20 +234,6 @@ def test_what_cannot_even_begin_says_so(tmp_path: Path) -> None:
         kernels.compile_all([spec], 1, tmp_path, lambda *a, **o: None)
 
 
-def test_headers_are_found_in_packages(tmp_path: Path) -> None:
-    """A toolkit without them, one with them, and NVIDIA's packages of two generations."""
-    home, site = tmp_path / "cuda", tmp_path / "site"
-    with pytest.raises(StartupError, match="pip install --no-deps nvidia-curand"):
-        kernels.find_headers(home, [str(site), "/no/such/folder"])
-    for place in ("nvidia/curand/include", "nvidia/cu13/include"):
-        (site / place).mkdir(parents=True)
-        (site / place / "curand_kernel.h").write_text("")
-    assert kernels.find_headers(home, ["", str(site)]) == f"-isystem {(site / 'nvidia/cu13/include').resolve()}"
-    (home / "include").mkdir(parents=True)
-    (home / "include/curand_kernel.h").write_text("")
-    assert kernels.find_headers(home, [str(site)]) == ""
-
-
 def test_no_more_compilers_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
     for gigabytes, jobs in ((1, 1), (14, 4), (1000, 16)):
@@ -287,7 +273,6 @@ def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """With a compiler that writes files: from the command line to a kit that fits here."""
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(kernels, "link_driver", lambda folder: "-lcuda")
-    monkeypatch.setattr(kernels, "find_headers", lambda home, places: "-isystem /headers")
     # What is in it: test_kit_check.py.
     monkeypatch.setattr(kernels, "problems_of", lambda path: [])
     monkeypatch.setattr(kernels, "nvcc_version", lambda: "13.0")
@@ -303,7 +288,6 @@ def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(kernels, "kernels_for", specs)
     for name in ("FLASHINFER_CUDA_ARCH_LIST", "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_EXTRA_LDFLAGS"):
         monkeypatch.setenv(name, "")
-    monkeypatch.setenv("FLASHINFER_EXTRA_CUDAFLAGS", "-mine")
     monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
     monkeypatch.setenv("FLASHINFER_USE_CUDA_NORM", "1")
     (tmp_path / "config.json").write_text("{}")
@@ -311,7 +295,6 @@ def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert kernels.main([*words, "--work", str(tmp_path / "work")]) == 0
     assert asked[0].kinds == ["auto", "fp8"] and asked[0].arch == "9.0a"
     assert "FLASHINFER_DISABLE_JIT" not in os.environ and os.environ["FLASHINFER_EXTRA_LDFLAGS"] == "-lcuda"
-    assert os.environ["FLASHINFER_EXTRA_CUDAFLAGS"] == "-mine -isystem /headers"
     assert os.environ.pop("CUDA_HOME") == "/opt/cuda"
     assert open_kit(tmp_path / "out/a.kit", HERE, tmp_path / "cache")[1] == 2
 

@@ -82,8 +82,7 @@ FA2 = "_ZN10flashinfer38BatchPrefillWithPagedKVCacheDispatchedILb1ELj{}ELj64E"
         ("batch_prefill_x", {"functions": ("plan", "ragged_run")}, "has no paged_run"),
         ("batch_decode_x", {"functions": ()}, "has no plan, run"),
         ("batch_decode_x", {"functions": ("plan", "run")}, None),
-        ("sampling", {"functions": ("top_k_renorm_probs",)}, "has no top_p_renorm_probs"),
-        ("norm", {}, "nothing here asks for such a kernel"),
+        ("sampling", {}, "nothing here asks for such a kernel"),
         # Found when it is first called, which ends the process where no library is named that has it.
         ("xqa_x", {"functions": XQA, "calls": ("cuTensorMapEncodeTiled",)}, "nothing brings cuTensorMapEncodeTiled"),
         ("xqa_x", {"functions": XQA, "calls": ("cuTensorMapEncodeTiled",), "linked": ("cudart", "cuda")}, None),
