@@ -1,7 +1,8 @@
 """Tool calls of Llama 3: the output is `{"name": ..., "parameters": {...}}`, several with `;` between them.
 
 Behind `<|python_tag|>`, anywhere in the text, also as Python: `f(x=1)`, or `f.call(x=1)` for the tools that these
-models were trained with, or code for a tool that runs it. Text may stand before an object that names a declared tool.
+models were trained with, or code for a tool that runs it; and as `<function=f>{"x": 1}</function>`, which prompts for
+them ask for. Text may stand before an object that names a declared tool.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from server.parsers.call_objects import NAME_CHARACTERS, read_call_list, read_ca
 from server.parsers.formats import json_call, tags
 from server.parsers.json_text import json_escaped
 from server.parsers.pythonic import read_python_call
+from server.parsers.qwen3_coder import TAGS
+from server.parsers.tagged import read_tagged_call
 
 _TAG = "<|python_tag|>"
 _FENCE = "```"
@@ -33,9 +36,15 @@ def _run(scanner: Scanner) -> Steps[None]:
     else:
         is_call = True
     # An object that is no call says that this answer has others.
-    while marker := (yield from scanner.until((_TAG, "{") if is_call else (_TAG,), scanner.content)):
+    begins = (_TAG, *TAGS.calls)
+    while marker := (yield from scanner.until((*begins, "{") if is_call else begins, scanner.content)):
         if marker == _TAG:
             yield from _read_behind_tag(scanner)
+        elif marker in TAGS.calls:
+            try:
+                yield from read_tagged_call(scanner, TAGS, marker, declared=True)
+            except Malformed:
+                scanner.fail()
         else:
             scanner.skip(-1)
             is_call = yield from _read_calls(scanner, declared=True)

@@ -142,6 +142,8 @@ ROWS: list[tuple[str, str, str, list[Call]]] = [
     ("llama3_json", f"[{OBJECT}, {OBJECT}]", "", [F, F]),
     ("llama3_json", f"[{ANYBODY}]", f"[{ANYBODY}]", []),
     ("llama3_json", '{"name": "f", "cmd": "ls"}', "", [F]),
+    ("llama3_json", f"So <function=f>{LS}</function><function=now>{{}}</function>", "So", [F, NOW]),
+    ("llama3_json", "<function=nobody>{}</function>", "<function=nobody>{}</function>", []),
     ("llama3_json", '{"name": "f", "age": 3}', '{"name": "f", "age": 3}', []),
     ("llama3_json", f"So: {OBJECT}", "So:", [F]),
     ("llama3_json", f"So: {OBJECT}; {OBJECT} I used {{f}}.", "So: I used {f}.", [F, F]),
