@@ -8,9 +8,10 @@ from engine.request import FinishReason, RequestError, SamplingParams
 from engine.stream import Delta, TokenLogprob, TokenStream
 from server.answers.base import failure, raise_cut
 from server.logprobs import LOWEST, Spelling
+from server.protocol.errors import error_body
 from server.protocol.generation import Plan
 from server.protocol.llamacpp import Wanted
-from server.sse import EVENT_HEADERS, Json, error_event
+from server.sse import EVENT_HEADERS, Json
 from server.state import State
 
 
@@ -78,7 +79,7 @@ class NativeAnswer:
 
     def error(self, error: RequestError) -> bytes:
         """An error after the headers have gone out, and the end of the stream."""
-        return error_event(error)
+        return _event(error_body(error))
 
     def _count(self, index: int, delta: Delta) -> Json:
         """Count a delta in; what every object says of its request."""

@@ -233,6 +233,8 @@ def _chat_tools(body: Body) -> list[Json]:
         return []
     if not isinstance(tools, list):
         raise invalid("tools", "must be a list")
+    # The answer repeats all of them, what nobody reads as well.
+    check_nesting("tools", tools)
     return [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
 
 

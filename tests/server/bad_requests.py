@@ -460,6 +460,7 @@ MESSAGES: list[Row] = [
     ("messages[0].content[0]", message("assistant", [{"type": "tool_use"}])),
     ("messages[0].content[0].tool_use_id", message(content=[{"type": "tool_result", "content": "x"}])),
     ("messages", message(extra=nested(100))),
+    ("system", [{"type": "x", "content": nested(600)}]),
     *(("system", value) for value in (5, True, {})),
     *(("tools[0]", [value]) for value in (None, 5, "f")),
     *(("tools[0].type", [{"type": value}]) for value in (5, "", [])),
@@ -475,6 +476,12 @@ MESSAGES: list[Row] = [
     ("output_config.format.type", All({"output_format": {}})),
 ]
 RESPONSES: list[Row] = [
+    # Of what the answer repeats also what nobody reads, deeper than it could be written.
+    ("tools", [{"type": "function", "name": "f", "more": nested(300)}]),
+    ("tools", [{"type": "web_search", "more": nested(600)}]),
+    ("tool_choice", {"type": "function", "name": "f", "more": nested(300)}),
+    ("metadata", {"more": nested(300)}),
+    ("text.format", {"format": {"type": "text", "more": nested(300)}}),
     *(row for row in SAMPLING if row[0] in ("temperature", "top_p", "min_p", "seed", "logit_bias")),
     *TERMS,
     *wrong_kinds(

@@ -7,9 +7,11 @@ from __future__ import annotations
 import json
 import logging
 import re
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from jsonschema import Draft202012Validator
 
 from server.protocol import ignored
@@ -18,7 +20,7 @@ from server.protocol.ignored import HEADER
 from tests.server.bad_requests import check_anthropic
 from tests.server.dictate import CUTS, Cut, dictated
 from tests.server.histories import BYE, CHAT, FUNCTION, HI, MESSAGES, RESPONSES, call, prompt, shown, stream
-from tests.server.support import Live, live
+from tests.server.support import Live, live, served_model
 
 HOSTED: dict[str, list[Any]] = {
     CHAT: [{"type": "web_search"}, {"type": "retrieval", "x": 1}],
@@ -91,7 +93,14 @@ CLIENT_TOOLS: list[tuple[str, str, list[dict[str, Any]]]] = [
 ]
 
 
-async def test_tools_that_anthropic_defines_and_clients_run_can_be_called(server: Live) -> None:
+@pytest_asyncio.fixture
+async def wide() -> AsyncIterator[Live]:
+    """With room for what large tools take of the prompt."""
+    async with live(model=served_model(max_model_len=2048)) as server:
+        yield server
+
+
+async def test_tools_that_anthropic_defines_and_clients_run_can_be_called(wide: Live) -> None:
     for kind, name, inputs in CLIENT_TOOLS:
         tools = [{"type": kind, "name": name, "cache_control": {"type": "ephemeral"}}]
         body = {"messages": [HI], "tools": tools, "max_tokens": 200, "tool_choice": {"type": "tool", "name": name}}
@@ -99,8 +108,8 @@ async def test_tools_that_anthropic_defines_and_clients_run_can_be_called(server
         assert declared is not None
         schema = Draft202012Validator(declared["parameters"])
         for given in inputs:
-            with dictated(server, call(name, json.dumps(given))):
-                async with server.http.post(server.url + MESSAGES, json=body) as response:
+            with dictated(wide, call(name, json.dumps(given))):
+                async with wide.http.post(wide.url + MESSAGES, json=body) as response:
                     answer = await response.json()
             assert response.status == 200 and HEADER not in response.headers, answer
             assert [(block["name"], block["input"]) for block in answer["content"]] == [(name, given)]
@@ -114,7 +123,7 @@ async def test_tools_that_anthropic_defines_and_clients_run_can_be_called(server
         found, _ = await prompt(other, MESSAGES, {"messages": [HI], "tools": [tool]})
         assert found.startswith("<b|Run a command")
     for name in (None, "a b", 5, {}):
-        status, answer = await server.post(
+        status, answer = await wide.post(
             MESSAGES, {"messages": [HI], "tools": [{"type": "memory_20250818", "name": name}], "max_tokens": 1}
         )
         assert "`tools[0].name`" in check_anthropic(status, answer)["message"]
