@@ -19,11 +19,11 @@ from engine.text.schema.patterns import Alternatives, Begin, Characters, End, Lo
 Ranges = tuple[tuple[int, int], ...]
 LAST = 0x10FFFF
 MAX_STEPS = 12_000  # derivatives that one question may take, some 0.3 s
-MAX_ALL_STEPS = 40_000  # and all of one schema
+MAX_ALL_STEPS = 30_000  # and all of one schema
 MAX_STATES = 300
-MAX_EDGES = 8_000  # of an automaton that is written
+MAX_EDGES = 5_000  # of an automaton that is written
 MAX_WRITTEN_PATTERN = 8_000  # characters
-MAX_WRITING = 1_000_000  # characters written on the way to it
+MAX_WRITING = 300_000  # characters written on the way to it
 _FULL: Ranges = ((0, LAST),)
 _ATOM = re.compile(r"[^\\]|\\x[0-9A-F]{2}|\\u\{[0-9A-F]+\}|\[[^\[\]]*\]")
 
@@ -278,7 +278,7 @@ class Language:
         found = self._derived.get(key)
         if found is not None:
             return found
-        self.num_steps += 1
+        self.num_steps += 1 + len(term.parts) // 8
         if self.num_steps > MAX_STEPS:
             raise Unsupported("takes too long to compare")
         match term.kind:
