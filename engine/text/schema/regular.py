@@ -19,9 +19,11 @@ from engine.text.schema.patterns import Alternatives, Begin, Characters, End, Lo
 Ranges = tuple[tuple[int, int], ...]
 LAST = 0x10FFFF
 MAX_STEPS = 12_000  # derivatives that one question may take, some 0.3 s
-MAX_ALL_STEPS = 40_000  # and all of one schema
+MAX_ALL_STEPS = 30_000  # and all of one schema
 MAX_STATES = 300
+MAX_EDGES = 5_000  # of an automaton that is written
 MAX_WRITTEN_PATTERN = 8_000  # characters
+MAX_WRITING = 300_000  # characters written on the way to it
 _FULL: Ranges = ((0, LAST),)
 _ATOM = re.compile(r"[^\\]|\\x[0-9A-F]{2}|\\u\{[0-9A-F]+\}|\[[^\[\]]*\]")
 
@@ -105,6 +107,8 @@ class Language:
     def pattern(self) -> str | None:
         """A pattern without assertions for exactly these strings; None where there is none."""
         states, edges = self._automaton()
+        if len(states) * len(self._characters) > MAX_EDGES:
+            raise Unsupported("is too large to be written out")
         return _written(*_merged(states, edges), self._characters)
 
     # ---- terms
@@ -274,7 +278,7 @@ class Language:
         found = self._derived.get(key)
         if found is not None:
             return found
-        self.num_steps += 1
+        self.num_steps += 1 + len(term.parts) // 8
         if self.num_steps > MAX_STEPS:
             raise Unsupported("takes too long to compare")
         match term.kind:
@@ -404,6 +408,7 @@ def _written(accepting: list[bool], edges: list[list[int]], characters: list[Ran
     useful = _reached(labels, begin)
     labels = {a: row for a, row in labels.items() if a in useful}
     left = set(labels) - {begin, end}
+    written = 0
     while left:
         into = {place: [other for other in labels if place in labels[other] and other != place] for place in left}
         place = min(left, key=lambda one: (len(into[one]) * (len(labels[one]) - (one in labels[one])), one))
@@ -416,7 +421,8 @@ def _written(accepting: list[bool], edges: list[list[int]], characters: list[Ran
                 text = _joined(first, loop, second)
                 old = labels[other].get(after)
                 labels[other][after] = text if old is None else _either(old, text)
-                if len(labels[other][after]) > MAX_WRITTEN_PATTERN:
+                written += len(labels[other][after])
+                if len(labels[other][after]) > MAX_WRITTEN_PATTERN or written > MAX_WRITING:
                     raise Unsupported("is too large when it is written out")
     return f"^{_joined(labels[begin].get(end, ''))}$" if end in labels[begin] else None
 
