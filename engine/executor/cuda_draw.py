@@ -56,7 +56,8 @@ class OpenSteps(DeviceState):
                 x = raw if plan is None else extras.adjust(raw, wide, plan)
                 if masked is not None and bits is not None:
                     x = allow(x, masked, bits)
-                side.out[:num_rows].fill_(FUTURE_TOKEN)
+                if len(rows) < num_rows:
+                    side.out[:num_rows].fill_(FUTURE_TOKEN)
                 draw(x, self._sampling, slots, positions, self._last_token, side.out, where, filtered=filtered)
                 if plan is None:
                     return

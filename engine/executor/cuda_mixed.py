@@ -107,7 +107,8 @@ class MixedSteps(DeviceState):
                         prompt_figures(part, self.model.logits, targets, k, self.limits.vocab_size, out)
                     for out, vector in zip(vectors, self._pooler.run(pooled, hidden, self.model.logits), strict=True):
                         out.copy_(vector)
-                    side.out[:rows].fill_(FUTURE_TOKEN)
+                    if len(sampled) < rows:
+                        side.out[:rows].fill_(FUTURE_TOKEN)
                     if not len(sampled):
                         return
                     logits = self.model.raw_logits(hidden.index_select(0, last))

@@ -15,7 +15,7 @@ from engine.forward import ForwardInput, ForwardOutput
 from tests.cuda.fake_device import FakeDevice, FakeEvent
 from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model
 
-IMAGES = ("block", "row_slot", "row_start", "token_ids", "table_index", "table_page", "sampling_slot", "sampling")
+IMAGES = ("block", "row_slot", "row_start", "table_index", "table_page", "sampling_slot", "sampling")
 
 
 class NoUploadWait(CUDAExecutor):
