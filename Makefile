@@ -43,8 +43,9 @@ install: $(VENV)/.run  ## make .venv with all that serving needs
 serve: $(VENV)/.run  ## serve the bundled demo model, or ARGS="--model DIR"
 	@exec $(BIN)/python -m engine.serve $(ARGS)
 
+# Two processes, each with whole files in the order of their names; ARGS="-n 0" is one process.
 test: $(VENV)/.dev  ## all tests that need no GPU
-	$(BIN)/python -m pytest tests $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 check: $(VENV)/.dev  ## lint, types, layering
 	$(BIN)/ruff check .

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,14 @@ import torch
 
 from bench.server import running as running_server
 from bench.shapes import SHAPES, write_shape
-from engine.config import CacheOptions, EngineConfig, SchedulerOptions
+from engine.config import CacheOptions, EngineConfig, SchedulerOptions, StartupError
 from engine.engine import Engine
 from engine.executor.base import StepHandle
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
-from engine.executor.cuda_kit import use_kit_of_build
+from engine.executor.cuda_kit import KIT_OF_BUILD, use_kit_of_build
 from engine.executor.cuda_start import build_cuda_executor
+from engine.executor.gpu_probe import obstacle_here
 from engine.forward import ForwardInput, ForwardOutput
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
@@ -46,6 +47,10 @@ from engine.request import Request, SamplingParams
 cuda: Any = torch.cuda
 CONTEXT = 1024
 DECODE_TOKENS = 160
+# Rows of a small, a middle and a large batch.
+BATCHES = (1, 64, 256)
+# What runs this module anew.
+PYTHON = (sys.executable, "-m")
 # Steps left out at the start of a measurement: graphs are captured, clocks rise.
 WARM_STEPS = 24
 # Full steps of prompts that a rate is taken over: 64 prompts of 1,024 tokens in steps of 8,192.
@@ -96,7 +101,10 @@ class Report:
             "floor_ratio": None if floor_ratio is None else round(floor_ratio, 4),
         }
         self.content["rows"].append(row)
-        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
+        # At once or not at all: whoever reads it while this process is killed finds the rows before.
+        part = self.path.with_suffix(".part")
+        part.write_text(json.dumps(self.content, indent=1) + "\n")
+        part.replace(self.path)
         where = f"batch {batch}" if batch is not None else ""
         ratio = f"{100 * floor_ratio:.0f}% of the floor" if floor_ratio is not None else ""
         print(f"{name:<28} {model:<14} {where:<10} {value:>14,.3f} {unit:<8} {ratio}", flush=True)
@@ -417,7 +425,7 @@ def measure_small_step(executor: CUDAExecutor, rows: int, length: int) -> tuple[
     return float(np.median(host[4:])), float(np.median(device[4:])) if device else None
 
 
-def bench_model(report: Report, subject: Subject, batches: list[int], bandwidth: float, flops: float) -> None:
+def bench_model(report: Report, subject: Subject, batches: Sequence[int], bandwidth: float, flops: float) -> None:
     """Decode at every batch size, prefill, then what explains them."""
     with subject.layer.may_block():
         executor = subject.executor()
@@ -481,7 +489,7 @@ def bench_start(report: Report, shape: str) -> None:
         save_file(tensors, directory / "model.safetensors")
         del tensors
         begin = time.perf_counter()
-        command = [sys.executable, "-m", "bench.gpu", "--first-token", str(directory)]
+        command = [*PYTHON, "bench.gpu", "--first-token", str(directory)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if done.returncode != 0:
             raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -527,7 +535,13 @@ def write_words(directory: Path, vocab_size: int) -> None:
     tokenizer.save(str(directory / "tokenizer.json"))
 
 
-def bench_http(report: Report, shape: str, batches: tuple[int, ...] = (64, 256), flags: str = "") -> None:
+def kit_flags() -> str:
+    """For a server: the kit that this process has taken."""
+    has_kit = torch.cuda.is_available() and KIT_OF_BUILD.exists()
+    return f"--kernels {KIT_OF_BUILD}" if has_kit else ""
+
+
+def bench_http(report: Report, shape: str, batches: Sequence[int] = BATCHES[1:], flags: str = "") -> None:
     """Output tokens per second of a server with random weights, and how much of it overlap brings.
 
     The server needs all packages of pyproject.toml; where one is missing this section says which and ends.
@@ -543,17 +557,18 @@ def bench_http(report: Report, shape: str, batches: tuple[int, ...] = (64, 256),
         for overlap in (True, False):
             more = "" if overlap else " --disable-overlap"
             with running_server(
-                f"--model {directory} --load-format dummy --max-model-len 2048 {flags}{more}"
+                f"--model {directory} --load-format dummy --max-model-len 2048 {kit_flags()} {flags}{more}"
             ) as server:
                 for batch in batches:
                     load = f"--random-input-len 128 --random-output-len 256 --ignore-eos --num-prompts {2 * batch}"
                     words = [*load.split(), "--max-concurrency", str(batch)]
                     one_round(server, words, 0)  # captures graphs
-                    rates[batch, overlap] = one_round(server, words, 1)["output_throughput"]
-    for batch in batches:
-        common: dict[str, Any] = {"model": shape, "batch": batch, "context": 128}
-        report.add("HTTP, output", rates[batch, True], "tok/s", **common)
-        report.add("HTTP, overlap on over off", rates[batch, True] / rates[batch, False], "x", **common)
+                    rate = rates[batch, overlap] = one_round(server, words, 1)["output_throughput"]
+                    common: dict[str, Any] = {"model": shape, "batch": batch, "context": 128}
+                    if overlap:
+                        report.add("HTTP, output", rate, "tok/s", **common)
+                    else:
+                        report.add("HTTP, overlap on over off", rates[batch, True] / rate, "x", **common)
 
 
 # ---- kernels
@@ -629,7 +644,8 @@ def bench_experts(report: Report, layer: DeviceLayer, bandwidth: float, flops: f
 def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
     """Ours beside torch's, on the shapes of Llama-3.2-1B; microseconds inside a CUDA graph."""
     from engine.ops.norm import torch_rms_norm
-    from engine.ops.sampling.device import WORDS, torch_sample
+    from engine.ops.sampling.device import torch_sample
+    from engine.ops.sampling.layout import TEMPERATURE, TOP_P, WORDS
     from engine.ops.triton import activation, norm, rope, sampling
 
     device, stream = layer.device, layer.stream()
@@ -646,7 +662,14 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
         slots = torch.randperm(512 * 16, device=device)[:batch]
         logits = torch.randn(batch, 128256, device=device)
         params = torch.zeros(batch, WORDS, dtype=torch.int32, device=device)
-        params.view(torch.float32)[:, 0] = 0.8
+        params.view(torch.float32)[:, TEMPERATURE] = 0.8
+        params.view(torch.float32)[:, TOP_P] = 1.0
+        last, taken = positions.clone(), positions.clone()
+        rows = torch.arange(batch, device=device, dtype=torch.int32)
+        sample = partial(sampling.sample_rows, logits.bfloat16(), params, rows, positions, last, taken, None)
+        filtering = params.clone()
+        filtering.view(torch.float32)[:, TOP_P] = 0.9
+        narrow = partial(sampling.sample_rows, logits.bfloat16(), filtering, rows, positions, last, taken, None)
         candidates += [
             ("add + RMSNorm, ours", batch, partial(norm.add_rms_norm, x, residual, weight, 1e-5), 4 * x.nbytes),
             ("RMSNorm, torch", batch, partial(torch_rms_norm, x, weight, 1e-5), 2 * x.nbytes),
@@ -654,10 +677,11 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
             (
                 "rope + KV write, ours",
                 batch,
-                partial(rope.rope_and_write_kv, q, k, v, table, positions, slots, *pools),
+                partial(rope.rope_and_write_kv, q, k, v, table, positions, slots, pools[0], pools[1]),
                 2 * qkv.nbytes,
             ),
-            ("sampling, ours", batch, partial(sampling.sample_rows, logits, params, positions), logits.nbytes),
+            ("sampling, ours", batch, partial(sample, filtered=False), logits.nbytes / 2),
+            ("sampling with top_p, ours", batch, partial(narrow, filtered=True), logits.nbytes / 2),
             ("argmax, torch", batch, partial(torch.argmax, logits, -1), logits.nbytes),
         ]
         if batch == 64:
@@ -679,14 +703,17 @@ def bench_kernels(report: Report, layer: DeviceLayer, bandwidth: float) -> None:
         report.add(name, took, "us", batch=batch, floor_ratio=1e6 * moved / bandwidth / took)
 
 
-def run_all(report: Report, layer: TimedDevice) -> None:
-    """Sections in the order of their worth; one that fails is told and the next begins."""
+def run_all(report: Report, layer: TimedDevice, only: Sequence[str] = ()) -> list[str]:
+    """Sections in the order of their worth, or some of them; one that fails is told and the next begins.
+
+    Returns those that are left where an error has cost the device: another process can have it.
+    """
     bandwidth = copy_rate(layer.device)
     report.add("copy bandwidth", bandwidth / 1e12, "TB/s")
     flops = gemm_rate(layer.device)
     report.add("bf16 matrix product", flops / 1e12, "TFLOP/s")
 
-    def one_model(shape: str, batches: list[int], **options: Any) -> Callable[[], None]:
+    def one_model(shape: str, batches: Sequence[int], **options: Any) -> Callable[[], None]:
         def section() -> None:
             subject = Subject(shape, SHAPES[shape], layer, torch.bfloat16, max_num_seqs=max(batches), **options)
             bench_model(report, subject, batches, bandwidth, flops)
@@ -694,17 +721,18 @@ def run_all(report: Report, layer: TimedDevice) -> None:
         return section
 
     sections: list[tuple[str, float, Callable[[], None]]] = [
-        ("Llama-3.2-1B", 60, one_model("llama-3.2-1b", [1, 64, 256])),
-        ("Llama-3.1-8B", 90, one_model("llama-3.1-8b", [1, 64, 256])),
+        ("Llama-3.2-1B", 60, one_model("llama-3.2-1b", BATCHES)),
+        ("Llama-3.1-8B", 90, one_model("llama-3.1-8b", BATCHES)),
         ("start", 30, lambda: bench_start(report, "llama-3.2-1b")),
         ("products", 20, lambda: bench_products(report, layer, bandwidth)),
         ("experts", 10, lambda: bench_experts(report, layer, bandwidth, flops)),
-        ("HTTP", 90, lambda: bench_http(report, "llama-3.2-1b")),
-        ("Qwen3-30B-A3B", 60, one_model("qwen3-30b-a3b", [1, 64])),
+        ("HTTP", 90, lambda: bench_http(report, "llama-3.2-1b", BATCHES[1:])),
+        ("Qwen3-30B-A3B", 60, one_model("qwen3-30b-a3b", BATCHES[:2])),
         ("kernels", 30, lambda: bench_kernels(report, layer, bandwidth)),
-        ("fp8 KV", 45, one_model("llama-3.1-8b", [256], kv_cache_dtype="fp8")),
+        ("fp8 KV", 45, one_model("llama-3.1-8b", BATCHES[-1:], kv_cache_dtype="fp8")),
     ]
-    for name, seconds, section in sections:
+    sections = [each for each in sections if not only or each[0] in only]
+    for number, (name, seconds, section) in enumerate(sections):
         if not report.has_time(seconds):
             print(f"no time is left for: {name}", file=sys.stderr)
             continue
@@ -712,8 +740,11 @@ def run_all(report: Report, layer: TimedDevice) -> None:
             section()
         except Exception as error:
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
+            if layer.is_lost(error) or layer.is_lost(error.__cause__ or error):
+                return [each[0] for each in sections[number + 1 :]]
         gc.collect()
         torch.cuda.empty_cache()
+    return []
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -721,20 +752,30 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="folder of the JSON file")
     parser.add_argument("--seconds", type=float, default=460.0, help="no section begins that would not end in time")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", help="as they are named in this file")
     parser.add_argument("--first-token", type=Path, metavar="DIR", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
-        print("bench.gpu needs an NVIDIA GPU that torch can see", file=sys.stderr)
+        print(f"bench.gpu needs an NVIDIA GPU: {obstacle_here(torch.version.cuda)}", file=sys.stderr)
+        return 1
+    try:
+        kernels = use_kit_of_build()
+    except StartupError as error:
+        print(f"error: {error}", file=sys.stderr)
         return 1
     if args.first_token is not None:
-        use_kit_of_build()
         first_token(args.first_token)
         return 0
-    print(f"kernels: {use_kit_of_build() or 'as FlashInfer finds or builds them'}", file=sys.stderr)
+    print(f"kernels: {kernels or 'as FlashInfer finds or builds them'}", file=sys.stderr)
     layer = TimedDevice()
     report = Report(args.out, args.seconds, torch.cuda.get_device_name(layer.device))
-    run_all(report, layer)
-    print(f"\n{report.table()}\n\nwritten to {report.path}")
+    left = run_all(report, layer, args.only)
+    print(f"\n{report.table()}\n\nwritten to {report.path}", flush=True)
+    if left:
+        # What the lost device holds goes with this process alone, so that the other takes its place.
+        seconds = str(round(report.deadline - time.monotonic()))
+        words = [*PYTHON, "bench.gpu", "--out", str(args.out), "--seconds", seconds, "--only", *left]
+        os.execv(words[0], words)
     return 0
 
 

@@ -31,7 +31,8 @@ from engine.build import build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions, StreamOptions
 from engine.engine import Engine
 from engine.request import Request, SamplingParams, TokenConstraint
-from engine.text.structured import GrammarCompiler, GrammarSpec
+from engine.text.grammar.compiler import GrammarCompiler
+from engine.text.grammar.spec import GrammarSpec
 from engine.text.tokenizer import Tokenizer
 
 Row = dict[str, Any]

@@ -10,12 +10,14 @@ import dataclasses
 import logging
 import os
 import random
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.config import EngineConfig, StartupError
+from engine.config import CudaOptions, EngineConfig, StartupError
 from engine.engine import Engine
+from engine.groups import pages_held
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities, read_abilities
 from engine.models.generation import GenerationDefaults
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from engine.executor.base import Executor
 
 logger = logging.getLogger("oneloop.start")
+
+GPU_FLAGS = "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx"
 
 # Ordinary words that a vocabulary may have beyond the embedding, as a share of its rows: with more it belongs to
 # another model. Added tokens (a pad that was never trained) may be any number; transformers minds neither.
@@ -82,15 +86,31 @@ def _context_length(config: EngineConfig, spec: ModelSpec, directory: Path) -> i
     return asked
 
 
-def _pick_device(config: EngineConfig) -> str:
+def _pick_device(config: EngineConfig, report: StartupReport) -> str:
+    """The GPU where it can be used. One that cannot is told in a row, or ends the start where it was asked for."""
     if config.device == "cpu":
+        if config.cuda != CudaOptions():
+            raise StartupError(f"{GPU_FLAGS} need a CUDA device; this is a CPU")
         return "cpu"
     import torch
 
-    if torch.cuda.is_available():
+    from engine.executor import gpu_probe
+
+    reason: str | None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch warns of is the reason below
+        if torch.cuda.is_available():
+            reason = gpu_probe.too_old(torch.cuda.get_device_name(), torch.cuda.get_device_capability())
+        else:
+            reason = gpu_probe.obstacle_here(torch.version.cuda)
+    if reason is None:
         return "cuda"
     if config.device == "cuda":
-        raise StartupError("--device cuda: torch sees no CUDA device")
+        raise StartupError(f"--device cuda: {reason}")
+    if config.cuda != CudaOptions():
+        raise StartupError(f"{GPU_FLAGS} need a CUDA device: {reason}")
+    if gpu_probe.driver_version() is not None:
+        report.row("GPU", f"not used: {reason}")
     return "cpu"
 
 
@@ -147,15 +167,18 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         num_gpu_blocks=limits.num_pages,
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    capacity = limits.num_pages * limits.page_size
+    sequences = limits.num_pages / pages_held(limits.groups, context, limits.page_size)
+    one = len(limits.groups) == 1
+    capacity = limits.num_pages * limits.page_size if one else int(sequences * context)
     for rope in spec.ropes:
         if rope.kind in ("longrope", "dynamic"):
             report.row("rope", _describe_rope(rope, spec.max_position_embeddings, context))
     report.row("context", f"{context} tokens")
     report.row(
         "KV cache",
-        f"{limits.num_pages} pages of {limits.page_size} tokens: {capacity} tokens fit, "
-        f"{capacity / context:.1f} sequences of full context",
+        f"{limits.num_pages} pages of {limits.page_size} tokens"
+        f"{'' if one else f' for {len(limits.groups)} groups of layers'}: {capacity} tokens fit, "
+        f"{capacity / context if one else sequences:.1f} sequences of full context",
     )
     report.row(
         "scheduler",
@@ -190,7 +213,7 @@ def _build_executor(
         # OpenMP reads its settings when torch loads it.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch  # noqa: F401
-    device = _pick_device(config)
+    device = _pick_device(config, report)
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)

@@ -2,7 +2,7 @@
 
 The scheduler fills one of two `Staging` sets and hands out a `ForwardInput`, a view of it. The executor owns
 the set until the step's handle is done. State of a row lives with the executor *by slot* (last token, page
-table, sampling parameters), so a step carries only what changed. Imports nothing of ours.
+table, sampling parameters), so a step carries only what changed. Imports nothing of ours but other root words.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from engine.groups import MemoryGroup
 from engine.request import MAX_STOP_TOKEN_IDS, Pooling
 
 Int32Array = npt.NDArray[np.int32]
@@ -50,9 +51,11 @@ class Limits:
     max_num_seqs: sequences that may hold a slot; slots are 1..max_num_seqs.
     max_num_batched_tokens: most token rows in one step.
     max_model_len: tokens of context. page_size: tokens of a page.
-    num_pages: usable pages, ids 1..num_pages (an executor allocates num_pages + 1).
-    window: tokens that a query sees at most, itself included, in every layer; None where some layer sees all. Pages
-    that all queries to come have left behind are given back, and the null page stands in their place.
+    num_pages: usable pages of the one pool, ids 1..num_pages (an executor allocates num_pages + 1).
+    groups: each has a page table of its own. Pages that all queries to come of a group have left behind are given
+    back, and the null page stands in their place.
+    num_snapshots: of recurrent states, ids 1..num_snapshots; None for a model that has no such state. A slot has one,
+    and a row that starts at token 0 starts it anew.
     """
 
     max_num_seqs: int
@@ -61,27 +64,26 @@ class Limits:
     page_size: int
     num_pages: int
     vocab_size: int
-    window: int | None = None
+    groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)
+    num_snapshots: int | None = None
 
     @property
     def num_slots(self) -> int:
         return self.max_num_seqs + 1
 
     @property
-    def given_back(self) -> tuple[int, int]:
-        """Tokens behind which pages are given back, and the pages that so many touch; zeros where none are given back.
-
-        Never less than here, so that the step which entered a page into the radix tree is committed before the page
-        is left behind (two steps are in flight at most). One sequence alone can always go on in that many pages.
-        """
-        window = max(self.window or 0, self.page_size + 2)
-        pages = (window + self.page_size - 2) // self.page_size + 1
-        return (0, 0) if self.window is None or pages > self.num_pages else (window, pages)
-
-    @property
     def max_cached_tokens(self) -> int:
-        """Most tokens of one sequence that the KV cache can serve."""
-        return self.max_model_len if self.given_back[0] else self.num_pages * self.page_size
+        """Most tokens of one sequence that the KV cache can serve, where no other holds a page."""
+        level = held = 0  # pages of the sequence in each group that still grows, and in all groups
+        growing = len(self.groups)
+        for most in sorted(group.most_pages(self.page_size) for group in self.groups if group.window is not None):
+            if held + growing * (most - level) > self.num_pages:
+                break
+            held += growing * (most - level)
+            level, growing = most, growing - 1
+        if not growing:
+            return self.max_model_len
+        return (level + (self.num_pages - held) // growing) * self.page_size
 
     @property
     def max_pages_per_seq(self) -> int:
@@ -173,10 +175,13 @@ class Staging:
     row_samples  bool  [rows]      the last token of the row is followed by a sampled one
     token_ids    int32 [tokens]    row after row; FUTURE_TOKEN in decode rows
     qo_indptr    int32 [rows + 1]  CSR offsets of the rows in token_ids
-    table_index  int32 [diffs]     slot * max_pages_per_seq + index: page-table entries to change, before the step
+    table_index  int32 [diffs]     page-table entries to change, before the step:
+                                   (group * num_slots + slot) * max_pages_per_seq + index
     table_page   int32 [diffs]     their new page ids
     sampling_slot int32 [changed]  slots whose sampling row changes, before the step
     sampling     SAMPLING_DTYPE [changed]
+    save_slot, save_snapshot int32 [saves]: first of all, states of slots are copied to snapshots
+    load_slot, load_snapshot int32 [loads]: then snapshots to slots, which is what their rows go on from
     """
 
     def __init__(self, limits: Limits, allocate: Allocator = numpy_allocator) -> None:
@@ -190,11 +195,17 @@ class Staging:
         self.row_samples: BoolArray = allocate(rows, np.dtype(np.bool_))
         self.token_ids: Int32Array = allocate(tokens, int32)
         self.qo_indptr: Int32Array = allocate(rows + 1, int32)
-        diffs = max(1024, 4 * rows)
+        diffs = max(1024, 4 * rows) * len(limits.groups)
         self.table_index: Int32Array = allocate(diffs, int32)
         self.table_page: Int32Array = allocate(diffs, int32)
         self.sampling_slot: Int32Array = allocate(rows, int32)
         self.sampling: npt.NDArray[Any] = allocate(rows, SAMPLING_DTYPE)
+        states = 0 if limits.num_snapshots is None else rows
+        # A prompt's chunk and the decoding after it may both leave a snapshot of one slot.
+        self.save_slot: Int32Array = allocate(2 * states, int32)
+        self.save_snapshot: Int32Array = allocate(2 * states, int32)
+        self.load_slot: Int32Array = allocate(states, int32)
+        self.load_snapshot: Int32Array = allocate(states, int32)
 
     def reserve_table_diff(self, length: int) -> None:
         """Make room for `length` table entries, keeping what is already written."""
@@ -228,6 +239,8 @@ class ForwardInput:
     extras: list[RowExtras] = field(default_factory=list)
     masks: TokenMasks | None = None
     pooled: list[PooledRow] = field(default_factory=list)
+    num_saves: int = 0
+    num_loads: int = 0
 
 
 @dataclass(slots=True)

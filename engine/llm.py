@@ -40,7 +40,9 @@ from engine.request import (
     derive_seed,
 )
 from engine.stream import Delta, TokenLogprob, TokenStream
-from engine.text.structured import Grammar, GrammarCompiler, GrammarSpec
+from engine.text.grammar.compiler import GrammarCompiler
+from engine.text.grammar.spec import GrammarSpec
+from engine.text.grammar.state import Grammar
 from engine.text.tokenizer import Tokenizer
 
 __all__ = ["LLM", "CompletionOutput", "GrammarSpec", "RequestError", "RequestOutput", "SamplingParams", "StartupError"]

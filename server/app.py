@@ -8,8 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import functools
 import hmac
+import importlib
 import logging
 import re
 import signal
@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from pkgutil import iter_modules
 from typing import Any
 
 import orjson
@@ -25,28 +26,9 @@ from aiohttp import web
 from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
 from engine.request import RequestError, UnavailableError
-from engine.text.structured import GrammarCompiler
-from server.endpoints import (
-    abort,
-    anthropic,
-    cache,
-    docs,
-    embeddings,
-    generate,
-    health,
-    info,
-    llamacpp,
-    loads,
-    models,
-    ollama,
-    profile,
-    render,
-    responses,
-    rest,
-    scores,
-    sglang,
-    tokenize,
-)
+from engine.text.grammar.compiler import GrammarCompiler
+from server import endpoints
+from server.endpoints import abort, health
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
@@ -59,26 +41,12 @@ __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
-# What changes the server for everybody: these need the admin key, where there is one.
-ADMIN_ENDPOINTS = (abort, cache, profile, rest)
-ENDPOINTS = (
-    *ADMIN_ENDPOINTS,
-    anthropic,
-    docs,
-    embeddings,
-    generate,
-    health,
-    info,
-    llamacpp,
-    loads,
-    models,
-    ollama,
-    render,
-    responses,
-    scores,
-    sglang,
-    tokenize,
-)
+# A family of routes is a module there. ROUTES: (method, path, handler) each. ERROR_SHAPE: of errors that do not have
+# OpenAI's shape. IS_ADMIN: they change the server for everybody, and need the admin key, where there is one.
+ENDPOINTS = [
+    importlib.import_module(f"{endpoints.__name__}.{found.name}") for found in iter_modules(endpoints.__path__)
+]
+ADMIN_ENDPOINTS = [endpoint for endpoint in ENDPOINTS if getattr(endpoint, "IS_ADMIN", False)]
 _ADMIN_HANDLERS = frozenset(handler for endpoint in ADMIN_ENDPOINTS for _, _, handler in endpoint.ROUTES)
 # What makes a drain shorter.
 _ALWAYS_OPEN = frozenset(handler for _, _, handler in abort.ROUTES)
@@ -96,7 +64,6 @@ _LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})
 _CLIENT_CLOSED = 499
 _MESSAGES = {
     404: "There is no such route.",
-    405: "This route does not take this method.",
     413: "The body is too large.",
 }
 
@@ -131,10 +98,11 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
             shape = getattr(endpoint, "ERROR_SHAPE", error_body)
             for method, path, handler in endpoint.ROUTES:
                 app[_SHAPES][prefix + path] = shape
-                add = functools.partial(app.router.add_route, expect_handler=_expect)
-                add(method, prefix + path, handler)
-                if method == "GET":
-                    add("HEAD", prefix + path, handler)
+                # What takes any rest of a path takes the slash, too.
+                forms = (path,) if path == "/" or path.endswith(":.+}") else (path, path + "/")
+                for form in forms:
+                    for one in (method, "HEAD") if method == "GET" else (method,):
+                        app.router.add_route(one, prefix + form, handler, expect_handler=_expect)
     return app
 
 
@@ -169,7 +137,7 @@ async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
     if given is not None and re.fullmatch(ID_PATTERN, given):
         request[ECHOED_ID] = given
     resource = request.match_info.route.resource
-    route = "none" if resource is None else resource.canonical
+    route = "none" if resource is None else _without_slash(resource.canonical)
     started_at = time.monotonic()
     status = _CLIENT_CLOSED
     with state.in_flight:
@@ -199,8 +167,11 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
     except web.HTTPException as error:
         if error.status < 400:
             raise
-        allow = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else None
-        return _failed(request, ApiError(error.status, _MESSAGES.get(error.status, error.reason)), allow)
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            allowed = ", ".join(sorted(error.allowed_methods))
+            why = f"This route takes {allowed}, and not this method."
+            return _failed(request, ApiError(error.status, why), {"Allow": allowed})
+        return _failed(request, ApiError(error.status, _MESSAGES.get(error.status, error.reason)))
     except ConnectionError:
         # The client has gone before its headers came; aiohttp will find that out with this answer.
         return web.Response(status=_CLIENT_CLOSED)
@@ -215,9 +186,18 @@ def _failed(request: web.Request, error: RequestError, headers: Mapping[str, str
 
 def _shape(request: web.Request, error: RequestError) -> dict[str, object]:
     resource = request.match_info.route.resource
-    path = request.path if resource is None else resource.canonical
-    shape = request.app[_SHAPES].get(path, error_body)
-    return shape(error, request.get(ECHOED_ID))
+    path = _without_slash(request.path if resource is None else resource.canonical)
+    shapes = request.app[_SHAPES]
+    if path not in shapes:
+        # A method that a route does not take, or a path beneath one: in the words of the route that is nearest.
+        heads = (known for known in shapes if path.startswith(known.partition("{")[0].rstrip("/") + "/"))
+        path = max(heads, key=len, default="")
+    return shapes.get(path, error_body)(error, request.get(ECHOED_ID))
+
+
+def _without_slash(path: str) -> str:
+    """A path as it is told: routes are taken with a slash at their end, too."""
+    return path.rstrip("/") or "/"
 
 
 def _authorize(request: web.Request, options: ServerOptions) -> str:

@@ -19,7 +19,7 @@ from engine.models.generation import GenerationDefaults
 from engine.models.spec import ModelSpec
 from engine.request import RequestError
 from engine.text.chat_template import ChatTemplate
-from engine.text.structured import GrammarCompiler
+from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from server.parsers.base import ReasoningFamily, ToolFamily
 from server.response_store import ResponseStore

@@ -96,7 +96,7 @@ async def vectors_of(
     async def ask(name: str, prompt: list[int], pooling: Pooling) -> Vector:
         request = Request(name, prompt, SamplingParams(temperature=0.0), False, pooling=pooling)
         async with engine.submit(request) as stream:
-            sequence: Sequence = engine._listeners[name].sequence
+            sequence: Sequence = engine.publisher.listeners[name].sequence
             delta = await stream.collect()
         retractions.append(sequence.num_retractions)
         assert delta.finish_reason is FinishReason.STOP and delta.token_ids == [] and delta.text == ""

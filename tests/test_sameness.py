@@ -215,7 +215,7 @@ async def answers_of(model: CausalLM, dtype: torch.dtype, setting: Setting) -> d
     async def ask(request: Request) -> None:
         values = {name: getattr(request, name) for name in ("request_id", "prompt_token_ids", "sampling")}
         async with whole.submit(Request(**values, stream=setting.stream != "no")) as stream:
-            sequence: Sequence = whole._listeners[request.request_id].sequence
+            sequence: Sequence = whole.publisher.listeners[request.request_id].sequence
             delta = await stream.collect()
         assert delta.error is None
         found[request.request_id] = Answer(

@@ -1,4 +1,4 @@
-"""A model whose every layer slides gives pages back and answers as transformers does: whole engine, real weights."""
+"""Models with windows give pages back, group by group, and answer as transformers does: whole engine, real weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOpt
 from engine.engine import Engine
 from engine.executor.cpu import CPUExecutor
 from engine.forward import Limits
+from engine.groups import MemoryGroup, plan_groups
 from engine.models.registry import read_spec
 from engine.ops import native
 from engine.request import Request, SamplingParams
@@ -26,40 +27,46 @@ NEW_TOKENS = 150
 LENGTHS = (200, 9, 61)
 
 
-def longest(directory: Path, family: str, **sizes: Any) -> int | None:
-    make_checkpoint(directory, family, **sizes)
-    return read_spec(directory).longest_window
+# Two layers of six see all, and the last window's group has a buffer that no layer uses.
+GEMMA3 = {"num_hidden_layers": 8, "head_dim": 16, "sliding_window": WINDOW, "query_pre_attn_scalar": 24}
+GEMMA3_KINDS = ["sliding_attention", "full_attention", *["sliding_attention"] * 5, "full_attention"]
 
 
-def test_windows_of_the_families(tmp_path: Path) -> None:
-    """Pages go back only where no layer sees all; the start tells the scheduler."""
-    assert longest(tmp_path / "m", "Mistral", sliding_window=24) == 24
-    assert longest(tmp_path / "n", "Mistral", sliding_window=None) is None
-    assert longest(tmp_path / "g", "Gemma2", head_dim=16, sliding_window=9) is None
-    assert longest(tmp_path / "l", "Llama") is None
-    model = ModelOptions(path=str(tmp_path / "m"), load_format="dummy", dtype="float32")
-    built = build_engine(EngineConfig(model=model, cache=CacheOptions(num_pages=8), device="cpu"))
-    built.engine.executor.close()
-    assert built.engine.limits.window == 24
+def groups_of(directory: Path) -> tuple[MemoryGroup, ...]:
+    spec = read_spec(directory)
+    return plan_groups(spec.windows, spec.context_length)
 
 
-async def generate(directory: Path, prompts: list[list[int]], num_pages: int) -> tuple[list[list[int]], int]:
-    """Greedy answers, all at once, and how often a sequence was retracted."""
+def test_groups_of_the_families(tmp_path: Path) -> None:
+    """What the start tells scheduler and executor."""
+    make_checkpoint(tmp_path / "m", "Mistral", sliding_window=24)
+    make_checkpoint(tmp_path / "g", "Gemma3", layer_types=GEMMA3_KINDS, **GEMMA3)
+    for name, windows in (("m", (24,)), ("g", (None, 24, 24, 24))):
+        model = ModelOptions(path=str(tmp_path / name), load_format="dummy", dtype="float32")
+        built = build_engine(EngineConfig(model=model, cache=CacheOptions(num_pages=64), device="cpu"))
+        built.engine.executor.close()
+        assert tuple(group.window for group in built.engine.limits.groups) == windows
+
+
+async def generate(
+    directory: Path, prompts: list[list[int]], num_pages: int, prefix_cache: bool = True
+) -> tuple[list[list[int]], list[list[float]], Engine]:
+    """Greedy answers, all at once, with their log-probabilities."""
     model = load(directory)
-    limits = Limits(4, 48, 512, PAGE, num_pages, model.config.vocab_size, model.config.longest_window)
+    limits = Limits(4, 48, 512, PAGE, num_pages, model.config.vocab_size, groups_of(directory))
     config = EngineConfig(
-        cache=CacheOptions(num_pages=num_pages, page_size=PAGE),
+        cache=CacheOptions(num_pages=num_pages, page_size=PAGE, enable_prefix_caching=prefix_cache),
         scheduler=SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=48),
     )
     engine = Engine(config, CPUExecutor(model, limits, dtype=torch.float32), None)
     task = asyncio.create_task(engine.run())
 
-    async def ask(index: int, prompt: list[int]) -> list[int]:
-        params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True)
+    async def ask(index: int, prompt: list[int]) -> tuple[list[int], list[float]]:
+        params = SamplingParams(max_tokens=NEW_TOKENS, temperature=0.0, ignore_eos=True, logprobs=0)
         async with engine.submit(Request(f"r{index}", prompt, params, stream=False)) as stream:
             delta = await stream.collect()
         assert delta.error is None
-        return delta.token_ids
+        return delta.token_ids, [entry.logprob for entry in delta.logprobs]
 
     try:
         answers = await asyncio.gather(*(ask(index, prompt) for index, prompt in enumerate(prompts)))
@@ -67,25 +74,58 @@ async def generate(directory: Path, prompts: list[list[int]], num_pages: int) ->
         task.cancel()
         await asyncio.wait({task})
         engine.executor.close()
-    return list(answers), engine.scheduler.counters.num_preemptions
+    engine.scheduler.kv_cache.check([])
+    return [tokens for tokens, _ in answers], [numbers for _, numbers in answers], engine
 
 
-@pytest.mark.parametrize("kernels", ["native", "torch"])
-async def test_mistral_in_a_pool_too_small_for_its_texts(kernels: str, tmp_path: Path) -> None:
-    oracle = make_checkpoint(tmp_path, "Mistral", sliding_window=WINDOW, max_position_embeddings=512)
+def expect(oracle: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list[list[float]]]:
+    """The same by transformers."""
     oracle.generation_config.eos_token_id = None
+    answers, numbers = [], []
+    for prompt in prompts:
+        with torch.inference_mode():
+            whole = oracle.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS)
+            logprobs = torch.log_softmax(oracle(whole).logits[0].float(), -1)
+        answers.append(whole[0, len(prompt) :].tolist())
+        numbers.append(logprobs[torch.arange(len(prompt) - 1, whole.shape[1] - 1), whole[0, len(prompt) :]].tolist())
+    return answers, numbers
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "pools"),
+    [
+        # At most 192 tokens of cache for texts of 350, 159 and 211; the windows touch up to 8 pages each.
+        ("Mistral", {"sliding_window": WINDOW}, (9, 20, 48)),
+        # 88 pages of the group that sees all, and 8 of each of the others, are one long text.
+        ("Gemma3", {"layer_types": GEMMA3_KINDS, **GEMMA3}, (114, 160, 400)),
+        (
+            "Gemma2",
+            {"num_hidden_layers": 4, "head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24},
+            (96, 300),
+        ),
+    ],
+    ids=["mistral", "gemma3", "gemma2"],
+)
+async def test_texts_in_a_pool_that_is_too_small(
+    family: str, sizes: dict[str, Any], pools: tuple[int, ...], tmp_path: Path
+) -> None:
+    """The same tokens and log-probabilities whatever the pool, with prefix cache and without, by either kernel."""
+    oracle = make_checkpoint(tmp_path, family, max_position_embeddings=512, **sizes)
     rng = np.random.default_rng(2)
     prompts = [rng.integers(3, 211, length).tolist() for length in LENGTHS]
-    with torch.inference_mode():
-        expected = [
-            oracle.generate(torch.tensor([prompt]), max_new_tokens=NEW_TOKENS)[0, len(prompt) :].tolist()
-            for prompt in prompts
-        ]
-    if kernels == "native" and native.library() is None:
-        pytest.skip(native.status())
-    with native.disabled() if kernels == "torch" else contextlib.nullcontext():
-        # At most 192 tokens of cache for texts of 350, 159 and 211; the three windows touch up to 7 pages each.
-        for num_pages in (9, 20, 48):
-            answers, retractions = await generate(tmp_path, prompts, num_pages)
-            assert answers == expected, num_pages
-            assert retractions == 0 or num_pages < 48
+    prompts.append([*prompts[0][:150], 5, 6])
+    expected, logprobs = expect(oracle, prompts)
+    retractions = []
+    for num_pages, prefix_cache, plain in [
+        (pools[0], True, True),
+        (pools[0], False, False),
+        *((n, True, False) for n in pools),
+    ]:
+        with native.disabled() if plain else contextlib.nullcontext():
+            answers, numbers, engine = await generate(tmp_path, prompts, num_pages, prefix_cache)
+        assert answers == expected, (num_pages, prefix_cache, plain)
+        for ours, theirs in zip(numbers, logprobs, strict=True):
+            np.testing.assert_allclose(ours, theirs, atol=1e-4)
+        retractions.append(engine.scheduler.counters.num_preemptions)
+    # Where all layers have windows, one is admitted only if its windows fit.
+    assert retractions[-1] == 0 and (max(retractions) > 0 or family == "Mistral")

@@ -2,12 +2,14 @@
 
 Called by the Scheduler alone, on the loop thread. A page is at any time free, in the tree, private to one
 sequence, a duplicate that waits for `end_step`, or on a detached path that somebody still holds; `check` says so.
+A sequence has a page list in every memory group; all pages come from one pool. Snapshots of recurrent states have a
+pool of their own; one is free, hangs in the tree, or is kept by a sequence for the time when it leaves.
 """
 
 from __future__ import annotations
 
 import struct
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -16,6 +18,7 @@ from engine.cache.eviction.registry import make_eviction_policy
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree
 from engine.forward import NULL_PAGE, Int32Array
+from engine.groups import MemoryGroup
 
 TokenIds = Sequence[int] | Int32Array
 
@@ -28,27 +31,41 @@ def _to_bytes(token_ids: TokenIds) -> bytes:
 
 
 class SequencePages:
-    """Pages of one sequence in order: pages[:num_shared] belong to the tree and are locked, the rest are private.
+    """Pages of one sequence in order, a list for each group. lists[g][: gone[g]] were given back (null pages stand for
+    them); up to num_shared the rest belongs to the tree and is locked, behind that it is private.
 
-    Where the model has a window, the first num_gone were given back (null pages stand for them), and then none is
-    shared. is_private: its pages never enter the tree, or not any more. Only KVCache writes it.
+    Lists of groups with a window may be shorter than the others, until the prompt is computed. Only KVCache writes it.
     """
 
-    __slots__ = ("data", "is_private", "namespace", "node", "num_gone", "num_shared", "pages")
+    __slots__ = ("data", "gone", "kept", "lists", "namespace", "node", "num_known", "num_shared", "snapshot")
 
-    def __init__(self, namespace: str, data: bytes, node: Node, *, is_private: bool = False) -> None:
-        self.pages: list[int] = []
+    def __init__(self, namespace: str, data: bytes, node: Node, num_groups: int) -> None:
+        self.lists: list[list[int]] = [[] for _ in range(num_groups)]
+        self.gone = [0] * num_groups
         self.num_shared = 0
-        self.num_gone = 0
-        self.is_private = is_private
+        # Of models with a recurrent state: pages that the tree knew at `begin`, beyond what was usable, too; the
+        # snapshot to go on from; and the one to leave behind, with the tokens that it is of.
+        self.num_known = 0
+        self.snapshot = 0
+        self.kept: tuple[int, int] | None = None
         self.namespace = namespace
         self.data = data  # the tokens seen so far, so that no call converts a prompt again
         self.node: Node | None = node  # where the lock is; ends at num_shared. None once released
 
     @property
-    def own_pages(self) -> list[int]:
-        """A copy of the private ones."""
-        return self.pages[max(self.num_shared, self.num_gone) :]
+    def pages(self) -> list[int]:
+        """Of the first group, which often is the only one."""
+        return self.lists[0]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages in every group, those that were given back included: how far it can be computed."""
+        return min([len(pages) for pages in self.lists])
+
+    @property
+    def num_held(self) -> int:
+        """Pages of all groups."""
+        return sum([len(pages) for pages in self.lists]) - sum(self.gone)
 
 
 class KVCache:
@@ -59,15 +76,20 @@ class KVCache:
         num_pages: int,
         page_size: int,
         *,
+        groups: Sequence[MemoryGroup] = (MemoryGroup(),),
+        num_snapshots: int | None = None,
         enable_prefix_caching: bool = True,
         eviction_policy: str = "lru",
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
+        self.groups = groups
+        self.has_windows = any(group.window is not None for group in groups)
         self.num_evicted_pages = 0
         self._caching = enable_prefix_caching
         self._pool = PagePool(num_pages)
-        self._tree = RadixTree(page_size, make_eviction_policy(eviction_policy))
+        self._tree = RadixTree(page_size, make_eviction_policy(eviction_policy), groups, num_snapshots is not None)
+        self._snapshots = PagePool(num_snapshots) if num_snapshots and enable_prefix_caching else None
         self._deferred: list[int] = []
 
     @property
@@ -83,14 +105,17 @@ class KVCache:
         """Pages that `reserve` can get: free ones and evictable ones."""
         return self._pool.num_free + self._tree.num_evictable
 
-    def begin(self, token_ids: TokenIds, namespace: str = "", *, private: bool = False) -> SequencePages:
-        """Lock the longest known prefix; of whole pages, and one token short, for a step has to sample.
-
-        private: it neither finds anything nor leaves anything for others.
-        """
-        data = _to_bytes(token_ids) if self._caching and not private else b""
-        seq = SequencePages(namespace, data, self._tree.open(namespace), is_private=private)
-        self.extend_match(seq, token_ids)
+    def begin(self, token_ids: TokenIds, namespace: str = "") -> SequencePages:
+        """Lock the longest known prefix from which every group can go on; of whole pages, and one token short, for a
+        step has to sample."""
+        data = _to_bytes(token_ids) if self._caching else b""
+        seq = SequencePages(namespace, data, self._tree.open(namespace), len(self.groups))
+        if self._caching:
+            assert seq.node is not None
+            limit = (len(token_ids) - 1) // self.page_size
+            seq.node, seq.lists, seq.gone, seq.num_known = self._tree.match(seq.node, data, limit)
+            seq.num_shared = len(seq.lists[0])
+            seq.snapshot = seq.node.snapshot.id if seq.node.snapshot is not None else 0
         return seq
 
     def match_length(self, token_ids: TokenIds, namespace: str = "") -> int:
@@ -100,18 +125,16 @@ class KVCache:
         limit = (len(token_ids) - 1) // self.page_size
         return self._tree.match_length(namespace, _to_bytes(token_ids), limit) * self.page_size
 
-    def extend_match(self, seq: SequencePages, token_ids: TokenIds) -> int:
-        """Match on from where a sequence without private pages stands; returns the number of new pages."""
-        node = seq.node
-        assert node is not None, "the sequence was released"
-        if not self._caching or seq.is_private or node.detached or len(seq.pages) > seq.num_shared:
-            return 0
-        limit = (len(token_ids) - 1) // self.page_size
-        data = self._data(seq, token_ids, len(token_ids))
-        seq.node, pages = self._tree.match(node, data, seq.num_shared, limit)
-        seq.pages += pages
-        seq.num_shared += len(pages)
-        return len(pages)
+    def num_missing(self, seq: SequencePages, num_tokens: int, ahead: int = 0) -> int:
+        """Pages that must be had to bring a sequence to num_tokens, `ahead` tokens at a time (0: one by one).
+
+        Of a group with a window only what it holds at once, for it gives back on the way.
+        """
+        end, missing = -(-num_tokens // self.page_size), 0
+        for group, pages, gone in zip(self.groups, seq.lists, seq.gone, strict=True):
+            most = group.most_pages(self.page_size) + -(-ahead // self.page_size)
+            missing += max(0, min(end - gone, most) - (len(pages) - gone))
+        return missing
 
     def make_room(self, num_pages: int) -> bool:
         """Have num_pages free pages, evicting what is missing; False, and no change, if it cannot.
@@ -127,57 +150,107 @@ class KVCache:
             self._pool.free(pages)
         return True
 
-    def reserve(self, seq: SequencePages, num_tokens: int) -> bool:
-        """Make room for num_tokens with private pages, evicting as needed; False, and no change, if it cannot."""
+    def reserve(self, seq: SequencePages, num_tokens: int, window_tokens: int | None = None) -> bool:
+        """Make room for num_tokens with private pages, evicting as needed; False, and no change, if it cannot.
+
+        window_tokens: what groups with a window shall have room for, where that is another number.
+        """
         assert seq.node is not None, "the sequence was released"
-        missing = -(-num_tokens // self.page_size) - len(seq.pages)
-        if missing > 0:
-            if not self.make_room(missing):
+        full, windowed = (
+            -(-count // self.page_size)
+            for count in (num_tokens, num_tokens if window_tokens is None else window_tokens)
+        )
+        missing = [
+            max(0, (full if group.window is None else windowed) - len(pages))
+            for group, pages in zip(self.groups, seq.lists, strict=True)
+        ]
+        if any(missing):
+            if not self.make_room(sum(missing)):
                 return False
-            seq.pages += self._pool.allocate(missing)
+            for pages, count in zip(seq.lists, missing, strict=True):
+                pages += self._pool.allocate(count)
         return True
 
     def reserve_one(self, seq: SequencePages) -> int:
-        """One more private page; its id, or 0 when nothing is available."""
+        """One more private page in every group; its id in the first one, or 0 when too few are available."""
         assert seq.node is not None, "the sequence was released"
-        if not self._pool.num_free and not self.make_room(1):
+        lists = seq.lists
+        if self._pool.num_free < len(lists) and not self.make_room(len(lists)):
             return 0
-        page = self._pool.allocate_one()
-        seq.pages.append(page)
-        return page
+        for pages in lists:
+            pages.append(self._pool.allocate_one())
+        return lists[0][-1]
 
-    def enter(self, seq: SequencePages, token_ids: TokenIds, num_tokens: int) -> list[tuple[int, int]]:
+    def enter(self, seq: SequencePages, token_ids: TokenIds, num_tokens: int) -> list[tuple[int, int, int]]:
         """Give the whole pages of token_ids[:num_tokens] to the tree and lock them: a prefill is being launched.
 
-        Returns (index, page id) for each page that the tree had already and that replaces the sequence's own.
+        Returns (group, index, page id) for each page that the tree had already and that replaces the sequence's own.
         Those stay out of the pool until `end_step`, for the step under construction may still name them.
         """
-        first = seq.num_shared
-        duplicates = self._insert(seq, token_ids, num_tokens)
+        duplicates, remaps = self._insert(seq, token_ids, num_tokens)
         self._deferred += duplicates
-        return [(i, seq.pages[i]) for i in range(first, first + len(duplicates))]
+        return remaps
 
-    def give_back(self, seq: SequencePages, num_pages: int) -> range:
-        """No step to come reads the sequence's first num_pages. Returns the indices that now hold the null page.
+    def give_back(self, seq: SequencePages, num_computed: int) -> list[tuple[int, range]]:
+        """No step to come reads what is behind the windows of token num_computed. Returns (group, indices) of what are
+        null pages from now on.
 
-        Private pages are free at once. Shared ones are unlocked when all of them are left behind, for the tree keeps
-        whole prefixes; what follows is the sequence's alone from then on. What it entered must have been computed:
-        a lock that is given up cannot be taken back by `take_back`.
+        Private pages are free at once; shared ones stay in the tree for others, as long as their memory is not needed.
         """
         assert seq.node is not None, "the sequence was released"
-        first = seq.num_gone
-        if num_pages <= max(first, seq.num_shared - 1):
-            return range(0)
-        assert num_pages <= len(seq.pages), f"{num_pages} of {len(seq.pages)} pages are given back"
-        self._pool.free(seq.pages[max(first, seq.num_shared) : num_pages])
-        if seq.num_shared:
-            assert not seq.node.detached, "a sequence that is not intact goes on"
-            root = self._tree.open(seq.namespace)
-            self._pool.free(self._tree.unlock(seq.node))
-            seq.node, seq.num_shared = root, 0
-        seq.pages[first:num_pages] = [NULL_PAGE] * (num_pages - first)
-        seq.num_gone, seq.is_private, seq.data = num_pages, True, b""
-        return range(first, num_pages)
+        returned: list[tuple[int, range]] = []
+        # Somebody can go on where the last page that is whole now ends, if the sequence leaves at this point; an
+        # overrun, whose token is not known, may be of the page after it.
+        start = max(0, num_computed - 1) // self.page_size * self.page_size
+        for window, members in enumerate(self._tree.members):
+            old = seq.gone[members[0]]
+            new = self.groups[members[0]].behind(start, self.page_size)
+            if new <= old:
+                continue
+            if old < seq.num_shared:
+                assert not seq.node.detached, "a sequence that is not intact goes on"
+                self._tree.leave(seq.node, seq.num_shared, window, old, new)
+            for group in members:
+                pages = seq.lists[group]
+                assert new <= len(pages), f"{new} of {len(pages)} pages are given back"
+                self._pool.free(pages[max(old, seq.num_shared) : new])
+                pages[old:new] = [NULL_PAGE] * (new - old)
+                seq.gone[group] = new
+                returned.append((group, range(old, new)))
+        return returned
+
+    def save_shared(self, seq: SequencePages, num_tokens: int) -> int:
+        """A snapshot to save the state of a sequence to, which has just computed num_tokens, the end of a page that it
+        shares: from the step on that saves it others may go on there. 0: none is to be had, or there is one."""
+        assert seq.node is not None and num_tokens == seq.num_shared * self.page_size
+        snapshot = self._take_snapshot() if seq.node.snapshot is None else 0
+        if snapshot and not self._tree.attach(seq.node, seq.num_shared, num_tokens // self.page_size, snapshot):
+            self._free_snapshots([snapshot])
+            return 0
+        return snapshot
+
+    def save_private(self, seq: SequencePages, num_tokens: int) -> int:
+        """The same for pages that it does not share yet. It hangs in the tree when the sequence leaves."""
+        assert num_tokens % self.page_size == 0
+        snapshot = seq.kept[0] if seq.kept is not None else self._take_snapshot()
+        if snapshot:
+            seq.kept = snapshot, num_tokens
+        return snapshot
+
+    def _take_snapshot(self) -> int:
+        if self._snapshots is None:
+            return 0
+        self._collect_snapshots()
+        return self._snapshots.allocate_one() if self._snapshots.num_free else self._tree.oldest_snapshot()
+
+    def _free_snapshots(self, snapshots: list[int]) -> None:
+        assert self._snapshots is not None
+        self._snapshots.free(snapshots)
+
+    def _collect_snapshots(self) -> None:
+        if self._tree.lost_snapshots:
+            self._free_snapshots(self._tree.lost_snapshots)
+            self._tree.lost_snapshots = []
 
     def end_step(self) -> None:
         """The step is built: duplicates may be handed out again."""
@@ -193,10 +266,18 @@ class KVCache:
         """
         assert seq.node is not None, "the sequence was released before"
         if num_tokens and not seq.node.detached:
-            self._pool.free(self._insert(seq, token_ids, num_tokens))
-        self._pool.free(seq.own_pages)
-        self._pool.free(self._tree.unlock(seq.node))
-        seq.pages, seq.num_shared, seq.num_gone, seq.data, seq.node = [], 0, 0, b"", None
+            self._pool.free(self._insert(seq, token_ids, num_tokens)[0])
+        if seq.kept is not None:
+            snapshot, at = seq.kept
+            known = at <= min(num_tokens, seq.num_shared * self.page_size)
+            if not known or not self._tree.attach(seq.node, seq.num_shared, at // self.page_size, snapshot):
+                self._free_snapshots([snapshot])
+            seq.kept = None
+        for pages in self._own(seq):
+            self._pool.free(pages)
+        self._pool.free(self._tree.unlock(seq.node, seq.num_shared, seq.gone))
+        seq.lists, seq.gone = [[] for _ in self.groups], [0] * len(self.groups)
+        seq.num_shared, seq.data, seq.node = 0, b"", None
 
     def take_back(self, seq: SequencePages, first_page: int) -> None:
         """A step failed: the sequence's pages from index first_page on leave the tree, with all that stands on them.
@@ -212,10 +293,14 @@ class KVCache:
         return not seq.node.detached
 
     def flush(self) -> int:
-        """Drop every page that no sequence holds; returns how many."""
+        """Drop every page that no sequence needs; returns how many."""
         pages = self._tree.evict(self._tree.num_evictable)
         self._pool.free(pages)
         return len(pages)
+
+    def _own(self, seq: SequencePages) -> list[list[int]]:
+        """The private pages by group."""
+        return [pages[max(seq.num_shared, gone) :] for pages, gone in zip(seq.lists, seq.gone, strict=True)]
 
     def _data(self, seq: SequencePages, token_ids: TokenIds, num_tokens: int) -> bytes:
         known = len(seq.data) // TOKEN_BYTES
@@ -223,20 +308,30 @@ class KVCache:
             seq.data += _to_bytes(token_ids[known:num_tokens])
         return seq.data
 
-    def _insert(self, seq: SequencePages, token_ids: TokenIds, num_tokens: int) -> list[int]:
-        """Move whole pages of the sequence into the tree and its lock with them; returns the duplicates."""
+    def _insert(
+        self, seq: SequencePages, token_ids: TokenIds, num_tokens: int
+    ) -> tuple[list[int], list[tuple[int, int, int]]]:
+        """Move whole pages of the sequence into the tree and its lock with them; returns the duplicates, and what
+        stands in their place: (group, index, page id)."""
         node, first = seq.node, seq.num_shared
         end = num_tokens // self.page_size
         assert node is not None, "the sequence was released"
-        assert end <= len(seq.pages), f"{num_tokens} tokens in {len(seq.pages)} pages"
-        if not self._caching or seq.is_private or end <= first:
-            return []
+        assert end <= seq.num_pages, f"{num_tokens} tokens in {seq.num_pages} pages"
+        if not self._caching or end <= first:
+            return [], []
         data = self._data(seq, token_ids, num_tokens)
-        own = seq.pages[first:end]
-        seq.node, canonical = self._tree.insert(node, data, first, own)
-        seq.pages[first : first + len(canonical)] = canonical
+        own = [pages[first:end] for pages in seq.lists]
+        seq.node, canonical = self._tree.insert(node, data, first, own, seq.gone)
         seq.num_shared = end
-        return own[: len(canonical)]
+        duplicates: list[int] = []
+        remaps: list[tuple[int, int, int]] = []
+        for group, (mine, theirs) in enumerate(zip(own, canonical, strict=True)):
+            seq.lists[group][first : first + len(theirs)] = theirs
+            for index, (page, other) in enumerate(zip(mine, theirs, strict=False), first):
+                if page != other:
+                    duplicates.append(page)
+                    remaps.append((group, index, other))
+        return duplicates, remaps
 
     def check(self, live: Iterable[SequencePages]) -> None:
         """Assert that every page has one owner and that locks, tree and eviction order agree. O(pages).
@@ -245,58 +340,103 @@ class KVCache:
         """
         owners: dict[int, str] = {}
 
-        def own(pages: list[int], owner: str) -> None:
+        def own(pages: Iterable[int], owner: str) -> None:
             for page in pages:
                 assert page not in owners, f"page {page} belongs to {owners[page]} and to {owner}"
                 owners[page] = owner
 
+        live = list(live)
         own(self._pool.free_pages(), "the free list")
         own(self._deferred, "the deferred duplicates")
         nodes = list(self._tree.nodes())
         for node in nodes:
-            own(node.pages, "the tree")
+            own(_pages_of(node), "the tree")
         locks: Counter[Node] = Counter()
+        needed: defaultdict[Node, Counter[tuple[int, int]]] = defaultdict(Counter)  # (window, first page that is)
         detached: set[Node] = set()
         for seq in live:
             assert seq.node is not None, "a released sequence is called live"
-            own(seq.own_pages, "a sequence")
-            assert not seq.num_gone or (seq.is_private and not seq.num_shared), "pages are gone under shared ones"
-            assert not any(seq.pages[: seq.num_gone]), "a page that was given back is still named"
+            for pages in self._own(seq):
+                own(pages, "a sequence")
             path: list[Node] = []
             place: Node | None = seq.node
             while place is not None:
                 path.append(place)
                 place = place.parent
             locks.update(path)
-            shared = [page for node in reversed(path) for page in node.pages]
-            assert shared == seq.pages[: seq.num_shared], f"shared pages {seq.pages[: seq.num_shared]}, path {shared}"
+            path.reverse()
+            start = 0
             for node in path:
+                for window, members in enumerate(self._tree.members):
+                    first = max(0, seq.gone[members[0]] - start)
+                    if first < node.length:
+                        needed[node][window, first] += 1
+                start += node.length
                 if node.detached and node not in detached:
                     detached.add(node)
-                    own(node.pages, "a detached path")
+                    own(_pages_of(node), "a detached path")
+            for group, (pages, gone) in enumerate(zip(seq.lists, seq.gone, strict=True)):
+                shared = [page for node in path for page in node.runs[group]]
+                assert len(shared) == seq.num_shared, f"{seq.num_shared} shared pages on a path of {len(shared)}"
+                assert shared[gone:] == pages[gone : seq.num_shared], (
+                    f"shared pages {pages}, {gone} gone, path {shared}"
+                )
+                assert not any(pages[:gone]), "a page that was given back is still named"
+                assert all(pages[gone:]), "a page that was not given back is not named"
         missing = sorted(set(range(1, self.num_pages + 1)) - owners.keys())
         assert not missing and len(owners) == self.num_pages, f"pages without owner: {missing}"
         for node in [*self._tree.roots(), *nodes, *detached]:
             held = locks.pop(node, 0)
             assert node.lock_count == held, f"a node with {held} locks counts {node.lock_count}"
+            for part in node.parts:
+                counts = {first: count for (window, first), count in needed[node].items() if window == part.window}
+                assert part.locks == counts, f"windows need {counts} of a node, which counts {part.locks}"
         assert not locks, "a sequence holds a node that is not in the tree"
+        if self._snapshots is not None:
+            hanging = [node.snapshot for node in nodes if node.snapshot is not None]
+            assert {snapshot.node for snapshot in hanging} == {node for node in nodes if node.snapshot is not None}
+            assert set(self._tree.snapshots()) == set(hanging), "the order of snapshots is wrong"
+            ids = [snapshot.id for snapshot in hanging] + [seq.kept[0] for seq in live if seq.kept is not None]
+            ids += self._tree.lost_snapshots + self._snapshots.free_pages()
+            assert sorted(ids) == list(range(1, len(ids) + 1)), f"snapshots {sorted(ids)}"
+            assert len(ids) == self._snapshots.num_pages, "a snapshot was lost"
         self._check_tree(nodes)
 
     def _check_tree(self, nodes: list[Node]) -> None:
         page_bytes = self.page_size * TOKEN_BYTES
+        evictable = 0
         for node in nodes:
-            assert node.pages and not node.detached, "a node of the tree is empty or detached"
-            assert len(node.tokens) >= len(node.pages) * page_bytes, "a run has more pages than tokens"
+            assert node.length and not node.detached, "a node of the tree is empty or detached"
+            assert len({len(run) for run in node.runs}) == 1, "groups have runs of different lengths"
+            assert len(node.tokens) >= node.length * page_bytes, "a run has more pages than tokens"
             assert node.parent is not None and node.parent.children[node.key] is node, "parent and child disagree"
             assert node.key == node.tokens[:page_bytes], "a child is not under its first page"
+            assert any(_pages_of(node)) or node.children or node.lock_count, "a leaf without pages was not dropped"
+            for group, run in zip(self.groups, node.runs, strict=True):
+                assert group.window is not None or all(run), "a hole where everything is seen"
+                evictable += len(run) * (group.window is None and not node.lock_count)
+            for part, members in zip(node.parts, self._tree.members, strict=True):
+                assert part.free_to == min(part.locks, default=node.length) and part.hole <= part.free_to
+                for run in (node.runs[group] for group in members):
+                    assert not any(run[: part.hole]) and all(run[part.hole :]), f"a hole of {part.hole} in {run}"
+                evictable += (part.free_to - part.hole) * len(members)
         for root in self._tree.roots():
             assert root.lock_count or root.children, "a bare root was not dropped"
-        unlocked = {node for node in nodes if not node.lock_count}
-        evictable = sum(len(node.pages) for node in unlocked)
         assert self.num_evictable == evictable, f"{evictable} pages are evictable, counted {self.num_evictable}"
+        unlocked = {node for node in nodes if not node.lock_count}
         gone: set[Node] = set()
         for node in self._tree.policy.order():
             assert node in unlocked and node not in gone, "the eviction order holds a node that is locked or twice"
             assert gone.issuperset(node.children.values()), "the eviction order has a parent before its child"
             gone.add(node)
         assert gone == unlocked, f"{len(unlocked - gone)} unlocked nodes are not in the eviction order"
+        for window in range(len(self._tree.members)):
+            order = self._tree.parts_in_order(window)
+            parts = {part for node in nodes for part in node.parts if part.window == window}
+            assert set(order) == {part for part in parts if part.hole < part.free_to}, "a window's order is wrong"
+            assert len(set(order)) == len(order), "a window's order holds a part twice"
+            assert [part.used for part in order] == sorted(part.used for part in order), "a window's order is no order"
+
+
+def _pages_of(node: Node) -> list[int]:
+    return [page for run in node.runs for page in run if page]

@@ -1,4 +1,4 @@
-"""PagePool: the free list of page ids. Owned and called by KVCache alone, on the loop thread.
+"""PagePool: the free list of page ids (and of snapshots'). Owned and called by KVCache alone, on the loop thread.
 
 Ids are 1..num_pages; page 0 is the null page and is never handed out. Every page is asserted twice, when it
 is freed and when it is handed out, because a page with two owners shows up as somebody else's wrong text.
@@ -16,6 +16,7 @@ class PagePool:
 
     def __init__(self, num_pages: int) -> None:
         assert num_pages > 0, f"a pool needs at least one page, not {num_pages}"
+        self.num_pages = num_pages
         self._free = list(range(num_pages, NULL_PAGE, -1))  # low ids are handed out first
         self._is_free = bytearray([1]) * (num_pages + 1)  # the null page too: freeing it is a double free
 

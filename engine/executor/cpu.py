@@ -21,7 +21,7 @@ from torch import Tensor
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
-from engine.executor.tables import PagedMetadata, SlotTables
+from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
 from engine.ops.pooling import Pooler, pooled_chunks
@@ -104,6 +104,7 @@ class CPUExecutor:
                 num_pages=limits.num_pages,
                 page_size=limits.page_size,
                 dtype=dtype,
+                groups=limits.groups,
             )
         self.limits = limits
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
@@ -113,7 +114,7 @@ class CPUExecutor:
         self._tables = SlotTables(limits)
         self._extras = SlotExtras(limits)
         self._pooler = Pooler()
-        self._metadata = PagedMetadata(limits)
+        self._metadata = StepMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
         self._token_tensor = torch.from_numpy(self._token_ids)
@@ -196,15 +197,15 @@ class CPUExecutor:
         chosen = np.full(rows, -1, np.int32)
         if tokens == 0:
             return ForwardOutput(chosen, step.step)
-        model, attention, metadata, staging = self._model, self._attention, self._metadata, step.staging
+        model, attention, staging = self._model, self._attention, step.staging
         assert model is not None and attention is not None
-        metadata.build(step, self._tables)
+        metadata = self._metadata.build(step, self._tables)
         slots = staging.row_slot[:rows]
         ids = self._token_ids[:tokens]
         ids[:] = staging.token_ids[:tokens]
         decode = ids[: step.num_decode_rows]
         np.copyto(decode, self._last_token[slots[: step.num_decode_rows]], where=decode == FUTURE_TOKEN)
-        attention.plan(metadata)
+        attention.plan(*self._metadata.of_groups)
         hidden = model.forward(self._token_tensor[:tokens], torch.from_numpy(metadata.positions), attention)
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:

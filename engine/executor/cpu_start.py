@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
-from engine.config import CacheOptions, CudaOptions, StartupError
+from engine.config import CacheOptions, StartupError
 from engine.executor.cpu import CPUExecutor
 from engine.executor.start import Start
 from engine.forward import Limits
+from engine.groups import MemoryGroup, pages_held, plan_groups
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.invariance import promise
@@ -33,10 +34,6 @@ DEFAULT_FULL_SEQUENCES = 64
 def start(given: Start) -> CPUExecutor:
     """Load the model, divide the memory, and say what was decided. Raises StartupError."""
     config, report, context = given.config, given.report, given.context
-    if config.cuda != CudaOptions():
-        raise StartupError(
-            "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx need a CUDA device; this is a CPU"
-        )
     dtype = pick_dtype(config.model.dtype)
     with report.phase("kernels"):
         status = native.status()
@@ -53,8 +50,10 @@ def start(given: Start) -> CPUExecutor:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
     report.row("deterministic", f"{'yes' if promised else 'no'} ({how})")
     with report.phase("KV cache"):
-        num_pages = plan_memory(model.attention_spec, dtype, config.cache, config.scheduler.max_num_seqs, context)
-        kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype)
+        groups = plan_groups(given.spec.windows, context)
+        sequences = config.scheduler.max_num_seqs
+        num_pages = plan_memory(model.attention_spec, dtype, config.cache, sequences, context, groups)
+        kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype, groups)
         asked = config.cache != dataclasses.replace(
             config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
         )
@@ -70,7 +69,7 @@ def start(given: Start) -> CPUExecutor:
             page_size=config.cache.page_size,
             num_pages=num_pages,
             vocab_size=given.spec.vocab_size,
-            window=given.spec.longest_window,
+            groups=groups,
         )
         return CPUExecutor(model, limits, dtype=dtype, load=load)
 
@@ -143,7 +142,12 @@ def available_memory() -> int:
 
 
 def plan_memory(
-    spec: AttentionSpec, dtype: torch.dtype, cache: CacheOptions, max_num_seqs: int, max_model_len: int
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    cache: CacheOptions,
+    max_num_seqs: int,
+    max_model_len: int,
+    groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
 ) -> int:
     """Pages of the KV cache. To be called after the weights are loaded. Raises StartupError.
 
@@ -151,7 +155,7 @@ def plan_memory(
     DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len (or DEFAULT_FULL_SEQUENCES, if
     those are fewer) can fill.
     """
-    per_page = spec.kv_bytes_per_token(dtype) * cache.page_size
+    per_page = spec.kv_bytes_per_token(dtype, groups) * cache.page_size
     free = available_memory()
     if cache.num_pages is not None:
         num_pages = cache.num_pages
@@ -160,7 +164,7 @@ def plan_memory(
     elif cache.memory_fraction is not None:
         num_pages = int(free * cache.memory_fraction) // per_page - 1
     else:
-        useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * -(-max_model_len // cache.page_size)
+        useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * pages_held(groups, max_model_len, cache.page_size)
         num_pages = min(int(free * DEFAULT_MEMORY_SHARE) // per_page - 1, useful)
     if num_pages < 1:
         raise StartupError(f"the KV cache would hold no page: one of {cache.page_size} tokens takes {per_page:,} bytes")

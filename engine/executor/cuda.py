@@ -166,6 +166,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
                     self.layer.synchronize_all()
                 except Exception as error:
                     logger.error("the device failed while it was closed: %s", error)
+        self.pieces.clear()
         self.graphs.clear()
 
     # ---- a step

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.tables import PagedMetadata
 from engine.forward import ForwardOutput, Int32Array, Limits, Staging
-from engine.ops.sampling.device import WORDS
+from engine.ops.sampling.layout import WORDS
 
 # Every array of the staging arena starts on a multiple of this many bytes.
 ALIGN = 64
@@ -90,7 +90,6 @@ class Side:
         self.block = layer.zeros((self.arena.memory.numel(),), torch.uint8)
         self.row_slot = self._image(self.staging.row_slot)
         self.row_start = self._image(self.staging.row_start)
-        self.token_ids = self._image(self.staging.token_ids)
         self.table_index = self._image(self.staging.table_index)
         self.table_page = self._image(self.staging.table_page)
         self.sampling_slot = self._image(self.staging.sampling_slot)
@@ -98,7 +97,7 @@ class Side:
         # Staging may replace these two by larger ones; graphs go on reading the first.
         self.first_index, self.first_page = self.staging.table_index, self.staging.table_page
         self.metadata = PagedMetadata(limits)
-        self.meta_host = layer.pinned(4 * (2 * limits.max_num_batched_tokens + 16 * (rows + 4) + limits.num_pages))
+        self.meta_host = layer.pinned(4 * (3 * limits.max_num_batched_tokens + 16 * (rows + 4) + limits.num_pages))
         self.meta_host = self.meta_host.view(torch.int32)
         self.meta = layer.zeros((self.meta_host.numel(),), torch.int32)
         self.out = layer.zeros((rows,), torch.int32)

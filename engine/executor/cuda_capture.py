@@ -13,7 +13,7 @@ from engine.executor.cuda_attention import choose_attention
 from engine.executor.cuda_buffers import Side
 from engine.executor.cuda_decode import DecodeSteps
 from engine.executor.cuda_graph import GraphKey
-from engine.executor.cuda_products import choose_products
+from engine.executor.cuda_products import COUNTS, choose_products
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DecodePlan
 
@@ -76,6 +76,9 @@ class Captures(DecodeSteps):
             found = choose_products(self.model.linears, self.layer)
             self.layer.synchronize_all()
         self._few = [linear.few for linear in self.model.linears]
+        if found[0] and not self.model.config.headless:
+            for rows in COUNTS:  # a norm or a residual that they take along makes them other kernels
+                self.decode_once(min(rows, self.limits.max_num_seqs))
         return found
 
     def _with_products(self, model: CausalLM) -> CausalLM:
@@ -84,10 +87,15 @@ class Captures(DecodeSteps):
             linear.few = few
         return model
 
-    def decode_once(self) -> None:
-        """A decode step of one padding row: its kernels are built and loaded before a client waits for them. Blocks."""
+    def decode_once(self, rows: int = 1) -> None:
+        """A decode step of padding rows: its kernels are built and loaded before a client waits for them. Blocks."""
         with self.layer.may_block():
-            self._warm_up(self.graphs.key(1, 1, 0, "plain"), capture=False)
+            for draw in ("plain", "filtered"):
+                key = self.graphs.key(rows, 1, 0, draw)
+                if self.attention.decode_needs_plan(key.size):
+                    # See capture_at_start.
+                    self.layer.synchronize(self._sides[0].computed)
+                self._warm_up(key, capture=False)
             self.layer.synchronize_all()
 
     def capture_at_start(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -101,4 +109,7 @@ class Captures(DecodeSteps):
                 self._warm_up(key, capture=True)
                 if progress is not None:
                     progress(number + 1, len(keys))
+            with self.layer.on(self._compute):
+                for size in reversed(self.pieces.sizes):
+                    self.pieces.capture(self.model, size)
             self.layer.synchronize_all()

@@ -17,7 +17,7 @@ from engine.executor.cuda_graph import GraphKey
 from engine.executor.cuda_state import DeviceState
 from engine.forward import NULL_PAGE, NULL_SLOT, ForwardInput
 from engine.ops.attention.device import DecodePlan, DecodeStep, decode_inputs
-from engine.ops.sampling.device import sample
+from engine.ops.sampling.device import draw as draw_tokens
 
 
 class DecodeSteps(DeviceState):
@@ -85,10 +85,11 @@ class DecodeSteps(DeviceState):
         side, page_size = self._sides[parity], self.limits.page_size
         with torch.inference_mode():
             positions = side.row_start[:size]
-            slots, token_ids, kv_len, kv_slots, tables = decode_inputs(
+            slots = side.row_slot[:size]
+            token_ids, kv_len, kv_slots, tables = decode_inputs(
                 self._page_table,
                 self._last_token,
-                side.row_slot[:size],
+                slots,
                 positions,
                 side.table_index[:size],
                 side.table_page[:size],
@@ -96,16 +97,13 @@ class DecodeSteps(DeviceState):
                 page_size,
             )
             attention = self.attention.decode(DecodeStep(positions, kv_slots, tables, kv_len, parity))
-            hidden = self.model.forward(token_ids, positions, attention)
-            logits = self.model.logits(hidden)
+            logits = self.model.decode(token_ids, positions, attention)
             if draw == "open":
                 assert self._open is not None
                 self._open[:size].copy_(logits)
                 return
-            params, filters = self._sampling.index_select(0, slots), self.attention.filters
-            tokens = sample(logits, params, kv_len, filtered=draw == "filtered", filters=filters)
-            self._last_token.index_copy_(0, slots, tokens)
-            side.out[:size].copy_(tokens)
+            given = logits, self._sampling, slots, kv_len
+            draw_tokens(*given, self._last_token, side.out[:size], filtered=draw == "filtered")
 
     def _decode_plan(self, forward_input: ForwardInput, side: Side, size: int) -> tuple[int, DecodePlan]:
         """Host metadata of a decode step, padded to `size` rows of one page. Returns its length in words."""

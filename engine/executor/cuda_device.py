@@ -91,6 +91,10 @@ class DeviceLayer(Protocol):
         """
         ...
 
+    def capture_parts(self, work: Callable[[Callable[[], None]], object]) -> list[Graph]:
+        """The same in several graphs, to be replayed in this order: work calls what it is given where one ends."""
+        ...
+
     def drop_graph_memory(self) -> None:
         """Let go of the memory that graphs share, once all of them are gone."""
         ...
@@ -187,6 +191,9 @@ class CudaDevice:
             torch.cuda.set_sync_debug_mode(before)
 
     def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        return self.capture_parts(lambda cut: work())[0]
+
+    def capture_parts(self, work: Callable[[Callable[[], None]], object]) -> list[torch.cuda.CUDAGraph]:
         # Not `torch.cuda.graph`: that synchronises, collects garbage and empties the allocator's cache first.
         # thread_local: the waiter thread may go on waiting for events meanwhile.
         if self._captures_over is not None:
@@ -194,30 +201,45 @@ class CudaDevice:
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
             # torch refuses to capture into a pool whose last graph is gone, so the first stays.
-            self._first_graph = self._record(torch.zeros(1, device=self.device).zero_)
+            zeros = torch.zeros(1, device=self.device)
+            self._first_graph = self._record(lambda cut: zeros.zero_())[0]
         return self._record(work)
 
-    def _record(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+    def _record(self, work: Callable[[Callable[[], None]], object]) -> list[torch.cuda.CUDAGraph]:
+        graphs = [self._begin_capture()]
+
+        def cut() -> None:
+            self._end_capture(graphs[-1])
+            graphs.append(self._begin_capture())
+
         try:
-            work()
+            work(cut)
+        except CapturesOver:
+            raise
         except BaseException as error:
             # Ending a broken capture fails in its own way; what broke it is what counts.
             try:
-                graph.capture_end()
+                graphs[-1].capture_end()
             except RuntimeError:
                 self._end_of_captures(str(error))
             if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception):
                 raise
             kind = CaptureError if self._captures_over is None else CapturesOver
             raise kind(f"{type(error).__name__}: {error}") from error
+        self._end_capture(graphs[-1])
+        return graphs
+
+    def _begin_capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+        return graph
+
+    def _end_capture(self, graph: torch.cuda.CUDAGraph) -> None:
         try:
             graph.capture_end()
         except RuntimeError as error:
             self._end_of_captures(str(error))
             raise CapturesOver(str(error)) from error
-        return graph
 
     def _end_of_captures(self, reason: str) -> None:
         """A capture was invalidated. Until 2.12, torch then goes on as if it were still recording into the pool:

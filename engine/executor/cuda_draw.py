@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle
 from engine.executor.cuda_state import DeviceState
 from engine.forward import FUTURE_TOKEN, ForwardInput
-from engine.ops.sampling.device import sample
+from engine.ops.sampling.device import draw
 from engine.ops.sampling.device_extras import allow, figures_of
 
 
@@ -56,15 +56,14 @@ class OpenSteps(DeviceState):
                 x = raw if plan is None else extras.adjust(raw, wide, plan)
                 if masked is not None and bits is not None:
                     x = allow(x, masked, bits)
-                params, filters = self._sampling.index_select(0, wide), self.attention.filters
-                tokens = sample(x, params, positions, filtered=filtered, filters=filters)
-                if plan is not None:
-                    extras.note(wide, tokens)
-                if figures is not None and asked is not None and plan is not None:
+                side.out[:num_rows].fill_(FUTURE_TOKEN)
+                draw(x, self._sampling, slots, positions, self._last_token, side.out, where, filtered=filtered)
+                if plan is None:
+                    return
+                tokens = side.out.index_select(0, where.long())
+                extras.note(wide, tokens)
+                if figures is not None and asked is not None:
                     index = asked.long()
                     figures.copy_(figures_of(raw.index_select(0, index), tokens.index_select(0, index), plan.num_top))
-                self._last_token.index_copy_(0, wide, tokens)
-                side.out[:num_rows].fill_(FUTURE_TOKEN)
-                side.out.index_copy_(0, where.long(), tokens)
 
         layer.launch(work)

@@ -24,6 +24,8 @@ MOST_BYTES = 45 * 10**6
 # What a member may be, so that no file makes the disk overflow.
 MOST_MEMBER_BYTES = 200 * 10**6
 MANIFEST = "manifest.json"
+# Where a kit is written if nothing else is said.
+KIT_OF_BUILD = Path("build/kernels.kit")
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         not isinstance(manifest, dict)
         or manifest.get("format") != FORMAT
         or not isinstance(manifest.get("kernels"), dict)
+        or not isinstance(manifest.setdefault("models", []), list)
         or not all(isinstance(manifest.get(field), str) for field in fields)
     ):
         raise StartupError(f"--kernels {path}: a kit that another version has written; build it anew")
@@ -130,13 +133,12 @@ def _unpack(path: Path, kernels: dict[str, str], folder: Path) -> None:
 
 
 def use_kit_of_build() -> str:
-    """The kit that tests and benchmarks take where there is one; what is said of it."""
+    """The kit that tests and benchmarks take where there is one; what is said of it. Raises StartupError."""
     import torch
 
-    path = Path("build/kernels.kit")
-    if not path.exists():
+    if not KIT_OF_BUILD.exists():
         return ""
-    return use_kit(path, torch.cuda.get_device_capability(), torch.version.cuda)
+    return use_kit(KIT_OF_BUILD, torch.cuda.get_device_capability(), torch.version.cuda)
 
 
 def use_kit(path: Path, capability: tuple[int, int], torch_cuda: str | None) -> str:

@@ -75,6 +75,7 @@ class MovingMemory(Captures):
         assert not self._in_flight, "memory moves under a step"
         with self._moving, self.layer.may_block():
             self.layer.synchronize_all()
+            self.pieces.clear()
             self.graphs.clear()
             self._open = None
             try:

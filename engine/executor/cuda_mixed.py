@@ -1,7 +1,8 @@
-"""Steps with prompts: launched operation by operation, planned on the host."""
+"""Steps with prompts: planned on the host; small ones a chain of graphs (cuda_pieces.py), others launch by launch."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,13 +12,19 @@ import torch
 from torch import Tensor
 
 from engine.executor.cuda_buffers import CudaHandle, Side
+from engine.executor.cuda_pieces import Chain
 from engine.executor.cuda_state import DeviceState
 from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
-from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, decode_inputs
+from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, StepAttention, decode_inputs
 from engine.ops.pooling import pooled_chunks
-from engine.ops.sampling.device import sample
+from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
 from engine.request import Pooling
+
+
+def padded(array: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
+    """Zeros behind it, up to `size`."""
+    return array if len(array) == size else np.concatenate((array, np.zeros(size - len(array), array.dtype)))
 
 
 class MixedSteps(DeviceState):
@@ -29,12 +36,16 @@ class MixedSteps(DeviceState):
         """See `_launch_decode`."""
         layer, staging = self.layer, side.staging
         rows, tokens, decodes = forward_input.num_rows, forward_input.num_tokens, forward_input.num_decode_rows
+        size = self.pieces.size(tokens)
+        with layer.on(self._compute):
+            chain = self.pieces.get(self.model, size) if size is not None else None
+        # What a chain reads is padded, and lies in one piece.
+        size = tokens if chain is None or size is None else size
         metadata = side.metadata
         metadata.build(forward_input, self._tables)
         sampled = np.flatnonzero(staging.row_samples[:rows])
         parts: list[npt.NDArray[Any]] = [
-            metadata.positions,
-            metadata.kv_slots,
+            *(padded(part, size) for part in (staging.token_ids[:tokens], metadata.positions, metadata.kv_slots)),
             metadata.qo_indptr,
             metadata.kv_indptr,
             metadata.last_page_len,
@@ -56,22 +67,21 @@ class MixedSteps(DeviceState):
         end = side.end_of(side.first_page, forward_input.num_table_diffs if inside else 0)
         if forward_input.num_sampling_diffs:
             end = side.end_of(staging.sampling, forward_input.num_sampling_diffs)
-        self._send(side, max(end, side.end_of(staging.token_ids, tokens)), total)
+        self._send(side, end, total)
         meta, pinned = side.meta, side.meta_host
-        positions, slots32, indices, where, last, sample_slots, sample_at = (
-            meta[cuts[part]] for part in (0, 1, 5, 6, 7, 8, 9)
+        token_ids, positions, kv_slots, indices, where, last, sample_slots, sample_at = (
+            meta[cuts[part]] for part in (0, 1, 2, 6, 7, 8, 9, 10)
         )
         with layer.on(self._compute):
             layer.wait(side.uploaded)
             self._apply_diffs(forward_input, side, handle)
-            kv_slots = slots32  # widened on the device
             qo_indptr, kv_indptr, last_page_len, kv_len, qo_prompts, kv_prompts = (
-                pinned[cuts[part]] for part in (2, 3, 4, 10, 11, 12)
+                pinned[cuts[part]] for part in (3, 4, 5, 11, 12, 13)
             )
             every = Ragged(indices, qo_indptr, kv_indptr, last_page_len, kv_len)
-            pages = meta[cuts[13]]
+            pages = meta[cuts[14]]
             prompts = Ragged(pages, qo_prompts, kv_prompts, last_page_len[decodes:], kv_len[decodes:])
-            step = MixedStep(positions, kv_slots, every, prompts, decodes, side.parity)
+            step = MixedStep(positions[:tokens], kv_slots[:tokens], every, prompts, decodes, side.parity)
             attention = self.attention.mixed(step)
 
             chunks = []
@@ -82,14 +92,16 @@ class MixedSteps(DeviceState):
             vectors = [self._vector_out(handle, entry.pooling) for entry in forward_input.pooled if entry.ends]
             found: list[Tensor] = []
 
-            def work() -> None:
+            def enter(token_ids: Tensor) -> None:
                 with torch.inference_mode():
-                    step.kv_slots = slots32.long()
-                    token_ids = side.token_ids[:tokens]
+                    if chain is not None:
+                        self.pieces.inputs(size).copy_(meta[: 3 * size].view(3, size))
                     if decodes:
                         step.decode, known = self._decode_rows(side, decodes, width)
                         token_ids[:decodes].copy_(known)
-                    hidden = self.model.forward(token_ids, positions, attention)
+
+            def leave(hidden: Tensor) -> None:
+                with torch.inference_mode():
                     for first, targets, out, k in chunks:
                         part = hidden[first : first + len(targets)]
                         prompt_figures(part, self.model.logits, targets, k, self.limits.vocab_size, out)
@@ -98,23 +110,44 @@ class MixedSteps(DeviceState):
                     side.out[:rows].fill_(FUTURE_TOKEN)
                     if not len(sampled):
                         return
-                    logits = self.model.logits(hidden.index_select(0, last.long()))
+                    logits = self.model.raw_logits(hidden.index_select(0, last))
                     if draw == "open":
-                        found.append(logits)
+                        found.append(logits.float())
                         return
-                    params = self._sampling.index_select(0, sample_slots.long())
-                    filters = self.attention.filters
-                    tokens_out = sample(logits, params, sample_at, filtered=draw == "filtered", filters=filters)
-                    self._last_token.index_copy_(0, sample_slots.long(), tokens_out)
-                    side.out.index_copy_(0, where.long(), tokens_out)
+                    given = logits, self._sampling, sample_slots, sample_at
+                    draw_tokens(*given, self._last_token, side.out, where, filtered=draw == "filtered")
 
-            layer.launch(work)
+            def work() -> None:
+                enter(token_ids)
+                with torch.inference_mode():
+                    hidden = self.model.forward(token_ids, positions, attention)
+                leave(hidden)
+
+            if chain is None:
+                layer.launch(work)
+            else:
+                layer.launch(lambda: enter(self.pieces.inputs(size)[0]))
+                self._replay(chain, attention, tokens)
+                layer.launch(lambda: leave(self.pieces.hidden[:tokens]))
         return found.pop if draw == "open" and len(sampled) else None
+
+    def _replay(self, chain: Chain, attention: StepAttention, tokens: int) -> None:
+        """The forward of a step whose inputs lie where the chain reads them."""
+        q, out = self.pieces.q[:tokens], self.pieces.out[:tokens]
+
+        def attend(number: int) -> None:
+            with torch.inference_mode():
+                attention.attend(number, q, out)
+
+        for part, number in zip(chain.parts, chain.layers, strict=False):
+            self.layer.replay(part)
+            self.layer.launch(functools.partial(attend, number))
+        self.layer.replay(chain.parts[-1])
 
     def _decode_rows(self, side: Side, count: int, width: int) -> tuple[DecodeStep, Tensor]:
         """The decode rows of a step with prompts, and their tokens; the step's diffs are applied."""
         positions, nothing = side.row_start[:count], side.table_index[:0]
-        _, tokens, kv_len, kv_slots, tables = decode_inputs(
+        tokens, kv_len, kv_slots, tables = decode_inputs(
             self._page_table,
             self._last_token,
             side.row_slot[:count],

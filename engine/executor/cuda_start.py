@@ -5,10 +5,11 @@ Called once by the composition root (and by the benchmark and the GPU tests), be
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib.util
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,11 @@ from engine.config import CacheOptions, StartupError
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
+from engine.executor.cuda_pieces import SIZES
+from engine.executor.gpu_probe import has_xqa, stands_in
 from engine.executor.start import Start
-from engine.forward import Limits
+from engine.forward import ForwardError, Limits
+from engine.groups import one_group
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 
@@ -33,6 +37,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 # What the driver keeps for one captured graph of some 200 kernels; an upper guess, the pool itself is shared.
 GRAPH_BYTES = 8 * 1024 * 1024
 GIB = 2**30
+SMALLER = "; lower --max-num-batched-tokens or --max-num-seqs"
 
 
 def start(given: Start) -> CUDAExecutor:
@@ -48,7 +53,8 @@ def start(given: Start) -> CUDAExecutor:
         found = use_kit(Path(config.cuda.kernels), torch.cuda.get_device_capability(), torch.version.cuda)
         report.row("kernels", found)
     layer, dtype = CudaDevice(nvtx=config.cuda.nvtx != "off"), pick_dtype(config.model.dtype)
-    report.row("device", torch.cuda.get_device_name(layer.device))
+    other = stands_in(torch.cuda.get_device_capability(layer.device))
+    report.row("device", torch.cuda.get_device_name(layer.device) + ("" if other is None else f": {other}"))
     report.row("dtype", str(dtype).removeprefix("torch."))
     report.row("deterministic", "no (GPU)")
     with report.phase("weights"):
@@ -60,7 +66,8 @@ def start(given: Start) -> CUDAExecutor:
                 model.name_layers(layer.range)
             return model
 
-        model = load(None)
+        with starting("the weights do not fit on the GPU"):
+            model = load(None)
     given.report_output_layer(model)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
@@ -120,6 +127,17 @@ def pick_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return KV_DTYPES[name]
 
 
+@contextlib.contextmanager
+def starting(what: str, advice: str = "") -> Iterator[None]:
+    """A StartupError of one line where memory is not enough, or a first step fails."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise StartupError(f"{what}: {str(error).splitlines()[0]}{advice}") from error
+    except ForwardError as error:
+        raise StartupError(f"{what}: {(str(error).splitlines() or [''])[0]}{advice}") from error
+
+
 def has_flashinfer() -> bool:
     return importlib.util.find_spec("flashinfer") is not None
 
@@ -130,6 +148,8 @@ def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **op
         return DeviceAttention(model.attention_spec, device=layer.device, **options)
     from engine.ops.attention.flashinfer import Backend
 
+    if layer.device.type == "cuda" and not has_xqa(torch.cuda.get_device_capability(layer.device)):
+        options["decode"] = "wrapper"
     try:
         return Backend(model.attention_spec, device=layer.device, module=module, **options)
     except torch.OutOfMemoryError:
@@ -194,7 +214,7 @@ def build_cuda_executor(
             page_size=page_size,
             num_pages=num_pages,
             vocab_size=model.config.vocab_size,
-            window=model.config.longest_window,
+            groups=one_group(model.config.windows),
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:
@@ -205,14 +225,16 @@ def build_cuda_executor(
     with layer.may_block():
         weights = layer.allocated_memory()
         free = layer.free_memory()
-        activations, workspace = profile_step(model, layer, limits_of(1), attention_of)
+        with starting("no memory is left for the largest step", SMALLER):
+            activations, workspace = profile_step(model, layer, limits_of(1), attention_of)
         gc.collect()  # the trial cache and buffers go before the real ones come
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype)
         graphs = 0
         if cuda_graph != "off":
-            # Sampling with filters holds this many numbers for each logit at a time; all graphs share the room.
+            # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
             logits = max_num_seqs * model.config.vocab_size * 4
-            graphs = 8 * logits + 2 * len(graph_sizes(max_num_seqs)) * GRAPH_BYTES
+            graphs = 4 * logits + (2 * len(graph_sizes(max_num_seqs)) + len(SIZES)) * GRAPH_BYTES
+            graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
             wanted = (cache.num_pages + 1) * page_bytes
@@ -240,17 +262,22 @@ def build_cuda_executor(
         plan = MemoryPlan(layer.total_memory(), weights, workspace, activations, graphs, kv_bytes, max(0, left))
         row("GPU memory", str(plan))
         if not model.config.headless:
-            executor.decode_once()
-            executor.choose_attention()
+            with starting("a first decode step fails", SMALLER):
+                executor.decode_once()
+                executor.choose_attention()
         text = attention.describe()
         if module is None and not has_flashinfer():
             text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
-        ours, products = executor.choose_products()
+        with starting("a first decode step fails", SMALLER):
+            ours, products = executor.choose_products()
         row("products of 1 to 4 rows", f"{ours} of {products} by our kernel, the others by cuBLAS, as was quicker")
         if cuda_graph == "start":
             executor.capture_at_start()
-            row("CUDA graphs", f"{len(executor.graphs)} captured")
+            row(
+                "CUDA graphs",
+                f"{len(executor.graphs)} captured, and {len(executor.pieces)} sizes of steps with prompts",
+            )
         elif cuda_graph == "lazy":
             row("CUDA graphs", f"captured as they are needed, batch sizes {executor.graphs.sizes[-1]} and below")
         else:

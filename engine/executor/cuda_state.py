@@ -19,13 +19,14 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
+from engine.executor.cuda_pieces import Pieces
 from engine.executor.tables import SlotTables
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.pooling import Pooler
-from engine.ops.sampling.device import WORDS
 from engine.ops.sampling.device_extras import DeviceExtras
+from engine.ops.sampling.layout import WORDS
 from engine.ops.skinny import Blocks
 
 logger = logging.getLogger("oneloop.cuda")
@@ -49,6 +50,7 @@ class DeviceState:
             self._page_table = layer.zeros((limits.num_slots, limits.max_pages_per_seq), torch.int32)
             self._last_token = layer.zeros((limits.num_slots,), torch.int32)
             self._sampling = layer.zeros((limits.num_slots, WORDS), torch.int32)
+            self.pieces = Pieces(model, layer, attention, limits, enabled=self.graphs.enabled)
             self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
             layer.synchronize_all()
             with layer.on(self._compute):
@@ -136,19 +138,20 @@ class DeviceState:
     def _send_arrays(self, arrays: Sequence[npt.NDArray[Any]], handle: CudaHandle) -> list[Tensor]:
         """Host arrays of 4-byte numbers, to be used on the compute stream from now on. Called on that stream."""
         layer, side = self.layer, handle.side
-        ends = np.cumsum([len(array) for array in arrays]).tolist()
-        size = max(1, ends[-1])
+        # Each on a multiple of 16 bytes: kernels are compiled anew for pointers that are not so aligned.
+        starts = np.cumsum([0, *(-(-len(array) // 4) * 4 for array in arrays)]).tolist()
+        size = max(1, starts[-1])
         pinned = layer.pinned(4 * size).view(torch.int32)
         host = pinned.numpy()
-        for array, end in zip(arrays, ends, strict=True):
-            host[end - len(array) : end] = array.view(np.int32)
+        for array, start in zip(arrays, starts, strict=False):
+            host[start : start + len(array)] = array.view(np.int32)
         with layer.on(self._upload):
             sent = layer.zeros((size,), torch.int32)
             layer.upload(sent, pinned)
             layer.record(side.uploaded)
         layer.wait(side.uploaded)
         handle.keep += [pinned, sent]
-        parts = [sent[end - len(array) : end] for array, end in zip(arrays, ends, strict=True)]
+        parts = [sent[start : start + len(array)] for array, start in zip(arrays, starts, strict=False)]
         return [
             part.view(torch.float32) if array.dtype == np.float32 else part
             for array, part in zip(arrays, parts, strict=True)

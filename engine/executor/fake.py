@@ -1,9 +1,10 @@
 """FakeExecutor: a device without torch that detects what a scheduler did wrong. For tests and benches.
 
-It computes a two-layer "attention" over 64-bit hashes: the KV cell of a token depends on all cells before it,
-the next token on all cells of the context, and every read goes through page tables fed by ForwardInput alone.
-So a wrong page, a stale row or a lost diff changes a token or trips an assertion. `expected_tokens` computes
-the same tokens directly. Runs on the thread of its caller.
+It computes a two-layer "attention" over 64-bit hashes in every memory group: the KV cell of a token depends on all
+cells before it in the group's window, the next token on all cells of the context that windows leave, and every read
+goes through page tables fed by ForwardInput alone. So a wrong page, a page of another group, one that was given back
+too early, a stale row or a lost diff changes a token or trips an assertion. `expected_tokens` computes the same tokens
+directly. Runs on the thread of its caller.
 """
 
 from __future__ import annotations
@@ -24,10 +25,31 @@ import numpy.typing as npt
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
-from engine.executor.tables import PagedMetadata, SlotTables
+from engine.executor.fake_memory import (
+    MASK,
+    POSITION,
+    ROUND,
+    STATE,
+    TOKEN,
+    U_11,
+    U_32,
+    U_44,
+    U_POSITION,
+    U_ROUND,
+    U_TOKEN,
+    Reads,
+    States,
+    UInt64Array,
+    combine,
+    combine_ints,
+    mix,
+    mix_int,
+    round_of,
+)
+from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
-    NULL_PAGE,
+    NULL_SLOT,
     ForwardError,
     ForwardInput,
     ForwardOutput,
@@ -39,35 +61,14 @@ from engine.forward import (
 )
 from engine.request import Pooling, SamplingParams
 
-UInt64Array = npt.NDArray[np.uint64]
-
 # What a row returns that read the leavings of a failed step. Such a row must never reach a client, so the
 # value is no token id: an oracle sees it at once.
 TAINTED_TOKEN = 2**31 - 2
 # What `poison_staging` leaves behind; as a slot, a page or a token it is out of range everywhere.
 POISON = -(2**30)
 
-_MASK = 2**64 - 1
-# Finalizer of splitmix64 (Steele, Lea, Flood 2014): every input bit flips every output bit half of the time.
-_MIX_1, _MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
-_TOKEN, _POSITION, _ROUND = 0x9E3779B97F4A7C15, 0xD1B54A32D192ED03, 0x8CB92BA72F3D8DD7
-_U_MIX_1, _U_MIX_2 = np.uint64(_MIX_1), np.uint64(_MIX_2)
-_U_TOKEN, _U_POSITION, _U_ROUND = np.uint64(_TOKEN), np.uint64(_POSITION), np.uint64(_ROUND)
-_U_30, _U_27, _U_31, _U_32, _U_11, _U_44 = (np.uint64(n) for n in (30, 27, 31, 32, 11, 44))
 # Numbers in the vector of a prompt.
 FAKE_WIDTH = 4
-
-
-def _mix_int(x: int) -> int:
-    x = ((x ^ (x >> 30)) * _MIX_1) & _MASK
-    x = ((x ^ (x >> 27)) * _MIX_2) & _MASK
-    return x ^ (x >> 31)
-
-
-def _mix(x: UInt64Array) -> UInt64Array:
-    x = (x ^ (x >> _U_30)) * _U_MIX_1
-    x = (x ^ (x >> _U_27)) * _U_MIX_2
-    return x ^ (x >> _U_31)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,9 @@ class FakeModel:
     vocab_size: int
     eos_token_id: int = 0
     eos_rate: float = 0.0
-    window: int | None = None  # tokens that a query sees in both layers, itself included; None: all
+    # By memory group: tokens that a query sees in both layers, itself included; None: all.
+    windows: tuple[int | None, ...] = (None,)
+    has_state: bool = False  # a recurrent one, which every token changes
 
     @property
     def eos_threshold(self) -> int:
@@ -106,56 +109,71 @@ def expected_stream(
         temperature, top_p, min_p = struct.unpack(
             "<III", struct.pack("<fff", sampling.temperature, sampling.top_p, sampling.min_p)
         )
-        key = _mix_int(temperature + (top_p << 32)) ^ _mix_int(min_p + (sampling.top_k << 32) + _ROUND)
-        key = key ^ _mix_int(sampling.seed & _MASK)
+        key = mix_int(temperature + (top_p << 32)) ^ mix_int(min_p + (sampling.top_k << 32) + ROUND)
+        key = key ^ mix_int(sampling.seed & MASK)
     extras = _extras_key(sampling) if _shapes_draws(sampling) else None
-    history = sum(_mix_int(token) for token in prompt) & _MASK
+    history = sum(mix_int(token) for token in prompt) & MASK
     min_length = len(prompt) + sampling.min_tokens
-    context, token = _Context(model.window), prompt[-1]
+    context, token = _Context(model.windows, model.has_state), prompt[-1]
     for earlier in prompt[:-1]:
         context.push(earlier)
     while True:
         context.push(token)
         position, draw = context.position, context.draw()
         if extras is not None:
-            draw = _mix_int(draw ^ _mix_int(extras ^ (history if sampling.has_penalties else 0)))
+            draw = mix_int(draw ^ mix_int(extras ^ (history if sampling.has_penalties else 0)))
         if key is not None:
-            draw = _mix_int(draw ^ _mix_int((key + position * _POSITION) & _MASK))
+            draw = mix_int(draw ^ mix_int((key + position * POSITION) & MASK))
         token = model.eos_token_id if draw >> 11 < model.eos_threshold else draw % model.vocab_size
         if position < min_length:
             token = _unmasked(token, stop_ids, model.vocab_size)
         must = forced(position - len(prompt))
         token = token if must is None else must
-        history = (history + _mix_int(token)) & _MASK
+        history = (history + mix_int(token)) & MASK
         yield token
 
 
 class _Context:
     """The layers of the fake over a growing context, from its tokens alone. position: of the token to come."""
 
-    def __init__(self, window: int | None) -> None:
+    def __init__(self, windows: tuple[int | None, ...], has_state: bool) -> None:
         self.position = 0
-        self._window = window
-        self._layer0 = self._layer1 = 0
-        self._seen: deque[tuple[int, int]] = deque()
+        self._state = 0
+        self._has_state = has_state
+        self._groups = [_GroupContext(group, window) for group, window in enumerate(windows)]
 
     def push(self, token: int) -> int:
-        """One more token; returns its cell in the second layer."""
-        if self._window is not None and len(self._seen) == self._window:
-            left = self._seen.popleft()
-            self._layer0, self._layer1 = self._layer0 - left[0], self._layer1 - left[1]
-        cell = _mix_int((token * _TOKEN + self.position * _POSITION + _ROUND) & _MASK)
-        self._layer0 = (self._layer0 + cell) & _MASK
-        above = _mix_int(self._layer0)
-        self._layer1 = (self._layer1 + above) & _MASK
-        if self._window is not None:
-            self._seen.append((cell, above))
+        """One more token; returns its cells in the second layers, as one number."""
+        cells = [group.push(token, self.position) for group in self._groups]
+        self._state = (self._state + mix_int((token * TOKEN + self.position * POSITION + STATE) & MASK)) & MASK
         self.position += 1
-        return above
+        return combine_ints(cells)
 
     def draw(self) -> int:
         """What the next token is drawn from."""
-        return _mix_int(self._layer1 ^ _ROUND)
+        state = [self._state] if self._has_state else []
+        return mix_int(combine_ints([group.layer1 for group in self._groups] + state) ^ ROUND)
+
+
+class _GroupContext:
+    """Sums over the cells that the last token sees in one memory group."""
+
+    def __init__(self, group: int, window: int | None) -> None:
+        self._round, self._window = round_of(group), window
+        self._layer0 = self.layer1 = 0
+        self._seen: deque[tuple[int, int]] = deque()
+
+    def push(self, token: int, position: int) -> int:
+        if self._window is not None and len(self._seen) == self._window:
+            left = self._seen.popleft()
+            self._layer0, self.layer1 = self._layer0 - left[0], self.layer1 - left[1]
+        cell = mix_int((token * TOKEN + position * POSITION + self._round) & MASK)
+        self._layer0 = (self._layer0 + cell) & MASK
+        above = mix_int(self._layer0)
+        self.layer1 = (self.layer1 + above) & MASK
+        if self._window is not None:
+            self._seen.append((cell, above))
+        return above
 
 
 def expected_tokens(
@@ -175,9 +193,11 @@ def expected_logprob(token: int, position: int) -> float:
     return -float((7 * token + position) % 64)
 
 
-def expected_vector(prompt: list[int], pooling: Pooling, window: int | None = None) -> npt.NDArray[np.float32]:
-    """What the fake answers to a request for a vector, from its tokens alone. window: see FakeModel."""
-    context = _Context(window)
+def expected_vector(
+    prompt: list[int], pooling: Pooling, windows: tuple[int | None, ...] = (None,), has_state: bool = False
+) -> npt.NDArray[np.float32]:
+    """What the fake answers to a request for a vector, from its tokens alone. windows: see FakeModel."""
+    context = _Context(windows, has_state)
     cells = [context.push(token) for token in prompt]
     if pooling.kind == "mean":
         mean: npt.NDArray[np.float64] = _numbers(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
@@ -187,17 +207,15 @@ def expected_vector(prompt: list[int], pooling: Pooling, window: int | None = No
 
 def _numbers(states: UInt64Array) -> npt.NDArray[np.float64]:
     """Integers of 20 bits [n, FAKE_WIDTH]: thousands of them add up exactly, in whatever chunks."""
-    mixed = _mix(np.add(states[:, None], np.arange(FAKE_WIDTH, dtype=np.uint64)))
-    return (mixed >> _U_44).astype(np.float64)
+    mixed = mix(np.add(states[:, None], np.arange(FAKE_WIDTH, dtype=np.uint64)))
+    return (mixed >> U_44).astype(np.float64)
 
 
 def _vector_of_context(state: int, pooling: Pooling) -> npt.NDArray[np.float32]:
     """Of a kind that depends on the context of the last token alone; state: what that token's draw would be."""
     if pooling.kind == "last":
         return _numbers(np.array([state], np.uint64)).astype(np.float32).reshape(-1)
-    return np.array(
-        [-float(_mix_int(state ^ _mix_int(token)) >> 44) / 2**18 for token in pooling.token_ids], np.float32
-    )
+    return np.array([-float(mix_int(state ^ mix_int(token)) >> 44) / 2**18 for token in pooling.token_ids], np.float32)
 
 
 def _shapes_draws(params: SamplingParams | RowExtras) -> bool:
@@ -233,7 +251,10 @@ def poison_staging(staging: Staging) -> None:
     """Overwrite a set that nobody owns (after commit, before the next schedule), so that leftovers show."""
     for name in ("row_slot", "row_start", "row_len", "token_ids", "qo_indptr"):
         getattr(staging, name).fill(POISON)
-    for name in ("table_index", "table_page", "sampling_slot"):
+    for name in (
+        *("table_index", "table_page", "sampling_slot"),
+        *("save_slot", "save_snapshot", "load_slot", "load_snapshot"),
+    ):
         getattr(staging, name).fill(POISON)
     staging.row_samples.fill(True)
     staging.sampling["temperature"] = 1.0
@@ -282,11 +303,18 @@ class FakeExecutor:
     ) -> None:
         assert limits.page_size > 0 and limits.num_pages > 0
         self.limits = limits
-        self.model = model if model is not None else FakeModel(limits.vocab_size, window=limits.window)
+        windows = tuple(group.window for group in limits.groups)
+        self.model = (
+            model
+            if model is not None
+            else FakeModel(limits.vocab_size, windows=windows, has_state=limits.num_snapshots is not None)
+        )
+        assert len(self.model.windows) == len(windows), "the model has other memory groups"
+        assert self.model.has_state == (limits.num_snapshots is not None), "the model has another kind of state"
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self.tables = SlotTables(limits)
         self.num_steps = 0
-        self._metadata = PagedMetadata(limits)
+        self._metadata = StepMetadata(limits)
         self._fail_on = fail_on
         self._random = random
         self._eagerness = eagerness if random is not None else 0.0
@@ -303,7 +331,8 @@ class FakeExecutor:
         # Two output buffers in turn: a receiver that keeps an output too long sees it change.
         self._outputs = [np.zeros(limits.max_num_seqs, np.int32) for _ in range(2)]
         cells = (limits.num_pages + 1) * limits.page_size
-        # Per KV cell: which position it was written for (-1: never), and two layers of hashes.
+        # Per KV cell: which position and group it was written for (-1: never), and two layers of hashes.
+        self._cell_group: Int32Array = np.full(cells, -1, np.int32)
         self._cell_position: Int32Array = np.full(cells, -1, np.int32)
         self._cell_tainted = np.zeros(cells, np.bool_)
         self._layer0: UInt64Array = np.zeros(cells, np.uint64)
@@ -311,6 +340,8 @@ class FakeExecutor:
         # The relay: the token sampled last in a slot, and the position that it was sampled for.
         self._last_token: Int32Array = np.full(limits.num_slots, POISON, np.int32)
         self._last_position: Int32Array = np.full(limits.num_slots, -1, np.int32)
+        # Recurrent states: of slots first, then of snapshots.
+        self._states = States(limits.num_slots + (limits.num_snapshots or 0))
         # What slots need beyond their sampling row, and a sum over the tokens that penalties count from.
         self._extras: dict[int, RowExtras] = {}
         self._history: dict[int, int] = {}
@@ -364,8 +395,9 @@ class FakeExecutor:
         assert not self._not_waited, "a step is in flight"
         assert self.sleep_level == 0 and level in (1, 2)
         self.sleep_level = level
-        self.tables.page_table.fill(0)
+        self.tables.page_tables.fill(0)
         self._cell_position.fill(-1)
+        self._states.position.fill(-1)
         self._layer0.fill(0)
         self._layer1.fill(0)
 
@@ -400,10 +432,10 @@ class FakeExecutor:
         assert handle.output is not None
         return handle.output
 
-    def pages_of(self, slot: int, num_tokens: int) -> list[int]:
+    def pages_of(self, slot: int, num_tokens: int, group: int = 0) -> list[int]:
         """The device's page-table row of a slot, as far as num_tokens tokens reach."""
         width = -(-num_tokens // self.limits.page_size)
-        pages: list[int] = self.tables.page_table[slot, :width].tolist()
+        pages: list[int] = self.tables.page_tables[group, slot, :width].tolist()
         return pages
 
     # The device.
@@ -428,6 +460,7 @@ class FakeExecutor:
             handle.error = error
             failed = True
         self.tables.apply(forward_input)
+        self._copy_states(forward_input)
         self._take_extras(forward_input)
         vectors = self._forward(forward_input, output, failed)
         if not failed:
@@ -468,7 +501,9 @@ class FakeExecutor:
             index: list[int] = staging.table_index[:count].tolist()
             # A scatter on a device has no order: an entry that stands twice is a race.
             assert len(set(index)) == count, "a page-table entry stands twice in one diff"
-            assert min(index) >= limits.max_pages_per_seq and max(index) < self.tables.page_table.size
+            assert min(index) >= 0 and max(index) < self.tables.page_tables.size
+            rows_of = [place // limits.max_pages_per_seq % limits.num_slots for place in index]
+            assert NULL_SLOT not in rows_of, "the page table of the null slot changes"
             pages = staging.table_page[:count]
             assert int(pages.min()) >= 0 and int(pages.max()) <= limits.num_pages, "page id out of range"
         count = forward_input.num_sampling_diffs
@@ -479,25 +514,15 @@ class FakeExecutor:
 
     def _forward(self, forward_input: ForwardInput, output: Int32Array, failed: bool) -> list[npt.NDArray[np.float32]]:
         """Fills in the tokens; returns the vectors of pooled rows."""
-        limits, metadata = self.limits, self._metadata
-        page_size, rows = limits.page_size, forward_input.num_rows
+        limits, rows = self.limits, forward_input.num_rows
         decode_rows, num_tokens = forward_input.num_decode_rows, forward_input.num_tokens
         staging = forward_input.staging
-        metadata.build(forward_input, self.tables)
-        slots, starts = staging.row_slot[:rows], staging.row_start[:rows]
-        kv_len, kv_slots = metadata.kv_len, metadata.kv_slots
-
-        # Every cell that a row's first query or a later one sees, row after row, through the page table.
-        window = self.model.window
-        first = np.zeros(rows, np.int32) if window is None else np.maximum(starts - window + 1, 0)
-        ends = np.cumsum(kv_len - first)
-        bases = ends - (kv_len - first)
-        row_of_cell = np.repeat(np.arange(rows), kv_len - first)
-        positions = np.arange(int(ends[-1])) - (bases - first)[row_of_cell]
-        pages = self.tables.page_table[slots[row_of_cell], positions // page_size]
-        null = int(slots[row_of_cell[int(pages.argmin())]]) if not pages.all() else 0
-        assert not null, f"slot {null} reads the null page"
-        cells = pages * page_size + positions % page_size
+        metadata = self._metadata.build(forward_input, self.tables)
+        slots, starts, kv_len = staging.row_slot[:rows], staging.row_start[:rows], metadata.kv_len
+        reads = [
+            Reads(metadata, self.tables.page_tables[group], limits.page_size, slots, starts, window)
+            for group, window in enumerate(self.model.windows)
+        ]
 
         token_ids = staging.token_ids[:num_tokens].copy()
         row_tainted = np.zeros(rows, np.bool_)
@@ -510,37 +535,30 @@ class FakeExecutor:
             )
             token_ids[:decode_rows] = self._last_token[decoding]
             row_tainted[:decode_rows] = token_ids[:decode_rows] == TAINTED_TOKEN
+        if self.model.has_state:
+            row_tainted |= self._states.begin(slots, starts)
 
         # Layer 0: as on a device, all rows write before any row reads.
-        written = np.sort(kv_slots)
+        written = np.sort(np.concatenate([own.kv_slots for own in self._metadata.of_groups]))
         assert not (written[1:] == written[:-1]).any(), "two rows write the same KV cell"
-        self._cell_position[kv_slots] = metadata.positions
-        self._layer0[kv_slots] = _mix(
-            token_ids.astype(np.uint64) * _U_TOKEN + metadata.positions.astype(np.uint64) * _U_POSITION + _U_ROUND
-        )
-        wrong = self._cell_position[cells] != positions
-        if wrong.any():
-            at = int(wrong.argmax())
-            raise AssertionError(
-                f"slot {slots[row_of_cell[at]]} reads position {positions[at]} in page {pages[at]}, "
-                f"whose cell was written for position {self._cell_position[cells[at]]}"
-            )
-        self._spread_taint(forward_input, cells, bases, row_tainted, failed)
+        mixed = token_ids.astype(np.uint64) * U_TOKEN + metadata.positions.astype(np.uint64) * U_POSITION
+        for group, own in enumerate(self._metadata.of_groups):
+            self._cell_group[own.kv_slots] = group
+            self._cell_position[own.kv_slots] = own.positions
+            self._layer0[own.kv_slots] = mix(mixed + np.uint64(round_of(group)))
+        for group, read in enumerate(reads):
+            read.check(group, self._cell_position, self._cell_group)
+        self._spread_taint(forward_input, reads, row_tainted, failed)
 
-        # Layer 1 of this step's tokens: a hash over layer 0 up to each.
-        layer0 = self._layer0[cells]
-        sums = np.cumsum(layer0)
-        before = sums - layer0
-        since = bases[row_of_cell]
-        if window is not None:
-            since = np.maximum(since, np.arange(len(cells)) - window + 1)
-        sums -= before[since]
-        self._layer1[kv_slots] = _mix(sums[positions >= starts[row_of_cell]])
-
-        if window is not None:
-            bases = np.maximum(bases, ends - window)
-            cells = np.where(np.arange(len(cells)) >= bases[row_of_cell], cells, NULL_PAGE)
-        draws = _mix(np.add.reduceat(self._layer1[cells], bases) ^ _U_ROUND)
+        # Layer 1 of this step's tokens: a hash over layer 0 up to each. Then what rows draw from: sums over layer 1.
+        totals = []
+        for read, own in zip(reads, self._metadata.of_groups, strict=True):
+            self._layer1[own.kv_slots] = mix(read.sums(self._layer0)[read.positions >= starts[read.rows]])
+            totals.append(read.totals(self._layer1))
+        if self.model.has_state:
+            terms = np.add.reduceat(mix(mixed + np.uint64(STATE)), metadata.qo_indptr[:-1])
+            totals.append(self._states.advance(slots, terms, staging.row_len[:rows], row_tainted))
+        draws = mix(combine(totals) ^ U_ROUND)
         vectors = self._pool(forward_input, draws, row_tainted) if forward_input.pooled else []
         if self._extras:
             self._shape(draws, slots)
@@ -560,14 +578,26 @@ class FakeExecutor:
         output[:] = np.where(samples, tokens, -1)
         for slot, token in zip(sampling_slots.tolist(), tokens[samples].tolist(), strict=True) if self._extras else ():
             if slot in self._history:
-                self._history[slot] = (self._history[slot] + _mix_int(token)) & _MASK
+                self._history[slot] = (self._history[slot] + mix_int(token)) & MASK
         return vectors
+
+    def _copy_states(self, forward_input: ForwardInput) -> None:
+        """Saves, then loads."""
+        staging, first = forward_input.staging, self.limits.num_slots - 1
+        count = forward_input.num_saves
+        if count:
+            snapshots = staging.save_snapshot[:count]
+            assert len(set(snapshots.tolist())) == count, "two states are saved to one snapshot"
+            self._states.copy(staging.save_slot[:count], first + snapshots)
+        count = forward_input.num_loads
+        if count:
+            self._states.copy(first + staging.load_snapshot[:count], staging.load_slot[:count])
 
     def _pool(
         self, forward_input: ForwardInput, draws: UInt64Array, row_tainted: npt.NDArray[np.bool_]
     ) -> list[npt.NDArray[np.float32]]:
         """Vectors of the rows that end; NaN where something of a failed step is in them."""
-        staging, kv_slots = forward_input.staging, self._metadata.kv_slots
+        staging = forward_input.staging
         vectors = []
         for pooled in forward_input.pooled:
             row, pooling = pooled.row, pooled.pooling
@@ -577,8 +607,9 @@ class FakeExecutor:
                 slot, start = int(staging.row_slot[row]), int(staging.row_start[row])
                 seen, total = self._sums.pop(slot, (0, np.zeros(FAKE_WIDTH))) if start else (0, np.zeros(FAKE_WIDTH))
                 assert seen == start, f"a mean over {start} tokens has seen {seen} of them"
-                own = kv_slots[staging.qo_indptr[row] : staging.qo_indptr[row + 1]]
-                seen, total = seen + len(own), total + _numbers(self._layer1[own]).sum(axis=0)
+                own = slice(staging.qo_indptr[row], staging.qo_indptr[row + 1])
+                above = combine([self._layer1[group.kv_slots[own]] for group in self._metadata.of_groups])
+                seen, total = seen + len(above), total + _numbers(above).sum(axis=0)
                 if row_tainted[row]:
                     total[:] = np.nan
                 if not pooled.ends:
@@ -591,24 +622,22 @@ class FakeExecutor:
         return vectors
 
     def _spread_taint(
-        self,
-        forward_input: ForwardInput,
-        cells: npt.NDArray[Any],
-        bases: npt.NDArray[Any],
-        row_tainted: npt.NDArray[np.bool_],
-        failed: bool,
+        self, forward_input: ForwardInput, reads: list[Reads], row_tainted: npt.NDArray[np.bool_], failed: bool
     ) -> None:
         """Mark what depends on a failed step, row by row and cell by cell; in place."""
-        kv_slots, lengths = self._metadata.kv_slots, forward_input.staging.row_len[: forward_input.num_rows]
-        self._cell_tainted[kv_slots] = failed
+        lengths = forward_input.staging.row_len[: forward_input.num_rows]
+        written = [own.kv_slots for own in self._metadata.of_groups]
+        for kv_slots in written:
+            self._cell_tainted[kv_slots] = failed
         if failed:
             row_tainted[:] = True
-        elif row_tainted.any() or self._cell_tainted[cells].any():
+        elif row_tainted.any() or any(self._cell_tainted[read.cells].any() for read in reads):
             # Rows of one step may read each other's pages, so until nothing changes.
             count = -1
             while count != (count := int(row_tainted.sum())):
-                self._cell_tainted[kv_slots] = np.repeat(row_tainted, lengths)
-                row_tainted |= np.logical_or.reduceat(self._cell_tainted[cells], bases)
+                for read, kv_slots in zip(reads, written, strict=True):
+                    self._cell_tainted[kv_slots] = np.repeat(row_tainted, lengths)
+                    row_tainted |= np.logical_or.reduceat(self._cell_tainted[read.cells], read.bases)
 
     def _take_extras(self, forward_input: ForwardInput) -> None:
         """Of each slot with a new sampling row: its extras, or none any more."""
@@ -620,7 +649,7 @@ class FakeExecutor:
             assert extras.slot in filled and extras.slot not in self._extras, "extras come once, with a sampling row"
             assert 0 < extras.num_prompt_tokens <= len(extras.history)
             self._extras[extras.slot] = extras
-            self._history[extras.slot] = sum(_mix_int(token) for token in extras.history.tolist()) & _MASK
+            self._history[extras.slot] = sum(mix_int(token) for token in extras.history.tolist()) & MASK
 
     def _shape(self, draws: UInt64Array, slots: Int32Array) -> None:
         """Draws of rows with extras, in place."""
@@ -629,11 +658,11 @@ class FakeExecutor:
             if extras is not None and _shapes_draws(extras):
                 penalties = extras.presence_penalty or extras.frequency_penalty or extras.repetition_penalty != 1.0
                 key = _extras_key(extras) ^ (self._history[slot] if penalties else 0)
-                draws[row] = _mix_int(int(draws[row]) ^ _mix_int(key))
+                draws[row] = mix_int(int(draws[row]) ^ mix_int(key))
 
     def _logprobs(self, forward_input: ForwardInput, output: Int32Array) -> StepLogprobs | None:
         """Of the rows that sampled and asked. Top ids are the ones after the token. Prompts get none."""
-        staging, kv_len = forward_input.staging, self._metadata.kv_len
+        staging, kv_len = forward_input.staging, self._metadata.of_groups[0].kv_len
         rows: list[int] = []
         width = 0
         for row, slot in enumerate(staging.row_slot[: forward_input.num_rows].tolist()):
@@ -659,13 +688,13 @@ class FakeExecutor:
                 for name in ("temperature", "top_p", "min_p")
             )
             top_k = sampling["top_k"].astype(np.uint64)
-            key = _mix(temperature + (top_p << _U_32)) ^ _mix(min_p + (top_k << _U_32) + _U_ROUND)
-            key ^= _mix(sampling["seed"])
-            key += kv_len.astype(np.uint64) * _U_POSITION
-            draws = np.where(hot, _mix(draws ^ _mix(key)), draws)
+            key = mix(temperature + (top_p << U_32)) ^ mix(min_p + (top_k << U_32) + U_ROUND)
+            key ^= mix(sampling["seed"])
+            key += kv_len.astype(np.uint64) * U_POSITION
+            draws = np.where(hot, mix(draws ^ mix(key)), draws)
         tokens = (draws % np.uint64(model.vocab_size)).astype(np.int32)
         if model.eos_rate:
-            tokens[draws >> _U_11 < np.uint64(model.eos_threshold)] = model.eos_token_id
+            tokens[draws >> U_11 < np.uint64(model.eos_threshold)] = model.eos_token_id
         masked = kv_len < sampling["min_length"]
         for row in np.flatnonzero(masked).tolist():
             stop_ids = set(sampling["stop_ids"][row, : sampling["num_stop_ids"][row]].tolist())
@@ -694,6 +723,10 @@ def _fingerprint(forward_input: ForwardInput) -> tuple[object, ...]:
         staging.table_page[:diffs].tobytes(),
         staging.sampling_slot[:changed].tobytes(),
         staging.sampling[:changed].tobytes(),
+        staging.save_slot[: forward_input.num_saves].tobytes(),
+        staging.save_snapshot[: forward_input.num_saves].tobytes(),
+        staging.load_slot[: forward_input.num_loads].tobytes(),
+        staging.load_snapshot[: forward_input.num_loads].tobytes(),
         tuple((extras.slot, extras.history.tobytes()) for extras in forward_input.extras),
         tuple(forward_input.pooled),
     )

@@ -15,12 +15,14 @@ from engine.forward import SAMPLING_DTYPE, ForwardInput, Int32Array, Limits
 
 
 class SlotTables:
-    """page_table int32 [num_slots, max_pages_per_seq]; sampling SAMPLING_DTYPE [num_slots]."""
+    """page_tables int32 [groups, num_slots, max_pages_per_seq]; sampling SAMPLING_DTYPE [num_slots]."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.page_table: Int32Array = np.zeros((limits.num_slots, limits.max_pages_per_seq), np.int32)
-        self._flat_table = self.page_table.reshape(-1)
+        shape = len(limits.groups), limits.num_slots, limits.max_pages_per_seq
+        self.page_tables: Int32Array = np.zeros(shape, np.int32)
+        self.page_table: Int32Array = self.page_tables[0]  # of the first group, which often is the only one
+        self._flat_table = self.page_tables.reshape(-1)
         self.sampling: npt.NDArray[Any] = np.zeros(limits.num_slots, SAMPLING_DTYPE)
 
     def apply(self, forward_input: ForwardInput) -> None:
@@ -35,7 +37,7 @@ class SlotTables:
 
 
 class PagedMetadata:
-    """FlashInfer's CSR description of one step, int32 on the host.
+    """FlashInfer's CSR description of one step for one memory group, int32 on the host.
 
     qo_indptr [rows + 1], kv_indptr [rows + 1], kv_indices [kv_indptr[-1]], last_page_len [rows] (1..page_size),
     kv_len [rows], positions [tokens], kv_slots int64 [tokens] (page * page_size + offset: where a token's K and V go).
@@ -57,7 +59,7 @@ class PagedMetadata:
         self.positions: Int32Array = np.zeros(0, np.int32)
         self.kv_slots: npt.NDArray[np.int64] = np.zeros(0, np.int64)
 
-    def build(self, forward_input: ForwardInput, tables: SlotTables) -> None:
+    def build(self, forward_input: ForwardInput, tables: SlotTables, group: int = 0) -> None:
         """Describe a step whose diffs `tables` has already applied."""
         page_size = self.limits.page_size
         staging, rows, tokens = forward_input.staging, forward_input.num_rows, forward_input.num_tokens
@@ -69,9 +71,6 @@ class PagedMetadata:
         num_pages = -(-self.kv_len // page_size)
         np.cumsum(num_pages, out=self._kv_indptr[1 : rows + 1])
         self.kv_indptr = self._kv_indptr[: rows + 1]
-        width = int(num_pages.max(initial=0))
-        table = tables.page_table[slots, :width]
-        self.kv_indices = table[self._columns[:width] < num_pages[:, None]]
         self.last_page_len = self.kv_len - (num_pages - 1) * page_size
         if forward_input.num_decode_rows == rows:
             positions, token_slots = start, slots
@@ -79,6 +78,37 @@ class PagedMetadata:
             row_of_token = np.repeat(np.arange(rows, dtype=np.int32), length)
             positions = (start - self.qo_indptr[:-1])[row_of_token] + self._token_columns[:tokens]
             token_slots = slots[row_of_token]
-        pages = tables.page_table[token_slots, positions // page_size]
         self.positions = positions
+        self._read(tables.page_tables[group], slots, num_pages, token_slots)
+
+    def build_like(self, other: PagedMetadata, forward_input: ForwardInput, tables: SlotTables, group: int) -> None:
+        """The same step for another group: only page ids differ."""
+        rows = self.num_rows = other.num_rows
+        self.qo_indptr, self.kv_indptr, self.kv_len = other.qo_indptr, other.kv_indptr, other.kv_len
+        self.last_page_len, self.positions = other.last_page_len, other.positions
+        slots = token_slots = forward_input.staging.row_slot[:rows]
+        if forward_input.num_decode_rows != rows:
+            token_slots = np.repeat(slots, forward_input.staging.row_len[:rows])
+        self._read(tables.page_tables[group], slots, np.diff(self.kv_indptr), token_slots)
+
+    def _read(self, table: Int32Array, slots: Int32Array, num_pages: Int32Array, token_slots: Int32Array) -> None:
+        page_size, positions = self.limits.page_size, self.positions
+        width = int(num_pages.max(initial=0))
+        self.kv_indices = table[slots, :width][self._columns[:width] < num_pages[:, None]]
+        pages = table[token_slots, positions // page_size]
         self.kv_slots = pages.astype(np.int64) * page_size + positions % page_size
+
+
+class StepMetadata:
+    """The metadata of every memory group; `of_groups` is valid until the next `build`."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.of_groups = [PagedMetadata(limits) for _ in limits.groups]
+
+    def build(self, forward_input: ForwardInput, tables: SlotTables) -> PagedMetadata:
+        """Describe a step whose diffs `tables` has already applied; returns the first group's."""
+        first = self.of_groups[0]
+        first.build(forward_input, tables)
+        for group, metadata in enumerate(self.of_groups[1:], 1):
+            metadata.build_like(first, forward_input, tables, group)
+        return first

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import logging
+import os
 from pathlib import Path
 from typing import NoReturn
 
@@ -115,7 +116,8 @@ def read_spec(directory: Path) -> ModelSpec:
     Qwen3Model is a Qwen3ForCausalLM without its output layer.
     """
     path = directory / "config.json"
-    if not path.exists() and (directory / "adapter_config.json").exists():
+    # pathlib raises where a name is too long or a directory may not be looked into.
+    if not os.path.exists(path) and os.path.exists(directory / "adapter_config.json"):
         raise StartupError(f"{directory}: is an adapter, which must be merged into its base model first")
     fields = Fields.read(path)
     _refuse_unknown(fields)

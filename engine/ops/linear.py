@@ -9,6 +9,7 @@ the same bits in any batch; the others do so in deterministic mode, by row tiles
 from __future__ import annotations
 
 import contextlib
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor
 from engine.ops import native
 from engine.ops.activation import GATED_ACTIVATIONS
 from engine.ops.invariance import RowTile, row_tile_of
+from engine.ops.norm import Normed, plain
 from engine.ops.skinny import Blocks, skinny_product
 
 # Rows that oneDNN packs for. With 1 its sums fall into the fewest classes by number of rows ({1..128}, {255..512}).
@@ -116,8 +118,11 @@ class Linear:
             self._bias_address = self._bias.data_ptr()
         self.kind = "native"
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[T, in_features] -> [T, out_features] of the same dtype."""
+        if self.few and self.activation is None:
+            return self.by_blocks(x, self.few.get(x.shape[0]))
+        x = plain(x)
         if self.kind == "native":
             if x.stride(1) != 1:
                 x = x.contiguous()
@@ -140,8 +145,6 @@ class Linear:
                 torch.get_num_threads(),
             )
             return out
-        if self.few and self.activation is None:
-            return self.by_blocks(x, self.few.get(x.shape[0]))
         return self._multiply(x) if self.row_tile is None else self.row_tile.apply(self._multiply, x)
 
     def _multiply(self, x: Tensor) -> Tensor:
@@ -151,18 +154,26 @@ class Linear:
             return product
         return F.linear(x, self._weight, self._bias)
 
-    def gated(self, x: Tensor) -> Tensor:
+    def later(self, x: Tensor) -> Tensor | Product:
+        """The same, or what will be it: where a residual that is added next costs no launch of its own."""
+        return Product(self, x) if x.shape[0] in self.few else self(x)
+
+    def gated(self, x: Tensor | Normed) -> Tensor:
         """[T, in_features] -> [T, out_features / 2]: activation(first half of y) * second half."""
         assert self.activation is not None
         if self.few:
             return self.by_blocks(x, self.few.get(x.shape[0]))
         return GATED_ACTIVATIONS[self.activation](self(x))
 
-    def by_blocks(self, x: Tensor, blocks: Blocks | None) -> Tensor:
+    def add_to(self, residual: Tensor, x: Tensor) -> Tensor:
+        """residual [T, out_features] + the product of x, in its memory; of rows that `few` knows."""
+        return skinny_product(x, self._weight, self._bias, self.few[x.shape[0]], None, residual)
+
+    def by_blocks(self, x: Tensor | Normed, blocks: Blocks | None) -> Tensor:
         """On a GPU: what `gated` gives, or a call where there is no activation; blocks None: by cuBLAS."""
         if blocks is not None:
             return skinny_product(x, self._weight, self._bias, blocks, self.activation)
-        y = self._multiply(x)
+        y = self._multiply(plain(x))
         return y if self.activation is None else GATED_ACTIVATIONS[self.activation](y)
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -186,3 +197,20 @@ class Linear:
             torch.get_num_threads(),
         )
         return out
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """linear(x), still to be computed."""
+
+    linear: Linear
+    x: Tensor
+
+    def add_to(self, residual: Tensor) -> Tensor:
+        """The sum, in the residual's memory."""
+        return self.linear.add_to(residual, self.x)
+
+
+def computed(x: Tensor | Product) -> Tensor:
+    """[T, out_features], where nothing is added to it."""
+    return x.linear(x.x) if isinstance(x, Product) else x

@@ -5,11 +5,34 @@ Called by models/ on the executor's thread; native kernels where they know the d
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from engine.ops import native
 from engine.ops.triton.runtime import on_gpu
+
+
+@dataclass(frozen=True, slots=True)
+class Normed:
+    """x [N, width] and a norm that is still to be taken of it: a product of few rows does so while it reads x.
+
+    To be used before x changes, which the stream of residuals does in place.
+    """
+
+    x: Tensor
+    weight: Tensor
+    eps: float
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.x.shape
+
+
+def plain(x: Tensor | Normed) -> Tensor:
+    """[N, width], computed."""
+    return rms_norm(x.x, x.weight, x.eps) if isinstance(x, Normed) else x
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

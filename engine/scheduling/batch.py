@@ -32,7 +32,7 @@ class Batch:
         self.pooled: list[Sequence] = []
         self.all_sample = True
         self.in_flight = False
-        self._width = limits.max_pages_per_seq
+        self._width, self._num_slots = limits.max_pages_per_seq, limits.num_slots
         self._arange: Int32Array = np.arange(limits.max_num_seqs + 1, dtype=np.int32)
 
     @property
@@ -57,7 +57,7 @@ class Batch:
         forward = self.forward_input
         forward.step = step
         forward.num_rows = forward.num_decode_rows = forward.num_tokens = 0
-        forward.num_table_diffs = forward.num_sampling_diffs = 0
+        forward.num_table_diffs = forward.num_sampling_diffs = forward.num_saves = forward.num_loads = 0
         if forward.extras:
             forward.extras.clear()
         forward.masks = None
@@ -114,24 +114,47 @@ class Batch:
         if ends:
             self.pooled.append(sequence)
 
-    def write_page(self, slot: int, index: int, page: int) -> None:
+    def write_page(self, group: int, slot: int, index: int, page: int) -> None:
         """One page-table entry. An entry is written at most once a step: a scatter has no order."""
         forward, staging = self.forward_input, self.staging
         count = forward.num_table_diffs
         staging.reserve_table_diff(count + 1)
-        staging.table_index[count] = slot * self._width + index
+        staging.table_index[count] = (group * self._num_slots + slot) * self._width + index
         staging.table_page[count] = page
         forward.num_table_diffs = count + 1
 
-    def write_pages(self, slot: int, pages: npt.ArrayLike) -> None:
-        """The whole page table of a slot, from its first entry on."""
+    def write_pages(self, group: int, slot: int, first: int, pages: npt.ArrayLike) -> None:
+        """Entries of a group's page table of a slot, from index `first` on."""
         forward, staging = self.forward_input, self.staging
         ids = np.asarray(pages, np.int32)
-        count, first = forward.num_table_diffs, slot * self._width
+        count, start = forward.num_table_diffs, (group * self._num_slots + slot) * self._width + first
         staging.reserve_table_diff(count + len(ids))
-        staging.table_index[count : count + len(ids)] = np.arange(first, first + len(ids), dtype=np.int32)
+        staging.table_index[count : count + len(ids)] = np.arange(start, start + len(ids), dtype=np.int32)
         staging.table_page[count : count + len(ids)] = ids
         forward.num_table_diffs = count + len(ids)
+
+    def write_save(self, slot: int, snapshot: int) -> None:
+        """The state that a slot has before the step goes to a snapshot."""
+        forward, staging, count = self.forward_input, self.staging, self.forward_input.num_saves
+        # A snapshot that was taken off again in the meantime is the last one's: two copies to it have no order.
+        where = int(np.argmax(staging.save_snapshot[:count] == snapshot)) if count else 0
+        if not count or staging.save_snapshot[where] != snapshot:
+            where = count
+            forward.num_saves = count + 1
+        staging.save_slot[where] = slot
+        staging.save_snapshot[where] = snapshot
+
+    def saves(self) -> list[tuple[int, int]]:
+        """(slot, snapshot) as written so far."""
+        staging, count = self.staging, self.forward_input.num_saves
+        return list(zip(staging.save_slot[:count].tolist(), staging.save_snapshot[:count].tolist(), strict=True))
+
+    def write_load(self, slot: int, snapshot: int) -> None:
+        """A slot goes on from a snapshot, which may be one of this step's saves."""
+        forward, staging, count = self.forward_input, self.staging, self.forward_input.num_loads
+        staging.load_slot[count] = slot
+        staging.load_snapshot[count] = snapshot
+        forward.num_loads = count + 1
 
     def write_sampling(self, sequence: Sequence, seed: int) -> None:
         """The sampling row of a newly filled slot."""

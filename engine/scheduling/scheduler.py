@@ -34,6 +34,8 @@ from engine.scheduling.slots import IndexArray, Scratch, SlotTable
 
 # A run of forced tokens shorter than this is sampled token by token: nothing, or one step of one row, would be saved.
 MIN_JUMP = 2
+# Pages that a sequence decodes between two snapshots of its recurrent state.
+SNAPSHOT_PAGES = 16
 
 
 @dataclass(slots=True)
@@ -83,6 +85,8 @@ class Scheduler:
         self.kv_cache = KVCache(
             limits.num_pages,
             limits.page_size,
+            groups=limits.groups,
+            num_snapshots=limits.num_snapshots,
             enable_prefix_caching=cache_options.enable_prefix_caching,
             eviction_policy=cache_options.eviction_policy,
         )
@@ -110,12 +114,18 @@ class Scheduler:
         self._decoding: list[Sequence] = []
         self._decodes: IndexArray = np.zeros(0, np.intp)
         self._decodes_stale = False
-        # Page-table entries that the next step changes: (sequence, its pages then, index, page).
-        self._remaps: list[tuple[Sequence, SequencePages, int, int]] = []
+        # Page-table entries that the next step changes: (sequence, its pages then, group, index, page).
+        self._remaps: list[tuple[Sequence, SequencePages, int, int, int]] = []
+        # Of models with a recurrent state: (sequence, its pages then, tokens) whose state the next step saves.
+        self._saves: list[tuple[Sequence, SequencePages, int]] = []
+        self._unsent: list[tuple[int, int]] = []  # (slot, snapshot) that were written, but no step came
+        self.snapshot_pages = SNAPSHOT_PAGES
+        self._has_state = limits.num_snapshots is not None
         self._watermark_pages = max(1, int(limits.num_pages * options.admission_watermark))
         self._scratch = Scratch(limits.max_num_seqs)
-        # Tokens behind which pages are given back, 0 where none are; and the pages that so many tokens touch.
-        self._window, self._window_pages = limits.given_back
+        self._num_groups = len(limits.groups)
+        # Tokens for which groups with a window should have pages, beside the window's own, before a prompt begins.
+        self._good_chunk = min(limits.max_num_batched_tokens, max(group.window or 0 for group in limits.groups))
 
     # ---- requests
 
@@ -176,7 +186,7 @@ class Scheduler:
             if params.max_tokens is not None or len(prompt) >= limits.max_cached_tokens:
                 raise ContextLengthExceededError(
                     f"The KV cache holds {limits.max_cached_tokens} tokens; {max_length} were asked "
-                    "for (prompt and max_tokens). Please shorten the prompt or the output.",
+                    "for (prompt and output). Please shorten the prompt or the output.",
                     param="max_tokens",
                 )
             max_length = limits.max_cached_tokens + 1
@@ -251,6 +261,8 @@ class Scheduler:
             return None
         batch.begin(self._next_step)
         remaps, self._remaps = self._remaps, []
+        if self._has_state:
+            self._write_saves(batch)
         self._schedule_decodes(batch)
         self._schedule_jumps(batch)
         self._schedule_prefills(batch)
@@ -258,6 +270,7 @@ class Scheduler:
         if batch.num_rows == 0:
             # No step carries them, so the next one must.
             self._remaps += remaps
+            self._unsent = batch.saves()
             return None
         if remaps:
             self._write_remaps(batch, remaps)
@@ -272,7 +285,7 @@ class Scheduler:
         """All rows past their prefill, oldest first; those that need a page get one or sit this step out."""
         if self._decodes_stale:
             self._rebuild_decodes()
-        if self.kv_cache.num_available < len(self._decodes) + self._pages_of_jumps():
+        if self.kv_cache.num_available < len(self._decodes) * self._num_groups + self._pages_of_jumps():
             self._make_room()
         if not len(self._decodes):
             return
@@ -307,26 +320,54 @@ class Scheduler:
             pages = sequence.pages
             assert pages is not None
             self._give_back(sequence)
-            page = self.kv_cache.reserve_one(pages)
-            if page:
-                batch.write_page(slot, len(pages.pages) - 1, page)
-                table.set_capacity(slot, len(pages.pages))
-            else:
-                keep[row] = False
+            if self._has_state:
+                self._save_decoded(batch, slot, pages, int(computed[row]))
+            keep[row] = self._reserve_one(batch, sequence, pages)
         if keep.all():
             return slots, computed
         return slots[keep], computed[keep]
 
+    def _reserve_one(self, batch: Batch, sequence: Sequence, pages: SequencePages) -> bool:
+        """One more page in every group, if they are to be had."""
+        if not self.kv_cache.reserve_one(pages):
+            return False
+        for group, ids in enumerate(pages.lists):
+            batch.write_page(group, sequence.slot, len(ids) - 1, ids[-1])
+        self._table.set_capacity(sequence.slot, len(pages.pages))
+        return True
+
+    def _write_saves(self, batch: Batch) -> None:
+        """Before anything else of the step: what the last one left in the slots goes to snapshots.
+
+        All saves of a step are taken before its first admission, so none can be to what that loads.
+        """
+        for slot, snapshot in self._unsent:
+            batch.write_save(slot, snapshot)
+        self._unsent = []
+        saves, self._saves = self._saves, []
+        for sequence, pages, num_tokens in saves:
+            # One that has left since has given up its place in the tree.
+            if sequence.pages is pages and (snapshot := self.kv_cache.save_shared(pages, num_tokens)):
+                batch.write_save(sequence.slot, snapshot)
+
+    def _save_decoded(self, batch: Batch, slot: int, pages: SequencePages, num_computed: int) -> None:
+        """Where a page ends, now and then: so that somebody can go on not far before the end of an answer."""
+        page_size = self.limits.page_size
+        since = pages.kept[1] if pages.kept is not None else pages.num_shared * page_size
+        if num_computed - since >= self.snapshot_pages * page_size:
+            snapshot = self.kv_cache.save_private(pages, num_computed)
+            if snapshot:
+                batch.write_save(slot, snapshot)
+
     def _give_back(self, sequence: Sequence) -> None:
-        """The pages that have left the window of a sequence's next token, and so of all that follow.
+        """The pages that have left a group's window of a sequence's next token, and so of all that follow.
 
         Steps in flight may still read them: who gets them next writes them by a later step.
         """
         pages = sequence.pages
-        if self._window and pages is not None:
-            left_behind = (int(self._table.computed[sequence.slot]) - self._window + 1) // self.limits.page_size
-            for index in self.kv_cache.give_back(pages, left_behind):
-                self._remaps.append((sequence, pages, index, NULL_PAGE))
+        if self.kv_cache.has_windows and pages is not None:
+            for group, indices in self.kv_cache.give_back(pages, int(self._table.computed[sequence.slot])):
+                self._remaps += [(sequence, pages, group, index, NULL_PAGE) for index in indices]
 
     def _make_room(self) -> None:
         """Retract sequences until the decode rows' next two steps have pages: the newest, or whom the policy says.
@@ -335,16 +376,16 @@ class Scheduler:
         lets that happen before a row has to sit out. The oldest (most important) sequence is never retracted.
         """
         table = self._table
-        for sequence in (*self._decoding, *self._jumping) if self._window else ():
+        for sequence in (*self._decoding, *self._jumping) if self.kv_cache.has_windows else ():
             self._give_back(sequence)
         while len(self._running) > 1:
             slots = self._decodes
             wanting = (table.computed[slots] + 1 >= table.capacity[slots]) & (
                 table.computed[slots] + 1 < table.limit[slots]
             )
-            leaving = [sequence.pages for sequence in self._leaving if sequence.pages is not None]
-            coming = sum(len(pages.pages) - pages.num_gone for pages in leaving)
-            if int(wanting.sum()) + self._pages_of_jumps() <= self.kv_cache.num_available + coming:
+            coming = sum(sequence.pages.num_held for sequence in self._leaving if sequence.pages is not None)
+            wanted = int(wanting.sum()) * self._num_groups + self._pages_of_jumps()
+            if wanted <= self.kv_cache.num_available + coming:
                 return
             self._retract(self._policy.victim(self._running))
             self._rebuild_decodes()
@@ -354,7 +395,7 @@ class Scheduler:
         wanted = 0
         for sequence in self._jumping:
             assert sequence.pages is not None
-            wanted += max(0, -(-sequence.num_tokens // self.limits.page_size) - len(sequence.pages.pages))
+            wanted += self.kv_cache.num_missing(sequence.pages, sequence.num_tokens)
         return wanted
 
     def _schedule_jumps(self, batch: Batch) -> None:
@@ -366,9 +407,8 @@ class Scheduler:
             start, known = int(table.computed[slot]), int(table.known[slot])
             end = min(known, start + self.limits.max_num_batched_tokens - batch.num_tokens)
             self._give_back(sequence)
-            while table.capacity[slot] < end and (page := self.kv_cache.reserve_one(pages)):
-                batch.write_page(slot, len(pages.pages) - 1, page)
-                table.set_capacity(slot, len(pages.pages))
+            while table.capacity[slot] < end and self._reserve_one(batch, sequence, pages):
+                pass
             end = min(end, int(table.capacity[slot]))
             if end <= start:
                 continue  # no page or no budget is left: it sits this step out
@@ -398,26 +438,27 @@ class Scheduler:
             self._write_chunk(batch, candidate)
 
     def _admit(self, batch: Batch, sequence: Sequence) -> bool:
-        """Give a waiting sequence a slot and the pages of its whole prompt, if they are to be had."""
+        """Give a waiting sequence a slot and the pages of its whole prompt, if they are to be had.
+
+        Groups with a window get theirs chunk by chunk; what they will hold at once must be there.
+        """
         cache, table = self.kv_cache, self._table
         # Headroom, so that what runs can grow for a while before something must be retracted.
-        headroom = 0
-        if self._running or self._leaving:
+        headroom, others = 0, bool(self._running or self._leaving)
+        if others:
             headroom = (
                 self._watermark_pages if sequence.is_retracted else min(len(self._running), self._watermark_pages)
             )
         if sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens, request = sequence.token_ids, sequence.request
-        # One that would not fit beside a window of what follows goes through the cache a window at a time, and leaves
-        # nothing: the tree keeps whole prefixes, and they stay locked until the window has passed them.
-        most = (self.limits.num_pages - self._window_pages) * cache.page_size
-        streams = bool(self._window) and len(tokens) > most
-        pages = cache.begin(sequence.matchable_ids, request.namespace, private=streams)
-        num_cached = len(pages.pages) * cache.page_size
-        target = min(len(tokens), self._window_pages * cache.page_size) if streams else len(tokens)
-        wanted = -(-target // cache.page_size) - len(pages.pages)
-        if cache.num_available < wanted + headroom or not cache.reserve(pages, target):
+        pages = cache.begin(sequence.matchable_ids, request.namespace)
+        num_cached = pages.num_shared * cache.page_size
+        wanted = cache.num_missing(pages, len(tokens))
+        if others and cache.has_windows:
+            # Chunks of a good size, while others run; alone it goes on with what there is.
+            headroom += cache.num_missing(pages, len(tokens), self._good_chunk) - wanted
+        if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens), num_cached):
             cache.release(pages, tokens, 0)
             sequence.pages_wanted = wanted
             return False
@@ -436,8 +477,11 @@ class Scheduler:
         slot = table.pop_free()
         sequence.enter_slot(slot, table)
         table.computed[slot] = num_cached
-        table.set_capacity(slot, len(pages.pages))
-        batch.write_pages(slot, pages.pages)
+        table.set_capacity(slot, pages.num_pages)
+        for group, ids in enumerate(pages.lists):
+            batch.write_pages(group, slot, 0, ids)
+        if pages.snapshot:
+            batch.write_load(slot, pages.snapshot)
         batch.write_sampling(sequence, sequence.request.sampling.seed or 0)
         self._running.append(sequence)
         self._prefilling.append(sequence)
@@ -452,6 +496,11 @@ class Scheduler:
             end = self._grow(batch, sequence, end)
             if end <= start:
                 return
+        pages = sequence.pages
+        assert pages is not None
+        if self._has_state and start < pages.num_known * page_size < end:
+            # Where others have been before, and will be again: a snapshot is worth its place there.
+            end = pages.num_known * page_size
         if end < known:
             # Chunks end where a page ends, so that a page is computed by one step. A budget of less than a page
             # is used as it is, but only where no other prompt could use it better.
@@ -460,8 +509,7 @@ class Scheduler:
                 end = aligned
             elif batch.num_rows > batch.forward_input.num_decode_rows:
                 return
-        pages = sequence.pages
-        assert pages is not None and end > start
+        assert end > start
         tokens = sequence.token_ids
         pools = sequence.request.pooling is not None
         batch.write_prefill(slot, start, tokens[start:end], end == known and not pools)
@@ -470,9 +518,11 @@ class Scheduler:
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
         batch.entered.append((sequence, pages.num_shared))
-        for index, page in self.kv_cache.enter(pages, tokens, end):
+        for group, index, page in self.kv_cache.enter(pages, tokens, end):
             # This step still writes and reads the sequence's own page; the shared one serves from the next on.
-            self._remaps.append((sequence, pages, index, page))
+            self._remaps.append((sequence, pages, group, index, page))
+        if self._has_state and end == pages.num_shared * page_size:
+            self._saves.append((sequence, pages, end))
         if end == known:
             self._prefilling.remove(sequence)
             if not pools:
@@ -480,17 +530,18 @@ class Scheduler:
                 self._decodes_stale = True
 
     def _grow(self, batch: Batch, sequence: Sequence, end: int) -> int:
-        """Pages for a prompt that streams through the cache, as many as are to be had; returns how far they reach."""
+        """Pages of groups with a window for a prompt's next chunk, as many as are to be had; returns their reach."""
         cache, table, slot, page_size = self.kv_cache, self._table, sequence.slot, self.limits.page_size
         pages = sequence.pages
-        assert pages is not None and pages.is_private
+        assert pages is not None
         self._give_back(sequence)
-        first = len(pages.pages)
+        before = [len(ids) for ids in pages.lists]
+        growing = sum(count * page_size < end for count in before)
         spare = max(0, cache.num_available - min(len(self._running) - 1, self._watermark_pages))
-        cache.reserve(pages, min(end, (first + spare) * page_size))
-        for index in range(first, len(pages.pages)):
-            batch.write_page(slot, index, pages.pages[index])
-        table.set_capacity(slot, len(pages.pages))
+        cache.reserve(pages, min(end, (pages.num_pages + spare // growing) * page_size))
+        for group, (ids, first) in enumerate(zip(pages.lists, before, strict=True)):
+            batch.write_pages(group, slot, first, ids[first:])
+        table.set_capacity(slot, pages.num_pages)
         return min(end, int(table.capacity[slot]))
 
     def _ask_for_masks(self, batch: Batch) -> None:
@@ -500,11 +551,11 @@ class Scheduler:
             batch.constrained = [(row, self.sequence_of(int(batch.slots[row]))) for row in rows]
             batch.forward_input.masks = TokenMasks(rows, self.limits.vocab_size)
 
-    def _write_remaps(self, batch: Batch, remaps: list[tuple[Sequence, SequencePages, int, int]]) -> None:
+    def _write_remaps(self, batch: Batch, remaps: list[tuple[Sequence, SequencePages, int, int, int]]) -> None:
         """Last of all: a sequence may just have given up its slot, and another one have written its whole row."""
-        for sequence, pages, index, page in remaps:
-            if sequence.pages is pages and (index >= pages.num_gone or page == NULL_PAGE):
-                batch.write_page(sequence.slot, index, page)
+        for sequence, pages, group, index, page in remaps:
+            if sequence.pages is pages and (index >= pages.gone[group] or page == NULL_PAGE):
+                batch.write_page(group, sequence.slot, index, page)
 
     def _rebuild_decodes(self) -> None:
         self._decodes = np.array([sequence.slot for sequence in self._decoding], np.intp)

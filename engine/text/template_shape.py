@@ -251,6 +251,9 @@ def _arguments(value: Any, want: str, loose: bool) -> Any:
     if isinstance(value, str):
         try:
             parsed = json.loads(value)
+            if "\\u" in value:
+                # Half of a pair of surrogates is no character that a prompt could have.
+                json.dumps(parsed, ensure_ascii=False).encode()
         except (ValueError, RecursionError):
             parsed = None
         if isinstance(parsed, dict) and _is_flat(parsed):
@@ -475,7 +478,8 @@ def _declaration(tool: Any, shape: TemplateShape) -> Any:
 
 
 def _filled(schema: Any, default: str) -> dict[str, Any]:
-    """A schema in which each property has a type and a description: some templates write them without asking."""
+    """A schema in which each property has a type and a description, and a default among choices is text: some
+    templates write them without asking."""
     filled = dict(schema) if isinstance(schema, dict) else {}
     filled.setdefault("type", _type_of(filled, default))
     filled.setdefault("description", "")
@@ -485,6 +489,9 @@ def _filled(schema: Any, default: str) -> dict[str, Any]:
         filled["properties"] = {name: _filled(inner, "string") for name, inner in filled["properties"].items()}
     if isinstance(filled.get("items"), dict):
         filled["items"] = _filled(filled["items"], "string")
+    if any(filled.get(name) for name in ("enum", "oneOf")) and not isinstance(filled.get("default", ""), str):
+        # Written behind the choices as one of them, without asking whether it is text.
+        filled["default"] = json.dumps(filled["default"], ensure_ascii=False)
     return filled
 
 

@@ -70,15 +70,19 @@ def usage(plan: Plan, streams: list[TokenStream], num_output: int, watches: list
     """A prompt counts once, however many choices it has; what its first choice found in the cache is its share."""
     firsts = streams[:: plan.num_candidates]
     num_prompt = sum(stream.num_prompt_tokens for stream in firsts)
-    usage: Json = {
-        "prompt_tokens": num_prompt,
-        "completion_tokens": num_output,
-        "total_tokens": num_prompt + num_output,
+    counts: Json = {
+        **plain_usage(num_prompt, num_output),
         "prompt_tokens_details": {"cached_tokens": sum(stream.num_cached_tokens for stream in firsts)},
     }
     if plan.chat:
-        usage["completion_tokens_details"] = {"reasoning_tokens": sum(watch.num_tokens for watch in watches)}
-    return usage
+        counts["completion_tokens_details"] = {"reasoning_tokens": sum(watch.num_tokens for watch in watches)}
+    return counts
+
+
+def plain_usage(num_prompt: int, num_output: int | None = None) -> dict[str, int]:
+    """OpenAI's counts of what was read and written; num_output None: nothing could have been."""
+    written = {} if num_output is None else {"completion_tokens": num_output}
+    return {"prompt_tokens": num_prompt, **written, "total_tokens": num_prompt + (num_output or 0)}
 
 
 def failure(delta: Delta) -> ApiError:

@@ -14,20 +14,27 @@ import orjson
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
-from server.answers.base import failure, reasoning_watches, usage
+from server.answers.base import arguments_object, failure, reasoning_watches, usage
 from server.logprobs import Spelling, chat_logprobs
 from server.messages import finish_events
 from server.parsers.base import ContentDelta, Event, ReasoningDelta, ToolCallStart
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
 from server.protocol.responses import Asked
+from server.protocol.tool_search import NAME as SEARCH
 from server.sse import EVENT_HEADERS, KEEP_ALIVE
 from server.state import State
 
 Json = dict[str, Any]
 
 # What ids of items begin with.
-_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "custom_tool_call": "ctc"}
+_PREFIXES = {
+    "message": "msg",
+    "reasoning": "rs",
+    "function_call": "fc",
+    "custom_tool_call": "ctc",
+    "tool_search_call": "tsc",
+}
 _TEXTS = {"message": "output_text", "reasoning": "reasoning_text"}
 # Of calls: the field that grows.
 _CALLS = {"function_call": "arguments", "custom_tool_call": "input"}
@@ -128,7 +135,11 @@ class ResponsesAnswer:
         """What one event of the parser adds."""
         if isinstance(event, ToolCallStart):
             kind = "custom_tool_call" if event.custom else "function_call"
-            self._open(kind, call_id=event.id, **self._name(event.name), **{_CALLS[kind]: ""})
+            if self._asked.searches and event.name == SEARCH:
+                # An item that comes whole: its arguments are an object.
+                self._open("tool_search_call", call_id=event.id, execution="client", arguments={})
+            else:
+                self._open(kind, call_id=event.id, **self._name(event.name), **{_CALLS[kind]: ""})
             return
         if isinstance(event, ContentDelta):
             kind = "message"
@@ -139,11 +150,13 @@ class ResponsesAnswer:
             if self._kind != kind:
                 self._open(kind, summary=[], content=[])
         else:
-            kind = "custom_tool_call" if event.custom else "function_call"
+            kind = self._kind
         if not event.text:
             return
         assert self._pieces is not None
         self._pieces.append(event.text)
+        if kind == "tool_search_call":
+            return
         if kind in _CALLS:
             self._tell_item(f"{_EVENTS_OF_CALLS[kind]}.delta", delta=event.text)
         elif kind == "reasoning":
@@ -185,6 +198,8 @@ class ResponsesAnswer:
             item[_CALLS[kind]] = text
             named = {"name": item["name"]} if kind == "function_call" else {}
             self._tell_item(f"{_EVENTS_OF_CALLS[kind]}.done", **named, **{_CALLS[kind]: text})
+        elif kind == "tool_search_call":
+            item["arguments"] = arguments_object(text)
         else:
             part = _part(kind, text)
             if kind == "message":

@@ -34,3 +34,4 @@ def _read_ids(body: Body, name: str) -> set[str]:
 
 
 ROUTES = (("POST", "/abort_request", abort), ("POST", "/abort_requests", abort))
+IS_ADMIN = True

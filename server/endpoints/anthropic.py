@@ -7,12 +7,12 @@ from functools import partial
 from aiohttp import web
 
 from server.answers.anthropic import AnthropicAnswer
-from server.endpoints.short import with_short_forms
 from server.protocol.anthropic import NAMES, count_tokens, error_body, parse_messages
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
 from server.protocol.naming import in_words_of
 from server.responder import respond
+from server.short_forms import with_short_forms
 from server.state import REQUEST_ID, STATE
 
 

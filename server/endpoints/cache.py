@@ -16,3 +16,4 @@ async def flush(request: web.Request) -> web.Response:
 
 
 ROUTES = tuple((method, path, flush) for path in ("/flush_cache", "/reset_prefix_cache") for method in ("GET", "POST"))
+IS_ADMIN = True

@@ -6,11 +6,12 @@ import base64
 
 from aiohttp import web
 
-from server.endpoints.short import with_short_forms
+from server.answers.base import plain_usage
 from server.pooling import Vector, pool, shaped, written
 from server.protocol.body import read_body
 from server.protocol.embeddings import parse_embedding
 from server.protocol.errors import json_response
+from server.short_forms import with_short_forms
 from server.state import REQUEST_ID, STATE
 
 
@@ -25,8 +26,7 @@ async def embeddings(request: web.Request) -> web.Response:
         return {"object": "embedding", "index": index, "embedding": numbers}
 
     items = await written(vectors, item)
-    num_tokens = sum(map(len, plan.prompts))
-    usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
+    usage = plain_usage(sum(map(len, plan.prompts)))
     return json_response({"object": "list", "data": items, "model": plan.model, "usage": usage})
 
 

@@ -7,13 +7,13 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
-from server.endpoints.short import with_short_forms
 from server.protocol.body import Body, read_body
 from server.protocol.chat import parse_chat
 from server.protocol.completions import parse_completion
 from server.protocol.generation import Plan
 from server.protocol.naming import in_words_of
 from server.responder import respond
+from server.short_forms import with_short_forms
 from server.state import ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, State
 
 Parser = Callable[[Body, State, str], Awaitable[Plan]]

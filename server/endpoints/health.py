@@ -1,5 +1,5 @@
-"""GET /health, /ready, /health_generate and /metrics: what probes and scrapers ask. The first two are never
-authenticated."""
+"""GET /health (also /v1/health), /ready, /health_generate and /metrics: what probes and scrapers ask. The first two are
+never authenticated."""
 
 from __future__ import annotations
 
@@ -90,6 +90,7 @@ def _check(state: State) -> None:
 
 ROUTES = (
     ("GET", "/health", health),
+    ("GET", "/v1/health", health),
     ("GET", "/ready", health),
     ("GET", "/health_generate", health_generate),
     ("GET", "/metrics", metrics),

@@ -1,13 +1,30 @@
-"""GET /props and /slots: what llama.cpp's clients and its editors' plugins look at. No prompt is shown."""
+"""llama.cpp's own API: /completion, and what its clients and its editors' plugins look at, /props, /slots and
+/lora-adapters. The latter show no prompt."""
 
 from __future__ import annotations
+
+import dataclasses
+from functools import partial
 
 from aiohttp import web
 
 from engine.request import SamplingParams, UnavailableError
+from server.answers.llamacpp import NativeAnswer, settings_of
 from server.endpoints.info import version
+from server.protocol.body import read_body
 from server.protocol.errors import json_response
-from server.state import STATE, ServedModel
+from server.protocol.llamacpp import NAMES, parse_native
+from server.protocol.naming import in_words_of
+from server.responder import respond
+from server.state import REQUEST_ID, STATE, ServedModel
+
+
+async def completion(request: web.Request) -> web.StreamResponse:
+    """The text that goes on from a prompt, or from each of several."""
+    state, body = request.app[STATE], await read_body(request)
+    with in_words_of(NAMES):
+        plan, wanted = await parse_native(body, state, f"cmpl-{request[REQUEST_ID]}")
+        return await respond(request, state, plan, partial(NativeAnswer, wanted=wanted))
 
 
 async def props(request: web.Request) -> web.Response:
@@ -42,23 +59,14 @@ async def props(request: web.Request) -> web.Response:
 
 
 def _sampling(model: ServedModel) -> dict[str, object]:
-    """Under llama.cpp's names; -1 is no limit there."""
+    """The model's own defaults."""
     defaults, neutral = model.generation_defaults, SamplingParams()
-
-    def either(given: object, otherwise: object) -> object:
-        return otherwise if given is None else given
-
-    return {
-        "n_predict": either(defaults.max_new_tokens, -1),
-        "temperature": either(defaults.temperature, 1.0),
-        "top_k": either(defaults.top_k, 0),
-        "top_p": either(defaults.top_p, 1.0),
-        "min_p": either(defaults.min_p, 0.0),
-        "repeat_penalty": either(defaults.repetition_penalty, 1.0),
-        "presence_penalty": neutral.presence_penalty,
-        "frequency_penalty": neutral.frequency_penalty,
-        "stop": [],
+    given = {
+        name: value
+        for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+        if (value := getattr(defaults, name)) is not None
     }
+    return settings_of(dataclasses.replace(neutral, max_tokens=defaults.max_new_tokens, **given))
 
 
 async def slots(request: web.Request) -> web.Response:
@@ -83,4 +91,14 @@ async def slots(request: web.Request) -> web.Response:
     return json_response(shown)
 
 
-ROUTES = (("GET", "/props", props), ("GET", "/slots", slots))
+async def lora_adapters(request: web.Request) -> web.Response:
+    """There are none."""
+    return json_response([])
+
+
+ROUTES = (
+    ("POST", "/completion", completion),
+    ("GET", "/props", props),
+    ("GET", "/slots", slots),
+    ("GET", "/lora-adapters", lora_adapters),
+)

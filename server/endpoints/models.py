@@ -6,23 +6,55 @@ import datetime
 
 from aiohttp import web
 
-from server.endpoints.short import with_short_forms
+from server.protocol.body import Body, invalid
 from server.protocol.errors import json_response
 from server.protocol.generation import unknown_model
+from server.short_forms import with_short_forms
 from server.state import STATE, ServedModel
+
+# Of Anthropic's pages.
+_LISTED = 20
+_MAX_LISTED = 1000
 
 
 async def list_models(request: web.Request) -> web.Response:
     model = request.app[STATE].model
     if not _asks_anthropic(request):
         return json_response({"object": "list", "data": [_card(model, name) for name in model.names]})
-    cards = [_anthropic_card(model, name) for name in model.names]
-    ends = {"first_id": cards[0]["id"], "last_id": cards[-1]["id"]}
-    return json_response({"data": cards, "has_more": False, **ends})
+    names, has_more = _page(request, list(model.names))
+    return json_response(
+        {
+            "data": [_anthropic_card(model, name) for name in names],
+            "has_more": has_more,
+            "first_id": names[0] if names else None,
+            "last_id": names[-1] if names else None,
+        }
+    )
+
+
+def _page(request: web.Request, names: list[str]) -> tuple[list[str], bool]:
+    """`limit` of the names, from the start, behind `after_id` or before `before_id`; and whether there are more on that
+    side."""
+    query = Body(dict(request.query))
+    limit = query.string("limit", str(_LISTED))
+    if not (limit.isascii() and limit.isdecimal() and len(limit) <= 4 and 1 <= int(limit) <= _MAX_LISTED):
+        raise invalid("limit", f"must be an integer from 1 to {_MAX_LISTED}")
+    after, before = query.string("after_id", None), query.string("before_id", None)
+    if after is not None and before is not None:
+        raise invalid("before_id", "cannot be combined with `after_id`")
+    for name, value in (("after_id", after), ("before_id", before)):
+        if value is not None and value not in names:
+            raise invalid(name, "names no model of this server")
+    if before is not None:
+        names = names[: names.index(before)]
+        return names[-int(limit) :], len(names) > int(limit)
+    if after is not None:
+        names = names[names.index(after) + 1 :]
+    return names[: int(limit)], len(names) > int(limit)
 
 
 async def get_model(request: web.Request) -> web.Response:
-    model, name = request.app[STATE].model, request.match_info["id"]
+    model, name = request.app[STATE].model, request.match_info["id"].rstrip("/")
     if not model.knows(name):
         raise unknown_model(name)
     return json_response((_anthropic_card if _asks_anthropic(request) else _card)(model, name))

@@ -11,6 +11,7 @@ from functools import partial
 import orjson
 from aiohttp import web
 
+from engine.models.spec import ModelSpec
 from server.answers.ollama import OllamaAnswer, iso_time, nanoseconds
 from server.pooling import pool, shaped, written
 from server.protocol.body import read_body
@@ -34,7 +35,8 @@ from server.protocol.refusals import refuse
 from server.responder import respond
 from server.state import REQUEST_ID, STATE, ServedModel, State
 
-_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+# How each is called, and its bytes.
+DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 # The release of Ollama whose API this is: clients compare it with what they need. VS Code wants 0.6.4 (tools and
 # capabilities), Codex 0.13.4 (/v1/responses), and with 0.14.0 came /v1/messages. Our own version is at /version.
 API_VERSION = "0.14.0"
@@ -206,7 +208,7 @@ def _cards(model: ServedModel) -> list[dict[str, object]]:
             "model": name,
             "modified_at": iso_time(model.created),
             # Of the weight matrices, as they are stored.
-            "size": config.num_parameters * _DTYPES[config.dtype][1],
+            "size": config.num_parameters * DTYPES[config.dtype][1],
             "digest": digest,
             "details": _details(model),
         }
@@ -214,16 +216,21 @@ def _cards(model: ServedModel) -> list[dict[str, object]]:
     ]
 
 
+def parameter_size(config: ModelSpec) -> str:
+    """As in names of models: 4.3M, 1.2B."""
+    millions = config.num_parameters / 1e6
+    return f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.1f}M"
+
+
 def _details(model: ServedModel) -> dict[str, object]:
     config = model.model_config
-    millions = config.num_parameters / 1e6
     return {
         "parent_model": "",
         "format": "safetensors",
         "family": config.architecture,
         "families": [config.architecture],
-        "parameter_size": f"{millions / 1000:.1f}B" if millions >= 1000 else f"{millions:.1f}M",
-        "quantization_level": _DTYPES[config.dtype][0],
+        "parameter_size": parameter_size(config),
+        "quantization_level": DTYPES[config.dtype][0],
     }
 
 

@@ -29,3 +29,4 @@ async def stop(request: web.Request) -> web.Response:
 
 
 ROUTES = (("POST", "/start_profile", start), ("POST", "/stop_profile", stop))
+IS_ADMIN = True

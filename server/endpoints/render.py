@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from server.endpoints.short import with_short_forms
 from server.protocol.body import read_body
 from server.protocol.chat import encode_messages
 from server.protocol.errors import json_response
 from server.protocol.generation import read_model
 from server.protocol.tool_fields import read_tools
+from server.short_forms import with_short_forms
 from server.state import STATE
 
 

@@ -12,15 +12,16 @@ from aiohttp import web
 
 from server.answers.responses import ResponsesAnswer
 from server.endpoints.generate import echo_request_id
-from server.endpoints.short import with_short_forms
 from server.protocol.body import Body, invalid, read_body
 from server.protocol.chat import encode_messages
 from server.protocol.errors import ApiError, json_response
 from server.protocol.generation import read_model
-from server.protocol.responses import our_names, parse_response, read_chat
+from server.protocol.naming import in_words_of
+from server.protocol.responses import NAMES, parse_response, read_chat
 from server.protocol.tool_fields import read_tools
 from server.responder import respond
 from server.response_store import Stored
+from server.short_forms import with_short_forms
 from server.state import CALLER, REQUEST_ID, STATE
 
 _MAX_LISTED = 100
@@ -31,7 +32,7 @@ async def create(request: web.Request) -> web.StreamResponse:
     state, body = request.app[STATE], await read_body(request)
     plan, asked = await parse_response(body, state, f"resp_{request[REQUEST_ID]}", _owner())
     echo_request_id(request, body)
-    with our_names():
+    with in_words_of(NAMES):
         return await respond(request, state, plan, partial(ResponsesAnswer, asked))
 
 
@@ -40,7 +41,7 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     state, body = request.app[STATE], await read_body(request)
     read_model(body, state.model)
     chat, _ = read_chat(body, state, _owner())
-    with our_names():
+    with in_words_of(NAMES):
         _, tokens = await encode_messages(chat, state, read_tools(chat))
     return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
 

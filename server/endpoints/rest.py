@@ -8,7 +8,7 @@ from pathlib import Path, PurePath
 from aiohttp import web
 
 from engine.config import StartupError
-from engine.engine import PAUSE_MODES
+from engine.resting import PAUSE_MODES
 from server.protocol.body import invalid, read_body
 from server.protocol.errors import ApiError, json_response
 from server.state import STATE
@@ -79,6 +79,8 @@ async def update_weights(request: web.Request) -> web.Response:
         await engine.load_weights(Path(path), abort=abort, version=version)
     except StartupError as error:
         raise ApiError(400, f"The weights were not taken: {_without_paths(error)}", param="model_path") from None
+    except OSError as error:  # a name that is too long, a directory that may not be looked into
+        raise ApiError(400, f"The weights were not taken: {error.strerror}.", param="model_path") from None
     return json_response({"success": True, "message": "The new weights serve.", "num_paused_requests": 0})
 
 
@@ -103,3 +105,4 @@ ROUTES = (
     ("GET", "/is_sleeping", is_sleeping),
     ("POST", "/update_weights_from_disk", update_weights),
 )
+IS_ADMIN = True

@@ -8,6 +8,7 @@ import time
 import numpy as np
 from aiohttp import web
 
+from server.answers.base import plain_usage
 from server.pooling import pool
 from server.protocol.body import Body, read_body
 from server.protocol.errors import json_response
@@ -31,7 +32,7 @@ async def score(request: web.Request) -> web.Response:
             "created": int(time.time()),
             "model": plan.model,
             "data": [{"index": index, "object": "score", "score": value} for index, value in enumerate(scores)],
-            "usage": _usage(num_tokens),
+            "usage": plain_usage(num_tokens, 0),
         }
     )
 
@@ -49,7 +50,7 @@ async def rerank(request: web.Request) -> web.Response:
             result["document"] = {"text": plan.score.pairs[index][1]}
         results.append(result)
     return json_response(
-        {"id": response_id, "model": plan.score.model, "results": results, "usage": _usage(num_tokens)}
+        {"id": response_id, "model": plan.score.model, "results": results, "usage": plain_usage(num_tokens, 0)}
     )
 
 
@@ -60,12 +61,8 @@ async def _rate_labels(request: web.Request, body: Body, response_id: str) -> we
     for logprobs in rated:
         shares = np.exp(logprobs.astype(np.float64) - (logprobs.max() if plan.relative else 0.0))
         scores.append((shares / shares.sum() if plan.relative else shares).tolist())
-    usage = _usage(sum(map(len, plan.prompts)))
+    usage = plain_usage(sum(map(len, plan.prompts)), 0)
     return json_response({"object": "scoring", "model": plan.model, "scores": scores, "usage": usage})
-
-
-def _usage(num_tokens: int) -> dict[str, int]:
-    return {"prompt_tokens": num_tokens, "completion_tokens": 0, "total_tokens": num_tokens}
 
 
 ROUTES = tuple(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.engine import PAUSE_MODES
+from engine.resting import PAUSE_MODES
 from server.openapi.words import Json, array, boolean, constant, either, get, gives, integer, post, string, takes
 
 _ID = string(least=1, about="Of a response, its X-Request-Id, or its `rid`.")

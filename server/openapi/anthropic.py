@@ -23,9 +23,9 @@ from server.openapi.words import (
 )
 from server.protocol.anthropic import (
     CHOICES,
-    EFFORTS,
     ERROR_TYPES,
     HINTS,
+    MAX_EFFORT,
     REFUSALS,
     ROLES,
     SAME,
@@ -47,6 +47,7 @@ _BLOCK = either(
 )
 _MESSAGE = takes({"role": constant(*ROLES)}, {"content": either(string(), array(_BLOCK))})
 _FORM = takes({"type": constant("json_schema"), "schema": SCHEMA})
+_EFFORT = string("low to max; one that is not known is the highest.", least=1, most=MAX_EFFORT)
 _REQUEST: Json = {
     # What has the same name and meaning in a chat.
     **{name: GENERATION[name] for name in SAME if name in GENERATION},
@@ -60,7 +61,9 @@ _REQUEST: Json = {
                 {"name": string(least=1, most=128), "input_schema": OBJECT},
                 {"type": constant("custom"), "description": string(), "strict": boolean()},
             ),
-            takes({"type": string(least=1)}, about="One that Anthropic defines: left out."),
+            takes(
+                {"type": string(least=1)}, {"name": string()}, "Anthropic's own: left out, but for what clients run."
+            ),
         )
     ),
     "tool_choice": either(
@@ -68,7 +71,7 @@ _REQUEST: Json = {
         takes({"type": constant("tool"), "name": string()}, {"disable_parallel_tool_use": boolean()}),
     ),
     "thinking": takes({"type": constant(*THINKING)}, {"budget_tokens": integer(1), "display": string()}),
-    "output_config": takes({}, {"effort": constant(*EFFORTS), "format": _FORM}),
+    "output_config": takes({}, {"effort": _EFFORT, "format": _FORM}),
     "output_format": _FORM,
     "chat_template_kwargs": TEMPLATE["chat_template_kwargs"],
     **dict.fromkeys(HINTS, ANYTHING | {"description": "Changes nothing here."}),
@@ -80,7 +83,7 @@ _UNREAD: Json = {
     "stop_sequences": array(ANYTHING),
 }
 _ANY_FORM = takes({"type": constant("json_schema")})
-_CONFIG = takes({}, {"effort": constant(*EFFORTS), "format": _ANY_FORM})
+_CONFIG = takes({}, {"effort": _EFFORT, "format": _ANY_FORM})
 _MESSAGES: Json = {"messages": array(_MESSAGE, least=1)}
 
 _USAGE = gives(

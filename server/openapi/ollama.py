@@ -67,7 +67,7 @@ _MESSAGE = takes(
     {
         "content": string(),
         "thinking": string(),
-        "images": array(string(), most=0),
+        "images": array(string(), "In the newest turn an error, before it a bracketed word."),
         "tool_name": string(),
         "tool_call_id": string(),
         "tool_calls": array(takes({"function": takes({"name": string()}, {"arguments": OBJECT})}, {"id": string()})),

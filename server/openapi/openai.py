@@ -167,12 +167,13 @@ _CUSTOM = takes(
 _PICK = either(
     *(takes({"type": constant(kind), kind: takes({"name": string()})}) for kind in ("function", "custom")),
 )
+OTHER_TOOL = takes({"type": string(least=1)}, about="Of any other type: left out.")
 TOOLS: Json = {
     "tools": array(
         either(
             TOOL,
             takes({"type": constant("custom"), "custom": _CUSTOM}),
-            takes({"type": string(least=1)}, about="Of any other type: left out."),
+            OTHER_TOOL,
         ),
         most=MAX_TOOLS,
     ),
@@ -182,7 +183,9 @@ TOOLS: Json = {
         takes(
             {
                 "type": constant("allowed_tools"),
-                "allowed_tools": takes({"mode": constant("auto", "required"), "tools": array(_PICK, least=1)}),
+                "allowed_tools": takes(
+                    {"mode": constant("auto", "required"), "tools": array(either(_PICK, OTHER_TOOL), least=1)}
+                ),
             }
         ),
     ),
@@ -287,6 +290,17 @@ SCHEMAS: Json = {
     "TokenizeRequest": either(
         takes({"prompt": string()}, {**_TOKENIZE_COMMON, "messages": NULL}),
         takes({"messages": array(MESSAGE, least=1)}, {**_TOKENIZE_COMMON, **TOOLS, **TEMPLATE, "prompt": NULL}),
+        takes(
+            {"content": string("llama.cpp's name, for an answer in its shape.")},
+            {
+                **MODEL,
+                "add_special": boolean(),
+                "with_pieces": boolean("Each id comes with its text."),
+                "parse_special": constant(True),
+                "prompt": NULL,
+                "messages": NULL,
+            },
+        ),
     ),
     "RenderRequest": takes({"messages": array(MESSAGE, least=1)}, {**MODEL, **TOOLS, **TEMPLATE}),
     "Rendered": gives({"model": string(), "prompt": string(), "token_ids": IDS}),
@@ -384,7 +398,18 @@ SCHEMAS: Json = {
             "token_strs": either(array(string()), NULL),
         }
     ),
-    "Text": gives({"prompt": string(), "text": string()}, about="The text under vLLM's name and SGLang's."),
+    "Pieces": gives(
+        {
+            "tokens": either(
+                IDS, array(gives({"id": integer(0), "piece": either(string(), array(integer(0, 255)))}), least=1)
+            )
+        },
+        about="llama.cpp's shape.",
+    ),
+    "Text": gives(
+        {"prompt": string(), "text": string(), "content": string()},
+        about="The text under vLLM's name, SGLang's and llama.cpp's.",
+    ),
     "Model": gives(
         {
             "id": string(),
@@ -417,10 +442,10 @@ SCHEMAS: Json = {
         gives({"object": constant("list"), "data": array(ref("Model"), least=1)}),
         gives(
             {
-                "data": array(ref("AnthropicModel"), least=1),
-                "has_more": constant(False),
-                "first_id": string(),
-                "last_id": string(),
+                "data": array(ref("AnthropicModel")),
+                "has_more": boolean(),
+                "first_id": either(string(), NULL),
+                "last_id": either(string(), NULL),
             }
         ),
     ),
@@ -440,8 +465,13 @@ WEATHER: Json = {
 _TOKENIZE = post(
     "Ids of a prompt, or of messages as a chat would render them.",
     "TokenizeRequest",
-    "Tokens",
-    examples=({"prompt": "Hello"}, {"messages": HELLO, "tools": [WEATHER], "return_token_strs": True}),
+    either(ref("Tokens"), ref("Pieces")),
+    examples=(
+        {"prompt": "Hello"},
+        {"messages": HELLO, "tools": [WEATHER], "return_token_strs": True},
+        {"content": "Hello"},
+        {"content": "é", "with_pieces": True},
+    ),
 )
 _DETOKENIZE = post("Text of token ids.", "DetokenizeRequest", "Text", examples=({"tokens": [5, 6, 7]},))
 
@@ -486,6 +516,14 @@ PATHS: Json = {
     "/v1/tokenize": _TOKENIZE,
     "/detokenize": _DETOKENIZE,
     "/v1/detokenize": _DETOKENIZE,
-    "/v1/models": get("The served model, once for each of its names.", "Models"),
+    "/v1/models": get(
+        "The served model, once for each of its names.",
+        "Models",
+        query={
+            "limit": integer(1, 1000, "This and what follows: of Anthropic's clients, which get pages."),
+            "after_id": string("The page begins behind this name."),
+            "before_id": string("The page ends before this name."),
+        },
+    ),
     "/v1/models/{id}": get("The served model by one of its names.", either(ref("Model"), ref("AnthropicModel"))),
 }

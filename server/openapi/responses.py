@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.request import MAX_TOP_LOGPROBS
-from server.openapi.openai import GENERATION, HELLO, SCHEMA, TEMPLATE, THINKING, TOKEN
+from server.openapi.openai import GENERATION, HELLO, OTHER_TOOL, SCHEMA, TEMPLATE, THINKING, TOKEN
 from server.openapi.words import (
     ANYTHING,
     NULL,
@@ -92,7 +92,11 @@ _PROMPT: Json = {
         _PICK,
         takes({"type": constant("namespace"), "name": string()}),
         takes(
-            {"type": constant("allowed_tools"), "mode": constant("auto", "required"), "tools": array(_PICK, least=1)}
+            {
+                "type": constant("allowed_tools"),
+                "mode": constant("auto", "required"),
+                "tools": array(either(_PICK, OTHER_TOOL), least=1),
+            }
         ),
     ),
     "parallel_tool_calls": boolean(),
@@ -146,6 +150,11 @@ _OUTPUT = either(
             {"namespace": string("Of a function in a namespace.")},
         )
         for kind, field in (("function_call", "arguments"), ("custom_tool_call", "input"))
+    ),
+    gives(
+        {"id": string(), "type": constant("tool_search_call"), "call_id": string(), "execution": constant("client")}
+        | {"arguments": OBJECT}
+        | _STATUS
     ),
 )
 _USAGE = gives(

@@ -131,6 +131,11 @@ def events(name: str) -> Json:
     return {"text/event-stream": {"schema": takes({"data": data}, about="One event.")}}
 
 
+def plain_events(name: str) -> Json:
+    """A stream of events of one schema, and nothing behind them."""
+    return {"text/event-stream": {"schema": takes({"data": _content(name)}, about="One event.")}}
+
+
 def named_events(name: str) -> Json:
     """A stream of events that have a name each, which is also the `type` in their data."""
     return {"text/event-stream": {"schema": takes({"event": string(), "data": _content(name)}, about="One event.")}}

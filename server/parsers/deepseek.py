@@ -8,22 +8,25 @@ from __future__ import annotations
 from typing import Any
 
 from server.parsers.base import MAX_NAME, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import close_call, read_call_object
 from server.parsers.formats import const, schema_of, sequence, tags
-from server.parsers.json_text import close_call, read_arguments
+from server.parsers.json_text import read_arguments
 
 _ALL_OPEN, _ALL_CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _OPEN, _SEPARATOR, _CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
+# As models spell the first mark that have no token for it: those distilled from R1.
+_ALSO_ALL_OPEN = ("<｜tool_calls_begin｜>", "<｜tool calls begin｜>", "<｜tool\\_calls\\_begin｜>", "<｜tool▁calls｜>")
+_KIND = "function"
 _FENCE = "```"
 _ENDS = (_CLOSE, _ALL_CLOSE, _OPEN)
 _MARKERS = (_ALL_OPEN, _ALL_CLOSE, _OPEN, _SEPARATOR, _CLOSE)
 
 
 def _run(scanner: Scanner) -> Steps[None]:
-    while marker := (yield from scanner.until((_ALL_OPEN, _OPEN), scanner.content)):
+    while marker := (yield from scanner.until((*_ALSO_ALL_OPEN, _ALL_OPEN, _OPEN), scanner.content)):
         try:
-            if marker == _ALL_OPEN:
-                yield from scanner.space()
-                yield from scanner.expect(_OPEN)
+            if marker != _OPEN:
+                yield from scanner.accept(_OPEN, spaced=True)
             yield from _read_call(scanner)
             yield from close_call(scanner, _CLOSE)
             yield from scanner.accept(_ALL_CLOSE, spaced=True)
@@ -32,31 +35,54 @@ def _run(scanner: Scanner) -> Steps[None]:
 
 
 def _read_call(scanner: Scanner) -> Steps[None]:
-    name, _ = yield from scanner.raw_until((_SEPARATOR,), MAX_NAME)
-    character = yield from scanner.space()
-    if not character and name.strip() == "function":
+    if (yield from scanner.space()) == "{":
+        yield from read_call_object(scanner, _ENDS)
+        return
+    name, mark = yield from scanner.raw_until((_SEPARATOR, "\n", "{", _FENCE, _CLOSE), MAX_NAME)
+    if mark == _SEPARATOR:
+        yield from _read_separated(scanner, name)
+        return
+    # Without the mark, only a declared name is one; the word that stands before the mark may stand before it.
+    if not scanner.is_declared(name) and name.strip().startswith(_KIND):
+        name = name.strip().removeprefix(_KIND)
+        if not name and mark == "\n":
+            name, mark = yield from scanner.raw_until(("\n", "{", _FENCE, _CLOSE), MAX_NAME)
+    if not scanner.is_declared(name):
         raise Malformed
-    bare = (yield from scanner.look_at(_ENDS)) is not None
-    fenced = bool(character) and character != "{" and not bare
-    if fenced:
+    scanner.skip(-len(mark))
+    yield from _read_rest(scanner, name)
+
+
+def _read_separated(scanner: Scanner, name: str) -> Steps[None]:
+    """From behind the mark, before which the name stands (V3.1) or the word for its kind (V3)."""
+    character = yield from scanner.space()
+    if character not in ("{", "`") and (yield from scanner.look_at(_ENDS)) is None and character:
         # The name stands on a line of its own, and the fence may be left out.
-        name, mark = yield from scanner.raw_until(("\n", _FENCE), MAX_NAME)
-        if mark == _FENCE or (yield from scanner.accept(_FENCE, spaced=True)):
-            yield from scanner.accept("json")
-        character = yield from scanner.space()
-        bare = (yield from scanner.look_at(_ENDS)) is not None
-        if character and character != "{" and not bare:
-            raise Malformed
+        name, mark = yield from scanner.raw_until(("\n", "{", _FENCE), MAX_NAME)
+        scanner.skip(-len(mark))
+    elif name.strip() == _KIND and not scanner.is_declared(name):
+        raise Malformed
+    yield from _read_rest(scanner, name)
+
+
+def _read_rest(scanner: Scanner, name: str) -> Steps[None]:
+    """The arguments, in a fence or not, and the end of the call."""
+    fenced = yield from scanner.accept(_FENCE, spaced=True)
+    if fenced:
+        yield from scanner.accept("json")
+    character = yield from scanner.space()
+    bare = not character or (yield from scanner.look_at(_ENDS)) is not None
+    if not bare and character != "{":
+        raise Malformed
     scanner.start_call(name)
-    if bare or not character:
+    if bare:
         if not scanner.cut:
             scanner.arguments("{}")
         scanner.end_call()
         return
-    yield from read_arguments(scanner, scanner.arguments, _ENDS, fence=_FENCE if fenced else "")
+    yield from read_arguments(scanner, scanner.arguments, _ENDS, fence=_FENCE)
     scanner.end_call()
-    if fenced:
-        yield from scanner.accept(_FENCE, spaced=True)
+    yield from scanner.accept(_FENCE, spaced=True)
 
 
 def _v3_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:

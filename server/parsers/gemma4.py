@@ -12,12 +12,15 @@ from typing import Any
 
 from engine.text.schema_types import SchemaTypes, is_json
 from server.parsers.base import MAX_JSON_DEPTH, MAX_NAME, SPACE, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import read_call_object
 from server.parsers.formats import Format, const, either, optional_fields, schema_of, sequence, tags
 from server.parsers.json_text import json_escaped, read_arguments
 from server.parsers.tagged import drop_begun, without_begun
 
 _NAME = re.compile(r"[\w.\-]")
 _NUMBER = re.compile(r"[-+]?[0-9.]+(?:[eE][-+]?[0-9]+)?")
+# How calls begin where the mark is missing.
+_UNMARKED = ("call:", "<call>")
 _WORDS = {"true": "true", "false": "false", "null": "null", "none": "null", "nil": "null"}
 # Parameters beyond these cannot be forced; a call stays valid without them.
 _MAX_OPTIONAL = 16
@@ -38,13 +41,13 @@ class _CutOff(Exception):
 
 def _family(name: str, marks: _Marks) -> ToolFamily:
     def run(scanner: Scanner) -> Steps[None]:
-        while marker := (yield from scanner.until((marks.begin, *marks.also), scanner.content)):
-            if marker != marks.begin:
+        while marker := (yield from scanner.until((marks.begin, *marks.also, *_UNMARKED), scanner.content)):
+            if marker in marks.also:
                 # The begin of an answer to a call, where these models stop.
                 scanner.settle()
                 continue
             try:
-                yield from _read_call(scanner, marks)
+                yield from _read_call(scanner, marks, marked=marker == marks.begin)
             except Malformed:
                 scanner.fail()
                 continue
@@ -66,14 +69,20 @@ def _family(name: str, marks: _Marks) -> ToolFamily:
     return ToolFamily(name, run, (marks.begin, marks.end, marks.quote, *marks.also), call_format)
 
 
-def _read_call(scanner: Scanner, marks: _Marks) -> Steps[None]:
-    yield from scanner.space()
-    yield from scanner.expect("call:")
+def _read_call(scanner: Scanner, marks: _Marks, *, marked: bool) -> Steps[None]:
+    """marked: it stands behind its mark; without one, or without `call:`, it has to name a declared tool."""
+    if marked:
+        if (yield from scanner.space()) == "{":
+            yield from read_call_object(scanner, (marks.end, marks.begin))
+            return
+        yield from scanner.accept(":")
+        marked = yield from scanner.accept("call:")
+        yield from scanner.space()
     name = yield from scanner.word(_NAME)
-    if (yield from scanner.space()) != "{":
+    if (yield from scanner.space()) != "{" or not (marked or scanner.is_declared(name)):
         raise Malformed
     scanner.start_call(name)
-    types = SchemaTypes(scanner.tools.get(name) if scanner.tools is not None else None)
+    types = SchemaTypes(scanner.parameters(name))
     reader = _Reader(scanner, marks, types)
     try:
         yield from reader.read_object(0)
@@ -172,7 +181,14 @@ class _Reader:
             scanner.arguments(json_escaped(text))
 
         scanner.arguments('"')
-        ended = yield from scanner.until((quote,), send)
+        end = self._marks.end
+        while (ended := (yield from scanner.until((quote, end), send))) == end:
+            # Text, unless nothing but another call stands behind it: then the mark of the string is missing.
+            following, distance = yield from scanner.look_past(SPACE)
+            if not following or (yield from scanner.look_at((self._marks.begin,), distance)) is not None:
+                scanner.skip(-len(end))
+                break
+            send(end)
         if ended is None and scanner.cut:
             raise _CutOff
         scanner.arguments('"')

@@ -1,7 +1,6 @@
 """JSON inside of a model's output, read character by character: checked, and handed on as it was written.
 
-The families' grammars use it for arguments, which stream, and for the object around them, which does not. A slip in
-the arguments of a call does not undo it: from there on its text goes on unchecked, for the client to mend.
+A slip in the arguments of a call does not undo it: from there on its text goes on unchecked, for the client to mend.
 """
 
 from __future__ import annotations
@@ -19,17 +18,14 @@ _HEX = re.compile(r"[0-9a-fA-F]{4}")
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")
 _NUMBER_CHARACTERS = "+-.0123456789eE"
 _LITERALS = {"t": "true", "f": "false", "n": "null"}
-_BARE_KEY = re.compile(r"\w")
-_NAME_KEYS = ("name", "tool_name", "function")
-_ARGUMENT_KEYS = ("arguments", "parameters")
-_OTHER_KEYS = ("id", "type", "index")
+# The fields of a call beside its arguments.
+NAME_KEYS = ("name", "tool_name", "function", "function_name", "tool")
+OTHER_KEYS = ("id", "type", "index")
 # A key that may stand behind the arguments.
-_NEXT_KEYS = tuple(f'"{key}"' for key in (*_NAME_KEYS, *_OTHER_KEYS))
+_NEXT_KEYS = tuple(f'"{key}"' for key in (*NAME_KEYS, *OTHER_KEYS))
 # The end of a text may be the end of the arguments, of what is around them, or neither.
 _TAIL_CHARACTERS = SPACE + "}]`"
 _MAX_TAIL = 256
-# Behind arguments, what is neither a field nor an end is left out, up to so many characters.
-_MAX_JUNK = 4096
 
 
 @dataclass(slots=True)
@@ -62,6 +58,16 @@ def read_arguments(
         yield from _read_value(scanner, sink, nesting, ends)
     except Malformed:
         return (yield from _read_raw(scanner, sink, nesting, ends, outer, fence))
+    return True
+
+
+def read_members(scanner: Scanner, sink: Sink, ends: tuple[str, ...], *, outer: str) -> Steps[bool]:
+    """As read_arguments, from the first value of an object on: its bracket and key have been read and handed on."""
+    nesting = _Nesting(["}"])
+    try:
+        yield from _read_value(scanner, sink, nesting, ends)
+    except Malformed:
+        return (yield from _read_raw(scanner, sink, nesting, ends, outer, ""))
     return True
 
 
@@ -295,223 +301,9 @@ def read_json_string(scanner: Scanner) -> Steps[str]:
     return value
 
 
-def read_call_object(
-    scanner: Scanner, ends: tuple[str, ...] = (), *, only_known_keys: bool = False, around: str = ""
-) -> Steps[None]:
-    """`{"name": ..., "arguments": {...}}` in any order of its keys, as one call. Malformed where it is none.
-
-    Arguments stream when the name stands before them. ends: see read_arguments; around: brackets that close around the
-    object. only_known_keys: an unknown key makes it an ordinary object, for families that have no mark before a call.
-    """
-    reader = _CallReader(scanner, ends, only_known_keys, around)
-    yield from scanner.expect("{")
-    try:
-        yield from reader.read_fields(1)
-    except Malformed:
-        if not scanner.has_begun:
-            # The text ends in a call of which only the name is known.
-            if only_known_keys or not reader.name or not scanner.closed or (yield from scanner.peek()):
-                raise
-            scanner.start_call(reader.name)
-            if not scanner.cut:
-                scanner.arguments("{}")
-        yield from _skip_junk(scanner, ends)
-    scanner.end_call()
-
-
-def read_call_list(scanner: Scanner, ends: tuple[str, ...]) -> Steps[None]:
-    """`[{"name": ..., "arguments": {...}}, ...]`. Malformed where its first element is no call; others are left out."""
-    yield from scanner.expect("[")
-    while True:
-        yield from scanner.space()
-        yield from read_call_object(scanner, ends, around="]")
-        while True:
-            character, distance = yield from scanner.look_past(SPACE + ",")
-            if character == "{":
-                scanner.begin()
-                scanner.skip(distance)
-                break
-            if not character or (yield from scanner.look_at(ends, distance)) is not None:
-                return
-            scanner.skip(distance + 1)
-            scanner.settle()
-            if character == "]":
-                return
-
-
-def close_call(scanner: Scanner, close: str) -> Steps[bool]:
-    """Read the end mark of a call if it comes next, with a bracket too many before it or not."""
-    _, distance = yield from scanner.look_past(SPACE + "}]")
-    if (yield from scanner.look_at((close,), distance)) is None:
-        return False
-    scanner.skip(distance + len(close))
-    return True
-
-
-class _CallReader:
-    """Reads the fields of one call."""
-
-    def __init__(self, scanner: Scanner, ends: tuple[str, ...], only_known_keys: bool, around: str) -> None:
-        self.name = ""
-        self._scanner = scanner
-        self._ends = ends
-        self._only_known_keys = only_known_keys
-        self._around = around
-
-    def read_fields(self, depth: int) -> Steps[None]:
-        """The fields of an object, whose bracket has been read, up to its end. Malformed where they stop being some."""
-        scanner = self._scanner
-        arguments: str | None = None
-        yield from scanner.space()
-        while True:
-            # Arguments whose key is missing.
-            bare = bool(self.name) and not self._only_known_keys and (yield from scanner.peek()) == "{"
-            key = _ARGUMENT_KEYS[0] if bare else (yield from self._read_key())
-            if not bare:
-                yield from scanner.space()
-                yield from scanner.expect(":")
-            character = yield from scanner.space()
-            if scanner.has_begun:
-                yield from read_json(scanner, _drop)
-            elif key in _NAME_KEYS and not self.name and character and character in "\"'":
-                self.name = yield from self._read_name(character)
-            elif key == "function" and not self.name and character == "{":
-                scanner.skip(1)
-                yield from self.read_fields(depth + 1)
-            elif key in _ARGUMENT_KEYS and arguments is None:
-                arguments = yield from self._read_arguments(character, depth)
-            elif key in _OTHER_KEYS or not self._only_known_keys:
-                yield from read_json(scanner, _drop)
-            else:
-                raise Malformed
-            character = yield from scanner.space()
-            if character == ",":
-                scanner.skip(1)
-                character = yield from scanner.space()
-            elif character != "}" and (self._only_known_keys or character not in ('"', "'")):
-                raise Malformed
-            if character == "}":
-                break
-        scanner.skip(1)
-        if not scanner.has_begun:
-            if not self.name:
-                raise Malformed
-            scanner.start_call(self.name)
-            scanner.arguments("{}" if arguments is None else arguments)
-
-    def _read_key(self) -> Steps[str]:
-        scanner = self._scanner
-        character = yield from scanner.peek()
-        if character == '"':
-            return (yield from read_json_string(scanner))
-        if self._only_known_keys:
-            raise Malformed
-        if character == "'":
-            return (yield from self._read_name(character))
-        return (yield from scanner.word(_BARE_KEY))
-
-    def _read_name(self, quote: str) -> Steps[str]:
-        scanner = self._scanner
-        if quote == '"':
-            return (yield from read_json_string(scanner))
-        scanner.skip(1)
-        found = ""
-        while (character := (yield from scanner.peek())) != quote:
-            if not character or len(found) > MAX_NAME:
-                raise Malformed
-            scanner.skip(1)
-            found += character
-        scanner.skip(1)
-        return found
-
-    def _read_arguments(self, character: str, depth: int) -> Steps[str]:
-        """The arguments, where they cannot stream: they come before the name, or as a string of JSON, or as null."""
-        scanner = self._scanner
-        if character and character in "\"'":
-            text = yield from self._read_quoted(character)
-            if self._only_known_keys and not _is_object(text):
-                raise Malformed
-            return text if text.strip() else "{}"
-        if character == "n" and (yield from scanner.accept("null")):
-            return "{}"
-        if self._only_known_keys and character != "{":
-            raise Malformed
-        outer = "}" * depth + self._around
-        if self.name and character in ("{", "["):
-            scanner.start_call(self.name)
-            if not (yield from read_arguments(scanner, scanner.arguments, self._ends, outer=outer)):
-                raise Malformed
-            return ""
-        pieces: list[str] = []
-        if character in ("{", "["):
-            yield from read_arguments(scanner, pieces.append, self._ends, outer=outer)
-        else:
-            yield from read_json(scanner, pieces.append)
-        return "".join(pieces)
-
-    def _read_quoted(self, quote: str) -> Steps[str]:
-        """Arguments in a string. One that is cut off makes the call with what there is, where its name is known."""
-        scanner = self._scanner
-        scanner.skip(1)
-        pieces: list[str] = []
-        while (character := (yield from scanner.peek())) != quote:
-            if not character:
-                if self.name:
-                    scanner.start_call(self.name)
-                    scanner.arguments(_unquoted("".join(pieces), quote))
-                raise Malformed
-            scanner.skip(1)
-            pieces.append(character)
-            if character == "\\":
-                escaped = yield from scanner.peek()
-                scanner.skip(len(escaped))
-                pieces.append(escaped)
-        scanner.skip(1)
-        return _unquoted("".join(pieces), quote)
-
-
-def _unquoted(text: str, quote: str) -> str:
-    """The text of a string; with a slip in it, as it was written but for its quotes' escapes."""
-    if quote == '"':
-        try:
-            value: str = json.loads(f'"{text}"', strict=False)
-        except ValueError:
-            return text.replace('\\"', '"')
-        return value
-    return text.replace("\\'", "'")
-
-
-def _is_object(text: str) -> bool:
-    try:
-        return isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
-
-
-def _skip_junk(scanner: Scanner, ends: tuple[str, ...]) -> Steps[None]:
-    """Leave out what stands between a call's arguments and its end mark."""
-    if not ends:
-        return
-    scanner.begin()
-    try:
-        text, _ = yield from scanner.raw_until(ends, _MAX_JUNK)
-    except Malformed:
-        scanner.rewind()
-        if scanner.closed and len(scanner.text) - scanner.at <= _MAX_JUNK:
-            scanner.skip(len(scanner.text) - scanner.at)
-    else:
-        scanner.rewind()
-        scanner.skip(len(text))
-    scanner.settle()
-
-
 def json_escaped(text: str) -> str:
     """Text as it stands inside of a string of JSON; halves of surrogate pairs as escapes."""
     escaped = json.dumps(text, ensure_ascii=False)[1:-1]
     if escaped.isascii() or not _SURROGATE.search(escaped):
         return escaped
     return json.dumps(text)[1:-1]
-
-
-def _drop(text: str) -> None:
-    """A sink for what nobody wants to know."""

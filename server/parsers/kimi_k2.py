@@ -5,12 +5,16 @@ The id is the call's own: the template writes it back, and the model counts on f
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Collection
 from typing import Any
 
+from engine.text.schema_types import SchemaTypes
 from server.parsers.base import MAX_NAME, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import close_call
 from server.parsers.formats import Format, const, schema_of, sequence, tags
-from server.parsers.json_text import close_call, read_arguments
+from server.parsers.json_text import read_arguments, read_json
 from server.parsers.tagged import drop_begun
 
 _ALL_OPEN, _ALL_CLOSE = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -19,6 +23,7 @@ _ALSO_OPEN, _ALSO_CLOSE = "<|tool_call_section_begin|>", "<|tool_call_section_en
 _OPEN, _ARGUMENTS, _CLOSE = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
 _ENDS = (_CLOSE, _ALL_CLOSE, _ALSO_CLOSE, _OPEN)
 _MARKERS = (_ALL_OPEN, _ALL_CLOSE, _ALSO_OPEN, _ALSO_CLOSE, _OPEN, _ARGUMENTS, _CLOSE)
+_MAX_NOISE = 1024
 _ID = re.compile(r"(?:functions\.)?([\w.\-]+?)(?::(\d+))?")
 
 
@@ -27,8 +32,11 @@ def _run(scanner: Scanner) -> Steps[None]:
     while marker := (yield from scanner.until((_ALL_OPEN, _ALSO_OPEN, _OPEN), scanner.content)):
         try:
             if marker != _OPEN:
-                yield from scanner.space()
-                yield from scanner.expect(_OPEN)
+                # What else stands in the section is nobody's.
+                _, found = yield from scanner.raw_until((_OPEN, _ALL_CLOSE, _ALSO_CLOSE), _MAX_NOISE)
+                if found != _OPEN:
+                    scanner.settle()
+                    continue
             yield from _read_call(scanner, used)
             yield from close_call(scanner, _CLOSE)
         except Malformed:
@@ -40,10 +48,17 @@ def _run(scanner: Scanner) -> Steps[None]:
 
 
 def _read_call(scanner: Scanner, used: set[str]) -> Steps[None]:
-    written, _ = yield from scanner.raw_until((_ARGUMENTS,), MAX_NAME)
+    written, mark = yield from scanner.raw_until((_ARGUMENTS, "{"), MAX_NAME)
     found = _ID.fullmatch(written.strip())
     if found is None:
         raise Malformed
+    if mark == "{":
+        if not scanner.is_declared(found[1]):
+            raise Malformed
+        scanner.skip(-1)
+    if found[0].isdigit() and not scanner.is_declared(found[0]):
+        yield from _read_numbered(scanner)
+        return
     call_id = f"functions.{found[1]}:{found[2]}" if found[2] else None
     if call_id in used:
         call_id = None
@@ -54,6 +69,36 @@ def _read_call(scanner: Scanner, used: set[str]) -> Steps[None]:
     else:
         scanner.arguments((yield from _read_other(scanner)))
     scanner.end_call()
+
+
+def _read_numbered(scanner: Scanner) -> Steps[None]:
+    """A call whose id is its number alone: of the only tool, or of the only one that takes such arguments."""
+    tools = scanner.tools or {}
+    if (yield from scanner.space()) != "{" or not tools:
+        raise Malformed
+    if len(tools) == 1:
+        scanner.start_call(next(iter(tools)))
+        yield from read_arguments(scanner, scanner.arguments, _ENDS)
+        scanner.end_call()
+        return
+    pieces: list[str] = []
+    yield from read_json(scanner, pieces.append)
+    text = "".join(pieces)
+    keys = json.loads(text).keys()
+    fitting = [name for name, schema in tools.items() if _takes(schema, keys)]
+    if len(fitting) != 1:
+        raise Malformed
+    scanner.start_call(fitting[0])
+    scanner.arguments(text)
+    scanner.end_call()
+
+
+def _takes(schema: Any, keys: Collection[str]) -> bool:
+    """Whether a tool takes these parameters, and needs no others."""
+    required = schema.get("required") if isinstance(schema, dict) else None
+    needed = required if isinstance(required, list) else []
+    known = SchemaTypes(schema).properties()
+    return all(key in known for key in keys) and all(key in keys for key in needed)
 
 
 def _read_other(scanner: Scanner) -> Steps[str]:

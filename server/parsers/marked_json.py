@@ -11,14 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 from server.parsers.base import SPACE, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import close_call, read_call_list, read_call_object
 from server.parsers.formats import Format, const, json_call, schema_of, sequence, tags
-from server.parsers.json_text import (
-    close_call,
-    read_arguments,
-    read_call_list,
-    read_call_object,
-    read_json_string,
-)
+from server.parsers.json_text import read_arguments, read_json_string
 from server.parsers.tagged import drop_begun
 
 _Reader = Callable[[Scanner, tuple[str, ...]], Steps[None]]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from server.parsers.base import SPACE, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import close_call, read_call_list, read_call_object
 from server.parsers.formats import Format, const, sequence, tags
-from server.parsers.json_text import close_call, read_call_list, read_call_object
 from server.parsers.pythonic import python_call, read_python_call
 from server.parsers.tagged import drop_begun
 

@@ -43,7 +43,7 @@ def _read_call(scanner: Scanner) -> Steps[None]:
     if not name or re.search(r"\s", name):
         raise Malformed
     scanner.start_call(name)
-    parameters = scanner.tools.get(name) if scanner.tools is not None else None
+    parameters = scanner.parameters(name)
     reader = _Reader(scanner, SchemaTypes(parameters))
     try:
         yield from reader.read_fields(parameters, 0)

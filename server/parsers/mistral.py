@@ -10,9 +10,10 @@ import secrets
 import string
 from typing import Any
 
-from server.parsers.base import Malformed, Scanner, Steps, ToolFamily
+from server.parsers.base import SPACE, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import close_call, read_call_list, read_call_object
 from server.parsers.formats import json_call, schema_of, tags
-from server.parsers.json_text import close_call, read_arguments, read_call_list, read_call_object
+from server.parsers.json_text import read_arguments
 
 _OPEN, _CLOSE, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[/TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _ENDS = (_CLOSE, _OPEN)
@@ -33,12 +34,23 @@ def _run(scanner: Scanner) -> Steps[None]:
             if character == "[":
                 yield from read_call_list(scanner, _ENDS)
             elif character == "{":
-                yield from read_call_object(scanner, _ENDS)
+                yield from _read_objects(scanner)
             else:
                 yield from _read_named(scanner)
             yield from close_call(scanner, _CLOSE)
         except Malformed:
             scanner.fail()
+
+
+def _read_objects(scanner: Scanner) -> Steps[None]:
+    """One call, or several whose brackets are missing."""
+    while True:
+        yield from read_call_object(scanner, _ENDS)
+        character, distance = yield from scanner.look_past(SPACE + ",")
+        if character != "{":
+            return
+        scanner.begin()
+        scanner.skip(distance)
 
 
 def _read_named(scanner: Scanner) -> Steps[None]:
@@ -54,6 +66,16 @@ def _read_named(scanner: Scanner) -> Steps[None]:
         if (yield from scanner.look_at(_ENDS)) is not None or (not (yield from scanner.peek()) and not scanner.cut):
             scanner.arguments("{}")
         yield from scanner.before(_ENDS, scanner.arguments)
+    elif (yield from scanner.peek()) == "[" and (yield from scanner.look_past(SPACE, 1))[0] == "{":
+        # A word that stands before a list is none of its names.
+        yield from read_call_list(scanner, _ENDS)
+        return
+    elif scanner.is_declared(name) and (
+        not (yield from scanner.peek()) or (yield from scanner.look_at(_ENDS)) is not None
+    ):
+        scanner.start_call(name)
+        if not scanner.cut:
+            scanner.arguments("{}")
     else:
         raise Malformed
     scanner.end_call()

@@ -52,8 +52,10 @@ def _read_list(scanner: Scanner) -> Steps[None]:
             if (yield from scanner.accept("]", spaced=True)):
                 return
             scanner.begin()
-            yield from scanner.space()
-            yield from scanner.expect(",")
+            # A comma may be missing, or one too many.
+            if (yield from scanner.accept(",", spaced=True)) and (yield from scanner.accept("]", spaced=True)):
+                scanner.settle()
+                return
     except Malformed:
         scanner.fail()
 
@@ -62,9 +64,12 @@ def read_python_call(scanner: Scanner) -> Steps[None]:
     """A call; it has begun where the first of its values is one. What is wrong behind that goes on as it is."""
     name = yield from scanner.word(_NAME)
     yield from scanner.expect("(")
-    is_known = scanner.tools is not None and name in scanner.tools
+    if not scanner.is_declared(name) and scanner.is_declared(name.removesuffix(".call")):
+        name = name.removesuffix(".call")
+    is_known = scanner.is_declared(name)
+    types = SchemaTypes(scanner.parameters(name))
     # What values without a keyword are called.
-    places = iter(SchemaTypes(scanner.tools[name]).properties() if is_known and scanner.tools is not None else ())
+    places = iter(types.properties())
     before = "{"
     while (character := (yield from scanner.space())) != ")":
         if not character:
@@ -81,6 +86,13 @@ def read_python_call(scanner: Scanner) -> Steps[None]:
             scanner.skip(len(scanner.text) - scanner.at)
             character = ""
             break
+        if not keyword and is_known and before == "{" and (found := (yield from _look_at_object(scanner, types))):
+            # All arguments as one object.
+            scanner.start_call(name)
+            scanner.arguments(found)
+            yield from scanner.accept(")", spaced=True)
+            scanner.end_call()
+            return
         keyword = keyword or next(places, "")
         if not keyword:
             source, _ = yield from _read_source(scanner)
@@ -113,6 +125,27 @@ def read_python_call(scanner: Scanner) -> Steps[None]:
     if character or not scanner.cut:
         scanner.arguments("{}" if before == "{" else "}")
     scanner.end_call()
+
+
+def _look_at_object(scanner: Scanner, types: SchemaTypes) -> Steps[str]:
+    """The only value of a call, where that is an object of all its arguments, as JSON, which is read; else ""."""
+    unpacks = yield from scanner.look_at(("**{", "** {"))
+    if unpacks is None and (yield from scanner.peek()) != "{":
+        return ""
+    ahead = scanner.ahead
+    scanner.skip(len(unpacks) - 1 if unpacks else 0)
+    source, is_whole = yield from _read_source(scanner)
+    following, _ = yield from scanner.look_past(SPACE)
+    value = _as_json(source) if is_whole and following == ")" else None
+    keys = json.loads(value) if value is not None else None
+    properties = types.properties()
+    first = next(iter(properties.values()), None)
+    takes_object = first is not None and "object" in types.types(first, implied=True)
+    if isinstance(keys, dict) and (unpacks or keys.keys() <= properties.keys() or not takes_object):
+        assert value is not None
+        return value
+    scanner.rewind(ahead)
+    return ""
 
 
 def _read_keyword(scanner: Scanner) -> Steps[str]:

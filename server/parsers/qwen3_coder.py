@@ -7,17 +7,16 @@ from __future__ import annotations
 
 from server.parsers.tagged import Tags, family
 
-FAMILY = family(
-    "qwen3_coder",
-    Tags(
-        call=("<function=", ">"),
-        call_end="</function>",
-        key=("<parameter=", ">"),
-        value=("", "</parameter>"),
-        lead=("<tool_call>",),
-        tail=("</tool_call>",),
-        around=("<tool_call>\n", "\n</tool_call>"),
-        bare=True,
-        framed=True,
-    ),
+TAGS = Tags(
+    call=("<function=", ">"),
+    call_end="</function>",
+    key=("<parameter=", ">"),
+    value=("", "</parameter>"),
+    also=("<function name=", "<parameter name="),
+    lead=("<tool_call>",),
+    tail=("</tool_call>",),
+    around=("<tool_call>\n", "\n</tool_call>"),
+    bare=True,
+    framed=True,
 )
+FAMILY = family("qwen3_coder", TAGS)

@@ -29,6 +29,8 @@ Sink = Callable[[str], None]
 SPACE = " \t\r\n"
 # Of names, headers and ids, which are held back until they are whole.
 MAX_NAME = 256
+# What models put before a function's name: the namespace that they were trained with.
+_NAMESPACE = re.compile(r"(?:functions?|tools?)[.:/]")
 
 
 class Drafts(Protocol):
@@ -84,6 +86,23 @@ class Scanner:
         self._skip_space = False
         self._behind_call = False
         self._begun = False
+
+    # Declarations.
+
+    def resolve(self, name: str) -> str:
+        """The declared name that a written one means, or the written one: `functions.` may stand before it."""
+        name = name.strip()
+        declared = (*(self.tools or ()), *self._refused)
+        bare = _NAMESPACE.sub("", name, count=1) if _NAMESPACE.match(name) and name not in declared else name
+        return bare if bare in declared else name
+
+    def is_declared(self, name: str) -> bool:
+        """Whether a tool that may be called is known by this name."""
+        return self.tools is not None and self.resolve(name) in self.tools
+
+    def parameters(self, name: str) -> Any:
+        """The parameters of a tool as they were declared; None where it is not."""
+        return self.tools.get(self.resolve(name)) if self.tools is not None else None
 
     # Input.
 
@@ -191,7 +210,7 @@ class Scanner:
         call_id: the model's own, where it has written one. A name that nobody declared is the client's to judge. Raises
         Malformed for what is no name, or makes it none; see OutputParser.
         """
-        name = name.strip()
+        name = self.resolve(name)
         known = self.tools is None or name in self.tools
         if not known and (name in self._refused or len(name) > MAX_NAME or not name.isprintable()):
             raise Malformed
@@ -252,10 +271,16 @@ class Scanner:
         """The attempt has come to something; what it read is no content."""
         self._mark = None
 
-    def rewind(self) -> None:
-        """Back to where the attempt began, to read it in another way."""
+    @property
+    def ahead(self) -> int:
+        """How far the reading stands behind the beginning of the attempt."""
         assert self._mark is not None
-        self.at = self._mark
+        return self.at - self._mark
+
+    def rewind(self, ahead: int = 0) -> None:
+        """Back to where the attempt began, or so far behind that, to read it in another way."""
+        assert self._mark is not None
+        self.at = self._mark + ahead
 
     def fail(self) -> None:
         """The attempt is over; what no event stands for is content, and reading goes on behind it."""
@@ -300,6 +325,8 @@ class Scanner:
 
     def look_at(self, literals: tuple[str, ...], distance: int = 0) -> Steps[str | None]:
         """The longest of the literals that stands so far away. Nothing is read."""
+        if not literals:
+            return None
         compiled = _compile_markers(literals)
         while True:
             found = compiled.pattern.match(self.text, self.at + distance)

@@ -15,14 +15,17 @@ from typing import Any
 
 from engine.text.schema_types import MAX_SCALAR, SchemaTypes, Types
 from server.parsers.base import MAX_NAME, SPACE, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import NAME_CHARACTERS, read_call_list, read_call_object
 from server.parsers.formats import Format, const, either, schema_of, sequence, tags
-from server.parsers.json_text import json_escaped
+from server.parsers.json_text import json_escaped, read_arguments
+from server.parsers.pythonic import read_python_call
 
 # Values that wait for their end; what passes this is text.
 _MAX_VALUE = 1 << 20
 _BARE_NAME = re.compile(r"[^<>\s{}\[\]\"]")
 _QUOTED = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""")
 _ATTRIBUTE = re.compile(r"""\b(string|type)\s*=\s*["']?([^\s"'>]*)""")
+_ELEMENT = re.compile(r"<([\w.\-]+)>(.*?)</\1>", re.DOTALL)
 _TEXT = frozenset({"string"})
 
 
@@ -33,7 +36,8 @@ class Tags:
     section: around the calls of an answer; "" where there is none. lead, tail: further tags in front of `call` and
     behind `call_end`, all optional when they are read; around: how the model writes them. call: in front of the name
     and behind it; "" where white space ends it. key: in front of a parameter's name and behind it. value: in front of
-    the value, "" where `key` does, and behind it. quoted: names are attributes. attribute: further attributes of a
+    the value, "" where `key` does, and behind it. also: other ways to begin a call and a parameter, their names
+    as attributes. quoted: names are attributes. attribute: further attributes of a
     parameter, one of which is written for a value of such types. count: an attribute that counts calls. escaped: & and
     quotes in attributes are entities. special: the tokens that tags are made of, where they are no tokens themselves.
     line: what is written between tags. between: between calls. bare: calls begin without `lead` as well. framed: values
@@ -44,6 +48,7 @@ class Tags:
     call_end: str
     key: tuple[str, str]
     value: tuple[str, str]
+    also: tuple[str, str] = ("", "")
     section: tuple[str, str] = ("", "")
     lead: tuple[str, ...] = ()
     tail: tuple[str, ...] = ()
@@ -59,10 +64,20 @@ class Tags:
     framed: bool = False
 
     @property
+    def calls(self) -> tuple[str, ...]:
+        """What stands in front of a call's name."""
+        return tuple(filter(None, (self.call[0], self.also[0])))
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """What stands in front of a parameter's name."""
+        return tuple(filter(None, (self.key[0], self.also[1])))
+
+    @property
     def opens(self) -> tuple[str, ...]:
         """What begins a call in the middle of content."""
         begins = tuple(filter(None, (self.section[0], *self.lead[:1])))
-        return (*begins, self.call[0]) if self.bare or not begins else begins
+        return (*begins, *self.calls) if self.bare or not begins else begins
 
     @property
     def closers(self) -> tuple[str, ...]:
@@ -72,7 +87,7 @@ class Tags:
     @property
     def inner(self) -> tuple[str, ...]:
         """What ends a value, or a call, whose own end is missing."""
-        parts = (self.key[0], self.call_end, self.call[0], *self.lead[:1], *self.closers)
+        parts = (*self.keys, self.call_end, *self.calls, *self.lead[:1], *self.closers)
         return tuple(dict.fromkeys(parts))
 
     @property
@@ -109,16 +124,19 @@ def family(name: str, spelling: Tags, **options: Any) -> ToolFamily:
 def _run(scanner: Scanner, spelling: Tags) -> Steps[None]:
     inside = False
     while True:
-        begins = (*spelling.opens, spelling.call[0]) if inside else spelling.opens
+        begins = tuple(dict.fromkeys((*spelling.opens, *spelling.calls)))
         marker = yield from scanner.until(begins, scanner.content)
         if marker is None:
             return
+        # What stands outside of its tags, or begins in the other way, may be about anything.
+        declared = marker == spelling.also[0] or not (inside or marker in spelling.opens)
         try:
-            while marker != spelling.call[0]:
-                marker = yield from _accept_any(scanner, (*spelling.lead, spelling.call[0]))
-                if not marker:
-                    raise Malformed
-            yield from _read_call(scanner, spelling)
+            while marker not in ("", *spelling.calls):
+                marker = yield from _accept_any(scanner, (*spelling.lead, *spelling.calls))
+            if marker:
+                yield from read_tagged_call(scanner, spelling, marker, declared=declared)
+            else:
+                yield from _read_object(scanner, spelling)
         except Malformed:
             scanner.fail()
             continue
@@ -143,36 +161,55 @@ def _accept_any(scanner: Scanner, literals: tuple[str, ...]) -> Steps[str]:
     return ""
 
 
-def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
-    """From behind the tag of the call to its end."""
+def _read_object(scanner: Scanner, spelling: Tags) -> Steps[None]:
+    """A call as an object of JSON in the same tags, as other models write theirs; or a list of them."""
+    ends = tuple(dict.fromkeys((spelling.call_end, *spelling.closers, *spelling.lead, spelling.call[0])))
+    if (yield from scanner.space()) == "[":
+        yield from read_call_list(scanner, ends)
+    else:
+        yield from read_call_object(scanner, ends)
+
+
+def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: bool = False) -> Steps[None]:
+    """From behind the tag of the call, which was spelled `begin`, to its end.
+
+    declared: the name of a tool that nobody declared makes it none.
+    """
     if spelling.call[1]:
-        header, _ = yield from scanner.raw_until((spelling.call[1],), MAX_NAME)
-        name, tag = _name_in(header, spelling), ""
-        if not name or re.search(r"[<>\s]", name):
+        yield from scanner.space()
+        header, _ = yield from scanner.raw_until(_ends_of(spelling.call, begin), MAX_NAME)
+        name, tag = _name_in(header, spelling, begin == spelling.also[0]), ""
+        if not name or re.search(r"[<>\s]", name) or (declared and not scanner.is_declared(name)):
             raise Malformed
     else:
-        yield from scanner.space()
+        if (yield from scanner.space()) in ("{", "["):
+            yield from _read_object(scanner, spelling)
+            return
+        if (yield from _is_python(scanner)):
+            yield from read_python_call(scanner)
+            return
         name = yield from scanner.word(_BARE_NAME)
         # Words behind it, and it is none.
-        tag = yield from _accept_any(scanner, (spelling.key[0], spelling.call_end))
+        tag = yield from _accept_any(scanner, (*spelling.keys, spelling.call_end))
         if not tag:
-            raise Malformed
+            yield from _read_named_object(scanner, spelling, name)
+            return
     scanner.start_call(name)
-    types = SchemaTypes(scanner.tools.get(name) if scanner.tools is not None else None)
+    types = SchemaTypes(scanner.parameters(name))
     num_values = 0
     rest = ""
     while True:
         if not tag:
             tag, rest = yield from _next_tag(scanner, spelling)
-        if tag != spelling.key[0]:
+        if tag not in spelling.keys:
             break
-        tag = ""
+        spelled, tag = tag, ""
         try:
-            header = yield from _read_key(scanner, spelling)
+            header = yield from _read_key(scanner, spelling, spelled)
         except Malformed:
             # Half of a tag, or no tag at all: the values so far are whole.
             break
-        key = _name_in(header, spelling)
+        key = _name_in(header, spelling, spelled == spelling.also[1])
         scanner.arguments((", " if num_values else "{") + json.dumps(key, ensure_ascii=False) + ": ")
         num_values += 1
         ends = (spelling.value[1], *spelling.inner)
@@ -193,8 +230,8 @@ def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
             yield from scanner.accept(">", spaced=True)
         elif stop is not None and stop != spelling.value[1]:
             scanner.skip(-len(stop))
-    if not num_values and (found := _object_in(rest)):
-        # Arguments as JSON in place of parameters.
+    if not num_values and (found := _object_in(rest) or _elements_in(rest, types)):
+        # Arguments as JSON, or in tags of their own names, in place of parameters.
         scanner.arguments(found)
         rest = ""
     elif tag or not scanner.closed or not scanner.cut:
@@ -204,11 +241,38 @@ def _read_call(scanner: Scanner, spelling: Tags) -> Steps[None]:
         scanner.content(rest)
 
 
+def _read_named_object(scanner: Scanner, spelling: Tags, name: str) -> Steps[None]:
+    """A declared name, then its arguments as an object of JSON, or the end of the text."""
+    if not scanner.is_declared(name):
+        raise Malformed
+    drop_begun(scanner, (*spelling.keys, spelling.call_end))
+    character = yield from scanner.space()
+    if character not in ("", "{"):
+        raise Malformed
+    scanner.start_call(name)
+    if character:
+        yield from read_arguments(scanner, scanner.arguments, spelling.inner)
+    elif not scanner.cut:
+        scanner.arguments("{}")
+    scanner.end_call()
+
+
+def _is_python(scanner: Scanner) -> Steps[bool]:
+    """Whether a declared name and a bracket come next."""
+    character, distance = yield from scanner.look_past(NAME_CHARACTERS)
+    return character == "(" and scanner.is_declared(scanner.text[scanner.at : scanner.at + distance])
+
+
+def _ends_of(tag: tuple[str, str], begin: str) -> tuple[str, ...]:
+    """What may end the name in a tag that was spelled `begin`: its second part, or in a line of its own the line."""
+    return (tag[1], "\n") if tag[1] == ">" and begin.endswith("=") else (tag[1],)
+
+
 def _ends_value(scanner: Scanner, spelling: Tags, tag: str) -> Steps[bool]:
     """Whether a tag that is not the value's own end, and has been read, ends it, and is no text. Nothing is read."""
-    if tag == spelling.key[0]:
+    if tag in spelling.keys:
         return True
-    if tag == spelling.call[0]:
+    if tag in spelling.calls:
         return spelling.quoted or (yield from _is_head(scanner, spelling))
     # Nothing but further tags stands behind the end of a call, or in front of the next.
     back = -1 if tag.endswith("<") else 0
@@ -229,9 +293,9 @@ def _is_head(scanner: Scanner, spelling: Tags) -> Steps[bool]:
         yield
 
 
-def _name_in(header: str, spelling: Tags) -> str:
-    """The name in what stands between the two parts of a tag."""
-    if not spelling.quoted:
+def _name_in(header: str, spelling: Tags, quoted: bool) -> str:
+    """The name in what stands between the two parts of a tag. quoted: it is an attribute there."""
+    if not (quoted or spelling.quoted):
         return header.strip().strip("\"'")
     found = _QUOTED.match(header)
     name = "" if found is None else (found[1] or found[2] or found[3] or "").strip()
@@ -243,13 +307,13 @@ def _next_tag(scanner: Scanner, spelling: Tags) -> Steps[tuple[str, str]]:
 
     Also the text in front of it.
     """
-    found = yield from _accept_any(scanner, (spelling.key[0], spelling.call_end))
+    found = yield from _accept_any(scanner, (*spelling.keys, spelling.call_end))
     if found:
         return found, ""
     pieces: list[str] = []
     found = (yield from scanner.until(spelling.inner, pieces.append)) or ""
     text = "".join(pieces)
-    if found in (spelling.key[0], spelling.call_end):
+    if found in (*spelling.keys, spelling.call_end):
         return found, text
     if found:
         scanner.skip(-len(found))
@@ -259,10 +323,15 @@ def _next_tag(scanner: Scanner, spelling: Tags) -> Steps[tuple[str, str]]:
     return "", text
 
 
-def _read_key(scanner: Scanner, spelling: Tags) -> Steps[str]:
-    """From behind the tag of a parameter to its value; returns what the tag holds."""
+def _read_key(scanner: Scanner, spelling: Tags, begin: str) -> Steps[str]:
+    """From behind the tag of a parameter, spelled `begin`, to its value; returns what the tag holds."""
     before = spelling.value[0]
-    header, end = yield from scanner.raw_until((spelling.key[1], *([before] if before else [])), MAX_NAME)
+    ends = _ends_of(spelling.key, begin)
+    yield from scanner.space()
+    header, end = yield from scanner.raw_until((*ends, *([before] if before else [])), MAX_NAME)
+    if end == "\n":
+        # The line belongs to the value as well.
+        scanner.skip(-1)
     if before and end != before and not (yield from scanner.accept(before, spaced=True)):
         drop_begun(scanner, (before,))
     if scanner.closed and scanner.cut and scanner.at == len(scanner.text):
@@ -286,6 +355,17 @@ def _object_in(text: str) -> str:
         return found if isinstance(json.loads(found), dict) else ""
     except (ValueError, RecursionError):
         return ""
+
+
+def _elements_in(text: str, types: SchemaTypes) -> str:
+    """The object that elements with the names of parameters make, `<city>Paris</city>`; "" where there are none."""
+    known = types.properties()
+    found = {key: value for key, value in _ELEMENT.findall(text) if key in known}
+    fields = (
+        f"{json.dumps(key, ensure_ascii=False)}: {types.read_value(value, types.property(key))}"
+        for key, value in found.items()
+    )
+    return "{" + ", ".join(fields) + "}" if found else ""
 
 
 class Value:

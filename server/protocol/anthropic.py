@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.request import RequestError
+from server.protocol.anthropic_tools import client_tool
 from server.protocol.body import Body, check_nesting, invalid
-from server.protocol.chat import encode_messages, parse_chat
+from server.protocol.chat import EFFORTS, encode_messages, parse_chat
 from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
 from server.protocol.history import Turn, newest_turn, read_part, read_parts
@@ -28,8 +29,10 @@ NAMES = {
     "reasoning_effort": "output_config.effort",
     "response_format.json_schema": "output_config.format",
     "parallel_tool_calls": "tool_choice.disable_parallel_tool_use",
-    ".function.parameters": ".input_schema",
-    ".function": "",
+    "tools[].function": "tools[]",
+    "tools[].function.parameters": "tools[].input_schema",
+    "tool_choice.function": "tool_choice",
+    "messages[].tool_calls[].function": "messages[].tool_calls[]",
 }
 # Means here what it means in a chat.
 SAME = (
@@ -70,7 +73,7 @@ _SWITCHES = ("enable_thinking", "thinking")
 # What Claude Code puts in front of its system prompt. It changes with every conversation, tells a model nothing and
 # would keep all that follows out of the prefix cache.
 _BILLING = "x-anthropic-billing-header"
-EFFORTS = ("low", "medium", "high", "xhigh", "max")
+MAX_EFFORT = 64
 FORCED = ("any", "tool")
 CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 ERROR_TYPES = {
@@ -167,7 +170,7 @@ def _read_thinking(body: Body, state: State) -> dict[str, Any]:
     has thought without being asked is not shown.
     """
     fields, config = body.inner("thinking"), body.inner("output_config")
-    chat: dict[str, Any] = {"reasoning_effort": config.choice("output_config.effort", EFFORTS)}
+    chat: dict[str, Any] = {"reasoning_effort": _read_effort(config)}
     kind = fields.choice("thinking.type", THINKING)
     asked, budget = kind in ("enabled", "adaptive"), None
     if body.has("thinking"):
@@ -202,10 +205,21 @@ def _read_thinking(body: Body, state: State) -> dict[str, Any]:
     return chat
 
 
+def _read_effort(config: Body) -> str | None:
+    """An effort that is newer than this server is the highest that it knows: new ones have been above the others."""
+    effort = config.string("output_config.effort", None, most=MAX_EFFORT)
+    if effort is None or effort in EFFORTS:
+        return effort
+    ignore("output_config.effort", effort)
+    return EFFORTS[-1]
+
+
 def _read_tools(tools: Any) -> list[dict[str, Any]]:
     """Each in its place, so that errors name the client's own.
 
-    Those that Anthropic defines have another type, and the chat leaves them out.
+    Of those that Anthropic defines, clients run some; the others have another type, and the chat leaves them out. Tools
+    that are to be loaded only when a search has found them (`defer_loading`) can be called at once: nobody searches
+    here, and a tool that is declared and shown needs no search.
     """
     if not isinstance(tools, list | None):
         raise invalid("tools", "must be a list")
@@ -217,6 +231,9 @@ def _read_tools(tools: Any) -> list[dict[str, Any]]:
         kind = tool.get("type")
         if kind is not None and (not isinstance(kind, str) or not kind):
             raise invalid(f"{where}.type", "must be a non-empty string")
+        if kind is not None and (defined := client_tool(kind)) is not None:
+            read.append({"type": "function", "function": {"name": tool.get("name"), **defined}})
+            continue
         if kind not in (None, "custom"):
             # Not by its type alone: chat has one that is called function.
             read.append({"type": f"tool.{kind}" if kind in ("function", "namespace") else kind})
@@ -251,6 +268,7 @@ def _read_tool_choice(body: Body) -> dict[str, Any]:
 def _read_system(system: Any) -> list[dict[str, Any]]:
     if system is None or system == "" or system == []:
         return []
+    check_nesting("system", system)
     kept = [text for text in map(_without_billing, _read_texts(system, "system")) if text is not None]
     if not kept:
         return []

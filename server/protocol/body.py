@@ -140,7 +140,7 @@ def are_token_ids(value: Any, vocab_size: int) -> bool:
 
 def check_nesting(name: str, value: Any) -> None:
     """Raises RequestError for a value that is nested more than MAX_NESTING deep. Breadth first, no recursion."""
-    level: list[Any] = [value]
+    level: list[Any] = [value] if isinstance(value, dict | list) else []
     for _ in range(MAX_NESTING):
         children: list[Any] = []
         for item in level:

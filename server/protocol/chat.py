@@ -16,7 +16,7 @@ import orjson
 from engine.config import RESERVED_TEMPLATE_KWARGS
 from engine.request import MAX_TOP_LOGPROBS, RequestError
 from engine.text.chat_template import ChatTemplate
-from engine.text.structured import GrammarSpec
+from engine.text.grammar.spec import GrammarSpec
 from engine.text.template_shape import text_of
 from server.custom_calls import INPUT
 from server.messages import Reading

@@ -312,7 +312,7 @@ def _fit(state: State, common: Common, prompt: list[int]) -> SamplingParams:
     most = room if max_tokens is None else max_tokens
     # Where nothing fits, the engine's own error says more.
     if room > 0 and sampling.min_tokens > most:
-        raise invalid("min_tokens", f"must be at most max_tokens, which is {most} here")
+        raise invalid("min_tokens", f"must be at most `max_tokens`, which is {most} here")
     return sampling if max_tokens == sampling.max_tokens else replace(sampling, max_tokens=max_tokens)
 
 

@@ -33,7 +33,12 @@ _NAMES = {ours: f"options.{theirs}" for theirs, ours in OPTIONS.items()} | {
     "response_format.json_schema.schema": "format",
     "reasoning_effort": "think",
 }
-CHAT_NAMES = _NAMES | {"prompt": "messages", ".reasoning_content": ".thinking"}
+CHAT_NAMES = _NAMES | {
+    "prompt": "messages",
+    "messages[].reasoning_content": "messages[].thinking",
+    # What stands for images; Ollama's own contents have no parts.
+    "messages[].content[]": "messages[].images",
+}
 EMBED_NAMES = {"truncate_prompt_tokens": "truncate"}
 OLD_EMBED_NAMES = {"input": "prompt"}
 GENERATE_NAMES = _NAMES | {"messages": "prompt"}
@@ -293,36 +298,18 @@ def _read_messages(messages: Any) -> list[Any]:
     if not isinstance(messages, list):
         raise invalid("messages", "must be a list")
     read: list[Any] = []
-    # Calls that have had no result yet: name and id.
-    waiting: list[tuple[str, str]] = []
-    num_calls = 0
     for index, message in enumerate(messages):
         if not isinstance(message, dict):
             raise invalid(f"messages[{index}]", "must be an object")
-        if message.get("images"):
-            raise invalid(f"messages[{index}].images", "cannot be read: this model reads text only")
         turn = message | ({"content": ""} if message.get("content") is None else {})
+        if not isinstance(images := turn.pop("images", None), list | None):
+            raise invalid(f"messages[{index}].images", "must be a list")
+        if images and isinstance(text := turn["content"], str):
+            # One part stands for all of them: in the user's newest turn it is an error, before it a bracketed word.
+            turn["content"] = [{"type": "text", "text": text}, {"type": "image"}] if text else [{"type": "image"}]
         if message.get("thinking") is not None:
             turn["reasoning_content"] = turn.pop("thinking")
         if message.get("tool_name") is not None:
             turn["name"] = turn.pop("tool_name")
-        if isinstance(calls := message.get("tool_calls"), list):
-            turn["tool_calls"] = calls = [_with_id(call, num_calls + place) for place, call in enumerate(calls)]
-            num_calls += len(calls)
-            waiting += [(_name(call), call["id"]) for call in calls if isinstance(call, dict)]
-        if turn.get("role") == "tool" and not turn.get("tool_call_id") and waiting:
-            # Results name their tool, or come in the order of the calls.
-            place = next((place for place, (name, _) in enumerate(waiting) if name == turn.get("name")), 0)
-            turn["tool_call_id"] = waiting.pop(place)[1]
         read.append(turn)
     return read
-
-
-def _with_id(call: Any, number: int) -> Any:
-    """Ollama's calls may have no ids, and templates ask for them, some for nine characters."""
-    return {"id": f"call{number:05d}"} | call if isinstance(call, dict) else call
-
-
-def _name(call: dict[str, Any]) -> str:
-    function = call.get("function")
-    return str(function.get("name")) if isinstance(function, dict) else ""

@@ -89,13 +89,8 @@ def _say(messages: list[Json], item: Json) -> None:
     text, role = _text(item["content"]), item["role"]
     if role == "assistant":
         _turn(messages, "message")["content"] = text
-    elif role == "user":
-        messages.append({"role": "user", "content": text})
-    elif [message["role"] for message in messages] == ["system"]:
-        # Many templates read one such message, the first.
-        messages[0]["content"] += "\n\n" + text
     else:
-        messages.append({"role": "system", "content": text})
+        messages.append({"role": "user" if role == "user" else "system", "content": text})
 
 
 def _add_result(messages: list[Json], names: dict[str, str], call_id: str, text: str, kind: str) -> None:

@@ -5,22 +5,20 @@ Pure but for the store, which earlier turns come from. Loop thread.
 
 from __future__ import annotations
 
-import contextlib
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from engine.request import RequestError
 from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.chat import parse_chat
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
 from server.protocol.history import newest_turn
 from server.protocol.ignored import ignore
+from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse
 from server.protocol.response_items import Flat, as_messages, read_item, turn_of
 from server.protocol.tool_fields import Declared
+from server.protocol.tool_search import as_function, found_tools, is_client_search
 from server.state import State
 
 Json = dict[str, Any]
@@ -64,13 +62,19 @@ REFUSALS: dict[str, tuple[object, ...]] = {
 }
 # Wishes that change no word of the answer: how a provider runs it, bills it or keeps it.
 HINTS = ("service_tier", "prompt_cache_retention", "prompt_cache_options", "context_management")
-# Chat's names in the sentences of its errors, and ours.
-_RENAMES = (
-    (re.compile(r"\b(?:response_format\.json_schema|response_format)\b"), "text.format"),
-    (re.compile(r"\bmax_tokens\b"), "max_output_tokens"),
-    (re.compile(r"\breasoning_effort\b"), "reasoning.effort"),
-    (re.compile(r"\b(tools\[\d+\](?:\.tools\[\d+\])?|tool_choice)\.(?:function|custom)\b"), r"\1"),
-    (re.compile(r"^(?:messages|prompt)\b|(?<=`)messages\b"), "input"),
+# Our name of a field and this API's, for errors: what describes a tool stands beside its type here.
+NAMES = (
+    MOVED
+    | {
+        "prompt": "input",
+        "response_format.json_schema": "text.format",
+        "tool_choice.allowed_tools": "tool_choice",
+    }
+    | {
+        f"{place}.{kind}": place.replace("allowed_tools.", "")
+        for place in ("tools[]", "tools[].tools[]", "tool_choice", "tool_choice.allowed_tools.tools[]")
+        for kind in ("function", "custom")
+    }
 )
 
 
@@ -79,12 +83,13 @@ class Asked:
     """What the answer tells of its request.
 
     fields: of the Response object. items: the whole input, earlier turns included. owner: whom the response is kept
-    for, None where it is not kept.
+    for, None where it is not kept. searches: the client runs searches for tools.
     """
 
     fields: Json
     items: list[Json]
     owner: str | None
+    searches: bool
 
 
 async def parse_response(body: Body, state: State, response_id: str, owner: str) -> tuple[Plan, Asked]:
@@ -92,12 +97,13 @@ async def parse_response(body: Body, state: State, response_id: str, owner: str)
     store = _read_store(body, state)
     chat, items = read_chat(body, state, owner)
     fields = _read_fields(body)
-    with our_names():
+    with in_words_of(NAMES):
         plan = await parse_chat(chat, state, response_id)
         if fields["truncation"] == "auto":
             flat = Declared(chat.raw("tools")).flat
             plan = await _truncated(chat, items, fields["instructions"], flat, state, plan)
-    return plan, Asked(fields | {"store": store}, items, owner if store else None)
+    searches = any(map(is_client_search, fields["tools"]))
+    return plan, Asked(fields | {"store": store}, items, owner if store else None, searches)
 
 
 def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
@@ -118,9 +124,13 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
     if (verbosity := text.choice("text.verbosity", ("low", "medium", "high"))) is not None:
         kwargs = {"verbosity": verbosity} | kwargs
     tools = _chat_tools(body)
-    with our_names():
-        flat = Declared(tools).flat
+    with in_words_of(NAMES):
+        declared = Declared(tools)
+    flat = declared.flat
     items, size = _read_items(body, state, owner)
+    if any(map(is_client_search, body.raw("tools") or [])):
+        tools += found_tools(items, declared, _chat_tool)
+        flat = Declared(tools).flat
     with_logprobs = LOGPROBS in _read_include(body)
     if body.raw("top_logprobs") and not with_logprobs:
         raise invalid("top_logprobs", f"needs {LOGPROBS!r} in `include`")
@@ -138,18 +148,6 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
         **dict.fromkeys(("input", "text", "reasoning", "include", "stream_options", "max_output_tokens")),
     }
     return body.changed(changes, body.size + size), items
-
-
-@contextlib.contextmanager
-def our_names() -> Iterator[None]:
-    """Errors of a chat leave this block under this API's names of fields."""
-    try:
-        yield
-    except RequestError as error:
-        message, param = str(error), error.param or ""
-        for pattern, name in _RENAMES:
-            message, param = pattern.sub(name, message), pattern.sub(name, param)
-        raise ApiError(error.status, message, param=param or None, code=error.code) from None
 
 
 # ---- fields
@@ -201,7 +199,7 @@ def _read_fields(body: Body) -> Json:
         },
         "tool_choice": body.raw("tool_choice") or "auto",
         "tools": [
-            {"parameters": None, "strict": None} | tool if tool.get("type") == "function" else tool
+            {"description": None, "parameters": None, "strict": None} | tool if tool.get("type") == "function" else tool
             for tool in body.raw("tools") or []
         ],
         "top_logprobs": body.raw("top_logprobs") or 0,
@@ -235,6 +233,8 @@ def _chat_tools(body: Body) -> list[Json]:
         return []
     if not isinstance(tools, list):
         raise invalid("tools", "must be a list")
+    # The answer repeats all of them, what nobody reads as well.
+    check_nesting("tools", tools)
     return [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
 
 
@@ -245,6 +245,8 @@ def _chat_tool(tool: Any, where: str) -> Json:
     if kind == "namespace" and isinstance(tool.get("tools"), list) and ".tools" not in where:
         inner = [_chat_tool(one, f"{where}.tools[{index}]") for index, one in enumerate(tool["tools"])]
         return {**tool, "tools": inner}
+    if is_client_search(tool):
+        return {"type": "function", "function": as_function(tool)}
     names = {"function": ("name", "description", "parameters", "strict"), "custom": ("name", "description", "format")}
     if kind not in names:
         return dict(tool)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.request import RequestError, SamplingParams, TokenConstraint
-from engine.text.structured import Grammar, GrammarSpec
+from engine.text.grammar.spec import GrammarSpec
+from engine.text.grammar.state import Grammar
 from engine.text.tokenizer import Tokenizer
 from server.parsers.base import ReasoningFamily, ReasoningState
 from server.protocol.body import invalid
@@ -17,7 +18,7 @@ from server.state import State
 class Structure:
     """grammar: None where only the reasoning is limited. reasoning: what may come before the answer; None for nothing.
 
-    inside: the prompt has opened it. open_id, budget, closing: see Thinking.
+    inside: the prompt has opened it. open_id, budget, closing, blanks: see Thinking.
     """
 
     grammar: Grammar | None
@@ -26,6 +27,7 @@ class Structure:
     open_id: int | None = None
     budget: int | None = None
     closing: tuple[int, ...] = ()
+    blanks: frozenset[int] = frozenset()
 
     def state(self, tokenizer: Tokenizer | None) -> TokenConstraint:
         """A state of its own for one sequence."""
@@ -35,7 +37,9 @@ class Structure:
             return grammar
         assert tokenizer is not None, "reasoning is text"
         watch = ReasoningWatch(tokenizer, self.reasoning, inside=self.inside)
-        return Thinking(watch, grammar, open_id=self.open_id, budget=self.budget, closing=self.closing)
+        return Thinking(
+            watch, grammar, open_id=self.open_id, budget=self.budget, closing=self.closing, blanks=self.blanks
+        )
 
 
 async def make_structure(
@@ -65,7 +69,14 @@ async def make_structure(
             # It would need several tokens to begin.
             return Structure(grammar)
     closing = () if budget is None else tuple(tokenizer.encode(reasoning.closing, add_special_tokens=False))
-    return Structure(grammar, reasoning, inside, open_id, budget, closing)
+    blanks = _newlines(tokenizer) if grammar is not None and not reasoning.whole else frozenset[int]()
+    return Structure(grammar, reasoning, inside, open_id, budget, closing, blanks)
+
+
+def _newlines(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that the tokenizer makes of one newline or two behind a text."""
+    ids = {token_id for text in ("x\n", "x\n\n") for token_id in tokenizer.encode(text, add_special_tokens=False)}
+    return frozenset(token_id for token_id in ids if set(tokenizer.token_bytes(token_id)) == {ord("\n")})
 
 
 async def _compile(state: State, sampling: SamplingParams, spec: GrammarSpec) -> Grammar:

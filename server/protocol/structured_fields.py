@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from engine.request import RequestError
-from engine.text.structured import GrammarSpec, Kind
+from engine.text.grammar.spec import GrammarSpec, Kind
 from server.protocol.body import Body, check_nesting, invalid
 
 _SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -37,7 +37,11 @@ def read_grammar(body: Body) -> GrammarSpec | None:
         raise invalid("guided_decoding_backend", f"must be one of {', '.join(BACKENDS)}")
     pattern = body.string("guided_whitespace_pattern", None, most=1024)
     for name, read in _TOP_LEVEL.items():
-        if body.has(name) and not (name.endswith("json_object") and body.raw(name) is False):
+        # llama.cpp's clients send an empty grammar for none.
+        says_none = (name.endswith("json_object") and body.raw(name) is False) or (
+            name == "grammar" and body.raw(name) == ""
+        )
+        if body.has(name) and not says_none:
             spec = read(name, body.raw(name))
             found.append((name, replace(spec, whitespace_pattern=pattern) if name.startswith("guided_") else spec))
     if pattern is not None and not any(name.startswith("guided_") for name, _ in found):

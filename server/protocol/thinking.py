@@ -15,6 +15,8 @@ from server.parsers.base import ReasoningFamily
 
 # Text in front of a mark that is kept: longer than any token.
 _KEPT = 64
+# Tokens of newlines that may stand between a reasoning and the answer: models were trained to write one or two.
+MAX_BLANKS = 2
 
 
 class ReasoningWatch:
@@ -82,10 +84,14 @@ class Thinking:
 
     grammar: None where the answer is free. open_id: the output begins with this token, the first of the reasoning, or
     with the grammar at once; None where the watch alone says. budget: after that many tokens of reasoning `closing`
-    is forced, once the character that they end in is whole; None for no limit.
+    is forced, once the character that they end in is whole; None for no limit. blanks: tokens of newlines that the
+    model may write between the end of its reasoning and what the grammar allows.
     """
 
-    __slots__ = ("_answering", "_broken", "_budget", "_closing", "_forced", "_grammar", "_open_id", "_watch")
+    __slots__ = (
+        "_answering", "_blanks", "_blanks_left", "_broken", "_budget", "_closing", "_forced", "_grammar", "_open_id",
+        "_own_blanks", "_watch",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -95,8 +101,13 @@ class Thinking:
         open_id: int | None = None,
         budget: int | None = None,
         closing: Sequence[int] = (),
+        blanks: frozenset[int] = frozenset(),
     ) -> None:
         self._watch = watch
+        self._blanks = blanks
+        self._blanks_left = 0
+        # Those that the grammar allows here as well: they are the answer's own.
+        self._own_blanks: set[int] = set()
         self._grammar = grammar
         self._open_id = open_id
         self._budget = budget
@@ -132,12 +143,16 @@ class Thinking:
             return
         else:
             self._grammar.mask_into(mask)
+            if self._blanks_left:
+                self._own_blanks = {blank for blank in self._blanks if mask[blank >> 5] & (1 << (blank & 31))}
+                for blank in self._blanks:
+                    mask[blank >> 5] |= 1 << (blank & 31)
         if first is not None:
             mask[first >> 5] |= 1 << (first & 31)
 
     def forced_tokens(self) -> Sequence[int]:
         if self._answering and self._grammar is not None:
-            return self._grammar.forced_tokens()
+            return () if self._blanks_left else self._grammar.forced_tokens()
         return self._forced
 
     def accept(self, token_id: int) -> None:
@@ -145,6 +160,10 @@ class Thinking:
         if open_id is not None and token_id != open_id:
             self._answering = True
         if self._answering:
+            if self._blanks_left and token_id in self._blanks and token_id not in self._own_blanks:
+                self._blanks_left -= 1
+                return
+            self._blanks_left = 0
             if self._grammar is not None:
                 self._grammar.accept(token_id)
             return
@@ -156,6 +175,8 @@ class Thinking:
             self._answering = not self._forced
             return
         self._answering = self._watch.is_over
+        if self._answering and self._grammar is not None and self._blanks:
+            self._blanks_left = MAX_BLANKS
         self._keep_to_budget()
 
     def _keep_to_budget(self) -> None:

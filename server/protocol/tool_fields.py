@@ -15,7 +15,7 @@ from typing import Any
 
 import orjson
 
-from engine.text.structured import GrammarSpec
+from engine.text.grammar.spec import GrammarSpec
 from server.custom_calls import INPUT
 from server.parsers.base import ToolFamily
 from server.protocol.body import Body, check_nesting, invalid
@@ -240,6 +240,8 @@ def read_tools(body: Body) -> ToolPlan:
     """Raises RequestError (400) for broken declarations, and for a choice that cannot be met."""
     parallel = body.boolean("parallel_tool_calls", True)
     declared, choice = Declared(body.raw("tools")), body.raw("tool_choice")
+    # Some families tell it in their answers.
+    check_nesting("tool_choice", choice)
     mode, allowed, named = _read_choice("auto" if choice is None else choice, declared)
     if not declared.tools or not allowed:
         if mode == "required":
@@ -286,7 +288,7 @@ def _read_choice(choice: Any, declared: Declared) -> tuple[str, set[str], str | 
         names: set[str] = set()
         for index, tool in enumerate(tools):
             other = tool.get("type") if isinstance(tool, dict) else None
-            if isinstance(other, str) and other not in _CALLABLE:
+            if isinstance(other, str) and other and other not in _CALLABLE:
                 ignore("tool_choice", other)
             else:
                 names.add(_chosen(tool, f"tool_choice.allowed_tools.tools[{index}]", declared))
@@ -299,8 +301,8 @@ def _read_choice(choice: Any, declared: Declared) -> tuple[str, set[str], str | 
 def _chosen(value: Any, where: str, declared: Declared) -> str:
     """The flat name of what a choice names."""
     kind = value.get("type", "function") if isinstance(value, dict) else "function"
-    if not isinstance(kind, str):
-        raise invalid(f"{where}.type", "must be a string")
+    if not isinstance(kind, str) or not kind:
+        raise invalid(f"{where}.type", "must be a non-empty string")
     # The Responses API has the name beside the type.
     inner = value.get(kind, value) if isinstance(value, dict) else None
     name = inner.get("name") if isinstance(inner, dict) else None

@@ -79,12 +79,15 @@ _SHELL: tuple[str, dict[str, Any]] = ("exec_command", {"cmd": "cat {path}"})
 _READ: tuple[str, dict[str, Any]] = ("read", {"path": "{path}"})
 
 PROGRAMS = (
-    Program("Codex", _CODEX, f"{_CODEX_MORE} '{QUESTION}'", _SHELL),
+    Program("Codex", _CODEX, f"{_CODEX_MORE} '{QUESTION}'", _SHELL, thinks=True),
     Program(
         "Codex, MCP",
         _CODEX,
-        """ -c 'mcp_servers.notes={command="python3",args=["notes.py"]}'""" + f"{_CODEX_MORE} '{QUESTION}'",
+        # A busy machine takes longer to start Python than Codex waits for it.
+        """ -c 'mcp_servers.notes={command="python3",args=["notes.py"],startup_timeout_sec=60}'"""
+        + f"{_CODEX_MORE} '{QUESTION}'",
         ("read_note?", {"path": "{path}"}),
+        thinks=True,
     ),
     Program(
         "Claude Code",
@@ -93,6 +96,7 @@ PROGRAMS = (
         f" -p --dangerously-skip-permissions '{QUESTION}'",
         ("Read", {"file_path": "{path}"}),
         env={"IS_SANDBOX": "1", "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1"},
+        thinks=True,
     ),
     Program(
         "opencode",
@@ -101,13 +105,15 @@ PROGRAMS = (
         ("read", {"filePath": "{path}"}),
         files={".config/opencode/opencode.json": json.dumps(_OPENCODE)},
         env={"OPENCODE_DISABLE_AUTOUPDATE": "1", "OPENCODE_DISABLE_MODELS_FETCH": "1"},
+        thinks=True,
     ),
-    Program("Copilot CLI", _COPILOT, _COPILOT_MORE, _COPILOT_TOOL, env={"COPILOT_OFFLINE": "1"}),
+    Program("Copilot CLI", _COPILOT, _COPILOT_MORE, _COPILOT_TOOL, env={"COPILOT_OFFLINE": "1"}, thinks=True),
     Program(
         "Cline",
         "cline auth -p openai -k none -m oneloop-demo -b http://127.0.0.1:8000/v1",
         f" && cline -P openai -m oneloop-demo '{QUESTION}'",
         ("read_files", {"files": [{"path": "{path}"}]}),
+        thinks=True,
     ),
     Program(
         "Qwen Code",
@@ -115,6 +121,7 @@ PROGRAMS = (
         "qwen --auth-type openai",
         f" -y -p '{QUESTION}'",
         ("read_file", {"file_path": "{path}", "absolute_path": "{path}"}),
+        thinks=True,
     ),
     Program(
         "Continue CLI",
@@ -130,6 +137,8 @@ PROGRAMS = (
             f" -p '{QUESTION}'",
             _READ,
             files={".pi/agent/models.json": _pi(*_PI[api])},
+            # It does not ask /v1/messages for any.
+            thinks=api != "messages",
         )
         for api in _PI
     ),

@@ -111,7 +111,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     def convert(self, tokens: list[int], as_array: bool) -> Any:
         return np.array(tokens, np.int32) if as_array else tokens
 
-    def insert(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int]]:
+    def insert(self, sequence: Sequence, num_tokens: int) -> list[tuple[int, int, int]]:
         """Enter pages in the model; returns what was remapped. The page list is read before the call."""
         end, first = num_tokens // self.page_size, len(sequence.shared)
         if not self.caching or end <= first:
@@ -125,7 +125,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             )
             self.tree[page.prefix] = page
             self.lock(sequence, [page])
-        return [(first + i, page.page) for i, page in enumerate(known)]
+        return [(0, first + i, page.page) for i, page in enumerate(known)]
 
     def unlock(self, sequence: Sequence) -> None:
         self.ticks += 1
@@ -171,19 +171,6 @@ class KVCacheMachine(RuleBasedStateMachine):
         self.pick(choice).tokens += tokens
 
     @precondition(lambda self: self.live)
-    @rule(choice=st.integers(0, 20), as_array=st.booleans())
-    def extend_match(self, choice: int, as_array: bool) -> None:
-        sequence = self.pick(choice)
-        expected: list[SharedPage] = []
-        private = len(sequence.seq.pages) - len(sequence.shared)
-        if not private and all(page.attached for page in sequence.shared):
-            limit = (len(sequence.tokens) - 1) // self.page_size
-            expected = self.known(sequence.namespace, sequence.tokens, limit)[len(sequence.shared) :]
-        given = self.convert(sequence.tokens, as_array)
-        assert self.cache.extend_match(sequence.seq, given) == len(expected)
-        self.lock(sequence, expected)
-
-    @precondition(lambda self: self.live)
     @rule(choice=st.integers(0, 20), num_tokens=st.integers(0, 20))
     def reserve(self, choice: int, num_tokens: int) -> None:
         seq = self.pick(choice).seq
@@ -224,8 +211,8 @@ class KVCacheMachine(RuleBasedStateMachine):
         before = sequence.seq.pages.copy()
         remapped = self.insert(sequence, num_tokens)
         assert self.cache.enter(sequence.seq, self.convert(sequence.tokens, as_array), num_tokens) == remapped
-        self.deferred += [before[index] for index, _ in remapped]
-        for index, page in remapped:
+        self.deferred += [before[index] for _, index, _ in remapped]
+        for _, index, page in remapped:
             before[index] = page
         assert sequence.seq.pages == before
 
@@ -272,7 +259,7 @@ class KVCacheMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.cache.check([sequence.seq for sequence in self.live])
-        in_tree = [page for node in self.cache._tree.nodes() for page in node.pages]
+        in_tree = [page for node in self.cache._tree.nodes() for page in node.runs[0]]
         assert sorted(in_tree) == sorted(page.page for page in self.tree.values())
         assert self.cache.num_evictable == len(self.evictable())
         assert self.cache.num_available == self.num_available()
@@ -319,7 +306,7 @@ def test_a_burst_with_one_prompt_computes_it_once() -> None:
     assert cache.reserve(first, 5) and cache.reserve(second, 5)
     own = second.pages.copy()
     assert cache.enter(first, tokens, 5) == []
-    assert cache.enter(second, tokens, 5) == [(0, first.pages[0]), (1, first.pages[1])]
+    assert cache.enter(second, tokens, 5) == [(0, 0, first.pages[0]), (0, 1, first.pages[1])]
     assert second.pages == [*first.pages[:2], own[2]]
     assert cache.num_free == 4, "the duplicates wait for the end of the step"
     cache.check([first, second])
@@ -345,7 +332,6 @@ def test_who_shares_a_failed_page_is_not_intact() -> None:
     bystander = cache.begin([1, 2, 9])
     cache.take_back(failed, 1)
     assert not cache.is_intact(failed) and not cache.is_intact(reader) and cache.is_intact(bystander)
-    assert cache.extend_match(reader, tokens) == 0
     cache.check([failed, reader, bystander])
     free = cache.num_free
     cache.release(failed, tokens, 4)
@@ -377,17 +363,6 @@ def test_what_is_not_intact_enters_nothing() -> None:
     assert cache.num_free == 10 and cache.match_length(tokens) == 0
 
 
-def test_a_late_match_needs_a_sequence_without_private_pages() -> None:
-    cache, tokens = KVCache(10, 2), [1, 2, 3, 4, 5]
-    early, started = cache.begin(tokens), cache.begin(tokens)
-    assert cache.reserve(started, 1)
-    first = filled(cache, tokens)
-    assert cache.extend_match(started, tokens) == 0
-    assert cache.extend_match(early, tokens) == 2 and early.pages == first.pages[:2]
-    assert cache.extend_match(early, tokens) == 0
-    cache.check([early, started, first])
-
-
 def test_what_is_released_is_not_to_be_used() -> None:
     cache = KVCache(4, 2)
     seq = cache.begin([1, 2, 3])
@@ -397,7 +372,6 @@ def test_what_is_released_is_not_to_be_used() -> None:
         lambda: cache.reserve(seq, 2),
         lambda: cache.reserve_one(seq),
         lambda: cache.enter(seq, [1, 2, 3], 2),
-        lambda: cache.extend_match(seq, [1, 2, 3]),
         lambda: cache.take_back(seq, 0),
     ):
         with pytest.raises(AssertionError, match="released"):
@@ -431,7 +405,7 @@ def test_check_sees_a_lost_page_and_a_forgotten_sequence() -> None:
     lost = seq.pages.pop()
     with pytest.raises(AssertionError, match="without owner"):
         cache.check([seq])
-    seq.pages += [lost, lost]
+    seq.pages.extend([lost, lost])
     with pytest.raises(AssertionError, match="belongs to a sequence and to a sequence"):
         cache.check([seq])
     seq.pages.pop()

@@ -22,8 +22,18 @@ def to_bytes(pages: str) -> bytes:
     return np.repeat(np.frombuffer(pages.encode(), np.uint8), PAGE_SIZE).astype(np.int32).tobytes()
 
 
+def insert_below(tree: RadixTree, node: Node, text: str, depth: int, pages: list[int]) -> tuple[Node, list[int]]:
+    node, canonical = tree.insert(node, to_bytes(text), depth, [pages])
+    return node, canonical[0]
+
+
 def insert(tree: RadixTree, text: str, pages: list[int], namespace: str = "") -> tuple[Node, list[int]]:
-    return tree.insert(tree.open(namespace), to_bytes(text), 0, pages)
+    return insert_below(tree, tree.open(namespace), text, 0, pages)
+
+
+def match(tree: RadixTree, text: str, limit: int, namespace: str = "") -> tuple[Node, list[int]]:
+    found = tree.match(tree.open(namespace), to_bytes(text), limit)
+    return found.node, found.runs[0]
 
 
 def store(tree: RadixTree, text: str, pages: list[int], namespace: str = "") -> list[int]:
@@ -33,13 +43,13 @@ def store(tree: RadixTree, text: str, pages: list[int], namespace: str = "") -> 
 
 
 def find(tree: RadixTree, text: str, namespace: str = "") -> list[int]:
-    node, pages = tree.match(tree.open(namespace), to_bytes(text), 0, len(text))
+    node, pages = match(tree, text, len(text), namespace)
     tree.unlock(node)
     return pages
 
 
 def shape(tree: RadixTree) -> list[tuple[list[int], int]]:
-    return sorted((node.pages, node.lock_count) for node in tree.nodes())
+    return sorted((node.runs[0], node.lock_count) for node in tree.nodes())
 
 
 def test_match_splits_where_it_ends() -> None:
@@ -48,7 +58,7 @@ def test_match_splits_where_it_ends() -> None:
     assert tree.match_length("", to_bytes("abxy"), 4) == 2
     assert tree.match_length("", to_bytes("abcd"), 3) == 3
     assert shape(tree) == [([1, 2, 3, 4], 0)], "match_length splits nothing"
-    node, pages = tree.match(tree.open(""), to_bytes("abxy"), 0, 4)
+    node, pages = match(tree, "abxy", 4)
     assert pages == [1, 2]
     assert shape(tree) == [([1, 2], 1), ([3, 4], 0)]
     assert tree.num_evictable == 2
@@ -71,7 +81,7 @@ def test_a_lock_stays_with_the_deeper_part_of_a_split() -> None:
     deep, _ = insert(tree, "abcd", [1, 2, 3, 4])
     assert find(tree, "ab") == [1, 2]
     assert shape(tree) == [([1, 2], 1), ([3, 4], 1)]
-    assert deep.pages == [3, 4] and tree.num_evictable == 0
+    assert deep.runs[0] == [3, 4] and tree.num_evictable == 0
     tree.unlock(deep)
     assert tree.num_evictable == 4
 
@@ -82,8 +92,8 @@ def test_insert_returns_the_canonical_pages() -> None:
     assert store(tree, "abxy", [11, 12, 13, 14]) == [1, 2], "11 and 12 are duplicates, 13 and 14 the tree's"
     assert find(tree, "abxy") == [1, 2, 13, 14]
     assert store(tree, "ab", [21, 22]) == [1, 2]
-    node, pages = tree.match(tree.open(""), to_bytes("abxy"), 0, 2)
-    node, canonical = tree.insert(node, to_bytes("abxyz"), 2, [31, 32, 33])
+    node, pages = match(tree, "abxy", 2)
+    node, canonical = insert_below(tree, node, "abxyz", 2, [31, 32, 33])
     assert (pages, canonical) == ([1, 2], [13, 14])
     assert tree.unlock(node) == [] and find(tree, "abxyz") == [1, 2, 13, 14, 33]
 
@@ -105,7 +115,7 @@ def test_a_root_lives_while_it_is_locked() -> None:
     root = tree.open("x")
     store(tree, "a", [1], "x")
     assert tree.evict(1) == [1]
-    node, _ = tree.insert(root, to_bytes("a"), 0, [2])
+    node, _ = insert_below(tree, root, "a", 0, [2])
     assert find(tree, "a", "x") == [2]
     tree.unlock(node)
     assert tree.evict(9) == [2] and tree.roots() == []
@@ -140,7 +150,7 @@ def test_trimmed_tokens_are_dropped_in_time() -> None:
 def test_locked_pages_are_not_evicted() -> None:
     tree = make_tree()
     store(tree, "abcd", [1, 2, 3, 4])
-    node, _ = tree.match(tree.open(""), to_bytes("ab"), 0, 2)
+    node, _ = match(tree, "ab", 2)
     assert tree.evict(9) == [3, 4]
     assert tree.evict(9) == []
     tree.unlock(node)
@@ -153,7 +163,7 @@ def test_detach_frees_now_what_nobody_holds_and_the_rest_later() -> None:
     tree = make_tree()
     store(tree, "abx", [1, 2, 9])
     failed, _ = insert(tree, "abcd", [0, 0, 3, 4])
-    other, _ = tree.insert(tree.open(""), to_bytes("abcde"), 0, [0, 0, 0, 0, 5])
+    other, _ = insert(tree, "abcde", [0, 0, 0, 0, 5])
     store(tree, "abcdf", [0, 0, 0, 0, 6])
     assert tree.detach(failed, 4, 3) == [6], "4 and 5 are locked, 3 stays"
     assert failed.detached and other.detached
@@ -201,7 +211,7 @@ def test_against_a_dict(policy: str, operations: list[tuple[str, str, str, int]]
         expected = [model[namespace, text[: i + 1]] for i in range(known)]
         assert tree.match_length(namespace, to_bytes(text), len(text)) == known
         if operation == "match":
-            node, pages = tree.match(tree.open(namespace), to_bytes(text), 0, len(text))
+            node, pages = match(tree, text, len(text), namespace)
             assert pages == expected
             held.append((node, namespace, text[:known]))
         elif operation == "insert":
@@ -223,7 +233,7 @@ def test_against_a_dict(policy: str, operations: list[tuple[str, str, str, int]]
             model = {key: page for key, page in model.items() if page not in freed}
         for (ns, prefix), page in model.items():
             assert len(prefix) == 1 or (ns, prefix[:-1]) in model, "a page went before one that stands on it"
-            assert page in [p for node in tree.nodes() for p in node.pages]
+            assert page in [p for node in tree.nodes() for p in node.runs[0]]
         for node, ns, text in held:
             assert node.lock_count >= sum(1 for other in held if other[1:] == (ns, text))
     for node, _, _ in held:

@@ -29,21 +29,40 @@ from triton.runtime.jit import JITFunction  # noqa: E402
 
 # What a block may have on these GPUs, in bytes.
 SHARED_MEMORY = 227 * 1024
+# Kernels whose loads of 16 bytes are counted in every variant: taking machine code apart is as slow as making it.
+WIDE = {"_skinny", "_gate_and_mul", "_segments", "_choose", "_weigh"}
+WIDE_LOAD = r"\bLDG\.E\S*\.128\b"
 
 
-def machine_code(cubin: bytes) -> dict[str, int]:
-    """registers of a thread, stack (bytes that did not fit there), loads of 16 bytes, by the tool that Triton has."""
+def machine_code(cubin: bytes, *, taken_apart: bool) -> dict[str, int]:
+    """registers of a thread and stack (bytes that did not fit there), by the tool that Triton has.
+
+    taken_apart: also loads of 16 bytes, and of programmatic dependent launch: loads before the wait, stores and ends
+    before it.
+    """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    options = ["-res-usage", *(["-sass"] if taken_apart else [])]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         text = subprocess.run(
-            [tool, "-res-usage", "-sass", file.name], capture_output=True, text=True, check=True, timeout=60
+            [tool, *options, file.name], capture_output=True, text=True, check=True, timeout=60
         ).stdout
     found = re.search(r"REG:(\d+) STACK:(\d+)", text)
     assert found is not None, text[:500]
-    wide = len(re.findall(r"\bLDG\.E\S*\.128\b", text))
-    return {"registers": int(found[1]), "stack": int(found[2]), "wide_loads": wide}
+    size = {"registers": int(found[1]), "stack": int(found[2])}
+    if not taken_apart:
+        return size
+    # What comes before the wait for the kernel ahead; all of it, where there is no wait.
+    ahead, wait, _ = text.partition("ACQBULK")
+    return size | {
+        "wide_loads": len(re.findall(WIDE_LOAD, text)),
+        "waits": bool(wait),
+        "lets_next_begin": "PREEXIT" in ahead,
+        "loads_ahead": len(re.findall(r"\bLD(?:G|\.E)\b", ahead)),
+        "wide_loads_ahead": len(re.findall(WIDE_LOAD, ahead)),
+        "too_early": len(re.findall(r"\b(?:STG|ST\.E|RED|ATOMG|EXIT)\b", ahead.replace("PREEXIT", ""))),
+    }
 
 
 def compile_only() -> None:
@@ -56,6 +75,7 @@ def compile_only() -> None:
         get_active_torch_device=lambda: torch.device("cpu"),
     )
     triton.runtime.driver.set_active(driver)
+    seen: set[str] = set()
 
     def getitem(kernel: Any, grid: Any) -> Callable[..., object]:
         def launch(*args: Any, **options: Any) -> object:
@@ -66,7 +86,10 @@ def compile_only() -> None:
             tensors = [str(argument.dtype) for argument in args if isinstance(argument, Tensor)]
             line = {"name": kernel.__name__, "types": tensors, "warps": found.metadata.num_warps}
             constants = {name: value for name, value in options.items() if name.isupper()}
-            print(json.dumps(line | constants | machine_code(found.asm["cubin"])), flush=True)
+            taken_apart = kernel.__name__ in WIDE or kernel.__name__ not in seen
+            seen.add(kernel.__name__)
+            code = machine_code(found.asm["cubin"], taken_apart=taken_apart)
+            print(json.dumps(line | constants | code), flush=True)
             return found
 
         return launch
@@ -76,7 +99,7 @@ def compile_only() -> None:
 
 def calls(dtype: torch.dtype, rows: int) -> None:
     """Every wrapper once, on the shapes of Llama-3.2-1B with `rows` rows."""
-    from engine.ops.sampling.device import WORDS
+    from engine.ops.sampling.layout import WORDS
     from engine.ops.skinny import BLOCKS
     from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny
 
@@ -91,26 +114,32 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     for gelu in (False, True):
         activation.gate_and_mul(empty(rows, 16384), gelu=gelu)
     for few, blocks in itertools.product((1, 2, 4), BLOCKS) if rows == 1 else ():
-        skinny.skinny_product(empty(few, 2048), empty(2048, 2048), empty(2048), blocks, None)
-        skinny.skinny_product(empty(few, 2048), empty(16384, 2048), None, blocks, "silu")
+        square, norm = empty(2048, 2048), (empty(2048), 1e-5)
+        skinny.skinny_product(empty(few, 2048), square, empty(2048), blocks, None, norm)
+        skinny.skinny_product(empty(few, 2048), square, None, blocks, None, None, empty(few, 2048))
+        skinny.skinny_product(empty(few, 2048), empty(16384, 2048), None, blocks, "silu", norm)
     q, k, v = empty(rows, 48, 64).split([32, 8, 8], dim=1)
     for pool in (dtype, torch.float8_e4m3fn):
         pools = [empty(16, 16, 8, 64, kind=pool) for _ in range(2)]
         for table in (empty(4096, 64, kind=torch.float32), None):
-            rope.rope_and_write_kv(q, k, v, table, empty(rows, kind=ints), empty(rows, kind=longs), *pools)
+            norms = (empty(64), empty(64), 1e-6) if table is not None else None
+            rope.rope_and_write_kv(q, k, v, table, empty(rows, kind=ints), empty(rows, kind=ints), *pools, norms)
     for many in (rows, 64 * rows):  # the last of 64 rows: tiles of 64 and of 128
         gate_up, down = empty(16, 1536, 2048), empty(16, 2048, 768)
         tokens, ratings = empty(many, 2048), empty(many, 16)
         experts.mix_experts(tokens, ratings, gate_up, down, 4, "silu", normalize=True)
     numbers = empty(rows, kind=ints)
     prepare.prepare(empty(9, 128, kind=ints), empty(9, kind=ints), numbers, numbers, numbers, numbers, 64, 16)
-    logits = empty(rows, 128256, kind=torch.float32)
+    raw, logits = empty(rows, 128256), empty(rows, 128256, kind=torch.float32)
     slots = empty(rows, kind=longs)
     bias, counts = empty(9, 128256, kind=torch.float32), empty(9, 128256, kind=ints)
     tables = counts, empty(9, 128256, kind=torch.bool), empty(9, 3, kind=torch.float32)
     extras.adjust(logits, slots, bias, *tables)
     extras.adjust(logits, slots, bias, None, None, None)
-    sampling.sample_rows(logits, empty(rows, WORDS, kind=ints), numbers)
+    params, out = empty(9, WORDS, kind=ints), empty(rows, kind=ints)
+    sampling.sample_rows(raw, params, numbers, numbers, numbers, out, None, filtered=True)
+    if rows == 1:  # open steps, and those with prompts
+        sampling.sample_rows(logits, params, numbers, numbers, numbers, out, numbers, filtered=True)
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """A dry run without a GPU: the executor, the models and the real FlashInfer on CUDA tensors that have no memory.
 
 `python -m tests.cuda.dry SCENARIO...`: run by test_dry_run.py in processes of its own, for it changes torch, Triton and
-FlashInfer where they ask for a device. Every operation, launch, copy and plan is noted; a line of JSON for each
-scenario says what would be wrong on a GPU, what a graph holds and which kernels are needed.
+FlashInfer where they ask for a device. Every operation, launch, copy and plan is noted; lines of JSON, behind one
+that names their scenario, say what would be wrong on a GPU, what a graph holds and which kernels are needed.
 
 Tensors on the device are fake (shapes, dtypes, devices and strides alone), those of the host are real. FlashInfer's
 Python is the installed one, its compiled modules are stand-ins that take any arguments.
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import dataclasses
 import inspect
+import itertools
 import json
 import os
 import subprocess
@@ -51,8 +52,12 @@ PROPERTIES = SimpleNamespace(
 )
 
 
+# Kinds of events that are a kernel each.
+LAUNCHES = ("aten", "triton", "library")
+
+
 class Event(NamedTuple):
-    """kind: aten, triton, library, copy, plan or finding. captured: by a graph."""
+    """kind: aten, triton, library, graph, copy, plan or finding. captured: by a graph."""
 
     kind: str
     name: str
@@ -65,6 +70,8 @@ class Log:
     def __init__(self) -> None:
         self.events: list[Event] = []
         self.modules: set[str] = set()
+        # Functions of modules that were called: (module, function).
+        self.calls: set[tuple[str, str]] = set()
         self.capturing = False
         self.steps = False
         self.pinned: list[tuple[int, int]] = []
@@ -194,16 +201,24 @@ class DryDevice:
             LOG.steps = before
 
     def capture(self, work: Callable[[], object]) -> list[Event]:
-        begin, LOG.capturing = len(LOG.events), True
+        return self.capture_parts(lambda cut: work())[0]
+
+    def capture_parts(self, work: Callable[[Callable[[], None]], object]) -> list[list[Event]]:
+        ends, LOG.capturing = [len(LOG.events)], True
         try:
-            work()
+            work(lambda: ends.append(len(LOG.events)))
         finally:
             LOG.capturing = False
-        return [event for event in LOG.events[begin:] if event.kind in ("aten", "triton", "library")]
+        ends.append(len(LOG.events))
+        return [
+            [event for event in LOG.events[begin:end] if event.kind in LAUNCHES]
+            for begin, end in itertools.pairwise(ends)
+        ]
 
     def drop_graph_memory(self) -> None: ...
 
-    def replay(self, graph: list[Event]) -> None: ...
+    def replay(self, graph: list[Event]) -> None:
+        LOG.add("graph", "replay")
 
     def time(self, graph: list[Event]) -> float:
         return 1.0 if any(event.kind == "aten" for event in graph) else self.ours
@@ -312,6 +327,7 @@ class _Module:
 
         def call(*args: Any) -> object:
             LOG.modules.add(self.name)
+            LOG.calls.add((self.name, what))
             if what == "plan":
                 LOG.add("plan", self.name)
                 return [0] * 16
@@ -442,6 +458,7 @@ def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, chan
         result["error"] = f"{type(error).__name__}: {error}"
     result["findings"] = dict(Counter(event.name for event in LOG.events if event.kind == "finding"))
     result["modules"] = sorted(LOG.modules)
+    result["calls"] = sorted(LOG.calls)
     result["captured"] = sum(event.captured for event in LOG.events)
     print(json.dumps(result), flush=True)
 
@@ -462,7 +479,7 @@ def count(name: str, config: dict[str, Any], rows: int, draw: str = "plain") -> 
             totals.append(len(graph))
             names.append(Counter(event.name for event in graph))
             mixed.append(_mixed_launches(executor, rows))
-    per_layer, per_mixed_layer = (counts[1] - counts[0] for counts in (totals, mixed))
+    per_layer, *per_mixed_layer = (counts[1] - counts[0] for counts in (totals, *zip(*mixed, strict=True)))
     print(
         json.dumps(
             {
@@ -471,8 +488,9 @@ def count(name: str, config: dict[str, Any], rows: int, draw: str = "plain") -> 
                 "draw": draw,
                 "layer": per_layer / 2,
                 "step": totals[0] - per_layer,
-                "mixed_layer": per_mixed_layer / 2,
-                "mixed_step": mixed[0] - per_mixed_layer,
+                # One by one, and as a chain of graphs.
+                "mixed_layer": [number / 2 for number in per_mixed_layer],
+                "mixed_step": [number - more for number, more in zip(mixed[0], per_mixed_layer, strict=True)],
                 "in_layer": {op: n / 2 for op, n in (names[1] - names[0]).items()},
                 "in_step": dict(names[0] - names[1] + (names[0] - (names[1] - names[0]))),
                 "modules": sorted(LOG.modules),
@@ -482,21 +500,29 @@ def count(name: str, config: dict[str, Any], rows: int, draw: str = "plain") -> 
     )
 
 
-def _mixed_launches(executor: Any, rows: int) -> int:
-    """Of a step with one prompt beside rows - 1 that decode."""
+def _mixed_launches(executor: Any, rows: int) -> tuple[int, int]:
+    """Of a step with one prompt beside rows - 1 that decode: one by one, and as a chain of graphs."""
     from tests.executor.driver import GREEDY, Driver, decode, prefill
 
     driver = Driver(executor)
 
-    async def run() -> int:
+    async def run() -> tuple[int, int]:
         slots = list(range(1, rows))
         if slots:
             pages = {slot: [slot * 4 + i for i in range(4)] for slot in slots}
             await driver.run([prefill(slot, [5, 6, 7]) for slot in slots], pages, dict.fromkeys(slots, GREEDY))
-        begin = len(LOG.events)
-        rest = [decode(slot, 3) for slot in slots]
-        await driver.run([*rest, prefill(rows, list(range(5, 40)))], {rows: [1, 2, 3]}, {rows: GREEDY})
-        return sum(event.kind in ("aten", "triton", "library") for event in LOG.events[begin:])
+        ends = [len(LOG.events)]
+        for position in (3, 4):
+            rest = [decode(slot, position) for slot in slots]
+            await driver.run([*rest, prefill(rows, list(range(5, 40)))], {rows: [1, 2, 3]}, {rows: GREEDY})
+            ends.append(len(LOG.events))
+            executor.pieces.capture(executor.model, executor.pieces.size(rows + 34))
+            ends.append(len(LOG.events))
+        counts = [
+            sum(event.kind in (*LAUNCHES, "graph") for event in LOG.events[begin:end])
+            for begin, end in itertools.pairwise(ends)
+        ]
+        return counts[0], counts[2]
 
     return asyncio.run(run())
 
@@ -554,6 +580,7 @@ def main(names: list[str]) -> None:
 
     llama = {**BASE, "architectures": ["LlamaForCausalLM"]}
     for name in names:
+        print(json.dumps({"scenario": name}), flush=True)
         if name == "families":
             for architecture in families():
                 config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}

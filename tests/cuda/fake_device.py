@@ -258,16 +258,24 @@ class FakeDevice:
             self._blocking_allowed -= 1
 
     def capture(self, work: Callable[[], object]) -> FakeGraph:
+        return self.capture_parts(lambda cut: work())[0]
+
+    def capture_parts(self, work: Callable[[Callable[[], None]], object]) -> list[FakeGraph]:
         self._on_loop()
         self.counts["capture"] += 1
-        graph = FakeGraph()
-        self.recorder = _Recorder(graph)
+        graphs = [FakeGraph()]
+        self.recorder = recorder = _Recorder(graphs[0])
+
+        def cut() -> None:
+            graphs.append(FakeGraph())
+            recorder.graph = graphs[-1]
+
         try:
-            with _device_code(), self.recorder:
-                work()
+            with _device_code(), recorder:
+                work(cut)
         finally:
             self.recorder = None
-        return graph
+        return graphs
 
     def drop_graph_memory(self) -> None:
         self.counts["drop"] = self.counts.get("drop", 0) + 1

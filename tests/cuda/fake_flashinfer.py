@@ -237,7 +237,7 @@ class DecodeWrapper(_Wrapper):
 class FakeFlashInfer:
     """The package. log: every call with its arguments by name. strict: only shapes that FlashInfer has kernels for.
 
-    missing: kernels that cannot be built, (prefill auto, prefill fa2, decode, xqa or sampling; whether with a window),
+    missing: kernels that cannot be built, (prefill auto, prefill fa2, decode or xqa; whether with a window),
     or that cannot run, (run of prefill auto, ...).
     """
 
@@ -247,7 +247,6 @@ class FakeFlashInfer:
         self.missing = missing
         self.log: list[tuple[str, dict[str, Any]]] = []
         self.decode = SimpleNamespace(xqa_batch_decode_with_kv_cache=self._xqa)
-        self.sampling = SimpleNamespace(top_k_renorm_probs=self._top_k, top_p_renorm_probs=self._top_p)
 
     def look_for(self, kernel: str, window_left: int) -> None:
         if (kernel, window_left >= 0) in self.missing:
@@ -297,36 +296,3 @@ class FakeFlashInfer:
 
         self.device.kernel(work)
         return out
-
-    def _renorm(self, probs: Tensor, limits: Tensor, floor: Any) -> Tensor:
-        assert probs.dtype == torch.float32 and probs.is_contiguous() and limits.shape == (len(probs),)
-        assert limits.is_contiguous()
-        out = torch.empty_like(probs)
-
-        def work() -> None:
-            kept = torch.where(probs >= floor()[:, None], probs, 0.0)
-            out.copy_(kept / kept.sum(-1, keepdim=True))
-
-        self.device.kernel(work)
-        return out
-
-    def _top_k(self, probs: Tensor, top_k: Tensor, is_deterministic: bool = False) -> Tensor:
-        self.look_for("sampling", -1)
-        assert top_k.dtype == torch.int32
-
-        def floor() -> Tensor:
-            assert int(top_k.min()) > 0 and int(top_k.max()) < probs.shape[1], "k lies inside the vocabulary"
-            return probs.sort(-1, descending=True).values.gather(1, top_k.long()[:, None] - 1)[:, 0]
-
-        return self._renorm(probs, top_k, floor)
-
-    def _top_p(self, probs: Tensor, top_p: Tensor, is_deterministic: bool = False) -> Tensor:
-        assert top_p.dtype == torch.float32
-
-        def floor() -> Tensor:
-            ordered = probs.sort(-1, descending=True).values
-            ahead = ordered.double().cumsum(-1) - ordered
-            kept = (ahead < top_p[:, None].double()).sum(-1, keepdim=True).clamp(min=1)
-            return ordered.gather(1, kept - 1)[:, 0]
-
-        return self._renorm(probs, top_p, floor)

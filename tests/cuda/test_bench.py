@@ -11,7 +11,7 @@ import torch
 
 from bench import gpu
 from engine.text.tokenizer import Tokenizer
-from tests.cuda.fake_device import FakeDevice
+from tests.cuda.fake_device import FakeDevice, FakeDeviceError
 from tests.cuda.support import TINY
 
 
@@ -51,6 +51,36 @@ def test_sections_that_fail_or_have_no_time_cost_no_other(tmp_path: Path, capsys
     assert "needs an NVIDIA GPU" in capsys.readouterr().err
 
 
+def test_a_device_that_is_lost_costs_one_section(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Another process, which gets the device anew, does those behind it; one that fails otherwise is only told."""
+    calls: list[object] = []
+    monkeypatch.setattr(gpu, "copy_rate", lambda device: 1e12)
+    monkeypatch.setattr(gpu, "gemm_rate", lambda device: 1e12)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda *args: "none")
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(gpu, "use_kit_of_build", lambda: "")
+    monkeypatch.setattr(gpu, "TimedDevice", FakeDevice)
+    monkeypatch.setattr(gpu.os, "execv", lambda path, words: calls.append(words))
+    errors = [ValueError("a bug"), RuntimeError("a step"), RuntimeError("never"), RuntimeError("never")]
+    errors[1].__cause__ = FakeDeviceError("CUDA error: an illegal memory access was encountered")
+
+    def section(*args: object, **options: object) -> None:
+        raise errors.pop(0)
+
+    for name in ("bench_products", "bench_experts", "bench_http", "bench_kernels"):
+        monkeypatch.setattr(gpu, name, section)
+    words = ["--out", str(tmp_path), "--seconds", "400", "--only", "products", "experts", "kernels", "HTTP"]
+    assert gpu.main(words) == 0
+    assert [str(error) for error in errors] == ["never", "never"]
+    (command,) = calls
+    assert isinstance(command, list) and command[-3:] == ["--only", "HTTP", "kernels"] and command[2] == "bench.gpu"
+    assert int(command[command.index("--seconds") + 1]) > 300
+    assert "products failed: ValueError: a bug\nexperts failed: RuntimeError: a step\n" in capsys.readouterr().err
+
+
 def test_products_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PRODUCTS", ((24, 16), (8, 16)))
     monkeypatch.setattr(gpu, "EXPERTS", (16, 8, 4, 2))
@@ -64,25 +94,19 @@ def test_products_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert all(row["value"] > 0 and row["floor_ratio"] is not None for row in report.content["rows"])
 
 
-def test_http(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a small shape on the CPU; a token must make text, or the server has less to do than it would have."""
-    small = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 16,
-        "intermediate_size": 32,
-        "vocab_size": 500,
-    }
-    end = {"bos_token_id": 1, "eos_token_id": 2}
-    monkeypatch.setitem(gpu.SHAPES, "small", {**gpu.SHAPES["llama-3.2-1b"], **small, **end})
-    report = gpu.Report(tmp_path, 1e9, "none")
-    gpu.bench_http(report, "small", (2,), "--num-gpu-blocks-override 300 --max-num-seqs 4")
-    rows = {row["name"]: row["value"] for row in report.content["rows"]}
-    assert set(rows) == {"HTTP, output", "HTTP, overlap on over off"} and min(rows.values()) > 0
+def test_a_token_makes_text(tmp_path: Path) -> None:
+    """Or the server has less to do than it would have. The section itself: test_gpu_run.py."""
     gpu.write_words(tmp_path, 500)
     assert Tokenizer.load(tmp_path).decode([7, 300]) == "w7 w300"
+
+
+def test_a_server_takes_the_kit_of_the_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would compile kernels, or do without where nothing can be compiled."""
+    monkeypatch.setattr(gpu, "KIT_OF_BUILD", tmp_path / "kernels.kit")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert gpu.kit_flags() == ""
+    (tmp_path / "kernels.kit").write_bytes(b"")
+    assert gpu.kit_flags() == f"--kernels {tmp_path / 'kernels.kit'}"
 
 
 def test_rates_are_measured() -> None:

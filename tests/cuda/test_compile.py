@@ -12,7 +12,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 # Registers of a thread, where more than 64 are meant.
-BUDGETS = {"_skinny": 232}
+BUDGETS = {"_skinny": 240, "_draw": 120}
+# On tensor cores, or one block a row: no second block need live on a multiprocessor.
+ALONE = ("_multiply", "_draw")
 
 
 def test_every_kernel_compiles_for_sm_90_within_its_budget(tmp_path: Path) -> None:
@@ -29,14 +31,22 @@ def test_every_kernel_compiles_for_sm_90_within_its_budget(tmp_path: Path) -> No
         # A multiprocessor has 65,536 registers: all kernels but those on tensor cores let two blocks live on it.
         budget = 255 if line["name"] == "_multiply" else BUDGETS.get(line["name"], 64)
         assert line["registers"] <= budget, line
-        assert line["registers"] * 32 * line["warps"] * 2 <= 65536 or line["name"] == "_multiply", line
+        assert line["registers"] * 32 * line["warps"] * 2 <= 65536 or line["name"] in ALONE, line
         # In float32, which no GPU is served in but for comparison, tiles of 64 numbers may not fit.
         assert not line["stack"] or "torch.float32" in line["types"], f"spilled registers: {line}"
-    for line in lines:
-        if line["name"] == "_skinny" and line["types"][1] == "torch.bfloat16":
+    apart = [line for line in lines if "waits" in line]
+    assert {line["name"] for line in apart} == kernels
+    for line in apart:
+        if line["name"] == "_skinny" and line["types"][2] == "torch.bfloat16":
             assert line["wide_loads"] >= 2, f"weights are not read in 16 bytes at a time: {line}"
         if line["name"] in ("_gate_and_mul", "_segments", "_choose", "_weigh"):
-            assert line["wide_loads"] >= 2, line
+            assert line["wide_loads"] >= (1 if line["types"][0] == "torch.bfloat16" else 2), line
+    for line in apart:
+        # Every program lets the next kernel begin, then waits for those before; only weights are read ahead of that.
+        assert line["waits"] and line["lets_next_begin"] and not line["too_early"], line
+        assert not line["loads_ahead"] or line["name"] in ("_skinny", "_rms_norm"), line
+        if line["name"] == "_skinny" and line["types"][2] == "torch.bfloat16":
+            assert line["wide_loads_ahead"] >= (2 if line["GATED"] else 1), line
 
 
 def compiled_kernels(cache: Path) -> list[dict[str, Any]]:

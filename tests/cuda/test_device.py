@@ -163,3 +163,32 @@ def test_the_pool_goes_with_the_graphs(allocator: Allocator) -> None:
 
 def test_the_stand_in_names_what_torch_has() -> None:
     assert hasattr(cuda_device.torch._C, "_cuda_endAllocateToPool") and hasattr(torch.cuda, "CUDAGraph")
+
+
+def test_a_capture_in_parts_is_as_many_graphs_in_one_pool(allocator: Allocator) -> None:
+    layer, done = CudaDevice(), list[str]()
+
+    def work(cut: Callable[[], None]) -> None:
+        done.append("a")
+        cut()
+        done.append("b")
+
+    parts = layer.capture_parts(work)
+    assert len({id(part) for part in parts}) == 2 and done == ["a", "b"] and {part.pool for part in parts} == {1}
+    assert not allocator.recording
+
+    def broken(cut: Callable[[], None]) -> None:
+        cut()
+        raise ValueError("no")
+
+    with pytest.raises(CaptureError, match="ValueError: no"):
+        layer.capture_parts(broken)
+    assert not allocator.recording and len(layer.capture_parts(work)) == 2
+
+    def invalid(cut: Callable[[], None]) -> None:
+        allocator.invalid = True
+        cut()
+
+    with pytest.raises(CapturesOver, match="previous error"):
+        layer.capture_parts(invalid)
+    assert not allocator.recording

@@ -13,6 +13,7 @@ import torch
 
 from engine.config import EngineConfig, StartupError
 from engine.engine import Engine
+from engine.groups import one_group
 from engine.models.parts.decoder import CausalLM
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import SMALL, WINDOWED, expected_tokens, make_executor, requests_of, serve, tiny_model
@@ -36,7 +37,7 @@ async def test_pages_that_left_every_window_are_given_back(attention: str) -> No
     """A pool of 24 tokens for texts of up to 41: null pages stand in the tables, and other rows' KV behind them."""
     model = tiny_model(json.dumps({**WINDOWED, "max_window_layers": 0}))
     assert model.config.longest_window == 6
-    limits = dataclasses.replace(SMALL, num_pages=6, window=6)
+    limits = dataclasses.replace(SMALL, num_pages=6, groups=one_group(model.config.windows))
     requests = requests_of(8)
     assert max(len(request.prompt_token_ids) + (request.sampling.max_tokens or 0) for request in requests) > 24
     tokens = await serve(make_executor(limits, device=FakeDevice(8), attention=attention, model=model), requests)

@@ -14,7 +14,7 @@ from engine.config import CacheOptions, StartupError
 from engine.executor import cuda_start
 from engine.executor.cuda_device import CaptureError
 from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_widths
-from engine.executor.cuda_start import build_cuda_executor, pick_dtype, pick_kv_dtype
+from engine.executor.cuda_start import SMALLER, build_cuda_executor, pick_dtype, pick_kv_dtype
 from engine.flags import parse
 from engine.forward import DeviceLostError, ForwardError, Limits, PooledRow
 from engine.request import Pooling, SamplingParams
@@ -239,7 +239,8 @@ def test_start_takes_sizes_as_given_and_captures() -> None:
     rows, executor = build(cache=CacheOptions(page_size=4, num_pages=30), cuda_graph="start")
     assert executor.limits.num_pages == 30
     assert "of 15 by our kernel" in rows["products of 1 to 4 rows"]
-    assert rows["CUDA graphs"] == f"{2 * len(executor.graphs.sizes)} captured"
+    decodes, prompts = 2 * len(executor.graphs.sizes), len(executor.pieces.sizes)
+    assert rows["CUDA graphs"] == f"{decodes} captured, and {prompts} sizes of steps with prompts" and prompts > 1
     executor.close()
 
 
@@ -248,6 +249,18 @@ def test_start_without_memory_says_what_to_do() -> None:
     device.memory = 2**18
     with pytest.raises(StartupError, match="--max-num-batched-tokens"):
         build(layer=device)
+
+
+@pytest.mark.parametrize("launches", range(1, 5))
+def test_a_start_that_runs_out_of_memory_says_so_in_a_line(launches: int) -> None:
+    """At whichever launch: of the largest step, of the first decode step, of the products that are timed."""
+    device = FakeDevice()
+    device.launches_until_failure = launches
+    with pytest.raises(
+        StartupError, match=r"^(no memory is left for the largest step|a first decode step fails): "
+    ) as e:
+        build(layer=device, cache=CacheOptions(page_size=4, num_pages=30))
+    assert "out of memory" in str(e.value) and str(e.value).endswith(SMALLER) and "\n" not in str(e.value)
 
 
 def test_dtypes() -> None:

@@ -332,12 +332,6 @@ def test_a_kernel_that_does_not_run_is_found_out_before_the_first_step(kernel: s
     check(bench.decode())
 
 
-def test_sampling_kernels_are_looked_for_too() -> None:
-    assert settled((), LLAMA_1B).backend.filters is not None
-    without = settled((("sampling", False),), LLAMA_1B)
-    assert without.backend.filters is None and "no sampling kernel (JIT is disabled" in without.backend.describe()
-
-
 def test_the_way_of_a_batch_size_is_what_was_quicker() -> None:
     """The clock of the fake device counts calls: the wrapper of 1 row is the only one that is quicker."""
     bench = settled((), WINDOWED)
@@ -420,7 +414,7 @@ def test_the_driver_is_loaded_before_flashinfer(tmp_path: Path, monkeypatch: pyt
     assert order == ["driver"]
 
 
-@pytest.mark.parametrize("missing", [("xqa", False), ("prefill auto", False), ("sampling", False)])
+@pytest.mark.parametrize("missing", [("xqa", False), ("prefill auto", False)])
 def test_tests_on_a_gpu_do_not_pass_on_torch(missing: tuple[str, bool]) -> None:
     """Where a kernel is missing, what is meant to try it fails."""
     with native.disabled():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -64,6 +65,66 @@ def test_a_run_keeps_what_it_had(
     out = capsys.readouterr().out
     assert "| good | passed | 0 | 3 passed |" in out and "one / two" in out
     assert "| decode | tiny | 1 | 8 | 1,234 tok/s | 50% |" in out and "commit 0123456789ab" in out
+    assert path.with_suffix(".md").read_text().strip() == out.strip()
+
+
+def test_a_run_that_is_told_to_end_keeps_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By whoever lends the machine; the part that runs ends, too, and no other begins."""
+    told = "import os, signal, time; print('half', flush=True); os.kill(os.getppid(), signal.SIGTERM); time.sleep(60)"
+    planned = [python("good", ""), python("told", told), python("never", "")]
+    monkeypatch.setattr(gpu_run, "parts", lambda out: planned)
+    before, begin = signal.getsignal(signal.SIGTERM), time.monotonic()
+    assert gpu_run.main(["--out", str(tmp_path)]) == 1
+    assert time.monotonic() - begin < 30 and signal.getsignal(signal.SIGTERM) is before
+    out = capsys.readouterr().out
+    assert "| good | passed |" in out and "| told | cut |" in out and "| half |" in out
+    assert "| never | left out | 0 | the run was stopped |" in out
+
+
+def test_some_parts_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(gpu_run, "parts", lambda out: [python("a b", ""), python("c", "")])
+    assert gpu_run.main(["--out", str(tmp_path), "--only", "a b"]) == 0
+    assert "| c |" not in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        gpu_run.main(["--only", "d"])
+
+
+def test_a_run_is_rehearsed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All parts in their processes, as they are but for the device: nothing is missing, misspelt or left behind."""
+    monkeypatch.setattr(gpu_run, "PYTHON", (sys.executable, "-m", "tests.cuda.rehearsal"))
+    monkeypatch.setattr(gpu_run.shutil, "which", lambda name: None)
+    monkeypatch.chdir(ROOT)
+    code = gpu_run.main(["--out", str(tmp_path), "--seconds", "600"])
+    said = capsys.readouterr()
+    assert code == 0, said.err
+    (path,) = tmp_path.glob("run-*.json")
+    done = {each["name"]: each for each in json.loads(path.read_text())["parts"]}
+    assert {name: each["state"] for name, each in done.items()} == {
+        "kernels": "passed",
+        "invalidated capture": "passed",
+        "memcheck": "left out",
+        "initcheck": "left out",
+        "tests": "passed",
+        "benchmarks": "passed",
+    }
+    assert done["memcheck"]["output"] == "compute-sanitizer is not here"
+    assert "failed" not in done["benchmarks"]["output"] and "no time" not in done["benchmarks"]["output"]
+    (figures,) = (path for path in tmp_path.glob("*.json") if path.name.startswith("rehearsal-"))
+    rows = json.loads(figures.read_text())["rows"]
+    assert {row["model"] for row in rows if row["name"] == "decode"} == {
+        "llama-3.2-1b",
+        "llama-3.1-8b",
+        "qwen3-30b-a3b",
+    }
+    names = {row["name"] for row in rows}
+    assert names >= {"prefill", "overlap on over off", "GPU idle between steps", "start to first token", "kernels"}
+    assert names >= {"HTTP, output", "HTTP, overlap on over off", "product 24x16, ours", "experts of a layer"}
+    written = path.with_suffix(".md").read_text()
+    assert written.strip() == said.out.strip() and all(f"| {name} |" in written for name in names)
 
 
 def test_all_that_is_begun_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,30 +147,98 @@ def test_the_flag() -> None:
 
 
 class Spec:
-    """What FlashInfer says of a module."""
+    """What FlashInfer says of a module: with a compiler that copies its source."""
 
-    def __init__(self, folder: Path, name: str, problem: str = "") -> None:
-        self.name, self.problem = name, problem
-        self.jit_library_path = folder / f"{name}.so"
+    def __init__(self, folder: Path, name: str, source: str = "code", command: str = "cp $in $out") -> None:
+        self.name, self.source, self.command = name, source, command
+        self.folder = folder / "ops" / name
+        self.ninja_path = self.folder / "build.ninja"
+        self.jit_library_path = self.folder / f"{name}.so"
 
-    def build(self, verbose: bool) -> None:
-        if self.problem:
-            raise RuntimeError(self.problem)
-        self.jit_library_path.write_bytes(b"code")
+    def write_ninja(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        source = self.folder / "source.cu"
+        if not source.exists():
+            source.write_text(self.source)
+        part = self.folder / f"{self.name}_part.cuda.o"
+        self.ninja_path.write_text(
+            f"rule compile\n  command = {self.command} # error -o $out\nrule link\n  command = cp $in $out # -o $out\n"
+            f"build {part}: compile {source}\nbuild {self.jit_library_path}: link {part}\n"
+            f"default {self.jit_library_path}\n"
+        )
 
 
+needs_ninja = pytest.mark.skipif(shutil.which("ninja") is None, reason="ninja is not installed")
+
+
+@needs_ninja
 def test_progress_is_told_and_libraries_are_named(tmp_path: Path) -> None:
     said: list[str] = []
     specs = [Spec(tmp_path, name) for name in ("a", "b", "c")]
-    found = kernels.compile_all(specs, 2, lambda line, flush: said.append(line))
-    assert found == {name: tmp_path / f"{name}.so" for name in ("a", "b", "c")}
-    assert [line.partition(",")[0] for line in said] == ["1 of 3", "2 of 3", "3 of 3"]
+    found = kernels.compile_all(specs, 2, tmp_path, lambda line, flush: said.append(line))
+    assert found == {spec.name: spec.jit_library_path for spec in specs}
+    assert [line.partition(",")[0] for line in said] == [f"{number} of 6" for number in range(1, 7)]
+    assert sorted(line.partition(": ")[2] for line in said) == [
+        line for name in "abc" for line in (f"{name} (0.0 MB)", f"{name}, part")
+    ]
 
 
-def test_what_does_not_compile_says_why_in_a_line(tmp_path: Path) -> None:
-    specs = [Spec(tmp_path, "a", "Ninja build failed.\n[1/3] nvcc\nx.cu(3): error: no such thing\nmore")]
-    with pytest.raises(StartupError, match=r"^a does not compile: x.cu\(3\): error: no such thing$"):
-        kernels.compile_all(specs, 2, lambda *a, **o: None)
+@needs_ninja
+def test_only_what_is_new_is_compiled(tmp_path: Path) -> None:
+    """After a build that failed half way, and where a kit for one more model is wanted."""
+    said: list[str] = []
+
+    def compile_all(*names: str, **options: str) -> None:
+        said.clear()
+        specs = [Spec(tmp_path, name, **options) for name in names]  # type: ignore[arg-type]
+        kernels.compile_all(specs, 1, tmp_path, lambda line, flush: said.append(line))
+
+    compile_all("a")
+    with pytest.raises(StartupError):
+        kernels.compile_all(
+            [Spec(tmp_path, "a"), Spec(tmp_path, "b", command="false")], 1, tmp_path, lambda *a, **o: None
+        )
+    compile_all("a", "b")
+    assert {line.partition(": ")[2][0] for line in said} == {"b"}
+    compile_all("a", "b")
+    assert not said
+    (tmp_path / "ops/a/source.cu").write_text("other code")
+    compile_all("a", "b")
+    assert len(said) == 2 and (tmp_path / "ops/a/a.so").read_text() == "other code"
+
+
+@needs_ninja
+@pytest.mark.parametrize(
+    ("command", "says"),
+    [
+        ("echo 'x.cu(3): error: no such thing' && echo more && false", "x.cu(3): error: no such thing"),
+        ("echo 'cicc died due to signal 9' && false", "cicc died due to signal 9"),
+        ("false", "it does not say why"),
+    ],
+)
+def test_what_does_not_compile_says_why_in_a_line(tmp_path: Path, command: str, says: str) -> None:
+    specs = [Spec(tmp_path, "a", command=command), Spec(tmp_path, "b")]
+    with pytest.raises(StartupError) as error:
+        kernels.compile_all(specs, 1, tmp_path, lambda *a, **o: None)
+    assert str(error.value) == f"a does not compile: {says}"
+
+
+def test_what_cannot_even_begin_says_so(tmp_path: Path) -> None:
+    if shutil.which("ninja") is None:
+        pytest.skip("ninja is not installed")
+    spec = Spec(tmp_path, "a")
+    spec.write_ninja()
+    (spec.folder / "source.cu").unlink()
+    spec.write_ninja = lambda: None  # type: ignore[method-assign]
+    with pytest.raises(StartupError, match=r"ninja fails: .*source\.cu"):
+        kernels.compile_all([spec], 1, tmp_path, lambda *a, **o: None)
+
+
+def test_no_more_compilers_than_there_is_memory_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    for gigabytes, jobs in ((1, 1), (14, 4), (1000, 16)):
+        monkeypatch.setattr(os, "sysconf", lambda name, size=gigabytes: size * 2**30 if "PHYS" in name else 1)
+        assert kernels.default_jobs() == jobs
 
 
 @pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -200,10 +268,13 @@ def test_a_folder_without_a_model_is_named(
     assert "there is no config.json" in capsys.readouterr().err
 
 
+@needs_ninja
 def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a compiler that writes files: from the command line to a kit that fits here."""
     monkeypatch.setattr(shutil, "which", lambda name: name)
     monkeypatch.setattr(kernels, "link_driver", lambda folder: "-lcuda")
+    # What is in it: test_kit_check.py.
+    monkeypatch.setattr(kernels, "problems_of", lambda path: [])
     monkeypatch.setattr(kernels, "nvcc_version", lambda: "13.0")
     monkeypatch.delenv("CUDA_HOME", raising=False)
     monkeypatch.setattr(kernels, "cuda_home", lambda: "/opt/cuda")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,15 +19,14 @@ from engine.forward import SAMPLING_DTYPE  # noqa: E402
 from engine.ops.activation import torch_gate_and_mul  # noqa: E402
 from engine.ops.attention.device import decode_inputs  # noqa: E402
 from engine.ops.experts import torch_mix_experts  # noqa: E402
-from engine.ops.norm import torch_rms_norm  # noqa: E402
+from engine.ops.norm import Normed, torch_rms_norm  # noqa: E402
 from engine.ops.rope import torch_rotate  # noqa: E402
 from engine.ops.sampling import sampler  # noqa: E402
-from engine.ops.sampling.device import WORDS, torch_sample, uniform  # noqa: E402
+from engine.ops.sampling.device import torch_sample, uniform  # noqa: E402
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
+from engine.ops.sampling.layout import WORDS  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
-from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny  # noqa: E402
-from tests.cuda.fake_device import FakeDevice  # noqa: E402
-from tests.cuda.fake_flashinfer import FakeFlashInfer  # noqa: E402
+from engine.ops.triton import activation, experts, extras, norm, pdl, prepare, rope, sampling, skinny  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -67,21 +67,25 @@ def test_gate_and_mul(dtype: torch.dtype, gelu: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("normed", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "rot"), [(6, 2, 8, 8), (4, 4, 12, 4), (8, 1, 16, 0)])
-def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int) -> None:
+def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int, normed: bool) -> None:
     tokens, pages, page_size = 5, 4, 4
     qkv = randn(tokens, heads + 2 * kv_heads, dim, dtype=dtype)
     q, k, v = qkv.split([heads, kv_heads, kv_heads], dim=1)
     cos_sin = randn(32, rot, seed=4) if rot else None
     positions = torch.tensor([0, 7, 31, 7, 2], dtype=torch.int32, device=DEVICE)
     slots = torch.tensor([9, 15, 0, 4, 2], device=DEVICE)
-    expected_q, expected_k = q.clone(), k.clone()
+    expected_q, expected_k, norms = q.clone(), k.clone(), None
+    if normed:  # weights of a type of their own, as with an offset
+        norms = randn(dim, dtype=dtype, seed=7), randn(dim, seed=8), 1e-2
+        expected_q, expected_k = (torch_rms_norm(x, w, 1e-2) for x, w in zip((q, k), norms, strict=False))
     if cos_sin is not None:
         torch_rotate(expected_q, cos_sin, positions)
         torch_rotate(expected_k, cos_sin, positions)
     pools = [randn(pages, page_size, kv_heads, dim, dtype=dtype, seed=s) for s in (5, 6)]
     before = [pool.clone() for pool in pools]
-    out = rope.rope_and_write_kv(q, k, v, cos_sin, positions, slots, *pools)
+    out = rope.rope_and_write_kv(q, k, v, cos_sin, positions, slots, *pools, norms)
     assert out.is_contiguous() and close(out, expected_q)
     for pool, old, new in zip(pools, before, (expected_k, v), strict=True):
         flat, old_flat = pool.view(-1, kv_heads, dim), old.view(-1, kv_heads, dim)
@@ -105,6 +109,30 @@ def test_skinny_product(
         ours = skinny.skinny_product(x, weight, added, blocks, activation_name)
         expected = torch_skinny_product(x, weight, added, activation_name)
         assert ours.shape == (rows, out_features // (2 if activation_name else 1)) and close(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("blocks", [(2, 32, 1), BLOCKS[0]], ids=str)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_skinny_product_takes_a_norm_and_a_residual_along(
+    dtype: torch.dtype, blocks: tuple[int, int, int], rows: int
+) -> None:
+    """Each alone and both; a norm whose weights are of another type, a residual whose rows are part of wider ones."""
+    out_features, in_features = 26, 72
+    x = 3 * randn(rows, 2 * in_features, dtype=dtype)[:, :in_features]
+    weight, bias = 0.1 * randn(out_features, in_features, dtype=dtype, seed=1), randn(out_features, dtype=dtype, seed=2)
+    for gain in (randn(in_features, dtype=dtype, seed=3), randn(in_features, seed=4), None):
+        source: Tensor | Normed = x if gain is None else Normed(x, gain, 1e-2)
+        norm = None if gain is None else (gain, 1e-2)
+        for activation_name in (None, "silu") if gain is not None else ():
+            ours = skinny.skinny_product(x, weight, bias, blocks, activation_name, norm)
+            assert close(ours, torch_skinny_product(source, weight, bias, activation_name))
+        stream = randn(rows, 2 * out_features, dtype=dtype, seed=5)
+        before, residual = stream.clone(), stream[:, :out_features]
+        expected = torch_skinny_product(source, weight, bias, None, residual.clone())
+        ours = skinny.skinny_product(x, weight, bias, blocks, None, norm, residual)
+        assert ours is residual and close(ours, expected)
+        assert torch.equal(stream[:, out_features:], before[:, out_features:])
 
 
 @pytest.mark.parametrize("rows", [2, 3, 4])
@@ -260,17 +288,22 @@ def test_torch_on_the_device_draws_what_the_cpu_draws(filters: bool, seed: int) 
     assert ours.tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_flashinfers_filters_draw_the_same(seed: int) -> None:
-    """But for ids that tie at the border of top_p, of which FlashInfer keeps all; here are none."""
-    rows, vocab = 40, 600
-    logits, params = 3 * randn(rows, vocab, seed=seed), params_of(rows, True, seed)
-    positions = torch.from_numpy(np.random.default_rng(seed).integers(0, 100, rows).astype(np.int32)).to(DEVICE)
-    filters = FakeFlashInfer(FakeDevice()).sampling
-    if DEVICE.type == "cuda":
-        filters = pytest.importorskip("flashinfer").sampling
-    ours = torch_sample(logits, on_device(params), positions, filtered=True, filters=filters)
-    assert ours.tolist() == torch_sample(logits, on_device(params), positions, filtered=True).tolist()
+def sample_rows(logits: Tensor, params: np.ndarray, positions: Tensor, *, filtered: bool) -> list[int]:
+    """Rows find their parameters by slot; a token lies there for the next step, and at its place among the results."""
+    rows = len(logits)
+    where = torch.arange(rows, dtype=torch.int32)
+    slots = rows - where
+    table = on_device(np.concatenate((params[:1], params[::-1])))
+    slots, where = slots.to(DEVICE), (where * 7 % rows if rows % 7 else where).to(DEVICE)
+    last, out = (torch.full((count,), -9, dtype=torch.int32, device=DEVICE) for count in (rows + 1, rows))
+    scattered = torch.full_like(out, -9)
+    before = logits.clone()
+    sampling.sample_rows(logits, table, slots, positions, last, out, None, filtered=filtered)
+    assert torch.equal(logits, before) and last[0] == -9 and torch.equal(last[slots], out)
+    if logits.numel() < 20_000:  # the interpreter takes its time
+        sampling.sample_rows(logits, table, slots.long(), positions, last, scattered, where, filtered=filtered)
+        assert torch.equal(scattered[where.long()], out) and torch.equal(last[slots], out)
+    return out.tolist()
 
 
 # The last two are of Llama 3 and Qwen: 32 and 38 segments, of which the second kernel sums a block of 32 and of 64.
@@ -282,7 +315,86 @@ def test_sample_rows(seed: int) -> None:
     logits[2, :] = float("-inf")
     logits[3, 5:] = float("-inf")
     positions = torch.from_numpy(np.random.default_rng(seed).integers(0, 100, rows).astype(np.int32)).to(DEVICE)
-    before = logits.clone()
-    ours = sampling.sample_rows(logits, on_device(params), positions)
-    assert torch.equal(logits, before)
-    assert ours.tolist() == torch_sample(logits, on_device(params), positions, filtered=False).tolist()
+    expected = torch_sample(logits, on_device(params), positions, filtered=False)
+    assert sample_rows(logits, params, positions, filtered=False) == expected.tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("seed", "rows", "vocab"), [(0, 15, 40), (1, 15, 1000), (2, 5, 9001)])
+def test_filtered_rows_draw_what_the_cpu_draws(dtype: torch.dtype, seed: int, rows: int, vocab: int) -> None:
+    """Ties at borders, rows all equal, biased away but for a few ids, spread wide and hardly at all."""
+    generator = np.random.default_rng(seed)
+    logits, params = 3 * randn(rows, vocab, seed=seed), params_of(rows, True, seed)
+    params["top_k"] = generator.choice([0, 0, 1, 40, vocab - 1, 10**6], rows)
+    params["top_p"] = generator.choice([1.0, 0.95, 0.5, 1e-6, 0.0], rows)
+    params["min_p"] = generator.choice([0.0, 0.0, 0.05, 1.0], rows)
+    params["temperature"] = generator.choice([0.0, 1e-42, 1e-6, 0.3, 1.0, 2.5, 100.0], rows)
+    logits[::3] = logits[::3].round()  # with zeros of both signs
+    logits[::7] = logits[::7, :1]
+    logits[1::7, 5:] = float("-inf")
+    logits[2::14] = float("-inf")
+    logits[3::14] *= 20
+    logits[4::14] *= 0.001
+    logits = logits.to(dtype)
+    positions = generator.integers(0, 100, rows).astype(np.int32)
+    expected = sampler.sample(logits.cpu().float(), params, positions)
+    there = torch.from_numpy(positions).to(DEVICE)
+    assert sample_rows(logits, params, there, filtered=True) == expected.tolist()
+    # A row alone is drawn as in the batch.
+    for row in range(0, rows, 9):
+        one = slice(row, row + 1)
+        assert sample_rows(logits[one], params[one], there[one], filtered=True) == [int(expected[row])]
+
+
+def test_filtered_rows_as_chats_ask_for_them() -> None:
+    """On a GPU of Llama 3's vocabulary."""
+    vocab = 128256 if DEVICE.type == "cuda" else 12000
+    logits, params = (3 * randn(2, vocab)).bfloat16(), params_of(2)
+    params["temperature"], params["top_p"], params["top_k"] = (1.0, 0.6), (0.95, 0.9), (0, 40)
+    positions = np.array([7, 100], np.int32)
+    expected = sampler.sample(logits.cpu().float(), params, positions)
+    assert sample_rows(logits, params, torch.from_numpy(positions).to(DEVICE), filtered=True) == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("filters", "allowed"),
+    [
+        ({"top_k": 2}, {1, 2, 3, 5}),
+        ({"top_p": 0.75}, {1, 2}),
+        ({"top_p": 0.8}, {1, 2, 3}),
+        ({"top_p": 0.0}, {1}),
+        ({"min_p": 0.1}, {1, 2, 3, 5}),
+        ({"top_k": 2, "top_p": 0.86, "min_p": 0.0}, {1, 2, 3}),
+        ({"top_k": 4, "top_p": 0.95, "min_p": 0.5}, {1}),
+        ({"top_k": 1, "top_p": 0.5}, {1}),
+    ],
+    ids=str,
+)
+def test_the_filters_allow_what_the_cpus_do(filters: dict[str, float], allowed: set[int]) -> None:
+    """Exactly the allowed ids are drawn; of ties with a border all stay for top_k, the lowest ids for top_p."""
+    rows = 40
+    params = params_of(rows)
+    params["temperature"], params["seed"], params["min_length"] = 1.0, np.arange(rows), 0
+    for name, value in filters.items():
+        params[name] = value
+    logits = torch.tensor([-40.0, 3.0, 1.0, 1.0, 0.0, 1.0, float("-inf")], device=DEVICE).repeat(rows, 1)
+    positions = np.zeros(rows, np.int32)
+    ours = sample_rows(logits, params, torch.from_numpy(positions).to(DEVICE), filtered=True)
+    expected = sampler.sample(logits.cpu(), params, positions)
+    assert set(ours) == allowed and ours == expected.tolist()
+
+
+@pytest.mark.parametrize(
+    ("backend", "arch", "dependent"),
+    [("cuda", 80, False), ("cuda", 90, True), ("cuda", 120, True), ("hip", "gfx942", False)],
+)
+def test_launches_depend_on_one_another_from_hopper_on(
+    backend: str, arch: object, dependent: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch and the kernel must agree: one that starts early and does not wait reads what is not there yet."""
+    target = SimpleNamespace(backend=backend, arch=arch)
+    monkeypatch.setattr(pdl.triton.knobs.runtime, "interpret", False)
+    driver = SimpleNamespace(active=SimpleNamespace(get_current_target=lambda: target))
+    monkeypatch.setattr(pdl.triton.runtime, "driver", driver)
+    options = pdl.launch_options.__wrapped__()
+    assert options["PDL"] == options.get("launch_pdl", False) == dependent

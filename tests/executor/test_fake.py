@@ -104,7 +104,7 @@ async def test_a_missing_page_is_seen(driver: Driver) -> None:
 async def test_a_page_given_back_is_seen_inside_the_window() -> None:
     """A has 7 tokens on pages 1 and 2; a query at 7 that sees 4 reads from position 4 on."""
     for window, fine in ((4, True), (5, False)):
-        model = FakeModel(1000, window=window)
+        model = FakeModel(1000, windows=(window,))
         expected = expected_tokens(model, A, GREEDY, 2)
         driver = Driver(FakeExecutor(LIMITS, model))
         assert await driver.run([prefill(1, A)], {1: [1, 2]}, {1: GREEDY}) == expected[:1]
@@ -117,7 +117,7 @@ async def test_a_page_given_back_is_seen_inside_the_window() -> None:
 
 def test_oracle_of_a_window_forgets() -> None:
     """Two layers see twice the window, less one; what is further back changes nothing."""
-    model = FakeModel(1000, window=3)
+    model = FakeModel(1000, windows=(3,))
     base = expected_tokens(model, A, GREEDY, 1)
     for index in range(len(A)):
         changed = [*A]

@@ -7,18 +7,23 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from engine.config import StartupError
 from engine.executor.cuda_device import CudaDevice
 from engine.executor.cuda_kit import use_kit_of_build
+from engine.executor.gpu_probe import obstacle_here
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
     if torch.cuda.is_available():
-        use_kit_of_build()
+        try:
+            use_kit_of_build()
+        except StartupError as error:
+            pytest.exit(str(error), returncode=1)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if not torch.cuda.is_available():
-        pytest.exit("tests/gpu needs an NVIDIA GPU that torch can see", returncode=1)
+        pytest.exit(f"tests/gpu needs an NVIDIA GPU: {obstacle_here(torch.version.cuda)}", returncode=1)
 
 
 @pytest.fixture

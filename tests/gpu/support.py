@@ -173,5 +173,4 @@ def executor(
     made = CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph)
     said = backend.describe()
     assert "torch" not in said and "; no " not in said, f"kernels are missing, so that this would test torch: {said}"
-    assert backend.filters is not None
     return made

@@ -12,6 +12,7 @@ from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle, FakeModel, expected_tokens
 from engine.forward import ForwardError, Limits
+from engine.groups import MemoryGroup
 from engine.request import ContextLengthExceededError, FinishReason, Request, RequestError, SamplingParams
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
@@ -33,12 +34,17 @@ class Rig:
     eos_rate: float = 0.0
     prefix_cache: bool = True
     policy: str = "fcfs"
-    window: int | None = None
+    windows: tuple[int | None, ...] = (None,)
+    num_snapshots: int | None = None
     clock: ManualClock = field(default_factory=ManualClock)
 
     def __post_init__(self) -> None:
-        limits = Limits(self.max_num_seqs, self.budget, self.max_model_len, PAGE, self.num_pages, 1000, self.window)
-        self.model = FakeModel(1000, EOS, self.eos_rate, self.window)
+        groups = tuple(MemoryGroup(window) for window in self.windows)
+        limits = Limits(
+            *(self.max_num_seqs, self.budget, self.max_model_len, PAGE, self.num_pages, 1000, groups),
+            self.num_snapshots,
+        )
+        self.model = FakeModel(1000, EOS, self.eos_rate, self.windows, self.num_snapshots is not None)
         self.fail_steps: set[int] = set()
         self.executor = FakeExecutor(limits, self.model, fail_on=self._fail)
         self.scheduler = Scheduler(

@@ -460,6 +460,7 @@ MESSAGES: list[Row] = [
     ("messages[0].content[0]", message("assistant", [{"type": "tool_use"}])),
     ("messages[0].content[0].tool_use_id", message(content=[{"type": "tool_result", "content": "x"}])),
     ("messages", message(extra=nested(100))),
+    ("system", [{"type": "x", "content": nested(600)}]),
     *(("system", value) for value in (5, True, {})),
     *(("tools[0]", [value]) for value in (None, 5, "f")),
     *(("tools[0].type", [{"type": value}]) for value in (5, "", [])),
@@ -470,11 +471,17 @@ MESSAGES: list[Row] = [
     ("tool_choice.name", {"type": "tool"}),
     *(("thinking.type", {"type": value}) for value in (None, "", "on", 5)),
     *(("thinking.budget_tokens", {"type": "enabled", "budget_tokens": value}) for value in (None, 0, -1, "5", 10**6)),
-    ("output_config.effort", {"effort": "huge"}),
+    ("output_config.effort", {"effort": 5}),
     *(("output_config.format.type", {"format": value}) for value in ({}, {"type": "xml"})),
     ("output_config.format.type", All({"output_format": {}})),
 ]
 RESPONSES: list[Row] = [
+    # Of what the answer repeats also what nobody reads, deeper than it could be written.
+    ("tools", [{"type": "function", "name": "f", "more": nested(300)}]),
+    ("tools", [{"type": "web_search", "more": nested(600)}]),
+    ("tool_choice", {"type": "function", "name": "f", "more": nested(300)}),
+    ("metadata", {"more": nested(300)}),
+    ("text.format", {"format": {"type": "text", "more": nested(300)}}),
     *(row for row in SAMPLING if row[0] in ("temperature", "top_p", "min_p", "seed", "logit_bias")),
     *TERMS,
     *wrong_kinds(
@@ -628,6 +635,28 @@ RERANK: list[Row] = [
     ("max_tokens_per_doc", 5),
     ("rank_fields", ["title"]),
 ]
+NATIVE: list[Row] = [
+    *TERMS,
+    *wrong_kinds(string="model grammar", integer="n_predict n_probs repeat_last_n seed top_k"),
+    *wrong_kinds(number="temperature top_p min_p repeat_penalty presence_penalty frequency_penalty"),
+    *wrong_kinds(boolean="stream ignore_eos return_tokens timings_per_token"),
+    *(
+        ("prompt", value)
+        for value in (None, 5, [], {}, [["x"]], [[]], ["x", 5], [VOCAB], [True], {"prompt_string": "x"})
+    ),
+    *(("n_predict", value) for value in (-2, 10**30)),
+    *(("n_probs", value) for value in (-1, 10**6)),
+    *(("stop", value) for value in (5, [5], [""], ["x"] * 17)),
+    *(
+        ("logit_bias[0]", [value])
+        for value in (5, [], [5], [5, 1, 1], [True, 1], [None, 1], [5, True], [5, "x"], [[], 1])
+    ),
+    *(("logit_bias", value) for value in ([[5, 101]], [[VOCAB, 1]], [[-1, 1]], {"x": 1}, "x")),
+    *(("json_schema", value) for value in (5, [], "x")),
+    *(("mirostat", value) for value in (1, 2)),
+    ("dry_multiplier", 0.5),
+    ("lora", [{"id": 0, "scale": 1}]),
+]
 ABORT: list[Row] = [
     ("rid", All({"rid": None})),
     *((name, value) for name in ("rid", "request_ids") for value in (5, True, {}, "", [""], [5], [["x"]])),
@@ -635,7 +664,7 @@ ABORT: list[Row] = [
 ]
 WEIGHTS: list[Row] = [
     *wrong_kinds(string="model_path load_format weight_version", boolean="flush_cache abort_all_requests"),
-    *(("model_path", value) for value in (None, "", "a\0b", "x" * 4097, "/no/such/directory")),
+    *(("model_path", value) for value in (None, "", "a\0b", "x" * 4000, "x" * 4097, "/no/such/directory")),
     ("load_format", "gguf"),
     ("flush_cache", False),
     *(("weight_version", value) for value in ("", "x" * 129)),
@@ -667,6 +696,7 @@ FAMILIES: list[Family] = [
     Family("/rerank", {"query": "a", "documents": ["b"]}, RERANK),
     Family("/abort_request", {"rid": "unknown"}, ABORT),
     Family("/update_weights_from_disk", {"model_path": "."}, WEIGHTS),
+    Family("/completion", {"prompt": "x", "n_predict": 1}, NATIVE),
     Family("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 1}}, GENERATE),
 ]
 
@@ -736,12 +766,26 @@ MEDIA_TYPES = (
 ENCODINGS = ("br", "zstd", "compress", "gzip, gzip", "deflate, gzip", "identity, gzip", "utf-8", "*", "x" * 200)
 # (method, path, status)
 NO_ROUTES: list[tuple[str, str, int]] = [
-    *(("GET", path, 404) for path in ("/nowhere", "/v1/", "/v2/models", "/v1/chat", "//", "/v1//models", "/%00")),
-    *(("POST", path, 404) for path in ("/v1/nowhere", "/v1/completions/", "/V1/completions", "/engines/x/completions")),
+    *(("GET", path, 404) for path in ("/nowhere", "/v1x", "/v2/models", "/v1/chat", "//", "/v1//models", "/%00")),
+    *(
+        ("POST", path, 404)
+        for path in ("/v1/nowhere", "/v1/completions//", "/V1/completions", "/engines/x/completions")
+    ),
     ("GET", "/v1/models/no/such", 404),
     ("GET", "/v1/models/%2e%2e%2fetc%2fpasswd", 404),
     *((method, "/v1/completions", 405) for method in ("GET", "PUT", "DELETE", "PATCH", "HEAD", "TRACE")),
     *((method, "/v1/models", 405) for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS")),
     *(("POST", path, 405) for path in ("/health", "/ready", "/metrics", "/version", "/server_info", "/v1/models/demo")),
-    *(("GET", path, 405) for path in ("/tokenize", "/start_profile", "/abort_request", "/pause", "/v1/embeddings")),
+    *(
+        ("GET", path, 405)
+        for path in (
+            "/tokenize",
+            "/v1/completions/",
+            "/completion",
+            "/start_profile",
+            "/abort_request",
+            "/pause",
+            "/v1/embeddings",
+        )
+    ),
 ]

@@ -392,7 +392,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
     ({"thinking": {"type": "enabled", "budget_tokens": 120}}, "thinking.budget_tokens"),
-    ({"output_config": {"effort": "none"}}, "output_config.effort"),
+    ({"output_config": {"effort": ""}}, "output_config.effort"),
     ({"output_config": {"format": {"type": "text"}}}, "output_config.format.type"),
     ({"output_config": {"format": {"type": "json_schema"}}}, "output_config.format"),
     ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, "output_config.format.schema"),
@@ -444,7 +444,7 @@ async def test_shapes_under_a_root_path_and_before_the_gate() -> None:
 
 
 async def test_overload_and_prompts_that_do_not_fit() -> None:
-    async with live(max_queued_requests=1, max_num_seqs=1) as server:
+    async with live(max_queued_requests=1, max_num_seqs=1, drain_timeout_s=30.0) as server:
         message = check_error(*await server.post(MESSAGES, {**BODY, "system": "w " * 600}))
         # Agents look for either.
         assert message.startswith("prompt is too long: ") and "maximum context length is 512 tokens" in message

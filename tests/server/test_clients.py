@@ -10,7 +10,6 @@ import signal
 import socket
 import sys
 import textwrap
-import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -175,10 +174,9 @@ async def test_drain_is_bounded_and_ends_streams_in_order() -> None:
         streamed = asyncio.create_task(server.events(COMPLETIONS, {"prompt": "x", "max_tokens": 19_000}))
         whole = asyncio.create_task(server.post(COMPLETIONS, {"prompt": "y", "max_tokens": 19_000}))
         await until(lambda: server.engine.stats().num_running == 2)
-        started = time.monotonic()
         server.stop.set()
-        await server.serving
-        assert time.monotonic() - started < 2.0
+        async with asyncio.timeout(BOUND_S):
+            await server.serving
         events = await streamed
         assert events[-1] == "[DONE]" and events[-2]["choices"][0]["finish_reason"] == "abort"
         check_shape(*await whole, expected=503)
@@ -228,11 +226,9 @@ async def test_sigterm_ends_the_process_in_time_although_a_client_never_reads() 
             sock.connect(("127.0.0.1", port))
             sock.sendall(http_post(COMPLETIONS, {"prompt": "x", "max_tokens": 19_000, "stream": True, "n": 8}))
             assert sock.recv(10)
-            started = time.monotonic()
             process.send_signal(signal.SIGTERM)
-            async with asyncio.timeout(10.0):
+            async with asyncio.timeout(BOUND_S):
                 assert await process.wait() == 0
-            assert time.monotonic() - started < 4.0
     finally:
         if process.returncode is None:
             process.kill()

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import pytest
 
-from tests.server.support import Live, live, served_model, text_of, until
+from tests.server.support import Live, live, served_model, text_of
 
 HI = [{"role": "user", "content": "hi"}]
 CHAT = "/v1/chat/completions"
@@ -259,39 +258,3 @@ async def test_gbnf_is_kept(server: Live) -> None:
         assert (await server.complete(**fields, max_tokens=9))["choices"][0]["text"].strip('"') in ("yes", "no")
     status, answer = await server.post(CHAT, {"messages": HI, "grammar": "root ::= ("})
     assert status == 400 and answer["error"]["param"] == "grammar"
-
-
-async def test_props(server: Live) -> None:
-    async with server.http.get(server.url + "/props") as response:
-        props = await response.json()
-    assert props["default_generation_settings"]["n_ctx"] == 512
-    assert props["total_slots"] == 64 and "<|im_start|>" in props["chat_template"]
-    assert props["model_path"] == "demo" and not props["is_sleeping"]
-
-
-async def test_slots(server: Live) -> None:
-    async def slots(query: str = "") -> tuple[int, Any]:
-        async with server.http.get(server.url + "/slots" + query) as response:
-            return response.status, await response.json()
-
-    status, idle = await slots("?fail_on_no_slot=1")
-    assert status == 200 and len(idle) == 64 and not any(slot["is_processing"] for slot in idle)
-    server.device.gate.clear()
-    asking = asyncio.create_task(server.post(CHAT, {"messages": HI, "max_tokens": 30}))
-    await until(lambda: server.engine.stats().num_running == 1)
-    _, busy = await slots()
-    server.device.gate.set()
-    assert (await asking)[0] == 200
-    [slot] = [slot for slot in busy if slot["is_processing"]]
-    assert slot["n_prompt_tokens"] > 1 and slot["next_token"]["n_remain"] <= 30
-
-
-async def test_no_free_slot() -> None:
-    async with live(max_num_seqs=1) as server:
-        server.device.gate.clear()
-        asking = asyncio.create_task(server.complete(max_tokens=3))
-        await until(lambda: server.engine.stats().num_running == 1)
-        async with server.http.get(server.url + "/slots?fail_on_no_slot=1") as refused:
-            assert refused.status == 503
-        server.device.gate.set()
-        await asking

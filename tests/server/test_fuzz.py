@@ -12,7 +12,7 @@ import collections
 import copy
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from tests.server.support import BOUND_S, Live
 SEEDED = settings(
     max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
+JSON = {"Content-Type": "application/json"}
 BYTES = st.one_of(
     st.binary(min_size=0, max_size=4), st.sampled_from([b'"', b"\\", b"[", b"}", b"\xff", b"\x00", b"e9"])
 )
@@ -70,17 +71,17 @@ async def test_any_body_is_answered(server: Live, family: Family, make: Any) -> 
     bodies: list[bytes] = []
     collect()
     assert len(set(bodies)) > 60
-    headers = {"Content-Type": "application/json"}
     for data in bodies:
         async with (
             asyncio.timeout(BOUND_S),
-            server.http.post(server.url + family.path, data=data, headers=headers) as got,
+            server.http.post(server.url + family.path, data=data, headers=JSON) as got,
         ):
             answer = await got.read()
         assert got.status == 200 or 400 <= got.status < 500, (got.status, data, answer)
         if got.status != 200:
             family.check(got.status, json.loads(answer), got.status)
-        assert (await server.post(family.path, family.good))[0] == 200, data
+    # What one of them had broken would be broken for good.
+    assert (await server.post(family.path, family.good))[0] == 200
     await server.all_free()
 
 
@@ -169,7 +170,7 @@ def odd(rng: random.Random) -> Any:
     for _ in range(rng.choice((3, 70))):
         deep = [deep] if rng.random() < 0.5 else {rng.choice(NAMES): deep}
     return rng.choice(
-        [None, 0, True, [], {}, [None], deep, rng.choice(WORDS), rng.choice(EVIL), {"type": rng.choice(EVIL)}]
+        [None, 0, True, [], {}, [None], deep, DEEP, rng.choice(WORDS), rng.choice(EVIL), {"type": rng.choice(EVIL)}]
     )
 
 
@@ -197,14 +198,159 @@ async def test_any_history_is_answered(server: Live, path: str) -> None:
     rng = random.Random(path)
     field, history, tools = HISTORIES[path]
     statuses: collections.Counter[int] = collections.Counter()
-    for _ in range(1000):
+    for _ in range(700):
         body = {field: history, "tools": tools, "max_output_tokens" if field == "input" else "max_tokens": 1}
         changed = {name: mutated(rng, body[name]) for name in rng.choice([(field,), ("tools",), (field, "tools")])}
         body |= changed | {"stream": rng.random() < 0.2}
-        async with asyncio.timeout(BOUND_S), server.http.post(server.url + path, json=body) as got:
+        async with (
+            asyncio.timeout(BOUND_S),
+            server.http.post(server.url + path, data=written(body), headers=JSON) as got,
+        ):
             answer = await got.read()
         statuses[got.status] += 1
         assert got.status == 200 or 400 <= got.status < 500, (got.status, changed, answer)
         assert "Set-Cookie" not in got.headers and len(got.headers.get(HEADER, "")) < 2000
     assert statuses[200] > 100 and statuses[400] > 100, statuses
+    await server.all_free()
+
+
+# ---- good bodies with one value within them that has no business there
+
+OBJECT = {"type": "object", "properties": {"a": {"type": "string", "enum": ["x"]}}, "required": ["a"]}
+FUNCTION = {"type": "function", "function": {"name": "f", "description": "d", "parameters": OBJECT, "strict": True}}
+CUSTOM_FORMAT = {"type": "grammar", "syntax": "lark", "definition": 'start: "a"'}
+CUSTOM = {"type": "custom", "custom": {"name": "c", "format": {"type": "grammar", "grammar": CUSTOM_FORMAT}}}
+HI = [{"role": "user", "name": "n", "content": [{"type": "text", "text": "hi"}]}]
+TAG = {"begin": "<a>", "content": {"type": "json_schema", "json_schema": OBJECT}, "end": "</a>"}
+NAMED = {"type": "json_schema", "json_schema": {"name": "n", "description": "d", "strict": True, "schema": OBJECT}}
+FLAT = {"type": "function", "name": "f", "description": "d", "parameters": OBJECT, "strict": True}
+SPACE = {"type": "namespace", "name": "n", "description": "d", "tools": [{"type": "function", "name": "g"}]}
+PARAMS = {"max_new_tokens": 1, "stop": ["x"], "logit_bias": {"5": 1.5}, "stop_token_ids": [5], "json_schema": "{}"}
+OPTIONS = {"num_predict": 1, "num_ctx": 400, "stop": ["x"], "seed": 1, "temperature": 0.5, "use_mmap": True}
+# By route: bodies that are answered, each field of which is then hit at every depth.
+GOOD: list[tuple[str, dict[str, Any]]] = [
+    ("/v1/chat/completions", {
+        "messages": HI, "tools": [FUNCTION, CUSTOM], "parallel_tool_calls": True, "stream": True,
+        "stream_options": {"include_usage": True, "continuous_usage_stats": True}, "metadata": {"a": "b"},
+        "logit_bias": {"5": 1.5}, "chat_template_kwargs": {"enable_thinking": False}, "stop": ["x"],
+        "stop_token_ids": [5], "bad_words": ["b"], "user": "u", "reasoning_effort": "low", "logprobs": True,
+    }),
+    *(("/v1/chat/completions", {"messages": HI, "tools": [FUNCTION, CUSTOM], "tool_choice": choice}) for choice in (
+        "required",
+        {"type": "function", "function": {"name": "f"}},
+        {"type": "custom", "custom": {"name": "c"}},
+        {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [
+            {"type": "function", "function": {"name": "f"}}, {"type": "custom", "custom": {"name": "c"}}]}},
+    )),
+    ("/v1/chat/completions", {"messages": HI, "response_format": NAMED}),
+    ("/v1/chat/completions", {"messages": HI, "response_format": {"type": "structural_tag", "format": {
+        "type": "triggered_tags", "triggers": ["<"], "tags": [TAG]}}}),
+    ("/v1/chat/completions", {"messages": HI, "response_format": {"type": "structural_tag", "triggers": ["<"],
+        "structures": [{"begin": "<a>", "schema": OBJECT, "end": "</a>"}]}}),
+    ("/v1/completions", {"prompt": ["x"], "structured_outputs": {"json": OBJECT, "whitespace_pattern": " ?"}}),
+    ("/v1/completions", {"prompt": [[5, 6]], "allowed_token_ids": [5, 2], "logprobs": 1, "echo": True}),
+    ("/v1/completions", {"prompt": "x", "guided_choice": ["a"], "guided_whitespace_pattern": " ?"}),
+    ("/completion", {"prompt": ["x"], "n_predict": 1, "logit_bias": [[5, 1.5], ["a", False]], "json_schema": OBJECT,
+        "stop": ["x"], "samplers": ["top_k"], "lora": []}),
+    ("/tokenize", {"content": "x", "with_pieces": True}),
+    ("/tokenize", {"messages": HI, "tools": [FUNCTION]}),
+    ("/v1/messages", {
+        "messages": HI, "system": [{"type": "text", "text": "s", "cache_control": {"type": "ephemeral"}}],
+        "tools": [{"name": "f", "description": "d", "input_schema": OBJECT, "strict": True},
+                  {"type": "web_search_20250305", "name": "web_search", "max_uses": 1},
+                  {"type": "bash_20250124", "name": "bash"}],
+        "tool_choice": {"type": "tool", "name": "f", "disable_parallel_tool_use": True},
+        "metadata": {"user_id": "u"}, "stop_sequences": ["x"], "context_management": {"edits": [{"type": "x"}]},
+        "mcp_servers": [{"type": "url", "url": "x"}], "container": {"id": "x", "skills": []},
+    }),
+    ("/v1/messages", {
+        "messages": HI, "thinking": {"type": "adaptive", "display": "omitted"}, "stream": True,
+        "output_config": {"effort": "low", "format": {"type": "json_schema", "schema": OBJECT}},
+    }),
+    ("/v1/responses", {
+        "input": "x", "tools": [FLAT, SPACE, {"type": "custom", "name": "c", "format": CUSTOM_FORMAT}, {"type": "mcp"}],
+        "text": {"verbosity": "low"}, "reasoning": {"effort": "low", "summary": "auto"}, "metadata": {"a": "b"},
+        "include": ["reasoning.encrypted_content"], "stream_options": {"include_obfuscation": False}, "stream": True,
+        "prompt_cache_options": {"mode": "x"}, "context_management": [{"type": "compaction"}], "truncation": "auto",
+    }),
+    *(("/v1/responses", {"input": "x", "tools": [FLAT, SPACE, {"type": "custom", "name": "c"}], "tool_choice": choice})
+      for choice in (
+        {"type": "function", "name": "f"},
+        {"type": "function", "name": "g", "namespace": "n"},
+        {"type": "custom", "name": "c"},
+        {"type": "namespace", "name": "n"},
+        {"type": "allowed_tools", "mode": "required", "tools": [
+            {"type": "function", "name": "f"}, {"type": "custom", "name": "c"}]},
+    )),
+    ("/v1/responses", {
+        "input": [{"role": "user", "content": "x"}, {"type": "tool_search_call", "call_id": "c", "arguments": {"query": "q"}},
+            {"type": "tool_search_output", "call_id": "c", "tools": [FLAT, SPACE]}],
+        "tools": [{"type": "tool_search", "execution": "client", "description": "d", "parameters": OBJECT}]}),
+    ("/v1/responses", {"input": "x", "text": {"format": {
+        "type": "json_schema", "name": "n", "description": "d", "schema": OBJECT, "strict": True}}}),
+    ("/api/chat", {
+        "messages": [*HI[:0], {"role": "user", "content": "x"}, {"role": "assistant", "content": "", "tool_calls": [
+            {"id": "c", "function": {"name": "f", "arguments": {"a": "x"}}}]},
+            {"role": "tool", "tool_name": "f", "content": "r"}],
+        "tools": [FUNCTION], "format": OBJECT, "options": OPTIONS, "keep_alive": "5m", "think": False, "stream": False,
+    }),
+    ("/api/generate", {"prompt": "x", "system": "s", "format": "json", "options": OPTIONS, "stream": False}),
+    ("/api/embed", {"input": ["x"], "options": OPTIONS, "truncate": True}),
+    ("/generate", {"text": ["x", "y"], "sampling_params": [PARAMS, PARAMS], "rid": ["a", "b"], "stream": False,
+        "return_logprob": [True, False], "top_logprobs_num": [1, 0], "logprob_start_len": [0, -1]}),
+    ("/v1/embeddings", {"input": ["x"], "encoding_format": "float"}),
+    ("/rerank", {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}),
+    ("/v1/score", {"query": [5], "items": [[6], [7]], "label_token_ids": [5, 6]}),
+    ("/abort_request", {"rid": ["a"], "request_ids": ["b"], "abort_all": False}),
+]  # fmt: skip
+LIMITS = {"/v1/responses": "max_output_tokens", "/v1/completions": "max_tokens", "/v1/chat/completions": "max_tokens"}
+LIMITS["/v1/messages"] = "max_tokens"
+# Stands for lists in lists, deeper than Python recurses and than its own writer of JSON would write.
+DEEP = "@deep@"
+DEPTH = 900
+ODD: tuple[Any, ...] = (
+    None, True, -1, 2**64 - 1, 1e308, 0.5, "", "x\r\ny", "9" * 5000, [], {}, [[]], [{}], [None], {"type": []},
+    {"type": {}}, {"": ""}, DEEP,
+)  # fmt: skip
+# How many of them are tried in each place.
+ODD_EACH = 2
+
+
+def written(body: Any) -> bytes:
+    return json.dumps(body).replace(f'"{DEEP}"', "[" * DEPTH + "]" * DEPTH).encode()
+
+
+def hit(body: dict[str, Any], number: int) -> Iterator[dict[str, Any]]:
+    """The body with each of its places taken away, and with a few odd values in its stead: others in each place."""
+    for place in range(len(places(body))):
+        for turn in range(ODD_EACH + 1):
+            changed = copy.deepcopy(body)
+            container, key = places(changed)[place]
+            if turn == ODD_EACH:
+                del container[key]
+            else:
+                container[key] = copy.deepcopy(ODD[(number + place * ODD_EACH + turn) % len(ODD)])
+            yield changed
+
+
+@pytest.mark.parametrize("path", dict.fromkeys(path for path, _ in GOOD))
+async def test_any_value_at_any_depth_is_answered(server: Live, path: str) -> None:
+    check = next(family.check for family in FAMILIES if family.path == path)
+    statuses: collections.Counter[int] = collections.Counter()
+    for number, body in enumerate(body for route, body in GOOD if route == path):
+        if path in LIMITS:
+            body = {LIMITS[path]: 1, **body}
+        async with server.http.post(server.url + path, json=body) as got:
+            assert got.status == 200, (body, await got.read())
+        for changed in hit(body, number):
+            async with (
+                asyncio.timeout(BOUND_S),
+                server.http.post(server.url + path, data=written(changed), headers=JSON) as got,
+            ):
+                answer = await got.read()
+            statuses[got.status] += 1
+            assert got.status == 200 or 400 <= got.status < 500, (got.status, changed, answer)
+            if got.status != 200:
+                check(got.status, json.loads(answer), got.status)
+    assert statuses[200] and statuses[400], statuses
     await server.all_free()

@@ -10,9 +10,9 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from server.app import ENDPOINTS
-from server.endpoints.short import short_form
 from server.openapi.document import document
 from server.protocol.body import REFUSED_EVERYWHERE, Body
+from server.short_forms import short_form
 from tests.server.support import Live, live
 from tests.server.test_errors import FAMILIES
 
@@ -60,6 +60,19 @@ async def test_it_is_served_and_has_every_route_and_no_other(server: Live) -> No
     assert {(method, path) for method, path, _ in OPERATIONS} == routes
     ids = [operation["operationId"] for _, _, operation in OPERATIONS]
     assert len(set(ids)) == len(ids)
+
+
+def test_a_path_without_v1_is_the_same_route() -> None:
+    """So that schemathesis (tests/clients) need not try both."""
+    routes = [route for endpoint in ENDPOINTS for route in endpoint.ROUTES]
+    handlers = {(method, path.replace(":.+", "")): handler for method, path, handler in routes}
+    twice = [(method, path) for method, path in handlers if (method, f"/v1{path}") in handlers]
+    assert len(twice) >= 18
+    for method, path in twice:
+        assert handlers[method, path] is handlers[method, f"/v1{path}"]
+        told = (DOCUMENT["paths"][form][method.lower()] for form in (path, f"/v1{path}"))
+        short, long = ({name: value for name, value in each.items() if name != "operationId"} for each in told)
+        assert short == long, path
 
 
 async def test_it_knows_where_a_proxy_puts_it() -> None:

@@ -278,7 +278,7 @@ BROKEN: list[tuple[str, str, str, list[Call]]] = [
     ("hermes", '<tool_call>{"name": "f", "arguments": {"a": oops}}</tool_call>', "", [("f", '{"a": oops}')]),
     ("hermes", '<tool_call>{"name": "f", "arguments": {}}}</tool_call> x', " x", [("f", "{}")]),
     ("hermes", '<tool_call>{"name": "f", "arguments": [1]}</tool_call>', "", [("f", "[1]")]),
-    ("hermes", '<tool_call>{"name": "f", "arguments": "no"}</tool_call>', "", [("f", "no")]),
+    ("hermes", '<tool_call>{"name": "f", "arguments": "no"}</tool_call>', "", [("f", '"no"')]),
     ("hermes", '<tool_call>{"name": "f"', "", [("f", "{}")]),
     ("hermes", '<tool_call>{"name": "f", "argu', "", [("f", "{}")]),
     ("hermes", '<tool_call>{"name": "f" "arguments": {}}</tool_call>', "", [("f", "{}")]),

@@ -10,13 +10,13 @@ import jsonschema
 import pytest
 
 from engine.request import RequestError
-from engine.text.structured import GrammarSpec
+from engine.text.grammar.spec import GrammarSpec
 from server.parsers.registry import TOOL_PARSERS
 from server.protocol.body import Body
 from server.protocol.structured_fields import FIELDS, read_grammar, with_calls
 from server.protocol.tool_fields import ToolPlan, call_format, forced_calls, read_tools
 from tests.server.test_parsers import melt, outcome, parser, run
-from tests.text.test_structured import compiler, walk
+from tests.text.grammars import compiler, walk
 
 SCHEMA: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 TEXT = json.dumps(SCHEMA, separators=(",", ":"))
@@ -67,6 +67,9 @@ READ: list[tuple[dict[str, Any], tuple[str, str] | None]] = [
     ({"json_schema": TEXT}, ("json_schema", TEXT)),
     ({"regex": "a"}, ("regex", "a")),
     ({"ebnf": "root ::= a"}, ("grammar", "root ::= a")),
+    ({"grammar": "root ::= a"}, ("grammar", "root ::= a")),
+    ({"grammar": ""}, None),
+    ({"grammar": "", "json_schema": TEXT}, ("json_schema", TEXT)),
 ]
 
 

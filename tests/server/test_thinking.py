@@ -9,6 +9,8 @@ import pytest
 
 from engine.config import StartupError
 from engine.text.chat_template import ChatTemplate
+from engine.text.grammar.compiler import GrammarCompiler
+from engine.text.grammar.spec import GrammarSpec
 from server.app import build_app
 from server.parsers import harmony, registry, think
 from server.parsers.base import ContentDelta, OutputParser, ReasoningDelta, ReasoningFamily
@@ -226,3 +228,35 @@ def test_held_reasoning_comes_at_its_end_however_the_text_is_cut(size: int) -> N
         assert [event.text for event in events if isinstance(event, ReasoningDelta)] == [whole[7:][: len(THOUGHTS) - 1]]
         assert isinstance(events[0], ReasoningDelta)
         assert "".join(event.text for event in events if isinstance(event, ContentDelta)) == whole[len(text) - 4 :]
+
+
+@pytest.mark.parametrize(
+    "pattern, text, fine",
+    [
+        ("yes|no", "yes", True),
+        ("yes|no", "\nyes", True),
+        ("yes|no", "\n\nno", True),
+        ("yes|no", "\n\n\n\n\n\nno", False),
+        ("yes|no", " no", False),
+        ("\\n?yes", "\nyes", True),
+        ("\\n{3}yes", "\n\n\nyes", True),
+    ],
+)
+def test_newlines_may_stand_between_reasoning_and_a_grammar(pattern: str, text: str, fine: bool) -> None:
+    """As models write them; those that the grammar asks for itself are the answer's own."""
+    compiler = GrammarCompiler(tokenizer(), [next(iter(tokenizer().special_ids))], tokenizer().vocab_size)
+    grammar = compiler.compile(GrammarSpec("regex", pattern)).state()
+    newlines = frozenset(encode("\n"))
+    made = Thinking(ReasoningWatch(tokenizer(), think.QWEN3, inside=True), grammar, blanks=newlines)
+    mask = np.zeros(compiler.mask_words, np.uint32)
+    for token_id in encode("Hm.</think>"):
+        made.accept(token_id)
+    assert not made.is_free and not made.forced_tokens()
+    for token_id in encode(text):
+        made.mask_into(mask)
+        if not mask[token_id >> 5] & (1 << (token_id & 31)):
+            assert not fine
+            return
+        made.accept(token_id)
+        assert made.error is None
+    assert fine and made.is_finished

@@ -52,8 +52,8 @@ class Launched:
     handle: FakeHandle
     # Who had which slot as the step was launched: its tokens are theirs and nobody else's.
     owners: dict[int, Sequence]
-    # Pages at the front of a slot's table that had been given back before: null on the device by now.
-    gone: dict[int, int]
+    # By group, pages at the front of a slot's table that had been given back before: null on the device by now.
+    gone: dict[int, list[int]]
 
 
 @dataclass
@@ -114,6 +114,8 @@ class Simulator:
             self.clock,
             (EOS,),
         )
+        # Answers are short here.
+        self.scheduler.snapshot_pages = 1
         policy = self.scheduler._policy
         self.scheduler._policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
         self.arrivals = deque(arrivals)
@@ -161,7 +163,7 @@ class Simulator:
         if leaving:
             self._leave()
         scheduler, depth = self.scheduler, self.options.depth
-        before = {sequence.pages: sequence.pages.num_gone for sequence in scheduler.live_sequences() if sequence.pages}
+        before = {sequence.pages: [*sequence.pages.gone] for sequence in scheduler.live_sequences() if sequence.pages}
         batch = scheduler.schedule()
         if batch is not None:
             assert 0 < batch.num_tokens <= self.options.max_num_batched_tokens, "the token budget"
@@ -169,7 +171,7 @@ class Simulator:
             assert len(owners) == batch.num_rows
             for sequence in owners.values():
                 assert not sequence.is_finished, f"{sequence} was scheduled after its end"
-            gone = {slot: before.get(sequence.pages, 0) for slot, sequence in owners.items() if sequence.pages}
+            gone = {slot: before.get(sequence.pages, []) for slot, sequence in owners.items() if sequence.pages}
             self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners, gone))
             if len(self.in_flight) == 1:
                 self._provide_masks(self.in_flight[0])
@@ -253,9 +255,10 @@ class Simulator:
                 assert sequence in self.open, f"a second terminal event of {sequence}"
                 self._end(self.open[sequence])
             self._stop_by_string(owners)
-        for slot, count in launched.gone.items():
-            named = self.executor.pages_of(slot, count * self.options.page_size)
-            assert not any(named), f"slot {slot} still names {named}, which were given back"
+        for slot, counts in launched.gone.items():
+            for group, count in enumerate(counts):
+                named = self.executor.pages_of(slot, count * self.options.page_size, group)
+                assert not any(named), f"slot {slot} still names {named}, which were given back"
         if self.options.poison:
             poison_staging(launched.batch.staging)
 
@@ -362,13 +365,14 @@ class Simulator:
         starts, lengths = staging.row_start.tolist(), staging.row_len.tolist()
         for row, slot in enumerate(launched.batch.slots.tolist()):
             start, end = starts[row], starts[row] + lengths[row]
-            pages = self.executor.pages_of(slot, end)
             name = launched.owners[slot].request.namespace
-            for page in pages[start // page_size :]:
-                self.page_namespace[page] = name
-            first = 0 if self.options.window is None else max(0, start - self.options.window + 1)
-            for page in [] if failed else pages[first // page_size :]:
-                assert self.page_namespace[page] == name, f"page {page} crosses a namespace"
+            for group, window in enumerate(self.options.windows):
+                pages = self.executor.pages_of(slot, end, group)
+                for page in pages[start // page_size :]:
+                    self.page_namespace[page] = name
+                first = 0 if window is None else max(0, start - window + 1)
+                for page in [] if failed else pages[first // page_size :]:
+                    assert self.page_namespace[page] == name, f"page {page} crosses a namespace"
 
     def check(self) -> None:
         scheduler = self.scheduler
@@ -388,7 +392,7 @@ class Simulator:
             assert pages is not None
             known, computed = sequence.num_tokens, sequence.num_computed_tokens
             assert known <= sequence.max_length and computed < sequence.max_length
-            assert computed <= len(pages.pages) * self.options.page_size, f"{sequence} outgrew its pages"
+            assert computed <= pages.num_pages * self.options.page_size, f"{sequence} outgrew its pages"
             if status is SequenceStatus.RUNNING:
                 assert computed <= known + len(self.in_flight), f"{sequence} runs ahead of its tokens"
         assert running == scheduler.num_running

@@ -19,6 +19,7 @@ from engine.cache.kv_cache import KVCache
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import RadixTree
 from engine.forward import Staging
+from engine.groups import MemoryGroup
 from engine.scheduling.batch import Batch
 from engine.scheduling.policy.fair import Fair
 from engine.scheduling.policy.fcfs import FCFS
@@ -45,7 +46,8 @@ FAILURES = {
     "burst": 4,
     "arrival_rate": 0.5,
     "vocab_size": 40,
-    "window": None,
+    "windows": (None,),
+    "num_snapshots": None,
 }
 REMAPS = {
     "page_size": 1,
@@ -61,12 +63,14 @@ REMAPS = {
     "eos_rate": 0.0,
     "vocab_size": 40,
     "constrained_rate": 0.0,
-    "window": None,
+    "windows": (None,),
+    "num_snapshots": None,
 }
 # Windows that are left behind all the time, by prompts longer than the pool, too.
 WINDOWS = {
     "page_size": 2,
-    "window": 7,
+    "windows": (8,),
+    "num_snapshots": None,
     "max_model_len": 64,
     "num_pages": 14,
     "max_num_seqs": 4,
@@ -78,6 +82,10 @@ WINDOWS = {
     "eos_rate": 0.0,
     "vocab_size": 40,
 }
+# A group that sees all beside two with a window, whose pages go when memory is needed.
+GROUPS = WINDOWS | {"windows": (None, 8, 8), "num_pages": 56}
+# Recurrent states, with fewer snapshots than are wanted.
+STATES = GROUPS | {"windows": (None,), "num_pages": 40, "num_snapshots": 3}
 # Long forced runs in a pool and a budget that are too small for them.
 RUNS = {
     "page_size": 2,
@@ -113,7 +121,7 @@ MUTANTS = [
     # What the device is told.
     Mutant("a page is not told", Batch, "write_page", "count + 1\n", "count + 1 - (page % 8 == 0)\n"),
     Mutant("one page of an admission is not told", Batch, "write_pages", "+ len(ids)\n", "+ max(0, len(ids) - 1)\n"),
-    Mutant("a remap is lost", Scheduler, "_write_remaps", "batch.write_page(sequence.slot, index, page)", "pass"),
+    Mutant("a remap is lost", Scheduler, "_write_remaps", "batch.write_page(", "(lambda *_: 0)("),
     Mutant(
         "a remap outlives its sequence", Scheduler, "_write_remaps",
         "if sequence.pages is pages and", "if sequence.holds_slot and", REMAPS,
@@ -202,7 +210,7 @@ MUTANTS = [
     Mutant("a forced run is never computed", Scheduler, "jump", "self._jumping.append(sequence)", "pass", RUNS),
     Mutant("a forced run ends without an end", Scheduler, "jump", "if end == limit:", "if False:", RUNS),
     Mutant(
-        "a forced run's page is not told", Scheduler, "_schedule_jumps",
+        "a page of a row that grows is not told", Scheduler, "_reserve_one",
         "batch.write_page(", "(lambda *_: 0)(", RUNS,
     ),
     Mutant(
@@ -296,64 +304,109 @@ MUTANTS = [
         "overruns enter the tree", Scheduler, "_release_if_idle",
         "min(int(table.computed[slot]), len(tokens))", "len(tokens) // self.limits.page_size * self.limits.page_size",
     ),
-    Mutant("a match may be the whole prompt", KVCache, "extend_match", "(len(token_ids) - 1)", "len(token_ids)"),
+    Mutant("a match may be the whole prompt", KVCache, "begin", "(len(token_ids) - 1)", "len(token_ids)"),
     Mutant("namespaces share", RadixTree, "open", "namespace.encode(errors=\"surrogatepass\")", "b\"\""),
-    Mutant("a match locks nothing", RadixTree, "match", "child.lock_count += 1", "pass"),
-    Mutant("a matched page is still evictable", RadixTree, "match", "self.policy.remove(child)", "pass"),
+    Mutant("a match locks nothing", RadixTree, "_lock", "node.lock_count += 1", "pass"),
+    Mutant("a matched page is still evictable", RadixTree, "_lock", "self.policy.remove(node)", "pass"),
     Mutant("a split loses the locks", RadixTree, "_split", "node.lock_count, node.hits", "0, node.hits"),
-    Mutant("an evicted page stays in the tree", RadixTree, "evict", "del parent.children[node.key]", "pass"),
+    Mutant("an evicted page stays in the tree", RadixTree, "_remove", "del parent.children[node.key]", "pass"),
     Mutant(
         "a locked leaf is evicted", FIFO, "victim",
         "if _may_go(node):", "if not node.children and not node.detached:",
     ),
-    Mutant("a leaf gives up its front", RadixTree, "evict", "freed += pages[-missing:]", "freed += pages[:missing]"),
+    Mutant("a leaf gives up its front", RadixTree, "_evict_leaf", "in run[left:] if page", "in run[:taken] if page"),
     Mutant("duplicates are freed twice", KVCache, "end_step", "self._deferred.clear()", "pass"),
     Mutant("duplicates are never freed", KVCache, "end_step", "self._pool.free(self._deferred)", "pass"),
     Mutant(
         "duplicates are freed too early", KVCache, "enter",
         "self._deferred += duplicates", "self._pool.free(duplicates)",
     ),
-    Mutant("a sequence keeps its duplicate", KVCache, "_insert", "= canonical\n", "= own[: len(canonical)]\n"),
+    Mutant("a sequence keeps its duplicate", KVCache, "_insert", "= theirs\n", "= mine[: len(theirs)]\n"),
     Mutant(
         "a failed page is freed under its reader", RadixTree, "detach",
         "if not node.lock_count:", "if True:", FAILURES,
     ),
-    # Windows.
+    # Windows and groups.
     Mutant(
-        "a page is given back a token too early", Scheduler, "_give_back",
-        "- self._window + 1", "- self._window + 2", WINDOWS,
+        "a match forgets the first token of its window", MemoryGroup, "behind",
+        "- self.window + 1", "- self.window + 2", GROUPS,
+    ),
+    Mutant(
+        "a page is given back too early", KVCache, "give_back",
+        ".behind(start,", ".behind(start + 2 * self.page_size,", WINDOWS,
     ),
     Mutant(
         "no page that left the window is given back", Scheduler, "_give_back",
-        "if self._window and pages is not None:", "if False:", WINDOWS,
+        "if self.kv_cache.has_windows and pages is not None:", "if False:", WINDOWS,
     ),
     Mutant(
         "the device still names what was given back", KVCache, "give_back",
-        "range(first, num_pages)", "range(0)", WINDOWS,
-    ),
-    Mutant(
-        "shared pages are given back one by one", KVCache, "give_back",
-        "max(first, seq.num_shared - 1)", "first", WINDOWS,
+        "range(old, new)", "range(0)", WINDOWS,
     ),
     Mutant(
         "a shared page that left the window is freed", KVCache, "give_back",
-        "seq.pages[max(first, seq.num_shared) : num_pages]", "seq.pages[first:num_pages]", WINDOWS,
-    ),
-    Mutant(
-        "pages behind a hole enter the tree", KVCache, "give_back",
-        "= num_pages, True, b", "= num_pages, False, b", WINDOWS,
+        "pages[max(old, seq.num_shared) : new]", "pages[old:new]", WINDOWS,
     ),
     Mutant(
         "shared pages that left the window stay locked", KVCache, "give_back",
-        "self._pool.free(self._tree.unlock(seq.node))", "pass", WINDOWS,
+        "if old < seq.num_shared:", "if False:", WINDOWS,
+    ),
+    Mutant("a match ignores a hole", RadixTree, "_usable", "if part.hole:", "if False:", GROUPS),
+    Mutant(
+        "a hole reaches into a window that is needed", RadixTree, "_evict_part",
+        "min(part.free_to - part.hole,", "min(part.node.length - part.hole,", GROUPS,
+    ),
+    Mutant("a split doubles no lock", RadixTree, "_split_part", "above.locks[first] = count", "pass", GROUPS),
+    Mutant("a hole is filled with another group's pages", RadixTree, "_fill", "own[group]", "own[0]", GROUPS),
+    Mutant("a hole is filled and still a hole", RadixTree, "_fill", "min(part.hole, first)", "part.hole", GROUPS),
+    Mutant(
+        "windows of a failed step's readers are lost", RadixTree, "detach",
+        "freed += self._punch(part, part.free_to - part.hole)", "pass", FAILURES | {"windows": (None, 4)},
     ),
     Mutant(
-        "a prompt longer than the pool shares", Scheduler, "_admit", "private=streams", "private=False", WINDOWS,
+        "pages go to the first group's table", Batch, "write_page",
+        "(group * self._num_slots + slot)", "slot", GROUPS,
     ),
     Mutant(
-        "a prompt that streams is not told its pages", Scheduler, "_grow",
-        "batch.write_page(slot, index, pages.pages[index])", "pass", WINDOWS,
+        "all groups are told the first one's pages", Scheduler, "_admit",
+        "write_pages(group, slot, 0, ids)", "write_pages(group, slot, 0, pages.pages)", GROUPS,
     ),
+    Mutant("remaps are the first group's", KVCache, "_insert", "((group, index,", "((0, index,", GROUPS),
+    Mutant(
+        "a release forgets all groups but the first", KVCache, "release",
+        "in self._own(seq):", "in self._own(seq)[:1]:", GROUPS,
+    ),
+    Mutant(
+        "a prompt is not told the pages of its next chunk", Scheduler, "_grow",
+        "batch.write_pages(group, slot, first, ids[first:])", "pass", WINDOWS,
+    ),
+    Mutant(
+        "one that is alone waits for a good chunk", Scheduler, "_admit",
+        "if others and cache.has_windows:", "if cache.has_windows:", GROUPS | {"num_pages": 44},
+    ),
+    Mutant("a window is promised a page less", MemoryGroup, "most_pages", "+ 2", "+ 1", WINDOWS | {"num_pages": 5}),
+    # Recurrent states.
+    Mutant("a load is not told", Scheduler, "_admit", "batch.write_load(slot, pages.snapshot)", "pass", STATES),
+    Mutant(
+        "a save is not told", Scheduler, "_write_saves", "batch.write_save(sequence.slot, snapshot)", "pass", STATES
+    ),
+    Mutant("a save that no step carried is lost", Scheduler, "schedule", "= batch.saves()", "= []", STATES),
+    Mutant("a match ends amid a node", RadixTree, "_usable", "or size < node.length", "", STATES),
+    Mutant("a match needs no snapshot", RadixTree, "_usable", "node.snapshot is None or", "", STATES),
+    Mutant("a leaf keeps its end's snapshot", RadixTree, "_evict_leaf", "self._lose_snapshot(node)", "pass", STATES),
+    Mutant(
+        "a failed step's snapshot stays", RadixTree, "detach", "self._lose_snapshot(node)", "pass", FAILURES | STATES
+    ),
+    Mutant("what is left behind hangs too deep", RadixTree, "attach", "if at < depth:", "if False:", STATES),
+    Mutant(
+        "an overrun's state is left behind", KVCache, "release",
+        "known = at <= min(num_tokens, seq.num_shared * self.page_size)", "known = True", STATES,
+    ),
+    Mutant(
+        "two states go to one snapshot", Batch, "write_save",
+        "if not count or", "if True or", STATES | {"num_snapshots": 1},
+    ),
+    Mutant("a snapshot not wanted is lost", KVCache, "release", "self._free_snapshots([snapshot])", "pass", STATES),
     Mutant("a page is handed out twice", PagePool, "allocate_one", "self._free.pop()", "self._free[-1]"),
     Mutant("growing the staging loses what is there", Staging, "reserve_table_diff", "new[: len(old)] = old", "pass"),
 ]  # fmt: skip
@@ -383,8 +436,8 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [FAILURES, REMAPS, WINDOWS, RUNS, LONGEST, IMPORTANT, SHARES],
-    ids=["failures", "remaps", "windows", "runs", "longest", "important", "shares"],
+    [FAILURES, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES],
+    ids=["failures", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"],
 )
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
     """Under the changed options, too; the plain ones are `test_simulation.test_runs`."""

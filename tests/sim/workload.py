@@ -15,10 +15,18 @@ from typing import Any
 from engine.cache.eviction.registry import EVICTION_POLICIES
 from engine.executor.fake import FakeModel, expected_stream, expected_vector
 from engine.forward import Limits
+from engine.groups import MemoryGroup
 from engine.request import FinishReason, Pooling, Request, SamplingParams
 from engine.scheduling.policy.registry import POLICIES
 
 EOS = 0
+
+# Of the memory groups. Most models have one; a full one beside windows is next.
+WINDOWS: list[tuple[int | None, ...]] = [
+    *[(None,)] * 6,
+    *[(1,), (4,), (9,), (20,)],
+    *[(None, 4), (None, 9), (None, 9, 9, 9), (None, 1), (None, None, 20), (20, 3)],
+]
 
 
 @dataclass(frozen=True)
@@ -53,7 +61,8 @@ class Options:
     constrained_rate: float
     jump_ahead: bool
     policy: str
-    window: int | None
+    windows: tuple[int | None, ...]
+    num_snapshots: int | None
 
     @property
     def limits(self) -> Limits:
@@ -64,22 +73,37 @@ class Options:
             page_size=self.page_size,
             num_pages=self.num_pages,
             vocab_size=self.vocab_size,
-            window=self.window,
+            groups=tuple(MemoryGroup(window) for window in self.windows),
+            num_snapshots=self.num_snapshots,
         )
 
     @property
     def model(self) -> FakeModel:
-        return FakeModel(self.vocab_size, EOS, self.eos_rate, self.window)
+        return FakeModel(self.vocab_size, EOS, self.eos_rate, self.windows, self.num_snapshots is not None)
 
     @property
-    def gives_back(self) -> bool:
-        """One sequence alone can always go on in as many pages as its window touches."""
-        if self.window is None:
-            return False
-        window = max(self.window, self.page_size + 2)
-        return len({token // self.page_size for token in range(self.page_size - 1, self.page_size - 1 + window)}) <= (
-            self.num_pages
-        )
+    def whole_context(self) -> int:
+        """Pages of all groups with which one sequence of full length can go on, whatever the others do."""
+        return self.pages_of(self.max_model_len)
+
+    def pages_of(self, num_tokens: int) -> int:
+        """Counted page by page. A window keeps what the last whole page's end sees, that page's rest, and one more."""
+        pages = -(-num_tokens // self.page_size)
+        count = 0
+        for window in self.windows:
+            end = 1000 * self.page_size
+            seen = range(end if window is None else end - window + 1, end)
+            kept = len({token // self.page_size for token in seen}) + 2
+            count += pages if window is None else min(pages, kept)
+        return count
+
+    @property
+    def cache_tokens(self) -> int:
+        """Most tokens of one sequence that the pool can serve."""
+        if None not in self.windows and self.pages_of(10**6) <= self.num_pages:
+            return self.max_model_len
+        whole = (n for n in itertools.count() if self.pages_of(n * self.page_size + 1) > self.num_pages)
+        return next(whole) * self.page_size
 
 
 class Runs:
@@ -142,7 +166,9 @@ def draw_options(seed: int) -> Options:
     page_size = random.choice([1, 2, 3, 4, 4, 8, 16])
     max_num_seqs = random.choice([1, 2, 3, 4, 5, 6, 8, 8])
     max_model_len = random.choice([8, 16, 24, 40, 64])
-    whole_context = -(-max_model_len // page_size)
+    windows = random.choice(WINDOWS)
+    groups = len(windows)
+    whole_context = -(-max_model_len // page_size) * groups
     num_pages = random.choice(
         [
             # Less than one whole context, just one, a few (retraction), and enough for all.
@@ -150,7 +176,7 @@ def draw_options(seed: int) -> Options:
             whole_context,
             whole_context + random.randint(1, 4),
             whole_context + random.randint(1, 4),
-            whole_context + random.randint(1, 12),
+            whole_context + random.randint(1, 12) * groups,
             2 * whole_context,
             (max_num_seqs + 3) * whole_context,
         ]
@@ -182,17 +208,17 @@ def draw_options(seed: int) -> Options:
         jump_ahead=random.random() < 0.8,
         policy=random.choice(sorted(POLICIES)),
         pool_rate=random.choice([0.0, 0.0, 0.1, 0.4]),
-        window=random.choice([None, None, None, None, None, 1, 4, 9, 20]),
+        windows=windows,
+        num_snapshots=random.choice([None, None, None, None, 0, 1, 3, 20]),
     )
 
 
 def calm_options(seed: int) -> Options:
     """Options under which every request is accepted and finishes, whatever the sizes are varied to."""
     options = draw_options(seed)
-    whole_context = -(-options.max_model_len // options.page_size)
     return dataclasses.replace(
         options,
-        num_pages=max(options.num_pages, whole_context),
+        num_pages=max(options.num_pages, options.whole_context),
         abort_rate=0.0,
         abort_burst_rate=0.0,
         fail_rate=0.0,
@@ -314,15 +340,13 @@ def _draw_extras(random: Random) -> dict[str, Any]:
 def _expect(tick: int, request: Request, options: Options) -> Arrival:
     """The answer by the oracle, and whether the request can be served at all."""
     prompt, params = request.prompt_token_ids, request.sampling
-    cache_tokens = options.num_pages * options.page_size
+    cache_tokens = options.cache_tokens
     max_length = options.max_model_len
-    if options.gives_back:
-        cache_tokens = options.max_model_len
     refused = Arrival(tick, request, False, [], FinishReason.ERROR, None)
     if request.pooling is not None:
         if len(prompt) > min(options.max_model_len, cache_tokens):
             return refused
-        vector = tuple(expected_vector(prompt, request.pooling, options.window).tolist())
+        vector = tuple(expected_vector(prompt, request.pooling, options.windows, options.model.has_state).tolist())
         return Arrival(tick, request, True, [], FinishReason.STOP, None, vector=vector)
     if len(prompt) >= options.max_model_len:
         return refused

@@ -235,8 +235,29 @@ GLM = """[gMASK]<sop>
 {%- endif %}
 """
 
-# Text or thinking beside calls, not both; descriptions are concatenated; a result needs its call; content always.
-GPT_OSS = """{%- set ns = namespace(call=none) %}
+# Text or thinking beside calls, not both; descriptions, and defaults of an enum, are concatenated; a result needs its
+# call; content always.
+GPT_OSS = """{%- macro type_of(schema, required) %}
+{%- if schema.type == 'array' %}
+{%- if schema['items'] %}{% set inner = schema['items'] %}
+{%- if inner.type in ('string', 'boolean') %}{{ inner.type + '[]' }}
+{%- elif inner.type in ('number', 'integer') %}{{ 'number[]' }}
+{%- else %}{% set text = type_of(inner, required) %}{{ 'any[]' if text | length > 50 else text + '[]' }}{% endif %}
+{%- else %}{{ 'any[]' }}{% endif %}
+{%- elif schema.type is defined and schema.type is not string and schema.type is iterable %}
+{{- schema.type | join(' | ') }}
+{%- elif schema.oneOf %}{% for option in schema.oneOf %}{{ type_of(option, required) }}
+{%- if option.description %}{{ '// ' + option.description }}{% endif %}{{ ' | ' if not loop.last }}{% endfor %}
+{%- elif schema.type == 'string' %}{{ '"' + schema.enum | join('" | "') + '"' if schema.enum else 'string' }}
+{%- elif schema.type in ('number', 'integer') %}{{ 'number' }}
+{%- elif schema.type == 'boolean' %}{{ 'boolean' }}
+{%- elif schema.type == 'object' %}
+{%- if schema.properties %}{{ '{ ' }}{% for name, inner in schema.properties.items() %}
+{{- name + ('' if name in (schema.required or []) else '?') + ': ' + type_of(inner, schema.required or []) }}
+{{- ', ' if not loop.last }}{% endfor %}{{ ' }' }}{% else %}{{ 'object' }}{% endif %}
+{%- else %}{{ 'any' }}{% endif %}
+{%- endmacro %}
+{%- set ns = namespace(call=none) %}
 {%- if messages[0].role in ('developer', 'system') %}{% set lead = messages[0].content %}
 {%- set turns = messages[1:] %}
 {%- else %}{% set lead = '' %}{% set turns = messages %}{% endif %}
@@ -244,7 +265,15 @@ GPT_OSS = """{%- set ns = namespace(call=none) %}
 {%- if lead or tools %}{{ '<|start|>developer<|message|>' + lead }}
 {%- for tool in tools or [] %}{% set tool = tool.function %}
 {{- '// ' + tool.description + '\\ntype ' + tool.name + ' = (' }}
-{%- for name, schema in tool.parameters.properties.items() %}{{ name + ': ' + schema.type + ', ' }}{% endfor %}
+{%- if tool.parameters and tool.parameters.properties %}{{ '_: {\\n' }}
+{%- for name, schema in tool.parameters.properties.items() %}
+{%- if schema.description %}{{ '// ' + schema.description + '\\n' }}{% endif %}
+{{- name + ('' if name in (tool.parameters.required or []) else '?') + ': ' }}
+{{- type_of(schema, tool.parameters.required or []) }}
+{%- if schema.default is defined %}
+{%- if schema.enum or schema.oneOf %}{{ ', // default: ' + schema.default }}
+{%- else %}{{ ', // default: ' + schema.default | tojson }}{% endif %}{% endif %}{{ ',\\n' }}
+{%- endfor %}{{ '}' }}{% endif %}
 {{- ')\\n' }}
 {%- endfor %}{{ '<|end|>' }}{% endif %}
 {%- for m in turns %}

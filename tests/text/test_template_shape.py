@@ -124,6 +124,49 @@ def test_answers_about_tools(name: str, tools: str, fields: str) -> None:
     assert (shape.tools, shape.tool_fields) == (tools, fields)
 
 
+# Of one property, with what gpt-oss's template cannot concatenate, or has no word for.
+PROPERTY_SCHEMAS: list[Any] = [
+    {},
+    True,
+    {"type": "string"},
+    {"type": "string", "description": None},
+    {"type": ["string", "null"]},
+    {"type": None},
+    {"anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
+    {"oneOf": [{"type": "integer"}, {"type": "string", "description": "A word"}], "default": 3},
+    {"enum": [1, 2], "default": 1},
+    {"enum": ["a", None], "default": None},
+    {"type": "string", "enum": ["a", "b"], "default": "a"},
+    {"enum": [True, False], "default": False},
+    {"const": "x"},
+    {"$ref": "#/$defs/x"},
+    {"type": "array"},
+    {"type": "array", "items": {}},
+    {"type": "array", "items": True},
+    {"type": "array", "items": {"type": "object", "properties": {"b": {"enum": [1], "default": 1}}}},
+    {"type": "object", "properties": {"b": {"type": "object"}}, "required": None},
+    {"type": "object", "additionalProperties": {"type": "string"}},
+]
+
+
+@pytest.mark.parametrize("name", sorted(TEMPLATES))
+def test_declarations_without_what_a_template_writes(name: str) -> None:
+    """No description, no parameters, no type: what a client leaves out is no error, whatever the template writes."""
+    functions: list[dict[str, Any]] = [
+        {},
+        {"description": None},
+        {"parameters": None},
+        {"parameters": {}},
+        {"parameters": {"type": "object"}},
+        {"parameters": {"type": "object", "properties": {}}},
+        *({"parameters": {"type": "object", "properties": {"a": schema}}} for schema in PROPERTY_SCHEMAS),
+    ]
+    template = TEMPLATE[name]
+    for function in functions:
+        prompt = template.render([user("hi")], tools=[declared("weather", **function)])
+        assert "weather" in prompt or template.tool_shape.tools == "lost", function
+
+
 def test_the_template_for_tools_is_asked_itself() -> None:
     asked = ChatTemplate({"default": families.GEMMA2, "tool_use": families.QWEN3}, SPECIALS)
     assert (asked.shape.calls, asked.tool_shape.calls) == ("text", "structured")
@@ -190,13 +233,15 @@ def test_arguments_that_are_an_object_become_the_text_that_templates_concatenate
 
 
 @pytest.mark.parametrize(
-    "arguments", ['{"city": "Kö', "[1, 2]", "17", '"x"', "null", "[" * 3000, '{"a":' * 90 + "1" + "}" * 90]
+    "arguments",
+    ['{"city": "Kö', "[1, 2]", "17", '"x"', "null", "[" * 3000, '{"a":' * 90 + "1" + "}" * 90, '{"a": "\\ud83d"}'],
 )
 def test_arguments_that_are_no_object_stay_readable(arguments: str) -> None:
     chat = [LOOP[0], says(None, tool_calls=[call("weather", arguments)]), LOOP[2]]
     for name, template in TEMPLATE.items():
         text = template.render(chat)
         assert arguments in text or json.dumps(arguments, ensure_ascii=False)[1:-1] in text, name
+        text.encode()
     assert f"<parameter={INVALID_JSON}>\n{arguments}\n" in TEMPLATE["qwen35"].render(chat)
 
 
@@ -314,7 +359,7 @@ def test_tools_that_say_little() -> None:
             assert "now" in text and "find" in text and "None" not in text, name
     optional = {"type": "object", "properties": {"q": {"anyOf": [{"type": "null"}, {"type": "integer"}]}}}
     assert "q:INTEGER," in TEMPLATE["function_gemma"].render([user("x")], tools=[declared("f", parameters=optional)])
-    assert "q: integer," in TEMPLATE["gpt_oss"].render([user("x")], tools=[declared("f", parameters=optional)])
+    assert "q?: number," in TEMPLATE["gpt_oss"].render([user("x")], tools=[declared("f", parameters=optional)])
     assert '<|system|><|tool|>[{"name": "weather"' in TEMPLATE["phi4_mini"].render([user("x")], tools=[TOOL])
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from engine.cache.eviction.lru import LRU, unlink
+from engine.cache.eviction.lru import LRU
+from engine.cache.eviction.ring import unlink
 from engine.cache.radix_tree import Node
 
 MAX_HITS = 255  # a hot prompt has millions; the bound keeps the number of lists and of empty ones small

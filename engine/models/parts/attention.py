@@ -15,6 +15,9 @@ from engine.models.parts.source import Source
 from engine.models.spec import GroupedQueryAttention
 from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
+from engine.ops.attention.device import HeadNorms, StepAttention
+from engine.ops.linear import Product
+from engine.ops.norm import Normed
 from engine.ops.rope import apply_rope
 
 
@@ -45,15 +48,23 @@ class Attention:
         self._query_scale = spec.query_scale
         self._q_norm: Norm | None = None
         self._k_norm: Norm | None = None
+        self._head_norms: HeadNorms | None = None
         if spec.q_norm is not None and spec.k_norm is not None:
             q_width, k_width = (heads * dim, kv_heads * dim) if spec.norm_width == "full" else (dim, dim)
             self._q_norm = make_norm(spec.q_norm, source, prefix, q_width)
             self._k_norm = make_norm(spec.k_norm, source, prefix, k_width)
             self._norm_widths = (q_width, k_width)
+            plain = not (spec.norm_after_rope or spec.query_scale or spec.q_norm.centered or spec.k_norm.centered)
+            if plain and spec.norm_width == "head" and spec.q_norm.eps == spec.k_norm.eps:
+                self._head_norms = (self._q_norm.weight, self._k_norm.weight, spec.q_norm.eps)
 
-    def __call__(self, x: Tensor, table: Tensor | None, positions: Tensor, attention: AttentionBackend) -> Tensor:
+    def __call__(
+        self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
+    ) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
         q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
+        if self._head_norms is not None and isinstance(attention, StepAttention):
+            return self._output.later(attention.forward(self._layer, q, k, v, table, self._head_norms))
         if self._norm_after_rope and table is not None:
             apply_rope(q, k, table, positions)
             table = None
@@ -65,4 +76,4 @@ class Attention:
             steps = torch.div(positions, self._query_scale.original_max_position, rounding_mode="floor")[:, None]
             factors = 1 + self._query_scale.beta * by_rows(torch.log1p, steps)
             q = q * factors.to(q.dtype)[:, :, None]
-        return self._output(attention.forward(self._layer, q, k, v, table))
+        return self._output.later(attention.forward(self._layer, q, k, v, table))

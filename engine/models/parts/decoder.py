@@ -21,7 +21,8 @@ from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
 from engine.models.spec import Experts, LayerSpec, ModelSpec, NormSpec, RopeSpec, Ungated
 from engine.ops.attention.base import AttentionBackend, AttentionSpec
-from engine.ops.linear import Linear
+from engine.ops.linear import Linear, Product, computed
+from engine.ops.norm import Normed, plain
 
 # Of all tensors but the output layer's.
 PREFIX = "model."
@@ -43,6 +44,14 @@ class CausalLM(Protocol):
         """Hidden states [R, hidden_size] -> float32 [R, vocab_size]. Never called where config.headless is set."""
         ...
 
+    def raw_logits(self, hidden: Tensor) -> Tensor:
+        """The same in the model's dtype where nothing is done to them after the product: for who reads them once."""
+        ...
+
+    def decode(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """`forward`, and `raw_logits` of every token."""
+        ...
+
     def name_layers(self, range_of: RangeOf) -> None:
         """Put every layer's parts into named ranges of a profiler's time line from now on."""
         ...
@@ -61,7 +70,7 @@ class Layer:
         self.attention = Attention(spec.mixer, source, index, prefix, hidden_size)
         self.attention_out_norm = norm(spec.mixer_out_norm)
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
-        self.mlp: Callable[[Tensor], Tensor]
+        self.mlp: Callable[[Tensor | Normed], Tensor | Product]
         if isinstance(spec.feed_forward, Experts):
             self.mlp = make_experts(spec.feed_forward, source, prefix, hidden_size)
         elif isinstance(spec.feed_forward, Ungated):
@@ -130,6 +139,10 @@ class Decoder:
         `attention` has planned the step, and turns q and k by the positions of that plan: `positions` are the
         same ones, for a layer that does anything else by them.
         """
+        return plain(self._run(token_ids, positions, attention))
+
+    def _run(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor | Normed:
+        """The same, the final norm to be taken where it need not be yet."""
         embedding = self._embedding
         if embedding is None:
             assert self._lm_head is not None
@@ -138,24 +151,24 @@ class Decoder:
             residual = F.embedding(token_ids, embedding)
         if self._embedding_scale is not None:
             residual = residual.mul_(self._embedding_scale)
-        x = self._layers[0].input_norm(residual)
+        x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
             if layer.parallel:
-                x = layer.attention(x, table, positions, attention).add_(layer.mlp(x))
-                x, residual = following.add(x, residual)
+                y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(x)))
+                x, residual = following.add(y, residual)
                 continue
-            x = layer.attention(x, table, positions, attention)
+            y = layer.attention(x, table, positions, attention)
             if layer.attention_out_norm is not None:
-                x = layer.attention_out_norm(x)
+                y = layer.attention_out_norm(y)
             if layer.residual_scale is not None:
-                x = x * layer.residual_scale
-            x, residual = layer.mlp_norm.add(x, residual)
-            x = layer.mlp(x)
+                y = computed(y) * layer.residual_scale
+            x, residual = layer.mlp_norm.add(y, residual)
+            y = layer.mlp(x)
             if layer.mlp_out_norm is not None:
-                x = layer.mlp_out_norm(x)
+                y = layer.mlp_out_norm(y)
             if layer.residual_scale is not None:
-                x = x * layer.residual_scale
-            x, residual = following.add(x, residual)
+                y = computed(y) * layer.residual_scale
+            x, residual = following.add(y, residual)
         return x
 
     def name_layers(self, range_of: RangeOf) -> None:
@@ -166,10 +179,18 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size]."""
+        return self.raw_logits(hidden).float()
+
+    def raw_logits(self, hidden: Tensor | Normed) -> Tensor:
+        """See CausalLM."""
         assert self._lm_head is not None, "a model without an output layer has no logits"
-        logits = self._lm_head(hidden).float()
+        logits = self._lm_head(hidden)
         if self._logit_scale is not None:
-            logits = logits * self._logit_scale
+            logits = logits.float() * self._logit_scale
         if self._logit_softcap is not None:
-            logits = torch.tanh(logits / self._logit_softcap) * self._logit_softcap
+            logits = torch.tanh(logits.float() / self._logit_softcap) * self._logit_softcap
         return logits
+
+    def decode(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        """See CausalLM."""
+        return self.raw_logits(self._run(token_ids, positions, attention))

@@ -12,7 +12,8 @@ from torch import Tensor
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, Ungated
 from engine.ops.activation import PLAIN_ACTIVATIONS, xielu
-from engine.ops.linear import Linear
+from engine.ops.linear import Linear, Product
+from engine.ops.norm import Normed
 
 
 class Mlp:
@@ -29,9 +30,9 @@ class Mlp:
         )
         self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=spec.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""
-        return self._down(self._gate_up.gated(x))
+        return self._down.later(self._gate_up.gated(x))
 
 
 class UngatedMlp:
@@ -49,6 +50,6 @@ class UngatedMlp:
         self._up: Linear = source.linear([prefix + spec.up], [inner], hidden_size, bias=spec.bias)
         self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=spec.bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""
-        return self._down(self._activation(self._up(x)))
+        return self._down.later(self._activation(self._up(x)))

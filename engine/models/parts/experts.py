@@ -12,9 +12,11 @@ from engine.models.parts.source import Source
 from engine.models.spec import Dense, Experts
 from engine.ops.activation import by_rows
 from engine.ops.experts import Choice
+from engine.ops.linear import computed
+from engine.ops.norm import Normed, plain
 
 
-def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Callable[[Tensor], Tensor]:
+def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Callable[[Tensor | Normed], Tensor]:
     """The form that the device wants, and beside it what all tokens share."""
     kind = StackedExperts if keeps_experts_stacked(source.device) else SeparateExperts
     routed = kind(spec, source, prefix, hidden_size)
@@ -65,16 +67,17 @@ class WithShared:
     """Experts, and a feed-forward that every token goes through beside them, with a share of its own or a whole one."""
 
     def __init__(
-        self, routed: Callable[[Tensor], Tensor], spec: Experts, source: Source, prefix: str, hidden_size: int
+        self, routed: Callable[[Tensor | Normed], Tensor], spec: Experts, source: Source, prefix: str, hidden_size: int
     ) -> None:
         assert spec.shared is not None
         self._routed = routed
         self._shared = Mlp(spec.shared, source, prefix, hidden_size)
         self._gate = None if spec.shared_gate is None else source.linear([prefix + spec.shared_gate], [1], hidden_size)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
-        shared = self._shared(x)
+        x = plain(x)
+        shared = computed(self._shared(x))
         if self._gate is not None:
             shared = shared * by_rows(torch.sigmoid, self._gate(x)).to(x.dtype)
         return self._routed(x).add_(shared)
@@ -93,8 +96,9 @@ class SeparateExperts:
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._experts = [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
         experts, shares = self._rating.choice(self._rating.logits(x))
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
@@ -103,7 +107,7 @@ class SeparateExperts:
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count:
-                parts.append(self._experts[expert](inputs[start : start + count]))
+                parts.append(computed(self._experts[expert](inputs[start : start + count])))
                 start += count
         outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
@@ -125,7 +129,8 @@ class StackedExperts:
         downs = [f"{prefix + spec.down.format(number)}.weight" for number in range(count)]
         self._down = source.stacked(downs, [hidden_size] * count, inner).view(count, hidden_size, inner)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
         logits = self._rating.logits(x)
         return self._rating.choice.mix(x, logits, self._gate_up, self._down, self._activation)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from engine.models.parts.source import Source
 from engine.models.spec import NormSpec
-from engine.ops.norm import add_rms_norm, rms_norm
+from engine.ops.linear import Product, computed
+from engine.ops.norm import Normed, add_rms_norm, rms_norm
 
 
 def make_norm(spec: NormSpec, source: Source, prefix: str, width: int) -> Norm:
@@ -22,18 +23,25 @@ class Norm:
     """
 
     def __init__(self, spec: NormSpec, source: Source, prefix: str, width: int) -> None:
-        self._eps = spec.eps
-        self._weight = source.tensor(f"{prefix}{spec.name}.weight", (width,))
+        self.eps = spec.eps
+        self.weight = source.tensor(f"{prefix}{spec.name}.weight", (width,))
         if spec.offset:
-            self._weight = self._weight.float() + spec.offset
+            self.weight = self.weight.float() + spec.offset
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Product) -> Tensor:
         """[N, width] -> [N, width]."""
-        return rms_norm(x, self._weight, self._eps)
+        return rms_norm(computed(x), self.weight, self.eps)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+    def later(self, x: Tensor) -> Tensor | Normed:
+        """The same, for a product to take."""
+        return Normed(x, self.weight, self.eps)
+
+    def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor | Normed, Tensor]:
         """x and residual [N, width] -> (norm of their sum, their sum). The sum takes the residual's memory."""
-        return add_rms_norm(x, residual, self._weight, self._eps)
+        if isinstance(x, Product):
+            residual = x.add_to(residual)
+            return self.later(residual), residual
+        return add_rms_norm(x, residual, self.weight, self.eps)
 
 
 class CenteredNorm(Norm):
@@ -41,15 +49,19 @@ class CenteredNorm(Norm):
 
     def __init__(self, spec: NormSpec, source: Source, prefix: str, width: int) -> None:
         super().__init__(spec, source, prefix, width)
-        self._weight = self._weight.float()
+        self.weight = self.weight.float()
         self._bias = source.tensor(f"{prefix}{spec.name}.bias", (width,)).float() if spec.bias else None
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Product) -> Tensor:
+        x = computed(x)
         # In float32, rounded once.
-        return F.layer_norm(x.float(), self._weight.shape, self._weight, self._bias, self._eps).to(x.dtype)
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self._bias, self.eps).to(x.dtype)
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        residual = residual.add_(x)
+    def later(self, x: Tensor) -> Tensor:
+        return self(x)
+
+    def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = x.add_to(residual) if isinstance(x, Product) else residual.add_(x)
         return self(residual), residual
 
 
@@ -59,9 +71,12 @@ class NoNorm(Norm):
     def __init__(self) -> None:
         pass
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Product) -> Tensor:
+        return computed(x)
+
+    def later(self, x: Tensor) -> Tensor:
         return x
 
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        residual = residual.add_(x)
+    def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor, Tensor]:
+        residual = x.add_to(residual) if isinstance(x, Product) else residual.add_(x)
         return residual, residual

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from engine.groups import MemoryGroup, num_buffers
+
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
 
@@ -37,9 +39,9 @@ class AttentionSpec:
     window: tuple[int | None, ...] | None = None
     softcap: float | None = None
 
-    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes of K and V of one token in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+    def kv_bytes_per_token(self, dtype: torch.dtype, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)) -> int:
+        """Bytes of K and V of one token in the layers of one memory group, which are all where there is one."""
+        return 2 * num_buffers(groups, self.num_layers) * self.num_kv_heads * self.head_dim * dtype.itemsize
 
 
 class AttentionBackend(Protocol):
@@ -53,8 +55,8 @@ class AttentionBackend(Protocol):
         """Have pools again, after `release`."""
         ...
 
-    def plan(self, metadata: PagedMetadata) -> None:
-        """Take up a step; its arrays stay untouched until the step is done."""
+    def plan(self, *groups: PagedMetadata) -> None:
+        """Take up a step, in which each memory group has its page ids; its arrays stay untouched until it is done."""
         ...
 
     def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:

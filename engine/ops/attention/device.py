@@ -16,13 +16,17 @@ from torch import Tensor
 
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.attention.sequence import attend_sequence
+from engine.ops.norm import rms_norm
 from engine.ops.rope import apply_rope
 from engine.ops.triton.runtime import on_gpu
+
+# Weights [D] of the RMS norms of a head of q and of k, and their epsilon.
+HeadNorms = tuple[Tensor, Tensor, float]
 
 
 @dataclass(slots=True)
 class DecodeStep:
-    """A decode step in fixed shapes. positions int32 [B] and kv_slots int64 [B]: where the new tokens go.
+    """A decode step in fixed shapes. positions int32 [B] and kv_slots int32 [B]: where the new tokens go.
 
     tables int32 [B, W]: page tables of the rows. kv_len int32 [B]: positions + 1. Padding rows read page 0.
     """
@@ -57,7 +61,7 @@ class Ragged:
 
 @dataclass(slots=True)
 class MixedStep:
-    """A step with prompts. positions int32 [T], kv_slots int64 [T]: on the device.
+    """A step with prompts. positions int32 [T], kv_slots int32 [T]: on the device.
 
     rows: all of them. The first num_decodes continue by one token each; prompts: the others, counted from 0.
     decode: the first ones once more, in fixed shapes; set on the device, just before the forward.
@@ -93,12 +97,12 @@ def decode_inputs(
     table_page: Tensor,
     width: int,
     page_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Apply table diffs, then look up what the rows of a decode step need.
 
     page_table int32 [slots, pages], changed in place; last_token int32 [slots]; row_slot, row_start int32 [B];
-    table_index, table_page int32 [D], an entry may repeat. Returns slots int64 [B], token_ids int32 [B], kv_len int32
-    [B], kv_slots int64 [B], tables int32 [B, width].
+    table_index, table_page int32 [D], an entry may repeat. Returns token_ids int32 [B], kv_len int32 [B], kv_slots
+    int32 [B], tables int32 [B, width].
     """
     if on_gpu(page_table):
         from engine.ops.triton.prepare import prepare
@@ -108,8 +112,8 @@ def decode_inputs(
     slots, where = row_slot.long(), row_start.long()
     tables = page_table[:, :width].index_select(0, slots)
     pages = tables.gather(1, (where // page_size)[:, None])[:, 0]
-    kv_slots = pages.long() * page_size + where % page_size
-    return slots, last_token.index_select(0, slots), row_start + 1, kv_slots, tables
+    kv_slots = (pages * page_size + where % page_size).int()
+    return last_token.index_select(0, slots), row_start + 1, kv_slots, tables
 
 
 class DeviceAttention:
@@ -119,8 +123,6 @@ class DeviceAttention:
     """
 
     name = "torch"
-    # What finds the borders of top_k and top_p for the sampler (ops/sampling/device.py), where the library has it.
-    filters: Any = None
 
     def __init__(
         self,
@@ -193,26 +195,38 @@ class DeviceAttention:
     # What both do per layer.
 
     def write(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, positions: Tensor, kv_slots: Tensor, cos_sin: Tensor | None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        kv_slots: Tensor,
+        cos_sin: Tensor | None,
+        norms: HeadNorms | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """Turn q and k, put k and v into the pool; returns q, contiguous."""
+        """Norm and turn q and k, put k and v into the pool; returns q, contiguous, in `out` if there is one."""
         if on_gpu(q):
             from engine.ops.triton.rope import rope_and_write_kv
 
             pools = self.k_pools[layer], self.v_pools[layer]
-            return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools)
+            return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools, norms, out)
+        if norms is not None:
+            *weights, eps = norms
+            q, k = (rms_norm(x.flatten(0, 1), w, eps).view(x.shape) for x, w in zip((q, k), weights, strict=True))
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, positions)
         self._store(self.k_pools[layer], kv_slots, k)
         self._store(self.v_pools[layer], kv_slots, v)
-        return q.contiguous()
+        return q.contiguous() if out is None else out.copy_(q)
 
     def _store(self, pool: Tensor, slots: Tensor, values: Tensor) -> None:
         flat = pool.view(-1, *pool.shape[2:])
         if pool.dtype.itemsize == 1:
             # float8 has no indexed writes; its bytes do.
             flat, values = flat.view(torch.uint8), values.to(pool.dtype).view(torch.uint8)
-        flat.index_copy_(0, slots, values.contiguous())
+        flat.index_copy_(0, slots.long(), values.contiguous())
 
     def gather(self, pool: Tensor, pages: Tensor) -> Tensor:
         """[..., P] page ids -> [..., P * page_size, kv_heads, head_dim] in the model's dtype."""
@@ -256,50 +270,65 @@ class DeviceAttention:
         return attend_sequence(self.spec, self.windows[layer], q, keys, values)
 
 
-class DecodeAttention:
-    """AttentionBackend of one decode step; `attend` is what a faster backend replaces."""
+class StepAttention:
+    """AttentionBackend of one step, planned already; `attend` is what a faster backend replaces.
 
-    def __init__(self, backend: Any, step: DecodeStep) -> None:
+    q: memory for the turned q, if it is to lie somewhere.
+    """
+
+    q: Tensor | None = None
+
+    def __init__(self, backend: Any, step: Any) -> None:
         self.backend = backend
         self.step = step
 
     def plan(self, metadata: object) -> None:
         """Planned already."""
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
-        """See AttentionBackend."""
+    def forward(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cos_sin: Tensor | None = None,
+        norms: HeadNorms | None = None,
+    ) -> Tensor:
+        """See AttentionBackend. norms: of the heads of q and k, taken first."""
         step = self.step
-        q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin)
+        q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin, norms, self.q)
         return self.attend(layer, q).view(q.shape[0], -1)
 
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """[B, Hq, D] -> [B, Hq, D]."""
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+        """[T, Hq, D] -> [T, Hq, D], in `out` if there is one."""
+        raise NotImplementedError
+
+
+class DecodeAttention(StepAttention):
+    """Of a step in which every row has one token."""
+
+    step: DecodeStep
+
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         result: Tensor = self.backend.decode_rows(layer, q, self.step.tables, self.step.kv_len)
-        return result
+        return result if out is None else out.copy_(result)
 
 
-class MixedAttention:
-    """AttentionBackend of one step with prompts; `attend` is what a faster backend replaces."""
+class MixedAttention(StepAttention):
+    """Of a step with prompts."""
+
+    step: MixedStep
 
     def __init__(self, backend: Any, step: MixedStep) -> None:
-        self.backend = backend
-        self.step = step
+        super().__init__(backend, step)
         self.sizes = step.prompts.sizes()
 
-    def plan(self, metadata: object) -> None:
-        """Planned already."""
-
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
-        """See AttentionBackend."""
-        step = self.step
-        q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin)
-        return self.attend(layer, q).view(q.shape[0], -1)
-
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        """[T, Hq, D] -> [T, Hq, D]."""
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         count, decode = self.step.num_decodes, self.step.decode
         prompts: Tensor = self.backend.prefill_rows(layer, q[count:], self.step.prompts, self.sizes)
-        if not count:
-            return prompts
-        assert decode is not None
-        return torch.cat([self.backend.decode_rows(layer, q[:count], decode.tables, decode.kv_len), prompts])
+        result = prompts
+        if count:
+            assert decode is not None
+            rows = self.backend.decode_rows(layer, q[:count], decode.tables, decode.kv_len)
+            result = torch.cat([rows, prompts])
+        return result if out is None else out.copy_(result)

@@ -86,7 +86,6 @@ class Backend(DeviceAttention):
             load_driver()
             import flashinfer as module  # late: 1.4 s, and the package is optional
         self._module: Any = module
-        self.filters = module.sampling
         # What was looked for in vain, and why.
         self._missing: list[str] = []
         group = spec.num_heads // spec.num_kv_heads
@@ -176,14 +175,6 @@ class Backend(DeviceAttention):
                 self._decode_ways[window] = "torch"
             if self._decode_ways[window] != "xqa" and self._prefill_ways[window] == "auto":
                 self._has("prefill (fa2)", window, self._try_packed, row, wait)
-        if self._workspace is not None:
-            try:
-                self._try_filters(wait)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                self.filters = None
-                self._note_missing("sampling", "", error)
 
     def _has(self, what: str, window: Window, work: Any, *args: Any) -> bool:
         """Whether `work(window, *args)` finds its kernel, and it runs."""
@@ -193,14 +184,11 @@ class Backend(DeviceAttention):
             raise
         except Exception as error:  # whatever a build system may raise
             kind = "full attention" if window is None else f"a window of {window}"
-            self._note_missing(what, f" for layers with {kind}", error)
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            logger.warning("FlashInfer has no %s kernel for layers with %s: %s", what, kind, reason)
+            self._missing.append(f"{what} kernel for layers with {kind} ({reason})")
             return False
         return True
-
-    def _note_missing(self, what: str, where: str, error: Exception) -> None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        logger.warning("FlashInfer has no %s kernel%s: %s", what, where, reason)
-        self._missing.append(f"{what} kernel{where} ({reason})")
 
     def _make_prefills(self, window: Window, way: str) -> None:
         self._prefill_ways[window] = way
@@ -248,13 +236,6 @@ class Backend(DeviceAttention):
         self.plan_wrapper(window, DecodePlan(one.new_tensor([0, 1]), one, self._buffer(1)), 1, 1, 0)
         wait()
         self.wrapped_decode(self.windows.index(window), self._some_query(), self._some_step())
-        wait()
-
-    def _try_filters(self, wait: Callable[[], None]) -> None:
-        """A first use of the sampling kernels, which else a client's step would be."""
-        probs = torch.full((1, 8), 0.125, dtype=torch.float32, device=self.device)
-        self.filters.top_k_renorm_probs(probs, self._buffer(1) + 2, is_deterministic=True)
-        self.filters.top_p_renorm_probs(probs, probs.new_full((1,), 0.5), is_deterministic=True)
         wait()
 
     def _common(self, window: Window) -> dict[str, Any]:
@@ -413,14 +394,14 @@ class Backend(DeviceAttention):
 
 
 class _Mixed(MixedAttention):
-    def attend(self, layer: int, q: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
         backend: Backend = self.backend
         step, count = self.step, self.step.num_decodes
         apart = backend.decodes_apart(backend.windows[layer], step)
         by_torch = backend.prefills_by_torch(layer)
         if by_torch and not apart:
-            return super().attend(layer, q)
-        out = torch.empty_like(q)
+            return super().attend(layer, q, out)
+        out = torch.empty_like(q) if out is None else out
         first = count if apart else 0
         if apart:
             assert step.decode is not None
@@ -433,5 +414,6 @@ class _Mixed(MixedAttention):
 
 
 class _Decode(DecodeAttention):
-    def attend(self, layer: int, q: Tensor) -> Tensor:
-        return self.backend.decode_rows_of(layer, q, self.step)  # type: ignore[no-any-return]
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+        result: Tensor = self.backend.decode_rows_of(layer, q, self.step)
+        return result if out is None else out.copy_(result)

@@ -6,23 +6,21 @@ uniform number of (seed, position). Called by the CUDA executor on its compute s
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from engine.forward import SAMPLING_DTYPE
-from engine.ops.triton.runtime import on_gpu
-
-# A sampling row as int32 words, and where its fields stand in them.
-WORDS = SAMPLING_DTYPE.itemsize // 4
-_FIELDS = SAMPLING_DTYPE.fields
-assert _FIELDS is not None
-TEMPERATURE, TOP_P, MIN_P, TOP_K, SEED, MIN_LENGTH, NUM_STOP_IDS, STOP_IDS = (
-    _FIELDS[name][1] // 4
-    for name in ("temperature", "top_p", "min_p", "top_k", "seed", "min_length", "num_stop_ids", "stop_ids")
+from engine.ops.sampling.layout import (
+    MIN_LENGTH,
+    MIN_P,
+    NUM_STOP_IDS,
+    NUM_STOPS,
+    SEED,
+    STOP_IDS,
+    TEMPERATURE,
+    TOP_K,
+    TOP_P,
 )
-NUM_STOPS = WORDS - STOP_IDS
+from engine.ops.triton.runtime import on_gpu
 
 
 def _signed(value: int) -> int:
@@ -45,21 +43,39 @@ def uniform(seeds: Tensor, positions: Tensor) -> Tensor:
     return ((bits >> 11) & (2**53 - 1)).double() * 2.0**-53
 
 
-def sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool, filters: Any = None) -> Tensor:
-    """float32 [R, V], int32 [R, WORDS] (rows of SAMPLING_DTYPE), int32 [R] -> int32 [R].
+def draw(
+    logits: Tensor,
+    params: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    last_token: Tensor,
+    out: Tensor,
+    where: Tensor | None = None,
+    *,
+    filtered: bool,
+) -> None:
+    """A token for each row of logits [R, V], to `last_token` by slot and to `out` [R], or where `where` says in it.
 
-    positions: index in its sequence of each new token. filtered: some row has top_k, top_p or min_p; without, those
-    fields are not looked at. filters: `flashinfer.sampling`, which finds the borders of top_k and top_p without a sort.
+    params int32 [slots, WORDS]: rows of SAMPLING_DTYPE; slots, where int32 or int64 [R]; last_token, out int32.
+    positions int32 [R]: index in its sequence of each new token. filtered: some row has top_k, top_p or min_p; without,
+    those fields are not looked at.
     """
-    if on_gpu(logits) and not filtered:
+    if on_gpu(logits):
         from engine.ops.triton.sampling import sample_rows
 
-        return sample_rows(logits, params, positions)
-    return torch_sample(logits, params, positions, filtered=filtered, filters=filters)
+        sample_rows(logits, params, slots, positions, last_token, out, where, filtered=filtered)
+        return
+    slots = slots.long()
+    tokens = torch_sample(logits.float(), params.index_select(0, slots), positions, filtered=filtered)
+    last_token.index_copy_(0, slots, tokens)
+    if where is None:
+        out.copy_(tokens)
+    else:
+        out.index_copy_(0, where.long(), tokens)
 
 
-def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool, filters: Any = None) -> Tensor:
-    """The same in torch; sorts every row when filtered and nobody else finds the borders."""
+def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
+    """float32 [R, V], int32 [R, WORDS], int32 [R] -> int32 [R], in torch; sorts every row when filtered."""
     rows, vocab = logits.shape
     floats = params.view(torch.float32)
     temperature = floats[:, TEMPERATURE : TEMPERATURE + 1]
@@ -73,10 +89,7 @@ def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered:
     greedy = x.argmax(-1)
     top = x.amax(-1, keepdim=True)
     scaled = (x - top) / torch.where(temperature > 0, temperature, 1.0)
-    if filtered and filters is not None:
-        weights = _renormalised(scaled, params, filters)
-    else:
-        weights = (_filter(scaled, params) if filtered else scaled).exp()
+    weights = (_filter(scaled, params) if filtered else scaled).exp()
     mass = weights.cumsum(-1, dtype=torch.float64)
     seeds = params[:, SEED : SEED + 2].contiguous().view(torch.int64)[:, 0]
     target = uniform(seeds, positions)[:, None] * mass[:, -1:]
@@ -105,22 +118,3 @@ def _filter(scaled: Tensor, params: Tensor) -> Tensor:
     keep &= (weights >= min_p) & (weights > 0)
     keep = torch.zeros_like(keep).scatter_(1, order, keep)
     return scaled.masked_fill(~keep, float("-inf"))
-
-
-def _renormalised(scaled: Tensor, params: Tensor, filters: Any) -> Tensor:
-    """Probabilities after top_k, top_p and min_p by FlashInfer's kernels, which keep all that tie with a border."""
-    vocab = scaled.shape[1]
-    floats = params.view(torch.float32)
-    top_p, min_p = floats[:, TOP_P].contiguous(), floats[:, MIN_P, None]
-    top_k = params[:, TOP_K]
-    has_k = (top_k > 0) & (top_k < vocab)
-    # Rows of nothing but -inf are drawn otherwise; its kernels need not see their NaN.
-    probs = scaled.softmax(-1)
-    probs = torch.where(probs.isnan(), 1.0 / vocab, probs)
-    # Its k must lie below the size of the vocabulary and its p below 1, so rows without take what is thrown away.
-    by_k = filters.top_k_renorm_probs(probs, torch.where(has_k, top_k, 1), is_deterministic=True)
-    probs = torch.where(has_k[:, None], by_k, probs)
-    has_p = top_p < 1
-    by_p = filters.top_p_renorm_probs(probs, torch.where(has_p, top_p, 0.5), is_deterministic=True)
-    probs = torch.where(has_p[:, None], by_p, probs)
-    return torch.where(probs >= min_p * probs.amax(-1, keepdim=True), probs, 0.0)

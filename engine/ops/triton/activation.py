@@ -10,11 +10,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.triton.pdl import launch_options, overlap
+
 BLOCK = 1024
 
 
 @triton.jit
-def _gate_and_mul(x_ptr, out_ptr, x_stride, inner, GELU: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_and_mul(x_ptr, out_ptr, x_stride, inner, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    overlap(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < inner
@@ -35,5 +38,5 @@ def gate_and_mul(x: Tensor, *, gelu: bool) -> Tensor:
     assert x.stride(1) == 1
     out = torch.empty((rows, inner), dtype=x.dtype, device=x.device)
     grid = (rows, triton.cdiv(inner, BLOCK))
-    _gate_and_mul[grid](x, out, x.stride(0), inner, GELU=gelu, BLOCK=BLOCK, num_warps=4)
+    _gate_and_mul[grid](x, out, x.stride(0), inner, GELU=gelu, BLOCK=BLOCK, num_warps=4, **launch_options())
     return out

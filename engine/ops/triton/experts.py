@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.triton.pdl import launch_options, overlap
+
 # Pairs that a program looks through at a time, and columns that one adds up.
 BLOCK_PAIRS, BLOCK_COLUMNS = 1024, 1024
 
@@ -43,7 +45,9 @@ def _route(
     NORMALIZE: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_CHOSEN: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    overlap(PDL)
     row = tl.program_id(0).to(tl.int64)
     number = tl.arange(0, BLOCK)
     left = tl.load(logits_ptr + row * stride + number, mask=number < num_experts, other=-float("inf")).to(tl.float32)
@@ -66,7 +70,8 @@ def _route(
 
 
 @triton.jit
-def _count(experts_ptr, counts_ptr, pairs, BLOCK: tl.constexpr):
+def _count(experts_ptr, counts_ptr, pairs, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    overlap(PDL)
     expert = tl.program_id(0)
     total = tl.zeros((BLOCK,), tl.int32)
     for first in range(0, pairs, BLOCK):
@@ -87,8 +92,10 @@ def _sort(
     ROWS: tl.constexpr,
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """A program lays out the pairs of one expert, in order, and the number `pairs` where its last block has room."""
+    overlap(PDL)
     expert = tl.program_id(0)
     number = tl.arange(0, EXPERTS)
     blocks = (tl.load(counts_ptr + number, mask=number < num_experts, other=0) + ROWS - 1) // ROWS
@@ -129,8 +136,10 @@ def _multiply(
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Row pair // PER_ROW of x times the weight of the pair's expert, to row `pair` of out."""
+    overlap(PDL)
     block = tl.program_id(0)
     expert = tl.load(owners_ptr + block).to(tl.int64)
     if expert < 0:
@@ -170,7 +179,8 @@ def _multiply(
 
 
 @triton.jit
-def _weigh(y_ptr, shares_ptr, out_ptr, width, CHOSEN: tl.constexpr, BLOCK: tl.constexpr):
+def _weigh(y_ptr, shares_ptr, out_ptr, width, CHOSEN: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    overlap(PDL)
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -203,6 +213,7 @@ def route(logits: Tensor, chosen: int, *, normalize: bool) -> tuple[Tensor, Tens
         BLOCK=triton.next_power_of_2(num_experts),
         BLOCK_CHOSEN=triton.next_power_of_2(chosen),
         num_warps=1,
+        **launch_options(),
     )
     return experts, shares
 
@@ -214,7 +225,7 @@ def sort_pairs(experts: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Te
     counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     order = torch.empty(num_blocks * rows, dtype=torch.int32, device=device)
     owners = torch.empty(num_blocks, dtype=torch.int32, device=device)
-    _count[(num_experts,)](experts, counts, pairs, BLOCK=BLOCK_PAIRS, num_warps=4)
+    _count[(num_experts,)](experts, counts, pairs, BLOCK=BLOCK_PAIRS, num_warps=4, **launch_options())
     _sort[(num_experts,)](
         experts,
         counts,
@@ -227,6 +238,7 @@ def sort_pairs(experts: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Te
         EXPERTS=triton.next_power_of_2(num_experts),
         BLOCK=BLOCK_PAIRS,
         num_warps=4,
+        **launch_options(),
     )
     return order, owners
 
@@ -274,12 +286,13 @@ def mix_experts(
             BLOCK_K=tile.k_bytes // x.dtype.itemsize,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            **launch_options(),
         )
         return out
 
     y = multiply(multiply(x, gate_up, inner, chosen, activation), down, hidden, 1, None)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _weigh[(tokens, triton.cdiv(hidden, BLOCK_COLUMNS))](
-        y, shares, out, hidden, CHOSEN=chosen, BLOCK=BLOCK_COLUMNS, num_warps=4
+        y, shares, out, hidden, CHOSEN=chosen, BLOCK=BLOCK_COLUMNS, num_warps=4, **launch_options()
     )
     return out

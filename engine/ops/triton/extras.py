@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.triton.pdl import launch_options, overlap
+
 BLOCK = 2048
 
 
@@ -25,7 +27,9 @@ def _adjust(
     BIASED: tl.constexpr,
     PENALISED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    overlap(PDL)
     row = tl.program_id(0).to(tl.int64)
     ids = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = ids < vocab
@@ -71,5 +75,6 @@ def adjust(
         PENALISED=counts is not None,
         BLOCK=BLOCK,
         num_warps=4,
+        **launch_options(),
     )
     return out

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.triton.pdl import launch_options, overlap
+
 # A row is held in registers by one program.
 MAX_WIDTH = 16384
 
@@ -26,10 +28,13 @@ def _rms_norm(
     eps,
     ADD: tl.constexpr,
     BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     mask = column < width
+    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
+    overlap(PDL)
     x = tl.load(x_ptr + row * x_stride + column, mask=mask, other=0.0).to(tl.float32)
     if ADD:
         at = residual_ptr + row * residual_stride + column
@@ -38,7 +43,6 @@ def _rms_norm(
         tl.store(at, total, mask=mask)
         x = total.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / width + eps)
-    weight = tl.load(weight_ptr + column, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + row * width + column, (x * scale * weight).to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -59,6 +63,7 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> T
         ADD=residual is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // 512)),
+        **launch_options(),
     )
     return out
 

@@ -1,4 +1,4 @@
-"""Rotary embedding of q and k and the write of k and v into the paged cache, in one launch instead of six.
+"""Norms and rotary embedding of q and k and the write of k and v into the paged cache, in one launch instead of ten.
 
 Called per layer by ops/attention/device.py on CUDA tensors; `DeviceAttention.write` in torch is the reference.
 """
@@ -9,6 +9,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from engine.ops.triton.pdl import launch_options, overlap
 
 # Heads of one program: 8 heads of 128 are 2 KB of bf16.
 BLOCK_HEADS = 8
@@ -23,18 +25,24 @@ def _rope_and_write(
     k_pool_ptr,
     v_pool_ptr,
     cos_sin_ptr,
+    q_gain_ptr,
+    k_gain_ptr,
     positions_ptr,
     slots_ptr,
     q_stride,
     k_stride,
     v_stride,
+    eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
     ROT: tl.constexpr,
+    NORM: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    overlap(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
     dim = tl.arange(0, BLOCK_D)[None, :]
@@ -49,6 +57,11 @@ def _rope_and_write(
     q = tl.load(q_at + dim, mask=is_q, other=0.0).to(tl.float32)
     k = tl.load(k_at + dim, mask=is_k, other=0.0).to(tl.float32)
     v = tl.load(v_at + dim, mask=is_v, other=0.0)
+    if NORM:
+        q_scale = 1.0 / tl.sqrt(tl.sum(q * q, axis=1, keep_dims=True) / DIM + eps)
+        k_scale = 1.0 / tl.sqrt(tl.sum(k * k, axis=1, keep_dims=True) / DIM + eps)
+        q *= q_scale * tl.load(q_gain_ptr + dim, mask=inside, other=0.0).to(tl.float32)
+        k *= k_scale * tl.load(k_gain_ptr + dim, mask=inside, other=0.0).to(tl.float32)
     if ROT > 0:
         half: tl.constexpr = ROT // 2
         turned = dim < ROT
@@ -61,6 +74,9 @@ def _rope_and_write(
         sin = tl.load(table + half + angle, mask=turned, other=0.0)
         q_partner = tl.load(q_at + partner, mask=is_q & turned, other=0.0).to(tl.float32)
         k_partner = tl.load(k_at + partner, mask=is_k & turned, other=0.0).to(tl.float32)
+        if NORM:
+            q_partner *= q_scale * tl.load(q_gain_ptr + partner, mask=turned, other=0.0).to(tl.float32)
+            k_partner *= k_scale * tl.load(k_gain_ptr + partner, mask=turned, other=0.0).to(tl.float32)
         q = q * cos + sign * q_partner * sin
         k = k * cos + sign * k_partner * sin
     slot = tl.load(slots_ptr + token).to(tl.int64) * KV_HEADS * DIM
@@ -81,17 +97,23 @@ def rope_and_write_kv(
     kv_slots: Tensor,
     k_pool: Tensor,
     v_pool: Tensor,
+    norms: tuple[Tensor, Tensor, float] | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """q [T, Hq, D], k and v [T, Hkv, D] -> turned q, contiguous. k, turned, and v go to the cells `kv_slots` [T].
 
-    cos_sin: see ops/rope.py, None where nothing is to be turned. Pools [pages, page_size, Hkv, D] of any dtype.
+    cos_sin: see ops/rope.py, None where nothing is to be turned. Pools [pages, page_size, Hkv, D] of any dtype. norms:
+    weights [D] of the RMS norms of a head of q and of k, which come first, and their epsilon. out: for q.
     """
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     for x in (q, k, v):
         assert x.stride(2) == 1 and x.stride(1) == dim
     assert k_pool.is_contiguous() and v_pool.is_contiguous()
-    out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    if out is None:
+        out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
+    assert out.is_contiguous() and out.shape == q.shape
+    q_gain, k_gain, eps = norms or (q, q, 0.0)
     grid = (tokens, triton.cdiv(heads + 2 * kv_heads, BLOCK_HEADS))
     _rope_and_write[grid](
         q,
@@ -101,17 +123,22 @@ def rope_and_write_kv(
         k_pool,
         v_pool,
         cos_sin if cos_sin is not None else q,
+        q_gain,
+        k_gain,
         positions,
         kv_slots,
         q.stride(0),
         k.stride(0),
         v.stride(0),
+        eps,
         HEADS=heads,
         KV_HEADS=kv_heads,
         DIM=dim,
         ROT=0 if cos_sin is None else cos_sin.shape[1],
+        NORM=norms is not None,
         BLOCK_H=BLOCK_HEADS,
         BLOCK_D=triton.next_power_of_2(dim),
         num_warps=4,
+        **launch_options(),
     )
     return out

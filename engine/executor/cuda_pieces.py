@@ -1,0 +1,127 @@
+"""Steps with prompts in pieces: all that lies between one attention and the next is a CUDA graph.
+
+Attention depends on the lengths of a step's rows and is launched as ever; the rest depends on the number of tokens
+alone, padded up to a size. A small step then costs the host three launches a layer instead of ten. Owned by the CUDA
+executor, loop thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from bisect import bisect_left
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from engine.executor.cuda_device import CapturesOver, DeviceLayer, Graph
+from engine.forward import Limits
+from engine.models.parts.decoder import CausalLM
+from engine.ops.attention.device import DeviceAttention, StepAttention
+
+logger = logging.getLogger("oneloop.cuda")
+
+# Tokens, padding included. Larger steps keep the device busy for longer than the host needs to launch them.
+SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
+
+
+class Cells(NamedTuple):
+    """What `StepAttention` writes k and v by."""
+
+    positions: Tensor
+    kv_slots: Tensor
+
+
+class _Cut(StepAttention):
+    """Ends a piece where attention is to be."""
+
+    def __init__(self, backend: DeviceAttention, pieces: Pieces, cut: Callable[[], None], size: int) -> None:
+        inputs = pieces.inputs(size)
+        super().__init__(backend, Cells(inputs[1], inputs[2]))
+        self.q = pieces.q[:size]
+        self._cut, self._out = cut, pieces.out[:size]
+        self.layers: list[int] = []
+
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+        self.layers.append(layer)
+        self._cut()
+        return self._out
+
+
+@dataclass(slots=True)
+class Chain:
+    """parts: graphs, one more than layers; between part i and the next the attention of layers[i]."""
+
+    parts: list[Graph]
+    layers: list[int]
+
+
+class Pieces:
+    """Chains of graphs by number of tokens, and the memory that they read and write: one step's at a time.
+
+    q, out [SIZES, Hq, D]: what attention reads and writes. hidden [SIZES, hidden_size]: the end. Rows of padding read
+    what is left of earlier steps, and write to the cell of padding.
+    """
+
+    def __init__(
+        self, model: CausalLM, layer: DeviceLayer, attention: DeviceAttention, limits: Limits, *, enabled: bool
+    ) -> None:
+        self.sizes = [size for size in SIZES if size <= limits.max_num_batched_tokens] if enabled else []
+        self._layer, self._attention = layer, attention
+        self._chains: dict[int, Chain] = {}
+        self._seen: set[int] = set()
+        most, spec = max(self.sizes, default=0), model.attention_spec
+        heads = (most, spec.num_heads, spec.head_dim)
+        # Token ids, positions and cells, each of as many as the step's size.
+        self._inputs = layer.zeros((3 * most,), torch.int32)
+        # Zeros, and later what other steps have left: a weight of 0 times NaN would be NaN.
+        self.q, self.out = layer.zeros(heads, attention.dtype), layer.zeros(heads, attention.dtype)
+        self.hidden = layer.zeros((most, model.config.hidden_size), attention.dtype)
+
+    def __len__(self) -> int:
+        return len(self._chains)
+
+    def size(self, tokens: int) -> int | None:
+        """To which number of tokens a step is padded; None where it is launched operation by operation."""
+        place = bisect_left(self.sizes, tokens)
+        return self.sizes[place] if place < len(self.sizes) else None
+
+    def inputs(self, size: int) -> Tensor:
+        """int32 [3, size]: token ids, positions, cells of k and v."""
+        return self._inputs[: 3 * size].view(3, size)
+
+    def get(self, model: CausalLM, size: int) -> Chain | None:
+        """The chain of a size, captured at its second use; on the compute stream."""
+        if size not in self._chains and size in self.sizes:
+            if size in self._seen:
+                self.capture(model, size)
+            self._seen.add(size)
+        return self._chains.get(size)
+
+    def capture(self, model: CausalLM, size: int) -> None:
+        """Run the pieces once, on padding, then record them. Where that cannot be had, such steps go on without."""
+        inputs, layers = self.inputs(size), list[int]()
+
+        def work(cut: Callable[[], None]) -> None:
+            attention: Any = _Cut(self._attention, self, cut, size)
+            with torch.inference_mode():
+                self.hidden[:size].copy_(model.forward(inputs[0], inputs[1], attention))
+            layers[:] = attention.layers
+
+        try:
+            self._layer.launch(self._inputs.zero_)
+            self._layer.launch(lambda: work(lambda: None))  # builds and loads the kernels, which a capture must not
+            parts = self._layer.capture_parts(work)
+        except Exception as error:
+            if self._layer.is_lost(error):
+                raise
+            logger.warning("no CUDA graphs for steps of %d tokens with prompts: %s", size, error)
+            self.sizes = [] if isinstance(error, CapturesOver) else [each for each in self.sizes if each != size]
+            return
+        self._chains[size] = Chain(parts, list(layers))
+
+    def clear(self) -> None:
+        self._chains.clear()
+        self._seen.clear()

@@ -1,0 +1,273 @@
+"""Publisher: from a committed step to the streams; and what the engine keeps of each request between its steps.
+
+Owned by the Engine, on the loop thread. Tokens go through a request's detokenizer into its TokenStream, and the HTTP
+handlers take them from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+
+import numpy as np
+
+from engine.clock import Clock, Timer
+from engine.forward import ForwardOutput
+from engine.metrics import EngineMetrics
+from engine.request import FinishReason
+from engine.scheduling.scheduler import Scheduler, StepResult
+from engine.scheduling.sequence import Sequence
+from engine.stream import TokenLogprob, TokenStream
+from engine.text.detokenizer import IncrementalDetokenizer
+
+
+class NoText:
+    """The detokenizer where there is no text: of an engine without a tokenizer, of a request for a vector."""
+
+    stop_reason: str | None = None
+
+    def push(self, token_ids: list[int]) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
+NO_TEXT = NoText()
+
+
+class Listener:
+    """What the engine keeps of one request: its stream, its text state, and when it was last flushed."""
+
+    __slots__ = (
+        "detokenizer",
+        "expires_at",
+        "flushed_at",
+        "has_stop_strings",
+        "logprobs",
+        "num_accepted",
+        "num_published",
+        "per_token",
+        "sequence",
+        "stream",
+        "timer",
+    )
+
+    def __init__(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> None:
+        request = sequence.request
+        self.sequence = sequence
+        self.stream = stream
+        self.detokenizer = detokenizer
+        self.has_stop_strings = bool(request.sampling.stop)
+        # A request that nobody watches costs nothing per token, unless a stop string may end it.
+        self.per_token = request.stream or self.has_stop_strings
+        self.num_published = 0
+        # Generated tokens that the request's constraint has seen.
+        self.num_accepted = 0
+        # Of tokens not published yet.
+        self.logprobs: list[TokenLogprob] = []
+        self.flushed_at = -math.inf
+        self.expires_at = math.inf
+        self.timer: Timer | None = None
+
+
+class Publisher:
+    """`listeners`: one for every request that has not ended, by its id."""
+
+    def __init__(self, scheduler: Scheduler, metrics: EngineMetrics, clock: Clock, flush_interval: float) -> None:
+        """flush_interval: seconds between two events of one stream at least, while more is on its way."""
+        self.listeners: dict[str, Listener] = {}
+        self._scheduler = scheduler
+        self._metrics = metrics
+        self._clock = clock
+        self._flush_interval = flush_interval
+        # With forced tokens that are not published yet.
+        self._jumped: list[Listener] = []
+        # Requests whose end somebody waits for.
+        self._awaited: set[str] = set()
+        self._awaited_ended: asyncio.Event = asyncio.Event()
+
+    def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
+        listener = Listener(sequence, stream, detokenizer)
+        sequence.listener = listener
+        self.listeners[sequence.request.request_id] = listener
+        return listener
+
+    async def all_ended(self) -> None:
+        """Wait for the end of every request that is here now."""
+        self._awaited = set(self.listeners)
+        self._awaited_ended.clear()
+        await self._awaited_ended.wait()
+
+    def jumped(self, listener: Listener, count: int) -> None:
+        """A grammar forced `count` tokens on a request; they are published with the next step."""
+        self._metrics.generation_tokens += count
+        self._on_first_token(listener.sequence, self._clock.now())
+        self._jumped.append(listener)
+
+    def attach(self, result: StepResult, output: ForwardOutput) -> None:
+        """Give each stream what a step computed beside its token."""
+        if result.logprobs or result.prompt_logprobs:
+            _attach_logprobs(result, output)
+        for sequence, place in result.pooled:
+            sequence.listener.stream.pooled = output.pooled[place]
+
+    def publish(self, result: StepResult) -> None:
+        """Hand a step's tokens to the streams, and those that were forced since."""
+        slots, metrics, now = result.slots, self._metrics, self._clock.now()
+        for listener in self._jumped:
+            if listener.per_token and listener.sequence.finish_reason is None:
+                self._flush(listener, now)
+        self._jumped.clear()
+        if len(slots):
+            metrics.generation_tokens += len(slots)
+            gaps = result.gaps
+            first = np.isnan(gaps)
+            if first.any():
+                # Finished rows have left their slot already; their listeners are asked below.
+                for slot in slots[first].tolist():
+                    self._on_first_token(self._scheduler.slot_owners[slot], now)
+                gaps = gaps[~first]
+            metrics.observe_inter_token(gaps)
+            busy = self._scheduler.still_in_flight(slots)
+            wait_allowed = bool(busy.all())
+            owners, interval = self._scheduler.slot_owners, self._flush_interval
+            for row, slot in enumerate(slots.tolist()):
+                sequence = owners[slot]
+                if sequence is None:
+                    continue
+                listener = sequence.listener
+                if not listener.per_token or sequence.finish_reason is not None:
+                    continue
+                if (
+                    listener.has_stop_strings
+                    or now - listener.flushed_at >= interval
+                    or not (wait_allowed or busy[row])
+                ):
+                    self._flush(listener, now)
+        for sequence in result.finished:
+            if sequence.listener.stream.first_token_at is None:
+                self._on_first_token(sequence, now)
+            self.end(sequence.listener)
+
+    def _flush(self, listener: Listener, now: float) -> None:
+        """Turn a stream's new tokens into text and hand them over."""
+        sequence, stream = listener.sequence, listener.stream
+        tokens = sequence.token_ids[sequence.num_prompt_tokens + listener.num_published :].tolist()
+        listener.num_published += len(tokens)
+        logprobs, listener.logprobs = listener.logprobs, []
+        stream.push(listener.detokenizer.push(tokens), tokens, logprobs)
+        if listener.detokenizer.stop_reason is not None:
+            self._scheduler.finish(sequence, FinishReason.STOP, listener.detokenizer.stop_reason)
+            self.end(listener)
+        elif sequence.request.stream:
+            listener.flushed_at = now
+            stream.flush()
+
+    def end(self, listener: Listener, error: str | None = None, *, status: int = 500) -> None:
+        """The terminal event of a request, with whatever it had not published yet. status: of an error."""
+        sequence, stream = listener.sequence, listener.stream
+        request_id = sequence.request.request_id
+        if self.listeners.pop(request_id, None) is None:
+            return
+        if listener.timer is not None:
+            listener.timer.cancel()
+        if self._awaited:
+            self._awaited.discard(request_id)
+            if not self._awaited:
+                self._awaited_ended.set()
+        reason = sequence.finish_reason
+        assert reason is not None
+        stream.num_cached_tokens = sequence.num_cached_tokens
+        detokenizer = listener.detokenizer
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            tokens = sequence.output_token_ids[listener.num_published :]
+            text = detokenizer.push(tokens) if tokens else ""
+            if detokenizer.stop_reason is None:
+                tail = detokenizer.finish()
+                # Cut off by its length amid a character: half of one is nothing that a client could use.
+                text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
+            else:
+                reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
+            stream.push(text, tokens, listener.logprobs)
+        self._observe_end(listener, reason)
+        if error is not None:
+            reason = FinishReason.ERROR
+        stream.finish(reason, sequence.stop_reason, error, status=status)
+
+    def _on_first_token(self, sequence: Sequence | None, now: float) -> None:
+        if sequence is None or sequence.listener.stream.first_token_at is not None:
+            return
+        listener = sequence.listener
+        listener.stream.first_token_at = now
+        listener.stream.num_cached_tokens = sequence.num_cached_tokens
+        self._metrics.prompt_tokens += sequence.num_prompt_tokens
+        admitted = sequence.admitted_at or now
+        self._metrics.on_first_token(
+            now - sequence.arrived_at,
+            admitted - sequence.arrived_at,
+            now - admitted,
+            stream=sequence.request.stream,
+        )
+
+    def _observe_end(self, listener: Listener, reason: FinishReason) -> None:
+        sequence, now = listener.sequence, self._clock.now()
+        listener.stream.finished_at = now
+        first = listener.stream.first_token_at
+        self._metrics.on_finished(
+            reason,
+            num_prompt=sequence.num_prompt_tokens,
+            num_output=sequence.num_tokens - sequence.num_prompt_tokens,
+            num_cached=sequence.num_cached_tokens,
+            e2e=now - sequence.arrived_at,
+            decode_time=now - first if first is not None else None,
+            max_tokens=sequence.request.sampling.max_tokens,
+            queue_time=(sequence.admitted_at or now) - sequence.arrived_at,
+            stream=sequence.request.stream,
+        )
+
+    def publish_failure(self, result: StepResult) -> None:
+        # What exactly failed is for the log: it may name paths and addresses.
+        for sequence in result.finished:
+            self.end(sequence.listener, "The model failed to compute this request.")
+
+    def end_all(self, error: str) -> None:
+        """The engine is beyond repair: every stream ends with an error event."""
+        for listener in list(self.listeners.values()):
+            listener.sequence.finish_reason = FinishReason.ERROR
+            self.end(listener, error)
+
+
+def _attach_logprobs(result: StepResult, output: ForwardOutput) -> None:
+    """Give each listener the log-probabilities of its new token, and of its prompt's tokens."""
+    step = output.logprobs
+    for sequence, index in result.logprobs:
+        assert step is not None
+        wanted = sequence.request.sampling.logprobs or 0
+        token = int(output.token_ids[step.rows[index]])
+        sequence.listener.logprobs.append(
+            TokenLogprob(
+                token,
+                float(step.token_logprobs[index]),
+                int(step.ranks[index]),
+                tuple(
+                    zip(step.top_ids[index, :wanted].tolist(), step.top_logprobs[index, :wanted].tolist(), strict=True)
+                ),
+            )
+        )
+    for sequence, index in result.prompt_logprobs:
+        chunk = output.prompt_logprobs[index]
+        wanted = sequence.request.sampling.prompt_logprobs or 0
+        stream = sequence.listener.stream
+        if stream.prompt_logprobs is None:
+            stream.prompt_logprobs = []
+        tokens = sequence.token_ids
+        for i in range(len(chunk.token_logprobs)):
+            place = chunk.first + i
+            # The first token has none; a retracted sequence computes its prompt again, and the output after it.
+            if place - 1 != len(stream.prompt_logprobs) or place >= sequence.num_prompt_tokens:
+                continue
+            top = zip(chunk.top_ids[i, :wanted].tolist(), chunk.top_logprobs[i, :wanted].tolist(), strict=True)
+            stream.prompt_logprobs.append(
+                TokenLogprob(int(tokens[place]), float(chunk.token_logprobs[i]), int(chunk.ranks[i]), tuple(top))
+            )

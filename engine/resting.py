@@ -1,0 +1,179 @@
+"""Resting: how the engine stands still on purpose: paused, asleep, or while weights are exchanged.
+
+The Engine is one. All of it runs on the loop thread; one such operation goes on at a time, and each ends even where
+its caller does not wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+from engine.clock import Clock
+from engine.executor.base import Executor
+from engine.publisher import Publisher
+from engine.request import RequestError, UnavailableError
+from engine.scheduling.scheduler import Scheduler
+
+# What becomes of the requests that are there when the engine comes to rest.
+PAUSE_MODES = ("abort", "wait", "keep")
+
+
+class Resting:
+    """The loop looks at `stopped` before it schedules, and sets `at_rest` when nothing is in flight any more."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, publisher: Publisher, clock: Clock) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.publisher = publisher
+        self.clock = clock
+        self.draining = False
+        self.failed = False
+        self.is_paused = False
+        self.sleep_level = 0
+        self.weight_version = "default"
+        self._loading = False
+        self._weights_directory: Path | None = None  # where others than the first came from
+        # Whether nothing is scheduled, and whether the loop has come to rest over it.
+        self._stopped = False
+        self._at_rest: asyncio.Event = asyncio.Event()
+        self._wake: asyncio.Event = asyncio.Event()
+        self._progress_at = clock.now()
+        self._maintenance = asyncio.Lock()
+
+    def abort_all(self) -> None:
+        raise NotImplementedError
+
+    async def pause(self, mode: str = "abort") -> None:
+        """Come to rest; new requests queue up until `resume`. Returns when nothing is in flight.
+
+        mode: what becomes of those that are there: "abort" ends them, "wait" lets them finish first, "keep" holds
+        them in their places.
+        """
+        async with self._maintenance:
+            await self._clear(mode)
+            await self._rest()
+            self.is_paused = True
+
+    async def resume(self) -> None:
+        """Go on after `pause`."""
+        async with self._maintenance:
+            self.is_paused = False
+            self._settle()
+
+    async def sleep(self, level: int = 1, mode: str = "abort") -> None:
+        """Rest, and give the device's memory back (see Executor.sleep). New requests are refused. mode: as in pause;
+        what is kept is computed again after `wake_up`. Raises RequestError while it sleeps at another level.
+        """
+        await self._undisturbed(self._sleep(level, mode))
+
+    async def wake_up(self) -> None:
+        """End of a sleep; nothing happens where there is none. Raises StartupError where memory or weights are lost."""
+        await self._undisturbed(self._wake_up())
+
+    async def load_weights(self, directory: Path, *, abort: bool = False, version: str | None = None) -> None:
+        """Serve with other weights of the same model, after those who are here have finished (abort: were ended).
+        version: what to call them from then on.
+
+        Forgets the prefix cache. Raises StartupError where the weights cannot be used, and RequestError where nobody
+        could finish; then the old ones serve on.
+        """
+        await self._undisturbed(self._load_weights(directory, abort, version))
+
+    async def _sleep(self, level: int, mode: str) -> None:
+        if self.sleep_level == level:
+            return
+        if self.sleep_level:
+            raise RequestError(f"The model sleeps at level {self.sleep_level}; wake it up first.", param="level")
+        if not self.is_paused or mode == "abort":
+            await self._clear(mode)
+        self.sleep_level = level
+        try:
+            await self._rest()
+            self._forget()
+            await asyncio.to_thread(self.executor.sleep, level)
+        except BaseException:
+            self.sleep_level = 0
+            self._settle()
+            raise
+
+    async def _wake_up(self) -> None:
+        if self.sleep_level:
+            await asyncio.to_thread(self.executor.wake_up, self._weights_directory)
+            self.sleep_level = 0
+            self._settle()
+
+    async def _load_weights(self, directory: Path, abort: bool, version: str | None) -> None:
+        if self.sleep_level:
+            raise RequestError("The model is asleep; POST /wake_up first.")
+        await self._clear("abort" if abort else "wait")
+        self._loading = True
+        try:
+            await self._rest()
+            self._forget()
+            await asyncio.to_thread(self.executor.load_weights, directory)
+            self._weights_directory = directory
+            self.weight_version = version or self.weight_version
+        finally:
+            self._loading = False
+            self._settle()
+
+    async def _undisturbed(self, work: Coroutine[Any, Any, None]) -> None:
+        """Let `work` end even where its caller does not wait for it: half asleep is no state to be in."""
+
+        async def run() -> None:
+            async with self._maintenance:
+                await work
+
+        task = asyncio.ensure_future(run())
+        # Somebody must have looked at it, also when the caller has gone.
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.shield(task)
+
+    async def _clear(self, mode: str) -> None:
+        """What happens to those who are here, before a rest."""
+        assert mode in PAUSE_MODES
+        if mode == "abort":
+            self.abort_all()
+        elif mode == "wait" and self.publisher.listeners:
+            if self._stopped:
+                raise RequestError("The engine is paused amid its requests; resume it, or abort them.")
+            self.scheduler.hold()
+            try:
+                await self.publisher.all_ended()
+            except asyncio.CancelledError:
+                self.scheduler.let_go()
+                self._wake.set()
+                raise
+
+    async def _rest(self) -> None:
+        """Stop scheduling, and wait until nothing is in flight. A drain does not wait for it, and ends it."""
+        if not self.draining:
+            self._stopped = True
+            self._at_rest.clear()
+            self._wake.set()
+            try:
+                await self._at_rest.wait()
+            except asyncio.CancelledError:
+                self._settle()
+                raise
+        if self.failed:
+            raise UnavailableError("The engine has failed and is shutting down.")
+        if self.draining:
+            self._settle()
+            raise UnavailableError("The server is shutting down.")
+
+    def _settle(self) -> None:
+        """Go on scheduling, unless there is still a reason not to."""
+        self._stopped = self.is_paused or self._loading or self.sleep_level > 0
+        if not self._stopped:
+            self.scheduler.let_go()
+        self._progress_at = self.clock.now()
+        self._wake.set()
+
+    def _forget(self) -> None:
+        """Take every page back; at rest only. Who runs will be computed again."""
+        self.scheduler.retract_all()
+        self.scheduler.kv_cache.flush()
