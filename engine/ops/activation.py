@@ -6,6 +6,7 @@ Called by models/ on the executor's thread; native kernels where they know the d
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,9 @@ from torch import Tensor
 
 from engine.ops import native
 from engine.ops.triton.runtime import on_gpu
+
+# Floats of the widest vectors that torch computes at a time, and elements that it gives to one thread at least.
+LANES, GRAIN = 64, 32768
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
@@ -28,17 +32,44 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
 GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
 
 
+def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """An elementwise function of [N, W] in float32, a row's bits whatever its place.
+
+    torch computes the last elements of a range by other code than the rest, and threads get ranges that begin
+    anywhere: so rows are filled up to whole vectors, and no more are given at once than one thread takes.
+    """
+    wide = x.float()
+    if not x.is_cpu:
+        return function(wide)
+    width = x.shape[1]
+    if width % LANES:
+        wide = F.pad(wide, (0, -width % LANES))
+    rows = max(1, GRAIN // wide.shape[1])
+    if len(wide) <= rows:
+        return function(wide)[:, :width]
+    return torch.cat([function(part) for part in wide.split(rows)])[:, :width]
+
+
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2, in place."""
     return x.relu_().square_()
 
 
 def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x)
+    return by_rows(F.gelu, x).to(x.dtype)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
+    return by_rows(partial(F.gelu, approximate="tanh"), x).to(x.dtype)
+
+
+def xielu(x: Tensor, above: Tensor, below: Tensor) -> Tensor:
+    """xIELU (arXiv 2411.13010) of sizes [1]: above x^2 + x/2 for x > 0, else below (e^x - 1 - x) + x/2."""
+
+    def function(x: Tensor) -> Tensor:
+        return torch.where(x > 0, above * x * x, (torch.expm1(x.clamp_max(-1e-6)) - x) * below) + 0.5 * x
+
+    return by_rows(function, x).to(x.dtype)
 
 
 # Without a gate, [N, I] -> [N, I]; the input may be written over.

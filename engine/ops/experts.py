@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.activation import GATED_ACTIVATIONS
+from engine.ops.activation import GATED_ACTIVATIONS, by_rows
 from engine.ops.triton.runtime import on_gpu
 
 
@@ -78,15 +78,15 @@ class Choice:
         if self._is_plain:
             return choose_experts(logits, self.chosen, normalize=self.normalize)
         scores = logits.float()
-        scores = scores.softmax(dim=-1) if self.score == "softmax" else scores.sigmoid()
+        scores = scores.softmax(dim=-1) if self.score == "softmax" else by_rows(torch.sigmoid, scores)
         rated = scores if self.bias is None else scores + self.bias
         if self.groups > 1:
-            grouped = rated.view(len(rated), self.groups, -1)
+            grouped = rated.reshape(len(rated), self.groups, -1)
             best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
             kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
                 1, best.topk(self.groups_chosen, dim=-1).indices, True
             )
-            rated = grouped.masked_fill(~kept[:, :, None], -torch.inf).view(rated.shape)
+            rated = grouped.masked_fill(~kept[:, :, None], -torch.inf).reshape(rated.shape)
         experts = rated.topk(self.chosen, dim=-1).indices
         shares = scores.gather(1, experts)
         if self.normalize:

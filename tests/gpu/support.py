@@ -65,6 +65,7 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "Glm4ForCausalLM": {"partial_rotary_factor": 0.5, "attention_bias": True},
     "Phi3ForCausalLM": {"pad_token_id": 0},
+    "ApertusForCausalLM": {"hidden_act": "xielu"},
     "Cohere2ForCausalLM": {"sliding_window": 40, "tie_word_embeddings": True, "logit_scale": 0.25},
     "Exaone4ForCausalLM": {"sliding_window": 40, "sliding_window_pattern": 2},
     "Glm4MoeForCausalLM": {
@@ -101,6 +102,7 @@ EXTRA: dict[str, dict[str, Any]] = {
 # Made of the same parts as another family: only names of fields and tensors differ.
 SAME_PARTS = {
     "ArceeForCausalLM",
+    "CohereForCausalLM",
     "Dots1ForCausalLM",
     "Ernie4_5ForCausalLM",
     "Ernie4_5_MoeForCausalLM",

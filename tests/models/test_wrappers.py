@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.config import StartupError
+from engine.build import build_engine
+from engine.config import CacheOptions, EngineConfig, ModelOptions, StartupError
 from engine.models.families.wrappers import WRAPPERS
 from engine.models.registry import read_spec
 from tests.models.support import SIZES, compare, edit_json, fill, load
@@ -223,3 +224,13 @@ def test_defaults_of_a_text_part(kind: str, tmp_path: Path) -> None:
         assert ours.ropes[-1].theta == rope.get("full_attention", rope)["rope_theta"]
         assert ours.longest_window == (text.sliding_window if text.model_type == "mistral" else None)
         assert ours.tie_word_embeddings == bool(theirs.tie_word_embeddings)
+
+
+def test_the_start_says_that_images_are_refused(tmp_path: Path) -> None:
+    make(tmp_path, "llava-llama")
+    model = ModelOptions(path=str(tmp_path), load_format="dummy", dtype="float32")
+    built = build_engine(EngineConfig(model=model, cache=CacheOptions(num_pages=8), device="cpu"))
+    built.engine.executor.close()
+    assert ("reads", "text only: requests with images are refused, the towers for them are not loaded") in (
+        built.report.rows
+    )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import native
-from engine.ops.activation import gelu_tanh_and_mul, silu_and_mul
+from engine.ops.activation import PLAIN_ACTIVATIONS, by_rows, gelu_tanh_and_mul, silu_and_mul, xielu
 from engine.ops.norm import add_rms_norm, rms_norm
 from engine.ops.rope import apply_rope
 
@@ -105,3 +105,24 @@ def test_row_is_the_same_alone_and_in_a_batch(kernels: native.Library, dtype: to
         torch.set_num_threads(2)
         assert torch.equal(op(x)[:20], alone)
         torch.set_num_threads(1)
+
+
+UNGATED = {
+    **PLAIN_ACTIVATIONS,
+    "xielu": lambda x: xielu(x, torch.tensor([0.7]), torch.tensor([1.1])),
+    "sigmoid": lambda x: by_rows(torch.sigmoid, x),
+}
+
+
+@pytest.mark.parametrize("name", UNGATED)
+def test_a_row_has_the_same_bits_in_any_batch(name: str) -> None:
+    """Also of widths that are no whole vectors, and with threads that share the work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for rows, width in ((7, 13), (513, 60), (5, 9000)):
+            x = torch.randn(rows, width, generator=torch.Generator().manual_seed(width)) * 3
+            whole = UNGATED[name](x.clone())
+            assert all(torch.equal(whole[row], UNGATED[name](x[row : row + 1].clone())[0]) for row in range(rows))
+    finally:
+        torch.set_num_threads(before)

@@ -13,6 +13,7 @@ from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
 from engine.models.spec import GroupedQueryAttention
+from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.attention.device import HeadNorms, StepAttention
 from engine.ops.linear import Product
@@ -72,6 +73,7 @@ class Attention:
             q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
             k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
         if self._query_scale is not None:
-            steps = torch.div(positions, self._query_scale.original_max_position, rounding_mode="floor")
-            q = q * (1 + self._query_scale.beta * torch.log1p(steps.float())).to(q.dtype)[:, None, None]
+            steps = torch.div(positions, self._query_scale.original_max_position, rounding_mode="floor")[:, None]
+            factors = 1 + self._query_scale.beta * by_rows(torch.log1p, steps)
+            q = q * factors.to(q.dtype)[:, :, None]
         return self._output.later(attention.forward(self._layer, q, k, v, table))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, Ungated
-from engine.ops.activation import PLAIN_ACTIVATIONS
+from engine.ops.activation import PLAIN_ACTIVATIONS, xielu
 from engine.ops.linear import Linear, Product
 from engine.ops.norm import Normed
 
@@ -34,21 +35,6 @@ class Mlp:
         return self._down.later(self._gate_up.gated(x))
 
 
-class Xielu:
-    """xIELU (arXiv 2411.13010): quadratic above 0, exponential below, of learned size. prefix: of its tensors."""
-
-    def __init__(self, source: Source, prefix: str) -> None:
-        above, below = (source.tensor(prefix + name, (1,), torch.float32) for name in ("alpha_p", "alpha_n"))
-        self._above, self._below = F.softplus(above), 0.5 + F.softplus(below)
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """In float32, rounded once."""
-        wide = x.float()
-        above = self._above * wide * wide
-        below = (torch.expm1(wide.clamp_max(-1e-6)) - wide) * self._below
-        return (torch.where(wide > 0, above, below) + 0.5 * wide).to(x.dtype)
-
-
 class UngatedMlp:
     """down(act(up(x)))."""
 
@@ -56,7 +42,9 @@ class UngatedMlp:
         inner = spec.intermediate_size
         self._activation: Callable[[Tensor], Tensor]
         if spec.activation == "xielu":
-            self._activation = Xielu(source, f"{prefix}mlp.act_fn.")
+            names = [f"{prefix}mlp.act_fn.{name}" for name in ("alpha_p", "alpha_n")]
+            above, below = (F.softplus(source.tensor(name, (1,), torch.float32)) for name in names)
+            self._activation = partial(xielu, above=above, below=0.5 + below)
         else:
             self._activation = PLAIN_ACTIVATIONS[spec.activation]
         self._up: Linear = source.linear([prefix + spec.up], [inner], hidden_size, bias=spec.bias)

@@ -10,6 +10,7 @@ from torch import Tensor
 from engine.models.parts.dense import Mlp
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, Experts
+from engine.ops.activation import by_rows
 from engine.ops.experts import Choice
 from engine.ops.linear import computed
 from engine.ops.norm import Normed, plain
@@ -78,7 +79,7 @@ class WithShared:
         x = plain(x)
         shared = computed(self._shared(x))
         if self._gate is not None:
-            shared = shared * torch.sigmoid(self._gate(x).float()).to(x.dtype)
+            shared = shared * by_rows(torch.sigmoid, self._gate(x)).to(x.dtype)
         return self._routed(x).add_(shared)
 
 
