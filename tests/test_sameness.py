@@ -237,7 +237,7 @@ async def answers_of(model: CausalLM, dtype: torch.dtype, setting: Setting) -> d
             order = np.random.default_rng(5).permutation(COMPANY)
             await asyncio.gather(*(ask(burst[index]) for index in order))
         if native.library() is not None:
-            assert executor._attention._step.threads == setting.threads  # type: ignore[union-attr]
+            assert all(step.threads == setting.threads for step in executor._attention._steps)  # type: ignore[union-attr]
     finally:
         task.cancel()
         await asyncio.wait({task})

@@ -15,7 +15,7 @@ from typing import Any
 from engine.config import EngineConfig, StartupError
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
-from engine.models.registry import read_spec
+from engine.models.registry import differing_field, read_spec
 from engine.models.spec import ModelSpec, difference
 from engine.report import StartupReport
 
@@ -57,6 +57,7 @@ class Start:
         # Whether the output layer is used is ours to say.
         theirs = dataclasses.replace(read_spec(directory), headless=self.spec.headless, assumed=self.spec.assumed)
         if (name := difference(theirs, self.spec)) is not None:
+            name = differing_field(self.directory, directory) or name
             raise StartupError(f"{directory / 'config.json'} is of another model: {name} differs")
 
     def report_output_layer(self, model: CausalLM) -> None:

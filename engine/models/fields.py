@@ -62,6 +62,18 @@ class Fields:
         """The same object with these fields, too."""
         return Fields(self.path, {**self._values, **values}, self._prefix, self._defaults)
 
+    def differing(self, other: Fields) -> list[str]:
+        """The fields that the two have not in common."""
+        names = [*self._values, *(name for name in other._values if name not in self._values)]
+        return [name for name in names if self._values.get(name) != other._values.get(name)]
+
+    def taking(self, name: str, other: Fields) -> Fields:
+        """The same object with this one field as `other` has it, or without it."""
+        values = {key: value for key, value in self._values.items() if key != name}
+        if other.mentions(name):
+            values[name] = other.raw(name)
+        return Fields(self.path, values, self._prefix, self._defaults)
+
     def only(self, names: Iterable[str]) -> Fields:
         """The same object with no other fields than these."""
         return Fields(self.path, {name: self._values[name] for name in names if name in self._values}, self._prefix)

@@ -119,7 +119,25 @@ def read_spec(directory: Path) -> ModelSpec:
     # pathlib raises where a name is too long or a directory may not be looked into.
     if not os.path.exists(path) and os.path.exists(directory / "adapter_config.json"):
         raise StartupError(f"{directory}: is an adapter, which must be merged into its base model first")
-    fields = Fields.read(path)
+    return _read(Fields.read(path))
+
+
+def differing_field(first: Path, second: Path) -> str | None:
+    """The field of config.json that makes the model of `second` another than that of `first`, if one alone does."""
+    ours, theirs = (Fields.read(directory / "config.json") for directory in (first, second))
+    spec = _read(ours)
+    for name in ours.differing(theirs):
+        try:
+            other = _read(ours.taking(name, theirs))
+        except StartupError:
+            return name
+        if dataclasses.replace(other, assumed=spec.assumed) != spec:
+            return name
+    return None
+
+
+def _read(fields: Fields) -> ModelSpec:
+    """What config.json describes, read by the family of its class."""
     _refuse_unknown(fields)
     if (wrapper := _wrapper_of(fields)) is not None:
         return _read_text_part(fields, wrapper)
