@@ -8,7 +8,7 @@ from functools import partial
 
 from aiohttp import web
 
-from engine.request import SamplingParams, UnavailableError
+from engine.request import RequestError, SamplingParams, UnavailableError
 from server.answers.llamacpp import NativeAnswer, settings_of
 from server.endpoints.info import version
 from server.protocol.body import read_body
@@ -73,7 +73,10 @@ async def slots(request: web.Request) -> web.Response:
     """Every sequence that runs, in its place. `?fail_on_no_slot=1`: a 503 where none is free."""
     state = request.app[STATE]
     found = state.engine.slots()
-    if request.query.get("fail_on_no_slot") == "1" and None not in found:
+    wanted = request.query.get("fail_on_no_slot", "0")
+    if wanted not in ("0", "1"):
+        raise RequestError("`fail_on_no_slot` must be 0 or 1.", param="fail_on_no_slot")
+    if wanted == "1" and None not in found:
         raise UnavailableError("no slot available")
     shown: list[dict[str, object]] = []
     for index, slot in enumerate(found):

@@ -89,7 +89,7 @@ STRUCTURE: Json = {
     "json_schema": SCHEMA,
     "regex": _REGEX,
     "ebnf": _GRAMMAR,
-    "grammar": _GRAMMAR,
+    "grammar": either(_GRAMMAR, constant("", about="As llama.cpp has it: none.")),
     "structural_tag": _TAG,
 }
 
@@ -520,7 +520,7 @@ PATHS: Json = {
         "The served model, once for each of its names.",
         "Models",
         query={
-            "limit": integer(1, 1000, "This and what follows: of Anthropic's clients, which get pages."),
+            "limit": string("1 to 1000; this and what follows: of Anthropic's clients, which get pages."),
             "after_id": string("The page begins behind this name."),
             "before_id": string("The page ends before this name."),
         },

@@ -33,7 +33,7 @@ from server.protocol.responses import HINTS, INCLUDES, MOVED, REFUSALS
 _TEXT = takes({"type": constant("input_text", "output_text", "text"), "text": string()})
 _OTHER = takes({"type": string(least=1)}, about="Of any other kind: named in the text, or left out.")
 _CONTENT = either(string(), array(either(_TEXT, takes({"type": constant("refusal"), "refusal": string()}), _OTHER)))
-_ID: Json = {"id": string(least=1, most=128)}
+_ID: Json = {"id": string(most=128)}
 _ITEM = either(
     takes({"role": constant(*ROLES), "content": _CONTENT}, {"type": constant("message"), **_ID}),
     takes(

@@ -95,7 +95,7 @@ _SHORT_LOAD = gives(dict.fromkeys(("dp_rank", "num_reqs", "num_waiting_reqs", "n
 
 PATHS: Json = {
     "/health": get("200 while the engine makes progress.", None),
-    "/v1/health": get("The same.", None),
+    "/v1/health": get("200 while the engine makes progress.", None),
     "/ready": get("The same.", None),
     "/health_generate": get("200 when a token has come out of the model.", None),
     "/metrics": get("Prometheus text.", string(), kind="text/plain"),

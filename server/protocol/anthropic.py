@@ -172,6 +172,7 @@ def _read_thinking(body: Body, state: State) -> dict[str, Any]:
     fields, config = body.inner("thinking"), body.inner("output_config")
     chat: dict[str, Any] = {"reasoning_effort": _read_effort(config)}
     kind = fields.choice("thinking.type", THINKING)
+    fields.string("thinking.display", None)
     asked, budget = kind in ("enabled", "adaptive"), None
     if body.has("thinking"):
         if kind is None:
@@ -358,7 +359,7 @@ def _read_block(
         result = _read_result(block, names, where)
         if result["tool_call_id"] in names:
             turns.append(result)
-        elif result["content"]:
+        else:
             # Templates look for the call of a result: where there is none, the user tells of it.
             _turn(turns, "user")["content"] += ["[tool_result]", *result["content"]]
         return

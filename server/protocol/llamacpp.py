@@ -110,6 +110,8 @@ def _read_bias(pairs: list[Any], tokenizer: Tokenizer) -> dict[str, Any]:
             raise invalid(f"logit_bias[{index}]", "must be a pair of a token id or a text, and a number or false")
         if value is False:
             value = _NEVER
+        elif not -100 <= value <= 100:
+            raise invalid(f"logit_bias[{index}]", "must have a number from -100 to 100")
         ids = [of] if isinstance(of, int) else tokenizer.encode(of, add_special_tokens=False)
         bias |= {str(token_id): value for token_id in ids}
     return bias

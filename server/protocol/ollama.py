@@ -302,8 +302,10 @@ def _read_messages(messages: Any) -> list[Any]:
         if not isinstance(message, dict):
             raise invalid(f"messages[{index}]", "must be an object")
         turn = message | ({"content": ""} if message.get("content") is None else {})
-        if not isinstance(images := turn.pop("images", None), list | None):
-            raise invalid(f"messages[{index}].images", "must be a list")
+        if not isinstance(images := turn.pop("images", None), list | None) or not all(
+            isinstance(image, str) for image in images or ()
+        ):
+            raise invalid(f"messages[{index}].images", "must be a list of strings")
         if images and isinstance(text := turn["content"], str):
             # One part stands for all of them: in the user's newest turn it is an error, before it a bracketed word.
             turn["content"] = [{"type": "text", "text": text}, {"type": "image"}] if text else [{"type": "image"}]

@@ -162,6 +162,12 @@ def texts(found: dict[str, Any]) -> str:
     return "".join(block["text"] for block in found["content"])
 
 
+async def test_a_result_alone_that_says_nothing(server: Live) -> None:
+    result = {"type": "tool_result", "tool_use_id": "", "content": None, "is_error": False}
+    status, _ = await server.post(MESSAGES, {**BODY, "messages": [{"role": "user", "content": [result]}]})
+    assert status == 200
+
+
 async def test_text_and_why_it_ended(server: Live) -> None:
     found = await say(server, "Grüße, 🦊 fox!", BODY)
     assert found["content"] == [{"type": "text", "text": "Grüße, 🦊 fox!"}] and found["stop"] == ("end_turn", None)
