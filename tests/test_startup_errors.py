@@ -169,7 +169,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "architecture": (
         config(architectures=["BertModel"]),
-        "DIR/config.json: architectures BertModel is not supported; supported are: Gemma2ForCausalLM, ",
+        "DIR/config.json: architectures BertModel is not supported; supported are: ApertusForCausalLM, ",
     ),
     "architectures": (config(architectures="Llama"), "DIR/config.json: architectures must be a list"),
     "quantized": (config(quantization_config={"quant_method": "awq"}), "DIR/config.json: quantization_config"),

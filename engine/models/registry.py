@@ -161,7 +161,7 @@ def _wrapper_of(fields: Fields) -> Wrapper | None:
     if wrapper is not None:
         fits = not names or any(name.endswith(WRAPPED) or name == f"{wrapper.name}Model" for name in names)
         return wrapper if fits else None
-    if kind in MODEL_TYPES:
+    if isinstance(kind, str) and kind in MODEL_TYPES:
         return None
     return next((each for each in WRAPPERS.values() if each.name + WRAPPED in names), None)
 

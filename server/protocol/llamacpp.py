@@ -48,6 +48,9 @@ HINTS: dict[str, tuple[object, ...]] = {
 }
 # llama.cpp's word for a token that must not come is false, ours is the lowest bias.
 _NEVER = -100
+# Texts are split into tokens on the loop.
+MAX_BIASES = 1024
+MAX_BIAS_TEXT = 16384
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +81,10 @@ async def parse_native(body: Body, state: State, response_id: str) -> tuple[Plan
         fields["seed"] = None
     if fields["grammar"] == "":
         fields["grammar"] = None
-    if body.integer("repeat_last_n", -1, -1) == 0:
-        # How far back penalties look; here it is the whole text or nothing.
+    # How far back penalties look; here it is the whole text or nothing.
+    if (last := body.integer("repeat_last_n", -1, -1)) is not None and last > 0:
+        ignore("repeat_last_n")
+    if last == 0:
         fields |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
     if not body.integer("n_probs", 0, 0, MAX_TOP_LOGPROBS):
         fields["logprobs"] = None
@@ -101,6 +106,9 @@ def _is_many(prompt: Any) -> bool:
 def _read_bias(pairs: list[Any], tokenizer: Tokenizer) -> dict[str, Any]:
     """Pairs of a token's id, or of a text, and a number or false, as an object."""
     check_nesting("logit_bias", pairs)
+    texts = [pair[0] for pair in pairs if isinstance(pair, list) and pair and isinstance(pair[0], str)]
+    if len(pairs) > MAX_BIASES or sum(map(len, texts)) > MAX_BIAS_TEXT:
+        raise invalid("logit_bias", f"must be at most {MAX_BIASES} pairs, with {MAX_BIAS_TEXT} characters of text")
     bias: dict[str, Any] = {}
     for index, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2 or isinstance(pair[0], bool):

@@ -235,6 +235,8 @@ def fail_steps(executor: CUDAExecutor, steps: frozenset[int]) -> CUDAExecutor:
             # The diffs, if there are any, are a launch of their own and come first.
             diffs = forward_input.num_table_diffs or forward_input.num_sampling_diffs
             device.launches_until_failure = 2 if diffs else 1
+            # A capture that fails is no failed step: none begins in this one.
+            executor.pieces._seen.clear()
         launch(forward_input, side, handle)
 
     executor._launch = failing  # type: ignore[method-assign]

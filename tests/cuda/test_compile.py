@@ -31,7 +31,9 @@ def test_every_kernel_compiles_for_sm_90_within_its_budget(tmp_path: Path) -> No
         # A multiprocessor has 65,536 registers: all kernels but those on tensor cores let two blocks live on it.
         budget = 255 if line["name"] == "_multiply" else BUDGETS.get(line["name"], 64)
         assert line["registers"] <= budget, line
-        assert line["registers"] * 32 * line["warps"] * 2 <= 65536 or line["name"] in ALONE, line
+        # Products of four rows hold what two blocks would have.
+        alone = line["name"] in ALONE or (line["name"] == "_skinny" and line["ROWS"] >= 4)
+        assert line["registers"] * 32 * line["warps"] * 2 <= 65536 or alone, line
         # In float32, which no GPU is served in but for comparison, tiles of 64 numbers may not fit.
         assert not line["stack"] or "torch.float32" in line["types"], f"spilled registers: {line}"
     apart = [line for line in lines if "waits" in line]

@@ -241,7 +241,6 @@ BAD: list[tuple[str, str]] = [
     ("hermes", "<tool_call><tool_call></tool_call>"),
     ("qwen3_coder", "<tool_call>\n{}\n</tool_call>"),
     ("qwen3_coder", "<function=>x</function>"),
-    ("qwen3_coder", "<tool_call>\n<function=f\n<parameter=x>"),
     ("qwen3_coder", "<function=two words>"),
     ("llama3_json", '{"answer": 42}'),
     ("llama3_json", '{"name": "Bob", "age": 3}'),

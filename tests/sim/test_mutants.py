@@ -414,7 +414,9 @@ MUTANTS = [
 
 def plant(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     found: Any = inspect.getattr_static(mutant.owner, mutant.method)
-    function: Callable[..., Any] = found.fget if isinstance(found, property) else found
+    if isinstance(found, property):
+        found = found.fget
+    function: Callable[..., Any] = found.__func__ if isinstance(found, staticmethod) else found
     source = textwrap.dedent(inspect.getsource(function))
     assert source.count(mutant.old) == 1, f"write this mutant anew: {mutant.old!r} is not in\n{source}"
     edited = "from __future__ import annotations\n" + source.replace(mutant.old, mutant.new)

@@ -161,6 +161,15 @@ def read_plain_activation(fields: Fields, name: str) -> PlainActivation:
     return known[fields.choice(name, known)]
 
 
+def aliased(fields: Fields, name: str, alias: str) -> Fields:
+    """The fields with `name` said, too, where the file has its alias in transformers alone."""
+    return (
+        fields.with_values({name: fields.raw(alias)})
+        if fields.mentions(alias) and not fields.mentions(name)
+        else fields
+    )
+
+
 def read_experts(fields: Fields, name: str, alias: str) -> tuple[int, int]:
     """The number of experts (the field `name`; transformers writes it as `alias`, too) and of those a token uses."""
     name = alias if fields.mentions(alias) and not fields.mentions(name) else name

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.models.families.common import read_activation, read_shape, shared_experts
+from engine.models.families.common import aliased, read_activation, read_shape, shared_experts
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
 from engine.models.spec import Dense, Experts, ModelSpec, Router
@@ -35,6 +35,7 @@ DEFAULTS = {
 
 def read_spec(fields: Fields) -> ModelSpec:
     """Layers from `moe_layer_start_index` to `moe_layer_end_index` have experts, every `moe_layer_interval`th one."""
+    fields = aliased(aliased(fields, "moe_num_experts", "num_experts"), "moe_k", "num_experts_per_tok")
     shape = read_shape(fields)
     bias = fields.flag("use_bias")
     attention = shape.attention(read_rope(fields, shape, interleaved=True), qkv_bias=bias, output_bias=bias)
@@ -65,7 +66,9 @@ def read_spec(fields: Fields) -> ModelSpec:
     last = fields.integer("moe_layer_end_index", minimum=-1)
     last = shape.num_layers - 1 if last == -1 else last
     step = fields.integer("moe_layer_interval")
-    return shape.model(
+    layers = (
         shape.layer(attention, experts if (index + 1) % step == 0 and first <= index <= last else mlp)
         for index in range(shape.num_layers)
     )
+    # Layers that guess several tokens at once, which are not run.
+    return shape.model(layers, outside=("mtp_",))

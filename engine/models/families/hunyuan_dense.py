@@ -50,6 +50,8 @@ def _read_rope(fields: Fields, shape: Shape) -> RopeSpec:
     scaling = fields.nested("rope_scaling") or fields.nested("rope_parameters") or fields.empty("rope_scaling")
     if not scaling.has("alpha") or "dynamic" not in (scaling.raw("rope_type"), scaling.raw("type")):
         return read_rope(fields, shape)
-    alpha = scaling.number("alpha", above=0.0)
+    alpha = scaling.number("alpha", above=0.0, maximum=1e9)
     rope = read_rope(fields, shape, renamed={"dynamic": "default"})
+    if rope.rotary_dim < 4:
+        fields.fail("head_dim", f"leaves {rope.rotary_dim} rotary dimensions; a rope with `alpha` needs at least 4")
     return replace(rope, theta=rope.theta * alpha ** (rope.rotary_dim / (rope.rotary_dim - 2)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.models.families.common import read_activation, read_shape, shared_experts
+from engine.models.families.common import aliased, read_activation, read_shape, shared_experts
 from engine.models.families.hunyuan_dense import hunyuan_attention
 from engine.models.fields import Fields
 from engine.models.spec import Experts, ModelSpec, Router
@@ -28,12 +28,14 @@ DEFAULTS = {
 
 def read_spec(fields: Fields) -> ModelSpec:
     """`moe_topk` is one number, or one for each layer, all the same."""
+    fields = aliased(aliased(fields, "num_experts", "num_local_experts"), "moe_topk", "num_experts_per_tok")
     shape = read_shape(fields)
     count = fields.integer("num_experts", maximum=100_000)
     listed = fields.raw("moe_topk")
-    given = (
-        fields.with_values({"moe_topk": listed[0]}) if isinstance(listed, list) and len(set(listed)) == 1 else fields
-    )
+    if isinstance(listed, list) and listed and all(each == listed[0] for each in listed):
+        given = fields.with_values({"moe_topk": listed[0]})
+    else:
+        given = fields
     chosen = given.integer("moe_topk", maximum=count)
     activation = read_activation(fields, "hidden_act")
     experts = Experts(

@@ -30,6 +30,8 @@ def read_spec(fields: Fields) -> ModelSpec:
     shape = read_shape(fields, eps="layer_norm_eps", centered=True, bias=True)
     if fields.flag("qk_layernorm"):
         fields.fail("qk_layernorm", "is not supported")
+    if fields.flag("tie_word_embeddings"):
+        fields.fail("tie_word_embeddings", "is not supported: the output layer has a bias")
     attention = shape.attention(read_rope(fields, shape), qkv_bias=True, output_bias=True, output="self_attn.dense")
     activation = read_plain_activation(fields, "hidden_act")
     mlp = Ungated(shape.intermediate_size, activation, bias=True, up="mlp.fc1", down="mlp.fc2")

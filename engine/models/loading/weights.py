@@ -209,12 +209,14 @@ def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: i
 
 def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
     """The tensors of a directory by the names that a model asks for. Raises StartupError."""
-    tensors = find_tensors(directory)
-    if spec.outside:
-        tensors = {
-            name: tensor for name, tensor in tensors.items() if not name.removeprefix(PREFIX).startswith(spec.outside)
+
+    def inside(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+        return {
+            name: tensor for name, tensor in found.items() if not name.removeprefix(PREFIX).startswith(spec.outside)
         }
-    return _with_single_experts(_with_our_names(tensors), spec)
+
+    # Before and after, for what is left out may stand under the prefix of a wrapper, too.
+    return _with_single_experts(inside(_with_our_names(inside(find_tensors(directory)))), spec)
 
 
 def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
@@ -363,7 +365,7 @@ class DummyWeights(Weights):
     def fill(self, destination: Tensor, name: str) -> None:
         flat = destination.view(-1)
         if "norm" in name:
-            flat.fill_(1.0)
+            flat.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             scale = destination.shape[-1] ** -0.5 if destination.dim() > 1 else 0.02
             block = self._scaled.get(scale)
