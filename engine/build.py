@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import CudaOptions, EngineConfig, StartupError
 from engine.engine import Engine
-from engine.groups import pages_held
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities, read_abilities
 from engine.models.generation import GenerationDefaults
@@ -167,9 +166,7 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         num_gpu_blocks=limits.num_pages,
         enable_prefix_caching=config.cache.enable_prefix_caching,
     )
-    sequences = limits.num_pages / pages_held(limits.groups, context, limits.page_size)
     one = len(limits.groups) == 1
-    capacity = limits.num_pages * limits.page_size if one else int(sequences * context)
     for rope in spec.ropes:
         if rope.kind in ("longrope", "dynamic"):
             report.row("rope", _describe_rope(rope, spec.max_position_embeddings, context))
@@ -177,8 +174,8 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     report.row(
         "KV cache",
         f"{limits.num_pages} pages of {limits.page_size} tokens"
-        f"{'' if one else f' for {len(limits.groups)} groups of layers'}: {capacity} tokens fit, "
-        f"{capacity / context if one else sequences:.1f} sequences of full context",
+        f"{'' if one else f' for {len(limits.groups)} groups of layers'}: {limits.capacity} tokens fit, "
+        f"{limits.capacity / context if one else limits.full_sequences:.1f} sequences of full context",
     )
     report.row(
         "scheduler",

@@ -202,6 +202,7 @@ class Engine(Resting):
             num_total_pages=cache.num_pages,
             page_size=cache.page_size,
             num_evictable_pages=cache.num_evictable,
+            num_total_tokens=self.limits.capacity,
         )
 
     def slots(self) -> list[tuple[int, int, int] | None]:

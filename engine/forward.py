@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from engine.groups import MemoryGroup
+from engine.groups import MemoryGroup, pages_held
 from engine.request import MAX_STOP_TOKEN_IDS, Pooling
 
 Int32Array = npt.NDArray[np.int32]
@@ -55,7 +55,7 @@ class Limits:
     groups: each has a page table of its own. Pages that all queries to come of a group have left behind are given
     back, and the null page stands in their place.
     num_snapshots: of recurrent states, ids 1..num_snapshots; None for a model that has no such state. A slot has one,
-    and a row that starts at token 0 starts it anew.
+    and a row that starts at token 0 starts it anew. Only the fake executor keeps states so far.
     """
 
     max_num_seqs: int
@@ -70,6 +70,17 @@ class Limits:
     @property
     def num_slots(self) -> int:
         return self.max_num_seqs + 1
+
+    @property
+    def full_sequences(self) -> float:
+        """Sequences of max_model_len tokens that the pool holds."""
+        return self.num_pages / pages_held(self.groups, self.max_model_len, self.page_size)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the pool holds; where a token has pages in several groups, in sequences of full length."""
+        one = len(self.groups) == 1
+        return self.num_pages * self.page_size if one else int(self.full_sequences * self.max_model_len)
 
     @property
     def max_cached_tokens(self) -> int:

@@ -59,7 +59,10 @@ def one_two_five(limit: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """How the engine stands at this moment. num_evictable_pages: used by nobody but the radix tree."""
+    """How the engine stands at this moment.
+
+    num_evictable_pages: used by nobody but the radix tree. num_total_tokens: that the whole cache can hold.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -67,16 +70,16 @@ class EngineStats:
     num_total_pages: int = 0
     page_size: int = 1
     num_evictable_pages: int = 0
+    num_total_tokens: int = 0
+
+    def tokens_of(self, num_pages: int) -> int:
+        """Tokens that so many pages can hold: with several memory groups fewer than page_size each."""
+        return num_pages * self.num_total_tokens // self.num_total_pages if self.num_total_pages else 0
 
     @property
     def num_used_tokens(self) -> int:
         """Tokens that the pages in use can hold."""
-        return self.num_used_pages * self.page_size
-
-    @property
-    def num_total_tokens(self) -> int:
-        """Tokens that the whole cache can hold."""
-        return self.num_total_pages * self.page_size
+        return self.tokens_of(self.num_used_pages)
 
     @property
     def kv_usage(self) -> float:
@@ -409,7 +412,7 @@ class _Vllm:
         yield f.histogram("iteration_tokens_total", "Tokens computed in a step.", metrics.step_tokens)
         yield f.info("cache_config_info", "How the KV cache is configured.", metrics.cache_config)
         # Not vLLM's, but asked for.
-        yield f.counter("evicted_tokens", "Cached tokens given up.", metrics.evicted_pages * stats.page_size)
+        yield f.counter("evicted_tokens", "Cached tokens given up.", stats.tokens_of(metrics.evicted_pages))
         yield f.gauges(
             "startup_time_seconds", "Seconds of each phase of the start.", "phase", metrics.startup_seconds.items()
         )
@@ -465,14 +468,14 @@ class _Sglang:
         yield s.gauge("page_size", "Tokens of a page.", stats.page_size)
         yield s.gauge("kv_used_tokens", "Tokens of the KV cache in use.", stats.num_used_tokens)
         yield s.gauge("kv_available_tokens", "Tokens of the KV cache that are free.", available)
-        evictable = stats.num_evictable_pages * stats.page_size
+        evictable = stats.tokens_of(stats.num_evictable_pages)
         yield s.gauge("kv_evictable_tokens", "Tokens that only the radix tree holds.", evictable)
         yield s.gauge("gen_throughput", "Generated tokens a second since the last scrape.", self._rates.throughput)
         yield s.gauge(
             "cache_hit_rate", "Share of looked up prompt tokens found, since the last scrape.", self._rates.hit_rate
         )
         yield s.counter("num_retracted_requests", "Sequences retracted for want of pages.", metrics.num_preemptions)
-        yield s.counter("evicted_tokens", "Cached tokens given up.", metrics.evicted_pages * stats.page_size)
+        yield s.counter("evicted_tokens", "Cached tokens given up.", stats.tokens_of(metrics.evicted_pages))
         yield s.gauges(
             "startup_time_seconds", "Seconds of each phase of the start.", "phase", metrics.startup_seconds.items()
         )

@@ -190,6 +190,9 @@ class Publisher:
             else:
                 reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
             stream.push(text, tokens, listener.logprobs)
+        if sequence.num_tokens > sequence.num_prompt_tokens:
+            # A grammar may end a request before its first token is published.
+            self._on_first_token(sequence, self._clock.now())
         self._observe_end(listener, reason)
         if error is not None:
             reason = FinishReason.ERROR

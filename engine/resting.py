@@ -22,7 +22,7 @@ PAUSE_MODES = ("abort", "wait", "keep")
 
 
 class Resting:
-    """The loop looks at `stopped` before it schedules, and sets `at_rest` when nothing is in flight any more."""
+    """The loop looks at `_stopped` before it schedules, and sets `_at_rest` when nothing is in flight any more."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, publisher: Publisher, clock: Clock) -> None:
         self.scheduler = scheduler
@@ -150,7 +150,7 @@ class Resting:
 
     async def _rest(self) -> None:
         """Stop scheduling, and wait until nothing is in flight. A drain does not wait for it, and ends it."""
-        if not self.draining:
+        if not (self.draining or self.failed):
             self._stopped = True
             self._at_rest.clear()
             self._wake.set()

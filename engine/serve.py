@@ -138,7 +138,7 @@ def _server_info(config: EngineConfig, built: Built) -> dict[str, object]:
         "architecture": built.model_config.architecture,
         "num_pages": limits.num_pages,
         "page_size": limits.page_size,
-        "max_total_num_tokens": limits.num_pages * limits.page_size,
+        "max_total_num_tokens": limits.capacity,
         "max_model_len": limits.max_model_len,
         "vocab_size": limits.vocab_size,
         "start_up": dict(built.report.rows),

@@ -106,6 +106,7 @@ class CPUExecutor:
                 dtype=dtype,
                 groups=limits.groups,
             )
+        assert limits.num_snapshots is None, "this executor keeps no recurrent states"
         self.limits = limits
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self._model: Model | None = model

@@ -111,5 +111,7 @@ class Captures(DecodeSteps):
                     progress(number + 1, len(keys))
             with self.layer.on(self._compute):
                 for size in reversed(self.pieces.sizes):
-                    self.pieces.capture(self.model, size)
+                    # Captures may be over by then.
+                    if size in self.pieces.sizes:
+                        self.pieces.capture(self.model, size)
             self.layer.synchronize_all()

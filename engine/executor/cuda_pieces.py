@@ -61,14 +61,15 @@ class Chain:
 class Pieces:
     """Chains of graphs by number of tokens, and the memory that they read and write: one step's at a time.
 
-    q, out [SIZES, Hq, D]: what attention reads and writes. hidden [SIZES, hidden_size]: the end. Rows of padding read
+    q, out [max(SIZES), Hq, D]: what attention reads and writes. hidden [max(SIZES), hidden_size]: the end. Rows of padding read
     what is left of earlier steps, and write to the cell of padding.
     """
 
     def __init__(
         self, model: CausalLM, layer: DeviceLayer, attention: DeviceAttention, limits: Limits, *, enabled: bool
     ) -> None:
-        self.sizes = [size for size in SIZES if size <= limits.max_num_batched_tokens] if enabled else []
+        self._all = [size for size in SIZES if size <= limits.max_num_batched_tokens] if enabled else []
+        self.sizes = list(self._all)
         self._layer, self._attention = layer, attention
         self._chains: dict[int, Chain] = {}
         self._seen: set[int] = set()
@@ -76,7 +77,7 @@ class Pieces:
         heads = (most, spec.num_heads, spec.head_dim)
         # Token ids, positions and cells, each of as many as the step's size.
         self._inputs = layer.zeros((3 * most,), torch.int32)
-        # Zeros, and later what other steps have left: a weight of 0 times NaN would be NaN.
+        # Zeros, and later what other steps have left: rows of padding are computed with the others.
         self.q, self.out = layer.zeros(heads, attention.dtype), layer.zeros(heads, attention.dtype)
         self.hidden = layer.zeros((most, model.config.hidden_size), attention.dtype)
 
@@ -118,10 +119,14 @@ class Pieces:
             if self._layer.is_lost(error):
                 raise
             logger.warning("no CUDA graphs for steps of %d tokens with prompts: %s", size, error)
-            self.sizes = [] if isinstance(error, CapturesOver) else [each for each in self.sizes if each != size]
+            if isinstance(error, CapturesOver):
+                self._all = []
+            self.sizes = [each for each in self.sizes if each != size and each in self._all]
             return
         self._chains[size] = Chain(parts, list(layers))
 
     def clear(self) -> None:
         self._chains.clear()
         self._seen.clear()
+        # Memory may be had again that was not there before.
+        self.sizes = list(self._all)

@@ -447,9 +447,12 @@ class Scheduler:
         headroom, others = 0, bool(self._running or self._leaving)
         if others:
             headroom = (
-                self._watermark_pages if sequence.is_retracted else min(len(self._running), self._watermark_pages)
+                self._watermark_pages
+                if sequence.is_retracted
+                else min(len(self._running) * self._num_groups, self._watermark_pages)
             )
-        if sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
+        # Alone it is tried again, for it may have to go through a cache that is smaller than what it wants.
+        if others and sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens, request = sequence.token_ids, sequence.request
         pages = cache.begin(sequence.matchable_ids, request.namespace)
@@ -457,7 +460,7 @@ class Scheduler:
         wanted = cache.num_missing(pages, len(tokens))
         if others and cache.has_windows:
             # Chunks of a good size, while others run; alone it goes on with what there is.
-            headroom += cache.num_missing(pages, len(tokens), self._good_chunk) - wanted
+            wanted = cache.num_missing(pages, len(tokens), self._good_chunk)
         if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens), num_cached):
             cache.release(pages, tokens, 0)
             sequence.pages_wanted = wanted
@@ -537,7 +540,7 @@ class Scheduler:
         self._give_back(sequence)
         before = [len(ids) for ids in pages.lists]
         growing = sum(count * page_size < end for count in before)
-        spare = max(0, cache.num_available - min(len(self._running) - 1, self._watermark_pages))
+        spare = max(0, cache.num_available - min((len(self._running) - 1) * self._num_groups, self._watermark_pages))
         cache.reserve(pages, min(end, (pages.num_pages + spare // growing) * page_size))
         for group, (ids, first) in enumerate(zip(pages.lists, before, strict=True)):
             batch.write_pages(group, slot, first, ids[first:])

@@ -18,7 +18,7 @@ _PATH = re.compile(r"(?<![\w.])/[^\s:,;]*")
 
 
 async def pause(request: web.Request) -> web.Response:
-    """`?mode=abort|wait|keep`: see Engine.pause. Requests that come meanwhile wait for /resume."""
+    """`?mode=abort|wait|keep`: see Resting.pause. Requests that come meanwhile wait for /resume."""
     await request.app[STATE].engine.pause(_read_mode(request))
     return json_response({"status": "paused"})
 
@@ -33,7 +33,7 @@ async def is_paused(request: web.Request) -> web.Response:
 
 
 async def sleep(request: web.Request) -> web.Response:
-    """`?level=1|2&mode=abort|wait|keep`: see Engine.sleep."""
+    """`?level=1|2&mode=abort|wait|keep`: see Resting.sleep."""
     level = request.query.get("level", "1")
     if level not in ("1", "2"):
         raise invalid("level", "must be 1 or 2")
