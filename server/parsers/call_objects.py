@@ -10,7 +10,7 @@ import re
 import string
 
 from engine.text.schema_types import SchemaTypes, is_json
-from server.parsers.base import MAX_NAME, SPACE, Malformed, Scanner, Steps
+from server.parsers.base import MAX_JSON_DEPTH, MAX_NAME, SPACE, Malformed, Scanner, Steps
 from server.parsers.json_text import (
     NAME_KEYS,
     OTHER_KEYS,
@@ -133,6 +133,8 @@ class _CallReader:
                 if self._declared and not scanner.is_declared(self.name):
                     raise Malformed
             elif key == "function" and not self.name and character == "{":
+                if depth == MAX_JSON_DEPTH:
+                    raise Malformed
                 scanner.skip(1)
                 yield from self.read_fields(depth + 1)
             elif arguments is None and self._is_arguments(key, character):

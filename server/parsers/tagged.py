@@ -7,9 +7,10 @@ one begins, and where a limit cuts the text off the arguments are what there is.
 
 from __future__ import annotations
 
+import bisect
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +26,8 @@ _MAX_VALUE = 1 << 20
 _BARE_NAME = re.compile(r"[^<>\s{}\[\]\"]")
 _QUOTED = re.compile(r"""\s*(?:"([^"]*)"|'([^']*)'|([^\s"'>]+))""")
 _ATTRIBUTE = re.compile(r"""\b(string|type)\s*=\s*["']?([^\s"'>]*)""")
-_ELEMENT = re.compile(r"<([\w.\-]+)>(.*?)</\1>", re.DOTALL)
+_ELEMENT = re.compile(r"<([\w.\-]+)>")
+_ELEMENT_END = re.compile(r"</([\w.\-]+)>")
 _TEXT = frozenset({"string"})
 
 
@@ -360,12 +362,29 @@ def _object_in(text: str) -> str:
 def _elements_in(text: str, types: SchemaTypes) -> str:
     """The object that elements with the names of parameters make, `<city>Paris</city>`; "" where there are none."""
     known = types.properties()
-    found = {key: value for key, value in _ELEMENT.findall(text) if key in known}
+    found = {key: value for key, value in _elements(text) if key in known}
     fields = (
         f"{json.dumps(key, ensure_ascii=False)}: {types.read_value(value, types.property(key))}"
         for key, value in found.items()
     )
     return "{" + ", ".join(fields) + "}" if found else ""
+
+
+def _elements(text: str) -> Iterator[tuple[str, str]]:
+    """Names and texts of the outermost elements, each up to the first end of its name. One pass for the ends: a search
+    for each would be quadratic in what the model wrote.
+    """
+    ends: dict[str, list[re.Match[str]]] = {}
+    for end in _ELEMENT_END.finditer(text):
+        ends.setdefault(end[1], []).append(end)
+    place = 0
+    while (begin := _ELEMENT.search(text, place)) is not None:
+        place = begin.end()
+        own = ends.get(begin[1], [])
+        index = bisect.bisect_left(own, place, key=re.Match.start)
+        if index < len(own):
+            yield begin[1], text[place : own[index].start()]
+            place = own[index].end()
 
 
 class Value:

@@ -6,6 +6,7 @@ Every text is read whole, one character at a time and in random pieces.
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -125,6 +126,8 @@ ROWS: list[tuple[str, str, str, list[Call]]] = [
     ("qwen3_coder", tagged(f"[{OBJECT}, {OBJECT}]"), "", [F, F]),
     ("qwen3_coder", tagged(OBJECT) + "\n" + tagged(FUNCTION), "", [F, F]),
     ("qwen3_coder", tagged("<function=f>\n<cmd>ls</cmd>\n<n>3</n>\n</function>"), "", [("f", '{"cmd": "ls", "n": 3}')]),
+    ("qwen3_coder", tagged("<function=f>\n<b></cmd><cmd>l<b>s</cmd></b>\n<c></function>"), "", [("f", "{}")]),
+    ("qwen3_coder", tagged("<function=f>\n<c></cmd><cmd>l<c></cmd></b>\n</function>"), "", [("f", '{"cmd": "l<c>"}')]),
     ("qwen3_coder", tagged("<function=f>\n<b>ls</b>\n</function>"), "", [("f", "{}")]),
     ("glm45", tagged(OBJECT), "", [F]),
     ("glm45", f"<tool_call>f\n{LS}\n</tool_call>", "", [F]),
@@ -265,3 +268,12 @@ def test_what_is_no_call_is_not_held_back(name: str) -> None:
         made = parser(name, tools=TOOLS)
         made.push(begin)
         assert made.push(2000 * "x"), begin
+
+
+@pytest.mark.parametrize("element", ["<a>", "<cmd>", "</cmd><cmd>", "<a{}>"])
+def test_elements_that_never_end_are_read_in_time(element: str) -> None:
+    """For each of them a search of all that follows would be quadratic."""
+    text = "".join(element.format(number) for number in range(20_000))
+    begun = time.process_time()
+    run(parser("qwen3_coder", tools=TOOLS), [f"<tool_call>\n<function=f>\n{text}\n</function>\n</tool_call>"])
+    assert time.process_time() - begun < 2

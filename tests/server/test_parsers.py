@@ -239,6 +239,7 @@ BAD: list[tuple[str, str]] = [
     ("hermes", '<tool_call>{"name": "f'),
     ("hermes", "<tool_call>"),
     ("hermes", "<tool_call><tool_call></tool_call>"),
+    ("hermes", "<tool_call>" + '{"function":' * 1500 + "</tool_call>"),
     ("qwen3_coder", "<tool_call>\n{}\n</tool_call>"),
     ("qwen3_coder", "<function=>x</function>"),
     ("qwen3_coder", "<function=two words>"),

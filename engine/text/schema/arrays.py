@@ -25,17 +25,19 @@ def contains(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
     here = at(where, "contains")
     if high is not None and high < low:
         return {"type": [name for name in TYPES if name != "array"]}
-    yes = rewriter.yes(inner, here)
-    most = min(schema.get("maxItems", MAX_POSITION), MAX_POSITION + low)
+    if low == 0 and high is None:
+        return True
     others: Any = [name for name in TYPES if name != "array"]
+    if low > schema.get("maxItems", low):
+        return {"type": others}
+    yes = rewriter.yes(inner, here)
+    if yes is True:
+        return {"minItems": low, **({} if high is None else {"maxItems": high})}
+    if low > MAX_POSITION:
+        cannot("contains", here, "asks for many")
+    most = min(schema.get("maxItems", MAX_POSITION), MAX_POSITION + low)
     cases: list[Any] = [{"type": others}]
     if high is None:
-        if low == 0:
-            return True
-        if yes is True:
-            return {"minItems": low}
-        if low > most:
-            return False if low > schema.get("maxItems", low) else cannot("contains", here, "asks for many")
         for places in itertools.islice(itertools.combinations(range(most), low), MAX_CASES):
             prefix = [yes if place in places else True for place in range(places[-1] + 1)]
             cases.append({"type": "array", "prefixItems": prefix, "minItems": len(prefix)})

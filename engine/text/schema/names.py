@@ -55,7 +55,7 @@ def name_keywords(rewriter: Rewriter, schema: dict[str, Any], where: str) -> dic
             parts = _apart(rewriter.languages, list(patterns), patterns, written, limits, rest)
             found["additionalProperties"] = False
             found["properties"] = {
-                name: False for name in schema.get("properties", {}) if not _is_within(name, limits, here)
+                name: False for name in schema.get("properties", {}) if not _is_within(rewriter, name, limits, here)
             }
     except Unreadable as error:
         keyword = here.rpartition(".")[2]
@@ -215,8 +215,9 @@ def _is_length(pattern: str) -> bool:
     return pattern.startswith("^[\\s\\S]{")
 
 
-def _is_within(name: str, limits: tuple[list[str], list[str]], here: str) -> bool:
+def _is_within(rewriter: Rewriter, name: str, limits: tuple[list[str], list[str]], here: str) -> bool:
     try:
-        return all(re.search(one, name) for one in limits[0]) and not any(re.search(one, name) for one in limits[1])
-    except re.error:
-        raise Unwritable("propertyNames", here, "cannot be compared with the names of `properties`") from None
+        return rewriter.languages.has(name, *limits, widely=False)
+    except Unreadable as error:
+        why = f"cannot be compared with the names of `properties`: a pattern {error}"
+        raise Unwritable("propertyNames", here, why) from None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from typing import Any
 
 from engine.text.schema.base import MAX_CASES, Rewriter
 from engine.text.schema.errors import Unwritable
 from engine.text.schema.names import is_listed
 from engine.text.schema.parts import TYPES, all_of, any_of, at, names_of
+from engine.text.schema.patterns import Unreadable
 
 
 def property_counts(rewriter: Rewriter, schema: dict[str, Any], where: str) -> dict[str, Any]:
@@ -72,13 +72,18 @@ def property_names(rewriter: Rewriter, schema: dict[str, Any], where: str) -> An
     rest, inner = schema.get("additionalProperties", True), schema.get("properties", {})
     patterns = schema.get("patternProperties", {})
     written = {}
+    has = rewriter.languages.has
     for name in values:
         try:
-            parts = [part for pattern, part in patterns.items() if re.search(pattern, name)]
-        except re.error:
-            raise Unwritable("propertyNames", here, "cannot be compared with `patternProperties`") from None
+            parts = [part for pattern, part in patterns.items() if has(name, [pattern], widely=True)]
+            is_other = name not in inner and not any(has(name, [pattern], widely=False) for pattern in patterns)
+        except Unreadable as error:
+            why = f"cannot be compared with `patternProperties`: a pattern {error}"
+            raise Unwritable("propertyNames", here, why) from None
         parts += [inner[name]] if name in inner else []
-        written[name] = all_of([rewriter.yes(part, at(where, f"properties.{name}")) for part in parts or [rest]])
+        # Where readers of patterns differ it is held to both.
+        parts += [rest] if is_other else []
+        written[name] = all_of([rewriter.yes(part, at(where, f"properties.{name}")) for part in parts])
     return {"properties": written, "additionalProperties": False}
 
 

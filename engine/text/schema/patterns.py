@@ -102,7 +102,7 @@ _SPACE = [(9, 13), (32, 32)]
 _ASCII = {"d": _DIGITS, "w": _WORD, "s": _SPACE}
 _BEYOND = [(28, 31), (128, LAST)]  # Python takes the separators of ASCII for blanks
 _CONTROLS = {"n": 10, "r": 13, "t": 9, "f": 12, "v": 11, "0": 0, "a": 7}
-_COUNT = re.compile(r"\{(\d{1,5})(,(\d{0,5}))?\}")
+_COUNT = re.compile(r"\{([0-9]+)(,([0-9]*))?\}")
 _BEHIND = re.compile(r"\(\?<([=!])([^()\\^$]|(?:\[[^\]\\]*\])|\\[^0-9a-zA-Z])\)\$$")
 # A first look at the begin says where all of it stands.
 _AHEAD_OF_ALL = re.compile(r"\(\?=(\^)(?=[^|()]*\))")
@@ -127,6 +127,8 @@ def split_looks(pattern: str) -> tuple[list[str], list[str], str]:
     """
     yes: list[str] = []
     no: list[str] = []
+    if len(pattern) > MAX_PATTERN:
+        raise Unreadable("is too long to compare")
     tree = parse(_BEHIND.sub("$", pattern))
     if isinstance(tree, Alternatives):
         return yes, no, pattern

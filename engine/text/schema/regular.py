@@ -49,6 +49,7 @@ class Languages:
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], object] = {}
+        self._read: dict[tuple[object, ...], Language | Unreadable] = {}
         self._left = MAX_ALL_STEPS
 
     def pattern(self, yes: Sequence[str] = (), no: Sequence[str] = ()) -> str | None:
@@ -60,6 +61,25 @@ class Languages:
     def is_empty(self, yes: Sequence[str] = (), no: Sequence[str] = (), *, widely: bool = True) -> bool:
         """Whether there is no such string; where `widely`, for no reader of patterns."""
         return self._ask("empty", yes, no, widely) is True
+
+    def has(self, text: str, yes: Sequence[str] = (), no: Sequence[str] = (), *, widely: bool) -> bool:
+        """Whether a string is one of them: for some reader of patterns, where `widely`, for all of them else."""
+        if self._left <= 0:
+            raise Unsupported("takes too long to compare with all others")
+        key = (tuple(yes), tuple(no), widely)
+        if key not in self._read:
+            try:
+                self._read[key] = Language(yes, no, widely=widely)
+            except Unreadable as error:
+                self._read[key] = error
+        language = self._read[key]
+        if isinstance(language, Unreadable):
+            raise language
+        before = language.num_steps
+        try:
+            return language.has(text)
+        finally:
+            self._left -= 1 + language.num_steps - before
 
     def _ask(self, what: str, yes: Sequence[str], no: Sequence[str], widely: bool) -> object:
         key = (what, tuple(yes), tuple(no), widely)
@@ -103,6 +123,16 @@ class Language:
         """Whether there is no such string. Raises Unsupported where it takes too long to tell."""
         states, _ = self._automaton(until_one=True)
         return not states[-1].nullable and not self._root.nullable
+
+    def has(self, text: str) -> bool:
+        """Whether a string is one of them: in time linear in its length, unlike a search that goes back."""
+        term = self._root
+        for letter in text:
+            if term is self._empty or term is self._all:
+                break
+            # Numbers below zero are no classes of characters.
+            term = self._derive(term, -1 - ord(letter), ord(letter))
+        return term.nullable
 
     def pattern(self) -> str | None:
         """A pattern without assertions for exactly these strings; None where there is none."""

@@ -52,7 +52,7 @@ def not_pattern(rewriter: Rewriter, pattern: str, where: str) -> str:
 
 def check_pattern(pattern: str, invalid: Callable[[str], Exception]) -> None:
     """Raises the caller's error for what is no regular expression at all, in ECMAScript's eyes or Python's."""
-    text = re.sub(r"\\[pP]\{[^}]*\}|\\u\{[0-9a-fA-F]+\}", "a", pattern)
+    text = re.sub(r"\\[pP]\{[^{}]*\}|\\u\{[0-9a-fA-F]+\}", "a", pattern)
     text = re.sub(r"\\c[A-Za-z]|\\k<\w+>", "a", text)
     text = text.replace("[^]", "[^a]").replace("(?<", "(?P<").replace("(?P<=", "(?<=").replace("(?P<!", "(?<!")
     # Python wants a fixed width behind; what stands there matters not here.

@@ -88,6 +88,28 @@ def test_whether_there_is_a_string(yes: list[str], no: list[str], empty: bool) -
     assert Languages().is_empty(yes, no) is empty
 
 
+@pytest.mark.parametrize(
+    "pattern, text, widely, narrowly",
+    [
+        ("b", "abc", True, True),
+        ("^b", "abc", False, False),
+        ("^a b-c\\.é$", "a b-c.é", True, True),
+        ("^a$", "a\n", True, False),
+        ("\n$", "a", False, False),
+        ("^\\d$", "٣", True, False),
+        ("^[\\s\\S]{0,4294967296}$", "abc", True, True),
+        ("^[\\s\\S]{100000,}$", "abc", False, False),
+        ("(a+)+$", "a" * 400 + "!", False, False),
+        ("^(a|a)*$", "a" * 5000, True, True),
+    ],
+)
+def test_whether_a_string_matches(pattern: str, text: str, widely: bool, narrowly: bool) -> None:
+    languages = Languages()
+    assert languages.has(text, [pattern], widely=True) is widely
+    assert languages.has(text, [pattern], widely=False) is narrowly
+    assert languages.has(text, no=[pattern], widely=False) is not widely
+
+
 def test_readers_differ_beyond_ascii() -> None:
     """An Arabic digit is a digit to some: neither a pattern nor its complement admits one."""
     for yes, no in ((["^\\d$"], []), ([], ["^\\d$"])):

@@ -191,6 +191,15 @@ REWRITTEN: list[tuple[Any, list[Any], list[Any]]] = [
     ({"type": "integer", "minLength": 4}, [1], ["abcd"]),
     ({"type": "object", "not": {"const": {"a": 1}}}, [{}, {"b": 1}], [{"a": 1}]),
     ({"type": "object", "required": ["a"], "minProperties": 2}, [{"a": 1, "b": 1}], [{"a": 1}]),
+    ({"type": "object", "propertyNames": {"enum": ["aa!", "a a"]}, "patternProperties": {"(a+)+$": {"const": "x"}}},
+     [{"aa!": 1, "a a": "x"}], [{"a a": 1}, {"b": 1}]),
+    ({"type": "object", "propertyNames": {"pattern": "(a+)+$"}, "properties": {"aa!": {}, "ba": {}}},
+     [{"ba": 1}], [{"aa!": 1}]),
+    # A letter to some readers of patterns and to others none.
+    ({"type": "object", "propertyNames": {"enum": ["é", "e"]}, "patternProperties": {"^\\w$": {"minimum": 2}},
+      "additionalProperties": {"type": "integer", "maximum": 3}}, [{"é": 3, "e": 4}], [{"é": 1}, {"e": 1}]),
+    ({"contains": {"const": 1}, "minContains": 3, "maxItems": 2}, [1, "a"], [[1, 1], []]),
+    ({"type": "array", "contains": True, "minContains": 7, "maxContains": 8}, [[1] * 7], [[1] * 6, [1] * 9]),
 ]  # fmt: skip
 
 
@@ -212,6 +221,13 @@ UNENFORCEABLE: list[tuple[dict[str, Any], str, str]] = [
     ({"$dynamicRef": "http://x/y"}, "$dynamicRef", "$dynamicRef"),
     ({"not": {"type": "integer", "multipleOf": 3}, "type": "integer"}, "multipleOf", "not"),
     ({"type": "object", "propertyNames": {"format": "email"}}, "propertyNames", "propertyNames"),
+    (
+        {"type": "object", "propertyNames": {"enum": ["a"]}, "patternProperties": {"\\ba": {}}},
+        "patternProperties",
+        "patternProperties",
+    ),
+    ({"type": "array", "contains": {"const": 1}, "minContains": 7, "maxContains": 9}, "contains", "contains"),
+    ({"type": "array", "contains": {"const": 1}, "minContains": 10**9, "maxItems": 2 * 10**9}, "contains", "contains"),
     # Free names may come twice, and would be counted so.
     ({"type": "object", "minProperties": 2}, "minProperties", "minProperties"),
     ({"type": "object", "not": {"maxProperties": 2}}, "maxProperties", "not"),
@@ -242,3 +258,21 @@ def test_what_is_rewritten(schema: Any, valid: list[Any], invalid: list[Any]) ->
         for value in values:
             assert checker.is_valid(value) is expected
             assert admits(grammar, value) is expected, value
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"propertyNames": {"enum": ["a" * 30 + "!"]}, "patternProperties": {"(a+)+$": {"type": "string"}}},
+        {"propertyNames": {"pattern": "(a+)+$"}, "properties": {"a" * 30 + "!": {}}},
+        {"patternProperties": {"\\p{" * 20_000: {}}},
+    ],
+)
+def test_patterns_are_answered_in_time(schema: dict[str, Any]) -> None:
+    """A search that goes back takes minutes for these."""
+    begun = time.process_time()
+    try:
+        compiler().compile(spec("json_schema", {"type": "object", **schema}))
+    except RequestError as error:
+        assert error.status == 400
+    assert time.process_time() - begun < 2
