@@ -15,7 +15,13 @@ from engine.metrics import EngineMetrics, EngineStats, Histogram, one_two_five
 from engine.request import FinishReason
 
 STATS = EngineStats(
-    num_running=3, num_waiting=2, num_used_pages=25, num_total_pages=100, page_size=16, num_evictable_pages=4
+    num_running=3,
+    num_waiting=2,
+    num_used_pages=25,
+    num_total_pages=100,
+    page_size=16,
+    num_evictable_pages=4,
+    num_total_tokens=1600,
 )
 LABELS = {"model_name": "tiny", "engine": "0"}
 

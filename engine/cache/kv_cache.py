@@ -1,7 +1,8 @@
 """KVCache: the one owner of pages: the pool, the radix tree and the page lists of sequences.
 
-Called by the Scheduler, and by the Engine to flush and to count, on the loop thread. A page is at any time free, in the tree, private to one
-sequence, a duplicate that waits for `end_step`, or on a detached path that somebody still holds; `check` says so.
+Called by the Scheduler, and by the Engine to flush and to count, on the loop thread. A page is at any time free, in the
+tree, private to one sequence, a duplicate that waits for `end_step`, or on a detached path that somebody still holds;
+`check` says so.
 A sequence has a page list in every memory group; all pages come from one pool. Snapshots of recurrent states have a
 pool of their own; one is free, hangs in the tree, or is kept by a sequence for the time when it leaves.
 """

@@ -61,7 +61,7 @@ class Chain:
 class Pieces:
     """Chains of graphs by number of tokens, and the memory that they read and write: one step's at a time.
 
-    q, out [max(SIZES), Hq, D]: what attention reads and writes. hidden [max(SIZES), hidden_size]: the end. Rows of padding read
+    q, out [most, Hq, D]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of padding read
     what is left of earlier steps, and write to the cell of padding.
     """
 

@@ -12,7 +12,7 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent.parent
 # Registers of a thread, where more than 64 are meant.
-BUDGETS = {"_skinny": 240, "_draw": 120}
+BUDGETS = {"_skinny": 240, "_draw": 120, "_choose": 80}
 # On tensor cores, or one block a row: no second block need live on a multiprocessor.
 ALONE = ("_multiply", "_draw")
 
