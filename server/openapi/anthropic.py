@@ -33,7 +33,7 @@ from server.protocol.anthropic import (
 )
 from server.protocol.refusals import CHAT_REFUSALS
 
-_TEXT = takes({"type": constant("text"), "text": string()})
+_TEXT = takes({"type": constant("text"), "text": either(string(), NULL)})
 _OTHER = takes({"type": string(least=1)}, about="Of any other kind: named in the text, or left out.")
 _BLOCK = either(
     _TEXT,
@@ -52,7 +52,7 @@ _REQUEST: Json = {
     # What has the same name and meaning in a chat.
     **{name: GENERATION[name] for name in SAME if name in GENERATION},
     **refused({name: CHAT_REFUSALS[name] for name in SAME if name in CHAT_REFUSALS}),
-    "system": either(string(), array(_TEXT)),
+    "system": either(string(), array(either(_TEXT, _OTHER))),
     "stop_sequences": array(string(least=1)),
     "metadata": takes({}, {"user_id": string()}),
     "tools": array(
@@ -61,9 +61,7 @@ _REQUEST: Json = {
                 {"name": string(least=1, most=128), "input_schema": OBJECT},
                 {"type": constant("custom"), "description": string(), "strict": boolean()},
             ),
-            takes(
-                {"type": string(least=1)}, {"name": string()}, "Anthropic's own: left out, but for what clients run."
-            ),
+            takes({"type": string(least=1)}, about="Anthropic's own: left out, but for what clients run."),
         )
     ),
     "tool_choice": either(

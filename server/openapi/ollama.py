@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.request import MAX_TOP_LOGPROBS
-from server.openapi.openai import HELLO, MESSAGE, SAMPLING, TOKEN, TOOL, WEATHER
+from server.openapi.openai import HELLO, MESSAGE, OTHER_TOOL, SAMPLING, TOKEN, TOOL, WEATHER
 from server.openapi.words import (
     NULL,
     OBJECT,
@@ -113,7 +113,7 @@ _CARD: Json = {
 SCHEMAS: Json = {
     "OllamaError": gives({"error": string(least=1)}),
     "OllamaChatRequest": either(
-        takes({"messages": array(_MESSAGE, least=1)}, {**_COMMON, "tools": array(TOOL)}),
+        takes({"messages": array(_MESSAGE, least=1)}, {**_COMMON, "tools": array(either(TOOL, OTHER_TOOL))}),
         takes({}, {**_LOADING, "messages": array(_MESSAGE, most=0)}),
     ),
     "OllamaGenerateRequest": either(
