@@ -119,7 +119,7 @@ def _read_bias(pairs: list[Any], tokenizer: Tokenizer) -> dict[str, Any]:
         if value is False:
             value = _NEVER
         elif not -100 <= value <= 100:
-            raise invalid(f"logit_bias[{index}]", "must have a number from -100 to 100")
+            raise invalid("logit_bias", f"must have a number from -100 to 100 in pair {index}")
         ids = [of] if isinstance(of, int) else tokenizer.encode(of, add_special_tokens=False)
         bias |= {str(token_id): value for token_id in ids}
     return bias
