@@ -7,6 +7,7 @@ its caller does not wait for it.
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from engine.scheduling.scheduler import Scheduler
 PAUSE_MODES = ("abort", "wait", "keep")
 
 
-class Resting:
+class Resting(ABC):
     """The loop looks at `_stopped` before it schedules, and sets `_at_rest` when nothing is in flight any more."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, publisher: Publisher, clock: Clock) -> None:
@@ -43,8 +44,9 @@ class Resting:
         self._progress_at = clock.now()
         self._maintenance = asyncio.Lock()
 
+    @abstractmethod
     def abort_all(self) -> None:
-        raise NotImplementedError
+        """End every request now: what comes to rest by aborting does."""
 
     async def pause(self, mode: str = "abort") -> None:
         """Come to rest; new requests queue up until `resume`. Returns when nothing is in flight.

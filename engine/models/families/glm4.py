@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from engine.models.families import glm
 from engine.models.families.common import read_activation, read_shape
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
@@ -12,23 +13,7 @@ from engine.models.spec import Dense, ModelSpec
 NORMS = ("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
 
 # What an absent field means: Glm4Config of transformers.
-DEFAULTS = {
-    "vocab_size": 151552,
-    "hidden_size": 4096,
-    "intermediate_size": 13696,
-    "num_hidden_layers": 40,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 2,
-    "head_dim": 128,
-    "hidden_act": "silu",
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1.5625e-07,
-    "eos_token_id": [151329, 151336, 151338],
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "partial_rotary_factor": 0.5,
-    "attention_bias": True,
-}
+DEFAULTS = glm.DEFAULTS
 
 
 def read_spec(fields: Fields, renamed: Mapping[str, str] | None = None) -> ModelSpec:

@@ -10,7 +10,7 @@ from engine.models.fields import Fields
 from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: GraniteConfig of transformers.
-DEFAULTS = {
+COMMON = {
     "vocab_size": 32000,
     "hidden_size": 4096,
     "intermediate_size": 11008,
@@ -23,12 +23,12 @@ DEFAULTS = {
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
     "attention_bias": False,
-    "mlp_bias": False,
     "embedding_multiplier": 1.0,
     "logits_scaling": 1.0,
     "residual_multiplier": 1.0,
     "attention_multiplier": 1.0,
 }
+DEFAULTS = {**COMMON, "mlp_bias": False}
 
 
 def read_spec(fields: Fields) -> ModelSpec:

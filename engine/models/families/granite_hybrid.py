@@ -2,35 +2,15 @@
 
 from __future__ import annotations
 
+from engine.models.families import granite_moe
 from engine.models.families.common import read_activation, read_shape
 from engine.models.families.granite import granite_scales
-from engine.models.families.granite_moe import granite_experts
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
 from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: GraniteMoeHybridConfig of transformers.
-DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-06,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "embedding_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-    "shared_intermediate_size": 1024,
-}
+DEFAULTS = {**granite_moe.DEFAULTS, "shared_intermediate_size": 1024}
 
 
 def read_spec(fields: Fields) -> ModelSpec:
@@ -50,6 +30,6 @@ def read_spec(fields: Fields) -> ModelSpec:
         down="shared_mlp.output_linear",
     )
     has_experts = fields.integer("num_local_experts", minimum=0) > 0
-    feed_forward = granite_experts(fields, shape, shared=shared) if has_experts else shared
+    feed_forward = granite_moe.granite_experts(fields, shape, shared=shared) if has_experts else shared
     layer = shape.layer(attention, feed_forward, residual_scale=fields.number("residual_multiplier", above=0.0))
     return shape.model([layer] * shape.num_layers, **granite_scales(fields))

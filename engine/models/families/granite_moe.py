@@ -5,32 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from engine.models.families.common import Shape, read_activation, read_experts, read_shape
-from engine.models.families.granite import granite_scales
+from engine.models.families.granite import COMMON, granite_scales
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
 from engine.models.spec import Experts, ModelSpec, Router
 
 # What an absent field means: GraniteMoeConfig of transformers.
-DEFAULTS = {
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-06,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "embedding_multiplier": 1.0,
-    "logits_scaling": 1.0,
-    "residual_multiplier": 1.0,
-    "attention_multiplier": 1.0,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
-}
+DEFAULTS = {**COMMON, "num_local_experts": 8, "num_experts_per_tok": 2}
 
 
 def read_spec(fields: Fields) -> ModelSpec:

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
+from engine.models.families import hunyuan_dense
 from engine.models.families.common import aliased, read_activation, read_shape, shared_experts
-from engine.models.families.hunyuan_dense import hunyuan_attention
 from engine.models.fields import Fields
 from engine.models.spec import Experts, ModelSpec, Router
 
 # What an absent field means: HunYuanMoEV1Config of transformers.
-DEFAULTS = {
-    "vocab_size": 290943,
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "hidden_act": "silu",
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-05,
-    "eos_token_id": 2,
-    "tie_word_embeddings": False,
-    "rope_theta": 10000.0,
-    "attention_bias": False,
-    "num_experts": 1,
-    "moe_topk": 1,
-}
+DEFAULTS = {**hunyuan_dense.DEFAULTS, "num_experts": 1, "moe_topk": 1}
 
 
 def read_spec(fields: Fields) -> ModelSpec:
@@ -46,4 +31,4 @@ def read_spec(fields: Fields) -> ModelSpec:
         Router(normalize=True, name="mlp.gate.wg", wide=True),
         shared=shared_experts("shared_mlp", shape.intermediate_size, activation),
     )
-    return shape.model([shape.layer(hunyuan_attention(fields, shape), experts)] * shape.num_layers)
+    return shape.model([shape.layer(hunyuan_dense.hunyuan_attention(fields, shape), experts)] * shape.num_layers)
