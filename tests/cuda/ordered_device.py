@@ -96,7 +96,7 @@ class OrderedDevice(FakeDevice):
 
     def note(self, tensor: Tensor, who: str, clock: Clock, *, writes: bool, what: str) -> None:
         begin, end = _span(tensor)
-        log = self._accesses.setdefault(tensor.untyped_storage().data_ptr(), [])
+        log = self._log(tensor.untyped_storage())
         for old in log:
             overlap = old.begin < end and begin < old.end and (writes or old.writes)
             if overlap and old.who != who and clock.get(old.who, 0) < old.at:
@@ -113,13 +113,21 @@ class OrderedDevice(FakeDevice):
     def own(self, tensor: Tensor, who: str) -> None:
         """Memory that came from the allocator while `who` was the current stream."""
         storage = tensor.untyped_storage()
+        self._log(storage)
+        self._owners.setdefault(storage.data_ptr(), who)
+
+    def _log(self, storage: torch.UntypedStorage) -> list[Access]:
+        """What was done with that memory while it lived: its address is soon another's, whoever it belonged to."""
         address = storage.data_ptr()
-        if address not in self._owners:
-            self._owners[address] = who
+        if address not in self._accesses:
+            self._accesses[address] = []
             weakref.finalize(storage, self._freed, address)
+        return self._accesses[address]
 
     def _freed(self, address: int) -> None:
-        who, log = self._owners.pop(address), self._accesses.pop(address, [])
+        who, log = self._owners.pop(address, None), self._accesses.pop(address)
+        if who is None:  # a number that an operation was given, or what the host keeps
+            return
         clock = dict(self._clocks[who])
         _join(clock, self._clocks[HOST])
         for old in log:

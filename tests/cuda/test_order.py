@@ -74,6 +74,15 @@ async def test_everything_is_ordered(attention: str, extras: bool, mode: str) ->
     assert not await findings(attention, extras, cuda_graph=mode)
 
 
+def test_what_was_done_with_memory_ends_with_it() -> None:
+    """A slice's new value comes as a number in memory of its own, whose address another tensor has next."""
+    device = OrderedDevice()
+    memory = torch.zeros(3)
+    device.current = device.stream()
+    device.kernel(lambda: memory.__setitem__(slice(1, 2), 5.0))
+    assert list(device._accesses) == [memory.untyped_storage().data_ptr()]
+
+
 class NoKeep(CUDAExecutor):
     """Arrays of a step are let go of when they are sent, though its work still reads them."""
 
