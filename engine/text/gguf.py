@@ -236,17 +236,18 @@ def _add_tokens(backend: Backend, words: _Vocabulary, *, normalized: bool) -> No
 def _frame(backend: Backend, words: _Vocabulary, *, bos: bool, eos: bool, names: tuple[str, str]) -> None:
     """Put BOS and EOS around every text, where the metadata says so. bos, eos: where it says nothing."""
     first, last = words.flag("add_bos_token", bos), words.flag("add_eos_token", eos)
-    parts, special = ["$A:0"], []
+    parts: Any = ["$A:0"]
+    special: list[Any] = []
     for wanted, name, place in ((first, names[0], 0), (last, names[1], 2)):
         text = words.named(name) if wanted else None
         if text is None:
             # What the metadata only implies is no error.
             continue
-        parts.insert(place, f"{text}:0") if place == 0 else parts.append(f"{text}:0")
-        special.append((text, words.ids[text]))
+        parts.insert(place, f"{text}:0")
+        if (text, words.ids[text]) not in special:
+            special.append((text, words.ids[text]))
     if special:
-        single: Any = parts
-        backend.post_processor = processors.TemplateProcessing(single=single, special_tokens=dict(special).items())
+        backend.post_processor = processors.TemplateProcessing(single=parts, special_tokens=special)
 
 
 def _merges(words: _Vocabulary) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""From a GGUF file's metadata to the config.json that a family reads, and to the spec of the layers as the file has them.
+"""From a GGUF file's metadata to the config.json that a family reads, and to the spec of its layers as they are stored.
 
 ARCHITECTURES says for each `general.architecture` which class of transformers it is and what differs; the families
 know nothing of it. Imports no torch.
@@ -201,8 +201,10 @@ def _smollm3(keys: _Keys, config: Config) -> Config:
 
 
 def _phi3(keys: _Keys, config: Config) -> Config:
-    # Files name the window of the first releases, which were trained with more context than it.
-    return {"sliding_window": keys.integer("attention.sliding_window", 0, minimum=0) or None}
+    original = config["rope_parameters"].get("original_max_position_embeddings", config["max_position_embeddings"])
+    window = keys.integer("attention.sliding_window", 0, minimum=0)
+    # There it stands beside the rope.
+    return {"sliding_window": window or None, "original_max_position_embeddings": original}
 
 
 def _no_window(keys: _Keys, config: Config) -> Config:

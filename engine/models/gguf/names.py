@@ -35,8 +35,8 @@ def name_tensors(spec: ModelSpec, model: GGUF) -> tuple[dict[str, Named], set[st
     found: dict[str, Named] = {}
     used: set[str] = set()
     rows = set(_rows(spec))
-    for ours, theirs in _pairs(spec):
-        name = next((each for each in theirs if each in model.tensors), None)
+    for ours, names in _pairs(spec):
+        name = next((each for each in names if each in model.tensors), None)
         if name is not None:
             is_norm = shift != 0.0 and name.endswith("_norm.weight")
             tensor = model.tensors[name]

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from numpy.typing import NDArray
 
 from engine.config import StartupError
 from engine.models.gguf.types import TYPES
@@ -38,7 +39,7 @@ _MAX_PARTS = 1000
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_SCALARS = {
+_SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"), 1: np.dtype("<i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"),
     12: np.dtype("<f8"),
@@ -48,7 +49,10 @@ _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 
 @dataclass(frozen=True, slots=True)
 class Tensor:
-    """Where a tensor lies: absolute byte offsets [begin, end) in `file`. type: a name of types.py. shape: rows first."""
+    """Where a tensor lies: absolute byte offsets [begin, end) in `file`.
+
+    type: a name of types.py. shape: rows first.
+    """
 
     file: Path
     type: str
@@ -88,10 +92,12 @@ class GGUF:
             return self._words(value)
         return value.tolist() if isinstance(value, np.ndarray) else value
 
-    def array(self, name: str) -> np.ndarray | None:
+    def array(self, name: str) -> NDArray[Any] | None:
         """The numbers of an array, None where there is none. Raises StartupError where it is something else."""
         value = self._values.get(name)
-        if value is not None and not isinstance(value, np.ndarray):
+        if value is None:
+            return None
+        if not isinstance(value, np.ndarray):
             self.fail(name, "must be an array of numbers")
         return value
 
@@ -331,7 +337,7 @@ class _Header:
             raise _Problem(f"{what} is an array of the unknown type {kind}")
         return self._numbers(kind, self._count(f"length of {what}", _SCALARS[kind].itemsize), what)
 
-    def _numbers(self, kind: int, count: int, what: str) -> np.ndarray:
+    def _numbers(self, kind: int, count: int, what: str) -> NDArray[Any]:
         dtype = _SCALARS[kind]
         at = self._take(count * dtype.itemsize, what)
         data = self.mapped[at : at + count * dtype.itemsize]
