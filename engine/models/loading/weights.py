@@ -16,10 +16,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import StartupError
+from engine.models.gguf.dequantise import dequantise
+from engine.models.gguf.names import name_tensors
+from engine.models.gguf.reader import is_gguf, open_gguf
+from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
 from engine.models.parts.decoder import EMBEDDING, PREFIX
 from engine.models.spec import Experts, ModelSpec
@@ -30,6 +35,8 @@ OUTPUT_WEIGHT = f"{OUTPUT}.weight"
 
 # Bytes copied before the mapped pages are given back and progress is told.
 CHUNK_BYTES = 16 * 1024 * 1024
+# Elements of quantised tensors that are dequantised at once; a multiple of every block.
+BLOCK_ELEMENTS = 64 * 1024
 # Random values that dummy weights repeat; a prime, so that rows of any length differ.
 DUMMY_BLOCK = 1_048_573
 
@@ -174,8 +181,19 @@ class CheckpointWeights(Weights):
 
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]
-        dtype = TORCH_DTYPES[stored.dtype]
+        if stored.shift:
+            wide = torch.empty(destination.shape, dtype=torch.float32)
+            self._fill(wide, name, stored)
+            destination.copy_(wide.sub_(stored.shift))
+        else:
+            self._fill(destination, name, stored)
+
+    def _fill(self, destination: Tensor, name: str, stored: StoredTensor) -> None:
         flat = destination.view(-1)
+        if stored.dtype not in FLOATS:
+            self._dequantise(flat, name, stored)
+            return
+        dtype = TORCH_DTYPES[stored.dtype]
         step = CHUNK_BYTES // dtype.itemsize
         if stored.transposed:
             # Whole rows of the file, which are columns of the destination.
@@ -192,10 +210,36 @@ class CheckpointWeights(Weights):
             else:
                 flat[start : start + count].copy_(source)
             del source
-            self._files.release(stored.file, begin, end)
-            self._done += end - begin
-            if self._progress is not None:
-                self._progress(self._done, self._total)
+            self._let_go(stored, begin, end)
+
+    def _dequantise(self, flat: Tensor, name: str, stored: StoredTensor) -> None:
+        """The blocks of a quantised tensor as numbers, piece by piece; each piece stays in the processor's caches."""
+        kind = BY_NAME[stored.dtype]
+        mapped = self._files.get(stored.file, stored.end)
+        blocks = np.frombuffer(mapped, np.uint8, stored.end - stored.begin, stored.begin).reshape(-1, kind.size)
+        values = np.empty((BLOCK_ELEMENTS // kind.elements, kind.elements), dtype=np.float32)
+        given_back = 0
+        for start in range(0, len(blocks), len(values)):
+            piece = blocks[start : start + len(values)]
+            out = values[: len(piece)]
+            try:
+                dequantise(stored.dtype, piece, out)
+            except ValueError as problem:
+                raise StartupError(f"{stored.file}: tensor {name}: {problem}") from None
+            at = start * kind.elements
+            flat[at : at + out.size].copy_(torch.from_numpy(out.reshape(-1)))
+            done = (start + len(piece)) * kind.size
+            if done - given_back >= CHUNK_BYTES or start + len(piece) == len(blocks):
+                del piece
+                self._let_go(stored, stored.begin + given_back, stored.begin + done)
+                given_back = done
+
+    def _let_go(self, stored: StoredTensor, begin: int, end: int) -> None:
+        """Bytes [begin, end) of the file are done with."""
+        self._files.release(stored.file, begin, end)
+        self._done += end - begin
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
 
 def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: int, count: int) -> Tensor:
@@ -208,7 +252,9 @@ def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: i
 
 
 def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
-    """The tensors of a directory by the names that a model asks for. Raises StartupError."""
+    """The tensors of a directory, or of a GGUF file, by the names that a model asks for. Raises StartupError."""
+    if is_gguf(directory):
+        return _gguf_tensors(directory, spec)
 
     def inside(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         return {
@@ -217,6 +263,21 @@ def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTens
 
     # Before and after, for what is left out may stand under the prefix of a wrapper, too.
     return _with_single_experts(inside(_with_our_names(inside(find_tensors(directory)))), spec)
+
+
+def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
+    """What belongs to nothing keeps its name, for `check` to refuse."""
+    model = open_gguf(path)
+    named, others = name_tensors(spec, model)
+    found = {}
+    for name, each in named.items():
+        tensor = each.tensor
+        ours = name if name.startswith(f"{OUTPUT}.") else PREFIX + name
+        found[ours] = StoredTensor(tensor.file, tensor.type, tensor.shape, tensor.begin, tensor.end, shift=each.shift)
+    for name in others:
+        tensor = model.tensors[name]
+        found[name] = StoredTensor(tensor.file, tensor.type, tensor.shape, tensor.begin, tensor.end)
+    return found
 
 
 def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
