@@ -101,8 +101,63 @@ class GroupedQueryAttention:
         return 2 * (self.num_heads + self.num_kv_heads) * self.head_dim * hidden_size
 
 
-# What mixes the tokens of a sequence; latent attention, delta nets, state spaces and convolutions join here.
-Mixer = GroupedQueryAttention
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Softmax attention whose heads make their keys and values of one latent vector a token; its memory is pages of
+    that and of a key of rope_dim that all heads share (DeepSeek V2, arXiv 2405.04434).
+
+    A head's query and key are nope_dim numbers without and rope_dim with a rope. query_rank: queries are made of a
+    vector of that size, after q_norm, or straight from x (None). latent_dim: of the latent, normed by latent_norm.
+    value_dim: of a head's value. scale: on q @ k. rope: None where positions are not told. query_scale: None where
+    queries keep their size. bias: what goes down (but for a query_rank of None) and the output have one.
+    query: names of the projections, one where query_rank is None, else two.
+    """
+
+    num_heads: int
+    query_rank: int | None
+    latent_dim: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    scale: float
+    rope: RopeSpec | None
+    latent_norm: NormSpec
+    q_norm: NormSpec | None = None
+    query_scale: QueryScale | None = None
+    bias: bool = False
+    query: tuple[str, ...] = ("self_attn.q_a_proj", "self_attn.q_b_proj")
+    down: str = "self_attn.kv_a_proj_with_mqa"
+    up: str = "self_attn.kv_b_proj"
+    output: str = "self_attn.o_proj"
+
+    # What the cache and the backend see of it: one head that all query heads read.
+
+    @property
+    def num_kv_heads(self) -> int:
+        return 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def window(self) -> None:
+        return None
+
+    @property
+    def softcap(self) -> None:
+        return None
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        queries = self.num_heads * (self.nope_dim + self.rope_dim)
+        query = queries * hidden_size if self.query_rank is None else self.query_rank * (queries + hidden_size)
+        latent = self.latent_dim * self.num_heads * (self.nope_dim + self.value_dim)
+        return query + self.head_dim * hidden_size + latent + self.num_heads * self.value_dim * hidden_size
+
+
+# What mixes the tokens of a sequence; delta nets, state spaces and convolutions join here.
+Mixer = GroupedQueryAttention | LatentAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +197,7 @@ class Router:
     score: of an expert's logit. bias: a tensor (its whole name; [experts], or [1, experts] where bias_is_row) that is
     added to the scores for the choice alone. normalize: the shares of a token's chosen experts are made to add up to 1
     (their sum counts as `minimum` at least). groups, groups_chosen: experts stand in so many groups, of which those
-    with the best two scores may be chosen from.
+    with the best score, or (group_best) the best sum of two, may be chosen from.
     scale: factor on the shares. wide: logits are computed in float32.
     """
 
@@ -154,6 +209,7 @@ class Router:
     wide: bool = False
     groups: int = 1
     groups_chosen: int = 1
+    group_best: Literal[1, 2] = 2
     scale: float = 1.0
     minimum: float = 0.0
 
@@ -251,9 +307,9 @@ class ModelSpec:
         return len(self.layers)
 
     @property
-    def attention(self) -> GroupedQueryAttention:
+    def attention(self) -> Mixer:
         """Of the first layer that has one: heads, their size and scale are those of all."""
-        return next(layer.mixer for layer in self.layers if isinstance(layer.mixer, GroupedQueryAttention))
+        return self.layers[0].mixer
 
     @property
     def num_heads(self) -> int:

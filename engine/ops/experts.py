@@ -70,6 +70,7 @@ class Choice:
     bias: Tensor | None = None
     groups: int = 1
     groups_chosen: int = 1
+    group_best: int = 2
     scale: float = 1.0
     minimum: float = 0.0
 
@@ -82,7 +83,7 @@ class Choice:
         rated = scores if self.bias is None else scores + self.bias
         if self.groups > 1:
             grouped = rated.reshape(len(rated), self.groups, -1)
-            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+            best = grouped.topk(min(self.group_best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
             kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
                 1, best.topk(self.groups_chosen, dim=-1).indices, True
             )

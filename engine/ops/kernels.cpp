@@ -1141,6 +1141,17 @@ EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64
     else linear((const bf16*)x, ldx, M, K, (const bf16*)w, N, bias, (bf16*)out, ldo, (int)threads);
 }
 
+EXPORT void ol_linear_heads(int64_t type, const void* x, int64_t ldx, int64_t stepx, int64_t M, int64_t K, const void* w, int64_t N,
+                            int64_t heads, void* out, int64_t ldo, int64_t stepo, int64_t threads) {
+    // A product for each head: heads lie stepx and stepo apart within a row, and one after another in w.
+    const int64_t panel = ol_packed_size(type, N, K);
+    const int outer = limit_threads((int)std::min(threads, heads), (double)M * N * K * heads, 131072);
+    const int inner = outer > 1 ? 1 : (int)threads;
+    BY_TYPE(type, parallel(heads, outer, [&](i64 h) {
+                linear((const T*)x + h * stepx, ldx, M, K, (const T*)w + h * panel, N, (const float*)nullptr, (T*)out + h * stepo, ldo, inner);
+            }))
+}
+
 EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual, int64_t ldr, const void* weight, void* out, int64_t ldo,
                         int64_t rows, int64_t H, float eps, float offset, int64_t threads) {
     BY_TYPE(type, if (residual) rms_norm<T COMMA true>((const T*)x, ldx, (T*)residual, ldr, (const T*)weight, (T*)out, ldo, rows, H, eps,

@@ -41,6 +41,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_pack_weight": (None, [_I, _P, _I, _I, _P, _I]),
     "ol_unpack_rows": (None, [_I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear": (None, [_I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I]),
+    "ol_linear_heads": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I, _I]),
     "ol_rms_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _I]),
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),

@@ -54,6 +54,7 @@ class Rating:
             bias,
             router.groups,
             router.groups_chosen,
+            router.group_best,
             router.scale,
             router.minimum,
         )
