@@ -80,6 +80,6 @@ class Latent:
             apply_rope(queries[..., latent:], k[..., latent:], table, positions)
         if spec.query_scale is not None:
             queries *= query_factors(spec.query_scale, positions).to(q.dtype)[:, :, None]
-        mixed = attention.forward(self._layer, queries, k, k).view(queries.shape)[..., :latent]
+        mixed = attention.forward(self._layer, queries, k, None).view(tokens, spec.num_heads, latent)
         values = q.new_empty((tokens, spec.num_heads, spec.value_dim))
         return self._output.later(self._to_value(mixed, values).view(tokens, -1))
