@@ -489,6 +489,7 @@ void rope(T* x, i64 ldx, i64 tokens, i64 heads, i64 D, const float* cos_sin, i64
 constexpr int BLOCK = 64;
 constexpr int SPLIT = 512;
 constexpr int TILE_ROWS = 64;  // queries of one task, times the heads of their group
+constexpr bool WIDE = VL == 16;  // 32 registers: 16 sums at a time
 
 struct Step {
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len;
@@ -523,29 +524,28 @@ INLINE void fold8(const vf* acc, float* out) {
 #endif
 }
 
-// s[r][t] = q[r] . k[t] for R rows and 8 / R keys at a time, n keys (a multiple of 8, padded by the caller).
-template <int R>
+// s[r][t] = q[r] . k[t] for R rows and C keys at a time, n keys (a multiple of 8, padded by the caller).
+template <int R, int C>
 INLINE void scores(const float* q, const float* const* k, int n, int depth, float* s) {
-    constexpr int C = 8 / R;
     for (int t = 0; t < n; t += C) {
-        vf acc[8] = {};
+        vf acc[R * C] = {};
         const float* key[C];
         for (int c = 0; c < C; c++) key[c] = k[t + c];
         for (int d = 0; d < depth; d += VL) {
-            vf a[R];
-            for (int r = 0; r < R; r++) a[r] = load(q + r * depth + d);
-            for (int c = 0; c < C; c++) {
-                vf b = load(key[c] + d);
-                for (int r = 0; r < R; r++) acc[r * C + c] = fma(a[r], b, acc[r * C + c]);
+            vf b[C];
+            for (int c = 0; c < C; c++) b[c] = load(key[c] + d);
+            for (int r = 0; r < R; r++) {
+                vf a = load(q + r * depth + d);
+                for (int c = 0; c < C; c++) acc[r * C + c] = fma(a, b[c], acc[r * C + c]);
             }
         }
-        float folded[8];
-        fold8(acc, folded);
+        float folded[R * C];
+        for (int i = 0; i < R * C; i += 8) fold8(acc + i, folded + i);
         for (int r = 0; r < R; r++) memcpy(s + r * BLOCK + t, folded + r * C, C * 4);
     }
 }
 
-// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and up to 8 / R vectors of depth at a time.
+// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and V vectors of depth from d on.
 template <int R, int V>
 INLINE void accumulate_part(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth, int d) {
     vf acc[R][V];
@@ -562,12 +562,14 @@ INLINE void accumulate_part(float* o, const float* alpha, const float* p, const 
     for (int r = 0; r < R; r++)
         for (int i = 0; i < V; i++) store(o + r * depth + d + i * VL, acc[r][i]);
 }
-template <int R>
-INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth) {
-    constexpr int V = 8 / R;
-    int d = 0;
-    for (; d + V * VL <= depth; d += V * VL) accumulate_part<R, V>(o, alpha, p, v, t0, t1, depth, d);
-    for (; d < depth; d += VL) accumulate_part<R, 1>(o, alpha, p, v, t0, t1, depth, d);
+// The same for all rows; a row's last key is before end(r). The values of one run of vectors stay in L1 meanwhile.
+template <int V, class End>
+INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int rows, int t0, End end, int depth, int d) {
+    int r = 0;
+    for (; r + 4 <= rows && WIDE; r += 4)
+        accumulate_part<4, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 3), depth, d);
+    for (; r + 2 <= rows; r += 2) accumulate_part<2, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 1), depth, d);
+    if (r < rows) accumulate_part<1, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r), depth, d);
 }
 
 // Merge the state (m, l, o) of a later split into (M, L, O); an untouched side has m = -inf.
@@ -694,12 +696,15 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 const float* qh = qf + (size_t)h * rows * depth;
                 float *oh = o + (size_t)h * rows * vdepth, *mh = m + h * rows, *lh = l + h * rows;
                 gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
-                gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
+                if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
+                else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
                 for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
                 for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
                 int r = 0;
-                for (; r + 2 <= rows; r += 2) scores<2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                if (r < rows) scores<1>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
 
                 for (r = 0; r < rows; r++) {
                     float* row = p + r * BLOCK;
@@ -730,11 +735,12 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                     mh[r] = now;
                     lh[r] = lh[r] * alpha[r] + sum_lanes(sum);
                 }
-                // Weights outside a row's own range are zero, so pairs may run over the union of their ranges.
-                const int t0 = first - b0;
-                for (r = 0; r + 2 <= rows; r += 2)
-                    accumulate<2>(oh + r * vdepth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r + 1) - b0, n), vdepth);
-                if (r < rows) accumulate<1>(oh + r * vdepth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r) - b0, n), vdepth);
+                // Weights outside a row's own range are zero, so neighbours may run over the union of their ranges.
+                auto end = [&](int r) { return std::min(last(r) - b0, n); };
+                int d = 0;
+                for (; rows == 1 && d + 8 * VL <= vdepth; d += 8 * VL) accumulate<8>(oh, alpha, p, values, 1, first - b0, end, vdepth, d);
+                for (; d + 4 * VL <= vdepth; d += 4 * VL) accumulate<4>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
+                for (; d < vdepth; d += VL) accumulate<1>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
             }
         }
         if (task.partial >= 0) {  // one split: its state goes to memory and is merged later in the same way
