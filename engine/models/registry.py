@@ -16,7 +16,7 @@ from typing import NoReturn
 from engine.config import StartupError
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
-from engine.models.spec import ModelSpec
+from engine.models.spec import Float8, ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
@@ -116,6 +116,8 @@ MODEL_TYPES = {
     "youtu": "YoutuForCausalLM",
 }
 
+# Rows or columns of a float8 matrix that share a scale, at most.
+MAX_BLOCK = 65536
 # How the names of classes for images and text end.
 WRAPPED = "ForConditionalGeneration"
 
@@ -155,7 +157,8 @@ def _read(fields: Fields) -> ModelSpec:
         return _read_text_part(fields, wrapper)
     architecture = _architecture_of(fields)
     spec = _read_family(FAMILIES[_with_head(architecture)], fields)
-    return dataclasses.replace(spec, architecture=architecture, headless=architecture.endswith("Model"))
+    headless = architecture.endswith("Model")
+    return dataclasses.replace(spec, architecture=architecture, headless=headless, float8=_float8_of(fields))
 
 
 def _read_family(name: str, fields: Fields) -> ModelSpec:
@@ -198,6 +201,7 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
         assumed=assumed,
         outside=spec.outside + OUTSIDE,
         text_only=True,
+        float8=_float8_of(fields) or _float8_of(text),
     )
 
 
@@ -248,10 +252,29 @@ def _refuse(fields: Fields, name: str) -> NoReturn:
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 
+def _float8_of(fields: Fields) -> Float8 | None:
+    """How a checkpoint of matrices in float8 has its scales; None where it is none. Raises StartupError."""
+    given = fields.raw("quantization_config")
+    if not isinstance(given, dict) or given.get("quant_method") != "fp8":
+        return None
+    scheme = fields.nested("quantization_config")
+    assert scheme is not None
+    if scheme.raw("fmt") not in (None, "e4m3", "float8_e4m3fn"):
+        scheme.fail("fmt", f"must be e4m3, not {show(scheme.raw('fmt'))}")
+    if scheme.has("expert_dtype") and scheme.raw("expert_dtype") != "fp8":
+        scheme.fail("expert_dtype", f"({show(scheme.raw('expert_dtype'))}) is not supported")
+    if not scheme.has("weight_block_size"):
+        return Float8(None)
+    block = scheme.integers("weight_block_size")
+    if len(block) != 2 or not all(1 <= size <= MAX_BLOCK for size in block):
+        scheme.fail("weight_block_size", f"must be two integers from 1 to {MAX_BLOCK}, not {show(list(block))}")
+    return Float8((block[0], block[1]))
+
+
 def _refuse_unknown(fields: Fields) -> None:
     """Refuse what changes the answer of any family and is not done here."""
     for name in ("quantization_config", "compression_config"):
-        if fields.has(name):
+        if fields.has(name) and (name == "compression_config" or _float8_of(fields) is None):
             scheme = fields.raw(name)
             if isinstance(scheme, dict):
                 parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))

@@ -277,6 +277,13 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Float8:
+    """Matrices of the checkpoint are float8 with scales. block: rows and columns that share one; None: all of them."""
+
+    block: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder-only model: embedding, layers, final norm, output layer.
 
@@ -287,7 +294,7 @@ class ModelSpec:
     the class, as `architectures` names it. headless: there is no output layer, so hidden states are all it gives.
     assumed: sizes that config.json does not name. outside: what names of tensors begin with (after a `model.` or not)
     that are not read: those of other inputs than text, and of layers that draft. text_only: it was made for other
-    inputs, too.
+    inputs, too. float8: how its checkpoint is quantised, None where it is not.
     """
 
     vocab_size: int
@@ -309,6 +316,7 @@ class ModelSpec:
     assumed: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     text_only: bool = False
+    float8: Float8 | None = None
 
     @property
     def num_layers(self) -> int:

@@ -49,7 +49,10 @@ MAX_SHARDS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: absolute byte offsets [begin, end) in `file`. transposed: columns by rows, a matrix's."""
+    """Where a tensor lies: absolute byte offsets [begin, end) in `file`. transposed: columns by rows, a matrix's.
+
+    scale, block: of a quantised matrix, see float8.py.
+    """
 
     file: Path
     dtype: str
@@ -57,6 +60,8 @@ class StoredTensor:
     begin: int
     end: int
     transposed: bool = False
+    scale: StoredTensor | None = None
+    block: tuple[int, int] | None = None
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -264,7 +269,7 @@ def check(
             )
             sizes = ", ".join(name for name in assumed if name != "tie_word_embeddings")
             hint = f"; config.json has no {sizes}: the defaults of the class count" if sizes else ""
-        elif tensor.dtype not in FLOATS:
+        elif tensor.dtype not in FLOATS and tensor.scale is None:
             problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {FLOATS} are read")
     problems += [
         f"{tensor.file.name}: tensor {name} is not part of the model"
