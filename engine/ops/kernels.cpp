@@ -497,7 +497,13 @@ struct Step {
     i64 rows, heads, kv_heads, D, V, k_stride, v_stride, page_size, window;
     float scale, softcap;
     const float* sinks;  // one more logit of each head, or null
+    bool chunks;         // a query sees its own block of `window` positions
 };
+// The first position that a query at `position` sees.
+INLINE int first_seen(const Step& s, int position) {
+    if (s.window <= 0) return 0;
+    return s.chunks ? position - position % (int)s.window : std::max<int>(0, position + 1 - (int)s.window);
+}
 struct Task {
     int row, head0, head1, q0, q1, split0, split1;  // kv heads [head0, head1) of queries [q0, q1)
     i64 partial;  // first partial row, -1 where the task writes the output itself
@@ -674,7 +680,7 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
         L[r] = 0;
     }
     auto last = [&](int r) { return position0 + task.q0 + r / G + 1; };
-    auto start = [&](int r) { return s.window > 0 ? std::max<int>(0, last(r) - (int)s.window) : 0; };
+    auto start = [&](int r) { return first_seen(s, last(r) - 1); };
     const int from = start(0), to = last(rows - 1);
     const bool few = rows <= 16;  // more rows use a block often enough to hide its latency
     // f32 keys and values are read in place where few rows use them.
@@ -769,8 +775,8 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
             if (n <= 0) continue;
             const int kv_len = (int)((s.kv_indptr[r + 1] - s.kv_indptr[r] - 1) * s.page_size + s.last_page_len[r]);
             for (int q0 = (n - 1) / span * span; q0 >= 0; q0 -= span) {
-                const int q1 = std::min(n, q0 + span), last = kv_len - n + q1, first = kv_len - n + q0 + 1;
-                body((int)r, q0, q1, s.window > 0 ? std::max<int>(0, first - (int)s.window) : 0, last);
+                const int q1 = std::min(n, q0 + span), last = kv_len - n + q1;
+                body((int)r, q0, q1, first_seen(s, kv_len - n + q0), last);
             }
         }
     };
@@ -1196,9 +1202,9 @@ struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
 };
 
 EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const void* k, int64_t ldk, const void* v, int64_t ldv, void* k_pool,
-                         void* v_pool, void* out, int64_t window, const float* sinks, const float* cos_sin, int64_t rot) {
+                         void* v_pool, void* out, int64_t window, int64_t chunks, const float* sinks, const float* cos_sin, int64_t rot) {
     Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows,      a->heads, a->kv_heads, a->head_dim,
-           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->scale, a->softcap,  sinks};
+           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->scale, a->softcap,  sinks,       chunks != 0};
     const int threads = (int)a->threads;
     BY_TYPE(a->type,
             write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (T*)k_pool, (T*)v_pool, cos_sin, rot,
