@@ -51,7 +51,8 @@ class RopeSpec:
 class NormSpec:
     """An RMS norm over the last dimension: x / sqrt(mean(x^2) + eps) * (offset + weight).
 
-    centered: x has its mean taken away first (LayerNorm). bias: is added at the end.
+    centered: x has its mean taken away first (LayerNorm). bias: is added at the end. weightless: the checkpoint has no
+    weight, which is 1.
     """
 
     name: str
@@ -59,14 +60,16 @@ class NormSpec:
     offset: float = 0.0
     centered: bool = False
     bias: bool = False
+    weightless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class QueryScale:
-    """Queries at position p are multiplied by 1 + beta ln(1 + floor(p / original_max_position))."""
+    """Queries at position p are multiplied by 1 + beta ln(1 + floor((p + offset) / original_max_position))."""
 
     beta: float
     original_max_position: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +77,12 @@ class GroupedQueryAttention:
     """Softmax attention with as many or fewer key and value heads than query heads; its memory is KV pages.
 
     scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included,
-    or None for all. softcap: c in c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope (or after
-    it: norm_after_rope), over each head or (norm_width full) over all heads at once. query_scale: None where queries
-    keep their size. qkv: one name where the checkpoint has them fused, else three. value_dim: of a head's value and
-    result, None where it is head_dim. sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's
-    softmax, which has no value. reads: the earlier layer whose keys and values it reads; it has none of its own.
+    or None for all (a Chunk of engine/groups.py: those of its block). softcap: c in c * tanh(x / c) on the scores, or
+    None. q_norm, k_norm: before the rope (or after it: norm_after_rope), over each head or (norm_width full) over all
+    heads at once. query_scale: None where queries keep their size. qkv: one name where the checkpoint has them fused,
+    else three. value_dim: of a head's value and result, None where it is head_dim. sinks: the tensor (its whole name;
+    [num_heads]) of one more logit in each head's softmax, which has no value. reads: the earlier layer whose keys and
+    values it reads; it has none of its own.
     """
 
     num_heads: int
@@ -229,7 +233,7 @@ class Experts:
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
     the other, it counts. shared: what every token goes through beside them. shared_gate: a projection to one number
-    whose sigmoid is the share of that.
+    whose sigmoid is the share of that. on_input: shares are factors on what experts read, not on what they give.
     """
 
     num_experts: int
@@ -242,6 +246,7 @@ class Experts:
     stacked: Literal["rows", "columns"] | None = None
     shared: Dense | None = None
     shared_gate: str | None = None
+    on_input: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""

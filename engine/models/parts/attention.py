@@ -23,7 +23,7 @@ from engine.ops.rope import apply_rope
 
 def query_factors(scale: QueryScale, positions: Tensor) -> Tensor:
     """[T] -> float32 [T, 1]."""
-    steps = torch.div(positions, scale.original_max_position, rounding_mode="floor")[:, None]
+    steps = torch.div(positions + scale.offset, scale.original_max_position, rounding_mode="floor")[:, None]
     return 1 + scale.beta * by_rows(torch.log1p, steps)
 
 
