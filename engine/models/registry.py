@@ -18,7 +18,7 @@ from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapp
 from engine.models.fields import Fields, show
 from engine.models.gguf.config import as_stored, model_fields
 from engine.models.gguf.reader import is_gguf, open_gguf
-from engine.models.spec import ModelSpec
+from engine.models.spec import Float8, ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
@@ -26,6 +26,8 @@ FAMILIES = {
     "ArceeForCausalLM": "arcee",
     "Cohere2ForCausalLM": "cohere2",
     "CohereForCausalLM": "cohere",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5ForCausalLM": "ernie4_5",
     "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
@@ -35,6 +37,7 @@ FAMILIES = {
     "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "GlmForCausalLM": "glm",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granite_moe",
@@ -42,10 +45,13 @@ FAMILIES = {
     "HYV3ForCausalLM": "hy_v3",
     "HunYuanDenseV1ForCausalLM": "hunyuan_dense",
     "HunYuanMoEV1ForCausalLM": "hunyuan_moe",
+    "Llama4ForCausalLM": "llama4",
     "LlamaForCausalLM": "llama",
+    "MiniCPM3ForCausalLM": "minicpm3",
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "Ministral3ForCausalLM": "ministral3",
     "MinistralForCausalLM": "mistral",
+    "Mistral4ForCausalLM": "mistral4",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
     "NemotronForCausalLM": "nemotron",
@@ -61,6 +67,7 @@ FAMILIES = {
     "SeedOssForCausalLM": "seed_oss",
     "SmolLM3ForCausalLM": "smollm3",
     "Starcoder2ForCausalLM": "starcoder2",
+    "YoutuForCausalLM": "youtu",
 }
 
 # `model_type` of config.json -> the class, as transformers' AutoModelForCausalLM has it.
@@ -69,6 +76,8 @@ MODEL_TYPES = {
     "arcee": "ArceeForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "dots1": "Dots1ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
@@ -79,6 +88,7 @@ MODEL_TYPES = {
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
@@ -86,10 +96,13 @@ MODEL_TYPES = {
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "hy_v3": "HYV3ForCausalLM",
     "llama": "LlamaForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "ministral": "MinistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "nemotron": "NemotronForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
@@ -104,8 +117,11 @@ MODEL_TYPES = {
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "youtu": "YoutuForCausalLM",
 }
 
+# Rows or columns of a float8 matrix that share a scale, at most.
+MAX_BLOCK = 65536
 # How the names of classes for images and text end.
 WRAPPED = "ForConditionalGeneration"
 
@@ -147,7 +163,8 @@ def _read(fields: Fields) -> ModelSpec:
         return _read_text_part(fields, wrapper)
     architecture = _architecture_of(fields)
     spec = _read_family(FAMILIES[_with_head(architecture)], fields)
-    return dataclasses.replace(spec, architecture=architecture, headless=architecture.endswith("Model"))
+    headless = architecture.endswith("Model")
+    return dataclasses.replace(spec, architecture=architecture, headless=headless, float8=_float8_of(fields))
 
 
 def _read_family(name: str, fields: Fields) -> ModelSpec:
@@ -190,6 +207,7 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
         assumed=assumed,
         outside=spec.outside + OUTSIDE,
         text_only=True,
+        float8=_float8_of(fields) or _float8_of(text),
     )
 
 
@@ -240,10 +258,29 @@ def _refuse(fields: Fields, name: str) -> NoReturn:
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 
+def _float8_of(fields: Fields) -> Float8 | None:
+    """How a checkpoint of matrices in float8 has its scales; None where it is none. Raises StartupError."""
+    given = fields.raw("quantization_config")
+    if not isinstance(given, dict) or given.get("quant_method") != "fp8":
+        return None
+    scheme = fields.nested("quantization_config")
+    assert scheme is not None
+    if scheme.raw("fmt") not in (None, "e4m3", "float8_e4m3fn"):
+        scheme.fail("fmt", f"must be e4m3, not {show(scheme.raw('fmt'))}")
+    if scheme.has("expert_dtype") and scheme.raw("expert_dtype") != "fp8":
+        scheme.fail("expert_dtype", f"({show(scheme.raw('expert_dtype'))}) is not supported")
+    if not scheme.has("weight_block_size"):
+        return Float8(None)
+    block = scheme.integers("weight_block_size")
+    if len(block) != 2 or not all(1 <= size <= MAX_BLOCK for size in block):
+        scheme.fail("weight_block_size", f"must be two integers from 1 to {MAX_BLOCK}, not {show(list(block))}")
+    return Float8((block[0], block[1]))
+
+
 def _refuse_unknown(fields: Fields) -> None:
     """Refuse what changes the answer of any family and is not done here."""
     for name in ("quantization_config", "compression_config"):
-        if fields.has(name):
+        if fields.has(name) and (name == "compression_config" or _float8_of(fields) is None):
             scheme = fields.raw(name)
             if isinstance(scheme, dict):
                 parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))

@@ -55,7 +55,8 @@ def make_checkpoint(
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config_class = getattr(transformers, family.replace("Gemma3", "Gemma3Text") + "Config")
+        text = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}.get(family, family)
+        config_class = getattr(transformers, text + "Config")
         config = config_class(**{**SIZES, **sizes})
         config._attn_implementation = "eager"
         model = getattr(transformers, family + "ForCausalLM")(config)

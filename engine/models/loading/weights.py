@@ -26,6 +26,7 @@ from engine.models.gguf.names import name_tensors
 from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
+from engine.models.loading.float8 import dequantised, with_scales
 from engine.models.parts.decoder import EMBEDDING, PREFIX
 from engine.models.spec import Experts, ModelSpec
 from engine.ops.linear import Linear
@@ -40,7 +41,14 @@ BLOCK_ELEMENTS = 64 * 1024
 # Random values that dummy weights repeat; a prime, so that rows of any length differ.
 DUMMY_BLOCK = 1_048_573
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 logger = logging.getLogger("oneloop.start")
 
@@ -181,7 +189,9 @@ class CheckpointWeights(Weights):
 
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]
-        if stored.shift:
+        if stored.scale is not None:
+            self._scale(destination, stored, stored.scale)
+        elif stored.shift:
             wide = torch.empty(destination.shape, dtype=torch.float32)
             self._fill(wide, name, stored)
             destination.copy_(wide.sub_(stored.shift))
@@ -234,6 +244,23 @@ class CheckpointWeights(Weights):
                 self._let_go(stored, stored.begin + given_back, stored.begin + done)
                 given_back = done
 
+    def _scale(self, destination: Tensor, stored: StoredTensor, scale: StoredTensor) -> None:
+        """A float8 matrix times its scales, whole rows of blocks at a time."""
+        count = math.prod(scale.shape)
+        scales = _view(self._files, scale, TORCH_DTYPES[scale.dtype], 0, count).to(torch.float32)
+        width = destination.shape[1]
+        high = stored.block[0] if stored.block is not None else 1
+        step = max(1, CHUNK_BYTES // 4 // (width * high)) * high
+        by_row = scales if count == 1 else scales.view(scale.shape)
+        for start in range(0, len(destination), step):
+            part = destination[start : start + step]
+            codes = _view(self._files, stored, TORCH_DTYPES[stored.dtype], start * width, part.numel()).view(-1, width)
+            own = by_row if count == 1 else by_row[start // high : (start + step) // high]
+            part.copy_(dequantised(codes, own, stored.block))
+            begin = stored.begin + start * width
+            del codes
+            self._let_go(stored, begin, begin + part.numel())
+
     def _let_go(self, stored: StoredTensor, begin: int, end: int) -> None:
         """Bytes [begin, end) of the file are done with."""
         self._files.release(stored.file, begin, end)
@@ -262,7 +289,10 @@ def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTens
         }
 
     # Before and after, for what is left out may stand under the prefix of a wrapper, too.
-    return _with_single_experts(inside(_with_our_names(inside(find_tensors(directory)))), spec)
+    found = inside(find_tensors(directory))
+    if spec.float8 is not None:
+        found = with_scales(found, spec.float8)
+    return _with_single_experts(inside(_with_our_names(found)), spec)
 
 
 def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:

@@ -16,10 +16,11 @@ from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
 from engine.models.parts.dense import Mlp, UngatedMlp
 from engine.models.parts.experts import make_experts
+from engine.models.parts.latent import Latent
 from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
-from engine.models.spec import Experts, LayerSpec, Mixer, ModelSpec, NormSpec, RopeSpec, Ungated
+from engine.models.spec import Experts, LatentAttention, LayerSpec, Mixer, ModelSpec, NormSpec, RopeSpec, Ungated
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
@@ -67,7 +68,12 @@ class Layer:
             return make_norm(spec, source, prefix, hidden_size) if spec is not None else None
 
         self.input_norm = norm(spec.mixer_norm) or NoNorm()
-        self.attention = Attention(spec.mixer, source, index, prefix, hidden_size)
+        mixer = spec.mixer
+        self.attention: Attention | Latent
+        if isinstance(mixer, LatentAttention):
+            self.attention = Latent(mixer, source, index, prefix, hidden_size)
+        else:
+            self.attention = Attention(mixer, source, index, prefix, hidden_size)
         self.attention_out_norm = norm(spec.mixer_out_norm)
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
         self.mlp: Callable[[Tensor | Normed], Tensor | Product]
@@ -90,6 +96,9 @@ def _attention_spec(spec: ModelSpec) -> AttentionSpec:
 
 def _layer_attention(mixer: Mixer) -> LayerAttention | None:
     """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
+    if isinstance(mixer, LatentAttention):
+        heads, width = mixer.num_heads, mixer.head_dim
+        return LayerAttention(heads, 1, width, mixer.latent_dim, mixer.scale, values_in_keys=True)
     return LayerAttention(
         mixer.num_heads,
         mixer.num_kv_heads,
