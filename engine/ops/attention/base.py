@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # A new backend is one file with a class `Backend` and one line here.
 BACKENDS = {
+    "packed": "engine.ops.attention.packed",
     "torch_paged": "engine.ops.attention.torch_paged",
 }
 
@@ -28,7 +29,8 @@ class AttentionSpec:
     """Shapes and variants of a model's attention.
 
     scale: on q k. window: one entry a layer, the tokens that a query sees (itself included) or None for all; None
-    when no layer has one. softcap: c in c * tanh(score / c), or None.
+    when no layer has one. softcap: c in c * tanh(score / c), or None. bidirectional: later tokens are seen, too, and
+    nothing is kept (backend packed); a window is then to either side.
     """
 
     num_layers: int
@@ -38,6 +40,7 @@ class AttentionSpec:
     scale: float
     window: tuple[int | None, ...] | None = None
     softcap: float | None = None
+    bidirectional: bool = False
 
     def kv_bytes_per_token(self, dtype: torch.dtype, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)) -> int:
         """Bytes of K and V of one token in the layers of one memory group, which are all where there is one."""
