@@ -162,6 +162,6 @@ def _put_through(head: Callable[[Tensor], Tensor], vectors: list[Tensor], indice
     if not indices:
         return
     parts = [vectors[index].view(-1, vectors[index].shape[-1]) for index in indices]
-    made = head(torch.cat(parts)).split([len(part) for part in parts])
+    made = head(torch.cat(parts)).split_with_sizes([len(part) for part in parts])
     for index, rows in zip(indices, made, strict=True):
         vectors[index] = rows.reshape(*vectors[index].shape[:-1], -1).clone()
