@@ -67,7 +67,8 @@ def name_tensors(spec: ModelSpec, model: GGUF) -> tuple[dict[str, Named], set[st
 def _pairs(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(the model's name, those that the file may have for it)."""
     yield "embed_tokens.weight", ("token_embd.weight",)
-    yield from _both(spec.final_norm.name, "output_norm")
+    if spec.final_norm is not None:
+        yield from _both(spec.final_norm.name, "output_norm")
     yield from _both("lm_head", "output")
     for index, layer in enumerate(spec.layers):
         for ours, theirs in _layer_pairs(layer):
