@@ -2,7 +2,8 @@
 
 Layers that see everything keep every page; layers with a window give pages back behind it. All groups have the same
 number of KV buffers, so a page has the same bytes in each of them and one pool serves all. A layer uses the buffer of
-its place in its group, with the page ids of its group's table. Imports nothing of ours.
+its place in its group, with the page ids of its group's table. Layers are counted here without those that keep no K
+and V of their own. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ WORTH_IT = 0.9
 class MemoryGroup:
     """window: tokens that a query of these layers sees at most, itself included; None: all.
 
-    layers: their indices in the model, in the order of their buffers; empty where one group has all layers.
+    layers: their indices, in the order of their buffers; empty where one group has all layers.
     """
 
     window: int | None = None
@@ -48,6 +49,8 @@ def plan_groups(windows: Sequence[int | None], max_model_len: int) -> tuple[Memo
     The size of a group is the one with which a sequence of max_model_len tokens holds least; a group with fewer layers
     than that leaves buffers unused.
     """
+    if not windows:
+        return (MemoryGroup(),)
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):
         kinds.setdefault(None if window is None or window >= max_model_len else window, []).append(layer)

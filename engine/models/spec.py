@@ -76,7 +76,9 @@ class GroupedQueryAttention:
     scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included,
     or None for all. softcap: c in c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope (or after
     it: norm_after_rope), over each head or (norm_width full) over all heads at once. query_scale: None where queries
-    keep their size. qkv: one name where the checkpoint has them fused, else three.
+    keep their size. qkv: one name where the checkpoint has them fused, else three. value_dim: of a head's value and
+    result, None where it is head_dim. sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's
+    softmax, which has no value. reads: the earlier layer whose keys and values it reads; it has none of its own.
     """
 
     num_heads: int
@@ -95,14 +97,20 @@ class GroupedQueryAttention:
     output_bias: bool = False
     qkv: tuple[str, ...] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
     output: str = "self_attn.o_proj"
+    value_dim: int | None = None
+    sinks: str | None = None
+    reads: int | None = None
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
-        return 2 * (self.num_heads + self.num_kv_heads) * self.head_dim * hidden_size
+        kv_heads, value_dim = 0 if self.reads is not None else self.num_kv_heads, self.value_dim or self.head_dim
+        return (self.num_heads + kv_heads) * (self.head_dim + value_dim) * hidden_size
 
 
-# What mixes the tokens of a sequence; latent attention, delta nets, state spaces and convolutions join here.
-Mixer = GroupedQueryAttention
+# What keeps keys and values in pages: each has a window, a rope and `reads`. Latent attention joins here.
+PagedMixer = GroupedQueryAttention
+# What mixes the tokens of a sequence; delta nets, state spaces and convolutions join here.
+Mixer = PagedMixer
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,8 +259,13 @@ class ModelSpec:
         return len(self.layers)
 
     @property
+    def paged(self) -> tuple[PagedMixer, ...]:
+        """Those of every layer that reads keys and values from pages."""
+        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, PagedMixer))
+
+    @property
     def attention(self) -> GroupedQueryAttention:
-        """Of the first layer that has one: heads, their size and scale are those of all."""
+        """Of the first layer that has one; others may differ in sizes, too."""
         return next(layer.mixer for layer in self.layers if isinstance(layer.mixer, GroupedQueryAttention))
 
     @property
@@ -269,19 +282,19 @@ class ModelSpec:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """One entry a layer: the tokens that a query sees, itself included, or None for all."""
-        return tuple(layer.mixer.window for layer in self.layers)
+        """One entry a layer that has pages of its own: the tokens that a query sees, itself included; None for all."""
+        return tuple(mixer.window for mixer in self.paged if mixer.reads is None)
 
     @property
     def longest_window(self) -> int | None:
-        """Tokens that a query sees at most, itself included; None where some layer sees all."""
+        """Tokens that a query sees at most, itself included; None where some layer sees all, or none has pages."""
         windows = [window for window in self.windows if window is not None]
-        return max(windows) if len(windows) == self.num_layers else None
+        return max(windows) if windows and len(windows) == len(self.windows) else None
 
     @property
     def ropes(self) -> tuple[RopeSpec, ...]:
         """Those there are, in the order in which layers have them."""
-        return tuple(dict.fromkeys(layer.mixer.rope for layer in self.layers if layer.mixer.rope is not None))
+        return tuple(dict.fromkeys(mixer.rope for mixer in self.paged if mixer.rope is not None))
 
     @property
     def experts(self) -> tuple[Experts, ...]:

@@ -11,14 +11,15 @@ from torch import Tensor
 from engine.ops import native
 
 
-def apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
-    """Turn q [T, Hq, D] and k [T, Hkv, D] in place.
+def apply_rope(q: Tensor, k: Tensor | None, cos_sin: Tensor, positions: Tensor) -> None:
+    """Turn q [T, Hq, D] and k [T, Hkv, D], if there is one, in place.
 
     cos_sin: float32 [max_position, rot], rot / 2 cosines and then as many sines; dimensions past rot stay.
     positions: int32 or int64 [T].
     """
     _rotate(q, cos_sin, positions)
-    _rotate(k, cos_sin, positions)
+    if k is not None:
+        _rotate(k, cos_sin, positions)
 
 
 def _rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:

@@ -19,8 +19,8 @@ from engine.models.parts.experts import make_experts
 from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
-from engine.models.spec import Experts, LayerSpec, ModelSpec, NormSpec, RopeSpec, Ungated
-from engine.ops.attention.base import AttentionBackend, AttentionSpec
+from engine.models.spec import Experts, LayerSpec, Mixer, ModelSpec, NormSpec, RopeSpec, Ungated
+from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
 
@@ -84,20 +84,22 @@ class Layer:
 
 
 def _attention_spec(spec: ModelSpec) -> AttentionSpec:
-    """What a backend must be built for; its layers differ in nothing but their window."""
-    first, windows = spec.attention, spec.windows
-    for layer in spec.layers:
-        same = (layer.mixer.num_heads, layer.mixer.num_kv_heads, layer.mixer.head_dim, layer.mixer.scale)
-        assert same == (first.num_heads, first.num_kv_heads, first.head_dim, first.scale)
-        assert layer.mixer.softcap == first.softcap
-    return AttentionSpec(
-        num_layers=spec.num_layers,
-        num_heads=first.num_heads,
-        num_kv_heads=first.num_kv_heads,
-        head_dim=first.head_dim,
-        scale=first.scale,
-        window=windows if any(windows) else None,
-        softcap=first.softcap,
+    """What a backend must be built for."""
+    return AttentionSpec(tuple(_layer_attention(layer.mixer) for layer in spec.layers))
+
+
+def _layer_attention(mixer: Mixer) -> LayerAttention | None:
+    """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
+    return LayerAttention(
+        mixer.num_heads,
+        mixer.num_kv_heads,
+        mixer.head_dim,
+        mixer.value_dim or mixer.head_dim,
+        mixer.scale,
+        mixer.window,
+        mixer.softcap,
+        sinks=mixer.sinks is not None,
+        reads=mixer.reads,
     )
 
 
