@@ -276,8 +276,10 @@ def build_cuda_executor(
             text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
         with starting("a first decode step fails", SMALLER):
-            ours, products = executor.choose_products()
-        row("products of 1 to 4 rows", f"{ours} of {products} by our kernel, the others by cuBLAS, as was quicker")
+            few, gated = executor.choose_products()
+        quicker = "by our kernel, the others by cuBLAS, as was quicker"
+        row("products of 1 to 4 rows", f"{few[0]} of {few[1]} {quicker}")
+        row("gate and up of prompts", f"{gated[0]} of {gated[1]} {quicker}")
         if cuda_graph == "start":
             executor.capture_at_start()
             row(
