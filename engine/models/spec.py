@@ -8,6 +8,7 @@ of ours and no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -79,6 +80,8 @@ class GroupedQueryAttention:
     keep their size. qkv: one name where the checkpoint has them fused, else three. value_dim: of a head's value and
     result, None where it is head_dim. sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's
     softmax, which has no value. reads: the earlier layer whose keys and values it reads; it has none of its own.
+    gated_queries: the projection to q gives every head its query and then a gate, by whose sigmoid its result is
+    multiplied.
     """
 
     num_heads: int
@@ -100,17 +103,130 @@ class GroupedQueryAttention:
     value_dim: int | None = None
     sinks: str | None = None
     reads: int | None = None
+    gated_queries: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         kv_heads, value_dim = 0 if self.reads is not None else self.num_kv_heads, self.value_dim or self.head_dim
-        return (self.num_heads + kv_heads) * (self.head_dim + value_dim) * hidden_size
+        gates = self.num_heads * self.head_dim if self.gated_queries else 0
+        return ((self.num_heads + kv_heads) * (self.head_dim + value_dim) + gates) * hidden_size
 
 
 # What keeps keys and values in pages: each has a window, a rope and `reads`. Latent attention joins here.
 PagedMixer = GroupedQueryAttention
-# What mixes the tokens of a sequence; delta nets, state spaces and convolutions join here.
-Mixer = PagedMixer
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor of a layer's recurrent state. wide: float32 whatever the model's dtype is."""
+
+    shape: tuple[int, ...]
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDelta:
+    """A gated delta net (arXiv 2412.06464): a short convolution and silu over q, k and v, the recurrence, a norm of every
+    head's result, gated by z, and a projection.
+
+    Key heads serve equal numbers of neighbouring heads. taps: tokens that the convolution sees. projections: to q, k and
+    v, to z, to b (the share of a token) and to a (its decay), or two where the checkpoint has, for one key head after
+    the other, q, k, v and z, and b and a. Names are under `linear_attn`.
+    """
+
+    num_key_heads: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    norm: NormSpec
+    projections: tuple[str, ...] = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_heads * self.value_dim
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees, and the matrix of every head."""
+        matrices = StateTensor((self.num_heads, self.key_dim, self.value_dim), wide=True)
+        return StateTensor((self.taps - 1, self.channels)), matrices
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        values = self.num_heads * self.value_dim
+        return (self.channels + 2 * values + 2 * self.num_heads) * hidden_size + self.channels * self.taps
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """out(c * convolution(b * x)) with b, c and x [hidden_size] from one projection; names are under `conv`."""
+
+    hidden_size: int
+    taps: int
+    bias: bool = False
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees."""
+        return (StateTensor((self.taps - 1, self.hidden_size)),)
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return 4 * hidden_size * hidden_size + hidden_size * self.taps
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2:
+    """A state space of scalar decays (arXiv 2405.21060): a short convolution and silu over x, B and C, the recurrence, a
+    gate, a norm, and a projection.
+
+    num_groups: of B and C, each for equal numbers of neighbouring heads. taps: tokens that the convolution sees. steps:
+    bounds of a token's step. norm: None where there is none; over each of norm_parts equal parts of the result, gated
+    before it, or after it (norm_first). multipliers: factors on the parts z, x, B, C and dt of what is projected.
+    name: of its tensors.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    taps: int
+    norm: NormSpec | None
+    norm_parts: int = 1
+    norm_first: bool = False
+    steps: tuple[float, float] = (0.0, math.inf)
+    conv_bias: bool = True
+    bias: bool = False
+    multipliers: tuple[float, ...] | None = None
+    name: str = "mamba"
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return self.inner_size + 2 * self.num_groups * self.state_size
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees, and the matrix of every head."""
+        matrices = StateTensor((self.num_heads, self.state_size, self.head_dim), wide=True)
+        return StateTensor((self.taps - 1, self.channels)), matrices
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        projected = self.inner_size + self.channels + self.num_heads
+        return (projected + self.inner_size) * hidden_size + self.channels * self.taps
+
+
+# What keeps a recurrent state: each has a `state`.
+StatefulMixer = GatedDelta | ShortConv | Mamba2
+# What mixes the tokens of a sequence.
+Mixer = PagedMixer | StatefulMixer
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +288,8 @@ class Experts:
 
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
-    the other, it counts. shared: what every token goes through beside them. shared_gate: a projection to one number
+    the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out, in].
+    shared: what every token goes through beside them. shared_gate: a projection to one number
     whose sigmoid is the share of that.
     """
 
@@ -184,6 +301,7 @@ class Experts:
     gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     down: str = "mlp.experts.{}.down_proj"
     stacked: Literal["rows", "columns"] | None = None
+    fused: str | None = None
     shared: Dense | None = None
     shared_gate: str | None = None
 
@@ -295,6 +413,15 @@ class ModelSpec:
     def ropes(self) -> tuple[RopeSpec, ...]:
         """Those there are, in the order in which layers have them."""
         return tuple(dict.fromkeys(mixer.rope for mixer in self.paged if mixer.rope is not None))
+
+    @property
+    def states(self) -> tuple[tuple[StateTensor, ...], ...]:
+        """One entry a layer: the tensors of its recurrent state, empty where it has none."""
+        return tuple(layer.mixer.state if isinstance(layer.mixer, StatefulMixer) else () for layer in self.layers)
+
+    @property
+    def has_state(self) -> bool:
+        return any(self.states)
 
     @property
     def experts(self) -> tuple[Experts, ...]:

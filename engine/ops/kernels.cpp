@@ -1205,8 +1205,9 @@ EXPORT void ol_recur(const Recurrence* r) {
 }
 
 EXPORT void ol_gate(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, void* out, int64_t rows, int64_t width,
-                    int64_t threads) {
-    BY_TYPE(type, gate((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads))
+                    int64_t silu, int64_t threads) {
+    BY_TYPE(type, if (silu) gate<T COMMA true>((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads);
+            else gate<T COMMA false>((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads))
 }
 
 EXPORT void ol_gated_norm(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, const float* weight, int64_t step,

@@ -210,9 +210,18 @@ def _chunk(
 
 def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
     """x sigmoid(gate), [T, width] each."""
+    return _gate(x, gate, silu=False)
+
+
+def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """x silu(gate), [T, width] each."""
+    return _gate(x, gate, silu=True)
+
+
+def _gate(x: Tensor, gate: Tensor, *, silu: bool) -> Tensor:
     found = _library(x)
     if found is None:
-        return (x.float() * by_rows(torch.sigmoid, gate)).to(x.dtype)
+        return (x.float() * by_rows(F.silu if silu else torch.sigmoid, gate)).to(x.dtype)
     library, code = found
     x, gate = _rows(x), _rows(gate)
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -224,6 +233,7 @@ def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
         gate.stride(0),
         out.data_ptr(),
         *x.shape,
+        silu,
         torch.get_num_threads(),
     )
     return out

@@ -68,8 +68,38 @@ SIGMOID = {
     "first_k_dense_replace": 1,
 }
 
+# Sizes of heads that no vector divides.
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+QWEN_NEXT_EXPERTS = {
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+LFM2_MOE = {
+    "layer_types": ["conv", "full_attention", "conv"],
+    "num_dense_layers": 1,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.7,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
+    "qwen3_next": ("Qwen3Next", {**DELTA, **QWEN_NEXT_EXPERTS}),
+    "qwen3_5": ("Qwen3_5", {**DELTA, "linear_num_value_heads": 3, "attention_bias": True}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **QWEN_NEXT_EXPERTS, "tie_word_embeddings": True}),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}),
+    "lfm2-bias": ("Lfm2", {"full_attn_idxs": [1], "conv_bias": True, "conv_L_cache": 5, "block_auto_adjust_ff_dim": False}),
+    "lfm2_moe": ("Lfm2Moe", LFM2_MOE),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-mha": ("Llama", {"num_key_value_heads": 6}),
     "llama-mqa": ("Llama", {"num_key_value_heads": 1}),

@@ -228,6 +228,8 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
             continue
         count, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
         inputs = 2 * inner // len(experts.gate_up)
+        if experts.fused is not None:
+            _split_fused(found, f"{PREFIX}layers.{index}.", experts, hidden)
         for template, out, into in (
             *((name, inputs, hidden) for name in experts.gate_up),
             (experts.down, hidden, inner),
@@ -254,6 +256,28 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
                     tensor.file, tensor.dtype, (out, into), begin, begin + size, transposed=way == "columns"
                 )
     return found
+
+
+def _split_fused(found: dict[str, StoredTensor], prefix: str, experts: Experts, hidden: int) -> None:
+    """Every expert's gate and up of the tensor that holds those of a layer, as tensors of their own; in place."""
+    name = f"{prefix}{experts.fused}"
+    name = name if name in found else f"{name}.weight"
+    tensor = found.get(name)
+    if tensor is None:
+        return
+    count, inner = experts.num_experts, experts.intermediate_size
+    if tensor.shape != (count, 2 * inner, hidden):
+        raise StartupError(
+            f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
+            f"{[count, 2 * inner, hidden]}"
+        )
+    del found[name]
+    size = (tensor.end - tensor.begin) // (2 * count)
+    for place, (number, template) in enumerate((n, each) for n in range(count) for each in experts.gate_up):
+        begin = tensor.begin + place * size
+        found[f"{prefix}{template.format(number)}.weight"] = StoredTensor(
+            tensor.file, tensor.dtype, (inner, hidden), begin, begin + size
+        )
 
 
 def _with_our_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

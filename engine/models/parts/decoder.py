@@ -17,9 +17,23 @@ from engine.models.parts.attention import Attention
 from engine.models.parts.dense import Mlp, UngatedMlp
 from engine.models.parts.experts import make_experts
 from engine.models.parts.norm import NoNorm, Norm, make_norm
+from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
-from engine.models.spec import Experts, LayerSpec, Mixer, ModelSpec, NormSpec, RopeSpec, Ungated
+from engine.models.spec import (
+    Experts,
+    GatedDelta,
+    LayerSpec,
+    Mamba2,
+    Mixer,
+    ModelSpec,
+    NormSpec,
+    PagedMixer,
+    RopeSpec,
+    ShortConv,
+    StatefulMixer,
+    Ungated,
+)
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
@@ -67,7 +81,7 @@ class Layer:
             return make_norm(spec, source, prefix, hidden_size) if spec is not None else None
 
         self.input_norm = norm(spec.mixer_norm) or NoNorm()
-        self.attention = Attention(spec.mixer, source, index, prefix, hidden_size)
+        self.attention = _make_mixer(spec.mixer, source, index, prefix, hidden_size)
         self.attention_out_norm = norm(spec.mixer_out_norm)
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
         self.mlp: Callable[[Tensor | Normed], Tensor | Product]
@@ -83,6 +97,19 @@ class Layer:
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
 
 
+def _make_mixer(
+    mixer: Mixer, source: Source, index: int, prefix: str, hidden_size: int
+) -> Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]:
+    """The part for it: of x, the layer's rope table, positions and where the step's memory is."""
+    if isinstance(mixer, GatedDelta):
+        return DeltaNet(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, ShortConv):
+        return ShortConvolution(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, Mamba2):
+        return Mamba(mixer, source, index, prefix, hidden_size)
+    return Attention(mixer, source, index, prefix, hidden_size)
+
+
 def _attention_spec(spec: ModelSpec) -> AttentionSpec:
     """What a backend must be built for."""
     return AttentionSpec(tuple(_layer_attention(layer.mixer) for layer in spec.layers))
@@ -90,6 +117,8 @@ def _attention_spec(spec: ModelSpec) -> AttentionSpec:
 
 def _layer_attention(mixer: Mixer) -> LayerAttention | None:
     """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
+    if isinstance(mixer, StatefulMixer):
+        return None
     return LayerAttention(
         mixer.num_heads,
         mixer.num_kv_heads,
@@ -130,7 +159,8 @@ class Decoder:
             tables[rope] = rope_table(rope, spec.max_position_embeddings, max_model_len, source.device)
         # Each layer with its rope table and the norm that follows it: its residual addition is part of that norm.
         following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
-        own = [tables[layer.mixer.rope] for layer in spec.layers]
+        mixers = [layer.mixer for layer in spec.layers]
+        own = [tables[mixer.rope if isinstance(mixer, PagedMixer) else None] for mixer in mixers]
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
