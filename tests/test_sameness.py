@@ -1,6 +1,6 @@
 """A request's tokens and log-probabilities are the same bits whatever surrounds it; nothing here is approximate.
 
-The whole engine (scheduler, executor, streams) runs the demo model and three random families under settings that
+The whole engine (scheduler, executor, streams) runs the demo model and four random families under settings that
 cover every pair of what the promise names: company, chunks, prefix cache, depth, retraction, threads, streaming.
 Without the native kernels (the fast mode where nothing is promised) greedy tokens still agree in float32.
 """
@@ -43,6 +43,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     # Windows in every other layer, soft caps, float32 norms, and a vocabulary that no vector length divides.
     "Gemma2": {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 24},
     "Mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 21},
+    # A recurrent state in two layers of three.
+    "Qwen3_5": {
+        "head_dim": 16,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 20,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    },
 }
 MODELS = ["demo", *FAMILIES]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -195,7 +204,10 @@ async def answers_of(model: CausalLM, dtype: torch.dtype, setting: Setting) -> d
     num_tokens = 64 * CONTEXT if setting.pool == "ample" else 256 if setting.company else 80
     num_pages = num_tokens // page_size
     max_num_seqs = COMPANY if setting.company else 4
-    limits = Limits(max_num_seqs, setting.budget(), CONTEXT, page_size, num_pages, model.config.vocab_size)
+    limits = Limits(
+        *(max_num_seqs, setting.budget(), CONTEXT, page_size, num_pages, model.config.vocab_size),
+        num_snapshots=40 if model.config.has_state else None,
+    )
     config = EngineConfig(
         cache=CacheOptions(page_size=page_size, enable_prefix_caching=setting.cache != "off"),
         scheduler=SchedulerOptions(

@@ -95,7 +95,10 @@ class _Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "step", "share", "rate", "step_bias", "skip", "states")),
         *((name, ctypes.c_void_p) for name in ("out", "slots", "indptr")),
         *((name, ctypes.c_int64) for name in ("ldq", "ldk", "ldv", "ld_step", "ld_share", "stride", "rows")),
-        *((name, ctypes.c_int64) for name in ("key_heads", "heads", "key_dim", "value_dim", "type", "delta", "threads")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("key_heads", "heads", "key_dim", "value_dim", "type", "delta", "threads")
+        ),
         *((name, ctypes.c_float) for name in ("scale", "least_step", "most_step")),
     ]
 
@@ -184,9 +187,7 @@ class Recurrence:
         return out.transpose(0, 1).reshape(v.shape).to(v.dtype)
 
 
-def _chunk(
-    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, share: Tensor, *, state: Tensor, delta: bool
-) -> Tensor:
+def _chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, share: Tensor, *, state: Tensor, delta: bool) -> Tensor:
     """A chunk of one sequence by matrix products: q, k, v [heads, n, dim], the rest [heads, n] -> [heads, n, value_dim].
 
     state [heads, key_dim, value_dim] is that before the chunk, and then that after it. The d of a delta net's tokens
@@ -239,9 +240,7 @@ def _gate(x: Tensor, gate: Tensor, *, silu: bool) -> Tensor:
     return out
 
 
-def gated_norm(
-    x: Tensor, gate: Tensor, weight: Tensor, eps: float, parts: int, *, gate_first: bool = False
-) -> Tensor:
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, parts: int, *, gate_first: bool = False) -> Tensor:
     """The RMS norm of each of `parts` parts of a row [T, width] and silu(gate): of the norm, or (gate_first) within it.
 
     weight: float32, of one part, or of a whole row.

@@ -98,7 +98,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_5": ("Qwen3_5", {**DELTA, "linear_num_value_heads": 3, "attention_bias": True}),
     "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **QWEN_NEXT_EXPERTS, "tie_word_embeddings": True}),
     "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}),
-    "lfm2-bias": ("Lfm2", {"full_attn_idxs": [1], "conv_bias": True, "conv_L_cache": 5, "block_auto_adjust_ff_dim": False}),
+    "lfm2-bias": (
+        "Lfm2",
+        {"full_attn_idxs": [1], "conv_bias": True, "conv_L_cache": 5, "block_auto_adjust_ff_dim": False},
+    ),
     "lfm2_moe": ("Lfm2Moe", LFM2_MOE),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-mha": ("Llama", {"num_key_value_heads": 6}),

@@ -39,7 +39,9 @@ def read_spec(fields: Fields) -> ModelSpec:
     if not kinds:
         attending = fields.integers("full_attn_idxs") if fields.has("full_attn_idxs") else range(shape.num_layers)
         kinds = tuple("full_attention" if layer in attending else "conv" for layer in range(shape.num_layers))
-    mlp = Dense(_inner_size(fields, shape), "silu", gate_up=("feed_forward.w1", "feed_forward.w3"), down="feed_forward.w2")
+    mlp = Dense(
+        _inner_size(fields, shape), "silu", gate_up=("feed_forward.w1", "feed_forward.w3"), down="feed_forward.w2"
+    )
     layers = short_conv_layers(fields, shape, kinds, [mlp] * shape.num_layers)
     return shape.model(layers, final_norm=shape.norm("embedding_norm"))
 

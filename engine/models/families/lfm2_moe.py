@@ -25,9 +25,7 @@ DEFAULTS = {
 def read_spec(fields: Fields) -> ModelSpec:
     fields = lfm2.renamed(fields, {"tie_embedding": "tie_word_embeddings"})
     shape = read_shape(fields, eps="norm_eps")
-    mlp = Dense(
-        shape.intermediate_size, "silu", gate_up=("feed_forward.w1", "feed_forward.w3"), down="feed_forward.w2"
-    )
+    mlp = Dense(shape.intermediate_size, "silu", gate_up=("feed_forward.w1", "feed_forward.w3"), down="feed_forward.w2")
     count, chosen = read_experts(fields, "num_experts", "num_local_experts")
     experts = Experts(
         count,
