@@ -126,12 +126,12 @@ class StateTensor:
 
 @dataclass(frozen=True, slots=True)
 class GatedDelta:
-    """A gated delta net (arXiv 2412.06464): a short convolution and silu over q, k and v, the recurrence, a norm of every
-    head's result, gated by z, and a projection.
+    """A gated delta net (arXiv 2412.06464): a short convolution and silu over q, k and v, the recurrence, a norm of
+    every head's result, gated by z, and a projection.
 
-    Key heads serve equal numbers of neighbouring heads. taps: tokens that the convolution sees. projections: to q, k and
-    v, to z, to b (the share of a token) and to a (its decay), or two where the checkpoint has, for one key head after
-    the other, q, k, v and z, and b and a. Names are under `linear_attn`.
+    Key heads serve equal numbers of neighbouring heads. taps: tokens that the convolution sees. projections: to q, k
+    and v, to z, to b (the share of a token) and to a (its decay), or two where the checkpoint has, for one key head
+    after the other, q, k, v and z, and b and a. Names are under `linear_attn`.
     """
 
     num_key_heads: int
@@ -179,8 +179,8 @@ class ShortConv:
 
 @dataclass(frozen=True, slots=True)
 class Mamba2:
-    """A state space of scalar decays (arXiv 2405.21060): a short convolution and silu over x, B and C, the recurrence, a
-    gate, a norm, and a projection.
+    """A state space of scalar decays (arXiv 2405.21060): a short convolution and silu over x, B and C, the recurrence,
+    a gate, a norm, and a projection.
 
     num_groups: of B and C, each for equal numbers of neighbouring heads. taps: tokens that the convolution sees. steps:
     bounds of a token's step. norm: None where there is none; over each of norm_parts equal parts of the result, gated
@@ -288,8 +288,8 @@ class Experts:
 
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
-    the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out, in].
-    shared: what every token goes through beside them. shared_gate: a projection to one number
+    the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out,
+    in]. shared: what every token goes through beside them. shared_gate: a projection to one number
     whose sigmoid is the share of that.
     """
 

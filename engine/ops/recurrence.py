@@ -107,9 +107,9 @@ class _Call(ctypes.Structure):
 class Recurrence:
     """S = decay S + k (x) d and o = S^T q for every head, S [key_dim, value_dim] in float32.
 
-    decay = exp(-rate * step), step = softplus(input + step_bias), within `steps`. delta (a gated delta net): q and k are
-    brought to length 1, q to 1 / sqrt(key_dim), and d = sigmoid(share) (v - decay S^T k). Else (a state space): d =
-    step * v, and skip * v is added to o. rate, step_bias, skip: float32 [heads]. Key heads serve equal numbers of
+    decay = exp(-rate * step), step = softplus(input + step_bias), within `steps`. delta (a gated delta net): q and k
+    are brought to length 1, q to 1 / sqrt(key_dim), and d = sigmoid(share) (v - decay S^T k). Else (a state space):
+    d = step * v, and skip * v is added to o. rate, step_bias, skip: float32 [heads]. Key heads serve equal numbers of
     neighbouring heads.
     """
 
@@ -188,7 +188,7 @@ class Recurrence:
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, share: Tensor, *, state: Tensor, delta: bool) -> Tensor:
-    """A chunk of one sequence by matrix products: q, k, v [heads, n, dim], the rest [heads, n] -> [heads, n, value_dim].
+    """A chunk of one sequence by matrix products: q, k, v [heads, n, dim], the rest [heads, n] -> [heads, n, dim] of v.
 
     state [heads, key_dim, value_dim] is that before the chunk, and then that after it. The d of a delta net's tokens
     depend on each other by a triangular system (the UT transform of arXiv 2406.06484).

@@ -19,8 +19,8 @@ from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.attention.base import create_backend
-from engine.ops.state import States
 from engine.ops.invariance import promise
+from engine.ops.state import States
 
 CPU = torch.device("cpu")
 _UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias")

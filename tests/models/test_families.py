@@ -92,7 +92,26 @@ LFM2_MOE = {
     "routed_scaling_factor": 1.7,
 }
 
+GRANITE_MAMBA = {
+    **GRANITE,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "shared_intermediate_size": 56,
+    "num_local_experts": 0,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 20,
+}
+GRANITE_MAMBA_GROUPS = {
+    "mamba_n_groups": 2,
+    "mamba_proj_bias": True,
+    "mamba_conv_bias": False,
+    "mamba_d_conv": 3,
+    "time_step_limit": [0.3, 0.9],
+    "num_local_experts": 5,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite-mamba": ("GraniteMoeHybrid", GRANITE_MAMBA),
+    "granite-mamba-groups": ("GraniteMoeHybrid", {**GRANITE_MAMBA, **GRANITE_MAMBA_GROUPS}),
     "llama": ("Llama", {}),
     "qwen3_next": ("Qwen3Next", {**DELTA, **QWEN_NEXT_EXPERTS}),
     "qwen3_5": ("Qwen3_5", {**DELTA, "linear_num_value_heads": 3, "attention_bias": True}),
