@@ -291,7 +291,8 @@ async def test_same_bits(name: str, dtype: str, checkpoints: dict[str, Path]) ->
         check_it_happened(setting, answers, has_state=model.config.has_state)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# A recurrence by torch's chunks takes its time; tests/ops compare it.
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "Qwen3_5"])
 async def test_fast_mode_has_the_same_greedy_tokens(name: str, checkpoints: dict[str, Path]) -> None:
     """torch's own kernels sum in orders that depend on the batch; float32 leaves greedy tokens as they are."""
     with native.disabled():

@@ -284,32 +284,39 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts, each a Dense of its own; a router chooses a few for every token.
+    """A mixture of experts, each a Dense (or, not gated, an Ungated) of its own; a router chooses a few for every token.
 
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
     the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out,
     in]. shared: what every token goes through beside them. shared_gate: a projection to one number
-    whose sigmoid is the share of that.
+    whose sigmoid is the share of that. latent_size: experts work in a smaller space, to and from which `latent` project
+    (with a bias: latent_bias).
     """
 
     num_experts: int
     num_experts_per_token: int
     intermediate_size: int
-    activation: GatedActivation
+    activation: GatedActivation | PlainActivation
     router: Router
     gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     down: str = "mlp.experts.{}.down_proj"
     stacked: Literal["rows", "columns"] | None = None
     fused: str | None = None
-    shared: Dense | None = None
+    gated: bool = True
+    shared: Dense | Ungated | None = None
     shared_gate: str | None = None
+    latent_size: int | None = None
+    latent: tuple[str, str] = ("", "")
+    latent_bias: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         shared = 0 if self.shared is None else self.shared.num_parameters(hidden_size)
         gate = 0 if self.shared_gate is None else hidden_size
-        return self.num_experts * hidden_size * (3 * self.intermediate_size + 1) + shared + gate
+        inputs, projections = self.latent_size or hidden_size, 2 * hidden_size * (self.latent_size or 0)
+        own = self.num_experts * inputs * (3 if self.gated else 2) * self.intermediate_size
+        return own + self.num_experts * hidden_size + projections + shared + gate
 
 
 FeedForward = Dense | Ungated | Experts
@@ -319,11 +326,13 @@ FeedForward = Dense | Ungated | Experts
 class LayerSpec:
     """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there.
 
+    One of the two may be missing; the norms of a feed-forward alone are those of the mixer that is not there.
+
     parallel: the feed-forward reads what the mixer reads, and both are added at once; it has no norms of its own.
     residual_scale: factor on what is added to x.
     """
 
-    mixer: Mixer
+    mixer: Mixer | None
     feed_forward: FeedForward | None
     mixer_norm: NormSpec | None = None
     mixer_out_norm: NormSpec | None = None
@@ -335,7 +344,7 @@ class LayerSpec:
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         feed_forward = self.feed_forward.num_parameters(hidden_size) if self.feed_forward is not None else 0
-        return self.mixer.num_parameters(hidden_size) + feed_forward
+        return feed_forward + (self.mixer.num_parameters(hidden_size) if self.mixer is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)

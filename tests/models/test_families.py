@@ -109,9 +109,33 @@ GRANITE_MAMBA_GROUPS = {
     "num_local_experts": 5,
 }
 
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    "head_dim": 12,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 10,
+    "ssm_state_size": 20,
+    "n_groups": 2,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "routed_scaling_factor": 1.7,
+}
+NEMOTRON_H_LATENT = {
+    "moe_latent_size": 20,
+    "n_group": 2,
+    "use_bias": True,
+    "mlp_bias": True,
+    "time_step_min": 0.4,
+    "tie_word_embeddings": True,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-mamba": ("GraniteMoeHybrid", GRANITE_MAMBA),
     "granite-mamba-groups": ("GraniteMoeHybrid", {**GRANITE_MAMBA, **GRANITE_MAMBA_GROUPS}),
+    "nemotron-h": ("NemotronH", NEMOTRON_H),
+    "nemotron-h-latent": ("NemotronH", {**NEMOTRON_H, **NEMOTRON_H_LATENT}),
     "llama": ("Llama", {}),
     "qwen3_next": ("Qwen3Next", {**DELTA, **QWEN_NEXT_EXPERTS}),
     "qwen3_5": ("Qwen3_5", {**DELTA, "linear_num_value_heads": 3, "attention_bias": True}),

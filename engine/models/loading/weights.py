@@ -37,6 +37,9 @@ TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 
 logger = logging.getLogger("oneloop.start")
 
+# What Nemotron-H calls its embedding.
+_EMBEDDINGS = re.compile(r"^((?:model|backbone)\.)embeddings\.weight$")
+
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
 
@@ -227,7 +230,8 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
         if not isinstance(experts, Experts) or experts.stacked is None:
             continue
         count, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
-        inputs = 2 * inner // len(experts.gate_up)
+        hidden = experts.latent_size or hidden
+        inputs = (2 if experts.gated else 1) * inner // len(experts.gate_up)
         if experts.fused is not None:
             _split_fused(found, f"{PREFIX}layers.{index}.", experts, hidden)
         for template, out, into in (
@@ -285,6 +289,7 @@ def _with_our_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]
     inside of another object has that one's name before them. The embedding, or else the layers, show the prefix.
     """
     name = EMBEDDING.removeprefix(PREFIX)
+    tensors = {_EMBEDDINGS.sub(r"\g<1>" + name, key): tensor for key, tensor in tensors.items()}
     found = {key.removesuffix(name) for key in tensors if f".{key}".endswith(f".{name}")}
     found = found or {match[1] for key in tensors if (match := re.match(r"((?:.*?\.)?)layers\.\d+\.", key))}
     if len(found) != 1 or found == {PREFIX}:

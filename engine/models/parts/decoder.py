@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
-from engine.models.parts.dense import Mlp, UngatedMlp
+from engine.models.parts.dense import make_mlp
 from engine.models.parts.experts import make_experts
 from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
@@ -22,6 +22,7 @@ from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
 from engine.models.spec import (
     Experts,
+    FeedForward,
     GatedDelta,
     LayerSpec,
     Mamba2,
@@ -32,7 +33,6 @@ from engine.models.spec import (
     RopeSpec,
     ShortConv,
     StatefulMixer,
-    Ungated,
 )
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
@@ -81,17 +81,18 @@ class Layer:
             return make_norm(spec, source, prefix, hidden_size) if spec is not None else None
 
         self.input_norm = norm(spec.mixer_norm) or NoNorm()
-        self.attention = _make_mixer(spec.mixer, source, index, prefix, hidden_size)
+        self.mlp: Callable[[Tensor | Normed], Tensor | Product] | None = None
+        self.attention: Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]
+        if spec.mixer is not None:
+            self.attention = _make_mixer(spec.mixer, source, index, prefix, hidden_size)
+            if spec.feed_forward is not None:
+                self.mlp = _make_feed_forward(spec.feed_forward, source, prefix, hidden_size)
+        else:
+            assert spec.feed_forward is not None, "a layer of nothing"
+            alone = _make_feed_forward(spec.feed_forward, source, prefix, hidden_size)
+            self.attention = lambda x, table, positions, attention: alone(x)
         self.attention_out_norm = norm(spec.mixer_out_norm)
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
-        self.mlp: Callable[[Tensor | Normed], Tensor | Product]
-        if isinstance(spec.feed_forward, Experts):
-            self.mlp = make_experts(spec.feed_forward, source, prefix, hidden_size)
-        elif isinstance(spec.feed_forward, Ungated):
-            self.mlp = UngatedMlp(spec.feed_forward, source, prefix, hidden_size)
-        else:
-            assert spec.feed_forward is not None, "a layer without a feed-forward has no part yet"
-            self.mlp = Mlp(spec.feed_forward, source, prefix, hidden_size)
         self.parallel = spec.parallel
         self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
@@ -110,14 +111,23 @@ def _make_mixer(
     return Attention(mixer, source, index, prefix, hidden_size)
 
 
+def _make_feed_forward(
+    spec: FeedForward, source: Source, prefix: str, hidden_size: int
+) -> Callable[[Tensor | Normed], Tensor | Product]:
+    """The part for it."""
+    if isinstance(spec, Experts):
+        return make_experts(spec, source, prefix, hidden_size)
+    return make_mlp(spec, source, prefix, hidden_size)
+
+
 def _attention_spec(spec: ModelSpec) -> AttentionSpec:
     """What a backend must be built for."""
     return AttentionSpec(tuple(_layer_attention(layer.mixer) for layer in spec.layers))
 
 
-def _layer_attention(mixer: Mixer) -> LayerAttention | None:
+def _layer_attention(mixer: Mixer | None) -> LayerAttention | None:
     """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
-    if isinstance(mixer, StatefulMixer):
+    if mixer is None or isinstance(mixer, StatefulMixer):
         return None
     return LayerAttention(
         mixer.num_heads,
@@ -186,6 +196,7 @@ class Decoder:
         x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
             if layer.parallel:
+                assert layer.mlp is not None
                 y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(x)))
                 x, residual = following.add(y, residual)
                 continue
@@ -194,6 +205,9 @@ class Decoder:
                 y = layer.attention_out_norm(y)
             if layer.residual_scale is not None:
                 y = computed(y) * layer.residual_scale
+            if layer.mlp is None:
+                x, residual = following.add(y, residual)
+                continue
             x, residual = layer.mlp_norm.add(y, residual)
             y = layer.mlp(x)
             if layer.mlp_out_norm is not None:
@@ -206,7 +220,7 @@ class Decoder:
     def name_layers(self, range_of: RangeOf) -> None:
         """See CausalLM. Costs nothing until it is called."""
         for index, layer in enumerate(self._layers):
-            for part in ("attention", "mlp"):
+            for part in ("attention", "mlp") if layer.mlp is not None else ("attention",):
                 setattr(layer, part, in_range(getattr(layer, part), f"layer {index} {part}", range_of))
 
     def logits(self, hidden: Tensor) -> Tensor:

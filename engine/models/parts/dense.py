@@ -16,6 +16,13 @@ from engine.ops.linear import Linear, Product
 from engine.ops.norm import Normed
 
 
+def make_mlp(
+    spec: Dense | Ungated, source: Source, prefix: str, hidden_size: int
+) -> Callable[[Tensor | Normed], Tensor | Product]:
+    """The one that `spec` describes. prefix: of its tensors."""
+    return (UngatedMlp if isinstance(spec, Ungated) else Mlp)(spec, source, prefix, hidden_size)  # type: ignore[arg-type]
+
+
 class Mlp:
     """down(act(gate(x)) * up(x)), gate and up in one product."""
 
