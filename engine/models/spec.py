@@ -199,6 +199,7 @@ class Mamba2:
     steps: tuple[float, float] = (0.0, math.inf)
     conv_bias: bool = True
     bias: bool = False
+    output_bias: bool = False
     multipliers: tuple[float, ...] | None = None
     name: str = "mamba"
 
@@ -225,19 +226,38 @@ class Mamba2:
 
 # What keeps a recurrent state: each has a `state`.
 StatefulMixer = GatedDelta | ShortConv | Mamba2
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Mixers that read the same, times input_scales, and whose results are added up, times output_scales. At most one
+    has keys and values, and one a state."""
+
+    mixers: tuple[PagedMixer | StatefulMixer, ...]
+    input_scales: tuple[float, ...]
+    output_scales: tuple[float, ...]
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return sum(mixer.num_parameters(hidden_size) for mixer in self.mixers)
+
+
 # What mixes the tokens of a sequence.
-Mixer = PagedMixer | StatefulMixer
+Mixer = PagedMixer | StatefulMixer | SideBySide
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two."""
+    """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two. gate_scale,
+    down_scale: factors on what gate and down give."""
 
     intermediate_size: int
     activation: GatedActivation
     bias: bool = False
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    gate_scale: float = 1.0
+    down_scale: float = 1.0
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -284,7 +304,7 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts, each a Dense (or, not gated, an Ungated) of its own; a router chooses a few for every token.
+    """A mixture of experts, each a Dense (not gated: an Ungated) of its own; a router chooses a few for every token.
 
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
@@ -341,6 +361,20 @@ class LayerSpec:
     parallel: bool = False
     residual_scale: float = 1.0
 
+    @property
+    def paged(self) -> PagedMixer | None:
+        """What in it keeps, or reads, keys and values."""
+        return next((mixer for mixer in self._mixers if isinstance(mixer, PagedMixer)), None)
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tensors of its recurrent state, empty where it has none."""
+        return next((mixer.state for mixer in self._mixers if isinstance(mixer, StatefulMixer)), ())
+
+    @property
+    def _mixers(self) -> tuple[Mixer | None, ...]:
+        return self.mixer.mixers if isinstance(self.mixer, SideBySide) else (self.mixer,)
+
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         feed_forward = self.feed_forward.num_parameters(hidden_size) if self.feed_forward is not None else 0
@@ -388,24 +422,24 @@ class ModelSpec:
     @property
     def paged(self) -> tuple[PagedMixer, ...]:
         """Those of every layer that reads keys and values from pages."""
-        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, PagedMixer))
+        return tuple(layer.paged for layer in self.layers if layer.paged is not None)
 
     @property
-    def attention(self) -> GroupedQueryAttention:
+    def attention(self) -> PagedMixer | None:
         """Of the first layer that has one; others may differ in sizes, too."""
-        return next(layer.mixer for layer in self.layers if isinstance(layer.mixer, GroupedQueryAttention))
+        return next(iter(self.paged), None)
 
     @property
     def num_heads(self) -> int:
-        return self.attention.num_heads
+        return self.attention.num_heads if self.attention is not None else 0
 
     @property
     def num_kv_heads(self) -> int:
-        return self.attention.num_kv_heads
+        return self.attention.num_kv_heads if self.attention is not None else 0
 
     @property
     def head_dim(self) -> int:
-        return self.attention.head_dim
+        return self.attention.head_dim if self.attention is not None else 0
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -426,7 +460,7 @@ class ModelSpec:
     @property
     def states(self) -> tuple[tuple[StateTensor, ...], ...]:
         """One entry a layer: the tensors of its recurrent state, empty where it has none."""
-        return tuple(layer.mixer.state if isinstance(layer.mixer, StatefulMixer) else () for layer in self.layers)
+        return tuple(layer.state for layer in self.layers)
 
     @property
     def has_state(self) -> bool:

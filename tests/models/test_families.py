@@ -131,11 +131,38 @@ NEMOTRON_H_LATENT = {
     "tie_word_embeddings": True,
 }
 
+FALCON_H1 = {
+    "mamba_d_ssm": 80,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 20,
+    "mlp_multipliers": [0.8, 1.3],
+    "ssm_multipliers": [0.9, 1.2, 0.7, 1.1, 1.4],
+    "key_multiplier": 0.6,
+    "attention_in_multiplier": 0.9,
+    "attention_out_multiplier": 1.2,
+    "ssm_in_multiplier": 1.1,
+    "ssm_out_multiplier": 0.7,
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.4,
+}
+FALCON_H1_NORM = {
+    "mamba_d_ssm": 96,
+    "mamba_rms_norm": True,
+    "mamba_norm_before_gate": False,
+    "mamba_proj_bias": True,
+    "projectors_bias": False,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "granite-mamba": ("GraniteMoeHybrid", GRANITE_MAMBA),
     "granite-mamba-groups": ("GraniteMoeHybrid", {**GRANITE_MAMBA, **GRANITE_MAMBA_GROUPS}),
     "nemotron-h": ("NemotronH", NEMOTRON_H),
     "nemotron-h-latent": ("NemotronH", {**NEMOTRON_H, **NEMOTRON_H_LATENT}),
+    "falcon-h1": ("FalconH1", FALCON_H1),
+    "falcon-h1-norm": ("FalconH1", {**FALCON_H1, **FALCON_H1_NORM}),
     "llama": ("Llama", {}),
     "qwen3_next": ("Qwen3Next", {**DELTA, **QWEN_NEXT_EXPERTS}),
     "qwen3_5": ("Qwen3_5", {**DELTA, "linear_num_value_heads": 3, "attention_bias": True}),

@@ -33,7 +33,7 @@ def read_mamba(fields: Fields, inner_size: int, norm: NormSpec | None, activatio
         norm_parts=groups,
         steps=_read_steps(fields),
         conv_bias=fields.flag("mamba_conv_bias", True),
-        **{"bias": fields.flag("mamba_proj_bias"), **given},
+        **{"bias": fields.flag("mamba_proj_bias"), "output_bias": fields.flag("mamba_proj_bias"), **given},
     )
 
 

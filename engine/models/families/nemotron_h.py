@@ -147,5 +147,6 @@ def _read_mamba(fields: Fields, shape: Shape) -> Mamba2:
         steps=(fields.number("time_step_min", minimum=0.0), math.inf),
         conv_bias=fields.flag("use_conv_bias"),
         bias=fields.flag("use_bias"),
+        output_bias=fields.flag("use_bias"),
         name="mixer",
     )

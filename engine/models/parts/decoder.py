@@ -32,7 +32,7 @@ from engine.models.spec import (
     PagedMixer,
     RopeSpec,
     ShortConv,
-    StatefulMixer,
+    SideBySide,
 )
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
@@ -102,6 +102,9 @@ def _make_mixer(
     mixer: Mixer, source: Source, index: int, prefix: str, hidden_size: int
 ) -> Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]:
     """The part for it: of x, the layer's rope table, positions and where the step's memory is."""
+    if isinstance(mixer, SideBySide):
+        parts = [_make_mixer(each, source, index, prefix, hidden_size) for each in mixer.mixers]
+        return Together(parts, mixer)
     if isinstance(mixer, GatedDelta):
         return DeltaNet(mixer, source, index, prefix, hidden_size)
     if isinstance(mixer, ShortConv):
@@ -109,6 +112,31 @@ def _make_mixer(
     if isinstance(mixer, Mamba2):
         return Mamba(mixer, source, index, prefix, hidden_size)
     return Attention(mixer, source, index, prefix, hidden_size)
+
+
+class Together:
+    """Mixers side by side, see SideBySide."""
+
+    def __init__(
+        self,
+        parts: list[Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]],
+        spec: SideBySide,
+    ) -> None:
+        self._parts = list(zip(parts, spec.input_scales, spec.output_scales, strict=True))
+
+    def __call__(
+        self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        x = plain(x)
+        results = [
+            computed(part(x * before if before != 1.0 else x, table, positions, attention)) * after
+            for part, before, after in self._parts
+        ]
+        total = results[0]
+        for result in results[1:]:
+            total = total.add_(result)
+        return total
 
 
 def _make_feed_forward(
@@ -122,12 +150,12 @@ def _make_feed_forward(
 
 def _attention_spec(spec: ModelSpec) -> AttentionSpec:
     """What a backend must be built for."""
-    return AttentionSpec(tuple(_layer_attention(layer.mixer) for layer in spec.layers))
+    return AttentionSpec(tuple(_layer_attention(layer.paged) for layer in spec.layers))
 
 
-def _layer_attention(mixer: Mixer | None) -> LayerAttention | None:
+def _layer_attention(mixer: PagedMixer | None) -> LayerAttention | None:
     """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
-    if mixer is None or isinstance(mixer, StatefulMixer):
+    if mixer is None:
         return None
     return LayerAttention(
         mixer.num_heads,
@@ -169,8 +197,7 @@ class Decoder:
             tables[rope] = rope_table(rope, spec.max_position_embeddings, max_model_len, source.device)
         # Each layer with its rope table and the norm that follows it: its residual addition is part of that norm.
         following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
-        mixers = [layer.mixer for layer in spec.layers]
-        own = [tables[mixer.rope if isinstance(mixer, PagedMixer) else None] for mixer in mixers]
+        own = [tables[layer.paged.rope if layer.paged is not None else None] for layer in spec.layers]
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears

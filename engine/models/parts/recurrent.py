@@ -146,7 +146,7 @@ class Mamba:
         self._norm: Tensor | None = None
         if spec.norm is not None:
             self._norm = source.tensor(f"{prefix}{spec.norm.name}.weight", (inner,), torch.float32)
-        self._output = source.linear([f"{prefix}out_proj"], [hidden_size], inner, bias=spec.bias)
+        self._output = source.linear([f"{prefix}out_proj"], [hidden_size], inner, bias=spec.output_bias)
 
     def __call__(
         self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
