@@ -8,6 +8,7 @@ of ours and no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,7 +85,8 @@ class GroupedQueryAttention:
     head or (norm_width full) over all heads at once. query_scale: None where queries keep their size. qkv: one name
     where the checkpoint has them fused, else three. value_dim: of a head's value and result, None where it is head_dim.
     sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's softmax, which has no value.
-    reads: the earlier layer whose keys and values it reads; it has none of its own.
+    reads: the earlier layer whose keys and values it reads; it has none of its own. gated_queries: the projection to q
+    gives every head its query and then a gate, by whose sigmoid its result is multiplied.
     """
 
     num_heads: int
@@ -107,11 +109,13 @@ class GroupedQueryAttention:
     value_dim: int | None = None
     sinks: str | None = None
     reads: int | None = None
+    gated_queries: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         kv_heads, value_dim = 0 if self.reads is not None else self.num_kv_heads, self.value_dim or self.head_dim
-        return (self.num_heads + kv_heads) * (self.head_dim + value_dim) * hidden_size
+        gates = self.num_heads * self.head_dim if self.gated_queries else 0
+        return ((self.num_heads + kv_heads) * (self.head_dim + value_dim) + gates) * hidden_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,15 +175,144 @@ class LatentAttention:
 
 # What keeps keys and values in pages: each has a window, a rope and `reads`.
 PagedMixer = GroupedQueryAttention | LatentAttention
-# What mixes the tokens of a sequence; delta nets, state spaces and convolutions join here.
-Mixer = PagedMixer
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor of a layer's recurrent state. wide: float32 whatever the model's dtype is."""
+
+    shape: tuple[int, ...]
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDelta:
+    """A gated delta net (arXiv 2412.06464): a short convolution and silu over q, k and v, the recurrence, a norm of
+    every head's result, gated by z, and a projection.
+
+    Key heads serve equal numbers of neighbouring heads. taps: tokens that the convolution sees. projections: to q, k
+    and v, to z, to b (the share of a token) and to a (its decay), or two where the checkpoint has, for one key head
+    after the other, q, k, v and z, and b and a. Names are under `linear_attn`.
+    """
+
+    num_key_heads: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    norm: NormSpec
+    projections: tuple[str, ...] = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_heads * self.value_dim
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees, and the matrix of every head."""
+        matrices = StateTensor((self.num_heads, self.key_dim, self.value_dim), wide=True)
+        return StateTensor((self.taps - 1, self.channels)), matrices
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        values = self.num_heads * self.value_dim
+        return (self.channels + 2 * values + 2 * self.num_heads) * hidden_size + self.channels * self.taps
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """out(c * convolution(b * x)) with b, c and x [hidden_size] from one projection; names are under `conv`."""
+
+    hidden_size: int
+    taps: int
+    bias: bool = False
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees."""
+        return (StateTensor((self.taps - 1, self.hidden_size)),)
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return 4 * hidden_size * hidden_size + hidden_size * self.taps
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2:
+    """A state space of scalar decays (arXiv 2405.21060): a short convolution and silu over x, B and C, the recurrence,
+    a gate, a norm, and a projection.
+
+    num_groups: of B and C, each for equal numbers of neighbouring heads. taps: tokens that the convolution sees. steps:
+    bounds of a token's step. norm: None where there is none; over each of norm_parts equal parts of the result, gated
+    before it, or after it (norm_first). multipliers: factors on the parts z, x, B, C and dt of what is projected.
+    name: of its tensors.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    taps: int
+    norm: NormSpec | None
+    norm_parts: int = 1
+    norm_first: bool = False
+    steps: tuple[float, float] = (0.0, math.inf)
+    conv_bias: bool = True
+    bias: bool = False
+    output_bias: bool = False
+    multipliers: tuple[float, ...] | None = None
+    name: str = "mamba"
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return self.inner_size + 2 * self.num_groups * self.state_size
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees, and the matrix of every head."""
+        matrices = StateTensor((self.num_heads, self.state_size, self.head_dim), wide=True)
+        return StateTensor((self.taps - 1, self.channels)), matrices
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        projected = self.inner_size + self.channels + self.num_heads
+        return (projected + self.inner_size) * hidden_size + self.channels * self.taps
+
+
+# What keeps a recurrent state: each has a `state`.
+StatefulMixer = GatedDelta | ShortConv | Mamba2
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Mixers that read the same, times input_scales, and whose results are added up, times output_scales. At most one
+    has keys and values, and one a state."""
+
+    mixers: tuple[PagedMixer | StatefulMixer, ...]
+    input_scales: tuple[float, ...]
+    output_scales: tuple[float, ...]
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return sum(mixer.num_parameters(hidden_size) for mixer in self.mixers)
+
+
+# What mixes the tokens of a sequence.
+Mixer = PagedMixer | StatefulMixer | SideBySide
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
     """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two.
 
-    up_first: so are the fused rows. down_bias: what `bias` does not say of the last product alone.
+    up_first: so are the fused rows. down_bias: what `bias` does not say of the last product alone. gate_scale,
+    down_scale: factors on what gate and down give.
     """
 
     intermediate_size: int
@@ -189,6 +322,8 @@ class Dense:
     down_bias: bool = False
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    gate_scale: float = 1.0
+    down_scale: float = 1.0
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -236,31 +371,40 @@ class Router:
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts, each a Dense of its own; a router chooses a few for every token.
+    """A mixture of experts, each a Dense (not gated: an Ungated) of its own; a router chooses a few for every token.
 
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
-    the other, it counts. shared: what every token goes through beside them. shared_gate: a projection to one number
-    whose sigmoid is the share of that. on_input: shares are factors on what experts read, not on what they give.
+    the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out,
+    in]. shared: what every token goes through beside them. shared_gate: a projection to one number whose sigmoid is the
+    share of that. on_input: shares are factors on what experts read, not on what they give. latent_size: experts work
+    in a smaller space, to and from which `latent` project (with a bias: latent_bias).
     """
 
     num_experts: int
     num_experts_per_token: int
     intermediate_size: int
-    activation: GatedActivation
+    activation: GatedActivation | PlainActivation
     router: Router
     gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     down: str = "mlp.experts.{}.down_proj"
     stacked: Literal["rows", "columns"] | None = None
-    shared: Dense | None = None
+    fused: str | None = None
+    gated: bool = True
+    shared: Dense | Ungated | None = None
     shared_gate: str | None = None
     on_input: bool = False
+    latent_size: int | None = None
+    latent: tuple[str, str] = ("", "")
+    latent_bias: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         shared = 0 if self.shared is None else self.shared.num_parameters(hidden_size)
         gate = 0 if self.shared_gate is None else hidden_size
-        return self.num_experts * hidden_size * (3 * self.intermediate_size + 1) + shared + gate
+        inputs, projections = self.latent_size or hidden_size, 2 * hidden_size * (self.latent_size or 0)
+        own = self.num_experts * inputs * (3 if self.gated else 2) * self.intermediate_size
+        return own + self.num_experts * hidden_size + projections + shared + gate
 
 
 FeedForward = Dense | Ungated | Experts
@@ -270,11 +414,13 @@ FeedForward = Dense | Ungated | Experts
 class LayerSpec:
     """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there.
 
+    One of the two may be missing; the norms of a feed-forward alone are those of the mixer that is not there.
+
     parallel: the feed-forward reads what the mixer reads, and both are added at once; it has no norms of its own.
     residual_scale: factor on what is added to x. post_norm: the out norms are of the sums: x = out_norm(x + mixer(x)).
     """
 
-    mixer: Mixer
+    mixer: Mixer | None
     feed_forward: FeedForward | None
     mixer_norm: NormSpec | None = None
     mixer_out_norm: NormSpec | None = None
@@ -284,10 +430,24 @@ class LayerSpec:
     residual_scale: float = 1.0
     post_norm: bool = False
 
+    @property
+    def paged(self) -> PagedMixer | None:
+        """What in it keeps, or reads, keys and values."""
+        return next((mixer for mixer in self._mixers if isinstance(mixer, PagedMixer)), None)
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tensors of its recurrent state, empty where it has none."""
+        return next((mixer.state for mixer in self._mixers if isinstance(mixer, StatefulMixer)), ())
+
+    @property
+    def _mixers(self) -> tuple[Mixer | None, ...]:
+        return self.mixer.mixers if isinstance(self.mixer, SideBySide) else (self.mixer,)
+
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         feed_forward = self.feed_forward.num_parameters(hidden_size) if self.feed_forward is not None else 0
-        return self.mixer.num_parameters(hidden_size) + feed_forward
+        return feed_forward + (self.mixer.num_parameters(hidden_size) if self.mixer is not None else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -397,24 +557,24 @@ class ModelSpec:
     @property
     def paged(self) -> tuple[PagedMixer, ...]:
         """Those of every layer that reads keys and values from pages."""
-        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, PagedMixer))
+        return tuple(layer.paged for layer in self.layers if layer.paged is not None)
 
     @property
-    def attention(self) -> PagedMixer:
+    def attention(self) -> PagedMixer | None:
         """Of the first layer that has one; others may differ in sizes, too."""
-        return self.paged[0]
+        return next(iter(self.paged), None)
 
     @property
     def num_heads(self) -> int:
-        return self.attention.num_heads
+        return self.attention.num_heads if self.attention is not None else 0
 
     @property
     def num_kv_heads(self) -> int:
-        return self.attention.num_kv_heads
+        return self.attention.num_kv_heads if self.attention is not None else 0
 
     @property
     def head_dim(self) -> int:
-        return self.attention.head_dim
+        return self.attention.head_dim if self.attention is not None else 0
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -431,6 +591,15 @@ class ModelSpec:
     def ropes(self) -> tuple[RopeSpec, ...]:
         """Those there are, in the order in which layers have them."""
         return tuple(dict.fromkeys(mixer.rope for mixer in self.paged if mixer.rope is not None))
+
+    @property
+    def states(self) -> tuple[tuple[StateTensor, ...], ...]:
+        """One entry a layer: the tensors of its recurrent state, empty where it has none."""
+        return tuple(layer.state for layer in self.layers)
+
+    @property
+    def has_state(self) -> bool:
+        return any(self.states)
 
     @property
     def experts(self) -> tuple[Experts, ...]:

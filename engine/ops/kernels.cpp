@@ -1120,6 +1120,8 @@ int32_t rank_row(const float* x, i64 V, float value) {
     return rank;
 }
 
+#include "kernels_state.h"
+
 }  // namespace
 
 // ---------------------------------------------------------------- the C ABI
@@ -1216,6 +1218,33 @@ EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const voi
             write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (T*)k_pool, (T*)v_pool, cos_sin, rot,
                      a->positions, threads);
             attend(s, (const T*)q, ldq, (T*)out, (const T*)k_pool, (const T*)v_pool, threads))
+}
+
+EXPORT void ol_convolve(int64_t type, const void* x, int64_t ldx, void* out, void* states, int64_t stride, const float* weight,
+                        const float* bias, int64_t taps, int64_t C, const int32_t* slots, const int32_t* indptr, int64_t rows, int64_t silu,
+                        int64_t threads) {
+    BY_TYPE(type, if (silu) convolve<T COMMA true>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, rows,
+                                                   (int)threads);
+            else convolve<T COMMA false>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, rows,
+                                         (int)threads))
+}
+
+EXPORT void ol_recur(const Recurrence* r) {
+    BY_TYPE(r->type, if (r->delta) recur<T COMMA true>(*r); else recur<T COMMA false>(*r))
+}
+
+EXPORT void ol_gate(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, void* out, int64_t rows, int64_t width,
+                    int64_t silu, int64_t threads) {
+    BY_TYPE(type, if (silu) gate<T COMMA true>((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads);
+            else gate<T COMMA false>((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads))
+}
+
+EXPORT void ol_gated_norm(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, const float* weight, int64_t step,
+                          void* out, int64_t rows, int64_t parts, int64_t width, float eps, int64_t gate_first, int64_t threads) {
+    BY_TYPE(type, if (gate_first) gated_norm<T COMMA true>((const T*)x, ldx, (const T*)gates, ldg, weight, step, (T*)out, rows, parts, width,
+                                                           eps, (int)threads);
+            else gated_norm<T COMMA false>((const T*)x, ldx, (const T*)gates, ldg, weight, step, (T*)out, rows, parts, width, eps,
+                                           (int)threads))
 }
 
 EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params, const int32_t* positions, int32_t* out, int64_t threads) {

@@ -52,6 +52,9 @@ TORCH_DTYPES = {
 
 logger = logging.getLogger("oneloop.start")
 
+# What Nemotron-H calls its embedding.
+_EMBEDDINGS = re.compile(r"^((?:model|backbone)\.)embeddings\.weight$")
+
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
 
@@ -332,7 +335,10 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
         if not isinstance(experts, Experts) or experts.stacked is None:
             continue
         count, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
-        inputs = 2 * inner // len(experts.gate_up)
+        hidden = experts.latent_size or hidden
+        inputs = (2 if experts.gated else 1) * inner // len(experts.gate_up)
+        if experts.fused is not None:
+            _split_fused(found, f"{PREFIX}layers.{index}.", experts, hidden)
         for template, out, into in (
             *((name, inputs, hidden) for name in experts.gate_up),
             (experts.down, hidden, inner),
@@ -361,11 +367,34 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
     return found
 
 
+def _split_fused(found: dict[str, StoredTensor], prefix: str, experts: Experts, hidden: int) -> None:
+    """Every expert's gate and up of the tensor that holds those of a layer, as tensors of their own; in place."""
+    name = f"{prefix}{experts.fused}"
+    name = name if name in found else f"{name}.weight"
+    tensor = found.get(name)
+    if tensor is None:
+        return
+    count, inner = experts.num_experts, experts.intermediate_size
+    if tensor.shape != (count, 2 * inner, hidden):
+        raise StartupError(
+            f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
+            f"{[count, 2 * inner, hidden]}"
+        )
+    del found[name]
+    size = (tensor.end - tensor.begin) // (2 * count)
+    for place, (number, template) in enumerate((n, each) for n in range(count) for each in experts.gate_up):
+        begin = tensor.begin + place * size
+        found[f"{prefix}{template.format(number)}.weight"] = StoredTensor(
+            tensor.file, tensor.dtype, (inner, hidden), begin, begin + size
+        )
+
+
 def _with_our_names(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
     """A model saved without its output layer has no `model.` before its names (Qwen3-Embedding is one); one saved from
     inside of another object has that one's name before them. The embedding, or else the layers, show the prefix.
     """
     name = embedding_name(spec).removeprefix(PREFIX)
+    tensors = {_EMBEDDINGS.sub(r"\g<1>" + name, key): tensor for key, tensor in tensors.items()}
     found = {key.removesuffix(name) for key in tensors if f".{key}".endswith(f".{name}")}
     layer = re.escape(spec.layer_names).replace(r"\{\}", r"\d+")
     found = found or {match[1] for key in tensors if (match := re.match(rf"((?:.*?\.)?){layer}", key))}

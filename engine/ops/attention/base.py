@@ -17,6 +17,7 @@ from engine.groups import Chunk, MemoryGroup, num_buffers, places_of
 
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
+    from engine.ops.state import States
 
 # A new backend is one file with a class `Backend` and one line here.
 BACKENDS = {
@@ -123,7 +124,12 @@ class AttentionSpec:
 
 
 class AttentionBackend(Protocol):
-    """Paged attention over pools of num_pages + 1 pages, K and V, per layer that has memory of its own."""
+    """Paged attention over pools of num_pages + 1 pages, K and V, per layer that has memory of its own.
+
+    states: where layers with a recurrent state find it, for the backend is what they are handed; None where none has.
+    """
+
+    states: States | None
 
     def release(self) -> None:
         """Give the pools' memory back."""

@@ -21,6 +21,7 @@ from engine.ops.rope import apply_rope
 
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
+    from engine.ops.state import States
 
 # The kernel keeps the scales of one task's rows on its stack.
 MAX_GROUP = 128
@@ -106,6 +107,7 @@ class Backend:
         groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
     ) -> None:
         self.spec = spec
+        self.states: States | None = None
         self.page_size = page_size
         self._widths, self._places_of_owners = self._lay_out(groups)
         self._num_pages = num_pages
