@@ -262,7 +262,7 @@ def _read_message(message: Any, where: str, newest: bool) -> dict[str, Any]:
 
 
 def _read_thoughts(content: list[Any], read: dict[str, Any]) -> list[Any]:
-    """The parts of an answer that are its text. Thoughts, as Mistral's API writes them, go into the message's reasoning;
+    """The parts of an answer that are its text. Thoughts, as Mistral's API writes them, become the reasoning;
     its calls over again, as frameworks keep them for Anthropic's API, are dropped."""
     rest: list[Any] = []
     thoughts: list[str] = []
