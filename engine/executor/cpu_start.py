@@ -157,14 +157,16 @@ def plan_memory(
     """
     per_page = spec.kv_bytes_per_token(dtype, groups) * cache.page_size
     free = available_memory()
+    useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * pages_held(groups, max_model_len, cache.page_size)
     if cache.num_pages is not None:
         num_pages = cache.num_pages
+    elif per_page == 0:  # no layer keeps K and V
+        num_pages = useful
     elif cache.kv_cache_bytes is not None:
         num_pages = cache.kv_cache_bytes // per_page - 1  # page 0 is nobody's
     elif cache.memory_fraction is not None:
         num_pages = int(free * cache.memory_fraction) // per_page - 1
     else:
-        useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * pages_held(groups, max_model_len, cache.page_size)
         num_pages = min(int(free * DEFAULT_MEMORY_SHARE) // per_page - 1, useful)
     if num_pages < 1:
         raise StartupError(f"the KV cache would hold no page: one of {cache.page_size} tokens takes {per_page:,} bytes")

@@ -205,7 +205,7 @@ def test_worker_without_a_loop(make: MakeDriver, model: CausalLM) -> None:
     assert asyncio.run(driver.wait(handle))[0] >= 0
 
 
-SIZES = AttentionSpec(num_layers=2, num_heads=2, num_kv_heads=2, head_dim=64, scale=1.0)
+SIZES = AttentionSpec.alike(num_layers=2, num_heads=2, num_kv_heads=2, head_dim=64, scale=1.0)
 PER_PAGE = 2 * 2 * 2 * 64 * 2 * 16
 
 

@@ -64,6 +64,7 @@ WRAPPERS = {
     "glm4v_moe": Wrapper("Glm4vMoe", "glm4v_moe_text"),
     "idefics3": Wrapper("Idefics3", "llama", {"rms_norm_eps": 1e-05}),
     "internvl": Wrapper("InternVL", "qwen2", ties=True),
+    "llama4": Wrapper("Llama4", "llama4_text"),
     "llava": Wrapper("Llava", "llama"),
     "llava_next": Wrapper("LlavaNext", "llama"),
     "llava_onevision": Wrapper("LlavaOnevision", "qwen2"),
