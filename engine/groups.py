@@ -2,7 +2,8 @@
 
 Layers that see everything keep every page; layers with a window give pages back behind it. All groups have the same
 number of KV buffers, so a page has the same bytes in each of them and one pool serves all. A layer uses the buffer of
-its place in its group, with the page ids of its group's table. Imports nothing of ours.
+its place in its group, with the page ids of its group's table. Layers are counted here without those that keep no K
+and V of their own. Imports nothing of ours.
 """
 
 from __future__ import annotations
@@ -17,11 +18,27 @@ MAX_GROUPS = 8
 WORTH_IT = 0.9
 
 
+class Chunk(int):
+    """The length of a window that does not glide: a query sees what its own block of so many tokens has before it.
+
+    Everywhere a length as others are; but no glided window equals it.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chunk) and int(self) == int(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((Chunk, int(self)))
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
     """window: tokens that a query of these layers sees at most, itself included; None: all.
 
-    layers: their indices in the model, in the order of their buffers; empty where one group has all layers.
+    layers: their indices, in the order of their buffers; empty where one group has all layers.
     """
 
     window: int | None = None
@@ -29,6 +46,8 @@ class MemoryGroup:
 
     def behind(self, num_tokens: int, page_size: int) -> int:
         """Pages at the front of a sequence that no query at index num_tokens, or later, reads."""
+        if isinstance(self.window, Chunk):
+            return num_tokens // self.window * self.window // page_size
         return 0 if self.window is None else max(0, num_tokens - self.window + 1) // page_size
 
     def most_pages(self, page_size: int) -> int:
@@ -39,7 +58,10 @@ class MemoryGroup:
 
 def one_group(windows: Sequence[int | None]) -> tuple[MemoryGroup, ...]:
     """All layers on one table, for devices that know no other: pages go back once every layer has left them."""
-    return (MemoryGroup(None if None in windows else max((window or 0 for window in windows), default=None)),)
+    if len(set(windows)) == 1:
+        return (MemoryGroup(windows[0]),)
+    # A gliding window reaches back at least as far as a block of its length.
+    return (MemoryGroup(None if None in windows else max((int(window or 0) for window in windows), default=None)),)
 
 
 def plan_groups(windows: Sequence[int | None], max_model_len: int) -> tuple[MemoryGroup, ...]:
@@ -48,6 +70,8 @@ def plan_groups(windows: Sequence[int | None], max_model_len: int) -> tuple[Memo
     The size of a group is the one with which a sequence of max_model_len tokens holds least; a group with fewer layers
     than that leaves buffers unused.
     """
+    if not windows:
+        return (MemoryGroup(),)
     kinds: dict[int | None, list[int]] = {}
     for layer, window in enumerate(windows):
         kinds.setdefault(None if window is None or window >= max_model_len else window, []).append(layer)

@@ -43,15 +43,16 @@ def kernels_of(spec: Any, dtype: Any, kv_dtype: Any, arch: str = "9.0a", page_si
 
     from engine.ops.attention.flashinfer import CUDA_CORE_GROUPS, DTYPES, HEAD_DIMS, XQA_GROUPS, XQA_PAGE_SIZES
 
-    if dtype not in DTYPES or spec.head_dim not in HEAD_DIMS:
+    shape = spec.common
+    if shape is None or dtype not in DTYPES or shape.head_dim not in HEAD_DIMS:
         return []
     found: list[Any] = []
-    group = spec.num_heads // spec.num_kv_heads
-    capped = spec.softcap is not None
-    for window in dict.fromkeys(spec.window or (None,)):
+    group = shape.num_heads // shape.num_kv_heads
+    capped = shape.softcap is not None
+    for window in dict.fromkeys(layer.window for layer in spec.attending.values()):
         windowed = window is not None
         types = (dtype, kv_dtype, dtype, torch.int32)
-        rest = (spec.head_dim, spec.head_dim, 0, windowed, capped)
+        rest = (shape.head_dim, shape.head_dim, 0, windowed, capped)
         if kv_dtype == dtype and arch == "9.0a":
             found.append(modules.gen_batch_prefill_module("fa3", *types, *rest, False))
         # Beside fa3 for decode rows that XQA has not, and what they decode by on tensor cores.
@@ -60,7 +61,7 @@ def kernels_of(spec: Any, dtype: Any, kv_dtype: Any, arch: str = "9.0a", page_si
             found.append(modules.gen_batch_decode_module(*types, *rest))
         has_xqa = group in XQA_GROUPS and page_size in XQA_PAGE_SIZES and not capped
         if has_xqa and arch not in WITHOUT_XQA:
-            found.append(gen_xqa_module(dtype, kv_dtype, page_size, spec.head_dim, group, windowed, dtype))
+            found.append(gen_xqa_module(dtype, kv_dtype, page_size, shape.head_dim, group, windowed, dtype))
     return list({each.name: each for each in found}.values())
 
 

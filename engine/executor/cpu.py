@@ -21,12 +21,14 @@ from torch import Tensor
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
+from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
-from engine.ops.pooling import Pooler, pooled_chunks
 from engine.ops.sampling.extras import SlotExtras
 from engine.ops.sampling.sampler import sample
+from engine.ops.state import States, StateSpec
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,18 @@ logger = logging.getLogger(__name__)
 class Model(Protocol):
     """What is needed of a CausalLM; and its attention_spec, where no backend is given."""
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor: ...
+    @property
+    def config(self) -> ModelSpec: ...
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def classify(self, hidden: Tensor) -> Tensor: ...
+
+    def project(self, vectors: Tensor) -> Tensor: ...
 
 
 class CPUStepHandle:
@@ -83,7 +94,8 @@ class CPUExecutor:
     """An `Executor` around a model in host memory.
 
     attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec
-    and `dtype`, the model's. load: reads the model from a directory, None for where `model` came from.
+    and `dtype`, the model's. Where limits.num_snapshots is one, the model has recurrent states (model.config.states).
+    load: reads the model from a directory, None for where `model` came from.
     """
 
     def __init__(
@@ -99,14 +111,18 @@ class CPUExecutor:
             assert dtype is not None, "the cache needs a dtype"
             spec: AttentionSpec = model.attention_spec  # type: ignore[attr-defined]
             attention = create_backend(
-                "torch_paged",
+                "packed" if spec.bidirectional else "torch_paged",
                 spec,
                 num_pages=limits.num_pages,
                 page_size=limits.page_size,
                 dtype=dtype,
                 groups=limits.groups,
             )
-        assert limits.num_snapshots is None, "this executor keeps no recurrent states"
+        self._states: States | None = None
+        if limits.num_snapshots is not None:
+            assert dtype is not None, "states need a dtype"
+            states: StateSpec = model.config.states  # type: ignore[attr-defined]
+            self._states = attention.states = States(states, limits, dtype, torch.device("cpu"))
         self.limits = limits
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self._model: Model | None = model
@@ -150,6 +166,8 @@ class CPUExecutor:
             self._reader()  # or it would never wake up
             self._model = None
         self._attention.release()
+        if self._states is not None:
+            self._states.release()
 
     def wake_up(self, directory: Path | None = None) -> None:
         """See Executor."""
@@ -157,6 +175,8 @@ class CPUExecutor:
         if self._model is None:
             self._model = self._reader()(directory)
         self._attention.allocate()
+        if self._states is not None:
+            self._states.allocate()
 
     def load_weights(self, directory: Path) -> None:
         """See Executor. Old and new weights are in memory for a while."""
@@ -173,7 +193,7 @@ class CPUExecutor:
             self._closed = True
             self._queue.put(None)
         self._worker.join()
-        self._model = self._attention = None
+        self._model = self._attention = self._states = None
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -194,6 +214,8 @@ class CPUExecutor:
         extras = self._extras
         if step.num_sampling_diffs:
             extras.apply(step)
+        if self._states is not None:
+            self._states.begin(step)
         rows, tokens = step.num_rows, step.num_tokens
         chosen = np.full(rows, -1, np.int32)
         if tokens == 0:
@@ -207,12 +229,15 @@ class CPUExecutor:
         decode = ids[: step.num_decode_rows]
         np.copyto(decode, self._last_token[slots[: step.num_decode_rows]], where=decode == FUTURE_TOKEN)
         attention.plan(*self._metadata.of_groups)
-        hidden = model.forward(self._token_tensor[:tokens], torch.from_numpy(metadata.positions), attention)
+        chunks = pooled_chunks(step)
+        types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
+        positions_of_tokens = torch.from_numpy(metadata.positions)
+        hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)
-        if step.pooled:
-            vectors = self._pooler.run(pooled_chunks(step), hidden, model.logits)
+        if chunks:
+            vectors = self._pooler.run(chunks, hidden, model)
             output.pooled = [vector.numpy() for vector in vectors]
 
         sampling_rows = np.flatnonzero(staging.row_samples[:rows])

@@ -36,7 +36,7 @@ def choose_attention(
     """
     found = set()
     for window in attention.choices():
-        layers = [index for index, each in enumerate(attention.windows) if each == window][:LAYERS]
+        layers = [index for index, each in attention.windows.items() if each == window][:LAYERS]
         for size in (size for size in sizes if size <= MOST_ROWS):
             try:
                 trial = _Trial(attention, window, size, width_of, min(CONTEXT, context), layer)
@@ -68,8 +68,8 @@ class _Trial:
     ) -> None:
         page_size, most = attention.page_size, attention.num_pages
         self.layer = layer
-        spec = attention.spec
-        self.q = layer.zeros((size, spec.num_heads, spec.head_dim), attention.dtype)
+        shape = attention.shape
+        self.q = layer.zeros((size, shape.num_heads, shape.head_dim), attention.dtype)
         count = min(-(-context // page_size), most)
         context = min(context, count * page_size)
         pages = torch.arange(size * count, dtype=torch.int32) % most + 1

@@ -44,7 +44,7 @@ class _Cut(StepAttention):
         self._cut, self._out = cut, pieces.out[:size]
         self.layers: list[int] = []
 
-    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
         self.layers.append(layer)
         self._cut()
         return self._out
@@ -68,13 +68,16 @@ class Pieces:
     def __init__(
         self, model: CausalLM, layer: DeviceLayer, attention: DeviceAttention, limits: Limits, *, enabled: bool
     ) -> None:
-        self._all = [size for size in SIZES if size <= limits.max_num_batched_tokens] if enabled else []
+        # Where layers differ, no one buffer fits what their attentions read and write.
+        shape = model.attention_spec.common
+        usable = enabled and shape is not None
+        self._all = [size for size in SIZES if size <= limits.max_num_batched_tokens] if usable else []
         self.sizes = list(self._all)
         self._layer, self._attention = layer, attention
         self._chains: dict[int, Chain] = {}
         self._seen: set[int] = set()
-        most, spec = max(self.sizes, default=0), model.attention_spec
-        heads = (most, spec.num_heads, spec.head_dim)
+        most = max(self.sizes, default=0)
+        heads = (most, 0, 0) if shape is None else (most, shape.num_heads, shape.head_dim)
         # Token ids, positions and cells, each of as many as the step's size.
         self._inputs = layer.zeros((3 * most,), torch.int32)
         # Zeros, and later what other steps have left: rows of padding are computed with the others.

@@ -45,6 +45,11 @@ def start(given: Start) -> CUDAExecutor:
     config, report = given.config, given.report
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
+    if given.spec.has_state:
+        raise StartupError(
+            f"{given.spec.architecture} has layers with a recurrent state, which are served on the CPU alone so far: "
+            "--device cpu"
+        )
     if config.num_threads is not None:
         raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
     if config.cuda.kernels is not None:
@@ -143,8 +148,12 @@ def has_flashinfer() -> bool:
 
 
 def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
-    """FlashInfer where it is installed, else torch. options: num_pages, page_size, dtype, kv_dtype."""
-    if module is None and not (layer.device.type == "cuda" and has_flashinfer()):
+    """FlashInfer where it is installed and all layers are of one plain shape, else torch.
+
+    options: num_pages, page_size, dtype, kv_dtype.
+    """
+    alike = model.attention_spec.common is not None
+    if not alike or (module is None and not (layer.device.type == "cuda" and has_flashinfer())):
         return DeviceAttention(model.attention_spec, device=layer.device, **options)
     from engine.ops.attention.flashinfer import Backend
 
@@ -266,12 +275,16 @@ def build_cuda_executor(
                 executor.decode_once()
                 executor.choose_attention()
         text = attention.describe()
-        if module is None and not has_flashinfer():
+        if model.attention_spec.common is None:
+            text += ", for layers that differ in more than their window, or have sinks"
+        elif module is None and not has_flashinfer():
             text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
         with starting("a first decode step fails", SMALLER):
-            ours, products = executor.choose_products()
-        row("products of 1 to 4 rows", f"{ours} of {products} by our kernel, the others by cuBLAS, as was quicker")
+            few, gated = executor.choose_products()
+        quicker = "by our kernel, the others by cuBLAS, as was quicker"
+        row("products of 1 to 4 rows", f"{few[0]} of {few[1]} {quicker}")
+        row("gate and up of prompts", f"{gated[0]} of {gated[1]} {quicker}")
         if cuda_graph == "start":
             executor.capture_at_start()
             row(

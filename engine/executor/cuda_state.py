@@ -20,11 +20,12 @@ from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
 from engine.executor.cuda_pieces import Pieces
+from engine.executor.pooling import Pooler
 from engine.executor.tables import SlotTables
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
-from engine.ops.pooling import Pooler
+from engine.ops.gated import Tile
 from engine.ops.sampling.device_extras import DeviceExtras
 from engine.ops.sampling.layout import WORDS
 from engine.ops.skinny import Blocks
@@ -69,7 +70,7 @@ class DeviceState:
         self._lost: DeviceLostError | None = None
         self._closed = False
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._few: list[dict[int, Blocks]] = []
+        self._faster: list[tuple[dict[int, Blocks], Tile | None]] = []
         # Held while memory moves, on another thread: no graph may be captured meanwhile.
         self._moving = threading.Lock()
 

@@ -1,7 +1,8 @@
 """Which families there are, and which of them a directory's config.json is of.
 
 A new model is one file in families/ with `read_spec(fields) -> ModelSpec` and the DEFAULTS of its class, one line in
-FAMILIES and one in MODEL_TYPES. Called once at start by the composition root. Imports no torch.
+FAMILIES and one in MODEL_TYPES (of an encoder: ENCODERS and ENCODER_TYPES). Called once at start by the composition
+root. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.config import StartupError
+from engine.models.families.classifiers import REWARD, TEXTS, TOKENS, read_classifier
+from engine.models.families.encoders import both_ways
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
 from engine.models.gguf.config import as_stored, model_fields
 from engine.models.gguf.reader import is_gguf, open_gguf
-from engine.models.spec import ModelSpec
+from engine.models.spec import Float8, ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
@@ -26,15 +29,19 @@ FAMILIES = {
     "ArceeForCausalLM": "arcee",
     "Cohere2ForCausalLM": "cohere2",
     "CohereForCausalLM": "cohere",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5ForCausalLM": "ernie4_5",
     "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
     "Exaone4ForCausalLM": "exaone4",
+    "FalconH1ForCausalLM": "falcon_h1",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "GlmForCausalLM": "glm",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granite_moe",
@@ -42,13 +49,19 @@ FAMILIES = {
     "HYV3ForCausalLM": "hy_v3",
     "HunYuanDenseV1ForCausalLM": "hunyuan_dense",
     "HunYuanMoEV1ForCausalLM": "hunyuan_moe",
+    "Lfm2ForCausalLM": "lfm2",
+    "Lfm2MoeForCausalLM": "lfm2_moe",
+    "Llama4ForCausalLM": "llama4",
     "LlamaForCausalLM": "llama",
+    "MiniCPM3ForCausalLM": "minicpm3",
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "Ministral3ForCausalLM": "ministral3",
     "MinistralForCausalLM": "mistral",
+    "Mistral4ForCausalLM": "mistral4",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
     "NemotronForCausalLM": "nemotron",
+    "NemotronHForCausalLM": "nemotron_h",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
     "OlmoeForCausalLM": "olmoe",
@@ -58,9 +71,13 @@ FAMILIES = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForCausalLM": "qwen3_5",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe",
     "SeedOssForCausalLM": "seed_oss",
     "SmolLM3ForCausalLM": "smollm3",
     "Starcoder2ForCausalLM": "starcoder2",
+    "YoutuForCausalLM": "youtu",
 }
 
 # `model_type` of config.json -> the class, as transformers' AutoModelForCausalLM has it.
@@ -69,29 +86,39 @@ MODEL_TYPES = {
     "arcee": "ArceeForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "dots1": "Dots1ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "hy_v3": "HYV3ForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
     "llama": "LlamaForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "ministral": "MinistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "nemotron": "NemotronForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
     "olmoe": "OlmoeForCausalLM",
@@ -100,12 +127,45 @@ MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "youtu": "YoutuForCausalLM",
 }
 
+# Rows or columns of a float8 matrix that share a scale, at most.
+MAX_BLOCK = 65536
+# The same for encoders, by the name of the class without what it is for.
+ENCODERS = {
+    "Bert": "bert",
+    "Camembert": "roberta",
+    "DistilBert": "distilbert",
+    "EuroBert": "eurobert",
+    "Gte": "gte",
+    "ModernBert": "modernbert",
+    "New": "gte",
+    "NomicBert": "nomic_bert",
+    "Roberta": "roberta",
+    "XLMRoberta": "roberta",
+}
+ENCODER_TYPES = {
+    "bert": "Bert",
+    "camembert": "Camembert",
+    "distilbert": "DistilBert",
+    "eurobert": "EuroBert",
+    "gte": "Gte",
+    "modernbert": "ModernBert",
+    "new": "New",
+    "nomic_bert": "NomicBert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+}
+# What an encoder's class may be for: its heads for masked words and for spans are left out.
+HEADLESS = ("Model", "ForMaskedLM", "ForPreTraining", "ForQuestionAnswering")
 # How the names of classes for images and text end.
 WRAPPED = "ForConditionalGeneration"
 
@@ -145,9 +205,62 @@ def _read(fields: Fields) -> ModelSpec:
     _refuse_unknown(fields)
     if (wrapper := _wrapper_of(fields)) is not None:
         return _read_text_part(fields, wrapper)
-    architecture = _architecture_of(fields)
-    spec = _read_family(FAMILIES[_with_head(architecture)], fields)
-    return dataclasses.replace(spec, architecture=architecture, headless=architecture.endswith("Model"))
+    if (found := _encoder_of(fields)) is not None:
+        stem, task = found
+        spec = _read_family(ENCODERS[stem], fields)
+    else:
+        architecture = _architecture_of(fields)
+        stem, task = _split(architecture)
+        spec = _read_family(FAMILIES[f"{stem}ForCausalLM"], fields)
+        spec = dataclasses.replace(spec, headless=spec.headless or task != "ForCausalLM")
+        spec = _as_encoder(fields, stem, spec)
+    spec = dataclasses.replace(spec, architecture=stem + task, float8=_float8_of(fields))
+    if task not in (TEXTS, TOKENS, REWARD):
+        return spec
+    classifier = read_classifier(fields, stem, task, spec)
+    used = tuple(step.name.removeprefix("model.") for step in classifier.steps)
+    outside = tuple(name for name in spec.outside if not any(step.startswith(name) for step in used))
+    return dataclasses.replace(spec, classifier=classifier, outside=outside)
+
+
+def _encoder_of(fields: Fields) -> tuple[str, str] | None:
+    """The class and what it is for: by `model_type`, else by `architectures`. None for any other class."""
+    given, kind = fields.raw("architectures"), fields.raw("model_type")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    stem = ENCODER_TYPES.get(kind) if isinstance(kind, str) else None
+    if stem is None and not (isinstance(kind, str) and kind in MODEL_TYPES):
+        stem = next((stem for name in names if (stem := _split(name)[0]) in ENCODERS), None)
+    if stem is None:
+        return None
+    task = _split(names[0])[1] if names else "Model"
+    if task in HEADLESS:
+        return stem, "Model"
+    if task not in (TEXTS, TOKENS):
+        known = ", ".join(stem + each for each in (*HEADLESS, TEXTS, TOKENS))
+        fields.fail("architectures", f"{names[0][:100]} is not supported; supported are: {known}")
+    return stem, task
+
+
+def _split(architecture: str) -> tuple[str, str]:
+    """LlamaForCausalLM -> Llama, ForCausalLM. LlamaModel -> Llama, Model. Gemma3TextModel is Gemma 3's."""
+    for task in (*HEADLESS, "ForCausalLM", TEXTS, TOKENS, REWARD):
+        if architecture.endswith(task):
+            stem = architecture.removesuffix(task)
+            return "Gemma3" if stem == "Gemma3Text" else stem, task
+    return architecture, ""
+
+
+def _as_encoder(fields: Fields, stem: str, spec: ModelSpec) -> ModelSpec:
+    """The same, with attention to later tokens where the file says so: null is as good as false in transformers."""
+    if fields.mentions("is_causal") and not fields.raw("is_causal"):
+        return both_ways(fields, "is_causal", spec)
+    if fields.raw("use_bidirectional_attention"):
+        if stem != "Gemma3" or fields.raw("use_bidirectional_attention") is not True:
+            fields.fail("use_bidirectional_attention", "is not supported")
+        # The file's window is the width of both sides.
+        longest = max((window for window in spec.windows if window is not None), default=None)
+        return both_ways(fields, "use_bidirectional_attention", spec, None if longest is None else longest // 2 + 1)
+    return spec
 
 
 def _read_family(name: str, fields: Fields) -> ModelSpec:
@@ -174,10 +287,16 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
     """Tied where the file says so in either place, or the class does and it says nothing."""
     text, kind = text_fields(fields, wrapper)
     _refuse_unknown(text)
+    if text.raw("use_bidirectional_attention") or (text.mentions("is_causal") and not text.raw("is_causal")):
+        text.fail("use_bidirectional_attention", "and is_causal: false are not supported in a text part")
     module = TEXT_TYPES.get(kind) or FAMILIES.get(MODEL_TYPES.get(kind, ""))
     if module is None:
         known = ", ".join(sorted(MODEL_TYPES))
         text.fail("model_type", f"({show(kind)}) is not supported as the text part; supported are: {known}")
+    if text.mentions("is_causal") and not text.raw("is_causal"):
+        text.fail("is_causal", "is not supported here: attention to later tokens")
+    if text.raw("use_bidirectional_attention"):
+        text.fail("use_bidirectional_attention", "is not supported here")
     spec = _read_family(module, text)
     assumed = spec.assumed
     if not fields.mentions("tie_word_embeddings"):
@@ -190,12 +309,14 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
         assumed=assumed,
         outside=spec.outside + OUTSIDE,
         text_only=True,
+        float8=_float8_of(fields) or _float8_of(text),
     )
 
 
 def _with_head(architecture: str) -> str:
-    """LlamaModel -> LlamaForCausalLM."""
-    return architecture.removesuffix("Model") + "ForCausalLM" if architecture.endswith("Model") else architecture
+    """LlamaModel -> LlamaForCausalLM, and so of the classes with other heads."""
+    stem, task = _split(architecture)
+    return f"{stem}ForCausalLM" if task in ("Model", TEXTS, TOKENS, REWARD) else architecture
 
 
 def _architecture_of(fields: Fields) -> str:
@@ -217,12 +338,15 @@ def _architecture_of(fields: Fields) -> str:
         if not names and kind is None:
             fields.fail("architectures", "and model_type are missing: one of them must name the model's class")
         _refuse(fields, names[0] if names else str(kind))
-    for name in (by_type, by_type.removesuffix("ForCausalLM") + "Model"):
-        if name in names:
+    for name in names:
+        if name == by_type or (_with_head(name) == by_type and name not in FAMILIES):
             return name
     if names and not known and not names[0].endswith(("ForCausalLM", "LMHeadModel")):
         _refuse(fields, names[0])
     if names:
+        task = _split(names[0])[1]
+        if task in (TEXTS, TOKENS, REWARD):
+            by_type = _split(by_type)[0] + task
         logger.warning(
             "%s: architectures says %s, but model_type %s is a %s and counts, as in transformers",
             fields.path,
@@ -236,24 +360,38 @@ def _architecture_of(fields: Fields) -> str:
 def _refuse(fields: Fields, name: str) -> NoReturn:
     """The sentence for a class that is not served."""
     field = "architectures" if fields.has("architectures") else "model_type"
-    known = sorted([*FAMILIES, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
+    encoders = (f"{stem}Model" for stem in ENCODERS)
+    known = sorted([*FAMILIES, *encoders, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
+
+
+def _float8_of(fields: Fields) -> Float8 | None:
+    """How a checkpoint of matrices in float8 has its scales; None where it is none. Raises StartupError."""
+    given = fields.raw("quantization_config")
+    if not isinstance(given, dict) or given.get("quant_method") != "fp8":
+        return None
+    scheme = fields.nested("quantization_config")
+    assert scheme is not None
+    if scheme.raw("fmt") not in (None, "e4m3", "float8_e4m3fn"):
+        scheme.fail("fmt", f"must be e4m3, not {show(scheme.raw('fmt'))}")
+    if scheme.has("expert_dtype") and scheme.raw("expert_dtype") != "fp8":
+        scheme.fail("expert_dtype", f"({show(scheme.raw('expert_dtype'))}) is not supported")
+    if not scheme.has("weight_block_size"):
+        return Float8(None)
+    block = scheme.integers("weight_block_size")
+    if len(block) != 2 or not all(1 <= size <= MAX_BLOCK for size in block):
+        scheme.fail("weight_block_size", f"must be two integers from 1 to {MAX_BLOCK}, not {show(list(block))}")
+    return Float8((block[0], block[1]))
 
 
 def _refuse_unknown(fields: Fields) -> None:
     """Refuse what changes the answer of any family and is not done here."""
     for name in ("quantization_config", "compression_config"):
-        if fields.has(name):
+        if fields.has(name) and (name == "compression_config" or _float8_of(fields) is None):
             scheme = fields.raw(name)
             if isinstance(scheme, dict):
                 parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))
                 scheme = ", ".join(str(part)[:40] for part in parts if part) or "unknown"
             fields.fail(name, f"({show(scheme)}) is not supported; use an unquantized checkpoint")
-    # In transformers null is as good as false here.
-    if fields.mentions("is_causal") and not fields.raw("is_causal"):
-        shown = show(fields.raw("is_causal"))
-        fields.fail("is_causal", f"is {shown}: attention to later tokens (bidirectional) is not supported")
-    if fields.raw("use_bidirectional_attention"):
-        fields.fail("use_bidirectional_attention", "is not supported")
     if fields.raw("per_layer_config"):
         fields.fail("per_layer_config", "is not supported: layers of different sizes")

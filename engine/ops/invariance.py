@@ -120,8 +120,9 @@ def promise(linears: Iterable[Linear], spec: AttentionSpec, dtype: torch.dtype) 
         return False, f"no native kernels: {native.status()}"
     if native.type_code(dtype) is None:
         return False, f"no native kernels for {str(dtype).removeprefix('torch.')}"
-    if spec.num_heads // spec.num_kv_heads > MAX_GROUP:
-        return False, f"no native attention for {spec.num_heads // spec.num_kv_heads} heads on one of keys"
+    group = max((layer.num_heads // layer.num_kv_heads for layer in spec.attending.values()), default=0)
+    if group > MAX_GROUP:
+        return False, f"no native attention for {group} heads on one of keys"
     tiles: dict[RowTile, None] = {}
     for linear in linears:
         if linear.kind == "native":

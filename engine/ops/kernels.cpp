@@ -656,11 +656,25 @@ void rope(T* x, i64 ldx, i64 tokens, i64 heads, i64 D, const float* cos_sin, i64
 constexpr int BLOCK = 64;
 constexpr int SPLIT = 512;
 constexpr int TILE_ROWS = 64;  // queries of one task, times the heads of their group
+constexpr bool WIDE = VL == 16;  // 32 registers: 16 sums at a time
 
 struct Step {
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len;
-    i64 rows, heads, kv_heads, D, page_size, window;
+    // D of q and k, V of values and results; strides between tokens of the pools.
+    i64 rows, heads, kv_heads, D, V, k_stride, v_stride, page_size, window, both;
     float scale, softcap;
+    const float* sinks;  // one more logit of each head, or null
+    bool chunks;         // a query sees its own block of `window` positions
+
+    // The keys [start, last) that the query at `position` of kv_len tokens sees; `both`: later ones, too.
+    int last(int position, int kv_len) const {
+        if (!both) return position + 1;
+        return window > 0 ? (int)std::min<i64>(kv_len, position + window) : kv_len;
+    }
+    int start(int position) const {
+        if (window <= 0) return 0;
+        return chunks ? position - position % (int)window : std::max<int>(0, position + 1 - (int)window);
+    }
 };
 struct Task {
     int row, head0, head1, q0, q1, split0, split1;  // kv heads [head0, head1) of queries [q0, q1)
@@ -688,29 +702,28 @@ INLINE void fold8(const vf* acc, float* out) {
 #endif
 }
 
-// s[r][t] = q[r] . k[t] for R rows and 8 / R keys at a time, n keys (a multiple of 8, padded by the caller).
-template <int R>
+// s[r][t] = q[r] . k[t] for R rows and C keys at a time, n keys (a multiple of 8, padded by the caller).
+template <int R, int C>
 INLINE void scores(const float* q, const float* const* k, int n, int depth, float* s) {
-    constexpr int C = 8 / R;
     for (int t = 0; t < n; t += C) {
-        vf acc[8] = {};
+        vf acc[R * C] = {};
         const float* key[C];
         for (int c = 0; c < C; c++) key[c] = k[t + c];
         for (int d = 0; d < depth; d += VL) {
-            vf a[R];
-            for (int r = 0; r < R; r++) a[r] = load(q + r * depth + d);
-            for (int c = 0; c < C; c++) {
-                vf b = load(key[c] + d);
-                for (int r = 0; r < R; r++) acc[r * C + c] = fma(a[r], b, acc[r * C + c]);
+            vf b[C];
+            for (int c = 0; c < C; c++) b[c] = load(key[c] + d);
+            for (int r = 0; r < R; r++) {
+                vf a = load(q + r * depth + d);
+                for (int c = 0; c < C; c++) acc[r * C + c] = fma(a, b[c], acc[r * C + c]);
             }
         }
-        float folded[8];
-        fold8(acc, folded);
+        float folded[R * C];
+        for (int i = 0; i < R * C; i += 8) fold8(acc + i, folded + i);
         for (int r = 0; r < R; r++) memcpy(s + r * BLOCK + t, folded + r * C, C * 4);
     }
 }
 
-// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and up to 8 / R vectors of depth at a time.
+// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and V vectors of depth from d on.
 template <int R, int V>
 INLINE void accumulate_part(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth, int d) {
     vf acc[R][V];
@@ -727,12 +740,14 @@ INLINE void accumulate_part(float* o, const float* alpha, const float* p, const 
     for (int r = 0; r < R; r++)
         for (int i = 0; i < V; i++) store(o + r * depth + d + i * VL, acc[r][i]);
 }
-template <int R>
-INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth) {
-    constexpr int V = 8 / R;
-    int d = 0;
-    for (; d + V * VL <= depth; d += V * VL) accumulate_part<R, V>(o, alpha, p, v, t0, t1, depth, d);
-    for (; d < depth; d += VL) accumulate_part<R, 1>(o, alpha, p, v, t0, t1, depth, d);
+// The same for all rows; a row's last key is before end(r). The values of one run of vectors stay in L1 meanwhile.
+template <int V, class End>
+INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int rows, int t0, End end, int depth, int d) {
+    int r = 0;
+    for (; r + 4 <= rows && WIDE; r += 4)
+        accumulate_part<4, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 3), depth, d);
+    for (; r + 2 <= rows; r += 2) accumulate_part<2, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 1), depth, d);
+    if (r < rows) accumulate_part<1, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r), depth, d);
 }
 
 // Merge the state (m, l, o) of a later split into (M, L, O); an untouched side has m = -inf.
@@ -751,11 +766,10 @@ INLINE void merge(float& M, float& L, float* O, float m, float l, const float* o
     for (int d = 0; d < depth; d += VL) store(O + d, fma(load(O + d), a, load(o + d) * b));
 }
 
-// Keys or values of positions [p0, p1) of a row as pointers to `depth` floats each.
+// Keys or values, D numbers each, of positions [p0, p1) of a row as pointers to `depth` floats each.
 template <class T>
-INLINE void gather(const T* pool, const Step& s, const int32_t* pages, int kv_head, int p0, int p1, int depth, bool copy, float* buffer,
-                   const float** out) {
-    const i64 D = s.D, stride = s.kv_heads * D;
+INLINE void gather(const T* pool, const Step& s, i64 D, i64 stride, const int32_t* pages, int kv_head, int p0, int p1, int depth, bool copy,
+                   float* buffer, const float** out) {
     i64 page = p0 / s.page_size, offset = p0 % s.page_size;
     const T* at = nullptr;
     for (int i = 0; i < p1 - p0; i++) {
@@ -782,32 +796,40 @@ INLINE void gather(const T* pool, const Step& s, const int32_t* pages, int kv_he
 // tokens took 2.2 times what they take in cache.
 template <class T>
 INLINE void fetch(const T* k_pool, const T* v_pool, const Step& s, const int32_t* pages, const Task& task, int p0, int p1) {
-    const i64 stride = s.kv_heads * s.D, bytes = (task.head1 - task.head0) * s.D * sizeof(T);
+    const i64 heads = task.head1 - task.head0, k_bytes = heads * s.D * sizeof(T);
+    const i64 v_bytes = v_pool == k_pool ? 0 : heads * s.V * sizeof(T);
     for (int p = p0; p < p1; p++) {
-        const i64 at = ((i64)pages[p / s.page_size] * s.page_size + p % s.page_size) * stride + task.head0 * s.D;
-        for (i64 b = 0; b < bytes; b += 64) {
-            __builtin_prefetch((const char*)(k_pool + at) + b, 0, 2);
-            __builtin_prefetch((const char*)(v_pool + at) + b, 0, 2);
-        }
+        const i64 slot = (i64)pages[p / s.page_size] * s.page_size + p % s.page_size;
+        const char* k = (const char*)(k_pool + slot * s.k_stride + task.head0 * s.D);
+        const char* v = (const char*)(v_pool + slot * s.v_stride + task.head0 * s.V);
+        for (i64 b = 0; b < k_bytes; b += 64) __builtin_prefetch(k + b, 0, 2);
+        for (i64 b = 0; b < v_bytes; b += 64) __builtin_prefetch(v + b, 0, 2);
     }
 }
 
 // Rows of a task: head after head, of each head query after query, of each query the G heads that share keys.
 template <class T>
-void finish_row(const Task& task, const Step& s, int r, float L, const float* O, T* out) {
-    const int G = (int)(s.heads / s.kv_heads), per_head = (task.q1 - task.q0) * G, D = (int)s.D;
-    const i64 token = s.qo_indptr[task.row] + task.q0 + r % per_head / G;
-    T* to = out + (token * s.heads + (task.head0 + r / per_head) * G + r % G) * s.D;
-    for (int d = 0; d < D; d += VL) {
-        vf x = load(O + d) * (1.0f / L);
-        if (d + VL <= D) store(to + d, x);
-        else store_part(to + d, x, D - d);
+void finish_row(const Task& task, const Step& s, int r, float M, float L, const float* O, T* out) {
+    const int G = (int)(s.heads / s.kv_heads), per_head = (task.q1 - task.q0) * G, V = (int)s.V;
+    const i64 token = s.qo_indptr[task.row] + task.q0 + r % per_head / G, head = (task.head0 + r / per_head) * G + r % G;
+    T* to = out + (token * s.heads + head) * V;
+    float share = 1.0f / L;
+    if (s.sinks) {
+        const float sink = s.sinks[head], top = std::max(M, sink);
+        const float kept = vexp(splat(M - top))[0];
+        share = kept / (L * kept + vexp(splat(sink - top))[0]);
+    }
+    for (int d = 0; d < V; d += VL) {
+        vf x = load(O + d) * share;
+        if (d + VL <= V) store(to + d, x);
+        else store_part(to + d, x, V - d);
     }
 }
 
 template <class T>
 void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T* v_pool, float* partial) {
     const int D = (int)s.D, depth = (D + VL - 1) / VL * VL, G = (int)(s.heads / s.kv_heads);
+    const int V = (int)s.V, vdepth = (V + VL - 1) / VL * VL;  // of values
     const int rows = (task.q1 - task.q0) * G, heads = task.head1 - task.head0, all = rows * heads;
     const i64 num_pages = s.kv_indptr[task.row + 1] - s.kv_indptr[task.row];
     const int kv_len = (int)((num_pages - 1) * s.page_size + s.last_page_len[task.row]);
@@ -815,9 +837,10 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
     const int position0 = kv_len - (int)(s.qo_indptr[task.row + 1] - token0);
     const int32_t* pages = s.kv_indices + s.kv_indptr[task.row];
 
-    float* memory = (float*)scratch<2>(((size_t)(3 * all + 2 * BLOCK) * depth + (size_t)rows * (BLOCK + 1) + 4 * all + VL) * 4);
-    float *qf = memory, *o = qf + (size_t)all * depth, *O = o + (size_t)all * depth;
-    float *kbuf = O + (size_t)all * depth, *vbuf = kbuf + BLOCK * depth, *p = vbuf + BLOCK * depth;
+    float* memory = (float*)scratch<2>(
+        ((size_t)(all + BLOCK) * depth + (size_t)(2 * all + BLOCK) * vdepth + (size_t)rows * (BLOCK + 1) + 4 * all + VL) * 4);
+    float *qf = memory, *o = qf + (size_t)all * depth, *O = o + (size_t)all * vdepth;
+    float *kbuf = O + (size_t)all * vdepth, *vbuf = kbuf + BLOCK * depth, *p = vbuf + BLOCK * vdepth;
     float *alpha = p + rows * BLOCK, *m = alpha + rows, *l = m + all, *M = l + all, *L = M + all;
     const float *keys[BLOCK], *values[BLOCK];
 
@@ -828,11 +851,12 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
         M[r] = -INFINITY;
         L[r] = 0;
     }
-    auto last = [&](int r) { return position0 + task.q0 + r / G + 1; };
-    auto start = [&](int r) { return s.window > 0 ? std::max<int>(0, last(r) - (int)s.window) : 0; };
+    auto last = [&](int r) { return s.last(position0 + task.q0 + r / G, kv_len); };
+    auto start = [&](int r) { return s.start(position0 + task.q0 + r / G); };
     const int from = start(0), to = last(rows - 1);
     const bool few = rows <= 16;  // more rows use a block often enough to hide its latency
-    const bool copy = rows > 8 || D != depth;  // f32 keys are read in place where few rows use them
+    // f32 keys and values are read in place where few rows use them.
+    const bool copy_k = rows > 8 || D != depth, copy_v = rows > 8 || V != vdepth;
 
     for (int split = task.split0; split < task.split1; split++) {
         const int s0 = std::max(split * SPLIT, from / BLOCK * BLOCK), s1 = std::min((split + 1) * SPLIT, to);
@@ -840,7 +864,7 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
             m[r] = -INFINITY;
             l[r] = 0;
         }
-        memset(o, 0, (size_t)all * depth * 4);
+        memset(o, 0, (size_t)all * vdepth * 4);
         for (int b0 = s0; b0 < s1; b0 += BLOCK) {
             const int b1 = std::min(b0 + BLOCK, s1);
             const int first = std::max(b0, from), n = b1 - b0, padded = (n + 7) / 8 * 8, next = std::min(BLOCK, to - b1);
@@ -848,14 +872,17 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 // A share of the next block with each head, so that fetching and computing overlap.
                 if (few) fetch(k_pool, v_pool, s, pages, task, b1 + next * h / heads, b1 + next * (h + 1) / heads);
                 const float* qh = qf + (size_t)h * rows * depth;
-                float *oh = o + (size_t)h * rows * depth, *mh = m + h * rows, *lh = l + h * rows;
-                gather(k_pool, s, pages, task.head0 + h, first, b1, depth, copy, kbuf, keys + (first - b0));
-                gather(v_pool, s, pages, task.head0 + h, first, b1, depth, copy, vbuf, values + (first - b0));
+                float *oh = o + (size_t)h * rows * vdepth, *mh = m + h * rows, *lh = l + h * rows;
+                gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
+                if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
+                else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
                 for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
                 for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
                 int r = 0;
-                for (; r + 2 <= rows; r += 2) scores<2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                if (r < rows) scores<1>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
 
                 for (r = 0; r < rows; r++) {
                     float* row = p + r * BLOCK;
@@ -886,30 +913,31 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                     mh[r] = now;
                     lh[r] = lh[r] * alpha[r] + sum_lanes(sum);
                 }
-                // Weights outside a row's own range are zero, so pairs may run over the union of their ranges.
-                const int t0 = first - b0;
-                for (r = 0; r + 2 <= rows; r += 2)
-                    accumulate<2>(oh + r * depth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r + 1) - b0, n), depth);
-                if (r < rows) accumulate<1>(oh + r * depth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r) - b0, n), depth);
+                // Weights outside a row's own range are zero, so neighbours may run over the union of their ranges.
+                auto end = [&](int r) { return std::min(last(r) - b0, n); };
+                int d = 0;
+                for (; rows == 1 && d + 8 * VL <= vdepth; d += 8 * VL) accumulate<8>(oh, alpha, p, values, 1, first - b0, end, vdepth, d);
+                for (; d + 4 * VL <= vdepth; d += 4 * VL) accumulate<4>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
+                for (; d < vdepth; d += VL) accumulate<1>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
             }
         }
         if (task.partial >= 0) {  // one split: its state goes to memory and is merged later in the same way
             for (int r = 0; r < all; r++) {
-                float* to_row = partial + (task.partial + r) * (depth + 2);
+                float* to_row = partial + (task.partial + r) * (vdepth + 2);
                 to_row[0] = m[r];
                 to_row[1] = l[r];
-                memcpy(to_row + 2, o + r * depth, depth * 4);
+                memcpy(to_row + 2, o + r * vdepth, vdepth * 4);
             }
             return;
         }
-        for (int r = 0; r < all; r++) merge(M[r], L[r], O + r * depth, m[r], l[r], o + r * depth, depth);
+        for (int r = 0; r < all; r++) merge(M[r], L[r], O + r * vdepth, m[r], l[r], o + r * vdepth, vdepth);
     }
-    for (int r = 0; r < all; r++) finish_row(task, s, r, L[r], O + r * depth, out);
+    for (int r = 0; r < all; r++) finish_row(task, s, r, M[r], L[r], O + r * vdepth, out);
 }
 
 template <class T>
 void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T* v_pool, int threads) {
-    const int G = (int)(s.heads / s.kv_heads), D = (int)s.D, depth = (D + VL - 1) / VL * VL;
+    const int G = (int)(s.heads / s.kv_heads), D = (int)s.D, depth = ((int)s.V + VL - 1) / VL * VL;
     const int span = std::max(1, TILE_ROWS / G);
     double work = 0;
     i64 tiles = 0;
@@ -919,8 +947,8 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
             if (n <= 0) continue;
             const int kv_len = (int)((s.kv_indptr[r + 1] - s.kv_indptr[r] - 1) * s.page_size + s.last_page_len[r]);
             for (int q0 = (n - 1) / span * span; q0 >= 0; q0 -= span) {
-                const int q1 = std::min(n, q0 + span), last = kv_len - n + q1, first = kv_len - n + q0 + 1;
-                body((int)r, q0, q1, s.window > 0 ? std::max<int>(0, first - (int)s.window) : 0, last);
+                const int q1 = std::min(n, q0 + span), before = kv_len - n;
+                body((int)r, q0, q1, s.start(before + q0), s.last(before + q1 - 1, kv_len));
             }
         }
     };
@@ -970,28 +998,29 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
                 const float* from = partial + (t.partial + (i64)(split - t.split0) * count + r) * (depth + 2);
                 merge(M, L, O, from[0], from[1], from + 2, depth);
             }
-            finish_row(t, s, r, L, O, out);
+            finish_row(t, s, r, M, L, O, out);
         }
     }
 }
 
-// New keys and values go to their slots (rotated where cos_sin is given), and the queries are rotated in place.
+// New keys and values, where there are any, go to their slots (keys rotated where cos_sin is given), and the queries are
+// rotated in place.
 template <class T>
-void write_kv(T* q, i64 ldq, i64 heads, const T* k, i64 ldk, const T* v, i64 ldv, i64 tokens, i64 kv_heads, i64 D, const i64* slots,
-              T* k_pool, T* v_pool, const float* cos_sin, i64 rot, const int32_t* positions, int threads) {
-    threads = limit_threads(threads, (double)tokens * (heads + 2 * kv_heads) * D, 65536);
-    const i64 chunk = 16, size = kv_heads * D;
+void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64 ldv, i64 tokens, const i64* slots, T* k_pool, T* v_pool,
+              const float* cos_sin, i64 rot, const int32_t* positions, int threads) {
+    const i64 D = s.D, chunk = 16, k_size = s.kv_heads * D, v_size = s.kv_heads * s.V;
+    threads = limit_threads(threads, (double)tokens * (s.heads + 2 * s.kv_heads) * D, 65536);
     parallel((tokens + chunk - 1) / chunk, threads, [&](i64 c) {
         for (i64 t = c * chunk; t < std::min(tokens, (c + 1) * chunk); t++) {
-            memcpy(v_pool + slots[t] * size, v + t * ldv, size * sizeof(T));
+            T* to = k_pool + slots[t] * s.k_stride;
+            if (v) memcpy(v_pool + slots[t] * s.v_stride, v + t * ldv, v_size * sizeof(T));
             if (!cos_sin) {
-                memcpy(k_pool + slots[t] * size, k + t * ldk, size * sizeof(T));
+                if (k) memcpy(to, k + t * ldk, k_size * sizeof(T));
                 continue;
             }
             const float* angle = cos_sin + (i64)positions[t] * rot;
-            for (i64 h = 0; h < kv_heads; h++)
-                rope_head(k + t * ldk + h * D, k_pool + slots[t] * size + h * D, angle, rot, D);
-            for (i64 h = 0; h < heads; h++) rope_head(q + t * ldq + h * D, q + t * ldq + h * D, angle, rot, D);
+            for (i64 h = 0; k && h < s.kv_heads; h++) rope_head(k + t * ldk + h * D, to + h * D, angle, rot, D);
+            for (i64 h = 0; h < s.heads; h++) rope_head(q + t * ldq + h * D, q + t * ldq + h * D, angle, rot, D);
         }
     });
 }
@@ -1258,6 +1287,8 @@ int32_t rank_row(const float* x, i64 V, float value) {
     return rank;
 }
 
+#include "kernels_state.h"
+
 }  // namespace
 
 // ---------------------------------------------------------------- the C ABI
@@ -1342,6 +1373,18 @@ EXPORT void ol_linear_codes(int64_t bits, int64_t low, int64_t type, const void*
              BY_TYPE(type, linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
 }
 
+EXPORT void ol_linear_heads(int64_t type, const void* x, int64_t ldx, int64_t stepx, int64_t M, int64_t K, const void* w, int64_t N,
+                            int64_t heads, void* out, int64_t ldo, int64_t stepo, int64_t threads) {
+    // A product for each head: heads lie stepx and stepo apart within a row, and one after another in w.
+    const int64_t panel = ol_packed_size(type, N, K);
+    const int outer = limit_threads((int)std::min(threads, heads), (double)M * N * K * heads, 131072);
+    const int inner = outer > 1 ? 1 : (int)threads;
+    BY_TYPE(type, parallel(heads, outer, [&](i64 h) {
+                const Plain<T> source{(const T*)w + h * panel COMMA steps_of<T>(K)};
+                linear((const T*)x + h * stepx, ldx, M, K, source, N, (const float*)nullptr, (T*)out + h * stepo, ldo, inner);
+            }))
+}
+
 EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual, int64_t ldr, const void* weight, void* out, int64_t ldo,
                         int64_t rows, int64_t H, float eps, float offset, int64_t threads) {
     BY_TYPE(type, if (residual) rms_norm<T COMMA true>((const T*)x, ldx, (T*)residual, ldr, (const T*)weight, (T*)out, ldo, rows, H, eps,
@@ -1363,19 +1406,47 @@ EXPORT void ol_rope(int64_t type, void* x, int64_t ldx, int64_t tokens, int64_t 
 struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len, *positions;
     const int64_t* kv_slots;
-    int64_t rows, tokens, heads, kv_heads, head_dim, page_size, type, threads;
+    int64_t rows, tokens, heads, kv_heads, head_dim, value_dim, k_stride, v_stride, page_size, both, type, threads;
     float scale, softcap;
 };
 
 EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const void* k, int64_t ldk, const void* v, int64_t ldv, void* k_pool,
-                         void* v_pool, void* out, int64_t window, const float* cos_sin, int64_t rot) {
-    Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows, a->heads, a->kv_heads,
-           a->head_dim,  a->page_size, window,        a->scale,         a->softcap};
+                         void* v_pool, void* out, int64_t window, int64_t chunks, const float* sinks, const float* cos_sin, int64_t rot) {
+    Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows,      a->heads, a->kv_heads, a->head_dim,
+           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->both,  a->scale,    a->softcap,
+           sinks,        chunks != 0};
     const int threads = (int)a->threads;
     BY_TYPE(a->type,
-            write_kv((T*)q, ldq, a->heads, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_heads, a->head_dim, a->kv_slots, (T*)k_pool,
-                     (T*)v_pool, cos_sin, rot, a->positions, threads);
+            write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (T*)k_pool, (T*)v_pool, cos_sin, rot,
+                     a->positions, threads);
             attend(s, (const T*)q, ldq, (T*)out, (const T*)k_pool, (const T*)v_pool, threads))
+}
+
+EXPORT void ol_convolve(int64_t type, const void* x, int64_t ldx, void* out, void* states, int64_t stride, const float* weight,
+                        const float* bias, int64_t taps, int64_t C, const int32_t* slots, const int32_t* indptr, int64_t rows, int64_t silu,
+                        int64_t threads) {
+    BY_TYPE(type, if (silu) convolve<T COMMA true>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, rows,
+                                                   (int)threads);
+            else convolve<T COMMA false>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, rows,
+                                         (int)threads))
+}
+
+EXPORT void ol_recur(const Recurrence* r) {
+    BY_TYPE(r->type, if (r->delta) recur<T COMMA true>(*r); else recur<T COMMA false>(*r))
+}
+
+EXPORT void ol_gate(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, void* out, int64_t rows, int64_t width,
+                    int64_t silu, int64_t threads) {
+    BY_TYPE(type, if (silu) gate<T COMMA true>((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads);
+            else gate<T COMMA false>((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads))
+}
+
+EXPORT void ol_gated_norm(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, const float* weight, int64_t step,
+                          void* out, int64_t rows, int64_t parts, int64_t width, float eps, int64_t gate_first, int64_t threads) {
+    BY_TYPE(type, if (gate_first) gated_norm<T COMMA true>((const T*)x, ldx, (const T*)gates, ldg, weight, step, (T*)out, rows, parts, width,
+                                                           eps, (int)threads);
+            else gated_norm<T COMMA false>((const T*)x, ldx, (const T*)gates, ldg, weight, step, (T*)out, rows, parts, width, eps,
+                                           (int)threads))
 }
 
 EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params, const int32_t* positions, int32_t* out, int64_t threads) {

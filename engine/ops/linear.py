@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engine.ops import native
 from engine.ops.activation import GATED_ACTIVATIONS
+from engine.ops.gated import LEAST_ROWS, Tile, gated_product
 from engine.ops.invariance import RowTile, row_tile_of
 from engine.ops.norm import Normed, plain
 from engine.ops.skinny import Blocks, skinny_product
@@ -60,7 +61,7 @@ class Linear:
     """y = x weight^T + bias, with weight [out_features, in_features] and bias [out_features] or None.
 
     activation: what `gated` makes of y, one of GATED_ACTIVATIONS. few: number of rows -> blocks of skinny.py, where
-    that is faster (executor/cuda_products.py); on a GPU only.
+    that is faster (executor/cuda_products.py); on a GPU only. tile: of gated.py, likewise, for LEAST_ROWS and more.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> None:
@@ -74,6 +75,7 @@ class Linear:
         self._bias_address: int | None = None
         self.activation = activation
         self.few: dict[int, Blocks] = {}
+        self.tile: Tile | None = None
 
     def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Bring the weight into its fastest form and drop the plain one. Once.
@@ -161,6 +163,8 @@ class Linear:
     def gated(self, x: Tensor | Normed) -> Tensor:
         """[T, in_features] -> [T, out_features / 2]: activation(first half of y) * second half."""
         assert self.activation is not None
+        if self.tile is not None and x.shape[0] >= LEAST_ROWS:
+            return self.by_tile(x, self.tile)
         if self.few:
             return self.by_blocks(x, self.few.get(x.shape[0]))
         return GATED_ACTIVATIONS[self.activation](self(x))
@@ -175,6 +179,13 @@ class Linear:
             return skinny_product(x, self._weight, self._bias, blocks, self.activation)
         y = self._multiply(plain(x))
         return y if self.activation is None else GATED_ACTIVATIONS[self.activation](y)
+
+    def by_tile(self, x: Tensor | Normed, tile: Tile | None) -> Tensor:
+        """On a GPU: what `gated` gives; tile None: by cuBLAS and a second launch."""
+        if tile is None:
+            return self.by_blocks(x, None)
+        assert self.activation is not None
+        return gated_product(plain(x), self._weight, self._bias, self.activation, tile)
 
     def rows(self, ids: Tensor) -> Tensor:
         """Rows of the weight, [T] int32 or int64 -> [T, in_features]: the embedding that a tied output layer is."""

@@ -99,9 +99,10 @@ def compile_only() -> None:
 
 def calls(dtype: torch.dtype, rows: int) -> None:
     """Every wrapper once, on the shapes of Llama-3.2-1B with `rows` rows."""
+    from engine.ops.gated import TILES
     from engine.ops.sampling.layout import WORDS
     from engine.ops.skinny import BLOCKS
-    from engine.ops.triton import activation, experts, extras, norm, prepare, rope, sampling, skinny
+    from engine.ops.triton import activation, experts, extras, gated, norm, prepare, rope, sampling, skinny
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind)
@@ -113,6 +114,8 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     norm.add_rms_norm(x, empty(rows, 2048), empty(2048), 1e-5)
     for gelu in (False, True):
         activation.gate_and_mul(empty(rows, 16384), gelu=gelu)
+    for tile in TILES if rows > 1 else ():
+        gated.gated_product(empty(8 * rows, 2048), empty(16384, 2048), None, "silu", tile)
     for few, blocks in itertools.product((1, 2, 4), BLOCKS) if rows == 1 else ():
         square, norm = empty(2048, 2048), (empty(2048), 1e-5)
         skinny.skinny_product(empty(few, 2048), square, empty(2048), blocks, None, norm)

@@ -108,12 +108,14 @@ class DenseAttention:
     def plan(self, metadata: object) -> None:
         pass
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
-        spec = self.spec
+    def forward(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None, *, sinks: Tensor | None = None
+    ) -> Tensor:
+        shape = self.spec.layers[layer]
+        assert shape is not None and shape.is_plain
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, torch.arange(len(q)))
-        window = spec.window[layer] if spec.window else None
-        out = attend(q, k, v, spec.scale, -1 if window is None else window - 1, spec.softcap, True)
+        out = attend(q, k, v, shape.scale, -1 if shape.window is None else shape.window - 1, shape.softcap, True)
         return out.flatten(1).to(q.dtype)
 
 

@@ -49,15 +49,14 @@ class Bench:
         self.backend = Backend(spec, module=self.flashinfer, **settings, **options)
         self.twin = DeviceAttention(spec, **settings)
         generator = torch.Generator().manual_seed(0)
-        for ours, theirs in zip(
-            self.backend.k_pools + self.backend.v_pools, self.twin.k_pools + self.twin.v_pools, strict=True
-        ):
+        pools = [[*each.k_pools.values(), *each.v_pools.values()] for each in (self.backend, self.twin)]
+        for ours, theirs in zip(*pools, strict=True):
             values = torch.randn(ours.shape, generator=generator).to(ours.dtype)
             ours.copy_(values)
             theirs.copy_(values)
 
     def qkv(self, tokens: int) -> tuple[Tensor, Tensor, Tensor]:
-        spec = self.spec
+        spec = self.backend.shape
         heads = spec.num_heads + 2 * spec.num_kv_heads
         qkv = torch.randn(tokens, heads, spec.head_dim, generator=torch.Generator().manual_seed(tokens)).to(self.dtype)
         q, k, v = qkv.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], 1)
@@ -110,7 +109,7 @@ class Bench:
             step.decode = known if decodes else None
             return attention
 
-        return self.run(self.spec.num_layers, make, 25 + decodes)
+        return self.run(len(self.spec.layers), make, 25 + decodes)
 
     def decode(self, parity: int = 0) -> tuple[list[Tensor], list[Tensor]]:
         """The two rows, one token on, and a row of padding."""
@@ -130,7 +129,7 @@ class Bench:
                 backend.plan_decode(plan, 3, width, parity)
             return backend.decode(step)
 
-        return self.run(self.spec.num_layers, make, 3)
+        return self.run(len(self.spec.layers), make, 3)
 
     def calls(self, name: str) -> list[dict[str, Any]]:
         return [given for called, given in self.flashinfer.log if called == name]
@@ -143,8 +142,8 @@ def check(results: tuple[list[Tensor], list[Tensor]]) -> None:
         assert error < 1e-2, f"off by {error:.1e}"
 
 
-LLAMA_1B = AttentionSpec(2, 32, 8, 64, 64**-0.5)
-LLAMA_8B = AttentionSpec(2, 32, 8, 128, 128**-0.5)
+LLAMA_1B = AttentionSpec.alike(2, 32, 8, 64, 64**-0.5)
+LLAMA_8B = AttentionSpec.alike(2, 32, 8, 128, 128**-0.5)
 
 
 @pytest.mark.parametrize("spec", [LLAMA_1B, LLAMA_8B], ids=["1b", "8b"])
@@ -154,10 +153,11 @@ def test_llama(spec: AttentionSpec, decode: str) -> None:
     check(bench.mixed())
     check(bench.decode())
     plan = bench.calls("prefill.plan")[0]
+    shape = bench.backend.shape
     assert (plan["num_qo_heads"], plan["num_kv_heads"], plan["head_dim_qk"], plan["page_size"]) == (
-        spec.num_heads,
-        spec.num_kv_heads,
-        spec.head_dim,
+        shape.num_heads,
+        shape.num_kv_heads,
+        shape.head_dim,
         PAGE,
     )
     assert len(bench.calls("prefill.plan")) == 1, "one plan serves all layers"
@@ -169,7 +169,7 @@ def test_llama(spec: AttentionSpec, decode: str) -> None:
 @pytest.mark.parametrize("decode", ["xqa", "wrapper"])
 def test_windows_on_some_layers(decode: str) -> None:
     """A window counts the query itself, FlashInfer's window_left does not."""
-    spec = AttentionSpec(3, 8, 2, 64, 0.1, window=(6, None, 6))
+    spec = AttentionSpec.alike(3, 8, 2, 64, 0.1, window=(6, None, 6))
     bench = Bench(spec, decode=decode)
     check(bench.mixed())
     check(bench.decode())
@@ -179,7 +179,7 @@ def test_windows_on_some_layers(decode: str) -> None:
 
 
 def test_a_soft_cap_goes_by_the_decode_wrapper() -> None:
-    bench = Bench(AttentionSpec(2, 8, 4, 256, 1 / 16, softcap=30.0))
+    bench = Bench(AttentionSpec.alike(2, 8, 4, 256, 1 / 16, softcap=30.0))
     assert bench.backend.decode_needs_plan(1)
     check(bench.mixed())
     check(bench.decode())
@@ -187,7 +187,7 @@ def test_a_soft_cap_goes_by_the_decode_wrapper() -> None:
 
 
 def test_groups_without_cuda_core_kernels_use_tensor_cores() -> None:
-    bench = Bench(AttentionSpec(1, 28, 4, 128, 128**-0.5), decode="wrapper")
+    bench = Bench(AttentionSpec.alike(1, 28, 4, 128, 128**-0.5), decode="wrapper")
     check(bench.decode())
     assert bench.calls("decode.__init__")[0]["use_tensor_cores"] is True
     assert bench.calls("decode.__init__")[0]["backend"] == "fa2"
@@ -204,7 +204,7 @@ def test_fp8_cache(decode: str) -> None:
 
 
 def test_what_has_no_kernel_runs_on_torch() -> None:
-    for spec, dtype in ((LLAMA_1B, torch.float32), (AttentionSpec(1, 4, 2, 80, 0.1), torch.bfloat16)):
+    for spec, dtype in ((LLAMA_1B, torch.float32), (AttentionSpec.alike(1, 4, 2, 80, 0.1), torch.bfloat16)):
         bench = Bench(spec, dtype=dtype)
         check(bench.mixed())
         check(bench.decode())
@@ -232,7 +232,7 @@ def test_all_decode_wrappers_of_a_kind_and_parity_share_their_plan_memory() -> N
     assert all((at == memory[1, 64, None, 0]) == (key[3] == 0) for key, at in memory.items())
 
 
-WINDOWED = AttentionSpec(3, 8, 2, 64, 0.1, window=(6, None, 6))
+WINDOWED = AttentionSpec.alike(3, 8, 2, 64, 0.1, window=(6, None, 6))
 
 
 def settled(missing: tuple[tuple[str, bool], ...], spec: AttentionSpec = WINDOWED) -> Bench:
@@ -287,14 +287,14 @@ def test_decode_rows_beside_prompts_go_by_xqa(spec: AttentionSpec, decodes: int)
     bench = settled((), spec)
     for parity in (0, 1):
         check(bench.mixed(parity, decodes))
-    assert len(bench.calls("xqa")) == 2 * spec.num_layers
+    assert len(bench.calls("xqa")) == 2 * len(spec.layers)
     assert all(len(call["query"]) == decodes for call in bench.calls("xqa"))
     assert all(plan["qo_indptr"].tolist() == [0, 20, 25] for plan in bench.calls("prefill.plan"))
     check(bench.mixed(0, 0))
 
 
 def test_decode_rows_that_xqa_has_not_share_fa2_with_the_prompts() -> None:
-    bench = settled((), AttentionSpec(2, 8, 4, 256, 1 / 16, softcap=30.0))
+    bench = settled((), AttentionSpec.alike(2, 8, 4, 256, 1 / 16, softcap=30.0))
     assert {call.backend for call in bench.backend._packed.values()} == {"fa2"}
     for decodes in (0, 2):
         bench.flashinfer.log.clear()
@@ -306,7 +306,7 @@ def test_decode_rows_that_xqa_has_not_share_fa2_with_the_prompts() -> None:
 
 
 def test_without_fa2_they_share_what_there_is() -> None:
-    bench = settled((("prefill fa2", False),), AttentionSpec(2, 8, 4, 256, 1 / 16, softcap=30.0))
+    bench = settled((("prefill fa2", False),), AttentionSpec.alike(2, 8, 4, 256, 1 / 16, softcap=30.0))
     assert not bench.backend._packed and "no prefill (fa2) kernel" in bench.backend.describe()
     check(bench.mixed(0, 2))
 
@@ -325,7 +325,7 @@ def test_decode_rows_beside_prompts_without_a_kernel(missing: tuple[str, bool]) 
 @pytest.mark.parametrize(("kernel", "says"), [("prefill auto", "prefill fa2"), ("decode", "torch (slow) in some")])
 def test_a_kernel_that_does_not_run_is_found_out_before_the_first_step(kernel: str, says: str) -> None:
     """Prompts and planned decode, which else would run first in a step that nothing can save."""
-    spec = AttentionSpec(2, 8, 4, 256, 1 / 16, softcap=30.0)
+    spec = AttentionSpec.alike(2, 8, 4, 256, 1 / 16, softcap=30.0)
     bench = settled(((f"run of {kernel}", False),), spec)
     assert says in bench.backend.describe()
     check(bench.mixed(0, 1))

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from engine.executor.cuda_device import CaptureError
-from engine.executor.cuda_products import choose_products
-from engine.ops import skinny
+from engine.executor.cuda_products import choose_products, choose_tiles
+from engine.ops import gated, skinny
 from engine.ops.linear import Linear
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model
@@ -107,17 +107,50 @@ def test_linear_goes_the_chosen_way_for_its_rows_alone(
         torch.testing.assert_close(x, y)
 
 
+def test_tiles_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    linears = some_linears()
+    seen: list[int] = []
+    monkeypatch.setattr(
+        "engine.ops.linear.gated_product",
+        lambda x, *args: seen.append(len(x)) or gated.torch_gated_product(x, *args[:3]),
+    )
+    device = FakeDevice(0)
+    device.time = lambda graph: next(seconds)  # type: ignore[method-assign]
+    with device.on(device.stream()), device.may_block():
+        for taken, times in ((gated.TILES[1], (9.0, 8.0, 7.0)), (None, (1.0, 0.98, 2.0))):
+            seconds = iter(times)
+            assert choose_tiles(linears, 4096, device) == (int(taken is not None), 1)
+            assert [linear.tile for linear in linears] == [None, None, None, taken]
+        assert choose_tiles(linears, gated.LEAST_ROWS - 1, device) == (0, 0)
+        device.synchronize_all()
+    seen.clear()
+    linears[3].tile = gated.TILES[0]
+    for rows in (gated.LEAST_ROWS - 1, gated.LEAST_ROWS):
+        x = torch.randn(rows, 6)
+        torch.testing.assert_close(linears[3].gated(x), linears[3].by_blocks(x, None))
+    assert seen == [gated.LEAST_ROWS]
+
+
+def test_tiles_without_room_to_time_them_are_not_taken() -> None:
+    linears, device = some_linears(), FakeDevice(0)
+    device.launches_until_failure = 2
+    with device.on(device.stream()), device.may_block():
+        assert choose_tiles(linears, 4096, device) == (0, 1)
+    assert linears[3].tile is None
+
+
 @pytest.mark.parametrize("seed", range(2))
 async def test_tokens_stay_the_same(seed: int) -> None:
     """The fake clock throws dice, so some products are ours."""
     requests, model = requests_of(seed), tiny_model()
     executor = make_executor(SMALL, device=FakeDevice(seed))
     try:
-        ours, shapes = executor.choose_products()
-        assert 0 < ours <= shapes == 3 * 5  # qkv, output, gate and up, down, logits
+        few, gated = executor.choose_products()
+        assert 0 < few[0] <= few[1] == 3 * 5  # qkv, output, gate and up, down, logits
+        assert gated == (0, 0)  # its steps have too few rows
         tokens = await serve(executor, requests)
         # Weights that are read later go the same ways.
-        other: Any = SimpleNamespace(linears=[SimpleNamespace(few={}) for _ in model.linears])
+        other: Any = SimpleNamespace(linears=[SimpleNamespace(few={}, tile=None) for _ in model.linears])
         executor._with_products(other)
         assert [linear.few for linear in other.linears] == [linear.few for linear in model.linears]
     finally:

@@ -19,6 +19,7 @@ from engine.forward import SAMPLING_DTYPE  # noqa: E402
 from engine.ops.activation import torch_gate_and_mul  # noqa: E402
 from engine.ops.attention.device import decode_inputs  # noqa: E402
 from engine.ops.experts import torch_mix_experts  # noqa: E402
+from engine.ops.gated import torch_gated_product  # noqa: E402
 from engine.ops.norm import Normed, torch_rms_norm  # noqa: E402
 from engine.ops.rope import torch_rotate  # noqa: E402
 from engine.ops.sampling import sampler  # noqa: E402
@@ -26,9 +27,11 @@ from engine.ops.sampling.device import torch_sample, uniform  # noqa: E402
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.sampling.layout import WORDS  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
-from engine.ops.triton import activation, experts, extras, norm, pdl, prepare, rope, sampling, skinny  # noqa: E402
+from engine.ops.triton import activation, experts, extras, gated, norm, pdl, prepare, rope, sampling, skinny  # noqa: E402
 
 DTYPES = [torch.float32, torch.bfloat16]
+# The interpreter cannot multiply matrices of bfloat16.
+NARROW = [torch.float32, torch.bfloat16 if DEVICE.type == "cuda" else torch.float16]
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
@@ -146,6 +149,19 @@ def test_skinny_product_over_real_rows(rows: int, in_features: int, activation_n
         assert close(skinny.skinny_product(x, weight, None, blocks, activation_name), expected)
 
 
+@pytest.mark.parametrize("dtype", NARROW)
+@pytest.mark.parametrize("tile", [(16, 32, 64, 1, 2), (32, 16, 128, 1, 2)], ids=str)
+@pytest.mark.parametrize("activation_name", ["silu", "gelu_tanh"])
+def test_gated_product(dtype: torch.dtype, tile: tuple[int, int, int, int, int], activation_name: str) -> None:
+    """Sizes that fit no tile; more tiles of rows than go together; rows that are part of wider ones."""
+    rows, inner, in_features = 9 * tile[0] + 5, 45, 40
+    x = randn(rows, 2 * in_features, dtype=dtype)[:, :in_features]
+    weight = 0.1 * randn(2 * inner, in_features, dtype=dtype, seed=1)
+    for bias in (None, randn(2 * inner, dtype=dtype, seed=2)):
+        ours = gated.gated_product(x, weight, bias, activation_name, tile)
+        assert ours.shape == (rows, inner) and close(ours, torch_gated_product(x, weight, bias, activation_name))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value")
 @pytest.mark.parametrize("normalize", [False, True])
 def test_route(normalize: bool) -> None:
@@ -186,7 +202,7 @@ def test_sorted_pairs_fill_blocks_of_one_expert(tokens: int, num_experts: int, c
 
 
 # The interpreter multiplies the bits of bf16 as if they were integers.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if DEVICE.type == "cuda" else torch.float16])
+@pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize(
     ("tokens", "num_experts", "chosen", "activation_name", "normalize"),
     [(1, 4, 2, "silu", True), (3, 8, 3, "gelu_tanh", False), (40, 4, 2, "silu", True)],

@@ -62,7 +62,9 @@ async def test_memory_is_given_back(adapter: ExecutorAdapter, driver: Driver, le
     if isinstance(executor, FakeExecutor) or getattr(adapter, "attention", "torch") != "torch":
         pytest.skip("a stand-in of the tests holds what it is shown")
     attention = getattr(executor, "attention", None) or executor._attention  # type: ignore[attr-defined]
-    pools = [weakref.ref(pool) for pool in attention.k_pools + attention.v_pools]
+    held = attention.k_pools, attention.v_pools
+    pools = [weakref.ref(pool) for each in held for pool in (each.values() if isinstance(each, dict) else each)]
+    del held
     assert pools
     executor.sleep(level)
     gc.collect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import warnings
@@ -18,6 +19,8 @@ from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.attention.base import create_backend
+from engine.ops.invariance import promise
+from engine.ops.state import States
 
 CPU = torch.device("cpu")
 _UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias")
@@ -53,7 +56,8 @@ def make_checkpoint(
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config_class = getattr(transformers, family.replace("Gemma3", "Gemma3Text") + "Config")
+        text = "Text" if family in ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe") else ""
+        config_class = getattr(transformers, f"{family}{text}Config")
         config = config_class(**{**SIZES, **sizes})
         config._attn_implementation = "eager"
         model = getattr(transformers, family + "ForCausalLM")(config)
@@ -108,7 +112,10 @@ class Runner:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         pages = -(-max_model_len // 4)
-        self.limits = Limits(num_seqs, 512, max_model_len, 4, num_seqs * pages, model.config.vocab_size)
+        snapshots = 0 if model.config.has_state else None
+        self.limits = Limits(
+            num_seqs, 512, max_model_len, 4, num_seqs * pages, model.config.vocab_size, num_snapshots=snapshots
+        )
         self.model = model
         self.staging = Staging(self.limits)
         self.tables = SlotTables(self.limits)
@@ -116,6 +123,8 @@ class Runner:
         self.attention = create_backend(
             "torch_paged", model.attention_spec, num_pages=self.limits.num_pages, page_size=4, dtype=dtype
         )
+        if model.config.has_state:
+            self.attention.states = States(model.config.states, self.limits, dtype, CPU)
         # Every sequence's pages lie scattered over the pool.
         shuffled = np.random.default_rng(0).permutation(num_seqs * pages) + 1
         self.tables.page_table[1:] = shuffled.reshape(num_seqs, pages)
@@ -134,8 +143,11 @@ class Runner:
             self.done[sequence] += len(ids)
         staging.qo_indptr[len(rows)] = at
         decode = len(rows) if all(len(ids) == 1 for ids in rows.values()) else 0
-        self.metadata.build(ForwardInput(0, staging, len(rows), decode, at, 0, 0), self.tables)
+        forward_input = ForwardInput(0, staging, len(rows), decode, at, 0, 0)
+        self.metadata.build(forward_input, self.tables)
         self.attention.plan(self.metadata)
+        if self.attention.states is not None:
+            self.attention.states.begin(forward_input)
         ids = torch.from_numpy(staging.token_ids[:at].copy())
         with torch.inference_mode():
             return self.model.forward(ids, torch.from_numpy(self.metadata.positions.copy()), self.attention)
@@ -146,6 +158,20 @@ class Runner:
         hidden = [self.step({0: ids[at : at + chunk]}) for at in range(0, len(ids), chunk)]
         with torch.inference_mode():
             return self.model.logits(torch.cat(hidden))
+
+    def same_bits(self, ids: list[int]) -> bool:
+        """Whether hidden states of a text are the same bits whole and alone, in odd chunks, and beside others."""
+        self.done = [0] * len(self.done)
+        whole = self.step({0: ids})
+        self.done[0] = 0
+        cuts = [0, 1, 4, 17, len(ids)]
+        chunks = torch.cat([self.step({0: ids[first:last]}) for first, last in itertools.pairwise(cuts)])
+        company = []
+        for at in range(0, len(ids), 7):
+            chunk, other = ids[at : at + 7], ids[at // 2 : at // 2 + 5]
+            hidden = self.step({1: other, 2: chunk, 3: other[:1]})
+            company.append(hidden[len(other) : len(other) + len(chunk)])
+        return torch.equal(whole, chunks) and torch.equal(whole, torch.cat(company))
 
     def greedy(self, prompts: list[list[int]], count: int, chunk: int) -> list[list[int]]:
         """`count` greedy tokens after each prompt; prompts in chunks, mixed with the decoding of shorter ones."""
@@ -185,7 +211,8 @@ def compare(
     generate: bool = False,
     **options: Any,
 ) -> None:
-    """Logits to 1e-4 and greedy continuations token for token, against transformers in float32.
+    """Logits to 1e-4 and greedy continuations token for token, against transformers in float32; where it is promised,
+    the same bits in any company and any chunks.
 
     generate: the first prompt's continuation comes from transformers' own loop (200 ms); else, and for the
     others, one pass over our continuation must prefer the same token at every place.
@@ -196,6 +223,8 @@ def compare(
     prompts = prompts_of(list(lengths))
     runner = Runner(model, max_model_len=options.get("max_model_len", 256))
     outputs = runner.greedy(prompts, new_tokens, chunk)
+    promised, how = promise(model.linears, model.attention_spec, torch.float32)
+    assert not promised or runner.same_bits(prompts[-1] + outputs[-1]), how
     with warnings.catch_warnings(), torch.inference_mode():
         warnings.simplefilter("ignore")
         for prompt, output in zip(prompts, outputs, strict=True):

@@ -33,7 +33,7 @@ def test_not_a_model(name: str, expected: str) -> None:
 
 
 def test_file_instead_of_directory(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
+    path = tmp_path / "model.onnx"
     path.write_bytes(b"")
     with pytest.raises(StartupError, match="is a file; a model is a directory"):
         resolve(str(path))

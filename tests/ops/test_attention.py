@@ -11,8 +11,10 @@ from torch import Tensor
 
 from engine.executor.tables import PagedMetadata
 from engine.forward import Limits
+from engine.groups import Chunk, MemoryGroup, plan_groups
 from engine.ops import native
-from engine.ops.attention.base import AttentionSpec, create_backend
+from engine.ops.attention.base import AttentionSpec, LayerAttention, create_backend
+from engine.ops.attention.sequence import attend_sequence
 from engine.ops.attention.torch_paged import Backend
 from engine.ops.rope import apply_rope
 
@@ -34,25 +36,38 @@ class Case:
 
     def __post_init__(self) -> None:
         generator = torch.Generator().manual_seed(self.seed)
-        spec = self.spec
+        spec = self.layer_of(0)
 
-        def draw(tokens: int, heads: int) -> Tensor:
-            return torch.randn(tokens, heads, spec.head_dim, generator=generator).to(self.dtype)
+        def draw(tokens: int, heads: int, dim: int) -> Tensor:
+            return torch.randn(tokens, heads, dim, generator=generator).to(self.dtype)
 
         for start, length in self.rows:
-            self.keys.append(draw(start + length, spec.num_kv_heads))
-            self.values.append(draw(start + length, spec.num_kv_heads))
-            self.queries.append(draw(length, spec.num_heads))
+            self.keys.append(draw(start + length, spec.num_kv_heads, spec.head_dim))
+            self.values.append(draw(start + length, spec.num_kv_heads, spec.value_dim))
+            self.queries.append(draw(length, spec.num_heads, spec.head_dim))
+            if spec.values_in_keys:
+                self.values[-1] = self.keys[-1][:, :, : spec.value_dim]
+
+    def layer_of(self, number: int) -> LayerAttention:
+        layer = self.spec.layers[number]
+        assert layer is not None
+        return layer
+
+    @property
+    def sinks(self) -> Tensor | None:
+        """Of every layer that has some."""
+        layer = self.layer_of(0)
+        return torch.linspace(-3, 3, layer.num_heads) if layer.sinks else None
 
     def run(
         self, chosen: list[int], layout_seed: int = 0, layer: int = 0, cos_sin: Tensor | None = None
     ) -> list[Tensor]:
         """The rows `chosen` as one step: [length, Hq * D] each."""
         rng = np.random.default_rng(layout_seed)
-        spec, size = self.spec, self.page_size
+        spec, size = self.layer_of(layer), self.page_size
         counts = [-(-sum(self.rows[i]) // size) for i in chosen]
         num_pages = sum(counts) + 3
-        backend = create_backend("torch_paged", spec, num_pages=num_pages, page_size=size, dtype=self.dtype)
+        backend = create_backend("torch_paged", self.spec, num_pages=num_pages, page_size=size, dtype=self.dtype)
         assert isinstance(backend, Backend)
         # What no row owns must never be read.
         for pool in (*backend.k_pools, *backend.v_pools):
@@ -76,23 +91,27 @@ class Case:
         ).astype(np.int64)
         for slot, i in zip(slots, chosen, strict=True):
             start, old = self.rows[i][0], torch.from_numpy(slot[: self.rows[i][0]].astype(np.int64))
-            for pool, data in ((backend.k_pools[layer], self.keys[i]), (backend.v_pools[layer], self.values[i])):
-                pool.view(-1, spec.num_kv_heads, spec.head_dim)[old] = data[:start]
-        qkv = torch.cat(
-            [
-                torch.cat((self.queries[i], self.keys[i][self.rows[i][0] :], self.values[i][self.rows[i][0] :]), 1)
-                for i in chosen
-            ]
-        )
-        q, k, v = qkv.split([spec.num_heads, spec.num_kv_heads, spec.num_kv_heads], dim=1)
+            place = backend._places[layer]
+            assert place is not None
+            for pool, data in ((place.k_pool, self.keys[i]), (place.v_pool, self.values[i])):
+                pool.flatten(0, 1)[old] = data[:start]
+        # Beside one another, as a projection gives them.
+        parts = [
+            [self.queries[i].flatten(1), *(x[i][self.rows[i][0] :].flatten(1) for x in (self.keys, self.values))]
+            for i in chosen
+        ]
+        qkv = torch.cat([torch.cat(part, 1) for part in parts])
+        sizes = [part.shape[1] for part in parts[0]]
+        dims = spec.head_dim, spec.head_dim, spec.value_dim
+        q, k, v = (x.unflatten(1, (-1, dim)) for x, dim in zip(qkv.split(sizes, 1), dims, strict=True))
         backend.plan(metadata)
-        out = backend.forward(layer, q, k, v, cos_sin)
-        assert out.shape == (len(qkv), spec.num_heads * spec.head_dim) and out.dtype == self.dtype
+        out = backend.forward(layer, q, k, None if spec.values_in_keys else v, cos_sin, sinks=self.sinks)
+        assert out.shape == (len(qkv), spec.num_heads * spec.value_dim) and out.dtype == self.dtype
         return list(out.split(lengths.tolist()))
 
     def exact(self, i: int, layer: int = 0) -> Tensor:
         """Dense attention in float64."""
-        spec, (start, length) = self.spec, self.rows[i]
+        spec, (start, length) = self.layer_of(layer), self.rows[i]
         group = spec.num_heads // spec.num_kv_heads
         keys = self.keys[i].double().repeat_interleave(group, 1).transpose(0, 1)
         values = self.values[i].double().repeat_interleave(group, 1).transpose(0, 1)
@@ -101,15 +120,19 @@ class Case:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
         position, column = torch.arange(start, start + length)[:, None], torch.arange(start + length)
         mask = column <= position
-        window = spec.window[layer] if spec.window else None
-        if window is not None:
-            mask &= column > position - window
-        weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
+        if isinstance(spec.window, Chunk):
+            mask &= column // spec.window == position // spec.window
+        elif spec.window is not None:
+            mask &= column > position - spec.window
+        scores = scores.masked_fill(~mask, float("-inf"))
+        if self.sinks is not None:
+            scores = torch.cat((scores, self.sinks.double()[:, None, None].expand(-1, length, 1)), -1)
+        weights = scores.softmax(-1)[..., : start + length]
         return (weights @ values).transpose(0, 1).reshape(length, -1)
 
 
 def spec(heads: int, kv_heads: int, dim: int, window: int | None = None, softcap: float | None = None) -> AttentionSpec:
-    return AttentionSpec(2, heads, kv_heads, dim, dim**-0.5, (None, window) if window else None, softcap)
+    return AttentionSpec.alike(2, heads, kv_heads, dim, dim**-0.5, (None, window) if window else None, softcap)
 
 
 SHAPES = [(4, 2, 64), (4, 1, 64), (3, 3, 16), (8, 2, 80), (2, 1, 20), (14, 2, 8), (7, 1, 128), (2, 2, 256)]
@@ -149,9 +172,94 @@ def test_softcap(mode: str, softcap: float) -> None:
             assert_close(got, case.exact(i, layer))
 
 
+# Heads, KV heads, dim, value dim, whether values are in keys, sinks, window.
+KINDS = {
+    "sinks": (6, 2, 32, 32, False, True, None),
+    "sinks and a window": (6, 2, 20, 20, False, True, 40),
+    "wide keys": (4, 2, 48, 32, False, False, None),
+    "wide values": (4, 1, 16, 40, False, True, 100),
+    "values in keys": (5, 1, 72, 64, True, False, None),
+    "most of a key is no value": (80, 1, 40, 12, True, False, None),
+    "chunks": (6, 2, 32, 32, False, False, Chunk(100)),
+    "chunks of one": (4, 2, 16, 16, False, False, Chunk(1)),
+}
+
+
+def layer_of(kind: str) -> LayerAttention:
+    heads, kv_heads, dim, value_dim, inside, sinks, window = KINDS[kind]
+    return LayerAttention(heads, kv_heads, dim, value_dim, dim**-0.5, window, sinks=sinks, values_in_keys=inside)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_shapes_and_sinks(mode: str, kind: str, dtype: torch.dtype) -> None:
+    layer = layer_of(kind)
+    rows = [(1200, 1), (0, 1), (90, 1), (0, 130), (530, 75), (3, 2)]
+    case = Case(AttentionSpec((layer,)), 16, rows, dtype)
+    for i, got in enumerate(case.run(list(range(len(rows))))):
+        assert_close(got, case.exact(i))
+
+
+@pytest.mark.parametrize("kind", ["sinks and a window", "wide values", "values in keys", "chunks"])
+def test_other_shapes_depend_on_nothing_but_their_context(kernels: native.Library, kind: str) -> None:
+    case = Case(AttentionSpec((layer_of(kind),)), 16, [(1500, 1), (300, 150), (0, 70)], torch.bfloat16, 3)
+    batch = case.run([0, 1, 2])
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        for i in range(3):
+            assert torch.equal(case.run([i], layout_seed=9 + i)[0], batch[i]), (i, threads)
+    torch.set_num_threads(1)
+
+
+def test_layers_of_different_shapes_share_buffers(mode: str) -> None:
+    """Two groups, a layer without K and V, and one that reads another's: each answers as it does alone."""
+    full = LayerAttention(4, 1, 32, 32, 1.0)
+    windowed = LayerAttention(4, 2, 24, 24, 0.2, 10)
+    reading = LayerAttention(8, 2, 24, 24, 0.2, 10, reads=4)
+    layers = (windowed, None, full, windowed, windowed, full, windowed, reading)
+    spec = AttentionSpec(layers)
+    assert spec.owners == [0, 2, 3, 4, 5, 6] and spec.common is None
+    groups = plan_groups([10, None, 10, 10, None, 10], 4096)
+    assert groups == (MemoryGroup(None, (1, 4)), MemoryGroup(10, (0, 2)), MemoryGroup(10, (3, 5)))
+    # Two buffers, each as wide as two heads of 24.
+    assert spec.buffer_widths(groups) == [(48, 48)] * 2
+    assert spec.kv_bytes_per_token(torch.float32, groups) == 4 * 4 * 48
+    backend = Backend(spec, num_pages=12, page_size=4, dtype=torch.float32, groups=groups)
+    steps = [PagedMetadata(Limits(2, 64, 64, 4, 16, 10)) for _ in groups]
+    # One sequence of nine tokens, then its tenth; of each group on pages of its own.
+    for tokens in (range(9), range(9, 10)):
+        count = len(tokens)
+        for pages, metadata in zip(([1, 7, 4], [2, 8, 5], [3, 9, 6]), steps, strict=True):
+            metadata.num_rows = 1
+            metadata.qo_indptr = np.array([0, count], np.int32)
+            metadata.kv_indptr, metadata.kv_indices = np.array([0, 3], np.int32), np.array(pages, np.int32)
+            metadata.kv_len = np.array([tokens[-1] + 1], np.int32)
+            metadata.last_page_len = metadata.kv_len - 8
+            metadata.positions = np.array(tokens, np.int32)
+            slots = np.array(pages)[metadata.positions // 4] * 4 + metadata.positions % 4
+            metadata.kv_slots = slots.astype(np.int64)
+        backend.plan(*steps)
+        table = torch.rand(16, 8, generator=torch.Generator().manual_seed(4))
+        for number, layer in spec.attending.items():
+            generator = torch.Generator().manual_seed(number if layer.reads is None else layer.reads)
+            kv = [torch.randn(10, layer.num_kv_heads, layer.head_dim, generator=generator) for _ in range(2)]
+            q = torch.randn(count, layer.num_heads, layer.head_dim, generator=generator)
+            turned = q.clone(), kv[0].clone()
+            apply_rope(turned[0], None, table, torch.from_numpy(metadata.positions))
+            apply_rope(turned[1], None, table, torch.arange(10))
+            k, v = (x[list(tokens)] for x in kv)
+            if layer.reads is None:
+                got = backend.forward(number, q, k, v, table)
+            else:
+                got = backend.forward(number, q, None, None, table)
+            last = tokens[-1] + 1
+            exact = attend_sequence(layer, turned[0], turned[1][:last], kv[1][:last], None)
+            assert torch.allclose(got, exact.flatten(1), atol=1e-5), (number, tokens)
+
+
 def test_large_scores_stay_finite(mode: str) -> None:
     """Scores of several hundred: everything but the best key vanishes."""
-    case = Case(AttentionSpec(2, 4, 2, 32, 20.0), 16, [(600, 1), (0, 70)], torch.float32)
+    case = Case(AttentionSpec.alike(2, 4, 2, 32, 20.0), 16, [(600, 1), (0, 70)], torch.float32)
     for i, got in enumerate(case.run([0, 1])):
         assert (got.double() - case.exact(i)).abs().max() < 1e-3
 
@@ -196,7 +304,7 @@ def test_fused_rope_is_apply_rope(mode: str, dtype: torch.dtype) -> None:
 def test_pages_written_in_a_step_can_be_read_in_it(mode: str) -> None:
     """Two rows share a prefix whose pages the first one writes in this very step."""
     limits = Limits(2, 64, 64, 4, 16, 10)
-    one = AttentionSpec(1, 2, 1, 16, 0.25)
+    one = AttentionSpec.alike(1, 2, 1, 16, 0.25)
     backend = Backend(one, num_pages=16, page_size=4, dtype=torch.float32)
     metadata = PagedMetadata(limits)
     metadata.num_rows = 2

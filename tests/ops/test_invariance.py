@@ -14,7 +14,7 @@ from engine.ops.invariance import RowTile, find_row_tile, promise
 from engine.ops.linear import Linear
 
 OUT, IN = 300, 64
-SPEC = AttentionSpec(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
+SPEC = AttentionSpec.alike(num_layers=1, num_heads=4, num_kv_heads=2, head_dim=16, scale=0.25)
 
 
 def in_classes(class_of: Callable[[int], int], seen: list[int] | None = None) -> invariance.Multiply:
@@ -106,7 +106,7 @@ def test_small_layers_take_our_kernels(kernels: native.Library) -> None:
 
 def test_words(kernels: native.Library) -> None:
     layer = Linear(torch.randn(8, 64))
-    half = AttentionSpec(num_layers=1, num_heads=512, num_kv_heads=2, head_dim=16, scale=0.25)
+    half = AttentionSpec.alike(num_layers=1, num_heads=512, num_kv_heads=2, head_dim=16, scale=0.25)
     assert promise([], half, torch.float32) == (False, "no native attention for 256 heads on one of keys")
     assert promise([], SPEC, torch.float16) == (False, "no native kernels for float16")
     assert promise([layer], SPEC, torch.float32) == (False, "torch multiplies [8, 64] without a row tile")

@@ -30,7 +30,7 @@ TEMPERATURES = (0.5, 1.0, 1.6, 2.0)
 class Babble:
     """Random logits (deviation 3), the same for the same token at the same place (two periods, so it never repeats)."""
 
-    attention_spec = AttentionSpec(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, scale=1.0)
+    attention_spec = AttentionSpec.alike(num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, scale=1.0)
 
     def __init__(self) -> None:
         vocab = tokenizer().vocab_size

@@ -54,6 +54,7 @@ class StoredTensor:
     """Where a tensor lies: absolute byte offsets [begin, end) in `file`. transposed: columns by rows, a matrix's.
 
     dtype: one of ITEM_BYTES, or a block type of GGUF. shift: was added to it and must be taken away.
+    scale, block: of a quantised matrix, see float8.py.
     """
 
     file: Path
@@ -63,6 +64,8 @@ class StoredTensor:
     end: int
     transposed: bool = False
     shift: float = 0.0
+    scale: StoredTensor | None = None
+    block: tuple[int, int] | None = None
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -270,7 +273,7 @@ def check(
             )
             sizes = ", ".join(name for name in assumed if name != "tie_word_embeddings")
             hint = f"; config.json has no {sizes}: the defaults of the class count" if sizes else ""
-        elif tensor.dtype not in READ:
+        elif tensor.dtype not in READ and tensor.scale is None:
             problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {READ} are read")
     problems += [
         f"{tensor.file.name}: tensor {name} is not part of the model"

@@ -12,7 +12,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -21,15 +21,14 @@ import torch
 from torch import Tensor
 
 from engine.config import StartupError
-from engine.models.gguf.codes import FORMS, Form, Parts, split
 from engine.models.gguf.dequantise import dequantise
 from engine.models.gguf.names import name_tensors
 from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
-from engine.models.parts.decoder import EMBEDDING, PREFIX
+from engine.models.loading.float8 import dequantised, with_scales
+from engine.models.parts.decoder import PREFIX, embedding_name
 from engine.models.spec import Experts, ModelSpec
-from engine.ops.coded import CODE_BLOCK, CodedLinear, Piece, can_keep_codes
 from engine.ops.linear import Linear
 
 OUTPUT = "lm_head"
@@ -42,9 +41,19 @@ BLOCK_ELEMENTS = 64 * 1024
 # Random values that dummy weights repeat; a prime, so that rows of any length differ.
 DUMMY_BLOCK = 1_048_573
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 logger = logging.getLogger("oneloop.start")
+
+# What Nemotron-H calls its embedding.
+_EMBEDDINGS = re.compile(r"^((?:model|backbone)\.)embeddings\.weight$")
 
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
@@ -124,7 +133,7 @@ class Weights:
         if not tied:
             return self.linear([OUTPUT], [vocab], hidden, bias=bias)
         assert not bias, "a tied output layer has no bias"
-        linear = Linear(self.tensor(EMBEDDING, (vocab, hidden)))
+        linear = Linear(self.tensor(f"{PREFIX}embed_tokens.weight", (vocab, hidden)))
         self.prepare(linear, keep_rows=True)
         return linear
 
@@ -183,7 +192,9 @@ class CheckpointWeights(Weights):
 
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]
-        if stored.shift:
+        if stored.scale is not None:
+            self._scale(destination, stored, stored.scale)
+        elif stored.shift:
             wide = torch.empty(destination.shape, dtype=torch.float32)
             self._fill(wide, name, stored)
             destination.copy_(wide.sub_(stored.shift))
@@ -236,89 +247,22 @@ class CheckpointWeights(Weights):
                 self._let_go(stored, stored.begin + given_back, stored.begin + done)
                 given_back = done
 
-    def linear(
-        self,
-        names: Sequence[str],
-        rows: Sequence[int],
-        columns: int,
-        *,
-        bias: bool = False,
-        order: Tensor | None = None,
-        activation: str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Linear:
-        """See Weights.linear. Quantised weights of one form stay as they are, where there are kernels for them."""
-        weights = [f"{name}.weight" for name in names]
-        form = self._common_form(weights, columns, dtype or self.dtype)
-        if form is None:
-            return super().linear(names, rows, columns, bias=bias, order=order, activation=activation, dtype=dtype)
-        bias_vector = self.stacked([f"{name}.bias" for name in names], rows, dtype=dtype) if bias else None
-        if order is not None and bias_vector is not None:
-            bias_vector[: len(order)] = bias_vector[order]
-        pieces = self._pieces(weights, rows, columns, order)
-        linear = CodedLinear(
-            form.bits, form.low, sum(rows), columns, dtype or self.dtype, pieces, bias_vector, activation
-        )
-        self.linears.append(linear)
-        return linear
-
-    def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
-        """See Weights.output_layer."""
-        form = self._common_form([EMBEDDING], hidden, self.dtype) if tied else None
-        if form is None:
-            return super().output_layer(vocab, hidden, tied=tied, bias=bias)
-        pieces = self._pieces([EMBEDDING], [vocab], hidden, None)
-        linear = CodedLinear(form.bits, form.low, vocab, hidden, self.dtype, pieces)
-        self.linears.append(linear)
-        return linear
-
-    def _common_form(self, names: Sequence[str], columns: int, dtype: torch.dtype) -> Form | None:
-        """What all of these are stored as, where a layer can be made of that; None where it cannot."""
-        forms = {FORMS.get(self._tensors[name].dtype) for name in names}
-        if len(forms) != 1 or not can_keep_codes(dtype, self.device):
-            return None
-        return forms.pop()
-
-    def _pieces(self, names: Sequence[str], rows: Sequence[int], columns: int, order: Tensor | None) -> Iterator[Piece]:
-        """The tensors below one another, in pieces that are small where no order mixes their rows."""
-        total = sum(rows)
-        step = CodedLinear.piece_rows(BLOCK_ELEMENTS * 64 // columns) if order is None else total
-        starts = [sum(rows[:index]) for index in range(len(rows))]
-        for begin in range(0, total, step):
-            end = min(begin + step, total)
-            parts = [
-                self._codes(name, max(begin - start, 0), min(end - start, count), columns)
-                for name, start, count in zip(names, starts, rows, strict=True)
-                if start < end and start + count > begin
-            ]
-            codes, scale = (torch.from_numpy(np.concatenate([part[index] for part in parts])) for index in (0, 1))
-            lows = [part[2] for part in parts if part[2] is not None]
-            low = torch.from_numpy(np.concatenate(lows)) if lows else None
-            if order is not None:
-                for part in (codes, scale, low):
-                    if part is not None:
-                        part[: len(order)] = part[order]
-            yield begin, end, codes, scale, low
-
-    def _codes(self, name: str, begin: int, end: int, columns: int) -> Parts:
-        """Rows [begin, end) of a quantised tensor."""
-        stored = self._tensors[name]
-        kind = BY_NAME[stored.dtype]
-        row = columns // kind.elements * kind.size
-        at, size = stored.begin + begin * row, (end - begin) * row
-        blocks = np.frombuffer(self._files.get(stored.file, stored.end), np.uint8, size, at).reshape(-1, kind.size)
-        try:
-            codes, scale, low = split(stored.dtype, blocks)
-        except ValueError as problem:
-            raise StartupError(f"{stored.file}: tensor {name}: {problem}") from None
-        shape = (end - begin, columns // CODE_BLOCK)
-        parts = (
-            codes.reshape(end - begin, columns),
-            scale.reshape(shape),
-            low.reshape(shape) if low is not None else None,
-        )
-        self._let_go(stored, at, at + size)
-        return parts
+    def _scale(self, destination: Tensor, stored: StoredTensor, scale: StoredTensor) -> None:
+        """A float8 matrix times its scales, whole rows of blocks at a time."""
+        count = math.prod(scale.shape)
+        scales = _view(self._files, scale, TORCH_DTYPES[scale.dtype], 0, count).to(torch.float32)
+        width = destination.shape[1]
+        high = stored.block[0] if stored.block is not None else 1
+        step = max(1, CHUNK_BYTES // 4 // (width * high)) * high
+        by_row = scales if count == 1 else scales.view(scale.shape)
+        for start in range(0, len(destination), step):
+            part = destination[start : start + step]
+            codes = _view(self._files, stored, TORCH_DTYPES[stored.dtype], start * width, part.numel()).view(-1, width)
+            own = by_row if count == 1 else by_row[start // high : (start + step) // high]
+            part.copy_(dequantised(codes, own, stored.block))
+            begin = stored.begin + start * width
+            del codes
+            self._let_go(stored, begin, begin + part.numel())
 
     def _let_go(self, stored: StoredTensor, begin: int, end: int) -> None:
         """Bytes [begin, end) of the file are done with."""
@@ -348,7 +292,15 @@ def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTens
         }
 
     # Before and after, for what is left out may stand under the prefix of a wrapper, too.
-    return _with_single_experts(inside(_with_our_names(inside(find_tensors(directory)))), spec)
+    found = inside(_modern(find_tensors(directory)))
+    if spec.float8 is not None:
+        found = with_scales(found, spec.float8)
+    found = _with_single_experts(inside(_with_our_names(found, spec)), spec)
+    for step in spec.projections:
+        if step.name:
+            module = find_tensors(directory / step.name.removesuffix(".linear"))
+            found |= {step.name.removesuffix("linear") + name: tensor for name, tensor in module.items()}
+    return found
 
 
 def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
@@ -366,6 +318,15 @@ def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
     return found
 
 
+def _modern(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Names of TensorFlow's times: a LayerNorm's weight is its gamma, its bias is its beta."""
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    return {
+        next((name.removesuffix(end) + new for end, new in old.items() if name.endswith(end)), name): tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
     """Every expert of a tensor that holds all those of a layer, as one of its own. Raises StartupError."""
     found = dict(tensors)
@@ -374,7 +335,10 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
         if not isinstance(experts, Experts) or experts.stacked is None:
             continue
         count, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
-        inputs = 2 * inner // len(experts.gate_up)
+        hidden = experts.latent_size or hidden
+        inputs = (2 if experts.gated else 1) * inner // len(experts.gate_up)
+        if experts.fused is not None:
+            _split_fused(found, f"{PREFIX}layers.{index}.", experts, hidden)
         for template, out, into in (
             *((name, inputs, hidden) for name in experts.gate_up),
             (experts.down, hidden, inner),
@@ -403,13 +367,37 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
     return found
 
 
-def _with_our_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _split_fused(found: dict[str, StoredTensor], prefix: str, experts: Experts, hidden: int) -> None:
+    """Every expert's gate and up of the tensor that holds those of a layer, as tensors of their own; in place."""
+    name = f"{prefix}{experts.fused}"
+    name = name if name in found else f"{name}.weight"
+    tensor = found.get(name)
+    if tensor is None:
+        return
+    count, inner = experts.num_experts, experts.intermediate_size
+    if tensor.shape != (count, 2 * inner, hidden):
+        raise StartupError(
+            f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
+            f"{[count, 2 * inner, hidden]}"
+        )
+    del found[name]
+    size = (tensor.end - tensor.begin) // (2 * count)
+    for place, (number, template) in enumerate((n, each) for n in range(count) for each in experts.gate_up):
+        begin = tensor.begin + place * size
+        found[f"{prefix}{template.format(number)}.weight"] = StoredTensor(
+            tensor.file, tensor.dtype, (inner, hidden), begin, begin + size
+        )
+
+
+def _with_our_names(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
     """A model saved without its output layer has no `model.` before its names (Qwen3-Embedding is one); one saved from
     inside of another object has that one's name before them. The embedding, or else the layers, show the prefix.
     """
-    name = EMBEDDING.removeprefix(PREFIX)
+    name = embedding_name(spec).removeprefix(PREFIX)
+    tensors = {_EMBEDDINGS.sub(r"\g<1>" + name, key): tensor for key, tensor in tensors.items()}
     found = {key.removesuffix(name) for key in tensors if f".{key}".endswith(f".{name}")}
-    found = found or {match[1] for key in tensors if (match := re.match(r"((?:.*?\.)?)layers\.\d+\.", key))}
+    layer = re.escape(spec.layer_names).replace(r"\{\}", r"\d+")
+    found = found or {match[1] for key in tensors if (match := re.match(rf"((?:.*?\.)?){layer}", key))}
     if len(found) != 1 or found == {PREFIX}:
         return tensors
     prefix = found.pop()
@@ -433,7 +421,8 @@ def settle_output(spec: ModelSpec, tensors: dict[str, StoredTensor], directory: 
     """
     if spec.headless:
         return spec
-    head, embedding = tensors.get(OUTPUT_WEIGHT), tensors.get(EMBEDDING)
+    own = embedding_name(spec)
+    head, embedding = tensors.get(OUTPUT_WEIGHT), tensors.get(own)
     if not spec.tie_word_embeddings:
         if head is None and embedding is not None:
             raise StartupError(
@@ -444,7 +433,7 @@ def settle_output(spec: ModelSpec, tensors: dict[str, StoredTensor], directory: 
     if head is None:
         return spec
     if embedding is None:
-        tensors[EMBEDDING] = tensors.pop(OUTPUT_WEIGHT)
+        tensors[own] = tensors.pop(OUTPUT_WEIGHT)
         return spec
     if _are_equal(head, embedding, dtype):
         return spec
@@ -511,7 +500,7 @@ class DummyWeights(Weights):
 
     def fill(self, destination: Tensor, name: str) -> None:
         flat = destination.view(-1)
-        if "norm" in name:
+        if re.search(r"norm|_ln\b", name, re.IGNORECASE):
             flat.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             scale = destination.shape[-1] ** -0.5 if destination.dim() > 1 else 0.02

@@ -9,16 +9,23 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.models.parts.norm import Norm, make_norm
+from engine.models.parts.norm import make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
-from engine.models.spec import GroupedQueryAttention
+from engine.models.spec import GroupedQueryAttention, QueryScale
 from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.attention.device import HeadNorms, StepAttention
 from engine.ops.linear import Product
 from engine.ops.norm import Normed
+from engine.ops.recurrence import sigmoid_gate
 from engine.ops.rope import apply_rope
+
+
+def query_factors(scale: QueryScale, positions: Tensor) -> Tensor:
+    """[T] -> float32 [T, 1]."""
+    steps = torch.div(positions + scale.offset, scale.original_max_position, rounding_mode="floor")[:, None]
+    return 1 + scale.beta * by_rows(torch.log1p, steps)
 
 
 class Attention:
@@ -28,52 +35,79 @@ class Attention:
     """
 
     def __init__(self, spec: GroupedQueryAttention, source: Source, layer: int, prefix: str, hidden_size: int) -> None:
-        dim, heads, kv_heads = spec.head_dim, spec.num_heads, spec.num_kv_heads
+        dim, heads, value_dim = spec.head_dim, spec.num_heads, spec.value_dim or spec.head_dim
+        kv_heads = spec.num_kv_heads if spec.reads is None else 0
         self._layer = layer
-        self._head_dim = dim
-        self._heads = heads + 2 * kv_heads
-        self._split = [heads, kv_heads, kv_heads]
+        self._head_dim, self._value_dim = dim, value_dim
+        self._heads, self._split = heads + 2 * kv_heads, [heads, kv_heads, kv_heads]
         rope = spec.rope
         order = split_pairs(heads + kv_heads, dim, rope.rotary_dim) if rope is not None and rope.interleaved else None
-        rows = [heads * dim, kv_heads * dim, kv_heads * dim]
+        # A layer that reads another's keys and values has queries alone.
+        self._rows = [heads * dim, kv_heads * dim, kv_heads * value_dim] if kv_heads else [heads * dim]
+        rows = list(self._rows)
+        self._gates = heads * dim if spec.gated_queries else 0
+        if self._gates:
+            assert order is None and value_dim == dim
+            # From each head's query and gate to all queries and all gates.
+            order = torch.arange(2 * heads * dim).view(heads, 2, dim).transpose(0, 1).flatten()
+            rows[0] += self._gates
         self._qkv = source.linear(
             [prefix + name for name in spec.qkv],
-            rows if len(spec.qkv) == 3 else [sum(rows)],
+            rows if len(spec.qkv) == len(rows) else [sum(rows)],
             hidden_size,
             bias=spec.qkv_bias,
             order=order,
         )
-        self._output = source.linear([prefix + spec.output], [hidden_size], heads * dim, bias=spec.output_bias)
+        self._output = source.linear([prefix + spec.output], [hidden_size], heads * value_dim, bias=spec.output_bias)
+        self._sinks = None if spec.sinks is None else source.tensor(prefix + spec.sinks, (heads,), torch.float32)
         self._norm_after_rope = spec.norm_after_rope
         self._query_scale = spec.query_scale
-        self._q_norm: Norm | None = None
-        self._k_norm: Norm | None = None
+        q_norm, k_norm = spec.q_norm, spec.k_norm if kv_heads else None
+        q_width, k_width = (heads * dim, kv_heads * dim) if spec.norm_width == "full" else (dim, dim)
+        self._norm_widths = (q_width, k_width)
+        self._q_norm = None if q_norm is None else make_norm(q_norm, source, prefix, q_width)
+        self._k_norm = None if k_norm is None else make_norm(k_norm, source, prefix, k_width)
         self._head_norms: HeadNorms | None = None
-        if spec.q_norm is not None and spec.k_norm is not None:
-            q_width, k_width = (heads * dim, kv_heads * dim) if spec.norm_width == "full" else (dim, dim)
-            self._q_norm = make_norm(spec.q_norm, source, prefix, q_width)
-            self._k_norm = make_norm(spec.k_norm, source, prefix, k_width)
-            self._norm_widths = (q_width, k_width)
-            plain = not (spec.norm_after_rope or spec.query_scale or spec.q_norm.centered or spec.k_norm.centered)
-            if plain and spec.norm_width == "head" and spec.q_norm.eps == spec.k_norm.eps:
-                self._head_norms = (self._q_norm.weight, self._k_norm.weight, spec.q_norm.eps)
+        if self._q_norm is not None and self._k_norm is not None:
+            assert q_norm is not None and k_norm is not None
+            plain = not (spec.norm_after_rope or spec.query_scale or q_norm.centered or k_norm.centered)
+            if plain and spec.norm_width == "head" and q_norm.eps == k_norm.eps:
+                self._head_norms = (self._q_norm.weight, self._k_norm.weight, q_norm.eps)
 
     def __call__(
         self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
     ) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
-        q, k, v = self._qkv(x).view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
+        qkv = self._qkv(x)
+        gate: Tensor | None = None
+        if self._gates:
+            q, gate, rest = qkv.tensor_split((self._gates, 2 * self._gates), 1)
+            qkv = torch.cat((q, rest), 1)
+        q, k, v = self._split_heads(qkv)
         if self._head_norms is not None and isinstance(attention, StepAttention):
-            return self._output.later(attention.forward(self._layer, q, k, v, table, self._head_norms))
+            y = attention.forward(self._layer, q, k, v, table, self._head_norms, sinks=self._sinks)
+            return self._output.later(y if gate is None else sigmoid_gate(y, gate))
         if self._norm_after_rope and table is not None:
             apply_rope(q, k, table, positions)
             table = None
-        if self._q_norm is not None and self._k_norm is not None:
-            q_width, k_width = self._norm_widths
+        q_width, k_width = self._norm_widths
+        if self._q_norm is not None:
             q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
+        if self._k_norm is not None and k is not None:
             k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
         if self._query_scale is not None:
-            steps = torch.div(positions, self._query_scale.original_max_position, rounding_mode="floor")[:, None]
-            factors = 1 + self._query_scale.beta * by_rows(torch.log1p, steps)
-            q = q * factors.to(q.dtype)[:, :, None]
-        return self._output.later(attention.forward(self._layer, q, k, v, table))
+            q = q * query_factors(self._query_scale, positions).to(q.dtype)[:, :, None]
+        y = attention.forward(self._layer, q, k, v, table, sinks=self._sinks)
+        return self._output.later(y if gate is None else sigmoid_gate(y, gate))
+
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """q, k and v [T, heads, D]; no k and v in a layer that reads another's."""
+        if len(self._rows) == 1:
+            return qkv.view(-1, self._split[0], self._head_dim), None, None
+        if self._value_dim == self._head_dim:
+            q, k, v = qkv.view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
+            return q, k, v
+        parts = qkv.split_with_sizes(self._rows, 1)
+        dims = self._head_dim, self._head_dim, self._value_dim
+        q, k, v = (part.unflatten(1, (-1, dim)) for part, dim in zip(parts, dims, strict=True))
+        return q, k, v

@@ -1,4 +1,4 @@
-"""The one decoder that all families are: embedding, layers, final norm, output layer.
+"""The one model that all families are: embedding, layers, final norm, output layer or heads.
 
 Built at start by loading/; run by the executor's thread, one step after another.
 """
@@ -14,19 +14,44 @@ from torch import Tensor
 
 from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
-from engine.models.parts.dense import Mlp, UngatedMlp
+from engine.models.parts.dense import make_mlp
 from engine.models.parts.experts import make_experts
+from engine.models.parts.heads import Head
+from engine.models.parts.latent import Latent
 from engine.models.parts.norm import NoNorm, Norm, make_norm
+from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
-from engine.models.spec import Experts, LayerSpec, ModelSpec, NormSpec, RopeSpec, Ungated
-from engine.ops.attention.base import AttentionBackend, AttentionSpec
+from engine.models.spec import (
+    Experts,
+    FeedForward,
+    GatedDelta,
+    LatentAttention,
+    LayerSpec,
+    Mamba2,
+    Mixer,
+    ModelSpec,
+    NormSpec,
+    PagedMixer,
+    RopeSpec,
+    ShortConv,
+    SideBySide,
+)
+from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
 
 # Of all tensors but the output layer's.
 PREFIX = "model."
-EMBEDDING = PREFIX + "embed_tokens.weight"
+
+
+def embedding_name(spec: ModelSpec) -> str:
+    """Of the tensor whose rows tokens begin as."""
+    return f"{PREFIX}{spec.embedding.tokens}.weight"
+
+
+# A layer's mixer: x, its rope table, positions and where the step's memory is -> what it adds.
+Mixing = Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]
 
 
 class CausalLM(Protocol):
@@ -36,12 +61,25 @@ class CausalLM(Protocol):
     attention_spec: AttentionSpec
     linears: list[Linear]
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """Integers [T] and [T] -> hidden states [T, hidden_size] after the final norm, in the model's dtype."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor:
+        """Integers [T] and [T] -> hidden states [T, hidden_size] after the final norm, in the model's dtype.
+
+        types: of the tokens, int64 [T], where config.embedding has types and some are not 0.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden_size] -> float32 [R, vocab_size]. Never called where config.headless is set."""
+        ...
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Float32 [R, hidden_size] -> float32 [R, labels], by config.classifier."""
+        ...
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Float32 [R, hidden_size] -> float32 [R, width], by config.projections."""
         ...
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
@@ -60,45 +98,109 @@ class CausalLM(Protocol):
 class Layer:
     """One decoder layer: the parts, put together by Decoder.forward."""
 
-    def __init__(self, spec: LayerSpec, source: Source, index: int, hidden_size: int) -> None:
-        prefix = f"{PREFIX}layers.{index}."
-
+    def __init__(self, spec: LayerSpec, source: Source, index: int, prefix: str, hidden_size: int) -> None:
         def norm(spec: NormSpec | None) -> Norm | None:
             return make_norm(spec, source, prefix, hidden_size) if spec is not None else None
 
         self.input_norm = norm(spec.mixer_norm) or NoNorm()
-        self.attention = Attention(spec.mixer, source, index, prefix, hidden_size)
+        self.mlp: Callable[[Tensor | Normed], Tensor | Product] | None = None
+        self.attention: Mixing
+        if spec.mixer is not None:
+            self.attention = _make_mixer(spec.mixer, source, index, prefix, hidden_size)
+            if spec.feed_forward is not None:
+                self.mlp = _make_feed_forward(spec.feed_forward, source, prefix, hidden_size)
+        else:
+            assert spec.feed_forward is not None, "a layer of nothing"
+            alone = _make_feed_forward(spec.feed_forward, source, prefix, hidden_size)
+            self.attention = lambda x, table, positions, attention: alone(x)
         self.attention_out_norm = norm(spec.mixer_out_norm)
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
-        self.mlp: Callable[[Tensor | Normed], Tensor | Product]
-        if isinstance(spec.feed_forward, Experts):
-            self.mlp = make_experts(spec.feed_forward, source, prefix, hidden_size)
-        elif isinstance(spec.feed_forward, Ungated):
-            self.mlp = UngatedMlp(spec.feed_forward, source, prefix, hidden_size)
-        else:
-            assert spec.feed_forward is not None, "a layer without a feed-forward has no part yet"
-            self.mlp = Mlp(spec.feed_forward, source, prefix, hidden_size)
         self.parallel = spec.parallel
         self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
+        self.post_norm = spec.post_norm
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
 
 
+def _make_mixer(mixer: Mixer, source: Source, index: int, prefix: str, hidden_size: int) -> Mixing:
+    """The part for it: of x, the layer's rope table, positions and where the step's memory is."""
+    if isinstance(mixer, SideBySide):
+        parts = [_make_mixer(each, source, index, prefix, hidden_size) for each in mixer.mixers]
+        return Together(parts, mixer)
+    if isinstance(mixer, GatedDelta):
+        return DeltaNet(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, ShortConv):
+        return ShortConvolution(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, Mamba2):
+        return Mamba(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, LatentAttention):
+        return Latent(mixer, source, index, prefix, hidden_size)
+    return Attention(mixer, source, index, prefix, hidden_size)
+
+
+class Together:
+    """Mixers side by side, see SideBySide."""
+
+    def __init__(
+        self,
+        parts: list[Mixing],
+        spec: SideBySide,
+    ) -> None:
+        self._parts = list(zip(parts, spec.input_scales, spec.output_scales, strict=True))
+
+    def __call__(
+        self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        x = plain(x)
+        results = [
+            computed(part(x * before if before != 1.0 else x, table, positions, attention)) * after
+            for part, before, after in self._parts
+        ]
+        total = results[0]
+        for result in results[1:]:
+            total = total.add_(result)
+        return total
+
+
+def _make_feed_forward(
+    spec: FeedForward, source: Source, prefix: str, hidden_size: int
+) -> Callable[[Tensor | Normed], Tensor | Product]:
+    """The part for it."""
+    if isinstance(spec, Experts):
+        return make_experts(spec, source, prefix, hidden_size)
+    return make_mlp(spec, source, prefix, hidden_size)
+
+
 def _attention_spec(spec: ModelSpec) -> AttentionSpec:
-    """What a backend must be built for; its layers differ in nothing but their window."""
-    first, windows = spec.attention, spec.windows
-    for layer in spec.layers:
-        same = (layer.mixer.num_heads, layer.mixer.num_kv_heads, layer.mixer.head_dim, layer.mixer.scale)
-        assert same == (first.num_heads, first.num_kv_heads, first.head_dim, first.scale)
-        assert layer.mixer.softcap == first.softcap
-    return AttentionSpec(
-        num_layers=spec.num_layers,
-        num_heads=first.num_heads,
-        num_kv_heads=first.num_kv_heads,
-        head_dim=first.head_dim,
-        scale=first.scale,
-        window=windows if any(windows) else None,
-        softcap=first.softcap,
+    """What a backend must be built for."""
+    return AttentionSpec(tuple(_layer_attention(layer.paged) for layer in spec.layers))
+
+
+def _layer_attention(mixer: PagedMixer | None) -> LayerAttention | None:
+    """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
+    if mixer is None:
+        return None
+    if isinstance(mixer, LatentAttention):
+        heads, width = mixer.num_heads, mixer.head_dim
+        return LayerAttention(heads, 1, width, mixer.latent_dim, mixer.scale, values_in_keys=True)
+    return LayerAttention(
+        mixer.num_heads,
+        mixer.num_kv_heads,
+        mixer.head_dim,
+        mixer.value_dim or mixer.head_dim,
+        mixer.scale,
+        mixer.window,
+        mixer.softcap,
+        sinks=mixer.sinks is not None,
+        reads=mixer.reads,
+        bidirectional=mixer.bidirectional,
     )
+
+
+def out_norm(norm: Norm | None) -> Norm:
+    """That of a layer whose norms follow its sums: it has both."""
+    assert norm is not None
+    return norm
 
 
 class Decoder:
@@ -114,34 +216,50 @@ class Decoder:
             self._lm_head = source.output_layer(vocab, hidden, tied=spec.tie_word_embeddings, bias=spec.head_bias)
         self._embedding: Tensor | None = None
         if self._lm_head is None or not spec.tie_word_embeddings:
-            self._embedding = source.tensor(EMBEDDING, (vocab, hidden))
+            self._embedding = source.tensor(embedding_name(spec), (vocab, hidden))
+        beside = spec.embedding
+        self._positions = self._types = None
+        if beside.positions is not None:
+            self._positions = source.tensor(f"{PREFIX}{beside.positions}.weight", (beside.num_positions, hidden))
+        if beside.types is not None:
+            self._types = source.tensor(f"{PREFIX}{beside.types}.weight", (beside.num_types, hidden))
+        self._embedding_norm = make_norm(beside.norm, source, PREFIX, hidden) if beside.norm is not None else None
         # Rounded to the model's dtype, as the gemmas were trained.
         scale = torch.tensor(spec.embedding_scale, dtype=source.dtype).item()
         self._embedding_scale = scale if scale != 1.0 else None
         self._logit_scale = spec.logit_scale if spec.logit_scale != 1.0 else None
         self._logit_softcap = spec.logit_softcap
-        self._layers = [Layer(layer, source, index, hidden) for index, layer in enumerate(spec.layers)]
-        self._norm = make_norm(spec.final_norm, source, PREFIX, hidden)
+        self._layers = [
+            Layer(layer, source, index, PREFIX + spec.layer_names.format(index), hidden)
+            for index, layer in enumerate(spec.layers)
+        ]
+        self._norm = make_norm(spec.final_norm, source, PREFIX, hidden) if spec.final_norm is not None else NoNorm()
+        self._classifier = Head(spec.classifier.steps, source, hidden) if spec.classifier is not None else None
+        self._projections = Head(spec.projections, source, hidden) if spec.projections else None
 
         tables: dict[RopeSpec | None, Tensor | None] = {None: None}
         for rope in spec.ropes:
             tables[rope] = rope_table(rope, spec.max_position_embeddings, max_model_len, source.device)
         # Each layer with its rope table and the norm that follows it: its residual addition is part of that norm.
         following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
-        own = [tables[layer.mixer.rope] for layer in spec.layers]
+        own = [tables[layer.paged.rope if layer.paged is not None else None] for layer in spec.layers]
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor:
         """int32 or int64 [T], [T] -> [T, hidden_size] after the final norm.
 
         `attention` has planned the step, and turns q and k by the positions of that plan: `positions` are the
         same ones, for a layer that does anything else by them.
         """
-        return plain(self._run(token_ids, positions, attention))
+        return plain(self._run(token_ids, positions, attention, types))
 
-    def _run(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor | Normed:
+    def _run(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor | Normed:
         """The same, the final norm to be taken where it need not be yet."""
         embedding = self._embedding
         if embedding is None:
@@ -151,17 +269,34 @@ class Decoder:
             residual = F.embedding(token_ids, embedding)
         if self._embedding_scale is not None:
             residual = residual.mul_(self._embedding_scale)
+        if self._types is not None:
+            residual = residual.add_(self._types[0] if types is None else F.embedding(types, self._types))
+        if self._positions is not None:
+            places = positions + self.config.embedding.first_position
+            residual = residual.add_(F.embedding(places, self._positions))
+        if self._embedding_norm is not None:
+            residual = self._embedding_norm(residual)
         x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
             if layer.parallel:
+                assert layer.mlp is not None
                 y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(x)))
                 x, residual = following.add(y, residual)
+                continue
+            if layer.post_norm:
+                x, _ = out_norm(layer.attention_out_norm).add(layer.attention(x, table, positions, attention), residual)
+                residual = plain(x)
+                x, _ = out_norm(layer.mlp_out_norm).add(layer.mlp(residual), residual)
+                x = residual = plain(x)
                 continue
             y = layer.attention(x, table, positions, attention)
             if layer.attention_out_norm is not None:
                 y = layer.attention_out_norm(y)
             if layer.residual_scale is not None:
                 y = computed(y) * layer.residual_scale
+            if layer.mlp is None:
+                x, residual = following.add(y, residual)
+                continue
             x, residual = layer.mlp_norm.add(y, residual)
             y = layer.mlp(x)
             if layer.mlp_out_norm is not None:
@@ -174,12 +309,21 @@ class Decoder:
     def name_layers(self, range_of: RangeOf) -> None:
         """See CausalLM. Costs nothing until it is called."""
         for index, layer in enumerate(self._layers):
-            for part in ("attention", "mlp"):
+            for part in ("attention", "mlp") if layer.mlp is not None else ("attention",):
                 setattr(layer, part, in_range(getattr(layer, part), f"layer {index} {part}", range_of))
 
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size]."""
         return self.raw_logits(hidden).float()
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """See CausalLM."""
+        assert self._classifier is not None, "the model has no classifier"
+        return self._classifier(hidden)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """See CausalLM."""
+        return vectors if self._projections is None else self._projections(vectors)
 
     def raw_logits(self, hidden: Tensor | Normed) -> Tensor:
         """See CausalLM."""

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.ops.attention.base import AttentionSpec
-from engine.ops.attention.sequence import attend_sequence
+from engine.groups import Chunk
+from engine.ops.attention.base import AttentionSpec, LayerAttention
+from engine.ops.attention.sequence import attend_sequence, softmax_with_sinks
 from engine.ops.norm import rms_norm
 from engine.ops.rope import apply_rope
 from engine.ops.triton.runtime import on_gpu
@@ -134,27 +135,40 @@ class DeviceAttention:
         kv_dtype: torch.dtype | None = None,
         device: torch.device,
     ) -> None:
-        assert spec.num_heads % spec.num_kv_heads == 0
         self.spec = spec
+        # Those that have K and V, by number.
+        self.layers: dict[int, LayerAttention] = spec.attending
         self.page_size = page_size
         self.dtype = dtype
         self.kv_dtype = kv_dtype or dtype
         self.device = device
-        self.windows: tuple[int | None, ...] = spec.window or (None,) * spec.num_layers
+        self.windows: dict[int, int | None] = {number: layer.window for number, layer in self.layers.items()}
         self.num_pages = num_pages
         self.allocate()
 
     def allocate(self) -> None:
         """The KV pools; again, after `release`."""
-        shape = (self.num_pages + 1, self.page_size, self.spec.num_kv_heads, self.spec.head_dim)
+        cells = self.num_pages + 1, self.page_size
         options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
-        # Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
-        self.k_pools = [torch.zeros(shape, **options) for _ in range(self.spec.num_layers)]
-        self.v_pools = [torch.zeros(shape, **options) for _ in range(self.spec.num_layers)]
+        # By layer. Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
+        self.k_pools: dict[int, Tensor] = {}
+        self.v_pools: dict[int, Tensor] = {}
+        for number in self.spec.owners:
+            layer = self.layers[number]
+            self.k_pools[number] = torch.zeros((*cells, layer.num_kv_heads, layer.head_dim), **options)
+        for number in self.spec.owners:
+            layer = self.layers[number]
+            if layer.values_in_keys:
+                self.v_pools[number] = self.k_pools[number][..., : layer.value_dim]
+            else:
+                self.v_pools[number] = torch.zeros((*cells, layer.num_kv_heads, layer.value_dim), **options)
+        for number, layer in self.layers.items():
+            if layer.reads is not None:
+                self.k_pools[number], self.v_pools[number] = self.k_pools[layer.reads], self.v_pools[layer.reads]
 
     def release(self) -> None:
         """Give the KV pools' memory back; graphs that were captured with them are void."""
-        self.k_pools, self.v_pools = [], []
+        self.k_pools, self.v_pools = {}, {}
 
     def decode_needs_plan(self, size: int) -> bool:
         """Whether decode steps of `size` rows come with a DecodePlan."""
@@ -198,8 +212,8 @@ class DeviceAttention:
         self,
         layer: int,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         positions: Tensor,
         kv_slots: Tensor,
         cos_sin: Tensor | None,
@@ -207,18 +221,21 @@ class DeviceAttention:
         out: Tensor | None = None,
     ) -> Tensor:
         """Norm and turn q and k, put k and v into the pool; returns q, contiguous, in `out` if there is one."""
-        if on_gpu(q):
+        if on_gpu(q) and k is not None and v is not None and k.shape == v.shape:
             from engine.ops.triton.rope import rope_and_write_kv
 
             pools = self.k_pools[layer], self.v_pools[layer]
             return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools, norms, out)
         if norms is not None:
+            assert k is not None
             *weights, eps = norms
             q, k = (rms_norm(x.flatten(0, 1), w, eps).view(x.shape) for x, w in zip((q, k), weights, strict=True))
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, positions)
-        self._store(self.k_pools[layer], kv_slots, k)
-        self._store(self.v_pools[layer], kv_slots, v)
+        if k is not None:
+            self._store(self.k_pools[layer], kv_slots, k)
+        if v is not None:
+            self._store(self.v_pools[layer], kv_slots, v)
         return q.contiguous() if out is None else out.copy_(q)
 
     def _store(self, pool: Tensor, slots: Tensor, values: Tensor) -> None:
@@ -236,9 +253,9 @@ class DeviceAttention:
             found = pool[pages]
         return found.flatten(pages.dim() - 1, pages.dim())
 
-    def decode_rows(self, layer: int, q: Tensor, tables: Tensor, kv_len: Tensor) -> Tensor:
-        """q [B, Hq, D] -> [B, Hq, D] over the first kv_len tokens of each row's pages."""
-        spec = self.spec
+    def decode_rows(self, layer: int, q: Tensor, tables: Tensor, kv_len: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """q [B, Hq, D] -> [B, Hq, Dv] over the first kv_len tokens of each row's pages."""
+        spec = self.layers[layer]
         pages = tables.long()
         keys, values = self.gather(self.k_pools[layer], pages), self.gather(self.v_pools[layer], pages)
         rows, columns = keys.shape[0], keys.shape[1]
@@ -249,25 +266,35 @@ class DeviceAttention:
         column = torch.arange(columns, device=q.device)
         seen = column < kv_len[:, None]
         window = self.windows[layer]
-        if window is not None:
+        if isinstance(window, Chunk):
+            seen = seen & (column >= (kv_len[:, None] - 1) // window * window)
+        elif window is not None:
             seen = seen & (column >= kv_len[:, None] - window)
-        weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
-        return torch.einsum("bhgl,blhd->bhgd", weights, values.float()).reshape(q.shape).to(q.dtype)
+        scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
+        if sinks is None:
+            weights = scores.softmax(-1)
+        else:
+            by_head = scores.view(rows, spec.num_heads, columns).transpose(0, 1)
+            weights = softmax_with_sinks(by_head, sinks).transpose(0, 1).view(scores.shape)
+        result = torch.einsum("bhgl,blhd->bhgd", weights, values.float())
+        return result.reshape(rows, spec.num_heads, spec.value_dim).to(q.dtype)
 
-    def prefill_rows(self, layer: int, q: Tensor, rows: Ragged, sizes: list[tuple[int, int, int]]) -> Tensor:
-        """q [T, Hq, D] -> [T, Hq, D], row by row."""
+    def prefill_rows(
+        self, layer: int, q: Tensor, rows: Ragged, sizes: list[tuple[int, int, int]], sinks: Tensor | None = None
+    ) -> Tensor:
+        """q [T, Hq, D] -> [T, Hq, Dv], row by row."""
         parts, token, page = [], 0, 0
         for length, count, kv_len in sizes:
             pages = rows.kv_indices[page : page + count].long()
-            parts.append(self.prefill_row(layer, q[token : token + length], pages, kv_len))
+            parts.append(self.prefill_row(layer, q[token : token + length], pages, kv_len, sinks))
             token, page = token + length, page + count
         return torch.cat(parts)
 
-    def prefill_row(self, layer: int, q: Tensor, pages: Tensor, kv_len: int) -> Tensor:
-        """q [N, Hq, D], the last N of kv_len tokens -> [N, Hq, D]."""
+    def prefill_row(self, layer: int, q: Tensor, pages: Tensor, kv_len: int, sinks: Tensor | None) -> Tensor:
+        """q [N, Hq, D], the last N of kv_len tokens -> [N, Hq, Dv]."""
         keys = self.gather(self.k_pools[layer], pages)[:kv_len]
         values = self.gather(self.v_pools[layer], pages)[:kv_len]
-        return attend_sequence(self.spec, self.windows[layer], q, keys, values)
+        return attend_sequence(self.layers[layer], q, keys, values, sinks)
 
 
 class StepAttention:
@@ -289,18 +316,20 @@ class StepAttention:
         self,
         layer: int,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
         cos_sin: Tensor | None = None,
         norms: HeadNorms | None = None,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         """See AttentionBackend. norms: of the heads of q and k, taken first."""
         step = self.step
         q = self.backend.write(layer, q, k, v, step.positions, step.kv_slots, cos_sin, norms, self.q)
-        return self.attend(layer, q).view(q.shape[0], -1)
+        return self.attend(layer, q, sinks=sinks).view(q.shape[0], -1)
 
-    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
-        """[T, Hq, D] -> [T, Hq, D], in `out` if there is one."""
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+        """[T, Hq, D] -> [T, Hq, Dv], in `out` if there is one."""
         raise NotImplementedError
 
 
@@ -309,8 +338,8 @@ class DecodeAttention(StepAttention):
 
     step: DecodeStep
 
-    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
-        result: Tensor = self.backend.decode_rows(layer, q, self.step.tables, self.step.kv_len)
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
+        result: Tensor = self.backend.decode_rows(layer, q, self.step.tables, self.step.kv_len, sinks)
         return result if out is None else out.copy_(result)
 
 
@@ -323,12 +352,12 @@ class MixedAttention(StepAttention):
         super().__init__(backend, step)
         self.sizes = step.prompts.sizes()
 
-    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
         count, decode = self.step.num_decodes, self.step.decode
-        prompts: Tensor = self.backend.prefill_rows(layer, q[count:], self.step.prompts, self.sizes)
+        prompts: Tensor = self.backend.prefill_rows(layer, q[count:], self.step.prompts, self.sizes, sinks)
         result = prompts
         if count:
             assert decode is not None
-            rows = self.backend.decode_rows(layer, q[:count], decode.tables, decode.kv_len)
+            rows = self.backend.decode_rows(layer, q[:count], decode.tables, decode.kv_len, sinks)
             result = torch.cat([rows, prompts])
         return result if out is None else out.copy_(result)

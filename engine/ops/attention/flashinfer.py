@@ -88,15 +88,18 @@ class Backend(DeviceAttention):
         self._module: Any = module
         # What was looked for in vain, and why.
         self._missing: list[str] = []
-        group = spec.num_heads // spec.num_kv_heads
-        usable = dtype in DTYPES and spec.head_dim in HEAD_DIMS
-        has_xqa = usable and page_size in XQA_PAGE_SIZES and group in XQA_GROUPS and spec.softcap is None
+        shape = spec.common
+        assert shape is not None, "FlashInfer is called for layers of one shape alone"
+        self.shape = shape
+        group = shape.num_heads // shape.num_kv_heads
+        usable = dtype in DTYPES and shape.head_dim in HEAD_DIMS
+        has_xqa = usable and page_size in XQA_PAGE_SIZES and group in XQA_GROUPS and shape.softcap is None
         assert decode != "xqa" or has_xqa, "XQA has no kernel for this shape"
         # fa3 has no kernels that read a KV cache of another type than q.
         prefill = "fa2" if self.kv_dtype != dtype and prefill == "auto" else prefill
         self._tensor_cores = group not in CUDA_CORE_GROUPS or self.kv_dtype != dtype
         # One plan serves all layers that see the same window.
-        self._kinds: list[Window] = sorted(set(self.windows), key=lambda window: window or 0)
+        self._kinds: list[Window] = sorted(set(self.windows.values()), key=lambda window: window or 0)
         # A backend of the prefill wrapper, or torch.
         self._prefill_ways: dict[Window, str] = dict.fromkeys(self._kinds, prefill if usable else "torch")
         way = "torch" if not usable else "xqa" if has_xqa and decode in ("auto", "xqa") else "wrapper"
@@ -137,7 +140,7 @@ class Backend(DeviceAttention):
         prefills, decodes = set(self._prefill_ways.values()), set(self._decode_ways.values())
         missing = "".join(f"; no {what}" for what in self._missing)
         if prefills == decodes == {"torch"}:
-            reason = missing or f"; FlashInfer has no kernels for {self.dtype} with head_dim {self.spec.head_dim}"
+            reason = missing or f"; FlashInfer has no kernels for {self.dtype} with head_dim {self.shape.head_dim}"
             return f"torch (slow){reason}"
         names = {
             "xqa": "XQA",
@@ -215,19 +218,22 @@ class Backend(DeviceAttention):
     def _run_prefill(self, wrapper: Any, window: Window, row: Ragged, wait: Callable[[], None]) -> None:
         self._plan(wrapper, window, row)
         wait()
-        q, layer = self._some_query(), self.windows.index(window)
+        q, layer = self._some_query(), self._first_layer(window)
         wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))
         wait()
 
+    def _first_layer(self, window: Window) -> int:
+        return next(layer for layer, each in self.windows.items() if each == window)
+
     def _some_query(self) -> Tensor:
-        return torch.zeros(1, self.spec.num_heads, self.spec.head_dim, dtype=self.dtype, device=self.device)
+        return torch.zeros(1, self.shape.num_heads, self.shape.head_dim, dtype=self.dtype, device=self.device)
 
     def _some_step(self) -> DecodeStep:
         one = torch.ones(1, dtype=torch.int32, device=self.device)
         return DecodeStep(one, one, self._buffer(1)[None], one, 0)
 
     def _try_xqa(self, window: Window, wait: Callable[[], None]) -> None:
-        self.xqa(self.windows.index(window), self._some_query(), self._some_step())
+        self.xqa(self._first_layer(window), self._some_query(), self._some_step())
         wait()
 
     def try_wrapper(self, window: Window, wait: Callable[[], None]) -> None:
@@ -235,15 +241,15 @@ class Backend(DeviceAttention):
         one = torch.ones(1, dtype=torch.int32)
         self.plan_wrapper(window, DecodePlan(one.new_tensor([0, 1]), one, self._buffer(1)), 1, 1, 0)
         wait()
-        self.wrapped_decode(self.windows.index(window), self._some_query(), self._some_step())
+        self.wrapped_decode(self._first_layer(window), self._some_query(), self._some_step())
         wait()
 
     def _common(self, window: Window) -> dict[str, Any]:
         """What every plan says of a layer kind. window_left does not count the query itself."""
         return {
-            "sm_scale": self.spec.scale,
+            "sm_scale": self.shape.scale,
             "window_left": -1 if window is None else window - 1,
-            "logits_soft_cap": self.spec.softcap,
+            "logits_soft_cap": self.shape.softcap,
             "q_data_type": self.dtype,
             "kv_data_type": self.kv_dtype,
         }
@@ -268,15 +274,15 @@ class Backend(DeviceAttention):
         return self._packed.get(key, self._prefills[key]) if shared else self._prefills[key]
 
     def _plan(self, wrapper: Any, window: Window, rows: Ragged) -> None:
-        spec = self.spec
+        shape = self.shape
         wrapper.plan(
             rows.qo_indptr,
             rows.kv_indptr,
             rows.kv_indices,
             rows.last_page_len,
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
             self.page_size,
             causal=True,
             # It copies them to the device: from pinned memory here, from a fresh pageable tensor if it had to count.
@@ -335,14 +341,14 @@ class Backend(DeviceAttention):
     def plan_wrapper(self, window: Window, plan: DecodePlan, size: int, width: int, parity: int) -> None:
         """`plan_decode` for layers of one kind."""
         self._prepare_wrapper(size, width, window)
-        spec = self.spec
+        shape = self.shape
         self._decodes[size, width, window, parity].plan(
             plan.kv_indptr,
             plan.kv_indices,
             plan.last_page_len,
-            spec.num_heads,
-            spec.num_kv_heads,
-            spec.head_dim,
+            shape.num_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
             self.page_size,
             **self._common(window),
         )
@@ -379,7 +385,7 @@ class Backend(DeviceAttention):
             step.kv_len.view(torch.uint32),
             step.tables.shape[1] * self.page_size,
             # It takes the scale apart again, into one for q and 1 / sqrt(head_dim).
-            bmm1_scale=self.spec.scale,
+            bmm1_scale=self.shape.scale,
             bmm2_scale=1.0,
             window_left=-1 if window is None else window - 1,
             out=torch.empty_like(q) if out is None else out,
@@ -394,7 +400,7 @@ class Backend(DeviceAttention):
 
 
 class _Mixed(MixedAttention):
-    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
         backend: Backend = self.backend
         step, count = self.step, self.step.num_decodes
         apart = backend.decodes_apart(backend.windows[layer], step)
@@ -414,6 +420,6 @@ class _Mixed(MixedAttention):
 
 
 class _Decode(DecodeAttention):
-    def attend(self, layer: int, q: Tensor, out: Tensor | None = None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
         result: Tensor = self.backend.decode_rows_of(layer, q, self.step)
         return result if out is None else out.copy_(result)

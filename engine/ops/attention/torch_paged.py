@@ -6,20 +6,22 @@ Owns the KV memory. Used by the executor's thread alone.
 from __future__ import annotations
 
 import ctypes
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engine.groups import MemoryGroup, num_buffers, places_of
+from engine.groups import Chunk, MemoryGroup, places_of
 from engine.ops import native
-from engine.ops.attention.base import AttentionSpec
+from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence
 from engine.ops.rope import apply_rope
 
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
+    from engine.ops.state import States
 
 # The kernel keeps the scales of one task's rows on its stack.
 MAX_GROUP = 128
@@ -33,7 +35,10 @@ class _Step(ctypes.Structure):
         ("kv_slots", ctypes.c_void_p),
         *(
             (name, ctypes.c_int64)
-            for name in ("rows", "tokens", "heads", "kv_heads", "head_dim", "page_size", "type", "threads")
+            for name in (
+                *("rows", "tokens", "heads", "kv_heads", "head_dim", "value_dim", "k_stride", "v_stride"),
+                *("page_size", "both_ways", "type", "threads"),
+            )
         ),
         ("scale", ctypes.c_float),
         ("softcap", ctypes.c_float),
@@ -42,6 +47,8 @@ class _Step(ctypes.Structure):
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeroed memory that the system hands out at first touch (torch.zeros would write all of it at once)."""
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
     raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, np.uint8)
     return torch.from_numpy(raw).view(dtype).view(shape)
 
@@ -59,9 +66,36 @@ def _arrays_of(metadata: PagedMetadata) -> tuple[np.ndarray, ...]:
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What layers must share to be called with one _Step. strides: numbers between two tokens of a K and V buffer."""
+
+    group: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    value_dim: int
+    scale: float
+    softcap: float
+    strides: tuple[int, int]
+    bidirectional: bool
+
+
+@dataclass(slots=True)
+class _Place:
+    """Where a layer's K and V are: pools [num_pages + 1, page_size, Hkv, D], views of its buffers."""
+
+    layer: LayerAttention
+    kind: int
+    buffer: int
+    k_pool: Tensor
+    v_pool: Tensor
+
+
 class Backend:
     """AttentionBackend over pools in host memory: one of K and one of V for each buffer of a memory group, so layers of
-    different groups may share pools, in which their pages are different ones."""
+    different groups may share pools, in which their pages are different ones. A buffer is as wide as the widest layer
+    that has its place there; others use the front of a token's part."""
 
     def __init__(
         self,
@@ -72,86 +106,133 @@ class Backend:
         dtype: torch.dtype,
         groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
     ) -> None:
-        assert spec.num_heads % spec.num_kv_heads == 0
         self.spec = spec
+        self.states: States | None = None
         self.page_size = page_size
-        self._places = places_of(groups, spec.num_layers)
-        self._num_buffers = num_buffers(groups, spec.num_layers)
+        self._widths, self._places_of_owners = self._lay_out(groups)
         self._num_pages = num_pages
         self._dtype = dtype
+        self._kinds: list[_Kind] = []
+        # By layer; None for one without K and V.
+        self._places: list[_Place | None] = []
         self.allocate()
-        self._windows = spec.window or (None,) * spec.num_layers
-        self._library: native.Library | None = None
+        self._largest_group = max((kind.num_heads // kind.num_kv_heads for kind in self._kinds), default=0)
+        self._most_work = max((kind.num_heads * kind.head_dim for kind in self._kinds), default=0)
         # By group.
         self._metadata: tuple[PagedMetadata, ...] = ()
         self._arrays: list[tuple[np.ndarray, ...]] = []
+        # By kind.
         self._steps: list[_Step] = []
         self._handle: ctypes.PyDLL | ctypes.CDLL | None = None
 
+    def _lay_out(self, groups: tuple[MemoryGroup, ...]) -> tuple[list[tuple[int, int]], dict[int, tuple[int, int]]]:
+        """Numbers of K and V of a token in every buffer, and the group and the buffer of every layer that has K and V
+        of its own."""
+        owners = self.spec.owners
+        return self.spec.buffer_widths(groups), dict(zip(owners, places_of(groups, len(owners)), strict=True))
+
     def allocate(self) -> None:
         """See AttentionBackend."""
-        spec = self.spec
-        shape = (self._num_pages + 1, self.page_size, spec.num_kv_heads, spec.head_dim)
-        self.k_pools = [lazy_zeros(shape, self._dtype) for _ in range(self._num_buffers)]
-        self.v_pools = [lazy_zeros(shape, self._dtype) for _ in range(self._num_buffers)]
+        cells = self._num_pages + 1, self.page_size
+        self.k_pools = [lazy_zeros((*cells, keys), self._dtype) for keys, _ in self._widths]
+        self.v_pools = [lazy_zeros((*cells, values), self._dtype) for _, values in self._widths]
+        self._places = [self._place(number) for number in range(len(self.spec.layers))]
 
     def release(self) -> None:
         """See AttentionBackend."""
         self.k_pools, self.v_pools = [], []
+        self._places = []
+
+    def _place(self, number: int) -> _Place | None:
+        layer = self.spec.layers[number]
+        if layer is None:
+            return None
+        group, buffer = self._places_of_owners[number if layer.reads is None else layer.reads]
+        k_buffer, v_buffer = self.k_pools[buffer], self.v_pools[buffer]
+        if layer.values_in_keys:
+            v_buffer = k_buffer
+        k_pool, v_pool = (
+            pool[:, :, : layer.num_kv_heads * dim].unflatten(2, (layer.num_kv_heads, dim))
+            for pool, dim in ((k_buffer, layer.head_dim), (v_buffer, layer.value_dim))
+        )
+        shape = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim
+        strides = k_buffer.shape[2], v_buffer.shape[2]
+        kind = _Kind(group, *shape, layer.scale, layer.softcap or 0.0, strides, layer.bidirectional)
+        if kind not in self._kinds:
+            self._kinds.append(kind)
+        return _Place(layer, self._kinds.index(kind), buffer, k_pool, v_pool)
 
     def plan(self, *groups: PagedMetadata) -> None:
         """See AttentionBackend. Nothing is copied: the arrays must live until the step is done."""
-        spec, metadata = self.spec, groups[0]
+        metadata = groups[0]
         self._metadata = groups
         library, code = native.library(), native.type_code(self._dtype)
-        if library is None or code is None or spec.num_heads // spec.num_kv_heads > MAX_GROUP:
+        if library is None or code is None or self._largest_group > MAX_GROUP:
             self._handle = None
             return
         self._arrays = [_arrays_of(group) for group in groups]
         self._steps = [
             _Step(
-                *(array.ctypes.data for array in arrays),
+                *(array.ctypes.data for array in self._arrays[kind.group]),
                 metadata.num_rows,
                 len(metadata.positions),
-                spec.num_heads,
-                spec.num_kv_heads,
-                spec.head_dim,
+                kind.num_heads,
+                kind.num_kv_heads,
+                kind.head_dim,
+                kind.value_dim,
+                *kind.strides,
                 self.page_size,
+                kind.bidirectional,
                 code,
                 torch.get_num_threads(),
-                spec.scale,
-                spec.softcap or 0.0,
+                kind.scale,
+                kind.softcap,
             )
-            for arrays in self._arrays
+            for kind in self._kinds
         ]
         lengths = metadata.qo_indptr[1 : metadata.num_rows + 1] - metadata.qo_indptr[: metadata.num_rows]
         pairs = int(np.dot(lengths.astype(np.int64), metadata.kv_len))
-        self._handle = library.by_work(pairs * spec.num_heads * spec.head_dim // 4)
+        self._handle = library.by_work(pairs * self._most_work // 4)
 
-    def forward(self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cos_sin: Tensor | None = None,
+        *,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """See AttentionBackend."""
-        group, buffer = self._places[layer]
-        k_pool, v_pool, window = self.k_pools[buffer], self.v_pools[buffer], self._windows[layer]
+        place = self._places[layer]
+        assert place is not None and (sinks is not None) == place.layer.sinks
         handle = self._handle
         if handle is None:
-            return self._torch_forward(self._metadata[group], q, k, v, k_pool, v_pool, window, cos_sin)
-        step = self._steps[group]
-        tokens, heads, dim = q.shape
+            return self._torch_forward(place, q, k, v, cos_sin, sinks)
+        step = self._steps[place.kind]
+        tokens, heads, _ = q.shape
         assert tokens == step.tokens and q.dtype == self._dtype
-        q, k, v = (x if x.stride(2) == 1 and x.stride(1) == dim else x.contiguous() for x in (q, k, v))
-        out = torch.empty((tokens, heads * dim), dtype=q.dtype)
+        q = _dense_heads(q)
+        if k is not None:
+            k = _dense_heads(k)
+        if v is not None:
+            v = _dense_heads(v)
+        out = torch.empty((tokens, heads * place.layer.value_dim), dtype=q.dtype)
         handle.ol_attention(
             ctypes.addressof(step),
             q.data_ptr(),
             q.stride(0),
-            k.data_ptr(),
-            k.stride(0),
-            v.data_ptr(),
-            v.stride(0),
-            k_pool.data_ptr(),
-            v_pool.data_ptr(),
+            None if k is None else k.data_ptr(),
+            0 if k is None else k.stride(0),
+            None if v is None else v.data_ptr(),
+            0 if v is None else v.stride(0),
+            place.k_pool.data_ptr(),
+            place.v_pool.data_ptr(),
             out.data_ptr(),
-            window or 0,
+            place.layer.window or 0,
+            isinstance(place.layer.window, Chunk),
+            None if sinks is None else sinks.data_ptr(),
             None if cos_sin is None else cos_sin.data_ptr(),
             0 if cos_sin is None else cos_sin.shape[1],
         )
@@ -159,27 +240,32 @@ class Backend:
 
     def _torch_forward(
         self,
-        metadata: PagedMetadata,
+        place: _Place,
         q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        k_pool: Tensor,
-        v_pool: Tensor,
-        window: int | None,
+        k: Tensor | None,
+        v: Tensor | None,
         cos_sin: Tensor | None,
+        sinks: Tensor | None,
     ) -> Tensor:
-        spec = self.spec
+        metadata, layer = self._metadata[self._kinds[place.kind].group], place.layer
+        k_pool, v_pool = place.k_pool, place.v_pool
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, torch.from_numpy(np.ascontiguousarray(metadata.positions)))
         slots = torch.from_numpy(metadata.kv_slots)
-        k_pool.view(-1, spec.num_kv_heads, spec.head_dim)[slots] = k
-        v_pool.view(-1, spec.num_kv_heads, spec.head_dim)[slots] = v
-        out = torch.empty((q.shape[0], spec.num_heads * spec.head_dim), dtype=q.dtype)
+        for pool, new in ((k_pool, k), (v_pool, v)):
+            if new is not None:
+                pool.flatten(0, 1)[slots] = new
+        out = torch.empty((q.shape[0], layer.num_heads * layer.value_dim), dtype=q.dtype)
         for row in range(metadata.num_rows):
             first, last = int(metadata.qo_indptr[row]), int(metadata.qo_indptr[row + 1])
             pages = metadata.kv_indices[metadata.kv_indptr[row] : metadata.kv_indptr[row + 1]]
             index, length = torch.from_numpy(pages.astype(np.int64)), int(metadata.kv_len[row])
             keys = k_pool[index].flatten(0, 1)[:length]
             values = v_pool[index].flatten(0, 1)[:length]
-            out[first:last] = attend_sequence(spec, window, q[first:last], keys, values).flatten(1)
+            out[first:last] = attend_sequence(layer, q[first:last], keys, values, sinks).flatten(1)
         return out
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """[T, H, D] with each token's heads in one piece."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
