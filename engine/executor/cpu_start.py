@@ -19,6 +19,7 @@ from engine.forward import Limits
 from engine.groups import MemoryGroup, pages_held, plan_groups
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec
+from engine.ops.coded import CodedLinear
 from engine.ops.invariance import promise
 from engine.ops.linear import has_fast_bfloat16
 from engine.ops.state import state_bytes
@@ -48,6 +49,8 @@ def start(given: Start) -> CPUExecutor:
         load = given.loader(dtype=dtype, device=torch.device("cpu"), deterministic=bool(config.deterministic))
         model = load(None)
     given.report_output_layer(model)
+    if coded := sum(isinstance(linear, CodedLinear) for linear in model.linears):
+        report.row("weights", f"{coded} of {len(model.linears)} layers keep the file's integers")
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
