@@ -16,6 +16,8 @@ from typing import NoReturn
 from engine.config import StartupError
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
+from engine.models.gguf.config import as_stored, model_fields
+from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.spec import Float8, ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
@@ -127,10 +129,12 @@ logger = logging.getLogger("oneloop.start")
 
 
 def read_spec(directory: Path) -> ModelSpec:
-    """What `directory/config.json` describes, read by the family of its class. Raises StartupError.
+    """What `directory/config.json` describes, read by the family of its class; or a GGUF file. Raises StartupError.
 
     Qwen3Model is a Qwen3ForCausalLM without its output layer.
     """
+    if is_gguf(directory):
+        return as_stored(_read(model_fields(directory)), open_gguf(directory))
     path = directory / "config.json"
     # pathlib raises where a name is too long or a directory may not be looked into.
     if not os.path.exists(path) and os.path.exists(directory / "adapter_config.json"):
@@ -140,7 +144,7 @@ def read_spec(directory: Path) -> ModelSpec:
 
 def differing_field(first: Path, second: Path) -> str | None:
     """The field of config.json that makes the model of `second` another than that of `first`, if one alone does."""
-    ours, theirs = (Fields.read(directory / "config.json") for directory in (first, second))
+    ours, theirs = model_fields(first), model_fields(second)
     spec = _read(ours)
     for name in ours.differing(theirs):
         try:
