@@ -81,8 +81,8 @@ def start(given: Start) -> CPUExecutor:
 
 
 def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int) -> Limits:
-    """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it: chunks
-    end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
+    """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it, for
+    chunks end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
     assert context <= options.max_num_batched_tokens, "a step must hold a whole text"
     return Limits(
         max_num_seqs=options.max_num_seqs,

@@ -113,7 +113,8 @@ def read_abilities(
     pools = "Pooling" in modules.paths and config.classifier is None
     embedding = _MODES[modules.mode()] if pools and asked == "auto" else None
     generates = runner == "generate" or (runner == "auto" and not pools and not config.headless)
-    normalize, projections = True, ()
+    normalize = True
+    projections: tuple[Projection, ...] = ()
     if pools:
         projections = modules.projections(config.hidden_size)
         normalize = "Normalize" in modules.paths
