@@ -190,7 +190,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     model.add_argument("--task", choices=sorted(_TASKS), help="vLLM's older spelling of the same")
     model.add_argument(
         "--pooling",
-        choices=["auto", "last", "mean"],
+        choices=["auto", "cls", "last", "max", "mean"],
         help="how embeddings are made, also of a model that says nothing of it; it goes on generating beside that",
     )
     model.add_argument(
