@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 from engine.config import StartupError
+from engine.models.gguf.reader import find_gguf, is_gguf
 
 ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 # Folders hold other formats of the same weights (original/, onnx/); so do Mistral's consolidated files.
@@ -27,9 +28,18 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
         raise StartupError("no model is named; give a directory or a Hugging Face id")
     path = Path(path_or_id).expanduser()
     if path.is_dir():
+        # What is for transformers goes first: it is what other formats were made from.
+        if not any(path.glob("*.safetensors")) and (found := find_gguf(path)) is not None:
+            return found
+        return path
+    if path.is_file() and is_gguf(path):
         return path
     if path.exists():
-        raise StartupError(f"{path}: is a file; a model is a directory with config.json and safetensors files")
+        raise StartupError(
+            f"{path}: is a file; a model is a directory with config.json and safetensors files, or a GGUF file"
+        )
+    if is_gguf(path):
+        raise StartupError(f"{path}: no such file")
     if not _HUB_ID.fullmatch(path_or_id):
         raise StartupError(f"{path_or_id}: no such directory, and not a Hugging Face id (owner/name)")
     try:

@@ -16,7 +16,9 @@ from typing import NoReturn
 from engine.config import StartupError
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
-from engine.models.spec import ModelSpec
+from engine.models.gguf.config import as_stored, model_fields
+from engine.models.gguf.reader import is_gguf, open_gguf
+from engine.models.spec import Float8, ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
@@ -24,6 +26,8 @@ FAMILIES = {
     "ArceeForCausalLM": "arcee",
     "Cohere2ForCausalLM": "cohere2",
     "CohereForCausalLM": "cohere",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5ForCausalLM": "ernie4_5",
     "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
@@ -34,6 +38,7 @@ FAMILIES = {
     "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "GlmForCausalLM": "glm",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granite_moe",
@@ -43,10 +48,13 @@ FAMILIES = {
     "HunYuanMoEV1ForCausalLM": "hunyuan_moe",
     "Lfm2ForCausalLM": "lfm2",
     "Lfm2MoeForCausalLM": "lfm2_moe",
+    "Llama4ForCausalLM": "llama4",
     "LlamaForCausalLM": "llama",
+    "MiniCPM3ForCausalLM": "minicpm3",
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "Ministral3ForCausalLM": "ministral3",
     "MinistralForCausalLM": "mistral",
+    "Mistral4ForCausalLM": "mistral4",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
     "NemotronForCausalLM": "nemotron",
@@ -66,6 +74,7 @@ FAMILIES = {
     "SeedOssForCausalLM": "seed_oss",
     "SmolLM3ForCausalLM": "smollm3",
     "Starcoder2ForCausalLM": "starcoder2",
+    "YoutuForCausalLM": "youtu",
 }
 
 # `model_type` of config.json -> the class, as transformers' AutoModelForCausalLM has it.
@@ -74,6 +83,8 @@ MODEL_TYPES = {
     "arcee": "ArceeForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "dots1": "Dots1ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
@@ -85,6 +96,7 @@ MODEL_TYPES = {
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
@@ -94,10 +106,13 @@ MODEL_TYPES = {
     "lfm2": "Lfm2ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
     "llama": "LlamaForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "ministral": "MinistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "nemotron": "NemotronForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
@@ -116,8 +131,11 @@ MODEL_TYPES = {
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "youtu": "YoutuForCausalLM",
 }
 
+# Rows or columns of a float8 matrix that share a scale, at most.
+MAX_BLOCK = 65536
 # How the names of classes for images and text end.
 WRAPPED = "ForConditionalGeneration"
 
@@ -125,10 +143,12 @@ logger = logging.getLogger("oneloop.start")
 
 
 def read_spec(directory: Path) -> ModelSpec:
-    """What `directory/config.json` describes, read by the family of its class. Raises StartupError.
+    """What `directory/config.json` describes, read by the family of its class; or a GGUF file. Raises StartupError.
 
     Qwen3Model is a Qwen3ForCausalLM without its output layer.
     """
+    if is_gguf(directory):
+        return as_stored(_read(model_fields(directory)), open_gguf(directory))
     path = directory / "config.json"
     # pathlib raises where a name is too long or a directory may not be looked into.
     if not os.path.exists(path) and os.path.exists(directory / "adapter_config.json"):
@@ -138,7 +158,7 @@ def read_spec(directory: Path) -> ModelSpec:
 
 def differing_field(first: Path, second: Path) -> str | None:
     """The field of config.json that makes the model of `second` another than that of `first`, if one alone does."""
-    ours, theirs = (Fields.read(directory / "config.json") for directory in (first, second))
+    ours, theirs = model_fields(first), model_fields(second)
     spec = _read(ours)
     for name in ours.differing(theirs):
         try:
@@ -157,7 +177,8 @@ def _read(fields: Fields) -> ModelSpec:
         return _read_text_part(fields, wrapper)
     architecture = _architecture_of(fields)
     spec = _read_family(FAMILIES[_with_head(architecture)], fields)
-    return dataclasses.replace(spec, architecture=architecture, headless=architecture.endswith("Model"))
+    headless = architecture.endswith("Model")
+    return dataclasses.replace(spec, architecture=architecture, headless=headless, float8=_float8_of(fields))
 
 
 def _read_family(name: str, fields: Fields) -> ModelSpec:
@@ -200,6 +221,7 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
         assumed=assumed,
         outside=spec.outside + OUTSIDE,
         text_only=True,
+        float8=_float8_of(fields) or _float8_of(text),
     )
 
 
@@ -250,10 +272,29 @@ def _refuse(fields: Fields, name: str) -> NoReturn:
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 
+def _float8_of(fields: Fields) -> Float8 | None:
+    """How a checkpoint of matrices in float8 has its scales; None where it is none. Raises StartupError."""
+    given = fields.raw("quantization_config")
+    if not isinstance(given, dict) or given.get("quant_method") != "fp8":
+        return None
+    scheme = fields.nested("quantization_config")
+    assert scheme is not None
+    if scheme.raw("fmt") not in (None, "e4m3", "float8_e4m3fn"):
+        scheme.fail("fmt", f"must be e4m3, not {show(scheme.raw('fmt'))}")
+    if scheme.has("expert_dtype") and scheme.raw("expert_dtype") != "fp8":
+        scheme.fail("expert_dtype", f"({show(scheme.raw('expert_dtype'))}) is not supported")
+    if not scheme.has("weight_block_size"):
+        return Float8(None)
+    block = scheme.integers("weight_block_size")
+    if len(block) != 2 or not all(1 <= size <= MAX_BLOCK for size in block):
+        scheme.fail("weight_block_size", f"must be two integers from 1 to {MAX_BLOCK}, not {show(list(block))}")
+    return Float8((block[0], block[1]))
+
+
 def _refuse_unknown(fields: Fields) -> None:
     """Refuse what changes the answer of any family and is not done here."""
     for name in ("quantization_config", "compression_config"):
-        if fields.has(name):
+        if fields.has(name) and (name == "compression_config" or _float8_of(fields) is None):
             scheme = fields.raw(name)
             if isinstance(scheme, dict):
                 parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))

@@ -52,7 +52,8 @@ class RopeSpec:
 class NormSpec:
     """An RMS norm over the last dimension: x / sqrt(mean(x^2) + eps) * (offset + weight).
 
-    centered: x has its mean taken away first (LayerNorm). bias: is added at the end.
+    centered: x has its mean taken away first (LayerNorm). bias: is added at the end. weightless: the checkpoint has no
+    weight, which is 1.
     """
 
     name: str
@@ -60,14 +61,16 @@ class NormSpec:
     offset: float = 0.0
     centered: bool = False
     bias: bool = False
+    weightless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class QueryScale:
-    """Queries at position p are multiplied by 1 + beta ln(1 + floor(p / original_max_position))."""
+    """Queries at position p are multiplied by 1 + beta ln(1 + floor((p + offset) / original_max_position))."""
 
     beta: float
     original_max_position: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +78,13 @@ class GroupedQueryAttention:
     """Softmax attention with as many or fewer key and value heads than query heads; its memory is KV pages.
 
     scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included,
-    or None for all. softcap: c in c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope (or after
-    it: norm_after_rope), over each head or (norm_width full) over all heads at once. query_scale: None where queries
-    keep their size. qkv: one name where the checkpoint has them fused, else three. value_dim: of a head's value and
-    result, None where it is head_dim. sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's
-    softmax, which has no value. reads: the earlier layer whose keys and values it reads; it has none of its own.
-    gated_queries: the projection to q gives every head its query and then a gate, by whose sigmoid its result is
-    multiplied.
+    or None for all (a Chunk of engine/groups.py: those of its block). softcap: c in c * tanh(x / c) on the scores, or
+    None. q_norm, k_norm: before the rope (or after it: norm_after_rope), over each head or (norm_width full) over all
+    heads at once. query_scale: None where queries keep their size. qkv: one name where the checkpoint has them fused,
+    else three. value_dim: of a head's value and result, None where it is head_dim. sinks: the tensor (its whole name;
+    [num_heads]) of one more logit in each head's softmax, which has no value. reads: the earlier layer whose keys and
+    values it reads; it has none of its own. gated_queries: the projection to q gives every head its query and then a
+    gate, by whose sigmoid its result is multiplied.
     """
 
     num_heads: int
@@ -112,8 +115,63 @@ class GroupedQueryAttention:
         return ((self.num_heads + kv_heads) * (self.head_dim + value_dim) + gates) * hidden_size
 
 
-# What keeps keys and values in pages: each has a window, a rope and `reads`. Latent attention joins here.
-PagedMixer = GroupedQueryAttention
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Softmax attention whose heads make their keys and values of one latent vector a token; its memory is pages of
+    that and of a key of rope_dim that all heads share (DeepSeek V2, arXiv 2405.04434).
+
+    A head's query and key are nope_dim numbers without and rope_dim with a rope. query_rank: queries are made of a
+    vector of that size, after q_norm, or straight from x (None). latent_dim: of the latent, normed by latent_norm.
+    value_dim: of a head's value. scale: on q @ k. rope: None where positions are not told. query_scale: None where
+    queries keep their size. bias: what goes down (but for a query_rank of None) and the output have one.
+    query: names of the projections, one where query_rank is None, else two.
+    """
+
+    num_heads: int
+    query_rank: int | None
+    latent_dim: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    scale: float
+    rope: RopeSpec | None
+    latent_norm: NormSpec
+    q_norm: NormSpec | None = None
+    query_scale: QueryScale | None = None
+    bias: bool = False
+    query: tuple[str, ...] = ("self_attn.q_a_proj", "self_attn.q_b_proj")
+    down: str = "self_attn.kv_a_proj_with_mqa"
+    up: str = "self_attn.kv_b_proj"
+    output: str = "self_attn.o_proj"
+
+    # What the cache and the backend see of it: one head that all query heads read.
+
+    @property
+    def num_kv_heads(self) -> int:
+        return 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def window(self) -> None:
+        return None
+
+    @property
+    def reads(self) -> None:
+        return None
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        queries = self.num_heads * (self.nope_dim + self.rope_dim)
+        query = queries * hidden_size if self.query_rank is None else self.query_rank * (queries + hidden_size)
+        latent = self.latent_dim * self.num_heads * (self.nope_dim + self.value_dim)
+        return query + self.head_dim * hidden_size + latent + self.num_heads * self.value_dim * hidden_size
+
+
+# What keeps keys and values in pages: each has a window, a rope and `reads`.
+PagedMixer = GroupedQueryAttention | LatentAttention
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,7 +344,7 @@ class Router:
     score: of an expert's logit. bias: a tensor (its whole name; [experts], or [1, experts] where bias_is_row) that is
     added to the scores for the choice alone. normalize: the shares of a token's chosen experts are made to add up to 1
     (their sum counts as `minimum` at least). groups, groups_chosen: experts stand in so many groups, of which those
-    with the best two scores may be chosen from.
+    with the best score, or (group_best) the best sum of two, may be chosen from.
     scale: factor on the shares. wide: logits are computed in float32.
     """
 
@@ -298,6 +356,7 @@ class Router:
     wide: bool = False
     groups: int = 1
     groups_chosen: int = 1
+    group_best: Literal[1, 2] = 2
     scale: float = 1.0
     minimum: float = 0.0
 
@@ -309,9 +368,9 @@ class Experts:
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
     the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out,
-    in]. shared: what every token goes through beside them. shared_gate: a projection to one number
-    whose sigmoid is the share of that. latent_size: experts work in a smaller space, to and from which `latent` project
-    (with a bias: latent_bias).
+    in]. shared: what every token goes through beside them. shared_gate: a projection to one number whose sigmoid is
+    the share of that. latent_size: experts work in a smaller space, to and from which `latent` project (with a bias:
+    latent_bias). on_input: shares are factors on what experts read, not on what they give.
     """
 
     num_experts: int
@@ -329,6 +388,7 @@ class Experts:
     latent_size: int | None = None
     latent: tuple[str, str] = ("", "")
     latent_bias: bool = False
+    on_input: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -382,6 +442,13 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class Float8:
+    """Matrices of the checkpoint are float8 with scales. block: rows and columns that share one; None: all of them."""
+
+    block: tuple[int, int] | None
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
     """A decoder-only model: embedding, layers, final norm, output layer.
 
@@ -392,7 +459,7 @@ class ModelSpec:
     the class, as `architectures` names it. headless: there is no output layer, so hidden states are all it gives.
     assumed: sizes that config.json does not name. outside: what names of tensors begin with (after a `model.` or not)
     that are not read: those of other inputs than text, and of layers that draft. text_only: it was made for other
-    inputs, too.
+    inputs, too. float8: how its checkpoint is quantised, None where it is not.
     """
 
     vocab_size: int
@@ -414,6 +481,7 @@ class ModelSpec:
     assumed: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     text_only: bool = False
+    float8: Float8 | None = None
 
     @property
     def num_layers(self) -> int:

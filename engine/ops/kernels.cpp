@@ -489,6 +489,7 @@ void rope(T* x, i64 ldx, i64 tokens, i64 heads, i64 D, const float* cos_sin, i64
 constexpr int BLOCK = 64;
 constexpr int SPLIT = 512;
 constexpr int TILE_ROWS = 64;  // queries of one task, times the heads of their group
+constexpr bool WIDE = VL == 16;  // 32 registers: 16 sums at a time
 
 struct Step {
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len;
@@ -496,7 +497,13 @@ struct Step {
     i64 rows, heads, kv_heads, D, V, k_stride, v_stride, page_size, window;
     float scale, softcap;
     const float* sinks;  // one more logit of each head, or null
+    bool chunks;         // a query sees its own block of `window` positions
 };
+// The first position that a query at `position` sees.
+INLINE int first_seen(const Step& s, int position) {
+    if (s.window <= 0) return 0;
+    return s.chunks ? position - position % (int)s.window : std::max<int>(0, position + 1 - (int)s.window);
+}
 struct Task {
     int row, head0, head1, q0, q1, split0, split1;  // kv heads [head0, head1) of queries [q0, q1)
     i64 partial;  // first partial row, -1 where the task writes the output itself
@@ -523,29 +530,28 @@ INLINE void fold8(const vf* acc, float* out) {
 #endif
 }
 
-// s[r][t] = q[r] . k[t] for R rows and 8 / R keys at a time, n keys (a multiple of 8, padded by the caller).
-template <int R>
+// s[r][t] = q[r] . k[t] for R rows and C keys at a time, n keys (a multiple of 8, padded by the caller).
+template <int R, int C>
 INLINE void scores(const float* q, const float* const* k, int n, int depth, float* s) {
-    constexpr int C = 8 / R;
     for (int t = 0; t < n; t += C) {
-        vf acc[8] = {};
+        vf acc[R * C] = {};
         const float* key[C];
         for (int c = 0; c < C; c++) key[c] = k[t + c];
         for (int d = 0; d < depth; d += VL) {
-            vf a[R];
-            for (int r = 0; r < R; r++) a[r] = load(q + r * depth + d);
-            for (int c = 0; c < C; c++) {
-                vf b = load(key[c] + d);
-                for (int r = 0; r < R; r++) acc[r * C + c] = fma(a[r], b, acc[r * C + c]);
+            vf b[C];
+            for (int c = 0; c < C; c++) b[c] = load(key[c] + d);
+            for (int r = 0; r < R; r++) {
+                vf a = load(q + r * depth + d);
+                for (int c = 0; c < C; c++) acc[r * C + c] = fma(a, b[c], acc[r * C + c]);
             }
         }
-        float folded[8];
-        fold8(acc, folded);
+        float folded[R * C];
+        for (int i = 0; i < R * C; i += 8) fold8(acc + i, folded + i);
         for (int r = 0; r < R; r++) memcpy(s + r * BLOCK + t, folded + r * C, C * 4);
     }
 }
 
-// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and up to 8 / R vectors of depth at a time.
+// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and V vectors of depth from d on.
 template <int R, int V>
 INLINE void accumulate_part(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth, int d) {
     vf acc[R][V];
@@ -562,12 +568,14 @@ INLINE void accumulate_part(float* o, const float* alpha, const float* p, const 
     for (int r = 0; r < R; r++)
         for (int i = 0; i < V; i++) store(o + r * depth + d + i * VL, acc[r][i]);
 }
-template <int R>
-INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth) {
-    constexpr int V = 8 / R;
-    int d = 0;
-    for (; d + V * VL <= depth; d += V * VL) accumulate_part<R, V>(o, alpha, p, v, t0, t1, depth, d);
-    for (; d < depth; d += VL) accumulate_part<R, 1>(o, alpha, p, v, t0, t1, depth, d);
+// The same for all rows; a row's last key is before end(r). The values of one run of vectors stay in L1 meanwhile.
+template <int V, class End>
+INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int rows, int t0, End end, int depth, int d) {
+    int r = 0;
+    for (; r + 4 <= rows && WIDE; r += 4)
+        accumulate_part<4, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 3), depth, d);
+    for (; r + 2 <= rows; r += 2) accumulate_part<2, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 1), depth, d);
+    if (r < rows) accumulate_part<1, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r), depth, d);
 }
 
 // Merge the state (m, l, o) of a later split into (M, L, O); an untouched side has m = -inf.
@@ -672,7 +680,7 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
         L[r] = 0;
     }
     auto last = [&](int r) { return position0 + task.q0 + r / G + 1; };
-    auto start = [&](int r) { return s.window > 0 ? std::max<int>(0, last(r) - (int)s.window) : 0; };
+    auto start = [&](int r) { return first_seen(s, last(r) - 1); };
     const int from = start(0), to = last(rows - 1);
     const bool few = rows <= 16;  // more rows use a block often enough to hide its latency
     // f32 keys and values are read in place where few rows use them.
@@ -694,12 +702,15 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 const float* qh = qf + (size_t)h * rows * depth;
                 float *oh = o + (size_t)h * rows * vdepth, *mh = m + h * rows, *lh = l + h * rows;
                 gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
-                gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
+                if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
+                else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
                 for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
                 for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
                 int r = 0;
-                for (; r + 2 <= rows; r += 2) scores<2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                if (r < rows) scores<1>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
 
                 for (r = 0; r < rows; r++) {
                     float* row = p + r * BLOCK;
@@ -730,11 +741,12 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                     mh[r] = now;
                     lh[r] = lh[r] * alpha[r] + sum_lanes(sum);
                 }
-                // Weights outside a row's own range are zero, so pairs may run over the union of their ranges.
-                const int t0 = first - b0;
-                for (r = 0; r + 2 <= rows; r += 2)
-                    accumulate<2>(oh + r * vdepth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r + 1) - b0, n), vdepth);
-                if (r < rows) accumulate<1>(oh + r * vdepth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r) - b0, n), vdepth);
+                // Weights outside a row's own range are zero, so neighbours may run over the union of their ranges.
+                auto end = [&](int r) { return std::min(last(r) - b0, n); };
+                int d = 0;
+                for (; rows == 1 && d + 8 * VL <= vdepth; d += 8 * VL) accumulate<8>(oh, alpha, p, values, 1, first - b0, end, vdepth, d);
+                for (; d + 4 * VL <= vdepth; d += 4 * VL) accumulate<4>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
+                for (; d < vdepth; d += VL) accumulate<1>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
             }
         }
         if (task.partial >= 0) {  // one split: its state goes to memory and is merged later in the same way
@@ -763,8 +775,8 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
             if (n <= 0) continue;
             const int kv_len = (int)((s.kv_indptr[r + 1] - s.kv_indptr[r] - 1) * s.page_size + s.last_page_len[r]);
             for (int q0 = (n - 1) / span * span; q0 >= 0; q0 -= span) {
-                const int q1 = std::min(n, q0 + span), last = kv_len - n + q1, first = kv_len - n + q0 + 1;
-                body((int)r, q0, q1, s.window > 0 ? std::max<int>(0, first - (int)s.window) : 0, last);
+                const int q1 = std::min(n, q0 + span), last = kv_len - n + q1;
+                body((int)r, q0, q1, first_seen(s, kv_len - n + q0), last);
             }
         }
     };
@@ -1155,6 +1167,17 @@ EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64
     else linear((const bf16*)x, ldx, M, K, (const bf16*)w, N, bias, (bf16*)out, ldo, (int)threads);
 }
 
+EXPORT void ol_linear_heads(int64_t type, const void* x, int64_t ldx, int64_t stepx, int64_t M, int64_t K, const void* w, int64_t N,
+                            int64_t heads, void* out, int64_t ldo, int64_t stepo, int64_t threads) {
+    // A product for each head: heads lie stepx and stepo apart within a row, and one after another in w.
+    const int64_t panel = ol_packed_size(type, N, K);
+    const int outer = limit_threads((int)std::min(threads, heads), (double)M * N * K * heads, 131072);
+    const int inner = outer > 1 ? 1 : (int)threads;
+    BY_TYPE(type, parallel(heads, outer, [&](i64 h) {
+                linear((const T*)x + h * stepx, ldx, M, K, (const T*)w + h * panel, N, (const float*)nullptr, (T*)out + h * stepo, ldo, inner);
+            }))
+}
+
 EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual, int64_t ldr, const void* weight, void* out, int64_t ldo,
                         int64_t rows, int64_t H, float eps, float offset, int64_t threads) {
     BY_TYPE(type, if (residual) rms_norm<T COMMA true>((const T*)x, ldx, (T*)residual, ldr, (const T*)weight, (T*)out, ldo, rows, H, eps,
@@ -1181,9 +1204,9 @@ struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
 };
 
 EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const void* k, int64_t ldk, const void* v, int64_t ldv, void* k_pool,
-                         void* v_pool, void* out, int64_t window, const float* sinks, const float* cos_sin, int64_t rot) {
+                         void* v_pool, void* out, int64_t window, int64_t chunks, const float* sinks, const float* cos_sin, int64_t rot) {
     Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows,      a->heads, a->kv_heads, a->head_dim,
-           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->scale, a->softcap,  sinks};
+           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->scale, a->softcap,  sinks,       chunks != 0};
     const int threads = (int)a->threads;
     BY_TYPE(a->type,
             write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (T*)k_pool, (T*)v_pool, cos_sin, rot,

@@ -284,6 +284,7 @@ SCHEMAS: Json = {
             **GENERATION,
             "max_tokens": integer(-1, about=f"{DEFAULT_MAX_TOKENS} where that fits. 0: only the prompt; -1: no limit."),
             "logprobs": integer(0, MAX_LOGPROBS),
+            "suffix": string("What is to follow the answer; of models that can fill in the middle, and texts."),
             **refused(COMPLETION_REFUSALS),
         },
     ),
@@ -504,6 +505,7 @@ PATHS: Json = {
         examples=(
             {"prompt": "Once upon a time", "temperature": 0},
             {"prompt": ["a", "b"], "n": 2, "stream": True, "stream_options": {"include_usage": True}},
+            {"prompt": "def f():", "suffix": "return x", "max_tokens": 3},
             {"prompt": [5, 6, 7], "echo": True, "logprobs": 2, "max_tokens": 3, "return_token_ids": True},
             {"prompt": [[5, 6], [7]], "echo": True, "logprobs": 0, "max_tokens": 3, "stream": True},
             {"prompt": "x", "best_of": 3, "prompt_logprobs": 2, "stop": ["e"], "return_tokens_as_token_ids": True},

@@ -158,6 +158,18 @@ def _echo(body: Body, state: State) -> str:
     return text_of(content, "" if template is None or "assistant" in template.shape.parts else "\n")
 
 
+def is_last_of_assistant(message: Any) -> bool:
+    """Whether a conversation's last message is the assistant's word, and no call."""
+    return isinstance(message, dict) and message.get("role") == "assistant" and not message.get("tool_calls")
+
+
+def is_begun(message: dict[str, Any], state: State) -> bool:
+    """Whether there is something in such a message that an answer can go on with. A thought is where the model thinks;
+    of a turn that was cut there may be nothing."""
+    thought = message.get("reasoning_content") if state.reasoning_family is not None else None
+    return bool(message.get("content") or thought)
+
+
 async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, list[int]]:
     """The prompt of `messages`, `tools` and the template's options, as text and as ids."""
     text, ids, _ = await _encode(body, state, tools, None)

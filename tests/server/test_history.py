@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tests.server.bad_requests import check_anthropic, check_shape
+from tests.server.bad_fields import check_anthropic, check_shape
 from tests.server.dictate import dictated
 from tests.server.histories import (
     BYE,

@@ -65,6 +65,7 @@ WRAPPERS = {
     "idefics3": Wrapper("Idefics3", "llama", {"rms_norm_eps": 1e-05}),
     "internvl": Wrapper("InternVL", "qwen2", ties=True),
     "lfm2_vl": Wrapper("Lfm2Vl", "lfm2", ties=True),
+    "llama4": Wrapper("Llama4", "llama4_text"),
     "llava": Wrapper("Llava", "llama"),
     "llava_next": Wrapper("LlavaNext", "llama"),
     "llava_onevision": Wrapper("LlavaOnevision", "qwen2"),

@@ -77,7 +77,7 @@ def _load(
     stored: dict[str, StoredTensor] = {}
     if load_format != "dummy":
         stored = find_model_tensors(directory, spec)
-        if (directory / "adapter_config.json").exists():
+        if directory.is_dir() and (directory / "adapter_config.json").exists():
             logger.warning("%s: the adapter beside the model (adapter_config.json) is not applied", directory)
         spec = settle_output(spec, stored, directory, dtype)
     recorder = ShapeRecorder(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from engine.models.parts.norm import make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
-from engine.models.spec import GroupedQueryAttention
+from engine.models.spec import GroupedQueryAttention, QueryScale
 from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.attention.device import HeadNorms, StepAttention
@@ -20,6 +20,12 @@ from engine.ops.linear import Product
 from engine.ops.norm import Normed
 from engine.ops.recurrence import sigmoid_gate
 from engine.ops.rope import apply_rope
+
+
+def query_factors(scale: QueryScale, positions: Tensor) -> Tensor:
+    """[T] -> float32 [T, 1]."""
+    steps = torch.div(positions + scale.offset, scale.original_max_position, rounding_mode="floor")[:, None]
+    return 1 + scale.beta * by_rows(torch.log1p, steps)
 
 
 class Attention:
@@ -90,9 +96,7 @@ class Attention:
         if self._k_norm is not None and k is not None:
             k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
         if self._query_scale is not None:
-            steps = torch.div(positions, self._query_scale.original_max_position, rounding_mode="floor")[:, None]
-            factors = 1 + self._query_scale.beta * by_rows(torch.log1p, steps)
-            q = q * factors.to(q.dtype)[:, :, None]
+            q = q * query_factors(self._query_scale, positions).to(q.dtype)[:, :, None]
         y = attention.forward(self._layer, q, k, v, table, sinks=self._sinks)
         return self._output.later(y if gate is None else sigmoid_gate(y, gate))
 

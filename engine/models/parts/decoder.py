@@ -16,6 +16,7 @@ from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
 from engine.models.parts.dense import make_mlp
 from engine.models.parts.experts import make_experts
+from engine.models.parts.latent import Latent
 from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
@@ -24,6 +25,7 @@ from engine.models.spec import (
     Experts,
     FeedForward,
     GatedDelta,
+    LatentAttention,
     LayerSpec,
     Mamba2,
     Mixer,
@@ -111,6 +113,8 @@ def _make_mixer(
         return ShortConvolution(mixer, source, index, prefix, hidden_size)
     if isinstance(mixer, Mamba2):
         return Mamba(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, LatentAttention):
+        return Latent(mixer, source, index, prefix, hidden_size)
     return Attention(mixer, source, index, prefix, hidden_size)
 
 
@@ -157,6 +161,9 @@ def _layer_attention(mixer: PagedMixer | None) -> LayerAttention | None:
     """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
     if mixer is None:
         return None
+    if isinstance(mixer, LatentAttention):
+        heads, width = mixer.num_heads, mixer.head_dim
+        return LayerAttention(heads, 1, width, mixer.latent_dim, mixer.scale, values_in_keys=True)
     return LayerAttention(
         mixer.num_heads,
         mixer.num_kv_heads,

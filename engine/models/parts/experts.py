@@ -56,6 +56,7 @@ class Rating:
             bias,
             router.groups,
             router.groups_chosen,
+            router.group_best,
             router.scale,
             router.minimum,
         )
@@ -95,6 +96,7 @@ class SeparateExperts:
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         self._count = spec.num_experts
         self._chosen = spec.num_experts_per_token
+        self._on_input = spec.on_input
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._inner: tuple[Linear, Linear] | None = None
         size = spec.latent_size or hidden_size
@@ -116,6 +118,8 @@ class SeparateExperts:
         if self._inner is not None:
             x = self._inner[0](x)
         inputs = x.index_select(0, order // self._chosen)
+        if self._on_input:
+            inputs = (inputs * shares.view(-1)[order][:, None]).to(x.dtype)
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count:
@@ -123,8 +127,9 @@ class SeparateExperts:
                 start += count
         outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
-        weighted = outputs.view(-1, self._chosen, x.shape[-1]) * shares[:, :, None]
-        mixed = weighted.sum(dim=1).to(x.dtype)
+        mixed = outputs.view(-1, self._chosen, x.shape[-1])
+        mixed = mixed.float() if self._on_input else mixed * shares[:, :, None]
+        mixed = mixed.sum(dim=1).to(x.dtype)
         return mixed if self._inner is None else self._inner[1](mixed)
 
 
@@ -136,6 +141,7 @@ class StackedExperts:
         assert spec.gated and spec.latent_size is None, "experts of a kind that a GPU has no kernel for"
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._activation = spec.activation
+        self._on_input = spec.on_input
         parts = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
         rows = [2 * inner * count // len(parts)] * len(parts)
         self._gate_up = source.stacked([f"{part}.weight" for part in parts], rows, hidden_size)
@@ -147,4 +153,5 @@ class StackedExperts:
         """[N, hidden] -> [N, hidden]."""
         x = plain(x)
         logits = self._rating.logits(x)
-        return self._rating.choice.mix(x, logits, self._gate_up, self._down, self._activation)
+        mix = self._rating.choice.mix_of_scaled if self._on_input else self._rating.choice.mix
+        return mix(x, logits, self._gate_up, self._down, self._activation)

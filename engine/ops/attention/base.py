@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.groups import MemoryGroup, num_buffers, places_of
+from engine.groups import Chunk, MemoryGroup, num_buffers, places_of
 
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
@@ -30,9 +30,9 @@ class LayerAttention:
     """Shapes and variants of one layer's attention.
 
     value_dim: of V and of a head's output. scale: on q k. window: the tokens that a query sees, itself included, or
-    None for all. softcap: c in c * tanh(score / c), or None. sinks: each head has one more logit in its softmax, which
-    has no value. reads: the earlier layer whose K and V it reads; it writes none. values_in_keys: V is the first
-    value_dim numbers of its one head's K, which alone is kept.
+    None for all; a Chunk where they are those of its block. softcap: c in c * tanh(score / c), or None. sinks: each
+    head has one more logit in its softmax, which has no value. reads: the earlier layer whose K and V it reads; it
+    writes none. values_in_keys: V is the first value_dim numbers of its one head's K, which alone is kept.
     """
 
     num_heads: int
@@ -58,8 +58,9 @@ class LayerAttention:
 
     @property
     def is_plain(self) -> bool:
-        """No sinks, and K and V of its own of one size."""
-        return not self.sinks and self.reads is None and not self.values_in_keys and self.value_dim == self.head_dim
+        """No sinks, no chunks, and K and V of its own of one size."""
+        plain = not self.sinks and self.reads is None and not self.values_in_keys and not isinstance(self.window, Chunk)
+        return plain and self.value_dim == self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ class AttentionSpec:
     def common(self) -> LayerAttention | None:
         """What all layers are but for their windows; None where they differ in more, or are not plain."""
         found = {dataclasses.replace(layer, window=None) for layer in self.attending.values()}
-        return found.pop() if len(found) == 1 and all(layer.is_plain for layer in found) else None
+        return found.pop() if len(found) == 1 and all(layer.is_plain for layer in self.attending.values()) else None
 
     def buffer_widths(self, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)) -> list[tuple[int, int]]:
         """Numbers of K and of V of one token in every buffer: those of the widest layer that has its place there."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.groups import MemoryGroup, places_of
+from engine.groups import Chunk, MemoryGroup, places_of
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence
@@ -225,6 +225,7 @@ class Backend:
             place.v_pool.data_ptr(),
             out.data_ptr(),
             place.layer.window or 0,
+            isinstance(place.layer.window, Chunk),
             None if sinks is None else sinks.data_ptr(),
             None if cos_sin is None else cos_sin.data_ptr(),
             0 if cos_sin is None else cos_sin.shape[1],
