@@ -487,6 +487,6 @@ def _layer_as_stored(layer: LayerSpec, index: int, model: GGUF, pairs: bool) -> 
     if isinstance(feed_forward, Experts):
         fused = has("ffn_gate_up_exps")
         feed_forward = replace(feed_forward, gate_up=FUSED_EXPERT_GATE_UP if fused else EXPERT_GATE_UP, stacked=None)
-        if (shared := feed_forward.shared) is not None and not has("ffn_gate_shexp"):
+        if isinstance(shared := feed_forward.shared, Dense) and not has("ffn_gate_shexp"):
             feed_forward = replace(feed_forward, shared=replace(shared, gate_up=("mlp.shared.gate_up_proj",)))
     return replace(layer, mixer=mixer, feed_forward=feed_forward)

@@ -106,7 +106,7 @@ def _layer_pairs(layer: LayerSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"{feed_forward.router.name}.weight", ("ffn_gate_inp.weight",)
         if feed_forward.router.bias is not None:
             yield feed_forward.router.bias, ("exp_probs_b.bias", "exp_probs_b")
-        if feed_forward.shared is not None:
+        if isinstance(feed_forward.shared, Dense):
             yield from _dense(feed_forward.shared, "_shexp")
         if feed_forward.shared_gate is not None:
             yield f"{feed_forward.shared_gate}.weight", ("ffn_gate_inp_shexp.weight",)
