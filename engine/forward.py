@@ -127,7 +127,7 @@ class RowExtras:
 @dataclass(frozen=True, slots=True)
 class PooledRow:
     """A prompt chunk of a sequence that asks for a vector; `row` never samples. ends: the prompt ends with it, and the
-    step brings the vector. Chunks before the last are named only where all tokens count (mean), and then every one of
+    step brings the vector. Chunks before the last are named only where all tokens count, and then every one of
     them: the first has row_start 0, for such a prompt is computed from its beginning.
     """
 

@@ -214,12 +214,22 @@ def derive_seed(seed: int, index: int) -> int:
 class Pooling:
     """What is wanted of a prompt where no text is: a float32 vector.
 
-    kind: last is the last token's hidden state after the final norm, mean the average of all tokens' [hidden_size];
-    logprobs are the natural log-probabilities of token_ids as the next token [len(token_ids)].
+    kind: cls and last are the first and the last token's hidden state after the final norm; mean, max, weightedmean
+    (by places, from 1 on) and mean_sqrt_len (the sum over the root of their number) are of all tokens' [hidden_size];
+    all is each of them [tokens, hidden_size]; logprobs are the natural log-probabilities of token_ids as the next token
+    [len(token_ids)]. classify: what the model's classifier makes of that. second: the place at which the second text of
+    a pair begins, where types of tokens tell the two apart; 0 for none.
     """
 
-    kind: Literal["last", "mean", "logprobs"]
+    kind: Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len", "all", "logprobs"]
     token_ids: tuple[int, ...] = ()
+    classify: bool = False
+    second: int = 0
+
+    @property
+    def needs_all(self) -> bool:
+        """Every token has a part in it, so every one must be computed, and is told of."""
+        return self.kind not in ("last", "logprobs")
 
 
 class TokenConstraint(Protocol):

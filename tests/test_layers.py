@@ -77,6 +77,7 @@ TORCH_ALLOWED = (
     "engine.kernels",
     "engine.executor.cpu",
     "engine.executor.cuda",
+    "engine.executor.pooling",
     "engine.models.loading",
     "engine.models.offload",
     "engine.models.parts",

@@ -21,10 +21,11 @@ from torch import Tensor
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
+from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
-from engine.ops.pooling import Pooler, pooled_chunks
 from engine.ops.sampling.extras import SlotExtras
 from engine.ops.sampling.sampler import sample
 from engine.ops.state import States, StateSpec
@@ -35,9 +36,18 @@ logger = logging.getLogger(__name__)
 class Model(Protocol):
     """What is needed of a CausalLM; and its attention_spec, where no backend is given."""
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor: ...
+    @property
+    def config(self) -> ModelSpec: ...
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor: ...
+
+    def classify(self, hidden: Tensor) -> Tensor: ...
+
+    def project(self, vectors: Tensor) -> Tensor: ...
 
 
 class CPUStepHandle:
@@ -101,7 +111,7 @@ class CPUExecutor:
             assert dtype is not None, "the cache needs a dtype"
             spec: AttentionSpec = model.attention_spec  # type: ignore[attr-defined]
             attention = create_backend(
-                "torch_paged",
+                "packed" if spec.bidirectional else "torch_paged",
                 spec,
                 num_pages=limits.num_pages,
                 page_size=limits.page_size,
@@ -219,12 +229,15 @@ class CPUExecutor:
         decode = ids[: step.num_decode_rows]
         np.copyto(decode, self._last_token[slots[: step.num_decode_rows]], where=decode == FUTURE_TOKEN)
         attention.plan(*self._metadata.of_groups)
-        hidden = model.forward(self._token_tensor[:tokens], torch.from_numpy(metadata.positions), attention)
+        chunks = pooled_chunks(step)
+        types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
+        positions_of_tokens = torch.from_numpy(metadata.positions)
+        hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)
-        if step.pooled:
-            vectors = self._pooler.run(pooled_chunks(step), hidden, model.logits)
+        if chunks:
+            vectors = self._pooler.run(chunks, hidden, model)
             output.pooled = [vector.numpy() for vector in vectors]
 
         sampling_rows = np.flatnonzero(staging.row_samples[:rows])

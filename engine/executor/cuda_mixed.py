@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,9 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_pieces import Chain
 from engine.executor.cuda_state import DeviceState
+from engine.executor.pooling import pooled_chunks, shape_of
 from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
 from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, StepAttention, decode_inputs
-from engine.ops.pooling import pooled_chunks
 from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
 from engine.request import Pooling
@@ -89,7 +90,9 @@ class MixedSteps(DeviceState):
                 (sent,) = self._send_arrays([targets], handle)
                 chunks.append((first, sent, self._prompt_out(handle, row, at, targets, k), k))
             pooled = pooled_chunks(forward_input)
-            vectors = [self._vector_out(handle, entry.pooling) for entry in forward_input.pooled if entry.ends]
+            vectors = [
+                self._vector_out(handle, chunk.pooling, chunk.start + chunk.length) for chunk in pooled if chunk.ends
+            ]
             found: list[Tensor] = []
 
             def enter(token_ids: Tensor) -> None:
@@ -105,7 +108,7 @@ class MixedSteps(DeviceState):
                     for first, targets, out, k in chunks:
                         part = hidden[first : first + len(targets)]
                         prompt_figures(part, self.model.logits, targets, k, self.limits.vocab_size, out)
-                    for out, vector in zip(vectors, self._pooler.run(pooled, hidden, self.model.logits), strict=True):
+                    for out, vector in zip(vectors, self._pooler.run(pooled, hidden, self.model), strict=True):
                         out.copy_(vector)
                     if len(sampled) < rows:
                         side.out[:rows].fill_(FUTURE_TOKEN)
@@ -168,12 +171,12 @@ class MixedSteps(DeviceState):
         )
         return out
 
-    def _vector_out(self, handle: CudaHandle, pooling: Pooling) -> Tensor:
+    def _vector_out(self, handle: CudaHandle, pooling: Pooling, num_tokens: int) -> Tensor:
         """Where a prompt's vector goes on the device, float32; it comes with the step's tokens."""
-        width = len(pooling.token_ids) if pooling.kind == "logprobs" else self.model.config.hidden_size
-        out = self.layer.zeros((1, width), torch.int32)
-        self._bring(handle, out, lambda output, host: output.pooled.append(host[0].view(np.float32).copy()))
-        return out[0].view(torch.float32)
+        shape = shape_of(pooling, self.model.config, num_tokens)
+        out = self.layer.zeros((math.prod(shape[:-1]), shape[-1]), torch.int32)
+        self._bring(handle, out, lambda output, host: output.pooled.append(host.view(np.float32).reshape(shape).copy()))
+        return out.view(torch.float32).view(shape)
 
     def prompt_step(self, step: int, rows: int, length: int) -> ForwardInput:
         """A step of `rows` new prompts that are `length` tokens long and sample in the hungriest way."""

@@ -20,12 +20,12 @@ from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
 from engine.executor.cuda_pieces import Pieces
+from engine.executor.pooling import Pooler
 from engine.executor.tables import SlotTables
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.gated import Tile
-from engine.ops.pooling import Pooler
 from engine.ops.sampling.device_extras import DeviceExtras
 from engine.ops.sampling.layout import WORDS
 from engine.ops.skinny import Blocks

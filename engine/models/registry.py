@@ -1,7 +1,8 @@
 """Which families there are, and which of them a directory's config.json is of.
 
 A new model is one file in families/ with `read_spec(fields) -> ModelSpec` and the DEFAULTS of its class, one line in
-FAMILIES and one in MODEL_TYPES. Called once at start by the composition root. Imports no torch.
+FAMILIES and one in MODEL_TYPES (of an encoder: ENCODERS and ENCODER_TYPES). Called once at start by the composition
+root. Imports no torch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.config import StartupError
+from engine.models.families.classifiers import REWARD, TEXTS, TOKENS, read_classifier
+from engine.models.families.encoders import both_ways
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
 from engine.models.gguf.config import as_stored, model_fields
@@ -136,6 +139,33 @@ MODEL_TYPES = {
 
 # Rows or columns of a float8 matrix that share a scale, at most.
 MAX_BLOCK = 65536
+# The same for encoders, by the name of the class without what it is for.
+ENCODERS = {
+    "Bert": "bert",
+    "Camembert": "roberta",
+    "DistilBert": "distilbert",
+    "EuroBert": "eurobert",
+    "Gte": "gte",
+    "ModernBert": "modernbert",
+    "New": "gte",
+    "NomicBert": "nomic_bert",
+    "Roberta": "roberta",
+    "XLMRoberta": "roberta",
+}
+ENCODER_TYPES = {
+    "bert": "Bert",
+    "camembert": "Camembert",
+    "distilbert": "DistilBert",
+    "eurobert": "EuroBert",
+    "gte": "Gte",
+    "modernbert": "ModernBert",
+    "new": "New",
+    "nomic_bert": "NomicBert",
+    "roberta": "Roberta",
+    "xlm-roberta": "XLMRoberta",
+}
+# What an encoder's class may be for: its heads for masked words and for spans are left out.
+HEADLESS = ("Model", "ForMaskedLM", "ForPreTraining", "ForQuestionAnswering")
 # How the names of classes for images and text end.
 WRAPPED = "ForConditionalGeneration"
 
@@ -175,10 +205,62 @@ def _read(fields: Fields) -> ModelSpec:
     _refuse_unknown(fields)
     if (wrapper := _wrapper_of(fields)) is not None:
         return _read_text_part(fields, wrapper)
-    architecture = _architecture_of(fields)
-    spec = _read_family(FAMILIES[_with_head(architecture)], fields)
-    headless = architecture.endswith("Model")
-    return dataclasses.replace(spec, architecture=architecture, headless=headless, float8=_float8_of(fields))
+    if (found := _encoder_of(fields)) is not None:
+        stem, task = found
+        spec = _read_family(ENCODERS[stem], fields)
+    else:
+        architecture = _architecture_of(fields)
+        stem, task = _split(architecture)
+        spec = _read_family(FAMILIES[f"{stem}ForCausalLM"], fields)
+        spec = dataclasses.replace(spec, headless=spec.headless or task != "ForCausalLM")
+        spec = _as_encoder(fields, stem, spec)
+    spec = dataclasses.replace(spec, architecture=stem + task, float8=_float8_of(fields))
+    if task not in (TEXTS, TOKENS, REWARD):
+        return spec
+    classifier = read_classifier(fields, stem, task, spec)
+    used = tuple(step.name.removeprefix("model.") for step in classifier.steps)
+    outside = tuple(name for name in spec.outside if not any(step.startswith(name) for step in used))
+    return dataclasses.replace(spec, classifier=classifier, outside=outside)
+
+
+def _encoder_of(fields: Fields) -> tuple[str, str] | None:
+    """The class and what it is for: by `model_type`, else by `architectures`. None for any other class."""
+    given, kind = fields.raw("architectures"), fields.raw("model_type")
+    names = [name for name in given if isinstance(name, str)] if isinstance(given, list) else []
+    stem = ENCODER_TYPES.get(kind) if isinstance(kind, str) else None
+    if stem is None and not (isinstance(kind, str) and kind in MODEL_TYPES):
+        stem = next((stem for name in names if (stem := _split(name)[0]) in ENCODERS), None)
+    if stem is None:
+        return None
+    task = _split(names[0])[1] if names else "Model"
+    if task in HEADLESS:
+        return stem, "Model"
+    if task not in (TEXTS, TOKENS):
+        known = ", ".join(stem + each for each in (*HEADLESS, TEXTS, TOKENS))
+        fields.fail("architectures", f"{names[0][:100]} is not supported; supported are: {known}")
+    return stem, task
+
+
+def _split(architecture: str) -> tuple[str, str]:
+    """LlamaForCausalLM -> Llama, ForCausalLM. LlamaModel -> Llama, Model. Gemma3TextModel is Gemma 3's."""
+    for task in (*HEADLESS, "ForCausalLM", TEXTS, TOKENS, REWARD):
+        if architecture.endswith(task):
+            stem = architecture.removesuffix(task)
+            return "Gemma3" if stem == "Gemma3Text" else stem, task
+    return architecture, ""
+
+
+def _as_encoder(fields: Fields, stem: str, spec: ModelSpec) -> ModelSpec:
+    """The same, with attention to later tokens where the file says so: null is as good as false in transformers."""
+    if fields.mentions("is_causal") and not fields.raw("is_causal"):
+        return both_ways(fields, "is_causal", spec)
+    if fields.raw("use_bidirectional_attention"):
+        if stem != "Gemma3" or fields.raw("use_bidirectional_attention") is not True:
+            fields.fail("use_bidirectional_attention", "is not supported")
+        # The file's window is the width of both sides.
+        longest = max((window for window in spec.windows if window is not None), default=None)
+        return both_ways(fields, "use_bidirectional_attention", spec, None if longest is None else longest // 2 + 1)
+    return spec
 
 
 def _read_family(name: str, fields: Fields) -> ModelSpec:
@@ -205,10 +287,16 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
     """Tied where the file says so in either place, or the class does and it says nothing."""
     text, kind = text_fields(fields, wrapper)
     _refuse_unknown(text)
+    if text.raw("use_bidirectional_attention") or (text.mentions("is_causal") and not text.raw("is_causal")):
+        text.fail("use_bidirectional_attention", "and is_causal: false are not supported in a text part")
     module = TEXT_TYPES.get(kind) or FAMILIES.get(MODEL_TYPES.get(kind, ""))
     if module is None:
         known = ", ".join(sorted(MODEL_TYPES))
         text.fail("model_type", f"({show(kind)}) is not supported as the text part; supported are: {known}")
+    if text.mentions("is_causal") and not text.raw("is_causal"):
+        text.fail("is_causal", "is not supported here: attention to later tokens")
+    if text.raw("use_bidirectional_attention"):
+        text.fail("use_bidirectional_attention", "is not supported here")
     spec = _read_family(module, text)
     assumed = spec.assumed
     if not fields.mentions("tie_word_embeddings"):
@@ -226,8 +314,9 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
 
 
 def _with_head(architecture: str) -> str:
-    """LlamaModel -> LlamaForCausalLM."""
-    return architecture.removesuffix("Model") + "ForCausalLM" if architecture.endswith("Model") else architecture
+    """LlamaModel -> LlamaForCausalLM, and so of the classes with other heads."""
+    stem, task = _split(architecture)
+    return f"{stem}ForCausalLM" if task in ("Model", TEXTS, TOKENS, REWARD) else architecture
 
 
 def _architecture_of(fields: Fields) -> str:
@@ -249,12 +338,15 @@ def _architecture_of(fields: Fields) -> str:
         if not names and kind is None:
             fields.fail("architectures", "and model_type are missing: one of them must name the model's class")
         _refuse(fields, names[0] if names else str(kind))
-    for name in (by_type, by_type.removesuffix("ForCausalLM") + "Model"):
-        if name in names:
+    for name in names:
+        if name == by_type or (_with_head(name) == by_type and name not in FAMILIES):
             return name
     if names and not known and not names[0].endswith(("ForCausalLM", "LMHeadModel")):
         _refuse(fields, names[0])
     if names:
+        task = _split(names[0])[1]
+        if task in (TEXTS, TOKENS, REWARD):
+            by_type = _split(by_type)[0] + task
         logger.warning(
             "%s: architectures says %s, but model_type %s is a %s and counts, as in transformers",
             fields.path,
@@ -268,7 +360,8 @@ def _architecture_of(fields: Fields) -> str:
 def _refuse(fields: Fields, name: str) -> NoReturn:
     """The sentence for a class that is not served."""
     field = "architectures" if fields.has("architectures") else "model_type"
-    known = sorted([*FAMILIES, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
+    encoders = (f"{stem}Model" for stem in ENCODERS)
+    known = sorted([*FAMILIES, *encoders, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 
@@ -300,11 +393,5 @@ def _refuse_unknown(fields: Fields) -> None:
                 parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))
                 scheme = ", ".join(str(part)[:40] for part in parts if part) or "unknown"
             fields.fail(name, f"({show(scheme)}) is not supported; use an unquantized checkpoint")
-    # In transformers null is as good as false here.
-    if fields.mentions("is_causal") and not fields.raw("is_causal"):
-        shown = show(fields.raw("is_causal"))
-        fields.fail("is_causal", f"is {shown}: attention to later tokens (bidirectional) is not supported")
-    if fields.raw("use_bidirectional_attention"):
-        fields.fail("use_bidirectional_attention", "is not supported")
     if fields.raw("per_layer_config"):
         fields.fail("per_layer_config", "is not supported: layers of different sizes")

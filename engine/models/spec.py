@@ -17,8 +17,9 @@ DTYPES = ("bfloat16", "float16", "float32")
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 
 # Of a gate, which then multiplies; and of a feed-forward without one.
-GatedActivation = Literal["silu", "gelu_tanh"]
-PlainActivation = Literal["relu2", "gelu", "gelu_tanh", "xielu"]
+GatedActivation = Literal["silu", "gelu_tanh", "gelu"]
+PlainActivation = Literal["relu2", "relu", "gelu", "gelu_tanh", "xielu"]
+HeadActivation = Literal["none", "tanh", "relu", "gelu", "gelu_tanh", "silu"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +79,14 @@ class GroupedQueryAttention:
     """Softmax attention with as many or fewer key and value heads than query heads; its memory is KV pages.
 
     scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included,
-    or None for all (a Chunk of engine/groups.py: those of its block). softcap: c in c * tanh(x / c) on the scores, or
-    None. q_norm, k_norm: before the rope (or after it: norm_after_rope), over each head or (norm_width full) over all
-    heads at once. query_scale: None where queries keep their size. qkv: one name where the checkpoint has them fused,
-    else three. value_dim: of a head's value and result, None where it is head_dim. sinks: the tensor (its whole name;
-    [num_heads]) of one more logit in each head's softmax, which has no value. reads: the earlier layer whose keys and
-    values it reads; it has none of its own. gated_queries: the projection to q gives every head its query and then a
-    gate, by whose sigmoid its result is multiplied.
+    or None for all (a Chunk of engine/groups.py: those of its block). bidirectional: queries see later tokens, too (a
+    window is then to either side); such a layer keeps nothing, for its sequence is computed at once. softcap: c in
+    c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope (or after it: norm_after_rope), over each
+    head or (norm_width full) over all heads at once. query_scale: None where queries keep their size. qkv: one name
+    where the checkpoint has them fused, else three. value_dim: of a head's value and result, None where it is head_dim.
+    sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's softmax, which has no value.
+    reads: the earlier layer whose keys and values it reads; it has none of its own. gated_queries: the projection to q
+    gives every head its query and then a gate, by whose sigmoid its result is multiplied.
     """
 
     num_heads: int
@@ -93,6 +95,7 @@ class GroupedQueryAttention:
     scale: float
     rope: RopeSpec | None
     window: int | None = None
+    bidirectional: bool = False
     softcap: float | None = None
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
@@ -306,12 +309,17 @@ Mixer = PagedMixer | StatefulMixer | SideBySide
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two. gate_scale,
-    down_scale: factors on what gate and down give."""
+    """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two.
+
+    up_first: so are the fused rows. down_bias: what `bias` does not say of the last product alone. gate_scale,
+    down_scale: factors on what gate and down give.
+    """
 
     intermediate_size: int
     activation: GatedActivation
     bias: bool = False
+    up_first: bool = False
+    down_bias: bool = False
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
     gate_scale: float = 1.0
@@ -368,9 +376,9 @@ class Experts:
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
     the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out,
-    in]. shared: what every token goes through beside them. shared_gate: a projection to one number whose sigmoid is
-    the share of that. latent_size: experts work in a smaller space, to and from which `latent` project (with a bias:
-    latent_bias). on_input: shares are factors on what experts read, not on what they give.
+    in]. shared: what every token goes through beside them. shared_gate: a projection to one number whose sigmoid is the
+    share of that. on_input: shares are factors on what experts read, not on what they give. latent_size: experts work
+    in a smaller space, to and from which `latent` project (with a bias: latent_bias).
     """
 
     num_experts: int
@@ -385,10 +393,10 @@ class Experts:
     gated: bool = True
     shared: Dense | Ungated | None = None
     shared_gate: str | None = None
+    on_input: bool = False
     latent_size: int | None = None
     latent: tuple[str, str] = ("", "")
     latent_bias: bool = False
-    on_input: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -409,7 +417,7 @@ class LayerSpec:
     One of the two may be missing; the norms of a feed-forward alone are those of the mixer that is not there.
 
     parallel: the feed-forward reads what the mixer reads, and both are added at once; it has no norms of its own.
-    residual_scale: factor on what is added to x.
+    residual_scale: factor on what is added to x. post_norm: the out norms are of the sums: x = out_norm(x + mixer(x)).
     """
 
     mixer: Mixer | None
@@ -420,6 +428,7 @@ class LayerSpec:
     feed_forward_out_norm: NormSpec | None = None
     parallel: bool = False
     residual_scale: float = 1.0
+    post_norm: bool = False
 
     @property
     def paged(self) -> PagedMixer | None:
@@ -449,8 +458,55 @@ class Float8:
 
 
 @dataclass(frozen=True, slots=True)
+class Embedding:
+    """What a token begins as: its row of a table; encoders add its position's and its type's, and take a norm of that.
+
+    positions, types: names of their tables, None where there are none. num_positions: rows; those before first_position
+    are of no token. num_types: of tokens; all are of the first, but for the second text of a pair.
+    """
+
+    tokens: str = "embed_tokens"
+    positions: str | None = None
+    num_positions: int = 0
+    first_position: int = 0
+    types: str | None = None
+    num_types: int = 0
+    norm: NormSpec | None = None
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of the tables of positions and types."""
+        return (self.num_positions + self.num_types) * hidden_size
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """norm(activation(weight x + bias)). name: of its tensors, whole; an empty one has no weight."""
+
+    name: str
+    size: int
+    bias: bool = True
+    activation: HeadActivation = "none"
+    norm: NormSpec | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """A head that gives a number for every label. pooling: what of a text it reads, each of its tokens where it is all.
+
+    late: the mean is taken of what the head gives for every token. labels: their names. steps: one after another.
+    activation: what makes shares of the numbers, none where they are the answer.
+    """
+
+    pooling: Literal["cls", "last", "mean", "all"]
+    labels: tuple[str, ...]
+    steps: tuple[Projection, ...]
+    activation: Literal["sigmoid", "softmax", "none"]
+    late: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """A decoder-only model: embedding, layers, final norm, output layer.
+    """A model of text: embedding, layers, final norm, output layer.
 
     layers: equal ones are one object. max_position_embeddings: tokens that it was trained for. dtype: what config.json
     names, bfloat16 where it names none. eos_token_ids: of config.json; where it does not mention them,
@@ -459,13 +515,15 @@ class ModelSpec:
     the class, as `architectures` names it. headless: there is no output layer, so hidden states are all it gives.
     assumed: sizes that config.json does not name. outside: what names of tensors begin with (after a `model.` or not)
     that are not read: those of other inputs than text, and of layers that draft. text_only: it was made for other
-    inputs, too. float8: how its checkpoint is quantised, None where it is not.
+    inputs, too. float8: how its checkpoint is quantised, None where it is not. embedding, layer_names: how tensors are
+    called; `{}` is the layer's number. classifier: the head in place of an output layer. projections: what a pooled
+    vector goes through (Dense modules of sentence-transformers).
     """
 
     vocab_size: int
     hidden_size: int
     layers: tuple[LayerSpec, ...]
-    final_norm: NormSpec
+    final_norm: NormSpec | None
     max_position_embeddings: int
     tie_word_embeddings: bool
     dtype: str
@@ -482,6 +540,15 @@ class ModelSpec:
     outside: tuple[str, ...] = ()
     text_only: bool = False
     float8: Float8 | None = None
+    embedding: Embedding = Embedding()
+    layer_names: str = "layers.{}."
+    classifier: Classifier | None = None
+    projections: tuple[Projection, ...] = ()
+
+    @property
+    def bidirectional(self) -> bool:
+        """Later tokens count: a text is computed at once, nothing is kept of it, and none follows."""
+        return any(isinstance(each.mixer, GroupedQueryAttention) and each.mixer.bidirectional for each in self.layers)
 
     @property
     def num_layers(self) -> int:
@@ -549,7 +616,7 @@ class ModelSpec:
     def num_parameters(self) -> int:
         """Elements of all weight matrices; norms and biases, far below 1%, are left out."""
         matrices = 1 if self.tie_word_embeddings or self.headless else 2
-        total = self.vocab_size * self.hidden_size * matrices
+        total = self.vocab_size * self.hidden_size * matrices + self.embedding.num_parameters(self.hidden_size)
         return total + sum(layer.num_parameters(self.hidden_size) for layer in self.layers)
 
 

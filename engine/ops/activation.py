@@ -29,7 +29,17 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
     return _gate_and_mul(x, gelu=True)
 
 
-GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"silu": silu_and_mul, "gelu_tanh": gelu_tanh_and_mul}
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """[N, 2I] -> [N, I], with GELU itself."""
+    gate, up = x.chunk(2, dim=-1)
+    return (by_rows(F.gelu, gate) * up.float()).to(x.dtype)
+
+
+GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": silu_and_mul,
+    "gelu_tanh": gelu_tanh_and_mul,
+    "gelu": gelu_and_mul,
+}
 
 
 def by_rows(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
@@ -73,7 +83,12 @@ def xielu(x: Tensor, above: Tensor, below: Tensor) -> Tensor:
 
 
 # Without a gate, [N, I] -> [N, I]; the input may be written over.
-PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu2": relu2, "gelu": gelu, "gelu_tanh": gelu_tanh}
+PLAIN_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu2": relu2,
+    "relu": torch.relu_,
+    "gelu": gelu,
+    "gelu_tanh": gelu_tanh,
+}
 
 
 def _gate_and_mul(x: Tensor, *, gelu: bool) -> Tensor:

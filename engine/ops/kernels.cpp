@@ -494,16 +494,21 @@ constexpr bool WIDE = VL == 16;  // 32 registers: 16 sums at a time
 struct Step {
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len;
     // D of q and k, V of values and results; strides between tokens of the pools.
-    i64 rows, heads, kv_heads, D, V, k_stride, v_stride, page_size, window;
+    i64 rows, heads, kv_heads, D, V, k_stride, v_stride, page_size, window, both;
     float scale, softcap;
     const float* sinks;  // one more logit of each head, or null
     bool chunks;         // a query sees its own block of `window` positions
+
+    // The keys [start, last) that the query at `position` of kv_len tokens sees; `both`: later ones, too.
+    int last(int position, int kv_len) const {
+        if (!both) return position + 1;
+        return window > 0 ? (int)std::min<i64>(kv_len, position + window) : kv_len;
+    }
+    int start(int position) const {
+        if (window <= 0) return 0;
+        return chunks ? position - position % (int)window : std::max<int>(0, position + 1 - (int)window);
+    }
 };
-// The first position that a query at `position` sees.
-INLINE int first_seen(const Step& s, int position) {
-    if (s.window <= 0) return 0;
-    return s.chunks ? position - position % (int)s.window : std::max<int>(0, position + 1 - (int)s.window);
-}
 struct Task {
     int row, head0, head1, q0, q1, split0, split1;  // kv heads [head0, head1) of queries [q0, q1)
     i64 partial;  // first partial row, -1 where the task writes the output itself
@@ -679,8 +684,8 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
         M[r] = -INFINITY;
         L[r] = 0;
     }
-    auto last = [&](int r) { return position0 + task.q0 + r / G + 1; };
-    auto start = [&](int r) { return first_seen(s, last(r) - 1); };
+    auto last = [&](int r) { return s.last(position0 + task.q0 + r / G, kv_len); };
+    auto start = [&](int r) { return s.start(position0 + task.q0 + r / G); };
     const int from = start(0), to = last(rows - 1);
     const bool few = rows <= 16;  // more rows use a block often enough to hide its latency
     // f32 keys and values are read in place where few rows use them.
@@ -775,8 +780,8 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
             if (n <= 0) continue;
             const int kv_len = (int)((s.kv_indptr[r + 1] - s.kv_indptr[r] - 1) * s.page_size + s.last_page_len[r]);
             for (int q0 = (n - 1) / span * span; q0 >= 0; q0 -= span) {
-                const int q1 = std::min(n, q0 + span), last = kv_len - n + q1;
-                body((int)r, q0, q1, first_seen(s, kv_len - n + q0), last);
+                const int q1 = std::min(n, q0 + span), before = kv_len - n;
+                body((int)r, q0, q1, s.start(before + q0), s.last(before + q1 - 1, kv_len));
             }
         }
     };
@@ -1199,14 +1204,15 @@ EXPORT void ol_rope(int64_t type, void* x, int64_t ldx, int64_t tokens, int64_t 
 struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len, *positions;
     const int64_t* kv_slots;
-    int64_t rows, tokens, heads, kv_heads, head_dim, value_dim, k_stride, v_stride, page_size, type, threads;
+    int64_t rows, tokens, heads, kv_heads, head_dim, value_dim, k_stride, v_stride, page_size, both, type, threads;
     float scale, softcap;
 };
 
 EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const void* k, int64_t ldk, const void* v, int64_t ldv, void* k_pool,
                          void* v_pool, void* out, int64_t window, int64_t chunks, const float* sinks, const float* cos_sin, int64_t rot) {
     Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows,      a->heads, a->kv_heads, a->head_dim,
-           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->scale, a->softcap,  sinks,       chunks != 0};
+           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->both,  a->scale,    a->softcap,
+           sinks,        chunks != 0};
     const int threads = (int)a->threads;
     BY_TYPE(a->type,
             write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (T*)k_pool, (T*)v_pool, cos_sin, rot,

@@ -109,7 +109,7 @@ class Batch:
         """The chunk that was just written is of a sequence that asks for a vector; ends: it is the prompt's last."""
         pooling = sequence.request.pooling
         assert pooling is not None
-        if ends or pooling.kind == "mean":
+        if ends or pooling.needs_all:
             self.forward_input.pooled.append(PooledRow(self.forward_input.num_rows - 1, pooling, ends))
         if ends:
             self.pooled.append(sequence)

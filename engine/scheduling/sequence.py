@@ -141,7 +141,7 @@ class Sequence:
         """What to look up in the radix tree. One token matches nothing: a prompt must be computed where each of its
         tokens has a part in the answer."""
         tokens, request = self.token_ids, self.request
-        pools_all = request.pooling is not None and request.pooling.kind == "mean"
+        pools_all = request.pooling is not None and request.pooling.needs_all
         return tokens[:1] if pools_all or request.sampling.prompt_logprobs is not None else tokens
 
     @property

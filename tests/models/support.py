@@ -56,8 +56,8 @@ def make_checkpoint(
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        has_text = ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe")
-        config_class = getattr(transformers, f"{family}{'Text' if family in has_text else ''}Config")
+        text = "Text" if family in ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe") else ""
+        config_class = getattr(transformers, f"{family}{text}Config")
         config = config_class(**{**SIZES, **sizes})
         config._attn_implementation = "eager"
         model = getattr(transformers, family + "ForCausalLM")(config)

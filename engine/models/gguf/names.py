@@ -67,7 +67,8 @@ def name_tensors(spec: ModelSpec, model: GGUF) -> tuple[dict[str, Named], set[st
 def _pairs(spec: ModelSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
     """(the model's name, those that the file may have for it)."""
     yield "embed_tokens.weight", ("token_embd.weight",)
-    yield from _both(spec.final_norm.name, "output_norm")
+    if spec.final_norm is not None:
+        yield from _both(spec.final_norm.name, "output_norm")
     yield from _both("lm_head", "output")
     for index, layer in enumerate(spec.layers):
         for ours, theirs in _layer_pairs(layer):
@@ -97,25 +98,23 @@ def _layer_pairs(layer: LayerSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield from _both(mixer.output, "attn_output")
         yield from _norm(mixer.q_norm, "attn_q_norm")
         yield from _norm(mixer.k_norm, "attn_k_norm")
-    if isinstance(feed_forward, Ungated):
-        yield from _both(feed_forward.up, "ffn_up")
-        yield from _both(feed_forward.down, "ffn_down")
-    elif isinstance(feed_forward, Dense):
-        yield from _dense(feed_forward, "")
+    if isinstance(feed_forward, Dense | Ungated):
+        yield from _mlp(feed_forward, "")
     elif isinstance(feed_forward, Experts):
         yield f"{feed_forward.router.name}.weight", ("ffn_gate_inp.weight",)
         if feed_forward.router.bias is not None:
             yield feed_forward.router.bias, ("exp_probs_b.bias", "exp_probs_b")
-        if isinstance(feed_forward.shared, Dense):
-            yield from _dense(feed_forward.shared, "_shexp")
+        if feed_forward.shared is not None:
+            yield from _mlp(feed_forward.shared, "_shexp")
         if feed_forward.shared_gate is not None:
             yield f"{feed_forward.shared_gate}.weight", ("ffn_gate_inp_shexp.weight",)
 
 
-def _dense(spec: Dense, end: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _mlp(spec: Dense | Ungated, end: str) -> Iterator[tuple[str, tuple[str, ...]]]:
+    inner = spec.gate_up if isinstance(spec, Dense) else (spec.up,)
     # Fused, both are called up.
-    names = ("ffn_gate", "ffn_up") if len(spec.gate_up) == 2 else ("ffn_up",)
-    for ours, theirs in zip(spec.gate_up, names, strict=True):
+    names = ("ffn_gate", "ffn_up") if len(inner) == 2 else ("ffn_up",)
+    for ours, theirs in zip(inner, names, strict=True):
         yield from _both(ours, theirs + end)
     yield from _both(spec.down, f"ffn_down{end}")
 

@@ -27,7 +27,7 @@ from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
 from engine.models.loading.float8 import dequantised, with_scales
-from engine.models.parts.decoder import EMBEDDING, PREFIX
+from engine.models.parts.decoder import PREFIX, embedding_name
 from engine.models.spec import Experts, ModelSpec
 from engine.ops.linear import Linear
 
@@ -133,7 +133,7 @@ class Weights:
         if not tied:
             return self.linear([OUTPUT], [vocab], hidden, bias=bias)
         assert not bias, "a tied output layer has no bias"
-        linear = Linear(self.tensor(EMBEDDING, (vocab, hidden)))
+        linear = Linear(self.tensor(f"{PREFIX}embed_tokens.weight", (vocab, hidden)))
         self.prepare(linear, keep_rows=True)
         return linear
 
@@ -292,10 +292,15 @@ def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTens
         }
 
     # Before and after, for what is left out may stand under the prefix of a wrapper, too.
-    found = inside(find_tensors(directory))
+    found = inside(_modern(find_tensors(directory)))
     if spec.float8 is not None:
         found = with_scales(found, spec.float8)
-    return _with_single_experts(inside(_with_our_names(found)), spec)
+    found = _with_single_experts(inside(_with_our_names(found, spec)), spec)
+    for step in spec.projections:
+        if step.name:
+            module = find_tensors(directory / step.name.removesuffix(".linear"))
+            found |= {step.name.removesuffix("linear") + name: tensor for name, tensor in module.items()}
+    return found
 
 
 def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
@@ -311,6 +316,15 @@ def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
         tensor = model.tensors[name]
         found[name] = StoredTensor(tensor.file, tensor.type, tensor.shape, tensor.begin, tensor.end)
     return found
+
+
+def _modern(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Names of TensorFlow's times: a LayerNorm's weight is its gamma, its bias is its beta."""
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+    return {
+        next((name.removesuffix(end) + new for end, new in old.items() if name.endswith(end)), name): tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
@@ -375,14 +389,15 @@ def _split_fused(found: dict[str, StoredTensor], prefix: str, experts: Experts, 
         )
 
 
-def _with_our_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+def _with_our_names(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
     """A model saved without its output layer has no `model.` before its names (Qwen3-Embedding is one); one saved from
     inside of another object has that one's name before them. The embedding, or else the layers, show the prefix.
     """
-    name = EMBEDDING.removeprefix(PREFIX)
+    name = embedding_name(spec).removeprefix(PREFIX)
     tensors = {_EMBEDDINGS.sub(r"\g<1>" + name, key): tensor for key, tensor in tensors.items()}
     found = {key.removesuffix(name) for key in tensors if f".{key}".endswith(f".{name}")}
-    found = found or {match[1] for key in tensors if (match := re.match(r"((?:.*?\.)?)layers\.\d+\.", key))}
+    layer = re.escape(spec.layer_names).replace(r"\{\}", r"\d+")
+    found = found or {match[1] for key in tensors if (match := re.match(rf"((?:.*?\.)?){layer}", key))}
     if len(found) != 1 or found == {PREFIX}:
         return tensors
     prefix = found.pop()
@@ -406,7 +421,8 @@ def settle_output(spec: ModelSpec, tensors: dict[str, StoredTensor], directory: 
     """
     if spec.headless:
         return spec
-    head, embedding = tensors.get(OUTPUT_WEIGHT), tensors.get(EMBEDDING)
+    own = embedding_name(spec)
+    head, embedding = tensors.get(OUTPUT_WEIGHT), tensors.get(own)
     if not spec.tie_word_embeddings:
         if head is None and embedding is not None:
             raise StartupError(
@@ -417,7 +433,7 @@ def settle_output(spec: ModelSpec, tensors: dict[str, StoredTensor], directory: 
     if head is None:
         return spec
     if embedding is None:
-        tensors[EMBEDDING] = tensors.pop(OUTPUT_WEIGHT)
+        tensors[own] = tensors.pop(OUTPUT_WEIGHT)
         return spec
     if _are_equal(head, embedding, dtype):
         return spec
@@ -484,7 +500,7 @@ class DummyWeights(Weights):
 
     def fill(self, destination: Tensor, name: str) -> None:
         flat = destination.view(-1)
-        if "norm" in name:
+        if re.search(r"norm|_ln\b", name, re.IGNORECASE):
             flat.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             scale = destination.shape[-1] ** -0.5 if destination.dim() > 1 else 0.02

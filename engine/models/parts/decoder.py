@@ -1,4 +1,4 @@
-"""The one decoder that all families are: embedding, layers, final norm, output layer.
+"""The one model that all families are: embedding, layers, final norm, output layer or heads.
 
 Built at start by loading/; run by the executor's thread, one step after another.
 """
@@ -16,6 +16,7 @@ from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
 from engine.models.parts.dense import make_mlp
 from engine.models.parts.experts import make_experts
+from engine.models.parts.heads import Head
 from engine.models.parts.latent import Latent
 from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
@@ -42,7 +43,15 @@ from engine.ops.norm import Normed, plain
 
 # Of all tensors but the output layer's.
 PREFIX = "model."
-EMBEDDING = PREFIX + "embed_tokens.weight"
+
+
+def embedding_name(spec: ModelSpec) -> str:
+    """Of the tensor whose rows tokens begin as."""
+    return f"{PREFIX}{spec.embedding.tokens}.weight"
+
+
+# A layer's mixer: x, its rope table, positions and where the step's memory is -> what it adds.
+Mixing = Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]
 
 
 class CausalLM(Protocol):
@@ -52,12 +61,25 @@ class CausalLM(Protocol):
     attention_spec: AttentionSpec
     linears: list[Linear]
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-        """Integers [T] and [T] -> hidden states [T, hidden_size] after the final norm, in the model's dtype."""
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor:
+        """Integers [T] and [T] -> hidden states [T, hidden_size] after the final norm, in the model's dtype.
+
+        types: of the tokens, int64 [T], where config.embedding has types and some are not 0.
+        """
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states [R, hidden_size] -> float32 [R, vocab_size]. Never called where config.headless is set."""
+        ...
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """Float32 [R, hidden_size] -> float32 [R, labels], by config.classifier."""
+        ...
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """Float32 [R, hidden_size] -> float32 [R, width], by config.projections."""
         ...
 
     def raw_logits(self, hidden: Tensor) -> Tensor:
@@ -76,15 +98,13 @@ class CausalLM(Protocol):
 class Layer:
     """One decoder layer: the parts, put together by Decoder.forward."""
 
-    def __init__(self, spec: LayerSpec, source: Source, index: int, hidden_size: int) -> None:
-        prefix = f"{PREFIX}layers.{index}."
-
+    def __init__(self, spec: LayerSpec, source: Source, index: int, prefix: str, hidden_size: int) -> None:
         def norm(spec: NormSpec | None) -> Norm | None:
             return make_norm(spec, source, prefix, hidden_size) if spec is not None else None
 
         self.input_norm = norm(spec.mixer_norm) or NoNorm()
         self.mlp: Callable[[Tensor | Normed], Tensor | Product] | None = None
-        self.attention: Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]
+        self.attention: Mixing
         if spec.mixer is not None:
             self.attention = _make_mixer(spec.mixer, source, index, prefix, hidden_size)
             if spec.feed_forward is not None:
@@ -97,12 +117,11 @@ class Layer:
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
         self.parallel = spec.parallel
         self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
+        self.post_norm = spec.post_norm
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
 
 
-def _make_mixer(
-    mixer: Mixer, source: Source, index: int, prefix: str, hidden_size: int
-) -> Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]:
+def _make_mixer(mixer: Mixer, source: Source, index: int, prefix: str, hidden_size: int) -> Mixing:
     """The part for it: of x, the layer's rope table, positions and where the step's memory is."""
     if isinstance(mixer, SideBySide):
         parts = [_make_mixer(each, source, index, prefix, hidden_size) for each in mixer.mixers]
@@ -123,7 +142,7 @@ class Together:
 
     def __init__(
         self,
-        parts: list[Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]],
+        parts: list[Mixing],
         spec: SideBySide,
     ) -> None:
         self._parts = list(zip(parts, spec.input_scales, spec.output_scales, strict=True))
@@ -174,7 +193,14 @@ def _layer_attention(mixer: PagedMixer | None) -> LayerAttention | None:
         mixer.softcap,
         sinks=mixer.sinks is not None,
         reads=mixer.reads,
+        bidirectional=mixer.bidirectional,
     )
+
+
+def out_norm(norm: Norm | None) -> Norm:
+    """That of a layer whose norms follow its sums: it has both."""
+    assert norm is not None
+    return norm
 
 
 class Decoder:
@@ -190,14 +216,26 @@ class Decoder:
             self._lm_head = source.output_layer(vocab, hidden, tied=spec.tie_word_embeddings, bias=spec.head_bias)
         self._embedding: Tensor | None = None
         if self._lm_head is None or not spec.tie_word_embeddings:
-            self._embedding = source.tensor(EMBEDDING, (vocab, hidden))
+            self._embedding = source.tensor(embedding_name(spec), (vocab, hidden))
+        beside = spec.embedding
+        self._positions = self._types = None
+        if beside.positions is not None:
+            self._positions = source.tensor(f"{PREFIX}{beside.positions}.weight", (beside.num_positions, hidden))
+        if beside.types is not None:
+            self._types = source.tensor(f"{PREFIX}{beside.types}.weight", (beside.num_types, hidden))
+        self._embedding_norm = make_norm(beside.norm, source, PREFIX, hidden) if beside.norm is not None else None
         # Rounded to the model's dtype, as the gemmas were trained.
         scale = torch.tensor(spec.embedding_scale, dtype=source.dtype).item()
         self._embedding_scale = scale if scale != 1.0 else None
         self._logit_scale = spec.logit_scale if spec.logit_scale != 1.0 else None
         self._logit_softcap = spec.logit_softcap
-        self._layers = [Layer(layer, source, index, hidden) for index, layer in enumerate(spec.layers)]
-        self._norm = make_norm(spec.final_norm, source, PREFIX, hidden)
+        self._layers = [
+            Layer(layer, source, index, PREFIX + spec.layer_names.format(index), hidden)
+            for index, layer in enumerate(spec.layers)
+        ]
+        self._norm = make_norm(spec.final_norm, source, PREFIX, hidden) if spec.final_norm is not None else NoNorm()
+        self._classifier = Head(spec.classifier.steps, source, hidden) if spec.classifier is not None else None
+        self._projections = Head(spec.projections, source, hidden) if spec.projections else None
 
         tables: dict[RopeSpec | None, Tensor | None] = {None: None}
         for rope in spec.ropes:
@@ -209,15 +247,19 @@ class Decoder:
         # For what the start says of them.
         self.linears = source.linears
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor:
         """int32 or int64 [T], [T] -> [T, hidden_size] after the final norm.
 
         `attention` has planned the step, and turns q and k by the positions of that plan: `positions` are the
         same ones, for a layer that does anything else by them.
         """
-        return plain(self._run(token_ids, positions, attention))
+        return plain(self._run(token_ids, positions, attention, types))
 
-    def _run(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor | Normed:
+    def _run(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor | Normed:
         """The same, the final norm to be taken where it need not be yet."""
         embedding = self._embedding
         if embedding is None:
@@ -227,12 +269,25 @@ class Decoder:
             residual = F.embedding(token_ids, embedding)
         if self._embedding_scale is not None:
             residual = residual.mul_(self._embedding_scale)
+        if self._types is not None:
+            residual = residual.add_(self._types[0] if types is None else F.embedding(types, self._types))
+        if self._positions is not None:
+            places = positions + self.config.embedding.first_position
+            residual = residual.add_(F.embedding(places, self._positions))
+        if self._embedding_norm is not None:
+            residual = self._embedding_norm(residual)
         x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
             if layer.parallel:
                 assert layer.mlp is not None
                 y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(x)))
                 x, residual = following.add(y, residual)
+                continue
+            if layer.post_norm:
+                x, _ = out_norm(layer.attention_out_norm).add(layer.attention(x, table, positions, attention), residual)
+                residual = plain(x)
+                x, _ = out_norm(layer.mlp_out_norm).add(layer.mlp(residual), residual)
+                x = residual = plain(x)
                 continue
             y = layer.attention(x, table, positions, attention)
             if layer.attention_out_norm is not None:
@@ -260,6 +315,15 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         """[R, hidden_size] -> float32 [R, vocab_size]."""
         return self.raw_logits(hidden).float()
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """See CausalLM."""
+        assert self._classifier is not None, "the model has no classifier"
+        return self._classifier(hidden)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """See CausalLM."""
+        return vectors if self._projections is None else self._projections(vectors)
 
     def raw_logits(self, hidden: Tensor | Normed) -> Tensor:
         """See CausalLM."""

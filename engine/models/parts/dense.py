@@ -33,9 +33,11 @@ class Mlp:
             [inner, inner] if len(spec.gate_up) == 2 else [2 * inner],
             hidden_size,
             bias=spec.bias,
+            order=torch.arange(2 * inner).roll(inner) if spec.up_first else None,
             activation=spec.activation,
         )
-        self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=spec.bias)
+        bias = spec.bias or spec.down_bias
+        self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=bias)
         self._scales = (spec.gate_scale, spec.down_scale) if (spec.gate_scale, spec.down_scale) != (1.0, 1.0) else None
         self._activate = GATED_ACTIVATIONS[spec.activation]
 

@@ -127,9 +127,9 @@ class SeparateExperts:
                 start += count
         outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
-        mixed = outputs.view(-1, self._chosen, x.shape[-1])
-        mixed = mixed.float() if self._on_input else mixed * shares[:, :, None]
-        mixed = mixed.sum(dim=1).to(x.dtype)
+        weighted = outputs.view(-1, self._chosen, x.shape[-1])
+        weighted = weighted.float() if self._on_input else weighted * shares[:, :, None]
+        mixed = weighted.sum(dim=1).to(x.dtype)
         return mixed if self._inner is None else self._inner[1](mixed)
 
 

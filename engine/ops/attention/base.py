@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 # A new backend is one file with a class `Backend` and one line here.
 BACKENDS = {
+    "packed": "engine.ops.attention.packed",
     "torch_paged": "engine.ops.attention.torch_paged",
 }
 
@@ -33,6 +34,7 @@ class LayerAttention:
     None for all; a Chunk where they are those of its block. softcap: c in c * tanh(score / c), or None. sinks: each
     head has one more logit in its softmax, which has no value. reads: the earlier layer whose K and V it reads; it
     writes none. values_in_keys: V is the first value_dim numbers of its one head's K, which alone is kept.
+    bidirectional: later tokens are seen, too, and nothing is kept (backend packed); a window is then to either side.
     """
 
     num_heads: int
@@ -45,6 +47,7 @@ class LayerAttention:
     sinks: bool = False
     reads: int | None = None
     values_in_keys: bool = False
+    bidirectional: bool = False
 
     def __post_init__(self) -> None:
         assert self.num_heads % self.num_kv_heads == 0
@@ -89,6 +92,11 @@ class AttentionSpec:
     def attending(self) -> dict[int, LayerAttention]:
         """Those that have K and V, by number."""
         return {index: layer for index, layer in enumerate(self.layers) if layer is not None}
+
+    @property
+    def bidirectional(self) -> bool:
+        """Texts are computed at once, and nothing is kept of them."""
+        return any(layer.bidirectional for layer in self.attending.values())
 
     @property
     def owners(self) -> list[int]:

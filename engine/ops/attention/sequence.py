@@ -11,7 +11,7 @@ from engine.ops.attention.base import LayerAttention
 
 
 def attend_sequence(layer: LayerAttention, q: Tensor, keys: Tensor, values: Tensor, sinks: Tensor | None) -> Tensor:
-    """q [N, Hq, D], the last N tokens of keys [L, Hkv, D] and values [L, Hkv, Dv] -> [N, Hq, Dv], causal.
+    """q [N, Hq, D], the last N tokens of keys [L, Hkv, D] and values [L, Hkv, Dv] -> [N, Hq, Dv], causal or not.
 
     sinks: float32 [Hq] or None.
     """
@@ -19,11 +19,11 @@ def attend_sequence(layer: LayerAttention, q: Tensor, keys: Tensor, values: Tens
     length, window = keys.shape[1], layer.window
     position = torch.arange(length - q.shape[0], length, device=q.device)[:, None]
     column = torch.arange(length, device=q.device)
-    mask = column <= position
+    mask = torch.ones_like(column <= position) if layer.bidirectional else column <= position
     if isinstance(window, Chunk):
         mask = mask & (column >= position // window * window)
     elif window is not None:
-        mask = mask & (column > position - window)
+        mask = mask & (column > position - window) & (column < position + window)
     if layer.softcap is None and sinks is None:
         result = F.scaled_dot_product_attention(
             queries[None], keys[None], values[None], attn_mask=mask, scale=layer.scale, enable_gqa=True

@@ -37,7 +37,7 @@ class _Step(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("rows", "tokens", "heads", "kv_heads", "head_dim", "value_dim", "k_stride", "v_stride"),
-                *("page_size", "type", "threads"),
+                *("page_size", "both_ways", "type", "threads"),
             )
         ),
         ("scale", ctypes.c_float),
@@ -78,6 +78,7 @@ class _Kind:
     scale: float
     softcap: float
     strides: tuple[int, int]
+    bidirectional: bool
 
 
 @dataclass(slots=True)
@@ -108,9 +109,7 @@ class Backend:
         self.spec = spec
         self.states: States | None = None
         self.page_size = page_size
-        self._widths = spec.buffer_widths(groups)
-        owners = spec.owners
-        self._places_of_owners = dict(zip(owners, places_of(groups, len(owners)), strict=True))
+        self._widths, self._places_of_owners = self._lay_out(groups)
         self._num_pages = num_pages
         self._dtype = dtype
         self._kinds: list[_Kind] = []
@@ -125,6 +124,12 @@ class Backend:
         # By kind.
         self._steps: list[_Step] = []
         self._handle: ctypes.PyDLL | ctypes.CDLL | None = None
+
+    def _lay_out(self, groups: tuple[MemoryGroup, ...]) -> tuple[list[tuple[int, int]], dict[int, tuple[int, int]]]:
+        """Numbers of K and V of a token in every buffer, and the group and the buffer of every layer that has K and V
+        of its own."""
+        owners = self.spec.owners
+        return self.spec.buffer_widths(groups), dict(zip(owners, places_of(groups, len(owners)), strict=True))
 
     def allocate(self) -> None:
         """See AttentionBackend."""
@@ -152,7 +157,7 @@ class Backend:
         )
         shape = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim
         strides = k_buffer.shape[2], v_buffer.shape[2]
-        kind = _Kind(group, *shape, layer.scale, layer.softcap or 0.0, strides)
+        kind = _Kind(group, *shape, layer.scale, layer.softcap or 0.0, strides, layer.bidirectional)
         if kind not in self._kinds:
             self._kinds.append(kind)
         return _Place(layer, self._kinds.index(kind), buffer, k_pool, v_pool)
@@ -177,6 +182,7 @@ class Backend:
                 kind.value_dim,
                 *kind.strides,
                 self.page_size,
+                kind.bidirectional,
                 code,
                 torch.get_num_threads(),
                 kind.scale,
