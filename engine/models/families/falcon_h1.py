@@ -24,6 +24,7 @@ DEFAULTS = {
     "max_position_embeddings": 8192,
     "tie_word_embeddings": False,
     "rope_theta": 10000.0,
+    "embedding_multiplier": 1.0,
     "attention_bias": False,
     "mlp_bias": False,
     "projectors_bias": False,

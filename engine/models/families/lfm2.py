@@ -9,11 +9,9 @@ from engine.models.families.rope import read_rope
 from engine.models.fields import Fields, show
 from engine.models.spec import Dense, FeedForward, LayerSpec, ModelSpec, ShortConv
 
-# What an absent field means: Lfm2Config of transformers.
-DEFAULTS = {
+# What absent fields mean in this class of transformers and in that with experts.
+COMMON = {
     "vocab_size": 65536,
-    "hidden_size": 2560,
-    "intermediate_size": 12288,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
@@ -24,6 +22,12 @@ DEFAULTS = {
     "rope_theta": 1000000.0,
     "conv_bias": False,
     "conv_L_cache": 3,
+}
+# What an absent field means: Lfm2Config of transformers.
+DEFAULTS = {
+    **COMMON,
+    "hidden_size": 2560,
+    "intermediate_size": 12288,
     "block_multiple_of": 256,
     "block_ffn_dim_multiplier": 1.0,
     "block_auto_adjust_ff_dim": True,

@@ -9,7 +9,7 @@ from engine.models.spec import Dense, Experts, ModelSpec, Router
 
 # What an absent field means: Lfm2MoeConfig of transformers.
 DEFAULTS = {
-    **lfm2.DEFAULTS,
+    **lfm2.COMMON,
     "hidden_size": 2048,
     "intermediate_size": 7168,
     "moe_intermediate_size": 1792,

@@ -20,6 +20,9 @@ DEFAULTS = {
     "layer_norm_epsilon": 1e-05,
     "eos_token_id": 2,
     "tie_word_embeddings": False,
+    # Attention has no bias whatever it says.
+    "attention_bias": False,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
     "mlp_hidden_act": "relu2",
     "mlp_bias": False,
     "mamba_hidden_act": "silu",
@@ -114,21 +117,21 @@ def read_spec(fields: Fields) -> ModelSpec:
 
 
 def _read_kinds(fields: Fields) -> list[str]:
-    name = "layers_block_type" if fields.has("layers_block_type") else "layer_types"
-    words = fields.words(name)
-    if words:
-        for word in words:
-            if word not in KINDS:
-                fields.fail(name, f"must hold mamba, attention, mlp or moe, not {show(word)}")
-        return [KINDS[word] for word in words]
+    given = [name for name in ("layers_block_type", "layer_types") if fields.raw(name) is not None]
     pattern = fields.raw("hybrid_override_pattern")
-    if not isinstance(pattern, str) or not pattern or not set(pattern) <= set(PATTERN):
-        fields.fail(
-            "hybrid_override_pattern",
-            f"must be text of M (Mamba), * (attention), - (MLP) and E (experts), not {show(pattern)}, where "
-            "layers_block_type is absent",
-        )
-    return [PATTERN[letter] for letter in pattern]
+    if pattern is not None and not given:
+        if not isinstance(pattern, str) or not pattern or not set(pattern) <= set(PATTERN):
+            kinds = "M (Mamba), * (attention), - (MLP) and E (experts)"
+            fields.fail("hybrid_override_pattern", f"must be text of {kinds}, not {show(pattern)}")
+        return [PATTERN[letter] for letter in pattern]
+    name = given[0] if given else "layers_block_type"
+    words = fields.words(name)
+    if not words:
+        fields.fail(name, "must name at least one layer")
+    for word in words:
+        if word not in KINDS:
+            fields.fail(name, f"must hold mamba, attention, mlp or moe, not {show(word)}")
+    return [KINDS[word] for word in words]
 
 
 def _read_mamba(fields: Fields, shape: Shape) -> Mamba2:

@@ -10,7 +10,7 @@ from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: Qwen3_5TextConfig of transformers.
 DEFAULTS = {
-    **qwen3_next.DEFAULTS,
+    **qwen3_next.COMMON,
     "vocab_size": 248320,
     "hidden_size": 4096,
     "intermediate_size": 12288,

@@ -10,14 +10,9 @@ from engine.models.families.rope import read_rope
 from engine.models.fields import Fields, show
 from engine.models.spec import Dense, Experts, FeedForward, GatedDelta, LayerSpec, ModelSpec, NormSpec, Router
 
-# What an absent field means: Qwen3NextConfig of transformers.
-DEFAULTS = {
-    "vocab_size": 151936,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 48,
+# What absent fields mean in this class of transformers and in those of Qwen 3.5.
+COMMON = {
     "num_attention_heads": 16,
-    "num_key_value_heads": 2,
     "head_dim": 256,
     "hidden_act": "silu",
     "max_position_embeddings": 32768,
@@ -26,12 +21,20 @@ DEFAULTS = {
     "rope_theta": 10000.0,
     "partial_rotary_factor": 0.25,
     "attention_bias": False,
-    "full_attention_interval": 4,
     "linear_conv_kernel_dim": 4,
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
+}
+# What an absent field means: Qwen3NextConfig of transformers.
+DEFAULTS = {
+    **COMMON,
+    "vocab_size": 151936,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 2,
     "decoder_sparse_step": 1,
     "moe_intermediate_size": 512,
     "shared_expert_intermediate_size": 512,
@@ -80,7 +83,7 @@ def hybrid_layers(
         fields.fail("attn_output_gate", "is false: attention without its gate is not supported")
     kinds = fields.words("layer_types")
     if not kinds:
-        interval = fields.integer("full_attention_interval")
+        interval = fields.integer("full_attention_interval", 4)
         kinds = tuple("linear_attention" if (i + 1) % interval else "full_attention" for i in range(shape.num_layers))
     if len(kinds) != shape.num_layers:
         fields.fail("layer_types", f"must be a list of num_hidden_layers = {shape.num_layers} entries")
