@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from engine.config import StartupError
 from engine.models.gguf.reader import find_gguf, is_gguf, model_name
@@ -61,12 +62,12 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
         ) from error
 
 
-def _download(repository: str, wanted: str, options: dict[str, str | None]) -> Path:
+def _download(repository: str, wanted: str, options: dict[str, Any]) -> Path:
     """wanted: of several GGUF files the one whose name has this word; the repository is then read for that alone."""
     import huggingface_hub
 
     if not wanted:
-        patterns = {"allow_patterns": ALLOW_PATTERNS, "ignore_patterns": IGNORE_PATTERNS}
+        patterns: dict[str, Any] = {"allow_patterns": ALLOW_PATTERNS, "ignore_patterns": IGNORE_PATTERNS}
         directory = Path(huggingface_hub.snapshot_download(repository, **patterns, **options))
         if any(directory.glob("*.safetensors")):
             return directory
