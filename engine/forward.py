@@ -55,7 +55,7 @@ class Limits:
     groups: each has a page table of its own. Pages that all queries to come of a group have left behind are given
     back, and the null page stands in their place.
     num_snapshots: of recurrent states, ids 1..num_snapshots; None for a model that has no such state. A slot has one,
-    and a row that starts at token 0 starts it anew. Only the fake executor keeps states so far.
+    and a row that starts at token 0 starts it anew. 0: states, and no snapshot of any.
     """
 
     max_num_seqs: int

@@ -18,6 +18,22 @@ MAX_GROUPS = 8
 WORTH_IT = 0.9
 
 
+class Chunk(int):
+    """The length of a window that does not glide: a query sees what its own block of so many tokens has before it.
+
+    Everywhere a length as others are; but no glided window equals it.
+    """
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chunk) and int(self) == int(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return hash((Chunk, int(self)))
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryGroup:
     """window: tokens that a query of these layers sees at most, itself included; None: all.
@@ -30,6 +46,8 @@ class MemoryGroup:
 
     def behind(self, num_tokens: int, page_size: int) -> int:
         """Pages at the front of a sequence that no query at index num_tokens, or later, reads."""
+        if isinstance(self.window, Chunk):
+            return num_tokens // self.window * self.window // page_size
         return 0 if self.window is None else max(0, num_tokens - self.window + 1) // page_size
 
     def most_pages(self, page_size: int) -> int:
@@ -40,7 +58,10 @@ class MemoryGroup:
 
 def one_group(windows: Sequence[int | None]) -> tuple[MemoryGroup, ...]:
     """All layers on one table, for devices that know no other: pages go back once every layer has left them."""
-    return (MemoryGroup(None if None in windows else max((window or 0 for window in windows), default=None)),)
+    if len(set(windows)) == 1:
+        return (MemoryGroup(windows[0]),)
+    # A gliding window reaches back at least as far as a block of its length.
+    return (MemoryGroup(None if None in windows else max((int(window or 0) for window in windows), default=None)),)
 
 
 def plan_groups(windows: Sequence[int | None], max_model_len: int) -> tuple[MemoryGroup, ...]:

@@ -105,7 +105,9 @@ async def _run(config: EngineConfig, built: Built) -> int:
 
 
 def _hello(url: str, built: Built) -> str:
-    """The URL, and a line to paste that brings an answer."""
+    """The URL, and a line to paste that brings an answer; beside the demo model, how to get a real one."""
+    from engine.flags import DEMO_MODEL
+
     fox, abilities = "Tell me a story about a fox.", built.abilities
     if not abilities.generates and abilities.score_tokens is not None:
         path, prompt = "rerank", '"query": "What is a fox?", "documents": ["A fox is an animal.", "Paris is a city."]'
@@ -118,10 +120,13 @@ def _hello(url: str, built: Built) -> str:
     key = ""
     if built.engine.config.server.api_keys:
         key = " -H 'Authorization: Bearer YOUR_KEY'"
+    more = ""
+    if built.directory.resolve() == DEMO_MODEL.resolve():
+        more = "\nThis demo model is a toy; a real assistant (98 MB): make serve MODEL=smollm2\n"
     return (
         f"OpenAI-compatible API at {url}/v1, for example:\n\n"
         f"  curl -N {url}/v1/{path}{key} -H 'Content-Type: application/json' \\\n"
-        f'    -d \'{{"model": "{built.names[0]}", {prompt}}}\'\n'
+        f'    -d \'{{"model": "{built.names[0]}", {prompt}}}\'\n{more}'
     )
 
 

@@ -58,7 +58,7 @@ async def rig(max_num_seqs: int = 8, **options: object) -> AsyncIterator[Rig]:
     engine = Engine(config, device, TOKENIZER, eos_token_ids=(EOS,), clock=clock)
     task = asyncio.create_task(engine.run())
     try:
-        async with asyncio.timeout(10.0):
+        async with asyncio.timeout(60.0):
             yield Rig(engine, device, clock)
     finally:
         device.gate.set()
@@ -67,7 +67,7 @@ async def rig(max_num_seqs: int = 8, **options: object) -> AsyncIterator[Rig]:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10.0):
+    async with asyncio.timeout(60.0):
         while not condition():  # noqa: ASYNC110  (what is waited for has no event)
             await asyncio.sleep(0)
 

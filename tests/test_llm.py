@@ -11,7 +11,6 @@ import math
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +43,7 @@ def idle(llm: LLM) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(60):
         while not condition():  # noqa: ASYNC110  (it holds on another thread)
             await asyncio.sleep(0.002)
 
@@ -368,11 +367,10 @@ def test_a_script_that_does_not_close_ends() -> None:
         "llm = LLM(num_gpu_blocks_override=256)\n"
         "print(llm.generate('The', SamplingParams(max_tokens=2))[0].outputs[0].finish_reason)\n"
     )
-    started = time.monotonic()
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT, capture_output=True, text=True, timeout=60
     )
-    assert done.stdout == "length\n" and not done.stderr and time.monotonic() - started < 60
+    assert done.stdout == "length\n" and not done.stderr
 
 
 def test_a_model_that_gives_no_text() -> None:

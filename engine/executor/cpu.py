@@ -28,6 +28,7 @@ from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
 from engine.ops.sampling.extras import SlotExtras
 from engine.ops.sampling.sampler import sample
+from engine.ops.state import States, StateSpec
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,8 @@ class CPUExecutor:
     """An `Executor` around a model in host memory.
 
     attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec
-    and `dtype`, the model's. load: reads the model from a directory, None for where `model` came from.
+    and `dtype`, the model's. Where limits.num_snapshots is one, the model has recurrent states (model.config.states).
+    load: reads the model from a directory, None for where `model` came from.
     """
 
     def __init__(
@@ -116,7 +118,11 @@ class CPUExecutor:
                 dtype=dtype,
                 groups=limits.groups,
             )
-        assert limits.num_snapshots is None, "this executor keeps no recurrent states"
+        self._states: States | None = None
+        if limits.num_snapshots is not None:
+            assert dtype is not None, "states need a dtype"
+            states: StateSpec = model.config.states  # type: ignore[attr-defined]
+            self._states = attention.states = States(states, limits, dtype, torch.device("cpu"))
         self.limits = limits
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self._model: Model | None = model
@@ -160,6 +166,8 @@ class CPUExecutor:
             self._reader()  # or it would never wake up
             self._model = None
         self._attention.release()
+        if self._states is not None:
+            self._states.release()
 
     def wake_up(self, directory: Path | None = None) -> None:
         """See Executor."""
@@ -167,6 +175,8 @@ class CPUExecutor:
         if self._model is None:
             self._model = self._reader()(directory)
         self._attention.allocate()
+        if self._states is not None:
+            self._states.allocate()
 
     def load_weights(self, directory: Path) -> None:
         """See Executor. Old and new weights are in memory for a while."""
@@ -183,7 +193,7 @@ class CPUExecutor:
             self._closed = True
             self._queue.put(None)
         self._worker.join()
-        self._model = self._attention = None
+        self._model = self._attention = self._states = None
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -204,6 +214,8 @@ class CPUExecutor:
         extras = self._extras
         if step.num_sampling_diffs:
             extras.apply(step)
+        if self._states is not None:
+            self._states.begin(step)
         rows, tokens = step.num_rows, step.num_tokens
         chosen = np.full(rows, -1, np.int32)
         if tokens == 0:

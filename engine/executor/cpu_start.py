@@ -19,8 +19,10 @@ from engine.forward import Limits
 from engine.groups import MemoryGroup, pages_held, plan_groups
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec
+from engine.ops.coded import CodedLinear
 from engine.ops.invariance import promise
 from engine.ops.linear import has_fast_bfloat16
+from engine.ops.state import state_bytes
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Share of the available memory that the KV cache takes when nothing was asked for: the rest is for activations,
@@ -29,6 +31,8 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 DEFAULT_MEMORY_SHARE = 0.25
 # Sequences of full context that it then holds at most; many more fit, for few are that long.
 DEFAULT_FULL_SEQUENCES = 64
+# Snapshots of recurrent states, or one for every sequence where those are more.
+MOST_SNAPSHOTS = 128
 
 
 def start(given: Start) -> CPUExecutor:
@@ -47,6 +51,8 @@ def start(given: Start) -> CPUExecutor:
         load = given.loader(dtype=dtype, device=torch.device("cpu"), deterministic=bool(config.deterministic))
         model = load(None)
     given.report_output_layer(model)
+    if coded := sum(isinstance(linear, CodedLinear) for linear in model.linears):
+        report.row("weights", f"{coded} of {len(model.linears)} layers keep the file's integers")
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
@@ -57,8 +63,13 @@ def start(given: Start) -> CPUExecutor:
         )
     with report.phase("KV cache"):
         groups = plan_groups(given.spec.windows, context)
-        sequences = config.scheduler.max_num_seqs
-        num_pages = plan_memory(model.attention_spec, dtype, config.cache, sequences, context, groups)
+        sequences, num_snapshots, state_memory = config.scheduler.max_num_seqs, None, 0
+        if given.spec.has_state:
+            each = state_bytes(given.spec.states, dtype)
+            sequences, num_snapshots = plan_states(each, config.cache, sequences)
+            state_memory = (sequences + num_snapshots) * each
+            report.row("states", describe_states(each, sequences, num_snapshots, config.scheduler.max_num_seqs))
+        num_pages = plan_memory(model.attention_spec, dtype, config.cache, sequences, context, groups, state_memory)
         kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype, groups)
         asked = config.cache != dataclasses.replace(
             config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
@@ -69,13 +80,14 @@ def start(given: Start) -> CPUExecutor:
             + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
         )
         limits = Limits(
-            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_seqs=sequences,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=context,
             page_size=config.cache.page_size,
             num_pages=num_pages,
             vocab_size=given.spec.vocab_size,
             groups=groups,
+            num_snapshots=num_snapshots,
         )
         return CPUExecutor(model, limits, dtype=dtype, load=load)
 
@@ -168,12 +180,13 @@ def plan_memory(
     max_num_seqs: int,
     max_model_len: int,
     groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
+    state_memory: int = 0,
 ) -> int:
     """Pages of the KV cache. To be called after the weights are loaded. Raises StartupError.
 
     What was asked for is taken as it is: num_pages, kv_cache_bytes, or memory_fraction of the available memory. Else
     DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len (or DEFAULT_FULL_SEQUENCES, if
-    those are fewer) can fill.
+    those are fewer) can fill. state_memory: bytes of recurrent states, which are part of each of these but num_pages.
     """
     per_page = spec.kv_bytes_per_token(dtype, groups) * cache.page_size
     free = available_memory()
@@ -183,16 +196,57 @@ def plan_memory(
     elif per_page == 0:  # no layer keeps K and V
         num_pages = useful
     elif cache.kv_cache_bytes is not None:
-        num_pages = cache.kv_cache_bytes // per_page - 1  # page 0 is nobody's
+        num_pages = (cache.kv_cache_bytes - state_memory) // per_page - 1  # page 0 is nobody's
     elif cache.memory_fraction is not None:
-        num_pages = int(free * cache.memory_fraction) // per_page - 1
+        num_pages = (int(free * cache.memory_fraction) - state_memory) // per_page - 1
     else:
-        num_pages = min(int(free * DEFAULT_MEMORY_SHARE) // per_page - 1, useful)
+        num_pages = min((int(free * DEFAULT_MEMORY_SHARE) - state_memory) // per_page - 1, useful)
     if num_pages < 1:
         raise StartupError(f"the KV cache would hold no page: one of {cache.page_size} tokens takes {per_page:,} bytes")
-    if (num_pages + 1) * per_page > free:
+    if (num_pages + 1) * per_page + state_memory > free:
+        beside = f" and recurrent states {state_memory / 2**30:.1f} GiB" if state_memory else ""
         raise StartupError(
-            f"a KV cache of {num_pages:,} pages takes {(num_pages + 1) * per_page / 2**30:.1f} GiB, "
+            f"a KV cache of {num_pages:,} pages takes {(num_pages + 1) * per_page / 2**30:.1f} GiB{beside}, "
             f"and {free / 2**30:.1f} GiB of memory are available"
         )
     return num_pages
+
+
+def plan_states(each: int, cache: CacheOptions, max_num_seqs: int) -> tuple[int, int]:
+    """Sequences and snapshots that have a recurrent state of `each` bytes. Raises StartupError.
+
+    The states of sequences are at most half of the memory that was asked for the KV cache, or is its share; snapshots a
+    quarter. Where max_num_seqs is what it is without being asked for, fewer sequences are better than no start.
+    """
+    free = available_memory()
+    budget = int(free * (cache.memory_fraction or DEFAULT_MEMORY_SHARE))
+    if cache.kv_cache_bytes is not None:
+        budget = cache.kv_cache_bytes
+    fitting = budget // 2 // each
+    if max_num_seqs == SchedulerOptions().max_num_seqs:
+        max_num_seqs = max(1, min(max_num_seqs, fitting))
+    if max_num_seqs > fitting:
+        raise StartupError(
+            f"the recurrent states of --max-num-seqs {max_num_seqs} take {_size(max_num_seqs * each)}, {_size(each)} a "
+            f"sequence, and half of {_size(budget)} is for them: "
+            + (f"{fitting} would fit" if fitting else "not one fits; --kv-cache-gb gives them more")
+        )
+    if not cache.enable_prefix_caching:
+        return max_num_seqs, 0
+    return max_num_seqs, min(max(MOST_SNAPSHOTS, max_num_seqs), budget // 4 // each)
+
+
+def describe_states(each: int, sequences: int, snapshots: int, asked: int) -> str:
+    """The line that says what they take."""
+    text = f"{_size(each)} a sequence: up to {_size((sequences + snapshots) * each)} for {sequences} sequences"
+    if sequences < asked:
+        text += f" (not {asked}: no more fit in half of the KV cache's memory)"
+    return f"{text} and {snapshots} snapshots, from which the prefix cache goes on"
+
+
+def _size(count: int) -> str:
+    """Bytes for a reader."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.3g} {unit}"
+    return f"{count} bytes"

@@ -45,6 +45,11 @@ def start(given: Start) -> CUDAExecutor:
     config, report = given.config, given.report
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
+    if given.spec.has_state:
+        raise StartupError(
+            f"{given.spec.architecture} has layers with a recurrent state, which are served on the CPU alone so far: "
+            "--device cpu"
+        )
     if config.num_threads is not None:
         raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
     if config.cuda.kernels is not None:

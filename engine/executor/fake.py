@@ -59,6 +59,7 @@ from engine.forward import (
     Staging,
     StepLogprobs,
 )
+from engine.groups import Chunk
 from engine.request import Pooling, SamplingParams
 
 # What a row returns that read the leavings of a failed step. Such a row must never reach a client, so the
@@ -164,7 +165,10 @@ class _GroupContext:
         self._seen: deque[tuple[int, int]] = deque()
 
     def push(self, token: int, position: int) -> int:
-        if self._window is not None and len(self._seen) == self._window:
+        if isinstance(self._window, Chunk) and position % self._window == 0:
+            self._layer0 = self.layer1 = 0
+            self._seen.clear()
+        elif self._window is not None and len(self._seen) == self._window:
             left = self._seen.popleft()
             self._layer0, self.layer1 = self._layer0 - left[0], self.layer1 - left[1]
         cell = mix_int((token * TOKEN + position * POSITION + self._round) & MASK)

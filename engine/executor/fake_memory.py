@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from engine.executor.tables import PagedMetadata
 from engine.forward import Int32Array
+from engine.groups import Chunk
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -91,6 +92,15 @@ class States:
         return self.value[slots]
 
 
+def _first_seen(positions: npt.NDArray[Any], window: int | None) -> npt.NDArray[Any]:
+    """The first position that a query at each of these sees."""
+    if window is None:
+        return np.zeros_like(positions)
+    chunked = isinstance(window, Chunk)
+    first: npt.NDArray[Any] = positions - (positions % int(window) if chunked else window - 1)
+    return first.clip(0)
+
+
 class Reads:
     """Every cell of a memory group that a row's first query or a later one sees, row after row, through its page table.
 
@@ -107,7 +117,7 @@ class Reads:
         window: int | None,
     ) -> None:
         kv_len = metadata.kv_len
-        first = np.zeros(len(slots), np.int32) if window is None else np.maximum(starts - window + 1, 0)
+        first = _first_seen(starts, window)
         self.window, self.slots = window, slots
         self.ends = np.cumsum(kv_len - first)
         self.bases = self.ends - (kv_len - first)
@@ -137,7 +147,9 @@ class Reads:
         before = sums - values
         since = self.bases[self.rows]
         if self.window is not None:
-            since = np.maximum(since, np.arange(len(values)) - self.window + 1)
+            since = np.maximum(
+                since, np.arange(len(values)) - self.positions + _first_seen(self.positions, self.window)
+            )
         sums -= before[since]
         return sums
 
@@ -145,7 +157,8 @@ class Reads:
         """[rows]: of all cells that the row's last token sees."""
         values, bases = layer[self.cells], self.bases
         if self.window is not None:
-            bases = np.maximum(bases, self.ends - self.window)
+            last = self.positions[self.ends - 1]
+            bases = np.maximum(bases, self.ends - 1 - last + _first_seen(last, self.window))
             values = np.where(np.arange(len(values)) >= bases[self.rows], values, np.uint64(0))
         result: UInt64Array = np.add.reduceat(values, bases)
         return result

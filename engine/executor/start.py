@@ -63,7 +63,8 @@ class Start:
         )
         if (name := difference(theirs, self.spec)) is not None:
             name = differing_field(self.directory, directory) or name
-            raise StartupError(f"{directory / 'config.json'} is of another model: {name} differs")
+            where = directory / "config.json" if directory.is_dir() else directory
+            raise StartupError(f"{where} is of another model: {name} differs")
 
     def report_output_layer(self, model: CausalLM) -> None:
         """Where the checkpoint knew better than config.json."""

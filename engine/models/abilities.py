@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from engine.config import ModelOptions, StartupError
 from engine.models.fields import Fields, show
+from engine.models.gguf.config import model_fields
 from engine.models.spec import Classifier, HeadActivation, ModelSpec, Projection
 
 Kind = Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len"]
@@ -104,7 +105,7 @@ def read_abilities(
     runner auto: a model that says how to pool it embeds and nothing else. pooling: overrules the model, and lets one
     that generates embed beside that. runner generate: what the model says of pooling is not read.
     """
-    fields = Fields.read(directory / "config.json")
+    fields = model_fields(directory)
     runner, asked = options.runner, options.pooling
     if runner == "generate" and config.headless:
         raise StartupError(f"--runner generate: {config.architecture} in {directory} has no output layer")

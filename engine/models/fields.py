@@ -228,8 +228,10 @@ class Fields:
         """Those of the class."""
         return Fields(self.path, self._defaults, self._prefix).token_ids(name)
 
-    def layer_types(self, num_layers: int) -> tuple[str, ...] | None:
-        """`layer_types`: full_attention or sliding_attention for every layer, or None where it is absent."""
+    def layer_types(
+        self, num_layers: int, kinds: tuple[str, ...] = ("full_attention", "sliding_attention")
+    ) -> tuple[str, ...] | None:
+        """`layer_types`: one of `kinds` for every layer, or None where it is absent."""
         value = self._values.get("layer_types")
         if value is None:
             return None
@@ -237,8 +239,8 @@ class Fields:
             count = f"{len(value)} entries" if isinstance(value, list) else show(value)
             self.fail("layer_types", f"must be a list of num_hidden_layers = {num_layers} entries, not {count}")
         for item in value:
-            if item not in ("full_attention", "sliding_attention"):
-                self.fail("layer_types", f"must hold full_attention or sliding_attention, not {show(item)}")
+            if item not in kinds:
+                self.fail("layer_types", f"must hold {' or '.join(kinds)}, not {show(item)}")
         return tuple(value)
 
 

@@ -19,7 +19,9 @@ from engine.models.families.classifiers import REWARD, TEXTS, TOKENS, read_class
 from engine.models.families.encoders import both_ways
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
-from engine.models.spec import ModelSpec
+from engine.models.gguf.config import as_stored, model_fields
+from engine.models.gguf.reader import is_gguf, open_gguf
+from engine.models.spec import Float8, ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
@@ -27,15 +29,19 @@ FAMILIES = {
     "ArceeForCausalLM": "arcee",
     "Cohere2ForCausalLM": "cohere2",
     "CohereForCausalLM": "cohere",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5ForCausalLM": "ernie4_5",
     "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
     "Exaone4ForCausalLM": "exaone4",
+    "FalconH1ForCausalLM": "falcon_h1",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "GlmForCausalLM": "glm",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granite_moe",
@@ -43,13 +49,19 @@ FAMILIES = {
     "HYV3ForCausalLM": "hy_v3",
     "HunYuanDenseV1ForCausalLM": "hunyuan_dense",
     "HunYuanMoEV1ForCausalLM": "hunyuan_moe",
+    "Lfm2ForCausalLM": "lfm2",
+    "Lfm2MoeForCausalLM": "lfm2_moe",
+    "Llama4ForCausalLM": "llama4",
     "LlamaForCausalLM": "llama",
+    "MiniCPM3ForCausalLM": "minicpm3",
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "Ministral3ForCausalLM": "ministral3",
     "MinistralForCausalLM": "mistral",
+    "Mistral4ForCausalLM": "mistral4",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",
     "NemotronForCausalLM": "nemotron",
+    "NemotronHForCausalLM": "nemotron_h",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
     "OlmoeForCausalLM": "olmoe",
@@ -59,9 +71,13 @@ FAMILIES = {
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3_5ForCausalLM": "qwen3_5",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_moe",
     "SeedOssForCausalLM": "seed_oss",
     "SmolLM3ForCausalLM": "smollm3",
     "Starcoder2ForCausalLM": "starcoder2",
+    "YoutuForCausalLM": "youtu",
 }
 
 # `model_type` of config.json -> the class, as transformers' AutoModelForCausalLM has it.
@@ -70,29 +86,39 @@ MODEL_TYPES = {
     "arcee": "ArceeForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "deepseek_v2": "DeepseekV2ForCausalLM",
+    "deepseek_v3": "DeepseekV3ForCausalLM",
     "dots1": "Dots1ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
+    "falcon_h1": "FalconH1ForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
+    "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "hy_v3": "HYV3ForCausalLM",
+    "lfm2": "Lfm2ForCausalLM",
+    "lfm2_moe": "Lfm2MoeForCausalLM",
     "llama": "LlamaForCausalLM",
+    "llama4_text": "Llama4ForCausalLM",
+    "minicpm3": "MiniCPM3ForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "ministral": "MinistralForCausalLM",
     "ministral3": "Ministral3ForCausalLM",
     "mistral": "MistralForCausalLM",
+    "mistral4": "Mistral4ForCausalLM",
     "mixtral": "MixtralForCausalLM",
     "nemotron": "NemotronForCausalLM",
+    "nemotron_h": "NemotronHForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
     "olmoe": "OlmoeForCausalLM",
@@ -101,12 +127,18 @@ MODEL_TYPES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
+    "qwen3_next": "Qwen3NextForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "youtu": "YoutuForCausalLM",
 }
 
+# Rows or columns of a float8 matrix that share a scale, at most.
+MAX_BLOCK = 65536
 # The same for encoders, by the name of the class without what it is for.
 ENCODERS = {
     "Bert": "bert",
@@ -141,10 +173,12 @@ logger = logging.getLogger("oneloop.start")
 
 
 def read_spec(directory: Path) -> ModelSpec:
-    """What `directory/config.json` describes, read by the family of its class. Raises StartupError.
+    """What `directory/config.json` describes, read by the family of its class; or a GGUF file. Raises StartupError.
 
     Qwen3Model is a Qwen3ForCausalLM without its output layer.
     """
+    if is_gguf(directory):
+        return as_stored(_read(model_fields(directory)), open_gguf(directory))
     path = directory / "config.json"
     # pathlib raises where a name is too long or a directory may not be looked into.
     if not os.path.exists(path) and os.path.exists(directory / "adapter_config.json"):
@@ -154,7 +188,7 @@ def read_spec(directory: Path) -> ModelSpec:
 
 def differing_field(first: Path, second: Path) -> str | None:
     """The field of config.json that makes the model of `second` another than that of `first`, if one alone does."""
-    ours, theirs = (Fields.read(directory / "config.json") for directory in (first, second))
+    ours, theirs = model_fields(first), model_fields(second)
     spec = _read(ours)
     for name in ours.differing(theirs):
         try:
@@ -180,7 +214,7 @@ def _read(fields: Fields) -> ModelSpec:
         spec = _read_family(FAMILIES[f"{stem}ForCausalLM"], fields)
         spec = dataclasses.replace(spec, headless=spec.headless or task != "ForCausalLM")
         spec = _as_encoder(fields, stem, spec)
-    spec = dataclasses.replace(spec, architecture=stem + task)
+    spec = dataclasses.replace(spec, architecture=stem + task, float8=_float8_of(fields))
     if task not in (TEXTS, TOKENS, REWARD):
         return spec
     classifier = read_classifier(fields, stem, task, spec)
@@ -259,6 +293,10 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
     if module is None:
         known = ", ".join(sorted(MODEL_TYPES))
         text.fail("model_type", f"({show(kind)}) is not supported as the text part; supported are: {known}")
+    if text.mentions("is_causal") and not text.raw("is_causal"):
+        text.fail("is_causal", "is not supported here: attention to later tokens")
+    if text.raw("use_bidirectional_attention"):
+        text.fail("use_bidirectional_attention", "is not supported here")
     spec = _read_family(module, text)
     assumed = spec.assumed
     if not fields.mentions("tie_word_embeddings"):
@@ -271,6 +309,7 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
         assumed=assumed,
         outside=spec.outside + OUTSIDE,
         text_only=True,
+        float8=_float8_of(fields) or _float8_of(text),
     )
 
 
@@ -326,10 +365,29 @@ def _refuse(fields: Fields, name: str) -> NoReturn:
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 
+def _float8_of(fields: Fields) -> Float8 | None:
+    """How a checkpoint of matrices in float8 has its scales; None where it is none. Raises StartupError."""
+    given = fields.raw("quantization_config")
+    if not isinstance(given, dict) or given.get("quant_method") != "fp8":
+        return None
+    scheme = fields.nested("quantization_config")
+    assert scheme is not None
+    if scheme.raw("fmt") not in (None, "e4m3", "float8_e4m3fn"):
+        scheme.fail("fmt", f"must be e4m3, not {show(scheme.raw('fmt'))}")
+    if scheme.has("expert_dtype") and scheme.raw("expert_dtype") != "fp8":
+        scheme.fail("expert_dtype", f"({show(scheme.raw('expert_dtype'))}) is not supported")
+    if not scheme.has("weight_block_size"):
+        return Float8(None)
+    block = scheme.integers("weight_block_size")
+    if len(block) != 2 or not all(1 <= size <= MAX_BLOCK for size in block):
+        scheme.fail("weight_block_size", f"must be two integers from 1 to {MAX_BLOCK}, not {show(list(block))}")
+    return Float8((block[0], block[1]))
+
+
 def _refuse_unknown(fields: Fields) -> None:
     """Refuse what changes the answer of any family and is not done here."""
     for name in ("quantization_config", "compression_config"):
-        if fields.has(name):
+        if fields.has(name) and (name == "compression_config" or _float8_of(fields) is None):
             scheme = fields.raw(name)
             if isinstance(scheme, dict):
                 parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))

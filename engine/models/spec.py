@@ -8,6 +8,7 @@ of ours and no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -52,7 +53,8 @@ class RopeSpec:
 class NormSpec:
     """An RMS norm over the last dimension: x / sqrt(mean(x^2) + eps) * (offset + weight).
 
-    centered: x has its mean taken away first (LayerNorm). bias: is added at the end.
+    centered: x has its mean taken away first (LayerNorm). bias: is added at the end. weightless: the checkpoint has no
+    weight, which is 1.
     """
 
     name: str
@@ -60,14 +62,16 @@ class NormSpec:
     offset: float = 0.0
     centered: bool = False
     bias: bool = False
+    weightless: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class QueryScale:
-    """Queries at position p are multiplied by 1 + beta ln(1 + floor(p / original_max_position))."""
+    """Queries at position p are multiplied by 1 + beta ln(1 + floor((p + offset) / original_max_position))."""
 
     beta: float
     original_max_position: int
+    offset: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +79,14 @@ class GroupedQueryAttention:
     """Softmax attention with as many or fewer key and value heads than query heads; its memory is KV pages.
 
     scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included,
-    or None for all. bidirectional: queries see later tokens, too (a window is then to either side); such a layer keeps
-    nothing, for its sequence is computed at once. softcap: c in c * tanh(x / c) on the scores, or None. q_norm, k_norm:
-    before the rope (or after it: norm_after_rope), over each head or (norm_width full) over all heads at once.
-    query_scale: None where queries keep their size. qkv: one name where the checkpoint has them fused, else three.
-    value_dim: of a head's value and result, None where it is head_dim. sinks: the tensor (its whole name; [num_heads])
-    of one more logit in each head's softmax, which has no value. reads: the earlier layer whose keys and values it
-    reads; it has none of its own.
+    or None for all (a Chunk of engine/groups.py: those of its block). bidirectional: queries see later tokens, too (a
+    window is then to either side); such a layer keeps nothing, for its sequence is computed at once. softcap: c in
+    c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope (or after it: norm_after_rope), over each
+    head or (norm_width full) over all heads at once. query_scale: None where queries keep their size. qkv: one name
+    where the checkpoint has them fused, else three. value_dim: of a head's value and result, None where it is head_dim.
+    sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's softmax, which has no value.
+    reads: the earlier layer whose keys and values it reads; it has none of its own. gated_queries: the projection to q
+    gives every head its query and then a gate, by whose sigmoid its result is multiplied.
     """
 
     num_heads: int
@@ -104,24 +109,210 @@ class GroupedQueryAttention:
     value_dim: int | None = None
     sinks: str | None = None
     reads: int | None = None
+    gated_queries: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         kv_heads, value_dim = 0 if self.reads is not None else self.num_kv_heads, self.value_dim or self.head_dim
-        return (self.num_heads + kv_heads) * (self.head_dim + value_dim) * hidden_size
+        gates = self.num_heads * self.head_dim if self.gated_queries else 0
+        return ((self.num_heads + kv_heads) * (self.head_dim + value_dim) + gates) * hidden_size
 
 
-# What keeps keys and values in pages: each has a window, a rope and `reads`. Latent attention joins here.
-PagedMixer = GroupedQueryAttention
-# What mixes the tokens of a sequence; delta nets, state spaces and convolutions join here.
-Mixer = PagedMixer
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Softmax attention whose heads make their keys and values of one latent vector a token; its memory is pages of
+    that and of a key of rope_dim that all heads share (DeepSeek V2, arXiv 2405.04434).
+
+    A head's query and key are nope_dim numbers without and rope_dim with a rope. query_rank: queries are made of a
+    vector of that size, after q_norm, or straight from x (None). latent_dim: of the latent, normed by latent_norm.
+    value_dim: of a head's value. scale: on q @ k. rope: None where positions are not told. query_scale: None where
+    queries keep their size. bias: what goes down (but for a query_rank of None) and the output have one.
+    query: names of the projections, one where query_rank is None, else two.
+    """
+
+    num_heads: int
+    query_rank: int | None
+    latent_dim: int
+    nope_dim: int
+    rope_dim: int
+    value_dim: int
+    scale: float
+    rope: RopeSpec | None
+    latent_norm: NormSpec
+    q_norm: NormSpec | None = None
+    query_scale: QueryScale | None = None
+    bias: bool = False
+    query: tuple[str, ...] = ("self_attn.q_a_proj", "self_attn.q_b_proj")
+    down: str = "self_attn.kv_a_proj_with_mqa"
+    up: str = "self_attn.kv_b_proj"
+    output: str = "self_attn.o_proj"
+
+    # What the cache and the backend see of it: one head that all query heads read.
+
+    @property
+    def num_kv_heads(self) -> int:
+        return 1
+
+    @property
+    def head_dim(self) -> int:
+        return self.latent_dim + self.rope_dim
+
+    @property
+    def window(self) -> None:
+        return None
+
+    @property
+    def reads(self) -> None:
+        return None
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        queries = self.num_heads * (self.nope_dim + self.rope_dim)
+        query = queries * hidden_size if self.query_rank is None else self.query_rank * (queries + hidden_size)
+        latent = self.latent_dim * self.num_heads * (self.nope_dim + self.value_dim)
+        return query + self.head_dim * hidden_size + latent + self.num_heads * self.value_dim * hidden_size
+
+
+# What keeps keys and values in pages: each has a window, a rope and `reads`.
+PagedMixer = GroupedQueryAttention | LatentAttention
+
+
+@dataclass(frozen=True, slots=True)
+class StateTensor:
+    """One tensor of a layer's recurrent state. wide: float32 whatever the model's dtype is."""
+
+    shape: tuple[int, ...]
+    wide: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class GatedDelta:
+    """A gated delta net (arXiv 2412.06464): a short convolution and silu over q, k and v, the recurrence, a norm of
+    every head's result, gated by z, and a projection.
+
+    Key heads serve equal numbers of neighbouring heads. taps: tokens that the convolution sees. projections: to q, k
+    and v, to z, to b (the share of a token) and to a (its decay), or two where the checkpoint has, for one key head
+    after the other, q, k, v and z, and b and a. Names are under `linear_attn`.
+    """
+
+    num_key_heads: int
+    num_heads: int
+    key_dim: int
+    value_dim: int
+    taps: int
+    norm: NormSpec
+    projections: tuple[str, ...] = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return 2 * self.num_key_heads * self.key_dim + self.num_heads * self.value_dim
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees, and the matrix of every head."""
+        matrices = StateTensor((self.num_heads, self.key_dim, self.value_dim), wide=True)
+        return StateTensor((self.taps - 1, self.channels)), matrices
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        values = self.num_heads * self.value_dim
+        return (self.channels + 2 * values + 2 * self.num_heads) * hidden_size + self.channels * self.taps
+
+
+@dataclass(frozen=True, slots=True)
+class ShortConv:
+    """out(c * convolution(b * x)) with b, c and x [hidden_size] from one projection; names are under `conv`."""
+
+    hidden_size: int
+    taps: int
+    bias: bool = False
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees."""
+        return (StateTensor((self.taps - 1, self.hidden_size)),)
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return 4 * hidden_size * hidden_size + hidden_size * self.taps
+
+
+@dataclass(frozen=True, slots=True)
+class Mamba2:
+    """A state space of scalar decays (arXiv 2405.21060): a short convolution and silu over x, B and C, the recurrence,
+    a gate, a norm, and a projection.
+
+    num_groups: of B and C, each for equal numbers of neighbouring heads. taps: tokens that the convolution sees. steps:
+    bounds of a token's step. norm: None where there is none; over each of norm_parts equal parts of the result, gated
+    before it, or after it (norm_first). multipliers: factors on the parts z, x, B, C and dt of what is projected.
+    name: of its tensors.
+    """
+
+    num_heads: int
+    head_dim: int
+    state_size: int
+    num_groups: int
+    taps: int
+    norm: NormSpec | None
+    norm_parts: int = 1
+    norm_first: bool = False
+    steps: tuple[float, float] = (0.0, math.inf)
+    conv_bias: bool = True
+    bias: bool = False
+    output_bias: bool = False
+    multipliers: tuple[float, ...] | None = None
+    name: str = "mamba"
+
+    @property
+    def inner_size(self) -> int:
+        return self.num_heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Of the convolution."""
+        return self.inner_size + 2 * self.num_groups * self.state_size
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tokens that the convolution still sees, and the matrix of every head."""
+        matrices = StateTensor((self.num_heads, self.state_size, self.head_dim), wide=True)
+        return StateTensor((self.taps - 1, self.channels)), matrices
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        projected = self.inner_size + self.channels + self.num_heads
+        return (projected + self.inner_size) * hidden_size + self.channels * self.taps
+
+
+# What keeps a recurrent state: each has a `state`.
+StatefulMixer = GatedDelta | ShortConv | Mamba2
+
+
+@dataclass(frozen=True, slots=True)
+class SideBySide:
+    """Mixers that read the same, times input_scales, and whose results are added up, times output_scales. At most one
+    has keys and values, and one a state."""
+
+    mixers: tuple[PagedMixer | StatefulMixer, ...]
+    input_scales: tuple[float, ...]
+    output_scales: tuple[float, ...]
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return sum(mixer.num_parameters(hidden_size) for mixer in self.mixers)
+
+
+# What mixes the tokens of a sequence.
+Mixer = PagedMixer | StatefulMixer | SideBySide
 
 
 @dataclass(frozen=True, slots=True)
 class Dense:
     """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two.
 
-    up_first: so are the fused rows. down_bias: what `bias` does not say of the last product alone.
+    up_first: so are the fused rows. down_bias: what `bias` does not say of the last product alone. gate_scale,
+    down_scale: factors on what gate and down give.
     """
 
     intermediate_size: int
@@ -131,6 +322,8 @@ class Dense:
     down_bias: bool = False
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    gate_scale: float = 1.0
+    down_scale: float = 1.0
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -159,7 +352,7 @@ class Router:
     score: of an expert's logit. bias: a tensor (its whole name; [experts], or [1, experts] where bias_is_row) that is
     added to the scores for the choice alone. normalize: the shares of a token's chosen experts are made to add up to 1
     (their sum counts as `minimum` at least). groups, groups_chosen: experts stand in so many groups, of which those
-    with the best two scores may be chosen from.
+    with the best score, or (group_best) the best sum of two, may be chosen from.
     scale: factor on the shares. wide: logits are computed in float32.
     """
 
@@ -171,36 +364,47 @@ class Router:
     wide: bool = False
     groups: int = 1
     groups_chosen: int = 1
+    group_best: Literal[1, 2] = 2
     scale: float = 1.0
     minimum: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """A mixture of experts, each a Dense of its own; a router chooses a few for every token.
+    """A mixture of experts, each a Dense (not gated: an Ungated) of its own; a router chooses a few for every token.
 
     `{}` in a name is the expert's number. stacked: the checkpoint may have all experts of a layer in one tensor, whose
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
-    the other, it counts. shared: what every token goes through beside them. shared_gate: a projection to one number
-    whose sigmoid is the share of that.
+    the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out,
+    in]. shared: what every token goes through beside them. shared_gate: a projection to one number whose sigmoid is the
+    share of that. on_input: shares are factors on what experts read, not on what they give. latent_size: experts work
+    in a smaller space, to and from which `latent` project (with a bias: latent_bias).
     """
 
     num_experts: int
     num_experts_per_token: int
     intermediate_size: int
-    activation: GatedActivation
+    activation: GatedActivation | PlainActivation
     router: Router
     gate_up: tuple[str, ...] = ("mlp.experts.{}.gate_proj", "mlp.experts.{}.up_proj")
     down: str = "mlp.experts.{}.down_proj"
     stacked: Literal["rows", "columns"] | None = None
-    shared: Dense | None = None
+    fused: str | None = None
+    gated: bool = True
+    shared: Dense | Ungated | None = None
     shared_gate: str | None = None
+    on_input: bool = False
+    latent_size: int | None = None
+    latent: tuple[str, str] = ("", "")
+    latent_bias: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         shared = 0 if self.shared is None else self.shared.num_parameters(hidden_size)
         gate = 0 if self.shared_gate is None else hidden_size
-        return self.num_experts * hidden_size * (3 * self.intermediate_size + 1) + shared + gate
+        inputs, projections = self.latent_size or hidden_size, 2 * hidden_size * (self.latent_size or 0)
+        own = self.num_experts * inputs * (3 if self.gated else 2) * self.intermediate_size
+        return own + self.num_experts * hidden_size + projections + shared + gate
 
 
 FeedForward = Dense | Ungated | Experts
@@ -210,11 +414,13 @@ FeedForward = Dense | Ungated | Experts
 class LayerSpec:
     """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there.
 
+    One of the two may be missing; the norms of a feed-forward alone are those of the mixer that is not there.
+
     parallel: the feed-forward reads what the mixer reads, and both are added at once; it has no norms of its own.
     residual_scale: factor on what is added to x. post_norm: the out norms are of the sums: x = out_norm(x + mixer(x)).
     """
 
-    mixer: Mixer
+    mixer: Mixer | None
     feed_forward: FeedForward | None
     mixer_norm: NormSpec | None = None
     mixer_out_norm: NormSpec | None = None
@@ -224,10 +430,31 @@ class LayerSpec:
     residual_scale: float = 1.0
     post_norm: bool = False
 
+    @property
+    def paged(self) -> PagedMixer | None:
+        """What in it keeps, or reads, keys and values."""
+        return next((mixer for mixer in self._mixers if isinstance(mixer, PagedMixer)), None)
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """The tensors of its recurrent state, empty where it has none."""
+        return next((mixer.state for mixer in self._mixers if isinstance(mixer, StatefulMixer)), ())
+
+    @property
+    def _mixers(self) -> tuple[Mixer | None, ...]:
+        return self.mixer.mixers if isinstance(self.mixer, SideBySide) else (self.mixer,)
+
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         feed_forward = self.feed_forward.num_parameters(hidden_size) if self.feed_forward is not None else 0
-        return self.mixer.num_parameters(hidden_size) + feed_forward
+        return feed_forward + (self.mixer.num_parameters(hidden_size) if self.mixer is not None else 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Float8:
+    """Matrices of the checkpoint are float8 with scales. block: rows and columns that share one; None: all of them."""
+
+    block: tuple[int, int] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +515,9 @@ class ModelSpec:
     the class, as `architectures` names it. headless: there is no output layer, so hidden states are all it gives.
     assumed: sizes that config.json does not name. outside: what names of tensors begin with (after a `model.` or not)
     that are not read: those of other inputs than text, and of layers that draft. text_only: it was made for other
-    inputs, too. embedding, layer_names: how tensors are called; `{}` is the layer's number. classifier: the head in
-    place of an output layer. projections: what a pooled vector goes through (Dense modules of sentence-transformers).
+    inputs, too. float8: how its checkpoint is quantised, None where it is not. embedding, layer_names: how tensors are
+    called; `{}` is the layer's number. classifier: the head in place of an output layer. projections: what a pooled
+    vector goes through (Dense modules of sentence-transformers).
     """
 
     vocab_size: int
@@ -311,6 +539,7 @@ class ModelSpec:
     assumed: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     text_only: bool = False
+    float8: Float8 | None = None
     embedding: Embedding = Embedding()
     layer_names: str = "layers.{}."
     classifier: Classifier | None = None
@@ -328,24 +557,24 @@ class ModelSpec:
     @property
     def paged(self) -> tuple[PagedMixer, ...]:
         """Those of every layer that reads keys and values from pages."""
-        return tuple(layer.mixer for layer in self.layers if isinstance(layer.mixer, PagedMixer))
+        return tuple(layer.paged for layer in self.layers if layer.paged is not None)
 
     @property
-    def attention(self) -> GroupedQueryAttention:
+    def attention(self) -> PagedMixer | None:
         """Of the first layer that has one; others may differ in sizes, too."""
-        return next(layer.mixer for layer in self.layers if isinstance(layer.mixer, GroupedQueryAttention))
+        return next(iter(self.paged), None)
 
     @property
     def num_heads(self) -> int:
-        return self.attention.num_heads
+        return self.attention.num_heads if self.attention is not None else 0
 
     @property
     def num_kv_heads(self) -> int:
-        return self.attention.num_kv_heads
+        return self.attention.num_kv_heads if self.attention is not None else 0
 
     @property
     def head_dim(self) -> int:
-        return self.attention.head_dim
+        return self.attention.head_dim if self.attention is not None else 0
 
     @property
     def windows(self) -> tuple[int | None, ...]:
@@ -362,6 +591,15 @@ class ModelSpec:
     def ropes(self) -> tuple[RopeSpec, ...]:
         """Those there are, in the order in which layers have them."""
         return tuple(dict.fromkeys(mixer.rope for mixer in self.paged if mixer.rope is not None))
+
+    @property
+    def states(self) -> tuple[tuple[StateTensor, ...], ...]:
+        """One entry a layer: the tensors of its recurrent state, empty where it has none."""
+        return tuple(layer.state for layer in self.layers)
+
+    @property
+    def has_state(self) -> bool:
+        return any(self.states)
 
     @property
     def experts(self) -> tuple[Experts, ...]:

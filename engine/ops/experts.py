@@ -70,6 +70,7 @@ class Choice:
     bias: Tensor | None = None
     groups: int = 1
     groups_chosen: int = 1
+    group_best: int = 2
     scale: float = 1.0
     minimum: float = 0.0
 
@@ -79,10 +80,12 @@ class Choice:
             return choose_experts(logits, self.chosen, normalize=self.normalize)
         scores = logits.float()
         scores = scores.softmax(dim=-1) if self.score == "softmax" else by_rows(torch.sigmoid, scores)
-        rated = scores if self.bias is None else scores + self.bias
+        # By the logits where they are in the order of the scores, of which many may be 1.
+        rated = logits.float() if self.bias is None and self.groups == 1 else scores
+        rated = rated if self.bias is None else rated + self.bias
         if self.groups > 1:
             grouped = rated.reshape(len(rated), self.groups, -1)
-            best = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
+            best = grouped.topk(min(self.group_best, grouped.shape[-1]), dim=-1).values.sum(dim=-1)
             kept = torch.zeros_like(best, dtype=torch.bool).scatter_(
                 1, best.topk(self.groups_chosen, dim=-1).indices, True
             )
@@ -103,6 +106,16 @@ class Choice:
         given = torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter_(1, experts, logs)
         mixed = mix_experts(x, given, gate_up, down, self.chosen, activation, normalize=True)
         return (mixed * shares.sum(dim=-1, keepdim=True)).to(x.dtype)
+
+    def mix_of_scaled(self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+        """The sum of a token's experts, each of which reads it times its share."""
+        experts, shares = self(logits)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for place in range(self.chosen):
+            scaled = (x * shares[:, place, None]).to(x.dtype)
+            one = torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter_(1, experts[:, place, None], 0.0)
+            total += mix_experts(scaled, one, gate_up, down, 1, activation, normalize=True)
+        return total.to(x.dtype)
 
     @property
     def _is_plain(self) -> bool:

@@ -46,6 +46,7 @@ typedef uint16_t bf16;
 typedef int64_t i64;
 
 #define INLINE static inline __attribute__((always_inline))
+#define MEMBER inline __attribute__((always_inline))
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -313,13 +314,128 @@ void pack_rows(const bf16* x, i64 ldx, int m, i64 K, uint32_t* out) {
     for (int r = 0; r < m && K % 2; r++) out[whole * m + r] = x[r * ldx + K - 1];
 }
 
-template <class X, class W, class O>
-void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* bias, O* out, i64 ldo, int threads) {
+// Weights as they are: `steps` of them from step k on, of panels from p on, `stride` apart.
+template <class W>
+struct Plain {
+    typedef W Weight;
+    const W* w;
+    i64 steps;
+    MEMBER const W* at(i64 p, i64 k, int, int, size_t& stride) const {
+        stride = (size_t)steps * NR * Inner<W>::depth;
+        return w + p * stride + (size_t)k * NR * Inner<W>::depth;
+    }
+    template <class C>
+    MEMBER bool one_row(const float*, i64, int, C*, int) const { return false; }
+};
+
+// Weights as small integers. Every CODE_BLOCK of them along K has a scale, and with Low a number that is added. A panel holds
+// for each block the scales of its columns, those numbers, and words: lane j of one holds 32 / Bits codes of column j. A weight is
+// (q - 8) * scale, q * scale + low (4 bits without a sign) or q * scale (+ low) (8 bits with one), each operation rounded: the float32
+// that these codes are elsewhere (models/gguf/dequantise.py), so that sums have the same bits as with such weights.
+constexpr int CODE_BLOCK = 32;
+template <int Bits, bool Low>
+struct Codes {
+    typedef float Weight;
+    static constexpr int per = 32 / Bits, words = CODE_BLOCK / per;
+    static constexpr size_t block = (size_t)NR * (1 + Low + words);  // in words of 32 bits
+    const uint32_t* w;
+    i64 blocks;  // along K
+
+    template <int J>
+    static MEMBER vf number(vu word) {
+        if (Bits == 8) return __builtin_convertvector((vi)(word << (24 - 8 * (J & 3))) >> 24, vf);
+        vf q = __builtin_convertvector((vi)(J == per - 1 ? word >> (4 * J) : (word >> (4 * J)) & 15), vf);
+        return Low ? q : q - 8.0f;
+    }
+    static MEMBER vf weight(vf q, vf scale, vf low) { return Low ? q * scale + low : q * scale; }
+
+    // One block of a panel as [CODE_BLOCK][NR] floats.
+    static MEMBER void widen(const uint32_t* at, float* out) {
+        for (int h = 0; h < NR; h += VL) {
+            const vf scale = load((const float*)at + h), low = Low ? load((const float*)at + NR + h) : vf{};
+            const uint32_t* codes = at + NR * (1 + Low) + h;
+            float* to = out + h;
+            for (int r = 0; r < words; r++, to += per * NR) {
+                const vu word = *(const vu_any*)(codes + r * NR);
+                store(to, weight(number<0>(word), scale, low));
+                store(to + NR, weight(number<1>(word), scale, low));
+                store(to + 2 * NR, weight(number<2>(word), scale, low));
+                store(to + 3 * NR, weight(number<3>(word), scale, low));
+                if (Bits == 4) {
+                    store(to + 4 * NR, weight(number<4 % per>(word), scale, low));
+                    store(to + 5 * NR, weight(number<5 % per>(word), scale, low));
+                    store(to + 6 * NR, weight(number<6 % per>(word), scale, low));
+                    store(to + 7 * NR, weight(number<7 % per>(word), scale, low));
+                }
+            }
+        }
+    }
+    const float* at(i64 p, i64 k, int count, int steps, size_t& stride) const {
+        stride = (size_t)KC * NR;
+        float* out = (float*)scratch<3>(4 * stride * sizeof(float));
+        for (int i = 0; i < count; i++) {
+            const uint32_t* from = w + ((p + i) * blocks + k / CODE_BLOCK) * block;
+            for (int b = 0; b < steps; b += CODE_BLOCK, from += block) widen(from, out + i * stride + (size_t)b * NR);
+        }
+        return out;
+    }
+
+    // The products of one row x with P panels from p on, by the same operations as the general way has.
+    template <int P, int J>
+    static MEMBER void step(const float* x, const vu* word, const vf* scale, const vf* low, vf* acc) {
+        const vf a = splat(x[J]);
+        for (int i = 0; i < 2 * P; i++) acc[i] = fma(a, weight(number<J>(word[i]), scale[i], low[i]), acc[i]);
+    }
+    template <int P>
+    void row(const float* x, const uint32_t* const from, float* c) const {
+        for (i64 k = 0; k < blocks; k += KC / CODE_BLOCK) {
+            vf acc[2 * P] = {};
+            for (i64 b = k; b < std::min(blocks, k + KC / CODE_BLOCK); b++) {
+                const uint32_t* at[P];
+                vf scale[2 * P], low[2 * P];
+                for (int i = 0; i < 2 * P; i++) {
+                    at[i / 2] = from + (i / 2) * blocks * block + b * block;
+                    scale[i] = load((const float*)at[i / 2] + i % 2 * VL);
+                    low[i] = Low ? load((const float*)at[i / 2] + NR + i % 2 * VL) : vf{};
+                }
+                const float* xb = x + b * CODE_BLOCK;
+                for (int r = 0; r < words; r++, xb += per) {
+                    vu word[2 * P];
+                    for (int i = 0; i < 2 * P; i++)
+                        word[i] = *(const vu_any*)(at[i / 2] + NR * (1 + Low + r) + i % 2 * VL);
+                    step<P, 0>(xb, word, scale, low, acc);
+                    step<P, 1>(xb, word, scale, low, acc);
+                    step<P, 2>(xb, word, scale, low, acc);
+                    step<P, 3>(xb, word, scale, low, acc);
+                    if (Bits == 4) {
+                        step<P, 4 % per>(xb + 4 - 4 % per, word, scale, low, acc);
+                        step<P, 5 % per>(xb + 5 - 5 % per, word, scale, low, acc);
+                        step<P, 6 % per>(xb + 6 - 6 % per, word, scale, low, acc);
+                        step<P, 7 % per>(xb + 7 - 7 % per, word, scale, low, acc);
+                    }
+                }
+            }
+            for (int i = 0; i < 2 * P; i++) {
+                float* to = c + i * VL;
+                store(to, k == 0 ? acc[i] : load(to) + acc[i]);
+            }
+        }
+    }
+    bool one_row(const float* x, i64 p, int count, float* c, int) const {
+        int i = 0;
+        for (; i + 2 <= count; i += 2) row<2>(x, w + (p + i) * blocks * block, c + i * NR);
+        if (i < count) row<1>(x, w + (p + i) * blocks * block, c + i * NR);
+        return true;
+    }
+};
+
+template <class X, class S, class O>
+void linear(const X* x, i64 ldx, i64 M, i64 K, const S& source, i64 N, const float* bias, O* out, i64 ldo, int threads) {
     const i64 panels = (N + NR - 1) / NR;
+    typedef typename S::Weight W;
     typedef typename Inner<W>::In In;
-    constexpr int depth = Inner<W>::depth, size = NR * depth, block = KC / depth;
+    constexpr int block = KC / Inner<W>::depth;
     const i64 steps = steps_of<W>(K);
-    const size_t panel = (size_t)steps * size;
     // Below a quarter of a million multiplications (about 10 us) the fork costs more than it brings.
     threads = limit_threads(threads, (double)M * N * K, 131072);
     // Panels that one task takes: fewer where there would not be enough tasks. No result depends on it.
@@ -340,20 +456,24 @@ void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* b
             const i64 p0 = g * group;
             const int count = (int)std::min<i64>(group, panels - p0), ldc = count * NR;
             float* c = (float*)scratch<1>((size_t)MB * GROUP * NR * 4);
-            if (tiles == 1)  // the weights as few long streams
+            size_t panel;
+            const bool done = rows == 1 && source.one_row((const float*)packed, p0, count, c, ldc);
+            if (tiles == 1 && !done)  // the weights as few long streams
                 for (int p = 0; p < count; p += 4)
-                    for (i64 k = 0; k < steps; k += block)
-                        any_tile(rows, packed + k * rows, w + (p0 + p) * panel + (size_t)k * size, panel,
-                                 (int)std::min<i64>(block, steps - k), c + p * NR, ldc, k == 0, std::min(4, count - p));
+                    for (i64 k = 0; k < steps; k += block) {
+                        const int now = (int)std::min<i64>(block, steps - k), few = std::min(4, count - p);
+                        const W* wk = source.at(p0 + p, k, few, now, panel);
+                        any_tile(rows, packed + k * rows, wk, panel, now, c + p * NR, ldc, k == 0, few);
+                    }
             for (i64 k = 0; k < steps && tiles > 1; k += block) {  // a block of the input and of one panel, reused from L2 and L1
                 const int now = (int)std::min<i64>(block, steps - k);
-                const W* wk = w + p0 * panel + (size_t)k * size;
-                for (int p = 0; p < count; p++)
+                for (int p = 0; p < count; p++) {
+                    const W* wk = source.at(p0 + p, k, 1, now, panel);
                     for (int t = 0; t < tiles; t++) {
                         int a = start(t), m = start(t + 1) - a;
-                        any_tile(m, packed + (size_t)a * steps + k * m, wk + p * panel, panel, now, c + (size_t)a * ldc + p * NR, ldc,
-                                 k == 0, 1);
+                        any_tile(m, packed + (size_t)a * steps + k * m, wk, panel, now, c + (size_t)a * ldc + p * NR, ldc, k == 0, 1);
                     }
+                }
             }
             const i64 n0 = p0 * NR, width = std::min<i64>(ldc, N - n0);
             for (int r = 0; r < rows; r++) {
@@ -388,6 +508,53 @@ void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, 
         const W* from = packed + n / NR * steps_of<W>(K) * Inner<W>::depth * NR;
         W* to = out + i * K;
         for (i64 k = 0; k < K; k++) to[k] = from[place<W>(k, (int)(n % NR))];
+    });
+}
+
+// codes [N, K]: one in a byte. scale, low: [N, K / CODE_BLOCK].
+template <int Bits, bool Low>
+void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 N, i64 K, uint32_t* out, int threads) {
+    typedef Codes<Bits, Low> C;
+    const i64 blocks = K / CODE_BLOCK;
+    parallel((N + NR - 1) / NR, threads, [&](i64 p) {
+        uint32_t* to = out + p * blocks * C::block;
+        memset(to, 0, blocks * C::block * 4);
+        for (int j = 0; j < NR && p * NR + j < N; j++) {
+            const i64 n = p * NR + j;
+            for (i64 b = 0; b < blocks; b++) {
+                uint32_t* at = to + b * C::block + j;
+                memcpy(at, scale + n * blocks + b, 4);
+                if (Low) memcpy(at + NR, low + n * blocks + b, 4);
+                const uint8_t* from = codes + n * K + b * CODE_BLOCK;
+                for (int r = 0; r < C::words; r++, from += C::per) {
+                    uint32_t word = 0;
+                    for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (Bits * i);
+                    at[NR * (1 + Low + r)] = word;
+                }
+            }
+        }
+    });
+}
+
+template <int Bits, bool Low, class O>
+void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, O* out, int threads) {
+    typedef Codes<Bits, Low> C;
+    const i64 blocks = K / CODE_BLOCK;
+    parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 i) {
+        const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i];
+        for (i64 b = 0; b < blocks; b++) {
+            const uint32_t* at = w + (n / NR * blocks + b) * C::block + n % NR;
+            float scale, low = 0;
+            memcpy(&scale, at, 4);
+            if (Low) memcpy(&low, at + NR, 4);
+            for (int k = 0; k < CODE_BLOCK; k++) {
+                const uint32_t word = at[NR * (1 + Low + k / C::per)];
+                const int j = k % C::per;
+                const int q = Bits == 8 ? (int8_t)(word >> (8 * j)) : (int)(word >> (4 * j) & 15) - (Low ? 0 : 8);
+                const float product = (float)q * scale;
+                store1(out + i * K + b * CODE_BLOCK + k, Low ? product + low : product);
+            }
+        }
     });
 }
 
@@ -489,6 +656,7 @@ void rope(T* x, i64 ldx, i64 tokens, i64 heads, i64 D, const float* cos_sin, i64
 constexpr int BLOCK = 64;
 constexpr int SPLIT = 512;
 constexpr int TILE_ROWS = 64;  // queries of one task, times the heads of their group
+constexpr bool WIDE = VL == 16;  // 32 registers: 16 sums at a time
 
 struct Step {
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len;
@@ -496,13 +664,17 @@ struct Step {
     i64 rows, heads, kv_heads, D, V, k_stride, v_stride, page_size, window, both;
     float scale, softcap;
     const float* sinks;  // one more logit of each head, or null
+    bool chunks;         // a query sees its own block of `window` positions
 
     // The keys [start, last) that the query at `position` of kv_len tokens sees; `both`: later ones, too.
     int last(int position, int kv_len) const {
         if (!both) return position + 1;
         return window > 0 ? (int)std::min<i64>(kv_len, position + window) : kv_len;
     }
-    int start(int position) const { return window > 0 ? std::max<int>(0, position + 1 - (int)window) : 0; }
+    int start(int position) const {
+        if (window <= 0) return 0;
+        return chunks ? position - position % (int)window : std::max<int>(0, position + 1 - (int)window);
+    }
 };
 struct Task {
     int row, head0, head1, q0, q1, split0, split1;  // kv heads [head0, head1) of queries [q0, q1)
@@ -530,29 +702,28 @@ INLINE void fold8(const vf* acc, float* out) {
 #endif
 }
 
-// s[r][t] = q[r] . k[t] for R rows and 8 / R keys at a time, n keys (a multiple of 8, padded by the caller).
-template <int R>
+// s[r][t] = q[r] . k[t] for R rows and C keys at a time, n keys (a multiple of 8, padded by the caller).
+template <int R, int C>
 INLINE void scores(const float* q, const float* const* k, int n, int depth, float* s) {
-    constexpr int C = 8 / R;
     for (int t = 0; t < n; t += C) {
-        vf acc[8] = {};
+        vf acc[R * C] = {};
         const float* key[C];
         for (int c = 0; c < C; c++) key[c] = k[t + c];
         for (int d = 0; d < depth; d += VL) {
-            vf a[R];
-            for (int r = 0; r < R; r++) a[r] = load(q + r * depth + d);
-            for (int c = 0; c < C; c++) {
-                vf b = load(key[c] + d);
-                for (int r = 0; r < R; r++) acc[r * C + c] = fma(a[r], b, acc[r * C + c]);
+            vf b[C];
+            for (int c = 0; c < C; c++) b[c] = load(key[c] + d);
+            for (int r = 0; r < R; r++) {
+                vf a = load(q + r * depth + d);
+                for (int c = 0; c < C; c++) acc[r * C + c] = fma(a, b[c], acc[r * C + c]);
             }
         }
-        float folded[8];
-        fold8(acc, folded);
+        float folded[R * C];
+        for (int i = 0; i < R * C; i += 8) fold8(acc + i, folded + i);
         for (int r = 0; r < R; r++) memcpy(s + r * BLOCK + t, folded + r * C, C * 4);
     }
 }
 
-// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and up to 8 / R vectors of depth at a time.
+// o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and V vectors of depth from d on.
 template <int R, int V>
 INLINE void accumulate_part(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth, int d) {
     vf acc[R][V];
@@ -569,12 +740,14 @@ INLINE void accumulate_part(float* o, const float* alpha, const float* p, const 
     for (int r = 0; r < R; r++)
         for (int i = 0; i < V; i++) store(o + r * depth + d + i * VL, acc[r][i]);
 }
-template <int R>
-INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth) {
-    constexpr int V = 8 / R;
-    int d = 0;
-    for (; d + V * VL <= depth; d += V * VL) accumulate_part<R, V>(o, alpha, p, v, t0, t1, depth, d);
-    for (; d < depth; d += VL) accumulate_part<R, 1>(o, alpha, p, v, t0, t1, depth, d);
+// The same for all rows; a row's last key is before end(r). The values of one run of vectors stay in L1 meanwhile.
+template <int V, class End>
+INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int rows, int t0, End end, int depth, int d) {
+    int r = 0;
+    for (; r + 4 <= rows && WIDE; r += 4)
+        accumulate_part<4, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 3), depth, d);
+    for (; r + 2 <= rows; r += 2) accumulate_part<2, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 1), depth, d);
+    if (r < rows) accumulate_part<1, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r), depth, d);
 }
 
 // Merge the state (m, l, o) of a later split into (M, L, O); an untouched side has m = -inf.
@@ -701,12 +874,15 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 const float* qh = qf + (size_t)h * rows * depth;
                 float *oh = o + (size_t)h * rows * vdepth, *mh = m + h * rows, *lh = l + h * rows;
                 gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
-                gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
+                if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
+                else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
                 for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
                 for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
                 int r = 0;
-                for (; r + 2 <= rows; r += 2) scores<2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                if (r < rows) scores<1>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
 
                 for (r = 0; r < rows; r++) {
                     float* row = p + r * BLOCK;
@@ -737,11 +913,12 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                     mh[r] = now;
                     lh[r] = lh[r] * alpha[r] + sum_lanes(sum);
                 }
-                // Weights outside a row's own range are zero, so pairs may run over the union of their ranges.
-                const int t0 = first - b0;
-                for (r = 0; r + 2 <= rows; r += 2)
-                    accumulate<2>(oh + r * vdepth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r + 1) - b0, n), vdepth);
-                if (r < rows) accumulate<1>(oh + r * vdepth, alpha + r, p + r * BLOCK, values, t0, std::min(last(r) - b0, n), vdepth);
+                // Weights outside a row's own range are zero, so neighbours may run over the union of their ranges.
+                auto end = [&](int r) { return std::min(last(r) - b0, n); };
+                int d = 0;
+                for (; rows == 1 && d + 8 * VL <= vdepth; d += 8 * VL) accumulate<8>(oh, alpha, p, values, 1, first - b0, end, vdepth, d);
+                for (; d + 4 * VL <= vdepth; d += 4 * VL) accumulate<4>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
+                for (; d < vdepth; d += VL) accumulate<1>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
             }
         }
         if (task.partial >= 0) {  // one split: its state goes to memory and is merged later in the same way
@@ -1110,6 +1287,8 @@ int32_t rank_row(const float* x, i64 V, float value) {
     return rank;
 }
 
+#include "kernels_state.h"
+
 }  // namespace
 
 // ---------------------------------------------------------------- the C ABI
@@ -1155,9 +1334,55 @@ EXPORT void ol_unpack_rows(int64_t type, const void* packed, int64_t K, const vo
 
 EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N, const float* bias,
                       void* out, int64_t out_type, int64_t ldo, int64_t threads) {
-    if (type == F32) linear((const float*)x, ldx, M, K, (const float*)w, N, bias, (float*)out, ldo, (int)threads);
-    else if (out_type == F32) linear((const bf16*)x, ldx, M, K, (const bf16*)w, N, bias, (float*)out, ldo, (int)threads);
-    else linear((const bf16*)x, ldx, M, K, (const bf16*)w, N, bias, (bf16*)out, ldo, (int)threads);
+    const Plain<float> wide{(const float*)w, steps_of<float>(K)};
+    const Plain<bf16> narrow{(const bf16*)w, steps_of<bf16>(K)};
+    if (type == F32) linear((const float*)x, ldx, M, K, wide, N, bias, (float*)out, ldo, (int)threads);
+    else if (out_type == F32) linear((const bf16*)x, ldx, M, K, narrow, N, bias, (float*)out, ldo, (int)threads);
+    else linear((const bf16*)x, ldx, M, K, narrow, N, bias, (bf16*)out, ldo, (int)threads);
+}
+
+#define BY_CODES(bits, low, statement)                                  \
+    if ((bits) == 4) {                                                  \
+        if (low) { typedef Codes<4, true> C; constexpr int B = 4; constexpr bool L = true; statement; }   \
+        else { typedef Codes<4, false> C; constexpr int B = 4; constexpr bool L = false; statement; }     \
+    } else {                                                            \
+        if (low) { typedef Codes<8, true> C; constexpr int B = 8; constexpr bool L = true; statement; }   \
+        else { typedef Codes<8, false> C; constexpr int B = 8; constexpr bool L = false; statement; }     \
+    }
+
+// In words of 32 bits.
+EXPORT int64_t ol_codes_size(int64_t bits, int64_t low, int64_t N, int64_t K) {
+    BY_CODES(bits, low, (void)B; (void)L; return (N + NR - 1) / NR * (K / CODE_BLOCK) * C::block)
+    return 0;
+}
+
+EXPORT void ol_pack_codes(int64_t bits, int64_t low, const void* codes, const float* scale, const float* add, int64_t N, int64_t K,
+                          void* out, int64_t threads) {
+    BY_CODES(bits, low, (void)sizeof(C); pack_codes<B COMMA L>((const uint8_t*)codes, scale, add, N, K, (uint32_t*)out, (int)threads))
+}
+
+EXPORT void ol_code_rows(int64_t bits, int64_t low, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count,
+                         void* out, int64_t threads) {
+    BY_CODES(bits, low, (void)sizeof(C); BY_TYPE(type, code_rows<B COMMA L>((const uint32_t*)w, K, ids, wide != 0, count, (T*)out, (int)threads)))
+}
+
+// x and out are of one type.
+EXPORT void ol_linear_codes(int64_t bits, int64_t low, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w,
+                            int64_t N, const float* bias, void* out, int64_t ldo, int64_t threads) {
+    BY_CODES(bits, low, (void)B; (void)L; const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
+             BY_TYPE(type, linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
+}
+
+EXPORT void ol_linear_heads(int64_t type, const void* x, int64_t ldx, int64_t stepx, int64_t M, int64_t K, const void* w, int64_t N,
+                            int64_t heads, void* out, int64_t ldo, int64_t stepo, int64_t threads) {
+    // A product for each head: heads lie stepx and stepo apart within a row, and one after another in w.
+    const int64_t panel = ol_packed_size(type, N, K);
+    const int outer = limit_threads((int)std::min(threads, heads), (double)M * N * K * heads, 131072);
+    const int inner = outer > 1 ? 1 : (int)threads;
+    BY_TYPE(type, parallel(heads, outer, [&](i64 h) {
+                const Plain<T> source{(const T*)w + h * panel COMMA steps_of<T>(K)};
+                linear((const T*)x + h * stepx, ldx, M, K, source, N, (const float*)nullptr, (T*)out + h * stepo, ldo, inner);
+            }))
 }
 
 EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual, int64_t ldr, const void* weight, void* out, int64_t ldo,
@@ -1186,14 +1411,42 @@ struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
 };
 
 EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const void* k, int64_t ldk, const void* v, int64_t ldv, void* k_pool,
-                         void* v_pool, void* out, int64_t window, const float* sinks, const float* cos_sin, int64_t rot) {
+                         void* v_pool, void* out, int64_t window, int64_t chunks, const float* sinks, const float* cos_sin, int64_t rot) {
     Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows,      a->heads, a->kv_heads, a->head_dim,
-           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->both,  a->scale,    a->softcap, sinks};
+           a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->both,  a->scale,    a->softcap,
+           sinks,        chunks != 0};
     const int threads = (int)a->threads;
     BY_TYPE(a->type,
             write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (T*)k_pool, (T*)v_pool, cos_sin, rot,
                      a->positions, threads);
             attend(s, (const T*)q, ldq, (T*)out, (const T*)k_pool, (const T*)v_pool, threads))
+}
+
+EXPORT void ol_convolve(int64_t type, const void* x, int64_t ldx, void* out, void* states, int64_t stride, const float* weight,
+                        const float* bias, int64_t taps, int64_t C, const int32_t* slots, const int32_t* indptr, int64_t rows, int64_t silu,
+                        int64_t threads) {
+    BY_TYPE(type, if (silu) convolve<T COMMA true>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, rows,
+                                                   (int)threads);
+            else convolve<T COMMA false>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, rows,
+                                         (int)threads))
+}
+
+EXPORT void ol_recur(const Recurrence* r) {
+    BY_TYPE(r->type, if (r->delta) recur<T COMMA true>(*r); else recur<T COMMA false>(*r))
+}
+
+EXPORT void ol_gate(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, void* out, int64_t rows, int64_t width,
+                    int64_t silu, int64_t threads) {
+    BY_TYPE(type, if (silu) gate<T COMMA true>((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads);
+            else gate<T COMMA false>((const T*)x, ldx, (const T*)gates, ldg, (T*)out, rows, width, (int)threads))
+}
+
+EXPORT void ol_gated_norm(int64_t type, const void* x, int64_t ldx, const void* gates, int64_t ldg, const float* weight, int64_t step,
+                          void* out, int64_t rows, int64_t parts, int64_t width, float eps, int64_t gate_first, int64_t threads) {
+    BY_TYPE(type, if (gate_first) gated_norm<T COMMA true>((const T*)x, ldx, (const T*)gates, ldg, weight, step, (T*)out, rows, parts, width,
+                                                           eps, (int)threads);
+            else gated_norm<T COMMA false>((const T*)x, ldx, (const T*)gates, ldg, weight, step, (T*)out, rows, parts, width, eps,
+                                           (int)threads))
 }
 
 EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params, const int32_t* positions, int32_t* out, int64_t threads) {

@@ -26,6 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
+INCLUDED = (Path(__file__).with_name("kernels_state.h"),)
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 FLOAT32, BFLOAT16 = 0, 1
 # Units of work (elements touched, or multiplications / 8) under which a call keeps the GIL: about 20 us. Giving it up
@@ -41,10 +42,19 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_pack_weight": (None, [_I, _P, _I, _I, _P, _I]),
     "ol_unpack_rows": (None, [_I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear": (None, [_I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I]),
+    "ol_codes_size": (_I, [_I, _I, _I, _I]),
+    "ol_pack_codes": (None, [_I, _I, _P, _P, _P, _I, _I, _P, _I]),
+    "ol_code_rows": (None, [_I, _I, _I, _P, _I, _P, _I, _I, _P, _I]),
+    "ol_linear_codes": (None, [_I, _I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
+    "ol_linear_heads": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I, _I]),
     "ol_rms_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _I]),
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),
-    "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _P, _P, _I]),
+    "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _I]),
+    "ol_convolve": (None, [_I, _P, _I, _P, _P, _I, _P, _P, _I, _I, _P, _P, _I, _I, _I]),
+    "ol_recur": (None, [_P]),
+    "ol_gate": (None, [_I, _P, _I, _P, _I, _P, _I, _I, _I, _I]),
+    "ol_gated_norm": (None, [_I, _P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _F, _I, _I]),
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),
@@ -186,7 +196,7 @@ def _cache_dir() -> Path:
 
 def _compiled(compiler: str, *, openmp: bool) -> Path:
     """Path of the shared object, built unless this source, compiler, machine and flags were built before."""
-    source = SOURCE.read_bytes()
+    source = b"\0".join(path.read_bytes() for path in (SOURCE, *INCLUDED))
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=30).stdout
     flags = (*FLAGS, "-fopenmp") if openmp else FLAGS
     machine = " ".join((platform.machine(), *sorted(cpu_flags())))

@@ -12,7 +12,7 @@ from engine.ops import native
 
 
 def apply_rope(q: Tensor, k: Tensor | None, cos_sin: Tensor, positions: Tensor) -> None:
-    """Turn q [T, Hq, D] and k [T, Hkv, D], if there is one, in place.
+    """Turn q [T, Hq, D] and k [T, Hkv, D], if there is one, in place; both may be the ends of wider heads.
 
     cos_sin: float32 [max_position, rot], rot / 2 cosines and then as many sines; dimensions past rot stay.
     positions: int32 or int64 [T].
@@ -24,8 +24,8 @@ def apply_rope(q: Tensor, k: Tensor | None, cos_sin: Tensor, positions: Tensor) 
 
 def _rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
     library, code = native.library(), native.type_code(x.dtype)
-    tokens, heads, dim = x.shape
-    if library is None or code is None or not x.is_cpu or x.stride(2) != 1 or x.stride(1) != dim:
+    tokens, heads, _ = x.shape
+    if library is None or code is None or not x.is_cpu or x.stride(2) != 1:
         torch_rotate(x, cos_sin, positions)
         return
     assert positions.is_contiguous() and cos_sin.is_contiguous()
@@ -35,7 +35,7 @@ def _rotate(x: Tensor, cos_sin: Tensor, positions: Tensor) -> None:
         x.stride(0),
         tokens,
         heads,
-        dim,
+        x.stride(1),
         cos_sin.data_ptr(),
         cos_sin.shape[1],
         positions.data_ptr(),

@@ -189,16 +189,19 @@ class ChatTemplate:
 
         None when the model has none. Raises StartupError naming the file.
         """
-        if override is None:
-            templates, path = _find(directory)
-            origin = str(path)
-        elif "{" in override:
-            templates, origin = {"default": override}, "--chat-template"
-        else:
-            templates, origin = {"default": _read_text(Path(override))}, override
+        if override is not None:
+            return cls.given(override, named_tokens(directory))
+        templates, path = _find(directory)
         if not templates:
             return None
-        return cls(templates, named_tokens(directory), origin)
+        return cls(templates, named_tokens(directory), str(path))
+
+    @classmethod
+    def given(cls, template: str, special_tokens: dict[str, str]) -> ChatTemplate:
+        """That of --chat-template: a path, or the text itself (it holds a brace). Raises StartupError."""
+        if "{" in template:
+            return cls({"default": template}, special_tokens, "--chat-template")
+        return cls({"default": _read_text(Path(template))}, special_tokens, template)
 
     def render(
         self,

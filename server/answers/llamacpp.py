@@ -1,4 +1,5 @@
-"""The answer of llama.cpp's /completion: one object, a list of them, or an event for each piece of a stream."""
+"""The answer of llama.cpp's /completion and /infill: one object, a list of them, or an event for each piece of a
+stream."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ from server.protocol.generation import Plan
 from server.protocol.llamacpp import Wanted
 from server.sse import EVENT_HEADERS, Json
 from server.state import State
+
+_ABSENT = object()
 
 
 def settings_of(sampling: SamplingParams) -> Json:
@@ -50,7 +53,7 @@ class NativeAnswer:
     def whole(self, deltas: list[Delta]) -> Json | list[Json]:
         """One object, or one for each prompt."""
         answers = [
-            self._count(index, delta) | self._said(delta) | self._end(index, delta)
+            self._picked(self._count(index, delta) | self._said(delta) | self._end(index, delta))
             for index, delta in enumerate(deltas)
         ]
         return answers if self._wanted.is_list else answers[0]
@@ -70,7 +73,7 @@ class NativeAnswer:
             data = _event(piece)
         if delta.finish_reason is not None:
             self.num_running -= 1
-            data += _event(counted | {"content": "", "tokens": []} | self._end(index, delta))
+            data += _event(self._picked(counted | {"content": "", "tokens": []} | self._end(index, delta)))
         return data
 
     def closing(self) -> bytes:
@@ -93,6 +96,19 @@ class NativeAnswer:
             "tokens_predicted": self._num_output[index],
             "tokens_evaluated": self._streams[index].num_prompt_tokens,
         }
+
+    def _picked(self, answer: Json) -> Json:
+        """What the client wants to be told, by paths; what lies deeper is lifted out under its whole path."""
+        if not self._wanted.fields:
+            return answer
+        picked: Json = {}
+        for path in self._wanted.fields:
+            found: object = answer
+            for name in path.split("/"):
+                found = found.get(name, _ABSENT) if isinstance(found, dict) else _ABSENT
+            if found is not _ABSENT:
+                picked[path] = found
+        return picked
 
     def _said(self, delta: Delta) -> Json:
         said: Json = {"content": delta.text, "tokens": delta.token_ids if self._wanted.with_tokens else []}

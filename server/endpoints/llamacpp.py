@@ -1,4 +1,4 @@
-"""llama.cpp's own API: /completion, and what its clients and its editors' plugins look at, /props, /slots and
+"""llama.cpp's own API: /completion, /infill, and what its clients and its editors' plugins look at, /props, /slots and
 /lora-adapters. The latter show no prompt."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from server.answers.llamacpp import NativeAnswer, settings_of
 from server.endpoints.info import version
 from server.protocol.body import read_body
 from server.protocol.errors import json_response
-from server.protocol.llamacpp import NAMES, parse_native
+from server.protocol.llamacpp import NAMES, parse_infill, parse_native
 from server.protocol.naming import in_words_of
 from server.responder import respond
 from server.state import REQUEST_ID, STATE, ServedModel
@@ -24,6 +24,14 @@ async def completion(request: web.Request) -> web.StreamResponse:
     state, body = request.app[STATE], await read_body(request)
     with in_words_of(NAMES):
         plan, wanted = await parse_native(body, state, f"cmpl-{request[REQUEST_ID]}")
+        return await respond(request, state, plan, partial(NativeAnswer, wanted=wanted))
+
+
+async def infill(request: web.Request) -> web.StreamResponse:
+    """The text between what is before a hole and what is behind it."""
+    state, body = request.app[STATE], await read_body(request)
+    with in_words_of(NAMES):
+        plan, wanted = await parse_infill(body, state, f"cmpl-{request[REQUEST_ID]}")
         return await respond(request, state, plan, partial(NativeAnswer, wanted=wanted))
 
 
@@ -101,6 +109,7 @@ async def lora_adapters(request: web.Request) -> web.Response:
 
 ROUTES = (
     ("POST", "/completion", completion),
+    ("POST", "/infill", infill),
     ("GET", "/props", props),
     ("GET", "/slots", slots),
     ("GET", "/lora-adapters", lora_adapters),

@@ -12,6 +12,7 @@ import orjson
 from aiohttp import web
 
 from engine.models.spec import ModelSpec
+from engine.text.infill import Infill
 from server.answers.ollama import OllamaAnswer, iso_time, nanoseconds
 from server.pooling import pool, shaped, written
 from server.protocol.body import read_body
@@ -193,6 +194,8 @@ def _capabilities(state: State) -> list[str]:
             can.append("tools")
         if state.reasoning_family is not None:
             can.append("thinking")
+        if state.engine.tokenizer is not None and Infill.find(state.engine.tokenizer) is not None:
+            can.append("insert")
     if abilities.embedding is not None:
         can.append("embedding")
     return can

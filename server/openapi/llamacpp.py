@@ -25,7 +25,8 @@ from server.openapi.words import (
     takes,
 )
 from server.protocol.completions import MAX_PROMPTS
-from server.protocol.llamacpp import HINTS, REFUSALS, SAME
+from server.protocol.generation import MAX_CHOICES
+from server.protocol.llamacpp import HINTS, MAX_FIELD, MAX_FIELDS, MAX_FILES, REFUSALS, SAME
 
 _PAIR = {"type": "array", "prefixItems": [either(integer(0), string()), either(number(-100, 100), constant(False))]}
 _PROBABILITY = {"id": integer(0), **TOKEN}
@@ -69,23 +70,40 @@ _PROBABILITIES: Json = {
 }
 _QUANTIZATION = gives({"name": string(), "bits_per_weight": integer(1)})
 
+_FIELDS: Json = {
+    **{name: GENERATION[name] for name in SAME if name in GENERATION},
+    "stop": either(constant(""), GENERATION["stop"]),
+    "grammar": string("As anywhere; an empty one is none."),
+    "json_schema": SCHEMA,
+    "logit_bias": either(GENERATION["logit_bias"], array(_PAIR)),
+    "n_predict": integer(-1, about="-1: until the model stops; 0: only the prompt."),
+    "n_probs": integer(0, MAX_TOP_LOGPROBS),
+    "repeat_penalty": GENERATION["repeat_penalty"],
+    "repeat_last_n": integer(-1, about="0 turns penalties off; else they are of the whole text."),
+    "return_tokens": boolean("Ids come beside the text."),
+    "timings_per_token": boolean("Every event of a stream has its timings."),
+    **dict.fromkeys(HINTS, ANYTHING | {"description": "Changes nothing here."}),
+    **refused(REFUSALS),
+    "n_cmpl": integer(1, MAX_CHOICES, "Answers to each prompt; the body is a list of them then."),
+    "response_fields": array(
+        string(most=MAX_FIELD), "Paths of what an ended answer tells, as `timings/prompt_n`.", most=MAX_FIELDS
+    ),
+}
+_TEXT = takes({"prompt_string": string()}, {"multimodal_data": array(NULL, most=0)})
+_MIXED = array(either(integer(0), string()), "Ids and texts are one prompt.", least=1)
+
 SCHEMAS: Json = {
     "NativeRequest": takes(
-        {"prompt": prompts(MAX_PROMPTS)},
+        {"prompt": either(prompts(MAX_PROMPTS), _TEXT, _MIXED, array(either(_MIXED, _TEXT, string())))}, _FIELDS
+    ),
+    "InfillRequest": takes(
+        {"input_prefix": string("Before the hole."), "input_suffix": string("Behind it.")},
         {
-            **{name: GENERATION[name] for name in SAME if name in GENERATION},
-            "stop": either(constant(""), GENERATION["stop"]),
-            "grammar": string("As anywhere; an empty one is none."),
-            "json_schema": SCHEMA,
-            "logit_bias": either(GENERATION["logit_bias"], array(_PAIR)),
-            "n_predict": integer(-1, about="-1: until the model stops; 0: only the prompt."),
-            "n_probs": integer(0, MAX_TOP_LOGPROBS),
-            "repeat_penalty": GENERATION["repeat_penalty"],
-            "repeat_last_n": integer(-1, about="0 turns penalties off; else they are of the whole text."),
-            "return_tokens": boolean("Ids come beside the text."),
-            "timings_per_token": boolean("Every event of a stream has its timings."),
-            **dict.fromkeys(HINTS, ANYTHING | {"description": "Changes nothing here."}),
-            **refused(REFUSALS),
+            **_FIELDS,
+            "prompt": string("What is in the hole already, behind the prefix."),
+            "input_extra": array(
+                takes({"text": string()}, {"filename": string()}), "Other files that may help.", most=MAX_FILES
+            ),
         },
     ),
     "Native": gives({**_SAID, **_ENDING}, _PROBABILITIES),
@@ -141,8 +159,26 @@ PATHS: Json = {
         either(ref("Native"), array(ref("Native"))),
         examples=(
             {"prompt": "Once upon a time", "n_predict": 4, "temperature": 0, "n_probs": 2, "return_tokens": True},
+            {"prompt": [5, "a", 6], "n_predict": 2, "n_cmpl": 2},
+            {"prompt": [{"prompt_string": "a"}, "b"], "n_predict": 2, "stream": True},
             {"prompt": ["a", "b"], "n_predict": 2, "logit_bias": [[5, False], ["e", 1.5]], "cache_prompt": True},
             {"prompt": [5, 6, 7], "n_predict": 3, "stream": True, "timings_per_token": True, "seed": -1},
+        ),
+        streamed=plain_events("NativePiece"),
+    ),
+    "/infill": post(
+        "The text between what is before a hole and what is behind it, of models that have tokens for it.",
+        "InfillRequest",
+        either(ref("Native"), array(ref("Native"))),
+        examples=(
+            {"input_prefix": "def f():\n", "input_suffix": "\nreturn x", "prompt": "  ", "n_predict": 4},
+            {
+                "input_prefix": "a",
+                "input_suffix": "b",
+                "input_extra": [{"filename": "x.py", "text": "c"}, {"text": "d"}],
+                "n_predict": 2,
+                "stream": True,
+            },
         ),
         streamed=plain_events("NativePiece"),
     ),

@@ -100,7 +100,7 @@ _DETAILS = gives(
         "quantization_level": string(),
     }
 )
-_ABLE = array(constant("completion", "tools", "thinking", "embedding"))
+_ABLE = array(constant("completion", "tools", "thinking", "insert", "embedding"))
 _CARD: Json = {
     "name": string(),
     "model": string(),
@@ -110,6 +110,8 @@ _CARD: Json = {
     "details": _DETAILS,
 }
 
+_SUFFIX = string("What is to follow the answer; of models that can fill in the middle (capability `insert`).")
+
 SCHEMAS: Json = {
     "OllamaError": gives({"error": string(least=1)}),
     "OllamaChatRequest": either(
@@ -117,8 +119,8 @@ SCHEMAS: Json = {
         takes({}, {**_LOADING, "messages": array(_MESSAGE, most=0)}),
     ),
     "OllamaGenerateRequest": either(
-        takes({"prompt": string(least=1)}, {**_COMMON, "system": string(), "raw": boolean()}),
-        takes({}, {**_LOADING, "prompt": constant(""), "system": string(), "raw": boolean()}),
+        takes({"prompt": string(least=1)}, {**_COMMON, "system": string(), "raw": boolean(), "suffix": _SUFFIX}),
+        takes({}, {**_LOADING, "prompt": constant(""), "system": string(), "raw": boolean(), "suffix": _SUFFIX}),
     ),
     "ShowRequest": takes(
         {}, {**_NAME, **refused({"verbose": (False,), "system": ("",), "template": ("",), "options": ({},)})}
@@ -187,6 +189,7 @@ PATHS: Json = {
         "OllamaText",
         examples=(
             {"prompt": "Hello", "stream": False, "format": "json", **_SHORT},
+            {"prompt": "def f():", "suffix": "return x", **_SHORT},
             {"prompt": "Once", "raw": True, "think": False, **_SHORT},
         ),
         streamed=lines("OllamaText"),

@@ -91,6 +91,7 @@ _PROMPT: Json = {
         constant("none", "auto", "required"),
         _PICK,
         takes({"type": constant("namespace"), "name": string()}),
+        takes({"type": constant("tool_search")}, about="Of a search that the client runs."),
         takes(
             {
                 "type": constant("allowed_tools"),

@@ -11,7 +11,7 @@ from typing import Any
 from engine.request import RequestError
 from server.protocol.anthropic_tools import client_tool
 from server.protocol.body import Body, check_nesting, invalid
-from server.protocol.chat import EFFORTS, encode_messages, parse_chat
+from server.protocol.chat import EFFORTS, encode_messages, is_begun, is_last_of_assistant, parse_chat
 from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
 from server.protocol.history import Turn, newest_turn, read_part, read_parts
@@ -153,10 +153,9 @@ def _to_chat(body: Body, state: State) -> dict[str, Any]:
     chat |= _read_thinking(body, state)
     messages = _read_messages(body.raw("messages"))
     last = messages[-1]
-    if last["role"] == "assistant" and not last.get("tool_calls"):
-        # Anthropic's way to begin an answer for the model; of a turn that was cut there may be nothing to go on with.
-        begun = bool(last["content"] or last.get("reasoning_content"))
-        chat["continue_final_message"] = begun
+    if is_last_of_assistant(last):
+        # Anthropic's way to begin an answer for the model.
+        chat["continue_final_message"] = begun = is_begun(last, state)
         if not begun and len(messages) > 1:
             messages.pop()
     chat["messages"] = _read_system(body.raw("system")) + messages

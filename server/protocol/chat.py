@@ -24,7 +24,7 @@ from server.parsers.base import ReasoningFamily, ReasoningState, ReasoningStyle,
 from server.parsers.raw import raw_family
 from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.generation import Plan, make_plan, read_common
-from server.protocol.history import Turn, newest_turn, read_parts
+from server.protocol.history import Turn, newest_turn, read_parts, texts_in
 from server.protocol.ignored import ignore
 from server.protocol.refusals import CHAT_REFUSALS, refuse
 from server.protocol.structure import make_structure
@@ -158,6 +158,18 @@ def _echo(body: Body, state: State) -> str:
     return text_of(content, "" if template is None or "assistant" in template.shape.parts else "\n")
 
 
+def is_last_of_assistant(message: Any) -> bool:
+    """Whether a conversation's last message is the assistant's word, and no call."""
+    return isinstance(message, dict) and message.get("role") == "assistant" and not message.get("tool_calls")
+
+
+def is_begun(message: dict[str, Any], state: State) -> bool:
+    """Whether there is something in such a message that an answer can go on with. A thought is where the model thinks;
+    of a turn that was cut there may be nothing."""
+    thought = message.get("reasoning_content") if state.reasoning_family is not None else None
+    return bool(message.get("content") or thought)
+
+
 async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, list[int]]:
     """The prompt of `messages`, `tools` and the template's options, as text and as ids."""
     text, ids, _ = await _encode(body, state, tools, None)
@@ -236,6 +248,8 @@ def _read_message(message: Any, where: str, newest: bool) -> dict[str, Any]:
         found = [_read_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
         read["tool_calls"] = [call for call in found if call is not None]
     content = message.get("content")
+    if role == "assistant" and isinstance(content, list):
+        content = _read_thoughts(content, read)
     if content is None and role == "assistant" and isinstance(message.get("refusal"), str):
         # What the assistant would not say, it said.
         content = message["refusal"]
@@ -245,6 +259,22 @@ def _read_message(message: Any, where: str, newest: bool) -> dict[str, Any]:
     elif role != "assistant":
         read["content"] = ""
     return read
+
+
+def _read_thoughts(content: list[Any], read: dict[str, Any]) -> list[Any]:
+    """The parts of an answer that are its text. Thoughts, as Mistral's API writes them, become the reasoning;
+    its calls over again, as frameworks keep them for Anthropic's API, are dropped."""
+    rest: list[Any] = []
+    thoughts: list[str] = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("thinking", "reasoning"):
+            thoughts += texts_in([part.get(name) for name in ("thinking", "reasoning", "text", "summary", "content")])
+        elif not (kind in ("tool_use", "tool_call", "function_call") and read.get("tool_calls")):
+            rest.append(part)
+    if thoughts and read.get("reasoning_content") is None and read.get("reasoning") is None:
+        read["reasoning_content"] = read["reasoning"] = "".join(thoughts)
+    return rest
 
 
 def _read_content(content: Any, where: str, newest: bool) -> str | list[dict[str, str]]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from engine.request import MAX_TOP_LOGPROBS
-from server.protocol.body import Body
+from server.protocol.body import Body, invalid
 from server.protocol.generation import Common, Plan, make_plan, read_common
+from server.protocol.infill import ending, find_infill, infill_prompt
 from server.protocol.prompts import encode_prompts, read_prompts
 from server.protocol.refusals import COMPLETION_REFUSALS, refuse
 from server.protocol.structure import make_structure
@@ -31,7 +34,15 @@ async def parse_completion(
     refuse(body, COMPLETION_REFUSALS)
     add_special_tokens = body.boolean("add_special_tokens", True)
     given = read_prompts(body, "prompt", state.model.model_config.vocab_size, MAX_PROMPTS)
-    prompts = await encode_prompts(state, given, add_special_tokens=add_special_tokens)
+    if suffix := body.string("suffix", ""):
+        infill = find_infill(state, "suffix")
+        texts = [prompt for prompt in given if isinstance(prompt, str)]
+        if len(texts) < len(given):
+            raise invalid("prompt", "must be text beside a `suffix`")
+        common = replace(common, sampling=ending(state, infill, common.sampling))
+        prompts = [await infill_prompt(state, infill, text, suffix) for text in texts]
+    else:
+        prompts = await encode_prompts(state, given, add_special_tokens=add_special_tokens)
     echoes = [_echo(prompt, common, state) for prompt in given] if common.echo else None
     structure = await make_structure(state, common.sampling, spec)
     return make_plan(state, common, response_id, prompts, chat=False, echoes=echoes, structure=structure)

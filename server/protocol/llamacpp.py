@@ -1,21 +1,27 @@
-"""POST /completion: llama.cpp's native body becomes a completion's, which becomes a Plan."""
+"""POST /completion and /infill: llama.cpp's native bodies become a completion's, which becomes a Plan."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.request import MAX_TOP_LOGPROBS
 from engine.text.tokenizer import Tokenizer
 from server.protocol.body import Body, check_nesting, invalid
-from server.protocol.completions import parse_completion
+from server.protocol.completions import MAX_PROMPTS, parse_completion
 from server.protocol.generation import Plan
 from server.protocol.ignored import ignore
+from server.protocol.infill import ending, find_infill, infill_prompt
 from server.protocol.refusals import refuse
 from server.state import State
 
 # llama.cpp's names and ours.
-RENAMED = {"n_predict": "max_tokens", "repeat_penalty": "repetition_penalty", "n_probs": "logprobs"}
+RENAMED = {
+    "n_predict": "max_tokens",
+    "repeat_penalty": "repetition_penalty",
+    "n_probs": "logprobs",
+    "n_cmpl": "n",
+}
 NAMES = {ours: theirs for theirs, ours in RENAMED.items()}
 # Means here what it means in a completion.
 SAME = (
@@ -31,7 +37,6 @@ REFUSALS: dict[str, tuple[object, ...]] = {
     "typical_p": (1,),
     "dynatemp_range": (0,),
     "top_n_sigma": (-1,),
-    "t_max_predict_ms": (-1, 0),
     "post_sampling_probs": (False,),
     "lora": ([],),
 }
@@ -43,7 +48,9 @@ HINTS: dict[str, tuple[object, ...]] = {
     "n_keep": (0,),
     "n_discard": (0,),
     "samplers": ([],),
-    "response_fields": ([],),
+    # Editors say how long a line may take: n_predict bounds it as well.
+    "t_max_prompt_ms": (-1, 0),
+    "t_max_predict_ms": (-1, 0),
     "return_progress": (False,),
 }
 # llama.cpp's word for a token that must not come is false, ours is the lowest bias.
@@ -51,6 +58,8 @@ _NEVER = -100
 # Texts are split into tokens on the loop.
 MAX_BIASES = 1024
 MAX_BIAS_TEXT = 16384
+MAX_FIELDS, MAX_FIELD = 64, 256
+MAX_FILES = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +67,60 @@ class Wanted:
     """What the answer has to know beside the Plan.
 
     is_list: many answers in a list, whatever their number. with_tokens: token ids come beside the text. each_timed:
-    every event of a stream has its timings.
+    every event of a stream has its timings. fields: paths of what is told of an ended answer, all of it without any.
     """
 
     is_list: bool
     with_tokens: bool
     each_timed: bool
+    fields: tuple[str, ...]
 
 
 async def parse_native(body: Body, state: State, response_id: str) -> tuple[Plan, Wanted]:
     """Raises RequestError for anything that cannot be served, in our names."""
+    fields = _read_fields(body, state)
+    fields["prompt"] = prompt = await _read_prompt(body.raw("prompt"), state)
+    wanted = _read_wanted(body, is_list=_is_many(prompt) or fields["n"] not in (None, 1))
+    return await parse_completion(Body(fields, body.size), state, response_id, default_max_tokens=None), wanted
+
+
+async def parse_infill(body: Body, state: State, response_id: str) -> tuple[Plan, Wanted]:
+    """See parse_native. `prompt` is what has been written into the hole already."""
+    infill = find_infill(state, "input_suffix")
+    before, behind = body.string("input_prefix", None), body.string("input_suffix", None)
+    if before is None or behind is None:
+        raise invalid("input_prefix" if before is None else "input_suffix", "is required")
+    extra = _read_extra(body.raw("input_extra"))
+    written = body.string("prompt", "")
+    fields = _read_fields(body, state)
+    most = body.integer("n_predict", None, -1)
+    fields["prompt"] = await infill_prompt(
+        state, infill, before + written, behind, extra=extra, max_tokens=None if most == -1 else most, cut=True
+    )
+    wanted = _read_wanted(body, is_list=fields["n"] not in (None, 1))
+    plan = await parse_completion(Body(fields, body.size), state, response_id, default_max_tokens=None)
+    requests = [replace(one, sampling=ending(state, infill, one.sampling)) for one in plan.requests]
+    return replace(plan, requests=requests), wanted
+
+
+def _read_wanted(body: Body, *, is_list: bool) -> Wanted:
+    fields = body.raw("response_fields")
+    if (
+        not isinstance(fields, list | None)
+        or len(fields or ()) > MAX_FIELDS
+        or not all(isinstance(name, str) and len(name) <= MAX_FIELD for name in fields or ())
+    ):
+        raise invalid("response_fields", f"must be at most {MAX_FIELDS} paths of up to {MAX_FIELD} characters")
+    return Wanted(
+        is_list=is_list,
+        with_tokens=body.boolean("return_tokens", False),
+        each_timed=body.boolean("timings_per_token", False),
+        fields=tuple(fields or ()),
+    )
+
+
+def _read_fields(body: Body, state: State) -> dict[str, Any]:
+    """All but the prompt, as a completion has it."""
     refuse(body, REFUSALS)
     for name, neutral in HINTS.items():
         if body.has(name) and body.raw(name) not in neutral:
@@ -90,12 +143,60 @@ async def parse_native(body: Body, state: State, response_id: str) -> tuple[Plan
         fields["logprobs"] = None
     if isinstance(fields["logit_bias"], list):
         fields["logit_bias"] = _read_bias(fields["logit_bias"], state.tokenizer)
-    wanted = Wanted(
-        is_list=_is_many(body.raw("prompt")),
-        with_tokens=body.boolean("return_tokens", False),
-        each_timed=body.boolean("timings_per_token", False),
-    )
-    return await parse_completion(Body(fields, body.size), state, response_id, default_max_tokens=None), wanted
+    return fields
+
+
+async def _read_prompt(prompt: Any, state: State) -> Any:
+    """A prompt as a completion has it: here it may be a list of ids and texts, and a text may stand in an object."""
+    if not isinstance(prompt, list) or any(isinstance(one, int) for one in prompt):
+        return await _read_one(prompt, "prompt", state)
+    if len(prompt) > MAX_PROMPTS:
+        return prompt
+    read = [await _read_one(one, f"prompt[{index}]", state) for index, one in enumerate(prompt)]
+    if any(isinstance(one, list) for one in read):
+        # A completion wants them of one kind.
+        tokenizer = state.tokenizer
+        return [await tokenizer.encode_async(one) if isinstance(one, str) else one for one in read]
+    return read
+
+
+async def _read_one(prompt: Any, where: str, state: State) -> Any:
+    """One prompt: a text, or a list of ids where there are any."""
+    if isinstance(prompt, dict):
+        text = prompt.get("prompt_string")
+        if not isinstance(text, str):
+            raise invalid(f"{where}.prompt_string", "must be a string")
+        if prompt.get("multimodal_data"):
+            raise invalid(f"{where}.multimodal_data", "must be empty: this model reads text only")
+        return text
+    if not isinstance(prompt, list) or not any(isinstance(piece, str) for piece in prompt):
+        return prompt
+    ids: list[Any] = []
+    for index, piece in enumerate(prompt):
+        # What begins the prompt begins it as a text does.
+        ids += (
+            await state.tokenizer.encode_async(piece, add_special_tokens=index == 0)
+            if isinstance(piece, str)
+            else [piece]
+        )
+    return ids
+
+
+def _read_extra(files: Any) -> list[tuple[str, str]]:
+    """Other files than the one with the hole: names and texts."""
+    if files is None:
+        return []
+    if not isinstance(files, list) or len(files) > MAX_FILES:
+        raise invalid("input_extra", f"must be a list of at most {MAX_FILES} objects with a `filename` and a `text`")
+    read: list[tuple[str, str]] = []
+    for index, file in enumerate(files):
+        text, name = (file.get("text"), file.get("filename")) if isinstance(file, dict) else (None, None)
+        if not isinstance(text, str):
+            raise invalid(f"input_extra[{index}].text", "must be a string")
+        if not isinstance(name, str | None):
+            raise invalid(f"input_extra[{index}].filename", "must be a string")
+        read.append((name or "tmp", text))
+    return read
 
 
 def _is_many(prompt: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 from engine.request import MAX_TOP_LOGPROBS, ContextLengthExceededError, Request, RequestError
 from server.protocol.body import Body, invalid
-from server.protocol.chat import parse_chat
+from server.protocol.chat import is_begun, is_last_of_assistant, parse_chat
 from server.protocol.completions import parse_completion
 from server.protocol.embeddings import EmbeddingPlan, embedding_of, parse_embedding
 from server.protocol.errors import message_with_field
@@ -71,7 +71,6 @@ OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
 REFUSALS: dict[str, tuple[object, ...]] = {
     "template": ("",),
     "context": ([],),
-    "suffix": ("",),
     "images": ([],),
     "width": (0,),
     "height": (0,),
@@ -104,7 +103,7 @@ async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Pl
     options = body.object("options") or {}
     fields = _read_fields(body, options, state)
     num_ctx = _read_num_ctx(options, state)
-    raw = not chat and body.boolean("raw", False)
+    raw = not chat and (body.boolean("raw", False) or bool(body.string("suffix", "")))
     messages = _read_messages(body.raw("messages")) if chat else _as_messages(body)
     if not messages:
         return None
@@ -112,6 +111,11 @@ async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Pl
         plan = await _parse_raw(body, fields, state, response_id)
     else:
         fields |= {"messages": messages} | _read_think(body, state)
+        if is_last_of_assistant(messages[-1]):
+            # The answer goes on with it, as it does in Ollama.
+            fields["continue_final_message"] = begun = is_begun(messages[-1], state)
+            if not begun and len(messages) > 1:
+                fields["messages"] = messages[:-1]
         if chat and body.raw("tools") != []:
             fields["tools"] = body.raw("tools")
         plan = await parse_chat(Body(fields, body.size), state, response_id)
@@ -271,15 +275,15 @@ def _read_think(body: Body, state: State) -> dict[str, Any]:
 
 
 async def _parse_raw(body: Body, fields: dict[str, Any], state: State, response_id: str) -> Plan:
-    """A prompt without a template."""
+    """A prompt without a template: as it is, or the two sides of a hole."""
     for name in ("system", "think"):
         if body.raw(name) not in (None, "") and body.raw(name) is not False:
-            raise invalid(name, "cannot be combined with `raw`")
+            raise invalid(name, f"cannot be combined with `{'suffix' if body.raw('suffix') else 'raw'}`")
     # A completion has one field for both.
     top, wanted = body.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS), body.boolean("logprobs", False)
     if top and not wanted:
         raise invalid("top_logprobs", "needs `logprobs` to be true")
-    fields |= {"prompt": body.raw("prompt"), "logprobs": (top or 0) if wanted else None}
+    fields |= {"prompt": body.raw("prompt"), "suffix": body.raw("suffix"), "logprobs": (top or 0) if wanted else None}
     return await parse_completion(Body(fields, body.size), state, response_id, default_max_tokens=None)
 
 

@@ -68,7 +68,6 @@ CHAT_REFUSALS = _COMMON | {
 
 COMPLETION_REFUSALS = _COMMON | {
     "return_prompt_text": (False,),
-    "suffix": ("",),
     # Where a raw prompt stands in its reasoning only its writer knows.
     "thinking_token_budget": (),
     "max_thinking_tokens": (),

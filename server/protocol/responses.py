@@ -18,6 +18,7 @@ from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse
 from server.protocol.response_items import Flat, as_messages, read_item, turn_of
 from server.protocol.tool_fields import Declared
+from server.protocol.tool_search import NAME as SEARCH
 from server.protocol.tool_search import as_function, found_tools, is_client_search
 from server.state import State
 
@@ -143,6 +144,7 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
         "logprobs": with_logprobs,
         "reasoning_effort": reasoning.raw("reasoning.effort"),
         "response_format": _chat_format(text),
+        "tool_choice": _chat_choice(body),
         "tools": tools or None,
         "chat_template_kwargs": kwargs,
         **dict.fromkeys(("input", "text", "reasoning", "include", "stream_options", "max_output_tokens")),
@@ -236,6 +238,21 @@ def _chat_tools(body: Body) -> list[Json]:
     # The answer repeats all of them, what nobody reads as well.
     check_nesting("tools", tools)
     return [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools)]
+
+
+def _chat_choice(body: Body) -> Any:
+    """`tool_choice`, where a search that the client runs is the function that it has become."""
+    choice, tools = body.raw("tool_choice"), body.raw("tools")
+    if not any(map(is_client_search, tools or [])):
+        return choice
+
+    def named(value: Any) -> Any:
+        asks = isinstance(value, dict) and value.get("type") == SEARCH
+        return {"type": "function", "function": {"name": SEARCH}} if asks else value
+
+    if isinstance(choice, dict) and choice.get("type") == "allowed_tools" and isinstance(choice.get("tools"), list):
+        return {**choice, "tools": [named(tool) for tool in choice["tools"]]}
+    return named(choice)
 
 
 def _chat_tool(tool: Any, where: str) -> Json:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -175,15 +174,14 @@ async def test_a_wait_may_be_cancelled_and_repeated(make: MakeDriver, model: Cau
         logits = staticmethod(model.logits)
 
         def forward(self, ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-            release.wait(10)
+            # Where submit or wait blocked the loop this would come back before the timeout below.
+            release.wait(60)
             return model.forward(ids, positions, attention)
 
     driver = make(Slow())
-    started = time.monotonic()
     handle = driver.launch([prefill(1, PROMPT)], {1: list(range(1, 13))}, {1: GREEDY})
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(driver.executor.wait(handle), 0.05)
-    assert time.monotonic() - started < 5, "neither submit nor wait blocks the loop"
     release.set()
     both = await asyncio.gather(driver.wait(handle), driver.wait(handle))
     assert both[0] == both[1] and both[0][0] >= 0

@@ -9,6 +9,7 @@ import pytest
 
 from engine.executor.fake import TAINTED_TOKEN, FakeExecutor, FakeModel, expected_tokens, poison_staging
 from engine.forward import ForwardError, Limits
+from engine.groups import Chunk
 from engine.request import SamplingParams
 from tests.executor.driver import GREEDY, Driver, decode, prefill
 
@@ -123,6 +124,30 @@ def test_oracle_of_a_window_forgets() -> None:
         changed = [*A]
         changed[index] += 1
         assert (expected_tokens(model, changed, GREEDY, 1) == base) == (index < len(A) - 5)
+
+
+async def test_a_page_given_back_is_seen_inside_the_chunk() -> None:
+    """A has 7 tokens on pages 1 and 2; a query at 7 reads from position 7 // window * window on."""
+    for window, fine in ((4, True), (7, True), (5, True), (3, True), (8, False)):
+        model = FakeModel(1000, windows=(Chunk(window),))
+        expected = expected_tokens(model, A, GREEDY, 2)
+        driver = Driver(FakeExecutor(LIMITS, model))
+        assert await driver.run([prefill(1, A)], {1: [1, 2]}, {1: GREEDY}) == expected[:1]
+        if fine:
+            assert await driver.run([decode(1, len(A))], entries=[(1, 0, 0)]) == expected[1:]
+        else:
+            with pytest.raises(AssertionError, match="null page"):
+                await driver.run([decode(1, len(A))], entries=[(1, 0, 0)])
+
+
+def test_oracle_of_chunks_forgets() -> None:
+    """At its last token, the first of a block, A has forgotten all before it."""
+    model = FakeModel(1000, windows=(Chunk(3),))
+    base = expected_tokens(model, A, GREEDY, 1)
+    for index in range(len(A)):
+        changed = [*A]
+        changed[index] += 1
+        assert (expected_tokens(model, changed, GREEDY, 1) == base) == (index < len(A) - 1)
 
 
 async def test_an_overwritten_page_is_seen(driver: Driver) -> None:

@@ -20,6 +20,7 @@ from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.attention.base import create_backend
 from engine.ops.invariance import promise
+from engine.ops.state import States
 
 CPU = torch.device("cpu")
 _UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias")
@@ -55,7 +56,8 @@ def make_checkpoint(
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config_class = getattr(transformers, family.replace("Gemma3", "Gemma3Text") + "Config")
+        text = "Text" if family in ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe") else ""
+        config_class = getattr(transformers, f"{family}{text}Config")
         config = config_class(**{**SIZES, **sizes})
         config._attn_implementation = "eager"
         model = getattr(transformers, family + "ForCausalLM")(config)
@@ -110,7 +112,10 @@ class Runner:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         pages = -(-max_model_len // 4)
-        self.limits = Limits(num_seqs, 512, max_model_len, 4, num_seqs * pages, model.config.vocab_size)
+        snapshots = 0 if model.config.has_state else None
+        self.limits = Limits(
+            num_seqs, 512, max_model_len, 4, num_seqs * pages, model.config.vocab_size, num_snapshots=snapshots
+        )
         self.model = model
         self.staging = Staging(self.limits)
         self.tables = SlotTables(self.limits)
@@ -118,6 +123,8 @@ class Runner:
         self.attention = create_backend(
             "torch_paged", model.attention_spec, num_pages=self.limits.num_pages, page_size=4, dtype=dtype
         )
+        if model.config.has_state:
+            self.attention.states = States(model.config.states, self.limits, dtype, CPU)
         # Every sequence's pages lie scattered over the pool.
         shuffled = np.random.default_rng(0).permutation(num_seqs * pages) + 1
         self.tables.page_table[1:] = shuffled.reshape(num_seqs, pages)
@@ -136,8 +143,11 @@ class Runner:
             self.done[sequence] += len(ids)
         staging.qo_indptr[len(rows)] = at
         decode = len(rows) if all(len(ids) == 1 for ids in rows.values()) else 0
-        self.metadata.build(ForwardInput(0, staging, len(rows), decode, at, 0, 0), self.tables)
+        forward_input = ForwardInput(0, staging, len(rows), decode, at, 0, 0)
+        self.metadata.build(forward_input, self.tables)
         self.attention.plan(self.metadata)
+        if self.attention.states is not None:
+            self.attention.states.begin(forward_input)
         ids = torch.from_numpy(staging.token_ids[:at].copy())
         with torch.inference_mode():
             return self.model.forward(ids, torch.from_numpy(self.metadata.positions.copy()), self.attention)

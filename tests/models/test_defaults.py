@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from engine.groups import Chunk
 from engine.models.registry import FAMILIES, MODEL_TYPES, read_spec
 from engine.models.spec import Dense, ModelSpec, RopeSpec, Ungated
 from tests.models.support import compare, edit_json, make_checkpoint
@@ -37,13 +38,13 @@ def read(directory: Path, values: dict[str, Any]) -> ModelSpec:
 
 def wide_rope(spec: ModelSpec) -> RopeSpec:
     """That of the layers that see all, or of all layers."""
-    [rope] = {layer.mixer.rope for layer in spec.layers if layer.mixer.window is None} - {None} or set(spec.ropes)
+    [rope] = {mixer.rope for mixer in spec.paged if mixer.window is None} - {None} or set(spec.ropes)
     assert rope is not None
     return rope
 
 
 def local_rope(spec: ModelSpec) -> RopeSpec:
-    [rope] = {layer.mixer.rope for layer in spec.layers if layer.mixer.window is not None}
+    [rope] = {mixer.rope for mixer in spec.paged if mixer.window is not None}
     assert rope is not None
     return rope
 
@@ -53,7 +54,7 @@ def defaults_of(architecture: str) -> dict[str, Any]:
 
 
 def theirs(config: Any, name: str) -> Any:
-    rope = config.rope_parameters
+    rope = getattr(config, "rope_parameters", None)
     if name == "rope_local_base_freq":
         return rope["sliding_attention"]["rope_theta"]
     if name in ROPE:
@@ -94,11 +95,14 @@ def test_every_field_of_the_class_that_counts_has_its_default(architecture: str)
     if architecture == "Glm4ForCausalLM":
         told |= {"eos_token_id"}
     assert told <= set(ours)
-    assert "rope_theta" in ours
+    assert "rope_theta" in ours or architecture == "NemotronHForCausalLM"
 
 
 # Their classes leave out sizes that a model must have, or have ones that do not fit each other.
-INCOMPLETE = {"Dots1ForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeHybridForCausalLM"}
+INCOMPLETE = {
+    *("DeepseekV2ForCausalLM", "Dots1ForCausalLM", "Glm4MoeForCausalLM", "GraniteMoeHybridForCausalLM"),
+    *("Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "NemotronHForCausalLM"),
+}
 
 
 @pytest.mark.parametrize("architecture", sorted(FAMILIES.keys() - INCOMPLETE))
@@ -106,14 +110,16 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     """The values that a model is made of, where the file names nothing but the type."""
     values = {"model_type": TYPES[architecture]}
     ours, config = read(tmp_path, values), config_of(architecture, values)
-    heads = config.num_attention_heads
+    heads, latent = config.num_attention_heads, getattr(config, "kv_lora_rank", None)
+    kv_heads = 1 if latent else config.num_key_value_heads or heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     assert ours.architecture == architecture
     assert (ours.vocab_size, ours.hidden_size, ours.num_layers, ours.num_heads, ours.num_kv_heads) == (
-        config.vocab_size, config.hidden_size, config.num_hidden_layers, heads, config.num_key_value_heads or heads
+        config.vocab_size, config.hidden_size, config.num_hidden_layers, heads, kv_heads
     )  # fmt: skip
-    assert ours.head_dim == (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    assert ours.head_dim == (latent + config.qk_rope_head_dim if latent else head_dim)
     dense = [layer.feed_forward for layer in ours.layers if isinstance(layer.feed_forward, Dense | Ungated)]
-    assert {each.intermediate_size for each in dense} <= {config.intermediate_size}
+    assert not dense or {each.intermediate_size for each in dense} <= {config.intermediate_size}
     assert ours.max_position_embeddings == config.max_position_embeddings
     assert ours.final_norm.eps == next(getattr(config, name) for name in EPSILONS if hasattr(config, name))
     assert ours.tie_word_embeddings == config.tie_word_embeddings
@@ -124,11 +130,15 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     rope = config.rope_parameters
     rope = rope.get("full_attention", rope)
     assert wide_rope(ours).theta == rope["rope_theta"]
-    assert wide_rope(ours).rotary_dim == int(ours.head_dim * rope.get("partial_rotary_factor", 1.0))
+    assert wide_rope(ours).rotary_dim == int(head_dim * rope.get("partial_rotary_factor", 1.0))
     window = getattr(config, "sliding_window", None)
+    if hasattr(config, "attention_chunk_size"):
+        window = Chunk(config.attention_chunk_size)
     window = None if window is None or window >= config.max_position_embeddings else window
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * ours.num_layers
-    assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    kinds = [kind for kind in kinds if kind != "linear_attention"]
+    limited = ("sliding_attention", "chunked_attention")
+    assert ours.windows == tuple(window if kind in limited else None for kind in kinds)
     assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(ours.assumed)
     for experts in ours.experts:
         counts = [getattr(config, name) for name in ("num_local_experts", "num_experts") if hasattr(config, name)]

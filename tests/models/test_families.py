@@ -68,8 +68,111 @@ SIGMOID = {
     "first_k_dense_replace": 1,
 }
 
+# Sizes of heads that no vector divides.
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+QWEN_NEXT_EXPERTS = {
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+LFM2_MOE = {
+    "layer_types": ["conv", "full_attention", "conv"],
+    "num_dense_layers": 1,
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "routed_scaling_factor": 1.7,
+}
+
+GRANITE_MAMBA = {
+    **GRANITE,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    "shared_intermediate_size": 56,
+    "num_local_experts": 0,
+    "mamba_n_heads": 8,
+    "mamba_d_state": 20,
+}
+GRANITE_MAMBA_GROUPS = {
+    "mamba_n_groups": 2,
+    "mamba_proj_bias": True,
+    "mamba_conv_bias": False,
+    "mamba_d_conv": 3,
+    "time_step_limit": [0.3, 0.9],
+    "num_local_experts": 5,
+}
+
+NEMOTRON_H = {
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    "head_dim": 12,
+    "mamba_num_heads": 6,
+    "mamba_head_dim": 10,
+    "ssm_state_size": 20,
+    "n_groups": 2,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "moe_shared_expert_intermediate_size": 40,
+    "routed_scaling_factor": 1.7,
+}
+NEMOTRON_H_LATENT = {
+    "moe_latent_size": 20,
+    "n_group": 2,
+    "use_bias": True,
+    "mlp_bias": True,
+    "time_step_min": 0.4,
+    "tie_word_embeddings": True,
+}
+
+FALCON_H1 = {
+    "mamba_d_ssm": 80,
+    "mamba_n_heads": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 20,
+    "mlp_multipliers": [0.8, 1.3],
+    "ssm_multipliers": [0.9, 1.2, 0.7, 1.1, 1.4],
+    "key_multiplier": 0.6,
+    "attention_in_multiplier": 0.9,
+    "attention_out_multiplier": 1.2,
+    "ssm_in_multiplier": 1.1,
+    "ssm_out_multiplier": 0.7,
+    "embedding_multiplier": 1.5,
+    "lm_head_multiplier": 0.4,
+}
+FALCON_H1_NORM = {
+    "mamba_d_ssm": 96,
+    "mamba_rms_norm": True,
+    "mamba_norm_before_gate": False,
+    "mamba_proj_bias": True,
+    "projectors_bias": False,
+    "mlp_bias": True,
+    "tie_word_embeddings": True,
+}
+
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "granite-mamba": ("GraniteMoeHybrid", GRANITE_MAMBA),
+    "granite-mamba-groups": ("GraniteMoeHybrid", {**GRANITE_MAMBA, **GRANITE_MAMBA_GROUPS}),
+    "nemotron-h": ("NemotronH", NEMOTRON_H),
+    "nemotron-h-latent": ("NemotronH", {**NEMOTRON_H, **NEMOTRON_H_LATENT}),
+    "falcon-h1": ("FalconH1", FALCON_H1),
+    "falcon-h1-norm": ("FalconH1", {**FALCON_H1, **FALCON_H1_NORM}),
     "llama": ("Llama", {}),
+    "qwen3_next": ("Qwen3Next", {**DELTA, **QWEN_NEXT_EXPERTS}),
+    "qwen3_5": ("Qwen3_5", {**DELTA, "linear_num_value_heads": 3, "attention_bias": True}),
+    "qwen3_5_moe": ("Qwen3_5Moe", {**DELTA, **QWEN_NEXT_EXPERTS, "tie_word_embeddings": True}),
+    "lfm2": ("Lfm2", {"layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8}),
+    "lfm2-bias": (
+        "Lfm2",
+        {"full_attn_idxs": [1], "conv_bias": True, "conv_L_cache": 5, "block_auto_adjust_ff_dim": False},
+    ),
+    "lfm2_moe": ("Lfm2Moe", LFM2_MOE),
     "llama-tied": ("Llama", {"tie_word_embeddings": True}),
     "llama-mha": ("Llama", {"num_key_value_heads": 6}),
     "llama-mqa": ("Llama", {"num_key_value_heads": 1}),

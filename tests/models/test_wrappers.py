@@ -16,7 +16,7 @@ from engine.config import CacheOptions, EngineConfig, ModelOptions, StartupError
 from engine.models.families.wrappers import WRAPPERS
 from engine.models.registry import read_spec
 from tests.models.support import SIZES, compare, edit_json, fill, load
-from tests.models.test_families import SIGMOID
+from tests.models.test_families import DELTA, QWEN_NEXT_EXPERTS, SIGMOID
 
 TOWER = {
     "hidden_size": 32,
@@ -58,6 +58,24 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         "Qwen3VLMoe",
         {**EXPERTS, "mlp_only_layers": [1], "rope_parameters": MROPE_INTERLEAVED},
         {**QWEN_TOWER, "deepstack_visual_indexes": [0], "num_position_embeddings": 4},
+        {},
+    ),
+    "qwen35": (
+        "Qwen3_5",
+        {**DELTA, "rope_parameters": {**MROPE_INTERLEAVED, "partial_rotary_factor": 0.5, "mrope_section": [2, 1, 1]}},
+        {**QWEN_TOWER, "num_position_embeddings": 4},
+        {"tie_word_embeddings": True},
+    ),
+    "qwen35moe": (
+        "Qwen3_5Moe",
+        {**DELTA, **QWEN_NEXT_EXPERTS, "rope_parameters": {**MROPE_INTERLEAVED, "mrope_section": [1, 1, 0]}},
+        {**QWEN_TOWER, "num_position_embeddings": 4},
+        {},
+    ),
+    "lfm2vl": (
+        "Lfm2Vl",
+        {"model_type": "lfm2", "layer_types": ["conv", "full_attention", "conv"], "block_multiple_of": 8},
+        {**TOWER, "model_type": "siglip2_vision_model", "num_patches": 4},
         {},
     ),
     "internvl-qwen3": (

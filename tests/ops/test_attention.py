@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.executor.tables import PagedMetadata
 from engine.forward import Limits
-from engine.groups import MemoryGroup, plan_groups
+from engine.groups import Chunk, MemoryGroup, plan_groups
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec, LayerAttention, create_backend
 from engine.ops.attention.sequence import attend_sequence
@@ -120,7 +120,9 @@ class Case:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
         position, column = torch.arange(start, start + length)[:, None], torch.arange(start + length)
         mask = column <= position
-        if spec.window is not None:
+        if isinstance(spec.window, Chunk):
+            mask &= column // spec.window == position // spec.window
+        elif spec.window is not None:
             mask &= column > position - spec.window
         scores = scores.masked_fill(~mask, float("-inf"))
         if self.sinks is not None:
@@ -178,6 +180,8 @@ KINDS = {
     "wide values": (4, 1, 16, 40, False, True, 100),
     "values in keys": (5, 1, 72, 64, True, False, None),
     "most of a key is no value": (80, 1, 40, 12, True, False, None),
+    "chunks": (6, 2, 32, 32, False, False, Chunk(100)),
+    "chunks of one": (4, 2, 16, 16, False, False, Chunk(1)),
 }
 
 
@@ -196,7 +200,7 @@ def test_other_shapes_and_sinks(mode: str, kind: str, dtype: torch.dtype) -> Non
         assert_close(got, case.exact(i))
 
 
-@pytest.mark.parametrize("kind", ["sinks and a window", "wide values", "values in keys"])
+@pytest.mark.parametrize("kind", ["sinks and a window", "wide values", "values in keys", "chunks"])
 def test_other_shapes_depend_on_nothing_but_their_context(kernels: native.Library, kind: str) -> None:
     case = Case(AttentionSpec((layer_of(kind),)), 16, [(1500, 1), (300, 150), (0, 70)], torch.bfloat16, 3)
     batch = case.run([0, 1, 2])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+import pytest
 import pytest_asyncio
 import uvloop
 
+from engine.text import infill
 from tests.server.support import Live, live
 
 
@@ -19,3 +21,11 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
 async def server() -> AsyncIterator[Live]:
     async with live() as server:
         yield server
+
+
+@pytest.fixture
+def infills(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The demo model as one that can fill in the middle: three of its tokens are marks for it."""
+    monkeypatch.setattr(infill, "_PREFIXES", ("<tool_call>",))
+    monkeypatch.setattr(infill, "_SUFFIXES", ("</tool_call>",))
+    monkeypatch.setattr(infill, "_MIDDLES", ("<|im_start|>",))

@@ -12,7 +12,7 @@ import pytest
 from engine.config import StartupError
 from server.app import ADMIN_ENDPOINTS
 from server.endpoints import health
-from tests.server.bad_requests import check_anthropic, check_ollama
+from tests.server.bad_fields import check_anthropic, check_ollama
 from tests.server.support import ALL_ABILITIES, Live, live, parse_events, served_model, until
 from tests.server.test_errors import check_shape
 

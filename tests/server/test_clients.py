@@ -163,7 +163,7 @@ async def test_drain_finishes_what_was_accepted_and_refuses_the_rest() -> None:
         events = await streamed
         assert events[-1] == "[DONE]" and events[-2]["choices"][0]["finish_reason"] == "length"
         assert (await whole)["usage"]["completion_tokens"] == 30
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(BOUND_S):
             await server.serving
         with pytest.raises(OSError):
             await asyncio.open_connection("127.0.0.1", server.port)
@@ -190,7 +190,7 @@ async def test_a_second_signal_ends_the_drain() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         await until(lambda: server.engine.draining)
         os.kill(os.getpid(), signal.SIGINT)
-        async with asyncio.timeout(5.0):
+        async with asyncio.timeout(BOUND_S):
             await server.serving
         with pytest.raises(aiohttp.ClientError):
             await task
@@ -219,7 +219,7 @@ async def test_sigterm_ends_the_process_in_time_although_a_client_never_reads() 
     process = await asyncio.create_subprocess_exec(sys.executable, "-c", program, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     try:
-        async with asyncio.timeout(20.0):
+        async with asyncio.timeout(BOUND_S):
             port = int(await process.stdout.readline())
         with socket.socket() as sock:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

@@ -17,7 +17,7 @@ from jsonschema import Draft202012Validator
 from server.protocol import ignored
 from server.protocol.anthropic_tools import client_tool
 from server.protocol.ignored import HEADER
-from tests.server.bad_requests import check_anthropic
+from tests.server.bad_fields import check_anthropic
 from tests.server.dictate import CUTS, Cut, dictated
 from tests.server.histories import BYE, CHAT, FUNCTION, HI, MESSAGES, RESPONSES, call, prompt, shown, stream
 from tests.server.support import Live, live, served_model
@@ -186,6 +186,14 @@ async def test_a_search_of_the_clients_is_a_call_and_what_it_finds_can_be_called
         deferred = {"type": "namespace", "name": "n", "tools": [FUNCTION | {"defer_loading": True}]}
         text, _ = await prompt(other, RESPONSES, {"input": "hi", "tools": [{"type": "tool_search"}, deferred]})
         assert text.startswith("<n__f|d>[user::hi]")
+    # It can be insisted on, alone or among others.
+    pick = {"type": "tool_search"}
+    for choice in (pick, {"type": "allowed_tools", "mode": "required", "tools": [pick]}):
+        status, answer = await server.post(RESPONSES, {**body, "input": "hi", "tool_choice": choice})
+        assert status == 200 and {item["type"] for item in answer["output"]} == {"tool_search_call"}
+    for tools in ([FUNCTION], [{"type": "tool_search"}, FUNCTION]):
+        status, answer = await server.post(RESPONSES, {"input": "hi", "tools": tools, "tool_choice": pick})
+        assert status == 400 and answer["error"]["param"] == "tool_choice"
     for broken in ({"parameters": 5}, {"description": 5}):
         status, answer = await server.post(RESPONSES, {"input": "hi", "tools": [search | broken]})
         assert status == 400 and answer["error"]["param"] == f"tools[0].{next(iter(broken))}"

@@ -15,19 +15,12 @@ import pytest
 from yarl import URL
 
 from engine.forward import ForwardError
-from tests.server.bad_requests import (
-    ENCODINGS,
-    FAMILIES,
-    HI,
-    MEDIA_TYPES,
-    NO_ROUTES,
-    RAW,
-    VOCAB,
-    Family,
-    check_shape,
-)
+from tests.server.bad_bytes import ENCODINGS, MEDIA_TYPES, NO_ROUTES, RAW
+from tests.server.bad_fields import HI, VOCAB, Family, check_shape
+from tests.server.bad_requests import FAMILIES
 from tests.server.support import BOUND_S, Live, live, served_model, until
 
+pytestmark = pytest.mark.usefixtures("infills")
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 DEEP: Any = "[" * 100 + "]" * 100
@@ -142,7 +135,7 @@ COMMON: list[tuple[str, Any]] = [
     ("guided_regex", "("),
     ("guided_choice", []),
     ("guided_grammar", ""),
-    ("guided_decoding_backend", "outlines"),
+    ("guided_decoding_backend", "magic"),
     ("regex", "a(b"),
     ("ebnf", "root ::= nothing_of_that_name"),
     ("structural_tag", {}),
@@ -171,7 +164,7 @@ COMPLETION_ONLY: list[tuple[str, Any]] = [
     ("logprobs", -1),
     ("logprobs", 21),
     ("logprobs", True),
-    ("suffix", "x"),
+    ("suffix", 5),
     ("prompt_embeds", "AAAA"),
 ]
 CHAT_ONLY: list[tuple[str, Any]] = [
@@ -294,7 +287,7 @@ async def test_bodies_that_are_no_json_object(server: Live, family: Family) -> N
 async def test_routes_and_methods_that_are_not_there(server: Live) -> None:
     for method, path, expected in NO_ROUTES:
         url = URL(server.url + path, encoded=True)
-        async with asyncio.timeout(1.0), server.http.request(method, url, data=b"{}") as response:
+        async with asyncio.timeout(BOUND_S), server.http.request(method, url, data=b"{}") as response:
             body = await response.read()
         assert response.status == expected, (method, path, body)
         assert ("Allow" in response.headers) == (expected == 405)

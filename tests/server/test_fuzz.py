@@ -20,9 +20,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from server.protocol.ignored import HEADER
-from tests.server.bad_requests import FAMILIES, Family
+from tests.server.bad_fields import Family
+from tests.server.bad_requests import FAMILIES
 from tests.server.support import BOUND_S, Live
 
+pytestmark = pytest.mark.usefixtures("infills")
 SEEDED = settings(
     max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

@@ -9,7 +9,7 @@ from typing import Any
 import openai
 import pytest
 
-from tests.server.support import Live, live
+from tests.server.support import BOUND_S, Live, live
 from tests.server.test_errors import check_shape
 
 GOOD = {"prompt": "x", "max_tokens": 1}
@@ -20,7 +20,7 @@ async def raw_exchange(server: Live, data: bytes) -> bytes:
     reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
     try:
         writer.write(data)
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(BOUND_S):
             return await reader.read()
     finally:
         writer.close()
@@ -72,7 +72,7 @@ async def test_a_key_is_asked_for_before_the_body_is_read() -> None:
         head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 5000\r\n\r\n"
         reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
         writer.write(head)
-        async with asyncio.timeout(2.0):
+        async with asyncio.timeout(BOUND_S):
             assert b" 401 " in await reader.readline()
         writer.close()
         await writer.wait_closed()

@@ -9,6 +9,7 @@ import random
 from collections.abc import AsyncIterator
 from typing import Any
 
+import pytest
 import pytest_asyncio
 
 from engine.models.generation import GenerationDefaults
@@ -18,6 +19,7 @@ from server.answers.ollama import OllamaAnswer
 from server.protocol.body import Body
 from server.protocol.generation import Plan
 from server.protocol.ollama import FLAG_HINTS, Wanted, parse
+from tests.server.dictate import dictated
 from tests.server.support import BOUND_S, Live, cuts, live, served_model, teach, tokenizer, until
 from tests.server.test_logprobs import device
 
@@ -93,6 +95,25 @@ async def say(server: Live, text: str, path: str, body: dict[str, Any]) -> dict[
     _, first = await server.post(path, {**body, "stream": False, "options": {"num_predict": 1}})
     teach(server, text, first["prompt_eval_count"])
     return await both_ways(server, path, body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_last_message_of_the_assistant_begins_the_answer(server: Live, stream: bool) -> None:
+    question = {"role": "user", "content": "hi"}
+    for begun, ending in (
+        ({"content": "I say"}, "assistant\nI say"),
+        ({"content": "I say", "images": []}, "assistant\nI say"),
+        # A turn that was cut before it said anything is nothing to go on with; and this model shows no thoughts.
+        ({"content": ""}, "user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+        ({"thinking": "so"}, "user\nhi<|im_end|>\n<|im_start|>assistant\n"),
+    ):
+        body = {"messages": [question, {"role": "assistant", **begun}], "stream": stream}
+        with dictated(server, " so") as requests:
+            async with server.http.post(server.url + CHAT, json=body) as response:
+                lines = [json.loads(line) for line in (await response.read()).splitlines()]
+        assert response.status == 200, lines
+        assert "".join(line["message"]["content"] for line in lines) == " so"
+        assert tokenizer().decode(requests[0].prompt_token_ids, skip_special_tokens=False).endswith(ending)
 
 
 async def test_text_and_why_it_ended(server: Live) -> None:
@@ -402,6 +423,9 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (GENERATE, {"raw": True, "top_logprobs": 3}, "top_logprobs"),
     (GENERATE, {"template": "x"}, "template"),
     (GENERATE, {"context": [1]}, "context"),
+    (GENERATE, {"suffix": 5}, "suffix"),
+    (GENERATE, {"suffix": "x", "system": "x"}, "system"),
+    # The demo model has no tokens for it.
     (GENERATE, {"suffix": "x"}, "suffix"),
     (GENERATE, {"images": ["aGk="]}, "images"),
     *(

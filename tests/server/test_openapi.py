@@ -13,8 +13,10 @@ from server.app import ENDPOINTS
 from server.openapi.document import document
 from server.protocol.body import REFUSED_EVERYWHERE, Body
 from server.short_forms import short_form
+from tests.server.bad_requests import FAMILIES
 from tests.server.support import Live, live
-from tests.server.test_errors import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("infills")
 
 Json = dict[str, Any]
 DOCUMENT = document("1.2.3")

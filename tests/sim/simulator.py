@@ -17,6 +17,7 @@ from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle, expected_logprob, poison_staging
 from engine.forward import ForwardError, ForwardOutput
+from engine.groups import Chunk
 from engine.request import FinishReason, Pooling, RequestError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
@@ -371,6 +372,8 @@ class Simulator:
                 for page in pages[start // page_size :]:
                     self.page_namespace[page] = name
                 first = 0 if window is None else max(0, start - window + 1)
+                if isinstance(window, Chunk):
+                    first = start - start % window
                 for page in [] if failed else pages[first // page_size :]:
                     assert self.page_namespace[page] == name, f"page {page} crosses a namespace"
 

@@ -15,7 +15,7 @@ from typing import Any
 from engine.cache.eviction.registry import EVICTION_POLICIES
 from engine.executor.fake import FakeModel, expected_stream, expected_vector
 from engine.forward import Limits
-from engine.groups import MemoryGroup
+from engine.groups import Chunk, MemoryGroup
 from engine.request import FinishReason, Pooling, Request, SamplingParams
 from engine.scheduling.policy.registry import POLICIES
 
@@ -167,6 +167,8 @@ def draw_options(seed: int) -> Options:
     max_num_seqs = random.choice([1, 2, 3, 4, 5, 6, 8, 8])
     max_model_len = random.choice([8, 16, 24, 40, 64])
     windows = random.choice(WINDOWS)
+    if Random(f"chunks {seed}").random() < 0.3:
+        windows = tuple(None if window is None else Chunk(window) for window in windows)
     groups = len(windows)
     whole_context = -(-max_model_len // page_size) * groups
     num_pages = random.choice(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from engine.models.families.common import (
     Shape,
@@ -13,8 +13,8 @@ from engine.models.families.common import (
     shared_experts,
 )
 from engine.models.families.rope import read_rope
-from engine.models.fields import Fields
-from engine.models.spec import Dense, Experts, GroupedQueryAttention, LayerSpec, ModelSpec, Router
+from engine.models.fields import Fields, show
+from engine.models.spec import Dense, Experts, LayerSpec, Mixer, ModelSpec, Router
 
 # What an absent field means: Glm4MoeConfig of transformers.
 DEFAULTS = {
@@ -56,14 +56,14 @@ def read_spec(fields: Fields, renamed: Mapping[str, str] | None = None) -> Model
     )
 
 
-def sigmoid_layers(fields: Fields, shape: Shape, attention: list[GroupedQueryAttention]) -> list[LayerSpec]:
-    """Layers with experts as DeepSeek V3 introduced them, after `first_k_dense_replace` without."""
+def sigmoid_layers(
+    fields: Fields, shape: Shape, mixers: Sequence[Mixer], sparse: Sequence[bool] | None = None
+) -> list[LayerSpec]:
+    """Layers with experts as DeepSeek V3 introduced them. sparse: which; None: all after `first_k_dense_replace`."""
     activation = read_activation(fields, "hidden_act")
     num_experts, num_experts_per_token = read_experts(fields, "n_routed_experts", "num_local_experts")
     inner = fields.integer("moe_intermediate_size")
-    groups = fields.integer("n_group", 1)
-    if num_experts % groups:
-        fields.fail("n_group", f"({groups}) must divide n_routed_experts ({num_experts})")
+    groups, groups_chosen = read_groups(fields, num_experts, num_experts_per_token)
     experts = Experts(
         num_experts,
         num_experts_per_token,
@@ -75,11 +75,38 @@ def sigmoid_layers(fields: Fields, shape: Shape, attention: list[GroupedQueryAtt
             bias="mlp.gate.e_score_correction_bias",
             wide=True,
             groups=groups,
-            groups_chosen=fields.integer("topk_group", 1, maximum=groups),
+            groups_chosen=groups_chosen,
             scale=fields.number("routed_scaling_factor", above=0.0),
         ),
         shared=shared_experts("shared_experts", inner * fields.integer("n_shared_experts", 0, minimum=0), activation),
     )
     mlp = Dense(shape.intermediate_size, activation)
-    dense = fields.integer("first_k_dense_replace", minimum=0)
-    return [shape.layer(each, mlp if index < dense else experts) for index, each in enumerate(attention)]
+    if sparse is None:
+        dense = fields.integer("first_k_dense_replace", minimum=0)
+        sparse = [index >= dense for index in range(shape.num_layers)]
+    return [shape.layer(each, experts if chosen else mlp) for each, chosen in zip(mixers, sparse, strict=True)]
+
+
+def read_groups(fields: Fields, num_experts: int, per_token: int) -> tuple[int, int]:
+    """How many groups the experts stand in, and of how many of them a token's are chosen."""
+    groups = fields.integer("n_group", 1)
+    if num_experts % groups:
+        fields.fail("n_group", f"({groups}) must divide the number of experts ({num_experts})")
+    chosen = fields.integer("topk_group", 1, maximum=groups)
+    if chosen * (num_experts // groups) < per_token:
+        fields.fail("topk_group", f"({chosen} of {groups}) leaves fewer experts than num_experts_per_tok asks for")
+    return groups, chosen
+
+
+def sparse_by_type(fields: Fields, num_layers: int) -> list[bool]:
+    """Which layers have experts: `mlp_layer_types`, else all after `first_k_dense_replace`, or after the first."""
+    kinds = fields.words("mlp_layer_types")
+    if not kinds:
+        dense = fields.integer("first_k_dense_replace", 1, minimum=0)
+        return [index >= dense for index in range(num_layers)]
+    if len(kinds) != num_layers:
+        fields.fail("mlp_layer_types", f"must have num_hidden_layers = {num_layers} entries, not {len(kinds)}")
+    for kind in kinds:
+        if kind not in ("dense", "sparse"):
+            fields.fail("mlp_layer_types", f"must hold dense or sparse, not {show(kind)}")
+    return [kind == "sparse" for kind in kinds]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from engine.models.families.common import read_activation, read_shape, read_windows
-from engine.models.families.rope import read_rope
+from engine.models.families.common import Shape, read_activation, read_shape, read_windows
+from engine.models.families.rope import read_rope, scaling_fields
 from engine.models.fields import Fields
-from engine.models.spec import Dense, ModelSpec, QueryScale
+from engine.models.spec import Dense, ModelSpec, QueryScale, RopeSpec
 
 # What an absent field means: Ministral3Config of transformers.
 DEFAULTS = {
@@ -45,9 +45,13 @@ def read_spec(fields: Fields) -> ModelSpec:
     if not fields.has("rope_parameters") and not fields.has("rope_scaling"):
         given = fields.with_values({"rope_parameters": ROPE})
     rope = read_rope(given, shape)
-    scaling = given.nested("rope_parameters") or given.nested("rope_scaling") or given.empty("rope_parameters")
-    beta = scaling.number("llama_4_scaling_beta", 0.0, minimum=0.0)
-    scale = QueryScale(beta, rope.original_max_position or shape.max_position_embeddings) if beta else None
+    scale = read_query_scale(given, rope, shape)
     mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
     windows = read_windows(fields, shape, ("sliding_attention",) * shape.num_layers)
     return shape.model(shape.layer(shape.attention(rope, window=window, query_scale=scale), mlp) for window in windows)
+
+
+def read_query_scale(fields: Fields, rope: RopeSpec, shape: Shape) -> QueryScale | None:
+    """None where the rope has no `llama_4_scaling_beta`."""
+    beta = scaling_fields(fields).number("llama_4_scaling_beta", 0.0, minimum=0.0)
+    return QueryScale(beta, rope.original_max_position or shape.max_position_embeddings) if beta else None

@@ -11,7 +11,7 @@ from engine.models.fields import Fields, show
 from engine.models.spec import ROPE_KINDS, RopeSpec
 
 
-def _rope_fields(fields: Fields, layer_type: str | None, scaled: bool) -> Fields:
+def scaling_fields(fields: Fields, layer_type: str | None = None, scaled: bool = True) -> Fields:
     """The object that describes a rope, empty where there is none; where two forms meet, as transformers merges them.
 
     `rope_scaling` takes the place of `rope_parameters`, theta included; where layers differ by type, it is laid over
@@ -45,7 +45,7 @@ def read_rope(
     (gemma's local rope differs in both). renamed: kinds that the family writes under another name. Raises
     StartupError.
     """
-    scaling = _rope_fields(fields, layer_type, scaled)
+    scaling = scaling_fields(fields, layer_type, scaled)
     if scaling.has("rope_theta"):
         theta = scaling.number("rope_theta", above=0.0)
     else:

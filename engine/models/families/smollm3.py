@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.models.families.common import read_activation, read_shape, read_windows
+from engine.models.families.common import Shape, read_activation, read_shape, read_windows
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
 from engine.models.spec import Dense, ModelSpec
@@ -32,12 +32,7 @@ def read_spec(fields: Fields) -> ModelSpec:
     """In `no_rope_layers` 1 means that the layer has a rope. Layers without one have the window, where there is one."""
     shape = read_shape(fields)
     bias = fields.flag("attention_bias")
-    interval = fields.integer("no_rope_layer_interval")
-    told = [int((layer + 1) % interval != 0) for layer in range(shape.num_layers)]
-    if fields.has("no_rope_layers"):
-        told = list(fields.integers("no_rope_layers"))
-        if len(told) != shape.num_layers:
-            fields.fail("no_rope_layers", f"must have num_hidden_layers = {shape.num_layers} entries, not {len(told)}")
+    told = layers_with_rope(fields, shape)
     windows: tuple[int | None, ...] = (None,) * shape.num_layers
     if fields.flag("use_sliding_window"):
         layer_types = fields.layer_types(shape.num_layers) or tuple(
@@ -50,3 +45,14 @@ def read_spec(fields: Fields) -> ModelSpec:
         shape.layer(shape.attention(rope if flag else None, window=window, qkv_bias=bias, output_bias=bias), mlp)
         for flag, window in zip(told, windows, strict=True)
     )
+
+
+def layers_with_rope(fields: Fields, shape: Shape) -> list[int]:
+    """1 for every layer that has one: `no_rope_layers`, else all but every `no_rope_layer_interval`th."""
+    if not fields.has("no_rope_layers") or not fields.integers("no_rope_layers"):
+        interval = fields.integer("no_rope_layer_interval")
+        return [int((layer + 1) % interval != 0) for layer in range(shape.num_layers)]
+    told = list(fields.integers("no_rope_layers"))
+    if len(told) != shape.num_layers:
+        fields.fail("no_rope_layers", f"must have num_hidden_layers = {shape.num_layers} entries, not {len(told)}")
+    return told

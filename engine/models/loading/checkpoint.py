@@ -17,6 +17,7 @@ from typing import Any, TypeGuard
 
 from engine.config import StartupError
 from engine.models.fields import Fields
+from engine.models.gguf.dequantise import DEQUANTISED
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -31,6 +32,7 @@ ITEM_BYTES = {
     "U8": 1, "BOOL": 1, "C64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "F8_E4M3FNUZ": 1, "F8_E5M2FNUZ": 1,
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
+READ = FLOATS + DEQUANTISED
 
 # Tensors that are saved although they are computed from config.json, or always the same (xIELU's beta and eps).
 # The heads of a trainer's value and reward model say nothing of the next token, nor does a head that drafts several.
@@ -49,7 +51,11 @@ MAX_SHARDS = 100_000
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where a tensor lies: absolute byte offsets [begin, end) in `file`. transposed: columns by rows, a matrix's."""
+    """Where a tensor lies: absolute byte offsets [begin, end) in `file`. transposed: columns by rows, a matrix's.
+
+    dtype: one of ITEM_BYTES, or a block type of GGUF. shift: was added to it and must be taken away.
+    scale, block: of a quantised matrix, see float8.py.
+    """
 
     file: Path
     dtype: str
@@ -57,6 +63,9 @@ class StoredTensor:
     begin: int
     end: int
     transposed: bool = False
+    shift: float = 0.0
+    scale: StoredTensor | None = None
+    block: tuple[int, int] | None = None
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -264,8 +273,8 @@ def check(
             )
             sizes = ", ".join(name for name in assumed if name != "tie_word_embeddings")
             hint = f"; config.json has no {sizes}: the defaults of the class count" if sizes else ""
-        elif tensor.dtype not in FLOATS:
-            problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {FLOATS} are read")
+        elif tensor.dtype not in READ and tensor.scale is None:
+            problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {READ} are read")
     problems += [
         f"{tensor.file.name}: tensor {name} is not part of the model"
         for name, tensor in tensors.items()

@@ -16,11 +16,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engine.config import StartupError
+from engine.models.gguf.dequantise import dequantise
+from engine.models.gguf.names import name_tensors
+from engine.models.gguf.reader import is_gguf, open_gguf
+from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
+from engine.models.loading.float8 import dequantised, with_scales
 from engine.models.parts.decoder import PREFIX, embedding_name
 from engine.models.spec import Experts, ModelSpec
 from engine.ops.linear import Linear
@@ -30,12 +36,24 @@ OUTPUT_WEIGHT = f"{OUTPUT}.weight"
 
 # Bytes copied before the mapped pages are given back and progress is told.
 CHUNK_BYTES = 16 * 1024 * 1024
+# Elements of quantised tensors that are dequantised at once; a multiple of every block.
+BLOCK_ELEMENTS = 64 * 1024
 # Random values that dummy weights repeat; a prime, so that rows of any length differ.
 DUMMY_BLOCK = 1_048_573
 
-TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+}
 
 logger = logging.getLogger("oneloop.start")
+
+# What Nemotron-H calls its embedding.
+_EMBEDDINGS = re.compile(r"^((?:model|backbone)\.)embeddings\.weight$")
 
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
@@ -174,8 +192,21 @@ class CheckpointWeights(Weights):
 
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]
-        dtype = TORCH_DTYPES[stored.dtype]
+        if stored.scale is not None:
+            self._scale(destination, stored, stored.scale)
+        elif stored.shift:
+            wide = torch.empty(destination.shape, dtype=torch.float32)
+            self._fill(wide, name, stored)
+            destination.copy_(wide.sub_(stored.shift))
+        else:
+            self._fill(destination, name, stored)
+
+    def _fill(self, destination: Tensor, name: str, stored: StoredTensor) -> None:
         flat = destination.view(-1)
+        if stored.dtype not in FLOATS:
+            self._dequantise(flat, name, stored)
+            return
+        dtype = TORCH_DTYPES[stored.dtype]
         step = CHUNK_BYTES // dtype.itemsize
         if stored.transposed:
             # Whole rows of the file, which are columns of the destination.
@@ -192,10 +223,53 @@ class CheckpointWeights(Weights):
             else:
                 flat[start : start + count].copy_(source)
             del source
-            self._files.release(stored.file, begin, end)
-            self._done += end - begin
-            if self._progress is not None:
-                self._progress(self._done, self._total)
+            self._let_go(stored, begin, end)
+
+    def _dequantise(self, flat: Tensor, name: str, stored: StoredTensor) -> None:
+        """The blocks of a quantised tensor as numbers, piece by piece; each piece stays in the processor's caches."""
+        kind = BY_NAME[stored.dtype]
+        mapped = self._files.get(stored.file, stored.end)
+        blocks = np.frombuffer(mapped, np.uint8, stored.end - stored.begin, stored.begin).reshape(-1, kind.size)
+        values = np.empty((BLOCK_ELEMENTS // kind.elements, kind.elements), dtype=np.float32)
+        given_back = 0
+        for start in range(0, len(blocks), len(values)):
+            piece = blocks[start : start + len(values)]
+            out = values[: len(piece)]
+            try:
+                dequantise(stored.dtype, piece, out)
+            except ValueError as problem:
+                raise StartupError(f"{stored.file}: tensor {name}: {problem}") from None
+            at = start * kind.elements
+            flat[at : at + out.size].copy_(torch.from_numpy(out.reshape(-1)))
+            done = (start + len(piece)) * kind.size
+            if done - given_back >= CHUNK_BYTES or start + len(piece) == len(blocks):
+                del piece
+                self._let_go(stored, stored.begin + given_back, stored.begin + done)
+                given_back = done
+
+    def _scale(self, destination: Tensor, stored: StoredTensor, scale: StoredTensor) -> None:
+        """A float8 matrix times its scales, whole rows of blocks at a time."""
+        count = math.prod(scale.shape)
+        scales = _view(self._files, scale, TORCH_DTYPES[scale.dtype], 0, count).to(torch.float32)
+        width = destination.shape[1]
+        high = stored.block[0] if stored.block is not None else 1
+        step = max(1, CHUNK_BYTES // 4 // (width * high)) * high
+        by_row = scales if count == 1 else scales.view(scale.shape)
+        for start in range(0, len(destination), step):
+            part = destination[start : start + step]
+            codes = _view(self._files, stored, TORCH_DTYPES[stored.dtype], start * width, part.numel()).view(-1, width)
+            own = by_row if count == 1 else by_row[start // high : (start + step) // high]
+            part.copy_(dequantised(codes, own, stored.block))
+            begin = stored.begin + start * width
+            del codes
+            self._let_go(stored, begin, begin + part.numel())
+
+    def _let_go(self, stored: StoredTensor, begin: int, end: int) -> None:
+        """Bytes [begin, end) of the file are done with."""
+        self._files.release(stored.file, begin, end)
+        self._done += end - begin
+        if self._progress is not None:
+            self._progress(self._done, self._total)
 
 
 def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: int, count: int) -> Tensor:
@@ -208,7 +282,9 @@ def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: i
 
 
 def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
-    """The tensors of a directory by the names that a model asks for. Raises StartupError."""
+    """The tensors of a directory, or of a GGUF file, by the names that a model asks for. Raises StartupError."""
+    if is_gguf(directory):
+        return _gguf_tensors(directory, spec)
 
     def inside(found: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
         return {
@@ -216,11 +292,29 @@ def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTens
         }
 
     # Before and after, for what is left out may stand under the prefix of a wrapper, too.
-    found = _with_single_experts(inside(_with_our_names(inside(_modern(find_tensors(directory))), spec)), spec)
+    found = inside(_modern(find_tensors(directory)))
+    if spec.float8 is not None:
+        found = with_scales(found, spec.float8)
+    found = _with_single_experts(inside(_with_our_names(found, spec)), spec)
     for step in spec.projections:
         if step.name:
             module = find_tensors(directory / step.name.removesuffix(".linear"))
             found |= {step.name.removesuffix("linear") + name: tensor for name, tensor in module.items()}
+    return found
+
+
+def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
+    """What belongs to nothing keeps its name, for `check` to refuse."""
+    model = open_gguf(path)
+    named, others = name_tensors(spec, model)
+    found = {}
+    for name, each in named.items():
+        tensor = each.tensor
+        ours = name if name.startswith(f"{OUTPUT}.") else PREFIX + name
+        found[ours] = StoredTensor(tensor.file, tensor.type, tensor.shape, tensor.begin, tensor.end, shift=each.shift)
+    for name in others:
+        tensor = model.tensors[name]
+        found[name] = StoredTensor(tensor.file, tensor.type, tensor.shape, tensor.begin, tensor.end)
     return found
 
 
@@ -241,7 +335,10 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
         if not isinstance(experts, Experts) or experts.stacked is None:
             continue
         count, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
-        inputs = 2 * inner // len(experts.gate_up)
+        hidden = experts.latent_size or hidden
+        inputs = (2 if experts.gated else 1) * inner // len(experts.gate_up)
+        if experts.fused is not None:
+            _split_fused(found, f"{PREFIX}layers.{index}.", experts, hidden)
         for template, out, into in (
             *((name, inputs, hidden) for name in experts.gate_up),
             (experts.down, hidden, inner),
@@ -270,11 +367,34 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
     return found
 
 
+def _split_fused(found: dict[str, StoredTensor], prefix: str, experts: Experts, hidden: int) -> None:
+    """Every expert's gate and up of the tensor that holds those of a layer, as tensors of their own; in place."""
+    name = f"{prefix}{experts.fused}"
+    name = name if name in found else f"{name}.weight"
+    tensor = found.get(name)
+    if tensor is None:
+        return
+    count, inner = experts.num_experts, experts.intermediate_size
+    if tensor.shape != (count, 2 * inner, hidden):
+        raise StartupError(
+            f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for "
+            f"{[count, 2 * inner, hidden]}"
+        )
+    del found[name]
+    size = (tensor.end - tensor.begin) // (2 * count)
+    for place, (number, template) in enumerate((n, each) for n in range(count) for each in experts.gate_up):
+        begin = tensor.begin + place * size
+        found[f"{prefix}{template.format(number)}.weight"] = StoredTensor(
+            tensor.file, tensor.dtype, (inner, hidden), begin, begin + size
+        )
+
+
 def _with_our_names(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[str, StoredTensor]:
     """A model saved without its output layer has no `model.` before its names (Qwen3-Embedding is one); one saved from
     inside of another object has that one's name before them. The embedding, or else the layers, show the prefix.
     """
     name = embedding_name(spec).removeprefix(PREFIX)
+    tensors = {_EMBEDDINGS.sub(r"\g<1>" + name, key): tensor for key, tensor in tensors.items()}
     found = {key.removesuffix(name) for key in tensors if f".{key}".endswith(f".{name}")}
     layer = re.escape(spec.layer_names).replace(r"\{\}", r"\d+")
     found = found or {match[1] for key in tensors if (match := re.match(rf"((?:.*?\.)?){layer}", key))}

@@ -12,13 +12,20 @@ from torch import Tensor
 from engine.models.parts.norm import make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
-from engine.models.spec import GroupedQueryAttention
+from engine.models.spec import GroupedQueryAttention, QueryScale
 from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.attention.device import HeadNorms, StepAttention
 from engine.ops.linear import Product
 from engine.ops.norm import Normed
+from engine.ops.recurrence import sigmoid_gate
 from engine.ops.rope import apply_rope
+
+
+def query_factors(scale: QueryScale, positions: Tensor) -> Tensor:
+    """[T] -> float32 [T, 1]."""
+    steps = torch.div(positions + scale.offset, scale.original_max_position, rounding_mode="floor")[:, None]
+    return 1 + scale.beta * by_rows(torch.log1p, steps)
 
 
 class Attention:
@@ -37,9 +44,16 @@ class Attention:
         order = split_pairs(heads + kv_heads, dim, rope.rotary_dim) if rope is not None and rope.interleaved else None
         # A layer that reads another's keys and values has queries alone.
         self._rows = [heads * dim, kv_heads * dim, kv_heads * value_dim] if kv_heads else [heads * dim]
+        rows = list(self._rows)
+        self._gates = heads * dim if spec.gated_queries else 0
+        if self._gates:
+            assert order is None and value_dim == dim
+            # From each head's query and gate to all queries and all gates.
+            order = torch.arange(2 * heads * dim).view(heads, 2, dim).transpose(0, 1).flatten()
+            rows[0] += self._gates
         self._qkv = source.linear(
             [prefix + name for name in spec.qkv],
-            self._rows if len(spec.qkv) == len(self._rows) else [sum(self._rows)],
+            rows if len(spec.qkv) == len(rows) else [sum(rows)],
             hidden_size,
             bias=spec.qkv_bias,
             order=order,
@@ -64,10 +78,15 @@ class Attention:
         self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
     ) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]. table: of `rope_table`; the backend turns q and k by it as it goes."""
-        q, k, v = self._project(x)
+        qkv = self._qkv(x)
+        gate: Tensor | None = None
+        if self._gates:
+            q, gate, rest = qkv.tensor_split((self._gates, 2 * self._gates), 1)
+            qkv = torch.cat((q, rest), 1)
+        q, k, v = self._split_heads(qkv)
         if self._head_norms is not None and isinstance(attention, StepAttention):
             y = attention.forward(self._layer, q, k, v, table, self._head_norms, sinks=self._sinks)
-            return self._output.later(y)
+            return self._output.later(y if gate is None else sigmoid_gate(y, gate))
         if self._norm_after_rope and table is not None:
             apply_rope(q, k, table, positions)
             table = None
@@ -77,14 +96,12 @@ class Attention:
         if self._k_norm is not None and k is not None:
             k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
         if self._query_scale is not None:
-            steps = torch.div(positions, self._query_scale.original_max_position, rounding_mode="floor")[:, None]
-            factors = 1 + self._query_scale.beta * by_rows(torch.log1p, steps)
-            q = q * factors.to(q.dtype)[:, :, None]
-        return self._output.later(attention.forward(self._layer, q, k, v, table, sinks=self._sinks))
+            q = q * query_factors(self._query_scale, positions).to(q.dtype)[:, :, None]
+        y = attention.forward(self._layer, q, k, v, table, sinks=self._sinks)
+        return self._output.later(y if gate is None else sigmoid_gate(y, gate))
 
-    def _project(self, x: Tensor | Normed) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def _split_heads(self, qkv: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """q, k and v [T, heads, D]; no k and v in a layer that reads another's."""
-        qkv = self._qkv(x)
         if len(self._rows) == 1:
             return qkv.view(-1, self._split[0], self._head_dim), None, None
         if self._value_dim == self._head_dim:

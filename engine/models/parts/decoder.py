@@ -14,13 +14,29 @@ from torch import Tensor
 
 from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
-from engine.models.parts.dense import Mlp, UngatedMlp
+from engine.models.parts.dense import make_mlp
 from engine.models.parts.experts import make_experts
 from engine.models.parts.heads import Head
+from engine.models.parts.latent import Latent
 from engine.models.parts.norm import NoNorm, Norm, make_norm
+from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
-from engine.models.spec import Experts, LayerSpec, Mixer, ModelSpec, NormSpec, RopeSpec, Ungated
+from engine.models.spec import (
+    Experts,
+    FeedForward,
+    GatedDelta,
+    LatentAttention,
+    LayerSpec,
+    Mamba2,
+    Mixer,
+    ModelSpec,
+    NormSpec,
+    PagedMixer,
+    RopeSpec,
+    ShortConv,
+    SideBySide,
+)
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
@@ -32,6 +48,10 @@ PREFIX = "model."
 def embedding_name(spec: ModelSpec) -> str:
     """Of the tensor whose rows tokens begin as."""
     return f"{PREFIX}{spec.embedding.tokens}.weight"
+
+
+# A layer's mixer: x, its rope table, positions and where the step's memory is -> what it adds.
+Mixing = Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]
 
 
 class CausalLM(Protocol):
@@ -83,30 +103,86 @@ class Layer:
             return make_norm(spec, source, prefix, hidden_size) if spec is not None else None
 
         self.input_norm = norm(spec.mixer_norm) or NoNorm()
-        self.attention = Attention(spec.mixer, source, index, prefix, hidden_size)
+        self.mlp: Callable[[Tensor | Normed], Tensor | Product] | None = None
+        self.attention: Mixing
+        if spec.mixer is not None:
+            self.attention = _make_mixer(spec.mixer, source, index, prefix, hidden_size)
+            if spec.feed_forward is not None:
+                self.mlp = _make_feed_forward(spec.feed_forward, source, prefix, hidden_size)
+        else:
+            assert spec.feed_forward is not None, "a layer of nothing"
+            alone = _make_feed_forward(spec.feed_forward, source, prefix, hidden_size)
+            self.attention = lambda x, table, positions, attention: alone(x)
         self.attention_out_norm = norm(spec.mixer_out_norm)
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
-        self.mlp: Callable[[Tensor | Normed], Tensor | Product]
-        if isinstance(spec.feed_forward, Experts):
-            self.mlp = make_experts(spec.feed_forward, source, prefix, hidden_size)
-        elif isinstance(spec.feed_forward, Ungated):
-            self.mlp = UngatedMlp(spec.feed_forward, source, prefix, hidden_size)
-        else:
-            assert spec.feed_forward is not None, "a layer without a feed-forward has no part yet"
-            self.mlp = Mlp(spec.feed_forward, source, prefix, hidden_size)
         self.parallel = spec.parallel
         self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
         self.post_norm = spec.post_norm
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
 
 
+def _make_mixer(mixer: Mixer, source: Source, index: int, prefix: str, hidden_size: int) -> Mixing:
+    """The part for it: of x, the layer's rope table, positions and where the step's memory is."""
+    if isinstance(mixer, SideBySide):
+        parts = [_make_mixer(each, source, index, prefix, hidden_size) for each in mixer.mixers]
+        return Together(parts, mixer)
+    if isinstance(mixer, GatedDelta):
+        return DeltaNet(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, ShortConv):
+        return ShortConvolution(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, Mamba2):
+        return Mamba(mixer, source, index, prefix, hidden_size)
+    if isinstance(mixer, LatentAttention):
+        return Latent(mixer, source, index, prefix, hidden_size)
+    return Attention(mixer, source, index, prefix, hidden_size)
+
+
+class Together:
+    """Mixers side by side, see SideBySide."""
+
+    def __init__(
+        self,
+        parts: list[Mixing],
+        spec: SideBySide,
+    ) -> None:
+        self._parts = list(zip(parts, spec.input_scales, spec.output_scales, strict=True))
+
+    def __call__(
+        self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
+    ) -> Tensor:
+        """[T, hidden] -> [T, hidden]."""
+        x = plain(x)
+        results = [
+            computed(part(x * before if before != 1.0 else x, table, positions, attention)) * after
+            for part, before, after in self._parts
+        ]
+        total = results[0]
+        for result in results[1:]:
+            total = total.add_(result)
+        return total
+
+
+def _make_feed_forward(
+    spec: FeedForward, source: Source, prefix: str, hidden_size: int
+) -> Callable[[Tensor | Normed], Tensor | Product]:
+    """The part for it."""
+    if isinstance(spec, Experts):
+        return make_experts(spec, source, prefix, hidden_size)
+    return make_mlp(spec, source, prefix, hidden_size)
+
+
 def _attention_spec(spec: ModelSpec) -> AttentionSpec:
     """What a backend must be built for."""
-    return AttentionSpec(tuple(_layer_attention(layer.mixer) for layer in spec.layers))
+    return AttentionSpec(tuple(_layer_attention(layer.paged) for layer in spec.layers))
 
 
-def _layer_attention(mixer: Mixer) -> LayerAttention | None:
+def _layer_attention(mixer: PagedMixer | None) -> LayerAttention | None:
     """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
+    if mixer is None:
+        return None
+    if isinstance(mixer, LatentAttention):
+        heads, width = mixer.num_heads, mixer.head_dim
+        return LayerAttention(heads, 1, width, mixer.latent_dim, mixer.scale, values_in_keys=True)
     return LayerAttention(
         mixer.num_heads,
         mixer.num_kv_heads,
@@ -166,7 +242,7 @@ class Decoder:
             tables[rope] = rope_table(rope, spec.max_position_embeddings, max_model_len, source.device)
         # Each layer with its rope table and the norm that follows it: its residual addition is part of that norm.
         following = [layer.input_norm for layer in self._layers[1:]] + [self._norm]
-        own = [tables[layer.mixer.rope] for layer in spec.layers]
+        own = [tables[layer.paged.rope if layer.paged is not None else None] for layer in spec.layers]
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
@@ -203,6 +279,7 @@ class Decoder:
         x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
             if layer.parallel:
+                assert layer.mlp is not None
                 y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(x)))
                 x, residual = following.add(y, residual)
                 continue
@@ -217,6 +294,9 @@ class Decoder:
                 y = layer.attention_out_norm(y)
             if layer.residual_scale is not None:
                 y = computed(y) * layer.residual_scale
+            if layer.mlp is None:
+                x, residual = following.add(y, residual)
+                continue
             x, residual = layer.mlp_norm.add(y, residual)
             y = layer.mlp(x)
             if layer.mlp_out_norm is not None:
@@ -229,7 +309,7 @@ class Decoder:
     def name_layers(self, range_of: RangeOf) -> None:
         """See CausalLM. Costs nothing until it is called."""
         for index, layer in enumerate(self._layers):
-            for part in ("attention", "mlp"):
+            for part in ("attention", "mlp") if layer.mlp is not None else ("attention",):
                 setattr(layer, part, in_range(getattr(layer, part), f"layer {index} {part}", range_of))
 
     def logits(self, hidden: Tensor) -> Tensor:

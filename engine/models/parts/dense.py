@@ -11,9 +11,16 @@ from torch import Tensor
 
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, Ungated
-from engine.ops.activation import PLAIN_ACTIVATIONS, xielu
+from engine.ops.activation import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, xielu
 from engine.ops.linear import Linear, Product
-from engine.ops.norm import Normed
+from engine.ops.norm import Normed, plain
+
+
+def make_mlp(
+    spec: Dense | Ungated, source: Source, prefix: str, hidden_size: int
+) -> Callable[[Tensor | Normed], Tensor | Product]:
+    """The one that `spec` describes. prefix: of its tensors."""
+    return (UngatedMlp if isinstance(spec, Ungated) else Mlp)(spec, source, prefix, hidden_size)  # type: ignore[arg-type]
 
 
 class Mlp:
@@ -31,10 +38,17 @@ class Mlp:
         )
         bias = spec.bias or spec.down_bias
         self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=bias)
+        self._scales = (spec.gate_scale, spec.down_scale) if (spec.gate_scale, spec.down_scale) != (1.0, 1.0) else None
+        self._activate = GATED_ACTIVATIONS[spec.activation]
 
     def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""
-        return self._down.later(self._gate_up.gated(x))
+        if self._scales is None:
+            return self._down.later(self._gate_up.gated(x))
+        gate_scale, down_scale = self._scales
+        gate_up = self._gate_up(plain(x))
+        gate_up[:, : gate_up.shape[1] // 2] *= gate_scale
+        return self._down(self._activate(gate_up)) * down_scale
 
 
 class UngatedMlp:

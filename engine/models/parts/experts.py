@@ -7,12 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from engine.models.parts.dense import Mlp
+from engine.models.parts.dense import make_mlp
 from engine.models.parts.source import Source
-from engine.models.spec import Dense, Experts
+from engine.models.spec import Dense, Experts, Ungated
 from engine.ops.activation import by_rows
 from engine.ops.experts import Choice
-from engine.ops.linear import computed
+from engine.ops.linear import Linear, computed
 from engine.ops.norm import Normed, plain
 
 
@@ -28,10 +28,12 @@ def keeps_experts_stacked(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _expert(spec: Experts, number: int) -> Dense:
+def _expert(spec: Experts, number: int) -> Dense | Ungated:
     """One of them, on its own."""
-    gate_up = tuple(name.format(number) for name in spec.gate_up)
-    return Dense(spec.intermediate_size, spec.activation, gate_up=gate_up, down=spec.down.format(number))
+    gate_up, down = tuple(name.format(number) for name in spec.gate_up), spec.down.format(number)
+    if not spec.gated:
+        return Ungated(spec.intermediate_size, spec.activation, up=gate_up[0], down=down)  # type: ignore[arg-type]
+    return Dense(spec.intermediate_size, spec.activation, gate_up=gate_up, down=down)  # type: ignore[arg-type]
 
 
 class Rating:
@@ -54,6 +56,7 @@ class Rating:
             bias,
             router.groups,
             router.groups_chosen,
+            router.group_best,
             router.scale,
             router.minimum,
         )
@@ -71,7 +74,7 @@ class WithShared:
     ) -> None:
         assert spec.shared is not None
         self._routed = routed
-        self._shared = Mlp(spec.shared, source, prefix, hidden_size)
+        self._shared = make_mlp(spec.shared, source, prefix, hidden_size)
         self._gate = None if spec.shared_gate is None else source.linear([prefix + spec.shared_gate], [1], hidden_size)
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
@@ -93,8 +96,17 @@ class SeparateExperts:
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         self._count = spec.num_experts
         self._chosen = spec.num_experts_per_token
+        self._on_input = spec.on_input
         self._rating = Rating(spec, source, prefix, hidden_size)
-        self._experts = [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
+        self._inner: tuple[Linear, Linear] | None = None
+        size = spec.latent_size or hidden_size
+        if spec.latent_size is not None:
+            into, back = (prefix + name for name in spec.latent)
+            self._inner = (
+                source.linear([into], [size], hidden_size, bias=spec.latent_bias),
+                source.linear([back], [hidden_size], size, bias=spec.latent_bias),
+            )
+        self._experts = [make_mlp(_expert(spec, number), source, prefix, size) for number in range(spec.num_experts)]
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
@@ -103,7 +115,11 @@ class SeparateExperts:
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self._count).tolist()
+        if self._inner is not None:
+            x = self._inner[0](x)
         inputs = x.index_select(0, order // self._chosen)
+        if self._on_input:
+            inputs = (inputs * shares.view(-1)[order][:, None]).to(x.dtype)
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count:
@@ -111,8 +127,10 @@ class SeparateExperts:
                 start += count
         outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
-        weighted = outputs.view(-1, self._chosen, x.shape[-1]) * shares[:, :, None]
-        return weighted.sum(dim=1).to(x.dtype)
+        weighted = outputs.view(-1, self._chosen, x.shape[-1])
+        weighted = weighted.float() if self._on_input else weighted * shares[:, :, None]
+        mixed = weighted.sum(dim=1).to(x.dtype)
+        return mixed if self._inner is None else self._inner[1](mixed)
 
 
 class StackedExperts:
@@ -120,8 +138,10 @@ class StackedExperts:
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         count, inner = spec.num_experts, spec.intermediate_size
+        assert spec.gated and spec.latent_size is None, "experts of a kind that a GPU has no kernel for"
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._activation = spec.activation
+        self._on_input = spec.on_input
         parts = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
         rows = [2 * inner * count // len(parts)] * len(parts)
         self._gate_up = source.stacked([f"{part}.weight" for part in parts], rows, hidden_size)
@@ -133,4 +153,5 @@ class StackedExperts:
         """[N, hidden] -> [N, hidden]."""
         x = plain(x)
         logits = self._rating.logits(x)
-        return self._rating.choice.mix(x, logits, self._gate_up, self._down, self._activation)
+        mix = self._rating.choice.mix_of_scaled if self._on_input else self._rating.choice.mix
+        return mix(x, logits, self._gate_up, self._down, self._activation)

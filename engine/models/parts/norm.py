@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -24,7 +25,10 @@ class Norm:
 
     def __init__(self, spec: NormSpec, source: Source, prefix: str, width: int) -> None:
         self.eps = spec.eps
-        self.weight = source.tensor(f"{prefix}{spec.name}.weight", (width,))
+        if spec.weightless:
+            self.weight = torch.ones(width, dtype=source.dtype, device=source.device)
+        else:
+            self.weight = source.tensor(f"{prefix}{spec.name}.weight", (width,))
         if spec.offset:
             self.weight = self.weight.float() + spec.offset
 

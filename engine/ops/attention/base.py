@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.groups import MemoryGroup, num_buffers, places_of
+from engine.groups import Chunk, MemoryGroup, num_buffers, places_of
 
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
+    from engine.ops.state import States
 
 # A new backend is one file with a class `Backend` and one line here.
 BACKENDS = {
@@ -30,10 +31,10 @@ class LayerAttention:
     """Shapes and variants of one layer's attention.
 
     value_dim: of V and of a head's output. scale: on q k. window: the tokens that a query sees, itself included, or
-    None for all. softcap: c in c * tanh(score / c), or None. sinks: each head has one more logit in its softmax, which
-    has no value. reads: the earlier layer whose K and V it reads; it writes none. values_in_keys: V is the first
-    value_dim numbers of its one head's K, which alone is kept. bidirectional: later tokens are seen, too, and
-    nothing is kept (backend packed); a window is then to either side.
+    None for all; a Chunk where they are those of its block. softcap: c in c * tanh(score / c), or None. sinks: each
+    head has one more logit in its softmax, which has no value. reads: the earlier layer whose K and V it reads; it
+    writes none. values_in_keys: V is the first value_dim numbers of its one head's K, which alone is kept.
+    bidirectional: later tokens are seen, too, and nothing is kept (backend packed); a window is then to either side.
     """
 
     num_heads: int
@@ -60,8 +61,9 @@ class LayerAttention:
 
     @property
     def is_plain(self) -> bool:
-        """No sinks, and K and V of its own of one size."""
-        return not self.sinks and self.reads is None and not self.values_in_keys and self.value_dim == self.head_dim
+        """No sinks, no chunks, and K and V of its own of one size."""
+        plain = not self.sinks and self.reads is None and not self.values_in_keys and not isinstance(self.window, Chunk)
+        return plain and self.value_dim == self.head_dim
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +107,7 @@ class AttentionSpec:
     def common(self) -> LayerAttention | None:
         """What all layers are but for their windows; None where they differ in more, or are not plain."""
         found = {dataclasses.replace(layer, window=None) for layer in self.attending.values()}
-        return found.pop() if len(found) == 1 and all(layer.is_plain for layer in found) else None
+        return found.pop() if len(found) == 1 and all(layer.is_plain for layer in self.attending.values()) else None
 
     def buffer_widths(self, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)) -> list[tuple[int, int]]:
         """Numbers of K and of V of one token in every buffer: those of the widest layer that has its place there."""
@@ -122,7 +124,12 @@ class AttentionSpec:
 
 
 class AttentionBackend(Protocol):
-    """Paged attention over pools of num_pages + 1 pages, K and V, per layer that has memory of its own."""
+    """Paged attention over pools of num_pages + 1 pages, K and V, per layer that has memory of its own.
+
+    states: where layers with a recurrent state find it, for the backend is what they are handed; None where none has.
+    """
+
+    states: States | None
 
     def release(self) -> None:
         """Give the pools' memory back."""

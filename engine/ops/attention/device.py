@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.groups import Chunk
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence, softmax_with_sinks
 from engine.ops.norm import rms_norm
@@ -265,7 +266,9 @@ class DeviceAttention:
         column = torch.arange(columns, device=q.device)
         seen = column < kv_len[:, None]
         window = self.windows[layer]
-        if window is not None:
+        if isinstance(window, Chunk):
+            seen = seen & (column >= (kv_len[:, None] - 1) // window * window)
+        elif window is not None:
             seen = seen & (column >= kv_len[:, None] - window)
         scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
         if sinks is None:

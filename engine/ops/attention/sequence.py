@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.groups import Chunk
 from engine.ops.attention.base import LayerAttention
 
 
@@ -19,7 +20,9 @@ def attend_sequence(layer: LayerAttention, q: Tensor, keys: Tensor, values: Tens
     position = torch.arange(length - q.shape[0], length, device=q.device)[:, None]
     column = torch.arange(length, device=q.device)
     mask = torch.ones_like(column <= position) if layer.bidirectional else column <= position
-    if window is not None:
+    if isinstance(window, Chunk):
+        mask = mask & (column >= position // window * window)
+    elif window is not None:
         mask = mask & (column > position - window) & (column < position + window)
     if layer.softcap is None and sinks is None:
         result = F.scaled_dot_product_attention(

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.groups import MemoryGroup, places_of
+from engine.groups import Chunk, MemoryGroup, places_of
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence
@@ -21,6 +21,7 @@ from engine.ops.rope import apply_rope
 
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
+    from engine.ops.state import States
 
 # The kernel keeps the scales of one task's rows on its stack.
 MAX_GROUP = 128
@@ -106,6 +107,7 @@ class Backend:
         groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
     ) -> None:
         self.spec = spec
+        self.states: States | None = None
         self.page_size = page_size
         self._widths, self._places_of_owners = self._lay_out(groups)
         self._num_pages = num_pages
@@ -229,6 +231,7 @@ class Backend:
             place.v_pool.data_ptr(),
             out.data_ptr(),
             place.layer.window or 0,
+            isinstance(place.layer.window, Chunk),
             None if sinks is None else sinks.data_ptr(),
             None if cos_sin is None else cos_sin.data_ptr(),
             0 if cos_sin is None else cos_sin.shape[1],

@@ -1,0 +1,228 @@
+// The kernels of layers with a recurrent state, included by kernels.cpp: short convolutions, gated delta nets, state spaces.
+//
+// A sequence's tokens are taken one after another, each by the same operations in the same order, and the state between
+// them is kept in full: so the bits of a token do not depend on how its prompt was cut into chunks, nor on its company.
+
+// ---------------------------------------------------------------- causal convolution
+
+// One convolution per channel over a token and the taps - 1 before it, those of earlier steps from the slot's state
+// [taps - 1][C], which then holds the row's last. weight [taps][C], the newest token's last.
+template <class T, bool Silu>
+void convolve(const T* x, i64 ldx, T* out, T* states, i64 stride, const float* weight, const float* bias, i64 taps, i64 C,
+              const int32_t* slots, const int32_t* indptr, i64 rows, int threads) {
+    const i64 block = 512, blocks = (C + block - 1) / block, before = taps - 1;
+    threads = limit_threads(threads, (double)indptr[rows] * C * taps, 65536);
+    parallel(rows * blocks, threads, [&](i64 task) {
+        const i64 row = task / blocks, c0 = task % blocks * block, c1 = std::min(C, c0 + block);
+        const i64 first = indptr[row], count = indptr[row + 1] - first;
+        T* state = states + slots[row] * stride;
+        auto at = [&](i64 t) { return t < 0 ? state + (t + before) * C : x + (first + t) * ldx; };
+        auto one = [&](auto read, auto read_weight, i64 t, i64 c) {
+            vf sum = {};
+            for (i64 tap = 0; tap < taps; tap++) sum = fma(read_weight(weight + tap * C + c), read(at(t - before + tap) + c), sum);
+            if (bias) sum = sum + read_weight(bias + c);
+            return Silu ? gated<false>(sum, splat(1.0f)) : sum;
+        };
+        for (i64 t = 0; t < count; t++) {
+            T* to = out + (first + t) * C;
+            i64 c = c0;
+            for (; c + VL <= c1; c += VL)
+                store(to + c, one([](const T* p) { return load(p); }, [](const float* p) { return load(p); }, t, c));
+            if (c < c1) {
+                const i64 n = c1 - c;
+                store_part(to + c, one([n](const T* p) { return load_part(p, n); }, [n](const float* p) { return load_part(p, n); }, t, c), n);
+            }
+        }
+        for (i64 t = 0; t < before; t++) memmove(state + t * C + c0, at(count - before + t) + c0, (c1 - c0) * sizeof(T));
+    });
+}
+
+// ---------------------------------------------------------------- gated recurrence
+
+struct Recurrence {  // ops/recurrence.py builds it
+    const void *q, *k, *v, *step, *share;  // by token; share is a delta net's alone
+    const float *rate, *step_bias, *skip;  // [heads]; skip may be null
+    float* states;                         // of slot 0: [heads][K][V]; `stride` floats further those of slot 1
+    void* out;                             // [tokens][heads][V]
+    const int32_t *slots, *indptr;
+    i64 ldq, ldk, ldv, ld_step, ld_share, stride, rows, key_heads, heads, K, V, type, delta, threads;
+    float scale, least_step, most_step;
+};
+
+// Tokens whose keys and queries are brought into float32 at once.
+constexpr int TOKENS = 32;
+// Columns of a state that are held in L1 while TOKENS go through them.
+constexpr int WIDTH = 2 * VL;
+
+struct Gates {
+    float decay[TOKENS], share[TOKENS], match[TOKENS];  // match: k . q
+};
+
+INLINE float dot(const float* a, const float* b, i64 padded) {
+    vf sum = {};
+    for (i64 i = 0; i < padded; i += VL) sum = fma(load(a + i), load(b + i), sum);
+    return sum_lanes(sum);
+}
+
+template <class T>
+INLINE void widen(const T* from, float* to, i64 count, i64 padded) {
+    i64 i = 0;
+    for (; i + VL <= count; i += VL) store(to + i, load(from + i));
+    if (i < padded) store(to + i, load_part(from + i, count - i));
+}
+
+INLINE void scale_by(float* x, float factor, i64 padded) {
+    for (i64 i = 0; i < padded; i += VL) store(x + i, load(x + i) * factor);
+}
+
+// A tile [K][WIDTH] takes the last token's S = decay S + k (x) d (Update), and the next token reads S^T k and S^T q of it
+// (Read), in one pass: told is S^T q, read is S^T k where it is a delta net.
+template <bool Update, bool Read, bool Delta>
+INLINE void pass(float* tile, i64 K, const float* last, float decay, const vf* d, const float* key, const float* query, vf* read, vf* told) {
+    vf d0 = d[0], d1 = d[1], read0 = {}, read1 = {}, told0 = {}, told1 = {};
+    for (i64 i = 0; i < K; i++) {
+        float* at = tile + i * WIDTH;
+        vf s0 = load(at), s1 = load(at + VL);
+        if (Update) {
+            const vf kk = splat(last[i]);
+            s0 = fma(kk, d0, s0 * decay);
+            s1 = fma(kk, d1, s1 * decay);
+            store(at, s0);
+            store(at + VL, s1);
+        }
+        if (Read) {
+            const vf qq = splat(query[i]);
+            told0 = fma(s0, qq, told0);
+            told1 = fma(s1, qq, told1);
+            if (Delta) {
+                const vf kk = splat(key[i]);
+                read0 = fma(s0, kk, read0);
+                read1 = fma(s1, kk, read1);
+            }
+        }
+    }
+    read[0] = read0;
+    read[1] = read1;
+    told[0] = told0;
+    told[1] = told1;
+}
+
+// d: of a delta net, share (v - decay S^T k), else share v. The output, (decay S + k (x) d)^T q, is decay S^T q + (k . q) d.
+template <class T, bool Delta>
+INLINE void run_tile(float* tile, const Recurrence& r, const Gates& gates, const float* k, const float* q, i64 padded, i64 head,
+                     i64 token, i64 count, i64 c0) {
+    const i64 K = r.K, width = std::min<i64>(WIDTH, r.V - c0);
+    vf d[2] = {}, read[2], told[2];
+    float decay = 1.0f;
+    for (i64 t = 0; t < count; t++) {
+        const float *key = k + t * padded, *query = q + t * padded;
+        if (t) pass<true, true, Delta>(tile, K, key - padded, decay, d, key, query, read, told);
+        else pass<false, true, Delta>(tile, K, key, decay, d, key, query, read, told);
+        decay = gates.decay[t];
+        const T* value = (const T*)r.v + (token + t) * r.ldv + head * r.V + c0;
+        T* out = (T*)r.out + ((token + t) * r.heads + head) * r.V + c0;
+        for (int n = 0; n < 2; n++) {
+            const i64 left = width - n * VL;
+            if (left <= 0) break;
+            vf v = left >= VL ? load(value + n * VL) : load_part(value + n * VL, left);
+            d[n] = (Delta ? v - read[n] * decay : v) * gates.share[t];
+            vf o = fma(d[n], splat(gates.match[t]), told[n] * decay);
+            if (r.skip) o = fma(v, splat(r.skip[head]), o);
+            if (left >= VL) store(out + n * VL, o);
+            else store_part(out + n * VL, o, left);
+        }
+    }
+    pass<true, false, Delta>(tile, K, k + (count - 1) * padded, decay, d, k, q, read, told);
+}
+
+INLINE float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
+
+template <class T, bool Delta>
+void recur(const Recurrence& r) {
+    const i64 padded = (r.K + VL - 1) / VL * VL, tokens = r.indptr[r.rows];
+    const int threads = limit_threads((int)r.threads, (double)tokens * r.heads * r.K * r.V, 65536);
+    parallel(r.rows * r.heads, threads, [&](i64 task) {
+        const i64 row = task / r.heads, head = task % r.heads, key_head = head / (r.heads / r.key_heads);
+        float* state = r.states + r.slots[row] * r.stride + head * r.K * r.V;
+        float* k = (float*)scratch<2>((2 * TOKENS * padded + r.K * WIDTH) * sizeof(float));
+        float *q = k + TOKENS * padded, *tile = q + TOKENS * padded;
+        Gates gates;
+        // Tiles go through it in columns: fetched in order, it comes at the speed of the memory.
+        for (i64 i = 0; i < r.K * r.V; i += 16) __builtin_prefetch(state + i, 1, 2);
+        for (i64 token = r.indptr[row]; token < r.indptr[row + 1]; token += TOKENS) {
+            const i64 count = std::min<i64>(TOKENS, r.indptr[row + 1] - token);
+            for (i64 t = 0; t < count; t++) {
+                float *key = k + t * padded, *query = q + t * padded;
+                widen((const T*)r.k + (token + t) * r.ldk + key_head * r.K, key, r.K, padded);
+                widen((const T*)r.q + (token + t) * r.ldq + key_head * r.K, query, r.K, padded);
+                if (Delta) {
+                    scale_by(key, 1.0f / std::sqrt(dot(key, key, padded) + 1e-6f), padded);
+                    scale_by(query, r.scale / std::sqrt(dot(query, query, padded) + 1e-6f), padded);
+                }
+                gates.match[t] = dot(key, query, padded);
+                float step = softplus(load1((const T*)r.step + (token + t) * r.ld_step + head) + r.step_bias[head]);
+                step = std::min(std::max(step, r.least_step), r.most_step);
+                gates.decay[t] = std::exp(-r.rate[head] * step);
+                gates.share[t] = Delta ? 1.0f / (1.0f + std::exp(-load1((const T*)r.share + (token + t) * r.ld_share + head))) : step;
+            }
+            for (i64 c0 = 0; c0 < r.V; c0 += WIDTH) {
+                const i64 width = std::min<i64>(WIDTH, r.V - c0);
+                if (width < WIDTH) memset(tile, 0, r.K * WIDTH * sizeof(float));
+                for (i64 i = 0; i < r.K; i++) memcpy(tile + i * WIDTH, state + i * r.V + c0, width * sizeof(float));
+                run_tile<T, Delta>(tile, r, gates, k, q, padded, head, token, count, c0);
+                for (i64 i = 0; i < r.K; i++) memcpy(state + i * r.V + c0, tile + i * WIDTH, width * sizeof(float));
+            }
+        }
+    });
+}
+
+// ---------------------------------------------------------------- gates
+
+// x sigmoid(gate), or x silu(gate).
+template <class T, bool Silu>
+void gate(const T* x, i64 ldx, const T* gates, i64 ldg, T* out, i64 rows, i64 width, int threads) {
+    threads = limit_threads(threads, (double)rows * width, 32768);
+    const i64 chunk = std::max<i64>(1, 4096 / std::max<i64>(width, 1));
+    auto one = [](vf g, vf v) { return Silu ? gated<false>(g, v) : v / (vexp(-g) + 1.0f); };
+    parallel((rows + chunk - 1) / chunk, threads, [&](i64 c) {
+        for (i64 r = c * chunk; r < std::min(rows, (c + 1) * chunk); r++) {
+            const T *in = x + r * ldx, *g = gates + r * ldg;
+            T* to = out + r * width;
+            i64 i = 0;
+            for (; i + VL <= width; i += VL) store(to + i, one(load(g + i), load(in + i)));
+            if (i < width) store_part(to + i, one(load_part(g + i, width - i), load_part(in + i, width - i)), width - i);
+        }
+    });
+}
+
+// An RMS norm over each of `parts` equal parts of a row, and silu(gate): of what goes in (First), or of what comes out.
+// weight: of one part, or (step = width) of every part its own.
+template <class T, bool First>
+void gated_norm(const T* x, i64 ldx, const T* gates, i64 ldg, const float* weight, i64 step, T* out, i64 rows, i64 parts, i64 width,
+                float eps, int threads) {
+    threads = limit_threads(threads, (double)rows * parts * width, 32768);
+    parallel(rows, threads, [&](i64 r) {
+        for (i64 p = 0; p < parts; p++) {
+            const T *in = x + r * ldx + p * width, *g = gates + r * ldg + p * width;
+            const float* w = weight + p * step;
+            T* to = out + (r * parts + p) * width;
+            auto value = [&](i64 i, i64 n) {
+                vf v = n >= VL ? load(in + i) : load_part(in + i, n);
+                return First ? gated<false>(n >= VL ? load(g + i) : load_part(g + i, n), v) : v;
+            };
+            vf sum = {};
+            for (i64 i = 0; i < width; i += VL) {
+                vf v = value(i, width - i);
+                sum = fma(v, v, sum);
+            }
+            const float scale = 1.0f / std::sqrt(sum_lanes(sum) / (float)width + eps);
+            for (i64 i = 0; i < width; i += VL) {
+                const i64 n = width - i;
+                vf v = value(i, n) * scale * (n >= VL ? load(w + i) : load_part(w + i, n));
+                if (!First) v = gated<false>(n >= VL ? load(g + i) : load_part(g + i, n), v);
+                if (n >= VL) store(to + i, v);
+                else store_part(to + i, v, n);
+            }
+        }
+    });
+}

@@ -1,0 +1,276 @@
+"""What layers with a recurrent state compute: short convolutions, gated delta nets, state spaces, and their gates.
+
+Called by models/ on the executor's thread. The native kernels take a row's tokens one after another, so its bits depend
+neither on its company nor on how a prompt was cut; torch's forms, where they are missing, take prompts in chunks.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.ops import native
+from engine.ops.activation import by_rows
+from engine.ops.state import StatePlan
+
+# Tokens that torch's form takes at once: arXiv 2412.06464, as transformers does.
+CHUNK = 64
+
+
+def _library(x: Tensor) -> tuple[native.Library, int] | None:
+    """The kernels and how they call x's dtype, where they can take it."""
+    library, code = native.library(), native.type_code(x.dtype)
+    return (library, code) if library is not None and code is not None and x.is_cpu else None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy of it whose rows lie in one piece each."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _arrays(plan: StatePlan) -> tuple[np.ndarray, np.ndarray]:
+    return np.ascontiguousarray(plan.slots, np.int32), np.ascontiguousarray(plan.qo_indptr, np.int32)
+
+
+def causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, plan: StatePlan, *, silu: bool
+) -> Tensor:
+    """x [T, C] -> [T, C]: every channel's convolution over a token and those before it, and silu of that.
+
+    weight float32 [taps, C], the newest token's last. bias float32 [C]. states [slots, taps - 1, C]: the tokens before
+    a row's first; afterwards its last.
+    """
+    found = _library(x)
+    if found is None:
+        return _torch_causal_conv(x, weight, bias, states, plan, silu=silu)
+    library, code = found
+    x = _rows(x)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    slots, indptr = _arrays(plan)
+    library.by_work(x.numel() * weight.shape[0] // 4).ol_convolve(
+        code,
+        x.data_ptr(),
+        x.stride(0),
+        out.data_ptr(),
+        states.data_ptr(),
+        states.stride(0),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        *weight.shape,
+        slots.ctypes.data,
+        indptr.ctypes.data,
+        plan.num_rows,
+        silu,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _torch_causal_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, plan: StatePlan, *, silu: bool
+) -> Tensor:
+    out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
+    taps, indptr = weight.shape[0], plan.qo_indptr.tolist()
+    for row, slot in enumerate(plan.slots.tolist()):
+        first, last = indptr[row], indptr[row + 1]
+        columns = torch.cat([states[slot], x[first:last]])
+        states[slot] = columns[last - first :]
+        wide = columns.float()
+        out[first:last] = sum(wide[tap : tap + last - first] * weight[tap] for tap in range(taps))
+    if bias is not None:
+        out += bias
+    return (F.silu(out) if silu else out).to(x.dtype)
+
+
+class _Call(ctypes.Structure):
+    """Recurrence of kernels_state.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("q", "k", "v", "step", "share", "rate", "step_bias", "skip", "states")),
+        *((name, ctypes.c_void_p) for name in ("out", "slots", "indptr")),
+        *((name, ctypes.c_int64) for name in ("ldq", "ldk", "ldv", "ld_step", "ld_share", "stride", "rows")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("key_heads", "heads", "key_dim", "value_dim", "type", "delta", "threads")
+        ),
+        *((name, ctypes.c_float) for name in ("scale", "least_step", "most_step")),
+    ]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Recurrence:
+    """S = decay S + k (x) d and o = S^T q for every head, S [key_dim, value_dim] in float32.
+
+    decay = exp(-rate * step), step = softplus(input + step_bias), within `steps`. delta (a gated delta net): q and k
+    are brought to length 1, q to 1 / sqrt(key_dim), and d = sigmoid(share) (v - decay S^T k). Else (a state space):
+    d = step * v, and skip * v is added to o. rate, step_bias, skip: float32 [heads]. Key heads serve equal numbers of
+    neighbouring heads.
+    """
+
+    delta: bool
+    key_heads: int
+    heads: int
+    key_dim: int
+    value_dim: int
+    rate: Tensor
+    step_bias: Tensor
+    skip: Tensor | None = None
+    steps: tuple[float, float] = (0.0, math.inf)
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Tensor, share: Tensor | None, states: Tensor, plan: StatePlan
+    ) -> Tensor:
+        """q, k [T, key_heads * key_dim], v [T, heads * value_dim], step and share [T, heads] -> [T, heads * value_dim].
+
+        states: float32 [slots, heads, key_dim, value_dim].
+        """
+        found = _library(v)
+        if found is None:
+            return self._by_torch(q, k, v, step, share, states, plan)
+        library, code = found
+        q, k, v, step = map(_rows, (q, k, v, step))
+        out = torch.empty(v.shape, dtype=v.dtype)
+        slots, indptr = _arrays(plan)
+        share = step if share is None else _rows(share)
+        call = _Call(
+            *(x.data_ptr() for x in (q, k, v, step, share, self.rate, self.step_bias)),
+            None if self.skip is None else self.skip.data_ptr(),
+            states.data_ptr(),
+            out.data_ptr(),
+            slots.ctypes.data,
+            indptr.ctypes.data,
+            *(x.stride(0) for x in (q, k, v, step, share, states)),
+            plan.num_rows,
+            self.key_heads,
+            self.heads,
+            self.key_dim,
+            self.value_dim,
+            code,
+            self.delta,
+            torch.get_num_threads(),
+            self.key_dim**-0.5,
+            *self.steps,
+        )
+        library.by_work(v.numel() * self.key_dim // 2).ol_recur(ctypes.addressof(call))
+        return out
+
+    def _by_torch(
+        self, q: Tensor, k: Tensor, v: Tensor, step: Tensor, share: Tensor | None, states: Tensor, plan: StatePlan
+    ) -> Tensor:
+        tokens = len(v)
+        # [heads, T, dim] in float32.
+        q, k = (x.reshape(tokens, self.key_heads, -1).float() for x in (q, k))
+        if self.delta:
+            q, k = (x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6) for x in (q, k))
+            q = q * self.key_dim**-0.5
+        q, k = (x.repeat_interleave(self.heads // self.key_heads, dim=1).transpose(0, 1) for x in (q, k))
+        values = v.reshape(tokens, self.heads, -1).float().transpose(0, 1)
+        steps = F.softplus(step.float() + self.step_bias).clamp(*self.steps)
+        log_decay = (-self.rate * steps).T
+        shares = (steps if share is None else share.float().sigmoid()).T
+        out = torch.empty_like(values)
+        indptr = plan.qo_indptr.tolist()
+        for row, slot in enumerate(plan.slots.tolist()):
+            for first in range(indptr[row], indptr[row + 1], CHUNK):
+                part = slice(first, min(first + CHUNK, indptr[row + 1]))
+                out[:, part] = _chunk(
+                    *(x[:, part] for x in (q, k, values, log_decay, shares)), state=states[slot], delta=self.delta
+                )
+        if self.skip is not None:
+            out += self.skip[:, None, None] * values
+        return out.transpose(0, 1).reshape(v.shape).to(v.dtype)
+
+
+def _chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, share: Tensor, *, state: Tensor, delta: bool) -> Tensor:
+    """A chunk of one sequence by matrix products: q, k, v [heads, n, dim], the rest [heads, n] -> [heads, n, dim] of v.
+
+    state [heads, key_dim, value_dim] is that before the chunk, and then that after it. The d of a delta net's tokens
+    depend on each other by a triangular system (the UT transform of arXiv 2406.06484).
+    """
+    since = log_decay.cumsum(-1)  # of the decay since before the chunk
+    later = torch.ones(since.shape[-1], since.shape[-1], dtype=torch.bool, device=q.device).triu(1)
+    between = (since[:, :, None] - since[:, None, :]).masked_fill(later, -torch.inf).exp()
+    faded = since.exp()[:, :, None]
+    d = v * share[:, :, None]
+    if delta:
+        own = k * share[:, :, None]
+        d = torch.linalg.solve_triangular(
+            own @ k.mT * between, d - (own * faded) @ state, upper=False, unitriangular=True
+        )
+    out = (q * faded) @ state + (q @ k.mT * between) @ d
+    last = since[:, -1:, None]
+    state.mul_(last.exp()).add_((k * (last - since[:, :, None]).exp()).mT @ d)
+    return out
+
+
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """x sigmoid(gate), [T, width] each."""
+    return _gate(x, gate, silu=False)
+
+
+def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """x silu(gate), [T, width] each."""
+    return _gate(x, gate, silu=True)
+
+
+def _gate(x: Tensor, gate: Tensor, *, silu: bool) -> Tensor:
+    found = _library(x)
+    if found is None:
+        return (x.float() * by_rows(F.silu if silu else torch.sigmoid, gate)).to(x.dtype)
+    library, code = found
+    x, gate = _rows(x), _rows(gate)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    library.by_work(2 * x.numel()).ol_gate(
+        code,
+        x.data_ptr(),
+        x.stride(0),
+        gate.data_ptr(),
+        gate.stride(0),
+        out.data_ptr(),
+        *x.shape,
+        silu,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, parts: int, *, gate_first: bool = False) -> Tensor:
+    """The RMS norm of each of `parts` parts of a row [T, width] and silu(gate): of the norm, or (gate_first) within it.
+
+    weight: float32, of one part, or of a whole row.
+    """
+    width = x.shape[1] // parts
+    found = _library(x)
+    if found is None:
+        gated = F.silu(gate.float())
+        wide = x.float() * gated if gate_first else x.float()
+        wide = wide.unflatten(1, (parts, width))
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.view(-1, width)
+        wide = wide.flatten(1)
+        return (wide if gate_first else wide * gated).to(x.dtype)
+    library, code = found
+    x, gate = _rows(x), _rows(gate)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    library.by_work(2 * x.numel()).ol_gated_norm(
+        code,
+        x.data_ptr(),
+        x.stride(0),
+        gate.data_ptr(),
+        gate.stride(0),
+        weight.data_ptr(),
+        0 if len(weight) == width else width,
+        out.data_ptr(),
+        len(x),
+        parts,
+        width,
+        eps,
+        gate_first,
+        torch.get_num_threads(),
+    )
+    return out

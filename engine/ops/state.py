@@ -1,0 +1,128 @@
+"""The recurrent states of a model's layers: memory for every seq slot and for snapshots, and what a step says of them.
+
+Owned by an executor, which has states copied before a step reads them; layers find them at their attention backend.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from engine.forward import ForwardInput, Int32Array, Limits
+
+# Bytes on which every tensor of a state begins.
+ALIGNMENT = 64
+
+
+class StateShape(Protocol):
+    """One tensor of a layer's state. wide: float32 whatever the model's dtype is."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def wide(self) -> bool: ...
+
+
+# For every layer the tensors of its state, none where it has no state.
+StateSpec = Sequence[Sequence[StateShape]]
+
+
+def _bytes_of(tensor: StateShape, dtype: torch.dtype) -> int:
+    itemsize = 4 if tensor.wide else dtype.itemsize
+    return -(-math.prod(tensor.shape) * itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def state_bytes(spec: StateSpec, dtype: torch.dtype) -> int:
+    """Bytes of one sequence's state, or of a snapshot, in all layers."""
+    return sum(_bytes_of(tensor, dtype) for layer in spec for tensor in layer)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StatePlan:
+    """The rows of a step: the slot of each, its tokens (CSR), and how many rows of one token come first."""
+
+    slots: Int32Array
+    qo_indptr: Int32Array
+    num_decode_rows: int
+
+    @property
+    def num_rows(self) -> int:
+        return len(self.slots)
+
+    def slot_tensor(self, device: torch.device) -> Tensor:
+        """int64 [rows]."""
+        return torch.from_numpy(self.slots.astype(np.int64)).to(device)
+
+
+class States:
+    """State memory: one buffer [slots and snapshots, bytes], so that a state is copied in one piece; layers see views.
+
+    spec: of the model. `plan` is that of the step at hand.
+    """
+
+    def __init__(self, spec: StateSpec, limits: Limits, dtype: torch.dtype, device: torch.device) -> None:
+        assert limits.num_snapshots is not None, "the limits are of a model without states"
+        self._spec = spec
+        self._first_snapshot = limits.num_slots
+        # Snapshots are numbered from 1.
+        self._count = limits.num_slots + limits.num_snapshots
+        self._dtype = dtype
+        self._device = device
+        self._layers: list[tuple[Tensor, ...]] = []
+        self.allocate()
+
+    def allocate(self) -> None:
+        """Have the memory again after `release`. On the CPU the system hands it out at first touch."""
+        size = self._count * state_bytes(self._spec, self._dtype)
+        if self._device.type == "cpu":
+            memory = torch.from_numpy(np.zeros(size, np.uint8))
+        else:
+            memory = torch.zeros(size, dtype=torch.uint8, device=self._device)
+        self._memory = memory.view(self._count, -1)
+        at = 0
+        self._layers = []
+        for layer in self._spec:
+            views = []
+            for tensor in layer:
+                dtype = torch.float32 if tensor.wide else self._dtype
+                used = math.prod(tensor.shape) * dtype.itemsize
+                part = self._memory.view(dtype)[:, at // dtype.itemsize : (at + used) // dtype.itemsize]
+                views.append(part.unflatten(1, tensor.shape))
+                at += _bytes_of(tensor, self._dtype)
+            self._layers.append(tuple(views))
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self._memory = torch.empty((0, 0), dtype=torch.uint8)
+        self._layers = []
+
+    def begin(self, step: ForwardInput) -> None:
+        """First of all in a step: saves, then loads, then rows that start at 0 start from zeros.
+
+        Takes no memory, so that nothing here fails: the cache counts on what a step that fails has saved.
+        """
+        staging, first = step.staging, self._first_snapshot - 1
+        count = step.num_saves
+        self._copy(staging.save_slot[:count], first + staging.save_snapshot[:count])
+        count = step.num_loads
+        self._copy(first + staging.load_snapshot[:count], staging.load_slot[:count])
+        rows = step.num_rows
+        slots = staging.row_slot[:rows]
+        for slot in slots[staging.row_start[:rows] == 0].tolist():
+            self._memory[slot].zero_()
+        self.plan = StatePlan(slots, staging.qo_indptr[: rows + 1], step.num_decode_rows)
+
+    def _copy(self, sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> None:
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self._memory[target].copy_(self._memory[source])
+
+    def of(self, layer: int) -> tuple[Tensor, ...]:
+        """[slots and snapshots, *shape] of each tensor of a layer's state; a slot's is at its number."""
+        return self._layers[layer]
