@@ -85,16 +85,32 @@ def _load_chat_template(directory: Path, override: str | None, tokenizer: Tokeni
     return ChatTemplate.given(override, tokenizer.named_tokens)
 
 
-def _context_length(config: EngineConfig, spec: ModelSpec, directory: Path) -> int:
+def _context_length(config: EngineConfig, spec: ModelSpec, directory: Path, trained: int | None) -> int:
+    """trained: tokens that the directory says texts should have at most."""
     asked, own = config.model.max_model_len, spec.context_length
-    if asked is None:
-        return own
-    if asked > own:
+    if asked is not None and asked > own:
         raise StartupError(
             f"--max-model-len {asked} is more than the model was made for: {own} "
             f"(max_position_embeddings in {directory / 'config.json'})"
         )
-    return asked
+    budget = config.scheduler.max_num_batched_tokens
+    if not spec.bidirectional:
+        return asked or min(own, trained or own)
+    if asked is not None and asked > budget:
+        raise StartupError(
+            f"--max-model-len {asked} is more than --max-num-batched-tokens {budget}: this model reads a text at once"
+        )
+    return asked or min(own, trained or own, budget)
+
+
+def _describe_context(context: int, spec: ModelSpec, trained: int | None, budget: int) -> str:
+    """With the reason why it is not the model's own, where nobody asked for less."""
+    most = min(spec.context_length, trained or spec.context_length)
+    if spec.bidirectional and context == budget < most:
+        return f"{context} tokens of {most}: a text is read at once; --max-num-batched-tokens {most} takes all"
+    if context == trained:
+        return f"{context} tokens (max_seq_length in sentence_bert_config.json)"
+    return f"{context} tokens"
 
 
 def _pick_device(config: EngineConfig, report: StartupReport) -> str:
@@ -133,7 +149,6 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         directory = resolve(options.path, options.revision, options.download_dir)
         spec = read_spec(directory)
         defaults = GenerationDefaults.load(directory)
-        context = _context_length(config, spec, directory)
         eos = tuple(dict.fromkeys((*spec.eos_token_ids, *defaults.eos_token_ids)))
     with report.phase("tokenizer"):
         tokenizer = _load_tokenizer(config, directory, spec)
@@ -148,7 +163,10 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         abilities = read_abilities(directory, spec, options, token_id)
         if abilities.score_tokens is not None and chat_template is None:
             raise StartupError(f"{directory}: scores by tokens need a chat template; --chat-template gives one")
-        spec = dataclasses.replace(spec, headless=not abilities.needs_head)
+        spec = dataclasses.replace(spec, headless=not abilities.needs_head, projections=abilities.projections)
+        context = _context_length(config, spec, directory, abilities.max_length)
+    if spec.bidirectional:
+        config = dataclasses.replace(config, cache=dataclasses.replace(config.cache, enable_prefix_caching=False))
     local = Path(options.path).expanduser()
     given = tuple(name for name in options.served_names if name != "*")
     if is_gguf(directory) and local.exists():
@@ -186,10 +204,13 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     for rope in spec.ropes:
         if rope.kind in ("longrope", "dynamic"):
             report.row("rope", _describe_rope(rope, spec.max_position_embeddings, context))
-    report.row("context", f"{context} tokens")
+    budget = config.scheduler.max_num_batched_tokens
+    report.row("context", _describe_context(context, spec, abilities.max_length, budget))
     report.row(
         "KV cache",
-        f"{limits.num_pages} pages of {limits.page_size} tokens"
+        "none: a text is read at once and nothing is kept of it"
+        if spec.bidirectional
+        else f"{limits.num_pages} pages of {limits.page_size} tokens"
         f"{'' if one else f' for {len(limits.groups)} groups of layers'}: {limits.capacity} tokens fit, "
         f"{limits.capacity / context if one else limits.full_sequences:.1f} sequences of full context",
     )
@@ -227,6 +248,11 @@ def _build_executor(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch  # noqa: F401
     device = _pick_device(config, report)
+    if spec.bidirectional and device == "cuda":
+        if config.device == "cuda":
+            raise StartupError("--device cuda: models that read a text at once (encoders) run on the CPU so far")
+        report.row("GPU", "not used: models that read a text at once (encoders) run on the CPU so far")
+        device = "cpu"
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)

@@ -23,7 +23,8 @@ class ModelOptions:
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
     seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
-    runner: auto, generate or pooling. pooling: auto, last or mean. score_tokens: yes and no. See models/abilities.py.
+    runner: auto, generate or pooling. pooling: auto, cls, last, max or mean. score_tokens: yes and no. See
+    models/abilities.py.
     """
 
     path: str = ""

@@ -152,7 +152,9 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         epilog="Without a model the bundled demo model is served. Flags in one line are spellings of the same option.",
     )
     model = parser.add_argument_group("model")
-    model.add_argument("model_positional", nargs="?", metavar="MODEL", help="directory in HF format, GGUF file, or hub id")
+    model.add_argument(
+        "model_positional", nargs="?", metavar="MODEL", help="directory in HF format, GGUF file, or hub id"
+    )
     model.add_argument("--model", "--model-path", dest="model", metavar="MODEL", help="the same as a flag")
     model.add_argument("--tokenizer", "--tokenizer-path", dest="tokenizer", metavar="DIR")
     model.add_argument("--revision", help="branch, tag or commit of a hub id")
@@ -188,7 +190,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     model.add_argument("--task", choices=sorted(_TASKS), help="vLLM's older spelling of the same")
     model.add_argument(
         "--pooling",
-        choices=["auto", "last", "mean"],
+        choices=["auto", "cls", "last", "max", "mean"],
         help="how embeddings are made, also of a model that says nothing of it; it goes on generating beside that",
     )
     model.add_argument(

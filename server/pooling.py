@@ -26,14 +26,20 @@ _AT_ONCE = 32
 
 
 async def pool(
-    request: web.Request, response_id: str, prompts: list[list[int]], pooling: Pooling, terms: Terms
+    request: web.Request,
+    response_id: str,
+    prompts: list[list[int]],
+    pooling: Pooling | list[Pooling],
+    terms: Terms,
 ) -> list[Vector]:
-    """The vector of every prompt. Raises RequestError for what cannot be served; then none of them is."""
+    """The vector of every prompt. pooling: of all, or of each. Raises RequestError for what cannot be served; then none
+    of them is."""
     state = request.app[STATE]
     check_count(state, len(prompts))
+    each = pooling if isinstance(pooling, list) else [pooling] * len(prompts)
     requests = [
-        terms.request(f"{response_id}-{index}", prompt, _NO_SAMPLING, stream=False, pooling=pooling)
-        for index, prompt in enumerate(prompts)
+        terms.request(f"{response_id}-{index}", prompt, _NO_SAMPLING, stream=False, pooling=own)
+        for index, (prompt, own) in enumerate(zip(prompts, each, strict=True))
     ]
     vectors: list[Vector] = []
     async with submitted(state, requests, names_of(request, response_id)) as streams:
@@ -58,6 +64,17 @@ async def written(vectors: list[Vector], item: Callable[[int, Vector], object]) 
         if len(items) % _AT_ONCE == 0:
             await asyncio.sleep(0)
     return items
+
+
+def shares(numbers: Vector, activation: str) -> Vector:
+    """What a classifier's numbers are shares of: float64 along the last axis."""
+    wide = numbers.astype(np.float64)
+    if activation == "sigmoid":
+        wide = 0.5 + 0.5 * np.tanh(wide / 2)
+    elif activation == "softmax":
+        wide = np.exp(wide - wide.max(axis=-1, keepdims=True))
+        wide /= wide.sum(axis=-1, keepdims=True)
+    return wide.astype(np.float32)
 
 
 def scaled(vector: Vector) -> Vector:

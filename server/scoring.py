@@ -1,7 +1,7 @@
 """How well documents answer a query: pairs of texts to numbers, through the engine. Loop thread.
 
-A model with score tokens reads a pair as one prompt, and its score is the odds of "yes"; any other that embeds is asked
-for the vectors of both texts, and their score is the cosine.
+A model with a classifier of one label, or with score tokens, reads a pair as one prompt, and its score is that number,
+or the odds of "yes"; any other that embeds is asked for the vectors of both texts, and their score is the cosine.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 from aiohttp import web
 
+from engine.models.spec import Classifier
 from engine.request import Pooling
-from server.pooling import Vector, pool, scaled
+from engine.text.chat_template import ChatTemplate
+from server.pooling import Vector, pool, scaled, shares
 from server.protocol.chat import INLINE_BYTES
 from server.protocol.embeddings import embedding_of
-from server.protocol.prompts import encode_prompts
+from server.protocol.prompts import encode_pairs, encode_prompts
 from server.protocol.scores import ScorePlan
 from server.state import STATE, State
 
@@ -34,7 +36,12 @@ INSTRUCTION = "Given a web search query, retrieve relevant passages that answer 
 async def run_scores(request: web.Request, plan: ScorePlan, response_id: str) -> tuple[list[float], int]:
     """The score of every pair, and the tokens that were read."""
     state = request.app[STATE]
-    tokens = state.model.abilities.score_tokens
+    tokens, head = state.model.abilities.score_tokens, state.model.abilities.classifier
+    if head is not None and state.model.abilities.ranks:
+        prompts, poolings = await _pairs_for(state, head, plan)
+        rated = await pool(request, response_id, prompts, poolings, plan.terms)
+        activation = "none" if plan.raw else head.activation
+        return [float(shares(numbers, activation)[0]) for numbers in rated], sum(map(len, prompts))
     if tokens is not None:
         prompts = await _pair_prompts(state, plan)
         rated = await pool(request, response_id, prompts, Pooling("logprobs", tokens), plan.terms)
@@ -47,11 +54,28 @@ async def run_scores(request: web.Request, plan: ScorePlan, response_id: str) ->
     return [cosine(found[one], found[other]) for one, other in plan.pairs], sum(map(len, prompts))
 
 
+async def _pairs_for(state: State, head: Classifier, plan: ScorePlan) -> tuple[list[list[int]], list[Pooling]]:
+    """Each pair as the tokenizer joins two texts; or as the chat template does, where it reads queries and documents."""
+    assert head.pooling != "all"
+    if _knows_pairs(state.model.chat_template):
+        prompts = await _pair_prompts(state, plan)
+        return prompts, [Pooling(head.pooling, classify=True)] * len(prompts)
+    encoded = await encode_pairs(state, plan.pairs, plan.most)
+    poolings = [Pooling(head.pooling, classify=True, second=second) for _, second in encoded]
+    return [ids for ids, _ in encoded], poolings
+
+
+def _knows_pairs(template: ChatTemplate | None) -> bool:
+    """The convention of sentence-transformers and vLLM: messages with the roles query and document."""
+    source = "" if template is None else template.source
+    return all(re.search(f"[\"']{role}[\"']", source) for role in ("query", "document"))
+
+
 async def _pair_prompts(state: State, plan: ScorePlan) -> list[list[int]]:
     """Each pair as the model's chat template writes it."""
     template = state.model.chat_template
     assert template is not None, "checked at start"
-    has_roles = all(re.search(f"[\"']{role}[\"']", template.source) for role in ("query", "document"))
+    has_roles = _knows_pairs(template)
 
     def render() -> list[str]:
         return [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.forward import Limits
-from engine.groups import MAX_GROUPS, MemoryGroup, num_buffers, one_group, pages_held, places_of, plan_groups
+from engine.groups import MAX_GROUPS, Chunk, MemoryGroup, num_buffers, one_group, pages_held, places_of, plan_groups
 
 CONTEXT = 32_768
 
@@ -65,6 +65,25 @@ def test_most_pages_are_enough_and_no_more(window: int, page_size: int) -> None:
         assert behind * page_size <= max(0, boundary - window + 1), "somebody who goes on there sees a page that went"
         most = max(most, token // page_size + 1 - behind)
     assert most == group.most_pages(page_size)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 16])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8, 9, 100])
+def test_pages_of_a_chunk_go_with_it(chunk: int, page_size: int) -> None:
+    group, most = MemoryGroup(Chunk(chunk)), 0
+    for token in range(1, 400):
+        boundary = (token - 1) // page_size * page_size
+        behind = group.behind(boundary, page_size)
+        assert behind * page_size <= boundary // chunk * chunk < (behind + 1) * page_size
+        most = max(most, token // page_size + 1 - behind)
+    assert most <= group.most_pages(page_size) <= most + 1
+
+
+def test_a_chunk_is_no_window() -> None:
+    assert Chunk(8) != 8 and Chunk(8) == Chunk(8) and len({Chunk(8), 8}) == 2
+    assert one_group([Chunk(8), Chunk(8)]) == (MemoryGroup(Chunk(8)),)
+    assert one_group([Chunk(8), 8]) == one_group([Chunk(8), Chunk(4)]) == (MemoryGroup(8),)
+    assert [group.window for group in plan_groups([8, Chunk(8), None], CONTEXT)] == [None, 8, Chunk(8)]
 
 
 def test_what_one_sequence_can_have() -> None:

@@ -19,6 +19,7 @@ from engine.forward import Limits
 from engine.groups import MemoryGroup, pages_held, plan_groups
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec
+from engine.ops.coded import CodedLinear
 from engine.ops.invariance import promise
 from engine.ops.linear import has_fast_bfloat16
 from engine.ops.state import state_bytes
@@ -40,7 +41,9 @@ def start(given: Start) -> CPUExecutor:
     dtype = pick_dtype(config.model.dtype)
     with report.phase("kernels"):
         status = native.status()
-    threads = config.num_threads or choose_threads(given.spec.num_parameters * dtype.itemsize)
+    encodes = given.spec.bidirectional
+    chosen = available_cores() if encodes else choose_threads(given.spec.num_parameters * dtype.itemsize)
+    threads = config.num_threads or chosen
     torch.set_num_threads(threads)
     report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
     report.row("dtype", str(dtype).removeprefix("torch."))
@@ -48,10 +51,16 @@ def start(given: Start) -> CPUExecutor:
         load = given.loader(dtype=dtype, device=torch.device("cpu"), deterministic=bool(config.deterministic))
         model = load(None)
     given.report_output_layer(model)
+    if coded := sum(isinstance(linear, CodedLinear) for linear in model.linears):
+        report.row("weights", f"{coded} of {len(model.linears)} layers keep the file's integers")
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
     report.row("deterministic", f"{'yes' if promised else 'no'} ({how})")
+    if encodes:
+        return CPUExecutor(
+            model, encoder_limits(config.scheduler, context, given.spec.vocab_size), dtype=dtype, load=load
+        )
     with report.phase("KV cache"):
         groups = plan_groups(given.spec.windows, context)
         sequences, num_snapshots, state_memory = config.scheduler.max_num_seqs, None, 0
@@ -81,6 +90,20 @@ def start(given: Start) -> CPUExecutor:
             num_snapshots=num_snapshots,
         )
         return CPUExecutor(model, limits, dtype=dtype, load=load)
+
+
+def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int) -> Limits:
+    """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it, for
+    chunks end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
+    assert context <= options.max_num_batched_tokens, "a step must hold a whole text"
+    return Limits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=context,
+        page_size=context + 1,
+        num_pages=4 * options.max_num_seqs + 1,
+        vocab_size=vocab_size,
+    )
 
 
 def pick_dtype(name: str = "auto") -> torch.dtype:

@@ -203,10 +203,16 @@ def expected_vector(
     """What the fake answers to a request for a vector, from its tokens alone. windows: see FakeModel."""
     context = _Context(windows, has_state)
     cells = [context.push(token) for token in prompt]
-    if pooling.kind == "mean":
+    if pooling.needs_all:
         mean: npt.NDArray[np.float64] = _numbers(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
-        return mean.astype(np.float32)
+        return _vector_of_all(mean, pooling, len(prompt))
     return _vector_of_context(context.draw(), pooling)
+
+
+def _vector_of_all(mean: npt.NDArray[np.float64], pooling: Pooling, num_tokens: int) -> npt.NDArray[np.float32]:
+    """Of a kind that all tokens have a part in: the mean stands for it, and for the vector of each token."""
+    vector = mean.astype(np.float32)
+    return np.tile(vector, (num_tokens, 1)) if pooling.kind == "all" else vector
 
 
 def _numbers(states: UInt64Array) -> npt.NDArray[np.float64]:
@@ -605,7 +611,7 @@ class FakeExecutor:
         vectors = []
         for pooled in forward_input.pooled:
             row, pooling = pooled.row, pooled.pooling
-            if pooling.kind != "mean":
+            if not pooling.needs_all:
                 vector = _vector_of_context(int(draws[row]), pooling)
             else:
                 slot, start = int(staging.row_slot[row]), int(staging.row_start[row])
@@ -619,7 +625,7 @@ class FakeExecutor:
                 if not pooled.ends:
                     self._sums[slot] = seen, total
                     continue
-                vector = (total / seen).astype(np.float32)
+                vector = _vector_of_all(total / seen, pooling, seen)
             if row_tainted[row]:
                 vector[:] = np.nan
             vectors.append(vector)

@@ -55,7 +55,12 @@ class Start:
 
     def _refuse_another(self, directory: Path) -> None:
         # Whether the output layer is used is ours to say.
-        theirs = dataclasses.replace(read_spec(directory), headless=self.spec.headless, assumed=self.spec.assumed)
+        theirs = dataclasses.replace(
+            read_spec(directory),
+            headless=self.spec.headless,
+            assumed=self.spec.assumed,
+            projections=self.spec.projections,
+        )
         if (name := difference(theirs, self.spec)) is not None:
             name = differing_field(self.directory, directory) or name
             where = directory / "config.json" if directory.is_dir() else directory

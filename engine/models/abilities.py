@@ -1,24 +1,32 @@
 """What a model can be asked for: text, embeddings, scores. Read at start from its directory and the flags.
 
-Understood are the files of sentence-transformers (modules.json, the configs of its Pooling and LogitScore modules) and
-a few fields of config.json. Imports no torch.
+Understood are the files of sentence-transformers (modules.json, the configs of its Pooling, Dense and LogitScore
+modules, its prompts and its longest text) and a few fields of config.json. Imports no torch.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from engine.config import ModelOptions, StartupError
-from engine.models.fields import Fields
+from engine.models.fields import Fields, show
 from engine.models.gguf.config import model_fields
-from engine.models.spec import ModelSpec
+from engine.models.spec import Classifier, HeadActivation, ModelSpec, Projection
 
-# Pooling modes of sentence-transformers that a causal model is served with.
-_MODES: dict[str, Literal["last", "mean"]] = {"lasttoken": "last", "mean": "mean"}
+Kind = Literal["cls", "last", "mean", "max", "weightedmean", "mean_sqrt_len"]
+# Pooling modes of sentence-transformers.
+_MODES: dict[str, Kind] = {
+    "cls": "cls",
+    "lasttoken": "last",
+    "max": "max",
+    "mean": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean": "weightedmean",
+}
 # The flags of a Pooling module's older config.json, and the words of its newer `pooling_mode`.
 _MODE_FLAGS = {
     "pooling_mode_cls_token": "cls",
@@ -28,6 +36,15 @@ _MODE_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
+_ACTIVATIONS: dict[str, HeadActivation] = {
+    "GELU": "gelu",
+    "Identity": "none",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "Tanh": "tanh",
+}
+# More, or longer, are no prompts.
+MAX_PROMPTS, MAX_PROMPT_LENGTH = 256, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +53,34 @@ class Abilities:
 
     embedding: how a prompt becomes a vector, None where it does not. normalize: that vector is scaled to length 1.
     width: its numbers. dimensions: the shorter lengths that the model was trained for (matryoshka): None for none,
-    empty for any. score_tokens: the ids whose odds as the next token are a relevance (yes, no).
+    empty for any. score_tokens: the ids whose odds as the next token are a relevance (yes, no). classifier: its head,
+    of which one label alone is a relevance, too. prompts: what stands before a text, by name; default_prompt: the name
+    of what stands there unless another is asked for. projections: what the model puts vectors through. max_length:
+    tokens of a text that it was trained for, where its directory says so.
     """
 
     generates: bool = True
-    embedding: Literal["last", "mean"] | None = None
+    embedding: Kind | None = None
     normalize: bool = True
     width: int = 0
     dimensions: tuple[int, ...] | None = None
     score_tokens: tuple[int, int] | None = None
+    classifier: Classifier | None = None
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    default_prompt: str | None = None
+    projections: tuple[Projection, ...] = ()
+    max_length: int | None = None
 
     @property
     def needs_head(self) -> bool:
         """Its output layer is of use."""
         return self.generates or self.score_tokens is not None
+
+    @property
+    def ranks(self) -> bool:
+        """Its classifier's one number is a relevance."""
+        head = self.classifier
+        return head is not None and len(head.labels) == 1 and head.pooling != "all"
 
     def describe(self) -> str:
         """For the start-up table."""
@@ -59,6 +90,10 @@ class Abilities:
             parts.append(f"embeddings ({self.embedding} pooling, {self.width} numbers{length})")
         if self.score_tokens is not None:
             parts.append("scores (odds of tokens {} and {})".format(*self.score_tokens))
+        if self.classifier is not None:
+            count = len(self.classifier.labels)
+            of = "every token" if self.classifier.pooling == "all" else f"{self.classifier.pooling} pooling"
+            parts.append("scores (classifier of one label)" if self.ranks else f"classes ({count} labels of {of})")
         return ", ".join(parts)
 
 
@@ -74,18 +109,21 @@ def read_abilities(
     runner, asked = options.runner, options.pooling
     if runner == "generate" and config.headless:
         raise StartupError(f"--runner generate: {config.architecture} in {directory} has no output layer")
-    modules = _Modules.read(directory) if runner != "generate" else _Modules({})
+    modules = _Modules.read(directory) if runner != "generate" else _Modules([])
     score_tokens = _score_tokens(directory, config.vocab_size, fields, options, modules, token_id)
-    embedding = _MODES[modules.mode()] if "Pooling" in modules.paths and asked == "auto" else None
-    generates = runner == "generate" or (runner == "auto" and "Pooling" not in modules.paths and not config.headless)
+    pools = "Pooling" in modules.paths and config.classifier is None
+    embedding = _MODES[modules.mode()] if pools and asked == "auto" else None
+    generates = runner == "generate" or (runner == "auto" and not pools and not config.headless)
     normalize = True
-    if "Pooling" in modules.paths:
-        modules.refuse_others()
+    projections: tuple[Projection, ...] = ()
+    if pools:
+        projections = modules.projections(config.hidden_size)
         normalize = "Normalize" in modules.paths
     if asked != "auto":
-        embedding = "last" if asked == "last" else "mean"
-    elif embedding is None and not generates and score_tokens is None:
-        embedding = "last"
+        embedding = _asked(asked)
+    elif embedding is None and not generates and score_tokens is None and config.classifier is None:
+        # What says nothing: an encoder's first token stands for its text, as in vLLM.
+        embedding = ("cls" if config.final_norm is None else "mean") if config.bidirectional else "last"
     if score_tokens is not None and config.headless:
         raise StartupError(f"scores need the output layer, and {config.architecture} in {directory} has none")
     dimensions: tuple[int, ...] | None = None
@@ -93,14 +131,66 @@ def read_abilities(
         dimensions = fields.integers("matryoshka_dimensions")
     elif fields.flag("is_matryoshka", False):
         dimensions = ()
-    return Abilities(generates, embedding, normalize, config.hidden_size, dimensions, score_tokens)
+    prompts, default_prompt = _read_prompts(directory) if embedding is not None else ({}, None)
+    return Abilities(
+        generates,
+        embedding,
+        normalize,
+        projections[-1].size if projections else config.hidden_size,
+        dimensions,
+        score_tokens,
+        config.classifier,
+        prompts,
+        default_prompt,
+        projections,
+        _read_max_length(directory) if not generates else None,
+    )
+
+
+def _asked(pooling: str) -> Kind:
+    kinds: dict[str, Kind] = {"cls": "cls", "last": "last", "max": "max", "mean": "mean"}
+    return kinds[pooling]
+
+
+def _read_max_length(directory: Path) -> int | None:
+    """Of sentence-transformers' settings of its Transformer module."""
+    path = directory / "sentence_bert_config.json"
+    if not path.is_file():
+        return None
+    return Fields.read(path).optional_integer("max_seq_length")
+
+
+def _read_prompts(directory: Path) -> tuple[dict[str, str], str | None]:
+    """Of sentence-transformers' settings: what stands before texts of some use, and the name of the default."""
+    path = directory / "config_sentence_transformers.json"
+    if not path.is_file():
+        return {}, None
+    fields = Fields.read(path)
+    given = fields.raw("prompts") or {}
+    if (
+        not isinstance(given, dict)
+        or len(given) > MAX_PROMPTS
+        or any(
+            not isinstance(text, str) or len(text) > MAX_PROMPT_LENGTH for text in given.values() if text is not None
+        )
+    ):
+        fields.fail("prompts", "must be an object of short texts")
+    prompts = {name: text or "" for name, text in given.items()}
+    default = fields.raw("default_prompt_name")
+    if default is not None and default not in prompts:
+        fields.fail("default_prompt_name", f"({show(default)}) is not one of the prompts")
+    return prompts, default
 
 
 class _Modules:
-    """The modules of a sentence-transformers model: paths has the directory of each by the last word of its type."""
+    """The modules of a sentence-transformers model, in order: the last word of each one's type, and its directory.
 
-    def __init__(self, paths: dict[str, Path], file: Path | None = None) -> None:
-        self.paths = paths
+    paths: the same by that word.
+    """
+
+    def __init__(self, entries: list[tuple[str, Path]], file: Path | None = None) -> None:
+        self._entries = entries
+        self.paths = dict(entries)
         self._file = file
 
     @classmethod
@@ -108,15 +198,15 @@ class _Modules:
         """None are named where there is no modules.json."""
         file = directory / "modules.json"
         if not file.exists():
-            return cls({})
+            return cls([])
         try:
-            entries: Any = json.loads(file.read_bytes())
-            paths = {str(entry["type"]).rsplit(".", 1)[-1]: directory / str(entry["path"]) for entry in entries}
+            given: Any = json.loads(file.read_bytes())
+            entries = [(str(entry["type"]).rsplit(".", 1)[-1], directory / str(entry["path"])) for entry in given]
         except (OSError, ValueError, TypeError, KeyError):
             raise StartupError(f"{file}: must be a list of objects with `type` and `path`") from None
-        if any(not path.resolve().is_relative_to(directory.resolve()) for path in paths.values()):
+        if any(not path.resolve().is_relative_to(directory.resolve()) for _, path in entries):
             raise StartupError(f"{file}: a path leads out of the directory")
-        return cls(paths, file)
+        return cls(entries, file)
 
     def mode(self) -> str:
         """The one mode of the Pooling module."""
@@ -129,19 +219,40 @@ class _Modules:
         if len(modes) != 1 or modes[0] not in tuple(_MODES):
             shown = " and ".join(map(str, modes)) or "no mode"
             raise StartupError(
-                f"{fields.path}: pooling by {shown} is not supported, only mean and lasttoken; --pooling mean or last "
+                f"{fields.path}: pooling by {shown} is not supported, only by one of {', '.join(_MODES)}; --pooling "
                 "forces one of these, --runner generate serves the model without embeddings"
             )
+        if not fields.flag("include_prompt", True):
+            fields.fail("include_prompt", "is false, which is not supported: the tokens of a prompt are pooled, too")
         return str(modes[0])
 
-    def refuse_others(self) -> None:
-        """A vector goes through these modules and no other."""
-        for name in self.paths:
-            if name not in ("Transformer", "Pooling", "Normalize"):
+    def projections(self, width: int) -> tuple[Projection, ...]:
+        """Of the Dense modules. A vector goes through these and no others; last of all it may be scaled."""
+        found: list[Projection] = []
+        kinds = [kind for kind, _ in self._entries]
+        for place, (kind, path) in enumerate(self._entries):
+            if kind == "Dense":
+                found.append(self._dense(path, width))
+                width = found[-1].size
+            at = {"Transformer": 0, "Pooling": 1, "Dense": place, "Normalize": len(kinds) - 1}.get(kind)
+            if at != place or (kind == "Dense" and place < 2):
+                why = "is not supported" if at is None else "is not supported in this place"
                 raise StartupError(
-                    f"{self._file}: the module {name} is not supported; --runner generate serves the model without "
-                    "embeddings"
+                    f"{self._file}: the module {kind} {why}; --runner generate serves the model without embeddings"
                 )
+        return tuple(found)
+
+    def _dense(self, path: Path, width: int) -> Projection:
+        fields = Fields.read(path / "config.json")
+        if fields.integer("in_features") != width:
+            fields.fail("in_features", f"must be {width}, as many numbers as there are before it")
+        given = fields.raw("activation_function") or "torch.nn.modules.activation.Tanh"
+        activation = _ACTIVATIONS.get(str(given).rsplit(".", 1)[-1])
+        if activation is None:
+            fields.fail("activation_function", f"({show(given)}) must be one of {', '.join(_ACTIVATIONS)}")
+        assert self._file is not None
+        name = path.relative_to(self._file.parent).as_posix()
+        return Projection(f"{name}.linear", fields.integer("out_features"), fields.flag("bias", True), activation)
 
 
 def _score_tokens(

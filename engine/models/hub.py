@@ -1,6 +1,6 @@
 """From a path or a Hugging Face id to a directory with a model in it. Called once at start.
 
-Only data is ever fetched (safetensors, JSON, templates); no code of a repository is downloaded or run.
+Only data is ever fetched (safetensors, GGUF, JSON, templates); no code of a repository is downloaded or run.
 """
 
 from __future__ import annotations
@@ -9,18 +9,23 @@ import re
 from pathlib import Path
 
 from engine.config import StartupError
-from engine.models.gguf.reader import find_gguf, is_gguf
+from engine.models.gguf.reader import find_gguf, is_gguf, model_name
 
 ALLOW_PATTERNS = ["*.safetensors", "*.json", "*.jinja"]
 # Folders hold other formats of the same weights (original/, onnx/); so do Mistral's consolidated files.
 IGNORE_PATTERNS = ["*/*", "consolidated*.safetensors"]
 
+# Of several files of one model what most people take.
+USUAL = "Q4_K_M"
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+_WANTED = re.compile(r"[\w.-]{1,64}")
 
 
 def resolve(path_or_id: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The directory of a model: `path_or_id` itself where it is one, else a snapshot from the hub.
+    """The directory of a model, or its GGUF file: `path_or_id` itself where it is one, else a snapshot from the hub.
 
+    An id may end in `:WORD`, which chooses among GGUF files (owner/name:Q8_0).
     revision: branch, tag or commit on the hub. download_dir: a cache in place of the usual one. Files that the
     cache holds are not fetched again, and with HF_HUB_OFFLINE=1 nothing is. Raises StartupError.
     """
@@ -40,20 +45,13 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
         )
     if is_gguf(path):
         raise StartupError(f"{path}: no such file")
-    if not _HUB_ID.fullmatch(path_or_id):
+    repository, colon, wanted = path_or_id.partition(":")
+    if not _HUB_ID.fullmatch(repository) or (colon and not _WANTED.fullmatch(wanted)):
         raise StartupError(f"{path_or_id}: no such directory, and not a Hugging Face id (owner/name)")
     try:
-        import huggingface_hub
-
-        return Path(
-            huggingface_hub.snapshot_download(
-                path_or_id,
-                revision=revision,
-                cache_dir=download_dir,
-                allow_patterns=ALLOW_PATTERNS,
-                ignore_patterns=IGNORE_PATTERNS,
-            )
-        )
+        return _download(repository, wanted, {"revision": revision, "cache_dir": download_dir})
+    except StartupError:
+        raise
     except Exception as error:  # the hub's own errors, HTTP, disk: a start that fails, whatever it was
         reason = " ".join(str(error).split()) or type(error).__name__
         at = f" at revision {revision}" if revision else ""
@@ -61,3 +59,44 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
             f"{path_or_id}: not a directory, and the download{at} from the Hugging Face hub failed: "
             f"{type(error).__name__}: {reason[:300]}"
         ) from error
+
+
+def _download(repository: str, wanted: str, options: dict[str, str | None]) -> Path:
+    """wanted: of several GGUF files the one whose name has this word; the repository is then read for that alone."""
+    import huggingface_hub
+
+    if not wanted:
+        patterns = {"allow_patterns": ALLOW_PATTERNS, "ignore_patterns": IGNORE_PATTERNS}
+        directory = Path(huggingface_hub.snapshot_download(repository, **patterns, **options))
+        if any(directory.glob("*.safetensors")):
+            return directory
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            return find_gguf(directory) or directory
+    files = huggingface_hub.HfApi().list_repo_files(repository, revision=options["revision"])
+    chosen = choose_files(repository, files, wanted)
+    if not chosen:
+        return directory
+    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=chosen, **options)) / chosen[0]
+
+
+def choose_files(repository: str, files: list[str], wanted: str) -> list[str]:
+    """The GGUF file of a repository, or all its parts: the only one, that with the word `wanted`, or else that of
+    USUAL. Empty where there is none and none is wanted. Raises StartupError.
+    """
+    models: dict[str, list[str]] = {}
+    for name in sorted(files):
+        if is_gguf(Path(name)) and not Path(name).name.startswith(("mmproj", "mtp-")):
+            models.setdefault(str(Path(name).parent / model_name(Path(name))), []).append(name)
+    fitting = list(models)
+    if wanted or len(models) > 1:
+        word = re.compile(rf"(^|[-._/]){re.escape(wanted or USUAL)}($|[-._/])", re.IGNORECASE)
+        fitting = [name for name in models if word.search(name)]
+    if not models and not wanted:
+        return []
+    if len(fitting) != 1:
+        words = ", ".join(sorted(Path(name).name for name in models)[:20]) or "none"
+        raise StartupError(
+            f"{repository}: {'no' if not fitting else 'more than one'} GGUF file is named {wanted or USUAL}; say "
+            f"{repository}:WORD with a word that one name alone has. There are: {words}"
+        )
+    return models[fitting[0]]

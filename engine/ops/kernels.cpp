@@ -46,6 +46,7 @@ typedef uint16_t bf16;
 typedef int64_t i64;
 
 #define INLINE static inline __attribute__((always_inline))
+#define MEMBER inline __attribute__((always_inline))
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
 namespace {
@@ -313,13 +314,128 @@ void pack_rows(const bf16* x, i64 ldx, int m, i64 K, uint32_t* out) {
     for (int r = 0; r < m && K % 2; r++) out[whole * m + r] = x[r * ldx + K - 1];
 }
 
-template <class X, class W, class O>
-void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* bias, O* out, i64 ldo, int threads) {
+// Weights as they are: `steps` of them from step k on, of panels from p on, `stride` apart.
+template <class W>
+struct Plain {
+    typedef W Weight;
+    const W* w;
+    i64 steps;
+    MEMBER const W* at(i64 p, i64 k, int, int, size_t& stride) const {
+        stride = (size_t)steps * NR * Inner<W>::depth;
+        return w + p * stride + (size_t)k * NR * Inner<W>::depth;
+    }
+    template <class C>
+    MEMBER bool one_row(const float*, i64, int, C*, int) const { return false; }
+};
+
+// Weights as small integers. Every CODE_BLOCK of them along K has a scale, and with Low a number that is added. A panel holds
+// for each block the scales of its columns, those numbers, and words: lane j of one holds 32 / Bits codes of column j. A weight is
+// (q - 8) * scale, q * scale + low (4 bits without a sign) or q * scale (+ low) (8 bits with one), each operation rounded: the float32
+// that these codes are elsewhere (models/gguf/dequantise.py), so that sums have the same bits as with such weights.
+constexpr int CODE_BLOCK = 32;
+template <int Bits, bool Low>
+struct Codes {
+    typedef float Weight;
+    static constexpr int per = 32 / Bits, words = CODE_BLOCK / per;
+    static constexpr size_t block = (size_t)NR * (1 + Low + words);  // in words of 32 bits
+    const uint32_t* w;
+    i64 blocks;  // along K
+
+    template <int J>
+    static MEMBER vf number(vu word) {
+        if (Bits == 8) return __builtin_convertvector((vi)(word << (24 - 8 * (J & 3))) >> 24, vf);
+        vf q = __builtin_convertvector((vi)(J == per - 1 ? word >> (4 * J) : (word >> (4 * J)) & 15), vf);
+        return Low ? q : q - 8.0f;
+    }
+    static MEMBER vf weight(vf q, vf scale, vf low) { return Low ? q * scale + low : q * scale; }
+
+    // One block of a panel as [CODE_BLOCK][NR] floats.
+    static MEMBER void widen(const uint32_t* at, float* out) {
+        for (int h = 0; h < NR; h += VL) {
+            const vf scale = load((const float*)at + h), low = Low ? load((const float*)at + NR + h) : vf{};
+            const uint32_t* codes = at + NR * (1 + Low) + h;
+            float* to = out + h;
+            for (int r = 0; r < words; r++, to += per * NR) {
+                const vu word = *(const vu_any*)(codes + r * NR);
+                store(to, weight(number<0>(word), scale, low));
+                store(to + NR, weight(number<1>(word), scale, low));
+                store(to + 2 * NR, weight(number<2>(word), scale, low));
+                store(to + 3 * NR, weight(number<3>(word), scale, low));
+                if (Bits == 4) {
+                    store(to + 4 * NR, weight(number<4 % per>(word), scale, low));
+                    store(to + 5 * NR, weight(number<5 % per>(word), scale, low));
+                    store(to + 6 * NR, weight(number<6 % per>(word), scale, low));
+                    store(to + 7 * NR, weight(number<7 % per>(word), scale, low));
+                }
+            }
+        }
+    }
+    const float* at(i64 p, i64 k, int count, int steps, size_t& stride) const {
+        stride = (size_t)KC * NR;
+        float* out = (float*)scratch<3>(4 * stride * sizeof(float));
+        for (int i = 0; i < count; i++) {
+            const uint32_t* from = w + ((p + i) * blocks + k / CODE_BLOCK) * block;
+            for (int b = 0; b < steps; b += CODE_BLOCK, from += block) widen(from, out + i * stride + (size_t)b * NR);
+        }
+        return out;
+    }
+
+    // The products of one row x with P panels from p on, by the same operations as the general way has.
+    template <int P, int J>
+    static MEMBER void step(const float* x, const vu* word, const vf* scale, const vf* low, vf* acc) {
+        const vf a = splat(x[J]);
+        for (int i = 0; i < 2 * P; i++) acc[i] = fma(a, weight(number<J>(word[i]), scale[i], low[i]), acc[i]);
+    }
+    template <int P>
+    void row(const float* x, const uint32_t* const from, float* c) const {
+        for (i64 k = 0; k < blocks; k += KC / CODE_BLOCK) {
+            vf acc[2 * P] = {};
+            for (i64 b = k; b < std::min(blocks, k + KC / CODE_BLOCK); b++) {
+                const uint32_t* at[P];
+                vf scale[2 * P], low[2 * P];
+                for (int i = 0; i < 2 * P; i++) {
+                    at[i / 2] = from + (i / 2) * blocks * block + b * block;
+                    scale[i] = load((const float*)at[i / 2] + i % 2 * VL);
+                    low[i] = Low ? load((const float*)at[i / 2] + NR + i % 2 * VL) : vf{};
+                }
+                const float* xb = x + b * CODE_BLOCK;
+                for (int r = 0; r < words; r++, xb += per) {
+                    vu word[2 * P];
+                    for (int i = 0; i < 2 * P; i++)
+                        word[i] = *(const vu_any*)(at[i / 2] + NR * (1 + Low + r) + i % 2 * VL);
+                    step<P, 0>(xb, word, scale, low, acc);
+                    step<P, 1>(xb, word, scale, low, acc);
+                    step<P, 2>(xb, word, scale, low, acc);
+                    step<P, 3>(xb, word, scale, low, acc);
+                    if (Bits == 4) {
+                        step<P, 4 % per>(xb + 4 - 4 % per, word, scale, low, acc);
+                        step<P, 5 % per>(xb + 5 - 5 % per, word, scale, low, acc);
+                        step<P, 6 % per>(xb + 6 - 6 % per, word, scale, low, acc);
+                        step<P, 7 % per>(xb + 7 - 7 % per, word, scale, low, acc);
+                    }
+                }
+            }
+            for (int i = 0; i < 2 * P; i++) {
+                float* to = c + i * VL;
+                store(to, k == 0 ? acc[i] : load(to) + acc[i]);
+            }
+        }
+    }
+    bool one_row(const float* x, i64 p, int count, float* c, int) const {
+        int i = 0;
+        for (; i + 2 <= count; i += 2) row<2>(x, w + (p + i) * blocks * block, c + i * NR);
+        if (i < count) row<1>(x, w + (p + i) * blocks * block, c + i * NR);
+        return true;
+    }
+};
+
+template <class X, class S, class O>
+void linear(const X* x, i64 ldx, i64 M, i64 K, const S& source, i64 N, const float* bias, O* out, i64 ldo, int threads) {
     const i64 panels = (N + NR - 1) / NR;
+    typedef typename S::Weight W;
     typedef typename Inner<W>::In In;
-    constexpr int depth = Inner<W>::depth, size = NR * depth, block = KC / depth;
+    constexpr int block = KC / Inner<W>::depth;
     const i64 steps = steps_of<W>(K);
-    const size_t panel = (size_t)steps * size;
     // Below a quarter of a million multiplications (about 10 us) the fork costs more than it brings.
     threads = limit_threads(threads, (double)M * N * K, 131072);
     // Panels that one task takes: fewer where there would not be enough tasks. No result depends on it.
@@ -340,20 +456,24 @@ void linear(const X* x, i64 ldx, i64 M, i64 K, const W* w, i64 N, const float* b
             const i64 p0 = g * group;
             const int count = (int)std::min<i64>(group, panels - p0), ldc = count * NR;
             float* c = (float*)scratch<1>((size_t)MB * GROUP * NR * 4);
-            if (tiles == 1)  // the weights as few long streams
+            size_t panel;
+            const bool done = rows == 1 && source.one_row((const float*)packed, p0, count, c, ldc);
+            if (tiles == 1 && !done)  // the weights as few long streams
                 for (int p = 0; p < count; p += 4)
-                    for (i64 k = 0; k < steps; k += block)
-                        any_tile(rows, packed + k * rows, w + (p0 + p) * panel + (size_t)k * size, panel,
-                                 (int)std::min<i64>(block, steps - k), c + p * NR, ldc, k == 0, std::min(4, count - p));
+                    for (i64 k = 0; k < steps; k += block) {
+                        const int now = (int)std::min<i64>(block, steps - k), few = std::min(4, count - p);
+                        const W* wk = source.at(p0 + p, k, few, now, panel);
+                        any_tile(rows, packed + k * rows, wk, panel, now, c + p * NR, ldc, k == 0, few);
+                    }
             for (i64 k = 0; k < steps && tiles > 1; k += block) {  // a block of the input and of one panel, reused from L2 and L1
                 const int now = (int)std::min<i64>(block, steps - k);
-                const W* wk = w + p0 * panel + (size_t)k * size;
-                for (int p = 0; p < count; p++)
+                for (int p = 0; p < count; p++) {
+                    const W* wk = source.at(p0 + p, k, 1, now, panel);
                     for (int t = 0; t < tiles; t++) {
                         int a = start(t), m = start(t + 1) - a;
-                        any_tile(m, packed + (size_t)a * steps + k * m, wk + p * panel, panel, now, c + (size_t)a * ldc + p * NR, ldc,
-                                 k == 0, 1);
+                        any_tile(m, packed + (size_t)a * steps + k * m, wk, panel, now, c + (size_t)a * ldc + p * NR, ldc, k == 0, 1);
                     }
+                }
             }
             const i64 n0 = p0 * NR, width = std::min<i64>(ldc, N - n0);
             for (int r = 0; r < rows; r++) {
@@ -388,6 +508,53 @@ void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, 
         const W* from = packed + n / NR * steps_of<W>(K) * Inner<W>::depth * NR;
         W* to = out + i * K;
         for (i64 k = 0; k < K; k++) to[k] = from[place<W>(k, (int)(n % NR))];
+    });
+}
+
+// codes [N, K]: one in a byte. scale, low: [N, K / CODE_BLOCK].
+template <int Bits, bool Low>
+void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 N, i64 K, uint32_t* out, int threads) {
+    typedef Codes<Bits, Low> C;
+    const i64 blocks = K / CODE_BLOCK;
+    parallel((N + NR - 1) / NR, threads, [&](i64 p) {
+        uint32_t* to = out + p * blocks * C::block;
+        memset(to, 0, blocks * C::block * 4);
+        for (int j = 0; j < NR && p * NR + j < N; j++) {
+            const i64 n = p * NR + j;
+            for (i64 b = 0; b < blocks; b++) {
+                uint32_t* at = to + b * C::block + j;
+                memcpy(at, scale + n * blocks + b, 4);
+                if (Low) memcpy(at + NR, low + n * blocks + b, 4);
+                const uint8_t* from = codes + n * K + b * CODE_BLOCK;
+                for (int r = 0; r < C::words; r++, from += C::per) {
+                    uint32_t word = 0;
+                    for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (Bits * i);
+                    at[NR * (1 + Low + r)] = word;
+                }
+            }
+        }
+    });
+}
+
+template <int Bits, bool Low, class O>
+void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, O* out, int threads) {
+    typedef Codes<Bits, Low> C;
+    const i64 blocks = K / CODE_BLOCK;
+    parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 i) {
+        const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i];
+        for (i64 b = 0; b < blocks; b++) {
+            const uint32_t* at = w + (n / NR * blocks + b) * C::block + n % NR;
+            float scale, low = 0;
+            memcpy(&scale, at, 4);
+            if (Low) memcpy(&low, at + NR, 4);
+            for (int k = 0; k < CODE_BLOCK; k++) {
+                const uint32_t word = at[NR * (1 + Low + k / C::per)];
+                const int j = k % C::per;
+                const int q = Bits == 8 ? (int8_t)(word >> (8 * j)) : (int)(word >> (4 * j) & 15) - (Low ? 0 : 8);
+                const float product = (float)q * scale;
+                store1(out + i * K + b * CODE_BLOCK + k, Low ? product + low : product);
+            }
+        }
     });
 }
 
@@ -1167,9 +1334,43 @@ EXPORT void ol_unpack_rows(int64_t type, const void* packed, int64_t K, const vo
 
 EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N, const float* bias,
                       void* out, int64_t out_type, int64_t ldo, int64_t threads) {
-    if (type == F32) linear((const float*)x, ldx, M, K, (const float*)w, N, bias, (float*)out, ldo, (int)threads);
-    else if (out_type == F32) linear((const bf16*)x, ldx, M, K, (const bf16*)w, N, bias, (float*)out, ldo, (int)threads);
-    else linear((const bf16*)x, ldx, M, K, (const bf16*)w, N, bias, (bf16*)out, ldo, (int)threads);
+    const Plain<float> wide{(const float*)w, steps_of<float>(K)};
+    const Plain<bf16> narrow{(const bf16*)w, steps_of<bf16>(K)};
+    if (type == F32) linear((const float*)x, ldx, M, K, wide, N, bias, (float*)out, ldo, (int)threads);
+    else if (out_type == F32) linear((const bf16*)x, ldx, M, K, narrow, N, bias, (float*)out, ldo, (int)threads);
+    else linear((const bf16*)x, ldx, M, K, narrow, N, bias, (bf16*)out, ldo, (int)threads);
+}
+
+#define BY_CODES(bits, low, statement)                                  \
+    if ((bits) == 4) {                                                  \
+        if (low) { typedef Codes<4, true> C; constexpr int B = 4; constexpr bool L = true; statement; }   \
+        else { typedef Codes<4, false> C; constexpr int B = 4; constexpr bool L = false; statement; }     \
+    } else {                                                            \
+        if (low) { typedef Codes<8, true> C; constexpr int B = 8; constexpr bool L = true; statement; }   \
+        else { typedef Codes<8, false> C; constexpr int B = 8; constexpr bool L = false; statement; }     \
+    }
+
+// In words of 32 bits.
+EXPORT int64_t ol_codes_size(int64_t bits, int64_t low, int64_t N, int64_t K) {
+    BY_CODES(bits, low, (void)B; (void)L; return (N + NR - 1) / NR * (K / CODE_BLOCK) * C::block)
+    return 0;
+}
+
+EXPORT void ol_pack_codes(int64_t bits, int64_t low, const void* codes, const float* scale, const float* add, int64_t N, int64_t K,
+                          void* out, int64_t threads) {
+    BY_CODES(bits, low, (void)sizeof(C); pack_codes<B COMMA L>((const uint8_t*)codes, scale, add, N, K, (uint32_t*)out, (int)threads))
+}
+
+EXPORT void ol_code_rows(int64_t bits, int64_t low, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count,
+                         void* out, int64_t threads) {
+    BY_CODES(bits, low, (void)sizeof(C); BY_TYPE(type, code_rows<B COMMA L>((const uint32_t*)w, K, ids, wide != 0, count, (T*)out, (int)threads)))
+}
+
+// x and out are of one type.
+EXPORT void ol_linear_codes(int64_t bits, int64_t low, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w,
+                            int64_t N, const float* bias, void* out, int64_t ldo, int64_t threads) {
+    BY_CODES(bits, low, (void)B; (void)L; const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
+             BY_TYPE(type, linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
 }
 
 EXPORT void ol_linear_heads(int64_t type, const void* x, int64_t ldx, int64_t stepx, int64_t M, int64_t K, const void* w, int64_t N,
@@ -1179,7 +1380,8 @@ EXPORT void ol_linear_heads(int64_t type, const void* x, int64_t ldx, int64_t st
     const int outer = limit_threads((int)std::min(threads, heads), (double)M * N * K * heads, 131072);
     const int inner = outer > 1 ? 1 : (int)threads;
     BY_TYPE(type, parallel(heads, outer, [&](i64 h) {
-                linear((const T*)x + h * stepx, ldx, M, K, (const T*)w + h * panel, N, (const float*)nullptr, (T*)out + h * stepo, ldo, inner);
+                const Plain<T> source{(const T*)w + h * panel COMMA steps_of<T>(K)};
+                linear((const T*)x + h * stepx, ldx, M, K, source, N, (const float*)nullptr, (T*)out + h * stepo, ldo, inner);
             }))
 }
 

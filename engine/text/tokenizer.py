@@ -144,6 +144,23 @@ class Tokenizer:
         finally:
             self._waiting -= 1
 
+    def encode_pair(self, first: str, second: str, most: int | None = None) -> tuple[list[int], int]:
+        """Ids of two texts as the tokenizer joins them, and the place at which its second type of tokens begins,
+        or 0. most: tokens beyond which the longer of the two is cut. Raises RequestError as `encode` does.
+        """
+        try:
+            one, two = (self._backend.encode(text, add_special_tokens=False) for text in (first, second))
+        except (TypeError, UnicodeEncodeError):
+            raise RequestError("The prompt is not valid Unicode: it holds a lone surrogate.") from None
+        joined = self._backend.post_process(one, two, True)
+        if most is not None and len(joined.ids) > most:
+            lengths = _longest_first(len(one.ids), len(two.ids), most - (len(joined.ids) - len(one.ids) - len(two.ids)))
+            for encoding, length in zip((one, two), lengths, strict=True):
+                encoding.truncate(length)
+            joined = self._backend.post_process(one, two, True)
+        types = joined.type_ids
+        return joined.ids, types.index(1) if 1 in types else 0
+
     @cached_property
     def pool(self) -> ThreadPoolExecutor:
         """Threads for texts that would hold the loop: long prompts, and the server's chat templates."""
@@ -271,3 +288,15 @@ class Tokenizer:
             if ours != theirs and "�" not in theirs:
                 return None
         return rule
+
+
+def _longest_first(first: int, second: int, most: int) -> tuple[int, int]:
+    """Tokens of two texts that are left where `most` fit: the longer one loses, then both, as `tokenizers` has it."""
+    most = max(most, 0)
+    short, long = min(first, second), max(first, second)
+    if short + long > most:
+        long = min(long, max(short, most - short))
+    if short + long > most:
+        short = most // 2
+        long = short + most % 2
+    return (short, long) if first <= second else (long, short)

@@ -12,7 +12,9 @@ from server.answers.base import plain_usage
 from server.pooling import pool
 from server.protocol.body import Body, read_body
 from server.protocol.errors import json_response
+from server.protocol.naming import in_words_of
 from server.protocol.scores import parse_labels, parse_rerank, parse_score
+from server.protocol.tei import RERANK_NAMES, parse_texts
 from server.scoring import run_scores
 from server.state import REQUEST_ID, STATE
 
@@ -41,6 +43,8 @@ async def rerank(request: web.Request) -> web.Response:
     """The best documents first; equals stand in the order in which they came."""
     state, body = request.app[STATE], await read_body(request)
     response_id = f"rerank-{request[REQUEST_ID]}"
+    if body.has("texts"):
+        return await _rerank_texts(request, body, response_id)
     plan = parse_rerank(body, state)
     scores, num_tokens = await run_scores(request, plan.score, response_id)
     results: list[dict[str, object]] = []
@@ -52,6 +56,18 @@ async def rerank(request: web.Request) -> web.Response:
     return json_response(
         {"id": response_id, "model": plan.score.model, "results": results, "usage": plain_usage(num_tokens, 0)}
     )
+
+
+async def _rerank_texts(request: web.Request, body: Body, response_id: str) -> web.Response:
+    """The shape of text-embeddings-inference: a list."""
+    with in_words_of(RERANK_NAMES):
+        plan = parse_texts(body, request.app[STATE])
+        scores, _ = await run_scores(request, plan.score, response_id)
+    ranks: list[dict[str, object]] = []
+    for index in sorted(range(len(scores)), key=lambda index: -scores[index]):
+        text = {"text": plan.score.pairs[index][1]} if plan.return_documents else {}
+        ranks.append({"index": index, "score": scores[index], **text})
+    return json_response(ranks)
 
 
 async def _rate_labels(request: web.Request, body: Body, response_id: str) -> web.Response:

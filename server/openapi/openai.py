@@ -37,7 +37,7 @@ from server.protocol.generation import (
     MAX_TIMEOUT_S,
 )
 from server.protocol.refusals import CHAT_REFUSALS, COMPLETION_REFUSALS
-from server.protocol.structured_fields import BACKENDS
+from server.protocol.structured_fields import BACKENDS, OTHER_BACKENDS
 from server.protocol.tool_fields import MAX_TOOLS
 
 # ---- what is asked
@@ -62,6 +62,9 @@ STRUCTURE: Json = {
             },
         ),
         takes({"type": constant("json_schema"), "schema": SCHEMA}, {"strict": boolean(), "json_schema": NULL}),
+        takes({"type": constant("json", "json_object"), "value": SCHEMA}, about="Text Generation Inference's."),
+        takes({"type": constant("regex"), "value": _REGEX}, about="Text Generation Inference's."),
+        takes({"type": constant("grammar"), "grammar": _GRAMMAR}, about="Fireworks'."),
         takes({"type": constant("structural_tag")}, about="With the fields of a structural tag beside it."),
     ),
     "structured_outputs": takes(
@@ -85,7 +88,7 @@ STRUCTURE: Json = {
     "guided_grammar": _GRAMMAR,
     "guided_json_object": boolean(),
     "guided_whitespace_pattern": string(least=1, most=1024),
-    "guided_decoding_backend": constant(*BACKENDS),
+    "guided_decoding_backend": constant(*BACKENDS, *OTHER_BACKENDS, about="Changes nothing here."),
     "json_schema": SCHEMA,
     "regex": _REGEX,
     "ebnf": _GRAMMAR,

@@ -39,6 +39,7 @@ TOOL_ROWS: tuple[Row, ...] = (
     ("mistral_v11", ("[TOOL_CALLS]", "[ARGS]"), ()),
     ("mistral", ("[TOOL_CALLS]",), ()),
     ("cohere_command3", ("<|START_ACTION|>",), ()),
+    ("command_r", ("Action:", "```json", "tool_name"), ()),
     ("apertus", ("<|tools_prefix|>",), ()),
     ("nemotron_json", ("<TOOLCALL>",), ()),
     ("internlm", ("<|action_start|>", "<|plugin|>"), ()),

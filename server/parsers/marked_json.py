@@ -147,6 +147,34 @@ def _apertus_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> 
 APERTUS = ToolFamily("apertus", _run_apertus, (_PREFIX, _SUFFIX), _apertus_format)
 
 
+# Command R and R+ before R7B: Action: ```json [{"tool_name": ..., "parameters": {...}}] ```. The mark is a word of any
+# text, so that only a list of calls behind it makes one of it.
+
+_ACTION, _FENCE = "Action:", "```"
+
+
+def _run_action(scanner: Scanner) -> Steps[None]:
+    while (yield from scanner.until((_ACTION,), scanner.content)):
+        try:
+            yield from scanner.accept(_FENCE, spaced=True)
+            yield from scanner.accept("json", spaced=True)
+            yield from scanner.space()
+            yield from read_call_list(scanner, (_FENCE, _ACTION))
+            yield from close_call(scanner, _FENCE)
+            drop_begun(scanner, (_FENCE,))
+        except Malformed:
+            scanner.fail()
+
+
+def _action_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> Format:
+    calls = [_one("", "", ("tool_name", "parameters"), name, schema, "") for name, schema in tools]
+    begin = const(f"{_ACTION} {_FENCE}json\n[\n    ")
+    return sequence(begin, tags(calls, ",\n    ", parallel), const(f"\n]{_FENCE}"))
+
+
+COMMAND_R = ToolFamily("command_r", _run_action, (), _action_format)
+
+
 # xLAM: the list is the whole output, or stands in a fence or behind one of the marks of the models it was made from.
 
 _XLAM_BEGINS = ("[TOOL_CALLS]", "<tool_call>", "```")
@@ -200,6 +228,7 @@ FAMILIES = (
     JAMBA,
     NEMOTRON_V2,
     COMMAND,
+    COMMAND_R,
     INTERNLM,
     LONGCAT,
     APERTUS,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import partial
 
-from engine.text.tokenizer import Tokenizer
+from engine.text.tokenizer import INLINE_CHARACTERS, Tokenizer
 from server.protocol.body import Body, are_token_ids, invalid
 from server.state import State
 
@@ -48,6 +49,19 @@ async def encode_prompts(
             )
         encoded.append(ids)
     return encoded
+
+
+async def encode_pairs(state: State, pairs: Sequence[tuple[str, str]], most: int | None) -> list[tuple[list[int], int]]:
+    """The ids of each pair of texts, and where the second type of tokens begins. most: see Tokenizer.encode_pair."""
+    tokenizer, found = state.tokenizer, []
+    for first, second in pairs:
+        if len(first) + len(second) <= INLINE_CHARACTERS:
+            found.append(tokenizer.encode_pair(first, second, most))
+            await asyncio.sleep(0)
+        else:
+            work = partial(tokenizer.encode_pair, first, second, most)
+            found.append(await asyncio.get_running_loop().run_in_executor(tokenizer.pool, work))
+    return found
 
 
 def _cut(tokenizer: Tokenizer, text: str, ids: list[int], most: int) -> list[int]:

@@ -88,12 +88,19 @@ EMBEDDING_REFUSALS = _POOLING_REFUSALS | {
     "truncation_side": ("right",),
     "embed_dtype": ("float32",),
     "endianness": ("native", "little"),
-    "input_type": (),
     "task": (),
 }
 
-SCORE_REFUSALS = _POOLING_REFUSALS | {
-    "truncate_prompt_tokens": (),
+# Of every model but one with a classifier.
+SCORE_REFUSALS = _POOLING_REFUSALS | {"truncate_prompt_tokens": ()}
+
+CLASSIFIER_REFUSALS: dict[str, tuple[object, ...]] = {
+    "mm_processor_kwargs": ({},),
+    "lora_path": (),
+    "rid": (),
+}
+
+RANK_REFUSALS: dict[str, tuple[object, ...]] = {
     "max_tokens_per_doc": (),
     "max_chunks_per_doc": (),
     "rank_fields": (["text"],),

@@ -26,7 +26,7 @@ _MAX_ID_LENGTH = 128
 # Where a call of a kind that is not known here has its arguments.
 _ARGUMENTS = ("arguments", INPUT, "action", "operation")
 # What items of kinds that are not known here may say in words.
-_TEXTS = ("content", "summary", "text")
+_TEXTS = ("content", "summary", "text", "code", "outputs", "results")
 _OUTPUTS = ("output", "tools", "content")
 
 
@@ -144,6 +144,9 @@ def _read_custom_call(value: Json, where: str) -> Json:
 
 def _named(value: Json, where: str) -> Json:
     """What calls of functions and of custom tools have in common."""
+    if value.get("call_id") is None and isinstance(value.get("id"), str):
+        # Some send back an item's own id alone.
+        value = {**value, "call_id": value["id"]}
     named = {"status": "completed", **{name: _string(value, name, where) for name in ("call_id", "name")}}
     return named | ({"namespace": _string(value, "namespace", where)} if value.get("namespace") else {})
 
@@ -152,6 +155,9 @@ def _read_output(value: Json, where: str) -> Json:
     output = value.get("output")
     if output is None:
         output = ""
+    elif isinstance(output, dict):
+        # What a function gave back, as it is.
+        output = orjson.dumps(output).decode()
     elif not isinstance(output, str):
         output = _read_content(output, f"{where}.output", False, False)
     return {"status": "completed", "call_id": _string(value, "call_id", where), "output": output}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.request import Pooling, RequestError
 from server.protocol.body import Body, are_token_ids, invalid
-from server.protocol.embeddings import MAX_INPUTS
+from server.protocol.embeddings import MAX_INPUTS, read_most
 from server.protocol.generation import Terms, read_model, read_terms
 from server.protocol.prompts import encode_prompts
-from server.protocol.refusals import SCORE_REFUSALS, refuse
+from server.protocol.refusals import CLASSIFIER_REFUSALS, RANK_REFUSALS, SCORE_REFUSALS, refuse
 from server.state import State
 
 MAX_LABELS = 128
@@ -20,13 +20,18 @@ SIDES = (("text_1", "text_2"), ("queries", "documents"), ("queries", "items"), (
 
 @dataclass(frozen=True, slots=True)
 class ScorePlan:
-    """pairs: (query, document). instruction: what makes a document relevant, None for the default. size: the body's."""
+    """pairs: (query, document). instruction: what makes a document relevant, None for the default. size: the body's.
+
+    Of a classifier: raw: its numbers, not shares of 1. most: tokens beyond which a pair is cut.
+    """
 
     model: str
     pairs: list[tuple[str, str]]
     instruction: str | None
     terms: Terms
     size: int
+    raw: bool = False
+    most: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,18 +80,26 @@ def parse_rerank(body: Body, state: State) -> RerankPlan:
 
 def _plan(body: Body, state: State, pairs: list[tuple[str, str]]) -> ScorePlan:
     model, abilities = read_model(body, state.model), state.model.abilities
-    if abilities.score_tokens is None and abilities.embedding is None:
+    if abilities.score_tokens is None and abilities.embedding is None and not abilities.ranks:
         raise RequestError(
             "This model does not score: nothing in its directory says how. Start the server with --score-tokens YES NO "
             "(a generative reranker), with --pooling last or mean (the cosine of embeddings), or with another model.",
             param="model",
         )
-    refuse(body, SCORE_REFUSALS)
+    refuse(body, RANK_REFUSALS | (CLASSIFIER_REFUSALS if abilities.ranks else SCORE_REFUSALS))
     body.string("user", None)
     instruction = body.string("instruction", None)
     if instruction is not None and abilities.score_tokens is None:
         raise invalid("instruction", "needs a model that reads it: this one compares embeddings")
-    return ScorePlan(model, pairs, instruction, read_terms(body, state), body.size)
+    plan = ScorePlan(model, pairs, instruction, read_terms(body, state), body.size)
+    if not abilities.ranks:
+        return plan
+    return replace(plan, raw=read_raw(body), most=read_most(body, state.model.max_model_len))
+
+
+def read_raw(body: Body) -> bool:
+    """vLLM's word, and its older one."""
+    return not body.boolean("use_activation", body.boolean("activation", True))
 
 
 def _texts(value: Any, name: str) -> list[str]:

@@ -15,11 +15,14 @@ import orjson
 from engine.request import RequestError
 from engine.text.grammar.spec import GrammarSpec, Kind
 from server.protocol.body import Body, check_nesting, invalid
+from server.protocol.ignored import ignore
 
 _SCHEMA_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _FORMATS = ("text", "json_object", "json_schema", "structural_tag")
 # This server has one engine for grammars; a client may ask for it or for none in particular.
 BACKENDS = ("auto", "guidance", "llguidance")
+# The others' engines, which hold an answer to the same.
+OTHER_BACKENDS = ("xgrammar", "outlines", "lm-format-enforcer", "outlines_core")
 
 Reader = Callable[[str, Any], GrammarSpec]
 
@@ -33,8 +36,9 @@ def read_grammar(body: Body) -> GrammarSpec | None:
             found.append(("response_format", spec))
     if body.has("structured_outputs"):
         found.append(("structured_outputs", _read_structured_outputs(body.object("structured_outputs") or {})))
-    if (backend := body.raw("guided_decoding_backend")) is not None and backend not in BACKENDS:
-        raise invalid("guided_decoding_backend", f"must be one of {', '.join(BACKENDS)}")
+    backend = body.choice("guided_decoding_backend", (*BACKENDS, *OTHER_BACKENDS))
+    if backend in OTHER_BACKENDS:
+        ignore("guided_decoding_backend", backend)
     pattern = body.string("guided_whitespace_pattern", None, most=1024)
     for name, read in _TOP_LEVEL.items():
         # llama.cpp's clients send an empty grammar for none.
@@ -54,13 +58,17 @@ def read_grammar(body: Body) -> GrammarSpec | None:
 def _read_response_format(fields: dict[str, Any]) -> GrammarSpec | None:
     where = "response_format"
     kind = fields.get("type")
+    if isinstance(kind, str) and kind in _OTHER_FORMATS:
+        field, read = _OTHER_FORMATS[kind]
+        return read(f"{where}.{field}", fields.get(field))
     if kind not in _FORMATS:
         raise invalid(f"{where}.type", f"must be one of {', '.join(_FORMATS)}")
     if kind == "text":
         return None
     if kind == "structural_tag":
         return _structural_tag(where, fields)
-    schema: Any = fields.get("schema")
+    # Text Generation Inference calls it a value.
+    schema: Any = fields.get("schema", fields.get("value") if kind == "json_object" else None)
     strict: Any = fields.get("strict")
     if kind == "json_object":
         # llama.cpp's clients put a schema beside it.
@@ -180,6 +188,12 @@ _STRUCTURED: dict[str, Reader] = {
     "grammar": _text("grammar"),
     "json_object": _object,
     "structural_tag": _structural_tag,
+}
+# Text Generation Inference's formats, and Fireworks'.
+_OTHER_FORMATS: dict[str, tuple[str, Reader]] = {
+    "json": ("value", _schema),
+    "regex": ("value", _text("regex")),
+    "grammar": ("grammar", _text("grammar")),
 }
 # vLLM's older names, SGLang's and llama.cpp's.
 _TOP_LEVEL: dict[str, Reader] = {

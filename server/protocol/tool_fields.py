@@ -167,7 +167,8 @@ class Declared:
             raise invalid(f"{where}.parameters", "must be an object")
         if not isinstance(function.get("strict"), bool | None):
             raise invalid(f"{where}.strict", "must be true or false")
-        declaration = tool if namespace is None else {**tool, "function": {**function, "name": flat}}
+        # Without what a provider is told beside it: templates write whatever there is.
+        declaration = {"type": kind, "function": function if namespace is None else {**function, "name": flat}}
         strict = bool(function.get("strict"))
         self.tools.append(_Tool(flat, name, namespace, declaration, parameters or {}, f"{where}.parameters", strict))
 
@@ -183,6 +184,9 @@ def _each(tools: list[Any], where: str) -> Iterator[tuple[dict[str, Any], str]]:
     """Those that can be called, and where they stand."""
     for index, tool in enumerate(tools):
         place = f"{where}[{index}]"
+        if isinstance(tool, dict) and isinstance(tool.get("function"), dict) and "type" not in tool:
+            # Functions came before there were types.
+            tool = {"type": "function", **tool}
         kind = tool.get("type") if isinstance(tool, dict) else None
         if not isinstance(kind, str) or not kind:
             raise invalid(place, "must be an object with a `type`")

@@ -13,17 +13,9 @@ import numpy as np
 import pytest
 from aiohttp import web
 
-from bench.serve import (
-    BenchError,
-    Result,
-    SSEParser,
-    arrival_times,
-    main,
-    measure,
-    parse,
-    parse_goodput,
-    table,
-)
+from bench.figures import measure, parse_goodput, table
+from bench.sending import BenchError, Result, SSEParser, arrival_times
+from bench.serve import main, parse
 
 
 class Mock:

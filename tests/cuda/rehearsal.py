@@ -67,7 +67,7 @@ def with_a_gpu() -> None:
 
 def bench(arguments: list[str]) -> int:
     """All sections on small shapes."""
-    from bench import gpu
+    from bench import gpu, gpu_kernels
 
     gpu.SHAPES.update(dict.fromkeys(("llama-3.2-1b", "llama-3.1-8b", "qwen3-30b-a3b"), SHAPE))
     whole = gpu.bench_model
@@ -88,8 +88,6 @@ def bench(arguments: list[str]) -> int:
         "BATCHES": (1, 2),
         "WARM_STEPS": 2,
         "PREFILL_STEPS": 2,
-        "PRODUCTS": ((24, 16), (8, 16)),
-        "EXPERTS": (16, 8, 4, 2),
         "cuda": SimpleNamespace(Event=Moment, _sleep=lambda cycles: None),
         "copy_rate": functools.partial(gpu.copy_rate, num_bytes=2**16),
         "gemm_rate": functools.partial(gpu.gemm_rate, size=16),
@@ -101,6 +99,7 @@ def bench(arguments: list[str]) -> int:
     for name, value in small.items():
         assert hasattr(gpu, name), name
         setattr(gpu, name, value)
+    gpu_kernels.PRODUCTS, gpu_kernels.EXPERTS = ((24, 16), (8, 16)), (16, 8, 4, 2)
     return gpu.main(arguments)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu
+from bench import gpu, gpu_kernels
 from engine.text.tokenizer import Tokenizer
 from tests.cuda.fake_device import FakeDevice, FakeDeviceError
 from tests.cuda.support import TINY
@@ -82,8 +82,8 @@ def test_a_device_that_is_lost_costs_one_section(
 
 
 def test_products_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "PRODUCTS", ((24, 16), (8, 16)))
-    monkeypatch.setattr(gpu, "EXPERTS", (16, 8, 4, 2))
+    monkeypatch.setattr(gpu_kernels, "PRODUCTS", ((24, 16), (8, 16)))
+    monkeypatch.setattr(gpu_kernels, "EXPERTS", (16, 8, 4, 2))
     report, layer = gpu.Report(tmp_path, 1e9, "none"), FakeDevice(0)
     with layer.may_block():
         gpu.bench_products(report, layer, 1e9)

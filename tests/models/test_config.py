@@ -142,8 +142,35 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["XForConditionalGeneration"], "model_type": "x", "text_config": {"model_type": "y"}},
         "architectures XForConditionalGeneration is not supported; supported are: ",
     ),
-    "causal": ({"is_causal": False}, "is_causal is false: attention to later tokens (bidirectional) is not supported"),
-    "causal-null": ({"is_causal": None}, "is_causal is null: attention to later tokens"),
+    "causal": (
+        {"architectures": ["MistralForCausalLM"], "is_causal": None, "sliding_window": 9},
+        "is_causal asks for attention to later tokens, which is not supported with windows",
+    ),
+    "relative-positions": (
+        {"architectures": ["BertModel"], "position_embedding_type": "relative_key"},
+        'position_embedding_type must be one of absolute, not "relative_key"',
+    ),
+    "causal-encoder": ({"architectures": ["BertModel"], "is_decoder": True}, "is_decoder is true, which is not"),
+    "encoder-task": (
+        {"architectures": ["BertForMultipleChoice"], "model_type": "bert"},
+        "architectures BertForMultipleChoice is not supported; supported are: BertModel, ",
+    ),
+    "no-positions": (
+        {"architectures": ["RobertaModel"], "max_position_embeddings": 2, "pad_token_id": 1},
+        "max_position_embeddings (2) must be more than pad_token_id + 1 (2)",
+    ),
+    "nomic-switch": (
+        {"architectures": ["NomicBertModel"], "prenorm": True},
+        "prenorm must be False: other models of this class are not supported",
+    ),
+    "labels": (
+        {"architectures": ["LlamaForSequenceClassification"], "id2label": {"1": "a"}},
+        "id2label has no label for 0",
+    ),
+    "head-activation": (
+        {"architectures": ["LlamaForSequenceClassification"], "sentence_transformers": {"activation_fn": "x.Mish"}},
+        'sentence_transformers.activation_fn ("x.Mish") must be one of Identity, Sigmoid, Softmax',
+    ),
     "bidirectional-any": ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
     "per-layer": ({"per_layer_config": {"1": {"num_attention_heads": 2}}}, "per_layer_config is not supported"),
     "compressed": (
@@ -151,7 +178,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         'compression_config ("compressed-tensors, pack-quantized") is not supported',
     ),
     "quantized-untold": ({"quantization_config": {}}, 'quantization_config ("unknown") is not supported'),
-    "architecture": ({"architectures": ["BertModel"]}, "architectures BertModel is not supported; supported are: "),
+    "architecture": ({"architectures": ["XModel"]}, "architectures XModel is not supported; supported are: "),
     "quantized": (
         {"quantization_config": {"quant_method": "gptq"}},
         'quantization_config ("gptq") is not supported; use an unquantized checkpoint',
@@ -190,7 +217,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "final_logit_softcapping must be a finite number above 0, not 0",
     ),
     "bidirectional": (
-        {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": True},
+        {"architectures": ["Gemma3ForCausalLM"], "use_bidirectional_attention": "vision"},
         "use_bidirectional_attention is not supported",
     ),
     "experts": (

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from engine.groups import Chunk
 from engine.models.registry import FAMILIES, MODEL_TYPES, read_spec
 from engine.models.spec import Dense, ModelSpec, RopeSpec, Ungated
 from tests.models.support import compare, edit_json, make_checkpoint
@@ -131,10 +132,13 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     assert wide_rope(ours).theta == rope["rope_theta"]
     assert wide_rope(ours).rotary_dim == int(head_dim * rope.get("partial_rotary_factor", 1.0))
     window = getattr(config, "sliding_window", None)
+    if hasattr(config, "attention_chunk_size"):
+        window = Chunk(config.attention_chunk_size)
     window = None if window is None or window >= config.max_position_embeddings else window
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * ours.num_layers
     kinds = [kind for kind in kinds if kind != "linear_attention"]
-    assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    limited = ("sliding_attention", "chunked_attention")
+    assert ours.windows == tuple(window if kind in limited else None for kind in kinds)
     assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(ours.assumed)
     for experts in ours.experts:
         counts = [getattr(config, name) for name in ("num_local_experts", "num_experts") if hasattr(config, name)]

@@ -9,7 +9,7 @@ import huggingface_hub
 import pytest
 
 from engine.config import StartupError
-from engine.models.hub import resolve
+from engine.models.hub import choose_files, resolve
 
 
 def test_directory_is_used_as_it_is(tmp_path: Path) -> None:
@@ -33,7 +33,7 @@ def test_not_a_model(name: str, expected: str) -> None:
 
 
 def test_file_instead_of_directory(tmp_path: Path) -> None:
-    path = tmp_path / "model.gguf"
+    path = tmp_path / "model.onnx"
     path.write_bytes(b"")
     with pytest.raises(StartupError, match="is a file; a model is a directory"):
         resolve(str(path))
@@ -46,6 +46,7 @@ def test_download_asks_for_data_only(monkeypatch: pytest.MonkeyPatch, tmp_path: 
         asked.update(options, name=name)
         return str(tmp_path)
 
+    (tmp_path / "model.safetensors").touch()
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert resolve("owner/name", "abc", "/cache") == tmp_path
     assert asked == {
@@ -71,3 +72,57 @@ def test_download_that_fails(error: Exception, monkeypatch: pytest.MonkeyPatch) 
         + type(error).__name__
     )
     assert "\n" not in message and len(message) < 500
+
+
+FILES = [
+    "README.md",
+    "mmproj-F16.gguf",
+    "Model-7B-Q4_K_M.gguf",
+    "Model-7B-Q8_0.gguf",
+    "Model-7B-Q4_K_S.gguf",
+    "BF16/Model-7B-BF16-00002-of-00002.gguf",
+    "BF16/Model-7B-BF16-00001-of-00002.gguf",
+]
+
+
+@pytest.mark.parametrize(
+    ("files", "wanted", "expected"),
+    [
+        (FILES, "", ["Model-7B-Q4_K_M.gguf"]),
+        (FILES, "q8_0", ["Model-7B-Q8_0.gguf"]),
+        (FILES, "BF16", ["BF16/Model-7B-BF16-00001-of-00002.gguf", "BF16/Model-7B-BF16-00002-of-00002.gguf"]),
+        (["only.gguf", "config.json"], "", ["only.gguf"]),
+        (["config.json"], "", []),
+        (FILES, "Q4", "more than one GGUF file is named Q4; say owner/name:WORD"),
+        (FILES, "Q5_K_M", "no GGUF file is named Q5_K_M; say owner/name:WORD"),
+        (FILES, "7B", "more than one GGUF file is named 7B"),
+        (["a-Q2_K.gguf", "a-Q8_0.gguf"], "", "no GGUF file is named Q4_K_M"),
+        (["config.json"], "Q8_0", "There are: none"),
+    ],
+)
+def test_one_of_several_gguf_files(files: list[str], wanted: str, expected: list[str] | str) -> None:
+    if isinstance(expected, list):
+        assert choose_files("owner/name", files, wanted) == expected
+        return
+    with pytest.raises(StartupError) as caught:
+        choose_files("owner/name", files, wanted)
+    assert expected in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "file"), [("owner/name", "Model-7B-Q4_K_M.gguf"), ("owner/name:Q8_0", "Model-7B-Q8_0.gguf")]
+)
+def test_gguf_from_the_hub(name: str, file: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    asked: list[Any] = []
+
+    def download(repository: str, **options: Any) -> str:
+        asked.append(options["allow_patterns"])
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, name, revision: FILES)
+    assert resolve(name) == tmp_path / file
+    # What is for transformers is looked for first, unless a file is named.
+    assert asked == [["*.safetensors", "*.json", "*.jinja"]] * (":" not in name) + [[file]]
+    with pytest.raises(StartupError, match="not a Hugging Face id"):
+        resolve("owner/name:../x")

@@ -15,6 +15,7 @@ from engine.models.registry import read_spec
 from engine.models.spec import LatentAttention
 from tests.models.support import Runner, compare, edit_json, load, make_checkpoint, prompts_of
 from tests.models.test_families import SIGMOID, YARN_ROPE
+from tests.test_windows import generate
 
 LATENT = {
     "num_key_value_heads": 6,
@@ -146,23 +147,22 @@ def test_refusals(name: str, tmp_path: Path) -> None:
     assert expected in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_in_any_batch(dtype: torch.dtype, tmp_path: Path) -> None:
-    """Alone, in chunks of other sizes, and beside others."""
+def test_the_same_bits_in_any_batch(tmp_path: Path) -> None:
+    """In bfloat16; in float32 every family is compared."""
     make_checkpoint(tmp_path, "DeepseekV3", **LATENT, **GROUPED)
-    model = load(tmp_path, dtype, deterministic=True)
-    runner = Runner(model, dtype=dtype)
-    prompts = prompts_of([150, 40, 3, 77])
-    alone = runner.logits(prompts[0], 256)
-    assert torch.equal(alone, runner.logits(prompts[0], 1))
-    runner.done = [0] * 4
-    found = []
-    while runner.done[0] < 150:
-        rows = {number: ids[runner.done[number] :][: 9 + number] for number, ids in enumerate(prompts)}
-        rows = {number: ids for number, ids in rows.items() if ids}
-        found.append(runner.step(rows)[: len(rows[0])])
-    with torch.inference_mode():
-        assert torch.equal(alone, model.logits(torch.cat(found)))
+    model = load(tmp_path, torch.bfloat16, deterministic=True)
+    assert Runner(model, dtype=torch.bfloat16).same_bits(prompts_of([90])[0])
+
+
+async def test_the_prefix_cache_changes_nothing(tmp_path: Path) -> None:
+    """The whole engine, in a pool that is too small: tokens and log-probabilities are the same bits."""
+    make_checkpoint(tmp_path, "Youtu", **LATENT, num_hidden_layers=2, max_position_embeddings=512)
+    prompts = prompts_of([120, 9])
+    prompts.append([*prompts[0][:90], 5, 6])
+    *first, engine = await generate(tmp_path, prompts, 80, prefix_cache=True)
+    assert engine.scheduler.counters.num_preemptions > 0
+    *second, _ = await generate(tmp_path, prompts, 300, prefix_cache=False)
+    assert first == second
 
 
 def test_a_text_part_of_mistral4(tmp_path: Path) -> None:

@@ -35,6 +35,20 @@ PROMPTS = [
     "What is the difference between weather and climate?",
     "Once upon a time, in a forest far away,",
 ]
+# llama.cpp's names -> those of transformers.
+NAMES = {
+    "token_embd": "embed_tokens",
+    "output_norm": "norm",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def gguf_file() -> Path:
@@ -52,8 +66,6 @@ def write_directory(directory: Path) -> Path:
         return reader.fields[name].contents()
 
     heads, kv_heads = value("llama.attention.head_count"), value("llama.attention.head_count_kv")
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, value("llama.block_count"))
-    ours = {given: name for name, (_, given) in names.mapping.items() if name.startswith("model.")}
     tensors = {}
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
@@ -61,7 +73,9 @@ def write_directory(directory: Path) -> Path:
         if stem.endswith(("attn_q", "attn_k")):
             count = heads if stem.endswith("q") else kv_heads
             values = values.reshape(count, -1, 2, values.shape[-1]).swapaxes(1, 2).reshape(values.shape)
-        tensors[f"{ours[stem]}.weight"] = torch.from_numpy(np.ascontiguousarray(values))
+        *_, part = stem.rsplit(".", 1)
+        prefix = f"model.layers.{stem.split('.')[1]}." if stem.startswith("blk.") else "model."
+        tensors[f"{prefix}{NAMES[part]}.weight"] = torch.from_numpy(np.ascontiguousarray(values))
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     config = {
         "architectures": ["LlamaForCausalLM"],

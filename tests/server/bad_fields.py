@@ -209,7 +209,7 @@ STRUCTURE: list[Row] = [
     *(("guided_json_object", value) for value in (1, "yes", [])),
     *(("guided_whitespace_pattern", All({"guided_json": {}, "guided_whitespace_pattern": v})) for v in (5, "", [" "])),
     ("guided_whitespace_pattern", " "),  # beside nothing
-    *(("guided_decoding_backend", value) for value in (5, "", "xgrammar", ["auto"])),
+    *(("guided_decoding_backend", value) for value in (5, "", "magic", ["auto"])),
     ("guided_choice", All({"guided_regex": "a", "guided_choice": ["b"]})),
     ("regex", All({"response_format": {"type": "json_object"}, "regex": "a"})),
     *(
@@ -338,7 +338,7 @@ CHAT: list[Row] = [
     ("messages", message(extra=nested(100))),
     ("messages[2].role", [*HI, *HI, {"role": "nobody", "content": "x"}]),
     *(("tools", value) for value in (5, "x", True, {}, [TOOL] * 1025)),
-    *(("tools[0]", [value]) for value in (None, 5, "f", [], {}, {"type": "function"}, {"function": {"name": "f"}})),
+    *(("tools[0]", [value]) for value in (None, 5, "f", [], {}, {"type": "function"}, {"function": 5})),
     *(("tools[0]", [{"type": kind, "function": {"name": "f"}}]) for kind in ("", 5, None, "custom")),
     *(("tools[0].custom.name", [{"type": "custom", "custom": {"name": name}}]) for name in (None, 5, "", "a b")),
     *(

@@ -27,6 +27,7 @@ from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities
 from engine.models.generation import GenerationDefaults
 from engine.models.registry import read_spec
+from engine.models.spec import Classifier
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from server.app import ServedModel, build_app, serve
@@ -37,7 +38,8 @@ DEMO = Path(engine.demo.__file__).parent
 BOUND_S = 60.0
 # Tokens that a score is read from.
 YES, NO = 300, 301
-ALL_ABILITIES = Abilities(embedding="mean", width=FAKE_WIDTH, score_tokens=(YES, NO))
+CLASSIFIER = Classifier("cls", tuple("abcd"), (), "softmax")
+ALL_ABILITIES = Abilities(embedding="mean", width=FAKE_WIDTH, score_tokens=(YES, NO), classifier=CLASSIFIER)
 
 
 @functools.cache

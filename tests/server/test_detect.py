@@ -135,6 +135,7 @@ WRITTEN: dict[str, tuple[str, str, str]] = {
     ),
     "mistral_v11": ("", "[TOOL_CALLS]{{ f.name }}[ARGS]" + ARGUMENTS, ""),
     "mistral": listed("[TOOL_CALLS]", ""),
+    "command_r": listed("\nAction:\n```json\n", "\n```", "tool_name", "parameters"),
     "cohere_command3": listed("<|START_ACTION|>", "<|END_ACTION|>", "tool_name", "parameters"),
     "apertus": (
         "<|tools_prefix|>[",

@@ -135,7 +135,7 @@ COMMON: list[tuple[str, Any]] = [
     ("guided_regex", "("),
     ("guided_choice", []),
     ("guided_grammar", ""),
-    ("guided_decoding_backend", "outlines"),
+    ("guided_decoding_backend", "magic"),
     ("regex", "a(b"),
     ("ebnf", "root ::= nothing_of_that_name"),
     ("structural_tag", {}),

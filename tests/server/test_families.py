@@ -191,6 +191,7 @@ WRITERS: dict[str, Callable[[Calls], str]] = {
     "jamba": listed("<tool_calls>", "</tool_calls>"),
     "nemotron_json": listed("<TOOLCALL>", "</TOOLCALL>"),
     "cohere_command3": listed("<|START_ACTION|>", "<|END_ACTION|>", "tool_name", "parameters"),
+    "command_r": listed("Action: ```json\n", "```", "tool_name", "parameters"),
     "internlm": each("<|action_start|><|plugin|>\n", "<|action_end|>", "parameters"),
     "longcat": each("<longcat_tool_call>\n", "\n</longcat_tool_call>"),
     "apertus": lambda calls: f"<|tools_prefix|>{dumped([{name: given} for name, given in calls])}<|tools_suffix|>",
@@ -519,6 +520,17 @@ SLIPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("phi4_mini_json", 'functools[{"name": "get_weather", "arguments": {"city": "Paris"}}', "", [PARIS]),
     ("apertus", '<|tools_prefix|>[{"get_weather": {"city": "Paris"}}', "", [PARIS]),
     ("xlam", '```json\n[{"name": "get_weather", "arguments": {"city": "Paris"}}]\n```', "", [PARIS]),
+    # Its mark is a word of any text.
+    ("command_r", "Action: go home.\nAction:\n```json\n[1]\n```", "Action: go home.\nAction:\n```json\n[1]\n```", []),
+    ("command_r", 'Action:\n[{"tool_name": "get_weather", "parameters": {"city": "Paris"}}]', "", [PARIS]),
+    ("command_r", 'Action: ```\n{"tool_name": "now"}', 'Action: ```\n{"tool_name": "now"}', []),
+    (
+        "command_r",
+        'Plan.\nAction:```json\n[\n    {\n        "tool_name": "get_weather",\n'
+        '        "parameters": {"city": "Paris"}\n    }\n]```',
+        "Plan.",
+        [PARIS],
+    ),
     (
         "cohere_command3",
         "<|START_RESPONSE|>Wait.<|END_RESPONSE|><|START_ACTION|>[\n"

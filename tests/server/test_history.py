@@ -85,6 +85,21 @@ CHATS: list[tuple[list[Any], str]] = [
          {"role": "function", "name": "f", "content": "r"}],
         "[user::hi][assistant::+f={}][tool::r]",
     ),
+    # Thoughts among the parts are thoughts, and calls that frameworks keep there too are not said twice.
+    *(
+        ([HI, {"role": "assistant", "content": [part, {"type": "text", "text": "a"}]}], "[user::hi][assistant:hm:(a)]")
+        for part in (
+            {"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]},
+            {"type": "thinking", "thinking": "hm", "signature": "x"},
+            {"type": "reasoning", "text": "hm"},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "hm"}]},
+        )
+    ),
+    (
+        [HI, {"role": "assistant", "content": [{"type": "tool_use", "id": "c", "name": "f", "input": {}}],
+              "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]}],
+        "[user::hi][assistant::+f={}]",
+    ),
     (
         [{"role": "user", "content": [{"type": "x_new", "text": "words"}, {"type": "y\r\nEvil: 1"}]}],
         "[user::([x_new]\nwords)([y__Evil__1 left out])]",
@@ -194,6 +209,13 @@ ITEMS: list[tuple[list[Any], str]] = [
     *(([{"type": kind, "id": "x", "status": "completed", "encrypted_content": "z", "action": {"type": "search"}}], "")
       for kind in ("web_search_call", "compaction", "image_generation_call", "mcp_list_tools", "ghost_snapshot")),
     ([{"type": "agent_message", "content": [{"type": "input_text", "text": "words"}]}], "[user::[agent_message]\nwords]"),
+    ([{"type": "code_interpreter_call", "id": "x", "code": "1+1", "outputs": [{"type": "logs", "logs": "2"}]}],
+     "[user::[code_interpreter_call]\n1+1\n2]"),
+    ([{"type": "file_search_call", "id": "x", "queries": ["q"], "results": [{"text": "words", "score": 1}]}],
+     "[user::[file_search_call]\nwords]"),
+    # What a function gave back as it is, and calls that go by their own ids.
+    ([{"type": "function_call", "id": "x", "name": "f", "arguments": "{}"},
+      {"type": "function_call_output", "call_id": "x", "output": {"a": 1}}], '[assistant::+f={}][tool::{"a":1}]'),
     ([{"type": "reasoning", "summary": [], "encrypted_content": "foreign"}], "[assistant::]"),
     ([{"type": "item_reference", "id": "gone"}], ""),
     ([{"role": "assistant", "content": []}], "[assistant::]"),

@@ -414,7 +414,7 @@ BAD: list[tuple[str, Any]] = [
     ("include[1]", ["message.output_text.logprobs", 5]),
     ("text", "json"),
     ("text.format", {"format": "json"}),
-    ("text.format.type", {"format": {"type": "grammar"}}),
+    ("text.format.type", {"format": {"type": "xml"}}),
     ("text.format", {"format": {"type": "json_schema", "name": "x"}}),
     ("text.format.name", {"format": {"type": "json_schema", "name": "a b", "schema": {}}}),
     ("text.format.schema", {"format": {"type": "json_schema", "name": "x", "schema": {"type": "nonsense"}}}),

@@ -353,7 +353,6 @@ def _common(keys: _Keys) -> Config:
         keys.model.fail("token_embd.weight", "is missing, or is no matrix: that tensor is the embedding")
     rms = keys.has("attention.layer_norm_rms_epsilon")
     eps = keys.number(f"attention.layer_norm_{'rms_' if rms else ''}epsilon", minimum=0.0, maximum=1.0)
-    eps = float(np.format_float_positional(np.float32(eps)))  # 1e-05 and not what its float32 is in 64 bits
     qkv_bias = keys.has_tensor("attn_q.bias") or keys.has_tensor("attn_qkv.bias")
     output_bias, mlp_bias = keys.has_tensor("attn_output.bias"), keys.has_tensor("ffn_up.bias")
     config = {

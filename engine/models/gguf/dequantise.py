@@ -27,7 +27,7 @@ def dequantise(kind: str, blocks: Bytes, out: Floats) -> None:
         _FUNCTIONS[kind](blocks, out)
 
 
-def _half(blocks: Bytes, at: int) -> Floats:
+def half(blocks: Bytes, at: int) -> Floats:
     """float32 [n, 1] of the float16 at byte `at`."""
     scales = np.ascontiguousarray(blocks[:, at : at + 2]).view(np.float16).astype(np.float32)
     if not np.isfinite(scales).all():
@@ -35,47 +35,54 @@ def _half(blocks: Bytes, at: int) -> Floats:
     return scales
 
 
-def _nibbles(packed: Bytes, out: NDArray[Any]) -> None:
+def _put_nibbles(packed: Bytes, out: NDArray[Any]) -> None:
     """Byte j of k holds element j in its low half and j + k in its high one."""
     count = packed.shape[-1]
     np.bitwise_and(packed, 15, out=out[..., :count], casting="unsafe")
     np.right_shift(packed, 4, out=out[..., count:], casting="unsafe")
 
 
-def _fifth_bits(blocks: Bytes, at: int) -> Bytes:
+def nibbles(packed: Bytes) -> Bytes:
+    """uint8 [n, k] -> [n, 2 k], in the order of elements."""
+    values = np.empty((len(packed), 2 * packed.shape[1]), dtype=np.uint8)
+    _put_nibbles(packed, values)
+    return values
+
+
+def fifth_bits(blocks: Bytes, at: int) -> Bytes:
     """uint8 [n, 32]: 16 where bit j of the 32 at byte `at` is set."""
     bits = np.unpackbits(np.ascontiguousarray(blocks[:, at : at + 4]), axis=1, bitorder="little")
     return bits << np.uint8(4)
 
 
 def _q4_0(blocks: Bytes, out: Floats) -> None:
-    _nibbles(blocks[:, 2:], out)
+    _put_nibbles(blocks[:, 2:], out)
     out -= 8
-    out *= _half(blocks, 0)
+    out *= half(blocks, 0)
 
 
 def _q4_1(blocks: Bytes, out: Floats) -> None:
-    _nibbles(blocks[:, 4:], out)
-    out *= _half(blocks, 0)
-    out += _half(blocks, 2)
+    _put_nibbles(blocks[:, 4:], out)
+    out *= half(blocks, 0)
+    out += half(blocks, 2)
 
 
 def _q5_0(blocks: Bytes, out: Floats) -> None:
-    _nibbles(blocks[:, 6:], out)
-    out += _fifth_bits(blocks, 2)
+    _put_nibbles(blocks[:, 6:], out)
+    out += fifth_bits(blocks, 2)
     out -= 16
-    out *= _half(blocks, 0)
+    out *= half(blocks, 0)
 
 
 def _q5_1(blocks: Bytes, out: Floats) -> None:
-    _nibbles(blocks[:, 8:], out)
-    out += _fifth_bits(blocks, 4)
-    out *= _half(blocks, 0)
-    out += _half(blocks, 2)
+    _put_nibbles(blocks[:, 8:], out)
+    out += fifth_bits(blocks, 4)
+    out *= half(blocks, 0)
+    out += half(blocks, 2)
 
 
 def _q8_0(blocks: Bytes, out: Floats) -> None:
-    np.multiply(blocks[:, 2:].view(np.int8), _half(blocks, 0), out=out)
+    np.multiply(blocks[:, 2:].view(np.int8), half(blocks, 0), out=out)
 
 
 def _two_bits(packed: Bytes) -> Bytes:
@@ -86,8 +93,8 @@ def _two_bits(packed: Bytes) -> Bytes:
 
 def _q2_k(blocks: Bytes, out: Floats) -> None:
     scales = blocks[:, :16]
-    scale = _half(blocks, 80) * (scales & 15).astype(np.float32)
-    low = _half(blocks, 82) * (scales >> 4).astype(np.float32)
+    scale = half(blocks, 80) * (scales & 15).astype(np.float32)
+    low = half(blocks, 82) * (scales >> 4).astype(np.float32)
     result = out.reshape(-1, 16, 16)
     np.multiply(_two_bits(blocks[:, 16:80]), scale[:, :, None], out=result)
     result -= low[:, :, None]
@@ -99,7 +106,7 @@ def _q3_k(blocks: Bytes, out: Floats) -> None:
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 4, 1)
     high = ((packed[:, None, 8:] >> shifts) & np.uint8(3)).reshape(-1, 16)
     scale = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
-    scales = _half(blocks, 108) * scale.astype(np.float32)
+    scales = half(blocks, 108) * scale.astype(np.float32)
     bits = (blocks[:, None, :32] >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & np.uint8(1)
     values = _two_bits(blocks[:, 32:96]).astype(np.int8) - ((bits ^ 1) << np.uint8(2)).astype(np.int8).reshape(
         -1, 16, 16
@@ -107,7 +114,7 @@ def _q3_k(blocks: Bytes, out: Floats) -> None:
     np.multiply(values, scales[:, :, None], out=out.reshape(-1, 16, 16))
 
 
-def _six_bit_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
+def six_bit_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
     """[n, 12] -> the scales and the minima of 8 sub-blocks, [n, 8] each."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     scale = np.concatenate((first & 63, (third & 15) | ((first >> 2) & 0x30)), axis=1)
@@ -117,52 +124,52 @@ def _six_bit_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
 
 def _scaled_with_minimum(blocks: Bytes, values: Bytes, out: Floats) -> None:
     """values [n, 8, 32] by the scales and minima that Q4_K and Q5_K begin with."""
-    scale, low = _six_bit_scales(blocks[:, 4:16])
+    scale, low = six_bit_scales(blocks[:, 4:16])
     result = out.reshape(-1, 8, 32)
-    np.multiply(values, (_half(blocks, 0) * scale.astype(np.float32))[:, :, None], out=result)
-    result -= (_half(blocks, 2) * low.astype(np.float32))[:, :, None]
+    np.multiply(values, (half(blocks, 0) * scale.astype(np.float32))[:, :, None], out=result)
+    result -= (half(blocks, 2) * low.astype(np.float32))[:, :, None]
 
 
-def _halves(packed: Bytes) -> Bytes:
+def halves(packed: Bytes) -> Bytes:
     """[n, 128] -> [n, 8, 32]: of each 32 bytes the low halves, then the high ones."""
     values = np.empty((len(packed), 4, 64), dtype=np.uint8)
-    _nibbles(packed.reshape(-1, 4, 32), values)
+    _put_nibbles(packed.reshape(-1, 4, 32), values)
     return values.reshape(-1, 8, 32)
 
 
 def _q4_k(blocks: Bytes, out: Floats) -> None:
-    _scaled_with_minimum(blocks, _halves(blocks[:, 16:]), out)
+    _scaled_with_minimum(blocks, halves(blocks[:, 16:]), out)
 
 
 def _q5_k(blocks: Bytes, out: Floats) -> None:
     bits = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & np.uint8(1)
-    _scaled_with_minimum(blocks, _halves(blocks[:, 48:]) | (bits << np.uint8(4)), out)
+    _scaled_with_minimum(blocks, halves(blocks[:, 48:]) | (bits << np.uint8(4)), out)
 
 
 def _q6_k(blocks: Bytes, out: Floats) -> None:
     low = np.empty((len(blocks), 2, 128), dtype=np.uint8)
-    _nibbles(blocks[:, :128].reshape(-1, 2, 64), low)
+    _put_nibbles(blocks[:, :128].reshape(-1, 2, 64), low)
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 1, 4, 1)
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & np.uint8(3)
     values = (low | (high.reshape(-1, 2, 128) << np.uint8(4))).astype(np.int8) - np.int8(32)
-    scale = _half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+    scale = half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
     np.multiply(values.reshape(-1, 16, 16), scale[:, :, None], out=out.reshape(-1, 16, 16))
 
 
 def _iq4_nl(blocks: Bytes, out: Floats) -> None:
     index = np.empty((len(blocks), 32), dtype=np.uint8)
-    _nibbles(blocks[:, 2:], index)
-    np.multiply(_IQ4[index], _half(blocks, 0), out=out)
+    _put_nibbles(blocks[:, 2:], index)
+    np.multiply(_IQ4[index], half(blocks, 0), out=out)
 
 
 def _iq4_xs(blocks: Bytes, out: Floats) -> None:
     low = np.empty((len(blocks), 4, 2), dtype=np.uint8)
-    _nibbles(blocks[:, 4:8].reshape(-1, 4, 1), low)
+    _put_nibbles(blocks[:, 4:8].reshape(-1, 4, 1), low)
     high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16)
     scale = (low.reshape(-1, 8) | ((high & 3) << 4).astype(np.uint8)).astype(np.int8) - np.int8(32)
-    scales = _half(blocks, 0) * scale.astype(np.float32)
+    scales = half(blocks, 0) * scale.astype(np.float32)
     index = np.empty((len(blocks), 8, 32), dtype=np.uint8)
-    _nibbles(blocks[:, 8:].reshape(-1, 8, 16), index)
+    _put_nibbles(blocks[:, 8:].reshape(-1, 8, 16), index)
     np.multiply(_IQ4[index], scales[:, :, None], out=out.reshape(-1, 8, 32))
 
 
@@ -172,13 +179,13 @@ def _mxfp4(blocks: Bytes, out: Floats) -> None:
     tiny = np.uint32(0x00200000) << exponent.clip(max=1)
     scale = np.where(exponent < 2, tiny, (exponent.clip(min=2) - np.uint32(1)) << np.uint32(23)).view(np.float32)
     index = np.empty((len(blocks), 32), dtype=np.uint8)
-    _nibbles(blocks[:, 1:], index)
+    _put_nibbles(blocks[:, 1:], index)
     np.multiply(_E2M1[index], scale, out=out)
 
 
 def _tq2_0(blocks: Bytes, out: Floats) -> None:
     values = _two_bits(blocks[:, :64]).astype(np.int8) - np.int8(1)
-    np.multiply(values.reshape(-1, 256), _half(blocks, 64), out=out)
+    np.multiply(values.reshape(-1, 256), half(blocks, 64), out=out)
 
 
 _FUNCTIONS: dict[str, Callable[[Bytes, Floats], None]] = {

@@ -38,7 +38,7 @@ _MIN_TENSOR_BYTES = 24
 _MAX_PARTS = 1000
 _PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 
-_STRING, _ARRAY, _BOOL = 8, 9, 7
+_FLOAT32, _BOOL, _STRING, _ARRAY = 6, 7, 8, 9
 _SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("<u1"), 1: np.dtype("<i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
     5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"),
@@ -327,7 +327,9 @@ class _Header:
         if kind == _STRING:
             return self._decoded(self._bytes(what), what)
         if kind in _SCALARS:
-            return self._numbers(kind, 1, what).tolist()[0]
+            number = self._numbers(kind, 1, what)[0]
+            # 0.7 and not what its float32 is in 64 bits: configs are written in decimals.
+            return float(str(number)) if kind == _FLOAT32 else number.item()
         if kind != _ARRAY:
             raise _Problem(f"{what} has the unknown type {kind}")
         kind = self._u32(f"element type of {what}")

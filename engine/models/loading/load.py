@@ -13,8 +13,8 @@ import torch
 
 from engine.config import StartupError
 from engine.models.loading.checkpoint import StoredTensor
+from engine.models.loading.coded import CodedWeights
 from engine.models.loading.weights import (
-    CheckpointWeights,
     DummyWeights,
     ShapeRecorder,
     Weights,
@@ -86,7 +86,7 @@ def _load(
     if load_format == "dummy":
         weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
     else:
-        weights = CheckpointWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
+        weights = CodedWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
         return Decoder(spec, weights, context)

@@ -12,6 +12,8 @@ from engine.text.schema.disjoint import disjoint, resolved
 from engine.text.schema.errors import Unwritable, cannot
 from engine.text.schema.parts import TYPES, any_of, at, canonical, names_of
 
+MAX_CONTAINED = 64  # entries that a `contains` may ask for
+MAX_PLACES = 1_200  # of all cases of a `contains`
 MAX_FREE = 3  # items that are not listed and yet none of them twice: each begins otherwise
 # By their first characters strings are told apart.
 _LETTERS = (
@@ -33,18 +35,20 @@ def contains(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
     yes = rewriter.yes(inner, here)
     if yes is True:
         return {"minItems": low, **({} if high is None else {"maxItems": high})}
-    if low > MAX_POSITION:
-        cannot("contains", here, "asks for many")
-    most = min(schema.get("maxItems", MAX_POSITION), MAX_POSITION + low)
+    if low > MAX_CONTAINED:
+        cannot("contains", here, f"asks for more than {MAX_CONTAINED}")
+    most = min(schema.get("maxItems", max(MAX_POSITION, low + 2)), MAX_POSITION + low)
     cases: list[Any] = [{"type": others}]
+    # So many cases that all of them together stay a schema of a size that can be written.
+    most_cases = max(1, min(MAX_CASES, MAX_PLACES // max(low, 1)))
     if high is None:
-        for places in itertools.islice(itertools.combinations(range(most), low), MAX_CASES):
+        for places in itertools.islice(itertools.combinations(range(most), low), most_cases):
             prefix = [yes if place in places else True for place in range(places[-1] + 1)]
             cases.append({"type": "array", "prefixItems": prefix, "minItems": len(prefix)})
         return any_of(cases)
     no = rewriter.no(inner, here)
-    for count in range(low, min(high, most) + 1):
-        for places in itertools.islice(itertools.combinations(range(most), count), MAX_CASES // 4):
+    for count in range(low, min(high, most, low + MAX_POSITION) + 1):
+        for places in itertools.islice(itertools.combinations(range(most), count), most_cases // 4 or 1):
             prefix = [yes if place in places else no for place in range(places[-1] + 1)] if places else []
             cases.append({"type": "array", "prefixItems": prefix, "items": no, "minItems": len(prefix)})
     return any_of(cases)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
+from fractions import Fraction
 from typing import Any
 
 from engine.text.schema.base import FORMATS, Rewriter
@@ -17,6 +18,10 @@ _TYPE_OF = {
     **dict.fromkeys(NUMBERS, "number"),
     **dict.fromkeys(("minItems", "maxItems", "items", "prefixItems", "contains", "uniqueItems"), "array"),
 }
+
+
+# How far from 0 numbers are listed that are no multiples.
+_MOST_APART = 100
 
 
 def negations(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Iterator[Callable[..., Any]]:
@@ -106,7 +111,9 @@ def negations(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Iterato
                 yield lambda value=value: {"type": "string", "pattern": not_pattern(rewriter, value, where)}
             case "format" if value in FORMATS:
                 yield lambda: cannot("format", where, "cannot be turned round")
-            case "multipleOf" | "uniqueItems" | "propertyNames" | "patternProperties" | "$dynamicRef" as word:
+            case "multipleOf":
+                yield lambda value=value: not_multiples(value, whole="number" not in rewriter.types.types(schema))
+            case "uniqueItems" | "propertyNames" | "patternProperties" | "$dynamicRef" as word:
                 if not (word == "uniqueItems" and value is False):
                     yield lambda word=word: cannot(word, where, "cannot be turned round")
             case "additionalProperties" | "unevaluatedProperties" | "unevaluatedItems" as word:
@@ -119,6 +126,19 @@ def not_types(value: Any) -> Any:
     # A number that is no integer is beyond the library; without it the rest is still right.
     left = [name for name in TYPES if name not in given and not (name == "number" and "integer" in given)]
     return {"type": left} if left else False
+
+
+def not_multiples(step: float, *, whole: bool) -> Any:
+    """Numbers between the multiples that are nearest to 0. whole: no others are admitted."""
+    exact = Fraction(str(step))
+    if exact <= 0:
+        return False
+    found = [value for value in range(-_MOST_APART, _MOST_APART + 1) if (Fraction(value) / exact).denominator != 1]
+    if whole or found:
+        return {"enum": found} if found else False
+    # Every integer is a multiple, but nothing is half a step away from one.
+    halves = (float(exact * place + exact / 2) for place in range(-10, 10))
+    return {"enum": [value for value in halves if (Fraction(str(value)) / exact).denominator != 1]}
 
 
 def not_values(values: list[Any]) -> Any:

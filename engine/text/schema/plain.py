@@ -35,9 +35,13 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
+_VALUES = ("const", "default", "example")
+
+
 def plain(schema: dict[str, Any], invalid: Callable[[str], Exception]) -> dict[str, Any]:
     """The schema with the older drafts' words in those of 2020-12, and without what constrains nothing."""
-    found = dict(schema)
+    # A null is a keyword that a program has left out, but where it is a value.
+    found = {key: value for key, value in schema.items() if value is not None or key in _VALUES}
     for key, (kinds, words) in _KINDS.items():
         if key in found and not isinstance(found[key], kinds):
             raise invalid(f"has a `{key}` that is no {words}")

@@ -13,7 +13,7 @@ from typing import Any
 
 import gguf
 import numpy as np
-import safetensors.numpy
+import safetensors.torch
 
 PERMUTED = {"llama", "arcee", "granite", "granitemoe", "smollm3", "mistral3"}
 SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
@@ -34,18 +34,22 @@ def export(
     *,
     extra: dict[str, list[float]] | None = None,
     left_out: str = "",
+    more: dict[str, Any] | None = None,
 ) -> Path:
     """keys: what the metadata says beside what all architectures do. kind: of matrices; F32 where it is None.
 
-    extra: more tensors. left_out: part of the file's name of one that is not to be there.
+    extra: more tensors. left_out: part of the file's name of one that is not to be there. more: keys by whole names.
     """
     config = json.loads((directory / "config.json").read_text())
-    tensors = safetensors.numpy.load_file(directory / "model.safetensors")
+    loaded = safetensors.torch.load_file(directory / "model.safetensors")
+    tensors = {name: values.float().numpy() for name, values in loaded.items()}
     number = next(each for each, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
     names = gguf.get_tensor_name_map(number, config["num_hidden_layers"])
     writer = gguf.GGUFWriter(path, architecture)
     for name, value in {**common(config), **keys}.items():
         add(writer, f"{architecture}.{name}", value)
+    for name, value in (more or {}).items():
+        add(writer, name, value)
     for name, values in converted(tensors, architecture, config).items():
         given = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert given is not None, name

@@ -1,0 +1,127 @@
+"""A linear layer whose weight stays small integers with a scale for every 32: a seventh to a quarter of the bytes.
+
+Built at load time from a quantised checkpoint, called by the executor's thread; the kernels (kernels.cpp) widen the
+integers in registers. The products are, bit for bit, those of the same numbers kept as float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from engine.ops import native
+from engine.ops.linear import Linear
+from engine.ops.norm import Normed, plain
+
+# Weights along a row that share a scale.
+CODE_BLOCK = 32
+
+# Rows [start, stop) of the weight: codes uint8 [rows, K], scale float32 [rows, K / CODE_BLOCK], low the same or None.
+Piece = tuple[int, int, Tensor, Tensor, Tensor | None]
+
+
+def can_keep_codes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for it here. dtype: of inputs and outputs."""
+    library = native.library()
+    return device.type == "cpu" and library is not None and native.type_code(dtype) is not None
+
+
+class CodedLinear(Linear):
+    """bits, low: see kernels.cpp, Codes. dtype: of inputs and outputs. pieces: the weight, from row 0 on; every piece
+    but the last ends at a multiple of `piece_rows`."""
+
+    def __init__(
+        self,
+        bits: int,
+        low: bool,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        pieces: Iterator[Piece],
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> None:
+        library, code = native.library(), native.type_code(dtype)
+        assert library is not None and code is not None and columns % CODE_BLOCK == 0
+        size = library.hold.ol_codes_size
+        packed = torch.empty(size(bits, low, rows, columns), dtype=torch.int32)
+        # What stands for the weight is never asked for its dtype or shape.
+        super().__init__(packed.view(1, -1), None, activation)
+        self.out_features, self.in_features, self.dtype = rows, columns, dtype
+        self.kind = "native"
+        self._library, self._code, self._form = library, code, (bits, int(low))
+        self._weight = packed
+        for start, stop, codes, scale, add in pieces:
+            codes, scale = codes.contiguous(), scale.contiguous()
+            add = add.contiguous() if add is not None else None
+            library.release.ol_pack_codes(
+                *self._form,
+                codes.data_ptr(),
+                scale.data_ptr(),
+                add.data_ptr() if add is not None else None,
+                stop - start,
+                columns,
+                packed.data_ptr() + 4 * size(bits, low, start, columns),
+                torch.get_num_threads(),
+            )
+        if bias is not None:
+            self.has_bias = True
+            self._bias = bias.float().contiguous()
+            self._bias_address = self._bias.data_ptr()
+
+    @staticmethod
+    def piece_rows(at_most: int) -> int:
+        """A number of rows at which a piece may end."""
+        library = native.library()
+        assert library is not None
+        panel = 2 * library.lanes
+        return max(panel, at_most // panel * panel)
+
+    def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
+        """Nothing is left to do."""
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """[T, in_features] -> [T, out_features] of the same dtype."""
+        x = plain(x)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        assert x.dtype == self.dtype and x.shape[1] == self.in_features
+        rows = x.shape[0]
+        out = torch.empty((rows, self.out_features), dtype=x.dtype)
+        self._library.by_work(rows * self.out_features * self.in_features // 8).ol_linear_codes(
+            *self._form,
+            self._code,
+            x.data_ptr(),
+            x.stride(0),
+            rows,
+            self.in_features,
+            self._weight.data_ptr(),
+            self.out_features,
+            self._bias_address,
+            out.data_ptr(),
+            self.out_features,
+            torch.get_num_threads(),
+        )
+        return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """See Linear.rows."""
+        ids = ids.contiguous()
+        count, wide = len(ids), ids.dtype == torch.int64
+        out = torch.empty((count, self.in_features), dtype=self.dtype)
+        # The kernel does not check, and a bad id would read foreign memory.
+        assert count == 0 or (int(ids.min()) >= 0 and int(ids.max()) < self.out_features), "token id out of range"
+        self._library.by_work(4 * out.numel()).ol_code_rows(
+            *self._form,
+            self._code,
+            self._weight.data_ptr(),
+            self.in_features,
+            ids.data_ptr(),
+            wide,
+            count,
+            out.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return out
