@@ -103,6 +103,8 @@ async def running(
     task = asyncio.create_task(engine.run())
     try:
         yield engine, watched
+        while engine.scheduler.has_work:  # an overrun
+            await asyncio.sleep(0.001)
     finally:
         task.cancel()
         await asyncio.wait({task})
