@@ -50,7 +50,7 @@ class _Failing:
         self._model = model
         self._fail_at = fail_at
         self._calls = 0
-        self.attention_spec = model.attention_spec
+        self.config, self.attention_spec = model.config, model.attention_spec
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         self._calls += 1
