@@ -12,6 +12,7 @@ import argparse
 import asyncio
 import dataclasses
 import json
+import math
 import sys
 import tempfile
 import time
@@ -38,7 +39,14 @@ def layer_bytes(config: ModelSpec, itemsize: int) -> float:
 
 def kv_bytes(config: ModelSpec, itemsize: int, tokens: int) -> float:
     """Bytes of keys and values of `tokens` tokens."""
-    return float(2 * config.num_layers * config.num_kv_heads * config.head_dim * itemsize * tokens)
+    return float(2 * len(config.paged) * config.num_kv_heads * config.head_dim * itemsize * tokens)
+
+
+def states_bytes(config: ModelSpec, itemsize: int, sequences: int) -> float:
+    """Bytes of recurrent states that one decode step reads and writes."""
+    tensors = [tensor for layer in config.states for tensor in layer]
+    each = sum(math.prod(tensor.shape) * (4 if tensor.wide else itemsize) for tensor in tensors)
+    return float(2 * each * sequences)
 
 
 async def decode_seconds(
@@ -108,6 +116,7 @@ async def measure(built: Built, args: argparse.Namespace) -> list[dict[str, obje
             seconds = await decode_seconds(engine, prompts(batch), args.output_len)
             context = args.input_len + args.output_len / 2
             moved = layer_bytes(config, itemsize) + kv_bytes(config, itemsize, int(batch * context))
+            moved += states_bytes(config, itemsize, batch)
             reading = moved / read_bandwidth(threads)
             # Where bf16 arithmetic is missing, a few rows are enough to make the multiplications the limit.
             rate = max(gemm_rate(dtype, threads), gemm_rate(torch.float32, threads))
@@ -130,7 +139,7 @@ async def measure(built: Built, args: argparse.Namespace) -> list[dict[str, obje
     body = config.num_parameters - config.vocab_size * config.hidden_size * (1 if config.tie_word_embeddings else 2)
     for _ in range(args.repeat):
         seconds = await prefill_seconds(engine, prompts(1)[0])
-        attention = 2 * config.num_layers * config.num_heads * config.head_dim * args.input_len**2
+        attention = 2 * len(config.paged) * config.num_heads * config.head_dim * args.input_len**2
         flops = 2.0 * body * args.input_len + attention
         times.append(seconds)
         # Not every CPU has bf16 arithmetic; float32 is then the better limit.

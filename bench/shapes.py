@@ -63,12 +63,33 @@ _QWEN3_30B_A3B: dict[str, object] = {
     "eos_token_id": 151645,
 }
 
+_QWEN3_5_08B: dict[str, object] = {
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "model_type": "qwen3_5_text",
+    "vocab_size": 248320,
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 256,
+    "intermediate_size": 3584,
+    "linear_num_key_heads": 16,
+    "linear_num_value_heads": 16,
+    "max_position_embeddings": 262144,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "dtype": "bfloat16",
+    "eos_token_id": 248044,
+}
 
 SHAPES: dict[str, dict[str, object]] = {
     "llama-3.2-1b": _llama(2048, 16, 32, 8192, tied=True),
     "llama-3.2-3b": _llama(3072, 28, 24, 8192, tied=True),
     "llama-3.1-8b": _llama(4096, 32, 32, 14336, tied=False),
     "qwen3-30b-a3b": _QWEN3_30B_A3B,
+    "qwen3.5-0.8b": _QWEN3_5_08B,
 }
 
 

@@ -12,20 +12,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.build import build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions, StartupError
 from engine.engine import Engine
-from engine.executor import cpu_start
+from engine.executor import cpu_start, cuda_start
 from engine.executor.cpu import CPUExecutor
 from engine.executor.cpu_start import describe_states, plan_states
+from engine.executor.start import Start
 from engine.forward import ForwardError, Limits
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionBackend
+from engine.report import StartupReport
 from engine.request import FinishReason, Request, SamplingParams
-from tests.models.support import edit_json, load, make_checkpoint
+from tests.models.support import Runner, edit_json, load, make_checkpoint
 
 PAGE, CONTEXT, NEW_TOKENS = 4, 512, 24
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -40,6 +43,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
     # Not one layer keeps keys and values.
     "Lfm2": {"layer_types": ["conv"] * 3, "block_multiple_of": 8},
+}
+
+
+EXPERTS = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 20,
+    "shared_expert_intermediate_size": 24,
 }
 
 
@@ -92,6 +103,8 @@ async def running(
     task = asyncio.create_task(engine.run())
     try:
         yield engine, watched
+        while engine.scheduler.has_work:  # an overrun
+            await asyncio.sleep(0.001)
     finally:
         task.cancel()
         await asyncio.wait({task})
@@ -241,3 +254,32 @@ def test_bad_fields(
     edit_json(path, **changes)
     with pytest.raises(StartupError, match=rf"config.json: {problem}"):
         read_spec(tmp_path)
+
+
+def test_experts_in_two_tensors(tmp_path: Path) -> None:
+    """Qwen 3.5 with experts has gate and up of all of a layer's experts in one tensor on the hub."""
+    make_checkpoint(tmp_path, "Qwen3_5Moe", **FAMILIES["Qwen3_5"], **EXPERTS)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    prompt = prompts_of([20])[0]
+    expected = Runner(load(tmp_path)).logits(prompt, 20)
+    for layer in range(3):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        each = [
+            {name: tensors.pop(f"{prefix}{n}.{name}_proj.weight") for name in ("gate", "up", "down")} for n in range(5)
+        ]
+        tensors[f"{prefix}gate_up_proj"] = torch.stack([torch.cat([one["gate"], one["up"]]) for one in each])
+        tensors[f"{prefix}down_proj"] = torch.stack([one["down"] for one in each])
+    save_file(tensors, path, {"format": "pt"})
+    assert torch.equal(Runner(load(tmp_path)).logits(prompt, 20), expected)
+    tensors[f"{prefix}gate_up_proj"] = tensors[f"{prefix}gate_up_proj"].mT.contiguous()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(StartupError, match=r"gate_up_proj has shape \[5, 48, 40\], config.json asks for \[5, 40, 48\]"):
+        load(tmp_path)
+
+
+def test_a_gpu_refuses_in_one_line(checkpoints: dict[str, Path]) -> None:
+    directory = checkpoints["Qwen3_5"]
+    given = Start(EngineConfig(), directory, read_spec(directory), CONTEXT, StartupReport())
+    with pytest.raises(StartupError, match=r"^Qwen3_5ForCausalLM has layers with a recurrent state, .*: --device cpu$"):
+        cuda_start.start(given)

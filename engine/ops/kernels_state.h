@@ -30,7 +30,8 @@ void convolve(const T* x, i64 ldx, T* out, T* states, i64 stride, const float* w
                 store(to + c, one([](const T* p) { return load(p); }, [](const float* p) { return load(p); }, t, c));
             if (c < c1) {
                 const i64 n = c1 - c;
-                store_part(to + c, one([n](const T* p) { return load_part(p, n); }, [n](const float* p) { return load_part(p, n); }, t, c), n);
+                vf y = one([n](const T* p) { return load_part(p, n); }, [n](const float* p) { return load_part(p, n); }, t, c);
+                store_part(to + c, y, n);
             }
         }
         for (i64 t = 0; t < before; t++) memmove(state + t * C + c0, at(count - before + t) + c0, (c1 - c0) * sizeof(T));
@@ -75,13 +76,14 @@ INLINE void scale_by(float* x, float factor, i64 padded) {
     for (i64 i = 0; i < padded; i += VL) store(x + i, load(x + i) * factor);
 }
 
-// A tile [K][WIDTH] takes the last token's S = decay S + k (x) d (Update), and the next token reads S^T k and S^T q of it
+// A tile, WIDTH columns of [K][ld], takes the last token's S = decay S + k (x) d (Update), and the next token reads S^T k and S^T q of it
 // (Read), in one pass: told is S^T q, read is S^T k where it is a delta net.
 template <bool Update, bool Read, bool Delta>
-INLINE void pass(float* tile, i64 K, const float* last, float decay, const vf* d, const float* key, const float* query, vf* read, vf* told) {
+INLINE void pass(float* tile, i64 ld, i64 K, const float* last, float decay, const vf* d, const float* key, const float* query,
+                 vf* read, vf* told) {
     vf d0 = d[0], d1 = d[1], read0 = {}, read1 = {}, told0 = {}, told1 = {};
     for (i64 i = 0; i < K; i++) {
-        float* at = tile + i * WIDTH;
+        float* at = tile + i * ld;
         vf s0 = load(at), s1 = load(at + VL);
         if (Update) {
             const vf kk = splat(last[i]);
@@ -109,15 +111,15 @@ INLINE void pass(float* tile, i64 K, const float* last, float decay, const vf* d
 
 // d: of a delta net, share (v - decay S^T k), else share v. The output, (decay S + k (x) d)^T q, is decay S^T q + (k . q) d.
 template <class T, bool Delta>
-INLINE void run_tile(float* tile, const Recurrence& r, const Gates& gates, const float* k, const float* q, i64 padded, i64 head,
+INLINE void run_tile(float* tile, i64 ld, const Recurrence& r, const Gates& gates, const float* k, const float* q, i64 padded, i64 head,
                      i64 token, i64 count, i64 c0) {
     const i64 K = r.K, width = std::min<i64>(WIDTH, r.V - c0);
     vf d[2] = {}, read[2], told[2];
     float decay = 1.0f;
     for (i64 t = 0; t < count; t++) {
         const float *key = k + t * padded, *query = q + t * padded;
-        if (t) pass<true, true, Delta>(tile, K, key - padded, decay, d, key, query, read, told);
-        else pass<false, true, Delta>(tile, K, key, decay, d, key, query, read, told);
+        if (t) pass<true, true, Delta>(tile, ld, K, key - padded, decay, d, key, query, read, told);
+        else pass<false, true, Delta>(tile, ld, K, key, decay, d, key, query, read, told);
         decay = gates.decay[t];
         const T* value = (const T*)r.v + (token + t) * r.ldv + head * r.V + c0;
         T* out = (T*)r.out + ((token + t) * r.heads + head) * r.V + c0;
@@ -132,7 +134,7 @@ INLINE void run_tile(float* tile, const Recurrence& r, const Gates& gates, const
             else store_part(out + n * VL, o, left);
         }
     }
-    pass<true, false, Delta>(tile, K, k + (count - 1) * padded, decay, d, k, q, read, told);
+    pass<true, false, Delta>(tile, ld, K, k + (count - 1) * padded, decay, d, k, q, read, told);
 }
 
 INLINE float softplus(float x) { return x > 20.0f ? x : std::log1p(std::exp(x)); }
@@ -167,9 +169,13 @@ void recur(const Recurrence& r) {
             }
             for (i64 c0 = 0; c0 < r.V; c0 += WIDTH) {
                 const i64 width = std::min<i64>(WIDTH, r.V - c0);
+                if (count == 1 && width == WIDTH) {  // a copy would not pay
+                    run_tile<T, Delta>(state + c0, r.V, r, gates, k, q, padded, head, token, count, c0);
+                    continue;
+                }
                 if (width < WIDTH) memset(tile, 0, r.K * WIDTH * sizeof(float));
                 for (i64 i = 0; i < r.K; i++) memcpy(tile + i * WIDTH, state + i * r.V + c0, width * sizeof(float));
-                run_tile<T, Delta>(tile, r, gates, k, q, padded, head, token, count, c0);
+                run_tile<T, Delta>(tile, WIDTH, r, gates, k, q, padded, head, token, count, c0);
                 for (i64 i = 0; i < r.K; i++) memcpy(state + i * r.V + c0, tile + i * WIDTH, width * sizeof(float));
             }
         }
