@@ -16,7 +16,7 @@ from engine.text.schema import arrays, combining, negation, objects, strings, un
 from engine.text.schema.base import FORMATS, MAX_NEGATED_DEPTH, MAX_WRITTEN, Rewriter
 from engine.text.schema.errors import Unwritable
 from engine.text.schema.names import name_keywords
-from engine.text.schema.numbers import number_keywords
+from engine.text.schema.numbers import kept_apart, number_keywords
 from engine.text.schema.parts import absent, all_of, any_of, at, names_of
 from engine.text.schema.plain import plain
 
@@ -52,7 +52,7 @@ class SchemaRewriter(Rewriter):
             ).write()
         if self._defs:
             found = {"$defs": self._defs, **(found if isinstance(found, dict) else {"allOf": [found]})}
-        return found
+        return kept_apart(found)
 
     def _refer(self, target: Any, where: str) -> Any:
         if not isinstance(target, dict):

@@ -139,6 +139,24 @@ REWRITTEN: list[tuple[Any, list[Any], list[Any]]] = [
     ({"type": "array", "contains": {"const": 1}, "minContains": 64, "maxItems": 64}, [[1] * 64], [[1] * 63]),
     ({"type": "integer", "not": {"multipleOf": 3}}, [1, -5, 100], [3, 0]),
     ({"type": "integer", "minimum": 10, "maximum": 20, "not": {"multipleOf": 2}}, [11, 19], [12, 20]),
+    *(
+        ({"type": "number", "exclusiveMinimum": low, most: low + 0.5, **more}, [low + 0.25], [low, low + 0.75])
+        for low in (0, 1, 1000)
+        for most, more in (("maximum", {}), ("exclusiveMaximum", {}), ("maximum", {"multipleOf": 0.25}))
+    ),
+    ({"type": "number", "exclusiveMaximum": -1, "minimum": -1.5}, [-1.25], [-1, -2]),
+    ({"type": "number", "exclusiveMinimum": 0, "allOf": [{"maximum": 0.5}]}, [0.25], [0, 1]),
+    ({"type": "number", "not": {"enum": [0, 0.5]}}, [0.25, 1, -1], [0, 0.5]),
+    ({"type": "number", "maximum": 0.5, "not": {"maximum": 0}}, [0.25], [0, 1]),
+    (
+        {
+            "type": "object",
+            "properties": {"const": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}},
+            "required": ["const"],
+        },
+        [{"const": 0.5}],
+        [{"const": 0}],
+    ),
     ({"type": "number", "not": {"multipleOf": 0.5}}, [0.25, -0.75], [1, 0.5]),
     ({"oneOf": [{"type": "integer", "multipleOf": of} for of in (3, 5)]}, [3, 5, -9], [15, 0, 1]),
     ({"type": "array", "minContains": 3}, [[]], []),
