@@ -13,12 +13,12 @@ from engine.ops.skinny import BLOCKS
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import DenseAttention, one_thread
 from tests.executor.driver import GREEDY, Driver, decode, prefill
-from tests.gpu.support import executor, families, load
+from tests.gpu.support import TORCH_ATTENTION, executor, families, load
 
 PROMPT = [(37 * i + 11) % 990 + 3 for i in range(50)]
 
 
-@pytest.mark.parametrize("architecture", families())
+@pytest.mark.parametrize("architecture", [*families(), *sorted(TORCH_ATTENTION)])
 async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with native.disabled(), one_thread():
         plain = load(architecture, torch.float32, torch.device("cpu"))
@@ -34,7 +34,8 @@ async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Non
     tokens = await driver.run([prefill(1, PROMPT[40:], start=40)])
     for position in range(len(PROMPT), len(PROMPT) + 7):
         tokens += await driver.run([decode(1, position)])
-    assert len(engine.pieces) == 2
+    # Where layers differ in more than their window, a prompt is launched operation by operation.
+    assert len(engine.pieces) == (0 if architecture in TORCH_ATTENTION else 2)
     engine.close()
     assert device.counts["replay"] > 0
     context = PROMPT + tokens

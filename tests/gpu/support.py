@@ -92,6 +92,27 @@ EXTRA: dict[str, dict[str, Any]] = {
         }
     },
     "NemotronForCausalLM": {"hidden_act": "relu2", "partial_rotary_factor": 0.5},
+    "DeepseekV3ForCausalLM": {
+        "kv_lora_rank": 64,
+        "q_lora_rank": 96,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "Llama4ForCausalLM": {
+        "intermediate_size_mlp": 256,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "no_rope_layer_interval": 2,
+        "attention_chunk_size": 40,
+        "floor_scale": 16,
+    },
     "Qwen2MoeForCausalLM": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -103,24 +124,31 @@ EXTRA: dict[str, dict[str, Any]] = {
 SAME_PARTS = {
     "ArceeForCausalLM",
     "CohereForCausalLM",
+    "DeepseekV2ForCausalLM",
     "Dots1ForCausalLM",
     "Ernie4_5ForCausalLM",
     "Ernie4_5_MoeForCausalLM",
     "GemmaForCausalLM",
+    "Glm4MoeLiteForCausalLM",
     "GlmForCausalLM",
     "GraniteForCausalLM",
     "GraniteMoeHybridForCausalLM",
     "HYV3ForCausalLM",
     "HunYuanMoEV1ForCausalLM",
+    "MiniCPM3ForCausalLM",
     "MiniMaxM2ForCausalLM",
     "MinistralForCausalLM",
+    "Mistral4ForCausalLM",
     "Olmo3ForCausalLM",
     "OlmoeForCausalLM",
     "PhiForCausalLM",
     "SeedOssForCausalLM",
     "SmolLM3ForCausalLM",
     "Starcoder2ForCausalLM",
+    "YoutuForCausalLM",
 }
+# Their attention has no kernels on a GPU yet, and goes by torch.
+TORCH_ATTENTION = {"DeepseekV3ForCausalLM", "Llama4ForCausalLM"}
 LIMITS = Limits(
     max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256, page_size=16, num_pages=160, vocab_size=1000
 )
@@ -136,7 +164,7 @@ def load(architecture: str, dtype: torch.dtype, device: torch.device) -> CausalL
 
 
 def families() -> list[str]:
-    return sorted(FAMILIES.keys() - SAME_PARTS)
+    return sorted(FAMILIES.keys() - SAME_PARTS - TORCH_ATTENTION)
 
 
 def executor(
@@ -161,7 +189,8 @@ def executor(
         "kv_dtype": kv_dtype,
         "device": layer.device,
     }
-    if attention == "torch" or (attention == "auto" and not HAS_FLASHINFER and module is None):
+    plain = model.attention_spec.common is not None
+    if attention == "torch" or not plain or (attention == "auto" and not HAS_FLASHINFER and module is None):
         return CUDAExecutor(
             model, limits, layer, DeviceAttention(model.attention_spec, **options), cuda_graph=cuda_graph
         )

@@ -25,7 +25,7 @@ from engine.request import Request, SamplingParams
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import DenseAttention, expected_tokens, serve
 from tests.executor.driver import GREEDY, Driver, decode, prefill
-from tests.gpu.support import HAS_FLASHINFER, LIMITS, executor, families, load
+from tests.gpu.support import HAS_FLASHINFER, LIMITS, TORCH_ATTENTION, executor, families, load
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -60,7 +60,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 ATTENTIONS = ["torch", *(["auto", "wrapper"] if HAS_FLASHINFER else [])]
 
 
-@pytest.mark.parametrize("architecture", families())
+@pytest.mark.parametrize("architecture", [*families(), *sorted(TORCH_ATTENTION)])
 @pytest.mark.parametrize(("dtype", "attention"), [("float32", "torch"), *(("bfloat16", a) for a in ATTENTIONS)])
 def test_parity_with_the_cpu(layer: CudaDevice, architecture: str, dtype: str, attention: str) -> None:
     """A prompt in two chunks, then eager decode steps: the logits of each against one dense pass on the CPU."""
