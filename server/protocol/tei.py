@@ -24,6 +24,7 @@ SIMILARITY_NAMES = {
     "input": "inputs.sentences",
     "truncate_prompt_tokens": "parameters.truncate",
     "prompt_name": "parameters.prompt_name",
+    "truncate": "parameters.truncate",
     "truncation_direction": "parameters.truncation_direction",
 }
 _KINDS = {413: "Validation", 422: "Tokenizer", 424: "Backend", 429: "Overloaded", 503: "Unhealthy"}

@@ -52,6 +52,12 @@ def check_ollama(status: int, body: Any, expected: int = 400) -> dict[str, Any]:
     return {"message": body["error"]}
 
 
+def check_tei(status: int, body: Any, expected: int = 400) -> dict[str, Any]:
+    assert status == expected, body
+    assert set(body) == {"error", "error_type"} and all(isinstance(each, str) for each in body.values())
+    return {"message": body["error"]}
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """good: a body that is answered with a 200, into which each row puts its value.

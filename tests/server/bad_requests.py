@@ -25,6 +25,7 @@ from tests.server.bad_fields import (
     Row,
     check_anthropic,
     check_ollama,
+    check_tei,
     message,
     nested,
     wrong_kinds,
@@ -219,6 +220,64 @@ EMBEDDINGS: list[Row] = [
     ("embed_dtype", "float16"),
     ("endianness", "big"),
 ]  # fmt: skip
+POOLED: list[Row] = [
+    *TERMS,
+    *wrong_kinds(
+        string="model prompt_name input_type",
+        integer="truncate_prompt_tokens",
+        boolean="add_special_tokens use_activation activation",
+    ),
+    *(("input", value) for value in (5, "", [], [""], ["a", 5], [[]], [-1], [VOCAB], {"text": "a"}, ["a"] * 2049)),
+    ("prompt_name", "x"),
+    ("input_type", "query"),
+    ("truncate_prompt_tokens", 0),
+    ("lora_path", "x"),
+]
+CLASSIFY: list[Row] = [*POOLED, ("input", All({"messages": HI}))]
+POOLING: list[Row] = [
+    *POOLED,
+    ("input", None),
+    *wrong_kinds(string="task encoding_format"),
+    ("task", "score"),
+    ("encoding_format", "hex"),
+    ("model", All({"task": "token_classify"})),
+]
+TEI: list[Row] = [
+    *TERMS,
+    *wrong_kinds(string="truncation_direction", boolean="truncate"),
+    ("truncation_direction", "Left"),
+]
+_TEI_INPUTS: list[Row] = [
+    *wrong_kinds(string="prompt_name"),
+    *(("inputs", value) for value in (None, 5, "", [], [""], ["a", 5], [[]], [-1], [VOCAB], {"text": "a"})),
+    ("prompt_name", "x"),
+]
+TEI_EMBED: list[Row] = [*TEI, *_TEI_INPUTS, *wrong_kinds(integer="dimensions", boolean="normalize")]
+TEI_EMBED_ALL: list[Row] = [*TEI, *_TEI_INPUTS]
+TEI_PREDICT: list[Row] = [
+    *TEI,
+    *wrong_kinds(boolean="raw_scores"),
+    *(
+        ("inputs", value)
+        for value in (
+            None, 5, "", [], [""], [5], ["a", "b", "c"], [[]], [["a", ""]], [["a"], "b"], [["a", "b", "c"]], [[5]], {},
+            [["a"]] * 2049,
+        )
+    ),
+]  # fmt: skip
+TEI_SIMILARITY: list[Row] = [
+    *TERMS,
+    *(("inputs", value) for value in (5, "x", [])),
+    *(("inputs.source_sentence", All({"inputs": value})) for value in (None, {}, {"source_sentence": 5})),
+    *(
+        ("inputs.sentences", All({"inputs": {"source_sentence": "a", "sentences": value}}))
+        for value in (None, 5, "x", [], [5], ["a", ""], ["a"] * 2048)
+    ),
+    ("parameters", 5),
+    ("parameters.truncate", All({"parameters": {"truncate": 5}})),
+    ("parameters.prompt_name", All({"parameters": {"prompt_name": "x"}})),
+    ("parameters.truncation_direction", All({"parameters": {"truncation_direction": "Left"}})),
+]
 SCORE: list[Row] = [
     *TERMS,
     *wrong_kinds(string="model instruction"),
@@ -318,6 +377,14 @@ FAMILIES: list[Family] = [
     Family("/api/embeddings", {"prompt": "x"}, OLLAMA_OLD_EMBED, check_ollama, True),
     Family("/api/pull", {"stream": False}, wrong_kinds(string="model name", boolean="stream"), check_ollama, True),
     Family("/v1/embeddings", {"input": "x"}, EMBEDDINGS),
+    Family("/embed", {"inputs": "x"}, TEI_EMBED, check_tei),
+    Family("/embed_all", {"inputs": "x"}, TEI_EMBED_ALL, check_tei),
+    Family("/predict", {"inputs": "x"}, TEI_PREDICT, check_tei),
+    Family("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b"]}}, TEI_SIMILARITY, check_tei),
+    Family("/classify", {"input": "x"}, CLASSIFY),
+    Family("/v1/classify", {"messages": HI}, wrong_kinds(string="model", list="messages")),
+    Family("/pooling", {"input": "x"}, POOLING),
+    Family("/v1/pooling", {"input": "x"}, POOLING),
     Family("/score", {"text_1": "a", "text_2": "b"}, SCORE),
     Family("/v1/score", {"query": "a", "items": ["b"], "label_token_ids": [5]}, LABELS),
     Family("/rerank", {"query": "a", "documents": ["b"]}, RERANK),

@@ -302,6 +302,13 @@ GOOD: list[tuple[str, dict[str, Any]]] = [
         "return_logprob": [True, False], "top_logprobs_num": [1, 0], "logprob_start_len": [0, -1]}),
     ("/v1/embeddings", {"input": ["x"], "encoding_format": "float"}),
     ("/rerank", {"query": "a", "documents": ["b", {"text": "c"}], "top_n": 1}),
+    ("/rerank", {"query": "a", "texts": ["b", "c"], "return_text": True}),
+    ("/classify", {"input": ["x"], "use_activation": False}),
+    ("/pooling", {"input": ["x"], "task": "token_embed", "encoding_format": "float"}),
+    ("/embed", {"inputs": ["x"], "truncate": True, "normalize": False}),
+    ("/embed_all", {"inputs": ["x"], "truncate": True}),
+    ("/predict", {"inputs": [["x"], ["x", "y"]], "raw_scores": True}),
+    ("/similarity", {"inputs": {"source_sentence": "a", "sentences": ["b", "c"]}, "parameters": {"truncate": True}}),
     ("/v1/score", {"query": [5], "items": [[6], [7]], "label_token_ids": [5, 6]}),
     ("/abort_request", {"rid": ["a"], "request_ids": ["b"], "abort_all": False}),
 ]  # fmt: skip
