@@ -55,7 +55,7 @@ async def run_scores(request: web.Request, plan: ScorePlan, response_id: str) ->
 
 
 async def _pairs_for(state: State, head: Classifier, plan: ScorePlan) -> tuple[list[list[int]], list[Pooling]]:
-    """Each pair as the tokenizer joins two texts; or as the chat template does, where it reads queries and documents."""
+    """Each pair as the tokenizer joins two texts, or as the chat template does where it reads queries and documents."""
     assert head.pooling != "all"
     if _knows_pairs(state.model.chat_template):
         prompts = await _pair_prompts(state, plan)

@@ -253,7 +253,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "DIR: tensor lm_head.weight is missing, and tie_word_embeddings in config.json is false (which an absent field "
         "may mean); true there uses the embedding in its place",
     ),
-    "causal": (config(is_causal=False), "DIR/config.json: is_causal is false: attention to later tokens"),
+    "causal": (
+        config(use_bidirectional_attention=True),
+        "DIR/config.json: use_bidirectional_attention is not supported",
+    ),
     "quantized-tensors": (
         tensors(lambda values: values.update({"model.layers.0.mlp.down_proj.qweight": torch.zeros(2)})),
         "DIR: tensor model.layers.0.mlp.down_proj.qweight is of a quantized checkpoint, which is not supported; ",

@@ -232,7 +232,8 @@ class CPUExecutor:
         chunks = pooled_chunks(step)
         types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
         positions_of_tokens = torch.from_numpy(metadata.positions)
-        hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
+        told = () if types is None else (types,)
+        hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, *told)
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)

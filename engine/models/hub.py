@@ -49,7 +49,7 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
     if not _HUB_ID.fullmatch(repository) or (colon and not _WANTED.fullmatch(wanted)):
         raise StartupError(f"{path_or_id}: no such directory, and not a Hugging Face id (owner/name)")
     try:
-        return _download(repository, wanted, {"revision": revision, "cache_dir": download_dir})
+        return _download(repository, wanted, revision, download_dir)
     except StartupError:
         raise
     except Exception as error:  # the hub's own errors, HTTP, disk: a start that fails, whatever it was
@@ -61,22 +61,30 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
         ) from error
 
 
-def _download(repository: str, wanted: str, options: dict[str, str | None]) -> Path:
+def _download(repository: str, wanted: str, revision: str | None, cache_dir: str | None) -> Path:
     """wanted: of several GGUF files the one whose name has this word; the repository is then read for that alone."""
     import huggingface_hub
 
     if not wanted:
-        patterns = {"allow_patterns": ALLOW_PATTERNS, "ignore_patterns": IGNORE_PATTERNS}
-        directory = Path(huggingface_hub.snapshot_download(repository, **patterns, **options))
+        directory = Path(
+            huggingface_hub.snapshot_download(
+                repository,
+                revision=revision,
+                cache_dir=cache_dir,
+                allow_patterns=ALLOW_PATTERNS,
+                ignore_patterns=IGNORE_PATTERNS,
+            )
+        )
         if any(directory.glob("*.safetensors")):
             return directory
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             return find_gguf(directory) or directory
-    files = huggingface_hub.HfApi().list_repo_files(repository, revision=options["revision"])
+    files = huggingface_hub.HfApi().list_repo_files(repository, revision=revision)
     chosen = choose_files(repository, files, wanted)
     if not chosen:
         return directory
-    return Path(huggingface_hub.snapshot_download(repository, allow_patterns=chosen, **options)) / chosen[0]
+    found = huggingface_hub.snapshot_download(repository, revision=revision, cache_dir=cache_dir, allow_patterns=chosen)
+    return Path(found) / chosen[0]
 
 
 def choose_files(repository: str, files: list[str], wanted: str) -> list[str]:

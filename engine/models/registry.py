@@ -338,8 +338,10 @@ def _architecture_of(fields: Fields) -> str:
         if not names and kind is None:
             fields.fail("architectures", "and model_type are missing: one of them must name the model's class")
         _refuse(fields, names[0] if names else str(kind))
+    if by_type in names:
+        return by_type
     for name in names:
-        if name == by_type or (_with_head(name) == by_type and name not in FAMILIES):
+        if _with_head(name) == by_type:
             return name
     if names and not known and not names[0].endswith(("ForCausalLM", "LMHeadModel")):
         _refuse(fields, names[0])

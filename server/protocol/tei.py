@@ -1,4 +1,4 @@
-"""POST /embed, /embed_all, /predict and /similarity, and TEI's form of /rerank: text-embeddings-inference's bodies become
+"""POST /embed, /embed_all, /predict and /similarity, and its form of /rerank: text-embeddings-inference's bodies become
 those of our own routes. Its errors have a shape of their own.
 """
 

@@ -27,6 +27,7 @@ from engine.models.registry import read_spec
 from engine.ops import native
 from engine.ops.attention import flashinfer
 from engine.ops.attention.device import DeviceAttention
+from engine.ops.attention.sequence import attend_sequence
 from engine.ops.rope import apply_rope
 from engine.ops.sampling.sampler import sample
 from engine.request import Pooling, Request, SamplingParams
@@ -58,6 +59,26 @@ WINDOWED = {
     "use_sliding_window": True,
     "sliding_window": 6,
     "max_window_layers": 1,
+}
+# A cache of latents, and layers that see blocks of the text.
+LATENT = {
+    **TINY,
+    "architectures": ["DeepseekV3ForCausalLM"],
+    "kv_lora_rank": 12,
+    "q_lora_rank": 20,
+    "qk_nope_head_dim": 6,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 10,
+    "first_k_dense_replace": 2,
+}
+CHUNKED = {
+    **TINY,
+    "architectures": ["Llama4ForCausalLM"],
+    "intermediate_size_mlp": 40,
+    "moe_layers": [],
+    "no_rope_layers": [1, 0],
+    "attention_chunk_size": 7,
+    "floor_scale": 9,
 }
 
 
@@ -109,12 +130,22 @@ class DenseAttention:
         pass
 
     def forward(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None, *, sinks: Tensor | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        cos_sin: Tensor | None = None,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         shape = self.spec.layers[layer]
-        assert shape is not None and shape.is_plain
+        assert shape is not None and shape.reads is None
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, torch.arange(len(q)))
+        v = k[..., : shape.value_dim] if v is None else v
+        if not shape.is_plain:
+            return attend_sequence(shape, q, k, v, sinks).flatten(1)
         out = attend(q, k, v, shape.scale, -1 if shape.window is None else shape.window - 1, shape.softcap, True)
         return out.flatten(1).to(q.dtype)
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,17 @@ from engine.engine import Engine
 from engine.groups import one_group
 from engine.models.parts.decoder import CausalLM
 from tests.cuda.fake_device import FakeDevice
-from tests.cuda.support import SMALL, WINDOWED, expected_tokens, make_executor, requests_of, serve, tiny_model
+from tests.cuda.support import (
+    CHUNKED,
+    LATENT,
+    SMALL,
+    WINDOWED,
+    expected_tokens,
+    make_executor,
+    requests_of,
+    serve,
+    tiny_model,
+)
 from tests.sim.workload import Runs
 
 EAGERNESS = [0.0, 0.3, 0.9]
@@ -30,6 +41,15 @@ async def test_tokens_are_the_references(attention: str, seed: int) -> None:
     tokens = await serve(make_executor(SMALL, device=device, attention=attention), requests)
     assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
     assert device.counts["replay"] > 0
+
+
+@pytest.mark.parametrize("config", [LATENT, CHUNKED], ids=["latent", "chunks"])
+async def test_attention_that_only_torch_has(config: dict[str, Any]) -> None:
+    model = tiny_model(json.dumps(config))
+    limits = dataclasses.replace(SMALL, groups=one_group(model.config.windows))
+    requests = requests_of(9)
+    tokens = await serve(make_executor(limits, device=FakeDevice(9, 0.3), model=model), requests)
+    assert tokens == [expected_tokens(model, request) for request in requests]
 
 
 @pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])

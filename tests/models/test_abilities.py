@@ -13,6 +13,7 @@ from engine.config import ModelOptions, StartupError
 from engine.flags import parse
 from engine.models.abilities import Abilities, read_abilities
 from engine.models.registry import read_spec
+from engine.models.spec import Projection
 from tests.models.support import SIZES, Runner, edit_json, load, make_checkpoint, prompts_of, relative_error
 
 WIDTH = SIZES["hidden_size"]
@@ -119,13 +120,15 @@ def test_matryoshka(directory: Path) -> None:
 @pytest.mark.parametrize(
     ("pooling", "modules", "told"),
     [
-        ({"pooling_mode_cls_token": True}, ("Pooling",), r"pooling by cls is not supported.*--pooling mean or last"),
+        ({"pooling_mode": "x"}, ("Pooling",), r"pooling by x is not supported, only by one of cls, lasttoken"),
+        ({**MEAN, "include_prompt": False}, ("Pooling",), r"include_prompt is false, which is not supported"),
         ({**MEAN, "pooling_mode_cls_token": True}, ("Pooling",), r"pooling by cls and mean is not supported"),
         ({}, ("Pooling",), r"pooling by no mode"),
         ({"pooling_mode": 5}, ("Pooling",), r"pooling by 5"),
         ({"pooling_mode": [["x"]]}, ("Pooling",), r"pooling by \['x'\]"),
         ({"pooling_mode_lasttoken": "yes"}, ("Pooling",), r"pooling_mode_lasttoken must be true or false"),
-        (LAST, ("Pooling", "Dense"), r"the module Dense is not supported; --runner generate"),
+        (LAST, ("Pooling", "LayerNorm"), r"the module LayerNorm is not supported; --runner generate"),
+        (LAST, ("Pooling", "Normalize", "Dense"), r"the module Normalize is not supported in this place"),
         (None, ("Pooling",), r"no such file"),
     ],
 )
@@ -136,6 +139,38 @@ def test_what_is_not_supported_ends_the_start(
     with pytest.raises(StartupError, match=told):
         abilities(directory)
     assert abilities(directory, runner="generate").generates
+
+
+def dense(directory: Path, **fields: Any) -> None:
+    folder = directory / "2_Dense"
+    folder.mkdir(exist_ok=True)
+    given = {"in_features": WIDTH, "out_features": 7, "bias": False, "activation_function": "torch.nn.modules.Tanh"}
+    (folder / "config.json").write_text(json.dumps(given | fields))
+
+
+def test_dense_modules_prompts_and_lengths(directory: Path) -> None:
+    sentence_transformers(directory, "Pooling", "Dense", "Normalize", pooling=MEAN)
+    dense(directory)
+    prompts = {"prompts": {"query": "q: ", "document": None}, "default_prompt_name": "query"}
+    (directory / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    (directory / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 77}))
+    found = abilities(directory)
+    assert found.projections == (Projection("2_Dense.linear", 7, False, "tanh"),) and found.width == 7
+    assert (found.prompts, found.default_prompt, found.max_length) == ({"query": "q: ", "document": ""}, "query", 77)
+    for fields, told in (
+        ({"in_features": 5}, r"in_features must be 48"),
+        ({"activation_function": "x.Mish"}, r"activation_function \(\"x.Mish\"\) must be one of GELU"),
+    ):
+        dense(directory, **fields)
+        with pytest.raises(StartupError, match=told):
+            abilities(directory)
+    dense(directory)
+    (directory / "config_sentence_transformers.json").write_text('{"prompts": {"a": 5}}')
+    with pytest.raises(StartupError, match=r"prompts must be an object of short texts"):
+        abilities(directory)
+    (directory / "config_sentence_transformers.json").write_text('{"default_prompt_name": "a"}')
+    with pytest.raises(StartupError, match=r"default_prompt_name \(\"a\"\) is not one of the prompts"):
+        abilities(directory)
 
 
 @pytest.mark.parametrize("text", ["{", "5", "[5]", '[{"path": ""}]', '[{"type": "Pooling", "path": "../.."}]'])

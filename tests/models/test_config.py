@@ -95,12 +95,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "architectures": ({"architectures": "llama"}, "architectures must be a list with the name of the model class"),
     "model-type": ({"architectures": None, "model_type": 3}, "model_type must be text, not 3"),
     "other-type": (
-        {"architectures": None, "model_type": "bert"},
-        "model_type bert is not supported; supported are: ApertusForCausalLM, ",
+        {"architectures": None, "model_type": "t5"},
+        "model_type t5 is not supported; supported are: ApertusForCausalLM, ",
     ),
     "classifier": (
-        {"architectures": ["LlamaForSequenceClassification"], "model_type": "llama"},
-        "architectures LlamaForSequenceClassification is not supported; supported are: ",
+        {"architectures": ["LlamaForMultipleChoice"], "model_type": "llama"},
+        "architectures LlamaForMultipleChoice is not supported; supported are: ",
     ),
     "text-part": (
         {"architectures": ["MllamaForConditionalGeneration"], "model_type": "mllama", "text_config": {}},
@@ -251,7 +251,7 @@ def test_bad_field(name: str, tmp_path: Path) -> None:
 
 def test_unknown_architecture_lists_what_is_supported(tmp_path: Path) -> None:
     with pytest.raises(StartupError) as caught:
-        read(tmp_path, architectures=["BertModel"])
+        read(tmp_path, architectures=["T5ForConditionalGeneration"])
     assert all(name in str(caught.value) for name in FAMILIES)
 
 

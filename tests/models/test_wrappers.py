@@ -237,7 +237,8 @@ def test_defaults_of_a_text_part(kind: str, tmp_path: Path) -> None:
         )  # fmt: skip
         assert ours.head_dim == (getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads)
         assert ours.max_position_embeddings == text.max_position_embeddings
-        assert ours.final_norm.eps == (text.layer_norm_eps if text.model_type == "cohere2" else text.rms_norm_eps)
+        eps = {"cohere2": "layer_norm_eps", "lfm2": "norm_eps"}.get(text.model_type, "rms_norm_eps")
+        assert ours.final_norm is not None and ours.final_norm.eps == getattr(text, eps)
         rope = text.rope_parameters
         assert ours.ropes[-1].theta == rope.get("full_attention", rope)["rope_theta"]
         assert ours.longest_window == (text.sliding_window if text.model_type == "mistral" else None)

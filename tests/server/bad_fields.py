@@ -191,7 +191,7 @@ STRUCTURE: list[Row] = [
     *(("structural_tag", tag) for tag in BAD_TAGS),
     *(("structured_outputs.structural_tag", {"structural_tag": tag}) for tag in BAD_TAGS),
     *(("structural_tag.structures", {"structures": value, "triggers": ["<"]}) for value in (5, [5], {})),
-    *(("response_format.type", {"type": kind}) for kind in ("json", "", 5, None, ["text"], "JSON_OBJECT")),
+    *(("response_format.type", {"type": kind}) for kind in ("xml", "", 5, None, ["text"], "JSON_OBJECT")),
     *(("response_format", value) for value in (5, "json_object", [], True, {"type": "structural_tag"})),
     *(("response_format.json_schema", {"type": "json_schema", "json_schema": value}) for value in (5, "x", [])),
     *(("response_format.json_schema", {"type": "json_schema", "json_schema": value}) for value in (None, {})),

@@ -193,9 +193,11 @@ async def live(
     step_seconds: float = 0.0,
     fail_on: Callable[[int], None] | None = None,
     make_device: Callable[[Limits], Any] | None = None,
+    words: Tokenizer | None = None,
     **options: Any,
 ) -> AsyncIterator[Live]:
-    """A server on a free port. make_device: an executor instead of the fake one. options: ServerOptions."""
+    """A server on a free port. make_device: an executor instead of the fake one. words: a tokenizer instead of the demo
+    model's. options: ServerOptions."""
     model = model or served_model()
     limits = Limits(
         max_num_seqs=max_num_seqs,
@@ -218,7 +220,7 @@ async def live(
     else:
         device = Device(limits, FakeModel(limits.vocab_size, eos[0], eos_rate), step_seconds, fail_on=fail_on)
     metrics = EngineMetrics(model_name="demo", max_model_len=model.max_model_len)
-    engine_ = Engine(config, device, tokenizer(), eos_token_ids=eos, metrics=metrics)
+    engine_ = Engine(config, device, words or tokenizer(), eos_token_ids=eos if words is None else (), metrics=metrics)
     loop = asyncio.get_running_loop()
     bound: asyncio.Future[int] = loop.create_future()
     stop = asyncio.Event()

@@ -140,7 +140,7 @@ REFUSED_GRAMMARS: list[dict[str, Any]] = [
     {"structured_outputs": {"structural_tag": {"x": 1}}},
     {"guided_json": SCHEMA, "guided_regex": "a"},
     {"guided_regex": "a", "response_format": {"type": "json_object"}},
-    {"guided_json": SCHEMA, "guided_decoding_backend": "outlines"},
+    {"guided_json": SCHEMA, "guided_decoding_backend": "magic"},
     {"guided_json": SCHEMA, "guided_whitespace_pattern": 3},
     {"guided_json_object": "x"},
     {"ebnf": ["x"]},

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -47,12 +47,13 @@ class _Keys:
         return f"blk.{layer}.{name}" in self.model.tensors
 
     def _fields(self, name: str) -> Fields:
-        """One value; an array with one number for every layer must hold the same everywhere."""
+        """One value; an array with one number for every layer must hold the same everywhere. 0: a layer has none."""
         value = self.model.get(self.prefix + name)
         if isinstance(value, list) and value:
-            if any(item != value[0] for item in value[: self.layers]):
+            numbers = [item for item in value[: self.layers] if item != 0] or [0]
+            if any(item != numbers[0] for item in numbers):
                 self.model.fail(self.prefix + name, "differs from layer to layer, which is not supported")
-            value = value[0]
+            value = numbers[0]
         return Fields(self.model.path, {name: value}, self.prefix)
 
     def integer(self, name: str, default: int | None = None, **bounds: int) -> int:
@@ -68,7 +69,7 @@ class _Keys:
     def flag(self, name: str, default: bool) -> bool:
         return self._fields(name).flag(name) if self.has(name) else default
 
-    def fail(self, name: str, problem: str) -> None:
+    def fail(self, name: str, problem: str) -> NoReturn:
         self.model.fail(self.prefix + name, problem)
 
     def layer_types(self, period: int) -> list[str]:
@@ -272,6 +273,48 @@ def _ernie_moe(keys: _Keys, config: Config) -> Config:
     }
 
 
+def _lfm2(keys: _Keys, config: Config) -> Config:
+    """Layers without heads for keys are short convolutions."""
+    name = "attention.head_count_kv"
+    given = keys.model.get(keys.prefix + name)
+    if not isinstance(given, list) or len(given) < keys.layers:
+        keys.fail(name, f"must say for each of {keys.layers} layers how many heads it has")
+    return {
+        "layer_types": ["full_attention" if heads else "conv" for heads in given[: keys.layers]],
+        "conv_L_cache": keys.integer("shortconv.l_cache"),
+        "conv_bias": False,
+        "block_auto_adjust_ff_dim": False,
+    }
+
+
+def _qwen35(keys: _Keys, config: Config) -> Config:
+    """Gated delta nets in all layers but some."""
+    given = keys.model.get(f"{keys.prefix}attention.recurrent_layers")
+    if isinstance(given, list):
+        if len(given) < keys.layers or any(type(item) is not bool for item in given):
+            keys.fail("attention.recurrent_layers", f"must hold true or false for each of {keys.layers} layers")
+        recurrent = given[: keys.layers]
+    else:
+        interval = keys.integer("full_attention_interval", 4)
+        recurrent = [(layer + 1) % interval != 0 for layer in range(keys.layers)]
+    heads, inner = keys.integer("ssm.time_step_rank"), keys.integer("ssm.inner_size")
+    if inner % heads:
+        keys.fail("ssm.inner_size", f"({inner}) must be a multiple of ssm.time_step_rank ({heads})")
+    attending = recurrent.index(False) if False in recurrent else 0
+    shared = keys.model.tensors.get("blk.0.ffn_up_shexp.weight")
+    return {
+        "layer_types": ["linear_attention" if flag else "full_attention" for flag in recurrent],
+        "linear_conv_kernel_dim": keys.integer("ssm.conv_kernel"),
+        "linear_key_head_dim": keys.integer("ssm.state_size"),
+        "linear_value_head_dim": inner // heads,
+        "linear_num_key_heads": keys.integer("ssm.group_count"),
+        "linear_num_value_heads": heads,
+        "attention_bias": keys.has_tensor("attn_q.bias", attending),
+        "norm_topk_prob": True,
+        "shared_expert_intermediate_size": shared.shape[0] if shared is not None and shared.shape else 0,
+    }
+
+
 # `general.architecture` -> what it is.
 ARCHITECTURES = {
     "arcee": Architecture("arcee", pairs=True),
@@ -292,6 +335,7 @@ ARCHITECTURES = {
     "hunyuan-dense": Architecture("hunyuan_v1_dense"),
     "hunyuan-moe": Architecture("hunyuan_v1_moe", more=_hunyuan_moe),
     "hy_v3": Architecture("hy_v3", more=_hy_v3),
+    "lfm2": Architecture("lfm2", more=_lfm2),
     "llama": Architecture("llama", pairs=True, more=_llama),
     "minimax-m2": Architecture("minimax_m2", more=_minimax_m2),
     "mistral3": Architecture("ministral3", pairs=True, more=_mistral3),
@@ -305,6 +349,8 @@ ARCHITECTURES = {
     "qwen2vl": Architecture("qwen2", more=_no_window),
     "qwen3": Architecture("qwen3", more=_no_window),
     "qwen3moe": Architecture("qwen3_moe", more=_qwen3_moe),
+    "qwen35": Architecture("qwen3_5_text", shift=1.0, more=_qwen35),
+    "qwen35moe": Architecture("qwen3_5_moe_text", shift=1.0, more=_qwen35),
     "qwen3vl": Architecture("qwen3", more=_no_window),
     "qwen3vlmoe": Architecture("qwen3_moe", more=_qwen3_moe),
     "seed_oss": Architecture("seed_oss"),
@@ -312,7 +358,7 @@ ARCHITECTURES = {
     "starcoder2": Architecture("starcoder2", more=_no_window),
 }
 # Made for images, too.
-_TEXT_PARTS = ("qwen2vl", "qwen3vl", "qwen3vlmoe")
+_TEXT_PARTS = ("qwen2vl", "qwen35", "qwen35moe", "qwen3vl", "qwen3vlmoe")
 
 
 def model_fields(model: Path) -> Fields:

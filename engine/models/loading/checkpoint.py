@@ -18,6 +18,7 @@ from typing import Any, TypeGuard
 from engine.config import StartupError
 from engine.models.fields import Fields
 from engine.models.gguf.dequantise import DEQUANTISED
+from engine.models.gguf.names import Undo
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -54,7 +55,7 @@ class StoredTensor:
     """Where a tensor lies: absolute byte offsets [begin, end) in `file`. transposed: columns by rows, a matrix's.
 
     dtype: one of ITEM_BYTES, or a block type of GGUF. shift: was added to it and must be taken away.
-    scale, block: of a quantised matrix, see float8.py.
+    undo: what its numbers, as float32, are turned into. scale, block: of a quantised matrix, see float8.py.
     """
 
     file: Path
@@ -64,6 +65,7 @@ class StoredTensor:
     end: int
     transposed: bool = False
     shift: float = 0.0
+    undo: Undo | None = None
     scale: StoredTensor | None = None
     block: tuple[int, int] | None = None
 

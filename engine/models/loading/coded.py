@@ -66,7 +66,8 @@ class CodedWeights(CheckpointWeights):
     def _common_form(self, names: Sequence[str], dtype: torch.dtype) -> Form | None:
         """What all of these are stored as, where a layer can be made of that; None where it cannot."""
         forms = {FORMS.get(self._tensors[name].dtype) for name in names}
-        if len(forms) != 1 or not can_keep_codes(dtype, self.device):
+        plain = all(self._tensors[name].undo is None for name in names)
+        if len(forms) != 1 or not plain or not can_keep_codes(dtype, self.device):
             return None
         return forms.pop()
 

@@ -194,6 +194,10 @@ class CheckpointWeights(Weights):
         stored = self._tensors[name]
         if stored.scale is not None:
             self._scale(destination, stored, stored.scale)
+        elif stored.undo is not None:
+            wide = torch.empty(stored.shape, dtype=torch.float32)
+            self._fill(wide, name, stored)
+            destination.copy_(torch.from_numpy(stored.undo(wide.numpy())).view(destination.shape))
         elif stored.shift:
             wide = torch.empty(destination.shape, dtype=torch.float32)
             self._fill(wide, name, stored)
@@ -311,7 +315,8 @@ def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
     for name, each in named.items():
         tensor = each.tensor
         ours = name if name.startswith(f"{OUTPUT}.") else PREFIX + name
-        found[ours] = StoredTensor(tensor.file, tensor.type, tensor.shape, tensor.begin, tensor.end, shift=each.shift)
+        place = (tensor.file, tensor.type, tensor.shape, tensor.begin, tensor.end)
+        found[ours] = StoredTensor(*place, shift=each.shift, undo=each.undo)
     for name in others:
         tensor = model.tensors[name]
         found[name] = StoredTensor(tensor.file, tensor.type, tensor.shape, tensor.begin, tensor.end)

@@ -16,7 +16,7 @@ import numpy as np
 import safetensors.torch
 
 PERMUTED = {"llama", "arcee", "granite", "granitemoe", "smollm3", "mistral3"}
-SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron"}
+SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe"}
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)\.weight")
 
 
@@ -117,6 +117,30 @@ def common(config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
+def tiled(values: np.ndarray, first: int, keys: int, width: int) -> np.ndarray:
+    """Heads that one key head serves as far apart as can be; those before row `first` stay."""
+    heads = values[first:].reshape(keys, -1, width, *values.shape[1:]).swapaxes(0, 1)
+    return np.concatenate((values[:first], heads.reshape(-1, *values.shape[1:])))
+
+
+def delta_part(name: str, values: np.ndarray, config: dict[str, Any]) -> tuple[str, np.ndarray]:
+    """Of a gated delta net."""
+    keys, width = config["linear_num_key_heads"], config["linear_value_head_dim"]
+    before = 2 * keys * config["linear_key_head_dim"]
+    part = name.split(".linear_attn.")[1]
+    if part in ("in_proj_qkv.weight", "conv1d.weight"):
+        values = tiled(values.reshape(len(values), -1), before, keys, width)
+    elif part == "in_proj_z.weight":
+        values = tiled(values, 0, keys, width)
+    elif part == "out_proj.weight":
+        values = tiled(values.T, 0, keys, width).T
+    elif part != "norm.weight":
+        values = tiled(values, 0, keys, 1)
+    if part == "A_log":
+        values = -np.exp(values)
+    return name.replace("dt_bias", "dt_proj.bias"), np.ascontiguousarray(values)
+
+
 def converted(tensors: dict[str, np.ndarray], architecture: str, config: dict[str, Any]) -> dict[str, np.ndarray]:
     found: dict[str, np.ndarray] = {}
     experts: dict[str, dict[int, np.ndarray]] = {}
@@ -125,7 +149,11 @@ def converted(tensors: dict[str, np.ndarray], architecture: str, config: dict[st
         if architecture in PERMUTED and (match := re.search(r"\.([qk])_proj\.(weight|bias)$", name)):
             heads = config["num_attention_heads" if match[1] == "q" else "num_key_value_heads"]
             values = permuted(values, heads)
-        if architecture in SHIFTED and name.endswith("norm.weight"):
+        if ".linear_attn." in name:
+            name, values = delta_part(name, values, config)
+        if ".conv.conv." in name:
+            values = values[:, 0]
+        if architecture in SHIFTED and name.endswith("norm.weight") and ".linear_attn." not in name:
             values = values + 1
         if name.endswith("shared_expert_gate.weight"):
             values = values[0]

@@ -55,6 +55,22 @@ GRANITE_KEYS = {"embedding_scale": 12.0, "logit_scale": 8.0, "residual_scale": 0
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 OLMO3_ROPE = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+DELTA_KEYS = {
+    "ssm.conv_kernel": 4,
+    "ssm.state_size": 12,
+    "ssm.group_count": 3,
+    "ssm.time_step_rank": 6,
+    "ssm.inner_size": 120,
+    "attention.recurrent_layers": [True, False, True],
+}
 # Name -> architecture, class, its sizes, keys beside the usual ones.
 CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "llama": ("llama", "Llama", {"head_dim": 20}, {}),
@@ -114,10 +130,27 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "nemotron": ("nemotron", "Nemotron", {}, {}),
     "arcee": ("arcee", "Arcee", {}, {}),
     "ernie4_5": ("ernie4_5", "Ernie4_5", {"head_dim": 16}, {}),
+    "lfm2": (
+        "lfm2",
+        "Lfm2",
+        {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+        {"attention.head_count_kv": [0, 2, 0], "shortconv.l_cache": 3, "attention.layer_norm_rms_epsilon": 1e-5},
+    ),
+    "qwen35": ("qwen35", "Qwen3_5", DELTA, DELTA_KEYS),
     "hunyuan-dense": ("hunyuan-dense", "HunYuanDenseV1", {"head_dim": 16}, {}),
 }
 # By the real converter alone: transformers saves under names that the table does not know.
-ELSEWHERE = {"ernie4_5-moe", "hy_v3", "hunyuan-moe", "minimax-m2", "mistral3", "qwen2vl", "qwen3vl", "qwen3vlmoe"}
+ELSEWHERE = {
+    "ernie4_5-moe",
+    "hy_v3",
+    "hunyuan-moe",
+    "minimax-m2",
+    "mistral3",
+    "qwen2vl",
+    "qwen35moe",
+    "qwen3vl",
+    "qwen3vlmoe",
+}
 
 
 def test_none_is_left_out() -> None:
