@@ -47,7 +47,7 @@ def measure(tokens: int, repeat: int) -> tuple[float, float]:
 
     def ours() -> Tensor:
         matrices.zero_()
-        q, k, v = causal_conv(qkv, taps, None, columns, plan, silu=True).split(width, 1)
+        q, k, v = causal_conv(qkv, taps, None, columns, plan, silu=True).chunk(3, 1)
         return gated_norm(recurrence(q, k, v, step, share, matrices, plan), z, norm, 1e-6, HEADS)
 
     def theirs() -> Tensor:
