@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from engine.config import StartupError
+from engine.models.families.gpt_oss import is_mxfp4
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
 from engine.models.gguf.config import as_stored, model_fields
@@ -39,6 +40,7 @@ FAMILIES = {
     "Glm4MoeForCausalLM": "glm4_moe",
     "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "GlmForCausalLM": "glm",
+    "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granite_moe",
     "GraniteMoeHybridForCausalLM": "granite_hybrid",
@@ -89,6 +91,7 @@ MODEL_TYPES = {
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
@@ -280,7 +283,8 @@ def _float8_of(fields: Fields) -> Float8 | None:
 def _refuse_unknown(fields: Fields) -> None:
     """Refuse what changes the answer of any family and is not done here."""
     for name in ("quantization_config", "compression_config"):
-        if fields.has(name) and (name == "compression_config" or _float8_of(fields) is None):
+        read = name == "quantization_config" and (_float8_of(fields) is not None or is_mxfp4(fields))
+        if fields.has(name) and not read:
             scheme = fields.raw(name)
             if isinstance(scheme, dict):
                 parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))

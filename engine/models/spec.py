@@ -210,7 +210,7 @@ class Router:
     added to the scores for the choice alone. normalize: the shares of a token's chosen experts are made to add up to 1
     (their sum counts as `minimum` at least). groups, groups_chosen: experts stand in so many groups, of which those
     with the best score, or (group_best) the best sum of two, may be chosen from.
-    scale: factor on the shares. wide: logits are computed in float32.
+    scale: factor on the shares. wide: logits are computed in float32. linear_bias: the projection to logits has one.
     """
 
     normalize: bool
@@ -219,11 +219,23 @@ class Router:
     bias: str | None = None
     bias_is_row: bool = False
     wide: bool = False
+    linear_bias: bool = False
     groups: int = 1
     groups_chosen: int = 1
     group_best: Literal[1, 2] = 2
     scale: float = 1.0
     minimum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """An expert's activation: g sigmoid(alpha g) (u + 1), with g at most `limit` and u within it on both sides.
+
+    Rows of gate and up alternate in the one projection that makes them.
+    """
+
+    limit: float
+    alpha: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +246,8 @@ class Experts:
     name lacks the number: as rows ([experts, out, in]) or as columns ([experts, in, out]); where the shape can only be
     the other, it counts. shared: what every token goes through beside them. shared_gate: a projection to one number
     whose sigmoid is the share of that. on_input: shares are factors on what experts read, not on what they give.
+    bias: each projection of an expert has one, and a stacked one is called NAME_bias. clamp: the activation, in place
+    of `activation`. mxfp4: the checkpoint has their matrices in four bits (ops/mxfp4.py), in which they stay.
     """
 
     num_experts: int
@@ -247,11 +261,16 @@ class Experts:
     shared: Dense | None = None
     shared_gate: str | None = None
     on_input: bool = False
+    bias: bool = False
+    clamp: Clamp | None = None
+    mxfp4: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         shared = 0 if self.shared is None else self.shared.num_parameters(hidden_size)
         gate = 0 if self.shared_gate is None else hidden_size
+        if self.bias:  # of all experts: a matrix
+            shared += self.num_experts * (2 * self.intermediate_size + hidden_size)
         return self.num_experts * hidden_size * (3 * self.intermediate_size + 1) + shared + gate
 
 

@@ -46,6 +46,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),
     "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _I]),
+    "ol_mxfp4_linear": (None, [_I, _P, _I, _I, _I, _P, _P, _I, _P, _P, _I]),
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),

@@ -103,6 +103,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4-no-bias": ("Glm4", {"head_dim": 8, "attention_bias": False}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
     "smollm3-window": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 9, "no_rope_layers": [1, 0, 1]}),
+    "gptoss": ("GptOss", {**EXPERTS, "head_dim": 16, "sliding_window": 9, "num_hidden_layers": 4}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 5, "sliding_window": 9, "rope_parameters": OLMO3_ROPE}),
     "seedoss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
     "glm": ("Glm", {"head_dim": 16}),

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from engine.models.parts.clamped import clamped_experts
 from engine.models.parts.dense import Mlp
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, Experts
 from engine.ops.activation import by_rows
 from engine.ops.experts import Choice
-from engine.ops.linear import computed
+from engine.ops.linear import Product, computed
 from engine.ops.norm import Normed, plain
 
 
 def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Callable[[Tensor | Normed], Tensor]:
     """The form that the device wants, and beside it what all tokens share."""
-    kind = StackedExperts if keeps_experts_stacked(source.device) else SeparateExperts
+    kind: type[StackedExperts] | type[AllExperts] | type[SeparateExperts] = SeparateExperts
+    if keeps_experts_stacked(source.device):
+        kind = AllExperts if spec.clamp is not None else StackedExperts
     routed = kind(spec, source, prefix, hidden_size)
     return routed if spec.shared is None else WithShared(routed, spec, source, prefix, hidden_size)
 
@@ -34,6 +37,16 @@ def _expert(spec: Experts, number: int) -> Dense:
     return Dense(spec.intermediate_size, spec.activation, gate_up=gate_up, down=spec.down.format(number))
 
 
+Expert = Callable[[Tensor], Tensor | Product]
+
+
+def _experts_of(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Sequence[Expert]:
+    """All of them, each a callable of its own."""
+    if spec.clamp is not None:
+        return clamped_experts(spec, source, prefix, hidden_size)
+    return [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
+
+
 class Rating:
     """The router's projection and the choice that follows from it."""
 
@@ -41,17 +54,18 @@ class Rating:
         router, count = spec.router, spec.num_experts
         self._wide = router.wide
         dtype = torch.float32 if router.wide else None
-        self._project = source.linear([prefix + router.name], [count], hidden_size, dtype=dtype)
-        bias = None
+        bias = router.linear_bias
+        self._project = source.linear([prefix + router.name], [count], hidden_size, bias=bias, dtype=dtype)
+        added = None
         if router.bias is not None:
             shape = (1, count) if router.bias_is_row else (count,)
             # Not rounded: it decides between scores that are close.
-            bias = source.tensor(prefix + router.bias, shape, torch.float32).view(-1)
+            added = source.tensor(prefix + router.bias, shape, torch.float32).view(-1)
         self.choice = Choice(
             spec.num_experts_per_token,
             router.normalize,
             router.score,
-            bias,
+            added,
             router.groups,
             router.groups_chosen,
             router.group_best,
@@ -96,7 +110,7 @@ class SeparateExperts:
         self._chosen = spec.num_experts_per_token
         self._on_input = spec.on_input
         self._rating = Rating(spec, source, prefix, hidden_size)
-        self._experts = [Mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
+        self._experts = _experts_of(spec, source, prefix, hidden_size)
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[N, hidden] -> [N, hidden]."""
@@ -118,6 +132,27 @@ class SeparateExperts:
         mixed = outputs.view(-1, self._chosen, x.shape[-1])
         mixed = mixed.float() if self._on_input else mixed * shares[:, :, None]
         return mixed.sum(dim=1).to(x.dtype)
+
+
+class AllExperts:
+    """A GPU's form of experts that its kernels do not know, in plain torch: each computes every token, and counts with
+    its share, mostly 0. The host knows no counts."""
+
+    def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
+        assert not spec.on_input
+        self._rating = Rating(spec, source, prefix, hidden_size)
+        self._experts = _experts_of(spec, source, prefix, hidden_size)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
+        logits = self._rating.logits(x)
+        experts, shares = self._rating.choice(logits)
+        spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, experts, shares)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for number, expert in enumerate(self._experts):
+            total.addcmul_(computed(expert(x)).float(), spread[:, number, None])
+        return total.to(x.dtype)
 
 
 class StackedExperts:
