@@ -35,6 +35,8 @@ FAMILIES = {
     "Exaone4ForCausalLM": "exaone4",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma4ForCausalLM": "gemma4",
+    "Gemma4UnifiedForCausalLM": "gemma4_unified",
     "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4_moe",
@@ -87,6 +89,8 @@ MODEL_TYPES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
@@ -294,7 +298,10 @@ def _refuse_unknown(fields: Fields) -> None:
     if fields.mentions("is_causal") and not fields.raw("is_causal"):
         shown = show(fields.raw("is_causal"))
         fields.fail("is_causal", f"is {shown}: attention to later tokens (bidirectional) is not supported")
-    if fields.raw("use_bidirectional_attention"):
+    # Of Gemma 4, which reads both: among parts of an image tokens may look ahead, and there are none.
+    names = str(fields.raw("architectures"))
+    gemma4 = str(fields.raw("model_type")).startswith("gemma4") or "Gemma4" in names
+    if fields.raw("use_bidirectional_attention") and not gemma4:
         fields.fail("use_bidirectional_attention", "is not supported")
-    if fields.raw("per_layer_config"):
+    if fields.raw("per_layer_config") and not gemma4:
         fields.fail("per_layer_config", "is not supported: layers of different sizes")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DTYPES = ("bfloat16", "float16", "float32")
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 # Of a gate, which then multiplies; and of a feed-forward without one.
 GatedActivation = Literal["silu", "gelu_tanh"]
@@ -28,6 +28,7 @@ class RopeSpec:
     interleaved: the checkpoint pairs dimensions (2i, 2i+1) and not (i, i + rotary_dim/2).
     attention_scaling: factor on cos and sin (yarn, longrope).
     original_max_position: context of the pretraining, where the kind needs it.
+    turning: of a proportional one, frequencies that are not 0.
     The remaining fields belong to single kinds and carry the names of config.json.
     """
 
@@ -45,6 +46,7 @@ class RopeSpec:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    turning: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,8 @@ class GroupedQueryAttention:
     heads at once. query_scale: None where queries keep their size. qkv: one name where the checkpoint has them fused,
     else three. value_dim: of a head's value and result, None where it is head_dim. sinks: the tensor (its whole name;
     [num_heads]) of one more logit in each head's softmax, which has no value. reads: the earlier layer whose keys and
-    values it reads; it has none of its own.
+    values it reads; it has none of its own. v_norm: over each head's values. values_of_keys: values are what the
+    projection to keys gives, before norm and rope; qkv then has two names.
     """
 
     num_heads: int
@@ -104,10 +107,14 @@ class GroupedQueryAttention:
     value_dim: int | None = None
     sinks: str | None = None
     reads: int | None = None
+    v_norm: NormSpec | None = None
+    values_of_keys: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         kv_heads, value_dim = 0 if self.reads is not None else self.num_kv_heads, self.value_dim or self.head_dim
+        if self.values_of_keys:
+            return (2 * self.num_heads + kv_heads) * self.head_dim * hidden_size
         return (self.num_heads + kv_heads) * (self.head_dim + value_dim) * hidden_size
 
 
@@ -211,6 +218,8 @@ class Router:
     (their sum counts as `minimum` at least). groups, groups_chosen: experts stand in so many groups, of which those
     with the best score, or (group_best) the best sum of two, may be chosen from.
     scale: factor on the shares. wide: logits are computed in float32. linear_bias: the projection to logits has one.
+    input_scale: the tensor ([hidden]) of a norm of what is rated, times hidden^-0.5; input_eps: its epsilon.
+    expert_scale: the tensor ([experts]) of factors on the shares.
     """
 
     normalize: bool
@@ -225,6 +234,9 @@ class Router:
     group_best: Literal[1, 2] = 2
     scale: float = 1.0
     minimum: float = 0.0
+    input_scale: str | None = None
+    input_eps: float = 0.0
+    expert_scale: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,7 +286,42 @@ class Experts:
         return self.num_experts * hidden_size * (3 * self.intermediate_size + 1) + shared + gate
 
 
-FeedForward = Dense | Ungated | Experts
+@dataclass(frozen=True, slots=True)
+class DenseAndExperts:
+    """dense_out_norm(dense(dense_norm(x))) + experts_out_norm(experts(experts_norm(x))); the router reads x itself."""
+
+    dense: Dense
+    experts: Experts
+    dense_norm: NormSpec
+    dense_out_norm: NormSpec
+    experts_norm: NormSpec
+    experts_out_norm: NormSpec
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return self.dense.num_parameters(hidden_size) + self.experts.num_parameters(hidden_size)
+
+
+FeedForward = Dense | Ungated | Experts | DenseAndExperts
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInput:
+    """What every layer adds at its end: norm(projection(activation(gate(x)) * its own `size` numbers of the token)).
+
+    Those are (sqrt(size) table[token] + table_norm(table_projection(embedding) / sqrt(hidden_size))) / sqrt(2), of a
+    table [vocab_size, layers * size]. table, table_projection, table_norm: of the model; the others of a layer.
+    """
+
+    size: int
+    vocab_size: int
+    activation: GatedActivation
+    norm: NormSpec
+    table_norm: NormSpec
+    gate: str = "per_layer_input_gate"
+    projection: str = "per_layer_projection"
+    table: str = "embed_tokens_per_layer"
+    table_projection: str = "per_layer_model_projection"
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +329,7 @@ class LayerSpec:
     """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there.
 
     parallel: the feed-forward reads what the mixer reads, and both are added at once; it has no norms of its own.
-    residual_scale: factor on what is added to x.
+    residual_scale: factor on what is added to x. end_scale: the tensor ([1]) of a factor on what the layer gives.
     """
 
     mixer: Mixer
@@ -293,6 +340,7 @@ class LayerSpec:
     feed_forward_out_norm: NormSpec | None = None
     parallel: bool = False
     residual_scale: float = 1.0
+    end_scale: str | None = None
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -318,7 +366,8 @@ class ModelSpec:
     the class, as `architectures` names it. headless: there is no output layer, so hidden states are all it gives.
     assumed: sizes that config.json does not name. outside: what names of tensors begin with (after a `model.` or not)
     that are not read: those of other inputs than text, and of layers that draft. text_only: it was made for other
-    inputs, too. float8: how its checkpoint is quantised, None where it is not.
+    inputs, too. float8: how its checkpoint is quantised, None where it is not. layer_input: what every layer is given
+    of the token itself, if anything.
     """
 
     vocab_size: int
@@ -341,6 +390,7 @@ class ModelSpec:
     outside: tuple[str, ...] = ()
     text_only: bool = False
     float8: Float8 | None = None
+    layer_input: LayerInput | None = None
 
     @property
     def num_layers(self) -> int:
@@ -387,7 +437,9 @@ class ModelSpec:
     @property
     def experts(self) -> tuple[Experts, ...]:
         """Those of every layer that has some."""
-        return tuple(layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, Experts))
+        forwards = [layer.feed_forward for layer in self.layers]
+        inner = [each.experts if isinstance(each, DenseAndExperts) else each for each in forwards]
+        return tuple(each for each in inner if isinstance(each, Experts))
 
     @property
     def context_length(self) -> int:
@@ -400,6 +452,8 @@ class ModelSpec:
         """Elements of all weight matrices; norms and biases, far below 1%, are left out."""
         matrices = 1 if self.tie_word_embeddings or self.headless else 2
         total = self.vocab_size * self.hidden_size * matrices
+        if (own := self.layer_input) is not None:
+            total += self.num_layers * own.size * (own.vocab_size + 3 * self.hidden_size)
         return total + sum(layer.num_parameters(self.hidden_size) for layer in self.layers)
 
 

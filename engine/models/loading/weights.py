@@ -28,7 +28,7 @@ from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
 from engine.models.loading.float8 import dequantised, with_scales
 from engine.models.parts.decoder import EMBEDDING, PREFIX
-from engine.models.spec import Experts, ModelSpec
+from engine.models.spec import DenseAndExperts, Experts, ModelSpec
 from engine.ops.linear import Linear
 
 OUTPUT = "lm_head"
@@ -322,6 +322,8 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
     found = dict(tensors)
     for index, layer in enumerate(spec.layers):
         experts = layer.feed_forward
+        if isinstance(experts, DenseAndExperts):
+            experts = experts.experts
         if not isinstance(experts, Experts) or experts.stacked is None:
             continue
         count, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size

@@ -15,18 +15,29 @@ from torch import Tensor
 from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
 from engine.models.parts.dense import Mlp, UngatedMlp
-from engine.models.parts.experts import make_experts
+from engine.models.parts.experts import BesideDense, make_experts
 from engine.models.parts.latent import Latent
+from engine.models.parts.layer_input import PREFIX, LayerEnd, OwnInputs
 from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
-from engine.models.spec import Experts, LatentAttention, LayerSpec, Mixer, ModelSpec, NormSpec, RopeSpec, Ungated
+from engine.models.spec import (
+    DenseAndExperts,
+    Experts,
+    LatentAttention,
+    LayerInput,
+    LayerSpec,
+    Mixer,
+    ModelSpec,
+    NormSpec,
+    RopeSpec,
+    Ungated,
+)
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
 
 # Of all tensors but the output layer's.
-PREFIX = "model."
 EMBEDDING = PREFIX + "embed_tokens.weight"
 
 
@@ -61,7 +72,9 @@ class CausalLM(Protocol):
 class Layer:
     """One decoder layer: the parts, put together by Decoder.forward."""
 
-    def __init__(self, spec: LayerSpec, source: Source, index: int, hidden_size: int) -> None:
+    def __init__(
+        self, spec: LayerSpec, source: Source, index: int, hidden_size: int, own: LayerInput | None = None
+    ) -> None:
         prefix = f"{PREFIX}layers.{index}."
 
         def norm(spec: NormSpec | None) -> Norm | None:
@@ -79,6 +92,8 @@ class Layer:
         self.mlp: Callable[[Tensor | Normed], Tensor | Product]
         if isinstance(spec.feed_forward, Experts):
             self.mlp = make_experts(spec.feed_forward, source, prefix, hidden_size)
+        elif isinstance(spec.feed_forward, DenseAndExperts):
+            self.mlp = BesideDense(spec.feed_forward, source, prefix, hidden_size)
         elif isinstance(spec.feed_forward, Ungated):
             self.mlp = UngatedMlp(spec.feed_forward, source, prefix, hidden_size)
         else:
@@ -87,6 +102,9 @@ class Layer:
         self.parallel = spec.parallel
         self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
+        self.end: LayerEnd | None = None
+        if own is not None or spec.end_scale is not None:
+            self.end = LayerEnd(own, spec.end_scale, source, index, hidden_size)
 
 
 def _attention_spec(spec: ModelSpec) -> AttentionSpec:
@@ -131,7 +149,12 @@ class Decoder:
         self._embedding_scale = scale if scale != 1.0 else None
         self._logit_scale = spec.logit_scale if spec.logit_scale != 1.0 else None
         self._logit_softcap = spec.logit_softcap
-        self._layers = [Layer(layer, source, index, hidden) for index, layer in enumerate(spec.layers)]
+        self._layers = [
+            Layer(layer, source, index, hidden, spec.layer_input) for index, layer in enumerate(spec.layers)
+        ]
+        self._own_inputs: OwnInputs | None = None
+        if spec.layer_input is not None:
+            self._own_inputs = OwnInputs(spec.layer_input, spec.num_layers, source, hidden)
         self._norm = make_norm(spec.final_norm, source, PREFIX, hidden)
 
         tables: dict[RopeSpec | None, Tensor | None] = {None: None}
@@ -162,6 +185,7 @@ class Decoder:
             residual = F.embedding(token_ids, embedding)
         if self._embedding_scale is not None:
             residual = residual.mul_(self._embedding_scale)
+        own = None if self._own_inputs is None else self._own_inputs(token_ids, residual)
         x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
             if layer.parallel:
@@ -179,7 +203,11 @@ class Decoder:
                 y = layer.mlp_out_norm(y)
             if layer.residual_scale is not None:
                 y = computed(y) * layer.residual_scale
-            x, residual = following.add(y, residual)
+            if layer.end is None:
+                x, residual = following.add(y, residual)
+            else:
+                residual = layer.end(residual.add_(computed(y)), own)
+                x = following.later(residual)
         return x
 
     def name_layers(self, range_of: RangeOf) -> None:

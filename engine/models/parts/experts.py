@@ -9,12 +9,13 @@ from torch import Tensor
 
 from engine.models.parts.clamped import clamped_experts
 from engine.models.parts.dense import Mlp
+from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.source import Source
-from engine.models.spec import Dense, Experts
+from engine.models.spec import Dense, DenseAndExperts, Experts, NormSpec
 from engine.ops.activation import by_rows
 from engine.ops.experts import Choice
 from engine.ops.linear import Product, computed
-from engine.ops.norm import Normed, plain
+from engine.ops.norm import Normed, plain, rms_norm
 
 
 def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Callable[[Tensor | Normed], Tensor]:
@@ -53,6 +54,13 @@ class Rating:
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         router, count = spec.router, spec.num_experts
         self._wide = router.wide
+        self._input_norm: Tensor | None = None
+        self._input_eps = router.input_eps
+        if router.input_scale is not None:
+            self._input_norm = source.tensor(prefix + router.input_scale, (hidden_size,)) * hidden_size**-0.5
+        scales = None
+        if router.expert_scale is not None:
+            scales = source.tensor(prefix + router.expert_scale, (count,), torch.float32)
         dtype = torch.float32 if router.wide else None
         bias = router.linear_bias
         self._project = source.linear([prefix + router.name], [count], hidden_size, bias=bias, dtype=dtype)
@@ -71,11 +79,33 @@ class Rating:
             router.group_best,
             router.scale,
             router.minimum,
+            scales,
         )
 
     def logits(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, experts]."""
+        if self._input_norm is not None:
+            x = rms_norm(x, self._input_norm, self._input_eps)
         return self._project(x.float() if self._wide else x)
+
+
+class BesideDense:
+    """A dense feed-forward and experts, each between norms of its own; the router reads what neither norm has seen."""
+
+    def __init__(self, spec: DenseAndExperts, source: Source, prefix: str, hidden_size: int) -> None:
+        def norm(each: NormSpec) -> Norm:
+            return make_norm(each, source, prefix, hidden_size)
+
+        self._dense = Mlp(spec.dense, source, prefix, hidden_size)
+        self._experts: Callable[..., Tensor] = make_experts(spec.experts, source, prefix, hidden_size)
+        self._norms = norm(spec.dense_norm), norm(spec.experts_norm)
+        self._out_norms = norm(spec.dense_out_norm), norm(spec.experts_out_norm)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
+        dense = self._out_norms[0](self._dense(self._norms[0](x)))
+        return dense + self._out_norms[1](self._experts(self._norms[1](x), x))
 
 
 class WithShared:
@@ -112,10 +142,10 @@ class SeparateExperts:
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._experts = _experts_of(spec, source, prefix, hidden_size)
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
-        """[N, hidden] -> [N, hidden]."""
+    def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
+        """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
         x = plain(x)
-        experts, shares = self._rating.choice(self._rating.logits(x))
+        experts, shares = self._rating.choice(self._rating.logits(x if rated is None else rated))
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self._count).tolist()
@@ -143,10 +173,10 @@ class AllExperts:
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._experts = _experts_of(spec, source, prefix, hidden_size)
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
-        """[N, hidden] -> [N, hidden]."""
+    def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
+        """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
         x = plain(x)
-        logits = self._rating.logits(x)
+        logits = self._rating.logits(x if rated is None else rated)
         experts, shares = self._rating.choice(logits)
         spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, experts, shares)
         total = torch.zeros_like(x, dtype=torch.float32)
@@ -170,9 +200,9 @@ class StackedExperts:
         downs = [f"{prefix + spec.down.format(number)}.weight" for number in range(count)]
         self._down = source.stacked(downs, [hidden_size] * count, inner).view(count, hidden_size, inner)
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
-        """[N, hidden] -> [N, hidden]."""
+    def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
+        """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
         x = plain(x)
-        logits = self._rating.logits(x)
+        logits = self._rating.logits(x if rated is None else rated)
         mix = self._rating.choice.mix_of_scaled if self._on_input else self._rating.choice.mix
         return mix(x, logits, self._gate_up, self._down, self._activation)
