@@ -102,6 +102,10 @@ class Fields:
         """`has`, and a null that stands for the class's default."""
         return self.has(name) or self._defaults.get(name) is not None
 
+    def names(self) -> set[str]:
+        """Of the fields that are there."""
+        return set(self._values)
+
     def mentions(self, name: str) -> bool:
         """Whether the field is there at all, be it null."""
         return name in self._values

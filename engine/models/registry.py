@@ -17,6 +17,7 @@ from typing import NoReturn
 from engine.config import StartupError
 from engine.models.families.classifiers import REWARD, TEXTS, TOKENS, read_classifier
 from engine.models.families.encoders import both_ways
+from engine.models.families.gpt_oss import is_mxfp4
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
 from engine.models.gguf.config import as_stored, model_fields
@@ -38,11 +39,14 @@ FAMILIES = {
     "FalconH1ForCausalLM": "falcon_h1",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma4ForCausalLM": "gemma4",
+    "Gemma4UnifiedForCausalLM": "gemma4_unified",
     "GemmaForCausalLM": "gemma",
     "Glm4ForCausalLM": "glm4",
     "Glm4MoeForCausalLM": "glm4_moe",
     "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
     "GlmForCausalLM": "glm",
+    "GptOssForCausalLM": "gpt_oss",
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granite_moe",
     "GraniteMoeHybridForCausalLM": "granite_hybrid",
@@ -96,10 +100,13 @@ MODEL_TYPES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma4_text": "Gemma4ForCausalLM",
+    "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
     "glm": "GlmForCausalLM",
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
     "granite": "GraniteForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
@@ -254,7 +261,7 @@ def _as_encoder(fields: Fields, stem: str, spec: ModelSpec) -> ModelSpec:
     """The same, with attention to later tokens where the file says so: null is as good as false in transformers."""
     if fields.mentions("is_causal") and not fields.raw("is_causal"):
         return both_ways(fields, "is_causal", spec)
-    if fields.raw("use_bidirectional_attention"):
+    if fields.raw("use_bidirectional_attention") and not _is_gemma4(fields):
         if stem != "Gemma3" or fields.raw("use_bidirectional_attention") is not True:
             fields.fail("use_bidirectional_attention", "is not supported")
         # The file's window is the width of both sides.
@@ -295,7 +302,7 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
         text.fail("model_type", f"({show(kind)}) is not supported as the text part; supported are: {known}")
     if text.mentions("is_causal") and not text.raw("is_causal"):
         text.fail("is_causal", "is not supported here: attention to later tokens")
-    if text.raw("use_bidirectional_attention"):
+    if text.raw("use_bidirectional_attention") and not _is_gemma4(text):
         text.fail("use_bidirectional_attention", "is not supported here")
     spec = _read_family(module, text)
     assumed = spec.assumed
@@ -389,11 +396,17 @@ def _float8_of(fields: Fields) -> Float8 | None:
 def _refuse_unknown(fields: Fields) -> None:
     """Refuse what changes the answer of any family and is not done here."""
     for name in ("quantization_config", "compression_config"):
-        if fields.has(name) and (name == "compression_config" or _float8_of(fields) is None):
+        read = name == "quantization_config" and (_float8_of(fields) is not None or is_mxfp4(fields))
+        if fields.has(name) and not read:
             scheme = fields.raw(name)
             if isinstance(scheme, dict):
                 parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))
                 scheme = ", ".join(str(part)[:40] for part in parts if part) or "unknown"
             fields.fail(name, f"({show(scheme)}) is not supported; use an unquantized checkpoint")
-    if fields.raw("per_layer_config"):
+    if fields.raw("per_layer_config") and not _is_gemma4(fields):
         fields.fail("per_layer_config", "is not supported: layers of different sizes")
+
+
+def _is_gemma4(fields: Fields) -> bool:
+    """It reads `per_layer_config` itself, and among parts of an image alone its tokens look ahead."""
+    return str(fields.raw("model_type")).startswith("gemma4") or "Gemma4" in str(fields.raw("architectures"))

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 DTYPES = ("bfloat16", "float16", "float32")
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "proportional")
 
 # Of a gate, which then multiplies; and of a feed-forward without one.
 GatedActivation = Literal["silu", "gelu_tanh", "gelu"]
@@ -30,6 +30,7 @@ class RopeSpec:
     interleaved: the checkpoint pairs dimensions (2i, 2i+1) and not (i, i + rotary_dim/2).
     attention_scaling: factor on cos and sin (yarn, longrope).
     original_max_position: context of the pretraining, where the kind needs it.
+    turning: of a proportional one, frequencies that are not 0.
     The remaining fields belong to single kinds and carry the names of config.json.
     """
 
@@ -47,6 +48,7 @@ class RopeSpec:
     truncate: bool = True
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+    turning: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +88,8 @@ class GroupedQueryAttention:
     where the checkpoint has them fused, else three. value_dim: of a head's value and result, None where it is head_dim.
     sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's softmax, which has no value.
     reads: the earlier layer whose keys and values it reads; it has none of its own. gated_queries: the projection to q
-    gives every head its query and then a gate, by whose sigmoid its result is multiplied.
+    gives every head its query and then a gate, by whose sigmoid its result is multiplied. v_norm: over each head's
+    values. values_of_keys: values are what the projection to keys gives, before norm and rope; qkv then has two names.
     """
 
     num_heads: int
@@ -110,12 +113,15 @@ class GroupedQueryAttention:
     sinks: str | None = None
     reads: int | None = None
     gated_queries: bool = False
+    v_norm: NormSpec | None = None
+    values_of_keys: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         kv_heads, value_dim = 0 if self.reads is not None else self.num_kv_heads, self.value_dim or self.head_dim
-        gates = self.num_heads * self.head_dim if self.gated_queries else 0
-        return ((self.num_heads + kv_heads) * (self.head_dim + value_dim) + gates) * hidden_size
+        queries = self.num_heads * (2 if self.gated_queries else 1) * self.head_dim
+        values = 0 if self.values_of_keys else kv_heads * value_dim
+        return (queries + kv_heads * self.head_dim + values + self.num_heads * value_dim) * hidden_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +359,9 @@ class Router:
     added to the scores for the choice alone. normalize: the shares of a token's chosen experts are made to add up to 1
     (their sum counts as `minimum` at least). groups, groups_chosen: experts stand in so many groups, of which those
     with the best score, or (group_best) the best sum of two, may be chosen from.
-    scale: factor on the shares. wide: logits are computed in float32.
+    scale: factor on the shares. wide: logits are computed in float32. linear_bias: the projection to logits has one.
+    input_scale: the tensor ([hidden]) of a norm of what is rated, times hidden^-0.5; input_eps: its epsilon.
+    expert_scale: the tensor ([experts]) of factors on the shares.
     """
 
     normalize: bool
@@ -362,11 +370,26 @@ class Router:
     bias: str | None = None
     bias_is_row: bool = False
     wide: bool = False
+    linear_bias: bool = False
     groups: int = 1
     groups_chosen: int = 1
     group_best: Literal[1, 2] = 2
     scale: float = 1.0
     minimum: float = 0.0
+    input_scale: str | None = None
+    input_eps: float = 0.0
+    expert_scale: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Clamp:
+    """An expert's activation: g sigmoid(alpha g) (u + 1), with g at most `limit` and u within it on both sides.
+
+    Rows of gate and up alternate in the one projection that makes them.
+    """
+
+    limit: float
+    alpha: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,7 +401,9 @@ class Experts:
     the other, it counts. fused: the tensor that may have gate and up of all experts as rows instead, [experts, 2 out,
     in]. shared: what every token goes through beside them. shared_gate: a projection to one number whose sigmoid is the
     share of that. on_input: shares are factors on what experts read, not on what they give. latent_size: experts work
-    in a smaller space, to and from which `latent` project (with a bias: latent_bias).
+    in a smaller space, to and from which `latent` project (with a bias: latent_bias). bias: each
+    projection of an expert has one, and a stacked one is called NAME_bias. clamp: the activation, in place of
+    `activation`. mxfp4: the checkpoint has their matrices in four bits (ops/mxfp4.py), in which they stay.
     """
 
     num_experts: int
@@ -397,17 +422,57 @@ class Experts:
     latent_size: int | None = None
     latent: tuple[str, str] = ("", "")
     latent_bias: bool = False
+    bias: bool = False
+    clamp: Clamp | None = None
+    mxfp4: bool = False
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         shared = 0 if self.shared is None else self.shared.num_parameters(hidden_size)
         gate = 0 if self.shared_gate is None else hidden_size
+        if self.bias:  # of all experts: a matrix
+            shared += self.num_experts * (2 * self.intermediate_size + hidden_size)
         inputs, projections = self.latent_size or hidden_size, 2 * hidden_size * (self.latent_size or 0)
         own = self.num_experts * inputs * (3 if self.gated else 2) * self.intermediate_size
         return own + self.num_experts * hidden_size + projections + shared + gate
 
 
-FeedForward = Dense | Ungated | Experts
+@dataclass(frozen=True, slots=True)
+class DenseAndExperts:
+    """dense_out_norm(dense(dense_norm(x))) + experts_out_norm(experts(experts_norm(x))); the router reads x itself."""
+
+    dense: Dense
+    experts: Experts
+    dense_norm: NormSpec
+    dense_out_norm: NormSpec
+    experts_norm: NormSpec
+    experts_out_norm: NormSpec
+
+    def num_parameters(self, hidden_size: int) -> int:
+        """Elements of its matrices."""
+        return self.dense.num_parameters(hidden_size) + self.experts.num_parameters(hidden_size)
+
+
+FeedForward = Dense | Ungated | Experts | DenseAndExperts
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInput:
+    """What every layer adds at its end: norm(projection(activation(gate(x)) * its own `size` numbers of the token)).
+
+    Those are (sqrt(size) table[token] + table_norm(table_projection(embedding) / sqrt(hidden_size))) / sqrt(2), of a
+    table [vocab_size, layers * size]. table, table_projection, table_norm: of the model; the others of a layer.
+    """
+
+    size: int
+    vocab_size: int
+    activation: GatedActivation
+    norm: NormSpec
+    table_norm: NormSpec
+    gate: str = "per_layer_input_gate"
+    projection: str = "per_layer_projection"
+    table: str = "embed_tokens_per_layer"
+    table_projection: str = "per_layer_model_projection"
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,6 +483,7 @@ class LayerSpec:
 
     parallel: the feed-forward reads what the mixer reads, and both are added at once; it has no norms of its own.
     residual_scale: factor on what is added to x. post_norm: the out norms are of the sums: x = out_norm(x + mixer(x)).
+    end_scale: the tensor ([1]) of a factor on what the layer gives.
     """
 
     mixer: Mixer | None
@@ -429,6 +495,7 @@ class LayerSpec:
     parallel: bool = False
     residual_scale: float = 1.0
     post_norm: bool = False
+    end_scale: str | None = None
 
     @property
     def paged(self) -> PagedMixer | None:
@@ -518,6 +585,7 @@ class ModelSpec:
     inputs, too. float8: how its checkpoint is quantised, None where it is not. embedding, layer_names: how tensors are
     called; `{}` is the layer's number. classifier: the head in place of an output layer. projections: what a pooled
     vector goes through (Dense modules of sentence-transformers).
+    layer_input: what every layer is given of the token itself, if anything.
     """
 
     vocab_size: int
@@ -540,6 +608,7 @@ class ModelSpec:
     outside: tuple[str, ...] = ()
     text_only: bool = False
     float8: Float8 | None = None
+    layer_input: LayerInput | None = None
     embedding: Embedding = Embedding()
     layer_names: str = "layers.{}."
     classifier: Classifier | None = None
@@ -604,7 +673,9 @@ class ModelSpec:
     @property
     def experts(self) -> tuple[Experts, ...]:
         """Those of every layer that has some."""
-        return tuple(layer.feed_forward for layer in self.layers if isinstance(layer.feed_forward, Experts))
+        forwards = [layer.feed_forward for layer in self.layers]
+        inner = [each.experts if isinstance(each, DenseAndExperts) else each for each in forwards]
+        return tuple(each for each in inner if isinstance(each, Experts))
 
     @property
     def context_length(self) -> int:
@@ -617,6 +688,8 @@ class ModelSpec:
         """Elements of all weight matrices; norms and biases, far below 1%, are left out."""
         matrices = 1 if self.tie_word_embeddings or self.headless else 2
         total = self.vocab_size * self.hidden_size * matrices + self.embedding.num_parameters(self.hidden_size)
+        if (own := self.layer_input) is not None:
+            total += self.num_layers * own.size * (own.vocab_size + 3 * self.hidden_size)
         return total + sum(layer.num_parameters(self.hidden_size) for layer in self.layers)
 
 

@@ -35,6 +35,13 @@ def gelu_and_mul(x: Tensor) -> Tensor:
     return (by_rows(F.gelu, gate) * up.float()).to(x.dtype)
 
 
+def clamped_and_mul(x: Tensor, limit: float, alpha: float) -> Tensor:
+    """[N, 2I], gates and what they multiply in turn -> [N, I]: g sigmoid(alpha g) (u + 1), both clamped first."""
+    gate = x[:, ::2].float().clamp(max=limit)
+    up = x[:, 1::2].float().clamp(-limit, limit)
+    return (by_rows(lambda g: g * torch.sigmoid(alpha * g), gate) * (up + 1)).to(x.dtype)
+
+
 GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": silu_and_mul,
     "gelu_tanh": gelu_tanh_and_mul,

@@ -61,7 +61,7 @@ def torch_mix_experts(
 class Choice:
     """How a token's experts follow from the router's logits; the fields are those of models.spec.Router.
 
-    bias: float32 [experts], or None.
+    bias, expert_scale: float32 [experts], or None.
     """
 
     chosen: int
@@ -73,6 +73,7 @@ class Choice:
     group_best: int = 2
     scale: float = 1.0
     minimum: float = 0.0
+    expert_scale: Tensor | None = None
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[N, experts] -> the experts of each token int64 [N, chosen], best first, and their shares float32."""
@@ -94,6 +95,8 @@ class Choice:
         shares = scores.gather(1, experts)
         if self.normalize:
             shares = shares / shares.sum(dim=-1, keepdim=True).clamp_min(max(self.minimum, 1e-20))
+        if self.expert_scale is not None:
+            shares = shares * self.expert_scale[experts]
         return experts, shares * self.scale
 
     def mix(self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
@@ -120,4 +123,10 @@ class Choice:
     @property
     def _is_plain(self) -> bool:
         """What the kernels do by themselves."""
-        return self.score == "softmax" and self.bias is None and self.groups == 1 and self.scale == 1.0
+        return (
+            self.score == "softmax"
+            and self.bias is None
+            and self.groups == 1
+            and self.scale == 1.0
+            and self.expert_scale is None
+        )

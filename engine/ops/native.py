@@ -55,6 +55,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_recur": (None, [_P]),
     "ol_gate": (None, [_I, _P, _I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_gated_norm": (None, [_I, _P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _F, _I, _I]),
+    "ol_mxfp4_linear": (None, [_I, _P, _I, _I, _I, _P, _P, _I, _P, _P, _I]),
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),

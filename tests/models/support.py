@@ -56,12 +56,13 @@ def make_checkpoint(
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        text = "Text" if family in ("Gemma3", "Llama4", "Qwen3_5", "Qwen3_5Moe") else ""
-        config_class = getattr(transformers, f"{family}{text}Config")
+        with_towers = ("Gemma3", "Gemma4", "Gemma4Unified", "Llama4", "Qwen3_5", "Qwen3_5Moe")
+        text = f"{family}Text" if family in with_towers else family
+        config_class = getattr(transformers, text + "Config")
         config = config_class(**{**SIZES, **sizes})
         config._attn_implementation = "eager"
         model = getattr(transformers, family + "ForCausalLM")(config)
-        fill(model, seed, offset=0.0 if family.startswith("Gemma") else 1.0)
+        fill(model, seed, offset=0.0 if family in ("Gemma", "Gemma2", "Gemma3") else 1.0)
         model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
         if dtype != torch.float32:
             # Not model.float(): its rope frequencies have been rounded too.
@@ -84,6 +85,8 @@ def fill(model: Any, seed: int = 0, *, offset: float) -> None:
         for name, buffer in model.named_buffers():
             if name.endswith("e_score_correction_bias"):
                 buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+            if name.endswith("layer_scalar"):
+                buffer.copy_(torch.rand(buffer.shape, generator=generator) + 0.5)
 
 
 def edit_json(path: Path, **changes: Any) -> None:

@@ -43,6 +43,24 @@ MINISTRAL3_ROPE = {
     "llama_4_scaling_beta": 0.3,
 }
 ALTERNATING = ["sliding_attention", "full_attention", "sliding_attention"]
+GEMMA4 = {
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "sliding_window": 9,
+    "num_hidden_layers": 5,
+    "layer_types": ["full_attention", *ALTERNATING, "full_attention"],
+    "vocab_size_per_layer_input": 211,
+    "hidden_size_per_layer_input": 8,
+    "final_logit_softcapping": 30.0,
+}
+GEMMA4_EXPERTS = {
+    "hidden_size_per_layer_input": 0,
+    "enable_moe_block": True,
+    "num_experts": 5,
+    "top_k_experts": 2,
+    "moe_intermediate_size": 20,
+    "num_global_key_value_heads": 1,
+}
 GRANITE = {
     "embedding_multiplier": 12.0,
     "logits_scaling": 8.0,
@@ -206,6 +224,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "glm4-no-bias": ("Glm4", {"head_dim": 8, "attention_bias": False}),
     "smollm3": ("SmolLM3", {"num_hidden_layers": 5}),
     "smollm3-window": ("SmolLM3", {"use_sliding_window": True, "sliding_window": 9, "no_rope_layers": [1, 0, 1]}),
+    "gemma4": ("Gemma4", {**GEMMA4, "hidden_size_per_layer_input": 0}),
+    "gemma4-own-inputs": ("Gemma4", {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}),
+    "gemma4-experts": ("Gemma4", {**GEMMA4, **GEMMA4_EXPERTS, "attention_k_eq_v": True}),
+    "gemma4unified": ("Gemma4Unified", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gptoss": ("GptOss", {**EXPERTS, "head_dim": 16, "sliding_window": 9, "num_hidden_layers": 4}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 5, "sliding_window": 9, "rope_parameters": OLMO3_ROPE}),
     "seedoss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),
     "glm": ("Glm", {"head_dim": 16}),

@@ -16,7 +16,7 @@ from engine.config import CacheOptions, EngineConfig, ModelOptions, StartupError
 from engine.models.families.wrappers import WRAPPERS
 from engine.models.registry import read_spec
 from tests.models.support import SIZES, compare, edit_json, fill, load
-from tests.models.test_families import DELTA, QWEN_NEXT_EXPERTS, SIGMOID
+from tests.models.test_families import DELTA, GEMMA4, QWEN_NEXT_EXPERTS, SIGMOID
 
 TOWER = {
     "hidden_size": 32,
@@ -35,6 +35,13 @@ EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 
 # Class without its ending -> text fields, fields of the tower, others.
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
     "gemma3": ("Gemma3", GEMMA, TOWER, {"mm_tokens_per_image": 4}),
+    "gemma4": (
+        "Gemma4",
+        {**GEMMA4, "num_kv_shared_layers": 2},
+        {**TOWER, "num_key_value_heads": 2, "head_dim": 16, "position_embedding_size": 64},
+        {"audio_config": None},
+    ),
+    "gemma4-unified": ("Gemma4Unified", {**GEMMA4, "hidden_size_per_layer_input": 0}, {}, {}),
     "mistral3": (
         "Mistral3",
         {"model_type": "mistral", "head_dim": 12, "sliding_window": None},
@@ -136,7 +143,7 @@ def make(directory: Path, name: str, **changes: Any) -> Any:
         )
         config._attn_implementation = config.text_config._attn_implementation = "eager"
         model = getattr(transformers, f"{family}ForConditionalGeneration")(config)
-        fill(model, offset=0.0 if family.startswith("Gemma") else 1.0)
+        fill(model, offset=0.0 if family == "Gemma3" else 1.0)
         model.save_pretrained(directory)
     return model.eval()
 

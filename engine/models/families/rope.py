@@ -52,11 +52,12 @@ def read_rope(
         theta = fields.number(theta_field, above=0.0)
     partial_fields = scaling if scaling.has("partial_rotary_factor") else fields
     partial = partial_fields.number("partial_rotary_factor", 1.0, above=0.0, maximum=1.0)
-    rotary_dim = int(shape.head_dim * partial)
+    kind_field = "rope_type" if scaling.has("rope_type") else "type"
+    proportional = scaling.raw(kind_field) == "proportional"
+    rotary_dim = shape.head_dim if proportional else int(shape.head_dim * partial)
     if rotary_dim < 2 or rotary_dim % 2:
         fields.fail("head_dim", f"({shape.head_dim}) leaves {rotary_dim} rotary dimensions; they must be even")
 
-    kind_field = "rope_type" if scaling.has("rope_type") else "type"
     given = scaling.raw(kind_field)
     kind = (renamed or {}).get(given, given) if isinstance(given, str) else given
     if kind is None:
@@ -66,6 +67,9 @@ def read_rope(
     values: dict[str, Any] = {}
     if kind in ("linear", "dynamic", "llama3"):
         values["factor"] = scaling.number("factor", minimum=1.0)
+    if kind == "proportional":
+        values["factor"] = scaling.number("factor", 1.0, above=0.0)
+        values["turning"] = int(partial * shape.head_dim // 2)
     if kind in ("llama3", "yarn", "longrope"):
         name = "original_max_position_embeddings"
         # Phi-3 has the field beside the object, and then that one counts.

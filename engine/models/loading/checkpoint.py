@@ -34,6 +34,8 @@ ITEM_BYTES = {
 }  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 READ = FLOATS + DEQUANTISED
+# Of matrices that stay in four bits: blocks of numbers, and their scales.
+FOUR_BITS, BYTES = ("_blocks", "_scales"), ("U8",)
 
 # Tensors that are saved although they are computed from config.json, or always the same (xIELU's beta and eps).
 # The heads of a trainer's value and reward model say nothing of the next token, nor does a head that drafts several.
@@ -275,8 +277,8 @@ def check(
             )
             sizes = ", ".join(name for name in assumed if name != "tie_word_embeddings")
             hint = f"; config.json has no {sizes}: the defaults of the class count" if sizes else ""
-        elif tensor.dtype not in READ and tensor.scale is None:
-            problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {READ} are read")
+        elif tensor.dtype not in (wanted := BYTES if name.endswith(FOUR_BITS) else READ) and tensor.scale is None:
+            problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {wanted} are read")
     problems += [
         f"{tensor.file.name}: tensor {name} is not part of the model"
         for name, tensor in tensors.items()

@@ -28,7 +28,7 @@ from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
 from engine.models.loading.float8 import dequantised, with_scales
 from engine.models.parts.decoder import PREFIX, embedding_name
-from engine.models.spec import Experts, ModelSpec
+from engine.models.spec import DenseAndExperts, Experts, ModelSpec
 from engine.ops.linear import Linear
 
 OUTPUT = "lm_head"
@@ -48,6 +48,7 @@ TORCH_DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
 }
 
 logger = logging.getLogger("oneloop.start")
@@ -90,6 +91,12 @@ class Weights:
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """One tensor as the checkpoint has it. dtype: in place of the usual one."""
         result = torch.empty(shape, dtype=dtype or self.dtype, device=self.device)
+        self.fill(result, name)
+        return result
+
+    def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """uint8: one tensor of bytes as the checkpoint has it."""
+        result = torch.empty(shape, dtype=torch.uint8, device=self.device)
         self.fill(result, name)
         return result
 
@@ -207,7 +214,7 @@ class CheckpointWeights(Weights):
 
     def _fill(self, destination: Tensor, name: str, stored: StoredTensor) -> None:
         flat = destination.view(-1)
-        if stored.dtype not in FLOATS:
+        if stored.dtype not in (*FLOATS, "U8"):
             self._dequantise(flat, name, stored)
             return
         dtype = TORCH_DTYPES[stored.dtype]
@@ -337,6 +344,8 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
     found = dict(tensors)
     for index, layer in enumerate(spec.layers):
         experts = layer.feed_forward
+        if isinstance(experts, DenseAndExperts):
+            experts = experts.experts
         if not isinstance(experts, Experts) or experts.stacked is None:
             continue
         count, inner, hidden = experts.num_experts, experts.intermediate_size, spec.hidden_size
@@ -362,13 +371,13 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
                     f"{[count, out, into]} or {[count, into, out]}"
                 )
             way = experts.stacked if experts.stacked in fits else fits[0]
-            del found[name]
-            size = (tensor.end - tensor.begin) // count
-            for number in range(count):
-                begin = tensor.begin + number * size
-                found[f"{PREFIX}layers.{index}.{template.format(number)}.weight"] = StoredTensor(
-                    tensor.file, tensor.dtype, (out, into), begin, begin + size, transposed=way == "columns"
-                )
+            ours = f"{PREFIX}layers.{index}.{template}.weight"
+            _split(found, name, ours, count, (out, into), transposed=way == "columns")
+        for template in (*experts.gate_up, experts.down) if experts.bias else ():
+            name = f"{PREFIX}layers.{index}.{template.replace('.{}', '')}_bias"
+            bias = found.get(name)
+            if bias is not None and bias.shape[:1] == (count,) and len(bias.shape) == 2:  # else `check` says it
+                _split(found, name, f"{PREFIX}layers.{index}.{template}.bias", count, bias.shape[1:])
     return found
 
 
@@ -391,6 +400,25 @@ def _split_fused(found: dict[str, StoredTensor], prefix: str, experts: Experts, 
         begin = tensor.begin + place * size
         found[f"{prefix}{template.format(number)}.weight"] = StoredTensor(
             tensor.file, tensor.dtype, (inner, hidden), begin, begin + size
+        )
+
+
+def _split(
+    found: dict[str, StoredTensor],
+    name: str,
+    template: str,
+    count: int,
+    shape: tuple[int, ...],
+    *,
+    transposed: bool = False,
+) -> None:
+    """Put `count` tensors of that shape in the place of the one that has them below one another."""
+    tensor = found.pop(name)
+    size = (tensor.end - tensor.begin) // count
+    for number in range(count):
+        begin = tensor.begin + number * size
+        found[template.format(number)] = StoredTensor(
+            tensor.file, tensor.dtype, shape, begin, begin + size, transposed=transposed
         )
 
 
@@ -497,6 +525,7 @@ class DummyWeights(Weights):
         super().__init__(dtype, device)
         generator = torch.Generator().manual_seed(seed)
         self._block = torch.randn(DUMMY_BLOCK, generator=generator).to(device)
+        self._bytes = torch.randint(0, 256, (DUMMY_BLOCK,), generator=generator, dtype=torch.uint8).to(device)
         self._scaled: dict[float, Tensor] = {}
         self._seed = seed
         self._progress = progress
@@ -505,19 +534,27 @@ class DummyWeights(Weights):
 
     def fill(self, destination: Tensor, name: str) -> None:
         flat = destination.view(-1)
-        if re.search(r"norm|_ln\b", name, re.IGNORECASE):
+        if destination.dtype == torch.uint8 and name.endswith("_scales"):
+            # Exponents above 127: the numbers that they are for, 32 each, have a deviation of 2.9.
+            flat.fill_(127 - round(math.log2(2.9 * math.sqrt(32 * destination.shape[-1]))))
+        elif destination.dtype == torch.uint8:
+            self._repeat(flat, name, self._bytes)
+        elif re.search(r"norm|_ln\b", name, re.IGNORECASE):
             flat.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
             scale = destination.shape[-1] ** -0.5 if destination.dim() > 1 else 0.02
             block = self._scaled.get(scale)
             if block is None:
                 block = self._scaled[scale] = (self._block * scale).to(self.dtype)
-            at = zlib.crc32(f"{self._seed} {name}".encode()) % DUMMY_BLOCK
-            start = 0
-            while start < flat.numel():
-                count = min(DUMMY_BLOCK - at, flat.numel() - start)
-                flat[start : start + count] = block[at : at + count]
-                start, at = start + count, 0
+            self._repeat(flat, name, block)
         self._done += flat.numel() * flat.element_size()
         if self._progress is not None:
             self._progress(self._done, self._total)
+
+    def _repeat(self, flat: Tensor, name: str, block: Tensor) -> None:
+        at = zlib.crc32(f"{self._seed} {name}".encode()) % DUMMY_BLOCK
+        start = 0
+        while start < flat.numel():
+            count = min(DUMMY_BLOCK - at, flat.numel() - start)
+            flat[start : start + count] = block[at : at + count]
+            start, at = start + count, 0

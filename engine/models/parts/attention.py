@@ -44,6 +44,9 @@ class Attention:
         order = split_pairs(heads + kv_heads, dim, rope.rotary_dim) if rope is not None and rope.interleaved else None
         # A layer that reads another's keys and values has queries alone.
         self._rows = [heads * dim, kv_heads * dim, kv_heads * value_dim] if kv_heads else [heads * dim]
+        self._values_of_keys = spec.values_of_keys and kv_heads > 0
+        if self._values_of_keys:
+            self._rows.pop()
         rows = list(self._rows)
         self._gates = heads * dim if spec.gated_queries else 0
         if self._gates:
@@ -67,6 +70,8 @@ class Attention:
         self._norm_widths = (q_width, k_width)
         self._q_norm = None if q_norm is None else make_norm(q_norm, source, prefix, q_width)
         self._k_norm = None if k_norm is None else make_norm(k_norm, source, prefix, k_width)
+        v_norm = spec.v_norm if kv_heads else None
+        self._v_norm = None if v_norm is None else make_norm(v_norm, source, prefix, value_dim)
         self._head_norms: HeadNorms | None = None
         if self._q_norm is not None and self._k_norm is not None:
             assert q_norm is not None and k_norm is not None
@@ -84,6 +89,8 @@ class Attention:
             q, gate, rest = qkv.tensor_split((self._gates, 2 * self._gates), 1)
             qkv = torch.cat((q, rest), 1)
         q, k, v = self._split_heads(qkv)
+        if self._v_norm is not None and v is not None:
+            v = self._v_norm(v.reshape(-1, self._value_dim)).view(v.shape)
         if self._head_norms is not None and isinstance(attention, StepAttention):
             y = attention.forward(self._layer, q, k, v, table, self._head_norms, sinks=self._sinks)
             return self._output.later(y if gate is None else sigmoid_gate(y, gate))
@@ -104,6 +111,10 @@ class Attention:
         """q, k and v [T, heads, D]; no k and v in a layer that reads another's."""
         if len(self._rows) == 1:
             return qkv.view(-1, self._split[0], self._head_dim), None, None
+        if self._values_of_keys:
+            q, k = qkv.view(-1, sum(self._split[:2]), self._head_dim).split_with_sizes(self._split[:2], 1)
+            # The backend may turn keys where they are.
+            return q, k, k if self._v_norm is not None else k.clone()
         if self._value_dim == self._head_dim:
             q, k, v = qkv.view(-1, self._heads, self._head_dim).split_with_sizes(self._split, 1)
             return q, k, v

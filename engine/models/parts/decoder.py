@@ -15,18 +15,21 @@ from torch import Tensor
 from engine.clock import RangeOf, in_range
 from engine.models.parts.attention import Attention
 from engine.models.parts.dense import make_mlp
-from engine.models.parts.experts import make_experts
+from engine.models.parts.experts import BesideDense, make_experts
 from engine.models.parts.heads import Head
 from engine.models.parts.latent import Latent
+from engine.models.parts.layer_input import PREFIX, LayerEnd, OwnInputs
 from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
 from engine.models.spec import (
+    DenseAndExperts,
     Experts,
     FeedForward,
     GatedDelta,
     LatentAttention,
+    LayerInput,
     LayerSpec,
     Mamba2,
     Mixer,
@@ -41,10 +44,8 @@ from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAtte
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
 
+
 # Of all tensors but the output layer's.
-PREFIX = "model."
-
-
 def embedding_name(spec: ModelSpec) -> str:
     """Of the tensor whose rows tokens begin as."""
     return f"{PREFIX}{spec.embedding.tokens}.weight"
@@ -98,7 +99,15 @@ class CausalLM(Protocol):
 class Layer:
     """One decoder layer: the parts, put together by Decoder.forward."""
 
-    def __init__(self, spec: LayerSpec, source: Source, index: int, prefix: str, hidden_size: int) -> None:
+    def __init__(
+        self,
+        spec: LayerSpec,
+        source: Source,
+        index: int,
+        prefix: str,
+        hidden_size: int,
+        own: LayerInput | None = None,
+    ) -> None:
         def norm(spec: NormSpec | None) -> Norm | None:
             return make_norm(spec, source, prefix, hidden_size) if spec is not None else None
 
@@ -119,6 +128,9 @@ class Layer:
         self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
         self.post_norm = spec.post_norm
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
+        self.end: LayerEnd | None = None
+        if own is not None or spec.end_scale is not None:
+            self.end = LayerEnd(own, spec.end_scale, source, index, hidden_size)
 
 
 def _make_mixer(mixer: Mixer, source: Source, index: int, prefix: str, hidden_size: int) -> Mixing:
@@ -168,6 +180,8 @@ def _make_feed_forward(
     """The part for it."""
     if isinstance(spec, Experts):
         return make_experts(spec, source, prefix, hidden_size)
+    if isinstance(spec, DenseAndExperts):
+        return BesideDense(spec, source, prefix, hidden_size)
     return make_mlp(spec, source, prefix, hidden_size)
 
 
@@ -230,9 +244,12 @@ class Decoder:
         self._logit_scale = spec.logit_scale if spec.logit_scale != 1.0 else None
         self._logit_softcap = spec.logit_softcap
         self._layers = [
-            Layer(layer, source, index, PREFIX + spec.layer_names.format(index), hidden)
+            Layer(layer, source, index, PREFIX + spec.layer_names.format(index), hidden, spec.layer_input)
             for index, layer in enumerate(spec.layers)
         ]
+        self._own_inputs: OwnInputs | None = None
+        if spec.layer_input is not None:
+            self._own_inputs = OwnInputs(spec.layer_input, spec.num_layers, source, hidden)
         self._norm = make_norm(spec.final_norm, source, PREFIX, hidden) if spec.final_norm is not None else NoNorm()
         self._classifier = Head(spec.classifier.steps, source, hidden) if spec.classifier is not None else None
         self._projections = Head(spec.projections, source, hidden) if spec.projections else None
@@ -276,6 +293,7 @@ class Decoder:
             residual = residual.add_(F.embedding(places, self._positions))
         if self._embedding_norm is not None:
             residual = self._embedding_norm(residual)
+        own = None if self._own_inputs is None else self._own_inputs(token_ids, residual)
         x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
             if layer.parallel:
@@ -303,7 +321,11 @@ class Decoder:
                 y = layer.mlp_out_norm(y)
             if layer.residual_scale is not None:
                 y = computed(y) * layer.residual_scale
-            x, residual = following.add(y, residual)
+            if layer.end is None:
+                x, residual = following.add(y, residual)
+            else:
+                residual = layer.end(residual.add_(computed(y)), own)
+                x = following.later(residual)
         return x
 
     def name_layers(self, range_of: RangeOf) -> None:

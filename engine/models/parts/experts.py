@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from engine.models.parts.dense import make_mlp
+from engine.models.parts.clamped import clamped_experts
+from engine.models.parts.dense import Mlp, make_mlp
+from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.source import Source
-from engine.models.spec import Dense, Experts, Ungated
+from engine.models.spec import Dense, DenseAndExperts, Experts, NormSpec, Ungated
 from engine.ops.activation import by_rows
 from engine.ops.experts import Choice
-from engine.ops.linear import Linear, computed
-from engine.ops.norm import Normed, plain
+from engine.ops.linear import Linear, Product, computed
+from engine.ops.norm import Normed, plain, rms_norm
 
 
 def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Callable[[Tensor | Normed], Tensor]:
     """The form that the device wants, and beside it what all tokens share."""
-    kind = StackedExperts if keeps_experts_stacked(source.device) else SeparateExperts
+    kind: type[StackedExperts] | type[AllExperts] | type[SeparateExperts] = SeparateExperts
+    if keeps_experts_stacked(source.device):
+        kind = AllExperts if spec.clamp is not None else StackedExperts
     routed = kind(spec, source, prefix, hidden_size)
     return routed if spec.shared is None else WithShared(routed, spec, source, prefix, hidden_size)
 
@@ -36,34 +40,74 @@ def _expert(spec: Experts, number: int) -> Dense | Ungated:
     return Dense(spec.intermediate_size, spec.activation, gate_up=gate_up, down=down)  # type: ignore[arg-type]
 
 
+Expert = Callable[[Tensor], Tensor | Product]
+
+
+def _experts_of(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Sequence[Expert]:
+    """All of them, each a callable of its own."""
+    if spec.clamp is not None:
+        return clamped_experts(spec, source, prefix, hidden_size)
+    return [make_mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
+
+
 class Rating:
     """The router's projection and the choice that follows from it."""
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         router, count = spec.router, spec.num_experts
         self._wide = router.wide
+        self._input_norm: Tensor | None = None
+        self._input_eps = router.input_eps
+        if router.input_scale is not None:
+            self._input_norm = source.tensor(prefix + router.input_scale, (hidden_size,)) * hidden_size**-0.5
+        scales = None
+        if router.expert_scale is not None:
+            scales = source.tensor(prefix + router.expert_scale, (count,), torch.float32)
         dtype = torch.float32 if router.wide else None
-        self._project = source.linear([prefix + router.name], [count], hidden_size, dtype=dtype)
-        bias = None
+        bias = router.linear_bias
+        self._project = source.linear([prefix + router.name], [count], hidden_size, bias=bias, dtype=dtype)
+        added = None
         if router.bias is not None:
             shape = (1, count) if router.bias_is_row else (count,)
             # Not rounded: it decides between scores that are close.
-            bias = source.tensor(prefix + router.bias, shape, torch.float32).view(-1)
+            added = source.tensor(prefix + router.bias, shape, torch.float32).view(-1)
         self.choice = Choice(
             spec.num_experts_per_token,
             router.normalize,
             router.score,
-            bias,
+            added,
             router.groups,
             router.groups_chosen,
             router.group_best,
             router.scale,
             router.minimum,
+            scales,
         )
 
     def logits(self, x: Tensor) -> Tensor:
         """[N, hidden] -> [N, experts]."""
+        if self._input_norm is not None:
+            x = rms_norm(x, self._input_norm, self._input_eps)
         return self._project(x.float() if self._wide else x)
+
+
+class BesideDense:
+    """A dense feed-forward and experts, each between norms of its own; the router reads what neither norm has seen."""
+
+    def __init__(self, spec: DenseAndExperts, source: Source, prefix: str, hidden_size: int) -> None:
+        def norm(each: NormSpec) -> Norm:
+            return make_norm(each, source, prefix, hidden_size)
+
+        self._dense = Mlp(spec.dense, source, prefix, hidden_size)
+        self._experts: Callable[..., Tensor] = make_experts(spec.experts, source, prefix, hidden_size)
+        self._norms = norm(spec.dense_norm), norm(spec.experts_norm)
+        self._out_norms = norm(spec.dense_out_norm), norm(spec.experts_out_norm)
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """[N, hidden] -> [N, hidden]."""
+        x = plain(x)
+        dense = self._out_norms[0](self._dense(self._norms[0](x)))
+        return dense + self._out_norms[1](self._experts(self._norms[1](x), x))
 
 
 class WithShared:
@@ -106,12 +150,12 @@ class SeparateExperts:
                 source.linear([into], [size], hidden_size, bias=spec.latent_bias),
                 source.linear([back], [hidden_size], size, bias=spec.latent_bias),
             )
-        self._experts = [make_mlp(_expert(spec, number), source, prefix, size) for number in range(spec.num_experts)]
+        self._experts = _experts_of(spec, source, prefix, size)
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
-        """[N, hidden] -> [N, hidden]."""
+    def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
+        """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
         x = plain(x)
-        experts, shares = self._rating.choice(self._rating.logits(x))
+        experts, shares = self._rating.choice(self._rating.logits(x if rated is None else rated))
         experts = experts.view(-1)
         order = experts.argsort(stable=True)
         counts = torch.bincount(experts, minlength=self._count).tolist()
@@ -133,6 +177,27 @@ class SeparateExperts:
         return mixed if self._inner is None else self._inner[1](mixed)
 
 
+class AllExperts:
+    """A GPU's form of experts that its kernels do not know, in plain torch: each computes every token, and counts with
+    its share, mostly 0. The host knows no counts."""
+
+    def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
+        assert not spec.on_input
+        self._rating = Rating(spec, source, prefix, hidden_size)
+        self._experts = _experts_of(spec, source, prefix, hidden_size)
+
+    def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
+        """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
+        x = plain(x)
+        logits = self._rating.logits(x if rated is None else rated)
+        experts, shares = self._rating.choice(logits)
+        spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, experts, shares)
+        total = torch.zeros_like(x, dtype=torch.float32)
+        for number, expert in enumerate(self._experts):
+            total.addcmul_(computed(expert(x)).float(), spread[:, number, None])
+        return total.to(x.dtype)
+
+
 class StackedExperts:
     """The same on a GPU, where the host knows no counts (ops/experts.py)."""
 
@@ -149,9 +214,9 @@ class StackedExperts:
         downs = [f"{prefix + spec.down.format(number)}.weight" for number in range(count)]
         self._down = source.stacked(downs, [hidden_size] * count, inner).view(count, hidden_size, inner)
 
-    def __call__(self, x: Tensor | Normed) -> Tensor:
-        """[N, hidden] -> [N, hidden]."""
+    def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
+        """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
         x = plain(x)
-        logits = self._rating.logits(x)
+        logits = self._rating.logits(x if rated is None else rated)
         mix = self._rating.choice.mix_of_scaled if self._on_input else self._rating.choice.mix
         return mix(x, logits, self._gate_up, self._down, self._activation)

@@ -44,6 +44,10 @@ def inverse_frequencies(rope: RopeSpec, native_context: int, max_model_len: int)
         theta *= (rope.factor * length / native_context - (rope.factor - 1)) ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
     wavelengths = theta**exponents
+    if rope.kind == "proportional":
+        frequencies = 1.0 / wavelengths / rope.factor
+        frequencies[rope.turning :] = 0
+        return frequencies
     if rope.kind == "linear":
         return 1.0 / wavelengths / rope.factor
     if rope.kind == "llama3":

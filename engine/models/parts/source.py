@@ -26,6 +26,10 @@ class Source(Protocol):
         """One tensor as the checkpoint has it. dtype: in place of the usual one."""
         ...
 
+    def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """uint8: one tensor of bytes as the checkpoint has it."""
+        ...
+
     def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
         """Several tensors [rows[i], *columns] below one another, as one [sum(rows), *columns]."""
         ...
