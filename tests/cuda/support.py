@@ -27,6 +27,7 @@ from engine.models.registry import read_spec
 from engine.ops import native
 from engine.ops.attention import flashinfer
 from engine.ops.attention.device import DeviceAttention
+from engine.ops.attention.sequence import attend_sequence
 from engine.ops.rope import apply_rope
 from engine.ops.sampling.sampler import sample
 from engine.request import Pooling, Request, SamplingParams
@@ -104,17 +105,30 @@ class DenseAttention:
 
     def __init__(self, model: CausalLM) -> None:
         self.spec = model.attention_spec
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def plan(self, metadata: object) -> None:
         pass
 
     def forward(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos_sin: Tensor | None = None, *, sinks: Tensor | None = None
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor | None,
+        v: Tensor | None,
+        cos_sin: Tensor | None = None,
+        *,
+        sinks: Tensor | None = None,
     ) -> Tensor:
         shape = self.spec.layers[layer]
-        assert shape is not None and shape.is_plain
+        assert shape is not None
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, torch.arange(len(q)))
+        if k is not None:
+            self.kept[layer] = k, k[..., : shape.value_dim] if v is None else v
+        k, v = self.kept[layer if shape.reads is None else shape.reads]
+        if not shape.is_plain:
+            return attend_sequence(shape, q, k, v, sinks).flatten(1)
         out = attend(q, k, v, shape.scale, -1 if shape.window is None else shape.window - 1, shape.softcap, True)
         return out.flatten(1).to(q.dtype)
 
