@@ -125,6 +125,7 @@ class DenseAttention:
 
     def __init__(self, model: CausalLM) -> None:
         self.spec = model.attention_spec
+        self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def plan(self, metadata: object) -> None:
         pass
@@ -133,17 +134,19 @@ class DenseAttention:
         self,
         layer: int,
         q: Tensor,
-        k: Tensor,
+        k: Tensor | None,
         v: Tensor | None,
         cos_sin: Tensor | None = None,
         *,
         sinks: Tensor | None = None,
     ) -> Tensor:
         shape = self.spec.layers[layer]
-        assert shape is not None and shape.reads is None
+        assert shape is not None
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, torch.arange(len(q)))
-        v = k[..., : shape.value_dim] if v is None else v
+        if k is not None:
+            self.kept[layer] = k, k[..., : shape.value_dim] if v is None else v
+        k, v = self.kept[layer if shape.reads is None else shape.reads]
         if not shape.is_plain:
             return attend_sequence(shape, q, k, v, sinks).flatten(1)
         out = attend(q, k, v, shape.scale, -1 if shape.window is None else shape.window - 1, shape.softcap, True)
