@@ -181,13 +181,18 @@ Mixer = PagedMixer
 
 @dataclass(frozen=True, slots=True)
 class Dense:
-    """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two."""
+    """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two.
+
+    sparsity: of a token's gate values, the share below which a normal distribution with their mean and deviation has
+    them; those count as 0, and that bound is taken from the others.
+    """
 
     intermediate_size: int
     activation: GatedActivation
     bias: bool = False
     gate_up: tuple[str, ...] = ("mlp.gate_proj", "mlp.up_proj")
     down: str = "mlp.down_proj"
+    sparsity: float = 0.0
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -325,6 +330,27 @@ class LayerInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Streams:
+    """Layers pass `count` hidden states of a token on; attention and feed-forward see the `active` one of them.
+
+    rank: of a low-rank path beside attention. router_norm, path_norm: of a layer. scaled: what a layer's own inputs
+    are gated by is multiplied by a learned vector.
+    """
+
+    count: int
+    active: int
+    rank: int
+    router_norm: NormSpec
+    path_norm: NormSpec
+    scaled: bool
+
+    def num_parameters(self, num_layers: int, hidden_size: int) -> int:
+        """Elements of its matrices in the whole model."""
+        layer = hidden_size * (self.count + 2 * self.rank) + self.count**3 + self.count**2
+        return num_layers * layer + 2 * (self.count - 1) * hidden_size**2
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there.
 
@@ -391,6 +417,7 @@ class ModelSpec:
     text_only: bool = False
     float8: Float8 | None = None
     layer_input: LayerInput | None = None
+    streams: Streams | None = None
 
     @property
     def num_layers(self) -> int:
@@ -452,6 +479,8 @@ class ModelSpec:
         """Elements of all weight matrices; norms and biases, far below 1%, are left out."""
         matrices = 1 if self.tie_word_embeddings or self.headless else 2
         total = self.vocab_size * self.hidden_size * matrices
+        if self.streams is not None:
+            total += self.streams.num_parameters(self.num_layers, self.hidden_size)
         if (own := self.layer_input) is not None:
             total += self.num_layers * own.size * (own.vocab_size + 3 * self.hidden_size)
         return total + sum(layer.num_parameters(self.hidden_size) for layer in self.layers)

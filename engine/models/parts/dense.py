@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, Ungated
-from engine.ops.activation import PLAIN_ACTIVATIONS, xielu
+from engine.ops.activation import GATED_ACTIVATIONS, PLAIN_ACTIVATIONS, xielu
 from engine.ops.linear import Linear, Product
 from engine.ops.norm import Normed
 
@@ -26,13 +27,26 @@ class Mlp:
             [inner, inner] if len(spec.gate_up) == 2 else [2 * inner],
             hidden_size,
             bias=spec.bias,
-            activation=spec.activation,
+            activation=None if spec.sparsity else spec.activation,
         )
+        self._bound = NormalDist().inv_cdf(spec.sparsity) if spec.sparsity else None
+        self._activate = GATED_ACTIVATIONS[spec.activation]
         self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=spec.bias)
 
     def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""
-        return self._down.later(self._gate_up.gated(x))
+        if self._bound is None:
+            return self._down.later(self._gate_up.gated(x))
+        gate, up = self._gate_up(x).chunk(2, dim=1)
+        return self._down.later(self._activate(torch.cat((above(gate, self._bound), up), 1)))
+
+
+def above(x: Tensor, bound: float) -> Tensor:
+    """[N, W] -> how far each value is above its row's mean plus `bound` deviations, 0 where it is not."""
+    wide = x.float()
+    centered = wide - wide.mean(dim=1, keepdim=True)
+    deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
+    return (centered - deviation * bound).relu_().to(x.dtype)
 
 
 class UngatedMlp:
