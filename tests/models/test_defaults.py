@@ -27,7 +27,10 @@ def config_of(architecture: str, values: dict[str, Any]) -> Any:
     transformers.logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return transformers.CONFIG_MAPPING[TYPES[architecture]].from_dict(dict(values))
+        config = transformers.CONFIG_MAPPING[TYPES[architecture]].from_dict(dict(values))
+    # Sizes that differ by layer are read as they stand in the file.
+    config.allow_global_per_layer_attribute_access = True
+    return config
 
 
 def read(directory: Path, values: dict[str, Any]) -> ModelSpec:

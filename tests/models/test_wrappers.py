@@ -220,6 +220,7 @@ def test_defaults_of_a_text_part(kind: str, tmp_path: Path) -> None:
             warnings.simplefilter("ignore")
             theirs = transformers.CONFIG_MAPPING[kind].from_dict(dict(values))
         ours, text = read_spec(tmp_path), theirs.text_config
+        text.allow_global_per_layer_attribute_access = True
         assert (ours.vocab_size, ours.hidden_size, ours.num_layers, ours.num_heads, ours.num_kv_heads) == (
             text.vocab_size, text.hidden_size, text.num_hidden_layers, text.num_attention_heads,
             text.num_key_value_heads,

@@ -9,11 +9,7 @@ from engine.models.spec import ModelSpec
 _OTHERS = ("vocab_size_per_layer_input", "hidden_size_per_layer_input", "enable_moe_block")
 # What an absent field means: Gemma4UnifiedTextConfig of transformers.
 DEFAULTS = {name: value for name, value in gemma4.DEFAULTS.items() if name not in _OTHERS} | {
-    "hidden_size": 3840,
-    "intermediate_size": 15360,
-    "num_hidden_layers": 48,
-    "num_attention_heads": 16,
-    "num_key_value_heads": 8,
+    "max_position_embeddings": 262144,
     "sliding_window": 1024,
 }
 
