@@ -61,6 +61,9 @@ def theirs(config: Any, name: str) -> Any:
         return rope["sliding_attention"]["rope_theta"]
     if name in ROPE:
         return rope.get("full_attention", rope)[name]
+    if name == "intermediate_size" and isinstance(config.intermediate_size, list):
+        [size] = set(config.intermediate_size)
+        return size
     if name == "sliding_window_pattern":
         return config.layer_types.index("full_attention") + 1
     if name == "moe_layer_end_index":
@@ -118,7 +121,7 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     )  # fmt: skip
     assert ours.head_dim == (latent + config.qk_rope_head_dim if latent else head_dim)
     dense = [layer.feed_forward for layer in ours.layers if isinstance(layer.feed_forward, Dense | Ungated)]
-    assert {each.intermediate_size for each in dense} <= {config.intermediate_size}
+    assert {each.intermediate_size for each in dense} <= {theirs(config, "intermediate_size")}
     assert ours.max_position_embeddings == config.max_position_embeddings
     assert ours.final_norm.eps == next(getattr(config, name) for name in EPSILONS if hasattr(config, name))
     assert ours.tie_word_embeddings == config.tie_word_embeddings
@@ -134,7 +137,8 @@ def test_an_empty_config(architecture: str, tmp_path: Path) -> None:
     window = getattr(config, "sliding_window", None)
     window = None if window is None or window >= config.max_position_embeddings else window
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * ours.num_layers
-    assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    own = [kind for kind, layer in zip(kinds, ours.layers, strict=True) if layer.mixer.reads is None]
+    assert ours.windows == tuple(window if kind == "sliding_attention" else None for kind in own)
     assert {"hidden_size", "vocab_size", "num_hidden_layers"} <= set(ours.assumed)
     for experts in ours.experts:
         counts = [getattr(config, name) for name in ("num_local_experts", "num_experts") if hasattr(config, name)]
