@@ -39,6 +39,7 @@ FAMILIES = {
     "FalconH1ForCausalLM": "falcon_h1",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma3nForCausalLM": "gemma3n",
     "Gemma4ForCausalLM": "gemma4",
     "Gemma4UnifiedForCausalLM": "gemma4_unified",
     "GemmaForCausalLM": "gemma",
@@ -100,6 +101,7 @@ MODEL_TYPES = {
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
+    "gemma3n_text": "Gemma3nForCausalLM",
     "gemma4_text": "Gemma4ForCausalLM",
     "gemma4_unified_text": "Gemma4UnifiedForCausalLM",
     "glm": "GlmForCausalLM",
@@ -294,8 +296,10 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
     """Tied where the file says so in either place, or the class does and it says nothing."""
     text, kind = text_fields(fields, wrapper)
     _refuse_unknown(text)
-    if text.raw("use_bidirectional_attention") or (text.mentions("is_causal") and not text.raw("is_causal")):
-        text.fail("use_bidirectional_attention", "and is_causal: false are not supported in a text part")
+    if text.raw("use_bidirectional_attention") and not _is_gemma4(text):
+        text.fail("use_bidirectional_attention", "is not supported in a text part")
+    if text.mentions("is_causal") and not text.raw("is_causal"):
+        text.fail("is_causal", "is not supported in a text part: attention to later tokens")
     module = TEXT_TYPES.get(kind) or FAMILIES.get(MODEL_TYPES.get(kind, ""))
     if module is None:
         known = ", ".join(sorted(MODEL_TYPES))

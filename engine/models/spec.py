@@ -318,7 +318,8 @@ class Dense:
     """down(activation(gate(x)) * up(x)). gate_up: one name where the checkpoint has them fused, else two.
 
     up_first: so are the fused rows. down_bias: what `bias` does not say of the last product alone. gate_scale,
-    down_scale: factors on what gate and down give.
+    down_scale: factors on what gate and down give. sparsity: of a token's gate values, the share below which a normal
+    distribution with their mean and deviation has them; those count as 0, and that bound is taken from the others.
     """
 
     intermediate_size: int
@@ -330,6 +331,7 @@ class Dense:
     down: str = "mlp.down_proj"
     gate_scale: float = 1.0
     down_scale: float = 1.0
+    sparsity: float = 0.0
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
@@ -476,6 +478,27 @@ class LayerInput:
 
 
 @dataclass(frozen=True, slots=True)
+class Streams:
+    """Layers pass `count` hidden states of a token on; attention and feed-forward see the `active` one of them.
+
+    rank: of a low-rank path beside attention. router_norm, path_norm: of a layer. scaled: what a layer's own inputs
+    are gated by is multiplied by a learned vector.
+    """
+
+    count: int
+    active: int
+    rank: int
+    router_norm: NormSpec
+    path_norm: NormSpec
+    scaled: bool
+
+    def num_parameters(self, num_layers: int, hidden_size: int) -> int:
+        """Elements of its matrices in the whole model."""
+        layer = hidden_size * (self.count + 2 * self.rank) + self.count**3 + self.count**2
+        return num_layers * layer + 2 * (self.count - 1) * hidden_size**2
+
+
+@dataclass(frozen=True, slots=True)
 class LayerSpec:
     """x + out_norm(mixer(norm(x))), then the same with the feed-forward; a norm that is None is not there.
 
@@ -609,6 +632,7 @@ class ModelSpec:
     text_only: bool = False
     float8: Float8 | None = None
     layer_input: LayerInput | None = None
+    streams: Streams | None = None
     embedding: Embedding = Embedding()
     layer_names: str = "layers.{}."
     classifier: Classifier | None = None
@@ -688,6 +712,8 @@ class ModelSpec:
         """Elements of all weight matrices; norms and biases, far below 1%, are left out."""
         matrices = 1 if self.tie_word_embeddings or self.headless else 2
         total = self.vocab_size * self.hidden_size * matrices + self.embedding.num_parameters(self.hidden_size)
+        if self.streams is not None:
+            total += self.streams.num_parameters(self.num_layers, self.hidden_size)
         if (own := self.layer_input) is not None:
             total += self.num_layers * own.size * (own.vocab_size + 3 * self.hidden_size)
         return total + sum(layer.num_parameters(self.hidden_size) for layer in self.layers)

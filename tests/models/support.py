@@ -56,7 +56,7 @@ def make_checkpoint(
     transformers.utils.logging.disable_progress_bar()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with_towers = ("Gemma3", "Gemma4", "Gemma4Unified", "Llama4", "Qwen3_5", "Qwen3_5Moe")
+        with_towers = ("Gemma3", "Gemma3n", "Gemma4", "Gemma4Unified", "Llama4", "Qwen3_5", "Qwen3_5Moe")
         text = f"{family}Text" if family in with_towers else family
         config_class = getattr(transformers, text + "Config")
         config = config_class(**{**SIZES, **sizes})

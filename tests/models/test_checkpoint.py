@@ -110,8 +110,8 @@ def test_missing_tensors_are_counted(llama: Path, tmp_path: Path) -> None:
 
     assert error_of(rewritten(llama, tmp_path, drop)) == (
         f"{tmp_path}: tensor model.layers.0.input_layernorm.weight [48] is missing; "
-        "tensor model.layers.0.post_attention_layernorm.weight [48] is missing; "
-        "tensor model.layers.0.mlp.down_proj.weight [48, 80] is missing; and 7 more such problems"
+        "tensor model.layers.0.mlp.down_proj.weight [48, 80] is missing; "
+        "tensor model.layers.0.post_attention_layernorm.weight [48] is missing; and 7 more such problems"
     )
 
 

@@ -185,7 +185,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "rope-kind": (
         {"rope_scaling": {"type": "su"}},
-        'rope_scaling.type must be one of default, linear, dynamic, llama3, yarn, longrope, not "su"',
+        'rope_scaling.type must be one of default, linear, dynamic, llama3, yarn, longrope, proportional, not "su"',
     ),
     "rope-kind-newer": ({"rope_parameters": {"rope_type": 3}}, "rope_parameters.rope_type must be one of default"),
     "rope-form": ({"rope_scaling": "linear"}, 'rope_scaling must be an object, not "linear"'),

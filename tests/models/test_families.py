@@ -61,6 +61,18 @@ GEMMA4_EXPERTS = {
     "moe_intermediate_size": 20,
     "num_global_key_value_heads": 1,
 }
+GEMMA3N = {
+    "head_dim": 16,
+    "sliding_window": 9,
+    "num_hidden_layers": 5,
+    "layer_types": ["full_attention", *ALTERNATING, "sliding_attention"],
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [80, 72, 80, 64, 80],
+    "activation_sparsity_pattern": [0.9, 0.0, 0.3, 0.0, 0.0],
+    "vocab_size_per_layer_input": 150,
+    "hidden_size_per_layer_input": 8,
+    "laurel_rank": 6,
+}
 GRANITE = {
     "embedding_multiplier": 12.0,
     "logits_scaling": 8.0,
@@ -228,6 +240,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma4-own-inputs": ("Gemma4", {**GEMMA4, "num_kv_shared_layers": 3, "use_double_wide_mlp": True}),
     "gemma4-experts": ("Gemma4", {**GEMMA4, **GEMMA4_EXPERTS, "attention_k_eq_v": True}),
     "gemma4unified": ("Gemma4Unified", {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 1}),
+    "gemma3n": ("Gemma3n", GEMMA3N),
+    "gemma3n-other-streams": (
+        "Gemma3n",
+        {**GEMMA3N, "altup_num_inputs": 3, "altup_active_idx": 1, "altup_correct_scale": False},
+    ),
     "gptoss": ("GptOss", {**EXPERTS, "head_dim": 16, "sliding_window": 9, "num_hidden_layers": 4}),
     "olmo3": ("Olmo3", {"num_hidden_layers": 5, "sliding_window": 9, "rope_parameters": OLMO3_ROPE}),
     "seedoss": ("SeedOss", {"head_dim": 16, "attention_out_bias": True, "mlp_bias": True}),

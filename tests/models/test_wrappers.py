@@ -15,8 +15,8 @@ from engine.build import build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, StartupError
 from engine.models.families.wrappers import WRAPPERS
 from engine.models.registry import read_spec
-from tests.models.support import SIZES, compare, edit_json, fill, load
-from tests.models.test_families import DELTA, GEMMA4, QWEN_NEXT_EXPERTS, SIGMOID
+from tests.models.support import SIZES, compare, edit_json, fill, load, make_checkpoint
+from tests.models.test_families import DELTA, GEMMA3N, GEMMA4, QWEN_NEXT_EXPERTS, SIGMOID
 
 TOWER = {
     "hidden_size": 32,
@@ -173,6 +173,21 @@ def test_other_prefixes(name: str, old: str, new: str, tmp_path: Path) -> None:
     """Files of other versions: the embedding shows where the text part is."""
     reference = make(tmp_path, name)
     rename(tmp_path, old, new)
+    compare(reference, tmp_path, lengths=(21,), new_tokens=8)
+
+
+def test_gemma3n_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Its towers need a library that is not there: so the text model's file in its place, with what is not read."""
+    reference = make_checkpoint(tmp_path, "Gemma3n", **GEMMA3N)
+    rename(tmp_path, "model.", "model.language_model.")
+    path = tmp_path / "model.safetensors"
+    unread = ["self_attn.k_proj", "self_attn.v_proj", "self_attn.k_norm"]
+    names = [f"model.language_model.layers.4.{name}.weight" for name in unread]
+    names += ["model.vision_tower.a.weight", "model.audio_tower.b.weight", "model.embed_vision.c.weight"]
+    save_file({**load_file(path), **{name: torch.ones(3, 3) for name in names}}, path, {"format": "pt"})
+    text = json.loads((tmp_path / "config.json").read_text())
+    config = {"model_type": "gemma3n", "architectures": ["Gemma3nForConditionalGeneration"], "text_config": text}
+    (tmp_path / "config.json").write_text(json.dumps(config))
     compare(reference, tmp_path, lengths=(21,), new_tokens=8)
 
 

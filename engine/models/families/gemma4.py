@@ -66,7 +66,7 @@ def read_spec(fields: Fields) -> ModelSpec:
     types = (*types[:-1], "full_attention")
     if not fields.raw("rope_parameters"):
         fields = fields.with_values({"rope_parameters": ROPES})
-    reads = _read_shared(fields, types)
+    reads = read_shared(fields, types)
     windows = read_windows(fields, shape, types)
     activation = read_activation(fields, "hidden_activation")
     ropes: dict[tuple[str, int], RopeSpec] = {}
@@ -92,23 +92,23 @@ def read_spec(fields: Fields) -> ModelSpec:
         )
         if own.vocab_size < shape.common["vocab_size"]:
             fields.fail("vocab_size_per_layer_input", f"({own.vocab_size}) must not be below vocab_size")
-    unread = ("k_proj", "v_proj", "k_norm", "v_norm")
     return shape.model(
         layers,
         embedding_scale=shape.hidden_size**0.5,
         logit_softcap=fields.optional_number("final_logit_softcapping", above=0.0),
         layer_input=own,
-        # Files have projections that no layer reads.
-        outside=tuple(
-            f"layers.{index}.self_attn.{name}."
-            for index, each in enumerate(reads)
-            if each is not None
-            for name in unread
-        ),
+        outside=unread_projections(reads),
     )
 
 
-def _read_shared(fields: Fields, types: tuple[str, ...]) -> list[int | None]:
+def unread_projections(reads: list[int | None]) -> tuple[str, ...]:
+    """ModelSpec.outside: files have projections of layers that read the keys and values of others."""
+    names = ("k_proj", "v_proj", "k_norm", "v_norm")
+    readers = [index for index, each in enumerate(reads) if each is not None]
+    return tuple(f"layers.{index}.self_attn.{name}." for index in readers for name in names)
+
+
+def read_shared(fields: Fields, types: tuple[str, ...]) -> list[int | None]:
     """For each of the last `num_kv_shared_layers` layers the last earlier one of its type."""
     count = len(types)
     shared = fields.integer("num_kv_shared_layers", minimum=0)

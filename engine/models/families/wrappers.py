@@ -60,6 +60,7 @@ WRAPPERS = {
     "aya_vision": Wrapper("AyaVision", "cohere2", ties=True),
     "cohere2_vision": Wrapper("Cohere2Vision", "cohere2", ties=True),
     "gemma3": Wrapper("Gemma3", "gemma3_text", ties=True),
+    "gemma3n": Wrapper("Gemma3n", "gemma3n_text", ties=True),
     "gemma4": Wrapper("Gemma4", "gemma4_text", ties=True),
     "gemma4_unified": Wrapper("Gemma4Unified", "gemma4_unified_text", ties=True),
     "glm46v": Wrapper("Glm46V", "glm4v_text"),

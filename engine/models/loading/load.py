@@ -21,7 +21,8 @@ from engine.models.loading.weights import (
     find_model_tensors,
     settle_output,
 )
-from engine.models.parts.decoder import CausalLM, Decoder
+from engine.models.parts.decoder import CausalLM
+from engine.models.parts.streams import make_decoder
 from engine.models.spec import ModelSpec
 
 Progress = Callable[[int, int], None]
@@ -81,7 +82,7 @@ def _load(
             logger.warning("%s: the adapter beside the model (adapter_config.json) is not applied", directory)
         spec = settle_output(spec, stored, directory, dtype)
     recorder = ShapeRecorder(dtype)
-    Decoder(spec, recorder, context)
+    make_decoder(spec, recorder, context)
     weights: Weights
     if load_format == "dummy":
         weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
@@ -89,7 +90,7 @@ def _load(
         weights = CodedWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
-        return Decoder(spec, weights, context)
+        return make_decoder(spec, weights, context)
 
 
 @contextlib.contextmanager

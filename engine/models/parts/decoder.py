@@ -294,6 +294,12 @@ class Decoder:
         if self._embedding_norm is not None:
             residual = self._embedding_norm(residual)
         own = None if self._own_inputs is None else self._own_inputs(token_ids, residual)
+        return self._through_layers(residual, own, positions, attention)
+
+    def _through_layers(
+        self, residual: Tensor, own: Tensor | None, positions: Tensor, attention: AttentionBackend
+    ) -> Tensor | Normed:
+        """The embedding [T, hidden], whose memory is written over, and the layers' own inputs."""
         x = self._layers[0].input_norm.later(residual)
         for layer, table, following in self._steps:
             if layer.parallel:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from statistics import NormalDist
 
 import torch
 import torch.nn.functional as F
@@ -34,21 +35,33 @@ class Mlp:
             hidden_size,
             bias=spec.bias,
             order=torch.arange(2 * inner).roll(inner) if spec.up_first else None,
-            activation=spec.activation,
+            activation=None if spec.sparsity else spec.activation,
         )
         bias = spec.bias or spec.down_bias
         self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=bias)
         self._scales = (spec.gate_scale, spec.down_scale) if (spec.gate_scale, spec.down_scale) != (1.0, 1.0) else None
+        self._bound = NormalDist().inv_cdf(spec.sparsity) if spec.sparsity else None
         self._activate = GATED_ACTIVATIONS[spec.activation]
 
     def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""
+        if self._bound is not None:
+            gate, up = self._gate_up(x).chunk(2, dim=1)
+            return self._down.later(self._activate(torch.cat((above(gate, self._bound), up), 1)))
         if self._scales is None:
             return self._down.later(self._gate_up.gated(x))
         gate_scale, down_scale = self._scales
         gate_up = self._gate_up(plain(x))
         gate_up[:, : gate_up.shape[1] // 2] *= gate_scale
         return self._down(self._activate(gate_up)) * down_scale
+
+
+def above(x: Tensor, bound: float) -> Tensor:
+    """[N, W] -> how far each value is above its row's mean plus `bound` deviations, 0 where it is not."""
+    wide = x.float()
+    centered = wide - wide.mean(dim=1, keepdim=True)
+    deviation = centered.square().mean(dim=1, keepdim=True).sqrt()
+    return (centered - deviation * bound).relu_().to(x.dtype)
 
 
 class UngatedMlp:

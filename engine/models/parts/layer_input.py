@@ -32,7 +32,9 @@ class OwnInputs:
 
     def __call__(self, token_ids: Tensor, embedded: Tensor) -> Tensor:
         """[T] and the embedding [T, hidden] -> [layers, T, size]."""
-        told = F.embedding(token_ids, self._table) * self._scale
+        # The table may be the shorter one: what it lacks are tokens of images and sounds.
+        known = token_ids.masked_fill(token_ids >= len(self._table), 0)
+        told = F.embedding(known, self._table) * self._scale
         made = self._projection(embedded) * self._factor
         made = self._norm(made.view(-1, self._size)).view(told.shape)
         return ((made + told) * 0.5**0.5).view(len(token_ids), -1, self._size).transpose(0, 1).contiguous()
@@ -57,6 +59,10 @@ class LayerEnd:
         """[T, hidden] and [layers, T, size] -> [T, hidden], in x's memory."""
         if self._spec is not None:
             assert own is not None
-            gated = self._activate(torch.cat((self._gate(x), own[self._index]), 1))
-            x = x.add_(self._norm(self._projection(gated)))
+            x = x.add_(self.added(x, own))
         return x if self._scale is None else x.mul_(self._scale)
+
+    def added(self, x: Tensor, own: Tensor) -> Tensor:
+        """[T, hidden] -> norm(projection(activation(gate(x)) * own)), as wide."""
+        gated = self._activate(torch.cat((self._gate(x), own[self._index]), 1))
+        return self._norm(self._projection(gated))
