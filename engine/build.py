@@ -22,8 +22,9 @@ from engine.models.abilities import Abilities, read_abilities
 from engine.models.generation import GenerationDefaults
 from engine.models.gguf.reader import is_gguf, model_name, open_gguf
 from engine.models.hub import resolve
+from engine.models.mixers import RopeSpec
 from engine.models.registry import read_spec
-from engine.models.spec import ModelSpec, RopeSpec
+from engine.models.spec import ModelSpec
 from engine.report import StartupReport
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from engine.groups import Chunk
+from engine.models.mixers import RopeSpec
 from engine.models.registry import FAMILIES, MODEL_TYPES, read_spec
-from engine.models.spec import Dense, ModelSpec, RopeSpec, Ungated
+from engine.models.spec import Dense, ModelSpec, Ungated
 from tests.models.support import compare, edit_json, make_checkpoint
 
 TYPES = {name: kind for kind, name in MODEL_TYPES.items()}

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import StartupError
+from engine.models.mixers import LatentAttention
 from engine.models.registry import read_spec
-from engine.models.spec import LatentAttention
 from tests.models.support import Runner, compare, edit_json, load, make_checkpoint, prompts_of
 from tests.models.test_families import SIGMOID, YARN_ROPE
 from tests.test_windows import generate

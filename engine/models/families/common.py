@@ -11,20 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.models.fields import Fields
-from engine.models.spec import (
-    DTYPES,
-    Dense,
-    FeedForward,
-    GatedActivation,
-    GroupedQueryAttention,
-    LayerSpec,
-    Mixer,
-    ModelSpec,
-    NormSpec,
-    PlainActivation,
-    RopeSpec,
-    share,
-)
+from engine.models.mixers import GroupedQueryAttention, Mixer, NormSpec, RopeSpec
+from engine.models.spec import DTYPES, Dense, FeedForward, GatedActivation, LayerSpec, ModelSpec, PlainActivation, share
 
 MAX_CONTEXT = 100_000_000
 

@@ -11,16 +11,8 @@ from typing import Any
 
 from engine.models.families.common import Shape
 from engine.models.fields import Fields
-from engine.models.spec import (
-    Embedding,
-    FeedForward,
-    GatedActivation,
-    GroupedQueryAttention,
-    Mixer,
-    ModelSpec,
-    PlainActivation,
-    share,
-)
+from engine.models.mixers import GroupedQueryAttention, Mixer
+from engine.models.spec import Embedding, FeedForward, GatedActivation, ModelSpec, PlainActivation, share
 
 # Tensors of heads that are not served, and of tables that are counted out again.
 OUTSIDE = (

@@ -8,7 +8,8 @@ from engine.models.families.common import read_activation, read_shape
 from engine.models.families.mamba import read_mamba
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields, show
-from engine.models.spec import Dense, ModelSpec, NormSpec, SideBySide
+from engine.models.mixers import NormSpec, SideBySide
+from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: FalconH1Config of transformers.
 DEFAULTS = {

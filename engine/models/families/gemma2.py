@@ -7,7 +7,8 @@ from typing import Any
 from engine.models.families.common import Shape, read_activation, read_shape, read_windows
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-from engine.models.spec import Dense, GroupedQueryAttention, ModelSpec, RopeSpec
+from engine.models.mixers import GroupedQueryAttention, RopeSpec
+from engine.models.spec import Dense, ModelSpec
 
 NORMS = (
     "input_layernorm",

@@ -8,7 +8,8 @@ from engine.models.families.gemma2 import NORMS
 from engine.models.families.gemma4 import read_shared, unread_projections
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-from engine.models.spec import Dense, LayerInput, ModelSpec, NormSpec, Streams
+from engine.models.mixers import NormSpec
+from engine.models.spec import Dense, LayerInput, ModelSpec, Streams
 
 # What an absent field means: Gemma3nTextConfig of transformers.
 DEFAULTS = {

@@ -9,19 +9,8 @@ from engine.models.families.common import Shape, read_activation, read_shape, re
 from engine.models.families.gemma2 import NORMS
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
-from engine.models.spec import (
-    Dense,
-    DenseAndExperts,
-    Experts,
-    FeedForward,
-    GroupedQueryAttention,
-    LayerInput,
-    LayerSpec,
-    ModelSpec,
-    NormSpec,
-    RopeSpec,
-    Router,
-)
+from engine.models.mixers import GroupedQueryAttention, NormSpec, RopeSpec
+from engine.models.spec import Dense, DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec, Router
 
 # What an absent field means: Gemma4TextConfig of transformers.
 DEFAULTS = {

@@ -14,7 +14,8 @@ from engine.models.families.common import (
 )
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields, show
-from engine.models.spec import Dense, Experts, LayerSpec, Mixer, ModelSpec, Router
+from engine.models.mixers import Mixer
+from engine.models.spec import Dense, Experts, LayerSpec, ModelSpec, Router
 
 # What an absent field means: Glm4MoeConfig of transformers.
 DEFAULTS = {

@@ -8,7 +8,8 @@ from engine.models.families.granite import granite_scales
 from engine.models.families.mamba import read_mamba
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields, show
-from engine.models.spec import Dense, Mixer, ModelSpec, NormSpec
+from engine.models.mixers import Mixer, NormSpec
+from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: GraniteMoeHybridConfig of transformers.
 DEFAULTS = {

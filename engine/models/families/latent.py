@@ -10,7 +10,7 @@ from typing import Any
 from engine.models.families.common import Shape, read_shape
 from engine.models.families.rope import read_rope, scaling_fields
 from engine.models.fields import Fields, show
-from engine.models.spec import LatentAttention, NormSpec
+from engine.models.mixers import LatentAttention, NormSpec
 
 # Of the norms between the projections: what their classes have, whatever rms_norm_eps says.
 INNER_EPS = 1e-6

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from engine.models.families.common import Shape, read_shape
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields, show
-from engine.models.spec import Dense, FeedForward, LayerSpec, ModelSpec, ShortConv
+from engine.models.mixers import ShortConv
+from engine.models.spec import Dense, FeedForward, LayerSpec, ModelSpec
 
 # What absent fields mean in this class of transformers and in that with experts.
 COMMON = {

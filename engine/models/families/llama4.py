@@ -9,7 +9,8 @@ from engine.models.families.common import Shape, read_activation, read_experts, 
 from engine.models.families.rope import read_rope
 from engine.models.families.smollm3 import layers_with_rope
 from engine.models.fields import Fields, show
-from engine.models.spec import Dense, Experts, ModelSpec, NormSpec, QueryScale, Router
+from engine.models.mixers import NormSpec, QueryScale
+from engine.models.spec import Dense, Experts, ModelSpec, Router
 
 # What an absent field means: Llama4TextConfig of transformers.
 DEFAULTS = {

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from engine.models.fields import Fields, show
-from engine.models.spec import Mamba2, NormSpec
+from engine.models.mixers import Mamba2, NormSpec
 
 
 def read_mamba(fields: Fields, inner_size: int, norm: NormSpec | None, activation: str, **given: Any) -> Mamba2:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from engine.models.families.common import Shape, read_activation, read_shape, read_windows
 from engine.models.families.rope import read_rope, scaling_fields
 from engine.models.fields import Fields
-from engine.models.spec import Dense, ModelSpec, QueryScale, RopeSpec
+from engine.models.mixers import QueryScale, RopeSpec
+from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: Ministral3Config of transformers.
 DEFAULTS = {

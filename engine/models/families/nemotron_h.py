@@ -6,7 +6,8 @@ import math
 
 from engine.models.families.common import Shape, read_experts, read_plain_activation, read_shape
 from engine.models.fields import Fields, show
-from engine.models.spec import Experts, LayerSpec, Mamba2, ModelSpec, Router, Ungated
+from engine.models.mixers import Mamba2
+from engine.models.spec import Experts, LayerSpec, ModelSpec, Router, Ungated
 
 # What an absent field means: NemotronHConfig of transformers.
 DEFAULTS = {

@@ -8,7 +8,8 @@ from engine.models.families.common import Shape, read_activation, read_experts, 
 from engine.models.families.qwen3_moe import sparse_layers
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields, show
-from engine.models.spec import Dense, Experts, FeedForward, GatedDelta, LayerSpec, ModelSpec, NormSpec, Router
+from engine.models.mixers import GatedDelta, NormSpec
+from engine.models.spec import Dense, Experts, FeedForward, LayerSpec, ModelSpec, Router
 
 # What absent fields mean in this class of transformers and in those of Qwen 3.5.
 COMMON = {

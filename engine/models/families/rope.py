@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.models.families.common import Shape
 from engine.models.fields import Fields, show
-from engine.models.spec import ROPE_KINDS, RopeSpec
+from engine.models.mixers import ROPE_KINDS, RopeSpec
 
 
 def scaling_fields(fields: Fields, layer_type: str | None = None, scaled: bool = True) -> Fields:

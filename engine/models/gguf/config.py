@@ -17,7 +17,8 @@ import numpy as np
 from engine.models.fields import Fields
 from engine.models.gguf.reader import GGUF, is_gguf, open_gguf
 from engine.models.gguf.vocabulary import end_ids
-from engine.models.spec import Dense, Experts, GroupedQueryAttention, LayerSpec, ModelSpec, RopeSpec, share
+from engine.models.mixers import GroupedQueryAttention, RopeSpec
+from engine.models.spec import Dense, Experts, LayerSpec, ModelSpec, share
 
 # Names for what a file has fused or apart, whatever the family's checkpoints do.
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")

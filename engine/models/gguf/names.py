@@ -14,17 +14,8 @@ from numpy.typing import NDArray
 
 from engine.models.gguf.config import architecture_of
 from engine.models.gguf.reader import GGUF, Tensor
-from engine.models.spec import (
-    Dense,
-    Experts,
-    GatedDelta,
-    GroupedQueryAttention,
-    LayerSpec,
-    ModelSpec,
-    NormSpec,
-    ShortConv,
-    Ungated,
-)
+from engine.models.mixers import GatedDelta, GroupedQueryAttention, NormSpec, ShortConv
+from engine.models.spec import Dense, Experts, LayerSpec, ModelSpec, Ungated
 
 # What families read from the metadata's side, or llama.cpp computes from it.
 _READ_ELSEWHERE = re.compile(r"(blk\.\d+\.)?(rope_freqs|rope_factors_(long|short))\.weight")

@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.models.mixers import GroupedQueryAttention, QueryScale
 from engine.models.parts.norm import make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
-from engine.models.spec import GroupedQueryAttention, QueryScale
 from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.attention.device import HeadNorms, StepAttention

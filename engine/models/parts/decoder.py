@@ -13,6 +13,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from engine.clock import RangeOf, in_range
+from engine.models.mixers import (
+    GatedDelta,
+    LatentAttention,
+    Mamba2,
+    Mixer,
+    NormSpec,
+    PagedMixer,
+    RopeSpec,
+    ShortConv,
+    SideBySide,
+)
 from engine.models.parts.attention import Attention
 from engine.models.parts.dense import make_mlp
 from engine.models.parts.experts import BesideDense, make_experts
@@ -23,23 +34,7 @@ from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import Source
-from engine.models.spec import (
-    DenseAndExperts,
-    Experts,
-    FeedForward,
-    GatedDelta,
-    LatentAttention,
-    LayerInput,
-    LayerSpec,
-    Mamba2,
-    Mixer,
-    ModelSpec,
-    NormSpec,
-    PagedMixer,
-    RopeSpec,
-    ShortConv,
-    SideBySide,
-)
+from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from engine.models.mixers import NormSpec
 from engine.models.parts.clamped import clamped_experts
 from engine.models.parts.dense import Mlp, make_mlp
 from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.source import Source
-from engine.models.spec import Dense, DenseAndExperts, Experts, NormSpec, Ungated
+from engine.models.spec import Dense, DenseAndExperts, Experts, Ungated
 from engine.ops.activation import by_rows
 from engine.ops.experts import Choice
 from engine.ops.linear import Linear, Product, computed

@@ -10,11 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.models.mixers import LatentAttention
 from engine.models.parts.attention import query_factors
 from engine.models.parts.norm import make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
-from engine.models.spec import LatentAttention
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Product

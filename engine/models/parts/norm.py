@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.models.mixers import NormSpec
 from engine.models.parts.source import Source
-from engine.models.spec import NormSpec
 from engine.ops.linear import Product, computed
 from engine.ops.norm import Normed, add_rms_norm, rms_norm
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.models.mixers import GatedDelta, Mamba2, ShortConv
 from engine.models.parts.source import Source
-from engine.models.spec import GatedDelta, Mamba2, ShortConv
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.linear import Product
 from engine.ops.norm import Normed

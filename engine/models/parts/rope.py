@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from engine.models.spec import RopeSpec
+from engine.models.mixers import RopeSpec
 
 
 def rope_table(rope: RopeSpec, native_context: int, max_model_len: int, device: torch.device) -> Tensor:
