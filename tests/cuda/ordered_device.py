@@ -81,6 +81,11 @@ class _Noting(TorchDispatchMode):
         return result
 
 
+def _freed(device: weakref.ref[OrderedDevice], address: int) -> None:
+    if (alive := device()) is not None:
+        alive.forget(address)
+
+
 class OrderedDevice(FakeDevice):
     """found: what is not ordered, and how often."""
 
@@ -121,10 +126,12 @@ class OrderedDevice(FakeDevice):
         address = storage.data_ptr()
         if address not in self._accesses:
             self._accesses[address] = []
-            weakref.finalize(storage, self._freed, address)
+            # Weights outlive the device, and must not keep it.
+            weakref.finalize(storage, _freed, weakref.ref(self), address)
         return self._accesses[address]
 
-    def _freed(self, address: int) -> None:
+    def forget(self, address: int) -> None:
+        """That memory is free."""
         who, log = self._owners.pop(address, None), self._accesses.pop(address)
         if who is None:  # a number that an operation was given, or what the host keeps
             return
