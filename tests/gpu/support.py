@@ -113,6 +113,38 @@ EXTRA: dict[str, dict[str, Any]] = {
         "attention_chunk_size": 40,
         "floor_scale": 16,
     },
+    "Gemma3nForCausalLM": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 40,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "num_kv_shared_layers": 1,
+        "vocab_size_per_layer_input": 1000,
+        "hidden_size_per_layer_input": 32,
+        "laurel_rank": 16,
+        "tie_word_embeddings": True,
+    },
+    "Gemma4ForCausalLM": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 40,
+        "global_head_dim": 128,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "vocab_size_per_layer_input": 1000,
+        "hidden_size_per_layer_input": 32,
+        "tie_word_embeddings": True,
+    },
+    "Gemma4UnifiedForCausalLM": {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 40,
+        "global_head_dim": 128,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+        "tie_word_embeddings": True,
+    },
+    "GptOssForCausalLM": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "Qwen2MoeForCausalLM": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -147,8 +179,16 @@ SAME_PARTS = {
     "Starcoder2ForCausalLM",
     "YoutuForCausalLM",
 }
+# Their recurrent states are kept on a CPU alone: a GPU refuses them at start.
+WITH_STATES = {
+    *("FalconH1ForCausalLM", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "NemotronHForCausalLM"),
+    *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
+}
 # Their attention has no kernels on a GPU yet, and goes by torch.
-TORCH_ATTENTION = {"DeepseekV3ForCausalLM", "Llama4ForCausalLM"}
+TORCH_ATTENTION = {
+    *("DeepseekV3ForCausalLM", "Llama4ForCausalLM", "GptOssForCausalLM"),
+    *("Gemma3nForCausalLM", "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM"),
+}
 LIMITS = Limits(
     max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256, page_size=16, num_pages=160, vocab_size=1000
 )
@@ -164,7 +204,7 @@ def load(architecture: str, dtype: torch.dtype, device: torch.device) -> CausalL
 
 
 def families() -> list[str]:
-    return sorted(FAMILIES.keys() - SAME_PARTS - TORCH_ATTENTION)
+    return sorted(FAMILIES.keys() - SAME_PARTS - TORCH_ATTENTION - WITH_STATES)
 
 
 def executor(
