@@ -50,16 +50,15 @@ class _Failing:
         self._model = model
         self._fail_at = fail_at
         self._calls = 0
-        self.config, self.attention_spec = model.config, model.attention_spec
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         self._calls += 1
         if self._calls - 1 in self._fail_at:
             raise ForwardError(f"forward {self._calls - 1} was told to fail")
         return self._model.forward(token_ids, positions, attention)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        return self._model.logits(hidden)
 
 
 class CPUAdapter:
