@@ -160,9 +160,9 @@ MUTANTS = [
     # Vectors.
     Mutant(
         "a mean takes its beginning from the cache", Sequence, "matchable_ids",
-        'request.pooling.kind == "mean"', "False",
+        "request.pooling.needs_all", "False",
     ),
-    Mutant("a mean forgets its earlier chunks", Batch, "write_pooled", 'ends or pooling.kind == "mean"', "ends"),
+    Mutant("a mean forgets its earlier chunks", Batch, "write_pooled", "ends or pooling.needs_all", "ends"),
     Mutant(
         "who shares a failed step's page gets a vector of it", Scheduler, "commit",
         "if table.live[sequence.slot]:", "if not sequence.is_finished:", {**FAILURES, "pool_rate": 0.6},
