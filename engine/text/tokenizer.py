@@ -153,13 +153,18 @@ class Tokenizer:
         except (TypeError, UnicodeEncodeError):
             raise RequestError("The prompt is not valid Unicode: it holds a lone surrogate.") from None
         joined = self._backend.post_process(one, two, True)
-        if most is not None and len(joined.ids) > most:
-            lengths = _longest_first(len(one.ids), len(two.ids), most - (len(joined.ids) - len(one.ids) - len(two.ids)))
-            for encoding, length in zip((one, two), lengths, strict=True):
-                encoding.truncate(length)
-            joined = self._backend.post_process(one, two, True)
-        types = joined.type_ids
-        return joined.ids, types.index(1) if 1 in types else 0
+        ids, types = joined.ids, joined.type_ids
+        if most is not None and len(ids) > most:
+            # `Encoding.truncate` would keep what it cuts off, and joining that takes the product of both lengths.
+            left = list(_longest_first(len(one.ids), len(two.ids), most - (len(ids) - len(one.ids) - len(two.ids))))
+            kept = []
+            for place, text in enumerate(joined.sequence_ids):
+                if text is not None:
+                    left[text] -= 1
+                if text is None or left[text] >= 0:
+                    kept.append(place)
+            ids, types = [ids[place] for place in kept], [types[place] for place in kept]
+        return ids, types.index(1) if 1 in types else 0
 
     @cached_property
     def pool(self) -> ThreadPoolExecutor:

@@ -40,7 +40,9 @@ async def parse_completion(
         if len(texts) < len(given):
             raise invalid("prompt", "must be text beside a `suffix`")
         common = replace(common, sampling=ending(state, infill, common.sampling))
-        prompts = [await infill_prompt(state, infill, text, suffix) for text in texts]
+        behind = await state.tokenizer.encode_async(suffix, add_special_tokens=False)
+        special = add_special_tokens
+        prompts = [await infill_prompt(state, infill, text, behind, special=special) for text in texts]
     else:
         prompts = await encode_prompts(state, given, add_special_tokens=add_special_tokens)
     echoes = [_echo(prompt, common, state) for prompt in given] if common.echo else None

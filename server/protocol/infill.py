@@ -31,21 +31,25 @@ async def infill_prompt(
     state: State,
     infill: Infill,
     before: str,
-    behind: str,
+    behind: str | list[int],
     *,
+    special: bool = True,
     extra: Sequence[tuple[str, str]] = (),
     max_tokens: int | None = None,
     cut: bool = False,
 ) -> list[int]:
-    """The ids of the prompt. extra: other files by name.
+    """The ids of the prompt. behind: may be ids. special: with what the tokenizer puts first. extra: files by name.
 
     cut: what is far from the hole is left out where max_tokens, or half of the context, would have no room: editors
     send all that they have.
     """
     tokenizer = state.tokenizer
     bos = tokenizer.bos_token_id
-    begin = () if bos is None or tokenizer.encode("")[:1] != [bos] else (bos,)
-    sides = [await tokenizer.encode_async(text, add_special_tokens=False) for text in (before, behind)]
+    begin = () if bos is None or not special or tokenizer.encode("")[:1] != [bos] else (bos,)
+    sides = [
+        await tokenizer.encode_async(side, add_special_tokens=False) if isinstance(side, str) else side
+        for side in (before, behind)
+    ]
     files: list[int] = []
     for piece in infill.files(extra):
         files += [piece] if isinstance(piece, int) else await tokenizer.encode_async(piece, add_special_tokens=False)

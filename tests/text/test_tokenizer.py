@@ -8,8 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import BertProcessing
 
 from engine.config import StartupError
 from engine.request import QueueFullError, RequestError
@@ -288,3 +292,21 @@ def test_strip_of_single_tokens() -> None:
     rule = compile_rule({"type": "Strip", "content": "a", "start": 1, "stop": 2})
     assert rule is not None
     assert [rule.inner(text) for text in ("aabaaa", "a", "aa", "b", "")] == [b"aba", b"", b"", b"b", b""]
+
+
+def test_a_pair_is_cut_as_the_library_cuts_it() -> None:
+    backend = tokenizers.Tokenizer(WordLevel({"a": 0, "[CLS]": 1, "[SEP]": 2, "b": 3}))
+    backend.pre_tokenizer = Whitespace()
+    backend.post_processor = BertProcessing(("[SEP]", 2), ("[CLS]", 1))
+    ours = object.__new__(Tokenizer)
+    ours._backend = backend
+    for first, second, most in ((3, 9, 8), (9, 3, 8), (6, 6, 9), (5, 5, 4), (1, 1, 100), (3000, 3000, 64)):
+        ids, at = ours.encode_pair("a " * first, "b " * second, most)
+        if first + second + 3 > most and most < 64:
+            backend.enable_truncation(most, strategy="longest_first")
+        theirs = backend.encode("a " * first, "b " * second) if most != 64 else None
+        backend.no_truncation()
+        if theirs is not None:
+            assert (ids, at) == (theirs.ids, theirs.type_ids.index(1))
+        else:
+            assert len(ids) == 64 and ids.count(0) in (30, 31)
