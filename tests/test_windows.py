@@ -42,6 +42,28 @@ LLAMA4 = {
 }
 
 
+# Heads of two sizes, of which the wider ones see all; the last layers read the keys and values of earlier ones.
+GEMMA4 = {
+    "num_hidden_layers": 6,
+    "head_dim": 16,
+    "global_head_dim": 24,
+    "sliding_window": WINDOW,
+    "layer_types": ["sliding_attention"] * 3 + ["full_attention", "sliding_attention", "full_attention"],
+    "num_kv_shared_layers": 2,
+    "vocab_size_per_layer_input": 211,
+    "hidden_size_per_layer_input": 8,
+}
+# Sinks in all layers.
+GPT_OSS = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "sliding_window": WINDOW,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "intermediate_size": 32,
+}
+
+
 def groups_of(directory: Path) -> tuple[MemoryGroup, ...]:
     spec = read_spec(directory)
     return plan_groups(spec.windows, spec.context_length)
@@ -115,8 +137,10 @@ def expect(oracle: Any, prompts: list[list[int]]) -> tuple[list[list[int]], list
         ),
         # A layer that sees all, and three that see blocks, each in a group of its own.
         ("Llama4", LLAMA4, (112,)),
+        ("Gemma4", GEMMA4, (120,)),
+        ("GptOss", GPT_OSS, (112,)),
     ],
-    ids=["mistral", "gemma3", "gemma2", "llama4"],
+    ids=["mistral", "gemma3", "gemma2", "llama4", "gemma4", "gpt-oss"],
 )
 async def test_texts_in_a_pool_that_is_too_small(
     family: str, sizes: dict[str, Any], pools: tuple[int, ...], tmp_path: Path
