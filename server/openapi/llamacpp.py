@@ -152,11 +152,14 @@ SCHEMAS: Json = {
     ),
 }
 
+# `response_fields` picks, from whatever depth: what is left is the client's to know.
+_ANSWER = either(ref("Native"), array(ref("Native")), OBJECT, array(OBJECT))
+
 PATHS: Json = {
     "/completion": post(
         "The text that goes on from a prompt, or from each of several.",
         "NativeRequest",
-        either(ref("Native"), array(ref("Native"))),
+        _ANSWER,
         examples=(
             {"prompt": "Once upon a time", "n_predict": 4, "temperature": 0, "n_probs": 2, "return_tokens": True},
             {"prompt": [5, "a", 6], "n_predict": 2, "n_cmpl": 2},
@@ -169,7 +172,7 @@ PATHS: Json = {
     "/infill": post(
         "The text between what is before a hole and what is behind it, of models that have tokens for it.",
         "InfillRequest",
-        either(ref("Native"), array(ref("Native"))),
+        _ANSWER,
         examples=(
             {"input_prefix": "def f():\n", "input_suffix": "\nreturn x", "prompt": "  ", "n_predict": 4},
             {

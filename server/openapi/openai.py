@@ -157,7 +157,7 @@ GENERATION: Json = {
 _FUNCTION = takes(
     {"name": string(least=1, most=128)}, {"description": string(), "parameters": OBJECT, "strict": boolean()}
 )
-TOOL = takes({"type": constant("function"), "function": _FUNCTION})
+TOOL = takes({"function": _FUNCTION}, {"type": constant("function")})
 _LANGUAGE = takes({"syntax": constant("lark", "regex"), "definition": string(least=1)})
 _CUSTOM = takes(
     {"name": string(least=1, most=128)},

@@ -103,7 +103,8 @@ async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Pl
     options = body.object("options") or {}
     fields = _read_fields(body, options, state)
     num_ctx = _read_num_ctx(options, state)
-    raw = not chat and (body.boolean("raw", False) or bool(body.string("suffix", "")))
+    suffix = "" if chat else body.string("suffix", "")
+    raw = not chat and (body.boolean("raw", False) or bool(suffix))
     messages = _read_messages(body.raw("messages")) if chat else _as_messages(body)
     if not messages:
         return None
