@@ -108,20 +108,4 @@ class CodedLinear(Linear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """See Linear.rows."""
-        ids = ids.contiguous()
-        count, wide = len(ids), ids.dtype == torch.int64
-        out = torch.empty((count, self.in_features), dtype=self.dtype)
-        # The kernel does not check, and a bad id would read foreign memory.
-        assert count == 0 or (int(ids.min()) >= 0 and int(ids.max()) < self.out_features), "token id out of range"
-        self._library.by_work(4 * out.numel()).ol_code_rows(
-            *self._form,
-            self._code,
-            self._weight.data_ptr(),
-            self.in_features,
-            ids.data_ptr(),
-            wide,
-            count,
-            out.data_ptr(),
-            torch.get_num_threads(),
-        )
-        return out
+        return self._unpacked(ids, "ol_code_rows", *self._form)

@@ -192,12 +192,17 @@ class Linear:
         if self.kind == "torch":
             return F.embedding(ids, self._weight)
         assert self.kind == "native", "oneDNN's form has no rows: prepare(keep_rows=True)"
+        return self._unpacked(ids, "ol_unpack_rows")
+
+    def _unpacked(self, ids: Tensor, kernel: str, *form: int) -> Tensor:
+        """Rows of a packed weight, by the kernel that knows its form."""
         ids = ids.contiguous()
         count, wide = len(ids), ids.dtype == torch.int64
         out = torch.empty((count, self.in_features), dtype=self.dtype)
         # The kernel does not check, and a bad id would read foreign memory.
         assert count == 0 or (int(ids.min()) >= 0 and int(ids.max()) < self.out_features), "token id out of range"
-        self._library.by_work(4 * out.numel()).ol_unpack_rows(
+        getattr(self._library.by_work(4 * out.numel()), kernel)(
+            *form,
             self._code,
             self._weight.data_ptr(),
             self.in_features,

@@ -54,7 +54,7 @@ async def predict(request: web.Request) -> web.Response:
     with in_words_of(EMBED_NAMES):
         plan = await parse_predict(body, state)
         rated = await pool(request, f"classify-{request[REQUEST_ID]}", plan.prompts, plan.poolings, plan.terms)
-    answers = [_labelled(shares(numbers, plan.activation), plan.labels) for numbers in rated]
+    answers = await written(rated, lambda _, numbers: _labelled(shares(numbers, plan.activation), plan.labels))
     return json_response(answers if plan.many else answers[0])
 
 
@@ -64,8 +64,10 @@ async def similarity(request: web.Request) -> web.Response:
     with in_words_of(SIMILARITY_NAMES):
         plan = await parse_similarity(body, state)
         vectors = await pool(request, f"embd-{request[REQUEST_ID]}", plan.prompts, plan.pooling, plan.terms)
-    first, *others = (shaped(vector, plan.dimensions, normalize=True) for vector in vectors)
-    return json_response([cosine(first, other) for other in others])
+    first = shaped(vectors[0], plan.dimensions, normalize=True)
+    return json_response(
+        await written(vectors[1:], lambda _, each: cosine(first, shaped(each, plan.dimensions, normalize=True)))
+    )
 
 
 async def info(request: web.Request) -> web.Response:
@@ -74,7 +76,7 @@ async def info(request: web.Request) -> web.Response:
     abilities, options = state.model.abilities, state.engine.config
     head = abilities.classifier
     kind: dict[str, object] = {}
-    if head is not None:
+    if head is not None and head.pooling != "all":  # /predict is of whole texts
         kind["reranker" if abilities.ranks else "classifier"] = _label_table(head)
     elif abilities.embedding is not None:
         kind["embedding"] = {"pooling": "last_token" if abilities.embedding == "last" else abilities.embedding}

@@ -43,7 +43,7 @@ async def encode_prompts(
                 await asyncio.sleep(0)
         if most is not None and len(ids) > most:
             ids = (
-                _cut(state.tokenizer, prompt, ids, most)
+                await _cut(state.tokenizer, prompt, ids, most)
                 if add_special_tokens and isinstance(prompt, str)
                 else ids[:most]
             )
@@ -64,9 +64,9 @@ async def encode_pairs(state: State, pairs: Sequence[tuple[str, str]], most: int
     return found
 
 
-def _cut(tokenizer: Tokenizer, text: str, ids: list[int], most: int) -> list[int]:
+async def _cut(tokenizer: Tokenizer, text: str, ids: list[int], most: int) -> list[int]:
     """As tokenizers truncate: what was added before and behind the text stays; the last token may be the vector's."""
-    bare = tokenizer.encode(text, add_special_tokens=False)
+    bare = await tokenizer.encode_async(text, add_special_tokens=False)
     added = len(ids) - len(bare)
     before = next((at for at in range(added + 1) if ids[at : at + len(bare)] == bare), added)
     behind = ids[before + len(bare) :]

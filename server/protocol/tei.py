@@ -88,16 +88,12 @@ async def parse_predict(body: Body, state: State) -> PredictPlan:
     most = state.model.max_model_len if _read_cut(body) else None
     raw = body.boolean("raw_scores", False)
     terms = read_terms(body, state)
-    prompts: list[list[int]] = []
-    poolings: list[Pooling] = []
-    for each in texts:
-        second = 0
-        if len(each) == 1:
-            ids = (await encode_prompts(state, each, add_special_tokens=True, most=most))[0]
-        else:
-            [(ids, second)] = await encode_pairs(state, [(each[0], each[1])], most)
-        prompts.append(ids)
-        poolings.append(Pooling(head.pooling, classify=True, second=second))
+    alone = [each[0] for each in texts if len(each) == 1]
+    singles = iter(await encode_prompts(state, alone, add_special_tokens=True, most=most))
+    pairs = iter(await encode_pairs(state, [(each[0], each[1]) for each in texts if len(each) == 2], most))
+    encoded = [(next(singles), 0) if len(each) == 1 else next(pairs) for each in texts]
+    prompts = [ids for ids, _ in encoded]
+    poolings = [Pooling(head.pooling, classify=True, second=second) for _, second in encoded]
     return PredictPlan(prompts, poolings, head.labels, "none" if raw else head.activation, many, terms)
 
 

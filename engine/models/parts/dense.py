@@ -21,7 +21,9 @@ def make_mlp(
     spec: Dense | Ungated, source: Source, prefix: str, hidden_size: int
 ) -> Callable[[Tensor | Normed], Tensor | Product]:
     """The one that `spec` describes. prefix: of its tensors."""
-    return (UngatedMlp if isinstance(spec, Ungated) else Mlp)(spec, source, prefix, hidden_size)  # type: ignore[arg-type]
+    if isinstance(spec, Ungated):
+        return UngatedMlp(spec, source, prefix, hidden_size)
+    return Mlp(spec, source, prefix, hidden_size)
 
 
 class Mlp:
