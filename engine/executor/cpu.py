@@ -121,7 +121,7 @@ class CPUExecutor:
         self._states: States | None = None
         if limits.num_snapshots is not None:
             assert dtype is not None, "states need a dtype"
-            states: StateSpec = model.config.states  # type: ignore[attr-defined]
+            states: StateSpec = model.config.states
             self._states = attention.states = States(states, limits, dtype, torch.device("cpu"))
         self.limits = limits
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
@@ -232,8 +232,7 @@ class CPUExecutor:
         chunks = pooled_chunks(step)
         types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
         positions_of_tokens = torch.from_numpy(metadata.positions)
-        told = () if types is None else (types,)
-        hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, *told)
+        hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)

@@ -54,11 +54,13 @@ class _Failing:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, *types: Tensor | None
+    ) -> Tensor:
         self._calls += 1
         if self._calls - 1 in self._fail_at:
             raise ForwardError(f"forward {self._calls - 1} was told to fail")
-        return self._model.forward(token_ids, positions, attention)
+        return self._model.forward(token_ids, positions, attention, *types)
 
 
 class CPUAdapter:

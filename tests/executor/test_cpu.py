@@ -96,8 +96,8 @@ async def test_chunks_are_the_whole_bit_for_bit(make: MakeDriver, model: CausalL
     class Watched:
         attention_spec = model.attention_spec
 
-        def forward(self, ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
-            return model.forward(ids, positions, attention)
+        def forward(self, ids: Tensor, positions: Tensor, attention: AttentionBackend, *types: Tensor | None) -> Tensor:
+            return model.forward(ids, positions, attention, *types)
 
         def logits(self, hidden: Tensor) -> Tensor:
             seen.append(model.logits(hidden).clone())
@@ -144,11 +144,11 @@ class Failing:
         self._model, self._calls, self._error, self._count = model, calls, error, -1
         self.logits = model.logits
 
-    def forward(self, ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, attention: AttentionBackend, *types: Tensor | None) -> Tensor:
         self._count += 1
         if self._count in self._calls:
             raise self._error
-        return self._model.forward(ids, positions, attention)
+        return self._model.forward(ids, positions, attention, *types)
 
 
 async def test_an_error_is_the_steps_own(
@@ -173,10 +173,10 @@ async def test_a_wait_may_be_cancelled_and_repeated(make: MakeDriver, model: Cau
         attention_spec = model.attention_spec
         logits = staticmethod(model.logits)
 
-        def forward(self, ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+        def forward(self, ids: Tensor, positions: Tensor, attention: AttentionBackend, *types: Tensor | None) -> Tensor:
             # Where submit or wait blocked the loop this would come back before the timeout below.
             release.wait(60)
-            return model.forward(ids, positions, attention)
+            return model.forward(ids, positions, attention, *types)
 
     driver = make(Slow())
     handle = driver.launch([prefill(1, PROMPT)], {1: list(range(1, 13))}, {1: GREEDY})

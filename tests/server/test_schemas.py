@@ -46,7 +46,9 @@ class Babble:
                 self._closing[token] = 0.9
         self._closing[list(tokenizer().eos_token_ids)] = 2.0
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, *types: Tensor | None
+    ) -> Tensor:
         return torch.stack([token_ids.long(), positions.long()], 1)
 
     def logits(self, hidden: Tensor) -> Tensor:
