@@ -225,6 +225,7 @@ def executor(
     options: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": limits.page_size,
+        "groups": limits.groups,
         "dtype": dtype,
         "kv_dtype": kv_dtype,
         "device": layer.device,
