@@ -68,6 +68,16 @@ class QueryScale:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputGate:
+    """activation(projection(x)), by which what attention gives is multiplied: one number for each of its own, or
+    (by_head) for each head. name: of the projection."""
+
+    name: str
+    activation: Literal["sigmoid", "softplus"]
+    by_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedQueryAttention:
     """Softmax attention with as many or fewer key and value heads than query heads; its memory is KV pages.
 
@@ -79,8 +89,11 @@ class GroupedQueryAttention:
     where the checkpoint has them fused, else three. value_dim: of a head's value and result, None where it is head_dim.
     sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's softmax, which has no value.
     reads: the earlier layer whose keys and values it reads; it has none of its own. gated_queries: the projection to q
-    gives every head its query and then a gate, by whose sigmoid its result is multiplied. v_norm: over each head's
-    values. values_of_keys: values are what the projection to keys gives, before norm and rope; qkv then has two names.
+    gives every head its query and then a gate, by whose sigmoid its result is multiplied. gate: one of its own
+    projection. v_norm: over each head's values. values_of_keys: values are what the projection to keys gives, before
+    norm and rope; qkv then has two names. heads_together: the fused projection goes from one key head to the next, each
+    with its queries, its key and its value. clip: what it gives is cut off there, on both sides. value_scale: factor
+    on values.
     """
 
     num_heads: int
@@ -106,13 +119,18 @@ class GroupedQueryAttention:
     gated_queries: bool = False
     v_norm: NormSpec | None = None
     values_of_keys: bool = False
+    gate: OutputGate | None = None
+    heads_together: bool = False
+    clip: float | None = None
+    value_scale: float = 1.0
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         kv_heads, value_dim = 0 if self.reads is not None else self.num_kv_heads, self.value_dim or self.head_dim
         queries = self.num_heads * (2 if self.gated_queries else 1) * self.head_dim
         values = 0 if self.values_of_keys else kv_heads * value_dim
-        return (queries + kv_heads * self.head_dim + values + self.num_heads * value_dim) * hidden_size
+        gate = 0 if self.gate is None else self.num_heads * (1 if self.gate.by_head else value_dim)
+        return (queries + kv_heads * self.head_dim + values + self.num_heads * value_dim + gate) * hidden_size
 
 
 @dataclass(frozen=True, slots=True)

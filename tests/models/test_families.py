@@ -98,6 +98,22 @@ SIGMOID = {
     "first_k_dense_replace": 1,
 }
 
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# A window and a rope that differ by the layer's type.
+BY_TYPE = {
+    "layer_types": ALTERNATING,
+    "sliding_window": 9,
+    "rope_parameters": {"full_attention": YARN_ROPE, "sliding_attention": HALF_ROPE},
+}
+COHERE_MOE = {
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+    "num_shared_experts": 2,
+    "sliding_window": 9,
+}
+LAGUNA = {**SHARED, "head_dim": 16, "shared_expert_intermediate_size": 40}
+
 # Sizes of heads that no vector divides.
 DELTA = {
     "head_dim": 16,
@@ -288,6 +304,49 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1": ("Dots1", {**SIGMOID, "sliding_window": 9, "max_window_layers": 1, "norm_topk_prob": True}),
     "apertus": ("Apertus", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
+    "exaonemoe": ("ExaoneMoe", {**SHARED, "num_hidden_layers": 4, "sliding_window": 9, "num_shared_experts": 2}),
+    "solaropen": ("SolarOpen", {**SIGMOID, "head_dim": 16, "attention_bias": True, "n_group": 2}),
+    "mellum": ("Mellum", {**BY_TYPE, **SHARED, "head_dim": 16, "mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    "cohere2moe": ("Cohere2Moe", {**COHERE_MOE, "first_k_dense_replace": 1, "prefix_dense_intermediate_size": 56}),
+    "cohere2moe-sigmoid": (
+        "Cohere2Moe",
+        {
+            **COHERE_MOE,
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+            "shared_expert_combination_strategy": "sum",
+            "rms_norm_eps": 1e-5,
+            "attention_bias": True,
+        },
+    ),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "rope_parameters": HALF_ROPE}),
+    "olmo": ("Olmo", {"clip_qkv": 0.7}),
+    "phimoe": ("Phimoe", {"num_local_experts": 5, "lm_head_bias": True, "router_jitter_noise": 0.3}),
+    "gptneox": ("GPTNeoX", {"rope_parameters": HALF_ROPE}),
+    "gptneox-serial": (
+        "GPTNeoX",
+        {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "hyperclovax": ("HyperCLOVAX", {**GRANITE, "logits_scaling": 0.5, "mlp_bias": True}),
+    "graniteswa": ("GraniteSWA", {**GRANITE, "sliding_window": 9, "layer_rope_theta": [500.0, 0, 10000.0]}),
+    "granitemoeswa": ("GraniteMoeSWA", {**GRANITE, "num_local_experts": 5, "sliding_window": 9}),
+    "granitemoeshared": ("GraniteMoeShared", {**GRANITE, "num_local_experts": 5, "shared_intermediate_size": 40}),
+    "helium": ("Helium", {"head_dim": 8, "attention_bias": True}),
+    "cwm": ("Cwm", {"head_dim": 16, "sliding_window": 9}),
+    "jais2": ("Jais2", {}),
+    "vaultgemma": ("VaultGemma", GEMMA),
+    "mimov2flash": ("MiMoV2Flash", {**BY_TYPE, **SIGMOID, "head_dim": 16, "v_head_dim": 10, "num_key_value_heads": 1}),
+    "flexolmo": ("FlexOlmo", {"num_experts": 5, "num_experts_per_tok": 2}),
+    "laguna": (
+        "Laguna",
+        {**BY_TYPE, **LAGUNA, "num_attention_heads_per_layer": [6, 4, 2], "moe_routed_scaling_factor": 1.7},
+    ),
+    "laguna-element": ("Laguna", {**LAGUNA, "gating": "per-element", "moe_router_logit_softcapping": 0.8}),
+    "afmoe": (
+        "Afmoe",
+        {**SHARED, "head_dim": 16, "sliding_window": 9, "layer_types": ALTERNATING, "mup_enabled": True},
+    ),
     "yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
     "yarn-mscale": ("Qwen3", {"head_dim": 32, "rope_parameters": {**YARN_ROPE, **MSCALE}}),
     "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),

@@ -48,6 +48,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral4": ("Mistral4", {**LATENT, **GROUPED, "rope_parameters": MISTRAL4_ROPE}),
     "minicpm3": ("MiniCPM3", {**LATENT, "v_head_dim": None, "dim_model_base": 32}),
     "youtu": ("Youtu", LATENT),
+    "axk1": ("AXK1", {**LATENT, **GROUPED}),
 }
 
 
