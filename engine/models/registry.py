@@ -66,6 +66,8 @@ FAMILIES = {
     "HunYuanDenseV1ForCausalLM": "hunyuan_dense",
     "HunYuanMoEV1ForCausalLM": "hunyuan_moe",
     "HyperCLOVAXForCausalLM": "hyperclovax",
+    "IQuestCoderForCausalLM": "iquestcoder",
+    "InternLM3ForCausalLM": "internlm3",
     "Jais2ForCausalLM": "jais2",
     "LagunaForCausalLM": "laguna",
     "Lfm2ForCausalLM": "lfm2",
@@ -97,6 +99,7 @@ FAMILIES = {
     "Qwen3NextForCausalLM": "qwen3_next",
     "Qwen3_5ForCausalLM": "qwen3_5",
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe",
+    "SarvamMoEForCausalLM": "sarvam_moe",
     "SeedOssForCausalLM": "seed_oss",
     "SmolLM3ForCausalLM": "smollm3",
     "SolarOpenForCausalLM": "solar_open",
@@ -105,6 +108,16 @@ FAMILIES = {
     "VaultGemmaForCausalLM": "vaultgemma",
     "YoutuForCausalLM": "youtu",
 }
+
+# The same for classes that transformers does not have; of some only the name is new.
+OTHERS = {
+    "BailingMoeV2ForCausalLM": "bailing_moe_v2",
+    "LLaMAForCausalLM": "llama",
+    "MiMoForCausalLM": "mimo",
+    "MiniCPMForCausalLM": "minicpm",
+    "TeleChat3ForCausalLM": "llama",
+}
+CLASSES = FAMILIES | OTHERS
 
 # `model_type` of config.json -> the class, as transformers' AutoModelForCausalLM has it.
 MODEL_TYPES = {
@@ -148,6 +161,8 @@ MODEL_TYPES = {
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "hy_v3": "HYV3ForCausalLM",
     "hyperclovax": "HyperCLOVAXForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+    "iquestcoder": "IQuestCoderForCausalLM",
     "jais2": "Jais2ForCausalLM",
     "laguna": "LagunaForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
@@ -179,6 +194,7 @@ MODEL_TYPES = {
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
+    "sarvam_moe": "SarvamMoEForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
     "solar_open": "SolarOpenForCausalLM",
@@ -262,7 +278,7 @@ def _read(fields: Fields) -> ModelSpec:
     else:
         architecture = _architecture_of(fields)
         stem, task = _split(architecture)
-        spec = _read_family(FAMILIES[f"{stem}ForCausalLM"], fields)
+        spec = _read_family(CLASSES[f"{stem}ForCausalLM"], fields)
         spec = dataclasses.replace(spec, headless=spec.headless or task != "ForCausalLM")
         spec = _as_encoder(fields, stem, spec)
     spec = dataclasses.replace(spec, architecture=stem + task, float8=_float8_of(fields))
@@ -294,7 +310,7 @@ def _encoder_of(fields: Fields) -> tuple[str, str] | None:
 
 def _split(architecture: str) -> tuple[str, str]:
     """LlamaForCausalLM -> Llama, ForCausalLM. LlamaModel -> Llama, Model. Gemma3TextModel is Gemma 3's."""
-    for task in (*HEADLESS, "ForCausalLM", TEXTS, TOKENS, REWARD):
+    for task in (REWARD, *HEADLESS, "ForCausalLM", TEXTS, TOKENS):  # a reward model is no Model
         if architecture.endswith(task):
             stem = architecture.removesuffix(task)
             return "Gemma3" if stem == "Gemma3Text" else stem, task
@@ -379,7 +395,7 @@ def _architecture_of(fields: Fields) -> str:
         fields.fail("architectures", f"must be a list with the name of the model class, not {show(given)}")
     if kind is not None and not isinstance(kind, str):
         fields.fail("model_type", f"must be text, not {show(kind)}")
-    known = [name for name in names if _with_head(name) in FAMILIES]
+    known = [name for name in names if _with_head(name) in CLASSES]
     by_type = MODEL_TYPES.get(kind or "")
     if by_type is None:
         if known:
@@ -412,7 +428,7 @@ def _refuse(fields: Fields, name: str) -> NoReturn:
     """The sentence for a class that is not served."""
     field = "architectures" if fields.has("architectures") else "model_type"
     encoders = (f"{stem}Model" for stem in ENCODERS)
-    known = sorted([*FAMILIES, *encoders, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
+    known = sorted([*CLASSES, *encoders, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 

@@ -61,7 +61,9 @@ def make_checkpoint(
         config_class = getattr(transformers, text + "Config")
         config = config_class(**{**SIZES, **sizes})
         config._attn_implementation = "eager"
-        model = getattr(transformers, family + "ForCausalLM")(config)
+        # Classes by another name alone have a config and no model.
+        make = getattr(transformers, family + "ForCausalLM", transformers.AutoModelForCausalLM.from_config)
+        model = make(config)
         fill(model, seed, offset=0.0 if family in ("Gemma", "Gemma2", "Gemma3") else 1.0)
         model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
         if dtype != torch.float32:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models.support import Runner, compare, edit_json, load, make_checkpoint, prompts_of, relative_error
 
@@ -335,6 +336,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "helium": ("Helium", {"head_dim": 8, "attention_bias": True}),
     "cwm": ("Cwm", {"head_dim": 16, "sliding_window": 9}),
     "jais2": ("Jais2", {}),
+    "internlm3": ("InternLM3", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "iquestcoder": ("IQuestCoder", {"head_dim": 16}),
+    "sarvammoe": ("SarvamMoE", {**SIGMOID, "head_dim": 16}),
     "vaultgemma": ("VaultGemma", GEMMA),
     "mimov2flash": ("MiMoV2Flash", {**BY_TYPE, **SIGMOID, "head_dim": 16, "v_head_dim": 10, "num_key_value_heads": 1}),
     "flexolmo": ("FlexOlmo", {"num_experts": 5, "num_experts_per_tok": 2}),
@@ -357,6 +361,41 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 def test_matches_transformers(name: str, tmp_path: Path) -> None:
     family, sizes = FAMILIES[name]
     compare(make_checkpoint(tmp_path, family, **sizes), tmp_path, generate=name == family.lower())
+
+
+# Classes that transformers does not have: the one that computes the same, its fields, and what else their file says.
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "BailingMoeV2": (
+        "SarvamMoE",
+        {**SIGMOID, "head_dim": 16, "n_group": 4, "topk_group": 2, "partial_rotary_factor": 0.5},
+        {"rope_parameters": ..., "rope_theta": 8e6, "n_routed_experts": ..., "num_experts": 8, "use_bias": False},
+    ),
+    "LLaMA": ("Llama", {}, {}),
+    "MiMo": ("Qwen2", {}, {}),
+    "MiniCPM": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 1.4 * 3**-0.5,
+            "logits_scaling": 3.0,
+            "attention_multiplier": 8**-0.5,
+        },
+        {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "logits_scaling": ..., "residual_multiplier": ...},
+    ),
+    "TeleChat3": ("Llama", {"head_dim": 12}, {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_classes_that_transformers_does_not_have(name: str, tmp_path: Path) -> None:
+    family, sizes, changes = OTHERS[name]
+    reference = make_checkpoint(tmp_path, family, **sizes)
+    edit_json(tmp_path / "config.json", architectures=[f"{name}ForCausalLM"], model_type="other", **changes)
+    if name == "MiMo":
+        path = tmp_path / "model.safetensors"
+        drafting = {"model.mtp_layers.0.input_proj.weight": torch.ones(48, 96)}
+        save_file({**load_file(path), **drafting}, path, metadata={"format": "pt"})
+    compare(reference, tmp_path, lengths=(21,), new_tokens=16)
 
 
 def test_older_form_of_rope_fields(tmp_path: Path) -> None:

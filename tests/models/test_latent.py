@@ -107,6 +107,12 @@ def test_the_config_of_deepseek_v3(tmp_path: Path) -> None:
     assert spec.num_parameters == pytest.approx(671.0e9, rel=1e-3)
 
 
+def test_flags_that_may_be_null(tmp_path: Path) -> None:
+    """They are as good as false then, as in transformers."""
+    spec = read(tmp_path, "DeepseekV3ForCausalLM", norm_topk_prob=None, rope_interleave=None)
+    assert not spec.experts[0].router.normalize and not spec.ropes[0].interleaved
+
+
 def test_kimi_k2_is_a_deepseek_v3(tmp_path: Path) -> None:
     """Its type is known to no class; heads do not divide the hidden size evenly in GLM-4.7-Flash."""
     values = {

@@ -105,6 +105,18 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
         {**TOWER, "model_type": "siglip_vision_model"},
         {"tie_word_embeddings": False},
     ),
+    "exaone45": (
+        "Exaone4_5_",
+        {"model_type": "exaone4", "sliding_window": 9, "num_hidden_layers": 4},
+        {**QWEN_TOWER, "num_key_value_heads": 2, "fullatt_block_indexes": [0]},
+        {},
+    ),
+    "museglimmer": (
+        "MuseGlimmer",
+        {"head_dim": 16, "sliding_window": 9, "num_hidden_layers": 5, "layer_rope_theta": [10000.0, 0, 0, 10000.0, 0]},
+        {**TOWER, "pos_emb_height": 2, "pos_emb_width": 2},
+        {},
+    ),
     "glm4v": (
         "Glm4v",
         {"rope_parameters": {**MROPE, "mrope_section": [0, 1, 1], "partial_rotary_factor": 0.5}},

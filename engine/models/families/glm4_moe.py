@@ -81,7 +81,7 @@ def sigmoid_layers(
         inner,
         activation,
         Router(
-            fields.flag("norm_topk_prob"),
+            fields.nullable_flag("norm_topk_prob"),
             score="sigmoid",
             bias=bias,
             wide=True,

@@ -61,5 +61,6 @@ def read_ropes(fields: Fields, shape: Shape, turns: list[bool]) -> list[RopeSpec
         return [rope if each else None for each in turns]
     if not isinstance(given, list) or len(given) != shape.num_layers:
         fields.fail("layer_rope_theta", f"must be a list of num_hidden_layers = {shape.num_layers} numbers")
-    bases = [fields.empty("layer_rope_theta", {"": base}).number("", 0.0, minimum=0.0) for base in given]
+    name = "layer_rope_theta"
+    bases = [fields.with_values({name: base}).number(name, 0.0, minimum=0.0) for base in given]
     return [replace(rope, theta=base) if base else None for base in bases]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from engine.models.families.common import Shape, read_activation, read_experts, read_shape, read_windows, shared_experts
 from engine.models.families.glm4_moe import sparse_by_type
 from engine.models.families.rope import read_rope
-from engine.models.fields import Fields, show
+from engine.models.fields import MAX_SIZE, Fields, show
 from engine.models.mixers import OutputGate
 from engine.models.spec import Dense, Experts, ModelSpec, Router
 
@@ -75,7 +75,7 @@ def _read_heads(fields: Fields, shape: Shape) -> tuple[int, ...]:
         count = f"num_hidden_layers = {shape.num_layers} entries, not {len(heads)}"
         fields.fail("num_attention_heads_per_layer", f"must have {count}")
     for each in heads:
-        if each < 1 or each % shape.num_kv_heads:
+        if not 1 <= each <= MAX_SIZE or each % shape.num_kv_heads:
             fields.fail("num_attention_heads_per_layer", f"({each}) must be a multiple of num_key_value_heads")
     return heads
 
