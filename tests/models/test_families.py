@@ -307,7 +307,16 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "cohere": ("Cohere", {"logit_scale": 0.25}),
     "exaonemoe": ("ExaoneMoe", {**SHARED, "num_hidden_layers": 4, "sliding_window": 9, "num_shared_experts": 2}),
     "solaropen": ("SolarOpen", {**SIGMOID, "head_dim": 16, "attention_bias": True, "n_group": 2}),
-    "mellum": ("Mellum", {**BY_TYPE, **SHARED, "head_dim": 16, "mlp_layer_types": ["dense", "sparse", "sparse"]}),
+    "mellum": (
+        "Mellum",
+        {
+            **BY_TYPE,
+            **SHARED,
+            "head_dim": 16,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rope_parameters": OLMO3_ROPE,
+        },
+    ),
     "cohere2moe": ("Cohere2Moe", {**COHERE_MOE, "first_k_dense_replace": 1, "prefix_dense_intermediate_size": 56}),
     "cohere2moe-sigmoid": (
         "Cohere2Moe",

@@ -65,16 +65,18 @@ def sigmoid_layers(
     *,
     bias: str = "mlp.gate.e_score_correction_bias",
     experts: str = "n_routed_experts",
-    shared: str = "n_shared_experts",
+    shared: str | None = "n_shared_experts",
 ) -> list[LayerSpec]:
     """Layers with experts as DeepSeek V3 introduced them. sparse: which; None: all after `first_k_dense_replace`.
 
-    bias: see Router. experts, shared: the fields with the numbers of those that are chosen and that all tokens share.
+    bias: see Router. experts, shared: the fields with the numbers of those that are chosen and that all tokens share
+    (None: there are none).
     """
     activation = read_activation(fields, "hidden_act")
     num_experts, num_experts_per_token = read_experts(fields, experts, "num_local_experts")
     inner = fields.integer("moe_intermediate_size")
     groups, groups_chosen = read_groups(fields, num_experts, num_experts_per_token)
+    count = 0 if shared is None else fields.integer(shared, 0, minimum=0)
     routed = Experts(
         num_experts,
         num_experts_per_token,
@@ -89,7 +91,7 @@ def sigmoid_layers(
             groups_chosen=groups_chosen,
             scale=fields.number("routed_scaling_factor", above=0.0),
         ),
-        shared=shared_experts("shared_experts", inner * fields.integer(shared, 0, minimum=0), activation),
+        shared=shared_experts("shared_experts", inner * count, activation),
     )
     mlp = Dense(shape.intermediate_size, activation)
     if sparse is None:

@@ -66,5 +66,5 @@ def read_spec(fields: Fields) -> ModelSpec:
         shape.attention(ropes[kind], window=window, **given, **(local if kind == "sliding_attention" else {}))
         for kind, window in zip(layer_types, read_windows(fields, shape, layer_types), strict=True)
     ]
-    layers = sigmoid_layers(fields, shape, attention, sparse_by_type(fields, shape.num_layers))
+    layers = sigmoid_layers(fields, shape, attention, sparse_by_type(fields, shape.num_layers), shared=None)
     return shape.model(layers, outside=("mtp.",))
