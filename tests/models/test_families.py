@@ -366,10 +366,18 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+# One of each kind of memory: transformers' own loop and cache come to the same text. For all others its one pass over
+# our text does, which says the same of every token.
+GENERATED = {"llama", "gemma3", "qwen3_next", "lfm2", "granite-mamba"}
+# Of each class; the others differ in a switch, and need not go on for as long.
+FIRST = {family: name for name, (family, _) in reversed(FAMILIES.items())}.values()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_matches_transformers(name: str, tmp_path: Path) -> None:
     family, sizes = FAMILIES[name]
-    compare(make_checkpoint(tmp_path, family, **sizes), tmp_path, generate=name == family.lower())
+    reference = make_checkpoint(tmp_path, family, **sizes)
+    compare(reference, tmp_path, new_tokens=64 if name in FIRST else 32, generate=name in GENERATED)
 
 
 # Classes that transformers does not have: the one that computes the same, its fields, and what else their file says.
