@@ -23,7 +23,7 @@ from engine.ops.invariance import promise
 from engine.ops.state import States
 
 CPU = torch.device("cpu")
-_UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias")
+_UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias|norm\.weight")
 
 # Small, and with no two sizes alike, so that a mixed-up dimension cannot pass.
 SIZES: dict[str, Any] = {

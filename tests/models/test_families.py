@@ -305,6 +305,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1": ("Dots1", {**SIGMOID, "sliding_window": 9, "max_window_layers": 1, "norm_topk_prob": True}),
     "apertus": ("Apertus", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
+    "cohere-norms": ("Cohere", {"use_qk_norm": True, "attention_bias": True}),
     "exaonemoe": ("ExaoneMoe", {**SHARED, "num_hidden_layers": 4, "sliding_window": 9, "num_shared_experts": 2}),
     "solaropen": ("SolarOpen", {**SIGMOID, "head_dim": 16, "attention_bias": True, "n_group": 2}),
     "mellum": (
@@ -330,7 +331,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "stablelm": ("StableLm", {"use_qkv_bias": True}),
-    "stablelm-parallel": ("StableLm", {"use_parallel_residual": True, "rope_parameters": HALF_ROPE}),
+    "stablelm-parallel": (
+        "StableLm",
+        {"use_parallel_residual": True, "rope_parameters": HALF_ROPE, "qk_layernorm": True},
+    ),
     "olmo": ("Olmo", {"clip_qkv": 0.7}),
     "phimoe": ("Phimoe", {"num_local_experts": 5, "lm_head_bias": True, "router_jitter_noise": 0.3}),
     "gptneox": ("GPTNeoX", {"rope_parameters": HALF_ROPE}),

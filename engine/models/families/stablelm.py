@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.models.families.cohere2 import NORMS
 from engine.models.families.common import LLAMA_NORMS, read_activation, read_shape
 from engine.models.families.rope import read_rope
@@ -30,11 +32,13 @@ DEFAULTS = {
 
 
 def read_spec(fields: Fields) -> ModelSpec:
-    """`qk_layernorm` means a weight of its own for every head, which is not supported."""
+    """`qk_layernorm` (StableLM 2 12B) means norms with a weight of its own for every head."""
     shape = read_shape(fields, eps="layer_norm_eps", centered=True, bias=True)
+    norms: dict[str, Any] = {}
     if fields.flag("qk_layernorm"):
-        fields.fail("qk_layernorm", "is not supported")
-    attention = shape.attention(read_rope(fields, shape), qkv_bias=fields.flag("use_qkv_bias"))
+        norms = {f"{each}_norm": shape.norm(f"self_attn.{each}_layernorm.norms.{{}}") for each in ("q", "k")}
+        norms["norm_width"] = "own"
+    attention = shape.attention(read_rope(fields, shape), qkv_bias=fields.flag("use_qkv_bias"), **norms)
     mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
     parallel = fields.flag("use_parallel_residual")
     layer = shape.layer(attention, mlp, NORMS if parallel else LLAMA_NORMS, parallel=parallel)

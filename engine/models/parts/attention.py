@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.models.mixers import GroupedQueryAttention, OutputGate, QueryScale
-from engine.models.parts.norm import make_norm
+from engine.models.mixers import GroupedQueryAttention, NormSpec, OutputGate, QueryScale
+from engine.models.parts.norm import Norm, OwnNorms, make_norm
 from engine.models.parts.rope import split_pairs
 from engine.models.parts.source import Source
 from engine.ops.activation import by_rows
@@ -74,10 +74,18 @@ class Attention:
         self._norm_after_rope = spec.norm_after_rope
         self._query_scale = spec.query_scale
         q_norm, k_norm = spec.q_norm, spec.k_norm if kv_heads else None
-        q_width, k_width = (heads * dim, kv_heads * dim) if spec.norm_width == "full" else (dim, dim)
+        q_width, k_width = (heads * dim, kv_heads * dim) if spec.norm_width != "head" else (dim, dim)
         self._norm_widths = (q_width, k_width)
-        self._q_norm = None if q_norm is None else make_norm(q_norm, source, prefix, q_width)
-        self._k_norm = None if k_norm is None else make_norm(k_norm, source, prefix, k_width)
+
+        def norm(spec_of: NormSpec | None, count: int, width: int) -> Norm | None:
+            if spec_of is None:
+                return None
+            if spec.norm_width != "own":
+                return make_norm(spec_of, source, prefix, width)
+            pairs = split_pairs(1, dim, rope.rotary_dim) if rope is not None and rope.interleaved else None
+            return OwnNorms(spec_of, source, prefix, count, dim, pairs)
+
+        self._q_norm, self._k_norm = norm(q_norm, heads, q_width), norm(k_norm, kv_heads, k_width)
         v_norm = spec.v_norm if kv_heads else None
         self._v_norm = None if v_norm is None else make_norm(v_norm, source, prefix, value_dim)
         self._head_norms: HeadNorms | None = None
