@@ -286,6 +286,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"architectures": ["MiMoV2FlashForCausalLM"], "num_key_value_heads": 4},
         "num_key_value_heads (4), doubled, must divide num_attention_heads",
     ),
+    "mimo-pattern": (
+        {"architectures": ["MiMoV2FlashForCausalLM"], "hybrid_layer_pattern": [0, 2]},
+        "hybrid_layer_pattern must hold 0 or 1 for each of num_hidden_layers = 2 layers",
+    ),
+    "mimo-heads": (
+        {"architectures": ["MiMoV2FlashForCausalLM"], "swa_num_key_value_heads": 2},
+        "swa_num_key_value_heads must be 4 in this class, not 2",
+    ),
     "layer-theta": (
         {"architectures": ["GraniteSWAForCausalLM"], "layer_rope_theta": [0, "far"]},
         'layer_rope_theta must be a finite number of at least 0, not "far"',

@@ -419,6 +419,28 @@ def test_classes_that_transformers_does_not_have(name: str, tmp_path: Path) -> N
     compare(reference, tmp_path, lengths=(21,), new_tokens=16)
 
 
+def test_mimo_v2_flash_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Patterns of 0 and 1, bases beside each other, and a window without its query."""
+    sizes = FAMILIES["mimov2flash"][1]
+    ropes = {
+        kind: {**HALF_ROPE, "rope_theta": base} for kind, base in (("full_attention", 5e6), ("sliding_attention", 1e4))
+    }
+    reference = make_checkpoint(tmp_path, "MiMoV2Flash", **{**sizes, "rope_parameters": ropes})
+    edit_json(
+        tmp_path / "config.json",
+        **dict.fromkeys(("rope_parameters", "layer_types", "mlp_layer_types", "sliding_window"), ...),
+        hybrid_layer_pattern=[1, 0, 1],
+        moe_layer_freq=[0, 1, 1],
+        sliding_window_size=8,
+        rope_theta=5000000,
+        swa_rope_theta=10000,
+        partial_rotary_factor=0.5,
+        swa_num_key_value_heads=2,
+        n_shared_experts=None,
+    )
+    compare(reference, tmp_path, lengths=(21,), new_tokens=16)
+
+
 def test_older_form_of_rope_fields(tmp_path: Path) -> None:
     """transformers 4 wrote rope_theta beside rope_scaling, with `type` for `rope_type`, and torch_dtype."""
     reference = make_checkpoint(tmp_path, "Llama", rope_parameters=LLAMA3_ROPE, head_dim=32)

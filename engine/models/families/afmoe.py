@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.models.families.common import read_activation, read_experts, read_shape, read_windows, shared_experts
+from engine.models.families.latent import refuse_other_routing
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
 from engine.models.mixers import OutputGate
@@ -37,6 +38,7 @@ NORMS = ("input_layernorm", "post_attention_layernorm", "pre_mlp_layernorm", "po
 
 def read_spec(fields: Fields) -> ModelSpec:
     """Every `global_attn_every_n_layers`-th layer sees all, where `layer_types` says nothing."""
+    refuse_other_routing(fields, {"score_func": "sigmoid", "route_norm": True, "n_group": 1, "num_expert_groups": 1})
     shape = read_shape(fields)
     layer_types = fields.layer_types(shape.num_layers)
     if layer_types is None:
