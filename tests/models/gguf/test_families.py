@@ -113,6 +113,12 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "dots1": ("dots1", "Dots1", {**SIGMOID, "sliding_window": None}, SIGMOID_KEYS),
     "starcoder2": ("starcoder2", "Starcoder2", {"sliding_window": None}, {}),
     "cohere": ("command-r", "Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25, "rope.scaling.type": "none"}),
+    "cohere-norms": (
+        "command-r",
+        "Cohere",
+        {"use_qk_norm": True},
+        {"logit_scale": 0.0625, "rope.scaling.type": "none"},
+    ),
     "cohere2": (
         "cohere2",
         "Cohere2",
