@@ -16,21 +16,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine.cache.kv_cache import KVCache, SequencePages
+from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.forward import NULL_PAGE, BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging, TokenMasks
-from engine.request import (
-    MAX_STOP_TOKEN_IDS,
-    ContextLengthExceededError,
-    FinishReason,
-    Request,
-    RequestError,
-)
+from engine.request import FinishReason
 from engine.scheduling.batch import Batch
-from engine.scheduling.policy.registry import make_policy
+from engine.scheduling.residents import Residents
 from engine.scheduling.sequence import Sequence, SequenceStatus
-from engine.scheduling.slots import IndexArray, Scratch, SlotTable
+from engine.scheduling.slots import IndexArray, Scratch
 
 # A run of forced tokens shorter than this is sampled token by token: nothing, or one step of one row, would be saved.
 MIN_JUMP = 2
@@ -56,17 +50,7 @@ class StepResult:
     pooled: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Running totals for the metrics; tokens unless said."""
-
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    num_preemptions: int = 0
-    prefill_tokens: int = 0
-
-
-class Scheduler:
+class Scheduler(Residents):
     """See the module. `staging`: the executor's two sets, filled in turn."""
 
     def __init__(
@@ -79,41 +63,11 @@ class Scheduler:
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "a step must hold every decode row"
-        self.limits = limits
-        self.options = options
-        self.eos_token_ids = eos_token_ids
-        self.kv_cache = KVCache(
-            limits.num_pages,
-            limits.page_size,
-            groups=limits.groups,
-            num_snapshots=limits.num_snapshots,
-            enable_prefix_caching=cache_options.enable_prefix_caching,
-            eviction_policy=cache_options.eviction_policy,
-        )
-        self.counters = SchedulerCounters()
-        self.num_waiting = 0
-        self._clock = clock
-        self._table = SlotTable(limits)
-        self._policy = make_policy(options.policy, self.kv_cache)
+        super().__init__(limits, options, cache_options, clock, eos_token_ids)
         self._batches = (Batch(staging[0]), Batch(staging[1]))
         self._next_step = 0
-        self._committed_step = -1
-        self._next_order = 0
-        self._held: list[Sequence] | None = None
         # Calls of `schedule` that got as far as admission; some of them come to no step.
         self._num_turns = 0
-        # All that run, in order of admission.
-        self._running: list[Sequence] = []
-        self._prefilling: list[Sequence] = []
-        # Past their prefill, with forced tokens that are known and not computed.
-        self._jumping: list[Sequence] = []
-        # Finished or retracted while in flight; they give back slot and pages at commit.
-        self._leaving: list[Sequence] = []
-        # Rows past their prefill, oldest first but for those that have jumped since. Kept as an array; `_decodes_stale`
-        # says that it must be rebuilt.
-        self._decoding: list[Sequence] = []
-        self._decodes: IndexArray = np.zeros(0, np.intp)
-        self._decodes_stale = False
         # Page-table entries that the next step changes: (sequence, its pages then, group, index, page).
         self._remaps: list[tuple[Sequence, SequencePages, int, int, int]] = []
         # Of models with a recurrent state: (sequence, its pages then, tokens) whose state the next step saves.
@@ -126,131 +80,6 @@ class Scheduler:
         self._num_groups = len(limits.groups)
         # Tokens for which groups with a window should have pages, beside the window's own, before a prompt begins.
         self._good_chunk = min(limits.max_num_batched_tokens, max(group.window or 0 for group in limits.groups))
-
-    # ---- requests
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def has_work(self) -> bool:
-        """Something waits, runs, or has yet to give back its slot."""
-        return bool(self.num_waiting or self._running or self._leaving)
-
-    def sequence_of(self, slot: int) -> Sequence:
-        sequence = self._table.sequences[slot]
-        assert sequence is not None
-        return sequence
-
-    def live_sequences(self) -> list[Sequence]:
-        """Every sequence that holds a slot; for checks."""
-        return [sequence for sequence in self._table.sequences if sequence is not None]
-
-    def check(self, request: Request) -> tuple[int, tuple[int, ...]]:
-        """The most tokens that its sequence may have, and the ids that end it.
-
-        Raises RequestError for one that can never be served. Reads nothing that changes: any thread may ask.
-        """
-        prompt, params, limits = request.prompt_token_ids, request.sampling, self.limits
-        if not prompt:
-            raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
-        max_length = limits.max_model_len
-        if request.pooling is not None:
-            # All of it is computed, as if a token were to follow.
-            max_length = len(prompt) + 1
-            most = min(limits.max_model_len, limits.max_cached_tokens)
-            if len(prompt) > most:
-                raise ContextLengthExceededError(
-                    f"This model's maximum context length is {most} tokens. However, your input contains "
-                    f"{len(prompt)} tokens. Please shorten the input.",
-                    param="input",
-                )
-        elif len(prompt) >= limits.max_model_len:
-            raise ContextLengthExceededError(
-                f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt "
-                f"contains {len(prompt)} tokens, which leaves no room for output. Please shorten the prompt.",
-                param="prompt",
-            )
-        if params.max_tokens is not None:
-            max_length = len(prompt) + params.max_tokens
-            if max_length > limits.max_model_len:
-                raise ContextLengthExceededError(
-                    f"This model's maximum context length is {limits.max_model_len} tokens. However, you "
-                    f"requested {max_length} tokens ({len(prompt)} in the prompt, {params.max_tokens} for the "
-                    "output). Please shorten the prompt or the output.",
-                    param="max_tokens",
-                )
-        # The last token is never computed, so it needs no place in the cache.
-        if max_length - 1 > limits.max_cached_tokens:
-            if params.max_tokens is not None or len(prompt) >= limits.max_cached_tokens:
-                raise ContextLengthExceededError(
-                    f"The KV cache holds {limits.max_cached_tokens} tokens; {max_length} were asked "
-                    "for (prompt and output). Please shorten the prompt or the output.",
-                    param="max_tokens",
-                )
-            max_length = limits.max_cached_tokens + 1
-        stop_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.eos_token_ids) + params.stop_token_ids))
-        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"At most {MAX_STOP_TOKEN_IDS} stop token ids are supported, EOS ids included; got {len(stop_ids)}.",
-                param="stop_token_ids",
-            )
-        return max_length, stop_ids
-
-    def submit(self, request: Request) -> Sequence:
-        """Queue a request. Raises RequestError for one that can never be served."""
-        max_length, stop_ids = self.check(request)
-        sequence = Sequence(
-            request,
-            order=self._next_order,
-            max_length=max_length,
-            stop_ids=stop_ids,
-            arrived_at=self._clock.now(),
-        )
-        self._next_order += 1
-        self.num_waiting += 1
-        if self._held is not None:
-            self._held.append(sequence)
-        else:
-            self._policy.push(sequence)
-        return sequence
-
-    def hold(self) -> None:
-        """From now on new sequences wait until `let_go`, whatever the policy says."""
-        if self._held is None:
-            self._held = []
-
-    def let_go(self) -> None:
-        held, self._held = self._held or [], None
-        for sequence in held:
-            if not sequence.is_finished:
-                self._policy.push(sequence)
-
-    def retract_all(self) -> None:
-        """Make every running sequence wait, to be computed again. Nothing may be in flight."""
-        for sequence in reversed(list(self._running)):
-            self._retract(sequence)
-
-    def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
-        """End a sequence now, in whatever state it is. Idempotent."""
-        self.finish(sequence, reason, None)
-
-    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
-        """End a sequence; tokens still in flight for it will be dropped."""
-        if sequence.is_finished:
-            return
-        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        self._policy.finished(sequence)
-        if sequence.status is SequenceStatus.WAITING:
-            sequence.move(SequenceStatus.FINISHED)
-            self.num_waiting -= 1
-            return
-        if sequence.status is SequenceStatus.RUNNING:
-            self._leave(sequence)
-        sequence.move(SequenceStatus.FINISHING)
-        self._table.live[sequence.slot] = False
-        self._release_if_idle(sequence)
 
     # ---- a step begins
 
@@ -702,62 +531,3 @@ class Scheduler:
         self._table.last_step.take(slots, out=newest, mode="clip")
         busy: BoolArray = np.greater(newest, self._committed_step, out=self._scratch.get("busy", np.bool_, len(slots)))
         return busy
-
-    @property
-    def slot_owners(self) -> list[Sequence | None]:
-        """[num_slots]: who holds each slot now; to be read only."""
-        return self._table.sequences
-
-    # ---- leaving
-
-    def _in_flight(self, sequence: Sequence) -> bool:
-        return bool(self._table.last_step[sequence.slot] > self._committed_step)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Take a running sequence out of every order; slot and pages follow when nothing is in flight."""
-        self._running.remove(sequence)
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
-        elif sequence in self._jumping:
-            self._jumping.remove(sequence)
-        elif sequence in self._decoding:
-            self._decoding.remove(sequence)
-            self._decodes_stale = True
-        self._leaving.append(sequence)
-
-    def _retract(self, sequence: Sequence) -> None:
-        """Take the place of a running sequence; it will be computed again from its tokens."""
-        self._leave(sequence)
-        sequence.move(SequenceStatus.RETRACTING)
-        sequence.num_retractions += 1
-        self.counters.num_preemptions += 1
-        self._release_if_idle(sequence)
-
-    def _release_leaving(self) -> None:
-        if self._leaving:
-            for sequence in list(self._leaving):
-                self._release_if_idle(sequence)
-
-    def _release_if_idle(self, sequence: Sequence) -> None:
-        """Give slot and pages back, once nothing of the sequence is in flight."""
-        if self._in_flight(sequence):
-            return
-        if sequence in self._leaving:
-            self._leaving.remove(sequence)
-        table, slot, pages = self._table, sequence.slot, sequence.pages
-        assert pages is not None
-        tokens = sequence.token_ids
-        # KV is valid for tokens that were computed and whose ids are known; an overrun's are not.
-        valid = min(int(table.computed[slot]), len(tokens))
-        if sequence.finish_reason is FinishReason.ERROR or not self.kv_cache.is_intact(pages):
-            valid = 0
-        self.kv_cache.release(pages, tokens, valid)
-        sequence.pages = None
-        sequence.leave_slot()
-        if sequence.status is SequenceStatus.FINISHING:
-            sequence.move(SequenceStatus.FINISHED)
-        else:
-            sequence.move(SequenceStatus.WAITING)
-            sequence.is_retracted = True
-            self.num_waiting += 1
-            self._policy.push_front(sequence)
