@@ -258,8 +258,9 @@ class Engine(Resting):
                     try:
                         output = await executor.wait(handle)
                     except ForwardError as error:
-                        logger.error("a step failed and its requests with it: %s", error)
                         result = scheduler.fail(done, error)
+                        self.metrics.failed_steps += 1
+                        logger.error("a step failed, and %d of its requests by it: %s", len(result.finished), error)
                         if in_flight:
                             self._masks.provide(*in_flight[0])
                         self.publisher.publish_failure(result)

@@ -152,6 +152,9 @@ class EngineMetrics(Collector):
 
         self.finished = dict.fromkeys(FinishReason, 0)
         self.rejected: dict[str, int] = {}
+        # Requests that ended by an error, by the part that failed; steps that did and were tried again.
+        self.failures: dict[str, int] = {}
+        self.failed_steps = 0
         self.startup_seconds: dict[str, float] = {}
         self.cache_config: dict[str, str] = {}
         # Of finished requests, so that the two always add up to their prompts.
@@ -252,6 +255,10 @@ class EngineMetrics(Collector):
         values = {"block_size": block_size, "num_gpu_blocks": num_gpu_blocks, **labels}
         self.cache_config = {name: str(value) for name, value in values.items()}
 
+    def on_failure(self, domain: str) -> None:
+        """A request ended by an error of its own; domain: a word from a fixed set (forward, text, grammar, ...)."""
+        self.failures[domain] = self.failures.get(domain, 0) + 1
+
     # The server's side.
 
     def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
@@ -287,6 +294,13 @@ class EngineMetrics(Collector):
             durations.add_metric(labels, *histogram.buckets())
         yield requests
         yield durations
+        failures = CounterMetricFamily(
+            "oneloop_request_failures", "Requests that ended by an error of their own, by part.", labels=["domain"]
+        )
+        for domain, count in self.failures.items():
+            failures.add_metric([domain], count)
+        yield failures
+        yield CounterMetricFamily("oneloop_failed_steps", "Steps that failed.", value=self.failed_steps)
 
 
 class _Families:

@@ -24,6 +24,7 @@ from engine.request import (
 from engine.scheduling.policy.registry import make_policy
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray, SlotTable
+from engine.scheduling.trials import Trials
 
 
 @dataclass(slots=True)
@@ -66,6 +67,8 @@ class Residents:
         self._committed_step = -1
         self._next_order = 0
         self._held: list[Sequence] | None = None
+        # Suspects wait there, and not with the policy.
+        self._trials = Trials()
         # All that run, in order of admission.
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
@@ -259,4 +262,5 @@ class Residents:
             sequence.move(SequenceStatus.WAITING)
             sequence.is_retracted = True
             self.num_waiting += 1
-            self._policy.push_front(sequence)
+            if not sequence.suspect_until:
+                self._policy.push_front(sequence)

@@ -261,7 +261,7 @@ class Scheduler(Residents):
             # A half-written prompt goes first: admitting another would only share the budget between them.
             if self._prefilling or not self._table.num_free:
                 return
-            candidate = self._policy.peek(self._num_turns)
+            candidate = self._trials.next() if self._trials.pending else self._policy.peek(self._num_turns)
             if candidate is None or not self._admit(batch, candidate):
                 return
             self._write_chunk(batch, candidate)
@@ -303,8 +303,9 @@ class Scheduler(Residents):
             sequence.num_cached_tokens = num_cached
             self.counters.prefix_cache_queries += len(tokens)
             self.counters.prefix_cache_hits += num_cached
-        popped = self._policy.pop()
-        assert popped is sequence
+        if not sequence.suspect_until:
+            popped = self._policy.pop()
+            assert popped is sequence
         sequence.is_retracted = False
         slot = table.pop_free()
         sequence.enter_slot(slot, table)
@@ -398,9 +399,14 @@ class Scheduler(Residents):
     def commit(self, batch: Batch, output: ForwardOutput) -> StepResult:
         """Apply a finished step. Steps are committed in the order they were scheduled."""
         self._end_step(batch)
+        if self._trials.pending:
+            self._acquit(batch)
         table, scratch = self._table, self._scratch
         slots, tokens = batch.slots, output.token_ids
         assert len(tokens) == batch.num_rows, "the executor answered for another number of rows"
+        if int(tokens.max()) >= self.limits.vocab_size:
+            output.broken = [*output.broken, *np.flatnonzero(tokens >= self.limits.vocab_size).tolist()]
+        broken = self._end_broken(batch, output.broken) if output.broken else []
         live = table.live.take(slots, out=scratch.get("live", np.bool_, len(slots)), mode="clip")
         if not batch.all_sample:
             np.logical_and(live, batch.samples, out=live)
@@ -430,7 +436,7 @@ class Scheduler(Residents):
         gaps = table.token_at.take(slots, out=scratch.get("gaps", np.float64, count), mode="clip")
         np.subtract(now, gaps, out=gaps)
         table.token_at[slots] = now
-        result = StepResult(slots, tokens, gaps)
+        result = StepResult(slots, tokens, gaps, broken)
         if output.logprobs is not None or output.prompt_logprobs:
             self._attribute_logprobs(batch, output, result)
         if ended.any():
@@ -446,6 +452,14 @@ class Scheduler(Residents):
         self._release_leaving()
         return result
 
+    def _acquit(self, batch: Batch) -> None:
+        """Suspects that the step has brought past the place where one had failed with them."""
+        rows, staging = batch.num_rows, batch.staging
+        ends = (staging.row_start[:rows] + staging.row_len[:rows]).tolist()
+        live = [bool(self._table.live[slot]) for slot in batch.slots.tolist()]
+        members = map(self.sequence_of, batch.slots.tolist())
+        self._trials.succeeded((one, end) for one, end, wanted in zip(members, ends, live, strict=True) if wanted)
+
     def _attribute_logprobs(self, batch: Batch, output: ForwardOutput, result: StepResult) -> None:
         """Before any row leaves its slot: whose log-probabilities are these? Overruns are left out."""
         live, slots = self._table.live, batch.slots
@@ -458,29 +472,65 @@ class Scheduler(Residents):
                 result.prompt_logprobs.append((self.sequence_of(int(slots[prompt.row])), index))
 
     def fail(self, batch: Batch, error: ForwardError) -> StepResult:
-        """A step failed: its sequences end with an error, and what it entered into the radix tree is taken back.
+        """A step failed: whoever made it fail ends with an error, once that is known; all others are computed again.
 
-        Sequences of later steps that already share such a page are computed again; the rest is not touched.
+        What the step entered into the radix tree is taken back, and who shares it already starts over. A sequence that
+        was alone in the step is the culprit; of several, each is a suspect (see Trials).
         """
         self._end_step(batch)
-        result = StepResult(batch.slots[:0], np.zeros(0, np.int32), np.zeros(0))
+        table, cache, slots = self._table, self.kv_cache, batch.slots
+        result = StepResult(slots[:0], np.zeros(0, np.int32), np.zeros(0))
         for sequence, first_page in batch.entered:
             if sequence.pages is not None:
-                self.kv_cache.take_back(sequence.pages, first_page)
-        # An aborted sequence may still have been part of the step: its last pages are not to be shared either.
-        self._table.computed[batch.slots] = 0
-        for slot in batch.slots.tolist():
-            sequence = self.sequence_of(slot)
-            if self._table.live[slot]:
-                self.finish(sequence, FinishReason.ERROR, None)
-                result.finished.append(sequence)
-        for sequence in list(self._running):
-            if sequence.pages is not None and not self.kv_cache.is_intact(sequence.pages):
-                # Its tokens in flight come from the failed step's pages.
-                self._table.live[sequence.slot] = False
-                self._retract(sequence)
+                cache.take_back(sequence.pages, first_page)
+        # What was computed before the step is good, also of one that was aborted. Windows have left some of it behind.
+        starts = 0 if cache.has_windows else batch.staging.row_start[: batch.num_rows]
+        table.computed[slots] = np.minimum(table.computed[slots], starts)
+        members = [self.sequence_of(slot) for slot in slots.tolist()]
+        suspects = [sequence for sequence in members if sequence.suspect_until]
+        if all(table.live[one.slot] or one.is_finished for one in suspects):
+            ends = batch.staging.row_start[: batch.num_rows] + batch.staging.row_len[: batch.num_rows]
+            for sequence, end in zip(members, ends.tolist(), strict=True):
+                if sequence in suspects or not suspects:
+                    sequence.suspect_until = max(sequence.suspect_until, end)
+            result.finished += self._trials.judge(suspects or members)
+        # Else it was launched before the step that they are suspected for had failed, and tells nothing new.
+        for sequence in result.finished:
+            self.finish(sequence, FinishReason.ERROR, None)
+        table.live[slots] = False
+        self._distrust_heirs()
+        self.retract_all()
         self._release_leaving()
         return result
+
+    def _end_broken(self, batch: Batch, rows: list[int]) -> list[Sequence]:
+        """Rows that computed no numbers end with an error, and what they put into the radix tree leaves it.
+
+        Who shares that is computed again. Returns those that ended now.
+        """
+        ended = []
+        for slot in batch.slots[rows].tolist():
+            if self._table.live[slot]:
+                sequence = self.sequence_of(slot)
+                assert sequence.pages is not None
+                # What it found there when it came is not its own.
+                self.kv_cache.take_back(sequence.pages, sequence.num_cached_tokens // self.limits.page_size)
+                self.finish(sequence, FinishReason.ERROR, None)
+                ended.append(sequence)
+        for sequence in self._distrust_heirs():
+            self._retract(sequence)
+        return ended
+
+    def _distrust_heirs(self) -> list[Sequence]:
+        """Who shares a page that was taken back: its tokens in flight come from there."""
+        heirs = [
+            sequence
+            for sequence in self._running
+            if sequence.pages is not None and not self.kv_cache.is_intact(sequence.pages)
+        ]
+        for sequence in heirs:
+            self._table.live[sequence.slot] = False
+        return heirs
 
     def jump(self, batch: Batch, row: int, tokens: Iterable[int]) -> int:
         """Append tokens that must follow, where `row` of the newest step in flight would sample the first of them.
