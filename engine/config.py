@@ -97,6 +97,8 @@ class ServerOptions:
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
     template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
     reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
+    stall_timeout_s: without a step that comes to an end in so long, while there is work, /health is 503 and all stacks
+    are logged; stall_action: "exit" ends the process then, "report" does not.
     response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later turn, and how
     much of them; 0 keeps none. allowed_origins: web pages that may read answers; "local" stands for all of this
     machine's, "*" for all there are. refuse_max_tokens: a max_tokens that does not fit the context is an error and not
@@ -114,7 +116,8 @@ class ServerOptions:
     drain_timeout_s: float = 30.0
     keep_alive_interval_s: float = 15.0
     metrics_prefix: str = "vllm"
-    unresponsive_after_s: float = 60.0
+    stall_timeout_s: float = 60.0
+    stall_action: str = "report"
     root_path: str = ""
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -146,7 +149,8 @@ class EngineConfig:
     """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU, None for auto.
 
     deterministic: a request's tokens and log-probabilities have the same bits whatever runs beside it. True: or the
-    start fails. None: where it costs nothing.
+    start fails. None: where it costs nothing. debug_faults: see executor/faults.py. check_invariants: the KV cache is
+    checked whole whenever the engine is idle, and not a part of the time.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -158,6 +162,8 @@ class EngineConfig:
     device: str = "auto"
     num_threads: int | None = None
     deterministic: bool | None = None
+    debug_faults: str | None = None
+    check_invariants: bool = False
 
 
 class StartupError(Exception):

@@ -33,6 +33,12 @@ from engine.text.tokenizer import Tokenizer
 logger = logging.getLogger("oneloop.engine")
 
 MAX_LOOKED_UP = 256
+# Seconds between two looks at a part of the KV cache's books.
+CHECK_BOOKS_EVERY_S = 30.0
+
+
+class StalledError(Exception):
+    """No step has come to an end for --stall-timeout, and --stall-action is exit."""
 
 
 class Engine(Resting):
@@ -69,6 +75,10 @@ class Engine(Resting):
         self._rng = rng or random.Random()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
+        self._books_checked_at = -math.inf
+        self._books_rng = random.Random(0)  # its own: seeds of requests do not depend on when it was idle
+        self._task: asyncio.Task[None] | None = None
+        self.stalled = False
 
     # ---- the door
 
@@ -235,6 +245,7 @@ class Engine(Resting):
 
     async def run(self) -> None:
         """Serve until cancelled. Returns only by raising: what it raises means that the process must end."""
+        self._task = asyncio.current_task()
         in_flight: deque[tuple[Batch, StepHandle]] = deque()
         scheduler, executor = self.scheduler, self.executor
         try:
@@ -247,6 +258,7 @@ class Engine(Resting):
                         self._masks.provide(*in_flight[0])
                 if not in_flight:
                     if not scheduler.has_work:
+                        self._check_books()
                         self._idle.set()
                     if self._stopped:
                         self._at_rest.set()
@@ -276,7 +288,11 @@ class Engine(Resting):
                     # A device that is always ahead must not keep the sockets from being served.
                     await asyncio.sleep(0)
         except asyncio.CancelledError:
-            raise
+            if not self.stalled:
+                raise
+            error = StalledError("no step has come to an end")
+            self._fail_all(error)
+            raise error from None
         except BaseException as error:
             self._fail_all(error)
             raise
@@ -286,9 +302,33 @@ class Engine(Resting):
                 if batch.forward_input.masks is not None:
                     batch.forward_input.masks.release()
 
+    def give_up(self) -> None:
+        """The device hangs: end every stream, and let `run` raise StalledError."""
+        if self._task is not None and not self._task.done():
+            self.stalled = True
+            self._task.cancel()
+
+    def _check_books(self) -> None:
+        """While nobody is here: are the KV cache's books in order? If not they are begun anew, and requests go on."""
+        cache, now, whole = self.scheduler.kv_cache, self.clock.now(), self.config.check_invariants
+        if self.scheduler.live_sequences() or not (whole or now - self._books_checked_at >= CHECK_BOOKS_EVERY_S):
+            return
+        self._books_checked_at = now
+        try:
+            if whole:
+                cache.check([])
+            else:
+                cache.check_sample(self._books_rng)
+        except Exception:
+            logger.exception("the KV cache's books are wrong; it is emptied, and requests go on")
+            self.metrics.kv_violations += 1
+            cache.rebuild()
+
     def _fail_all(self, error: BaseException) -> None:
         self.failed = True
         what = "the device was lost" if isinstance(error, DeviceLostError) else "internal error"
+        if isinstance(error, StalledError):
+            what = "the device does not answer"
         self.publisher.end_all(f"The engine failed: {what}")
         self._idle.set()
         self._at_rest.set()

@@ -333,6 +333,15 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="how long accepted requests may go on after SIGTERM or Ctrl-C (30)",
     )
     server.add_argument("--sse-keep-alive-interval", type=_not_negative, metavar="S", help="0 is off")
+    server.add_argument(
+        "--stall-timeout",
+        type=_positive,
+        metavar="S",
+        help="no step comes to an end in so long (60): /health is 503, and every thread's stack goes to the log",
+    )
+    server.add_argument(
+        "--stall-action", choices=["report", "exit"], help="exit: and the process ends, every stream told"
+    )
     server.add_argument("--metrics-prefix", metavar="NAME", help="vllm (default), sglang, or a prefix of your own")
     server.add_argument(
         "--tool-call-parser",
@@ -371,6 +380,16 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         dest="root_path",
         metavar="PATH",
         help="prefix that a proxy puts before routes",
+    )
+    debug = parser.add_argument_group("looking for faults")
+    debug.add_argument(
+        "--debug-faults",
+        metavar="SPEC",
+        help="a device that misbehaves by plan: 'raise:p=0.01;nan:step=40;slow:p=0.1,s=0.5;seed=7', and hang, oom, "
+        "corrupt, lost",
+    )
+    debug.add_argument(
+        "--check-invariants", action="store_true", help="check all of the KV cache's books whenever nothing runs"
     )
     same = parser.add_argument_group("what is so here anyway")
     same.add_argument(*_ALWAYS, dest="always", action="store_true", help="always on")
@@ -479,6 +498,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 drain_timeout_s=args.drain_timeout,
                 keep_alive_interval_s=args.sse_keep_alive_interval,
                 metrics_prefix=args.metrics_prefix,
+                stall_timeout_s=args.stall_timeout,
+                stall_action=args.stall_action,
                 root_path=args.root_path,
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
@@ -499,6 +520,8 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         ),
         num_threads=args.threads,
         deterministic=args.deterministic,
+        debug_faults=args.debug_faults,
+        check_invariants=args.check_invariants,
         **_given(device=args.device),  # type: ignore[arg-type]
     )
 

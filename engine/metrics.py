@@ -155,6 +155,7 @@ class EngineMetrics(Collector):
         # Requests that ended by an error, by the part that failed; steps that did and were tried again.
         self.failures: dict[str, int] = {}
         self.failed_steps = 0
+        self.kv_violations = 0
         self.startup_seconds: dict[str, float] = {}
         self.cache_config: dict[str, str] = {}
         # Of finished requests, so that the two always add up to their prompts.
@@ -301,6 +302,8 @@ class EngineMetrics(Collector):
             failures.add_metric([domain], count)
         yield failures
         yield CounterMetricFamily("oneloop_failed_steps", "Steps that failed.", value=self.failed_steps)
+        violations = "Times that the KV cache's books were wrong and were begun anew."
+        yield CounterMetricFamily("oneloop_kv_violations", violations, value=self.kv_violations)
 
 
 class _Families:

@@ -55,9 +55,11 @@ def main(argv: list[str] | None = None) -> int:
 async def _run(config: EngineConfig, built: Built) -> int:
     """The loop task and the web server, side by side, until one of them ends."""
     import asyncio
+    import functools
     import gc
 
     from engine.config import StartupError
+    from engine.watchdog import Watchdog
     from server.app import ServedModel, build_app, serve
 
     engine, report = built.engine, built.report
@@ -85,7 +87,15 @@ async def _run(config: EngineConfig, built: Built) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    stop = asyncio.Event()
+    stop, options = asyncio.Event(), config.server
+    loop = asyncio.get_running_loop()
+    exits = options.stall_action == "exit"
+    watchdog = Watchdog(
+        engine.seconds_since_progress,
+        options.stall_timeout_s,
+        stop=functools.partial(loop.call_soon_threadsafe, engine.give_up) if exits else None,
+    )
+    watchdog.start()
     loop_task = asyncio.create_task(engine.run(), name="engine")
     # A failed engine has nothing left to serve: what is connected gets its error event, then the process ends.
     loop_task.add_done_callback(lambda _: stop.set())
@@ -94,10 +104,12 @@ async def _run(config: EngineConfig, built: Built) -> int:
             build_app(engine, model, config.server), engine, config.server, on_listening=on_listening, stop=stop
         )
     finally:
+        watchdog.close()
         failure = loop_task.exception() if loop_task.done() and not loop_task.cancelled() else None
         loop_task.cancel()
         await asyncio.wait({loop_task})
-        engine.executor.close()
+        if not engine.stalled:  # it would wait for what hangs
+            engine.executor.close()
     if failure is not None:
         print(f"error: the engine failed: {failure}", file=sys.stderr)
         return 1

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from engine.config import EngineConfig, SchedulerOptions, StartupError
-from engine.engine import Engine
+from engine.engine import Engine, StalledError
 from engine.executor.fake import FakeExecutor
 from engine.executor.faults import FaultyExecutor, parse_faults
 from engine.forward import Limits
 from engine.request import FinishReason
 from engine.stream import Delta
+from engine.watchdog import EXIT_CODE, Watchdog
 from tests.test_engine import EOS, MODEL, TOKENIZER, VOCAB, Alternating, ask, collect, reference
 
 # A token that only the culprit's prompt has.
@@ -195,3 +197,64 @@ async def test_a_loop_that_breaks_tells_every_stream_and_raises() -> None:
     answers = [await stream.collect() for stream in streams]
     assert all(answer.error == "The engine failed: internal error" for answer in answers)
     assert engine.failed
+
+
+@pytest.mark.parametrize("whole", [True, False])
+async def test_wrong_books_are_begun_anew_and_requests_go_on(whole: bool) -> None:
+    limits = Limits(8, 256, 256, 16, 256, VOCAB)
+    config = EngineConfig(scheduler=SchedulerOptions(max_num_seqs=8), check_invariants=whole)
+    engine = Engine(config, FakeExecutor(limits, MODEL), TOKENIZER, eos_token_ids=(EOS,))
+    task = asyncio.create_task(engine.run())
+    prompt = list(range(100, 140))
+    try:
+        first = await collect(engine.submit(ask("first", prompt)))
+        await engine.drained()
+        assert engine.metrics.kv_violations == 0
+        child = next(iter(engine.scheduler.kv_cache._tree.roots()[0].children.values()))
+        child.lock_count += 1
+        engine._books_checked_at = -1e9
+        second = await collect(engine.submit(ask("second", prompt)))
+        await engine.drained()
+        assert engine.metrics.kv_violations == 1 and engine.scheduler.kv_cache.num_free == 256
+        engine._books_checked_at = -1e9
+        third = await collect(engine.submit(ask("third", prompt)))
+        await engine.drained()
+        assert engine.metrics.kv_violations == 1
+        assert first.token_ids == second.token_ids == third.token_ids == reference(prompt)
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+async def test_a_stall_is_told_once_and_ends_every_stream() -> None:
+    limits = Limits(8, 256, 256, 16, 256, VOCAB)
+    device: Any = FaultyExecutor(FakeExecutor(limits, MODEL), parse_faults("hang:step=2"))
+    engine = Engine(EngineConfig(scheduler=SchedulerOptions(max_num_seqs=8)), device, TOKENIZER)
+    loop, codes = asyncio.get_running_loop(), []
+    with tempfile.TemporaryFile("w+") as out:
+        watchdog = Watchdog(
+            engine.seconds_since_progress,
+            0.05,
+            stop=lambda: loop.call_soon_threadsafe(engine.give_up),
+            end=codes.append,
+            out=out,
+        )
+        watchdog.start()
+        stream = engine.submit(ask("a", [1, 2, 3]))
+        with pytest.raises(StalledError):
+            await asyncio.wait_for(engine.run(), 30)
+        answer = await stream.collect()
+        assert answer.error == "The engine failed: the device does not answer" and engine.failed
+        watchdog.close()
+        out.seek(0)
+        assert out.read().count("Current thread") == 1
+    assert watchdog.num_stalls == 1 and not codes
+
+
+def test_a_loop_that_hangs_itself_is_ended() -> None:
+    codes: list[int] = []
+    with tempfile.TemporaryFile("w+") as out:
+        watchdog = Watchdog(lambda: 9.0, 0.01, stop=lambda: None, end=codes.append, out=out, grace_s=0.01)
+        watchdog.start()
+        watchdog._thread.join(30)
+    assert codes == [EXIT_CODE]

@@ -63,6 +63,7 @@ ALLOWED = {
         "engine.resting",
     },
     "engine.flags": set(),
+    "engine.watchdog": set(),
     "engine.report": set(),
     "engine.build": {"engine"},
     "engine.llm": {"engine"},
