@@ -14,6 +14,7 @@ import math
 import random
 from collections import deque
 
+from engine.admission import Admission
 from engine.clock import Clock, MonotonicClock, RangeOf, in_range
 from engine.config import EngineConfig
 from engine.executor.base import Executor, StepHandle
@@ -21,7 +22,7 @@ from engine.forward import DeviceLostError, ForwardError
 from engine.grammar_masks import GrammarMasks
 from engine.metrics import EngineMetrics, EngineStats, Rates
 from engine.publisher import NO_TEXT, Listener, Publisher
-from engine.request import QueueFullError, Request, RequestError, UnavailableError
+from engine.request import OverloadedError, QueueFullError, Request, RequestError, UnavailableError
 from engine.resting import Resting
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
@@ -71,6 +72,8 @@ class Engine(Resting):
         # For whoever balances load between servers.
         self.rates = Rates(self.metrics, clock.now)
         self.depth = 2 if config.scheduler.overlap else 1
+        options = config.scheduler
+        self.admission = Admission(scheduler, options.ttft_slo_s, options.max_queue_wait_s)
         self._masks = GrammarMasks(scheduler, executor, publisher)
         self._rng = rng or random.Random()
         self._idle: asyncio.Event = asyncio.Event()
@@ -92,9 +95,15 @@ class Engine(Resting):
             raise UnavailableError("The model is asleep; POST /wake_up first.")
         if self.scheduler.num_waiting >= self.config.scheduler.max_queued_requests:
             self.metrics.on_rejected("queue_full")
-            raise QueueFullError("Too many requests are waiting; please retry later.")
+            wait = self.admission.retry_after()
+            raise QueueFullError("Too many requests are waiting; please retry later.", retry_after=wait)
         assert request.request_id not in self.publisher.listeners, "request ids are unique"
         self._check_rows(request)
+        try:
+            self.admission.check(len(request.prompt_token_ids))
+        except OverloadedError:
+            self.metrics.on_rejected("overloaded")
+            raise
         if request.sampling.seed is None and request.sampling.temperature > 0:
             sampling = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=sampling)
@@ -262,6 +271,7 @@ class Engine(Resting):
                         self._idle.set()
                     if self._stopped:
                         self._at_rest.set()
+                    self.admission.rest()
                     self._wake.clear()
                     await self._wake.wait()
                     continue
@@ -285,6 +295,7 @@ class Engine(Resting):
                             self._masks.provide(*in_flight[0])
                         self.publisher.publish(result)
                     self._progress_at = self.clock.now()
+                    self.admission.observe(self._progress_at)
                     # A device that is always ahead must not keep the sockets from being served.
                     await asyncio.sleep(0)
         except asyncio.CancelledError:

@@ -130,7 +130,7 @@ def _hello(url: str, built: Built) -> str:
     else:
         path, prompt = "completions", '"stream": true, "prompt": "Once upon a time", "max_tokens": 64'
     key = ""
-    if built.engine.config.server.api_keys:
+    if built.engine.config.server.num_keys:
         key = " -H 'Authorization: Bearer YOUR_KEY'"
     more = ""
     if built.directory.resolve() == DEMO_MODEL.resolve():
@@ -147,7 +147,8 @@ def _server_info(config: EngineConfig, built: Built) -> dict[str, object]:
     import dataclasses
 
     options = dataclasses.asdict(config)
-    options["server"]["api_keys"] = len(config.server.api_keys)
+    options["server"]["api_keys"] = config.server.num_keys
+    del options["server"]["key_entries"]
     options["server"]["admin_api_key"] = config.server.admin_api_key is not None
     limits = built.engine.limits
     return {

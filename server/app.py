@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hmac
 import importlib
 import logging
 import re
@@ -17,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -25,10 +25,12 @@ from aiohttp import web
 
 from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
+from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints
 from server.endpoints import abort, health
+from server.keyring import Key, Keyring
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
@@ -54,6 +56,12 @@ _ALWAYS_OPEN = frozenset(handler for _, _, handler in abort.ROUTES)
 _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
 # What a request holds and its answer does without.
 _IGNORED = web.RequestKey("ignored", Ignored)
+_LIMIT_HEADERS = ", ".join(
+    f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
+)
+# Whose request it is, where it needed a key.
+_KEY = web.RequestKey("key", Key)
+_ADMIN_KEYS = web.AppKey("admin_keys", Keyring)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A burst of this many connects waits in the kernel and is not refused.
@@ -88,7 +96,13 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     if options.reasoning_budget is not None and reasoning_family is None:
         raise StartupError("--reasoning-budget needs a model that reasons; this one's chat template shows no reasoning")
     store = ResponseStore(options.response_store_size, options.response_store_bytes)
-    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family, responses=store)
+    usage = None if options.key_usage_path is None else Path(options.key_usage_path)
+    keyring = Keyring(tuple(map(digest, options.api_keys)), options.key_entries, usage=usage)
+    app[_ADMIN_KEYS] = Keyring(() if options.admin_api_key is None else (digest(options.admin_api_key),))
+    compiler = _make_compiler(engine)
+    app[STATE] = State(
+        engine, model, options, compiler, tool_family, reasoning_family, responses=store, keyring=keyring
+    )
     app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
@@ -119,6 +133,7 @@ async def _warm_up(app: web.Application) -> None:
 
 
 async def _clean_up(app: web.Application) -> None:
+    app[STATE].keyring.save()
     if (compiler := app[STATE].compiler) is not None:
         compiler.close()
 
@@ -158,10 +173,16 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
         asked = request.method in _READING or request.content_type == "application/json"
         if not asked and _is_foreign_page(request, state.options):
             raise ApiError(403, "Pages of this origin may not use this server; --allowed-origins says which may.")
-        CALLER.set(Caller(_authorize(request, state.options), _read_timeout(request)))
+        key = _authorize(request, state)
+        CALLER.set(Caller("" if key is None else key.name, key, _read_timeout(request)))
+        if key is not None:
+            request[_KEY] = key
         if state.engine.draining and request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:
             raise UnavailableError("The server is shutting down and takes no new requests.")
-        return await handler(request)
+        if key is None or request.method != "POST" or request.match_info.handler in _ALWAYS_OPEN:
+            return await handler(request)
+        with state.keyring.request(key):
+            return await handler(request)
     except RequestError as error:
         return _failed(request, error)
     except web.HTTPException as error:
@@ -200,27 +221,25 @@ def _without_slash(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
-def _authorize(request: web.Request, options: ServerOptions) -> str:
-    """Which of the keys the request has, "" where it needs none; else the 401. Headers only: the body is not read yet.
+def _authorize(request: web.Request, state: State) -> Key | None:
+    """The key that the request has, None where it needs none; else the 401. Headers only: the body is not read yet.
 
     As in SGLang: admin routes take the admin key and no other where one is set, and all other routes only the API keys.
     """
-    handler = request.match_info.handler
+    handler, options = request.match_info.handler, state.options
     open_handlers = (health.health,) if options.protect_metrics else (health.health, health.metrics)
     is_admin = options.admin_api_key is not None and handler in _ADMIN_HANDLERS
-    keys = (options.admin_api_key or "",) if is_admin else options.api_keys
-    if not keys or handler in open_handlers:
-        return ""
+    keyring = request.app[_ADMIN_KEYS] if is_admin else state.keyring
+    if not keyring or handler in open_handlers:
+        return None
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     # The second is how Anthropic's clients send it.
     given = [token if scheme.lower() == "bearer" else "", request.headers.get("X-Api-Key", "")]
-    words = [word.strip().encode("utf-8", "surrogateescape") for word in given]
-    # Every key is compared, whatever the others gave: the time tells nothing.
-    matches = [sum(hmac.compare_digest(word, key.encode()) for word in words) > 0 for key in keys]
-    if not any(matches):
+    key = keyring.find([word.strip() for word in given])
+    if key is None:
         kind = "admin key" if is_admin else "API key"
         raise ApiError(401, f"A valid {kind} is required: Authorization: Bearer <key>.")
-    return str(matches.index(True))
+    return None if is_admin else key
 
 
 def _read_timeout(request: web.Request) -> float | None:
@@ -277,13 +296,19 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         response.headers["X-Request-Id"] = request[ECHOED_ID]
     if _IGNORED in request and (kinds := request[_IGNORED].header()) is not None:
         response.headers[IGNORED_HEADER] = kinds
-    options = request.app[STATE].options
+    state = request.app[STATE]
+    if _KEY in request:
+        response.headers.update(state.keyring.headers(request[_KEY]))
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Server"] = "oneloop"
+    options = state.options
     if not options.allowed_origins:
         return
     response.headers.add("Vary", "Origin")
     if (origin := _allowed_origin(request, options)) is not None:
         response.headers["Access-Control-Allow-Origin"] = origin
-        response.headers["Access-Control-Expose-Headers"] = f"X-Request-Id, Retry-After, {IGNORED_HEADER}"
+        exposed = f"X-Request-Id, Retry-After, {_LIMIT_HEADERS}, {IGNORED_HEADER}"
+        response.headers["Access-Control-Expose-Headers"] = exposed
 
 
 async def _expect(request: web.Request) -> None:

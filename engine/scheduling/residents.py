@@ -60,7 +60,7 @@ class Residents:
             eviction_policy=cache_options.eviction_policy,
         )
         self.counters = SchedulerCounters()
-        self.num_waiting = 0
+        self.num_waiting = self.num_waiting_tokens = 0
         self._clock = clock
         self._table = SlotTable(limits)
         self._policy = make_policy(options.policy, self.kv_cache)
@@ -85,6 +85,11 @@ class Residents:
     @property
     def num_running(self) -> int:
         return len(self._running)
+
+    @property
+    def num_prefilling_tokens(self) -> int:
+        """Of prompts that run: tokens that are yet to be computed."""
+        return sum([sequence.num_tokens - sequence.num_computed_tokens for sequence in self._prefilling])
 
     @property
     def has_work(self) -> bool:
@@ -163,6 +168,7 @@ class Residents:
         )
         self._next_order += 1
         self.num_waiting += 1
+        self.num_waiting_tokens += sequence.num_tokens
         if self._held is not None:
             self._held.append(sequence)
         else:
@@ -198,6 +204,7 @@ class Residents:
         if sequence.status is SequenceStatus.WAITING:
             sequence.move(SequenceStatus.FINISHED)
             self.num_waiting -= 1
+            self.num_waiting_tokens -= sequence.num_tokens
             return
         if sequence.status is SequenceStatus.RUNNING:
             self._leave(sequence)
@@ -262,5 +269,6 @@ class Residents:
             sequence.move(SequenceStatus.WAITING)
             sequence.is_retracted = True
             self.num_waiting += 1
+            self.num_waiting_tokens += sequence.num_tokens
             if not sequence.suspect_until:
                 self._policy.push_front(sequence)

@@ -295,6 +295,7 @@ class Scheduler(Residents):
             sequence.pages_wanted = wanted
             return False
         self.num_waiting -= 1
+        self.num_waiting_tokens -= len(tokens)
         sequence.move(SequenceStatus.RUNNING)
         sequence.pages = pages
         sequence.pages_wanted = 0

@@ -431,15 +431,19 @@ class Simulator:
             known, computed = sequence.num_tokens, sequence.num_computed_tokens
             assert known <= sequence.max_length and computed < sequence.max_length
             assert computed <= pages.num_pages * self.options.page_size, f"{sequence} outgrew its pages"
+            cleared = not sequence.suspect_until or known <= sequence.suspect_until
+            assert cleared or sequence.request.constraint is not None, f"{sequence} is a suspect beyond its trial"
             if status is SequenceStatus.RUNNING:
                 assert computed <= known + len(self.in_flight), f"{sequence} runs ahead of its tokens"
         assert running == scheduler.num_running
-        waiting = 0
+        waiting = tokens = 0
         for sequence, client in self.open.items():
             assert not sequence.is_finished, f"{client.name} ended without a terminal event"
             if not sequence.holds_slot:
                 waiting += 1
+                tokens += sequence.num_tokens
                 assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
+        assert tokens == scheduler.num_waiting_tokens, "waiting tokens were counted wrongly"
         assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
 
 

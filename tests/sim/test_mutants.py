@@ -290,7 +290,7 @@ MUTANTS = [
     # Failures.
     Mutant(
         "a failed step's pages stay", Scheduler, "fail",
-        "self.kv_cache.take_back(sequence.pages, first_page)", "pass", FAILURES,
+        "cache.take_back(sequence.pages, first_page)", "pass", FAILURES,
     ),
     Mutant(
         "who shares a failed step's page goes on", Scheduler, "_distrust_heirs",
