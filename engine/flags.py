@@ -581,6 +581,11 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
     )
 
 
+def shows_keys(argv: Sequence[str]) -> bool:
+    """Whether a key stands on the command line."""
+    return any(word.partition("=")[0] in ("--api-key", "--admin-api-key") for word in argv)
+
+
 def parse(argv: Sequence[str] | None = None) -> tuple[EngineConfig, str]:
     """argv -> (config, log level). Exits with 2 on unknown flags, raises StartupError on impossible values."""
     args = make_parser().parse_args(argv)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -156,6 +156,8 @@ class EngineMetrics(Collector):
         self.failures: dict[str, int] = {}
         self.failed_steps = 0
         self.kv_violations = 0
+        # Connections of clients that were too slow, or too many, by reason.
+        self.connections_cut: Mapping[str, int] = {}
         self.startup_seconds: dict[str, float] = {}
         self.cache_config: dict[str, str] = {}
         # Of finished requests, so that the two always add up to their prompts.
@@ -302,6 +304,10 @@ class EngineMetrics(Collector):
             failures.add_metric([domain], count)
         yield failures
         yield CounterMetricFamily("oneloop_failed_steps", "Steps that failed.", value=self.failed_steps)
+        cut = CounterMetricFamily("oneloop_connections_cut", "Connections cut off, by reason.", labels=["reason"])
+        for reason, count in self.connections_cut.items():
+            cut.add_metric([reason], count)
+        yield cut
         violations = "Times that the KV cache's books were wrong and were begun anew."
         yield CounterMetricFamily("oneloop_kv_violations", violations, value=self.kv_violations)
 

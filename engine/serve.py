@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     import logging
 
     from engine.config import StartupError
-    from engine.flags import parse
+    from engine.flags import parse, shows_keys
 
     debug = False
     try:
@@ -32,9 +32,16 @@ def main(argv: list[str] | None = None) -> int:
         logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         from engine.build import build_engine
         from engine.report import StartupReport
+        from server.app import make_tls
         from server.parsers.registry import choose_parsers
 
-        # A misspelled name ends the start before the weights are read.
+        if shows_keys(sys.argv if argv is None else argv):
+            logging.getLogger("oneloop.start").warning(
+                "a key on the command line is seen by everybody who can list processes; ONELOOP_API_KEY, "
+                "ONELOOP_ADMIN_API_KEY or --key-file do not show it"
+            )
+        # A misspelled name, or a file that is none, ends the start before the weights are read.
+        make_tls(config.server)
         choose_parsers(config.server.tool_call_parser, config.server.reasoning_parser, "")
 
         report = StartupReport(STARTED_AT)
@@ -77,11 +84,13 @@ async def _run(config: EngineConfig, built: Built) -> int:
         any_name="*" in config.model.served_names,
     )
 
+    scheme = "http" if config.server.ssl_certfile is None else "https"
+
     def on_listening(host: str, port: int) -> None:
         engine.metrics.startup_seconds = dict(report.phases)
         model.server_info["startup_seconds"] = {**report.phases, "total": report.total_seconds}
         print(f"\noneloop is ready, process {os.getpid()}\n{report.table()}\n", flush=True)
-        print(_hello(f"http://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
+        print(_hello(f"{scheme}://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
 
     # What has been loaded stays: the collector need not look at it again, which would stall the loop for long.
     gc.collect()

@@ -12,6 +12,7 @@ import importlib
 import logging
 import re
 import signal
+import ssl
 import threading
 import time
 import uuid
@@ -29,6 +30,7 @@ from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints
+from server.connection import Bounds, Connection
 from server.endpoints import abort, health
 from server.keyring import Key, Keyring
 from server.parsers.registry import choose_parsers
@@ -320,28 +322,6 @@ async def _expect(request: web.Request) -> None:
     request.writer.output_size = 0
 
 
-class _Connection(web.RequestHandler):
-    """aiohttp's connection, but what is no HTTP gets a JSON body and no line in the log."""
-
-    __slots__ = ()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if status >= 500:
-            logger.error("a connection failed", exc_info=exc)
-        if request.writer.output_size > 0:
-            raise ConnectionError("headers have been sent")
-        text = "The request is not valid HTTP." if status < 500 else "The server had an internal error."
-        response = error_response(ApiError(status, text))
-        response.force_close()
-        return response
-
-
 # ---- serving
 
 
@@ -363,6 +343,8 @@ async def serve(
     stop = stop or asyncio.Event()
     grace = _grace(options.drain_timeout_s)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=grace, access_log=None)
+    tls, bounds = make_tls(options), Bounds(options)
+    engine.metrics.connections_cut = bounds.cut
     await runner.setup()
     handlers = runner.server
     assert handlers is not None
@@ -377,10 +359,11 @@ async def serve(
     try:
         try:
             listener = await loop.create_server(
-                lambda: _Connection(handlers, loop=loop, **_CONNECTION),
+                lambda: Connection(bounds, handlers, loop=loop, **_CONNECTION),
                 options.host,
                 options.port,
                 backlog=_BACKLOG,
+                ssl=tls,
             )
         except OSError as error:
             why = "the address is in use; --port picks another" if error.errno == errno.EADDRINUSE else error.strerror
@@ -400,6 +383,25 @@ async def serve(
         if listener is not None:
             listener.close()
         await runner.cleanup()
+
+
+def make_tls(options: ServerOptions) -> ssl.SSLContext | None:
+    """Raises StartupError for files that cannot be used."""
+    if options.ssl_certfile is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    def no_prompt() -> str:
+        raise StartupError("--ssl-keyfile: the private key has a password, which nobody could type")
+
+    try:
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, no_prompt)
+    except OSError as error:  # and what ssl raises, which is one
+        why = error.strerror if error.errno and not isinstance(error, ssl.SSLError) else "no certificate and key"
+        named = options.ssl_certfile + (f" with {options.ssl_keyfile}" if options.ssl_keyfile else "")
+        raise StartupError(f"--ssl-certfile: {named} cannot be used: {why}") from None
+    return context
 
 
 def _grace(limit: float) -> float:

@@ -207,7 +207,7 @@ async def live(
         num_pages=num_pages,
         vocab_size=tokenizer().vocab_size,
     )
-    server_options = ServerOptions(**{"port": 0, "drain_timeout_s": 1.0, **options})
+    server_options = ServerOptions(**{"port": 0, "drain_timeout_s": 1.0, "weights_root": "/", **options})
     config = EngineConfig(
         scheduler=SchedulerOptions(max_num_seqs=max_num_seqs, max_queued_requests=max_queued_requests),
         cache=CacheOptions(page_size=16, num_pages=num_pages),
