@@ -30,6 +30,7 @@ from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints
+from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
 from server.endpoints import abort, health
 from server.keyring import Key, Keyring
@@ -105,6 +106,7 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app[STATE] = State(
         engine, model, options, compiler, tool_family, reasoning_family, responses=store, keyring=keyring
     )
+    app[JOBS] = Jobs(options.response_store_size, options.response_store_bytes)
     app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)

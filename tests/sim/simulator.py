@@ -431,8 +431,6 @@ class Simulator:
             known, computed = sequence.num_tokens, sequence.num_computed_tokens
             assert known <= sequence.max_length and computed < sequence.max_length
             assert computed <= pages.num_pages * self.options.page_size, f"{sequence} outgrew its pages"
-            cleared = not sequence.suspect_until or known <= sequence.suspect_until
-            assert cleared or sequence.request.constraint is not None, f"{sequence} is a suspect beyond its trial"
             if status is SequenceStatus.RUNNING:
                 assert computed <= known + len(self.in_flight), f"{sequence} runs ahead of its tokens"
         assert running == scheduler.num_running

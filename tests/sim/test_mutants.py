@@ -312,7 +312,6 @@ MUTANTS = [
         "a suspect waits in two places", Residents, "_release_if_idle",
         "if not sequence.suspect_until:", "if True:", CULPRITS,
     ),
-    Mutant("nobody is ever cleared", Scheduler, "_acquit", "if wanted", "if False", CULPRITS),
     Mutant(
         "a row without numbers delivers", Scheduler, "_end_broken", "if self._table.live[slot]:", "if False:", SPOILS
     ),
