@@ -301,9 +301,9 @@ class Engine(Resting):
         except asyncio.CancelledError:
             if not self.stalled:
                 raise
-            error = StalledError("no step has come to an end")
-            self._fail_all(error)
-            raise error from None
+            stall = StalledError("no step has come to an end")
+            self._fail_all(stall)
+            raise stall from None
         except BaseException as error:
             self._fail_all(error)
             raise

@@ -33,8 +33,8 @@ class Watchdog:
         idle_for: Callable[[], float],
         timeout_s: float,
         *,
-        stop: Callable[[], None] | None = None,
-        end: Callable[[int], None] = os._exit,
+        stop: Callable[[], object] | None = None,
+        end: Callable[[int], object] = os._exit,
         out: IO[str] | None = None,
         grace_s: float = GRACE_S,
     ) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import orjson
@@ -102,7 +102,7 @@ class Job:
         assert self._answer is not None
         return self._answer.current("in_progress" if self.events else "queued")
 
-    async def follow(self, after: int) -> AsyncIterator[bytes]:
+    async def follow(self, after: int) -> AsyncGenerator[bytes, None]:
         """Events behind number `after`, those that are there at once, until its end."""
         place = after + 1
         while True:

@@ -75,7 +75,7 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
 
 
-async def retrieve(request: web.Request) -> web.Response:
+async def retrieve(request: web.Request) -> web.StreamResponse:
     """GET /v1/responses/{id}, whole, or with `stream=true` its events behind number `starting_after`."""
     job = request.app[JOBS].get(_owner(), request.match_info["response_id"])
     stream, after = request.query.get("stream", "false"), request.query.get("starting_after")
