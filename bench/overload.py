@@ -63,7 +63,9 @@ class Load:
     async def ask(self, key: str, counted: Callable[[], bool] = lambda: True) -> None:
         self._count += 1
         prompt = [self._random.randrange(1, 1000) for _ in range(self.arguments.prompt)]
-        sampling = SamplingParams(max_tokens=self.arguments.output, temperature=0.0, ignore_eos=True)
+        # Of one length, all that are admitted at once would end at once.
+        output = self._random.randint(self.arguments.output // 2, self.arguments.output * 3 // 2)
+        sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
         outcome, counts = self.outcomes.setdefault(key, Outcome()), counted()
         try:
             stream = self.engine.submit(Request(str(self._count), prompt, sampling, fairness_key=key, namespace=key))
@@ -154,7 +156,7 @@ def main() -> int:
     parser.add_argument("--slo", type=float, default=1.0, help="seconds to the first token (default: %(default)s)")
     parser.add_argument("--times", type=float, default=3.0, help="load in multiples of capacity")
     parser.add_argument("--prompt", type=int, default=256)
-    parser.add_argument("--output", type=int, default=64)
+    parser.add_argument("--output", type=int, default=64, help="tokens on average")
     parser.add_argument("--step-ms", type=float, default=10.0)
     parser.add_argument("--max-num-seqs", type=int, default=32)
     parser.add_argument("--budget", type=int, default=512, help="tokens of a step")

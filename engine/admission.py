@@ -18,6 +18,8 @@ MEMORY_S = 8.0
 # Less than this many seconds measured say nothing yet.
 LEAST_S = 0.02
 MAX_RETRY_AFTER_S = 600.0
+# Of a promised first token, what an estimate may fill: the last in the queue must not miss it by the estimate's error.
+MARGIN = 0.75
 
 
 class Rate:
@@ -91,14 +93,14 @@ class Admission:
         estimate = self.estimate(num_tokens)
         if estimate is None:
             return
-        for name, expected, most in (
-            ("to be admitted", estimate.wait, self._max_wait),
-            ("for its first token", estimate.ttft, self._ttft_slo),
+        for name, expected, most, share in (
+            ("to be admitted", estimate.wait, self._max_wait, 1.0),
+            ("for its first token", estimate.ttft, self._ttft_slo, MARGIN),
         ):
             # A prompt that takes too long by itself, with nobody before it, would never be taken.
-            if most is not None and expected > most and estimate.wait > 0.0:
+            if most is not None and expected > share * most and estimate.wait > 0.0:
                 raise OverloadedError(
                     f"The server is overloaded: this request would wait for about {expected:.1f} seconds {name}; "
                     f"at most {most:g} are kept.",
-                    retry_after=min(MAX_RETRY_AFTER_S, max(1.0, expected - most)),
+                    retry_after=min(MAX_RETRY_AFTER_S, max(1.0, expected - share * most)),
                 )

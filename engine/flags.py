@@ -337,6 +337,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--max-connections-per-address", type=_not_negative_count, metavar="N", help="0, the default, is any number"
     )
     server.add_argument(
+        "--max-host-memory",
+        type=_count,
+        metavar="BYTES",
+        help="of the process: near it caches are emptied, then new requests get a 429, then a 503",
+    )
+    server.add_argument(
         "--isolate-api-keys",
         action=argparse.BooleanOptionalAction,
         default=None,
@@ -545,6 +551,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             **_given(  # type: ignore[arg-type]
                 write_timeout_s=args.write_timeout,
                 header_timeout_s=args.header_timeout,
+                max_host_memory=args.max_host_memory,
                 max_connections_per_address=args.max_connections_per_address,
                 host=args.host,
                 allowed_origins=None if args.allowed_origins is None else _origins(args.allowed_origins),

@@ -156,6 +156,7 @@ class EngineMetrics(Collector):
         self.failures: dict[str, int] = {}
         self.failed_steps = 0
         self.kv_violations = 0
+        self.memory_stage = self.memory_sheds = 0
         # Connections of clients that were too slow, or too many, by reason.
         self.connections_cut: Mapping[str, int] = {}
         self.startup_seconds: dict[str, float] = {}
@@ -304,6 +305,9 @@ class EngineMetrics(Collector):
             failures.add_metric([domain], count)
         yield failures
         yield CounterMetricFamily("oneloop_failed_steps", "Steps that failed.", value=self.failed_steps)
+        stage = "0 calm, 1 host caches were emptied, 2 new requests get a 429, 3 they get a 503 (--max-host-memory)."
+        yield GaugeMetricFamily("oneloop_memory_stage", stage, value=self.memory_stage)
+        yield CounterMetricFamily("oneloop_memory_sheds", "Times host caches were emptied.", value=self.memory_sheds)
         cut = CounterMetricFamily("oneloop_connections_cut", "Connections cut off, by reason.", labels=["reason"])
         for reason, count in self.connections_cut.items():
             cut.add_metric([reason], count)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import importlib
 import logging
 import re
@@ -16,7 +17,7 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
@@ -34,6 +35,7 @@ from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
 from server.endpoints import abort, health
 from server.keyring import Key, Keyring
+from server.memory import MemoryWatch
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
@@ -64,6 +66,7 @@ _LIMIT_HEADERS = ", ".join(
 )
 # Whose request it is, where it needed a key.
 _KEY = web.RequestKey("key", Key)
+_MEMORY = web.AppKey("memory", MemoryWatch)
 _ADMIN_KEYS = web.AppKey("admin_keys", Keyring)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
@@ -107,6 +110,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
         engine, model, options, compiler, tool_family, reasoning_family, responses=store, keyring=keyring
     )
     app[JOBS] = Jobs(options.response_store_size, options.response_store_bytes)
+    app[_MEMORY] = MemoryWatch(options.max_host_memory, functools.partial(_shed, app), engine.metrics)
+    app.cleanup_ctx.append(_watch_memory)
     app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
@@ -134,6 +139,20 @@ async def _warm_up(app: web.Application) -> None:
     """Build the grammars' trie of the vocabulary, beside the loop; requests that come before it is done wait for it."""
     if (compiler := app[STATE].compiler) is not None:
         threading.Thread(target=compiler.warm, name="grammar-trie", daemon=True).start()
+
+
+def _shed(app: web.Application) -> None:
+    """Empty what only makes things faster, or is kept for later turns."""
+    state = app[STATE]
+    state.responses.clear()
+    app[JOBS].clear()
+    if state.compiler is not None:
+        state.compiler.forget()
+
+
+async def _watch_memory(app: web.Application) -> AsyncIterator[None]:
+    async with app[_MEMORY].running():
+        yield
 
 
 async def _clean_up(app: web.Application) -> None:
@@ -183,6 +202,8 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
             request[_KEY] = key
         if state.engine.draining and request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:
             raise UnavailableError("The server is shutting down and takes no new requests.")
+        if request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:
+            request.app[_MEMORY].check()
         if key is None or request.method != "POST" or request.match_info.handler in _ALWAYS_OPEN:
             return await handler(request)
         with state.keyring.request(key):

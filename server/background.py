@@ -144,6 +144,10 @@ class Jobs:
     def delete(self, owner: str, response_id: str) -> None:
         self._jobs.pop((owner, response_id), None)
 
+    def clear(self) -> None:
+        """Forget those that have ended."""
+        self._jobs = OrderedDict((name, job) for name, job in self._jobs.items() if not job.is_done)
+
     def _make_room(self) -> None:
         """The oldest that have ended go first; those that run are the queue's to bound."""
         done = [name for name, job in self._jobs.items() if job.is_done]
