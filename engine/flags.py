@@ -370,6 +370,11 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         metavar="S",
         help="how long accepted requests may go on after SIGTERM or Ctrl-C (30)",
     )
+    server.add_argument(
+        "--handover",
+        metavar="unix:PATH",
+        help="take the listening socket of the server at PATH, which then finishes what it has; and offer it in turn",
+    )
     server.add_argument("--sse-keep-alive-interval", type=_not_negative, metavar="S", help="0 is off")
     server.add_argument(
         "--stall-timeout",
@@ -546,6 +551,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             key_entries=entries,
             key_usage_path=f"{args.key_file}.usage" if args.key_file else None,
             weights_root=args.weights_root,
+            handover=args.handover,
             ssl_certfile=args.ssl_certfile,
             ssl_keyfile=args.ssl_keyfile,
             **_given(  # type: ignore[arg-type]

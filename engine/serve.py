@@ -33,6 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         from engine.build import build_engine
         from engine.report import StartupReport
         from server.app import make_tls
+        from server.handover import path_of
         from server.parsers.registry import choose_parsers
 
         if shows_keys(sys.argv if argv is None else argv):
@@ -42,6 +43,8 @@ def main(argv: list[str] | None = None) -> int:
             )
         # A misspelled name, or a file that is none, ends the start before the weights are read.
         make_tls(config.server)
+        if config.server.handover is not None:
+            path_of(config.server.handover)
         choose_parsers(config.server.tool_call_parser, config.server.reasoning_parser, "")
 
         report = StartupReport(STARTED_AT)

@@ -11,8 +11,10 @@ import errno
 import functools
 import importlib
 import logging
+import os
 import re
 import signal
+import socket
 import ssl
 import threading
 import time
@@ -34,6 +36,7 @@ from server import endpoints
 from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
 from server.endpoints import abort, health
+from server.handover import Offer, path_of, take
 from server.keyring import Key, Keyring
 from server.memory import MemoryWatch
 from server.parsers.registry import choose_parsers
@@ -67,9 +70,13 @@ _LIMIT_HEADERS = ", ".join(
 # Whose request it is, where it needed a key.
 _KEY = web.RequestKey("key", Key)
 _MEMORY = web.AppKey("memory", MemoryWatch)
+# The next process accepts: connections are not kept.
+_IS_CLOSING = web.AppKey("is_closing", asyncio.Event)
 _ADMIN_KEYS = web.AppKey("admin_keys", Keyring)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
+# A process that handed its socket over stays for connections that it had accepted and whose requests are on their way.
+QUIET_S = 1.0
 # A burst of this many connects waits in the kernel and is not refused.
 _BACKLOG = 4096
 # Pages that this machine serves to itself. Not "null", which is also what a page of any site is inside of a sandbox.
@@ -112,6 +119,7 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app[JOBS] = Jobs(options.response_store_size, options.response_store_bytes)
     app[_MEMORY] = MemoryWatch(options.max_host_memory, functools.partial(_shed, app), engine.metrics)
     app.cleanup_ctx.append(_watch_memory)
+    app[_IS_CLOSING] = asyncio.Event()
     app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
@@ -324,6 +332,9 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
     state = request.app[STATE]
     if _KEY in request:
         response.headers.update(state.keyring.headers(request[_KEY]))
+    if request.app[_IS_CLOSING].is_set():
+        response.headers["Connection"] = "close"
+        response.force_close()
     response.headers["X-Content-Type-Options"] = "nosniff"
     response.headers["Server"] = "oneloop"
     options = state.options
@@ -372,7 +383,13 @@ async def serve(
     handlers = runner.server
     assert handlers is not None
     listener: asyncio.Server | None = None
+    offer: Offer | None = None
+    handed_over = asyncio.Event()
     drain: asyncio.Task[None] | None = None
+
+    def on_handed_over() -> None:
+        handed_over.set()
+        stop.set()
 
     def on_signal() -> None:
         if stop.is_set() and drain is not None:
@@ -380,22 +397,36 @@ async def serve(
         stop.set()
 
     try:
+        path = None if options.handover is None else path_of(options.handover)
+        taken = None if path is None else await asyncio.to_thread(take, path)
         try:
             listener = await loop.create_server(
                 lambda: Connection(bounds, handlers, loop=loop, **_CONNECTION),
-                options.host,
-                options.port,
+                options.host if taken is None else None,
+                options.port if taken is None else None,
+                sock=None if taken is None else taken.listening,
                 backlog=_BACKLOG,
                 ssl=tls,
             )
         except OSError as error:
             why = "the address is in use; --port picks another" if error.errno == errno.EADDRINUSE else error.strerror
             raise StartupError(f"cannot listen on {options.host}:{options.port}: {why}") from None
+        if path is not None:
+            # A copy: the loop's own socket objects cannot be sent.
+            copy = socket.socket(fileno=os.dup(listener.sockets[0].fileno()))
+            offer = Offer(path, copy, lambda: loop.call_soon_threadsafe(on_handed_over))
+            if taken is not None:
+                taken.serving()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
         if on_listening is not None:
             on_listening(options.host, listener.sockets[0].getsockname()[1])
         await stop.wait()
+        if handed_over.is_set():
+            # The next process accepts from here on. Who is connected here is answered, and told to come anew.
+            listener.close()
+            app[_IS_CLOSING].set()
+            await _quiet(state, options.drain_timeout_s)
         drain = asyncio.create_task(_drain(engine, state, options.drain_timeout_s))
         await asyncio.wait({drain})
     finally:
@@ -403,9 +434,23 @@ async def serve(
             loop.remove_signal_handler(number)
         if drain is not None:
             drain.cancel()
+        if offer is not None:
+            offer.close()
         if listener is not None:
             listener.close()
         await runner.cleanup()
+
+
+async def _quiet(state: State, limit: float) -> None:
+    """Wait until no request has come for QUIET_S, for at most `limit` seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit / 2):
+            while True:
+                await state.in_flight.idle.wait()
+                before = state.in_flight.total
+                await asyncio.sleep(min(QUIET_S, limit / 10))
+                if state.in_flight.total == before and not state.in_flight.count:
+                    return
 
 
 def make_tls(options: ServerOptions) -> ssl.SSLContext | None:

@@ -53,12 +53,13 @@ class InFlight:
     """Counts HTTP requests being answered: `with in_flight:` around each, `idle` set while there are none."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.total = 0
         self.idle = asyncio.Event()
         self.idle.set()
 
     def __enter__(self) -> None:
         self.count += 1
+        self.total += 1
         self.idle.clear()
 
     def __exit__(
