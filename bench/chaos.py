@@ -1,0 +1,192 @@
+"""Faults under load, on the real server: `make chaos`.
+
+terminate: SIGTERM at random moments amid streams; what was accepted must end whole. hand over: a new server takes over
+the socket again and again; no request may fail. faults: a device that raises, makes NaNs, is slow; every stream must
+end with an answer or its own error, others whole. kill: kill -9, and the next start must serve. hang: a device that
+never answers must end the process, every stream told. Prints a line for each and exits with 1 where something broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
+
+import aiohttp
+
+from bench.server import free_port, running
+
+BODY = {"prompt": "Once upon a time", "max_tokens": 48, "stream": True, "ignore_eos": True, "temperature": 0}
+FLAGS = "--device cpu --threads 1 --log-level error"
+# Of which every answer is one, else something broke.
+WHOLE, REFUSED, TOLD = "whole", "refused", "told"
+
+
+async def ask(session: aiohttp.ClientSession, url: str) -> str:
+    """One stream: whole, refused before it began, told of an error, or how it broke."""
+    accepted = False
+    try:
+        async with session.post(f"{url}/v1/completions", json=BODY) as response:
+            if response.status != 200:
+                return REFUSED if response.status in (429, 503) else f"status {response.status}"
+            accepted = True
+            text = (await response.read()).decode()
+    except aiohttp.ClientConnectorError:
+        return "no connection"
+    except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+        return f"{'cut off' if accepted else 'not answered'} ({type(error).__name__})"
+    if not text.endswith("data: [DONE]\n\n"):
+        return "without an end"
+    if '"error"' in text:
+        return TOLD
+    return WHOLE if '"finish_reason":"length"' in text else "short"
+
+
+async def load(url: str, until: Callable[[], bool], clients: int, outcomes: Counter[str]) -> None:
+    async def client() -> None:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
+            while not until():
+                found = await ask(session, url)
+                outcomes[found] += 1
+                if found == "no connection":
+                    await asyncio.sleep(0.02)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+
+
+async def terminate(times: int, rng: random.Random) -> Counter[str]:
+    """Streams that were accepted before the signal are whole; later ones find no server, or one that refuses."""
+    outcomes: Counter[str] = Counter()
+    for _ in range(times):
+        with running(FLAGS) as server:
+            over = [False]
+            work = asyncio.create_task(load(f"http://127.0.0.1:{server.port}", lambda over=over: over[0], 6, outcomes))
+            await asyncio.sleep(rng.uniform(0.05, 0.8))
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(server.process.wait, 60)
+            over[0] = True
+            await work
+            if server.process.returncode != 0:
+                outcomes[f"exit {server.process.returncode}"] += 1
+    # Those come after the end.
+    outcomes.pop("no connection", None)
+    for name in [name for name in outcomes if name.startswith("not answered")]:
+        del outcomes[name]
+    return outcomes
+
+
+async def hand_over(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as directory:
+        port, over = free_port(), [False]
+        words = [sys.executable, "-m", "engine.serve", "--port", str(port), *FLAGS.split()]
+        words += ["--handover", f"unix:{directory}/s"]
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(words, stdout=subprocess.DEVNULL)
+
+        process = start()
+        await _ready(port)
+        work = asyncio.create_task(load(f"http://127.0.0.1:{port}", lambda: over[0], 4, outcomes))
+        for _ in range(times):
+            await asyncio.sleep(rng.uniform(0.0, 0.5))
+            following = start()
+            code = await asyncio.to_thread(process.wait, 120)
+            if code != 0:
+                outcomes[f"exit {code}"] += 1
+            process = following
+        over[0] = True
+        await work
+        process.terminate()
+        await asyncio.to_thread(process.wait, 60)
+    return outcomes
+
+
+async def _ready(port: int) -> None:
+    async with aiohttp.ClientSession() as session:
+        while True:
+            try:
+                async with session.get(f"http://127.0.0.1:{port}/health") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.05)
+
+
+async def faults(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    plans = ("raise:p=0.02", "oom:p=0.02", "nan:p=0.02", "corrupt:p=0.02", "slow:p=0.05,s=0.05")
+    for number in range(max(1, times // 5)):
+        plan = ";".join(plans) + f";seed={rng.randrange(10**6)}" if number else plans[0] + ";seed=1"
+        with running(f"{FLAGS} --debug-faults {plan}") as server:
+            end = time.monotonic() + 4.0
+            await load(f"http://127.0.0.1:{server.port}", lambda end=end: time.monotonic() > end, 6, outcomes)
+    return outcomes
+
+
+async def kill(times: int, rng: random.Random) -> Counter[str]:
+    """Whoever was connected is cut off; what counts is that the next start is a good one."""
+    outcomes: Counter[str] = Counter()
+    for _ in range(max(1, times // 5)):
+        with running(FLAGS) as server:
+            work = asyncio.create_task(
+                load(f"http://127.0.0.1:{server.port}", lambda p=server.process: p.poll() is not None, 4, Counter())
+            )
+            await asyncio.sleep(rng.uniform(0.05, 0.5))
+            server.process.kill()
+            await asyncio.to_thread(server.process.wait, 30)
+            await work
+        with running(FLAGS) as server:
+            async with aiohttp.ClientSession() as session:
+                outcomes[await ask(session, f"http://127.0.0.1:{server.port}")] += 1
+    return outcomes
+
+
+async def hang(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    with running(f"{FLAGS} --debug-faults hang:step=40 --stall-timeout 2 --stall-action exit") as server:
+        process = server.process
+        await load(f"http://127.0.0.1:{server.port}", lambda: process.poll() is not None, 4, outcomes)
+        outcomes.pop("no connection", None)
+        outcomes = Counter({name: count for name, count in outcomes.items() if not name.startswith("not answered")})
+        if process.returncode in (None, 0):
+            outcomes[f"exit {process.returncode}"] += 1
+    return outcomes
+
+
+SCENES: dict[str, Callable[[int, random.Random], Awaitable[Counter[str]]]] = {
+    "terminate": terminate,
+    "hand over": hand_over,
+    "faults": faults,
+    "kill": kill,
+    "hang": hang,
+}
+# What may be seen beside whole answers.
+ALLOWED = {"terminate": {REFUSED}, "hand over": set(), "faults": {TOLD, "status 500"}, "kill": set(), "hang": {TOLD}}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.chaos", description=__doc__)
+    parser.add_argument("--times", type=int, default=50, help="of each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", choices=list(SCENES), nargs="+", default=list(SCENES))
+    arguments = parser.parse_args()
+    broken = 0
+    for name in arguments.only:
+        outcomes = asyncio.run(SCENES[name](arguments.times, random.Random(arguments.seed)))
+        bad = {found: count for found, count in outcomes.items() if found not in {WHOLE, *ALLOWED[name]}}
+        broken += sum(bad.values()) + (not outcomes[WHOLE] and name != "hang")
+        told = ", ".join(f"{found}: {count}" for found, count in outcomes.most_common())
+        print(f"{name:10} {'BROKEN' if bad else 'ok':7} {told}", flush=True)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
