@@ -15,9 +15,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import aiohttp
 
@@ -49,10 +49,10 @@ async def ask(session: aiohttp.ClientSession, url: str) -> str:
     return WHOLE if '"finish_reason":"length"' in text else "short"
 
 
-async def load(url: str, until: Callable[[], bool], clients: int, outcomes: Counter[str]) -> None:
+async def load(url: str, is_over: Callable[[], bool], clients: int, outcomes: Counter[str]) -> None:
     async def client() -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
-            while not until():
+            while not is_over():
                 found = await ask(session, url)
                 outcomes[found] += 1
                 if found == "no connection":
@@ -66,12 +66,12 @@ async def terminate(times: int, rng: random.Random) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     for _ in range(times):
         with running(FLAGS) as server:
-            over = [False]
-            work = asyncio.create_task(load(f"http://127.0.0.1:{server.port}", lambda over=over: over[0], 6, outcomes))
+            over = asyncio.Event()
+            work = asyncio.create_task(load(f"http://127.0.0.1:{server.port}", over.is_set, 6, outcomes))
             await asyncio.sleep(rng.uniform(0.05, 0.8))
             server.process.send_signal(signal.SIGTERM)
             await asyncio.to_thread(server.process.wait, 60)
-            over[0] = True
+            over.set()
             await work
             if server.process.returncode != 0:
                 outcomes[f"exit {server.process.returncode}"] += 1
@@ -85,7 +85,7 @@ async def terminate(times: int, rng: random.Random) -> Counter[str]:
 async def hand_over(times: int, rng: random.Random) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as directory:
-        port, over = free_port(), [False]
+        port, over = free_port(), asyncio.Event()
         words = [sys.executable, "-m", "engine.serve", "--port", str(port), *FLAGS.split()]
         words += ["--handover", f"unix:{directory}/s"]
 
@@ -94,7 +94,7 @@ async def hand_over(times: int, rng: random.Random) -> Counter[str]:
 
         process = start()
         await _ready(port)
-        work = asyncio.create_task(load(f"http://127.0.0.1:{port}", lambda: over[0], 4, outcomes))
+        work = asyncio.create_task(load(f"http://127.0.0.1:{port}", over.is_set, 4, outcomes))
         for _ in range(times):
             await asyncio.sleep(rng.uniform(0.0, 0.5))
             following = start()
@@ -102,7 +102,7 @@ async def hand_over(times: int, rng: random.Random) -> Counter[str]:
             if code != 0:
                 outcomes[f"exit {code}"] += 1
             process = following
-        over[0] = True
+        over.set()
         await work
         process.terminate()
         await asyncio.to_thread(process.wait, 60)
@@ -126,8 +126,9 @@ async def faults(times: int, rng: random.Random) -> Counter[str]:
     for number in range(max(1, times // 5)):
         plan = ";".join(plans) + f";seed={rng.randrange(10**6)}" if number else plans[0] + ";seed=1"
         with running(f"{FLAGS} --debug-faults {plan}") as server:
-            end = time.monotonic() + 4.0
-            await load(f"http://127.0.0.1:{server.port}", lambda end=end: time.monotonic() > end, 6, outcomes)
+            over = asyncio.Event()
+            asyncio.get_running_loop().call_later(4.0, over.set)
+            await load(f"http://127.0.0.1:{server.port}", over.is_set, 6, outcomes)
     return outcomes
 
 
@@ -136,12 +137,12 @@ async def kill(times: int, rng: random.Random) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     for _ in range(max(1, times // 5)):
         with running(FLAGS) as server:
-            work = asyncio.create_task(
-                load(f"http://127.0.0.1:{server.port}", lambda p=server.process: p.poll() is not None, 4, Counter())
-            )
+            over = asyncio.Event()
+            work = asyncio.create_task(load(f"http://127.0.0.1:{server.port}", over.is_set, 4, Counter()))
             await asyncio.sleep(rng.uniform(0.05, 0.5))
             server.process.kill()
             await asyncio.to_thread(server.process.wait, 30)
+            over.set()
             await work
         with running(FLAGS) as server:
             async with aiohttp.ClientSession() as session:
@@ -161,7 +162,7 @@ async def hang(times: int, rng: random.Random) -> Counter[str]:
     return outcomes
 
 
-SCENES: dict[str, Callable[[int, random.Random], Awaitable[Counter[str]]]] = {
+SCENES: dict[str, Callable[[int, random.Random], Coroutine[Any, Any, Counter[str]]]] = {
     "terminate": terminate,
     "hand over": hand_over,
     "faults": faults,

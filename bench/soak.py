@@ -53,28 +53,27 @@ def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
     )
     chat = [{"role": "user", "content": words}]
     tokens, stream = rng.randint(1, 48), rng.random() < 0.6
-    return rng.choice(
-        [
-            ("/v1/chat/completions", {"messages": chat, "max_tokens": tokens, "stream": stream}),
-            (
-                "/v1/chat/completions",
-                {"messages": chat, "max_tokens": tokens, "n": 3, "stream": stream, "logprobs": True},
-            ),
-            ("/v1/chat/completions", {"messages": chat, "tools": [TOOL], "tool_choice": "required", "max_tokens": 64}),
-            ("/v1/completions", {"prompt": words, "max_tokens": tokens, "stream": stream, "stop": ["a"]}),
-            ("/v1/completions", {"prompt": words, "max_tokens": 40, "guided_json": SCHEMA, "stream": stream}),
-            ("/v1/responses", {"input": words, "max_output_tokens": tokens, "stream": stream}),
-            ("/v1/responses", {"input": words, "max_output_tokens": tokens, "background": True}),
-            ("/v1/messages", {"messages": chat, "max_tokens": tokens, "stream": stream}),
-            ("/api/chat", {"messages": chat, "stream": stream, "options": {"num_predict": tokens}}),
-            ("/generate", {"text": words, "sampling_params": {"max_new_tokens": tokens}, "stream": stream}),
-            ("/completion", {"prompt": words, "n_predict": tokens, "stream": stream}),
-            ("/tokenize", {"prompt": words}),
-            ("/v1/chat/completions", {"messages": chat, "max_tokens": -5}),
-            ("/v1/completions", {"prompt": [10**9], "max_tokens": 1}),
-            ("/v1/embeddings", {"input": words}),
-        ]
-    )
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("/v1/chat/completions", {"messages": chat, "max_tokens": tokens, "stream": stream}),
+        (
+            "/v1/chat/completions",
+            {"messages": chat, "max_tokens": tokens, "n": 3, "stream": stream, "logprobs": True},
+        ),
+        ("/v1/chat/completions", {"messages": chat, "tools": [TOOL], "tool_choice": "required", "max_tokens": 64}),
+        ("/v1/completions", {"prompt": words, "max_tokens": tokens, "stream": stream, "stop": ["a"]}),
+        ("/v1/completions", {"prompt": words, "max_tokens": 40, "guided_json": SCHEMA, "stream": stream}),
+        ("/v1/responses", {"input": words, "max_output_tokens": tokens, "stream": stream}),
+        ("/v1/responses", {"input": words, "max_output_tokens": tokens, "background": True}),
+        ("/v1/messages", {"messages": chat, "max_tokens": tokens, "stream": stream}),
+        ("/api/chat", {"messages": chat, "stream": stream, "options": {"num_predict": tokens}}),
+        ("/generate", {"text": words, "sampling_params": {"max_new_tokens": tokens}, "stream": stream}),
+        ("/completion", {"prompt": words, "n_predict": tokens, "stream": stream}),
+        ("/tokenize", {"prompt": words}),
+        ("/v1/chat/completions", {"messages": chat, "max_tokens": -5}),
+        ("/v1/completions", {"prompt": [10**9], "max_tokens": 1}),
+        ("/v1/embeddings", {"input": words}),
+    ]
+    return rng.choice(asked)
 
 
 class Soak:

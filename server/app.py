@@ -399,12 +399,13 @@ async def serve(
     try:
         path = None if options.handover is None else path_of(options.handover)
         taken = None if path is None else await asyncio.to_thread(take, path)
+        where: dict[str, Any] = {"host": options.host, "port": options.port}
+        if taken is not None:
+            where = {"sock": taken.listening}
         try:
             listener = await loop.create_server(
                 lambda: Connection(bounds, handlers, loop=loop, **_CONNECTION),
-                options.host if taken is None else None,
-                options.port if taken is None else None,
-                sock=None if taken is None else taken.listening,
+                **where,
                 backlog=_BACKLOG,
                 ssl=tls,
             )
