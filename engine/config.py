@@ -109,7 +109,7 @@ class ServerOptions:
     weights_root: the directory that /update_weights_from_disk may read from; None: it may not. write_timeout_s: a
     client that reads nothing for so long is cut off; header_timeout_s: one that sends no whole head.
     max_connections_per_address: 0 is any number. max_host_memory: bytes of the process, see server/memory.py.
-    handover: "unix:PATH", see server/handover.py.
+    handover: "unix:PATH", see server/handover.py. resume_journal: see server/journal.py.
     stall_timeout_s: without a step that comes to an end in so long, while there is work, /health is 503 and all stacks
     are logged; stall_action: "exit" ends the process then, "report" does not.
     response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later turn, and how
@@ -149,6 +149,7 @@ class ServerOptions:
     max_connections_per_address: int = 0
     max_host_memory: int | None = None
     handover: str | None = None
+    resume_journal: str | None = None
 
     def __post_init__(self) -> None:
         # Nobody needs the keys themselves any more.

@@ -371,6 +371,11 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="how long accepted requests may go on after SIGTERM or Ctrl-C (30)",
     )
     server.add_argument(
+        "--resume-journal",
+        metavar="FILE",
+        help="write background responses down, so that the next process takes up those that this one could not end",
+    )
+    server.add_argument(
         "--handover",
         metavar="unix:PATH",
         help="take the listening socket of the server at PATH, which then finishes what it has; and offer it in turn",
@@ -552,6 +557,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             key_usage_path=f"{args.key_file}.usage" if args.key_file else None,
             weights_root=args.weights_root,
             handover=args.handover,
+            resume_journal=args.resume_journal,
             ssl_certfile=args.ssl_certfile,
             ssl_keyfile=args.ssl_keyfile,
             **_given(  # type: ignore[arg-type]

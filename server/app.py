@@ -37,6 +37,7 @@ from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
 from server.endpoints import abort, health
 from server.handover import Offer, path_of, take
+from server.journal import Journal
 from server.keyring import Key, Keyring
 from server.memory import MemoryWatch
 from server.parsers.registry import choose_parsers
@@ -69,6 +70,7 @@ _LIMIT_HEADERS = ", ".join(
 )
 # Whose request it is, where it needed a key.
 _KEY = web.RequestKey("key", Key)
+_JOURNAL = web.AppKey("journal", Journal)
 _MEMORY = web.AppKey("memory", MemoryWatch)
 # The next process accepts: connections are not kept.
 _IS_CLOSING = web.AppKey("is_closing", asyncio.Event)
@@ -116,7 +118,11 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app[STATE] = State(
         engine, model, options, compiler, tool_family, reasoning_family, responses=store, keyring=keyring
     )
-    app[JOBS] = Jobs(options.response_store_size, options.response_store_bytes)
+    journal = None
+    if options.resume_journal is not None:
+        journal = Journal(Path(options.resume_journal), options.response_store_size)
+        app[_JOURNAL] = journal
+    app[JOBS] = Jobs(options.response_store_size, options.response_store_bytes, journal)
     app[_MEMORY] = MemoryWatch(options.max_host_memory, functools.partial(_shed, app), engine.metrics)
     app.cleanup_ctx.append(_watch_memory)
     app[_IS_CLOSING] = asyncio.Event()
@@ -145,6 +151,7 @@ def _make_compiler(engine: Engine) -> GrammarCompiler | None:
 
 async def _warm_up(app: web.Application) -> None:
     """Build the grammars' trie of the vocabulary, beside the loop; requests that come before it is done wait for it."""
+    await app[JOBS].resume(app[STATE])
     if (compiler := app[STATE].compiler) is not None:
         threading.Thread(target=compiler.warm, name="grammar-trie", daemon=True).start()
 
@@ -165,6 +172,8 @@ async def _watch_memory(app: web.Application) -> AsyncIterator[None]:
 
 async def _clean_up(app: web.Application) -> None:
     app[STATE].keyring.save()
+    if _JOURNAL in app:
+        app[_JOURNAL].close()
     if (compiler := app[STATE].compiler) is not None:
         compiler.close()
 

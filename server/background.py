@@ -1,27 +1,36 @@
 """Background responses: those of /v1/responses that go on without their client, and are asked about later.
 
-A job keeps its events, numbered from 0, so that any number of clients can follow it, from any of them on. It ends up in
-the response store; its events stay as long as there is room. Loop thread.
+A job keeps its events, numbered from 0, so that any number of clients can follow it, from any of them on. They are made
+token by token: the same tokens give the same numbers, however they come. It ends up in the response store; its events
+stay as long as there is room. Loop thread.
 """
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
+import random
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
+from functools import partial
 from typing import Any
 
 import orjson
 from aiohttp import web
 
 from engine.request import RequestError
-from engine.stream import TokenStream
+from engine.stream import Delta, TokenStream
+from engine.text.detokenizer import IncrementalDetokenizer
 from server.answers.responses import ResponsesAnswer
+from server.journal import Begun, Journal
+from server.protocol.body import Body
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
+from server.protocol.naming import in_words_of
+from server.protocol.responses import NAMES, parse_response
 from server.responder import submitted
-from server.state import CALLER, State
+from server.state import CALLER, Caller, State
 
 logger = logging.getLogger("oneloop.server")
 
@@ -37,15 +46,22 @@ class Job:
         self.num_bytes = 0
         self.is_done = False
         self.is_cancelled = False
+        self.on_end: Callable[[], object] | None = None
         self._state = state
         self._names = names
         self._answer: ResponsesAnswer | None = None
         self._news: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if plan.logprobs is None:  # else the answer goes token by token itself
+            request = plan.requests[0]
+            self._detokenizer = IncrementalDetokenizer(state.tokenizer, request.prompt_token_ids, request.sampling)
 
     async def start(self, make_answer: Callable[[State, Plan, list[TokenStream]], ResponsesAnswer]) -> bytes:
         """Queue it. Returns the JSON of the Response as it is now; raises RequestError for what is refused."""
         queued: asyncio.Future[bytes] = asyncio.get_running_loop().create_future()
+        # Nobody asks what became of it where the client has gone meanwhile.
+        queued.add_done_callback(lambda done: done.cancelled() or done.exception())
         # It has the context of its request, and with it whose it is.
         self._task = asyncio.create_task(self._run(make_answer, queued), name=f"background {self.plan.id}")
         # The client may go, the job stays.
@@ -73,12 +89,15 @@ class Job:
                     queued.cancel()
                 self.is_done = True
                 self._tell(b"")
+                if self.on_end is not None:
+                    self.on_end()
 
     async def _answer_all(self, answer: ResponsesAnswer, stream: TokenStream) -> None:
         try:
             self._tell(answer.opening())
             while answer.num_running:
-                self._tell(answer.delta(0, await stream.take()))
+                for delta in self._by_token(await stream.take()):
+                    self._tell(answer.delta(0, delta))
             self._tell(answer.cancelled() if self.is_cancelled else answer.closing())
         except RequestError as error:
             self._tell(answer.error(error))
@@ -88,6 +107,16 @@ class Job:
         except Exception:
             logger.exception("a background response failed in the server")
             self._tell(answer.error(ApiError(500, "The server had an internal error.")))
+
+    def _by_token(self, delta: Delta) -> Iterator[Delta]:
+        """The delta in pieces of one token; its last piece has what had been held back, and its end."""
+        length = 0
+        for token in delta.token_ids if self._detokenizer is not None else ():
+            piece = self._detokenizer.push([token])  # type: ignore[union-attr]
+            length += len(piece)
+            yield Delta(piece, [token])
+        rest = [] if self._detokenizer is not None else delta.token_ids
+        yield dataclasses.replace(delta, text=delta.text[length:], token_ids=rest)
 
     def _tell(self, data: bytes) -> None:
         # No event has an empty line in it: it is JSON.
@@ -101,6 +130,11 @@ class Job:
         """The Response while it runs."""
         assert self._answer is not None
         return self._answer.current("in_progress" if self.events else "queued")
+
+    @property
+    def was_cut_short(self) -> bool:
+        """It has ended, but neither by itself nor by its client."""
+        return not self.is_cancelled and (not self.events or b"event: response.failed" in self.events[-1])
 
     async def follow(self, after: int) -> AsyncGenerator[bytes, None]:
         """Events behind number `after`, those that are there at once, until its end."""
@@ -130,9 +164,64 @@ class Job:
 class Jobs:
     """By owner and id. Those that have ended stay while all of them have fewer bytes than max_bytes."""
 
-    def __init__(self, max_entries: int, max_bytes: int) -> None:
+    def __init__(self, max_entries: int, max_bytes: int, journal: Journal | None = None) -> None:
         self._max_entries, self._max_bytes = max_entries, max_bytes
+        self._journal = journal
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()
+
+    async def start(self, state: State, body: Body, response_id: str, names: tuple[str, ...]) -> tuple[Job, bytes]:
+        """A new job, and the Response as it is now. Raises RequestError for what cannot be served."""
+        if self._journal is not None and not body.has("seed"):
+            body = body.changed({"seed": random.getrandbits(62)})
+        return await self._start(state, body, response_id, names)
+
+    async def resume(self, state: State) -> None:
+        """What an earlier process had begun and not ended; and what it had ended is kept again."""
+        journal = self._journal
+        if journal is None:
+            return
+        for ended in journal.ended:
+            state.responses.put(ended.owner, ended.response, ended.items)
+        for begun in journal.begun:
+            key = state.keyring.named(begun.owner)
+            CALLER.set(Caller(begun.owner, key))
+            try:
+                if begun.owner and key is None:
+                    raise RequestError("The key of this response is gone.")
+                await self._start(state, Body(begun.body), begun.id, (begun.id,), begun.created)
+            except RequestError as error:
+                logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)
+                journal.end(begun.owner, begun.id)
+
+    async def _start(
+        self, state: State, body: Body, response_id: str, names: tuple[str, ...], created: int | None = None
+    ) -> tuple[Job, bytes]:
+        owner, journal = CALLER.get().key, self._journal
+        plan, asked = await parse_response(body.changed({"stream": True}), state, response_id, owner)
+        if created is not None:
+            plan = dataclasses.replace(plan, created=created)
+        job = Job(state, plan, names)
+        if journal is not None:
+            if created is None:
+                journal.begin(Begun(response_id, owner, body.values, plan.created))
+            job.on_end = partial(self._on_end, state, owner, job)
+        self.add(owner, job)
+        try:
+            with in_words_of(NAMES):
+                return job, await job.start(partial(ResponsesAnswer, asked))
+        except RequestError:
+            self.delete(owner, response_id)
+            raise
+
+    def _on_end(self, state: State, owner: str, job: Job) -> None:
+        assert self._journal is not None
+        if state.engine.draining and job.was_cut_short:
+            return  # the next process takes it up
+        stored = state.responses.get(owner, job.plan.id)
+        if stored is None:
+            self._journal.end(owner, job.plan.id)
+        else:
+            self._journal.end(owner, job.plan.id, orjson.Fragment(stored.response), orjson.Fragment(stored.input))
 
     def add(self, owner: str, job: Job) -> None:
         self._jobs[owner, job.plan.id] = job
@@ -143,6 +232,12 @@ class Jobs:
 
     def delete(self, owner: str, response_id: str) -> None:
         self._jobs.pop((owner, response_id), None)
+
+    def forget(self, owner: str, response_id: str) -> None:
+        """It was deleted by its owner."""
+        self.delete(owner, response_id)
+        if self._journal is not None:
+            self._journal.end(owner, response_id)
 
     def clear(self) -> None:
         """Forget those that have ended."""

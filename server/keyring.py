@@ -110,6 +110,9 @@ class Keyring:
                 found = key
         return found
 
+    def named(self, name: str) -> Key | None:
+        return next((key for key in self.keys if key.name == name), None)
+
     # ---- limits
 
     def check_tokens(self, key: Key, num_tokens: int) -> None:

@@ -43,12 +43,9 @@ async def _create_job(request: web.Request, state: State, body: Body) -> web.Str
     follows = body.boolean("stream", False)
     if body.has("stream_options") and not follows:
         raise invalid("stream_options", "is only allowed when `stream` is true")
-    plan, asked = await parse_response(body.changed({"stream": True}), state, f"resp_{request[REQUEST_ID]}", _owner())
+    name = f"resp_{request[REQUEST_ID]}"
+    job, response = await request.app[JOBS].start(state, body, name, names_of(request, name))
     echo_request_id(request, body)
-    job = Job(state, plan, names_of(request, plan.id))
-    with in_words_of(NAMES):
-        response = await job.start(partial(ResponsesAnswer, asked))
-    request.app[JOBS].add(_owner(), job)
     if follows:
         return await _follow(request, job, -1)
     return web.Response(body=response, content_type="application/json")
@@ -106,7 +103,7 @@ async def delete(request: web.Request) -> web.Response:
         await job.cancel()
     elif job is None:
         _find(request)
-    request.app[JOBS].delete(_owner(), name)
+    request.app[JOBS].forget(_owner(), name)
     request.app[STATE].responses.delete(_owner(), name)
     return json_response({"id": name, "object": "response", "deleted": True})
 
