@@ -2,14 +2,16 @@
 
 terminate: SIGTERM at random moments amid streams; what was accepted must end whole. hand over: a new server takes over
 the socket again and again; no request may fail. faults: a device that raises, makes NaNs, is slow; every stream must
-end with an answer or its own error, others whole. kill: kill -9, and the next start must serve. hang: a device that
-never answers must end the process, every stream told. Prints a line for each and exits with 1 where something broke.
+end with an answer or its own error, others whole. kill: kill -9, and the next start must serve. resume: kill -9 amid a
+background response with --resume-journal, and the rest comes from the next start. hang: a device that never answers
+must end the process, every stream told. Prints a line for each and exits with 1 where something broke.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import random
 import signal
 import subprocess
@@ -20,6 +22,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import aiohttp
+import orjson
 
 from bench.server import free_port, running
 
@@ -150,6 +153,54 @@ async def kill(times: int, rng: random.Random) -> Counter[str]:
     return outcomes
 
 
+async def resume(times: int, rng: random.Random) -> Counter[str]:
+    """A background response is followed, the server killed amid it, and the next one asked for the rest."""
+    outcomes: Counter[str] = Counter()
+    body = {
+        "input": "Tell me a story.",
+        "background": True,
+        "max_output_tokens": 150,
+        "ignore_eos": True,
+        "temperature": 1,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        flags = f"{FLAGS} --resume-journal {directory}/journal"
+        for _ in range(times):
+            told: dict[int, bytes] = {}
+            with running(flags) as server:
+                url = f"http://127.0.0.1:{server.port}/v1/responses"
+                async with aiohttp.ClientSession() as session:
+                    async with session.post(url, json=body) as response:
+                        name = (await response.json())["id"]
+                    asyncio.get_running_loop().call_later(rng.uniform(0.05, 0.6), server.process.kill)
+                    await _follow(session, f"{url}/{name}?stream=true", told)
+                await asyncio.to_thread(server.process.wait, 30)
+            with running(flags) as server:
+                url = f"http://127.0.0.1:{server.port}/v1/responses/{name}"
+                async with aiohttp.ClientSession() as session:
+                    after = max(told, default=-1)
+                    await _follow(session, f"{url}?stream=true" + (f"&starting_after={after}" if told else ""), told)
+                    async with session.get(url) as response:
+                        whole = (await response.json())["output"][0]["content"][0]["text"]
+            events = [orjson.loads(told[number]) for number in sorted(told)]
+            text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+            good = sorted(told) == list(range(len(told))) and text == whole
+            outcomes[WHOLE if good else "tokens lost or doubled"] += 1
+    return outcomes
+
+
+async def _follow(session: aiohttp.ClientSession, url: str, told: dict[int, bytes]) -> None:
+    """Events by their number, as far as they come."""
+    with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+        async with session.get(url) as response:
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    number = orjson.loads(line[6:])["sequence_number"]
+                    if number in told:
+                        raise RuntimeError(f"event {number} came twice")
+                    told[number] = line[6:]
+
+
 async def hang(times: int, rng: random.Random) -> Counter[str]:
     outcomes: Counter[str] = Counter()
     with running(f"{FLAGS} --debug-faults hang:step=40 --stall-timeout 2 --stall-action exit") as server:
@@ -167,10 +218,18 @@ SCENES: dict[str, Callable[[int, random.Random], Coroutine[Any, Any, Counter[str
     "hand over": hand_over,
     "faults": faults,
     "kill": kill,
+    "resume": resume,
     "hang": hang,
 }
 # What may be seen beside whole answers.
-ALLOWED = {"terminate": {REFUSED}, "hand over": set(), "faults": {TOLD, "status 500"}, "kill": set(), "hang": {TOLD}}
+ALLOWED = {
+    "terminate": {REFUSED},
+    "hand over": set(),
+    "faults": {TOLD, "status 500"},
+    "kill": set(),
+    "resume": set(),
+    "hang": {TOLD},
+}
 
 
 def main() -> int:

@@ -184,7 +184,7 @@ class Jobs:
             state.responses.put(ended.owner, ended.response, ended.items)
         for begun in journal.begun:
             key = state.keyring.named(begun.owner)
-            CALLER.set(Caller(begun.owner, key))
+            before = CALLER.set(Caller(begun.owner, key))
             try:
                 if begun.owner and key is None:
                     raise RequestError("The key of this response is gone.")
@@ -192,6 +192,8 @@ class Jobs:
             except RequestError as error:
                 logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)
                 journal.end(begun.owner, begun.id)
+            finally:
+                CALLER.reset(before)
 
     async def _start(
         self, state: State, body: Body, response_id: str, names: tuple[str, ...], created: int | None = None
