@@ -29,6 +29,7 @@ from aiohttp import web
 
 from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
+from engine.failures import raise_fatal
 from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
@@ -238,7 +239,8 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
     except ConnectionError:
         # The client has gone before its headers came; aiohttp will find that out with this answer.
         return web.Response(status=_CLIENT_CLOSED)
-    except Exception:
+    except BaseException as error:
+        raise_fatal(error)
         logger.exception("request %s failed in the server", request[REQUEST_ID])
         return _failed(request, ApiError(500, "The server had an internal error."))
 

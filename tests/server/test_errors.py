@@ -426,9 +426,15 @@ async def test_a_failed_step_is_a_500_before_the_first_token_and_an_event_after_
 
 
 async def test_a_bug_in_the_server_is_a_500_without_details(server: Live, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(request: object) -> None:
-        raise ZeroDivisionError("secret at 0x1234")
+    class Panic(BaseException):
+        """As a library that is written in Rust panics."""
 
-    server.engine.submit = broken  # type: ignore[method-assign,assignment]
-    check_shape(*await server.post(COMPLETIONS, {"prompt": "x"}), expected=500)
-    assert "secret" in caplog.text
+    for error in (ZeroDivisionError, Panic):
+
+        def broken(request: object, error: type[BaseException] = error) -> None:
+            raise error("secret at 0x1234")
+
+        server.engine.submit = broken  # type: ignore[method-assign,assignment]
+        check_shape(*await server.post(COMPLETIONS, {"prompt": "x"}), expected=500)
+        assert "secret" in caplog.text
+        caplog.clear()
