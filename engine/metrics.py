@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -152,6 +152,13 @@ class EngineMetrics(Collector):
 
         self.finished = dict.fromkeys(FinishReason, 0)
         self.rejected: dict[str, int] = {}
+        # Requests that ended by an error, by the part that failed; steps that did and were tried again.
+        self.failures: dict[str, int] = {}
+        self.failed_steps = 0
+        self.kv_violations = 0
+        self.memory_stage = self.memory_sheds = 0
+        # Connections of clients that were too slow, or too many, by reason.
+        self.connections_cut: Mapping[str, int] = {}
         self.startup_seconds: dict[str, float] = {}
         self.cache_config: dict[str, str] = {}
         # Of finished requests, so that the two always add up to their prompts.
@@ -252,6 +259,10 @@ class EngineMetrics(Collector):
         values = {"block_size": block_size, "num_gpu_blocks": num_gpu_blocks, **labels}
         self.cache_config = {name: str(value) for name, value in values.items()}
 
+    def on_failure(self, domain: str) -> None:
+        """A request ended by an error of its own; domain: a word from a fixed set (forward, text, grammar, ...)."""
+        self.failures[domain] = self.failures.get(domain, 0) + 1
+
     # The server's side.
 
     def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
@@ -287,6 +298,22 @@ class EngineMetrics(Collector):
             durations.add_metric(labels, *histogram.buckets())
         yield requests
         yield durations
+        failures = CounterMetricFamily(
+            "oneloop_request_failures", "Requests that ended by an error of their own, by part.", labels=["domain"]
+        )
+        for domain, count in self.failures.items():
+            failures.add_metric([domain], count)
+        yield failures
+        yield CounterMetricFamily("oneloop_failed_steps", "Steps that failed.", value=self.failed_steps)
+        stage = "0 calm, 1 host caches were emptied, 2 new requests get a 429, 3 they get a 503 (--max-host-memory)."
+        yield GaugeMetricFamily("oneloop_memory_stage", stage, value=self.memory_stage)
+        yield CounterMetricFamily("oneloop_memory_sheds", "Times host caches were emptied.", value=self.memory_sheds)
+        cut = CounterMetricFamily("oneloop_connections_cut", "Connections cut off, by reason.", labels=["reason"])
+        for reason, count in self.connections_cut.items():
+            cut.add_metric([reason], count)
+        yield cut
+        violations = "Times that the KV cache's books were wrong and were begun anew."
+        yield CounterMetricFamily("oneloop_kv_violations", violations, value=self.kv_violations)
 
 
 class _Families:

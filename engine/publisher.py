@@ -7,11 +7,13 @@ handlers take them from there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 
 import numpy as np
 
 from engine.clock import Clock, Timer
+from engine.failures import raise_fatal
 from engine.forward import ForwardOutput
 from engine.metrics import EngineMetrics
 from engine.request import FinishReason
@@ -19,6 +21,11 @@ from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence
 from engine.stream import TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
+
+logger = logging.getLogger("oneloop.engine")
+
+_NO_NUMBER = "The model computed no number for this request."
+_NO_TEXT = "The text of this request could not be written."
 
 
 class NoText:
@@ -108,7 +115,7 @@ class Publisher:
     def attach(self, result: StepResult, output: ForwardOutput) -> None:
         """Give each stream what a step computed beside its token."""
         if result.logprobs or result.prompt_logprobs:
-            _attach_logprobs(result, output)
+            self._attach_logprobs(result, output)
         for sequence, place in result.pooled:
             sequence.listener.stream.pooled = output.pooled[place]
 
@@ -146,11 +153,31 @@ class Publisher:
                 ):
                     self._flush(listener, now)
         for sequence in result.finished:
+            if sequence.finish_reason is FinishReason.ERROR:
+                self._metrics.on_failure("not_a_number")
+                self.end(sequence.listener, _NO_NUMBER)
+                continue
             if sequence.listener.stream.first_token_at is None:
                 self._on_first_token(sequence, now)
             self.end(sequence.listener)
 
+    def break_off(self, listener: Listener, domain: str, sentence: str) -> None:
+        """In an `except`: what is one request's own has failed, so that request ends with an error and no other."""
+        request_id = listener.sequence.request.request_id
+        logger.exception("request %s failed by its %s", request_id, domain)
+        if request_id in self.listeners:
+            self._metrics.on_failure(domain)
+            self._scheduler.finish(listener.sequence, FinishReason.ERROR, None)
+            self.end(listener, sentence)
+
     def _flush(self, listener: Listener, now: float) -> None:
+        try:
+            self._write(listener, now)
+        except BaseException as error:
+            raise_fatal(error)
+            self.break_off(listener, "text", _NO_TEXT)
+
+    def _write(self, listener: Listener, now: float) -> None:
         """Turn a stream's new tokens into text and hand them over."""
         sequence, stream = listener.sequence, listener.stream
         tokens = sequence.token_ids[sequence.num_prompt_tokens + listener.num_published :].tolist()
@@ -180,16 +207,22 @@ class Publisher:
         assert reason is not None
         stream.num_cached_tokens = sequence.num_cached_tokens
         detokenizer = listener.detokenizer
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            tokens = sequence.output_token_ids[listener.num_published :]
-            text = detokenizer.push(tokens) if tokens else ""
-            if detokenizer.stop_reason is None:
-                tail = detokenizer.finish()
-                # Cut off by its length amid a character: half of one is nothing that a client could use.
-                text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
-            else:
-                reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
-            stream.push(text, tokens, listener.logprobs)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH) and error is None:
+            try:
+                tokens = sequence.output_token_ids[listener.num_published :]
+                text = detokenizer.push(tokens) if tokens else ""
+                if detokenizer.stop_reason is None:
+                    tail = detokenizer.finish()
+                    # Cut off by its length amid a character: half of one is nothing that a client could use.
+                    text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
+                else:
+                    reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
+                stream.push(text, tokens, listener.logprobs)
+            except BaseException as failure:
+                raise_fatal(failure)
+                logger.exception("request %s failed by its text", request_id)
+                self._metrics.on_failure("text")
+                reason, error = FinishReason.ERROR, _NO_TEXT
         if sequence.num_tokens > sequence.num_prompt_tokens:
             # A grammar may end a request before its first token is published.
             self._on_first_token(sequence, self._clock.now())
@@ -232,6 +265,7 @@ class Publisher:
     def publish_failure(self, result: StepResult) -> None:
         # What exactly failed is for the log: it may name paths and addresses.
         for sequence in result.finished:
+            self._metrics.on_failure("forward")
             self.end(sequence.listener, "The model failed to compute this request.")
 
     def end_all(self, error: str) -> None:
@@ -240,37 +274,42 @@ class Publisher:
             listener.sequence.finish_reason = FinishReason.ERROR
             self.end(listener, error)
 
+    def _attach_logprobs(self, result: StepResult, output: ForwardOutput) -> None:
+        """Give each listener the log-probabilities of its new token, and of its prompt's tokens."""
+        for wanted, attach in ((result.logprobs, _attach_logprob), (result.prompt_logprobs, _attach_prompt_logprobs)):
+            for sequence, index in wanted:
+                try:
+                    attach(sequence, output, index)
+                except BaseException as error:
+                    raise_fatal(error)
+                    sentence = "The log-probabilities of this request could not be told."
+                    self.break_off(sequence.listener, "logprobs", sentence)
 
-def _attach_logprobs(result: StepResult, output: ForwardOutput) -> None:
-    """Give each listener the log-probabilities of its new token, and of its prompt's tokens."""
+
+def _attach_logprob(sequence: Sequence, output: ForwardOutput, index: int) -> None:
     step = output.logprobs
-    for sequence, index in result.logprobs:
-        assert step is not None
-        wanted = sequence.request.sampling.logprobs or 0
-        token = int(output.token_ids[step.rows[index]])
-        sequence.listener.logprobs.append(
-            TokenLogprob(
-                token,
-                float(step.token_logprobs[index]),
-                int(step.ranks[index]),
-                tuple(
-                    zip(step.top_ids[index, :wanted].tolist(), step.top_logprobs[index, :wanted].tolist(), strict=True)
-                ),
-            )
+    assert step is not None
+    wanted = sequence.request.sampling.logprobs or 0
+    token = int(output.token_ids[step.rows[index]])
+    top = zip(step.top_ids[index, :wanted].tolist(), step.top_logprobs[index, :wanted].tolist(), strict=True)
+    sequence.listener.logprobs.append(
+        TokenLogprob(token, float(step.token_logprobs[index]), int(step.ranks[index]), tuple(top))
+    )
+
+
+def _attach_prompt_logprobs(sequence: Sequence, output: ForwardOutput, index: int) -> None:
+    chunk = output.prompt_logprobs[index]
+    wanted = sequence.request.sampling.prompt_logprobs or 0
+    stream = sequence.listener.stream
+    if stream.prompt_logprobs is None:
+        stream.prompt_logprobs = []
+    tokens = sequence.token_ids
+    for i in range(len(chunk.token_logprobs)):
+        place = chunk.first + i
+        # The first token has none; a retracted sequence computes its prompt again, and the output after it.
+        if place - 1 != len(stream.prompt_logprobs) or place >= sequence.num_prompt_tokens:
+            continue
+        top = zip(chunk.top_ids[i, :wanted].tolist(), chunk.top_logprobs[i, :wanted].tolist(), strict=True)
+        stream.prompt_logprobs.append(
+            TokenLogprob(int(tokens[place]), float(chunk.token_logprobs[i]), int(chunk.ranks[i]), tuple(top))
         )
-    for sequence, index in result.prompt_logprobs:
-        chunk = output.prompt_logprobs[index]
-        wanted = sequence.request.sampling.prompt_logprobs or 0
-        stream = sequence.listener.stream
-        if stream.prompt_logprobs is None:
-            stream.prompt_logprobs = []
-        tokens = sequence.token_ids
-        for i in range(len(chunk.token_logprobs)):
-            place = chunk.first + i
-            # The first token has none; a retracted sequence computes its prompt again, and the output after it.
-            if place - 1 != len(stream.prompt_logprobs) or place >= sequence.num_prompt_tokens:
-                continue
-            top = zip(chunk.top_ids[i, :wanted].tolist(), chunk.top_logprobs[i, :wanted].tolist(), strict=True)
-            stream.prompt_logprobs.append(
-                TokenLogprob(int(tokens[place]), float(chunk.token_logprobs[i]), int(chunk.ranks[i]), tuple(top))
-            )

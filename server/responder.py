@@ -21,7 +21,7 @@ from server.answers.openai import OpenAIAnswer
 from server.protocol.errors import ApiError, json_response
 from server.protocol.generation import Plan
 from server.sse import EventStream
-from server.state import ECHOED_ID, REQUEST_ID, State
+from server.state import CALLER, ECHOED_ID, REQUEST_ID, State
 
 logger = logging.getLogger("oneloop.server")
 
@@ -80,8 +80,17 @@ async def submitted(
 
     names: of all of them, rids: of each; see State.submitted.
     """
+    owner = CALLER.get().owner
     async with contextlib.AsyncExitStack() as stack:
         streams: list[TokenStream] = []
+        if owner is not None:
+            state.keyring.check_tokens(owner, sum([len(request.prompt_token_ids) for request in requests]))
+            used = owner
+
+            def charge() -> None:
+                state.keyring.charge(used, sum([stream.num_output_tokens for stream in streams]))
+
+            stack.callback(charge)
         for request, own in zip(requests, rids or repeat(()), strict=False):
             streams.append(await stack.enter_async_context(state.engine.submit(request)))
             state.submitted[request.request_id] = names + own

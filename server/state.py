@@ -21,6 +21,7 @@ from engine.request import RequestError
 from engine.text.chat_template import ChatTemplate
 from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
+from server.keyring import Key, Keyring
 from server.parsers.base import ReasoningFamily, ToolFamily
 from server.response_store import ResponseStore
 
@@ -52,12 +53,13 @@ class InFlight:
     """Counts HTTP requests being answered: `with in_flight:` around each, `idle` set while there are none."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.total = 0
         self.idle = asyncio.Event()
         self.idle.set()
 
     def __enter__(self) -> None:
         self.count += 1
+        self.total += 1
         self.idle.clear()
 
     def __exit__(
@@ -75,6 +77,7 @@ class State:
 
     compiler: None where the model has no tokenizer, or no token to end a text with. tool_family, reasoning_family:
     how the model writes calls and reasoning, None where it is not known or not wanted. responses: of /v1/responses.
+    keyring: keys of clients.
     """
 
     engine: Engine
@@ -86,6 +89,7 @@ class State:
     in_flight: InFlight = field(default_factory=InFlight)
     submitted: dict[str, tuple[str, ...]] = field(default_factory=dict)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    keyring: Keyring = field(default_factory=lambda: Keyring(()))
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -99,10 +103,12 @@ class State:
 class Caller:
     """Who sent the HTTP request that this task answers, as far as the server itself knows.
 
-    key: which API key it came with, "" without one. timeout_s: what its header asks for.
+    key: which API key it came with, "" without one; owner: that key with its limits. timeout_s: what its header asks
+    for.
     """
 
     key: str = ""
+    owner: Key | None = None
     timeout_s: float | None = None
 
 

@@ -9,9 +9,11 @@ pool of their own; one is free, hangs in the tree, or is kept by a sequence for 
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from random import Random
 
 import numpy as np
 
@@ -20,6 +22,9 @@ from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree
 from engine.forward import NULL_PAGE, Int32Array
 from engine.groups import MemoryGroup
+
+# A root may have very many.
+MAX_CHILDREN_LOOKED_AT = 64
 
 TokenIds = Sequence[int] | Int32Array
 
@@ -88,9 +93,17 @@ class KVCache:
         self.has_windows = any(group.window is not None for group in groups)
         self.num_evicted_pages = 0
         self._caching = enable_prefix_caching
-        self._pool = PagePool(num_pages)
-        self._tree = RadixTree(page_size, make_eviction_policy(eviction_policy), groups, num_snapshots is not None)
-        self._snapshots = PagePool(num_snapshots) if num_snapshots and enable_prefix_caching else None
+        self._eviction_policy = eviction_policy
+        self._num_snapshots = num_snapshots
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Empty books: all that was cached is forgotten. No sequence may hold a page."""
+        snapshots = self._num_snapshots
+        self._pool = PagePool(self.num_pages)
+        policy = make_eviction_policy(self._eviction_policy)
+        self._tree = RadixTree(self.page_size, policy, self.groups, snapshots is not None)
+        self._snapshots = PagePool(snapshots) if snapshots and self._caching else None
         self._deferred: list[int] = []
 
     @property
@@ -402,6 +415,24 @@ class KVCache:
             assert sorted(ids) == list(range(1, len(ids) + 1)), f"snapshots {sorted(ids)}"
             assert len(ids) == self._snapshots.num_pages, "a snapshot was lost"
         self._check_tree(nodes)
+
+    def check_sample(self, random: Random, most: int = 256) -> None:
+        """What `check` says, of `most` nodes on random ways down the tree, while no sequence holds a page."""
+        available = self.num_available
+        assert available == self.num_pages, f"{self.num_pages - available} pages are neither free nor evictable"
+        page_bytes, roots = self.page_size * TOKEN_BYTES, self._tree.roots()
+        while roots and most > 0:
+            node = random.choice(roots)
+            while node.children and most > 0:
+                key, child = random.choice(list(itertools.islice(node.children.items(), MAX_CHILDREN_LOOKED_AT)))
+                assert child.parent is node and child.key == key, "parent and child disagree"
+                assert child.key == child.tokens[:page_bytes], "a child is not under its first page"
+                assert not child.lock_count and not child.detached, "a node is held, but nobody is there"
+                pages = _pages_of(child)
+                assert not any(map(self._pool.is_free, pages)), "a page of the tree is free"
+                assert len(pages) == len(set(pages)), "a page stands twice in a node"
+                node, most = child, most - 1
+            most -= 1
 
     def _check_tree(self, nodes: list[Node]) -> None:
         page_bytes = self.page_size * TOKEN_BYTES

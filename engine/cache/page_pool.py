@@ -51,6 +51,9 @@ class PagePool:
             is_free[page] = 1
         self._free.extend(pages)
 
+    def is_free(self, page: int) -> bool:
+        return bool(self._is_free[page])
+
     def free_pages(self) -> list[int]:
         """A copy of the free list, for checks."""
         return self._free.copy()

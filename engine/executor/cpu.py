@@ -239,6 +239,8 @@ class CPUExecutor:
         if chunks:
             vectors = self._pooler.run(chunks, hidden, model)
             output.pooled = [vector.numpy() for vector in vectors]
+            ends = [row.row for row in step.pooled if row.ends]
+            output.broken = [row for row, one in zip(ends, output.pooled, strict=True) if np.isnan(one).any()]
 
         sampling_rows = np.flatnonzero(staging.row_samples[:rows])
         if len(sampling_rows) == 0:
@@ -249,6 +251,10 @@ class CPUExecutor:
         # The new token's index in its sequence is the length of what has been computed.
         positions = metadata.kv_len[sampling_rows]
         logits, params = model.logits(hidden), self._tables.sampling[sampling_slots]
+        sane = torch.isfinite(logits.amax(-1))
+        if not sane.all():
+            output.broken += sampling_rows[~sane.numpy()].tolist()
+            logits = logits.masked_fill(~sane[:, None], 0.0)
         draw = None
         if extras.count:
             logits = logits.contiguous()

@@ -56,6 +56,11 @@ class Body:
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
 
+    @property
+    def values(self) -> dict[str, Any]:
+        """All fields as they came, for whoever keeps the body."""
+        return self._values
+
     def changed(self, changes: dict[str, Any], size: int | None = None) -> Body:
         """A body with other values for some fields; a None takes one away."""
         return Body(self._values | changes, self.size if size is None else size)

@@ -304,6 +304,10 @@ class GrammarCompiler:
     def _workers(self) -> Workers:
         return Workers()
 
+    def forget(self) -> None:
+        """Give up the compiled grammars that are kept for requests to come."""
+        self._cache.clear()
+
     def close(self) -> None:
         """Stop the threads; a compilation that runs is left to itself."""
         if "_workers" in self.__dict__:
