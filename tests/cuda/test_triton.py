@@ -31,9 +31,8 @@ from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
 from engine.ops.triton import activation, experts, extras, gated, norm, pdl, prepare, rope, sampling, skinny  # noqa: E402
 
 
-
 def patch_language_once() -> None:
-    """The interpreter patches triton's language at every call from a kernel, too, which is more than half of its time."""
+    """The interpreter patches triton's language at every call from a kernel, too, more than half of its time."""
     from triton import language
     from triton.runtime import interpreter
 
