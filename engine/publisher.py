@@ -14,6 +14,7 @@ import numpy as np
 from engine.clock import Clock, Timer
 from engine.forward import ForwardOutput
 from engine.metrics import EngineMetrics
+from engine.recorder import Recorder
 from engine.request import FinishReason
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence
@@ -81,6 +82,8 @@ class Publisher:
         self._metrics = metrics
         self._clock = clock
         self._flush_interval = flush_interval
+        # While somebody looks.
+        self.recorder: Recorder | None = None
         # With forced tokens that are not published yet.
         self._jumped: list[Listener] = []
         # Requests whose end somebody waits for.
@@ -129,6 +132,8 @@ class Publisher:
                     self._on_first_token(self._scheduler.slot_owners[slot], now)
                 gaps = gaps[~first]
             metrics.observe_inter_token(gaps)
+            if self.recorder is not None and self.recorder.stages is not None:
+                self.recorder.gaps(gaps)
             busy = self._scheduler.still_in_flight(slots)
             wait_allowed = bool(busy.all())
             owners, interval = self._scheduler.slot_owners, self._flush_interval
@@ -205,6 +210,8 @@ class Publisher:
         listener.stream.first_token_at = now
         listener.stream.num_cached_tokens = sequence.num_cached_tokens
         self._metrics.prompt_tokens += sequence.num_prompt_tokens
+        if self.recorder is not None:
+            self.recorder.first_token(sequence.request.request_id, now - sequence.arrived_at)
         admitted = sequence.admitted_at or now
         self._metrics.on_first_token(
             now - sequence.arrived_at,
@@ -216,6 +223,8 @@ class Publisher:
     def _observe_end(self, listener: Listener, reason: FinishReason) -> None:
         sequence, now = listener.sequence, self._clock.now()
         listener.stream.finished_at = now
+        if self.recorder is not None:
+            self.recorder.finished(sequence.request.request_id, reason.value)
         first = listener.stream.first_token_at
         self._metrics.on_finished(
             reason,

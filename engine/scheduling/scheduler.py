@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from engine.cache.history import Visit
 from engine.cache.kv_cache import KVCache, SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.forward import NULL_PAGE, BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging, TokenMasks
+from engine.recorder import Recorder
 from engine.request import (
     MAX_STOP_TOKEN_IDS,
     ContextLengthExceededError,
@@ -89,8 +91,11 @@ class Scheduler:
             num_snapshots=limits.num_snapshots,
             enable_prefix_caching=cache_options.enable_prefix_caching,
             eviction_policy=cache_options.eviction_policy,
+            now=clock.now,
         )
         self.counters = SchedulerCounters()
+        # While somebody looks.
+        self.recorder: Recorder | None = None
         self.num_waiting = 0
         self._clock = clock
         self._table = SlotTable(limits)
@@ -137,6 +142,17 @@ class Scheduler:
     def has_work(self) -> bool:
         """Something waits, runs, or has yet to give back its slot."""
         return bool(self.num_waiting or self._running or self._leaving)
+
+    def obstacle(self, sequence: Sequence) -> str:
+        """Why a waiting sequence is not admitted: held (nobody is, for now), slots, pages, prefill (a prompt is being
+        read), or turn (others are before it, or its step comes)."""
+        if self._held is not None:
+            return "held"
+        if not self._table.num_free:
+            return "slots"
+        if sequence.pages_wanted:
+            return "pages"
+        return "prefill" if self._prefilling else "turn"
 
     def sequence_of(self, slot: int) -> Sequence:
         sequence = self._table.sequences[slot]
@@ -210,6 +226,8 @@ class Scheduler:
         )
         self._next_order += 1
         self.num_waiting += 1
+        if self.recorder is not None:
+            self.recorder.event(request.request_id, "queued", sequence.num_prompt_tokens)
         if self._held is not None:
             self._held.append(sequence)
         else:
@@ -414,6 +432,8 @@ class Scheduler:
                 continue  # no page or no budget is left: it sits this step out
             # Its pages enter the radix tree when it leaves, like those of all generated tokens.
             batch.write_prefill(slot, start, sequence.token_ids[start:end], end == known)
+            if self.recorder is not None:
+                self.recorder.chunk(sequence.request.request_id, "forced", start, end)
             table.computed[slot] = end
             if end == known:
                 self._jumping.remove(sequence)
@@ -474,6 +494,20 @@ class Scheduler:
             sequence.num_cached_tokens = num_cached
             self.counters.prefix_cache_queries += len(tokens)
             self.counters.prefix_cache_hits += num_cached
+            cache.history.admitted(
+                Visit(
+                    request.request_id,
+                    request.namespace,
+                    pages.data,
+                    sequence.num_prompt_tokens,
+                    len(sequence.matchable_ids),
+                    num_cached,
+                    pages.num_known * cache.page_size,
+                    sequence.admitted_at,
+                )
+            )
+        if self.recorder is not None:
+            self.recorder.event(request.request_id, "admitted", num_cached)
         popped = self._policy.pop()
         assert popped is sequence
         sequence.is_retracted = False
@@ -518,6 +552,8 @@ class Scheduler:
         batch.write_prefill(slot, start, tokens[start:end], end == known and not pools)
         if pools:
             batch.write_pooled(sequence, end == known)
+        if self.recorder is not None:
+            self.recorder.chunk(sequence.request.request_id, "pooling" if pools else "prefill", start, end)
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
         batch.entered.append((sequence, pages.num_shared))
@@ -731,6 +767,8 @@ class Scheduler:
         sequence.move(SequenceStatus.RETRACTING)
         sequence.num_retractions += 1
         self.counters.num_preemptions += 1
+        if self.recorder is not None:
+            self.recorder.event(sequence.request.request_id, "retracted", sequence.num_tokens)
         self._release_if_idle(sequence)
 
     def _release_leaving(self) -> None:
@@ -751,6 +789,7 @@ class Scheduler:
         valid = min(int(table.computed[slot]), len(tokens))
         if sequence.finish_reason is FinishReason.ERROR or not self.kv_cache.is_intact(pages):
             valid = 0
+        self.kv_cache.history.released(sequence.request.request_id, tokens[:valid])
         self.kv_cache.release(pages, tokens, valid)
         sequence.pages = None
         sequence.leave_slot()
