@@ -100,7 +100,7 @@ class ServerOptions:
     response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later turn, and how
     much of them; 0 keeps none. allowed_origins: web pages that may read answers; "local" stands for all of this
     machine's, "*" for all there are. refuse_max_tokens: a max_tokens that does not fit the context is an error and not
-    cut to what fits.
+    cut to what fits. web: whether there are pages for people.
     """
 
     host: str = "127.0.0.1"
@@ -123,6 +123,7 @@ class ServerOptions:
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_budget: int | None = None
     refuse_max_tokens: bool = False
+    web: bool = True
 
 
 @dataclass(frozen=True, slots=True)

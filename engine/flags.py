@@ -312,6 +312,13 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
     server.add_argument("--protect-metrics", action="store_true", help="/metrics needs the key too")
     server.add_argument(
+        "--no-web",
+        "--no-webui",
+        dest="web",
+        action="store_false",
+        help="no pages for people (/ and /live), only the API",
+    )
+    server.add_argument(
         "--allowed-origins",
         nargs="+",
         metavar="ORIGIN",
@@ -471,6 +478,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             isolate_api_keys=args.isolate_api_keys,
             protect_metrics=args.protect_metrics,
             refuse_max_tokens=args.refuse_max_tokens,
+            web=args.web,
             **_given(  # type: ignore[arg-type]
                 host=args.host,
                 allowed_origins=None if args.allowed_origins is None else _origins(args.allowed_origins),

@@ -29,6 +29,7 @@ from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints
 from server.endpoints import abort, health
+from server.endpoints import web as pages
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
@@ -42,7 +43,8 @@ __all__ = ["ServedModel", "build_app", "serve"]
 logger = logging.getLogger("oneloop.server")
 
 # A family of routes is a module there. ROUTES: (method, path, handler) each. ERROR_SHAPE: of errors that do not have
-# OpenAI's shape. IS_ADMIN: they change the server for everybody, and need the admin key, where there is one.
+# OpenAI's shape. IS_ADMIN: they change the server for everybody, and need the admin key, where there is one. IS_WEB:
+# they are there for this server's own pages, and `--no-web` leaves them out.
 ENDPOINTS = [
     importlib.import_module(f"{endpoints.__name__}.{found.name}") for found in iter_modules(endpoints.__path__)
 ]
@@ -95,6 +97,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app.on_response_prepare.append(_add_headers)
     for prefix in dict.fromkeys(("", options.root_path.rstrip("/"))):
         for endpoint in ENDPOINTS:
+            if getattr(endpoint, "IS_WEB", False) and not options.web:
+                continue
             shape = getattr(endpoint, "ERROR_SHAPE", error_body)
             for method, path, handler in endpoint.ROUTES:
                 app[_SHAPES][prefix + path] = shape
@@ -209,7 +213,7 @@ def _authorize(request: web.Request, options: ServerOptions) -> str:
     open_handlers = (health.health,) if options.protect_metrics else (health.health, health.metrics)
     is_admin = options.admin_api_key is not None and handler in _ADMIN_HANDLERS
     keys = (options.admin_api_key or "",) if is_admin else options.api_keys
-    if not keys or handler in open_handlers:
+    if not keys or handler in open_handlers or pages.is_page(request):
         return ""
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     # The second is how Anthropic's clients send it.
