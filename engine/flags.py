@@ -382,7 +382,23 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     same = parser.add_argument_group("what is so here anyway")
     same.add_argument(*_ALWAYS, dest="always", action="store_true", help="always on")
     same.add_argument(*_ALWAYS_ONE, dest="devices", type=_one, metavar="1", help="one device is all there is")
-    server.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    watching = parser.add_argument_group("watching it")
+    watching.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    watching.add_argument("--log-format", choices=["text", "json"], help="json: an object a line")
+    watching.add_argument(
+        "--access-log",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a line for each HTTP request, with its tokens and times; on with --log-format json",
+    )
+    watching.add_argument("--live-text", action="store_true", help="/live and /requests/{id}/cache show prompts' text")
+    watching.add_argument("--trace-file", metavar="FILE", help="write a trace of the whole run there (ui.perfetto.dev)")
+    watching.add_argument(
+        "--prices", metavar="FILE", help="JSON or TOML: what tokens cost (currency, per, cached, prompt, output, keys)"
+    )
+    watching.add_argument(
+        "--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there (pip install 'oneloop[otel]')"
+    )
     return parser
 
 
@@ -478,9 +494,15 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             isolate_api_keys=args.isolate_api_keys,
             protect_metrics=args.protect_metrics,
             refuse_max_tokens=args.refuse_max_tokens,
+            live_text=args.live_text,
+            trace_file=args.trace_file,
+            access_log=args.log_format == "json" if args.access_log is None else args.access_log,
+            prices=args.prices,
+            otlp_traces_endpoint=args.otlp_traces_endpoint,
             web=args.web,
             **_given(  # type: ignore[arg-type]
                 host=args.host,
+                log_format=args.log_format,
                 allowed_origins=None if args.allowed_origins is None else _origins(args.allowed_origins),
                 port=args.port,
                 max_body_bytes=args.max_body_bytes,

@@ -112,6 +112,23 @@ class Inspection:
         self._scheduler = scheduler
         self._publisher = publisher
         self._cache = scheduler.kv_cache
+        # What all slices took.
+        self.seconds_spent = 0.0
+
+    async def _in_slices(self, work: Generator[None, None, T]) -> T:
+        """Run a generator to its end, and let the loop do other things every SLICE_S."""
+        began = time.perf_counter()
+        while True:
+            try:
+                next(work)
+            except StopIteration as end:
+                self.seconds_spent += time.perf_counter() - began
+                result: T = end.value
+                return result
+            if (took := time.perf_counter() - began) > SLICE_S:
+                self.seconds_spent += took
+                await asyncio.sleep(0)
+                began = time.perf_counter()
 
     # ---- sequences
 
@@ -160,7 +177,7 @@ class Inspection:
     # ---- pages
 
     async def pool(self) -> Pool:
-        return await in_slices(self._pool())
+        return await self._in_slices(self._pool())
 
     def _pool(self) -> Generator[None, None, Pool]:
         cache = self._cache
@@ -202,7 +219,7 @@ class Inspection:
     # ---- the radix tree
 
     async def tree(self) -> Tree:
-        return await in_slices(self._tree())
+        return await self._in_slices(self._tree())
 
     def _tree(self) -> Generator[None, None, Tree]:
         """From the roots on, always below the node that has been of the most use."""
@@ -236,20 +253,6 @@ class Inspection:
             yield
         tree.num_seen, tree.is_whole = pushed, not heap
         return tree
-
-
-async def in_slices(work: Generator[None, None, T]) -> T:
-    """Run a generator to its end, and let the loop do other things every SLICE_S."""
-    began = time.perf_counter()
-    while True:
-        try:
-            next(work)
-        except StopIteration as end:
-            result: T = end.value
-            return result
-        if time.perf_counter() - began > SLICE_S:
-            await asyncio.sleep(0)
-            began = time.perf_counter()
 
 
 def _parts(pages: list[int]) -> Iterator[npt.NDArray[np.intp]]:

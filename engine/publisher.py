@@ -222,7 +222,7 @@ class Publisher:
 
     def _observe_end(self, listener: Listener, reason: FinishReason) -> None:
         sequence, now = listener.sequence, self._clock.now()
-        listener.stream.finished_at = now
+        listener.stream.finished_at, listener.stream.admitted_at = now, sequence.admitted_at
         if self.recorder is not None:
             self.recorder.finished(sequence.request.request_id, reason.value)
         first = listener.stream.first_token_at

@@ -28,6 +28,7 @@ from engine.engine import Engine
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints
+from server.accounts import Accounts, PriceList
 from server.endpoints import abort, health
 from server.endpoints import web as pages
 from server.parsers.registry import choose_parsers
@@ -35,8 +36,10 @@ from server.protocol.errors import ApiError, ErrorShape, error_body, error_respo
 from server.protocol.generation import MAX_TIMEOUT_S
 from server.protocol.ignored import HEADER as IGNORED_HEADER
 from server.protocol.ignored import IGNORED, Ignored
+from server.request_log import Usage, log_request
 from server.response_store import ResponseStore
-from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, Caller, ServedModel, State
+from server.spans import Spans, trace_headers
+from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, USAGE, Caller, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
 
@@ -90,7 +93,20 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     if options.reasoning_budget is not None and reasoning_family is None:
         raise StartupError("--reasoning-budget needs a model that reasons; this one's chat template shows no reasoning")
     store = ResponseStore(options.response_store_size, options.response_store_bytes)
-    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family, responses=store)
+    accounts = Accounts(None if options.prices is None else PriceList.load(options.prices))
+    engine.metrics.add_families(accounts.collect)
+    spans = None if options.otlp_traces_endpoint is None else Spans(options.otlp_traces_endpoint, model.names[0])
+    app[STATE] = State(
+        engine,
+        model,
+        options,
+        _make_compiler(engine),
+        tool_family,
+        reasoning_family,
+        responses=store,
+        accounts=accounts,
+        spans=spans,
+    )
     app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
@@ -123,8 +139,11 @@ async def _warm_up(app: web.Application) -> None:
 
 
 async def _clean_up(app: web.Application) -> None:
-    if (compiler := app[STATE].compiler) is not None:
-        compiler.close()
+    state = app[STATE]
+    if state.compiler is not None:
+        state.compiler.close()
+    if state.spans is not None:
+        await asyncio.to_thread(state.spans.close)
 
 
 # ---- the gate
@@ -134,6 +153,8 @@ async def _clean_up(app: web.Application) -> None:
 async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Name the request, answer it, count it."""
     state = request.app[STATE]
+    usage = Usage() if state.spans is None else Usage(trace_headers=trace_headers(request.headers))
+    USAGE.set(usage)
     request[REQUEST_ID] = request[ECHOED_ID] = uuid.uuid4().hex
     request[_IGNORED] = Ignored()
     IGNORED.set(request[_IGNORED])
@@ -149,7 +170,19 @@ async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
             response = await _answer(request, handler, state)
             status = response.status
         finally:
-            state.engine.metrics.observe_http(route, request.method, status, time.monotonic() - started_at)
+            seconds = time.monotonic() - started_at
+            state.engine.metrics.observe_http(route, request.method, status, seconds)
+            if state.options.access_log:
+                log_request(
+                    request_id=request[ECHOED_ID],
+                    method=request.method,
+                    path=request.rel_url.raw_path,
+                    status=status,
+                    seconds=seconds,
+                    key=CALLER.get().key,
+                    remote=request.remote or "",
+                    usage=usage,
+                )
     return response
 
 

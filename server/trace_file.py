@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import IO
 
 import orjson
@@ -25,16 +24,26 @@ MAX_FILE_BYTES = 2 * 1024**3
 _EVERY_S = 1.0
 
 
+def check(path: str) -> None:
+    """Raises StartupError for a path that cannot be written."""
+    _open(path, "ab").close()
+
+
+def _open(path: str, mode: str) -> IO[bytes]:
+    try:
+        file: IO[bytes] = open(path, mode)  # noqa: SIM115  (its owner closes it)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        raise StartupError(f"--trace-file: {path!r} cannot be written: {why}") from None
+    return file
+
+
 class TraceFile:
     """Raises StartupError for a path that cannot be written. `running`: while the server serves."""
 
     def __init__(self, path: str) -> None:
         self.path = path
-        try:
-            self._file: IO[bytes] = Path(path).open("wb")  # noqa: SIM115  (closed by `running`)
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else str(error)
-            raise StartupError(f"--trace-file: {path!r} cannot be written: {why}") from None
+        self._file = _open(path, "wb")  # closed by `running`
         self._size = 0
         self._failed = False
 

@@ -72,6 +72,8 @@ ALLOWED = {
     "server": {
         "engine.engine",
         "engine.resting",
+        "engine.inspection",
+        "engine.cache.history",
         "engine.text",
         "engine.models.mixers",
         "engine.models.spec",
