@@ -15,7 +15,9 @@ from server.openapi.words import Json, string
 from server.protocol.body import REFUSED_EVERYWHERE
 from server.short_forms import short_form
 
-FAMILIES: tuple[Any, ...] = (openai, responses, pooling, tei, anthropic, ollama, sglang, llamacpp, admin, small, watching)
+FAMILIES: tuple[Any, ...] = (
+    *(openai, responses, pooling, tei, anthropic, ollama, sglang, llamacpp, admin, small, watching),
+)
 
 
 def document(version: str, root_path: str = "") -> Json:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from server.openapi.words import NULL, OBJECT, Json, array, constant, either, get, gives, integer, number, string
 
 _ID = either(string(), NULL)
+_EVENT = gives({"ms": number(), "kind": string(), "value": either(integer(0), string())})
 
 SCHEMAS: Json = {
     "CacheAnswer": gives(
@@ -33,7 +34,7 @@ SCHEMAS: Json = {
                             gives({"common": string(), "here": string(), "there": string()}),
                             NULL,
                         ),
-                        "timeline": array(gives({"ms": number(), "kind": string(), "value": either(integer(0), string())})),
+                        "timeline": array(_EVENT),
                     }
                 ),
                 least=1,
@@ -57,7 +58,7 @@ PATHS: Json = {
         query={"limit": integer(0, about="How many; 0: no end.")},
     ),
     "/requests/{request_id}/cache": get(
-        "Why a request's prompt found what it found in the prefix cache.", "CacheAnswer"
+        "Why a prompt found what it found in the prefix cache.", "CacheAnswer"
     ),
     "/trace": get(
         "Record for some seconds, and give it in Chrome's trace format.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections import defaultdict
 from collections.abc import AsyncIterator
@@ -192,7 +193,7 @@ def check_trace(events: list[Json]) -> dict[str, list[Json]]:
     for track in by_track.values():
         # Slices of one track do not overlap.
         track.sort(key=lambda event: (event["ts"], event["dur"]))
-        for one, other in zip(track, track[1:], strict=False):
+        for one, other in itertools.pairwise(track):
             assert one["ts"] + one["dur"] <= other["ts"] + 0.002, (one, other)
     arrows: dict[int, list[Json]] = defaultdict(list)
     for event in [*by_phase["s"], *by_phase["t"], *by_phase["f"]]:
