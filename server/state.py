@@ -22,6 +22,7 @@ from engine.text.chat_template import ChatTemplate
 from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from server.parsers.base import ReasoningFamily, ToolFamily
+from server.rendering.renderer import Renderer
 from server.response_store import ResponseStore
 
 
@@ -75,6 +76,7 @@ class State:
 
     compiler: None where the model has no tokenizer, or no token to end a text with. tool_family, reasoning_family:
     how the model writes calls and reasoning, None where it is not known or not wanted. responses: of /v1/responses.
+    renderer: of the pages' answers.
     """
 
     engine: Engine
@@ -86,6 +88,7 @@ class State:
     in_flight: InFlight = field(default_factory=InFlight)
     submitted: dict[str, tuple[str, ...]] = field(default_factory=dict)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    renderer: Renderer = field(default_factory=Renderer)
 
     @property
     def tokenizer(self) -> Tokenizer:
