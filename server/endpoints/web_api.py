@@ -1,4 +1,4 @@
-"""GET /web/config and POST /web/render: what the pages ask for beside the routes of everybody. They need the key."""
+"""GET /web/api/config, POST /web/api/render: what the pages ask for beside everybody's routes. These need the key."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from server.state import STATE
 IS_WEB = True
 
 # Characters. The page sends the end of an answer from its last block on.
-MAX_TEXT = 100_000
+MAX_TEXT = 32_000
 MAX_BEFORE = 20_000
 KINDS = ("fence", "table", "ul", "ol", "paragraph")
 # What the page has a control for, in this order; what a control may hold is what the API says it takes.
@@ -85,4 +85,4 @@ async def render(request: web.Request) -> web.Response:
     return web.Response(body=made, content_type="application/json")
 
 
-ROUTES = (("GET", "/web/config", config), ("POST", "/web/render", render))
+ROUTES = (("GET", "/web/api/config", config), ("POST", "/web/api/render", render))

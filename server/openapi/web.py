@@ -37,7 +37,7 @@ SCHEMAS: Json = {
         }
     ),
     "WebRenderRequest": takes(
-        {"text": string("Markdown, from the start of a block on; at most 100,000 characters.")},
+        {"text": string("Markdown, from the start of a block on; at most 32,000 characters.")},
         {"kind": _KIND, "before": _BEFORE, "final": boolean("Whether nothing follows.")},
     ),
     "WebRendered": gives(
@@ -65,8 +65,8 @@ _PART["get"]["responses"]["200"]["content"] |= {
 PATHS: Json = {
     "/live": _PAGE,
     "/web/{name}": _PART,
-    "/web/config": get("The model, and what a chat can be asked with.", "WebConfig"),
-    "/web/render": post(
+    "/web/api/config": get("The model, and what a chat can be asked with.", "WebConfig"),
+    "/web/api/render": post(
         "Markdown as blocks of HTML: no HTML of the text's own, no links but to the web, no images.",
         "WebRenderRequest",
         "WebRendered",

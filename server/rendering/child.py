@@ -20,7 +20,7 @@ _MEMORY = 1 << 30
 
 
 def answer(request: bytes) -> bytes:
-    """The body of /web/render's answer for its body as JSON."""
+    """The body of /web/api/render's answer for its body as JSON."""
     asked = orjson.loads(request)
     blocks, state = render(asked["text"], State(**asked["state"]), final=asked["final"])
     return orjson.dumps({"blocks": blocks, "state": state})

@@ -290,7 +290,8 @@ def _code(content: str, language: str) -> str:
     inner = html.escape(content) if lexer is None else highlight(content, lexer, _FORMATTER)
     name = html.escape(language[:32]) or "text"
     return (
-        f'<figure class="code"><figcaption>{name}</figcaption>'
+        f'<figure class="code"><figcaption><span>{name}</span>'
+        f'<button type="button" class="copy-code">Copy</button></figcaption>'
         f'<pre tabindex="0"><code data-join>{inner}</code></pre></figure>'
     )
 

@@ -59,7 +59,11 @@ class Renderer:
 
     def _call(self, request: bytes) -> bytes:
         child, limit = self._child, TIMEOUT_S
-        if child is None or child.poll() is not None:
+        if child is not None and child.poll() is not None:
+            # It crashed over the text before.
+            _end(child)
+            child = None
+        if child is None:
             child, limit = self._start(), START_TIMEOUT_S
         assert child.stdin is not None and child.stdout is not None
         until = time.monotonic() + limit
