@@ -29,7 +29,7 @@ from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints
 from server.accounts import Accounts, PriceList
-from server.endpoints import abort, health
+from server.endpoints import abort, health, web_api
 from server.endpoints import web as pages
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
@@ -53,8 +53,8 @@ ENDPOINTS = [
 ]
 ADMIN_ENDPOINTS = [endpoint for endpoint in ENDPOINTS if getattr(endpoint, "IS_ADMIN", False)]
 _ADMIN_HANDLERS = frozenset(handler for endpoint in ADMIN_ENDPOINTS for _, _, handler in endpoint.ROUTES)
-# What makes a drain shorter.
-_ALWAYS_OPEN = frozenset(handler for _, _, handler in abort.ROUTES)
+# What makes a drain shorter, and what shows the answers that end meanwhile.
+_ALWAYS_OPEN = frozenset({*(handler for _, _, handler in abort.ROUTES), web_api.render})
 # How errors look by path, where they do not have OpenAI's shape; also a 405, which has no handler.
 _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
 # What a request holds and its answer does without.
@@ -142,6 +142,7 @@ async def _clean_up(app: web.Application) -> None:
     state = app[STATE]
     if state.compiler is not None:
         state.compiler.close()
+    state.renderer.close()
     if state.spans is not None:
         await asyncio.to_thread(state.spans.close)
 

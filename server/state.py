@@ -26,6 +26,7 @@ from engine.text.tokenizer import Tokenizer
 from server.accounts import Accounts
 from server.live_feed import LiveFeed
 from server.parsers.base import ReasoningFamily, ToolFamily
+from server.rendering.renderer import Renderer
 from server.request_log import Usage
 from server.response_store import ResponseStore
 from server.spans import Spans
@@ -82,7 +83,7 @@ class State:
     compiler: None where the model has no tokenizer, or no token to end a text with. tool_family, reasoning_family:
     how the model writes calls and reasoning, None where it is not known or not wanted. responses: of /v1/responses.
     accounts: tokens by API key. traces: those that are being recorded. spans: where OpenTelemetry is told, if anywhere.
-    live: what /live shows.
+    live: what /live shows. renderer: of the pages' answers.
     """
 
     engine: Engine
@@ -94,6 +95,7 @@ class State:
     in_flight: InFlight = field(default_factory=InFlight)
     submitted: dict[str, tuple[str, ...]] = field(default_factory=dict)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    renderer: Renderer = field(default_factory=Renderer)
     accounts: Accounts = field(default_factory=Accounts)
     traces: set[Tracer] = field(default_factory=set)
     spans: Spans | None = None

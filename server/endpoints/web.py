@@ -21,7 +21,7 @@ IS_WEB = True
 
 _DIRECTORY = Path(__file__).parent.parent / "web"
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# One policy makes HTML of a string: web/rendered.js, for what /web/render gives.
+# One policy makes HTML of a string: web/rendered.js, for what /web/api/render gives.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "

@@ -93,12 +93,6 @@ _LOAD = gives(
 )  # fmt: skip
 _SHORT_LOAD = gives(dict.fromkeys(("dp_rank", "num_reqs", "num_waiting_reqs", "num_tokens"), integer(0)))
 
-_PAGE = get("A page for people.", string(), kind="text/html")
-_PART = get("A part of a page.", string(), kind="text/css")
-_PART["get"]["responses"]["200"]["content"] |= {
-    kind: {"schema": string()} for kind in ("text/html", "text/javascript", "image/svg+xml")
-}
-
 PATHS: Json = {
     "/health": get("200 while the engine makes progress.", None),
     "/v1/health": get("200 while the engine makes progress.", None),
@@ -106,8 +100,6 @@ PATHS: Json = {
     "/health_generate": get("200 when a token has come out of the model.", None),
     "/metrics": get("Prometheus text.", string(), kind="text/plain"),
     "/": get("What this is; for a browser (Accept: text/html) the page to chat on.", "Server"),
-    "/live": _PAGE,
-    "/web/{name}": _PART,
     "/v1": get("What this is.", "Server"),
     "/version": get("The version.", "Version"),
     "/server_info": _INFO,
