@@ -266,24 +266,9 @@ class Recorder:
             return
         if not began:
             began = max(opened[2], last)
-        step = Step(
-            number,
-            opened[0],
-            opened[1],
-            opened[2],
-            self._waited,
-            self._arrived,
-            self._committed,
-            now(),
-            began,
-            ended,
-            is_told,
-            *opened[3:10],
-            self._failed,
-            opened[10],
-            tuple(self._first) if self._first else (),
-            tuple(self._ended) if self._ended else (),
-        )
+        stages = opened[0], opened[1], opened[2], self._waited, self._arrived, self._committed, now(), began, ended, is_told
+        first = tuple(self._first) if self._first else ()
+        step = Step._make((number, *stages, *opened[3:10], self._failed, opened[10], first, tuple(self._ended)))
         self.steps.append(step)
         if self._tracers:
             for tracer in self._tracers:
@@ -342,4 +327,4 @@ class Recorder:
 def percentiles(values: Iterable[float], wanted: tuple[float, ...] = (50.0, 90.0, 99.0)) -> list[float] | None:
     """None of nothing."""
     array = np.fromiter(values, np.float64)
-    return np.percentile(array, wanted).tolist() if len(array) else None  # type: ignore[no-any-return]
+    return np.percentile(array, wanted).tolist() if len(array) else None

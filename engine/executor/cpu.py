@@ -142,6 +142,12 @@ class CPUExecutor:
         self._worker = threading.Thread(target=self._work, name="cpu-executor", daemon=True)
         self._worker.start()
 
+    @property
+    def page_bytes(self) -> int:
+        """What a page takes in all layers of its groups; 0 where nothing is kept, or while it sleeps."""
+        pools = [*getattr(self._attention, "k_pools", ()), *getattr(self._attention, "v_pools", ())]
+        return sum(pool.nbytes for pool in pools) // (self.limits.num_pages + 1)
+
     def submit(self, forward_input: ForwardInput) -> CPUStepHandle:
         """See Executor."""
         assert not self._closed, "submit after close"
