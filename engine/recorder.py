@@ -266,9 +266,9 @@ class Recorder:
             return
         if not began:
             began = max(opened[2], last)
-        stages = opened[0], opened[1], opened[2], self._waited, self._arrived, self._committed, now(), began, ended, is_told
+        host = *opened[:3], self._waited, self._arrived, self._committed, now()
         first = tuple(self._first) if self._first else ()
-        step = Step._make((number, *stages, *opened[3:10], self._failed, opened[10], first, tuple(self._ended)))
+        step = Step._make((number, *host, began, ended, is_told, *opened[3:10], self._failed, opened[10], first, tuple(self._ended)))
         self.steps.append(step)
         if self._tracers:
             for tracer in self._tracers:
