@@ -1,5 +1,5 @@
-"""`make test-dashboards`: a real Prometheus scrapes a real server under load, and every panel has data; promtool's tests
-of the alerts. Needs Debian's package `prometheus`; ONELOOP_PROMETHEUS is the directory of its programs."""
+"""`make test-dashboards`: a real Prometheus scrapes a real server under load, and every panel has data; and promtool's
+tests of the alerts. Needs Debian's package `prometheus`; ONELOOP_PROMETHEUS is the directory of its programs."""
 
 from __future__ import annotations
 
