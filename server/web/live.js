@@ -72,6 +72,7 @@ function askForKey(error) {
   form.hidden = false;
   $("#key-error").textContent = error;
   $("#key").focus();
+  document.body.dataset.ready = "yes";
   return new Promise((resolve) => {
     form.onsubmit = (event) => {
       event.preventDefault();
@@ -103,6 +104,7 @@ function show(snapshot) {
   if (snapshot.pool) showPages(snapshot.pool, snapshot.limits);
   if (snapshot.tree) showTree(snapshot.tree);
   if (snapshot.memory) showMemory(snapshot.memory);
+  document.body.dataset.ready = "yes";
 }
 
 const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
@@ -122,7 +124,7 @@ function showTiles(snapshot) {
   const place = $("#tiles");
   if (place.children.length !== tiles.length) {
     place.replaceChildren(...tiles.map(([name]) => h("dl", { class: "tile" },
-      h("dt", { text: name }), h("dd", {}, h("span"), " ", h("small")), h("span", { class: "more" }))));
+      h("dt", { text: name }), h("dd", {}, h("span"), " ", h("small")), h("dd", { class: "more" }))));
   }
   tiles.forEach(([, value, unit, more], number) => {
     const tile = place.children[number];
