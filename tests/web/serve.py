@@ -15,7 +15,9 @@ import uvloop
 from tests.server.dictate import dictated
 from tests.server.support import live, served_model
 
-_PARAGRAPH = "Paragraph {n} of **many** has `code`, a formula $x_{{{n}}}^2 = \\frac{{1}}{{{n}}}$ and some more words.\n\n"
+_PARAGRAPH = (
+    "Paragraph {n} of **many** has `code`, a formula $x_{{{n}}}^2 = \\frac{{1}}{{{n}}}$ and some more words.\n\n"
+)
 _CODE = "```python\ndef f{n}(x):\n    return x + {n}  # and so on\n```\n\n"
 
 
