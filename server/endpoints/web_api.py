@@ -42,6 +42,8 @@ def _controls() -> dict[str, dict[str, Any]]:
 async def config(request: web.Request) -> web.Response:
     """The model, and the fields of a chat that it can be asked with."""
     state = request.app[STATE]
+    # A page has been opened.
+    state.renderer.warm()
     reasons = state.reasoning_family is not None
     defaults = dataclasses.asdict(state.model.generation_defaults)
     controls = [

@@ -40,6 +40,8 @@ class Renderer:
         self._waiting = 0
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="renderer")
         self._child: subprocess.Popen[bytes] | None = None
+        # The first answer waits for imports.
+        self._answered = False
 
     async def render(self, request: bytes) -> bytes:
         """The child's answer to a JSON text. Raises RenderError and BusyError."""
@@ -51,6 +53,11 @@ class Renderer:
         finally:
             self._waiting -= 1
 
+    def warm(self) -> None:
+        """Start the child before anybody waits for it."""
+        if self._child is None and not self._waiting:
+            self._thread.submit(self._ready)
+
     def close(self) -> None:
         """End the child. What waits is left to fail."""
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -58,13 +65,8 @@ class Renderer:
             _end(self._child)
 
     def _call(self, request: bytes) -> bytes:
-        child, limit = self._child, TIMEOUT_S
-        if child is not None and child.poll() is not None:
-            # It crashed over the text before.
-            _end(child)
-            child = None
-        if child is None:
-            child, limit = self._start(), START_TIMEOUT_S
+        limit = TIMEOUT_S if self._answered else START_TIMEOUT_S
+        child = self._ready()
         assert child.stdin is not None and child.stdout is not None
         until = time.monotonic() + limit
         try:
@@ -73,12 +75,22 @@ class Renderer:
             size = int.from_bytes(_read(child.stdout.fileno(), 4, until))
             made = _read(child.stdout.fileno(), size, until)
         except (OSError, EOFError, TimeoutError):
-            _end(child)
+            self._answered = False
             self._child = None
+            _end(child)
             raise RenderError from None
+        self._answered = True
         if not made:
             raise RenderError
         return made
+
+    def _ready(self) -> subprocess.Popen[bytes]:
+        """A child that lives."""
+        if self._child is not None and self._child.poll() is not None:
+            # It crashed behind its last answer.
+            _end(self._child)
+            self._child, self._answered = None, False
+        return self._child or self._start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         paths = [_ROOT, *filter(None, [os.environ.get("PYTHONPATH")])]

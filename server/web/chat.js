@@ -1,7 +1,7 @@
 // The chat page: which chat is shown, what is typed, and the answers that run.
 
 import { request } from "./api.js";
-import { $, ago, announce, ask, h, icon, iconButton, save, show, toast } from "./dom.js";
+import { $, ago, announce, ask, checkMathFont, h, icon, iconButton, save, show, toast } from "./dom.js";
 import { bodyOf, Generation } from "./generate.js";
 import { MessageView } from "./message.js";
 import * as settings from "./settings.js";
@@ -355,6 +355,7 @@ function wire() {
 
 async function start() {
   wire();
+  checkMathFont();
   draw();
   try {
     chats = await store.all();

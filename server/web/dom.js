@@ -101,6 +101,16 @@ export function show(title, ...content) {
   dialog.showModal();
 }
 
+/** Formulas need a font of theirs: where there is none, the sheet draws the roots. */
+export function checkMathFont() {
+  const probe = document.createElementNS("http://www.w3.org/1998/Math/MathML", "math");
+  const root = probe.appendChild(document.createElementNS(probe.namespaceURI, "msqrt"));
+  root.append(document.createElementNS(probe.namespaceURI, "mspace"));
+  document.body.append(probe);
+  if (root.getBoundingClientRect().width < 2) document.documentElement.classList.add("no-math-font");
+  probe.remove();
+}
+
 const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "auto" });
 
 export function ago(time) {

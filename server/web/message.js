@@ -16,7 +16,8 @@ function statsLine({ prompt, completion, cached, first, writing, reasoning }) {
   if (completion !== undefined) parts.push(`${number(completion)} tokens`);
   if (reasoning) parts.push(`${number(reasoning)} of them reasoning`);
   if (first !== undefined) parts.push(`first after ${first < 1000 ? `${Math.round(first)} ms` : `${(first / 1000).toFixed(1)} s`}`);
-  if (completion > 1 && writing > 0) parts.push(`${((completion - 1) / (writing / 1000)).toFixed(1)} tokens/s`);
+  // A few tokens come in one event, and tell nothing of the speed.
+  if (completion > 4 && writing > 20) parts.push(`${((completion - 1) / (writing / 1000)).toPrecision(3)} tokens/s`);
   if (prompt !== undefined) parts.push(`prompt ${number(prompt)}${cached ? `, ${number(cached)} cached` : ""}`);
   return parts.join(" · ");
 }

@@ -46,6 +46,8 @@ export class Rendered {
     if (!text.startsWith(this.#text.slice(0, this.#offset))) this.#restart();
     this.#text = text;
     this.#final = final;
+    // The first words are shown as they are, while the renderer wakes up.
+    if (this.#asked === null) this.#showPlain(text.slice(0, 4000));
     this.#schedule(0);
   }
 
@@ -59,7 +61,7 @@ export class Rendered {
     this.#offset = 0;
     this.#state = { kind: "", before: "" };
     this.#tail = [];
-    this.#join = this.#joinBefore = this.#tailHtml = null;
+    this.#join = this.#joinBefore = this.#tailHtml = this.#asked = null;
   }
 
   #schedule(delay) {

@@ -96,7 +96,7 @@ export function follow(chat, node) {
 export function titleOf(chat) {
   if (chat.title) return chat.title;
   const first = path(chat).find((node) => node.role === "user");
-  const words = (first?.content || first?.files?.[0]?.name || "").trim().replace(/\s+/g, " ");
+  const words = (first?.content || first?.files?.[0]?.name || "").replace(/[#*`>_\s]+/g, " ").trim();
   return words.length > 60 ? `${words.slice(0, 60)}…` : words || "New chat";
 }
 
