@@ -115,7 +115,9 @@ class ServerOptions:
     response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later turn, and how
     much of them; 0 keeps none. allowed_origins: web pages that may read answers; "local" stands for all of this
     machine's, "*" for all there are. refuse_max_tokens: a max_tokens that does not fit the context is an error and not
-    cut to what fits.
+    cut to what fits. web: whether there are pages for people. live_text: /live and /requests/{id}/cache show what is in
+    prompts. trace_file: a trace of the whole run goes there. log_format: text or json. prices: file of what tokens
+    cost.
     """
 
     host: str = "127.0.0.1"
@@ -150,6 +152,13 @@ class ServerOptions:
     max_host_memory: int | None = None
     handover: str | None = None
     resume_journal: str | None = None
+    web: bool = True
+    live_text: bool = False
+    trace_file: str | None = None
+    log_format: str = "text"
+    access_log: bool = False
+    prices: str | None = None
+    otlp_traces_endpoint: str | None = None
 
     def __post_init__(self) -> None:
         # Nobody needs the keys themselves any more.

@@ -20,8 +20,10 @@ from engine.config import EngineConfig
 from engine.executor.base import Executor, StepHandle
 from engine.forward import DeviceLostError, ForwardError
 from engine.grammar_masks import GrammarMasks
+from engine.inspection import Inspection
 from engine.metrics import EngineMetrics, EngineStats, Rates
 from engine.publisher import NO_TEXT, Listener, Publisher
+from engine.recorder import Recorder
 from engine.request import OverloadedError, QueueFullError, Request, RequestError, UnavailableError
 from engine.resting import Resting
 from engine.scheduling.batch import Batch
@@ -82,6 +84,8 @@ class Engine(Resting):
         self._books_rng = random.Random(0)  # its own: seeds of requests do not depend on when it was idle
         self._task: asyncio.Task[None] | None = None
         self.stalled = False
+        self.recorder = Recorder(self._on_watched)
+        self.inspection = Inspection(scheduler, publisher)
 
     # ---- the door
 
@@ -234,6 +238,9 @@ class Engine(Resting):
         ][:places]
         return [*running, *[None] * (places - len(running))]
 
+    def _on_watched(self, recorder: Recorder | None) -> None:
+        self.scheduler.recorder = self.publisher.recorder = recorder
+
     def name_stages(self, range_of: RangeOf) -> None:
         """Put schedule and commit into named ranges of a profiler's time line. Costs nothing until it is called."""
         for name in ("schedule", "commit"):
@@ -259,10 +266,17 @@ class Engine(Resting):
         scheduler, executor = self.scheduler, self.executor
         try:
             while True:
+                stages = self.recorder.stages  # None: nobody looks
+                if stages is not None:
+                    stages.schedule_begins()
                 batch = None if self._stopped else scheduler.schedule()  # N+1, while N runs on the device
                 if batch is not None:
+                    if stages is not None:
+                        stages.launch_begins()
                     self.metrics.on_step(batch.num_tokens)
                     in_flight.append((batch, executor.submit(batch.forward_input)))
+                    if stages is not None:
+                        stages.launched(batch, scheduler.num_running, scheduler.num_waiting)
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
                 if not in_flight:
@@ -277,23 +291,35 @@ class Engine(Resting):
                     continue
                 if len(in_flight) == self.depth or batch is None:
                     done, handle = in_flight.popleft()
+                    if stages is not None:
+                        stages.wait_begins()
                     try:
                         output = await executor.wait(handle)
                     except ForwardError as error:
+                        if stages is not None:
+                            stages.wait_ends(handle, failed=True)
                         result = scheduler.fail(done, error)
+                        if stages is not None:
+                            stages.committed()
                         self.metrics.failed_steps += 1
                         logger.error("a step failed, and %d of its requests by it: %s", len(result.finished), error)
                         if in_flight:
                             self._masks.provide(*in_flight[0])
                         self.publisher.publish_failure(result)
                     else:
+                        if stages is not None:
+                            stages.wait_ends(handle)
                         result = scheduler.commit(done, output)
+                        if stages is not None:
+                            stages.committed()
                         # First, for a grammar may end its request in the next line.
                         self.publisher.attach(result, output)
                         # The device may be waiting for these: before the streams.
                         if in_flight:
                             self._masks.provide(*in_flight[0])
                         self.publisher.publish(result)
+                    if stages is not None:
+                        stages.published(done.forward_input.step)
                     self._progress_at = self.clock.now()
                     self.admission.observe(self._progress_at)
                     # A device that is always ahead must not keep the sockets from being served.

@@ -350,6 +350,13 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
     server.add_argument("--protect-metrics", action="store_true", help="/metrics needs the key too")
     server.add_argument(
+        "--no-web",
+        "--no-webui",
+        dest="web",
+        action="store_false",
+        help="no pages for people (/ and /live), only the API",
+    )
+    server.add_argument(
         "--allowed-origins",
         nargs="+",
         metavar="ORIGIN",
@@ -442,7 +449,23 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     same = parser.add_argument_group("what is so here anyway")
     same.add_argument(*_ALWAYS, dest="always", action="store_true", help="always on")
     same.add_argument(*_ALWAYS_ONE, dest="devices", type=_one, metavar="1", help="one device is all there is")
-    server.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    watching = parser.add_argument_group("watching it")
+    watching.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    watching.add_argument("--log-format", choices=["text", "json"], help="json: an object a line")
+    watching.add_argument(
+        "--access-log",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a line for each HTTP request, with its tokens and times; on with --log-format json",
+    )
+    watching.add_argument("--live-text", action="store_true", help="/live and /requests/{id}/cache show prompts' text")
+    watching.add_argument("--trace-file", metavar="FILE", help="write a trace of the whole run there (ui.perfetto.dev)")
+    watching.add_argument(
+        "--prices", metavar="FILE", help="JSON or TOML: what tokens cost (currency, per, cached, prompt, output, keys)"
+    )
+    watching.add_argument(
+        "--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there (pip install 'oneloop[otel]')"
+    )
     return parser
 
 
@@ -560,12 +583,19 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             resume_journal=args.resume_journal,
             ssl_certfile=args.ssl_certfile,
             ssl_keyfile=args.ssl_keyfile,
+            live_text=args.live_text,
+            trace_file=args.trace_file,
+            access_log=args.log_format == "json" if args.access_log is None else args.access_log,
+            prices=args.prices,
+            otlp_traces_endpoint=args.otlp_traces_endpoint,
+            web=args.web,
             **_given(  # type: ignore[arg-type]
                 write_timeout_s=args.write_timeout,
                 header_timeout_s=args.header_timeout,
                 max_host_memory=args.max_host_memory,
                 max_connections_per_address=args.max_connections_per_address,
                 host=args.host,
+                log_format=args.log_format,
                 allowed_origins=None if args.allowed_origins is None else _origins(args.allowed_origins),
                 port=args.port,
                 max_body_bytes=args.max_body_bytes,

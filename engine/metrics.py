@@ -179,6 +179,7 @@ class EngineMetrics(Collector):
         self._schemes: list[_Vllm | _Sglang] = [
             _Sglang(self, model_name, now) if name == "sglang" else _Vllm(self, model_name, name) for name in names
         ]
+        self._others: list[Callable[[], Iterable[Metric]]] = []
         self._http_counts: dict[tuple[str, str, str], int] = {}
         self._http_durations: dict[tuple[str, str], Histogram] = {}
 
@@ -192,6 +193,10 @@ class EngineMetrics(Collector):
     def bind(self, stats: Callable[[], EngineStats]) -> None:
         """Where the gauges are read, once per scrape."""
         self.stats = stats
+
+    def add_families(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        """What others count, read at every scrape."""
+        self._others.append(collect)
 
     def on_first_token(self, ttft: float, queue_time: float, prefill_time: float, *, stream: bool = True) -> None:
         """Seconds: since arrival; from arrival to the first launch; from there to the first token."""
@@ -314,6 +319,8 @@ class EngineMetrics(Collector):
         yield cut
         violations = "Times that the KV cache's books were wrong and were begun anew."
         yield CounterMetricFamily("oneloop_kv_violations", violations, value=self.kv_violations)
+        for others in self._others:
+            yield from others()
 
 
 class _Families:

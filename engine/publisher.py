@@ -16,6 +16,7 @@ from engine.clock import Clock, Timer
 from engine.failures import raise_fatal
 from engine.forward import ForwardOutput
 from engine.metrics import EngineMetrics
+from engine.recorder import Recorder
 from engine.request import FinishReason
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence
@@ -88,6 +89,8 @@ class Publisher:
         self._metrics = metrics
         self._clock = clock
         self._flush_interval = flush_interval
+        # While somebody looks.
+        self.recorder: Recorder | None = None
         # With forced tokens that are not published yet.
         self._jumped: list[Listener] = []
         # Requests whose end somebody waits for.
@@ -136,6 +139,8 @@ class Publisher:
                     self._on_first_token(self._scheduler.slot_owners[slot], now)
                 gaps = gaps[~first]
             metrics.observe_inter_token(gaps)
+            if self.recorder is not None and self.recorder.stages is not None:
+                self.recorder.gaps(gaps)
             busy = self._scheduler.still_in_flight(slots)
             wait_allowed = bool(busy.all())
             owners, interval = self._scheduler.slot_owners, self._flush_interval
@@ -238,6 +243,8 @@ class Publisher:
         listener.stream.first_token_at = now
         listener.stream.num_cached_tokens = sequence.num_cached_tokens
         self._metrics.prompt_tokens += sequence.num_prompt_tokens
+        if self.recorder is not None:
+            self.recorder.first_token(sequence.request.request_id, now - sequence.arrived_at)
         admitted = sequence.admitted_at or now
         self._metrics.on_first_token(
             now - sequence.arrived_at,
@@ -248,7 +255,9 @@ class Publisher:
 
     def _observe_end(self, listener: Listener, reason: FinishReason) -> None:
         sequence, now = listener.sequence, self._clock.now()
-        listener.stream.finished_at = now
+        listener.stream.finished_at, listener.stream.admitted_at = now, sequence.admitted_at
+        if self.recorder is not None:
+            self.recorder.finished(sequence.request.request_id, reason.value)
         first = listener.stream.first_token_at
         self._metrics.on_finished(
             reason,

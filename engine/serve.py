@@ -29,7 +29,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, log_level = parse(argv)
         debug = log_level == "debug"
-        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        from server import accounts, request_log, spans, trace_file
+
+        request_log.set_up(log_level, config.server.log_format)
         from engine.build import build_engine
         from engine.report import StartupReport
         from server.app import make_tls
@@ -41,11 +43,17 @@ def main(argv: list[str] | None = None) -> int:
                 "a key on the command line is seen by everybody who can list processes; ONELOOP_API_KEY, "
                 "ONELOOP_ADMIN_API_KEY or --key-file do not show it"
             )
-        # A misspelled name, or a file that is none, ends the start before the weights are read.
+        # What is misspelled or missing ends the start before the weights are read.
         make_tls(config.server)
         if config.server.handover is not None:
             path_of(config.server.handover)
         choose_parsers(config.server.tool_call_parser, config.server.reasoning_parser, "")
+        if config.server.prices is not None:
+            accounts.PriceList.load(config.server.prices)
+        if config.server.trace_file is not None:
+            trace_file.check(config.server.trace_file)
+        if config.server.otlp_traces_endpoint is not None:
+            spans.check(config.server.otlp_traces_endpoint)
 
         report = StartupReport(STARTED_AT)
         report.phases["imports"] = report.total_seconds
@@ -65,12 +73,14 @@ def main(argv: list[str] | None = None) -> int:
 async def _run(config: EngineConfig, built: Built) -> int:
     """The loop task and the web server, side by side, until one of them ends."""
     import asyncio
+    import contextlib
     import functools
     import gc
 
     from engine.config import StartupError
     from engine.watchdog import Watchdog
     from server.app import ServedModel, build_app, serve
+    from server.trace_file import TraceFile
 
     engine, report = built.engine, built.report
     if engine.tokenizer is None:
@@ -112,9 +122,11 @@ async def _run(config: EngineConfig, built: Built) -> int:
     # A failed engine has nothing left to serve: what is connected gets its error event, then the process ends.
     loop_task.add_done_callback(lambda _: stop.set())
     try:
-        await serve(
-            build_app(engine, model, config.server), engine, config.server, on_listening=on_listening, stop=stop
-        )
+        async with contextlib.AsyncExitStack() as stack:
+            app = build_app(engine, model, config.server)
+            if config.server.trace_file is not None:
+                await stack.enter_async_context(TraceFile(config.server.trace_file).running(engine.recorder))
+            await serve(app, engine, config.server, on_listening=on_listening, stop=stop)
     finally:
         watchdog.close()
         failure = loop_task.exception() if loop_task.done() and not loop_task.cancelled() else None

@@ -61,15 +61,18 @@ class TokenStream:
 
     Leaving the block for any reason aborts what still runs. num_cached_tokens is known with the first delta;
     num_output_tokens counts every generated token so far, those of taken deltas and of the waiting one.
-    arrived_at, first_token_at, finished_at: by the engine's clock, in seconds; the last two None until then.
+    arrived_at, admitted_at, first_token_at, finished_at: by the engine's clock, in seconds; None until then, and
+    admitted_at until the end. failed: it ended with an error.
     """
 
     __slots__ = (
         "_abort",
         "_delta",
+        "_failed",
         "_finished",
         "_pending",
         "_waiter",
+        "admitted_at",
         "arrived_at",
         "finished_at",
         "first_token_at",
@@ -86,6 +89,7 @@ class TokenStream:
     ) -> None:
         self.request_id = request_id
         self.arrived_at = arrived_at
+        self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
         self.num_prompt_tokens = num_prompt_tokens
@@ -98,7 +102,7 @@ class TokenStream:
         self._abort = abort
         self._delta = Delta()
         self._pending = False
-        self._finished = False
+        self._finished = self._failed = False
         self._waiter: asyncio.Future[None] | None = None
 
     # The engine's side.
@@ -132,9 +136,14 @@ class TokenStream:
         if self._finished:
             return
         self._finished = True
+        self._failed = error is not None
         delta = self._delta
         delta.finish_reason, delta.stop_reason, delta.error, delta.status = reason, stop_reason, error, status
         self.flush()
+
+    @property
+    def failed(self) -> bool:
+        return self._failed
 
     @property
     def finished(self) -> bool:

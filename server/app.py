@@ -34,9 +34,11 @@ from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints
+from server.accounts import Accounts, PriceList
 from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
-from server.endpoints import abort, health
+from server.endpoints import abort, health, web_api
+from server.endpoints import web as pages
 from server.handover import Offer, path_of, take
 from server.journal import Journal
 from server.keyring import Key, Keyring
@@ -46,22 +48,25 @@ from server.protocol.errors import ApiError, ErrorShape, error_body, error_respo
 from server.protocol.generation import MAX_TIMEOUT_S
 from server.protocol.ignored import HEADER as IGNORED_HEADER
 from server.protocol.ignored import IGNORED, Ignored
+from server.request_log import Usage, log_request
 from server.response_store import ResponseStore
-from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, Caller, ServedModel, State
+from server.spans import Spans, trace_headers
+from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, USAGE, Caller, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
 # A family of routes is a module there. ROUTES: (method, path, handler) each. ERROR_SHAPE: of errors that do not have
-# OpenAI's shape. IS_ADMIN: they change the server for everybody, and need the admin key, where there is one.
+# OpenAI's shape. IS_ADMIN: they change the server for everybody, and need the admin key, where there is one. IS_WEB:
+# they are there for this server's own pages, and `--no-web` leaves them out.
 ENDPOINTS = [
     importlib.import_module(f"{endpoints.__name__}.{found.name}") for found in iter_modules(endpoints.__path__)
 ]
 ADMIN_ENDPOINTS = [endpoint for endpoint in ENDPOINTS if getattr(endpoint, "IS_ADMIN", False)]
 _ADMIN_HANDLERS = frozenset(handler for endpoint in ADMIN_ENDPOINTS for _, _, handler in endpoint.ROUTES)
-# What makes a drain shorter.
-_ALWAYS_OPEN = frozenset(handler for _, _, handler in abort.ROUTES)
+# What makes a drain shorter, and what shows the answers that end meanwhile.
+_ALWAYS_OPEN = frozenset({*(handler for _, _, handler in abort.ROUTES), web_api.render})
 # How errors look by path, where they do not have OpenAI's shape; also a 405, which has no handler.
 _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
 # What a request holds and its answer does without.
@@ -115,9 +120,19 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     usage = None if options.key_usage_path is None else Path(options.key_usage_path)
     keyring = Keyring(tuple(map(digest, options.api_keys)), options.key_entries, usage=usage)
     app[_ADMIN_KEYS] = Keyring(() if options.admin_api_key is None else (digest(options.admin_api_key),))
-    compiler = _make_compiler(engine)
+    accounts = Accounts(None if options.prices is None else PriceList.load(options.prices))
+    engine.metrics.add_families(accounts.collect)
     app[STATE] = State(
-        engine, model, options, compiler, tool_family, reasoning_family, responses=store, keyring=keyring
+        engine,
+        model,
+        options,
+        _make_compiler(engine),
+        tool_family,
+        reasoning_family,
+        responses=store,
+        keyring=keyring,
+        accounts=accounts,
+        spans=None if options.otlp_traces_endpoint is None else Spans(options.otlp_traces_endpoint, model.names[0]),
     )
     journal = None
     if options.resume_journal is not None:
@@ -133,6 +148,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app.on_response_prepare.append(_add_headers)
     for prefix in dict.fromkeys(("", options.root_path.rstrip("/"))):
         for endpoint in ENDPOINTS:
+            if getattr(endpoint, "IS_WEB", False) and not options.web:
+                continue
             shape = getattr(endpoint, "ERROR_SHAPE", error_body)
             for method, path, handler in endpoint.ROUTES:
                 app[_SHAPES][prefix + path] = shape
@@ -172,11 +189,15 @@ async def _watch_memory(app: web.Application) -> AsyncIterator[None]:
 
 
 async def _clean_up(app: web.Application) -> None:
-    app[STATE].keyring.save()
+    state = app[STATE]
+    state.keyring.save()
     if _JOURNAL in app:
         app[_JOURNAL].close()
-    if (compiler := app[STATE].compiler) is not None:
-        compiler.close()
+    if state.compiler is not None:
+        state.compiler.close()
+    state.renderer.close()
+    if state.spans is not None:
+        await asyncio.to_thread(state.spans.close)
 
 
 # ---- the gate
@@ -186,6 +207,8 @@ async def _clean_up(app: web.Application) -> None:
 async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Name the request, answer it, count it."""
     state = request.app[STATE]
+    usage = Usage() if state.spans is None else Usage(trace_headers=trace_headers(request.headers))
+    USAGE.set(usage)
     request[REQUEST_ID] = request[ECHOED_ID] = uuid.uuid4().hex
     request[_IGNORED] = Ignored()
     IGNORED.set(request[_IGNORED])
@@ -201,7 +224,19 @@ async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
             response = await _answer(request, handler, state)
             status = response.status
         finally:
-            state.engine.metrics.observe_http(route, request.method, status, time.monotonic() - started_at)
+            seconds = time.monotonic() - started_at
+            state.engine.metrics.observe_http(route, request.method, status, seconds)
+            if state.options.access_log:
+                log_request(
+                    request_id=request[ECHOED_ID],
+                    method=request.method,
+                    path=request.rel_url.raw_path,
+                    status=status,
+                    seconds=seconds,
+                    key=CALLER.get().key,
+                    remote=request.remote or "",
+                    usage=usage,
+                )
     return response
 
 
@@ -274,7 +309,7 @@ def _authorize(request: web.Request, state: State) -> Key | None:
     open_handlers = (health.health,) if options.protect_metrics else (health.health, health.metrics)
     is_admin = options.admin_api_key is not None and handler in _ADMIN_HANDLERS
     keyring = request.app[_ADMIN_KEYS] if is_admin else state.keyring
-    if not keyring or handler in open_handlers:
+    if not keyring or handler in open_handlers or pages.is_page(request):
         return None
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     # The second is how Anthropic's clients send it.

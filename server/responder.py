@@ -21,7 +21,7 @@ from server.answers.openai import OpenAIAnswer
 from server.protocol.errors import ApiError, json_response
 from server.protocol.generation import Plan
 from server.sse import EventStream
-from server.state import CALLER, ECHOED_ID, REQUEST_ID, State
+from server.state import CALLER, ECHOED_ID, REQUEST_ID, USAGE, State
 
 logger = logging.getLogger("oneloop.server")
 
@@ -94,11 +94,25 @@ async def submitted(
         for request, own in zip(requests, rids or repeat(()), strict=False):
             streams.append(await stack.enter_async_context(state.engine.submit(request)))
             state.submitted[request.request_id] = names + own
-            stack.callback(state.submitted.pop, request.request_id)
+            stack.callback(_ended, state, request, streams[-1])
             # Thousands of embeddings must not hold the loop.
             if len(streams) % _SUBMITTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         yield streams
+
+
+def _ended(state: State, request: Request, stream: TokenStream) -> None:
+    """A stream has been left: write down what it used. What was never computed costs nobody anything."""
+    state.submitted.pop(request.request_id)
+    usage = USAGE.get()
+    usage.add(stream)
+    if stream.first_token_at is not None:
+        cached = stream.num_cached_tokens
+        state.accounts.add(
+            CALLER.get().key, cached=cached, prompt=stream.num_prompt_tokens - cached, output=stream.num_output_tokens
+        )
+    if state.spans is not None:
+        state.spans.ended(request, stream, state.engine.clock.now(), usage.trace_headers)
 
 
 class _Source:

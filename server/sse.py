@@ -12,6 +12,7 @@ from types import TracebackType
 import orjson
 from aiohttp import web
 
+from engine.recorder import stretch
 from engine.request import RequestError
 from server.protocol.errors import error_body
 from server.protocol.generation import Plan
@@ -100,7 +101,8 @@ class EventStream:
         """Send whole events; waits while the client reads too slowly. Raises ConnectionError when it has gone."""
         self._written_at = self._loop.time()
         self._writing = True
-        await self.response.write(data)
+        with stretch("sockets", "write", len(data)):
+            await self.response.write(data)
         self._writing = False
 
     async def __aenter__(self) -> EventStream:

@@ -11,13 +11,16 @@ from __future__ import annotations
 
 import itertools
 import struct
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from random import Random
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.cache.eviction.registry import make_eviction_policy
+from engine.cache.history import CacheHistory
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree
 from engine.forward import NULL_PAGE, Int32Array
@@ -86,6 +89,7 @@ class KVCache:
         num_snapshots: int | None = None,
         enable_prefix_caching: bool = True,
         eviction_policy: str = "lru",
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
@@ -95,6 +99,7 @@ class KVCache:
         self._caching = enable_prefix_caching
         self._eviction_policy = eviction_policy
         self._num_snapshots = num_snapshots
+        self._now = now
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -105,6 +110,8 @@ class KVCache:
         self._tree = RadixTree(self.page_size, policy, self.groups, snapshots is not None)
         self._snapshots = PagePool(snapshots) if snapshots and self._caching else None
         self._deferred: list[int] = []
+        self.history = CacheHistory(self.page_size, self._now)
+        self._tree.on_evicted = self.history.evicted
 
     @property
     def num_free(self) -> int:
@@ -308,9 +315,20 @@ class KVCache:
 
     def flush(self) -> int:
         """Drop every page that no sequence needs; returns how many."""
+        self._tree.on_evicted = None
         pages = self._tree.evict(self._tree.num_evictable)
+        self._tree.on_evicted = self.history.evicted
+        self.history.flushed()
         self._pool.free(pages)
         return len(pages)
+
+    def roots(self) -> list[Node]:
+        """Of the namespaces; to be read only."""
+        return self._tree.roots()
+
+    def is_free(self) -> npt.NDArray[np.bool_]:
+        """bool [num_pages]: of the pages from 1 on; a copy."""
+        return self._pool.all_free()
 
     def _own(self, seq: SequencePages) -> list[list[int]]:
         """The private pages by group."""

@@ -14,6 +14,7 @@ from engine.cache.kv_cache import KVCache
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.forward import Limits
+from engine.recorder import Recorder
 from engine.request import (
     MAX_STOP_TOKEN_IDS,
     ContextLengthExceededError,
@@ -58,8 +59,11 @@ class Residents:
             num_snapshots=limits.num_snapshots,
             enable_prefix_caching=cache_options.enable_prefix_caching,
             eviction_policy=cache_options.eviction_policy,
+            now=clock.now,
         )
         self.counters = SchedulerCounters()
+        # While somebody looks.
+        self.recorder: Recorder | None = None
         self.num_waiting = self.num_waiting_tokens = 0
         self._clock = clock
         self._table = SlotTable(limits)
@@ -95,6 +99,17 @@ class Residents:
     def has_work(self) -> bool:
         """Something waits, runs, or has yet to give back its slot."""
         return bool(self.num_waiting or self._running or self._leaving)
+
+    def obstacle(self, sequence: Sequence) -> str:
+        """Why a waiting sequence is not admitted: held (nobody is, for now), slots, pages, prefill (a prompt is being
+        read), or turn (others are before it, or its step comes)."""
+        if self._held is not None:
+            return "held"
+        if not self._table.num_free:
+            return "slots"
+        if sequence.pages_wanted:
+            return "pages"
+        return "prefill" if self._prefilling else "turn"
 
     def sequence_of(self, slot: int) -> Sequence:
         sequence = self._table.sequences[slot]
@@ -169,6 +184,8 @@ class Residents:
         self._next_order += 1
         self.num_waiting += 1
         self.num_waiting_tokens += sequence.num_tokens
+        if self.recorder is not None:
+            self.recorder.event(request.request_id, "queued", sequence.num_prompt_tokens)
         if self._held is not None:
             self._held.append(sequence)
         else:
@@ -240,6 +257,8 @@ class Residents:
         sequence.move(SequenceStatus.RETRACTING)
         sequence.num_retractions += 1
         self.counters.num_preemptions += 1
+        if self.recorder is not None:
+            self.recorder.event(sequence.request.request_id, "retracted", sequence.num_tokens)
         self._release_if_idle(sequence)
 
     def _release_leaving(self) -> None:
@@ -260,6 +279,7 @@ class Residents:
         valid = min(int(table.computed[slot]), len(tokens))
         if sequence.finish_reason is FinishReason.ERROR or not self.kv_cache.is_intact(pages):
             valid = 0
+        self.kv_cache.history.released(sequence.request.request_id, tokens[:valid])
         self.kv_cache.release(pages, tokens, valid)
         sequence.pages = None
         sequence.leave_slot()

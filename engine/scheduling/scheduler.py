@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
+from engine.cache.history import Visit
 from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
@@ -243,6 +244,8 @@ class Scheduler(Residents):
                 continue  # no page or no budget is left: it sits this step out
             # Its pages enter the radix tree when it leaves, like those of all generated tokens.
             batch.write_prefill(slot, start, sequence.token_ids[start:end], end == known)
+            if self.recorder is not None:
+                self.recorder.chunk(sequence.request.request_id, "forced", start, end)
             table.computed[slot] = end
             if end == known:
                 self._jumping.remove(sequence)
@@ -304,6 +307,20 @@ class Scheduler(Residents):
             sequence.num_cached_tokens = num_cached
             self.counters.prefix_cache_queries += len(tokens)
             self.counters.prefix_cache_hits += num_cached
+            cache.history.admitted(
+                Visit(
+                    request.request_id,
+                    request.namespace,
+                    pages.data,
+                    sequence.num_prompt_tokens,
+                    len(sequence.matchable_ids),
+                    num_cached,
+                    pages.num_known * cache.page_size,
+                    sequence.admitted_at,
+                )
+            )
+        if self.recorder is not None:
+            self.recorder.event(request.request_id, "admitted", num_cached)
         if not sequence.suspect_until:
             popped = self._policy.pop()
             assert popped is sequence
@@ -349,6 +366,8 @@ class Scheduler(Residents):
         batch.write_prefill(slot, start, tokens[start:end], end == known and not pools)
         if pools:
             batch.write_pooled(sequence, end == known)
+        if self.recorder is not None:
+            self.recorder.chunk(sequence.request.request_id, "pooling" if pools else "prefill", start, end)
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
         batch.entered.append((sequence, pages.num_shared))
