@@ -65,8 +65,8 @@ class Renderer:
             _end(self._child)
 
     def _call(self, request: bytes) -> bytes:
-        limit = TIMEOUT_S if self._answered else START_TIMEOUT_S
         child = self._ready()
+        limit = TIMEOUT_S if self._answered else START_TIMEOUT_S
         assert child.stdin is not None and child.stdout is not None
         until = time.monotonic() + limit
         try:

@@ -46,6 +46,7 @@ export class Rendered {
     if (!text.startsWith(this.#text.slice(0, this.#offset))) this.#restart();
     this.#text = text;
     this.#final = final;
+    this.#root.setAttribute("aria-busy", "true");
     // The first words are shown as they are, while the renderer wakes up.
     if (this.#asked === null) this.#showPlain(text.slice(0, 4000));
     this.#schedule(0);
@@ -54,6 +55,11 @@ export class Rendered {
   stop() {
     this.#stopped = true;
     clearTimeout(this.#timer);
+  }
+
+  /** The whole text is there, or all of it that ever will be. */
+  #settle(settled) {
+    if (settled) this.#root.setAttribute("aria-busy", "false");
   }
 
   #restart() {
@@ -77,7 +83,10 @@ export class Rendered {
     const whole = this.#offset + tail.length === this.#text.length;
     const final = this.#final && whole;
     const signature = `${this.#offset}:${tail.length}:${final}`;
-    if (signature === this.#asked || (tail === "" && !this.#tail.length)) return;
+    if (signature === this.#asked || (tail === "" && !this.#tail.length)) {
+      this.#settle(final);
+      return;
+    }
     this.#busy = true;
     const began = performance.now();
     try {
@@ -99,6 +108,7 @@ export class Rendered {
       }
     }
     this.#busy = false;
+    this.#settle((final && this.#asked === signature && this.#final) || this.#failures >= 3);
     this.onchange();
     const took = performance.now() - began;
     if (this.#failures < 3) this.#schedule(Math.max(EVERY, 3 * took, this.#failures * 1000));

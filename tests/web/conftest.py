@@ -126,4 +126,4 @@ def ask(page: Page, text: str, *, wait: bool = True) -> None:
 def done(page: Page) -> None:
     """Wait until no answer runs and all of it is rendered."""
     page.wait_for_selector("#send:visible")
-    page.wait_for_timeout(300)
+    page.wait_for_selector(".message .rendered[aria-busy=true]", state="detached")

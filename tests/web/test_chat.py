@@ -157,7 +157,7 @@ def test_branches_history_and_files(server: Server, open_page: Open, tmp_path: P
     page.locator("#chats .open").click()
     expect(page.locator(".message.assistant .rendered")).to_have_text("first words")
     page.get_by_role("button", name=re.compile("^Rename")).first.click()
-    page.get_by_label("Rename this chat").fill("<b>Named</b>")
+    page.locator("#ask input[type=text]").fill("<b>Named</b>")
     page.locator("#ask .primary").click()
     page.fill("#search", "")
     expect(page.locator("#title")).to_have_text("<b>Named</b>")
@@ -224,14 +224,14 @@ def test_tools_schema_prompt_and_tokens(server: Server, open_page: Open) -> None
 
 def test_a_key_and_reasoning(keyed: Server, open_page: Open) -> None:
     page = open_page(keyed.url, ready=False)
-    page.get_by_label("API key").fill("wrong")
+    page.locator("#ask input[type=password]").fill("wrong")
     picture(page, "key")
     page.get_by_role("button", name="Use this key").click()
     expect(page.locator("#ask")).to_contain_text("does not take this API key")
-    page.get_by_label("API key").fill("secret-key")
+    page.locator("#ask input[type=password]").fill("secret-key")
     page.get_by_role("button", name="Use this key").click()
     page.wait_for_selector("body[data-ready=yes]")
-    ask(page, "Let me **think**.</think>\n\nThe answer.")
+    ask(page, "<think>\nLet me **think**.</think>\n\nThe answer.")
     expect(page.locator(".message.assistant .body > .rendered")).to_have_text("The answer.")
     thoughts = page.locator(".reasoning")
     assert thoughts.get_attribute("open") is None
