@@ -48,8 +48,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
 
 @dataclass
 class Figures:
-    """One run. cpu, write, python: us a token. utilisation: CPU seconds of the loop thread a second. gap: ms between two
-    events of a stream, median and 99th percentile and most; added: p99 above the device's own time for a token."""
+    """One run. cpu, write, python: us a token. utilisation: CPU seconds of the loop thread a second.
+
+    gaps_ms: between two events of a stream, median, 99th percentile and most; added_ms: p99 above the device's own.
+    """
 
     kind: str
     streams: int

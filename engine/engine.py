@@ -20,6 +20,7 @@ from engine.executor.base import Executor, StepHandle
 from engine.forward import DeviceLostError, ForwardError
 from engine.grammar_masks import GrammarMasks
 from engine.metrics import EngineMetrics, EngineStats, Rates
+from engine.pace import LoopWatch, Pace
 from engine.publisher import NO_TEXT, Listener, Publisher
 from engine.request import QueueFullError, Request, RequestError, UnavailableError
 from engine.resting import Resting
@@ -55,7 +56,10 @@ class Engine(Resting):
         clock = clock or MonotonicClock()
         scheduler = Scheduler(executor.limits, config.scheduler, config.cache, executor.staging, clock, eos_token_ids)
         self.metrics = metrics or EngineMetrics(model_name="model", max_model_len=executor.limits.max_model_len)
-        publisher = Publisher(scheduler, self.metrics, clock, config.stream.flush_interval_ms / 1000.0)
+        wait_ms = config.stream.flush_interval_ms
+        pace = Pace(None if wait_ms is None else wait_ms / 1000.0)
+        publisher = Publisher(scheduler, self.metrics, clock, pace)
+        self._watch = LoopWatch(self.metrics, pace)
         super().__init__(scheduler, executor, publisher, clock)
         self.config = config
         self.limits = executor.limits
@@ -237,6 +241,7 @@ class Engine(Resting):
         """Serve until cancelled. Returns only by raising: what it raises means that the process must end."""
         in_flight: deque[tuple[Batch, StepHandle]] = deque()
         scheduler, executor = self.scheduler, self.executor
+        self._watch.start()
         try:
             while True:
                 batch = None if self._stopped else scheduler.schedule()  # N+1, while N runs on the device
@@ -280,6 +285,7 @@ class Engine(Resting):
             self._fail_all(error)
             raise
         finally:
+            self._watch.stop()
             # A worker that waits for a mask would never end.
             for batch, _ in in_flight:
                 if batch.forward_input.masks is not None:

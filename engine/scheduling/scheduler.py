@@ -708,6 +708,16 @@ class Scheduler:
         """[num_slots]: who holds each slot now; to be read only."""
         return self._table.sequences
 
+    @property
+    def known_lengths(self) -> Int32Array:
+        """int32 [num_slots]: tokens of each slot's sequence that the host knows, its prompt's too; to be read only."""
+        return self._table.known
+
+    @property
+    def known_tokens(self) -> Int32Array:
+        """int32 [num_slots, max_model_len]: those tokens; to be read only."""
+        return self._table.tokens
+
     # ---- leaving
 
     def _in_flight(self, sequence: Sequence) -> bool:
