@@ -90,9 +90,12 @@ class SchedulerOptions:
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """flush_interval_ms: how long a streamed token may wait for company; first and last tokens never wait."""
+    """flush_interval_ms: how long a streamed token may wait for company; first and last tokens never wait.
 
-    flush_interval_ms: float = 10.0
+    None: not at all while the event loop has time, else as long as that it keeps up (pace.py).
+    """
+
+    flush_interval_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from engine.forward import DeviceLostError, ForwardError
 from engine.grammar_masks import GrammarMasks
 from engine.inspection import Inspection
 from engine.metrics import EngineMetrics, EngineStats, Rates
+from engine.pace import LoopWatch, Pace
 from engine.publisher import NO_TEXT, Listener, Publisher
 from engine.recorder import Recorder
 from engine.request import OverloadedError, QueueFullError, Request, RequestError, UnavailableError
@@ -64,7 +65,10 @@ class Engine(Resting):
         clock = clock or MonotonicClock()
         scheduler = Scheduler(executor.limits, config.scheduler, config.cache, executor.staging, clock, eos_token_ids)
         self.metrics = metrics or EngineMetrics(model_name="model", max_model_len=executor.limits.max_model_len)
-        publisher = Publisher(scheduler, self.metrics, clock, config.stream.flush_interval_ms / 1000.0)
+        wait_ms = config.stream.flush_interval_ms
+        pace = Pace(None if wait_ms is None else wait_ms / 1000.0)
+        publisher = Publisher(scheduler, self.metrics, clock, pace)
+        self._watch = LoopWatch(self.metrics, pace)
         super().__init__(scheduler, executor, publisher, clock)
         self.config = config
         self.limits = executor.limits
@@ -264,6 +268,7 @@ class Engine(Resting):
         self._task = asyncio.current_task()
         in_flight: deque[tuple[Batch, StepHandle]] = deque()
         scheduler, executor = self.scheduler, self.executor
+        self._watch.start()
         try:
             while True:
                 stages = self.recorder.stages  # None: nobody looks
@@ -334,6 +339,7 @@ class Engine(Resting):
             self._fail_all(error)
             raise
         finally:
+            self._watch.stop()
             # A worker that waits for a mask would never end.
             for batch, _ in in_flight:
                 if batch.forward_input.masks is not None:

@@ -115,6 +115,10 @@ def _not_negative(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _positive(text)
 
 
+def _interval(text: str) -> float | None:
+    return None if text == "auto" else _not_negative(text)
+
+
 def _budget(text: str) -> int:
     if text != "-1" and not (text.isascii() and text.isdigit()):
         raise argparse.ArgumentTypeError(f"'{text}' is not a number of tokens, nor -1 for no limit")
@@ -306,7 +310,10 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--disable-overlap", "--disable-overlap-schedule", dest="overlap", action="store_false", default=None
     )
     scheduler.add_argument(
-        "--flush-interval-ms", type=_not_negative, metavar="MS", help="how long a streamed token may wait for company"
+        "--flush-interval-ms",
+        type=_interval,
+        metavar="MS",
+        help="how long a streamed token may wait for company; auto (default): not at all while the event loop has time",
     )
 
     server = parser.add_argument_group("server")

@@ -39,6 +39,7 @@ SGLANG_TOKEN = (
 )  # fmt: skip
 SGLANG_REQUEST = (*SGLANG_TTFT, 600, 1200, 1800, 2400)
 SGLANG_QUEUE = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+LOOP_LAG = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 HTTP_DURATION = (0.01, 0.1, 0.5, 1, 5, 10, 60, 300)
 
 # Handlers are route patterns, so they are few; a bug in that must not fill the memory.
@@ -127,7 +128,7 @@ class EngineMetrics(Collector):
     """What the engine counts, and how it is called.
 
     Written as plain attributes: prompt_tokens (when a prefill is scheduled), generation_tokens, prefix_cache_queries
-    and prefix_cache_hits (both in tokens), num_preemptions, num_steps, evicted_pages.
+    and prefix_cache_hits (both in tokens), num_preemptions, num_steps, evicted_pages; loop_utilisation (0..1).
     prefix: vllm, sglang, both, or a word of one's own for vLLM's families under it. now: seconds, for rates.
     """
 
@@ -180,6 +181,8 @@ class EngineMetrics(Collector):
             _Sglang(self, model_name, now) if name == "sglang" else _Vllm(self, model_name, name) for name in names
         ]
         self._others: list[Callable[[], Iterable[Metric]]] = []
+        self.loop_utilisation = 0.0
+        self.loop_lag = Histogram(LOOP_LAG)
         self._http_counts: dict[tuple[str, str, str], int] = {}
         self._http_durations: dict[tuple[str, str], Histogram] = {}
 
@@ -319,6 +322,14 @@ class EngineMetrics(Collector):
         yield cut
         violations = "Times that the KV cache's books were wrong and were begun anew."
         yield CounterMetricFamily("oneloop_kv_violations", violations, value=self.kv_violations)
+        yield GaugeMetricFamily(
+            "oneloop_loop_utilisation",
+            "Share of the last tenth of a second in which the event loop's thread ran or waited for a processor.",
+            self.loop_utilisation,
+        )
+        lag = HistogramMetricFamily("oneloop_loop_lag_seconds", "How late a timer of the event loop comes.")
+        lag.add_metric([], *self.loop_lag.buckets())
+        yield lag
         for others in self._others:
             yield from others()
 

@@ -11,15 +11,18 @@ import logging
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.clock import Clock, Timer
 from engine.failures import raise_fatal
-from engine.forward import ForwardOutput
+from engine.forward import BoolArray, ForwardOutput
 from engine.metrics import EngineMetrics
+from engine.pace import Pace
 from engine.recorder import Recorder
 from engine.request import FinishReason
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence
+from engine.scheduling.slots import IndexArray
 from engine.stream import TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 
@@ -45,7 +48,10 @@ NO_TEXT = NoText()
 
 
 class Listener:
-    """What the engine keeps of one request: its stream, its text state, and when it was last flushed."""
+    """What the engine keeps of one request: its stream, its text state, and when it was last flushed.
+
+    num_sent: tokens, prompt included, that need not be published any more.
+    """
 
     __slots__ = (
         "detokenizer",
@@ -54,7 +60,7 @@ class Listener:
         "has_stop_strings",
         "logprobs",
         "num_accepted",
-        "num_published",
+        "num_sent",
         "per_token",
         "sequence",
         "stream",
@@ -69,7 +75,7 @@ class Listener:
         self.has_stop_strings = bool(request.sampling.stop)
         # A request that nobody watches costs nothing per token, unless a stop string may end it.
         self.per_token = request.stream or self.has_stop_strings
-        self.num_published = 0
+        self.num_sent = sequence.num_prompt_tokens
         # Generated tokens that the request's constraint has seen.
         self.num_accepted = 0
         # Of tokens not published yet.
@@ -82,13 +88,18 @@ class Listener:
 class Publisher:
     """`listeners`: one for every request that has not ended, by its id."""
 
-    def __init__(self, scheduler: Scheduler, metrics: EngineMetrics, clock: Clock, flush_interval: float) -> None:
-        """flush_interval: seconds between two events of one stream at least, while more is on its way."""
+    def __init__(self, scheduler: Scheduler, metrics: EngineMetrics, clock: Clock, pace: Pace) -> None:
+        """pace: how often streams are flushed while more is on its way."""
         self.listeners: dict[str, Listener] = {}
         self._scheduler = scheduler
         self._metrics = metrics
         self._clock = clock
-        self._flush_interval = flush_interval
+        self.pace = pace
+        # By slot: when its stream was last flushed, inf where nobody reads it; and where a stop string may end it.
+        self._flushed_at: npt.NDArray[np.float64] = np.full(scheduler.limits.num_slots, -math.inf)
+        self._searching: BoolArray = np.zeros(scheduler.limits.num_slots, np.bool_)
+        self._num_searching = 0
+        self._published_at = -math.inf
         # While somebody looks.
         self.recorder: Recorder | None = None
         # With forced tokens that are not published yet.
@@ -100,6 +111,7 @@ class Publisher:
     def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
         listener = Listener(sequence, stream, detokenizer)
         sequence.listener = listener
+        self._num_searching += listener.has_stop_strings
         self.listeners[sequence.request.request_id] = listener
         return listener
 
@@ -113,6 +125,7 @@ class Publisher:
         """A grammar forced `count` tokens on a request; they are published with the next step."""
         self._metrics.generation_tokens += count
         self._on_first_token(listener.sequence, self._clock.now())
+        self._enter(listener)
         self._jumped.append(listener)
 
     def attach(self, result: StepResult, output: ForwardOutput) -> None:
@@ -125,9 +138,11 @@ class Publisher:
     def publish(self, result: StepResult) -> None:
         """Hand a step's tokens to the streams, and those that were forced since."""
         slots, metrics, now = result.slots, self._metrics, self._clock.now()
+        scheduler, owners = self._scheduler, self._scheduler.slot_owners
         for listener in self._jumped:
-            if listener.per_token and listener.sequence.finish_reason is None:
-                self._flush(listener, now)
+            sequence = listener.sequence
+            if listener.per_token and sequence.finish_reason is None:
+                self._flush(listener, sequence.token_ids[listener.num_sent :].tolist(), now, hand_over=True)
         self._jumped.clear()
         if len(slots):
             metrics.generation_tokens += len(slots)
@@ -136,27 +151,29 @@ class Publisher:
             if first.any():
                 # Finished rows have left their slot already; their listeners are asked below.
                 for slot in slots[first].tolist():
-                    self._on_first_token(self._scheduler.slot_owners[slot], now)
+                    if (sequence := owners[slot]) is not None:
+                        self._on_first_token(sequence, now)
+                        self._enter(sequence.listener)
                 gaps = gaps[~first]
             metrics.observe_inter_token(gaps)
             if self.recorder is not None and self.recorder.stages is not None:
                 self.recorder.gaps(gaps)
-            busy = self._scheduler.still_in_flight(slots)
-            wait_allowed = bool(busy.all())
-            owners, interval = self._scheduler.slot_owners, self._flush_interval
-            for row, slot in enumerate(slots.tolist()):
+            rows, hand_over = self._due(slots, now)
+            due = slots[rows]
+            for slot, token, length, hands in zip(
+                due.tolist(),
+                result.token_ids[rows].tolist(),
+                scheduler.known_lengths[due].tolist(),
+                hand_over,
+                strict=True,
+            ):
                 sequence = owners[slot]
-                if sequence is None:
+                if sequence is None or sequence.finish_reason is not None:
                     continue
                 listener = sequence.listener
-                if not listener.per_token or sequence.finish_reason is not None:
-                    continue
-                if (
-                    listener.has_stop_strings
-                    or now - listener.flushed_at >= interval
-                    or not (wait_allowed or busy[row])
-                ):
-                    self._flush(listener, now)
+                sent = listener.num_sent
+                tokens = [token] if sent == length - 1 else scheduler.known_tokens[slot, sent:length].tolist()
+                self._flush(listener, tokens, now, hand_over=hands)
         for sequence in result.finished:
             if sequence.finish_reason is FinishReason.ERROR:
                 self._metrics.on_failure("not_a_number")
@@ -175,25 +192,48 @@ class Publisher:
             self._scheduler.finish(listener.sequence, FinishReason.ERROR, None)
             self.end(listener, sentence)
 
-    def _flush(self, listener: Listener, now: float) -> None:
+    def _enter(self, listener: Listener) -> None:
+        """A sequence has its first token in a slot that was another's."""
+        slot = listener.sequence.slot
+        self._flushed_at[slot] = listener.flushed_at if listener.sequence.request.stream else math.inf
+        self._searching[slot] = listener.has_stop_strings
+
+    def _due(self, slots: IndexArray, now: float) -> tuple[IndexArray, list[bool]]:
+        """Rows of a step whose text is wanted now, as indices; and which of them are handed to their readers.
+
+        First tokens, and those behind which nothing is on its way, never wait.
+        """
+        flushed_at = self._flushed_at.take(slots)
+        listened = flushed_at < math.inf
+        due = self.pace.due(flushed_at, listened, now - self._published_at, now)
+        self._published_at = now
+        due |= ~self._scheduler.still_in_flight(slots)
+        due |= flushed_at == -math.inf
+        due &= listened
+        # Where a stop string may come the text is wanted with every token, whoever reads it.
+        rows = np.flatnonzero(due | self._searching.take(slots) if self._num_searching else due)
+        return rows, due[rows].tolist()
+
+    def _flush(self, listener: Listener, tokens: list[int], now: float, *, hand_over: bool) -> None:
         try:
-            self._write(listener, now)
+            self._write(listener, tokens, now, hand_over=hand_over)
         except BaseException as error:
             raise_fatal(error)
             self.break_off(listener, "text", _NO_TEXT)
 
-    def _write(self, listener: Listener, now: float) -> None:
-        """Turn a stream's new tokens into text and hand them over."""
-        sequence, stream = listener.sequence, listener.stream
-        tokens = sequence.token_ids[sequence.num_prompt_tokens + listener.num_published :].tolist()
-        listener.num_published += len(tokens)
-        logprobs, listener.logprobs = listener.logprobs, []
-        stream.push(listener.detokenizer.push(tokens), tokens, logprobs)
-        if listener.detokenizer.stop_reason is not None:
-            self._scheduler.finish(sequence, FinishReason.STOP, listener.detokenizer.stop_reason)
+    def _write(self, listener: Listener, tokens: list[int], now: float, *, hand_over: bool) -> None:
+        """Turn a stream's new tokens into text, and hand over what there is."""
+        sequence, stream, detokenizer = listener.sequence, listener.stream, listener.detokenizer
+        listener.num_sent += len(tokens)
+        logprobs = listener.logprobs
+        if logprobs:
+            listener.logprobs = []
+        stream.push(detokenizer.push(tokens), tokens, logprobs)
+        if detokenizer.stop_reason is not None:
+            self._scheduler.finish(sequence, FinishReason.STOP, detokenizer.stop_reason)
             self.end(listener)
-        elif sequence.request.stream:
-            listener.flushed_at = now
+        elif hand_over and sequence.request.stream:
+            listener.flushed_at = self._flushed_at[sequence.slot] = now
             stream.flush()
 
     def end(self, listener: Listener, error: str | None = None, *, status: int = 500) -> None:
@@ -202,6 +242,7 @@ class Publisher:
         request_id = sequence.request.request_id
         if self.listeners.pop(request_id, None) is None:
             return
+        self._num_searching -= listener.has_stop_strings
         if listener.timer is not None:
             listener.timer.cancel()
         if self._awaited:
@@ -214,7 +255,7 @@ class Publisher:
         detokenizer = listener.detokenizer
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and error is None:
             try:
-                tokens = sequence.output_token_ids[listener.num_published :]
+                tokens = sequence.token_ids[listener.num_sent :].tolist()
                 text = detokenizer.push(tokens) if tokens else ""
                 if detokenizer.stop_reason is None:
                     tail = detokenizer.finish()

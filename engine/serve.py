@@ -109,6 +109,9 @@ async def _run(config: EngineConfig, built: Built) -> int:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
+    # A thread that computes in Python (a template, a large body) gives the loop its turn after this and not after 5 ms,
+    # and a busy loop the executor's thread.
+    sys.setswitchinterval(0.0005)
     stop, options = asyncio.Event(), config.server
     loop = asyncio.get_running_loop()
     exits = options.stall_action == "exit"

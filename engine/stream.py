@@ -71,6 +71,7 @@ class TokenStream:
         "_failed",
         "_finished",
         "_pending",
+        "_reader",
         "_waiter",
         "admitted_at",
         "arrived_at",
@@ -104,6 +105,7 @@ class TokenStream:
         self._pending = False
         self._finished = self._failed = False
         self._waiter: asyncio.Future[None] | None = None
+        self._reader: Callable[[], None] | None = None
 
     # The engine's side.
 
@@ -120,6 +122,9 @@ class TokenStream:
     def flush(self) -> None:
         """Hand what was pushed to the reader."""
         self._pending = True
+        if self._reader is not None:
+            self._reader()
+            return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -152,6 +157,21 @@ class TokenStream:
 
     # The handler's side.
 
+    def on_flush(self, reader: Callable[[], None]) -> None:
+        """Call `reader`, which must not raise, whenever there is something to take: a future and a turn of a task less
+        for every event. Instead of `take`. What it leaves waits, and melts with what comes later."""
+        self._reader = reader
+
+    @property
+    def waiting(self) -> Delta | None:
+        """What the next `take` will return without waiting, if there is something; still growing."""
+        return self._delta if self._pending else None
+
+    def take_now(self) -> Delta:
+        """Everything pushed since the last take."""
+        delta, self._delta, self._pending = self._delta, Delta(), False
+        return delta
+
     async def take(self) -> Delta:
         """Everything pushed and flushed since the last take; waits for the first of it."""
         if not self._pending:
@@ -160,8 +180,7 @@ class TokenStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        delta, self._delta, self._pending = self._delta, Delta(), False
-        return delta
+        return self.take_now()
 
     def __aiter__(self) -> TokenStream:
         return self

@@ -13,7 +13,7 @@ import numpy as np
 from engine.cache.kv_cache import KVCache
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
-from engine.forward import Limits
+from engine.forward import Int32Array, Limits
 from engine.recorder import Recorder
 from engine.request import (
     MAX_STOP_TOKEN_IDS,
@@ -233,6 +233,16 @@ class Residents:
     def slot_owners(self) -> list[Sequence | None]:
         """[num_slots]: who holds each slot now; to be read only."""
         return self._table.sequences
+
+    @property
+    def known_lengths(self) -> Int32Array:
+        """int32 [num_slots]: tokens of each slot's sequence that the host knows, its prompt's too; to be read only."""
+        return self._table.known
+
+    @property
+    def known_tokens(self) -> Int32Array:
+        """int32 [num_slots, max_model_len]: those tokens; to be read only."""
+        return self._table.tokens
 
     # ---- leaving
 
