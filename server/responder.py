@@ -15,6 +15,7 @@ from itertools import repeat
 
 from aiohttp import web
 
+from engine.failures import raise_fatal
 from engine.request import FinishReason, Request
 from engine.stream import Delta, TokenStream
 from server.answers.base import Answer, MakeAnswer, raise_early
@@ -222,7 +223,8 @@ class _Relay:
             made.append(answer.closing())
         except ApiError as error:
             made.append(answer.error(error))
-        except Exception:
+        except BaseException as error:
+            raise_fatal(error)
             logger.exception("a stream failed in the server")
             made.append(answer.error(ApiError(500, "The server had an internal error.")))
         self._has_ended = True
