@@ -57,9 +57,7 @@ PATHS: Json = {
         kind="text/event-stream",
         query={"limit": integer(0, about="How many; 0: no end.")},
     ),
-    "/requests/{request_id}/cache": get(
-        "Why a prompt found what it found in the prefix cache.", "CacheAnswer"
-    ),
+    "/requests/{request_id}/cache": get("Why a prompt found what it found in the prefix cache.", "CacheAnswer"),
     "/trace": get(
         "Record for some seconds, and give it in Chrome's trace format.",
         "Trace",
