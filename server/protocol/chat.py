@@ -89,7 +89,7 @@ def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:
     if family is None:
         if tools.is_forced or state.options.tool_call_parser != "none":
             raise RequestError(
-                "This model's tool calls cannot be read: its chat template shows no format that this server knows. "
+                "This model does not support tools: its chat template shows no format that this server knows. "
                 "Start the server with --tool-call-parser to name one.",
                 param="tool_choice" if tools.is_forced else "tools",
             )

@@ -123,12 +123,15 @@ def read_model(body: Body, model: ServedModel) -> str:
     """The name that the client uses; the served one where it gives none. Raises the 404 for an unknown one."""
     name = body.string("model", model.names[0])
     if not model.knows(name):
-        raise unknown_model(name)
+        raise unknown_model(name, model)
     return name
 
 
-def unknown_model(name: str) -> ApiError:
-    return ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+def unknown_model(name: str, model: ServedModel) -> ApiError:
+    served = ", ".join(f"`{one}`" for one in model.names)
+    return ApiError(
+        404, f"The model `{name[:128]}` does not exist; this server has {served}.", param="model", code="model_not_found"
+    )
 
 
 def read_common(
