@@ -24,7 +24,6 @@ from engine.text.tokenizer import Tokenizer
 from server.parsers.base import ReasoningFamily, ToolFamily
 from server.response_store import ResponseStore
 
-
 # How each type is called, and its bytes.
 _DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 
