@@ -129,12 +129,8 @@ def read_model(body: Body, model: ServedModel) -> str:
 
 def unknown_model(name: str, model: ServedModel) -> ApiError:
     served = ", ".join(f"`{one}`" for one in model.names)
-    return ApiError(
-        404,
-        f"The model `{name[:128]}` does not exist; this server has {served}.",
-        param="model",
-        code="model_not_found",
-    )
+    message = f"The model `{name[:128]}` does not exist; this server has {served}."
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def read_common(

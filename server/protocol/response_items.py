@@ -16,6 +16,7 @@ from server.custom_calls import INPUT
 from server.protocol.body import invalid
 from server.protocol.history import Turn, read_part, read_parts, texts_in
 from server.protocol.ignored import clean, ignore
+from server.protocol.sealed import unseal
 
 Json = dict[str, Any]
 # The flat name of a function by its namespace, None without one, and its own name.
@@ -76,6 +77,8 @@ def as_messages(items: Collection[Json], instructions: str | None, flat: Flat) -
                 _add_result(messages, names, call["id"], _as_text(item.get("output") or item.get("error")), kind)
         elif (found := _output_id(item)) is not None:
             _add_result(messages, names, found, _output_text(item), kind)
+        elif (summary := unseal(item)) is not None:
+            messages.append({"role": "user", "content": f"[summary of the conversation until here]\n{summary}"})
         elif said := texts_in([item.get(name) for name in _TEXTS]):
             ignore("input", kind)
             messages.append({"role": "user", "content": "\n".join([f"[{clean(kind)}]", *said])})
