@@ -116,6 +116,7 @@ _REQUEST: Json = {
     **{name: value for name, value in (GENERATION | THINKING).items() if name not in _PROMPT},
     **{name: value for name, value in refused(CHAT_REFUSALS).items() if name not in _PROMPT},
     **_PROMPT,
+    "web_search_options": ANYTHING | {"description": "Changes nothing here."},
     "store": boolean(),
     "metadata": mapping(string(most=512)),
     "max_tool_calls": integer(1),

@@ -53,6 +53,9 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     spec = _read_spec(body, tools, state)
     budget = _read_budget(body, state)
     refuse(body, CHAT_REFUSALS)
+    if body.has("web_search_options"):
+        # A hosted tool that nobody forces, as others are among the tools.
+        ignore("web_search_options")
     reasoning = state.reasoning_family
     text, prompt, thinking = await _encode(body, state, tools, reasoning)
     echoes = [_echo(body, state)] if common.echo else None
