@@ -12,8 +12,11 @@ import time
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from engine.build import Built
     from engine.config import EngineConfig
+    from server.state import Stored
 
 STARTED_AT = time.perf_counter()
 
@@ -95,6 +98,7 @@ async def _run(config: EngineConfig, built: Built) -> int:
         server_info=_server_info(config, built),
         abilities=built.abilities,
         any_name="*" in config.model.served_names,
+        stored=_stored(built.directory),
     )
 
     scheme = "http" if config.server.ssl_certfile is None else "https"
@@ -141,6 +145,14 @@ async def _run(config: EngineConfig, built: Built) -> int:
         print(f"error: the engine failed: {failure}", file=sys.stderr)
         return 1
     return 0
+
+
+def _stored(checkpoint: Path) -> Stored | None:
+    """Of a GGUF file, whose types config.json would not tell; None for any other checkpoint."""
+    from engine.models.gguf.reader import is_gguf, open_gguf
+    from server.state import Stored
+
+    return Stored("gguf", *open_gguf(checkpoint).weights()) if is_gguf(checkpoint) else None
 
 
 def _hello(url: str, built: Built) -> str:

@@ -44,7 +44,7 @@ from server.journal import Journal
 from server.keyring import Key, Keyring
 from server.memory import MemoryWatch
 from server.parsers.registry import choose_parsers
-from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
+from server.protocol.errors import OWN_SHAPE, ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
 from server.protocol.ignored import HEADER as IGNORED_HEADER
 from server.protocol.ignored import IGNORED, Ignored
@@ -292,7 +292,8 @@ def _shape(request: web.Request, error: RequestError) -> dict[str, object]:
         # A method that a route does not take, or a path beneath one: in the words of the route that is nearest.
         heads = (known for known in shapes if path.startswith(known.partition("{")[0].rstrip("/") + "/"))
         path = max(heads, key=len, default="")
-    return shapes.get(path, error_body)(error, request.get(ECHOED_ID))
+    shape = request.get(OWN_SHAPE) or shapes.get(path, error_body)
+    return shape(error, request.get(ECHOED_ID))
 
 
 def _without_slash(path: str) -> str:

@@ -32,13 +32,25 @@ from server.request_log import Usage
 from server.response_store import ResponseStore
 from server.spans import Spans
 
+# How each type is called, and its bytes.
+_DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What a checkpoint is: its format, the type of most of its weights, and their bytes."""
+
+    format: str
+    type: str
+    size: int
+
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
     """The one model of this server.
 
     names: what clients may call it; the first is its own. any_name: they may call it anything. created: Unix seconds.
-    server_info: resolved options and the like, for /server_info.
+    server_info: resolved options and the like, for /server_info. stored: None for one that is as its config.json says.
     """
 
     names: tuple[str, ...]
@@ -50,6 +62,15 @@ class ServedModel:
     server_info: dict[str, object] = field(default_factory=dict)
     abilities: Abilities = field(default_factory=Abilities)
     any_name: bool = False
+    stored: Stored | None = None
+
+    @property
+    def checkpoint(self) -> Stored:
+        """What is told of the weights: of the matrices, as they are stored."""
+        if self.stored is not None:
+            return self.stored
+        name, size = _DTYPES[self.model_config.dtype]
+        return Stored("safetensors", name, self.model_config.num_parameters * size)
 
     def knows(self, name: str) -> bool:
         """Whether clients may call the model so."""

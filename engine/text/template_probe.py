@@ -203,6 +203,7 @@ class _Probe:
             "tools": ("nested",) if self._tools is None else ("nested", "flat", "system"),
             "omits_tools": (False, True) if self._tools is None else (False,),
             "needs_parts": (frozenset(), frozenset({"user"})),
+            "needs_system": (False, True) if "system" in self._source else (False,),
         }
         for values in itertools.product(*forms.values()):
             shape = _with(self.shape, forms, values)

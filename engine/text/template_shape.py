@@ -32,6 +32,8 @@ _NINE = re.compile(r"[a-zA-Z0-9]{9}")
 class TemplateShape:
     """Answers about one template. The defaults change least: they hold for a template that answers nothing.
 
+    needs_system: a conversation has to begin with a system message; one without gets an empty one.
+
     parts: the roles whose content may be a list of {"type": "text"} parts. needs_parts: those that cannot read a
     string. omits_tools: without tools the variable must be undefined, not none.
 
@@ -64,6 +66,7 @@ class TemplateShape:
     needs_parts: frozenset[str] = frozenset()
     omits_tools: bool = False
     system: bool = True
+    needs_system: bool = False
     systems_in_row: bool = True
     system_by_last_user: bool = False
     system_in_middle: bool = True
@@ -354,6 +357,8 @@ def _in_turns(chat: list[Message], lone: set[int], shape: TemplateShape, keep_la
     lacks_user = not shape.no_user and all(message.get("role") != "user" for message in out)
     if (first in ("assistant", "tool") and not shape.assistant_first) or lacks_user or not (leading or out):
         out.insert(0, {"role": "user", "content": ""})
+    if shape.needs_system and not leading:
+        leading = [{"role": "system", "content": ""}]
     if leading and shape.system_by_last_user and out and out[-1].get("role") != "user":
         asked = next((message for message in reversed(out) if message.get("role") == "user"), None)
         if asked is not None:

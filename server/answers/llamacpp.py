@@ -18,10 +18,11 @@ from server.state import State
 _ABSENT = object()
 
 
-def settings_of(sampling: SamplingParams) -> Json:
-    """What is sampled by, under llama.cpp's names; -1 is no limit there."""
+def settings_of(sampling: SamplingParams, *, no_output: bool = False) -> Json:
+    """What is sampled by, under llama.cpp's names; -1 is no limit there. no_output: nothing of it is shown."""
+    most = -1 if sampling.max_tokens is None else sampling.max_tokens
     return {
-        "n_predict": -1 if sampling.max_tokens is None else sampling.max_tokens,
+        "n_predict": 0 if no_output else most,
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
@@ -142,7 +143,7 @@ class NativeAnswer:
             "stop": True,
             "stop_type": kind,
             "stopping_word": word,
-            "generation_settings": settings_of(request.sampling),
+            "generation_settings": settings_of(request.sampling, no_output=self._plan.no_output),
             "prompt": prompt,
             "has_new_line": self._has_line[index],
             "truncated": False,

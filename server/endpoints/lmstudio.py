@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from aiohttp import web
 
-from server.endpoints.ollama import DTYPES, parameter_size
+from server.endpoints.ollama import parameter_size
 from server.protocol.errors import json_response
 from server.protocol.generation import unknown_model
 from server.state import STATE, State
@@ -21,7 +21,7 @@ async def list_old(request: web.Request) -> web.Response:
 async def get_old(request: web.Request) -> web.Response:
     state, name = request.app[STATE], request.match_info["id"].rstrip("/")
     if not state.model.knows(name):
-        raise unknown_model(name)
+        raise unknown_model(name, state.model)
     return json_response(_old_card(state, name))
 
 
@@ -43,8 +43,8 @@ def _old_card(state: State, name: str) -> dict[str, object]:
         "type": _kind(state) + ("s" if _kind(state) == "embedding" else ""),
         "publisher": _PUBLISHER,
         "arch": config.architecture,
-        "compatibility_type": "safetensors",
-        "quantization": DTYPES[config.dtype][0],
+        "compatibility_type": model.checkpoint.format,
+        "quantization": model.checkpoint.type,
         "state": "loaded",
         "max_context_length": model.max_model_len,
         "loaded_context_length": model.max_model_len,
@@ -54,20 +54,19 @@ def _old_card(state: State, name: str) -> dict[str, object]:
 
 def _card(state: State, name: str) -> dict[str, object]:
     model, config = state.model, state.model.model_config
-    dtype, size = DTYPES[config.dtype]
+    stored = model.checkpoint
     return {
         "type": _kind(state),
         "publisher": _PUBLISHER,
         "key": name,
         "display_name": name,
         "architecture": config.architecture,
-        "quantization": {"name": dtype, "bits_per_weight": 8 * size},
-        # Of the weight matrices, as they are stored.
-        "size_bytes": config.num_parameters * size,
+        "quantization": {"name": stored.type, "bits_per_weight": round(8 * stored.size / config.num_parameters, 2)},
+        "size_bytes": stored.size,
         "params_string": parameter_size(config),
         "loaded_instances": [{"id": name, "config": {"context_length": model.max_model_len}}],
         "max_context_length": model.max_model_len,
-        "format": "safetensors",
+        "format": stored.format,
         "capabilities": {"vision": False, "trained_for_tool_use": state.tool_family is not None},
         "description": None,
     }

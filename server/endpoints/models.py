@@ -56,7 +56,7 @@ def _page(request: web.Request, names: list[str]) -> tuple[list[str], bool]:
 async def get_model(request: web.Request) -> web.Response:
     model, name = request.app[STATE].model, request.match_info["id"].rstrip("/")
     if not model.knows(name):
-        raise unknown_model(name)
+        raise unknown_model(name, model)
     return json_response((_anthropic_card if _asks_anthropic(request) else _card)(model, name))
 
 

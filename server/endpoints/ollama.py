@@ -36,8 +36,6 @@ from server.protocol.refusals import refuse
 from server.responder import respond
 from server.state import REQUEST_ID, STATE, ServedModel, State
 
-# How each is called, and its bytes.
-DTYPES = {"float32": ("F32", 4), "float16": ("F16", 2), "bfloat16": ("BF16", 2)}
 # The release of Ollama whose API this is: clients compare it with what they need. VS Code wants 0.6.4 (tools and
 # capabilities), Codex 0.13.4 (/v1/responses), and with 0.14.0 came /v1/messages. Our own version is at /version.
 API_VERSION = "0.14.0"
@@ -210,8 +208,7 @@ def _cards(model: ServedModel) -> list[dict[str, object]]:
             "name": name,
             "model": name,
             "modified_at": iso_time(model.created),
-            # Of the weight matrices, as they are stored.
-            "size": config.num_parameters * DTYPES[config.dtype][1],
+            "size": model.checkpoint.size,
             "digest": digest,
             "details": _details(model),
         }
@@ -229,11 +226,11 @@ def _details(model: ServedModel) -> dict[str, object]:
     config = model.model_config
     return {
         "parent_model": "",
-        "format": "safetensors",
+        "format": model.checkpoint.format,
         "family": config.architecture,
         "families": [config.architecture],
         "parameter_size": parameter_size(config),
-        "quantization_level": DTYPES[config.dtype][0],
+        "quantization_level": model.checkpoint.type,
     }
 
 

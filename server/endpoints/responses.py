@@ -8,11 +8,13 @@ from functools import partial
 import orjson
 from aiohttp import web
 
+from server.answers.compaction import CompactionAnswer
 from server.answers.responses import ResponsesAnswer
 from server.background import JOBS, Job
 from server.endpoints.generate import echo_request_id
 from server.protocol.body import Body, invalid, read_body
 from server.protocol.chat import encode_messages
+from server.protocol.compaction import parse_compaction
 from server.protocol.errors import ApiError, json_response
 from server.protocol.generation import read_model
 from server.protocol.naming import in_words_of
@@ -36,6 +38,14 @@ async def create(request: web.Request) -> web.StreamResponse:
     echo_request_id(request, body)
     with in_words_of(NAMES):
         return await respond(request, state, plan, partial(ResponsesAnswer, asked))
+
+
+async def compact(request: web.Request) -> web.StreamResponse:
+    """POST /v1/responses/compact."""
+    state, body = request.app[STATE], await read_body(request)
+    plan, asked = await parse_compaction(body, state, f"resp_{request[REQUEST_ID]}", _owner())
+    with in_words_of(NAMES):
+        return await respond(request, state, plan, partial(CompactionAnswer, asked))
 
 
 async def _create_job(request: web.Request, state: State, body: Body) -> web.StreamResponse:
@@ -164,6 +174,7 @@ ROUTES = with_short_forms(
     (
         ("POST", "/v1/responses", create),
         ("POST", "/v1/responses/input_tokens", count_input_tokens),
+        ("POST", "/v1/responses/compact", compact),
         ("GET", "/v1/responses/{response_id}", retrieve),
         ("DELETE", "/v1/responses/{response_id}", delete),
         ("POST", "/v1/responses/{response_id}/cancel", cancel),

@@ -11,10 +11,10 @@ from aiohttp import web
 from server.answers.base import plain_usage
 from server.pooling import pool
 from server.protocol.body import Body, read_body
-from server.protocol.errors import json_response
+from server.protocol.errors import OWN_SHAPE, json_response
 from server.protocol.naming import in_words_of
 from server.protocol.scores import parse_labels, parse_rerank, parse_score
-from server.protocol.tei import RERANK_NAMES, parse_texts
+from server.protocol.tei import RERANK_NAMES, error_body, parse_texts
 from server.scoring import run_scores
 from server.state import REQUEST_ID, STATE
 
@@ -44,6 +44,7 @@ async def rerank(request: web.Request) -> web.Response:
     state, body = request.app[STATE], await read_body(request)
     response_id = f"rerank-{request[REQUEST_ID]}"
     if body.has("texts"):
+        request[OWN_SHAPE] = error_body
         return await _rerank_texts(request, body, response_id)
     plan = parse_rerank(body, state)
     scores, num_tokens = await run_scores(request, plan.score, response_id)

@@ -68,7 +68,7 @@ _SAID: Json = {
 _PROBABILITIES: Json = {
     "completion_probabilities": array(gives({**_PROBABILITY, "top_logprobs": array(gives(_PROBABILITY))}))
 }
-_QUANTIZATION = gives({"name": string(), "bits_per_weight": integer(1)})
+_QUANTIZATION = gives({"name": string(), "bits_per_weight": number()})
 
 _FIELDS: Json = {
     **{name: GENERATION[name] for name in SAME if name in GENERATION},

@@ -278,6 +278,7 @@ SCHEMAS: Json = {
             "logprobs": boolean(),
             "top_logprobs": integer(0, MAX_TOP_LOGPROBS, "Needs `logprobs`."),
             "return_prompt_text": boolean("The rendered prompt comes back as `prompt_text`."),
+            "web_search_options": ANYTHING | {"description": "Changes nothing here."},
             **refused(CHAT_REFUSALS),
         },
     ),

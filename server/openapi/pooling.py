@@ -215,6 +215,7 @@ _RERANK = post(
         {"query": "a question", "documents": ["an answer", "another"], "top_n": 1},
         {"query": "a question", "texts": ["an answer", "another"], "return_text": True},
     ),
+    error="RerankError",
 )
 
 _CLASSIFY = post(

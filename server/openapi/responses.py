@@ -116,6 +116,7 @@ _REQUEST: Json = {
     **{name: value for name, value in (GENERATION | THINKING).items() if name not in _PROMPT},
     **{name: value for name, value in refused(CHAT_REFUSALS).items() if name not in _PROMPT},
     **_PROMPT,
+    "web_search_options": ANYTHING | {"description": "Changes nothing here."},
     "store": boolean(),
     "background": boolean(),
     "metadata": mapping(string(most=512)),
@@ -242,6 +243,23 @@ SCHEMAS: Json = {
             "text": takes({}, {"format": OBJECT, "verbosity": constant("low", "medium", "high")}),
         },
     ),
+    # What says how an answer looks changes nothing of a summary.
+    "CompactRequest": takes({}, _REQUEST | _INPUT | {"stream": constant(False)}),
+    "Compaction": gives(
+        {
+            "id": string(),
+            "object": constant("response.compaction"),
+            "created_at": integer(0),
+            "output": array(
+                either(
+                    gives({"id": string(), "type": constant("message"), "role": constant("user")} | _STATUS)
+                    | {"additionalProperties": True},
+                    gives({"id": string(), "type": constant("compaction"), "encrypted_content": string()}),
+                )
+            ),
+            "usage": _USAGE,
+        }
+    ),
     "Response": _RESPONSE,
     "ResponseEvent": either(
         *(gives({"type": constant(kind), "sequence_number": integer(0), **fields}) for kind, fields in _EVENTS.items())
@@ -283,6 +301,12 @@ PATHS: Json = {
         "InputTokensRequest",
         gives({"object": constant("response.input_tokens"), "input_tokens": integer(0)}),
         examples=({"input": "Hello"}, {"input": "Hello", "stream": True, "stream_options": {}}),
+    ),
+    "/v1/responses/compact": post(
+        "A conversation made shorter: what the user said, and a summary.",
+        "CompactRequest",
+        "Compaction",
+        examples=({"input": "Hello", "max_output_tokens": 5}, {"input": HELLO, "max_output_tokens": 5}),
     ),
     "/v1/responses/{response_id}": get(
         "A response that was kept, or runs in the background; with `stream`, the events of the latter behind a number.",

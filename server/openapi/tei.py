@@ -32,6 +32,7 @@ _LABELLED = array(gives({"score": number(), "label": string()}), "The most proba
 
 SCHEMAS: Json = {
     "TeiError": gives({"error": string(), "error_type": string()}),
+    "RerankError": either(ref("Error"), ref("TeiError")),
     "TeiEmbedRequest": takes(
         _INPUTS,
         {

@@ -55,9 +55,10 @@ def _read_objects(scanner: Scanner) -> Steps[None]:
 
 def _read_named(scanner: Scanner) -> Steps[None]:
     name = yield from scanner.word(_NAME)
-    if (yield from scanner.accept(_ID)):
+    if (yield from scanner.accept(_ID, spaced=True)):
+        yield from scanner.space()
         yield from scanner.word(_NAME)
-    marked = yield from scanner.accept(_ARGUMENTS)
+    marked = yield from scanner.accept(_ARGUMENTS, spaced=True)
     if (yield from scanner.space()) == "{":
         scanner.start_call(name)
         yield from read_arguments(scanner, scanner.arguments, _ENDS)

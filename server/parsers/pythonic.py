@@ -1,4 +1,5 @@
-"""Tool calls of Llama 3.2 and 4 as Python: `[get_weather(city="Paris", days=3), now()]`, the whole output.
+"""Tool calls of Llama 3.2 and 4 as Python: `[get_weather(city="Paris", days=3), now()]`, the whole output, or behind
+text where the name is a declared tool's.
 
 Strings stream as they come. Any other value goes out when it is complete: only then is it known what it is in JSON.
 """
@@ -13,6 +14,7 @@ from typing import Any
 
 from engine.text.schema_types import SchemaTypes, is_json, literal_as_json
 from server.parsers.base import MAX_JSON_DEPTH, MAX_NAME, SPACE, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.call_objects import NAME_CHARACTERS
 from server.parsers.formats import Format, const, optional_fields, schema_of, sequence, tags
 from server.parsers.json_text import json_escaped
 
@@ -36,20 +38,35 @@ def _run(scanner: Scanner) -> Steps[None]:
         scanner.skip(distance)
         scanner.begin()
         yield from _read_list(scanner)
-    while (yield from scanner.until((_OPEN,), scanner.content)):
-        yield from _read_list(scanner)
-        yield from scanner.accept(_CLOSE, spaced=True)
+    while marker := (yield from scanner.until((_OPEN, "["), scanner.content)):
+        if marker == _OPEN:
+            yield from _read_list(scanner, marked=True)
+            yield from scanner.accept(_CLOSE, spaced=True)
+        elif (yield from _is_call(scanner)):
+            scanner.skip(-1)
+            yield from _read_list(scanner)
+        else:
+            scanner.fail()
 
 
-def _read_list(scanner: Scanner) -> Steps[None]:
-    """The list of calls; it has been begun."""
+def _is_call(scanner: Scanner) -> Steps[bool]:
+    """Whether a declared name and a bracket come next."""
+    _, begin = yield from scanner.look_past(SPACE)
+    character, end = yield from scanner.look_past(NAME_CHARACTERS, begin)
+    return character == "(" and scanner.is_declared(scanner.text[scanner.at + begin : scanner.at + end])
+
+
+def _read_list(scanner: Scanner, *, marked: bool = False) -> Steps[None]:
+    """The list of calls; it has been begun. marked: behind a mark its brackets may be missing."""
     try:
         yield from scanner.space()
-        yield from scanner.expect("[")
+        is_list = yield from scanner.accept("[")
+        if not is_list and not (marked and (yield from _is_call(scanner))):
+            raise Malformed
         while True:
             yield from scanner.space()
             yield from read_python_call(scanner)
-            if (yield from scanner.accept("]", spaced=True)):
+            if (yield from scanner.accept("]", spaced=True)) or not (is_list or (yield from _is_next(scanner))):
                 return
             scanner.begin()
             # A comma may be missing, or one too many.
@@ -58,6 +75,11 @@ def _read_list(scanner: Scanner) -> Steps[None]:
                 return
     except Malformed:
         scanner.fail()
+
+
+def _is_next(scanner: Scanner) -> Steps[bool]:
+    """Whether a comma comes next."""
+    return (yield from scanner.look_past(SPACE))[0] == ","
 
 
 def read_python_call(scanner: Scanner) -> Steps[None]:

@@ -54,6 +54,9 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     spec = await aside(body, partial(_read_spec, body, tools, state))
     budget = _read_budget(body, state)
     refuse(body, CHAT_REFUSALS)
+    if body.has("web_search_options"):
+        # A hosted tool that nobody forces, as others are among the tools.
+        ignore("web_search_options")
     reasoning = state.reasoning_family
     text, prompt, thinking = await _encode(body, state, tools, reasoning)
     echoes = [_echo(body, state)] if common.echo else None
@@ -90,7 +93,7 @@ def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:
     if family is None:
         if tools.is_forced or state.options.tool_call_parser != "none":
             raise RequestError(
-                "This model's tool calls cannot be read: its chat template shows no format that this server knows. "
+                "This model does not support tools: its chat template shows no format that this server knows. "
                 "Start the server with --tool-call-parser to name one.",
                 param="tool_choice" if tools.is_forced else "tools",
             )

@@ -29,6 +29,8 @@ _RETRY_AFTER = "1"
 
 # Of an error and the id of the HTTP request, where it has one.
 ErrorShape = Callable[[RequestError, str | None], dict[str, object]]
+# Where one path speaks for two families, by its body.
+OWN_SHAPE: web.RequestKey[ErrorShape] = web.RequestKey("own_shape", ErrorShape)  # type: ignore[arg-type]
 
 
 class ApiError(RequestError):

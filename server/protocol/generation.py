@@ -127,12 +127,14 @@ def read_model(body: Body, model: ServedModel) -> str:
     owner = CALLER.get().owner
     models = None if owner is None or owner.entry is None else owner.entry.models
     if not model.knows(name) or (models is not None and name not in models):
-        raise unknown_model(name)
+        raise unknown_model(name, model)
     return name
 
 
-def unknown_model(name: str) -> ApiError:
-    return ApiError(404, f"The model `{name}` does not exist.", param="model", code="model_not_found")
+def unknown_model(name: str, model: ServedModel) -> ApiError:
+    served = ", ".join(f"`{one}`" for one in model.names)
+    message = f"The model `{name[:128]}` does not exist; this server has {served}."
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def read_common(

@@ -269,7 +269,7 @@ def _read_think(body: Body, state: State) -> dict[str, Any]:
     if not isinstance(think, bool) and not (isinstance(think, str) and think in EFFORTS):
         raise invalid("think", f"must be true, false or one of {', '.join(EFFORTS)}")
     if think and state.reasoning_family is None:
-        raise invalid("think", "cannot be honoured: this model does not think in a way that this server can read")
+        raise invalid("think", "cannot be honoured: this model does not support thinking that this server can read")
     if isinstance(think, bool):
         return {"chat_template_kwargs": {"enable_thinking": think, "thinking": think}}
     return {"reasoning_effort": think}

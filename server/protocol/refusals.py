@@ -60,7 +60,6 @@ CHAT_REFUSALS = _COMMON | {
     "chat_template": (),
     "modalities": (["text"],),
     "audio": (),
-    "web_search_options": (),
     "input_ids": (),
     "media_io_kwargs": ({},),
     "mm_processor_kwargs": ({},),

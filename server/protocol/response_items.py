@@ -16,6 +16,7 @@ from server.custom_calls import INPUT
 from server.protocol.body import invalid
 from server.protocol.history import Turn, read_part, read_parts, texts_in
 from server.protocol.ignored import clean, ignore
+from server.protocol.sealed import unseal
 
 Json = dict[str, Any]
 # The flat name of a function by its namespace, None without one, and its own name.
@@ -60,6 +61,7 @@ def as_messages(items: Collection[Json], instructions: str | None, flat: Flat) -
     """A chat's messages. Reasoning, text and calls of one turn of the assistant are one message, in that order."""
     messages: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
     names: dict[str, str] = {}
+    calls: dict[str, str] = {}
     for item in items:
         kind = item["type"]
         if kind == "message":
@@ -70,12 +72,17 @@ def as_messages(items: Collection[Json], instructions: str | None, flat: Flat) -
             turn.update(reasoning=thought, reasoning_content=thought)
         elif (call := _as_call(item, flat)) is not None:
             names[call["id"]] = call["function"]["name"]
+            # Results of a local shell name the item.
+            calls[item["id"]] = call["id"]
             _turn(messages, "call").setdefault("tool_calls", []).append(call)
             if kind == "mcp_call":
                 # Another server ran it, and its result is in the same item.
                 _add_result(messages, names, call["id"], _as_text(item.get("output") or item.get("error")), kind)
         elif (found := _output_id(item)) is not None:
-            _add_result(messages, names, found, _output_text(item), kind)
+            call_id = found if found in names else calls.get(found, found)
+            _add_result(messages, names, call_id, _output_text(item), kind)
+        elif (summary := unseal(item)) is not None:
+            messages.append({"role": "user", "content": f"[summary of the conversation until here]\n{summary}"})
         elif said := texts_in([item.get(name) for name in _TEXTS]):
             ignore("input", kind)
             messages.append({"role": "user", "content": "\n".join([f"[{clean(kind)}]", *said])})

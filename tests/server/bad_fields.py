@@ -204,7 +204,7 @@ STRUCTURE: list[Row] = [
     *(("response_format.json_schema.name", json_schema({}, name=name)) for name in (5, "", "a b", "x" * 65, "é")),
     ("response_format.json_schema.description", json_schema({}, description=5)),
     *(("response_format.json_schema.strict", json_schema({}, strict=value)) for value in ("yes", 1, [])),
-    ("response_format.json_schema.schema", json_schema({"uniqueItems": True}, strict=True)),
+    ("response_format.json_schema.schema", json_schema({"uniqueItems": True, "minItems": 4}, strict=True)),
     ("response_format.json_schema.schema", json_schema({"type": "string", "pattern": "("}, strict=True)),
     *(("structured_outputs", value) for value in ("x", 5, [], {"json": {}, "regex": "a"}, {"json_object": False})),
     ("structured_outputs.json_object", {"json_object": 1}),

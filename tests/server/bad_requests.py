@@ -368,6 +368,11 @@ FAMILIES: list[Family] = [
     ),
     Family("/v1/responses", {"input": "x", "max_output_tokens": 1}, RESPONSES),
     Family("/v1/responses/input_tokens", {"input": "x"}, wrong_kinds(string="model instructions", list="tools")),
+    Family(
+        "/v1/responses/compact",
+        {"input": "x", "max_output_tokens": 1},
+        [*wrong_kinds(string="model instructions", list="tools"), ("stream", True), ("input", []), ("input", 5)],
+    ),
     Family("/api/chat", {"messages": HI, "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama, True),
     Family(
         "/api/generate", {"prompt": "x", "stream": False, "options": {"num_predict": 1}}, OLLAMA, check_ollama, True

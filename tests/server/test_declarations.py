@@ -381,6 +381,7 @@ async def test_the_grammar_of_a_custom_tool_is_shown() -> None:
         (MESSAGES, {"mcp_servers": [{"url": "http://127.0.0.1"}], "container": "c"}, "container, mcp_servers"),
         (MESSAGES, {"thinking": {"type": "adaptive", "display": "new", "budget_tokens": 5}}, ""),
         (MESSAGES, {"output_config": {"effort": "high", "task_budget": {"total": 5}}}, ""),
+        (CHAT, {"web_search_options": {"search_context_size": "low"}}, "web_search_options"),
         (CHAT, {"service_tier": "flex", "prompt_cache_retention": "24h", "thinking": {"type": "adaptive"}}, ""),
     ],
 )

@@ -183,6 +183,7 @@ ROWS: dict[tuple[str, str, bool], list[Row]] = {
         ('[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"cmd": "ls"}', "", "", [NOW, F]),
         ("[TOOL_CALLS]f[ARGS]no json[TOOL_CALLS]now[ARGS]", "", "", [("f", "no json"), NOW]),
         ("[TOOL_CALLS] what?", "[TOOL_CALLS] what?", "", []),
+        ('[TOOL_CALLS]f [CALL_ID] abcdefghi [ARGS] {"cmd": "ls"}', "", "", [F]),
     ],
     ("pythonic", "none", False): [
         (
@@ -200,6 +201,10 @@ ROWS: dict[tuple[str, str, bool], list[Row]] = {
         ("[f(cmd='ls'", "", "", [F]),
         ("[f(cmd='ls')", "", "", [F]),
         ("[nobody(x=1)]", "[nobody(x=1)]", "", []),
+        ("Let me look: [f(cmd='ls'), now()]", "Let me look:", "", [F, NOW]),
+        ("See a[0], [x](y) and [nobody(x=1)].", "See a[0], [x](y) and [nobody(x=1)].", "", []),
+        ("<|python_start|>f(cmd='ls'), now()<|python_end|>", "", "", [F, NOW]),
+        ("<|python_start|>now()<|python_end|> Done.", " Done.", "", [NOW]),
         ("[1, 2]", "[1, 2]", "", []),
     ],
     ("deepseek_v3", "none", False): [

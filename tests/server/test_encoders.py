@@ -116,6 +116,10 @@ async def test_pairs_have_types_and_scores(ranker: Model) -> None:
         assert close([result["relevance_score"] for result in body["results"]], sorted(shares)[::-1])
         status, body = await server.post("/score", {"text_1": query, "text_2": documents, "use_activation": False})
         assert status == 200 and close([item["score"] for item in body["data"]], expected)
+        for bad in ({"query": query, "texts": []}, {"query": 5, "texts": documents}, {"texts": documents}):
+            status, body = await server.post("/rerank", bad)
+            assert status == 400 and body["error_type"] == "Validation", body
+        assert "`documents`" in check_shape(*await server.post("/rerank", {"query": query, "documents": []}))["message"]
         status, body = await server.post("/rerank", {"query": query, "texts": documents, "return_text": True})
         assert status == 200 and [result["index"] for result in body] == order
         assert [result["text"] for result in body] == [documents[at] for at in order]

@@ -51,6 +51,7 @@ async def test_why_it_ends(server: Live) -> None:
         assert (body["stop_type"], body["tokens_predicted"]) == ("limit", 1)
     _, body = await server.post(PATH, {"prompt": "x", "n_predict": 0})
     assert (body["content"], body["tokens_predicted"], body["stop_type"]) == ("", 0, "limit")
+    assert body["generation_settings"]["n_predict"] == 0
 
 
 async def test_a_stream_is_the_same_answer(server: Live) -> None:

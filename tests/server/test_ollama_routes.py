@@ -48,6 +48,7 @@ async def test_the_model_as_it_is() -> None:
         assert card["details"]["parameter_size"] == "4.3M" and len(card["digest"]) == 64
         weights = (DEMO / "model.safetensors").stat().st_size
         assert abs(card["size"] - weights) < weights / 10
+        assert card["details"]["format"] == "safetensors" and card["details"]["quantization_level"] == "BF16"
         assert card["capabilities"] == ["completion", "tools", "embedding"]
         assert loaded[0]["size_vram"] == 0 and loaded[0]["context_length"] == 512
         for name in ("model", "name"):

@@ -349,7 +349,7 @@ def test_only_one_call_where_parallel_ones_are_not_wanted() -> None:
 @pytest.mark.parametrize("strict_answer", [False, True])
 def test_each_schema_is_judged_by_itself(strict: bool | None, strict_answer: bool) -> None:
     """A tool that is not strict never makes a request fail; one that is names its keyword and place."""
-    tags = {"type": "array", "items": {"type": "string"}, "uniqueItems": True}
+    tags = {"type": "array", "items": {"type": "object"}, "uniqueItems": True}
     function = {"name": "f", "strict": strict, "parameters": {"type": "object", "properties": {"tags": tags}}}
     answer: dict[str, Any] = {"type": "json_object"}
     if strict_answer:

@@ -16,6 +16,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 
 from engine.forward import ForwardError
 from engine.text.chat_template import ChatTemplate
+from tests.server.dictate import dictated
 from tests.server.support import BOUND_S, DEMO, Live, live, served_model, tokenizer, until
 from tests.server.test_errors import check_shape
 from tests.server.test_logprobs import device
@@ -532,3 +533,34 @@ async def test_keep_alive_comments_stand_between_the_events() -> None:
             assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
             server.device.gate.set()
             assert b"event: response.incomplete" in await response.read()
+
+
+async def test_a_conversation_is_made_shorter_and_goes_on(demo: Live) -> None:
+    """As OpenAI's own client asks for it: the user's words stay, an item that only this server reads has the rest."""
+    turns: list[Any] = [
+        {"role": "user", "content": "Call me Mia."},
+        {"role": "assistant", "content": "Hello Mia."},
+        {"type": "function_call", "call_id": "c1", "name": "get_weather", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c1", "output": "rain"},
+        {"role": "user", "content": "Thanks."},
+    ]
+    async with demo.openai() as client:
+        with dictated(demo, "Mia asked for the weather: rain é.") as asked:
+            shorter = await client.responses.compact(model="demo", input=turns, instructions="Be kind.")
+        prompt = tokenizer().decode(asked[0].prompt_token_ids)
+        assert "Be kind." in prompt and "rain" in prompt and "summary of this conversation" in prompt
+        *kept, item = [item.to_dict(warnings=False) for item in shorter.output]
+        assert [said["content"][0]["text"] for said in kept] == ["Call me Mia.", "Thanks."]  # type: ignore[index]
+        assert item["type"] == "compaction" and "rain" not in str(item["encrypted_content"])
+        assert shorter.usage.output_tokens > 1
+        with dictated(demo, "Yes.") as asked:
+            again = [*kept, item, {"role": "user", "content": "Well?"}]
+            await create(demo, {"input": again})
+        prompt = tokenizer().decode(asked[0].prompt_token_ids)
+        assert "Mia asked for the weather: rain é." in prompt and prompt.count("Thanks.") == 1
+    # Of what is not ours, or was changed, nothing is read.
+    for content in ("gAAAA", "oneloop:%%%", "oneloop:/w==", "oneloop:", 5, None):
+        body = {"input": [{"type": "compaction", "encrypted_content": content}, {"role": "user", "content": "x"}]}
+        with dictated(demo, "y") as asked:
+            await create(demo, body)
+        assert "oneloop:" not in tokenizer().decode(asked[0].prompt_token_ids)

@@ -147,7 +147,7 @@ REFUSED: list[tuple[str, Any, str]] = [
     ("response_format", response_format({"type": "nothing"}), "JSON schema"),
     ("response_format", response_format({"$ref": "#/$defs/missing"}), "names nothing in it"),
     ("response_format", response_format({"$ref": "#/$defs/none"}), "JSON schema"),
-    ("response_format", response_format({"uniqueItems": True}, strict=True), "uniqueItems"),
+    ("response_format", response_format({"uniqueItems": True, "minItems": 4}, strict=True), "uniqueItems"),
     ("response_format", response_format({"type": "string", "pattern": "("}, strict=True), "JSON schema"),
     ("response_format", response_format({"type": "string", "enum": []}), "JSON schema"),
     ("response_format", response_format(5), "must be an object"),

@@ -314,6 +314,19 @@ def test_systems_are_joined_and_folded_only_where_they_must_be() -> None:
         assert TEMPLATE[name].render(chat, add_generation_prompt=False).startswith(before), name
 
 
+def test_a_system_message_is_put_first_where_one_must_be() -> None:
+    template = made(
+        "{% if messages[0].role != 'system' %}{{ raise_exception('a system message first') }}{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% endfor %}"
+    )
+    assert template.shape.needs_system and template.render([user("a")]) == "[system][user]a"
+    assert template.render([system("x"), user("a")]) == "[system]x[user]a"
+    loop = template.render(LOOP, tools=[TOOL])
+    assert loop.startswith("[system][user]Weather?[assistant]weather{") and loop.endswith("21 degrees")
+
+
 def test_developer_is_a_system_where_the_template_does_not_know_it() -> None:
     chat = [{"role": "developer", "content": "Be brief."}, user("Hi")]
     assert TEMPLATE["qwen3"].render(chat).startswith("<|im_start|>system\nBe brief.")

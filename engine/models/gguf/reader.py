@@ -78,6 +78,13 @@ class GGUF:
         self._values = values
         self._mapped = mapped
 
+    def weights(self) -> tuple[str, int]:
+        """The type that takes most of the bytes, and the bytes of all tensors."""
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors.values():
+            sizes[tensor.type] = sizes.get(tensor.type, 0) + tensor.end - tensor.begin
+        return max(sizes, key=lambda name: sizes[name], default="F32"), sum(sizes.values())
+
     def fail(self, name: str, problem: str) -> NoReturn:
         """Raise the one line that a user gets: file, key, problem."""
         raise StartupError(f"{self.path}: {name} {problem}")

@@ -5,21 +5,23 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import string
 from typing import Any
 
 from engine.text.schema.base import MAX_CASES, MAX_POSITION, Rewriter
 from engine.text.schema.disjoint import disjoint, resolved
 from engine.text.schema.errors import Unwritable, cannot
-from engine.text.schema.parts import TYPES, any_of, at, canonical, names_of
+from engine.text.schema.parts import TYPES, any_of, at, canonical, is_number, names_of
 
 MAX_CONTAINED = 64  # entries that a `contains` may ask for
 MAX_PLACES = 1_200  # of all cases of a `contains`
-MAX_FREE = 3  # items that are not listed and yet none of them twice: each begins otherwise
-# By their first characters strings are told apart.
-_LETTERS = (
-    "aA", "bB", "cC", "dD", "eEfF", "gGhH", "iIjJkK", "lL", "mM", "nNoO", "pPqQ", "rR", "sS", "tT", "uUvVwWxXyYzZ",
-    "0-4", "5-9",
-)  # fmt: skip
+MAX_RANGE = 16  # integers between two bounds that are listed
+MAX_FREE = 3  # items that are not listed and yet none of them twice: each is of a class of its own
+# Strings of different classes begin otherwise; the last one is all that begin with none of the letters. Of two items
+# one alone has cases of its own, so that the classes may be many.
+_COARSE = ("aAbBcC", "dDeEfF", "gGhHiI", "jJkKlLmM", "nNoOpPqQ", "rRsStT", "uUvVwWxXyYzZ")
+_FINE = tuple(letter + letter.upper() for letter in string.ascii_lowercase)
+_BETWEEN = (None, 0, 1, 2, 3, 5, 10, 100, None)  # numbers of different classes
 
 
 def contains(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
@@ -73,11 +75,12 @@ def unique_items(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
     values = _listed(rewriter, items)
     if values is not None:
         return _permutations([{"const": value} for value in values], low, high, where)
-    if high is not None and high <= MAX_FREE:
-        classes = _classes(rewriter, items, 0)
-        if len(classes) >= high:
-            return _permutations(classes, low, high, where)
-    why = f"can be kept where the items are listed by `enum`, or where there are at most {MAX_FREE} strings or numbers"
+    most = MAX_FREE if high is None else min(high, MAX_FREE)
+    classes = _classes(rewriter, items, _FINE if most == 2 else _COARSE, 0) if low <= most else []
+    if len(classes) >= max(low, 2):
+        # Shorter arrays than the client would take, but of those that it takes.
+        return _permutations(classes, low, most, where)
+    why = "can be kept where the items are listed by `enum`, or are strings or numbers and need not be more than three"
     raise Unwritable("uniqueItems", at(where, "uniqueItems"), why)
 
 
@@ -98,40 +101,70 @@ def _listed_places(rewriter: Rewriter, prefix: list[Any], low: int, where: str) 
     return any_of(cases)
 
 
-def _classes(rewriter: Rewriter, schema: Any, depth: int) -> list[dict[str, Any]]:
+def _classes(rewriter: Rewriter, schema: Any, letters: tuple[str, ...], depth: int) -> list[dict[str, Any]]:
     """Parts of a schema's values that share none with each other; empty where there are none to be told."""
+    if depth > 4:
+        return []
     types = rewriter.types.types(schema)
-    if types == {"string"}:
-        return [{"type": "string", "pattern": f"^[{letters}]"} for letters in _LETTERS]
-    if types and types <= {"integer", "number"}:
-        kind = "integer" if types == {"integer"} else "number"
-        return [
+    found: list[dict[str, Any]] = []
+    if "string" in types:
+        found += [{"type": "string", "pattern": f"^[{some}]"} for some in (*letters, "^a-zA-Z")]
+    if types & {"integer", "number"}:
+        kind = "number" if "number" in types else "integer"
+        bounds = itertools.pairwise(_BETWEEN)
+        found += [
             {"type": kind, **({} if low is None else {"minimum": low}), **({} if high is None else {bound: high})}
-            for low, high in itertools.pairwise((None, 0, 1, 2, 3, 4, 5, 10, 20, 50, 100, 1000, None))
+            for low, high in bounds
             for bound in ("exclusiveMaximum",)
         ]
-    if types != {"object"} or not isinstance(schema, dict) or depth > 4:
-        return []
-    schema = resolved(rewriter, schema)
+    found += [{"type": kind} for kind in ("null", "array") if kind in types]
+    found += [{"const": value} for value in (True, False)] if "boolean" in types else []
+    if "object" in types:
+        found += _classes_of_objects(rewriter, schema, letters, depth) or [{"type": "object"}]
+    return found
+
+
+def _classes_of_objects(rewriter: Rewriter, schema: Any, letters: tuple[str, ...], depth: int) -> list[dict[str, Any]]:
+    """By the value of a property that each of them has; empty where none of those has classes."""
+    schema = resolved(rewriter, schema) if isinstance(schema, dict) else {}
     for name in names_of(schema.get("required")):
         inner = schema.get("properties", {}).get(name)
         values = None if inner is None else _listed(rewriter, inner)
-        classes = [{"const": value} for value in values or ()] or _classes(rewriter, inner, depth + 1)
+        classes = [{"const": value} for value in values or ()] or _classes(rewriter, inner, letters, depth + 1)
         if len(classes) > 1:
             return [{"type": "object", "required": [name], "properties": {name: one}} for one in classes]
     return []
+
+
+def _one_of(choices: list[dict[str, Any]]) -> Any:
+    """Any of some consts or classes, in as few branches as they need."""
+    values = [choice["const"] for choice in choices if "const" in choice]
+    patterns = [choice["pattern"] for choice in choices if "pattern" in choice]
+    rest = [choice for choice in choices if "const" not in choice and "pattern" not in choice]
+    listed = [{"enum": values}] if values else []
+    return any_of([*listed, *([{"type": "string", "pattern": "|".join(patterns)}] if patterns else []), *rest])
 
 
 def _apart(rewriter: Rewriter, schemas: list[Any]) -> bool:
     return all(disjoint(rewriter, left, right, 0) for left, right in itertools.combinations(schemas, 2))
 
 
-def _listed(rewriter: Rewriter, schema: Any) -> list[Any] | None:
+def _listed(rewriter: Rewriter, schema: Any, depth: int = 0) -> list[Any] | None:
     """All values of a schema, where they are few and listed; None else."""
     values = rewriter.types.values(schema)
-    if values is None and rewriter.types.types(schema) <= {"boolean", "null"}:
-        kinds = rewriter.types.types(schema)
+    kinds = rewriter.types.types(schema)
+    if values is None and kinds <= {"boolean", "null"}:
         values = ([True, False] if "boolean" in kinds else []) + ([None] if "null" in kinds else [])
+    if values is None and isinstance(schema, dict) and depth < 4:
+        schema = resolved(rewriter, schema)
+        low, high = schema.get("minimum"), schema.get("maximum")
+        branches = schema.get("anyOf", schema.get("oneOf"))
+        if kinds == {"integer"} and is_number(low) and is_number(high) and high - low < MAX_RANGE:
+            values = list(range(math.ceil(low), math.floor(high) + 1))
+        elif isinstance(branches, list):
+            # What else the schema says still holds for each of them.
+            parts = [_listed(rewriter, branch, depth + 1) for branch in branches]
+            values = None if None in parts else [value for part in parts if part for value in part]
     if values is None or len(values) > 400:
         return None
     return [json.loads(text) for text in dict.fromkeys(map(canonical, values))]
@@ -156,7 +189,6 @@ def _permutations(choices: list[dict[str, Any]], low: int, high: int | None, whe
             prefix = [choices[index] for index in chosen]
             # From three on one case holds the shorter ones too: fewer of the chosen, then the end.
             least = max(low, min(count - 1, 1)) if length >= 3 else count
-            last = {"enum": [one["const"] for one in left]} if "const" in left[0] else any_of(left)
-            case = {"type": "array", "prefixItems": [*prefix, last], "items": False}
+            case = {"type": "array", "prefixItems": [*prefix, _one_of(left)], "items": False}
             cases.append({**case, "minItems": least, "maxItems": count})
     return any_of(cases)

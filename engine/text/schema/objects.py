@@ -17,7 +17,7 @@ def property_counts(rewriter: Rewriter, schema: dict[str, Any], where: str) -> d
     """minProperties and maxProperties where they say something, and the library can count."""
     low, high = schema.get("minProperties", 0), schema.get("maxProperties")
     required = set(names_of(schema.get("required")))
-    optional = set(schema.get("properties", {})) - required
+    optional = set(known_names(rewriter, schema, where)) - required
     found: dict[str, Any] = {}
     missing = low - len(required)
     if missing > 0 and not optional:
@@ -31,6 +31,16 @@ def property_counts(rewriter: Rewriter, schema: dict[str, Any], where: str) -> d
     if high is not None and not optional:
         found["maxProperties"] = high
     return found
+
+
+def known_names(rewriter: Rewriter, schema: dict[str, Any], where: str) -> list[str]:
+    """Names that a schema speaks of: of its `properties`, or those that its `propertyNames` lists."""
+    properties, names = schema.get("properties", {}), schema.get("propertyNames")
+    if not isinstance(names, dict) or not is_listed(rewriter, names, at(where, "propertyNames")):
+        return [name for name, inner in properties.items() if inner is not False]
+    rest = True if schema.get("patternProperties") else schema.get("additionalProperties", True)
+    listed = names_of(rewriter.types.values(names))
+    return [name for name in listed if properties.get(name, rest) is not False]
 
 
 def max_properties(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
@@ -91,7 +101,7 @@ def min_properties(rewriter: Rewriter, schema: dict[str, Any], where: str) -> An
     """minProperties beside optional properties: some of them are there."""
     required = names_of(schema.get("required"))
     missing = schema["minProperties"] - len(set(required))
-    optional = [name for name, inner in schema["properties"].items() if name not in required and inner is not False]
+    optional = [name for name in known_names(rewriter, schema, where) if name not in required]
     if missing <= 0 or not rewriter.may_be(schema, "object"):
         return True
     if not optional:

@@ -201,7 +201,7 @@ class SchemaRewriter(Rewriter):
             yield "unevaluatedItems", lambda: unevaluated.unevaluated_items(self, schema, where)
         if "maxProperties" in schema and schema.get("properties"):
             yield "maxProperties", lambda: objects.max_properties(self, schema, where)
-        if schema.get("minProperties", 0) and schema.get("properties"):
+        if schema.get("minProperties", 0) and (schema.get("properties") or "propertyNames" in schema):
             yield "minProperties", lambda: objects.min_properties(self, schema, where)
 
     def no(self, schema: Any, where: str) -> Any:

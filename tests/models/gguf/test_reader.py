@@ -36,6 +36,7 @@ def test_values_and_tensors(tmp_path: Path) -> None:
     assert (embedding.type, embedding.shape, embedding.end - embedding.begin) == ("Q8_0", (3, 32), 102)
     assert (norm.type, norm.shape, norm.begin - embedding.begin) == ("F32", (5,), 128)
     assert (experts.type, experts.shape, experts.end - experts.begin) == ("Q4_0", (2, 2, 32), 72)
+    assert model.weights() == ("Q8_0", 102 + norm.end - norm.begin + 72)
 
 
 def test_what_the_package_writes(tmp_path: Path) -> None:

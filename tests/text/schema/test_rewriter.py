@@ -166,6 +166,17 @@ REWRITTEN: list[tuple[Any, list[Any], list[Any]]] = [
         [["a", "a"], ["a", "b", "a"]],
     ),
     ({"type": "array", "items": {"type": "boolean"}, "uniqueItems": True}, [[True, False]], [[True, True]]),
+    # What is not listed: short arrays of what begins otherwise.
+    ({"type": "array", "items": {"type": "string"}, "uniqueItems": True},
+     [[], ["b"], ["./x", "a b", "z"]], [["a", "a"], ["a", "z", "a"]]),
+    ({"type": "array", "items": {"type": "number"}, "uniqueItems": True}, [[1, 2.5, -3]], [[1, 1], [2, 2.0]]),
+    ({"type": "array", "uniqueItems": True}, [["a", 1], [None, {}], [[]], [True, False]], [["a", "a"], [{}, {}]]),
+    ({"type": "array", "items": {"type": "integer", "minimum": 1, "maximum": 3}, "uniqueItems": True, "minItems": 3},
+     [[2, 1, 3]], [[1, 1, 2], [1]]),
+    ({"type": "array", "items": {"oneOf": [{"enum": ["a", "b"]}, {"type": "null"}]}, "uniqueItems": True},
+     [["a", None, "b"]], [["a", "a"], [None, None]]),
+    ({"type": "object", "propertyNames": {"enum": ["a", "b", "c"]}, "minProperties": 2, "properties": {"c": False}},
+     [{"a": 1, "b": 2}], [{"a": 1}, {}, {"a": 1, "c": 1}]),
     ({"type": "array", "uniqueItems": True, "maxItems": 1}, [[1], []], [[1, 2]]),
     ({"type": "array", "uniqueItems": False}, [[1, 1]], []),
     ({"type": "object", "propertyNames": {"type": "string"}}, [{"a": 1}], []),
@@ -238,9 +249,9 @@ REWRITTEN: list[tuple[Any, list[Any], list[Any]]] = [
 
 # Each with the keyword and the place that the sentence names.
 UNENFORCEABLE: list[tuple[dict[str, Any], str, str]] = [
-    ({"type": "array", "items": {"type": "string"}, "uniqueItems": True}, "uniqueItems", "uniqueItems"),
+    ({"type": "array", "items": {"type": "string"}, "uniqueItems": True, "minItems": 4}, "uniqueItems", "uniqueItems"),
     (
-        {"properties": {"tags": {"type": "array", "items": {"type": "string"}, "uniqueItems": True}}},
+        {"properties": {"tags": {"type": "array", "items": {"type": "object"}, "uniqueItems": True}}},
         "uniqueItems",
         "properties.tags.uniqueItems",
     ),
