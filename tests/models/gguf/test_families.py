@@ -192,8 +192,8 @@ def test_logits_of_a_quantised_file(kind: str, tmp_path: Path) -> None:
     ours, theirs = load(path), load(tmp_path)
     same_logits(reference, ours)
     [prompt] = prompts_of([20])
-    # The same weights, if in another order of rows: the same bits but for sums of q and k.
-    assert relative_error(Runner(ours).logits(prompt, 8), Runner(theirs).logits(prompt, 8)) <= 1e-5
+    # The same weights, but inputs of packed ones have 16 bits.
+    assert relative_error(Runner(ours).logits(prompt, 8), Runner(theirs).logits(prompt, 8)) <= 1e-4
 
 
 @pytest.mark.parametrize(("lengths", "context"), [([30], 32), ([40], 256)])
