@@ -17,11 +17,12 @@ from engine.config import StartupError
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.coded import CodedWeights
-from engine.models.loading.weights import CHUNK_BYTES
 from engine.models.parts.layer_input import PREFIX
 from engine.ops.linear import Linear
 from engine.ops.packed import PACKED_KINDS, MixedLinear, PackedLinear, can_stay_packed
 
+# Bytes of the file that are packed before their pages are given back.
+PIECE_BYTES = 1 << 20
 # Of one fused layer whose rows are reordered: more would be slower than numbers.
 MOST_RUNS = 8
 
@@ -138,7 +139,7 @@ class PackedWeights(CodedWeights):
         width = columns // BY_NAME[block].elements * BY_NAME[block].size
         bases = np.array([self._address(each) for each in stored])
         addresses = torch.from_numpy(bases[places[:, 0]] + places[:, 1] * width)
-        step = PackedLinear.piece_rows(max(1, CHUNK_BYTES // width))
+        step = PackedLinear.piece_rows(max(1, PIECE_BYTES // width))
         for first in range(0, len(places), step):
             piece = places[first : first + step]
             bad = linear.pack(first, addresses[first : first + step])

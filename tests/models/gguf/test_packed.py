@@ -56,7 +56,7 @@ def test_mixed_types(name: str, tmp_path: Path) -> None:
         expected = Runner(numbers, num_seqs=1).logits(prompt, 8)
     assert not any(isinstance(linear, PackedLinear) for linear in numbers.linears)
     # Inputs of 16 bits; each layer is to 3e-5 (tests/ops/test_packed.py), and random layers spread that.
-    assert relative_error(runner.logits(prompt, 8), expected) <= 1e-3
+    assert relative_error(runner.logits(prompt, 8), expected) <= 5e-4
     spec = read_spec(path)
     assert weight_bytes(spec, path, torch.float32) < 0.4 * 4 * spec.num_parameters
     assert choose_threads(weight_bytes(spec, path, torch.float32), cores=8) == 1
