@@ -5,7 +5,6 @@ Used at start, on the loading thread. A fused layer of several types becomes one
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -148,9 +147,9 @@ class PackedWeights(CodedWeights):
                 raise StartupError(
                     f"{stored[tensor].file}: tensor {names[tensor]}: row {row} has a scale that is not a finite number"
                 )
-            for tensor, found in itertools.groupby(piece.tolist(), key=lambda place: place[0]):
-                whole = [row for _, row in found]
-                begin = stored[tensor].begin + min(whole) * width
+            for tensor in np.unique(piece[:, 0]):
+                whole = piece[piece[:, 0] == tensor, 1]
+                begin = stored[tensor].begin + int(whole.min()) * width
                 self._let_go(stored[tensor], begin, min(begin + len(whole) * width, stored[tensor].end))
         return linear
 
