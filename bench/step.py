@@ -3,6 +3,7 @@
 Times schedule + submit + commit on an executor that answers at once with constant tokens, at depth 2 as the Engine
 runs it. "steady": every row merely continues. "paged": prompts are staggered, so that in each step one row of
 page_size needs a page. "floor": the same arithmetic as bare numpy, without any bookkeeping around it.
+`--recorder`: the same steps with nobody looking, with the page /live open, and with a trace on, in turns, as shares.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from engine.clock import MonotonicClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle
 from engine.forward import FUTURE_TOKEN, Limits, Staging
+from engine.recorder import STEPS_PER_LOOK, Recorder, Tracer
 from engine.request import Request, SamplingParams
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
@@ -36,6 +38,8 @@ EOS = 0
 MICROSECOND = 1000
 # Bytes that a line may allocate without any array (`array.any()` costs 882); int32 rows of 320 and more are above.
 SMALL_OBJECTS = 1280
+# What server/live_feed.py asks for: STEPS_PER_LOOK four times a second.
+RECORDED_A_SECOND = 4 * STEPS_PER_LOOK
 
 
 @dataclass
@@ -224,6 +228,82 @@ def _allocating_lines(loop: Loop, at_least: int) -> dict[str, int]:
     return found
 
 
+class RecordedLoop(Loop):
+    """The same with the Engine's calls of a recorder, for which nobody looks at first."""
+
+    def __init__(self, batch: int, steps: int) -> None:
+        self.recorder = Recorder(lambda recorder: setattr(self.scheduler, "recorder", recorder))
+        super().__init__(batch, steps, stagger=True)
+
+    def step(self) -> tuple[int, int, int]:
+        stages = self.recorder.stages
+        if stages is not None:
+            stages.schedule_begins()
+        batch = self.scheduler.schedule()
+        assert batch is not None
+        if stages is not None:
+            stages.launch_begins()
+        self.in_flight.append((batch, self.executor.submit(batch.forward_input)))
+        if stages is not None:
+            stages.launched(batch, self.scheduler.num_running, self.scheduler.num_waiting)
+        if len(self.in_flight) < 2:
+            return 0, 0, 0
+        done, handle = self.in_flight.popleft()
+        if stages is not None:
+            stages.wait_begins()
+        output = self.executor.resolve(handle)
+        if stages is not None:
+            stages.wait_ends(handle)
+        result = self.scheduler.commit(done, output)
+        if stages is not None:
+            stages.committed()
+            stages.gaps(result.gaps)
+            stages.published(done.forward_input.step)
+        return 0, 0, 0
+
+
+def measure_recorder(batch: int, steps: int) -> dict[str, float]:
+    """Microseconds of the thread a step, by who looks: nobody ("off"), the page ("on"; it has RECORDED_A_SECOND steps
+    recorded at most), a trace ("traced": every step). In turns of 50 steps each; means without the slowest tenth.
+
+    The host's part alone: of a step with a device it is a smaller share.
+    """
+    turns = -(-steps // 50)
+    loop = RecordedLoop(batch, 150 * turns + 64)
+    times: dict[str, list[float]] = {"off": [], "on": [], "traced": []}
+    recorder, number, every = loop.recorder, 0, 1
+    for _ in range(turns):
+        for kind, found in times.items():
+            tracer = Tracer()
+            if kind == "on":
+                recorder.watch()
+                every = max(1, round(1e6 / RECORDED_A_SECOND / float(np.median(times["off"]))))
+            elif kind == "traced":
+                recorder.start(tracer)
+            for _ in range(50):
+                number += 1
+                if kind == "on" and number % every == 0:
+                    recorder.look(1)
+                began = time.thread_time_ns()
+                loop.step()
+                found.append((time.thread_time_ns() - began) / MICROSECOND)
+            if kind == "on":
+                recorder.unwatch()
+            elif kind == "traced":
+                recorder.stop(tracer)
+    return {kind: float(np.mean(np.sort(found)[: len(found) * 9 // 10])) for kind, found in times.items()}
+
+
+def print_recorder(batches: list[int], steps: int) -> None:
+    print("host microseconds a step: nobody looks, /live is open, a trace is recorded")
+    print(f"{'batch':>6}{'off':>9}{'on':>9}{'':>8}{'traced':>9}{'':>8}")
+    for batch in batches:
+        got = measure_recorder(batch, steps)
+        off, on, traced = got["off"], got["on"], got["traced"]
+        shares = on / off - 1, traced / off - 1
+        print(f"{batch:>6}{off:>9.2f}{on:>9.2f}{shares[0]:>+8.1%}{traced:>9.2f}{shares[1]:>+8.1%}", flush=True)
+
+
 def measure(batch: int, steps: int) -> Figures:
     steady = Loop(batch, steps, stagger=False)
     wall, cpu, parts = time_steps(steady.step, steps)
@@ -257,7 +337,11 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 64, 256, 1024])
     parser.add_argument("--steps", type=int, default=2000, help="steps timed per figure (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="write the figures there")
+    parser.add_argument("--recorder", action="store_true", help="what looking costs, instead")
     arguments = parser.parse_args()
+    if arguments.recorder:
+        print_recorder(arguments.batch, arguments.steps)
+        return
     print("microseconds per decode step (median); cpu is thread time; x is steady wall over the numpy floor")
     print(
         f"{'batch':>6}{'steady':>9}{'cpu':>8}{'p99':>8}{'paged':>9}{'cpu':>8}{'p99':>8}{'floor':>8}{'x':>6}"

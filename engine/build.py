@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import CudaOptions, EngineConfig, StartupError
 from engine.engine import Engine
+from engine.executor.faults import FaultyExecutor, parse_faults
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities, read_abilities
 from engine.models.generation import GenerationDefaults
@@ -184,7 +185,11 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         report.row("gives", abilities.describe())
     metrics = EngineMetrics(names[0], prefix=config.server.metrics_prefix, max_model_len=context)
     try:
+        plan = None if config.debug_faults is None else parse_faults(config.debug_faults)
         executor = _build_executor(config, directory, spec, context, report)
+        if plan is not None:
+            executor = FaultyExecutor(executor, plan)
+            report.row("faults", f"by plan: {config.debug_faults}")
         rng = None if options.seed is None else random.Random(options.seed)
         engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics, rng=rng)
         if config.cuda.nvtx != "off":

@@ -5,9 +5,13 @@ Imports nothing of ours, so that `--help` and the scheduler's tests stay free of
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine.keys import KeyEntry
 
 # What a chat template gets from the server and from nobody else.
 RESERVED_TEMPLATE_KWARGS = frozenset(
@@ -66,6 +70,7 @@ class SchedulerOptions:
     max_queued_requests: waiting requests before a 429. overlap: depth 2 (build N+1 while N runs), else depth 1.
     admission_watermark: share of the pages that must stay available when a retracted sequence is admitted again.
     jump_ahead: forced tokens are appended without a forward; the tokens are the same without it (benches).
+    ttft_slo_s, max_queue_wait_s: a request that would wait for longer, by estimate, gets a 429 (engine/admission.py).
     queue_timeout_s: how long a request may wait to be admitted. request_timeout_s: from submit to the end, also for a
     request that asks for more. None: for ever.
     """
@@ -79,34 +84,51 @@ class SchedulerOptions:
     jump_ahead: bool = True
     queue_timeout_s: float | None = None
     request_timeout_s: float | None = None
+    ttft_slo_s: float | None = None
+    max_queue_wait_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class StreamOptions:
-    """flush_interval_ms: how long a streamed token may wait for company; first and last tokens never wait."""
+    """flush_interval_ms: how long a streamed token may wait for company; first and last tokens never wait.
 
-    flush_interval_ms: float = 10.0
+    None: not at all while the event loop has time, else as long as that it keeps up (pace.py).
+    """
+
+    flush_interval_ms: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class ServerOptions:
     """HTTP. Sizes in bytes, times in seconds.
 
+    api_keys, admin_api_key: given as text or as their SHA-256, and kept as the latter. key_entries: those of
+    --key-file, with their limits; key_usage_path: where the tokens that they used this month are written down.
     admin_api_key: the only key of admin routes, where it is set; else api_keys are theirs too.
     isolate_api_keys: prompts of one key find nothing in the cache of another. None: where there are several keys.
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
     template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
     reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
+    weights_root: the directory that /update_weights_from_disk may read from; None: it may not. write_timeout_s: a
+    client that reads nothing for so long is cut off; header_timeout_s: one that sends no whole head.
+    max_connections_per_address: 0 is any number. max_host_memory: bytes of the process, see server/memory.py.
+    handover: "unix:PATH", see server/handover.py. resume_journal: see server/journal.py.
+    stall_timeout_s: without a step that comes to an end in so long, while there is work, /health is 503 and all stacks
+    are logged; stall_action: "exit" ends the process then, "report" does not.
     response_store_size, response_store_bytes: how many responses of /v1/responses are kept for a later turn, and how
     much of them; 0 keeps none. allowed_origins: web pages that may read answers; "local" stands for all of this
     machine's, "*" for all there are. refuse_max_tokens: a max_tokens that does not fit the context is an error and not
-    cut to what fits.
+    cut to what fits. web: whether there are pages for people. live_text: /live and /requests/{id}/cache show what is in
+    prompts. trace_file: a trace of the whole run goes there. log_format: text or json. prices: file of what tokens
+    cost.
     """
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_keys: tuple[str, ...] = ()
-    admin_api_key: str | None = None
+    api_keys: tuple[str | bytes, ...] = ()
+    admin_api_key: str | bytes | None = None
+    key_entries: tuple[KeyEntry, ...] = ()
+    key_usage_path: str | None = None
     isolate_api_keys: bool | None = None
     protect_metrics: bool = False
     max_body_bytes: int = 8 * 1024 * 1024
@@ -114,7 +136,8 @@ class ServerOptions:
     drain_timeout_s: float = 30.0
     keep_alive_interval_s: float = 15.0
     metrics_prefix: str = "vllm"
-    unresponsive_after_s: float = 60.0
+    stall_timeout_s: float = 60.0
+    stall_action: str = "report"
     root_path: str = ""
     tool_call_parser: str = "auto"
     reasoning_parser: str = "auto"
@@ -123,6 +146,32 @@ class ServerOptions:
     default_chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     reasoning_budget: int | None = None
     refuse_max_tokens: bool = False
+    weights_root: str | None = None
+    ssl_certfile: str | None = None
+    ssl_keyfile: str | None = None
+    write_timeout_s: float = 60.0
+    header_timeout_s: float = 30.0
+    max_connections_per_address: int = 0
+    max_host_memory: int | None = None
+    handover: str | None = None
+    resume_journal: str | None = None
+    web: bool = True
+    live_text: bool = False
+    trace_file: str | None = None
+    log_format: str = "text"
+    access_log: bool = False
+    prices: str | None = None
+    otlp_traces_endpoint: str | None = None
+
+    def __post_init__(self) -> None:
+        # Nobody needs the keys themselves any more.
+        object.__setattr__(self, "api_keys", tuple(map(_digest, self.api_keys)))
+        if self.admin_api_key is not None:
+            object.__setattr__(self, "admin_api_key", _digest(self.admin_api_key))
+
+    @property
+    def num_keys(self) -> int:
+        return len(self.api_keys) + len(self.key_entries)
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +195,8 @@ class EngineConfig:
     """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU, None for auto.
 
     deterministic: a request's tokens and log-probabilities have the same bits whatever runs beside it. True: or the
-    start fails. None: where it costs nothing.
+    start fails. None: where it costs nothing. debug_faults: see executor/faults.py. check_invariants: the KV cache is
+    checked whole whenever the engine is idle, and not a part of the time.
     """
 
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -158,6 +208,12 @@ class EngineConfig:
     device: str = "auto"
     num_threads: int | None = None
     deterministic: bool | None = None
+    debug_faults: str | None = None
+    check_invariants: bool = False
+
+
+def _digest(key: str | bytes) -> bytes:
+    return key if isinstance(key, bytes) else hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 class StartupError(Exception):

@@ -14,14 +14,18 @@ import math
 import random
 from collections import deque
 
+from engine.admission import Admission
 from engine.clock import Clock, MonotonicClock, RangeOf, in_range
 from engine.config import EngineConfig
 from engine.executor.base import Executor, StepHandle
 from engine.forward import DeviceLostError, ForwardError
 from engine.grammar_masks import GrammarMasks
+from engine.inspection import Inspection
 from engine.metrics import EngineMetrics, EngineStats, Rates
+from engine.pace import LoopWatch, Pace
 from engine.publisher import NO_TEXT, Listener, Publisher
-from engine.request import QueueFullError, Request, RequestError, UnavailableError
+from engine.recorder import Recorder
+from engine.request import OverloadedError, QueueFullError, Request, RequestError, UnavailableError
 from engine.resting import Resting
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
@@ -33,6 +37,12 @@ from engine.text.tokenizer import Tokenizer
 logger = logging.getLogger("oneloop.engine")
 
 MAX_LOOKED_UP = 256
+# Seconds between two looks at a part of the KV cache's books.
+CHECK_BOOKS_EVERY_S = 30.0
+
+
+class StalledError(Exception):
+    """No step has come to an end for --stall-timeout, and --stall-action is exit."""
 
 
 class Engine(Resting):
@@ -55,7 +65,10 @@ class Engine(Resting):
         clock = clock or MonotonicClock()
         scheduler = Scheduler(executor.limits, config.scheduler, config.cache, executor.staging, clock, eos_token_ids)
         self.metrics = metrics or EngineMetrics(model_name="model", max_model_len=executor.limits.max_model_len)
-        publisher = Publisher(scheduler, self.metrics, clock, config.stream.flush_interval_ms / 1000.0)
+        wait_ms = config.stream.flush_interval_ms
+        pace = Pace(None if wait_ms is None else wait_ms / 1000.0)
+        publisher = Publisher(scheduler, self.metrics, clock, pace)
+        self._watch = LoopWatch(self.metrics, pace)
         super().__init__(scheduler, executor, publisher, clock)
         self.config = config
         self.limits = executor.limits
@@ -65,10 +78,18 @@ class Engine(Resting):
         # For whoever balances load between servers.
         self.rates = Rates(self.metrics, clock.now)
         self.depth = 2 if config.scheduler.overlap else 1
+        options = config.scheduler
+        self.admission = Admission(scheduler, options.ttft_slo_s, options.max_queue_wait_s)
         self._masks = GrammarMasks(scheduler, executor, publisher)
         self._rng = rng or random.Random()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
+        self._books_checked_at = -math.inf
+        self._books_rng = random.Random(0)  # its own: seeds of requests do not depend on when it was idle
+        self._task: asyncio.Task[None] | None = None
+        self.stalled = False
+        self.recorder = Recorder(self._on_watched)
+        self.inspection = Inspection(scheduler, publisher)
 
     # ---- the door
 
@@ -82,9 +103,15 @@ class Engine(Resting):
             raise UnavailableError("The model is asleep; POST /wake_up first.")
         if self.scheduler.num_waiting >= self.config.scheduler.max_queued_requests:
             self.metrics.on_rejected("queue_full")
-            raise QueueFullError("Too many requests are waiting; please retry later.")
+            wait = self.admission.retry_after()
+            raise QueueFullError("Too many requests are waiting; please retry later.", retry_after=wait)
         assert request.request_id not in self.publisher.listeners, "request ids are unique"
         self._check_rows(request)
+        try:
+            self.admission.check(len(request.prompt_token_ids))
+        except OverloadedError:
+            self.metrics.on_rejected("overloaded")
+            raise
         if request.sampling.seed is None and request.sampling.temperature > 0:
             sampling = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=sampling)
@@ -215,6 +242,9 @@ class Engine(Resting):
         ][:places]
         return [*running, *[None] * (places - len(running))]
 
+    def _on_watched(self, recorder: Recorder | None) -> None:
+        self.scheduler.recorder = self.publisher.recorder = recorder
+
     def name_stages(self, range_of: RangeOf) -> None:
         """Put schedule and commit into named ranges of a profiler's time line. Costs nothing until it is called."""
         for name in ("schedule", "commit"):
@@ -235,59 +265,113 @@ class Engine(Resting):
 
     async def run(self) -> None:
         """Serve until cancelled. Returns only by raising: what it raises means that the process must end."""
+        self._task = asyncio.current_task()
         in_flight: deque[tuple[Batch, StepHandle]] = deque()
         scheduler, executor = self.scheduler, self.executor
+        self._watch.start()
         try:
             while True:
+                stages = self.recorder.stages  # None: nobody looks
+                if stages is not None:
+                    stages.schedule_begins()
                 batch = None if self._stopped else scheduler.schedule()  # N+1, while N runs on the device
                 if batch is not None:
+                    if stages is not None:
+                        stages.launch_begins()
                     self.metrics.on_step(batch.num_tokens)
                     in_flight.append((batch, executor.submit(batch.forward_input)))
+                    if stages is not None:
+                        stages.launched(batch, scheduler.num_running, scheduler.num_waiting)
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
                 if not in_flight:
                     if not scheduler.has_work:
+                        self._check_books()
                         self._idle.set()
                     if self._stopped:
                         self._at_rest.set()
+                    self.admission.rest()
                     self._wake.clear()
                     await self._wake.wait()
                     continue
                 if len(in_flight) == self.depth or batch is None:
                     done, handle = in_flight.popleft()
+                    if stages is not None:
+                        stages.wait_begins()
                     try:
                         output = await executor.wait(handle)
                     except ForwardError as error:
-                        logger.error("a step failed and its requests with it: %s", error)
+                        if stages is not None:
+                            stages.wait_ends(handle, failed=True)
                         result = scheduler.fail(done, error)
+                        if stages is not None:
+                            stages.committed()
+                        self.metrics.failed_steps += 1
+                        logger.error("a step failed, and %d of its requests by it: %s", len(result.finished), error)
                         if in_flight:
                             self._masks.provide(*in_flight[0])
                         self.publisher.publish_failure(result)
                     else:
+                        if stages is not None:
+                            stages.wait_ends(handle)
                         result = scheduler.commit(done, output)
+                        if stages is not None:
+                            stages.committed()
                         # First, for a grammar may end its request in the next line.
                         self.publisher.attach(result, output)
                         # The device may be waiting for these: before the streams.
                         if in_flight:
                             self._masks.provide(*in_flight[0])
                         self.publisher.publish(result)
+                    if stages is not None:
+                        stages.published(done.forward_input.step)
                     self._progress_at = self.clock.now()
+                    self.admission.observe(self._progress_at)
                     # A device that is always ahead must not keep the sockets from being served.
                     await asyncio.sleep(0)
         except asyncio.CancelledError:
-            raise
+            if not self.stalled:
+                raise
+            stall = StalledError("no step has come to an end")
+            self._fail_all(stall)
+            raise stall from None
         except BaseException as error:
             self._fail_all(error)
             raise
         finally:
+            self._watch.stop()
             # A worker that waits for a mask would never end.
             for batch, _ in in_flight:
                 if batch.forward_input.masks is not None:
                     batch.forward_input.masks.release()
 
+    def give_up(self) -> None:
+        """The device hangs: end every stream, and let `run` raise StalledError."""
+        if self._task is not None and not self._task.done():
+            self.stalled = True
+            self._task.cancel()
+
+    def _check_books(self) -> None:
+        """While nobody is here: are the KV cache's books in order? If not they are begun anew, and requests go on."""
+        cache, now, whole = self.scheduler.kv_cache, self.clock.now(), self.config.check_invariants
+        if self.scheduler.live_sequences() or not (whole or now - self._books_checked_at >= CHECK_BOOKS_EVERY_S):
+            return
+        self._books_checked_at = now
+        try:
+            if whole:
+                cache.check([])
+            else:
+                cache.check_sample(self._books_rng)
+        except Exception:
+            logger.exception("the KV cache's books are wrong; it is emptied, and requests go on")
+            self.metrics.kv_violations += 1
+            cache.rebuild()
+
     def _fail_all(self, error: BaseException) -> None:
         self.failed = True
         what = "the device was lost" if isinstance(error, DeviceLostError) else "internal error"
+        if isinstance(error, StalledError):
+            what = "the device does not answer"
         self.publisher.end_all(f"The engine failed: {what}")
         self._idle.set()
         self._at_rest.set()

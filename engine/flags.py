@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from engine.config import (
     RESERVED_TEMPLATE_KWARGS,
@@ -23,6 +23,9 @@ from engine.config import (
     StartupError,
     StreamOptions,
 )
+
+if TYPE_CHECKING:
+    from engine.keys import KeyEntry
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 
@@ -110,6 +113,10 @@ def _positive(text: str) -> float:
 
 def _not_negative(text: str) -> float:
     return 0.0 if text in ("0", "0.0") else _positive(text)
+
+
+def _interval(text: str) -> float | None:
+    return None if text == "auto" else _not_negative(text)
 
 
 def _budget(text: str) -> int:
@@ -273,6 +280,15 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="who is admitted next: fcfs, lpm (longest cached prefix), priority (lowest number), fair (between users)",
     )
     scheduler.add_argument(
+        "--ttft-slo",
+        type=_positive,
+        metavar="S",
+        help="429 at the door for a request whose first token, by estimate, would come later",
+    )
+    scheduler.add_argument(
+        "--max-queue-wait", type=_positive, metavar="S", help="429 for one that, by estimate, would wait longer in line"
+    )
+    scheduler.add_argument(
         "--queue-timeout", type=_not_negative, metavar="S", help="503 for a request that waited so long; 0 is off"
     )
     scheduler.add_argument(
@@ -294,7 +310,10 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--disable-overlap", "--disable-overlap-schedule", dest="overlap", action="store_false", default=None
     )
     scheduler.add_argument(
-        "--flush-interval-ms", type=_not_negative, metavar="MS", help="how long a streamed token may wait for company"
+        "--flush-interval-ms",
+        type=_interval,
+        metavar="MS",
+        help="how long a streamed token may wait for company; auto (default): not at all while the event loop has time",
     )
 
     server = parser.add_argument_group("server")
@@ -305,12 +324,45 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--admin-api-key", metavar="KEY", help="for admin routes, instead of --api-key; also ONELOOP_ADMIN_API_KEY"
     )
     server.add_argument(
+        "--key-file",
+        metavar="FILE",
+        help="keys with limits, TOML or JSON: name, sha256, requests_per_minute, tokens_per_minute, concurrent, "
+        "priority, weight, monthly_tokens, models",
+    )
+    server.add_argument("--ssl-certfile", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)")
+    server.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, where it is not in the same file")
+    server.add_argument(
+        "--weights-root", metavar="DIR", help="the directory that /update_weights_from_disk may read weights from"
+    )
+    server.add_argument(
+        "--write-timeout", type=_positive, metavar="S", help="cut off a client that reads nothing for so long (60)"
+    )
+    server.add_argument(
+        "--header-timeout", type=_positive, metavar="S", help="cut off one that sends no whole request head (30)"
+    )
+    server.add_argument(
+        "--max-connections-per-address", type=_not_negative_count, metavar="N", help="0, the default, is any number"
+    )
+    server.add_argument(
+        "--max-host-memory",
+        type=_count,
+        metavar="BYTES",
+        help="of the process: near it caches are emptied, then new requests get a 429, then a 503",
+    )
+    server.add_argument(
         "--isolate-api-keys",
         action=argparse.BooleanOptionalAction,
         default=None,
         help="no prefix cache across API keys; on where several are set",
     )
     server.add_argument("--protect-metrics", action="store_true", help="/metrics needs the key too")
+    server.add_argument(
+        "--no-web",
+        "--no-webui",
+        dest="web",
+        action="store_false",
+        help="no pages for people (/ and /live), only the API",
+    )
     server.add_argument(
         "--allowed-origins",
         nargs="+",
@@ -332,7 +384,26 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         metavar="S",
         help="how long accepted requests may go on after SIGTERM or Ctrl-C (30)",
     )
+    server.add_argument(
+        "--resume-journal",
+        metavar="FILE",
+        help="write background responses down, so that the next process takes up those that this one could not end",
+    )
+    server.add_argument(
+        "--handover",
+        metavar="unix:PATH",
+        help="take the listening socket of the server at PATH, which then finishes what it has; and offer it in turn",
+    )
     server.add_argument("--sse-keep-alive-interval", type=_not_negative, metavar="S", help="0 is off")
+    server.add_argument(
+        "--stall-timeout",
+        type=_positive,
+        metavar="S",
+        help="no step comes to an end in so long (60): /health is 503, and every thread's stack goes to the log",
+    )
+    server.add_argument(
+        "--stall-action", choices=["report", "exit"], help="exit: and the process ends, every stream told"
+    )
     server.add_argument("--metrics-prefix", metavar="NAME", help="vllm (default), sglang, or a prefix of your own")
     server.add_argument(
         "--tool-call-parser",
@@ -372,10 +443,36 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         metavar="PATH",
         help="prefix that a proxy puts before routes",
     )
+    debug = parser.add_argument_group("looking for faults")
+    debug.add_argument(
+        "--debug-faults",
+        metavar="SPEC",
+        help="a device that misbehaves by plan: 'raise:p=0.01;nan:step=40;slow:p=0.1,s=0.5;seed=7', and hang, oom, "
+        "corrupt, lost",
+    )
+    debug.add_argument(
+        "--check-invariants", action="store_true", help="check all of the KV cache's books whenever nothing runs"
+    )
     same = parser.add_argument_group("what is so here anyway")
     same.add_argument(*_ALWAYS, dest="always", action="store_true", help="always on")
     same.add_argument(*_ALWAYS_ONE, dest="devices", type=_one, metavar="1", help="one device is all there is")
-    server.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    watching = parser.add_argument_group("watching it")
+    watching.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
+    watching.add_argument("--log-format", choices=["text", "json"], help="json: an object a line")
+    watching.add_argument(
+        "--access-log",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="a line for each HTTP request, with its tokens and times; on with --log-format json",
+    )
+    watching.add_argument("--live-text", action="store_true", help="/live and /requests/{id}/cache show prompts' text")
+    watching.add_argument("--trace-file", metavar="FILE", help="write a trace of the whole run there (ui.perfetto.dev)")
+    watching.add_argument(
+        "--prices", metavar="FILE", help="JSON or TOML: what tokens cost (currency, per, cached, prompt, output, keys)"
+    )
+    watching.add_argument(
+        "--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there (pip install 'oneloop[otel]')"
+    )
     return parser
 
 
@@ -426,6 +523,16 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         admin_key = os.environ.get("ONELOOP_ADMIN_API_KEY") or None
     elif not admin_key:
         raise StartupError("--admin-api-key: the key is empty")
+    entries: tuple[KeyEntry, ...] = ()
+    if args.key_file is not None:
+        from engine.keys import read_key_file
+
+        try:
+            entries = read_key_file(Path(args.key_file))
+        except ValueError as error:
+            raise StartupError(f"--key-file: {error}") from None
+    if args.ssl_keyfile and not args.ssl_certfile:
+        raise StartupError("--ssl-keyfile needs --ssl-certfile")
     keys = tuple(args.api_key or ()) or tuple(filter(None, [os.environ.get("ONELOOP_API_KEY")]))
     return EngineConfig(
         model=ModelOptions(
@@ -460,8 +567,13 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             max_num_batched_tokens=budget,
             queue_timeout_s=args.queue_timeout or None,
             request_timeout_s=args.request_timeout or None,
+            ttft_slo_s=args.ttft_slo,
+            max_queue_wait_s=args.max_queue_wait,
             **_given(  # type: ignore[arg-type]
-                max_queued_requests=args.max_queued_requests, policy=args.policy, overlap=args.overlap
+                max_queued_requests=args.max_queued_requests,
+                # Between keys that were told apart, no flood of one may make the others wait.
+                policy=args.policy or ("fair" if entries else None),
+                overlap=args.overlap,
             ),
         ),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
@@ -471,14 +583,34 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             isolate_api_keys=args.isolate_api_keys,
             protect_metrics=args.protect_metrics,
             refuse_max_tokens=args.refuse_max_tokens,
+            key_entries=entries,
+            key_usage_path=f"{args.key_file}.usage" if args.key_file else None,
+            weights_root=args.weights_root,
+            handover=args.handover,
+            resume_journal=args.resume_journal,
+            ssl_certfile=args.ssl_certfile,
+            ssl_keyfile=args.ssl_keyfile,
+            live_text=args.live_text,
+            trace_file=args.trace_file,
+            access_log=args.log_format == "json" if args.access_log is None else args.access_log,
+            prices=args.prices,
+            otlp_traces_endpoint=args.otlp_traces_endpoint,
+            web=args.web,
             **_given(  # type: ignore[arg-type]
+                write_timeout_s=args.write_timeout,
+                header_timeout_s=args.header_timeout,
+                max_host_memory=args.max_host_memory,
+                max_connections_per_address=args.max_connections_per_address,
                 host=args.host,
+                log_format=args.log_format,
                 allowed_origins=None if args.allowed_origins is None else _origins(args.allowed_origins),
                 port=args.port,
                 max_body_bytes=args.max_body_bytes,
                 drain_timeout_s=args.drain_timeout,
                 keep_alive_interval_s=args.sse_keep_alive_interval,
                 metrics_prefix=args.metrics_prefix,
+                stall_timeout_s=args.stall_timeout,
+                stall_action=args.stall_action,
                 root_path=args.root_path,
                 tool_call_parser=args.tool_call_parser,
                 reasoning_parser=args.reasoning_parser,
@@ -499,8 +631,15 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         ),
         num_threads=args.threads,
         deterministic=args.deterministic,
+        debug_faults=args.debug_faults,
+        check_invariants=args.check_invariants,
         **_given(device=args.device),  # type: ignore[arg-type]
     )
+
+
+def shows_keys(argv: Sequence[str]) -> bool:
+    """Whether a key stands on the command line."""
+    return any(word.partition("=")[0] in ("--api-key", "--admin-api-key") for word in argv)
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[EngineConfig, str]:

@@ -288,6 +288,7 @@ class ForwardOutput:
 
     token_ids: int32 [rows]; the sampled token, -1 where the row did not sample.
     pooled: float32 vectors, one for each of the input's pooled rows that `ends`, in their order.
+    broken: rows whose logits or vectors are no numbers (NaN, infinity); what they sampled means nothing.
     """
 
     token_ids: Int32Array
@@ -295,10 +296,11 @@ class ForwardOutput:
     logprobs: StepLogprobs | None = None
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     pooled: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    broken: list[int] = field(default_factory=list)
 
 
 class ForwardError(Exception):
-    """This step failed and only this step: its sequences end with an error, the engine goes on."""
+    """This step failed and only this step: the engine goes on, and finds out with whom of the step it fails."""
 
 
 class DeviceLostError(Exception):

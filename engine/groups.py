@@ -57,7 +57,7 @@ class MemoryGroup:
 
 
 def one_group(windows: Sequence[int | None]) -> tuple[MemoryGroup, ...]:
-    """All layers on one table, for devices that know no other: pages go back once every layer has left them."""
+    """All layers on one table: pages go back once every layer has left them."""
     if len(set(windows)) == 1:
         return (MemoryGroup(windows[0]),)
     # A gliding window reaches back at least as far as a block of its length.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,7 @@ SGLANG_TOKEN = (
 )  # fmt: skip
 SGLANG_REQUEST = (*SGLANG_TTFT, 600, 1200, 1800, 2400)
 SGLANG_QUEUE = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100)
+LOOP_LAG = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 HTTP_DURATION = (0.01, 0.1, 0.5, 1, 5, 10, 60, 300)
 
 # Handlers are route patterns, so they are few; a bug in that must not fill the memory.
@@ -127,7 +128,7 @@ class EngineMetrics(Collector):
     """What the engine counts, and how it is called.
 
     Written as plain attributes: prompt_tokens (when a prefill is scheduled), generation_tokens, prefix_cache_queries
-    and prefix_cache_hits (both in tokens), num_preemptions, num_steps, evicted_pages.
+    and prefix_cache_hits (both in tokens), num_preemptions, num_steps, evicted_pages; loop_utilisation (0..1).
     prefix: vllm, sglang, both, or a word of one's own for vLLM's families under it. now: seconds, for rates.
     """
 
@@ -152,6 +153,13 @@ class EngineMetrics(Collector):
 
         self.finished = dict.fromkeys(FinishReason, 0)
         self.rejected: dict[str, int] = {}
+        # Requests that ended by an error, by the part that failed; steps that did and were tried again.
+        self.failures: dict[str, int] = {}
+        self.failed_steps = 0
+        self.kv_violations = 0
+        self.memory_stage = self.memory_sheds = 0
+        # Connections of clients that were too slow, or too many, by reason.
+        self.connections_cut: Mapping[str, int] = {}
         self.startup_seconds: dict[str, float] = {}
         self.cache_config: dict[str, str] = {}
         # Of finished requests, so that the two always add up to their prompts.
@@ -172,6 +180,9 @@ class EngineMetrics(Collector):
         self._schemes: list[_Vllm | _Sglang] = [
             _Sglang(self, model_name, now) if name == "sglang" else _Vllm(self, model_name, name) for name in names
         ]
+        self._others: list[Callable[[], Iterable[Metric]]] = []
+        self.loop_utilisation = 0.0
+        self.loop_lag = Histogram(LOOP_LAG)
         self._http_counts: dict[tuple[str, str, str], int] = {}
         self._http_durations: dict[tuple[str, str], Histogram] = {}
 
@@ -185,6 +196,10 @@ class EngineMetrics(Collector):
     def bind(self, stats: Callable[[], EngineStats]) -> None:
         """Where the gauges are read, once per scrape."""
         self.stats = stats
+
+    def add_families(self, collect: Callable[[], Iterable[Metric]]) -> None:
+        """What others count, read at every scrape."""
+        self._others.append(collect)
 
     def on_first_token(self, ttft: float, queue_time: float, prefill_time: float, *, stream: bool = True) -> None:
         """Seconds: since arrival; from arrival to the first launch; from there to the first token."""
@@ -252,6 +267,10 @@ class EngineMetrics(Collector):
         values = {"block_size": block_size, "num_gpu_blocks": num_gpu_blocks, **labels}
         self.cache_config = {name: str(value) for name, value in values.items()}
 
+    def on_failure(self, domain: str) -> None:
+        """A request ended by an error of its own; domain: a word from a fixed set (forward, text, grammar, ...)."""
+        self.failures[domain] = self.failures.get(domain, 0) + 1
+
     # The server's side.
 
     def observe_http(self, handler: str, method: str, status: int, seconds: float) -> None:
@@ -287,6 +306,32 @@ class EngineMetrics(Collector):
             durations.add_metric(labels, *histogram.buckets())
         yield requests
         yield durations
+        failures = CounterMetricFamily(
+            "oneloop_request_failures", "Requests that ended by an error of their own, by part.", labels=["domain"]
+        )
+        for domain, count in self.failures.items():
+            failures.add_metric([domain], count)
+        yield failures
+        yield CounterMetricFamily("oneloop_failed_steps", "Steps that failed.", value=self.failed_steps)
+        stage = "0 calm, 1 host caches were emptied, 2 new requests get a 429, 3 they get a 503 (--max-host-memory)."
+        yield GaugeMetricFamily("oneloop_memory_stage", stage, value=self.memory_stage)
+        yield CounterMetricFamily("oneloop_memory_sheds", "Times host caches were emptied.", value=self.memory_sheds)
+        cut = CounterMetricFamily("oneloop_connections_cut", "Connections cut off, by reason.", labels=["reason"])
+        for reason, count in self.connections_cut.items():
+            cut.add_metric([reason], count)
+        yield cut
+        violations = "Times that the KV cache's books were wrong and were begun anew."
+        yield CounterMetricFamily("oneloop_kv_violations", violations, value=self.kv_violations)
+        yield GaugeMetricFamily(
+            "oneloop_loop_utilisation",
+            "Share of the last tenth of a second in which the event loop's thread ran or waited for a processor.",
+            self.loop_utilisation,
+        )
+        lag = HistogramMetricFamily("oneloop_loop_lag_seconds", "How late a timer of the event loop comes.")
+        lag.add_metric([], *self.loop_lag.buckets())
+        yield lag
+        for others in self._others:
+            yield from others()
 
 
 class _Families:

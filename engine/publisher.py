@@ -7,18 +7,29 @@ handlers take them from there.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.clock import Clock, Timer
-from engine.forward import ForwardOutput
+from engine.failures import raise_fatal
+from engine.forward import BoolArray, ForwardOutput
 from engine.metrics import EngineMetrics
+from engine.pace import Pace
+from engine.recorder import Recorder
 from engine.request import FinishReason
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence
+from engine.scheduling.slots import IndexArray
 from engine.stream import TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
+
+logger = logging.getLogger("oneloop.engine")
+
+_NO_NUMBER = "The model computed no number for this request."
+_NO_TEXT = "The text of this request could not be written."
 
 
 class NoText:
@@ -37,7 +48,10 @@ NO_TEXT = NoText()
 
 
 class Listener:
-    """What the engine keeps of one request: its stream, its text state, and when it was last flushed."""
+    """What the engine keeps of one request: its stream, its text state, and when it was last flushed.
+
+    num_sent: tokens, prompt included, that need not be published any more.
+    """
 
     __slots__ = (
         "detokenizer",
@@ -46,7 +60,7 @@ class Listener:
         "has_stop_strings",
         "logprobs",
         "num_accepted",
-        "num_published",
+        "num_sent",
         "per_token",
         "sequence",
         "stream",
@@ -61,7 +75,7 @@ class Listener:
         self.has_stop_strings = bool(request.sampling.stop)
         # A request that nobody watches costs nothing per token, unless a stop string may end it.
         self.per_token = request.stream or self.has_stop_strings
-        self.num_published = 0
+        self.num_sent = sequence.num_prompt_tokens
         # Generated tokens that the request's constraint has seen.
         self.num_accepted = 0
         # Of tokens not published yet.
@@ -74,13 +88,20 @@ class Listener:
 class Publisher:
     """`listeners`: one for every request that has not ended, by its id."""
 
-    def __init__(self, scheduler: Scheduler, metrics: EngineMetrics, clock: Clock, flush_interval: float) -> None:
-        """flush_interval: seconds between two events of one stream at least, while more is on its way."""
+    def __init__(self, scheduler: Scheduler, metrics: EngineMetrics, clock: Clock, pace: Pace) -> None:
+        """pace: how often streams are flushed while more is on its way."""
         self.listeners: dict[str, Listener] = {}
         self._scheduler = scheduler
         self._metrics = metrics
         self._clock = clock
-        self._flush_interval = flush_interval
+        self.pace = pace
+        # By slot: when its stream was last flushed, inf where nobody reads it; and where a stop string may end it.
+        self._flushed_at: npt.NDArray[np.float64] = np.full(scheduler.limits.num_slots, -math.inf)
+        self._searching: BoolArray = np.zeros(scheduler.limits.num_slots, np.bool_)
+        self._num_searching = 0
+        self._published_at = -math.inf
+        # While somebody looks.
+        self.recorder: Recorder | None = None
         # With forced tokens that are not published yet.
         self._jumped: list[Listener] = []
         # Requests whose end somebody waits for.
@@ -90,6 +111,7 @@ class Publisher:
     def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
         listener = Listener(sequence, stream, detokenizer)
         sequence.listener = listener
+        self._num_searching += listener.has_stop_strings
         self.listeners[sequence.request.request_id] = listener
         return listener
 
@@ -103,21 +125,24 @@ class Publisher:
         """A grammar forced `count` tokens on a request; they are published with the next step."""
         self._metrics.generation_tokens += count
         self._on_first_token(listener.sequence, self._clock.now())
+        self._enter(listener)
         self._jumped.append(listener)
 
     def attach(self, result: StepResult, output: ForwardOutput) -> None:
         """Give each stream what a step computed beside its token."""
         if result.logprobs or result.prompt_logprobs:
-            _attach_logprobs(result, output)
+            self._attach_logprobs(result, output)
         for sequence, place in result.pooled:
             sequence.listener.stream.pooled = output.pooled[place]
 
     def publish(self, result: StepResult) -> None:
         """Hand a step's tokens to the streams, and those that were forced since."""
         slots, metrics, now = result.slots, self._metrics, self._clock.now()
+        scheduler, owners = self._scheduler, self._scheduler.slot_owners
         for listener in self._jumped:
-            if listener.per_token and listener.sequence.finish_reason is None:
-                self._flush(listener, now)
+            sequence = listener.sequence
+            if listener.per_token and sequence.finish_reason is None:
+                self._flush(listener, sequence.token_ids[listener.num_sent :].tolist(), now, hand_over=True)
         self._jumped.clear()
         if len(slots):
             metrics.generation_tokens += len(slots)
@@ -126,42 +151,89 @@ class Publisher:
             if first.any():
                 # Finished rows have left their slot already; their listeners are asked below.
                 for slot in slots[first].tolist():
-                    self._on_first_token(self._scheduler.slot_owners[slot], now)
+                    if (sequence := owners[slot]) is not None:
+                        self._on_first_token(sequence, now)
+                        self._enter(sequence.listener)
                 gaps = gaps[~first]
             metrics.observe_inter_token(gaps)
-            busy = self._scheduler.still_in_flight(slots)
-            wait_allowed = bool(busy.all())
-            owners, interval = self._scheduler.slot_owners, self._flush_interval
-            for row, slot in enumerate(slots.tolist()):
+            if self.recorder is not None and self.recorder.stages is not None:
+                self.recorder.gaps(gaps)
+            rows, hand_over = self._due(slots, now)
+            due = slots[rows]
+            for slot, token, length, hands in zip(
+                due.tolist(),
+                result.token_ids[rows].tolist(),
+                scheduler.known_lengths[due].tolist(),
+                hand_over,
+                strict=True,
+            ):
                 sequence = owners[slot]
-                if sequence is None:
+                if sequence is None or sequence.finish_reason is not None:
                     continue
                 listener = sequence.listener
-                if not listener.per_token or sequence.finish_reason is not None:
-                    continue
-                if (
-                    listener.has_stop_strings
-                    or now - listener.flushed_at >= interval
-                    or not (wait_allowed or busy[row])
-                ):
-                    self._flush(listener, now)
+                sent = listener.num_sent
+                tokens = [token] if sent == length - 1 else scheduler.known_tokens[slot, sent:length].tolist()
+                self._flush(listener, tokens, now, hand_over=hands)
         for sequence in result.finished:
+            if sequence.finish_reason is FinishReason.ERROR:
+                self._metrics.on_failure("not_a_number")
+                self.end(sequence.listener, _NO_NUMBER)
+                continue
             if sequence.listener.stream.first_token_at is None:
                 self._on_first_token(sequence, now)
             self.end(sequence.listener)
 
-    def _flush(self, listener: Listener, now: float) -> None:
-        """Turn a stream's new tokens into text and hand them over."""
-        sequence, stream = listener.sequence, listener.stream
-        tokens = sequence.token_ids[sequence.num_prompt_tokens + listener.num_published :].tolist()
-        listener.num_published += len(tokens)
-        logprobs, listener.logprobs = listener.logprobs, []
-        stream.push(listener.detokenizer.push(tokens), tokens, logprobs)
-        if listener.detokenizer.stop_reason is not None:
-            self._scheduler.finish(sequence, FinishReason.STOP, listener.detokenizer.stop_reason)
+    def break_off(self, listener: Listener, domain: str, sentence: str) -> None:
+        """In an `except`: what is one request's own has failed, so that request ends with an error and no other."""
+        request_id = listener.sequence.request.request_id
+        logger.exception("request %s failed by its %s", request_id, domain)
+        if request_id in self.listeners:
+            self._metrics.on_failure(domain)
+            self._scheduler.finish(listener.sequence, FinishReason.ERROR, None)
+            self.end(listener, sentence)
+
+    def _enter(self, listener: Listener) -> None:
+        """A sequence has its first token in a slot that was another's."""
+        slot = listener.sequence.slot
+        self._flushed_at[slot] = listener.flushed_at if listener.sequence.request.stream else math.inf
+        self._searching[slot] = listener.has_stop_strings
+
+    def _due(self, slots: IndexArray, now: float) -> tuple[IndexArray, list[bool]]:
+        """Rows of a step whose text is wanted now, as indices; and which of them are handed to their readers.
+
+        First tokens, and those behind which nothing is on its way, never wait.
+        """
+        flushed_at = self._flushed_at.take(slots)
+        listened = flushed_at < math.inf
+        due = self.pace.due(flushed_at, listened, now - self._published_at, now)
+        self._published_at = now
+        due |= ~self._scheduler.still_in_flight(slots)
+        due |= flushed_at == -math.inf
+        due &= listened
+        # Where a stop string may come the text is wanted with every token, whoever reads it.
+        rows = np.flatnonzero(due | self._searching.take(slots) if self._num_searching else due)
+        return rows, due[rows].tolist()
+
+    def _flush(self, listener: Listener, tokens: list[int], now: float, *, hand_over: bool) -> None:
+        try:
+            self._write(listener, tokens, now, hand_over=hand_over)
+        except BaseException as error:
+            raise_fatal(error)
+            self.break_off(listener, "text", _NO_TEXT)
+
+    def _write(self, listener: Listener, tokens: list[int], now: float, *, hand_over: bool) -> None:
+        """Turn a stream's new tokens into text, and hand over what there is."""
+        sequence, stream, detokenizer = listener.sequence, listener.stream, listener.detokenizer
+        listener.num_sent += len(tokens)
+        logprobs = listener.logprobs
+        if logprobs:
+            listener.logprobs = []
+        stream.push(detokenizer.push(tokens), tokens, logprobs)
+        if detokenizer.stop_reason is not None:
+            self._scheduler.finish(sequence, FinishReason.STOP, detokenizer.stop_reason)
             self.end(listener)
-        elif sequence.request.stream:
-            listener.flushed_at = now
+        elif hand_over and sequence.request.stream:
+            listener.flushed_at = self._flushed_at[sequence.slot] = now
             stream.flush()
 
     def end(self, listener: Listener, error: str | None = None, *, status: int = 500) -> None:
@@ -170,6 +242,7 @@ class Publisher:
         request_id = sequence.request.request_id
         if self.listeners.pop(request_id, None) is None:
             return
+        self._num_searching -= listener.has_stop_strings
         if listener.timer is not None:
             listener.timer.cancel()
         if self._awaited:
@@ -180,16 +253,22 @@ class Publisher:
         assert reason is not None
         stream.num_cached_tokens = sequence.num_cached_tokens
         detokenizer = listener.detokenizer
-        if reason in (FinishReason.STOP, FinishReason.LENGTH):
-            tokens = sequence.output_token_ids[listener.num_published :]
-            text = detokenizer.push(tokens) if tokens else ""
-            if detokenizer.stop_reason is None:
-                tail = detokenizer.finish()
-                # Cut off by its length amid a character: half of one is nothing that a client could use.
-                text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
-            else:
-                reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
-            stream.push(text, tokens, listener.logprobs)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH) and error is None:
+            try:
+                tokens = sequence.token_ids[listener.num_sent :].tolist()
+                text = detokenizer.push(tokens) if tokens else ""
+                if detokenizer.stop_reason is None:
+                    tail = detokenizer.finish()
+                    # Cut off by its length amid a character: half of one is nothing that a client could use.
+                    text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
+                else:
+                    reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
+                stream.push(text, tokens, listener.logprobs)
+            except BaseException as failure:
+                raise_fatal(failure)
+                logger.exception("request %s failed by its text", request_id)
+                self._metrics.on_failure("text")
+                reason, error = FinishReason.ERROR, _NO_TEXT
         if sequence.num_tokens > sequence.num_prompt_tokens:
             # A grammar may end a request before its first token is published.
             self._on_first_token(sequence, self._clock.now())
@@ -205,6 +284,8 @@ class Publisher:
         listener.stream.first_token_at = now
         listener.stream.num_cached_tokens = sequence.num_cached_tokens
         self._metrics.prompt_tokens += sequence.num_prompt_tokens
+        if self.recorder is not None:
+            self.recorder.first_token(sequence.request.request_id, now - sequence.arrived_at)
         admitted = sequence.admitted_at or now
         self._metrics.on_first_token(
             now - sequence.arrived_at,
@@ -215,7 +296,9 @@ class Publisher:
 
     def _observe_end(self, listener: Listener, reason: FinishReason) -> None:
         sequence, now = listener.sequence, self._clock.now()
-        listener.stream.finished_at = now
+        listener.stream.finished_at, listener.stream.admitted_at = now, sequence.admitted_at
+        if self.recorder is not None:
+            self.recorder.finished(sequence.request.request_id, reason.value)
         first = listener.stream.first_token_at
         self._metrics.on_finished(
             reason,
@@ -232,6 +315,7 @@ class Publisher:
     def publish_failure(self, result: StepResult) -> None:
         # What exactly failed is for the log: it may name paths and addresses.
         for sequence in result.finished:
+            self._metrics.on_failure("forward")
             self.end(sequence.listener, "The model failed to compute this request.")
 
     def end_all(self, error: str) -> None:
@@ -240,37 +324,42 @@ class Publisher:
             listener.sequence.finish_reason = FinishReason.ERROR
             self.end(listener, error)
 
+    def _attach_logprobs(self, result: StepResult, output: ForwardOutput) -> None:
+        """Give each listener the log-probabilities of its new token, and of its prompt's tokens."""
+        for wanted, attach in ((result.logprobs, _attach_logprob), (result.prompt_logprobs, _attach_prompt_logprobs)):
+            for sequence, index in wanted:
+                try:
+                    attach(sequence, output, index)
+                except BaseException as error:
+                    raise_fatal(error)
+                    sentence = "The log-probabilities of this request could not be told."
+                    self.break_off(sequence.listener, "logprobs", sentence)
 
-def _attach_logprobs(result: StepResult, output: ForwardOutput) -> None:
-    """Give each listener the log-probabilities of its new token, and of its prompt's tokens."""
+
+def _attach_logprob(sequence: Sequence, output: ForwardOutput, index: int) -> None:
     step = output.logprobs
-    for sequence, index in result.logprobs:
-        assert step is not None
-        wanted = sequence.request.sampling.logprobs or 0
-        token = int(output.token_ids[step.rows[index]])
-        sequence.listener.logprobs.append(
-            TokenLogprob(
-                token,
-                float(step.token_logprobs[index]),
-                int(step.ranks[index]),
-                tuple(
-                    zip(step.top_ids[index, :wanted].tolist(), step.top_logprobs[index, :wanted].tolist(), strict=True)
-                ),
-            )
+    assert step is not None
+    wanted = sequence.request.sampling.logprobs or 0
+    token = int(output.token_ids[step.rows[index]])
+    top = zip(step.top_ids[index, :wanted].tolist(), step.top_logprobs[index, :wanted].tolist(), strict=True)
+    sequence.listener.logprobs.append(
+        TokenLogprob(token, float(step.token_logprobs[index]), int(step.ranks[index]), tuple(top))
+    )
+
+
+def _attach_prompt_logprobs(sequence: Sequence, output: ForwardOutput, index: int) -> None:
+    chunk = output.prompt_logprobs[index]
+    wanted = sequence.request.sampling.prompt_logprobs or 0
+    stream = sequence.listener.stream
+    if stream.prompt_logprobs is None:
+        stream.prompt_logprobs = []
+    tokens = sequence.token_ids
+    for i in range(len(chunk.token_logprobs)):
+        place = chunk.first + i
+        # The first token has none; a retracted sequence computes its prompt again, and the output after it.
+        if place - 1 != len(stream.prompt_logprobs) or place >= sequence.num_prompt_tokens:
+            continue
+        top = zip(chunk.top_ids[i, :wanted].tolist(), chunk.top_logprobs[i, :wanted].tolist(), strict=True)
+        stream.prompt_logprobs.append(
+            TokenLogprob(int(tokens[place]), float(chunk.token_logprobs[i]), int(chunk.ranks[i]), tuple(top))
         )
-    for sequence, index in result.prompt_logprobs:
-        chunk = output.prompt_logprobs[index]
-        wanted = sequence.request.sampling.prompt_logprobs or 0
-        stream = sequence.listener.stream
-        if stream.prompt_logprobs is None:
-            stream.prompt_logprobs = []
-        tokens = sequence.token_ids
-        for i in range(len(chunk.token_logprobs)):
-            place = chunk.first + i
-            # The first token has none; a retracted sequence computes its prompt again, and the output after it.
-            if place - 1 != len(stream.prompt_logprobs) or place >= sequence.num_prompt_tokens:
-                continue
-            top = zip(chunk.top_ids[i, :wanted].tolist(), chunk.top_logprobs[i, :wanted].tolist(), strict=True)
-            stream.prompt_logprobs.append(
-                TokenLogprob(int(tokens[place]), float(chunk.token_logprobs[i]), int(chunk.ranks[i]), tuple(top))
-            )

@@ -272,7 +272,8 @@ class Request:
     constraint: its state is this request's own.
     namespace: root of the radix tree that this prompt may share pages under (tenant, cache_salt); "" is common.
     priority: lower is earlier, under the policy "priority". fairness_key: whose share it is, under "fair".
-    timeout_s: from submit to the end, None for as long as it takes.
+    weight: of its fairness key, what its share is in proportion to. timeout_s: from submit to the end, None for as long
+    as it takes.
     pooling: the prompt's vector is the answer; nothing is sampled.
     """
 
@@ -286,6 +287,7 @@ class Request:
     fairness_key: str = ""
     timeout_s: float | None = None
     pooling: Pooling | None = None
+    weight: float = 1.0
 
 
 class RequestError(Exception):
@@ -293,6 +295,8 @@ class RequestError(Exception):
 
     status = 400
     code: str | None = None
+    # Seconds after which it may be tried again, where that is known.
+    retry_after: float | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -310,6 +314,14 @@ class QueueFullError(RequestError):
 
     status = 429
     code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class OverloadedError(QueueFullError):
+    """It would wait for longer than was promised."""
 
 
 class UnavailableError(RequestError):

@@ -23,19 +23,37 @@ def main(argv: list[str] | None = None) -> int:
     import logging
 
     from engine.config import StartupError
-    from engine.flags import parse
+    from engine.flags import parse, shows_keys
 
     debug = False
     try:
         config, log_level = parse(argv)
         debug = log_level == "debug"
-        logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        from server import accounts, request_log, spans, trace_file
+
+        request_log.set_up(log_level, config.server.log_format)
         from engine.build import build_engine
         from engine.report import StartupReport
+        from server.app import make_tls
+        from server.handover import path_of
         from server.parsers.registry import choose_parsers
 
-        # A misspelled name ends the start before the weights are read.
+        if shows_keys(sys.argv if argv is None else argv):
+            logging.getLogger("oneloop.start").warning(
+                "a key on the command line is seen by everybody who can list processes; ONELOOP_API_KEY, "
+                "ONELOOP_ADMIN_API_KEY or --key-file do not show it"
+            )
+        # What is misspelled or missing ends the start before the weights are read.
+        make_tls(config.server)
+        if config.server.handover is not None:
+            path_of(config.server.handover)
         choose_parsers(config.server.tool_call_parser, config.server.reasoning_parser, "")
+        if config.server.prices is not None:
+            accounts.PriceList.load(config.server.prices)
+        if config.server.trace_file is not None:
+            trace_file.check(config.server.trace_file)
+        if config.server.otlp_traces_endpoint is not None:
+            spans.check(config.server.otlp_traces_endpoint)
 
         report = StartupReport(STARTED_AT)
         report.phases["imports"] = report.total_seconds
@@ -55,10 +73,14 @@ def main(argv: list[str] | None = None) -> int:
 async def _run(config: EngineConfig, built: Built) -> int:
     """The loop task and the web server, side by side, until one of them ends."""
     import asyncio
+    import contextlib
+    import functools
     import gc
 
     from engine.config import StartupError
+    from engine.watchdog import Watchdog
     from server.app import ServedModel, build_app, serve
+    from server.trace_file import TraceFile
 
     engine, report = built.engine, built.report
     if engine.tokenizer is None:
@@ -75,29 +97,46 @@ async def _run(config: EngineConfig, built: Built) -> int:
         any_name="*" in config.model.served_names,
     )
 
+    scheme = "http" if config.server.ssl_certfile is None else "https"
+
     def on_listening(host: str, port: int) -> None:
         engine.metrics.startup_seconds = dict(report.phases)
         model.server_info["startup_seconds"] = {**report.phases, "total": report.total_seconds}
         print(f"\noneloop is ready, process {os.getpid()}\n{report.table()}\n", flush=True)
-        print(_hello(f"http://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
+        print(_hello(f"{scheme}://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
 
     # What has been loaded stays: the collector need not look at it again, which would stall the loop for long.
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 50)
-    stop = asyncio.Event()
+    # A thread that computes in Python (a template, a large body) gives the loop its turn after this and not after 5 ms,
+    # and a busy loop the executor's thread.
+    sys.setswitchinterval(0.0005)
+    stop, options = asyncio.Event(), config.server
+    loop = asyncio.get_running_loop()
+    exits = options.stall_action == "exit"
+    watchdog = Watchdog(
+        engine.seconds_since_progress,
+        options.stall_timeout_s,
+        stop=functools.partial(loop.call_soon_threadsafe, engine.give_up) if exits else None,
+    )
+    watchdog.start()
     loop_task = asyncio.create_task(engine.run(), name="engine")
     # A failed engine has nothing left to serve: what is connected gets its error event, then the process ends.
     loop_task.add_done_callback(lambda _: stop.set())
     try:
-        await serve(
-            build_app(engine, model, config.server), engine, config.server, on_listening=on_listening, stop=stop
-        )
+        async with contextlib.AsyncExitStack() as stack:
+            app = build_app(engine, model, config.server)
+            if config.server.trace_file is not None:
+                await stack.enter_async_context(TraceFile(config.server.trace_file).running(engine.recorder))
+            await serve(app, engine, config.server, on_listening=on_listening, stop=stop)
     finally:
+        watchdog.close()
         failure = loop_task.exception() if loop_task.done() and not loop_task.cancelled() else None
         loop_task.cancel()
         await asyncio.wait({loop_task})
-        engine.executor.close()
+        if not engine.stalled:  # it would wait for what hangs
+            engine.executor.close()
     if failure is not None:
         print(f"error: the engine failed: {failure}", file=sys.stderr)
         return 1
@@ -118,7 +157,7 @@ def _hello(url: str, built: Built) -> str:
     else:
         path, prompt = "completions", '"stream": true, "prompt": "Once upon a time", "max_tokens": 64'
     key = ""
-    if built.engine.config.server.api_keys:
+    if built.engine.config.server.num_keys:
         key = " -H 'Authorization: Bearer YOUR_KEY'"
     more = ""
     if built.directory.resolve() == DEMO_MODEL.resolve():
@@ -135,7 +174,8 @@ def _server_info(config: EngineConfig, built: Built) -> dict[str, object]:
     import dataclasses
 
     options = dataclasses.asdict(config)
-    options["server"]["api_keys"] = len(config.server.api_keys)
+    options["server"]["api_keys"] = config.server.num_keys
+    del options["server"]["key_entries"]
     options["server"]["admin_api_key"] = config.server.admin_api_key is not None
     limits = built.engine.limits
     return {

@@ -61,15 +61,19 @@ class TokenStream:
 
     Leaving the block for any reason aborts what still runs. num_cached_tokens is known with the first delta;
     num_output_tokens counts every generated token so far, those of taken deltas and of the waiting one.
-    arrived_at, first_token_at, finished_at: by the engine's clock, in seconds; the last two None until then.
+    arrived_at, admitted_at, first_token_at, finished_at: by the engine's clock, in seconds; None until then, and
+    admitted_at until the end. failed: it ended with an error.
     """
 
     __slots__ = (
         "_abort",
         "_delta",
+        "_failed",
         "_finished",
         "_pending",
+        "_reader",
         "_waiter",
+        "admitted_at",
         "arrived_at",
         "finished_at",
         "first_token_at",
@@ -86,6 +90,7 @@ class TokenStream:
     ) -> None:
         self.request_id = request_id
         self.arrived_at = arrived_at
+        self.admitted_at: float | None = None
         self.first_token_at: float | None = None
         self.finished_at: float | None = None
         self.num_prompt_tokens = num_prompt_tokens
@@ -98,8 +103,9 @@ class TokenStream:
         self._abort = abort
         self._delta = Delta()
         self._pending = False
-        self._finished = False
+        self._finished = self._failed = False
         self._waiter: asyncio.Future[None] | None = None
+        self._reader: Callable[[], None] | None = None
 
     # The engine's side.
 
@@ -116,6 +122,9 @@ class TokenStream:
     def flush(self) -> None:
         """Hand what was pushed to the reader."""
         self._pending = True
+        if self._reader is not None:
+            self._reader()
+            return
         waiter = self._waiter
         if waiter is not None and not waiter.done():
             waiter.set_result(None)
@@ -132,9 +141,14 @@ class TokenStream:
         if self._finished:
             return
         self._finished = True
+        self._failed = error is not None
         delta = self._delta
         delta.finish_reason, delta.stop_reason, delta.error, delta.status = reason, stop_reason, error, status
         self.flush()
+
+    @property
+    def failed(self) -> bool:
+        return self._failed
 
     @property
     def finished(self) -> bool:
@@ -142,6 +156,21 @@ class TokenStream:
         return self._finished
 
     # The handler's side.
+
+    def on_flush(self, reader: Callable[[], None]) -> None:
+        """Call `reader`, which must not raise, whenever there is something to take: a future and a turn of a task less
+        for every event. Instead of `take`. What it leaves waits, and melts with what comes later."""
+        self._reader = reader
+
+    @property
+    def waiting(self) -> Delta | None:
+        """What the next `take` will return without waiting, if there is something; still growing."""
+        return self._delta if self._pending else None
+
+    def take_now(self) -> Delta:
+        """Everything pushed since the last take."""
+        delta, self._delta, self._pending = self._delta, Delta(), False
+        return delta
 
     async def take(self) -> Delta:
         """Everything pushed and flushed since the last take; waits for the first of it."""
@@ -151,8 +180,7 @@ class TokenStream:
                 await self._waiter
             finally:
                 self._waiter = None
-        delta, self._delta, self._pending = self._delta, Delta(), False
-        return delta
+        return self.take_now()
 
     def __aiter__(self) -> TokenStream:
         return self

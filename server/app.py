@@ -8,15 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import hmac
+import functools
 import importlib
 import logging
+import os
 import re
 import signal
+import socket
+import ssl
 import threading
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
@@ -25,37 +29,62 @@ from aiohttp import web
 
 from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
+from engine.failures import raise_fatal
+from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints
-from server.endpoints import abort, health
+from server.accounts import Accounts, PriceList
+from server.background import JOBS, Jobs
+from server.connection import Bounds, Connection
+from server.endpoints import abort, health, web_api
+from server.endpoints import web as pages
+from server.handover import Offer, path_of, take
+from server.journal import Journal
+from server.keyring import Key, Keyring
+from server.memory import MemoryWatch
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
 from server.protocol.ignored import HEADER as IGNORED_HEADER
 from server.protocol.ignored import IGNORED, Ignored
+from server.request_log import Usage, log_request
 from server.response_store import ResponseStore
-from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, Caller, ServedModel, State
+from server.spans import Spans, trace_headers
+from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, USAGE, Caller, ServedModel, State
 
 __all__ = ["ServedModel", "build_app", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
 # A family of routes is a module there. ROUTES: (method, path, handler) each. ERROR_SHAPE: of errors that do not have
-# OpenAI's shape. IS_ADMIN: they change the server for everybody, and need the admin key, where there is one.
+# OpenAI's shape. IS_ADMIN: they change the server for everybody, and need the admin key, where there is one. IS_WEB:
+# they are there for this server's own pages, and `--no-web` leaves them out.
 ENDPOINTS = [
     importlib.import_module(f"{endpoints.__name__}.{found.name}") for found in iter_modules(endpoints.__path__)
 ]
 ADMIN_ENDPOINTS = [endpoint for endpoint in ENDPOINTS if getattr(endpoint, "IS_ADMIN", False)]
 _ADMIN_HANDLERS = frozenset(handler for endpoint in ADMIN_ENDPOINTS for _, _, handler in endpoint.ROUTES)
-# What makes a drain shorter.
-_ALWAYS_OPEN = frozenset(handler for _, _, handler in abort.ROUTES)
+# What makes a drain shorter, and what shows the answers that end meanwhile.
+_ALWAYS_OPEN = frozenset({*(handler for _, _, handler in abort.ROUTES), web_api.render})
 # How errors look by path, where they do not have OpenAI's shape; also a 405, which has no handler.
 _SHAPES = web.AppKey("shapes", dict[str, ErrorShape])
 # What a request holds and its answer does without.
 _IGNORED = web.RequestKey("ignored", Ignored)
+_LIMIT_HEADERS = ", ".join(
+    f"x-ratelimit-{what}-{of}" for what in ("limit", "remaining", "reset") for of in ("requests", "tokens")
+)
+# Whose request it is, where it needed a key.
+_KEY = web.RequestKey("key", Key)
+_JOURNAL = web.AppKey("journal", Journal)
+_MEMORY = web.AppKey("memory", MemoryWatch)
+# The next process accepts: connections are not kept.
+_IS_CLOSING = web.AppKey("is_closing", asyncio.Event)
+_ADMIN_KEYS = web.AppKey("admin_keys", Keyring)
 # Bodies are inflated by read_body, which can stop.
 _CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
+# A process that handed its socket over stays for connections that it had accepted and whose requests are on their way.
+QUIET_S = 1.0
 # A burst of this many connects waits in the kernel and is not refused.
 _BACKLOG = 4096
 # Pages that this machine serves to itself. Not "null", which is also what a page of any site is inside of a sandbox.
@@ -88,13 +117,39 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     if options.reasoning_budget is not None and reasoning_family is None:
         raise StartupError("--reasoning-budget needs a model that reasons; this one's chat template shows no reasoning")
     store = ResponseStore(options.response_store_size, options.response_store_bytes)
-    app[STATE] = State(engine, model, options, _make_compiler(engine), tool_family, reasoning_family, responses=store)
+    usage = None if options.key_usage_path is None else Path(options.key_usage_path)
+    keyring = Keyring(tuple(map(digest, options.api_keys)), options.key_entries, usage=usage)
+    app[_ADMIN_KEYS] = Keyring(() if options.admin_api_key is None else (digest(options.admin_api_key),))
+    accounts = Accounts(None if options.prices is None else PriceList.load(options.prices))
+    engine.metrics.add_families(accounts.collect)
+    app[STATE] = State(
+        engine,
+        model,
+        options,
+        _make_compiler(engine),
+        tool_family,
+        reasoning_family,
+        responses=store,
+        keyring=keyring,
+        accounts=accounts,
+        spans=None if options.otlp_traces_endpoint is None else Spans(options.otlp_traces_endpoint, model.names[0]),
+    )
+    journal = None
+    if options.resume_journal is not None:
+        journal = Journal(Path(options.resume_journal), options.response_store_size)
+        app[_JOURNAL] = journal
+    app[JOBS] = Jobs(options.response_store_size, options.response_store_bytes, journal)
+    app[_MEMORY] = MemoryWatch(options.max_host_memory, functools.partial(_shed, app), engine.metrics)
+    app.cleanup_ctx.append(_watch_memory)
+    app[_IS_CLOSING] = asyncio.Event()
     app[_SHAPES] = {}
     app.on_startup.append(_warm_up)
     app.on_cleanup.append(_clean_up)
     app.on_response_prepare.append(_add_headers)
     for prefix in dict.fromkeys(("", options.root_path.rstrip("/"))):
         for endpoint in ENDPOINTS:
+            if getattr(endpoint, "IS_WEB", False) and not options.web:
+                continue
             shape = getattr(endpoint, "ERROR_SHAPE", error_body)
             for method, path, handler in endpoint.ROUTES:
                 app[_SHAPES][prefix + path] = shape
@@ -114,13 +169,35 @@ def _make_compiler(engine: Engine) -> GrammarCompiler | None:
 
 async def _warm_up(app: web.Application) -> None:
     """Build the grammars' trie of the vocabulary, beside the loop; requests that come before it is done wait for it."""
+    await app[JOBS].resume(app[STATE])
     if (compiler := app[STATE].compiler) is not None:
         threading.Thread(target=compiler.warm, name="grammar-trie", daemon=True).start()
 
 
+def _shed(app: web.Application) -> None:
+    """Empty what only makes things faster, or is kept for later turns."""
+    state = app[STATE]
+    state.responses.clear()
+    app[JOBS].clear()
+    if state.compiler is not None:
+        state.compiler.forget()
+
+
+async def _watch_memory(app: web.Application) -> AsyncIterator[None]:
+    async with app[_MEMORY].running():
+        yield
+
+
 async def _clean_up(app: web.Application) -> None:
-    if (compiler := app[STATE].compiler) is not None:
-        compiler.close()
+    state = app[STATE]
+    state.keyring.save()
+    if _JOURNAL in app:
+        app[_JOURNAL].close()
+    if state.compiler is not None:
+        state.compiler.close()
+    state.renderer.close()
+    if state.spans is not None:
+        await asyncio.to_thread(state.spans.close)
 
 
 # ---- the gate
@@ -130,6 +207,8 @@ async def _clean_up(app: web.Application) -> None:
 async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Name the request, answer it, count it."""
     state = request.app[STATE]
+    usage = Usage() if state.spans is None else Usage(trace_headers=trace_headers(request.headers))
+    USAGE.set(usage)
     request[REQUEST_ID] = request[ECHOED_ID] = uuid.uuid4().hex
     request[_IGNORED] = Ignored()
     IGNORED.set(request[_IGNORED])
@@ -145,7 +224,19 @@ async def _gate(request: web.Request, handler: Handler) -> web.StreamResponse:
             response = await _answer(request, handler, state)
             status = response.status
         finally:
-            state.engine.metrics.observe_http(route, request.method, status, time.monotonic() - started_at)
+            seconds = time.monotonic() - started_at
+            state.engine.metrics.observe_http(route, request.method, status, seconds)
+            if state.options.access_log:
+                log_request(
+                    request_id=request[ECHOED_ID],
+                    method=request.method,
+                    path=request.rel_url.raw_path,
+                    status=status,
+                    seconds=seconds,
+                    key=CALLER.get().key,
+                    remote=request.remote or "",
+                    usage=usage,
+                )
     return response
 
 
@@ -158,10 +249,18 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
         asked = request.method in _READING or request.content_type == "application/json"
         if not asked and _is_foreign_page(request, state.options):
             raise ApiError(403, "Pages of this origin may not use this server; --allowed-origins says which may.")
-        CALLER.set(Caller(_authorize(request, state.options), _read_timeout(request)))
+        key = _authorize(request, state)
+        CALLER.set(Caller("" if key is None else key.name, key, _read_timeout(request)))
+        if key is not None:
+            request[_KEY] = key
         if state.engine.draining and request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:
             raise UnavailableError("The server is shutting down and takes no new requests.")
-        return await handler(request)
+        if request.method == "POST" and request.match_info.handler not in _ALWAYS_OPEN:
+            request.app[_MEMORY].check()
+        if key is None or request.method != "POST" or request.match_info.handler in _ALWAYS_OPEN:
+            return await handler(request)
+        with state.keyring.request(key):
+            return await handler(request)
     except RequestError as error:
         return _failed(request, error)
     except web.HTTPException as error:
@@ -175,7 +274,8 @@ async def _answer(request: web.Request, handler: Handler, state: State) -> web.S
     except ConnectionError:
         # The client has gone before its headers came; aiohttp will find that out with this answer.
         return web.Response(status=_CLIENT_CLOSED)
-    except Exception:
+    except BaseException as error:
+        raise_fatal(error)
         logger.exception("request %s failed in the server", request[REQUEST_ID])
         return _failed(request, ApiError(500, "The server had an internal error."))
 
@@ -200,27 +300,25 @@ def _without_slash(path: str) -> str:
     return path.rstrip("/") or "/"
 
 
-def _authorize(request: web.Request, options: ServerOptions) -> str:
-    """Which of the keys the request has, "" where it needs none; else the 401. Headers only: the body is not read yet.
+def _authorize(request: web.Request, state: State) -> Key | None:
+    """The key that the request has, None where it needs none; else the 401. Headers only: the body is not read yet.
 
     As in SGLang: admin routes take the admin key and no other where one is set, and all other routes only the API keys.
     """
-    handler = request.match_info.handler
+    handler, options = request.match_info.handler, state.options
     open_handlers = (health.health,) if options.protect_metrics else (health.health, health.metrics)
     is_admin = options.admin_api_key is not None and handler in _ADMIN_HANDLERS
-    keys = (options.admin_api_key or "",) if is_admin else options.api_keys
-    if not keys or handler in open_handlers:
-        return ""
+    keyring = request.app[_ADMIN_KEYS] if is_admin else state.keyring
+    if not keyring or handler in open_handlers or pages.is_page(request):
+        return None
     scheme, _, token = request.headers.get("Authorization", "").partition(" ")
     # The second is how Anthropic's clients send it.
     given = [token if scheme.lower() == "bearer" else "", request.headers.get("X-Api-Key", "")]
-    words = [word.strip().encode("utf-8", "surrogateescape") for word in given]
-    # Every key is compared, whatever the others gave: the time tells nothing.
-    matches = [sum(hmac.compare_digest(word, key.encode()) for word in words) > 0 for key in keys]
-    if not any(matches):
+    key = keyring.find([word.strip() for word in given])
+    if key is None:
         kind = "admin key" if is_admin else "API key"
         raise ApiError(401, f"A valid {kind} is required: Authorization: Bearer <key>.")
-    return str(matches.index(True))
+    return None if is_admin else key
 
 
 def _read_timeout(request: web.Request) -> float | None:
@@ -277,13 +375,22 @@ async def _add_headers(request: web.Request, response: web.StreamResponse) -> No
         response.headers["X-Request-Id"] = request[ECHOED_ID]
     if _IGNORED in request and (kinds := request[_IGNORED].header()) is not None:
         response.headers[IGNORED_HEADER] = kinds
-    options = request.app[STATE].options
+    state = request.app[STATE]
+    if _KEY in request:
+        response.headers.update(state.keyring.headers(request[_KEY]))
+    if request.app[_IS_CLOSING].is_set():
+        response.headers["Connection"] = "close"
+        response.force_close()
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    response.headers["Server"] = "oneloop"
+    options = state.options
     if not options.allowed_origins:
         return
     response.headers.add("Vary", "Origin")
     if (origin := _allowed_origin(request, options)) is not None:
         response.headers["Access-Control-Allow-Origin"] = origin
-        response.headers["Access-Control-Expose-Headers"] = f"X-Request-Id, Retry-After, {IGNORED_HEADER}"
+        exposed = f"X-Request-Id, Retry-After, {_LIMIT_HEADERS}, {IGNORED_HEADER}"
+        response.headers["Access-Control-Expose-Headers"] = exposed
 
 
 async def _expect(request: web.Request) -> None:
@@ -293,28 +400,6 @@ async def _expect(request: web.Request) -> None:
         raise web.HTTPExpectationFailed(text=body.decode(), content_type="application/json")
     await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     request.writer.output_size = 0
-
-
-class _Connection(web.RequestHandler):
-    """aiohttp's connection, but what is no HTTP gets a JSON body and no line in the log."""
-
-    __slots__ = ()
-
-    def handle_error(
-        self,
-        request: web.BaseRequest,
-        status: int = 500,
-        exc: BaseException | None = None,
-        message: str | None = None,
-    ) -> web.StreamResponse:
-        if status >= 500:
-            logger.error("a connection failed", exc_info=exc)
-        if request.writer.output_size > 0:
-            raise ConnectionError("headers have been sent")
-        text = "The request is not valid HTTP." if status < 500 else "The server had an internal error."
-        response = error_response(ApiError(status, text))
-        response.force_close()
-        return response
 
 
 # ---- serving
@@ -338,11 +423,19 @@ async def serve(
     stop = stop or asyncio.Event()
     grace = _grace(options.drain_timeout_s)
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=grace, access_log=None)
+    tls, bounds = make_tls(options), Bounds(options)
+    engine.metrics.connections_cut = bounds.cut
     await runner.setup()
     handlers = runner.server
     assert handlers is not None
     listener: asyncio.Server | None = None
+    offer: Offer | None = None
+    handed_over = asyncio.Event()
     drain: asyncio.Task[None] | None = None
+
+    def on_handed_over() -> None:
+        handed_over.set()
+        stop.set()
 
     def on_signal() -> None:
         if stop.is_set() and drain is not None:
@@ -350,21 +443,37 @@ async def serve(
         stop.set()
 
     try:
+        path = None if options.handover is None else path_of(options.handover)
+        taken = None if path is None else await asyncio.to_thread(take, path)
+        where: dict[str, Any] = {"host": options.host, "port": options.port}
+        if taken is not None:
+            where = {"sock": taken.listening}
         try:
             listener = await loop.create_server(
-                lambda: _Connection(handlers, loop=loop, **_CONNECTION),
-                options.host,
-                options.port,
+                lambda: Connection(bounds, handlers, loop=loop, **_CONNECTION),
+                **where,
                 backlog=_BACKLOG,
+                ssl=tls,
             )
         except OSError as error:
             why = "the address is in use; --port picks another" if error.errno == errno.EADDRINUSE else error.strerror
             raise StartupError(f"cannot listen on {options.host}:{options.port}: {why}") from None
+        if path is not None:
+            # A copy: the loop's own socket objects cannot be sent.
+            copy = socket.socket(fileno=os.dup(listener.sockets[0].fileno()))
+            offer = Offer(path, copy, lambda: loop.call_soon_threadsafe(on_handed_over))
+            if taken is not None:
+                taken.serving()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, on_signal)
         if on_listening is not None:
             on_listening(options.host, listener.sockets[0].getsockname()[1])
         await stop.wait()
+        if handed_over.is_set():
+            # The next process accepts from here on. Who is connected here is answered, and told to come anew.
+            listener.close()
+            app[_IS_CLOSING].set()
+            await _quiet(state, options.drain_timeout_s)
         drain = asyncio.create_task(_drain(engine, state, options.drain_timeout_s))
         await asyncio.wait({drain})
     finally:
@@ -372,9 +481,42 @@ async def serve(
             loop.remove_signal_handler(number)
         if drain is not None:
             drain.cancel()
+        if offer is not None:
+            offer.close()
         if listener is not None:
             listener.close()
         await runner.cleanup()
+
+
+async def _quiet(state: State, limit: float) -> None:
+    """Wait until no request has come for QUIET_S, for at most `limit` seconds."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(limit / 2):
+            while True:
+                await state.in_flight.idle.wait()
+                before = state.in_flight.total
+                await asyncio.sleep(min(QUIET_S, limit / 10))
+                if state.in_flight.total == before and not state.in_flight.count:
+                    return
+
+
+def make_tls(options: ServerOptions) -> ssl.SSLContext | None:
+    """Raises StartupError for files that cannot be used."""
+    if options.ssl_certfile is None:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+
+    def no_prompt() -> str:
+        raise StartupError("--ssl-keyfile: the private key has a password, which nobody could type")
+
+    try:
+        context.load_cert_chain(options.ssl_certfile, options.ssl_keyfile, no_prompt)
+    except OSError as error:  # and what ssl raises, which is one
+        why = error.strerror if error.errno and not isinstance(error, ssl.SSLError) else "no certificate and key"
+        named = options.ssl_certfile + (f" with {options.ssl_keyfile}" if options.ssl_keyfile else "")
+        raise StartupError(f"--ssl-certfile: {named} cannot be used: {why}") from None
+    return context
 
 
 def _grace(limit: float) -> float:

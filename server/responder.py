@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
+from functools import partial
 from itertools import repeat
 
 from aiohttp import web
@@ -21,14 +22,12 @@ from server.answers.openai import OpenAIAnswer
 from server.protocol.errors import ApiError, json_response
 from server.protocol.generation import Plan
 from server.sse import EventStream
-from server.state import ECHOED_ID, REQUEST_ID, State
+from server.state import CALLER, ECHOED_ID, REQUEST_ID, USAGE, State
 
 logger = logging.getLogger("oneloop.server")
 
 # Requests that are queued between two turns of the loop: one or two milliseconds of work.
 _SUBMITTED_AT_ONCE = 64
-
-Ready = list[tuple[int, Delta]]
 
 
 async def respond(
@@ -49,8 +48,7 @@ async def respond(
             if plan.no_output:
                 deltas = list(map(_without_output, deltas))
             return json_response(answer.whole(deltas))
-        async with contextlib.aclosing(_Source(streams, no_output=plan.no_output)) as source:
-            return await _stream(request, state, answer, source)
+        return await _stream(request, state, answer, _Relay(answer, streams, no_output=plan.no_output))
 
 
 async def _collect(stream: TokenStream) -> Delta:
@@ -80,100 +78,162 @@ async def submitted(
 
     names: of all of them, rids: of each; see State.submitted.
     """
+    owner = CALLER.get().owner
     async with contextlib.AsyncExitStack() as stack:
         streams: list[TokenStream] = []
+        if owner is not None:
+            state.keyring.check_tokens(owner, sum([len(request.prompt_token_ids) for request in requests]))
+            used = owner
+
+            def charge() -> None:
+                state.keyring.charge(used, sum([stream.num_output_tokens for stream in streams]))
+
+            stack.callback(charge)
         for request, own in zip(requests, rids or repeat(()), strict=False):
             streams.append(await stack.enter_async_context(state.engine.submit(request)))
             state.submitted[request.request_id] = names + own
-            stack.callback(state.submitted.pop, request.request_id)
+            stack.callback(_ended, state, request, streams[-1])
             # Thousands of embeddings must not hold the loop.
             if len(streams) % _SUBMITTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
         yield streams
 
 
-class _Source:
-    """The deltas of several streams as one sequence, without a task per token."""
-
-    def __init__(self, streams: list[TokenStream], *, no_output: bool = False) -> None:
-        self._no_output = no_output
-        self._only = streams[0] if len(streams) == 1 else None
-        self._ready: dict[int, Delta] = {}
-        self._wake = asyncio.Event()
-        self._tasks = (
-            [asyncio.create_task(self._pump(index, stream)) for index, stream in enumerate(streams)]
-            if self._only is None
-            else []
+def _ended(state: State, request: Request, stream: TokenStream) -> None:
+    """A stream has been left: write down what it used. What was never computed costs nobody anything."""
+    state.submitted.pop(request.request_id)
+    usage = USAGE.get()
+    usage.add(stream)
+    if stream.first_token_at is not None:
+        cached = stream.num_cached_tokens
+        state.accounts.add(
+            CALLER.get().key, cached=cached, prompt=stream.num_prompt_tokens - cached, output=stream.num_output_tokens
         )
-
-    async def take(self) -> Ready:
-        """What has come since the last take, at most one delta of each stream; waits for the first."""
-        ready = await self._take()
-        return [(index, _without_output(delta)) for index, delta in ready] if self._no_output else ready
-
-    async def _take(self) -> Ready:
-        if self._only is not None:
-            return [(0, await self._only.take())]
-        await self._wake.wait()
-        self._wake.clear()
-        ready, self._ready = self._ready, {}
-        return list(ready.items())
-
-    async def aclose(self) -> None:
-        for task in self._tasks:
-            task.cancel()
-
-    async def _pump(self, index: int, stream: TokenStream) -> None:
-        async for delta in stream:
-            waiting = self._ready.get(index)
-            if waiting is None:
-                self._ready[index] = delta
-            else:
-                # The client is slow: deltas melt, as they do inside a TokenStream.
-                waiting.merge(delta)
-            self._wake.set()
+    if state.spans is not None:
+        state.spans.ended(request, stream, state.engine.clock.now(), usage.trace_headers)
 
 
-# ---- streamed
-
-
-async def _stream(request: web.Request, state: State, answer: Answer, source: _Source) -> web.StreamResponse:
+async def _stream(request: web.Request, state: State, answer: Answer, relay: _Relay) -> web.StreamResponse:
     interval = state.options.keep_alive_interval_s if answer.keep_alive else 0.0
-    ready: Ready = []
     # What is known before the first token is an HTTP error; but a client must not wait in silence for ever.
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(interval if interval > 0 else None):
-            ready = await source.take()
-    for _, delta in ready:
-        raise_early(delta)
+            await relay.ready()
+    is_silent = not relay.raise_early()
     # A client that has gone cancels this handler; a write that fails first is no news to anybody.
     events = await EventStream.open(request, answer.headers, answer.keep_alive, interval)
     with contextlib.suppress(ConnectionError):
         async with events:
-            if not ready:
+            if is_silent:
                 await events.write(answer.keep_alive)
-                ready = await source.take()
-            await _write_events(events, answer, source, ready)
+                await relay.ready()
+            await relay.write_to(events)
     return events.response
 
 
-async def _write_events(events: EventStream, answer: Answer, source: _Source, ready: Ready) -> None:
-    """Everything from the first event to the last; one write for all that is ready."""
-    try:
-        data = answer.opening()
-        while True:
-            for index, delta in ready:
-                data += answer.delta(index, delta)
-            if not answer.num_running:
-                await events.write(data + answer.closing())
-                return
-            if data:
+class _Relay:
+    """From the streams of one answer to its client: events are made and sent in the very call that flushes a stream.
+
+    The handler's task sleeps meanwhile, but for the first events and the last, and while the client is behind: then
+    deltas wait in their streams, where they melt into one.
+    """
+
+    def __init__(self, answer: Answer, streams: list[TokenStream], *, no_output: bool) -> None:
+        self._answer = answer
+        self._streams = streams
+        self._no_output = no_output
+        self._events: EventStream | None = None
+        # Whether flushes go straight to `_events`.
+        self._is_direct = False
+        # The answer is complete, or can't be; and the bytes that say so.
+        self._has_ended = False
+        self._last = b""
+        self._waiter: asyncio.Future[None] | None = None
+        for index, stream in enumerate(streams):
+            stream.on_flush(partial(self._on_flush, index))
+
+    async def ready(self) -> None:
+        """Wait until a stream has something."""
+        while not self._waiting():
+            await self._woken()
+
+    def raise_early(self) -> bool:
+        """Raise what can still be an HTTP error. Whether there is anything."""
+        waiting = self._waiting()
+        for index in waiting:
+            delta = self._streams[index].waiting
+            assert delta is not None
+            raise_early(delta)
+        return bool(waiting)
+
+    async def write_to(self, events: EventStream) -> None:
+        """Everything from the first event to the last. Raises ConnectionError when the client has gone."""
+        self._events = events
+        data = self._make(self._waiting(), opening=True)
+        try:
+            while not self._has_ended:
                 await events.write(data)
-            ready, data = await source.take(), b""
-    except ApiError as error:
-        await events.write(data + answer.error(error))
-    except ConnectionError:
-        raise
-    except Exception:
-        logger.exception("a stream failed in the server")
-        await events.write(answer.error(ApiError(500, "The server had an internal error.")))
+                # What came while the client was behind goes in one.
+                data = self._make(self._waiting())
+                if data or self._has_ended:
+                    continue
+                self._is_direct = True
+                await self._woken()
+                self._is_direct = False
+                data = self._last
+        finally:
+            # The streams may still be aborted, which is a flush.
+            self._is_direct = False
+        await events.end(data)
+
+    # ---- what the engine calls
+
+    def _on_flush(self, index: int) -> None:
+        if self._is_direct:
+            assert self._events is not None
+            data = self._make((index,))
+            if not self._has_ended:
+                try:
+                    if self._events.send(data):
+                        return
+                except ConnectionError:
+                    # The handler's next write sees the same.
+                    pass
+            else:
+                self._last = data
+            self._is_direct = False
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # ---- events
+
+    def _make(self, indices: Iterable[int], *, opening: bool = False) -> bytes:
+        """Events of what these streams have; where the answer is complete with it or fails, the last ones."""
+        answer, streams = self._answer, self._streams
+        made: list[bytes] = []
+        try:
+            if opening:
+                made.append(answer.opening())
+            for index in indices:
+                delta = streams[index].take_now()
+                made.append(answer.delta(index, _without_output(delta) if self._no_output else delta))
+            if answer.num_running:
+                return b"".join(made)
+            made.append(answer.closing())
+        except ApiError as error:
+            made.append(answer.error(error))
+        except Exception:
+            logger.exception("a stream failed in the server")
+            made.append(answer.error(ApiError(500, "The server had an internal error.")))
+        self._has_ended = True
+        return b"".join(made)
+
+    def _waiting(self) -> list[int]:
+        return [index for index, stream in enumerate(self._streams) if stream.waiting is not None]
+
+    async def _woken(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None

@@ -78,6 +78,11 @@ class ResponseStore:
             return None
         return next(item for item in stored.conversation() if item["id"] == item_id)
 
+    def clear(self) -> None:
+        self._entries.clear()
+        self._of_item.clear()
+        self.num_bytes = 0
+
     def delete(self, owner: str, response_id: str) -> bool:
         """Forget a response; False where there is none."""
         stored = self._entries.pop((owner, response_id), None)

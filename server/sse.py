@@ -11,7 +11,9 @@ from types import TracebackType
 
 import orjson
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 
+from engine.recorder import stretch
 from engine.request import RequestError
 from server.protocol.errors import error_body
 from server.protocol.generation import Plan
@@ -74,18 +76,32 @@ def error_event(error: RequestError) -> bytes:
 class EventStream:
     """An open stream: `async with await EventStream.open(request, headers, keep_alive, interval) as stream`.
 
+    Once the headers are out, events go to the transport in one call each, without aiohttp's layers in between; its
+    protocol still says when the client is behind, and ends the body.
+
     After `keep_alive_interval_s` without an event `keep_alive` is sent, so that no proxy takes a long prefill for
     a dead connection. 0 sends none.
     """
 
-    def __init__(self, response: web.StreamResponse, keep_alive: bytes, keep_alive_interval_s: float) -> None:
+    def __init__(
+        self,
+        request: web.Request,
+        response: web.StreamResponse,
+        writer: AbstractStreamWriter,
+        keep_alive: bytes,
+        keep_alive_interval_s: float,
+    ) -> None:
         self.response = response
+        self._writer = writer
+        self._protocol = request.protocol
+        # HTTP/1.0 knows no chunks; its body ends with the connection.
+        self._is_chunked: bool = writer.chunked  # type: ignore[attr-defined]
+        self._is_head = request.method == "HEAD"
         self._keep_alive_bytes = keep_alive
         self._interval = keep_alive_interval_s
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
-        self._writing = False
-        self._keep_alive: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     @classmethod
     async def open(
@@ -93,38 +109,63 @@ class EventStream:
     ) -> EventStream:
         """Send the headers of a 200."""
         response = web.StreamResponse(headers=headers)
-        await response.prepare(request)
-        return cls(response, keep_alive, keep_alive_interval_s)
+        writer = await response.prepare(request)
+        assert writer is not None
+        return cls(request, response, writer, keep_alive, keep_alive_interval_s)
+
+    def send(self, data: bytes) -> bool:
+        """Hand whole events to the socket now, or to its buffer. Raises ConnectionError when the client has gone.
+
+        False: the client reads too slowly; before more is sent `drained` must return.
+        """
+        transport = self._protocol.transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("The client has gone.")
+        # An empty chunk would end the body.
+        if data and not self._is_head:
+            if self._is_chunked:
+                data = b"%x\r\n%b\r\n" % (len(data), data)
+            self._writer.output_size += len(data)
+            self._written_at = self._loop.time()
+            with stretch("sockets", "write", len(data)):
+                transport.write(data)
+        return not self._protocol.writing_paused
+
+    async def drained(self) -> None:
+        """Wait while the client reads too slowly; the only place of a stream that waits for it. Raises ConnectionError
+        when it has gone."""
+        if self._protocol.writing_paused:
+            await self._writer.drain()
 
     async def write(self, data: bytes) -> None:
-        """Send whole events; waits while the client reads too slowly. Raises ConnectionError when it has gone."""
-        self._written_at = self._loop.time()
-        self._writing = True
-        await self.response.write(data)
-        self._writing = False
+        """Send whole events and wait while the client reads too slowly. Raises ConnectionError when it has gone."""
+        self.send(data)
+        await self.drained()
+
+    async def end(self, data: bytes) -> None:
+        """The last events, and the end of the body behind them."""
+        await self.write(data)
+        await self.response.write_eof()
 
     async def __aenter__(self) -> EventStream:
         if self._interval > 0:
-            self._keep_alive = self._loop.create_task(self._send_keep_alives())
+            self._timer = self._loop.call_later(self._interval, self._keep_alive)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._keep_alive is not None:
-            self._keep_alive.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
 
-    async def _send_keep_alives(self) -> None:
-        while True:
-            idle = self._loop.time() - self._written_at
-            if idle < self._interval:
-                await asyncio.sleep(self._interval - idle)
-            elif self._writing:
-                # The client is behind as it is.
-                await asyncio.sleep(self._interval)
-            else:
+    def _keep_alive(self) -> None:
+        if self._loop.time() - self._written_at >= self._interval:
+            self._written_at = self._loop.time()
+            # One that is behind needs no reminder.
+            if not self._protocol.writing_paused:
                 try:
-                    await self.write(self._keep_alive_bytes)
+                    self.send(self._keep_alive_bytes)
                 except ConnectionError:
                     # The handler is about to be cancelled, or to see the same.
                     return
+        self._timer = self._loop.call_at(self._written_at + self._interval, self._keep_alive)

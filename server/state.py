@@ -6,6 +6,7 @@ Made by `build_app`, one per application, found under `STATE`. Loop thread only.
 from __future__ import annotations
 
 import asyncio
+import functools
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -17,12 +18,19 @@ from engine.engine import Engine
 from engine.models.abilities import Abilities
 from engine.models.generation import GenerationDefaults
 from engine.models.spec import ModelSpec
+from engine.recorder import Tracer
 from engine.request import RequestError
 from engine.text.chat_template import ChatTemplate
 from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
+from server.accounts import Accounts
+from server.keyring import Key, Keyring
+from server.live_feed import LiveFeed
 from server.parsers.base import ReasoningFamily, ToolFamily
+from server.rendering.renderer import Renderer
+from server.request_log import Usage
 from server.response_store import ResponseStore
+from server.spans import Spans
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +60,13 @@ class InFlight:
     """Counts HTTP requests being answered: `with in_flight:` around each, `idle` set while there are none."""
 
     def __init__(self) -> None:
-        self.count = 0
+        self.count = self.total = 0
         self.idle = asyncio.Event()
         self.idle.set()
 
     def __enter__(self) -> None:
         self.count += 1
+        self.total += 1
         self.idle.clear()
 
     def __exit__(
@@ -68,13 +77,15 @@ class InFlight:
             self.idle.set()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class State:
     """submitted: engine requests whose handlers are still there, so that they can be ended: each id, and the names that
     a client may know it by.
 
     compiler: None where the model has no tokenizer, or no token to end a text with. tool_family, reasoning_family:
     how the model writes calls and reasoning, None where it is not known or not wanted. responses: of /v1/responses.
+    keyring: keys of clients. accounts: tokens by API key. traces: those that are being recorded. spans: where
+    OpenTelemetry is told, if anywhere. live: what /live shows. renderer: of the pages' answers.
     """
 
     engine: Engine
@@ -86,6 +97,15 @@ class State:
     in_flight: InFlight = field(default_factory=InFlight)
     submitted: dict[str, tuple[str, ...]] = field(default_factory=dict)
     responses: ResponseStore = field(default_factory=ResponseStore)
+    keyring: Keyring = field(default_factory=lambda: Keyring(()))
+    renderer: Renderer = field(default_factory=Renderer)
+    accounts: Accounts = field(default_factory=Accounts)
+    traces: set[Tracer] = field(default_factory=set)
+    spans: Spans | None = None
+
+    @functools.cached_property
+    def live(self) -> LiveFeed:
+        return LiveFeed(self.engine, self.accounts, self.responses, show_text=self.options.live_text)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -99,15 +119,19 @@ class State:
 class Caller:
     """Who sent the HTTP request that this task answers, as far as the server itself knows.
 
-    key: which API key it came with, "" without one. timeout_s: what its header asks for.
+    key: which API key it came with, "" without one; owner: that key with its limits. timeout_s: what its header asks
+    for.
     """
 
     key: str = ""
+    owner: Key | None = None
     timeout_s: float | None = None
 
 
 # Set by the gate. Not an argument, so that no route can forget to pass on whose prompt it is.
 CALLER: ContextVar[Caller] = ContextVar("caller", default=Caller())  # noqa: B039  (it is frozen)
+# What the HTTP request of this task has used so far. Set by the gate.
+USAGE: ContextVar[Usage] = ContextVar("usage")
 STATE = web.AppKey("state", State)
 # The id that the server gave the HTTP request.
 REQUEST_ID = web.RequestKey("request_id", str)

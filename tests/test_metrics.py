@@ -147,7 +147,10 @@ def test_exact_families(prefix: str) -> None:
     assert found == {f"{prefix}:{name}": kind for name, kind in expected.items()}
     others = set(families) - set(found)
     assert {"process_cpu_seconds", "process_resident_memory_bytes", "python_gc_collections"} <= others
-    assert all(name.startswith(("process_", "python_gc_", "http_")) for name in others)
+    # The loop's own have no peer, and one name under every prefix.
+    assert families["oneloop_loop_utilisation"].type == "gauge"
+    assert families["oneloop_loop_lag_seconds"].type == "histogram"
+    assert all(name.startswith(("process_", "python_gc_", "http_", "oneloop_")) for name in others)
     assert all(family.documentation for family in families.values())
 
 

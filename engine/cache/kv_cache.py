@@ -9,17 +9,25 @@ pool of their own; one is free, hangs in the tree, or is kept by a sequence for 
 
 from __future__ import annotations
 
+import itertools
 import struct
+import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from random import Random
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.cache.eviction.registry import make_eviction_policy
+from engine.cache.history import CacheHistory
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree
 from engine.forward import NULL_PAGE, Int32Array
 from engine.groups import MemoryGroup
+
+# A root may have very many.
+MAX_CHILDREN_LOOKED_AT = 64
 
 TokenIds = Sequence[int] | Int32Array
 
@@ -81,6 +89,7 @@ class KVCache:
         num_snapshots: int | None = None,
         enable_prefix_caching: bool = True,
         eviction_policy: str = "lru",
+        now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.num_pages = num_pages
         self.page_size = page_size
@@ -88,10 +97,21 @@ class KVCache:
         self.has_windows = any(group.window is not None for group in groups)
         self.num_evicted_pages = 0
         self._caching = enable_prefix_caching
-        self._pool = PagePool(num_pages)
-        self._tree = RadixTree(page_size, make_eviction_policy(eviction_policy), groups, num_snapshots is not None)
-        self._snapshots = PagePool(num_snapshots) if num_snapshots and enable_prefix_caching else None
+        self._eviction_policy = eviction_policy
+        self._num_snapshots = num_snapshots
+        self._now = now
+        self.rebuild()
+
+    def rebuild(self) -> None:
+        """Empty books: all that was cached is forgotten. No sequence may hold a page."""
+        snapshots = self._num_snapshots
+        self._pool = PagePool(self.num_pages)
+        policy = make_eviction_policy(self._eviction_policy)
+        self._tree = RadixTree(self.page_size, policy, self.groups, snapshots is not None)
+        self._snapshots = PagePool(snapshots) if snapshots and self._caching else None
         self._deferred: list[int] = []
+        self.history = CacheHistory(self.page_size, self._now)
+        self._tree.on_evicted = self.history.evicted
 
     @property
     def num_free(self) -> int:
@@ -295,9 +315,20 @@ class KVCache:
 
     def flush(self) -> int:
         """Drop every page that no sequence needs; returns how many."""
+        self._tree.on_evicted = None
         pages = self._tree.evict(self._tree.num_evictable)
+        self._tree.on_evicted = self.history.evicted
+        self.history.flushed()
         self._pool.free(pages)
         return len(pages)
+
+    def roots(self) -> list[Node]:
+        """Of the namespaces; to be read only."""
+        return self._tree.roots()
+
+    def is_free(self) -> npt.NDArray[np.bool_]:
+        """bool [num_pages]: of the pages from 1 on; a copy."""
+        return self._pool.all_free()
 
     def _own(self, seq: SequencePages) -> list[list[int]]:
         """The private pages by group."""
@@ -402,6 +433,24 @@ class KVCache:
             assert sorted(ids) == list(range(1, len(ids) + 1)), f"snapshots {sorted(ids)}"
             assert len(ids) == self._snapshots.num_pages, "a snapshot was lost"
         self._check_tree(nodes)
+
+    def check_sample(self, random: Random, most: int = 256) -> None:
+        """What `check` says, of `most` nodes on random ways down the tree, while no sequence holds a page."""
+        available = self.num_available
+        assert available == self.num_pages, f"{self.num_pages - available} pages are neither free nor evictable"
+        page_bytes, roots = self.page_size * TOKEN_BYTES, self._tree.roots()
+        while roots and most > 0:
+            node = random.choice(roots)
+            while node.children and most > 0:
+                key, child = random.choice(list(itertools.islice(node.children.items(), MAX_CHILDREN_LOOKED_AT)))
+                assert child.parent is node and child.key == key, "parent and child disagree"
+                assert child.key == child.tokens[:page_bytes], "a child is not under its first page"
+                assert not child.lock_count and not child.detached, "a node is held, but nobody is there"
+                pages = _pages_of(child)
+                assert not any(map(self._pool.is_free, pages)), "a page of the tree is free"
+                assert len(pages) == len(set(pages)), "a page stands twice in a node"
+                node, most = child, most - 1
+            most -= 1
 
     def _check_tree(self, nodes: list[Node]) -> None:
         page_bytes = self.page_size * TOKEN_BYTES

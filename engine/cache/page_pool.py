@@ -8,6 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+import numpy.typing as npt
+
 from engine.forward import NULL_PAGE
 
 
@@ -50,6 +53,13 @@ class PagePool:
             assert not is_free[page], f"page {page} is freed twice"
             is_free[page] = 1
         self._free.extend(pages)
+
+    def is_free(self, page: int) -> bool:
+        return bool(self._is_free[page])
+
+    def all_free(self) -> npt.NDArray[np.bool_]:
+        """bool [num_pages], of the pages from 1 on; a copy."""
+        return np.frombuffer(self._is_free, np.bool_)[1:].copy()
 
     def free_pages(self) -> list[int]:
         """A copy of the free list, for checks."""

@@ -12,7 +12,7 @@ window looks into a hole. Models with a recurrent state go on only where a snaps
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -125,6 +125,8 @@ class RadixTree:
     ) -> None:
         self.num_evictable = 0  # pages that `evict` can get
         self.policy = policy
+        # Told what goes: the tokens that a node loses from its end.
+        self.on_evicted: Callable[[Node, bytes], None] | None = None
         self.groups = groups
         self._page_size = page_size
         self._page_bytes = page_size * TOKEN_BYTES
@@ -341,6 +343,8 @@ class RadixTree:
             count += sum(run[-taken] != NULL_PAGE for run in runs)
         left = length - taken
         freed = [page for run in runs for page in run[left:] if page]
+        if self.on_evicted is not None:
+            self.on_evicted(node, node.tokens[left * self._page_bytes : length * self._page_bytes])
         for run in runs:
             del run[left:]
         self.num_evictable -= len(freed)

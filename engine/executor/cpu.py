@@ -11,6 +11,7 @@ import contextlib
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -53,13 +54,14 @@ class Model(Protocol):
 class CPUStepHandle:
     """A launched step. The worker sets output or error, then wakes whoever waits."""
 
-    __slots__ = ("_done", "_lock", "_waiters", "error", "forward_input", "output", "step")
+    __slots__ = ("_done", "_lock", "_waiters", "began_at", "ended_at", "error", "forward_input", "output", "step")
 
     def __init__(self, forward_input: ForwardInput) -> None:
         self.step = forward_input.step
         self.forward_input = forward_input
         self.output: ForwardOutput | None = None
         self.error: ForwardError | None = None
+        self.began_at = self.ended_at = 0.0  # time.monotonic's, once it is done
         self._done = False
         self._lock = threading.Lock()
         self._waiters: list[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = []
@@ -140,6 +142,12 @@ class CPUExecutor:
         self._worker = threading.Thread(target=self._work, name="cpu-executor", daemon=True)
         self._worker.start()
 
+    @property
+    def page_bytes(self) -> int:
+        """What a page takes in all layers of its groups; 0 where nothing is kept, or while it sleeps."""
+        pools = [*getattr(self._attention, "k_pools", ()), *getattr(self._attention, "v_pools", ())]
+        return sum(pool.nbytes for pool in pools) // (self.limits.num_pages + 1)
+
     def submit(self, forward_input: ForwardInput) -> CPUStepHandle:
         """See Executor."""
         assert not self._closed, "submit after close"
@@ -198,6 +206,7 @@ class CPUExecutor:
     def _work(self) -> None:
         with torch.inference_mode():
             while (handle := self._queue.get()) is not None:
+                handle.began_at = time.monotonic()
                 try:
                     handle.output = self._run(handle.forward_input)
                 except ForwardError as error:
@@ -205,6 +214,7 @@ class CPUExecutor:
                 except Exception as error:
                     logger.exception("step %d failed", handle.step)
                     handle.error = ForwardError(f"{type(error).__name__}: {error}")
+                handle.ended_at = time.monotonic()
                 handle.finish()
                 del handle
 
@@ -239,6 +249,8 @@ class CPUExecutor:
         if chunks:
             vectors = self._pooler.run(chunks, hidden, model)
             output.pooled = [vector.numpy() for vector in vectors]
+            ends = [row.row for row in step.pooled if row.ends]
+            output.broken = [row for row, one in zip(ends, output.pooled, strict=True) if np.isnan(one).any()]
 
         sampling_rows = np.flatnonzero(staging.row_samples[:rows])
         if len(sampling_rows) == 0:
@@ -249,6 +261,10 @@ class CPUExecutor:
         # The new token's index in its sequence is the length of what has been computed.
         positions = metadata.kv_len[sampling_rows]
         logits, params = model.logits(hidden), self._tables.sampling[sampling_slots]
+        sane = torch.isfinite(logits.amax(-1))
+        if not sane.all():
+            output.broken += sampling_rows[~sane.numpy()].tolist()
+            logits = logits.masked_fill(~sane[:, None], 0.0)
         draw = None
         if extras.count:
             logits = logits.contiguous()

@@ -238,8 +238,9 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
     def run_worst_case(self) -> None:
         """One step of the whole token budget in as many rows as there are, all of which sample. Blocks."""
         limits = self.limits
-        rows = min(limits.max_num_seqs, limits.num_pages)
-        most = min(limits.max_model_len, limits.num_pages // rows * limits.page_size)
+        pages = limits.num_pages // len(limits.groups)
+        rows = min(limits.max_num_seqs, pages)
+        most = min(limits.max_model_len, pages // rows * limits.page_size)
         handle = self.submit(self.prompt_step(0, rows, max(1, min(limits.max_num_batched_tokens // rows, most))))
         with self.layer.may_block():
             self.layer.synchronize_all()

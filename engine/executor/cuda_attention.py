@@ -36,7 +36,7 @@ def choose_attention(
     """
     found = set()
     for window in attention.choices():
-        layers = [index for index, each in attention.windows.items() if each == window][:LAYERS]
+        layers = attention.layers_of(window)[:LAYERS]
         for size in (size for size in sizes if size <= MOST_ROWS):
             try:
                 trial = _Trial(attention, window, size, width_of, min(CONTEXT, context), layer)
@@ -79,10 +79,11 @@ class _Trial:
         lengths = torch.full((size,), context, dtype=torch.int32)
         ones = torch.zeros(size, dtype=torch.int64)
         tables, lengths, ones, on_device = (self._sent(each) for each in (tables, lengths, ones, pages))
-        self.step = DecodeStep(lengths, ones, tables, lengths, 0)
+        groups = attention.num_groups
+        self.step = DecodeStep(lengths, [ones] * groups, [tables] * groups, lengths, 0)
         indptr = torch.arange(size + 1, dtype=torch.int32) * count
         last = torch.full((size,), context - (count - 1) * page_size, dtype=torch.int32)
-        attention.plan_wrapper(window, DecodePlan(indptr, last, on_device), size, width, 0)
+        attention.plan_wrapper(window, DecodePlan(indptr, last, [on_device] * groups), size, width, 0)
 
     def _sent(self, source: Tensor) -> Tensor:
         """On the device."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.executor.cuda_device import DeviceLayer
-from engine.executor.tables import PagedMetadata
+from engine.executor.tables import StepMetadata
 from engine.forward import ForwardOutput, Int32Array, Limits, Staging
 from engine.ops.sampling.layout import WORDS
 
@@ -96,8 +96,11 @@ class Side:
         self.sampling = self._image(self.staging.sampling).view(rows, WORDS)
         # Staging may replace these two by larger ones; graphs go on reading the first.
         self.first_index, self.first_page = self.staging.table_index, self.staging.table_page
-        self.metadata = PagedMetadata(limits)
-        self.meta_host = layer.pinned(4 * (3 * limits.max_num_batched_tokens + 16 * (rows + 4) + limits.num_pages))
+        self.metadata = StepMetadata(limits)
+        per_token = 2 + len(limits.groups)
+        self.meta_host = layer.pinned(
+            4 * (per_token * limits.max_num_batched_tokens + 16 * (rows + 4) + limits.num_pages)
+        )
         self.meta_host = self.meta_host.view(torch.int32)
         self.meta = layer.zeros((self.meta_host.numel(),), torch.int32)
         self.out = layer.zeros((rows,), torch.int32)

@@ -41,7 +41,8 @@ class Captures(DecodeSteps):
         indptr, ones = torch.arange(key.size + 1, dtype=torch.int32), torch.ones(key.size, dtype=torch.int32)
         indices = side.meta[: key.size]
         self.layer.launch(indices.zero_)
-        self.attention.plan_decode(DecodePlan(indptr, ones, indices), key.size, key.width, key.parity)
+        plan = DecodePlan(indptr, ones, [indices] * len(self.limits.groups))
+        self.attention.plan_decode(plan, key.size, key.width, key.parity)
 
     def _capture_when_idle(self) -> None:
         """Called by the loop a while after the last step. One graph at a time, then the loop gets its turn."""

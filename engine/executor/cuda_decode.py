@@ -87,7 +87,7 @@ class DecodeSteps(DeviceState):
             positions = side.row_start[:size]
             slots = side.row_slot[:size]
             token_ids, kv_len, kv_slots, tables = decode_inputs(
-                self._page_table,
+                self._page_tables,
                 self._last_token,
                 slots,
                 positions,
@@ -107,23 +107,24 @@ class DecodeSteps(DeviceState):
 
     def _decode_plan(self, forward_input: ForwardInput, side: Side, size: int) -> tuple[int, DecodePlan]:
         """Host metadata of a decode step, padded to `size` rows of one page. Returns its length in words."""
-        rows, metadata = forward_input.num_rows, side.metadata
-        metadata.build(forward_input, self._tables)
-        pages = len(metadata.kv_indices)
-        total = 2 * size + 1 + pages + (size - rows)
+        rows, of_groups = forward_input.num_rows, side.metadata.of_groups
+        metadata = side.metadata.build(forward_input, self._tables)
+        pages, padding = len(metadata.kv_indices), size - rows
+        head, each = 2 * size + 1, pages + padding
+        total = head + len(of_groups) * each
         with self.layer.on(self._upload):
             side.reserve_meta(total)
         host = side.meta_host.numpy()
         host[: rows + 1] = metadata.kv_indptr
-        host[rows + 1 : size + 1] = pages + np.arange(1, size - rows + 1)
+        host[rows + 1 : size + 1] = pages + np.arange(1, padding + 1)
         host[size + 1 : size + 1 + rows] = metadata.last_page_len
-        host[size + 1 + rows : 2 * size + 1] = 1
-        host[2 * size + 1 : 2 * size + 1 + pages] = metadata.kv_indices
-        host[2 * size + 1 + pages : total] = NULL_PAGE
-        plan = DecodePlan(
-            side.meta_host[: size + 1], side.meta_host[size + 1 : 2 * size + 1], side.meta[2 * size + 1 : total]
-        )
-        return total, plan
+        host[size + 1 + rows : head] = 1
+        indices = []
+        for start, group in zip(range(head, total, each), of_groups, strict=True):
+            host[start : start + pages] = group.kv_indices
+            host[start + pages : start + each] = NULL_PAGE
+            indices.append(side.meta[start : start + each])
+        return total, DecodePlan(side.meta_host[: size + 1], side.meta_host[size + 1 : head], indices)
 
     def _capture(self, key: GraphKey) -> Any:
         """Record the decode step of a key; compute stream."""

@@ -42,53 +42,53 @@ class MixedSteps(DeviceState):
             chain = self.pieces.get(self.model, size) if size is not None else None
         # What a chain reads is padded, and lies in one piece.
         size = tokens if chain is None or size is None else size
-        metadata = side.metadata
-        metadata.build(forward_input, self._tables)
+        metadata, of_groups = side.metadata.build(forward_input, self._tables), side.metadata.of_groups
         sampled = np.flatnonzero(staging.row_samples[:rows])
-        parts: list[npt.NDArray[Any]] = [
-            *(padded(part, size) for part in (staging.token_ids[:tokens], metadata.positions, metadata.kv_slots)),
-            metadata.qo_indptr,
-            metadata.kv_indptr,
-            metadata.last_page_len,
-            metadata.kv_indices,
-            sampled,
-            metadata.qo_indptr[1:][sampled] - 1,
-            staging.row_slot[:rows][sampled],
-            metadata.kv_len[sampled],
-            metadata.kv_len,
-            # The prompts alone.
-            metadata.qo_indptr[decodes:] - decodes,
-            metadata.kv_indptr[decodes:] - metadata.kv_indptr[decodes],
-            metadata.kv_indices[metadata.kv_indptr[decodes] :],
-        ]
+        inputs = staging.token_ids[:tokens], metadata.positions, *(group.kv_slots for group in of_groups)
+        first_page = metadata.kv_indptr[decodes]
+        rest: dict[str, npt.NDArray[Any]] = {
+            "qo_indptr": metadata.qo_indptr,
+            "kv_indptr": metadata.kv_indptr,
+            "last_page_len": metadata.last_page_len,
+            "kv_len": metadata.kv_len,
+            "sampled": sampled,
+            "sampled_token": metadata.qo_indptr[1:][sampled] - 1,
+            "sampled_slot": staging.row_slot[:rows][sampled],
+            "sampled_at": metadata.kv_len[sampled],
+            "prompts_qo_indptr": metadata.qo_indptr[decodes:] - decodes,
+            "prompts_kv_indptr": metadata.kv_indptr[decodes:] - first_page,
+        }
+        # Of all rows, and once more of the prompts alone.
+        pages = [*(group.kv_indices for group in of_groups), *(group.kv_indices[first_page:] for group in of_groups)]
         longest = int(metadata.kv_len[:decodes].max(initial=1))
         width = self.graphs.width(-(-longest // self.limits.page_size))
+        parts = [*(padded(part, size) for part in inputs), *pages, *rest.values()]
         cuts, total = side.write_meta(parts, self._upload)
         inside = staging.table_index is side.first_index
         end = side.end_of(side.first_page, forward_input.num_table_diffs if inside else 0)
         if forward_input.num_sampling_diffs:
             end = side.end_of(staging.sampling, forward_input.num_sampling_diffs)
         self._send(side, end, total)
-        meta, pinned = side.meta, side.meta_host
-        token_ids, positions, kv_slots, indices, where, last, sample_slots, sample_at = (
-            meta[cuts[part]] for part in (0, 1, 2, 6, 7, 8, 9, 10)
-        )
+        token_ids, positions, *others = (side.meta[cut] for cut in cuts)
+        kv_slots, others = others[: len(of_groups)], others[len(of_groups) :]
+        indices, prompt_indices = others[: len(of_groups)], others[len(of_groups) : len(pages)]
+        sent = dict(zip(rest, others[len(pages) :], strict=True))
+        pinned = {name: side.meta_host[cut] for name, cut in zip(rest, cuts[-len(rest) :], strict=True)}
         with layer.on(self._compute):
             layer.wait(side.uploaded)
             self._apply_diffs(forward_input, side, handle)
-            qo_indptr, kv_indptr, last_page_len, kv_len, qo_prompts, kv_prompts = (
-                pinned[cuts[part]] for part in (3, 4, 5, 11, 12, 13)
-            )
-            every = Ragged(indices, qo_indptr, kv_indptr, last_page_len, kv_len)
-            pages = meta[cuts[14]]
-            prompts = Ragged(pages, qo_prompts, kv_prompts, last_page_len[decodes:], kv_len[decodes:])
-            step = MixedStep(positions[:tokens], kv_slots[:tokens], every, prompts, decodes, side.parity)
+            last_page_len, kv_len = pinned["last_page_len"], pinned["kv_len"]
+            every = Ragged(indices, pinned["qo_indptr"], pinned["kv_indptr"], last_page_len, kv_len)
+            of_prompts = pinned["prompts_qo_indptr"], pinned["prompts_kv_indptr"]
+            prompts = Ragged(prompt_indices, *of_prompts, last_page_len[decodes:], kv_len[decodes:])
+            cells = [each[:tokens] for each in kv_slots]
+            step = MixedStep(positions[:tokens], cells, every, prompts, decodes, side.parity)
             attention = self.attention.mixed(step)
 
             chunks = []
             for row, first, at, targets, k in self._extras.prompts(forward_input):
-                (sent,) = self._send_arrays([targets], handle)
-                chunks.append((first, sent, self._prompt_out(handle, row, at, targets, k), k))
+                (wanted,) = self._send_arrays([targets], handle)
+                chunks.append((first, wanted, self._prompt_out(handle, row, at, targets, k), k))
             pooled = pooled_chunks(forward_input)
             vectors = [
                 self._vector_out(handle, chunk.pooling, chunk.start + chunk.length) for chunk in pooled if chunk.ends
@@ -98,7 +98,8 @@ class MixedSteps(DeviceState):
             def enter(token_ids: Tensor) -> None:
                 with torch.inference_mode():
                     if chain is not None:
-                        self.pieces.inputs(size).copy_(meta[: 3 * size].view(3, size))
+                        read = self.pieces.inputs(size)
+                        read.copy_(side.meta[: read.numel()].view_as(read))
                     if decodes:
                         step.decode, known = self._decode_rows(side, decodes, width)
                         token_ids[:decodes].copy_(known)
@@ -114,12 +115,12 @@ class MixedSteps(DeviceState):
                         side.out[:rows].fill_(FUTURE_TOKEN)
                     if not len(sampled):
                         return
-                    logits = self.model.raw_logits(hidden.index_select(0, last))
+                    logits = self.model.raw_logits(hidden.index_select(0, sent["sampled_token"]))
                     if draw == "open":
                         found.append(logits.float())
                         return
-                    given = logits, self._sampling, sample_slots, sample_at
-                    draw_tokens(*given, self._last_token, side.out, where, filtered=draw == "filtered")
+                    given = logits, self._sampling, sent["sampled_slot"], sent["sampled_at"]
+                    draw_tokens(*given, self._last_token, side.out, sent["sampled"], filtered=draw == "filtered")
 
             def work() -> None:
                 enter(token_ids)
@@ -152,7 +153,7 @@ class MixedSteps(DeviceState):
         """The decode rows of a step with prompts, and their tokens; the step's diffs are applied."""
         positions, nothing = side.row_start[:count], side.table_index[:0]
         tokens, kv_len, kv_slots, tables = decode_inputs(
-            self._page_table,
+            self._page_tables,
             self._last_token,
             side.row_slot[:count],
             positions,
@@ -181,9 +182,10 @@ class MixedSteps(DeviceState):
     def prompt_step(self, step: int, rows: int, length: int) -> ForwardInput:
         """A step of `rows` new prompts that are `length` tokens long and sample in the hungriest way."""
         limits, staging = self.limits, self.staging[step & 1]
-        pages = -(-length // limits.page_size)
-        assert rows * pages <= limits.num_pages
-        staging.reserve_table_diff(rows * pages)
+        pages, groups = -(-length // limits.page_size), len(limits.groups)
+        diffs = groups * rows * pages
+        assert diffs <= limits.num_pages
+        staging.reserve_table_diff(diffs)
         index = np.arange(rows, dtype=np.int32)
         staging.row_slot[:rows] = index + 1
         staging.row_start[:rows] = 0
@@ -191,11 +193,13 @@ class MixedSteps(DeviceState):
         staging.row_samples[:rows] = not self.model.config.headless
         staging.token_ids[: rows * length] = 0
         staging.qo_indptr[: rows + 1] = np.arange(rows + 1) * length
-        entry = np.arange(rows * pages, dtype=np.int32)
-        staging.table_index[: rows * pages] = (entry // pages + 1) * limits.max_pages_per_seq + entry % pages
-        staging.table_page[: rows * pages] = entry + 1
+        entry = np.arange(diffs, dtype=np.int32)
+        group, place = entry // (rows * pages), entry % (rows * pages)
+        row = group * limits.num_slots + place // pages + 1
+        staging.table_index[:diffs] = row * limits.max_pages_per_seq + place % pages
+        staging.table_page[:diffs] = entry + 1
         staging.sampling_slot[:rows] = index + 1
         staging.sampling[:rows] = np.zeros((), staging.sampling.dtype)
         staging.sampling["temperature"][:rows] = 1.0
         staging.sampling["top_p"][:rows] = 0.9
-        return ForwardInput(step, staging, rows, 0, rows * length, rows * pages, rows)
+        return ForwardInput(step, staging, rows, 0, rows * length, diffs, rows)

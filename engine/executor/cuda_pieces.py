@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -28,10 +28,10 @@ SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512)
 
 
 class Cells(NamedTuple):
-    """What `StepAttention` writes k and v by."""
+    """What `StepAttention` writes k and v by: cells of each memory group."""
 
     positions: Tensor
-    kv_slots: Tensor
+    kv_slots: Sequence[Tensor]
 
 
 class _Cut(StepAttention):
@@ -39,7 +39,7 @@ class _Cut(StepAttention):
 
     def __init__(self, backend: DeviceAttention, pieces: Pieces, cut: Callable[[], None], size: int) -> None:
         inputs = pieces.inputs(size)
-        super().__init__(backend, Cells(inputs[1], inputs[2]))
+        super().__init__(backend, Cells(inputs[1], inputs[2:].unbind()))
         self.q = pieces.q[:size]
         self._cut, self._out = cut, pieces.out[:size]
         self.layers: list[int] = []
@@ -78,8 +78,9 @@ class Pieces:
         self._seen: set[int] = set()
         most = max(self.sizes, default=0)
         heads = (most, 0, 0) if shape is None else (most, shape.num_heads, shape.head_dim)
-        # Token ids, positions and cells, each of as many as the step's size.
-        self._inputs = layer.zeros((3 * most,), torch.int32)
+        # Token ids, positions and every memory group's cells, each of as many as the step's size.
+        self.num_inputs = 2 + len(limits.groups)
+        self._inputs = layer.zeros((self.num_inputs * most,), torch.int32)
         # Zeros, and later what other steps have left: rows of padding are computed with the others.
         self.q, self.out = layer.zeros(heads, attention.dtype), layer.zeros(heads, attention.dtype)
         self.hidden = layer.zeros((most, model.config.hidden_size), attention.dtype)
@@ -93,8 +94,8 @@ class Pieces:
         return self.sizes[place] if place < len(self.sizes) else None
 
     def inputs(self, size: int) -> Tensor:
-        """int32 [3, size]: token ids, positions, cells of k and v."""
-        return self._inputs[: 3 * size].view(3, size)
+        """int32 [num_inputs, size]: token ids, positions, and of each memory group the cells of k and v."""
+        return self._inputs[: self.num_inputs * size].view(self.num_inputs, size)
 
     def get(self, model: CausalLM, size: int) -> Chain | None:
         """The chain of a size, captured at its second use; on the compute stream."""

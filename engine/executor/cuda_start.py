@@ -6,6 +6,7 @@ Called once by the composition root (and by the benchmark and the GPU tests), be
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import importlib.util
 import logging
@@ -24,7 +25,7 @@ from engine.executor.cuda_pieces import SIZES
 from engine.executor.gpu_probe import has_xqa, stands_in
 from engine.executor.start import Start
 from engine.forward import ForwardError, Limits
-from engine.groups import one_group
+from engine.groups import plan_groups
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 
@@ -150,7 +151,7 @@ def has_flashinfer() -> bool:
 def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
     """FlashInfer where it is installed and all layers are of one plain shape, else torch.
 
-    options: num_pages, page_size, dtype, kv_dtype.
+    options: num_pages, page_size, groups, dtype, kv_dtype.
     """
     alike = model.attention_spec.common is not None
     if not alike or (module is None and not (layer.device.type == "cuda" and has_flashinfer())):
@@ -174,15 +175,8 @@ def profile_step(
     """Run the hungriest step in a small cache. Returns bytes of (activations, attention workspace)."""
     rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
     length = min(limits.max_model_len, limits.max_num_batched_tokens // rows)
-    pages = rows * -(-length // limits.page_size)
-    small = Limits(
-        limits.max_num_seqs,
-        limits.max_num_batched_tokens,
-        limits.max_model_len,
-        limits.page_size,
-        pages,
-        limits.vocab_size,
-    )
+    pages = len(limits.groups) * rows * -(-length // limits.page_size)
+    small = dataclasses.replace(limits, num_pages=pages)
     attention = make(pages)
     executor = CUDAExecutor(model, small, layer, attention, cuda_graph="off")
     before = layer.allocated_memory()
@@ -214,6 +208,7 @@ def build_cuda_executor(
     """
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
+    groups = plan_groups(model.config.windows, max_model_len)
 
     def limits_of(num_pages: int) -> Limits:
         return Limits(
@@ -223,13 +218,12 @@ def build_cuda_executor(
             page_size=page_size,
             num_pages=num_pages,
             vocab_size=model.config.vocab_size,
-            groups=one_group(model.config.windows),
+            groups=groups,
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:
-        return make_attention(
-            model, layer, module, num_pages=num_pages, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype
-        )
+        options = {"num_pages": num_pages, "page_size": page_size, "groups": groups}
+        return make_attention(model, layer, module, dtype=dtype, kv_dtype=kv_dtype, **options)
 
     with layer.may_block():
         weights = layer.allocated_memory()
@@ -237,7 +231,7 @@ def build_cuda_executor(
         with starting("no memory is left for the largest step", SMALLER):
             activations, workspace = profile_step(model, layer, limits_of(1), attention_of)
         gc.collect()  # the trial cache and buffers go before the real ones come
-        page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype)
+        page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
         graphs = 0
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.

@@ -48,7 +48,9 @@ class DeviceState:
         with layer.may_block():
             self._sides = self._make_sides()
             # State by slot, on the device.
-            self._page_table = layer.zeros((limits.num_slots, limits.max_pages_per_seq), torch.int32)
+            self._page_tables = layer.zeros(
+                (len(limits.groups), limits.num_slots, limits.max_pages_per_seq), torch.int32
+            )
             self._last_token = layer.zeros((limits.num_slots,), torch.int32)
             self._sampling = layer.zeros((limits.num_slots, WORDS), torch.int32)
             self.pieces = Pieces(model, layer, attention, limits, enabled=self.graphs.enabled)
@@ -57,7 +59,7 @@ class DeviceState:
             with layer.on(self._compute):
                 attention.settle(layer.synchronize_all)
             layer.synchronize_all()
-        self._flat_table = self._page_table.view(-1)
+        self._flat_table = self._page_tables.view(-1)
         self._extras = DeviceExtras(limits, layer.zeros)
         self._pooler = Pooler()
         self.staging: tuple[Staging, Staging] = (self._sides[0].staging, self._sides[1].staging)

@@ -186,6 +186,12 @@ class Fields:
             self.fail(name, f"must be true or false, not {show(value)}")
         return value
 
+    def nullable_flag(self, name: str, default: bool = False) -> bool:
+        """A flag of which null means false, and absence the default."""
+        if self.mentions(name) and self.raw(name) is None:
+            return False
+        return self.flag(name, default)
+
     def choice(self, name: str, choices: Collection[str], default: Any = _REQUIRED) -> str:
         value = self._get(name, default)
         if not isinstance(value, str) or value not in choices:

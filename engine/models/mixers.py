@@ -68,19 +68,32 @@ class QueryScale:
 
 
 @dataclass(frozen=True, slots=True)
+class OutputGate:
+    """activation(projection(x)), by which what attention gives is multiplied: one number for each of its own, or
+    (by_head) for each head. name: of the projection."""
+
+    name: str
+    activation: Literal["sigmoid", "softplus"]
+    by_head: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class GroupedQueryAttention:
     """Softmax attention with as many or fewer key and value heads than query heads; its memory is KV pages.
 
-    scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included,
-    or None for all (a Chunk of engine/groups.py: those of its block). bidirectional: queries see later tokens, too (a
-    window is then to either side); such a layer keeps nothing, for its sequence is computed at once. softcap: c in
-    c * tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope (or after it: norm_after_rope), over each
-    head or (norm_width full) over all heads at once. query_scale: None where queries keep their size. qkv: one name
-    where the checkpoint has them fused, else three. value_dim: of a head's value and result, None where it is head_dim.
-    sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's softmax, which has no value.
-    reads: the earlier layer whose keys and values it reads; it has none of its own. gated_queries: the projection to q
-    gives every head its query and then a gate, by whose sigmoid its result is multiplied. v_norm: over each head's
-    values. values_of_keys: values are what the projection to keys gives, before norm and rope; qkv then has two names.
+    scale: on q @ k. rope: None where positions are not told. window: the tokens that a query sees, itself included, or
+    None for all (a Chunk of engine/groups.py: those of its block). bidirectional: queries see later tokens, too (a
+    window is then to either side); such a layer keeps nothing, for its sequence is computed at once. softcap: c in c *
+    tanh(x / c) on the scores, or None. q_norm, k_norm: before the rope (or after it: norm_after_rope), over each head
+    (norm_width own: with a weight of its own) or (full) over all heads at once. query_scale: None where queries keep
+    their size. qkv: one name where the checkpoint has them fused, else three. value_dim: of a head's value and result,
+    None where it is head_dim. sinks: the tensor (its whole name; [num_heads]) of one more logit in each head's softmax,
+    which has no value. reads: the earlier layer whose keys and values it reads; it has none of its own. gated_queries:
+    the projection to q gives every head its query and then a gate, by whose sigmoid its result is multiplied. gate: one
+    of its own projection. v_norm: over each head's values. values_of_keys: values are what the projection to keys
+    gives, before norm and rope; qkv then has two names. heads_together: the fused projection goes from one key head to
+    the next, each with its queries, its key and its value. clip: what it gives is cut off there, on both sides.
+    value_scale: factor on values.
     """
 
     num_heads: int
@@ -93,7 +106,7 @@ class GroupedQueryAttention:
     softcap: float | None = None
     q_norm: NormSpec | None = None
     k_norm: NormSpec | None = None
-    norm_width: Literal["head", "full"] = "head"
+    norm_width: Literal["head", "own", "full"] = "head"
     norm_after_rope: bool = False
     query_scale: QueryScale | None = None
     qkv_bias: bool = False
@@ -106,13 +119,18 @@ class GroupedQueryAttention:
     gated_queries: bool = False
     v_norm: NormSpec | None = None
     values_of_keys: bool = False
+    gate: OutputGate | None = None
+    heads_together: bool = False
+    clip: float | None = None
+    value_scale: float = 1.0
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""
         kv_heads, value_dim = 0 if self.reads is not None else self.num_kv_heads, self.value_dim or self.head_dim
         queries = self.num_heads * (2 if self.gated_queries else 1) * self.head_dim
         values = 0 if self.values_of_keys else kv_heads * value_dim
-        return (queries + kv_heads * self.head_dim + values + self.num_heads * value_dim) * hidden_size
+        gate = 0 if self.gate is None else self.num_heads * (1 if self.gate.by_head else value_dim)
+        return (queries + kv_heads * self.head_dim + values + self.num_heads * value_dim + gate) * hidden_size
 
 
 @dataclass(frozen=True, slots=True)

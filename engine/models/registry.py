@@ -26,17 +26,24 @@ from engine.models.spec import Float8, ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
+    "AXK1ForCausalLM": "axk1",
+    "AfmoeForCausalLM": "afmoe",
     "ApertusForCausalLM": "apertus",
     "ArceeForCausalLM": "arcee",
     "Cohere2ForCausalLM": "cohere2",
+    "Cohere2MoeForCausalLM": "cohere2_moe",
     "CohereForCausalLM": "cohere",
+    "CwmForCausalLM": "cwm",
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "Dots1ForCausalLM": "dots1",
     "Ernie4_5ForCausalLM": "ernie4_5",
     "Ernie4_5_MoeForCausalLM": "ernie4_5_moe",
     "Exaone4ForCausalLM": "exaone4",
+    "ExaoneMoeForCausalLM": "exaone_moe",
     "FalconH1ForCausalLM": "falcon_h1",
+    "FlexOlmoForCausalLM": "flex_olmo",
+    "GPTNeoXForCausalLM": "gpt_neox",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
     "Gemma3nForCausalLM": "gemma3n",
@@ -51,13 +58,24 @@ FAMILIES = {
     "GraniteForCausalLM": "granite",
     "GraniteMoeForCausalLM": "granite_moe",
     "GraniteMoeHybridForCausalLM": "granite_hybrid",
+    "GraniteMoeSWAForCausalLM": "granite_moe_swa",
+    "GraniteMoeSharedForCausalLM": "granite_moe_shared",
+    "GraniteSWAForCausalLM": "granite_swa",
     "HYV3ForCausalLM": "hy_v3",
+    "HeliumForCausalLM": "helium",
     "HunYuanDenseV1ForCausalLM": "hunyuan_dense",
     "HunYuanMoEV1ForCausalLM": "hunyuan_moe",
+    "HyperCLOVAXForCausalLM": "hyperclovax",
+    "IQuestCoderForCausalLM": "iquestcoder",
+    "InternLM3ForCausalLM": "internlm3",
+    "Jais2ForCausalLM": "jais2",
+    "LagunaForCausalLM": "laguna",
     "Lfm2ForCausalLM": "lfm2",
     "Lfm2MoeForCausalLM": "lfm2_moe",
     "Llama4ForCausalLM": "llama4",
     "LlamaForCausalLM": "llama",
+    "MellumForCausalLM": "mellum",
+    "MiMoV2FlashForCausalLM": "mimo_v2_flash",
     "MiniCPM3ForCausalLM": "minicpm3",
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "Ministral3ForCausalLM": "ministral3",
@@ -69,9 +87,11 @@ FAMILIES = {
     "NemotronHForCausalLM": "nemotron_h",
     "Olmo2ForCausalLM": "olmo2",
     "Olmo3ForCausalLM": "olmo3",
+    "OlmoForCausalLM": "olmo",
     "OlmoeForCausalLM": "olmoe",
     "Phi3ForCausalLM": "phi3",
     "PhiForCausalLM": "phi",
+    "PhimoeForCausalLM": "phimoe",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
@@ -79,25 +99,45 @@ FAMILIES = {
     "Qwen3NextForCausalLM": "qwen3_next",
     "Qwen3_5ForCausalLM": "qwen3_5",
     "Qwen3_5MoeForCausalLM": "qwen3_5_moe",
+    "SarvamMoEForCausalLM": "sarvam_moe",
     "SeedOssForCausalLM": "seed_oss",
     "SmolLM3ForCausalLM": "smollm3",
+    "SolarOpenForCausalLM": "solar_open",
+    "StableLmForCausalLM": "stablelm",
     "Starcoder2ForCausalLM": "starcoder2",
+    "VaultGemmaForCausalLM": "vaultgemma",
     "YoutuForCausalLM": "youtu",
 }
 
+# The same for classes that transformers does not have; of some only the name is new.
+OTHERS = {
+    "BailingMoeV2ForCausalLM": "bailing_moe_v2",
+    "LLaMAForCausalLM": "llama",
+    "MiMoForCausalLM": "mimo",
+    "MiniCPMForCausalLM": "minicpm",
+    "TeleChat3ForCausalLM": "llama",
+}
+CLASSES = FAMILIES | OTHERS
+
 # `model_type` of config.json -> the class, as transformers' AutoModelForCausalLM has it.
 MODEL_TYPES = {
+    "afmoe": "AfmoeForCausalLM",
     "apertus": "ApertusForCausalLM",
     "arcee": "ArceeForCausalLM",
+    "axk1": "AXK1ForCausalLM",
     "cohere": "CohereForCausalLM",
     "cohere2": "Cohere2ForCausalLM",
+    "cohere2_moe": "Cohere2MoeForCausalLM",
+    "cwm": "CwmForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
     "deepseek_v3": "DeepseekV3ForCausalLM",
     "dots1": "Dots1ForCausalLM",
     "ernie4_5": "Ernie4_5ForCausalLM",
     "ernie4_5_moe": "Ernie4_5_MoeForCausalLM",
     "exaone4": "Exaone4ForCausalLM",
+    "exaone_moe": "ExaoneMoeForCausalLM",
     "falcon_h1": "FalconH1ForCausalLM",
+    "flex_olmo": "FlexOlmoForCausalLM",
     "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
@@ -108,17 +148,29 @@ MODEL_TYPES = {
     "glm4": "Glm4ForCausalLM",
     "glm4_moe": "Glm4MoeForCausalLM",
     "glm4_moe_lite": "Glm4MoeLiteForCausalLM",
+    "gpt_neox": "GPTNeoXForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
     "granite": "GraniteForCausalLM",
+    "granite_swa": "GraniteSWAForCausalLM",
     "granitemoe": "GraniteMoeForCausalLM",
+    "granitemoe_swa": "GraniteMoeSWAForCausalLM",
     "granitemoehybrid": "GraniteMoeHybridForCausalLM",
+    "granitemoeshared": "GraniteMoeSharedForCausalLM",
+    "helium": "HeliumForCausalLM",
     "hunyuan_v1_dense": "HunYuanDenseV1ForCausalLM",
     "hunyuan_v1_moe": "HunYuanMoEV1ForCausalLM",
     "hy_v3": "HYV3ForCausalLM",
+    "hyperclovax": "HyperCLOVAXForCausalLM",
+    "internlm3": "InternLM3ForCausalLM",
+    "iquestcoder": "IQuestCoderForCausalLM",
+    "jais2": "Jais2ForCausalLM",
+    "laguna": "LagunaForCausalLM",
     "lfm2": "Lfm2ForCausalLM",
     "lfm2_moe": "Lfm2MoeForCausalLM",
     "llama": "LlamaForCausalLM",
     "llama4_text": "Llama4ForCausalLM",
+    "mellum": "MellumForCausalLM",
+    "mimo_v2_flash": "MiMoV2FlashForCausalLM",
     "minicpm3": "MiniCPM3ForCausalLM",
     "minimax_m2": "MiniMaxM2ForCausalLM",
     "ministral": "MinistralForCausalLM",
@@ -128,11 +180,13 @@ MODEL_TYPES = {
     "mixtral": "MixtralForCausalLM",
     "nemotron": "NemotronForCausalLM",
     "nemotron_h": "NemotronHForCausalLM",
+    "olmo": "OlmoForCausalLM",
     "olmo2": "Olmo2ForCausalLM",
     "olmo3": "Olmo3ForCausalLM",
     "olmoe": "OlmoeForCausalLM",
     "phi": "PhiForCausalLM",
     "phi3": "Phi3ForCausalLM",
+    "phimoe": "PhimoeForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen2_moe": "Qwen2MoeForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
@@ -140,9 +194,13 @@ MODEL_TYPES = {
     "qwen3_5_text": "Qwen3_5ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "qwen3_next": "Qwen3NextForCausalLM",
+    "sarvam_moe": "SarvamMoEForCausalLM",
     "seed_oss": "SeedOssForCausalLM",
     "smollm3": "SmolLM3ForCausalLM",
+    "solar_open": "SolarOpenForCausalLM",
+    "stablelm": "StableLmForCausalLM",
     "starcoder2": "Starcoder2ForCausalLM",
+    "vaultgemma": "VaultGemmaForCausalLM",
     "youtu": "YoutuForCausalLM",
 }
 
@@ -220,7 +278,7 @@ def _read(fields: Fields) -> ModelSpec:
     else:
         architecture = _architecture_of(fields)
         stem, task = _split(architecture)
-        spec = _read_family(FAMILIES[f"{stem}ForCausalLM"], fields)
+        spec = _read_family(CLASSES[f"{stem}ForCausalLM"], fields)
         spec = dataclasses.replace(spec, headless=spec.headless or task != "ForCausalLM")
         spec = _as_encoder(fields, stem, spec)
     spec = dataclasses.replace(spec, architecture=stem + task, float8=_float8_of(fields))
@@ -252,7 +310,7 @@ def _encoder_of(fields: Fields) -> tuple[str, str] | None:
 
 def _split(architecture: str) -> tuple[str, str]:
     """LlamaForCausalLM -> Llama, ForCausalLM. LlamaModel -> Llama, Model. Gemma3TextModel is Gemma 3's."""
-    for task in (*HEADLESS, "ForCausalLM", TEXTS, TOKENS, REWARD):
+    for task in (REWARD, *HEADLESS, "ForCausalLM", TEXTS, TOKENS):  # a reward model is no Model
         if architecture.endswith(task):
             stem = architecture.removesuffix(task)
             return "Gemma3" if stem == "Gemma3Text" else stem, task
@@ -304,10 +362,6 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
     if module is None:
         known = ", ".join(sorted(MODEL_TYPES))
         text.fail("model_type", f"({show(kind)}) is not supported as the text part; supported are: {known}")
-    if text.mentions("is_causal") and not text.raw("is_causal"):
-        text.fail("is_causal", "is not supported here: attention to later tokens")
-    if text.raw("use_bidirectional_attention") and not _is_gemma4(text):
-        text.fail("use_bidirectional_attention", "is not supported here")
     spec = _read_family(module, text)
     assumed = spec.assumed
     if not fields.mentions("tie_word_embeddings"):
@@ -341,7 +395,7 @@ def _architecture_of(fields: Fields) -> str:
         fields.fail("architectures", f"must be a list with the name of the model class, not {show(given)}")
     if kind is not None and not isinstance(kind, str):
         fields.fail("model_type", f"must be text, not {show(kind)}")
-    known = [name for name in names if _with_head(name) in FAMILIES]
+    known = [name for name in names if _with_head(name) in CLASSES]
     by_type = MODEL_TYPES.get(kind or "")
     if by_type is None:
         if known:
@@ -374,7 +428,7 @@ def _refuse(fields: Fields, name: str) -> NoReturn:
     """The sentence for a class that is not served."""
     field = "architectures" if fields.has("architectures") else "model_type"
     encoders = (f"{stem}Model" for stem in ENCODERS)
-    known = sorted([*FAMILIES, *encoders, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
+    known = sorted([*CLASSES, *encoders, *(wrapper.name + WRAPPED for wrapper in WRAPPERS.values())])
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 

@@ -81,7 +81,9 @@ class Router:
     with the best score, or (group_best) the best sum of two, may be chosen from.
     scale: factor on the shares. wide: logits are computed in float32. linear_bias: the projection to logits has one.
     input_scale: the tensor ([hidden]) of a norm of what is rated, times hidden^-0.5; input_eps: its epsilon.
-    expert_scale: the tensor ([experts]) of factors on the shares.
+    expert_scale: the tensor ([experts]) of factors on the shares. softcap: c in c * tanh(x / c) on the logits, or None.
+    near: the share of an expert is that of a softmax over those not yet chosen whose logits are not further below the
+    best one's than that part of the larger of the two; it replaces score and normalize (PhiMoE, arXiv 2409.12136).
     """
 
     normalize: bool
@@ -99,6 +101,8 @@ class Router:
     input_scale: str | None = None
     input_eps: float = 0.0
     expert_scale: str | None = None
+    softcap: float | None = None
+    near: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +226,7 @@ class LayerSpec:
 
     One of the two may be missing; the norms of a feed-forward alone are those of the mixer that is not there.
 
-    parallel: the feed-forward reads what the mixer reads, and both are added at once; it has no norms of its own.
+    parallel: the feed-forward reads what the mixer reads, or x by its own norm, and both are added at once.
     residual_scale: factor on what is added to x. post_norm: the out norms are of the sums: x = out_norm(x + mixer(x)).
     end_scale: the tensor ([1]) of a factor on what the layer gives.
     """

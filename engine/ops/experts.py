@@ -74,11 +74,17 @@ class Choice:
     scale: float = 1.0
     minimum: float = 0.0
     expert_scale: Tensor | None = None
+    softcap: float | None = None
+    near: float | None = None
 
     def __call__(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """[N, experts] -> the experts of each token int64 [N, chosen], best first, and their shares float32."""
         if self._is_plain:
             return choose_experts(logits, self.chosen, normalize=self.normalize)
+        if self.near is not None:
+            return self._among_near(logits.float(), self.near)
+        if self.softcap is not None:
+            logits = by_rows(torch.tanh, logits / self.softcap) * self.softcap
         scores = logits.float()
         scores = scores.softmax(dim=-1) if self.score == "softmax" else by_rows(torch.sigmoid, scores)
         # By the logits where they are in the order of the scores, of which many may be 1.
@@ -98,6 +104,18 @@ class Choice:
         if self.expert_scale is not None:
             shares = shares * self.expert_scale[experts]
         return experts, shares * self.scale
+
+    def _among_near(self, logits: Tensor, near: float) -> tuple[Tensor, Tensor]:
+        """One expert after the other, each with its share of a softmax over those near it that are left."""
+        experts, shares = [], []
+        left = logits
+        for _ in range(self.chosen):
+            best, expert = left.max(dim=-1, keepdim=True)
+            far = (best - logits) / torch.maximum(logits.abs(), best) > near
+            shares.append(left.masked_fill(far, -torch.inf).softmax(dim=-1).gather(1, expert))
+            experts.append(expert)
+            left = left.scatter(1, expert, -torch.inf)
+        return torch.cat(experts, 1), torch.cat(shares, 1) * self.scale
 
     def mix(self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
         """See mix_experts."""
@@ -129,4 +147,6 @@ class Choice:
             and self.groups == 1
             and self.scale == 1.0
             and self.expert_scale is None
+            and self.softcap is None
+            and self.near is None
         )

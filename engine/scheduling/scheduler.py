@@ -16,21 +16,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from engine.cache.kv_cache import KVCache, SequencePages
+from engine.cache.history import Visit
+from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.forward import NULL_PAGE, BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging, TokenMasks
-from engine.request import (
-    MAX_STOP_TOKEN_IDS,
-    ContextLengthExceededError,
-    FinishReason,
-    Request,
-    RequestError,
-)
+from engine.request import FinishReason
 from engine.scheduling.batch import Batch
-from engine.scheduling.policy.registry import make_policy
+from engine.scheduling.residents import Residents
 from engine.scheduling.sequence import Sequence, SequenceStatus
-from engine.scheduling.slots import IndexArray, Scratch, SlotTable
+from engine.scheduling.slots import IndexArray, Scratch
 
 # A run of forced tokens shorter than this is sampled token by token: nothing, or one step of one row, would be saved.
 MIN_JUMP = 2
@@ -56,17 +51,7 @@ class StepResult:
     pooled: list[tuple[Sequence, int]] = field(default_factory=list)
 
 
-@dataclass(slots=True)
-class SchedulerCounters:
-    """Running totals for the metrics; tokens unless said."""
-
-    prefix_cache_queries: int = 0
-    prefix_cache_hits: int = 0
-    num_preemptions: int = 0
-    prefill_tokens: int = 0
-
-
-class Scheduler:
+class Scheduler(Residents):
     """See the module. `staging`: the executor's two sets, filled in turn."""
 
     def __init__(
@@ -79,41 +64,11 @@ class Scheduler:
         eos_token_ids: tuple[int, ...] = (),
     ) -> None:
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "a step must hold every decode row"
-        self.limits = limits
-        self.options = options
-        self.eos_token_ids = eos_token_ids
-        self.kv_cache = KVCache(
-            limits.num_pages,
-            limits.page_size,
-            groups=limits.groups,
-            num_snapshots=limits.num_snapshots,
-            enable_prefix_caching=cache_options.enable_prefix_caching,
-            eviction_policy=cache_options.eviction_policy,
-        )
-        self.counters = SchedulerCounters()
-        self.num_waiting = 0
-        self._clock = clock
-        self._table = SlotTable(limits)
-        self._policy = make_policy(options.policy, self.kv_cache)
+        super().__init__(limits, options, cache_options, clock, eos_token_ids)
         self._batches = (Batch(staging[0]), Batch(staging[1]))
         self._next_step = 0
-        self._committed_step = -1
-        self._next_order = 0
-        self._held: list[Sequence] | None = None
         # Calls of `schedule` that got as far as admission; some of them come to no step.
         self._num_turns = 0
-        # All that run, in order of admission.
-        self._running: list[Sequence] = []
-        self._prefilling: list[Sequence] = []
-        # Past their prefill, with forced tokens that are known and not computed.
-        self._jumping: list[Sequence] = []
-        # Finished or retracted while in flight; they give back slot and pages at commit.
-        self._leaving: list[Sequence] = []
-        # Rows past their prefill, oldest first but for those that have jumped since. Kept as an array; `_decodes_stale`
-        # says that it must be rebuilt.
-        self._decoding: list[Sequence] = []
-        self._decodes: IndexArray = np.zeros(0, np.intp)
-        self._decodes_stale = False
         # Page-table entries that the next step changes: (sequence, its pages then, group, index, page).
         self._remaps: list[tuple[Sequence, SequencePages, int, int, int]] = []
         # Of models with a recurrent state: (sequence, its pages then, tokens) whose state the next step saves.
@@ -126,131 +81,6 @@ class Scheduler:
         self._num_groups = len(limits.groups)
         # Tokens for which groups with a window should have pages, beside the window's own, before a prompt begins.
         self._good_chunk = min(limits.max_num_batched_tokens, max(group.window or 0 for group in limits.groups))
-
-    # ---- requests
-
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
-    @property
-    def has_work(self) -> bool:
-        """Something waits, runs, or has yet to give back its slot."""
-        return bool(self.num_waiting or self._running or self._leaving)
-
-    def sequence_of(self, slot: int) -> Sequence:
-        sequence = self._table.sequences[slot]
-        assert sequence is not None
-        return sequence
-
-    def live_sequences(self) -> list[Sequence]:
-        """Every sequence that holds a slot; for checks."""
-        return [sequence for sequence in self._table.sequences if sequence is not None]
-
-    def check(self, request: Request) -> tuple[int, tuple[int, ...]]:
-        """The most tokens that its sequence may have, and the ids that end it.
-
-        Raises RequestError for one that can never be served. Reads nothing that changes: any thread may ask.
-        """
-        prompt, params, limits = request.prompt_token_ids, request.sampling, self.limits
-        if not prompt:
-            raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
-        max_length = limits.max_model_len
-        if request.pooling is not None:
-            # All of it is computed, as if a token were to follow.
-            max_length = len(prompt) + 1
-            most = min(limits.max_model_len, limits.max_cached_tokens)
-            if len(prompt) > most:
-                raise ContextLengthExceededError(
-                    f"This model's maximum context length is {most} tokens. However, your input contains "
-                    f"{len(prompt)} tokens. Please shorten the input.",
-                    param="input",
-                )
-        elif len(prompt) >= limits.max_model_len:
-            raise ContextLengthExceededError(
-                f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt "
-                f"contains {len(prompt)} tokens, which leaves no room for output. Please shorten the prompt.",
-                param="prompt",
-            )
-        if params.max_tokens is not None:
-            max_length = len(prompt) + params.max_tokens
-            if max_length > limits.max_model_len:
-                raise ContextLengthExceededError(
-                    f"This model's maximum context length is {limits.max_model_len} tokens. However, you "
-                    f"requested {max_length} tokens ({len(prompt)} in the prompt, {params.max_tokens} for the "
-                    "output). Please shorten the prompt or the output.",
-                    param="max_tokens",
-                )
-        # The last token is never computed, so it needs no place in the cache.
-        if max_length - 1 > limits.max_cached_tokens:
-            if params.max_tokens is not None or len(prompt) >= limits.max_cached_tokens:
-                raise ContextLengthExceededError(
-                    f"The KV cache holds {limits.max_cached_tokens} tokens; {max_length} were asked "
-                    "for (prompt and output). Please shorten the prompt or the output.",
-                    param="max_tokens",
-                )
-            max_length = limits.max_cached_tokens + 1
-        stop_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.eos_token_ids) + params.stop_token_ids))
-        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"At most {MAX_STOP_TOKEN_IDS} stop token ids are supported, EOS ids included; got {len(stop_ids)}.",
-                param="stop_token_ids",
-            )
-        return max_length, stop_ids
-
-    def submit(self, request: Request) -> Sequence:
-        """Queue a request. Raises RequestError for one that can never be served."""
-        max_length, stop_ids = self.check(request)
-        sequence = Sequence(
-            request,
-            order=self._next_order,
-            max_length=max_length,
-            stop_ids=stop_ids,
-            arrived_at=self._clock.now(),
-        )
-        self._next_order += 1
-        self.num_waiting += 1
-        if self._held is not None:
-            self._held.append(sequence)
-        else:
-            self._policy.push(sequence)
-        return sequence
-
-    def hold(self) -> None:
-        """From now on new sequences wait until `let_go`, whatever the policy says."""
-        if self._held is None:
-            self._held = []
-
-    def let_go(self) -> None:
-        held, self._held = self._held or [], None
-        for sequence in held:
-            if not sequence.is_finished:
-                self._policy.push(sequence)
-
-    def retract_all(self) -> None:
-        """Make every running sequence wait, to be computed again. Nothing may be in flight."""
-        for sequence in reversed(list(self._running)):
-            self._retract(sequence)
-
-    def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
-        """End a sequence now, in whatever state it is. Idempotent."""
-        self.finish(sequence, reason, None)
-
-    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
-        """End a sequence; tokens still in flight for it will be dropped."""
-        if sequence.is_finished:
-            return
-        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
-        self._policy.finished(sequence)
-        if sequence.status is SequenceStatus.WAITING:
-            sequence.move(SequenceStatus.FINISHED)
-            self.num_waiting -= 1
-            return
-        if sequence.status is SequenceStatus.RUNNING:
-            self._leave(sequence)
-        sequence.move(SequenceStatus.FINISHING)
-        self._table.live[sequence.slot] = False
-        self._release_if_idle(sequence)
 
     # ---- a step begins
 
@@ -414,6 +244,8 @@ class Scheduler:
                 continue  # no page or no budget is left: it sits this step out
             # Its pages enter the radix tree when it leaves, like those of all generated tokens.
             batch.write_prefill(slot, start, sequence.token_ids[start:end], end == known)
+            if self.recorder is not None:
+                self.recorder.chunk(sequence.request.request_id, "forced", start, end)
             table.computed[slot] = end
             if end == known:
                 self._jumping.remove(sequence)
@@ -432,7 +264,7 @@ class Scheduler:
             # A half-written prompt goes first: admitting another would only share the budget between them.
             if self._prefilling or not self._table.num_free:
                 return
-            candidate = self._policy.peek(self._num_turns)
+            candidate = self._trials.next() if self._trials.pending else self._policy.peek(self._num_turns)
             if candidate is None or not self._admit(batch, candidate):
                 return
             self._write_chunk(batch, candidate)
@@ -466,6 +298,7 @@ class Scheduler:
             sequence.pages_wanted = wanted
             return False
         self.num_waiting -= 1
+        self.num_waiting_tokens -= len(tokens)
         sequence.move(SequenceStatus.RUNNING)
         sequence.pages = pages
         sequence.pages_wanted = 0
@@ -474,8 +307,23 @@ class Scheduler:
             sequence.num_cached_tokens = num_cached
             self.counters.prefix_cache_queries += len(tokens)
             self.counters.prefix_cache_hits += num_cached
-        popped = self._policy.pop()
-        assert popped is sequence
+            cache.history.admitted(
+                Visit(
+                    request.request_id,
+                    request.namespace,
+                    pages.data,
+                    sequence.num_prompt_tokens,
+                    len(sequence.matchable_ids),
+                    num_cached,
+                    pages.num_known * cache.page_size,
+                    sequence.admitted_at,
+                )
+            )
+        if self.recorder is not None:
+            self.recorder.event(request.request_id, "admitted", num_cached)
+        if not sequence.suspect_until:
+            popped = self._policy.pop()
+            assert popped is sequence
         sequence.is_retracted = False
         slot = table.pop_free()
         sequence.enter_slot(slot, table)
@@ -518,6 +366,8 @@ class Scheduler:
         batch.write_prefill(slot, start, tokens[start:end], end == known and not pools)
         if pools:
             batch.write_pooled(sequence, end == known)
+        if self.recorder is not None:
+            self.recorder.chunk(sequence.request.request_id, "pooling" if pools else "prefill", start, end)
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
         batch.entered.append((sequence, pages.num_shared))
@@ -569,9 +419,14 @@ class Scheduler:
     def commit(self, batch: Batch, output: ForwardOutput) -> StepResult:
         """Apply a finished step. Steps are committed in the order they were scheduled."""
         self._end_step(batch)
+        if self._trials.pending:
+            self._acquit(batch)
         table, scratch = self._table, self._scratch
         slots, tokens = batch.slots, output.token_ids
         assert len(tokens) == batch.num_rows, "the executor answered for another number of rows"
+        if int(tokens.max()) >= self.limits.vocab_size:
+            output.broken = [*output.broken, *np.flatnonzero(tokens >= self.limits.vocab_size).tolist()]
+        broken = self._end_broken(batch, output.broken) if output.broken else []
         live = table.live.take(slots, out=scratch.get("live", np.bool_, len(slots)), mode="clip")
         if not batch.all_sample:
             np.logical_and(live, batch.samples, out=live)
@@ -601,7 +456,7 @@ class Scheduler:
         gaps = table.token_at.take(slots, out=scratch.get("gaps", np.float64, count), mode="clip")
         np.subtract(now, gaps, out=gaps)
         table.token_at[slots] = now
-        result = StepResult(slots, tokens, gaps)
+        result = StepResult(slots, tokens, gaps, broken)
         if output.logprobs is not None or output.prompt_logprobs:
             self._attribute_logprobs(batch, output, result)
         if ended.any():
@@ -617,6 +472,14 @@ class Scheduler:
         self._release_leaving()
         return result
 
+    def _acquit(self, batch: Batch) -> None:
+        """Suspects that the step has brought past the place where one had failed with them."""
+        rows, staging = batch.num_rows, batch.staging
+        ends = (staging.row_start[:rows] + staging.row_len[:rows]).tolist()
+        live = [bool(self._table.live[slot]) for slot in batch.slots.tolist()]
+        members = map(self.sequence_of, batch.slots.tolist())
+        self._trials.succeeded((one, end) for one, end, wanted in zip(members, ends, live, strict=True) if wanted)
+
     def _attribute_logprobs(self, batch: Batch, output: ForwardOutput, result: StepResult) -> None:
         """Before any row leaves its slot: whose log-probabilities are these? Overruns are left out."""
         live, slots = self._table.live, batch.slots
@@ -629,29 +492,65 @@ class Scheduler:
                 result.prompt_logprobs.append((self.sequence_of(int(slots[prompt.row])), index))
 
     def fail(self, batch: Batch, error: ForwardError) -> StepResult:
-        """A step failed: its sequences end with an error, and what it entered into the radix tree is taken back.
+        """A step failed: whoever made it fail ends with an error, once that is known; all others are computed again.
 
-        Sequences of later steps that already share such a page are computed again; the rest is not touched.
+        What the step entered into the radix tree is taken back, and who shares it already starts over. A sequence that
+        was alone in the step is the culprit; of several, each is a suspect (see Trials).
         """
         self._end_step(batch)
-        result = StepResult(batch.slots[:0], np.zeros(0, np.int32), np.zeros(0))
+        table, cache, slots = self._table, self.kv_cache, batch.slots
+        result = StepResult(slots[:0], np.zeros(0, np.int32), np.zeros(0))
         for sequence, first_page in batch.entered:
             if sequence.pages is not None:
-                self.kv_cache.take_back(sequence.pages, first_page)
-        # An aborted sequence may still have been part of the step: its last pages are not to be shared either.
-        self._table.computed[batch.slots] = 0
-        for slot in batch.slots.tolist():
-            sequence = self.sequence_of(slot)
-            if self._table.live[slot]:
-                self.finish(sequence, FinishReason.ERROR, None)
-                result.finished.append(sequence)
-        for sequence in list(self._running):
-            if sequence.pages is not None and not self.kv_cache.is_intact(sequence.pages):
-                # Its tokens in flight come from the failed step's pages.
-                self._table.live[sequence.slot] = False
-                self._retract(sequence)
+                cache.take_back(sequence.pages, first_page)
+        # What was computed before the step is good, also of one that was aborted. Windows have left some of it behind.
+        starts = 0 if cache.has_windows else batch.staging.row_start[: batch.num_rows]
+        table.computed[slots] = np.minimum(table.computed[slots], starts)
+        members = [self.sequence_of(slot) for slot in slots.tolist()]
+        suspects = [sequence for sequence in members if sequence.suspect_until]
+        if all(table.live[one.slot] or one.is_finished for one in suspects):
+            ends = batch.staging.row_start[: batch.num_rows] + batch.staging.row_len[: batch.num_rows]
+            for sequence, end in zip(members, ends.tolist(), strict=True):
+                if sequence in suspects or not suspects:
+                    sequence.suspect_until = max(sequence.suspect_until, end)
+            result.finished += self._trials.judge(suspects or members)
+        # Else it was launched before the step that they are suspected for had failed, and tells nothing new.
+        for sequence in result.finished:
+            self.finish(sequence, FinishReason.ERROR, None)
+        table.live[slots] = False
+        self._distrust_heirs()
+        self.retract_all()
         self._release_leaving()
         return result
+
+    def _end_broken(self, batch: Batch, rows: list[int]) -> list[Sequence]:
+        """Rows that computed no numbers end with an error, and what they put into the radix tree leaves it.
+
+        Who shares that is computed again. Returns those that ended now.
+        """
+        ended = []
+        for slot in batch.slots[rows].tolist():
+            if self._table.live[slot]:
+                sequence = self.sequence_of(slot)
+                assert sequence.pages is not None
+                # What it found there when it came is not its own.
+                self.kv_cache.take_back(sequence.pages, sequence.num_cached_tokens // self.limits.page_size)
+                self.finish(sequence, FinishReason.ERROR, None)
+                ended.append(sequence)
+        for sequence in self._distrust_heirs():
+            self._retract(sequence)
+        return ended
+
+    def _distrust_heirs(self) -> list[Sequence]:
+        """Who shares a page that was taken back: its tokens in flight come from there."""
+        heirs = [
+            sequence
+            for sequence in self._running
+            if sequence.pages is not None and not self.kv_cache.is_intact(sequence.pages)
+        ]
+        for sequence in heirs:
+            self._table.live[sequence.slot] = False
+        return heirs
 
     def jump(self, batch: Batch, row: int, tokens: Iterable[int]) -> int:
         """Append tokens that must follow, where `row` of the newest step in flight would sample the first of them.
@@ -702,62 +601,3 @@ class Scheduler:
         self._table.last_step.take(slots, out=newest, mode="clip")
         busy: BoolArray = np.greater(newest, self._committed_step, out=self._scratch.get("busy", np.bool_, len(slots)))
         return busy
-
-    @property
-    def slot_owners(self) -> list[Sequence | None]:
-        """[num_slots]: who holds each slot now; to be read only."""
-        return self._table.sequences
-
-    # ---- leaving
-
-    def _in_flight(self, sequence: Sequence) -> bool:
-        return bool(self._table.last_step[sequence.slot] > self._committed_step)
-
-    def _leave(self, sequence: Sequence) -> None:
-        """Take a running sequence out of every order; slot and pages follow when nothing is in flight."""
-        self._running.remove(sequence)
-        if sequence in self._prefilling:
-            self._prefilling.remove(sequence)
-        elif sequence in self._jumping:
-            self._jumping.remove(sequence)
-        elif sequence in self._decoding:
-            self._decoding.remove(sequence)
-            self._decodes_stale = True
-        self._leaving.append(sequence)
-
-    def _retract(self, sequence: Sequence) -> None:
-        """Take the place of a running sequence; it will be computed again from its tokens."""
-        self._leave(sequence)
-        sequence.move(SequenceStatus.RETRACTING)
-        sequence.num_retractions += 1
-        self.counters.num_preemptions += 1
-        self._release_if_idle(sequence)
-
-    def _release_leaving(self) -> None:
-        if self._leaving:
-            for sequence in list(self._leaving):
-                self._release_if_idle(sequence)
-
-    def _release_if_idle(self, sequence: Sequence) -> None:
-        """Give slot and pages back, once nothing of the sequence is in flight."""
-        if self._in_flight(sequence):
-            return
-        if sequence in self._leaving:
-            self._leaving.remove(sequence)
-        table, slot, pages = self._table, sequence.slot, sequence.pages
-        assert pages is not None
-        tokens = sequence.token_ids
-        # KV is valid for tokens that were computed and whose ids are known; an overrun's are not.
-        valid = min(int(table.computed[slot]), len(tokens))
-        if sequence.finish_reason is FinishReason.ERROR or not self.kv_cache.is_intact(pages):
-            valid = 0
-        self.kv_cache.release(pages, tokens, valid)
-        sequence.pages = None
-        sequence.leave_slot()
-        if sequence.status is SequenceStatus.FINISHING:
-            sequence.move(SequenceStatus.FINISHED)
-        else:
-            sequence.move(SequenceStatus.WAITING)
-            sequence.is_retracted = True
-            self.num_waiting += 1
-            self._policy.push_front(sequence)

@@ -70,6 +70,7 @@ class Sequence:
         "status",
         "stop_ids",
         "stop_reason",
+        "suspect_until",
         "table",
     )
 
@@ -91,6 +92,8 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_retractions = 0
         self.is_retracted = False
+        # Of one that a step failed with: see Trials. 0: it is no suspect.
+        self.suspect_until = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.arrived_at = arrived_at

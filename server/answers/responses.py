@@ -101,6 +101,18 @@ class ResponsesAnswer:
         self._tell("response.failed", response=response)
         return self._told()
 
+    def current(self, status: str) -> Json:
+        """The Response of one that is under way, "queued" or "in_progress"."""
+        return self._response(status)
+
+    def cancelled(self) -> bytes:
+        """The event of one that was cancelled, with what it has."""
+        self._close("incomplete")
+        response = self._kept(self._response("cancelled"))
+        # There is no event of that name: clients read the status.
+        self._tell("response.incomplete", response=response)
+        return self._told()
+
     # ---- the items
 
     def _read(self, delta: Delta) -> None:
@@ -238,14 +250,14 @@ class ResponsesAnswer:
             "created_at": plan.created,
             "completed_at": int(time.time()) if status == "completed" else None,
             "status": status,
-            "background": False,
+            "background": self._asked.background,
             "error": why,
             "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
             "model": plan.model,
             "output": self._output,
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
-            "usage": None if status == "in_progress" else self._usage(),
+            "usage": None if status in ("queued", "in_progress") else self._usage(),
             **self._asked.fields,
         }
 

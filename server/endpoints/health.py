@@ -84,7 +84,7 @@ def _check(state: State) -> None:
         raise ApiError(503, "The engine has failed.")
     if engine.draining:
         raise ApiError(503, "The server is shutting down.")
-    if engine.seconds_since_progress() > state.options.unresponsive_after_s:
+    if engine.seconds_since_progress() > state.options.stall_timeout_s:
         raise ApiError(503, "The engine makes no progress.")
 
 

@@ -8,6 +8,7 @@ import importlib.metadata
 
 from aiohttp import web
 
+from server.endpoints import web as pages
 from server.protocol.errors import json_response
 from server.state import STATE
 
@@ -22,6 +23,9 @@ def version() -> str:
 
 
 async def root(request: web.Request) -> web.Response:
+    """The chat page for a browser, a few words for programs."""
+    if pages.wants_page(request):
+        return pages.send(request, pages.PAGES["/"])
     return json_response({"name": "oneloop", "version": version(), "models": request.app[STATE].model.names})
 
 

@@ -1,16 +1,15 @@
-"""/v1/responses: create a response, and see, list or forget what is kept of one.
-
-Only `background` responses could be cancelled, and this server has none.
-"""
+"""/v1/responses: create a response, and see, follow, cancel, list or forget what is kept of one."""
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
 
 import orjson
 from aiohttp import web
 
 from server.answers.responses import ResponsesAnswer
+from server.background import JOBS, Job
 from server.endpoints.generate import echo_request_id
 from server.protocol.body import Body, invalid, read_body
 from server.protocol.chat import encode_messages
@@ -19,10 +18,11 @@ from server.protocol.generation import read_model
 from server.protocol.naming import in_words_of
 from server.protocol.responses import NAMES, parse_response, read_chat
 from server.protocol.tool_fields import read_tools
-from server.responder import respond
+from server.responder import names_of, respond
 from server.response_store import Stored
 from server.short_forms import with_short_forms
-from server.state import CALLER, REQUEST_ID, STATE
+from server.sse import EventStream
+from server.state import CALLER, REQUEST_ID, STATE, State
 
 _MAX_LISTED = 100
 
@@ -30,10 +30,36 @@ _MAX_LISTED = 100
 async def create(request: web.Request) -> web.StreamResponse:
     """POST /v1/responses."""
     state, body = request.app[STATE], await read_body(request)
+    if body.boolean("background", False):
+        return await _create_job(request, state, body)
     plan, asked = await parse_response(body, state, f"resp_{request[REQUEST_ID]}", _owner())
     echo_request_id(request, body)
     with in_words_of(NAMES):
         return await respond(request, state, plan, partial(ResponsesAnswer, asked))
+
+
+async def _create_job(request: web.Request, state: State, body: Body) -> web.StreamResponse:
+    """One that goes on without its client. It is made to be streamed, whether this client follows it or not."""
+    follows = body.boolean("stream", False)
+    if body.has("stream_options") and not follows:
+        raise invalid("stream_options", "is only allowed when `stream` is true")
+    name = f"resp_{request[REQUEST_ID]}"
+    job, response = await request.app[JOBS].start(state, body, name, names_of(request, name))
+    echo_request_id(request, body)
+    if follows:
+        return await _follow(request, job, -1)
+    return web.Response(body=response, content_type="application/json")
+
+
+async def _follow(request: web.Request, job: Job, after: int) -> web.StreamResponse:
+    """The events of a job, to its end."""
+    interval = request.app[STATE].options.keep_alive_interval_s
+    events = await EventStream.open(request, ResponsesAnswer.headers, ResponsesAnswer.keep_alive, interval)
+    with contextlib.suppress(ConnectionError):
+        async with events, contextlib.aclosing(job.follow(after)) as source:
+            async for data in source:
+                await events.write(data)
+    return events.response
 
 
 async def count_input_tokens(request: web.Request) -> web.Response:
@@ -46,26 +72,50 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})
 
 
-async def retrieve(request: web.Request) -> web.Response:
-    """GET /v1/responses/{id}."""
+async def retrieve(request: web.Request) -> web.StreamResponse:
+    """GET /v1/responses/{id}, whole, or with `stream=true` its events behind number `starting_after`."""
+    job = request.app[JOBS].get(_owner(), request.match_info["response_id"])
+    stream, after = request.query.get("stream", "false"), request.query.get("starting_after")
+    if stream not in ("true", "false"):
+        raise invalid("stream", "must be true or false")
+    # The header is what SSE says for a client that comes back.
+    named = after if after is not None else request.headers.get("Last-Event-ID")
+    if after is not None and stream == "false":
+        raise invalid("starting_after", "is only allowed when `stream` is true")
+    if stream == "true":
+        if job is None:
+            _find(request)
+            raise invalid("stream", "is of `background` responses, as long as their events are kept")
+        if named is not None and not (named.isascii() and named.isdecimal() and len(named) <= 9):
+            raise invalid("starting_after", "must be the number of an event")
+        return await _follow(request, job, -1 if named is None else int(named))
+    if job is not None and not job.is_done:
+        return json_response(job.response())
     stored = _find(request)
-    if request.query.get("stream", "false") != "false":
-        raise invalid("stream", "is not supported here: only `background` responses could be streamed again")
     return web.Response(body=stored.response, content_type="application/json")
 
 
 async def delete(request: web.Request) -> web.Response:
     """DELETE /v1/responses/{id}."""
-    _find(request)
     name = request.match_info["response_id"]
+    job = request.app[JOBS].get(_owner(), name)
+    if job is not None and not job.is_done:
+        await job.cancel()
+    elif job is None:
+        _find(request)
+    request.app[JOBS].forget(_owner(), name)
     request.app[STATE].responses.delete(_owner(), name)
     return json_response({"id": name, "object": "response", "deleted": True})
 
 
 async def cancel(request: web.Request) -> web.Response:
-    """POST /v1/responses/{id}/cancel: what is kept here has ended."""
-    _find(request)
-    raise invalid("response_id", "is of a response that was not made with `background`, and those cannot be cancelled")
+    """POST /v1/responses/{id}/cancel: end one that runs in the background; one that has ended stays as it is."""
+    job = request.app[JOBS].get(_owner(), request.match_info["response_id"])
+    if job is None and not orjson.loads(_find(request).response)["background"]:
+        raise invalid("response_id", "is of a response that was not made with `background`, and cannot be cancelled")
+    if job is not None and not job.is_done:
+        await job.cancel()
+    return web.Response(body=_find(request).response, content_type="application/json")
 
 
 async def list_input_items(request: web.Request) -> web.Response:

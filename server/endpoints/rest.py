@@ -73,15 +73,30 @@ async def update_weights(request: web.Request) -> web.Response:
     if not body.boolean("flush_cache", True):
         raise invalid("flush_cache", "must be true: what is cached was computed with the old weights")
     version, abort = body.string("weight_version", None, most=128), body.boolean("abort_all_requests", False)
-    if "\0" in path:
-        raise invalid("model_path", "must be a directory on the server's machine")
+    directory = _within(path, request.app[STATE].options.weights_root)
     try:
-        await engine.load_weights(Path(path), abort=abort, version=version)
+        await engine.load_weights(directory, abort=abort, version=version)
     except StartupError as error:
         raise ApiError(400, f"The weights were not taken: {_without_paths(error)}", param="model_path") from None
     except OSError as error:  # a name that is too long, a directory that may not be looked into
         raise ApiError(400, f"The weights were not taken: {error.strerror}.", param="model_path") from None
     return json_response({"success": True, "message": "The new weights serve.", "num_paused_requests": 0})
+
+
+def _within(path: str, root: str | None) -> Path:
+    """A client's path as a directory under --weights-root. Raises the 403 for any other; links do not lead out."""
+    if root is None:
+        raise ApiError(403, "This server takes no other weights: it was started without --weights-root.")
+    if "\0" in path:
+        raise invalid("model_path", "must be a directory on the server's machine")
+    try:
+        top = Path(root).resolve(strict=True)
+        directory = (top / path).resolve()
+    except (OSError, RuntimeError):  # a name that is too long, links in a circle
+        raise invalid("model_path", "must be a directory under --weights-root") from None
+    if not directory.is_relative_to(top):
+        raise ApiError(403, "`model_path` must be a directory under --weights-root.", param="model_path")
+    return directory
 
 
 def _without_paths(error: StartupError) -> str:

@@ -10,12 +10,27 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from server.openapi import admin, anthropic, llamacpp, ollama, openai, pooling, responses, sglang, small, tei
+from server.openapi import (
+    admin,
+    anthropic,
+    llamacpp,
+    ollama,
+    openai,
+    pooling,
+    responses,
+    sglang,
+    small,
+    tei,
+    watching,
+    web,
+)
 from server.openapi.words import Json, string
 from server.protocol.body import REFUSED_EVERYWHERE
 from server.short_forms import short_form
 
-FAMILIES: tuple[Any, ...] = (openai, responses, pooling, tei, anthropic, ollama, sglang, llamacpp, admin, small)
+FAMILIES: tuple[Any, ...] = (
+    *(openai, responses, pooling, tei, anthropic, ollama, sglang, llamacpp, admin, small, watching, web),
+)
 
 
 def document(version: str, root_path: str = "") -> Json:

@@ -117,6 +117,7 @@ _REQUEST: Json = {
     **{name: value for name, value in refused(CHAT_REFUSALS).items() if name not in _PROMPT},
     **_PROMPT,
     "store": boolean(),
+    "background": boolean(),
     "metadata": mapping(string(most=512)),
     "max_tool_calls": integer(1),
     "prompt_cache_key": string(),
@@ -175,8 +176,8 @@ _RESPONSE = gives(
         "object": constant("response"),
         "created_at": integer(0),
         "completed_at": _NO_INTEGER,
-        "status": constant("in_progress", "completed", "incomplete", "failed"),
-        "background": constant(False),
+        "status": constant("queued", "in_progress", "completed", "incomplete", "failed", "cancelled"),
+        "background": boolean(),
         "error": either(gives({"code": constant("server_error", "invalid_prompt"), "message": string()}), NULL),
         "incomplete_details": either(gives({"reason": constant("max_output_tokens")}), NULL),
         "model": string(),
@@ -283,9 +284,13 @@ PATHS: Json = {
         gives({"object": constant("response.input_tokens"), "input_tokens": integer(0)}),
         examples=({"input": "Hello"}, {"input": "Hello", "stream": True, "stream_options": {}}),
     ),
-    "/v1/responses/{response_id}": get("A response that was kept.", "Response", query={"stream": constant("false")})
+    "/v1/responses/{response_id}": get(
+        "A response that was kept, or runs in the background; with `stream`, the events of the latter behind a number.",
+        "Response",
+        query={"stream": constant("false", "true"), "starting_after": integer(0)},
+    )
     | delete("Forget a response.", gives({"id": string(), "object": constant("response"), "deleted": constant(True)})),
-    "/v1/responses/{response_id}/cancel": post("400: what is kept here has ended.", None, "Response"),
+    "/v1/responses/{response_id}/cancel": post("End a response that runs in the background.", None, "Response"),
     "/v1/responses/{response_id}/input_items": get(
         "The items that a response was made from.",
         "InputItems",

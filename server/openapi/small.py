@@ -99,7 +99,7 @@ PATHS: Json = {
     "/ready": get("The same.", None),
     "/health_generate": get("200 when a token has come out of the model.", None),
     "/metrics": get("Prometheus text.", string(), kind="text/plain"),
-    "/": get("What this is.", "Server"),
+    "/": get("What this is; for a browser (Accept: text/html) the page to chat on.", "Server"),
     "/v1": get("What this is.", "Server"),
     "/version": get("The version.", "Version"),
     "/server_info": _INFO,

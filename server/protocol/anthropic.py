@@ -6,11 +6,12 @@ What both APIs know is read by chat.py; here are only the fields and the blocks 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from engine.request import RequestError
 from server.protocol.anthropic_tools import client_tool
-from server.protocol.body import Body, check_nesting, invalid
+from server.protocol.body import Body, aside, check_nesting, invalid
 from server.protocol.chat import EFFORTS, encode_messages, is_begun, is_last_of_assistant, parse_chat
 from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
@@ -105,7 +106,7 @@ async def parse_messages(body: Body, state: State, response_id: str) -> tuple[Pl
     if max_tokens is None:
         raise invalid("max_tokens", "is required")
     thinking = body.object("thinking") or {}
-    chat = _to_chat(body, state)
+    chat = await aside(body, partial(_to_chat, body, state))
     budget = chat.get("thinking_token_budget")
     if budget is not None and budget >= max_tokens:
         raise invalid("thinking.budget_tokens", "must be less than `max_tokens`")
@@ -121,7 +122,7 @@ async def parse_messages(body: Body, state: State, response_id: str) -> tuple[Pl
 
 async def count_tokens(body: Body, state: State) -> int:
     """Tokens of the prompt that the same body would make for parse_messages."""
-    chat = Body(_to_chat(body, state), body.size)
+    chat = Body(await aside(body, partial(_to_chat, body, state)), body.size)
     read_model(chat, state.model)
     _, prompt = await encode_messages(chat, state, read_tools(chat))
     return len(prompt)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import orjson
@@ -16,9 +17,16 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from engine.request import Range, RequestError
+from server.protocol import json_pieces
 from server.protocol.errors import ApiError
 
 T = TypeVar("T")
+R = TypeVar("R")
+
+# A body of more is parsed and checked in a thread; a hop there and back takes some 0.1 ms of the loop's time.
+INLINE_BYTES = 8 * 1024
+# What a compressed body may become, roughly.
+_INFLATION = 8
 
 # A router that takes this server for half of a pair would wait for the other half: in no family a hint.
 REFUSED_EVERYWHERE = ("bootstrap_host", "bootstrap_port", "bootstrap_room")
@@ -40,9 +48,9 @@ class Body:
 
     @classmethod
     def parse(cls, data: bytes) -> Body:
-        """Raises RequestError unless `data` is one JSON object."""
+        """Raises RequestError unless `data` is one JSON object. A large one belongs in a thread."""
         try:
-            values = orjson.loads(data)
+            values = json_pieces.loads(data)
         except orjson.JSONDecodeError as error:
             raise RequestError(f"The body is not valid JSON: {error}.") from None
         if not isinstance(values, dict):
@@ -55,6 +63,11 @@ class Body:
 
     def has(self, name: str) -> bool:
         return self._values.get(name) is not None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All fields as they came, for whoever keeps the body."""
+        return self._values
 
     def changed(self, changes: dict[str, Any], size: int | None = None) -> Body:
         """A body with other values for some fields; a None takes one away."""
@@ -175,12 +188,23 @@ async def read_body(request: web.Request, *, any_type: bool = False) -> Body:
     except (web.RequestPayloadError, HttpProcessingError):
         raise RequestError("The body could not be read: its transfer encoding is broken.") from None
     if encoding != "identity":
-        data = inflate(data, _DEFLATE if encoding == "deflate" else _GZIP, limit)
-    body = Body.parse(data)
+        windows = _DEFLATE if encoding == "deflate" else _GZIP
+        data = await _aside(len(data) * _INFLATION, partial(inflate, data, windows, limit))
+    body = await _aside(len(data), partial(Body.parse, data))
     for name in REFUSED_EVERYWHERE:
         if body.has(name):
             raise invalid(name, "is for servers that prefill for others, or decode for them; this one does both")
     return body
+
+
+async def aside(body: Body, work: Callable[[], R]) -> R:
+    """`work()`, which reads this body and touches nothing else: in a thread where that may hold the loop for more than
+    a millisecond."""
+    return await _aside(body.size, work)
+
+
+async def _aside(size: int, work: Callable[[], R]) -> R:
+    return work() if size <= INLINE_BYTES else await asyncio.to_thread(work)
 
 
 def inflate(data: bytes, windows: tuple[int, ...], limit: int) -> bytes:

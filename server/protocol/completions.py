@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 from engine.request import MAX_TOP_LOGPROBS
-from server.protocol.body import Body, invalid
+from server.protocol.body import Body, aside, invalid
 from server.protocol.generation import Common, Plan, make_plan, read_common
 from server.protocol.infill import ending, find_infill, infill_prompt
 from server.protocol.prompts import encode_prompts, read_prompts
@@ -29,11 +30,12 @@ async def parse_completion(
 ) -> Plan:
     """Raises RequestError for anything that cannot be served. Other families have other defaults and limits."""
     logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
-    common = read_common(body, state, "max_tokens", default_max_tokens, logprobs)
-    spec = read_grammar(body)
+    common = await aside(body, partial(read_common, body, state, "max_tokens", default_max_tokens, logprobs))
+    spec = await aside(body, partial(read_grammar, body))
     refuse(body, COMPLETION_REFUSALS)
     add_special_tokens = body.boolean("add_special_tokens", True)
-    given = read_prompts(body, "prompt", state.model.model_config.vocab_size, MAX_PROMPTS)
+    rows = state.model.model_config.vocab_size
+    given = await aside(body, partial(read_prompts, body, "prompt", rows, MAX_PROMPTS))
     if suffix := body.string("suffix", ""):
         infill = find_infill(state, "suffix")
         texts = [prompt for prompt in given if isinstance(prompt, str)]

@@ -6,6 +6,7 @@ responder for errors inside a stream, and below aiohttp for what is no HTTP at a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import orjson
@@ -71,7 +72,8 @@ def error_response(
     if error.status == 401:
         response.headers["WWW-Authenticate"] = "Bearer"
     if error.status in (429, 503):
-        response.headers["Retry-After"] = _RETRY_AFTER
+        after = error.retry_after
+        response.headers["Retry-After"] = _RETRY_AFTER if after is None else str(max(1, math.ceil(after)))
     return response
 
 

@@ -84,6 +84,7 @@ class Terms:
     priority: int
     fairness_key: str
     timeout_s: float | None
+    weight: float = 1.0
 
     def request(self, request_id: str, prompt: list[int], sampling: SamplingParams, **others: Any) -> Request:
         """A request on these terms. others: fields of Request."""
@@ -95,6 +96,7 @@ class Terms:
             priority=self.priority,
             fairness_key=self.fairness_key,
             timeout_s=self.timeout_s,
+            weight=self.weight,
             **others,
         )
 
@@ -122,7 +124,9 @@ class Common:
 def read_model(body: Body, model: ServedModel) -> str:
     """The name that the client uses; the served one where it gives none. Raises the 404 for an unknown one."""
     name = body.string("model", model.names[0])
-    if not model.knows(name):
+    owner = CALLER.get().owner
+    models = None if owner is None or owner.entry is None else owner.entry.models
+    if not model.knows(name) or (models is not None and name not in models):
         raise unknown_model(name)
     return name
 
@@ -182,10 +186,14 @@ def read_common(
 def read_terms(body: Body, state: State) -> Terms:
     """What prompts of all kinds may say beside what they want."""
     caller = CALLER.get()
+    entry = None if caller.owner is None else caller.owner.entry
+    # Shares are between keys where the file tells them apart: a flood under many users' names is one key's.
+    user = "" if entry is not None else body.string("user", "")[:MAX_USER_LENGTH]
     return Terms(
         namespace=_read_namespace(body, state),
         priority=_read_priority(body, state),
-        fairness_key=f"{caller.key}:{body.string('user', '')[:MAX_USER_LENGTH]}",
+        fairness_key=f"{caller.key}:{user}",
+        weight=1.0 if entry is None else entry.weight,
         timeout_s=body.number("timeout", caller.timeout_s, 0, MAX_TIMEOUT_S, above=True),
     )
 
@@ -194,7 +202,7 @@ def _read_namespace(body: Body, state: State) -> str:
     """Where in the cache a prompt may look. The salt is the client's word, the key before the colon the server's: no
     two pairs of them make the same name, and no salt leads into another key's."""
     salt, options = body.string("cache_salt", "", most=MAX_SALT_LENGTH), state.options
-    isolated = len(options.api_keys) > 1 if options.isolate_api_keys is None else options.isolate_api_keys
+    isolated = options.num_keys > 1 if options.isolate_api_keys is None else options.isolate_api_keys
     return f"{CALLER.get().key}:{salt}" if isolated else salt
 
 
@@ -202,7 +210,8 @@ def _read_priority(body: Body, state: State) -> int:
     priority = body.integer("priority", 0, -MAX_PRIORITY, MAX_PRIORITY)
     if priority and state.engine.config.scheduler.policy != "priority":
         raise RequestError("`priority` needs a server that runs with --schedule-policy priority.", param="priority")
-    return priority
+    owner = CALLER.get().owner
+    return priority if owner is None or owner.entry is None else max(priority, owner.entry.priority)
 
 
 def make_plan(
@@ -360,16 +369,18 @@ def _read_repetition_penalty(body: Body) -> float | None:
 
 def _read_logit_bias(body: Body, vocab_size: int) -> tuple[tuple[int, float], ...]:
     """JSON's keys are strings; two spellings of one id ("7", "07") are one id, and the last counts."""
-    bias: dict[int, float] = {}
-    for key, value in (body.object("logit_bias") or {}).items():
-        # The length first: int() takes its time over a million digits.
-        if not (key.isascii() and key.isdecimal() and len(key) <= 10 and int(key) < vocab_size):
-            raise invalid("logit_bias", f"must have token ids from 0 to {vocab_size - 1} as keys")
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not -100 <= value <= 100:
-            raise invalid("logit_bias", "must have numbers from -100 to 100 as values")
-        bias[int(key)] = float(value)
-    return tuple(bias.items())
+    given = body.object("logit_bias") or {}
+    # A vocabulary may have 300,000 tokens: keys and values are checked as wholes. Their lengths first: int() takes its
+    # time over a million digits.
+    digits = "".join(given)
+    fine = not given or (digits.isascii() and digits.isdecimal() and min(map(len, given)) > 0)
+    ids = list(map(int, given)) if fine and max(map(len, given), default=0) <= 10 else []
+    if len(ids) != len(given) or (ids and max(ids) >= vocab_size):
+        raise invalid("logit_bias", f"must have token ids from 0 to {vocab_size - 1} as keys")
+    values = given.values()
+    if not {int, float}.issuperset(map(type, values)) or (values and not -100 <= min(values) <= max(values) <= 100):
+        raise invalid("logit_bias", "must have numbers from -100 to 100 as values")
+    return tuple(dict(zip(ids, map(float, values), strict=True)).items())
 
 
 def _read_allowed_token_ids(body: Body, vocab_size: int) -> tuple[int, ...] | None:

@@ -43,7 +43,6 @@ MOVED = {
 }
 # What this API has and this server has not, and what only chat has, with the values that ask for nothing.
 REFUSALS: dict[str, tuple[object, ...]] = {
-    "background": (False,),
     "background_options": ({},),
     "conversation": (),
     "prompt": (),
@@ -84,18 +83,21 @@ class Asked:
     """What the answer tells of its request.
 
     fields: of the Response object. items: the whole input, earlier turns included. owner: whom the response is kept
-    for, None where it is not kept. searches: the client runs searches for tools.
+    for, None where it is not kept. searches: the client runs searches for tools. background: it goes on without it.
     """
 
     fields: Json
     items: list[Json]
     owner: str | None
     searches: bool
+    background: bool = False
 
 
 async def parse_response(body: Body, state: State, response_id: str, owner: str) -> tuple[Plan, Asked]:
     """Raises RequestError for anything that cannot be served, under this API's names of fields."""
-    store = _read_store(body, state)
+    store, background = _read_store(body, state), body.boolean("background", False)
+    if background and not store:
+        raise invalid("background", "needs `store` to be true, and a server that keeps responses")
     chat, items = read_chat(body, state, owner)
     fields = _read_fields(body)
     with in_words_of(NAMES):
@@ -104,7 +106,7 @@ async def parse_response(body: Body, state: State, response_id: str, owner: str)
             flat = Declared(chat.raw("tools")).flat
             plan = await _truncated(chat, items, fields["instructions"], flat, state, plan)
     searches = any(map(is_client_search, fields["tools"]))
-    return plan, Asked(fields | {"store": store}, items, owner if store else None, searches)
+    return plan, Asked(fields | {"store": store}, items, owner if store else None, searches, background)
 
 
 def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:

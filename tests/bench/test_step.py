@@ -35,3 +35,20 @@ def test_a_steady_step_keeps_nothing() -> None:
     lines, peak, kept = step.measure_allocations(loop, at_least=512)
     assert kept < 512 and peak < 64 * 1024
     assert all(line.startswith(("engine/scheduling/", "engine/cache/")) for line in lines)
+
+
+def test_what_looking_costs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["step", "--recorder", "--batch", "4", "--steps", "100"])
+    step.main()
+    row = capsys.readouterr().out.splitlines()[-1].split()
+    assert row[0] == "4" and float(row[1]) > 0.0 and row[3].endswith("%") and float(row[4]) > 0.0
+
+
+def test_a_watched_loop_records_its_steps() -> None:
+    loop = step.RecordedLoop(4, 60)
+    assert not loop.recorder.steps
+    loop.recorder.watch()
+    loop.recorder.look(3)
+    for _ in range(10):
+        loop.step()
+    assert [one.decode for one in loop.recorder.steps] == [4, 4, 4] and loop.recorder.stages is None

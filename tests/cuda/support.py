@@ -60,6 +60,15 @@ WINDOWED = {
     "sliding_window": 6,
     "max_window_layers": 1,
 }
+# Two kinds of windows, in as many memory groups: sevenths of a text each.
+GROUPED = {
+    **TINY,
+    "num_hidden_layers": 4,
+    "architectures": ["Qwen2ForCausalLM"],
+    "use_sliding_window": True,
+    "sliding_window": 6,
+    "max_window_layers": 1,
+}
 # A cache of latents, and layers that see blocks of the text.
 LATENT = {
     **TINY,
@@ -198,6 +207,7 @@ def make_attention(kind: str, model: CausalLM, limits: Limits, device: FakeDevic
     options: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": limits.page_size,
+        "groups": limits.groups,
         "dtype": torch.float32,
         "device": device.device,
     }

@@ -14,11 +14,12 @@ import torch
 
 from engine.config import EngineConfig, StartupError
 from engine.engine import Engine
-from engine.groups import one_group
+from engine.groups import one_group, plan_groups
 from engine.models.parts.decoder import CausalLM
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import (
     CHUNKED,
+    GROUPED,
     LATENT,
     SMALL,
     WINDOWED,
@@ -61,6 +62,24 @@ async def test_pages_that_left_every_window_are_given_back(attention: str) -> No
     requests = requests_of(8)
     assert max(len(request.prompt_token_ids) + (request.sampling.max_tokens or 0) for request in requests) > 24
     tokens = await serve(make_executor(limits, device=FakeDevice(8), attention=attention, model=model), requests)
+    assert tokens == [expected_tokens(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
+@pytest.mark.parametrize("mode", ["lazy", "start", "off"])
+async def test_every_memory_group_has_its_own_pages(attention: str, mode: str) -> None:
+    """Layers of different groups share buffers and no page; the windowed ones give theirs back."""
+    model = tiny_model(json.dumps(GROUPED))
+    groups = plan_groups(model.config.windows, SMALL.max_model_len)
+    assert [group.window for group in groups] == [None, 6, 6, 6]
+    # Of 16 pages that a text of 64 tokens has in each group; four such texts run at once.
+    limits = dataclasses.replace(SMALL, num_pages=44, groups=groups)
+    requests = requests_of(11)
+    executor = make_executor(limits, device=FakeDevice(11, 0.3), attention=attention, model=model, cuda_graph=mode)
+    assert executor.attention.k_pools[0].data_ptr() == executor.attention.k_pools[3].data_ptr()
+    if mode == "start":
+        executor.capture_at_start()
+    tokens = await serve(executor, requests)
     assert tokens == [expected_tokens(model, request) for request in requests]
 
 

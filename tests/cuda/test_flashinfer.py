@@ -19,7 +19,7 @@ from engine.ops import native
 from engine.ops.attention import flashinfer
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.attention.device import DecodePlan, DecodeStep, DeviceAttention, MixedStep, Ragged
-from engine.ops.attention.flashinfer import Backend
+from engine.ops.attention.flashinfer import Backend, Kind
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer
 from tests.gpu import support as gpu_support
@@ -87,7 +87,7 @@ class Bench:
         ends = [[0, *itertools.accumulate(sizes)] for sizes in ([r[0] for r in rows], [len(r[1]) for r in rows])]
         last = [length - (len(pages) - 1) * PAGE for _, pages, length in rows]
         host = [self.pinned(values) for values in (*ends, last, [length for _, _, length in rows])]
-        return Ragged(self.on_device([page for _, pages, _ in rows for page in pages]), *host)
+        return Ragged([self.on_device([page for _, pages, _ in rows for page in pages])], *host)
 
     def mixed(self, parity: int = 0, decodes: int = 0) -> tuple[list[Tensor], list[Tensor]]:
         first = DECODES[:decodes]
@@ -98,10 +98,10 @@ class Bench:
             for count, row, length in rows
             for i in range(count)
         ]
-        on_device = self.on_device(positions), self.on_device(slots, torch.int64)
+        on_device = self.on_device(positions), [self.on_device(slots, torch.int64)]
         tables = torch.tensor([pages + (4 - len(pages)) * [0] for _, pages, _ in first], dtype=torch.int32)
         lengths = self.on_device([length for _, _, length in first])
-        known = DecodeStep(on_device[0][:decodes], on_device[1][:decodes], tables, lengths, parity)
+        known = DecodeStep(on_device[0][:decodes], [on_device[1][0][:decodes]], [tables], lengths, parity)
 
         def make(backend: DeviceAttention) -> Any:
             step = MixedStep(*on_device, self.ragged(rows), self.ragged(ROWS), decodes, parity)
@@ -117,15 +117,16 @@ class Bench:
         tables = torch.tensor([[3, 7, 0, 0], [2, 9, 4, 0], [0, 0, 0, 0]], dtype=torch.int32)
         step = DecodeStep(
             self.on_device([20, 37, 0]),
-            self.on_device([7 * PAGE + 4, 4 * PAGE + 5, 0], torch.int64),
-            tables,
+            [self.on_device([7 * PAGE + 4, 4 * PAGE + 5, 0], torch.int64)],
+            [tables],
             self.on_device([21, 38, 1]),
             parity,
         )
 
         def make(backend: DeviceAttention) -> Any:
             if backend.decode_needs_plan(3):
-                plan = DecodePlan(self.pinned([0, 2, 5, 6]), self.pinned([5, 6, 1]), self.on_device([3, 7, 2, 9, 4, 0]))
+                indices = [self.on_device([3, 7, 2, 9, 4, 0])]
+                plan = DecodePlan(self.pinned([0, 2, 5, 6]), self.pinned([5, 6, 1]), indices)
                 backend.plan_decode(plan, 3, width, parity)
             return backend.decode(step)
 
@@ -144,6 +145,8 @@ def check(results: tuple[list[Tensor], list[Tensor]]) -> None:
 
 LLAMA_1B = AttentionSpec.alike(2, 32, 8, 64, 64**-0.5)
 LLAMA_8B = AttentionSpec.alike(2, 32, 8, 128, 128**-0.5)
+# Layers without a window, where there is one memory group.
+ALL = Kind(None, 0)
 
 
 @pytest.mark.parametrize("spec", [LLAMA_1B, LLAMA_8B], ids=["1b", "8b"])
@@ -213,10 +216,10 @@ def test_what_has_no_kernel_runs_on_torch() -> None:
 
 def test_odd_and_even_steps_have_wrappers_of_their_own() -> None:
     backend = Bench(LLAMA_1B).backend
-    assert backend._prefills[None, 0] is not backend._prefills[None, 1]
+    assert backend._prefills[ALL, 0] is not backend._prefills[ALL, 1]
     planned = Bench(LLAMA_1B, decode="wrapper").backend
     planned.prepare_decode(8, 64)
-    assert planned._decodes[8, 64, None, 0] is not planned._decodes[8, 64, None, 1]
+    assert planned._decodes[8, 64, ALL, 0] is not planned._decodes[8, 64, ALL, 1]
 
 
 def test_all_decode_wrappers_of_a_kind_and_parity_share_their_plan_memory() -> None:
@@ -229,7 +232,7 @@ def test_all_decode_wrappers_of_a_kind_and_parity_share_their_plan_memory() -> N
         for key, wrapper in backend._decodes.items()
     }
     assert len(memory) == 6 and len(set(memory.values())) == 2
-    assert all((at == memory[1, 64, None, 0]) == (key[3] == 0) for key, at in memory.items())
+    assert all((at == memory[1, 64, ALL, 0]) == (key[3] == 0) for key, at in memory.items())
 
 
 WINDOWED = AttentionSpec.alike(3, 8, 2, 64, 0.1, window=(6, None, 6))
@@ -301,7 +304,7 @@ def test_decode_rows_that_xqa_has_not_share_fa2_with_the_prompts() -> None:
         check(bench.mixed(0, decodes))
         (plan,) = bench.calls("prefill.plan")
         assert len(plan["qo_indptr"]) == 3 + decodes
-        wrapper = bench.backend._packed[None, 0] if decodes else bench.backend._prefills[None, 0]
+        wrapper = bench.backend._packed[ALL, 0] if decodes else bench.backend._prefills[ALL, 0]
         assert wrapper.settings["qo_indptr"] is plan["qo_indptr"]
 
 

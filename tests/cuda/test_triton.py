@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,6 +29,28 @@ from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.sampling.layout import WORDS  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
 from engine.ops.triton import activation, experts, extras, gated, norm, pdl, prepare, rope, sampling, skinny  # noqa: E402
+
+
+def patch_language_once() -> None:
+    """The interpreter patches triton's language at every call from a kernel, too, more than half of its time."""
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch = getattr(interpreter, "_patch_lang", None)
+    scope = getattr(interpreter, "_LangPatchScope", None)
+    if patch is None or scope is None:
+        return
+
+    def patch_once(fn: Any) -> Any:
+        # A kernel names `triton.language`, the library's own functions `triton.language.core`.
+        seen = [each for each in fn.__globals__.values() if each is language or each is language.core]
+        return scope() if all(each.static_print is print for each in seen) else patch(fn)
+
+    interpreter._patch_lang = patch_once
+
+
+if DEVICE.type == "cpu":
+    patch_language_once()
 
 DTYPES = [torch.float32, torch.bfloat16]
 # The interpreter cannot multiply matrices of bfloat16.
@@ -247,20 +270,24 @@ def test_adjust(biased: bool, penalised: bool) -> None:
     assert (ours is logits) == (not biased and not penalised)
 
 
-def test_prepare() -> None:
-    slots, pages, rows, width = 6, 300, 4, 280
-    table = torch.randint(1, 90, (slots, pages), dtype=torch.int32, generator=torch.Generator().manual_seed(0)).to(
-        DEVICE
-    )
+@pytest.mark.parametrize(("groups", "width"), [(1, 280), (3, 275)])
+def test_prepare(groups: int, width: int) -> None:
+    slots, pages, rows = 6, 300, 3
+    generator = torch.Generator().manual_seed(0)
+    table = torch.randint(1, 90, (groups, slots, pages), dtype=torch.int32, generator=generator).to(DEVICE)
     last = torch.arange(100, 100 + slots, dtype=torch.int32, device=DEVICE)
-    values = [[5, 2, 0, 0], [17, 1100, 0, 0], [0, 5 * pages + 4, 0, 0], [0, 77, 0, 0]]
+    last_group = (groups - 1) * slots * pages
+    values = [[5, 2, 0], [17, 1099, 0], [0, last_group + 5 * pages + 4, 0], [0, 77, 0]]
     arguments = [torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in values]
     theirs_table = table.cpu().clone()
     theirs = decode_inputs(theirs_table, last.cpu(), *(a.cpu() for a in arguments), width, 4)
     ours = prepare.prepare(table, last, *arguments, width, 4)
     assert torch.equal(table.cpu(), theirs_table) and len(ours[0]) == rows
-    for mine, other in zip(ours, theirs, strict=True):
+    flat = [[*each[:2], *each[2], *each[3]] for each in (ours, theirs)]
+    assert len(flat[0]) == 2 + 2 * groups
+    for mine, other in zip(*flat, strict=True):
         assert mine.dtype == other.dtype and torch.equal(mine.cpu(), other)
+        assert mine.data_ptr() % 16 == 0, "a kernel would be compiled anew for it"
 
 
 def params_of(rows: int, filters: bool = False, seed: int = 0) -> np.ndarray:

@@ -166,6 +166,33 @@ async def test_an_error_is_the_steps_own(
     assert "step 1 failed" in caplog.text
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(temperature=1.0, seed=1, top_p=0.9, logprobs=2)])
+async def test_rows_without_numbers_are_named_and_hurt_no_other(
+    make: MakeDriver, model: CausalLM, checkpoint: tuple[Path, object], value: float, sampling: SamplingParams
+) -> None:
+    class Broken:
+        """Its second row's logits hold one number that is none."""
+
+        def __init__(self) -> None:
+            self.attention_spec, self.forward = model.attention_spec, model.forward
+
+        def logits(self, hidden: Tensor) -> Tensor:
+            logits = model.logits(hidden).clone()
+            logits[1, 7] = value
+            return logits
+
+    driver = make(Broken())
+    pages = {1: list(range(1, 13)), 2: list(range(13, 25)), 3: list(range(25, 37))}
+    handle = driver.launch(
+        [prefill(1, PROMPT), prefill(2, PROMPT[:9]), prefill(3, PROMPT[:7])], pages, {1: GREEDY, 2: sampling, 3: GREEDY}
+    )
+    output = await driver.executor.wait(handle)
+    assert output.broken == [1]
+    expected = [continuation(checkpoint[1], PROMPT[:count], 1)[0] for count in (45, 7)]
+    assert output.token_ids[[0, 2]].tolist() == expected
+
+
 async def test_a_wait_may_be_cancelled_and_repeated(make: MakeDriver, model: CausalLM) -> None:
     release = threading.Event()
 

@@ -34,6 +34,7 @@ BASE: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
 # What a family's config.json needs beside that.
 EXTRA: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 40},
@@ -54,6 +55,27 @@ EXTRA: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10000.0,
         "tie_word_embeddings": True,
     },
+    "GPTNeoXForCausalLM": {"hidden_act": "gelu"},
+    "LagunaForCausalLM": {
+        **EXPERTS,
+        "shared_expert_intermediate_size": 128,
+        "sliding_window": 40,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "num_attention_heads_per_layer": [8, 4, 2],
+        "moe_router_logit_softcapping": 2.0,
+    },
+    "MiMoV2FlashForCausalLM": {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "v_head_dim": 32,
+        "sliding_window": 40,
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            "sliding_attention": {"rope_theta": 10000.0},
+        },
+    },
+    "PhimoeForCausalLM": {"num_local_experts": 4, "router_jitter_noise": 0.1},
     "MixtralForCausalLM": {"num_local_experts": 4, "num_experts_per_tok": 2},
     "Qwen3MoeForCausalLM": {
         "num_experts": 4,
@@ -154,29 +176,49 @@ EXTRA: dict[str, dict[str, Any]] = {
 }
 # Made of the same parts as another family: only names of fields and tensors differ.
 SAME_PARTS = {
+    "AXK1ForCausalLM",
+    "AfmoeForCausalLM",
     "ArceeForCausalLM",
+    "Cohere2MoeForCausalLM",
     "CohereForCausalLM",
+    "CwmForCausalLM",
     "DeepseekV2ForCausalLM",
     "Dots1ForCausalLM",
     "Ernie4_5ForCausalLM",
     "Ernie4_5_MoeForCausalLM",
+    "ExaoneMoeForCausalLM",
+    "FlexOlmoForCausalLM",
     "GemmaForCausalLM",
     "Glm4MoeLiteForCausalLM",
     "GlmForCausalLM",
     "GraniteForCausalLM",
     "GraniteMoeHybridForCausalLM",
+    "GraniteMoeSWAForCausalLM",
+    "GraniteMoeSharedForCausalLM",
+    "GraniteSWAForCausalLM",
     "HYV3ForCausalLM",
+    "HeliumForCausalLM",
     "HunYuanMoEV1ForCausalLM",
+    "HyperCLOVAXForCausalLM",
+    "IQuestCoderForCausalLM",
+    "InternLM3ForCausalLM",
+    "Jais2ForCausalLM",
+    "MellumForCausalLM",
     "MiniCPM3ForCausalLM",
     "MiniMaxM2ForCausalLM",
     "MinistralForCausalLM",
     "Mistral4ForCausalLM",
     "Olmo3ForCausalLM",
+    "OlmoForCausalLM",
     "OlmoeForCausalLM",
     "PhiForCausalLM",
+    "SarvamMoEForCausalLM",
     "SeedOssForCausalLM",
     "SmolLM3ForCausalLM",
+    "SolarOpenForCausalLM",
+    "StableLmForCausalLM",
     "Starcoder2ForCausalLM",
+    "VaultGemmaForCausalLM",
     "YoutuForCausalLM",
 }
 # Their recurrent states are kept on a CPU alone: a GPU refuses them at start.
@@ -186,7 +228,7 @@ WITH_STATES = {
 }
 # Their attention has no kernels on a GPU yet, and goes by torch.
 TORCH_ATTENTION = {
-    *("DeepseekV3ForCausalLM", "Llama4ForCausalLM", "GptOssForCausalLM"),
+    *("DeepseekV3ForCausalLM", "Llama4ForCausalLM", "GptOssForCausalLM", "MiMoV2FlashForCausalLM"),
     *("Gemma3nForCausalLM", "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM"),
 }
 LIMITS = Limits(
@@ -225,6 +267,7 @@ def executor(
     options: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": limits.page_size,
+        "groups": limits.groups,
         "dtype": dtype,
         "kv_dtype": kv_dtype,
         "device": layer.device,

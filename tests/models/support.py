@@ -23,7 +23,7 @@ from engine.ops.invariance import promise
 from engine.ops.state import States
 
 CPU = torch.device("cpu")
-_UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias")
+_UNCOUNTED = re.compile(r"vision|visual|projector|connector|e_score_correction_bias|norm\.weight")
 
 # Small, and with no two sizes alike, so that a mixed-up dimension cannot pass.
 SIZES: dict[str, Any] = {
@@ -61,7 +61,9 @@ def make_checkpoint(
         config_class = getattr(transformers, text + "Config")
         config = config_class(**{**SIZES, **sizes})
         config._attn_implementation = "eager"
-        model = getattr(transformers, family + "ForCausalLM")(config)
+        # Classes by another name alone have a config and no model.
+        make = getattr(transformers, family + "ForCausalLM", transformers.AutoModelForCausalLM.from_config)
+        model = make(config)
         fill(model, seed, offset=0.0 if family in ("Gemma", "Gemma2", "Gemma3") else 1.0)
         model.to(dtype).save_pretrained(directory, max_shard_size=max_shard_size)
         if dtype != torch.float32:

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.models.families.wrappers import WRAPPERS
 from engine.models.mixers import LatentAttention
-from engine.models.registry import ENCODERS, FAMILIES, read_spec
+from engine.models.registry import CLASSES, ENCODERS, read_spec
 from engine.models.spec import DenseAndExperts, Experts, ModelSpec
 from tests.models import test_encoders, test_families, test_latent, test_llama4, test_wrappers
 
@@ -51,7 +51,7 @@ def read(architecture: str) -> ModelSpec:
 def rows() -> dict[str, list[str]]:
     """The classes of every kind, without what all their names end in."""
     found: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for architecture in FAMILIES:
+    for architecture in CLASSES:
         found[kind_of(read(architecture))].append(architecture.removesuffix("ForCausalLM"))
     found["encoders"] += ENCODERS
     found["text of image models"] += (wrapper.name for wrapper in WRAPPERS.values())
@@ -62,7 +62,7 @@ def compared() -> set[str]:
     """Those that a test of this folder compares with transformers."""
     names = {family for family, _ in (*test_families.FAMILIES.values(), *test_latent.FAMILIES.values())}
     names |= {family.removesuffix("Model") for family, _ in test_encoders.ENCODERS.values()}
-    names |= {family for family, *_ in test_wrappers.CASES.values()}
+    names |= {family for family, *_ in test_wrappers.CASES.values()} | set(test_families.OTHERS)
     return names | ({"Llama4"} if test_llama4.CASES else set()) | {"GptOss"}  # test_gpt_oss.py
 
 

@@ -29,6 +29,15 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
 }
 
+GEMMA4 = {
+    "architectures": ["Gemma4ForCausalLM"],
+    "head_dim": 16,
+    "global_head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention"],
+    "hidden_size_per_layer_input": 0,
+}
+LAGUNA = {"architectures": ["LagunaForCausalLM"], "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2}
+
 
 def read(directory: Path, **changes: Any) -> ModelSpec:
     values = {name: value for name, value in (LLAMA | changes).items() if value is not ...}
@@ -96,7 +105,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "model-type": ({"architectures": None, "model_type": 3}, "model_type must be text, not 3"),
     "other-type": (
         {"architectures": None, "model_type": "t5"},
-        "model_type t5 is not supported; supported are: ApertusForCausalLM, ",
+        "model_type t5 is not supported; supported are: AXK1ForCausalLM, ",
     ),
     "classifier": (
         {"architectures": ["LlamaForMultipleChoice"], "model_type": "llama"},
@@ -112,7 +121,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
             "model_type": "llava",
             "text_config": {"model_type": "opt"},
         },
-        'text_config.model_type ("opt") is not supported as the text part; supported are: apertus, ',
+        'text_config.model_type ("opt") is not supported as the text part; supported are: afmoe, ',
     ),
     "text-part-number": (
         {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": {"model_type": 3}},
@@ -231,6 +240,95 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "partial-rotary": (
         {"architectures": ["Glm4ForCausalLM"], "head_dim": 16, "partial_rotary_factor": 1.5},
         "partial_rotary_factor must be a finite number above 0 and at most 1, not 1.5",
+    ),
+    "gemma4-both-ways": ({**GEMMA4, "use_bidirectional_attention": "all"}, "use_bidirectional_attention (all) is not"),
+    "gemma4-all-shared": ({**GEMMA4, "num_kv_shared_layers": 2}, "num_kv_shared_layers (2) must be below num_hidden"),
+    "gemma4-nothing-to-read": (
+        {**GEMMA4, "num_kv_shared_layers": 1},
+        "num_kv_shared_layers (1) leaves no layer with full_attention to read from",
+    ),
+    "gemma4-layer-sizes": (
+        {**GEMMA4, "per_layer_config": {"1": {"head_dim": 16, "hidden_size": 8}}},
+        "per_layer_config.1.hidden_size is not supported: head_dim and num_key_value_heads of a layer are",
+    ),
+    "gemma4-layer-size": (
+        {**GEMMA4, "per_layer_config": {"0": {"head_dim": "wide"}}},
+        'per_layer_config.0.head_dim must be an integer from 1 to 2147483647, not "wide"',
+    ),
+    "gemma4-layer-list": ({**GEMMA4, "per_layer_config": [8]}, "per_layer_config must be an object, not [8]"),
+    "gemma4-head": ({**GEMMA4, "head_dim": 7}, "head_dim (7) leaves 7 rotary dimensions; they must be even"),
+    "gemma4-kv-heads": (
+        {**GEMMA4, "attention_k_eq_v": True, "num_global_key_value_heads": 3},
+        "num_attention_heads (4) must be a multiple of a layer's 3 KV heads",
+    ),
+    "gemma4-inputs": (
+        {**GEMMA4, "hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 99},
+        "vocab_size_per_layer_input (99) must not be below vocab_size",
+    ),
+    "gemma4-experts": (
+        {**GEMMA4, "enable_moe_block": True, "num_experts": 2, "top_k_experts": 3, "moe_intermediate_size": 8},
+        "top_k_experts (3) must not exceed num_experts (2)",
+    ),
+    "cohere2-no-window": (
+        {"architectures": ["Cohere2ForCausalLM"], "sliding_window": None},
+        "sliding_window must be a number of tokens in this class, not null",
+    ),
+    "laguna-heads": (
+        {**LAGUNA, "num_attention_heads_per_layer": [4, 3]},
+        "num_attention_heads_per_layer (3) must be a multiple of num_key_value_heads",
+    ),
+    "laguna-heads-count": (
+        {**LAGUNA, "num_attention_heads_per_layer": [4]},
+        "num_attention_heads_per_layer must have num_hidden_layers = 2 entries, not 1",
+    ),
+    "laguna-gate": ({**LAGUNA, "gating": "per-layer"}, 'gating must be true, per-head or per-element, not "per-layer"'),
+    "mimo-kv-heads": (
+        {"architectures": ["MiMoV2FlashForCausalLM"], "num_key_value_heads": 4},
+        "num_key_value_heads (4), doubled, must divide num_attention_heads",
+    ),
+    "mimo-pattern": (
+        {"architectures": ["MiMoV2FlashForCausalLM"], "hybrid_layer_pattern": [0, 2]},
+        "hybrid_layer_pattern must hold 0 or 1 for each of num_hidden_layers = 2 layers",
+    ),
+    "mimo-heads": (
+        {"architectures": ["MiMoV2FlashForCausalLM"], "swa_num_key_value_heads": 2},
+        "swa_num_key_value_heads must be 4 in this class, not 2",
+    ),
+    "layer-theta": (
+        {"architectures": ["GraniteSWAForCausalLM"], "layer_rope_theta": [0, "far"]},
+        'layer_rope_theta must be a finite number of at least 0, not "far"',
+    ),
+    "layer-thetas": (
+        {"architectures": ["GraniteSWAForCausalLM"], "layer_rope_theta": 5},
+        "layer_rope_theta must be a list of num_hidden_layers = 2 numbers",
+    ),
+    "muse-theta": (
+        {
+            "architectures": ["MuseGlimmerForConditionalGeneration"],
+            "text_config": {**LLAMA, "layer_rope_theta": [[], 0]},
+        },
+        "text_config.layer_rope_theta must hold 0 or 10000 for each of 2 layers",
+    ),
+    "phimoe-mscale": (
+        {
+            "architectures": ["PhimoeForCausalLM"],
+            "rope_scaling": {
+                "type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+                "short_mscale": 1.1,
+                "long_mscale": 1.2,
+            },
+        },
+        "rope_scaling.long_mscale (1.2) is not short_mscale (1.1), which is not supported",
+    ),
+    "minicpm-sparse": (
+        {"architectures": ["MiniCPMForCausalLM"], "sparse_config": {"topk": 64}},
+        "sparse_config is not supported: with null in its place attention is to all tokens",
+    ),
+    "gte-mixed": (
+        {"architectures": ["NewModel"], "rope_scaling": {"type": "ntk", "factor": 2.0, "mixed_b": 0.5}},
+        "rope_scaling.mixed_b is not supported",
     ),
     "nested-rope": (
         {"architectures": ["Gemma3ForCausalLM"], "rope_parameters": {"sliding_attention": {"rope_type": "spiral"}}},

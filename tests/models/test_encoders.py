@@ -14,7 +14,7 @@ from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import ForwardInput, Limits, Staging
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.base import create_backend
-from tests.models.support import SIZES, edit_json, fill, load, prompts_of, relative_error
+from tests.models.support import SIZES, Runner, edit_json, fill, load, prompts_of, relative_error
 
 BERT = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "eos_token_id")}
 ROBERTA = {**BERT, "max_position_embeddings": 130, "pad_token_id": 3, "type_vocab_size": 1}
@@ -182,6 +182,40 @@ def test_heads_match_transformers(name: str, tmp_path: Path) -> None:
             ours = model.classify(hidden if classifier.late else read[classifier.pooling])
             ours = ours.mean(dim=0) if classifier.late else ours
             assert relative_error(ours if classifier.pooling == "all" else ours.view(-1), expected) <= 1e-4
+
+
+def test_the_reward_model_of_qwen2(tmp_path: Path) -> None:
+    """Two layers over the last token; transformers has no such class."""
+    from safetensors.torch import load_file, save_file
+
+    reference = make(tmp_path, "Qwen2Model", SIZES)
+    path, generator = tmp_path / "model.safetensors", torch.Generator().manual_seed(0)
+    shapes = {"score.0.weight": (48, 48), "score.0.bias": (48,), "score.2.weight": (1, 48), "score.2.bias": (1,)}
+    head = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    save_file({f"model.{key}": each for key, each in load_file(path).items()} | head, path)
+    edit_json(tmp_path / "config.json", architectures=["Qwen2ForRewardModel"])
+    model = load(tmp_path)
+    assert model.config.classifier is not None and model.config.classifier.labels == ("reward",)
+    text = prompts_of([21], seed=3)[0]
+    with torch.inference_mode():
+        last = reference(torch.tensor([text])).last_hidden_state[0, -1]
+        inner = torch.relu(head["score.0.weight"] @ last + head["score.0.bias"])
+        expected = head["score.2.weight"] @ inner + head["score.2.bias"]
+        [ours] = model.classify(Runner(model).step({0: text})[-1:])
+    assert relative_error(ours, expected) <= 1e-4
+
+
+def test_the_ntk_rope_of_gte(tmp_path: Path) -> None:
+    """A longer base, and waves that are longer by factor^(2 / dimensions), as its own code has it."""
+    rope = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2 ** (2 / 8)}
+    reference = make(tmp_path, "GteModel", {**BERT, "rope_parameters": rope})
+    edit_json(
+        tmp_path / "config.json", rope_parameters=..., rope_theta=10000.0, rope_scaling={"type": "ntk", "factor": 2.0}
+    )
+    text = prompts_of([40], seed=3)[0]
+    [ours] = Packed(load(tmp_path)).hidden([text])
+    with torch.inference_mode():
+        assert relative_error(ours, reference(torch.tensor([text])).last_hidden_state[0]) <= 1e-4
 
 
 def test_names_of_old_files(tmp_path: Path) -> None:

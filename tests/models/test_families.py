@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.models.support import Runner, compare, edit_json, load, make_checkpoint, prompts_of, relative_error
 
@@ -97,6 +98,22 @@ SIGMOID = {
     "routed_scaling_factor": 1.7,
     "first_k_dense_replace": 1,
 }
+
+HALF_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+# A window and a rope that differ by the layer's type.
+BY_TYPE = {
+    "layer_types": ALTERNATING,
+    "sliding_window": 9,
+    "rope_parameters": {"full_attention": YARN_ROPE, "sliding_attention": HALF_ROPE},
+}
+COHERE_MOE = {
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "head_dim": 16,
+    "num_shared_experts": 2,
+    "sliding_window": 9,
+}
+LAGUNA = {**SHARED, "head_dim": 16, "shared_expert_intermediate_size": 40}
 
 # Sizes of heads that no vector divides.
 DELTA = {
@@ -288,16 +305,140 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "dots1": ("Dots1", {**SIGMOID, "sliding_window": 9, "max_window_layers": 1, "norm_topk_prob": True}),
     "apertus": ("Apertus", {"rope_parameters": LLAMA3_ROPE, "head_dim": 32}),
     "cohere": ("Cohere", {"logit_scale": 0.25}),
+    "cohere-norms": ("Cohere", {"use_qk_norm": True, "attention_bias": True}),
+    "exaonemoe": ("ExaoneMoe", {**SHARED, "num_hidden_layers": 4, "sliding_window": 9, "num_shared_experts": 2}),
+    "solaropen": ("SolarOpen", {**SIGMOID, "head_dim": 16, "attention_bias": True, "n_group": 2}),
+    "mellum": (
+        "Mellum",
+        {
+            **BY_TYPE,
+            **SHARED,
+            "head_dim": 16,
+            "mlp_layer_types": ["dense", "sparse", "sparse"],
+            "rope_parameters": OLMO3_ROPE,
+        },
+    ),
+    "cohere2moe": ("Cohere2Moe", {**COHERE_MOE, "first_k_dense_replace": 1, "prefix_dense_intermediate_size": 56}),
+    "cohere2moe-sigmoid": (
+        "Cohere2Moe",
+        {
+            **COHERE_MOE,
+            "expert_selection_fn": "sigmoid",
+            "norm_topk_prob": False,
+            "shared_expert_combination_strategy": "sum",
+            "rms_norm_eps": 1e-5,
+            "attention_bias": True,
+        },
+    ),
+    "stablelm": ("StableLm", {"use_qkv_bias": True}),
+    "stablelm-parallel": (
+        "StableLm",
+        {"use_parallel_residual": True, "rope_parameters": HALF_ROPE, "qk_layernorm": True},
+    ),
+    "olmo": ("Olmo", {"clip_qkv": 0.7}),
+    "phimoe": ("Phimoe", {"num_local_experts": 5, "lm_head_bias": True, "router_jitter_noise": 0.3}),
+    "gptneox": ("GPTNeoX", {"rope_parameters": HALF_ROPE}),
+    "gptneox-serial": (
+        "GPTNeoX",
+        {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True},
+    ),
+    "hyperclovax": ("HyperCLOVAX", {**GRANITE, "logits_scaling": 0.5, "mlp_bias": True}),
+    "graniteswa": ("GraniteSWA", {**GRANITE, "sliding_window": 9, "layer_rope_theta": [500.0, 0, 10000.0]}),
+    "granitemoeswa": ("GraniteMoeSWA", {**GRANITE, "num_local_experts": 5, "sliding_window": 9}),
+    "granitemoeshared": ("GraniteMoeShared", {**GRANITE, "num_local_experts": 5, "shared_intermediate_size": 40}),
+    "helium": ("Helium", {"head_dim": 8, "attention_bias": True}),
+    "cwm": ("Cwm", {"head_dim": 16, "sliding_window": 9}),
+    "jais2": ("Jais2", {}),
+    "internlm3": ("InternLM3", {"head_dim": 8, "attention_bias": True, "mlp_bias": True}),
+    "iquestcoder": ("IQuestCoder", {"head_dim": 16}),
+    "sarvammoe": ("SarvamMoE", {**SIGMOID, "head_dim": 16}),
+    "vaultgemma": ("VaultGemma", GEMMA),
+    "mimov2flash": ("MiMoV2Flash", {**BY_TYPE, **SIGMOID, "head_dim": 16, "v_head_dim": 10, "num_key_value_heads": 1}),
+    "flexolmo": ("FlexOlmo", {"num_experts": 5, "num_experts_per_tok": 2}),
+    "laguna": (
+        "Laguna",
+        {**BY_TYPE, **LAGUNA, "num_attention_heads_per_layer": [6, 4, 2], "moe_routed_scaling_factor": 1.7},
+    ),
+    "laguna-element": ("Laguna", {**LAGUNA, "gating": "per-element", "moe_router_logit_softcapping": 0.8}),
+    "afmoe": (
+        "Afmoe",
+        {**SHARED, "head_dim": 16, "sliding_window": 9, "layer_types": ALTERNATING, "mup_enabled": True},
+    ),
     "yarn": ("Llama", {"rope_parameters": YARN_ROPE}),
     "yarn-mscale": ("Qwen3", {"head_dim": 32, "rope_parameters": {**YARN_ROPE, **MSCALE}}),
     "dynamic": ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}}),
 }
 
 
+# One of each kind of memory: transformers' own loop and cache come to the same text. For all others its one pass over
+# our text does, which says the same of every token.
+GENERATED = {"llama", "gemma3", "qwen3_next", "lfm2", "granite-mamba"}
+# Of each class; the others differ in a switch, and need not go on for as long.
+FIRST = {family: name for name, (family, _) in reversed(FAMILIES.items())}.values()
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_matches_transformers(name: str, tmp_path: Path) -> None:
     family, sizes = FAMILIES[name]
-    compare(make_checkpoint(tmp_path, family, **sizes), tmp_path, generate=name == family.lower())
+    reference = make_checkpoint(tmp_path, family, **sizes)
+    compare(reference, tmp_path, new_tokens=64 if name in FIRST else 32, generate=name in GENERATED)
+
+
+# Classes that transformers does not have: the one that computes the same, its fields, and what else their file says.
+OTHERS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "BailingMoeV2": (
+        "SarvamMoE",
+        {**SIGMOID, "head_dim": 16, "n_group": 4, "topk_group": 2, "partial_rotary_factor": 0.5},
+        {"rope_parameters": ..., "rope_theta": 8e6, "n_routed_experts": ..., "num_experts": 8, "use_bias": False},
+    ),
+    "LLaMA": ("Llama", {}, {}),
+    "MiMo": ("Qwen2", {}, {}),
+    "MiniCPM": (
+        "Granite",
+        {
+            "embedding_multiplier": 12.0,
+            "residual_multiplier": 1.4 * 3**-0.5,
+            "logits_scaling": 3.0,
+            "attention_multiplier": 8**-0.5,
+        },
+        {"scale_emb": 12, "scale_depth": 1.4, "dim_model_base": 16, "logits_scaling": ..., "residual_multiplier": ...},
+    ),
+    "TeleChat3": ("Llama", {"head_dim": 12}, {}),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_classes_that_transformers_does_not_have(name: str, tmp_path: Path) -> None:
+    family, sizes, changes = OTHERS[name]
+    reference = make_checkpoint(tmp_path, family, **sizes)
+    edit_json(tmp_path / "config.json", architectures=[f"{name}ForCausalLM"], model_type="other", **changes)
+    if name == "MiMo":
+        path = tmp_path / "model.safetensors"
+        drafting = {"model.mtp_layers.0.input_proj.weight": torch.ones(48, 96)}
+        save_file({**load_file(path), **drafting}, path, metadata={"format": "pt"})
+    compare(reference, tmp_path, lengths=(21,), new_tokens=16)
+
+
+def test_mimo_v2_flash_as_the_hub_has_it(tmp_path: Path) -> None:
+    """Patterns of 0 and 1, bases beside each other, and a window without its query."""
+    sizes = FAMILIES["mimov2flash"][1]
+    ropes = {
+        kind: {**HALF_ROPE, "rope_theta": base} for kind, base in (("full_attention", 5e6), ("sliding_attention", 1e4))
+    }
+    reference = make_checkpoint(tmp_path, "MiMoV2Flash", **{**sizes, "rope_parameters": ropes})
+    edit_json(
+        tmp_path / "config.json",
+        **dict.fromkeys(("rope_parameters", "layer_types", "mlp_layer_types", "sliding_window"), ...),
+        hybrid_layer_pattern=[1, 0, 1],
+        moe_layer_freq=[0, 1, 1],
+        sliding_window_size=8,
+        rope_theta=5000000,
+        swa_rope_theta=10000,
+        partial_rotary_factor=0.5,
+        swa_num_key_value_heads=2,
+        n_shared_experts=None,
+    )
+    compare(reference, tmp_path, lengths=(21,), new_tokens=16)
 
 
 def test_older_form_of_rope_fields(tmp_path: Path) -> None:

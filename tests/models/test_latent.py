@@ -48,13 +48,14 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral4": ("Mistral4", {**LATENT, **GROUPED, "rope_parameters": MISTRAL4_ROPE}),
     "minicpm3": ("MiniCPM3", {**LATENT, "v_head_dim": None, "dim_model_base": 32}),
     "youtu": ("Youtu", LATENT),
+    "axk1": ("AXK1", {**LATENT, **GROUPED}),
 }
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_matches_transformers(name: str, tmp_path: Path) -> None:
     family, sizes = FAMILIES[name]
-    compare(make_checkpoint(tmp_path, family, **sizes), tmp_path, generate=name == family.lower())
+    compare(make_checkpoint(tmp_path, family, **sizes), tmp_path, generate=name == "deepseekv3")
 
 
 def test_layers_that_draft_are_left_out(tmp_path: Path) -> None:
@@ -104,6 +105,12 @@ def test_the_config_of_deepseek_v3(tmp_path: Path) -> None:
     assert spec.outside == ("layers.61.",) and spec.context_length == 163840
     # 671 billion without the layer that drafts.
     assert spec.num_parameters == pytest.approx(671.0e9, rel=1e-3)
+
+
+def test_flags_that_may_be_null(tmp_path: Path) -> None:
+    """They are as good as false then, as in transformers."""
+    spec = read(tmp_path, "DeepseekV3ForCausalLM", norm_topk_prob=None, rope_interleave=None)
+    assert not spec.experts[0].router.normalize and not spec.ropes[0].interleaved
 
 
 def test_kimi_k2_is_a_deepseek_v3(tmp_path: Path) -> None:

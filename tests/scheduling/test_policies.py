@@ -113,6 +113,18 @@ def test_backlogged_keys_get_equal_service_whatever_the_sizes() -> None:
     assert abs(served["readers"] - served["writers"]) <= 2 * 2 * 42, served
 
 
+def test_service_is_in_proportion_to_weights() -> None:
+    rig = Rig(max_num_seqs=1, policy="fair", prefix_cache=False)
+    weights = {"heavy": 3.0, "light": 1.0}
+    for i in range(40):
+        for key in weights:
+            sequence = rig.submit([i % 7] * 4, max_tokens=4, key=key)
+            # Before its turn comes: requests are frozen for everybody else.
+            object.__setattr__(sequence.request, "weight", weights[key])
+    order = keys(rig.admissions()[:32])
+    assert abs(order.count("heavy") - 24) <= 2, order
+
+
 def test_idling_banks_no_credit() -> None:
     rig = Rig(max_num_seqs=1, policy="fair", prefix_cache=False)
     busy = [rig.submit([i, 1, 2, 3], key="busy") for i in range(10)]

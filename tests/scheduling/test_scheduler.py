@@ -250,6 +250,21 @@ def test_failed_step_ends_its_sequences_and_spares_the_rest() -> None:
     assert heir.output_token_ids == rig.expected([*shared, 51], 3) and heir.num_retractions == 1
 
 
+def test_suspects_that_pass_let_others_in_again() -> None:
+    rig = Rig()
+    running = [rig.submit([number, 9, 9], max_tokens=60) for number in range(4)]
+    for _ in range(5):
+        rig.tick()
+    rig.fail_steps = {rig.scheduler._next_step}
+    late = rig.submit([7, 7], max_tokens=3)
+    for _ in range(20):
+        rig.tick()
+    assert late.finish_reason is FinishReason.LENGTH and not any(sequence.is_finished for sequence in running)
+    rig.run()
+    for sequence, number in zip(running, range(4), strict=True):
+        assert sequence.output_token_ids == rig.expected([number, 9, 9], 60)
+
+
 def test_impossible_requests_are_refused_at_the_door() -> None:
     rig = Rig(num_pages=4, max_model_len=64)
     with pytest.raises(RequestError, match="empty"):

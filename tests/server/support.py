@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 import numpy as np
 import openai
+from aiohttp import web
 
 import engine.demo
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions, ServerOptions, StreamOptions
@@ -84,6 +85,7 @@ class Live:
     http: aiohttp.ClientSession
     stop: asyncio.Event
     serving: asyncio.Task[None]
+    app: web.Application
 
     @property
     def url(self) -> str:
@@ -207,7 +209,7 @@ async def live(
         num_pages=num_pages,
         vocab_size=tokenizer().vocab_size,
     )
-    server_options = ServerOptions(**{"port": 0, "drain_timeout_s": 1.0, **options})
+    server_options = ServerOptions(**{"port": 0, "drain_timeout_s": 1.0, "weights_root": "/", **options})
     config = EngineConfig(
         scheduler=SchedulerOptions(max_num_seqs=max_num_seqs, max_queued_requests=max_queued_requests),
         cache=CacheOptions(page_size=16, num_pages=num_pages),
@@ -234,7 +236,7 @@ async def live(
         serving.result()
     try:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(BOUND_S)) as http:
-            yield Live(engine_, app[STATE], device, bound.result(), http, stop, serving)
+            yield Live(engine_, app[STATE], device, bound.result(), http, stop, serving, app)
     finally:
         if isinstance(device, Device):
             device.gate.set()

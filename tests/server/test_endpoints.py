@@ -118,7 +118,7 @@ async def test_health_follows_the_engine(server: Live) -> None:
 
 
 async def test_a_stuck_device_is_unhealthy() -> None:
-    async with live(unresponsive_after_s=0.05) as server:
+    async with live(stall_timeout_s=0.05) as server:
         server.device.gate.clear()
         waiting = asyncio.create_task(server.complete("x", max_tokens=1))
         await until(lambda: server.engine.seconds_since_progress() > 0.05)

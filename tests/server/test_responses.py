@@ -427,7 +427,7 @@ BAD: list[tuple[str, Any]] = [
     ("store", "yes"),
     ("previous_response_id", "resp_unknown"),
     ("previous_response_id", 5),
-    ("background", True),
+    ("background", "yes"),
     ("conversation", "conv_1"),
     ("prompt", {"id": "pmpt_1"}),
     ("stream_options", {"include_obfuscation": False}),

@@ -16,6 +16,7 @@ from typing import Any
 from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle, expected_logprob, poison_staging
+from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
 from engine.forward import ForwardError, ForwardOutput
 from engine.groups import Chunk
 from engine.request import FinishReason, Pooling, RequestError
@@ -66,6 +67,8 @@ class Report:
     retractions: int = 0
     cached_tokens: int = 0
     failed_steps: int = 0
+    guilty: int = 0
+    spoiled: int = 0
     jumped_tokens: int = 0
     finished: int = 0
     answers: dict[str, tuple[tuple[int, ...], str, object]] = field(default_factory=dict)
@@ -78,18 +81,24 @@ class Simulator:
         self.report = Report()
         limits = options.limits
         fail_random = Random(f"failures {seed}")
+        self.broken_steps: set[int] = set()
 
         def fail_on(step: int) -> None:
             if fail_random.random() < options.fail_rate:
                 raise ForwardError(f"step {step} fails by lot")
+            if step in self.broken_steps:
+                raise ForwardError(f"step {step} holds a culprit")
 
-        self.executor = FakeExecutor(
+        self.executor: Any = FakeExecutor(
             limits,
             options.model,
-            fail_on=fail_on if options.fail_rate else None,
+            fail_on=fail_on if options.fail_rate or options.culprit_rate else None,
             random=Random(f"device {seed}"),
             eagerness=options.eagerness,
         )
+        if options.spoil_rate:
+            faults = [Fault(kind, options.spoil_rate) for kind in ("nan", "corrupt")]
+            self.executor = FaultyExecutor(self.executor, FaultPlan(tuple(faults), seed))
         for staging in self.executor.staging:
             # Room for a single page, so that the table diff has to grow.
             staging.table_index = staging.table_index[:1].copy()
@@ -144,6 +153,8 @@ class Simulator:
             len(client.arrival.request.prompt_token_ids) + len(client.arrival.tokens) + 4
             for client in self.open.values()
         )
+        if self.options.fail_rate or self.options.culprit_rate:
+            bound *= 6  # steps are tried again
         for _ in range(bound):
             if not self.open and not self.in_flight:
                 break
@@ -173,6 +184,8 @@ class Simulator:
             for sequence in owners.values():
                 assert not sequence.is_finished, f"{sequence} was scheduled after its end"
             gone = {slot: before.get(sequence.pages, []) for slot, sequence in owners.items() if sequence.pages}
+            if self.options.culprit_rate and self._holds_culprit(batch, owners):
+                self.broken_steps.add(batch.forward_input.step)
             self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners, gone))
             if len(self.in_flight) == 1:
                 self._provide_masks(self.in_flight[0])
@@ -186,6 +199,14 @@ class Simulator:
             if self.in_flight:
                 self._provide_masks(self.in_flight[0])
         self.check()
+
+    def _holds_culprit(self, batch: Batch, owners: dict[int, Sequence]) -> bool:
+        staging = batch.staging
+        for row, sequence in enumerate(owners.values()):
+            breaks_at = self.clients[sequence].arrival.breaks_at
+            if breaks_at is not None and staging.row_start[row] + staging.row_len[row] > breaks_at:
+                return True
+        return False
 
     # ---- what happens
 
@@ -238,10 +259,19 @@ class Simulator:
                 assert sequence in owners.values(), f"{sequence} was no part of the failed step"
                 assert sequence.finish_reason is FinishReason.ERROR
                 client = self.open[sequence]
+                guilty = client.arrival.breaks_at is not None
+                assert guilty or self.options.fail_rate, f"{client.name} ended for a step that another broke"
                 client.ended_early = True
+                self.report.guilty += 1
                 self._end(client)
         else:
             self._check_namespaces(launched)
+            foreign = [row for row, token in enumerate(output.token_ids.tolist()) if token >= self.options.vocab_size]
+            spoiled = {int(launched.batch.slots[row]) for row in (*output.broken, *foreign)}
+            if not self.options.spoil_rate:
+                live = scheduler._table.live
+                assert not any(live[slot] for slot in spoiled), "what a failed step left behind was sampled"
+            spoiled = {slot for slot in spoiled if owners[slot] in self.open}
             tokens = dict(zip(launched.batch.slots.tolist(), output.token_ids.tolist(), strict=True))
             result = scheduler.commit(launched.batch, output)
             self.delivered_now = []
@@ -254,7 +284,12 @@ class Simulator:
                 self.clients[sequence].vector = tuple(output.pooled[place].tolist())
             for sequence in result.finished:
                 assert sequence in self.open, f"a second terminal event of {sequence}"
-                self._end(self.open[sequence])
+                client = self.open[sequence]
+                if sequence.finish_reason is FinishReason.ERROR:
+                    assert sequence in [owners[slot] for slot in spoiled], f"{client.name} ended for another's row"
+                    self.report.spoiled += 1
+                    client.ended_early = True
+                self._end(client)
             self._stop_by_string(owners)
         for slot, counts in launched.gone.items():
             for group, count in enumerate(counts):
@@ -399,12 +434,14 @@ class Simulator:
             if status is SequenceStatus.RUNNING:
                 assert computed <= known + len(self.in_flight), f"{sequence} runs ahead of its tokens"
         assert running == scheduler.num_running
-        waiting = 0
+        waiting = tokens = 0
         for sequence, client in self.open.items():
             assert not sequence.is_finished, f"{client.name} ended without a terminal event"
             if not sequence.holds_slot:
                 waiting += 1
+                tokens += sequence.num_tokens
                 assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
+        assert tokens == scheduler.num_waiting_tokens, "waiting tokens were counted wrongly"
         assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
 
 

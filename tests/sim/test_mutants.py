@@ -25,9 +25,11 @@ from engine.scheduling.policy.fair import Fair
 from engine.scheduling.policy.fcfs import FCFS
 from engine.scheduling.policy.lpm import LPM
 from engine.scheduling.policy.priority import Priority
+from engine.scheduling.residents import Residents
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import SlotTable
+from engine.scheduling.trials import Trials
 from tests.sim.simulator import SimulationError, simulate
 
 # Seeds that a mutant may live through; the unmutated code passes all of them (and those of test_simulation).
@@ -49,6 +51,9 @@ FAILURES = {
     "windows": (None,),
     "num_snapshots": None,
 }
+# Requests that make every step fail which they are part of, and nothing else that goes wrong.
+CULPRITS = FAILURES | {"fail_rate": 0.0, "culprit_rate": 0.15, "max_num_seqs": 8, "max_num_batched_tokens": 40}
+SPOILS = FAILURES | {"fail_rate": 0.0, "culprit_rate": 0.0, "spoil_rate": 0.1}
 REMAPS = {
     "page_size": 1,
     "max_model_len": 16,
@@ -285,19 +290,34 @@ MUTANTS = [
     # Failures.
     Mutant(
         "a failed step's pages stay", Scheduler, "fail",
-        "self.kv_cache.take_back(sequence.pages, first_page)", "pass", FAILURES,
+        "cache.take_back(sequence.pages, first_page)", "pass", FAILURES,
     ),
     Mutant(
-        "who shares a failed step's page goes on", Scheduler, "fail",
+        "who shares a failed step's page goes on", Scheduler, "_distrust_heirs",
         "not self.kv_cache.is_intact(sequence.pages)", "False", FAILURES,
     ),
     Mutant(
-        "who shares a failed step's page delivers once more", Scheduler, "fail",
-        "self._table.live[sequence.slot] = False", "pass", FAILURES,
+        "an aborted sequence shares a failed step's page", Scheduler, "fail",
+        "np.minimum(table.computed[slots], starts)", "table.computed[slots]", FAILURES,
+    ),
+    Mutant("a failed step's rows deliver once more", Scheduler, "fail", "table.live[slots] = False", "pass", FAILURES),
+    Mutant("all of a failed step are guilty", Trials, "judge", "len(possible) == 1 or", "True or", CULPRITS),
+    Mutant("suspects are never tried", Trials, "next", "return next(waiting, None)", "return None", CULPRITS),
+    Mutant("half of the suspects are forgotten", Trials, "judge", "suspects[half:], ", "", CULPRITS),
+    Mutant(
+        "old news is held against a suspect", Scheduler, "fail",
+        "if all(table.live", "if True or all(table.live", CULPRITS,
     ),
     Mutant(
-        "an aborted sequence shares a failed step's page", Scheduler, "fail",
-        "self._table.computed[batch.slots] = 0", "pass", FAILURES,
+        "a suspect waits in two places", Residents, "_release_if_idle",
+        "if not sequence.suspect_until:", "if True:", CULPRITS,
+    ),
+    Mutant(
+        "a row without numbers delivers", Scheduler, "_end_broken", "if self._table.live[slot]:", "if False:", SPOILS
+    ),
+    Mutant(
+        "a row without numbers is another's", Scheduler, "_end_broken",
+        "batch.slots[rows]", "batch.slots[::-1][rows]", SPOILS,
     ),
     # Pages.
     Mutant(
@@ -438,8 +458,8 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [FAILURES, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES],
-    ids=["failures", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"],
+    [FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES],
+    ids=["failures", "culprits", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"],
 )
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
     """Under the changed options, too; the plain ones are `test_simulation.test_runs`."""

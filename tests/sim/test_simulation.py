@@ -24,11 +24,14 @@ def test_runs(first: int) -> None:
         total.retractions += report.retractions
         total.cached_tokens += report.cached_tokens
         total.failed_steps += report.failed_steps
+        total.guilty += report.guilty
+        total.spoiled += report.spoiled
         total.finished += report.finished
         total.jumped_tokens += report.jumped_tokens
     # A simulation that never gets into trouble shows nothing.
     assert total.ticks > 10_000 and total.finished > 500
     assert total.jumped_tokens > 500
+    assert total.guilty > 10 and total.spoiled > 10
     assert total.retractions > 20 and total.cached_tokens > 500 and total.failed_steps > 10
 
 

@@ -33,7 +33,8 @@ WINDOWS: list[tuple[int | None, ...]] = [
 class Options:
     """One simulated server. Rates are per tick unless said; ticks is the length of the busy phase.
 
-    pool_rate: share of the requests that ask for a vector.
+    pool_rate: share of the requests that ask for a vector. culprit_rate: of those that make every step fail.
+    spoil_rate: of steps with a row that computes no numbers, and of those with one that samples no token there is.
     """
 
     page_size: int
@@ -63,6 +64,8 @@ class Options:
     policy: str
     windows: tuple[int | None, ...]
     num_snapshots: int | None
+    culprit_rate: float = 0.0
+    spoil_rate: float = 0.0
 
     @property
     def limits(self) -> Limits:
@@ -147,7 +150,7 @@ class Arrival:
 
     stop_after: a stop string "appears" with that many tokens. abort_after: the client leaves then.
     tokens, reason, stop_reason: the whole answer if nothing goes wrong. accepted: else RequestError at submit.
-    vector: the answer of a request that asks for one.
+    vector: the answer of a request that asks for one. breaks_at: steps that bring it beyond that index fail.
     """
 
     tick: int
@@ -159,6 +162,7 @@ class Arrival:
     stop_after: int | None = None
     abort_after: int | None = None
     vector: tuple[float, ...] | None = None
+    breaks_at: int | None = None
 
 
 def draw_options(seed: int) -> Options:
@@ -212,6 +216,8 @@ def draw_options(seed: int) -> Options:
         pool_rate=random.choice([0.0, 0.0, 0.1, 0.4]),
         windows=windows,
         num_snapshots=random.choice([None, None, None, None, 0, 1, 3, 20]),
+        spoil_rate=0.0 if calm else Random(f"spoils {seed}").choice([0.0, 0.0, 0.02, 0.1]),
+        culprit_rate=0.0 if calm else Random(f"culprits {seed}").choice([0.0, 0.0, 0.02, 0.1]),
     )
 
 
@@ -224,6 +230,8 @@ def calm_options(seed: int) -> Options:
         abort_rate=0.0,
         abort_burst_rate=0.0,
         fail_rate=0.0,
+        culprit_rate=0.0,
+        spoil_rate=0.0,
         ticks=60,
     )
 
@@ -232,6 +240,7 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
     random = Random(f"arrivals {seed}")
     # Of its own, so that a policy changes the order of a workload and nothing else.
     whose = Random(f"whose {seed}")
+    breaks = Random(f"breaks {seed}")
     longest = options.max_model_len - 1
     systems = [
         _draw_tokens(random, options, random.randint(1, random.choice([longest, 1 + longest // 2, 4])))
@@ -281,6 +290,9 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                 if random.random() < 0.5 * min(1.0, 10 * options.abort_rate):
                     abort_after = random.randint(0, len(arrival.tokens))
                     arrival = dataclasses.replace(arrival, abort_after=abort_after)
+                if options.culprit_rate and breaks.random() < options.culprit_rate:
+                    place = breaks.randrange(len(prompt) + max(1, len(arrival.tokens)))
+                    arrival = dataclasses.replace(arrival, breaks_at=place)
             arrivals.append(arrival)
     return arrivals
 

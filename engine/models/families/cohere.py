@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from engine.models.families.cohere2 import NORMS
 from engine.models.families.common import read_activation, read_shape
 from engine.models.families.rope import read_rope
@@ -28,12 +30,12 @@ DEFAULTS = {
 
 
 def read_spec(fields: Fields) -> ModelSpec:
-    """`use_qk_norm` (Command R+) means a weight of its own for every head, which is not supported."""
+    """`use_qk_norm` (Command R+) means norms with a weight of its own for every head."""
     shape = read_shape(fields, eps="layer_norm_eps", centered=True)
-    if fields.flag("use_qk_norm"):
-        fields.fail("use_qk_norm", "is not supported")
+    norms: dict[str, Any] = {**shape.qk_norms(), "norm_width": "own"} if fields.flag("use_qk_norm") else {}
     bias = fields.flag("attention_bias")
-    attention = shape.attention(read_rope(fields, shape, interleaved=True), qkv_bias=bias, output_bias=bias)
+    rope = read_rope(fields, shape, interleaved=True)
+    attention = shape.attention(rope, qkv_bias=bias, output_bias=bias, **norms)
     mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
     layer = shape.layer(attention, mlp, NORMS, parallel=True)
     return shape.model([layer] * shape.num_layers, logit_scale=fields.number("logit_scale", above=0.0))

@@ -30,6 +30,7 @@ DEFAULTS = {
 
 def read_spec(fields: Fields) -> ModelSpec:
     """Every fourth layer sees all, where `layer_types` says nothing (`sliding_window_pattern` in older files)."""
+    refuse_no_window(fields)
     shape = read_shape(fields, eps="layer_norm_eps", centered=True)
     bias = fields.flag("attention_bias")
     layer_types = fields.layer_types(shape.num_layers)
@@ -55,3 +56,9 @@ def read_spec(fields: Fields) -> ModelSpec:
         ),
         logit_scale=fields.number("logit_scale", above=0.0),
     )
+
+
+def refuse_no_window(fields: Fields) -> None:
+    """Layers have a rope where they have a window: a null leaves open what they are."""
+    if not fields.has("sliding_window"):
+        fields.fail("sliding_window", "must be a number of tokens in this class, not null")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from engine.models.families.common import read_activation, read_shape, read_windows
+from engine.models.families.common import Shape, read_activation, read_shape, read_windows
 from engine.models.families.olmo2 import NORMS
 from engine.models.families.rope import read_rope
 from engine.models.fields import Fields
+from engine.models.mixers import GroupedQueryAttention
 from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: Exaone4Config of transformers.
@@ -28,11 +29,16 @@ DEFAULTS = {
 
 
 def read_spec(fields: Fields) -> ModelSpec:
+    shape = read_shape(fields)
+    mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
+    return shape.model(shape.layer(each, mlp, NORMS) for each in read_attention(fields, shape))
+
+
+def read_attention(fields: Fields, shape: Shape) -> list[GroupedQueryAttention]:
     """Every fourth layer sees all, where `layer_types` says nothing; without a window every layer has a rope.
 
     The pattern is a number, or a word of Ls (window) and Gs that repeats.
     """
-    shape = read_shape(fields)
     windowed = fields.has("sliding_window")
     layer_types = fields.layer_types(shape.num_layers)
     if layer_types is None:
@@ -44,15 +50,10 @@ def read_spec(fields: Fields) -> ModelSpec:
             local = [(layer + 1) % period != 0 for layer in range(shape.num_layers)]
         layer_types = tuple("sliding_attention" if windowed and flag else "full_attention" for flag in local)
     rope = read_rope(fields, shape)
-    mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
     windows = read_windows(fields, shape, layer_types)
-    return shape.model(
-        shape.layer(
-            shape.attention(
-                rope if not windowed or kind == "sliding_attention" else None, window=window, **shape.qk_norms()
-            ),
-            mlp,
-            NORMS,
+    return [
+        shape.attention(
+            rope if not windowed or kind == "sliding_attention" else None, window=window, **shape.qk_norms()
         )
         for kind, window in zip(layer_types, windows, strict=True)
-    )
+    ]

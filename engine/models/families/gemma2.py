@@ -47,19 +47,20 @@ def read_spec(fields: Fields) -> ModelSpec:
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(shape.num_layers)
     )
     rope, windows = read_rope(fields, shape), read_windows(fields, shape, layer_types)
-    return gemma_model(fields, shape, [gemma_attention(fields, shape, rope, window) for window in windows])
+    softcap = fields.optional_number("attn_logit_softcapping", above=0.0)
+    attention = [gemma_attention(fields, shape, rope, window, softcap=softcap) for window in windows]
+    return gemma_model(fields, shape, attention)
 
 
 def gemma_attention(
     fields: Fields, shape: Shape, rope: RopeSpec, window: int | None, **given: Any
 ) -> GroupedQueryAttention:
-    """That of Gemma 2 and 3. given: fields of GroupedQueryAttention."""
+    """That of Gemma 2 and 3, but for the soft cap. given: fields of GroupedQueryAttention."""
     bias = fields.flag("attention_bias")
     return shape.attention(
         rope,
         scale=fields.number("query_pre_attn_scalar", above=0.0) ** -0.5,
         window=window,
-        softcap=fields.optional_number("attn_logit_softcapping", above=0.0),
         qkv_bias=bias,
         output_bias=bias,
         **given,

@@ -32,7 +32,10 @@ DEFAULTS = {
 
 
 def read_spec(fields: Fields) -> ModelSpec:
-    """Every sixth layer (`sliding_window_pattern`) sees all, where `layer_types` says nothing."""
+    """Every sixth layer (`sliding_window_pattern`) sees all, where `layer_types` says nothing.
+
+    attn_logit_softcapping is a field of the class that its attention does not read.
+    """
     shape = read_shape(fields, offset=1.0)
     layer_types = fields.layer_types(shape.num_layers)
     if layer_types is None:

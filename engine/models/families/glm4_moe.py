@@ -58,34 +58,46 @@ def read_spec(fields: Fields, renamed: Mapping[str, str] | None = None) -> Model
 
 
 def sigmoid_layers(
-    fields: Fields, shape: Shape, mixers: Sequence[Mixer], sparse: Sequence[bool] | None = None
+    fields: Fields,
+    shape: Shape,
+    mixers: Sequence[Mixer],
+    sparse: Sequence[bool] | None = None,
+    *,
+    bias: str = "mlp.gate.e_score_correction_bias",
+    experts: str = "n_routed_experts",
+    shared: str | None = "n_shared_experts",
 ) -> list[LayerSpec]:
-    """Layers with experts as DeepSeek V3 introduced them. sparse: which; None: all after `first_k_dense_replace`."""
+    """Layers with experts as DeepSeek V3 introduced them. sparse: which; None: all after `first_k_dense_replace`.
+
+    bias: see Router. experts, shared: the fields with the numbers of those that are chosen and that all tokens share
+    (None: there are none).
+    """
     activation = read_activation(fields, "hidden_act")
-    num_experts, num_experts_per_token = read_experts(fields, "n_routed_experts", "num_local_experts")
+    num_experts, num_experts_per_token = read_experts(fields, experts, "num_local_experts")
     inner = fields.integer("moe_intermediate_size")
     groups, groups_chosen = read_groups(fields, num_experts, num_experts_per_token)
-    experts = Experts(
+    count = 0 if shared is None else fields.integer(shared, 0, minimum=0)
+    routed = Experts(
         num_experts,
         num_experts_per_token,
         inner,
         activation,
         Router(
-            fields.flag("norm_topk_prob"),
+            fields.nullable_flag("norm_topk_prob"),
             score="sigmoid",
-            bias="mlp.gate.e_score_correction_bias",
+            bias=bias,
             wide=True,
             groups=groups,
             groups_chosen=groups_chosen,
             scale=fields.number("routed_scaling_factor", above=0.0),
         ),
-        shared=shared_experts("shared_experts", inner * fields.integer("n_shared_experts", 0, minimum=0), activation),
+        shared=shared_experts("shared_experts", inner * count, activation),
     )
     mlp = Dense(shape.intermediate_size, activation)
     if sparse is None:
         dense = fields.integer("first_k_dense_replace", minimum=0)
         sparse = [index >= dense for index in range(shape.num_layers)]
-    return [shape.layer(each, experts if chosen else mlp) for each, chosen in zip(mixers, sparse, strict=True)]
+    return [shape.layer(each, routed if chosen else mlp) for each, chosen in zip(mixers, sparse, strict=True)]
 
 
 def read_groups(fields: Fields, num_experts: int, per_token: int) -> tuple[int, int]:

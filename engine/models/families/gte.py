@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from engine.models.families.common import read_shape
+from dataclasses import replace
+
+from engine.models.families.common import Shape, read_shape
 from engine.models.families.encoders import embedding_of, encoder, post_norm_layer, read_gate, refuse_other_positions
-from engine.models.families.rope import read_rope
+from engine.models.families.rope import read_rope, scaling_fields
 from engine.models.fields import Fields
+from engine.models.mixers import RopeSpec
 from engine.models.spec import Dense, ModelSpec
 
 # What an absent field means: GteConfig of transformers.
@@ -24,7 +27,6 @@ DEFAULTS = {
 
 
 def read_spec(fields: Fields) -> ModelSpec:
-    """The hub's rope kind `ntk` stretches by another rule than transformers' kinds; it is read where it is not said."""
     if fields.raw("position_embedding_type") == "rope":
         fields = fields.with_values({"position_embedding_type": None})
     refuse_other_positions(fields)
@@ -33,7 +35,7 @@ def read_spec(fields: Fields) -> ModelSpec:
             fields.fail(name, "is false, which is not supported")
     shape = read_shape(fields, eps="layer_norm_eps", centered=True, bias=True)
     attention = shape.attention(
-        read_rope(fields, shape),
+        _read_rope(fields, shape),
         bidirectional=True,
         qkv_bias=True,
         output_bias=True,
@@ -51,3 +53,14 @@ def read_spec(fields: Fields) -> ModelSpec:
     embedding = embedding_of(fields, shape, positions=False)
     spec: ModelSpec = encoder(fields, shape, [layer] * shape.num_layers, embedding, "encoder.layer.{}.")
     return spec
+
+
+def _read_rope(fields: Fields, shape: Shape) -> RopeSpec:
+    """The hub's kind `ntk` is a longer base and, a little, longer waves: of factor^(2 / dimensions)."""
+    scaling = scaling_fields(fields)
+    if "ntk" not in (scaling.raw("rope_type"), scaling.raw("type")):
+        return read_rope(fields, shape)
+    if scaling.has("mixed_b"):
+        scaling.fail("mixed_b", "is not supported")
+    rope = read_rope(fields, shape, renamed={"ntk": "linear"})
+    return replace(rope, theta=rope.theta * rope.factor, factor=rope.factor ** (2 / rope.rotary_dim))

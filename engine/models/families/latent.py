@@ -40,7 +40,7 @@ def read_latent(
         fields.fail("num_attention_heads", f"({heads}) must divide hidden_size ({shape.hidden_size})")
     else:
         value = shape.hidden_size // heads
-    interleaved = fields.flag("rope_interleave", True) if interleaved is None else interleaved
+    interleaved = fields.nullable_flag("rope_interleave", True) if interleaved is None else interleaved
     turned = shape
     if partial:
         turned = dataclasses.replace(shape, head_dim=nope + rope_dim)

@@ -75,7 +75,7 @@ def read_spec(fields: Fields) -> ModelSpec:
         inner,
         activation,
         Router(
-            fields.flag("norm_topk_prob"),
+            fields.nullable_flag("norm_topk_prob"),
             groups=groups,
             groups_chosen=groups_chosen,
             scale=fields.number("routed_scaling_factor", above=0.0),

@@ -20,8 +20,10 @@ OUTSIDE = (
     "mm_projector.",
     "mtp.",
     "multi_modal_projector.",
+    "vision_adapter.",
     "vision_embedder.",
     "vision_model.",
+    "vision_projection.",
     "vision_tower.",
     "visual.",
 )
@@ -59,6 +61,7 @@ _MISTRAL_SMALL = {
 WRAPPERS = {
     "aya_vision": Wrapper("AyaVision", "cohere2", ties=True),
     "cohere2_vision": Wrapper("Cohere2Vision", "cohere2", ties=True),
+    "exaone4_5": Wrapper("Exaone4_5_", "exaone4"),
     "gemma3": Wrapper("Gemma3", "gemma3_text", ties=True),
     "gemma3n": Wrapper("Gemma3n", "gemma3n_text", ties=True),
     "gemma4": Wrapper("Gemma4", "gemma4_text", ties=True),
@@ -74,6 +77,7 @@ WRAPPERS = {
     "llava_next": Wrapper("LlavaNext", "llama"),
     "llava_onevision": Wrapper("LlavaOnevision", "qwen2"),
     "mistral3": Wrapper("Mistral3", "mistral", _MISTRAL_SMALL, ties=True),
+    "muse_glimmer": Wrapper("MuseGlimmer", "muse_glimmer_text"),
     "qwen2_5_vl": Wrapper("Qwen2_5_VL", "qwen2_5_vl_text", flat=True),
     "qwen2_vl": Wrapper("Qwen2VL", "qwen2_vl_text", flat=True),
     "qwen3_5": Wrapper("Qwen3_5", "qwen3_5_text"),
@@ -85,8 +89,10 @@ WRAPPERS = {
 }
 # `model_type` of a text part that is no class for text alone -> the module in families/ that reads it.
 TEXT_TYPES = {
+    "exaone4_5_text": "exaone4",
     "glm4v_moe_text": "glm4v_moe",
     "glm4v_text": "glm4v",
+    "muse_glimmer_text": "muse_glimmer",
     "qwen2_5_vl": "qwen2_vl",
     "qwen2_5_vl_text": "qwen2_vl",
     "qwen2_vl": "qwen2_vl",

@@ -135,7 +135,8 @@ def _granite(keys: _Keys, config: Config) -> Config:
 
 
 def _cohere(keys: _Keys, config: Config) -> Config:
-    return {"logit_scale": keys.number("logit_scale", 1.0, above=0.0)}
+    norms = keys.has_tensor("attn_q_norm.weight")
+    return {"logit_scale": keys.number("logit_scale", 1.0, above=0.0), "use_qk_norm": norms}
 
 
 def _cohere2(keys: _Keys, config: Config) -> Config:

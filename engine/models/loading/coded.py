@@ -15,7 +15,7 @@ from engine.config import StartupError
 from engine.models.gguf.codes import FORMS, Form, Parts, split
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.weights import CheckpointWeights
-from engine.models.parts.decoder import PREFIX
+from engine.models.parts.source import PREFIX
 from engine.ops.coded import CODE_BLOCK, CodedLinear, Piece, can_keep_codes
 from engine.ops.linear import Linear
 

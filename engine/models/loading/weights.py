@@ -27,7 +27,8 @@ from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
 from engine.models.loading.float8 import dequantised, with_scales
-from engine.models.parts.decoder import PREFIX, embedding_name
+from engine.models.parts.decoder import embedding_name
+from engine.models.parts.source import PREFIX
 from engine.models.spec import DenseAndExperts, Experts, ModelSpec
 from engine.ops.linear import Linear
 
@@ -53,8 +54,9 @@ TORCH_DTYPES = {
 
 logger = logging.getLogger("oneloop.start")
 
-# What Nemotron-H calls its embedding.
-_EMBEDDINGS = re.compile(r"^((?:model|backbone)\.)embeddings\.weight$")
+# What Nemotron-H, Ling and GPT-NeoX call their embedding, and the latter its output layer.
+_EMBEDDINGS = re.compile(r"^((?:model|backbone|gpt_neox)\.)(?:embeddings|word_embeddings|embed_in)\.weight$")
+_OUTPUTS = re.compile(r"^embed_out\.")
 
 Shapes = Mapping[str, tuple[int, ...]]
 Progress = Callable[[int, int], None]
@@ -431,7 +433,9 @@ def _with_our_names(tensors: dict[str, StoredTensor], spec: ModelSpec) -> dict[s
     inside of another object has that one's name before them. The embedding, or else the layers, show the prefix.
     """
     name = embedding_name(spec).removeprefix(PREFIX)
-    tensors = {_EMBEDDINGS.sub(r"\g<1>" + name, key): tensor for key, tensor in tensors.items()}
+    tensors = {
+        _OUTPUTS.sub(f"{OUTPUT}.", _EMBEDDINGS.sub(r"\g<1>" + name, key)): tensor for key, tensor in tensors.items()
+    }
     found = {key.removesuffix(name) for key in tensors if f".{key}".endswith(f".{name}")}
     layer = re.escape(spec.layer_names).replace(r"\{\}", r"\d+")
     found = found or {match[1] for key in tensors if (match := re.match(rf"((?:.*?\.)?){layer}", key))}

@@ -29,18 +29,17 @@ from engine.models.parts.dense import make_mlp
 from engine.models.parts.experts import BesideDense, make_experts
 from engine.models.parts.heads import Head
 from engine.models.parts.latent import Latent
-from engine.models.parts.layer_input import PREFIX, LayerEnd, OwnInputs
+from engine.models.parts.layer_input import LayerEnd, OwnInputs
 from engine.models.parts.norm import NoNorm, Norm, make_norm
 from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
-from engine.models.parts.source import Source
+from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
 
 
-# Of all tensors but the output layer's.
 def embedding_name(spec: ModelSpec) -> str:
     """Of the tensor whose rows tokens begin as."""
     return f"{PREFIX}{spec.embedding.tokens}.weight"
@@ -120,12 +119,13 @@ class Layer:
         self.attention_out_norm = norm(spec.mixer_out_norm)
         self.mlp_norm = norm(spec.feed_forward_norm) or NoNorm()
         self.parallel = spec.parallel
+        self.beside_norm = self.mlp_norm if spec.parallel and spec.feed_forward_norm is not None else None
         self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
         self.post_norm = spec.post_norm
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
         self.end: LayerEnd | None = None
         if own is not None or spec.end_scale is not None:
-            self.end = LayerEnd(own, spec.end_scale, source, index, hidden_size)
+            self.end = LayerEnd(own, spec.end_scale, source, index, prefix, hidden_size)
 
 
 def _make_mixer(mixer: Mixer, source: Source, index: int, prefix: str, hidden_size: int) -> Mixing:
@@ -295,7 +295,8 @@ class Decoder:
         for layer, table, following in self._steps:
             if layer.parallel:
                 assert layer.mlp is not None
-                y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(x)))
+                beside = x if layer.beside_norm is None else layer.beside_norm.later(residual)
+                y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(beside)))
                 x, residual = following.add(y, residual)
                 continue
             if layer.post_norm:

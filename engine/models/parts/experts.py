@@ -83,6 +83,8 @@ class Rating:
             router.scale,
             router.minimum,
             scales,
+            router.softcap,
+            router.near,
         )
 
     def logits(self, x: Tensor) -> Tensor:

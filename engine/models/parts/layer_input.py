@@ -9,12 +9,9 @@ import torch
 from torch import Tensor
 
 from engine.models.parts.norm import make_norm
-from engine.models.parts.source import Source
+from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import LayerInput
 from engine.ops.activation import GATED_ACTIVATIONS
-
-# Of all tensors but the output layer's.
-PREFIX = "model."
 
 
 class OwnInputs:
@@ -40,12 +37,14 @@ class OwnInputs:
 
 
 class LayerEnd:
-    """x + norm(projection(activation(gate(x)) * own)), where the model has those, then times a factor."""
+    """x + norm(projection(activation(gate(x)) * own)), where the model has those, then times a factor.
+
+    index: of the layer. prefix: of its tensors.
+    """
 
     def __init__(
-        self, spec: LayerInput | None, scale: str | None, source: Source, index: int, hidden_size: int
+        self, spec: LayerInput | None, scale: str | None, source: Source, index: int, prefix: str, hidden_size: int
     ) -> None:
-        prefix = f"{PREFIX}layers.{index}."
         self._index, self._spec = index, spec
         self._scale = None if scale is None else source.tensor(prefix + scale, (1,))
         if spec is not None:

@@ -69,6 +69,30 @@ class CenteredNorm(Norm):
         return self(residual), residual
 
 
+class OwnNorms(Norm):
+    """LayerNorm over each head, with a weight for each, without a bias. `{}` in its name is the head's number, where
+    the checkpoint has a tensor for each. order: of the dimensions of a head in what is normed."""
+
+    def __init__(
+        self, spec: NormSpec, source: Source, prefix: str, heads: int, dim: int, order: Tensor | None = None
+    ) -> None:
+        self.eps = spec.eps
+        name = f"{prefix}{spec.name}.weight"
+        if "{}" in name:
+            rows = [source.tensor(name.format(head), (dim,)) for head in range(heads)]
+            weight = torch.stack(rows)
+        else:
+            weight = source.tensor(name, (heads, dim))
+        self.weight = weight.float() if order is None else weight.float()[:, order.to(weight.device)]
+
+    def __call__(self, x: Tensor | Product) -> Tensor:
+        """[N, heads * dim] -> the same."""
+        x = computed(x)
+        wide = x.float().unflatten(1, self.weight.shape)
+        normed = F.layer_norm(wide, self.weight.shape[1:], eps=self.eps) * self.weight
+        return normed.flatten(1).to(x.dtype)
+
+
 class NoNorm(Norm):
     """Stands where a family has no norm: only the residual addition is left."""
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from engine.ops.linear import Linear
 
+# Of the names of all tensors but the output layer's.
+PREFIX = "model."
+
 
 class Source(Protocol):
     """Tensors by name and shape; dtype and device are those of the result unless it is asked for another dtype.

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from engine.models.parts.decoder import Decoder, Layer
-from engine.models.parts.layer_input import PREFIX
 from engine.models.parts.norm import make_norm
-from engine.models.parts.source import Source
+from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import ModelSpec, Streams
 from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
@@ -77,9 +76,9 @@ class Laurel:
 class StreamLayer:
     """A layer over all streams: its attention and feed-forward see the active one alone."""
 
-    def __init__(self, spec: ModelSpec, layer: Layer, source: Source, index: int) -> None:
+    def __init__(self, spec: ModelSpec, layer: Layer, source: Source, prefix: str) -> None:
         assert spec.streams is not None and layer.end is not None
-        prefix, hidden = f"{PREFIX}layers.{index}.", spec.hidden_size
+        hidden = spec.hidden_size
         self._layer, self._end = layer, layer.end
         self._active = spec.streams.active
         self._altup = AltUp(spec.streams, source, prefix, hidden)
@@ -116,7 +115,10 @@ class StreamDecoder(Decoder):
         super().__init__(spec, source, max_model_len)
         assert spec.streams is not None and spec.layer_input is not None
         hidden, others = spec.hidden_size, range(spec.streams.count - 1)
-        self._stream_layers = [StreamLayer(spec, each, source, index) for index, each in enumerate(self._layers)]
+        self._stream_layers = [
+            StreamLayer(spec, each, source, PREFIX + spec.layer_names.format(index))
+            for index, each in enumerate(self._layers)
+        ]
         self._into = [source.linear([f"{PREFIX}altup_projections.{index}"], [hidden], hidden) for index in others]
         self._out = [
             source.linear([f"{PREFIX}altup_unembed_projections.{index}"], [hidden], hidden) for index in others

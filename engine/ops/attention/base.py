@@ -53,6 +53,10 @@ class LayerAttention:
         assert self.num_heads % self.num_kv_heads == 0
         assert not self.values_in_keys or (self.num_kv_heads == 1 and self.value_dim <= self.head_dim)
 
+    def own(self, number: int) -> int:
+        """The layer whose K and V it reads: itself (it has this number), or an earlier one."""
+        return number if self.reads is None else self.reads
+
     @property
     def widths(self) -> tuple[int, int]:
         """Numbers of K and of V that it keeps of a token."""

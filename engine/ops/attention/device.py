@@ -7,14 +7,14 @@ and `DeviceAttention` here, the slow one that runs everything.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.groups import Chunk
+from engine.groups import Chunk, MemoryGroup, places_of
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence, softmax_with_sinks
 from engine.ops.norm import rms_norm
@@ -27,27 +27,27 @@ HeadNorms = tuple[Tensor, Tensor, float]
 
 @dataclass(slots=True)
 class DecodeStep:
-    """A decode step in fixed shapes. positions int32 [B] and kv_slots int32 [B]: where the new tokens go.
+    """A decode step in fixed shapes. positions int32 [B]; kv_len int32 [B]: positions + 1. Padding rows read page 0.
 
-    tables int32 [B, W]: page tables of the rows. kv_len int32 [B]: positions + 1. Padding rows read page 0.
+    Of each memory group: kv_slots int32 [B], the cells that the new tokens go to; tables int32 [B, W], the rows' pages.
     """
 
     positions: Tensor
-    kv_slots: Tensor
-    tables: Tensor
+    kv_slots: Sequence[Tensor]
+    tables: Sequence[Tensor]
     kv_len: Tensor
     parity: int
 
 
 @dataclass(slots=True)
 class Ragged:
-    """Rows of any length, for a plan on the host. kv_indices int32 [pages]: on the device.
+    """Rows of any length, for a plan on the host. kv_indices int32 [pages] of each memory group: on the device.
 
     qo_indptr, kv_indptr int32 [R + 1], last_page_len, kv_len int32 [R]: pinned host tensors, unchanged until the step
     is done.
     """
 
-    kv_indices: Tensor
+    kv_indices: Sequence[Tensor]
     qo_indptr: Tensor
     kv_indptr: Tensor
     last_page_len: Tensor
@@ -62,14 +62,14 @@ class Ragged:
 
 @dataclass(slots=True)
 class MixedStep:
-    """A step with prompts. positions int32 [T], kv_slots int32 [T]: on the device.
+    """A step with prompts. positions int32 [T], kv_slots int32 [T] of each memory group: on the device.
 
     rows: all of them. The first num_decodes continue by one token each; prompts: the others, counted from 0.
     decode: the first ones once more, in fixed shapes; set on the device, just before the forward.
     """
 
     positions: Tensor
-    kv_slots: Tensor
+    kv_slots: Sequence[Tensor]
     rows: Ragged
     prompts: Ragged
     num_decodes: int
@@ -81,16 +81,17 @@ class MixedStep:
 class DecodePlan:
     """For backends that plan decode steps on the host: CSR of the rows, padding rows included (one page, page 0).
 
-    kv_indptr int32 [B + 1], last_page_len int32 [B]: pinned host tensors. kv_indices int32: on the device.
+    kv_indptr int32 [B + 1], last_page_len int32 [B]: pinned host tensors. kv_indices int32, of each memory group: on
+    the device.
     """
 
     kv_indptr: Tensor
     last_page_len: Tensor
-    kv_indices: Tensor
+    kv_indices: Sequence[Tensor]
 
 
 def decode_inputs(
-    page_table: Tensor,
+    page_tables: Tensor,
     last_token: Tensor,
     row_slot: Tensor,
     row_start: Tensor,
@@ -98,29 +99,30 @@ def decode_inputs(
     table_page: Tensor,
     width: int,
     page_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Apply table diffs, then look up what the rows of a decode step need.
 
-    page_table int32 [slots, pages], changed in place; last_token int32 [slots]; row_slot, row_start int32 [B];
-    table_index, table_page int32 [D], an entry may repeat. Returns token_ids int32 [B], kv_len int32 [B], kv_slots
-    int32 [B], tables int32 [B, width].
+    page_tables int32 [groups, slots, pages], changed in place; last_token int32 [slots]; row_slot, row_start int32 [B];
+    table_index, table_page int32 [D], an entry may repeat. Returns token_ids int32 [B], kv_len int32 [B], and of each
+    group kv_slots int32 [B] and tables int32 [B, width].
     """
-    if on_gpu(page_table):
+    if on_gpu(page_tables):
         from engine.ops.triton.prepare import prepare
 
-        return prepare(page_table, last_token, row_slot, row_start, table_index, table_page, width, page_size)
-    page_table.view(-1).index_copy_(0, table_index.long(), table_page)
+        return prepare(page_tables, last_token, row_slot, row_start, table_index, table_page, width, page_size)
+    page_tables.view(-1).index_copy_(0, table_index.long(), table_page)
     slots, where = row_slot.long(), row_start.long()
-    tables = page_table[:, :width].index_select(0, slots)
-    pages = tables.gather(1, (where // page_size)[:, None])[:, 0]
-    kv_slots = (pages * page_size + where % page_size).int()
+    tables = page_tables[:, :, :width].index_select(1, slots).unbind()
+    pages = [table.gather(1, (where // page_size)[:, None])[:, 0] for table in tables]
+    kv_slots = tuple((page * page_size + where % page_size).int() for page in pages)
     return last_token.index_select(0, slots), row_start + 1, kv_slots, tables
 
 
 class DeviceAttention:
     """Owns the KV pools on the device and attends by torch operations alone.
 
-    kv_dtype: of the pools; float8_e4m3fn holds values as they are (scale 1). Used by the executor on its one stream.
+    One K and one V buffer for each place in a memory group, as in ops/attention/torch_paged.py. kv_dtype: of the pools;
+    float8_e4m3fn holds values as they are (scale 1). Used by the executor on its one stream.
     """
 
     name = "torch"
@@ -134,6 +136,7 @@ class DeviceAttention:
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
         device: torch.device,
+        groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
     ) -> None:
         self.spec = spec
         # Those that have K and V, by number.
@@ -144,27 +147,31 @@ class DeviceAttention:
         self.device = device
         self.windows: dict[int, int | None] = {number: layer.window for number, layer in self.layers.items()}
         self.num_pages = num_pages
+        self.num_groups = len(groups)
+        self._widths = spec.buffer_widths(groups)
+        places = dict(zip(spec.owners, places_of(groups, len(spec.owners)), strict=True))
+        self._places = {number: places[layer.own(number)] for number, layer in self.layers.items()}
+        # Whose page ids a layer goes by.
+        self.group_of: dict[int, int] = {number: group for number, (group, _) in self._places.items()}
         self.allocate()
 
     def allocate(self) -> None:
         """The KV pools; again, after `release`."""
         cells = self.num_pages + 1, self.page_size
         options: dict[str, Any] = {"dtype": self.kv_dtype, "device": self.device}
-        # By layer. Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
+        # Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
+        keys = [torch.zeros((*cells, width), **options) for width, _ in self._widths]
+        values = [torch.zeros((*cells, width), **options) for _, width in self._widths]
+        # By layer.
         self.k_pools: dict[int, Tensor] = {}
         self.v_pools: dict[int, Tensor] = {}
-        for number in self.spec.owners:
-            layer = self.layers[number]
-            self.k_pools[number] = torch.zeros((*cells, layer.num_kv_heads, layer.head_dim), **options)
-        for number in self.spec.owners:
-            layer = self.layers[number]
-            if layer.values_in_keys:
-                self.v_pools[number] = self.k_pools[number][..., : layer.value_dim]
-            else:
-                self.v_pools[number] = torch.zeros((*cells, layer.num_kv_heads, layer.value_dim), **options)
         for number, layer in self.layers.items():
-            if layer.reads is not None:
-                self.k_pools[number], self.v_pools[number] = self.k_pools[layer.reads], self.v_pools[layer.reads]
+            _, buffer = self._places[number]
+            source = keys[buffer] if layer.values_in_keys else values[buffer]
+            self.k_pools[number], self.v_pools[number] = (
+                pool[..., : layer.num_kv_heads * dim].unflatten(2, (layer.num_kv_heads, dim))
+                for pool, dim in ((keys[buffer], layer.head_dim), (source, layer.value_dim))
+            )
 
     def release(self) -> None:
         """Give the KV pools' memory back; graphs that were captured with them are void."""
@@ -215,17 +222,18 @@ class DeviceAttention:
         k: Tensor | None,
         v: Tensor | None,
         positions: Tensor,
-        kv_slots: Tensor,
+        kv_slots: Sequence[Tensor],
         cos_sin: Tensor | None,
         norms: HeadNorms | None,
         out: Tensor | None = None,
     ) -> Tensor:
         """Norm and turn q and k, put k and v into the pool; returns q, contiguous, in `out` if there is one."""
+        cells = kv_slots[self.group_of[layer]]
         if on_gpu(q) and k is not None and v is not None and k.shape == v.shape:
             from engine.ops.triton.rope import rope_and_write_kv
 
             pools = self.k_pools[layer], self.v_pools[layer]
-            return rope_and_write_kv(q, k, v, cos_sin, positions, kv_slots, *pools, norms, out)
+            return rope_and_write_kv(q, k, v, cos_sin, positions, cells, *pools, norms, out)
         if norms is not None:
             assert k is not None
             *weights, eps = norms
@@ -233,13 +241,13 @@ class DeviceAttention:
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, positions)
         if k is not None:
-            self._store(self.k_pools[layer], kv_slots, k)
+            self._store(self.k_pools[layer], cells, k)
         if v is not None:
-            self._store(self.v_pools[layer], kv_slots, v)
+            self._store(self.v_pools[layer], cells, v)
         return q.contiguous() if out is None else out.copy_(q)
 
     def _store(self, pool: Tensor, slots: Tensor, values: Tensor) -> None:
-        flat = pool.view(-1, *pool.shape[2:])
+        flat = pool.flatten(0, 1)
         if pool.dtype.itemsize == 1:
             # float8 has no indexed writes; its bytes do.
             flat, values = flat.view(torch.uint8), values.to(pool.dtype).view(torch.uint8)
@@ -253,10 +261,10 @@ class DeviceAttention:
             found = pool[pages]
         return found.flatten(pages.dim() - 1, pages.dim())
 
-    def decode_rows(self, layer: int, q: Tensor, tables: Tensor, kv_len: Tensor, sinks: Tensor | None = None) -> Tensor:
+    def decode_rows(self, layer: int, q: Tensor, step: DecodeStep, sinks: Tensor | None = None) -> Tensor:
         """q [B, Hq, D] -> [B, Hq, Dv] over the first kv_len tokens of each row's pages."""
-        spec = self.layers[layer]
-        pages = tables.long()
+        spec, kv_len = self.layers[layer], step.kv_len
+        pages = step.tables[self.group_of[layer]].long()
         keys, values = self.gather(self.k_pools[layer], pages), self.gather(self.v_pools[layer], pages)
         rows, columns = keys.shape[0], keys.shape[1]
         grouped = q.view(rows, spec.num_kv_heads, -1, spec.head_dim)
@@ -284,8 +292,9 @@ class DeviceAttention:
     ) -> Tensor:
         """q [T, Hq, D] -> [T, Hq, Dv], row by row."""
         parts, token, page = [], 0, 0
+        indices = rows.kv_indices[self.group_of[layer]]
         for length, count, kv_len in sizes:
-            pages = rows.kv_indices[page : page + count].long()
+            pages = indices[page : page + count].long()
             parts.append(self.prefill_row(layer, q[token : token + length], pages, kv_len, sinks))
             token, page = token + length, page + count
         return torch.cat(parts)
@@ -339,7 +348,7 @@ class DecodeAttention(StepAttention):
     step: DecodeStep
 
     def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
-        result: Tensor = self.backend.decode_rows(layer, q, self.step.tables, self.step.kv_len, sinks)
+        result: Tensor = self.backend.decode_rows(layer, q, self.step, sinks)
         return result if out is None else out.copy_(result)
 
 
@@ -358,6 +367,6 @@ class MixedAttention(StepAttention):
         result = prompts
         if count:
             assert decode is not None
-            rows = self.backend.decode_rows(layer, q[:count], decode.tables, decode.kv_len, sinks)
+            rows = self.backend.decode_rows(layer, q[:count], decode, sinks)
             result = torch.cat([rows, prompts])
         return result if out is None else out.copy_(result)

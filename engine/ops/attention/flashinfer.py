@@ -1,6 +1,6 @@
 """Paged attention by FlashInfer: prompts by its prefill wrapper, decode by XQA where it has the shape, else by its
 decode wrapper. What it has not (float32, odd head sizes, a kernel that cannot be built here) falls back to plain
-torch, layer kind by layer kind; layers that see the same window are of one kind.
+torch, window by window. Layers of one memory group that see the same window are of one kind, and share a plan.
 
 In steps with prompts the decode rows go by XQA, too. Where it is not, they share fa2 with the prompts, which packs the
 queries of a KV head; fa3 would take a tile of 128 or more for each query head of each row.
@@ -17,11 +17,12 @@ import ctypes
 import logging
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from engine.groups import MemoryGroup
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.attention.device import (
     DecodeAttention,
@@ -51,6 +52,13 @@ PLAN_BYTES = 8 * 1024 * 1024
 Window = int | None
 
 
+class Kind(NamedTuple):
+    """Layers that one plan serves: of a memory group, with a window."""
+
+    window: Window
+    group: int
+
+
 def load_driver() -> None:
     """Make the driver's symbols known to libraries that were linked without it, as pre-built kernels are.
 
@@ -77,11 +85,13 @@ class Backend(DeviceAttention):
         dtype: torch.dtype,
         kv_dtype: torch.dtype | None = None,
         device: torch.device,
+        groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
         module: ModuleType | Any = None,
         decode: str = "auto",
         prefill: str = "auto",
     ) -> None:
-        super().__init__(spec, num_pages=num_pages, page_size=page_size, dtype=dtype, kv_dtype=kv_dtype, device=device)
+        memory: dict[str, Any] = {"num_pages": num_pages, "page_size": page_size, "groups": groups}
+        super().__init__(spec, dtype=dtype, kv_dtype=kv_dtype, device=device, **memory)
         if module is None:
             load_driver()
             import flashinfer as module  # late: 1.4 s, and the package is optional
@@ -98,42 +108,47 @@ class Backend(DeviceAttention):
         # fa3 has no kernels that read a KV cache of another type than q.
         prefill = "fa2" if self.kv_dtype != dtype and prefill == "auto" else prefill
         self._tensor_cores = group not in CUDA_CORE_GROUPS or self.kv_dtype != dtype
-        # One plan serves all layers that see the same window.
-        self._kinds: list[Window] = sorted(set(self.windows.values()), key=lambda window: window or 0)
+        self.kinds: dict[int, Kind] = {layer: Kind(self.windows[layer], self.group_of[layer]) for layer in self.layers}
+        self._kinds: list[Kind] = sorted(set(self.kinds.values()), key=lambda kind: (kind.window or 0, kind.group))
+        windows = dict.fromkeys(kind.window for kind in self._kinds)
         # A backend of the prefill wrapper, or torch.
-        self._prefill_ways: dict[Window, str] = dict.fromkeys(self._kinds, prefill if usable else "torch")
+        self._prefill_ways: dict[Window, str] = dict.fromkeys(windows, prefill if usable else "torch")
         way = "torch" if not usable else "xqa" if has_xqa and decode in ("auto", "xqa") else "wrapper"
-        self._decode_ways: dict[Window, str] = dict.fromkeys(self._kinds, way)
+        self._decode_ways: dict[Window, str] = dict.fromkeys(windows, way)
         # Batch sizes that another way was found to be faster for.
         self._preferred: dict[tuple[Window, int], str] = {}
         self._workspace: Tensor | None = None
         self._xqa_workspace: Tensor | None = None
-        self._prefills: dict[tuple[Window, int], Any] = {}
+        self._prefills: dict[tuple[Kind, int], Any] = {}
         # By fa2, for steps whose decode rows go with the prompts.
-        self._packed: dict[tuple[Window, int], Any] = {}
-        self._decodes: dict[tuple[int, int, Window, int], Any] = {}
-        self._plan_memory: dict[tuple[Window, int], tuple[Tensor, Tensor]] = {}
+        self._packed: dict[tuple[Kind, int], Any] = {}
+        self._decodes: dict[tuple[int, int, Kind, int], Any] = {}
+        self._plan_memory: dict[tuple[Kind, int], tuple[Tensor, Tensor]] = {}
         if usable:
             # Zeroed: both keep counters in it that must start at 0.
             self._workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
             if way == "xqa":
                 self._xqa_workspace = torch.zeros(XQA_WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-            for window in self._kinds:
+            for window in windows:
                 self._make_prefills(window, prefill)
+
+    def kinds_of(self, window: Window) -> list[Kind]:
+        """Of every group that has such layers."""
+        return [kind for kind in self._kinds if kind.window == window]
 
     def decode_needs_plan(self, size: int) -> bool:
         """Whether some layers decode so many rows by the wrapper."""
-        return any(self._way(window, size) == "wrapper" for window in self._kinds)
+        return any(self._way(window, size) == "wrapper" for window in self._decode_ways)
 
     def _way(self, window: Window, size: int) -> str:
-        """How layers of a kind decode a batch of `size` rows."""
+        """How layers with a window decode a batch of `size` rows."""
         return self._preferred.get((window, size), self._decode_ways[window])
 
     @property
     def workspace_bytes(self) -> int:
         buffers = sum(buffer.numel() for buffer in (self._workspace, self._xqa_workspace) if buffer is not None)
         # XQA may yet turn out slower than the wrapper at some batch size.
-        decodes = sum(way != "torch" for way in self._decode_ways.values())
+        decodes = sum(self._decode_ways[kind.window] != "torch" for kind in self._kinds)
         return buffers + PLAN_BYTES * (len(self._prefills) + len(self._packed) + 2 * decodes)
 
     def describe(self) -> str:
@@ -149,7 +164,8 @@ class Backend(DeviceAttention):
         }
         # auto is fa2 or fa3, as the first plan has found.
         found = {
-            way if way == "torch" else self._prefills[window, 0]._backend for window, way in self._prefill_ways.items()
+            way if way == "torch" else self._prefills[self.kinds_of(window)[0], 0]._backend
+            for window, way in self._prefill_ways.items()
         }
         prefill, decode = (" and ".join(names.get(way, way) for way in sorted(ways)) for ways in (found, decodes))
         if self._preferred:
@@ -158,14 +174,14 @@ class Backend(DeviceAttention):
         return f"FlashInfer, prefill {prefill}, decode {decode}{missing}"
 
     def settle(self, wait: Callable[[], None]) -> None:
-        """See DeviceAttention: load and run the kernels of every kind of layer, and fall back where one cannot be had.
+        """See DeviceAttention: load and run the kernels of every window, and fall back where one cannot be had.
 
         A kernel is built when it is first asked for, which fails without a compiler or where FlashInfer may not
         build any.
         """
         one = torch.ones(1, dtype=torch.int32)
-        row = Ragged(self._buffer(1), one.new_tensor([0, 1]), one.new_tensor([0, 1]), one, one)
-        for window in self._kinds:
+        row = Ragged(self._of_groups(), one.new_tensor([0, 1]), one.new_tensor([0, 1]), one, one)
+        for window in self._decode_ways:
             # Which of fa2 and fa3 auto takes does not depend on what can be built.
             for way in dict.fromkeys((self._prefill_ways[window], "fa2")):
                 if way == "torch" or self._has(f"prefill ({way})", window, self._try_prefill, way, row, wait):
@@ -195,8 +211,9 @@ class Backend(DeviceAttention):
 
     def _make_prefills(self, window: Window, way: str) -> None:
         self._prefill_ways[window] = way
-        for parity in (0, 1):
-            self._prefills[window, parity] = self._make_prefill(way)
+        for kind in self.kinds_of(window):
+            for parity in (0, 1):
+                self._prefills[kind, parity] = self._make_prefill(way)
 
     def _make_prefill(self, way: str) -> Any:
         return self._module.BatchPrefillWithPagedKVCacheWrapper(self._workspace, "NHD", backend=way)
@@ -204,48 +221,54 @@ class Backend(DeviceAttention):
     def _try_prefill(self, window: Window, way: str, row: Ragged, wait: Callable[[], None]) -> None:
         if way != self._prefill_ways[window]:
             self._make_prefills(window, way)
-        self._run_prefill(self._prefills[window, 0], window, row, wait)
+        self._run_prefill(self._prefills[self.kinds_of(window)[0], 0], window, row, wait)
 
     def _try_packed(self, window: Window, row: Ragged, wait: Callable[[], None]) -> None:
         """No plan of auto's is fa2, as far as is known: where it is not, the decode rows go by what there is."""
-        if self._prefills[window, 0]._backend == "fa2":
+        kinds = self.kinds_of(window)
+        if self._prefills[kinds[0], 0]._backend == "fa2":
             return
-        wrappers = [self._make_prefill("fa2") for _ in range(2)]
-        self._run_prefill(wrappers[0], window, row, wait)
-        for parity, wrapper in enumerate(wrappers):
-            self._packed[window, parity] = wrapper
+        wrappers = {(kind, parity): self._make_prefill("fa2") for kind in kinds for parity in (0, 1)}
+        self._run_prefill(wrappers[kinds[0], 0], window, row, wait)
+        self._packed |= wrappers
 
     def _run_prefill(self, wrapper: Any, window: Window, row: Ragged, wait: Callable[[], None]) -> None:
-        self._plan(wrapper, window, row)
+        self._plan(wrapper, self.kinds_of(window)[0], row)
         wait()
-        q, layer = self._some_query(), self._first_layer(window)
+        q, layer = self._some_query(), self.layers_of(window)[0]
         wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))
         wait()
 
-    def _first_layer(self, window: Window) -> int:
-        return next(layer for layer, each in self.windows.items() if each == window)
+    def layers_of(self, window: Window) -> list[int]:
+        """Those of the first kind: no two of them have the same memory."""
+        kind = self.kinds_of(window)[0]
+        return [layer for layer, each in self.kinds.items() if each == kind]
+
+    def _of_groups(self) -> list[Tensor]:
+        """One page id for each memory group."""
+        return [self._buffer(1)] * self.num_groups
 
     def _some_query(self) -> Tensor:
         return torch.zeros(1, self.shape.num_heads, self.shape.head_dim, dtype=self.dtype, device=self.device)
 
     def _some_step(self) -> DecodeStep:
         one = torch.ones(1, dtype=torch.int32, device=self.device)
-        return DecodeStep(one, one, self._buffer(1)[None], one, 0)
+        return DecodeStep(one, [one] * self.num_groups, [each[None] for each in self._of_groups()], one, 0)
 
     def _try_xqa(self, window: Window, wait: Callable[[], None]) -> None:
-        self.xqa(self._first_layer(window), self._some_query(), self._some_step())
+        self.xqa(self.layers_of(window)[0], self._some_query(), self._some_step())
         wait()
 
     def try_wrapper(self, window: Window, wait: Callable[[], None]) -> None:
         """One row by the decode wrapper; raises where it has no kernel."""
         one = torch.ones(1, dtype=torch.int32)
-        self.plan_wrapper(window, DecodePlan(one.new_tensor([0, 1]), one, self._buffer(1)), 1, 1, 0)
+        self.plan_wrapper(window, DecodePlan(one.new_tensor([0, 1]), one, self._of_groups()), 1, 1, 0)
         wait()
-        self.wrapped_decode(self._first_layer(window), self._some_query(), self._some_step())
+        self.wrapped_decode(self.layers_of(window)[0], self._some_query(), self._some_step())
         wait()
 
     def _common(self, window: Window) -> dict[str, Any]:
-        """What every plan says of a layer kind. window_left does not count the query itself."""
+        """What every plan says of layers with a window. window_left does not count the query itself."""
         return {
             "sm_scale": self.shape.scale,
             "window_left": -1 if window is None else window - 1,
@@ -258,27 +281,27 @@ class Backend(DeviceAttention):
 
     def mixed(self, step: MixedStep) -> MixedAttention:
         """See DeviceAttention."""
-        for window, way in self._prefill_ways.items():
-            if way != "torch":
-                apart = self.decodes_apart(window, step)
-                self._plan(self._prefill_of(window, step), window, step.prompts if apart else step.rows)
+        for kind in self._kinds:
+            if self._prefill_ways[kind.window] != "torch":
+                apart = self.decodes_apart(kind.window, step)
+                self._plan(self._prefill_of(kind, step), kind, step.prompts if apart else step.rows)
         return _Mixed(self, step)
 
     def decodes_apart(self, window: Window, step: MixedStep) -> bool:
-        """Whether layers of a kind attend the step's decode rows by a call of their own."""
+        """Whether layers with a window attend the step's decode rows by a call of their own."""
         return step.num_decodes > 0 and self._decode_ways[window] == "xqa"
 
-    def _prefill_of(self, window: Window, step: MixedStep) -> Any:
-        key = window, step.parity
-        shared = step.num_decodes > 0 and not self.decodes_apart(window, step)
+    def _prefill_of(self, kind: Kind, step: MixedStep) -> Any:
+        key = kind, step.parity
+        shared = step.num_decodes > 0 and not self.decodes_apart(kind.window, step)
         return self._packed.get(key, self._prefills[key]) if shared else self._prefills[key]
 
-    def _plan(self, wrapper: Any, window: Window, rows: Ragged) -> None:
+    def _plan(self, wrapper: Any, kind: Kind, rows: Ragged) -> None:
         shape = self.shape
         wrapper.plan(
             rows.qo_indptr,
             rows.kv_indptr,
-            rows.kv_indices,
+            rows.kv_indices[kind.group],
             rows.last_page_len,
             shape.num_heads,
             shape.num_kv_heads,
@@ -287,7 +310,7 @@ class Backend(DeviceAttention):
             causal=True,
             # It copies them to the device: from pinned memory here, from a fresh pageable tensor if it had to count.
             seq_lens=rows.kv_len,
-            **self._common(window),
+            **self._common(kind.window),
         )
 
     def prefills_by_torch(self, layer: int) -> bool:
@@ -295,23 +318,23 @@ class Backend(DeviceAttention):
 
     def prefill(self, layer: int, q: Tensor, step: MixedStep, out: Tensor) -> None:
         """[T, Hq, D] -> [T, Hq, D] by the step's plan."""
-        wrapper = self._prefill_of(self.windows[layer], step)
+        wrapper = self._prefill_of(self.kinds[layer], step)
         wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=out)
 
     # ---- decode
 
     def prepare_decode(self, size: int, width: int) -> None:
         """See DeviceAttention: the wrappers that graphs hold on to, with buffers of their own."""
-        for window in self._kinds:
-            if self._way(window, size) == "wrapper":
-                self._prepare_wrapper(size, width, window)
+        for kind in self._kinds:
+            if self._way(kind.window, size) == "wrapper":
+                self._prepare_wrapper(size, width, kind)
 
-    def _prepare_wrapper(self, size: int, width: int, window: Window) -> None:
+    def _prepare_wrapper(self, size: int, width: int, kind: Kind) -> None:
         for parity in (0, 1):
-            if (size, width, window, parity) not in self._decodes:
-                self._decodes[size, width, window, parity] = self._make_decode(size, width, window, parity)
+            if (size, width, kind, parity) not in self._decodes:
+                self._decodes[size, width, kind, parity] = self._make_decode(size, width, kind, parity)
 
-    def _make_decode(self, size: int, width: int, window: Window, parity: int) -> Any:
+    def _make_decode(self, size: int, width: int, kind: Kind, parity: int) -> Any:
         wrapper = self._module.BatchDecodeWithPagedKVCacheWrapper(
             self._workspace,
             "NHD",
@@ -325,7 +348,7 @@ class Backend(DeviceAttention):
         # One plan at a time is open for a kind and a parity, so all their wrappers take the memory of the first: each
         # would bring 8 MiB of the device and 8 of pinned memory.
         own = wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer
-        shared = self._plan_memory.setdefault((window, parity), own)
+        shared = self._plan_memory.setdefault((kind, parity), own)
         wrapper._int_workspace_buffer, wrapper._pin_memory_int_workspace_buffer = shared
         return wrapper
 
@@ -334,56 +357,57 @@ class Backend(DeviceAttention):
 
     def plan_decode(self, plan: DecodePlan, size: int, width: int, parity: int) -> None:
         """See DeviceAttention. A captured graph survives it: the grid depends on the batch size alone."""
-        for window in self._kinds:
+        for window in self._decode_ways:
             if self._way(window, size) == "wrapper":
                 self.plan_wrapper(window, plan, size, width, parity)
 
     def plan_wrapper(self, window: Window, plan: DecodePlan, size: int, width: int, parity: int) -> None:
-        """`plan_decode` for layers of one kind."""
-        self._prepare_wrapper(size, width, window)
+        """`plan_decode` for layers with one window."""
         shape = self.shape
-        self._decodes[size, width, window, parity].plan(
-            plan.kv_indptr,
-            plan.kv_indices,
-            plan.last_page_len,
-            shape.num_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            self.page_size,
-            **self._common(window),
-        )
+        for kind in self.kinds_of(window):
+            self._prepare_wrapper(size, width, kind)
+            self._decodes[size, width, kind, parity].plan(
+                plan.kv_indptr,
+                plan.kv_indices[kind.group],
+                plan.last_page_len,
+                shape.num_heads,
+                shape.num_kv_heads,
+                shape.head_dim,
+                self.page_size,
+                **self._common(window),
+            )
 
     def decode(self, step: DecodeStep) -> DecodeAttention:
         """See DeviceAttention."""
         return _Decode(self, step)
 
     def decode_rows_of(self, layer: int, q: Tensor, step: DecodeStep) -> Tensor:
-        """[B, Hq, D] -> [B, Hq, D], the way that layers of this kind go."""
+        """[B, Hq, D] -> [B, Hq, D], the way that layers with this window go."""
         way = self._way(self.windows[layer], len(q))
         if way == "xqa":
             return self.xqa(layer, q, step)
         if way == "wrapper":
             return self.wrapped_decode(layer, q, step)
-        return self.decode_rows(layer, q, step.tables, step.kv_len)
+        return self.decode_rows(layer, q, step)
 
     def choices(self) -> list[Window]:
         """See DeviceAttention: XQA splits a context by the batch size alone, the wrapper as the GPU has room."""
-        return [window for window in self._kinds if self._decode_ways[window] == "xqa"]
+        return [window for window, way in self._decode_ways.items() if way == "xqa"]
 
     def prefer(self, window: Window, size: int) -> None:
-        """Let layers of a kind decode batches of `size` rows by the wrapper from now on."""
+        """Let layers with a window decode batches of `size` rows by the wrapper from now on."""
         self._preferred[window, size] = "wrapper"
 
     def xqa(self, layer: int, q: Tensor, step: DecodeStep, out: Tensor | None = None) -> Tensor:
         """[B, Hq, D] -> [B, Hq, D]; page tables and lengths stay on the device, so there is nothing to plan."""
-        window = self.windows[layer]
+        window, tables = self.kinds[layer].window, step.tables[self.kinds[layer].group]
         return self._module.decode.xqa_batch_decode_with_kv_cache(  # type: ignore[no-any-return]
             q,
             (self.k_pools[layer], self.v_pools[layer]),
             self._xqa_workspace,
-            step.tables,
+            tables,
             step.kv_len.view(torch.uint32),
-            step.tables.shape[1] * self.page_size,
+            tables.shape[1] * self.page_size,
             # It takes the scale apart again, into one for q and 1 / sqrt(head_dim).
             bmm1_scale=self.shape.scale,
             bmm2_scale=1.0,
@@ -394,8 +418,8 @@ class Backend(DeviceAttention):
 
     def wrapped_decode(self, layer: int, q: Tensor, step: DecodeStep) -> Tensor:
         """[B, Hq, D] -> [B, Hq, D] by the step's plan."""
-        size, width = step.tables.shape
-        wrapper = self._decodes[size, width, self.windows[layer], step.parity]
+        size, width = step.tables[0].shape
+        wrapper = self._decodes[size, width, self.kinds[layer], step.parity]
         return wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))  # type: ignore[no-any-return]
 
 

@@ -147,7 +147,7 @@ class Backend:
         layer = self.spec.layers[number]
         if layer is None:
             return None
-        group, buffer = self._places_of_owners[number if layer.reads is None else layer.reads]
+        group, buffer = self._places_of_owners[layer.own(number)]
         k_buffer, v_buffer = self.k_pools[buffer], self.v_pools[buffer]
         if layer.values_in_keys:
             v_buffer = k_buffer

@@ -27,8 +27,11 @@ def _prepare(
     kv_slots_ptr,
     tables_ptr,
     num_diffs,
+    group_stride,
     stride,
     width,
+    tables_stride,
+    slots_stride,
     page_size,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -41,22 +44,24 @@ def _prepare(
         index = tl.load(index_ptr + entry, mask=given, other=0)
         tl.store(table_ptr + index, tl.load(page_ptr + entry, mask=given, other=0), mask=given)
     tl.debug_barrier()  # an entry is read by another thread than the one that wrote it
-    row = tl.program_id(0)
+    row, group = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    table_ptr += group * group_stride
     slot = tl.load(row_slot_ptr + row).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < width
     pages = tl.load(table_ptr + slot * stride + column, mask=mask, other=0)
-    tl.store(tables_ptr + row * width + column, pages, mask=mask)
+    tl.store(tables_ptr + group * tables_stride + row * width + column, pages, mask=mask)
     if tl.program_id(1) == 0:
         start = tl.load(row_start_ptr + row)
         page = tl.load(table_ptr + slot * stride + start // page_size)
+        # The same from every group.
         tl.store(token_ids_ptr + row, tl.load(last_token_ptr + slot))
         tl.store(kv_len_ptr + row, start + 1)
-        tl.store(kv_slots_ptr + row, page * page_size + start % page_size)
+        tl.store(kv_slots_ptr + group * slots_stride + row, page * page_size + start % page_size)
 
 
 def prepare(
-    page_table: Tensor,
+    page_tables: Tensor,
     last_token: Tensor,
     row_slot: Tensor,
     row_start: Tensor,
@@ -64,15 +69,16 @@ def prepare(
     table_page: Tensor,
     width: int,
     page_size: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """See `decode_inputs`; returns token_ids, kv_len, kv_slots, tables."""
-    rows, device = row_slot.shape[0], row_slot.device
-    kv_slots = torch.empty(rows, dtype=torch.int32, device=device)
+    rows, device, groups = row_slot.shape[0], row_slot.device, page_tables.shape[0]
     token_ids = torch.empty(rows, dtype=torch.int32, device=device)
     kv_len = torch.empty(rows, dtype=torch.int32, device=device)
-    tables = torch.empty((rows, width), dtype=torch.int32, device=device)
-    _prepare[(rows, triton.cdiv(width, BLOCK))](
-        page_table,
+    # Each group's on a multiple of 16 bytes: kernels are compiled anew for pointers that are not so aligned.
+    kv_slots = torch.empty((groups, triton.cdiv(rows, 4) * 4), dtype=torch.int32, device=device)
+    tables = torch.empty((groups, triton.cdiv(rows * width, 4) * 4), dtype=torch.int32, device=device)
+    _prepare[(rows, triton.cdiv(width, BLOCK), groups)](
+        page_tables,
         last_token,
         row_slot,
         row_start,
@@ -83,10 +89,14 @@ def prepare(
         kv_slots,
         tables,
         table_index.shape[0],
-        page_table.stride(0),
+        page_tables.stride(0),
+        page_tables.stride(1),
         width,
+        tables.stride(0),
+        kv_slots.stride(0),
         page_size,
         BLOCK=BLOCK,
         **launch_options(),
     )
-    return token_ids, kv_len, kv_slots, tables
+    by_group = tuple(table[: rows * width].view(rows, width) for table in tables)
+    return token_ids, kv_len, tuple(cells[:rows] for cells in kv_slots), by_group

@@ -32,6 +32,8 @@ def _rope_and_write(
     q_stride,
     k_stride,
     v_stride,
+    k_cell,
+    v_cell,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -79,13 +81,13 @@ def _rope_and_write(
             k_partner *= k_scale * tl.load(k_gain_ptr + partner, mask=turned, other=0.0).to(tl.float32)
         q = q * cos + sign * q_partner * sin
         k = k * cos + sign * k_partner * sin
-    slot = tl.load(slots_ptr + token).to(tl.int64) * KV_HEADS * DIM
+    slot = tl.load(slots_ptr + token).to(tl.int64)
     tl.store(q_out_ptr + token * HEADS * DIM + head * DIM + dim, q.to(q_out_ptr.dtype.element_ty), mask=is_q)
     # Rounded to the model's dtype first, as the torch reference does.
     k = k.to(k_ptr.dtype.element_ty).to(k_pool_ptr.dtype.element_ty)
-    tl.store(k_pool_ptr + slot + (head - HEADS) * DIM + dim, k, mask=is_k)
+    tl.store(k_pool_ptr + slot * k_cell + (head - HEADS) * DIM + dim, k, mask=is_k)
     v = v.to(v_pool_ptr.dtype.element_ty)
-    tl.store(v_pool_ptr + slot + (head - HEADS - KV_HEADS) * DIM + dim, v, mask=is_v)
+    tl.store(v_pool_ptr + slot * v_cell + (head - HEADS - KV_HEADS) * DIM + dim, v, mask=is_v)
 
 
 def rope_and_write_kv(
@@ -102,14 +104,16 @@ def rope_and_write_kv(
 ) -> Tensor:
     """q [T, Hq, D], k and v [T, Hkv, D] -> turned q, contiguous. k, turned, and v go to the cells `kv_slots` [T].
 
-    cos_sin: see ops/rope.py, None where nothing is to be turned. Pools [pages, page_size, Hkv, D] of any dtype. norms:
-    weights [D] of the RMS norms of a head of q and of k, which come first, and their epsilon. out: for q.
+    cos_sin: see ops/rope.py, None where nothing is to be turned. Pools [pages, page_size, Hkv, D] of any dtype, whose
+    cells may be part of wider ones. norms: weights [D] of the RMS norms of a head of q and of k, which come first, and
+    their epsilon. out: for q.
     """
     tokens, heads, dim = q.shape
     kv_heads = k.shape[1]
     for x in (q, k, v):
         assert x.stride(2) == 1 and x.stride(1) == dim
-    assert k_pool.is_contiguous() and v_pool.is_contiguous()
+    for pool in (k_pool, v_pool):
+        assert pool.stride()[2:] == (dim, 1) and pool.stride(0) == pool.shape[1] * pool.stride(1)
     if out is None:
         out = torch.empty((tokens, heads, dim), dtype=q.dtype, device=q.device)
     assert out.is_contiguous() and out.shape == q.shape
@@ -130,6 +134,8 @@ def rope_and_write_kv(
         q.stride(0),
         k.stride(0),
         v.stride(0),
+        k_pool.stride(1),
+        v_pool.stride(1),
         eps,
         HEADS=heads,
         KV_HEADS=kv_heads,

@@ -1,9 +1,10 @@
 """Fair shares between the request's fairness keys: next is the key that was served least.
 
 Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): a key is charged for the
-prompt tokens that are computed for it and, more, for those generated. A key that comes back from idleness is lifted
-to where the others are: idling earns nothing. A decision costs O(keys that wait); output is charged when somebody
-looks (once a turn at most, and when a key comes back), 0.35 us per running sequence: a token costs nothing.
+prompt tokens that are computed for it and, more, for those generated, each divided by its weight. A key that comes
+back from idleness is lifted to where the others are: idling earns nothing. A decision costs O(keys that wait); output
+is charged when somebody looks (once a turn at most, and when a key comes back), 0.35 us per running sequence: a token
+costs nothing.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ class Fair(AdmissionPolicy):
     def __init__(self, cache: KVCache) -> None:
         self._retracted = FCFS(cache)
         self._queues: dict[str, deque[Sequence]] = {}
-        self._served: dict[str, int] = {}  # virtual tokens, also of keys that have been idle for a while
-        self._floor = 0  # of whom was admitted last: it only rises
+        self._served: dict[str, float] = {}  # virtual tokens, also of keys that have been idle for a while
+        self._floor = 0.0  # of whom was admitted last: it only rises
         self._charged: dict[Sequence, int] = {}  # admitted sequences, and how many of their tokens were charged
         self._turn: int | None = None
         self._is_charged = False
@@ -73,7 +74,8 @@ class Fair(AdmissionPolicy):
         key = self._next_key()
         sequence = self._queues[key].popleft()
         self._floor = max(self._floor, self._served[key])
-        self._served[key] += PROMPT_WEIGHT * (sequence.num_prompt_tokens - sequence.num_cached_tokens)
+        cost = PROMPT_WEIGHT * (sequence.num_prompt_tokens - sequence.num_cached_tokens)
+        self._served[key] += cost / sequence.request.weight
         self._charged[sequence] = sequence.num_prompt_tokens
         if self._head(key) is None:
             del self._queues[key]
@@ -107,7 +109,8 @@ class Fair(AdmissionPolicy):
         new = count - self._charged[sequence]
         if new:
             key = sequence.request.fairness_key
-            self._served[key] = self._served.get(key, self._floor) + OUTPUT_WEIGHT * new
+            cost = OUTPUT_WEIGHT * new
+            self._served[key] = self._served.get(key, self._floor) + cost / sequence.request.weight
             self._charged[sequence] = count
 
     def _sweep(self) -> None:

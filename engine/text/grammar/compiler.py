@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+from engine.recorder import stretch
 from engine.request import QueueFullError, RequestError
 from engine.text.grammar.blame import NO_VALUE, blame
 from engine.text.grammar.lark import as_lark, choice, regex
@@ -279,7 +280,7 @@ class GrammarCompiler:
         if running is None:
             if len(self._running) >= MAX_WAITING_COMPILES:
                 raise QueueFullError("Too many grammars wait to be compiled; try again later.")
-            running = asyncio.wrap_future(self._workers.submit(lambda: self.compile(spec)))
+            running = asyncio.wrap_future(self._workers.submit(lambda: self._timed(spec)))
             self._running[spec] = running
             running.add_done_callback(lambda done: self._finished(spec, done))
         try:
@@ -288,6 +289,10 @@ class GrammarCompiler:
         except TimeoutError:
             self._workers.replace_one()
             raise spec_error(spec, f"takes longer than {self._timeout_s:g} s to compile; make it simpler") from None
+
+    def _timed(self, spec: GrammarSpec) -> Grammar:
+        with stretch("grammar", "compile", len(spec.text)):
+            return self.compile(spec)
 
     def _finished(self, spec: GrammarSpec, done: asyncio.Future[Grammar]) -> None:
         del self._running[spec]
@@ -303,6 +308,10 @@ class GrammarCompiler:
     @cached_property
     def _workers(self) -> Workers:
         return Workers()
+
+    def forget(self) -> None:
+        """Give up the compiled grammars that are kept for requests to come."""
+        self._cache.clear()
 
     def close(self) -> None:
         """Stop the threads; a compilation that runs is left to itself."""

@@ -16,22 +16,12 @@ from engine.models.gguf.reader import open_gguf
 from tests.models.gguf.export import export
 from tests.models.gguf.files import array, file, scalar, string, tensor, write
 from tests.models.support import Runner, load, make_checkpoint, prompts_of, relative_error
+from tests.models.test_families import DELTA, EXPERTS, GEMMA3_ROPE, GRANITE, SHARED, SIGMOID
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LOCAL = [True, False, True]
 TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
-EXPERTS = {"num_local_experts": 5, "num_experts_per_tok": 2}
-SOME = {"num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
-SIGMOID = {
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "n_shared_experts": 2,
-    "routed_scaling_factor": 1.7,
-    "first_k_dense_replace": 1,
-    "norm_topk_prob": True,
-    "head_dim": 16,
-}
+ROUTED = {**SIGMOID, "norm_topk_prob": True, "head_dim": 16}
 SIGMOID_KEYS = {
     "expert_shared_count": 2,
     "expert_weights_scale": 1.7,
@@ -40,29 +30,10 @@ SIGMOID_KEYS = {
     "expert_gating_func": 2,
 }
 GEMMA = {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16}
-GEMMA3_ROPE = {
-    "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
-    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-}
-GRANITE = {
-    "embedding_multiplier": 12.0,
-    "logits_scaling": 8.0,
-    "residual_multiplier": 0.22,
-    "attention_multiplier": 0.1,
-    "tie_word_embeddings": True,
-}
 GRANITE_KEYS = {"embedding_scale": 12.0, "logit_scale": 8.0, "residual_scale": 0.22, "attention.scale": 0.1}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 OLMO3_ROPE = {"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0}}
 
-DELTA = {
-    "head_dim": 16,
-    "linear_num_key_heads": 3,
-    "linear_num_value_heads": 6,
-    "linear_key_head_dim": 12,
-    "linear_value_head_dim": 20,
-    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-}
 DELTA_KEYS = {
     "ssm.conv_kernel": 4,
     "ssm.state_size": 12,
@@ -85,8 +56,8 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "mixtral": ("llama", "Mixtral", {**EXPERTS, "sliding_window": None}, {}),
     "qwen2": ("qwen2", "Qwen2", {}, {}),
     "qwen3": ("qwen3", "Qwen3", {"head_dim": 16, "tie_word_embeddings": True}, {}),
-    "qwen2moe": ("qwen2moe", "Qwen2Moe", {**SOME, "shared_expert_intermediate_size": 28}, {}),
-    "qwen3moe": ("qwen3moe", "Qwen3Moe", {**SOME, "head_dim": 16, "norm_topk_prob": True}, {}),
+    "qwen2moe": ("qwen2moe", "Qwen2Moe", {**SHARED, "shared_expert_intermediate_size": 28}, {}),
+    "qwen3moe": ("qwen3moe", "Qwen3Moe", {**SHARED, "head_dim": 16, "norm_topk_prob": True}, {}),
     "gemma": ("gemma", "Gemma", {"head_dim": 16}, {}),
     "gemma2": ("gemma2", "Gemma2", GEMMA, {"attention.sliding_window": 9}),
     "gemma3": (
@@ -109,10 +80,16 @@ CASES: dict[str, tuple[str, str, dict[str, Any], dict[str, Any]]] = {
     "granitemoe": ("granitemoe", "GraniteMoe", {**GRANITE, **EXPERTS}, GRANITE_KEYS),
     "glm4": ("glm4", "Glm4", {"head_dim": 16}, {}),
     "glm": ("chatglm", "Glm", {"head_dim": 16}, {}),
-    "glm4moe": ("glm4moe", "Glm4Moe", {**SIGMOID, "use_qk_norm": True, "attention_bias": True}, SIGMOID_KEYS),
-    "dots1": ("dots1", "Dots1", {**SIGMOID, "sliding_window": None}, SIGMOID_KEYS),
+    "glm4moe": ("glm4moe", "Glm4Moe", {**ROUTED, "use_qk_norm": True, "attention_bias": True}, SIGMOID_KEYS),
+    "dots1": ("dots1", "Dots1", {**ROUTED, "sliding_window": None}, SIGMOID_KEYS),
     "starcoder2": ("starcoder2", "Starcoder2", {"sliding_window": None}, {}),
     "cohere": ("command-r", "Cohere", {"logit_scale": 0.25}, {"logit_scale": 0.25, "rope.scaling.type": "none"}),
+    "cohere-norms": (
+        "command-r",
+        "Cohere",
+        {"use_qk_norm": True},
+        {"logit_scale": 0.0625, "rope.scaling.type": "none"},
+    ),
     "cohere2": (
         "cohere2",
         "Cohere2",

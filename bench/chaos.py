@@ -1,0 +1,252 @@
+"""Faults under load, on the real server: `make chaos`.
+
+terminate: SIGTERM at random moments amid streams; what was accepted must end whole. hand over: a new server takes over
+the socket again and again; no request may fail. faults: a device that raises, makes NaNs, is slow; every stream must
+end with an answer or its own error, others whole. kill: kill -9, and the next start must serve. resume: kill -9 amid a
+background response with --resume-journal, and the rest comes from the next start. hang: a device that never answers
+must end the process, every stream told. Prints a line for each and exits with 1 where something broke.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import aiohttp
+import orjson
+
+from bench.server import free_port, running
+
+BODY = {"prompt": "Once upon a time", "max_tokens": 48, "stream": True, "ignore_eos": True, "temperature": 0}
+FLAGS = "--device cpu --threads 1 --log-level error"
+# Of which every answer is one, else something broke.
+WHOLE, REFUSED, TOLD = "whole", "refused", "told"
+
+
+async def ask(session: aiohttp.ClientSession, url: str) -> str:
+    """One stream: whole, refused before it began, told of an error, or how it broke."""
+    accepted = False
+    try:
+        async with session.post(f"{url}/v1/completions", json=BODY) as response:
+            if response.status != 200:
+                return REFUSED if response.status in (429, 503) else f"status {response.status}"
+            accepted = True
+            text = (await response.read()).decode()
+    except aiohttp.ClientConnectorError:
+        return "no connection"
+    except (aiohttp.ClientError, TimeoutError, ConnectionError) as error:
+        return f"{'cut off' if accepted else 'not answered'} ({type(error).__name__})"
+    if not text.endswith("data: [DONE]\n\n"):
+        return "without an end"
+    if '"error"' in text:
+        return TOLD
+    return WHOLE if '"finish_reason":"length"' in text else "short"
+
+
+async def load(url: str, is_over: Callable[[], bool], clients: int, outcomes: Counter[str]) -> None:
+    async def client() -> None:
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
+            while not is_over():
+                found = await ask(session, url)
+                outcomes[found] += 1
+                if found == "no connection":
+                    await asyncio.sleep(0.02)
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+
+
+async def terminate(times: int, rng: random.Random) -> Counter[str]:
+    """Streams that were accepted before the signal are whole; later ones find no server, or one that refuses."""
+    outcomes: Counter[str] = Counter()
+    for _ in range(times):
+        with running(FLAGS) as server:
+            over = asyncio.Event()
+            work = asyncio.create_task(load(f"http://127.0.0.1:{server.port}", over.is_set, 6, outcomes))
+            await asyncio.sleep(rng.uniform(0.05, 0.8))
+            server.process.send_signal(signal.SIGTERM)
+            await asyncio.to_thread(server.process.wait, 60)
+            over.set()
+            await work
+            if server.process.returncode != 0:
+                outcomes[f"exit {server.process.returncode}"] += 1
+    # Those come after the end.
+    outcomes.pop("no connection", None)
+    for name in [name for name in outcomes if name.startswith("not answered")]:
+        del outcomes[name]
+    return outcomes
+
+
+async def hand_over(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    with tempfile.TemporaryDirectory() as directory:
+        port, over = free_port(), asyncio.Event()
+        words = [sys.executable, "-m", "engine.serve", "--port", str(port), *FLAGS.split()]
+        words += ["--handover", f"unix:{directory}/s"]
+
+        def start() -> subprocess.Popen[bytes]:
+            return subprocess.Popen(words, stdout=subprocess.DEVNULL)
+
+        process = start()
+        await _ready(port)
+        work = asyncio.create_task(load(f"http://127.0.0.1:{port}", over.is_set, 4, outcomes))
+        for _ in range(times):
+            await asyncio.sleep(rng.uniform(0.0, 0.5))
+            following = start()
+            code = await asyncio.to_thread(process.wait, 120)
+            if code != 0:
+                outcomes[f"exit {code}"] += 1
+            process = following
+        over.set()
+        await work
+        process.terminate()
+        await asyncio.to_thread(process.wait, 60)
+    return outcomes
+
+
+async def _ready(port: int) -> None:
+    async with aiohttp.ClientSession() as session:
+        while True:
+            try:
+                async with session.get(f"http://127.0.0.1:{port}/health") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                await asyncio.sleep(0.05)
+
+
+async def faults(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    plans = ("raise:p=0.02", "oom:p=0.02", "nan:p=0.02", "corrupt:p=0.02", "slow:p=0.05,s=0.05")
+    for number in range(max(1, times // 5)):
+        plan = ";".join(plans) + f";seed={rng.randrange(10**6)}" if number else plans[0] + ";seed=1"
+        with running(f"{FLAGS} --debug-faults {plan}") as server:
+            over = asyncio.Event()
+            asyncio.get_running_loop().call_later(4.0, over.set)
+            await load(f"http://127.0.0.1:{server.port}", over.is_set, 6, outcomes)
+    return outcomes
+
+
+async def kill(times: int, rng: random.Random) -> Counter[str]:
+    """Whoever was connected is cut off; what counts is that the next start is a good one."""
+    outcomes: Counter[str] = Counter()
+    for _ in range(max(1, times // 5)):
+        with running(FLAGS) as server:
+            over = asyncio.Event()
+            work = asyncio.create_task(load(f"http://127.0.0.1:{server.port}", over.is_set, 4, Counter()))
+            await asyncio.sleep(rng.uniform(0.05, 0.5))
+            server.process.kill()
+            await asyncio.to_thread(server.process.wait, 30)
+            over.set()
+            await work
+        with running(FLAGS) as server:
+            async with aiohttp.ClientSession() as session:
+                outcomes[await ask(session, f"http://127.0.0.1:{server.port}")] += 1
+    return outcomes
+
+
+async def resume(times: int, rng: random.Random) -> Counter[str]:
+    """A background response is followed, the server killed amid it, and the next one asked for the rest."""
+    outcomes: Counter[str] = Counter()
+    body = {
+        "input": "Tell me a story.",
+        "background": True,
+        "max_output_tokens": 150,
+        "ignore_eos": True,
+        "temperature": 1,
+    }
+    with tempfile.TemporaryDirectory() as directory:
+        flags = f"{FLAGS} --resume-journal {directory}/journal"
+        for _ in range(times):
+            told: dict[int, bytes] = {}
+            with running(flags) as server:
+                url = f"http://127.0.0.1:{server.port}/v1/responses"
+                async with aiohttp.ClientSession() as session:
+                    async with session.post(url, json=body) as response:
+                        name = (await response.json())["id"]
+                    asyncio.get_running_loop().call_later(rng.uniform(0.05, 0.6), server.process.kill)
+                    await _follow(session, f"{url}/{name}?stream=true", told)
+                await asyncio.to_thread(server.process.wait, 30)
+            with running(flags) as server:
+                url = f"http://127.0.0.1:{server.port}/v1/responses/{name}"
+                async with aiohttp.ClientSession() as session:
+                    after = max(told, default=-1)
+                    await _follow(session, f"{url}?stream=true" + (f"&starting_after={after}" if told else ""), told)
+                    async with session.get(url) as response:
+                        whole = (await response.json())["output"][0]["content"][0]["text"]
+            events = [orjson.loads(told[number]) for number in sorted(told)]
+            text = "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+            good = sorted(told) == list(range(len(told))) and text == whole
+            outcomes[WHOLE if good else "tokens lost or doubled"] += 1
+    return outcomes
+
+
+async def _follow(session: aiohttp.ClientSession, url: str, told: dict[int, bytes]) -> None:
+    """Events by their number, as far as they come."""
+    with contextlib.suppress(aiohttp.ClientError, ConnectionError):
+        async with session.get(url) as response:
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    number = orjson.loads(line[6:])["sequence_number"]
+                    if number in told:
+                        raise RuntimeError(f"event {number} came twice")
+                    told[number] = line[6:]
+
+
+async def hang(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    with running(f"{FLAGS} --debug-faults hang:step=40 --stall-timeout 2 --stall-action exit") as server:
+        process = server.process
+        await load(f"http://127.0.0.1:{server.port}", lambda: process.poll() is not None, 4, outcomes)
+        outcomes.pop("no connection", None)
+        outcomes = Counter({name: count for name, count in outcomes.items() if not name.startswith("not answered")})
+        if process.returncode in (None, 0):
+            outcomes[f"exit {process.returncode}"] += 1
+    return outcomes
+
+
+SCENES: dict[str, Callable[[int, random.Random], Coroutine[Any, Any, Counter[str]]]] = {
+    "terminate": terminate,
+    "hand over": hand_over,
+    "faults": faults,
+    "kill": kill,
+    "resume": resume,
+    "hang": hang,
+}
+# What may be seen beside whole answers.
+ALLOWED = {
+    "terminate": {REFUSED},
+    "hand over": set(),
+    "faults": {TOLD, "status 500"},
+    "kill": set(),
+    "resume": set(),
+    "hang": {TOLD},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.chaos", description=__doc__)
+    parser.add_argument("--times", type=int, default=50, help="of each (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--only", choices=list(SCENES), nargs="+", default=list(SCENES))
+    arguments = parser.parse_args()
+    broken = 0
+    for name in arguments.only:
+        outcomes = asyncio.run(SCENES[name](arguments.times, random.Random(arguments.seed)))
+        bad = {found: count for found, count in outcomes.items() if found not in {WHOLE, *ALLOWED[name]}}
+        broken += sum(bad.values()) + (not outcomes[WHOLE] and name != "hang")
+        told = ", ".join(f"{found}: {count}" for found, count in outcomes.most_common())
+        print(f"{name:10} {'BROKEN' if bad else 'ok':7} {told}", flush=True)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

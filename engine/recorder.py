@@ -1,0 +1,333 @@
+"""Recorder: what the loop has done lately, kept only while somebody looks: the page /live, /trace, --trace-file.
+
+The Engine owns one and its loop asks for `stages`, the Scheduler and the Publisher hold it as `recorder`: all three are
+None while nobody looks, and that check is all that it costs then. Stretches of work outside of the steps (sockets,
+tokenising, grammars) go to whoever is in TRACERS. Written on the loop thread, `stretch` from any; times are
+time.monotonic's.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from engine.scheduling.batch import Batch
+
+now = time.monotonic
+_make = tuple.__new__
+
+# Steps that a page gets to see; and how many are recorded between two looks at them: a device that does 40,000 steps a
+# second shall not be slowed down for a picture of 200.
+MAX_STEPS = 256
+STEPS_PER_LOOK = 128
+MAX_TIMELINES = 512
+MAX_EVENTS_PER_SEQUENCE = 128
+MAX_LATENCIES = 4096
+# Of one trace in memory: about 100 MB.
+MAX_TRACED = 250_000
+
+
+class Chunk(NamedTuple):
+    """Known tokens of a sequence that a step computes: of a prompt, or forced by a grammar. tokens: from, to."""
+
+    request_id: str
+    kind: str
+    start: int
+    end: int
+
+
+class Step(NamedTuple):
+    """One step: when each stage began or ended (seconds), its rows by kind, and who stood where as it was launched.
+
+    device_began, device_ended: by the device's own thread where it tells, else as the host saw it (is_seen: it told).
+    first: requests whose first token it brought. ended: requests that ended with it.
+    """
+
+    number: int
+    began: float
+    scheduled: float
+    launched: float
+    waited: float
+    arrived: float
+    committed: float
+    published: float
+    device_began: float
+    device_ended: float
+    is_told: bool
+    decode: int
+    prefill: int
+    forced: int
+    pooled: int
+    tokens: int
+    running: int
+    waiting: int
+    failed: bool
+    chunks: tuple[Chunk, ...]
+    first: tuple[str, ...]
+    ended: tuple[str, ...]
+
+
+class Event(NamedTuple):
+    """Of a sequence. kind: queued, admitted, chunk, first_token, retracted, finished. value: tokens, or why."""
+
+    at: float
+    kind: str
+    value: int | str
+
+
+class Stretch(NamedTuple):
+    """Work with a name between two times, by thread. lane: sockets, text, grammar."""
+
+    lane: str
+    name: str
+    began: float
+    ended: float
+    thread: str
+    size: int
+
+
+class Tracer:
+    """Everything from its making on, in deques that forget the oldest. Drained by whoever made it."""
+
+    def __init__(self, most: int = MAX_TRACED) -> None:
+        self.steps: deque[Step] = deque(maxlen=most)
+        self.events: deque[tuple[str, Event]] = deque(maxlen=most)
+        self.stretches: deque[Stretch] = deque(maxlen=most)
+        self.began = now()
+
+    @property
+    def is_full(self) -> bool:
+        """Something may have been forgotten."""
+        return any(len(one) == one.maxlen for one in (self.steps, self.events, self.stretches))
+
+
+# Of the process: what takes a while outside of the loop's steps belongs to no engine. With none `stretch` does nothing.
+TRACERS: list[Tracer] = []
+
+
+class stretch:
+    """`with stretch("text", "tokenise", len(text)): ...`"""
+
+    __slots__ = ("_began", "_lane", "_name", "_size")
+
+    def __init__(self, lane: str, name: str, size: int = 0) -> None:
+        self._lane, self._name, self._size = lane, name, size
+        self._began = 0.0
+
+    def __enter__(self) -> None:
+        if TRACERS:
+            self._began = now()
+
+    def __exit__(self, *_: object) -> None:
+        if self._began and TRACERS:
+            one = Stretch(self._lane, self._name, self._began, now(), threading.current_thread().name, self._size)
+            for tracer in TRACERS:
+                tracer.stretches.append(one)
+
+
+class Recorder:
+    """See the module. `watch` and `unwatch` come in pairs, and so do `start` and `stop` of a Tracer.
+
+    stages: what the loop calls at each stage of a step, None where no step is to be recorded.
+    on_watched: called with the recorder when the first looks, with None when the last has gone.
+    """
+
+    def __init__(self, on_watched: Callable[[Recorder | None], None]) -> None:
+        self.stages: Recorder | None = None
+        self.steps: deque[Step] = deque(maxlen=MAX_STEPS)
+        self.timelines: OrderedDict[str, list[Event]] = OrderedDict()
+        self.first_tokens: deque[float] = deque(maxlen=MAX_LATENCIES)
+        self._gaps: deque[npt.NDArray[np.float64]] = deque(maxlen=MAX_STEPS)
+        self._on_watched = on_watched
+        self._num_watching = 0
+        self._left = 0
+        self._tracers: list[Tracer] = []
+        self._open: dict[int, list[Any]] = {}
+        self._chunks: list[Chunk] = []
+        self._first: list[str] = []
+        self._ended: list[str] = []
+        self._device_ended = 0.0
+        self._began = self._scheduled = self._waited = self._arrived = self._committed = 0.0
+        self._device = (0.0, 0.0)
+        self._failed = False
+
+    # ---- who looks
+
+    @property
+    def is_watched(self) -> bool:
+        return self._num_watching > 0
+
+    def watch(self) -> None:
+        """Somebody looks: events of sequences are kept from now on, and steps as often as `look` asks for them."""
+        self._num_watching += 1
+        if self._num_watching == 1:
+            self._on_watched(self)
+
+    def unwatch(self) -> None:
+        assert self._num_watching > 0
+        self._num_watching -= 1
+        if not self._num_watching:
+            self._on_watched(None)
+            self.stages = None
+            self.steps.clear()
+            self.timelines.clear()
+            self.first_tokens.clear()
+            self._gaps.clear()
+            self._open.clear()
+
+    def look(self, num_steps: int = STEPS_PER_LOOK) -> None:
+        """Record the next steps, as many as that."""
+        self._left = max(self._left, num_steps)
+        self._begin()
+
+    def start(self, tracer: Tracer) -> None:
+        """Record every step for somebody, until `stop`."""
+        self._tracers.append(tracer)
+        TRACERS.append(tracer)
+        self.watch()
+        self._begin()
+
+    def stop(self, tracer: Tracer) -> None:
+        self._tracers.remove(tracer)
+        TRACERS.remove(tracer)
+        self.unwatch()
+
+    def _begin(self) -> None:
+        if self.stages is None:
+            self.stages = self
+            self._open.clear()
+            self._chunks.clear()
+            self._first.clear()
+            self._ended.clear()
+
+    # ---- the loop's stages, in their order
+
+    def schedule_begins(self) -> None:
+        self._chunks.clear()
+        self._began = now()
+
+    def launch_begins(self) -> None:
+        self._scheduled = now()
+
+    def launched(self, batch: Batch, running: int, waiting: int) -> None:
+        """A step is on its way."""
+        forward = batch.forward_input
+        decode, forced, pooled = forward.num_decode_rows, 0, 0
+        for chunk in self._chunks:
+            forced += chunk.kind == "forced"
+            pooled += chunk.kind == "pooling"
+        if len(self._open) > 4:  # of steps whose end was not seen
+            self._open.clear()
+        self._open[forward.step] = [
+            self._began,
+            self._scheduled,
+            now(),
+            decode,
+            forward.num_rows - decode - forced - pooled,
+            forced,
+            pooled,
+            forward.num_tokens,
+            running,
+            waiting,
+            tuple(self._chunks) if self._chunks else (),
+        ]
+
+    def wait_begins(self) -> None:
+        self._waited = now()
+
+    def wait_ends(self, handle: object, failed: bool = False) -> None:
+        """handle: a StepHandle, which may say when the device worked at it."""
+        self._arrived = now()
+        self._device = getattr(handle, "began_at", 0.0), getattr(handle, "ended_at", 0.0)
+        self._failed = failed
+        if self._first or self._ended:
+            self._first.clear()
+            self._ended.clear()
+
+    def committed(self) -> None:
+        self._committed = now()
+
+    def published(self, number: int) -> None:
+        """The last stage of a step; one whose launch nobody saw is left out."""
+        opened = self._open.pop(number, None)
+        began, ended = self._device
+        is_told = ended > 0.0
+        if not is_told:
+            ended = self._arrived
+        last, self._device_ended = self._device_ended, ended
+        if opened is None:
+            return
+        if not began:
+            launched_at = opened[2]
+            began = launched_at if launched_at > last else last
+        schedule_began, scheduled, launched, decode, prefill, forced, pooled, tokens, running, waiting, chunks = opened
+        # Not by its name: a third of the time.
+        step = _make(
+            Step,
+            (
+                number, schedule_began, scheduled, launched, self._waited, self._arrived, self._committed, now(), began,
+                ended, is_told, decode, prefill, forced, pooled, tokens, running, waiting, self._failed, chunks,
+                tuple(self._first) if self._first else (), tuple(self._ended) if self._ended else (),
+            ),
+        )  # fmt: skip
+        self.steps.append(step)
+        if self._tracers:
+            for tracer in self._tracers:
+                tracer.steps.append(step)
+            return
+        self._left -= 1
+        if self._left <= 0:
+            self.stages = None
+
+    # ---- sequences; called while somebody looks
+
+    def event(self, request_id: str, kind: str, value: int | str = 0) -> None:
+        self._event(request_id, Event(now(), kind, value))
+
+    def chunk(self, request_id: str, kind: str, start: int, end: int) -> None:
+        """A step that is being built computes known tokens of a sequence."""
+        self._chunks.append(Chunk(request_id, kind, start, end))
+        self._event(request_id, Event(now(), kind, end - start))
+
+    def first_token(self, request_id: str, seconds: float) -> None:
+        """seconds: since it arrived."""
+        self.first_tokens.append(seconds)
+        self._first.append(request_id)
+        self._event(request_id, Event(now(), "first_token", 0))
+
+    def finished(self, request_id: str, reason: str) -> None:
+        self._ended.append(request_id)
+        self._event(request_id, Event(now(), "finished", reason))
+
+    def gaps(self, seconds: npt.NDArray[np.float64]) -> None:
+        """Between a row's last two tokens, for the rows of a step."""
+        self._gaps.append(seconds.copy())
+
+    def inter_token(self) -> npt.NDArray[np.float64]:
+        """Seconds, of the last MAX_STEPS steps that were recorded."""
+        return np.concatenate(self._gaps) if self._gaps else np.zeros(0)
+
+    def _event(self, request_id: str, event: Event) -> None:
+        timeline = self.timelines.get(request_id)
+        if timeline is None:
+            if len(self.timelines) >= MAX_TIMELINES:
+                self.timelines.popitem(last=False)
+            timeline = self.timelines[request_id] = []
+        if len(timeline) >= MAX_EVENTS_PER_SEQUENCE:
+            del timeline[1]  # how it came is worth more than what was in between
+        timeline.append(event)
+        for tracer in self._tracers:
+            tracer.events.append((request_id, event))
+
+
+def percentiles(values: Iterable[float], wanted: tuple[float, ...] = (50.0, 90.0, 99.0)) -> list[float] | None:
+    """None of nothing."""
+    array = np.fromiter(values, np.float64)
+    return np.percentile(array, wanted).tolist() if len(array) else None

@@ -1,0 +1,304 @@
+"""Residents: every sequence between submit and its end: who waits, who runs, who leaves, and with what.
+
+The Scheduler is one. What a sequence holds (its slot, its pages) it gets in `scheduler.py`, as a step is built; it is
+given back here, once the sequence is out of every order and nothing of it is in flight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from engine.cache.kv_cache import KVCache
+from engine.clock import Clock
+from engine.config import CacheOptions, SchedulerOptions
+from engine.forward import Int32Array, Limits
+from engine.recorder import Recorder
+from engine.request import (
+    MAX_STOP_TOKEN_IDS,
+    ContextLengthExceededError,
+    FinishReason,
+    Request,
+    RequestError,
+)
+from engine.scheduling.policy.registry import make_policy
+from engine.scheduling.sequence import Sequence, SequenceStatus
+from engine.scheduling.slots import IndexArray, SlotTable
+from engine.scheduling.trials import Trials
+
+
+@dataclass(slots=True)
+class SchedulerCounters:
+    """Running totals for the metrics; tokens unless said."""
+
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    num_preemptions: int = 0
+    prefill_tokens: int = 0
+
+
+class Residents:
+    """See the module. Sequences run in the order in which they were admitted."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        options: SchedulerOptions,
+        cache_options: CacheOptions,
+        clock: Clock,
+        eos_token_ids: tuple[int, ...] = (),
+    ) -> None:
+        self.limits = limits
+        self.options = options
+        self.eos_token_ids = eos_token_ids
+        self.kv_cache = KVCache(
+            limits.num_pages,
+            limits.page_size,
+            groups=limits.groups,
+            num_snapshots=limits.num_snapshots,
+            enable_prefix_caching=cache_options.enable_prefix_caching,
+            eviction_policy=cache_options.eviction_policy,
+            now=clock.now,
+        )
+        self.counters = SchedulerCounters()
+        # While somebody looks.
+        self.recorder: Recorder | None = None
+        self.num_waiting = self.num_waiting_tokens = 0
+        self._clock = clock
+        self._table = SlotTable(limits)
+        self._policy = make_policy(options.policy, self.kv_cache)
+        self._committed_step = -1
+        self._next_order = 0
+        self._held: list[Sequence] | None = None
+        # Suspects wait there, and not with the policy.
+        self._trials = Trials()
+        # All that run, in order of admission.
+        self._running: list[Sequence] = []
+        self._prefilling: list[Sequence] = []
+        # Past their prefill, with forced tokens that are known and not computed.
+        self._jumping: list[Sequence] = []
+        # Finished or retracted while in flight; they give back slot and pages at commit.
+        self._leaving: list[Sequence] = []
+        # Rows past their prefill, oldest first but for those that have jumped since. Kept as an array; `_decodes_stale`
+        # says that it must be rebuilt.
+        self._decoding: list[Sequence] = []
+        self._decodes: IndexArray = np.zeros(0, np.intp)
+        self._decodes_stale = False
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_prefilling_tokens(self) -> int:
+        """Of prompts that run: tokens that are yet to be computed."""
+        return sum([sequence.num_tokens - sequence.num_computed_tokens for sequence in self._prefilling])
+
+    @property
+    def has_work(self) -> bool:
+        """Something waits, runs, or has yet to give back its slot."""
+        return bool(self.num_waiting or self._running or self._leaving)
+
+    def obstacle(self, sequence: Sequence) -> str:
+        """Why a waiting sequence is not admitted: held (nobody is, for now), slots, pages, prefill (a prompt is being
+        read), or turn (others are before it, or its step comes)."""
+        if self._held is not None:
+            return "held"
+        if not self._table.num_free:
+            return "slots"
+        if sequence.pages_wanted:
+            return "pages"
+        return "prefill" if self._prefilling else "turn"
+
+    def sequence_of(self, slot: int) -> Sequence:
+        sequence = self._table.sequences[slot]
+        assert sequence is not None
+        return sequence
+
+    def live_sequences(self) -> list[Sequence]:
+        """Every sequence that holds a slot; for checks."""
+        return [sequence for sequence in self._table.sequences if sequence is not None]
+
+    def check(self, request: Request) -> tuple[int, tuple[int, ...]]:
+        """The most tokens that its sequence may have, and the ids that end it.
+
+        Raises RequestError for one that can never be served. Reads nothing that changes: any thread may ask.
+        """
+        prompt, params, limits = request.prompt_token_ids, request.sampling, self.limits
+        if not prompt:
+            raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
+        max_length = limits.max_model_len
+        if request.pooling is not None:
+            # All of it is computed, as if a token were to follow.
+            max_length = len(prompt) + 1
+            most = min(limits.max_model_len, limits.max_cached_tokens)
+            if len(prompt) > most:
+                raise ContextLengthExceededError(
+                    f"This model's maximum context length is {most} tokens. However, your input contains "
+                    f"{len(prompt)} tokens. Please shorten the input.",
+                    param="input",
+                )
+        elif len(prompt) >= limits.max_model_len:
+            raise ContextLengthExceededError(
+                f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt "
+                f"contains {len(prompt)} tokens, which leaves no room for output. Please shorten the prompt.",
+                param="prompt",
+            )
+        if params.max_tokens is not None:
+            max_length = len(prompt) + params.max_tokens
+            if max_length > limits.max_model_len:
+                raise ContextLengthExceededError(
+                    f"This model's maximum context length is {limits.max_model_len} tokens. However, you "
+                    f"requested {max_length} tokens ({len(prompt)} in the prompt, {params.max_tokens} for the "
+                    "output). Please shorten the prompt or the output.",
+                    param="max_tokens",
+                )
+        # The last token is never computed, so it needs no place in the cache.
+        if max_length - 1 > limits.max_cached_tokens:
+            if params.max_tokens is not None or len(prompt) >= limits.max_cached_tokens:
+                raise ContextLengthExceededError(
+                    f"The KV cache holds {limits.max_cached_tokens} tokens; {max_length} were asked "
+                    "for (prompt and output). Please shorten the prompt or the output.",
+                    param="max_tokens",
+                )
+            max_length = limits.max_cached_tokens + 1
+        stop_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.eos_token_ids) + params.stop_token_ids))
+        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
+            raise RequestError(
+                f"At most {MAX_STOP_TOKEN_IDS} stop token ids are supported, EOS ids included; got {len(stop_ids)}.",
+                param="stop_token_ids",
+            )
+        return max_length, stop_ids
+
+    def submit(self, request: Request) -> Sequence:
+        """Queue a request. Raises RequestError for one that can never be served."""
+        max_length, stop_ids = self.check(request)
+        sequence = Sequence(
+            request,
+            order=self._next_order,
+            max_length=max_length,
+            stop_ids=stop_ids,
+            arrived_at=self._clock.now(),
+        )
+        self._next_order += 1
+        self.num_waiting += 1
+        self.num_waiting_tokens += sequence.num_tokens
+        if self.recorder is not None:
+            self.recorder.event(request.request_id, "queued", sequence.num_prompt_tokens)
+        if self._held is not None:
+            self._held.append(sequence)
+        else:
+            self._policy.push(sequence)
+        return sequence
+
+    def hold(self) -> None:
+        """From now on new sequences wait until `let_go`, whatever the policy says."""
+        if self._held is None:
+            self._held = []
+
+    def let_go(self) -> None:
+        held, self._held = self._held or [], None
+        for sequence in held:
+            if not sequence.is_finished:
+                self._policy.push(sequence)
+
+    def retract_all(self) -> None:
+        """Make every running sequence wait, to be computed again. Nothing may be in flight."""
+        for sequence in reversed(list(self._running)):
+            self._retract(sequence)
+
+    def abort(self, sequence: Sequence, reason: FinishReason = FinishReason.ABORT) -> None:
+        """End a sequence now, in whatever state it is. Idempotent."""
+        self.finish(sequence, reason, None)
+
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None) -> None:
+        """End a sequence; tokens still in flight for it will be dropped."""
+        if sequence.is_finished:
+            return
+        sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        self._policy.finished(sequence)
+        if sequence.status is SequenceStatus.WAITING:
+            sequence.move(SequenceStatus.FINISHED)
+            self.num_waiting -= 1
+            self.num_waiting_tokens -= sequence.num_tokens
+            return
+        if sequence.status is SequenceStatus.RUNNING:
+            self._leave(sequence)
+        sequence.move(SequenceStatus.FINISHING)
+        self._table.live[sequence.slot] = False
+        self._release_if_idle(sequence)
+
+    @property
+    def slot_owners(self) -> list[Sequence | None]:
+        """[num_slots]: who holds each slot now; to be read only."""
+        return self._table.sequences
+
+    @property
+    def known_lengths(self) -> Int32Array:
+        """int32 [num_slots]: tokens of each slot's sequence that the host knows, its prompt's too; to be read only."""
+        return self._table.known
+
+    @property
+    def known_tokens(self) -> Int32Array:
+        """int32 [num_slots, max_model_len]: those tokens; to be read only."""
+        return self._table.tokens
+
+    # ---- leaving
+
+    def _in_flight(self, sequence: Sequence) -> bool:
+        return bool(self._table.last_step[sequence.slot] > self._committed_step)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take a running sequence out of every order; slot and pages follow when nothing is in flight."""
+        self._running.remove(sequence)
+        if sequence in self._prefilling:
+            self._prefilling.remove(sequence)
+        elif sequence in self._jumping:
+            self._jumping.remove(sequence)
+        elif sequence in self._decoding:
+            self._decoding.remove(sequence)
+            self._decodes_stale = True
+        self._leaving.append(sequence)
+
+    def _retract(self, sequence: Sequence) -> None:
+        """Take the place of a running sequence; it will be computed again from its tokens."""
+        self._leave(sequence)
+        sequence.move(SequenceStatus.RETRACTING)
+        sequence.num_retractions += 1
+        self.counters.num_preemptions += 1
+        if self.recorder is not None:
+            self.recorder.event(sequence.request.request_id, "retracted", sequence.num_tokens)
+        self._release_if_idle(sequence)
+
+    def _release_leaving(self) -> None:
+        if self._leaving:
+            for sequence in list(self._leaving):
+                self._release_if_idle(sequence)
+
+    def _release_if_idle(self, sequence: Sequence) -> None:
+        """Give slot and pages back, once nothing of the sequence is in flight."""
+        if self._in_flight(sequence):
+            return
+        if sequence in self._leaving:
+            self._leaving.remove(sequence)
+        table, slot, pages = self._table, sequence.slot, sequence.pages
+        assert pages is not None
+        tokens = sequence.token_ids
+        # KV is valid for tokens that were computed and whose ids are known; an overrun's are not.
+        valid = min(int(table.computed[slot]), len(tokens))
+        if sequence.finish_reason is FinishReason.ERROR or not self.kv_cache.is_intact(pages):
+            valid = 0
+        self.kv_cache.history.released(sequence.request.request_id, tokens[:valid])
+        self.kv_cache.release(pages, tokens, valid)
+        sequence.pages = None
+        sequence.leave_slot()
+        if sequence.status is SequenceStatus.FINISHING:
+            sequence.move(SequenceStatus.FINISHED)
+        else:
+            sequence.move(SequenceStatus.WAITING)
+            sequence.is_retracted = True
+            self.num_waiting += 1
+            self.num_waiting_tokens += sequence.num_tokens
+            if not sequence.suspect_until:
+                self._policy.push_front(sequence)

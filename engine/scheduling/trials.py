@@ -1,0 +1,67 @@
+"""Trials: who made a step fail. Its sequences run again, half of them at a time, until one of them fails alone.
+
+Owned by the Scheduler, which admits nobody else while a trial is on: a step that fails then has its suspects in it and
+besides them only sequences that have passed theirs. One culprit among n costs 2 log2(n) steps at most.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+
+from engine.scheduling.sequence import Sequence, SequenceStatus
+
+# Steps that fail without a suspect cleared between them: more is no single request's doing (a device without memory),
+# and then whole groups end. Halving 4,096 sequences takes 12.
+MAX_FAILURES = 14
+
+
+class Trials:
+    """Groups of suspects, tried one group after the other. A suspect has `suspect_until`: computed tokens that it must
+    reach in a step that succeeds."""
+
+    def __init__(self) -> None:
+        self._groups: deque[list[Sequence]] = deque()
+        self._num_failures = 0
+
+    @property
+    def pending(self) -> bool:
+        """Somebody is yet to be cleared or to fail."""
+        while self._groups:
+            group = self._groups[0]
+            group[:] = [sequence for sequence in group if sequence.suspect_until and not sequence.is_finished]
+            if group:
+                return True
+            self._groups.popleft()
+        self._num_failures = 0
+        return False
+
+    def next(self) -> Sequence | None:
+        """Whom to admit next, None where all of the group run (or have yet to give back their slots)."""
+        if not self.pending:
+            return None
+        waiting = (one for one in self._groups[0] if one.status is SequenceStatus.WAITING)
+        return next(waiting, None)
+
+    def judge(self, possible: list[Sequence]) -> list[Sequence]:
+        """A step failed, by one of these. Returns who is found guilty; the others are to be run again."""
+        self._num_failures += 1
+        for group in self._groups:
+            group[:] = [sequence for sequence in group if sequence not in possible]
+        suspects = [sequence for sequence in possible if not sequence.is_finished]
+        if len(possible) == 1 or self._num_failures > MAX_FAILURES:
+            for sequence in suspects:
+                sequence.suspect_until = 0
+            return suspects
+        half = (len(suspects) + 1) // 2
+        for group in (suspects[half:], suspects[:half]):
+            if group:
+                self._groups.appendleft(group)
+        return []
+
+    def succeeded(self, reached: Iterable[tuple[Sequence, int]]) -> None:
+        """A step succeeded: how far it brought each of its sequences."""
+        for sequence, end in reached:
+            if sequence.suspect_until and end >= sequence.suspect_until:
+                sequence.suspect_until = 0
+                self._num_failures = 0

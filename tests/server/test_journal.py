@@ -1,0 +1,95 @@
+"""Background responses through a crash: what a killed process had begun is taken up, no token lost and none doubled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine.config import StartupError
+from server.journal import Begun, Journal
+from tests.server.support import live, until
+from tests.server.test_background import ended, follow, get
+from tests.server.test_errors import check_shape
+
+BODY = {"input": "Tell me.", "background": True, "max_output_tokens": 60}
+
+
+def without_times(events: list[Any]) -> list[Any]:
+    """What may differ: when it was done, and what the cache had."""
+    text = json.loads(json.dumps(events))
+    for event in text:
+        if "response" in event:
+            event["response"]["completed_at"] = None
+            if event["response"]["usage"]:
+                event["response"]["usage"]["input_tokens_details"] = None
+    return text
+
+
+@pytest.mark.parametrize("temperature", [0, 1])
+async def test_a_follower_goes_on_where_it_was(tmp_path: Path, temperature: int) -> None:
+    journal, snapshot = tmp_path / "journal", tmp_path / "snapshot"
+    async with live(resume_journal=str(journal), api_keys=("k1", "k2")) as server:
+        headers = {"Authorization": "Bearer k2"}
+        server.http.headers.update(headers)
+        body = BODY | {"temperature": temperature}
+        finished = (await server.post("/v1/responses", body))[1]["id"]
+        whole = await ended(server, finished)
+        # A few tokens, and the process is killed: all that is left of it is the file as it is then.
+        waits = server.device.num_waited
+        name = (await server.post("/v1/responses", body))[1]["id"]
+        await until(lambda: server.device.num_waited > waits + 10)
+        shutil.copy(journal, snapshot)
+        events = await follow(server, name)
+        follow_up = await follow(server, name, "&starting_after=7")
+        assert follow_up == events[8:]
+    async with live(resume_journal=str(snapshot), api_keys=("k1", "k2")) as server:
+        server.http.headers.update(headers)
+        again = await follow(server, name, "&starting_after=7")
+        assert without_times(again) == without_times(events[8:])
+        assert (await get(server, f"/v1/responses/{finished}"))[1] == whole
+        assert (await get(server, f"/v1/responses/{name}", headers={"Authorization": "Bearer k1"}))[0] == 404
+        async with server.http.delete(f"{server.url}/v1/responses/{finished}") as response:
+            assert response.status == 200
+        await ended(server, name)
+    # Now both have ended, and one is forgotten.
+    kept = Journal(snapshot, 10)
+    kept.close()
+    assert not kept.begun and [one.response["id"] for one in kept.ended] == [name]
+
+
+def test_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, 2)
+    for number in range(4):
+        journal.begin(Begun(f"r{number}", "", {"input": "x"}, 5))
+    for number in range(3):
+        journal.end("", f"r{number}", {"id": f"r{number}"}, [])
+    journal.end("", "r0")
+    journal.close()
+    with path.open("ab") as file:
+        file.write(b'{"begun": "cut o')
+    again = Journal(path, 2)
+    again.close()
+    assert [one.id for one in again.begun] == ["r3"] and [one.response["id"] for one in again.ended] == ["r1", "r2"]
+    assert path.stat().st_mode & 0o777 == 0o600 and b"cut o" not in path.read_bytes()
+    with pytest.raises(StartupError, match="--resume-journal"):
+        Journal(tmp_path / "none" / "journal", 2)
+    with pytest.raises(StartupError, match="--resume-journal"):
+        Journal(tmp_path, 2)
+
+
+async def test_what_cannot_be_written_down_is_not_promised(tmp_path: Path) -> None:
+    async with live(resume_journal=str(tmp_path / "journal")) as server:
+        from server.app import _JOURNAL
+
+        def full(line: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        server.app[_JOURNAL]._write = full  # type: ignore[method-assign]
+        check_shape(*await server.post("/v1/responses", BODY), expected=503)
+        assert server.num_requests() == 0
+        assert (await server.post("/v1/responses", BODY | {"background": False}))[0] == 200

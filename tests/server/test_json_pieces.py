@@ -1,0 +1,114 @@
+"""JSON in pieces: the values and the errors of the parser itself, and no piece that is long."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import orjson
+import pytest
+
+from server.protocol import json_pieces
+
+TEXTS = [
+    "",
+    "a",
+    'plain text, with: [brackets] {and} quotes " \\ \\" ',
+    "é中文😀\ud7ff",
+    "\\" * 9,
+    '"' * 9,
+    "\n\t\x01",
+    "[,]{:}",
+]
+
+
+def value(rng: random.Random, depth: int) -> Any:
+    kind = rng.randrange(8 if depth else 6)
+    if kind < 3:
+        return "".join(rng.choices(TEXTS, k=rng.randrange(5)))
+    if kind < 6:
+        return rng.choice([0, -1.5, 1e9, True, False, None, 2**40])
+    if kind == 6:
+        return [value(rng, depth - 1) for _ in range(rng.randrange(7))]
+    return {rng.choice(TEXTS) + str(index): value(rng, depth - 1) for index in range(rng.randrange(7))}
+
+
+def outcome(loads: Any, data: bytes) -> Any:
+    try:
+        found = loads(data)
+    except orjson.JSONDecodeError as error:
+        return "error", str(error)
+    # Order counts, too.
+    return found, json.dumps(found)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_values_and_errors_are_the_parsers_own(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    monkeypatch.setattr(json_pieces, "PIECE", rng.choice([1, 2, 7, 40]))
+    for _ in range(70):
+        given = value(rng, 4)
+        data = json.dumps(given, ensure_ascii=rng.random() < 0.5, indent=rng.choice([None, None, 1])).encode()
+        assert outcome(json_pieces.loads, data) == outcome(orjson.loads, data), data
+        # Something is broken, or doubled, or it happens to be fine.
+        place = rng.randrange(len(data) + 1)
+        for broken in (
+            data[:place],
+            data[:place] + rng.choice([b",", b'"', b"\\", b"}", b"]", b"{", b"[", b":", b" ", b"\xff"]) + data[place:],
+            data[:place] + data[place + 1 :],
+            data + data,
+            b'{"a": %b, "b": 1, "a": %b}' % (data, data[:place]),
+            b'{"a": %b, "b": 1, "a": %b}' % (data, data),
+        ):
+            assert outcome(json_pieces.loads, broken) == outcome(orjson.loads, broken), broken
+
+
+BROKEN = [
+    *(b"[1,,2]", b"[,]", b"[1,]", b'{"a":1,}', b'{,"a":1}', b'{"a":1},{"b":2}', b'{"a":[1}]', b'{"a" 1}', b'{1:"a"}'),
+    *(b"[]][", b"[" * 1100 + b"]" * 1100, b'"\\ud83d' + b" " * 40 + b'\\ude00"', b"", b" ", b'"a" "b"', b'"\\u12'),
+    *(b'{"a":1 "b":2}', b'{"a":1}}', b'{"a":1}{', b'["a]', b'{"a: 1}'),
+]
+
+
+@pytest.mark.parametrize("data", BROKEN)
+def test_what_is_no_json(data: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    for size in (1, 4):
+        monkeypatch.setattr(json_pieces, "PIECE", size)
+        with pytest.raises(orjson.JSONDecodeError) as expected:
+            orjson.loads(data)
+        with pytest.raises(orjson.JSONDecodeError) as found:
+            json_pieces.loads(data)
+        assert str(found.value) == str(expected.value)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"logit_bias": {str(token): 1.5 for token in range(20_000)}, "prompt": "x"},
+        {"prompt": list(range(60_000))},
+        {"messages": [{"role": "user", "content": "é" * 20}] * 5_000},
+        {"prompt": "plain text. " * 40_000},
+        {"prompt": "中文" * 60_000},
+        {"a": {"b": {"c": [[1, 2, 3]] * 40_000}}},
+    ],
+)
+@pytest.mark.parametrize("ascii", [True, False])
+def test_no_piece_is_long(body: dict[str, Any], ascii: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = json.dumps(body, ensure_ascii=ascii).encode()
+    sizes: list[int] = []
+    real = orjson.loads
+
+    class Watched:
+        JSONDecodeError = orjson.JSONDecodeError
+
+        @staticmethod
+        def loads(piece: bytes) -> Any:
+            sizes.append(len(piece))
+            return real(piece)
+
+    monkeypatch.setattr(json_pieces, "orjson", Watched)
+    ways: list[None] = []
+    assert json_pieces.loads(data, lambda: ways.append(None)) == body
+    assert len(ways) == len(sizes) > 1
+    assert max(sizes) <= 9 * json_pieces.PIECE

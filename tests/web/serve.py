@@ -1,0 +1,59 @@
+"""The server that the browser's tests talk to: the whole server over the fake device, and a model that says what it is
+told to. Prints its port. `python -m tests.web.serve [--port N] [--key KEY] [--reasoning] [--step SECONDS]`
+
+It says the last message of the user; "long N" is N paragraphs with code and formulas, "call" is a call of get_weather.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import Any
+
+import uvloop
+
+from tests.server.dictate import dictated
+from tests.server.support import live, served_model
+
+_PARAGRAPH = (
+    "Paragraph {n} of **many** has `code`, a formula $x_{{{n}}}^2 = \\frac{{1}}{{{n}}}$ and some more words.\n\n"
+)
+_CODE = "```python\ndef f{n}(x):\n    return x + {n}  # and so on\n```\n\n"
+
+
+def say(prompt: str) -> str:
+    """Prompts come without their marks: the roles are lines of their own."""
+    before, _, said = f"\n{prompt}".rpartition("\nassistant\n")
+    asked = before.rpartition("\nuser\n")[2].removesuffix("\n")
+    if asked.startswith("<tool_response>"):
+        return "It is sunny."
+    if asked.startswith("call"):
+        return '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Paris"}}\n</tool_call>'
+    if asked.startswith("long "):
+        number = int(asked.split()[1])
+        asked = "".join((_CODE if n % 5 == 4 else _PARAGRAPH).format(n=n) for n in range(1, number + 1)) + "END"
+    # What goes on is the rest of what was said.
+    return asked[len(said) :] if asked.startswith(said) else asked
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--key")
+    parser.add_argument("--reasoning", action="store_true")
+    parser.add_argument("--step", type=float, default=0.002)
+    args = parser.parse_args()
+    options: dict[str, Any] = {"port": args.port}
+    if args.key:
+        options["api_keys"] = (args.key,)
+    if args.reasoning:
+        options["reasoning_parser"] = "qwen3"
+    model = served_model(max_model_len=65_536)
+    async with live(model=model, num_pages=20_000, step_seconds=args.step, **options) as server:
+        with dictated(server, say=say):
+            print(server.port, flush=True)
+            await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,100 @@
+"""/live in a browser: what a page shows of a server at work, the key that it asks for, a click on a sequence."""
+
+from __future__ import annotations
+
+import json
+import threading
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+
+from tests.web.conftest import Open, Server, picture, serving
+
+# tests/web/serve.py writes so many paragraphs: longer than a test looks.
+BODY = {"messages": [{"role": "user", "content": "long 900"}], "stream": True}
+
+
+@contextmanager
+def busy(url: str, key: str | None = None, count: int = 3) -> Iterator[None]:
+    """Streams that run meanwhile."""
+    headers = {"Content-Type": "application/json"} | ({"X-Api-Key": key} if key else {})
+    stop = threading.Event()
+
+    def read() -> None:
+        data = json.dumps(BODY).encode()
+        with urllib.request.urlopen(urllib.request.Request(f"{url}v1/chat/completions", data, headers)) as answer:
+            while not stop.is_set() and answer.readline():
+                pass
+
+    threads = [threading.Thread(target=read) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+@pytest.mark.parametrize(
+    ("name", "width", "scheme"), [("desk", 1280, "light"), ("dark", 1280, "dark"), ("phone", 390, "light")]
+)
+def test_it_shows_the_engine_at_work(server: Server, open_page: Open, name: str, width: int, scheme: str) -> None:
+    with busy(server.url):
+        page = open_page(f"{server.url}live", width=width, color_scheme=scheme, bypass_csp=True)
+        page.wait_for_selector("#sequences tbody tr:nth-child(3)")
+        page.wait_for_selector("#stage-words:has-text('schedule')")
+        assert page.inner_text("#state") == "serving"
+        # No sideways scrolling, and something on every canvas.
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        for canvas in ("timeline", "rows", "pages", "tree"):
+            colours = page.evaluate(
+                """id => { const c = document.getElementById(id);
+                const d = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+                return new Set(new Uint32Array(d.buffer)).size; }""",
+                canvas,
+            )
+            assert colours >= 2, canvas
+        found = Axe().run(page, options={"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"]})
+        assert found.violations_count == 0, found.generate_report()
+        picture(page, f"live-{name}")
+
+
+def test_a_click_says_why_a_prefix_missed(server: Server, open_page: Open) -> None:
+    with busy(server.url):
+        page = open_page(f"{server.url}live")
+        page.click("#sequences button.id >> nth=0")
+        page.wait_for_selector("#detail h3")
+        assert "prompt tokens were cached" in page.inner_text("#detail")
+        assert "queued" in page.inner_text("#detail table")
+        picture(page, "live-detail")
+        page.keyboard.press("Escape")
+        assert not page.is_visible("#detail")
+        page.focus("#tree")
+        page.keyboard.press("ArrowRight")
+        assert "came by" in page.inner_text("#node-words")
+
+
+def test_a_key_is_asked_for_and_a_wrong_one_told(open_page: Open) -> None:
+    with serving("--key", "secret") as server:
+        page = open_page(f"{server.url}live")
+        page.wait_for_selector("#key")
+        page.fill("#key", "wrong")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#key-error:has-text('does not take')")
+        page.fill("#key", "secret")
+        page.keyboard.press("Enter")
+        page.wait_for_selector("#state:text-is('serving')")
+        assert not page.is_visible("#key-form")
+        page.reload()
+        page.wait_for_selector("#state:text-is('serving')")
+        server.kill()
+        page.wait_for_selector("#problem:visible")
+        assert page.inner_text("#state") == "no connection"
+        server.start()
+        page.wait_for_selector("#state:text-is('serving')")
+        assert not page.is_visible("#problem")
