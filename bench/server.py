@@ -33,10 +33,13 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(flags: str = "", *, command: str | None = None, timeout_s: float = 300.0) -> Iterator[Running]:
+def running(
+    flags: str = "", *, command: str | None = None, timeout_s: float = 300.0, ready: str = "/health"
+) -> Iterator[Running]:
     """`python -m engine.serve --port P FLAGS`, or `command` with {port} in it, until the block is left.
 
-    Raises RuntimeError with the end of its output when it ends early or is not ready in time.
+    ready: the path that answers 200 once the server is up. Raises RuntimeError with the end of its output when it ends
+    early or is not ready in time.
     """
     port = free_port()
     if command is None:
@@ -47,7 +50,7 @@ def running(flags: str = "", *, command: str | None = None, timeout_s: float = 3
         begin = time.perf_counter()
         process = subprocess.Popen(words, stdout=log, stderr=subprocess.STDOUT)
         try:
-            while not _healthy(port):
+            while not _healthy(port, ready):
                 if process.poll() is not None or time.perf_counter() - begin > timeout_s:
                     log.seek(0)
                     raise RuntimeError(f"{shlex.join(words)} did not start:\n{log.read().decode()[-2000:]}")
@@ -62,9 +65,9 @@ def running(flags: str = "", *, command: str | None = None, timeout_s: float = 3
                 process.wait()
 
 
-def _healthy(port: int) -> bool:
+def _healthy(port: int, path: str) -> bool:
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=5) as answer:
             return bool(answer.status == 200)
     except (urllib.error.URLError, OSError):
         return False

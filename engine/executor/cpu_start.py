@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -17,11 +18,13 @@ from engine.executor.cpu import CPUExecutor
 from engine.executor.start import Start
 from engine.forward import Limits
 from engine.groups import MemoryGroup, pages_held, plan_groups
+from engine.models.loading.load import weight_bytes
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec
 from engine.ops.coded import CodedLinear
 from engine.ops.invariance import promise
 from engine.ops.linear import has_fast_bfloat16
+from engine.ops.packed import PackedLinear
 from engine.ops.state import state_bytes
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -42,7 +45,7 @@ def start(given: Start) -> CPUExecutor:
     with report.phase("kernels"):
         status = native.status()
     encodes = given.spec.bidirectional
-    chosen = available_cores() if encodes else choose_threads(given.spec.num_parameters * dtype.itemsize)
+    chosen = available_cores() if encodes else choose_threads(weight_bytes(given.spec, given.directory, dtype))
     threads = config.num_threads or chosen
     torch.set_num_threads(threads)
     report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
@@ -53,6 +56,9 @@ def start(given: Start) -> CPUExecutor:
     given.report_output_layer(model)
     if coded := sum(isinstance(linear, CodedLinear) for linear in model.linears):
         report.row("weights", f"{coded} of {len(model.linears)} layers keep the file's integers")
+    if packed := Counter(linear.block for linear in model.linears if isinstance(linear, PackedLinear)):
+        kinds = ", ".join(f"{count} {kind}" for kind, count in packed.most_common())
+        report.row("weights", f"{packed.total()} of {len(model.linears)} matrices stay packed ({kinds})")
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")

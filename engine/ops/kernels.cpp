@@ -429,6 +429,18 @@ struct Codes {
     }
 };
 
+// Sums [rows][ldc], with the bias, to their place.
+template <class O>
+INLINE void write_rows(const float* c, int ldc, int rows, i64 width, const float* bias, O* out, i64 ldo) {
+    for (int r = 0; r < rows; r++) {
+        O* to = out + r * ldo;
+        const float* from = c + (size_t)r * ldc;
+        i64 n = 0;
+        for (; n + VL <= width; n += VL) store(to + n, bias ? load(from + n) + load(bias + n) : load(from + n));
+        for (; n < width; n++) store1(to + n, bias ? from[n] + bias[n] : from[n]);
+    }
+}
+
 template <class X, class S, class O>
 void linear(const X* x, i64 ldx, i64 M, i64 K, const S& source, i64 N, const float* bias, O* out, i64 ldo, int threads) {
     const i64 panels = (N + NR - 1) / NR;
@@ -475,14 +487,7 @@ void linear(const X* x, i64 ldx, i64 M, i64 K, const S& source, i64 N, const flo
                     }
                 }
             }
-            const i64 n0 = p0 * NR, width = std::min<i64>(ldc, N - n0);
-            for (int r = 0; r < rows; r++) {
-                O* to = out + (m0 + r) * ldo + n0;
-                const float* from = c + (size_t)r * ldc;
-                i64 n = 0;
-                for (; n + VL <= width; n += VL) store(to + n, bias ? load(from + n) + load(bias + n0 + n) : load(from + n));
-                for (; n < width; n++) store1(to + n, bias ? from[n] + bias[n0 + n] : from[n]);
-            }
+            write_rows(c, ldc, rows, std::min<i64>(ldc, N - p0 * NR), bias ? bias + p0 * NR : nullptr, out + m0 * ldo + p0 * NR, ldo);
         });
     }
 }
@@ -1371,6 +1376,7 @@ int32_t rank_row(const float* x, i64 V, float value) {
     return rank;
 }
 
+#include "kernels_packed.h"
 #include "kernels_state.h"
 
 }  // namespace
@@ -1455,6 +1461,51 @@ EXPORT void ol_linear_codes(int64_t bits, int64_t low, int64_t type, const void*
                             int64_t N, const float* bias, void* out, int64_t ldo, int64_t threads) {
     BY_CODES(bits, low, (void)B; (void)L; const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
              BY_TYPE(type, linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
+}
+
+// The types of GGUF, by their numbers.
+#define BY_FORMAT(number)     \
+    switch (number) {         \
+        EVERY_FORMAT(CASE_OF) \
+    }
+
+// In bytes; 0 where a type has no kernels.
+EXPORT int64_t ol_packed_blocks(int64_t format, int64_t N, int64_t K) {
+#define CASE_OF(F) \
+    case F::number: return K % F::super ? 0 : (N + NR - 1) / NR * (K / F::super) * Layout<F>::bytes;
+    BY_FORMAT(format)
+#undef CASE_OF
+    return 0;
+}
+
+// rows: addresses of the blocks of each. The row that has a scale that is no finite number, or -1.
+EXPORT int64_t ol_pack_blocks(int64_t format, const void* rows, int64_t N, int64_t K, void* out, int64_t threads) {
+    i64 bad = -1;
+#define CASE_OF(F) \
+    case F::number: pack_blocks<F>((const uint8_t* const*)rows, N, K, (uint8_t*)out, &bad, (int)threads); break;
+    BY_FORMAT(format)
+#undef CASE_OF
+    return bad;
+}
+
+EXPORT void ol_block_rows(int64_t format, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count, void* out,
+                          int64_t threads) {
+#define CASE_OF(F) \
+    case F::number: BY_TYPE(type, packed_rows<F>((const uint8_t*)w, K, ids, wide != 0, count, (T*)out, (int)threads)) break;
+    BY_FORMAT(format)
+#undef CASE_OF
+}
+
+// x and out are of one type.
+EXPORT void ol_linear_blocks(int64_t format, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N,
+                             const float* bias, void* out, int64_t ldo, int64_t threads) {
+    Format f{};
+#define CASE_OF(F) \
+    case F::number: f = format_of<F>(); break;
+    BY_FORMAT(format)
+#undef CASE_OF
+    if (!f.super) return;
+    BY_TYPE(type, packed_linear(f, (const T*)x, ldx, M, K, (const uint8_t*)w, N, bias, (T*)out, ldo, (int)threads))
 }
 
 EXPORT void ol_linear_heads(int64_t type, const void* x, int64_t ldx, int64_t stepx, int64_t M, int64_t K, const void* w, int64_t N,

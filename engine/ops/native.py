@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = (Path(__file__).with_name("kernels_state.h"),)
+INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels_packed.h", "kernels_state.h"))
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 FLOAT32, BFLOAT16 = 0, 1
 # Units of work (elements touched, or multiplications / 8) under which a call keeps the GIL: about 20 us. Giving it up
@@ -46,6 +46,10 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_pack_codes": (None, [_I, _I, _P, _P, _P, _I, _I, _P, _I]),
     "ol_code_rows": (None, [_I, _I, _I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear_codes": (None, [_I, _I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
+    "ol_packed_blocks": (_I, [_I, _I, _I]),
+    "ol_pack_blocks": (_I, [_I, _P, _I, _I, _P, _I]),
+    "ol_block_rows": (None, [_I, _I, _P, _I, _P, _I, _I, _P, _I]),
+    "ol_linear_blocks": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_linear_heads": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I, _I]),
     "ol_rms_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _I]),
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),

@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 
 from engine.config import StartupError
+from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.loading.checkpoint import StoredTensor
-from engine.models.loading.coded import CodedWeights
+from engine.models.loading.packed import PackedWeights
 from engine.models.loading.weights import (
     DummyWeights,
     ShapeRecorder,
@@ -24,6 +25,7 @@ from engine.models.loading.weights import (
 from engine.models.parts.decoder import CausalLM
 from engine.models.parts.streams import make_decoder
 from engine.models.spec import ModelSpec
+from engine.ops.packed import can_stay_packed
 
 Progress = Callable[[int, int], None]
 
@@ -61,6 +63,14 @@ def load_model(
         raise
 
 
+def weight_bytes(spec: ModelSpec, directory: Path, dtype: torch.dtype) -> int:
+    """What the weights will take, about: of a file of quantised ones what they take there. Raises StartupError."""
+    wide = spec.num_parameters * dtype.itemsize
+    if not is_gguf(directory) or not can_stay_packed(dtype, torch.device("cpu")):
+        return wide
+    return min(wide, sum(tensor.end - tensor.begin for tensor in open_gguf(directory).tensors.values()))
+
+
 def _load(
     spec: ModelSpec,
     directory: Path,
@@ -87,7 +97,7 @@ def _load(
     if load_format == "dummy":
         weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
     else:
-        weights = CodedWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
+        weights = PackedWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
         return make_decoder(spec, weights, context)

@@ -137,6 +137,10 @@ class Weights:
         self.prepare(linear)
         return linear
 
+    def embedding(self, name: str, count: int, width: int) -> Linear:
+        """A table [count, width] of which only `rows` are asked for."""
+        return Linear(self.tensor(name, (count, width)))
+
     def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """The layer that makes logits; a tied one is the embedding too, and hands out its rows."""
         if not tied:

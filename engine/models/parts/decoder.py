@@ -223,9 +223,10 @@ class Decoder:
         self._lm_head: Linear | None = None
         if not spec.headless:
             self._lm_head = source.output_layer(vocab, hidden, tied=spec.tie_word_embeddings, bias=spec.head_bias)
-        self._embedding: Tensor | None = None
         if self._lm_head is None or not spec.tie_word_embeddings:
-            self._embedding = source.tensor(embedding_name(spec), (vocab, hidden))
+            self._embedding = source.embedding(embedding_name(spec), vocab, hidden)
+        else:
+            self._embedding = self._lm_head
         beside = spec.embedding
         self._positions = self._types = None
         if beside.positions is not None:
@@ -273,12 +274,7 @@ class Decoder:
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
     ) -> Tensor | Normed:
         """The same, the final norm to be taken where it need not be yet."""
-        embedding = self._embedding
-        if embedding is None:
-            assert self._lm_head is not None
-            residual = self._lm_head.rows(token_ids)
-        else:
-            residual = F.embedding(token_ids, embedding)
+        residual = self._embedding.rows(token_ids)
         if self._embedding_scale is not None:
             residual = residual.mul_(self._embedding_scale)
         if self._types is not None:

@@ -6,7 +6,6 @@ Run by the executor's thread.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.models.parts.norm import make_norm
@@ -21,7 +20,7 @@ class OwnInputs:
     def __init__(self, spec: LayerInput, num_layers: int, source: Source, hidden_size: int) -> None:
         width = num_layers * spec.size
         self._size = spec.size
-        self._table = source.tensor(f"{PREFIX}{spec.table}.weight", (spec.vocab_size, width))
+        self._table = source.embedding(f"{PREFIX}{spec.table}.weight", spec.vocab_size, width)
         self._scale = torch.tensor(spec.size**0.5, dtype=source.dtype).item()
         self._projection = source.linear([PREFIX + spec.table_projection], [width], hidden_size)
         self._factor = hidden_size**-0.5
@@ -30,8 +29,8 @@ class OwnInputs:
     def __call__(self, token_ids: Tensor, embedded: Tensor) -> Tensor:
         """[T] and the embedding [T, hidden] -> [layers, T, size]."""
         # The table may be the shorter one: what it lacks are tokens of images and sounds.
-        known = token_ids.masked_fill(token_ids >= len(self._table), 0)
-        told = F.embedding(known, self._table) * self._scale
+        known = token_ids.masked_fill(token_ids >= self._table.out_features, 0)
+        told = self._table.rows(known) * self._scale
         made = self._projection(embedded) * self._factor
         made = self._norm(made.view(-1, self._size)).view(told.shape)
         return ((made + told) * 0.5**0.5).view(len(token_ids), -1, self._size).transpose(0, 1).contiguous()

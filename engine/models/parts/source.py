@@ -54,6 +54,10 @@ class Source(Protocol):
         """
         ...
 
+    def embedding(self, name: str, count: int, width: int) -> Linear:
+        """A table [count, width] of which only `rows` are asked for."""
+        ...
+
     def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """The layer that makes logits; a tied one is the embedding too, and hands out its rows."""
         ...

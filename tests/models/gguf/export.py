@@ -15,6 +15,9 @@ import gguf
 import numpy as np
 import safetensors.torch
 
+from engine.models.gguf.types import BY_NAME
+from tests.models.gguf.test_dequantise import weight_blocks
+
 PERMUTED = {"llama", "arcee", "granite", "granitemoe", "smollm3", "mistral3"}
 SHIFTED = {"gemma", "gemma2", "gemma3", "nemotron", "qwen35", "qwen35moe"}
 EXPERT = re.compile(r"(.*\.experts\.)(\d+)\.(\w+)\.weight")
@@ -35,10 +38,12 @@ def export(
     extra: dict[str, list[float]] | None = None,
     left_out: str = "",
     more: dict[str, Any] | None = None,
+    blocks: dict[str, str] | None = None,
 ) -> Path:
     """keys: what the metadata says beside what all architectures do. kind: of matrices; F32 where it is None.
 
     extra: more tensors. left_out: part of the file's name of one that is not to be there. more: keys by whole names.
+    blocks: part of a matrix's name in the file -> the type of the random blocks that it is made of there.
     """
     config = json.loads((directory / "config.json").read_text())
     loaded = safetensors.torch.load_file(directory / "model.safetensors")
@@ -57,7 +62,12 @@ def export(
             continue
         if given.endswith("exp_probs_b.weight"):
             given = given.replace(".weight", ".bias")
-        if kind is not None and values.ndim > 1 and values.shape[-1] % 32 == 0:
+        block = next((each for part, each in (blocks or {}).items() if part in given and values.ndim == 2), None)
+        if block is not None:
+            size = BY_NAME[block]
+            raw = weight_blocks(block, values.size // size.elements, seed=len(given))
+            writer.add_tensor(given, raw.reshape(len(values), -1), raw_dtype=gguf.GGMLQuantizationType[block])
+        elif kind is not None and values.ndim > 1 and values.shape[-1] % 32 == 0:
             number_of_kind = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(given, gguf.quants.quantize(values, number_of_kind), raw_dtype=number_of_kind)
         else:

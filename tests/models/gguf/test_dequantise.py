@@ -21,6 +21,34 @@ def random_blocks(kind: str, count: int, seed: int = 0) -> np.ndarray:
     return blocks
 
 
+# Bytes of a block that hold float16 scales, where those are not the first two.
+SCALES = {
+    **{"Q4_1": (0, 2), "Q5_1": (0, 2), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q2_K": (80, 82), "Q3_K": (108,)},
+    **{"Q6_K": (208,), "TQ2_0": (64,), "MXFP4": ()},
+}
+
+
+def weight_blocks(kind: str, count: int, seed: int = 0) -> np.ndarray:
+    """The same with scales of weights, not of anything."""
+    blocks = random_blocks(kind, count, seed)
+    largest = {
+        "Q8_0": 127,
+        "Q6_K": 1000,
+        "Q3_K": 64,
+        "IQ4_XS": 2000,
+        "Q4_K": 400,
+        "Q5_K": 800,
+        "Q2_K": 24,
+        "IQ4_NL": 90,
+    }
+    for at in SCALES.get(kind, (0,)):
+        scales = np.random.default_rng(seed + at).normal(0, 0.1 / largest.get(kind, 12), count).astype(np.float16)
+        blocks[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
+    if kind == "MXFP4":
+        blocks[:, 0] = np.random.default_rng(seed).integers(120, 124, count)
+    return blocks
+
+
 @pytest.mark.parametrize("kind", DEQUANTISED)
 def test_bits_are_those_of_the_reference(kind: str) -> None:
     blocks = random_blocks(kind, 512)

@@ -1,0 +1,553 @@
+// Matrix products with weights that stay in GGUF's blocks: part of kernels.cpp, which includes this inside its namespace.
+//
+// A row of the input is brought to 16 bits in blocks of 32 with a float scale each; its products with the codes of a block
+// are summed as integers, exactly, and only these sums meet the scales, in one fixed order along K. So a row has the same
+// bits in any batch, and the error is that of 16 bits: 1e-5 of a block's largest input.
+
+// How a type's weights are made: (code - offset) * scale (+ low).
+enum Low { NO_LOW, PLUS, MINUS };                 // PLUS: a float16 beside d. MINUS: dmin times a byte, taken away
+enum Table { PLAIN, IQ4, E2M1 };                  // what a code of four bits stands for
+// base, high: bits of a code, high ones apart. span: weights that share a scale; super: that share d. sub: a byte for every
+// span that multiplies d, 1 without a sign, 2 with one, 3 for half a byte whose other half is the span's part of low. power: d is a byte, an exponent. size: of super weights in the file.
+#define FORMAT(name, number_, base_, high_, offset_, span_, super_, sub_, low_, table_, power_, size_)                       \
+    struct name {                                                                                                             \
+        static constexpr int number = number_, base = base_, high = high_, offset = offset_, span = span_, super = super_,    \
+                             sub = sub_, low = low_, table = table_, size = size_;                                            \
+        static constexpr bool power = power_;                                                                                 \
+        static void split(const uint8_t* block, struct Split& to);                                                            \
+    };
+// numbers: those of the file format.
+FORMAT(Q4_0, 2, 4, 0, 8, 32, 32, 0, NO_LOW, PLAIN, false, 18)
+FORMAT(Q4_1, 3, 4, 0, 0, 32, 32, 0, PLUS, PLAIN, false, 20)
+FORMAT(Q5_0, 6, 4, 1, 16, 32, 32, 0, NO_LOW, PLAIN, false, 22)
+FORMAT(Q5_1, 7, 4, 1, 0, 32, 32, 0, PLUS, PLAIN, false, 24)
+FORMAT(Q8_0, 8, 8, 0, 0, 32, 32, 0, NO_LOW, PLAIN, false, 34)
+FORMAT(Q2_K, 10, 2, 0, 0, 16, 256, 3, MINUS, PLAIN, false, 84)
+FORMAT(Q3_K, 11, 2, 1, 4, 16, 256, 2, NO_LOW, PLAIN, false, 110)
+FORMAT(Q4_K, 12, 4, 0, 0, 32, 256, 1, MINUS, PLAIN, false, 144)
+FORMAT(Q5_K, 13, 4, 1, 0, 32, 256, 1, MINUS, PLAIN, false, 176)
+FORMAT(Q6_K, 14, 4, 2, 32, 16, 256, 2, NO_LOW, PLAIN, false, 210)
+FORMAT(IQ4_NL, 20, 4, 0, 0, 32, 32, 0, NO_LOW, IQ4, false, 18)
+FORMAT(IQ4_XS, 23, 4, 0, 0, 32, 256, 2, NO_LOW, IQ4, false, 136)
+FORMAT(TQ2_0, 35, 2, 0, 1, 32, 256, 0, NO_LOW, PLAIN, false, 66)
+FORMAT(MXFP4, 39, 4, 0, 0, 32, 32, 0, NO_LOW, E2M1, true, 17)
+#undef FORMAT
+#define EVERY_FORMAT(DO) \
+    DO(Q4_0) DO(Q4_1) DO(Q5_0) DO(Q5_1) DO(Q8_0) DO(Q2_K) DO(Q3_K) DO(Q4_K) DO(Q5_K) DO(Q6_K) DO(IQ4_NL) DO(IQ4_XS) DO(TQ2_0) DO(MXFP4)
+
+// ---- a block of the file, taken apart: codes in the order of the weights, d and dmin as they are, bytes of the spans
+
+struct Split {
+    uint8_t codes[256];
+    uint8_t scales[16], lows[16];
+    uint16_t d, m;
+};
+
+INLINE void put_nibbles(const uint8_t* from, int count, uint8_t* to) {  // low halves, then high ones
+    for (int i = 0; i < count; i++) {
+        to[i] = from[i] & 15;
+        to[count + i] = from[i] >> 4;
+    }
+}
+INLINE uint16_t u16_at(const uint8_t* p) { return (uint16_t)(p[0] | p[1] << 8); }
+INLINE void fifth_bits(const uint8_t* from, uint8_t* codes) {
+    for (int i = 0; i < 32; i++) codes[i] |= (from[i / 8] >> (i % 8) & 1) << 4;
+}
+INLINE void two_bits(const uint8_t* from, uint8_t* codes) {
+    for (int i = 0; i < 256; i++) codes[i] = from[i / 128 * 32 + i % 32] >> (2 * (i % 128 / 32)) & 3;
+}
+INLINE void six_bits(const uint8_t* from, Split& to) {
+    for (int j = 0; j < 4; j++) {
+        to.scales[j] = from[j] & 63;
+        to.lows[j] = from[4 + j] & 63;
+        to.scales[4 + j] = (from[8 + j] & 15) | (from[j] >> 6) << 4;
+        to.lows[4 + j] = from[8 + j] >> 4 | (from[4 + j] >> 6) << 4;
+    }
+}
+void Q4_0::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b);
+    put_nibbles(b + 2, 16, to.codes);
+}
+void Q4_1::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b), to.m = u16_at(b + 2);
+    put_nibbles(b + 4, 16, to.codes);
+}
+void Q5_0::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b);
+    put_nibbles(b + 6, 16, to.codes);
+    fifth_bits(b + 2, to.codes);
+}
+void Q5_1::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b), to.m = u16_at(b + 2);
+    put_nibbles(b + 8, 16, to.codes);
+    fifth_bits(b + 4, to.codes);
+}
+void Q8_0::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b);
+    memcpy(to.codes, b + 2, 32);
+}
+void Q2_K::split(const uint8_t* b, Split& to) {
+    memcpy(to.scales, b, 16);
+    two_bits(b + 16, to.codes);
+    to.d = u16_at(b + 80), to.m = u16_at(b + 82);
+}
+void Q3_K::split(const uint8_t* b, Split& to) {
+    two_bits(b + 32, to.codes);
+    for (int i = 0; i < 256; i++) to.codes[i] |= (b[i % 32] >> (i / 32) & 1) << 2;
+    for (int k = 0; k < 16; k++) {
+        const int low = k < 8 ? b[96 + k] & 15 : b[96 + k - 8] >> 4;
+        to.scales[k] = (uint8_t)((low | (b[104 + k % 4] >> (2 * (k / 4)) & 3) << 4) - 32);
+    }
+    to.d = u16_at(b + 108);
+}
+void Q4_K::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b), to.m = u16_at(b + 2);
+    six_bits(b + 4, to);
+    for (int i = 0; i < 4; i++) put_nibbles(b + 16 + 32 * i, 32, to.codes + 64 * i);
+}
+void Q5_K::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b), to.m = u16_at(b + 2);
+    six_bits(b + 4, to);
+    for (int i = 0; i < 4; i++) put_nibbles(b + 48 + 32 * i, 32, to.codes + 64 * i);
+    for (int i = 0; i < 256; i++) to.codes[i] |= (b[16 + i % 32] >> (i / 32) & 1) << 4;
+}
+void Q6_K::split(const uint8_t* b, Split& to) {
+    for (int i = 0; i < 2; i++) put_nibbles(b + 64 * i, 64, to.codes + 128 * i);
+    for (int i = 0; i < 256; i++) to.codes[i] |= (b[128 + i / 128 * 32 + i % 32] >> (2 * (i % 128 / 32)) & 3) << 4;
+    memcpy(to.scales, b + 192, 16);
+    to.d = u16_at(b + 208);
+}
+void IQ4_NL::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b);
+    put_nibbles(b + 2, 16, to.codes);
+}
+void IQ4_XS::split(const uint8_t* b, Split& to) {
+    to.d = u16_at(b);
+    const int high = u16_at(b + 2);
+    for (int k = 0; k < 8; k++) {
+        to.scales[k] = (uint8_t)(((b[4 + k / 2] >> (4 * (k % 2)) & 15) | (high >> (2 * k) & 3) << 4) - 32);
+        put_nibbles(b + 8 + 16 * k, 16, to.codes + 32 * k);
+    }
+}
+void TQ2_0::split(const uint8_t* b, Split& to) {
+    two_bits(b, to.codes);
+    to.d = u16_at(b + 64);
+}
+void MXFP4::split(const uint8_t* b, Split& to) {
+    to.d = b[0];
+    put_nibbles(b + 1, 16, to.codes);
+}
+
+// ---- panels of NR columns: for each `super` weights along K the d of all columns, their m, the bytes of the spans, and for
+// each 32 weights words of codes. A 16-bit half of a word holds weights of one parity: pair i is weights 2i and 2i + 1.
+
+typedef int16_t vs __attribute__((vector_size(VL * 4)));
+typedef uint16_t vw __attribute__((vector_size(VL * 4)));
+typedef uint8_t vc __attribute__((vector_size(VL)));
+typedef int8_t vsc __attribute__((vector_size(VL)));
+typedef uint8_t vc_any __attribute__((vector_size(VL), aligned(1), may_alias));
+
+constexpr int PACK = 32;        // weights that a row's block of 16-bit inputs is for
+constexpr int PAIRS = PACK / 2;
+
+template <class F>
+struct Layout {
+    static constexpr int blocks = F::super / PACK, spans = F::super / F::span, words = F::base + F::high;
+    static constexpr size_t d_bytes = (F::power ? 1 : 2) * NR, m_bytes = F::low ? 2 * NR : 0;
+    static constexpr size_t span_bytes = F::sub ? (F::low && F::sub != 3 ? 2 : 1) * NR : 0;
+    static constexpr size_t head = d_bytes + m_bytes + spans * span_bytes, block_bytes = (size_t)words * 4 * NR;
+    static constexpr size_t bytes = head + blocks * block_bytes;
+};
+
+// Finite float16; exact also where it is below the normal numbers.
+INLINE vf from_half(const uint8_t* p) {
+#if defined(__F16C__) && VL == 8
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX512F__) && VL == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+    const vu h = __builtin_convertvector((vh) * (const vh_any*)p, vu);
+    return (vf)((vu)((vf)((h & 0x7fff) << 13) * 5.192296858534828e33f) | (h & 0x8000) << 16);  // 2^112
+#endif
+}
+INLINE vf from_power(const uint8_t* p) {  // half of 2^(e - 127)
+    const vu e = __builtin_convertvector((vc) * (const vc_any*)p, vu);
+    return (vf)(e > 1 ? (e - 1) << 23 : 0x00200000u << (e & 1));
+}
+template <bool Signed>
+INLINE vf from_bytes(vc b) {
+    return Signed ? __builtin_convertvector(__builtin_convertvector((vsc)b, vi), vf) : __builtin_convertvector(__builtin_convertvector(b, vi), vf);
+}
+
+// d and m of half a panel, then scale and low of a span; the same operations wherever they are needed.
+template <class F>
+INLINE vf scale_of(const uint8_t* at, int h) {
+    return F::power ? from_power(at + h * VL) : from_half(at + h * VL * 2);
+}
+template <class F>
+INLINE vf low_of(const uint8_t* at, int h) {
+    return F::low ? from_half(at + Layout<F>::d_bytes + h * VL * 2) : vf{};
+}
+template <class F>
+INLINE vc span_byte(const uint8_t* at, int span, int h) {
+    return *(const vc_any*)(at + Layout<F>::d_bytes + Layout<F>::m_bytes + span * Layout<F>::span_bytes + h * VL);
+}
+template <class F>
+INLINE vf span_scale(vf d, const uint8_t* at, int span, int h) {
+    if (!F::sub) return d;
+    const vc b = span_byte<F>(at, span, h);
+    return d * from_bytes<F::sub == 2>(F::sub == 3 ? b & 15 : b);
+}
+template <class F>
+INLINE vf span_low(vf m, const uint8_t* at, int span, int h) {
+    if (F::low != MINUS) return m;
+    return -(m * from_bytes<false>(F::sub == 3 ? span_byte<F>(at, span, h) >> 4 : span_byte<F>(at + NR, span, h)));
+}
+
+alignas(64) const int8_t TABLES[3][16] = {
+    {},
+    {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113},
+    {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12},
+};
+INLINE vu looked_up(vu index, const int8_t* table) {  // of bytes below 16
+#if defined(__AVX2__) && VL == 8
+    return (vu)_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128((const __m128i*)table)), (__m256i)index);
+#elif defined(__AVX512BW__) && VL == 16
+    return (vu)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_load_si128((const __m128i*)table)), (__m512i)index);
+#elif defined(__aarch64__) && VL == 4
+    return (vu)vqtbl1q_u8(vld1q_u8((const uint8_t*)table), (uint8x16_t)index);
+#else
+    uint8_t bytes[4 * VL];
+    memcpy(bytes, &index, sizeof bytes);
+    for (int i = 0; i < 4 * VL; i++) bytes[i] = (uint8_t)table[bytes[i]];
+    memcpy(&index, bytes, sizeof bytes);
+    return index;
+#endif
+}
+// sum + the products of pairs of 16-bit numbers, of which no two are -2^15.
+INLINE vi add_products(vi sum, vs a, vs b) {
+#if defined(__AVX512VNNI__) && VL == 16
+    return (vi)_mm512_dpwssd_epi32((__m512i)sum, (__m512i)a, (__m512i)b);
+#elif defined(__AVX512BW__) && VL == 16
+    return sum + (vi)_mm512_madd_epi16((__m512i)a, (__m512i)b);
+#elif defined(__AVXVNNI__) && VL == 8
+    return (vi)_mm256_dpwssd_avx_epi32((__m256i)sum, (__m256i)a, (__m256i)b);
+#elif defined(__AVX2__) && VL == 8
+    return sum + (vi)_mm256_madd_epi16((__m256i)a, (__m256i)b);
+#elif defined(__aarch64__) && VL == 4
+    const int16x8_t x = (int16x8_t)a, y = (int16x8_t)b;
+    return sum + (vi)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+#elif defined(__SSE2__) && VL == 4
+    return sum + (vi)_mm_madd_epi16((__m128i)a, (__m128i)b);
+#else
+    return sum + ((vi)a << 16 >> 16) * ((vi)b << 16 >> 16) + ((vi)a >> 16) * ((vi)b >> 16);
+#endif
+}
+
+// Pair i of the block of 32 at `at`, for the columns of half h.
+template <class F>
+INLINE vs pair_of(const uint8_t* at, int i, int h) {
+    auto word = [&](int w) { return *(const vu_any*)(at + (size_t)(w * NR + h * VL) * 4); };
+    if (F::table || F::base == 8) {
+        vw w;
+        if (F::table) w = (vw)looked_up((word(i / 4) >> (i % 4 / 2 * 4)) & 0x0f0f0f0fu, TABLES[F::table]);
+        else w = (vw)word(i / 2);
+        return i % 2 ? (vs)w >> 8 : (vs)(w << 8) >> 8;
+    }
+    constexpr int each = 16 / F::base;  // pairs of a word
+    const vw w = (vw)word(i / each);
+    const int s = i % each;
+    vw v = s == each - 1 ? w >> (F::base * s) : (w >> (F::base * s)) & (uint16_t)((1 << F::base) - 1);
+    if (F::high) {
+        constexpr int of = 16 / (F::high ? F::high : 1), mask = ((1 << F::high) - 1) << F::base;
+        const vw more = (vw)word(F::base + i / of);
+        const int from = i % of * F::high;
+        v |= (from < F::base ? more << (F::base > from ? F::base - from : 0) : more >> (from > F::base ? from - F::base : 0)) & (uint16_t)mask;
+    }
+    return (vs)v;
+}
+
+// ---- packing
+
+// rows[n]: the blocks of row n. False where a scale is no finite number: of row `bad`.
+template <class F>
+void pack_blocks(const uint8_t* const* rows, i64 N, i64 K, uint8_t* out, i64* bad, int threads) {
+    typedef Layout<F> L;
+    const i64 supers = K / F::super;
+    std::atomic<i64> wrong{-1};
+    parallel((N + NR - 1) / NR, threads, [&](i64 p) {
+        uint8_t* to = out + (size_t)p * supers * L::bytes;
+        memset(to, 0, supers * L::bytes);
+        for (int j = 0; j < NR && p * NR + j < N; j++) {
+            const uint8_t* row = rows[p * NR + j];
+            for (i64 s = 0; s < supers; s++) {
+                Split split;
+                F::split(row + s * F::size, split);
+                if (!F::power && ((split.d & 0x7c00) == 0x7c00 || (F::low && (split.m & 0x7c00) == 0x7c00))) wrong = p * NR + j;
+                uint8_t* at = to + s * L::bytes;
+                if (F::power) at[j] = (uint8_t)split.d;
+                else memcpy(at + 2 * j, &split.d, 2);
+                if (F::low) memcpy(at + L::d_bytes + 2 * j, &split.m, 2);
+                if (F::sub)
+                    for (int i = 0; i < L::spans; i++) {
+                        uint8_t* bytes = at + L::d_bytes + L::m_bytes + i * L::span_bytes + j;
+                        *bytes = split.scales[i];
+                        if (F::low && F::sub != 3) bytes[NR] = split.lows[i];
+                    }
+                for (int b = 0; b < L::blocks; b++) {
+                    const uint8_t* codes = split.codes + b * PACK;
+                    uint32_t words[L::words] = {};
+                    for (int k = 0; k < PACK; k++) {
+                        const int i = k / 2, half = k % 2 * 16;
+                        const uint32_t q = codes[k];
+                        if (F::base == 8) words[i / 2] |= q << (half + i % 2 * 8);
+                        else if (F::table) words[i / 4] |= q << (half + i % 2 * 8 + i % 4 / 2 * 4);
+                        else words[i * F::base / 16] |= (q & ((1u << F::base) - 1)) << (half + i * F::base % 16);
+                        if (F::high) words[F::base + i * F::high / 16] |= (q >> F::base) << (half + i * F::high % 16);
+                    }
+                    for (int w = 0; w < L::words; w++) memcpy(at + L::head + b * L::block_bytes + (size_t)(w * NR + j) * 4, words + w, 4);
+                }
+            }
+        }
+    });
+    *bad = wrong;
+}
+
+// ---- the input: pairs [K / 2][m] of 16 bits, scales [K / 32][m], and for each span what the offset or the low makes of its sum
+
+struct Inputs {
+    uint32_t* pairs;
+    float* scales;
+    uint32_t* sums;  // -offset * sum as an integer, or scale * sum as a float
+};
+
+template <class X>
+void quantise_rows(const X* x, i64 ldx, int m, i64 K, int span, int offset, bool low, const Inputs& to) {
+    int16_t codes[PACK];
+    const vf magic = splat(12582912.0f);
+    for (int r = 0; r < m; r++)
+        for (i64 b = 0; b < K / PACK; b++) {
+            const X* from = x + r * ldx + b * PACK;
+            vf v[PACK / VL], most = {}, wrong = {};
+            for (int i = 0; i < PACK / VL; i++) {
+                v[i] = load(from + i * VL);
+                most = vmax(v[i], vmax(-v[i], most));
+                wrong += v[i] - v[i];  // 0, or NaN of what is no finite number
+            }
+            const float largest = max_lanes(most), scale = largest > 1e-30f ? largest / 32767.0f : 0.0f;
+            const vf inverse = splat(largest > 1e-30f ? 32767.0f / largest : 0.0f);
+            for (int i = 0; i < PACK / VL; i++) {
+                const vi q = __builtin_convertvector(fma(v[i], inverse, magic) - magic, vi);
+                *(vh_any*)(codes + i * VL) = __builtin_convertvector((vu)q, vh);
+            }
+            const float s = scale + sum_lanes(wrong);
+            to.scales[b * m + r] = s;
+            for (int i = 0; i < PAIRS; i++) memcpy(to.pairs + (b * PAIRS + i) * m + r, codes + 2 * i, 4);
+            for (int i = 0; i < PACK / span; i++) {
+                int32_t sum = 0;
+                for (int k = 0; k < span; k++) sum += codes[i * span + k];
+                const float product = s * (float)sum;
+                const int32_t start = -offset * sum;
+                memcpy(to.sums + (b * (PACK / span) + i) * m + r, low ? (const void*)&product : (const void*)&start, 4);
+            }
+        }
+}
+
+INLINE vi splat_i(uint32_t x) { return (vi)(x - (vu){}); }
+INLINE float as_float(uint32_t x) {
+    float f;
+    memcpy(&f, &x, 4);
+    return f;
+}
+
+// ---- products
+
+// One row with a panel: codes go from memory to registers and no further.
+template <class F>
+__attribute__((noinline)) void packed_row(const Inputs& x, i64 supers, const uint8_t* at, float* c) {
+    typedef Layout<F> L;
+    constexpr int each = F::span / 2;  // pairs of a span
+    vf total[2] = {};
+    const uint32_t *pairs = x.pairs, *sums = x.sums;
+    const float* scales = x.scales;
+    for (i64 s = 0; s < supers; s++, at += L::bytes) {
+        vf d[2], m[2];
+        for (int h = 0; h < 2; h++) d[h] = scale_of<F>(at, h), m[h] = low_of<F>(at, h);
+        const uint8_t* codes = at + L::head;
+#pragma GCC unroll 1
+        for (int b = 0; b < L::blocks; b++, codes += L::block_bytes, pairs += PAIRS, sums += PACK / F::span, scales++) {
+            const vf scale = splat(*scales);
+#pragma GCC unroll 2
+            for (int part = 0; part < PACK / F::span; part++) {
+                vi sum[2];
+                for (int h = 0; h < 2; h++) sum[h] = F::offset ? splat_i(sums[part]) : vi{};
+#pragma GCC unroll 16
+                for (int i = part * each; i < (part + 1) * each; i++) {
+                    const vs a = (vs)splat_i(pairs[i]);
+                    for (int h = 0; h < 2; h++) sum[h] = add_products(sum[h], pair_of<F>(codes, i, h), a);
+                }
+                const int span = b * (PACK / F::span) + part;
+                for (int h = 0; h < 2; h++) {
+                    total[h] = fma(__builtin_convertvector(sum[h], vf) * scale, span_scale<F>(d[h], at, span, h), total[h]);
+                    if (F::low) total[h] = fma(splat(as_float(sums[part])), span_low<F>(m[h], at, span, h), total[h]);
+                }
+            }
+        }
+    }
+    for (int h = 0; h < 2; h++) store(c + h * VL, total[h]);
+}
+
+constexpr int CHUNK = 256;  // weights along K that are unpacked at once, for all rows
+struct Unpacked {
+    alignas(64) uint32_t pairs[CHUNK / 2 * NR];
+    alignas(64) float scales[CHUNK / 16 * NR], lows[CHUNK / 16 * NR];
+};
+
+// Weights [k, k + count) of a panel; k is a multiple of CHUNK.
+template <class F>
+void unpack(const uint8_t* panel, i64 k, int count, Unpacked& to) {
+    typedef Layout<F> L;
+    for (int done = 0; done < count; done += F::super) {
+        const uint8_t* at = panel + (k + done) / F::super * L::bytes;
+        for (int h = 0; h < 2; h++) {
+            const vf d = scale_of<F>(at, h), m = low_of<F>(at, h);
+            for (int span = 0; span < L::spans; span++) {
+                const int place = (done / F::span + span) * NR + h * VL;
+                store(to.scales + place, span_scale<F>(d, at, span, h));
+                if (F::low) store(to.lows + place, span_low<F>(m, at, span, h));
+            }
+        }
+        for (int b = 0; b < L::blocks; b++)
+#pragma GCC unroll 16
+            for (int i = 0; i < PAIRS; i++)
+                for (int h = 0; h < 2; h++)
+                    *(vu_any*)(to.pairs + ((done + b * PACK) / 2 + i) * NR + h * VL) = (vu)pair_of<F>(at + L::head + b * L::block_bytes, i, h);
+    }
+}
+
+// M rows by the unpacked part of a panel: c [M][ldc] gets as packed_row would.
+template <int M, bool Add>
+__attribute__((noinline)) void packed_tile(const Inputs& x, const Unpacked& w, int span, int count, float* c, int ldc) {
+    const uint32_t *pairs = x.pairs, *codes = w.pairs, *sums = x.sums;
+    for (int k = 0; k < count; k += span, sums += M) {
+        const float *scales = x.scales + k / PACK * M, *scale = w.scales + k / span * NR, *low = w.lows + k / span * NR;
+        vi sum[M][2];
+        for (int m = 0; m < M; m++)
+            for (int h = 0; h < 2; h++) sum[m][h] = Add ? vi{} : splat_i(sums[m]);
+#pragma GCC unroll 2
+        for (int i = 0; i < span / 2; i++, pairs += M, codes += NR) {
+            const vs a = (vs) * (const vu_any*)codes, b = (vs) * (const vu_any*)(codes + VL);
+            for (int m = 0; m < M; m++) {
+                const vs in = (vs)splat_i(pairs[m]);
+                sum[m][0] = add_products(sum[m][0], a, in);
+                sum[m][1] = add_products(sum[m][1], b, in);
+            }
+        }
+        for (int m = 0; m < M; m++)
+            for (int h = 0; h < 2; h++) {
+                float* to = c + (size_t)m * ldc + h * VL;
+                vf total = fma(__builtin_convertvector(sum[m][h], vf) * splat(scales[m]), load(scale + h * VL), load(to));
+                if (Add) total = fma(splat(as_float(sums[m])), load(low + h * VL), total);
+                store(to, total);
+            }
+    }
+}
+
+template <bool Add>
+void packed_tiles(int m, const Inputs& x, const Unpacked& w, int span, int count, float* c, int ldc) {
+    switch (m) {
+#define CASE(n) \
+    case n: return packed_tile<n, Add>(x, w, span, count, c, ldc);
+        CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6)
+#if defined(__AVX512F__)
+        CASE(7) CASE(8) CASE(9) CASE(10) CASE(11) CASE(12)
+#endif
+#undef CASE
+    }
+}
+
+// A type as the loops around it see it, so that they are compiled once.
+struct Format {
+    int span, super, offset;
+    bool low;
+    size_t bytes;  // of a panel's super weights
+    void (*row)(const Inputs&, i64 supers, const uint8_t* panel, float* c);
+    void (*unpack)(const uint8_t* panel, i64 k, int count, Unpacked& to);
+};
+template <class F>
+Format format_of() {
+    return {F::span, F::super, F::offset, F::low != NO_LOW, Layout<F>::bytes, packed_row<F>, unpack<F>};
+}
+
+template <class X>
+void packed_linear(const Format& f, const X* x, i64 ldx, i64 M, i64 K, const uint8_t* w, i64 N, const float* bias, X* out, i64 ldo,
+                   int threads) {
+    const i64 panels = (N + NR - 1) / NR, supers = K / f.super;
+    const size_t panel = (size_t)supers * f.bytes;
+    threads = limit_threads(threads, (double)M * N * K, 262144);
+    int group = GROUP;
+    while (group > 1 && panels < (i64)group * threads * 4) group /= 2;
+    const i64 blocks = K / PACK, sums = K / f.span;
+    for (i64 m0 = 0; m0 < M; m0 += MB) {
+        const int rows = (int)std::min<i64>(MB, M - m0);
+        const int tiles = (rows + MR - 1) / MR, low = rows / tiles, extra = rows % tiles;
+        auto start = [&](int t) { return t * low + std::min(t, extra); };
+        uint32_t* room = (uint32_t*)scratch<0>((size_t)rows * (K / 2 + blocks + sums) * 4);
+        auto inputs = [&](int t, i64 k) {  // of a tile, from k on
+            const i64 a = start(t), m = start(t + 1) - a;
+            return Inputs{room + a * (K / 2) + k / 2 * m, (float*)room + rows * (K / 2) + a * blocks + k / PACK * m,
+                          room + rows * (K / 2 + blocks) + a * sums + k / f.span * m};
+        };
+        parallel(tiles, limit_threads(threads, (double)rows * K, 65536), [&](i64 t) {
+            quantise_rows(x + (m0 + start(t)) * ldx, ldx, start(t + 1) - start(t), K, f.span, f.offset, f.low, inputs(t, 0));
+        });
+        parallel((panels + group - 1) / group, threads, [&](i64 g) {
+            const i64 p0 = g * group;
+            const int count = (int)std::min<i64>(group, panels - p0), ldc = count * NR;
+            float* c = (float*)scratch<1>((size_t)MB * GROUP * NR * 4);
+            if (rows == 1) {
+                for (int p = 0; p < count; p++) f.row(inputs(0, 0), supers, w + (p0 + p) * panel, c + p * NR);
+            } else {
+                Unpacked& part = *(Unpacked*)scratch<3>(sizeof(Unpacked));
+                memset(c, 0, (size_t)rows * ldc * 4);
+                for (i64 k = 0; k < K; k += CHUNK)
+                    for (int p = 0; p < count; p++) {
+                        const int now = (int)std::min<i64>(CHUNK, K - k);
+                        f.unpack(w + (p0 + p) * panel, k, now, part);
+                        for (int t = 0; t < tiles; t++) {
+                            float* to = c + (size_t)start(t) * ldc + p * NR;
+                            if (f.low) packed_tiles<true>(start(t + 1) - start(t), inputs(t, k), part, f.span, now, to, ldc);
+                            else packed_tiles<false>(start(t + 1) - start(t), inputs(t, k), part, f.span, now, to, ldc);
+                        }
+                    }
+            }
+            write_rows(c, ldc, rows, std::min<i64>(ldc, N - p0 * NR), bias ? bias + p0 * NR : nullptr, out + m0 * ldo + p0 * NR, ldo);
+        });
+    }
+}
+
+// Rows `ids`, each number as the file's own arithmetic makes it.
+template <class F, class O>
+void packed_rows(const uint8_t* w, i64 K, const void* ids, bool wide, i64 count, O* out, int threads) {
+    typedef Layout<F> L;
+    const i64 supers = K / F::super;
+    parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 r) {
+        const i64 n = wide ? ((const i64*)ids)[r] : ((const int32_t*)ids)[r];
+        const int j = (int)(n % NR), h = j / VL, lane = j % VL;
+        for (i64 s = 0; s < supers; s++) {
+            const uint8_t* at = w + (n / NR * supers + s) * L::bytes;
+            const vf d = scale_of<F>(at, h), m = low_of<F>(at, h);
+            for (int span = 0; span < L::spans; span++) {
+                const float scale = span_scale<F>(d, at, span, h)[lane], low = span_low<F>(m, at, span, h)[lane];
+                const uint8_t* codes = at + L::head + span * F::span / PACK * L::block_bytes;
+                for (int k = 0; k < F::span; k += 2) {
+                    const vs pair = pair_of<F>(codes, (span * F::span % PACK + k) / 2, h);
+                    for (int i = 0; i < 2; i++) {
+                        const float product = (float)(pair[2 * lane + i] - F::offset) * scale;
+                        store1(out + r * K + s * F::super + span * F::span + k + i, F::low ? product + low : product);
+                    }
+                }
+            }
+        }
+    });
+}
