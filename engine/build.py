@@ -206,9 +206,8 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         if rope.kind in ("longrope", "dynamic"):
             report.row("rope", _describe_rope(rope, spec.max_position_embeddings, context))
     budget = config.scheduler.max_num_batched_tokens
-    if spec.float8 is not None and options.load_format != "dummy":
-        block = "" if spec.float8.block is None else " in blocks of {} x {}".format(*spec.float8.block)
-        report.row("weights", f"float8{block} in the files, dequantised as they are read")
+    if spec.quantisation is not None and options.load_format != "dummy":
+        report.row("weights", f"{spec.quantisation.method}; activations stay floating-point numbers")
     report.row("context", _describe_context(context, spec, abilities.max_length, budget))
     report.row(
         "KV cache",

@@ -31,7 +31,9 @@ ALLOWED = {
         "engine.models.spec",
         "engine.models.families",
         "engine.models.gguf",
+        "engine.models.quantisation",
     },
+    "engine.models.quantisation": {"engine.models.fields", "engine.models.spec", "engine.models.families"},
     "engine.models.generation": {"engine.models.fields", "engine.models.gguf"},
     "engine.models.abilities": {
         "engine.models.fields",

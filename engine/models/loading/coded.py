@@ -14,6 +14,7 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.models.gguf.codes import FORMS, Form, Parts, split
 from engine.models.gguf.types import BY_NAME
+from engine.models.loading.schemes.base import Quantised
 from engine.models.loading.weights import CheckpointWeights
 from engine.models.parts.decoder import PREFIX
 from engine.ops.coded import CODE_BLOCK, CodedLinear, Piece, can_keep_codes
@@ -65,11 +66,20 @@ class CodedWeights(CheckpointWeights):
 
     def _common_form(self, names: Sequence[str], dtype: torch.dtype) -> Form | None:
         """What all of these are stored as, where a layer can be made of that; None where it cannot."""
-        forms = {FORMS.get(self._tensors[name].dtype) for name in names}
+        forms = {FORMS.get(self._block_kind(name)) for name in names}
         plain = all(self._tensors[name].undo is None for name in names)
         if len(forms) != 1 or not plain or not can_keep_codes(dtype, self.device):
             return None
         return forms.pop()
+
+    def _block_kind(self, name: str) -> str:
+        """Of the blocks that a tensor is stored in, or can be brought into; what FORMS does not know for all others."""
+        stored = self._tensors[name]
+        if stored.quantised is None:
+            return stored.dtype
+        with self._reading(name, stored.quantised, last=False):
+            in_order = stored.quantised.order(self._whole) is None
+            return (stored.quantised.kind(self._whole) if in_order else None) or stored.dtype
 
     def _pieces(self, names: Sequence[str], rows: Sequence[int], columns: int, order: Tensor | None) -> Iterator[Piece]:
         """The tensors below one another, in pieces that are small where no order mixes their rows."""
@@ -95,6 +105,8 @@ class CodedWeights(CheckpointWeights):
     def _codes(self, name: str, begin: int, end: int, columns: int) -> Parts:
         """Rows [begin, end) of a quantised tensor."""
         stored = self._tensors[name]
+        if stored.quantised is not None:
+            return self._codes_of(name, stored.quantised, begin, end)
         kind = BY_NAME[stored.dtype]
         row = columns // kind.elements * kind.size
         at, size = stored.begin + begin * row, (end - begin) * row
@@ -111,3 +123,13 @@ class CodedWeights(CheckpointWeights):
         )
         self._let_go(stored, at, at + size)
         return parts
+
+    def _codes_of(self, name: str, matrix: Quantised, begin: int, end: int) -> Parts:
+        """Rows [begin, end) of a matrix that several tensors stand for."""
+        kind = self._block_kind(name)
+        with self._reading(name, matrix, last=end == matrix.shape[0]):
+            blocks = matrix.blocks(self._whole, begin, end)
+        codes, scale, low = split(kind, blocks.view(-1, BY_NAME[kind].size).numpy())
+        shape = (end - begin, matrix.shape[1] // CODE_BLOCK)
+        own = low.reshape(shape) if low is not None else None
+        return codes.reshape(end - begin, -1), scale.reshape(shape), own

@@ -6,13 +6,14 @@ and shapes are written down once. Used at start, on the loading thread.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -25,8 +26,9 @@ from engine.models.gguf.dequantise import dequantise
 from engine.models.gguf.names import name_tensors
 from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
-from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
-from engine.models.loading.float8 import dequantised, with_scales
+from engine.models.loading.checkpoint import FLOATS, QUANTISED, MappedFiles, StoredTensor, check, find_tensors
+from engine.models.loading.schemes.base import Mismatch, Quantised
+from engine.models.loading.schemes.resolve import Left, with_quantised
 from engine.models.parts.decoder import PREFIX, embedding_name
 from engine.models.spec import DenseAndExperts, Experts, ModelSpec
 from engine.ops.linear import Linear
@@ -38,6 +40,8 @@ OUTPUT_WEIGHT = f"{OUTPUT}.weight"
 CHUNK_BYTES = 16 * 1024 * 1024
 # Elements of quantised tensors that are dequantised at once; a multiple of every block.
 BLOCK_ELEMENTS = 64 * 1024
+# The same, of those that several tensors stand for.
+QUANTISED_ELEMENTS = 1024 * 1024
 # Random values that dummy weights repeat; a prime, so that rows of any length differ.
 DUMMY_BLOCK = 1_048_573
 
@@ -49,6 +53,9 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
     "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 
 logger = logging.getLogger("oneloop.start")
@@ -187,9 +194,10 @@ class CheckpointWeights(Weights):
         super().__init__(dtype, device)
         self._tensors = tensors
         # A tied model's checkpoint may hold the embedding a second time, as the output layer.
-        ignored = () if OUTPUT_WEIGHT in shapes else (OUTPUT_WEIGHT,)
-        check(directory, self._tensors, shapes, ignored, assumed)
         self._files = MappedFiles()
+        ignored = [] if OUTPUT_WEIGHT in shapes else [OUTPUT_WEIGHT]
+        ignored += [name for name in tensors if name not in shapes and self._adds_nothing(name)]
+        check(directory, self._tensors, shapes, ignored, assumed)
         self._progress = progress
         self._done = 0
         self._total = sum(self._tensors[name].end - self._tensors[name].begin for name in shapes)
@@ -199,8 +207,8 @@ class CheckpointWeights(Weights):
 
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]
-        if stored.scale is not None:
-            self._scale(destination, stored, stored.scale)
+        if stored.quantised is not None:
+            self._fill_quantised(destination, name, stored.quantised)
         elif stored.undo is not None:
             wide = torch.empty(stored.shape, dtype=torch.float32)
             self._fill(wide, name, stored)
@@ -258,22 +266,40 @@ class CheckpointWeights(Weights):
                 self._let_go(stored, stored.begin + given_back, stored.begin + done)
                 given_back = done
 
-    def _scale(self, destination: Tensor, stored: StoredTensor, scale: StoredTensor) -> None:
-        """A float8 matrix times its scales, whole rows of blocks at a time."""
-        count = math.prod(scale.shape)
-        scales = _view(self._files, scale, TORCH_DTYPES[scale.dtype], 0, count).to(torch.float32)
-        width = destination.shape[1]
-        high = stored.block[0] if stored.block is not None else 1
-        step = max(1, CHUNK_BYTES // 4 // (width * high)) * high
-        by_row = scales if count == 1 else scales.view(scale.shape)
-        for start in range(0, len(destination), step):
-            part = destination[start : start + step]
-            codes = _view(self._files, stored, TORCH_DTYPES[stored.dtype], start * width, part.numel()).view(-1, width)
-            own = by_row if count == 1 else by_row[start // high : (start + step) // high]
-            part.copy_(dequantised(codes, own, stored.block))
-            begin = stored.begin + start * width
-            del codes
-            self._let_go(stored, begin, begin + part.numel())
+    def _fill_quantised(self, destination: Tensor, name: str, matrix: Quantised) -> None:
+        """A matrix that several tensors stand for, some rows at a time."""
+        rows, columns = matrix.shape
+        step = max(1, QUANTISED_ELEMENTS // columns)
+        with self._reading(name, matrix):
+            for begin in range(0, rows, step):
+                end = min(begin + step, rows)
+                destination[begin:end].copy_(matrix.values(self._whole, begin, end))
+
+    def _adds_nothing(self, name: str) -> bool:
+        """Whether it is a bias of zeros beside a quantised matrix: some libraries give one to every layer."""
+        matrix = self._tensors.get(name.removesuffix("bias") + "weight") if name.endswith(".bias") else None
+        if matrix is None or matrix.quantised is None or self._tensors[name].dtype not in FLOATS:
+            return False
+        return not bool(self._whole(self._tensors[name]).any())
+
+    @contextlib.contextmanager
+    def _reading(self, name: str, matrix: Quantised, *, last: bool = True) -> Iterator[None]:
+        """What is wrong with it is told of this tensor; after the last rows its bytes in the files are done with."""
+        parts = matrix.parts.values()
+        try:
+            yield
+        except Mismatch as problem:
+            file = next(iter(parts)).file
+            raise StartupError(f"{file}: tensor {name} ({matrix.label}): {problem}") from None
+        for part in parts if last else ():
+            self._let_go(part, part.begin, part.end)
+
+    def _whole(self, stored: StoredTensor) -> Tensor:
+        """A tensor of the file, in its shape. Not to be written to."""
+        shape = stored.shape
+        if 0 in shape:
+            return torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype])
+        return _view(self._files, stored, TORCH_DTYPES[stored.dtype], 0, math.prod(shape)).view(shape)
 
     def _let_go(self, stored: StoredTensor, begin: int, end: int) -> None:
         """Bytes [begin, end) of the file are done with."""
@@ -304,14 +330,22 @@ def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTens
 
     # Before and after, for what is left out may stand under the prefix of a wrapper, too.
     found = inside(_modern(find_tensors(directory)))
-    if spec.float8 is not None:
-        found = with_scales(found, spec.float8)
+    if spec.quantisation is not None:
+        found, left = with_quantised(found, spec.quantisation)
+        tell_unused(directory, left)
     found = _with_single_experts(inside(_with_our_names(found, spec)), spec)
     for step in spec.projections:
         if step.name:
             module = find_tensors(directory / step.name.removesuffix(".linear"))
             found |= {step.name.removesuffix("linear") + name: tensor for name, tensor in module.items()}
     return found
+
+
+def tell_unused(directory: Path, left: Left) -> None:
+    """One line for scales that a checkpoint has and that count for nothing here."""
+    if left.cache:
+        told = "%s: %d scales for keys and values in eight bits are not used: the cache needs none"
+        logger.warning(told, directory, left.cache)
 
 
 def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
@@ -485,6 +519,10 @@ def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) ->
     """Whether two stored tensors are the same once they are loaded; read in chunks, up to the first difference."""
     if first.shape != second.shape:
         return False
+    if first.quantised is not None and second.quantised is not None:
+        return _same_parts(first.quantised, second.quantised)
+    if QUANTISED in (first.dtype, second.dtype):
+        return False
     if first.dtype not in FLOATS or second.dtype not in FLOATS:
         return first.dtype == second.dtype  # an error of its own, later
     count = math.prod(first.shape)
@@ -500,6 +538,25 @@ def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) ->
             for stored in (first, second):
                 item = TORCH_DTYPES[stored.dtype].itemsize
                 files.release(stored.file, stored.begin + start * item, stored.begin + (start + size) * item)
+            if not equal:
+                return False
+    finally:
+        files.close()
+    return True
+
+
+def _same_parts(first: Quantised, second: Quantised) -> bool:
+    """Whether two matrices are made of the same bytes."""
+    if first.label != second.label or first.parts.keys() != second.parts.keys():
+        return False
+    files = MappedFiles()
+    try:
+        for name, one in first.parts.items():
+            other = second.parts[name]
+            pair = [memoryview(files.get(each.file, each.end))[each.begin : each.end] for each in (one, other)]
+            equal = one.dtype == other.dtype and one.shape == other.shape and pair[0] == pair[1]
+            for view in pair:
+                view.release()
             if not equal:
                 return False
     finally:
