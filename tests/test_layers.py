@@ -50,6 +50,7 @@ ALLOWED = {
         "engine.models.mixers",
         "engine.models.spec",
         "engine.models.gguf",
+        "engine.models.registry",
         "engine.ops",
     },
     "engine.executor": {"engine.models", "engine.ops", "engine.report"},
@@ -68,6 +69,7 @@ ALLOWED = {
     "engine.report": set(),
     "engine.build": {"engine"},
     "engine.llm": {"engine"},
+    "engine.quantise": {"engine.models"},
     "engine.kernels": {"engine"},
     "server": {
         "engine.engine",

@@ -4,6 +4,7 @@ by loading/schemes/. Imports no torch.
 
 from __future__ import annotations
 
+from engine.config import StartupError
 from engine.models.families.gpt_oss import is_mxfp4
 from engine.models.fields import Fields, show
 from engine.models.spec import Quantisation
@@ -36,6 +37,8 @@ FILES = (
     ("quant_config.json", "awq"),
     ("quantization_config.json", None),
 )
+# To what weights can be rounded as they are read.
+ROUNDED = ("int8", "int4")
 FIELDS = ("quantization_config", "compression_config")
 
 
@@ -59,6 +62,29 @@ def quantisation_of(fields: Fields) -> Quantisation | None:
                 scheme.fail("quant_method", f"({show(given)}) is not one of {KNOWN}")
             return _made(scheme, found)
     return None
+
+
+def rounded_to(asked: str, own: Quantisation | None, *, given: str) -> str | None:
+    """One of ROUNDED, or None where the checkpoint is taken as it is. asked: of --quantization. given: the model.
+
+    Raises StartupError.
+    """
+    if asked == "auto":
+        return None
+    if asked in ROUNDED:
+        if own is not None:
+            raise StartupError(f"--quantization {asked}: {given} is quantised already, by {own.method}")
+        return asked
+    method = METHODS.get(asked)
+    if method is None:
+        raise StartupError(f"--quantization {asked[:40]!r} is none of auto, {', '.join(ROUNDED)}, {KNOWN}")
+    if own is not None and own.method == method:
+        return None
+    if own is not None:
+        raise StartupError(f"--quantization {asked}: {given} is quantised by {own.method}")
+    raise StartupError(
+        f"--quantization {asked}: {given} is not quantised; as it is read, it can become {' or '.join(ROUNDED)}"
+    )
 
 
 def _method(fields: Fields, name: str, scheme: Fields) -> str:

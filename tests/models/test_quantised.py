@@ -14,6 +14,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config import StartupError
+from engine.models.loading.schemes.base import Mismatch
+from engine.models.loading.schemes.rounding import rounded
+from engine.models.loading.writing import write_quantised
+from engine.models.quantisation import rounded_to
+from engine.models.spec import Quantisation
 from engine.ops.coded import CodedLinear, can_keep_codes
 from tests.models import quantised as write
 from tests.models.support import Runner, edit_json, load, make_checkpoint, prompts_of, relative_error
@@ -135,8 +140,8 @@ def layers(writer: write.Writer) -> Callable[[str, Tensor], write.Written | None
     return lambda module, weight: writer(weight) if module.endswith(KINDS) else None
 
 
-def check_logits(reference: Any, directory: Path) -> Any:
-    model = load(directory)
+def check_logits(reference: Any, directory: Path, **options: Any) -> Any:
+    model = load(directory, **options)
     with torch.inference_mode():
         expected = reference(torch.tensor([IDS])).logits[0]
     error = relative_error(Runner(model).logits(IDS, 8), expected)
@@ -348,3 +353,95 @@ def test_damages(name: str, plain: tuple[Path, Any], tmp_path: Path) -> None:
     with pytest.raises(StartupError) as error:
         load(tmp_path)
     assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rounded_as_they_are_read(kind: str, plain: tuple[Path, Any]) -> None:
+    directory, reference = plain
+    reference = copy.deepcopy(reference)
+    for name, weight in reference.named_parameters():
+        if weight.dim() == 2 and "embed" not in name:
+            bits = 8 if kind == "int8" or "lm_head" in name else 4
+            codes, scales = rounded(weight.detach().view(-1, 32), bits, torch.float16, signs=True)
+            with torch.no_grad():
+                weight.copy_((codes * scales[:, None]).view(weight.shape))
+    model = check_logits(reference, directory, quantisation=kind)
+    if can_keep_codes(torch.float32, torch.device("cpu")):
+        assert sum(isinstance(linear, CodedLinear) for linear in model.linears) == 9
+
+
+@pytest.mark.parametrize(
+    ("scheme", "group"), [("int4", None), ("int4", 32), ("int8", None), ("int8", 32), ("fp8", None)]
+)
+def test_what_is_written_is_read(scheme: str, group: int | None, plain: tuple[Path, Any], tmp_path: Path) -> None:
+    """Groups of several sizes, for 64 does not divide 96; and the bytes are those of the format."""
+    directory, reference = plain
+    reference = copy.deepcopy(reference)
+    done = write_quantised(directory, tmp_path / "out", scheme, group)
+    assert (done.rounded, done.kept) == (14, 2)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert done.after == sum(tensor.nbytes for tensor in tensors.values()) < done.before
+    for name, weight in reference.named_parameters():
+        if weight.dim() != 2 or "layers" not in name:
+            continue
+        rows, columns = weight.shape
+        if scheme == "fp8":
+            meant = tensors[name].float() * tensors[f"{name}_scale"].float()
+        else:
+            size = group or (64 if columns == 64 else 32)
+            bits = int(scheme[3:])
+            codes, scales = rounded(weight.detach().reshape(-1, size), bits, torch.bfloat16, signs=False)
+            stored = codes.long().view(rows, columns) + (1 << (bits - 1))
+            assert torch.equal(tensors[f"{name}_packed"], write.stream(stored, bits))
+            meant = (codes * scales[:, None]).view(rows, columns)
+        assert 0 < (meant - weight).abs().max() < (0.2 if scheme == "int4" else 0.05)
+        with torch.no_grad():
+            weight.copy_(meant)
+    check_logits(reference, tmp_path / "out")
+    for source, to, expected in (
+        (tmp_path / "out", tmp_path / "again", "only a directory of safetensors that is not quantised"),
+        (directory, tmp_path / "out", "is there already"),
+    ):
+        with pytest.raises(StartupError, match=expected):
+            write_quantised(source, to, scheme)
+
+
+@pytest.mark.parametrize("signs", [True, False])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_scales_leave_little_error(bits: int, signs: bool) -> None:
+    weights = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    weights[3] = 0
+    codes, scales = rounded(weights, bits, torch.float16, signs=signs)
+    end = 1 << (bits - 1)
+    assert int(codes.min()) >= -end and int(codes.max()) < end and torch.equal(scales.half().float(), scales)
+    error = (codes * scales[:, None] - weights).square().mean()
+    whole = weights.abs().amax(1, keepdim=True) / (end - 0.5)
+    simple = torch.where(whole == 0, 0.0, (weights / whole).round().clamp(-end, end - 1) * whole)
+    assert error < (simple - weights).square().mean() * (0.9 if bits == 4 else 1.02)
+    assert signs or bool((scales >= 0).all())
+    with pytest.raises(Mismatch, match="no finite number"):
+        rounded(torch.full((1, 32), torch.nan), bits, torch.float16, signs=signs)
+
+
+@pytest.mark.parametrize(
+    ("asked", "method", "expected"),
+    [
+        ("auto", "awq", None),
+        ("auto", None, None),
+        ("int4", None, "int4"),
+        ("awq", "awq", None),
+        ("auto_round", "auto-round", None),
+        ("int8", "awq", "--quantization int8: DIR is quantised already, by awq"),
+        ("gptq", "awq", "--quantization gptq: DIR is quantised by awq"),
+        ("fp8", None, "--quantization fp8: DIR is not quantised; as it is read, it can become int8 or int4"),
+        ("int3", None, "--quantization 'int3' is none of auto, int8, int4, auto-round, awq, "),
+    ],
+)
+def test_what_is_asked_for(asked: str, method: str | None, expected: str | None) -> None:
+    own = None if method is None else Quantisation(method, "{}")
+    if expected is None or not expected.startswith("-"):
+        assert rounded_to(asked, own, given="DIR") == expected
+        return
+    with pytest.raises(StartupError) as error:
+        rounded_to(asked, own, given="DIR")
+    assert str(error.value).startswith(expected)

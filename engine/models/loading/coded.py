@@ -15,7 +15,7 @@ from engine.config import StartupError
 from engine.models.gguf.codes import FORMS, Form, Parts, split
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.schemes.base import Quantised
-from engine.models.loading.weights import CheckpointWeights
+from engine.models.loading.weights import OUTPUT_WEIGHT, CheckpointWeights
 from engine.models.parts.decoder import PREFIX
 from engine.ops.coded import CODE_BLOCK, CodedLinear, Piece, can_keep_codes
 from engine.ops.linear import Linear
@@ -41,6 +41,8 @@ class CodedWeights(CheckpointWeights):
     ) -> Linear:
         """See Weights.linear. Quantised weights of one form stay as they are, where there are kernels for them."""
         weights = [f"{name}.weight" for name in names]
+        if dtype is None and can_keep_codes(self.dtype, self.device):  # one that is asked for is a router's
+            self.round(weights, as_output=weights == [OUTPUT_WEIGHT])
         form = self._common_form(weights, dtype or self.dtype)
         if form is None:
             return super().linear(names, rows, columns, bias=bias, order=order, activation=activation, dtype=dtype)
@@ -56,6 +58,8 @@ class CodedWeights(CheckpointWeights):
 
     def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """See Weights.output_layer."""
+        if tied:
+            self.round([_EMBEDDING], as_output=True)
         form = self._common_form([_EMBEDDING], self.dtype) if tied else None
         if form is None:
             return super().output_layer(vocab, hidden, tied=tied, bias=bias)

@@ -28,7 +28,8 @@ from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, QUANTISED, MappedFiles, StoredTensor, check, find_tensors
 from engine.models.loading.schemes.base import Mismatch, Quantised
-from engine.models.loading.schemes.resolve import Left, with_quantised
+from engine.models.loading.schemes.resolve import Left, as_stored, with_quantised
+from engine.models.loading.schemes.rounding import Rounded, can_round
 from engine.models.parts.decoder import PREFIX, embedding_name
 from engine.models.spec import DenseAndExperts, Experts, ModelSpec
 from engine.ops.linear import Linear
@@ -175,6 +176,7 @@ class CheckpointWeights(Weights):
     """Tensors of a directory of safetensors. `shapes` is all that the model will ask for; checked at once.
 
     tensors: see `find_model_tensors`. assumed: sizes that config.json does not name, for the error of a wrong one.
+    quantisation: one of rounding.KINDS, to which the weights of layers are rounded; None for what the file has.
 
     Every tensor goes from the mapped file to its place in chunks, and the mapped pages are given back after
     each: memory never holds more than the model so far, the layer at hand and one chunk.
@@ -201,6 +203,18 @@ class CheckpointWeights(Weights):
         self._progress = progress
         self._done = 0
         self._total = sum(self._tensors[name].end - self._tensors[name].begin for name in shapes)
+        self.quantisation: str | None = None
+
+    def round(self, names: Sequence[str], *, as_output: bool = False) -> None:
+        """Have these weights become integers, where `quantisation` asks for that and their sizes allow it.
+
+        as_output: they are of the layer that makes logits, which takes eight bits whatever the others take.
+        """
+        if self.quantisation is None or not all(can_round(self._tensors[name]) for name in names):
+            return
+        for name in names:
+            matrix = Rounded(self._tensors[name], "int8" if as_output else self.quantisation)
+            self._tensors[name] = as_stored(matrix)
 
     def close(self) -> None:
         self._files.close()
@@ -236,7 +250,7 @@ class CheckpointWeights(Weights):
             count = min(step, flat.numel() - start)
             begin = stored.begin + start * dtype.itemsize
             end = begin + count * dtype.itemsize
-            source = _view(self._files, stored, dtype, start, count)
+            source = view_of(self._files, stored, dtype, start, count)
             if stored.transposed:
                 columns[start // width : (start + count) // width].copy_(source.view(-1, width))
             else:
@@ -299,7 +313,7 @@ class CheckpointWeights(Weights):
         shape = stored.shape
         if 0 in shape:
             return torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype])
-        return _view(self._files, stored, TORCH_DTYPES[stored.dtype], 0, math.prod(shape)).view(shape)
+        return view_of(self._files, stored, TORCH_DTYPES[stored.dtype], 0, math.prod(shape)).view(shape)
 
     def _let_go(self, stored: StoredTensor, begin: int, end: int) -> None:
         """Bytes [begin, end) of the file are done with."""
@@ -309,7 +323,7 @@ class CheckpointWeights(Weights):
             self._progress(self._done, self._total)
 
 
-def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: int, count: int) -> Tensor:
+def view_of(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: int, count: int) -> Tensor:
     """[count]: elements of a stored tensor from `start` on, in the mapped file. Not to be written to."""
     mapped = files.get(stored.file, stored.end)
     with warnings.catch_warnings():
@@ -531,7 +545,7 @@ def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) ->
     try:
         for start in range(0, count, step):
             size = min(step, count - start)
-            parts = [_view(files, stored, TORCH_DTYPES[stored.dtype], start, size) for stored in (first, second)]
+            parts = [view_of(files, stored, TORCH_DTYPES[stored.dtype], start, size) for stored in (first, second)]
             equal = first.dtype == second.dtype and torch.equal(*(part.view(torch.uint8) for part in parts))
             equal = equal or torch.equal(*(part.to(dtype) for part in parts))
             del parts

@@ -84,11 +84,12 @@ def with_quantised(tensors: Mapping[str, StoredTensor], how: Quantisation) -> tu
         if matrix is None:
             found |= {module + suffix: tensor for suffix, tensor in parts.items()}
         else:
-            found[f"{module}.weight"] = _stored(matrix, file)
+            found[f"{module}.weight"] = as_stored(matrix)
     return found, Left(activations, cache)
 
 
-def _stored(matrix: Quantised, file: Path) -> StoredTensor:
+def as_stored(matrix: Quantised) -> StoredTensor:
     """Begins at 0, for it lies in several places; as long as all of them together."""
+    file = next(iter(matrix.parts.values())).file
     size = sum(part.end - part.begin for part in matrix.parts.values())
     return StoredTensor(file, QUANTISED, matrix.shape, 0, size, quantised=matrix)
