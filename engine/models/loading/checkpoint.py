@@ -65,7 +65,7 @@ class StoredTensor:
 
     dtype: one of ITEM_BYTES, or a block type of GGUF. shift: was added to it and must be taken away.
     undo: what its numbers, as float32, are turned into. quantised: the tensors that it is made of, where dtype is
-    QUANTISED; begin is 0 then, and end is how many bytes they have.
+    QUANTISED; begin is 0 then, and end is how many bytes they have. members: the matrices of which it is a stack.
     """
 
     file: Path
@@ -77,6 +77,7 @@ class StoredTensor:
     shift: float = 0.0
     undo: Undo | None = None
     quantised: Quantised | None = None
+    members: tuple[StoredTensor, ...] = ()
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:

@@ -28,8 +28,9 @@ from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, QUANTISED, MappedFiles, StoredTensor, check, find_tensors
 from engine.models.loading.schemes.base import Mismatch, Quantised
-from engine.models.loading.schemes.resolve import Left, as_stored, with_quantised
+from engine.models.loading.schemes.resolve import Left, with_quantised
 from engine.models.loading.schemes.rounding import Rounded, can_round
+from engine.models.loading.schemes.shaped import Below, RowsOf, Transposed, as_stored
 from engine.models.parts.decoder import PREFIX, embedding_name
 from engine.models.spec import DenseAndExperts, Experts, ModelSpec
 from engine.ops.linear import Linear
@@ -401,6 +402,7 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
         inputs = (2 if experts.gated else 1) * inner // len(experts.gate_up)
         if experts.fused is not None:
             _split_fused(found, f"{PREFIX}layers.{index}.", experts, hidden)
+        _join_halves(found, f"{PREFIX}layers.{index}.", experts)
         for template, out, into in (
             *((name, inputs, hidden) for name in experts.gate_up),
             (experts.down, hidden, inner),
@@ -445,10 +447,33 @@ def _split_fused(found: dict[str, StoredTensor], prefix: str, experts: Experts, 
     del found[name]
     size = (tensor.end - tensor.begin) // (2 * count)
     for place, (number, template) in enumerate((n, each) for n in range(count) for each in experts.gate_up):
+        if tensor.members and (whole := tensor.members[number].quantised) is not None:
+            found[f"{prefix}{template.format(number)}.weight"] = as_stored(RowsOf(whole, place % 2 * inner, inner))
+            continue
         begin = tensor.begin + place * size
         found[f"{prefix}{template.format(number)}.weight"] = StoredTensor(
             tensor.file, tensor.dtype, (inner, hidden), begin, begin + size
         )
+
+
+def _join_halves(found: dict[str, StoredTensor], prefix: str, experts: Experts) -> None:
+    """Gate above up, where a model asks for both as one and its quantised checkpoint has them apart; in place."""
+    template = experts.gate_up[0]
+    if len(experts.gate_up) != 1 or not experts.gated or experts.clamp is not None or "gate_up" not in template:
+        return
+    for number in range(experts.num_experts):
+        name = prefix + template.format(number)
+        halves = [f"{name.replace('gate_up', each)}.weight" for each in ("gate", "up")]
+        above, below = (found[each].quantised if each in found else None for each in halves)
+        if f"{name}.weight" in found or above is None or below is None:
+            continue
+        file = found[halves[0]].file
+        try:
+            found[f"{name}.weight"] = as_stored(Below(above, below))
+        except Mismatch as problem:
+            raise StartupError(f"{file}: tensor {halves[0]}: {problem}") from None
+        for each in halves:
+            del found[each]
 
 
 def _split(
@@ -464,6 +489,9 @@ def _split(
     tensor = found.pop(name)
     size = (tensor.end - tensor.begin) // count
     for number in range(count):
+        if tensor.members and (whole := tensor.members[number].quantised) is not None:
+            found[template.format(number)] = as_stored(Transposed(whole)) if transposed else tensor.members[number]
+            continue
         begin = tensor.begin + number * size
         found[template.format(number)] = StoredTensor(
             tensor.file, tensor.dtype, shape, begin, begin + size, transposed=transposed

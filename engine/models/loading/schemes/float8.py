@@ -30,18 +30,20 @@ class Float8:
             config.fail("fmt", f"must be e4m3, not {show(config.raw('fmt'))}")
         if config.raw("expert_dtype") not in (None, "fp8", "fp4"):
             config.fail("expert_dtype", f"({show(config.raw('expert_dtype'))}) is not supported")
-        self._block: tuple[int, int] | None = None
+        self.block: tuple[int, int] | None = None
         if config.has("weight_block_size"):
             block = config.integers("weight_block_size")
             if len(block) != 2 or not all(1 <= size <= MAX_BLOCK for size in block):
                 config.fail("weight_block_size", f"must be two integers from 1 to {MAX_BLOCK}, not {show(list(block))}")
-            self._block = block[0], block[1]
+            self.block = block[0], block[1]
 
     def matrix(self, module: str, parts: Mapping[str, StoredTensor]) -> Quantised | None:
         """See base.Scheme."""
         suffix = next((each for each in SCALES if each in parts), None)
         if suffix is None:
             return None
+        if WEIGHT in parts and len(parts[WEIGHT].shape) == 3:
+            return None  # of all experts of a layer
         scale = need(module, parts, suffix, (*FLOATS, *EXPONENTS))
         weight = need(module, parts, WEIGHT, ("F8_E4M3", "I8", "U8"))
         if len(weight.shape) != 2 or 0 in weight.shape:
@@ -54,17 +56,17 @@ class Float8:
             return Float4Matrix("FP4 by 32", parts, weight, scale, 32)
         if scale.shape in ((), (1,), (1, 1)):
             return Float8Matrix("FP8 by tensor", parts, weight, scale, (rows, columns))
-        if self._block is None:
+        if self.block is None:
             if scale.shape not in ((rows,), (rows, 1)):
                 raise Mismatch(
                     f"tensor {module}{suffix} has shape {list(scale.shape)}, and config.json has no block size"
                 )
             return Float8Matrix("FP8 by row", parts, weight, scale, (1, columns))
-        high, wide = self._block
+        high, wide = self.block
         expected = -(-rows // high), -(-columns // wide)
         if scale.shape != expected:
             raise Mismatch(
                 f"tensor {module}{suffix} has shape {list(scale.shape)}; weight_block_size in config.json asks for "
                 f"{list(expected)}"
             )
-        return Float8Matrix(f"FP8 by {high} x {wide}", parts, weight, scale, self._block)
+        return Float8Matrix(f"FP8 by {high} x {wide}", parts, weight, scale, self.block)

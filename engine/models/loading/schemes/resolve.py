@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -10,16 +11,18 @@ from pathlib import Path
 
 from engine.config import StartupError
 from engine.models.fields import Fields
-from engine.models.loading.checkpoint import QUANTISED, StoredTensor
+from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.schemes.auto_round import AutoRound
 from engine.models.loading.schemes.awq import Awq
-from engine.models.loading.schemes.base import Mismatch, Quantised, Scheme
+from engine.models.loading.schemes.base import FLOATS, Mismatch, Scheme
 from engine.models.loading.schemes.bitsandbytes import BitsAndBytes
 from engine.models.loading.schemes.compressed_tensors import CompressedTensors
 from engine.models.loading.schemes.float8 import Float8
+from engine.models.loading.schemes.floats import EXPONENTS
 from engine.models.loading.schemes.gptq import Gptq
 from engine.models.loading.schemes.hqq import Hqq
 from engine.models.loading.schemes.modelopt import Modelopt
+from engine.models.loading.schemes.shaped import as_stored, float8_members
 from engine.models.loading.schemes.torchao import Torchao
 from engine.models.spec import Quantisation
 
@@ -37,9 +40,12 @@ SCHEMES: dict[str, Callable[[Fields], Scheme]] = {
     "torchao": Torchao,
 }
 
+# How the scales of all experts of a layer are called, after the name of their tensor.
+_STACKED_SCALES = ("_scale_inv", "_weight_scale", "_scale", "_weight_scale_inv")
+
 # How activations were quantised, by a scale that does not change; here they never are.
 _ACTIVATIONS = re.compile(
-    r"\.(activation_scale|input_scale|input_zero_point|input_global_scale|input_scale_ub|input_amax|qscale_act|"
+    r"[._](activation_scale|input_scale|input_zero_point|input_global_scale|input_scale_ub|input_amax|qscale_act|"
     r"output_scale|output_zero_point|weight_observer\..*|input_observer\..*)$"
 )
 # Of a cache of keys and values in eight bits.
@@ -85,11 +91,23 @@ def with_quantised(tensors: Mapping[str, StoredTensor], how: Quantisation) -> tu
             found |= {module + suffix: tensor for suffix, tensor in parts.items()}
         else:
             found[f"{module}.weight"] = as_stored(matrix)
+    _stack(found, scheme.block if isinstance(scheme, Float8) else None)
     return found, Left(activations, cache)
 
 
-def as_stored(matrix: Quantised) -> StoredTensor:
-    """Begins at 0, for it lies in several places; as long as all of them together."""
-    file = next(iter(matrix.parts.values())).file
-    size = sum(part.end - part.begin for part in matrix.parts.values())
-    return StoredTensor(file, QUANTISED, matrix.shape, 0, size, quantised=matrix)
+def _stack(found: dict[str, StoredTensor], block: tuple[int, int] | None) -> None:
+    """Tensors of e4m3 that hold the matrices of all experts of a layer, with their scales; in place."""
+    for name, tensor in list(found.items()):
+        if tensor.dtype != "F8_E4M3" or len(tensor.shape) != 3 or 0 in tensor.shape:
+            continue
+        stem = name.removesuffix(".weight")
+        names = [f"{each}{end}" for each in (name, stem, f"{stem}.weight") for end in _STACKED_SCALES]
+        scale = next((each for each in names if each in found), None)
+        if scale is None or found[scale].dtype not in (*FLOATS, *EXPONENTS):
+            continue  # `check` says it
+        try:
+            members = float8_members(tensor, found[scale], block)
+        except Mismatch as problem:
+            raise StartupError(f"{tensor.file}: tensor {name}: {problem}") from None
+        del found[scale]
+        found[name] = dataclasses.replace(tensor, members=tuple(as_stored(each) for each in members))
