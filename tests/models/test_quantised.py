@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from engine.config import StartupError
+from engine.models.fields import Fields
+from engine.models.loading.checkpoint import read_header
 from engine.models.loading.schemes.base import Mismatch
+from engine.models.loading.schemes.resolve import with_quantised
 from engine.models.loading.schemes.rounding import rounded
+from engine.models.loading.weights import CheckpointWeights
 from engine.models.loading.writing import write_quantised
-from engine.models.quantisation import rounded_to
+from engine.models.quantisation import quantisation_of, rounded_to
 from engine.models.spec import Quantisation
 from engine.ops.coded import CodedLinear, can_keep_codes
 from tests.models import quantised as write
@@ -103,8 +108,8 @@ FORMATS: dict[str, tuple[dict[str, Any], write.Writer, bool]] = {
     "hqq-4-flat": ({"quant_method": "hqq"}, write.hqq(4, 64, axis=0), False),
 }
 
-# They could stay as they are, but kernels for them are yet to come.
-UNPACKED = ("mxfp4", "w4a16-shuffled", "gptq-4-shuffled")
+# It could stay as it is, but kernels for it are yet to come.
+UNPACKED = ("mxfp4",)
 
 
 @pytest.fixture(scope="module")
@@ -445,3 +450,61 @@ def test_what_is_asked_for(asked: str, method: str | None, expected: str | None)
     with pytest.raises(StartupError) as error:
         rounded_to(asked, own, given="DIR")
     assert str(error.value).startswith(expected)
+
+
+MUTATIONS: dict[str, Callable[[Tensor, random.Random], Tensor | None]] = {
+    "gone": lambda tensor, rng: None,
+    "empty": lambda tensor, rng: tensor.view(-1)[:0],
+    "flat": lambda tensor, rng: tensor.reshape(-1),
+    "cut": lambda tensor, rng: tensor.reshape(-1)[: max(1, tensor.numel() // 2)],
+    "doubled": lambda tensor, rng: torch.cat((tensor.reshape(-1), tensor.reshape(-1))),
+    "shorter": lambda tensor, rng: tensor[: len(tensor) // 2] if tensor.dim() else tensor.view(1),
+    "turned": lambda tensor, rng: tensor.T.contiguous() if tensor.dim() == 2 else tensor.view(1, -1),
+    "deeper": lambda tensor, rng: tensor.unsqueeze(0),
+    "wide": lambda tensor, rng: tensor.to(torch.float64) if tensor.is_floating_point() else tensor.to(torch.int64),
+    "bytes": lambda tensor, rng: tensor.contiguous().view(-1).view(torch.uint8),
+    "noise": lambda tensor, rng: noise(tensor, rng),
+    "ones": lambda tensor, rng: (
+        tensor.contiguous().view(-1).view(torch.uint8).fill_(255).view(tensor.dtype).view(tensor.shape)
+    ),
+}
+
+
+def noise(tensor: Tensor, rng: random.Random) -> Tensor:
+    size = tensor.numel() * tensor.element_size()
+    return torch.frombuffer(bytearray(rng.randbytes(size)), dtype=tensor.dtype).view(tensor.shape)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_whatever_is_wrong_is_one_line(name: str, tmp_path: Path) -> None:
+    """Every tensor of a weight changed in every way: it is read, or a StartupError says why not."""
+    config, writer, _ = FORMATS[name]
+    weight = torch.randn(96, 64, generator=torch.Generator().manual_seed(0))
+    written, _ = writer(weight)
+    how = quantisation_of(Fields(tmp_path / "config.json", {"quantization_config": config}))
+    assert how is not None
+    rng = random.Random(name)
+    refused = 0
+    for suffix in written:
+        for change in MUTATIONS.values():
+            changed = change(written[suffix].clone(), rng)
+            tensors = {MODULE + key: each.clone() for key, each in written.items() if key != suffix}
+            if changed is not None:
+                tensors[MODULE + suffix] = changed.contiguous()
+            path = tmp_path / "model.safetensors"
+            save_file(tensors, path)
+            try:
+                found, _ = with_quantised(read_header(path), how)
+                shapes = {each: (96, 64) for each in found if each == f"{MODULE}.weight"}
+                with CheckpointWeights(torch.float32, torch.device("cpu"), tmp_path, found, shapes) as weights:
+                    for each in shapes:
+                        weights.tensor(each, (96, 64))
+                        matrix = found[each].quantised
+                        if matrix is not None and matrix.kind(weights._whole) is not None:
+                            matrix.blocks(weights._whole, 0, 96)
+            except StartupError as error:
+                refused += 1
+                assert "\n" not in str(error) and len(str(error)) < 600
+            except Mismatch:
+                refused += 1
+    assert refused > 5

@@ -288,7 +288,10 @@ class CheckpointWeights(Weights):
         with self._reading(name, matrix):
             for begin in range(0, rows, step):
                 end = min(begin + step, rows)
-                destination[begin:end].copy_(matrix.values(self._whole, begin, end))
+                values = matrix.values(self._whole, begin, end)
+                if not bool(values.isfinite().all()):
+                    raise Mismatch("a weight is no finite number")
+                destination[begin:end].copy_(values)
 
     def _adds_nothing(self, name: str) -> bool:
         """Whether it is a bias of zeros beside a quantised matrix: some libraries give one to every layer."""
@@ -296,6 +299,38 @@ class CheckpointWeights(Weights):
         if matrix is None or matrix.quantised is None or self._tensors[name].dtype not in FLOATS:
             return False
         return not bool(self._whole(self._tensors[name]).any())
+
+    def kept_kind(self, name: str) -> str:
+        """Of the blocks that a tensor is stored in, or can be brought into; its dtype where that is none of them."""
+        stored = self._tensors[name]
+        if stored.quantised is None:
+            return stored.dtype
+        with self._reading(name, stored.quantised, last=False):
+            return stored.quantised.kind(self._whole) or stored.dtype
+
+    def input_order(self, names: Sequence[str]) -> tuple[bool, Tensor | None]:
+        """Whether all of these have their columns in one order as blocks; int64 [columns], None for their own."""
+        found: list[Tensor | None] = []
+        for name in names:
+            matrix = self._tensors[name].quantised
+            if matrix is not None:
+                with self._reading(name, matrix, last=False):
+                    found.append(matrix.order(self._whole))
+            else:
+                found.append(None)
+        first = found[0]
+        if first is None:
+            return all(each is None for each in found), None
+        return all(each is not None and torch.equal(each, first) for each in found), first
+
+    def kept_blocks(self, name: str, begin: int, end: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """Rows [begin, end) of a matrix that several tensors stand for, in blocks of its `kept_kind`: a row's bytes."""
+        matrix = self._tensors[name].quantised
+        assert matrix is not None
+        with self._reading(name, matrix, last=end == matrix.shape[0]):
+            blocks = matrix.blocks(self._whole, begin, end)
+        found: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = blocks.numpy()
+        return found
 
     @contextlib.contextmanager
     def _reading(self, name: str, matrix: Quantised, *, last: bool = True) -> Iterator[None]:
