@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import importlib
 import json
 import math
@@ -163,7 +164,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
             await run("http", score, ids, context)
         return report
     config = EngineConfig(
-        model=ModelOptions(path=args.model or str(DEMO), dtype=args.dtype),
+        model=ModelOptions(path=args.model or str(DEMO), dtype=args.dtype, quantization=args.quantization),
         scheduler=SchedulerOptions(max_num_seqs=CONCURRENCY),
         device=args.device,
         num_threads=args.threads,
@@ -177,6 +178,10 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         await run("offline", score, ids, context)
     if args.compare:
         await run("transformers", transformers_scorer(built.directory, args.dtype), ids, context)
+    if args.against is not None:
+        model = ModelOptions(path=args.against, dtype=args.dtype, max_model_len=context)
+        async with offline(build_engine(dataclasses.replace(config, model=model))) as score:
+            await run("against", score, ids, context)
     return report
 
 
@@ -184,6 +189,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.perplexity", description=__doc__)
     parser.add_argument("--model", help="a model directory or hub id (the demo model); with --url the served name")
+    parser.add_argument("--quantization", default="auto", help="int8 or int4: what to round its weights to")
+    parser.add_argument("--against", help="another model of the same tokens, such as the one that this was made from")
     parser.add_argument("--url", help="score over HTTP instead: the server's address, without /v1")
     parser.add_argument("--api-key")
     parser.add_argument("--text", type=Path, help="a UTF-8 file; a short built-in text if none is given")
@@ -200,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     except (StartupError, RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for name in ("offline", "http", "transformers"):
+    for name in ("offline", "http", "transformers", "against"):
         if name in report:
             print(f"{name:<13} perplexity {report[name]:.4f} over {report['tokens']} tokens, window {report['window']}")
     if args.json:

@@ -24,6 +24,7 @@ from engine.models.generation import GenerationDefaults
 from engine.models.gguf.reader import is_gguf, model_name, open_gguf
 from engine.models.hub import resolve
 from engine.models.mixers import RopeSpec
+from engine.models.quantisation import rounded_to
 from engine.models.registry import read_spec
 from engine.models.spec import ModelSpec
 from engine.report import StartupReport
@@ -211,9 +212,8 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         if rope.kind in ("longrope", "dynamic"):
             report.row("rope", _describe_rope(rope, spec.max_position_embeddings, context))
     budget = config.scheduler.max_num_batched_tokens
-    if spec.float8 is not None and options.load_format != "dummy":
-        block = "" if spec.float8.block is None else " in blocks of {} x {}".format(*spec.float8.block)
-        report.row("weights", f"float8{block} in the files, dequantised as they are read")
+    if spec.quantisation is not None and options.load_format != "dummy":
+        report.row("weights", f"{spec.quantisation.method}; activations stay floating-point numbers")
     report.row("context", _describe_context(context, spec, abilities.max_length, budget))
     report.row(
         "KV cache",
@@ -257,6 +257,15 @@ def _build_executor(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch  # noqa: F401
     device = _pick_device(config, report)
+    rounded = rounded_to(config.model.quantization, spec.quantisation, given=str(directory))
+    if rounded is not None:
+        if device == "cuda":
+            raise StartupError(f"--quantization {rounded} is done on the CPU alone so far; --device cpu")
+        if is_gguf(directory) or config.model.load_format == "dummy":
+            raise StartupError(
+                f"--quantization {rounded} needs safetensors, and {directory} is not read from such files"
+            )
+        report.row("quantization", f"{rounded}, 32 weights to a scale, rounded as they are read")
     if spec.bidirectional and device == "cuda":
         if config.device == "cuda":
             raise StartupError("--device cuda: models that read a text at once (encoders) run on the CPU so far")

@@ -25,6 +25,8 @@ class ModelOptions:
 
     path: a directory in HF format, or a hub id. dtype: auto, bfloat16, float16 or float32.
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
+    quantization: int8 or int4, to which weights are rounded as they are read; auto takes them as they are, and so does
+    the name of the checkpoint's own method.
     seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
     runner: auto, generate or pooling. pooling: auto, cls, last, max or mean. score_tokens: yes and no. See
@@ -38,6 +40,7 @@ class ModelOptions:
     download_dir: str | None = None
     dtype: str = "auto"
     load_format: str = "auto"
+    quantization: str = "auto"
     max_model_len: int | None = None
     generation_config: str = "auto"
     chat_template: str | None = None

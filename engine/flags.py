@@ -172,6 +172,13 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     model.add_argument("--dtype", choices=sorted(_DTYPES), help="auto: bfloat16 where the device has it, else float32")
     model.add_argument("--load-format", choices=["auto", "safetensors", "dummy"], help="dummy: random weights")
     model.add_argument(
+        "--quantization",
+        "-q",
+        metavar="KIND",
+        help="int8, int4: weights of layers are rounded as they are read (CPU); awq and other methods: the checkpoint "
+        "must be of that one",
+    )
+    model.add_argument(
         "--max-model-len",
         "--context-length",
         dest="max_model_len",
@@ -544,6 +551,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 download_dir=args.download_dir,
                 dtype=_DTYPES[args.dtype] if args.dtype else None,
                 load_format="auto" if args.load_format == "safetensors" else args.load_format,
+                quantization=args.quantization,
                 max_model_len=args.max_model_len,
                 generation_config="none" if generation == "vllm" else generation,
                 chat_template=args.chat_template,

@@ -31,7 +31,9 @@ ALLOWED = {
         "engine.models.spec",
         "engine.models.families",
         "engine.models.gguf",
+        "engine.models.quantisation",
     },
+    "engine.models.quantisation": {"engine.models.fields", "engine.models.spec", "engine.models.families"},
     "engine.models.generation": {"engine.models.fields", "engine.models.gguf"},
     "engine.models.abilities": {
         "engine.models.fields",
@@ -48,6 +50,7 @@ ALLOWED = {
         "engine.models.mixers",
         "engine.models.spec",
         "engine.models.gguf",
+        "engine.models.registry",
         "engine.ops",
     },
     "engine.executor": {"engine.models", "engine.ops", "engine.report"},
@@ -73,6 +76,7 @@ ALLOWED = {
     "engine.report": set(),
     "engine.build": {"engine"},
     "engine.llm": {"engine"},
+    "engine.quantise": {"engine.models"},
     "engine.kernels": {"engine"},
     "server": {
         "engine.engine",

@@ -172,7 +172,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "DIR/config.json: architectures BertModel is not supported; supported are: ApertusForCausalLM, ",
     ),
     "architectures": (config(architectures="Llama"), "DIR/config.json: architectures must be a list"),
-    "quantized": (config(quantization_config={"quant_method": "awq"}), "DIR/config.json: quantization_config"),
+    "quantized": (config(quantization_config={"quant_method": "aqlm"}), "DIR/config.json: quantization_config"),
     "activation": (config(hidden_act="relu"), "DIR/config.json: hidden_act must be one of"),
     "largest": (config(hidden_size=2**31 - 1, intermediate_size=2**31 - 1), "DIR: no memory for the model: "),
     "large": (config(hidden_size=96 * 10**6), "DIR: model.safetensors: tensor lm_head.weight has shape [512, 48]"),
@@ -259,7 +259,8 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     ),
     "quantized-tensors": (
         tensors(lambda values: values.update({"model.layers.0.mlp.down_proj.qweight": torch.zeros(2)})),
-        "DIR: tensor model.layers.0.mlp.down_proj.qweight is of a quantized checkpoint, which is not supported; ",
+        "DIR: tensor model.layers.0.mlp.down_proj.qweight is of a quantized checkpoint, but no "
+        "quantization_config tells how to read it; ",
     ),
     "weights-shape": (
         header(lambda values: values[NORM].update(shape=[2**40, 2**40])),

@@ -15,6 +15,7 @@ from typing import Any
 from engine.config import EngineConfig, StartupError
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
+from engine.models.quantisation import rounded_to
 from engine.models.registry import differing_field, read_spec
 from engine.models.spec import ModelSpec, difference
 from engine.report import StartupReport
@@ -48,6 +49,9 @@ class Start:
                 seed=self.config.model.seed or 0,
                 progress=show_progress(),
                 max_model_len=self.context,
+                quantisation=rounded_to(
+                    self.config.model.quantization, self.spec.quantisation, given=str(self.directory)
+                ),
                 **options,
             )
 

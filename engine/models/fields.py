@@ -106,6 +106,19 @@ class Fields:
         """Of the fields that are there."""
         return set(self._values)
 
+    def names_in_order(self) -> list[str]:
+        """The same, as the file has them."""
+        return list(self._values)
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of its fields in errors."""
+        return self._prefix
+
+    def as_json(self) -> str:
+        """The object, in the order of the file."""
+        return json.dumps(dict(self._values))
+
     def mentions(self, name: str) -> bool:
         """Whether the field is there at all, be it null."""
         return name in self._values

@@ -17,12 +17,12 @@ from typing import NoReturn
 from engine.config import StartupError
 from engine.models.families.classifiers import REWARD, TEXTS, TOKENS, read_classifier
 from engine.models.families.encoders import both_ways
-from engine.models.families.gpt_oss import is_mxfp4
 from engine.models.families.wrappers import OUTSIDE, TEXT_TYPES, WRAPPERS, Wrapper, text_fields
 from engine.models.fields import Fields, show
 from engine.models.gguf.config import as_stored, model_fields
 from engine.models.gguf.reader import is_gguf, open_gguf
-from engine.models.spec import Float8, ModelSpec
+from engine.models.quantisation import quantisation_of
+from engine.models.spec import ModelSpec
 
 # `architectures` of config.json -> the module in families/ that reads it.
 FAMILIES = {
@@ -204,8 +204,6 @@ MODEL_TYPES = {
     "youtu": "YoutuForCausalLM",
 }
 
-# Rows or columns of a float8 matrix that share a scale, at most.
-MAX_BLOCK = 65536
 # The same for encoders, by the name of the class without what it is for.
 ENCODERS = {
     "Bert": "bert",
@@ -281,7 +279,7 @@ def _read(fields: Fields) -> ModelSpec:
         spec = _read_family(CLASSES[f"{stem}ForCausalLM"], fields)
         spec = dataclasses.replace(spec, headless=spec.headless or task != "ForCausalLM")
         spec = _as_encoder(fields, stem, spec)
-    spec = dataclasses.replace(spec, architecture=stem + task, float8=_float8_of(fields))
+    spec = dataclasses.replace(spec, architecture=stem + task, quantisation=quantisation_of(fields))
     if task not in (TEXTS, TOKENS, REWARD):
         return spec
     classifier = read_classifier(fields, stem, task, spec)
@@ -374,7 +372,7 @@ def _read_text_part(fields: Fields, wrapper: Wrapper) -> ModelSpec:
         assumed=assumed,
         outside=spec.outside + OUTSIDE,
         text_only=True,
-        float8=_float8_of(fields) or _float8_of(text),
+        quantisation=quantisation_of(fields) or quantisation_of(text),
     )
 
 
@@ -432,35 +430,9 @@ def _refuse(fields: Fields, name: str) -> NoReturn:
     fields.fail(field, f"{name[:100]} is not supported; supported are: {', '.join(known)}")
 
 
-def _float8_of(fields: Fields) -> Float8 | None:
-    """How a checkpoint of matrices in float8 has its scales; None where it is none. Raises StartupError."""
-    given = fields.raw("quantization_config")
-    if not isinstance(given, dict) or given.get("quant_method") != "fp8":
-        return None
-    scheme = fields.nested("quantization_config")
-    assert scheme is not None
-    if scheme.raw("fmt") not in (None, "e4m3", "float8_e4m3fn"):
-        scheme.fail("fmt", f"must be e4m3, not {show(scheme.raw('fmt'))}")
-    if scheme.has("expert_dtype") and scheme.raw("expert_dtype") != "fp8":
-        scheme.fail("expert_dtype", f"({show(scheme.raw('expert_dtype'))}) is not supported")
-    if not scheme.has("weight_block_size"):
-        return Float8(None)
-    block = scheme.integers("weight_block_size")
-    if len(block) != 2 or not all(1 <= size <= MAX_BLOCK for size in block):
-        scheme.fail("weight_block_size", f"must be two integers from 1 to {MAX_BLOCK}, not {show(list(block))}")
-    return Float8((block[0], block[1]))
-
-
 def _refuse_unknown(fields: Fields) -> None:
     """Refuse what changes the answer of any family and is not done here."""
-    for name in ("quantization_config", "compression_config"):
-        read = name == "quantization_config" and (_float8_of(fields) is not None or is_mxfp4(fields))
-        if fields.has(name) and not read:
-            scheme = fields.raw(name)
-            if isinstance(scheme, dict):
-                parts = (scheme.get("quant_method"), scheme.get("quant_algo"), scheme.get("format"))
-                scheme = ", ".join(str(part)[:40] for part in parts if part) or "unknown"
-            fields.fail(name, f"({show(scheme)}) is not supported; use an unquantized checkpoint")
+    quantisation_of(fields)
     if fields.raw("per_layer_config") and not _is_gemma4(fields):
         fields.fail("per_layer_config", "is not supported: layers of different sizes")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from engine.models.mixers import (
@@ -263,10 +263,16 @@ class LayerSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Float8:
-    """Matrices of the checkpoint are float8 with scales. block: rows and columns that share one; None: all of them."""
+class Quantisation:
+    """How a checkpoint is quantised. method: one of loading/schemes/resolve.py. config: the JSON object that says it.
 
-    block: tuple[int, int] | None
+    path, prefix: the file that has it and where in it, for errors.
+    """
+
+    method: str
+    config: str
+    path: str = field(default="", compare=False)
+    prefix: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -327,7 +333,7 @@ class ModelSpec:
     the class, as `architectures` names it. headless: there is no output layer, so hidden states are all it gives.
     assumed: sizes that config.json does not name. outside: what names of tensors begin with (after a `model.` or not)
     that are not read: those of other inputs than text, and of layers that draft. text_only: it was made for other
-    inputs, too. float8: how its checkpoint is quantised, None where it is not. embedding, layer_names: how tensors are
+    inputs, too. quantisation: of its checkpoint, None where there is none. embedding, layer_names: how tensors are
     called; `{}` is the layer's number. classifier: the head in place of an output layer. projections: what a pooled
     vector goes through (Dense modules of sentence-transformers).
     layer_input: what every layer is given of the token itself, if anything.
@@ -352,7 +358,7 @@ class ModelSpec:
     assumed: tuple[str, ...] = ()
     outside: tuple[str, ...] = ()
     text_only: bool = False
-    float8: Float8 | None = None
+    quantisation: Quantisation | None = None
     layer_input: LayerInput | None = None
     streams: Streams | None = None
     embedding: Embedding = Embedding()

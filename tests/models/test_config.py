@@ -183,14 +183,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "bidirectional-any": ({"use_bidirectional_attention": True}, "use_bidirectional_attention is not supported"),
     "per-layer": ({"per_layer_config": {"1": {"num_attention_heads": 2}}}, "per_layer_config is not supported"),
     "compressed": (
-        {"compression_config": {"quant_method": "compressed-tensors", "format": "pack-quantized"}},
-        'compression_config ("compressed-tensors, pack-quantized") is not supported',
+        {"compression_config": {"quant_method": "sparse", "format": "pack-quantized"}},
+        'compression_config ("sparse, pack-quantized") is not supported',
     ),
     "quantized-untold": ({"quantization_config": {}}, 'quantization_config ("unknown") is not supported'),
     "architecture": ({"architectures": ["XModel"]}, "architectures XModel is not supported; supported are: "),
     "quantized": (
-        {"quantization_config": {"quant_method": "gptq"}},
-        'quantization_config ("gptq") is not supported; use an unquantized checkpoint',
+        {"quantization_config": {"quant_method": "aqlm"}},
+        'quantization_config ("aqlm") is not supported; supported are: auto-round, awq, ',
     ),
     "rope-kind": (
         {"rope_scaling": {"type": "su"}},

@@ -10,7 +10,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from engine.config import StartupError
-from engine.models.registry import read_spec
 from tests.models.support import compare, edit_json, load, make_checkpoint
 from tests.models.test_latent import GROUPED, LATENT
 
@@ -71,9 +70,9 @@ def damaged(directory: Path, name: str, tensor: torch.Tensor | None) -> None:
 O_PROJ = "model.layers.0.self_attn.o_proj"
 DAMAGES: dict[str, tuple[str, torch.Tensor | None, str]] = {
     "scale": (f"{O_PROJ}.weight_scale_inv", None, f"{O_PROJ}.weight has dtype F8_E4M3"),
-    "weight": (f"{O_PROJ}.weight", None, f"is the scale of {O_PROJ}.weight, which is missing"),
+    "weight": (f"{O_PROJ}.weight", None, f"(fp8): tensor {O_PROJ}.weight is missing"),
     "shape": (f"{O_PROJ}.weight_scale_inv", torch.ones(2, 2), "weight_block_size in config.json asks for [3, 4]"),
-    "dtype": (f"{O_PROJ}.weight", torch.ones(48, 48), "have dtypes F32 and F32"),
+    "dtype": (f"{O_PROJ}.weight", torch.ones(48, 48), "has dtype F32, only F8_E4M3"),
 }
 
 
@@ -91,7 +90,7 @@ SCHEMES: dict[str, tuple[dict[str, Any], str]] = {
     "format": ({"fmt": "e5m2"}, "quantization_config.fmt must be e4m3"),
     "block": ({"weight_block_size": [128]}, "weight_block_size must be two integers"),
     "zero": ({"weight_block_size": [0, 128]}, "weight_block_size must be two integers"),
-    "experts": ({"expert_dtype": "fp4"}, 'expert_dtype ("fp4") is not supported'),
+    "experts": ({"expert_dtype": "fp3"}, 'expert_dtype ("fp3") is not supported'),
 }
 
 
@@ -101,5 +100,5 @@ def test_schemes(name: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "Llama")
     edit_json(tmp_path / "config.json", quantization_config={**SCHEME, **values})
     with pytest.raises(StartupError) as error:
-        read_spec(tmp_path)
+        load(tmp_path)
     assert expected in str(error.value)

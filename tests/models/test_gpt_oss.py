@@ -86,7 +86,7 @@ def test_random_weights(published: tuple[Any, Path]) -> None:
         ({"hidden_size": 48}, "hidden_size (48) must be a multiple of 32"),
         ({"intermediate_size": 40}, "intermediate_size (40) must be a multiple of 32"),
         ({"swiglu_limit": 0}, "swiglu_limit must be a finite number above 0"),
-        ({"quantization_config": {"quant_method": "awq"}}, 'quantization_config ("awq") is not supported'),
+        ({"quantization_config": {"quant_method": "aqlm"}}, 'quantization_config ("aqlm") is not supported'),
         (
             {"architectures": ["LlamaForCausalLM"], "model_type": "llama"},
             'quantization_config ("mxfp4") is not supported',

@@ -13,12 +13,15 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from engine.config import StartupError
 from engine.models.fields import Fields
 from engine.models.gguf.dequantise import DEQUANTISED
 from engine.models.gguf.names import Undo
+
+if TYPE_CHECKING:
+    from engine.models.loading.schemes.base import Quantised
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -36,6 +39,10 @@ FLOATS = ("F64", "F32", "F16", "BF16")
 READ = FLOATS + DEQUANTISED
 # Of matrices that stay in four bits: blocks of numbers, and their scales.
 FOUR_BITS, BYTES = ("_blocks", "_scales"), ("U8",)
+# In place of a dtype, of a weight that several tensors stand for.
+QUANTISED = "quantised"
+# Of tensors that are read while it is still found out what they are.
+MAX_SMALL = 1 << 20
 
 # Tensors that are saved although they are computed from config.json, or always the same (xIELU's beta and eps).
 # The heads of a trainer's value and reward model say nothing of the next token, nor does a head that drafts several.
@@ -57,7 +64,8 @@ class StoredTensor:
     """Where a tensor lies: absolute byte offsets [begin, end) in `file`. transposed: columns by rows, a matrix's.
 
     dtype: one of ITEM_BYTES, or a block type of GGUF. shift: was added to it and must be taken away.
-    undo: what its numbers, as float32, are turned into. scale, block: of a quantised matrix, see float8.py.
+    undo: what its numbers, as float32, are turned into. quantised: the tensors that it is made of, where dtype is
+    QUANTISED; begin is 0 then, and end is how many bytes they have. members: the matrices of which it is a stack.
     """
 
     file: Path
@@ -68,8 +76,8 @@ class StoredTensor:
     transposed: bool = False
     shift: float = 0.0
     undo: Undo | None = None
-    scale: StoredTensor | None = None
-    block: tuple[int, int] | None = None
+    quantised: Quantised | None = None
+    members: tuple[StoredTensor, ...] = ()
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -212,6 +220,36 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a safetensors file, whose header was read before, says beside its tensors. Raises StartupError."""
+    try:
+        with path.open("rb") as file:
+            found = _read_json(path, file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__")
+    except OSError as error:
+        raise StartupError(f"{path}: cannot be read: {error.strerror}") from None
+    found = found if isinstance(found, dict) else {}
+    return {name: value for name, value in found.items() if isinstance(value, str)}
+
+
+def read_bytes(tensor: StoredTensor) -> bytes:
+    """Of a small tensor. Raises StartupError."""
+    if tensor.end - tensor.begin > MAX_SMALL:
+        raise StartupError(f"{tensor.file}: a tensor of {tensor.end - tensor.begin} bytes is not a few numbers")
+    try:
+        with tensor.file.open("rb") as file:
+            file.seek(tensor.begin)
+            return file.read(tensor.end - tensor.begin)
+    except OSError as error:
+        raise StartupError(f"{tensor.file}: cannot be read: {error.strerror}") from None
+
+
+def read_integers(tensor: StoredTensor) -> list[int]:
+    """Of a small tensor of integers. Raises StartupError."""
+    size, data = ITEM_BYTES[tensor.dtype], read_bytes(tensor)
+    parts = (data[at : at + size] for at in range(0, len(data), size))
+    return [int.from_bytes(part, "little", signed=tensor.dtype.startswith("I")) for part in parts]
+
+
 def _read_entry(path: Path, entry: Any, data: int, size: int) -> StoredTensor:
     """One header entry; ValueError says what is wrong with it. data: offset of the data. size: of the file."""
     if not isinstance(entry, dict):
@@ -265,7 +303,9 @@ def check(
     """
     problems, quantized = [], [name for name in tensors if _QUANTIZED.search(name) and name not in expected]
     if quantized:
-        problems.append(f"tensor {quantized[0]} is of a quantized checkpoint, which is not supported")
+        problems.append(
+            f"tensor {quantized[0]} is of a quantized checkpoint, but no quantization_config tells how to read it"
+        )
     hint = ""
     for name, shape in expected.items():
         tensor = tensors.get(name)
@@ -277,7 +317,7 @@ def check(
             )
             sizes = ", ".join(name for name in assumed if name != "tie_word_embeddings")
             hint = f"; config.json has no {sizes}: the defaults of the class count" if sizes else ""
-        elif tensor.dtype not in (wanted := BYTES if name.endswith(FOUR_BITS) else READ) and tensor.scale is None:
+        elif tensor.dtype not in (wanted := BYTES if name.endswith(FOUR_BITS) else READ) and tensor.quantised is None:
             problems.append(f"{tensor.file.name}: tensor {name} has dtype {tensor.dtype}, only {wanted} are read")
     problems += [
         f"{tensor.file.name}: tensor {name} is not part of the model"

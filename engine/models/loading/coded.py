@@ -14,10 +14,12 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.models.gguf.codes import FORMS, Form, Parts, split
 from engine.models.gguf.types import BY_NAME
-from engine.models.loading.weights import CheckpointWeights
+from engine.models.loading.schemes.base import Quantised
+from engine.models.loading.weights import OUTPUT_WEIGHT, CheckpointWeights
 from engine.models.parts.source import PREFIX
 from engine.ops.coded import CODE_BLOCK, CodedLinear, Piece, can_keep_codes
 from engine.ops.linear import Linear
+from engine.ops.reordered import ReorderedLinear
 
 _EMBEDDING = f"{PREFIX}embed_tokens.weight"
 # Weights that are brought from one form into the other at once.
@@ -40,8 +42,11 @@ class CodedWeights(CheckpointWeights):
     ) -> Linear:
         """See Weights.linear. Quantised weights of one form stay as they are, where there are kernels for them."""
         weights = [f"{name}.weight" for name in names]
+        if dtype is None and can_keep_codes(self.dtype, self.device):  # one that is asked for is a router's
+            self.round(weights, as_output=weights == [OUTPUT_WEIGHT])
         form = self._common_form(weights, dtype or self.dtype)
-        if form is None:
+        same, columns_order = self.input_order(weights) if form is not None else (False, None)
+        if form is None or not same:
             return super().linear(names, rows, columns, bias=bias, order=order, activation=activation, dtype=dtype)
         bias_vector = self.stacked([f"{name}.bias" for name in names], rows, dtype=dtype) if bias else None
         if order is not None and bias_vector is not None:
@@ -51,12 +56,14 @@ class CodedWeights(CheckpointWeights):
             form.bits, form.low, sum(rows), columns, dtype or self.dtype, pieces, bias_vector, activation
         )
         self.linears.append(linear)
-        return linear
+        return linear if columns_order is None else ReorderedLinear(linear, columns_order)
 
     def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """See Weights.output_layer."""
+        if tied:
+            self.round([_EMBEDDING], as_output=True)
         form = self._common_form([_EMBEDDING], self.dtype) if tied else None
-        if form is None:
+        if form is None or self.input_order([_EMBEDDING]) != (True, None):
             return super().output_layer(vocab, hidden, tied=tied, bias=bias)
         pieces = self._pieces([_EMBEDDING], [vocab], hidden, None)
         linear = CodedLinear(form.bits, form.low, vocab, hidden, self.dtype, pieces)
@@ -65,7 +72,7 @@ class CodedWeights(CheckpointWeights):
 
     def _common_form(self, names: Sequence[str], dtype: torch.dtype) -> Form | None:
         """What all of these are stored as, where a layer can be made of that; None where it cannot."""
-        forms = {FORMS.get(self._tensors[name].dtype) for name in names}
+        forms = {FORMS.get(self.kept_kind(name)) for name in names}
         plain = all(self._tensors[name].undo is None for name in names)
         if len(forms) != 1 or not plain or not can_keep_codes(dtype, self.device):
             return None
@@ -95,6 +102,8 @@ class CodedWeights(CheckpointWeights):
     def _codes(self, name: str, begin: int, end: int, columns: int) -> Parts:
         """Rows [begin, end) of a quantised tensor."""
         stored = self._tensors[name]
+        if stored.quantised is not None:
+            return self._codes_of(name, stored.quantised, begin, end)
         kind = BY_NAME[stored.dtype]
         row = columns // kind.elements * kind.size
         at, size = stored.begin + begin * row, (end - begin) * row
@@ -111,3 +120,11 @@ class CodedWeights(CheckpointWeights):
         )
         self._let_go(stored, at, at + size)
         return parts
+
+    def _codes_of(self, name: str, matrix: Quantised, begin: int, end: int) -> Parts:
+        """Rows [begin, end) of a matrix that several tensors stand for."""
+        kind = self.kept_kind(name)
+        codes, scale, low = split(kind, self.kept_blocks(name, begin, end).reshape(-1, BY_NAME[kind].size))
+        shape = (end - begin, matrix.shape[1] // CODE_BLOCK)
+        own = low.reshape(shape) if low is not None else None
+        return codes.reshape(end - begin, -1), scale.reshape(shape), own

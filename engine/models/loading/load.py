@@ -45,16 +45,20 @@ def load_model(
     progress: Progress | None = None,
     max_model_len: int | None = None,
     deterministic: bool = False,
+    quantisation: str | None = None,
 ) -> CausalLM:
     """Build a model and fill it with weights.
 
     load_format: auto reads the safetensors of `directory`; dummy makes random weights from `seed` and reads
     nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
-    be used, which sizes the rope tables; None is `spec.context_length`.
+    be used, which sizes the rope tables; None is `spec.context_length`. quantisation: one of schemes/rounding.py, to
+    which weights of layers are rounded as they are read.
     Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
     """
     try:
-        return _load(spec, directory, dtype, device, load_format, seed, progress, max_model_len, deterministic)
+        return _load(
+            spec, directory, dtype, device, load_format, seed, progress, max_model_len, deterministic, quantisation
+        )
     except (RuntimeError, MemoryError) as error:
         # torch has no class of its own for a failed allocation on the host, nor for a size beyond 64 bits.
         text = " ".join(str(error).split())
@@ -81,6 +85,7 @@ def _load(
     progress: Progress | None,
     max_model_len: int | None,
     deterministic: bool,
+    quantisation: str | None,
 ) -> CausalLM:
     if load_format not in ("auto", "safetensors", "dummy"):
         raise StartupError(f"load format {load_format!r} is not one of auto, safetensors, dummy")
@@ -98,6 +103,7 @@ def _load(
         weights = DummyWeights(dtype, device, seed, recorder.shapes, progress)
     else:
         weights = PackedWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
+        weights.quantisation = quantisation
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
         return make_decoder(spec, weights, context)

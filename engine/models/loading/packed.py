@@ -16,7 +16,7 @@ from engine.config import StartupError
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.coded import CodedWeights
-from engine.models.parts.layer_input import PREFIX
+from engine.models.parts.source import PREFIX
 from engine.ops.linear import Linear
 from engine.ops.packed import PACKED_KINDS, MixedLinear, PackedLinear, can_stay_packed
 

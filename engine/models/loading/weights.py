@@ -6,13 +6,14 @@ and shapes are written down once. Used at start, on the loading thread.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
 import re
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -25,8 +26,11 @@ from engine.models.gguf.dequantise import dequantise
 from engine.models.gguf.names import name_tensors
 from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
-from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check, find_tensors
-from engine.models.loading.float8 import dequantised, with_scales
+from engine.models.loading.checkpoint import FLOATS, QUANTISED, MappedFiles, StoredTensor, check, find_tensors
+from engine.models.loading.schemes.base import Mismatch, Quantised
+from engine.models.loading.schemes.resolve import Left, with_quantised
+from engine.models.loading.schemes.rounding import Rounded, can_round
+from engine.models.loading.schemes.shaped import Below, RowsOf, Transposed, as_stored
 from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import PREFIX
 from engine.models.spec import DenseAndExperts, Experts, ModelSpec
@@ -39,6 +43,8 @@ OUTPUT_WEIGHT = f"{OUTPUT}.weight"
 CHUNK_BYTES = 16 * 1024 * 1024
 # Elements of quantised tensors that are dequantised at once; a multiple of every block.
 BLOCK_ELEMENTS = 64 * 1024
+# The same, of those that several tensors stand for.
+QUANTISED_ELEMENTS = 1024 * 1024
 # Random values that dummy weights repeat; a prime, so that rows of any length differ.
 DUMMY_BLOCK = 1_048_573
 
@@ -50,6 +56,9 @@ TORCH_DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
     "U8": torch.uint8,
+    "I8": torch.int8,
+    "I32": torch.int32,
+    "I64": torch.int64,
 }
 
 logger = logging.getLogger("oneloop.start")
@@ -174,6 +183,7 @@ class CheckpointWeights(Weights):
     """Tensors of a directory of safetensors. `shapes` is all that the model will ask for; checked at once.
 
     tensors: see `find_model_tensors`. assumed: sizes that config.json does not name, for the error of a wrong one.
+    quantisation: one of rounding.KINDS, to which the weights of layers are rounded; None for what the file has.
 
     Every tensor goes from the mapped file to its place in chunks, and the mapped pages are given back after
     each: memory never holds more than the model so far, the layer at hand and one chunk.
@@ -193,20 +203,33 @@ class CheckpointWeights(Weights):
         super().__init__(dtype, device)
         self._tensors = tensors
         # A tied model's checkpoint may hold the embedding a second time, as the output layer.
-        ignored = () if OUTPUT_WEIGHT in shapes else (OUTPUT_WEIGHT,)
-        check(directory, self._tensors, shapes, ignored, assumed)
         self._files = MappedFiles()
+        ignored = [] if OUTPUT_WEIGHT in shapes else [OUTPUT_WEIGHT]
+        ignored += [name for name in tensors if name not in shapes and self._adds_nothing(name)]
+        check(directory, self._tensors, shapes, ignored, assumed)
         self._progress = progress
         self._done = 0
         self._total = sum(self._tensors[name].end - self._tensors[name].begin for name in shapes)
+        self.quantisation: str | None = None
+
+    def round(self, names: Sequence[str], *, as_output: bool = False) -> None:
+        """Have these weights become integers, where `quantisation` asks for that and their sizes allow it.
+
+        as_output: they are of the layer that makes logits, which takes eight bits whatever the others take.
+        """
+        if self.quantisation is None or not all(can_round(self._tensors[name]) for name in names):
+            return
+        for name in names:
+            matrix = Rounded(self._tensors[name], "int8" if as_output else self.quantisation)
+            self._tensors[name] = as_stored(matrix)
 
     def close(self) -> None:
         self._files.close()
 
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]
-        if stored.scale is not None:
-            self._scale(destination, stored, stored.scale)
+        if stored.quantised is not None:
+            self._fill_quantised(destination, name, stored.quantised)
         elif stored.undo is not None:
             wide = torch.empty(stored.shape, dtype=torch.float32)
             self._fill(wide, name, stored)
@@ -234,7 +257,7 @@ class CheckpointWeights(Weights):
             count = min(step, flat.numel() - start)
             begin = stored.begin + start * dtype.itemsize
             end = begin + count * dtype.itemsize
-            source = _view(self._files, stored, dtype, start, count)
+            source = view_of(self._files, stored, dtype, start, count)
             if stored.transposed:
                 columns[start // width : (start + count) // width].copy_(source.view(-1, width))
             else:
@@ -264,22 +287,75 @@ class CheckpointWeights(Weights):
                 self._let_go(stored, stored.begin + given_back, stored.begin + done)
                 given_back = done
 
-    def _scale(self, destination: Tensor, stored: StoredTensor, scale: StoredTensor) -> None:
-        """A float8 matrix times its scales, whole rows of blocks at a time."""
-        count = math.prod(scale.shape)
-        scales = _view(self._files, scale, TORCH_DTYPES[scale.dtype], 0, count).to(torch.float32)
-        width = destination.shape[1]
-        high = stored.block[0] if stored.block is not None else 1
-        step = max(1, CHUNK_BYTES // 4 // (width * high)) * high
-        by_row = scales if count == 1 else scales.view(scale.shape)
-        for start in range(0, len(destination), step):
-            part = destination[start : start + step]
-            codes = _view(self._files, stored, TORCH_DTYPES[stored.dtype], start * width, part.numel()).view(-1, width)
-            own = by_row if count == 1 else by_row[start // high : (start + step) // high]
-            part.copy_(dequantised(codes, own, stored.block))
-            begin = stored.begin + start * width
-            del codes
-            self._let_go(stored, begin, begin + part.numel())
+    def _fill_quantised(self, destination: Tensor, name: str, matrix: Quantised) -> None:
+        """A matrix that several tensors stand for, some rows at a time."""
+        rows, columns = matrix.shape
+        step = max(1, QUANTISED_ELEMENTS // columns)
+        with self._reading(name, matrix):
+            for begin in range(0, rows, step):
+                end = min(begin + step, rows)
+                values = matrix.values(self._whole, begin, end)
+                if not bool(values.isfinite().all()):
+                    raise Mismatch("a weight is no finite number")
+                destination[begin:end].copy_(values)
+
+    def _adds_nothing(self, name: str) -> bool:
+        """Whether it is a bias of zeros beside a quantised matrix: some libraries give one to every layer."""
+        matrix = self._tensors.get(name.removesuffix("bias") + "weight") if name.endswith(".bias") else None
+        if matrix is None or matrix.quantised is None or self._tensors[name].dtype not in FLOATS:
+            return False
+        return not bool(self._whole(self._tensors[name]).any())
+
+    def kept_kind(self, name: str) -> str:
+        """Of the blocks that a tensor is stored in, or can be brought into; its dtype where that is none of them."""
+        stored = self._tensors[name]
+        if stored.quantised is None:
+            return stored.dtype
+        with self._reading(name, stored.quantised, last=False):
+            return stored.quantised.kind(self._whole) or stored.dtype
+
+    def input_order(self, names: Sequence[str]) -> tuple[bool, Tensor | None]:
+        """Whether all of these have their columns in one order as blocks; int64 [columns], None for their own."""
+        found: list[Tensor | None] = []
+        for name in names:
+            matrix = self._tensors[name].quantised
+            if matrix is not None:
+                with self._reading(name, matrix, last=False):
+                    found.append(matrix.order(self._whole))
+            else:
+                found.append(None)
+        first = found[0]
+        if first is None:
+            return all(each is None for each in found), None
+        return all(each is not None and torch.equal(each, first) for each in found), first
+
+    def kept_blocks(self, name: str, begin: int, end: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """Rows [begin, end) of a matrix that several tensors stand for, in blocks of its `kept_kind`: a row's bytes."""
+        matrix = self._tensors[name].quantised
+        assert matrix is not None
+        with self._reading(name, matrix, last=end == matrix.shape[0]):
+            blocks = matrix.blocks(self._whole, begin, end)
+        found: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = blocks.numpy()
+        return found
+
+    @contextlib.contextmanager
+    def _reading(self, name: str, matrix: Quantised, *, last: bool = True) -> Iterator[None]:
+        """What is wrong with it is told of this tensor; after the last rows its bytes in the files are done with."""
+        parts = matrix.parts.values()
+        try:
+            yield
+        except Mismatch as problem:
+            file = next(iter(parts)).file
+            raise StartupError(f"{file}: tensor {name} ({matrix.label}): {problem}") from None
+        for part in parts if last else ():
+            self._let_go(part, part.begin, part.end)
+
+    def _whole(self, stored: StoredTensor) -> Tensor:
+        """A tensor of the file, in its shape. Not to be written to."""
+        shape = stored.shape
+        if 0 in shape:
+            return torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype])
+        return view_of(self._files, stored, TORCH_DTYPES[stored.dtype], 0, math.prod(shape)).view(shape)
 
     def _let_go(self, stored: StoredTensor, begin: int, end: int) -> None:
         """Bytes [begin, end) of the file are done with."""
@@ -289,7 +365,7 @@ class CheckpointWeights(Weights):
             self._progress(self._done, self._total)
 
 
-def _view(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: int, count: int) -> Tensor:
+def view_of(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start: int, count: int) -> Tensor:
     """[count]: elements of a stored tensor from `start` on, in the mapped file. Not to be written to."""
     mapped = files.get(stored.file, stored.end)
     with warnings.catch_warnings():
@@ -310,14 +386,22 @@ def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTens
 
     # Before and after, for what is left out may stand under the prefix of a wrapper, too.
     found = inside(_modern(find_tensors(directory)))
-    if spec.float8 is not None:
-        found = with_scales(found, spec.float8)
+    if spec.quantisation is not None:
+        found, left = with_quantised(found, spec.quantisation)
+        tell_unused(directory, left)
     found = _with_single_experts(inside(_with_our_names(found, spec)), spec)
     for step in spec.projections:
         if step.name:
             module = find_tensors(directory / step.name.removesuffix(".linear"))
             found |= {step.name.removesuffix("linear") + name: tensor for name, tensor in module.items()}
     return found
+
+
+def tell_unused(directory: Path, left: Left) -> None:
+    """One line for scales that a checkpoint has and that count for nothing here."""
+    if left.cache:
+        told = "%s: %d scales for keys and values in eight bits are not used: the cache needs none"
+        logger.warning(told, directory, left.cache)
 
 
 def _gguf_tensors(path: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
@@ -359,6 +443,7 @@ def _with_single_experts(tensors: dict[str, StoredTensor], spec: ModelSpec) -> d
         inputs = (2 if experts.gated else 1) * inner // len(experts.gate_up)
         if experts.fused is not None:
             _split_fused(found, f"{PREFIX}layers.{index}.", experts, hidden)
+        _join_halves(found, f"{PREFIX}layers.{index}.", experts)
         for template, out, into in (
             *((name, inputs, hidden) for name in experts.gate_up),
             (experts.down, hidden, inner),
@@ -403,10 +488,33 @@ def _split_fused(found: dict[str, StoredTensor], prefix: str, experts: Experts, 
     del found[name]
     size = (tensor.end - tensor.begin) // (2 * count)
     for place, (number, template) in enumerate((n, each) for n in range(count) for each in experts.gate_up):
+        if tensor.members and (whole := tensor.members[number].quantised) is not None:
+            found[f"{prefix}{template.format(number)}.weight"] = as_stored(RowsOf(whole, place % 2 * inner, inner))
+            continue
         begin = tensor.begin + place * size
         found[f"{prefix}{template.format(number)}.weight"] = StoredTensor(
             tensor.file, tensor.dtype, (inner, hidden), begin, begin + size
         )
+
+
+def _join_halves(found: dict[str, StoredTensor], prefix: str, experts: Experts) -> None:
+    """Gate above up, where a model asks for both as one and its quantised checkpoint has them apart; in place."""
+    template = experts.gate_up[0]
+    if len(experts.gate_up) != 1 or not experts.gated or experts.clamp is not None or "gate_up" not in template:
+        return
+    for number in range(experts.num_experts):
+        name = prefix + template.format(number)
+        halves = [f"{name.replace('gate_up', each)}.weight" for each in ("gate", "up")]
+        above, below = (found[each].quantised if each in found else None for each in halves)
+        if f"{name}.weight" in found or above is None or below is None:
+            continue
+        file = found[halves[0]].file
+        try:
+            found[f"{name}.weight"] = as_stored(Below(above, below))
+        except Mismatch as problem:
+            raise StartupError(f"{file}: tensor {halves[0]}: {problem}") from None
+        for each in halves:
+            del found[each]
 
 
 def _split(
@@ -422,6 +530,9 @@ def _split(
     tensor = found.pop(name)
     size = (tensor.end - tensor.begin) // count
     for number in range(count):
+        if tensor.members and (whole := tensor.members[number].quantised) is not None:
+            found[template.format(number)] = as_stored(Transposed(whole)) if transposed else tensor.members[number]
+            continue
         begin = tensor.begin + number * size
         found[template.format(number)] = StoredTensor(
             tensor.file, tensor.dtype, shape, begin, begin + size, transposed=transposed
@@ -493,6 +604,10 @@ def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) ->
     """Whether two stored tensors are the same once they are loaded; read in chunks, up to the first difference."""
     if first.shape != second.shape:
         return False
+    if first.quantised is not None and second.quantised is not None:
+        return _same_parts(first.quantised, second.quantised)
+    if QUANTISED in (first.dtype, second.dtype):
+        return False
     if first.dtype not in FLOATS or second.dtype not in FLOATS:
         return first.dtype == second.dtype  # an error of its own, later
     count = math.prod(first.shape)
@@ -501,13 +616,32 @@ def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) ->
     try:
         for start in range(0, count, step):
             size = min(step, count - start)
-            parts = [_view(files, stored, TORCH_DTYPES[stored.dtype], start, size) for stored in (first, second)]
+            parts = [view_of(files, stored, TORCH_DTYPES[stored.dtype], start, size) for stored in (first, second)]
             equal = first.dtype == second.dtype and torch.equal(*(part.view(torch.uint8) for part in parts))
             equal = equal or torch.equal(*(part.to(dtype) for part in parts))
             del parts
             for stored in (first, second):
                 item = TORCH_DTYPES[stored.dtype].itemsize
                 files.release(stored.file, stored.begin + start * item, stored.begin + (start + size) * item)
+            if not equal:
+                return False
+    finally:
+        files.close()
+    return True
+
+
+def _same_parts(first: Quantised, second: Quantised) -> bool:
+    """Whether two matrices are made of the same bytes."""
+    if first.label != second.label or first.parts.keys() != second.parts.keys():
+        return False
+    files = MappedFiles()
+    try:
+        for name, one in first.parts.items():
+            other = second.parts[name]
+            pair = [memoryview(files.get(each.file, each.end))[each.begin : each.end] for each in (one, other)]
+            equal = one.dtype == other.dtype and one.shape == other.shape and pair[0] == pair[1]
+            for view in pair:
+                view.release()
             if not equal:
                 return False
     finally:

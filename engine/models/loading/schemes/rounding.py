@@ -1,0 +1,83 @@
+"""Weights that a checkpoint has as floating-point numbers, rounded to integers with a scale for every few columns.
+
+The scale of a group is the one, of several, that leaves the least squared error: a little less than the largest weight
+asks for costs that one and serves the others. Used at start, on the loading thread, and by engine/quantise.py.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engine.models.loading.checkpoint import StoredTensor
+from engine.models.loading.schemes.base import BLOCK, FLOATS, Mismatch, Quantised, View, to_blocks
+
+# By the names of --quantization: bits, and the blocks that layers keep.
+KINDS = {"int8": (8, "Q8_0"), "int4": (4, "Q4_0")}
+# Scales that are tried, as parts of the one that reaches the largest weight.
+PARTS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 1.04)}
+
+
+def rounded(groups: Tensor, bits: int, dtype: torch.dtype, *, signs: bool) -> tuple[Tensor, Tensor]:
+    """float32 [n, columns] -> codes int8 of the same shape, scales float32 [n] that `dtype` can hold.
+
+    signs: a scale may be negative, so that the largest weight can be the end of the range that reaches further.
+    Raises Mismatch for weights that are no numbers, or too large.
+    """
+    end = 1 << (bits - 1)
+    where = groups.abs().argmax(1, keepdim=True)
+    largest = groups.gather(1, where).view(-1)
+    whole = largest / -end if signs else largest.abs() / (end - 0.5)
+    codes, scales, least = None, whole, torch.full_like(whole, torch.inf)
+    for part in PARTS.get(bits, (1.0,)):
+        scale = (whole * part).to(dtype).float()
+        if not bool(scale.isfinite().all()):
+            raise Mismatch("a weight is no finite number, or too large to be rounded")
+        inverse = torch.where(scale == 0, 0.0, 1 / scale)[:, None]
+        found = (groups * inverse).round_().clamp_(-end, end - 1)
+        error = (found * scale[:, None]).sub_(groups).square_().sum(1)
+        better = error < least
+        if codes is None:
+            codes, scales, least = found.to(torch.int8), scale, error
+        elif bool(better.any()):
+            codes[better] = found[better].to(torch.int8)
+            scales, least = torch.where(better, scale, scales), torch.where(better, error, least)
+    assert codes is not None
+    return codes, scales
+
+
+class Rounded(Quantised):
+    """A matrix of floating-point numbers as integers in blocks of 32 columns. name: one of KINDS."""
+
+    def __init__(self, stored: StoredTensor, name: str) -> None:
+        rows, columns = stored.shape
+        self._bits, self._kind = KINDS[name]
+        super().__init__(name, (rows, columns), {".weight": stored})
+
+    def kind(self, view: View) -> str | None:
+        """See Quantised."""
+        return self._kind
+
+    def blocks(self, view: View, begin: int, end: int) -> Tensor:
+        """See Quantised."""
+        codes, scales = self._rounded(view, begin, end)
+        numbers = codes.view(end - begin, -1, BLOCK).to(torch.int16)
+        return to_blocks(self._kind, numbers, scales.view(end - begin, -1)).view(end - begin, -1)
+
+    def values(self, view: View, begin: int, end: int) -> Tensor:
+        """See Quantised."""
+        codes, scales = self._rounded(view, begin, end)
+        return (codes * scales[:, None]).view(end - begin, -1)
+
+    def _rounded(self, view: View, begin: int, end: int) -> tuple[Tensor, Tensor]:
+        stored = self.parts[".weight"]
+        whole = view(stored)
+        # A tensor that lies in the file column by column is told by its shape after all.
+        rows = whole.view(self.shape[::-1]).T[begin:end] if stored.transposed else whole[begin:end]
+        return rounded(rows.float().contiguous().view(-1, BLOCK), self._bits, torch.float16, signs=True)
+
+
+def can_round(stored: StoredTensor) -> bool:
+    """Whether it is a matrix of floating-point numbers that blocks divide, as it lies in the file."""
+    plain = stored.dtype in FLOATS and stored.undo is None and not stored.shift and stored.quantised is None
+    return plain and len(stored.shape) == 2 and stored.shape[1] % BLOCK == 0
