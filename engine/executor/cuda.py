@@ -90,6 +90,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
                     self._launch(forward_input, handle.side, handle)
             except Exception as error:
                 handle.error, handle.draw = self._judge(error), None
+                self._lost_diffs = True
         if handle.draw is not None:
             self._undrawn = handle
         else:
@@ -173,6 +174,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
         self._tables.apply(forward_input)
+        if self._lost_diffs:
+            self._send_tables(handle)
         self._note_filters(forward_input)
         rows = forward_input.num_rows
         slots = side.staging.row_slot[:rows]

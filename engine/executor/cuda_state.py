@@ -65,6 +65,8 @@ class DeviceState:
         self.staging: tuple[Staging, Staging] = (self._sides[0].staging, self._sides[1].staging)
         # What the host plans from; the device has its own image of all of it.
         self._tables = SlotTables(limits)
+        # A step has failed at its launch, maybe before its diffs were on their way.
+        self._lost_diffs = False
         self._filters: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
         # Logits of an open step, which draws before the next begins.
         self._open: Tensor | None = None
@@ -103,6 +105,19 @@ class DeviceState:
                     layer.upload(side.meta[:num_meta], side.meta_host[:num_meta])
             finally:
                 layer.record(side.uploaded)
+
+    def _send_tables(self, handle: CudaHandle) -> None:
+        """Bring the host's page tables and sampling parameters to the device, whole. A row that wrote by an entry that
+        a failed step should have changed would write to another's page."""
+        layer, host = self.layer, (self._tables.page_tables, self._tables.sampling.view(np.int32))
+        for to, source in zip((self._page_tables, self._sampling), host, strict=True):
+            pinned = layer.pinned(source.nbytes).view(torch.int32)
+            pinned.numpy()[:] = source.reshape(-1)
+            handle.keep.append(pinned)
+            with layer.on(self._compute):
+                layer.upload(to.view(-1), pinned)
+        self._extras.distrust()
+        self._lost_diffs = False
 
     def _send_grown_diffs(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> tuple[Tensor, Tensor]:
         """Table diffs that outgrew the arena travel on their own."""

@@ -139,7 +139,7 @@ async def test_stages_are_named_when_asked() -> None:
     assert device.ranges[:3] == ["schedule", "launch", "schedule"] and "commit" in device.ranges
 
 
-async def test_a_step_without_memory_ends_its_requests_alone() -> None:
+async def test_a_step_without_memory_is_tried_again() -> None:
     requests = requests_of(7)
     device = FakeDevice(7)
     executor = make_executor(SMALL, device=device)
@@ -154,11 +154,7 @@ async def test_a_step_without_memory_ends_its_requests_alone() -> None:
 
     executor._launch_mixed = failing  # type: ignore[method-assign]
     tokens = await serve(executor, requests)
-    expected = [expected_tokens(tiny_model(), request) for request in requests]
-    assert failed and tokens != expected
-    for ours, theirs in zip(tokens, expected, strict=True):
-        assert ours == theirs[: len(ours)], "a token of a failed step reached a client"
-    assert sum(ours == theirs for ours, theirs in zip(tokens, expected, strict=True)) >= len(requests) // 2
+    assert failed and tokens == [expected_tokens(tiny_model(), request) for request in requests]
 
 
 async def test_weights_that_find_no_memory_leave_the_old_ones_serving() -> None:

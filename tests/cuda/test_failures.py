@@ -63,7 +63,7 @@ def asked(extras: bool) -> list[Request]:
 
 @pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
 @pytest.mark.parametrize("method", ["_launch_mixed", "_launch_decode", "_draw_open"])
-async def test_a_step_that_fails_at_any_launch_ends_its_requests_alone(method: str, attention: str) -> None:
+async def test_a_step_that_fails_at_any_launch_spoils_no_token(method: str, attention: str) -> None:
     requests = asked(extras=True)
     expected = await serve(make_executor(SMALL, attention=attention), requests)
     number, tried = 1, 0

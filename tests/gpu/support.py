@@ -229,7 +229,7 @@ WITH_STATES = {
 # Their attention has no kernels on a GPU yet, and goes by torch.
 TORCH_ATTENTION = {
     *("DeepseekV3ForCausalLM", "Llama4ForCausalLM", "GptOssForCausalLM", "MiMoV2FlashForCausalLM"),
-    *("Gemma3nForCausalLM", "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM"),
+    *("Gemma3nForCausalLM", "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM", "LagunaForCausalLM"),
 }
 LIMITS = Limits(
     max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256, page_size=16, num_pages=160, vocab_size=1000

@@ -88,7 +88,7 @@ def test_an_equal_output_layer_is_the_embedding(
     make_checkpoint(tmp_path, "Llama", tie_word_embeddings=True, dtype=torch.bfloat16)
     change(tmp_path, lambda tensors: tensors.update({HEAD: tensors[EMBEDDING].to(dtype).clone()}))
     model: Any = load(tmp_path)
-    assert model.config.tie_word_embeddings and model._embedding is None
+    assert model.config.tie_word_embeddings and model._embedding is model._lm_head
     assert not [record for record in caplog.records if record.name == "oneloop.start"]
     same(tmp_path)
 

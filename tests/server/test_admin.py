@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ async def cached(server: Live, **options: Any) -> int:
 
 async def test_the_admin_key_is_for_admin_routes_and_for_nothing_else() -> None:
     async with live(api_keys=("user",), admin_api_key="root") as server:
-        routes = [(method, path) for endpoint in ADMIN_ENDPOINTS for method, path, _ in endpoint.ROUTES]
+        found = [(method, path) for endpoint in ADMIN_ENDPOINTS for method, path, _ in endpoint.ROUTES]
+        routes = [(method, re.sub(r"{[^}]*}", "x", path)) for method, path in found]
         assert ("POST", "/update_weights_from_disk") in routes and ("POST", "/flush_cache") in routes
         for method, path in routes:
             for headers in ({}, bearer("user"), bearer("roo"), bearer("root2")):

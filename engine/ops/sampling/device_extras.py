@@ -55,6 +55,8 @@ class DeviceExtras:
     def __init__(self, limits: Limits, zeros: Zeros) -> None:
         self._vocab = limits.vocab_size
         self._slots: dict[int, RowExtras] = {}
+        # Slots whose rows on the device may not be what was said of them: a step failed amid its changes.
+        self._distrusted: set[int] = set()
         self.has: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
         self._num_slots = limits.num_slots
         self._zeros = zeros
@@ -73,16 +75,21 @@ class DeviceExtras:
     def apply(self, step: ForwardInput, send: Send) -> list[Callable[[], object]]:
         """Take over what the step changes; what is to be launched for it, in order."""
         work: list[Callable[[], object]] = []
-        if self._slots:
+        if self._slots or self._distrusted:
             for slot in step.staging.sampling_slot[: step.num_sampling_diffs].tolist():
-                if self._slots.pop(slot, None) is not None:
+                if self._slots.pop(slot, None) is not None or slot in self._distrusted:
                     self.has[slot] = False
+                    self._distrusted.discard(slot)
                     work.append(self._forgetting(slot))
         for extras in step.extras:
             self._slots[extras.slot] = extras
             self.has[extras.slot] = True
             work += self._filling(extras, send)
         return work
+
+    def distrust(self) -> None:
+        """Clean every slot before it is used again."""
+        self._distrusted.update(range(self._num_slots))
 
     def _forgetting(self, slot: int) -> Callable[[], object]:
         bias, penalties = self._bias, self._penalties
