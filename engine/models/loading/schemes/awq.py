@@ -24,8 +24,7 @@ from engine.models.loading.schemes.base import (
 )
 from engine.models.loading.schemes.gptq import CODES, SCALES, ZEROS
 
-# The place in its word of each of eight numbers.
-_PLACES = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+# A word holds first those of its eight numbers that have even places, then the others.
 BITS = 4
 
 
@@ -89,6 +88,6 @@ class _Awq(IntegerMatrix):
     @staticmethod
     def _opened(words: Tensor) -> Tensor:
         """int32 [columns, words] -> int8 [8 * words, columns]."""
-        shifts = 4 * _PLACES.int()
-        nibbles = (words.contiguous()[:, :, None] >> shifts) & 15
-        return signed(nibbles.to(torch.uint8).view(len(words), -1), BITS).T
+        packed = words.contiguous().view(torch.uint8).view(len(words), -1, 4)
+        nibbles = torch.stack((packed & 15, packed >> 4), 3).view(len(words), -1, 2, 4)
+        return signed(nibbles.transpose(2, 3).reshape(len(words), -1), BITS).T

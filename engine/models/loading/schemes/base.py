@@ -119,14 +119,24 @@ class IntegerMatrix(Quantised):
         """See Quantised."""
         found = self.integers(view, begin, end)
         self._check(found)
-        columns = self.shape[1]
         which = self._groups(view)
-        if which is None:
-            which = torch.arange(columns) // self.group
         numbers = found.codes.float()
         if found.zero is not None:
-            numbers -= found.zero.float()[:, which]
-        return numbers.mul_(found.scale[:, which])
+            self._by_group(numbers, torch.Tensor.sub_, found.zero.float(), which)
+        self._by_group(numbers, torch.Tensor.mul_, found.scale, which)
+        return numbers
+
+    def _by_group(
+        self, numbers: Tensor, change: Callable[[Tensor, Tensor], Tensor], by: Tensor, which: Tensor | None
+    ) -> None:
+        """Change numbers [rows, columns] in place, by one [rows, groups] for each group."""
+        rows, columns = numbers.shape
+        if which is not None:
+            change(numbers, by[:, which])
+        elif columns % self.group == 0:
+            change(numbers.view(rows, -1, self.group), by[:, :, None])
+        else:
+            change(numbers, by[:, torch.arange(columns) // self.group])
 
     def kind(self, view: View) -> str | None:
         """See Quantised."""
@@ -168,11 +178,11 @@ class IntegerMatrix(Quantised):
         found = self.integers(view, begin, end)
         self._check(found)
         rows, columns = found.codes.shape
-        numbers = found.codes.to(torch.int16)
-        which = self._groups(view)
+        numbers = found.codes
         if found.zero is not None:
-            each = torch.arange(columns) // self.group if which is None else which
-            numbers = numbers - found.zero.to(torch.int16)[:, each]
+            # The differences are known to fit; zeros themselves may wrap around.
+            numbers = numbers.clone()
+            self._by_group(numbers, torch.Tensor.sub_, found.zero.to(torch.int16).to(torch.int8), self._groups(view))
         order = self.order(view)
         if order is not None:
             numbers = numbers[:, order]
@@ -195,6 +205,8 @@ class IntegerMatrix(Quantised):
         """Raise Mismatch for scales that stand for no weights."""
         if not bool(found.scale.isfinite().all()):
             raise Mismatch("a scale is no finite number")
+        if found.zero is not None and not bool(found.zero.isfinite().all()):
+            raise Mismatch("a zero is no finite number")
         nothing = found.scale == 0
         if bool(nothing.any()) and self.groups is None:
             count, width = found.scale.shape[1], self.group
@@ -206,15 +218,18 @@ class IntegerMatrix(Quantised):
 
 
 def to_blocks(kind: str, numbers: Tensor, scales: Tensor) -> Tensor:
-    """GGUF's blocks of one kind of RANGES, uint8 [..., size]: numbers int16 [..., BLOCK], scales [...]."""
+    """GGUF's blocks of one kind of RANGES, uint8 [..., size]: numbers int8 [..., BLOCK], scales [...]."""
     first = scales.half().unsqueeze(-1).contiguous().view(torch.uint8)
     if kind == "Q8_0":
-        return torch.cat((first, numbers.to(torch.int8).view(torch.uint8)), -1)
-    codes = (numbers - RANGES[kind][0]).to(torch.uint8)
+        return torch.cat((first, numbers.contiguous().view(torch.uint8)), -1)
+    codes = (numbers - RANGES[kind][0]).view(torch.uint8)
     parts = [first]
     if kind == "Q5_0":
-        fifth = (codes >> 4).view(*codes.shape[:-1], 4, 8) << torch.arange(8, dtype=torch.uint8)
-        parts.append(fifth.sum(-1, dtype=torch.uint8))
+        fifth = (codes >> 4).view(*codes.shape[:-1], 4, 8)
+        both = fifth[..., 0].clone()
+        for bit in range(1, 8):
+            both |= fifth[..., bit] << bit
+        parts.append(both)
     parts.append(halves(codes))
     return torch.cat(parts, -1)
 
@@ -272,7 +287,7 @@ def word_count(count: int, bits: int, *, padded: bool = False) -> int:
 
 def signed(codes: Tensor, bits: int) -> Tensor:
     """uint8 codes from 0 on -> int8, counted from the middle of their range."""
-    return (codes.to(torch.int16) - (1 << (bits - 1))).to(torch.int8)
+    return (codes - (1 << (bits - 1))).view(torch.int8)
 
 
 def as_group(columns: int, count: int, size: int | None) -> int:

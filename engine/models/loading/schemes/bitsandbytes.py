@@ -130,7 +130,10 @@ class _FourBits(Quantised):
         places = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[first % 2 : first % 2 + last - first]
         values = view(self.parts[TABLE])[places.int()]
         scales = self._scales(view, first // self._block, -(-last // self._block))
-        values *= scales[torch.arange(first, last) // self._block - first // self._block]
+        if first % self._block == last % self._block == 0:
+            values.view(-1, self._block).mul_(scales[:, None])
+        else:
+            values *= scales[torch.arange(first, last) // self._block - first // self._block]
         if not bool(values.isfinite().all()):
             raise Mismatch("a scale is no finite number")
         return values.view(-1, columns)

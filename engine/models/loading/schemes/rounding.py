@@ -16,6 +16,8 @@ from engine.models.loading.schemes.base import BLOCK, FLOATS, Mismatch, Quantise
 KINDS = {"int8": (8, "Q8_0"), "int4": (4, "Q4_0")}
 # Scales that are tried, as parts of the one that reaches the largest weight.
 PARTS = {8: (1.0,), 4: (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 1.04)}
+# Weights that are rounded at once.
+PIECE = 128 * 1024
 
 
 def rounded(groups: Tensor, bits: int, dtype: torch.dtype, *, signs: bool) -> tuple[Tensor, Tensor]:
@@ -24,26 +26,30 @@ def rounded(groups: Tensor, bits: int, dtype: torch.dtype, *, signs: bool) -> tu
     signs: a scale may be negative, so that the largest weight can be the end of the range that reaches further.
     Raises Mismatch for weights that are no numbers, or too large.
     """
+    found = [_rounded(each, bits, dtype, signs) for each in torch.split(groups, max(1, PIECE // groups.shape[1]))]
+    return torch.cat([codes for codes, _ in found]), torch.cat([scales for _, scales in found])
+
+
+def _rounded(groups: Tensor, bits: int, dtype: torch.dtype, signs: bool) -> tuple[Tensor, Tensor]:
+    """The same of so few that they stay in the processor's caches."""
     end = 1 << (bits - 1)
-    where = groups.abs().argmax(1, keepdim=True)
-    largest = groups.gather(1, where).view(-1)
+    high, low = groups.amax(1), groups.amin(1)
+    largest = torch.where(high > -low, high, low)
     whole = largest / -end if signs else largest.abs() / (end - 0.5)
-    codes, scales, least = None, whole, torch.full_like(whole, torch.inf)
+    if not bool(largest.isfinite().all()):
+        raise Mismatch("a weight is no finite number")
+    best, least = None, torch.full_like(whole, torch.inf)
     for part in PARTS.get(bits, (1.0,)):
         scale = (whole * part).to(dtype).float()
         if not bool(scale.isfinite().all()):
-            raise Mismatch("a weight is no finite number, or too large to be rounded")
-        inverse = torch.where(scale == 0, 0.0, 1 / scale)[:, None]
-        found = (groups * inverse).round_().clamp_(-end, end - 1)
+            raise Mismatch("a weight is too large to be rounded")
+        found = (groups * torch.where(scale == 0, 0.0, 1 / scale)[:, None]).round_().clamp_(-end, end - 1)
         error = (found * scale[:, None]).sub_(groups).square_().sum(1)
-        better = error < least
-        if codes is None:
-            codes, scales, least = found.to(torch.int8), scale, error
-        elif bool(better.any()):
-            codes[better] = found[better].to(torch.int8)
-            scales, least = torch.where(better, scale, scales), torch.where(better, error, least)
-    assert codes is not None
-    return codes, scales
+        best = scale if best is None else torch.where(error < least, scale, best)
+        least = torch.minimum(error, least)
+    assert best is not None
+    codes = (groups * torch.where(best == 0, 0.0, 1 / best)[:, None]).round_().clamp_(-end, end - 1)
+    return codes.to(torch.int8), best
 
 
 class Rounded(Quantised):
@@ -61,7 +67,7 @@ class Rounded(Quantised):
     def blocks(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
         codes, scales = self._rounded(view, begin, end)
-        numbers = codes.view(end - begin, -1, BLOCK).to(torch.int16)
+        numbers = codes.view(end - begin, -1, BLOCK)
         return to_blocks(self._kind, numbers, scales.view(end - begin, -1)).view(end - begin, -1)
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
