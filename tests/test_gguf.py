@@ -128,5 +128,5 @@ def test_a_scale_that_is_no_number(file: Path, tmp_path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[tensor.data_offset : tensor.data_offset + 2] = b"\xff\x7f"
     path.write_bytes(data)
-    with pytest.raises(StartupError, match=r"layers.1.mlp.up_proj.weight: block 0 has a scale that is not a finite"):
+    with pytest.raises(StartupError, match=r"layers.1.mlp.up_proj.weight: row 0 has a scale that is not a finite"):
         LLM(str(path))
