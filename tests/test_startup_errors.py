@@ -168,8 +168,12 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "DIR/config.json: rope_scaling.factor is missing",
     ),
     "architecture": (
+        config(architectures=["NewestModel"]),
+        "DIR/config.json: architectures NewestModel is not supported; supported are: AXK1ForCausalLM, ",
+    ),
+    "another architecture": (
         config(architectures=["BertModel"]),
-        "DIR/config.json: architectures BertModel is not supported; supported are: ApertusForCausalLM, ",
+        'DIR/config.json: architectures BertModel does not go with model_type "llama"',
     ),
     "architectures": (config(architectures="Llama"), "DIR/config.json: architectures must be a list"),
     "quantized": (config(quantization_config={"quant_method": "aqlm"}), "DIR/config.json: quantization_config"),

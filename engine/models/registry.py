@@ -407,6 +407,8 @@ def _architecture_of(fields: Fields) -> str:
         if _with_head(name) == by_type:
             return name
     if names and not known and not names[0].endswith(("ForCausalLM", "LMHeadModel")):
+        if _split(names[0])[0] in ENCODERS:
+            fields.fail("architectures", f"{names[0]} does not go with model_type {show(kind)}")
         _refuse(fields, names[0])
     if names:
         task = _split(names[0])[1]
