@@ -28,12 +28,16 @@ def cut_tokens(added: dict[int, AddedToken]) -> dict[str, int]:
     Those that take the space around them with them, or want a word's end there, look at their neighbours.
     """
     raw = {token.content: token_id for token_id, token in added.items() if not token.normalized and token.content}
+    neighbours = any(token.single_word and not token.normalized for token in added.values())
     found = {}
     for token_id, token in added.items():
         text = token.content
         if raw.get(text) != token_id or token.lstrip or token.rstrip or token.single_word or not token.special:
             continue
         if text != text.strip() or len(text) < 2:
+            continue
+        if neighbours and (text[0].isalnum() or text[0] == "_"):
+            # Before it one that wants a word's end is none; at the end of a segment it would be.
             continue
         if not any(_collides(other, text) for other in raw):
             found[text] = token_id
