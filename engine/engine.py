@@ -131,8 +131,9 @@ class Engine(Resting):
         ):
             self._set_timer(listener)
         if self._idle.is_set():
-            self._idle.clear()
+            # In this order: the watchdog's thread may look in between.
             self._progress_at = self.clock.now()
+            self._idle.clear()
         self._wake.set()
         return stream
 
@@ -212,7 +213,9 @@ class Engine(Resting):
 
     def seconds_since_progress(self) -> float:
         """How long work has been standing still; 0 while idle, and while it is meant to stand still."""
-        return 0.0 if self._idle.is_set() or self._stopped else self.clock.now() - self._progress_at
+        if self._idle.is_set() or (self._stopped and self._at_rest.is_set()):
+            return 0.0
+        return self.clock.now() - self._progress_at
 
     def stats(self) -> EngineStats:
         """A snapshot for /metrics and /server_info."""

@@ -153,6 +153,8 @@ class Resting(ABC):
     async def _rest(self) -> None:
         """Stop scheduling, and wait until nothing is in flight. A drain does not wait for it, and ends it."""
         if not (self.draining or self.failed):
+            # From here on what is in flight must come to an end, or it is a stall.
+            self._progress_at = self.clock.now()
             self._stopped = True
             self._at_rest.clear()
             self._wake.set()
@@ -169,10 +171,11 @@ class Resting(ABC):
 
     def _settle(self) -> None:
         """Go on scheduling, unless there is still a reason not to."""
+        # First of all: the watchdog's thread may look in between.
+        self._progress_at = self.clock.now()
         self._stopped = self.is_paused or self._loading or self.sleep_level > 0
         if not self._stopped:
             self.scheduler.let_go()
-        self._progress_at = self.clock.now()
         self._wake.set()
 
     def _forget(self) -> None:

@@ -161,8 +161,11 @@ async def test_pause_and_resume(mode: str) -> None:
         late = r.engine.submit(ask("late", [3]))
         await r.turns()
         assert not pausing.done(), "a step is in flight"
+        r.clock.advance(70.0)
+        assert r.engine.seconds_since_progress() >= 70.0, "a pause hides no stall"
         r.device.gate.set()
         await pausing
+        r.clock.advance(70.0)
         steps = r.device.num_steps
         await r.turns()
         assert r.engine.is_paused and r.device.num_steps == steps and not late.finished

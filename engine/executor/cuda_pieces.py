@@ -61,8 +61,8 @@ class Chain:
 class Pieces:
     """Chains of graphs by number of tokens, and the memory that they read and write: one step's at a time.
 
-    q, out [most, Hq, D]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of padding read
-    what is left of earlier steps, and write to the cell of padding.
+    q, out [most, Hq, D]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of padding write
+    to the cell of padding.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class Pieces:
         # Token ids, positions and every memory group's cells, each of as many as the step's size.
         self.num_inputs = 2 + len(limits.groups)
         self._inputs = layer.zeros((self.num_inputs * most,), torch.int32)
-        # Zeros, and later what other steps have left: rows of padding are computed with the others.
+        # Rows of padding are computed with the others: of `out` they read zeros.
         self.q, self.out = layer.zeros(heads, attention.dtype), layer.zeros(heads, attention.dtype)
         self.hidden = layer.zeros((most, model.config.hidden_size), attention.dtype)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 
@@ -28,12 +29,16 @@ def cut_tokens(added: dict[int, AddedToken]) -> dict[str, int]:
     Those that take the space around them with them, or want a word's end there, look at their neighbours.
     """
     raw = {token.content: token_id for token_id, token in added.items() if not token.normalized and token.content}
+    neighbours = any(token.single_word and not token.normalized for token in added.values())
     found = {}
     for token_id, token in added.items():
         text = token.content
         if raw.get(text) != token_id or token.lstrip or token.rstrip or token.single_word or not token.special:
             continue
         if text != text.strip() or len(text) < 2:
+            continue
+        if neighbours and (text[0].isalnum() or text[0] == "_"):
+            # Before it one that wants a word's end is none; at the end of a segment it would be.
             continue
         if not any(_collides(other, text) for other in raw):
             found[text] = token_id
@@ -54,8 +59,8 @@ class Segments:
         self._encode = encode
         self._ids = frozenset(cuts.values())
         self._pattern = re.compile("|".join(map(re.escape, cuts))) if cuts else None
-        # By whether it begins the text, and the segment.
-        self._kept: OrderedDict[tuple[bool, str], list[int]] = OrderedDict()
+        # By whether it begins the text, and the segment. Ids in 4 bytes each: as a list they would take 36.
+        self._kept: OrderedDict[tuple[bool, str], array[int]] = OrderedDict()
         self._size = 0
         self._lock = threading.Lock()
 
@@ -102,7 +107,7 @@ class Segments:
                         self._keep((begins and place == 0, segment), ids[starts[place] : end])
         return ids
 
-    def _find(self, key: tuple[bool, str]) -> list[int] | None:
+    def _find(self, key: tuple[bool, str]) -> array[int] | None:
         if len(key[1]) < MIN_SEGMENT:
             return None
         with self._lock:
@@ -117,7 +122,7 @@ class Segments:
             return
         with self._lock:
             if key not in self._kept:
-                self._kept[key] = ids
+                self._kept[key] = array("I", ids)
                 self._size += size
             while self._size > MOST_KEPT:
                 (_, segment), old = self._kept.popitem(last=False)

@@ -95,3 +95,16 @@ async def test_they_are_captured_anew_where_memory_has_moved() -> None:
     executor.wake_up()
     assert await serve_in_turn(driver) == expected() and len(executor.pieces) == 1
     executor.close()
+
+
+async def test_a_nan_that_a_step_leaves_behind_is_in_nobody_elses_numbers() -> None:
+    driver = Driver(make_executor(SMALL, device=FakeDevice(3), attention="torch"))
+    executor = driver.executor
+    pools = [*executor.attention.k_pools.values(), *executor.attention.v_pools.values()]
+    for pool in pools:
+        pool[1:].fill_(float("nan"))
+    assert await serve_in_turn(driver) == expected(), "in cells that their new owner has not written"
+    executor.pieces.out.fill_(float("nan"))
+    await serve_in_turn(driver)
+    assert all(pool[0].isfinite().all() for pool in pools), "in rows of padding"
+    executor.close()

@@ -96,3 +96,20 @@ def test_tokens_that_are_not_cut_at(others: list[str | AddedToken], why: str) ->
         plain = plain[1:]
     assert list(cut_tokens(dict(enumerate([*plain, *more]))))[0:1] == ["[sep]"], why
     assert "<end>" not in cut_tokens(dict(enumerate([*plain, *more]))), why
+
+
+def test_a_token_that_begins_as_a_word_does_is_not_cut_at_behind_one_that_wants_a_words_end() -> None:
+    backend = tokenizers.Tokenizer.from_str(kinds.backend("byte_level"))
+    backend.add_special_tokens(
+        [
+            AddedToken("END", special=True, normalized=False),
+            AddedToken("[sep]", special=True, normalized=False),
+            AddedToken("foo", special=True, normalized=False, single_word=True),
+        ]
+    )
+    long = "the cat " * 60
+    made = Segments(
+        cut_tokens(backend.get_added_tokens_decoder()), lambda text: backend.encode(text, add_special_tokens=False).ids
+    )
+    for text in (f"END{long}", f"{long} fooEND{long}", f"{long} foo[sep]{long}", f"[sep]{long} foo"):
+        assert made.encode(text) == backend.encode(text, add_special_tokens=False).ids, text

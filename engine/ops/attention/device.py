@@ -284,7 +284,9 @@ class DeviceAttention:
         else:
             by_head = scores.view(rows, spec.num_heads, columns).transpose(0, 1)
             weights = softmax_with_sinks(by_head, sinks).transpose(0, 1).view(scores.shape)
-        result = torch.einsum("bhgl,blhd->bhgd", weights, values.float())
+        # A weight of 0 is not enough: what others left behind in a page may be NaN.
+        values = values.float().masked_fill(~seen[:, :, None, None], 0.0)
+        result = torch.einsum("bhgl,blhd->bhgd", weights, values)
         return result.reshape(rows, spec.num_heads, spec.value_dim).to(q.dtype)
 
     def prefill_rows(
