@@ -7,6 +7,7 @@ must bring before anything has run.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from dataclasses import dataclass
 from random import Random
@@ -109,6 +110,12 @@ class Options:
         return next(whole) * self.page_size
 
 
+@functools.lru_cache(maxsize=1 << 16)
+def _run_token(seed: int, place: int, vocab_size: int) -> int:
+    """Asked for again and again, and a generator's seed costs more than all else of a tick's constraint."""
+    return Random(f"run {seed} {place}").randrange(vocab_size)
+
+
 class Runs:
     """A constraint: `free` tokens as the model draws them, then `run` forced ones, and so on; `length` in all."""
 
@@ -123,7 +130,7 @@ class Runs:
     def token_at(self, place: int) -> int | None:
         if place % self.period < self.free or place >= self.length:
             return None
-        return Random(f"run {self.seed} {place}").randrange(self.vocab_size)
+        return _run_token(self.seed, place, self.vocab_size)
 
     def forced_tokens(self) -> list[int]:
         rest = itertools.count(self.num_seen)
