@@ -99,7 +99,7 @@ async def test_they_are_captured_anew_where_memory_has_moved() -> None:
 
 async def test_a_nan_that_a_step_leaves_behind_is_in_nobody_elses_numbers() -> None:
     driver = Driver(make_executor(SMALL, device=FakeDevice(3), attention="torch"))
-    executor = driver.executor
+    executor: Any = driver.executor
     pools = [*executor.attention.k_pools.values(), *executor.attention.v_pools.values()]
     for pool in pools:
         pool[1:].fill_(float("nan"))
