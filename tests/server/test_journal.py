@@ -55,6 +55,9 @@ async def test_a_follower_goes_on_where_it_was(tmp_path: Path, temperature: int)
         async with server.http.delete(f"{server.url}/v1/responses/{finished}") as response:
             assert response.status == 200
         await ended(server, name)
+        # What it used here is its key's, though no HTTP request of this process asked for it.
+        async with server.http.get(f"{server.url}/metrics") as response:
+            assert 'oneloop_tokens_total{key="1",kind="output"} 60.0' in await response.text()
     # Now both have ended, and one is forgotten.
     kept = Journal(snapshot, 10)
     kept.close()
