@@ -96,3 +96,16 @@ async def test_what_cannot_be_written_down_is_not_promised(tmp_path: Path) -> No
         check_shape(*await server.post("/v1/responses", BODY), expected=503)
         assert server.num_requests() == 0
         assert (await server.post("/v1/responses", BODY | {"background": False}))[0] == 200
+
+
+def test_what_ends_behind_a_closed_journal_is_written_nowhere(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", 10)
+    journal.begin(Begun("resp_1", "", {"input": "x"}, 1))
+    journal.close()
+    # It most likely gets the number that the journal's file had.
+    with (tmp_path / "other").open("wb"):
+        journal.end("", "resp_1")
+    assert not (tmp_path / "other").read_bytes()
+    again = Journal(tmp_path / "journal", 10)
+    again.close()
+    assert [one.id for one in again.begun] == ["resp_1"]
