@@ -29,8 +29,9 @@ from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
 from server.protocol.naming import in_words_of
 from server.protocol.responses import NAMES, parse_response
+from server.request_log import Usage
 from server.responder import submitted
-from server.state import CALLER, Caller, State
+from server.state import CALLER, USAGE, Caller, State
 
 logger = logging.getLogger("oneloop.server")
 
@@ -184,7 +185,7 @@ class Jobs:
             state.responses.put(ended.owner, ended.response, ended.items)
         for begun in journal.begun:
             key = state.keyring.named(begun.owner)
-            before = CALLER.set(Caller(begun.owner, key))
+            before, usage_before = CALLER.set(Caller(begun.owner, key)), USAGE.set(Usage())
             try:
                 if begun.owner and key is None:
                     raise RequestError("The key of this response is gone.")
@@ -193,6 +194,7 @@ class Jobs:
                 logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)
                 journal.end(begun.owner, begun.id)
             finally:
+                USAGE.reset(usage_before)
                 CALLER.reset(before)
 
     async def _start(

@@ -77,6 +77,8 @@ class Journal:
 
     def close(self) -> None:
         os.close(self._file)
+        # A response that a second signal cut off ends later still: by then the number may be of another's file.
+        self._file = -1
 
     def _write(self, line: dict[str, Any]) -> None:
         data = orjson.dumps(line) + b"\n"

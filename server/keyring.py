@@ -135,11 +135,11 @@ class Keyring:
         self.charge(key, num_tokens)
 
     def charge(self, key: Key, num_tokens: int) -> None:
-        """Tokens that were used."""
+        """Tokens that were used; below 0, that were charged and not used."""
         if key.entry is None:
             return
         self._turn_month()
-        key.month_tokens += num_tokens
+        key.month_tokens = max(0, key.month_tokens + num_tokens)
         if key.tokens is not None:
             key.tokens.take(num_tokens, self._now())
         if self._usage is not None and self._now() - self._saved_at >= SAVE_EVERY_S:

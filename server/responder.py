@@ -83,11 +83,14 @@ async def submitted(
     async with contextlib.AsyncExitStack() as stack:
         streams: list[TokenStream] = []
         if owner is not None:
-            state.keyring.check_tokens(owner, sum([len(request.prompt_token_ids) for request in requests]))
+            num_prompt = sum([len(request.prompt_token_ids) for request in requests])
+            state.keyring.check_tokens(owner, num_prompt)
             used = owner
 
             def charge() -> None:
-                state.keyring.charge(used, sum([stream.num_output_tokens for stream in streams]))
+                # One that the engine refuses gives its prompt back: who tries again must not pay for a full queue.
+                back = num_prompt if len(streams) < len(requests) else 0
+                state.keyring.charge(used, sum([stream.num_output_tokens for stream in streams]) - back)
 
             stack.callback(charge)
         for request, own in zip(requests, rids or repeat(()), strict=False):

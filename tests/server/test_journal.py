@@ -55,6 +55,9 @@ async def test_a_follower_goes_on_where_it_was(tmp_path: Path, temperature: int)
         async with server.http.delete(f"{server.url}/v1/responses/{finished}") as response:
             assert response.status == 200
         await ended(server, name)
+        # What it used here is its key's, though no HTTP request of this process asked for it.
+        async with server.http.get(f"{server.url}/metrics") as response:
+            assert 'oneloop_tokens_total{key="1",kind="output"} 60.0' in await response.text()
     # Now both have ended, and one is forgotten.
     kept = Journal(snapshot, 10)
     kept.close()
@@ -93,3 +96,16 @@ async def test_what_cannot_be_written_down_is_not_promised(tmp_path: Path) -> No
         check_shape(*await server.post("/v1/responses", BODY), expected=503)
         assert server.num_requests() == 0
         assert (await server.post("/v1/responses", BODY | {"background": False}))[0] == 200
+
+
+def test_what_ends_behind_a_closed_journal_is_written_nowhere(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", 10)
+    journal.begin(Begun("resp_1", "", {"input": "x"}, 1))
+    journal.close()
+    # It most likely gets the number that the journal's file had.
+    with (tmp_path / "other").open("wb"):
+        journal.end("", "resp_1")
+    assert not (tmp_path / "other").read_bytes()
+    again = Journal(tmp_path / "journal", 10)
+    again.close()
+    assert [one.id for one in again.begun] == ["resp_1"]

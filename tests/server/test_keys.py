@@ -193,3 +193,21 @@ def test_a_file_and_its_flags(tmp_path: Path) -> None:
 def test_no_key_is_kept() -> None:
     options = ServerOptions(api_keys=("first-secret",), admin_api_key="second-secret")
     assert "secret" not in repr(options) and options.api_keys == (digest("first-secret"),)
+
+
+async def test_a_request_that_the_queue_refuses_costs_no_tokens() -> None:
+    entries = (key("a", tokens_per_minute=6, monthly_tokens=1000), key("b"))
+    async with live(key_entries=entries, max_queued_requests=2, max_num_seqs=1) as server:
+        freeze(server)
+        server.device.gate.clear()
+        others = [asyncio.create_task(ask(server, "b"))]
+        await until(lambda: server.engine.stats().num_running == 1)
+        others += [asyncio.create_task(ask(server, "b")) for _ in range(2)]
+        await until(lambda: server.num_requests() == 3)
+        for _ in range(3):
+            status, headers, body = await ask(server, "a")
+            assert status == 429 and "Too many requests are waiting" in body["error"]["message"], body
+            assert headers["x-ratelimit-remaining-tokens"] == "6"
+        assert server.state.keyring.keys[0].month_tokens == 0
+        server.device.gate.set()
+        assert [(await other)[0] for other in others] == [200] * 3
