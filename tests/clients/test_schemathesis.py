@@ -25,6 +25,8 @@ CHECKS = (
 )
 # Behind these nothing is answered until another route is called.
 STOPPING = ("/pause", "/sleep")
+# Their answers take as long as the client says, or for ever.
+LASTING = ("/live/events", "/trace")
 # A fuzzer asks for an answer within 5e-324 seconds, too.
 CONFIG = """
 [checks]
@@ -50,7 +52,7 @@ def test_every_route(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
             [
                 *(sys.executable, "-m", "schemathesis.cli", "run", f"{url}/openapi.json", "--continue-on-failure"),
                 *("--phases", "examples,coverage,fuzzing", "--seed", str(SEED), "-n", str(EXAMPLES)),
-                *(word for path in (*STOPPING, *same_elsewhere(url)) for word in ("--exclude-path", path)),
+                *(word for path in (*STOPPING, *LASTING, *same_elsewhere(url)) for word in ("--exclude-path", path)),
                 *("--checks", ",".join(CHECKS), "--no-color", "--request-timeout", "60"),
             ],
             cwd=tmp_path,
