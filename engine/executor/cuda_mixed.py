@@ -100,10 +100,6 @@ class MixedSteps(DeviceState):
                     if chain is not None:
                         read = self.pieces.inputs(size)
                         read.copy_(side.meta[: read.numel()].view_as(read))
-                        if tokens < size:
-                            # What rows of padding compute goes to page 0, which windows read with weight 0: a NaN that
-                            # a step left here would be in all of them.
-                            self.pieces.out[tokens:size].zero_()
                     if decodes:
                         step.decode, known = self._decode_rows(side, decodes, width)
                         token_ids[:decodes].copy_(known)

@@ -112,6 +112,9 @@ class Pieces:
         def work(cut: Callable[[], None]) -> None:
             attention: Any = _Cut(self._attention, self, cut, size)
             with torch.inference_mode():
+                # What rows of padding compute goes to page 0, which windows read with weight 0: a NaN that a step left
+                # in theirs would be in all of them. The others are written by attention before they are read.
+                self.out[:size].zero_()
                 self.hidden[:size].copy_(model.forward(inputs[0], inputs[1], attention))
             layers[:] = attention.layers
 

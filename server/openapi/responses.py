@@ -244,7 +244,14 @@ SCHEMAS: Json = {
         },
     ),
     # What says how an answer looks changes nothing of a summary.
-    "CompactRequest": takes({}, _REQUEST | _INPUT | {"stream": constant(False)}),
+    # What says how an answer looks, or where it is kept, says nothing of a summary.
+    "CompactRequest": takes(
+        {},
+        _REQUEST
+        | _INPUT
+        | dict.fromkeys(("store", "text", "include", "top_logprobs", "stream_options", "tool_choice"), ANYTHING)
+        | {"stream": constant(False)},
+    ),
     "Compaction": gives(
         {
             "id": string(),

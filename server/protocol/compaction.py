@@ -34,7 +34,7 @@ async def parse_compaction(body: Body, state: State, response_id: str, owner: st
         "input": [*items, {"role": "user", "content": _PROMPT}],
         "store": False,
         "tool_choice": "none" if body.has("tools") else None,
-        "max_output_tokens": body.raw("max_output_tokens") or _MAX_TOKENS,
+        "max_output_tokens": body.raw("max_output_tokens") if body.has("max_output_tokens") else _MAX_TOKENS,
     }
     # Of the form of an answer, which a summary has not.
     changes |= dict.fromkeys(("text", "include", "top_logprobs", "stream", "stream_options"))
