@@ -44,10 +44,6 @@ class KeyEntry:
     monthly_tokens: int | None = None
     models: tuple[str, ...] | None = None
 
-    @property
-    def is_limited(self) -> bool:
-        return any(limit is not None for limit in (self.requests_per_minute, self.tokens_per_minute))
-
 
 def read_key_file(path: Path) -> tuple[KeyEntry, ...]:
     """Raises ValueError with one line for a file that cannot be used; the line never holds a key."""

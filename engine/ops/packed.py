@@ -2,7 +2,7 @@
 
 Built at load time from a quantised checkpoint, called by the executor's thread; the kernels (kernels_packed.h) widen
 the integers in registers. Inputs are brought to 16 bits in blocks of 32, and the products of a block are summed
-exactly: a row has the same bits in any batch, within 3e-5 of the product of the same weights in float32.
+exactly: a row has the same bits in any batch, and a layer is within 3e-5 of the same weights in float32.
 """
 
 from __future__ import annotations

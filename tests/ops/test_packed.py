@@ -81,8 +81,14 @@ def test_short_rows(columns: int) -> None:
     layer, weight = packed("Q4_1", 40, columns)
     x = torch.randn(9, columns + 8)[:, :columns]  # strided
     found = layer(x)
-    # A row of one block: what cancels out in a sum of few leaves its rounding behind.
-    assert relative_error(found, x @ weight.T) < 1e-4 and torch.equal(layer(x[:1]), found[:1])
+    # Each input is off by half a step of its block at most; so is each output by no more than that with its weights.
+    blocks = x.reshape(9, -1, 32).double()
+    most = blocks.abs().amax(2, keepdim=True) / 32767 / 2
+    bound = (most.expand_as(blocks).reshape(9, columns) @ weight.abs().double().T) + 1e-6 * (x.abs() @ weight.abs().T)
+    assert bool(((found - x.double() @ weight.double().T).abs() <= bound).all())
+    assert torch.equal(layer(x[:1]), found[:1])
+    # What is said of a layer is said of wide ones; in so few numbers chance counts.
+    assert columns < 288 or relative_error(found, x @ weight.T) < 3e-5
 
 
 def test_inputs_in_bfloat16() -> None:
