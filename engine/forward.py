@@ -56,6 +56,8 @@ class Limits:
     back, and the null page stands in their place.
     num_snapshots: of recurrent states, ids 1..num_snapshots; None for a model that has no such state. A slot has one,
     and a row that starts at token 0 starts it anew. 0: states, and no snapshot of any.
+    max_draft_tokens: most drafts of one row of one step; 0 where nothing speculates.
+    max_adapters: LoRA adapters that may take part in one step, indices 1..max_adapters; index 0 is none.
     """
 
     max_num_seqs: int
@@ -66,6 +68,8 @@ class Limits:
     vocab_size: int
     groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)
     num_snapshots: int | None = None
+    max_draft_tokens: int = 0
+    max_adapters: int = 0
 
     @property
     def num_slots(self) -> int:
@@ -124,6 +128,21 @@ class RowExtras:
     prompt_logprobs: int | None
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class RowSpeculation:
+    """A slot that speculates. Sent once, when the slot is filled, and valid until the slot's next sampling row.
+
+    history: int32, every token known when the slot was filled; the executor adds what it samples and what chunks bring.
+    prediction: what the client expects as the answer, or None. namespace: of the request; what is learned from its
+    answer may be proposed to requests of the same namespace alone.
+    """
+
+    slot: int
+    history: Int32Array
+    prediction: Int32Array | None
+    namespace: str
+
+
 @dataclass(frozen=True, slots=True)
 class PooledRow:
     """A prompt chunk of a sequence that asks for a vector; `row` never samples. ends: the prompt ends with it, and the
@@ -140,7 +159,9 @@ class TokenMasks:
     """Which tokens the constrained rows of one step may sample. The step is launched without them; only the sampling
     of these rows waits until the host, which must see the step before, has filled them in.
 
-    rows int32 [m]. bits uint32 [m, ceil(vocab_size / 32)]: 1 allows a token, lowest bit first.
+    rows int32 [m]: a speculating row stands there row_len times in a row, for its positions in order; behind the first
+    draft that the mask before it forbids, and behind the last draft, everything is allowed and nothing counts.
+    bits uint32 [m, ceil(vocab_size / 32)]: 1 allows a token, lowest bit first.
     """
 
     def __init__(self, rows: list[int], vocab_size: int) -> None:
@@ -178,19 +199,21 @@ def numpy_allocator(length: int, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
 class Staging:
     """One set of host arrays for one step. Sized once; only the table diff may grow (a burst of admissions).
 
-    Rows are ordered: decode rows first, then prefill chunks. All arrays are flat:
+    Rows are ordered: decode rows first, then speculating rows, then prefill chunks. All arrays are flat:
 
     row_slot     int32 [rows]      seq slot of the row; no slot stands twice in a step
-    row_start    int32 [rows]      tokens of the row's sequence computed by earlier steps
-    row_len      int32 [rows]      tokens of this step (1 for decode)
+    row_start    int32 [rows]      tokens of the row's sequence computed by earlier steps; of a speculating row the most
+                                   that they may be: the executor knows how many drafts were accepted, and starts there
+    row_len      int32 [rows]      tokens of this step (1 for decode, 1 + the most drafts for a speculating row)
     row_samples  bool  [rows]      the last token of the row is followed by a sampled one
-    token_ids    int32 [tokens]    row after row; FUTURE_TOKEN in decode rows
+    token_ids    int32 [tokens]    row after row; FUTURE_TOKEN in decode rows and in speculating rows
     qo_indptr    int32 [rows + 1]  CSR offsets of the rows in token_ids
     table_index  int32 [diffs]     page-table entries to change, before the step:
                                    (group * num_slots + slot) * max_pages_per_seq + index
     table_page   int32 [diffs]     their new page ids
     sampling_slot int32 [changed]  slots whose sampling row changes, before the step
     sampling     SAMPLING_DTYPE [changed]
+    adapter      int32 [changed]   adapter index of the same slots, 0 for none
     save_slot, save_snapshot int32 [saves]: first of all, states of slots are copied to snapshots
     load_slot, load_snapshot int32 [loads]: then snapshots to slots, which is what their rows go on from
     """
@@ -211,6 +234,7 @@ class Staging:
         self.table_page: Int32Array = allocate(diffs, int32)
         self.sampling_slot: Int32Array = allocate(rows, int32)
         self.sampling: npt.NDArray[Any] = allocate(rows, SAMPLING_DTYPE)
+        self.adapter: Int32Array = allocate(rows, int32)
         states = 0 if limits.num_snapshots is None else rows
         # A prompt's chunk and the decoding after it may both leave a snapshot of one slot.
         self.save_slot: Int32Array = allocate(2 * states, int32)
@@ -235,6 +259,13 @@ class ForwardInput:
     """One step, as counts into a Staging set. Valid until the step's handle is done.
 
     step: number of the step, rising by one. num_decode_rows: rows[:num_decode_rows] continue by one token each.
+    num_speculating_rows: the rows after those. Each brings its slot's last token and the drafts that the executor holds
+    for the slot, at most row_len - 1 of them. Every position is sampled just as decoding would (its own position,
+    penalties and masks that know the drafts before it), and drafts are accepted while they equal what is sampled. So
+    the tokens are those of decoding, whatever was drafted. A sequence that speculates has no other kind of row while
+    a speculating row of it is in flight; where its rows end, the executor's count of its tokens does, too.
+    speculations: of the slots in sampling_slot that speculate.
+    adapter_loads: (index, weights) of adapters that take an index before the step; whoever had it is gone.
     extras: of the slots in sampling_slot that have any; a slot there without an entry here has none any more.
     masks: of the rows that a grammar constrains, None where there are none; not filled in yet at submit.
     pooled: the rows that ask for a vector, in their order.
@@ -252,14 +283,33 @@ class ForwardInput:
     pooled: list[PooledRow] = field(default_factory=list)
     num_saves: int = 0
     num_loads: int = 0
+    num_speculating_rows: int = 0
+    speculations: list[RowSpeculation] = field(default_factory=list)
+    adapter_loads: list[tuple[int, Any]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Accepted:
+    """What the speculating rows of a step brought, row by row in their order.
+
+    counts int32 [m]: new tokens, 1 + the drafts that were accepted. tokens int32 [m, 1 + max_draft_tokens]: those
+    tokens, then -1. num_drafted int32 [m]: drafts that were checked. drafts int32 [m, max_draft_tokens]: what the
+    executor holds for the slot's next speculating row (which takes as many of the first as it has room for), then -1.
+    """
+
+    counts: Int32Array
+    tokens: Int32Array
+    num_drafted: Int32Array
+    drafts: Int32Array
 
 
 @dataclass(slots=True)
 class StepLogprobs:
     """Log-probabilities of sampled tokens, natural logarithm of the raw distribution (before any filter).
 
-    rows int32 [m]: the rows of the step that asked. token_logprobs float32 [m], ranks int32 [m] (1 is the most
-    probable token). top_ids int32 and top_logprobs float32 [m, k]: the most probable, k is what the greediest row asks.
+    rows int32 [m]: the rows of the step that asked, a speculating row as often as it has new tokens.
+    token_logprobs float32 [m], ranks int32 [m] (1 is the most probable token). top_ids int32 and top_logprobs float32
+    [m, k]: the most probable, k is what the greediest row asks.
     """
 
     rows: Int32Array
@@ -286,7 +336,9 @@ class PromptLogprobs:
 class ForwardOutput:
     """What a step brought. Owned by the receiver until the executor's next-but-one step.
 
-    token_ids: int32 [rows]; the sampled token, -1 where the row did not sample.
+    token_ids: int32 [rows]; the sampled token (of a speculating row the last), -1 where the row did not sample.
+    accepted: of the speculating rows, None where the step has none. new_drafts: (row, int32 drafts) of chunk rows of
+    slots that speculate and have sampled: what the executor holds for their next row.
     pooled: float32 vectors, one for each of the input's pooled rows that `ends`, in their order.
     broken: rows whose logits or vectors are no numbers (NaN, infinity); what they sampled means nothing.
     """
@@ -297,6 +349,8 @@ class ForwardOutput:
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     pooled: list[npt.NDArray[np.float32]] = field(default_factory=list)
     broken: list[int] = field(default_factory=list)
+    accepted: Accepted | None = None
+    new_drafts: list[tuple[int, Int32Array]] = field(default_factory=list)
 
 
 class ForwardError(Exception):

@@ -264,6 +264,22 @@ class TokenConstraint(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A LoRA adapter as it was loaded once: loading it again makes another one.
+
+    version: unique among all that were ever loaded; with it pages of the radix tree are told apart, never by the name.
+    weights: the executor's own, opaque here. num_bytes: of them.
+    """
+
+    name: str
+    path: str
+    version: int
+    rank: int
+    num_bytes: int
+    weights: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One prompt that becomes one sequence. `n` choices are n requests that meet again in the radix tree.
 
@@ -275,6 +291,8 @@ class Request:
     weight: of its fairness key, what its share is in proportion to. timeout_s: from submit to the end, None for as long
     as it takes.
     pooling: the prompt's vector is the answer; nothing is sampled.
+    adapter: whose answer it is, None for the model's own. speculate: whether drafts may be tried where the server does
+    so; max_draft_tokens: at most so many a step, None for as many as pay. prediction: what the answer may repeat.
     """
 
     request_id: str
@@ -288,6 +306,10 @@ class Request:
     timeout_s: float | None = None
     pooling: Pooling | None = None
     weight: float = 1.0
+    adapter: Adapter | None = None
+    speculate: bool = True
+    max_draft_tokens: int | None = None
+    prediction: tuple[int, ...] | None = None
 
 
 class RequestError(Exception):
