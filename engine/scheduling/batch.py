@@ -243,7 +243,7 @@ class Batch:
             forward.speculations.append(
                 RowSpeculation(
                     slot=sequence.slot,
-                    history=sequence.token_ids.copy(),
+                    history=np.array(sequence.token_ids, np.int32),
                     prediction=None if prediction is None else np.array(prediction, np.int32),
                     namespace=sequence.request.namespace,
                 )
