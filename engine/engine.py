@@ -74,6 +74,7 @@ class Engine(Resting):
         publisher = Publisher(scheduler, self.metrics, clock, pace)
         self._watch = LoopWatch(self.metrics, pace)
         super().__init__(scheduler, executor, publisher, clock)
+        self.metrics.drafts = scheduler.speculation
         self.config = config
         self.limits = executor.limits
         self.tokenizer = tokenizer
