@@ -31,7 +31,8 @@ _LEAST_CHANCE = 0.01
 class StepCosts:
     """Seconds of a step by its number of token rows, as measured; in between it is interpolated.
 
-    Beyond what was measured a step is taken to cost nothing more: so it is tried once, and known then.
+    A step smaller or larger than any that was measured is taken to be cheap (each token its share, or none more): so it
+    is tried once, and known then.
     """
 
     def __init__(self, most_tokens: int) -> None:
@@ -54,8 +55,9 @@ class StepCosts:
         if not known.any():
             return np.ones(len(num_tokens))
         # More tokens never take less.
-        seconds = np.maximum.accumulate(self._seconds[known])
-        result: npt.NDArray[np.float64] = np.interp(num_tokens, self._sizes[known], seconds)
+        seconds, sizes = np.maximum.accumulate(self._seconds[known]), self._sizes[known]
+        shares = np.minimum(1.0, num_tokens / sizes[0])
+        result: npt.NDArray[np.float64] = np.interp(num_tokens, sizes, seconds) * shares
         return result
 
 
@@ -91,9 +93,11 @@ class DraftBudgets:
             self._replan(slots, cap)
         budgets: Int32Array = np.minimum(self._budget[slots], cap)
         turns = _TRIAL if self._threshold <= 1.0 else _RARE_TRIAL
-        if self._turn % turns == 0:
+        if self._turn % turns == 0 and cap:
+            # Fewer than usual, so that it is known what steps of such a size take; and one where there are none.
+            budgets = np.minimum(budgets, 1 + self._turn // turns % cap)
             tried = slots % 8 == self._turn // turns % 8 if len(slots) > _FEW else np.ones(len(slots), np.bool_)
-            budgets = np.where(tried, np.maximum(budgets, min(1, cap)), budgets).astype(np.int32)
+            budgets = np.where(tried, np.maximum(budgets, 1), budgets).astype(np.int32)
         return budgets
 
     def observe(self, slots: npt.NDArray[np.intp], num_drafted: Int32Array, num_accepted: Int32Array) -> None:

@@ -112,6 +112,7 @@ RUNS = {
 # Most drafts are right; beside that, under what is rare else.
 DRAFTS = {"depth": 2, "max_draft_tokens": 4, "draft_accuracy": 0.8, "budgets": "all", "num_snapshots": None}
 DRAFTED_RUNS = RUNS | DRAFTS
+DRAFTED_CROWD = DRAFTS | {"max_num_seqs": 4, "max_num_batched_tokens": 6, "burst": 4, "arrival_rate": 0.5}
 DRAFTED_FAILURES = FAILURES | DRAFTS
 DRAFTED_WINDOWS = WINDOWS | DRAFTS | {"draft_accuracy": 0.3, "max_draft_tokens": 6}
 # More waits than can run, under each policy that makes a choice.
@@ -453,10 +454,10 @@ MUTANTS = [
     Mutant("a run passes its grammar's end", Speculation, "accept", "counts[place] > end", "False", DRAFTED_RUNS),
     Mutant(
         "a wrong draft ends a grammar", Speculation, "accept",
-        "counts[place] > end", "counts[place] >= end", DRAFTED_RUNS,
+        "counts[place] > end", "counts[place] >= end", DRAFTED_RUNS | {"jump_ahead": False, "draft_accuracy": 0.5},
     ),
     Mutant("drafts go beyond the length", Speculation, "split", "- 2, out", "+ 2, out", DRAFTS),
-    Mutant("drafts go beyond the budget", Speculation, "split", "room - ahead", "room", DRAFTS),
+    Mutant("drafts go beyond the budget", Speculation, "split", "room - ahead", "room", DRAFTED_CROWD),
     Mutant(
         "a length that nobody knows is believed", Speculation, "split",
         "(table.drafted_in[slots] > committed)", "False", DRAFTS | {"budgets": "random"},
