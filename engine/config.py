@@ -165,6 +165,7 @@ class ServerOptions:
     access_log: bool = False
     prices: str | None = None
     otlp_traces_endpoint: str | None = None
+    kv_events: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # Nobody needs the keys themselves any more.

@@ -16,7 +16,7 @@ from engine.scheduling.slots import IndexArray
 
 
 class Batch:
-    """slots intp [rows], samples bool [rows]: decode rows first. entered: (sequence, first page index) put into the
+    """slots intp [rows], samples bool [rows]: decode rows first. entered: (sequence, first page, end) put into the
     radix tree by this step, to be taken back if it fails. in_flight: between launch and commit."""
 
     def __init__(self, staging: Staging) -> None:
@@ -25,7 +25,7 @@ class Batch:
         self.forward_input = ForwardInput(0, staging, 0, 0, 0, 0, 0)
         self._slots: IndexArray = np.zeros(limits.max_num_seqs, np.intp)
         self._samples: BoolArray = np.zeros(limits.max_num_seqs, np.bool_)
-        self.entered: list[tuple[Sequence, int]] = []
+        self.entered: list[tuple[Sequence, int, int]] = []
         # Rows that sample under a grammar.
         self.constrained: list[tuple[int, Sequence]] = []
         # Whose vectors the step brings, in the order of ForwardOutput.pooled.

@@ -370,8 +370,10 @@ class Scheduler(Residents):
             self.recorder.chunk(sequence.request.request_id, "pooling" if pools else "prefill", start, end)
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
-        batch.entered.append((sequence, pages.num_shared))
-        for group, index, page in self.kv_cache.enter(pages, tokens, end):
+        first_page = pages.num_shared
+        remaps = self.kv_cache.enter(pages, tokens, end)
+        batch.entered.append((sequence, first_page, pages.num_shared))
+        for group, index, page in remaps:
             # This step still writes and reads the sequence's own page; the shared one serves from the next on.
             self._remaps.append((sequence, pages, group, index, page))
         if self._has_state and end == pages.num_shared * page_size:
@@ -427,6 +429,9 @@ class Scheduler(Residents):
         if int(tokens.max()) >= self.limits.vocab_size:
             output.broken = [*output.broken, *np.flatnonzero(tokens >= self.limits.vocab_size).tolist()]
         broken = self._end_broken(batch, output.broken) if output.broken else []
+        for sequence, first_page, end in batch.entered:
+            if sequence.pages is not None:
+                self.kv_cache.confirm(sequence.pages, first_page, end)
         live = table.live.take(slots, out=scratch.get("live", np.bool_, len(slots)), mode="clip")
         if not batch.all_sample:
             np.logical_and(live, batch.samples, out=live)
@@ -500,7 +505,7 @@ class Scheduler(Residents):
         self._end_step(batch)
         table, cache, slots = self._table, self.kv_cache, batch.slots
         result = StepResult(slots[:0], np.zeros(0, np.int32), np.zeros(0))
-        for sequence, first_page in batch.entered:
+        for sequence, first_page, _ in batch.entered:
             if sequence.pages is not None:
                 cache.take_back(sequence.pages, first_page)
         # What was computed before the step is good, also of one that was aborted. Windows have left some of it behind.
