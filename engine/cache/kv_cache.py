@@ -479,11 +479,11 @@ class KVCache:
         evictable = 0
         for node in nodes:
             assert node.length and not node.detached, "a node of the tree is empty or detached"
-            assert len({len(run) for run in node.runs}) == 1, "groups have runs of different lengths"
+            assert all(len(run) == node.length for run in node.runs), "groups have runs of different lengths"
             assert len(node.tokens) >= node.length * page_bytes, "a run has more pages than tokens"
             assert node.parent is not None and node.parent.children[node.key] is node, "parent and child disagree"
             assert node.key == node.tokens[:page_bytes], "a child is not under its first page"
-            assert any(_pages_of(node)) or node.children or node.lock_count, "a leaf without pages was not dropped"
+            assert node.children or node.lock_count or any(map(any, node.runs)), "a leaf without pages was not dropped"
             for group, run in zip(self.groups, node.runs, strict=True):
                 assert group.window is not None or all(run), "a hole where everything is seen"
                 evictable += len(run) * (group.window is None and not node.lock_count)
@@ -499,7 +499,9 @@ class KVCache:
         gone: set[Node] = set()
         for node in self._tree.policy.order():
             assert node in unlocked and node not in gone, "the eviction order holds a node that is locked or twice"
-            assert gone.issuperset(node.children.values()), "the eviction order has a parent before its child"
+            assert not node.children or gone.issuperset(node.children.values()), (
+                "the eviction order has a parent before its child"
+            )
             gone.add(node)
         assert gone == unlocked, f"{len(unlocked - gone)} unlocked nodes are not in the eviction order"
         for window in range(len(self._tree.members)):

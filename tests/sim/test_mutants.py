@@ -35,7 +35,7 @@ from tests.sim.simulator import SimulationError, simulate
 # Seeds that a mutant may live through; the unmutated code passes each that catches one.
 MAX_SEEDS = 60
 # Tried without any mutant; beyond them a seed is tried so where it has caught one. `make sim` has time for more.
-UNMUTATED_SEEDS = 25
+UNMUTATED_SEEDS = 10
 
 
 # Options under which rare things are frequent: steps that fail under shared prefixes, and remapped pages in a
