@@ -32,6 +32,7 @@ from engine.ops.sampling.extras import SlotExtras
 from engine.ops.sampling.sampler import sample
 from engine.ops.state import States, StateSpec
 from engine.speculation.base import Proposer
+from engine.speculation.paged import LateProposer
 
 logger = logging.getLogger(__name__)
 
@@ -99,8 +100,8 @@ class CPUExecutor:
 
     attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec
     and `dtype`, the model's. Where limits.num_snapshots is one, the model has recurrent states (model.config.states).
-    load: reads the model from a directory, None for where `model` came from. proposer: drafts, where
-    limits.max_draft_tokens is not 0.
+    load: reads the model from a directory, None for where `model` came from. proposer, late: what
+    drafts, at least one of them where limits.max_draft_tokens is not 0; late: only where the other knows nothing.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class CPUExecutor:
         dtype: torch.dtype | None = None,
         load: Callable[[Path | None], Model] | None = None,
         proposer: Proposer | None = None,
+        late: LateProposer | None = None,
     ) -> None:
         if attention is None:
             assert dtype is not None, "the cache needs a dtype"
@@ -139,9 +141,9 @@ class CPUExecutor:
         self._pooler = Pooler()
         self._speculator: Speculator | None = None
         if limits.max_draft_tokens:
-            assert proposer is not None, "drafts need a proposer"
             assert self._states is None, "a recurrent state cannot go back"
-            self._speculator = Speculator(limits, proposer)
+            self._speculator = Speculator(limits, proposer, late, self._tables)
+        self._late = late
         self._metadata = StepMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
@@ -183,6 +185,8 @@ class CPUExecutor:
             self._reader()  # or it would never wake up
             self._model = None
         self._attention.release()
+        if self._late is not None:
+            self._late.release()
         if self._states is not None:
             self._states.release()
 
@@ -192,6 +196,8 @@ class CPUExecutor:
         if self._model is None:
             self._model = self._reader()(directory)
         self._attention.allocate()
+        if self._late is not None:
+            self._late.allocate()
         if self._states is not None:
             self._states.allocate()
 
@@ -210,7 +216,7 @@ class CPUExecutor:
             self._closed = True
             self._queue.put(None)
         self._worker.join()
-        self._model = self._attention = self._states = None
+        self._model = self._attention = self._states = self._late = self._speculator = None
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -255,7 +261,8 @@ class CPUExecutor:
         chunks = pooled_chunks(step)
         types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
         positions_of_tokens = torch.from_numpy(metadata.positions)
-        hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
+        hidden = everything = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
+        aux: list[Tensor] = []
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)
@@ -268,7 +275,7 @@ class CPUExecutor:
         places = sampled_positions(step)
         if len(places) == 0:
             if speculator is not None:
-                speculator.finish(step, places, chosen[:0], None, output)
+                speculator.finish(step, places, chosen[:0], None, output, everything, aux)
             return output
         if len(places) != tokens:
             hidden = hidden[torch.from_numpy(places.tokens)]
@@ -308,5 +315,5 @@ class CPUExecutor:
             for row, token in zip(places.rows[taken].tolist(), drawn[taken].tolist(), strict=True):
                 chosen[row] = self._last_token[slots[row]] = token
         if speculator is not None:
-            speculator.finish(step, places, drawn, taken, output)
+            speculator.finish(step, places, drawn, taken, output, everything, aux)
         return output

@@ -12,9 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
+from engine.executor.tables import SlotTables
 from engine.forward import Accepted, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
-from engine.speculation.base import Proposer, Text
+from engine.speculation.base import FirstOf, Proposer, Text
+from engine.speculation.paged import LateProposer
 
 
 @dataclass(slots=True)
@@ -67,19 +70,32 @@ def mask_places(rows: Int32Array, positions: Positions) -> tuple[npt.NDArray[np.
 class Speculator:
     """See the module. Only the worker touches it."""
 
-    def __init__(self, limits: Limits, proposer: Proposer) -> None:
+    def __init__(
+        self, limits: Limits, proposer: Proposer | None, late: LateProposer | None, tables: SlotTables
+    ) -> None:
         self._limits = limits
-        self._proposer = proposer
+        both = [each for each in (proposer, late) if each is not None]
+        assert both, "drafts need a proposer"
+        self._early = proposer
+        self._late = late
+        self._proposer = FirstOf(both)  # to be told
+        if late is not None:
+            late.bind(tables)
+        # Tokens of a slot, in whole pages, that it surely has memory for.
+        self._reserved: Int32Array = np.zeros(limits.num_slots, np.int32)
         # Tokens of a slot that have been computed and are right.
         self._length: Int32Array = np.zeros(limits.num_slots, np.int32)
         self._texts: dict[int, Text] = {}
         self._drafts: dict[int, list[int]] = {}
         self._staging = Staging(limits)
+        # Of the step that runs, as it was given.
+        self._given_len: Int32Array = self._staging.row_len
 
     def apply(self, step: ForwardInput) -> None:
         """Take over whose slots speculate."""
         for slot in step.staging.sampling_slot[: step.num_sampling_diffs].tolist():
             self._drafts.pop(slot, None)
+            self._reserved[slot] = 0
             if self._texts.pop(slot, None) is not None:
                 self._proposer.stop(slot)
         for told in step.speculations:
@@ -89,9 +105,15 @@ class Speculator:
 
     def as_it_runs(self, step: ForwardInput, last_token: Int32Array) -> ForwardInput:
         """The step with the starts, lengths and drafts that speculating rows have. Valid until the next one's."""
+        given, rows, page = step.staging, step.num_rows, self._limits.page_size
+        slots = given.row_slot[:rows]
+        held = -(-(given.row_start[:rows] + given.row_len[:rows]) // page) * page
+        self._reserved[slots] = np.maximum(self._reserved[slots], held)
         if not step.num_speculating_rows:
             return step
-        given, own, rows = step.staging, self._staging, step.num_rows
+        self._draft_late(step)
+        own = self._staging
+        self._given_len = given.row_len
         first, last = step.num_decode_rows, step.num_decode_rows + step.num_speculating_rows
         for name in ("row_slot", "row_start", "row_len", "row_samples"):
             getattr(own, name)[:rows] = getattr(given, name)[:rows]
@@ -110,8 +132,24 @@ class Speculator:
         np.concatenate(ids, out=own.token_ids[:tokens])
         return dataclasses.replace(step, staging=own, num_tokens=tokens)
 
+    def _draft_late(self, step: ForwardInput) -> None:
+        """For rows that have room and no drafts, where nobody must have seen them before."""
+        if self._late is None:
+            return
+        staging, first = step.staging, step.num_decode_rows
+        rows = np.arange(first, first + step.num_speculating_rows)
+        if step.masks is not None:
+            rows = rows[~np.isin(rows, step.masks.rows)]
+        most = {
+            slot: count - 1
+            for slot, count in zip(staging.row_slot[rows].tolist(), staging.row_len[rows].tolist(), strict=True)
+            if count > 1 and slot in self._texts and not self._drafts.get(slot)
+        }
+        if most:
+            self._drafts.update(zip(most, self._late.propose(list(most), list(most.values())), strict=True))
+
     def count(self, step: ForwardInput, positions: Positions, drawn: Int32Array) -> npt.NDArray[np.bool_] | None:
-        """bool [positions]: whether the draw became a token: all drafts before it are what was drawn there. None: all."""
+        """bool [positions]: whether a draw became a token: all drafts before it are what was drawn. None: all."""
         if not step.num_speculating_rows:
             return None
         staging = step.staging
@@ -130,8 +168,13 @@ class Speculator:
         drawn: Int32Array,
         taken: npt.NDArray[np.bool_] | None,
         output: ForwardOutput,
+        hidden: Tensor,
+        aux: list[Tensor],
     ) -> None:
-        """After the step as it ran: remember what came of it, draft for the next, and report."""
+        """After the step as it ran: remember what came of it, draft for the next, and report.
+
+        hidden, aux: see LateProposer.follow.
+        """
         staging, rows = step.staging, step.num_rows
         first, last = step.num_decode_rows, step.num_decode_rows + step.num_speculating_rows
         slots = staging.row_slot[:rows]
@@ -143,20 +186,42 @@ class Speculator:
         if first != last:
             counts = np.array([len(new.get(row, ())) for row in range(first, last)], np.int32)
             self._length[slots[first:last]] = staging.row_start[first:last] + counts
-        drafting: list[tuple[int, int]] = []
+        own: list[int] = []
         for row, slot in enumerate(slots.tolist()):
-            if (text := self._texts.get(slot)) is None:
-                continue
-            self._grow(step, row, slot, text, new.get(row, []))
-            if row in new:
-                drafting.append((row, slot))
-        drafts = self._proposer.propose([slot for _, slot in drafting], [self._room(slot) for _, slot in drafting])
-        for (row, slot), draft in zip(drafting, drafts, strict=True):
-            self._drafts[slot] = draft
-            if row >= last:
-                output.new_drafts.append((row, np.array(draft, np.int32)))
+            if (text := self._texts.get(slot)) is not None:
+                self._grow(step, row, slot, text, new.get(row, []))
+                own.append(row)
+        if self._late is not None and own:
+            self._late.follow(step, own, hidden, aux)
+        drafting = {int(slots[row]): row for row in own if row in new}
+        self._draft(step, drafting)
+        output.new_drafts = [
+            (row, np.array(self._drafts[slot], np.int32)) for slot, row in drafting.items() if row >= last
+        ]
         if first != last:
             output.accepted = self._accepted(step, new)
+
+    def _draft(self, step: ForwardInput, rows: dict[int, int]) -> None:
+        """For the next rows of these slots; rows: those that they had."""
+        slots = list(rows)
+        if self._early is not None:
+            most = [self._room(slot) for slot in slots]
+            self._drafts.update(zip(slots, self._early.propose(slots, most), strict=True))
+        if self._late is None or step.masks is None:
+            return
+        # The host makes masks for drafts that it has seen.
+        constrained = set(step.masks.rows.tolist())
+        slots = [slot for slot in slots if rows[slot] in constrained and not self._drafts[slot]]
+        most = []
+        for slot in slots:
+            row = rows[slot] - step.num_decode_rows
+            # As many as were asked for last: each of them costs.
+            asked = self._limits.max_draft_tokens
+            if 0 <= row < step.num_speculating_rows:
+                asked = max(1, int(self._given_len[rows[slot]]) - 1)
+            most.append(min(asked, self._room(slot), int(self._reserved[slot] - self._length[slot])))
+        if slots:
+            self._drafts.update(zip(slots, self._late.propose(slots, most), strict=True))
 
     def _room(self, slot: int) -> int:
         """Drafts that the context has room for behind the last token, each of which must be followed by one."""

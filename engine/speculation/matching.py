@@ -14,7 +14,7 @@ from typing import Any
 from engine.speculation.base import Text
 
 # Places that a search looks at, the latest first.
-_MOST_PLACES = 32
+_MOST_PLACES = 16
 # Tokens of a text that are indexed when it comes.
 MOST_INDEXED = 65_536
 # Of an entry, and the token it is of, in Python's objects.

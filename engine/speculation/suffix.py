@@ -7,8 +7,6 @@ sequence itself and of other answers of its namespace, found by hash instead of 
 
 from __future__ import annotations
 
-from collections import Counter
-
 from engine.config import SpeculationOptions
 from engine.speculation.base import OneByOne, Text
 from engine.speculation.matching import Indexed, Match, Store
@@ -51,21 +49,23 @@ class Suffix(OneByOne):
 
     def _agreed(self, places: list[Match], most: int) -> list[int]:
         """What most of the places go on with, of those the next token, and so on. Of equals the latest place's."""
+        if not places or most <= 0:
+            return []
+        following = [match.tokens[match.end : match.end + most] for match in places]
+        if following.count(following[0]) == len(following):
+            return following[0]
         drafts: list[int] = []
-        total, agreeing = len(places), places
-        while len(drafts) < most:
-            at = len(drafts)
-            following = [match.tokens[match.end + at] for match in agreeing if match.end + at < len(match.tokens)]
-            if not following:
+        least = self._least_share * len(places)
+        for at in range(most):
+            counts: dict[int, int] = {}
+            for tokens in following:
+                if at < len(tokens):
+                    counts[tokens[at]] = counts.get(tokens[at], 0) + 1
+            # The first of equals, which stands first: the latest.
+            token = max(counts, key=counts.__getitem__, default=-1)
+            if not counts or counts[token] < least:
                 break
-            token, count = Counter(following).most_common(1)[0]
-            if count < self._least_share * total:
-                break
-            agreeing = [
-                match
-                for match in agreeing
-                if match.end + at < len(match.tokens) and match.tokens[match.end + at] == token
-            ]
+            following = [tokens for tokens in following if at < len(tokens) and tokens[at] == token]
             drafts.append(token)
         return drafts
 
