@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +25,7 @@ from engine.executor.base import StepHandle
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.models.parts.decoder import Adapted
 from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
 from engine.ops.sampling.extras import SlotExtras
@@ -131,8 +132,9 @@ class CPUExecutor:
         self._load = load
         self._attention: AttentionBackend | None = attention
         self._tables = SlotTables(limits)
+        self._adapted: Adapted | None = getattr(model, "adapted", None)
         self._extras = SlotExtras(limits)
-        self._pooler = Pooler()
+        self._pooler = Pooler(self._use_slots)
         self._metadata = StepMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
@@ -181,14 +183,27 @@ class CPUExecutor:
         """See Executor."""
         assert self._attention is not None
         if self._model is None:
-            self._model = self._reader()(directory)
+            self._take(self._reader()(directory))
         self._attention.allocate()
         if self._states is not None:
             self._states.allocate()
 
     def load_weights(self, directory: Path) -> None:
         """See Executor. Old and new weights are in memory for a while."""
-        self._model = self._reader()(directory)
+        self._take(self._reader()(directory))
+
+    def _take(self, model: Model) -> None:
+        """Serve with another model of the same spec, and the adapters that are in place."""
+        adapted: Adapted | None = getattr(model, "adapted", None)
+        if adapted is not None:
+            adapted.take_over(self._adapted)
+        self._model, self._adapted = model, adapted
+
+    def _use_slots(self, slots: Sequence[int]) -> None:
+        """What is computed next are rows of these seq slots; of one alone, however many."""
+        if self._adapted is not None:
+            own = self._tables.adapter[slots]
+            self._adapted.rows.use(int(own[0]) if len(slots) == 1 else own)
 
     def _reader(self) -> Callable[[Path | None], Model]:
         if self._load is None:
@@ -221,6 +236,9 @@ class CPUExecutor:
     def _run(self, step: ForwardInput) -> ForwardOutput:
         """One step on the worker. The diffs are taken over first: they count even where the step fails."""
         self._tables.apply(step)
+        if self._adapted is not None:
+            for index, weights in step.adapter_loads:
+                self._adapted.put(index, weights.branches)
         extras = self._extras
         if step.num_sampling_diffs:
             extras.apply(step)
@@ -242,10 +260,12 @@ class CPUExecutor:
         chunks = pooled_chunks(step)
         types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
         positions_of_tokens = torch.from_numpy(metadata.positions)
+        if self._adapted is not None:
+            self._adapted.rows.use(np.repeat(self._tables.adapter[slots], staging.row_len[:rows]))
         hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
-            output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)
+            output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits, self._use_slots)
         if chunks:
             vectors = self._pooler.run(chunks, hidden, model)
             output.pooled = [vector.numpy() for vector in vectors]
@@ -260,6 +280,8 @@ class CPUExecutor:
         sampling_slots = slots[sampling_rows]
         # The new token's index in its sequence is the length of what has been computed.
         positions = metadata.kv_len[sampling_rows]
+        if self._adapted is not None:
+            self._adapted.rows.use(self._tables.adapter[sampling_slots])
         logits, params = model.logits(hidden), self._tables.sampling[sampling_slots]
         sane = torch.isfinite(logits.amax(-1))
         if not sane.all():
