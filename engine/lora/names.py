@@ -6,13 +6,15 @@ most part; wrappers stand before them, and mixtures of experts are gathered into
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from dataclasses import dataclass
 
 from engine.models.loading.adapted import AdaptedLayers, Place
 from engine.models.loading.weights import OUTPUT
+from engine.models.mixers import GroupedQueryAttention
 from engine.models.parts.source import PREFIX
-from engine.models.spec import DenseAndExperts, Experts
+from engine.models.spec import Dense, DenseAndExperts, Experts
 
 # Ends of tensor names, and what the tensor is of its module. The adapter's own name may stand in it, too.
 ENDS = {
@@ -50,6 +52,10 @@ _WRAPPERS = (
     "nomic_bert",
 )
 _EMBEDDING = re.compile(r"(embed_tokens|embeddings|word_embeddings|embed_in|wte|tok_embeddings)$")
+_SHARED = ("shared_expert", "shared_experts", "shared_mlp")
+_QUERIES = ("q_proj", "k_proj", "v_proj")
+_FUSED_QKV = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
+_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
 _HEADS = ("lm_head", "embed_out", "output", "cls.predictions.decoder")
 
 
@@ -89,7 +95,57 @@ class Resolver:
         for tail in self._candidates(path):
             if tail in self._tails:
                 return self._tails[tail]
+        for tail in self._candidates(path):
+            match = self._layer.fullmatch(tail)
+            if match is not None and int(match[1]) < self._spec.num_layers:
+                found = self._by_role(self._spec.layer_names.format(match[1]), int(match[1]), match[2])
+                if found is not None:
+                    return found
         return None
+
+    def _by_role(self, prefix: str, index: int, name: str) -> Place | None:
+        """Of a module in a layer that transformers splits or joins where the checkpoint does not."""
+        layer = self._spec.layers[index]
+        root, last = name.split(".")[0], name.split(".")[-1]
+        mixer, forward = layer.mixer, layer.feed_forward
+        if isinstance(mixer, GroupedQueryAttention) and "att" in root:
+            if last in _OUTPUTS:
+                return self._tails.get(prefix + mixer.output)
+            kv_heads = mixer.num_kv_heads if mixer.reads is None else 0
+            value_dim = mixer.value_dim or mixer.head_dim
+            rows = [mixer.num_heads * mixer.head_dim, kv_heads * mixer.head_dim, kv_heads * value_dim]
+            plain = not (mixer.gated_queries or mixer.heads_together or mixer.values_of_keys)
+            return self._part(prefix, mixer.qkv, rows, last, _QUERIES, _FUSED_QKV) if plain else None
+        if isinstance(forward, Dense) and name.count(".") == 1:
+            names = ("up_proj", "gate_proj") if forward.up_first else ("gate_proj", "up_proj")
+            rows = [forward.intermediate_size] * 2
+            return self._part(prefix, forward.gate_up, rows, last, names, ("gate_up_proj",))
+        return None
+
+    def _part(
+        self,
+        prefix: str,
+        ours: tuple[str, ...],
+        rows: list[int],
+        name: str,
+        parts: tuple[str, ...],
+        whole: tuple[str, ...],
+    ) -> Place | None:
+        """One of `parts` in what is joined in `ours`, or all of them together where they are apart there."""
+        places = [self._tails.get(prefix + each) for each in ours]
+        first = places[0]
+        if first is None or any(each is None or each.site != first.site for each in places):
+            return None
+        if name in whole and len(ours) == len(parts):
+            return dataclasses.replace(first, count=sum(rows))
+        if name not in parts:
+            return None
+        at = parts.index(name)
+        if len(ours) == len(parts):
+            return places[at]
+        return (
+            dataclasses.replace(first, first=first.first + sum(rows[:at]), count=rows[at]) if len(ours) == 1 else None
+        )
 
     def stack(self, path: str) -> Stack | None:
         """The experts of a layer that a module holds together; None where it does not."""
@@ -144,6 +200,9 @@ class Resolver:
         root, _, rest = name.partition(".")
         own = {each.split(".")[0] for each in (experts.router.name, *experts.gate_up)}
         found = [f"{prefix}{each}.{rest}" for each in sorted(own) if rest and each != root]
+        shared, inner = experts.shared, rest.split(".")
+        if shared is not None and inner[0] in _SHARED:
+            found.append(f"{prefix}{shared.down.rpartition('.')[0]}.{'.'.join(inner[1:])}")
         if rest in ("gate", "router", "gate.wg", "router.layer", "router.classifier", "gate.linear"):
             found.append(prefix + experts.router.name)
         return found

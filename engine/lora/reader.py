@@ -19,7 +19,7 @@ from engine.lora.config import AdapterConfig, read_config
 from engine.lora.files import Tensors
 from engine.lora.names import Resolver, Stack, parse
 from engine.lora.words import AdapterError
-from engine.models.loading.adapted import AdaptedLayers, Place
+from engine.models.loading.adapted import AdaptedLayers, Heads, Place
 from engine.models.loading.weights import OUTPUT
 from engine.ops.linear import Linear
 from engine.ops.lora import Branch, Factors, Replaced
@@ -70,6 +70,7 @@ class _Reader:
         self._config, self._tensors, self._layers, self._max_rank = config, tensors, layers, max_rank
         self._resolver = Resolver(layers)
         self._sites: dict[str, _Parts] = {}
+        self._branches: dict[str, Branch] = {}
         self._rank = 0
         self._from_base = False
 
@@ -86,7 +87,7 @@ class _Reader:
             modules[path][kind] = name
         for path, kinds in modules.items():
             self._module(path, kinds)
-        branches = {site: self._branch(parts) for site, parts in self._sites.items()}
+        branches = {site: self._branch(parts) for site, parts in self._sites.items()} | self._branches
         if not branches:
             raise AdapterError(f"adapter {self._config.adapter}: changes nothing")
         size = sum(branch.num_bytes for branch in branches.values())
@@ -115,6 +116,10 @@ class _Reader:
         if place.is_table:
             self._table(path, place, kinds)
             return
+        others = set(kinds) - {"down", "up"}
+        if isinstance(place.linear, Heads) and others:
+            kind = others.pop()
+            raise self._tensors.fail(kinds[kind], f"{kind} is not computed for what latent attention splits into heads")
         if any(kind.startswith("looked-up") for kind in kinds):
             raise self._tensors.fail(first, "is of an embedding, and the module is none")
         if "weight" in kinds:
@@ -144,7 +149,21 @@ class _Reader:
         down = self._matrix(kinds["down"], (None, inputs))
         up = self._matrix(kinds["up"], (place.count, len(down)))
         scaling = self._scaling(path, kinds["down"], len(down))
+        if isinstance(place.linear, Heads):
+            self._heads(place.linear, down, up.mul_(scaling))
+            return
         self._add_factors(place, kinds, down, up.mul_(scaling), scaling)
+
+    def _heads(self, heads: Heads, down: Tensor, up: Tensor) -> None:
+        """B A of a module that latent attention multiplies head by head, its rows for keys turned."""
+        by_head = up.view(heads.count, heads.keys + heads.values, -1)
+        turned = down.T.contiguous()
+        for head, own in enumerate(by_head):
+            keys, values = own.split_with_sizes([heads.keys, heads.values])
+            key = Factors(0, keys.T.contiguous(), turned)
+            self._branches[heads.key_site(head)] = Branch(heads.keys, heads.in_features, [key])
+            value = Factors(0, down, values.contiguous())
+            self._branches[heads.value_site(head)] = Branch(heads.in_features, heads.values, [value])
 
     def _add_factors(self, place: Place, kinds: dict[str, str], down: Tensor, up: Tensor, scaling: float) -> None:
         parts = self._parts(place)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.ops import native
 from engine.ops.activation import GATED_ACTIVATIONS
+from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear, Product
 from engine.ops.norm import Normed, plain
 
@@ -334,6 +335,21 @@ def _take_rows(branch: Branch, ids: Tensor, y: Tensor, rows: Tensor) -> None:
     for row, token in zip(rows.tolist(), ids[rows].tolist(), strict=True):
         if token in branch.table:
             y[row] = branch.table_rows[branch.table[token]].to(y.dtype)
+
+
+class AdaptedHeads:
+    """base: of latent attention, a matrix for every head. sites: what is added to each head's result."""
+
+    def __init__(self, base: HeadLinear, sites: Sequence[Site]) -> None:
+        self._base, self._sites = base, sites
+
+    def __call__(self, x: Tensor, out: Tensor) -> Tensor:
+        """See HeadLinear."""
+        self._base(x, out)
+        if self._sites[0].used:  # an adapter has something for every head or for none
+            for head, site in enumerate(self._sites):
+                site.add(x[:, head], out[:, head])
+        return out
 
 
 class AdaptedLinear(Linear):

@@ -16,8 +16,34 @@ from engine.models.loading.weights import OUTPUT
 from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import Source
 from engine.models.spec import ModelSpec
+from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
-from engine.ops.lora import AdaptedLinear, Branch, Rows, Site
+from engine.ops.lora import AdaptedHeads, AdaptedLinear, Branch, Rows, Site
+from engine.ops.mxfp4 import Mxfp4Linear
+
+
+@dataclass(frozen=True, slots=True)
+class Heads:
+    """A module that is never multiplied as a whole: for each of `count` heads it has `keys` rows, whose turned matrix
+    has the site of `key_site`, and `values` rows, of which `value_site` is."""
+
+    name: str
+    in_features: int
+    count: int
+    keys: int
+    values: int
+
+    @property
+    def out_features(self) -> int:
+        return self.count * (self.keys + self.values)
+
+    def key_site(self, head: int) -> str:
+        """Its name."""
+        return f"{self.name}.keys.{head}"
+
+    def value_site(self, head: int) -> str:
+        """Its name."""
+        return f"{self.name}.values.{head}"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +53,7 @@ class Place:
     """
 
     site: str
-    linear: Linear
+    linear: Linear | Mxfp4Linear | Heads
     first: int
     count: int
     order: Tensor | None = None
@@ -87,6 +113,18 @@ class AdaptedSource:
     def adapted(self, layer: Linear, name: str) -> Linear:
         """See Source.adapted."""
         return self._adapted(layer, [name], [layer.out_features], None)
+
+    def adapted_heads(
+        self, name: str, to_latent: HeadLinear, to_value: HeadLinear
+    ) -> tuple[AdaptedHeads, AdaptedHeads]:
+        """See Source.adapted_heads."""
+        heads = Heads(name, to_latent.out_features, to_latent.heads, to_latent.in_features, to_value.out_features)
+        self.layers.places[name] = Place(name, heads, 0, heads.out_features)
+        keys, values = (
+            [self.layers.site(name_of(head)) for head in range(heads.count)]
+            for name_of in (heads.key_site, heads.value_site)
+        )
+        return AdaptedHeads(to_latent, keys), AdaptedHeads(to_value, values)
 
     def embedding(self, name: str, count: int, width: int) -> Linear:
         """See Source.embedding."""

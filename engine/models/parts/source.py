@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
 from engine.ops.lora import Rows
 
@@ -59,6 +60,13 @@ class Source(Protocol):
 
     def adapted(self, layer: Linear, name: str) -> Linear:
         """A layer that was made of the checkpoint's module `name` in another way, to be changed by adapters, too."""
+        ...
+
+    def adapted_heads(
+        self, name: str, to_latent: HeadLinear, to_value: HeadLinear
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+        """The same for the two that latent attention makes of module `name`: of its rows for keys, turned, and of its
+        rows for values, head by head."""
         ...
 
     def embedding(self, name: str, count: int, width: int) -> Linear:
