@@ -89,6 +89,8 @@ ALLOWED = {
         "engine.models.spec",
         "engine.models.generation",
         "engine.models.abilities",
+        "engine.lora.store",
+        "engine.lora.words",
     },
     "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
     "engine.serve": {"*"},

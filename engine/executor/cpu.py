@@ -25,6 +25,8 @@ from engine.executor.base import StepHandle
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.lora.reader import read_adapter
+from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.parts.decoder import Adapted
 from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
@@ -98,7 +100,7 @@ class CPUExecutor:
 
     attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec
     and `dtype`, the model's. Where limits.num_snapshots is one, the model has recurrent states (model.config.states).
-    load: reads the model from a directory, None for where `model` came from.
+    load: reads the model from a directory, None for where `model` came from. max_lora_rank: of adapters' modules.
     """
 
     def __init__(
@@ -109,6 +111,7 @@ class CPUExecutor:
         attention: AttentionBackend | None = None,
         dtype: torch.dtype | None = None,
         load: Callable[[Path | None], Model] | None = None,
+        max_lora_rank: int = 64,
     ) -> None:
         if attention is None:
             assert dtype is not None, "the cache needs a dtype"
@@ -130,6 +133,7 @@ class CPUExecutor:
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self._model: Model | None = model
         self._load = load
+        self._max_lora_rank = max_lora_rank
         self._attention: AttentionBackend | None = attention
         self._tables = SlotTables(limits)
         self._adapted: Adapted | None = getattr(model, "adapted", None)
@@ -209,6 +213,13 @@ class CPUExecutor:
         if self._load is None:
             raise StartupError("this executor has nowhere to read weights from")
         return self._load
+
+    def read_adapter(self, path: Path) -> AdapterWeights:
+        """See Executor."""
+        layers = getattr(self._model, "adapted", None)
+        if layers is None:
+            raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
+        return read_adapter(path, layers, self._max_lora_rank)
 
     def close(self) -> None:
         """See Executor. Blocks until the launched steps are through."""

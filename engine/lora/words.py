@@ -1,4 +1,4 @@
-"""What the serving side knows of an adapter that was read: words without torch."""
+"""What readers of LoRA adapters, the store and executors say to each other. Imports nothing of ours."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ from typing import Protocol
 
 
 class AdapterError(Exception):
-    """An adapter that cannot be served; one sentence that names it, the key and the reason."""
+    """An adapter that cannot be used; `str(error)` is one line that names it, what of it, and why."""
 
 
 class AdapterWeights(Protocol):
-    """rank: the largest. num_bytes: in memory. base_model_name: of the adapter's config, "" where it names none."""
+    """An adapter as an executor wants it, in host memory. What else it has is that executor's own.
 
-    rank: int
-    num_bytes: int
-    base_model_name: str
+    rank: the highest of its modules. num_bytes: of its tensors. base_model_name: what it says it was trained on, "" for
+    one that does not say.
+    """
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def num_bytes(self) -> int: ...
+
+    @property
+    def base_model_name(self) -> str: ...

@@ -156,12 +156,13 @@ class Batch:
         staging.load_snapshot[count] = snapshot
         forward.num_loads = count + 1
 
-    def write_sampling(self, sequence: Sequence, seed: int) -> None:
-        """The sampling row of a newly filled slot."""
+    def write_sampling(self, sequence: Sequence, seed: int, adapter: int) -> None:
+        """The sampling row of a newly filled slot, and the index of its adapter."""
         forward, staging = self.forward_input, self.staging
         count = forward.num_sampling_diffs
         params: SamplingParams = sequence.request.sampling
         staging.sampling_slot[count] = sequence.slot
+        staging.adapter[count] = adapter
         row = staging.sampling[count]
         row["temperature"] = params.temperature
         row["top_p"] = params.top_p

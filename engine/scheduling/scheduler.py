@@ -106,6 +106,8 @@ class Scheduler(Residents):
             self._write_remaps(batch, remaps)
         if self._table.num_constrained:
             self._ask_for_masks(batch)
+        if self.limits.max_adapters:
+            batch.forward_input.adapter_loads = self.adapters.take_loads()
         self._table.last_step[batch.slots] = self._next_step
         batch.in_flight = True
         self._next_step += 1
@@ -264,7 +266,8 @@ class Scheduler(Residents):
             # A half-written prompt goes first: admitting another would only share the budget between them.
             if self._prefilling or not self._table.num_free:
                 return
-            candidate = self._trials.next() if self._trials.pending else self._policy.peek(self._num_turns)
+            suspects = self._trials.pending
+            candidate = self._trials.next() if suspects else self.adapters.next(self._policy, self._num_turns)
             if candidate is None or not self._admit(batch, candidate):
                 return
             self._write_chunk(batch, candidate)
@@ -275,6 +278,8 @@ class Scheduler(Residents):
         Groups with a window get theirs chunk by chunk; what they will hold at once must be there.
         """
         cache, table = self.kv_cache, self._table
+        if not self.adapters.has_room(sequence.request.adapter):
+            return False
         # Headroom, so that what runs can grow for a while before something must be retracted.
         headroom, others = 0, bool(self._running or self._leaving)
         if others:
@@ -287,7 +292,7 @@ class Scheduler(Residents):
         if others and sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens, request = sequence.token_ids, sequence.request
-        pages = cache.begin(sequence.matchable_ids, request.namespace)
+        pages = cache.begin(sequence.matchable_ids, request.cache_root)
         num_cached = pages.num_shared * cache.page_size
         wanted = cache.num_missing(pages, len(tokens))
         if others and cache.has_windows:
@@ -310,7 +315,7 @@ class Scheduler(Residents):
             cache.history.admitted(
                 Visit(
                     request.request_id,
-                    request.namespace,
+                    request.cache_root,
                     pages.data,
                     sequence.num_prompt_tokens,
                     len(sequence.matchable_ids),
@@ -333,7 +338,7 @@ class Scheduler(Residents):
             batch.write_pages(group, slot, 0, ids)
         if pages.snapshot:
             batch.write_load(slot, pages.snapshot)
-        batch.write_sampling(sequence, sequence.request.sampling.seed or 0)
+        batch.write_sampling(sequence, sequence.request.sampling.seed or 0, self.adapters.pin(sequence))
         self._running.append(sequence)
         self._prefilling.append(sequence)
         return True
