@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -26,6 +26,9 @@ from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.speculator import Speculator, mask_places, sampled_positions
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.lora.reader import read_adapter
+from engine.lora.words import AdapterError, AdapterWeights
+from engine.models.parts.decoder import Adapted
 from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
 from engine.ops.sampling.extras import SlotExtras
@@ -102,6 +105,7 @@ class CPUExecutor:
     and `dtype`, the model's. Where limits.num_snapshots is one, the model has recurrent states (model.config.states).
     load: reads the model from a directory, None for where `model` came from. proposer, late: what
     drafts, at least one of them where limits.max_draft_tokens is not 0; late: only where the other knows nothing.
+    max_lora_rank: of adapters' modules.
     """
 
     def __init__(
@@ -114,6 +118,7 @@ class CPUExecutor:
         load: Callable[[Path | None], Model] | None = None,
         proposer: Proposer | None = None,
         late: LateProposer | None = None,
+        max_lora_rank: int = 64,
     ) -> None:
         if attention is None:
             assert dtype is not None, "the cache needs a dtype"
@@ -135,10 +140,12 @@ class CPUExecutor:
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self._model: Model | None = model
         self._load = load
+        self._max_lora_rank = max_lora_rank
         self._attention: AttentionBackend | None = attention
         self._tables = SlotTables(limits)
+        self._adapted: Adapted | None = getattr(model, "adapted", None)
         self._extras = SlotExtras(limits)
-        self._pooler = Pooler()
+        self._pooler = Pooler(self._use_slots)
         self._speculator: Speculator | None = None
         if limits.max_draft_tokens:
             assert self._states is None, "a recurrent state cannot go back"
@@ -194,7 +201,7 @@ class CPUExecutor:
         """See Executor."""
         assert self._attention is not None
         if self._model is None:
-            self._model = self._reader()(directory)
+            self._take(self._reader()(directory))
         self._attention.allocate()
         if self._late is not None:
             self._late.allocate()
@@ -203,12 +210,32 @@ class CPUExecutor:
 
     def load_weights(self, directory: Path) -> None:
         """See Executor. Old and new weights are in memory for a while."""
-        self._model = self._reader()(directory)
+        self._take(self._reader()(directory))
+
+    def _take(self, model: Model) -> None:
+        """Serve with another model of the same spec, and the adapters that are in place."""
+        adapted: Adapted | None = getattr(model, "adapted", None)
+        if adapted is not None:
+            adapted.take_over(self._adapted)
+        self._model, self._adapted = model, adapted
+
+    def _use_slots(self, slots: Sequence[int]) -> None:
+        """What is computed next are rows of these seq slots; of one alone, however many."""
+        if self._adapted is not None:
+            own = self._tables.adapter[slots]
+            self._adapted.rows.use(int(own[0]) if len(slots) == 1 else own)
 
     def _reader(self) -> Callable[[Path | None], Model]:
         if self._load is None:
             raise StartupError("this executor has nowhere to read weights from")
         return self._load
+
+    def read_adapter(self, path: Path) -> AdapterWeights:
+        """See Executor."""
+        layers = getattr(self._model, "adapted", None)
+        if layers is None:
+            raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
+        return read_adapter(path, layers, self._max_lora_rank)
 
     def close(self) -> None:
         """See Executor. Blocks until the launched steps are through."""
@@ -236,6 +263,9 @@ class CPUExecutor:
     def _run(self, step: ForwardInput) -> ForwardOutput:
         """One step on the worker. The diffs are taken over first: they count even where the step fails."""
         self._tables.apply(step)
+        if self._adapted is not None:
+            for index, weights in step.adapter_loads:
+                self._adapted.put(index, weights.branches)
         extras = self._extras
         if step.num_sampling_diffs:
             extras.apply(step)
@@ -261,11 +291,13 @@ class CPUExecutor:
         chunks = pooled_chunks(step)
         types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
         positions_of_tokens = torch.from_numpy(metadata.positions)
+        if self._adapted is not None:
+            self._adapted.rows.use(np.repeat(self._tables.adapter[slots], staging.row_len[:rows]))
         hidden = everything = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
         aux: list[Tensor] = []
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
-            output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)
+            output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits, self._use_slots)
         if chunks:
             vectors = self._pooler.run(chunks, hidden, model)
             output.pooled = [vector.numpy() for vector in vectors]
@@ -282,6 +314,8 @@ class CPUExecutor:
         sampling_slots = slots[places.rows]
         # The new token's index in its sequence is the length of what is computed before it.
         positions = np.asarray(metadata.positions[places.tokens] + 1, np.int32)
+        if self._adapted is not None:
+            self._adapted.rows.use(self._tables.adapter[sampling_slots])
         logits, params = model.logits(hidden), self._tables.sampling[sampling_slots]
         sane = torch.isfinite(logits.amax(-1))
         all_sane = bool(sane.all())

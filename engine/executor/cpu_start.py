@@ -52,7 +52,10 @@ def start(given: Start) -> CPUExecutor:
     report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
     report.row("dtype", str(dtype).removeprefix("torch."))
     with report.phase("weights"):
-        load = given.loader(dtype=dtype, device=torch.device("cpu"), deterministic=bool(config.deterministic))
+        adapters = config.lora.max_loras if config.lora.enable else 0
+        load = given.loader(
+            dtype=dtype, device=torch.device("cpu"), deterministic=bool(config.deterministic), max_adapters=adapters
+        )
         model = load(None)
     given.report_output_layer(model)
     if coded := sum(isinstance(linear, CodedLinear) for linear in model.linears):
@@ -70,9 +73,8 @@ def start(given: Start) -> CPUExecutor:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
     report.row("deterministic", f"{'yes' if promised else 'no'} ({how})")
     if encodes:
-        return CPUExecutor(
-            model, encoder_limits(config.scheduler, context, given.spec.vocab_size), dtype=dtype, load=load
-        )
+        limits = encoder_limits(config.scheduler, context, given.spec.vocab_size, adapters)
+        return CPUExecutor(model, limits, dtype=dtype, load=load, max_lora_rank=config.lora.max_lora_rank)
     with report.phase("KV cache"):
         groups = plan_groups(given.spec.windows, context)
         sequences, num_snapshots, state_memory = config.scheduler.max_num_seqs, None, 0
@@ -105,14 +107,16 @@ def start(given: Start) -> CPUExecutor:
             groups=groups,
             num_snapshots=num_snapshots,
             max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
+            max_adapters=adapters,
         )
         proposer = late = None
         if drafting is not None:
             proposer, late = drafting.make(limits, dtype)
-        return CPUExecutor(model, limits, dtype=dtype, load=load, proposer=proposer, late=late)
+        rank = config.lora.max_lora_rank
+        return CPUExecutor(model, limits, dtype=dtype, load=load, proposer=proposer, late=late, max_lora_rank=rank)
 
 
-def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int) -> Limits:
+def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:
     """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it, for
     chunks end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
     assert context <= options.max_num_batched_tokens, "a step must hold a whole text"
@@ -123,6 +127,7 @@ def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int) -> 
         page_size=context + 1,
         num_pages=4 * options.max_num_seqs + 1,
         vocab_size=vocab_size,
+        max_adapters=max_adapters,
     )
 
 

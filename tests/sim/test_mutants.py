@@ -524,14 +524,15 @@ MUTANTS = [
     Mutant("a run passes its length", Speculation, "accept", "[slots] - known", "[slots] - known + 1", DRAFTS),
     Mutant("a run loses a token", Speculation, "accept", "known + kept - 1", "known + np.maximum(kept - 2, 0)", DRAFTS),
     Mutant(
-        "a run's tokens stand one place too far", Speculation, "accept", "known[where] + column", "known[where] + column + 1",
-        DRAFTS,
+        "a run's tokens stand one place too far", Speculation, "accept",
+        "known[where] + column", "known[where] + column + 1", DRAFTS,
     ),
     Mutant("overruns of drafts are accepted", Speculation, "accept", "table.live[batch.slots[rows]]", "True", DRAFTS),
     Mutant("a forced run's drafts are accepted", Speculation, "accept", " & batch.samples[rows]", "", DRAFTED_RUNS),
     Mutant("a run passes the end of its grammar", Speculation, "accept", "counts[place] > end", "False", DRAFTED_RUNS),
     Mutant(
-        "a wrong draft ends a grammar", Speculation, "accept", "counts[place] > end", "counts[place] >= end", DRAFTED_RUNS
+        "a wrong draft ends a grammar", Speculation, "accept",
+        "counts[place] > end", "counts[place] >= end", DRAFTED_RUNS,
     ),
     Mutant("drafts go beyond the length", Speculation, "split", "- 2, out", "+ 2, out", DRAFTS),
     Mutant("drafts go beyond the budget", Speculation, "split", "room - ahead", "room", DRAFTS),
@@ -551,7 +552,9 @@ MUTANTS = [
         "stale drafts stand before a grammar", Speculation, "accept", "= accepted.drafts[wanted]",
         "= np.roll(accepted.drafts[wanted], 1, axis=1)", DRAFTED_RUNS,
     ),
-    Mutant("a grammar is not rolled back", GrammarMasks, "_look_ahead", "constraint.copy()", "constraint", DRAFTED_RUNS),
+    Mutant(
+        "a grammar is not rolled back", GrammarMasks, "_look_ahead", "constraint.copy()", "constraint", DRAFTED_RUNS
+    ),
     Mutant(
         "masks do not go on behind a draft", GrammarMasks, "_look_ahead", "ahead.accept(token)", "pass", DRAFTED_RUNS
     ),
@@ -586,14 +589,16 @@ MUTANTS = [
         "log-probabilities are of the last token", Scheduler, "_attribute_logprobs", "[row - first, place]",
         "[row - first, counts[row] - 1]" , DRAFTS,
     ),
-    Mutant("a slot's speculation is not told", Batch, "write_sampling", "if drafts:", "if drafts and False:", DRAFTS),
+    Mutant("a slot's speculation is not told", Batch, "write_sampling", "if drafts:", "if False:", DRAFTS),
     Mutant(
-        "a retracted sequence drafts from its prompt", Batch, "write_sampling", "np.array(sequence.token_ids, np.int32)",
+        "a retracted sequence drafts from its prompt", Batch, "write_sampling",
+        "np.array(sequence.token_ids, np.int32)",
         "np.array(sequence.token_ids[: sequence.num_prompt_tokens], np.int32)", DRAFTS | REMAPS,
     ),
     Mutant("speculations stay with the batch", Batch, "begin", "forward.speculations.clear()", "pass", DRAFTS),
     Mutant(
-        "draft rows begin at the batch's front", Batch, "write_speculating", "+= token", "+= 0", DRAFTS | {"budgets": "random"}
+        "draft rows begin at the batch's front", Batch, "write_speculating",
+        "+= token", "+= 0", DRAFTS | {"budgets": "random"},
     ),
     Mutant("a page is handed out twice", PagePool, "allocate_one", "self._free.pop()", "self._free[-1]"),
     Mutant("growing the staging loses what is there", Staging, "reserve_table_diff", "new[: len(old)] = old", "pass"),

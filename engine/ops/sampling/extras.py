@@ -337,9 +337,16 @@ class SlotExtras:
     # ---- prompts
 
     def prompt_logprobs(
-        self, step: ForwardInput, hidden: Tensor, make_logits: Callable[[Tensor], Tensor]
+        self,
+        step: ForwardInput,
+        hidden: Tensor,
+        make_logits: Callable[[Tensor], Tensor],
+        use_slots: Callable[[list[int]], None] = lambda slots: None,
     ) -> list[PromptLogprobs]:
-        """Of the prompt chunks in this step whose slots ask. hidden [tokens, size]: of all tokens of the step."""
+        """Of the prompt chunks in this step whose slots ask. hidden [tokens, size]: of all tokens of the step.
+
+        use_slots: is told whose rows `make_logits` gets next.
+        """
         staging, found = step.staging, []
         for row in range(step.num_decode_rows, step.num_rows):
             slot = self._slots.get(int(staging.row_slot[row]))
@@ -356,6 +363,7 @@ class SlotExtras:
                 continue
             first = int(staging.qo_indptr[row])
             of_chunk = hidden[first : first + len(targets)]
+            use_slots([int(staging.row_slot[row])])
             figures = of_targets(of_chunk, make_logits, targets, k, self._vocab)
             found.append(PromptLogprobs(row, start + 1, *figures))
         return found
