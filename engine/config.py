@@ -121,6 +121,36 @@ class SpeculationOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class LoraModule:
+    """An adapter that is there from the start. pinned: see AdapterStore. base: the model that it says it is of."""
+
+    name: str
+    path: str
+    pinned: bool = False
+    base: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """LoRA adapters. enable: the model takes any. max_loras: of as many in one step. max_lora_rank: the highest.
+
+    max_cpu_loras: as many have their weights in host memory, and those that take part in steps count; None for
+    max(max_loras, 32). Others are read again when somebody asks for them. max_loaded: names that are known at once.
+    root: the only directory that clients may load from, and where a name that is not known is looked for.
+    unload: an adapter that is in use waits for its requests (wait), or is not unloaded (refuse).
+    """
+
+    enable: bool = False
+    max_loras: int = 8
+    max_lora_rank: int = 64
+    max_cpu_loras: int | None = None
+    max_loaded: int = 10_000
+    modules: tuple[LoraModule, ...] = ()
+    root: str | None = None
+    unload: str = "wait"
+
+
+@dataclass(frozen=True, slots=True)
 class StreamOptions:
     """flush_interval_ms: how long a streamed token may wait for company; first and last tokens never wait.
 
@@ -194,6 +224,7 @@ class ServerOptions:
     access_log: bool = False
     prices: str | None = None
     otlp_traces_endpoint: str | None = None
+    kv_events: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # Nobody needs the keys themselves any more.
@@ -235,6 +266,7 @@ class EngineConfig:
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     cuda: CudaOptions = field(default_factory=CudaOptions)

@@ -265,7 +265,7 @@ class Engine(Resting):
         tokens = sum(sequence.num_tokens for sequence in waiting)
         cache = self.scheduler.kv_cache
         return tokens - sum(
-            cache.match_length(sequence.matchable_ids, sequence.request.namespace)
+            cache.match_length(sequence.matchable_ids, sequence.request.cache_root)
             for sequence in waiting[:MAX_LOOKED_UP]
         )
 

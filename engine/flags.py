@@ -132,13 +132,18 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _template_kwargs(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object")
+    return value
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    value = _json_object(text)
     if reserved := RESERVED_TEMPLATE_KWARGS.intersection(value):
         raise argparse.ArgumentTypeError(f"'{min(reserved)}' cannot be set")
     return value
@@ -483,6 +488,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     watching.add_argument(
         "--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there (pip install 'oneloop[otel]')"
     )
+    watching.add_argument(
+        "--kv-events-config",
+        type=_json_object,
+        metavar="JSON",
+        help="publish what the KV cache gains and loses, for routers: vLLM's object (pip install 'oneloop[kv-events]')",
+    )
     return parser
 
 
@@ -609,6 +620,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             access_log=args.log_format == "json" if args.access_log is None else args.access_log,
             prices=args.prices,
             otlp_traces_endpoint=args.otlp_traces_endpoint,
+            kv_events=args.kv_events_config,
             web=args.web,
             **_given(  # type: ignore[arg-type]
                 write_timeout_s=args.write_timeout,

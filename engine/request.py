@@ -321,6 +321,13 @@ class Request:
             return 0
         return most if self.max_draft_tokens is None else min(most, self.max_draft_tokens)
 
+    @property
+    def cache_root(self) -> str:
+        """Of the radix tree: the namespace, under an adapter that version's own. No namespace leads into another's."""
+        if self.adapter is not None:
+            return f"\0{self.adapter.version}:{self.namespace}"
+        return f"\0{self.namespace}" if self.namespace.startswith("\0") else self.namespace
+
 
 class RequestError(Exception):
     """A request that cannot be served; `str(error)` is one sentence for the user, `status` the HTTP status."""

@@ -27,6 +27,7 @@ import numpy.typing as npt
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
+from engine.executor.fake_adapters import AdapterTables, key_of, read_fake_adapter
 from engine.executor.fake_drafts import Drafter, Spread, accept, spread
 from engine.executor.fake_memory import (
     MASK,
@@ -65,6 +66,7 @@ from engine.forward import (
     StepLogprobs,
 )
 from engine.groups import Chunk
+from engine.lora.words import AdapterWeights
 from engine.request import Pooling, SamplingParams
 
 # What a row returns that read the leavings of a failed step. Such a row must never reach a client, so the
@@ -100,11 +102,12 @@ def expected_stream(
     sampling: SamplingParams,
     eos_token_ids: tuple[int, ...] = (),
     forced: Callable[[int], int | None] = lambda place: None,
+    adapter: int = 0,
 ) -> Iterator[int]:
     """The endless continuation of `prompt`, from its tokens alone: no pages, no slots, no steps.
 
     Sampling with a temperature needs `sampling.seed`. Where to stop is up to the caller. forced: the token that a mask
-    leaves at a place of the output, None where it allows all.
+    leaves at a place of the output, None where it allows all. adapter: its weights, a number here; 0 is none.
     """
     stop_ids = set(sampling.stop_token_ids)
     if not sampling.ignore_eos:
@@ -115,7 +118,7 @@ def expected_stream(
         row[name] = getattr(sampling, name)
     row["seed"] = (sampling.seed or 0) & MASK
     row["min_length"] = len(prompt) + sampling.min_tokens
-    oracle = _Oracle(model, row, sampling, stop_ids)
+    oracle = _Oracle(model, row, sampling, stop_ids, adapter)
     for earlier in prompt:
         oracle.push(earlier)
     while True:
@@ -130,7 +133,7 @@ class _Oracle:
     """What the fake draws next, from a sequence's tokens alone. row: of SAMPLING_DTYPE; stop_ids: all of them."""
 
     def __init__(
-        self, model: FakeModel, row: Any, extras: SamplingParams | RowExtras | None, stop_ids: set[int]
+        self, model: FakeModel, row: Any, extras: SamplingParams | RowExtras | None, stop_ids: set[int], adapter: int
     ) -> None:
         self._model, self._stop_ids, self._min_length = model, stop_ids, int(row["min_length"])
         self._key: int | None = None
@@ -143,7 +146,7 @@ class _Oracle:
         self._extras = _extras_key(extras) if extras is not None and _shapes_draws(extras) else None
         self._counts = extras is not None and _counts_tokens(extras)
         self._history = 0
-        self._context = _Context(model.windows, model.has_state)
+        self._context = _Context(model.windows, model.has_state, adapter)
 
     @property
     def position(self) -> int:
@@ -171,16 +174,18 @@ class _Oracle:
 class _Context:
     """The layers of the fake over a growing context, from its tokens alone. position: of the token to come."""
 
-    def __init__(self, windows: tuple[int | None, ...], has_state: bool) -> None:
+    def __init__(self, windows: tuple[int | None, ...], has_state: bool, adapter: int = 0) -> None:
         self.position = 0
         self._state = 0
+        self._key = key_of(adapter)
         self._has_state = has_state
         self._groups = [_GroupContext(group, window) for group, window in enumerate(windows)]
 
     def push(self, token: int) -> int:
         """One more token; returns its cells in the second layers, as one number."""
-        cells = [group.push(token, self.position) for group in self._groups]
-        self._state = (self._state + mix_int((token * TOKEN + self.position * POSITION + STATE) & MASK)) & MASK
+        mixed = token * TOKEN + self.position * POSITION + self._key
+        cells = [group.push(mixed, self.position) for group in self._groups]
+        self._state = (self._state + mix_int((mixed + STATE) & MASK)) & MASK
         self.position += 1
         return combine_ints(cells)
 
@@ -208,14 +213,14 @@ class _GroupContext:
         other._seen = self._seen.copy()
         return other
 
-    def push(self, token: int, position: int) -> int:
+    def push(self, mixed: int, position: int) -> int:
         if isinstance(self._window, Chunk) and position % self._window == 0:
             self._layer0 = self.layer1 = 0
             self._seen.clear()
         elif self._window is not None and len(self._seen) == self._window:
             left = self._seen.popleft()
             self._layer0, self.layer1 = self._layer0 - left[0], self.layer1 - left[1]
-        cell = mix_int((token * TOKEN + position * POSITION + self._round) & MASK)
+        cell = mix_int((mixed + self._round) & MASK)
         self._layer0 = (self._layer0 + cell) & MASK
         above = mix_int(self._layer0)
         self.layer1 = (self.layer1 + above) & MASK
@@ -242,10 +247,14 @@ def expected_logprob(token: int, position: int) -> float:
 
 
 def expected_vector(
-    prompt: list[int], pooling: Pooling, windows: tuple[int | None, ...] = (None,), has_state: bool = False
+    prompt: list[int],
+    pooling: Pooling,
+    windows: tuple[int | None, ...] = (None,),
+    has_state: bool = False,
+    adapter: int = 0,
 ) -> npt.NDArray[np.float32]:
     """What the fake answers to a request for a vector, from its tokens alone. windows: see FakeModel."""
-    context = _Context(windows, has_state)
+    context = _Context(windows, has_state, adapter)
     cells = [context.push(token) for token in prompt]
     if pooling.needs_all:
         mean: npt.NDArray[np.float64] = _numbers(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
@@ -309,7 +318,7 @@ def poison_staging(staging: Staging) -> None:
     for name in ("row_slot", "row_start", "row_len", "token_ids", "qo_indptr"):
         getattr(staging, name).fill(POISON)
     for name in (
-        *("table_index", "table_page", "sampling_slot"),
+        *("table_index", "table_page", "sampling_slot", "adapter"),
         *("save_slot", "save_snapshot", "load_slot", "load_snapshot"),
     ):
         getattr(staging, name).fill(POISON)
@@ -408,6 +417,7 @@ class FakeExecutor:
         # What slots need beyond their sampling row, and a sum over the tokens that penalties count from.
         self._extras: dict[int, RowExtras] = {}
         self._history: dict[int, int] = {}
+        self._adapters = AdapterTables(limits)
         # By slot: tokens that a mean has seen, and the sum of their numbers.
         self._sums: dict[int, tuple[int, npt.NDArray[np.float64]]] = {}
 
@@ -459,6 +469,7 @@ class FakeExecutor:
         assert self.sleep_level == 0 and level in (1, 2)
         self.sleep_level = level
         self.tables.page_tables.fill(0)
+        self._adapters.forget()
         self._cell_position.fill(-1)
         self._states.position.fill(-1)
         self._layer0.fill(0)
@@ -475,6 +486,10 @@ class FakeExecutor:
         """See Executor.load_weights: any directory that is there will do."""
         assert not self._not_waited and not self.sleep_level
         self.weights = self._read(directory)
+
+    def read_adapter(self, path: Path) -> AdapterWeights:
+        """See Executor.read_adapter."""
+        return read_fake_adapter(path)
 
     @staticmethod
     def _read(directory: Path | None) -> Path | None:
@@ -527,6 +542,7 @@ class FakeExecutor:
         self.tables.apply(forward_input)
         self._copy_states(forward_input)
         self._take_extras(forward_input)
+        self._adapters.apply(forward_input)
         if not forward_input.num_speculating_rows:
             vectors = self._forward(forward_input, output, failed)
             result = ForwardOutput(output, handle.step, pooled=vectors)
@@ -648,6 +664,7 @@ class FakeExecutor:
             changed: list[int] = staging.sampling_slot[:count].tolist()
             assert len(set(changed)) == count, "a sampling row stands twice in one diff"
             assert min(changed) >= 1 and max(changed) <= limits.max_num_seqs
+        self._adapters.check(forward_input)
 
     def _forward(
         self, forward_input: ForwardInput, output: Int32Array, failed: bool, parts: Spread | None = None
@@ -681,6 +698,9 @@ class FakeExecutor:
         written = np.sort(np.concatenate([own.kv_slots for own in self._metadata.of_groups]))
         assert not (written[1:] == written[:-1]).any(), "two rows write the same KV cell"
         mixed = token_ids.astype(np.uint64) * U_TOKEN + metadata.positions.astype(np.uint64) * U_POSITION
+        keys = self._adapters.keys(forward_input)
+        if keys is not None:
+            mixed += keys
         for group, own in enumerate(self._metadata.of_groups):
             self._cell_group[own.kv_slots] = group
             self._cell_position[own.kv_slots] = own.positions
@@ -796,7 +816,8 @@ class FakeExecutor:
             assert given.slot in filled and self.limits.max_draft_tokens, "a slot speculates without a sampling row"
             row = self.tables.sampling[given.slot]
             stop_ids = set(row["stop_ids"][: row["num_stop_ids"]].tolist())
-            self._drafter.begin(given, _Oracle(self.model, row, self._extras.get(given.slot), stop_ids))
+            adapter = self._adapters.number_of(given.slot)
+            self._drafter.begin(given, _Oracle(self.model, row, self._extras.get(given.slot), stop_ids, adapter))
 
     def _shape(self, draws: UInt64Array, slots: Int32Array, parts: Spread | None) -> None:
         """Draws of rows with extras, in place. Those of a draft's row count the drafts up to it."""
@@ -882,6 +903,8 @@ def _fingerprint(forward_input: ForwardInput) -> tuple[object, ...]:
         staging.table_page[:diffs].tobytes(),
         staging.sampling_slot[:changed].tobytes(),
         staging.sampling[:changed].tobytes(),
+        staging.adapter[:changed].tobytes(),
+        tuple(forward_input.adapter_loads),
         staging.save_slot[: forward_input.num_saves].tobytes(),
         staging.save_snapshot[: forward_input.num_saves].tobytes(),
         staging.load_slot[: forward_input.num_loads].tobytes(),

@@ -30,7 +30,7 @@ from engine.scheduling.slots import IndexArray
 
 class Batch:
     """slots intp [rows], samples bool [rows]: decode rows first, then those that speculate. entered: (sequence, first
-    page index) put into the radix tree by this step, to be taken back if it fails. in_flight: between launch and
+    page, end) put into the radix tree by this step, to be taken back if it fails. in_flight: between launch and
     commit."""
 
     def __init__(self, staging: Staging) -> None:
@@ -39,7 +39,7 @@ class Batch:
         self.forward_input = ForwardInput(0, staging, 0, 0, 0, 0, 0)
         self._slots: IndexArray = np.zeros(limits.max_num_seqs, np.intp)
         self._samples: BoolArray = np.zeros(limits.max_num_seqs, np.bool_)
-        self.entered: list[tuple[Sequence, int]] = []
+        self.entered: list[tuple[Sequence, int, int]] = []
         # Rows that sample under a grammar.
         self.constrained: list[tuple[int, Sequence]] = []
         # Of speculating rows under a grammar: tokens after which it ends, if they come.
@@ -221,12 +221,13 @@ class Batch:
         staging.load_snapshot[count] = snapshot
         forward.num_loads = count + 1
 
-    def write_sampling(self, sequence: Sequence, seed: int, drafts: bool = False) -> None:
-        """The sampling row of a newly filled slot. drafts: it speculates."""
+    def write_sampling(self, sequence: Sequence, seed: int, adapter: int = 0, drafts: bool = False) -> None:
+        """The sampling row of a newly filled slot, and the index of its adapter. drafts: it speculates."""
         forward, staging = self.forward_input, self.staging
         count = forward.num_sampling_diffs
         params: SamplingParams = sequence.request.sampling
         staging.sampling_slot[count] = sequence.slot
+        staging.adapter[count] = adapter
         row = staging.sampling[count]
         row["temperature"] = params.temperature
         row["top_p"] = params.top_p

@@ -123,6 +123,8 @@ class Scheduler(Residents):
             self._write_remaps(batch, remaps)
         if self._table.num_constrained:
             self._ask_for_masks(batch)
+        if self.limits.max_adapters:
+            batch.forward_input.adapter_loads = self.adapters.take_loads()
         self._table.last_step[batch.slots] = self._next_step
         if self.speculation is not None:
             self.speculation.scheduled(batch, self._clock.now())
@@ -339,7 +341,8 @@ class Scheduler(Residents):
             # A half-written prompt goes first: admitting another would only share the budget between them.
             if self._prefilling or not self._table.num_free:
                 return
-            candidate = self._trials.next() if self._trials.pending else self._policy.peek(self._num_turns)
+            suspects = self._trials.pending
+            candidate = self._trials.next() if suspects else self.adapters.next(self._policy, self._num_turns)
             if candidate is None or not self._admit(batch, candidate):
                 return
             self._write_chunk(batch, candidate)
@@ -350,6 +353,8 @@ class Scheduler(Residents):
         Groups with a window get theirs chunk by chunk; what they will hold at once must be there.
         """
         cache, table = self.kv_cache, self._table
+        if not self.adapters.has_room(sequence.request.adapter):
+            return False
         # Headroom, so that what runs can grow for a while before something must be retracted.
         headroom, others = 0, bool(self._running or self._leaving)
         if others:
@@ -362,7 +367,7 @@ class Scheduler(Residents):
         if others and sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens, request = sequence.token_ids, sequence.request
-        pages = cache.begin(sequence.matchable_ids, request.namespace)
+        pages = cache.begin(sequence.matchable_ids, request.cache_root)
         num_cached = pages.num_shared * cache.page_size
         wanted = cache.num_missing(pages, len(tokens))
         if others and cache.has_windows:
@@ -385,7 +390,7 @@ class Scheduler(Residents):
             cache.history.admitted(
                 Visit(
                     request.request_id,
-                    request.namespace,
+                    request.cache_root,
                     pages.data,
                     sequence.num_prompt_tokens,
                     len(sequence.matchable_ids),
@@ -408,7 +413,8 @@ class Scheduler(Residents):
             batch.write_pages(group, slot, 0, ids)
         if pages.snapshot:
             batch.write_load(slot, pages.snapshot)
-        batch.write_sampling(sequence, sequence.request.sampling.seed or 0, bool(table.max_drafts[slot]))
+        seed, speculates = sequence.request.sampling.seed or 0, bool(table.max_drafts[slot])
+        batch.write_sampling(sequence, seed, self.adapters.pin(sequence), speculates)
         if self.speculation is not None:
             self.speculation.begin(slot)
         self._running.append(sequence)
@@ -447,8 +453,10 @@ class Scheduler(Residents):
             self.recorder.chunk(sequence.request.request_id, "pooling" if pools else "prefill", start, end)
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
-        batch.entered.append((sequence, pages.num_shared))
-        for group, index, page in self.kv_cache.enter(pages, tokens, end):
+        first_page = pages.num_shared
+        remaps = self.kv_cache.enter(pages, tokens, end)
+        batch.entered.append((sequence, first_page, pages.num_shared))
+        for group, index, page in remaps:
             # This step still writes and reads the sequence's own page; the shared one serves from the next on.
             self._remaps.append((sequence, pages, group, index, page))
         if self._has_state and end == pages.num_shared * page_size:
@@ -504,6 +512,9 @@ class Scheduler(Residents):
         if int(tokens.max()) >= self.limits.vocab_size:
             output.broken = [*output.broken, *np.flatnonzero(tokens >= self.limits.vocab_size).tolist()]
         broken = self._end_broken(batch, output.broken) if output.broken else []
+        for sequence, first_page, end in batch.entered:
+            if sequence.pages is not None:
+                self.kv_cache.confirm(sequence.pages, first_page, end)
         counts: Int32Array | None = None
         cut: list[int] = []
         if self.speculation is not None:
@@ -602,7 +613,7 @@ class Scheduler(Residents):
         self._end_step(batch)
         table, cache, slots = self._table, self.kv_cache, batch.slots
         result = StepResult(slots[:0], np.zeros(0, np.int32), np.zeros(0))
-        for sequence, first_page in batch.entered:
+        for sequence, first_page, _ in batch.entered:
             if sequence.pages is not None:
                 cache.take_back(sequence.pages, first_page)
         # What was computed before the step is good, also of one that was aborted. Windows have left some of it behind.

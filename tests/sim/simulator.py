@@ -22,7 +22,7 @@ from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
 from engine.forward import ForwardError, ForwardOutput
 from engine.grammar_masks import GrammarMasks
 from engine.groups import Chunk
-from engine.request import FinishReason, Pooling, RequestError
+from engine.request import Adapter, FinishReason, Pooling, RequestError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence, SequenceStatus
@@ -177,12 +177,15 @@ class Simulator:
         # Answers are short here.
         self.scheduler.snapshot_pages = 1
         policy = self.scheduler._policy
-        self.scheduler._policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
+        self.policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
+        self.scheduler._policy = self.policy
+        self.scheduler.adapters.max_passed = self.policy.max_passed
+        self.newest_adapters: dict[str, Adapter] = {}
         self.arrivals = deque(arrivals)
         self.clients: dict[Sequence, Client] = {}
         self.open: dict[Sequence, Client] = {}
         self.in_flight: deque[Launched] = deque()
-        self.page_namespace: dict[int, str] = {}
+        self.page_namespace: dict[int, tuple[str, int | None]] = {}
         # Who got a token from the step that is being committed.
         self.delivered_now: list[Sequence] = []
 
@@ -282,6 +285,15 @@ class Simulator:
                 continue
             assert arrival.accepted, f"{arrival.request.request_id} can never fit, but was accepted"
             self.clients[sequence] = self.open[sequence] = sequence.listener = Client(arrival, sequence)
+            self._reload(arrival.request.adapter)
+
+    def _reload(self, adapter: Adapter | None) -> None:
+        """What the store does where a name gets other weights."""
+        if adapter is not None:
+            before = self.newest_adapters.get(adapter.name, adapter)
+            self.newest_adapters[adapter.name] = adapter
+            if before is not adapter:
+                self.scheduler.adapters.unload(before.version)
 
     def _leave(self) -> None:
         """Clients that go away: by their own plan, by bad luck, and in bursts."""
@@ -455,14 +467,15 @@ class Simulator:
 
     def _check_namespaces(self, launched: Launched, failed: bool = False) -> None:
         """No row reads a page that another namespace wrote. (Equal tokens: no oracle would see it.)"""
-        if self.options.namespaces == 1:
+        if self.options.namespaces == 1 and not self.options.max_adapters:
             return
         forward, page_size = launched.batch.forward_input, self.options.page_size
         staging = forward.staging
         starts, lengths = staging.row_start.tolist(), staging.row_len.tolist()
         for row, slot in enumerate(launched.batch.slots.tolist()):
             start, end = starts[row], starts[row] + lengths[row]
-            name = launched.owners[slot].request.namespace
+            request = launched.owners[slot].request
+            name = request.namespace, None if request.adapter is None else request.adapter.version
             for group, window in enumerate(self.options.windows):
                 pages = self.executor.pages_of(slot, end, group)
                 for page in pages[start // page_size :]:
@@ -498,6 +511,7 @@ class Simulator:
                 if not self.in_flight:
                     assert computed <= known, f"{sequence}: rejected drafts count as computed"
         assert running == scheduler.num_running
+        self._check_adapters(live)
         waiting = tokens = 0
         for sequence, client in self.open.items():
             assert not sequence.is_finished, f"{client.name} ended without a terminal event"
@@ -507,6 +521,15 @@ class Simulator:
                 assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
         assert tokens == scheduler.num_waiting_tokens, "waiting tokens were counted wrongly"
         assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
+
+    def _check_adapters(self, live: List[Sequence]) -> None:
+        """Who holds a slot pins its adapter's index, and nobody else does. No index is lost."""
+        places = self.scheduler.adapters
+        pins = Counter(one.request.adapter.version for one in live if one.request.adapter is not None)
+        assert places.pinned == pins, f"{places.pinned} are pinned, and {dict(pins)} are in use"
+        indices = sorted([*places._index.values(), *places._free])
+        assert indices == [*range(1, self.options.max_adapters + 1)], f"{indices} are all indices"
+        assert pins.keys() <= places._index.keys() and not pins.keys() & places._unpinned.keys()
 
 
 def run(seed: int, options: Options, arrivals: List[Arrival]) -> Report:

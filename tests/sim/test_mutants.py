@@ -21,6 +21,8 @@ from engine.cache.radix_tree import RadixTree
 from engine.forward import Staging
 from engine.grammar_masks import GrammarMasks
 from engine.groups import MemoryGroup
+from engine.request import Request
+from engine.scheduling.adapters import AdapterPlaces
 from engine.scheduling.batch import Batch
 from engine.scheduling.policy.fair import Fair
 from engine.scheduling.policy.fcfs import FCFS
@@ -37,7 +39,7 @@ from tests.sim.simulator import SimulationError, simulate
 # Seeds that a mutant may live through; the unmutated code passes each that catches one.
 MAX_SEEDS = 60
 # Tried without any mutant; beyond them a seed is tried so where it has caught one. `make sim` has time for more.
-UNMUTATED_SEEDS = 25
+UNMUTATED_SEEDS = 10
 
 
 # Options under which rare things are frequent: steps that fail under shared prefixes, and remapped pages in a
@@ -116,7 +118,14 @@ DRAFTED_CROWD = DRAFTS | {"max_num_seqs": 4, "max_num_batched_tokens": 6, "burst
 DRAFTED_FAILURES = FAILURES | DRAFTS
 DRAFTED_WINDOWS = WINDOWS | DRAFTS | {"draft_accuracy": 0.3, "max_draft_tokens": 6}
 # More waits than can run, under each policy that makes a choice.
-CROWD = {"burst": 12, "arrival_rate": 0.5, "max_num_seqs": 2, "max_num_batched_tokens": 10, "abort_burst_rate": 0.0}
+CROWD = {
+    "burst": 12, "arrival_rate": 0.5, "max_num_seqs": 2, "max_num_batched_tokens": 10, "abort_burst_rate": 0.0,
+    "max_adapters": 0,
+}  # fmt: skip
+# More adapters than places, loaded again all the time, amid retractions.
+ADAPTERS = REMAPS | {
+    "max_adapters": 2, "adapter_rate": 0.9, "reload_rate": 0.1, "num_pages": 24, "max_model_len": 12, "pool_rate": 0.0,
+}  # fmt: skip
 LONGEST, IMPORTANT, SHARES = ({**CROWD, "policy": policy} for policy in ("lpm", "priority", "fair"))
 
 
@@ -257,7 +266,10 @@ MUTANTS = [
         "ties go to the newest", LPM, "peek",
         "in reversed(self._queue)", "in self._queue", LONGEST,
     ),
-    Mutant("a prompt without a match starves", LPM, "pop", "self._num_passed += 1", "pass", LONGEST),
+    Mutant(
+        "a prompt without a match starves", LPM, "pop",
+        "self._num_passed +=", "_ =", LONGEST | {"burst": 110, "max_model_len": 8},
+    ),
     Mutant(
         "retracted sequences queue by match", LPM, "peek",
         "or oldest.is_retracted", "or False", {**REMAPS, "policy": "lpm"},
@@ -297,6 +309,72 @@ MUTANTS = [
         "num_pages * self.page_size", "num_pages * self.page_size + 1",
     ),
     Mutant("decode rows never retract", Scheduler, "_make_room", "while len(self._running) > 1:", "while False:"),
+    # Adapters.
+    Mutant("an adapter is not sent", AdapterPlaces, "pin", "self._loads[index] = adapter", "pass", ADAPTERS),
+    Mutant(
+        "a slot has the wrong index", Scheduler, "_admit",
+        "self.adapters.pin(sequence))", "min(1, self.adapters.pin(sequence)))", ADAPTERS,
+    ),
+    Mutant("a slot keeps its old index", Batch, "write_sampling", "staging.adapter[count] = adapter", "pass", ADAPTERS),
+    Mutant(
+        "an adapter is sent to another index", AdapterPlaces, "take_loads",
+        "[(index, adapter.weights)", "[(3 - index, adapter.weights)", ADAPTERS,
+    ),
+    Mutant(
+        "what is sent is sent no more", AdapterPlaces, "_evict",
+        "return self._index.pop(oldest)", "return self._index[oldest]", ADAPTERS,
+    ),
+    Mutant(
+        "a retracted sequence's adapter is never unpinned", Residents, "_release_if_idle",
+        "self.adapters.unpin(sequence.request.adapter)",
+        "self.adapters.unpin(sequence.request.adapter if sequence.finish_reason else None)", ADAPTERS,
+    ),
+    Mutant(
+        "an adapter is unpinned while in flight", Residents, "_leave",
+        "self._leaving.append(sequence)",
+        "self._leaving.append(sequence); self.adapters.unpin(sequence.request.adapter)", ADAPTERS,
+    ),
+    Mutant("a pinned adapter is evicted", AdapterPlaces, "pin", "self._unpinned.pop(version, None)", "pass", ADAPTERS),
+    Mutant("one sequence unpins for all", AdapterPlaces, "unpin", "if self._pins[version]:", "if False:", ADAPTERS),
+    Mutant(
+        "versions of a name are one", AdapterPlaces, "pin",
+        "version = adapter.version", "version = hash(adapter.name)", ADAPTERS,
+    ),
+    Mutant(
+        "a cache root without the version", Request, "cache_root",
+        "{self.adapter.version}:", "{self.adapter.name}:", ADAPTERS,
+    ),
+    Mutant("adapters share the cache", Request, "cache_root", "if self.adapter is not None:", "if False:", ADAPTERS),
+    Mutant(
+        "an unloaded adapter goes while it is in use", AdapterPlaces, "unload",
+        "if version in self._pins:", "if False:", ADAPTERS,
+    ),
+    Mutant(
+        "an unloaded index is lost", AdapterPlaces, "unload",
+        "self._free.append(self._index.pop(version))", "self._index.pop(version)", ADAPTERS,
+    ),
+    Mutant(
+        "who waits for an adapter is passed for ever", AdapterPlaces, "_is_starving",
+        ">= self.max_passed", "> 10**9", ADAPTERS,
+    ),
+    Mutant(
+        "who waits for an adapter is forgotten", AdapterPlaces, "_review",
+        "policy.put_back(sequence)", "pass", ADAPTERS,
+    ),
+    Mutant("nobody is looked at again", AdapterPlaces, "unpin", "self._changed = True", "pass", ADAPTERS),
+    Mutant(
+        "who waits comes back as the newest", FCFS, "put_back",
+        "queue.insert(index, sequence)", "queue.append(sequence)", ADAPTERS | {"policy": "fcfs"},
+    ),
+    Mutant(
+        "a share is charged for waiting", Fair, "set_aside",
+        "self._queues[key].popleft()",
+        "self._queues[key].popleft(); self._served[key] += 1", ADAPTERS | {"policy": "fair"},
+    ),
+    Mutant(
+        "suspects ignore places", Scheduler, "_admit",
+        "if not self.adapters.has_room(sequence.request.adapter):", "if False:", ADAPTERS | {"fail_rate": 0.1},
+    ),
     # Failures.
     Mutant(
         "a failed step's pages stay", Scheduler, "fail",
@@ -557,12 +635,12 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        *(FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES),
+        *(FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES, ADAPTERS),
         *(DRAFTS, DRAFTED_RUNS, DRAFTED_FAILURES, DRAFTED_WINDOWS),
     ],
     ids=[
         *("failures", "culprits", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"),
-        *("drafts", "drafted-runs", "drafted-failures", "drafted-windows"),
+        *("adapters", "drafts", "drafted-runs", "drafted-failures", "drafted-windows"),
     ],
 )
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
