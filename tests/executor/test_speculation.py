@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,10 @@ from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.request import SamplingParams
 from engine.speculation.base import OneByOne, Proposer, Text, make_proposer
+from engine.speculation.draft import DraftModel
+from engine.speculation.paged import LateProposer, PagedCache
+from engine.speculation.prediction import Prediction
+from engine.speculation.vocabulary import VocabularyMap
 from tests.executor.cpu_adapter import CPUAdapter, _models
 from tests.executor.driver import write_sampling_row
 
@@ -104,6 +108,7 @@ class Script:
     most: int = 0
     depth: int = 1
     predictions: dict[int, list[int]] = field(default_factory=dict)
+    make_late: Callable[[Limits], LateProposer] | None = None
     num_accepted: int = 0
     num_drafted: int = 0
 
@@ -111,7 +116,8 @@ class Script:
         slots = {index: place for place, index in enumerate(probes, 1)}
         width = 96 // PAGE
         limits = Limits(*(len(PROBES), 512, 96, PAGE, len(PROBES) * width, VOCAB), max_draft_tokens=self.most)
-        executor = CPUExecutor(self.model, limits, dtype=self.dtype, proposer=self.proposer)
+        late = None if self.make_late is None else self.make_late(limits)
+        executor = CPUExecutor(self.model, limits, dtype=self.dtype, proposer=self.proposer, late=late)
         generator = np.random.default_rng(self.most)
         answers = {index: Answer() for index in probes}
         known: dict[int, int] = {}  # tokens computed, of every probe
@@ -131,6 +137,9 @@ class Script:
                 output = await executor.wait(handle)
                 self._commit(output, rows, known, answers)
         finally:
+            for _, _, masks in flying:
+                if masks is not None:
+                    masks.release()
             executor.close()
         return answers
 
@@ -174,7 +183,8 @@ class Script:
             else:
                 start = known.get(index, 0) + sum(dict(each).get(index, 0) for _, each, _ in flying)
                 budget = int(generator.integers(self.most + 1)) if self.most else 0
-                ids = [FUTURE_TOKEN] * (1 + min(budget, 94 - start))
+                # Those that are through go on, for company.
+                ids = [FUTURE_TOKEN] * (1 if start - len(prompt) > NEW else 1 + budget)
             staging.row_slot[row], staging.row_start[row], staging.row_len[row] = slot, start, len(ids)
             staging.row_samples[row] = True
             staging.token_ids[at : at + len(ids)] = ids
@@ -311,3 +321,46 @@ async def test_bits_are_those_of_decoding(
         if proposer in ("right", "half", "prediction"):
             assert script.num_accepted > 0
             assert (script.num_accepted == script.num_drafted) == (proposer == "right")
+
+
+class Shuffled:
+    """A model whose token ids are others."""
+
+    def __init__(self, model: CausalLM, order: np.ndarray) -> None:
+        self._model, self._order = model, torch.from_numpy(order)
+        self.attention_spec = model.attention_spec
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attention: Any) -> torch.Tensor:
+        return self._model.forward(self._order[ids.long()].int(), positions, attention)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden)[:, self._order]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "probabilistic", "shuffled", "short"])
+async def test_draft_model(kind: str) -> None:
+    """The model drafts for itself: where its cache is right, so is every draft."""
+    model, dtype = model_of(torch.float32), torch.float32
+    expected = await plain(dtype)
+    order = np.random.default_rng(0).permutation(VOCAB)
+    vocabulary = VocabularyMap(order.astype(np.int32), np.argsort(order).astype(np.int32))
+
+    def make(limits: Limits) -> LateProposer:
+        drafting: Any = Shuffled(model, order) if kind == "shuffled" else model
+        return DraftModel(
+            drafting,
+            PagedCache(model.attention_spec, limits, 0, dtype),
+            context=20 if kind == "short" else 96,
+            vocabulary=vocabulary if kind == "shuffled" else None,
+            probabilistic=kind == "probabilistic",
+        )
+
+    # Greedy and sampled ones whose logits nothing changes; then everybody.
+    for group in ([0], [1, 2] if kind == "probabilistic" else [0], list(range(len(PROBES)))):
+        script = Script(model, dtype, Prediction(), 5, 2, make_late=make)
+        found = await script.run(group)
+        for index in group:
+            assert found[index].seen() == expected[index].seen(), index
+        assert script.num_accepted > 0
+        if len(group) <= 2:
+            assert script.num_accepted == script.num_drafted
