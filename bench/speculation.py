@@ -36,7 +36,7 @@ from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.sampling.sampler import sample
 from engine.request import Request, SamplingParams
-from engine.speculation.base import make_proposer
+from engine.speculation.registry import make_proposer
 
 PAGE = 16
 # Of an edited text: tokens that are copied at once, and how many of all are.

@@ -19,10 +19,11 @@ from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionSpec
-from engine.speculation.base import PROPOSERS, Proposer, make_proposer
+from engine.speculation.base import Proposer
 from engine.speculation.draft import DraftModel
 from engine.speculation.paged import LateProposer, PagedCache, full_group
 from engine.speculation.prediction import Prediction
+from engine.speculation.registry import PROPOSERS, make_proposer
 from engine.speculation.vocabulary import map_vocabularies
 
 

@@ -26,10 +26,11 @@ from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.request import SamplingParams
-from engine.speculation.base import OneByOne, Proposer, Text, make_proposer
+from engine.speculation.base import OneByOne, Proposer, Text
 from engine.speculation.draft import DraftModel
 from engine.speculation.paged import LateProposer, PagedCache
 from engine.speculation.prediction import Prediction
+from engine.speculation.registry import make_proposer
 from engine.speculation.vocabulary import VocabularyMap
 from tests.executor.cpu_adapter import CPUAdapter, _models
 from tests.executor.driver import write_sampling_row
