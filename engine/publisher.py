@@ -254,7 +254,7 @@ class Publisher:
                 self._awaited_ended.set()
         reason = sequence.finish_reason
         assert reason is not None
-        stream.num_cached_tokens = sequence.num_cached_tokens
+        stream.num_cached_tokens, stream.draft_counts = sequence.num_cached_tokens, sequence.draft_counts
         detokenizer = listener.detokenizer
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and error is None:
             try:

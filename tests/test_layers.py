@@ -72,6 +72,7 @@ ALLOWED = {
         "engine.grammar_masks",
         "engine.resting",
         "engine.inspection",
+        "engine.speculation.budgets",
     },
     "engine.draft_flags": set(),
     "engine.flags": {"engine.draft_flags"},

@@ -75,7 +75,7 @@ class Scheduler(Residents):
         eos_token_ids: tuple[int, ...] = (),
         budgets: Budgets | None = None,
     ) -> None:
-        """budgets: of drafts; None for as many as limits.max_draft_tokens lets a row have."""
+        """budgets: of drafts; None for as many as a row may have."""
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "a step must hold every decode row"
         super().__init__(limits, options, cache_options, clock, eos_token_ids)
         self._batches = (Batch(staging[0]), Batch(staging[1]))
@@ -126,6 +126,8 @@ class Scheduler(Residents):
         if self.limits.max_adapters:
             batch.forward_input.adapter_loads = self.adapters.take_loads()
         self._table.last_step[batch.slots] = self._next_step
+        if self.speculation is not None:
+            self.speculation.scheduled(batch, self._clock.now())
         batch.in_flight = True
         self._next_step += 1
         return batch
@@ -519,7 +521,7 @@ class Scheduler(Residents):
             if batch.forward_input.num_speculating_rows:
                 tokens = tokens.copy()
                 counts, cut = self.speculation.accept(batch, output, tokens)
-            self.speculation.take_drafts(batch, output)
+            self.speculation.ended(batch, output, self._clock.now())
         of_rows = counts
         live = table.live.take(slots, out=scratch.get("live", np.bool_, len(slots)), mode="clip")
         if not batch.all_sample:
