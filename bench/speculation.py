@@ -141,7 +141,7 @@ async def measure(
                 if peer is not None and batch == 1 and kind != "predicted":
                     for name, drafts in (("llama.cpp", args.drafts), ("llama.cpp plain", 0)):
                         asked = {"prompt": texts[0][0], "answer": texts[0][1], "drafts": drafts}
-                        taken = peer.seconds("dictated", **asked)
+                        taken = await asyncio.to_thread(peer.seconds, "dictated", **asked)
                         times[name] += [taken] if number else []
             rows.append(show(kind, batch, args.answer * batch, times))
             speculation = engines["on"].scheduler.speculation

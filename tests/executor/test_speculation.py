@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from engine.forward import (
     RowSpeculation,
     TokenMasks,
 )
+from engine.models.loading.adapted import AdaptedLayers
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
@@ -34,6 +36,8 @@ from engine.speculation.registry import make_proposer
 from engine.speculation.vocabulary import VocabularyMap
 from tests.executor.cpu_adapter import CPUAdapter, _models
 from tests.executor.driver import write_sampling_row
+from tests.lora.handmade import factors, write
+from tests.lora.support import read
 
 VOCAB, NEW, PAGE = 211, 24, 4
 GREEDY, SEEDED = {"temperature": 0.0}, {"temperature": 1.2}
@@ -110,13 +114,19 @@ class Script:
     depth: int = 1
     predictions: dict[int, list[int]] = field(default_factory=dict)
     make_late: Callable[[Limits], LateProposer] | None = None
+    # Read ones; a probe has none, or one of them, in turn.
+    adapters: list[Any] = field(default_factory=list)
     num_accepted: int = 0
     num_drafted: int = 0
 
     async def run(self, probes: list[int]) -> dict[int, Answer]:
         slots = {index: place for place, index in enumerate(probes, 1)}
         width = 96 // PAGE
-        limits = Limits(*(len(PROBES), 512, 96, PAGE, len(PROBES) * width, VOCAB), max_draft_tokens=self.most)
+        limits = Limits(
+            *(len(PROBES), 512, 96, PAGE, len(PROBES) * width, VOCAB),
+            max_draft_tokens=self.most,
+            max_adapters=len(self.adapters),
+        )
         late = None if self.make_late is None else self.make_late(limits)
         executor = CPUExecutor(self.model, limits, dtype=self.dtype, proposer=self.proposer, late=late)
         generator = np.random.default_rng(self.most)
@@ -169,6 +179,7 @@ class Script:
                 staging.table_page[diffs : diffs + width] = pages
                 diffs += width
                 staging.sampling_slot[changed] = slot
+                staging.adapter[changed] = index % (1 + len(self.adapters))
                 write_sampling_row(staging.sampling[changed], params, len(prompt) + params.min_tokens)
                 changed += 1
                 history = np.array(prompt, np.int32)
@@ -210,6 +221,7 @@ class Script:
             ),
             num_speculating_rows=len(rows) if self.most and number else 0,
             speculations=speculations,
+            adapter_loads=list(enumerate(self.adapters, 1)) if number == 0 else [],
         )
         return executor.submit(step), rows, masks
 
@@ -365,3 +377,25 @@ async def test_draft_model(kind: str) -> None:
         assert script.num_accepted > 0
         if len(group) <= 2:
             assert script.num_accepted == script.num_drafted
+
+
+async def test_adapters(tmp_path: Path) -> None:
+    """Positions of one row have its adapter; drafts come without."""
+    _models()
+    directory = CPUAdapter().checkpoint()
+    spec, dtype = read_spec(directory), torch.float32
+    model = load_model(spec, directory, dtype=dtype, device=torch.device("cpu"), deterministic=True, max_adapters=2)
+    assert isinstance(model.adapted, AdaptedLayers)
+    adapters = [read(write(tmp_path / str(rank), factors(model.adapted, rank, rank), r=rank), model) for rank in (2, 5)]
+    everybody = list(range(len(PROBES)))
+    expected: dict[int, Answer] = {}
+    for index in everybody:
+        expected |= await Script(model, dtype, adapters=adapters).run([index])
+    assert expected[1].tokens != (await plain(dtype))[1].tokens
+    assert expected[0].seen() == (await plain(dtype))[0].seen()
+    answers = {slot: expected[index].tokens for slot, index in enumerate(everybody, 1)}
+    script = Script(model, dtype, Oracle(answers, 0.3), 4, 2, adapters=adapters)
+    found = await script.run(everybody)
+    for index in everybody:
+        assert found[index].seen() == expected[index].seen(), index
+    assert 0 < script.num_accepted < script.num_drafted
