@@ -151,6 +151,11 @@ class CPUExecutor:
             assert self._states is None, "a recurrent state cannot go back"
             self._speculator = Speculator(limits, proposer, late, self._tables)
         self._late = late
+        self._aux_layers = () if late is None else late.aux_layers
+        if self._aux_layers:
+            # A replay of a step's native calls would not make them.
+            attention.recordings = None  # type: ignore[attr-defined, unused-ignore]
+            model.aux_layers = self._aux_layers  # type: ignore[attr-defined]
         self._metadata = StepMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
@@ -217,6 +222,10 @@ class CPUExecutor:
         adapted: Adapted | None = getattr(model, "adapted", None)
         if adapted is not None:
             adapted.take_over(self._adapted)
+        if self._late is not None:
+            self._late.use(model)
+            if self._aux_layers:
+                model.aux_layers = self._aux_layers  # type: ignore[attr-defined]
         self._model, self._adapted = model, adapted
 
     def _use_slots(self, slots: Sequence[int]) -> None:
@@ -294,7 +303,7 @@ class CPUExecutor:
         if self._adapted is not None:
             self._adapted.rows.use(np.repeat(self._tables.adapter[slots], staging.row_len[:rows]))
         hidden = everything = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
-        aux: list[Tensor] = []
+        aux: list[Tensor] = getattr(model, "aux", []) if self._aux_layers else []
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits, self._use_slots)
