@@ -55,8 +55,9 @@ _EMBEDDING = re.compile(r"(embed_tokens|embeddings|word_embeddings|embed_in|wte|
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _QUERIES = ("q_proj", "k_proj", "v_proj")
 _FUSED_QKV = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
-_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-_HEADS = ("lm_head", "embed_out", "output", "cls.predictions.decoder")
+_RESULTS = ("o_proj", "out_proj", "dense", "c_proj")
+# What output layers are called.
+OUTPUTS = ("lm_head", "embed_out", "output", "cls.predictions.decoder")
 
 
 def parse(name: str) -> tuple[str, str] | None:
@@ -109,7 +110,7 @@ class Resolver:
         root, last = name.split(".")[0], name.split(".")[-1]
         mixer, forward = layer.mixer, layer.feed_forward
         if isinstance(mixer, GroupedQueryAttention) and "att" in root:
-            if last in _OUTPUTS:
+            if last in _RESULTS:
                 return self._tails.get(prefix + mixer.output)
             kv_heads = mixer.num_kv_heads if mixer.reads is None else 0
             value_dim = mixer.value_dim or mixer.head_dim
@@ -185,7 +186,7 @@ class Resolver:
             found.append(tail)
             if _EMBEDDING.fullmatch(tail.removeprefix("embeddings.")):
                 found.append(self._embedding)
-            if tail in _HEADS:
+            if tail in OUTPUTS:
                 found.append(OUTPUT)
             match = self._layer.fullmatch(tail)
             if match is not None and int(match[1]) < self._spec.num_layers:

@@ -17,7 +17,7 @@ from torch import Tensor
 from engine.lora.base import base_bias, base_rows, own_rows
 from engine.lora.config import AdapterConfig, read_config
 from engine.lora.files import Tensors
-from engine.lora.names import Resolver, Stack, parse
+from engine.lora.names import OUTPUTS, Resolver, Stack, parse
 from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers, Heads, Place
 from engine.models.loading.weights import OUTPUT
@@ -73,6 +73,7 @@ class _Reader:
         self._branches: dict[str, Branch] = {}
         self._rank = 0
         self._from_base = False
+        self._told_of_output: set[str] = set()
 
     def read(self) -> LoadedWeights:
         modules: dict[str, dict[str, str]] = defaultdict(dict)
@@ -85,6 +86,8 @@ class _Reader:
             if kind in modules[path]:
                 raise self._tensors.fail(name, f"stands twice, beside {modules[path][kind]!r:.200}")
             modules[path][kind] = name
+        # peft writes what is tied twice, for both layers that have it.
+        self._told_of_output = {kind for path in modules if path in OUTPUTS for kind in modules[path]}
         for path, kinds in modules.items():
             self._module(path, kinds)
         branches = {site: self._branch(parts) for site, parts in self._sites.items()} | self._branches
@@ -244,7 +247,7 @@ class _Reader:
         parts = self._parts(place)
         if "weight" in kinds:
             parts.table_rows = self._matrix(kinds["weight"], (count, width))
-            if tied is not None and self._config.ensure_tying:
+            if tied is not None and self._config.ensure_tying and "weight" not in self._told_of_output:
                 linear = Linear(parts.table_rows.clone())
                 linear.prepare(deterministic=True)
                 self._parts(tied).replaced.append(Replaced(torch.arange(count), linear))
@@ -253,7 +256,7 @@ class _Reader:
             up = self._matrix(kinds["looked-up up"], (width, len(down)))
             up = up.mul_(self._scaling(path, kinds["looked-up down"], len(down)))
             parts.factors.append(Factors(0, down, up))
-            if tied is not None and self._config.ensure_tying:
+            if tied is not None and self._config.ensure_tying and "down" not in self._told_of_output:
                 self._parts(tied).factors.append(Factors(0, up.T.contiguous(), down.T.contiguous()))
         if "tokens" in kinds:
             ids = self._ids_of(path, kinds["tokens"], count)
@@ -261,7 +264,11 @@ class _Reader:
             parts.table_rows = self._matrix(kinds["tokens"], (len(ids), width))
             listed = [module for module in self._config.token_ids if module]
             own = {self._config.token_ids[module] for module in listed}
-            if tied is not None and (len(own) < 2 or self._config.ensure_tying):
+            if (
+                "tokens" not in self._told_of_output
+                and tied is not None
+                and (len(own) < 2 or self._config.ensure_tying)
+            ):
                 self._replace_outputs(tied, ids, parts.table_rows)
 
     def _ids_of(self, path: str, name: str, count: int) -> tuple[int, ...]:
