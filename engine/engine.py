@@ -320,8 +320,10 @@ class Engine(Resting):
                         result = scheduler.commit(done, output)
                         if stages is not None:
                             stages.committed()
-                        # First, for a grammar may end its request in the next line.
+                        # First, for a grammar may end its request in the next lines.
                         self.publisher.attach(result, output)
+                        if result.cut:
+                            self._masks.settle(result.cut)
                         # The device may be waiting for these: before the streams.
                         if in_flight:
                             self._masks.provide(*in_flight[0])

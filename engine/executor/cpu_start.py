@@ -15,6 +15,7 @@ import torch
 
 from engine.config import CacheOptions, SchedulerOptions, StartupError
 from engine.executor.cpu import CPUExecutor
+from engine.executor.drafting import read_drafting
 from engine.executor.start import Start
 from engine.forward import Limits
 from engine.groups import MemoryGroup, pages_held, plan_groups
@@ -62,6 +63,11 @@ def start(given: Start) -> CPUExecutor:
     if packed := Counter(linear.block for linear in model.linears if isinstance(linear, PackedLinear)):
         kinds = ", ".join(f"{count} {kind}" for kind, count in packed.most_common())
         report.row("weights", f"{packed.total()} of {len(model.linears)} matrices stay packed ({kinds})")
+    drafting = None
+    if config.speculation.method is not None:
+        with report.phase("draft model"):
+            drafting = read_drafting(given, model, dtype)
+        report.row("speculation", drafting.described)
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
@@ -77,8 +83,12 @@ def start(given: Start) -> CPUExecutor:
             sequences, num_snapshots = plan_states(each, config.cache, sequences)
             state_memory = (sequences + num_snapshots) * each
             report.row("states", describe_states(each, sequences, num_snapshots, config.scheduler.max_num_seqs))
-        num_pages = plan_memory(model.attention_spec, dtype, config.cache, sequences, context, groups, state_memory)
-        kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype, groups)
+        beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
+        num_pages = plan_memory(
+            model.attention_spec, dtype, config.cache, sequences, context, groups, state_memory, beside
+        )
+        per_token = model.attention_spec.kv_bytes_per_token(dtype, groups) + beside
+        kv_bytes = (num_pages + 1) * config.cache.page_size * per_token
         asked = config.cache != dataclasses.replace(
             config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
         )
@@ -96,9 +106,14 @@ def start(given: Start) -> CPUExecutor:
             vocab_size=given.spec.vocab_size,
             groups=groups,
             num_snapshots=num_snapshots,
+            max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
             max_adapters=adapters,
         )
-        return CPUExecutor(model, limits, dtype=dtype, load=load, max_lora_rank=config.lora.max_lora_rank)
+        proposer = late = None
+        if drafting is not None:
+            proposer, late = drafting.make(limits, dtype)
+        rank = config.lora.max_lora_rank
+        return CPUExecutor(model, limits, dtype=dtype, load=load, proposer=proposer, late=late, max_lora_rank=rank)
 
 
 def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:
@@ -191,14 +206,16 @@ def plan_memory(
     max_model_len: int,
     groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
     state_memory: int = 0,
+    beside: int = 0,
 ) -> int:
     """Pages of the KV cache. To be called after the weights are loaded. Raises StartupError.
 
     What was asked for is taken as it is: num_pages, kv_cache_bytes, or memory_fraction of the available memory. Else
     DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len (or DEFAULT_FULL_SEQUENCES, if
     those are fewer) can fill. state_memory: bytes of recurrent states, which are part of each of these but num_pages.
+    beside: bytes that a token takes in another cache with the same pages.
     """
-    per_page = spec.kv_bytes_per_token(dtype, groups) * cache.page_size
+    per_page = (spec.kv_bytes_per_token(dtype, groups) + beside) * cache.page_size
     free = available_memory()
     useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * pages_held(groups, max_model_len, cache.page_size)
     if cache.num_pages is not None:

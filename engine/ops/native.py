@@ -27,7 +27,11 @@ logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels_packed.h", "kernels_state.h", "kernels_lora.h"))
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+# GCC sums integers as a tree when left to itself: every product is then a register, and most of them go to the stack.
+FLAGS = (
+    *("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fno-tree-reassoc"),
+    *("-fPIC", "-fvisibility=hidden", "-Wno-psabi"),
+)
 FLOAT32, BFLOAT16 = 0, 1
 # Units of work (elements touched, or multiplications / 8) under which a call keeps the GIL: about 20 us. Giving it up
 # for less invites the event loop to take it, and taking it back then costs up to a switch interval (5 ms).
