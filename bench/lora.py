@@ -1,13 +1,15 @@
-"""What LoRA adapters cost: `python -m bench.lora` times decode steps of 16 rows with 16 adapters against base rows.
+"""What LoRA adapters cost. `python -m bench.lora` times decode steps of 16 rows with 16 adapters against base rows;
+`python -m bench.lora zipf` the goodput of requests whose adapters, of 1,000 on disk, follow Zipf's law.
 
-One model of a real shape with random weights, one executor; the same rows take turns, some steps with an adapter each
-and some without any, so that a busy machine slows both. Every linear layer of the decoder has factors of `--rank`.
+One model of a real shape with random weights. The same rows, or requests, take turns with adapters and without any, so
+that a busy machine slows both. Steps: every linear layer of the decoder has factors of `--rank`. Zipf: q and v have.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import statistics
 import tempfile
 import time
@@ -17,15 +19,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from bench.shapes import SHAPES, write_shape
+from engine.build import build_engine
+from engine.config import CacheOptions, EngineConfig, LoraOptions, ModelOptions, SchedulerOptions
+from engine.engine import Engine
 from engine.executor.cpu import CPUExecutor
 from engine.forward import ForwardInput, Limits
 from engine.models.loading.adapted import AdaptedLayers, Heads
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
+from engine.models.spec import ModelSpec
 from engine.ops.lora import Branch, Factors
+from engine.request import Request, SamplingParams
 
 PAGE_SIZE = 16
 
@@ -92,7 +100,7 @@ class Steps:
 
 async def measure(model: CausalLM, args: argparse.Namespace) -> None:
     assert isinstance(model.adapted, AdaptedLayers)
-    batch, length = args.batch, args.context + (args.warmup + 2 * args.steps) * args.repeat + 8
+    batch, length = args.batch, args.context + 2 * (args.steps + 1) * args.repeat + 8
     pages = -(-length // PAGE_SIZE)
     limits = Limits(
         batch,
@@ -126,26 +134,98 @@ async def measure(model: CausalLM, args: argparse.Namespace) -> None:
     executor.close()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", default="llama-3.2-1b", choices=sorted(SHAPES))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--adapters", type=int, default=16)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--context", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--warmup", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5, help="pairs")
-    parser.add_argument("--threads", type=int, default=None)
-    args = parser.parse_args()
+def write_adapters(folder: Path, model: ModelSpec, count: int, rank: int) -> None:
+    """Directories a0, a1 and so on as peft writes them: factors of q and v in every layer, no two of them alike."""
+    attention = model.attention
+    assert attention is not None
+    rows = {"q_proj": attention.num_heads * attention.head_dim, "v_proj": attention.num_kv_heads * attention.head_dim}
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(rows)}
+    for number in range(count):
+        generator = torch.Generator().manual_seed(number)
+        tensors = {}
+        for layer in range(model.num_layers):
+            for name, out in rows.items():
+                for end, shape in (("A", (rank, model.hidden_size)), ("B", (out, rank))):
+                    key = f"base_model.model.model.layers.{layer}.self_attn.{name}.lora_{end}.weight"
+                    tensors[key] = torch.randn(shape, generator=generator) * 0.02
+        directory = folder / f"a{number}"
+        directory.mkdir(parents=True)
+        (directory / "adapter_config.json").write_text(json.dumps(config))
+        save_file(tensors, directory / "adapter_model.safetensors")
+
+
+async def serve(engine: Engine, names: list[str | None], args: argparse.Namespace, seed: int) -> float:
+    """Tokens per second of one request for each name, `--concurrency` of them at a time."""
+    generator = np.random.default_rng(seed)
+    waiting = list(enumerate(names))
+    params = SamplingParams(max_tokens=args.output_len, temperature=0.0, ignore_eos=True)
+
+    async def work() -> None:
+        while waiting:
+            number, name = waiting.pop(0)
+            prompt = generator.integers(3, 1000, args.input_len).tolist()
+            adapter = None
+            if name is not None:
+                assert engine.adapters is not None
+                adapter = await engine.adapters.get(name)
+            async with engine.submit(Request(f"{seed}-{number}", prompt, params, adapter=adapter)) as stream:
+                assert (await stream.collect()).error is None
+
+    began = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(args.concurrency)))
+    return len(names) * args.output_len / (time.perf_counter() - began)
+
+
+async def measure_zipf(engine: Engine, args: argparse.Namespace) -> None:
+    task = asyncio.create_task(engine.run())
+    assert engine.adapters is not None
+    shares = 1 / np.arange(1, args.count + 1)
+    draw = np.random.default_rng(0)
+    ratios = []
+    for turn in range(args.repeat):
+        chosen = draw.choice(args.count, args.requests, p=shares / shares.sum())
+        base = await serve(engine, [None] * args.requests, args, 2 * turn)
+        before = engine.adapters.num_reads
+        adapted = await serve(engine, [f"a{number}" for number in chosen], args, 2 * turn + 1)
+        ratios.append(adapted / base)
+        told = f"base {base:7.1f} tok/s, adapters {adapted:7.1f} tok/s, {engine.adapters.num_reads - before} read"
+        print(f"{told} for {args.requests} requests: {ratios[-1]:.3f}", flush=True)
+    print(f"median of {len(ratios)} pairs: {statistics.median(ratios):.3f}")
+    task.cancel()
+    await asyncio.wait({task})
+
+
+def run_zipf(args: argparse.Namespace) -> None:
+    """See the module."""
+    with tempfile.TemporaryDirectory() as scratch:
+        path = write_shape(args.shape, Path(scratch) / args.shape)
+        spec = read_spec(path)
+        write_adapters(Path(scratch) / "adapters", spec, args.count, args.rank)
+        length = args.input_len + args.output_len + 1
+        config = EngineConfig(
+            model=ModelOptions(path=str(path), dtype=args.dtype, load_format="dummy", max_model_len=length),
+            cache=CacheOptions(num_pages=2 * args.concurrency * -(-length // PAGE_SIZE)),
+            scheduler=SchedulerOptions(max_num_seqs=args.concurrency),
+            lora=LoraOptions(
+                enable=True, max_loras=args.resident, max_cpu_loras=args.resident, root=str(Path(scratch) / "adapters")
+            ),
+            device="cpu",
+            num_threads=args.threads,
+        )
+        built = build_engine(config)
+        asyncio.run(measure_zipf(built.engine, args))
+        built.engine.executor.close()
+
+
+def run_steps(args: argparse.Namespace) -> None:
+    """See the module."""
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    with tempfile.TemporaryDirectory() as folder:
-        write_shape(args.shape, Path(folder))
+    with tempfile.TemporaryDirectory() as scratch:
+        path = write_shape(args.shape, Path(scratch) / args.shape)
         model = load_model(
-            read_spec(Path(folder)),
-            Path(folder),
+            read_spec(path),
+            path,
             dtype=getattr(torch, args.dtype),
             device=torch.device("cpu"),
             load_format="dummy",
@@ -153,6 +233,31 @@ def main() -> None:
             max_adapters=args.adapters,
         )
         asyncio.run(measure(model, args))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.lora", description=__doc__)
+    parser.add_argument("what", nargs="?", default="steps", choices=("steps", "zipf"))
+    parser.add_argument("--shape", choices=sorted(SHAPES), help="llama-3.2-1b; of zipf smollm2-135m")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--repeat", type=int, default=5, help="pairs")
+    parser.add_argument("--threads", type=int)
+    steps = parser.add_argument_group("steps")
+    steps.add_argument("--batch", type=int, default=16)
+    steps.add_argument("--adapters", type=int, default=16)
+    steps.add_argument("--context", type=int, default=128)
+    steps.add_argument("--steps", type=int, default=5, help="of each kind in a pair")
+    zipf = parser.add_argument_group("zipf")
+    zipf.add_argument("--count", type=int, default=1000, help="adapters on disk")
+    zipf.add_argument("--resident", type=int, default=32, help="adapters in memory and in steps")
+    zipf.add_argument("--requests", type=int, default=256)
+    zipf.add_argument("--concurrency", type=int, default=32)
+    zipf.add_argument("--input-len", type=int, default=64)
+    zipf.add_argument("--output-len", type=int, default=32)
+    args = parser.parse_args()
+    args.shape = args.shape or {"steps": "llama-3.2-1b", "zipf": "smollm2-135m"}[args.what]
+    {"steps": run_steps, "zipf": run_zipf}[args.what](args)
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ class CPUExecutor:
         assert self._attention is not None
         if level == 2:
             self._reader()  # or it would never wake up
-            self._model = None
+            self._model = self._adapted = None
         self._attention.release()
         if self._late is not None:
             self._late.release()
@@ -215,7 +215,7 @@ class CPUExecutor:
     def _take(self, model: Model) -> None:
         """Serve with another model of the same spec, and the adapters that are in place."""
         adapted: Adapted | None = getattr(model, "adapted", None)
-        if adapted is not None:
+        if adapted is not None and self._adapted is not None:
             adapted.take_over(self._adapted)
         self._model, self._adapted = model, adapted
 
@@ -266,7 +266,8 @@ class CPUExecutor:
             self._closed = True
             self._queue.put(None)
         self._worker.join()
-        self._model = self._attention = self._states = self._late = self._speculator = None
+        self._model = self._adapted = None
+        self._attention = self._states = self._late = self._speculator = None
 
     def _work(self) -> None:
         with torch.inference_mode():
