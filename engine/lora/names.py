@@ -56,6 +56,8 @@ _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _QUERIES = ("q_proj", "k_proj", "v_proj")
 _FUSED_QKV = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
 _RESULTS = ("o_proj", "out_proj", "dense", "c_proj")
+# How transformers calls layers, whatever a checkpoint calls them.
+_LAYERS = re.compile(r"layers\.(\d{1,6})\.(.*)", re.DOTALL)
 # What output layers are called.
 OUTPUTS = ("lm_head", "embed_out", "output", "cls.predictions.decoder")
 
@@ -97,7 +99,7 @@ class Resolver:
             if tail in self._tails:
                 return self._tails[tail]
         for tail in self._candidates(path):
-            match = self._layer.fullmatch(tail)
+            match = self._layer.fullmatch(tail) or _LAYERS.fullmatch(tail)
             if match is not None and int(match[1]) < self._spec.num_layers:
                 found = self._by_role(self._spec.layer_names.format(match[1]), int(match[1]), match[2])
                 if found is not None:
@@ -119,6 +121,8 @@ class Resolver:
             return self._part(prefix, mixer.qkv, rows, last, _QUERIES, _FUSED_QKV) if plain else None
         if isinstance(forward, Dense) and name.count(".") == 1:
             names = ("up_proj", "gate_proj") if forward.up_first else ("gate_proj", "up_proj")
+            if last == "down_proj":
+                return self._tails.get(prefix + forward.down)
             rows = [forward.intermediate_size] * 2
             return self._part(prefix, forward.gate_up, rows, last, names, ("gate_up_proj",))
         return None

@@ -139,7 +139,7 @@ class _Reader:
     def _why_unknown(self, path: str) -> str:
         outside = self._layers.spec.outside
         if any(f"{each}" in path for each in outside):
-            return "is of a part that does not read text, which is not served"
+            return "is of a part that is not served here (other inputs than text, a pooler, layers that draft)"
         if self._resolver.is_known_layer(path):
             return "the layer has no such part that an adapter can change here"
         return "the model has no such module; is the adapter of another base?"
