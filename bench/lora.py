@@ -172,7 +172,8 @@ async def serve(engine: Any, names: list[str | None], args: argparse.Namespace, 
 
     began = time.perf_counter()
     await asyncio.gather(*(work() for _ in range(args.concurrency)))
-    return len(names) * args.output_len / (time.perf_counter() - began)
+    tokens: int = len(names) * args.output_len
+    return tokens / (time.perf_counter() - began)
 
 
 async def measure_zipf(engine: Any, args: argparse.Namespace) -> None:
