@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from engine.lora.base import base_bias, base_rows, own_rows
+from engine.lora.config import NAME as CONFIG
 from engine.lora.config import AdapterConfig, read_config
-from engine.lora.files import Tensors
+from engine.lora.files import PICKLED, SAFETENSORS, Tensors
 from engine.lora.names import OUTPUTS, Resolver, Stack, parse
 from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers, Heads, Place
@@ -61,8 +62,24 @@ def read_adapter(directory: Path, layers: AdaptedLayers, max_rank: int) -> Loade
     name = name.encode("unicode_escape").decode()
     if not directory.is_dir():
         raise AdapterError(f"adapter {name}: there is no such directory")
+    before = _state(directory)
     config = read_config(directory, name)
-    return _Reader(config, Tensors(directory, name), layers, max_rank).read()
+    weights = _Reader(config, Tensors(directory, name), layers, max_rank).read()
+    if _state(directory) != before:
+        raise AdapterError(f"adapter {name}: its files were changed while they were read; load it again")
+    return weights
+
+
+def _state(directory: Path) -> list[tuple[int, int, int] | None]:
+    """Of the files that an adapter is made of: half of an old one and half of a new one are no adapter."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG, SAFETENSORS, PICKLED):
+        try:
+            state = (directory / name).stat()
+            found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
 
 
 class _Reader:
