@@ -54,13 +54,15 @@ class ModelOptions:
 class CacheOptions:
     """The KV cache. Size: num_pages, else kv_cache_bytes, else memory_fraction of what is free after the weights.
 
-    memory_fraction None means the executor's own sane share.
+    memory_fraction None means the executor's own sane share. kv_cache_dtype: auto (the model's), int8 (on a CPU), fp8
+    or fp8_e4m3 (on a GPU).
     """
 
     page_size: int = 16
     num_pages: int | None = None
     kv_cache_bytes: int | None = None
     memory_fraction: float | None = None
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     eviction_policy: str = "lru"
 
@@ -179,7 +181,7 @@ class ServerOptions:
 
 @dataclass(frozen=True, slots=True)
 class CudaOptions:
-    """cuda_graph: lazy, start or off. kv_cache_dtype: auto, fp8 or fp8_e4m3. profile_dir: where traces go.
+    """cuda_graph: lazy, start or off. profile_dir: where traces go.
 
     kernels: a kit that was built beforehand (executor/cuda_kit.py).
 
@@ -187,7 +189,6 @@ class CudaOptions:
     """
 
     cuda_graph: str = "lazy"
-    kv_cache_dtype: str = "auto"
     kernels: str | None = None
     profile_dir: str | None = None
     nvtx: str = "off"

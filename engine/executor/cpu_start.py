@@ -45,6 +45,7 @@ def start(given: Start) -> CPUExecutor:
     with report.phase("kernels"):
         status = native.status()
     encodes = given.spec.bidirectional
+    kv_dtype = pick_kv_dtype(config.cache.kv_cache_dtype, dtype, keeps=bool(given.spec.paged) and not encodes)
     chosen = available_cores() if encodes else choose_threads(weight_bytes(given.spec, given.directory, dtype))
     threads = config.num_threads or chosen
     torch.set_num_threads(threads)
@@ -75,14 +76,16 @@ def start(given: Start) -> CPUExecutor:
             sequences, num_snapshots = plan_states(each, config.cache, sequences)
             state_memory = (sequences + num_snapshots) * each
             report.row("states", describe_states(each, sequences, num_snapshots, config.scheduler.max_num_seqs))
-        num_pages = plan_memory(model.attention_spec, dtype, config.cache, sequences, context, groups, state_memory)
-        kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype, groups)
+        num_pages = plan_memory(model.attention_spec, kv_dtype, config.cache, sequences, context, groups, state_memory)
+        per_token = model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
+        kv_bytes = (num_pages + 1) * config.cache.page_size * per_token
         asked = config.cache != dataclasses.replace(
             config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
         )
         report.row(
             "KV memory",
             f"up to {kv_bytes / 2**30:.2f} GiB, taken as the cache fills"
+            + (f", in int8: {per_token:,} bytes a token" if kv_dtype == torch.int8 else "")
             + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
         )
         limits = Limits(
@@ -95,7 +98,7 @@ def start(given: Start) -> CPUExecutor:
             groups=groups,
             num_snapshots=num_snapshots,
         )
-        return CPUExecutor(model, limits, dtype=dtype, load=load)
+        return CPUExecutor(model, limits, dtype=dtype, kv_dtype=kv_dtype, load=load)
 
 
 def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int) -> Limits:
@@ -119,6 +122,15 @@ def pick_dtype(name: str = "auto") -> torch.dtype:
     if name not in _DTYPES:
         raise StartupError(f"dtype {name!r} is not one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def pick_kv_dtype(name: str, dtype: torch.dtype, *, keeps: bool = True) -> torch.dtype:
+    """--kv-cache-dtype on a CPU: auto is the model's dtype. keeps: the model has keys and values to keep."""
+    if name not in ("auto", "int8"):
+        raise StartupError(f"--kv-cache-dtype {name}: on a CPU auto and int8 are known")
+    if name == "int8" and not keeps:
+        raise StartupError("--kv-cache-dtype int8: this model keeps no keys and values")
+    return torch.int8 if name == "int8" else dtype
 
 
 def available_cores() -> int:
@@ -181,7 +193,7 @@ def available_memory() -> int:
 
 def plan_memory(
     spec: AttentionSpec,
-    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     cache: CacheOptions,
     max_num_seqs: int,
     max_model_len: int,
@@ -194,7 +206,7 @@ def plan_memory(
     DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len (or DEFAULT_FULL_SEQUENCES, if
     those are fewer) can fill. state_memory: bytes of recurrent states, which are part of each of these but num_pages.
     """
-    per_page = spec.kv_bytes_per_token(dtype, groups) * cache.page_size
+    per_page = spec.kv_bytes_per_token(kv_dtype, groups) * cache.page_size
     free = available_memory()
     useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * pages_held(groups, max_model_len, cache.page_size)
     if cache.num_pages is not None:

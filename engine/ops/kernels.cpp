@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -42,6 +43,7 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+typedef int8_t vb_any __attribute__((vector_size(VL), aligned(1), may_alias));
 typedef uint16_t bf16;
 typedef int64_t i64;
 
@@ -670,6 +672,7 @@ struct Step {
     float scale, softcap;
     const float* sinks;  // one more logit of each head, or null
     bool chunks;         // a query sees its own block of `window` positions
+    i64 split;           // of a key in codes: from here on its numbers have the second scale of their head
 
     // The keys [start, last) that the query at `position` of kv_len tokens sees; `both`: later ones, too.
     int last(int position, int kv_len) const {
@@ -799,16 +802,20 @@ INLINE void gather(const T* pool, const Step& s, i64 D, i64 stride, const int32_
 
 // Fetch positions [p0, p1) of the task's heads into L2. Without it a decode step waits for each line: 16 rows of 512
 // tokens took 2.2 times what they take in cache.
-template <class T>
-INLINE void fetch(const T* k_pool, const T* v_pool, const Step& s, const int32_t* pages, const Task& task, int p0, int p1) {
-    const i64 heads = task.head1 - task.head0, k_bytes = heads * s.D * sizeof(T);
-    const i64 v_bytes = v_pool == k_pool ? 0 : heads * s.V * sizeof(T);
+template <class P>
+INLINE void fetch(const P* k_pool, const P* v_pool, const Step& s, const int32_t* pages, const Task& task, int p0, int p1) {
+    const i64 heads = task.head1 - task.head0, k_bytes = heads * s.D * sizeof(P);
+    const i64 v_bytes = v_pool == k_pool ? 0 : heads * s.V * sizeof(P);
     for (int p = p0; p < p1; p++) {
         const i64 slot = (i64)pages[p / s.page_size] * s.page_size + p % s.page_size;
         const char* k = (const char*)(k_pool + slot * s.k_stride + task.head0 * s.D);
         const char* v = (const char*)(v_pool + slot * s.v_stride + task.head0 * s.V);
         for (i64 b = 0; b < k_bytes; b += 64) __builtin_prefetch(k + b, 0, 2);
         for (i64 b = 0; b < v_bytes; b += 64) __builtin_prefetch(v + b, 0, 2);
+        if (sizeof(P) == 1) {
+            __builtin_prefetch(k_pool + slot * s.k_stride + s.kv_heads * s.D, 0, 2);
+            __builtin_prefetch(v_pool + slot * s.v_stride + s.kv_heads * s.V, 0, 2);
+        }
     }
 }
 
@@ -831,8 +838,10 @@ void finish_row(const Task& task, const Step& s, int r, float M, float L, const 
     }
 }
 
-template <class T>
-void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T* v_pool, float* partial) {
+#include "kernels_kv.h"
+
+template <class T, class P>
+void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, const P* k_pool, const P* v_pool, float* partial) {
     const int D = (int)s.D, depth = (D + VL - 1) / VL * VL, G = (int)(s.heads / s.kv_heads);
     const int V = (int)s.V, vdepth = (V + VL - 1) / VL * VL;  // of values
     const int rows = (task.q1 - task.q0) * G, heads = task.head1 - task.head0, all = rows * heads;
@@ -849,10 +858,12 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
     float *alpha = p + rows * BLOCK, *m = alpha + rows, *l = m + all, *M = l + all, *L = M + all;
     const float *keys[BLOCK], *values[BLOCK];
 
+    Coded<P> coded(s, task, pages, all);
     for (int r = 0; r < all; r++) {
         const T* from = q + (token0 + task.q0 + r % rows / G) * ldq + ((task.head0 + r / rows) * G + r % G) * s.D;
         for (int d = 0; d < depth; d += VL)
             store(qf + r * depth + d, (d + VL <= D ? load(from + d) : load_part(from + d, D - d)) * s.scale);
+        coded.query(r, qf + r * depth);
         M[r] = -INFINITY;
         L[r] = 0;
     }
@@ -878,16 +889,21 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 if (few) fetch(k_pool, v_pool, s, pages, task, b1 + next * h / heads, b1 + next * (h + 1) / heads);
                 const float* qh = qf + (size_t)h * rows * depth;
                 float *oh = o + (size_t)h * rows * vdepth, *mh = m + h * rows, *lh = l + h * rows;
-                gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
-                if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
-                else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
-                for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
-                for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
                 int r = 0;
-                for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                if constexpr (Coded<P>::is) {
+                    if (h == 0) coded.find(k_pool, v_pool, first, b0, b1, padded);
+                    coded.scores(h, rows, padded, p);
+                } else {
+                    gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
+                    if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
+                    else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
+                    for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
+                    for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
+                    for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                    for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                    for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                    if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                }
 
                 for (r = 0; r < rows; r++) {
                     float* row = p + r * BLOCK;
@@ -920,6 +936,13 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 }
                 // Weights outside a row's own range are zero, so neighbours may run over the union of their ranges.
                 auto end = [&](int r) { return std::min(last(r) - b0, n); };
+                if constexpr (Coded<P>::is) {
+                    coded.weigh(h, rows, p);
+                    if (!coded.widened(h, rows, first - b0, n, vdepth, vbuf, values)) {
+                        coded.accumulate(h, oh, alpha, p, rows, first - b0, end, vdepth);
+                        continue;
+                    }
+                }
                 int d = 0;
                 for (; rows == 1 && d + 8 * VL <= vdepth; d += 8 * VL) accumulate<8>(oh, alpha, p, values, 1, first - b0, end, vdepth, d);
                 for (; d + 4 * VL <= vdepth; d += 4 * VL) accumulate<4>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
@@ -940,8 +963,8 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
     for (int r = 0; r < all; r++) finish_row(task, s, r, M[r], L[r], O + r * vdepth, out);
 }
 
-template <class T>
-void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T* v_pool, int threads) {
+template <class T, class P>
+void attend(const Step& s, const T* q, i64 ldq, T* out, const P* k_pool, const P* v_pool, int threads) {
     const int G = (int)(s.heads / s.kv_heads), D = (int)s.D, depth = ((int)s.V + VL - 1) / VL * VL;
     const int span = std::max(1, TILE_ROWS / G);
     double work = 0;
@@ -964,7 +987,7 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
     threads = limit_threads(threads, work, 65536);
     // A decode task takes several heads, up to 2 KB of a token, so that it reads memory in longer runs; fewer where there
     // would be too few tasks for the threads.
-    int group = (int)std::clamp<i64>(2048 / (D * (i64)sizeof(T)), 1, s.kv_heads);
+    int group = (int)std::clamp<i64>(2048 / (D * (i64)sizeof(P)), 1, s.kv_heads);
     while (group > 1 && threads > 1 && tiles * ((s.kv_heads + group - 1) / group) < 4 * threads) group = (group + 1) / 2;
     static thread_local std::vector<Task> tasks, parts;
     tasks.clear();
@@ -1009,23 +1032,34 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
 }
 
 // New keys and values, where there are any, go to their slots (keys rotated where cos_sin is given), and the queries are
-// rotated in place.
-template <class T>
-void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64 ldv, i64 tokens, const i64* slots, T* k_pool, T* v_pool,
+// rotated in place. P: what the pools hold, T or codes.
+template <class T, class P>
+void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64 ldv, i64 tokens, const i64* slots, P* k_pool, P* v_pool,
               const float* cos_sin, i64 rot, const int32_t* positions, int threads) {
     const i64 D = s.D, chunk = 16, k_size = s.kv_heads * D, v_size = s.kv_heads * s.V;
+    const i64 parts = s.split < D ? 2 : 1;
     threads = limit_threads(threads, (double)tokens * (s.heads + 2 * s.kv_heads) * D, 65536);
     parallel((tokens + chunk - 1) / chunk, threads, [&](i64 c) {
+        T* turned = (T*)scratch<9>(D * sizeof(T));
         for (i64 t = c * chunk; t < std::min(tokens, (c + 1) * chunk); t++) {
-            T* to = k_pool + slots[t] * s.k_stride;
-            if (v) memcpy(v_pool + slots[t] * s.v_stride, v + t * ldv, v_size * sizeof(T));
-            if (!cos_sin) {
-                if (k) memcpy(to, k + t * ldk, k_size * sizeof(T));
-                continue;
+            P *to = k_pool + slots[t] * s.k_stride, *value = v_pool + slots[t] * s.v_stride;
+            if constexpr (std::is_same<T, P>::value) {
+                if (v) memcpy(value, v + t * ldv, v_size * sizeof(T));
+                if (k && !cos_sin) memcpy(to, k + t * ldk, k_size * sizeof(T));
+            } else {
+                for (i64 h = 0; v && h < s.kv_heads; h++) write_codes(v + t * ldv + h * s.V, s.V, s.V, value, v_size, h, 1);
             }
-            const float* angle = cos_sin + (i64)positions[t] * rot;
-            for (i64 h = 0; k && h < s.kv_heads; h++) rope_head(k + t * ldk + h * D, to + h * D, angle, rot, D);
-            for (i64 h = 0; h < s.heads; h++) rope_head(q + t * ldq + h * D, q + t * ldq + h * D, angle, rot, D);
+            const float* angle = cos_sin ? cos_sin + (i64)positions[t] * rot : nullptr;
+            for (i64 h = 0; k && h < s.kv_heads; h++) {
+                const T* key = k + t * ldk + h * D;
+                if constexpr (std::is_same<T, P>::value) {
+                    if (angle) rope_head(key, to + h * D, angle, rot, D);
+                } else {
+                    if (angle) rope_head(key, turned, angle, rot, D);
+                    write_codes(angle ? turned : key, D, s.split, to, k_size, h, parts);
+                }
+            }
+            for (i64 h = 0; angle && h < s.heads; h++) rope_head(q + t * ldq + h * D, q + t * ldq + h * D, angle, rot, D);
         }
     });
 }
@@ -1542,6 +1576,7 @@ struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len, *positions;
     const int64_t* kv_slots;
     int64_t rows, tokens, heads, kv_heads, head_dim, value_dim, k_stride, v_stride, page_size, both, type, threads;
+    int64_t codes, split;  // keys and values in eight bits
     float scale, softcap;
 };
 
@@ -1549,12 +1584,14 @@ EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const voi
                          void* v_pool, void* out, int64_t window, int64_t chunks, const float* sinks, const float* cos_sin, int64_t rot) {
     Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows,      a->heads, a->kv_heads, a->head_dim,
            a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->both,  a->scale,    a->softcap,
-           sinks,        chunks != 0};
+           sinks,        chunks != 0,  a->split};
     const int threads = (int)a->threads;
-    BY_TYPE(a->type,
-            write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (T*)k_pool, (T*)v_pool, cos_sin, rot,
-                     a->positions, threads);
-            attend(s, (const T*)q, ldq, (T*)out, (const T*)k_pool, (const T*)v_pool, threads))
+#define WITH_POOLS(P)                                                                                                               \
+    write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (P*)k_pool, (P*)v_pool, cos_sin, rot,       \
+             a->positions, threads);                                                                                               \
+    attend(s, (const T*)q, ldq, (T*)out, (const P*)k_pool, (const P*)v_pool, threads);
+    BY_TYPE(a->type, if (a->codes) { WITH_POOLS(int8_t) } else { WITH_POOLS(T) })
+#undef WITH_POOLS
 }
 
 EXPORT void ol_convolve(int64_t type, const void* x, int64_t ldx, void* out, void* states, int64_t stride, const float* weight,

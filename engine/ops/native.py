@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels_packed.h", "kernels_state.h"))
+INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels_kv.h", "kernels_packed.h", "kernels_state.h"))
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 FLOAT32, BFLOAT16 = 0, 1
 # Units of work (elements touched, or multiplications / 8) under which a call keeps the GIL: about 20 us. Giving it up
