@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.perplexity", description=__doc__)
     parser.add_argument("--model", help="a model directory or hub id (the demo model); with --url the served name")
-    parser.add_argument("--quantization", default="auto", help="int8 or int4: what to round its weights to")
+    parser.add_argument("--quantization", default="auto", help="int8, int4 or fp8: what to round its weights to")
     parser.add_argument("--kv-cache-dtype", default="auto", help="int8: of keys and values; not of --against")
     parser.add_argument("--against", help="another model of the same tokens, such as the one that this was made from")
     parser.add_argument("--url", help="score over HTTP instead: the server's address, without /v1")

@@ -266,7 +266,8 @@ def _build_executor(
             raise StartupError(
                 f"--quantization {rounded} needs safetensors, and {directory} is not read from such files"
             )
-        report.row("quantization", f"{rounded}, 32 weights to a scale, rounded as they are read")
+        scale = "a row" if rounded == "fp8" else "32 weights"
+        report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
     if spec.bidirectional and device == "cuda":
         if config.device == "cuda":
             raise StartupError("--device cuda: models that read a text at once (encoders) run on the CPU so far")

@@ -25,8 +25,8 @@ class ModelOptions:
 
     path: a directory in HF format, or a hub id. dtype: auto, bfloat16, float16 or float32.
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
-    quantization: int8 or int4, to which weights are rounded as they are read; auto takes them as they are, and so does
-    the name of the checkpoint's own method.
+    quantization: int8, int4 or fp8, to which weights are rounded as they are read; auto takes them as they are, and so
+    does the name of the checkpoint's own method.
     seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
     runner: auto, generate or pooling. pooling: auto, cls, last, max or mean. score_tokens: yes and no. See

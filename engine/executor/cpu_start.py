@@ -56,7 +56,7 @@ def start(given: Start) -> CPUExecutor:
         model = load(None)
     given.report_output_layer(model)
     if coded := sum(isinstance(linear, CodedLinear) for linear in model.linears):
-        report.row("weights", f"{coded} of {len(model.linears)} layers keep the file's integers")
+        report.row("weights", f"{coded} of {len(model.linears)} matrices stay small codes")
     if packed := Counter(linear.block for linear in model.linears if isinstance(linear, PackedLinear)):
         kinds = ", ".join(f"{count} {kind}" for kind, count in packed.most_common())
         report.row("weights", f"{packed.total()} of {len(model.linears)} matrices stay packed ({kinds})")

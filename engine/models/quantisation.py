@@ -38,7 +38,7 @@ FILES = (
     ("quantization_config.json", None),
 )
 # To what weights can be rounded as they are read.
-ROUNDED = ("int8", "int4")
+ROUNDED = ("int8", "int4", "fp8")
 FIELDS = ("quantization_config", "compression_config")
 
 
@@ -71,7 +71,7 @@ def rounded_to(asked: str, own: Quantisation | None, *, given: str) -> str | Non
     """
     if asked == "auto":
         return None
-    if asked in ROUNDED:
+    if asked in ROUNDED and (own is None or own.method != asked):
         if own is not None:
             raise StartupError(f"--quantization {asked}: {given} is quantised already, by {own.method}")
         return asked

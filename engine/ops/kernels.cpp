@@ -330,14 +330,16 @@ struct Plain {
     MEMBER bool one_row(const float*, i64, int, C*, int) const { return false; }
 };
 
-// Weights as small integers. Every CODE_BLOCK of them along K has a scale, and with Low a number that is added. A panel holds
+// Weights as small integers or floats. Every CODE_BLOCK of them along K has a scale, and with Low a number that is added. A panel holds
 // for each block the scales of its columns, those numbers, and words: lane j of one holds 32 / Bits codes of column j. A weight is
-// (q - 8) * scale, q * scale + low (4 bits without a sign) or q * scale (+ low) (8 bits with one), each operation rounded: the float32
-// that these codes are elsewhere (models/gguf/dequantise.py), so that sums have the same bits as with such weights.
+// (q - 8) * scale, q * scale + low (4 bits without a sign) or q * scale (+ low) (8 bits with one, or the number of an e4m3 float),
+// each operation rounded, so that sums have the same bits as with such weights in float32.
 constexpr int CODE_BLOCK = 32;
-template <int Bits, bool Low>
+template <int Bits_, bool Low_, bool Floats = false>
 struct Codes {
     typedef float Weight;
+    static constexpr int Bits = Bits_;
+    static constexpr bool Low = Low_;
     static constexpr int per = 32 / Bits, words = CODE_BLOCK / per;
     static constexpr size_t block = (size_t)NR * (1 + Low + words);  // in words of 32 bits
     const uint32_t* w;
@@ -345,6 +347,10 @@ struct Codes {
 
     template <int J>
     static MEMBER vf number(vu word) {
+        if (Floats) {  // the bits of 2^-120 times the number
+            const vu top = word << (24 - 8 * (J & 3));
+            return (vf)((top & 0x80000000u) | ((top >> 4) & 0x07f00000u)) * 0x1p120f;
+        }
         if (Bits == 8) return __builtin_convertvector((vi)(word << (24 - 8 * (J & 3))) >> 24, vf);
         vf q = __builtin_convertvector((vi)(J == per - 1 ? word >> (4 * J) : (word >> (4 * J)) & 15), vf);
         return Low ? q : q - 8.0f;
@@ -519,9 +525,8 @@ void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, 
 }
 
 // codes [N, K]: one in a byte. scale, low: [N, K / CODE_BLOCK].
-template <int Bits, bool Low>
+template <class C>
 void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 N, i64 K, uint32_t* out, int threads) {
-    typedef Codes<Bits, Low> C;
     const i64 blocks = K / CODE_BLOCK;
     parallel((N + NR - 1) / NR, threads, [&](i64 p) {
         uint32_t* to = out + p * blocks * C::block;
@@ -531,21 +536,20 @@ void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 
             for (i64 b = 0; b < blocks; b++) {
                 uint32_t* at = to + b * C::block + j;
                 memcpy(at, scale + n * blocks + b, 4);
-                if (Low) memcpy(at + NR, low + n * blocks + b, 4);
+                if (C::Low) memcpy(at + NR, low + n * blocks + b, 4);
                 const uint8_t* from = codes + n * K + b * CODE_BLOCK;
                 for (int r = 0; r < C::words; r++, from += C::per) {
                     uint32_t word = 0;
-                    for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (Bits * i);
-                    at[NR * (1 + Low + r)] = word;
+                    for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (C::Bits * i);
+                    at[NR * (1 + C::Low + r)] = word;
                 }
             }
         }
     });
 }
 
-template <int Bits, bool Low, class O>
+template <class C, class O>
 void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, O* out, int threads) {
-    typedef Codes<Bits, Low> C;
     const i64 blocks = K / CODE_BLOCK;
     parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 i) {
         const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i];
@@ -553,13 +557,12 @@ void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, 
             const uint32_t* at = w + (n / NR * blocks + b) * C::block + n % NR;
             float scale, low = 0;
             memcpy(&scale, at, 4);
-            if (Low) memcpy(&low, at + NR, 4);
+            if (C::Low) memcpy(&low, at + NR, 4);
             for (int k = 0; k < CODE_BLOCK; k++) {
-                const uint32_t word = at[NR * (1 + Low + k / C::per)];
-                const int j = k % C::per;
-                const int q = Bits == 8 ? (int8_t)(word >> (8 * j)) : (int)(word >> (4 * j) & 15) - (Low ? 0 : 8);
-                const float product = (float)q * scale;
-                store1(out + i * K + b * CODE_BLOCK + k, Low ? product + low : product);
+                // The code that is to be first in its word, by what widens a whole panel.
+                const uint32_t word = at[NR * (1 + C::Low + k / C::per)] >> (C::Bits * (k % C::per));
+                const float product = C::template number<0>(vu{} + word)[0] * scale;
+                store1(out + i * K + b * CODE_BLOCK + k, C::Low ? product + low : product);
             }
         }
     });
@@ -1465,36 +1468,36 @@ EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64
     else linear((const bf16*)x, ldx, M, K, narrow, N, bias, (bf16*)out, ldo, (int)threads);
 }
 
-#define BY_CODES(bits, low, statement)                                  \
-    if ((bits) == 4) {                                                  \
-        if (low) { typedef Codes<4, true> C; constexpr int B = 4; constexpr bool L = true; statement; }   \
-        else { typedef Codes<4, false> C; constexpr int B = 4; constexpr bool L = false; statement; }     \
-    } else {                                                            \
-        if (low) { typedef Codes<8, true> C; constexpr int B = 8; constexpr bool L = true; statement; }   \
-        else { typedef Codes<8, false> C; constexpr int B = 8; constexpr bool L = false; statement; }     \
+// By the numbers of ops/coded.py.
+#define BY_CODES(form, statement)                             \
+    switch (form) {                                           \
+        case 0: { typedef Codes<4, false> C; statement; }     \
+        case 1: { typedef Codes<4, true> C; statement; }      \
+        case 2: { typedef Codes<8, false> C; statement; }     \
+        case 3: { typedef Codes<8, true> C; statement; }      \
+        default: { typedef Codes<8, false, true> C; statement; } \
     }
 
 // In words of 32 bits.
-EXPORT int64_t ol_codes_size(int64_t bits, int64_t low, int64_t N, int64_t K) {
-    BY_CODES(bits, low, (void)B; (void)L; return (N + NR - 1) / NR * (K / CODE_BLOCK) * C::block)
-    return 0;
+EXPORT int64_t ol_codes_size(int64_t form, int64_t N, int64_t K) {
+    BY_CODES(form, return (N + NR - 1) / NR * (K / CODE_BLOCK) * C::block)
 }
 
-EXPORT void ol_pack_codes(int64_t bits, int64_t low, const void* codes, const float* scale, const float* add, int64_t N, int64_t K,
-                          void* out, int64_t threads) {
-    BY_CODES(bits, low, (void)sizeof(C); pack_codes<B COMMA L>((const uint8_t*)codes, scale, add, N, K, (uint32_t*)out, (int)threads))
+EXPORT void ol_pack_codes(int64_t form, const void* codes, const float* scale, const float* add, int64_t N, int64_t K, void* out,
+                          int64_t threads) {
+    BY_CODES(form, return pack_codes<C>((const uint8_t*)codes, scale, add, N, K, (uint32_t*)out, (int)threads))
 }
 
-EXPORT void ol_code_rows(int64_t bits, int64_t low, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count,
-                         void* out, int64_t threads) {
-    BY_CODES(bits, low, (void)sizeof(C); BY_TYPE(type, code_rows<B COMMA L>((const uint32_t*)w, K, ids, wide != 0, count, (T*)out, (int)threads)))
+EXPORT void ol_code_rows(int64_t form, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count, void* out,
+                         int64_t threads) {
+    BY_CODES(form, BY_TYPE(type, return code_rows<C>((const uint32_t*)w, K, ids, wide != 0, count, (T*)out, (int)threads)))
 }
 
 // x and out are of one type.
-EXPORT void ol_linear_codes(int64_t bits, int64_t low, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w,
-                            int64_t N, const float* bias, void* out, int64_t ldo, int64_t threads) {
-    BY_CODES(bits, low, (void)B; (void)L; const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
-             BY_TYPE(type, linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
+EXPORT void ol_linear_codes(int64_t form, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N,
+                            const float* bias, void* out, int64_t ldo, int64_t threads) {
+    BY_CODES(form, const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
+             BY_TYPE(type, return linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
 }
 
 // The types of GGUF, by their numbers.

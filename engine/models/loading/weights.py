@@ -27,9 +27,9 @@ from engine.models.gguf.names import name_tensors
 from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, QUANTISED, MappedFiles, StoredTensor, check, find_tensors
-from engine.models.loading.schemes.base import Mismatch, Quantised
+from engine.models.loading.schemes.base import Coded, Mismatch, Quantised
 from engine.models.loading.schemes.resolve import Left, with_quantised
-from engine.models.loading.schemes.rounding import Rounded, can_round
+from engine.models.loading.schemes.rounding import Rounded, RoundedFloat8, can_round
 from engine.models.loading.schemes.shaped import Below, RowsOf, Transposed, as_stored
 from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import PREFIX
@@ -183,7 +183,7 @@ class CheckpointWeights(Weights):
     """Tensors of a directory of safetensors. `shapes` is all that the model will ask for; checked at once.
 
     tensors: see `find_model_tensors`. assumed: sizes that config.json does not name, for the error of a wrong one.
-    quantisation: one of rounding.KINDS, to which the weights of layers are rounded; None for what the file has.
+    quantisation: one of quantisation.ROUNDED, to which the weights of layers are rounded; None for what the file has.
 
     Every tensor goes from the mapped file to its place in chunks, and the mapped pages are given back after
     each: memory never holds more than the model so far, the layer at hand and one chunk.
@@ -213,14 +213,18 @@ class CheckpointWeights(Weights):
         self.quantisation: str | None = None
 
     def round(self, names: Sequence[str], *, as_output: bool = False) -> None:
-        """Have these weights become integers, where `quantisation` asks for that and their sizes allow it.
+        """Have these weights become what `quantisation` asks for, where it does and their sizes allow it.
 
         as_output: they are of the layer that makes logits, which takes eight bits whatever the others take.
         """
         if self.quantisation is None or not all(can_round(self._tensors[name]) for name in names):
             return
         for name in names:
-            matrix = Rounded(self._tensors[name], "int8" if as_output else self.quantisation)
+            matrix: Quantised
+            if self.quantisation == "fp8":
+                matrix = RoundedFloat8(self._tensors[name])
+            else:
+                matrix = Rounded(self._tensors[name], "int8" if as_output else self.quantisation)
             self._tensors[name] = as_stored(matrix)
 
     def close(self) -> None:
@@ -314,6 +318,14 @@ class CheckpointWeights(Weights):
         with self._reading(name, stored.quantised, last=False):
             return stored.quantised.kind(self._whole) or stored.dtype
 
+    def kept_form(self, name: str) -> str | None:
+        """Of the codes that it can be brought into; see Quantised.form."""
+        matrix = self._tensors[name].quantised
+        if matrix is None:
+            return None
+        with self._reading(name, matrix, last=False):
+            return matrix.form(self._whole)
+
     def input_order(self, names: Sequence[str]) -> tuple[bool, Tensor | None]:
         """Whether all of these have their columns in one order as blocks; int64 [columns], None for their own."""
         found: list[Tensor | None] = []
@@ -337,6 +349,13 @@ class CheckpointWeights(Weights):
             blocks = matrix.blocks(self._whole, begin, end)
         found: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = blocks.numpy()
         return found
+
+    def kept_codes(self, name: str, begin: int, end: int) -> Coded:
+        """Rows [begin, end) of a matrix that several tensors stand for, in codes of its `kept_form`."""
+        matrix = self._tensors[name].quantised
+        assert matrix is not None
+        with self._reading(name, matrix, last=end == matrix.shape[0]):
+            return matrix.coded(self._whole, begin, end)
 
     @contextlib.contextmanager
     def _reading(self, name: str, matrix: Quantised, *, last: bool = True) -> Iterator[None]:
