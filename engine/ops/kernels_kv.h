@@ -57,29 +57,15 @@ INLINE void write_codes(const T* x, i64 D, i64 split, int8_t* token, i64 codes, 
     }
 }
 
-// Sums of products of int16 and int8: 2 VL of each at a time, in VL lanes of int32.
-constexpr int W = 2 * VL;
-#if (defined(__AVX2__) && VL == 8) || (defined(__AVX512BW__) && VL == 16)
-#define WIDE_PRODUCTS 1
-#if VL == 16
-typedef __m512i Words;
-INLINE Words words(const int16_t* p) { return _mm512_loadu_si512((const void*)p); }
-INLINE Words words(const int8_t* p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p)); }
-INLINE vi add_products(vi c, Words a, Words b) {
-#if defined(__AVX512VNNI__)
-    return (vi)_mm512_dpwssd_epi32((__m512i)c, a, b);
-#else
-    return (vi)_mm512_add_epi32((__m512i)c, _mm512_madd_epi16(a, b));
-#endif
-}
-#else
-typedef __m256i Words;
-INLINE Words words(const int16_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
-INLINE Words words(const int8_t* p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p)); }
-INLINE vi add_products(vi c, Words a, Words b) { return (vi)_mm256_add_epi32((__m256i)c, _mm256_madd_epi16(a, b)); }
-#endif
+constexpr int W = 2 * VL;  // 16-bit numbers of a vector
+typedef int8_t vb __attribute__((vector_size(2 * VL), aligned(1), may_alias));
+typedef int16_t vs_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));
+INLINE vs words(const int16_t* p) { return *(const vs_any*)p; }
+INLINE vs words(const int8_t* p) { return __builtin_convertvector(*(const vb*)p, vs); }
+
 // out[i] = sum of lanes of acc[i], for eight.
 INLINE void fold8(const vi* acc, int32_t* out) {
+#if defined(__AVX2__) && VL >= 8
     __m256i a[8];
     for (int i = 0; i < 8; i++) {
 #if VL == 16
@@ -91,36 +77,32 @@ INLINE void fold8(const vi* acc, int32_t* out) {
     const __m256i low = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
     const __m256i high = _mm256_hadd_epi32(_mm256_hadd_epi32(a[4], a[5]), _mm256_hadd_epi32(a[6], a[7]));
     _mm256_storeu_si256((__m256i*)out, _mm256_add_epi32(_mm256_permute2x128_si256(low, high, 0x20), _mm256_permute2x128_si256(low, high, 0x31)));
-}
 #else
-#define WIDE_PRODUCTS 0
+    for (int i = 0; i < 8; i++) {
+        int32_t s[VL];
+        memcpy(s, &acc[i], sizeof s);
+        out[i] = 0;
+        for (int j = 0; j < VL; j++) out[i] += s[j];
+    }
 #endif
+}
 
 // out[r][t] = q[r] . (codes of token t from `offset` on), for R rows `ldq` apart and C tokens at a time; n is a multiple of 8,
 // `depth` one of W. What follows a token's codes counts nothing, for the query is padded with zeros.
 template <int R, int C>
 INLINE void dot_codes(const int16_t* q, i64 ldq, const int8_t* const* tokens, i64 offset, int n, int depth, int32_t* out) {
     for (int t = 0; t < n; t += C) {
-        int32_t folded[R * C];
-#if WIDE_PRODUCTS
         vi acc[R * C] = {};
         for (int d = 0; d < depth; d += W) {
-            Words b[C];
+            vs b[C];
             for (int c = 0; c < C; c++) b[c] = words(tokens[t + c] + offset + d);
             for (int r = 0; r < R; r++) {
-                const Words a = words(q + r * ldq + d);
+                const vs a = words(q + r * ldq + d);
                 for (int c = 0; c < C; c++) acc[r * C + c] = add_products(acc[r * C + c], a, b[c]);
             }
         }
+        int32_t folded[R * C];
         for (int i = 0; i < R * C; i += 8) fold8(acc + i, folded + i);
-#else
-        for (int r = 0; r < R; r++)
-            for (int c = 0; c < C; c++) {
-                int32_t sum = 0;
-                for (int d = 0; d < depth; d++) sum += (int32_t)q[r * ldq + d] * tokens[t + c][offset + d];
-                folded[r * C + c] = sum;
-            }
-#endif
         for (int r = 0; r < R; r++) memcpy(out + r * BLOCK + t, folded + r * C, C * 4);
     }
 }
