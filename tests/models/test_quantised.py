@@ -148,7 +148,9 @@ def check_logits(reference: Any, directory: Path, **options: Any) -> Any:
     with torch.inference_mode():
         expected = reference(torch.tensor([IDS])).logits[0]
     error = relative_error(Runner(model).logits(IDS, 8), expected)
-    assert error <= 1e-4, f"logits differ by {error:.1e}"
+    # Inputs of packed layers are rounded to sixteen bits.
+    most = 3e-4 if any(isinstance(linear, PackedLinear) for linear in model.linears) else 1e-4
+    assert error <= most, f"logits differ by {error:.1e}"
     return model
 
 

@@ -143,7 +143,8 @@ class Weights:
         if order is not None:
             for part in (weight, bias_vector):
                 if part is not None:
-                    part[: len(order)] = part[order.to(part.device)]
+                    # By an index in brackets torch would import sympy where only shapes are recorded: half a second.
+                    part[: len(order)] = part.index_select(0, order.to(part.device))
         linear = Linear(weight, bias_vector, activation)
         del weight  # `prepare` may replace it, and then it must go at once
         self.prepare(linear)
