@@ -77,14 +77,14 @@ def rounded_to(asked: str, own: Quantisation | None, *, given: str) -> str | Non
         return asked
     method = METHODS.get(asked)
     if method is None:
-        raise StartupError(f"--quantization {asked[:40]!r} is none of auto, {', '.join(ROUNDED)}, {KNOWN}")
+        known = ", ".join(dict.fromkeys(("auto", *ROUNDED, *METHODS.values())))
+        raise StartupError(f"--quantization {asked[:40]!r} is none of {known}")
     if own is not None and own.method == method:
         return None
     if own is not None:
         raise StartupError(f"--quantization {asked}: {given} is quantised by {own.method}")
-    raise StartupError(
-        f"--quantization {asked}: {given} is not quantised; as it is read, it can become {' or '.join(ROUNDED)}"
-    )
+    could = f"{', '.join(ROUNDED[:-1])} or {ROUNDED[-1]}"
+    raise StartupError(f"--quantization {asked}: {given} is not quantised; as it is read, it can become {could}")
 
 
 def _method(fields: Fields, name: str, scheme: Fields) -> str:

@@ -9,7 +9,16 @@ INLINE float scale_of(const int8_t* token, i64 codes, i64 number) {
     memcpy(&bits, token + scales_at(codes) + 2 * number, 2);
     return load1(&bits);
 }
-INLINE vf load_codes(const int8_t* p) { return __builtin_convertvector((vb_any) * (const vb_any*)p, vf); }
+// Written out: GCC 12 widens vectors of bytes in halves, and short ones by way of the stack.
+INLINE vf load_codes(const int8_t* p) {
+#if defined(__AVX512F__) && VL == 16
+    return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__) && VL == 8
+    return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    return __builtin_convertvector((vb_any) * (const vb_any*)p, vf);
+#endif
+}
 
 constexpr float TINY = 1e-30f;  // numbers below are zero: the inverse of their scale would not be finite
 
@@ -61,7 +70,15 @@ constexpr int W = 2 * VL;  // 16-bit numbers of a vector
 typedef int8_t vb __attribute__((vector_size(2 * VL), aligned(1), may_alias));
 typedef int16_t vs_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 INLINE vs words(const int16_t* p) { return *(const vs_any*)p; }
-INLINE vs words(const int8_t* p) { return __builtin_convertvector(*(const vb*)p, vs); }
+INLINE vs words(const int8_t* p) {
+#if defined(__AVX512BW__) && VL == 16
+    return (vs)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__AVX2__) && VL == 8
+    return (vs)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i*)p));
+#else
+    return __builtin_convertvector(*(const vb*)p, vs);
+#endif
+}
 
 // out[i] = sum of lanes of acc[i], for eight.
 INLINE void fold8(const vi* acc, int32_t* out) {

@@ -441,8 +441,11 @@ def test_scales_leave_little_error(bits: int, signs: bool) -> None:
         ("auto_round", "auto-round", None),
         ("int8", "awq", "--quantization int8: DIR is quantised already, by awq"),
         ("gptq", "awq", "--quantization gptq: DIR is quantised by awq"),
-        ("fp8", None, "--quantization fp8: DIR is not quantised; as it is read, it can become int8 or int4"),
-        ("int3", None, "--quantization 'int3' is none of auto, int8, int4, auto-round, awq, "),
+        ("fp8", None, "fp8"),
+        ("fp8", "fp8", None),
+        ("fp8", "awq", "--quantization fp8: DIR is quantised already, by awq"),
+        ("gptq", None, "--quantization gptq: DIR is not quantised; as it is read, it can become int8, int4 or fp8"),
+        ("int3", None, "--quantization 'int3' is none of auto, int8, int4, fp8, auto-round, awq, "),
     ],
 )
 def test_what_is_asked_for(asked: str, method: str | None, expected: str | None) -> None:

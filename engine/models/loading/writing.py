@@ -19,9 +19,10 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.models.fields import Fields
 from engine.models.loading.checkpoint import INDEX, MappedFiles, StoredTensor, find_tensors, read_metadata
+from engine.models.loading.finding import find_model_tensors
 from engine.models.loading.schemes.base import FLOATS, Mismatch
 from engine.models.loading.schemes.rounding import rounded, rounded_float8
-from engine.models.loading.weights import OUTPUT, TORCH_DTYPES, ShapeRecorder, find_model_tensors, view_of
+from engine.models.loading.weights import OUTPUT, TORCH_DTYPES, ShapeRecorder, view_of
 from engine.models.parts.streams import make_decoder
 from engine.models.registry import read_spec
 from engine.ops.linear import Linear
