@@ -15,6 +15,8 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
+#include <utility>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -1604,6 +1606,39 @@ EXPORT void ol_ranks(const float* logits, int64_t V, const int64_t* rows, int64_
                      int64_t threads) {
     parallel(count, limit_threads((int)threads, (double)count * V, 262144),
              [&](i64 r) { out[r] = rank_row(logits + rows[r] * V, V, values[r]); });
+}
+
+// ---- calls that are made again, for recording.py: an entry takes its arguments from 64-bit words
+
+template <class A>
+INLINE A from_word(uint64_t word) {
+    A value;
+    if constexpr (std::is_floating_point_v<A>) {
+        const uint32_t bits = (uint32_t)word;
+        memcpy(&value, &bits, 4);
+    } else {
+        memcpy(&value, &word, 8);
+    }
+    return value;
+}
+template <class... A, size_t... I>
+INLINE void call_with(void (*function)(A...), const uint64_t* words, std::index_sequence<I...>) { function(from_word<A>(words[I])...); }
+template <class... A>
+constexpr std::index_sequence_for<A...> kinds_of(void (*)(A...)) { return {}; }
+template <auto Function>
+static void entry(const uint64_t* words) { call_with(Function, words, kinds_of(Function)); }
+
+EXPORT const void* ol_entry(const char* name) {
+#define ENTRY(function) \
+    if (!strcmp(name, #function)) return (const void*)entry<function>;
+    ENTRY(ol_linear) ENTRY(ol_linear_codes) ENTRY(ol_linear_blocks) ENTRY(ol_rms_norm) ENTRY(ol_gate_and_mul) ENTRY(ol_attention)
+#undef ENTRY
+    return nullptr;
+}
+
+// calls: for each the entry, the number of its words, and they.
+EXPORT void ol_replay(const uint64_t* calls, int64_t count) {
+    for (i64 i = 0; i < count; i++, calls += 2 + calls[1]) ((void (*)(const uint64_t*))calls[0])(calls + 2);
 }
 
 // ---- the machine's limits, for bench/cpu.py

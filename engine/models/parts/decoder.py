@@ -35,6 +35,7 @@ from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec
+from engine.ops import native
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain
@@ -259,6 +260,8 @@ class Decoder:
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
+        weights = sum(linear.out_features * linear.in_features for linear in self.linears)
+        self._heavy = weights // 8 >= native.HOLD_GIL_BELOW
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
@@ -285,7 +288,13 @@ class Decoder:
         if self._embedding_norm is not None:
             residual = self._embedding_norm(residual)
         own = None if self._own_inputs is None else self._own_inputs(token_ids, residual)
-        return self._through_layers(residual, own, positions, attention)
+        if attention.recordings is None or own is not None:
+            return self._through_layers(residual, own, positions, attention)
+
+        def layers(x: Tensor) -> Tensor:
+            return plain(self._through_layers(x, None, positions, attention))
+
+        return attention.recordings.run(self, residual, layers, releases=self._heavy)
 
     def _through_layers(
         self, residual: Tensor, own: Tensor | None, positions: Tensor, attention: AttentionBackend

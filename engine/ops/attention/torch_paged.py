@@ -17,6 +17,7 @@ from engine.groups import Chunk, MemoryGroup, places_of
 from engine.ops import native
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence
+from engine.ops.recording import Recordings
 from engine.ops.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class Backend:
     ) -> None:
         self.spec = spec
         self.states: States | None = None
+        self.recordings: Recordings | None = Recordings()
         self.page_size = page_size
         self._widths, self._places_of_owners = self._lay_out(groups)
         self._num_pages = num_pages
@@ -123,7 +125,8 @@ class Backend:
         self._arrays: list[tuple[np.ndarray, ...]] = []
         # By kind.
         self._steps: list[_Step] = []
-        self._handle: ctypes.PyDLL | ctypes.CDLL | None = None
+        self._library: native.Library | None = None
+        self._work = 0
 
     def _lay_out(self, groups: tuple[MemoryGroup, ...]) -> tuple[list[tuple[int, int]], dict[int, tuple[int, int]]]:
         """Numbers of K and V of a token in every buffer, and the group and the buffer of every layer that has K and V
@@ -133,6 +136,8 @@ class Backend:
 
     def allocate(self) -> None:
         """See AttentionBackend."""
+        if self.recordings is not None:
+            self.recordings.clear()
         cells = self._num_pages + 1, self.page_size
         self.k_pools = [lazy_zeros((*cells, keys), self._dtype) for keys, _ in self._widths]
         self.v_pools = [lazy_zeros((*cells, values), self._dtype) for _, values in self._widths]
@@ -140,6 +145,8 @@ class Backend:
 
     def release(self) -> None:
         """See AttentionBackend."""
+        if self.recordings is not None:
+            self.recordings.clear()
         self.k_pools, self.v_pools = [], []
         self._places = []
 
@@ -168,11 +175,13 @@ class Backend:
         self._metadata = groups
         library, code = native.library(), native.type_code(self._dtype)
         if library is None or code is None or self._largest_group > MAX_GROUP:
-            self._handle = None
+            self._library = None
             return
         self._arrays = [_arrays_of(group) for group in groups]
-        self._steps = [
-            _Step(
+        # Recorded calls have their addresses.
+        self._steps += [_Step() for _ in self._kinds[len(self._steps) :]]
+        for step, kind in zip(self._steps, self._kinds, strict=True):
+            step.__init__(  # type: ignore[misc]
                 *(array.ctypes.data for array in self._arrays[kind.group]),
                 metadata.num_rows,
                 len(metadata.positions),
@@ -188,11 +197,11 @@ class Backend:
                 kind.scale,
                 kind.softcap,
             )
-            for kind in self._kinds
-        ]
         lengths = metadata.qo_indptr[1 : metadata.num_rows + 1] - metadata.qo_indptr[: metadata.num_rows]
         pairs = int(np.dot(lengths.astype(np.int64), metadata.kv_len))
-        self._handle = library.by_work(pairs * self._most_work // 4)
+        self._library, self._work = library, pairs * self._most_work // 4
+        if self.recordings is not None:
+            self.recordings.releases = self._work >= native.HOLD_GIL_BELOW
 
     def forward(
         self,
@@ -207,8 +216,8 @@ class Backend:
         """See AttentionBackend."""
         place = self._places[layer]
         assert place is not None and (sinks is not None) == place.layer.sinks
-        handle = self._handle
-        if handle is None:
+        library = self._library
+        if library is None:
             return self._torch_forward(place, q, k, v, cos_sin, sinks)
         step = self._steps[place.kind]
         tokens, heads, _ = q.shape
@@ -219,7 +228,7 @@ class Backend:
         if v is not None:
             v = _dense_heads(v)
         out = torch.empty((tokens, heads * place.layer.value_dim), dtype=q.dtype)
-        handle.ol_attention(
+        library.by_work(self._work).ol_attention(
             ctypes.addressof(step),
             q.data_ptr(),
             q.stride(0),
