@@ -5,8 +5,8 @@ Built at start by loading/; run by the executor's thread, one step after another
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -38,6 +38,7 @@ from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput
 from engine.ops import native
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
+from engine.ops.lora import Branch, Rows
 from engine.ops.norm import Normed, plain
 
 
@@ -50,12 +51,28 @@ def embedding_name(spec: ModelSpec) -> str:
 Mixing = Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]
 
 
+class Adapted(Protocol):
+    """The places of a model that adapters change (loading/adapted.py), as executors know them."""
+
+    rows: Rows
+
+    def put(self, index: int, branches: Mapping[str, Branch]) -> None:
+        """An adapter takes an index, with branches by the names of its sites. Whoever had it is gone."""
+        ...
+
+    def take_over(self, other: Any) -> None:
+        """Hold what another model of the same spec held."""
+        ...
+
+
 class CausalLM(Protocol):
     """A loaded model, as executors know it. Not thread safe: one thread runs it."""
 
     config: ModelSpec
     attention_spec: AttentionSpec
     linears: list[Linear]
+    # What LoRA adapters change; None where the model was loaded without places for them.
+    adapted: Adapted | None
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
@@ -262,6 +279,7 @@ class Decoder:
         self.linears = source.linears
         weights = sum(linear.out_features * linear.in_features for linear in self.linears)
         self._heavy = weights // 8 >= native.HOLD_GIL_BELOW
+        self.adapted: Adapted | None = None
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
@@ -288,7 +306,8 @@ class Decoder:
         if self._embedding_norm is not None:
             residual = self._embedding_norm(residual)
         own = None if self._own_inputs is None else self._own_inputs(token_ids, residual)
-        if attention.recordings is None or own is not None:
+        adapted = self.adapted is not None and self.adapted.rows.any
+        if attention.recordings is None or own is not None or adapted:
             return self._through_layers(residual, own, positions, attention)
 
         def layers(x: Tensor) -> Tensor:
