@@ -565,9 +565,7 @@ void packed_linear(const Format& f, const X* x, i64 ldx, i64 M, i64 K, const uin
             const int height = start(t + 1) - start(t);
             quantise_rows(x + (m0 + start(t)) * ldx, ldx, std::min(height, rows), height, K, f.span, f.offset, f.low, inputs(t, 0));
         });
-        // The inputs of all rows stay in L2: then a panel is read from end to end. Else a piece of every panel, for a piece of the inputs.
-        const bool whole = rows == 1 || few || (i64)rows * K * 2 <= 196608;
-        const i64 step = whole ? K : CHUNK;
+        const i64 stretch = std::max<i64>(CHUNK, INPUT_BYTES / (rows * 2) / CHUNK * CHUNK);  // see `linear`
         parallel((panels + group - 1) / group, threads, [&](i64 g) {
             const i64 p0 = g * group;
             const int count = (int)std::min<i64>(group, panels - p0), ldc = count * NR;
@@ -579,11 +577,11 @@ void packed_linear(const Format& f, const X* x, i64 ldx, i64 M, i64 K, const uin
             } else {
                 Unpacked& part = *(Unpacked*)scratch<3>(sizeof(Unpacked));
                 memset(c, 0, (size_t)rows * ldc * 4);
-                for (i64 first = 0; first < K; first += step)
+                for (i64 first = 0; first < K; first += stretch)
                     for (int p = 0; p < count; p++)
-                        for (i64 k = first; k < std::min(K, first + step); k += CHUNK) {
+                        for (i64 k = first; k < std::min(K, first + stretch); k += CHUNK) {
                             const int now = (int)std::min<i64>(CHUNK, K - k);
-                            f.unpack(w + (p0 + p) * panel, k, now, whole ? CHUNK / f.super * f.bytes : panel, part);
+                            f.unpack(w + (p0 + p) * panel, k, now, CHUNK / f.super * f.bytes, part);
                             for (int t = 0; t < tiles; t++) {
                                 float* to = c + (size_t)start(t) * ldc + p * NR;
                                 if (f.low) packed_tiles<true>(start(t + 1) - start(t), inputs(t, k), part, f.span, now, to, ldc);

@@ -56,6 +56,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_linear_blocks": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_linear_heads": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I, _I]),
     "ol_rms_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _I]),
+    "ol_copy_rows": (None, [_P, _I, _I, _I, _P]),
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),
     "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _I]),

@@ -32,7 +32,10 @@ MOST_TOKENS = 64
 MOST_RECORDINGS = 16
 MOST_BYTES = 256 << 20
 # Kernels with the same arguments in every step: addresses of weights, of the recording's memory and of the backend's.
-REPLAYED = ("ol_linear", "ol_linear_codes", "ol_linear_blocks", "ol_rms_norm", "ol_gate_and_mul", "ol_attention")
+REPLAYED = (
+    *("ol_linear", "ol_linear_codes", "ol_linear_blocks", "ol_rms_norm", "ol_gate_and_mul", "ol_attention"),
+    "ol_copy_rows",
+)
 
 
 class _Memory:

@@ -18,7 +18,8 @@ FAMILIES = [
     ("Llama", {}, None),
     ("Mistral", {"sliding_window": 12}, None),
     ("Qwen2", {}, None),
-    ("Qwen3", {"head_dim": 16}, "aten.reshape.default"),
+    ("Qwen3", {"head_dim": 16}, None),
+    ("Gemma3", {"head_dim": 16, "sliding_window": 12}, None),
     ("Starcoder2", {}, "aten.layer_norm.default"),
 ]
 
