@@ -347,7 +347,7 @@ async def test_fast_mode_has_the_same_greedy_tokens(name: str, checkpoints: dict
         assert {linear.kind for linear in model.linears} == {"torch"}
         expected = await answers_of(model, torch.float32, PLAIN)
         for setting in covering()[:6]:
-            answers = await answers_of(model, torch.float32, setting, expected)
+            answers = await answers_of(model, torch.float32, setting, known=expected)
             for (probe, answer), (_, values) in zip(sorted(expected.items()), PROBES, strict=True):
                 if values["temperature"] == 0.0:
                     assert answers[probe].token_ids == answer.token_ids, (probe, setting)

@@ -16,6 +16,7 @@
 #include <limits>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -221,6 +222,7 @@ constexpr int MR = 6, ACCUMULATORS = 12;
 // Bytes that the weights are fetched ahead into L2. Measured on a Zen 4: M = 6 goes from 45-65% of the limit to 85-93% (1 KB
 // ahead and less brings nothing); one row alone reads four long streams, which the hardware follows better by itself.
 constexpr int AHEAD = 8192;
+constexpr int INPUT_BYTES = 196608;  // of the input that a core keeps in L2 beside the weights that pass through
 constexpr int GROUP = 8;          // panels that share one visit of the input block
 constexpr int MB = MR * (192 / MR);  // rows per visit of the weights: MB * KC floats stay in L2
 
@@ -485,16 +487,18 @@ void linear(const X* x, i64 ldx, i64 M, i64 K, const S& source, i64 N, const flo
                         const W* wk = source.at(p0 + p, k, few, now, panel);
                         any_tile(rows, packed + k * rows, wk, panel, now, c + p * NR, ldc, k == 0, few);
                     }
-            for (i64 k = 0; k < steps && tiles > 1; k += block) {  // a block of the input and of one panel, reused from L2 and L1
-                const int now = (int)std::min<i64>(block, steps - k);
-                for (int p = 0; p < count; p++) {
-                    const W* wk = source.at(p0 + p, k, 1, now, panel);
-                    for (int t = 0; t < tiles; t++) {
-                        int a = start(t), m = start(t + 1) - a;
-                        any_tile(m, packed + (size_t)a * steps + k * m, wk, panel, now, c + (size_t)a * ldc + p * NR, ldc, k == 0, 1);
+            // A stretch of the input that stays in L2, and as much of every panel: a panel is one stream for as long as that lasts.
+            const i64 stretch = std::max<i64>(block, (i64)INPUT_BYTES / (rows * (i64)sizeof(In)) / block * block);
+            for (i64 from = 0; from < steps && tiles > 1; from += stretch)
+                for (int p = 0; p < count; p++)
+                    for (i64 k = from; k < std::min(steps, from + stretch); k += block) {
+                        const int now = (int)std::min<i64>(block, steps - k);
+                        const W* wk = source.at(p0 + p, k, 1, now, panel);
+                        for (int t = 0; t < tiles; t++) {
+                            int a = start(t), m = start(t + 1) - a;
+                            any_tile(m, packed + (size_t)a * steps + k * m, wk, panel, now, c + (size_t)a * ldc + p * NR, ldc, k == 0, 1);
+                        }
                     }
-                }
-            }
             write_rows(c, ldc, rows, std::min<i64>(ldc, N - p0 * NR), bias ? bias + p0 * NR : nullptr, out + m0 * ldo + p0 * NR, ldo);
         });
     }
@@ -1567,6 +1571,11 @@ EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual
                                         (int)threads))
 }
 
+// Rows of so many bytes, ldx bytes apart, to one behind the other.
+EXPORT void ol_copy_rows(const void* x, int64_t ldx, int64_t rows, int64_t bytes, void* out) {
+    for (i64 r = 0; r < rows; r++) memcpy((char*)out + r * bytes, (const char*)x + r * ldx, bytes);
+}
+
 EXPORT void ol_gate_and_mul(int64_t type, const void* x, int64_t ldx, void* out, int64_t rows, int64_t I, int64_t gelu, int64_t threads) {
     BY_TYPE(type, if (gelu) gate_and_mul<T COMMA true>((const T*)x, ldx, (T*)out, rows, I, (int)threads);
             else gate_and_mul<T COMMA false>((const T*)x, ldx, (T*)out, rows, I, (int)threads))
@@ -1652,6 +1661,39 @@ EXPORT void ol_ranks(const float* logits, int64_t V, const int64_t* rows, int64_
                      int64_t threads) {
     parallel(count, limit_threads((int)threads, (double)count * V, 262144),
              [&](i64 r) { out[r] = rank_row(logits + rows[r] * V, V, values[r]); });
+}
+
+// ---- calls that are made again, for recording.py: an entry takes its arguments from 64-bit words
+
+template <class A>
+INLINE A from_word(uint64_t word) {
+    A value;
+    if constexpr (std::is_floating_point_v<A>) {
+        const uint32_t bits = (uint32_t)word;
+        memcpy(&value, &bits, 4);
+    } else {
+        memcpy(&value, &word, 8);
+    }
+    return value;
+}
+template <class... A, size_t... I>
+INLINE void call_with(void (*function)(A...), const uint64_t* words, std::index_sequence<I...>) { function(from_word<A>(words[I])...); }
+template <class... A>
+constexpr std::index_sequence_for<A...> kinds_of(void (*)(A...)) { return {}; }
+template <auto Function>
+static void entry(const uint64_t* words) { call_with(Function, words, kinds_of(Function)); }
+
+EXPORT const void* ol_entry(const char* name) {
+#define ENTRY(function) \
+    if (!strcmp(name, #function)) return (const void*)entry<function>;
+    ENTRY(ol_linear) ENTRY(ol_linear_codes) ENTRY(ol_linear_blocks) ENTRY(ol_rms_norm) ENTRY(ol_gate_and_mul) ENTRY(ol_attention) ENTRY(ol_copy_rows)
+#undef ENTRY
+    return nullptr;
+}
+
+// calls: for each the entry, the number of its words, and they.
+EXPORT void ol_replay(const uint64_t* calls, int64_t count) {
+    for (i64 i = 0; i < count; i++, calls += 2 + calls[1]) ((void (*)(const uint64_t*))calls[0])(calls + 2);
 }
 
 // ---- the machine's limits, for bench/cpu.py

@@ -56,6 +56,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_linear_blocks": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_linear_heads": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I, _I]),
     "ol_rms_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _I]),
+    "ol_copy_rows": (None, [_P, _I, _I, _I, _P]),
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),
     "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _I]),
@@ -68,9 +69,16 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),
+    "ol_entry": (_P, [ctypes.c_char_p]),
+    "ol_replay": (None, [_P, _I]),
     "ol_read": (ctypes.c_double, [_P, _I, _I]),
     "ol_fma": (ctypes.c_double, [_I, _I]),
 }
+
+
+def argument_kinds(name: str) -> list[object]:
+    """Types of a kernel's arguments."""
+    return _SIGNATURES[name][1]
 
 
 class Library:
@@ -86,6 +94,9 @@ class Library:
                 function.restype, function.argtypes = result, arguments
         self.lanes: int = self.hold.ol_vector_lanes()
         self.multiplies_bf16: bool = bool(self.hold.ol_multiplies_bf16())
+        # By name: addresses by which `ol_replay` calls a kernel; of those that it can.
+        found = {name: self.hold.ol_entry(name.encode()) for name in _SIGNATURES}
+        self.entries: dict[str, int] = {name: entry for name, entry in found.items() if entry}
         self.has_openmp: bool = self.release.ol_threads(2) == 2
 
     def by_work(self, work: int) -> ctypes.PyDLL | ctypes.CDLL:

@@ -18,6 +18,7 @@ from engine.ops.attention import coded
 
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
+    from engine.ops.recording import Recordings
     from engine.ops.state import States
 
 # A new backend is one file with a class `Backend` and one line here.
@@ -137,9 +138,11 @@ class AttentionBackend(Protocol):
     """Paged attention over pools of num_pages + 1 pages, K and V, per layer that has memory of its own.
 
     states: where layers with a recurrent state find it, for the backend is what they are handed; None where none has.
+    recordings: of steps through its memory; None where they are not to be recorded.
     """
 
     states: States | None
+    recordings: Recordings | None
 
     def release(self) -> None:
         """Give the pools' memory back."""

@@ -18,6 +18,7 @@ from engine.ops import native
 from engine.ops.attention import coded
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence
+from engine.ops.recording import Recordings
 from engine.ops.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -120,6 +121,7 @@ class Backend:
         assert kv_dtype in (None, dtype, torch.int8)
         self.spec = spec
         self.states: States | None = None
+        self.recordings: Recordings | None = Recordings()
         self.page_size = page_size
         self._kv_dtype = kv_dtype or dtype
         self._widths, self._places_of_owners = self._lay_out(groups)
@@ -136,7 +138,8 @@ class Backend:
         self._arrays: list[tuple[np.ndarray, ...]] = []
         # By kind.
         self._steps: list[_Step] = []
-        self._handle: ctypes.PyDLL | ctypes.CDLL | None = None
+        self._library: native.Library | None = None
+        self._work = 0
 
     def _lay_out(self, groups: tuple[MemoryGroup, ...]) -> tuple[list[tuple[int, int]], dict[int, tuple[int, int]]]:
         """Numbers of K and V of a token in every buffer, and the group and the buffer of every layer that has K and V
@@ -147,6 +150,8 @@ class Backend:
 
     def allocate(self) -> None:
         """See AttentionBackend."""
+        if self.recordings is not None:
+            self.recordings.clear()
         cells = self._num_pages + 1, self.page_size
         self.k_pools = [lazy_zeros((*cells, keys), self._kv_dtype) for keys, _ in self._widths]
         self.v_pools = [lazy_zeros((*cells, values), self._kv_dtype) for _, values in self._widths]
@@ -154,6 +159,8 @@ class Backend:
 
     def release(self) -> None:
         """See AttentionBackend."""
+        if self.recordings is not None:
+            self.recordings.clear()
         self.k_pools, self.v_pools = [], []
         self._places = []
 
@@ -189,11 +196,13 @@ class Backend:
         self._metadata = groups
         library, code = native.library(), native.type_code(self._dtype)
         if library is None or code is None or self._largest_group > MAX_GROUP:
-            self._handle = None
+            self._library = None
             return
         self._arrays = [_arrays_of(group) for group in groups]
-        self._steps = [
-            _Step(
+        # Recorded calls have their addresses.
+        self._steps += [_Step() for _ in self._kinds[len(self._steps) :]]
+        for step, kind in zip(self._steps, self._kinds, strict=True):
+            step.__init__(  # type: ignore[misc]
                 *(array.ctypes.data for array in self._arrays[kind.group]),
                 metadata.num_rows,
                 len(metadata.positions),
@@ -211,11 +220,11 @@ class Backend:
                 kind.scale,
                 kind.softcap,
             )
-            for kind in self._kinds
-        ]
         lengths = metadata.qo_indptr[1 : metadata.num_rows + 1] - metadata.qo_indptr[: metadata.num_rows]
         pairs = int(np.dot(lengths.astype(np.int64), metadata.kv_len))
-        self._handle = library.by_work(pairs * self._most_work // 4)
+        self._library, self._work = library, pairs * self._most_work // 4
+        if self.recordings is not None:
+            self.recordings.releases = self._work >= native.HOLD_GIL_BELOW
 
     def forward(
         self,
@@ -230,8 +239,8 @@ class Backend:
         """See AttentionBackend."""
         place = self._places[layer]
         assert place is not None and (sinks is not None) == place.layer.sinks
-        handle = self._handle
-        if handle is None:
+        library = self._library
+        if library is None:
             return self._torch_forward(place, q, k, v, cos_sin, sinks)
         step = self._steps[place.kind]
         tokens, heads, _ = q.shape
@@ -242,7 +251,7 @@ class Backend:
         if v is not None:
             v = _dense_heads(v)
         out = torch.empty((tokens, heads * place.layer.value_dim), dtype=q.dtype)
-        handle.ol_attention(
+        library.by_work(self._work).ol_attention(
             ctypes.addressof(step),
             q.data_ptr(),
             q.stride(0),
