@@ -542,15 +542,15 @@ class Scheduler(Residents):
         return ended
 
     def _distrust_heirs(self) -> list[Sequence]:
-        """Who shares a page that was taken back: its tokens in flight come from there."""
+        """Who shares a page that was taken back: its tokens in flight come from there. Returns those that still run."""
         heirs = [
             sequence
-            for sequence in self._running
+            for sequence in (*self._running, *self._leaving)
             if sequence.pages is not None and not self.kv_cache.is_intact(sequence.pages)
         ]
         for sequence in heirs:
             self._table.live[sequence.slot] = False
-        return heirs
+        return [sequence for sequence in heirs if sequence.status is SequenceStatus.RUNNING]
 
     def jump(self, batch: Batch, row: int, tokens: Iterable[int]) -> int:
         """Append tokens that must follow, where `row` of the newest step in flight would sample the first of them.
