@@ -11,7 +11,7 @@ import pytest
 from engine.scheduling.policy.registry import POLICIES
 from tests.sim import __main__ as command
 from tests.sim.simulator import Report, SimulationError, Simulator, run, simulate
-from tests.sim.workload import Options, calm_options, draw_arrivals, draw_options
+from tests.sim.workload import BUDGETS, Options, calm_options, draw_arrivals, draw_options
 
 SEEDS_PER_TEST = 60
 
@@ -30,9 +30,13 @@ def test_runs(first: int) -> None:
         total.spoiled += report.spoiled
         total.finished += report.finished
         total.jumped_tokens += report.jumped_tokens
+        total.drafts += report.drafts
+        total.right_drafts += report.right_drafts
+        total.cut_by_grammar += report.cut_by_grammar
     # A simulation that never gets into trouble shows nothing.
     assert total.ticks > 10_000 and total.finished > 500
     assert total.jumped_tokens > 500
+    assert total.drafts > 400 and total.right_drafts > 200 and total.cut_by_grammar > 0
     assert total.guilty > 10 and total.spoiled > 10
     assert total.retractions > 20 and total.cached_tokens > 500 and total.failed_steps > 10
 
@@ -68,6 +72,9 @@ def test_what_must_not_change_an_answer(first: int) -> None:
         if options.num_pages >= whole_context:
             assert answers(num_pages=tiny) == answers(num_pages=big) == plain
         assert answers(max_num_batched_tokens=options.max_num_seqs) == plain
+        assert answers(max_draft_tokens=0) == plain
+        for budgets in BUDGETS:
+            assert answers(max_draft_tokens=6, draft_accuracy=0.9, budgets=budgets) == plain
         assert answers(eviction_policy="fifo") == plain
         assert answers(jump_ahead=False) == answers(jump_ahead=True) == plain
         for policy in POLICIES:

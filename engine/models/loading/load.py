@@ -13,6 +13,7 @@ import torch
 
 from engine.config import StartupError
 from engine.models.gguf.reader import is_gguf, open_gguf
+from engine.models.loading.adapted import AdaptedLayers, AdaptedSource
 from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.packed import PackedWeights
 from engine.models.loading.weights import (
@@ -46,18 +47,29 @@ def load_model(
     max_model_len: int | None = None,
     deterministic: bool = False,
     quantisation: str | None = None,
+    max_adapters: int = 0,
 ) -> CausalLM:
     """Build a model and fill it with weights.
 
     load_format: auto reads the safetensors of `directory`; dummy makes random weights from `seed` and reads
     nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
     be used, which sizes the rope tables; None is `spec.context_length`. quantisation: one of schemes/rounding.py, to
-    which weights of layers are rounded as they are read.
+    which weights of layers are rounded as they are read. max_adapters: LoRA adapters that may be in place at once.
     Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
     """
     try:
         return _load(
-            spec, directory, dtype, device, load_format, seed, progress, max_model_len, deterministic, quantisation
+            spec,
+            directory,
+            dtype,
+            device,
+            load_format,
+            seed,
+            progress,
+            max_model_len,
+            deterministic,
+            quantisation,
+            max_adapters,
         )
     except (RuntimeError, MemoryError) as error:
         # torch has no class of its own for a failed allocation on the host, nor for a size beyond 64 bits.
@@ -86,6 +98,7 @@ def _load(
     max_model_len: int | None,
     deterministic: bool,
     quantisation: str | None,
+    max_adapters: int,
 ) -> CausalLM:
     if load_format not in ("auto", "safetensors", "dummy"):
         raise StartupError(f"load format {load_format!r} is not one of auto, safetensors, dummy")
@@ -106,7 +119,12 @@ def _load(
         weights.quantisation = quantisation
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
-        return make_decoder(spec, weights, context)
+        if not max_adapters:
+            return make_decoder(spec, weights, context)
+        layers = AdaptedLayers(spec, max_adapters)
+        model = make_decoder(spec, AdaptedSource(weights, layers), context)
+        model.adapted = layers
+        return model
 
 
 @contextlib.contextmanager
