@@ -7,6 +7,7 @@ matching: the one alone, the other alone, both.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -23,6 +24,7 @@ MAX_COMPARED = 16  # patterns of one object that are compared with each other
 MAX_OVERLAPPING = 5
 MAX_DEPTH = 8
 MAX_LISTING = 400  # characters of a pattern that is asked for its names
+MAX_REPEATED = 4_000  # and of the schemas that are written for each
 # What has many strings, or others for other readers.
 _ESCAPED = re.compile(r"\\[^a-zA-Z0-9]")
 _MANY = re.compile(r"[*+.]|\{[0-9]+,\}|\[\^|\\[a-zA-Z]")
@@ -169,18 +171,23 @@ def with_listed_names(rewriter: Rewriter, schema: dict[str, Any], where: str) ->
     let a free name come twice where several are asked for.
     """
     given, names = schema.get("patternProperties", {}), schema.get("propertyNames")
-    if not rewriter.expand or not isinstance(given, dict) or not rewriter.may_be(schema, "object"):
+    own, asks_for_several = schema.get("properties", {}), schema.get("minProperties", 0) > 1
+    if not rewriter.expand or not isinstance(given, dict) or not isinstance(own, dict):
         return schema
-    own = schema.get("properties", {})
+    if not (given or isinstance(names, dict)) or not rewriter.may_be(schema, "object"):
+        return schema
     listed: dict[str, list[Any]] = {}
     patterns: dict[str, Any] = {}
     for pattern, part in given.items():
         words = _few_words(rewriter, [pattern], [])
-        if words is None or not isinstance(own, dict):
+        if words is not None and not (asks_for_several or own.keys() & set(words)):
+            # Written once for each of them: a large schema stays where nothing is the worse for it.
+            words = words if len(words) * len(json.dumps(part)) < MAX_REPEATED else None
+        if words is None:
             patterns[pattern] = part
         for word in words or ():
             listed.setdefault(word, []).append(part)
-    if listed and isinstance(own, dict):
+    if listed:
         schema = {key: value for key, value in schema.items() if key != "patternProperties"}
         if patterns:
             schema["patternProperties"] = patterns
