@@ -1,6 +1,6 @@
 """Compiles kernels.cpp at first use, loads it through ctypes and hands out its functions.
 
-Called by the ops of this folder, on any thread. No torch headers: one build takes a few seconds and serves every
+Called by the ops of this folder, on any thread. No torch headers: one build, of half a minute, serves every
 torch. Without a compiler (or with ONELOOP_NO_NATIVE=1) `library()` is None and the ops fall back to torch;
 `status()` is the line that the start-up table shows.
 """
@@ -226,6 +226,7 @@ def _compiled(compiler: str, *, openmp: bool) -> Path:
     if target.exists():
         return target
     start = time.perf_counter()
+    logger.info("compiling the CPU kernels, once for this machine: half a minute or more")
     # Concurrent starts each build their own and the last rename wins: all are equal.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         obj, shared = Path(folder) / "kernels.o", Path(folder) / "kernels.so"
