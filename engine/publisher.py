@@ -21,7 +21,8 @@ from engine.metrics import EngineMetrics
 from engine.pace import Pace
 from engine.recorder import Recorder
 from engine.request import FinishReason
-from engine.scheduling.scheduler import Scheduler, StepResult
+from engine.scheduling.batch import StepResult
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import IndexArray
 from engine.stream import TokenLogprob, TokenStream

@@ -23,8 +23,8 @@ from engine.forward import ForwardError, ForwardOutput
 from engine.grammar_masks import GrammarMasks
 from engine.groups import Chunk
 from engine.request import Adapter, FinishReason, Pooling, RequestError
-from engine.scheduling.batch import Batch
-from engine.scheduling.scheduler import Scheduler, StepResult
+from engine.scheduling.batch import Batch, StepResult
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.speculation.budgets import DraftBudgets
 from tests.sim.ordering import CheckedPolicy
