@@ -445,7 +445,7 @@ class KVCache:
             held = locks.pop(node, 0)
             assert node.lock_count == held, f"a node with {held} locks counts {node.lock_count}"
             for part in node.parts:
-                counts = needed.get((node, part.window), {})
+                counts: dict[int, int] = needed.get((node, part.window), {})
                 assert part.locks == counts, f"windows need {counts} of a node, which counts {part.locks}"
         assert not locks, "a sequence holds a node that is not in the tree"
         if self._snapshots is not None:
