@@ -226,15 +226,15 @@ class Publisher:
     def _write(self, listener: Listener, tokens: list[int], now: float, *, hand_over: bool) -> None:
         """Turn a stream's new tokens into text, and hand over what there is."""
         sequence, stream, detokenizer = listener.sequence, listener.stream, listener.detokenizer
-        listener.num_sent += len(tokens)
         logprobs = listener.logprobs
         if logprobs:
             listener.logprobs = []
         text, wanted = _text_of(listener, tokens)
+        listener.num_sent += len(wanted)
         stream.push(text, wanted, logprobs[: len(wanted)])
         if detokenizer.stop_reason is not None:
             self._scheduler.finish(sequence, FinishReason.STOP, detokenizer.stop_reason)
-            sequence.cut(listener.num_sent - len(tokens) + len(wanted))
+            sequence.cut(listener.num_sent)
             self.end(listener)
         elif hand_over and sequence.request.stream:
             listener.flushed_at = self._flushed_at[sequence.slot] = now

@@ -510,6 +510,10 @@ class FakeExecutor:
         assert handle.output is not None
         return handle.output
 
+    def end_of(self, slot: int, row_len: int) -> int:
+        """Tokens of a slot that are computed after its next row, which speculates."""
+        return int(self._last_position[slot]) + min(row_len, 1 + len(self._drafter.held.get(slot, [])))
+
     def pages_of(self, slot: int, num_tokens: int, group: int = 0) -> list[int]:
         """The device's page-table row of a slot, as far as num_tokens tokens reach."""
         width = -(-num_tokens // self.limits.page_size)

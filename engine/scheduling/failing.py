@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine.forward import ForwardError, ForwardOutput, Int32Array
+from engine.forward import ForwardError, Int32Array
 from engine.request import FinishReason
 from engine.scheduling.batch import Batch, StepResult
 from engine.scheduling.residents import Residents
@@ -36,8 +36,11 @@ class Failing(Residents):
         members = [self.sequence_of(slot) for slot in slots.tolist()]
         suspects = [sequence for sequence in members if sequence.suspect_until]
         if all(table.live[one.slot] or one.is_finished for one in suspects):
-            ends = starts + batch.staging.row_len[: batch.num_rows]
+            # Of drafts only the token before them is sure to come again; and none of these brings any from now on.
+            drafting = [batch.is_speculating(row) for row in range(batch.num_rows)]
+            ends = starts + np.where(drafting, 1, batch.staging.row_len[: batch.num_rows])
             for sequence, end in zip(members, ends.tolist(), strict=True):
+                sequence.may_speculate = False
                 if sequence in suspects or not suspects:
                     sequence.suspect_until = max(sequence.suspect_until, end)
             result.finished += self._trials.judge(suspects or members)
@@ -50,13 +53,10 @@ class Failing(Residents):
         self._release_leaving()
         return result
 
-    def _acquit(self, batch: Batch, output: ForwardOutput) -> None:
+    def _acquit(self, batch: Batch) -> None:
         """Suspects that the step has brought past the place where one had failed with them."""
-        lengths, forward = batch.staging.row_len[: batch.num_rows].copy(), batch.forward_input
-        if output.accepted is not None:
-            first = forward.num_decode_rows
-            lengths[first : first + forward.num_speculating_rows] = 1 + output.accepted.num_drafted
-        ends = (self._starts(batch) + lengths).tolist()
+        rows, staging = batch.num_rows, batch.staging
+        ends = (staging.row_start[:rows] + staging.row_len[:rows]).tolist()
         live = [bool(self._table.live[slot]) for slot in batch.slots.tolist()]
         members = map(self.sequence_of, batch.slots.tolist())
         self._trials.succeeded((one, end) for one, end, wanted in zip(members, ends, live, strict=True) if wanted)

@@ -475,7 +475,7 @@ class Scheduler(Failing):
         """Apply a finished step. Steps are committed in the order they were scheduled."""
         self._end_step(batch)
         if self._trials.pending:
-            self._acquit(batch, output)
+            self._acquit(batch)
         table, scratch = self._table, self._scratch
         slots, tokens = batch.slots, output.token_ids
         assert len(tokens) == batch.num_rows, "the executor answered for another number of rows"

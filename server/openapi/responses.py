@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.request import MAX_TOP_LOGPROBS
-from server.openapi.openai import GENERATION, HELLO, OTHER_TOOL, SCHEMA, TEMPLATE, THINKING, TOKEN
+from server.openapi.openai import GENERATION, HELLO, OTHER_TOOL, PREDICTION, SCHEMA, TEMPLATE, THINKING, TOKEN
 from server.openapi.words import (
     ANYTHING,
     NULL,
@@ -116,6 +116,7 @@ _REQUEST: Json = {
     **{name: value for name, value in (GENERATION | THINKING).items() if name not in _PROMPT},
     **{name: value for name, value in refused(CHAT_REFUSALS).items() if name not in _PROMPT},
     **_PROMPT,
+    "prediction": PREDICTION,
     "web_search_options": ANYTHING | {"description": "Changes nothing here."},
     "store": boolean(),
     "background": boolean(),

@@ -127,12 +127,13 @@ class Simulator:
         self.report = Report()
         limits = options.limits
         fail_random = Random(f"failures {seed}")
-        self.broken_steps: set[int] = set()
+        # Of steps that may hold a culprit: who is in them, in the order of their rows.
+        self.members: dict[int, tuple[Batch, list[Sequence]]] = {}
 
         def fail_on(step: int) -> None:
             if fail_random.random() < options.fail_rate:
                 raise ForwardError(f"step {step} fails by lot")
-            if step in self.broken_steps:
+            if step in self.members and self._holds_culprit(*self.members.pop(step)):
                 raise ForwardError(f"step {step} holds a culprit")
 
         self.executor: Any = FakeExecutor(
@@ -249,8 +250,8 @@ class Simulator:
             for sequence in owners.values():
                 assert not sequence.is_finished, f"{sequence} was scheduled after its end"
             gone = {slot: before.get(sequence.pages, []) for slot, sequence in owners.items() if sequence.pages}
-            if self.options.culprit_rate and self._holds_culprit(batch, owners):
-                self.broken_steps.add(batch.forward_input.step)
+            if self.options.culprit_rate:
+                self.members[batch.forward_input.step] = batch, list(owners.values())
             self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners, gone))
             if len(self.in_flight) == 1:
                 self.masks.provide(batch, self.in_flight[0].handle)
@@ -265,11 +266,17 @@ class Simulator:
                 self.masks.provide(self.in_flight[0].batch, self.in_flight[0].handle)
         self.check()
 
-    def _holds_culprit(self, batch: Batch, owners: dict[int, Sequence]) -> bool:
+    def _holds_culprit(self, batch: Batch, members: list[Sequence]) -> bool:
+        """As the step runs: then the device knows how far a row that speculates goes."""
         staging = batch.staging
-        for row, sequence in enumerate(owners.values()):
+        for row, sequence in enumerate(members):
             breaks_at = self.clients[sequence].arrival.breaks_at
-            if breaks_at is not None and staging.row_start[row] + staging.row_len[row] > breaks_at:
+            if breaks_at is None:
+                continue
+            end = staging.row_start[row] + staging.row_len[row]
+            if batch.is_speculating(row):
+                end = self.executor.end_of(int(staging.row_slot[row]), int(staging.row_len[row]))
+            if end > breaks_at:
                 return True
         return False
 
