@@ -261,7 +261,7 @@ MUTANTS = [
         "matches are of an earlier turn", LPM, "peek",
         "if turn != self._ranked_in:", "if not self._ranked:", LONGEST,
     ),
-    Mutant("matches are of another namespace", LPM, "_match_length", "sequence.request.namespace", "'b'", LONGEST),
+    Mutant("matches are of another namespace", LPM, "_match_length", "sequence.request.cache_root", "'b'", LONGEST),
     Mutant(
         "ties go to the newest", LPM, "peek",
         "in reversed(self._queue)", "in self._queue", LONGEST,
@@ -313,7 +313,7 @@ MUTANTS = [
     Mutant("an adapter is not sent", AdapterPlaces, "pin", "self._loads[index] = adapter", "pass", ADAPTERS),
     Mutant(
         "a slot has the wrong index", Scheduler, "_admit",
-        "self.adapters.pin(sequence))", "min(1, self.adapters.pin(sequence)))", ADAPTERS,
+        "self.adapters.pin(sequence)", "min(1, self.adapters.pin(sequence))", ADAPTERS,
     ),
     Mutant("a slot keeps its old index", Batch, "write_sampling", "staging.adapter[count] = adapter", "pass", ADAPTERS),
     Mutant(
