@@ -23,6 +23,7 @@ from engine.config import (
     StartupError,
     StreamOptions,
 )
+from engine.lora import flags as lora
 
 if TYPE_CHECKING:
     from engine.keys import KeyEntry
@@ -323,6 +324,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="how long a streamed token may wait for company; auto (default): not at all while the event loop has time",
     )
 
+    lora.add_flags(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host")
     server.add_argument("--port", type=_port)
@@ -586,6 +588,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 overlap=args.overlap,
             ),
         ),
+        lora=lora.options_from(args),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(
             api_keys=keys,
