@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oneloop.start")
 
-GPU_FLAGS = "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx"
+GPU_FLAGS = "--cuda-graph, --kv-cache-dtype fp8, --kernels, --profile-dir and --nvtx"
 
 # Ordinary words that a vocabulary may have beyond the embedding, as a share of its rows: with more it belongs to
 # another model. Added tokens (a pad that was never trained) may be any number; transformers minds neither.
@@ -119,8 +119,9 @@ def _describe_context(context: int, spec: ModelSpec, trained: int | None, budget
 
 def _pick_device(config: EngineConfig, report: StartupReport) -> str:
     """The GPU where it can be used. One that cannot is told in a row, or ends the start where it was asked for."""
+    asks = config.cuda != CudaOptions() or config.cache.kv_cache_dtype.startswith("fp8")
     if config.device == "cpu":
-        if config.cuda != CudaOptions():
+        if asks:
             raise StartupError(f"{GPU_FLAGS} need a CUDA device; this is a CPU")
         return "cpu"
     import torch
@@ -138,7 +139,7 @@ def _pick_device(config: EngineConfig, report: StartupReport) -> str:
         return "cuda"
     if config.device == "cuda":
         raise StartupError(f"--device cuda: {reason}")
-    if config.cuda != CudaOptions():
+    if asks:
         raise StartupError(f"{GPU_FLAGS} need a CUDA device: {reason}")
     if gpu_probe.driver_version() is not None:
         report.row("GPU", f"not used: {reason}")
@@ -207,6 +208,12 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             f"--max-num-batched-tokens {config.scheduler.max_num_batched_tokens}: {' '.join(str(error).split())}"
         ) from error
     limits = executor.limits
+    if (speculation := config.speculation).method is not None:
+        if not limits.max_draft_tokens:
+            executor.close()
+            raise StartupError(f"speculative decoding ({speculation.method}) is not supported on this device")
+        kind = "as many as pay" if speculation.adaptive else "always"
+        report.row("drafts", f"up to {limits.max_draft_tokens} a row and step, {kind}")
     metrics.set_cache_config(
         block_size=limits.page_size,
         num_gpu_blocks=limits.num_pages,
@@ -266,6 +273,17 @@ def _describe_rope(rope: RopeSpec, native: int, context: int) -> str:
     )
 
 
+def _check_speculation(config: EngineConfig, spec: ModelSpec, device: str) -> None:
+    """Raises StartupError for what no draft can be tried with."""
+    flag = f"speculative decoding ({config.speculation.method})"
+    if spec.bidirectional or spec.headless:
+        raise StartupError(f"{flag}: this model is served without generating text")
+    if spec.has_state:
+        raise StartupError(f"{flag}: this model has a recurrent state, which cannot be taken back from a wrong draft")
+    if device == "cuda":
+        raise StartupError(f"{flag} runs on the CPU alone so far; --device cpu, or start without it")
+
+
 def _build_executor(
     config: EngineConfig, directory: Path, spec: ModelSpec, context: int, report: StartupReport
 ) -> Executor:
@@ -274,6 +292,8 @@ def _build_executor(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch  # noqa: F401
     device = _pick_device(config, report)
+    if config.speculation.method is not None:
+        _check_speculation(config, spec, device)
     rounded = rounded_to(config.model.quantization, spec.quantisation, given=str(directory))
     if rounded is not None:
         if device == "cuda":
@@ -282,7 +302,8 @@ def _build_executor(
             raise StartupError(
                 f"--quantization {rounded} needs safetensors, and {directory} is not read from such files"
             )
-        report.row("quantization", f"{rounded}, 32 weights to a scale, rounded as they are read")
+        scale = "a row" if rounded == "fp8" else "32 weights"
+        report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
     if spec.bidirectional and device == "cuda":
         if config.device == "cuda":
             raise StartupError("--device cuda: models that read a text at once (encoders) run on the CPU so far")

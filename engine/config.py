@@ -25,8 +25,8 @@ class ModelOptions:
 
     path: a directory in HF format, or a hub id. dtype: auto, bfloat16, float16 or float32.
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
-    quantization: int8 or int4, to which weights are rounded as they are read; auto takes them as they are, and so does
-    the name of the checkpoint's own method.
+    quantization: int8, int4 or fp8, to which weights are rounded as they are read; auto takes them as they are, and so
+    does the name of the checkpoint's own method.
     seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
     runner: auto, generate or pooling. pooling: auto, cls, last, max or mean. score_tokens: yes and no. See
@@ -54,13 +54,15 @@ class ModelOptions:
 class CacheOptions:
     """The KV cache. Size: num_pages, else kv_cache_bytes, else memory_fraction of what is free after the weights.
 
-    memory_fraction None means the executor's own sane share.
+    memory_fraction None means the executor's own sane share. kv_cache_dtype: auto (the model's), int8 (on a CPU), fp8
+    or fp8_e4m3 (on a GPU).
     """
 
     page_size: int = 16
     num_pages: int | None = None
     kv_cache_bytes: int | None = None
     memory_fraction: float | None = None
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     eviction_policy: str = "lru"
 
@@ -89,6 +91,35 @@ class SchedulerOptions:
     request_timeout_s: float | None = None
     ttft_slo_s: float | None = None
     max_queue_wait_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationOptions:
+    """Speculative decoding (engine/speculation/): it changes how fast tokens come and never which.
+
+    method: None is off; ngram, suffix, draft_model, eagle3 or mtp. model: of the last three, a directory in HF format
+    or a hub id; mtp takes the served model's own layer where it is None. revision: of a hub id. use_vocabulary_map: the
+    draft model may have another vocabulary. num_draft_tokens: most drafts of one row in one step.
+    draft_sample_method: greedy (the draft's most probable token) or probabilistic (drawn with the target's own noise).
+    prompt_lookup_min, prompt_lookup_max: tokens of a match. suffix_*: see engine/speculation/suffix.py.
+    by_batch_size: (from, to, drafts): most drafts where so many sequences decode; () sets nothing. adaptive: fewer
+    drafts, or none, where they do not pay (engine/speculation/budgets.py); else always as many as are allowed.
+    """
+
+    method: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    use_vocabulary_map: bool = False
+    num_draft_tokens: int = 0
+    draft_sample_method: str = "greedy"
+    prompt_lookup_min: int = 5
+    prompt_lookup_max: int = 5
+    suffix_max_tree_depth: int = 24
+    suffix_max_cached_requests: int = 10_000
+    suffix_max_spec_factor: float = 1.0
+    suffix_min_token_prob: float = 0.1
+    by_batch_size: tuple[tuple[int, int, int], ...] = ()
+    adaptive: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +226,7 @@ class ServerOptions:
     access_log: bool = False
     prices: str | None = None
     otlp_traces_endpoint: str | None = None
+    kv_events: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # Nobody needs the keys themselves any more.
@@ -209,7 +241,7 @@ class ServerOptions:
 
 @dataclass(frozen=True, slots=True)
 class CudaOptions:
-    """cuda_graph: lazy, start or off. kv_cache_dtype: auto, fp8 or fp8_e4m3. profile_dir: where traces go.
+    """cuda_graph: lazy, start or off. profile_dir: where traces go.
 
     kernels: a kit that was built beforehand (executor/cuda_kit.py).
 
@@ -217,7 +249,6 @@ class CudaOptions:
     """
 
     cuda_graph: str = "lazy"
-    kv_cache_dtype: str = "auto"
     kernels: str | None = None
     profile_dir: str | None = None
     nvtx: str = "off"
@@ -235,6 +266,7 @@ class EngineConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     server: ServerOptions = field(default_factory=ServerOptions)

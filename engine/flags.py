@@ -23,6 +23,7 @@ from engine.config import (
     StartupError,
     StreamOptions,
 )
+from engine.draft_flags import add_draft_flags, draft_options
 from engine.lora import flags as lora
 
 if TYPE_CHECKING:
@@ -132,13 +133,18 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _template_kwargs(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object")
+    return value
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    value = _json_object(text)
     if reserved := RESERVED_TEMPLATE_KWARGS.intersection(value):
         raise argparse.ArgumentTypeError(f"'{min(reserved)}' cannot be set")
     return value
@@ -244,12 +250,16 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
     device.add_argument("--num-gpu-blocks-override", dest="num_pages", type=_count, metavar="PAGES")
     device.add_argument("--max-total-tokens", type=_count, metavar="TOKENS", help="size of the KV cache in tokens")
+    device.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "int8", "fp8", "fp8_e4m3"],
+        help="auto: the model's; int8 on a CPU (a scale for each token and head), fp8 on a GPU",
+    )
     device.add_argument("--page-size", "--block-size", dest="page_size", type=_count, metavar="TOKENS")
 
     cuda = parser.add_argument_group("CUDA")
     cuda.add_argument("--cuda-graph", choices=["lazy", "start", "off"], help="when decode graphs are captured")
     cuda.add_argument("--enforce-eager", "--disable-cuda-graph", dest="cuda_graph", action="store_const", const="off")
-    cuda.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "fp8_e4m3"], help="auto: the model's")
     cuda.add_argument(
         "--kernels", metavar="FILE", help="a kit of `python -m engine.kernels build`: FlashInfer compiles nothing here"
     )
@@ -324,7 +334,9 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="how long a streamed token may wait for company; auto (default): not at all while the event loop has time",
     )
 
+    add_draft_flags(parser)
     lora.add_flags(parser)
+
     server = parser.add_argument_group("server")
     server.add_argument("--host")
     server.add_argument("--port", type=_port)
@@ -482,6 +494,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     watching.add_argument(
         "--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there (pip install 'oneloop[otel]')"
     )
+    watching.add_argument(
+        "--kv-events-config",
+        type=_json_object,
+        metavar="JSON",
+        help="publish what the KV cache gains and loses, for routers: vLLM's object (pip install 'oneloop[kv-events]')",
+    )
     return parser
 
 
@@ -571,7 +589,9 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             kv_cache_bytes=kv_bytes,
             memory_fraction=args.memory_fraction,
             **_given(  # type: ignore[arg-type]
-                enable_prefix_caching=args.prefix_caching, eviction_policy=args.eviction_policy
+                kv_cache_dtype=args.kv_cache_dtype,
+                enable_prefix_caching=args.prefix_caching,
+                eviction_policy=args.eviction_policy,
             ),
         ),
         scheduler=SchedulerOptions(
@@ -589,6 +609,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             ),
         ),
         lora=lora.options_from(args),
+        speculation=draft_options(args),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(
             api_keys=keys,
@@ -608,6 +629,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             access_log=args.log_format == "json" if args.access_log is None else args.access_log,
             prices=args.prices,
             otlp_traces_endpoint=args.otlp_traces_endpoint,
+            kv_events=args.kv_events_config,
             web=args.web,
             **_given(  # type: ignore[arg-type]
                 write_timeout_s=args.write_timeout,
@@ -636,7 +658,6 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         cuda=CudaOptions(
             **_given(  # type: ignore[arg-type]
                 cuda_graph=args.cuda_graph,
-                kv_cache_dtype=args.kv_cache_dtype,
                 kernels=args.kernels,
                 profile_dir=args.profile_dir,
                 nvtx=args.nvtx,

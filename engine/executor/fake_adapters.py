@@ -74,6 +74,10 @@ class AdapterTables:
         for index, weights in forward_input.adapter_loads:
             self._numbers[index] = int(weights)
 
+    def number_of(self, slot: int) -> int:
+        """The adapter that a slot's tokens come from now, 0 for none."""
+        return self._numbers.get(int(self._index[slot]), 0)
+
     def keys(self, forward_input: ForwardInput) -> UInt64Array | None:
         """uint64 [tokens]: what the tokens of the step's rows get from the adapters that are there now."""
         if not self._count:

@@ -1,6 +1,6 @@
 """Compiles kernels.cpp at first use, loads it through ctypes and hands out its functions.
 
-Called by the ops of this folder, on any thread. No torch headers: one build takes a few seconds and serves every
+Called by the ops of this folder, on any thread. No torch headers: one build, of half a minute, serves every
 torch. Without a compiler (or with ONELOOP_NO_NATIVE=1) `library()` is None and the ops fall back to torch;
 `status()` is the line that the start-up table shows.
 """
@@ -26,8 +26,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels_packed.h", "kernels_state.h", "kernels_lora.h"))
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in ("kv", "packed", "state", "lora"))
+# GCC sums integers as a tree when left to itself: every product is then a register, and most of them go to the stack.
+FLAGS = (
+    *("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fno-tree-reassoc"),
+    *("-fPIC", "-fvisibility=hidden", "-Wno-psabi"),
+)
 FLOAT32, BFLOAT16 = 0, 1
 # Units of work (elements touched, or multiplications / 8) under which a call keeps the GIL: about 20 us. Giving it up
 # for less invites the event loop to take it, and taking it back then costs up to a switch interval (5 ms).
@@ -42,16 +46,17 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_pack_weight": (None, [_I, _P, _I, _I, _P, _I]),
     "ol_unpack_rows": (None, [_I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear": (None, [_I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I]),
-    "ol_codes_size": (_I, [_I, _I, _I, _I]),
-    "ol_pack_codes": (None, [_I, _I, _P, _P, _P, _I, _I, _P, _I]),
-    "ol_code_rows": (None, [_I, _I, _I, _P, _I, _P, _I, _I, _P, _I]),
-    "ol_linear_codes": (None, [_I, _I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
+    "ol_codes_size": (_I, [_I, _I, _I]),
+    "ol_pack_codes": (None, [_I, _P, _P, _P, _I, _I, _P, _I]),
+    "ol_code_rows": (None, [_I, _I, _P, _I, _P, _I, _I, _P, _I]),
+    "ol_linear_codes": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_packed_blocks": (_I, [_I, _I, _I]),
     "ol_pack_blocks": (_I, [_I, _P, _I, _I, _P, _I]),
     "ol_block_rows": (None, [_I, _I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear_blocks": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_linear_heads": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I, _I]),
     "ol_rms_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _I]),
+    "ol_copy_rows": (None, [_P, _I, _I, _I, _P]),
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),
     "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _I]),
@@ -60,14 +65,20 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_gate": (None, [_I, _P, _I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_gated_norm": (None, [_I, _P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _F, _I, _I]),
     "ol_mxfp4_linear": (None, [_I, _P, _I, _I, _I, _P, _P, _I, _P, _P, _I]),
-    "ol_lora_down": (None, [_I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I]),
-    "ol_lora_up": (None, [_I, _P, _I, _P, _P, _I, _P, _P, _I, _I]),
+    "ol_lora": (None, [_I, _P, _I, _I, _P, _I, _P, _P, _I, _P, _P, _I, _I]),
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),
+    "ol_entry": (_P, [ctypes.c_char_p]),
+    "ol_replay": (None, [_P, _I]),
     "ol_read": (ctypes.c_double, [_P, _I, _I]),
     "ol_fma": (ctypes.c_double, [_I, _I]),
 }
+
+
+def argument_kinds(name: str) -> list[object]:
+    """Types of a kernel's arguments."""
+    return _SIGNATURES[name][1]
 
 
 class Library:
@@ -83,6 +94,9 @@ class Library:
                 function.restype, function.argtypes = result, arguments
         self.lanes: int = self.hold.ol_vector_lanes()
         self.multiplies_bf16: bool = bool(self.hold.ol_multiplies_bf16())
+        # By name: addresses by which `ol_replay` calls a kernel; of those that it can.
+        found = {name: self.hold.ol_entry(name.encode()) for name in _SIGNATURES}
+        self.entries: dict[str, int] = {name: entry for name, entry in found.items() if entry}
         self.has_openmp: bool = self.release.ol_threads(2) == 2
 
     def by_work(self, work: int) -> ctypes.PyDLL | ctypes.CDLL:
@@ -212,6 +226,7 @@ def _compiled(compiler: str, *, openmp: bool) -> Path:
     if target.exists():
         return target
     start = time.perf_counter()
+    logger.info("compiling the CPU kernels, once for this machine: half a minute or more")
     # Concurrent starts each build their own and the last rename wins: all are equal.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         obj, shared = Path(folder) / "kernels.o", Path(folder) / "kernels.so"

@@ -24,7 +24,7 @@ from server.parsers.base import ReasoningFamily, ReasoningState, ReasoningStyle,
 from server.parsers.raw import raw_family
 from server.protocol.body import Body, aside, check_nesting, invalid
 from server.protocol.generation import Plan, make_plan, read_common
-from server.protocol.history import Turn, newest_turn, read_parts, texts_in
+from server.protocol.history import Turn, newest_turn, of_result, read_parts, texts_in
 from server.protocol.ignored import ignore
 from server.protocol.refusals import CHAT_REFUSALS, refuse
 from server.protocol.structure import make_structure
@@ -53,6 +53,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     tools = await aside(body, partial(read_tools, body))
     spec = await aside(body, partial(_read_spec, body, tools, state))
     budget = _read_budget(body, state)
+    prediction = await aside(body, partial(_read_prediction, body))
     refuse(body, CHAT_REFUSALS)
     if body.has("web_search_options"):
         # A hosted tool that nobody forces, as others are among the tools.
@@ -80,7 +81,38 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     plan = make_plan(
         state, common, response_id, [prompt], chat=True, echoes=echoes, structure=structure, reading=reading
     )
+    plan = await _with_prediction(plan, prediction, state)
     return replace(plan, prompt_text=text) if body.boolean("return_prompt_text", False) else plan
+
+
+def _read_prediction(body: Body) -> str | None:
+    """OpenAI's `prediction`: what the answer may repeat."""
+    given = body.raw("prediction")
+    if given is None:
+        return None
+    if not isinstance(given, dict) or given.get("type") != "content":
+        raise invalid("prediction", 'must be an object with the type "content"')
+    content = given.get("content")
+    if isinstance(content, list) and content:
+        for index, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise invalid(f"prediction.content[{index}]", "must be a part of type text")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise invalid("prediction.content", "must be a string or a list of text parts")
+    return content
+
+
+async def _with_prediction(plan: Plan, prediction: str | None, state: State) -> Plan:
+    """Drafts are tried, and never change the answer: where the server tries none it is a hint to nobody."""
+    if prediction is None:
+        return plan
+    tokens: tuple[int, ...] = ()
+    limits = state.engine.limits
+    if limits.max_draft_tokens and plan.requests[0].speculate:
+        ids = await state.tokenizer.encode_async(prediction, add_special_tokens=False)
+        tokens = tuple(token for token in ids if token < limits.vocab_size)[: limits.max_model_len]
+    return replace(plan, requests=[replace(request, prediction=tokens) for request in plan.requests])
 
 
 def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:
@@ -252,7 +284,9 @@ def _read_message(message: Any, where: str, newest: bool) -> dict[str, Any]:
         found = [_read_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
         read["tool_calls"] = [call for call in found if call is not None]
     content = message.get("content")
-    if role == "assistant" and isinstance(content, list):
+    if read["role"] == "tool":
+        content = of_result(content)
+    if role == "assistant":
         content = _read_thoughts(content, read)
     if content is None and role == "assistant" and isinstance(message.get("refusal"), str):
         # What the assistant would not say, it said.
@@ -265,20 +299,27 @@ def _read_message(message: Any, where: str, newest: bool) -> dict[str, Any]:
     return read
 
 
-def _read_thoughts(content: list[Any], read: dict[str, Any]) -> list[Any]:
-    """The parts of an answer that are its text. Thoughts, as Mistral's API writes them, become the reasoning;
-    its calls over again, as frameworks keep them for Anthropic's API, are dropped."""
+def _read_thoughts(content: Any, read: dict[str, Any]) -> Any:
+    """The parts of an answer that are its text. Thoughts, as Mistral's API writes them, become the reasoning, as do
+    those that gateways keep beside the content; its calls over again, as frameworks keep them for Anthropic's API, are
+    dropped."""
+    beside = (read.get(name) for name in ("reasoning_details", "thinking_blocks"))
+    kept = next((parts for parts in beside if isinstance(parts, list)), [])
+    thoughts = [text for part in kept if isinstance(part, dict) for text in _thoughts_of(part)]
     rest: list[Any] = []
-    thoughts: list[str] = []
-    for part in content:
+    for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("thinking", "reasoning"):
-            thoughts += texts_in([part.get(name) for name in ("thinking", "reasoning", "text", "summary", "content")])
+            thoughts += [] if kept else _thoughts_of(part)
         elif not (kind in ("tool_use", "tool_call", "function_call") and read.get("tool_calls")):
             rest.append(part)
     if thoughts and read.get("reasoning_content") is None and read.get("reasoning") is None:
         read["reasoning_content"] = read["reasoning"] = "".join(thoughts)
-    return rest
+    return rest if isinstance(content, list) else content
+
+
+def _thoughts_of(part: dict[str, Any]) -> list[str]:
+    return texts_in([part.get(name) for name in ("thinking", "reasoning", "text", "summary", "content")])
 
 
 def _read_content(content: Any, where: str, newest: bool) -> str | list[dict[str, str]]:

@@ -13,18 +13,22 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+import numpy as np
+
 from engine.clock import ManualClock
-from engine.config import CacheOptions, SchedulerOptions
+from engine.config import CacheOptions, SchedulerOptions, SpeculationOptions
 from engine.executor.fake import FakeExecutor, FakeHandle, expected_logprob, poison_staging
 from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
 from engine.forward import ForwardError, ForwardOutput
+from engine.grammar_masks import GrammarMasks
 from engine.groups import Chunk
 from engine.request import Adapter, FinishReason, Pooling, RequestError
-from engine.scheduling.batch import Batch
-from engine.scheduling.scheduler import Scheduler, StepResult
+from engine.scheduling.batch import Batch, StepResult
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceStatus
+from engine.speculation.budgets import DraftBudgets
 from tests.sim.ordering import CheckedPolicy
-from tests.sim.workload import EOS, Arrival, Options, Runs, draw_arrivals, draw_options
+from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
 
 
 class SimulationError(AssertionError):
@@ -40,6 +44,8 @@ class Client:
     delivered: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     vector: tuple[float, ...] | None = None
+    # Of its answer, tokens that its constraint has seen.
+    num_accepted: int = 0
     # The client's side ended it (abort, stop string): the rest of the answer is not owed.
     ended_early: bool = False
 
@@ -70,8 +76,48 @@ class Report:
     guilty: int = 0
     spoiled: int = 0
     jumped_tokens: int = 0
+    drafts: int = 0
+    right_drafts: int = 0
+    cut_by_grammar: int = 0
     finished: int = 0
     answers: dict[str, tuple[tuple[int, ...], str, object]] = field(default_factory=dict)
+
+
+class RandomBudgets:
+    """Any number of drafts, drawn anew for each row and step."""
+
+    def __init__(self, seed: int, most: int) -> None:
+        self._random, self._most = Random(f"budgets {seed}"), most
+
+    def begin(self, slot: int) -> None:
+        pass
+
+    def plan(self, slots: Any) -> Any:
+        return np.array([max(0, self._random.randint(-1, self._most)) for _ in slots], np.int32)
+
+    def observe(self, slots: Any, num_drafted: Any, num_accepted: Any) -> None:
+        assert (num_accepted <= num_drafted).all() and (num_drafted <= self._most).all()
+
+    def took(self, num_tokens: int, seconds: float) -> None:
+        assert num_tokens > 0 and seconds >= 0.0
+
+
+class Delivery:
+    """What GrammarMasks knows of a Publisher."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+
+    def jumped(self, client: Client, count: int) -> None:
+        self._simulator.report.jumped_tokens += count
+        for token in client.sequence.output_token_ids[len(client.delivered) :]:
+            self._simulator.deliver(client, token)
+
+    def end(self, client: Client) -> None:
+        self._simulator.end(client)
+
+    def break_off(self, client: Client, domain: str, sentence: str) -> None:
+        raise
 
 
 class Simulator:
@@ -95,6 +141,7 @@ class Simulator:
             fail_on=fail_on if options.fail_rate or options.culprit_rate else None,
             random=Random(f"device {seed}"),
             eagerness=options.eagerness,
+            draft_accuracy=options.draft_accuracy,
         )
         if options.spoil_rate:
             faults = [Fault(kind, options.spoil_rate) for kind in ("nan", "corrupt")]
@@ -123,7 +170,10 @@ class Simulator:
             self.executor.staging,
             self.clock,
             (EOS,),
+            self._budgets(seed),
         )
+        delivery: Any = Delivery(self)
+        self.masks = GrammarMasks(self.scheduler, self.executor, delivery)
         # Answers are short here.
         self.scheduler.snapshot_pages = 1
         policy = self.scheduler._policy
@@ -139,6 +189,12 @@ class Simulator:
         # Who got a token from the step that is being committed.
         self.delivered_now: list[Sequence] = []
 
+    def _budgets(self, seed: int) -> Any:
+        limits = self.options.limits
+        if self.options.budgets == "random":
+            return RandomBudgets(seed, limits.max_draft_tokens)
+        return DraftBudgets(limits, SpeculationOptions()) if self.options.budgets == "adaptive" else None
+
     # ---- phases
 
     def run(self) -> Report:
@@ -148,6 +204,12 @@ class Simulator:
         assert not self.arrivals
         self._finish_all()
         self.report.finished = len(self.clients)
+        if (speculation := self.scheduler.speculation) is not None:
+            self.report.drafts, self.report.right_drafts = (
+                speculation.num_draft_tokens,
+                speculation.num_accepted_tokens,
+            )
+            assert speculation.accepted_by_position.sum() == speculation.num_accepted_tokens
         return self.report
 
     def _finish_all(self) -> None:
@@ -191,7 +253,7 @@ class Simulator:
                 self.broken_steps.add(batch.forward_input.step)
             self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners, gone))
             if len(self.in_flight) == 1:
-                self._provide_masks(self.in_flight[0])
+                self.masks.provide(batch, self.in_flight[0].handle)
             if leaving:
                 self._leave()
         if not self.in_flight:
@@ -200,7 +262,7 @@ class Simulator:
         elif len(self.in_flight) >= depth or batch is None:
             self._commit(self.in_flight.popleft())
             if self.in_flight:
-                self._provide_masks(self.in_flight[0])
+                self.masks.provide(self.in_flight[0].batch, self.in_flight[0].handle)
         self.check()
 
     def _holds_culprit(self, batch: Batch, owners: dict[int, Sequence]) -> bool:
@@ -222,7 +284,7 @@ class Simulator:
                 assert not arrival.accepted, f"{arrival.request.request_id} was refused"
                 continue
             assert arrival.accepted, f"{arrival.request.request_id} can never fit, but was accepted"
-            self.clients[sequence] = self.open[sequence] = Client(arrival, sequence)
+            self.clients[sequence] = self.open[sequence] = sequence.listener = Client(arrival, sequence)
             self._reload(arrival.request.adapter)
 
     def _reload(self, adapter: Adapter | None) -> None:
@@ -250,7 +312,7 @@ class Simulator:
         self.scheduler.abort(client.sequence)
         if client in self.open.values():
             client.ended_early = True
-            self._end(client)
+            self.end(client)
             assert client.finish_reason is FinishReason.ABORT
         assert before in (None, client.sequence.finish_reason), "an abort changed how a sequence had ended"
 
@@ -275,7 +337,7 @@ class Simulator:
                 assert guilty or self.options.fail_rate, f"{client.name} ended for a step that another broke"
                 client.ended_early = True
                 self.report.guilty += 1
-                self._end(client)
+                self.end(client)
         else:
             self._check_namespaces(launched)
             foreign = [row for row, token in enumerate(output.token_ids.tolist()) if token >= self.options.vocab_size]
@@ -287,9 +349,15 @@ class Simulator:
             tokens = dict(zip(launched.batch.slots.tolist(), output.token_ids.tolist(), strict=True))
             result = scheduler.commit(launched.batch, output)
             self.delivered_now = []
-            for slot, token in zip(result.slots.tolist(), result.token_ids.tolist(), strict=True):
-                assert tokens[slot] == token, "a token changed its row"
-                self._deliver(self.clients[owners[slot]], token)
+            counts = [1] * len(result.slots) if result.counts is None else result.counts.tolist()
+            assert sum(counts) == result.num_new == len(result.gaps)
+            for slot, token, count in zip(result.slots.tolist(), result.token_ids.tolist(), counts, strict=True):
+                client = self.clients[owners[slot]]
+                new = owners[slot].output_token_ids[len(client.delivered) :]
+                assert new[-1] == token and len(new) == count, "a token changed its row"
+                assert token == tokens[slot] or result.counts is not None
+                for one in new[: (client.arrival.stop_after or 10**9) - len(client.delivered)]:
+                    self.deliver(client, one)
             self._check_logprobs(result, output)
             for sequence, place in result.pooled:
                 assert sequence in owners.values() and self.clients[sequence].vector is None
@@ -301,8 +369,14 @@ class Simulator:
                     assert sequence in [owners[slot] for slot in spoiled], f"{client.name} ended for another's row"
                     self.report.spoiled += 1
                     client.ended_early = True
-                self._end(client)
+                elif len(client.delivered) == client.arrival.stop_after:
+                    self._stop(client)
+                    continue
+                self.end(client)
             self._stop_by_string(owners)
+            self.report.cut_by_grammar += len(result.cut)
+            self.masks.settle(result.cut)
+            assert all(sequence.is_finished for sequence in result.cut)
         for slot, counts in launched.gone.items():
             for group, count in enumerate(counts):
                 named = self.executor.pages_of(slot, count * self.options.page_size, group)
@@ -310,45 +384,23 @@ class Simulator:
         if self.options.poison:
             poison_staging(launched.batch.staging)
 
-    def _provide_masks(self, launched: Launched) -> None:
-        """What the Engine does for the only step in flight."""
-        batch = launched.batch
-        masks = batch.forward_input.masks
-        if masks is None:
-            return
-        for bits, (row, sequence) in zip(masks.bits, batch.constrained, strict=True):
-            runs, client = sequence.request.constraint, self.clients[sequence]
-            assert isinstance(runs, Runs)
-            bits.fill(0xFFFFFFFF)
-            if sequence.is_finished:
-                continue
-            for token in client.delivered[runs.num_seen :]:
-                runs.accept(token)
-            if not runs.is_finished:
-                runs.mask_into(bits)
-                count = self.scheduler.jump(batch, row, runs.forced_tokens())
-                self.report.jumped_tokens += count
-                for token in sequence.output_token_ids[runs.num_seen :]:
-                    self._deliver(client, token)
-                    runs.accept(token)
-            if runs.is_finished and not sequence.is_finished:
-                self.scheduler.finish(sequence, FinishReason.STOP, None)
-            if sequence.is_finished:
-                self._end(client)
-        masks.release()
-        self.executor.provide_masks(launched.handle)
-
     def _check_logprobs(self, result: StepResult, output: ForwardOutput) -> None:
         """Each token whose log-probability was asked for has one, and it is that token's."""
-        asked = {sequence for sequence in self.delivered_now if sequence.request.sampling.logprobs is not None}
-        assert len(result.logprobs) == len(asked)
-        for sequence, index in result.logprobs:
-            asked.remove(sequence)
+        new = Counter(one for one in self.delivered_now if one.request.sampling.logprobs is not None)
+        place = {sequence: len(self.clients[sequence].delivered) - count for sequence, count in new.items()}
+        for sequence, index, token in result.logprobs:
             assert output.logprobs is not None
             client = self.clients[sequence]
-            position = sequence.num_prompt_tokens + len(client.delivered) - 1
-            expected = expected_logprob(client.delivered[-1], position)
+            at = place[sequence]
+            place[sequence] += 1
+            if at >= len(client.delivered):  # beyond the stop string
+                assert client.arrival.stop_after == len(client.delivered)
+                continue
+            assert client.delivered[at] == token
+            expected = expected_logprob(token, sequence.num_prompt_tokens + at)
             assert output.logprobs.token_logprobs[index] == expected, f"{client.name}: another one's log-probability"
+            new[sequence] -= 1
+        assert not any(new.values()), "a token without its log-probability"
 
     def _stop_by_string(self, owners: dict[int, Sequence]) -> None:
         """What the Engine does when the text of a sequence meets a stop string."""
@@ -359,11 +411,20 @@ class Simulator:
             stop_after = client.arrival.stop_after
             assert stop_after is None or len(client.delivered) <= stop_after, f"{client.name}: past its stop string"
             if stop_after is not None and len(client.delivered) == stop_after:
-                self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
-                client.ended_early = True
-                self._end(client)
+                self._stop(client)
 
-    def _deliver(self, client: Client, token: int) -> None:
+    def _stop(self, client: Client) -> None:
+        """Its text has met a stop string; what came with the step behind it is nobody's."""
+        sequence = client.sequence
+        end = sequence.num_prompt_tokens + len(client.delivered)
+        self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
+        if end < sequence.num_tokens:
+            sequence.cut(end)
+            sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, "stop string"
+        client.ended_early = True
+        self.end(client)
+
+    def deliver(self, client: Client, token: int) -> None:
         index = len(client.delivered)
         assert client.finish_reason is None, f"{client.name}: token {token} after the end"
         expected = client.arrival.tokens
@@ -374,7 +435,7 @@ class Simulator:
         client.delivered.append(token)
         self.delivered_now.append(client.sequence)
 
-    def _end(self, client: Client) -> None:
+    def end(self, client: Client) -> None:
         """The terminal event of a client."""
         sequence = client.sequence
         assert client.finish_reason is None, f"{client.name}: a second terminal event"
@@ -445,7 +506,10 @@ class Simulator:
             assert known <= sequence.max_length and computed < sequence.max_length
             assert computed <= pages.num_pages * self.options.page_size, f"{sequence} outgrew its pages"
             if status is SequenceStatus.RUNNING:
-                assert computed <= known + len(self.in_flight), f"{sequence} runs ahead of its tokens"
+                most = len(self.in_flight) * (1 + int(table.max_drafts[slot]))
+                assert computed <= known + most, f"{sequence} runs ahead of its tokens"
+                if not self.in_flight:
+                    assert computed <= known, f"{sequence}: rejected drafts count as computed"
         assert running == scheduler.num_running
         self._check_adapters(live)
         waiting = tokens = 0
@@ -457,7 +521,6 @@ class Simulator:
                 assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
         assert tokens == scheduler.num_waiting_tokens, "waiting tokens were counted wrongly"
         assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
-
 
     def _check_adapters(self, live: List[Sequence]) -> None:
         """Who holds a slot pins its adapter's index, and nobody else does. No index is lost."""

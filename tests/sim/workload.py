@@ -6,6 +6,7 @@ must bring before anything has run.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -21,6 +22,7 @@ from engine.request import Adapter, FinishReason, Pooling, Request, SamplingPara
 from engine.scheduling.policy.registry import POLICIES
 
 EOS = 0
+BUDGETS = ["all", "random", "adaptive"]
 
 # Of the memory groups. Most models have one; a full one beside windows is next.
 WINDOWS: list[tuple[int | None, ...]] = [
@@ -68,6 +70,10 @@ class Options:
     num_snapshots: int | None
     culprit_rate: float = 0.0
     spoil_rate: float = 0.0
+    # Most drafts of a row, how many of them are right, and who says how many there are: BUDGETS.
+    max_draft_tokens: int = 0
+    draft_accuracy: float = 0.5
+    budgets: str = "all"
     max_adapters: int = 0
     adapter_rate: float = 0.0
     reload_rate: float = 0.0
@@ -83,6 +89,8 @@ class Options:
             vocab_size=self.vocab_size,
             groups=tuple(MemoryGroup(window) for window in self.windows),
             num_snapshots=self.num_snapshots,
+            # A recurrent state cannot be taken back.
+            max_draft_tokens=self.max_draft_tokens if self.num_snapshots is None else 0,
             max_adapters=self.max_adapters,
         )
 
@@ -140,6 +148,9 @@ class Runs:
     def forced_tokens(self) -> list[int]:
         rest = itertools.count(self.num_seen)
         return list(itertools.takewhile(lambda token: token is not None, map(self.token_at, rest)))  # type: ignore[arg-type]
+
+    def copy(self) -> Runs:
+        return copy.copy(self)
 
     def mask_into(self, mask: Any) -> None:
         token = self.token_at(self.num_seen)
@@ -250,6 +261,9 @@ def draw_options(seed: int) -> Options:
         num_snapshots=random.choice([None, None, None, None, 0, 1, 3, 20]),
         spoil_rate=0.0 if calm else Random(f"spoils {seed}").choice([0.0, 0.0, 0.02, 0.1]),
         culprit_rate=0.0 if calm else Random(f"culprits {seed}").choice([0.0, 0.0, 0.02, 0.1]),
+        max_draft_tokens=Random(f"drafts {seed}").choice([0, 0, 1, 2, 3, 5, 12]),
+        draft_accuracy=Random(f"accuracy {seed}").choice([0.0, 0.5, 0.8, 0.95, 1.0]),
+        budgets=Random(f"budgets {seed}").choice(BUDGETS),
         max_adapters=adapters.choice([0, 0, 0, 1, 2, 3]),
         adapter_rate=adapters.choice([0.3, 0.8, 1.0]),
         reload_rate=adapters.choice([0.0, 0.05, 0.2]),
@@ -276,6 +290,7 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
     # Of its own, so that a policy changes the order of a workload and nothing else.
     whose = Random(f"whose {seed}")
     breaks = Random(f"breaks {seed}")
+    speculates = Random(f"speculates {seed}")
     adapters = Adapters(seed)
     longest = options.max_model_len - 1
     systems = [
@@ -309,6 +324,8 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                 constraint=_draw_runs(random, options),
                 priority=whose.choice([-3, 0, 0, 0, 7]),
                 fairness_key=whose.choice(["", "", "a", "b"]),
+                speculate=speculates.random() < 0.9,
+                max_draft_tokens=speculates.choice([None, None, None, 0, 1, 4]),
                 adapter=adapters.draw(options),
             )
             if random.random() < options.pool_rate:

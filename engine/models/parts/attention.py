@@ -18,7 +18,7 @@ from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.attention.device import HeadNorms, StepAttention
 from engine.ops.linear import Product
-from engine.ops.norm import Normed
+from engine.ops.norm import Normed, as_rows
 from engine.ops.recurrence import sigmoid_gate
 from engine.ops.rope import apply_rope
 
@@ -32,10 +32,19 @@ def query_factors(scale: QueryScale, positions: Tensor) -> Tensor:
 class Attention:
     """Fused projection to q, k and v, norms on q and k where the family has them, rope, attention, projection.
 
-    layer: its number, by which the backend knows it. prefix: of its tensors.
+    layer: its number, by which the backend knows it. prefix: of its tensors. input_size: of what it reads, where that
+    is not the hidden size.
     """
 
-    def __init__(self, spec: GroupedQueryAttention, source: Source, layer: int, prefix: str, hidden_size: int) -> None:
+    def __init__(
+        self,
+        spec: GroupedQueryAttention,
+        source: Source,
+        layer: int,
+        prefix: str,
+        hidden_size: int,
+        input_size: int | None = None,
+    ) -> None:
         dim, heads, value_dim = spec.head_dim, spec.num_heads, spec.value_dim or spec.head_dim
         kv_heads = spec.num_kv_heads if spec.reads is None else 0
         self._layer = layer
@@ -63,7 +72,7 @@ class Attention:
         self._qkv = source.linear(
             [prefix + name for name in spec.qkv],
             rows if len(spec.qkv) == len(rows) else [sum(rows)],
-            hidden_size,
+            input_size or hidden_size,
             bias=spec.qkv_bias,
             order=order,
         )
@@ -108,7 +117,7 @@ class Attention:
             qkv = torch.cat((q, rest), 1)
         q, k, v = self._split_heads(qkv)
         if self._v_norm is not None and v is not None:
-            v = self._v_norm(v.reshape(-1, self._value_dim)).view(v.shape)
+            v = self._v_norm(as_rows(v, self._value_dim)).view(v.shape)
         if self._value_scale != 1.0 and v is not None:
             v = v * self._value_scale
         if self._head_norms is not None and isinstance(attention, StepAttention):
@@ -119,9 +128,9 @@ class Attention:
             table = None
         q_width, k_width = self._norm_widths
         if self._q_norm is not None:
-            q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
+            q = self._q_norm(as_rows(q, q_width)).view(q.shape)
         if self._k_norm is not None and k is not None:
-            k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
+            k = self._k_norm(as_rows(k, k_width)).view(k.shape)
         if self._query_scale is not None:
             q = q * query_factors(self._query_scale, positions).to(q.dtype)[:, :, None]
         y = attention.forward(self._layer, q, k, v, table, sinks=self._sinks)

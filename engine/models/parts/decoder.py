@@ -35,6 +35,7 @@ from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec
+from engine.ops import native
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.lora import Branch, Rows
@@ -276,6 +277,12 @@ class Decoder:
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
+        # For a draft model that reads them: the stream of residuals before these layers (the number of layers: behind
+        # the last), as the last step had it [T, hidden_size].
+        self.aux_layers: tuple[int, ...] = ()
+        self.aux: list[Tensor] = []
+        weights = sum(linear.out_features * linear.in_features for linear in self.linears)
+        self._heavy = weights // 8 >= native.HOLD_GIL_BELOW
         self.adapted: Adapted | None = None
 
     def forward(
@@ -303,14 +310,26 @@ class Decoder:
         if self._embedding_norm is not None:
             residual = self._embedding_norm(residual)
         own = None if self._own_inputs is None else self._own_inputs(token_ids, residual)
-        return self._through_layers(residual, own, positions, attention)
+        adapted = self.adapted is not None and self.adapted.rows.any
+        if attention.recordings is None or own is not None or adapted or self.aux_layers:
+            return self._through_layers(residual, own, positions, attention)
+
+        def layers(x: Tensor) -> Tensor:
+            return plain(self._through_layers(x, None, positions, attention))
+
+        return attention.recordings.run(self, residual, layers, releases=self._heavy)
 
     def _through_layers(
         self, residual: Tensor, own: Tensor | None, positions: Tensor, attention: AttentionBackend
     ) -> Tensor | Normed:
         """The embedding [T, hidden], whose memory is written over, and the layers' own inputs."""
         x = self._layers[0].input_norm.later(residual)
-        for layer, table, following in self._steps:
+        wanted = self.aux_layers
+        if wanted:
+            self.aux = []
+        for index, (layer, table, following) in enumerate(self._steps):
+            if index in wanted:
+                self.aux.append(residual.clone())
             if layer.parallel:
                 assert layer.mlp is not None
                 beside = x if layer.beside_norm is None else layer.beside_norm.later(residual)
@@ -342,7 +361,13 @@ class Decoder:
             else:
                 residual = layer.end(residual.add_(computed(y)), own)
                 x = following.later(residual)
+        if len(self._layers) in wanted:
+            self.aux.append(residual.clone())
         return x
+
+    def embedded(self, token_ids: Tensor) -> Tensor:
+        """int32 [T] -> [T, hidden_size]: rows of the embedding, as they are."""
+        return self._embedding.rows(token_ids)
 
     def name_layers(self, range_of: RangeOf) -> None:
         """See CausalLM. Costs nothing until it is called."""
