@@ -156,6 +156,8 @@ def test_every_route_that_reads_a_body_is_in_the_tables_of_malformed_ones() -> N
         "/v2/rerank",
         # In test_rendering.py.
         "/web/api/render",
+        # In test_adapters.py.
+        *("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/load_lora_adapter", "/unload_lora_adapter"),
     }
 
 
