@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from engine.config import CudaOptions, EngineConfig, StartupError
+from engine.config import CudaOptions, EngineConfig, LoraOptions, StartupError
 from engine.engine import Engine
 from engine.executor.faults import FaultyExecutor, parse_faults
+from engine.lora.store import AdapterStore
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities, read_abilities
 from engine.models.generation import GenerationDefaults
@@ -194,6 +195,10 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             report.row("faults", f"by plan: {config.debug_faults}")
         rng = None if options.seed is None else random.Random(options.seed)
         engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics, rng=rng)
+        if engine.adapters is not None:
+            with report.phase("adapters"):
+                engine.adapters.load_modules()
+            report.row("adapters", _describe_adapters(config.lora, engine.adapters))
         if config.cuda.nvtx != "off":
             cuda_executor: Any = executor  # elsewhere the flag is refused
             engine.name_stages(cuda_executor.layer.range)
@@ -239,6 +244,18 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     if options.generation_config != "auto":
         defaults = GenerationDefaults(eos_token_ids=defaults.eos_token_ids)
     return Built(engine, directory, names, spec, defaults, chat_template, report, abilities)
+
+
+def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:
+    """What of LoRA there is, and where more comes from."""
+    loaded = len(store.entries)
+    parts = [
+        f"{loaded} loaded" if loaded else "none loaded yet",
+        f"{options.max_loras} in one step, of rank {options.max_lora_rank} at most",
+        f"{store.max_resident} in host memory",
+        "no others" if options.root is None else f"others from {options.root}",
+    ]
+    return ", ".join(parts)
 
 
 def _describe_rope(rope: RopeSpec, native: int, context: int) -> str:

@@ -21,6 +21,7 @@ from engine.executor.base import Executor, StepHandle
 from engine.forward import DeviceLostError, ForwardError
 from engine.grammar_masks import GrammarMasks
 from engine.inspection import Inspection
+from engine.lora.store import AdapterStore
 from engine.metrics import EngineMetrics, EngineStats, Rates
 from engine.pace import LoopWatch, Pace
 from engine.publisher import NO_TEXT, Listener, Publisher
@@ -95,6 +96,14 @@ class Engine(Resting):
         self.stalled = False
         self.recorder = Recorder(self._on_watched)
         self.inspection = Inspection(scheduler, publisher)
+        if config.lora.enable and executor.limits.max_adapters:
+            self.adapters = AdapterStore(
+                config.lora,
+                executor.read_adapter,
+                scheduler.adapters,
+                in_use=publisher.has_adapter,
+                unused=publisher.adapter_unused,
+            )
 
     # ---- the door
 

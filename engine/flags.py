@@ -24,6 +24,7 @@ from engine.config import (
     StreamOptions,
 )
 from engine.draft_flags import add_draft_flags, draft_options
+from engine.lora import flags as lora
 
 if TYPE_CHECKING:
     from engine.keys import KeyEntry
@@ -334,6 +335,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
 
     add_draft_flags(parser)
+    lora.add_flags(parser)
 
     server = parser.add_argument_group("server")
     server.add_argument("--host")
@@ -606,6 +608,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 overlap=args.overlap,
             ),
         ),
+        lora=lora.options_from(args),
         speculation=draft_options(args),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(

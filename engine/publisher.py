@@ -109,6 +109,8 @@ class Publisher:
         # Requests whose end somebody waits for.
         self._awaited: set[str] = set()
         self._awaited_ended: asyncio.Event = asyncio.Event()
+        # By version of an adapter that somebody waits to be unused: one of its requests has ended.
+        self._ended_of: dict[int, asyncio.Event] = {}
 
     def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
         listener = Listener(sequence, stream, detokenizer)
@@ -122,6 +124,17 @@ class Publisher:
         self._awaited = set(self.listeners)
         self._awaited_ended.clear()
         await self._awaited_ended.wait()
+
+    def has_adapter(self, version: int) -> bool:
+        """Whether a request that has not ended is for this version of an adapter."""
+        adapters = (listener.sequence.request.adapter for listener in self.listeners.values())
+        return any(adapter is not None and adapter.version == version for adapter in adapters)
+
+    async def adapter_unused(self, version: int) -> None:
+        """Wait until no request is for this version of an adapter; nobody may come with it any more."""
+        while self.has_adapter(version):
+            ended = self._ended_of.setdefault(version, asyncio.Event())
+            await ended.wait()
 
     def jumped(self, listener: Listener, count: int) -> None:
         """A grammar forced `count` tokens on a request; they are published with the next step."""
@@ -253,6 +266,9 @@ class Publisher:
             self._awaited.discard(request_id)
             if not self._awaited:
                 self._awaited_ended.set()
+        adapter = sequence.request.adapter
+        if adapter is not None and adapter.version in self._ended_of:
+            self._ended_of.pop(adapter.version).set()
         reason = sequence.finish_reason
         assert reason is not None
         stream.num_cached_tokens, stream.draft_counts = sequence.num_cached_tokens, sequence.draft_counts

@@ -14,6 +14,7 @@ from typing import Any
 
 from engine.clock import Clock
 from engine.executor.base import Executor
+from engine.lora.store import AdapterStore
 from engine.publisher import Publisher
 from engine.request import RequestError, UnavailableError
 from engine.scheduling.scheduler import Scheduler
@@ -35,6 +36,7 @@ class Resting(ABC):
         self.is_paused = False
         self.sleep_level = 0
         self.weight_version = "default"
+        self.adapters: AdapterStore | None = None
         self._loading = False
         self._weights_directory: Path | None = None  # where others than the first came from
         # Whether nothing is scheduled, and whether the loop has come to rest over it.
@@ -118,6 +120,8 @@ class Resting(ABC):
             await asyncio.to_thread(self.executor.load_weights, directory)
             self._weights_directory = directory
             self.weight_version = version or self.weight_version
+            if self.adapters is not None:
+                self.adapters.base_changed()
         finally:
             self._loading = False
             self._settle()

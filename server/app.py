@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import errno
 import functools
 import importlib
@@ -35,6 +36,7 @@ from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
 from server import endpoints, kv_events
 from server.accounts import Accounts, PriceList
+from server.adapters import prepare
 from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
 from server.endpoints import abort, health, web_api
@@ -45,6 +47,7 @@ from server.keyring import Key, Keyring
 from server.kv_events import KVEvents
 from server.memory import MemoryWatch
 from server.parsers.registry import choose_parsers
+from server.protocol.body import PREPARE
 from server.protocol.errors import OWN_SHAPE, ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
 from server.protocol.ignored import HEADER as IGNORED_HEADER
@@ -105,6 +108,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web.Application:
     """All routes, under `options.root_path` as well where it is set (some proxies strip it and some do not)."""
+    model = dataclasses.replace(model, adapters=engine.adapters)
     app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(_CONNECTION))
     template = model.chat_template
     tool_family, reasoning_family = choose_parsers(
@@ -136,6 +140,7 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
         spans=None if options.otlp_traces_endpoint is None else Spans(options.otlp_traces_endpoint, model.names[0]),
         kv_events=_publish_kv_events(engine, options),
     )
+    app[PREPARE] = functools.partial(prepare, app[STATE])
     journal = None
     if options.resume_journal is not None:
         journal = Journal(Path(options.resume_journal), options.response_store_size)

@@ -22,6 +22,7 @@ from aiohttp import web
 from engine.request import RequestError
 from engine.stream import Delta, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
+from server.adapters import prepare
 from server.answers.responses import ResponsesAnswer
 from server.journal import Begun, Journal
 from server.protocol.body import Body
@@ -189,6 +190,7 @@ class Jobs:
             try:
                 if begun.owner and key is None:
                     raise RequestError("The key of this response is gone.")
+                await prepare(state, Body(begun.body))
                 await self._start(state, Body(begun.body), begun.id, (begun.id,), begun.created)
             except RequestError as error:
                 logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)

@@ -15,6 +15,7 @@ from aiohttp import web
 
 from engine.config import ServerOptions
 from engine.engine import Engine
+from engine.lora.store import AdapterStore
 from engine.models.abilities import Abilities
 from engine.models.generation import GenerationDefaults
 from engine.models.spec import ModelSpec
@@ -52,6 +53,7 @@ class ServedModel:
 
     names: what clients may call it; the first is its own. any_name: they may call it anything. created: Unix seconds.
     server_info: resolved options and the like, for /server_info. stored: None for one that is as its config.json says.
+    adapters: of the engine, None where it takes none.
     """
 
     names: tuple[str, ...]
@@ -64,6 +66,7 @@ class ServedModel:
     abilities: Abilities = field(default_factory=Abilities)
     any_name: bool = False
     stored: Stored | None = None
+    adapters: AdapterStore | None = None
 
     @property
     def checkpoint(self) -> Stored:

@@ -247,7 +247,7 @@ class Batch:
                     slot=sequence.slot,
                     history=np.array(sequence.token_ids, np.int32),
                     prediction=None if prediction is None else np.array(prediction, np.int32),
-                    namespace=sequence.request.namespace,
+                    namespace=sequence.request.cache_root,
                 )
             )
         if params.has_extras:

@@ -6,6 +6,7 @@ import datetime
 
 from aiohttp import web
 
+from server.adapters import adapter_name
 from server.protocol.body import Body, invalid
 from server.protocol.errors import json_response
 from server.protocol.generation import unknown_model
@@ -20,8 +21,8 @@ _MAX_LISTED = 1000
 async def list_models(request: web.Request) -> web.Response:
     model = request.app[STATE].model
     if not _asks_anthropic(request):
-        return json_response({"object": "list", "data": [_card(model, name) for name in model.names]})
-    names, has_more = _page(request, list(model.names))
+        return json_response({"object": "list", "data": [_card(model, name) for name in _names(model)]})
+    names, has_more = _page(request, _names(model))
     return json_response(
         {
             "data": [_anthropic_card(model, name) for name in names],
@@ -30,6 +31,12 @@ async def list_models(request: web.Request) -> web.Response:
             "last_id": names[-1] if names else None,
         }
     )
+
+
+def _names(model: ServedModel) -> list[str]:
+    """The model's, and its adapters'."""
+    adapters = [] if model.adapters is None else [entry.name for entry in model.adapters.entries]
+    return [*model.names, *adapters]
 
 
 def _page(request: web.Request, names: list[str]) -> tuple[list[str], bool]:
@@ -55,7 +62,7 @@ def _page(request: web.Request, names: list[str]) -> tuple[list[str], bool]:
 
 async def get_model(request: web.Request) -> web.Response:
     model, name = request.app[STATE].model, request.match_info["id"].rstrip("/")
-    if not model.knows(name):
+    if not model.knows(name) and adapter_name(name, model) is None:
         raise unknown_model(name, model)
     return json_response((_anthropic_card if _asks_anthropic(request) else _card)(model, name))
 
@@ -80,15 +87,16 @@ def _anthropic_card(model: ServedModel, name: str) -> dict[str, object]:
 def _card(model: ServedModel, name: str) -> dict[str, object]:
     """The context's length under every name that clients look for it: vLLM's, OpenRouter's, LM Studio's, Anthropic's,
     llama.cpp's."""
-    context = model.max_model_len
+    context, adapter = model.max_model_len, adapter_name(name, model)
+    entry = model.adapters.find(adapter) if model.adapters is not None and adapter is not None else None
     return {
         "id": name,
         "object": "model",
-        "created": model.created,
+        "created": model.created if entry is None else entry.loaded_at,
         # Routers pick their mode by this word; it is ours and nobody else's.
         "owned_by": "oneloop",
-        "root": model.names[0],
-        "parent": None,
+        "root": model.names[0] if entry is None else str(entry.path),
+        "parent": None if adapter is None else model.names[0] if entry is None else entry.base or model.names[0],
         "max_model_len": context,
         "context_length": context,
         "max_context_length": context,

@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from engine.resting import PAUSE_MODES
-from server.openapi.words import Json, array, boolean, constant, either, get, gives, integer, post, string, takes
+from server.openapi.words import (
+    Json,
+    array,
+    boolean,
+    constant,
+    either,
+    get,
+    gives,
+    integer,
+    mapping,
+    post,
+    string,
+    takes,
+)
 
 _ID = string(least=1, about="Of a response, its X-Request-Id, or its `rid`.")
 _IDS = either(_ID, array(_ID))
@@ -11,6 +24,18 @@ _IDS = either(_ID, array(_ID))
 SCHEMAS: Json = {
     "Done": gives({"success": constant(True)}, {"message": string(), "file": string()}),
     "AbortRequest": takes({}, {"rid": _IDS, "request_ids": _IDS, "abort_all": boolean()}, "One of the three."),
+    "LoadAdapterRequest": takes(
+        {"lora_name": string(least=1, most=128), "lora_path": string("Under --lora-root.", least=1, most=4096)},
+        {"load_inplace": boolean("A name that is taken gets these weights."), "pinned": boolean("It keeps its place.")},
+    ),
+    "UnloadAdapterRequest": takes({"lora_name": string(least=1, most=128)}),
+    "LoadedAdapters": gives(
+        {
+            "success": boolean(),
+            "error_message": either(string(), {"type": "null"}),
+            "loaded_adapters": mapping(string("Where it is."), "By name."),
+        }
+    ),
     "WeightsRequest": takes(
         {"model_path": string("A directory on the server's machine.", least=1, most=4096)},
         {
@@ -29,6 +54,7 @@ _ABORT = post(
     gives({"success": constant(True), "num_aborted": integer(0)}),
     examples=({"rid": "cmpl-1"}, {"request_ids": ["cmpl-1"], "abort_all": True}),
 )
+_LINE: Json = {"text/plain": {"schema": string("One line.")}}
 _MODE: Json = {"mode": constant(*PAUSE_MODES, about="What becomes of requests that are there.")}
 
 PATHS: Json = {
@@ -52,6 +78,29 @@ PATHS: Json = {
         "WeightsRequest",
         gives({"success": constant(True), "message": string(), "num_paused_requests": constant(0)}),
         examples=({"model_path": "."},),
+    ),
+    "/v1/load_lora_adapter": post(
+        "Give a LoRA adapter a name (vLLM).",
+        "LoadAdapterRequest",
+        None,
+        streamed=_LINE,
+        examples=({"lora_name": "tuned", "lora_path": "tuned"},),
+    ),
+    "/v1/unload_lora_adapter": post(
+        "Take the name away, and wait for its requests (vLLM).",
+        "UnloadAdapterRequest",
+        None,
+        streamed=_LINE,
+        examples=({"lora_name": "tuned"},),
+    ),
+    "/load_lora_adapter": post(
+        "The same (SGLang).",
+        "LoadAdapterRequest",
+        "LoadedAdapters",
+        examples=({"lora_name": "tuned", "lora_path": "tuned"},),
+    ),
+    "/unload_lora_adapter": post(
+        "The same (SGLang).", "UnloadAdapterRequest", "LoadedAdapters", examples=({"lora_name": "tuned"},)
     ),
     "/start_profile": post("Record what the device does (CUDA, --profile-dir).", None, "Done"),
     "/stop_profile": post("Write the trace.", None, "Done"),

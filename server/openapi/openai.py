@@ -130,6 +130,7 @@ SAMPLING: Json = {
 MODEL: Json = {"model": string("A name of /v1/models; the served model without it.")}
 TERMS: Json = {
     "cache_salt": string(least=1, most=MAX_SALT_LENGTH, about="Prefixes are shared among equal salts only."),
+    "lora_path": string("The name of a LoRA adapter, as SGLang names them; `model` may do it, too."),
     "priority": integer(-MAX_PRIORITY, MAX_PRIORITY, "Lower is earlier. Not 0 only under --schedule-policy priority."),
     "user": string("Whose share of the server it is, under --schedule-policy fair."),
     "timeout": number(0, MAX_TIMEOUT_S, "Seconds; goes before the header X-Request-Timeout.", above=True),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import zlib
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -37,6 +37,11 @@ _NO_LIMIT = 2**63
 _GZIP = (31,)
 # "deflate" is zlib by the RFC, and the bare stream by some clients.
 _DEFLATE = (15, -15)
+
+
+Prepare = Callable[["Body"], Awaitable[None]]
+# What a body may need before it can be read: see server/adapters.py.
+PREPARE: web.AppKey[Prepare] = web.AppKey("prepare")
 
 
 class Body:
@@ -165,10 +170,11 @@ def check_nesting(name: str, value: Any) -> None:
     raise invalid(name, f"is nested more than {MAX_NESTING} deep")
 
 
-async def read_body(request: web.Request, *, any_type: bool = False) -> Body:
+async def read_body(request: web.Request, *, any_type: bool = False, prepares: bool = True) -> Body:
     """Read, inflate and parse the JSON object that the client sends. Raises RequestError (400, 408, 413, 415).
 
     any_type: of families whose clients do not say that it is JSON. The gate keeps foreign pages from sending it so.
+    prepares: it may be for a LoRA adapter, which is had before it is read.
     """
     if request.content_type != "application/json" and not any_type:
         raise ApiError(415, "The content type must be application/json.")
@@ -194,6 +200,8 @@ async def read_body(request: web.Request, *, any_type: bool = False) -> Body:
     for name in REFUSED_EVERYWHERE:
         if body.has(name):
             raise invalid(name, "is for servers that prefill for others, or decode for them; this one does both")
+    if prepares:
+        await request.app[PREPARE](body)
     return body
 
 

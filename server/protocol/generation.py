@@ -15,6 +15,7 @@ from engine.request import (
     MAX_STOP_STRINGS,
     MAX_TOP_LOGPROBS,
     RANGES,
+    Adapter,
     Request,
     RequestError,
     SamplingParams,
@@ -22,6 +23,7 @@ from engine.request import (
     normalised,
 )
 from engine.text.tokenizer import Tokenizer
+from server.adapters import MAX_NAMES, adapter_name, chosen, may_call
 from server.messages import Reading
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.errors import ApiError
@@ -86,6 +88,7 @@ class Terms:
     fairness_key: str
     timeout_s: float | None
     weight: float = 1.0
+    adapter: Adapter | None = None
     speculate: bool = True
     max_draft_tokens: int | None = None
 
@@ -100,6 +103,7 @@ class Terms:
             fairness_key=self.fairness_key,
             timeout_s=self.timeout_s,
             weight=self.weight,
+            adapter=self.adapter,
             speculate=self.speculate,
             max_draft_tokens=self.max_draft_tokens,
             **others,
@@ -129,15 +133,16 @@ class Common:
 def read_model(body: Body, model: ServedModel) -> str:
     """The name that the client uses; the served one where it gives none. Raises the 404 for an unknown one."""
     name = body.string("model", model.names[0])
-    owner = CALLER.get().owner
-    models = None if owner is None or owner.entry is None else owner.entry.models
-    if not model.knows(name) or (models is not None and name not in models):
+    adapter = adapter_name(name, model)
+    if not (adapter is not None or model.knows(name)) or not may_call(adapter or name):
         raise unknown_model(name, model)
     return name
 
 
 def unknown_model(name: str, model: ServedModel) -> ApiError:
     served = ", ".join(f"`{one}`" for one in model.names)
+    if model.adapters is not None and (adapters := model.adapters.names(MAX_NAMES)):
+        served += f" and the LoRA adapters {adapters}"
     message = f"The model `{name[:128]}` does not exist; this server has {served}."
     return ApiError(404, message, param="model", code="model_not_found")
 
@@ -201,10 +206,13 @@ def read_terms(body: Body, state: State) -> Terms:
     entry = None if caller.owner is None else caller.owner.entry
     # Shares are between keys where the file tells them apart: a flood under many users' names is one key's.
     user = "" if entry is not None else body.string("user", "")[:MAX_USER_LENGTH]
+    adapter = chosen(body, state)
+    whose = f"{user}:{adapter.name}" if adapter is not None and entry is None else user
     return Terms(
         namespace=_read_namespace(body, state),
         priority=_read_priority(body, state),
-        fairness_key=f"{caller.key}:{user}",
+        fairness_key=f"{caller.key}:{whose}",
+        adapter=adapter,
         weight=1.0 if entry is None else entry.weight,
         timeout_s=body.number("timeout", caller.timeout_s, 0, MAX_TIMEOUT_S, above=True),
     )

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.request import MAX_TOP_LOGPROBS, ContextLengthExceededError, Request, RequestError
+from server.adapters import adapter_name
 from server.protocol.body import Body, invalid
 from server.protocol.chat import is_begun, is_last_of_assistant, parse_chat
 from server.protocol.completions import parse_completion
@@ -95,7 +96,8 @@ def read_name(body: Body, model: ServedModel) -> tuple[str, str]:
     """The model's name as the client writes it, and as it is served: `name:latest` is `name`. Raises the 404."""
     given = body.string("model", None) or body.string("name", None) or model.names[0]
     name = given.removesuffix(":latest") if given not in model.names else given
-    return given, read_model(Body({"model": name if name in model.names else given}), model)
+    served = name in model.names or adapter_name(name, model) is not None
+    return given, read_model(Body({"model": name if served else given}), model)
 
 
 async def parse(body: Body, state: State, response_id: str, *, chat: bool) -> Plan | None:

@@ -47,7 +47,6 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "vllm_xargs": ({},),
     "kv_transfer_params": (),
     "ec_transfer_params": (),
-    "lora_path": (),
     "return_token_offsets": (False,),
     "return_hidden_states": (False,),
     "return_routed_experts": (False,),
@@ -78,7 +77,6 @@ _POOLING_REFUSALS: dict[str, tuple[object, ...]] = {
     "softmax": (),
     "activation": (),
     "mm_processor_kwargs": ({},),
-    "lora_path": (),
     "rid": (),
 }
 
@@ -95,7 +93,6 @@ SCORE_REFUSALS = _POOLING_REFUSALS | {"truncate_prompt_tokens": ()}
 
 CLASSIFIER_REFUSALS: dict[str, tuple[object, ...]] = {
     "mm_processor_kwargs": ({},),
-    "lora_path": (),
     "rid": (),
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.request import MAX_TOP_LOGPROBS, Request
+from server.adapters import adapter_name
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.completions import MAX_PROMPTS, parse_completion
 from server.protocol.generation import Plan, check_count
@@ -117,6 +118,8 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
     for index, prompt in enumerate(prompts):
         fields = {"prompt": prompt, "stream": stream, **each.at(EACH, index)}
         fields |= _read_params(params[index])
+        if isinstance(given := body.raw("model"), str) and adapter_name(given, state.model) is not None:
+            fields["model"] = given
         own = Body(each.at(("return_logprob", "top_logprobs_num", "logprob_start_len"), index))
         wants_logprobs = own.boolean("return_logprob", False)
         top = own.integer("top_logprobs_num", 0, 0, MAX_TOP_LOGPROBS)

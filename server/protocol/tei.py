@@ -122,7 +122,7 @@ def _read_cut(body: Body) -> int | None:
 
 def _with_terms(body: Body, fields: dict[str, Any]) -> Body:
     """The body of another route, with what any may say beside its fields."""
-    beside = {name: body.raw(name) for name in ("cache_salt", "priority", "timeout", "user")}
+    beside = {name: body.raw(name) for name in ("cache_salt", "lora_path", "priority", "timeout", "user")}
     return Body(fields | beside, body.size)
 
 

@@ -19,7 +19,7 @@ import openai
 from aiohttp import web
 
 import engine.demo
-from engine.config import CacheOptions, EngineConfig, SchedulerOptions, ServerOptions, StreamOptions
+from engine.config import CacheOptions, EngineConfig, LoraOptions, SchedulerOptions, ServerOptions, StreamOptions
 from engine.engine import Engine
 from engine.executor.base import StepHandle
 from engine.executor.fake import FAKE_WIDTH, FakeExecutor, FakeModel
@@ -196,6 +196,7 @@ async def live(
     fail_on: Callable[[int], None] | None = None,
     make_device: Callable[[Limits], Any] | None = None,
     words: Tokenizer | None = None,
+    lora: LoraOptions | None = None,
     **options: Any,
 ) -> AsyncIterator[Live]:
     """A server on a free port. make_device: an executor instead of the fake one. words: a tokenizer instead of the demo
@@ -208,6 +209,7 @@ async def live(
         page_size=16,
         num_pages=num_pages,
         vocab_size=tokenizer().vocab_size,
+        max_adapters=0 if lora is None else lora.max_loras,
     )
     server_options = ServerOptions(**{"port": 0, "drain_timeout_s": 1.0, "weights_root": "/", **options})
     config = EngineConfig(
@@ -215,6 +217,7 @@ async def live(
         cache=CacheOptions(page_size=16, num_pages=num_pages),
         stream=StreamOptions(flush_interval_ms=0.0),
         server=server_options,
+        lora=lora or LoraOptions(),
     )
     eos = tokenizer().eos_token_ids
     if make_device is not None:
@@ -223,6 +226,8 @@ async def live(
         device = Device(limits, FakeModel(limits.vocab_size, eos[0], eos_rate), step_seconds, fail_on=fail_on)
     metrics = EngineMetrics(model_name="demo", max_model_len=model.max_model_len)
     engine_ = Engine(config, device, words or tokenizer(), eos_token_ids=eos if words is None else (), metrics=metrics)
+    if engine_.adapters is not None:
+        engine_.adapters.load_modules()
     loop = asyncio.get_running_loop()
     bound: asyncio.Future[int] = loop.create_future()
     stop = asyncio.Event()

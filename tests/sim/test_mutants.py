@@ -373,7 +373,8 @@ MUTANTS = [
     ),
     Mutant(
         "suspects ignore places", Scheduler, "_admit",
-        "if not self.adapters.has_room(sequence.request.adapter):", "if False:", ADAPTERS | {"fail_rate": 0.1},
+        "if not self.adapters.has_room(sequence.request.adapter):", "if False:",
+        FAILURES | {"max_adapters": 1, "adapter_rate": 0.9, "reload_rate": 0.2},
     ),
     # Failures.
     Mutant(
