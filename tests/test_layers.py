@@ -54,6 +54,8 @@ ALLOWED = {
         "engine.ops",
     },
     "engine.executor": {"engine.models", "engine.ops", "engine.report"},
+    # What takes a device's place where several processes share a model.
+    "engine.distributed": {"engine.executor", "engine.models", "engine.ops", "engine.report"},
     "engine.admission": {"engine.scheduling"},
     "engine.pace": set(),
     "engine.publisher": {"engine.pace", "engine.scheduling", "engine.text"},
@@ -97,6 +99,9 @@ ALLOWED = {
 TORCH_ALLOWED = (
     "engine.build",
     "engine.kernels",
+    "engine.distributed.leader",
+    "engine.distributed.rank",
+    "engine.distributed.start",
     "engine.executor.cpu",
     "engine.executor.cuda",
     "engine.executor.pooling",

@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels_packed.h", "kernels_state.h"))
+INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels_packed.h", "kernels_state.h", "kernels_ranks.h"))
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
 FLOAT32, BFLOAT16 = 0, 1
 # Units of work (elements touched, or multiplications / 8) under which a call keeps the GIL: about 20 us. Giving it up
@@ -63,6 +63,12 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),
+    "ol_word_post": (None, [_P, _I]),
+    "ol_word_wait": (_I, [_P, _I, _P, _I, _I]),
+    "ol_ranks_end": (None, [_P]),
+    "ol_ranks_arrive": (None, [_P]),
+    "ol_ranks_meet": (_I, [_P, _I, _I]),
+    "ol_ranks_sum": (_I, [_P, _I, _P, _P, _I, _I, _P, _I, _I]),
     "ol_read": (ctypes.c_double, [_P, _I, _I]),
     "ol_fma": (ctypes.c_double, [_I, _I]),
 }

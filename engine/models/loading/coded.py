@@ -6,6 +6,7 @@ Used at start, on the loading thread.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -106,8 +107,12 @@ class CodedWeights(CheckpointWeights):
             return self._codes_of(name, stored.quantised, begin, end)
         kind = BY_NAME[stored.dtype]
         row = columns // kind.elements * kind.size
-        at, size = stored.begin + begin * row, (end - begin) * row
-        blocks = np.frombuffer(self._files.get(stored.file, stored.end), np.uint8, size, at).reshape(-1, kind.size)
+        stride = stored.stride or row
+        at = stored.begin + begin * stride
+        size = (end - begin - 1) * stride + row
+        mapped: Any = self._files.get(stored.file, stored.end)
+        rows: Any = np.ndarray((end - begin, row), np.uint8, mapped, at, (stride, 1))
+        blocks = rows.reshape(-1, kind.size)
         try:
             codes, scale, low = split(stored.dtype, blocks)
         except ValueError as problem:

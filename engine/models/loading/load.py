@@ -15,6 +15,7 @@ from engine.config import StartupError
 from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.packed import PackedWeights
+from engine.models.loading.slices import Group, SlicedWeights, plan_of
 from engine.models.loading.weights import (
     DummyWeights,
     ShapeRecorder,
@@ -46,18 +47,29 @@ def load_model(
     max_model_len: int | None = None,
     deterministic: bool = False,
     quantisation: str | None = None,
+    group: Group | None = None,
 ) -> CausalLM:
     """Build a model and fill it with weights.
 
     load_format: auto reads the safetensors of `directory`; dummy makes random weights from `seed` and reads
     nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
     be used, which sizes the rope tables; None is `spec.context_length`. quantisation: one of schemes/rounding.py, to
-    which weights of layers are rounded as they are read.
+    which weights of layers are rounded as they are read. group: of the ranks, of which this is one.
     Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
     """
     try:
         return _load(
-            spec, directory, dtype, device, load_format, seed, progress, max_model_len, deterministic, quantisation
+            spec,
+            directory,
+            dtype,
+            device,
+            load_format,
+            seed,
+            progress,
+            max_model_len,
+            deterministic,
+            quantisation,
+            group,
         )
     except (RuntimeError, MemoryError) as error:
         # torch has no class of its own for a failed allocation on the host, nor for a size beyond 64 bits.
@@ -86,6 +98,7 @@ def _load(
     max_model_len: int | None,
     deterministic: bool,
     quantisation: str | None,
+    group: Group | None,
 ) -> CausalLM:
     if load_format not in ("auto", "safetensors", "dummy"):
         raise StartupError(f"load format {load_format!r} is not one of auto, safetensors, dummy")
@@ -106,6 +119,9 @@ def _load(
         weights.quantisation = quantisation
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
+        if group is not None:
+            plan = plan_of(spec, group.rank, group.size)
+            return make_decoder(plan.spec, SlicedWeights(weights, plan, group, recorder.shapes), context)
         return make_decoder(spec, weights, context)
 
 

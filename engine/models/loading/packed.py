@@ -137,7 +137,8 @@ class PackedWeights(CodedWeights):
         linear = PackedLinear(block, len(places), columns, dtype, bias, activation)
         width = columns // BY_NAME[block].elements * BY_NAME[block].size
         bases = np.array([self._address(each) for each in stored])
-        addresses = torch.from_numpy(bases[places[:, 0]] + places[:, 1] * width)
+        strides = np.array([each.stride or width for each in stored])
+        addresses = torch.from_numpy(bases[places[:, 0]] + places[:, 1] * strides[places[:, 0]])
         step = PackedLinear.piece_rows(max(1, PIECE_BYTES // width))
         for first in range(0, len(places), step):
             piece = places[first : first + step]
@@ -149,8 +150,9 @@ class PackedWeights(CodedWeights):
                 )
             for tensor in np.unique(piece[:, 0]):
                 whole = piece[piece[:, 0] == tensor, 1]
-                begin = stored[tensor].begin + int(whole.min()) * width
-                self._let_go(stored[tensor], begin, min(begin + len(whole) * width, stored[tensor].end))
+                stride = int(strides[tensor])
+                begin = stored[tensor].begin + int(whole.min()) * stride
+                self._let_go(stored[tensor], begin, min(begin + len(whole) * stride, stored[tensor].end))
         return linear
 
     def _address(self, stored: StoredTensor) -> int:
