@@ -18,7 +18,7 @@ from engine.forward import Limits
 FORWARD, LOGITS, COMMAND = 1, 2, 3
 HEADER = 16
 # Bytes of a message that any model's are given.
-LEAST_BYTES = 1 << 20
+LEAST_BYTES = 2 << 20
 
 Bytes = npt.NDArray[np.uint8]
 Int32 = npt.NDArray[np.int32]

@@ -15,6 +15,18 @@ from engine.ops.linear import Linear
 from engine.ops.norm import Normed, plain
 from engine.ops.ranks import Ranks
 
+# Rows of the vocabulary are divided in multiples of this, where there are enough: whole panels of the kernels' weights.
+VOCABULARY_STEP = 64
+
+
+def share_of(count: int, rank: int, size: int) -> tuple[int, int]:
+    """Rows [first, last) of a vocabulary that a rank has; the last one's may be fewer, or none."""
+    each = -(-count // size)
+    whole = -(-each // VOCABULARY_STEP) * VOCABULARY_STEP
+    if whole * (size - 1) < count:
+        each = whole
+    return min(rank * each, count), min((rank + 1) * each, count)
+
 
 class _Shared(Linear):
     """Stands for a whole layer; `own` is this rank's part."""
@@ -70,10 +82,12 @@ class SharedOutput(SharedEmbedding):
     def __init__(self, own: Linear, first: int, count: int, ranks: Ranks, ask: Ask) -> None:
         super().__init__(own, first, count, ranks)
         self._ask = ask
-        each = -(-count // (ranks.size * 64)) * 64
-        self._counts = [min((rank + 1) * each, count) - min(rank * each, count) for rank in range(ranks.size)]
-        assert self._counts[ranks.rank] == own.out_features
-        self._most = max(1, ranks.layout.logits // (each * own.dtype.itemsize))
+        shares = [share_of(count, rank, ranks.size) for rank in range(ranks.size)]
+        self._counts = [last - begin for begin, last in shares]
+        assert shares[ranks.rank] == (first, first + own.out_features)
+        # Both what is asked and what is answered must have room.
+        most = ranks.layout.logits // (self._counts[0] * own.dtype.itemsize)
+        self._most = max(1, min(most, ranks.layout.message // (own.in_features * own.dtype.itemsize) - 1))
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[R, in_features] -> [R, out_features] of the same dtype, in rank 0."""
@@ -95,6 +109,8 @@ class SharedOutput(SharedEmbedding):
         own = self.own(x)
         self._section(self._ranks.rank, len(x)).copy_(own)
         self._ranks.arrive()
+        # Nobody begins the next sum while another is in the one before.
+        self._ranks.meet()
 
     def _section(self, rank: int, rows: int) -> Tensor:
         count = self._counts[rank]

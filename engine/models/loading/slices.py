@@ -23,10 +23,9 @@ from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import PREFIX
 from engine.models.spec import Dense, DenseAndExperts, Experts, FeedForward, LayerSpec, ModelSpec, Ungated, share
 from engine.ops.linear import Linear
+from engine.ops.parallel import share_of
 
 FLAG = "--tensor-parallel-size"
-# Rows of the vocabulary are divided in multiples of this, which whole panels of the kernels' weights are.
-VOCABULARY_STEP = 64
 
 
 class Group(Protocol):
@@ -92,9 +91,8 @@ class _Planner:
             for index, layer in enumerate(spec.layers)
         ]
         self.plan.spec = dataclasses.replace(spec, layers=share(layers))
-        step = -(-spec.vocab_size // (size * VOCABULARY_STEP)) * VOCABULARY_STEP
-        self.plan.vocabulary = (min(rank * step, spec.vocab_size), min((rank + 1) * step, spec.vocab_size))
-        if (size - 1) * step >= spec.vocab_size:
+        self.plan.vocabulary = share_of(spec.vocab_size, rank, size)
+        if share_of(spec.vocab_size, size - 1, size)[0] >= spec.vocab_size:
             self._fail(f"a vocabulary of {spec.vocab_size} tokens is too small to be divided")
 
     def _fail(self, why: str) -> Any:
