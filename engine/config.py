@@ -92,6 +92,65 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculationOptions:
+    """Speculative decoding (engine/speculation/): it changes how fast tokens come and never which.
+
+    method: None is off; ngram, suffix, draft_model, eagle3 or mtp. model: of the last three, a directory in HF format
+    or a hub id; mtp takes the served model's own layer where it is None. revision: of a hub id. use_vocabulary_map: the
+    draft model may have another vocabulary. num_draft_tokens: most drafts of one row in one step.
+    draft_sample_method: greedy (the draft's most probable token) or probabilistic (drawn with the target's own noise).
+    prompt_lookup_min, prompt_lookup_max: tokens of a match. suffix_*: see engine/speculation/suffix.py.
+    by_batch_size: (from, to, drafts): most drafts where so many sequences decode; () sets nothing. adaptive: fewer
+    drafts, or none, where they do not pay (engine/scheduling/budgets.py); else always as many as are allowed.
+    """
+
+    method: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    use_vocabulary_map: bool = False
+    num_draft_tokens: int = 0
+    draft_sample_method: str = "greedy"
+    prompt_lookup_min: int = 5
+    prompt_lookup_max: int = 5
+    suffix_max_tree_depth: int = 24
+    suffix_max_cached_requests: int = 10_000
+    suffix_max_spec_factor: float = 1.0
+    suffix_min_token_prob: float = 0.1
+    by_batch_size: tuple[tuple[int, int, int], ...] = ()
+    adaptive: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class LoraModule:
+    """An adapter that is there from the start. pinned: see AdapterStore. base: the model that it says it is of."""
+
+    name: str
+    path: str
+    pinned: bool = False
+    base: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraOptions:
+    """LoRA adapters. enable: the model takes any. max_loras: of as many in one step. max_lora_rank: the highest.
+
+    max_cpu_loras: as many have their weights in host memory, and those that take part in steps count; None for
+    max(max_loras, 32). Others are read again when somebody asks for them. max_loaded: names that are known at once.
+    root: the only directory that clients may load from, and where a name that is not known is looked for.
+    unload: an adapter that is in use waits for its requests (wait), or is not unloaded (refuse).
+    """
+
+    enable: bool = False
+    max_loras: int = 8
+    max_lora_rank: int = 64
+    max_cpu_loras: int | None = None
+    max_loaded: int = 10_000
+    modules: tuple[LoraModule, ...] = ()
+    root: str | None = None
+    unload: str = "wait"
+
+
+@dataclass(frozen=True, slots=True)
 class StreamOptions:
     """flush_interval_ms: how long a streamed token may wait for company; first and last tokens never wait.
 
@@ -165,6 +224,7 @@ class ServerOptions:
     access_log: bool = False
     prices: str | None = None
     otlp_traces_endpoint: str | None = None
+    kv_events: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         # Nobody needs the keys themselves any more.
@@ -206,6 +266,8 @@ class EngineConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
+    lora: LoraOptions = field(default_factory=LoraOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     cuda: CudaOptions = field(default_factory=CudaOptions)

@@ -260,7 +260,7 @@ class Engine(Resting):
         tokens = sum(sequence.num_tokens for sequence in waiting)
         cache = self.scheduler.kv_cache
         return tokens - sum(
-            cache.match_length(sequence.matchable_ids, sequence.request.namespace)
+            cache.match_length(sequence.matchable_ids, sequence.request.cache_root)
             for sequence in waiting[:MAX_LOOKED_UP]
         )
 
@@ -323,8 +323,10 @@ class Engine(Resting):
                         result = scheduler.commit(done, output)
                         if stages is not None:
                             stages.committed()
-                        # First, for a grammar may end its request in the next line.
+                        # First, for a grammar may end its request in the next lines.
                         self.publisher.attach(result, output)
+                        if result.cut:
+                            self._masks.settle(result.cut)
                         # The device may be waiting for these: before the streams.
                         if in_flight:
                             self._masks.provide(*in_flight[0])

@@ -23,6 +23,7 @@ from engine.config import (
     StartupError,
     StreamOptions,
 )
+from engine.draft_flags import add_draft_flags, draft_options
 
 if TYPE_CHECKING:
     from engine.keys import KeyEntry
@@ -127,13 +128,18 @@ def _port(text: str) -> int:
     return int(text)
 
 
-def _template_kwargs(text: str) -> dict[str, Any]:
+def _json_object(text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object")
+    return value
+
+
+def _template_kwargs(text: str) -> dict[str, Any]:
+    value = _json_object(text)
     if reserved := RESERVED_TEMPLATE_KWARGS.intersection(value):
         raise argparse.ArgumentTypeError(f"'{min(reserved)}' cannot be set")
     return value
@@ -329,6 +335,8 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="how long a streamed token may wait for company; auto (default): not at all while the event loop has time",
     )
 
+    add_draft_flags(parser)
+
     server = parser.add_argument_group("server")
     server.add_argument("--host")
     server.add_argument("--port", type=_port)
@@ -486,6 +494,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     watching.add_argument(
         "--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there (pip install 'oneloop[otel]')"
     )
+    watching.add_argument(
+        "--kv-events-config",
+        type=_json_object,
+        metavar="JSON",
+        help="publish what the KV cache gains and loses, for routers: vLLM's object (pip install 'oneloop[kv-events]')",
+    )
     return parser
 
 
@@ -592,6 +606,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 overlap=args.overlap,
             ),
         ),
+        speculation=draft_options(args),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(
             api_keys=keys,
@@ -611,6 +626,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             access_log=args.log_format == "json" if args.access_log is None else args.access_log,
             prices=args.prices,
             otlp_traces_endpoint=args.otlp_traces_endpoint,
+            kv_events=args.kv_events_config,
             web=args.web,
             **_given(  # type: ignore[arg-type]
                 write_timeout_s=args.write_timeout,

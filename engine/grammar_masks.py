@@ -32,7 +32,8 @@ class GrammarMasks:
         if masks is None:
             return
         with stretch("grammar", "masks", len(batch.constrained)):
-            for bits, (row, sequence) in zip(masks.bits, batch.constrained, strict=True):
+            for row, sequence, bits in batch.mask_bits():
+                bits[1:].fill(0xFFFFFFFF)
                 if not sequence.is_finished:
                     try:
                         if self._constrain(batch, row, sequence, bits):
@@ -41,31 +42,80 @@ class GrammarMasks:
                         raise_fatal(error)
                         # One grammar that breaks is one request's error.
                         self._publisher.break_off(sequence.listener, "grammar", "The grammar of this request failed.")
-                bits.fill(0xFFFFFFFF)  # an overrun row: whatever it samples is dropped
+                bits[0].fill(0xFFFFFFFF)  # an overrun row: whatever it samples is dropped
         masks.release()
         self._executor.provide_masks(handle)
 
     def _constrain(self, batch: Batch, row: int, sequence: Sequence, bits: NDArray[np.uint32]) -> bool:
-        """Write what a row may sample; False where its sequence has ended instead."""
+        """Write what a row may sample at each of its positions; False where its sequence has ended instead."""
         constraint, listener = sequence.request.constraint, sequence.listener
         assert constraint is not None
         _follow(constraint, sequence)
-        if _may_go_on(constraint, bits):
+        if _may_go_on(constraint, bits[0]):
             # The mask allows the first forced token alone, so the tokens are the same where nothing is jumped.
             count = self._scheduler.jump(batch, row, constraint.forced_tokens())
             if not count:
+                if len(bits) > 1:
+                    self._look_ahead(batch, row, sequence, bits)
                 return True
             self._publisher.jumped(listener, count)
             _follow(constraint, sequence)
             if not (sequence.is_finished or constraint.is_finished or constraint.error is not None):
                 return True
+        self._end(sequence)
+        return False
+
+    def _look_ahead(self, batch: Batch, row: int, sequence: Sequence, bits: NDArray[np.uint32]) -> None:
+        """What may be sampled behind each of a row's drafts: the grammar goes that way on a copy of itself.
+
+        A draft that it forbids is rejected where the mask before it is kept to, and all behind it with it.
+        """
+        assert sequence.request.constraint is not None and self._scheduler.speculation is not None
+        ahead: TokenConstraint | None = None
+        drafts = self._scheduler.speculation.drafts_of(sequence.slot, len(bits) - 1)
+        for place, token in enumerate(drafts):
+            if not int(bits[place, token >> 5]) >> (token & 31) & 1:
+                return
+            try:
+                if ahead is None:
+                    ahead = sequence.request.constraint.copy()
+                ahead.accept(token)
+                goes_on = _may_go_on(ahead, bits[place + 1])
+            except BaseException as error:
+                raise_fatal(error)
+                goes_on = False  # it is told if the draft turns out to be right
+            if not goes_on:
+                # Nothing may follow: what is sampled there nevertheless is nobody's.
+                batch.ends[row] = place + 1
+                bits[place + 1 :].fill(0xFFFFFFFF)
+                return
+
+    def settle(self, sequences: list[Sequence]) -> None:
+        """End those whose grammar has come to its end, or failed, by a draft of the step that is committed now."""
+        for sequence in sequences:
+            if sequence.is_finished:
+                continue
+            constraint = sequence.request.constraint
+            assert constraint is not None
+            try:
+                _follow(constraint, sequence)
+                if not constraint.is_finished and constraint.error is None:
+                    raise RuntimeError("the grammar could not be looked ahead in")
+                self._end(sequence)
+            except BaseException as error:
+                raise_fatal(error)
+                self._publisher.break_off(sequence.listener, "grammar", "The grammar of this request failed.")
+
+    def _end(self, sequence: Sequence) -> None:
+        """The grammar lets nothing follow."""
+        constraint, listener = sequence.request.constraint, sequence.listener
+        assert constraint is not None
         if not sequence.is_finished and constraint.error is not None:
             self._scheduler.finish(sequence, FinishReason.ERROR, None)
             self._publisher.end(listener, f"The grammar of this request failed: {constraint.error}.", status=400)
         else:
             self._scheduler.finish(sequence, FinishReason.STOP, None)
             self._publisher.end(listener)
-        return False
 
 
 def _follow(constraint: TokenConstraint, sequence: Sequence) -> None:

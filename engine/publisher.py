@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -145,12 +146,12 @@ class Publisher:
                 self._flush(listener, sequence.token_ids[listener.num_sent :].tolist(), now, hand_over=True)
         self._jumped.clear()
         if len(slots):
-            metrics.generation_tokens += len(slots)
+            metrics.generation_tokens += result.num_new
             gaps = result.gaps
             first = np.isnan(gaps)
             if first.any():
                 # Finished rows have left their slot already; their listeners are asked below.
-                for slot in slots[first].tolist():
+                for slot in (slots if result.counts is None else np.repeat(slots, result.counts))[first].tolist():
                     if (sequence := owners[slot]) is not None:
                         self._on_first_token(sequence, now)
                         self._enter(sequence.listener)
@@ -228,9 +229,11 @@ class Publisher:
         logprobs = listener.logprobs
         if logprobs:
             listener.logprobs = []
-        stream.push(detokenizer.push(tokens), tokens, logprobs)
+        text, wanted = _text_of(listener, tokens)
+        stream.push(text, wanted, logprobs[: len(wanted)])
         if detokenizer.stop_reason is not None:
             self._scheduler.finish(sequence, FinishReason.STOP, detokenizer.stop_reason)
+            sequence.cut(listener.num_sent - len(tokens) + len(wanted))
             self.end(listener)
         elif hand_over and sequence.request.stream:
             listener.flushed_at = self._flushed_at[sequence.slot] = now
@@ -256,14 +259,15 @@ class Publisher:
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and error is None:
             try:
                 tokens = sequence.token_ids[listener.num_sent :].tolist()
-                text = detokenizer.push(tokens) if tokens else ""
+                text, tokens = _text_of(listener, tokens) if tokens else ("", tokens)
                 if detokenizer.stop_reason is None:
                     tail = detokenizer.finish()
                     # Cut off by its length amid a character: half of one is nothing that a client could use.
                     text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
                 else:
                     reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
-                stream.push(text, tokens, listener.logprobs)
+                    sequence.cut(listener.num_sent + len(tokens))
+                stream.push(text, tokens, listener.logprobs[: len(tokens)])
             except BaseException as failure:
                 raise_fatal(failure)
                 logger.exception("request %s failed by its text", request_id)
@@ -326,21 +330,34 @@ class Publisher:
 
     def _attach_logprobs(self, result: StepResult, output: ForwardOutput) -> None:
         """Give each listener the log-probabilities of its new token, and of its prompt's tokens."""
-        for wanted, attach in ((result.logprobs, _attach_logprob), (result.prompt_logprobs, _attach_prompt_logprobs)):
-            for sequence, index in wanted:
-                try:
-                    attach(sequence, output, index)
-                except BaseException as error:
-                    raise_fatal(error)
-                    sentence = "The log-probabilities of this request could not be told."
-                    self.break_off(sequence.listener, "logprobs", sentence)
+        calls = [(one, partial(_attach_logprob, one, output, index, token)) for one, index, token in result.logprobs]
+        calls += [(one, partial(_attach_prompt_logprobs, one, output, index)) for one, index in result.prompt_logprobs]
+        for sequence, attach in calls:
+            try:
+                attach()
+            except BaseException as error:
+                raise_fatal(error)
+                sentence = "The log-probabilities of this request could not be told."
+                self.break_off(sequence.listener, "logprobs", sentence)
 
 
-def _attach_logprob(sequence: Sequence, output: ForwardOutput, index: int) -> None:
+def _text_of(listener: Listener, tokens: list[int]) -> tuple[str, list[int]]:
+    """The text of new tokens; and those of them that come before its end, where a stop string is met."""
+    detokenizer = listener.detokenizer
+    if len(tokens) == 1 or not listener.has_stop_strings:
+        return detokenizer.push(tokens), tokens
+    text = ""
+    for count, token in enumerate(tokens, 1):
+        text += detokenizer.push([token])
+        if detokenizer.stop_reason is not None:
+            return text, tokens[:count]
+    return text, tokens
+
+
+def _attach_logprob(sequence: Sequence, output: ForwardOutput, index: int, token: int) -> None:
     step = output.logprobs
     assert step is not None
     wanted = sequence.request.sampling.logprobs or 0
-    token = int(output.token_ids[step.rows[index]])
     top = zip(step.top_ids[index, :wanted].tolist(), step.top_logprobs[index, :wanted].tolist(), strict=True)
     sequence.listener.logprobs.append(
         TokenLogprob(token, float(step.token_logprobs[index]), int(step.ranks[index]), tuple(top))

@@ -219,7 +219,7 @@ class Recorder:
     def launched(self, batch: Batch, running: int, waiting: int) -> None:
         """A step is on its way."""
         forward = batch.forward_input
-        decode, forced, pooled = forward.num_decode_rows, 0, 0
+        decode, forced, pooled = forward.num_decode_rows + forward.num_speculating_rows, 0, 0
         for chunk in self._chunks:
             forced += chunk.kind == "forced"
             pooled += chunk.kind == "pooling"

@@ -247,6 +247,10 @@ class TokenConstraint(Protocol):
         """This token was generated."""
         ...
 
+    def copy(self) -> TokenConstraint:
+        """An independent one at the same place, to look ahead with."""
+        ...
+
     @property
     def is_free(self) -> bool:
         """Everything may follow for now: no mask has to be computed."""
@@ -310,6 +314,19 @@ class Request:
     speculate: bool = True
     max_draft_tokens: int | None = None
     prediction: tuple[int, ...] | None = None
+
+    def most_drafts(self, most: int) -> int:
+        """Drafts that a row of it may have where any row may have so many."""
+        if not self.speculate or self.pooling is not None:
+            return 0
+        return most if self.max_draft_tokens is None else min(most, self.max_draft_tokens)
+
+    @property
+    def cache_root(self) -> str:
+        """Of the radix tree: the namespace, under an adapter that version's own. No namespace leads into another's."""
+        if self.adapter is not None:
+            return f"\0{self.adapter.version}:{self.namespace}"
+        return f"\0{self.namespace}" if self.namespace.startswith("\0") else self.namespace
 
 
 class RequestError(Exception):

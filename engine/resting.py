@@ -181,4 +181,5 @@ class Resting(ABC):
     def _forget(self) -> None:
         """Take every page back; at rest only. Who runs will be computed again."""
         self.scheduler.retract_all()
+        self.scheduler.adapters.forget()
         self.scheduler.kv_cache.flush()

@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, log_level = parse(argv)
         debug = log_level == "debug"
-        from server import accounts, request_log, spans, trace_file
+        from server import accounts, kv_events, request_log, spans, trace_file
 
         request_log.set_up(log_level, config.server.log_format)
         from engine.build import build_engine
@@ -57,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
             trace_file.check(config.server.trace_file)
         if config.server.otlp_traces_endpoint is not None:
             spans.check(config.server.otlp_traces_endpoint)
+        if config.server.kv_events is not None and kv_events.parse(config.server.kv_events) is not None:
+            kv_events.check()
 
         report = StartupReport(STARTED_AT)
         report.phases["imports"] = report.total_seconds

@@ -33,7 +33,7 @@ from engine.failures import raise_fatal
 from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
-from server import endpoints
+from server import endpoints, kv_events
 from server.accounts import Accounts, PriceList
 from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
@@ -42,6 +42,7 @@ from server.endpoints import web as pages
 from server.handover import Offer, path_of, take
 from server.journal import Journal
 from server.keyring import Key, Keyring
+from server.kv_events import KVEvents
 from server.memory import MemoryWatch
 from server.parsers.registry import choose_parsers
 from server.protocol.errors import OWN_SHAPE, ApiError, ErrorShape, error_body, error_response
@@ -133,6 +134,7 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
         keyring=keyring,
         accounts=accounts,
         spans=None if options.otlp_traces_endpoint is None else Spans(options.otlp_traces_endpoint, model.names[0]),
+        kv_events=_publish_kv_events(engine, options),
     )
     journal = None
     if options.resume_journal is not None:
@@ -159,6 +161,16 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
                     for one in (method, "HEAD") if method == "GET" else (method,):
                         app.router.add_route(one, prefix + form, handler, expect_handler=_expect)
     return app
+
+
+def _publish_kv_events(engine: Engine, options: ServerOptions) -> KVEvents | None:
+    wanted = None if options.kv_events is None else kv_events.parse(options.kv_events)
+    if wanted is None:
+        return None
+    cache = engine.scheduler.kv_cache
+    events = KVEvents(wanted, cache.page_size)
+    cache.watch(events)
+    return events
 
 
 def _make_compiler(engine: Engine) -> GrammarCompiler | None:
@@ -198,6 +210,8 @@ async def _clean_up(app: web.Application) -> None:
     state.renderer.close()
     if state.spans is not None:
         await asyncio.to_thread(state.spans.close)
+    if state.kv_events is not None:
+        await asyncio.to_thread(state.kv_events.close)
 
 
 # ---- the gate

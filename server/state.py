@@ -25,6 +25,7 @@ from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
 from server.accounts import Accounts
 from server.keyring import Key, Keyring
+from server.kv_events import KVEvents
 from server.live_feed import LiveFeed
 from server.parsers.base import ReasoningFamily, ToolFamily
 from server.rendering.renderer import Renderer
@@ -123,6 +124,7 @@ class State:
     accounts: Accounts = field(default_factory=Accounts)
     traces: set[Tracer] = field(default_factory=set)
     spans: Spans | None = None
+    kv_events: KVEvents | None = None
 
     @functools.cached_property
     def live(self) -> LiveFeed:

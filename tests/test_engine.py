@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import dataclasses
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -235,6 +236,11 @@ class Alternating:
     def __init__(self, length: int, broken_at: int = -1, wrong_at: int = -1, free_until: int = 0) -> None:
         self.seen: list[int] = []
         self.length, self.broken_at, self.wrong_at, self.free_until = length, broken_at, wrong_at, free_until
+
+    def copy(self) -> Alternating:
+        other = copy.copy(self)
+        other.seen = [*self.seen]
+        return other
 
     def mask_into(self, mask: np.ndarray) -> None:
         if len(self.seen) == self.broken_at:

@@ -106,10 +106,10 @@ async def test_a_grammar_that_panics_is_one_requests_error(error: type[BaseExcep
 
 
 async def test_logprobs_that_break_are_one_requests_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(sequence: Any, output: Any, index: int) -> None:
+    def fail(sequence: Any, output: Any, index: int, token: int) -> None:
         if sequence.request.request_id == "r1":
             raise IndexError("planned")
-        attach(sequence, output, index)
+        attach(sequence, output, index, token)
 
     from engine import publisher
 

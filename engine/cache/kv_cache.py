@@ -23,6 +23,7 @@ from engine.cache.eviction.registry import make_eviction_policy
 from engine.cache.history import CacheHistory
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree
+from engine.cache.watch import CacheWatch
 from engine.forward import NULL_PAGE, Int32Array
 from engine.groups import MemoryGroup
 
@@ -100,6 +101,9 @@ class KVCache:
         self._eviction_policy = eviction_policy
         self._num_snapshots = num_snapshots
         self._now = now
+        self._watch: CacheWatch | None = None
+        # The group whose pages stand for all: everything is seen there for the longest time.
+        self._told_group = next((i for i, group in enumerate(groups) if group.window is None), 0)
         self.rebuild()
 
     def rebuild(self) -> None:
@@ -112,6 +116,13 @@ class KVCache:
         self._deferred: list[int] = []
         self.history = CacheHistory(self.page_size, self._now)
         self._tree.on_evicted = self.history.evicted
+        if self._watch is not None:
+            self._watch.cleared()
+            self.watch(self._watch)
+
+    def watch(self, watch: CacheWatch) -> None:
+        """Tell it of all pages that others may find, from now on."""
+        self._watch, self._pool.on_freed = watch, watch.freed
 
     @property
     def num_free(self) -> int:
@@ -212,6 +223,13 @@ class KVCache:
         self._deferred += duplicates
         return remaps
 
+    def confirm(self, seq: SequencePages, first: int, end: int) -> None:
+        """The step that computed its pages from `first` to `end`, which it has entered, has succeeded."""
+        if self._watch is not None and first < end and self.is_intact(seq):
+            pages = seq.lists[self._told_group]
+            before = pages[first - 1] if first else NULL_PAGE
+            self._watch.stored(seq.namespace, seq.data, first, pages[first:end], before)
+
     def give_back(self, seq: SequencePages, num_computed: int) -> list[tuple[int, range]]:
         """No step to come reads what is behind the windows of token num_computed. Returns (group, indices) of what are
         null pages from now on.
@@ -287,7 +305,9 @@ class KVCache:
         """
         assert seq.node is not None, "the sequence was released before"
         if num_tokens and not seq.node.detached:
+            first = seq.num_shared
             self._pool.free(self._insert(seq, token_ids, num_tokens)[0])
+            self.confirm(seq, first, seq.num_shared)
         if seq.kept is not None:
             snapshot, at = seq.kept
             known = at <= min(num_tokens, seq.num_shared * self.page_size)
@@ -316,6 +336,8 @@ class KVCache:
     def flush(self) -> int:
         """Drop every page that no sequence needs; returns how many."""
         self._tree.on_evicted = None
+        if self._watch is not None and self.num_available == self.num_pages:
+            self._watch.cleared()
         pages = self._tree.evict(self._tree.num_evictable)
         self._tree.on_evicted = self.history.evicted
         self.history.flushed()
@@ -457,11 +479,11 @@ class KVCache:
         evictable = 0
         for node in nodes:
             assert node.length and not node.detached, "a node of the tree is empty or detached"
-            assert len({len(run) for run in node.runs}) == 1, "groups have runs of different lengths"
+            assert all(len(run) == node.length for run in node.runs), "groups have runs of different lengths"
             assert len(node.tokens) >= node.length * page_bytes, "a run has more pages than tokens"
             assert node.parent is not None and node.parent.children[node.key] is node, "parent and child disagree"
             assert node.key == node.tokens[:page_bytes], "a child is not under its first page"
-            assert any(_pages_of(node)) or node.children or node.lock_count, "a leaf without pages was not dropped"
+            assert node.children or node.lock_count or any(map(any, node.runs)), "a leaf without pages was not dropped"
             for group, run in zip(self.groups, node.runs, strict=True):
                 assert group.window is not None or all(run), "a hole where everything is seen"
                 evictable += len(run) * (group.window is None and not node.lock_count)
@@ -477,7 +499,9 @@ class KVCache:
         gone: set[Node] = set()
         for node in self._tree.policy.order():
             assert node in unlocked and node not in gone, "the eviction order holds a node that is locked or twice"
-            assert gone.issuperset(node.children.values()), "the eviction order has a parent before its child"
+            assert not node.children or gone.issuperset(node.children.values()), (
+                "the eviction order has a parent before its child"
+            )
             gone.add(node)
         assert gone == unlocked, f"{len(unlocked - gone)} unlocked nodes are not in the eviction order"
         for window in range(len(self._tree.members)):

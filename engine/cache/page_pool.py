@@ -6,7 +6,7 @@ is freed and when it is handed out, because a page with two owners shows up as s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,7 @@ class PagePool:
     def __init__(self, num_pages: int) -> None:
         assert num_pages > 0, f"a pool needs at least one page, not {num_pages}"
         self.num_pages = num_pages
+        self.on_freed: Callable[[Sequence[int]], None] | None = None
         self._free = list(range(num_pages, NULL_PAGE, -1))  # low ids are handed out first
         self._is_free = bytearray([1]) * (num_pages + 1)  # the null page too: freeing it is a double free
 
@@ -53,6 +54,8 @@ class PagePool:
             assert not is_free[page], f"page {page} is freed twice"
             is_free[page] = 1
         self._free.extend(pages)
+        if self.on_freed is not None:
+            self.on_freed(pages)
 
     def is_free(self, page: int) -> bool:
         return bool(self._is_free[page])

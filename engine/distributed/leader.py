@@ -28,6 +28,8 @@ from engine.ops.attention.base import AttentionBackend
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import Layout, Ranks, RanksEndedError
 from engine.ops.state import States
+from engine.speculation.base import Proposer
+from engine.speculation.paged import LateProposer
 
 logger = logging.getLogger("oneloop.ranks")
 
@@ -224,8 +226,19 @@ class RankedAttention:
 class RankedExecutor(CPUExecutor):
     """A CPUExecutor whose steps run in all ranks."""
 
-    def __init__(self, model: RankedModel, limits: Limits, *, attention: AttentionBackend, leader: Leader) -> None:
-        super().__init__(model, limits, attention=RankedAttention(attention), load=leader.load)
+    def __init__(
+        self,
+        model: RankedModel,
+        limits: Limits,
+        *,
+        attention: AttentionBackend,
+        leader: Leader,
+        proposer: Proposer | None = None,
+        late: LateProposer | None = None,
+    ) -> None:
+        # What drafts does so in this rank: the others see rows of several tokens.
+        ranked = RankedAttention(attention)
+        super().__init__(model, limits, attention=ranked, load=leader.load, proposer=proposer, late=late)
         self._leader = leader
 
     @property

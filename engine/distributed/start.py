@@ -5,8 +5,8 @@ Called once by the composition root in place of cpu_start.py, before the loop ru
 
 from __future__ import annotations
 
-import dataclasses
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from engine.executor.cpu_start import (
     pick_dtype,
     plan_memory,
 )
+from engine.executor.drafting import read_drafting
 from engine.executor.start import Start
 from engine.forward import Limits
 from engine.groups import MemoryGroup, plan_groups
@@ -35,10 +36,22 @@ from engine.ops.attention.base import AttentionSpec, create_backend
 from engine.ops.invariance import promise
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import SLOT_BYTES, Layout
+from engine.speculation.base import PROPOSERS
 
 MAX_RANKS = 64
 # Of a rank's part of logits that is handed over at once.
 MAX_LOGITS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class AllRanks(AttentionSpec):
+    """What one rank has, for the memory that all of them take."""
+
+    size: int = 1
+
+    def kv_bytes_per_token(self, dtype: torch.dtype, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)) -> int:
+        """See AttentionSpec."""
+        return self.size * AttentionSpec.kv_bytes_per_token(self, dtype, groups)
 
 
 def start(given: Start) -> RankedExecutor:
@@ -87,7 +100,13 @@ def start(given: Start) -> RankedExecutor:
         if config.deterministic and not promised:
             raise StartupError(f"--deterministic cannot be promised here: {how}")
         report.row("deterministic", f"{'yes' if promised else 'no'} ({how}; {size} ranks add up in their order)")
-        limits = _limits(given, model.attention_spec, dtype, groups)
+        drafting = None
+        if config.speculation.method is not None:
+            with report.phase("draft model"):
+                drafting = read_drafting(given, model.own, dtype)
+            report.row("speculation", drafting.described)
+        beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
+        limits = _limits(given, model.attention_spec, dtype, groups, beside)
         own = create_backend(
             "packed" if spec.bidirectional else "torch_paged",
             model.attention_spec,
@@ -97,7 +116,8 @@ def start(given: Start) -> RankedExecutor:
             groups=limits.groups,
         )
         leader.command(do="begin", num_pages=limits.num_pages, page_size=limits.page_size, context=context)
-        return RankedExecutor(model, limits, attention=own, leader=leader)
+        proposer, late = (None, None) if drafting is None else drafting.make(limits, dtype)
+        return RankedExecutor(model, limits, attention=own, leader=leader, proposer=proposer, late=late)
     except BaseException:
         leader.close()
         raise
@@ -114,6 +134,10 @@ def _obstacle(given: Start, dtype: torch.dtype) -> str | None:
         return f"{FLAG} {size} needs the compiled kernels, and here it is {native.status()}"
     if native.type_code(dtype) is None:
         return f"{FLAG} {size} needs --dtype float32 or bfloat16"
+    if given.config.lora.enable:
+        return f"{FLAG} {size} does not go with --enable-lora so far"
+    if given.config.speculation.method not in (None, "draft_model", *PROPOSERS):
+        return f"{FLAG} {size} does not go with speculative method {given.config.speculation.method!r} so far"
     if given.spec.hidden_size * dtype.itemsize > SLOT_BYTES:
         return f"{FLAG} {size}: {given.spec.hidden_size} numbers of a token are too many"
     return refuse(given.spec, size)
@@ -129,22 +153,18 @@ def _layout(config: EngineConfig, given: Start, dtype: torch.dtype, groups: tupl
     return Layout(size, message, max(logits, part * dtype.itemsize))
 
 
-def _limits(given: Start, spec: AttentionSpec, dtype: torch.dtype, groups: tuple[MemoryGroup, ...]) -> Limits:
-    """As cpu_start has them: a page is in the memory of all ranks."""
+def _limits(
+    given: Start, spec: AttentionSpec, dtype: torch.dtype, groups: tuple[MemoryGroup, ...], beside: int
+) -> Limits:
+    """As cpu_start has them: a page is in the memory of all ranks. beside: bytes of a token in the draft model's."""
     config, context = given.config, given.context
     size, cache, scheduler = config.tensor_parallel_size, config.cache, config.scheduler
     if given.spec.bidirectional:
         return encoder_limits(scheduler, context, given.spec.vocab_size)
-    layers = [
-        None
-        if layer is None
-        else dataclasses.replace(layer, num_heads=size * layer.num_heads, num_kv_heads=size * layer.num_kv_heads)
-        for layer in spec.layers
-    ]
-    everywhere = AttentionSpec(tuple(layers))
+    everywhere = AllRanks(spec.layers, size)
     with given.report.phase("KV cache"):
-        num_pages = plan_memory(everywhere, dtype, cache, scheduler.max_num_seqs, context, groups)
-        kv_bytes = (num_pages + 1) * cache.page_size * everywhere.kv_bytes_per_token(dtype, groups)
+        num_pages = plan_memory(everywhere, dtype, cache, scheduler.max_num_seqs, context, groups, 0, beside)
+        kv_bytes = (num_pages + 1) * cache.page_size * (everywhere.kv_bytes_per_token(dtype, groups) + beside)
         asked = (cache.num_pages, cache.kv_cache_bytes, cache.memory_fraction) != (None, None, None)
         given.report.row(
             "KV memory",
@@ -159,4 +179,5 @@ def _limits(given: Start, spec: AttentionSpec, dtype: torch.dtype, groups: tuple
         num_pages=num_pages,
         vocab_size=given.spec.vocab_size,
         groups=groups,
+        max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
     )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Protocol
 
 from engine.forward import ForwardInput, ForwardOutput, Limits, Staging
+from engine.lora.words import AdapterWeights
 
 
 class StepHandle(Protocol):
@@ -59,6 +60,13 @@ class Executor(Protocol):
         """Serve with other weights of the same model from the next step on; the KV cache's content is lost.
 
         Raises StartupError for what cannot be used; then the old weights go on serving.
+        """
+        ...
+
+    def read_adapter(self, path: Path) -> AdapterWeights:
+        """Read a LoRA adapter's directory for this model. Blocks; from any thread, also while steps are in flight.
+
+        Raises AdapterError for one that cannot be used.
         """
         ...
 

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -23,13 +23,19 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.executor.base import StepHandle
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
+from engine.executor.speculator import Speculator, mask_places, sampled_positions
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import FUTURE_TOKEN, DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.lora.reader import read_adapter
+from engine.lora.words import AdapterError, AdapterWeights
+from engine.models.parts.decoder import Adapted
 from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
 from engine.ops.sampling.extras import SlotExtras
 from engine.ops.sampling.sampler import sample
 from engine.ops.state import States, StateSpec
+from engine.speculation.base import Proposer
+from engine.speculation.paged import LateProposer
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +103,9 @@ class CPUExecutor:
 
     attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec
     and `dtype`, the model's. Where limits.num_snapshots is one, the model has recurrent states (model.config.states).
-    load: reads the model from a directory, None for where `model` came from.
+    load: reads the model from a directory, None for where `model` came from. proposer, late: what
+    drafts, at least one of them where limits.max_draft_tokens is not 0; late: only where the other knows nothing.
+    max_lora_rank: of adapters' modules.
     """
 
     def __init__(
@@ -108,6 +116,9 @@ class CPUExecutor:
         attention: AttentionBackend | None = None,
         dtype: torch.dtype | None = None,
         load: Callable[[Path | None], Model] | None = None,
+        proposer: Proposer | None = None,
+        late: LateProposer | None = None,
+        max_lora_rank: int = 64,
     ) -> None:
         if attention is None:
             assert dtype is not None, "the cache needs a dtype"
@@ -129,10 +140,17 @@ class CPUExecutor:
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self._model: Model | None = model
         self._load = load
+        self._max_lora_rank = max_lora_rank
         self._attention: AttentionBackend | None = attention
         self._tables = SlotTables(limits)
+        self._adapted: Adapted | None = getattr(model, "adapted", None)
         self._extras = SlotExtras(limits)
-        self._pooler = Pooler()
+        self._pooler = Pooler(self._use_slots)
+        self._speculator: Speculator | None = None
+        if limits.max_draft_tokens:
+            assert self._states is None, "a recurrent state cannot go back"
+            self._speculator = Speculator(limits, proposer, late, self._tables)
+        self._late = late
         self._metadata = StepMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
@@ -174,6 +192,8 @@ class CPUExecutor:
             self._reader()  # or it would never wake up
             self._model = None
         self._attention.release()
+        if self._late is not None:
+            self._late.release()
         if self._states is not None:
             self._states.release()
 
@@ -181,19 +201,41 @@ class CPUExecutor:
         """See Executor."""
         assert self._attention is not None
         if self._model is None:
-            self._model = self._reader()(directory)
+            self._take(self._reader()(directory))
         self._attention.allocate()
+        if self._late is not None:
+            self._late.allocate()
         if self._states is not None:
             self._states.allocate()
 
     def load_weights(self, directory: Path) -> None:
         """See Executor. Old and new weights are in memory for a while."""
-        self._model = self._reader()(directory)
+        self._take(self._reader()(directory))
+
+    def _take(self, model: Model) -> None:
+        """Serve with another model of the same spec, and the adapters that are in place."""
+        adapted: Adapted | None = getattr(model, "adapted", None)
+        if adapted is not None:
+            adapted.take_over(self._adapted)
+        self._model, self._adapted = model, adapted
+
+    def _use_slots(self, slots: Sequence[int]) -> None:
+        """What is computed next are rows of these seq slots; of one alone, however many."""
+        if self._adapted is not None:
+            own = self._tables.adapter[slots]
+            self._adapted.rows.use(int(own[0]) if len(slots) == 1 else own)
 
     def _reader(self) -> Callable[[Path | None], Model]:
         if self._load is None:
             raise StartupError("this executor has nowhere to read weights from")
         return self._load
+
+    def read_adapter(self, path: Path) -> AdapterWeights:
+        """See Executor."""
+        layers = getattr(self._model, "adapted", None)
+        if layers is None:
+            raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
+        return read_adapter(path, layers, self._max_lora_rank)
 
     def close(self) -> None:
         """See Executor. Blocks until the launched steps are through."""
@@ -201,7 +243,7 @@ class CPUExecutor:
             self._closed = True
             self._queue.put(None)
         self._worker.join()
-        self._model = self._attention = self._states = None
+        self._model = self._attention = self._states = self._late = self._speculator = None
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -221,11 +263,18 @@ class CPUExecutor:
     def _run(self, step: ForwardInput) -> ForwardOutput:
         """One step on the worker. The diffs are taken over first: they count even where the step fails."""
         self._tables.apply(step)
+        if self._adapted is not None:
+            for index, weights in step.adapter_loads:
+                self._adapted.put(index, weights.branches)
         extras = self._extras
         if step.num_sampling_diffs:
             extras.apply(step)
         if self._states is not None:
             self._states.begin(step)
+        speculator = self._speculator
+        if speculator is not None:
+            speculator.apply(step)
+            step = speculator.as_it_runs(step, self._last_token)
         rows, tokens = step.num_rows, step.num_tokens
         chosen = np.full(rows, -1, np.int32)
         if tokens == 0:
@@ -242,44 +291,63 @@ class CPUExecutor:
         chunks = pooled_chunks(step)
         types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
         positions_of_tokens = torch.from_numpy(metadata.positions)
-        hidden = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
+        if self._adapted is not None:
+            self._adapted.rows.use(np.repeat(self._tables.adapter[slots], staging.row_len[:rows]))
+        hidden = everything = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
+        aux: list[Tensor] = []
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
-            output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits)
+            output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits, self._use_slots)
         if chunks:
             vectors = self._pooler.run(chunks, hidden, model)
             output.pooled = [vector.numpy() for vector in vectors]
             ends = [row.row for row in step.pooled if row.ends]
             output.broken = [row for row, one in zip(ends, output.pooled, strict=True) if np.isnan(one).any()]
 
-        sampling_rows = np.flatnonzero(staging.row_samples[:rows])
-        if len(sampling_rows) == 0:
+        places = sampled_positions(step)
+        if len(places) == 0:
+            if speculator is not None:
+                speculator.finish(step, places, chosen[:0], None, output, everything, aux)
             return output
-        if len(sampling_rows) != tokens:
-            hidden = hidden[torch.from_numpy(staging.qo_indptr[sampling_rows + 1].astype(np.int64) - 1)]
-        sampling_slots = slots[sampling_rows]
-        # The new token's index in its sequence is the length of what has been computed.
-        positions = metadata.kv_len[sampling_rows]
+        if len(places) != tokens:
+            hidden = hidden[torch.from_numpy(places.tokens)]
+        sampling_slots = slots[places.rows]
+        # The new token's index in its sequence is the length of what is computed before it.
+        positions = np.asarray(metadata.positions[places.tokens] + 1, np.int32)
+        if self._adapted is not None:
+            self._adapted.rows.use(self._tables.adapter[sampling_slots])
         logits, params = model.logits(hidden), self._tables.sampling[sampling_slots]
         sane = torch.isfinite(logits.amax(-1))
-        if not sane.all():
-            output.broken += sampling_rows[~sane.numpy()].tolist()
+        all_sane = bool(sane.all())
+        if not all_sane:
             logits = logits.masked_fill(~sane[:, None], 0.0)
         draw = None
         if extras.count:
             logits = logits.contiguous()
-            draw = extras.begin(logits, sampling_slots, positions, params, masked=step.masks is not None)
+            masked = step.masks is not None
+            draw = extras.begin(logits, sampling_slots, positions, params, masked=masked, before=places.before)
             if draw is not None:
                 logits = draw.logits
         if step.masks is not None:
             # Only here: the forward has not waited for the host's grammars.
             step.masks.wait()
-            constrained = torch.from_numpy(np.searchsorted(sampling_rows, step.masks.rows))
-            allowed = torch.from_numpy(step.masks.allowed(logits.shape[1]))
+            counting, constrained = map(torch.from_numpy, mask_places(step.masks.rows, places))
+            allowed = torch.from_numpy(step.masks.allowed(logits.shape[1]))[counting]
             logits[constrained] = logits[constrained].masked_fill_(~allowed, -torch.inf)
         drawn = sample(logits, params, positions)
+        taken = None if speculator is None else speculator.count(step, places, drawn)
+        if not all_sane:
+            insane = ~sane.numpy() if taken is None else ~sane.numpy() & taken
+            output.broken += np.unique(places.rows[insane]).tolist()
         if draw is not None:
-            output.logprobs = extras.end(draw, drawn, sampling_rows)
-        self._last_token[sampling_slots] = drawn
-        chosen[sampling_rows] = drawn
+            output.logprobs = extras.end(draw, drawn, places.rows, taken)
+        if taken is None:
+            self._last_token[sampling_slots] = drawn
+            chosen[places.rows] = drawn
+        else:
+            # In order, so that the last of a row stays.
+            for row, token in zip(places.rows[taken].tolist(), drawn[taken].tolist(), strict=True):
+                chosen[row] = self._last_token[slots[row]] = token
+        if speculator is not None:
+            speculator.finish(step, places, drawn, taken, output, everything, aux)
         return output

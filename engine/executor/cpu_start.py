@@ -15,6 +15,7 @@ import torch
 
 from engine.config import CacheOptions, SchedulerOptions, StartupError
 from engine.executor.cpu import CPUExecutor
+from engine.executor.drafting import read_drafting
 from engine.executor.start import Start
 from engine.forward import Limits
 from engine.groups import MemoryGroup, pages_held, plan_groups
@@ -51,7 +52,10 @@ def start(given: Start) -> CPUExecutor:
     report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
     report.row("dtype", str(dtype).removeprefix("torch."))
     with report.phase("weights"):
-        load = given.loader(dtype=dtype, device=torch.device("cpu"), deterministic=bool(config.deterministic))
+        adapters = config.lora.max_loras if config.lora.enable else 0
+        load = given.loader(
+            dtype=dtype, device=torch.device("cpu"), deterministic=bool(config.deterministic), max_adapters=adapters
+        )
         model = load(None)
     given.report_output_layer(model)
     if coded := sum(isinstance(linear, CodedLinear) for linear in model.linears):
@@ -59,14 +63,18 @@ def start(given: Start) -> CPUExecutor:
     if packed := Counter(linear.block for linear in model.linears if isinstance(linear, PackedLinear)):
         kinds = ", ".join(f"{count} {kind}" for kind, count in packed.most_common())
         report.row("weights", f"{packed.total()} of {len(model.linears)} matrices stay packed ({kinds})")
+    drafting = None
+    if config.speculation.method is not None:
+        with report.phase("draft model"):
+            drafting = read_drafting(given, model, dtype)
+        report.row("speculation", drafting.described)
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
     report.row("deterministic", f"{'yes' if promised else 'no'} ({how})")
     if encodes:
-        return CPUExecutor(
-            model, encoder_limits(config.scheduler, context, given.spec.vocab_size), dtype=dtype, load=load
-        )
+        limits = encoder_limits(config.scheduler, context, given.spec.vocab_size, adapters)
+        return CPUExecutor(model, limits, dtype=dtype, load=load, max_lora_rank=config.lora.max_lora_rank)
     with report.phase("KV cache"):
         groups = plan_groups(given.spec.windows, context)
         sequences, num_snapshots, state_memory = config.scheduler.max_num_seqs, None, 0
@@ -75,8 +83,12 @@ def start(given: Start) -> CPUExecutor:
             sequences, num_snapshots = plan_states(each, config.cache, sequences)
             state_memory = (sequences + num_snapshots) * each
             report.row("states", describe_states(each, sequences, num_snapshots, config.scheduler.max_num_seqs))
-        num_pages = plan_memory(model.attention_spec, dtype, config.cache, sequences, context, groups, state_memory)
-        kv_bytes = (num_pages + 1) * config.cache.page_size * model.attention_spec.kv_bytes_per_token(dtype, groups)
+        beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
+        num_pages = plan_memory(
+            model.attention_spec, dtype, config.cache, sequences, context, groups, state_memory, beside
+        )
+        per_token = model.attention_spec.kv_bytes_per_token(dtype, groups) + beside
+        kv_bytes = (num_pages + 1) * config.cache.page_size * per_token
         asked = config.cache != dataclasses.replace(
             config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
         )
@@ -94,11 +106,17 @@ def start(given: Start) -> CPUExecutor:
             vocab_size=given.spec.vocab_size,
             groups=groups,
             num_snapshots=num_snapshots,
+            max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
+            max_adapters=adapters,
         )
-        return CPUExecutor(model, limits, dtype=dtype, load=load)
+        proposer = late = None
+        if drafting is not None:
+            proposer, late = drafting.make(limits, dtype)
+        rank = config.lora.max_lora_rank
+        return CPUExecutor(model, limits, dtype=dtype, load=load, proposer=proposer, late=late, max_lora_rank=rank)
 
 
-def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int) -> Limits:
+def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:
     """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it, for
     chunks end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
     assert context <= options.max_num_batched_tokens, "a step must hold a whole text"
@@ -109,6 +127,7 @@ def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int) -> 
         page_size=context + 1,
         num_pages=4 * options.max_num_seqs + 1,
         vocab_size=vocab_size,
+        max_adapters=max_adapters,
     )
 
 
@@ -187,14 +206,16 @@ def plan_memory(
     max_model_len: int,
     groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
     state_memory: int = 0,
+    beside: int = 0,
 ) -> int:
     """Pages of the KV cache. To be called after the weights are loaded. Raises StartupError.
 
     What was asked for is taken as it is: num_pages, kv_cache_bytes, or memory_fraction of the available memory. Else
     DEFAULT_MEMORY_SHARE of it, and no more than max_num_seqs sequences of max_model_len (or DEFAULT_FULL_SEQUENCES, if
     those are fewer) can fill. state_memory: bytes of recurrent states, which are part of each of these but num_pages.
+    beside: bytes that a token takes in another cache with the same pages.
     """
-    per_page = spec.kv_bytes_per_token(dtype, groups) * cache.page_size
+    per_page = (spec.kv_bytes_per_token(dtype, groups) + beside) * cache.page_size
     free = available_memory()
     useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * pages_held(groups, max_model_len, cache.page_size)
     if cache.num_pages is not None:

@@ -24,6 +24,7 @@ from engine.executor.cuda_memory import MovingMemory
 from engine.executor.cuda_mixed import MixedSteps
 from engine.executor.cuda_waiter import Waiter
 from engine.forward import ForwardInput, ForwardOutput, Limits
+from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
@@ -150,6 +151,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         for read in handle.readers:
             read(output)
         return output
+
+    def read_adapter(self, path: Path) -> AdapterWeights:
+        """See Executor. The start has refused adapters."""
+        raise AdapterError(f"adapter {path.name!r}: adapters are served on the CPU alone so far")
 
     def close(self) -> None:
         """Finish what is launched, then free the device. Idempotent."""

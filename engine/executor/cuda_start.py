@@ -51,6 +51,8 @@ def start(given: Start) -> CUDAExecutor:
             f"{given.spec.architecture} has layers with a recurrent state, which are served on the CPU alone so far: "
             "--device cpu"
         )
+    if config.lora.enable:
+        raise StartupError("--enable-lora: LoRA adapters are served on the CPU alone so far: --device cpu")
     if config.num_threads is not None:
         raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
     if config.cuda.kernels is not None:

@@ -10,6 +10,8 @@ directly. Runs on the thread of its caller.
 from __future__ import annotations
 
 import asyncio
+import copy
+import dataclasses
 import hashlib
 import struct
 import time
@@ -25,6 +27,8 @@ import numpy.typing as npt
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
+from engine.executor.fake_adapters import AdapterTables, key_of, read_fake_adapter
+from engine.executor.fake_drafts import Drafter, Spread, accept, spread
 from engine.executor.fake_memory import (
     MASK,
     POSITION,
@@ -50,6 +54,8 @@ from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
     NULL_SLOT,
+    SAMPLING_DTYPE,
+    Accepted,
     ForwardError,
     ForwardInput,
     ForwardOutput,
@@ -60,6 +66,7 @@ from engine.forward import (
     StepLogprobs,
 )
 from engine.groups import Chunk
+from engine.lora.words import AdapterWeights
 from engine.request import Pooling, SamplingParams
 
 # What a row returns that read the leavings of a failed step. Such a row must never reach a client, so the
@@ -95,60 +102,97 @@ def expected_stream(
     sampling: SamplingParams,
     eos_token_ids: tuple[int, ...] = (),
     forced: Callable[[int], int | None] = lambda place: None,
+    adapter: int = 0,
 ) -> Iterator[int]:
     """The endless continuation of `prompt`, from its tokens alone: no pages, no slots, no steps.
 
     Sampling with a temperature needs `sampling.seed`. Where to stop is up to the caller. forced: the token that a mask
-    leaves at a place of the output, None where it allows all.
+    leaves at a place of the output, None where it allows all. adapter: its weights, a number here; 0 is none.
     """
     stop_ids = set(sampling.stop_token_ids)
     if not sampling.ignore_eos:
         stop_ids |= set(eos_token_ids)
-    key: int | None = None
-    if sampling.temperature > 0.0:
-        assert sampling.seed is not None, "the oracle cannot know a seed that the engine picked"
-        temperature, top_p, min_p = struct.unpack(
-            "<III", struct.pack("<fff", sampling.temperature, sampling.top_p, sampling.min_p)
-        )
-        key = mix_int(temperature + (top_p << 32)) ^ mix_int(min_p + (sampling.top_k << 32) + ROUND)
-        key = key ^ mix_int(sampling.seed & MASK)
-    extras = _extras_key(sampling) if _shapes_draws(sampling) else None
-    history = sum(mix_int(token) for token in prompt) & MASK
-    min_length = len(prompt) + sampling.min_tokens
-    context, token = _Context(model.windows, model.has_state), prompt[-1]
-    for earlier in prompt[:-1]:
-        context.push(earlier)
+    assert sampling.temperature == 0.0 or sampling.seed is not None, "the oracle cannot know a seed that was picked"
+    row = np.zeros(1, SAMPLING_DTYPE)[0]
+    for name in ("temperature", "top_p", "min_p", "top_k"):
+        row[name] = getattr(sampling, name)
+    row["seed"] = (sampling.seed or 0) & MASK
+    row["min_length"] = len(prompt) + sampling.min_tokens
+    oracle = _Oracle(model, row, sampling, stop_ids, adapter)
+    for earlier in prompt:
+        oracle.push(earlier)
     while True:
-        context.push(token)
-        position, draw = context.position, context.draw()
-        if extras is not None:
-            draw = mix_int(draw ^ mix_int(extras ^ (history if sampling.has_penalties else 0)))
-        if key is not None:
-            draw = mix_int(draw ^ mix_int((key + position * POSITION) & MASK))
-        token = model.eos_token_id if draw >> 11 < model.eos_threshold else draw % model.vocab_size
-        if position < min_length:
-            token = _unmasked(token, stop_ids, model.vocab_size)
-        must = forced(position - len(prompt))
+        token = oracle.token()
+        must = forced(oracle.position - len(prompt))
         token = token if must is None else must
-        history = (history + mix_int(token)) & MASK
         yield token
+        oracle.push(token)
+
+
+class _Oracle:
+    """What the fake draws next, from a sequence's tokens alone. row: of SAMPLING_DTYPE; stop_ids: all of them."""
+
+    def __init__(
+        self, model: FakeModel, row: Any, extras: SamplingParams | RowExtras | None, stop_ids: set[int], adapter: int
+    ) -> None:
+        self._model, self._stop_ids, self._min_length = model, stop_ids, int(row["min_length"])
+        self._key: int | None = None
+        if row["temperature"] > 0.0:
+            temperature, top_p, min_p = struct.unpack(
+                "<III", struct.pack("<fff", row["temperature"], row["top_p"], row["min_p"])
+            )
+            key = mix_int(temperature + (top_p << 32)) ^ mix_int(min_p + (int(row["top_k"]) << 32) + ROUND)
+            self._key = key ^ mix_int(int(row["seed"]))
+        self._extras = _extras_key(extras) if extras is not None and _shapes_draws(extras) else None
+        self._counts = extras is not None and _counts_tokens(extras)
+        self._history = 0
+        self._context = _Context(model.windows, model.has_state, adapter)
+
+    @property
+    def position(self) -> int:
+        return self._context.position
+
+    def push(self, token: int) -> None:
+        self._history = (self._history + mix_int(token)) & MASK
+        self._context.push(token)
+
+    def token(self) -> int:
+        model, position, draw = self._model, self._context.position, self._context.draw()
+        if self._extras is not None:
+            draw = mix_int(draw ^ mix_int(self._extras ^ (self._history if self._counts else 0)))
+        if self._key is not None:
+            draw = mix_int(draw ^ mix_int((self._key + position * POSITION) & MASK))
+        token = model.eos_token_id if draw >> 11 < model.eos_threshold else draw % model.vocab_size
+        return _unmasked(token, self._stop_ids, model.vocab_size) if position < self._min_length else token
+
+    def copy(self) -> _Oracle:
+        other = copy.copy(self)
+        other._context = self._context.copy()
+        return other
 
 
 class _Context:
     """The layers of the fake over a growing context, from its tokens alone. position: of the token to come."""
 
-    def __init__(self, windows: tuple[int | None, ...], has_state: bool) -> None:
+    def __init__(self, windows: tuple[int | None, ...], has_state: bool, adapter: int = 0) -> None:
         self.position = 0
         self._state = 0
+        self._key = key_of(adapter)
         self._has_state = has_state
         self._groups = [_GroupContext(group, window) for group, window in enumerate(windows)]
 
     def push(self, token: int) -> int:
         """One more token; returns its cells in the second layers, as one number."""
-        cells = [group.push(token, self.position) for group in self._groups]
-        self._state = (self._state + mix_int((token * TOKEN + self.position * POSITION + STATE) & MASK)) & MASK
+        mixed = token * TOKEN + self.position * POSITION + self._key
+        cells = [group.push(mixed, self.position) for group in self._groups]
+        self._state = (self._state + mix_int((mixed + STATE) & MASK)) & MASK
         self.position += 1
         return combine_ints(cells)
+
+    def copy(self) -> _Context:
+        other = copy.copy(self)
+        other._groups = [group.copy() for group in self._groups]
+        return other
 
     def draw(self) -> int:
         """What the next token is drawn from."""
@@ -164,14 +208,19 @@ class _GroupContext:
         self._layer0 = self.layer1 = 0
         self._seen: deque[tuple[int, int]] = deque()
 
-    def push(self, token: int, position: int) -> int:
+    def copy(self) -> _GroupContext:
+        other = copy.copy(self)
+        other._seen = self._seen.copy()
+        return other
+
+    def push(self, mixed: int, position: int) -> int:
         if isinstance(self._window, Chunk) and position % self._window == 0:
             self._layer0 = self.layer1 = 0
             self._seen.clear()
         elif self._window is not None and len(self._seen) == self._window:
             left = self._seen.popleft()
             self._layer0, self.layer1 = self._layer0 - left[0], self.layer1 - left[1]
-        cell = mix_int((token * TOKEN + position * POSITION + self._round) & MASK)
+        cell = mix_int((mixed + self._round) & MASK)
         self._layer0 = (self._layer0 + cell) & MASK
         above = mix_int(self._layer0)
         self.layer1 = (self.layer1 + above) & MASK
@@ -198,10 +247,14 @@ def expected_logprob(token: int, position: int) -> float:
 
 
 def expected_vector(
-    prompt: list[int], pooling: Pooling, windows: tuple[int | None, ...] = (None,), has_state: bool = False
+    prompt: list[int],
+    pooling: Pooling,
+    windows: tuple[int | None, ...] = (None,),
+    has_state: bool = False,
+    adapter: int = 0,
 ) -> npt.NDArray[np.float32]:
     """What the fake answers to a request for a vector, from its tokens alone. windows: see FakeModel."""
-    context = _Context(windows, has_state)
+    context = _Context(windows, has_state, adapter)
     cells = [context.push(token) for token in prompt]
     if pooling.needs_all:
         mean: npt.NDArray[np.float64] = _numbers(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
@@ -230,8 +283,11 @@ def _vector_of_context(state: int, pooling: Pooling) -> npt.NDArray[np.float32]:
 
 def _shapes_draws(params: SamplingParams | RowExtras) -> bool:
     """Beside log-probabilities, which change no token, something is asked."""
-    penalties = params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0
-    return bool(penalties or params.logit_bias or params.bad_words or params.allowed_token_ids is not None)
+    return bool(_counts_tokens(params) or params.logit_bias or params.bad_words or params.allowed_token_ids is not None)
+
+
+def _counts_tokens(params: SamplingParams | RowExtras) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
 def _extras_key(params: SamplingParams | RowExtras) -> int:
@@ -262,7 +318,7 @@ def poison_staging(staging: Staging) -> None:
     for name in ("row_slot", "row_start", "row_len", "token_ids", "qo_indptr"):
         getattr(staging, name).fill(POISON)
     for name in (
-        *("table_index", "table_page", "sampling_slot"),
+        *("table_index", "table_page", "sampling_slot", "adapter"),
         *("save_slot", "save_snapshot", "load_slot", "load_snapshot"),
     ):
         getattr(staging, name).fill(POISON)
@@ -296,7 +352,9 @@ class FakeExecutor:
     then leaves garbage where it would have written KV and sampled tokens, as a device would.
     random, eagerness: at each submit, steps run at once with this probability, so that "when" is drawn too.
     step_seconds: what the device takes for a step; `wait` really waits. 0 resolves at once, without a sleep.
-    compute: False returns `constant_token` for every row that samples and looks at nothing (for benches).
+    compute: False returns `constant_token` for every row that samples and looks at nothing (for benches); half of the
+    drafts that a row may have are right then.
+    draft_accuracy: how many of the drafts are right, where limits.max_draft_tokens lets rows speculate.
     """
 
     def __init__(
@@ -310,6 +368,7 @@ class FakeExecutor:
         step_seconds: float = 0.0,
         compute: bool = True,
         constant_token: int = 1,
+        draft_accuracy: float = 0.7,
     ) -> None:
         assert limits.page_size > 0 and limits.num_pages > 0
         self.limits = limits
@@ -324,7 +383,10 @@ class FakeExecutor:
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self.tables = SlotTables(limits)
         self.num_steps = 0
-        self._metadata = StepMetadata(limits)
+        # A row that speculates is computed as one for each of its positions.
+        wide = dataclasses.replace(limits, max_num_seqs=limits.max_num_batched_tokens)
+        self._metadata = StepMetadata(wide if limits.max_draft_tokens else limits)
+        self._drafter = Drafter(self.model.vocab_size, limits.max_draft_tokens, draft_accuracy)
         self._fail_on = fail_on
         self._random = random
         self._eagerness = eagerness if random is not None else 0.0
@@ -355,6 +417,7 @@ class FakeExecutor:
         # What slots need beyond their sampling row, and a sum over the tokens that penalties count from.
         self._extras: dict[int, RowExtras] = {}
         self._history: dict[int, int] = {}
+        self._adapters = AdapterTables(limits)
         # By slot: tokens that a mean has seen, and the sum of their numbers.
         self._sums: dict[int, tuple[int, npt.NDArray[np.float64]]] = {}
 
@@ -406,6 +469,7 @@ class FakeExecutor:
         assert self.sleep_level == 0 and level in (1, 2)
         self.sleep_level = level
         self.tables.page_tables.fill(0)
+        self._adapters.forget()
         self._cell_position.fill(-1)
         self._states.position.fill(-1)
         self._layer0.fill(0)
@@ -422,6 +486,10 @@ class FakeExecutor:
         """See Executor.load_weights: any directory that is there will do."""
         assert not self._not_waited and not self.sleep_level
         self.weights = self._read(directory)
+
+    def read_adapter(self, path: Path) -> AdapterWeights:
+        """See Executor.read_adapter."""
+        return read_fake_adapter(path)
 
     @staticmethod
     def _read(directory: Path | None) -> Path | None:
@@ -457,6 +525,8 @@ class FakeExecutor:
             output.fill(self._constant_token)
             output[~forward_input.staging.row_samples[: forward_input.num_rows]] = -1
             handle.output = ForwardOutput(output, handle.step)
+            if forward_input.num_speculating_rows:
+                handle.output.accepted = self._accept_half(forward_input)
             handle.output.pooled = [np.zeros(FAKE_WIDTH, np.float32) for row in forward_input.pooled if row.ends]
             return
         untouched = _fingerprint(forward_input) == handle.fingerprint
@@ -472,10 +542,78 @@ class FakeExecutor:
         self.tables.apply(forward_input)
         self._copy_states(forward_input)
         self._take_extras(forward_input)
-        vectors = self._forward(forward_input, output, failed)
+        self._adapters.apply(forward_input)
+        if not forward_input.num_speculating_rows:
+            vectors = self._forward(forward_input, output, failed)
+            result = ForwardOutput(output, handle.step, pooled=vectors)
+        else:
+            parts = spread(forward_input, self._last_token, self._last_position, self._drafter.held)
+            drawn = np.zeros(parts.step.num_rows, np.int32)
+            vectors = self._forward(parts.step, drawn, failed, parts)
+            result = ForwardOutput(output, handle.step, pooled=vectors, accepted=self._accept(parts, drawn, output))
         if not failed:
-            logprobs = self._logprobs(forward_input, output) if self._extras else None
-            handle.output = ForwardOutput(output, handle.step, logprobs, pooled=vectors)
+            if self.limits.max_draft_tokens:
+                self._draft(forward_input, result)
+            if self._extras:
+                result.logprobs = self._logprobs(forward_input, result)
+            handle.output = result
+
+    def _accept(self, parts: Spread, drawn: Int32Array, output: Int32Array) -> Accepted:
+        """Fills in the tokens of the step's own rows, and those of the relay."""
+        begin, count = parts.step.num_decode_rows, len(parts.drafts)
+        sampled = [
+            drawn[first : first + 1 + len(drafts)].tolist()
+            for first, drafts in zip(parts.first, parts.drafts, strict=True)
+        ]
+        accepted, kept = accept(parts.drafts, sampled, self.limits.max_draft_tokens)
+        end = parts.first[-1] + 1 + len(parts.drafts[-1])
+        output[:begin], output[begin + count :] = drawn[:begin], drawn[end:]
+        output[begin : begin + count] = [tokens[-1] for tokens in kept]
+        for first, tokens in zip(parts.first, kept, strict=True):
+            slot = int(parts.step.staging.row_slot[first])
+            self._last_token[slot] = tokens[-1]
+            self._last_position[slot] += len(tokens)
+            if slot in self._history:
+                self._history[slot] = (self._history[slot] + sum(map(mix_int, tokens))) & MASK
+        return accepted
+
+    def _accept_half(self, forward_input: ForwardInput) -> Accepted:
+        first, count, most = (
+            forward_input.num_decode_rows,
+            forward_input.num_speculating_rows,
+            self.limits.max_draft_tokens,
+        )
+        drafted = forward_input.staging.row_len[first : first + count] - 1
+        counts = 1 + (drafted + 1) // 2
+        tokens = np.where(np.arange(1 + most) < counts[:, None], self._constant_token, -1).astype(np.int32)
+        return Accepted(counts, tokens, drafted, np.full((count, most), self._constant_token, np.int32))
+
+    def _draft(self, forward_input: ForwardInput, result: ForwardOutput) -> None:
+        """At the end of a step: what each slot's next row brings."""
+        staging, drafter = forward_input.staging, self._drafter
+        first, count = forward_input.num_decode_rows, forward_input.num_speculating_rows
+        for row, slot in enumerate(staging.row_slot[: forward_input.num_rows].tolist()):
+            if not drafter.speculates(slot):
+                assert not first <= row < first + count, f"slot {slot} speculates, and nobody said so"
+                continue
+            tokens = [int(result.token_ids[row])] if staging.row_samples[row] else []
+            if first <= row < first + count:
+                assert result.accepted is not None
+                tokens = result.accepted.tokens[row - first, : result.accepted.counts[row - first]].tolist()
+            elif row >= first:
+                known = staging.token_ids[staging.qo_indptr[row] : staging.qo_indptr[row + 1]].tolist()
+                drafter.chunk(slot, int(staging.row_start[row]), known)
+            if not tokens:
+                continue
+            if max(tokens) >= self.model.vocab_size:
+                drafter.drop(slot)  # of a failed step: it does not go on
+                continue
+            drafts = drafter.sampled(slot, int(self._last_position[slot]) - len(tokens) + 1, tokens)
+            if first <= row < first + count:
+                assert result.accepted is not None
+                result.accepted.drafts[row - first, : len(drafts)] = drafts
+            elif row >= first:
+                result.new_drafts.append((row, np.array(drafts, np.int32)))
 
     def _check(self, forward_input: ForwardInput) -> None:
         """What can be said of a step from itself."""
@@ -490,6 +628,9 @@ class FakeExecutor:
         starts: list[int] = staging.row_start[:rows].tolist()
         assert min(lengths) >= 1 and sum(lengths) == tokens, f"{lengths} for {tokens} tokens"
         assert all(length == 1 for length in lengths[:decode_rows]), "a decode row is one token"
+        speculating = lengths[decode_rows : decode_rows + forward_input.num_speculating_rows]
+        assert len(speculating) == forward_input.num_speculating_rows, "rows speculate that are not there"
+        assert max(speculating, default=0) <= 1 + limits.max_draft_tokens, "a row has too many drafts"
         assert min(starts) >= 0
         kv_lengths = [start + length for start, length in zip(starts, lengths, strict=True)]
         assert max(kv_lengths) <= limits.max_model_len, f"contexts {kv_lengths} are too long"
@@ -499,13 +640,15 @@ class FakeExecutor:
             assert offset == total, f"qo_indptr {offsets} for lengths {lengths}"
             total += length
         token_ids: list[int] = staging.token_ids[:tokens].tolist()
-        assert all(token == FUTURE_TOKEN for token in token_ids[:decode_rows]), "decode rows read the relay"
-        known = token_ids[decode_rows:]
+        future = decode_rows + sum(speculating)
+        assert all(token == FUTURE_TOKEN for token in token_ids[:future]), "decode rows read the relay"
+        known = token_ids[future:]
         assert all(0 <= token < limits.vocab_size for token in known), f"token ids out of range: {known}"
-        assert bool(staging.row_samples[:decode_rows].all()), "a decode row that does not sample"
+        continuing = decode_rows + len(speculating)
+        assert bool(staging.row_samples[:continuing].all()), "a decode row that does not sample"
         pooled = [row.row for row in forward_input.pooled]
         assert pooled == sorted(set(pooled)), f"pooled rows {pooled}"
-        assert all(decode_rows <= row < rows and not staging.row_samples[row] for row in pooled), "a pooled row samples"
+        assert all(continuing <= row < rows and not staging.row_samples[row] for row in pooled), "a pooled row samples"
         count = forward_input.num_table_diffs
         if count:
             index: list[int] = staging.table_index[:count].tolist()
@@ -521,9 +664,12 @@ class FakeExecutor:
             changed: list[int] = staging.sampling_slot[:count].tolist()
             assert len(set(changed)) == count, "a sampling row stands twice in one diff"
             assert min(changed) >= 1 and max(changed) <= limits.max_num_seqs
+        self._adapters.check(forward_input)
 
-    def _forward(self, forward_input: ForwardInput, output: Int32Array, failed: bool) -> list[npt.NDArray[np.float32]]:
-        """Fills in the tokens; returns the vectors of pooled rows."""
+    def _forward(
+        self, forward_input: ForwardInput, output: Int32Array, failed: bool, parts: Spread | None = None
+    ) -> list[npt.NDArray[np.float32]]:
+        """Fills in the tokens; returns the vectors of pooled rows. parts: how the step's rows came to be."""
         limits, rows = self.limits, forward_input.num_rows
         decode_rows, num_tokens = forward_input.num_decode_rows, forward_input.num_tokens
         staging = forward_input.staging
@@ -544,7 +690,7 @@ class FakeExecutor:
                 f"their last tokens are for {self._last_position[decoding][stale].tolist()}"
             )
             token_ids[:decode_rows] = self._last_token[decoding]
-            row_tainted[:decode_rows] = token_ids[:decode_rows] == TAINTED_TOKEN
+        row_tainted |= token_ids[staging.qo_indptr[:rows]] == TAINTED_TOKEN
         if self.model.has_state:
             row_tainted |= self._states.begin(slots, starts)
 
@@ -552,6 +698,9 @@ class FakeExecutor:
         written = np.sort(np.concatenate([own.kv_slots for own in self._metadata.of_groups]))
         assert not (written[1:] == written[:-1]).any(), "two rows write the same KV cell"
         mixed = token_ids.astype(np.uint64) * U_TOKEN + metadata.positions.astype(np.uint64) * U_POSITION
+        keys = self._adapters.keys(forward_input)
+        if keys is not None:
+            mixed += keys
         for group, own in enumerate(self._metadata.of_groups):
             self._cell_group[own.kv_slots] = group
             self._cell_position[own.kv_slots] = own.positions
@@ -571,13 +720,12 @@ class FakeExecutor:
         draws = mix(combine(totals) ^ U_ROUND)
         vectors = self._pool(forward_input, draws, row_tainted) if forward_input.pooled else []
         if self._extras:
-            self._shape(draws, slots)
+            self._shape(draws, slots, parts)
         tokens = self._sample(draws, self.tables.sampling[slots], kv_len)
         if forward_input.masks is not None:
-            for row, allowed in zip(
-                forward_input.masks.rows.tolist(), forward_input.masks.allowed(limits.vocab_size), strict=True
-            ):
-                if not allowed[tokens[row]]:
+            masked = forward_input.masks.rows.tolist() if parts is None else parts.places
+            for row, allowed in zip(masked, forward_input.masks.allowed(limits.vocab_size), strict=True):
+                if row >= 0 and not allowed[tokens[row]]:
                     choices = np.flatnonzero(allowed)
                     tokens[row] = choices[int(draws[row]) % len(choices)]
         tokens[row_tainted] = TAINTED_TOKEN
@@ -586,6 +734,9 @@ class FakeExecutor:
         self._last_token[sampling_slots] = tokens[samples]
         self._last_position[sampling_slots] = kv_len[samples]
         output[:] = np.where(samples, tokens, -1)
+        if parts is not None:
+            end = parts.first[-1] + 1 + len(parts.drafts[-1])
+            output[decode_rows:end] = tokens[decode_rows:end]
         for slot, token in zip(sampling_slots.tolist(), tokens[samples].tolist(), strict=True) if self._extras else ():
             if slot in self._history:
                 self._history[slot] = (self._history[slot] + mix_int(token)) & MASK
@@ -655,36 +806,55 @@ class FakeExecutor:
         for slot in filled:
             self._extras.pop(slot, None)
             self._history.pop(slot, None)
+            self._drafter.drop(slot)
         for extras in forward_input.extras:
             assert extras.slot in filled and extras.slot not in self._extras, "extras come once, with a sampling row"
             assert 0 < extras.num_prompt_tokens <= len(extras.history)
             self._extras[extras.slot] = extras
             self._history[extras.slot] = sum(mix_int(token) for token in extras.history.tolist()) & MASK
+        for given in forward_input.speculations:
+            assert given.slot in filled and self.limits.max_draft_tokens, "a slot speculates without a sampling row"
+            row = self.tables.sampling[given.slot]
+            stop_ids = set(row["stop_ids"][: row["num_stop_ids"]].tolist())
+            adapter = self._adapters.number_of(given.slot)
+            self._drafter.begin(given, _Oracle(self.model, row, self._extras.get(given.slot), stop_ids, adapter))
 
-    def _shape(self, draws: UInt64Array, slots: Int32Array) -> None:
-        """Draws of rows with extras, in place."""
+    def _shape(self, draws: UInt64Array, slots: Int32Array, parts: Spread | None) -> None:
+        """Draws of rows with extras, in place. Those of a draft's row count the drafts up to it."""
+        ahead: dict[int, int] = {}
+        if parts is not None:
+            for first, drafts in zip(parts.first, parts.drafts, strict=True):
+                for place in range(1 + len(drafts)):
+                    ahead[first + place] = sum(map(mix_int, drafts[:place]))
         for row, slot in enumerate(slots.tolist()):
             extras = self._extras.get(slot)
             if extras is not None and _shapes_draws(extras):
-                penalties = extras.presence_penalty or extras.frequency_penalty or extras.repetition_penalty != 1.0
-                key = _extras_key(extras) ^ (self._history[slot] if penalties else 0)
+                history = (self._history[slot] + ahead.get(row, 0)) & MASK
+                key = _extras_key(extras) ^ (history if _counts_tokens(extras) else 0)
                 draws[row] = mix_int(int(draws[row]) ^ mix_int(key))
 
-    def _logprobs(self, forward_input: ForwardInput, output: Int32Array) -> StepLogprobs | None:
+    def _logprobs(self, forward_input: ForwardInput, result: ForwardOutput) -> StepLogprobs | None:
         """Of the rows that sampled and asked. Top ids are the ones after the token. Prompts get none."""
-        staging, kv_len = forward_input.staging, self._metadata.of_groups[0].kv_len
+        staging, accepted = forward_input.staging, result.accepted
         rows: list[int] = []
-        width = 0
+        tokens: list[int] = []
+        positions: list[int] = []
+        width, first = 0, forward_input.num_decode_rows
         for row, slot in enumerate(staging.row_slot[: forward_input.num_rows].tolist()):
             extras = self._extras.get(slot)
             if extras is not None and extras.logprobs is not None and staging.row_samples[row]:
-                rows.append(row)
+                new = [int(result.token_ids[row])]
+                if accepted is not None and first <= row < first + len(accepted.counts):
+                    new = accepted.tokens[row - first, : accepted.counts[row - first]].tolist()
+                rows += [row] * len(new)
+                tokens += new
+                end = int(self._last_position[slot])
+                positions += range(end - len(new) + 1, end + 1)
                 width = max(width, extras.logprobs)
         if not rows:
             return None
-        tokens = output[rows]
-        top_ids = (tokens[:, None] + np.arange(width)) % self.model.vocab_size
-        pairs = zip(tokens.tolist(), kv_len[rows].tolist(), strict=True)
+        top_ids = (np.array(tokens)[:, None] + np.arange(width)) % self.model.vocab_size
+        pairs = zip(tokens, positions, strict=True)
         own = np.array([expected_logprob(token, position) for token, position in pairs], np.float32)
         top = (own[:, None] - np.arange(width)).astype(np.float32)
         return StepLogprobs(np.array(rows, np.int32), own, np.ones(len(rows), np.int32), top_ids.astype(np.int32), top)
@@ -733,10 +903,14 @@ def _fingerprint(forward_input: ForwardInput) -> tuple[object, ...]:
         staging.table_page[:diffs].tobytes(),
         staging.sampling_slot[:changed].tobytes(),
         staging.sampling[:changed].tobytes(),
+        staging.adapter[:changed].tobytes(),
+        tuple(forward_input.adapter_loads),
         staging.save_slot[: forward_input.num_saves].tobytes(),
         staging.save_snapshot[: forward_input.num_saves].tobytes(),
         staging.load_slot[: forward_input.num_loads].tobytes(),
         staging.load_snapshot[: forward_input.num_loads].tobytes(),
         tuple((extras.slot, extras.history.tobytes()) for extras in forward_input.extras),
+        forward_input.num_speculating_rows,
+        tuple((given.slot, given.history.tobytes()) for given in forward_input.speculations),
         tuple(forward_input.pooled),
     )

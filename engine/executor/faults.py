@@ -152,6 +152,10 @@ class FaultyExecutor:
         """See Executor."""
         self.inner.load_weights(directory)
 
+    def read_adapter(self, path: Any) -> Any:
+        """See Executor."""
+        return self.inner.read_adapter(path)
+
     def close(self) -> None:
         """See Executor."""
         self.inner.close()

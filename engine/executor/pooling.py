@@ -90,18 +90,22 @@ def shape_of(pooling: Pooling, spec: ModelSpec, num_tokens: int) -> tuple[int, .
 class Pooler:
     """Keeps what prompts that come in chunks have brought so far, float32 by seq slot.
 
+    use_slots: is told whose rows the model gets next: a seq slot for each, or one for all of them.
     It begins anew with a prompt; one that never ends (an aborted request) is forgotten with its slot's next.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, use_slots: Callable[[list[int]], None] = lambda slots: None) -> None:
         self._before: dict[int, Tensor] = {}
+        self._use_slots = use_slots
 
     def run(self, chunks: Sequence[PooledChunk], hidden: Tensor, model: Heads) -> list[Tensor]:
         """hidden [T, hidden_size] of the step. A float32 vector for each chunk that ends, see `shape_of`."""
         vectors: list[Tensor] = []
+        slots: list[int] = []
         classified: list[int] = []
         projected: list[int] = []
         for chunk in chunks:
+            self._use_slots([chunk.slot])
             pooling, end = chunk.pooling, chunk.first + chunk.length
             late = False
             if pooling.needs_all:
@@ -120,9 +124,22 @@ class Pooler:
             elif pooling.kind not in ("all", "logprobs") and model.config.projections:
                 projected.append(len(vectors))
             vectors.append(vector)
-        _put_through(model.classify, vectors, classified)
-        _put_through(model.project, vectors, projected)
+            slots.append(chunk.slot)
+        self._put_through(model.classify, vectors, slots, classified)
+        self._put_through(model.project, vectors, slots, projected)
         return vectors
+
+    def _put_through(
+        self, head: Callable[[Tensor], Tensor], vectors: list[Tensor], slots: list[int], indices: list[int]
+    ) -> None:
+        """Replace these vectors, or matrices of them, by what a head makes of them, all at once."""
+        if not indices:
+            return
+        parts = [vectors[index].view(-1, vectors[index].shape[-1]) for index in indices]
+        self._use_slots([slots[index] for index, part in zip(indices, parts, strict=True) for _ in part])
+        made = head(torch.cat(parts)).split_with_sizes([len(part) for part in parts])
+        for index, rows in zip(indices, made, strict=True):
+            vectors[index] = rows.reshape(*vectors[index].shape[:-1], -1).clone()
 
     def _add(self, chunk: PooledChunk, rows: Tensor) -> Tensor:
         """What a prompt has brought up to the end of this chunk; the answer where it ends."""
@@ -155,13 +172,3 @@ def _sum(rows: Tensor) -> Tensor:
     if rows.is_cpu:
         return torch.from_numpy(np.add.reduce(rows.numpy(), axis=0))
     return rows.sum(dim=0)
-
-
-def _put_through(head: Callable[[Tensor], Tensor], vectors: list[Tensor], indices: list[int]) -> None:
-    """Replace these vectors, or matrices of them, by what a head makes of them, all at once."""
-    if not indices:
-        return
-    parts = [vectors[index].view(-1, vectors[index].shape[-1]) for index in indices]
-    made = head(torch.cat(parts)).split_with_sizes([len(part) for part in parts])
-    for index, rows in zip(indices, made, strict=True):
-        vectors[index] = rows.reshape(*vectors[index].shape[:-1], -1).clone()

@@ -15,7 +15,8 @@ from engine.forward import SAMPLING_DTYPE, ForwardInput, Int32Array, Limits
 
 
 class SlotTables:
-    """page_tables int32 [groups, num_slots, max_pages_per_seq]; sampling SAMPLING_DTYPE [num_slots]."""
+    """page_tables int32 [groups, num_slots, max_pages_per_seq]; sampling SAMPLING_DTYPE [num_slots]; adapter int32
+    [num_slots]: the index of its adapter, 0 for none."""
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
@@ -24,6 +25,7 @@ class SlotTables:
         self.page_table: Int32Array = self.page_tables[0]  # of the first group, which often is the only one
         self._flat_table = self.page_tables.reshape(-1)
         self.sampling: npt.NDArray[Any] = np.zeros(limits.num_slots, SAMPLING_DTYPE)
+        self.adapter: Int32Array = np.zeros(limits.num_slots, np.int32)
 
     def apply(self, forward_input: ForwardInput) -> None:
         """Take over the step's diffs. Must come before anything of the step reads a table."""
@@ -33,7 +35,9 @@ class SlotTables:
             self._flat_table[staging.table_index[:count]] = staging.table_page[:count]
         count = forward_input.num_sampling_diffs
         if count:
-            self.sampling[staging.sampling_slot[:count]] = staging.sampling[:count]
+            slots = staging.sampling_slot[:count]
+            self.sampling[slots] = staging.sampling[:count]
+            self.adapter[slots] = staging.adapter[:count]
 
 
 class PagedMetadata:

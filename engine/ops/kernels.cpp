@@ -15,6 +15,7 @@
 #include <cstring>
 #include <limits>
 #include <new>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -1378,6 +1379,7 @@ int32_t rank_row(const float* x, i64 V, float value) {
 
 #include "kernels_packed.h"
 #include "kernels_state.h"
+#include "kernels_lora.h"
 
 }  // namespace
 
@@ -1587,6 +1589,16 @@ EXPORT void ol_gated_norm(int64_t type, const void* x, int64_t ldx, const void* 
 EXPORT void ol_mxfp4_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* blocks, const void* scales, int64_t N,
                             const float* bias, void* out, int64_t threads) {
     BY_TYPE(type, mxfp4_linear((const T*)x, ldx, M, K, (const uint8_t*)blocks, (const uint8_t*)scales, N, bias, (T*)out, (int)threads))
+}
+
+EXPORT void ol_lora_down(int64_t type, const void* x, int64_t ldx, int64_t K, const int32_t* rows, const void* groups, int64_t num_groups,
+                         const void* table, float* h, int64_t ldh, int64_t threads) {
+    BY_TYPE(type, lora_down((const T*)x, ldx, K, rows, (const LoraGroup*)groups, num_groups, (const LoraBranch* const*)table, h, ldh,
+                            (int)threads));
+}
+EXPORT void ol_lora_up(int64_t type, void* y, int64_t ldy, const int32_t* rows, const void* groups, int64_t num_groups, const void* table,
+                       const float* h, int64_t ldh, int64_t threads) {
+    BY_TYPE(type, lora_up((T*)y, ldy, rows, (const LoraGroup*)groups, num_groups, (const LoraBranch* const*)table, h, ldh, (int)threads));
 }
 
 EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params, const int32_t* positions, int32_t* out, int64_t threads) {

@@ -26,8 +26,12 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = tuple(Path(__file__).with_name(name) for name in ("kernels_packed.h", "kernels_state.h", "kernels_ranks.h"))
-FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-Wno-psabi")
+INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in ("packed", "state", "lora", "ranks"))
+# GCC sums integers as a tree when left to itself: every product is then a register, and most of them go to the stack.
+FLAGS = (
+    *("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fno-tree-reassoc"),
+    *("-fPIC", "-fvisibility=hidden", "-Wno-psabi"),
+)
 FLOAT32, BFLOAT16 = 0, 1
 # Units of work (elements touched, or multiplications / 8) under which a call keeps the GIL: about 20 us. Giving it up
 # for less invites the event loop to take it, and taking it back then costs up to a switch interval (5 ms).
@@ -60,6 +64,8 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_gate": (None, [_I, _P, _I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_gated_norm": (None, [_I, _P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _F, _I, _I]),
     "ol_mxfp4_linear": (None, [_I, _P, _I, _I, _I, _P, _P, _I, _P, _P, _I]),
+    "ol_lora_down": (None, [_I, _P, _I, _I, _P, _P, _I, _P, _P, _I, _I]),
+    "ol_lora_up": (None, [_I, _P, _I, _P, _P, _I, _P, _P, _I, _I]),
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),

@@ -6,18 +6,32 @@ set belongs to the executor once the step is submitted.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
-from engine.forward import FUTURE_TOKEN, BoolArray, ForwardInput, Int32Array, Limits, PooledRow, RowExtras, Staging
+from engine.forward import (
+    FUTURE_TOKEN,
+    BoolArray,
+    ForwardInput,
+    Int32Array,
+    Limits,
+    PooledRow,
+    RowExtras,
+    RowSpeculation,
+    Staging,
+    TokenMasks,
+)
 from engine.request import SamplingParams
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import IndexArray
 
 
 class Batch:
-    """slots intp [rows], samples bool [rows]: decode rows first. entered: (sequence, first page index) put into the
-    radix tree by this step, to be taken back if it fails. in_flight: between launch and commit."""
+    """slots intp [rows], samples bool [rows]: decode rows first, then those that speculate. entered: (sequence, first
+    page, end) put into the radix tree by this step, to be taken back if it fails. in_flight: between launch and
+    commit."""
 
     def __init__(self, staging: Staging) -> None:
         limits: Limits = staging.limits
@@ -25,9 +39,13 @@ class Batch:
         self.forward_input = ForwardInput(0, staging, 0, 0, 0, 0, 0)
         self._slots: IndexArray = np.zeros(limits.max_num_seqs, np.intp)
         self._samples: BoolArray = np.zeros(limits.max_num_seqs, np.bool_)
-        self.entered: list[tuple[Sequence, int]] = []
+        self.entered: list[tuple[Sequence, int, int]] = []
         # Rows that sample under a grammar.
         self.constrained: list[tuple[int, Sequence]] = []
+        # Of speculating rows under a grammar: tokens after which it ends, if they come.
+        self.ends: dict[int, int] = {}
+        # Of rows whose sample was dropped: tokens that are computed without the step.
+        self.dropped: dict[int, int] = {}
         # Whose vectors the step brings, in the order of ForwardOutput.pooled.
         self.pooled: list[Sequence] = []
         self.all_sample = True
@@ -58,12 +76,17 @@ class Batch:
         forward.step = step
         forward.num_rows = forward.num_decode_rows = forward.num_tokens = 0
         forward.num_table_diffs = forward.num_sampling_diffs = forward.num_saves = forward.num_loads = 0
+        forward.num_speculating_rows = 0
+        if forward.speculations:
+            forward.speculations.clear()
         if forward.extras:
             forward.extras.clear()
         forward.masks = None
         self.entered.clear()
         if self.constrained:
             self.constrained = []
+            self.ends.clear()
+            self.dropped.clear()
         if forward.pooled:
             forward.pooled.clear()
             self.pooled = []
@@ -83,6 +106,44 @@ class Batch:
         staging.qo_indptr[: count + 1] = self._arange[: count + 1]
         forward.num_rows = forward.num_decode_rows = forward.num_tokens = count
 
+    def write_speculating(self, slots: IndexArray, starts: Int32Array, lengths: Int32Array) -> None:
+        """Rows that continue by their last token and drafts, behind the decode rows and before all others."""
+        forward, staging = self.forward_input, self.staging
+        first, end, token = forward.num_rows, forward.num_rows + len(slots), forward.num_tokens
+        assert first == forward.num_decode_rows
+        self._slots[first:end] = slots
+        self._samples[first:end] = True
+        staging.row_slot[first:end] = slots
+        staging.row_start[first:end] = starts
+        staging.row_len[first:end] = lengths
+        staging.row_samples[first:end] = True
+        staging.qo_indptr[first] = token
+        np.cumsum(lengths, out=staging.qo_indptr[first + 1 : end + 1])
+        staging.qo_indptr[first + 1 : end + 1] += token
+        forward.num_tokens = int(staging.qo_indptr[end])
+        staging.token_ids[token : forward.num_tokens] = FUTURE_TOKEN
+        forward.num_rows, forward.num_speculating_rows = end, len(slots)
+
+    def is_speculating(self, row: int) -> bool:
+        forward = self.forward_input
+        return 0 <= row - forward.num_decode_rows < forward.num_speculating_rows
+
+    def ask_for_masks(self, constrained: list[tuple[int, Sequence]], vocab_size: int) -> None:
+        """The sampling of these rows waits for the host's grammar, at each of their positions."""
+        self.constrained = constrained
+        lengths = self.staging.row_len
+        rows = [r for row, _ in constrained for r in [row] * (int(lengths[row]) if self.is_speculating(row) else 1)]
+        self.forward_input.masks = TokenMasks(rows, vocab_size)
+
+    def mask_bits(self) -> Iterator[tuple[int, Sequence, npt.NDArray[np.uint32]]]:
+        """(row, sequence, uint32 [positions, words]) of each constrained row: views of the step's masks."""
+        masks, first = self.forward_input.masks, 0
+        assert masks is not None
+        for row, sequence in self.constrained:
+            count = int(np.count_nonzero(masks.rows[first:] == row)) if self.is_speculating(row) else 1
+            yield row, sequence, masks.bits[first : first + count]
+            first += count
+
     def write_prefill(self, slot: int, start: int, token_ids: Int32Array, samples: bool) -> None:
         """One chunk of a prompt, or of forced tokens."""
         forward, staging = self.forward_input, self.staging
@@ -101,9 +162,13 @@ class Batch:
         forward.num_rows = row + 1
         forward.num_tokens = first + length
 
-    def drop_sample(self, row: int) -> None:
-        """After the launch: what this row samples is not wanted. The sequence still belongs to the step."""
+    def drop_sample(self, row: int, num_computed: int) -> None:
+        """After the launch: what this row samples is not wanted. The sequence still belongs to the step.
+
+        num_computed: tokens of it that are computed without the step.
+        """
         self._samples[row] = self.all_sample = False
+        self.dropped[row] = num_computed
 
     def write_pooled(self, sequence: Sequence, ends: bool) -> None:
         """The chunk that was just written is of a sequence that asks for a vector; ends: it is the prompt's last."""
@@ -156,12 +221,13 @@ class Batch:
         staging.load_snapshot[count] = snapshot
         forward.num_loads = count + 1
 
-    def write_sampling(self, sequence: Sequence, seed: int) -> None:
-        """The sampling row of a newly filled slot."""
+    def write_sampling(self, sequence: Sequence, seed: int, adapter: int = 0, drafts: bool = False) -> None:
+        """The sampling row of a newly filled slot, and the index of its adapter. drafts: it speculates."""
         forward, staging = self.forward_input, self.staging
         count = forward.num_sampling_diffs
         params: SamplingParams = sequence.request.sampling
         staging.sampling_slot[count] = sequence.slot
+        staging.adapter[count] = adapter
         row = staging.sampling[count]
         row["temperature"] = params.temperature
         row["top_p"] = params.top_p
@@ -173,6 +239,16 @@ class Batch:
         row["stop_ids"] = -1
         row["stop_ids"][: len(sequence.stop_ids)] = sequence.stop_ids
         forward.num_sampling_diffs = count + 1
+        if drafts:
+            prediction = sequence.request.prediction
+            forward.speculations.append(
+                RowSpeculation(
+                    slot=sequence.slot,
+                    history=np.array(sequence.token_ids, np.int32),
+                    prediction=None if prediction is None else np.array(prediction, np.int32),
+                    namespace=sequence.request.namespace,
+                )
+            )
         if params.has_extras:
             forward.extras.append(
                 RowExtras(

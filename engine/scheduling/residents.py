@@ -22,6 +22,7 @@ from engine.request import (
     Request,
     RequestError,
 )
+from engine.scheduling.adapters import AdapterPlaces
 from engine.scheduling.policy.registry import make_policy
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray, SlotTable
@@ -73,6 +74,8 @@ class Residents:
         self._held: list[Sequence] | None = None
         # Suspects wait there, and not with the policy.
         self._trials = Trials()
+        # And who waits for its adapter there.
+        self.adapters = AdapterPlaces(limits.max_adapters, clock.now)
         # All that run, in order of admission.
         self._running: list[Sequence] = []
         self._prefilling: list[Sequence] = []
@@ -101,12 +104,14 @@ class Residents:
         return bool(self.num_waiting or self._running or self._leaving)
 
     def obstacle(self, sequence: Sequence) -> str:
-        """Why a waiting sequence is not admitted: held (nobody is, for now), slots, pages, prefill (a prompt is being
-        read), or turn (others are before it, or its step comes)."""
+        """Why a waiting sequence is not admitted: held (nobody is, for now), slots, adapters (all that may take part
+        are in use), pages, prefill (a prompt is being read), or turn (others are before it, or its step comes)."""
         if self._held is not None:
             return "held"
         if not self._table.num_free:
             return "slots"
+        if not self.adapters.has_room(sequence.request.adapter):
+            return "adapters"
         if sequence.pages_wanted:
             return "pages"
         return "prefill" if self._prefilling else "turn"
@@ -128,6 +133,8 @@ class Residents:
         prompt, params, limits = request.prompt_token_ids, request.sampling, self.limits
         if not prompt:
             raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
+        if request.adapter is not None and not limits.max_adapters:
+            raise RequestError("This server takes no LoRA adapters; start it with --enable-lora.", param="model")
         max_length = limits.max_model_len
         if request.pooling is not None:
             # All of it is computed, as if a token were to follow.
@@ -293,6 +300,7 @@ class Residents:
         self.kv_cache.release(pages, tokens, valid)
         sequence.pages = None
         sequence.leave_slot()
+        self.adapters.unpin(sequence.request.adapter)
         if sequence.status is SequenceStatus.FINISHING:
             sequence.move(SequenceStatus.FINISHED)
         else:

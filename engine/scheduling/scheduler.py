@@ -20,12 +20,13 @@ from engine.cache.history import Visit
 from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
-from engine.forward import NULL_PAGE, BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging, TokenMasks
+from engine.forward import NULL_PAGE, BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging
 from engine.request import FinishReason
 from engine.scheduling.batch import Batch
 from engine.scheduling.residents import Residents
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray, Scratch
+from engine.scheduling.speculating import Budgets, Speculation
 
 # A run of forced tokens shorter than this is sampled token by token: nothing, or one step of one row, would be saved.
 MIN_JUMP = 2
@@ -37,18 +38,28 @@ SNAPSHOT_PAGES = 16
 class StepResult:
     """What a step brought, overruns left out. Valid until the next commit.
 
-    slots intp [n], token_ids int32 [n]: one new token per row. gaps float64 [n]: seconds since the slot's token
-    before, NaN for its first. finished: sequences that ended with this step; some have left their slot already.
-    logprobs, prompt_logprobs, pooled: whose the entries of those fields of ForwardOutput are, by index.
+    slots intp [n], token_ids int32 [n]: the row's new token, of a row that speculated the last. counts int32 [n]: its
+    new tokens, None where each row has one. gaps float64: seconds since the slot's token before, NaN for its first; one
+    for each new token. finished: sequences that ended with this step; some have left their slot already. cut: whose
+    grammar ended, or failed, by a draft.
+    logprobs: (sequence, index into ForwardOutput.logprobs, token). prompt_logprobs, pooled: whose the entries of those
+    fields of ForwardOutput are, by index.
     """
 
     slots: IndexArray
     token_ids: Int32Array
     gaps: npt.NDArray[np.float64]
     finished: list[Sequence] = field(default_factory=list)
-    logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
+    logprobs: list[tuple[Sequence, int, int]] = field(default_factory=list)
     prompt_logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
     pooled: list[tuple[Sequence, int]] = field(default_factory=list)
+    counts: Int32Array | None = None
+    cut: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_new(self) -> int:
+        """New tokens of all rows."""
+        return len(self.slots) if self.counts is None else int(self.counts.sum())
 
 
 class Scheduler(Residents):
@@ -62,7 +73,9 @@ class Scheduler(Residents):
         staging: tuple[Staging, Staging],
         clock: Clock,
         eos_token_ids: tuple[int, ...] = (),
+        budgets: Budgets | None = None,
     ) -> None:
+        """budgets: of drafts; None for as many as limits.max_draft_tokens lets a row have."""
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "a step must hold every decode row"
         super().__init__(limits, options, cache_options, clock, eos_token_ids)
         self._batches = (Batch(staging[0]), Batch(staging[1]))
@@ -79,6 +92,10 @@ class Scheduler(Residents):
         self._watermark_pages = max(1, int(limits.num_pages * options.admission_watermark))
         self._scratch = Scratch(limits.max_num_seqs)
         self._num_groups = len(limits.groups)
+        self.speculation: Speculation | None = None
+        if limits.max_draft_tokens:
+            assert not self._has_state, "a recurrent state cannot be taken back"
+            self.speculation = Speculation(limits, self._table, budgets)
         # Tokens for which groups with a window should have pages, beside the window's own, before a prompt begins.
         self._good_chunk = min(limits.max_num_batched_tokens, max(group.window or 0 for group in limits.groups))
 
@@ -106,6 +123,8 @@ class Scheduler(Residents):
             self._write_remaps(batch, remaps)
         if self._table.num_constrained:
             self._ask_for_masks(batch)
+        if self.limits.max_adapters:
+            batch.forward_input.adapter_loads = self.adapters.take_loads()
         self._table.last_step[batch.slots] = self._next_step
         batch.in_flight = True
         self._next_step += 1
@@ -119,8 +138,21 @@ class Scheduler(Residents):
             self._make_room()
         if not len(self._decodes):
             return
+        if self.speculation is None:
+            self._write_decodes(batch, self._decodes)
+            return
+        room = self.limits.max_num_batched_tokens - len(self._decodes)
+        if self._prefilling or self._jumping or self.num_waiting:
+            room //= 2  # the others' share
+        slots, drafting, budgets = self.speculation.split(self._decodes, room, self._committed_step)
+        if len(slots):
+            self._write_decodes(batch, slots)
+        if len(drafting):
+            self._write_speculating(batch, drafting, budgets)
+
+    def _write_decodes(self, batch: Batch, slots: IndexArray) -> None:
+        """Rows of one token."""
         table, scratch = self._table, self._scratch
-        slots = self._decodes
         count = len(slots)
         computed = table.computed.take(slots, out=scratch.get("computed", np.int32, count), mode="clip")
         bound = table.bound.take(slots, out=scratch.get("bound", np.int32, count), mode="clip")
@@ -156,6 +188,44 @@ class Scheduler(Residents):
         if keep.all():
             return slots, computed
         return slots[keep], computed[keep]
+
+    def _write_speculating(self, batch: Batch, slots: IndexArray, budgets: Int32Array) -> None:
+        """Rows of one token and as many drafts as `budgets` says, where there are pages for them."""
+        table = self._table
+        computed = table.computed[slots]
+        due = computed + budgets >= table.bound[slots]
+        if due.any():
+            for row in np.flatnonzero(due).tolist():
+                budgets[row] = self._serve_drafts(batch, int(slots[row]), int(computed[row]), int(budgets[row]))
+            keep = budgets >= 0
+            slots, computed, budgets = slots[keep], computed[keep], budgets[keep]
+        if len(slots):
+            batch.write_speculating(slots, computed, budgets + 1)
+            table.computed[slots] = computed + budgets + 1
+            table.drafted_in[slots] = self._next_step
+
+    def _serve_drafts(self, batch: Batch, slot: int, computed: int, budget: int) -> int:
+        """Pages for a row that speculates. Returns the drafts that it may have, -1 where it sits this step out.
+
+        Drafts take no page that a decode row may need next. A row that may have all its tokens in flight waits for what
+        they turn out to be.
+        """
+        table, sequence = self._table, self.sequence_of(slot)
+        if computed >= table.limit[slot] - 1:
+            if table.drafted_in[slot] <= self._committed_step:
+                self._decoding.remove(sequence)
+                self._decodes_stale = True
+            return -1
+        pages = sequence.pages
+        assert pages is not None
+        self._give_back(sequence)
+        reserved = (len(self._decodes) + 1) * self._num_groups + self._pages_of_jumps()
+        while (capacity := int(table.capacity[slot])) < computed + 1 + budget:
+            if capacity > computed and self.kv_cache.num_available < reserved:
+                break
+            if not self._reserve_one(batch, sequence, pages):
+                break
+        return min(budget, capacity - computed - 1)
 
     def _reserve_one(self, batch: Batch, sequence: Sequence, pages: SequencePages) -> bool:
         """One more page in every group, if they are to be had."""
@@ -196,7 +266,12 @@ class Scheduler(Residents):
         """
         pages = sequence.pages
         if self.kv_cache.has_windows and pages is not None:
-            for group, indices in self.kv_cache.give_back(pages, int(self._table.computed[sequence.slot])):
+            table, slot = self._table, sequence.slot
+            computed = int(table.computed[slot])
+            if table.drafted_in[slot] > self._committed_step:
+                # Of its drafts in flight it is not known how many are right: perhaps none.
+                computed = min(computed, int(table.known[slot]) - 1)
+            for group, indices in self.kv_cache.give_back(pages, computed):
                 self._remaps += [(sequence, pages, group, index, NULL_PAGE) for index in indices]
 
     def _make_room(self) -> None:
@@ -264,7 +339,8 @@ class Scheduler(Residents):
             # A half-written prompt goes first: admitting another would only share the budget between them.
             if self._prefilling or not self._table.num_free:
                 return
-            candidate = self._trials.next() if self._trials.pending else self._policy.peek(self._num_turns)
+            suspects = self._trials.pending
+            candidate = self._trials.next() if suspects else self.adapters.next(self._policy, self._num_turns)
             if candidate is None or not self._admit(batch, candidate):
                 return
             self._write_chunk(batch, candidate)
@@ -275,6 +351,8 @@ class Scheduler(Residents):
         Groups with a window get theirs chunk by chunk; what they will hold at once must be there.
         """
         cache, table = self.kv_cache, self._table
+        if not self.adapters.has_room(sequence.request.adapter):
+            return False
         # Headroom, so that what runs can grow for a while before something must be retracted.
         headroom, others = 0, bool(self._running or self._leaving)
         if others:
@@ -287,7 +365,7 @@ class Scheduler(Residents):
         if others and sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens, request = sequence.token_ids, sequence.request
-        pages = cache.begin(sequence.matchable_ids, request.namespace)
+        pages = cache.begin(sequence.matchable_ids, request.cache_root)
         num_cached = pages.num_shared * cache.page_size
         wanted = cache.num_missing(pages, len(tokens))
         if others and cache.has_windows:
@@ -310,7 +388,7 @@ class Scheduler(Residents):
             cache.history.admitted(
                 Visit(
                     request.request_id,
-                    request.namespace,
+                    request.cache_root,
                     pages.data,
                     sequence.num_prompt_tokens,
                     len(sequence.matchable_ids),
@@ -333,7 +411,10 @@ class Scheduler(Residents):
             batch.write_pages(group, slot, 0, ids)
         if pages.snapshot:
             batch.write_load(slot, pages.snapshot)
-        batch.write_sampling(sequence, sequence.request.sampling.seed or 0)
+        seed, speculates = sequence.request.sampling.seed or 0, bool(table.max_drafts[slot])
+        batch.write_sampling(sequence, seed, self.adapters.pin(sequence), speculates)
+        if self.speculation is not None:
+            self.speculation.begin(slot)
         self._running.append(sequence)
         self._prefilling.append(sequence)
         return True
@@ -370,8 +451,10 @@ class Scheduler(Residents):
             self.recorder.chunk(sequence.request.request_id, "pooling" if pools else "prefill", start, end)
         table.computed[slot] = end
         self.counters.prefill_tokens += end - start
-        batch.entered.append((sequence, pages.num_shared))
-        for group, index, page in self.kv_cache.enter(pages, tokens, end):
+        first_page = pages.num_shared
+        remaps = self.kv_cache.enter(pages, tokens, end)
+        batch.entered.append((sequence, first_page, pages.num_shared))
+        for group, index, page in remaps:
             # This step still writes and reads the sequence's own page; the shared one serves from the next on.
             self._remaps.append((sequence, pages, group, index, page))
         if self._has_state and end == pages.num_shared * page_size:
@@ -401,8 +484,8 @@ class Scheduler(Residents):
         """Name the rows whose sampling must wait for the host's grammar; all others never wait."""
         rows = np.flatnonzero(self._table.constrained[batch.slots] & batch.samples).tolist()
         if rows:
-            batch.constrained = [(row, self.sequence_of(int(batch.slots[row]))) for row in rows]
-            batch.forward_input.masks = TokenMasks(rows, self.limits.vocab_size)
+            constrained = [(row, self.sequence_of(int(batch.slots[row]))) for row in rows]
+            batch.ask_for_masks(constrained, self.limits.vocab_size)
 
     def _write_remaps(self, batch: Batch, remaps: list[tuple[Sequence, SequencePages, int, int, int]]) -> None:
         """Last of all: a sequence may just have given up its slot, and another one have written its whole row."""
@@ -420,18 +503,30 @@ class Scheduler(Residents):
         """Apply a finished step. Steps are committed in the order they were scheduled."""
         self._end_step(batch)
         if self._trials.pending:
-            self._acquit(batch)
+            self._acquit(batch, output)
         table, scratch = self._table, self._scratch
         slots, tokens = batch.slots, output.token_ids
         assert len(tokens) == batch.num_rows, "the executor answered for another number of rows"
         if int(tokens.max()) >= self.limits.vocab_size:
             output.broken = [*output.broken, *np.flatnonzero(tokens >= self.limits.vocab_size).tolist()]
         broken = self._end_broken(batch, output.broken) if output.broken else []
+        for sequence, first_page, end in batch.entered:
+            if sequence.pages is not None:
+                self.kv_cache.confirm(sequence.pages, first_page, end)
+        counts: Int32Array | None = None
+        cut: list[int] = []
+        if self.speculation is not None:
+            if batch.forward_input.num_speculating_rows:
+                tokens = tokens.copy()
+                counts, cut = self.speculation.accept(batch, output, tokens)
+            self.speculation.take_drafts(batch, output)
+        of_rows = counts
         live = table.live.take(slots, out=scratch.get("live", np.bool_, len(slots)), mode="clip")
         if not batch.all_sample:
             np.logical_and(live, batch.samples, out=live)
         if not live.all():
             slots, tokens = slots[live], tokens[live]
+            counts = None if counts is None else counts[live]
         count = len(slots)
         # Append the tokens: flat index = slot * width + known.
         known = table.known.take(slots, out=scratch.get("known", np.int32, count), mode="clip")
@@ -456,9 +551,13 @@ class Scheduler(Residents):
         gaps = table.token_at.take(slots, out=scratch.get("gaps", np.float64, count), mode="clip")
         np.subtract(now, gaps, out=gaps)
         table.token_at[slots] = now
-        result = StepResult(slots, tokens, gaps, broken)
+        if counts is not None:
+            gaps = np.repeat(gaps / counts, counts)
+        result = StepResult(slots, tokens, gaps, broken, counts=counts)
+        if cut:
+            result.cut = [self.sequence_of(slot) for slot in batch.slots[cut].tolist()]
         if output.logprobs is not None or output.prompt_logprobs:
-            self._attribute_logprobs(batch, output, result)
+            self._attribute_logprobs(batch, output, result, of_rows)
         if ended.any():
             for row in np.flatnonzero(ended).tolist():
                 sequence = self.sequence_of(int(slots[row]))
@@ -472,21 +571,33 @@ class Scheduler(Residents):
         self._release_leaving()
         return result
 
-    def _acquit(self, batch: Batch) -> None:
+    def _acquit(self, batch: Batch, output: ForwardOutput) -> None:
         """Suspects that the step has brought past the place where one had failed with them."""
-        rows, staging = batch.num_rows, batch.staging
-        ends = (staging.row_start[:rows] + staging.row_len[:rows]).tolist()
+        lengths, forward = batch.staging.row_len[: batch.num_rows].copy(), batch.forward_input
+        if output.accepted is not None:
+            first = forward.num_decode_rows
+            lengths[first : first + forward.num_speculating_rows] = 1 + output.accepted.num_drafted
+        ends = (self._starts(batch) + lengths).tolist()
         live = [bool(self._table.live[slot]) for slot in batch.slots.tolist()]
         members = map(self.sequence_of, batch.slots.tolist())
         self._trials.succeeded((one, end) for one, end, wanted in zip(members, ends, live, strict=True) if wanted)
 
-    def _attribute_logprobs(self, batch: Batch, output: ForwardOutput, result: StepResult) -> None:
+    def _attribute_logprobs(
+        self, batch: Batch, output: ForwardOutput, result: StepResult, counts: Int32Array | None
+    ) -> None:
         """Before any row leaves its slot: whose log-probabilities are these? Overruns are left out."""
         live, slots = self._table.live, batch.slots
         rows = output.logprobs.rows.tolist() if output.logprobs is not None else []
+        first, place, last = batch.forward_input.num_decode_rows, 0, -1
         for index, row in enumerate(rows):
-            if live[slots[row]]:
-                result.logprobs.append((self.sequence_of(int(slots[row])), index))
+            place = place + 1 if row == last else 0
+            last = row
+            if live[slots[row]] and (counts is None or place < counts[row]):
+                token = int(output.token_ids[row])
+                if batch.is_speculating(row):
+                    assert output.accepted is not None
+                    token = int(output.accepted.tokens[row - first, place])
+                result.logprobs.append((self.sequence_of(int(slots[row])), index, token))
         for index, prompt in enumerate(output.prompt_logprobs):
             if live[slots[prompt.row]]:
                 result.prompt_logprobs.append((self.sequence_of(int(slots[prompt.row])), index))
@@ -500,16 +611,16 @@ class Scheduler(Residents):
         self._end_step(batch)
         table, cache, slots = self._table, self.kv_cache, batch.slots
         result = StepResult(slots[:0], np.zeros(0, np.int32), np.zeros(0))
-        for sequence, first_page in batch.entered:
+        for sequence, first_page, _ in batch.entered:
             if sequence.pages is not None:
                 cache.take_back(sequence.pages, first_page)
         # What was computed before the step is good, also of one that was aborted. Windows have left some of it behind.
-        starts = 0 if cache.has_windows else batch.staging.row_start[: batch.num_rows]
-        table.computed[slots] = np.minimum(table.computed[slots], starts)
+        starts = self._starts(batch)
+        table.computed[slots] = np.minimum(table.computed[slots], 0 if cache.has_windows else starts)
         members = [self.sequence_of(slot) for slot in slots.tolist()]
         suspects = [sequence for sequence in members if sequence.suspect_until]
         if all(table.live[one.slot] or one.is_finished for one in suspects):
-            ends = batch.staging.row_start[: batch.num_rows] + batch.staging.row_len[: batch.num_rows]
+            ends = starts + batch.staging.row_len[: batch.num_rows]
             for sequence, end in zip(members, ends.tolist(), strict=True):
                 if sequence in suspects or not suspects:
                     sequence.suspect_until = max(sequence.suspect_until, end)
@@ -522,6 +633,14 @@ class Scheduler(Residents):
         self.retract_all()
         self._release_leaving()
         return result
+
+    def _starts(self, batch: Batch) -> Int32Array:
+        """int32 [rows]: tokens that were computed before the oldest step in flight. Of a row that speculates its own
+        number is the most that it might have been."""
+        starts: Int32Array = np.minimum(batch.staging.row_start[: batch.num_rows], self._table.known[batch.slots] - 1)
+        for row, num_computed in batch.dropped.items():
+            starts[row] = num_computed
+        return starts
 
     def _end_broken(self, batch: Batch, rows: list[int]) -> list[Sequence]:
         """Rows that computed no numbers end with an error, and what they put into the radix tree leaves it.
@@ -569,7 +688,11 @@ class Scheduler(Residents):
         forced = list(itertools.takewhile(lambda token: token not in sequence.stop_ids, tokens))[: limit - known]
         if len(forced) < MIN_JUMP:
             return 0
-        batch.drop_sample(row)
+        batch.drop_sample(row, known - 1)
+        # All that is known is computed by this step; of the drafts behind it nothing is wanted.
+        table.computed[slot], table.drafted_in[slot] = known, table.NO_STEP
+        if self.speculation is not None:
+            self.speculation.forget(slot)
         end = known + len(forced)
         table.tokens[slot, known:end] = forced
         table.known[slot] = end

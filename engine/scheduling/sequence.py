@@ -51,6 +51,7 @@ class Sequence:
     """
 
     __slots__ = (
+        "_draft_counts",
         "_tokens",
         "admitted_at",
         "arrived_at",
@@ -90,6 +91,7 @@ class Sequence:
         # Pages that the last vain attempt of admission asked for; 0 before the first.
         self.pages_wanted = 0
         self.num_cached_tokens = 0
+        self._draft_counts = (0, 0, 0)
         self.num_retractions = 0
         self.is_retracted = False
         # Of one that a step failed with: see Trials. 0: it is no suspect.
@@ -118,9 +120,27 @@ class Sequence:
         slot, table = self.slot, self.table
         assert table is not None
         self._tokens = table.tokens[slot, : int(table.known[slot])].copy()
+        self._draft_counts = self.draft_counts
         table.vacate(slot)
         self.slot, self.table = NULL_SLOT, None
         return slot
+
+    def cut(self, num_tokens: int) -> None:
+        """Forget the tokens behind the first num_tokens: its text had ended there."""
+        assert self.is_finished and self.num_prompt_tokens <= num_tokens <= self.num_tokens
+        if self.table is None:
+            self._tokens = self._tokens[:num_tokens]
+        else:
+            self.table.known[self.slot] = num_tokens
+
+    @property
+    def draft_counts(self) -> tuple[int, int, int]:
+        """Drafts that were checked for it, those that its answer has, and the steps that checked any."""
+        if self.table is None:
+            return self._draft_counts
+        drafted, accepted, steps = self.table.draft_counts[:, self.slot].tolist()
+        before = self._draft_counts
+        return before[0] + drafted, before[1] + accepted, before[2] + steps
 
     @property
     def num_tokens(self) -> int:

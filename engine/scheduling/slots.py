@@ -29,6 +29,9 @@ class SlotTable:
     last_step: the newest step that carries the slot; it is in flight while that step is not committed.
     token_at: when the slot's newest token was committed, NaN before the first.
     constrained: the slot samples under a grammar; num_constrained slots do.
+    max_drafts: most drafts of a row, 0 where the slot does not speculate. drafted_in: the newest step that carries a
+    speculating row of the slot; while that is in flight, `computed` is the most that it may come to.
+    draft_counts: [3, num_slots]; of the slot's sequence since it has the slot, see Sequence.draft_counts.
     live: committed tokens of this slot are wanted. stop_ids: [MAX_STOP_TOKEN_IDS, num_slots], padded with -1.
     tokens: [num_slots, max_model_len + 1]; reserved lazily by the operating system, so unused length costs nothing.
     """
@@ -48,6 +51,10 @@ class SlotTable:
         self.token_at: npt.NDArray[np.float64] = np.full(slots, np.nan)
         self.constrained: BoolArray = np.zeros(slots, np.bool_)
         self.num_constrained = 0
+        self.max_drafts: Int32Array = np.zeros(slots, np.int32)
+        self.drafted_in: npt.NDArray[np.int64] = np.full(slots, self.NO_STEP, np.int64)
+        self.draft_counts: Int32Array = np.zeros((3, slots), np.int32)
+        self._most_drafts = limits.max_draft_tokens
         self.live: BoolArray = np.zeros(slots, np.bool_)
         self.stop_ids: Int32Array = np.full((MAX_STOP_TOKEN_IDS, slots), -1, np.int32)
         # Stop ids per row that any row has ever had: rows of stop_ids beyond it hold nothing.
@@ -72,7 +79,9 @@ class SlotTable:
         self.tokens[slot, : len(tokens)] = tokens
         self.computed[slot] = 0
         self.limit[slot] = sequence.max_length
-        self.last_step[slot] = self.NO_STEP
+        self.last_step[slot] = self.drafted_in[slot] = self.NO_STEP
+        self.draft_counts[:, slot] = 0
+        self.max_drafts[slot] = sequence.request.most_drafts(self._most_drafts)
         self.live[slot] = True
         self.token_at[slot] = np.nan
         self.constrained[slot] = constrained = sequence.request.constraint is not None

@@ -39,7 +39,15 @@ async def server_info(request: web.Request) -> web.Response:
     stats = dataclasses.asdict(state.engine.stats())
     live = {"stats": stats, "draining": state.engine.draining, "requests_in_flight": state.in_flight.count}
     model = {"model": state.model.names[0], "max_model_len": state.model.max_model_len}
+    if state.kv_events is not None:
+        live["kv_events"] = state.kv_events.announced()
     return json_response({"version": version()} | model | state.model.server_info | live)
+
+
+async def kv_event_sources(request: web.Request) -> web.Response:
+    """vLLM's: where KV events are published; an empty list where they are not."""
+    events = request.app[STATE].kv_events
+    return json_response([] if events is None else events.sources())
 
 
 async def model_info(request: web.Request) -> web.Response:
@@ -79,4 +87,5 @@ ROUTES = (
     ("GET", "/model_info", model_info),
     ("GET", "/get_model_info", model_info),
     ("GET", "/load", load),
+    ("GET", "/kv_event_sources", kv_event_sources),
 )

@@ -92,6 +92,14 @@ _LOAD = gives(
     }
 )  # fmt: skip
 _SHORT_LOAD = gives(dict.fromkeys(("dp_rank", "num_reqs", "num_waiting_reqs", "num_tokens"), integer(0)))
+_KV_SOURCE = gives(
+    {
+        "data_parallel_rank": constant(0),
+        "endpoint": string(),
+        "replay_endpoint": either(string(), NULL),
+        "topic": string(),
+    }
+)
 
 PATHS: Json = {
     "/health": get("200 while the engine makes progress.", None),
@@ -113,6 +121,7 @@ PATHS: Json = {
         query={"fail_on_no_slot": constant("0", "1", about="1: a 503 where none is free.")},
     ),
     "/load": get("How many requests run or wait.", gives({"server_load": integer(0)})),
+    "/kv_event_sources": get("Where KV events are published (--kv-events-config).", array(_KV_SOURCE, most=1)),
     "/v1/loads": get(
         "What a router balances by.",
         gives({"timestamp": string(), "dp_rank_count": constant(1), "loads": array(_LOAD, least=1, most=1)}),

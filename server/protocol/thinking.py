@@ -6,6 +6,7 @@ whose reasoning has a budget or is followed by a grammar. Loop thread.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -90,7 +91,7 @@ class Thinking:
 
     __slots__ = (
         "_answering", "_blanks", "_blanks_left", "_broken", "_budget", "_closing", "_forced", "_grammar", "_open_id",
-        "_own_blanks", "_watch",
+        "_watch",
     )  # fmt: skip
 
     def __init__(
@@ -106,8 +107,6 @@ class Thinking:
         self._watch = watch
         self._blanks = blanks
         self._blanks_left = 0
-        # Those that the grammar allows here as well: they are the answer's own.
-        self._own_blanks: set[int] = set()
         self._grammar = grammar
         self._open_id = open_id
         self._budget = budget
@@ -144,7 +143,6 @@ class Thinking:
         else:
             self._grammar.mask_into(mask)
             if self._blanks_left:
-                self._own_blanks = {blank for blank in self._blanks if mask[blank >> 5] & (1 << (blank & 31))}
                 for blank in self._blanks:
                     mask[blank >> 5] |= 1 << (blank & 31)
         if first is not None:
@@ -160,7 +158,7 @@ class Thinking:
         if open_id is not None and token_id != open_id:
             self._answering = True
         if self._answering:
-            if self._blanks_left and token_id in self._blanks and token_id not in self._own_blanks:
+            if self._blanks_left and token_id in self._blanks and not self._is_own(token_id):
                 self._blanks_left -= 1
                 return
             self._blanks_left = 0
@@ -178,6 +176,20 @@ class Thinking:
         if self._answering and self._grammar is not None and self._blanks:
             self._blanks_left = MAX_BLANKS
         self._keep_to_budget()
+
+    def _is_own(self, blank: int) -> bool:
+        """The grammar allows it here as well: it is the answer's."""
+        if self._grammar is None or (forced := self._grammar.forced_tokens()):
+            return self._grammar is not None and forced[0] == blank
+        trial = self._grammar.copy()
+        trial.accept(blank)
+        return trial.error is None
+
+    def copy(self) -> Thinking:
+        other = copy.copy(self)
+        other._watch = copy.copy(self._watch)
+        other._grammar = None if self._grammar is None else self._grammar.copy()
+        return other
 
     def _keep_to_budget(self) -> None:
         watch = self._watch

@@ -8,6 +8,7 @@ said whole (as the tokenizer would cut them) and one character a token.
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
@@ -52,6 +53,11 @@ class Dictation:
     @property
     def is_finished(self) -> bool:
         return self._at >= len(self._tokens)
+
+    def copy(self) -> Dictation:
+        other = copy.copy(self)
+        other._inner = None  # it only follows what is said
+        return other
 
     def mask_into(self, mask: Any) -> None:
         token = self._tokens[self._at]

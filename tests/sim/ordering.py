@@ -21,12 +21,17 @@ class CheckedPolicy(AdmissionPolicy):
         self._policy = policy
         self._cache = cache
         self._waiting: list[Sequence] = []
+        self._choice: Sequence | None = None
         self._matched_in: int | None = None
         self._matches: dict[Sequence, int] = {}
         self._passed: defaultdict[Sequence, int] = defaultdict(int)
         self._served: defaultdict[str, int] = defaultdict(int)
         self._floor = 0
         self._charged: dict[Sequence, int] = {}
+        # Who waits for an adapter's place, out of the policy's sight; and how many have passed whom since it first did.
+        self.aside: list[Sequence] = []
+        self.max_passed = 3
+        self._num_passed: dict[Sequence, int] = {}
 
     def push(self, sequence: Sequence) -> None:
         self._charge()
@@ -50,6 +55,7 @@ class CheckedPolicy(AdmissionPolicy):
             return None
         assert choice in waiting, f"{choice} was chosen, but {waiting} wait"
         self._check(choice, waiting, turn)
+        self._choice = choice
         return choice
 
     def _check(self, choice: Sequence, waiting: list[Sequence], turn: int) -> None:
@@ -62,7 +68,7 @@ class CheckedPolicy(AdmissionPolicy):
             if turn != self._matched_in:
                 self._matched_in = turn
                 self._matches = {
-                    sequence: self._cache.match_length(sequence.matchable_ids, sequence.request.namespace)
+                    sequence: self._cache.match_length(sequence.matchable_ids, sequence.request.cache_root)
                     for sequence in waiting
                 }
             best = max(waiting, key=lambda sequence: (self._matches[sequence], -sequence.order))
@@ -81,6 +87,7 @@ class CheckedPolicy(AdmissionPolicy):
         self._charge()
         sequence = self._policy.pop()
         self._waiting.remove(sequence)
+        self._count_passed(sequence)
         fresh = [other for other in self._alive() if not other.is_retracted]
         oldest = min(fresh, key=lambda other: other.order, default=sequence)
         if not sequence.is_retracted and oldest.order < sequence.order:
@@ -91,6 +98,24 @@ class CheckedPolicy(AdmissionPolicy):
             self._served[key] += fair.PROMPT_WEIGHT * (sequence.num_prompt_tokens - sequence.num_cached_tokens)
             self._charged[sequence] = sequence.num_prompt_tokens
         return sequence
+
+    def set_aside(self) -> None:
+        self._charge()
+        choice = self._choice
+        assert choice is not None and choice.request.adapter is not None, f"{choice} waits for no adapter"
+        self._policy.set_aside()
+        self._waiting.remove(choice)
+        self.aside.append(choice)
+        self._num_passed.setdefault(choice, 0)
+        self._passed.clear()
+
+    def put_back(self, sequence: Sequence) -> None:
+        self._charge()
+        self.aside.remove(sequence)
+        self._waiting.append(sequence)
+        self._policy.put_back(sequence)
+        self._matched_in = None
+        self._passed.clear()
 
     def victim(self, running: list[Sequence]) -> Sequence:
         assert len(running) > 1
@@ -105,6 +130,15 @@ class CheckedPolicy(AdmissionPolicy):
         self._charge()
         self._charged.pop(sequence, None)
         self._policy.finished(sequence)
+
+    def _count_passed(self, admitted: Sequence) -> None:
+        """Nobody who waits for an adapter's place is passed too often."""
+        self._num_passed.pop(admitted, None)
+        self.aside = [sequence for sequence in self.aside if not sequence.is_finished]
+        for sequence in self.aside:
+            assert self._num_passed[sequence] < self.max_passed, f"{admitted} is one too many to pass {sequence}"
+        for sequence in self._num_passed:
+            self._num_passed[sequence] += 1
 
     def _alive(self) -> list[Sequence]:
         return [sequence for sequence in self._waiting if not sequence.is_finished]

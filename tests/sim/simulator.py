@@ -7,24 +7,27 @@ repeats it; `run` is the same for options and arrivals of the caller's choice.
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from random import Random
 from typing import Any
+
+import numpy as np
 
 from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle, expected_logprob, poison_staging
 from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
 from engine.forward import ForwardError, ForwardOutput
+from engine.grammar_masks import GrammarMasks
 from engine.groups import Chunk
-from engine.request import FinishReason, Pooling, RequestError
+from engine.request import Adapter, FinishReason, Pooling, RequestError
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler, StepResult
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from tests.sim.ordering import CheckedPolicy
-from tests.sim.workload import EOS, Arrival, Options, Runs, draw_arrivals, draw_options
+from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
 
 
 class SimulationError(AssertionError):
@@ -40,6 +43,8 @@ class Client:
     delivered: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     vector: tuple[float, ...] | None = None
+    # Of its answer, tokens that its constraint has seen.
+    num_accepted: int = 0
     # The client's side ended it (abort, stop string): the rest of the answer is not owed.
     ended_early: bool = False
 
@@ -70,8 +75,45 @@ class Report:
     guilty: int = 0
     spoiled: int = 0
     jumped_tokens: int = 0
+    drafts: int = 0
+    right_drafts: int = 0
+    cut_by_grammar: int = 0
     finished: int = 0
     answers: dict[str, tuple[tuple[int, ...], str, object]] = field(default_factory=dict)
+
+
+class RandomBudgets:
+    """Any number of drafts, drawn anew for each row and step."""
+
+    def __init__(self, seed: int, most: int) -> None:
+        self._random, self._most = Random(f"budgets {seed}"), most
+
+    def begin(self, slot: int) -> None:
+        pass
+
+    def plan(self, slots: Any) -> Any:
+        return np.array([max(0, self._random.randint(-1, self._most)) for _ in slots], np.int32)
+
+    def observe(self, slots: Any, num_drafted: Any, num_accepted: Any) -> None:
+        assert (num_accepted <= num_drafted).all() and (num_drafted <= self._most).all()
+
+
+class Delivery:
+    """What GrammarMasks knows of a Publisher."""
+
+    def __init__(self, simulator: Simulator) -> None:
+        self._simulator = simulator
+
+    def jumped(self, client: Client, count: int) -> None:
+        self._simulator.report.jumped_tokens += count
+        for token in client.sequence.output_token_ids[len(client.delivered) :]:
+            self._simulator.deliver(client, token)
+
+    def end(self, client: Client) -> None:
+        self._simulator.end(client)
+
+    def break_off(self, client: Client, domain: str, sentence: str) -> None:
+        raise
 
 
 class Simulator:
@@ -95,6 +137,7 @@ class Simulator:
             fail_on=fail_on if options.fail_rate or options.culprit_rate else None,
             random=Random(f"device {seed}"),
             eagerness=options.eagerness,
+            draft_accuracy=options.draft_accuracy,
         )
         if options.spoil_rate:
             faults = [Fault(kind, options.spoil_rate) for kind in ("nan", "corrupt")]
@@ -123,16 +166,22 @@ class Simulator:
             self.executor.staging,
             self.clock,
             (EOS,),
+            RandomBudgets(seed, limits.max_draft_tokens) if options.budgets == "random" else None,
         )
+        delivery: Any = Delivery(self)
+        self.masks = GrammarMasks(self.scheduler, self.executor, delivery)
         # Answers are short here.
         self.scheduler.snapshot_pages = 1
         policy = self.scheduler._policy
-        self.scheduler._policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
+        self.policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
+        self.scheduler._policy = self.policy
+        self.scheduler.adapters.max_passed = self.policy.max_passed
+        self.newest_adapters: dict[str, Adapter] = {}
         self.arrivals = deque(arrivals)
         self.clients: dict[Sequence, Client] = {}
         self.open: dict[Sequence, Client] = {}
         self.in_flight: deque[Launched] = deque()
-        self.page_namespace: dict[int, str] = {}
+        self.page_namespace: dict[int, tuple[str, int | None]] = {}
         # Who got a token from the step that is being committed.
         self.delivered_now: list[Sequence] = []
 
@@ -145,6 +194,12 @@ class Simulator:
         assert not self.arrivals
         self._finish_all()
         self.report.finished = len(self.clients)
+        if (speculation := self.scheduler.speculation) is not None:
+            self.report.drafts, self.report.right_drafts = (
+                speculation.num_draft_tokens,
+                speculation.num_accepted_tokens,
+            )
+            assert speculation.accepted_by_position.sum() == speculation.num_accepted_tokens
         return self.report
 
     def _finish_all(self) -> None:
@@ -188,7 +243,7 @@ class Simulator:
                 self.broken_steps.add(batch.forward_input.step)
             self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners, gone))
             if len(self.in_flight) == 1:
-                self._provide_masks(self.in_flight[0])
+                self.masks.provide(batch, self.in_flight[0].handle)
             if leaving:
                 self._leave()
         if not self.in_flight:
@@ -197,7 +252,7 @@ class Simulator:
         elif len(self.in_flight) >= depth or batch is None:
             self._commit(self.in_flight.popleft())
             if self.in_flight:
-                self._provide_masks(self.in_flight[0])
+                self.masks.provide(self.in_flight[0].batch, self.in_flight[0].handle)
         self.check()
 
     def _holds_culprit(self, batch: Batch, owners: dict[int, Sequence]) -> bool:
@@ -219,7 +274,16 @@ class Simulator:
                 assert not arrival.accepted, f"{arrival.request.request_id} was refused"
                 continue
             assert arrival.accepted, f"{arrival.request.request_id} can never fit, but was accepted"
-            self.clients[sequence] = self.open[sequence] = Client(arrival, sequence)
+            self.clients[sequence] = self.open[sequence] = sequence.listener = Client(arrival, sequence)
+            self._reload(arrival.request.adapter)
+
+    def _reload(self, adapter: Adapter | None) -> None:
+        """What the store does where a name gets other weights."""
+        if adapter is not None:
+            before = self.newest_adapters.get(adapter.name, adapter)
+            self.newest_adapters[adapter.name] = adapter
+            if before is not adapter:
+                self.scheduler.adapters.unload(before.version)
 
     def _leave(self) -> None:
         """Clients that go away: by their own plan, by bad luck, and in bursts."""
@@ -238,7 +302,7 @@ class Simulator:
         self.scheduler.abort(client.sequence)
         if client in self.open.values():
             client.ended_early = True
-            self._end(client)
+            self.end(client)
             assert client.finish_reason is FinishReason.ABORT
         assert before in (None, client.sequence.finish_reason), "an abort changed how a sequence had ended"
 
@@ -263,7 +327,7 @@ class Simulator:
                 assert guilty or self.options.fail_rate, f"{client.name} ended for a step that another broke"
                 client.ended_early = True
                 self.report.guilty += 1
-                self._end(client)
+                self.end(client)
         else:
             self._check_namespaces(launched)
             foreign = [row for row, token in enumerate(output.token_ids.tolist()) if token >= self.options.vocab_size]
@@ -275,9 +339,15 @@ class Simulator:
             tokens = dict(zip(launched.batch.slots.tolist(), output.token_ids.tolist(), strict=True))
             result = scheduler.commit(launched.batch, output)
             self.delivered_now = []
-            for slot, token in zip(result.slots.tolist(), result.token_ids.tolist(), strict=True):
-                assert tokens[slot] == token, "a token changed its row"
-                self._deliver(self.clients[owners[slot]], token)
+            counts = [1] * len(result.slots) if result.counts is None else result.counts.tolist()
+            assert sum(counts) == result.num_new == len(result.gaps)
+            for slot, token, count in zip(result.slots.tolist(), result.token_ids.tolist(), counts, strict=True):
+                client = self.clients[owners[slot]]
+                new = owners[slot].output_token_ids[len(client.delivered) :]
+                assert new[-1] == token and len(new) == count, "a token changed its row"
+                assert token == tokens[slot] or result.counts is not None
+                for one in new[: (client.arrival.stop_after or 10**9) - len(client.delivered)]:
+                    self.deliver(client, one)
             self._check_logprobs(result, output)
             for sequence, place in result.pooled:
                 assert sequence in owners.values() and self.clients[sequence].vector is None
@@ -289,8 +359,14 @@ class Simulator:
                     assert sequence in [owners[slot] for slot in spoiled], f"{client.name} ended for another's row"
                     self.report.spoiled += 1
                     client.ended_early = True
-                self._end(client)
+                elif len(client.delivered) == client.arrival.stop_after:
+                    self._stop(client)
+                    continue
+                self.end(client)
             self._stop_by_string(owners)
+            self.report.cut_by_grammar += len(result.cut)
+            self.masks.settle(result.cut)
+            assert all(sequence.is_finished for sequence in result.cut)
         for slot, counts in launched.gone.items():
             for group, count in enumerate(counts):
                 named = self.executor.pages_of(slot, count * self.options.page_size, group)
@@ -298,45 +374,23 @@ class Simulator:
         if self.options.poison:
             poison_staging(launched.batch.staging)
 
-    def _provide_masks(self, launched: Launched) -> None:
-        """What the Engine does for the only step in flight."""
-        batch = launched.batch
-        masks = batch.forward_input.masks
-        if masks is None:
-            return
-        for bits, (row, sequence) in zip(masks.bits, batch.constrained, strict=True):
-            runs, client = sequence.request.constraint, self.clients[sequence]
-            assert isinstance(runs, Runs)
-            bits.fill(0xFFFFFFFF)
-            if sequence.is_finished:
-                continue
-            for token in client.delivered[runs.num_seen :]:
-                runs.accept(token)
-            if not runs.is_finished:
-                runs.mask_into(bits)
-                count = self.scheduler.jump(batch, row, runs.forced_tokens())
-                self.report.jumped_tokens += count
-                for token in sequence.output_token_ids[runs.num_seen :]:
-                    self._deliver(client, token)
-                    runs.accept(token)
-            if runs.is_finished and not sequence.is_finished:
-                self.scheduler.finish(sequence, FinishReason.STOP, None)
-            if sequence.is_finished:
-                self._end(client)
-        masks.release()
-        self.executor.provide_masks(launched.handle)
-
     def _check_logprobs(self, result: StepResult, output: ForwardOutput) -> None:
         """Each token whose log-probability was asked for has one, and it is that token's."""
-        asked = {sequence for sequence in self.delivered_now if sequence.request.sampling.logprobs is not None}
-        assert len(result.logprobs) == len(asked)
-        for sequence, index in result.logprobs:
-            asked.remove(sequence)
+        new = Counter(one for one in self.delivered_now if one.request.sampling.logprobs is not None)
+        place = {sequence: len(self.clients[sequence].delivered) - count for sequence, count in new.items()}
+        for sequence, index, token in result.logprobs:
             assert output.logprobs is not None
             client = self.clients[sequence]
-            position = sequence.num_prompt_tokens + len(client.delivered) - 1
-            expected = expected_logprob(client.delivered[-1], position)
+            at = place[sequence]
+            place[sequence] += 1
+            if at >= len(client.delivered):  # beyond the stop string
+                assert client.arrival.stop_after == len(client.delivered)
+                continue
+            assert client.delivered[at] == token
+            expected = expected_logprob(token, sequence.num_prompt_tokens + at)
             assert output.logprobs.token_logprobs[index] == expected, f"{client.name}: another one's log-probability"
+            new[sequence] -= 1
+        assert not any(new.values()), "a token without its log-probability"
 
     def _stop_by_string(self, owners: dict[int, Sequence]) -> None:
         """What the Engine does when the text of a sequence meets a stop string."""
@@ -347,11 +401,20 @@ class Simulator:
             stop_after = client.arrival.stop_after
             assert stop_after is None or len(client.delivered) <= stop_after, f"{client.name}: past its stop string"
             if stop_after is not None and len(client.delivered) == stop_after:
-                self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
-                client.ended_early = True
-                self._end(client)
+                self._stop(client)
 
-    def _deliver(self, client: Client, token: int) -> None:
+    def _stop(self, client: Client) -> None:
+        """Its text has met a stop string; what came with the step behind it is nobody's."""
+        sequence = client.sequence
+        end = sequence.num_prompt_tokens + len(client.delivered)
+        self.scheduler.finish(sequence, FinishReason.STOP, "stop string")
+        if end < sequence.num_tokens:
+            sequence.cut(end)
+            sequence.finish_reason, sequence.stop_reason = FinishReason.STOP, "stop string"
+        client.ended_early = True
+        self.end(client)
+
+    def deliver(self, client: Client, token: int) -> None:
         index = len(client.delivered)
         assert client.finish_reason is None, f"{client.name}: token {token} after the end"
         expected = client.arrival.tokens
@@ -362,7 +425,7 @@ class Simulator:
         client.delivered.append(token)
         self.delivered_now.append(client.sequence)
 
-    def _end(self, client: Client) -> None:
+    def end(self, client: Client) -> None:
         """The terminal event of a client."""
         sequence = client.sequence
         assert client.finish_reason is None, f"{client.name}: a second terminal event"
@@ -394,14 +457,15 @@ class Simulator:
 
     def _check_namespaces(self, launched: Launched, failed: bool = False) -> None:
         """No row reads a page that another namespace wrote. (Equal tokens: no oracle would see it.)"""
-        if self.options.namespaces == 1:
+        if self.options.namespaces == 1 and not self.options.max_adapters:
             return
         forward, page_size = launched.batch.forward_input, self.options.page_size
         staging = forward.staging
         starts, lengths = staging.row_start.tolist(), staging.row_len.tolist()
         for row, slot in enumerate(launched.batch.slots.tolist()):
             start, end = starts[row], starts[row] + lengths[row]
-            name = launched.owners[slot].request.namespace
+            request = launched.owners[slot].request
+            name = request.namespace, None if request.adapter is None else request.adapter.version
             for group, window in enumerate(self.options.windows):
                 pages = self.executor.pages_of(slot, end, group)
                 for page in pages[start // page_size :]:
@@ -432,8 +496,12 @@ class Simulator:
             assert known <= sequence.max_length and computed < sequence.max_length
             assert computed <= pages.num_pages * self.options.page_size, f"{sequence} outgrew its pages"
             if status is SequenceStatus.RUNNING:
-                assert computed <= known + len(self.in_flight), f"{sequence} runs ahead of its tokens"
+                most = len(self.in_flight) * (1 + int(table.max_drafts[slot]))
+                assert computed <= known + most, f"{sequence} runs ahead of its tokens"
+                if not self.in_flight:
+                    assert computed <= known, f"{sequence}: rejected drafts count as computed"
         assert running == scheduler.num_running
+        self._check_adapters(live)
         waiting = tokens = 0
         for sequence, client in self.open.items():
             assert not sequence.is_finished, f"{client.name} ended without a terminal event"
@@ -443,6 +511,15 @@ class Simulator:
                 assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
         assert tokens == scheduler.num_waiting_tokens, "waiting tokens were counted wrongly"
         assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
+
+    def _check_adapters(self, live: List[Sequence]) -> None:
+        """Who holds a slot pins its adapter's index, and nobody else does. No index is lost."""
+        places = self.scheduler.adapters
+        pins = Counter(one.request.adapter.version for one in live if one.request.adapter is not None)
+        assert places.pinned == pins, f"{places.pinned} are pinned, and {dict(pins)} are in use"
+        indices = sorted([*places._index.values(), *places._free])
+        assert indices == [*range(1, self.options.max_adapters + 1)], f"{indices} are all indices"
+        assert pins.keys() <= places._index.keys() and not pins.keys() & places._unpinned.keys()
 
 
 def run(seed: int, options: Options, arrivals: List[Arrival]) -> Report:

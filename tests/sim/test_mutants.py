@@ -19,7 +19,10 @@ from engine.cache.kv_cache import KVCache
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import RadixTree
 from engine.forward import Staging
+from engine.grammar_masks import GrammarMasks
 from engine.groups import MemoryGroup
+from engine.request import Request
+from engine.scheduling.adapters import AdapterPlaces
 from engine.scheduling.batch import Batch
 from engine.scheduling.policy.fair import Fair
 from engine.scheduling.policy.fcfs import FCFS
@@ -29,13 +32,14 @@ from engine.scheduling.residents import Residents
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import SlotTable
+from engine.scheduling.speculating import Speculation
 from engine.scheduling.trials import Trials
 from tests.sim.simulator import SimulationError, simulate
 
 # Seeds that a mutant may live through; the unmutated code passes each that catches one.
 MAX_SEEDS = 60
 # Tried without any mutant; beyond them a seed is tried so where it has caught one. `make sim` has time for more.
-UNMUTATED_SEEDS = 25
+UNMUTATED_SEEDS = 10
 
 
 # Options under which rare things are frequent: steps that fail under shared prefixes, and remapped pages in a
@@ -107,8 +111,20 @@ RUNS = {
     "constrained_rate": 0.8,
     "jump_ahead": True,
 }
+# Most drafts are right; beside that, under what is rare else.
+DRAFTS = {"depth": 2, "max_draft_tokens": 4, "draft_accuracy": 0.8, "budgets": "all", "num_snapshots": None}
+DRAFTED_RUNS = RUNS | DRAFTS
+DRAFTED_FAILURES = FAILURES | DRAFTS
+DRAFTED_WINDOWS = WINDOWS | DRAFTS | {"draft_accuracy": 0.3, "max_draft_tokens": 6}
 # More waits than can run, under each policy that makes a choice.
-CROWD = {"burst": 12, "arrival_rate": 0.5, "max_num_seqs": 2, "max_num_batched_tokens": 10, "abort_burst_rate": 0.0}
+CROWD = {
+    "burst": 12, "arrival_rate": 0.5, "max_num_seqs": 2, "max_num_batched_tokens": 10, "abort_burst_rate": 0.0,
+    "max_adapters": 0,
+}  # fmt: skip
+# More adapters than places, loaded again all the time, amid retractions.
+ADAPTERS = REMAPS | {
+    "max_adapters": 2, "adapter_rate": 0.9, "reload_rate": 0.1, "num_pages": 24, "max_model_len": 12, "pool_rate": 0.0,
+}  # fmt: skip
 LONGEST, IMPORTANT, SHARES = ({**CROWD, "policy": policy} for policy in ("lpm", "priority", "fair"))
 
 
@@ -162,7 +178,7 @@ MUTANTS = [
     ),
     Mutant(
         "log-probabilities of overruns are delivered", Scheduler, "_attribute_logprobs",
-        "if live[slots[row]]:", "if True:",
+        "if live[slots[row]] and", "if",
     ),
     # Vectors.
     Mutant(
@@ -204,7 +220,7 @@ MUTANTS = [
         "self._leave(sequence); self._table.known[sequence.slot] = sequence.num_prompt_tokens",
     ),
     # Forced tokens.
-    Mutant("a forced run's sample is delivered", Scheduler, "jump", "batch.drop_sample(row)", "pass", RUNS),
+    Mutant("a forced run's sample is delivered", Scheduler, "jump", "batch.drop_sample(row, known - 1)", "pass", RUNS),
     Mutant("a forced run loses its last token", Scheduler, "jump", "[slot] = end", "[slot] = end - 1", RUNS),
     Mutant("a forced run is too long", Scheduler, "jump", "[: limit - known]", "[: limit - known + 1]", RUNS),
     Mutant(
@@ -249,7 +265,10 @@ MUTANTS = [
         "ties go to the newest", LPM, "peek",
         "in reversed(self._queue)", "in self._queue", LONGEST,
     ),
-    Mutant("a prompt without a match starves", LPM, "pop", "self._num_passed += 1", "pass", LONGEST),
+    Mutant(
+        "a prompt without a match starves", LPM, "pop",
+        "self._num_passed +=", "_ =", LONGEST | {"burst": 110, "max_model_len": 8},
+    ),
     Mutant(
         "retracted sequences queue by match", LPM, "peek",
         "or oldest.is_retracted", "or False", {**REMAPS, "policy": "lpm"},
@@ -289,6 +308,72 @@ MUTANTS = [
         "num_pages * self.page_size", "num_pages * self.page_size + 1",
     ),
     Mutant("decode rows never retract", Scheduler, "_make_room", "while len(self._running) > 1:", "while False:"),
+    # Adapters.
+    Mutant("an adapter is not sent", AdapterPlaces, "pin", "self._loads[index] = adapter", "pass", ADAPTERS),
+    Mutant(
+        "a slot has the wrong index", Scheduler, "_admit",
+        "self.adapters.pin(sequence))", "min(1, self.adapters.pin(sequence)))", ADAPTERS,
+    ),
+    Mutant("a slot keeps its old index", Batch, "write_sampling", "staging.adapter[count] = adapter", "pass", ADAPTERS),
+    Mutant(
+        "an adapter is sent to another index", AdapterPlaces, "take_loads",
+        "[(index, adapter.weights)", "[(3 - index, adapter.weights)", ADAPTERS,
+    ),
+    Mutant(
+        "what is sent is sent no more", AdapterPlaces, "_evict",
+        "return self._index.pop(oldest)", "return self._index[oldest]", ADAPTERS,
+    ),
+    Mutant(
+        "a retracted sequence's adapter is never unpinned", Residents, "_release_if_idle",
+        "self.adapters.unpin(sequence.request.adapter)",
+        "self.adapters.unpin(sequence.request.adapter if sequence.finish_reason else None)", ADAPTERS,
+    ),
+    Mutant(
+        "an adapter is unpinned while in flight", Residents, "_leave",
+        "self._leaving.append(sequence)",
+        "self._leaving.append(sequence); self.adapters.unpin(sequence.request.adapter)", ADAPTERS,
+    ),
+    Mutant("a pinned adapter is evicted", AdapterPlaces, "pin", "self._unpinned.pop(version, None)", "pass", ADAPTERS),
+    Mutant("one sequence unpins for all", AdapterPlaces, "unpin", "if self._pins[version]:", "if False:", ADAPTERS),
+    Mutant(
+        "versions of a name are one", AdapterPlaces, "pin",
+        "version = adapter.version", "version = hash(adapter.name)", ADAPTERS,
+    ),
+    Mutant(
+        "a cache root without the version", Request, "cache_root",
+        "{self.adapter.version}:", "{self.adapter.name}:", ADAPTERS,
+    ),
+    Mutant("adapters share the cache", Request, "cache_root", "if self.adapter is not None:", "if False:", ADAPTERS),
+    Mutant(
+        "an unloaded adapter goes while it is in use", AdapterPlaces, "unload",
+        "if version in self._pins:", "if False:", ADAPTERS,
+    ),
+    Mutant(
+        "an unloaded index is lost", AdapterPlaces, "unload",
+        "self._free.append(self._index.pop(version))", "self._index.pop(version)", ADAPTERS,
+    ),
+    Mutant(
+        "who waits for an adapter is passed for ever", AdapterPlaces, "_is_starving",
+        ">= self.max_passed", "> 10**9", ADAPTERS,
+    ),
+    Mutant(
+        "who waits for an adapter is forgotten", AdapterPlaces, "_review",
+        "policy.put_back(sequence)", "pass", ADAPTERS,
+    ),
+    Mutant("nobody is looked at again", AdapterPlaces, "unpin", "self._changed = True", "pass", ADAPTERS),
+    Mutant(
+        "who waits comes back as the newest", FCFS, "put_back",
+        "queue.insert(index, sequence)", "queue.append(sequence)", ADAPTERS | {"policy": "fcfs"},
+    ),
+    Mutant(
+        "a share is charged for waiting", Fair, "set_aside",
+        "self._queues[key].popleft()",
+        "self._queues[key].popleft(); self._served[key] += 1", ADAPTERS | {"policy": "fair"},
+    ),
+    Mutant(
+        "suspects ignore places", Scheduler, "_admit",
+        "if not self.adapters.has_room(sequence.request.adapter):", "if False:", ADAPTERS | {"fail_rate": 0.1},
+    ),
     # Failures.
     Mutant(
         "a failed step's pages stay", Scheduler, "fail",
@@ -300,7 +385,7 @@ MUTANTS = [
     ),
     Mutant(
         "an aborted sequence shares a failed step's page", Scheduler, "fail",
-        "np.minimum(table.computed[slots], starts)", "table.computed[slots]", FAILURES,
+        "else starts)", "else table.computed[slots])", FAILURES,
     ),
     Mutant("a failed step's rows deliver once more", Scheduler, "fail", "table.live[slots] = False", "pass", FAILURES),
     Mutant("all of a failed step are guilty", Trials, "judge", "len(possible) == 1 or", "True or", CULPRITS),
@@ -429,6 +514,92 @@ MUTANTS = [
         "if not count or", "if True or", STATES | {"num_snapshots": 1},
     ),
     Mutant("a snapshot not wanted is lost", KVCache, "release", "self._free_snapshots([snapshot])", "pass", STATES),
+    # Drafts. The grammar's own are seen where its tokens are rarely what the model would draw.
+    Mutant("rejected drafts count as computed", Speculation, "accept", "-= lengths - counts", "-= 0", DRAFTS),
+    Mutant(
+        "one right draft too few counts as computed", Speculation, "accept",
+        "-= lengths - counts", "-= lengths - counts + (counts > 1)", DRAFTS,
+    ),
+    Mutant("a run passes its stop id", Speculation, "accept", "ends |= new", "ends &= new", DRAFTS),
+    Mutant("a run passes its length", Speculation, "accept", "[slots] - known", "[slots] - known + 1", DRAFTS),
+    Mutant("a run loses a token", Speculation, "accept", "known + kept - 1", "known + np.maximum(kept - 2, 0)", DRAFTS),
+    Mutant(
+        "a run's tokens stand one place too far", Speculation, "accept",
+        "known[where] + column", "known[where] + column + 1", DRAFTS,
+    ),
+    Mutant("overruns of drafts are accepted", Speculation, "accept", "table.live[batch.slots[rows]]", "True", DRAFTS),
+    Mutant("a forced run's drafts are accepted", Speculation, "accept", " & batch.samples[rows]", "", DRAFTED_RUNS),
+    Mutant("a run passes the end of its grammar", Speculation, "accept", "counts[place] > end", "False", DRAFTED_RUNS),
+    Mutant(
+        "a wrong draft ends a grammar", Speculation, "accept",
+        "counts[place] > end", "counts[place] >= end", DRAFTED_RUNS,
+    ),
+    Mutant("drafts go beyond the length", Speculation, "split", "- 2, out", "+ 2, out", DRAFTS),
+    Mutant("drafts go beyond the budget", Speculation, "split", "room - ahead", "room", DRAFTS),
+    Mutant(
+        "a length that nobody knows is believed", Speculation, "split",
+        "(table.drafted_in[slots] > committed)", "False", DRAFTS | {"budgets": "random"},
+    ),
+    Mutant(
+        "the host loses sight of a grammar's drafts", Speculation, "split",
+        "table.constrained[slots] & (most > 0)", "False", DRAFTED_RUNS | {"budgets": "random", "jump_ahead": False},
+    ),
+    Mutant(
+        "the drafts of a prompt's end are not told", Speculation, "take_drafts",
+        ": len(drafts)] = drafts", ": len(drafts)] = -1", DRAFTED_RUNS,
+    ),
+    Mutant(
+        "stale drafts stand before a grammar", Speculation, "accept", "= accepted.drafts[wanted]",
+        "= np.roll(accepted.drafts[wanted], 1, axis=1)", DRAFTED_RUNS,
+    ),
+    Mutant(
+        "a grammar is not rolled back", GrammarMasks, "_look_ahead", "constraint.copy()", "constraint", DRAFTED_RUNS
+    ),
+    Mutant(
+        "masks do not go on behind a draft", GrammarMasks, "_look_ahead", "ahead.accept(token)", "pass", DRAFTED_RUNS
+    ),
+    Mutant(
+        "nobody looks ahead", GrammarMasks, "_constrain", "if len(bits) > 1:", "if False:", DRAFTED_RUNS,
+    ),
+    Mutant(
+        "a forced run starts behind drafts", Scheduler, "jump",
+        "table.computed[slot], table.drafted_in[slot] = known, table.NO_STEP", "pass", DRAFTED_RUNS,
+    ),
+    Mutant(
+        "a window is given back by what may be computed", Scheduler, "_give_back",
+        "min(computed, int(table.known[slot]) - 1)", "computed", DRAFTED_WINDOWS,
+    ),
+    Mutant(
+        "drafts outgrow their pages", Scheduler, "_serve_drafts", "return min(budget, capacity - computed - 1)",
+        "return budget", DRAFTS | REMAPS,
+    ),
+    Mutant(
+        "a row leaves before its drafts are judged", Scheduler, "_serve_drafts",
+        "if table.drafted_in[slot] <= self._committed_step:", "if True:", DRAFTS,
+    ),
+    Mutant(
+        "a failed step's drafts count as computed", Scheduler, "_starts", "self._table.known[batch.slots] - 1", "2**30",
+        DRAFTED_FAILURES,
+    ),
+    Mutant(
+        "log-probabilities behind the end are delivered", Scheduler, "_attribute_logprobs",
+        "place < counts[row]", "True", DRAFTS,
+    ),
+    Mutant(
+        "log-probabilities are of the last token", Scheduler, "_attribute_logprobs", "[row - first, place]",
+        "[row - first, counts[row] - 1]" , DRAFTS,
+    ),
+    Mutant("a slot's speculation is not told", Batch, "write_sampling", "if drafts:", "if False:", DRAFTS),
+    Mutant(
+        "a retracted sequence drafts from its prompt", Batch, "write_sampling",
+        "np.array(sequence.token_ids, np.int32)",
+        "np.array(sequence.token_ids[: sequence.num_prompt_tokens], np.int32)", DRAFTS | REMAPS,
+    ),
+    Mutant("speculations stay with the batch", Batch, "begin", "forward.speculations.clear()", "pass", DRAFTS),
+    Mutant(
+        "draft rows begin at the batch's front", Batch, "write_speculating",
+        "+= token", "+= 0", DRAFTS | {"budgets": "random"},
+    ),
     Mutant("a page is handed out twice", PagePool, "allocate_one", "self._free.pop()", "self._free[-1]"),
     Mutant("growing the staging loses what is there", Staging, "reserve_table_diff", "new[: len(old)] = old", "pass"),
 ]  # fmt: skip
@@ -463,8 +634,14 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "changes",
-    [FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES],
-    ids=["failures", "culprits", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"],
+    [
+        *(FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES, ADAPTERS),
+        *(DRAFTS, DRAFTED_RUNS, DRAFTED_FAILURES, DRAFTED_WINDOWS),
+    ],
+    ids=[
+        *("failures", "culprits", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"),
+        *("adapters", "drafts", "drafted-runs", "drafted-failures", "drafted-windows"),
+    ],
 )
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:
     """Under the changed options, too; the plain ones are `test_simulation.test_runs`."""

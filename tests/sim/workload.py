@@ -6,6 +6,7 @@ must bring before anything has run.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
@@ -17,10 +18,11 @@ from engine.cache.eviction.registry import EVICTION_POLICIES
 from engine.executor.fake import FakeModel, expected_stream, expected_vector
 from engine.forward import Limits
 from engine.groups import Chunk, MemoryGroup
-from engine.request import FinishReason, Pooling, Request, SamplingParams
+from engine.request import Adapter, FinishReason, Pooling, Request, SamplingParams
 from engine.scheduling.policy.registry import POLICIES
 
 EOS = 0
+BUDGETS = ["all", "random"]
 
 # Of the memory groups. Most models have one; a full one beside windows is next.
 WINDOWS: list[tuple[int | None, ...]] = [
@@ -36,6 +38,7 @@ class Options:
 
     pool_rate: share of the requests that ask for a vector. culprit_rate: of those that make every step fail.
     spoil_rate: of steps with a row that computes no numbers, and of those with one that samples no token there is.
+    adapter_rate: of requests with an adapter. reload_rate: of those whose adapter is loaded again just before.
     """
 
     page_size: int
@@ -67,6 +70,13 @@ class Options:
     num_snapshots: int | None
     culprit_rate: float = 0.0
     spoil_rate: float = 0.0
+    # Most drafts of a row, how many of them are right, and who says how many there are: BUDGETS.
+    max_draft_tokens: int = 0
+    draft_accuracy: float = 0.5
+    budgets: str = "all"
+    max_adapters: int = 0
+    adapter_rate: float = 0.0
+    reload_rate: float = 0.0
 
     @property
     def limits(self) -> Limits:
@@ -79,6 +89,9 @@ class Options:
             vocab_size=self.vocab_size,
             groups=tuple(MemoryGroup(window) for window in self.windows),
             num_snapshots=self.num_snapshots,
+            # A recurrent state cannot be taken back.
+            max_draft_tokens=self.max_draft_tokens if self.num_snapshots is None else 0,
+            max_adapters=self.max_adapters,
         )
 
     @property
@@ -136,6 +149,9 @@ class Runs:
         rest = itertools.count(self.num_seen)
         return list(itertools.takewhile(lambda token: token is not None, map(self.token_at, rest)))  # type: ignore[arg-type]
 
+    def copy(self) -> Runs:
+        return copy.copy(self)
+
     def mask_into(self, mask: Any) -> None:
         token = self.token_at(self.num_seen)
         mask.fill(0xFFFFFFFF if token is None else 0)
@@ -149,6 +165,25 @@ class Runs:
     @property
     def is_finished(self) -> bool:
         return self.num_seen >= self.length
+
+
+class Adapters:
+    """Five names, the first ones asked for most. Loading one again makes another version of it."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = Random(f"whose adapter {seed}")
+        self._loaded: dict[str, Adapter] = {}
+        self._num_loaded = 0
+
+    def draw(self, options: Options) -> Adapter | None:
+        random = self._random
+        if not options.max_adapters or random.random() >= options.adapter_rate:
+            return None
+        name = random.choice("aaabbbccde")
+        if name not in self._loaded or random.random() < options.reload_rate:
+            self._num_loaded += 1
+            self._loaded[name] = Adapter(name, f"/{name}", self._num_loaded, 1, 1, self._num_loaded)
+        return self._loaded[name]
 
 
 @dataclass(frozen=True)
@@ -174,6 +209,7 @@ class Arrival:
 
 def draw_options(seed: int) -> Options:
     random = Random(f"options {seed}")
+    adapters = Random(f"adapters {seed}")
     page_size = random.choice([1, 2, 3, 4, 4, 8, 16])
     max_num_seqs = random.choice([1, 2, 3, 4, 5, 6, 8, 8])
     max_model_len = random.choice([8, 16, 24, 40, 64])
@@ -225,6 +261,12 @@ def draw_options(seed: int) -> Options:
         num_snapshots=random.choice([None, None, None, None, 0, 1, 3, 20]),
         spoil_rate=0.0 if calm else Random(f"spoils {seed}").choice([0.0, 0.0, 0.02, 0.1]),
         culprit_rate=0.0 if calm else Random(f"culprits {seed}").choice([0.0, 0.0, 0.02, 0.1]),
+        max_draft_tokens=Random(f"drafts {seed}").choice([0, 0, 1, 2, 3, 5, 12]),
+        draft_accuracy=Random(f"accuracy {seed}").choice([0.0, 0.5, 0.8, 0.95, 1.0]),
+        budgets=Random(f"budgets {seed}").choice(BUDGETS),
+        max_adapters=adapters.choice([0, 0, 0, 1, 2, 3]),
+        adapter_rate=adapters.choice([0.3, 0.8, 1.0]),
+        reload_rate=adapters.choice([0.0, 0.05, 0.2]),
     )
 
 
@@ -248,6 +290,8 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
     # Of its own, so that a policy changes the order of a workload and nothing else.
     whose = Random(f"whose {seed}")
     breaks = Random(f"breaks {seed}")
+    speculates = Random(f"speculates {seed}")
+    adapters = Adapters(seed)
     longest = options.max_model_len - 1
     systems = [
         _draw_tokens(random, options, random.randint(1, random.choice([longest, 1 + longest // 2, 4])))
@@ -280,6 +324,9 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                 constraint=_draw_runs(random, options),
                 priority=whose.choice([-3, 0, 0, 0, 7]),
                 fairness_key=whose.choice(["", "", "a", "b"]),
+                speculate=speculates.random() < 0.9,
+                max_draft_tokens=speculates.choice([None, None, None, 0, 1, 4]),
+                adapter=adapters.draw(options),
             )
             if random.random() < options.pool_rate:
                 pooling = random.choice([Pooling("last"), Pooling("mean"), Pooling("logprobs", (1, 3))])
@@ -363,11 +410,13 @@ def _expect(tick: int, request: Request, options: Options) -> Arrival:
     prompt, params = request.prompt_token_ids, request.sampling
     cache_tokens = options.cache_tokens
     max_length = options.max_model_len
+    adapter = 0 if request.adapter is None else int(request.adapter.weights)
     refused = Arrival(tick, request, False, [], FinishReason.ERROR, None)
     if request.pooling is not None:
         if len(prompt) > min(options.max_model_len, cache_tokens):
             return refused
-        vector = tuple(expected_vector(prompt, request.pooling, options.windows, options.model.has_state).tolist())
+        model = options.model
+        vector = tuple(expected_vector(prompt, request.pooling, model.windows, model.has_state, adapter).tolist())
         return Arrival(tick, request, True, [], FinishReason.STOP, None, vector=vector)
     if len(prompt) >= options.max_model_len:
         return refused
@@ -382,8 +431,8 @@ def _expect(tick: int, request: Request, options: Options) -> Arrival:
     tokens: list[int] = []
     runs = request.constraint
     assert runs is None or isinstance(runs, Runs)
-    forced = {} if runs is None else {"forced": runs.token_at}
-    for token in expected_stream(options.model, prompt, params, (EOS,), **forced):
+    forced: dict[str, Any] = {} if runs is None else {"forced": runs.token_at}
+    for token in expected_stream(options.model, prompt, params, (EOS,), **forced, adapter=adapter):
         tokens.append(token)
         if token in eos or token in params.stop_token_ids:
             stop_reason = token if token != EOS else None

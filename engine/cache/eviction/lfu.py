@@ -18,18 +18,20 @@ MAX_HITS = 255  # a hot prompt has millions; the bound keeps the number of lists
 
 class LFU:
     def __init__(self) -> None:
-        self._lists = [LRU() for _ in range(MAX_HITS + 1)]
-        self._lowest = MAX_HITS  # no list below it holds a node
+        self._lists = [LRU()]  # as many as there have been hits
+        self._lowest = 0  # no list below it holds a node
 
     def add(self, node: Node) -> None:
         hits = min(node.hits, MAX_HITS)
+        while len(self._lists) <= hits:
+            self._lists.append(LRU())
         self._lowest = min(self._lowest, hits)
         self._lists[hits].add(node)
 
     remove = staticmethod(unlink)
 
     def victim(self) -> Node | None:
-        while (node := self._lists[self._lowest].victim()) is None and self._lowest < MAX_HITS:
+        while (node := self._lists[self._lowest].victim()) is None and self._lowest < len(self._lists) - 1:
             self._lowest += 1
         return node
 

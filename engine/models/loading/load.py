@@ -13,6 +13,7 @@ import torch
 
 from engine.config import StartupError
 from engine.models.gguf.reader import is_gguf, open_gguf
+from engine.models.loading.adapted import AdaptedLayers, AdaptedSource
 from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.packed import PackedWeights
 from engine.models.loading.slices import Group, SlicedWeights, plan_of
@@ -47,6 +48,7 @@ def load_model(
     max_model_len: int | None = None,
     deterministic: bool = False,
     quantisation: str | None = None,
+    max_adapters: int = 0,
     group: Group | None = None,
 ) -> CausalLM:
     """Build a model and fill it with weights.
@@ -54,7 +56,8 @@ def load_model(
     load_format: auto reads the safetensors of `directory`; dummy makes random weights from `seed` and reads
     nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
     be used, which sizes the rope tables; None is `spec.context_length`. quantisation: one of schemes/rounding.py, to
-    which weights of layers are rounded as they are read. group: of the ranks, of which this is one.
+    which weights of layers are rounded as they are read. max_adapters: LoRA adapters that may be in place at once.
+    group: of the ranks, of which this is one.
     Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
     """
     try:
@@ -69,6 +72,7 @@ def load_model(
             max_model_len,
             deterministic,
             quantisation,
+            max_adapters,
             group,
         )
     except (RuntimeError, MemoryError) as error:
@@ -98,6 +102,7 @@ def _load(
     max_model_len: int | None,
     deterministic: bool,
     quantisation: str | None,
+    max_adapters: int,
     group: Group | None,
 ) -> CausalLM:
     if load_format not in ("auto", "safetensors", "dummy"):
@@ -120,9 +125,15 @@ def _load(
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
         if group is not None:
+            assert not max_adapters
             plan = plan_of(spec, group.rank, group.size)
             return make_decoder(plan.spec, SlicedWeights(weights, plan, group, recorder.shapes), context)
-        return make_decoder(spec, weights, context)
+        if not max_adapters:
+            return make_decoder(spec, weights, context)
+        layers = AdaptedLayers(spec, max_adapters)
+        model = make_decoder(spec, AdaptedSource(weights, layers), context)
+        model.adapted = layers
+        return model
 
 
 @contextlib.contextmanager

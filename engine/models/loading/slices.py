@@ -18,11 +18,13 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.models.loading.cuts import Cut, cut_out
 from engine.models.loading.weights import OUTPUT, CheckpointWeights, DummyWeights, Weights
-from engine.models.mixers import GroupedQueryAttention
+from engine.models.mixers import GroupedQueryAttention, LatentAttention
 from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import PREFIX
 from engine.models.spec import Dense, DenseAndExperts, Experts, FeedForward, LayerSpec, ModelSpec, Ungated, share
+from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
+from engine.ops.mxfp4 import BLOCK as MXFP4_BLOCK
 from engine.ops.parallel import share_of
 
 FLAG = "--tensor-parallel-size"
@@ -54,12 +56,14 @@ class Group(Protocol):
 @dataclass(slots=True)
 class Plan:
     """rows: by module, the parts of it that are laid below one another. columns: by module, the part, and whether the
-    products are added up there. tensors: of single tensors. same: names that stand for those of others."""
+    products are added up there. tensors: of single tensors. raw: of tensors of bytes, by axis. same: names that stand
+    for those of others. vocabulary: rows of the embedding and of the output layer."""
 
     spec: ModelSpec
     rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     columns: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
+    raw: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     vocabulary: tuple[int, int] = (0, 0)
 
@@ -110,12 +114,12 @@ class _Planner:
     def _layer(self, layer: LayerSpec, prefix: str, hidden_size: int) -> LayerSpec:
         mixer, feed_forward = layer.mixer, layer.feed_forward
         if mixer is not None:
-            if not isinstance(mixer, GroupedQueryAttention):
-                kinds = {"LatentAttention": "latent attention (MLA)"}
-                kind = kinds.get(type(mixer).__name__, "recurrent layers")
-                self._fail(f"{self._name} has {kind}, which is not divided so far")
-                raise AssertionError
-            mixer = self._attention(mixer, prefix)
+            if isinstance(mixer, GroupedQueryAttention):
+                mixer = self._attention(mixer, prefix)
+            elif isinstance(mixer, LatentAttention):
+                mixer = self._latent(mixer, prefix)
+            else:
+                self._fail(f"{self._name} has recurrent layers, which are not divided so far")
         if feed_forward is not None:
             feed_forward = self._feed_forward(feed_forward, prefix)
         return dataclasses.replace(layer, mixer=mixer, feed_forward=feed_forward)
@@ -179,6 +183,16 @@ class _Planner:
                     plan.same[name.format(head)] = name.format(part[0] + head)
         return dataclasses.replace(mixer, num_heads=own_heads, num_kv_heads=own_keys)
 
+    def _latent(self, mixer: LatentAttention, prefix: str) -> LatentAttention:
+        """Heads are divided; the latents, and so the cache, are the same in every rank."""
+        plan, own = self.plan, self._share(mixer.num_heads, "attention heads")
+        first, last = self._range(mixer.num_heads)
+        query, up = mixer.nope_dim + mixer.rope_dim, mixer.nope_dim + mixer.value_dim
+        plan.rows[prefix + mixer.query[-1]] = [(first * query, last * query)]
+        plan.tensors[f"{prefix}{mixer.up}.weight"] = (first * up, last * up)
+        plan.columns[prefix + mixer.output] = (first * mixer.value_dim, last * mixer.value_dim, True)
+        return dataclasses.replace(mixer, num_heads=own)
+
     def _feed_forward(self, spec: FeedForward, prefix: str) -> FeedForward:
         if isinstance(spec, DenseAndExperts):
             dense, experts = self._dense(spec.dense, prefix, summed=True), self._experts(spec.experts, prefix)
@@ -215,8 +229,10 @@ class _Planner:
 
     def _experts(self, spec: Experts, prefix: str) -> Experts:
         """Every rank has a part of each."""
-        if spec.latent_size is not None or spec.mxfp4 or spec.clamp is not None:
-            self._fail(f"{self._name} has experts of a kind that is not divided so far")
+        if spec.latent_size is not None:
+            self._fail(f"{self._name} has experts in a smaller space, which are not divided so far")
+        if spec.clamp is not None:
+            return self._clamped_experts(spec, prefix)
         for number in range(spec.num_experts):
             gate_up, down = tuple(name.format(number) for name in spec.gate_up), spec.down.format(number)
             one: Dense | Ungated
@@ -229,6 +245,23 @@ class _Planner:
         inner, _ = self._inner(spec.intermediate_size)
         return dataclasses.replace(spec, intermediate_size=inner, shared=shared)
 
+    def _clamped_experts(self, spec: Experts, prefix: str) -> Experts:
+        """Gates and what they multiply are rows in turn."""
+        plan, [gate_up] = self.plan, spec.gate_up
+        inner, part = self._inner(spec.intermediate_size)
+        pairs = 2 * part[0], 2 * part[1]
+        for number in range(spec.num_experts):
+            plan.rows[prefix + gate_up.format(number)] = [pairs]
+            plan.columns[prefix + spec.down.format(number)] = (*part, False)
+        if spec.mxfp4:
+            if inner % MXFP4_BLOCK:
+                self._fail(f"{self._name} has blocks of {MXFP4_BLOCK} columns, and a rank would have {inner} columns")
+            blocks = part[0] // MXFP4_BLOCK, part[1] // MXFP4_BLOCK
+            for kind in ("blocks", "scales"):
+                plan.raw[f"{prefix}{gate_up.replace('.{}', '')}_{kind}"] = (1, *pairs)
+                plan.raw[f"{prefix}{spec.down.replace('.{}', '')}_{kind}"] = (2, *blocks)
+        return dataclasses.replace(spec, intermediate_size=inner)
+
 
 class SlicedWeights:
     """A Source of a rank's parts; `inner` knows the whole tensors. To be made once of a source."""
@@ -240,6 +273,7 @@ class SlicedWeights:
         self._shapes = shapes
         self.dtype, self.device = inner.dtype, inner.device
         self.deterministic, self.linears = inner.deterministic, inner.linears
+        self.adapters = inner.adapters
         # Where one module becomes several: their names and rows.
         self._pieces: dict[str, list[tuple[str, int]]] = {}
         self._cut_all(embedding_name(plan.spec))
@@ -286,11 +320,19 @@ class SlicedWeights:
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """See Source."""
+        _, _, summed = self._plan.columns.get(name.removesuffix(".bias"), (0, 0, True))
+        if name.endswith(".bias") and not summed and self._group.rank:
+            # The first rank adds it, for all.
+            return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
         return self._inner.tensor(name, shape, dtype)
 
     def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
         """See Source."""
-        return self._inner.raw(name, shape)
+        cut = self._plan.raw.get(name)
+        if cut is None:
+            return self._inner.raw(name, shape)
+        axis, begin, end = cut
+        return self._inner.raw(name, self._shapes[name]).narrow(axis, begin, end - begin).contiguous()
 
     def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
         """See Source."""
@@ -325,6 +367,14 @@ class SlicedWeights:
         names, counts = [name for name, _ in pieces], [count for _, count in pieces]
         assert sum(counts) == sum(rows), (names, counts, rows)
         return self._inner.linear(names, counts, columns, bias=bias, order=order, activation=activation, dtype=dtype)
+
+    def adapted(self, layer: Linear, name: str) -> Linear:
+        """See Source: ranks have no adapters."""
+        return layer
+
+    def adapted_heads(self, name: str, to_latent: HeadLinear, to_value: HeadLinear) -> tuple[HeadLinear, HeadLinear]:
+        """See Source."""
+        return to_latent, to_value
 
     def embedding(self, name: str, count: int, width: int) -> Linear:
         """See Source."""

@@ -36,7 +36,9 @@ from engine.models.loading.schemes.shaped import Below, RowsOf, Transposed, as_s
 from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import PREFIX
 from engine.models.spec import DenseAndExperts, Experts, ModelSpec
+from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
+from engine.ops.lora import Rows
 
 OUTPUT = "lm_head"
 OUTPUT_WEIGHT = f"{OUTPUT}.weight"
@@ -85,6 +87,7 @@ class Weights:
         self.deterministic = False
         # All that were prepared.
         self.linears: list[Linear] = []
+        self.adapters: Rows | None = None
 
     def __enter__(self) -> Weights:
         return self
@@ -147,6 +150,16 @@ class Weights:
         del weight  # `prepare` may replace it, and then it must go at once
         self.prepare(linear)
         return linear
+
+    def adapted(self, layer: Linear, name: str) -> Linear:
+        """See Source.adapted: where no adapters are served, the layer itself."""
+        return layer
+
+    def adapted_heads(
+        self, name: str, to_latent: HeadLinear, to_value: HeadLinear
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+        """See Source.adapted_heads."""
+        return to_latent, to_value
 
     def embedding(self, name: str, count: int, width: int) -> Linear:
         """A table [count, width] of which only `rows` are asked for."""

@@ -38,7 +38,8 @@ def _four_bits(spec: Experts, source: Source, name: str, rows: int, columns: int
     blocks = source.raw(f"{stem}_blocks", (count, rows, columns // BLOCK, BLOCK // 2))
     scales = source.raw(f"{stem}_scales", (count, rows, columns // BLOCK))
     biases = [source.tensor(f"{name.format(each)}.bias", (rows,)) for each in range(count)]
-    return [Mxfp4Linear(*each) for each in zip(blocks, scales, biases, strict=True)]
+    layers = (Mxfp4Linear(*each) for each in zip(blocks, scales, biases, strict=True))
+    return [source.adapted(layer, name.format(each)) for each, layer in enumerate(layers)]
 
 
 class Clamped:

@@ -5,8 +5,8 @@ Built at start by loading/; run by the executor's thread, one step after another
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +37,7 @@ from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
+from engine.ops.lora import Branch, Rows
 from engine.ops.norm import Normed, plain
 
 
@@ -49,12 +50,28 @@ def embedding_name(spec: ModelSpec) -> str:
 Mixing = Callable[[Tensor | Normed, Tensor | None, Tensor, AttentionBackend], Tensor | Product]
 
 
+class Adapted(Protocol):
+    """The places of a model that adapters change (loading/adapted.py), as executors know them."""
+
+    rows: Rows
+
+    def put(self, index: int, branches: Mapping[str, Branch]) -> None:
+        """An adapter takes an index, with branches by the names of its sites. Whoever had it is gone."""
+        ...
+
+    def take_over(self, other: Any) -> None:
+        """Hold what another model of the same spec held."""
+        ...
+
+
 class CausalLM(Protocol):
     """A loaded model, as executors know it. Not thread safe: one thread runs it."""
 
     config: ModelSpec
     attention_spec: AttentionSpec
     linears: list[Linear]
+    # What LoRA adapters change; None where the model was loaded without places for them.
+    adapted: Adapted | None
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
@@ -259,6 +276,7 @@ class Decoder:
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
+        self.adapted: Adapted | None = None
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None

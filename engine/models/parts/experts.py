@@ -154,6 +154,7 @@ class SeparateExperts:
                 source.linear([back], [hidden_size], size, bias=spec.latent_bias),
             )
         self._experts = _experts_of(spec, source, prefix, size)
+        self._adapters = source.adapters
 
     def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
         """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
@@ -164,14 +165,21 @@ class SeparateExperts:
         counts = torch.bincount(experts, minlength=self._count).tolist()
         if self._inner is not None:
             x = self._inner[0](x)
-        inputs = x.index_select(0, order // self._chosen)
+        tokens = order // self._chosen
+        inputs = x.index_select(0, tokens)
         if self._on_input:
             inputs = (inputs * shares.view(-1)[order][:, None]).to(x.dtype)
+        adapters = self._adapters
+        before, own = (0, None) if adapters is None else (adapters.ids, adapters.chosen(tokens))
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count:
+                if adapters is not None and own is not None:
+                    adapters.use(own[start : start + count])
                 parts.append(computed(self._experts[expert](inputs[start : start + count])))
                 start += count
+        if adapters is not None and own is not None:
+            adapters.use(before)
         outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
         weighted = outputs.view(-1, self._chosen, x.shape[-1])

@@ -54,8 +54,8 @@ class Latent:
         self._latent_norm = make_norm(spec.latent_norm, source, prefix, latent)
         up = source.tensor(f"{prefix}{spec.up}.weight", (heads * (nope + spec.value_dim), latent))
         keys, values = up.view(heads, -1, latent).split_with_sizes([nope, spec.value_dim], 1)
-        self._to_latent = HeadLinear(keys.transpose(1, 2))
-        self._to_value = HeadLinear(values)
+        to_latent, to_value = HeadLinear(keys.transpose(1, 2)), HeadLinear(values)
+        self._to_latent, self._to_value = source.adapted_heads(prefix + spec.up, to_latent, to_value)
         del up, keys, values  # the output layer is to find that memory free
         self._output = source.linear([prefix + spec.output], [hidden_size], heads * spec.value_dim, bias=spec.bias)
 

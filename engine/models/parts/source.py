@@ -8,7 +8,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
+from engine.ops.lora import Rows
 
 # Of the names of all tensors but the output layer's.
 PREFIX = "model."
@@ -18,12 +20,14 @@ class Source(Protocol):
     """Tensors by name and shape; dtype and device are those of the result unless it is asked for another dtype.
 
     deterministic: linear layers are to give a row the same bits in any batch. linears: all that were made so far.
+    adapters: whose each row is, where layers can be changed by LoRA adapters; None where they cannot.
     """
 
     dtype: torch.dtype
     device: torch.device
     deterministic: bool
     linears: list[Linear]
+    adapters: Rows | None
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """One tensor as the checkpoint has it. dtype: in place of the usual one."""
@@ -52,6 +56,17 @@ class Source(Protocol):
 
         order: the first len(order) rows of the result are rows `order` of the checkpoint. activation: see Linear.
         """
+        ...
+
+    def adapted(self, layer: Linear, name: str) -> Linear:
+        """A layer that was made of the checkpoint's module `name` in another way, to be changed by adapters, too."""
+        ...
+
+    def adapted_heads(
+        self, name: str, to_latent: HeadLinear, to_value: HeadLinear
+    ) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
+        """The same for the two that latent attention makes of module `name`: of its rows for keys, turned, and of its
+        rows for values, head by head."""
         ...
 
     def embedding(self, name: str, count: int, width: int) -> Linear:

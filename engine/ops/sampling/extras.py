@@ -43,6 +43,18 @@ class _Counts:
         self.counts[: self.size] = np.bincount(inverse.reshape(-1)[num_prompt:], minlength=self.size)
         self._place = {token: place for place, token in enumerate(distinct.tolist())}
 
+    def after(self, drafts: Sequence[int]) -> tuple[IndexArray, Float32Array]:
+        """The ids and counts as they would be, had these been generated, too."""
+        if not len(drafts):
+            return self.ids[: self.size], self.counts[: self.size]
+        new = [token for token in dict.fromkeys(drafts) if token not in self._place]
+        place = {token: self.size + index for index, token in enumerate(new)}
+        ids = np.concatenate([self.ids[: self.size], np.array(new, np.int64)])
+        counts = np.concatenate([self.counts[: self.size], np.zeros(len(new), np.float32)])
+        for token in drafts:
+            counts[self._place[token] if token in self._place else place[token]] += 1
+        return ids, counts
+
     def add(self, token: int) -> None:
         """One more was generated."""
         place = self._place.setdefault(token, self.size)
@@ -58,6 +70,16 @@ class _Counts:
 def _known(ids: Sequence[int], vocab: int) -> IndexArray:
     found = np.array(ids, np.int64)
     return found[(found >= 0) & (found < vocab)]
+
+
+def _shift(tail: Int32Array, tokens: Sequence[int] | Int32Array) -> None:
+    """Put tokens behind a tail, in place."""
+    count = len(tokens)
+    if count >= len(tail):
+        tail[:] = tokens[count - len(tail) :]
+    elif count:
+        tail[:-count] = tail[count:].copy()
+        tail[-count:] = tokens
 
 
 class _Slot:
@@ -86,8 +108,8 @@ class _Slot:
 class _Plan:
     """What a step's rows ask for, as indices into their logits; the same rows in the next step keep it.
 
-    bias, ban and word_last are flat: row * vocab + id. patterns int32 [words, width], word_slots: whose tail each
-    looks at; word_rows: the rows whose tails must be kept.
+    bias, ban and word_last are flat: row * vocab + id. word_rows: the rows whose tails must be kept; patterns int32
+    [words, width], word_places: whose tail of those each looks at.
     """
 
     penalised: list[tuple[int, _Counts]]
@@ -98,7 +120,7 @@ class _Plan:
     ban: IndexArray
     forbidden: list[tuple[int, Float32Array]]
     word_rows: IndexArray
-    word_slots: IndexArray
+    word_places: IndexArray
     word_last: IndexArray
     patterns: Int32Array
     logprob_rows: IndexArray
@@ -188,10 +210,13 @@ class SlotExtras:
         params: npt.NDArray[Any],
         *,
         masked: bool = False,
+        before: Sequence[Sequence[int]] | None = None,
     ) -> Draw | None:
         """float32 [R, V], contiguous, one row per slot of `slots`; changed in place, or a changed copy is in the Draw.
         None: no row has extras, and nothing is changed.
 
+        before: of each row, the drafts that stand between what is known of its slot and its position; None: none. A
+        slot then stands there once for each of its positions, in their order.
         positions, params: as the sampler gets them, whose own masks are not to be seen in log-probabilities.
         masked: the caller will change the Draw's logits too, in ways not known here.
         """
@@ -200,8 +225,12 @@ class SlotExtras:
             return None
         table: Float32Array = logits.numpy()
         flat = table.reshape(-1)
+        counted = [counts.after(() if before is None else before[row]) for row, counts in plan.penalised]
         penalised = np.concatenate(
-            [_NOTHING, *(row * self._vocab + counts.ids[: counts.size] for row, counts in plan.penalised)]
+            [
+                _NOTHING,
+                *(row * self._vocab + ids for (row, _), (ids, _) in zip(plan.penalised, counted, strict=True)),
+            ]
         )
         draw = Draw(plan, logits, logits, slots, None, _NOTHING, flat[:0])
         if len(plan.logprob_rows):
@@ -219,11 +248,15 @@ class SlotExtras:
                 table[row] += forbidden
         flat[plan.ban] = _MINUS_INFINITY
         if len(plan.word_last):
-            stands = (self._tails[plan.word_slots] == plan.patterns) | (plan.patterns == _ANY)
+            tails = self._tails[slots[plan.word_rows]]
+            if before is not None:
+                for tail, row in zip(tails, plan.word_rows, strict=True):
+                    _shift(tail, before[row])
+            stands = (tails[plan.word_places] == plan.patterns) | (plan.patterns == _ANY)
             flat[plan.word_last[stands.all(-1)]] = _MINUS_INFINITY
         flat[plan.bias] += plan.bias_values
         if len(penalised):
-            self._penalise(plan, flat, penalised)
+            self._penalise(plan, flat, penalised, [counts for _, counts in counted])
         return draw
 
     def _changed_copy(self, table: Float32Array, forbidden: dict[int, Float32Array]) -> Float32Array:
@@ -239,11 +272,11 @@ class SlotExtras:
                 np.add(logits, mask, out=copy[row])
         return copy
 
-    def _penalise(self, plan: _Plan, flat: Float32Array, index: IndexArray) -> None:
+    def _penalise(self, plan: _Plan, flat: Float32Array, index: IndexArray, of_rows: list[Float32Array]) -> None:
         """repetition: a positive logit is divided by it, another multiplied (Keskar et al. 2019); then frequency
         times the count, and presence once, are taken away (OpenAI)."""
-        counts = np.concatenate([counts.counts[: counts.size] for _, counts in plan.penalised])
-        sizes = [counts.size for _, counts in plan.penalised]
+        counts = np.concatenate(of_rows)
+        sizes = [len(each) for each in of_rows]
         repetition, frequency, presence = np.repeat(plan.parameters, sizes, axis=1)
         values = flat[index]
         if plan.repeats:
@@ -263,19 +296,35 @@ class SlotExtras:
 
     # ---- after it
 
-    def end(self, draw: Draw, drawn: Int32Array, rows: npt.NDArray[np.integer[Any]]) -> StepLogprobs | None:
-        """Remember what was drawn. rows: the rows of the step that the logits are of."""
+    def end(
+        self,
+        draw: Draw,
+        drawn: Int32Array,
+        rows: npt.NDArray[np.integer[Any]],
+        taken: npt.NDArray[np.bool_] | None = None,
+    ) -> StepLogprobs | None:
+        """Remember what was drawn. rows: the rows of the step that the logits are of. taken bool [R]: rows whose draw
+        became a token; None: all."""
         plan = draw.plan
         for row, counts in plan.penalised:
-            counts.add(int(drawn[row]))
+            if taken is None or taken[row]:
+                counts.add(int(drawn[row]))
         if len(plan.word_rows):
-            slots = draw.slots[plan.word_rows]
-            self._tails[slots] = np.concatenate([self._tails[slots, 1:], drawn[plan.word_rows, None]], axis=1)
+            if taken is None:
+                slots = draw.slots[plan.word_rows]
+                self._tails[slots] = np.concatenate([self._tails[slots, 1:], drawn[plan.word_rows, None]], axis=1)
+            else:
+                for row in plan.word_rows[taken[plan.word_rows]]:
+                    _shift(self._tails[draw.slots[row]], drawn[row : row + 1])
         if draw.normalised is None:
             return None
         asked, found, k = plan.logprob_rows, draw.normalised, plan.num_top
         table: Float32Array = draw.own.numpy()
         table.reshape(-1)[draw.touched] = draw.raw
+        if taken is not None:
+            kept = taken[asked]
+            asked = asked[kept]
+            found = Normalised(found.log_sum[kept], found.top_ids[kept], found.top[kept])
         values = table[asked, drawn[asked]]
         return StepLogprobs(
             rows=np.asarray(rows[asked], np.int32),
@@ -288,9 +337,16 @@ class SlotExtras:
     # ---- prompts
 
     def prompt_logprobs(
-        self, step: ForwardInput, hidden: Tensor, make_logits: Callable[[Tensor], Tensor]
+        self,
+        step: ForwardInput,
+        hidden: Tensor,
+        make_logits: Callable[[Tensor], Tensor],
+        use_slots: Callable[[list[int]], None] = lambda slots: None,
     ) -> list[PromptLogprobs]:
-        """Of the prompt chunks in this step whose slots ask. hidden [tokens, size]: of all tokens of the step."""
+        """Of the prompt chunks in this step whose slots ask. hidden [tokens, size]: of all tokens of the step.
+
+        use_slots: is told whose rows `make_logits` gets next.
+        """
         staging, found = step.staging, []
         for row in range(step.num_decode_rows, step.num_rows):
             slot = self._slots.get(int(staging.row_slot[row]))
@@ -307,6 +363,7 @@ class SlotExtras:
                 continue
             first = int(staging.qo_indptr[row])
             of_chunk = hidden[first : first + len(targets)]
+            use_slots([int(staging.row_slot[row])])
             figures = of_targets(of_chunk, make_logits, targets, k, self._vocab)
             found.append(PromptLogprobs(row, start + 1, *figures))
         return found
@@ -330,10 +387,11 @@ class SlotExtras:
             for _, slot in owners
             if slot.counts is not None
         ]
-        words = [(row, slot, word) for row, slot in owners for word in slot.words]
+        with_words = [(row, slot) for row, slot in owners if slot.words]
+        words = [(row, word) for row, slot in with_words for word in slot.words]
         width = self._tails.shape[1]
         patterns = np.full((len(words), width), _ANY, np.int32)
-        for index, (_, _, word) in enumerate(words):
+        for index, (_, word) in enumerate(words):
             patterns[index, width - len(word) + 1 :] = word[:-1]
         asking = [(row, slot.extras.logprobs) for row, slot in owners if slot.extras.logprobs is not None]
 
@@ -348,9 +406,9 @@ class SlotExtras:
             bias_values=np.concatenate([slot.bias_values for _, slot in owners]),
             ban=flat([(row, slot.ban) for row, slot in owners]),
             forbidden=[(row, slot.forbidden) for row, slot in owners if slot.forbidden is not None],
-            word_rows=np.array([row for row, slot in owners if slot.words], np.int64),
-            word_slots=np.array([slot.extras.slot for _, slot, _ in words], np.int64),
-            word_last=np.array([row * self._vocab + word[-1] for row, _, word in words], np.int64),
+            word_rows=np.array([row for row, _ in with_words], np.int64),
+            word_places=np.array([place for place, (_, slot) in enumerate(with_words) for _ in slot.words], np.int64),
+            word_last=np.array([row * self._vocab + word[-1] for row, word in words], np.int64),
             patterns=patterns,
             logprob_rows=np.array([row for row, _ in asking], np.int64),
             num_top=max((top for _, top in asking), default=0),

@@ -26,6 +26,14 @@ class AdmissionPolicy(Protocol):
         """Remove what `peek` has just returned: it is admitted. Its num_cached_tokens is known."""
         ...
 
+    def set_aside(self) -> None:
+        """Remove what `peek` has just returned: it must wait for something, and is not admitted."""
+        ...
+
+    def put_back(self, sequence: Sequence) -> None:
+        """One that was set aside takes its place again. May come between two calls with the same `turn`."""
+        ...
+
     def victim(self, running: list[Sequence]) -> Sequence:
         """Whom to retract when pages run out; running: at least two, in order of admission.
 

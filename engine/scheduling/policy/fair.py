@@ -81,6 +81,26 @@ class Fair(AdmissionPolicy):
             del self._queues[key]
         return sequence
 
+    def set_aside(self) -> None:
+        if self._retracted.peek(0) is not None:
+            self._retracted.pop()
+            return
+        key = self._next_key()
+        self._queues[key].popleft()
+        if self._head(key) is None:
+            del self._queues[key]
+
+    def put_back(self, sequence: Sequence) -> None:
+        if sequence.is_retracted:
+            self._retracted.push_front(sequence)
+            return
+        key = sequence.request.fairness_key
+        self._served.setdefault(key, self._floor)
+        queue, index = self._queues.setdefault(key, deque()), 0
+        while index < len(queue) and queue[index].order < sequence.order:
+            index += 1
+        queue.insert(index, sequence)
+
     def finished(self, sequence: Sequence) -> None:
         if sequence in self._charged:
             self._charge_output(sequence)

@@ -39,3 +39,15 @@ class FCFS(AdmissionPolicy):
 
     def pop(self) -> Sequence:
         return self._queue.popleft()
+
+    def set_aside(self) -> None:
+        self._queue.popleft()
+
+    def put_back(self, sequence: Sequence) -> None:
+        if sequence.is_retracted:
+            self.push_front(sequence)
+            return
+        queue, index = self._queue, 0
+        while index < len(queue) and (queue[index].is_retracted or queue[index].order < sequence.order):
+            index += 1
+        queue.insert(index, sequence)

@@ -44,6 +44,18 @@ class LPM(FCFS):
         return self._choice
 
     def pop(self) -> Sequence:
+        self._num_passed += self._choice is not self._queue[0]
+        return self._remove()
+
+    def set_aside(self) -> None:
+        self._remove()
+        self._oldest = None
+
+    def put_back(self, sequence: Sequence) -> None:
+        super().put_back(sequence)
+        self._ranked_in = self._oldest = None
+
+    def _remove(self) -> Sequence:
         choice = self._choice
         assert choice is not None
         if self._ranked and choice is self._ranked[-1]:
@@ -52,9 +64,8 @@ class LPM(FCFS):
             self._ranked_in = None
         if choice is self._queue[0]:
             return super().pop()
-        self._num_passed += 1
         self._queue.remove(choice)
         return choice
 
     def _match_length(self, sequence: Sequence) -> int:
-        return self._cache.match_length(sequence.matchable_ids, sequence.request.namespace)
+        return self._cache.match_length(sequence.matchable_ids, sequence.request.cache_root)

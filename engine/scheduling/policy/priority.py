@@ -27,7 +27,7 @@ class Priority(AdmissionPolicy):
             self._compact_at = max(1024, 2 * len(self._heap))
         heappush(self._heap, (sequence.request.priority, sequence.order, sequence))
 
-    push_front = push
+    push_front = put_back = push
 
     def peek(self, turn: int) -> Sequence | None:
         heap = self._heap
@@ -37,6 +37,9 @@ class Priority(AdmissionPolicy):
 
     def pop(self) -> Sequence:
         return heappop(self._heap)[2]
+
+    def set_aside(self) -> None:
+        heappop(self._heap)
 
     def victim(self, running: list[Sequence]) -> Sequence:
         return max(running, key=lambda sequence: (sequence.request.priority, sequence.order))

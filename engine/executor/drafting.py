@@ -1,0 +1,162 @@
+"""How what drafts comes to be: the method that was asked for, what it cannot go with, and the draft model's weights.
+
+Called once by the start of a device; it may block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from engine.config import SpeculationOptions, StartupError
+from engine.executor.start import Start
+from engine.forward import Limits
+from engine.models.hub import resolve
+from engine.models.loading.load import load_model
+from engine.models.parts.decoder import CausalLM
+from engine.models.registry import read_spec
+from engine.ops.attention.base import AttentionSpec
+from engine.speculation.base import PROPOSERS, Proposer, make_proposer
+from engine.speculation.draft import DraftModel
+from engine.speculation.paged import LateProposer, PagedCache, full_group
+from engine.speculation.prediction import Prediction
+from engine.speculation.vocabulary import map_vocabularies
+
+
+class Drafting(Protocol):
+    """What was read, before the sizes of the cache are known. described: for the start's report."""
+
+    @property
+    def described(self) -> str: ...
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """That it takes beside the model's."""
+        ...
+
+    def make(self, limits: Limits, dtype: torch.dtype) -> tuple[Proposer, LateProposer | None]:
+        """What CPUExecutor is given."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HostDrafting:
+    """A method without a model."""
+
+    options: SpeculationOptions
+
+    @property
+    def described(self) -> str:
+        """See Drafting."""
+        return f"{self.options.method}, up to {_count(self.options)}"
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """See Drafting."""
+        return 0
+
+    def make(self, limits: Limits, dtype: torch.dtype) -> tuple[Proposer, LateProposer | None]:
+        """See Drafting."""
+        return make_proposer(self.options), None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDrafting:
+    """A draft model. target: the directory of the model that it drafts for."""
+
+    options: SpeculationOptions
+    directory: Path
+    target: Path
+    vocab_size: int
+    model: CausalLM
+    context: int
+
+    @property
+    def described(self) -> str:
+        """See Drafting."""
+        return f"{self.options.method}, {self.directory}, up to {_count(self.options)}"
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """See Drafting."""
+        return self.model.attention_spec.kv_bytes_per_token(dtype)
+
+    def make(self, limits: Limits, dtype: torch.dtype) -> tuple[Proposer, LateProposer | None]:
+        """See Drafting."""
+        spec = self.model.config
+        vocabulary = map_vocabularies(
+            self.target,
+            self.directory,
+            (self.vocab_size, spec.vocab_size),
+            by_strings=self.options.use_vocabulary_map,
+        )
+        cache = _cache(self.model.attention_spec, limits, dtype)
+        drafts = DraftModel(
+            self.model,
+            cache,
+            context=self.context,
+            vocabulary=vocabulary,
+            probabilistic=self.options.draft_sample_method == "probabilistic",
+        )
+        return Prediction(), drafts
+
+
+def _count(options: SpeculationOptions) -> str:
+    return f"{options.num_draft_tokens} draft token{'s' if options.num_draft_tokens > 1 else ''} a step"
+
+
+def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCache:
+    group = full_group(limits.groups)
+    if group is None:
+        raise StartupError("a draft model needs a layer that attends to all tokens in the model it drafts for")
+    return PagedCache(spec, limits, group, dtype)
+
+
+def read_drafting(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting:
+    """What config.speculation asks for. Raises StartupError, for what the model cannot do, too."""
+    options = given.config.speculation
+    if given.spec.bidirectional:
+        raise StartupError("speculative decoding needs a model that generates text")
+    if given.spec.has_state:
+        raise StartupError(
+            f"speculative decoding cannot serve {given.spec.architecture}: its recurrent state does not go back "
+            "behind a draft that was wrong"
+        )
+    if options.method in PROPOSERS:
+        return HostDrafting(options)
+    if options.method != "draft_model":
+        raise StartupError(f"speculative method {options.method!r} is not supported on the CPU")
+    return _read_draft_model(given, options, dtype)
+
+
+def _read_draft_model(given: Start, options: SpeculationOptions, dtype: torch.dtype) -> ModelDrafting:
+    if options.model is None:
+        raise StartupError("speculative method 'draft_model' needs a model: a directory or a Hugging Face id")
+    directory = resolve(options.model, options.revision, given.config.model.download_dir)
+    spec = read_spec(directory)
+    if spec.bidirectional or spec.headless:
+        raise StartupError(f"the draft model {directory} generates no text ({spec.architecture})")
+    if spec.has_state:
+        raise StartupError(
+            f"the draft model {directory} ({spec.architecture}) has a recurrent state, which does not go back behind "
+            "a draft that was wrong"
+        )
+    # Before the weights are read.
+    map_vocabularies(
+        given.directory,
+        directory,
+        (given.spec.vocab_size, spec.vocab_size),
+        by_strings=options.use_vocabulary_map,
+    )
+    context = min(given.context, spec.context_length)
+    model = load_model(
+        spec,
+        directory,
+        dtype=dtype,
+        device=torch.device("cpu"),
+        load_format=given.config.model.load_format,
+        seed=1,
+        max_model_len=context,
+        deterministic=False,
+    )
+    return ModelDrafting(options, directory, given.directory, given.spec.vocab_size, model, context)

@@ -1,0 +1,266 @@
+"""Speculator: the slots of a CPU executor that speculate: their lengths, texts and drafts, and what came of a step.
+
+The worker runs steps one after another, so at the end of one it knows all tokens, and drafts for the next. A step's
+speculating rows are made from what is known here; staging has but upper bounds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from engine.executor.tables import SlotTables
+from engine.forward import Accepted, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
+from engine.speculation.base import FirstOf, Proposer, Text
+from engine.speculation.paged import LateProposer
+
+
+@dataclass(slots=True)
+class Positions:
+    """What is sampled in a step. rows, tokens int64 [p]: row of the step and index of the token that each position
+    follows; a speculating row has one for each of its tokens. before: of each, the drafts of its row that are not
+    known to be right; None where nothing speculates.
+    """
+
+    rows: npt.NDArray[np.int64]
+    tokens: npt.NDArray[np.int64]
+    before: list[Sequence[int]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+def sampled_positions(step: ForwardInput) -> Positions:
+    """Of a step as it runs: a speculating row has as many tokens as row_len says."""
+    staging, rows = step.staging, step.num_rows
+    ends = staging.qo_indptr[1 : rows + 1].astype(np.int64)
+    sampling = np.flatnonzero(staging.row_samples[:rows])
+    if not step.num_speculating_rows:
+        return Positions(sampling, ends[sampling] - 1)
+    first, last = step.num_decode_rows, step.num_decode_rows + step.num_speculating_rows
+    counts = np.where((sampling >= first) & (sampling < last), staging.row_len[sampling], 1)
+    row = np.repeat(sampling, counts)
+    offsets = np.arange(len(row)) - np.repeat(np.cumsum(counts) - counts, counts)
+    tokens = np.repeat(ends[sampling] - counts, counts) + offsets
+    before: list[Sequence[int]] = []
+    for begin, end, speculates in zip(
+        ends[sampling] - staging.row_len[sampling], ends[sampling], (sampling >= first) & (sampling < last), strict=True
+    ):
+        drafts = staging.token_ids[begin + 1 : end].tolist() if speculates else []
+        before += [drafts[:index] for index in range(len(drafts) + 1)]
+    return Positions(row, tokens, before)
+
+
+def mask_places(rows: Int32Array, positions: Positions) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Which masks count, and the positions that they are for. rows: of TokenMasks, where a speculating row stands as
+    often as it might have had tokens."""
+    first = np.searchsorted(positions.rows, rows)
+    nth = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    place = first + nth
+    inside = place < len(positions)
+    inside[inside] = positions.rows[place[inside]] == rows[inside]
+    return np.flatnonzero(inside), place[inside]
+
+
+class Speculator:
+    """See the module. Only the worker touches it."""
+
+    def __init__(
+        self, limits: Limits, proposer: Proposer | None, late: LateProposer | None, tables: SlotTables
+    ) -> None:
+        self._limits = limits
+        both = [each for each in (proposer, late) if each is not None]
+        assert both, "drafts need a proposer"
+        self._early = proposer
+        self._late = late
+        self._proposer = FirstOf(both)  # to be told
+        if late is not None:
+            late.bind(tables)
+        # Tokens of a slot, in whole pages, that it surely has memory for.
+        self._reserved: Int32Array = np.zeros(limits.num_slots, np.int32)
+        # Tokens of a slot that have been computed and are right.
+        self._length: Int32Array = np.zeros(limits.num_slots, np.int32)
+        self._texts: dict[int, Text] = {}
+        self._drafts: dict[int, list[int]] = {}
+        self._staging = Staging(limits)
+        # Of the step that runs, as it was given.
+        self._given_len: Int32Array = self._staging.row_len
+
+    def apply(self, step: ForwardInput) -> None:
+        """Take over whose slots speculate."""
+        for slot in step.staging.sampling_slot[: step.num_sampling_diffs].tolist():
+            self._drafts.pop(slot, None)
+            self._reserved[slot] = 0
+            if self._texts.pop(slot, None) is not None:
+                self._proposer.stop(slot)
+        for told in step.speculations:
+            text = Text(told.history.tolist(), told.namespace, told.prediction)
+            self._texts[told.slot] = text
+            self._proposer.start(told.slot, text)
+
+    def as_it_runs(self, step: ForwardInput, last_token: Int32Array) -> ForwardInput:
+        """The step with the starts, lengths and drafts that speculating rows have. Valid until the next one's."""
+        given, rows, page = step.staging, step.num_rows, self._limits.page_size
+        slots = given.row_slot[:rows]
+        held = -(-(given.row_start[:rows] + given.row_len[:rows]) // page) * page
+        self._reserved[slots] = np.maximum(self._reserved[slots], held)
+        if not step.num_speculating_rows:
+            return step
+        self._draft_late(step)
+        own = self._staging
+        self._given_len = given.row_len
+        first, last = step.num_decode_rows, step.num_decode_rows + step.num_speculating_rows
+        for name in ("row_slot", "row_start", "row_len", "row_samples"):
+            getattr(own, name)[:rows] = getattr(given, name)[:rows]
+        slots = given.row_slot[first:last]
+        # Never beyond what is reserved, whatever went wrong before.
+        own.row_start[first:last] = np.minimum(self._length[slots], given.row_start[first:last])
+        ids = [given.token_ids[:first]]
+        for row, slot in enumerate(slots.tolist(), first):
+            drafts = self._drafts.get(slot, [])[: int(given.row_len[row]) - 1]
+            own.row_len[row] = 1 + len(drafts)
+            ids.append(np.array([last_token[slot], *drafts], np.int32))
+        ids.append(given.token_ids[given.qo_indptr[last] : step.num_tokens])
+        own.qo_indptr[0] = 0
+        np.cumsum(own.row_len[:rows], out=own.qo_indptr[1 : rows + 1])
+        tokens = int(own.qo_indptr[rows])
+        np.concatenate(ids, out=own.token_ids[:tokens])
+        return dataclasses.replace(step, staging=own, num_tokens=tokens)
+
+    def _draft_late(self, step: ForwardInput) -> None:
+        """For rows that have room and no drafts, where nobody must have seen them before."""
+        if self._late is None:
+            return
+        staging, first = step.staging, step.num_decode_rows
+        rows = np.arange(first, first + step.num_speculating_rows)
+        if step.masks is not None:
+            rows = rows[~np.isin(rows, step.masks.rows)]
+        most = {
+            slot: count - 1
+            for slot, count in zip(staging.row_slot[rows].tolist(), staging.row_len[rows].tolist(), strict=True)
+            if count > 1 and slot in self._texts and not self._drafts.get(slot)
+        }
+        if most:
+            self._drafts.update(zip(most, self._late.propose(list(most), list(most.values())), strict=True))
+
+    def count(self, step: ForwardInput, positions: Positions, drawn: Int32Array) -> npt.NDArray[np.bool_] | None:
+        """bool [positions]: whether a draw became a token: all drafts before it are what was drawn. None: all."""
+        if not step.num_speculating_rows:
+            return None
+        staging = step.staging
+        taken = np.ones(len(positions), np.bool_)
+        follows = np.flatnonzero(positions.rows[1:] == positions.rows[:-1])
+        for index in follows.tolist():
+            # Of one row: the token after this one's is a draft.
+            right = staging.token_ids[positions.tokens[index + 1]] == drawn[index]
+            taken[index + 1] = taken[index] and right
+        return taken
+
+    def finish(
+        self,
+        step: ForwardInput,
+        positions: Positions,
+        drawn: Int32Array,
+        taken: npt.NDArray[np.bool_] | None,
+        output: ForwardOutput,
+        hidden: Tensor,
+        aux: list[Tensor],
+    ) -> None:
+        """After the step as it ran: remember what came of it, draft for the next, and report.
+
+        hidden, aux: see LateProposer.follow.
+        """
+        staging, rows = step.staging, step.num_rows
+        first, last = step.num_decode_rows, step.num_decode_rows + step.num_speculating_rows
+        slots = staging.row_slot[:rows]
+        self._length[slots] = staging.row_start[:rows] + staging.row_len[:rows]
+        new: dict[int, list[int]] = {}
+        for index, (row, token) in enumerate(zip(positions.rows.tolist(), drawn.tolist(), strict=True)):
+            if taken is None or taken[index]:
+                new.setdefault(row, []).append(token)
+        if first != last:
+            counts = np.array([len(new.get(row, ())) for row in range(first, last)], np.int32)
+            self._length[slots[first:last]] = staging.row_start[first:last] + counts
+        own: list[int] = []
+        for row, slot in enumerate(slots.tolist()):
+            if (text := self._texts.get(slot)) is not None:
+                self._grow(step, row, slot, text, new.get(row, []))
+                own.append(row)
+        if self._late is not None and own:
+            self._late.follow(step, own, hidden, aux)
+        drafting = {int(slots[row]): row for row in own if row in new}
+        self._draft(step, drafting)
+        output.new_drafts = [
+            (row, np.array(self._drafts[slot], np.int32)) for slot, row in drafting.items() if row >= last
+        ]
+        if first != last:
+            output.accepted = self._accepted(step, new)
+
+    def _draft(self, step: ForwardInput, rows: dict[int, int]) -> None:
+        """For the next rows of these slots; rows: those that they had."""
+        slots = list(rows)
+        if self._early is not None:
+            most = [self._room(slot) for slot in slots]
+            self._drafts.update(zip(slots, self._early.propose(slots, most), strict=True))
+        if self._late is None or step.masks is None:
+            return
+        # The host makes masks for drafts that it has seen.
+        constrained = set(step.masks.rows.tolist())
+        slots = [slot for slot in slots if rows[slot] in constrained and not self._drafts[slot]]
+        most = []
+        for slot in slots:
+            row = rows[slot] - step.num_decode_rows
+            # As many as were asked for last: each of them costs.
+            asked = self._limits.max_draft_tokens
+            if 0 <= row < step.num_speculating_rows:
+                asked = max(1, int(self._given_len[rows[slot]]) - 1)
+            most.append(min(asked, self._room(slot), int(self._reserved[slot] - self._length[slot])))
+        if slots:
+            self._drafts.update(zip(slots, self._late.propose(slots, most), strict=True))
+
+    def _room(self, slot: int) -> int:
+        """Drafts that the context has room for behind the last token, each of which must be followed by one."""
+        return min(self._limits.max_draft_tokens, self._limits.max_model_len - int(self._length[slot]) - 2)
+
+    def _grow(self, step: ForwardInput, row: int, slot: int, text: Text, new: list[int]) -> None:
+        """Put what a row brought into its slot's text."""
+        staging, tokens = step.staging, text.tokens
+        if row < step.num_decode_rows + step.num_speculating_rows:
+            kept = len(tokens)
+            tokens += new
+        else:
+            start = int(staging.row_start[row])
+            chunk = staging.token_ids[staging.qo_indptr[row] : staging.qo_indptr[row + 1]].tolist()
+            end = start + len(chunk)
+            same = tokens[start:end] == chunk
+            if same and not new:
+                return  # what stands behind it is still to come
+            kept = end if same else start
+            del tokens[kept:]
+            if not same:
+                tokens += chunk
+            tokens += new
+        self._drafts[slot] = []
+        self._proposer.advance(slot, kept)
+
+    def _accepted(self, step: ForwardInput, new: dict[int, list[int]]) -> Accepted:
+        first, count, most = step.num_decode_rows, step.num_speculating_rows, self._limits.max_draft_tokens
+        staging = step.staging
+        found = Accepted(
+            np.zeros(count, np.int32),
+            np.full((count, 1 + most), -1, np.int32),
+            staging.row_len[first : first + count] - 1,
+            np.full((count, most), -1, np.int32),
+        )
+        for index in range(count):
+            tokens = new.get(first + index, [])
+            found.counts[index] = len(tokens)
+            found.tokens[index, : len(tokens)] = tokens
+            drafts = self._drafts.get(int(staging.row_slot[first + index]), [])
+            found.drafts[index, : len(drafts)] = drafts
+        return found
