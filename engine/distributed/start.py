@@ -36,7 +36,6 @@ from engine.ops.attention.base import AttentionSpec, create_backend
 from engine.ops.invariance import promise
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import SLOT_BYTES, Layout
-from engine.speculation.base import PROPOSERS
 
 MAX_RANKS = 64
 # Of a rank's part of logits that is handed over at once.
@@ -104,7 +103,8 @@ def start(given: Start) -> RankedExecutor:
         if config.speculation.method is not None:
             with report.phase("draft model"):
                 drafting = read_drafting(given, model.own, dtype)
-            report.row("speculation", drafting.described)
+            if drafting.described:
+                report.row("draft model", drafting.described)
         beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
         limits = _limits(given, model.attention_spec, dtype, groups, beside)
         own = create_backend(
@@ -136,7 +136,7 @@ def _obstacle(given: Start, dtype: torch.dtype) -> str | None:
         return f"{FLAG} {size} needs --dtype float32 or bfloat16"
     if given.config.lora.enable:
         return f"{FLAG} {size} does not go with --enable-lora so far"
-    if given.config.speculation.method not in (None, "draft_model", *PROPOSERS):
+    if given.config.speculation.method not in (None, "ngram", "suffix", "draft_model"):
         return f"{FLAG} {size} does not go with speculative method {given.config.speculation.method!r} so far"
     if given.spec.hidden_size * dtype.itemsize > SLOT_BYTES:
         return f"{FLAG} {size}: {given.spec.hidden_size} numbers of a token are too many"
