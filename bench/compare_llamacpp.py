@@ -134,7 +134,7 @@ class Peer:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    def seconds(self, run: str, **arguments: int) -> float:
+    def seconds(self, run: str, **arguments: int | list[int]) -> float:
         assert self._process.stdin is not None
         print(json.dumps({"run": run, **arguments}), file=self._process.stdin, flush=True)
         return float(self._answer()["seconds"])

@@ -73,6 +73,37 @@ class Session:
             tokens = [lib.llama_sampler_sample(self._sampler, self._context, at) for at in range(sequences)]
         return (time.perf_counter() - begin) / steps
 
+    def dictated(self, prompt: list[int], answer: list[int], drafts: int) -> float:
+        """Seconds of an answer whose draws, once made, are replaced by the given tokens; drafts: of a step, by
+        llama-cpp-python's prompt lookup, 0 for plain decoding."""
+        import numpy as np
+        from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # type: ignore[import-not-found, unused-ignore]
+
+        lookup = LlamaPromptLookupDecoding(max_ngram_size=3, num_pred_tokens=drafts) if drafts else None
+        memory = lib.llama_get_memory(self._context)
+        self._clear()
+        for first in range(0, len(prompt), 512):
+            piece = prompt[first : first + 512]
+            self._put([(token, first + at, 0, first + at == len(prompt) - 1) for at, token in enumerate(piece)])
+        lib.llama_sampler_sample(self._sampler, self._context, -1)
+        text = np.array([*prompt, *answer], np.intc)
+        length, end = len(prompt) + 1, len(text)
+        begin = time.perf_counter()
+        while length < end:
+            guesses: list[int] = []
+            if lookup is not None:
+                guesses = lookup(text[:length]).tolist()[: end - length - 1]
+            row = [int(text[length - 1]), *guesses]
+            self._put([(token, length - 1 + at, 0, True) for at, token in enumerate(row)])
+            for at in range(len(row)):
+                lib.llama_sampler_sample(self._sampler, self._context, at)
+                drawn = int(text[length])
+                length += 1
+                if at >= len(guesses) or guesses[at] != drawn:
+                    break
+            lib.llama_memory_seq_rm(memory, 0, length - 1, -1)
+        return time.perf_counter() - begin
+
 
 def main() -> None:
     silent = lib.llama_log_callback(lambda level, text, data: None)

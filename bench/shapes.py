@@ -85,6 +85,13 @@ _QWEN3_5_08B: dict[str, object] = {
 }
 
 SHAPES: dict[str, dict[str, object]] = {
+    "smollm2-135m": {
+        **_llama(576, 30, 9, 1536, tied=True),
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
     "llama-3.2-1b": _llama(2048, 16, 32, 8192, tied=True),
     "llama-3.2-3b": _llama(3072, 28, 24, 8192, tied=True),
     "llama-3.1-8b": _llama(4096, 32, 32, 14336, tied=False),

@@ -202,6 +202,12 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             f"--max-num-batched-tokens {config.scheduler.max_num_batched_tokens}: {' '.join(str(error).split())}"
         ) from error
     limits = executor.limits
+    if (speculation := config.speculation).method is not None:
+        if not limits.max_draft_tokens:
+            executor.close()
+            raise StartupError(f"speculative decoding ({speculation.method}) is not supported on this device")
+        kind = "as many as pay" if speculation.adaptive else "always"
+        report.row("drafts", f"up to {limits.max_draft_tokens} a row and step, {kind}")
     metrics.set_cache_config(
         block_size=limits.page_size,
         num_gpu_blocks=limits.num_pages,
@@ -249,6 +255,17 @@ def _describe_rope(rope: RopeSpec, native: int, context: int) -> str:
     )
 
 
+def _check_speculation(config: EngineConfig, spec: ModelSpec, device: str) -> None:
+    """Raises StartupError for what no draft can be tried with."""
+    flag = f"speculative decoding ({config.speculation.method})"
+    if spec.bidirectional or spec.headless:
+        raise StartupError(f"{flag}: this model is served without generating text")
+    if spec.has_state:
+        raise StartupError(f"{flag}: this model has a recurrent state, which cannot be taken back from a wrong draft")
+    if device == "cuda":
+        raise StartupError(f"{flag} runs on the CPU alone so far; --device cpu, or start without it")
+
+
 def _build_executor(
     config: EngineConfig, directory: Path, spec: ModelSpec, context: int, report: StartupReport
 ) -> Executor:
@@ -257,6 +274,8 @@ def _build_executor(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         import torch  # noqa: F401
     device = _pick_device(config, report)
+    if config.speculation.method is not None:
+        _check_speculation(config, spec, device)
     rounded = rounded_to(config.model.quantization, spec.quantisation, given=str(directory))
     if rounded is not None:
         if device == "cuda":

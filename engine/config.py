@@ -101,7 +101,7 @@ class SpeculationOptions:
     draft_sample_method: greedy (the draft's most probable token) or probabilistic (drawn with the target's own noise).
     prompt_lookup_min, prompt_lookup_max: tokens of a match. suffix_*: see engine/speculation/suffix.py.
     by_batch_size: (from, to, drafts): most drafts where so many sequences decode; () sets nothing. adaptive: fewer
-    drafts, or none, where they do not pay (engine/scheduling/budgets.py); else always as many as are allowed.
+    drafts, or none, where they do not pay (engine/speculation/budgets.py); else always as many as are allowed.
     """
 
     method: str | None = None

@@ -30,6 +30,7 @@ from engine.resting import Resting
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import SequenceStatus
+from engine.speculation.budgets import DraftBudgets
 from engine.stream import TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
@@ -63,13 +64,17 @@ class Engine(Resting):
         rng: random.Random | None = None,
     ) -> None:
         clock = clock or MonotonicClock()
-        scheduler = Scheduler(executor.limits, config.scheduler, config.cache, executor.staging, clock, eos_token_ids)
+        limits, budgets = executor.limits, None
+        if limits.max_draft_tokens:
+            budgets = DraftBudgets(limits, config.speculation)
+        scheduler = Scheduler(limits, config.scheduler, config.cache, executor.staging, clock, eos_token_ids, budgets)
         self.metrics = metrics or EngineMetrics(model_name="model", max_model_len=executor.limits.max_model_len)
         wait_ms = config.stream.flush_interval_ms
         pace = Pace(None if wait_ms is None else wait_ms / 1000.0)
         publisher = Publisher(scheduler, self.metrics, clock, pace)
         self._watch = LoopWatch(self.metrics, pace)
         super().__init__(scheduler, executor, publisher, clock)
+        self.metrics.drafts = scheduler.speculation
         self.config = config
         self.limits = executor.limits
         self.tokenizer = tokenizer

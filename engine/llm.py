@@ -495,6 +495,8 @@ def _read_options(model: str | None, options: dict[str, Any]) -> EngineConfig:
             argv.append(flag)
         elif value is False:
             argv.append(f"--no-{flag[2:]}")
+        elif isinstance(value, dict):
+            argv.append(f"{flag}={orjson.dumps(value).decode()}")
         elif isinstance(value, list | tuple):
             argv += [flag, *map(str, value)]
         elif value is not None:

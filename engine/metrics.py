@@ -11,6 +11,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -124,6 +125,17 @@ class Histogram:
 _STREAMING = ("false", "true")
 
 
+class DraftTotals(Protocol):
+    """Of speculative decoding since the start, as engine/scheduling/speculating.py counts them."""
+
+    num_drafts: int
+    num_draft_tokens: int
+    num_accepted_tokens: int
+
+    @property
+    def accepted_by_position(self) -> Iterable[int]: ...
+
+
 class EngineMetrics(Collector):
     """What the engine counts, and how it is called.
 
@@ -149,6 +161,8 @@ class EngineMetrics(Collector):
         self.prefix_cache_hits = 0
         self.num_preemptions = 0
         self.num_steps = 0
+        # Of speculative decoding; None where nothing speculates. By position: how many drafts there were right.
+        self.drafts: DraftTotals | None = None
         self.evicted_pages = 0
 
         self.finished = dict.fromkeys(FinishReason, 0)
@@ -412,6 +426,16 @@ class _Vllm:
         yield f.counter("prefix_cache_queries", "Prompt tokens looked up.", metrics.prefix_cache_queries)
         yield f.counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.", metrics.prefix_cache_hits)
         yield f.counter("num_preemptions", "Sequences retracted for want of pages.", metrics.num_preemptions)
+        if (drafts := metrics.drafts) is not None:
+            yield f.counter("spec_decode_num_drafts", "Rows of steps whose drafts were checked.", drafts.num_drafts)
+            yield f.counter("spec_decode_num_draft_tokens", "Drafts that were checked.", drafts.num_draft_tokens)
+            yield f.counter("spec_decode_num_accepted_tokens", "Drafts that were right.", drafts.num_accepted_tokens)
+            yield f.counters(
+                "spec_decode_num_accepted_tokens_per_pos",
+                "Drafts that were right, by their place in the row.",
+                "position",
+                [(str(place), float(count)) for place, count in enumerate(drafts.accepted_by_position)],
+            )
         yield f.counter("prompt_tokens", "Prompt tokens.", metrics.prompt_tokens)
         yield f.counter("generation_tokens", "Generated tokens.", metrics.generation_tokens)
         cached = metrics.finished_cached_tokens

@@ -21,7 +21,8 @@ from engine.metrics import EngineMetrics
 from engine.pace import Pace
 from engine.recorder import Recorder
 from engine.request import FinishReason
-from engine.scheduling.scheduler import Scheduler, StepResult
+from engine.scheduling.batch import StepResult
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import IndexArray
 from engine.stream import TokenLogprob, TokenStream
@@ -254,7 +255,7 @@ class Publisher:
                 self._awaited_ended.set()
         reason = sequence.finish_reason
         assert reason is not None
-        stream.num_cached_tokens = sequence.num_cached_tokens
+        stream.num_cached_tokens, stream.draft_counts = sequence.num_cached_tokens, sequence.draft_counts
         detokenizer = listener.detokenizer
         if reason in (FinishReason.STOP, FinishReason.LENGTH) and error is None:
             try:

@@ -75,6 +75,7 @@ class TokenStream:
         "_waiter",
         "admitted_at",
         "arrived_at",
+        "draft_counts",
         "finished_at",
         "first_token_at",
         "num_cached_tokens",
@@ -95,6 +96,8 @@ class TokenStream:
         self.finished_at: float | None = None
         self.num_prompt_tokens = num_prompt_tokens
         self.num_cached_tokens = 0
+        # As Sequence.draft_counts; known with the last delta.
+        self.draft_counts = (0, 0, 0)
         self.num_output_tokens = 0
         # Of the prompt's tokens from the second on (the first has none), where asked for; whole with the first delta.
         self.prompt_logprobs: list[TokenLogprob] | None = None

@@ -1,7 +1,8 @@
 """A request's tokens and log-probabilities are the same bits whatever surrounds it; nothing here is approximate.
 
 The whole engine (scheduler, executor, streams) runs the demo model and four random families under settings that
-cover every pair of what the promise names: company, chunks, prefix cache, depth, retraction, threads, streaming.
+cover every pair of what the promise names: company, chunks, prefix cache, depth, retraction, threads, streaming,
+drafts.
 Without the native kernels (the fast mode where nothing is promised) greedy tokens still agree in float32.
 """
 
@@ -33,6 +34,7 @@ from engine.models.registry import read_spec
 from engine.ops import native
 from engine.request import Request, SamplingParams
 from engine.scheduling.sequence import Sequence
+from engine.speculation.base import OneByOne, Text
 from engine.stream import TokenLogprob
 from engine.text.tokenizer import Tokenizer
 from tests.models.support import make_checkpoint
@@ -65,6 +67,8 @@ FACTORS: dict[str, tuple[Any, ...]] = {
     "pool": ("ample", "tiny"),
     "threads": (1, 2),
     "stream": ("no", "every token", "late"),
+    # Right ones, wrong ones and both in one row.
+    "drafts": (0, 4),
 }
 
 
@@ -77,6 +81,7 @@ class Setting:
     pool: str
     threads: int
     stream: str
+    drafts: int
 
     def budget(self) -> int:
         """Tokens of a step. One of a page or two leaves small odd chunks; beside 64 rows it must hold a token each."""
@@ -84,7 +89,7 @@ class Setting:
         return {"whole": 512, "odd": 101, "small": COMPANY}[self.chunk] if self.company else alone[self.chunk]
 
 
-PLAIN = Setting(False, "whole", "off", 1, "ample", 1, "no")
+PLAIN = Setting(False, "whole", "off", 1, "ample", 1, "no", 0)
 
 
 def pairs(setting: Setting) -> set[tuple[tuple[str, Any], tuple[str, Any]]]:
@@ -195,8 +200,37 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(DEMO)
 
 
-async def answers_of(model: CausalLM, dtype: torch.dtype, setting: Setting) -> dict[str, Answer]:
-    """Every probe's answer: each alone in an idle engine, or all in one burst of COMPANY requests."""
+class Guesses(OneByOne):
+    """Drafts what the probes will be answered, two tokens of five wrong."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self._known = texts
+        self._generator = np.random.default_rng(4)
+        self._texts: dict[int, Text] = {}
+
+    def start(self, slot: int, text: Text) -> None:
+        self._texts[slot] = text
+
+    def stop(self, slot: int) -> None:
+        del self._texts[slot]
+
+    def advance(self, slot: int, kept: int) -> None:
+        pass
+
+    def draft(self, slot: int, most: int) -> list[int]:
+        tokens = self._texts[slot].tokens
+        for known in self._known:
+            if known[: len(tokens)] == tokens:
+                right = known[len(tokens) : len(tokens) + most]
+                return [3 if self._generator.random() < 0.4 else token for token in right]
+        return [3] * most
+
+
+async def answers_of(
+    model: CausalLM, dtype: torch.dtype, setting: Setting, known: dict[str, Answer] | None = None
+) -> dict[str, Answer]:
+    """Every probe's answer, each alone in an idle engine; or those of all in one burst of COMPANY requests. known: what
+    drafts are made of."""
     torch.set_num_threads(setting.threads)
     probes, others = make_requests(model.config.vocab_size)
     # Tiny: little more than the longest request needs, or a tenth of the burst; small pages, so that rows ask often.
@@ -207,7 +241,9 @@ async def answers_of(model: CausalLM, dtype: torch.dtype, setting: Setting) -> d
     limits = Limits(
         *(max_num_seqs, setting.budget(), CONTEXT, page_size, num_pages, model.config.vocab_size),
         num_snapshots=40 if model.config.has_state else None,
+        max_draft_tokens=0 if model.config.has_state else setting.drafts,
     )
+    guesses = Guesses([probe.prompt_token_ids + (known or {})[probe.request_id].token_ids for probe in probes if known])
     config = EngineConfig(
         cache=CacheOptions(page_size=page_size, enable_prefix_caching=setting.cache != "off"),
         scheduler=SchedulerOptions(
@@ -219,7 +255,7 @@ async def answers_of(model: CausalLM, dtype: torch.dtype, setting: Setting) -> d
         ),
         stream=StreamOptions(flush_interval_ms=1e6 if setting.stream == "late" else 0.0),
     )
-    executor = CPUExecutor(model, limits, dtype=dtype)
+    executor = CPUExecutor(model, limits, dtype=dtype, proposer=guesses)
     whole = Engine(config, executor, tokenizer() if model.config.vocab_size > 1000 else None)
     task = asyncio.create_task(whole.run())
     found: dict[str, Answer] = {}
@@ -250,16 +286,20 @@ async def answers_of(model: CausalLM, dtype: torch.dtype, setting: Setting) -> d
             await asyncio.gather(*(ask(burst[index]) for index in order))
         if native.library() is not None:
             assert all(step.threads == setting.threads for step in executor._attention._steps)  # type: ignore[union-attr]
+        if limits.max_draft_tokens and known:
+            speculation = whole.scheduler.speculation
+            assert speculation is not None
+            assert 0 < speculation.num_accepted_tokens < speculation.num_draft_tokens
     finally:
         task.cancel()
         await asyncio.wait({task})
         executor.close()
-    return {name: answer for name, answer in found.items() if name.startswith("probe")}
+    return found
 
 
 def check_it_happened(setting: Setting, answers: dict[str, Answer], *, has_state: bool) -> None:
-    """The setting did to the probes what it is there for."""
-    cached = sum(answer.num_cached for answer in answers.values())
+    """The setting did what it is there for."""
+    cached = sum(answer.num_cached for name, answer in answers.items() if name.startswith("probe"))
     retracted = sum(answer.num_retractions for answer in answers.values())
     if setting.cache == "off":
         assert cached == 0
@@ -285,9 +325,9 @@ async def test_same_bits(name: str, dtype: str, checkpoints: dict[str, Path]) ->
     ]
     assert len(expected["probe-6"].prompt_logprobs or ()) == PROBES[6][0] - 1
     for setting in covering():
-        answers = await answers_of(model, DTYPES[dtype], setting)
-        for probe, answer in answers.items():
-            assert answer.seen() == expected[probe].seen(), (probe, setting)
+        answers = await answers_of(model, DTYPES[dtype], setting, expected)
+        for probe, answer in expected.items():
+            assert answers[probe].seen() == answer.seen(), (probe, setting)
         check_it_happened(setting, answers, has_state=model.config.has_state)
 
 
@@ -300,10 +340,10 @@ async def test_fast_mode_has_the_same_greedy_tokens(name: str, checkpoints: dict
         assert {linear.kind for linear in model.linears} == {"torch"}
         expected = await answers_of(model, torch.float32, PLAIN)
         for setting in covering()[:6]:
-            answers = await answers_of(model, torch.float32, setting)
-            for (probe, answer), (_, values) in zip(sorted(answers.items()), PROBES, strict=True):
+            answers = await answers_of(model, torch.float32, setting, expected)
+            for (probe, answer), (_, values) in zip(sorted(expected.items()), PROBES, strict=True):
                 if values["temperature"] == 0.0:
-                    assert answer.token_ids == expected[probe].token_ids, (probe, setting)
+                    assert answers[probe].token_ids == answer.token_ids, (probe, setting)
 
 
 # ---- the flag

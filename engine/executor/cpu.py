@@ -12,9 +12,9 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,7 +25,16 @@ from engine.executor.base import StepHandle
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.speculator import Speculator, mask_places, sampled_positions
 from engine.executor.tables import SlotTables, StepMetadata
-from engine.forward import FUTURE_TOKEN, DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Limits, Staging
+from engine.forward import (
+    FUTURE_TOKEN,
+    DeviceLostError,
+    ForwardError,
+    ForwardInput,
+    ForwardOutput,
+    Int32Array,
+    Limits,
+    Staging,
+)
 from engine.lora.reader import read_adapter
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.parts.decoder import Adapted
@@ -151,6 +160,11 @@ class CPUExecutor:
             assert self._states is None, "a recurrent state cannot go back"
             self._speculator = Speculator(limits, proposer, late, self._tables)
         self._late = late
+        self._aux_layers = () if late is None else late.aux_layers
+        if self._aux_layers:
+            # A replay of a step's native calls would not make them.
+            attention.recordings = None  # type: ignore[attr-defined, unused-ignore]
+            model.aux_layers = self._aux_layers  # type: ignore[attr-defined]
         self._metadata = StepMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
@@ -190,7 +204,7 @@ class CPUExecutor:
         assert self._attention is not None
         if level == 2:
             self._reader()  # or it would never wake up
-            self._model = None
+            self._model = self._adapted = None
         self._attention.release()
         if self._late is not None:
             self._late.release()
@@ -215,8 +229,12 @@ class CPUExecutor:
     def _take(self, model: Model) -> None:
         """Serve with another model of the same spec, and the adapters that are in place."""
         adapted: Adapted | None = getattr(model, "adapted", None)
-        if adapted is not None:
+        if adapted is not None and self._adapted is not None:
             adapted.take_over(self._adapted)
+        if self._late is not None:
+            self._late.use(model)
+            if self._aux_layers:
+                model.aux_layers = self._aux_layers  # type: ignore[attr-defined]
         self._model, self._adapted = model, adapted
 
     def _use_slots(self, slots: Sequence[int]) -> None:
@@ -224,6 +242,29 @@ class CPUExecutor:
         if self._adapted is not None:
             own = self._tables.adapter[slots]
             self._adapted.rows.use(int(own[0]) if len(slots) == 1 else own)
+
+    @contextlib.contextmanager
+    def _adapters_of(self, slots: Int32Array, lengths: Int32Array, attention: AttentionBackend) -> Iterator[None]:
+        """Rows of these slots, so many tokens each, go through the layers; where some have adapters, the layers do what
+        no recorded step of as many tokens did."""
+        if self._adapted is None:
+            yield
+            return
+        self._adapted.rows.use(np.repeat(self._tables.adapter[slots], lengths))
+        recordings: Any = getattr(attention, "recordings", None)
+        if recordings is None or not self._adapted.rows.any:
+            yield
+            return
+        attention.recordings = None  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            attention.recordings = recordings  # type: ignore[attr-defined]
+
+    def _forget_adapters(self) -> None:
+        """What follows is nobody's: drafts are made without adapters."""
+        if self._adapted is not None:
+            self._adapted.rows.use(0)
 
     def _reader(self) -> Callable[[Path | None], Model]:
         if self._load is None:
@@ -243,7 +284,8 @@ class CPUExecutor:
             self._closed = True
             self._queue.put(None)
         self._worker.join()
-        self._model = self._attention = self._states = self._late = self._speculator = None
+        self._model = self._adapted = None
+        self._attention = self._states = self._late = self._speculator = None
 
     def _work(self) -> None:
         with torch.inference_mode():
@@ -291,10 +333,9 @@ class CPUExecutor:
         chunks = pooled_chunks(step)
         types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
         positions_of_tokens = torch.from_numpy(metadata.positions)
-        if self._adapted is not None:
-            self._adapted.rows.use(np.repeat(self._tables.adapter[slots], staging.row_len[:rows]))
-        hidden = everything = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
-        aux: list[Tensor] = []
+        with self._adapters_of(slots, staging.row_len[:rows], attention):
+            hidden = everything = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
+        aux: list[Tensor] = getattr(model, "aux", []) if self._aux_layers else []
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits, self._use_slots)
@@ -307,6 +348,7 @@ class CPUExecutor:
         places = sampled_positions(step)
         if len(places) == 0:
             if speculator is not None:
+                self._forget_adapters()
                 speculator.finish(step, places, chosen[:0], None, output, everything, aux)
             return output
         if len(places) != tokens:
@@ -349,5 +391,6 @@ class CPUExecutor:
             for row, token in zip(places.rows[taken].tolist(), drawn[taken].tolist(), strict=True):
                 chosen[row] = self._last_token[slots[row]] = token
         if speculator is not None:
+            self._forget_adapters()
             speculator.finish(step, places, drawn, taken, output, everything, aux)
         return output

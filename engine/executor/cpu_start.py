@@ -67,7 +67,8 @@ def start(given: Start) -> CPUExecutor:
     if config.speculation.method is not None:
         with report.phase("draft model"):
             drafting = read_drafting(given, model, dtype)
-        report.row("speculation", drafting.described)
+        if drafting.described:
+            report.row("draft model", drafting.described)
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")

@@ -16,18 +16,22 @@ from engine.executor.start import Start
 from engine.forward import Limits
 from engine.models.hub import resolve
 from engine.models.loading.load import load_model
-from engine.models.parts.decoder import CausalLM
+from engine.models.parts.decoder import CausalLM, Decoder
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionSpec
-from engine.speculation.base import PROPOSERS, Proposer, make_proposer
+from engine.speculation.base import Proposer
 from engine.speculation.draft import DraftModel
+from engine.speculation.eagle3 import Eagle3Head, load_eagle3
+from engine.speculation.hidden import HiddenDrafts
 from engine.speculation.paged import LateProposer, PagedCache, full_group
 from engine.speculation.prediction import Prediction
+from engine.speculation.registry import PROPOSERS, make_proposer
 from engine.speculation.vocabulary import map_vocabularies
 
 
 class Drafting(Protocol):
-    """What was read, before the sizes of the cache are known. described: for the start's report."""
+    """What was read, before the sizes of the cache are known. described: of the model that drafts, for the start's
+    report; empty where there is none."""
 
     @property
     def described(self) -> str: ...
@@ -50,7 +54,7 @@ class HostDrafting:
     @property
     def described(self) -> str:
         """See Drafting."""
-        return f"{self.options.method}, up to {_count(self.options)}"
+        return ""
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """See Drafting."""
@@ -75,7 +79,7 @@ class ModelDrafting:
     @property
     def described(self) -> str:
         """See Drafting."""
-        return f"{self.options.method}, {self.directory}, up to {_count(self.options)}"
+        return f"{self.directory} ({self.model.config.architecture})"
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """See Drafting."""
@@ -101,8 +105,30 @@ class ModelDrafting:
         return Prediction(), drafts
 
 
-def _count(options: SpeculationOptions) -> str:
-    return f"{options.num_draft_tokens} draft token{'s' if options.num_draft_tokens > 1 else ''} a step"
+@dataclass(frozen=True, slots=True)
+class Eagle3Drafting:
+    """An EAGLE-3 head."""
+
+    options: SpeculationOptions
+    directory: Path
+    head: Eagle3Head
+    context: int
+
+    @property
+    def described(self) -> str:
+        """See Drafting."""
+        layers = ", ".join(map(str, self.head.aux_layers))
+        return f"eagle3, {self.directory}, reads what goes into layers {layers}"
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """See Drafting."""
+        return self.head.attention_spec.kv_bytes_per_token(dtype)
+
+    def make(self, limits: Limits, dtype: torch.dtype) -> tuple[Proposer, LateProposer | None]:
+        """See Drafting."""
+        return Prediction(), HiddenDrafts(
+            self.head, _cache(self.head.attention_spec, limits, dtype), context=self.context
+        )
 
 
 def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCache:
@@ -115,18 +141,30 @@ def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCach
 def read_drafting(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting:
     """What config.speculation asks for. Raises StartupError, for what the model cannot do, too."""
     options = given.config.speculation
-    if given.spec.bidirectional:
-        raise StartupError("speculative decoding needs a model that generates text")
-    if given.spec.has_state:
-        raise StartupError(
-            f"speculative decoding cannot serve {given.spec.architecture}: its recurrent state does not go back "
-            "behind a draft that was wrong"
-        )
     if options.method in PROPOSERS:
         return HostDrafting(options)
+    if options.method == "eagle3":
+        return _read_eagle3(given, options, model, dtype)
     if options.method != "draft_model":
-        raise StartupError(f"speculative method {options.method!r} is not supported on the CPU")
+        raise StartupError(
+            f"speculative decoding ({options.method}) is not supported yet: ngram, suffix, draft_model, eagle3"
+        )
     return _read_draft_model(given, options, dtype)
+
+
+def _read_eagle3(given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype) -> Eagle3Drafting:
+    if options.model is None:
+        raise StartupError("speculative decoding (eagle3) needs a model: the head's directory or Hugging Face id")
+    if given.config.lora.enable:
+        raise StartupError("speculative decoding (eagle3) cannot be used with --enable-lora")
+    if type(model) is not Decoder:
+        raise StartupError(
+            f"speculative decoding (eagle3) cannot be used with {given.spec.architecture}: "
+            "its layers have several streams"
+        )
+    directory = resolve(options.model, options.revision, given.config.model.download_dir)
+    head = load_eagle3(directory, model, dtype, given.context)
+    return Eagle3Drafting(options, directory, head, given.context)
 
 
 def _read_draft_model(given: Start, options: SpeculationOptions, dtype: torch.dtype) -> ModelDrafting:

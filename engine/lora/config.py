@@ -78,6 +78,8 @@ def _matches(key: str, module: str) -> bool:
 def read_config(directory: Path, adapter: str) -> AdapterConfig:
     """Of an adapter's directory. adapter: what it is called in errors. Raises AdapterError."""
     path = directory / NAME
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise AdapterError(f"adapter {adapter}: {NAME} is no file")
     try:
         with path.open("rb") as file:
             content = file.read(MAX_BYTES + 1)

@@ -34,12 +34,12 @@ class Tensors:
         self._adapter = adapter
         self._stored: Mapping[str, StoredTensor] = {}
         self._loaded: Mapping[str, Tensor] = {}
-        if (directory / SAFETENSORS).exists():
+        if (directory / SAFETENSORS).is_file():
             try:
                 self._stored = read_header(directory / SAFETENSORS)
             except StartupError as error:
                 raise AdapterError(f"adapter {adapter}: {_without_folder(error, directory)}") from None
-        elif (directory / PICKLED).exists():
+        elif (directory / PICKLED).is_file():
             self._loaded = self._read_pickled(directory / PICKLED)
         else:
             raise AdapterError(f"adapter {adapter}: holds neither {SAFETENSORS} nor {PICKLED}")

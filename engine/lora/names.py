@@ -55,8 +55,11 @@ _EMBEDDING = re.compile(r"(embed_tokens|embeddings|word_embeddings|embed_in|wte|
 _SHARED = ("shared_expert", "shared_experts", "shared_mlp")
 _QUERIES = ("q_proj", "k_proj", "v_proj")
 _FUSED_QKV = ("qkv_proj", "query_key_value", "Wqkv", "c_attn")
-_OUTPUTS = ("o_proj", "out_proj", "dense", "c_proj")
-_HEADS = ("lm_head", "embed_out", "output", "cls.predictions.decoder")
+_RESULTS = ("o_proj", "out_proj", "dense", "c_proj")
+# How transformers calls layers, whatever a checkpoint calls them.
+_LAYERS = re.compile(r"layers\.(\d{1,6})\.(.*)", re.DOTALL)
+# What output layers are called.
+OUTPUTS = ("lm_head", "embed_out", "output", "cls.predictions.decoder")
 
 
 def parse(name: str) -> tuple[str, str] | None:
@@ -96,7 +99,7 @@ class Resolver:
             if tail in self._tails:
                 return self._tails[tail]
         for tail in self._candidates(path):
-            match = self._layer.fullmatch(tail)
+            match = self._layer.fullmatch(tail) or _LAYERS.fullmatch(tail)
             if match is not None and int(match[1]) < self._spec.num_layers:
                 found = self._by_role(self._spec.layer_names.format(match[1]), int(match[1]), match[2])
                 if found is not None:
@@ -109,7 +112,7 @@ class Resolver:
         root, last = name.split(".")[0], name.split(".")[-1]
         mixer, forward = layer.mixer, layer.feed_forward
         if isinstance(mixer, GroupedQueryAttention) and "att" in root:
-            if last in _OUTPUTS:
+            if last in _RESULTS:
                 return self._tails.get(prefix + mixer.output)
             kv_heads = mixer.num_kv_heads if mixer.reads is None else 0
             value_dim = mixer.value_dim or mixer.head_dim
@@ -118,6 +121,8 @@ class Resolver:
             return self._part(prefix, mixer.qkv, rows, last, _QUERIES, _FUSED_QKV) if plain else None
         if isinstance(forward, Dense) and name.count(".") == 1:
             names = ("up_proj", "gate_proj") if forward.up_first else ("gate_proj", "up_proj")
+            if last == "down_proj":
+                return self._tails.get(prefix + forward.down)
             rows = [forward.intermediate_size] * 2
             return self._part(prefix, forward.gate_up, rows, last, names, ("gate_up_proj",))
         return None
@@ -185,7 +190,7 @@ class Resolver:
             found.append(tail)
             if _EMBEDDING.fullmatch(tail.removeprefix("embeddings.")):
                 found.append(self._embedding)
-            if tail in _HEADS:
+            if tail in OUTPUTS:
                 found.append(OUTPUT)
             match = self._layer.fullmatch(tail)
             if match is not None and int(match[1]) < self._spec.num_layers:

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from engine.lora.base import base_bias, base_rows, own_rows
+from engine.lora.config import NAME as CONFIG
 from engine.lora.config import AdapterConfig, read_config
-from engine.lora.files import Tensors
-from engine.lora.names import Resolver, Stack, parse
+from engine.lora.files import PICKLED, SAFETENSORS, Tensors
+from engine.lora.names import OUTPUTS, Resolver, Stack, parse
 from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers, Heads, Place
 from engine.models.loading.weights import OUTPUT
@@ -61,8 +62,24 @@ def read_adapter(directory: Path, layers: AdaptedLayers, max_rank: int) -> Loade
     name = name.encode("unicode_escape").decode()
     if not directory.is_dir():
         raise AdapterError(f"adapter {name}: there is no such directory")
+    before = _state(directory)
     config = read_config(directory, name)
-    return _Reader(config, Tensors(directory, name), layers, max_rank).read()
+    weights = _Reader(config, Tensors(directory, name), layers, max_rank).read()
+    if _state(directory) != before:
+        raise AdapterError(f"adapter {name}: its files were changed while they were read; load it again")
+    return weights
+
+
+def _state(directory: Path) -> list[tuple[int, int, int] | None]:
+    """Of the files that an adapter is made of: half of an old one and half of a new one are no adapter."""
+    found: list[tuple[int, int, int] | None] = []
+    for name in (CONFIG, SAFETENSORS, PICKLED):
+        try:
+            state = (directory / name).stat()
+            found.append((state.st_ino, state.st_size, state.st_mtime_ns))
+        except OSError:
+            found.append(None)
+    return found
 
 
 class _Reader:
@@ -73,6 +90,7 @@ class _Reader:
         self._branches: dict[str, Branch] = {}
         self._rank = 0
         self._from_base = False
+        self._told_of_output: set[str] = set()
 
     def read(self) -> LoadedWeights:
         modules: dict[str, dict[str, str]] = defaultdict(dict)
@@ -85,6 +103,8 @@ class _Reader:
             if kind in modules[path]:
                 raise self._tensors.fail(name, f"stands twice, beside {modules[path][kind]!r:.200}")
             modules[path][kind] = name
+        # peft writes what is tied twice, for both layers that have it.
+        self._told_of_output = {kind for path in modules if path in OUTPUTS for kind in modules[path]}
         for path, kinds in modules.items():
             self._module(path, kinds)
         branches = {site: self._branch(parts) for site, parts in self._sites.items()} | self._branches
@@ -136,7 +156,7 @@ class _Reader:
     def _why_unknown(self, path: str) -> str:
         outside = self._layers.spec.outside
         if any(f"{each}" in path for each in outside):
-            return "is of a part that does not read text, which is not served"
+            return "is of a part that is not served here (other inputs than text, a pooler, layers that draft)"
         if self._resolver.is_known_layer(path):
             return "the layer has no such part that an adapter can change here"
         return "the model has no such module; is the adapter of another base?"
@@ -244,7 +264,7 @@ class _Reader:
         parts = self._parts(place)
         if "weight" in kinds:
             parts.table_rows = self._matrix(kinds["weight"], (count, width))
-            if tied is not None and self._config.ensure_tying:
+            if tied is not None and self._config.ensure_tying and "weight" not in self._told_of_output:
                 linear = Linear(parts.table_rows.clone())
                 linear.prepare(deterministic=True)
                 self._parts(tied).replaced.append(Replaced(torch.arange(count), linear))
@@ -253,7 +273,7 @@ class _Reader:
             up = self._matrix(kinds["looked-up up"], (width, len(down)))
             up = up.mul_(self._scaling(path, kinds["looked-up down"], len(down)))
             parts.factors.append(Factors(0, down, up))
-            if tied is not None and self._config.ensure_tying:
+            if tied is not None and self._config.ensure_tying and "down" not in self._told_of_output:
                 self._parts(tied).factors.append(Factors(0, up.T.contiguous(), down.T.contiguous()))
         if "tokens" in kinds:
             ids = self._ids_of(path, kinds["tokens"], count)
@@ -261,7 +281,11 @@ class _Reader:
             parts.table_rows = self._matrix(kinds["tokens"], (len(ids), width))
             listed = [module for module in self._config.token_ids if module]
             own = {self._config.token_ids[module] for module in listed}
-            if tied is not None and (len(own) < 2 or self._config.ensure_tying):
+            if (
+                "tokens" not in self._told_of_output
+                and tied is not None
+                and (len(own) < 2 or self._config.ensure_tying)
+            ):
                 self._replace_outputs(tied, ids, parts.table_rows)
 
     def _ids_of(self, path: str, name: str, count: int) -> tuple[int, ...]:

@@ -1591,14 +1591,10 @@ EXPORT void ol_mxfp4_linear(int64_t type, const void* x, int64_t ldx, int64_t M,
     BY_TYPE(type, mxfp4_linear((const T*)x, ldx, M, K, (const uint8_t*)blocks, (const uint8_t*)scales, N, bias, (T*)out, (int)threads))
 }
 
-EXPORT void ol_lora_down(int64_t type, const void* x, int64_t ldx, int64_t K, const int32_t* rows, const void* groups, int64_t num_groups,
-                         const void* table, float* h, int64_t ldh, int64_t threads) {
-    BY_TYPE(type, lora_down((const T*)x, ldx, K, rows, (const LoraGroup*)groups, num_groups, (const LoraBranch* const*)table, h, ldh,
-                            (int)threads));
-}
-EXPORT void ol_lora_up(int64_t type, void* y, int64_t ldy, const int32_t* rows, const void* groups, int64_t num_groups, const void* table,
-                       const float* h, int64_t ldh, int64_t threads) {
-    BY_TYPE(type, lora_up((T*)y, ldy, rows, (const LoraGroup*)groups, num_groups, (const LoraBranch* const*)table, h, ldh, (int)threads));
+EXPORT void ol_lora(int64_t type, const void* x, int64_t ldx, int64_t K, void* y, int64_t ldy, const int32_t* rows, const void* groups,
+                    int64_t num_groups, const void* table, float* h, int64_t ldh, int64_t threads) {
+    BY_TYPE(type, lora(LoraCall<T>{(const T*)x COMMA (T*)y COMMA h COMMA ldx COMMA ldy COMMA ldh COMMA K COMMA rows COMMA
+                                   (const LoraGroup*)groups COMMA (const LoraBranch* const*)table}, num_groups, (int)threads));
 }
 
 EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params, const int32_t* positions, int32_t* out, int64_t threads) {

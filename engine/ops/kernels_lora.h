@@ -27,51 +27,49 @@ struct LoraGroup {
     int32_t adapter, first, last;  // the adapter of rows[first, last)
 };
 
-// h [places in rows][ldh] = A x. table: of every adapter's branch, or null.
+// What a call is about: rows of x, of y and of h (by their places in `rows`), and every adapter's branch, or null, in `table`.
 template <class T>
-void lora_down(const T* x, i64 ldx, i64 K, const int32_t* rows, const LoraGroup* groups, i64 num_groups, const LoraBranch* const* table,
-               float* h, i64 ldh, int threads) {
-    struct Task { i64 group, panel; };
-    std::vector<Task> tasks;
-    double work = 0;
-    for (i64 g = 0; g < num_groups; g++) {
-        const LoraBranch* branch = table[groups[g].adapter];
-        if (!branch || !branch->down) continue;
-        for (i64 p = 0; p < branch->ranks / LORA_WIDTH; p++) tasks.push_back({g, p});
-        work += (double)branch->ranks * K * (groups[g].last - groups[g].first);
-    }
-    parallel((i64)tasks.size(), limit_threads(threads, work, 131072), [&](i64 index) {
-        const LoraGroup& group = groups[tasks[index].group];
-        const i64 panel = tasks[index].panel;
-        const float* down = table[group.adapter]->down + panel * K * LORA_WIDTH;
-        for (i64 k0 = 0; k0 < K; k0 += LORA_DEPTH) {
-            const i64 count = std::min(LORA_DEPTH, K - k0);
-            const float* a = down + k0 * LORA_WIDTH;
-            for (i64 place = group.first; place < group.last; place++) {
-                const T* in = x + rows[place] * ldx + k0;
-                // Every fourth input is added up apart: more sums at a time than the latency of an addition.
-                vf sums[4][LORA_VECTORS] = {};
-                auto step = [&](i64 k, int chain) __attribute__((always_inline)) {
-                    const vf value = splat(load1(in + k));
-                    for (int v = 0; v < LORA_VECTORS; v++)
-                        sums[chain][v] = fma(load(a + k * LORA_WIDTH + v * VL), value, sums[chain][v]);
-                };
-                i64 k = 0;
-                for (; k + 4 <= count; k += 4) {
-                    step(k, 0);
-                    step(k + 1, 1);
-                    step(k + 2, 2);
-                    step(k + 3, 3);
-                }
-                for (int chain = 0; k < count; k++, chain++) step(k, chain);
-                float* out = h + place * ldh + panel * LORA_WIDTH;
-                for (int v = 0; v < LORA_VECTORS; v++) {
-                    const vf sum = (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]);
-                    store(out + v * VL, k0 ? load(out + v * VL) + sum : sum);
-                }
+struct LoraCall {
+    const T* x;
+    T* y;
+    float* h;
+    i64 ldx, ldy, ldh, K;
+    const int32_t* rows;
+    const LoraGroup* groups;
+    const LoraBranch* const* table;
+};
+
+// One panel of A for the rows of a group: h = A x.
+template <class T>
+void lora_down(const LoraCall<T>& c, const LoraGroup& group, i64 panel) {
+    const float* down = c.table[group.adapter]->down + panel * c.K * LORA_WIDTH;
+    for (i64 k0 = 0; k0 < c.K; k0 += LORA_DEPTH) {
+        const i64 count = std::min(LORA_DEPTH, c.K - k0);
+        const float* a = down + k0 * LORA_WIDTH;
+        for (i64 place = group.first; place < group.last; place++) {
+            const T* in = c.x + c.rows[place] * c.ldx + k0;
+            // Every fourth input is added up apart: more sums at a time than the latency of an addition.
+            vf sums[4][LORA_VECTORS] = {};
+            auto step = [&](i64 k, int chain) __attribute__((always_inline)) {
+                const vf value = splat(load1(in + k));
+                for (int v = 0; v < LORA_VECTORS; v++)
+                    sums[chain][v] = fma(load(a + k * LORA_WIDTH + v * VL), value, sums[chain][v]);
+            };
+            i64 k = 0;
+            for (; k + 4 <= count; k += 4) {
+                step(k, 0);
+                step(k + 1, 1);
+                step(k + 2, 2);
+                step(k + 3, 3);
+            }
+            for (int chain = 0; k < count; k++, chain++) step(k, chain);
+            float* out = c.h + place * c.ldh + panel * LORA_WIDTH;
+            for (int v = 0; v < LORA_VECTORS; v++) {
+                const vf sum = (sums[0][v] + sums[1][v]) + (sums[2][v] + sums[3][v]);
+                store(out + v * VL, k0 ? load(out + v * VL) + sum : sum);
             }
         }
-    });
+    }
 }
 
 // One panel of B for Rows rows.
@@ -98,42 +96,77 @@ INLINE void lora_up_panel(T* const* y, const float* const* h, const float* up, i
     }
 }
 
-// y += gain y + offset + B h, rounded once.
+// Panels [begin, end) of a block of B for the rows of a group: y += gain y + offset + B h, rounded once.
 template <class T>
-void lora_up(T* y, i64 ldy, const int32_t* rows, const LoraGroup* groups, i64 num_groups, const LoraBranch* const* table, const float* h,
-             i64 ldh, int threads) {
-    struct Task { i64 group; const LoraBlock* block; i64 panel; };
-    std::vector<Task> tasks;
-    double work = 0;
-    for (i64 g = 0; g < num_groups; g++) {
-        const LoraBranch* branch = table[groups[g].adapter];
-        if (!branch) continue;
-        for (i64 b = 0; b < branch->num_blocks; b++) {
-            const LoraBlock* block = branch->blocks + b;
-            for (i64 p = 0; p * LORA_WIDTH < block->width; p += LORA_PANELS) tasks.push_back({g, block, p});
-            work += (double)block->width * (block->rank + 4) * (groups[g].last - groups[g].first);
+void lora_up(const LoraCall<T>& c, const LoraGroup& group, const LoraBlock& block, i64 begin, i64 end) {
+    const LoraBranch& branch = *c.table[group.adapter];
+    auto run = [&](auto count, i64 place) {
+        constexpr int Rows = decltype(count)::value;
+        const float* inner[Rows];
+        for (int r = 0; r < Rows; r++) inner[r] = c.h + (place + r) * c.ldh + block.rank_first;
+        for (i64 p = begin; p < end; p++) {
+            const i64 column = block.first + p * LORA_WIDTH;
+            T* out[Rows];
+            for (int r = 0; r < Rows; r++) out[r] = c.y + c.rows[place + r] * c.ldy + column;
+            lora_up_panel<Rows>(out, inner, block.up + p * block.rank * LORA_WIDTH, block.rank, block.width - p * LORA_WIDTH,
+                                branch.gain ? branch.gain + column : nullptr, branch.offset ? branch.offset + column : nullptr);
         }
+    };
+    i64 place = group.first;
+    for (; place + 4 <= group.last; place += 4) run(std::integral_constant<int, 4>(), place);
+    for (; place < group.last; place++) run(std::integral_constant<int, 1>(), place);
+}
+
+// Both passes; of an x that is null only the second, h being given. Threads meet once where there are groups enough for
+// each to take whole ones, else between the passes, too.
+template <class T>
+void lora(const LoraCall<T>& c, i64 num_groups, int threads) {
+    const i64 none = 0;
+    i64 total = 0, most = 0;
+    double work_down = 0, work_up = 0;
+    std::vector<i64> own;
+    for (i64 g = 0; g < num_groups; g++) {
+        const LoraBranch* branch = c.table[c.groups[g].adapter];
+        if (!branch) continue;
+        own.push_back(g);
+        i64 work = c.x && branch->down ? branch->ranks * c.K : none;
+        const i64 count = c.groups[g].last - c.groups[g].first;
+        work_down += (double)work * count;
+        for (i64 b = 0; b < branch->num_blocks; b++) {
+            const i64 each = branch->blocks[b].width * (branch->blocks[b].rank + 4);
+            work_up += (double)each * count;
+            work += each;
+        }
+        total += work * count;
+        most = std::max(most, work * count);
     }
-    parallel((i64)tasks.size(), limit_threads(threads, work, 131072), [&](i64 index) {
-        const LoraGroup& group = groups[tasks[index].group];
-        const LoraBranch& branch = *table[group.adapter];
-        const LoraBlock& block = *tasks[index].block;
-        const i64 panels = (block.width + LORA_WIDTH - 1) / LORA_WIDTH;
-        const i64 end = std::min(panels, tasks[index].panel + LORA_PANELS);
-        auto run = [&](auto count, i64 place) {
-            constexpr int Rows = decltype(count)::value;
-            const float* inner[Rows];
-            for (int r = 0; r < Rows; r++) inner[r] = h + (place + r) * ldh + block.rank_first;
-            for (i64 p = tasks[index].panel; p < end; p++) {
-                const i64 column = block.first + p * LORA_WIDTH;
-                T* out[Rows];
-                for (int r = 0; r < Rows; r++) out[r] = y + rows[place + r] * ldy + column;
-                lora_up_panel<Rows>(out, inner, block.up + p * block.rank * LORA_WIDTH, block.rank, block.width - p * LORA_WIDTH,
-                                    branch.gain ? branch.gain + column : nullptr, branch.offset ? branch.offset + column : nullptr);
-            }
-        };
-        i64 place = group.first;
-        for (; place + 4 <= group.last; place += 4) run(std::integral_constant<int, 4>(), place);
-        for (; place < group.last; place++) run(std::integral_constant<int, 1>(), place);
+    auto panels_of = [](const LoraBlock& block) { return (block.width + LORA_WIDTH - 1) / LORA_WIDTH; };
+    auto downs_of = [&](i64 g) {
+        const LoraBranch* branch = c.table[c.groups[g].adapter];
+        return c.x && branch->down ? branch->ranks / LORA_WIDTH : none;
+    };
+    if (most * 2 * threads <= total) {
+        parallel((i64)own.size(), limit_threads(threads, work_down + work_up, 131072), [&](i64 index) {
+            const LoraGroup& group = c.groups[own[index]];
+            const LoraBranch* branch = c.table[group.adapter];
+            for (i64 p = 0; p < downs_of(own[index]); p++) lora_down(c, group, p);
+            for (i64 b = 0; b < branch->num_blocks; b++) lora_up(c, group, branch->blocks[b], 0, panels_of(branch->blocks[b]));
+        });
+        return;
+    }
+    struct Task { i64 group, block, panel; };
+    std::vector<Task> downs, ups;
+    for (i64 g : own) {
+        const LoraBranch* branch = c.table[c.groups[g].adapter];
+        for (i64 p = 0; p < downs_of(g); p++) downs.push_back({g, 0, p});
+        for (i64 b = 0; b < branch->num_blocks; b++)
+            for (i64 p = 0; p < panels_of(branch->blocks[b]); p += LORA_PANELS) ups.push_back({g, b, p});
+    }
+    parallel((i64)downs.size(), limit_threads(threads, work_down, 131072),
+             [&](i64 index) { lora_down(c, c.groups[downs[index].group], downs[index].panel); });
+    parallel((i64)ups.size(), limit_threads(threads, work_up, 131072), [&](i64 index) {
+        const Task& task = ups[index];
+        const LoraBlock& block = c.table[c.groups[task.group].adapter]->blocks[task.block];
+        lora_up(c, c.groups[task.group], block, task.panel, std::min(panels_of(block), task.panel + LORA_PANELS));
     });
 }

@@ -173,10 +173,16 @@ def _panels(up: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Groups:
-    """Rows of adapters. rows int32 [n]: of the input, adapter by adapter. groups int32 [G, 3]: adapter, first, last."""
+    """Rows of adapters. rows int32 [n]: of the input, adapter by adapter. groups int32 [G, 3]: adapter, first, last.
+    addresses: of both."""
 
     rows: Int32Array
     groups: Int32Array
+    addresses: tuple[int, int]
+
+    @classmethod
+    def make(cls, rows: Int32Array, groups: Int32Array) -> Groups:
+        return cls(rows, groups, (rows.ctypes.data, groups.ctypes.data))
 
     def of(self, group: int) -> Tensor:
         """int64: the rows of one group."""
@@ -212,7 +218,7 @@ class Rows:
     def groups(self, count: int) -> Groups:
         """Of `count` rows, which is how many there must be."""
         if isinstance(self._ids, int):
-            return Groups(np.arange(count, dtype=np.int32), np.array([[self._ids, 0, count]], np.int32))
+            return Groups.make(np.arange(count, dtype=np.int32), np.array([[self._ids, 0, count]], np.int32))
         assert len(self._ids) == count, "rows whose adapters nobody named"
         if self._groups is None:
             own = np.flatnonzero(self._ids)
@@ -220,7 +226,7 @@ class Rows:
             adapters = self._ids[own]
             cuts = [0, *(np.flatnonzero(np.diff(adapters)) + 1).tolist(), len(own)]
             groups = [[adapters[first], first, last] for first, last in itertools.pairwise(cuts)]
-            self._groups = Groups(own, np.array(groups, np.int32).reshape(-1, 3))
+            self._groups = Groups.make(own, np.array(groups, np.int32).reshape(-1, 3))
         return self._groups
 
 
@@ -231,6 +237,7 @@ class Site:
         self.rows = rows
         self.branches: dict[int, Branch] = {}
         self._table = np.zeros(capacity + 1, np.int64)
+        self._table_address = self._table.ctypes.data
         self._ranks = 0
         self._replaces = False
 
@@ -269,34 +276,23 @@ class Site:
         if x.stride(1) != 1:
             x = x.contiguous()
         inner = torch.empty((len(groups.rows), self._ranks), dtype=torch.float32)
-        handle = library.by_work(len(inner) * self._ranks * x.shape[1] // 8)
-        rows, table = groups.rows.ctypes.data, self._table.ctypes.data
-        threads = torch.get_num_threads()
-        handle.ol_lora_down(
-            code,
-            x.data_ptr(),
-            x.stride(0),
-            x.shape[1],
-            rows,
-            groups.groups.ctypes.data,
-            len(groups.groups),
-            table,
-            inner.data_ptr(),
-            self._ranks,
-            threads,
-        )
-        self._up(y, groups, inner, handle)
+        self._run(x, y, groups, inner)
 
-    def _up(self, y: Tensor, groups: Groups, inner: Tensor, handle: object) -> None:
-        code = native.type_code(y.dtype)
-        handle.ol_lora_up(  # type: ignore[attr-defined]
+    def _run(self, x: Tensor | None, y: Tensor, groups: Groups, inner: Tensor) -> None:
+        """By the kernels. x None: `inner`, float32 [rows of adapters, ranks], is what `down` would make of it."""
+        library, code = native.library(), native.type_code(y.dtype)
+        assert library is not None and code is not None
+        width = 0 if x is None else x.shape[1]
+        library.by_work(len(inner) * self._ranks * (width + y.shape[1]) // 8).ol_lora(
             code,
+            None if x is None else x.data_ptr(),
+            0 if x is None else x.stride(0),
+            width,
             y.data_ptr(),
             y.stride(0),
-            groups.rows.ctypes.data,
-            groups.groups.ctypes.data,
+            *groups.addresses,
             len(groups.groups),
-            self._table.ctypes.data,
+            self._table_address,
             inner.data_ptr(),
             self._ranks,
             torch.get_num_threads(),
@@ -315,9 +311,8 @@ class Site:
                 _take_rows(branch, ids, y, rows)
             if branch.ranks:
                 inner[first:last, : branch.ranks] = branch.inner_of(ids[rows])
-        library = native.library()
-        if library is not None and native.type_code(y.dtype) is not None:
-            self._up(y, groups, inner, library.by_work(len(inner) * self._ranks * y.shape[1] // 8))
+        if native.library() is not None and native.type_code(y.dtype) is not None:
+            self._run(None, y, groups, inner)
             return
         for index, first, last in groups.groups.tolist():
             branch = self.branches.get(index)

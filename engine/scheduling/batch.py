@@ -7,6 +7,7 @@ set belongs to the executor once the step is submitted.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
@@ -265,3 +266,31 @@ class Batch:
                     prompt_logprobs=params.prompt_logprobs,
                 )
             )
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step brought, overruns left out. Valid until the next commit.
+
+    slots intp [n], token_ids int32 [n]: the row's new token, of a row that speculated the last. counts int32 [n]: its
+    new tokens, None where each row has one. gaps float64: seconds since the slot's token before, NaN for its first; one
+    for each new token. finished: sequences that ended with this step; some have left their slot already. cut: whose
+    grammar ended, or failed, by a draft.
+    logprobs: (sequence, index into ForwardOutput.logprobs, token). prompt_logprobs, pooled: whose the entries of those
+    fields of ForwardOutput are, by index.
+    """
+
+    slots: IndexArray
+    token_ids: Int32Array
+    gaps: npt.NDArray[np.float64]
+    finished: list[Sequence] = field(default_factory=list)
+    logprobs: list[tuple[Sequence, int, int]] = field(default_factory=list)
+    prompt_logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
+    pooled: list[tuple[Sequence, int]] = field(default_factory=list)
+    counts: Int32Array | None = None
+    cut: list[Sequence] = field(default_factory=list)
+
+    @property
+    def num_new(self) -> int:
+        """New tokens of all rows."""
+        return len(self.slots) if self.counts is None else int(self.counts.sum())

@@ -11,19 +11,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 import numpy as np
-import numpy.typing as npt
 
 from engine.cache.history import Visit
 from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
-from engine.forward import NULL_PAGE, BoolArray, ForwardError, ForwardOutput, Int32Array, Limits, Staging
+from engine.forward import NULL_PAGE, BoolArray, ForwardOutput, Int32Array, Limits, Staging
 from engine.request import FinishReason
-from engine.scheduling.batch import Batch
-from engine.scheduling.residents import Residents
+from engine.scheduling.batch import Batch, StepResult
+from engine.scheduling.failing import Failing
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray, Scratch
 from engine.scheduling.speculating import Budgets, Speculation
@@ -34,35 +32,7 @@ MIN_JUMP = 2
 SNAPSHOT_PAGES = 16
 
 
-@dataclass(slots=True)
-class StepResult:
-    """What a step brought, overruns left out. Valid until the next commit.
-
-    slots intp [n], token_ids int32 [n]: the row's new token, of a row that speculated the last. counts int32 [n]: its
-    new tokens, None where each row has one. gaps float64: seconds since the slot's token before, NaN for its first; one
-    for each new token. finished: sequences that ended with this step; some have left their slot already. cut: whose
-    grammar ended, or failed, by a draft.
-    logprobs: (sequence, index into ForwardOutput.logprobs, token). prompt_logprobs, pooled: whose the entries of those
-    fields of ForwardOutput are, by index.
-    """
-
-    slots: IndexArray
-    token_ids: Int32Array
-    gaps: npt.NDArray[np.float64]
-    finished: list[Sequence] = field(default_factory=list)
-    logprobs: list[tuple[Sequence, int, int]] = field(default_factory=list)
-    prompt_logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
-    pooled: list[tuple[Sequence, int]] = field(default_factory=list)
-    counts: Int32Array | None = None
-    cut: list[Sequence] = field(default_factory=list)
-
-    @property
-    def num_new(self) -> int:
-        """New tokens of all rows."""
-        return len(self.slots) if self.counts is None else int(self.counts.sum())
-
-
-class Scheduler(Residents):
+class Scheduler(Failing):
     """See the module. `staging`: the executor's two sets, filled in turn."""
 
     def __init__(
@@ -75,7 +45,7 @@ class Scheduler(Residents):
         eos_token_ids: tuple[int, ...] = (),
         budgets: Budgets | None = None,
     ) -> None:
-        """budgets: of drafts; None for as many as limits.max_draft_tokens lets a row have."""
+        """budgets: of drafts; None for as many as a row may have."""
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "a step must hold every decode row"
         super().__init__(limits, options, cache_options, clock, eos_token_ids)
         self._batches = (Batch(staging[0]), Batch(staging[1]))
@@ -126,6 +96,8 @@ class Scheduler(Residents):
         if self.limits.max_adapters:
             batch.forward_input.adapter_loads = self.adapters.take_loads()
         self._table.last_step[batch.slots] = self._next_step
+        if self.speculation is not None:
+            self.speculation.scheduled(batch, self._clock.now())
         batch.in_flight = True
         self._next_step += 1
         return batch
@@ -519,7 +491,7 @@ class Scheduler(Residents):
             if batch.forward_input.num_speculating_rows:
                 tokens = tokens.copy()
                 counts, cut = self.speculation.accept(batch, output, tokens)
-            self.speculation.take_drafts(batch, output)
+            self.speculation.ended(batch, output, self._clock.now())
         of_rows = counts
         live = table.live.take(slots, out=scratch.get("live", np.bool_, len(slots)), mode="clip")
         if not batch.all_sample:
@@ -571,17 +543,6 @@ class Scheduler(Residents):
         self._release_leaving()
         return result
 
-    def _acquit(self, batch: Batch, output: ForwardOutput) -> None:
-        """Suspects that the step has brought past the place where one had failed with them."""
-        lengths, forward = batch.staging.row_len[: batch.num_rows].copy(), batch.forward_input
-        if output.accepted is not None:
-            first = forward.num_decode_rows
-            lengths[first : first + forward.num_speculating_rows] = 1 + output.accepted.num_drafted
-        ends = (self._starts(batch) + lengths).tolist()
-        live = [bool(self._table.live[slot]) for slot in batch.slots.tolist()]
-        members = map(self.sequence_of, batch.slots.tolist())
-        self._trials.succeeded((one, end) for one, end, wanted in zip(members, ends, live, strict=True) if wanted)
-
     def _attribute_logprobs(
         self, batch: Batch, output: ForwardOutput, result: StepResult, counts: Int32Array | None
     ) -> None:
@@ -601,75 +562,6 @@ class Scheduler(Residents):
         for index, prompt in enumerate(output.prompt_logprobs):
             if live[slots[prompt.row]]:
                 result.prompt_logprobs.append((self.sequence_of(int(slots[prompt.row])), index))
-
-    def fail(self, batch: Batch, error: ForwardError) -> StepResult:
-        """A step failed: whoever made it fail ends with an error, once that is known; all others are computed again.
-
-        What the step entered into the radix tree is taken back, and who shares it already starts over. A sequence that
-        was alone in the step is the culprit; of several, each is a suspect (see Trials).
-        """
-        self._end_step(batch)
-        table, cache, slots = self._table, self.kv_cache, batch.slots
-        result = StepResult(slots[:0], np.zeros(0, np.int32), np.zeros(0))
-        for sequence, first_page, _ in batch.entered:
-            if sequence.pages is not None:
-                cache.take_back(sequence.pages, first_page)
-        # What was computed before the step is good, also of one that was aborted. Windows have left some of it behind.
-        starts = self._starts(batch)
-        table.computed[slots] = np.minimum(table.computed[slots], 0 if cache.has_windows else starts)
-        members = [self.sequence_of(slot) for slot in slots.tolist()]
-        suspects = [sequence for sequence in members if sequence.suspect_until]
-        if all(table.live[one.slot] or one.is_finished for one in suspects):
-            ends = starts + batch.staging.row_len[: batch.num_rows]
-            for sequence, end in zip(members, ends.tolist(), strict=True):
-                if sequence in suspects or not suspects:
-                    sequence.suspect_until = max(sequence.suspect_until, end)
-            result.finished += self._trials.judge(suspects or members)
-        # Else it was launched before the step that they are suspected for had failed, and tells nothing new.
-        for sequence in result.finished:
-            self.finish(sequence, FinishReason.ERROR, None)
-        table.live[slots] = False
-        self._distrust_heirs()
-        self.retract_all()
-        self._release_leaving()
-        return result
-
-    def _starts(self, batch: Batch) -> Int32Array:
-        """int32 [rows]: tokens that were computed before the oldest step in flight. Of a row that speculates its own
-        number is the most that it might have been."""
-        starts: Int32Array = np.minimum(batch.staging.row_start[: batch.num_rows], self._table.known[batch.slots] - 1)
-        for row, num_computed in batch.dropped.items():
-            starts[row] = num_computed
-        return starts
-
-    def _end_broken(self, batch: Batch, rows: list[int]) -> list[Sequence]:
-        """Rows that computed no numbers end with an error, and what they put into the radix tree leaves it.
-
-        Who shares that is computed again. Returns those that ended now.
-        """
-        ended = []
-        for slot in batch.slots[rows].tolist():
-            if self._table.live[slot]:
-                sequence = self.sequence_of(slot)
-                assert sequence.pages is not None
-                # What it found there when it came is not its own.
-                self.kv_cache.take_back(sequence.pages, sequence.num_cached_tokens // self.limits.page_size)
-                self.finish(sequence, FinishReason.ERROR, None)
-                ended.append(sequence)
-        for sequence in self._distrust_heirs():
-            self._retract(sequence)
-        return ended
-
-    def _distrust_heirs(self) -> list[Sequence]:
-        """Who shares a page that was taken back: its tokens in flight come from there."""
-        heirs = [
-            sequence
-            for sequence in self._running
-            if sequence.pages is not None and not self.kv_cache.is_intact(sequence.pages)
-        ]
-        for sequence in heirs:
-            self._table.live[sequence.slot] = False
-        return heirs
 
     def jump(self, batch: Batch, row: int, tokens: Iterable[int]) -> int:
         """Append tokens that must follow, where `row` of the newest step in flight would sample the first of them.
@@ -704,11 +596,6 @@ class Scheduler(Residents):
             self._decodes_stale = True
             self._jumping.append(sequence)
         return len(forced)
-
-    def _end_step(self, batch: Batch) -> None:
-        assert batch.in_flight and batch.forward_input.step == self._committed_step + 1, "steps out of order"
-        batch.in_flight = False
-        self._committed_step += 1
 
     def _finish_by_token(self, sequence: Sequence, token: int) -> None:
         reason, stop_reason = FinishReason.LENGTH, None

@@ -32,21 +32,9 @@ class Budgets(Protocol):
         """What became of the drafts of a step's rows."""
         ...
 
-
-class AllDrafts:
-    """As many as may be, always."""
-
-    def __init__(self, limits: Limits) -> None:
-        self._most = limits.max_draft_tokens
-
-    def begin(self, slot: int) -> None:
-        pass
-
-    def plan(self, slots: IndexArray) -> Int32Array:
-        return np.full(len(slots), self._most, np.int32)
-
-    def observe(self, slots: IndexArray, num_drafted: Int32Array, num_accepted: Int32Array) -> None:
-        pass
+    def took(self, num_tokens: int, seconds: float) -> None:
+        """What a step with decode and speculating rows alone took."""
+        ...
 
 
 class Speculation:
@@ -56,16 +44,19 @@ class Speculation:
     def __init__(self, limits: Limits, table: SlotTable, budgets: Budgets | None) -> None:
         self.num_drafts = self.num_draft_tokens = self.num_accepted_tokens = 0
         self.accepted_by_position: npt.NDArray[np.int64] = np.zeros(limits.max_draft_tokens, np.int64)
-        self.budgets: Budgets = budgets if budgets is not None else AllDrafts(limits)
+        self._budgets = budgets
         self._table = table
         # What the executor holds for a slot's next row, as far as the host was told.
         self._drafts: Int32Array = np.full((limits.num_slots, limits.max_draft_tokens), -1, np.int32)
+        self._scheduled_at = [0.0, 0.0]
+        self._ended_at = 0.0
         self._columns: Int32Array = np.arange(1 + limits.max_draft_tokens, dtype=np.int32)
 
     def begin(self, slot: int) -> None:
         """Another sequence has the slot now."""
         self.forget(slot)
-        self.budgets.begin(slot)
+        if self._budgets is not None:
+            self._budgets.begin(slot)
 
     def forget(self, slot: int) -> None:
         """The drafts that the host was told of are not the next row's."""
@@ -85,7 +76,7 @@ class Speculation:
         """
         table = self._table
         most = table.max_drafts[slots]
-        counts = np.minimum(self.budgets.plan(slots), most)
+        counts = most.copy() if self._budgets is None else np.minimum(self._budgets.plan(slots), most)
         np.minimum(counts, table.limit[slots] - table.computed[slots] - 2, out=counts)
         np.maximum(counts, 0, out=counts)
         ahead = np.cumsum(counts) - counts
@@ -113,7 +104,7 @@ class Speculation:
         table.computed[slots] -= lengths - counts
         columns = self._columns[: new.shape[1]]
         known = table.known[slots]
-        kept = np.minimum(counts, table.limit[slots] - known)
+        kept = counts  # drafts never go beyond the length, see `split`
         ends = np.zeros(new.shape, np.bool_)
         for stop_ids in table.stop_ids[: table.max_stop_ids]:
             ends |= new == stop_ids[slots][:, None]
@@ -136,7 +127,8 @@ class Speculation:
         return result, cut
 
     def _count(self, slots: IndexArray, drafted: Int32Array, right: Int32Array, used: Int32Array) -> None:
-        self.budgets.observe(slots, drafted, right)
+        if self._budgets is not None:
+            self._budgets.observe(slots, drafted, right)
         checked = drafted > 0
         self.num_drafts += int(np.count_nonzero(checked))
         self.num_draft_tokens += int(drafted.sum())
@@ -147,8 +139,17 @@ class Speculation:
         self._table.draft_counts[1, slots] += used
         self._table.draft_counts[2, slots] += checked
 
-    def take_drafts(self, batch: Batch, output: ForwardOutput) -> None:
-        """What the executor holds after the chunks of a step."""
+    def scheduled(self, batch: Batch, now: float) -> None:
+        self._scheduled_at[batch.forward_input.step & 1] = now
+
+    def ended(self, batch: Batch, output: ForwardOutput, now: float) -> None:
+        """What a step took, if no prompt had a part in it; and what the executor holds after its chunks."""
+        forward, accepted = batch.forward_input, output.accepted
+        if self._budgets is not None and forward.num_decode_rows + forward.num_speculating_rows == forward.num_rows:
+            drafted = 0 if accepted is None else int(accepted.num_drafted.sum())
+            since = max(self._ended_at, self._scheduled_at[forward.step & 1])
+            self._budgets.took(forward.num_rows + drafted, now - since)
+        self._ended_at = now
         for row, drafts in output.new_drafts:
             slot = int(batch.slots[row])
             if self._table.live[slot]:

@@ -1,4 +1,4 @@
-"""What drafts tokens: the protocol of a proposer, and the proposers there are.
+"""What drafts tokens: the protocol of a proposer.
 
 A proposer guesses how a sequence goes on; the executor checks its guesses, so that they change how fast tokens come
 and never which. It lives on the executor's thread and is told of every slot that speculates.
@@ -6,19 +6,11 @@ and never which. It lives on the executor's thread and is told of every slot tha
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.config import SpeculationOptions
 from engine.forward import Int32Array
-
-# A new method of the host alone is one file with a `make` and one line here.
-PROPOSERS = {
-    "ngram": "engine.speculation.ngram",
-    "suffix": "engine.speculation.suffix",
-}
 
 
 @dataclass(slots=True, eq=False)
@@ -98,12 +90,3 @@ class FirstOf:
             if not open_:
                 break
         return found
-
-
-def make_proposer(options: SpeculationOptions) -> Proposer:
-    """The proposer of a method of PROPOSERS, behind what clients predict."""
-    from engine.speculation.prediction import Prediction
-
-    assert options.method in PROPOSERS, options.method
-    proposer: Proposer = importlib.import_module(PROPOSERS[options.method]).make(options)
-    return FirstOf([Prediction(), proposer])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,7 +37,10 @@ class _Slot:
 class DraftModel:
     """A LateProposer. context: tokens that the model can read."""
 
-    aux_layers: tuple[int, ...] = ()
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """See LateProposer."""
+        return ()
 
     def __init__(
         self,
@@ -74,6 +78,9 @@ class DraftModel:
         if kept < state.at:
             state.ahead = []
         state.done = min(state.done, kept)
+
+    def use(self, target: Any) -> None:
+        """See LateProposer."""
 
     def release(self) -> None:
         """See LateProposer."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +28,8 @@ class LateProposer(Proposer, Protocol):
     aux_layers: the target's layers, the residual stream before which `follow` wants.
     """
 
-    aux_layers: tuple[int, ...]
+    @property
+    def aux_layers(self) -> tuple[int, ...]: ...
 
     def bind(self, tables: SlotTables) -> None:
         """Before anything else: where pages and sampling parameters of slots are."""
@@ -39,6 +40,10 @@ class LateProposer(Proposer, Protocol):
 
         hidden [tokens, hidden_size]: after the final norm; aux: those of aux_layers, alike.
         """
+        ...
+
+    def use(self, target: Any) -> None:
+        """The target has other weights: this model."""
         ...
 
     def release(self) -> None:

@@ -64,7 +64,7 @@ def map_vocabularies(target: Path, draft: Path, sizes: tuple[int, int], *, by_st
                 f"the draft model {draft} has another vocabulary: {sizes[1]} tokens in config.json, not {sizes[0]}"
             )
         return None
-    differing = next((text for text, number in own.items() if other.get(text) != number), None)
+    differing = next((text for text in sorted(own, key=own.__getitem__) if other.get(text) != own[text]), None)
     if differing is None:
         return None if sizes[0] == sizes[1] else VocabularyMap.by_ids(sizes)
     if not by_strings:

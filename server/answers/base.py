@@ -75,7 +75,11 @@ def usage(plan: Plan, streams: list[TokenStream], num_output: int, watches: list
         "prompt_tokens_details": {"cached_tokens": sum(stream.num_cached_tokens for stream in firsts)},
     }
     if plan.chat:
-        counts["completion_tokens_details"] = {"reasoning_tokens": sum(watch.num_tokens for watch in watches)}
+        details = {"reasoning_tokens": sum(watch.num_tokens for watch in watches)}
+        drafted, accepted = (sum(stream.draft_counts[which] for stream in streams) for which in (0, 1))
+        if drafted or plan.requests[0].prediction is not None:
+            details |= {"accepted_prediction_tokens": accepted, "rejected_prediction_tokens": drafted - accepted}
+        counts["completion_tokens_details"] = details
     return counts
 
 

@@ -268,7 +268,7 @@ class ResponsesAnswer:
             # Nothing is charged for what is written to the cache.
             "input_tokens_details": {**counts["prompt_tokens_details"], "cache_write_tokens": 0},
             "output_tokens": counts["completion_tokens"],
-            "output_tokens_details": counts["completion_tokens_details"],
+            "output_tokens_details": {"reasoning_tokens": counts["completion_tokens_details"]["reasoning_tokens"]},
             "total_tokens": counts["total_tokens"],
         }
 

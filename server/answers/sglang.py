@@ -74,6 +74,15 @@ class SGLangAnswer:
         }
         if stream.finished_at is not None and delta.finish_reason is not None:
             meta["e2e_latency"] = stream.finished_at - stream.arrived_at
+        drafted, accepted, steps = stream.draft_counts
+        if steps and delta.finish_reason is not None:
+            meta |= {
+                "spec_verify_ct": steps,
+                "spec_accept_rate": accepted / drafted,
+                "spec_accept_length": 1 + accepted / steps,
+                "spec_num_correct_drafts": accepted,
+                "spec_num_proposed_drafts": drafted,
+            }
         if (top := request.sampling.logprobs) is not None:
             if index not in self._shown:
                 self._shown[index] = self._of_prompt(index, top)

@@ -32,6 +32,7 @@ from server.protocol.generation import (
     MAX_BAD_WORDS,
     MAX_BEST_OF,
     MAX_CHOICES,
+    MAX_DRAFT_TOKENS,
     MAX_PRIORITY,
     MAX_SALT_LENGTH,
     MAX_TIMEOUT_S,
@@ -133,6 +134,13 @@ TERMS: Json = {
     "user": string("Whose share of the server it is, under --schedule-policy fair."),
     "timeout": number(0, MAX_TIMEOUT_S, "Seconds; goes before the header X-Request-Timeout.", above=True),
 }
+PREDICTION = takes(
+    {
+        "type": constant("content"),
+        "content": either(string(), array(takes({"type": constant("text"), "text": string()}), least=1)),
+    },
+    about="What the answer may repeat: it comes sooner then, and is the same, where the server tries drafts.",
+)
 GENERATION: Json = {
     **MODEL,
     **TERMS,
@@ -146,6 +154,8 @@ GENERATION: Json = {
     ),
     "echo": boolean(),
     "prompt_logprobs": integer(0, MAX_TOP_LOGPROBS, "Not in a stream."),
+    "speculative": boolean("False: no drafts are tried for it, where the server tries any. They change no token."),
+    "max_draft_tokens": integer(0, MAX_DRAFT_TOKENS, "Of one step."),
     "return_token_ids": boolean(),
     "return_tokens_as_token_ids": boolean(),
     "add_special_tokens": boolean(),
@@ -264,12 +274,23 @@ SCHEMAS: Json = {
             "total_tokens": integer(0),
             "prompt_tokens_details": gives({"cached_tokens": integer(0)}),
         },
-        {"completion_tokens_details": gives({"reasoning_tokens": integer(0, about="Of a chat.")})},
+        {
+            "completion_tokens_details": gives(
+                {"reasoning_tokens": integer(0, about="Of a chat.")},
+                {
+                    "accepted_prediction_tokens": integer(
+                        0, about="Drafts, of a `prediction` or other, that were right."
+                    ),
+                    "rejected_prediction_tokens": integer(0),
+                },
+            )
+        },
     ),
     "ChatRequest": takes(
         {"messages": array(MESSAGE, least=1)},
         {
             **GENERATION,
+            "prediction": PREDICTION,
             **TOOLS,
             **TEMPLATE,
             **THINKING,

@@ -87,6 +87,11 @@ SCHEMAS: Json = {
                 },
                 {
                     "e2e_latency": number(0),
+                    "spec_verify_ct": integer(1, about="Where drafts were tried; this and what follows."),
+                    "spec_accept_rate": number(0, 1),
+                    "spec_accept_length": number(1),
+                    "spec_num_correct_drafts": integer(0),
+                    "spec_num_proposed_drafts": integer(1),
                     "input_token_logprobs": array(_OWN),
                     "output_token_logprobs": array(_OWN),
                     "input_top_logprobs": _TOP,

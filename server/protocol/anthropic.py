@@ -50,6 +50,8 @@ SAME = (
     "logit_bias",
     "cache_salt",
     "priority",
+    "speculative",
+    "max_draft_tokens",
 )
 REFUSALS: dict[str, tuple[object, ...]] = {
     "kv_transfer_params": (),

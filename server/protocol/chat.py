@@ -53,6 +53,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     tools = await aside(body, partial(read_tools, body))
     spec = await aside(body, partial(_read_spec, body, tools, state))
     budget = _read_budget(body, state)
+    prediction = await aside(body, partial(_read_prediction, body))
     refuse(body, CHAT_REFUSALS)
     if body.has("web_search_options"):
         # A hosted tool that nobody forces, as others are among the tools.
@@ -80,7 +81,38 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     plan = make_plan(
         state, common, response_id, [prompt], chat=True, echoes=echoes, structure=structure, reading=reading
     )
+    plan = await _with_prediction(plan, prediction, state)
     return replace(plan, prompt_text=text) if body.boolean("return_prompt_text", False) else plan
+
+
+def _read_prediction(body: Body) -> str | None:
+    """OpenAI's `prediction`: what the answer may repeat."""
+    given = body.raw("prediction")
+    if given is None:
+        return None
+    if not isinstance(given, dict) or given.get("type") != "content":
+        raise invalid("prediction", 'must be an object with the type "content"')
+    content = given.get("content")
+    if isinstance(content, list) and content:
+        for index, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise invalid(f"prediction.content[{index}]", "must be a part of type text")
+        return "".join(part["text"] for part in content)
+    if not isinstance(content, str):
+        raise invalid("prediction.content", "must be a string or a list of text parts")
+    return content
+
+
+async def _with_prediction(plan: Plan, prediction: str | None, state: State) -> Plan:
+    """Drafts are tried, and never change the answer: where the server tries none it is a hint to nobody."""
+    if prediction is None:
+        return plan
+    tokens: tuple[int, ...] = ()
+    limits = state.engine.limits
+    if limits.max_draft_tokens and plan.requests[0].speculate:
+        ids = await state.tokenizer.encode_async(prediction, add_special_tokens=False)
+        tokens = tuple(token for token in ids if token < limits.vocab_size)[: limits.max_model_len]
+    return replace(plan, requests=[replace(request, prediction=tokens) for request in plan.requests])
 
 
 def _read_spec(body: Body, tools: ToolPlan, state: State) -> GrammarSpec | None:

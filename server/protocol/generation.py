@@ -38,6 +38,7 @@ MAX_BEST_OF = 20
 # Each bad word is at most two sequences that every step of its row is compared with.
 MAX_BAD_WORDS = 128
 MAX_BAD_WORD_LENGTH = 256
+MAX_DRAFT_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class Terms:
     fairness_key: str
     timeout_s: float | None
     weight: float = 1.0
+    speculate: bool = True
+    max_draft_tokens: int | None = None
 
     def request(self, request_id: str, prompt: list[int], sampling: SamplingParams, **others: Any) -> Request:
         """A request on these terms. others: fields of Request."""
@@ -97,6 +100,8 @@ class Terms:
             fairness_key=self.fairness_key,
             timeout_s=self.timeout_s,
             weight=self.weight,
+            speculate=self.speculate,
+            max_draft_tokens=self.max_draft_tokens,
             **others,
         )
 
@@ -181,7 +186,12 @@ def read_common(
         include_usage=include_usage,
         continuous_usage=continuous_usage,
         return_token_ids=body.boolean("return_token_ids", False),
-        terms=read_terms(body, state),
+        # Drafts change no token, so that these are hints where the server tries none.
+        terms=replace(
+            read_terms(body, state),
+            speculate=body.boolean("speculative", True),
+            max_draft_tokens=body.integer("max_draft_tokens", None, 0, MAX_DRAFT_TOKENS),
+        ),
     )
 
 

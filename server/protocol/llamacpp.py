@@ -27,7 +27,7 @@ NAMES = {ours: theirs for theirs, ours in RENAMED.items()}
 SAME = (
     *("model", "prompt", "stream", "stop", "seed", "ignore_eos", "grammar", "json_schema", "logit_bias"),
     *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty"),
-    *("cache_salt", "priority", "user", "timeout"),
+    *("cache_salt", "priority", "user", "timeout", "speculative", "max_draft_tokens"),
 )
 # Samplers that this server does not have, with the values that turn them off.
 REFUSALS: dict[str, tuple[object, ...]] = {

@@ -53,7 +53,10 @@ SAMPLING = {
 _NAMES = {ours: f"sampling_params.{theirs}" for theirs, ours in SAMPLING.items()} | {"logprobs": "top_logprobs_num"}
 _STRUCTURES = ("json_schema", "regex", "ebnf", "structural_tag")
 # One value for all prompts or a list with one for each; given to the completion as they are.
-EACH = ("cache_salt", "extra_key", "priority", "lora_path", "custom_logit_processor")
+EACH = (
+    *("cache_salt", "extra_key", "priority", "lora_path", "custom_logit_processor"),
+    *("speculative", "max_draft_tokens"),
+)
 PARAM_REFUSALS: dict[str, tuple[object, ...]] = {"beam_width": (1,), "ebnf_full_assistant": (False,)}
 REFUSALS: dict[str, tuple[object, ...]] = {
     "input_embeds": (),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,21 @@ from engine.forward import (
     RowSpeculation,
     TokenMasks,
 )
+from engine.models.loading.adapted import AdaptedLayers
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.request import SamplingParams
-from engine.speculation.base import OneByOne, Proposer, Text, make_proposer
+from engine.speculation.base import OneByOne, Proposer, Text
+from engine.speculation.draft import DraftModel
+from engine.speculation.paged import LateProposer, PagedCache
+from engine.speculation.prediction import Prediction
+from engine.speculation.registry import make_proposer
+from engine.speculation.vocabulary import VocabularyMap
 from tests.executor.cpu_adapter import CPUAdapter, _models
 from tests.executor.driver import write_sampling_row
+from tests.lora.handmade import factors, write
+from tests.lora.support import read
 
 VOCAB, NEW, PAGE = 211, 24, 4
 GREEDY, SEEDED = {"temperature": 0.0}, {"temperature": 1.2}
@@ -104,14 +113,22 @@ class Script:
     most: int = 0
     depth: int = 1
     predictions: dict[int, list[int]] = field(default_factory=dict)
+    make_late: Callable[[Limits], LateProposer] | None = None
+    # Read ones; a probe has none, or one of them, in turn.
+    adapters: list[Any] = field(default_factory=list)
     num_accepted: int = 0
     num_drafted: int = 0
 
     async def run(self, probes: list[int]) -> dict[int, Answer]:
         slots = {index: place for place, index in enumerate(probes, 1)}
         width = 96 // PAGE
-        limits = Limits(*(len(PROBES), 512, 96, PAGE, len(PROBES) * width, VOCAB), max_draft_tokens=self.most)
-        executor = CPUExecutor(self.model, limits, dtype=self.dtype, proposer=self.proposer)
+        limits = Limits(
+            *(len(PROBES), 512, 96, PAGE, len(PROBES) * width, VOCAB),
+            max_draft_tokens=self.most,
+            max_adapters=len(self.adapters),
+        )
+        late = None if self.make_late is None else self.make_late(limits)
+        executor = CPUExecutor(self.model, limits, dtype=self.dtype, proposer=self.proposer, late=late)
         generator = np.random.default_rng(self.most)
         answers = {index: Answer() for index in probes}
         known: dict[int, int] = {}  # tokens computed, of every probe
@@ -131,6 +148,9 @@ class Script:
                 output = await executor.wait(handle)
                 self._commit(output, rows, known, answers)
         finally:
+            for _, _, masks in flying:
+                if masks is not None:
+                    masks.release()
             executor.close()
         return answers
 
@@ -159,6 +179,7 @@ class Script:
                 staging.table_page[diffs : diffs + width] = pages
                 diffs += width
                 staging.sampling_slot[changed] = slot
+                staging.adapter[changed] = index % (1 + len(self.adapters))
                 write_sampling_row(staging.sampling[changed], params, len(prompt) + params.min_tokens)
                 changed += 1
                 history = np.array(prompt, np.int32)
@@ -174,7 +195,8 @@ class Script:
             else:
                 start = known.get(index, 0) + sum(dict(each).get(index, 0) for _, each, _ in flying)
                 budget = int(generator.integers(self.most + 1)) if self.most else 0
-                ids = [FUTURE_TOKEN] * (1 + min(budget, 94 - start))
+                # Those that are through go on, for company.
+                ids = [FUTURE_TOKEN] * (1 if start - len(prompt) > NEW else 1 + budget)
             staging.row_slot[row], staging.row_start[row], staging.row_len[row] = slot, start, len(ids)
             staging.row_samples[row] = True
             staging.token_ids[at : at + len(ids)] = ids
@@ -199,6 +221,7 @@ class Script:
             ),
             num_speculating_rows=len(rows) if self.most and number else 0,
             speculations=speculations,
+            adapter_loads=list(enumerate(self.adapters, 1)) if number == 0 else [],
         )
         return executor.submit(step), rows, masks
 
@@ -311,3 +334,68 @@ async def test_bits_are_those_of_decoding(
         if proposer in ("right", "half", "prediction"):
             assert script.num_accepted > 0
             assert (script.num_accepted == script.num_drafted) == (proposer == "right")
+
+
+class Shuffled:
+    """A model whose token ids are others."""
+
+    def __init__(self, model: CausalLM, order: np.ndarray) -> None:
+        self._model, self._order = model, torch.from_numpy(order)
+        self.attention_spec = model.attention_spec
+
+    def forward(self, ids: torch.Tensor, positions: torch.Tensor, attention: Any) -> torch.Tensor:
+        return self._model.forward(self._order[ids.long()].int(), positions, attention)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._model.logits(hidden)[:, self._order]
+
+
+@pytest.mark.parametrize("kind", ["greedy", "probabilistic", "shuffled", "short"])
+async def test_draft_model(kind: str) -> None:
+    """The model drafts for itself: where its cache is right, so is every draft."""
+    model, dtype = model_of(torch.float32), torch.float32
+    expected = await plain(dtype)
+    order = np.random.default_rng(0).permutation(VOCAB)
+    vocabulary = VocabularyMap(order.astype(np.int32), np.argsort(order).astype(np.int32))
+
+    def make(limits: Limits) -> LateProposer:
+        drafting: Any = Shuffled(model, order) if kind == "shuffled" else model
+        return DraftModel(
+            drafting,
+            PagedCache(model.attention_spec, limits, 0, dtype),
+            context=20 if kind == "short" else 96,
+            vocabulary=vocabulary if kind == "shuffled" else None,
+            probabilistic=kind == "probabilistic",
+        )
+
+    # Greedy and sampled ones whose logits nothing changes; then everybody.
+    for group in ([0], [1, 2] if kind == "probabilistic" else [0], list(range(len(PROBES)))):
+        script = Script(model, dtype, Prediction(), 5, 2, make_late=make)
+        found = await script.run(group)
+        for index in group:
+            assert found[index].seen() == expected[index].seen(), index
+        assert script.num_accepted > 0
+        if len(group) <= 2:
+            assert script.num_accepted == script.num_drafted
+
+
+async def test_adapters(tmp_path: Path) -> None:
+    """Positions of one row have its adapter; drafts come without."""
+    _models()
+    directory = CPUAdapter().checkpoint()
+    spec, dtype = read_spec(directory), torch.float32
+    model = load_model(spec, directory, dtype=dtype, device=torch.device("cpu"), deterministic=True, max_adapters=2)
+    assert isinstance(model.adapted, AdaptedLayers)
+    adapters = [read(write(tmp_path / str(rank), factors(model.adapted, rank, rank), r=rank), model) for rank in (2, 5)]
+    everybody = list(range(len(PROBES)))
+    expected: dict[int, Answer] = {}
+    for index in everybody:
+        expected |= await Script(model, dtype, adapters=adapters).run([index])
+    assert expected[1].tokens != (await plain(dtype))[1].tokens
+    assert expected[0].seen() == (await plain(dtype))[0].seen()
+    answers = {slot: expected[index].tokens for slot, index in enumerate(everybody, 1)}
+    script = Script(model, dtype, Oracle(answers, 0.3), 4, 2, adapters=adapters)
+    found = await script.run(everybody)
+    for index in everybody:
+        assert found[index].seen() == expected[index].seen(), index
+    assert 0 < script.num_accepted < script.num_drafted

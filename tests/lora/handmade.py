@@ -34,5 +34,5 @@ def write(directory: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     directory.mkdir(parents=True, exist_ok=True)
     values = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [], **config}
     (directory / "adapter_config.json").write_text(json.dumps(values))
-    save_file(tensors, directory / "adapter_model.safetensors")
+    save_file({name: value.clone() for name, value in tensors.items()}, directory / "adapter_model.safetensors")
     return directory

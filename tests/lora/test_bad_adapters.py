@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.lora.files import Tensors
 from engine.lora.reader import read_adapter
 from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers
@@ -150,6 +151,21 @@ def test_files_that_lie(layers: AdaptedLayers, tmp_path: Path) -> None:
     (directory / "adapter_config.json").unlink()
     assert "cannot be read" in refused(directory, layers)
     refused(tmp_path / "nothing there", layers)
+
+
+def test_files_that_change_while_they_are_read(
+    layers: AdaptedLayers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = write(tmp_path / "mine", factors(layers, 4, 0, [Q]))
+    get = Tensors.get
+
+    def get_and_write(self: Tensors, name: str) -> Tensor:
+        value = get(self, name)
+        write(directory, factors(layers, 4, 1, [Q]))
+        return value
+
+    monkeypatch.setattr(Tensors, "get", get_and_write)
+    assert "changed while they were read" in refused(directory, layers)
 
 
 def test_pickled_files(layers: AdaptedLayers, tmp_path: Path) -> None:

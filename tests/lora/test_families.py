@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,11 @@ STACKED: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", CHOSEN)
+# Of phimoe, transformers' router and peft's wrapper do not go together.
+EVERY = [name for name in ALL if name.rsplit("-", 1)[0] not in NAMED and name not in (*NAMED, "phimoe")]
+
+
+@pytest.mark.parametrize("name", EVERY if os.environ.get("HEAVY") else CHOSEN)
 def test_all_linear_layers_are_pefts(name: str, tmp_path: Path) -> None:
     family, sizes = ALL[name]
     agree(tmp_path, family, sizes)

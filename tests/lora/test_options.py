@@ -26,7 +26,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "dora": ("Qwen2", {}, {"use_dora": True}),
     "dora-fused": ("Phi3", {}, {"use_dora": True, "use_rslora": True}),
     "dora-interleaved": ("Glm4", {"head_dim": 16}, {"use_dora": True}),
-    "lora-bias": ("Qwen2", {}, {"lora_bias": True}),
+    "lora-bias": ("Llama", {"attention_bias": True, "mlp_bias": True}, {"lora_bias": True}),
     "bias-of-adapted": ("Qwen2", {}, {"bias": "lora_only", "target_modules": ATTENTION}),
     "bias-of-all": ("Qwen2", {}, {"bias": "all", "target_modules": ["q_proj", "down_proj"]}),
     "bias-and-dora": ("Qwen2", {}, {"bias": "lora_only", "use_dora": True}),

@@ -104,6 +104,21 @@ def test_threads_and_the_lack_of_kernels_change_nothing_or_little(tmp_path: Path
     assert torch.equal(by_torch[:1], one)
 
 
+def test_bfloat16_is_rounded_once(tmp_path: Path) -> None:
+    """As peft has it: what the base gave in bfloat16, and the branch in float32, are added before they are rounded."""
+    make_checkpoint(tmp_path / "base", "Llama", num_hidden_layers=1)
+    model = load(tmp_path / "base", max_adapters=1)
+    layers = adapted_layers(model)
+    layers.put(1, read(write(tmp_path / "a", factors(layers, 4, 0)), model).branches)
+    site = layers.sites["model.layers.0.mlp.down_proj"]
+    x, y = torch.randn(9, 80).bfloat16(), torch.randn(9, 48).bfloat16()
+    wide = y.float()
+    layers.rows.use(1)
+    site.add(x.float(), wide)
+    site.add(x, y)
+    assert torch.equal(y, wide.bfloat16())
+
+
 def test_an_index_forgets_whoever_had_it(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "base", "Llama", num_hidden_layers=1)
     model = load(tmp_path / "base", max_adapters=2)

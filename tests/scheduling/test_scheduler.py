@@ -14,8 +14,8 @@ from engine.executor.fake import FakeExecutor, FakeHandle, FakeModel, expected_t
 from engine.forward import ForwardError, Limits
 from engine.groups import MemoryGroup
 from engine.request import ContextLengthExceededError, FinishReason, Request, RequestError, SamplingParams
-from engine.scheduling.batch import Batch
-from engine.scheduling.scheduler import Scheduler, StepResult
+from engine.scheduling.batch import Batch, StepResult
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceStatus
 
 EOS = 7

@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 from engine.clock import ManualClock
-from engine.config import CacheOptions, SchedulerOptions
+from engine.config import CacheOptions, SchedulerOptions, SpeculationOptions
 from engine.executor.fake import FakeExecutor, FakeHandle, expected_logprob, poison_staging
 from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
 from engine.forward import ForwardError, ForwardOutput
 from engine.grammar_masks import GrammarMasks
 from engine.groups import Chunk
 from engine.request import Adapter, FinishReason, Pooling, RequestError
-from engine.scheduling.batch import Batch
-from engine.scheduling.scheduler import Scheduler, StepResult
+from engine.scheduling.batch import Batch, StepResult
+from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceStatus
+from engine.speculation.budgets import DraftBudgets
 from tests.sim.ordering import CheckedPolicy
 from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
 
@@ -97,6 +98,9 @@ class RandomBudgets:
     def observe(self, slots: Any, num_drafted: Any, num_accepted: Any) -> None:
         assert (num_accepted <= num_drafted).all() and (num_drafted <= self._most).all()
 
+    def took(self, num_tokens: int, seconds: float) -> None:
+        assert num_tokens > 0 and seconds >= 0.0
+
 
 class Delivery:
     """What GrammarMasks knows of a Publisher."""
@@ -166,7 +170,7 @@ class Simulator:
             self.executor.staging,
             self.clock,
             (EOS,),
-            RandomBudgets(seed, limits.max_draft_tokens) if options.budgets == "random" else None,
+            self._budgets(seed),
         )
         delivery: Any = Delivery(self)
         self.masks = GrammarMasks(self.scheduler, self.executor, delivery)
@@ -184,6 +188,12 @@ class Simulator:
         self.page_namespace: dict[int, tuple[str, int | None]] = {}
         # Who got a token from the step that is being committed.
         self.delivered_now: list[Sequence] = []
+
+    def _budgets(self, seed: int) -> Any:
+        limits = self.options.limits
+        if self.options.budgets == "random":
+            return RandomBudgets(seed, limits.max_draft_tokens)
+        return DraftBudgets(limits, SpeculationOptions()) if self.options.budgets == "adaptive" else None
 
     # ---- phases
 

@@ -114,6 +114,7 @@ RUNS = {
 # Most drafts are right; beside that, under what is rare else.
 DRAFTS = {"depth": 2, "max_draft_tokens": 4, "draft_accuracy": 0.8, "budgets": "all", "num_snapshots": None}
 DRAFTED_RUNS = RUNS | DRAFTS
+DRAFTED_CROWD = DRAFTS | {"max_num_seqs": 4, "max_num_batched_tokens": 6, "burst": 4, "arrival_rate": 0.5}
 DRAFTED_FAILURES = FAILURES | DRAFTS
 DRAFTED_WINDOWS = WINDOWS | DRAFTS | {"draft_accuracy": 0.3, "max_draft_tokens": 6}
 # More waits than can run, under each policy that makes a choice.
@@ -521,21 +522,20 @@ MUTANTS = [
         "-= lengths - counts", "-= lengths - counts + (counts > 1)", DRAFTS,
     ),
     Mutant("a run passes its stop id", Speculation, "accept", "ends |= new", "ends &= new", DRAFTS),
-    Mutant("a run passes its length", Speculation, "accept", "[slots] - known", "[slots] - known + 1", DRAFTS),
-    Mutant("a run loses a token", Speculation, "accept", "known + kept - 1", "known + np.maximum(kept - 2, 0)", DRAFTS),
+    Mutant("a run loses a token", Speculation, "accept", "known + kept - 1", "known + (kept - 1) // 2", DRAFTS),
     Mutant(
         "a run's tokens stand one place too far", Speculation, "accept",
         "known[where] + column", "known[where] + column + 1", DRAFTS,
     ),
     Mutant("overruns of drafts are accepted", Speculation, "accept", "table.live[batch.slots[rows]]", "True", DRAFTS),
     Mutant("a forced run's drafts are accepted", Speculation, "accept", " & batch.samples[rows]", "", DRAFTED_RUNS),
-    Mutant("a run passes the end of its grammar", Speculation, "accept", "counts[place] > end", "False", DRAFTED_RUNS),
+    Mutant("a run passes its grammar's end", Speculation, "accept", "counts[place] > end", "False", DRAFTED_RUNS),
     Mutant(
         "a wrong draft ends a grammar", Speculation, "accept",
-        "counts[place] > end", "counts[place] >= end", DRAFTED_RUNS,
+        "counts[place] > end", "counts[place] >= end", DRAFTED_RUNS | {"jump_ahead": False, "draft_accuracy": 0.5},
     ),
     Mutant("drafts go beyond the length", Speculation, "split", "- 2, out", "+ 2, out", DRAFTS),
-    Mutant("drafts go beyond the budget", Speculation, "split", "room - ahead", "room", DRAFTS),
+    Mutant("drafts go beyond the budget", Speculation, "split", "room - ahead", "room", DRAFTED_CROWD),
     Mutant(
         "a length that nobody knows is believed", Speculation, "split",
         "(table.drafted_in[slots] > committed)", "False", DRAFTS | {"budgets": "random"},
@@ -545,7 +545,7 @@ MUTANTS = [
         "table.constrained[slots] & (most > 0)", "False", DRAFTED_RUNS | {"budgets": "random", "jump_ahead": False},
     ),
     Mutant(
-        "the drafts of a prompt's end are not told", Speculation, "take_drafts",
+        "the drafts of a prompt's end are not told", Speculation, "ended",
         ": len(drafts)] = drafts", ": len(drafts)] = -1", DRAFTED_RUNS,
     ),
     Mutant(
@@ -559,7 +559,7 @@ MUTANTS = [
         "masks do not go on behind a draft", GrammarMasks, "_look_ahead", "ahead.accept(token)", "pass", DRAFTED_RUNS
     ),
     Mutant(
-        "nobody looks ahead", GrammarMasks, "_constrain", "if len(bits) > 1:", "if False:", DRAFTED_RUNS,
+        "nobody looks ahead", GrammarMasks, "_constrain", "if len(bits) > 1:", "if False:", DRAFTED_RUNS
     ),
     Mutant(
         "a forced run starts behind drafts", Scheduler, "jump",
@@ -586,8 +586,8 @@ MUTANTS = [
         "place < counts[row]", "True", DRAFTS,
     ),
     Mutant(
-        "log-probabilities are of the last token", Scheduler, "_attribute_logprobs", "[row - first, place]",
-        "[row - first, counts[row] - 1]" , DRAFTS,
+        "log-probabilities are of the last token", Scheduler, "_attribute_logprobs",
+        "[row - first, place]", "[row - first, counts[row] - 1]", DRAFTS,
     ),
     Mutant("a slot's speculation is not told", Batch, "write_sampling", "if drafts:", "if False:", DRAFTS),
     Mutant(

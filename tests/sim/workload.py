@@ -22,7 +22,7 @@ from engine.request import Adapter, FinishReason, Pooling, Request, SamplingPara
 from engine.scheduling.policy.registry import POLICIES
 
 EOS = 0
-BUDGETS = ["all", "random"]
+BUDGETS = ["all", "random", "adaptive"]
 
 # Of the memory groups. Most models have one; a full one beside windows is next.
 WINDOWS: list[tuple[int | None, ...]] = [

@@ -32,10 +32,19 @@ def query_factors(scale: QueryScale, positions: Tensor) -> Tensor:
 class Attention:
     """Fused projection to q, k and v, norms on q and k where the family has them, rope, attention, projection.
 
-    layer: its number, by which the backend knows it. prefix: of its tensors.
+    layer: its number, by which the backend knows it. prefix: of its tensors. input_size: of what it reads, where that
+    is not the hidden size.
     """
 
-    def __init__(self, spec: GroupedQueryAttention, source: Source, layer: int, prefix: str, hidden_size: int) -> None:
+    def __init__(
+        self,
+        spec: GroupedQueryAttention,
+        source: Source,
+        layer: int,
+        prefix: str,
+        hidden_size: int,
+        input_size: int | None = None,
+    ) -> None:
         dim, heads, value_dim = spec.head_dim, spec.num_heads, spec.value_dim or spec.head_dim
         kv_heads = spec.num_kv_heads if spec.reads is None else 0
         self._layer = layer
@@ -63,7 +72,7 @@ class Attention:
         self._qkv = source.linear(
             [prefix + name for name in spec.qkv],
             rows if len(spec.qkv) == len(rows) else [sum(rows)],
-            hidden_size,
+            input_size or hidden_size,
             bias=spec.qkv_bias,
             order=order,
         )

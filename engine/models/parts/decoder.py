@@ -276,6 +276,10 @@ class Decoder:
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
+        # For a draft model that reads them: the stream of residuals before these layers (the number of layers: behind
+        # the last), as the last step had it [T, hidden_size].
+        self.aux_layers: tuple[int, ...] = ()
+        self.aux: list[Tensor] = []
         self.adapted: Adapted | None = None
 
     def forward(
@@ -310,7 +314,12 @@ class Decoder:
     ) -> Tensor | Normed:
         """The embedding [T, hidden], whose memory is written over, and the layers' own inputs."""
         x = self._layers[0].input_norm.later(residual)
-        for layer, table, following in self._steps:
+        wanted = self.aux_layers
+        if wanted:
+            self.aux = []
+        for index, (layer, table, following) in enumerate(self._steps):
+            if index in wanted:
+                self.aux.append(residual.clone())
             if layer.parallel:
                 assert layer.mlp is not None
                 beside = x if layer.beside_norm is None else layer.beside_norm.later(residual)
@@ -342,7 +351,13 @@ class Decoder:
             else:
                 residual = layer.end(residual.add_(computed(y)), own)
                 x = following.later(residual)
+        if len(self._layers) in wanted:
+            self.aux.append(residual.clone())
         return x
+
+    def embedded(self, token_ids: Tensor) -> Tensor:
+        """int32 [T] -> [T, hidden_size]: rows of the embedding, as they are."""
+        return self._embedding.rows(token_ids)
 
     def name_layers(self, range_of: RangeOf) -> None:
         """See CausalLM. Costs nothing until it is called."""

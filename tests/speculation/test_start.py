@@ -1,0 +1,114 @@
+"""How drafting comes to be at start: what is read, what is said, and one line for what cannot be."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models
+
+from engine.build import Built, build_engine
+from engine.config import (
+    CacheOptions,
+    EngineConfig,
+    ModelOptions,
+    SchedulerOptions,
+    SpeculationOptions,
+    StartupError,
+    StreamOptions,
+)
+from engine.request import Request, SamplingParams
+from tests.models.support import make_checkpoint
+from tests.speculation.test_eagle3 import write_head
+
+
+def write_tokenizer(directory: Path, vocabulary: dict[str, int]) -> None:
+    Tokenizer(models.WordLevel(vocabulary, unk_token="t0")).save(str(directory / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("drafting")
+    target, draft, head = folder / "target", folder / "draft", folder / "head"
+    make_checkpoint(target, "Llama")
+    make_checkpoint(draft, "Qwen3", seed=1, hidden_size=32, num_hidden_layers=1, head_dim=8)
+    write_head(head, "speculators")
+    make_checkpoint(folder / "other", "Llama", vocab_size=199)
+    make_checkpoint(folder / "bare", "Llama", vocab_size=199)
+    for directory in (target, draft):
+        write_tokenizer(directory, {f"t{index}": index for index in range(211)})
+    write_tokenizer(folder / "other", {f"t{198 - index}": index for index in range(199)})
+    return {"target": target, "draft": draft, "head": head, "other": folder / "other", "bare": folder / "bare"}
+
+
+def build(target: Path, **options: Any) -> Built:
+    return build_engine(
+        EngineConfig(
+            model=ModelOptions(path=str(target), dtype="float32", max_model_len=128),
+            cache=CacheOptions(num_pages=64),
+            scheduler=SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=64),
+            stream=StreamOptions(flush_interval_ms=0.0),
+            device="cpu",
+            num_threads=1,
+            speculation=SpeculationOptions(**options) if options else SpeculationOptions(),
+        )
+    )
+
+
+async def answers(built: Built) -> list[list[int]]:
+    """Twice the same prompts, so that the second ones find their pages."""
+    task = asyncio.create_task(built.engine.run())
+
+    async def one(number: int) -> list[int]:
+        prompt = [(7 * index + number) % 200 + 3 for index in range(45)]
+        params = SamplingParams(max_tokens=20, temperature=0.0 if number % 2 else 1.0, seed=number, ignore_eos=True)
+        request = Request(f"r{number}-{asyncio.get_running_loop().time()}", prompt, params)
+        async with built.engine.submit(request) as stream:
+            return (await stream.collect()).token_ids
+
+    try:
+        return [answer for _ in range(2) for answer in await asyncio.gather(*map(one, range(5)))]
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+        built.engine.executor.close()
+
+
+async def test_models_that_draft(directories: dict[str, Path]) -> None:
+    expected = await answers(build(directories["target"]))
+    cases: list[dict[str, Any]] = [
+        {"method": "draft_model", "model": str(directories["draft"])},
+        {"method": "draft_model", "model": str(directories["target"]), "draft_sample_method": "probabilistic"},
+        {"method": "draft_model", "model": str(directories["other"]), "use_vocabulary_map": True},
+        {"method": "eagle3", "model": str(directories["head"])},
+    ]
+    for case in cases:
+        built = build(directories["target"], num_draft_tokens=3, adaptive=False, **case)
+        assert case["model"] in dict(built.report.rows)["draft model"]
+        assert await answers(built) == expected, case
+        speculation = built.engine.scheduler.speculation
+        assert speculation is not None and speculation.num_draft_tokens > 0
+        if case["model"] == str(directories["target"]):
+            # It says what it says; but for answers that were cut, everything was right.
+            assert speculation.num_accepted_tokens == speculation.num_draft_tokens
+
+
+def test_what_cannot_be(directories: dict[str, Path], tmp_path: Path) -> None:
+    def refused(pattern: str, **options: Any) -> None:
+        with pytest.raises(StartupError, match=pattern) as caught:
+            build(directories["target"], num_draft_tokens=3, **options)
+        assert "\n" not in str(caught.value)
+
+    def of(name: str) -> dict[str, Any]:
+        return {"method": "draft_model", "model": str(directories[name])}
+
+    refused("another vocabulary: token 't0' is 0 in the model's tokenizer, 198 in the draft's", **of("other"))
+    refused("has another vocabulary: 199 tokens in config.json, not 211", **of("bare"))
+    refused("bare: a vocabulary map needs its tokenizer.json", **of("bare"), use_vocabulary_map=True)
+    refused("'draft_model' needs a model", method="draft_model")
+    refused(r"\(eagle3\) needs a model", method="eagle3")
+    refused("architecture 'Qwen3ForCausalLM' is not EAGLE-3's", method="eagle3", model=str(directories["draft"]))
+    refused("no such directory", method="draft_model", model=str(tmp_path / "nowhere"))
+    refused(r"\(mtp\) is not supported yet", method="mtp")
