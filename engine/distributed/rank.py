@@ -146,7 +146,7 @@ class Rank:
         model = self._model
         assert model is not None
         spec = model.attention_spec
-        self._backend = create_backend(
+        backend: Any = create_backend(
             "packed" if spec.bidirectional else "torch_paged",
             spec,
             num_pages=num_pages,
@@ -154,6 +154,8 @@ class Rank:
             dtype=self._dtype,
             groups=plan_groups(model.config.windows, context),
         )
+        backend.recordings = None  # sums over ranks are no calls that could be made again from a list
+        self._backend = backend
 
     def _read(self, other: Path | None) -> None:
         """The model, as `_pending`: from where the job says, or another directory with the same one."""

@@ -107,7 +107,7 @@ def start(given: Start) -> RankedExecutor:
                 report.row("draft model", drafting.described)
         beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
         limits = _limits(given, model.attention_spec, dtype, groups, beside)
-        own = create_backend(
+        own: Any = create_backend(
             "packed" if spec.bidirectional else "torch_paged",
             model.attention_spec,
             num_pages=limits.num_pages,
@@ -115,6 +115,7 @@ def start(given: Start) -> RankedExecutor:
             dtype=dtype,
             groups=limits.groups,
         )
+        own.recordings = None  # sums over ranks are no calls that could be made again from a list
         leader.command(do="begin", num_pages=limits.num_pages, page_size=limits.page_size, context=context)
         proposer, late = (None, None) if drafting is None else drafting.make(limits, dtype)
         return RankedExecutor(model, limits, attention=own, leader=leader, proposer=proposer, late=late)

@@ -14,7 +14,6 @@ from torch import Tensor
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
-from engine.ops.attention.base import AttentionBackend
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import Layout, Ranks, RanksEndedError
 
@@ -55,7 +54,8 @@ class RankModel:
         self.own, self._group = own, group
         self.config, self.attention_spec = own.config, own.attention_spec
 
-    def forward(self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
+    def forward(self, token_ids: Tensor, positions: Tensor, attention: Any) -> Tensor:
+        attention.recordings = None
         return self.own.forward(token_ids, positions, attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
