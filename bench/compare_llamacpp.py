@@ -35,7 +35,7 @@ LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, VOCAB = 16, 2048, 8192, 32, 8, 128256
 
 # Loads a model in a process of its own: seconds, and the most memory that it took beyond the imports.
 _LOAD = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch
 from pathlib import Path
 from engine.models.loading.load import load_model
@@ -44,11 +44,13 @@ import engine.ops.native as native
 torch.set_num_threads(int(sys.argv[2]))
 native.library()
 path = Path(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def most():  # kB; a process inherits its parent's ru_maxrss
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+before = most()
 begin = time.perf_counter()
 model = load_model(read_spec(path), path, dtype=torch.float32, device=torch.device("cpu"))
 seconds = time.perf_counter() - begin
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = most()
 print(json.dumps({"seconds": seconds, "before": 1024 * before, "after": 1024 * after}))
 """
 

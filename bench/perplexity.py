@@ -22,7 +22,7 @@ from typing import Any
 import aiohttp
 
 from engine.build import Built, build_engine
-from engine.config import EngineConfig, ModelOptions, SchedulerOptions, StartupError
+from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions, StartupError
 from engine.request import Request, SamplingParams
 
 DEMO = Path(__file__).parent.parent / "engine" / "demo"
@@ -165,6 +165,7 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         return report
     config = EngineConfig(
         model=ModelOptions(path=args.model or str(DEMO), dtype=args.dtype, quantization=args.quantization),
+        cache=CacheOptions(kv_cache_dtype=args.kv_cache_dtype),
         scheduler=SchedulerOptions(max_num_seqs=CONCURRENCY),
         device=args.device,
         num_threads=args.threads,
@@ -180,7 +181,8 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         await run("transformers", transformers_scorer(built.directory, args.dtype), ids, context)
     if args.against is not None:
         model = ModelOptions(path=args.against, dtype=args.dtype, max_model_len=context)
-        async with offline(build_engine(dataclasses.replace(config, model=model))) as score:
+        plain = dataclasses.replace(config, model=model, cache=CacheOptions())
+        async with offline(build_engine(plain)) as score:
             await run("against", score, ids, context)
     return report
 
@@ -189,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.perplexity", description=__doc__)
     parser.add_argument("--model", help="a model directory or hub id (the demo model); with --url the served name")
-    parser.add_argument("--quantization", default="auto", help="int8 or int4: what to round its weights to")
+    parser.add_argument("--quantization", default="auto", help="int8, int4 or fp8: what to round its weights to")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="int8: of keys and values; not of --against")
     parser.add_argument("--against", help="another model of the same tokens, such as the one that this was made from")
     parser.add_argument("--url", help="score over HTTP instead: the server's address, without /v1")
     parser.add_argument("--api-key")

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oneloop.start")
 
-GPU_FLAGS = "--cuda-graph, --kv-cache-dtype, --kernels, --profile-dir and --nvtx"
+GPU_FLAGS = "--cuda-graph, --kv-cache-dtype fp8, --kernels, --profile-dir and --nvtx"
 
 # Ordinary words that a vocabulary may have beyond the embedding, as a share of its rows: with more it belongs to
 # another model. Added tokens (a pad that was never trained) may be any number; transformers minds neither.
@@ -118,8 +118,9 @@ def _describe_context(context: int, spec: ModelSpec, trained: int | None, budget
 
 def _pick_device(config: EngineConfig, report: StartupReport) -> str:
     """The GPU where it can be used. One that cannot is told in a row, or ends the start where it was asked for."""
+    asks = config.cuda != CudaOptions() or config.cache.kv_cache_dtype.startswith("fp8")
     if config.device == "cpu":
-        if config.cuda != CudaOptions():
+        if asks:
             raise StartupError(f"{GPU_FLAGS} need a CUDA device; this is a CPU")
         return "cpu"
     import torch
@@ -137,7 +138,7 @@ def _pick_device(config: EngineConfig, report: StartupReport) -> str:
         return "cuda"
     if config.device == "cuda":
         raise StartupError(f"--device cuda: {reason}")
-    if config.cuda != CudaOptions():
+    if asks:
         raise StartupError(f"{GPU_FLAGS} need a CUDA device: {reason}")
     if gpu_probe.driver_version() is not None:
         report.row("GPU", f"not used: {reason}")
@@ -284,7 +285,8 @@ def _build_executor(
             raise StartupError(
                 f"--quantization {rounded} needs safetensors, and {directory} is not read from such files"
             )
-        report.row("quantization", f"{rounded}, 32 weights to a scale, rounded as they are read")
+        scale = "a row" if rounded == "fp8" else "32 weights"
+        report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
     if spec.bidirectional and device == "cuda":
         if config.device == "cuda":
             raise StartupError("--device cuda: models that read a text at once (encoders) run on the CPU so far")

@@ -25,8 +25,8 @@ class ModelOptions:
 
     path: a directory in HF format, or a hub id. dtype: auto, bfloat16, float16 or float32.
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
-    quantization: int8 or int4, to which weights are rounded as they are read; auto takes them as they are, and so does
-    the name of the checkpoint's own method.
+    quantization: int8, int4 or fp8, to which weights are rounded as they are read; auto takes them as they are, and so
+    does the name of the checkpoint's own method.
     seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
     runner: auto, generate or pooling. pooling: auto, cls, last, max or mean. score_tokens: yes and no. See
@@ -54,13 +54,15 @@ class ModelOptions:
 class CacheOptions:
     """The KV cache. Size: num_pages, else kv_cache_bytes, else memory_fraction of what is free after the weights.
 
-    memory_fraction None means the executor's own sane share.
+    memory_fraction None means the executor's own sane share. kv_cache_dtype: auto (the model's), int8 (on a CPU), fp8
+    or fp8_e4m3 (on a GPU).
     """
 
     page_size: int = 16
     num_pages: int | None = None
     kv_cache_bytes: int | None = None
     memory_fraction: float | None = None
+    kv_cache_dtype: str = "auto"
     enable_prefix_caching: bool = True
     eviction_policy: str = "lru"
 
@@ -239,7 +241,7 @@ class ServerOptions:
 
 @dataclass(frozen=True, slots=True)
 class CudaOptions:
-    """cuda_graph: lazy, start or off. kv_cache_dtype: auto, fp8 or fp8_e4m3. profile_dir: where traces go.
+    """cuda_graph: lazy, start or off. profile_dir: where traces go.
 
     kernels: a kit that was built beforehand (executor/cuda_kit.py).
 
@@ -247,7 +249,6 @@ class CudaOptions:
     """
 
     cuda_graph: str = "lazy"
-    kv_cache_dtype: str = "auto"
     kernels: str | None = None
     profile_dir: str | None = None
     nvtx: str = "off"

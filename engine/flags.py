@@ -255,12 +255,16 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
     device.add_argument("--num-gpu-blocks-override", dest="num_pages", type=_count, metavar="PAGES")
     device.add_argument("--max-total-tokens", type=_count, metavar="TOKENS", help="size of the KV cache in tokens")
+    device.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "int8", "fp8", "fp8_e4m3"],
+        help="auto: the model's; int8 on a CPU (a scale for each token and head), fp8 on a GPU",
+    )
     device.add_argument("--page-size", "--block-size", dest="page_size", type=_count, metavar="TOKENS")
 
     cuda = parser.add_argument_group("CUDA")
     cuda.add_argument("--cuda-graph", choices=["lazy", "start", "off"], help="when decode graphs are captured")
     cuda.add_argument("--enforce-eager", "--disable-cuda-graph", dest="cuda_graph", action="store_const", const="off")
-    cuda.add_argument("--kv-cache-dtype", choices=["auto", "fp8", "fp8_e4m3"], help="auto: the model's")
     cuda.add_argument(
         "--kernels", metavar="FILE", help="a kit of `python -m engine.kernels build`: FlashInfer compiles nothing here"
     )
@@ -589,7 +593,9 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             kv_cache_bytes=kv_bytes,
             memory_fraction=args.memory_fraction,
             **_given(  # type: ignore[arg-type]
-                enable_prefix_caching=args.prefix_caching, eviction_policy=args.eviction_policy
+                kv_cache_dtype=args.kv_cache_dtype,
+                enable_prefix_caching=args.prefix_caching,
+                eviction_policy=args.eviction_policy,
             ),
         ),
         scheduler=SchedulerOptions(
@@ -655,7 +661,6 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         cuda=CudaOptions(
             **_given(  # type: ignore[arg-type]
                 cuda_graph=args.cuda_graph,
-                kv_cache_dtype=args.kv_cache_dtype,
                 kernels=args.kernels,
                 profile_dir=args.profile_dir,
                 nvtx=args.nvtx,

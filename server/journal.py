@@ -9,6 +9,7 @@ Written without a buffer, so that a killed process loses nothing that the operat
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from dataclasses import dataclass
@@ -84,9 +85,9 @@ class Journal:
         data = orjson.dumps(line) + b"\n"
         written = os.write(self._file, data)
         if written < len(data):
-            # A disk that is full takes a part: no line may begin amid another.
-            os.write(self._file, b"\n")
-            raise OSError(28, "no space is left")
+            # A disk that is full takes a part: no line may begin amid another, and none that was refused may count.
+            os.ftruncate(self._file, os.fstat(self._file).st_size - written)
+            raise OSError(errno.ENOSPC, "no space is left")
 
 
 def _ended_line(owner: str, response_id: str, response: Any, items: Any) -> dict[str, Any]:

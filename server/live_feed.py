@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
 import time
 from collections import deque
@@ -23,6 +24,8 @@ from engine.recorder import Step, now, percentiles
 from server.accounts import KINDS, Accounts
 from server.protocol.errors import ApiError
 from server.response_store import ResponseStore
+
+logger = logging.getLogger("oneloop.live")
 
 MAX_VIEWERS = 16
 INTERVAL_S = 0.25
@@ -70,6 +73,8 @@ class LiveFeed:
             while True:
                 changed = self._changed
                 await changed.wait()
+                if self._task is None or self._task.done():
+                    return  # it failed; a page that asks again begins it anew
                 yield self._latest
         finally:
             self._num_viewers -= 1
@@ -80,7 +85,14 @@ class LiveFeed:
         self._engine.recorder.watch()
         self._counts = self._count()
         self._task = asyncio.create_task(self._run(), name="live-feed")
+        self._task.add_done_callback(self._failed)
         self._watch_lag(None)
+
+    def _failed(self, task: asyncio.Task[None]) -> None:
+        """A snapshot could not be made: said once, and nobody waits for the next."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("what /live shows cannot be gathered", exc_info=error)
+            self._publish(self._latest)
 
     def _end(self) -> None:
         self._engine.recorder.unwatch()

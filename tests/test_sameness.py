@@ -227,7 +227,11 @@ class Guesses(OneByOne):
 
 
 async def answers_of(
-    model: CausalLM, dtype: torch.dtype, setting: Setting, known: dict[str, Answer] | None = None
+    model: CausalLM,
+    dtype: torch.dtype,
+    setting: Setting,
+    kv_dtype: torch.dtype | None = None,
+    known: dict[str, Answer] | None = None,
 ) -> dict[str, Answer]:
     """Every probe's answer, each alone in an idle engine; or those of all in one burst of COMPANY requests. known: what
     drafts are made of."""
@@ -255,7 +259,7 @@ async def answers_of(
         ),
         stream=StreamOptions(flush_interval_ms=1e6 if setting.stream == "late" else 0.0),
     )
-    executor = CPUExecutor(model, limits, dtype=dtype, proposer=guesses)
+    executor = CPUExecutor(model, limits, dtype=dtype, kv_dtype=kv_dtype, proposer=guesses)
     whole = Engine(config, executor, tokenizer() if model.config.vocab_size > 1000 else None)
     task = asyncio.create_task(whole.run())
     found: dict[str, Answer] = {}
@@ -313,11 +317,14 @@ def check_it_happened(setting: Setting, answers: dict[str, Answer], *, has_state
 # ---- the promise
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", MODELS)
-async def test_same_bits(name: str, dtype: str, checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    ("name", "dtype", "kv_dtype"),
+    # The cache in eight bits where there are windows, too.
+    [*itertools.product(MODELS, DTYPES, (None,)), ("Gemma2", "bfloat16", torch.int8)],
+)
+async def test_same_bits(name: str, dtype: str, kv_dtype: torch.dtype | None, checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints[name], DTYPES[dtype], deterministic=True)
-    expected = await answers_of(model, DTYPES[dtype], PLAIN)
+    expected = await answers_of(model, DTYPES[dtype], PLAIN, kv_dtype)
     for answer in expected.values():
         assert len(answer.token_ids) == NEW_TOKENS
     assert [len(answer.logprobs) for answer in expected.values()] == [
@@ -325,7 +332,7 @@ async def test_same_bits(name: str, dtype: str, checkpoints: dict[str, Path]) ->
     ]
     assert len(expected["probe-6"].prompt_logprobs or ()) == PROBES[6][0] - 1
     for setting in covering():
-        answers = await answers_of(model, DTYPES[dtype], setting, expected)
+        answers = await answers_of(model, DTYPES[dtype], setting, kv_dtype, expected)
         for probe, answer in expected.items():
             assert answers[probe].seen() == answer.seen(), (probe, setting)
         check_it_happened(setting, answers, has_state=model.config.has_state)
@@ -340,7 +347,7 @@ async def test_fast_mode_has_the_same_greedy_tokens(name: str, checkpoints: dict
         assert {linear.kind for linear in model.linears} == {"torch"}
         expected = await answers_of(model, torch.float32, PLAIN)
         for setting in covering()[:6]:
-            answers = await answers_of(model, torch.float32, setting, expected)
+            answers = await answers_of(model, torch.float32, setting, known=expected)
             for (probe, answer), (_, values) in zip(sorted(expected.items()), PROBES, strict=True):
                 if values["temperature"] == 0.0:
                     assert answers[probe].token_ids == answer.token_ids, (probe, setting)

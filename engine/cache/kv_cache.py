@@ -394,10 +394,12 @@ class KVCache:
         """
         owners: dict[int, str] = {}
 
-        def own(pages: Iterable[int], owner: str) -> None:
-            for page in pages:
-                assert page not in owners, f"page {page} belongs to {owners[page]} and to {owner}"
-                owners[page] = owner
+        def own(pages: list[int], owner: str) -> None:
+            added = dict.fromkeys(pages, owner)
+            if len(added) < len(pages) or not owners.keys().isdisjoint(added):
+                page = next(page for page, count in Counter([*owners, *pages]).items() if count > 1)
+                raise AssertionError(f"page {page} belongs to {owners.get(page, owner)} and to {owner}")
+            owners.update(added)
 
         live = list(live)
         own(self._pool.free_pages(), "the free list")
@@ -406,7 +408,7 @@ class KVCache:
         for node in nodes:
             own(_pages_of(node), "the tree")
         locks: Counter[Node] = Counter()
-        needed: defaultdict[Node, Counter[tuple[int, int]]] = defaultdict(Counter)  # (window, first page that is)
+        needed: defaultdict[tuple[Node, int], Counter[int]] = defaultdict(Counter)  # by first page, in a window
         detached: set[Node] = set()
         for seq in live:
             assert seq.node is not None, "a released sequence is called live"
@@ -424,7 +426,7 @@ class KVCache:
                 for window, members in enumerate(self._tree.members):
                     first = max(0, seq.gone[members[0]] - start)
                     if first < node.length:
-                        needed[node][window, first] += 1
+                        needed[node, window][first] += 1
                 start += node.length
                 if node.detached and node not in detached:
                     detached.add(node)
@@ -443,7 +445,7 @@ class KVCache:
             held = locks.pop(node, 0)
             assert node.lock_count == held, f"a node with {held} locks counts {node.lock_count}"
             for part in node.parts:
-                counts = {first: count for (window, first), count in needed[node].items() if window == part.window}
+                counts: dict[int, int] = needed.get((node, part.window), {})
                 assert part.locks == counts, f"windows need {counts} of a node, which counts {part.locks}"
         assert not locks, "a sequence holds a node that is not in the tree"
         if self._snapshots is not None:

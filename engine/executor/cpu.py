@@ -110,8 +110,9 @@ def _wake(future: asyncio.Future[None]) -> None:
 class CPUExecutor:
     """An `Executor` around a model in host memory.
 
-    attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec
-    and `dtype`, the model's. Where limits.num_snapshots is one, the model has recurrent states (model.config.states).
+    attention: a backend with limits.num_pages + 1 pages; None builds the paged one for model.attention_spec,
+    `dtype`, the model's, and kv_dtype, that of the cache (None: the model's). Where limits.num_snapshots is one, the
+    model has recurrent states (model.config.states).
     load: reads the model from a directory, None for where `model` came from. proposer, late: what
     drafts, at least one of them where limits.max_draft_tokens is not 0; late: only where the other knows nothing.
     max_lora_rank: of adapters' modules.
@@ -124,6 +125,7 @@ class CPUExecutor:
         *,
         attention: AttentionBackend | None = None,
         dtype: torch.dtype | None = None,
+        kv_dtype: torch.dtype | None = None,
         load: Callable[[Path | None], Model] | None = None,
         proposer: Proposer | None = None,
         late: LateProposer | None = None,
@@ -138,6 +140,7 @@ class CPUExecutor:
                 num_pages=limits.num_pages,
                 page_size=limits.page_size,
                 dtype=dtype,
+                kv_dtype=kv_dtype,
                 groups=limits.groups,
             )
         self._states: States | None = None

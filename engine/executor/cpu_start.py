@@ -46,6 +46,7 @@ def start(given: Start) -> CPUExecutor:
     with report.phase("kernels"):
         status = native.status()
     encodes = given.spec.bidirectional
+    kv_dtype = pick_kv_dtype(config.cache.kv_cache_dtype, dtype, keeps=bool(given.spec.paged) and not encodes)
     chosen = available_cores() if encodes else choose_threads(weight_bytes(given.spec, given.directory, dtype))
     threads = config.num_threads or chosen
     torch.set_num_threads(threads)
@@ -59,7 +60,7 @@ def start(given: Start) -> CPUExecutor:
         model = load(None)
     given.report_output_layer(model)
     if coded := sum(isinstance(linear, CodedLinear) for linear in model.linears):
-        report.row("weights", f"{coded} of {len(model.linears)} layers keep the file's integers")
+        report.row("weights", f"{coded} of {len(model.linears)} matrices stay small codes")
     if packed := Counter(linear.block for linear in model.linears if isinstance(linear, PackedLinear)):
         kinds = ", ".join(f"{count} {kind}" for kind, count in packed.most_common())
         report.row("weights", f"{packed.total()} of {len(model.linears)} matrices stay packed ({kinds})")
@@ -86,9 +87,9 @@ def start(given: Start) -> CPUExecutor:
             report.row("states", describe_states(each, sequences, num_snapshots, config.scheduler.max_num_seqs))
         beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
         num_pages = plan_memory(
-            model.attention_spec, dtype, config.cache, sequences, context, groups, state_memory, beside
+            model.attention_spec, kv_dtype, config.cache, sequences, context, groups, state_memory, beside
         )
-        per_token = model.attention_spec.kv_bytes_per_token(dtype, groups) + beside
+        per_token = model.attention_spec.kv_bytes_per_token(kv_dtype, groups) + beside
         kv_bytes = (num_pages + 1) * config.cache.page_size * per_token
         asked = config.cache != dataclasses.replace(
             config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
@@ -96,6 +97,7 @@ def start(given: Start) -> CPUExecutor:
         report.row(
             "KV memory",
             f"up to {kv_bytes / 2**30:.2f} GiB, taken as the cache fills"
+            + (f", in int8: {per_token:,} bytes a token" if kv_dtype == torch.int8 else "")
             + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
         )
         limits = Limits(
@@ -113,8 +115,16 @@ def start(given: Start) -> CPUExecutor:
         proposer = late = None
         if drafting is not None:
             proposer, late = drafting.make(limits, dtype)
-        rank = config.lora.max_lora_rank
-        return CPUExecutor(model, limits, dtype=dtype, load=load, proposer=proposer, late=late, max_lora_rank=rank)
+        return CPUExecutor(
+            model,
+            limits,
+            dtype=dtype,
+            kv_dtype=kv_dtype,
+            load=load,
+            proposer=proposer,
+            late=late,
+            max_lora_rank=config.lora.max_lora_rank,
+        )
 
 
 def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:
@@ -139,6 +149,15 @@ def pick_dtype(name: str = "auto") -> torch.dtype:
     if name not in _DTYPES:
         raise StartupError(f"dtype {name!r} is not one of auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def pick_kv_dtype(name: str, dtype: torch.dtype, *, keeps: bool = True) -> torch.dtype:
+    """--kv-cache-dtype on a CPU: auto is the model's dtype. keeps: the model has keys and values to keep."""
+    if name not in ("auto", "int8"):
+        raise StartupError(f"--kv-cache-dtype {name}: on a CPU auto and int8 are known")
+    if name == "int8" and not keeps:
+        raise StartupError("--kv-cache-dtype int8: this model keeps no keys and values")
+    return torch.int8 if name == "int8" else dtype
 
 
 def available_cores() -> int:
@@ -201,7 +220,7 @@ def available_memory() -> int:
 
 def plan_memory(
     spec: AttentionSpec,
-    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
     cache: CacheOptions,
     max_num_seqs: int,
     max_model_len: int,
@@ -216,7 +235,7 @@ def plan_memory(
     those are fewer) can fill. state_memory: bytes of recurrent states, which are part of each of these but num_pages.
     beside: bytes that a token takes in another cache with the same pages.
     """
-    per_page = (spec.kv_bytes_per_token(dtype, groups) + beside) * cache.page_size
+    per_page = (spec.kv_bytes_per_token(kv_dtype, groups) + beside) * cache.page_size
     free = available_memory()
     useful = min(max_num_seqs, DEFAULT_FULL_SEQUENCES) * pages_held(groups, max_model_len, cache.page_size)
     if cache.num_pages is not None:

@@ -86,7 +86,7 @@ def start(given: Start) -> CUDAExecutor:
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=given.context,
-            kv_cache_dtype=config.cuda.kv_cache_dtype,
+            kv_cache_dtype=config.cache.kv_cache_dtype,
             # Graphs are of decode steps.
             cuda_graph="off" if given.spec.headless else config.cuda.cuda_graph,
             row=report.row,
@@ -131,7 +131,7 @@ def pick_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     if name == "auto":
         return dtype
     if name not in KV_DTYPES:
-        raise StartupError(f"--kv-cache-dtype {name}: one of auto, {', '.join(KV_DTYPES)} is known")
+        raise StartupError(f"--kv-cache-dtype {name}: on a GPU one of auto, {', '.join(KV_DTYPES)} is known")
     return KV_DTYPES[name]
 
 

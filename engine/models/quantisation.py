@@ -38,7 +38,7 @@ FILES = (
     ("quantization_config.json", None),
 )
 # To what weights can be rounded as they are read.
-ROUNDED = ("int8", "int4")
+ROUNDED = ("int8", "int4", "fp8")
 FIELDS = ("quantization_config", "compression_config")
 
 
@@ -71,20 +71,20 @@ def rounded_to(asked: str, own: Quantisation | None, *, given: str) -> str | Non
     """
     if asked == "auto":
         return None
-    if asked in ROUNDED:
+    if asked in ROUNDED and (own is None or own.method != asked):
         if own is not None:
             raise StartupError(f"--quantization {asked}: {given} is quantised already, by {own.method}")
         return asked
     method = METHODS.get(asked)
     if method is None:
-        raise StartupError(f"--quantization {asked[:40]!r} is none of auto, {', '.join(ROUNDED)}, {KNOWN}")
+        known = ", ".join(dict.fromkeys(("auto", *ROUNDED, *METHODS.values())))
+        raise StartupError(f"--quantization {asked[:40]!r} is none of {known}")
     if own is not None and own.method == method:
         return None
     if own is not None:
         raise StartupError(f"--quantization {asked}: {given} is quantised by {own.method}")
-    raise StartupError(
-        f"--quantization {asked}: {given} is not quantised; as it is read, it can become {' or '.join(ROUNDED)}"
-    )
+    could = f"{', '.join(ROUNDED[:-1])} or {ROUNDED[-1]}"
+    raise StartupError(f"--quantization {asked}: {given} is not quantised; as it is read, it can become {could}")
 
 
 def _method(fields: Fields, name: str, scheme: Fields) -> str:

@@ -1,7 +1,9 @@
-"""A linear layer whose weight stays small integers with a scale for every 32: a seventh to a quarter of the bytes.
+"""A linear layer whose weight stays small integers or floats with a float32 scale for every 32: a sixth to a third.
 
 Built at load time from a quantised checkpoint, called by the executor's thread; the kernels (kernels.cpp) widen the
-integers in registers. The products are, bit for bit, those of the same numbers kept as float32.
+codes in registers. The products are, bit for bit, those of the same numbers kept as float32. packed.py is faster and
+holds integers with scales of float16, as GGUF has them; here is what does not fit into that: floats of eight bits, and
+scales or zeros of more digits.
 """
 
 from __future__ import annotations
@@ -18,6 +20,10 @@ from engine.ops.norm import Normed, plain
 # Weights along a row that share a scale.
 CODE_BLOCK = 32
 
+# By name, as the kernels number them: integers of four bits from 0 on (of which 8 is taken, or a number is added to
+# their product with the scale), of eight with a sign, and floats.
+CODE_FORMS = {"int4": 0, "int4 and low": 1, "int8": 2, "int8 and low": 3, "e4m3": 4}
+
 # Rows [start, stop) of the weight: codes uint8 [rows, K], scale float32 [rows, K / CODE_BLOCK], low the same or None.
 Piece = tuple[int, int, Tensor, Tensor, Tensor | None]
 
@@ -29,13 +35,12 @@ def can_keep_codes(dtype: torch.dtype, device: torch.device) -> bool:
 
 
 class CodedLinear(Linear):
-    """bits, low: see kernels.cpp, Codes. dtype: of inputs and outputs. pieces: the weight, from row 0 on; every piece
+    """form: one of CODE_FORMS. dtype: of inputs and outputs. pieces: the weight, from row 0 on; every piece
     but the last ends at a multiple of `piece_rows`."""
 
     def __init__(
         self,
-        bits: int,
-        low: bool,
+        form: str,
         rows: int,
         columns: int,
         dtype: torch.dtype,
@@ -46,24 +51,25 @@ class CodedLinear(Linear):
         library, code = native.library(), native.type_code(dtype)
         assert library is not None and code is not None and columns % CODE_BLOCK == 0
         size = library.hold.ol_codes_size
-        packed = torch.empty(size(bits, low, rows, columns), dtype=torch.int32)
+        number = CODE_FORMS[form]
+        packed = torch.empty(size(number, rows, columns), dtype=torch.int32)
         # What stands for the weight is never asked for its dtype or shape.
         super().__init__(packed.view(1, -1), None, activation)
         self.out_features, self.in_features, self.dtype = rows, columns, dtype
         self.kind = "native"
-        self._library, self._code, self._form = library, code, (bits, int(low))
+        self._library, self._code, self._form = library, code, number
         self._weight = packed
         for start, stop, codes, scale, add in pieces:
             codes, scale = codes.contiguous(), scale.contiguous()
             add = add.contiguous() if add is not None else None
             library.release.ol_pack_codes(
-                *self._form,
+                number,
                 codes.data_ptr(),
                 scale.data_ptr(),
                 add.data_ptr() if add is not None else None,
                 stop - start,
                 columns,
-                packed.data_ptr() + 4 * size(bits, low, start, columns),
+                packed.data_ptr() + 4 * size(number, start, columns),
                 torch.get_num_threads(),
             )
         if bias is not None:
@@ -91,7 +97,7 @@ class CodedLinear(Linear):
         rows = x.shape[0]
         out = torch.empty((rows, self.out_features), dtype=x.dtype)
         self._library.by_work(rows * self.out_features * self.in_features // 8).ol_linear_codes(
-            *self._form,
+            self._form,
             self._code,
             x.data_ptr(),
             x.stride(0),
@@ -108,4 +114,4 @@ class CodedLinear(Linear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """See Linear.rows."""
-        return self._unpacked(ids, "ol_code_rows", *self._form)
+        return self._unpacked(ids, "ol_code_rows", self._form)

@@ -16,6 +16,7 @@
 #include <limits>
 #include <new>
 #include <type_traits>
+#include <utility>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -43,6 +44,7 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2)));
 typedef float vf_any __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef uint32_t vu_any __attribute__((vector_size(VL * 4), aligned(2), may_alias));
 typedef uint16_t vh_any __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+typedef int8_t vb_any __attribute__((vector_size(VL), aligned(1), may_alias));
 typedef uint16_t bf16;
 typedef int64_t i64;
 
@@ -220,6 +222,7 @@ constexpr int MR = 6, ACCUMULATORS = 12;
 // Bytes that the weights are fetched ahead into L2. Measured on a Zen 4: M = 6 goes from 45-65% of the limit to 85-93% (1 KB
 // ahead and less brings nothing); one row alone reads four long streams, which the hardware follows better by itself.
 constexpr int AHEAD = 8192;
+constexpr int INPUT_BYTES = 196608;  // of the input that a core keeps in L2 beside the weights that pass through
 constexpr int GROUP = 8;          // panels that share one visit of the input block
 constexpr int MB = MR * (192 / MR);  // rows per visit of the weights: MB * KC floats stay in L2
 
@@ -329,14 +332,16 @@ struct Plain {
     MEMBER bool one_row(const float*, i64, int, C*, int) const { return false; }
 };
 
-// Weights as small integers. Every CODE_BLOCK of them along K has a scale, and with Low a number that is added. A panel holds
+// Weights as small integers or floats. Every CODE_BLOCK of them along K has a scale, and with Low a number that is added. A panel holds
 // for each block the scales of its columns, those numbers, and words: lane j of one holds 32 / Bits codes of column j. A weight is
-// (q - 8) * scale, q * scale + low (4 bits without a sign) or q * scale (+ low) (8 bits with one), each operation rounded: the float32
-// that these codes are elsewhere (models/gguf/dequantise.py), so that sums have the same bits as with such weights.
+// (q - 8) * scale, q * scale + low (4 bits without a sign) or q * scale (+ low) (8 bits with one, or the number of an e4m3 float),
+// each operation rounded, so that sums have the same bits as with such weights in float32.
 constexpr int CODE_BLOCK = 32;
-template <int Bits, bool Low>
+template <int Bits_, bool Low_, bool Floats = false>
 struct Codes {
     typedef float Weight;
+    static constexpr int Bits = Bits_;
+    static constexpr bool Low = Low_;
     static constexpr int per = 32 / Bits, words = CODE_BLOCK / per;
     static constexpr size_t block = (size_t)NR * (1 + Low + words);  // in words of 32 bits
     const uint32_t* w;
@@ -344,6 +349,10 @@ struct Codes {
 
     template <int J>
     static MEMBER vf number(vu word) {
+        if (Floats) {  // the bits of 2^-120 times the number
+            const vu top = word << (24 - 8 * (J & 3));
+            return (vf)((top & 0x80000000u) | ((top >> 4) & 0x07f00000u)) * 0x1p120f;
+        }
         if (Bits == 8) return __builtin_convertvector((vi)(word << (24 - 8 * (J & 3))) >> 24, vf);
         vf q = __builtin_convertvector((vi)(J == per - 1 ? word >> (4 * J) : (word >> (4 * J)) & 15), vf);
         return Low ? q : q - 8.0f;
@@ -478,16 +487,18 @@ void linear(const X* x, i64 ldx, i64 M, i64 K, const S& source, i64 N, const flo
                         const W* wk = source.at(p0 + p, k, few, now, panel);
                         any_tile(rows, packed + k * rows, wk, panel, now, c + p * NR, ldc, k == 0, few);
                     }
-            for (i64 k = 0; k < steps && tiles > 1; k += block) {  // a block of the input and of one panel, reused from L2 and L1
-                const int now = (int)std::min<i64>(block, steps - k);
-                for (int p = 0; p < count; p++) {
-                    const W* wk = source.at(p0 + p, k, 1, now, panel);
-                    for (int t = 0; t < tiles; t++) {
-                        int a = start(t), m = start(t + 1) - a;
-                        any_tile(m, packed + (size_t)a * steps + k * m, wk, panel, now, c + (size_t)a * ldc + p * NR, ldc, k == 0, 1);
+            // A stretch of the input that stays in L2, and as much of every panel: a panel is one stream for as long as that lasts.
+            const i64 stretch = std::max<i64>(block, (i64)INPUT_BYTES / (rows * (i64)sizeof(In)) / block * block);
+            for (i64 from = 0; from < steps && tiles > 1; from += stretch)
+                for (int p = 0; p < count; p++)
+                    for (i64 k = from; k < std::min(steps, from + stretch); k += block) {
+                        const int now = (int)std::min<i64>(block, steps - k);
+                        const W* wk = source.at(p0 + p, k, 1, now, panel);
+                        for (int t = 0; t < tiles; t++) {
+                            int a = start(t), m = start(t + 1) - a;
+                            any_tile(m, packed + (size_t)a * steps + k * m, wk, panel, now, c + (size_t)a * ldc + p * NR, ldc, k == 0, 1);
+                        }
                     }
-                }
-            }
             write_rows(c, ldc, rows, std::min<i64>(ldc, N - p0 * NR), bias ? bias + p0 * NR : nullptr, out + m0 * ldo + p0 * NR, ldo);
         });
     }
@@ -518,9 +529,8 @@ void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, 
 }
 
 // codes [N, K]: one in a byte. scale, low: [N, K / CODE_BLOCK].
-template <int Bits, bool Low>
+template <class C>
 void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 N, i64 K, uint32_t* out, int threads) {
-    typedef Codes<Bits, Low> C;
     const i64 blocks = K / CODE_BLOCK;
     parallel((N + NR - 1) / NR, threads, [&](i64 p) {
         uint32_t* to = out + p * blocks * C::block;
@@ -530,21 +540,20 @@ void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 
             for (i64 b = 0; b < blocks; b++) {
                 uint32_t* at = to + b * C::block + j;
                 memcpy(at, scale + n * blocks + b, 4);
-                if (Low) memcpy(at + NR, low + n * blocks + b, 4);
+                if (C::Low) memcpy(at + NR, low + n * blocks + b, 4);
                 const uint8_t* from = codes + n * K + b * CODE_BLOCK;
                 for (int r = 0; r < C::words; r++, from += C::per) {
                     uint32_t word = 0;
-                    for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (Bits * i);
-                    at[NR * (1 + Low + r)] = word;
+                    for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (C::Bits * i);
+                    at[NR * (1 + C::Low + r)] = word;
                 }
             }
         }
     });
 }
 
-template <int Bits, bool Low, class O>
+template <class C, class O>
 void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, O* out, int threads) {
-    typedef Codes<Bits, Low> C;
     const i64 blocks = K / CODE_BLOCK;
     parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 i) {
         const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i];
@@ -552,17 +561,18 @@ void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, 
             const uint32_t* at = w + (n / NR * blocks + b) * C::block + n % NR;
             float scale, low = 0;
             memcpy(&scale, at, 4);
-            if (Low) memcpy(&low, at + NR, 4);
+            if (C::Low) memcpy(&low, at + NR, 4);
             for (int k = 0; k < CODE_BLOCK; k++) {
-                const uint32_t word = at[NR * (1 + Low + k / C::per)];
-                const int j = k % C::per;
-                const int q = Bits == 8 ? (int8_t)(word >> (8 * j)) : (int)(word >> (4 * j) & 15) - (Low ? 0 : 8);
-                const float product = (float)q * scale;
-                store1(out + i * K + b * CODE_BLOCK + k, Low ? product + low : product);
+                // The code that is to be first in its word, by what widens a whole panel.
+                const uint32_t word = at[NR * (1 + C::Low + k / C::per)] >> (C::Bits * (k % C::per));
+                const float product = C::template number<0>(vu{} + word)[0] * scale;
+                store1(out + i * K + b * CODE_BLOCK + k, C::Low ? product + low : product);
             }
         }
     });
 }
+
+#include "kernels_packed.h"
 
 // ---------------------------------------------------------------- norm, activation
 
@@ -671,6 +681,7 @@ struct Step {
     float scale, softcap;
     const float* sinks;  // one more logit of each head, or null
     bool chunks;         // a query sees its own block of `window` positions
+    i64 split;           // of a key in codes: from here on its numbers have the second scale of their head
 
     // The keys [start, last) that the query at `position` of kv_len tokens sees; `both`: later ones, too.
     int last(int position, int kv_len) const {
@@ -800,16 +811,20 @@ INLINE void gather(const T* pool, const Step& s, i64 D, i64 stride, const int32_
 
 // Fetch positions [p0, p1) of the task's heads into L2. Without it a decode step waits for each line: 16 rows of 512
 // tokens took 2.2 times what they take in cache.
-template <class T>
-INLINE void fetch(const T* k_pool, const T* v_pool, const Step& s, const int32_t* pages, const Task& task, int p0, int p1) {
-    const i64 heads = task.head1 - task.head0, k_bytes = heads * s.D * sizeof(T);
-    const i64 v_bytes = v_pool == k_pool ? 0 : heads * s.V * sizeof(T);
+template <class P>
+INLINE void fetch(const P* k_pool, const P* v_pool, const Step& s, const int32_t* pages, const Task& task, int p0, int p1) {
+    const i64 heads = task.head1 - task.head0, k_bytes = heads * s.D * sizeof(P);
+    const i64 v_bytes = v_pool == k_pool ? 0 : heads * s.V * sizeof(P);
     for (int p = p0; p < p1; p++) {
         const i64 slot = (i64)pages[p / s.page_size] * s.page_size + p % s.page_size;
         const char* k = (const char*)(k_pool + slot * s.k_stride + task.head0 * s.D);
         const char* v = (const char*)(v_pool + slot * s.v_stride + task.head0 * s.V);
         for (i64 b = 0; b < k_bytes; b += 64) __builtin_prefetch(k + b, 0, 2);
         for (i64 b = 0; b < v_bytes; b += 64) __builtin_prefetch(v + b, 0, 2);
+        if (sizeof(P) == 1) {
+            __builtin_prefetch(k_pool + slot * s.k_stride + s.kv_heads * s.D, 0, 2);
+            __builtin_prefetch(v_pool + slot * s.v_stride + s.kv_heads * s.V, 0, 2);
+        }
     }
 }
 
@@ -832,8 +847,10 @@ void finish_row(const Task& task, const Step& s, int r, float M, float L, const 
     }
 }
 
-template <class T>
-void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T* v_pool, float* partial) {
+#include "kernels_kv.h"
+
+template <class T, class P>
+void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, const P* k_pool, const P* v_pool, float* partial) {
     const int D = (int)s.D, depth = (D + VL - 1) / VL * VL, G = (int)(s.heads / s.kv_heads);
     const int V = (int)s.V, vdepth = (V + VL - 1) / VL * VL;  // of values
     const int rows = (task.q1 - task.q0) * G, heads = task.head1 - task.head0, all = rows * heads;
@@ -850,10 +867,12 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
     float *alpha = p + rows * BLOCK, *m = alpha + rows, *l = m + all, *M = l + all, *L = M + all;
     const float *keys[BLOCK], *values[BLOCK];
 
+    Coded<P> coded(s, task, pages, all);
     for (int r = 0; r < all; r++) {
         const T* from = q + (token0 + task.q0 + r % rows / G) * ldq + ((task.head0 + r / rows) * G + r % G) * s.D;
         for (int d = 0; d < depth; d += VL)
             store(qf + r * depth + d, (d + VL <= D ? load(from + d) : load_part(from + d, D - d)) * s.scale);
+        coded.query(r, qf + r * depth);
         M[r] = -INFINITY;
         L[r] = 0;
     }
@@ -879,16 +898,21 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 if (few) fetch(k_pool, v_pool, s, pages, task, b1 + next * h / heads, b1 + next * (h + 1) / heads);
                 const float* qh = qf + (size_t)h * rows * depth;
                 float *oh = o + (size_t)h * rows * vdepth, *mh = m + h * rows, *lh = l + h * rows;
-                gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
-                if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
-                else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
-                for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
-                for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
                 int r = 0;
-                for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                if constexpr (Coded<P>::is) {
+                    if (h == 0) coded.find(k_pool, v_pool, first, b0, b1, padded);
+                    coded.scores(h, rows, padded, p);
+                } else {
+                    gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
+                    if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
+                    else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
+                    for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
+                    for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
+                    for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                    for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                    for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                    if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                }
 
                 for (r = 0; r < rows; r++) {
                     float* row = p + r * BLOCK;
@@ -921,6 +945,13 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 }
                 // Weights outside a row's own range are zero, so neighbours may run over the union of their ranges.
                 auto end = [&](int r) { return std::min(last(r) - b0, n); };
+                if constexpr (Coded<P>::is) {
+                    coded.weigh(h, rows, p);
+                    if (!coded.widened(h, rows, first - b0, n, vdepth, vbuf, values)) {
+                        coded.accumulate(h, oh, alpha, p, rows, first - b0, end, vdepth);
+                        continue;
+                    }
+                }
                 int d = 0;
                 for (; rows == 1 && d + 8 * VL <= vdepth; d += 8 * VL) accumulate<8>(oh, alpha, p, values, 1, first - b0, end, vdepth, d);
                 for (; d + 4 * VL <= vdepth; d += 4 * VL) accumulate<4>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
@@ -941,8 +972,8 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
     for (int r = 0; r < all; r++) finish_row(task, s, r, M[r], L[r], O + r * vdepth, out);
 }
 
-template <class T>
-void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T* v_pool, int threads) {
+template <class T, class P>
+void attend(const Step& s, const T* q, i64 ldq, T* out, const P* k_pool, const P* v_pool, int threads) {
     const int G = (int)(s.heads / s.kv_heads), D = (int)s.D, depth = ((int)s.V + VL - 1) / VL * VL;
     const int span = std::max(1, TILE_ROWS / G);
     double work = 0;
@@ -965,7 +996,7 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
     threads = limit_threads(threads, work, 65536);
     // A decode task takes several heads, up to 2 KB of a token, so that it reads memory in longer runs; fewer where there
     // would be too few tasks for the threads.
-    int group = (int)std::clamp<i64>(2048 / (D * (i64)sizeof(T)), 1, s.kv_heads);
+    int group = (int)std::clamp<i64>(2048 / (D * (i64)sizeof(P)), 1, s.kv_heads);
     while (group > 1 && threads > 1 && tiles * ((s.kv_heads + group - 1) / group) < 4 * threads) group = (group + 1) / 2;
     static thread_local std::vector<Task> tasks, parts;
     tasks.clear();
@@ -1010,23 +1041,34 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const T* k_pool, const T
 }
 
 // New keys and values, where there are any, go to their slots (keys rotated where cos_sin is given), and the queries are
-// rotated in place.
-template <class T>
-void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64 ldv, i64 tokens, const i64* slots, T* k_pool, T* v_pool,
+// rotated in place. P: what the pools hold, T or codes.
+template <class T, class P>
+void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64 ldv, i64 tokens, const i64* slots, P* k_pool, P* v_pool,
               const float* cos_sin, i64 rot, const int32_t* positions, int threads) {
     const i64 D = s.D, chunk = 16, k_size = s.kv_heads * D, v_size = s.kv_heads * s.V;
+    const i64 parts = s.split < D ? 2 : 1;
     threads = limit_threads(threads, (double)tokens * (s.heads + 2 * s.kv_heads) * D, 65536);
     parallel((tokens + chunk - 1) / chunk, threads, [&](i64 c) {
+        T* turned = (T*)scratch<9>(D * sizeof(T));
         for (i64 t = c * chunk; t < std::min(tokens, (c + 1) * chunk); t++) {
-            T* to = k_pool + slots[t] * s.k_stride;
-            if (v) memcpy(v_pool + slots[t] * s.v_stride, v + t * ldv, v_size * sizeof(T));
-            if (!cos_sin) {
-                if (k) memcpy(to, k + t * ldk, k_size * sizeof(T));
-                continue;
+            P *to = k_pool + slots[t] * s.k_stride, *value = v_pool + slots[t] * s.v_stride;
+            if constexpr (std::is_same<T, P>::value) {
+                if (v) memcpy(value, v + t * ldv, v_size * sizeof(T));
+                if (k && !cos_sin) memcpy(to, k + t * ldk, k_size * sizeof(T));
+            } else {
+                for (i64 h = 0; v && h < s.kv_heads; h++) write_codes(v + t * ldv + h * s.V, s.V, s.V, value, v_size, h, 1);
             }
-            const float* angle = cos_sin + (i64)positions[t] * rot;
-            for (i64 h = 0; k && h < s.kv_heads; h++) rope_head(k + t * ldk + h * D, to + h * D, angle, rot, D);
-            for (i64 h = 0; h < s.heads; h++) rope_head(q + t * ldq + h * D, q + t * ldq + h * D, angle, rot, D);
+            const float* angle = cos_sin ? cos_sin + (i64)positions[t] * rot : nullptr;
+            for (i64 h = 0; k && h < s.kv_heads; h++) {
+                const T* key = k + t * ldk + h * D;
+                if constexpr (std::is_same<T, P>::value) {
+                    if (angle) rope_head(key, to + h * D, angle, rot, D);
+                } else {
+                    if (angle) rope_head(key, turned, angle, rot, D);
+                    write_codes(angle ? turned : key, D, s.split, to, k_size, h, parts);
+                }
+            }
+            for (i64 h = 0; angle && h < s.heads; h++) rope_head(q + t * ldq + h * D, q + t * ldq + h * D, angle, rot, D);
         }
     });
 }
@@ -1377,7 +1419,6 @@ int32_t rank_row(const float* x, i64 V, float value) {
     return rank;
 }
 
-#include "kernels_packed.h"
 #include "kernels_state.h"
 #include "kernels_lora.h"
 
@@ -1433,36 +1474,36 @@ EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64
     else linear((const bf16*)x, ldx, M, K, narrow, N, bias, (bf16*)out, ldo, (int)threads);
 }
 
-#define BY_CODES(bits, low, statement)                                  \
-    if ((bits) == 4) {                                                  \
-        if (low) { typedef Codes<4, true> C; constexpr int B = 4; constexpr bool L = true; statement; }   \
-        else { typedef Codes<4, false> C; constexpr int B = 4; constexpr bool L = false; statement; }     \
-    } else {                                                            \
-        if (low) { typedef Codes<8, true> C; constexpr int B = 8; constexpr bool L = true; statement; }   \
-        else { typedef Codes<8, false> C; constexpr int B = 8; constexpr bool L = false; statement; }     \
+// By the numbers of ops/coded.py.
+#define BY_CODES(form, statement)                             \
+    switch (form) {                                           \
+        case 0: { typedef Codes<4, false> C; statement; }     \
+        case 1: { typedef Codes<4, true> C; statement; }      \
+        case 2: { typedef Codes<8, false> C; statement; }     \
+        case 3: { typedef Codes<8, true> C; statement; }      \
+        default: { typedef Codes<8, false, true> C; statement; } \
     }
 
 // In words of 32 bits.
-EXPORT int64_t ol_codes_size(int64_t bits, int64_t low, int64_t N, int64_t K) {
-    BY_CODES(bits, low, (void)B; (void)L; return (N + NR - 1) / NR * (K / CODE_BLOCK) * C::block)
-    return 0;
+EXPORT int64_t ol_codes_size(int64_t form, int64_t N, int64_t K) {
+    BY_CODES(form, return (N + NR - 1) / NR * (K / CODE_BLOCK) * C::block)
 }
 
-EXPORT void ol_pack_codes(int64_t bits, int64_t low, const void* codes, const float* scale, const float* add, int64_t N, int64_t K,
-                          void* out, int64_t threads) {
-    BY_CODES(bits, low, (void)sizeof(C); pack_codes<B COMMA L>((const uint8_t*)codes, scale, add, N, K, (uint32_t*)out, (int)threads))
+EXPORT void ol_pack_codes(int64_t form, const void* codes, const float* scale, const float* add, int64_t N, int64_t K, void* out,
+                          int64_t threads) {
+    BY_CODES(form, return pack_codes<C>((const uint8_t*)codes, scale, add, N, K, (uint32_t*)out, (int)threads))
 }
 
-EXPORT void ol_code_rows(int64_t bits, int64_t low, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count,
-                         void* out, int64_t threads) {
-    BY_CODES(bits, low, (void)sizeof(C); BY_TYPE(type, code_rows<B COMMA L>((const uint32_t*)w, K, ids, wide != 0, count, (T*)out, (int)threads)))
+EXPORT void ol_code_rows(int64_t form, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count, void* out,
+                         int64_t threads) {
+    BY_CODES(form, BY_TYPE(type, return code_rows<C>((const uint32_t*)w, K, ids, wide != 0, count, (T*)out, (int)threads)))
 }
 
 // x and out are of one type.
-EXPORT void ol_linear_codes(int64_t bits, int64_t low, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w,
-                            int64_t N, const float* bias, void* out, int64_t ldo, int64_t threads) {
-    BY_CODES(bits, low, (void)B; (void)L; const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
-             BY_TYPE(type, linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
+EXPORT void ol_linear_codes(int64_t form, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N,
+                            const float* bias, void* out, int64_t ldo, int64_t threads) {
+    BY_CODES(form, const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
+             BY_TYPE(type, return linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
 }
 
 // The types of GGUF, by their numbers.
@@ -1530,6 +1571,11 @@ EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual
                                         (int)threads))
 }
 
+// Rows of so many bytes, ldx bytes apart, to one behind the other.
+EXPORT void ol_copy_rows(const void* x, int64_t ldx, int64_t rows, int64_t bytes, void* out) {
+    for (i64 r = 0; r < rows; r++) memcpy((char*)out + r * bytes, (const char*)x + r * ldx, bytes);
+}
+
 EXPORT void ol_gate_and_mul(int64_t type, const void* x, int64_t ldx, void* out, int64_t rows, int64_t I, int64_t gelu, int64_t threads) {
     BY_TYPE(type, if (gelu) gate_and_mul<T COMMA true>((const T*)x, ldx, (T*)out, rows, I, (int)threads);
             else gate_and_mul<T COMMA false>((const T*)x, ldx, (T*)out, rows, I, (int)threads))
@@ -1544,6 +1590,7 @@ struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len, *positions;
     const int64_t* kv_slots;
     int64_t rows, tokens, heads, kv_heads, head_dim, value_dim, k_stride, v_stride, page_size, both, type, threads;
+    int64_t codes, split;  // keys and values in eight bits
     float scale, softcap;
 };
 
@@ -1551,12 +1598,14 @@ EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const voi
                          void* v_pool, void* out, int64_t window, int64_t chunks, const float* sinks, const float* cos_sin, int64_t rot) {
     Step s{a->qo_indptr, a->kv_indptr, a->kv_indices, a->last_page_len, a->rows,      a->heads, a->kv_heads, a->head_dim,
            a->value_dim, a->k_stride,  a->v_stride,   a->page_size,     window,       a->both,  a->scale,    a->softcap,
-           sinks,        chunks != 0};
+           sinks,        chunks != 0,  a->split};
     const int threads = (int)a->threads;
-    BY_TYPE(a->type,
-            write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (T*)k_pool, (T*)v_pool, cos_sin, rot,
-                     a->positions, threads);
-            attend(s, (const T*)q, ldq, (T*)out, (const T*)k_pool, (const T*)v_pool, threads))
+#define WITH_POOLS(P)                                                                                                               \
+    write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (P*)k_pool, (P*)v_pool, cos_sin, rot,       \
+             a->positions, threads);                                                                                               \
+    attend(s, (const T*)q, ldq, (T*)out, (const P*)k_pool, (const P*)v_pool, threads);
+    BY_TYPE(a->type, if (a->codes) { WITH_POOLS(int8_t) } else { WITH_POOLS(T) })
+#undef WITH_POOLS
 }
 
 EXPORT void ol_convolve(int64_t type, const void* x, int64_t ldx, void* out, void* states, int64_t stride, const float* weight,
@@ -1612,6 +1661,39 @@ EXPORT void ol_ranks(const float* logits, int64_t V, const int64_t* rows, int64_
                      int64_t threads) {
     parallel(count, limit_threads((int)threads, (double)count * V, 262144),
              [&](i64 r) { out[r] = rank_row(logits + rows[r] * V, V, values[r]); });
+}
+
+// ---- calls that are made again, for recording.py: an entry takes its arguments from 64-bit words
+
+template <class A>
+INLINE A from_word(uint64_t word) {
+    A value;
+    if constexpr (std::is_floating_point_v<A>) {
+        const uint32_t bits = (uint32_t)word;
+        memcpy(&value, &bits, 4);
+    } else {
+        memcpy(&value, &word, 8);
+    }
+    return value;
+}
+template <class... A, size_t... I>
+INLINE void call_with(void (*function)(A...), const uint64_t* words, std::index_sequence<I...>) { function(from_word<A>(words[I])...); }
+template <class... A>
+constexpr std::index_sequence_for<A...> kinds_of(void (*)(A...)) { return {}; }
+template <auto Function>
+static void entry(const uint64_t* words) { call_with(Function, words, kinds_of(Function)); }
+
+EXPORT const void* ol_entry(const char* name) {
+#define ENTRY(function) \
+    if (!strcmp(name, #function)) return (const void*)entry<function>;
+    ENTRY(ol_linear) ENTRY(ol_linear_codes) ENTRY(ol_linear_blocks) ENTRY(ol_rms_norm) ENTRY(ol_gate_and_mul) ENTRY(ol_attention) ENTRY(ol_copy_rows)
+#undef ENTRY
+    return nullptr;
+}
+
+// calls: for each the entry, the number of its words, and they.
+EXPORT void ol_replay(const uint64_t* calls, int64_t count) {
+    for (i64 i = 0; i < count; i++, calls += 2 + calls[1]) ((void (*)(const uint64_t*))calls[0])(calls + 2);
 }
 
 // ---- the machine's limits, for bench/cpu.py

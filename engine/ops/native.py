@@ -1,6 +1,6 @@
 """Compiles kernels.cpp at first use, loads it through ctypes and hands out its functions.
 
-Called by the ops of this folder, on any thread. No torch headers: one build takes a few seconds and serves every
+Called by the ops of this folder, on any thread. No torch headers: one build, of half a minute, serves every
 torch. Without a compiler (or with ONELOOP_NO_NATIVE=1) `library()` is None and the ops fall back to torch;
 `status()` is the line that the start-up table shows.
 """
@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in ("packed", "state", "lora", "ranks"))
+INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in ("kv", "packed", "state", "lora", "ranks"))
 # GCC sums integers as a tree when left to itself: every product is then a register, and most of them go to the stack.
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fno-tree-reassoc"),
@@ -46,16 +46,17 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_pack_weight": (None, [_I, _P, _I, _I, _P, _I]),
     "ol_unpack_rows": (None, [_I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear": (None, [_I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I, _I]),
-    "ol_codes_size": (_I, [_I, _I, _I, _I]),
-    "ol_pack_codes": (None, [_I, _I, _P, _P, _P, _I, _I, _P, _I]),
-    "ol_code_rows": (None, [_I, _I, _I, _P, _I, _P, _I, _I, _P, _I]),
-    "ol_linear_codes": (None, [_I, _I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
+    "ol_codes_size": (_I, [_I, _I, _I]),
+    "ol_pack_codes": (None, [_I, _P, _P, _P, _I, _I, _P, _I]),
+    "ol_code_rows": (None, [_I, _I, _P, _I, _P, _I, _I, _P, _I]),
+    "ol_linear_codes": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_packed_blocks": (_I, [_I, _I, _I]),
     "ol_pack_blocks": (_I, [_I, _P, _I, _I, _P, _I]),
     "ol_block_rows": (None, [_I, _I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear_blocks": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_linear_heads": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I, _I]),
     "ol_rms_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _I]),
+    "ol_copy_rows": (None, [_P, _I, _I, _I, _P]),
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),
     "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _I]),
@@ -74,9 +75,16 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_ranks_arrive": (None, [_P]),
     "ol_ranks_meet": (_I, [_P, _I, _I]),
     "ol_ranks_sum": (_I, [_P, _I, _P, _P, _I, _I, _P, _I, _I]),
+    "ol_entry": (_P, [ctypes.c_char_p]),
+    "ol_replay": (None, [_P, _I]),
     "ol_read": (ctypes.c_double, [_P, _I, _I]),
     "ol_fma": (ctypes.c_double, [_I, _I]),
 }
+
+
+def argument_kinds(name: str) -> list[object]:
+    """Types of a kernel's arguments."""
+    return _SIGNATURES[name][1]
 
 
 class Library:
@@ -92,6 +100,9 @@ class Library:
                 function.restype, function.argtypes = result, arguments
         self.lanes: int = self.hold.ol_vector_lanes()
         self.multiplies_bf16: bool = bool(self.hold.ol_multiplies_bf16())
+        # By name: addresses by which `ol_replay` calls a kernel; of those that it can.
+        found = {name: self.hold.ol_entry(name.encode()) for name in _SIGNATURES}
+        self.entries: dict[str, int] = {name: entry for name, entry in found.items() if entry}
         self.has_openmp: bool = self.release.ol_threads(2) == 2
 
     def by_work(self, work: int) -> ctypes.PyDLL | ctypes.CDLL:
@@ -221,6 +232,7 @@ def _compiled(compiler: str, *, openmp: bool) -> Path:
     if target.exists():
         return target
     start = time.perf_counter()
+    logger.info("compiling the CPU kernels, once for this machine: half a minute or more")
     # Concurrent starts each build their own and the last rename wins: all are equal.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         obj, shared = Path(folder) / "kernels.o", Path(folder) / "kernels.so"

@@ -105,6 +105,19 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return out, residual
 
 
+def as_rows(x: Tensor, width: int) -> Tensor:
+    """[T, heads, D] -> [-1, width], x.reshape; where it must copy, by a kernel: a recorded step makes that again."""
+    library = native.library()
+    within = x.stride(2) == 1 and x.stride(1) == x.shape[2]
+    if x.is_contiguous() or library is None or not x.is_cpu or not within or x.shape[0] > 64:
+        return x.reshape(-1, width)
+    out = torch.empty(x.shape, dtype=x.dtype)
+    size = x.element_size()
+    bytes_of_token = x.shape[1] * x.shape[2] * size
+    library.hold.ol_copy_rows(x.data_ptr(), x.stride(0) * size, x.shape[0], bytes_of_token, out.data_ptr())
+    return out.view(-1, width)
+
+
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The same in torch."""
     wide = x.float()

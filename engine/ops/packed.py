@@ -154,3 +154,13 @@ class MixedLinear(Linear):
                 out[:, column : column + part.out_features] = part(x)
             column += part.out_features
         return out
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """See Linear.rows; of parts that can give theirs."""
+        out = torch.empty((len(ids), self.in_features), dtype=self.dtype)
+        first = 0
+        for part in self.parts:
+            own = (ids >= first) & (ids < first + part.out_features)
+            out[own] = part.rows(ids[own] - first)
+            first += part.out_features
+        return out

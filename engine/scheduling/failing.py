@@ -12,7 +12,7 @@ from engine.forward import ForwardError, ForwardOutput, Int32Array
 from engine.request import FinishReason
 from engine.scheduling.batch import Batch, StepResult
 from engine.scheduling.residents import Residents
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.sequence import Sequence, SequenceStatus
 
 
 class Failing(Residents):
@@ -88,15 +88,15 @@ class Failing(Residents):
         return ended
 
     def _distrust_heirs(self) -> list[Sequence]:
-        """Who shares a page that was taken back: its tokens in flight come from there."""
+        """Who shares a page that was taken back: its tokens in flight come from there. Returns those that still run."""
         heirs = [
             sequence
-            for sequence in self._running
+            for sequence in (*self._running, *self._leaving)
             if sequence.pages is not None and not self.kv_cache.is_intact(sequence.pages)
         ]
         for sequence in heirs:
             self._table.live[sequence.slot] = False
-        return heirs
+        return [sequence for sequence in heirs if sequence.status is SequenceStatus.RUNNING]
 
     def _end_step(self, batch: Batch) -> None:
         assert batch.in_flight and batch.forward_input.step == self._committed_step + 1, "steps out of order"

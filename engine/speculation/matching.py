@@ -110,7 +110,7 @@ class _Namespace:
 class Store:
     """What the sequences of each namespace went on with, the namespaces in order of use.
 
-    max_bytes: of all, about. max_answers: of a namespace, or as many as there is room for.
+    max_bytes: of all, about. max_answers: of a namespace, 0 for none, None for as many as there is room for.
     """
 
     def __init__(self, order: int, *, max_bytes: int = STORE_BYTES, max_answers: int | None = None) -> None:
@@ -137,6 +137,8 @@ class Store:
 
     def begin(self, name: str) -> None:
         """An answer begins."""
+        if self._most_answers == 0:
+            return
         space = self._space(name)
         space.answers += 1
         if self._most_answers is not None and 2 * space.answers > self._most_answers:
@@ -145,6 +147,8 @@ class Store:
 
     def add(self, name: str, tokens: list[int], first: int, last: int) -> None:
         """See TextIndex.add."""
+        if self._most_answers == 0:
+            return
         space = self._space(name)
         before = space.size
         space.young.add(tokens, first, last)

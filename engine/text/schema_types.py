@@ -122,6 +122,9 @@ class SchemaTypes:
                 return str(int(value)) if whole else found
         if "string" in types:
             return json.dumps(text, ensure_ascii=False)
+        if found == "null":
+            # For no value at all: the text would be as wrong, and say less.
+            return found
         if found is not None and isinstance(value, str) and not value.startswith(('"', "'")):
             # Quoted, though it is no string.
             return self.read_value(value, schema)

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from engine.cache.history import Explanation, Visit, explain, is_number
 from engine.recorder import MAX_TRACED, Event, Tracer, now
+from engine.request import UnavailableError
 from server.protocol.body import invalid
 from server.protocol.errors import ApiError, json_response
 from server.sse import EVENT_HEADERS, KEEP_ALIVE, EventStream
@@ -33,14 +34,19 @@ async def events(request: web.Request) -> web.StreamResponse:
         raise invalid("limit", "must be a number of snapshots")
     left = int(text) or None
     async with contextlib.aclosing(state.live.snapshots()) as snapshots:
-        first = await anext(snapshots)
+        first = await anext(snapshots, None)
+        if first is None:
+            raise UnavailableError("What this page shows cannot be gathered at the moment.")
         stream = await EventStream.open(request, EVENT_HEADERS, KEEP_ALIVE, state.options.keep_alive_interval_s)
         with contextlib.suppress(ConnectionError):
             async with stream:
                 await stream.write(b"data: " + first + b"\n\n")
                 # Somebody who looks must not hold up the end.
                 while not state.engine.draining and left != 1:
-                    await stream.write(b"data: " + await anext(snapshots) + b"\n\n")
+                    following = await anext(snapshots, None)
+                    if following is None:
+                        break
+                    await stream.write(b"data: " + following + b"\n\n")
                     left = None if left is None else left - 1
     return stream.response
 

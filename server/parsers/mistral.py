@@ -14,6 +14,7 @@ from server.parsers.base import SPACE, Malformed, Scanner, Steps, ToolFamily
 from server.parsers.call_objects import close_call, read_call_list, read_call_object
 from server.parsers.formats import json_call, schema_of, tags
 from server.parsers.json_text import read_arguments
+from server.parsers.pythonic import is_python_call, read_python_call
 
 _OPEN, _CLOSE, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[/TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _ENDS = (_CLOSE, _OPEN)
@@ -54,6 +55,9 @@ def _read_objects(scanner: Scanner) -> Steps[None]:
 
 
 def _read_named(scanner: Scanner) -> Steps[None]:
+    if (yield from is_python_call(scanner)):
+        yield from read_python_call(scanner)
+        return
     name = yield from scanner.word(_NAME)
     if (yield from scanner.accept(_ID, spaced=True)):
         yield from scanner.space()

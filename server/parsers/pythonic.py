@@ -42,14 +42,14 @@ def _run(scanner: Scanner) -> Steps[None]:
         if marker == _OPEN:
             yield from _read_list(scanner, marked=True)
             yield from scanner.accept(_CLOSE, spaced=True)
-        elif (yield from _is_call(scanner)):
+        elif (yield from is_python_call(scanner)):
             scanner.skip(-1)
             yield from _read_list(scanner)
         else:
             scanner.fail()
 
 
-def _is_call(scanner: Scanner) -> Steps[bool]:
+def is_python_call(scanner: Scanner) -> Steps[bool]:
     """Whether a declared name and a bracket come next."""
     _, begin = yield from scanner.look_past(SPACE)
     character, end = yield from scanner.look_past(NAME_CHARACTERS, begin)
@@ -61,7 +61,7 @@ def _read_list(scanner: Scanner, *, marked: bool = False) -> Steps[None]:
     try:
         yield from scanner.space()
         is_list = yield from scanner.accept("[")
-        if not is_list and not (marked and (yield from _is_call(scanner))):
+        if not is_list and not (marked and (yield from is_python_call(scanner))):
             raise Malformed
         while True:
             yield from scanner.space()

@@ -13,6 +13,7 @@ TAGS = Tags(
     key=("<parameter=", ">"),
     value=("", "</parameter>"),
     also=("<function name=", "<parameter name="),
+    loose=("<function =", "<parameter ="),
     lead=("<tool_call>",),
     tail=("</tool_call>",),
     around=("<tool_call>\n", "\n</tool_call>"),

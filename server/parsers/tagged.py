@@ -16,10 +16,10 @@ from typing import Any
 
 from engine.text.schema_types import MAX_SCALAR, SchemaTypes, Types
 from server.parsers.base import MAX_NAME, SPACE, Malformed, Scanner, Steps, ToolFamily
-from server.parsers.call_objects import NAME_CHARACTERS, read_call_list, read_call_object
+from server.parsers.call_objects import read_call_list, read_call_object
 from server.parsers.formats import Format, const, either, schema_of, sequence, tags
 from server.parsers.json_text import json_escaped, read_arguments
-from server.parsers.pythonic import read_python_call
+from server.parsers.pythonic import is_python_call, read_python_call
 
 # Values that wait for their end; what passes this is text.
 _MAX_VALUE = 1 << 20
@@ -39,9 +39,10 @@ class Tags:
     behind `call_end`, all optional when they are read; around: how the model writes them. call: in front of the name
     and behind it; "" where white space ends it. key: in front of a parameter's name and behind it. value: in front of
     the value, "" where `key` does, and behind it. also: other ways to begin a call and a parameter, their names
-    as attributes. quoted: names are attributes. attribute: further attributes of a
-    parameter, one of which is written for a value of such types. count: an attribute that counts calls. escaped: & and
-    quotes in attributes are entities. special: the tokens that tags are made of, where they are no tokens themselves.
+    as attributes. loose: both as they are with a blank too many. quoted: names are attributes. attribute: further
+    attributes of a parameter, one of which is written for a value of such types. count: an attribute that counts
+    calls. escaped: & and quotes in attributes are entities. special: the tokens that tags are made of, where they are
+    no tokens themselves.
     line: what is written between tags. between: between calls. bare: calls begin without `lead` as well. framed: values
     stand on lines of their own, whose breaks are none of theirs.
     """
@@ -51,6 +52,7 @@ class Tags:
     key: tuple[str, str]
     value: tuple[str, str]
     also: tuple[str, str] = ("", "")
+    loose: tuple[str, str] = ("", "")
     section: tuple[str, str] = ("", "")
     lead: tuple[str, ...] = ()
     tail: tuple[str, ...] = ()
@@ -68,12 +70,12 @@ class Tags:
     @property
     def calls(self) -> tuple[str, ...]:
         """What stands in front of a call's name."""
-        return tuple(filter(None, (self.call[0], self.also[0])))
+        return tuple(filter(None, (self.call[0], self.also[0], self.loose[0])))
 
     @property
     def keys(self) -> tuple[str, ...]:
         """What stands in front of a parameter's name."""
-        return tuple(filter(None, (self.key[0], self.also[1])))
+        return tuple(filter(None, (self.key[0], self.also[1], self.loose[1])))
 
     @property
     def opens(self) -> tuple[str, ...]:
@@ -131,7 +133,7 @@ def _run(scanner: Scanner, spelling: Tags) -> Steps[None]:
         if marker is None:
             return
         # What stands outside of its tags, or begins in the other way, may be about anything.
-        declared = marker == spelling.also[0] or not (inside or marker in spelling.opens)
+        declared = marker in (spelling.also[0], spelling.loose[0]) or not (inside or marker in spelling.opens)
         try:
             while marker not in ("", *spelling.calls):
                 marker = yield from _accept_any(scanner, (*spelling.lead, *spelling.calls))
@@ -187,7 +189,7 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
         if (yield from scanner.space()) in ("{", "["):
             yield from _read_object(scanner, spelling)
             return
-        if (yield from _is_python(scanner)):
+        if (yield from is_python_call(scanner)):
             yield from read_python_call(scanner)
             return
         name = yield from scanner.word(_BARE_NAME)
@@ -239,7 +241,7 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
     elif tag or not scanner.closed or not scanner.cut:
         scanner.arguments("}" if num_values else "{}")
     scanner.end_call()
-    if tag != spelling.call_end:
+    if tag != spelling.call_end and rest.strip():
         scanner.content(rest)
 
 
@@ -257,12 +259,6 @@ def _read_named_object(scanner: Scanner, spelling: Tags, name: str) -> Steps[Non
     elif not scanner.cut:
         scanner.arguments("{}")
     scanner.end_call()
-
-
-def _is_python(scanner: Scanner) -> Steps[bool]:
-    """Whether a declared name and a bracket come next."""
-    character, distance = yield from scanner.look_past(NAME_CHARACTERS)
-    return character == "(" and scanner.is_declared(scanner.text[scanner.at : scanner.at + distance])
 
 
 def _ends_of(tag: tuple[str, str], begin: str) -> tuple[str, ...]:
@@ -298,7 +294,7 @@ def _is_head(scanner: Scanner, spelling: Tags) -> Steps[bool]:
 def _name_in(header: str, spelling: Tags, quoted: bool) -> str:
     """The name in what stands between the two parts of a tag. quoted: it is an attribute there."""
     if not (quoted or spelling.quoted):
-        return header.strip().strip("\"'")
+        return header.strip().removesuffix("/").strip().strip("\"'")
     found = _QUOTED.match(header)
     name = "" if found is None else (found[1] or found[2] or found[3] or "").strip()
     return name.replace("&quot;", '"').replace("&amp;", "&") if spelling.escaped else name
@@ -403,6 +399,7 @@ class Value:
         self._ends = ends
         self._framed = framed
         self._begun = False
+        self._line = ""
         self._types = types
         self._schema = schema
         self._pieces: list[str] = []
@@ -420,7 +417,19 @@ class Value:
             kept = without_begun(text, self._ends)
             text = kept if self._scanner.cut or len(text) - len(kept) > 2 else text
         if self._framed and not self._begun and text:
-            text, self._begun = text.removeprefix("\n"), True
+            self._line += text[0]
+            if self._line == "\r":
+                # Half of a line's end, perhaps.
+                text = text[1:]
+                if not text:
+                    return
+                self._line += text[0]
+            self._begun = True
+            if self._line in ("\n", "\r\n"):
+                text = text[1:]
+            else:
+                text = self._line[:-1] + text
+                self._line = ""
         self._pieces.append(text)
         self._size += len(text)
         if not self._streams and not self._is_decided_text():
@@ -451,7 +460,7 @@ class Value:
         if not whole:
             text = text.rstrip(SPACE)
         elif self._framed:
-            text = text.removesuffix("\n")
+            text = text.removesuffix("\r\n" if self._line == "\r\n" and text.endswith("\r\n") else "\n")
         if self._streams or self._is_text:
             self._send(text)
             self._scanner.arguments('"')

@@ -15,7 +15,7 @@ from server.protocol.body import Body, aside, check_nesting, invalid
 from server.protocol.chat import EFFORTS, encode_messages, is_begun, is_last_of_assistant, parse_chat
 from server.protocol.errors import message_with_field
 from server.protocol.generation import Plan, read_model, room_for, with_max_tokens
-from server.protocol.history import Turn, newest_turn, read_part, read_parts
+from server.protocol.history import Turn, newest_turn, of_result, read_part, read_parts
 from server.protocol.ignored import ignore
 from server.protocol.refusals import refuse
 from server.protocol.tool_fields import read_tools
@@ -386,7 +386,7 @@ def _read_block(
 
 def _read_result(block: dict[str, Any], names: dict[str, str], where: str) -> dict[str, Any]:
     """A turn of a tool. Its content is a list of texts."""
-    use, content = block.get("tool_use_id"), block.get("content")
+    use, content = block.get("tool_use_id"), of_result(block.get("content"))
     if not isinstance(use, str):
         raise invalid(f"{where}.tool_use_id", "must be a string")
     texts = [content] if isinstance(content, str) else _read_texts(content, f"{where}.content")

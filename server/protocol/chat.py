@@ -24,7 +24,7 @@ from server.parsers.base import ReasoningFamily, ReasoningState, ReasoningStyle,
 from server.parsers.raw import raw_family
 from server.protocol.body import Body, aside, check_nesting, invalid
 from server.protocol.generation import Plan, make_plan, read_common
-from server.protocol.history import Turn, newest_turn, read_parts, texts_in
+from server.protocol.history import Turn, newest_turn, of_result, read_parts, texts_in
 from server.protocol.ignored import ignore
 from server.protocol.refusals import CHAT_REFUSALS, refuse
 from server.protocol.structure import make_structure
@@ -284,7 +284,9 @@ def _read_message(message: Any, where: str, newest: bool) -> dict[str, Any]:
         found = [_read_tool_call(call, f"{where}.tool_calls[{index}]") for index, call in enumerate(calls)]
         read["tool_calls"] = [call for call in found if call is not None]
     content = message.get("content")
-    if role == "assistant" and isinstance(content, list):
+    if read["role"] == "tool":
+        content = of_result(content)
+    if role == "assistant":
         content = _read_thoughts(content, read)
     if content is None and role == "assistant" and isinstance(message.get("refusal"), str):
         # What the assistant would not say, it said.
@@ -297,20 +299,27 @@ def _read_message(message: Any, where: str, newest: bool) -> dict[str, Any]:
     return read
 
 
-def _read_thoughts(content: list[Any], read: dict[str, Any]) -> list[Any]:
-    """The parts of an answer that are its text. Thoughts, as Mistral's API writes them, become the reasoning;
-    its calls over again, as frameworks keep them for Anthropic's API, are dropped."""
+def _read_thoughts(content: Any, read: dict[str, Any]) -> Any:
+    """The parts of an answer that are its text. Thoughts, as Mistral's API writes them, become the reasoning, as do
+    those that gateways keep beside the content; its calls over again, as frameworks keep them for Anthropic's API, are
+    dropped."""
+    beside = (read.get(name) for name in ("reasoning_details", "thinking_blocks"))
+    kept = next((parts for parts in beside if isinstance(parts, list)), [])
+    thoughts = [text for part in kept if isinstance(part, dict) for text in _thoughts_of(part)]
     rest: list[Any] = []
-    thoughts: list[str] = []
-    for part in content:
+    for part in content if isinstance(content, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if kind in ("thinking", "reasoning"):
-            thoughts += texts_in([part.get(name) for name in ("thinking", "reasoning", "text", "summary", "content")])
+            thoughts += [] if kept else _thoughts_of(part)
         elif not (kind in ("tool_use", "tool_call", "function_call") and read.get("tool_calls")):
             rest.append(part)
     if thoughts and read.get("reasoning_content") is None and read.get("reasoning") is None:
         read["reasoning_content"] = read["reasoning"] = "".join(thoughts)
-    return rest
+    return rest if isinstance(content, list) else content
+
+
+def _thoughts_of(part: dict[str, Any]) -> list[str]:
+    return texts_in([part.get(name) for name in ("thinking", "reasoning", "text", "summary", "content")])
 
 
 def _read_content(content: Any, where: str, newest: bool) -> str | list[dict[str, str]]:

@@ -6,6 +6,7 @@ picture or a file an error: it is what the answer was to be about. Pure.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -92,6 +93,17 @@ def read_parts(content: Any, where: str, *, newest: bool = False) -> list[str]:
     """The texts of a content that is a list of parts."""
     texts = (read_part(part, f"{where}[{index}]", newest=newest) for index, part in enumerate(content))
     return [text for text in texts if text is not None]
+
+
+def of_result(content: Any) -> Any:
+    """What a tool gave back, as a text or a list of parts: programs send on whatever their function returned."""
+    if content is None or isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = [{"type": "text", "text": part} if isinstance(part, str) else part for part in content]
+        if all(isinstance(part, dict) and "type" in part for part in parts):
+            return parts
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
 
 
 def texts_in(value: Any) -> list[str]:

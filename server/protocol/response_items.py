@@ -14,7 +14,7 @@ import orjson
 
 from server.custom_calls import INPUT
 from server.protocol.body import invalid
-from server.protocol.history import Turn, read_part, read_parts, texts_in
+from server.protocol.history import Turn, of_result, read_part, read_parts, texts_in
 from server.protocol.ignored import clean, ignore
 from server.protocol.sealed import unseal
 
@@ -159,13 +159,8 @@ def _named(value: Json, where: str) -> Json:
 
 
 def _read_output(value: Json, where: str) -> Json:
-    output = value.get("output")
-    if output is None:
-        output = ""
-    elif isinstance(output, dict):
-        # What a function gave back, as it is.
-        output = orjson.dumps(output).decode()
-    elif not isinstance(output, str):
+    output = of_result(value.get("output")) or ""
+    if isinstance(output, list):
         output = _read_content(output, f"{where}.output", False, False)
     return {"status": "completed", "call_id": _string(value, "call_id", where), "output": output}
 
@@ -185,6 +180,8 @@ def _read_texts(parts: Any, where: str, kind: str) -> list[Json]:
     """The parts of a reasoning item."""
     if parts is None:
         return []
+    if isinstance(parts, str):
+        return [{"type": kind, "text": parts}]
     if not isinstance(parts, list):
         raise invalid(where, f"must be a list of parts of type `{kind}` with a `text`")
     return [{"type": kind, "text": text} for text in read_parts(parts, where)]

@@ -132,6 +132,8 @@ def one_thread() -> Iterator[None]:
 class DenseAttention:
     """One whole sequence at once: no pages, no cache."""
 
+    recordings = None
+
     def __init__(self, model: CausalLM) -> None:
         self.spec = model.attention_spec
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}

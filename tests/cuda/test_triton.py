@@ -415,16 +415,24 @@ def test_filtered_rows_as_chats_ask_for_them() -> None:
 )
 def test_the_filters_allow_what_the_cpus_do(filters: dict[str, float], allowed: set[int]) -> None:
     """Exactly the allowed ids are drawn; of ties with a border all stay for top_k, the lowest ids for top_p."""
-    rows = 40
-    params = params_of(rows)
-    params["temperature"], params["seed"], params["min_length"] = 1.0, np.arange(rows), 0
-    for name, value in filters.items():
-        params[name] = value
-    logits = torch.tensor([-40.0, 3.0, 1.0, 1.0, 0.0, 1.0, float("-inf")], device=DEVICE).repeat(rows, 1)
-    positions = np.zeros(rows, np.int32)
-    ours = sample_rows(logits, params, torch.from_numpy(positions).to(DEVICE), filtered=True)
-    expected = sampler.sample(logits.cpu(), params, positions)
-    assert set(ours) == allowed and ours == expected.tolist()
+    row = torch.tensor([-40.0, 3.0, 1.0, 1.0, 0.0, 1.0, float("-inf")])
+
+    def drawn(seeds: list[int], filters: dict[str, float]) -> tuple[Any, Tensor, Any, list[int]]:
+        params = params_of(len(seeds))
+        params["temperature"], params["seed"], params["min_length"] = 1.0, seeds, 0
+        for name, value in filters.items():
+            params[name] = value
+        logits, positions = row.repeat(len(seeds), 1), np.zeros(len(seeds), np.int32)
+        return params, logits, positions, sampler.sample(logits, params, positions).tolist()
+
+    # Seeds that draw every id there is without a filter, and every allowed one with it.
+    many = list(range(200))
+    free, held = (np.array(drawn(many, each)[3]) for each in ({}, filters))
+    assert set(held) == allowed and set(free) == {1, 2, 3, 4, 5}
+    seeds = sorted({int(seed) for ids in (free, held) for each in set(ids) for seed in np.flatnonzero(ids == each)[:2]})
+    params, logits, positions, expected = drawn(seeds, filters)
+    ours = sample_rows(logits.to(DEVICE), params, torch.from_numpy(positions).to(DEVICE), filtered=True)
+    assert set(ours) == allowed and ours == expected
 
 
 @pytest.mark.parametrize(

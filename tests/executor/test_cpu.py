@@ -256,6 +256,15 @@ def test_memory_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
         pages(num_pages=5000)
 
 
+def test_what_the_cache_holds() -> None:
+    assert cpu_start.pick_kv_dtype("auto", torch.bfloat16) == torch.bfloat16
+    assert cpu_start.pick_kv_dtype("int8", torch.bfloat16) == torch.int8
+    assert plan_memory(SIZES, torch.int8, CacheOptions(kv_cache_bytes=100 * PER_PAGE), 64, 1 << 20) == 192
+    for name, keeps, says in (("fp8", True, "on a CPU auto and int8"), ("int8", False, "keeps no keys and values")):
+        with pytest.raises(StartupError, match=f"^--kv-cache-dtype {name}: .*{says}"):
+            cpu_start.pick_kv_dtype(name, torch.float32, keeps=keeps)
+
+
 def test_available_memory_is_sane() -> None:
     assert 2**20 < cpu_start.available_memory() < 2**50
     assert 1 <= cpu_start.available_cores() <= 4096

@@ -15,7 +15,7 @@ from engine.forward import Limits
 from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers
 from engine.request import Adapter, Pooling, Request, SamplingParams
-from engine.speculation.base import make_proposer
+from engine.speculation.registry import make_proposer
 from tests.lora.handmade import factors, write
 from tests.models.support import load, make_checkpoint, prompts_of
 

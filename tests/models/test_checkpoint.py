@@ -240,6 +240,8 @@ load_model(read_spec(small), small, dtype=torch.bfloat16, device=torch.device("c
 before = resident()
 model = load_model(read_spec(directory), directory, dtype=torch.bfloat16, device=torch.device("cpu"))
 print(resident() - before)
+# What only compilers of torch need, and half a second.
+assert "sympy" not in sys.modules
 """
 
 

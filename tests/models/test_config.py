@@ -55,6 +55,13 @@ def test_reads_what_it_says(tmp_path: Path) -> None:
     assert read(tmp_path, num_key_value_heads=...).num_kv_heads == 4
     assert read(tmp_path, torch_dtype=...).dtype == "bfloat16"
     assert read(tmp_path, torch_dtype=..., dtype="float32").dtype == "float32"
+    for given, expected in (
+        ("auto", "bfloat16"),
+        ("torch.float32", "float32"),
+        ("half", "float16"),
+        (None, "bfloat16"),
+    ):
+        assert read(tmp_path, torch_dtype=given).dtype == expected
 
 
 def test_both_forms_of_rope_agree(tmp_path: Path) -> None:

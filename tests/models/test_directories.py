@@ -94,7 +94,7 @@ def test_an_equal_output_layer_is_the_embedding(
 
 
 def test_the_difference_lies_in_a_later_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.models.loading.weights.CHUNK_BYTES", 800)
+    monkeypatch.setattr("engine.models.loading.finding.CHUNK_BYTES", 800)
     test_one_value_is_a_difference(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,6 +14,7 @@ from engine.executor.tables import PagedMetadata
 from engine.forward import Limits
 from engine.groups import Chunk, MemoryGroup, plan_groups
 from engine.ops import native
+from engine.ops.attention import coded
 from engine.ops.attention.base import AttentionSpec, LayerAttention, create_backend
 from engine.ops.attention.sequence import attend_sequence
 from engine.ops.attention.torch_paged import Backend
@@ -30,6 +32,7 @@ class Case:
     rows: list[tuple[int, int]]
     dtype: torch.dtype
     seed: int = 0
+    kv_dtype: torch.dtype | None = None
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     queries: list[Tensor] = field(default_factory=list)
@@ -67,11 +70,13 @@ class Case:
         spec, size = self.layer_of(layer), self.page_size
         counts = [-(-sum(self.rows[i]) // size) for i in chosen]
         num_pages = sum(counts) + 3
-        backend = create_backend("torch_paged", self.spec, num_pages=num_pages, page_size=size, dtype=self.dtype)
+        backend = create_backend(
+            "torch_paged", self.spec, num_pages=num_pages, page_size=size, dtype=self.dtype, kv_dtype=self.kv_dtype
+        )
         assert isinstance(backend, Backend)
-        # What no row owns must never be read.
+        # What no row owns must never be read; -1 is no number as a scale.
         for pool in (*backend.k_pools, *backend.v_pools):
-            pool.fill_(float("nan"))
+            pool.fill_(-1 if self.kv_dtype == torch.int8 else float("nan"))
         pages = np.split(rng.permutation(np.arange(1, num_pages + 1))[: sum(counts)], np.cumsum(counts)[:-1])
         metadata = PagedMetadata(Limits(len(chosen), 4096, 4096, size, num_pages, 10))
         lengths = np.array([self.rows[i][1] for i in chosen], np.int32)
@@ -93,8 +98,15 @@ class Case:
             start, old = self.rows[i][0], torch.from_numpy(slot[: self.rows[i][0]].astype(np.int64))
             place = backend._places[layer]
             assert place is not None
-            for pool, data in ((place.k_pool, self.keys[i]), (place.v_pool, self.values[i])):
-                pool.flatten(0, 1)[old] = data[:start]
+            for pool, scales, data in (
+                (place.k_pool, place.k_scales, self.keys[i]),
+                (place.v_pool, place.v_scales, self.values[i]),
+            ):
+                if place.k_scales is None:
+                    pool.flatten(0, 1)[old] = data[:start]
+                elif scales is not None:
+                    split = coded.split_of(spec) if pool is place.k_pool else spec.value_dim
+                    pool.flatten(0, 1)[old], scales.flatten(0, 1)[old] = coded.to_codes(data[:start], split)
         # Beside one another, as a projection gives them.
         parts = [
             [self.queries[i].flatten(1), *(x[i][self.rows[i][0] :].flatten(1) for x in (self.keys, self.values))]
@@ -113,8 +125,14 @@ class Case:
         """Dense attention in float64."""
         spec, (start, length) = self.layer_of(layer), self.rows[i]
         group = spec.num_heads // spec.num_kv_heads
-        keys = self.keys[i].double().repeat_interleave(group, 1).transpose(0, 1)
-        values = self.values[i].double().repeat_interleave(group, 1).transpose(0, 1)
+        kept, kept_values = self.keys[i], self.values[i]
+        if self.kv_dtype == torch.int8:
+            split = coded.split_of(spec)
+            kept = coded.to_numbers(*coded.to_codes(kept, split), split)
+            own = coded.to_numbers(*coded.to_codes(kept_values, spec.value_dim), spec.value_dim)
+            kept_values = kept[:, :, : spec.value_dim] if spec.values_in_keys else own
+        keys = kept.double().repeat_interleave(group, 1).transpose(0, 1)
+        values = kept_values.double().repeat_interleave(group, 1).transpose(0, 1)
         scores = self.queries[i].double().transpose(0, 1) @ keys.transpose(1, 2) * spec.scale
         if spec.softcap is not None:
             scores = spec.softcap * torch.tanh(scores / spec.softcap)
@@ -138,8 +156,8 @@ def spec(heads: int, kv_heads: int, dim: int, window: int | None = None, softcap
 SHAPES = [(4, 2, 64), (4, 1, 64), (3, 3, 16), (8, 2, 80), (2, 1, 20), (14, 2, 8), (7, 1, 128), (2, 2, 256)]
 
 
-def assert_close(got: Tensor, exact: Tensor) -> None:
-    limit = 2e-6 if got.dtype == torch.float32 else 1.2e-2
+def assert_close(got: Tensor, exact: Tensor, most: float | None = None) -> None:
+    limit = most or (2e-6 if got.dtype == torch.float32 else 1.2e-2)
     assert (got.double() - exact).abs().max() <= limit * max(1.0, float(exact.abs().max()))
 
 
@@ -209,6 +227,63 @@ def test_other_shapes_depend_on_nothing_but_their_context(kernels: native.Librar
         for i in range(3):
             assert torch.equal(case.run([i], layout_seed=9 + i)[0], batch[i]), (i, threads)
     torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "odd"])
+def test_eight_bits_of_each_token_are_what_is_attended_to(mode: str, kind: str) -> None:
+    """As exact as floats are, of the numbers that the codes stand for; and the same bits in any company and chunks."""
+    layer = LayerAttention(9, 3, 23, 23, 0.2, 300, softcap=20.0) if kind == "odd" else layer_of(kind)
+    rows = [(1200, 1), (0, 1), (90, 1), (0, 130), (530, 75), (3, 2)]
+    for dtype in DTYPES:
+        case = Case(AttentionSpec((layer,)), 16, rows, dtype, kv_dtype=torch.int8)
+        batch = case.run(list(range(len(rows))))
+        for i, got in enumerate(batch):
+            # Queries have sixteen bits there.
+            assert_close(got, case.exact(i), 5e-5 if dtype == torch.float32 else None)
+        if mode == "native":
+            torch.set_num_threads(2)
+            for i in (0, 4):
+                assert torch.equal(case.run([i], layout_seed=9 + i)[0], batch[i])
+            torch.set_num_threads(1)
+            single = Case(case.spec, 7, [(530 + 20, 1)], dtype, kv_dtype=torch.int8)
+            single.keys, single.values = [case.keys[4][:551]], [case.values[4][:551]]
+            single.queries = [case.queries[4][20:21]]
+            assert torch.equal(single.run([0])[0][0], batch[4][20])
+
+
+def test_codes_are_the_same_everywhere(kernels: native.Library) -> None:
+    """What the kernel writes of a step, bit for bit what torch makes of it; of odd numbers, too."""
+    layer = LayerAttention(4, 2, 21, 21, 1.0)
+    backends = [
+        Backend(AttentionSpec((layer,)), num_pages=2, page_size=8, dtype=torch.float32, kv_dtype=torch.int8)
+        for _ in range(2)
+    ]
+    k, v = torch.randn(2, 7, 2, 21, generator=torch.Generator().manual_seed(2)) * 3
+    k[0, 0, 3], k[1, 1], k[2, 0, 20], k[3] = torch.inf, 0.0, torch.nan, 1e-37
+    v[0], v[1, :, 2], v[2] = 3e38, -127.0, v[2] * 1e-20
+    steps = PagedMetadata(Limits(1, 64, 64, 8, 2, 10))
+    steps.num_rows = 1
+    steps.qo_indptr = np.array([0, 7], np.int32)
+    steps.kv_indptr, steps.kv_indices = np.array([0, 1], np.int32), np.array([1], np.int32)
+    steps.kv_len = steps.last_page_len = np.array([7], np.int32)
+    steps.positions = np.arange(7, dtype=np.int32)
+    steps.kv_slots = np.arange(8, 15)
+    for backend, by in zip(backends, (contextlib.nullcontext(), native.disabled()), strict=True):
+        with by:
+            backend.plan(steps)
+            backend.forward(0, torch.zeros(7, 4, 21), k, v)
+    for name in ("k_pool", "k_scales", "v_pool", "v_scales"):
+        one, other = (getattr(backend._places[0], name) for backend in backends)
+        assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)) or torch.equal(
+            one.nan_to_num(9.0), other.nan_to_num(9.0)
+        ), name
+    assert int(backends[0].v_pools[0][1, 1, 2]) == -127
+
+
+def test_eight_bits_take_half_of_sixteen() -> None:
+    for heads, dim in ((3, 64), (8, 64), (8, 128), (4, 256)):
+        one = AttentionSpec.alike(30, heads, heads, dim, 1.0)
+        assert one.kv_bytes_per_token(torch.bfloat16) / one.kv_bytes_per_token(torch.int8) > 1.9
 
 
 def test_layers_of_different_shapes_share_buffers(mode: str) -> None:

@@ -137,6 +137,9 @@ def test_layers_of_several_types() -> None:
     assert mixed.out_features == 92 and mixed.kind == "native"
     x = torch.randn(5, 256)
     assert torch.equal(mixed(x), torch.cat([one(x), plain(x), other(x)], 1))
+    ids = torch.tensor([91, 0, 50, 47, 68, 48])
+    parts = [one.rows(torch.arange(48)), plain.rows(torch.arange(20)), other.rows(torch.arange(24))]
+    assert torch.equal(mixed.rows(ids), torch.cat(parts)[ids])
 
 
 @pytest.mark.parametrize(("kind", "at"), [("Q4_0", 0), ("Q5_1", 2), ("Q6_K", 208), ("Q4_K", 2)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from engine.llm import LLM
 from engine.request import SamplingParams
 from tests.real.smollm2 import PROMPTS, gguf_file, write_directory
 
+TEXT = Path(__file__).with_name("text.txt")
 TOKENS = 100
 ONE = SamplingParams(temperature=0.0, max_tokens=1)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
@@ -66,6 +68,25 @@ def test_ids_are_those_of_the_tokenizer(directory: Path, prompts: list[list[int]
     for text, ids in zip(PROMPTS, prompts, strict=True):
         chat = [{"role": "user", "content": text}]
         assert ids == tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
+
+
+def perplexity(llm: LLM, ids: list[int]) -> float:
+    """Of all tokens but the first."""
+    [answer] = llm.generate([ids], replace(ONE, prompt_logprobs=0))
+    assert answer.prompt_logprobs is not None and len(answer.prompt_logprobs) == len(ids) - 1
+    return math.exp(-math.fsum(each.logprob for each in answer.prompt_logprobs) / (len(ids) - 1))
+
+
+def test_the_file_foretells_a_text_as_its_numbers_do(ours: tuple[LLM, LLM], directory: Path) -> None:
+    """Weights that stay packed, and with a cache in eight bits, beside the same weights as floats."""
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(directory)
+    ids = tokenizer.encode(TEXT.read_text(encoding="utf-8"))
+    assert len(ids) > 800
+    whole, packed = (perplexity(llm, ids) for llm in ours)
+    assert 5 < whole < 50
+    assert packed == pytest.approx(whole, rel=0.001)
+    with LLM(str(gguf_file()), dtype="float32", kv_cache_dtype="int8") as small:
+        assert perplexity(small, ids) == pytest.approx(whole, rel=0.005)
 
 
 def test_what_llamacpp_says_is_likely(ours: tuple[LLM, LLM], prompts: list[list[int]]) -> None:

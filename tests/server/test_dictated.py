@@ -110,6 +110,10 @@ ROWS: dict[tuple[str, str, bool], list[Row]] = {
         (qwen('<parameter="city">\nDallas\n</parameter>\n' + parameter("state", "TX")), "", "", DALLAS),
         (LS.replace("</function>", "</function>\n</function>") + "\nDone.", "\nDone.", "", [F]),
         (qwen('{"cmd": "ls"}'), "", "", [F]),
+        (LS.replace("\n", "\r\n"), "", "", [F]),
+        (LS.replace("=f", " = f").replace("=cmd", " = cmd"), "", "", [F]),
+        ("<tool_call>\n<function=now/>\n</tool_call>", "", "", [NOW]),
+        (qwen(parameter("n", "null")), "", "", [("f", '{"n": null}')]),
         # Text that speaks of tags.
         (qwen(parameter("cmd", "a </function> b")), "", "", [("f", '{"cmd": "a </function> b"}')]),
         (qwen(parameter("cmd", "x <tool_call> y")), "", "", [("f", '{"cmd": "x <tool_call> y"}')]),
@@ -183,6 +187,7 @@ ROWS: dict[tuple[str, str, bool], list[Row]] = {
         ('[TOOL_CALLS]now[ARGS]{}[TOOL_CALLS]f[CALL_ID]abcdefghi[ARGS]{"cmd": "ls"}', "", "", [NOW, F]),
         ("[TOOL_CALLS]f[ARGS]no json[TOOL_CALLS]now[ARGS]", "", "", [("f", "no json"), NOW]),
         ("[TOOL_CALLS] what?", "[TOOL_CALLS] what?", "", []),
+        ("[TOOL_CALLS]f(cmd='ls')[TOOL_CALLS]now()", "", "", [F, NOW]),
         ('[TOOL_CALLS]f [CALL_ID] abcdefghi [ARGS] {"cmd": "ls"}', "", "", [F]),
     ],
     ("pythonic", "none", False): [

@@ -100,6 +100,25 @@ CHATS: list[tuple[list[Any], str]] = [
               "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]}],
         "[user::hi][assistant::+f={}]",
     ),
+    # Thoughts that gateways keep beside the content.
+    *(
+        ([HI, {"role": "assistant", "content": "a", **kept}, BYE], "[user::hi][assistant:hm:a][user::bye]")
+        for kept in (
+            {"reasoning_details": [{"type": "reasoning.text", "text": "hm"}, {"type": "reasoning.encrypted", "data": "z"}]},
+            {"reasoning_details": [{"type": "reasoning.summary", "summary": "hm"}], "reasoning_content": None},
+            {"thinking_blocks": [{"type": "thinking", "thinking": "hm", "signature": "x"}, None]},
+            {"thinking_blocks": [{"type": "thinking", "thinking": "other"}], "reasoning_content": "hm"},
+        )
+    ),
+    # Whatever a function gave back.
+    *(
+        ([HI, {"role": "assistant", "tool_calls": [{"id": "c", "function": {"name": "f"}}]},
+          {"role": "tool", "tool_call_id": "c", "content": given}], f"[user::hi][assistant::+f={{}}][tool::{said}]")
+        for given, said in (
+            (42, "42"), (False, "false"), ({"a": [1, "é"]}, '{"a":[1,"é"]}'), ([1, 2], "[1,2]"), ([{"a": 1}], '[{"a":1}]'),
+            (["a", "b"], "(a)(b)"), ([], ""),
+        )
+    ),
     (
         [{"role": "user", "content": [{"type": "x_new", "text": "words"}, {"type": "y\r\nEvil: 1"}]}],
         "[user::([x_new]\nwords)([y__Evil__1 left out])]",
@@ -136,6 +155,10 @@ CONVERSATIONS: list[tuple[list[Any], str]] = [
     ([HI, {"role": "assistant", "content": [use("f", a=1)]}, BYE], '[user::hi][assistant::+f={"a": 1}][user::bye]'),
     ([HI, {"role": "user", "content": [result("r", "lost")]}], "[user::(hi)([tool_result])(r)]"),
     (answered([IMAGE]), f"[user::hi][assistant::+f={{}}][tool::{LEFT_OUT}]"),
+    *(
+        (answered(given), f"[user::hi][assistant::+f={{}}][tool::{said}]")
+        for given, said in ((5, "5"), (True, "true"), ({"a": 1}, '{"a":1}'), ([1], "[1]"), (["a"], "a"))
+    ),
     (answered(None), "[user::hi][assistant::+f={}][tool::]"),
     (answered([{"type": "tool_reference", "tool_name": "g"}]), "[user::hi][assistant::+f={}][tool::[tool_reference: g]]"),
     (
@@ -219,7 +242,12 @@ ITEMS: list[tuple[list[Any], str]] = [
     # What a function gave back as it is, and calls that go by their own ids.
     ([{"type": "function_call", "id": "x", "name": "f", "arguments": "{}"},
       {"type": "function_call_output", "call_id": "x", "output": {"a": 1}}], '[assistant::+f={}][tool::{"a":1}]'),
+    *(([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+        {"type": "function_call_output", "call_id": "c", "output": given}], f"[assistant::+f={{}}][tool::{said}]")
+      for given, said in ((5, "5"), (False, "false"), ([1, {"a": None}], '[1,{"a":null}]'), (["a", "b"], "a\nb"))),
     ([{"type": "reasoning", "summary": [], "encrypted_content": "foreign"}], "[assistant::]"),
+    ([{"type": "reasoning", "summary": "hm"}], "[assistant:hm:]"),
+    ([{"type": "reasoning", "summary": [], "content": "hm"}], "[assistant:hm:]"),
     ([{"type": "item_reference", "id": "gone"}], ""),
     ([{"role": "assistant", "content": []}], "[assistant::]"),
     ([{"role": "assistant", "content": None}], "[assistant::]"),

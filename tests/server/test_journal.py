@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from engine.config import StartupError
+from engine.request import UnavailableError
 from server.journal import Begun, Journal
 from tests.server.support import live, until
 from tests.server.test_background import ended, follow, get
@@ -83,6 +85,22 @@ def test_what_is_read(tmp_path: Path) -> None:
         Journal(tmp_path / "none" / "journal", 2)
     with pytest.raises(StartupError, match="--resume-journal"):
         Journal(tmp_path, 2)
+
+
+def test_a_line_that_a_full_disk_cuts_off_spoils_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    journal, write = Journal(tmp_path / "journal", 10), os.write
+    journal.begin(Begun("r1", "", {"input": "x"}, 1))
+    for room in (0, 1, 30, -1):
+        # The last one is all but the end of the line: what was refused has not begun.
+        with monkeypatch.context() as context:
+            context.setattr(os, "write", lambda file, data, room=room: write(file, data[:room]))
+            with pytest.raises(UnavailableError):
+                journal.begin(Begun("r2", "", {"input": "y" * 50}, 1))
+    journal.begin(Begun("r3", "", {"input": "z"}, 1))
+    journal.close()
+    again = Journal(tmp_path / "journal", 10)
+    again.close()
+    assert [one.id for one in again.begun] == ["r1", "r3"]
 
 
 async def test_what_cannot_be_written_down_is_not_promised(tmp_path: Path) -> None:

@@ -103,6 +103,29 @@ async def test_more_viewers_than_there_is_room_for(monkeypatch: pytest.MonkeyPat
             assert second.status == 429
 
 
+async def test_a_feed_that_fails_ends_its_streams_and_begins_anew(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, left = live_feed.LiveFeed._numbers, 1
+
+    def fail(self: live_feed.LiveFeed) -> Json:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise ValueError("planted")
+        return whole(self)
+
+    async with live() as server:
+        with monkeypatch.context() as context:
+            context.setattr(live_feed.LiveFeed, "_numbers", fail)
+            assert len(await asyncio.wait_for(snapshots(server, 2), BOUND_S)) == 1
+            async with server.http.get(f"{server.url}/live/events") as response:
+                assert response.status == 503
+        said = [record.getMessage() for record in caplog.records if record.exc_info]
+        assert said == ["what /live shows cannot be gathered"] * 2
+        assert len(await snapshots(server, 1)) == 1
+
+
 async def ask(server: Live, request_id: str, **options: Any) -> Json:
     async with server.http.get(f"{server.url}/requests/{request_id}/cache", **options) as response:
         assert response.status == 200, await response.text()

@@ -17,7 +17,7 @@ from engine.forward import Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
-from engine.speculation.base import make_proposer
+from engine.speculation.registry import make_proposer
 from tests.server.support import DEMO, Live, live
 
 CHAT = "/v1/chat/completions"

@@ -19,6 +19,9 @@ MAX_CONTEXT = 100_000_000
 # Where Llama and most others have their norms: before attention and feed-forward.
 LLAMA_NORMS = ("input_layernorm", None, "post_attention_layernorm", None)
 
+# Other words for dtypes; the first is as good as none.
+_DTYPES = {"auto": "bfloat16", "half": "float16", "float": "float32"} | {f"torch.{name}": name for name in DTYPES}
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -99,7 +102,9 @@ def read_shape(fields: Fields, *, eps: str = "rms_norm_eps", **norms: Any) -> Sh
     num_layers = fields.integer("num_hidden_layers", maximum=100_000)
     intermediate_size = fields.integer("intermediate_size")
     dtype_field = "dtype" if fields.has("dtype") else "torch_dtype"
-    dtype = fields.choice(dtype_field, DTYPES, "bfloat16")
+    given = fields.raw(dtype_field) if fields.has(dtype_field) else None
+    spelled = _DTYPES.get(given) if isinstance(given, str) else None
+    dtype = spelled or fields.choice(dtype_field, DTYPES, "bfloat16")
     eos_token_ids = fields.token_ids("eos_token_id")
     bos_token_ids = fields.token_ids("bos_token_id")
     common = {

@@ -14,7 +14,7 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import ITEM_BYTES, StoredTensor
-from engine.models.loading.schemes.base import BLOCK, Mismatch, Quantised, View
+from engine.models.loading.schemes.base import BLOCK, Coded, Mismatch, Quantised, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,3 +118,20 @@ class PartOf(Quantised):
         blocks = self._inner.blocks(view, begin, end)
         each = blocks.shape[1] // (self._inner.shape[1] // BLOCK)
         return blocks[:, self._cut.begin // BLOCK * each : self._cut.end // BLOCK * each].contiguous()
+
+    def form(self, view: View) -> str | None:
+        """See Quantised."""
+        form = self._inner.form(view)
+        if form is None or not self._cut.by_columns:
+            return form
+        whole = self._cut.begin % BLOCK == 0 and self._cut.count % BLOCK == 0
+        return form if whole and self._inner.order(view) is None else None
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """See Quantised."""
+        if not self._cut.by_columns:
+            return self._inner.coded(view, self._cut.begin + begin, self._cut.begin + end)
+        codes, scale, added = self._inner.coded(view, begin, end)
+        first, last = self._cut.begin // BLOCK, self._cut.end // BLOCK
+        scale, added = scale[:, first:last], None if added is None else added[:, first:last]
+        return self._cut.of(codes).contiguous(), scale.contiguous(), None if added is None else added.contiguous()

@@ -15,14 +15,13 @@ from engine.config import StartupError
 from engine.models.gguf.reader import is_gguf, open_gguf
 from engine.models.loading.adapted import AdaptedLayers, AdaptedSource
 from engine.models.loading.checkpoint import StoredTensor
+from engine.models.loading.finding import find_model_tensors, settle_output
 from engine.models.loading.packed import PackedWeights
 from engine.models.loading.slices import Group, SlicedWeights, plan_of
 from engine.models.loading.weights import (
     DummyWeights,
     ShapeRecorder,
     Weights,
-    find_model_tensors,
-    settle_output,
 )
 from engine.models.parts.decoder import CausalLM
 from engine.models.parts.streams import make_decoder

@@ -1,4 +1,4 @@
-"""Weights of a GGUF file that stay in its blocks, where a CPU has kernels for that.
+"""Weights that stay in GGUF's blocks, or fit into some without loss, where a CPU has kernels for that.
 
 Used at start, on the loading thread. A fused layer of several types becomes one for each run of rows of one type.
 """
@@ -19,6 +19,7 @@ from engine.models.loading.coded import CodedWeights
 from engine.models.parts.source import PREFIX
 from engine.ops.linear import Linear
 from engine.ops.packed import PACKED_KINDS, MixedLinear, PackedLinear, can_stay_packed
+from engine.ops.reordered import ReorderedLinear
 
 # Bytes of the file that are packed before their pages are given back.
 PIECE_BYTES = 1 << 20
@@ -43,7 +44,10 @@ class PackedWeights(CodedWeights):
         """See Weights.linear. Quantised weights stay as they are, where there are kernels for them."""
         wanted = dtype or self.dtype
         weights = [f"{name}.weight" for name in names]
-        runs = self._runs(weights, rows, order) if self._stay(weights, columns, wanted) else None
+        self.round_layer(weights, dtype)
+        stays = self._stay(weights, columns, wanted)
+        same, columns_order = self.input_order(weights) if stays else (False, None)
+        runs = self._runs(weights, rows, order) if same else None
         if runs is None:
             return super().linear(names, rows, columns, bias=bias, order=order, activation=activation, dtype=dtype)
         bias_vector = self.stacked([f"{name}.bias" for name in names], rows, dtype=dtype) if bias else None
@@ -57,11 +61,15 @@ class PackedWeights(CodedWeights):
             parts.append(self._part(weights, places, columns, wanted, own, activation if len(runs) == 1 else None))
             done = end
         self.linears.extend(parts)
-        return parts[0] if len(parts) == 1 else MixedLinear(parts, activation)
+        linear = parts[0] if len(parts) == 1 else MixedLinear(parts, activation)
+        return linear if columns_order is None else ReorderedLinear(linear, columns_order)
 
     def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """See Weights.output_layer."""
-        embedding = self._embedding(f"{PREFIX}embed_tokens.weight", vocab, hidden) if tied else None
+        name = f"{PREFIX}embed_tokens.weight"
+        if tied:
+            self.round([name], as_output=True)
+        embedding = self._embedding(name, vocab, hidden) if tied else None
         if embedding is None:
             return super().output_layer(vocab, hidden, tied=tied, bias=bias)
         self.linears.append(embedding)
@@ -72,12 +80,12 @@ class PackedWeights(CodedWeights):
         return self._embedding(name, count, width) or super().embedding(name, count, width)
 
     def _embedding(self, name: str, count: int, width: int) -> PackedLinear | None:
-        if not self._is_packed(name) or not self._stay([name], width, self.dtype):
+        if not self._stay([name], width, self.dtype) or self.input_order([name]) != (True, None):
             return None
         return self._packed([name], np.stack((np.zeros(count, np.int64), np.arange(count)), 1), width, self.dtype)
 
     def _is_packed(self, name: str) -> bool:
-        return self._tensors[name].dtype in PACKED_KINDS
+        return self.kept_kind(name) in PACKED_KINDS
 
     def _stay(self, names: Sequence[str], columns: int, dtype: torch.dtype) -> bool:
         """Whether a layer of these tensors is to be made of blocks at all; any of them may be of numbers."""
@@ -85,7 +93,7 @@ class PackedWeights(CodedWeights):
             can_stay_packed(dtype, self.device)
             and any(self._is_packed(name) for name in names)
             and all(self._tensors[name].undo is None for name in names)
-            and all(columns % BY_NAME[self._tensors[name].dtype].elements == 0 for name in names)
+            and all(columns % BY_NAME[self.kept_kind(name)].elements == 0 for name in names if self._is_packed(name))
         )
 
     def _runs(
@@ -96,7 +104,7 @@ class PackedWeights(CodedWeights):
         places = np.stack((tensors, np.concatenate([np.arange(count) for count in rows])), 1)
         if order is not None:
             places[: len(order)] = places[order.numpy()]
-        kinds = [self._tensors[name].dtype for name in names]
+        kinds = [self.kept_kind(name) for name in names]
         numbers = np.array([kinds.index(kind) for kind in kinds])[places[:, 0]]
         cuts = np.flatnonzero(np.diff(numbers)) + 1
         return np.split(places, cuts) if len(cuts) < MOST_RUNS else None
@@ -133,24 +141,36 @@ class PackedWeights(CodedWeights):
     ) -> PackedLinear:
         """The blocks of rows of one type, brought from the mapped file into the order of the kernels."""
         stored = [self._tensors[name] for name in names]
-        block = stored[places[0, 0]].dtype
+        block = self.kept_kind(names[places[0, 0]])
         linear = PackedLinear(block, len(places), columns, dtype, bias, activation)
         width = columns // BY_NAME[block].elements * BY_NAME[block].size
-        bases = np.array([self._address(each) for each in stored])
-        strides = np.array([each.stride or width for each in stored])
-        addresses = torch.from_numpy(bases[places[:, 0]] + places[:, 1] * strides[places[:, 0]])
         step = PackedLinear.piece_rows(max(1, PIECE_BYTES // width))
         for first in range(0, len(places), step):
             piece = places[first : first + step]
-            bad = linear.pack(first, addresses[first : first + step])
+            addresses = np.empty(len(piece), np.int64)
+            held = []  # until they are packed
+            for tensor in np.unique(piece[:, 0]):
+                own = piece[:, 0] == tensor
+                rows = piece[own, 1]
+                base, apart = 0, stored[tensor].stride or width
+                if stored[tensor].quantised is None:
+                    base = self._address(stored[tensor])
+                else:
+                    begin, end = int(rows.min()), int(rows.max()) + 1
+                    held.append(np.ascontiguousarray(self.kept_blocks(names[tensor], begin, end)))
+                    base = held[-1].ctypes.data - begin * width
+                addresses[own] = base + rows * apart
+            bad = linear.pack(first, torch.from_numpy(addresses))
             if bad is not None:
                 tensor, row = places[bad]
                 raise StartupError(
                     f"{stored[tensor].file}: tensor {names[tensor]}: row {row} has a scale that is not a finite number"
                 )
             for tensor in np.unique(piece[:, 0]):
+                if stored[tensor].quantised is not None:
+                    continue
                 whole = piece[piece[:, 0] == tensor, 1]
-                stride = int(strides[tensor])
+                stride = stored[tensor].stride or width
                 begin = stored[tensor].begin + int(whole.min()) * stride
                 self._let_go(stored[tensor], begin, min(begin + len(whole) * stride, stored[tensor].end))
         return linear

@@ -19,9 +19,10 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.models.fields import Fields
 from engine.models.loading.checkpoint import INDEX, MappedFiles, StoredTensor, find_tensors, read_metadata
+from engine.models.loading.finding import find_model_tensors
 from engine.models.loading.schemes.base import FLOATS, Mismatch
-from engine.models.loading.schemes.rounding import rounded
-from engine.models.loading.weights import OUTPUT, TORCH_DTYPES, ShapeRecorder, find_model_tensors, view_of
+from engine.models.loading.schemes.rounding import rounded, rounded_float8
+from engine.models.loading.weights import OUTPUT, TORCH_DTYPES, ShapeRecorder, view_of
 from engine.models.parts.streams import make_decoder
 from engine.models.registry import read_spec
 from engine.ops.linear import Linear
@@ -31,8 +32,6 @@ VERSION = "0.19.0"
 # Bits of a scheme; fp8 has a scale for each row, the others for each group.
 SCHEMES = {"int4": 4, "int8": 8, "fp8": 8}
 GROUPS = (128, 64, 32)
-# Largest number of e4m3.
-FP8_MOST = 448.0
 # Rows of a layer that are as few are a gate's, which decides too much to be rounded.
 FEW_ROWS = 16
 # Of files beside the weights, those that are copied.
@@ -228,11 +227,8 @@ def _rounded(name: str, tensor: StoredTensor, size: int, scheme: str, mapped: Ma
         part = whole[begin : begin + step].float()
         try:
             if scheme == "fp8":
-                scale = (part.abs().amax(1) / FP8_MOST).bfloat16().float()
-                inverse = torch.where(scale == 0, 0.0, 1 / scale)[:, None]
-                if not bool(scale.isfinite().all()):
-                    raise Mismatch("a weight is no finite number")
-                codes.append((part * inverse).clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn))
+                found, scale = rounded_float8(part)
+                codes.append(found)
             else:
                 found, scale = rounded(part.reshape(-1, size), SCHEMES[scheme], torch.bfloat16, signs=False)
                 codes.append(_packed(found.view(len(part), columns), SCHEMES[scheme]))

@@ -18,7 +18,7 @@ from engine.ops.activation import by_rows
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.attention.device import HeadNorms, StepAttention
 from engine.ops.linear import Product
-from engine.ops.norm import Normed
+from engine.ops.norm import Normed, as_rows
 from engine.ops.recurrence import sigmoid_gate
 from engine.ops.rope import apply_rope
 
@@ -117,7 +117,7 @@ class Attention:
             qkv = torch.cat((q, rest), 1)
         q, k, v = self._split_heads(qkv)
         if self._v_norm is not None and v is not None:
-            v = self._v_norm(v.reshape(-1, self._value_dim)).view(v.shape)
+            v = self._v_norm(as_rows(v, self._value_dim)).view(v.shape)
         if self._value_scale != 1.0 and v is not None:
             v = v * self._value_scale
         if self._head_norms is not None and isinstance(attention, StepAttention):
@@ -128,9 +128,9 @@ class Attention:
             table = None
         q_width, k_width = self._norm_widths
         if self._q_norm is not None:
-            q = self._q_norm(q.reshape(-1, q_width)).view(q.shape)
+            q = self._q_norm(as_rows(q, q_width)).view(q.shape)
         if self._k_norm is not None and k is not None:
-            k = self._k_norm(k.reshape(-1, k_width)).view(k.shape)
+            k = self._k_norm(as_rows(k, k_width)).view(k.shape)
         if self._query_scale is not None:
             q = q * query_factors(self._query_scale, positions).to(q.dtype)[:, :, None]
         y = attention.forward(self._layer, q, k, v, table, sinks=self._sinks)

@@ -35,6 +35,7 @@ from engine.models.parts.recurrent import DeltaNet, Mamba, ShortConvolution
 from engine.models.parts.rope import rope_table
 from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec
+from engine.ops import native
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.lora import Branch, Rows
@@ -280,6 +281,8 @@ class Decoder:
         # the last), as the last step had it [T, hidden_size].
         self.aux_layers: tuple[int, ...] = ()
         self.aux: list[Tensor] = []
+        weights = sum(linear.out_features * linear.in_features for linear in self.linears)
+        self._heavy = weights // 8 >= native.HOLD_GIL_BELOW
         self.adapted: Adapted | None = None
 
     def forward(
@@ -307,7 +310,14 @@ class Decoder:
         if self._embedding_norm is not None:
             residual = self._embedding_norm(residual)
         own = None if self._own_inputs is None else self._own_inputs(token_ids, residual)
-        return self._through_layers(residual, own, positions, attention)
+        adapted = self.adapted is not None and self.adapted.rows.any
+        if attention.recordings is None or own is not None or adapted or self.aux_layers:
+            return self._through_layers(residual, own, positions, attention)
+
+        def layers(x: Tensor) -> Tensor:
+            return plain(self._through_layers(x, None, positions, attention))
+
+        return attention.recordings.run(self, residual, layers, releases=self._heavy)
 
     def _through_layers(
         self, residual: Tensor, own: Tensor | None, positions: Tensor, attention: AttentionBackend

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor
 
 from engine.groups import Chunk, MemoryGroup, num_buffers, places_of
+from engine.ops.attention import coded
 
 if TYPE_CHECKING:
     from engine.executor.tables import PagedMetadata
+    from engine.ops.recording import Recordings
     from engine.ops.state import States
 
 # A new backend is one file with a class `Backend` and one line here.
@@ -113,27 +115,34 @@ class AttentionSpec:
         found = {dataclasses.replace(layer, window=None) for layer in self.attending.values()}
         return found.pop() if len(found) == 1 and all(layer.is_plain for layer in self.attending.values()) else None
 
-    def buffer_widths(self, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)) -> list[tuple[int, int]]:
-        """Numbers of K and of V of one token in every buffer: those of the widest layer that has its place there."""
+    def buffer_widths(
+        self, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),), dtype: torch.dtype | None = None
+    ) -> list[tuple[int, int]]:
+        """Numbers of K and of V of one token in every buffer: those of the widest layer that has its place there. In
+        int8 with the bytes of their scales."""
         owners = self.owners
         widths = [(0, 0)] * num_buffers(groups, len(owners))
         for layer, (_, buffer) in zip(owners, places_of(groups, len(owners)), strict=True):
-            keys, values = self.attending[layer].widths
+            of_layer = self.attending[layer]
+            keys, values = of_layer.widths if dtype != torch.int8 else coded.widths(of_layer)
             widths[buffer] = max(widths[buffer][0], keys), max(widths[buffer][1], values)
         return widths
 
     def kv_bytes_per_token(self, dtype: torch.dtype, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)) -> int:
-        """Bytes of K and V of one token in the layers of one memory group, which are all where there is one."""
-        return sum(map(sum, self.buffer_widths(groups))) * dtype.itemsize
+        """Bytes of K and V of one token in the layers of one memory group, which are all where there is one. dtype: of
+        the pools."""
+        return sum(map(sum, self.buffer_widths(groups, dtype))) * dtype.itemsize
 
 
 class AttentionBackend(Protocol):
     """Paged attention over pools of num_pages + 1 pages, K and V, per layer that has memory of its own.
 
     states: where layers with a recurrent state find it, for the backend is what they are handed; None where none has.
+    recordings: of steps through its memory; None where they are not to be recorded.
     """
 
     states: States | None
+    recordings: Recordings | None
 
     def release(self) -> None:
         """Give the pools' memory back."""

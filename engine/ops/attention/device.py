@@ -315,6 +315,7 @@ class StepAttention:
     """
 
     q: Tensor | None = None
+    recordings = None
 
     def __init__(self, backend: Any, step: Any) -> None:
         self.backend = backend

@@ -25,6 +25,7 @@ class Backend(torch_paged.Backend):
 
     def __init__(self, spec: AttentionSpec, *, dtype: torch.dtype, **_: Any) -> None:
         super().__init__(spec, num_pages=STEP, page_size=1, dtype=dtype)
+        self.recordings = None  # texts are seldom as long as one before
 
     def _lay_out(self, groups: tuple[MemoryGroup, ...]) -> tuple[list[tuple[int, int]], dict[int, tuple[int, int]]]:
         layers = self.spec.attending

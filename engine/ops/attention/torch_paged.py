@@ -15,8 +15,10 @@ from torch import Tensor
 
 from engine.groups import Chunk, MemoryGroup, places_of
 from engine.ops import native
+from engine.ops.attention import coded
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence
+from engine.ops.recording import Recordings
 from engine.ops.rope import apply_rope
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ if TYPE_CHECKING:
 
 # The kernel keeps the scales of one task's rows on its stack.
 MAX_GROUP = 128
+# Beyond the last token of a pool: the kernel loads the end of a head as whole vectors.
+OVER_BYTES = 64
 
 
 class _Step(ctypes.Structure):
@@ -37,7 +41,7 @@ class _Step(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("rows", "tokens", "heads", "kv_heads", "head_dim", "value_dim", "k_stride", "v_stride"),
-                *("page_size", "both_ways", "type", "threads"),
+                *("page_size", "both_ways", "type", "threads", "codes", "split"),
             )
         ),
         ("scale", ctypes.c_float),
@@ -49,8 +53,9 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeroed memory that the system hands out at first touch (torch.zeros would write all of it at once)."""
     if 0 in shape:
         return torch.empty(shape, dtype=dtype)
-    raw = np.zeros(int(np.prod(shape)) * dtype.itemsize, np.uint8)
-    return torch.from_numpy(raw).view(dtype).view(shape)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(size + OVER_BYTES, np.uint8)
+    return torch.from_numpy(raw)[:size].view(dtype).view(shape)
 
 
 def _arrays_of(metadata: PagedMetadata) -> tuple[np.ndarray, ...]:
@@ -79,23 +84,29 @@ class _Kind:
     softcap: float
     strides: tuple[int, int]
     bidirectional: bool
+    split: int
 
 
 @dataclass(slots=True)
 class _Place:
-    """Where a layer's K and V are: pools [num_pages + 1, page_size, Hkv, D], views of its buffers."""
+    """Where a layer's K and V are: pools [num_pages + 1, page_size, Hkv, D], views of its buffers; of codes with the
+    scales [num_pages + 1, page_size, Hkv, parts] of these."""
 
     layer: LayerAttention
     kind: int
     buffer: int
     k_pool: Tensor
     v_pool: Tensor
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
 
 
 class Backend:
     """AttentionBackend over pools in host memory: one of K and one of V for each buffer of a memory group, so layers of
     different groups may share pools, in which their pages are different ones. A buffer is as wide as the widest layer
-    that has its place there; others use the front of a token's part."""
+    that has its place there; others use the front of a token's part.
+
+    dtype: of the model. kv_dtype: of the pools, that one or int8 (see ops/attention/coded.py)."""
 
     def __init__(
         self,
@@ -104,11 +115,15 @@ class Backend:
         num_pages: int,
         page_size: int,
         dtype: torch.dtype,
+        kv_dtype: torch.dtype | None = None,
         groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
     ) -> None:
+        assert kv_dtype in (None, dtype, torch.int8)
         self.spec = spec
         self.states: States | None = None
+        self.recordings: Recordings | None = Recordings()
         self.page_size = page_size
+        self._kv_dtype = kv_dtype or dtype
         self._widths, self._places_of_owners = self._lay_out(groups)
         self._num_pages = num_pages
         self._dtype = dtype
@@ -123,23 +138,29 @@ class Backend:
         self._arrays: list[tuple[np.ndarray, ...]] = []
         # By kind.
         self._steps: list[_Step] = []
-        self._handle: ctypes.PyDLL | ctypes.CDLL | None = None
+        self._library: native.Library | None = None
+        self._work = 0
 
     def _lay_out(self, groups: tuple[MemoryGroup, ...]) -> tuple[list[tuple[int, int]], dict[int, tuple[int, int]]]:
         """Numbers of K and V of a token in every buffer, and the group and the buffer of every layer that has K and V
         of its own."""
         owners = self.spec.owners
-        return self.spec.buffer_widths(groups), dict(zip(owners, places_of(groups, len(owners)), strict=True))
+        places = dict(zip(owners, places_of(groups, len(owners)), strict=True))
+        return self.spec.buffer_widths(groups, self._kv_dtype), places
 
     def allocate(self) -> None:
         """See AttentionBackend."""
+        if self.recordings is not None:
+            self.recordings.clear()
         cells = self._num_pages + 1, self.page_size
-        self.k_pools = [lazy_zeros((*cells, keys), self._dtype) for keys, _ in self._widths]
-        self.v_pools = [lazy_zeros((*cells, values), self._dtype) for _, values in self._widths]
+        self.k_pools = [lazy_zeros((*cells, keys), self._kv_dtype) for keys, _ in self._widths]
+        self.v_pools = [lazy_zeros((*cells, values), self._kv_dtype) for _, values in self._widths]
         self._places = [self._place(number) for number in range(len(self.spec.layers))]
 
     def release(self) -> None:
         """See AttentionBackend."""
+        if self.recordings is not None:
+            self.recordings.clear()
         self.k_pools, self.v_pools = [], []
         self._places = []
 
@@ -157,10 +178,17 @@ class Backend:
         )
         shape = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim
         strides = k_buffer.shape[2], v_buffer.shape[2]
-        kind = _Kind(group, *shape, layer.scale, layer.softcap or 0.0, strides, layer.bidirectional)
+        split = coded.split_of(layer)
+        kind = _Kind(group, *shape, layer.scale, layer.softcap or 0.0, strides, layer.bidirectional, split)
         if kind not in self._kinds:
             self._kinds.append(kind)
-        return _Place(layer, self._kinds.index(kind), buffer, k_pool, v_pool)
+        place = _Place(layer, self._kinds.index(kind), buffer, k_pool, v_pool)
+        if self._kv_dtype == torch.int8:
+            parts = 2 if split < layer.head_dim else 1
+            place.k_scales = coded.scales_of(k_buffer, layer.num_kv_heads, layer.head_dim, parts)
+            if not layer.values_in_keys:
+                place.v_scales = coded.scales_of(v_buffer, layer.num_kv_heads, layer.value_dim)
+        return place
 
     def plan(self, *groups: PagedMetadata) -> None:
         """See AttentionBackend. Nothing is copied: the arrays must live until the step is done."""
@@ -168,11 +196,13 @@ class Backend:
         self._metadata = groups
         library, code = native.library(), native.type_code(self._dtype)
         if library is None or code is None or self._largest_group > MAX_GROUP:
-            self._handle = None
+            self._library = None
             return
         self._arrays = [_arrays_of(group) for group in groups]
-        self._steps = [
-            _Step(
+        # Recorded calls have their addresses.
+        self._steps += [_Step() for _ in self._kinds[len(self._steps) :]]
+        for step, kind in zip(self._steps, self._kinds, strict=True):
+            step.__init__(  # type: ignore[misc]
                 *(array.ctypes.data for array in self._arrays[kind.group]),
                 metadata.num_rows,
                 len(metadata.positions),
@@ -185,14 +215,16 @@ class Backend:
                 kind.bidirectional,
                 code,
                 torch.get_num_threads(),
+                self._kv_dtype == torch.int8,
+                kind.split,
                 kind.scale,
                 kind.softcap,
             )
-            for kind in self._kinds
-        ]
         lengths = metadata.qo_indptr[1 : metadata.num_rows + 1] - metadata.qo_indptr[: metadata.num_rows]
         pairs = int(np.dot(lengths.astype(np.int64), metadata.kv_len))
-        self._handle = library.by_work(pairs * self._most_work // 4)
+        self._library, self._work = library, pairs * self._most_work // 4
+        if self.recordings is not None:
+            self.recordings.releases = self._work >= native.HOLD_GIL_BELOW
 
     def forward(
         self,
@@ -207,8 +239,8 @@ class Backend:
         """See AttentionBackend."""
         place = self._places[layer]
         assert place is not None and (sinks is not None) == place.layer.sinks
-        handle = self._handle
-        if handle is None:
+        library = self._library
+        if library is None:
             return self._torch_forward(place, q, k, v, cos_sin, sinks)
         step = self._steps[place.kind]
         tokens, heads, _ = q.shape
@@ -219,7 +251,7 @@ class Backend:
         if v is not None:
             v = _dense_heads(v)
         out = torch.empty((tokens, heads * place.layer.value_dim), dtype=q.dtype)
-        handle.ol_attention(
+        library.by_work(self._work).ol_attention(
             ctypes.addressof(step),
             q.data_ptr(),
             q.stride(0),
@@ -252,9 +284,16 @@ class Backend:
         if cos_sin is not None:
             apply_rope(q, k, cos_sin, torch.from_numpy(np.ascontiguousarray(metadata.positions)))
         slots = torch.from_numpy(metadata.kv_slots)
-        for pool, new in ((k_pool, k), (v_pool, v)):
-            if new is not None:
-                pool.flatten(0, 1)[slots] = new
+        split = coded.split_of(layer)
+        for pool, scales, new, end in (
+            (k_pool, place.k_scales, k, split),
+            (v_pool, place.v_scales, v, layer.value_dim),
+        ):
+            if new is None:
+                continue
+            if scales is not None:
+                new, scales.flatten(0, 1)[slots] = coded.to_codes(new, end)
+            pool.flatten(0, 1)[slots] = new
         out = torch.empty((q.shape[0], layer.num_heads * layer.value_dim), dtype=q.dtype)
         for row in range(metadata.num_rows):
             first, last = int(metadata.qo_indptr[row]), int(metadata.qo_indptr[row + 1])
@@ -262,6 +301,13 @@ class Backend:
             index, length = torch.from_numpy(pages.astype(np.int64)), int(metadata.kv_len[row])
             keys = k_pool[index].flatten(0, 1)[:length]
             values = v_pool[index].flatten(0, 1)[:length]
+            if place.k_scales is not None:
+                keys = coded.to_numbers(keys, place.k_scales[index].flatten(0, 1)[:length], split).to(q.dtype)
+                if place.v_scales is None:
+                    values = keys[..., : layer.value_dim]
+                else:
+                    scales = place.v_scales[index].flatten(0, 1)[:length]
+                    values = coded.to_numbers(values, scales, layer.value_dim).to(q.dtype)
             out[first:last] = attend_sequence(layer, q[first:last], keys, values, sinks).flatten(1)
         return out
 

@@ -7,6 +7,7 @@ matching: the one alone, the other alone, both.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -22,6 +23,11 @@ from engine.text.schema.strings import NO_STRING, readable_patterns
 MAX_COMPARED = 16  # patterns of one object that are compared with each other
 MAX_OVERLAPPING = 5
 MAX_DEPTH = 8
+MAX_LISTING = 400  # characters of a pattern that is asked for its names
+MAX_REPEATED = 4_000  # and of the schemas that are written for each
+# What has many strings, or others for other readers.
+_ESCAPED = re.compile(r"\\[^a-zA-Z0-9]")
+_MANY = re.compile(r"[*+.]|\{[0-9]+,\}|\[\^|\\[a-zA-Z]")
 _SAY_NOTHING = ("type", "description", "title", "$comment", "$schema", "$id", "examples", "default", "deprecated")
 
 
@@ -156,6 +162,55 @@ def _limits(rewriter: Rewriter, schema: dict[str, Any], where: str) -> tuple[lis
         raise unwritable
     rewriter.warn(unwritable)
     return None
+
+
+def with_listed_names(rewriter: Rewriter, schema: dict[str, Any], where: str) -> dict[str, Any]:
+    """A schema whose patterns of few names are those names: in `properties`, or as the list in `propertyNames`.
+
+    The library does not see that a pattern has no name left beside those that are listed, and begins one; it would also
+    let a free name come twice where several are asked for.
+    """
+    given, names = schema.get("patternProperties", {}), schema.get("propertyNames")
+    own, asks_for_several = schema.get("properties", {}), schema.get("minProperties", 0) > 1
+    if not rewriter.expand or not isinstance(given, dict) or not isinstance(own, dict):
+        return schema
+    if not (given or isinstance(names, dict)) or not rewriter.may_be(schema, "object"):
+        return schema
+    listed: dict[str, list[Any]] = {}
+    patterns: dict[str, Any] = {}
+    for pattern, part in given.items():
+        words = _few_words(rewriter, [pattern], [])
+        if words is not None and not (asks_for_several or own.keys() & set(words)):
+            # Written once for each of them: a large schema stays where nothing is the worse for it.
+            words = words if len(words) * len(json.dumps(part)) < MAX_REPEATED else None
+        if words is None:
+            patterns[pattern] = part
+        for word in words or ():
+            listed.setdefault(word, []).append(part)
+    if listed:
+        schema = {key: value for key, value in schema.items() if key != "patternProperties"}
+        if patterns:
+            schema["patternProperties"] = patterns
+        parts = {word: [*([own[word]] if word in own else []), *found] for word, found in listed.items()}
+        schema["properties"] = own | {
+            word: found[0] if len(found) == 1 else {"allOf": found} for word, found in parts.items()
+        }
+    if isinstance(names, dict) and not is_listed(rewriter, names, where):
+        limits = _limits(rewriter, schema, where)
+        words = None if limits is None else _few_words(rewriter, *limits)
+        if words is not None:
+            schema = {**schema, "propertyNames": {"enum": words}}
+    return schema
+
+
+def _few_words(rewriter: Rewriter, yes: list[str], no: list[str]) -> list[str] | None:
+    """The names that patterns admit, where they are few and read alike by all."""
+    if not any(len(pattern) <= MAX_LISTING and not _MANY.search(_ESCAPED.sub("", pattern)) for pattern in yes):
+        return None
+    try:
+        return rewriter.languages.words(yes, no)
+    except Unreadable:
+        return None
 
 
 def is_listed(rewriter: Rewriter, names: dict[str, Any], where: str) -> bool:

@@ -45,12 +45,13 @@ def known_names(rewriter: Rewriter, schema: dict[str, Any], where: str) -> list[
 
 def max_properties(rewriter: Rewriter, schema: dict[str, Any], where: str) -> Any:
     """maxProperties beside optional properties: one case for each choice of them, and no free names."""
-    names = schema.get("properties", {})
     required = set(names_of(schema.get("required")))
-    optional = [name for name, inner in names.items() if name not in required and inner is not False]
+    optional = [name for name in known_names(rewriter, schema, where) if name not in required]
     room = schema["maxProperties"] - len(required)
-    closed = schema.get("additionalProperties") is False and not schema.get("patternProperties")
-    if not set(names) - required or not rewriter.may_be(schema, "object") or (closed and room >= len(optional)):
+    names = schema.get("propertyNames")
+    listed = isinstance(names, dict) and is_listed(rewriter, names, where)
+    closed = listed or (schema.get("additionalProperties") is False and not schema.get("patternProperties"))
+    if not optional or not rewriter.may_be(schema, "object") or (closed and room >= len(optional)):
         return True
     others = {"type": [name for name in TYPES if name != "object"]}
     if room < 0:

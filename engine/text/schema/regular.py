@@ -21,6 +21,7 @@ LAST = 0x10FFFF
 MAX_STEPS = 12_000  # derivatives that one question may take, some 0.3 s
 MAX_ALL_STEPS = 30_000  # and all of one schema
 MAX_STATES = 300
+MAX_WORDS = 40  # strings that are listed one by one
 MAX_EDGES = 5_000  # of an automaton that is written
 MAX_WRITTEN_PATTERN = 8_000  # characters
 MAX_WRITING = 300_000  # characters written on the way to it
@@ -81,6 +82,12 @@ class Languages:
         finally:
             self._left -= 1 + language.num_steps - before
 
+    def words(self, yes: Sequence[str] = (), no: Sequence[str] = ()) -> list[str] | None:
+        """Every such string, where there are few; None for more than MAX_WORDS."""
+        found = self._ask("words", yes, no, False)
+        assert found is None or isinstance(found, list)
+        return found
+
     def _ask(self, what: str, yes: Sequence[str], no: Sequence[str], widely: bool) -> object:
         key = (what, tuple(yes), tuple(no), widely)
         if key not in self._known:
@@ -90,7 +97,8 @@ class Languages:
             try:
                 language = Language(yes, no, widely=widely)
                 try:
-                    found = language.is_empty() if what == "empty" else language.pattern()
+                    asked = {"empty": language.is_empty, "pattern": language.pattern, "words": language.words}
+                    found = asked[what]()
                 finally:
                     self._left -= language.num_steps
             except Unreadable as error:
@@ -133,6 +141,31 @@ class Language:
             # Numbers below zero are no classes of characters.
             term = self._derive(term, -1 - ord(letter), ord(letter))
         return term.nullable
+
+    def words(self) -> list[str] | None:
+        """These strings, where there are at most MAX_WORDS."""
+        states, edges = self._automaton()
+        ends = {place for place, state in enumerate(states) if state.nullable}
+        alive, before = set(ends), -1
+        while len(alive) != before:
+            before = len(alive)
+            alive |= {place for place, row in enumerate(edges) if not alive.isdisjoint(row)}
+        found: list[str] = []
+        todo = [(0, "")] if 0 in alive else []
+        while todo:
+            place, begun = todo.pop()
+            if place in ends:
+                found.append(begun)
+            for number, after in enumerate(edges[place]):
+                if after in alive:
+                    ranges = self._characters[number]
+                    if sum(high - low + 1 for low, high in ranges) > MAX_WORDS:
+                        return None
+                    todo += [(after, begun + chr(code)) for low, high in ranges for code in range(low, high + 1)]
+            # Each of those that are begun ends as one at least; one longer than all states has been in a circle.
+            if len(found) + len(todo) > MAX_WORDS or len(begun) > len(states):
+                return None
+        return sorted(found)
 
     def pattern(self) -> str | None:
         """A pattern without assertions for exactly these strings; None where there is none."""

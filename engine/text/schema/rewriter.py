@@ -15,7 +15,7 @@ from typing import Any
 from engine.text.schema import arrays, combining, negation, objects, strings, unevaluated
 from engine.text.schema.base import FORMATS, MAX_NEGATED_DEPTH, MAX_WRITTEN, Rewriter
 from engine.text.schema.errors import Unwritable
-from engine.text.schema.names import name_keywords
+from engine.text.schema.names import name_keywords, with_listed_names
 from engine.text.schema.numbers import kept_apart, number_keywords
 from engine.text.schema.parts import absent, all_of, any_of, at, names_of
 from engine.text.schema.plain import plain
@@ -82,7 +82,7 @@ class SchemaRewriter(Rewriter):
         self.written += 1
         if self.written > MAX_WRITTEN:
             raise self.invalid("grows too large when its `not`, `oneOf` and the like are written out")
-        schema = plain(schema, self.invalid)
+        schema = with_listed_names(self, plain(schema, self.invalid), where)
         own = self._own(schema, where)
         parts: list[Any] = []
         for keyword, write in self._writers(schema, where):
@@ -199,7 +199,7 @@ class SchemaRewriter(Rewriter):
             yield "unevaluatedProperties", lambda: unevaluated.unevaluated_properties(self, schema, where)
         if "unevaluatedItems" in schema:
             yield "unevaluatedItems", lambda: unevaluated.unevaluated_items(self, schema, where)
-        if "maxProperties" in schema and schema.get("properties"):
+        if "maxProperties" in schema and (schema.get("properties") or "propertyNames" in schema):
             yield "maxProperties", lambda: objects.max_properties(self, schema, where)
         if schema.get("minProperties", 0) and (schema.get("properties") or "propertyNames" in schema):
             yield "minProperties", lambda: objects.min_properties(self, schema, where)

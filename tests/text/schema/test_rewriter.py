@@ -44,10 +44,12 @@ def made(rng: random.Random, depth: int) -> Any:
         "then": inner,
         "else": inner,
         "properties": lambda: {name(): inner(), name(): inner()},
-        "patternProperties": lambda: {rng.choice(["^a", "b$"]): inner()},
+        "patternProperties": lambda: {rng.choice(["^a", "b$", "^[ab]$", "^(a|c)$"]): inner()},
         "additionalProperties": inner,
         "unevaluatedProperties": lambda: rng.choice([True, False, {"type": "string"}]),
-        "propertyNames": lambda: rng.choice([{"pattern": "^a"}, {"enum": ["a", "b"]}, {"maxLength": 2}]),
+        "propertyNames": lambda: rng.choice(
+            [{"pattern": "^a"}, {"enum": ["a", "b"]}, {"maxLength": 2}, {"pattern": "^[abc]$"}]
+        ),
         "required": lambda: [name()],
         "dependentRequired": lambda: {name(): [name()]},
         "dependentSchemas": lambda: {name(): inner()},
@@ -242,6 +244,28 @@ REWRITTEN: list[tuple[Any, list[Any], list[Any]]] = [
     # A letter to some readers of patterns and to others none.
     ({"type": "object", "propertyNames": {"enum": ["é", "e"]}, "patternProperties": {"^\\w$": {"minimum": 2}},
       "additionalProperties": {"type": "integer", "maximum": 3}}, [{"é": 3, "e": 4}], [{"é": 1}, {"e": 1}]),
+    # Patterns of few names: none of them comes twice, none is begun where all are there.
+    ({"type": "object", "patternProperties": {"^(a|b|c)$": {"type": "integer"}}, "additionalProperties": False,
+      "minProperties": 2}, [{"a": 1, "c": 2}, {"a": 1, "b": 1, "c": 1}], [{"a": 1}, {}, {"a": 1, "d": 1}]),
+    ({"type": "object", "patternProperties": {"^[ab]$": {"type": "integer"}, "^[bc]$": {"minimum": 5}},
+      "additionalProperties": False, "minProperties": 3}, [{"a": 1, "b": 5, "c": "x"}], [{"a": 1, "b": 1, "c": 5}]),
+    ({"type": "object", "propertyNames": {"pattern": "^(en|de|fr)$"}, "minProperties": 2, "maxProperties": 2},
+     [{"de": 1, "en": 2}], [{"en": 1}, {"de": 1, "en": 2, "fr": 3}]),
+    ({"type": "object", "properties": {"a": {"type": "integer"}}, "patternProperties": {"^x[12]$": {"type": "null"}},
+      "additionalProperties": False, "required": ["a"], "minProperties": 3},
+     [{"a": 1, "x1": None, "x2": None}], [{"a": 1, "x1": None}]),
+    ({"type": "object", "propertyNames": {"enum": ["a", "b", "c"]}, "maxProperties": 1},
+     [{}, {"b": 1}], [{"a": 1, "b": 1}]),
+    ({"type": "object", "propertyNames": {"enum": ["a", "b", "c"]}, "required": ["a"], "maxProperties": 2},
+     [{"a": 1, "c": 1}], [{"a": 1, "b": 1, "c": 1}, {"b": 1}]),
+    ({"type": "object", "properties": {"a": {"type": "integer"}}, "patternProperties": {"^a$": {"minimum": 3}},
+      "additionalProperties": False}, [{"a": 3}, {}], [{"a": 1}, {"a": 3, "b": 1}]),
+    ({"type": "object", "properties": {"a": {"type": "integer"}, "b": {}}, "propertyNames": {"pattern": "^[ab]$"}},
+     [{"a": 3, "b": 1}, {}], [{"a": "x"}, {"c": 1}]),
+    ({"type": "object", "properties": {"a": {}}, "required": ["a"],
+      "propertyNames": {"anyOf": [{"const": "a"}, {"pattern": "^b$"}]}}, [{"a": 3, "b": 1}], [{"b": 1}]),
+    ({"allOf": [{"type": "object", "properties": {"a": {"type": "integer"}}},
+      {"patternProperties": {"^a$": {"minimum": 3}}, "additionalProperties": False}]}, [{"a": 3}, {}], [{"a": 1}]),
     ({"contains": {"const": 1}, "minContains": 3, "maxItems": 2}, [1, "a"], [[1, 1], []]),
     ({"type": "array", "contains": True, "minContains": 7, "maxContains": 8}, [[1] * 7], [[1] * 6, [1] * 9]),
 ]  # fmt: skip
@@ -273,6 +297,11 @@ UNENFORCEABLE: list[tuple[dict[str, Any], str, str]] = [
     ({"type": "array", "contains": {"const": 1}, "minContains": 10**9, "maxItems": 2 * 10**9}, "contains", "contains"),
     # Free names may come twice, and would be counted so.
     ({"type": "object", "minProperties": 2}, "minProperties", "minProperties"),
+    (
+        {"type": "object", "propertyNames": {"pattern": "^[0-9]+$"}, "minProperties": 2},
+        "minProperties",
+        "minProperties",
+    ),
     ({"type": "object", "not": {"maxProperties": 2}}, "maxProperties", "not"),
 ]
 

@@ -56,6 +56,10 @@ class Integers:
     scale: Tensor
 
 
+# Codes uint8 [rows, columns], scale float32 [rows, columns / BLOCK], what is added to their product or None.
+Coded = tuple[Tensor, Tensor, Tensor | None]
+
+
 class Quantised(ABC):
     """A matrix [rows, columns]. label: what it is, for people. parts: what it is read from."""
 
@@ -72,12 +76,20 @@ class Quantised(ABC):
         """Of the blocks, by GGUF's names, in which a layer can keep exactly these numbers; None where there is none."""
         return None
 
+    def form(self, view: View) -> str | None:
+        """Of the codes, one of ops/coded.CODE_FORMS, in which a layer can keep these numbers where it has no kind."""
+        return None
+
     def order(self, view: View) -> Tensor | None:
         """int64 [columns]: the columns in which a layer would keep it; None for those of the weight."""
         return None
 
     def blocks(self, view: View, begin: int, end: int) -> Tensor:
         """Rows [begin, end) in such blocks, uint8 [end - begin, bytes]. Raises Mismatch."""
+        raise NotImplementedError
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """Rows [begin, end) in codes of its form. Raises Mismatch."""
         raise NotImplementedError
 
 
@@ -102,6 +114,8 @@ class IntegerMatrix(Quantised):
         self.groups = groups
         self._kind: str | None = None
         self._known = False
+        self._form: str | None = None
+        self._known_form = False
 
     @abstractmethod
     def integers(self, view: View, begin: int, end: int) -> Integers:
@@ -146,23 +160,56 @@ class IntegerMatrix(Quantised):
         return self._kind
 
     def _found_kind(self, view: View) -> str | None:
+        if not self._has_blocks(view):
+            return None
+        scales, bounds = self.scales(view).float(), self._range(view)
+        if bounds is None or not torch.equal(scales.half().float(), scales):
+            return None
+        least, most = bounds
+        return next((kind for kind, (low, high) in RANGES.items() if low <= least and most <= high), None)
+
+    def _has_blocks(self, view: View) -> bool:
+        """Whether a scale is of whole blocks of columns."""
         columns = self.shape[1]
         if columns % BLOCK or (self.group % BLOCK and self.group < columns):
-            return None
+            return False
         which = self._groups(view)
         # A layer's columns are in the order of their groups, of which each must be whole then.
-        if which is not None and (columns % self.group or not bool((which.bincount() == self.group).all())):
-            return None
-        scales = self.scales(view).float()
-        if not torch.equal(scales.half().float(), scales):
-            return None
+        return which is None or (columns % self.group == 0 and bool((which.bincount() == self.group).all()))
+
+    def _range(self, view: View) -> tuple[int, int] | None:
+        """What the differences of codes and zeros may be; None where those are no integers."""
         least, most = -(1 << (self.bits - 1)), (1 << (self.bits - 1)) - 1
         zeros = self.zeros(view)
         if zeros is not None and zeros.numel():
             if zeros.is_floating_point() and not torch.equal(zeros.round(), zeros):
                 return None
             least, most = least - int(zeros.max()), most - int(zeros.min())
-        return next((kind for kind, (low, high) in RANGES.items() if low <= least and most <= high), None)
+        return least, most
+
+    def form(self, view: View) -> str | None:
+        """See Quantised."""
+        if not self._known_form:
+            self._form = self._found_form(view)
+            self._known_form = True
+        return self._form
+
+    def _found_form(self, view: View) -> str | None:
+        if not self._has_blocks(view):
+            return None
+        bounds = self._range(view)
+        if bounds is not None and bounds[0] >= -128 and bounds[1] <= 127:
+            return "int4" if bounds[0] >= -8 and bounds[1] <= 7 else "int8"
+        return "int4 and low" if self.bits <= 4 else "int8 and low"
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """See Quantised."""
+        form = self.form(view)
+        found, scale, low = self._in_order(view, begin, end, keep=form is not None and form.endswith("low"))
+        if low is not None:
+            middle = 1 << (self.bits - 1) if self.bits <= 4 else 0
+            return (found + middle).view(torch.uint8), scale, -(low + middle) * scale
+        return (found + 8 if form == "int4" else found).view(torch.uint8), scale, None
 
     def order(self, view: View) -> Tensor | None:
         """See Quantised."""
@@ -175,19 +222,26 @@ class IntegerMatrix(Quantised):
         """See Quantised."""
         kind = self.kind(view)
         assert kind is not None
+        numbers, scale, _ = self._in_order(view, begin, end)
+        rows = len(numbers)
+        return to_blocks(kind, numbers.view(rows, -1, BLOCK), scale).view(rows, -1)
+
+    def _in_order(
+        self, view: View, begin: int, end: int, *, keep: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Rows [begin, end) with their columns in `order`: int8 [rows, columns], scales float32 [rows, blocks], and
+        with `keep` the zeros, float32 [rows, blocks]; else these are taken away."""
         found = self.integers(view, begin, end)
         self._check(found)
-        rows, columns = found.codes.shape
-        numbers = found.codes
-        if found.zero is not None:
+        numbers, zero = found.codes, found.zero
+        place = torch.arange(numbers.shape[1] // BLOCK) * BLOCK // self.group
+        kept = zero.float()[:, place] if keep and zero is not None else None
+        if zero is not None and kept is None:
             # The differences are known to fit; zeros themselves may wrap around.
             numbers = numbers.clone()
-            self._by_group(numbers, torch.Tensor.sub_, found.zero.to(torch.int16).to(torch.int8), self._groups(view))
+            self._by_group(numbers, torch.Tensor.sub_, zero.to(torch.int16).to(torch.int8), self._groups(view))
         order = self.order(view)
-        if order is not None:
-            numbers = numbers[:, order]
-        place = torch.arange(columns // BLOCK) * BLOCK // self.group
-        return to_blocks(kind, numbers.view(rows, -1, BLOCK), found.scale[:, place]).view(rows, -1)
+        return numbers if order is None else numbers[:, order], found.scale[:, place], kept
 
     def _groups(self, view: View) -> Tensor | None:
         """int64 [columns]. Raises Mismatch."""

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from engine.models.loading.checkpoint import StoredTensor
-from engine.models.loading.schemes.base import BLOCK, Mismatch, Quantised, View, halves
+from engine.models.loading.schemes.base import BLOCK, Coded, Mismatch, Quantised, View, halves
 
+_MOST = torch.finfo(torch.float32).max
 # Of a scale that is an exponent alone.
 EXPONENTS = ("U8", "F8_E8M0")
 # e2m1: by the code without its sign, and with it.
@@ -47,12 +48,9 @@ class Float8Matrix(Quantised):
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
-        high, wide = self._block
-        rows, columns = self.shape
+        wide = self._block[1]
         values = view(self._codes)[begin:end].float()
-        scales = scales_of(view, self._scale).reshape(-(-rows // high), -(-columns // wide))
-        own = scales[torch.arange(begin, end) // high]
-        check_scales(own)
+        own = self._own_scales(view, begin, end)
         for number in range(own.shape[1]):
             part = values[:, number * wide : (number + 1) * wide]
             if bool((part[own[:, number] == 0] != 0).any()):
@@ -61,6 +59,27 @@ class Float8Matrix(Quantised):
         if not bool(values.isfinite().all()):
             raise Mismatch("a weight is no finite number")
         return values
+
+    def form(self, view: View) -> str | None:
+        """See Quantised."""
+        columns, wide = self.shape[1], self._block[1]
+        return "e4m3" if columns % BLOCK == 0 and (wide % BLOCK == 0 or wide >= columns) else None
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """See Quantised."""
+        codes = view(self._codes)[begin:end].view(torch.uint8)
+        own = self._own_scales(view, begin, end)[:, torch.arange(self.shape[1] // BLOCK) * BLOCK // self._block[1]]
+        check_e4m3(codes, own)
+        return codes, own, None
+
+    def _own_scales(self, view: View, begin: int, end: int) -> Tensor:
+        """float32 [rows, blocks of columns], checked."""
+        high, wide = self._block
+        rows, columns = self.shape
+        scales = scales_of(view, self._scale).reshape(-(-rows // high), -(-columns // wide))
+        own = scales[torch.arange(begin, end) // high]
+        check_scales(own)
+        return own
 
 
 class Float4Matrix(Quantised):
@@ -120,6 +139,17 @@ class Float4Matrix(Quantised):
             scales = scales / factor if self._divides else scales * factor
         check_scales(scales)
         return scales
+
+
+def check_e4m3(codes: Tensor, scales: Tensor) -> None:
+    """Raise Mismatch for codes uint8 [rows, columns] that are no numbers, or have a scale [rows, blocks] of zero."""
+    sizes = codes & 0x7F
+    if bool((sizes == 0x7F).any()):
+        raise Mismatch("a weight is no finite number")
+    if bool(((scales == 0) & (sizes.view(*scales.shape, -1).amax(-1) != 0)).any()):
+        raise Mismatch("a scale is zero where its weights are not")
+    if float(scales.abs().max()) > _MOST / 448:
+        raise Mismatch("a weight is no finite number")
 
 
 def check_scales(scales: Tensor) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.models.loading.checkpoint import ITEM_BYTES, QUANTISED, StoredTensor
-from engine.models.loading.schemes.base import Mismatch, Quantised, View
+from engine.models.loading.schemes.base import Coded, Mismatch, Quantised, View
 from engine.models.loading.schemes.floats import Float8Matrix
 
 
@@ -28,6 +28,26 @@ class RowsOf(Quantised):
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
         return self._inner.values(view, self._first + begin, self._first + end)
+
+    def kind(self, view: View) -> str | None:
+        """See Quantised."""
+        return self._inner.kind(view)
+
+    def form(self, view: View) -> str | None:
+        """See Quantised."""
+        return self._inner.form(view)
+
+    def order(self, view: View) -> Tensor | None:
+        """See Quantised."""
+        return self._inner.order(view)
+
+    def blocks(self, view: View, begin: int, end: int) -> Tensor:
+        """See Quantised."""
+        return self._inner.blocks(view, self._first + begin, self._first + end)
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """See Quantised."""
+        return self._inner.coded(view, self._first + begin, self._first + end)
 
 
 class Transposed(Quantised):
@@ -64,6 +84,22 @@ class Below(Quantised):
         first, second = (half.kind(view) for half in self._halves)
         in_order = all(half.order(view) is None for half in self._halves)
         return first if first == second and in_order else None
+
+    def form(self, view: View) -> str | None:
+        """See Quantised."""
+        first, second = (half.form(view) for half in self._halves)
+        in_order = all(half.order(view) is None for half in self._halves)
+        return first if first == second and in_order else None
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """See Quantised."""
+        parts = [half.coded(view, first, last) for half, first, last in self._ranges(begin, end)]
+        lows = [part[2] for part in parts if part[2] is not None]
+        return (
+            torch.cat([part[0] for part in parts]),
+            torch.cat([part[1] for part in parts]),
+            torch.cat(lows) if lows else None,
+        )
 
     def blocks(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
