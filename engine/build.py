@@ -312,6 +312,14 @@ def _build_executor(
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)
+    if config.tensor_parallel_size > 1:
+        if device == "cuda":
+            raise StartupError(
+                f"--tensor-parallel-size {config.tensor_parallel_size} is for the CPU so far; --device cpu"
+            )
+        from engine.distributed import start
+
+        return start.start(given)
     if device == "cuda":
         from engine.executor import cuda_start
 

@@ -256,8 +256,9 @@ class CudaOptions:
 
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
-    """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU, None for auto.
+    """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU (of each rank), None for auto.
 
+    tensor_parallel_size: ranks, processes that compute one model together.
     deterministic: a request's tokens and log-probabilities have the same bits whatever runs beside it. True: or the
     start fails. None: where it costs nothing. debug_faults: see executor/faults.py. check_invariants: the KV cache is
     checked whole whenever the engine is idle, and not a part of the time.
@@ -273,6 +274,7 @@ class EngineConfig:
     cuda: CudaOptions = field(default_factory=CudaOptions)
     device: str = "auto"
     num_threads: int | None = None
+    tensor_parallel_size: int = 1
     deterministic: bool | None = None
     debug_faults: str | None = None
     check_invariants: bool = False

@@ -93,7 +93,7 @@ class Engine(Resting):
         self._books_checked_at = -math.inf
         self._books_rng = random.Random(0)  # its own: seeds of requests do not depend on when it was idle
         self._task: asyncio.Task[None] | None = None
-        self.stalled = False
+        self.stalled = self._lost = False
         self.recorder = Recorder(self._on_watched)
         self.inspection = Inspection(scheduler, publisher)
         if config.lora.enable and executor.limits.max_adapters:
@@ -286,6 +286,9 @@ class Engine(Resting):
         in_flight: deque[tuple[Batch, StepHandle]] = deque()
         scheduler, executor = self.scheduler, self.executor
         self._watch.start()
+        if (watch := getattr(executor, "watch", None)) is not None:
+            # A device that can be lost while nothing runs on it.
+            watch(functools.partial(asyncio.get_running_loop().call_soon_threadsafe, self._lose))
         try:
             while True:
                 stages = self.recorder.stages  # None: nobody looks
@@ -349,11 +352,11 @@ class Engine(Resting):
                     # A device that is always ahead must not keep the sockets from being served.
                     await asyncio.sleep(0)
         except asyncio.CancelledError:
-            if not self.stalled:
+            if not self.stalled and not self._lost:
                 raise
-            stall = StalledError("no step has come to an end")
-            self._fail_all(stall)
-            raise stall from None
+            end = StalledError("no step has come to an end") if self.stalled else DeviceLostError("the device was lost")
+            self._fail_all(end)
+            raise end from None
         except BaseException as error:
             self._fail_all(error)
             raise
@@ -368,6 +371,12 @@ class Engine(Resting):
         """The device hangs: end every stream, and let `run` raise StalledError."""
         if self._task is not None and not self._task.done():
             self.stalled = True
+            self._task.cancel()
+
+    def _lose(self) -> None:
+        """The device is lost: end every stream, and let `run` raise DeviceLostError."""
+        if self._task is not None and not self._task.done():
+            self._lost = True
             self._task.cancel()
 
     def _check_books(self) -> None:

@@ -54,12 +54,8 @@ _ALWAYS = (
     "--enable-request-id-headers",
     "--enable-sleep-mode",
 )
-# How many devices, or copies, of a model; one is all there is.
+# How many stages, or copies, of a model; one is all there is.
 _ALWAYS_ONE = (
-    "--tensor-parallel-size",
-    "-tp",
-    "--tp",
-    "--tp-size",
     "--pipeline-parallel-size",
     "-pp",
     "--pp-size",
@@ -223,7 +219,17 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
 
     device = parser.add_argument_group("device and memory")
     device.add_argument("--device", choices=["auto", "cpu", "cuda"])
-    device.add_argument("--threads", type=_count, metavar="N", help="compute threads on the CPU")
+    device.add_argument("--threads", type=_count, metavar="N", help="compute threads on the CPU (of each rank)")
+    device.add_argument(
+        "--tensor-parallel-size",
+        "-tp",
+        "--tp",
+        "--tp-size",
+        dest="tensor_parallel_size",
+        type=_count,
+        metavar="N",
+        help="processes that compute the model together, each with its part of the weights and of the KV cache (CPU)",
+    )
     device.add_argument(
         "--deterministic",
         "--enable-deterministic-inference",
@@ -667,7 +673,9 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         deterministic=args.deterministic,
         debug_faults=args.debug_faults,
         check_invariants=args.check_invariants,
-        **_given(device=args.device),  # type: ignore[arg-type]
+        **_given(  # type: ignore[arg-type]
+            device=args.device, tensor_parallel_size=args.tensor_parallel_size
+        ),
     )
 
 

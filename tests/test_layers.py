@@ -56,6 +56,8 @@ ALLOWED = {
     "engine.speculation": {"engine.models", "engine.ops", "engine.executor.tables"},
     "engine.lora": {"engine.models", "engine.ops"},
     "engine.executor": {"engine.lora", "engine.models", "engine.ops", "engine.report", "engine.speculation"},
+    # What takes a device's place where several processes share a model.
+    "engine.distributed": {"engine.executor", "engine.models", "engine.ops", "engine.report", "engine.speculation"},
     "engine.admission": {"engine.scheduling"},
     "engine.pace": set(),
     "engine.publisher": {"engine.pace", "engine.scheduling", "engine.text"},
@@ -104,6 +106,9 @@ ALLOWED = {
 TORCH_ALLOWED = (
     "engine.build",
     "engine.kernels",
+    "engine.distributed.leader",
+    "engine.distributed.rank",
+    "engine.distributed.start",
     "engine.executor.cpu",
     "engine.executor.cuda",
     "engine.executor.drafting",

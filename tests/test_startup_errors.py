@@ -387,7 +387,8 @@ def test_as_a_command(whole: Path, tmp_path: Path) -> None:
     ("flags", "expected"),
     [
         (["--nope"], "unrecognized arguments: --nope"),
-        (["--enable-metrics", "--tp", "2"], "argument --tensor-parallel-size/-tp/--tp/"),
+        (["--enable-metrics", "--tp", "two"], "argument --tensor-parallel-size/-tp/--tp/"),
+        (["--pp-size", "2"], "argument --pipeline-parallel-size/-pp/--pp-size/"),
         (["--port", "99999"], "argument --port: '99999' is not a port"),
         (["--default-chat-template-kwargs", "[1]"], "argument --default-chat-template-kwargs: '[1]' is not a JSON"),
         (["--default-chat-template-kwargs", '{"messages": 1}'], "argument --default-chat-template-kwargs: 'messages'"),

@@ -25,7 +25,16 @@ from engine.executor.base import StepHandle
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.speculator import Speculator, mask_places, sampled_positions
 from engine.executor.tables import SlotTables, StepMetadata
-from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
+from engine.forward import (
+    FUTURE_TOKEN,
+    DeviceLostError,
+    ForwardError,
+    ForwardInput,
+    ForwardOutput,
+    Int32Array,
+    Limits,
+    Staging,
+)
 from engine.lora.reader import read_adapter
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.parts.decoder import Adapted
@@ -66,7 +75,7 @@ class CPUStepHandle:
         self.step = forward_input.step
         self.forward_input = forward_input
         self.output: ForwardOutput | None = None
-        self.error: ForwardError | None = None
+        self.error: ForwardError | DeviceLostError | None = None
         self.began_at = self.ended_at = 0.0  # time.monotonic's, once it is done
         self._done = False
         self._lock = threading.Lock()
@@ -287,7 +296,7 @@ class CPUExecutor:
                 handle.began_at = time.monotonic()
                 try:
                     handle.output = self._run(handle.forward_input)
-                except ForwardError as error:
+                except (ForwardError, DeviceLostError) as error:
                     handle.error = error
                 except Exception as error:
                     logger.exception("step %d failed", handle.step)

@@ -1726,3 +1726,5 @@ EXPORT double ol_fma(int64_t rounds, int64_t threads) {
     });
     return result + (double)rounds * threads * ACCUMULATORS * VL * 2;
 }
+
+#include "kernels_ranks.h"

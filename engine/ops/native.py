@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in ("kv", "packed", "state", "lora"))
+INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in ("kv", "packed", "state", "lora", "ranks"))
 # GCC sums integers as a tree when left to itself: every product is then a register, and most of them go to the stack.
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fno-tree-reassoc"),
@@ -69,6 +69,12 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),
+    "ol_word_post": (None, [_P, _I]),
+    "ol_word_wait": (_I, [_P, _I, _P, _I, _I]),
+    "ol_ranks_end": (None, [_P]),
+    "ol_ranks_arrive": (None, [_P]),
+    "ol_ranks_meet": (_I, [_P, _I, _I]),
+    "ol_ranks_sum": (_I, [_P, _I, _P, _P, _I, _I, _P, _I, _I]),
     "ol_entry": (_P, [ctypes.c_char_p]),
     "ol_replay": (None, [_P, _I]),
     "ol_read": (ctypes.c_double, [_P, _I, _I]),

@@ -66,6 +66,7 @@ class StoredTensor:
     dtype: one of ITEM_BYTES, or a block type of GGUF. shift: was added to it and must be taken away.
     undo: what its numbers, as float32, are turned into. quantised: the tensors that it is made of, where dtype is
     QUANTISED; begin is 0 then, and end is how many bytes they have. members: the matrices of which it is a stack.
+    stride: bytes from one row to the next, where rows are parts of wider ones in the file; 0 where they are whole.
     """
 
     file: Path
@@ -78,6 +79,7 @@ class StoredTensor:
     undo: Undo | None = None
     quantised: Quantised | None = None
     members: tuple[StoredTensor, ...] = ()
+    stride: int = 0
 
 
 def find_tensors(directory: Path) -> dict[str, StoredTensor]:

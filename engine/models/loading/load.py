@@ -17,6 +17,7 @@ from engine.models.loading.adapted import AdaptedLayers, AdaptedSource
 from engine.models.loading.checkpoint import StoredTensor
 from engine.models.loading.finding import find_model_tensors, settle_output
 from engine.models.loading.packed import PackedWeights
+from engine.models.loading.slices import Group, SlicedWeights, plan_of
 from engine.models.loading.weights import (
     DummyWeights,
     ShapeRecorder,
@@ -47,6 +48,7 @@ def load_model(
     deterministic: bool = False,
     quantisation: str | None = None,
     max_adapters: int = 0,
+    group: Group | None = None,
 ) -> CausalLM:
     """Build a model and fill it with weights.
 
@@ -54,6 +56,7 @@ def load_model(
     nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
     be used, which sizes the rope tables; None is `spec.context_length`. quantisation: one of schemes/rounding.py, to
     which weights of layers are rounded as they are read. max_adapters: LoRA adapters that may be in place at once.
+    group: of the ranks, of which this is one.
     Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
     """
     try:
@@ -69,6 +72,7 @@ def load_model(
             deterministic,
             quantisation,
             max_adapters,
+            group,
         )
     except (RuntimeError, MemoryError) as error:
         # torch has no class of its own for a failed allocation on the host, nor for a size beyond 64 bits.
@@ -98,6 +102,7 @@ def _load(
     deterministic: bool,
     quantisation: str | None,
     max_adapters: int,
+    group: Group | None,
 ) -> CausalLM:
     if load_format not in ("auto", "safetensors", "dummy"):
         raise StartupError(f"load format {load_format!r} is not one of auto, safetensors, dummy")
@@ -118,6 +123,10 @@ def _load(
         weights.quantisation = quantisation
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
+        if group is not None:
+            assert not max_adapters
+            plan = plan_of(spec, group.rank, group.size)
+            return make_decoder(plan.spec, SlicedWeights(weights, plan, group, recorder.shapes), context)
         if not max_adapters:
             return make_decoder(spec, weights, context)
         layers = AdaptedLayers(spec, max_adapters)

@@ -152,14 +152,14 @@ class PackedWeights(CodedWeights):
             for tensor in np.unique(piece[:, 0]):
                 own = piece[:, 0] == tensor
                 rows = piece[own, 1]
-                base = 0
+                base, apart = 0, stored[tensor].stride or width
                 if stored[tensor].quantised is None:
                     base = self._address(stored[tensor])
                 else:
                     begin, end = int(rows.min()), int(rows.max()) + 1
                     held.append(np.ascontiguousarray(self.kept_blocks(names[tensor], begin, end)))
                     base = held[-1].ctypes.data - begin * width
-                addresses[own] = base + rows * width
+                addresses[own] = base + rows * apart
             bad = linear.pack(first, torch.from_numpy(addresses))
             if bad is not None:
                 tensor, row = places[bad]
@@ -170,8 +170,9 @@ class PackedWeights(CodedWeights):
                 if stored[tensor].quantised is not None:
                     continue
                 whole = piece[piece[:, 0] == tensor, 1]
-                begin = stored[tensor].begin + int(whole.min()) * width
-                self._let_go(stored[tensor], begin, min(begin + len(whole) * width, stored[tensor].end))
+                stride = stored[tensor].stride or width
+                begin = stored[tensor].begin + int(whole.min()) * stride
+                self._let_go(stored[tensor], begin, min(begin + len(whole) * stride, stored[tensor].end))
         return linear
 
     def _address(self, stored: StoredTensor) -> int:

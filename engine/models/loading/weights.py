@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from engine.config import StartupError
 from engine.models.gguf.dequantise import dequantise
 from engine.models.gguf.types import BY_NAME
 from engine.models.loading.checkpoint import FLOATS, MappedFiles, StoredTensor, check
+from engine.models.loading.cuts import Cut
 from engine.models.loading.schemes.base import Coded, Mismatch, Quantised
 from engine.models.loading.schemes.rounding import Rounded, RoundedFloat8, can_round
 from engine.models.loading.schemes.shaped import as_stored
@@ -160,6 +162,10 @@ class Weights:
         self.prepare(linear, keep_rows=True)
         return linear
 
+    def summed(self, part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """See Source: there is one rank."""
+        return part
+
     def prepare(self, linear: Linear, *, keep_rows: bool = False) -> None:
         """Bring a layer into the form that is fastest to multiply with."""
         linear.prepare(keep_rows=keep_rows, deterministic=self.deterministic)
@@ -231,6 +237,22 @@ class CheckpointWeights(Weights):
     def close(self) -> None:
         self._files.close()
 
+    def stored(self, name: str) -> StoredTensor:
+        """Where a tensor lies."""
+        return self._tensors[name]
+
+    def replace_tensor(self, name: str, stored: StoredTensor) -> None:
+        """What is read under that name from now on."""
+        if name in self._tensors:
+            self._total -= self._tensors[name].end - self._tensors[name].begin
+        self._tensors[name] = stored
+        self._total += stored.end - stored.begin
+
+    def drop_tensor(self, name: str) -> None:
+        """Nobody will ask for it."""
+        gone = self._tensors.pop(name)
+        self._total -= gone.end - gone.begin
+
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]
         if stored.quantised is not None:
@@ -252,6 +274,9 @@ class CheckpointWeights(Weights):
             self._dequantise(flat, name, stored)
             return
         dtype = TORCH_DTYPES[stored.dtype]
+        if stored.stride:
+            self._fill_parts(destination, stored, dtype)
+            return
         step = CHUNK_BYTES // dtype.itemsize
         if stored.transposed:
             # Whole rows of the file, which are columns of the destination.
@@ -270,11 +295,30 @@ class CheckpointWeights(Weights):
             del source
             self._let_go(stored, begin, end)
 
+    def _fill_parts(self, destination: Tensor, stored: StoredTensor, dtype: torch.dtype) -> None:
+        """From rows that are parts of the file's."""
+        into = destination.T if stored.transposed else destination
+        step = max(1, CHUNK_BYTES // stored.stride)
+        for first in range(0, len(into), step):
+            last = min(first + step, len(into))
+            source = view_of_parts(self._files, stored, dtype, first, last)
+            into[first:last].copy_(source)
+            begin = stored.begin + first * stored.stride
+            end = begin + (last - first - 1) * stored.stride + source.shape[1] * dtype.itemsize
+            del source
+            self._let_go(stored, begin, end)
+
     def _dequantise(self, flat: Tensor, name: str, stored: StoredTensor) -> None:
         """The blocks of a quantised tensor as numbers, piece by piece; each piece stays in the processor's caches."""
         kind = BY_NAME[stored.dtype]
         mapped = self._files.get(stored.file, stored.end)
-        blocks = np.frombuffer(mapped, np.uint8, stored.end - stored.begin, stored.begin).reshape(-1, kind.size)
+        if stored.stride:
+            # Rows that are parts of wider ones, as what they would be in one piece.
+            rows, width = stored.shape[0], stored.shape[-1] // kind.elements * kind.size
+            parts: Any = np.ndarray((rows, width), np.uint8, mapped, stored.begin, (stored.stride, 1))
+            blocks = np.ascontiguousarray(parts).reshape(-1, kind.size)
+        else:
+            blocks = np.frombuffer(mapped, np.uint8, stored.end - stored.begin, stored.begin).reshape(-1, kind.size)
         values = np.empty((BLOCK_ELEMENTS // kind.elements, kind.elements), dtype=np.float32)
         given_back = 0
         for start in range(0, len(blocks), len(values)):
@@ -287,10 +331,12 @@ class CheckpointWeights(Weights):
             at = start * kind.elements
             flat[at : at + out.size].copy_(torch.from_numpy(out.reshape(-1)))
             done = (start + len(piece)) * kind.size
-            if done - given_back >= CHUNK_BYTES or start + len(piece) == len(blocks):
+            if (not stored.stride and done - given_back >= CHUNK_BYTES) or start + len(piece) == len(blocks):
                 del piece
                 self._let_go(stored, stored.begin + given_back, stored.begin + done)
                 given_back = done
+        if stored.stride:
+            self._let_go(stored, stored.begin, stored.end)
 
     def _fill_quantised(self, destination: Tensor, name: str, matrix: Quantised) -> None:
         """A matrix that several tensors stand for, some rows at a time."""
@@ -375,6 +421,10 @@ class CheckpointWeights(Weights):
         shape = stored.shape
         if 0 in shape:
             return torch.empty(shape, dtype=TORCH_DTYPES[stored.dtype])
+        if stored.stride:
+            last = shape[1] if stored.transposed else shape[0]
+            parts = view_of_parts(self._files, stored, TORCH_DTYPES[stored.dtype], 0, last)
+            return parts.contiguous().view(shape) if stored.transposed else parts
         return view_of(self._files, stored, TORCH_DTYPES[stored.dtype], 0, math.prod(shape)).view(shape)
 
     def _let_go(self, stored: StoredTensor, begin: int, end: int) -> None:
@@ -392,6 +442,14 @@ def view_of(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, start:
         # torch warns that the buffer is read-only; nothing writes to it.
         warnings.simplefilter("ignore", UserWarning)
         return torch.frombuffer(mapped, dtype=dtype, count=count, offset=stored.begin + start * dtype.itemsize)
+
+
+def view_of_parts(files: MappedFiles, stored: StoredTensor, dtype: torch.dtype, first: int, last: int) -> Tensor:
+    """Rows [first, last) of a stored matrix (as the file has it) whose rows are parts of wider ones."""
+    width, stride = stored.shape[0] if stored.transposed else stored.shape[1], stored.stride // dtype.itemsize
+    count = (last - first - 1) * stride + width
+    flat = view_of(files, stored, dtype, first * stride, count)
+    return flat.as_strided((last - first, width), (stride, 1))
 
 
 class DummyWeights(Weights):
@@ -415,31 +473,50 @@ class DummyWeights(Weights):
         self._bytes = torch.randint(0, 256, (DUMMY_BLOCK,), generator=generator, dtype=torch.uint8).to(device)
         self._scaled: dict[float, Tensor] = {}
         self._seed = seed
+        # By name: of what tensor it is a part, and which one.
+        self.cuts: dict[str, tuple[str, Cut]] = {}
         self._progress = progress
         self._done = 0
         self._total = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
 
     def fill(self, destination: Tensor, name: str) -> None:
+        if name in self.cuts:
+            # As one process alone would have it.
+            whole, cut = self.cuts[name]
+            width = math.prod(cut.shape[1:])
+            if not cut.by_columns:
+                self._fill(destination, whole, cut.shape, cut.begin * width)
+                return
+            step = max(1, DUMMY_BLOCK // width)
+            for row in range(0, cut.shape[0], step):
+                full = torch.empty((min(step, cut.shape[0] - row), width), dtype=destination.dtype)
+                self._fill(full, whole, cut.shape, row * width)
+                destination[row : row + step].copy_(cut.of(full))
+            return
+        self._fill(destination, name, tuple(destination.shape), 0)
+
+    def _fill(self, destination: Tensor, name: str, shape: tuple[int, ...], first: int) -> None:
+        """Elements from `first` on of a tensor of that shape."""
         flat = destination.view(-1)
         if destination.dtype == torch.uint8 and name.endswith("_scales"):
             # Exponents above 127: the numbers that they are for, 32 each, have a deviation of 2.9.
-            flat.fill_(127 - round(math.log2(2.9 * math.sqrt(32 * destination.shape[-1]))))
+            flat.fill_(127 - round(math.log2(2.9 * math.sqrt(32 * shape[-1]))))
         elif destination.dtype == torch.uint8:
-            self._repeat(flat, name, self._bytes)
+            self._repeat(flat, name, self._bytes, first)
         elif re.search(r"norm|_ln\b", name, re.IGNORECASE):
             flat.fill_(0.0 if name.endswith(".bias") else 1.0)
         else:
-            scale = destination.shape[-1] ** -0.5 if destination.dim() > 1 else 0.02
+            scale = shape[-1] ** -0.5 if len(shape) > 1 else 0.02
             block = self._scaled.get(scale)
             if block is None:
                 block = self._scaled[scale] = (self._block * scale).to(self.dtype)
-            self._repeat(flat, name, block)
+            self._repeat(flat, name, block, first)
         self._done += flat.numel() * flat.element_size()
         if self._progress is not None:
             self._progress(self._done, self._total)
 
-    def _repeat(self, flat: Tensor, name: str, block: Tensor) -> None:
-        at = zlib.crc32(f"{self._seed} {name}".encode()) % DUMMY_BLOCK
+    def _repeat(self, flat: Tensor, name: str, block: Tensor, first: int) -> None:
+        at = (zlib.crc32(f"{self._seed} {name}".encode()) + first) % DUMMY_BLOCK
         start = 0
         while start < flat.numel():
             count = min(DUMMY_BLOCK - at, flat.numel() - start)

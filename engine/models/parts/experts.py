@@ -25,7 +25,7 @@ def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -
     if keeps_experts_stacked(source.device):
         kind = AllExperts if spec.clamp is not None else StackedExperts
     routed = kind(spec, source, prefix, hidden_size)
-    return routed if spec.shared is None else WithShared(routed, spec, source, prefix, hidden_size)
+    return source.summed(routed if spec.shared is None else WithShared(routed, spec, source, prefix, hidden_size))
 
 
 def keeps_experts_stacked(device: torch.device) -> bool:

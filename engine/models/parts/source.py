@@ -76,3 +76,7 @@ class Source(Protocol):
     def output_layer(self, vocab: int, hidden: int, *, tied: bool, bias: bool = False) -> Linear:
         """The layer that makes logits; a tied one is the embedding too, and hands out its rows."""
         ...
+
+    def summed(self, part: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """A part whose linear layers each rank of a group has a slice of: with its results added up over the ranks."""
+        ...

@@ -1,0 +1,271 @@
+"""Rank 0: an executor whose model and KV memory are those of all ranks.
+
+Each step's forward is told to the others when it begins here, with its tokens and positions known: they need no slots,
+no sampling and no relay. Sampling, penalties, grammars and vectors are this rank's, of logits that all have computed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.config import StartupError
+from engine.distributed import messages
+from engine.distributed.members import Members
+from engine.executor.cpu import CPUExecutor
+from engine.executor.tables import PagedMetadata
+from engine.forward import DeviceLostError, Limits
+from engine.models.parts.decoder import CausalLM
+from engine.ops.attention.base import AttentionBackend
+from engine.ops.parallel import ParallelGroup
+from engine.ops.ranks import Layout, Ranks, RanksEndedError
+from engine.ops.state import States
+from engine.speculation.base import Proposer
+from engine.speculation.paged import LateProposer
+
+logger = logging.getLogger("oneloop.ranks")
+
+Read = Callable[[Path | None, ParallelGroup], CausalLM]
+
+
+class Leader:
+    """The group, seen from its rank 0. job: what every rank is told at its start, but for its number and its memory.
+
+    read: this rank's part of a model.
+    """
+
+    def __init__(self, layout: Layout, job: dict[str, Any], read: Read) -> None:
+        self._read = read
+        self._on_lost: Callable[[], None] | None = None
+        self._closed = False
+        file = Ranks.make_file(layout)
+        try:
+            self.ranks = Ranks(file, layout, 0)
+            sizes = {"size": layout.size, "message": layout.message, "logits": layout.logits, "slot": layout.slot}
+            jobs = [{**job, "rank": rank, "file": file, "layout": sizes} for rank in range(1, layout.size)]
+            self.members = Members(jobs, (file,), self._gone)
+        finally:
+            os.close(file)  # mapped by now, and inherited
+
+    def first(self) -> RankedModel:
+        """Read the model in all ranks, as they do since they began. Raises StartupError."""
+        model = self._read(None, ParallelGroup(self.ranks, self.ask))
+        self._gather()
+        return RankedModel(model, self)
+
+    def load(self, directory: Path | None) -> RankedModel:
+        """Read other weights in all ranks; where one cannot, none has them. Raises StartupError."""
+        self._post(do="read", directory=None if directory is None else str(directory))
+        model, failure = None, None
+        try:
+            model = self._read(directory, ParallelGroup(self.ranks, self.ask))
+        except StartupError as error:
+            failure = error
+        except BaseException:
+            self.fail()
+            raise
+        try:
+            self._gather()
+        except StartupError as error:
+            failure = failure or error
+        self.command(do="keep", whole=failure is None)
+        if failure is not None:
+            raise failure
+        assert model is not None
+        return RankedModel(model, self)
+
+    def command(self, **given: Any) -> None:
+        """Have the other ranks do something, and wait until it is done. Raises StartupError where one cannot."""
+        self._post(**given)
+        self._gather()
+
+    def _post(self, **given: Any) -> None:
+        messages.write_text(self.ranks.next_message(), messages.COMMAND, given)
+        self.ranks.post()
+
+    def _gather(self) -> None:
+        """The others' answers to what was asked last."""
+        self.ranks.arrive()
+        try:
+            self.ranks.meet()
+        except RanksEndedError:
+            raise StartupError(self.why()) from None
+        answers = [messages.read_text(self.ranks.section(rank))["error"] for rank in range(1, self.ranks.size)]
+        failure = next((answer for answer in answers if answer is not None), None)
+        if failure is not None:
+            raise StartupError(failure)
+
+    def ask(self, hidden: Tensor) -> None:
+        """The other ranks are to compute their part of logits of these [R, hidden]."""
+        bytes_of = np.asarray(hidden.view(torch.uint8).reshape(-1).numpy())
+        messages.write_logits(self.ranks.next_message(), len(hidden), bytes_of)
+        self.ranks.post()
+
+    def tell_forward(self, token_ids: Tensor, groups: tuple[PagedMetadata, ...], types: Tensor | None) -> None:
+        """The other ranks are to run this."""
+        told = None if types is None else types.numpy()
+        messages.write_forward(self.ranks.next_message(), token_ids.numpy(), groups, told)
+        self.ranks.post()
+
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Call it, on any thread, when a rank is gone."""
+        self._on_lost = on_lost
+        if self.members.gone is not None:
+            on_lost()
+
+    def _gone(self, what: str) -> None:
+        logger.error("%s", what)
+        self.ranks.end()
+        if self._on_lost is not None:
+            self._on_lost()
+
+    def why(self) -> str:
+        """What became of the group."""
+        return self.members.gone or "the ranks have ended"
+
+    def fail(self) -> None:
+        """This rank cannot go on, so none can."""
+        self.ranks.end()
+
+    def close(self) -> None:
+        """End the other ranks. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            self.ranks.end()
+            self.members.close()
+
+
+class RankedModel:
+    """A CausalLM of which this rank has a part, and the others theirs. All but the forward and logits is `own`'s: norms
+    and heads for vectors are the same in every rank."""
+
+    def __init__(self, own: CausalLM, leader: Leader) -> None:
+        self.own = own
+        self._leader = leader
+        self.config = own.config
+        self.attention_spec = own.attention_spec
+        self.linears = own.linears
+
+    def forward(
+        self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None
+    ) -> Tensor:
+        """See CausalLM."""
+        assert isinstance(attention, RankedAttention)
+        with self._lost():
+            self._leader.tell_forward(token_ids, attention.groups, types)
+            return self.own.forward(token_ids, positions, attention.own, types)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """See CausalLM."""
+        with self._lost():
+            return self.own.logits(hidden)
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """See CausalLM."""
+        return self.own.classify(hidden)
+
+    def project(self, vectors: Tensor) -> Tensor:
+        """See CausalLM."""
+        return self.own.project(vectors)
+
+    @contextlib.contextmanager
+    def _lost(self) -> Any:
+        """Ranks that are not at the same place can never meet again."""
+        try:
+            yield
+        except RanksEndedError:
+            raise DeviceLostError(self._leader.why()) from None
+        except BaseException as error:
+            self._leader.fail()
+            logger.exception("rank 0 failed amid a step")
+            raise DeviceLostError(f"rank 0 failed amid a step: {type(error).__name__}: {error}") from error
+
+
+class RankedAttention:
+    """An AttentionBackend over this rank's part of the KV memory; what it plans is told to the others."""
+
+    def __init__(self, own: AttentionBackend) -> None:
+        self.own = own
+        self.groups: tuple[PagedMetadata, ...] = ()
+        self.states: States | None = None
+
+    @property
+    def k_pools(self) -> list[Tensor]:
+        return list(getattr(self.own, "k_pools", ()))
+
+    @property
+    def v_pools(self) -> list[Tensor]:
+        return list(getattr(self.own, "v_pools", ()))
+
+    def release(self) -> None:
+        """See AttentionBackend."""
+        self.own.release()
+
+    def allocate(self) -> None:
+        """See AttentionBackend."""
+        self.own.allocate()
+
+    def plan(self, *groups: PagedMetadata) -> None:
+        """See AttentionBackend."""
+        self.groups = groups
+        self.own.plan(*groups)
+
+    def forward(self, layer: int, *given: Any, **options: Any) -> Tensor:
+        """See AttentionBackend."""
+        return self.own.forward(layer, *given, **options)
+
+
+class RankedExecutor(CPUExecutor):
+    """A CPUExecutor whose steps run in all ranks."""
+
+    def __init__(
+        self,
+        model: RankedModel,
+        limits: Limits,
+        *,
+        attention: AttentionBackend,
+        leader: Leader,
+        proposer: Proposer | None = None,
+        late: LateProposer | None = None,
+    ) -> None:
+        # What drafts does so in this rank: the others see rows of several tokens.
+        ranked = RankedAttention(attention)
+        super().__init__(model, limits, attention=ranked, load=leader.load, proposer=proposer, late=late)
+        self._leader = leader
+
+    @property
+    def page_bytes(self) -> int:
+        """What a page takes in all layers of all ranks."""
+        return super().page_bytes * self._leader.ranks.size
+
+    @property
+    def rank_pids(self) -> list[int]:
+        """Of the other ranks' processes."""
+        return self._leader.members.pids
+
+    def watch(self, on_lost: Callable[[], None]) -> None:
+        """Call it, on any thread, when the device is lost, also while nothing runs."""
+        self._leader.watch(on_lost)
+
+    def sleep(self, level: int) -> None:
+        """See Executor."""
+        super().sleep(level)
+        self._leader.command(do="sleep", level=level)
+
+    def wake_up(self, directory: Path | None = None) -> None:
+        """See Executor."""
+        super().wake_up(directory)
+        self._leader.command(do="wake")
+
+    def close(self) -> None:
+        """See Executor."""
+        super().close()
+        self._leader.close()

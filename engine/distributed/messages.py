@@ -1,0 +1,117 @@
+"""What rank 0 tells the other ranks, as flat arrays in shared memory: a forward, a wish for logits, or a command.
+
+Every message begins with HEADER int32 numbers, of which the first is its kind. Read and written by the executors'
+threads. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from engine.executor.tables import PagedMetadata
+from engine.forward import Limits
+
+FORWARD, LOGITS, COMMAND = 1, 2, 3
+HEADER = 16
+# Bytes of a message that any model's are given.
+LEAST_BYTES = 2 << 20
+
+Bytes = npt.NDArray[np.uint8]
+Int32 = npt.NDArray[np.int32]
+
+
+def message_bytes(max_num_seqs: int, max_num_batched_tokens: int, max_pages_per_seq: int, num_groups: int) -> int:
+    """What the largest forward takes."""
+    arrays = num_groups * (2 * max_num_batched_tokens + max_num_seqs * max_pages_per_seq)
+    arrays += 4 * max_num_batched_tokens + 4 * (max_num_seqs + 1)
+    return max(LEAST_BYTES, 4 * (HEADER + arrays + 2 * num_groups))
+
+
+class StepMetadata(PagedMetadata):
+    """A PagedMetadata whose arrays lie in a message."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def write_forward(message: Bytes, token_ids: Int32, groups: tuple[PagedMetadata, ...], types: Any | None) -> None:
+    """A forward of these tokens. types: int64 [tokens], or None."""
+    first = groups[0]
+    rows, tokens = first.num_rows, len(token_ids)
+    header = np.zeros(HEADER, np.int32)
+    header[:5] = FORWARD, rows, tokens, len(groups), types is not None
+    counts = [len(group.kv_indices) for group in groups]
+    header[5 : 5 + len(counts)] = counts
+    # What is eight bytes wide comes first, where its place is a multiple of eight.
+    parts = [header, *(group.kv_slots.view(np.int32) for group in groups)]
+    if types is not None:
+        parts.append(types.view(np.int32))
+    parts += [token_ids, first.positions, first.kv_len, first.last_page_len, first.qo_indptr, first.kv_indptr]
+    parts += [group.kv_indices for group in groups]
+    numbers = message.view(np.int32)
+    np.concatenate(parts, out=numbers[: sum(map(len, parts))])
+
+
+def read_forward(message: Bytes) -> tuple[Int32, list[StepMetadata], Any | None]:
+    """The same, as views of the message."""
+    numbers = message.view(np.int32)
+    _, rows, tokens, num_groups, typed, *counts = numbers[:HEADER].tolist()
+    at = HEADER
+
+    def take(count: int) -> Int32:
+        nonlocal at
+        at += count
+        return numbers[at - count : at]
+
+    slots = [take(2 * tokens).view(np.int64) for _ in range(num_groups)]
+    types = take(2 * tokens).view(np.int64) if typed else None
+    token_ids, positions, kv_len, last_page_len = take(tokens), take(tokens), take(rows), take(rows)
+    qo_indptr, kv_indptr = take(rows + 1), take(rows + 1)
+    groups = []
+    for own_slots, count in zip(slots, counts[:num_groups], strict=True):
+        group = StepMetadata()
+        group.num_rows, group.positions, group.kv_slots = rows, positions, own_slots
+        group.kv_len, group.last_page_len = kv_len, last_page_len
+        group.qo_indptr, group.kv_indptr, group.kv_indices = qo_indptr, kv_indptr, take(count)
+        groups.append(group)
+    return token_ids, groups, types
+
+
+def write_logits(message: Bytes, rows: int, hidden: Bytes) -> None:
+    """Logits of `rows` hidden states are wanted."""
+    message[: 4 * HEADER].view(np.int32)[:2] = LOGITS, rows
+    message[4 * HEADER : 4 * HEADER + len(hidden)] = hidden
+
+
+def read_logits(message: Bytes, row_bytes: int) -> Bytes:
+    """The bytes of those hidden states."""
+    rows = int(message[: 4 * HEADER].view(np.int32)[1])
+    return message[4 * HEADER : 4 * HEADER + rows * row_bytes]
+
+
+def write_text(message: Bytes, kind: int, value: Any) -> None:
+    """A JSON value: a command, or an answer."""
+    text = orjson.dumps(value)
+    message[: 4 * HEADER].view(np.int32)[:2] = kind, len(text)
+    message[4 * HEADER : 4 * HEADER + len(text)] = np.frombuffer(text, np.uint8)
+
+
+def read_text(message: Bytes) -> Any:
+    """The same."""
+    length = int(message[: 4 * HEADER].view(np.int32)[1])
+    return orjson.loads(message[4 * HEADER : 4 * HEADER + length].tobytes())
+
+
+def kind_of(message: Bytes) -> int:
+    return int(message[:4].view(np.int32)[0])
+
+
+def limits_bytes(limits: Limits) -> int:
+    """`message_bytes` of an executor's limits."""
+    return message_bytes(
+        limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_pages_per_seq, len(limits.groups)
+    )

@@ -1,0 +1,207 @@
+"""A rank beside the one that has the event loop: reads its part of the model, and computes what it is told to.
+
+`python -m engine.distributed.rank`, started by members.py with a job on its standard input, which stays open as long as
+the parent lives. torch is imported once the job is known.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from engine.config import StartupError
+
+if TYPE_CHECKING:
+    from engine.models.parts.decoder import CausalLM
+    from engine.ops.attention.base import AttentionBackend
+
+
+def main() -> int:
+    """Serve until the group ends."""
+    # Whoever ends the parent decides; a terminal's Ctrl-C reaches this process, too.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s %(name)s: %(message)s")
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return 0
+    threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
+    job = orjson.loads(line)
+    from engine.ops.ranks import RanksEndedError
+
+    try:
+        return Rank(job).run()
+    except RanksEndedError:
+        return 0
+
+
+def _end_with_parent() -> None:
+    while sys.stdin.buffer.read(1):
+        pass
+    os._exit(0)
+
+
+class Rank:
+    """One process's part. job: see leader.py."""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        import torch
+
+        from engine.ops.parallel import ParallelGroup
+        from engine.ops.ranks import Layout, Ranks
+
+        torch.set_num_threads(job["threads"])
+        self._job = job
+        self._dtype: torch.dtype = getattr(torch, job["dtype"])
+        self._ranks = Ranks(job["file"], Layout(**job["layout"]), job["rank"])
+        self._groups = [ParallelGroup(self._ranks, _never), ParallelGroup(self._ranks, _never)]
+        self._model: CausalLM | None = None
+        self._pending: CausalLM | None = None
+        self._backend: AttentionBackend | None = None
+
+    def run(self) -> int:
+        """Load, then do what comes."""
+        import torch
+
+        from engine.distributed import messages
+
+        failure = self._attempt(lambda: self._read(None))
+        self._model, self._pending = self._pending, None
+        self._answer(failure)
+        if failure is not None:
+            return 1
+        with torch.inference_mode():
+            while True:
+                message = self._ranks.receive()
+                kind = messages.kind_of(message)
+                if kind == messages.FORWARD:
+                    self._forward(message)
+                elif kind == messages.LOGITS:
+                    self._logits(message)
+                else:
+                    command = messages.read_text(message)
+                    self._answer(self._attempt(lambda command=command: self._obey(**command)))
+
+    def _forward(self, message: Any) -> None:
+        import torch
+
+        from engine.distributed import messages
+
+        model, backend = self._model, self._backend
+        assert model is not None and backend is not None
+        token_ids, groups, types = messages.read_forward(message)
+        backend.plan(*groups)
+        model.forward(
+            torch.from_numpy(token_ids),
+            torch.from_numpy(groups[0].positions),
+            backend,
+            None if types is None else torch.from_numpy(types),
+        )
+
+    def _logits(self, message: Any) -> None:
+        import torch
+
+        from engine.distributed import messages
+
+        output = self._groups[0].output
+        assert output is not None
+        width = output.in_features
+        hidden = messages.read_logits(message, width * self._dtype.itemsize)
+        output.answer(torch.from_numpy(hidden).view(self._dtype).view(-1, width))
+
+    def _obey(self, do: str, **given: Any) -> None:
+        """A command of leader.py. Raises StartupError."""
+        if do == "begin":
+            self._make_backend(**given)
+        elif do == "sleep":
+            assert self._backend is not None
+            self._backend.release()
+            if given["level"] == 2:
+                self._model = None
+        elif do == "wake":
+            assert self._backend is not None
+            self._backend.allocate()
+        elif do == "read":
+            directory = given["directory"]
+            self._read(None if directory is None else Path(directory))
+        elif do == "keep":
+            # What every rank has read counts from now on; or what some could not, does not.
+            if given["whole"]:
+                self._model = self._pending
+                self._groups.reverse()
+            self._pending = None
+
+    def _make_backend(self, num_pages: int, page_size: int, context: int) -> None:
+        from engine.groups import plan_groups
+        from engine.ops.attention.base import create_backend
+
+        model = self._model
+        assert model is not None
+        spec = model.attention_spec
+        backend: Any = create_backend(
+            "packed" if spec.bidirectional else "torch_paged",
+            spec,
+            num_pages=num_pages,
+            page_size=page_size,
+            dtype=self._dtype,
+            groups=plan_groups(model.config.windows, context),
+        )
+        backend.recordings = None  # sums over ranks are no calls that could be made again from a list
+        self._backend = backend
+
+    def _read(self, other: Path | None) -> None:
+        """The model, as `_pending`: from where the job says, or another directory with the same one."""
+        import torch
+
+        from engine.models.loading.load import load_model
+        from engine.models.registry import read_spec
+
+        job = self._job
+        directory = Path(job["directory"])
+        spec = dataclasses.replace(read_spec(directory), headless=job["headless"], projections=())
+        # What is read at a start is in use at once.
+        group = self._groups[0 if self._model is None and other is None and self._backend is None else 1]
+        self._pending = load_model(
+            spec,
+            other or directory,
+            dtype=self._dtype,
+            device=torch.device("cpu"),
+            load_format=job["load_format"] if other is None else "auto",
+            seed=job["seed"],
+            max_model_len=job["context"],
+            deterministic=job["deterministic"],
+            quantisation=job["quantisation"],
+            group=group,
+        )
+
+    def _attempt(self, act: Any) -> str | None:
+        """What went wrong, as a line."""
+        try:
+            act()
+        except StartupError as error:
+            return str(error)
+        except MemoryError as error:
+            return f"no memory: {' '.join(str(error).split())[:200]}"
+        return None
+
+    def _answer(self, failure: str | None) -> None:
+        from engine.distributed import messages
+
+        messages.write_text(self._ranks.section(self._ranks.rank), messages.COMMAND, {"error": failure})
+        self._ranks.arrive()
+
+
+def _never(hidden: Any) -> None:
+    raise AssertionError("only rank 0 asks for logits")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""How a group of ranks on the host's cores comes to be: what each is told, and how memory and cores are divided.
+
+Called once by the composition root in place of cpu_start.py, before the loop runs; it may block.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import EngineConfig, StartupError
+from engine.distributed.leader import Leader, RankedExecutor
+from engine.distributed.messages import message_bytes
+from engine.executor.cpu_start import (
+    DEFAULT_MEMORY_SHARE,
+    available_cores,
+    choose_threads,
+    encoder_limits,
+    pick_dtype,
+    plan_memory,
+)
+from engine.executor.drafting import read_drafting
+from engine.executor.start import Start
+from engine.forward import Limits
+from engine.groups import MemoryGroup, plan_groups
+from engine.models.loading.load import weight_bytes
+from engine.models.loading.slices import FLAG, refuse
+from engine.models.parts.decoder import CausalLM
+from engine.models.quantisation import rounded_to
+from engine.ops import native
+from engine.ops.attention.base import AttentionSpec, create_backend
+from engine.ops.invariance import promise
+from engine.ops.parallel import ParallelGroup
+from engine.ops.ranks import SLOT_BYTES, Layout
+
+MAX_RANKS = 64
+# Of a rank's part of logits that is handed over at once.
+MAX_LOGITS_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class AllRanks(AttentionSpec):
+    """What one rank has, for the memory that all of them take."""
+
+    size: int = 1
+
+    def kv_bytes_per_token(self, dtype: torch.dtype, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),)) -> int:
+        """See AttentionSpec."""
+        return self.size * AttentionSpec.kv_bytes_per_token(self, dtype, groups)
+
+
+def start(given: Start) -> RankedExecutor:
+    """Start the ranks, load the model in all of them, divide the memory, and say what was decided."""
+    config, report, spec = given.config, given.report, given.spec
+    size, context = config.tensor_parallel_size, given.context
+    dtype = pick_dtype(config.model.dtype)
+    with report.phase("kernels"):
+        status = native.status()
+    if (why := _obstacle(given, dtype)) is not None:
+        raise StartupError(why)
+    whole = weight_bytes(spec, given.directory, dtype)
+    cores = available_cores()
+    threads = config.num_threads or max(1, (cores if spec.bidirectional else choose_threads(whole, cores)) // size)
+    torch.set_num_threads(threads)
+    each = f"{threads} compute thread{'s' if threads > 1 else ''}"
+    report.row("device", f"CPU, {size} ranks with {each} each, {status}")
+    if size * threads > cores:
+        report.row("ranks", f"{size * threads} threads for {cores} cores: they will wait for each other")
+    report.row("dtype", str(dtype).removeprefix("torch."))
+    groups = plan_groups(spec.windows, context)
+    layout = _layout(config, given, dtype, groups)
+    job = {
+        "directory": str(Path(given.directory).resolve()),
+        "dtype": str(dtype).removeprefix("torch."),
+        "load_format": config.model.load_format,
+        "seed": config.model.seed or 0,
+        "context": context,
+        "deterministic": bool(config.deterministic),
+        "quantisation": rounded_to(config.model.quantization, spec.quantisation, given=str(given.directory)),
+        "headless": spec.headless,
+        "threads": threads,
+    }
+
+    def read(other: Path | None, group: ParallelGroup) -> CausalLM:
+        options: dict[str, Any] = {"dtype": dtype, "device": torch.device("cpu")}
+        load = given.loader(**options, deterministic=bool(config.deterministic), group=group)
+        return load(other)
+
+    leader = Leader(layout, job, read)
+    try:
+        with report.phase("weights"):
+            model = leader.first()
+        given.report_output_layer(model.own)
+        promised, how = promise(model.linears, model.attention_spec, dtype)
+        if config.deterministic and not promised:
+            raise StartupError(f"--deterministic cannot be promised here: {how}")
+        report.row("deterministic", f"{'yes' if promised else 'no'} ({how}; {size} ranks add up in their order)")
+        drafting = None
+        if config.speculation.method is not None:
+            with report.phase("draft model"):
+                drafting = read_drafting(given, model.own, dtype)
+            if drafting.described:
+                report.row("draft model", drafting.described)
+        beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
+        limits = _limits(given, model.attention_spec, dtype, groups, beside)
+        own: Any = create_backend(
+            "packed" if spec.bidirectional else "torch_paged",
+            model.attention_spec,
+            num_pages=limits.num_pages,
+            page_size=limits.page_size,
+            dtype=dtype,
+            groups=limits.groups,
+        )
+        own.recordings = None  # sums over ranks are no calls that could be made again from a list
+        leader.command(do="begin", num_pages=limits.num_pages, page_size=limits.page_size, context=context)
+        proposer, late = (None, None) if drafting is None else drafting.make(limits, dtype)
+        return RankedExecutor(model, limits, attention=own, leader=leader, proposer=proposer, late=late)
+    except BaseException:
+        leader.close()
+        raise
+
+
+def _obstacle(given: Start, dtype: torch.dtype) -> str | None:
+    """Why it cannot be."""
+    size = given.config.tensor_parallel_size
+    if size > MAX_RANKS:
+        return f"{FLAG} {size} is more than {MAX_RANKS}"
+    if not sys.platform.startswith("linux"):
+        return f"{FLAG} {size} works on Linux alone"
+    if native.library() is None:
+        return f"{FLAG} {size} needs the compiled kernels, and here it is {native.status()}"
+    if native.type_code(dtype) is None:
+        return f"{FLAG} {size} needs --dtype float32 or bfloat16"
+    if given.config.lora.enable:
+        return f"{FLAG} {size} does not go with --enable-lora so far"
+    if given.config.speculation.method not in (None, "ngram", "suffix", "draft_model"):
+        return f"{FLAG} {size} does not go with speculative method {given.config.speculation.method!r} so far"
+    if given.spec.hidden_size * dtype.itemsize > SLOT_BYTES:
+        return f"{FLAG} {size}: {given.spec.hidden_size} numbers of a token are too many"
+    return refuse(given.spec, size)
+
+
+def _layout(config: EngineConfig, given: Start, dtype: torch.dtype, groups: tuple[MemoryGroup, ...]) -> Layout:
+    """The shared memory."""
+    scheduler, size = config.scheduler, config.tensor_parallel_size
+    pages = -(-given.context // config.cache.page_size)
+    message = message_bytes(scheduler.max_num_seqs, scheduler.max_num_batched_tokens, pages, len(groups))
+    part = -(-given.spec.vocab_size // size) + 64
+    logits = min(MAX_LOGITS_BYTES, max(scheduler.max_num_seqs * part * dtype.itemsize, SLOT_BYTES))
+    return Layout(size, message, max(logits, part * dtype.itemsize))
+
+
+def _limits(
+    given: Start, spec: AttentionSpec, dtype: torch.dtype, groups: tuple[MemoryGroup, ...], beside: int
+) -> Limits:
+    """As cpu_start has them: a page is in the memory of all ranks. beside: bytes of a token in the draft model's."""
+    config, context = given.config, given.context
+    size, cache, scheduler = config.tensor_parallel_size, config.cache, config.scheduler
+    if given.spec.bidirectional:
+        return encoder_limits(scheduler, context, given.spec.vocab_size)
+    everywhere = AllRanks(spec.layers, size)
+    with given.report.phase("KV cache"):
+        num_pages = plan_memory(everywhere, dtype, cache, scheduler.max_num_seqs, context, groups, 0, beside)
+        kv_bytes = (num_pages + 1) * cache.page_size * (everywhere.kv_bytes_per_token(dtype, groups) + beside)
+        asked = (cache.num_pages, cache.kv_cache_bytes, cache.memory_fraction) != (None, None, None)
+        given.report.row(
+            "KV memory",
+            f"up to {kv_bytes / 2**30:.2f} GiB in all ranks, taken as the cache fills"
+            + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
+        )
+    return Limits(
+        max_num_seqs=scheduler.max_num_seqs,
+        max_num_batched_tokens=scheduler.max_num_batched_tokens,
+        max_model_len=context,
+        page_size=cache.page_size,
+        num_pages=num_pages,
+        vocab_size=given.spec.vocab_size,
+        groups=groups,
+        max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
+    )

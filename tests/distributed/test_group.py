@@ -1,0 +1,175 @@
+"""A whole engine over two processes: its answers are those of one, through everything that an engine can do."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+from engine.build import build_engine
+from engine.config import LoraOptions, StartupError
+from engine.distributed.leader import RankedExecutor
+from engine.flags import DEMO_MODEL, parse
+from engine.llm import LLM, RequestOutput, SamplingParams
+
+OPTIONS: dict[str, Any] = {
+    "device": "cpu",
+    "threads": 1,
+    "max_model_len": 256,
+    "max_num_seqs": 8,
+    "max_num_batched_tokens": 64,
+    # Eight sequences of a hundred tokens do not fit: some are retracted.
+    "num_gpu_blocks_override": 32,
+}
+PROMPTS = [[5, 6, 7, 8, 9], list(range(40, 75)), [11, 12, 13] * 11]
+GREEDY = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True, logprobs=2, prompt_logprobs=1)
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[LLM]:
+    with LLM(str(DEMO_MODEL), **OPTIONS) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[LLM]:
+    with LLM(str(DEMO_MODEL), tensor_parallel_size=2, **OPTIONS) as llm:
+        yield llm
+
+
+def executor_of(llm: LLM) -> RankedExecutor:
+    executor = llm._built.engine.executor
+    assert isinstance(executor, RankedExecutor)
+    return executor
+
+
+def tokens(outputs: list[RequestOutput]) -> list[list[int]]:
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def numbers(outputs: list[RequestOutput]) -> list[float]:
+    """Every log-probability there is, of the texts and their prompts."""
+    found = []
+    for output in outputs:
+        assert output.outputs[0].logprobs is not None and output.prompt_logprobs is not None
+        found += [one.logprob for one in (*output.prompt_logprobs, *output.outputs[0].logprobs) if one is not None]
+    return found
+
+
+def test_tokens_and_log_probabilities(alone: LLM, two: LLM) -> None:
+    first, second = alone.generate(PROMPTS, GREEDY), two.generate(PROMPTS, GREEDY)
+    assert tokens(first) == tokens(second)
+    assert numbers(first) == pytest.approx(numbers(second), abs=1e-4)
+    sampled = SamplingParams(max_tokens=24, seed=7, ignore_eos=True, presence_penalty=0.5, min_p=0.02)
+    assert tokens(alone.generate(PROMPTS, sampled)) == tokens(two.generate(PROMPTS, sampled))
+
+
+def test_a_schema(alone: LLM, two: LLM) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": ["fox", "owl"]}}, "required": ["a"]}
+    params = SamplingParams(max_tokens=60, seed=1)
+    [first], [second] = (llm.generate("Say", params, structure=schema) for llm in (alone, two))
+    assert first.outputs[0].text == second.outputs[0].text
+    assert json.loads(second.outputs[0].text)["a"] in ("fox", "owl")
+
+
+def test_the_same_bits_in_any_company(two: LLM) -> None:
+    by_itself = two.generate(PROMPTS[1:2], GREEDY)
+    long = dataclasses.replace(GREEDY, max_tokens=100, prompt_logprobs=None)
+    counters = two._built.engine.scheduler.counters
+    before = counters.num_preemptions
+    params = [long, GREEDY, *[long] * 6]
+    among = two.generate([PROMPTS[0], PROMPTS[1], *([20 + number] * 30 for number in range(6))], params)[1:2]
+    assert counters.num_preemptions > before, "nobody was retracted"
+    assert tokens(by_itself) == tokens(among) and numbers(by_itself) == numbers(among)
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_sleep(two: LLM, level: int) -> None:
+    engine, before = two._built.engine, tokens(two.generate(PROMPTS, GREEDY))
+    two._wait(engine.sleep(level))
+    two._wait(engine.wake_up())
+    assert tokens(two.generate(PROMPTS, GREEDY)) == before
+
+
+def test_other_weights_are_those_of_all_ranks_or_of_none(two: LLM, tmp_path: Path) -> None:
+    engine, before = two._built.engine, tokens(two.generate(PROMPTS, GREEDY))
+    other = tmp_path / "other"
+    shutil.copytree(DEMO_MODEL, other, ignore=shutil.ignore_patterns("*.py", "__pycache__"))
+    weights = load_file(other / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name] = weights[name] * -1
+    save_file(weights, other / "model.safetensors")
+    two._wait(engine.load_weights(other))
+    changed = tokens(two.generate(PROMPTS, GREEDY))
+    assert changed != before
+    broken = tmp_path / "broken"
+    shutil.copytree(other, broken)
+    save_file({name: weights[name]}, broken / "model.safetensors")
+    with pytest.raises(StartupError, match="is missing"):
+        two._wait(engine.load_weights(broken))
+    assert tokens(two.generate(PROMPTS, GREEDY)) == changed
+    two._wait(engine.load_weights(DEMO_MODEL))
+    assert tokens(two.generate(PROMPTS, GREEDY)) == before
+
+
+def test_a_rank_has_its_part_of_the_memory(two: LLM) -> None:
+    own = sum(linear._weight.nbytes for linear in executor_of(two)._model.linears)  # type: ignore[union-attr]
+    whole = sum(tensor.nbytes for tensor in load_file(DEMO_MODEL / "model.safetensors").values() if tensor.dim() > 1)
+    assert own <= 0.6 * 2 * whole  # float32, and bfloat16 in the file
+
+
+def test_ranks_do_not_mind_what_a_terminal_sends(two: LLM) -> None:
+    [pid] = executor_of(two).rank_pids
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        os.kill(pid, number)
+    assert len(tokens(two.generate(PROMPTS, GREEDY))) == 3
+
+
+def test_a_rank_that_dies_while_nothing_runs_ends_the_engine() -> None:
+    with LLM(str(DEMO_MODEL), tensor_parallel_size=2, **OPTIONS) as llm:
+        engine, [pid] = llm._built.engine, executor_of(llm).rank_pids
+        os.kill(pid, signal.SIGKILL)
+
+        async def failed() -> bool:
+            assert engine._task is not None
+            await asyncio.wait({engine._task}, timeout=30)
+            return engine.failed
+
+        assert llm._wait(failed())
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_drafts(alone: LLM, method: str) -> None:
+    speculation = json.dumps({"method": method, "num_speculative_tokens": 3})
+    with LLM(str(DEMO_MODEL), tensor_parallel_size=2, speculative_config=speculation, **OPTIONS) as llm:
+        params = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
+        assert tokens(llm.generate(PROMPTS, params)) == tokens(alone.generate(PROMPTS, params))
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": "float16"}, "--tensor-parallel-size 2 needs --dtype float32 or bfloat16"),
+        ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3: does not divide the 4 attention heads"),
+        ({"tensor_parallel_size": 65}, "--tensor-parallel-size 65 is more than 64"),
+    ],
+)
+def test_what_does_not_go_with_ranks_is_one_line(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(StartupError) as caught:
+        LLM(str(DEMO_MODEL), **{**OPTIONS, "tensor_parallel_size": 2, **options})
+    assert str(caught.value).startswith(expected)
+
+
+def test_adapters_are_refused() -> None:
+    config, _ = parse(["--device", "cpu", "--threads", "1", "--tensor-parallel-size", "2"])
+    with pytest.raises(StartupError, match="--tensor-parallel-size 2 does not go with --enable-lora so far"):
+        build_engine(dataclasses.replace(config, lora=LoraOptions(enable=True)))
