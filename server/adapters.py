@@ -94,5 +94,3 @@ def not_there(name: str, param: str, model: ServedModel) -> ApiError:
     return ApiError(
         404, f"The LoRA adapter `{name[:128]}` does not exist; {there}.", param=param, code="model_not_found"
     )
-
-

@@ -47,7 +47,7 @@ from server.keyring import Key, Keyring
 from server.kv_events import KVEvents
 from server.memory import MemoryWatch
 from server.parsers.registry import choose_parsers
-from server.protocol.body import PREPARE
+from server.protocol.body import PREPARE, Prepare
 from server.protocol.errors import OWN_SHAPE, ApiError, ErrorShape, error_body, error_response
 from server.protocol.generation import MAX_TIMEOUT_S
 from server.protocol.ignored import HEADER as IGNORED_HEADER
@@ -140,7 +140,7 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
         spans=None if options.otlp_traces_endpoint is None else Spans(options.otlp_traces_endpoint, model.names[0]),
         kv_events=_publish_kv_events(engine, options),
     )
-    app[PREPARE] = functools.partial(prepare, app[STATE])
+    app[PREPARE] = _prepare(app[STATE])
     journal = None
     if options.resume_journal is not None:
         journal = Journal(Path(options.resume_journal), options.response_store_size)
@@ -166,6 +166,10 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
                     for one in (method, "HEAD") if method == "GET" else (method,):
                         app.router.add_route(one, prefix + form, handler, expect_handler=_expect)
     return app
+
+
+def _prepare(state: State) -> Prepare:
+    return functools.partial(prepare, state)
 
 
 def _publish_kv_events(engine: Engine, options: ServerOptions) -> KVEvents | None:

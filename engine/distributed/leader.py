@@ -27,6 +27,7 @@ from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import Layout, Ranks, RanksEndedError
+from engine.ops.recording import Recordings
 from engine.ops.state import States
 from engine.speculation.base import Proposer
 from engine.speculation.paged import LateProposer
@@ -196,6 +197,7 @@ class RankedAttention:
         self.own = own
         self.groups: tuple[PagedMetadata, ...] = ()
         self.states: States | None = None
+        self.recordings: Recordings | None = None  # sums over ranks are no calls that could be made again from a list
 
     @property
     def k_pools(self) -> list[Tensor]:

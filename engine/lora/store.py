@@ -246,9 +246,7 @@ class AdapterStore:
         assert read is not None
         if read.version != entry.version:
             # The same files as before, so the same version as before.
-            read = entry.adapter = Adapter(
-                read.name, read.path, entry.version, read.rank, read.num_bytes, read.weights
-            )
+            read = entry.adapter = Adapter(read.name, read.path, entry.version, read.rank, read.num_bytes, read.weights)
         self._entries[entry.name] = self._resident[entry.name] = entry
         self._resident.move_to_end(entry.name)
         if entry.pinned:

@@ -40,12 +40,16 @@ class StepCosts:
         while sizes[-1] < most_tokens:
             sizes.append(max(sizes[-1] + 1, sizes[-1] * 5 // 4))
         self._sizes = np.array(sizes, np.float64)
+        # Of the steps of each class, up to its size: tokens and seconds.
+        self._tokens = self._sizes.copy()
         self._seconds = np.full(len(sizes), np.nan)
 
     def measured(self, num_tokens: int, seconds: float) -> None:
         place = int(np.searchsorted(self._sizes, num_tokens))
         place = min(place, len(self._sizes) - 1)
         old = self._seconds[place]
+        tokens = self._tokens[place]
+        self._tokens[place] = num_tokens if np.isnan(old) else tokens + 0.1 * (num_tokens - tokens)
         # One step that something else has held up says little.
         self._seconds[place] = seconds if np.isnan(old) else old + 0.1 * np.clip(seconds - old, -old / 2, old / 2)
 
@@ -55,7 +59,7 @@ class StepCosts:
         if not known.any():
             return np.ones(len(num_tokens))
         # More tokens never take less.
-        seconds, sizes = np.maximum.accumulate(self._seconds[known]), self._sizes[known]
+        seconds, sizes = np.maximum.accumulate(self._seconds[known]), self._tokens[known]
         shares = np.minimum(1.0, num_tokens / sizes[0])
         result: npt.NDArray[np.float64] = np.interp(num_tokens, sizes, seconds) * shares
         return result
@@ -81,7 +85,7 @@ class DraftBudgets:
     def begin(self, slot: int) -> None:
         """Another sequence has the slot now."""
         self._right[slot], self._wrong[slot] = _PRIOR
-        self._budget[slot] = self._worth(np.array([slot]))[0]
+        self._planned_for = 0  # where nothing paid for the others it may for this one
 
     def plan(self, slots: npt.NDArray[np.intp]) -> Int32Array:
         """int32 [n]: most drafts for each of the rows that decode next."""
@@ -109,9 +113,6 @@ class DraftBudgets:
         self._right[slots] = self._right[slots] * _MEMORY + right
         self._wrong[slots] = self._wrong[slots] * _MEMORY + (right < drafted)
         budgets = self._worth(slots)
-        if self._threshold <= 1.0:
-            # All were right: it may be worth more than what was tried so far can show.
-            budgets = np.where(right == drafted, np.maximum(budgets, np.minimum(2 * drafted, self._most)), budgets)
         self._budget[slots] = budgets
 
     def took(self, num_tokens: int, seconds: float) -> None:
