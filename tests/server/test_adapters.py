@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import LoraModule, LoraOptions
+from engine.lora import tally
 from tests.server.support import Live, live, until
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
@@ -196,3 +199,36 @@ async def test_unload_while_in_use(tmp_path: Path, unload: str) -> None:
             server.device.gate.set()
             assert len(await running) > 0
             assert (await unloading)[0] == 200
+
+
+async def test_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, "a", "b", "c", "d", lora={"max_loras": 1}) as server:
+
+        async def scrape() -> dict[str, list[Any]]:
+            async with server.http.get(server.url + "/metrics") as response:
+                families = text_string_to_metric_families(await response.text())
+            return {family.name: family.samples for family in families}
+
+        [info] = (await scrape())["vllm:lora_requests_info"]
+        assert info.labels == {"max_lora": "1", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+        assert abs(info.value - time.time()) < 600
+        server.device.gate.clear()
+        tasks = []
+        for count, name in enumerate("abc", 1):
+            tasks.append(asyncio.create_task(text(server, name, max_tokens=3, ignore_eos=True)))
+            await until(lambda count=count: server.num_requests() == count)  # type: ignore[misc]
+        [info] = (await scrape())["vllm:lora_requests_info"]
+        assert info.labels["running_lora_adapters"] == "a" and info.labels["waiting_lora_adapters"] == "b,c"
+        server.device.gate.set()
+        await asyncio.gather(*tasks)
+        monkeypatch.setattr(tally, "MAX_SERIES", 3)
+        await text(server, "d", max_tokens=3, ignore_eos=True)
+        await text(server, "a", max_tokens=3, ignore_eos=True)
+        await text(server, "demo")
+        families = await scrape()
+        found = {one.labels["lora_name"]: one.value for one in families["oneloop_lora_generation_tokens"]}
+        assert found == {"a": 6, "b": 3, "c": 3, tally.OTHERS: 3}
+        found = {one.labels["lora_name"]: one.value for one in families["oneloop_lora_requests"]}
+        assert found == {"a": 2, "b": 1, "c": 1, tally.OTHERS: 1}
+        [info] = families["vllm:lora_requests_info"]
+        assert info.labels["running_lora_adapters"] == info.labels["waiting_lora_adapters"] == ""
