@@ -14,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import LoraModule, LoraOptions
+from engine.keys import KeyEntry, digest
 from engine.lora import tally
 from tests.server.support import Live, live, until
 
@@ -232,3 +233,30 @@ async def test_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert found == {"a": 2, "b": 1, "c": 1, tally.OTHERS: 1}
         [info] = families["vllm:lora_requests_info"]
         assert info.labels["running_lora_adapters"] == info.labels["waiting_lora_adapters"] == ""
+
+
+async def test_keys(tmp_path: Path) -> None:
+    """A key's models are adapters, too; and those who may ask may not load."""
+    entries = tuple(
+        KeyEntry(name, digest(f"secret-{name}"), models=models)
+        for name, models in (("all", None), ("base", ("demo",)), ("tuned", ("tuned",)))
+    )
+    async with serving(tmp_path, "tuned", "other", key_entries=entries, admin_api_key="root") as server:
+
+        async def ask(key: str, path: str, **fields: Any) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            async with server.http.post(server.url + path, json=fields, headers=headers) as response:
+                return response.status
+
+        for key, model, lora_path, status in (
+            ("all", "tuned", None, 200), ("all", "demo", "other", 200), ("base", "demo", None, 200),
+            ("base", "tuned", None, 404), ("base", "demo:tuned", None, 404), ("base", "demo", "tuned", 404),
+            ("tuned", "tuned", None, 200), ("tuned", "other", None, 404), ("tuned", "demo", None, 404),
+        ):  # fmt: skip
+            given = {"prompt": "hi", "max_tokens": 2, "model": model, "lora_path": lora_path}
+            assert await ask(f"secret-{key}", "/v1/completions", **given) == status, (key, model, lora_path)
+        body = {"lora_name": "new", "lora_path": "other"}
+        for path in ("/v1/load_lora_adapter", "/load_lora_adapter", "/v1/unload_lora_adapter", "/unload_lora_adapter"):
+            for key in ("secret-all", "nobody"):
+                assert await ask(key, path, **body) in (401, 403), path
+        assert await ask("root", "/v1/load_lora_adapter", **body) == 200
