@@ -372,9 +372,8 @@ MUTANTS = [
         "self._queues[key].popleft(); self._served[key] += 1", ADAPTERS | {"policy": "fair"},
     ),
     Mutant(
-        "suspects ignore places", Scheduler, "_admit",
-        "if not self.adapters.has_room(sequence.request.adapter):", "if False:",
-        FAILURES | {"max_adapters": 1, "adapter_rate": 0.9, "reload_rate": 0.2},
+        "the guilty are held against others", Scheduler, "fail",
+        "and not is_explained", "", CULPRITS | {"max_adapters": 1, "adapter_rate": 0.9, "reload_rate": 0.2},
     ),
     # Failures.
     Mutant(
