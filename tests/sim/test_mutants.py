@@ -268,7 +268,8 @@ MUTANTS = [
     ),
     Mutant(
         "a prompt without a match starves", LPM, "pop",
-        "self._num_passed +=", "_ =", LONGEST | {"burst": 110, "max_model_len": 8},
+        "self._num_passed +=", "_ =",
+        LONGEST | {"burst": 110, "max_model_len": 8, "prefix_caching": True, "alphabet": 1, "arrival_rate": 1.0},
     ),
     Mutant(
         "retracted sequences queue by match", LPM, "peek",
