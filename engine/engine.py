@@ -22,6 +22,7 @@ from engine.forward import DeviceLostError, ForwardError
 from engine.grammar_masks import GrammarMasks
 from engine.inspection import Inspection
 from engine.lora.store import AdapterStore
+from engine.lora.tally import LoraTally
 from engine.metrics import EngineMetrics, EngineStats, Rates
 from engine.pace import LoopWatch, Pace
 from engine.publisher import NO_TEXT, Listener, Publisher
@@ -104,6 +105,9 @@ class Engine(Resting):
                 in_use=publisher.has_adapter,
                 unused=publisher.adapter_unused,
             )
+            prefixes = [prefix for prefix in self.metrics.prefixes if prefix != "sglang"]
+            publisher.lora_tally = LoraTally(prefixes, config.lora.max_loras, publisher.requests)
+            self.metrics.add_families(publisher.lora_tally.collect)
 
     # ---- the door
 

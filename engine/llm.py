@@ -22,7 +22,7 @@ import weakref
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import orjson
 import uvloop
@@ -30,7 +30,9 @@ import uvloop
 from engine.build import Built, build_engine
 from engine.config import EngineConfig, StartupError
 from engine.flags import config_from, make_parser
+from engine.lora.words import AdapterError
 from engine.request import (
+    Adapter,
     FinishReason,
     Request,
     RequestError,
@@ -54,6 +56,20 @@ Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
 # A JSON schema, or any kind of grammar.
 Structure = GrammarSpec | Mapping[str, Any]
+
+
+class LoraRequest(Protocol):
+    """vLLM's LoRARequest, or whatever has these two: an adapter that is loaded where nobody has yet."""
+
+    @property
+    def lora_name(self) -> str: ...
+
+    @property
+    def lora_path(self) -> str: ...
+
+
+# The name of an adapter, or one with its path.
+Lora = str | LoraRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +105,9 @@ class LLM:
     """model: a directory in HF format or a hub id; the bundled demo model where none is named.
 
     options: the server's flags as keywords (`max_model_len=4096`, `dtype="float32"`, `enable_prefix_caching=False`),
-    but for those of HTTP. Raises StartupError with one readable line for everything that is wrong with them, the
+    but for those of HTTP; `lora_modules` may be a dict of names and paths.
+
+    Raises StartupError with one readable line for everything that is wrong with them, the
     model or the machine. `close`, or leaving a `with` block, ends its threads and what still runs; the memory goes with
     the object.
     """
@@ -128,17 +146,22 @@ class LLM:
         *,
         n: int = 1,
         structure: Structure | None = None,
+        lora: Lora | Sequence[Lora | None] | None = None,
+        lora_request: Lora | Sequence[Lora | None] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """Continue a text or its token ids, or each of a list of them, in order.
 
         sampling_params: one for all, or one for each. n: continuations of each, with seeds of their own. structure:
-        what each must look like from its first token on, a JSON schema or a GrammarSpec. use_tqdm: a progress bar on
-        stderr. Raises RequestError for what cannot be served, before anything has run where that can be known then; it
+        what each must look like from its first token on, a JSON schema or a GrammarSpec. lora: the LoRA adapter, by its
+        name or as an object with `lora_name` and `lora_path`; one for all, or one or None for each. lora_request:
+        vLLM's word for it. use_tqdm: a progress bar on stderr.
+
+        Raises RequestError for what cannot be served, before anything has run where that can be known then; it
         names the prompt, and the others are not served either.
         """
         jobs = self._prepare(_prompts(prompts), sampling_params, n)
-        return self._wait(self._serve(jobs, structure, use_tqdm))
+        return self._wait(self._serve(jobs, structure, _each(lora, lora_request, len(jobs)), use_tqdm))
 
     def chat(
         self,
@@ -147,6 +170,8 @@ class LLM:
         *,
         n: int = 1,
         structure: Structure | None = None,
+        lora: Lora | Sequence[Lora | None] | None = None,
+        lora_request: Lora | Sequence[Lora | None] | None = None,
         use_tqdm: bool = False,
         **template: Any,
     ) -> list[RequestOutput]:
@@ -156,7 +181,7 @@ class LLM:
         chat_template_kwargs. The rest as in `generate`. Calls of tools are left in the text.
         """
         jobs = self._prepare_chats(messages, sampling_params, n, **template)
-        return self._wait(self._serve(jobs, structure, use_tqdm))
+        return self._wait(self._serve(jobs, structure, _each(lora, lora_request, len(jobs)), use_tqdm))
 
     # ---- from a running loop
 
@@ -167,11 +192,13 @@ class LLM:
         *,
         n: int = 1,
         structure: Structure | None = None,
+        lora: Lora | Sequence[Lora | None] | None = None,
+        lora_request: Lora | Sequence[Lora | None] | None = None,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
         """`generate` that leaves the caller's loop free. Cancelling it aborts what still runs."""
         jobs = await asyncio.to_thread(self._prepare, _prompts(prompts), sampling_params, n)
-        return await self._await(self._serve(jobs, structure, use_tqdm))
+        return await self._await(self._serve(jobs, structure, _each(lora, lora_request, len(jobs)), use_tqdm))
 
     async def chat_async(
         self,
@@ -180,12 +207,14 @@ class LLM:
         *,
         n: int = 1,
         structure: Structure | None = None,
+        lora: Lora | Sequence[Lora | None] | None = None,
+        lora_request: Lora | Sequence[Lora | None] | None = None,
         use_tqdm: bool = False,
         **template: Any,
     ) -> list[RequestOutput]:
         """`chat` that leaves the caller's loop free. Cancelling it aborts what still runs."""
         jobs = await asyncio.to_thread(self._prepare_chats, messages, sampling_params, n, **template)
-        return await self._await(self._serve(jobs, structure, use_tqdm))
+        return await self._await(self._serve(jobs, structure, _each(lora, lora_request, len(jobs)), use_tqdm))
 
     def stream(
         self,
@@ -193,12 +222,13 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         structure: Structure | None = None,
+        lora: Lora | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """The deltas of one continuation as they come; the last one has the finish reason.
 
         Leaving the iterator (`contextlib.aclosing` does it at once) aborts the request.
         """
-        return self._stream(partial(self._prepare, [prompt], sampling_params, 1), structure)
+        return self._stream(partial(self._prepare, [prompt], sampling_params, 1), structure, lora)
 
     def stream_chat(
         self,
@@ -206,10 +236,11 @@ class LLM:
         sampling_params: SamplingParams | None = None,
         *,
         structure: Structure | None = None,
+        lora: Lora | None = None,
         **template: Any,
     ) -> AsyncGenerator[Delta, None]:
         """`stream` of the answer to one conversation; template as in `chat`."""
-        return self._stream(partial(self._prepare_chats, [messages], sampling_params, 1, **template), structure)
+        return self._stream(partial(self._prepare_chats, [messages], sampling_params, 1, **template), structure, lora)
 
     # ---- the caller's side
 
@@ -319,7 +350,7 @@ class LLM:
             raise
 
     async def _stream(
-        self, prepare: Callable[[], list[_Job]], structure: Structure | None
+        self, prepare: Callable[[], list[_Job]], structure: Structure | None, lora: Lora | None
     ) -> AsyncGenerator[Delta, None]:
         [job] = await asyncio.to_thread(prepare)
         loop, deltas = asyncio.get_running_loop(), asyncio.Queue[Delta | None]()
@@ -330,7 +361,7 @@ class LLM:
                 loop.call_soon_threadsafe(deltas.put_nowait, delta)
 
         request = replace(job.requests[0], stream=True)
-        future = self._runner.submit(self._pump(request, structure, put))
+        future = self._runner.submit(self._pump(request, structure, lora, put))
         future.add_done_callback(lambda _: put(None))
         try:
             while (delta := await deltas.get()) is not None:
@@ -343,12 +374,18 @@ class LLM:
 
     # ---- on the engine's thread
 
-    async def _serve(self, jobs: list[_Job], structure: Structure | None, use_tqdm: bool) -> list[RequestOutput]:
+    async def _serve(
+        self, jobs: list[_Job], structure: Structure | None, loras: list[Lora | None], use_tqdm: bool
+    ) -> list[RequestOutput]:
         """All jobs, or the first error."""
         from tqdm import tqdm
 
         grammar = await self._runner.compile(structure)
-        requests = [request for job in jobs for request in job.requests]
+        requests: list[Request] = []
+        for index, (job, lora) in enumerate(zip(jobs, loras, strict=True)):
+            with _at(index, len(jobs)):
+                adapter = await self._runner.adapter(lora)
+            requests += [replace(request, adapter=adapter) for request in job.requests]
         with tqdm(total=len(requests), disable=not use_tqdm, desc="Requests", unit="") as bar:
             try:
                 async with asyncio.TaskGroup() as group:
@@ -367,8 +404,11 @@ class LLM:
         on_done()
         return whole, stream
 
-    async def _pump(self, request: Request, structure: Structure | None, put: Callable[[Delta], None]) -> None:
+    async def _pump(
+        self, request: Request, structure: Structure | None, lora: Lora | None, put: Callable[[Delta], None]
+    ) -> None:
         grammar = await self._runner.compile(structure)
+        request = replace(request, adapter=await self._runner.adapter(lora))
         async with self._runner.submitted(request, grammar) as stream:
             async for delta in stream:
                 _check(delta)
@@ -467,6 +507,24 @@ class _Runner:
             structure = GrammarSpec("json_schema", orjson.dumps(dict(structure)).decode(), param="structure")
         return await self._compiler.compile_async(structure)
 
+    async def adapter(self, lora: Lora | None) -> Adapter | None:
+        """With its weights, which may have to be read. Raises RequestError for what is none, or cannot be used."""
+        if lora is None:
+            return None
+        store = self._engine.adapters
+        if store is None:
+            raise RequestError("This LLM takes no LoRA adapters; make it with enable_lora=True.", param="lora")
+        if isinstance(lora, str):
+            return await store.get(lora)
+        name, path = getattr(lora, "lora_name", None), getattr(lora, "lora_path", None)
+        if not isinstance(name, str) or not isinstance(path, str):
+            raise RequestError("`lora` must be a name, or have a `lora_name` and a `lora_path`.", param="lora")
+        try:
+            await store.add(name, path)
+        except AdapterError as error:
+            raise RequestError(f"The LoRA adapter `{name}` cannot be used: {error}", param="lora") from None
+        return await store.get(name)
+
     @contextlib.asynccontextmanager
     async def submitted(self, request: Request, grammar: Grammar | None) -> AsyncIterator[TokenStream]:
         """The stream of a request, once there is room for it; leaving the block aborts it."""
@@ -489,6 +547,8 @@ class _Parser(argparse.ArgumentParser):
 def _read_options(model: str | None, options: dict[str, Any]) -> EngineConfig:
     """Keywords by way of the flags with the same names, so that both mean the same."""
     argv: list[str] = [] if model is None else [f"--model={model}"]
+    if isinstance(modules := options.get("lora_modules"), dict):
+        options = {**options, "lora_modules": [{"name": name, "path": str(path)} for name, path in modules.items()]}
     for name, value in options.items():
         flag = f"--{name.replace('_', '-')}"
         if value is True:
@@ -498,7 +558,8 @@ def _read_options(model: str | None, options: dict[str, Any]) -> EngineConfig:
         elif isinstance(value, dict):
             argv.append(f"{flag}={orjson.dumps(value).decode()}")
         elif isinstance(value, list | tuple):
-            argv += [flag, *map(str, value)]
+            texts = [orjson.dumps(one).decode() if isinstance(one, dict) else str(one) for one in value]
+            argv += [flag, *texts] if texts else []
         elif value is not None:
             argv.append(f"{flag}={value}")
     parser = make_parser(_Parser)
@@ -512,6 +573,18 @@ def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str) or (prompts and all(isinstance(item, int) for item in prompts)):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]
+
+
+def _each(lora: Any, lora_request: Any, num_prompts: int) -> list[Lora | None]:
+    """An adapter, or None, for each prompt."""
+    if lora is not None and lora_request is not None:
+        raise RequestError("`lora` and `lora_request` are two words for one thing.", param="lora_request")
+    given = lora_request if lora is None else lora
+    if not isinstance(given, list | tuple):
+        return [given] * num_prompts
+    if len(given) != num_prompts:
+        raise RequestError(f"There are {num_prompts} prompts, but {len(given)} LoRA adapters.", param="lora")
+    return list(given)
 
 
 @contextlib.contextmanager

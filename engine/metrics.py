@@ -155,6 +155,7 @@ class EngineMetrics(Collector):
         names = ["vllm", "sglang"] if prefix == "both" else [prefix]
         if not all(re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) for name in names):
             raise StartupError(f"--metrics-prefix: {prefix!r} is no metric name (letters, digits and _ only)")
+        self.prefixes = names
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.prefix_cache_queries = 0

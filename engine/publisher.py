@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+from collections.abc import Iterable
 from functools import partial
 
 import numpy as np
@@ -17,13 +18,14 @@ import numpy.typing as npt
 from engine.clock import Clock, Timer
 from engine.failures import raise_fatal
 from engine.forward import BoolArray, ForwardOutput
+from engine.lora.tally import LoraTally
 from engine.metrics import EngineMetrics
 from engine.pace import Pace
 from engine.recorder import Recorder
-from engine.request import FinishReason
+from engine.request import Adapter, FinishReason
 from engine.scheduling.batch import StepResult
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence
+from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray
 from engine.stream import TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
@@ -111,6 +113,8 @@ class Publisher:
         self._awaited_ended: asyncio.Event = asyncio.Event()
         # By version of an adapter that somebody waits to be unused: one of its requests has ended.
         self._ended_of: dict[int, asyncio.Event] = {}
+        # Where adapters are served, who counts what was done for them.
+        self.lora_tally: LoraTally | None = None
 
     def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
         listener = Listener(sequence, stream, detokenizer)
@@ -124,6 +128,12 @@ class Publisher:
         self._awaited = set(self.listeners)
         self._awaited_ended.clear()
         await self._awaited_ended.wait()
+
+    def requests(self) -> Iterable[tuple[Adapter | None, bool]]:
+        """Of each that has not ended: its adapter, and whether it runs."""
+        for listener in self.listeners.values():
+            sequence = listener.sequence
+            yield sequence.request.adapter, sequence.status is SequenceStatus.RUNNING
 
     def has_adapter(self, version: int) -> bool:
         """Whether a request that has not ended is for this version of an adapter."""
@@ -332,6 +342,9 @@ class Publisher:
             queue_time=(sequence.admitted_at or now) - sequence.arrived_at,
             stream=sequence.request.stream,
         )
+        if (adapter := sequence.request.adapter) is not None and self.lora_tally is not None:
+            num_output = sequence.num_tokens - sequence.num_prompt_tokens
+            self.lora_tally.finished(adapter.name, sequence.num_prompt_tokens, num_output)
 
     def publish_failure(self, result: StepResult) -> None:
         # What exactly failed is for the log: it may name paths and addresses.

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from engine.llm import LLM, GrammarSpec, RequestError, SamplingParams, StartupError
 from engine.request import QueueFullError, UnavailableError
+from tests.lora.handmade import write
 from tests.server.support import live
 from tests.server.test_logprobs import device
 
@@ -376,3 +378,64 @@ def test_a_script_that_does_not_close_ends() -> None:
 def test_a_model_that_gives_no_text() -> None:
     with pytest.raises(StartupError, match=r"^oneloop-demo is for embeddings or scores; it does not generate text$"):
         LLM(runner="pooling", pooling="last")
+
+
+# ---- LoRA adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRARequest:
+    """As vLLM's."""
+
+    lora_name: str
+    lora_int_id: int
+    lora_path: str
+
+
+def adapter(path: Path, seed: int) -> Path:
+    """Random factors for the demo model's first layers, strong enough to change what it says."""
+    layer, sizes = "model.layers.0.mlp", json.loads((ROOT / "engine/demo/config.json").read_text())
+    hidden, inner = sizes["hidden_size"], sizes["intermediate_size"]
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, rows, columns in (("gate_proj", inner, hidden), ("down_proj", hidden, inner)):
+        for end, shape in (("A", (4, columns)), ("B", (rows, 4))):
+            tensors[f"base_model.model.{layer}.{name}.lora_{end}.weight"] = torch.randn(shape, generator=generator)
+    return write(path, tensors, lora_alpha=1)
+
+
+async def test_adapters(tmp_path: Path) -> None:
+    one, two, three = (str(adapter(tmp_path / name, seed)) for seed, name in enumerate(("one", "two", "three")))
+    with LLM(**SMALL, lora_modules={"one": one, "two": two}, max_loras=2) as llm:
+        base, first, second = (llm.generate(STORY, GREEDY, lora=name)[0].outputs[0] for name in (None, "one", "two"))
+        assert len({base.text, first.text, second.text}) == 3
+        outputs = llm.generate([STORY] * 3, GREEDY, lora=["two", None, "one"])
+        assert [output.outputs[0] for output in outputs] == [second, base, first]
+        request = LoRARequest("three", 3, three)
+        third, *others = await llm.generate_async([STORY] * 2, GREEDY, lora_request=request)
+        assert third.outputs[0].text not in {base.text, first.text, second.text} and others == [third]
+        assert llm.generate(STORY, GREEDY, lora="three")[0].outputs == third.outputs
+        deltas = [delta.text async for delta in llm.stream(STORY, GREEDY, lora="one")]
+        assert "".join(deltas) == first.text
+        chats = [llm.chat(QUESTION, GREEDY, lora=name)[0].outputs[0].text for name in (None, "one")]
+        assert chats[0] != chats[1]
+        for given, message in (
+            ("nope", "no LoRA adapter `nope`"),
+            (7, "`lora` must be a name"),
+            (["one"] * 2, "1 prompts, but 2 LoRA adapters"),
+            (LoRARequest("three", 3, one), "from another path"),
+            (LoRARequest("four", 4, str(tmp_path / "four")), "`four` cannot be used"),
+        ):
+            with pytest.raises(RequestError, match=message):
+                llm.generate(STORY, GREEDY, lora=given)  # type: ignore[arg-type]
+        with pytest.raises(RequestError, match="two words"):
+            llm.generate(STORY, GREEDY, lora="one", lora_request=request)
+        with pytest.raises(RequestError, match=r"Prompt 1: .*no LoRA adapter"):
+            llm.generate([STORY] * 2, GREEDY, lora=["one", "nope"])
+
+
+def test_adapters_of_an_llm_that_takes_none(llm: LLM, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="enable_lora=True"):
+        llm.generate(STORY, GREEDY, lora="one")
+    with pytest.raises(StartupError, match="--lora-modules one"):
+        LLM(**SMALL, lora_modules=[{"name": "one", "path": str(tmp_path / "nothing")}])

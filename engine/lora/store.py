@@ -7,7 +7,9 @@ others the name stays, and they are read again when somebody asks. Owned by the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
+import os
 import re
 import time
 from collections import OrderedDict
@@ -37,6 +39,10 @@ class AdapterNotFoundError(RequestError):
 
     status = 404
     code = "model_not_found"
+
+
+class AlreadyLoadedError(RequestError):
+    """The name is taken."""
 
 
 class AdapterInUseError(RequestError):
@@ -166,10 +172,25 @@ class AdapterStore:
         Raises RequestError, and AdapterError for one that cannot be used; then nothing has changed.
         """
         self._check_name(name)
-        directory = self._within_root(path)
+        return await self._put(name, self._within_root(path), in_place, pinned)
+
+    async def add(self, name: str, path: str) -> None:
+        """What a script on this machine names, from anywhere; loaded unless it is there. Raises as `load`."""
+        self._check_name(name)
+        directory = _absolute(Path(path))
+        entry = self._entries.get(name)
+        if entry is None:
+            # Another call may have been quicker.
+            with contextlib.suppress(AlreadyLoadedError):
+                await self._put(name, directory, False, False)
+            entry = self._entries.get(name)
+        if entry is not None and _absolute(entry.path) != directory:
+            raise RequestError(f"The LoRA adapter `{name}` has been loaded from another path.", param="lora_path")
+
+    async def _put(self, name: str, directory: Path, in_place: bool, pinned: bool) -> Entry:
         async with self._lock(name):
             if not in_place and name in self._entries and self._entries[name].listed:
-                raise RequestError(f"The LoRA adapter `{name}` has already been loaded.", param="lora_name")
+                raise AlreadyLoadedError(f"The LoRA adapter `{name}` has already been loaded.", param="lora_name")
             self._check_room(name, pinned)
             entry = await self._load(name, directory, pinned=pinned, listed=True)
             self._check_room(name, pinned)
@@ -311,6 +332,10 @@ class AdapterStore:
 def without(path: Path, error: Exception) -> str:
     """An error's words without where on this machine the adapter is."""
     return str(error).replace(str(path), path.name)
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
 
 
 def _signature(path: Path) -> Signature:

@@ -54,7 +54,10 @@ class AdapterPlaces:
         return adapter is None or adapter.version in self._index or bool(self._free or self._unpinned)
 
     def pin(self, sequence: Sequence) -> int:
-        """The index for a sequence that is admitted; 0 without an adapter. It must have room."""
+        """The index for a sequence that is admitted; 0 without an adapter. It must have room.
+
+        Suspects do: their adapters were in one step together, and nobody else is admitted while they are tried.
+        """
         self.num_admitted += 1
         adapter = sequence.request.adapter
         if adapter is None:

@@ -35,7 +35,9 @@ class Failing(Residents):
         table.computed[slots] = np.minimum(table.computed[slots], 0 if cache.has_windows else starts)
         members = [self.sequence_of(slot) for slot in slots.tolist()]
         suspects = [sequence for sequence in members if sequence.suspect_until]
-        if all(table.live[one.slot] or one.is_finished for one in suspects):
+        # Who was found guilty while this step was in flight makes it fail, too.
+        is_explained = any(sequence.finish_reason is FinishReason.ERROR for sequence in members)
+        if all(table.live[one.slot] or one.is_finished for one in suspects) and not is_explained:
             # Of drafts only the token before them is sure to come again; and none of these brings any from now on.
             drafting = [batch.is_speculating(row) for row in range(batch.num_rows)]
             ends = starts + np.where(drafting, 1, batch.staging.row_len[: batch.num_rows])

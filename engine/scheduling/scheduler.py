@@ -323,8 +323,6 @@ class Scheduler(Failing):
         Groups with a window get theirs chunk by chunk; what they will hold at once must be there.
         """
         cache, table = self.kv_cache, self._table
-        if not self.adapters.has_room(sequence.request.adapter):
-            return False
         # Headroom, so that what runs can grow for a while before something must be retracted.
         headroom, others = 0, bool(self._running or self._leaving)
         if others:

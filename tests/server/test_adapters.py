@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from engine.config import LoraModule, LoraOptions
+from engine.keys import KeyEntry, digest
+from engine.lora import tally
 from tests.server.support import Live, live, until
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
@@ -196,3 +200,63 @@ async def test_unload_while_in_use(tmp_path: Path, unload: str) -> None:
             server.device.gate.set()
             assert len(await running) > 0
             assert (await unloading)[0] == 200
+
+
+async def test_metrics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving(tmp_path, "a", "b", "c", "d", lora={"max_loras": 1}) as server:
+
+        async def scrape() -> dict[str, list[Any]]:
+            async with server.http.get(server.url + "/metrics") as response:
+                families = text_string_to_metric_families(await response.text())
+            return {family.name: family.samples for family in families}
+
+        [info] = (await scrape())["vllm:lora_requests_info"]
+        assert info.labels == {"max_lora": "1", "running_lora_adapters": "", "waiting_lora_adapters": ""}
+        assert abs(info.value - time.time()) < 600
+        server.device.gate.clear()
+        tasks = []
+        for count, name in enumerate("abc", 1):
+            tasks.append(asyncio.create_task(text(server, name, max_tokens=3, ignore_eos=True)))
+            await until(lambda count=count: server.num_requests() == count)  # type: ignore[misc]
+        [info] = (await scrape())["vllm:lora_requests_info"]
+        assert info.labels["running_lora_adapters"] == "a" and info.labels["waiting_lora_adapters"] == "b,c"
+        server.device.gate.set()
+        await asyncio.gather(*tasks)
+        monkeypatch.setattr(tally, "MAX_SERIES", 3)
+        await text(server, "d", max_tokens=3, ignore_eos=True)
+        await text(server, "a", max_tokens=3, ignore_eos=True)
+        await text(server, "demo")
+        families = await scrape()
+        found = {one.labels["lora_name"]: one.value for one in families["oneloop_lora_generation_tokens"]}
+        assert found == {"a": 6, "b": 3, "c": 3, tally.OTHERS: 3}
+        found = {one.labels["lora_name"]: one.value for one in families["oneloop_lora_requests"]}
+        assert found == {"a": 2, "b": 1, "c": 1, tally.OTHERS: 1}
+        [info] = families["vllm:lora_requests_info"]
+        assert info.labels["running_lora_adapters"] == info.labels["waiting_lora_adapters"] == ""
+
+
+async def test_keys(tmp_path: Path) -> None:
+    """A key's models are adapters, too; and those who may ask may not load."""
+    entries = tuple(
+        KeyEntry(name, digest(f"secret-{name}"), models=models)
+        for name, models in (("all", None), ("base", ("demo",)), ("tuned", ("tuned",)))
+    )
+    async with serving(tmp_path, "tuned", "other", key_entries=entries, admin_api_key="root") as server:
+
+        async def ask(key: str, path: str, **fields: Any) -> int:
+            headers = {"Authorization": f"Bearer {key}"}
+            async with server.http.post(server.url + path, json=fields, headers=headers) as response:
+                return response.status
+
+        for key, model, lora_path, status in (
+            ("all", "tuned", None, 200), ("all", "demo", "other", 200), ("base", "demo", None, 200),
+            ("base", "tuned", None, 404), ("base", "demo:tuned", None, 404), ("base", "demo", "tuned", 404),
+            ("tuned", "tuned", None, 200), ("tuned", "other", None, 404), ("tuned", "demo", None, 404),
+        ):  # fmt: skip
+            given = {"prompt": "hi", "max_tokens": 2, "model": model, "lora_path": lora_path}
+            assert await ask(f"secret-{key}", "/v1/completions", **given) == status, (key, model, lora_path)
+        body = {"lora_name": "new", "lora_path": "other"}
+        for path in ("/v1/load_lora_adapter", "/load_lora_adapter", "/v1/unload_lora_adapter", "/unload_lora_adapter"):
+            for key in ("secret-all", "nobody"):
+                assert await ask(key, path, **body) in (401, 403), path
+        assert await ask("root", "/v1/load_lora_adapter", **body) == 200

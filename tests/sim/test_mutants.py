@@ -268,7 +268,8 @@ MUTANTS = [
     ),
     Mutant(
         "a prompt without a match starves", LPM, "pop",
-        "self._num_passed +=", "_ =", LONGEST | {"burst": 110, "max_model_len": 8},
+        "self._num_passed +=", "_ =",
+        LONGEST | {"burst": 110, "max_model_len": 8, "prefix_caching": True, "alphabet": 1, "arrival_rate": 1.0},
     ),
     Mutant(
         "retracted sequences queue by match", LPM, "peek",
@@ -372,9 +373,8 @@ MUTANTS = [
         "self._queues[key].popleft(); self._served[key] += 1", ADAPTERS | {"policy": "fair"},
     ),
     Mutant(
-        "suspects ignore places", Scheduler, "_admit",
-        "if not self.adapters.has_room(sequence.request.adapter):", "if False:",
-        FAILURES | {"max_adapters": 1, "adapter_rate": 0.9, "reload_rate": 0.2},
+        "the guilty are held against others", Scheduler, "fail",
+        "and not is_explained", "", CULPRITS | {"max_adapters": 1, "adapter_rate": 0.9, "reload_rate": 0.2},
     ),
     # Failures.
     Mutant(
