@@ -310,7 +310,7 @@ class RadixTree:
         in use longer ago goes. At the same age the leaf does: it has just as little use, and others stand on the part.
         """
         freed: list[int] = []
-        while (missing := num_pages - len(freed)) > 0:
+        while (missing := num_pages - (before := len(freed))) > 0:
             node, part = self.policy.victim(), self._oldest_part()
             if part is not None and (node is None or part.used < node.used):
                 freed += self._evict_part(part, missing)
@@ -318,6 +318,7 @@ class RadixTree:
                 freed += self._evict_leaf(node, missing)
             else:
                 break
+            assert len(freed) > before, "a victim of eviction had nothing to give"
         return freed
 
     def _oldest_part(self) -> Part | None:
