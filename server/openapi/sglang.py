@@ -43,6 +43,7 @@ _PARAMETERS = takes(
     {}, {**{theirs: _of_completion(ours) for theirs, ours in SAMPLING.items()}, **refused(PARAM_REFUSALS)}
 )
 _COMMON: Json = {
+    "model": string("An adapter's name; any other is ignored, for routers add one."),
     "sampling_params": _each(_PARAMETERS),
     "rid": _each(string(least=1, most=MAX_RID_LENGTH)),
     "stream": boolean(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.openapi.openai import TERMS, prompts
+from server.openapi.openai import MODEL, TERMS, prompts
 from server.openapi.words import (
     Json,
     array,
@@ -55,7 +55,7 @@ SCHEMAS: Json = {
                 about="A text, a pair of texts, or a list of lists of one or two.",
             )
         },
-        {"raw_scores": boolean("The classifier's own numbers."), **CUTTING, **TERMS},
+        {"raw_scores": boolean("The classifier's own numbers."), **CUTTING, **TERMS, **MODEL},
     ),
     "TeiPrediction": either(_LABELLED, array(_LABELLED, least=1)),
     "TeiSimilarityRequest": takes(

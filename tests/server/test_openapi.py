@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+import pytest_asyncio
 from jsonschema import Draft202012Validator
 
 from server.app import ENDPOINTS
@@ -15,8 +17,23 @@ from server.protocol.body import REFUSED_EVERYWHERE, Body
 from server.short_forms import short_form
 from tests.server.bad_requests import FAMILIES
 from tests.server.support import Live, live
+from tests.server.test_adapters import serving, write
 
 pytestmark = pytest.mark.usefixtures("infills")
+
+
+@pytest_asyncio.fixture
+async def server(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Live]:
+    """Routes of adapters are tried where there are any."""
+    path = request.node.callspec.params.get("path", "") if hasattr(request.node, "callspec") else ""
+    if not path.endswith("load_lora_adapter"):
+        async with live() as plain:
+            yield plain
+        return
+    write(tmp_path, "tuned")
+    async with serving(tmp_path, *(["tuned"] if "unload" in path else [])) as adapted:
+        yield adapted
+
 
 Json = dict[str, Any]
 DOCUMENT = document("1.2.3")
