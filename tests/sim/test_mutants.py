@@ -531,10 +531,6 @@ MUTANTS = [
     Mutant("overruns of drafts are accepted", Speculation, "accept", "table.live[batch.slots[rows]]", "True", DRAFTS),
     Mutant("a forced run's drafts are accepted", Speculation, "accept", " & batch.samples[rows]", "", DRAFTED_RUNS),
     Mutant("a run passes its grammar's end", Speculation, "accept", "counts[place] > end", "False", DRAFTED_RUNS),
-    Mutant(
-        "a wrong draft ends a grammar", Speculation, "accept",
-        "counts[place] > end", "counts[place] >= end", DRAFTED_RUNS | {"jump_ahead": False, "draft_accuracy": 0.5},
-    ),
     Mutant("drafts go beyond the length", Speculation, "split", "- 2, out", "+ 2, out", DRAFTS),
     Mutant("drafts go beyond the budget", Speculation, "split", "room - ahead", "room", DRAFTED_CROWD),
     Mutant(
