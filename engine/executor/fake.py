@@ -561,6 +561,8 @@ class FakeExecutor:
             if self._extras:
                 result.logprobs = self._logprobs(forward_input, result)
             handle.output = result
+        else:
+            self._drafter.lost.update(forward_input.staging.row_slot[: forward_input.num_rows].tolist())
 
     def _accept(self, parts: Spread, drawn: Int32Array, output: Int32Array) -> Accepted:
         """Fills in the tokens of the step's own rows, and those of the relay."""
@@ -597,6 +599,8 @@ class FakeExecutor:
         staging, drafter = forward_input.staging, self._drafter
         first, count = forward_input.num_decode_rows, forward_input.num_speculating_rows
         for row, slot in enumerate(staging.row_slot[: forward_input.num_rows].tolist()):
+            if slot in drafter.lost:
+                continue
             if not drafter.speculates(slot):
                 assert not first <= row < first + count, f"slot {slot} speculates, and nobody said so"
                 continue

@@ -131,6 +131,8 @@ class Drafter:
         self._fresh: dict[int, Oracle] = {}
         self._oracles: dict[int, Oracle] = {}
         self._history: dict[int, list[int]] = {}
+        # Slots of a failed step: what follows it, until they are filled again, is of no use to anybody.
+        self.lost: set[int] = set()
 
     def drop(self, slot: int) -> None:
         for kept in (self.held, self._fresh, self._oracles, self._history):
@@ -138,6 +140,7 @@ class Drafter:
 
     def begin(self, given: RowSpeculation, oracle: Oracle) -> None:
         """A slot speculates. oracle: of no token yet."""
+        self.lost.discard(given.slot)
         assert given.slot not in self._fresh, "a slot's speculation comes once, with its sampling row"
         self._fresh[given.slot], self._oracles[given.slot] = oracle, oracle.copy()
         self._history[given.slot] = given.history.tolist()
