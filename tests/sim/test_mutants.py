@@ -58,7 +58,10 @@ FAILURES = {
     "num_snapshots": None,
 }
 # Requests that make every step fail which they are part of, and nothing else that goes wrong.
-CULPRITS = FAILURES | {"fail_rate": 0.0, "culprit_rate": 0.15, "max_num_seqs": 8, "max_num_batched_tokens": 40}
+CULPRITS = FAILURES | {
+    "fail_rate": 0.0, "culprit_rate": 0.15, "max_num_seqs": 8, "max_num_batched_tokens": 40,
+    "max_draft_tokens": 0, "max_adapters": 0,
+}  # fmt: skip
 SPOILS = FAILURES | {"fail_rate": 0.0, "culprit_rate": 0.0, "spoil_rate": 0.1}
 REMAPS = {
     "page_size": 1,
