@@ -376,11 +376,6 @@ MUTANTS = [
         "self._queues[key].popleft(); self._served[key] += 1", ADAPTERS | {"policy": "fair"},
     ),
     Mutant(
-        "the guilty are held against others", Scheduler, "fail",
-        "and not is_explained", "", CULPRITS | {"max_adapters": 1, "adapter_rate": 0.9, "reload_rate": 0.2},
-    ),
-    # Failures.
-    Mutant(
         "a failed step's pages stay", Scheduler, "fail",
         "cache.take_back(sequence.pages, first_page)", "pass", FAILURES,
     ),
