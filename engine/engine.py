@@ -284,12 +284,15 @@ class Engine(Resting):
 
     # ---- the loop
 
-    async def run(self) -> None:
-        """Serve until cancelled. Returns only by raising: what it raises means that the process must end."""
+    async def run(self, *, serves: bool = True) -> None:
+        """Serve until cancelled. Returns only by raising: what it raises means that the process must end.
+
+        serves: others wait for this loop, so it is logged when it is late.
+        """
         self._task = asyncio.current_task()
         in_flight: deque[tuple[Batch, StepHandle]] = deque()
         scheduler, executor = self.scheduler, self.executor
-        self._watch.start()
+        self._watch.start(tells=serves)
         if (watch := getattr(executor, "watch", None)) is not None:
             # A device that can be lost while nothing runs on it.
             watch(functools.partial(asyncio.get_running_loop().call_soon_threadsafe, self._lose))

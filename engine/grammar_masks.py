@@ -90,7 +90,7 @@ class GrammarMasks:
                 bits[place + 1 :].fill(0xFFFFFFFF)
                 return
 
-    def settle(self, sequences: list[Sequence]) -> None:
+    def settle(self, sequences: tuple[Sequence, ...]) -> None:
         """End those whose grammar has come to its end, or failed, by a draft of the step that is committed now."""
         for sequence in sequences:
             if sequence.is_finished:

@@ -489,7 +489,7 @@ class _Runner:
 
     async def _serve(self, started: threading.Event) -> None:
         self._loop = asyncio.get_running_loop()
-        running = self._loop.create_task(self._engine.run())
+        running = self._loop.create_task(self._engine.run(serves=False))
         running.add_done_callback(_log_failure)
         started.set()
         await self._stop.wait()

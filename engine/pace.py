@@ -106,8 +106,11 @@ class LoopWatch:
         self._due_at = self._looked_at = self._used = 0.0
         self._logged_at = -math.inf
         self._num_unlogged = 0
+        self._tells = True
 
-    def start(self) -> None:
+    def start(self, *, tells: bool = True) -> None:
+        """tells: a long lag is logged."""
+        self._tells = tells
         self._loop = asyncio.get_running_loop()
         self._looked_at, self._used = self._loop.time(), _used()
         self._wait(self._looked_at)
@@ -132,7 +135,7 @@ class LoopWatch:
         self._metrics.loop_utilisation = utilisation
         self._metrics.loop_lag.observe(lag)
         self._pace.follow(utilisation, seconds)
-        if lag > LONG_LAG_S:
+        if lag > LONG_LAG_S and self._tells:
             self._on_long_lag(lag, now)
         self._wait(now)
 

@@ -288,7 +288,7 @@ class StepResult:
     prompt_logprobs: list[tuple[Sequence, int]] = field(default_factory=list)
     pooled: list[tuple[Sequence, int]] = field(default_factory=list)
     counts: Int32Array | None = None
-    cut: list[Sequence] = field(default_factory=list)
+    cut: tuple[Sequence, ...] = ()
 
     @property
     def num_new(self) -> int:

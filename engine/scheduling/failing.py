@@ -35,17 +35,14 @@ class Failing(Residents):
         table.computed[slots] = np.minimum(table.computed[slots], 0 if cache.has_windows else starts)
         members = [self.sequence_of(slot) for slot in slots.tolist()]
         suspects = [sequence for sequence in members if sequence.suspect_until]
-        # Who was found guilty while this step was in flight makes it fail, too.
-        is_explained = any(sequence.finish_reason is FinishReason.ERROR for sequence in members)
-        if all(table.live[one.slot] or one.is_finished for one in suspects) and not is_explained:
-            # Of drafts only the token before them is sure to come again; and none of these brings any from now on.
+        if all(table.live[one.slot] or one.is_finished for one in suspects):
+            # Of drafts only the token before them is sure to come again; who is tried brings none.
             drafting = [batch.is_speculating(row) for row in range(batch.num_rows)]
             ends = starts + np.where(drafting, 1, batch.staging.row_len[: batch.num_rows])
             for sequence, end in zip(members, ends.tolist(), strict=True):
-                sequence.may_speculate = False
-                if sequence in suspects or not suspects:
-                    sequence.suspect_until = max(sequence.suspect_until, end)
-            result.finished += self._trials.judge(suspects or members)
+                sequence.suspect_until = max(sequence.suspect_until, end)
+            # Also those that were cleared a step ago: they may have got to where they break.
+            result.finished += self._trials.judge(members)
         # Else it was launched before the step that they are suspected for had failed, and tells nothing new.
         for sequence in result.finished:
             self.finish(sequence, FinishReason.ERROR, None)
@@ -62,6 +59,11 @@ class Failing(Residents):
         live = [bool(self._table.live[slot]) for slot in batch.slots.tolist()]
         members = map(self.sequence_of, batch.slots.tolist())
         self._trials.succeeded((one, end) for one, end, wanted in zip(members, ends, live, strict=True) if wanted)
+
+    def _make_cleared_wait(self) -> None:
+        """While others are tried nobody else runs: who was cleared may break further on, and they would be blamed."""
+        for sequence in [one for one in self._running if not one.suspect_until]:
+            self._retract(sequence)
 
     def _starts(self, batch: Batch) -> Int32Array:
         """int32 [rows]: tokens that were computed before the oldest step in flight. Of a row that speculates its own

@@ -525,7 +525,7 @@ class Scheduler(Failing):
             gaps = np.repeat(gaps / counts, counts)
         result = StepResult(slots, tokens, gaps, broken, counts=counts)
         if cut:
-            result.cut = [self.sequence_of(slot) for slot in batch.slots[cut].tolist()]
+            result.cut = tuple(map(self.sequence_of, batch.slots[cut].tolist()))
         if output.logprobs is not None or output.prompt_logprobs:
             self._attribute_logprobs(batch, output, result, of_rows)
         if ended.any():
@@ -539,6 +539,8 @@ class Scheduler(Failing):
                 result.finished.append(sequence)
                 result.pooled.append((sequence, place))
         self._release_leaving()
+        if self._trials.pending:
+            self._make_cleared_wait()
         return result
 
     def _attribute_logprobs(

@@ -59,7 +59,6 @@ class Sequence:
         "is_retracted",
         "listener",
         "max_length",
-        "may_speculate",
         "min_length",
         "num_cached_tokens",
         "num_prompt_tokens",
@@ -97,7 +96,6 @@ class Sequence:
         self.is_retracted = False
         # Of one that a step failed with: see Trials. 0: it is no suspect.
         self.suspect_until = 0
-        self.may_speculate = True  # until a step fails with it
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.arrived_at = arrived_at

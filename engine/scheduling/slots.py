@@ -81,7 +81,8 @@ class SlotTable:
         self.limit[slot] = sequence.max_length
         self.last_step[slot] = self.drafted_in[slot] = self.NO_STEP
         self.draft_counts[:, slot] = 0
-        self.max_drafts[slot] = sequence.request.most_drafts(self._most_drafts) if sequence.may_speculate else 0
+        # One that is tried goes token by token, so that it is known where it passes.
+        self.max_drafts[slot] = 0 if sequence.suspect_until else sequence.request.most_drafts(self._most_drafts)
         self.live[slot] = True
         self.token_at[slot] = np.nan
         self.constrained[slot] = constrained = sequence.request.constraint is not None

@@ -1,7 +1,7 @@
 """Trials: who made a step fail. Its sequences run again, half of them at a time, until one of them fails alone.
 
-Owned by the Scheduler, which admits nobody else while a trial is on: a step that fails then has its suspects in it and
-besides them only sequences that have passed theirs. One culprit among n costs 2 log2(n) steps at most.
+Owned by the Scheduler, which admits nobody else while a trial is on and lets who was cleared wait: a step that fails
+then has nobody in it but the group that is tried. One culprit among n costs 2 log2(n) steps at most.
 """
 
 from __future__ import annotations

@@ -250,6 +250,45 @@ def test_failed_step_ends_its_sequences_and_spares_the_rest() -> None:
     assert heir.output_token_ids == rig.expected([*shared, 51], 3) and heir.num_retractions == 1
 
 
+def test_a_step_launched_before_its_suspects_had_failed_tells_nothing() -> None:
+    """It holds one of the two alone, and fails as well: that one was not found guilty by it."""
+    rig = Rig()
+    short, long = rig.submit([1, 2], max_tokens=4), rig.submit([5, 4], max_tokens=16)
+    for _ in range(3):
+        rig.tick()
+    first = rig.scheduler._next_step
+    rig.fail_steps = {first, first + 1}
+    together, alone = rig.launch(), rig.launch() if len(rig.in_flight) < 2 else None
+    while alone is None:
+        rig.commit()
+        alone = rig.launch()
+    assert together is not None and together.num_rows == 2 and alone.num_rows == 1
+    rig.run()
+    assert short.output_token_ids == rig.expected([1, 2], 4) and long.output_token_ids == rig.expected([5, 4], 16)
+
+
+def test_who_was_cleared_may_be_to_blame_a_step_later() -> None:
+    """A suspect that has passed its place breaks at the next token, in a step with one that is still tried."""
+    rig = Rig(budget=24, prefix_cache=False)
+    early, slow, other = (rig.submit([number] * size, 30) for number, size in ((1, 4), (2, 12), (3, 4)))
+    while early.num_computed_tokens < 14:
+        rig.tick()
+    place = early.num_computed_tokens
+    rig.fail_steps = {rig.scheduler._next_step - 1}
+    for _ in range(200):
+        batch = rig.scheduler.schedule()
+        if batch is not None:
+            starts, sizes = batch.staging.row_start.tolist(), batch.staging.row_len.tolist()
+            rows = zip(batch.slots.tolist(), starts, sizes, strict=False)
+            if any(rig.scheduler.sequence_of(slot) is early and at <= place < at + size for slot, at, size in rows):
+                rig.fail_steps.add(batch.forward_input.step)
+            rig.in_flight.append((batch, rig.executor.submit(batch.forward_input)))
+        if rig.in_flight and (len(rig.in_flight) == rig.depth or batch is None):
+            rig.commit()
+    assert early.finish_reason is FinishReason.ERROR
+    assert slow.output_token_ids == rig.expected([2] * 12, 30) and other.output_token_ids == rig.expected([3] * 4, 30)
+
+
 def test_suspects_that_pass_let_others_in_again() -> None:
     rig = Rig()
     running = [rig.submit([number, 9, 9], max_tokens=60) for number in range(4)]

@@ -518,6 +518,8 @@ class Simulator:
                 if not self.in_flight:
                     assert computed <= known, f"{sequence}: rejected drafts count as computed"
         assert running == scheduler.num_running
+        if scheduler._trials.pending:
+            assert all(one.suspect_until for one in scheduler._running), "somebody runs beside those who are tried"
         self._check_adapters(live)
         waiting = tokens = 0
         for sequence, client in self.open.items():

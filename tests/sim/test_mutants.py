@@ -58,10 +58,7 @@ FAILURES = {
     "num_snapshots": None,
 }
 # Requests that make every step fail which they are part of, and nothing else that goes wrong.
-CULPRITS = FAILURES | {
-    "fail_rate": 0.0, "culprit_rate": 0.15, "max_num_seqs": 8, "max_num_batched_tokens": 40,
-    "max_draft_tokens": 0, "max_adapters": 0,
-}  # fmt: skip
+CULPRITS = FAILURES | {"fail_rate": 0.0, "culprit_rate": 0.15, "max_num_seqs": 8, "max_num_batched_tokens": 40}
 SPOILS = FAILURES | {"fail_rate": 0.0, "culprit_rate": 0.0, "spoil_rate": 0.1}
 REMAPS = {
     "page_size": 1,
@@ -375,6 +372,11 @@ MUTANTS = [
         "self._queues[key].popleft()",
         "self._queues[key].popleft(); self._served[key] += 1", ADAPTERS | {"policy": "fair"},
     ),
+    # Failures.
+    Mutant(
+        "who was cleared runs on beside suspects", Scheduler, "_make_cleared_wait",
+        "self._retract(sequence)", "pass", CULPRITS | DRAFTS,
+    ),
     Mutant(
         "a failed step's pages stay", Scheduler, "fail",
         "cache.take_back(sequence.pages, first_page)", "pass", FAILURES,
@@ -391,10 +393,6 @@ MUTANTS = [
     Mutant("all of a failed step are guilty", Trials, "judge", "len(possible) == 1 or", "True or", CULPRITS),
     Mutant("suspects are never tried", Trials, "next", "return next(waiting, None)", "return None", CULPRITS),
     Mutant("half of the suspects are forgotten", Trials, "judge", "suspects[half:], ", "", CULPRITS),
-    Mutant(
-        "old news is held against a suspect", Scheduler, "fail",
-        "if all(table.live", "if True or all(table.live", CULPRITS,
-    ),
     Mutant(
         "a suspect waits in two places", Residents, "_release_if_idle",
         "if not sequence.suspect_until:", "if True:", CULPRITS,

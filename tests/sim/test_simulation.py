@@ -36,8 +36,8 @@ def test_runs(first: int) -> None:
     # A simulation that never gets into trouble shows nothing.
     assert total.ticks > 10_000 and total.finished > 500
     assert total.jumped_tokens > 500
-    assert total.drafts > 100 and total.right_drafts > 50
-    assert total.guilty > 0 and total.spoiled > 10
+    assert total.drafts > 400 and total.right_drafts > 200
+    assert total.guilty > 10 and total.spoiled > 10
     assert total.retractions > 20 and total.cached_tokens > 500 and total.failed_steps > 10
 
 

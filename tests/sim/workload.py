@@ -344,9 +344,7 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                 if random.random() < 0.5 * min(1.0, 10 * options.abort_rate):
                     abort_after = random.randint(0, len(arrival.tokens))
                     arrival = dataclasses.replace(arrival, abort_after=abort_after)
-                # Not with drafts or adapters: there a suspect may still be blamed for another (README, Limits).
-                alone = not options.max_draft_tokens and not options.max_adapters
-                if alone and options.culprit_rate and breaks.random() < options.culprit_rate:
+                if options.culprit_rate and breaks.random() < options.culprit_rate:
                     place = breaks.randrange(len(prompt) + max(1, len(arrival.tokens)))
                     arrival = dataclasses.replace(arrival, breaks_at=place)
             arrivals.append(arrival)
