@@ -16,12 +16,11 @@ from engine.config import EngineConfig, StartupError
 from engine.distributed.leader import Leader, RankedExecutor
 from engine.distributed.messages import message_bytes
 from engine.executor.cpu_start import (
-    DEFAULT_MEMORY_SHARE,
     available_cores,
     choose_threads,
     encoder_limits,
+    paged_limits,
     pick_dtype,
-    plan_memory,
 )
 from engine.executor.drafting import read_drafting
 from engine.executor.start import Start
@@ -99,12 +98,7 @@ def start(given: Start) -> RankedExecutor:
         if config.deterministic and not promised:
             raise StartupError(f"--deterministic cannot be promised here: {how}")
         report.row("deterministic", f"{'yes' if promised else 'no'} ({how}; {size} ranks add up in their order)")
-        drafting = None
-        if config.speculation.method is not None:
-            with report.phase("draft model"):
-                drafting = read_drafting(given, model.own, dtype)
-            if drafting.described:
-                report.row("draft model", drafting.described)
+        drafting = read_drafting(given, model.own, dtype)
         beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
         limits = _limits(given, model.attention_spec, dtype, groups, beside)
         own: Any = create_backend(
@@ -135,6 +129,8 @@ def _obstacle(given: Start, dtype: torch.dtype) -> str | None:
         return f"{FLAG} {size} needs the compiled kernels, and here it is {native.status()}"
     if native.type_code(dtype) is None:
         return f"{FLAG} {size} needs --dtype float32 or bfloat16"
+    if given.config.cache.kv_cache_dtype != "auto":
+        return f"{FLAG} {size} does not go with --kv-cache-dtype {given.config.cache.kv_cache_dtype} so far"
     if given.config.lora.enable:
         return f"{FLAG} {size} does not go with --enable-lora so far"
     if given.config.speculation.method not in (None, "ngram", "suffix", "draft_model"):
@@ -159,26 +155,10 @@ def _limits(
 ) -> Limits:
     """As cpu_start has them: a page is in the memory of all ranks. beside: bytes of a token in the draft model's."""
     config, context = given.config, given.context
-    size, cache, scheduler = config.tensor_parallel_size, config.cache, config.scheduler
+    size, scheduler = config.tensor_parallel_size, config.scheduler
     if given.spec.bidirectional:
         return encoder_limits(scheduler, context, given.spec.vocab_size)
-    everywhere = AllRanks(spec.layers, size)
     with given.report.phase("KV cache"):
-        num_pages = plan_memory(everywhere, dtype, cache, scheduler.max_num_seqs, context, groups, 0, beside)
-        kv_bytes = (num_pages + 1) * cache.page_size * (everywhere.kv_bytes_per_token(dtype, groups) + beside)
-        asked = (cache.num_pages, cache.kv_cache_bytes, cache.memory_fraction) != (None, None, None)
-        given.report.row(
-            "KV memory",
-            f"up to {kv_bytes / 2**30:.2f} GiB in all ranks, taken as the cache fills"
-            + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
-        )
-    return Limits(
-        max_num_seqs=scheduler.max_num_seqs,
-        max_num_batched_tokens=scheduler.max_num_batched_tokens,
-        max_model_len=context,
-        page_size=cache.page_size,
-        num_pages=num_pages,
-        vocab_size=given.spec.vocab_size,
-        groups=groups,
-        max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
-    )
+        everywhere = AllRanks(spec.layers, size)
+        sequences, where = scheduler.max_num_seqs, " in all ranks"
+        return paged_limits(given, everywhere, dtype, groups, sequences=sequences, beside=beside, where=where)

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +31,6 @@ from engine.forward import (
     ForwardError,
     ForwardInput,
     ForwardOutput,
-    Int32Array,
     Limits,
     Staging,
 )
@@ -163,11 +162,7 @@ class CPUExecutor:
             assert self._states is None, "a recurrent state cannot go back"
             self._speculator = Speculator(limits, proposer, late, self._tables)
         self._late = late
-        self._aux_layers = () if late is None else late.aux_layers
-        if self._aux_layers:
-            # A replay of a step's native calls would not make them.
-            attention.recordings = None  # type: ignore[attr-defined, unused-ignore]
-            model.aux_layers = self._aux_layers  # type: ignore[attr-defined]
+        self._ask_for_aux(model)
         self._metadata = StepMetadata(limits)
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
@@ -236,33 +231,19 @@ class CPUExecutor:
             adapted.take_over(self._adapted)
         if self._late is not None:
             self._late.use(model)
-            if self._aux_layers:
-                model.aux_layers = self._aux_layers  # type: ignore[attr-defined]
+        self._ask_for_aux(model)
         self._model, self._adapted = model, adapted
+
+    def _ask_for_aux(self, model: Any) -> None:
+        """What drafts may want to see what some layers read."""
+        if self._late is not None and self._late.aux_layers:
+            model.aux_layers = self._late.aux_layers
 
     def _use_slots(self, slots: Sequence[int]) -> None:
         """What is computed next are rows of these seq slots; of one alone, however many."""
         if self._adapted is not None:
             own = self._tables.adapter[slots]
             self._adapted.rows.use(int(own[0]) if len(slots) == 1 else own)
-
-    @contextlib.contextmanager
-    def _adapters_of(self, slots: Int32Array, lengths: Int32Array, attention: AttentionBackend) -> Iterator[None]:
-        """Rows of these slots, so many tokens each, go through the layers; where some have adapters, the layers do what
-        no recorded step of as many tokens did."""
-        if self._adapted is None:
-            yield
-            return
-        self._adapted.rows.use(np.repeat(self._tables.adapter[slots], lengths))
-        recordings: Any = getattr(attention, "recordings", None)
-        if recordings is None or not self._adapted.rows.any:
-            yield
-            return
-        attention.recordings = None  # type: ignore[attr-defined]
-        try:
-            yield
-        finally:
-            attention.recordings = recordings  # type: ignore[attr-defined]
 
     def _forget_adapters(self) -> None:
         """What follows is nobody's: drafts are made without adapters."""
@@ -336,9 +317,10 @@ class CPUExecutor:
         chunks = pooled_chunks(step)
         types = token_types(chunks, tokens) if chunks and model.config.embedding.num_types > 1 else None
         positions_of_tokens = torch.from_numpy(metadata.positions)
-        with self._adapters_of(slots, staging.row_len[:rows], attention):
-            hidden = everything = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
-        aux: list[Tensor] = getattr(model, "aux", []) if self._aux_layers else []
+        if self._adapted is not None:
+            self._adapted.rows.use(np.repeat(self._tables.adapter[slots], staging.row_len[:rows]))
+        hidden = everything = model.forward(self._token_tensor[:tokens], positions_of_tokens, attention, types)
+        aux: list[Tensor] = getattr(model, "aux", [])
         output = ForwardOutput(chosen, step.step)
         if extras.count and rows > step.num_decode_rows:
             output.prompt_logprobs = extras.prompt_logprobs(step, hidden, model.logits, self._use_slots)

@@ -6,7 +6,6 @@ Called once by the composition root, before the loop runs; it may block.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 from collections import Counter
 from pathlib import Path
@@ -64,12 +63,7 @@ def start(given: Start) -> CPUExecutor:
     if packed := Counter(linear.block for linear in model.linears if isinstance(linear, PackedLinear)):
         kinds = ", ".join(f"{count} {kind}" for kind, count in packed.most_common())
         report.row("weights", f"{packed.total()} of {len(model.linears)} matrices stay packed ({kinds})")
-    drafting = None
-    if config.speculation.method is not None:
-        with report.phase("draft model"):
-            drafting = read_drafting(given, model, dtype)
-        if drafting.described:
-            report.row("draft model", drafting.described)
+    drafting = read_drafting(given, model, dtype)
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:
         raise StartupError(f"--deterministic cannot be promised here: {how}")
@@ -86,31 +80,15 @@ def start(given: Start) -> CPUExecutor:
             state_memory = (sequences + num_snapshots) * each
             report.row("states", describe_states(each, sequences, num_snapshots, config.scheduler.max_num_seqs))
         beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
-        num_pages = plan_memory(
-            model.attention_spec, kv_dtype, config.cache, sequences, context, groups, state_memory, beside
-        )
-        per_token = model.attention_spec.kv_bytes_per_token(kv_dtype, groups) + beside
-        kv_bytes = (num_pages + 1) * config.cache.page_size * per_token
-        asked = config.cache != dataclasses.replace(
-            config.cache, num_pages=None, kv_cache_bytes=None, memory_fraction=None
-        )
-        report.row(
-            "KV memory",
-            f"up to {kv_bytes / 2**30:.2f} GiB, taken as the cache fills"
-            + (f", in int8: {per_token:,} bytes a token" if kv_dtype == torch.int8 else "")
-            + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
-        )
-        limits = Limits(
-            max_num_seqs=sequences,
-            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=context,
-            page_size=config.cache.page_size,
-            num_pages=num_pages,
-            vocab_size=given.spec.vocab_size,
-            groups=groups,
+        limits = paged_limits(
+            given,
+            model.attention_spec,
+            kv_dtype,
+            groups,
+            sequences=sequences,
             num_snapshots=num_snapshots,
-            max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
-            max_adapters=adapters,
+            state_memory=state_memory,
+            beside=beside,
         )
         proposer = late = None
         if drafting is not None:
@@ -125,6 +103,45 @@ def start(given: Start) -> CPUExecutor:
             late=late,
             max_lora_rank=config.lora.max_lora_rank,
         )
+
+
+def paged_limits(
+    given: Start,
+    spec: AttentionSpec,
+    kv_dtype: torch.dtype,
+    groups: tuple[MemoryGroup, ...],
+    *,
+    sequences: int,
+    num_snapshots: int | None = None,
+    state_memory: int = 0,
+    beside: int = 0,
+    where: str = "",
+) -> Limits:
+    """Of a model that keeps K and V; says what they take. spec: of a token's, `where` it has them. state_memory: bytes
+    of its states. beside: bytes of a token in a draft model's cache."""
+    config, cache = given.config, given.config.cache
+    num_pages = plan_memory(spec, kv_dtype, cache, sequences, given.context, groups, state_memory, beside)
+    per_token = spec.kv_bytes_per_token(kv_dtype, groups) + beside
+    kv_bytes = (num_pages + 1) * cache.page_size * per_token
+    asked = (cache.num_pages, cache.kv_cache_bytes, cache.memory_fraction) != (None, None, None)
+    given.report.row(
+        "KV memory",
+        f"up to {kv_bytes / 2**30:.2f} GiB{where}, taken as the cache fills"
+        + (f", in int8: {per_token:,} bytes a token" if kv_dtype == torch.int8 else "")
+        + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
+    )
+    return Limits(
+        max_num_seqs=sequences,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_model_len=given.context,
+        page_size=cache.page_size,
+        num_pages=num_pages,
+        vocab_size=given.spec.vocab_size,
+        groups=groups,
+        num_snapshots=num_snapshots,
+        max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
+        max_adapters=config.lora.max_loras if config.lora.enable else 0,
+    )
 
 
 def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:

@@ -138,8 +138,19 @@ def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCach
     return PagedCache(spec, limits, group, dtype)
 
 
-def read_drafting(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting:
-    """What config.speculation asks for. Raises StartupError, for what the model cannot do, too."""
+def read_drafting(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting | None:
+    """What config.speculation asks for, and a line of it in the report; None for nothing. Raises StartupError, for what
+    the model cannot do, too."""
+    if given.config.speculation.method is None:
+        return None
+    with given.report.phase("draft model"):
+        drafting = _read(given, model, dtype)
+    if drafting.described:
+        given.report.row("draft model", drafting.described)
+    return drafting
+
+
+def _read(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting:
     options = given.config.speculation
     if options.method in PROPOSERS:
         return HostDrafting(options)

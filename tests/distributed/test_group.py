@@ -159,6 +159,7 @@ def test_drafts(alone: LLM, method: str) -> None:
     ("options", "expected"),
     [
         ({"dtype": "float16"}, "--tensor-parallel-size 2 needs --dtype float32 or bfloat16"),
+        ({"kv_cache_dtype": "int8"}, "--tensor-parallel-size 2 does not go with --kv-cache-dtype int8 so far"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3: does not divide the 4 attention heads"),
         ({"tensor_parallel_size": 65}, "--tensor-parallel-size 65 is more than 64"),
     ],
