@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+import numpy as np
 import pytest
 
 from engine.config import EngineConfig, SchedulerOptions, SpeculationOptions
@@ -76,6 +77,29 @@ async def test_answers_are_those_without_drafts(overlap: bool, drafts: int) -> N
         assert f'vllm:spec_decode_num_{name}_total{{engine="0",model_name="model"}} {float(value)}' in text
     assert 'vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="model",position="0"}' in text
     assert "vllm:inter_token_latency_seconds_count" in text
+
+
+class UntilAFifth(Alternating):
+    """Anything goes on but an id that five divides: that is the end."""
+
+    def mask_into(self, mask: np.ndarray) -> None:
+        mask.fill(0xFFFFFFFF)
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.seen) and self.seen[-1] % 5 == 0
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+async def test_a_draft_that_would_end_a_grammar_and_is_wrong_ends_nothing(overlap: bool) -> None:
+    def bound() -> list[Request]:
+        return [dataclasses.replace(ask(f"r{i}", [i, 2], max_tokens=30), constraint=UntilAFifth(99)) for i in range(24)]
+
+    plain, _, _ = await answers(bound(), drafts=0, overlap=overlap)
+    drafted, _, engine = await answers(bound(), drafts=3, overlap=overlap, accuracy=0.5)
+    assert engine.scheduler.speculation is not None and engine.scheduler.speculation.num_draft_tokens > 24
+    for one, other in zip(plain, drafted, strict=True):
+        assert other.finish_reason is one.finish_reason and other.token_ids == one.token_ids, other.error
 
 
 @pytest.mark.parametrize("stream", [True, False])
