@@ -15,7 +15,8 @@ import pytest
 import engine.demo
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions, StreamOptions
 from engine.engine import Engine
-from engine.executor.fake import FakeExecutor, FakeModel, expected_tokens
+from engine.executor.fake import FakeExecutor
+from engine.executor.fake_oracle import FakeModel, expected_tokens
 from engine.forward import DeviceLostError, ForwardError, Limits
 from engine.request import FinishReason, QueueFullError, Request, SamplingParams, UnavailableError
 from engine.stream import Delta, TokenStream

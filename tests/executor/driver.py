@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from engine.executor.base import Executor, StepHandle
-from engine.executor.fake import FakeExecutor, FakeModel, expected_tokens, expected_vector
+from engine.executor.fake import FakeExecutor
+from engine.executor.fake_oracle import FakeModel, expected_tokens, expected_vector
 from engine.forward import FUTURE_TOKEN, ForwardError, ForwardInput, Limits, PooledRow
 from engine.request import Pooling, SamplingParams
 

@@ -10,7 +10,8 @@ import pytest
 
 from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions
-from engine.executor.fake import FakeExecutor, FakeHandle, FakeModel, expected_tokens
+from engine.executor.fake import FakeExecutor, FakeHandle
+from engine.executor.fake_oracle import FakeModel, expected_tokens
 from engine.forward import ForwardError, Limits
 from engine.groups import MemoryGroup
 from engine.request import ContextLengthExceededError, FinishReason, Request, RequestError, SamplingParams

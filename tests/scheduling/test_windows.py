@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.executor.fake import expected_tokens
+from engine.executor.fake_oracle import expected_tokens
 from engine.request import ContextLengthExceededError, SamplingParams
 from tests.scheduling.test_scheduler import PAGE, Rig
 

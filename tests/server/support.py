@@ -22,7 +22,8 @@ import engine.demo
 from engine.config import CacheOptions, EngineConfig, LoraOptions, SchedulerOptions, ServerOptions, StreamOptions
 from engine.engine import Engine
 from engine.executor.base import StepHandle
-from engine.executor.fake import FAKE_WIDTH, FakeExecutor, FakeModel
+from engine.executor.fake import FakeExecutor
+from engine.executor.fake_oracle import FAKE_WIDTH, FakeModel
 from engine.forward import ForwardOutput, Limits
 from engine.metrics import EngineMetrics
 from engine.models.abilities import Abilities

@@ -15,7 +15,7 @@ import pytest_asyncio
 import torch
 
 from engine.executor.cpu import CPUExecutor
-from engine.executor.fake import FAKE_WIDTH, expected_vector
+from engine.executor.fake_oracle import FAKE_WIDTH, expected_vector
 from engine.forward import ForwardError
 from engine.models.abilities import Abilities
 from engine.request import Pooling

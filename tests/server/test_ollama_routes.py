@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.executor.fake import FAKE_WIDTH, expected_vector
+from engine.executor.fake_oracle import FAKE_WIDTH, expected_vector
 from engine.models.abilities import Abilities
 from engine.models.generation import GenerationDefaults
 from engine.models.registry import read_spec

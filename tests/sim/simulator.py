@@ -17,7 +17,8 @@ import numpy as np
 
 from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions, SpeculationOptions
-from engine.executor.fake import FakeExecutor, FakeHandle, expected_logprob, poison_staging
+from engine.executor.fake import FakeExecutor, FakeHandle, poison_staging
+from engine.executor.fake_oracle import expected_logprob
 from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
 from engine.forward import ForwardError, ForwardOutput
 from engine.grammar_masks import GrammarMasks

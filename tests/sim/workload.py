@@ -15,7 +15,7 @@ from random import Random
 from typing import Any
 
 from engine.cache.eviction.registry import EVICTION_POLICIES
-from engine.executor.fake import FakeModel, expected_stream, expected_vector
+from engine.executor.fake_oracle import FakeModel, expected_stream, expected_vector
 from engine.forward import Limits
 from engine.groups import Chunk, MemoryGroup
 from engine.request import Adapter, FinishReason, Pooling, Request, SamplingParams
