@@ -8,6 +8,9 @@ CLIENTS := .venv-clients
 GUIDELLM := .venv-guidellm
 AGENTS := .venv-agents
 REAL := .venv-real
+SCALE := .venv-scale
+# What is beyond one process, an environment each; PART=ray picks one.
+PART ?= $(notdir $(patsubst %/,%,$(dir $(wildcard tests/scale/*/requirements.txt))))
 PROMETHEUS := .prometheus
 WEB := .venv-web
 MODEL ?=
@@ -22,7 +25,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim soak chaos test-clients lock-clients test-agents test-web test-real test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
+.PHONY: help install serve test check sim soak chaos test-clients lock-clients test-agents test-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -151,6 +154,21 @@ $(REAL)/.llamacpp: | $(REAL)/.ready
 test-real: $(REAL)/.ready $(if $(LLAMACPP),$(REAL)/.llamacpp)  ## real models against transformers and sentence-transformers; LLAMACPP=1: and llama.cpp
 	$(REAL)/bin/python -m pytest -o addopts="-ra --strict-markers" tests/real $(ARGS)
 
+# As above: beside the packages of the development environment, those of one part.
+$(SCALE)-%/.ready: tests/scale/%/requirements.txt $(VENV)/.dev
+	@echo "Installing what tests/scale/$* needs into $(SCALE)-$* (once) ..."
+	$(PYTHON) -m venv $(SCALE)-$*
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  > "$$($(SCALE)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth"
+	$(SCALE)-$*/bin/python -m pip install --quiet -r tests/scale/$*/requirements.txt
+	@touch $@
+
+.PRECIOUS: $(SCALE)-%/.ready
+test-scale-%: $(SCALE)-%/.ready
+	$(SCALE)-$*/bin/python -m pytest -o addopts="-ra --strict-markers" tests/scale/$* $(ARGS)
+
+test-scale: $(addprefix test-scale-,$(PART))  ## replicas, transfer and rollouts with the real programs that carry them; PART=ray picks one
+
 # A machine with a GPU may have no network: there a Python that has what the two targets need is taken as it is.
 GPU_NEEDS := import torch, numpy, tokenizers, prometheus_client, tqdm, safetensors, pytest; assert torch.cuda.is_available()
 GPU_PYTHON = $$([ -e $(VENV)/.dev ] && echo $(BIN)/python || echo $(PYTHON))
@@ -168,4 +186,4 @@ gpu-run: gpu-python  ## all of 28 minutes on an NVIDIA GPU: checks, tests, bench
 	$(GPU_PYTHON) -m bench.gpu_run $(ARGS)
 
 clean:  ## remove the virtual environment and caches
-	rm -rf $(VENV) $(CLIENTS) $(GUIDELLM) $(AGENTS) $(REAL) $(PROMETHEUS) $(WEB) tests/web/pictures build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SCALE)-* $(CLIENTS) $(GUIDELLM) $(AGENTS) $(REAL) $(PROMETHEUS) $(WEB) tests/web/pictures build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
