@@ -20,6 +20,7 @@ from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
 from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, StepAttention, decode_inputs
 from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
+from engine.ops.state import plan_of
 from engine.request import Pooling
 
 
@@ -84,6 +85,7 @@ class MixedSteps(DeviceState):
             cells = [each[:tokens] for each in kv_slots]
             step = MixedStep(positions[:tokens], cells, every, prompts, decodes, side.parity)
             attention = self.attention.mixed(step)
+            plan = plan_of(forward_input).on(side.row_slot[:rows], sent["qo_indptr"])
 
             chunks = []
             for row, first, at, targets, k in self._extras.prompts(forward_input):
@@ -124,6 +126,8 @@ class MixedSteps(DeviceState):
 
             def work() -> None:
                 enter(token_ids)
+                if self._states is not None:
+                    self._states.plan = plan
                 with torch.inference_mode():
                     hidden = self.model.forward(token_ids, positions, attention)
                 leave(hidden)

@@ -403,6 +403,7 @@ def make_executor(
         page_size=16,
         num_pages=options.get("rows", 8) * 64,
         vocab_size=model.config.vocab_size,
+        num_snapshots=8 if model.config.has_state else None,
     )
     given: dict[str, Any] = {
         "num_pages": limits.num_pages,

@@ -49,7 +49,7 @@ def captured_logits(model: CausalLM) -> list[Tensor]:
 
 def reference_logits(model: CausalLM, context: list[int]) -> Tensor:
     with torch.inference_mode():
-        hidden = model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model))
+        hidden = model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model, len(context)))
         return model.logits(hidden)
 
 

@@ -19,6 +19,7 @@ from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence, softmax_with_sinks
 from engine.ops.norm import rms_norm
 from engine.ops.rope import apply_rope
+from engine.ops.state import States
 from engine.ops.triton.runtime import on_gpu
 
 # Weights [D] of the RMS norms of a head of q and of k, and their epsilon.
@@ -126,6 +127,8 @@ class DeviceAttention:
     """
 
     name = "torch"
+    # Where layers with a recurrent state find it; the executor's.
+    states: States | None = None
 
     def __init__(
         self,
@@ -320,6 +323,7 @@ class StepAttention:
     def __init__(self, backend: Any, step: Any) -> None:
         self.backend = backend
         self.step = step
+        self.states: States | None = backend.states
 
     def plan(self, metadata: object) -> None:
         """Planned already."""
