@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from engine.config import CacheOptions, SchedulerOptions, StartupError
+from engine.config import CacheOptions, StartupError
 from engine.executor.cpu import CPUExecutor
 from engine.executor.drafting import read_drafting
-from engine.executor.start import Start, describe_states, plan_states
+from engine.executor.start import Start, describe_states, encoder_limits, plan_states
 from engine.forward import Limits
 from engine.groups import MemoryGroup, pages_held, plan_groups
 from engine.models.loading.load import weight_bytes
@@ -140,21 +140,6 @@ def paged_limits(
         num_snapshots=num_snapshots,
         max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
         max_adapters=config.lora.max_loras if config.lora.enable else 0,
-    )
-
-
-def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:
-    """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it, for
-    chunks end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
-    assert context <= options.max_num_batched_tokens, "a step must hold a whole text"
-    return Limits(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=context,
-        page_size=context + 1,
-        num_pages=4 * options.max_num_seqs + 1,
-        vocab_size=vocab_size,
-        max_adapters=max_adapters,
     )
 
 

@@ -23,10 +23,11 @@ from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
 from engine.executor.cuda_pieces import SIZES
 from engine.executor.gpu_probe import has_xqa, stands_in
-from engine.executor.start import Start, describe_states, plan_states
+from engine.executor.start import Start, describe_states, encoder_limits, plan_states
 from engine.forward import ForwardError, Limits
 from engine.groups import plan_groups
 from engine.models.parts.decoder import CausalLM
+from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.state import state_bytes
 
@@ -73,6 +74,11 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
+    if given.spec.bidirectional:
+        if config.cache.kv_cache_dtype != "auto":
+            raise StartupError(f"--kv-cache-dtype {config.cache.kv_cache_dtype}: this model keeps no keys and values")
+        limits = encoder_limits(config.scheduler, given.context, given.spec.vocab_size)
+        return build_cuda_encoder(model, layer, limits, dtype=dtype, row=report.row, load=load)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,
@@ -185,6 +191,37 @@ def profile_step(
     activations = layer.peak_memory() - before
     executor.close()
     return max(0, activations), attention.workspace_bytes
+
+
+def build_cuda_encoder(
+    model: CausalLM,
+    layer: DeviceLayer,
+    limits: Limits,
+    *,
+    dtype: torch.dtype,
+    row: Callable[[str, str], None] = lambda name, text: None,
+    load: Callable[[Path | None], CausalLM] | None = None,
+) -> CUDAExecutor:
+    """Of a model that reads a text at once and keeps nothing of it: see `encoder_limits`. Raises StartupError."""
+    most = limits.max_num_batched_tokens
+    with layer.may_block():
+        weights, free = layer.allocated_memory(), layer.free_memory()
+        with starting("no memory is left for the largest step", SMALLER):
+            attention = packed.Backend(model.attention_spec, max_tokens=most, dtype=dtype, device=layer.device)
+            trial = CUDAExecutor(model, limits, layer, attention, cuda_graph="off")
+            before = layer.allocated_memory()
+            layer.peak_memory(reset=True)
+            trial.run_worst_case()
+            activations = max(0, layer.peak_memory() - before)
+            trial.close()
+            executor = CUDAExecutor(model, limits, layer, attention, cuda_graph="off", load=load)
+        left = max(0, free - (before - weights) - activations)
+        row("GPU memory", str(MemoryPlan(layer.total_memory(), weights, before - weights, activations, 0, 0, left)))
+        row("attention", attention.describe())
+        with starting("a first step fails", SMALLER):
+            _, gated = executor.choose_products()
+        row("gate and up of prompts", f"{gated[0]} of {gated[1]} by our kernel, the others by cuBLAS, as was quicker")
+    return executor
 
 
 def build_cuda_executor(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions, StartupError
+from engine.forward import Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.quantisation import rounded_to
@@ -106,6 +107,21 @@ def show_progress() -> Callable[[int, int], None]:
             bar.close()
 
     return progress
+
+
+def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:
+    """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it, for
+    chunks end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
+    assert context <= options.max_num_batched_tokens, "a step must hold a whole text"
+    return Limits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=context,
+        page_size=context + 1,
+        num_pages=4 * options.max_num_seqs + 1,
+        vocab_size=vocab_size,
+        max_adapters=max_adapters,
+    )
 
 
 def plan_states(each: int, cache: CacheOptions, max_num_seqs: int, share: int) -> tuple[int, int]:

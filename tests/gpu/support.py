@@ -276,7 +276,10 @@ HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 
 
 def load(architecture: str, dtype: torch.dtype, device: torch.device) -> CausalLM:
-    config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+    return load_config({**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}, dtype, device)
+
+
+def load_config(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> CausalLM:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))

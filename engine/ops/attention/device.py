@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.forward import Int32Array
 from engine.groups import Chunk, MemoryGroup, places_of
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence, softmax_with_sinks
@@ -67,6 +68,7 @@ class MixedStep:
 
     rows: all of them. The first num_decodes continue by one token each; prompts: the others, counted from 0.
     decode: the first ones once more, in fixed shapes; set on the device, just before the forward.
+    send: brings int32 arrays of the host to the device, on the stream of the step.
     """
 
     positions: Tensor
@@ -76,6 +78,7 @@ class MixedStep:
     num_decodes: int
     parity: int
     decode: DecodeStep | None = None
+    send: Callable[[Sequence[Int32Array]], list[Tensor]] | None = None
 
 
 @dataclass(slots=True)
@@ -212,7 +215,7 @@ class DeviceAttention:
         """The attention of one decode step, for `CausalLM.forward`."""
         return DecodeAttention(self, step)
 
-    def mixed(self, step: MixedStep) -> MixedAttention:
+    def mixed(self, step: MixedStep) -> StepAttention:
         """Plan a step with prompts on the host; the result attends on the device."""
         return MixedAttention(self, step)
 
