@@ -261,14 +261,48 @@ async def test_another_layout_or_version_is_refused(pair: tuple[Live, Live], mon
     before = failures(decode).get("mismatch", 0)
     monkeypatch.setattr(exchange_of(decode), "_layout", "other weights")
     await decode.complete(prompt_of(80), max_tokens=1, kv_transfer_params=params)
-    monkeypatch.undo()
-    decode.engine.scheduler.kv_cache.flush()
-    monkeypatch.setattr(exchange, "VERSION", 2)
-    task = asyncio.create_task(decode.complete(prompt_of(80), max_tokens=1, kv_transfer_params=params))
-    await until(lambda: bool(exchange_of(decode)._waiting) or task.done())
-    await task
-    # Both ends are of one process here, and so of one version.
     assert failures(decode)["mismatch"] == before + 1
+    monkeypatch.undo()
+    channel = await wire.connect("127.0.0.1", params["remote_port"], exchange_of(decode)._networks)
+    good = {
+        "op": "open",
+        "version": exchange.VERSION,
+        "engine_id": params["remote_engine_id"],
+        "layout": exchange_of(prefill)._layout,
+        "request_id": params["remote_request_id"],
+        "first": 0,
+        "count": 6,
+        "digest": exchange._digest(prompt_of(80), 96),
+    }
+    for change, reason in (
+        ({"version": 2}, "mismatch"),
+        ({"version": None}, "mismatch"),
+        ({"op": "drop"}, "mismatch"),
+        ({"op": None}, "mismatch"),
+        ({"engine_id": 7}, "unknown"),
+        ({"layout": ""}, "mismatch"),
+        ({"request_id": ["x"]}, "expired"),
+        ({"first": -1}, "mismatch"),
+        ({"first": 1}, "mismatch"),
+        ({"count": 0}, "mismatch"),
+        ({"count": 10**9}, "mismatch"),
+        ({"count": 6.0}, "mismatch"),
+        ({"count": True}, "mismatch"),
+        ({"digest": None}, "mismatch"),
+        ({"digest": exchange._digest(prompt_of(80), 80)}, "mismatch"),
+    ):
+        with pytest.raises(wire.TransferError) as error:
+            await channel.ask(good | change)
+        assert error.value.reason == reason, change
+    for ticket in (None, 7, "", "0" * 32):
+        assert await channel.ask({"op": "close", "version": exchange.VERSION, "ticket": ticket}) == {"held": False}
+    opened = await channel.ask(good)
+    channel.close()
+    # What was opened on a connection ends with it; the pages wait for the next reader.
+    kept = exchange_of(prefill)._kept[params["remote_request_id"]]
+    await until(lambda: not kept.reads)
+    assert opened["ticket"] not in kept.reads and params["remote_request_id"] in exchange_of(prefill)._kept
+    exchange_of(prefill)._let_go(params["remote_request_id"], "read")
 
 
 async def test_pages_are_let_go_in_time_and_are_not_without_bound() -> None:
