@@ -101,6 +101,7 @@ ALLOWED = {
     },
     "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
     "engine.serve": {"*"},
+    "engine.serve_ray": {"*"},
     "bench": {"*"},
 }
 # build.py puts the device wing together, inside its functions.
