@@ -1,8 +1,8 @@
 """Composition root of many replicas: `python -m engine.serve_ray --replicas 1..4 ...the server's flags...`.
 
 Puts an application of Ray Serve together: a deployment for each model, whose replicas are this engine and its unchanged
-server, and a front that routes between them (server/ray/). Needs the extra [ray]. `application` builds the same from the
-`args` of a `serve deploy` file; see server/deploy/ray/.
+server, and a front that routes between them (server/ray/). Needs the extra [ray]. `application` builds the same from
+the `args` of a `serve deploy` file; see server/deploy/ray/.
 """
 
 from __future__ import annotations
@@ -133,6 +133,8 @@ def deployment_options(model: Model, plan: Plan) -> dict[str, Any]:
         "health_check_period_s": 5.0,
         "health_check_timeout_s": 30.0,
         "graceful_shutdown_wait_loop_s": 0.5,
+        # The server has an access log of its own.
+        "logging_config": {"enable_access_log": False},
         # The engine's own drain comes after Serve's, which waits for the same requests.
         "graceful_shutdown_timeout_s": options.drain_timeout_s + 10.0,
         "request_router_config": {
@@ -178,6 +180,7 @@ def build(plan: Plan, make: Any = host) -> Any:
         max_ongoing_requests=100_000,
         graceful_shutdown_timeout_s=max(model.config.server.drain_timeout_s for model in plan.models) + 10.0,
         ray_actor_options={"num_cpus": 0.1},
+        logging_config={"enable_access_log": False},
     )
     return front.bind(models, most_body, first.root_path)
 
@@ -224,14 +227,22 @@ def plan_from(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     return plan, args
 
 
-def start(address: str | None) -> None:
-    """Join a Ray cluster, or start one for this process alone."""
-    import ray
-
+def prepare(address: str | None) -> None:
+    """What Ray reads from the environment as it is imported."""
     # Nothing here reports to anybody; who wants Ray's usage statistics says so.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    here = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-    ray.init(address=address, namespace="serve", log_to_driver=True, **here)
+    if address is None:
+        # Keeps the daemons of a cluster of one machine on the loopback interface, on Linux too: without it Ray takes
+        # 127.0.0.1 for the machine's address in its network, and listens everywhere.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
+def start(address: str | None) -> None:
+    """Join a Ray cluster, or start one for this process alone. After `prepare`."""
+    import ray
+
+    here: dict[str, Any] = {} if address else {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    ray.init(address=address, namespace="serve", **here)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -243,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
 
     try:
         plan, args = plan_from(argv)
+        prepare(args.address)
         try:
             import ray
             from ray import serve

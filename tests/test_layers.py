@@ -90,6 +90,7 @@ ALLOWED = {
         "engine.engine",
         "engine.resting",
         "engine.inspection",
+        "engine.watchdog",
         "engine.cache.history",
         "engine.text",
         "engine.models.mixers",

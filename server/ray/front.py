@@ -24,6 +24,7 @@ from engine.request import RequestError, UnavailableError
 from server.app import ADMIN_ENDPOINTS, ENDPOINTS
 from server.protocol import anthropic, errors
 from server.ray.bridge import HOP, Ask, Head, Piece
+from server.ray.merging import merge
 from server.ray.prefixes import beginnings, read_body
 from server.sse import error_event
 
@@ -51,6 +52,8 @@ _FOR_ALL = {path for endpoint in ADMIN_ENDPOINTS for method, path, _ in endpoint
 _LLAMACPP = ("/completion", "/infill")
 _RESPONSE_ID = re.compile(rb'"id":\s?"(resp_[0-9A-Za-z_-]{1,64})"')
 _NUMBER = re.compile(rb'"sequence_number":\s?(\d{1,12})')
+# Serve's proxy writes these itself.
+_PROXYS = ("date", "server", "x-request-id")
 _EVENTS, _LINES = b"\n\n", b"\n"
 _HEX = re.compile(r"[!-~]{1,128}")
 
@@ -130,7 +133,7 @@ class Front:
         ask = Ask(scope["method"], target, headers, body, beginnings(fields, known))
         reply = _Reply(send, route, request_id)
         try:
-            if route in _FOR_ALL:
+            if route in _FOR_ALL or route == "/metrics":
                 return await self._ask_all(ask, reply)
             index, keeper = await self._pick(route, fields, known)
             await self._ask_one(index, replace(ask, keeper=keeper), reply)
@@ -160,12 +163,16 @@ class Front:
                 ask = replace(ask, keeper=None)
 
     async def _ask_all(self, ask: Ask, reply: _Reply) -> None:
-        """The worst of all answers is the answer."""
+        """The worst of all answers is the answer; where all are well, metrics are put together."""
         answers = [one for backend in self._backends for one in await backend.answer_all(ask)]
         if not answers:
             raise GoneError("there is no replica")
         head, data = max(answers, key=lambda answer: answer[0].status)
-        await reply.pass_on(Head(head.status, [*head.headers, ("X-Oneloop-Replicas", str(len(answers)))]))
+        headers = head.headers
+        if reply.route == "/metrics" and head.status == 200:
+            data = merge((_replica_of(one), text.decode()) for one, text in answers).encode()
+            headers = [(name, value) for name, value in headers if name.lower() != "content-length"]
+        await reply.pass_on(Head(head.status, [*headers, ("X-Oneloop-Replicas", str(len(answers)))]))
         await reply.pass_on(data)
         await reply.end()
 
@@ -217,11 +224,15 @@ class Front:
         return lists
 
     def _keep(self, data: bytes, index: int, head: Head) -> None:
-        replica = next((value for name, value in head.headers if name == REPLICA_HEADER), None)
-        if replica is not None and (found := _RESPONSE_ID.search(data)) is not None:
+        replica = _replica_of(head)
+        if replica and (found := _RESPONSE_ID.search(data)) is not None:
             self._keepers[found[1].decode()] = index, replica
             while len(self._keepers) > MOST_RESPONSES:
                 self._keepers.popitem(last=False)
+
+
+def _replica_of(head: Head) -> str:
+    return next((value for name, value in head.headers if name == REPLICA_HEADER), "")
 
 
 class _Reply:
@@ -242,7 +253,8 @@ class _Reply:
             kind = kinds.get("content-type", "").partition(";")[0]
             self._ends = {"text/event-stream": _EVENTS, "application/x-ndjson": _LINES}.get(kind)
             self.begun = True
-            headers = [(name.lower().encode("latin-1"), value.encode("latin-1")) for name, value in piece.headers]
+            told = [(name.lower(), value) for name, value in piece.headers if name.lower() not in _PROXYS]
+            headers = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in told]
             await self._send({"type": "http.response.start", "status": piece.status, "headers": headers})
             return
         if self.on_begin is not None:
