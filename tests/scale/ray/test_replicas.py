@@ -201,3 +201,15 @@ async def test_errors_are_the_servers_own(served: tuple[str, int]) -> None:
                 told = await response.json()
                 assert response.status == status and where[1] in told[where[0]], told
                 assert response.headers.getall("X-Request-Id") == ["mine"]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own models
+def test_the_deploy_file_is_one_for_serve() -> None:
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from engine.serve_ray import application
+
+    described = yaml.safe_load((ROOT / "server" / "deploy" / "ray" / "serve.yaml").read_text())
+    ServeDeploySchema.model_validate(described)
+    assert application(described["applications"][0]["args"])._bound_deployment.name == "front"
