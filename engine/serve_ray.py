@@ -45,13 +45,15 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """An application. fronts: processes that read requests. gpus: whether replicas get GPUs. Delays in seconds."""
+    """An application. fronts: processes that read requests. gpus: whether replicas get GPUs. Delays in seconds. router:
+    a class of Serve's, as module:name."""
 
     models: tuple[Model, ...]
     fronts: int = 1
     gpus: bool = False
     upscale_delay_s: float = 5.0
     downscale_delay_s: float = 300.0
+    router: str = "server.ray.router:CacheAwareRouter"
 
 
 def read_model(flags: Sequence[str], replicas: str = "1", cpus: float = 1.0) -> Model:
@@ -138,7 +140,7 @@ def deployment_options(model: Model, plan: Plan) -> dict[str, Any]:
         # The engine's own drain comes after Serve's, which waits for the same requests.
         "graceful_shutdown_timeout_s": options.drain_timeout_s + 10.0,
         "request_router_config": {
-            "request_router_class": "server.ray.router:CacheAwareRouter",
+            "request_router_class": plan.router,
             "request_router_kwargs": {"period_s": period_s},
             "request_routing_stats_period_s": period_s,
             "request_routing_stats_timeout_s": 10.0,
