@@ -72,17 +72,17 @@ def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-ms", type=float, default=8.0, help="of a step (default: %(default)s)")
     parser.add_argument("--token-ms", type=float, default=0.1, help="of a prompt's token (default: %(default)s)")
     parser.add_argument("--row-ms", type=float, default=0.05, help="of a row (default: %(default)s)")
-    parser.add_argument("--cache-tokens", type=int, default=24_000, help="of one replica's KV cache")
+    parser.add_argument("--cache-tokens", type=int, default=48_000, help="of one replica's KV cache")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="rows of one replica")
 
 
 def add_load_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=240, help="of each load (default: %(default)s)")
-    parser.add_argument("--rate", type=float, default=8.0, help="requests a second (conversations: a turn each)")
+    parser.add_argument("--rate", type=float, default=5.0, help="requests a second (conversations: a turn each)")
     parser.add_argument("--num-prefixes", type=int, default=32)
-    parser.add_argument("--prefix-len", type=int, default=2000, help="tokens that a group of prompts has in common")
+    parser.add_argument("--prefix-len", type=int, default=4000, help="tokens that a group of prompts has in common")
     parser.add_argument("--turns", type=int, default=8, help="of a conversation")
-    parser.add_argument("--turn-len", type=int, default=300, help="words of a turn")
+    parser.add_argument("--turn-len", type=int, default=600, help="words of a turn")
     parser.add_argument("--output-len", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS)
