@@ -304,11 +304,6 @@ def _build_executor(
             )
         scale = "a row" if rounded == "fp8" else "32 weights"
         report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
-    if spec.bidirectional and device == "cuda":
-        if config.device == "cuda":
-            raise StartupError("--device cuda: models that read a text at once (encoders) run on the CPU so far")
-        report.row("GPU", "not used: models that read a text at once (encoders) run on the CPU so far")
-        device = "cpu"
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)

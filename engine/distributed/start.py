@@ -15,15 +15,9 @@ import torch
 from engine.config import EngineConfig, StartupError
 from engine.distributed.leader import Leader, RankedExecutor
 from engine.distributed.messages import message_bytes
-from engine.executor.cpu_start import (
-    available_cores,
-    choose_threads,
-    encoder_limits,
-    paged_limits,
-    pick_dtype,
-)
+from engine.executor.cpu_start import available_cores, choose_threads, paged_limits, pick_dtype
 from engine.executor.drafting import read_drafting
-from engine.executor.start import Start
+from engine.executor.start import Start, encoder_limits
 from engine.forward import Limits
 from engine.groups import MemoryGroup, plan_groups
 from engine.models.loading.load import weight_bytes
