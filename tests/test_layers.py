@@ -98,6 +98,7 @@ ALLOWED = {
         "engine.engine",
         "engine.resting",
         "engine.inspection",
+        "engine.watchdog",
         "engine.cache.history",
         "engine.text",
         "engine.models.mixers",
@@ -109,6 +110,7 @@ ALLOWED = {
     },
     "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
     "engine.serve": {"*"},
+    "engine.serve_ray": {"*"},
     "bench": {"*"},
 }
 # build.py puts the device wing together, inside its functions.
