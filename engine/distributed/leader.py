@@ -197,7 +197,10 @@ class RankedAttention:
         self.own = own
         self.groups: tuple[PagedMetadata, ...] = ()
         self.states: States | None = None
-        self.recordings: Recordings | None = None  # sums over ranks are no calls that could be made again from a list
+
+    @property
+    def recordings(self) -> Recordings | None:
+        return self.own.recordings
 
     @property
     def k_pools(self) -> list[Tensor]:

@@ -154,7 +154,6 @@ class Rank:
             dtype=self._dtype,
             groups=plan_groups(model.config.windows, context),
         )
-        backend.recordings = None  # sums over ranks are no calls that could be made again from a list
         self._backend = backend
 
     def _read(self, other: Path | None) -> None:

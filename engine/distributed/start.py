@@ -109,7 +109,6 @@ def start(given: Start) -> RankedExecutor:
             dtype=dtype,
             groups=limits.groups,
         )
-        own.recordings = None  # sums over ranks are no calls that could be made again from a list
         leader.command(do="begin", num_pages=limits.num_pages, page_size=limits.page_size, context=context)
         proposer, late = (None, None) if drafting is None else drafting.make(limits, dtype)
         return RankedExecutor(model, limits, attention=own, leader=leader, proposer=proposer, late=late)

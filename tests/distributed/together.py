@@ -55,7 +55,6 @@ class RankModel:
         self.config, self.attention_spec = own.config, own.attention_spec
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Any) -> Tensor:
-        attention.recordings = None
         return self.own.forward(token_ids, positions, attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
