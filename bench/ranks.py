@@ -25,10 +25,11 @@ from bench.offline import decode_seconds
 from bench.shapes import SHAPES, write_shape
 from engine.build import build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions
+from engine.distributed.leader import RankedExecutor
 
 
-def decode(args: argparse.Namespace, ranks: int) -> float:
-    """Seconds of a step, in this process."""
+def decode(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """Seconds of a step, in this process. waited, added: of them, by rank, until others had arrived, and to add up."""
     with tempfile.TemporaryDirectory() as folder:
         directory = write_shape(args.shape, Path(folder) / "model")
         built = build_engine(
@@ -45,13 +46,20 @@ def decode(args: argparse.Namespace, ranks: int) -> float:
     vocabulary = built.model_config.vocab_size
     prompts = rng.integers(0, vocabulary, (args.batch, args.input_len)).tolist()
 
-    async def measure() -> float:
+    executor = built.engine.executor
+    group = executor.ranks if isinstance(executor, RankedExecutor) else None
+
+    async def measure() -> dict[str, Any]:
         loop = asyncio.create_task(built.engine.run())
         await decode_seconds(built.engine, prompts, 4)
-        seconds = await decode_seconds(built.engine, prompts, args.output_len)
+        before, begin = (None if group is None else group.spent_ns()), time.perf_counter()
+        found: dict[str, Any] = {"seconds": await decode_seconds(built.engine, prompts, args.output_len)}
+        if group is not None:
+            share = (group.spent_ns() - before) / 1e9 / (time.perf_counter() - begin)
+            found["waited"], found["added"] = share.T.tolist()
         loop.cancel()
         await asyncio.wait({loop})
-        return seconds
+        return found
 
     try:
         return asyncio.run(measure())
@@ -62,17 +70,30 @@ def decode(args: argparse.Namespace, ranks: int) -> float:
 def in_turns(args: argparse.Namespace) -> dict[str, Any]:
     """Pairs of processes, one after the other."""
     found: dict[int, list[float]] = {1: [], args.ranks: []}
+    communication = []
     for pair in range(args.pairs):
         for ranks in (1, args.ranks) if pair % 2 == 0 else (args.ranks, 1):
             words = [sys.executable, "-m", "bench.ranks", "--only", str(ranks), *args.given]
             done = subprocess.run(words, capture_output=True, text=True, check=True)
-            found[ranks].append(float(done.stdout.split()[-1]))
-            print(f"{ranks} rank{'s' if ranks > 1 else ''}: {1000 * found[ranks][-1]:8.2f} ms a step", flush=True)
+            told = json.loads(done.stdout.splitlines()[-1])
+            found[ranks].append(told["seconds"])
+            line = f"{ranks} rank{'s' if ranks > 1 else ''}: {1000 * told['seconds']:8.2f} ms a step"
+            if ranks > 1:
+                shares = list(zip(told["waited"], told["added"], strict=True))
+                line += "; of the time, by rank, waiting and adding up: "
+                line += ", ".join(f"{waited:.1%} + {added:.1%}" for waited, added in shares)
+                # Who waits least is who the others wait for.
+                communication.append(min(map(sum, shares)))
+            print(line, flush=True)
     ratios = [one / several for one, several in zip(found[1], found[args.ranks], strict=True)]
     median = statistics.median(ratios)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"{args.ranks} ranks against one with {args.cores} threads: {median:.2f}x ({spread})")
-    return {"shape": args.shape, "batch": args.batch, "seconds": found, "ratio": median}
+    share = statistics.median(communication)
+    print(
+        f"{args.ranks} ranks against one with {args.cores} threads: {median:.2f}x ({spread}); communication of the rank "
+        f"that waits least: {share:.1%} of a step"
+    )
+    return {"shape": args.shape, "batch": args.batch, "seconds": found, "ratio": median, "communication": share}
 
 
 def ring(args: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.given = list(sys.argv[1:] if argv is None else argv)
     if args.only is not None:
-        print(decode(args, args.only))
+        print(json.dumps(decode(args, args.only)))
         return 0
     result = ring(args) if args.ring else in_turns(args)
     if args.json is not None:

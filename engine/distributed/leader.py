@@ -256,6 +256,11 @@ class RankedExecutor(CPUExecutor):
         """Of the other ranks' processes."""
         return self._leader.members.pids
 
+    @property
+    def ranks(self) -> Ranks:
+        """This rank's end of the group."""
+        return self._leader.ranks
+
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Call it, on any thread, when the device is lost, also while nothing runs."""
         self._leader.watch(on_lost)

@@ -28,8 +28,14 @@ struct RankGroup {
     int64_t rank, size, slot_bytes;
     int64_t done;           // rows of a sum that are through, while one is going on
     uint32_t count, given;  // collectives begun; whether this rank's part of the current piece lies there
-    int64_t waited, added;  // nanoseconds in collectives so far: until others had arrived, and to copy and to add
 };
+
+// A cache line behind all words, one for each rank: nanoseconds in collectives so far, until others had arrived, and to copy
+// and to add.
+struct Spent {
+    int64_t waited, added, rest[6];
+};
+INLINE Spent& spent_of(const RankGroup& g) { return *(Spent*)(g.words + 2 + g.size + g.rank); }
 
 enum { REACHED = 0, NOT_YET = 1, ENDED = 2 };
 
@@ -152,7 +158,7 @@ EXPORT int64_t ol_ranks_meet(void* group, int64_t brief) {
     int how = REACHED;
     for (i64 rank = 0; rank < g.size && how == REACHED; rank++)
         if (rank != g.rank) how = wait_for(g.words[1 + rank], g.count, g.words[0], brief);
-    g.waited += nanoseconds() - begin;
+    spent_of(g).waited += nanoseconds() - begin;
     return how;
 }
 
@@ -170,7 +176,7 @@ EXPORT int64_t ol_ranks_sum(void* group, int64_t type, const void* x, void* out,
             char* own = g.slots + ((i64)((g.count + 1) % 2) * g.size + g.rank) * g.slot_bytes;
             memcpy(own, (const char*)x + g.done * width, (size_t)(now * width));
             g.given = 1;
-            g.added += nanoseconds() - begin;
+            spent_of(g).added += nanoseconds() - begin;
             ol_ranks_arrive(group);
         }
         if (int64_t how = ol_ranks_meet(group, brief)) return how;
@@ -179,7 +185,7 @@ EXPORT int64_t ol_ranks_sum(void* group, int64_t type, const void* x, void* out,
         char* to = (char*)out + g.done * width;
         if (type == F32) sum_rows(first, g.slot_bytes, g.size, now, columns, bias, (float*)to);
         else sum_rows(first, g.slot_bytes, g.size, now, columns, bias, (bf16*)to);
-        g.added += nanoseconds() - begin;
+        spent_of(g).added += nanoseconds() - begin;
         g.given = 0;
         g.done += now;
     }

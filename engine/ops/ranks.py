@@ -42,8 +42,6 @@ class _Group(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("rank", "size", "slot_bytes", "done")),
         ("count", ctypes.c_uint32),
         ("given", ctypes.c_uint32),
-        ("waited", ctypes.c_int64),
-        ("added", ctypes.c_int64),
     ]
 
 
@@ -59,8 +57,9 @@ class Layout:
 
     @property
     def words(self) -> int:
-        """One that says that the group is over, one for each rank's arrivals, and the number of the last message."""
-        return _whole(WORD * (self.size + 2))
+        """One that says that the group is over, one for each rank's arrivals, the number of the last message, and what
+        each rank has spent."""
+        return _whole(WORD * (2 * self.size + 2))
 
     @property
     def total(self) -> int:
@@ -94,16 +93,17 @@ class Ranks:
         self._map = mmap.mmap(file, layout.total)
         self.memory: npt.NDArray[np.uint8] = np.frombuffer(self._map, np.uint8)
         base = self.memory.ctypes.data
-        self._group = _Group(base, base + layout.words, rank, layout.size, _whole(layout.slot), 0, 0, 0, 0, 0)
+        self._group = _Group(base, base + layout.words, rank, layout.size, _whole(layout.slot), 0, 0, 0)
         self._handle = ctypes.addressof(self._group)
         self._ended = base
         self._posted = base + WORD * (layout.size + 1)
         self.num_messages = 0
 
-    @property
-    def spent_ns(self) -> tuple[int, int]:
-        """Nanoseconds of this rank's collectives so far: until the others had arrived, and to copy and to add up."""
-        return self._group.waited, self._group.added
+    def spent_ns(self) -> npt.NDArray[np.int64]:
+        """[ranks, 2]: nanoseconds of every rank's collectives so far, until others had arrived, and to copy and add."""
+        begin = WORD * (self.size + 2)
+        lines = self.memory[begin : begin + WORD * self.size].view(np.int64).reshape(self.size, -1)
+        return lines[:, :2].copy()
 
     @staticmethod
     def make_file(layout: Layout) -> int:
