@@ -115,7 +115,7 @@ def ring(args: argparse.Namespace) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         ranks = Ranks(file, layout, 1)
-        for _ in range(2 * count):
+        for _ in range(count + 2 * (count // 4)):
             messages.read_forward(ranks.receive())
             ranks.arrive()
         os._exit(0)
@@ -134,21 +134,34 @@ def ring(args: argparse.Namespace) -> dict[str, Any]:
         ranks.arrive()
         ranks.meet()
         both.append(time.perf_counter() - begin)
-    # The other one sleeps by then, as between the steps of a model.
-    asleep = []
-    for _ in range(count):
-        time.sleep(0.001)
-        asleep.append(tell())
-        ranks.arrive()
-        ranks.meet()
+
+    def after(busy: float) -> list[float]:
+        """Told after so many seconds of other work, as between the steps of a model."""
+        found = []
+        for _ in range(count // 4):
+            until = time.perf_counter() + busy
+            while time.perf_counter() < until:
+                pass
+            found.append(tell())
+            ranks.arrive()
+            ranks.meet()
+        return found
+
+    # The other one spins, yields, and sleeps by then.
+    between, asleep = after(0.001), after(0.004)
     os.waitpid(child, 0)
     row = {
         name: 1e6 * statistics.median(values)
-        for name, values in (("tell_us", there), ("tell_sleeper_us", asleep), ("there_and_back_us", both))
+        for name, values in (
+            ("tell_us", there),
+            ("tell_between_us", between),
+            ("tell_sleeper_us", asleep),
+            ("there_and_back_us", both),
+        )
     }
     print(
-        f"a step of {rows} rows: {row['tell_us']:.1f} us to tell ({row['tell_sleeper_us']:.1f} us to one that sleeps), "
-        f"{row['there_and_back_us']:.1f} us there and back"
+        f"a step of {rows} rows: {row['tell_us']:.1f} us to tell ({row['tell_between_us']:.1f} us after 1 ms of other "
+        f"work, {row['tell_sleeper_us']:.1f} us to one that sleeps), {row['there_and_back_us']:.1f} us there and back"
     )
     return row
 
