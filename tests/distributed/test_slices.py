@@ -18,7 +18,19 @@ from engine.ops.ranks import Ranks
 from tests.distributed.together import load_part, together
 from tests.models.gguf.export import export
 from tests.models.support import Runner, edit_json, load, make_checkpoint, prompts_of, relative_error
-from tests.models.test_families import GEMMA, GEMMA4, GEMMA4_EXPERTS, QWEN_EXPERTS
+from tests.models.test_families import (
+    DELTA,
+    FALCON_H1,
+    FALCON_H1_NORM,
+    GEMMA,
+    GEMMA4,
+    GEMMA4_EXPERTS,
+    GRANITE_MAMBA,
+    GRANITE_MAMBA_GROUPS,
+    NEMOTRON_H,
+    QWEN_EXPERTS,
+    QWEN_NEXT_EXPERTS,
+)
 from tests.models.test_gpt_oss import MXFP4
 from tests.models.test_latent import GROUPED, LATENT
 
@@ -53,6 +65,26 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         (2,),
     ),
     "latents": ("DeepseekV3", {**LATENT, **GROUPED, "num_key_value_heads": 8}, (4,)),
+    "delta nets, packed": (
+        "Qwen3Next",
+        {**DELTA, **QWEN_NEXT_EXPERTS, "num_hidden_layers": 3, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        (2,),
+    ),
+    "delta nets that are whole in every rank": ("Qwen3_5", {**DELTA, "num_hidden_layers": 3}, (2,)),
+    "delta nets": (
+        "Qwen3_5",
+        {**DELTA, "num_hidden_layers": 3, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+        (2, 4),
+    ),
+    "short convolutions": (
+        "Lfm2",
+        {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8, "conv_bias": True},
+        (2,),
+    ),
+    "state spaces": ("GraniteMoeHybrid", {**GRANITE_MAMBA, **GRANITE_MAMBA_GROUPS, "num_hidden_layers": 3}, (2,)),
+    "state spaces beside attention": ("FalconH1", FALCON_H1, (2,)),
+    "state spaces, normed after the gate": ("FalconH1", {**FALCON_H1, **FALCON_H1_NORM}, (2,)),
+    "state spaces by turns": ("NemotronH", NEMOTRON_H, (2,)),
     "dense beside experts": ("Gemma4", {**GEMMA4, **GEMMA4_EXPERTS, "num_hidden_layers": 5}, (2,)),
 }
 
@@ -120,7 +152,6 @@ def test_a_cut_through_a_block_is_one_line(tmp_path: Path) -> None:
         ("Llama", {"intermediate_size": 90}, 4, "does not divide the 90 inner numbers of a feed-forward"),
         ("Llama", {"vocab_size": 5}, 4, "a vocabulary of 5 tokens is too small"),
         ("Olmo2", {}, 2, "norms all heads at once"),
-        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, 2, "has recurrent layers"),
     ],
 )
 def test_what_cannot_be_divided_is_one_line(
