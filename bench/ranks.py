@@ -52,7 +52,7 @@ def decode(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
     async def measure() -> dict[str, Any]:
         loop = asyncio.create_task(built.engine.run())
         await decode_seconds(built.engine, prompts, 4)
-        before, begin = (None if group is None else group.spent_ns()), time.perf_counter()
+        before, begin = (np.zeros(1) if group is None else group.spent_ns()), time.perf_counter()
         found: dict[str, Any] = {"seconds": await decode_seconds(built.engine, prompts, args.output_len)}
         if group is not None:
             share = (group.spent_ns() - before) / 1e9 / (time.perf_counter() - begin)
@@ -90,8 +90,8 @@ def in_turns(args: argparse.Namespace) -> dict[str, Any]:
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
     share = statistics.median(communication)
     print(
-        f"{args.ranks} ranks against one with {args.cores} threads: {median:.2f}x ({spread}); communication of the rank "
-        f"that waits least: {share:.1%} of a step"
+        f"{args.ranks} ranks against one with {args.cores} threads: {median:.2f}x ({spread}); communication of "
+        f"the rank that waits least: {share:.1%} of a step"
     )
     return {"shape": args.shape, "batch": args.batch, "seconds": found, "ratio": median, "communication": share}
 

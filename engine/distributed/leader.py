@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,8 @@ from engine.distributed import messages
 from engine.distributed.members import Members
 from engine.executor.cpu import CPUExecutor
 from engine.executor.tables import PagedMetadata
-from engine.forward import DeviceLostError, Limits
-from engine.models.parts.decoder import CausalLM
+from engine.forward import DeviceLostError, ForwardInput, ForwardOutput, Limits
+from engine.models.parts.decoder import CausalLM, Decoder
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import Layout, Ranks, RanksEndedError
@@ -116,6 +116,32 @@ class Leader:
         messages.write_forward(self.ranks.next_message(), token_ids.numpy(), groups, told)
         self.ranks.post()
 
+    def tell_states(self, step: ForwardInput) -> None:
+        """The other ranks are to do what States.begin does with this step."""
+        messages.write_states(self.ranks.next_message(), step)
+        self.ranks.post()
+        if step.num_tokens == 0:
+            # No forward follows, in whose sums all meet: the next but one would be written where this is read.
+            self.ranks.arrive()
+            self.ranks.meet()
+
+    def tell_embedded(self, token_ids: Tensor) -> None:
+        """The other ranks are to give their rows of the embedding."""
+        messages.write_ids(self.ranks.next_message(), token_ids.to(torch.int32).numpy())
+        self.ranks.post()
+
+    @contextlib.contextmanager
+    def lost(self) -> Iterator[None]:
+        """Ranks that are not at the same place can never meet again."""
+        try:
+            yield
+        except RanksEndedError:
+            raise DeviceLostError(self.why()) from None
+        except BaseException as error:
+            self.fail()
+            logger.exception("rank 0 failed amid a step")
+            raise DeviceLostError(f"rank 0 failed amid a step: {type(error).__name__}: {error}") from error
+
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Call it, on any thread, when a rank is gone."""
         self._on_lost = on_lost
@@ -160,13 +186,37 @@ class RankedModel:
     ) -> Tensor:
         """See CausalLM."""
         assert isinstance(attention, RankedAttention)
-        with self._lost():
+        with self._leader.lost():
             self._leader.tell_forward(token_ids, attention.groups, types)
             return self.own.forward(token_ids, positions, attention.own, types)
 
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """See Decoder: the stream of residuals is the same in every rank, so this one's will do."""
+        return self._decoder.aux_layers
+
+    @aux_layers.setter
+    def aux_layers(self, layers: tuple[int, ...]) -> None:
+        self._decoder.aux_layers = layers
+
+    @property
+    def aux(self) -> list[Tensor]:
+        return getattr(self.own, "aux", [])
+
+    def embedded(self, token_ids: Tensor) -> Tensor:
+        """See Decoder: for what drafts with the model's embedding."""
+        with self._leader.lost():
+            self._leader.tell_embedded(token_ids)
+            return self._decoder.embedded(token_ids)
+
+    @property
+    def _decoder(self) -> Decoder:
+        assert isinstance(self.own, Decoder)
+        return self.own
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See CausalLM."""
-        with self._lost():
+        with self._leader.lost():
             return self.own.logits(hidden)
 
     def classify(self, hidden: Tensor) -> Tensor:
@@ -177,18 +227,6 @@ class RankedModel:
         """See CausalLM."""
         return self.own.project(vectors)
 
-    @contextlib.contextmanager
-    def _lost(self) -> Any:
-        """Ranks that are not at the same place can never meet again."""
-        try:
-            yield
-        except RanksEndedError:
-            raise DeviceLostError(self._leader.why()) from None
-        except BaseException as error:
-            self._leader.fail()
-            logger.exception("rank 0 failed amid a step")
-            raise DeviceLostError(f"rank 0 failed amid a step: {type(error).__name__}: {error}") from error
-
 
 class RankedAttention:
     """An AttentionBackend over this rank's part of the KV memory; what it plans is told to the others."""
@@ -196,11 +234,22 @@ class RankedAttention:
     def __init__(self, own: AttentionBackend) -> None:
         self.own = own
         self.groups: tuple[PagedMetadata, ...] = ()
-        self.states: States | None = None
+
+    @property
+    def states(self) -> States | None:
+        return self.own.states
+
+    @states.setter
+    def states(self, states: States | None) -> None:
+        self.own.states = states
 
     @property
     def recordings(self) -> Recordings | None:
         return self.own.recordings
+
+    @recordings.setter
+    def recordings(self, recordings: Recordings | None) -> None:
+        self.own.recordings = recordings
 
     @property
     def k_pools(self) -> list[Tensor]:
@@ -237,14 +286,23 @@ class RankedExecutor(CPUExecutor):
         limits: Limits,
         *,
         attention: AttentionBackend,
+        dtype: torch.dtype,
         leader: Leader,
         proposer: Proposer | None = None,
         late: LateProposer | None = None,
     ) -> None:
         # What drafts does so in this rank: the others see rows of several tokens.
         ranked = RankedAttention(attention)
-        super().__init__(model, limits, attention=ranked, load=leader.load, proposer=proposer, late=late)
+        load = leader.load
+        super().__init__(model, limits, attention=ranked, dtype=dtype, load=load, proposer=proposer, late=late)
         self._leader = leader
+
+    def _run(self, step: ForwardInput) -> ForwardOutput:
+        """See CPUExecutor."""
+        if self._states is not None:
+            with self._leader.lost():
+                self._leader.tell_states(step)
+        return super()._run(step)
 
     @property
     def page_bytes(self) -> int:

@@ -108,16 +108,30 @@ class States:
 
         Takes no memory, so that nothing here fails: the cache counts on what a step that fails has saved.
         """
-        staging, first = step.staging, self._first_snapshot - 1
-        count = step.num_saves
-        self._copy(staging.save_slot[:count], first + staging.save_snapshot[:count])
-        count = step.num_loads
-        self._copy(first + staging.load_snapshot[:count], staging.load_slot[:count])
-        rows = step.num_rows
-        slots = staging.row_slot[:rows]
-        for slot in slots[staging.row_start[:rows] == 0].tolist():
+        staging, rows = step.staging, step.num_rows
+        saves, loads = step.num_saves, step.num_loads
+        self.apply(
+            (staging.save_slot[:saves], staging.save_snapshot[:saves]),
+            (staging.load_snapshot[:loads], staging.load_slot[:loads]),
+            StatePlan(staging.row_slot[:rows], staging.qo_indptr[: rows + 1], step.num_decode_rows),
+            staging.row_start[:rows],
+        )
+
+    def apply(
+        self,
+        saves: tuple[Int32Array, Int32Array],
+        loads: tuple[Int32Array, Int32Array],
+        plan: StatePlan,
+        starts: Int32Array,
+    ) -> None:
+        """The same, said in arrays. saves: slots and their snapshots; loads: snapshots and their slots; starts: of the
+        plan's rows."""
+        first = self._first_snapshot - 1
+        self._copy(saves[0], first + saves[1])
+        self._copy(first + loads[0], loads[1])
+        for slot in plan.slots[starts == 0].tolist():
             self._memory[slot].zero_()
-        self.plan = StatePlan(slots, staging.qo_indptr[: rows + 1], step.num_decode_rows)
+        self.plan = plan
 
     def _copy(self, sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> None:
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
