@@ -45,6 +45,7 @@ class Leader:
 
     def __init__(self, layout: Layout, job: dict[str, Any], read: Read) -> None:
         self._read = read
+        self._expert_parallel: bool = job["expert_parallel"]
         self._on_lost: Callable[[], None] | None = None
         self._closed = False
         file = Ranks.make_file(layout)
@@ -58,7 +59,7 @@ class Leader:
 
     def first(self) -> RankedModel:
         """Read the model in all ranks, as they do since they began. Raises StartupError."""
-        model = self._read(None, ParallelGroup(self.ranks, self.ask))
+        model = self._read(None, self._group())
         self._gather()
         return RankedModel(model, self)
 
@@ -67,7 +68,7 @@ class Leader:
         self._post(do="read", directory=None if directory is None else str(directory))
         model, failure = None, None
         try:
-            model = self._read(directory, ParallelGroup(self.ranks, self.ask))
+            model = self._read(directory, self._group())
         except StartupError as error:
             failure = error
         except BaseException:
@@ -82,6 +83,9 @@ class Leader:
             raise failure
         assert model is not None
         return RankedModel(model, self)
+
+    def _group(self) -> ParallelGroup:
+        return ParallelGroup(self.ranks, self.ask, expert_parallel=self._expert_parallel)
 
     def command(self, **given: Any) -> None:
         """Have the other ranks do something, and wait until it is done. Raises StartupError where one cannot."""

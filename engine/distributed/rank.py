@@ -62,7 +62,7 @@ class Rank:
         self._job = job
         self._dtype: torch.dtype = getattr(torch, job["dtype"])
         self._ranks = Ranks(job["file"], Layout(**job["layout"]), job["rank"])
-        self._groups = [ParallelGroup(self._ranks, _never), ParallelGroup(self._ranks, _never)]
+        self._groups = [ParallelGroup(self._ranks, _never, expert_parallel=job["expert_parallel"]) for _ in range(2)]
         self._model: CausalLM | None = None
         self._pending: CausalLM | None = None
         self._backend: AttentionBackend | None = None

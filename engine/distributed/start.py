@@ -93,6 +93,7 @@ def start(given: Start) -> RankedExecutor:
         "quantisation": rounded_to(config.model.quantization, spec.quantisation, given=str(given.directory)),
         "headless": spec.headless,
         "threads": threads,
+        "expert_parallel": config.expert_parallel,
     }
 
     def read(other: Path | None, group: ParallelGroup) -> CausalLM:
@@ -146,7 +147,9 @@ def _obstacle(given: Start, dtype: torch.dtype) -> str | None:
         return f"{FLAG} {size} does not go with --enable-lora so far"
     if given.spec.hidden_size * dtype.itemsize > SLOT_BYTES:
         return f"{FLAG} {size}: {given.spec.hidden_size} numbers of a token are too many"
-    return refuse(given.spec, size)
+    if given.config.expert_parallel and not given.spec.experts:
+        return f"--enable-expert-parallel: {given.spec.architecture or 'this model'} has no experts"
+    return refuse(given.spec, size, expert_parallel=given.config.expert_parallel)
 
 
 def _layout(config: EngineConfig, given: Start, dtype: torch.dtype, groups: tuple[MemoryGroup, ...]) -> Layout:

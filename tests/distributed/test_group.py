@@ -74,6 +74,9 @@ def test_tokens_and_log_probabilities(alone: LLM, two: LLM) -> None:
     assert numbers(first) == pytest.approx(numbers(second), abs=1e-4)
     sampled = SamplingParams(max_tokens=24, seed=7, ignore_eos=True, presence_penalty=0.5, min_p=0.02)
     assert tokens(alone.generate(PROMPTS, sampled)) == tokens(two.generate(PROMPTS, sampled))
+    attention = executor_of(two)._attention
+    assert attention is not None and attention.recordings is not None
+    assert len(attention.recordings) and attention.recordings.refused is None, "steps were not recorded"
 
 
 def test_a_schema(alone: LLM, two: LLM) -> None:
@@ -162,7 +165,8 @@ def test_drafts(alone: LLM, method: str) -> None:
     ("options", "expected"),
     [
         ({"dtype": "float16"}, "--tensor-parallel-size 2 needs --dtype float32 or bfloat16"),
-        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8"),
+        ({"enable_expert_parallel": True}, "--enable-expert-parallel: LlamaForCausalLM has no experts"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 1}, "--enable-expert-parallel needs"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3: does not divide the 4 attention heads"),
         ({"tensor_parallel_size": 65}, "--tensor-parallel-size 65 is more than 64"),
     ],
@@ -204,7 +208,8 @@ def test_drafts_of_a_head_that_reads_the_models_embedding(alone: LLM, tmp_path: 
     with LLM(str(DEMO_MODEL), tensor_parallel_size=2, speculative_config=speculation, **OPTIONS) as llm:
         params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
         assert tokens(llm.generate(PROMPTS, params)) == tokens(alone.generate(PROMPTS, params))
-        assert llm._built.engine.scheduler.counters.num_draft_tokens > 0
+        drafts = llm._built.engine.scheduler.speculation
+        assert drafts is not None and drafts.num_draft_tokens > 0
 
 
 def test_a_cache_of_eight_bits() -> None:

@@ -43,6 +43,8 @@ class Group(Protocol):
 
     rank: int
     size: int
+    # Whether a rank has whole experts, and not a part of each.
+    expert_parallel: bool
 
     def summed(self, linear: Linear, bias: Tensor | None) -> Linear:
         """A layer whose products are added up over the ranks, and the bias to that."""
@@ -78,24 +80,25 @@ class Plan:
     vocabulary: tuple[int, int] = (0, 0)
 
 
-def refuse(spec: ModelSpec, size: int) -> str | None:
+def refuse(spec: ModelSpec, size: int, *, expert_parallel: bool = False) -> str | None:
     """Why a model cannot be divided among so many ranks; None where it can."""
     try:
         for rank in range(size):
-            plan_of(spec, rank, size)
+            plan_of(spec, rank, size, expert_parallel=expert_parallel)
     except StartupError as error:
         return str(error)
     return None
 
 
-def plan_of(spec: ModelSpec, rank: int, size: int) -> Plan:
-    """What rank `rank` of `size` has. Raises StartupError for a model that cannot be divided so."""
-    return _Planner(spec, rank, size).plan
+def plan_of(spec: ModelSpec, rank: int, size: int, *, expert_parallel: bool = False) -> Plan:
+    """What rank `rank` of `size` has. expert_parallel: of experts some whole, and not of each a part. Raises
+    StartupError for a model that cannot be divided so."""
+    return _Planner(spec, rank, size, expert_parallel).plan
 
 
 class _Planner:
-    def __init__(self, spec: ModelSpec, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
+    def __init__(self, spec: ModelSpec, rank: int, size: int, expert_parallel: bool) -> None:
+        self._rank, self._size, self._expert_parallel = rank, size, expert_parallel
         self._name = spec.architecture or "this model"
         if spec.streams is not None:
             self._fail(f"{self._name} passes several streams from layer to layer, which are not divided so far")
@@ -308,9 +311,11 @@ class _Planner:
         return self._share(count, "inner numbers of a feed-forward"), self._range(count)
 
     def _experts(self, spec: Experts, prefix: str) -> Experts:
-        """Every rank has a part of each."""
+        """Every rank has a part of each, or some whole."""
         if spec.latent_size is not None:
             self._fail(f"{self._name} has experts in a smaller space, which are not divided so far")
+        if self._expert_parallel:
+            return self._whole_experts(spec, prefix)
         if spec.clamp is not None:
             return self._clamped_experts(spec, prefix)
         for number in range(spec.num_experts):
@@ -324,6 +329,16 @@ class _Planner:
         shared = None if spec.shared is None else self._plain(spec.shared, prefix, summed=False)
         inner, _ = self._inner(spec.intermediate_size)
         return dataclasses.replace(spec, intermediate_size=inner, shared=shared)
+
+    def _whole_experts(self, spec: Experts, prefix: str) -> Experts:
+        self._share(spec.num_experts, "experts")
+        held = self._range(spec.num_experts)
+        if spec.mxfp4:
+            for name in (*spec.gate_up, spec.down):
+                for kind in ("blocks", "scales"):
+                    self.plan.raw[f"{prefix}{name.replace('.{}', '')}_{kind}"] = (0, *held)
+        shared = None if spec.shared is None else self._plain(spec.shared, prefix, summed=False)
+        return dataclasses.replace(spec, held=held, shared=shared)
 
     def _clamped_experts(self, spec: Experts, prefix: str) -> Experts:
         """Gates and what they multiply are rows in turn."""
