@@ -336,6 +336,8 @@ def _build_executor(
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)
+    if config.expert_parallel and config.tensor_parallel_size == 1:
+        raise StartupError("--enable-expert-parallel needs a --tensor-parallel-size of 2 or more")
     if config.tensor_parallel_size > 1:
         if device == "cuda":
             raise StartupError(

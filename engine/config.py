@@ -294,7 +294,8 @@ class CudaOptions:
 class EngineConfig:
     """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU (of each rank), None for auto.
 
-    tensor_parallel_size: ranks, processes that compute one model together.
+    tensor_parallel_size: ranks, processes that compute one model together. expert_parallel: of experts each has some
+    whole, and not a part of each.
     deterministic: a request's tokens and log-probabilities have the same bits whatever runs beside it. True: or the
     start fails. None: where it costs nothing. debug_faults: see executor/faults.py. check_invariants: the KV cache is
     checked whole whenever the engine is idle, and not a part of the time.
@@ -312,6 +313,7 @@ class EngineConfig:
     device: str = "auto"
     num_threads: int | None = None
     tensor_parallel_size: int = 1
+    expert_parallel: bool = False
     deterministic: bool | None = None
     debug_faults: str | None = None
     check_invariants: bool = False

@@ -232,6 +232,14 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="processes that compute the model together, each with its part of the weights and of the KV cache (CPU)",
     )
     device.add_argument(
+        "--enable-expert-parallel",
+        "-ep",
+        action="store_true",
+        dest="expert_parallel",
+        default=None,
+        help="with --tensor-parallel-size: each process has some experts whole, and not a part of each",
+    )
+    device.add_argument(
         "--deterministic",
         "--enable-deterministic-inference",
         dest="deterministic",
@@ -677,7 +685,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         debug_faults=args.debug_faults,
         check_invariants=args.check_invariants,
         **_given(  # type: ignore[arg-type]
-            device=args.device, tensor_parallel_size=args.tensor_parallel_size
+            device=args.device, tensor_parallel_size=args.tensor_parallel_size, expert_parallel=args.expert_parallel
         ),
     )
 
