@@ -196,7 +196,7 @@ def capacity(replica: Replica, load: Load, options: argparse.Namespace) -> tuple
     """The highest rate within the bounds, by bisection to 3%, and what it looks like."""
 
     def good(found: Figures) -> bool:
-        return found.ttft_p99 <= options.ttft and found.tpot_p95 <= options.tpot
+        return bool(found.ttft_p99 <= options.ttft and found.tpot_p95 <= options.tpot)
 
     # What the products alone would allow, with every shared token cached.
     most = replica.flops / (2 * replica.shape.active * (load.own + load.answer))
@@ -240,7 +240,7 @@ def sizes(
 
 def this_machine(shape: Shape, threads: int) -> Replica:
     """By limits that are measured now."""
-    import psutil
+    import psutil  # type: ignore[import-untyped]
     import torch
 
     from bench.cpu import gemm_rate, read_bandwidth

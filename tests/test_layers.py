@@ -135,6 +135,7 @@ TORCH_ALLOWED = (
     "engine.speculation.draft",
     "engine.speculation.eagle3",
     "engine.speculation.hidden",
+    "engine.speculation.mtp",
     "engine.speculation.paged",
     "engine.demo",
     "bench",
