@@ -26,7 +26,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in ("kv", "packed", "packed8", "state", "lora", "ranks"))
+_PARTS = ("kv", "packed", "packed8", "state", "lora", "ranks")
+INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in _PARTS)
 # GCC sums integers as a tree when left to itself: every product is then a register, and most of them go to the stack.
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fno-tree-reassoc"),
