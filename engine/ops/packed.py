@@ -74,7 +74,7 @@ class PackedLinear(Linear):
             self._bias_address = self._bias.data_ptr()
 
     def take_eight_bits(self) -> None:
-        """Bring inputs to 8 bits in blocks of 32, as llama.cpp does, where there are such products: they are quicker."""
+        """Bring inputs to 8 bits in blocks of 32, as llama.cpp does, where there are such products: quicker."""
         if self._library.hold.ol_takes_eight_bits(self._number):
             self.input_bits, self._product = 8, self._number | EIGHT_BITS
 
