@@ -32,6 +32,8 @@ from engine.report import StartupReport
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
+from engine.transfer.fingerprint import fingerprint
+from engine.transfer.registry import make_connector
 
 if TYPE_CHECKING:
     from engine.executor.base import Executor
@@ -199,6 +201,9 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             with report.phase("adapters"):
                 engine.adapters.load_modules()
             report.row("adapters", _describe_adapters(config.lora, engine.adapters))
+        if config.transfer.connector is not None:
+            with report.phase("transfer"):
+                _add_transfer(engine, directory, spec, context, report)
         if config.cuda.nvtx != "off":
             cuda_executor: Any = executor  # elsewhere the flag is refused
             engine.name_stages(cuda_executor.layer.range)
@@ -244,6 +249,30 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     if options.generation_config != "auto":
         defaults = GenerationDefaults(eos_token_ids=defaults.eos_token_ids)
     return Built(engine, directory, names, spec, defaults, chat_template, report, abilities)
+
+
+def _add_transfer(engine: Engine, directory: Path, spec: ModelSpec, context: int, report: StartupReport) -> None:
+    """Pages from and to other servers. Raises StartupError."""
+    config = engine.config
+    if not config.cache.enable_prefix_caching:
+        raise StartupError("--kv-transfer-config needs the prefix cache: pages are kept and found in it")
+    try:
+        engine.executor.page_memory()
+    except StartupError as error:
+        raise StartupError(f"--kv-transfer-config: {error}") from None
+    # Frequencies of these kinds depend on the longest text.
+    length = context if any(rope.kind in ("longrope", "dynamic") for rope in spec.ropes) else None
+    model = config.model
+    seed = model.seed if model.load_format == "dummy" else None
+    options = (spec, model.quantization, model.load_format, seed, length)
+
+    def weights(other: Path | None) -> str:
+        return fingerprint(other or directory, *options)
+
+    exchange = engine.enable_transfer(make_connector(config.transfer), weights)
+    role = {"kv_both": "keeps pages and reads them", "kv_producer": "keeps pages", "kv_consumer": "reads pages"}
+    at = f", asked at {config.transfer.host}:{exchange.port}" if config.transfer.keeps else ""
+    report.row("transfer", f"{config.transfer.connector}: {role[config.transfer.role]}{at}")
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:
@@ -306,14 +335,11 @@ def _build_executor(
         report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
     if config.model.packed_input_bits != 16 and device == "cuda":
         raise StartupError("--packed-input-bits 8: on a GPU no weights stay packed so far; --device cpu")
-    if spec.bidirectional and device == "cuda":
-        if config.device == "cuda":
-            raise StartupError("--device cuda: models that read a text at once (encoders) run on the CPU so far")
-        report.row("GPU", "not used: models that read a text at once (encoders) run on the CPU so far")
-        device = "cpu"
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)
+    if config.expert_parallel and config.tensor_parallel_size == 1:
+        raise StartupError("--enable-expert-parallel needs a --tensor-parallel-size of 2 or more")
     if config.tensor_parallel_size > 1:
         if device == "cuda":
             raise StartupError(

@@ -242,6 +242,42 @@ class ServerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """Pages between servers. connector: None for none. role: kv_both, kv_producer (keeps pages) or kv_consumer (reads).
+
+    engine_id: what this server is called, None for a random name. host, port: where peers find it, 0 is a free port.
+    peers: networks that it reads from, whatever a client says. keep_timeout_s: pages are kept for a reader for so long,
+    and of all pages at most kept_share. receive_timeout_s: after that a prompt is computed here. backends: of NIXL.
+    data_port: of the TcpConnector.
+    """
+
+    connector: str | None = None
+    role: str = "kv_both"
+    engine_id: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    peers: tuple[str, ...] = (
+        *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10"),
+        *("::1/128", "fc00::/7"),
+    )
+    keep_timeout_s: float = 120.0
+    kept_share: float = 0.25
+    receive_timeout_s: float = 30.0
+    backends: tuple[str, ...] = ("UCX",)
+    data_port: int = 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it answers for others with one token."""
+        return self.connector is not None and self.role != "kv_consumer"
+
+    @property
+    def reads(self) -> bool:
+        """Whether it takes pages of others."""
+        return self.connector is not None and self.role != "kv_producer"
+
+
+@dataclass(frozen=True, slots=True)
 class CudaOptions:
     """cuda_graph: lazy, start or off. profile_dir: where traces go.
 
@@ -260,7 +296,8 @@ class CudaOptions:
 class EngineConfig:
     """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU (of each rank), None for auto.
 
-    tensor_parallel_size: ranks, processes that compute one model together.
+    tensor_parallel_size: ranks, processes that compute one model together. expert_parallel: of experts each has some
+    whole, and not a part of each.
     deterministic: a request's tokens and log-probabilities have the same bits whatever runs beside it. True: or the
     start fails. None: where it costs nothing. debug_faults: see executor/faults.py. check_invariants: the KV cache is
     checked whole whenever the engine is idle, and not a part of the time.
@@ -271,12 +308,14 @@ class EngineConfig:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    transfer: TransferOptions = field(default_factory=TransferOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     cuda: CudaOptions = field(default_factory=CudaOptions)
     device: str = "auto"
     num_threads: int | None = None
     tensor_parallel_size: int = 1
+    expert_parallel: bool = False
     deterministic: bool | None = None
     debug_faults: str | None = None
     check_invariants: bool = False

@@ -25,6 +25,7 @@ from engine.config import (
 )
 from engine.draft_flags import add_draft_flags, draft_options
 from engine.lora import flags as lora
+from engine.transfer import flags as transfer
 
 if TYPE_CHECKING:
     from engine.keys import KeyEntry
@@ -238,6 +239,14 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="processes that compute the model together, each with its part of the weights and of the KV cache (CPU)",
     )
     device.add_argument(
+        "--enable-expert-parallel",
+        "-ep",
+        action="store_true",
+        dest="expert_parallel",
+        default=None,
+        help="with --tensor-parallel-size: each process has some experts whole, and not a part of each",
+    )
+    device.add_argument(
         "--deterministic",
         "--enable-deterministic-inference",
         dest="deterministic",
@@ -349,6 +358,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
 
     add_draft_flags(parser)
     lora.add_flags(parser)
+    transfer.add_flags(parser)
 
     server = parser.add_argument_group("server")
     server.add_argument("--host")
@@ -623,6 +633,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             ),
         ),
         lora=lora.options_from(args),
+        transfer=transfer.options_from(args),
         speculation=draft_options(args),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(
@@ -682,7 +693,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         debug_faults=args.debug_faults,
         check_invariants=args.check_invariants,
         **_given(  # type: ignore[arg-type]
-            device=args.device, tensor_parallel_size=args.tensor_parallel_size
+            device=args.device, tensor_parallel_size=args.tensor_parallel_size, expert_parallel=args.expert_parallel
         ),
     )
 

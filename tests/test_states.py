@@ -18,15 +18,12 @@ from torch import Tensor
 from engine.build import build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions, StartupError
 from engine.engine import Engine
-from engine.executor import cpu_start, cuda_start
 from engine.executor.cpu import CPUExecutor
-from engine.executor.cpu_start import describe_states, plan_states
-from engine.executor.start import Start
+from engine.executor.start import describe_states, plan_states
 from engine.forward import ForwardError, Limits
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionBackend
-from engine.report import StartupReport
 from engine.request import FinishReason, Request, SamplingParams
 from tests.models.support import Runner, edit_json, load, make_checkpoint
 
@@ -215,21 +212,20 @@ def test_the_start_says_what_states_take(checkpoints: dict[str, Path]) -> None:
     assert "sequences and 0 snapshots" in rows(enable_prefix_caching=False)["states"]
 
 
-def test_sequences_that_do_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sequences_that_do_not_fit() -> None:
     """151 MiB a sequence, as a hybrid model of 27B has them."""
     each = 151 << 20
-    monkeypatch.setattr(cpu_start, "available_memory", lambda: 64 << 30)
-    # A quarter of the memory is the cache's; half of it is theirs.
-    assert plan_states(each, CacheOptions(), 256) == (54, 27)
+    # Half of the cache's memory is theirs.
+    assert plan_states(each, CacheOptions(), 256, 16 << 30) == (54, 27)
     text = describe_states(each, 54, 27, 256)
     assert text.startswith("151 MiB a sequence: up to 11.9 GiB for 54 sequences (not 256: ") and "27 snapshots" in text
-    assert plan_states(each, CacheOptions(kv_cache_bytes=4 << 30), 8) == (8, 6)
+    assert plan_states(each, CacheOptions(kv_cache_bytes=4 << 30), 8, 16 << 30) == (8, 6)
     with pytest.raises(
         StartupError, match=r"^the recurrent states of --max-num-seqs 20 take 2.95 GiB, 151 MiB a .* 13 would fit$"
     ):
-        plan_states(each, CacheOptions(kv_cache_bytes=4 << 30), 20)
+        plan_states(each, CacheOptions(kv_cache_bytes=4 << 30), 20, 16 << 30)
     with pytest.raises(StartupError, match=r"not one fits; --kv-cache-gb gives them more$"):
-        plan_states(each, CacheOptions(kv_cache_bytes=1 << 20), 8)
+        plan_states(each, CacheOptions(kv_cache_bytes=1 << 20), 8, 16 << 30)
 
 
 @pytest.mark.parametrize(
@@ -279,10 +275,3 @@ def test_experts_in_two_tensors(tmp_path: Path) -> None:
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(StartupError, match=r"gate_up_proj has shape \[5, 48, 40\], config.json asks for \[5, 40, 48\]"):
         load(tmp_path)
-
-
-def test_a_gpu_refuses_in_one_line(checkpoints: dict[str, Path]) -> None:
-    directory = checkpoints["Qwen3_5"]
-    given = Start(EngineConfig(), directory, read_spec(directory), CONTEXT, StartupReport())
-    with pytest.raises(StartupError, match=r"^Qwen3_5ForCausalLM has layers with a recurrent state, .*: --device cpu$"):
-        cuda_start.start(given)

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from engine.config import CacheOptions, SchedulerOptions, StartupError
+from engine.config import CacheOptions, StartupError
 from engine.executor.cpu import CPUExecutor
 from engine.executor.drafting import read_drafting
-from engine.executor.start import Start
+from engine.executor.start import Start, describe_states, encoder_limits, plan_states
 from engine.forward import Limits
 from engine.groups import MemoryGroup, pages_held, plan_groups
 from engine.models.loading.load import weight_bytes
@@ -34,8 +34,6 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 DEFAULT_MEMORY_SHARE = 0.25
 # Sequences of full context that it then holds at most; many more fit, for few are that long.
 DEFAULT_FULL_SEQUENCES = 64
-# Snapshots of recurrent states, or one for every sequence where those are more.
-MOST_SNAPSHOTS = 128
 
 
 def start(given: Start) -> CPUExecutor:
@@ -77,7 +75,8 @@ def start(given: Start) -> CPUExecutor:
         sequences, num_snapshots, state_memory = config.scheduler.max_num_seqs, None, 0
         if given.spec.has_state:
             each = state_bytes(given.spec.states, dtype)
-            sequences, num_snapshots = plan_states(each, config.cache, sequences)
+            share = int(available_memory() * (config.cache.memory_fraction or DEFAULT_MEMORY_SHARE))
+            sequences, num_snapshots = plan_states(each, config.cache, sequences, share)
             state_memory = (sequences + num_snapshots) * each
             report.row("states", describe_states(each, sequences, num_snapshots, config.scheduler.max_num_seqs))
         beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
@@ -142,21 +141,6 @@ def paged_limits(
         num_snapshots=num_snapshots,
         max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
         max_adapters=config.lora.max_loras if config.lora.enable else 0,
-    )
-
-
-def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:
-    """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it, for
-    chunks end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
-    assert context <= options.max_num_batched_tokens, "a step must hold a whole text"
-    return Limits(
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=context,
-        page_size=context + 1,
-        num_pages=4 * options.max_num_seqs + 1,
-        vocab_size=vocab_size,
-        max_adapters=max_adapters,
     )
 
 
@@ -275,43 +259,3 @@ def plan_memory(
             f"and {free / 2**30:.1f} GiB of memory are available"
         )
     return num_pages
-
-
-def plan_states(each: int, cache: CacheOptions, max_num_seqs: int) -> tuple[int, int]:
-    """Sequences and snapshots that have a recurrent state of `each` bytes. Raises StartupError.
-
-    The states of sequences are at most half of the memory that was asked for the KV cache, or is its share; snapshots a
-    quarter. Where max_num_seqs is what it is without being asked for, fewer sequences are better than no start.
-    """
-    free = available_memory()
-    budget = int(free * (cache.memory_fraction or DEFAULT_MEMORY_SHARE))
-    if cache.kv_cache_bytes is not None:
-        budget = cache.kv_cache_bytes
-    fitting = budget // 2 // each
-    if max_num_seqs == SchedulerOptions().max_num_seqs:
-        max_num_seqs = max(1, min(max_num_seqs, fitting))
-    if max_num_seqs > fitting:
-        raise StartupError(
-            f"the recurrent states of --max-num-seqs {max_num_seqs} take {_size(max_num_seqs * each)}, {_size(each)} a "
-            f"sequence, and half of {_size(budget)} is for them: "
-            + (f"{fitting} would fit" if fitting else "not one fits; --kv-cache-gb gives them more")
-        )
-    if not cache.enable_prefix_caching:
-        return max_num_seqs, 0
-    return max_num_seqs, min(max(MOST_SNAPSHOTS, max_num_seqs), budget // 4 // each)
-
-
-def describe_states(each: int, sequences: int, snapshots: int, asked: int) -> str:
-    """The line that says what they take."""
-    text = f"{_size(each)} a sequence: up to {_size((sequences + snapshots) * each)} for {sequences} sequences"
-    if sequences < asked:
-        text += f" (not {asked}: no more fit in half of the KV cache's memory)"
-    return f"{text} and {snapshots} snapshots, from which the prefix cache goes on"
-
-
-def _size(count: int) -> str:
-    """Bytes for a reader."""
-    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
-        if count >= 2**power:
-            return f"{count / 2**power:.3g} {unit}"
-    return f"{count} bytes"

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from engine.executor.base import StepHandle
+from engine.config import StartupError
+from engine.executor.base import PageMemory, StepHandle
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_draw import OpenSteps
@@ -156,6 +157,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         """See Executor. The start has refused adapters."""
         raise AdapterError(f"adapter {path.name!r}: adapters are served on the CPU alone so far")
 
+    def page_memory(self) -> PageMemory:
+        """See Executor."""
+        raise StartupError("pages are carried from and to host memory alone so far (--device cpu)")
+
     def close(self) -> None:
         """Finish what is launched, then free the device. Idempotent."""
         if self._closed:
@@ -182,6 +187,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         if self._lost_diffs:
             self._send_tables(handle)
         self._note_filters(forward_input)
+        if (states := self._states) is not None:
+            # First of all, and whatever becomes of the step: the cache counts on what it has saved.
+            with self.layer.on(self._compute):
+                self.layer.launch(lambda: states.move(forward_input))
         rows = forward_input.num_rows
         slots = side.staging.row_slot[:rows]
         draw = "filtered" if self._filters[slots].any() else "plain"

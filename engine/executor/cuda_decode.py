@@ -18,6 +18,7 @@ from engine.executor.cuda_state import DeviceState
 from engine.forward import NULL_PAGE, NULL_SLOT, ForwardInput
 from engine.ops.attention.device import DecodePlan, DecodeStep, decode_inputs
 from engine.ops.sampling.device import draw as draw_tokens
+from engine.ops.state import StatePlan
 
 
 class DecodeSteps(DeviceState):
@@ -96,6 +97,8 @@ class DecodeSteps(DeviceState):
                 width,
                 page_size,
             )
+            if self._states is not None:
+                self._states.plan = StatePlan.of_decodes(slots)
             attention = self.attention.decode(DecodeStep(positions, kv_slots, tables, kv_len, parity))
             logits = self.model.decode(token_ids, positions, attention)
             if draw == "open":

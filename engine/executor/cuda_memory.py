@@ -29,7 +29,7 @@ class MovingMemory(Captures):
                 del self.model
             else:
                 self._offloaded = Offloaded(self.model)
-            self.attention.release()
+            self._release_memory()
 
     def wake_up(self, directory: Path | None = None) -> None:
         """See `Executor.wake_up`."""
@@ -39,9 +39,9 @@ class MovingMemory(Captures):
                     self._offloaded.restore()
                 elif not hasattr(self, "model"):
                     self.model = self._with_products(self._reader()(directory))
-                self.attention.allocate()
+                self._take_memory()
             except torch.OutOfMemoryError as error:
-                self.attention.release()
+                self._release_memory()
                 raise StartupError(f"no device memory: {str(error).splitlines()[0]}") from error
             self._offloaded = None
 
@@ -49,7 +49,7 @@ class MovingMemory(Captures):
         """See `Executor.load_weights`. The KV cache makes room meanwhile, so that both models fit."""
         load = self._reader()
         with self._released():
-            self.attention.release()
+            self._release_memory()
             self.layer.free_memory()
             problem: Exception | None = None
             try:
@@ -58,11 +58,22 @@ class MovingMemory(Captures):
                 problem = error.with_traceback(None)  # its frames hold what was half loaded
             gc.collect()
             self.layer.free_memory()
-            self.attention.allocate()
+            self._take_memory()
             if isinstance(problem, torch.OutOfMemoryError):
                 raise StartupError(f"no device memory for two models: {str(problem).splitlines()[0]}")
             if problem is not None:
                 raise problem
+
+    def _release_memory(self) -> None:
+        """Of pages and of recurrent states."""
+        self.attention.release()
+        if self._states is not None:
+            self._states.release()
+
+    def _take_memory(self) -> None:
+        self.attention.allocate()
+        if self._states is not None:
+            self._states.allocate()
 
     def _reader(self) -> Callable[[Path | None], CausalLM]:
         if self._load is None:

@@ -15,11 +15,12 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_pieces import Chain
 from engine.executor.cuda_state import DeviceState
-from engine.executor.pooling import pooled_chunks, shape_of
+from engine.executor.pooling import pooled_chunks, shape_of, token_types
 from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
 from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, StepAttention, decode_inputs
 from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
+from engine.ops.state import plan_of
 from engine.request import Pooling
 
 
@@ -83,13 +84,18 @@ class MixedSteps(DeviceState):
             prompts = Ragged(prompt_indices, *of_prompts, last_page_len[decodes:], kv_len[decodes:])
             cells = [each[:tokens] for each in kv_slots]
             step = MixedStep(positions[:tokens], cells, every, prompts, decodes, side.parity)
+            step.send = functools.partial(self._send_arrays, handle=handle)
             attention = self.attention.mixed(step)
+            plan = plan_of(forward_input).on(side.row_slot[:rows], sent["qo_indptr"])
 
             chunks = []
             for row, first, at, targets, k in self._extras.prompts(forward_input):
                 (wanted,) = self._send_arrays([targets], handle)
                 chunks.append((first, wanted, self._prompt_out(handle, row, at, targets, k), k))
             pooled = pooled_chunks(forward_input)
+            types: Tensor | None = None
+            if self.model.config.embedding.num_types > 1 and (kinds := token_types(pooled, tokens)) is not None:
+                (types,) = self._send_arrays([kinds.numpy().astype(np.int32)], handle)
             vectors = [
                 self._vector_out(handle, chunk.pooling, chunk.start + chunk.length) for chunk in pooled if chunk.ends
             ]
@@ -124,8 +130,10 @@ class MixedSteps(DeviceState):
 
             def work() -> None:
                 enter(token_ids)
+                if self._states is not None:
+                    self._states.plan = plan
                 with torch.inference_mode():
-                    hidden = self.model.forward(token_ids, positions, attention)
+                    hidden = self.model.forward(token_ids, positions, attention, types)
                 leave(hidden)
 
             if chain is None:

@@ -68,9 +68,10 @@ class Pieces:
     def __init__(
         self, model: CausalLM, layer: DeviceLayer, attention: DeviceAttention, limits: Limits, *, enabled: bool
     ) -> None:
-        # Where layers differ, no one buffer fits what their attentions read and write.
+        # Where layers differ, no one buffer fits what their attentions read and write; recurrent states depend on the
+        # rows of a step, as attention does.
         shape = model.attention_spec.common
-        usable = enabled and shape is not None
+        usable = enabled and shape is not None and limits.num_snapshots is None
         self._all = [size for size in SIZES if size <= limits.max_num_batched_tokens] if usable else []
         self.sizes = list(self._all)
         self._layer, self._attention = layer, attention

@@ -23,11 +23,13 @@ from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
 from engine.executor.cuda_pieces import SIZES
 from engine.executor.gpu_probe import has_xqa, stands_in
-from engine.executor.start import Start
+from engine.executor.start import Start, describe_states, encoder_limits, plan_states
 from engine.forward import ForwardError, Limits
 from engine.groups import plan_groups
 from engine.models.parts.decoder import CausalLM
+from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
+from engine.ops.state import state_bytes
 
 logger = logging.getLogger("oneloop.cuda")
 
@@ -46,11 +48,6 @@ def start(given: Start) -> CUDAExecutor:
     config, report = given.config, given.report
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
-    if given.spec.has_state:
-        raise StartupError(
-            f"{given.spec.architecture} has layers with a recurrent state, which are served on the CPU alone so far: "
-            "--device cpu"
-        )
     if config.lora.enable:
         raise StartupError("--enable-lora: LoRA adapters are served on the CPU alone so far: --device cpu")
     if config.num_threads is not None:
@@ -77,6 +74,11 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
+    if given.spec.bidirectional:
+        if config.cache.kv_cache_dtype != "auto":
+            raise StartupError(f"--kv-cache-dtype {config.cache.kv_cache_dtype}: this model keeps no keys and values")
+        limits = encoder_limits(config.scheduler, given.context, given.spec.vocab_size)
+        return build_cuda_encoder(model, layer, limits, dtype=dtype, row=report.row, load=load)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,
@@ -179,6 +181,8 @@ def profile_step(
     length = min(limits.max_model_len, limits.max_num_batched_tokens // rows)
     pages = len(limits.groups) * rows * -(-length // limits.page_size)
     small = dataclasses.replace(limits, num_pages=pages)
+    if limits.num_snapshots is not None:
+        small = dataclasses.replace(small, num_snapshots=0)
     attention = make(pages)
     executor = CUDAExecutor(model, small, layer, attention, cuda_graph="off")
     before = layer.allocated_memory()
@@ -187,6 +191,37 @@ def profile_step(
     activations = layer.peak_memory() - before
     executor.close()
     return max(0, activations), attention.workspace_bytes
+
+
+def build_cuda_encoder(
+    model: CausalLM,
+    layer: DeviceLayer,
+    limits: Limits,
+    *,
+    dtype: torch.dtype,
+    row: Callable[[str, str], None] = lambda name, text: None,
+    load: Callable[[Path | None], CausalLM] | None = None,
+) -> CUDAExecutor:
+    """Of a model that reads a text at once and keeps nothing of it: see `encoder_limits`. Raises StartupError."""
+    most = limits.max_num_batched_tokens
+    with layer.may_block():
+        weights, free = layer.allocated_memory(), layer.free_memory()
+        with starting("no memory is left for the largest step", SMALLER):
+            attention = packed.Backend(model.attention_spec, max_tokens=most, dtype=dtype, device=layer.device)
+            trial = CUDAExecutor(model, limits, layer, attention, cuda_graph="off")
+            before = layer.allocated_memory()
+            layer.peak_memory(reset=True)
+            trial.run_worst_case()
+            activations = max(0, layer.peak_memory() - before)
+            trial.close()
+            executor = CUDAExecutor(model, limits, layer, attention, cuda_graph="off", load=load)
+        left = max(0, free - (before - weights) - activations)
+        row("GPU memory", str(MemoryPlan(layer.total_memory(), weights, before - weights, activations, 0, 0, left)))
+        row("attention", attention.describe())
+        with starting("a first step fails", SMALLER):
+            _, gated = executor.choose_products()
+        row("gate and up of prompts", f"{gated[0]} of {gated[1]} by our kernel, the others by cuBLAS, as was quicker")
+    return executor
 
 
 def build_cuda_executor(
@@ -211,16 +246,25 @@ def build_cuda_executor(
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
     groups = plan_groups(model.config.windows, max_model_len)
+    sequences, num_snapshots, state_memory = max_num_seqs, None, 0
+    if model.config.has_state:
+        each = state_bytes(model.config.states, dtype)
+        with layer.may_block():
+            share = int(layer.free_memory() * (cache.memory_fraction or DEFAULT_MEMORY_SHARE))
+        sequences, num_snapshots = plan_states(each, cache, max_num_seqs, share)
+        state_memory = (sequences + num_snapshots) * each
+        row("states", describe_states(each, sequences, num_snapshots, max_num_seqs))
 
     def limits_of(num_pages: int) -> Limits:
         return Limits(
-            max_num_seqs=max_num_seqs,
+            max_num_seqs=sequences,
             max_num_batched_tokens=max_num_batched_tokens,
             max_model_len=max_model_len,
             page_size=page_size,
             num_pages=num_pages,
             vocab_size=model.config.vocab_size,
             groups=groups,
+            num_snapshots=num_snapshots,
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:
@@ -237,8 +281,8 @@ def build_cuda_executor(
         graphs = 0
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
-            logits = max_num_seqs * model.config.vocab_size * 4
-            graphs = 4 * logits + (2 * len(graph_sizes(max_num_seqs)) + len(SIZES)) * GRAPH_BYTES
+            logits = sequences * model.config.vocab_size * 4
+            graphs = 4 * logits + (2 * len(graph_sizes(sequences)) + len(SIZES)) * GRAPH_BYTES
             graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
@@ -246,6 +290,8 @@ def build_cuda_executor(
         if wanted is None:
             share = DEFAULT_MEMORY_SHARE if cache.memory_fraction is None else cache.memory_fraction
             wanted = int(share * free) - activations - workspace - graphs
+        if cache.num_pages is None:
+            wanted -= state_memory
         num_pages = wanted // page_bytes - 1
         if num_pages < 1:
             raise StartupError(
@@ -255,14 +301,14 @@ def build_cuda_executor(
             )
         # Cells are counted in int32 on the device.
         num_pages = min(num_pages, (2**31 - 1) // page_size - 1)
-        kv_bytes = (num_pages + 1) * page_bytes
+        kv_bytes = (num_pages + 1) * page_bytes + state_memory
         try:
             attention = attention_of(num_pages)
             executor = CUDAExecutor(model, limits_of(num_pages), layer, attention, cuda_graph=cuda_graph, load=load)
         except torch.OutOfMemoryError as error:
-            raise StartupError(
-                f"a KV cache of {kv_bytes / GIB:.2f} GiB does not fit: {str(error).splitlines()[0]}"
-            ) from error
+            what = "a KV cache with recurrent states" if state_memory else "a KV cache"
+            what += f" of {kv_bytes / GIB:.2f} GiB"
+            raise StartupError(f"{what} does not fit: {str(error).splitlines()[0]}") from error
         left = free - kv_bytes - activations - workspace - graphs
         plan = MemoryPlan(layer.total_memory(), weights, workspace, activations, graphs, kv_bytes, max(0, left))
         row("GPU memory", str(plan))

@@ -29,6 +29,7 @@ from engine.ops.gated import Tile
 from engine.ops.sampling.device_extras import DeviceExtras
 from engine.ops.sampling.layout import WORDS
 from engine.ops.skinny import Blocks
+from engine.ops.state import States
 
 logger = logging.getLogger("oneloop.cuda")
 
@@ -53,6 +54,11 @@ class DeviceState:
             )
             self._last_token = layer.zeros((limits.num_slots,), torch.int32)
             self._sampling = layer.zeros((limits.num_slots, WORDS), torch.int32)
+            # Of layers with a recurrent state, by slot and by snapshot.
+            self._states: States | None = None
+            if limits.num_snapshots is not None:
+                self._states = States(model.config.states, limits, attention.dtype, layer.device)
+            attention.states = self._states
             self.pieces = Pieces(model, layer, attention, limits, enabled=self.graphs.enabled)
             self._compute, self._upload, self._download = layer.stream(), layer.stream(), layer.stream()
             layer.synchronize_all()

@@ -21,7 +21,7 @@ from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionSpec
 from engine.speculation.base import Proposer
 from engine.speculation.draft import DraftModel
-from engine.speculation.eagle3 import Eagle3Head, load_eagle3
+from engine.speculation.eagle3 import Eagle3Head, Target, load_eagle3
 from engine.speculation.hidden import HiddenDrafts
 from engine.speculation.paged import LateProposer, PagedCache, full_group
 from engine.speculation.prediction import Prediction
@@ -138,24 +138,26 @@ def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCach
     return PagedCache(spec, limits, group, dtype)
 
 
-def read_drafting(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting | None:
+def read_drafting(
+    given: Start, model: CausalLM, dtype: torch.dtype, *, target: Target | None = None
+) -> Drafting | None:
     """What config.speculation asks for, and a line of it in the report; None for nothing. Raises StartupError, for what
-    the model cannot do, too."""
+    the model cannot do, too. target: what stands for the model where it is one rank's part."""
     if given.config.speculation.method is None:
         return None
     with given.report.phase("draft model"):
-        drafting = _read(given, model, dtype)
+        drafting = _read(given, model, dtype, target)
     if drafting.described:
         given.report.row("draft model", drafting.described)
     return drafting
 
 
-def _read(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting:
+def _read(given: Start, model: CausalLM, dtype: torch.dtype, target: Target | None) -> Drafting:
     options = given.config.speculation
     if options.method in PROPOSERS:
         return HostDrafting(options)
     if options.method == "eagle3":
-        return _read_eagle3(given, options, model, dtype)
+        return _read_eagle3(given, options, model, dtype, target)
     if options.method != "draft_model":
         raise StartupError(
             f"speculative decoding ({options.method}) is not supported yet: ngram, suffix, draft_model, eagle3"
@@ -163,7 +165,9 @@ def _read(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting:
     return _read_draft_model(given, options, dtype)
 
 
-def _read_eagle3(given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype) -> Eagle3Drafting:
+def _read_eagle3(
+    given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype, target: Target | None
+) -> Eagle3Drafting:
     if options.model is None:
         raise StartupError("speculative decoding (eagle3) needs a model: the head's directory or Hugging Face id")
     if given.config.lora.enable:
@@ -174,7 +178,7 @@ def _read_eagle3(given: Start, options: SpeculationOptions, model: CausalLM, dty
             "its layers have several streams"
         )
     directory = resolve(options.model, options.revision, given.config.model.download_dir)
-    head = load_eagle3(directory, model, dtype, given.context)
+    head = load_eagle3(directory, target or model, dtype, given.context)
     return Eagle3Drafting(options, directory, head, given.context)
 
 

@@ -55,6 +55,7 @@ from engine.executor.fake_oracle import (
     vector_of_all,
     vector_of_context,
 )
+from engine.executor.host_pages import HostPages
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
@@ -255,6 +256,15 @@ class FakeExecutor:
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor.read_adapter."""
         return read_fake_adapter(path)
+
+    def page_memory(self) -> HostPages:
+        """See Executor.page_memory: what the cells hold, and what they were written for."""
+        if self.model.has_state or len(self.model.windows) > 1 or self.model.windows[0] is not None:
+            raise StartupError("pages of states and windows are not carried elsewhere")
+        cells = self._cell_group, self._cell_position, self._cell_tainted, self._layer0, self._layer1
+        size = self.limits.page_size
+        pages = [array.view(np.uint8).reshape(self.limits.num_pages + 1, size * array.itemsize) for array in cells]
+        return HostPages(pages, f"fake {self.model.vocab_size} page {size}")
 
     @staticmethod
     def _read(directory: Path | None) -> Path | None:

@@ -1,4 +1,4 @@
-"""What the start of every device is given, and does alike: reading the weights, now and later.
+"""What the start of every device is given, and does alike: reading the weights, now and later, planning for states.
 
 Made by the composition root, used by cpu_start.py and cuda_start.py.
 """
@@ -12,13 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.config import EngineConfig, StartupError
+from engine.config import CacheOptions, EngineConfig, SchedulerOptions, StartupError
+from engine.forward import Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.quantisation import rounded_to
 from engine.models.registry import differing_field, read_spec
 from engine.models.spec import ModelSpec, difference
 from engine.report import StartupReport
+
+# Snapshots of recurrent states, or one for every sequence where those are more.
+MOST_SNAPSHOTS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,3 +119,56 @@ def show_progress() -> Callable[[int, int], None]:
             bar.close()
 
     return progress
+
+
+def encoder_limits(options: SchedulerOptions, context: int, vocab_size: int, max_adapters: int = 0) -> Limits:
+    """Of a model that keeps nothing. To the scheduler a text is less than a page, so one step computes all of it, for
+    chunks end where pages do. Pages are mere numbers here, and there are enough for all that run and all that leave."""
+    assert context <= options.max_num_batched_tokens, "a step must hold a whole text"
+    return Limits(
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=context,
+        page_size=context + 1,
+        num_pages=4 * options.max_num_seqs + 1,
+        vocab_size=vocab_size,
+        max_adapters=max_adapters,
+    )
+
+
+def plan_states(each: int, cache: CacheOptions, max_num_seqs: int, share: int) -> tuple[int, int]:
+    """Sequences and snapshots that have a recurrent state of `each` bytes. Raises StartupError.
+
+    share: bytes of memory for the KV cache where no number of them was asked for. The states of sequences are at most
+    half of it, snapshots a quarter. Where max_num_seqs is what it is without being asked for, fewer sequences are
+    better than no start.
+    """
+    budget = share if cache.kv_cache_bytes is None else cache.kv_cache_bytes
+    fitting = budget // 2 // each
+    if max_num_seqs == SchedulerOptions().max_num_seqs:
+        max_num_seqs = max(1, min(max_num_seqs, fitting))
+    if max_num_seqs > fitting:
+        raise StartupError(
+            f"the recurrent states of --max-num-seqs {max_num_seqs} take {_size(max_num_seqs * each)}, {_size(each)} a "
+            f"sequence, and half of {_size(budget)} is for them: "
+            + (f"{fitting} would fit" if fitting else "not one fits; --kv-cache-gb gives them more")
+        )
+    if not cache.enable_prefix_caching:
+        return max_num_seqs, 0
+    return max_num_seqs, min(max(MOST_SNAPSHOTS, max_num_seqs), budget // 4 // each)
+
+
+def describe_states(each: int, sequences: int, snapshots: int, asked: int) -> str:
+    """The line that says what they take."""
+    text = f"{_size(each)} a sequence: up to {_size((sequences + snapshots) * each)} for {sequences} sequences"
+    if sequences < asked:
+        text += f" (not {asked}: no more fit in half of the KV cache's memory)"
+    return f"{text} and {snapshots} snapshots, from which the prefix cache goes on"
+
+
+def _size(count: int) -> str:
+    """Bytes for a reader."""
+    for power, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count >= 2**power:
+            return f"{count / 2**power:.3g} {unit}"
+    return f"{count} bytes"

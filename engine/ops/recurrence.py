@@ -1,7 +1,8 @@
 """What layers with a recurrent state compute: short convolutions, gated delta nets, state spaces, and their gates.
 
 Called by models/ on the executor's thread. The native kernels take a row's tokens one after another, so its bits depend
-neither on its company nor on how a prompt was cut; torch's forms, where they are missing, take prompts in chunks.
+neither on its company nor on how a prompt was cut; Triton's (for CUDA tensors) do the same. torch's forms, where both
+are missing, take prompts in chunks.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from engine.ops import native
 from engine.ops.activation import by_rows
-from engine.ops.state import StatePlan
+from engine.ops.state import RowsOnDevice, StatePlan
+from engine.ops.triton.runtime import on_gpu
 
 # Tokens that torch's form takes at once: arXiv 2412.06464, as transformers does.
 CHUNK = 64
@@ -46,9 +48,13 @@ def causal_conv(
     weight float32 [taps, C], the newest token's last. bias float32 [C]. states [slots, taps - 1, C]: the tokens before
     a row's first; afterwards its last.
     """
+    if on_gpu(x):
+        from engine.ops.triton import recurrence
+
+        return recurrence.causal_conv(x, weight, bias, states, _rows_on_device(plan), silu=silu)
     found = _library(x)
     if found is None:
-        return _torch_causal_conv(x, weight, bias, states, plan, silu=silu)
+        return torch_causal_conv(x, weight, bias, states, plan, silu=silu)
     library, code = found
     x = _rows(x)
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -72,12 +78,26 @@ def causal_conv(
     return out
 
 
-def _torch_causal_conv(
+def _rows_on_device(plan: StatePlan) -> RowsOnDevice:
+    assert plan.device is not None, "a step on a GPU whose rows are on the host alone"
+    return plan.device
+
+
+def torch_causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, plan: StatePlan, *, silu: bool
 ) -> Tensor:
+    """The same by operations of torch."""
     out = torch.empty(x.shape, dtype=torch.float32, device=x.device)
     taps, indptr = weight.shape[0], plan.qo_indptr.tolist()
-    for row, slot in enumerate(plan.slots.tolist()):
+    first_row = 0
+    if plan.device is not None and plan.num_decode_rows:
+        # In fixed shapes, as a graph holds them.
+        first_row = plan.num_decode_rows
+        slots = plan.device.slots[:first_row].long()
+        columns = torch.cat([states.index_select(0, slots), x[:first_row, None]], 1)
+        states.index_copy_(0, slots, columns[:, 1:])
+        out[:first_row] = (columns.float() * weight).sum(1)
+    for row, slot in enumerate(plan.slots[first_row:].tolist(), first_row):
         first, last = indptr[row], indptr[row + 1]
         columns = torch.cat([states[slot], x[first:last]])
         states[slot] = columns[last - first :]
@@ -130,9 +150,13 @@ class Recurrence:
 
         states: float32 [slots, heads, key_dim, value_dim].
         """
+        if on_gpu(v):
+            from engine.ops.triton import recurrence
+
+            return recurrence.recur(self, q, k, v, step, share, states, _rows_on_device(plan))
         found = _library(v)
         if found is None:
-            return self._by_torch(q, k, v, step, share, states, plan)
+            return self.by_torch(q, k, v, step, share, states, plan)
         library, code = found
         q, k, v, step = map(_rows, (q, k, v, step))
         out = torch.empty(v.shape, dtype=v.dtype)
@@ -160,9 +184,10 @@ class Recurrence:
         library.by_work(v.numel() * self.key_dim // 2).ol_recur(ctypes.addressof(call))
         return out
 
-    def _by_torch(
+    def by_torch(
         self, q: Tensor, k: Tensor, v: Tensor, step: Tensor, share: Tensor | None, states: Tensor, plan: StatePlan
     ) -> Tensor:
+        """The same by operations of torch."""
         tokens = len(v)
         # [heads, T, dim] in float32.
         q, k = (x.reshape(tokens, self.key_heads, -1).float() for x in (q, k))
@@ -176,7 +201,15 @@ class Recurrence:
         shares = (steps if share is None else share.float().sigmoid()).T
         out = torch.empty_like(values)
         indptr = plan.qo_indptr.tolist()
-        for row, slot in enumerate(plan.slots.tolist()):
+        first_row = 0
+        if plan.device is not None and plan.num_decode_rows:
+            first_row = plan.num_decode_rows
+            slots = plan.device.slots[:first_row].long()
+            state = states.index_select(0, slots)
+            of_rows = (x[:, :first_row] for x in (q, k, values, log_decay, shares))
+            out[:, :first_row] = _one_token(*of_rows, state=state, delta=self.delta)
+            states.index_copy_(0, slots, state)
+        for row, slot in enumerate(plan.slots[first_row:].tolist(), first_row):
             for first in range(indptr[row], indptr[row + 1], CHUNK):
                 part = slice(first, min(first + CHUNK, indptr[row + 1]))
                 out[:, part] = _chunk(
@@ -185,6 +218,20 @@ class Recurrence:
         if self.skip is not None:
             out += self.skip[:, None, None] * values
         return out.transpose(0, 1).reshape(v.shape).to(v.dtype)
+
+
+def _one_token(
+    q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, share: Tensor, *, state: Tensor, delta: bool
+) -> Tensor:
+    """A token each of n sequences: q, k, v [heads, n, dim], the rest [heads, n] -> [heads, n, dim] of v.
+
+    state [n, heads, key_dim, value_dim] is that before the tokens, and then that after them.
+    """
+    state.mul_(log_decay.T.exp()[:, :, None, None])
+    if delta:
+        v = v - torch.einsum("hnk,nhkv->hnv", k, state)
+    state.add_(torch.einsum("hnk,hnv->nhkv", k, v * share[:, :, None]))
+    return torch.einsum("hnk,nhkv->hnv", q, state)
 
 
 def _chunk(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, share: Tensor, *, state: Tensor, delta: bool) -> Tensor:
@@ -220,9 +267,13 @@ def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
 
 
 def _gate(x: Tensor, gate: Tensor, *, silu: bool) -> Tensor:
+    if on_gpu(x):
+        from engine.ops.triton import recurrence
+
+        return recurrence.gate(x, gate, silu=silu)
     found = _library(x)
     if found is None:
-        return (x.float() * by_rows(F.silu if silu else torch.sigmoid, gate)).to(x.dtype)
+        return torch_gate(x, gate, silu=silu)
     library, code = found
     x, gate = _rows(x), _rows(gate)
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -240,20 +291,24 @@ def _gate(x: Tensor, gate: Tensor, *, silu: bool) -> Tensor:
     return out
 
 
+def torch_gate(x: Tensor, gate: Tensor, *, silu: bool) -> Tensor:
+    """silu_gate or sigmoid_gate by operations of torch."""
+    return (x.float() * by_rows(F.silu if silu else torch.sigmoid, gate)).to(x.dtype)
+
+
 def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, parts: int, *, gate_first: bool = False) -> Tensor:
     """The RMS norm of each of `parts` parts of a row [T, width] and silu(gate): of the norm, or (gate_first) within it.
 
     weight: float32, of one part, or of a whole row.
     """
     width = x.shape[1] // parts
+    if on_gpu(x):
+        from engine.ops.triton import recurrence
+
+        return recurrence.gated_norm(x, gate, weight, eps, parts, gate_first=gate_first)
     found = _library(x)
     if found is None:
-        gated = F.silu(gate.float())
-        wide = x.float() * gated if gate_first else x.float()
-        wide = wide.unflatten(1, (parts, width))
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.view(-1, width)
-        wide = wide.flatten(1)
-        return (wide if gate_first else wide * gated).to(x.dtype)
+        return torch_gated_norm(x, gate, weight, eps, parts, gate_first=gate_first)
     library, code = found
     x, gate = _rows(x), _rows(gate)
     out = torch.empty(x.shape, dtype=x.dtype)
@@ -274,3 +329,16 @@ def gated_norm(x: Tensor, gate: Tensor, weight: Tensor, eps: float, parts: int, 
         torch.get_num_threads(),
     )
     return out
+
+
+def torch_gated_norm(
+    x: Tensor, gate: Tensor, weight: Tensor, eps: float, parts: int, *, gate_first: bool = False
+) -> Tensor:
+    """gated_norm by operations of torch."""
+    width = x.shape[1] // parts
+    gated = F.silu(gate.float())
+    wide = x.float() * gated if gate_first else x.float()
+    wide = wide.unflatten(1, (parts, width))
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.view(-1, width)
+    wide = wide.flatten(1)
+    return (wide if gate_first else wide * gated).to(x.dtype)

@@ -45,20 +45,47 @@ def state_bytes(spec: StateSpec, dtype: torch.dtype) -> int:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class RowsOnDevice:
+    """The rows of a step where its kernels read them. slots int32 [rows]. qo_indptr int32 [rows + 1], None where every
+    row has one token. longest: tokens of a row at most."""
+
+    slots: Tensor
+    qo_indptr: Tensor | None = None
+    longest: int = 1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class StatePlan:
-    """The rows of a step: the slot of each, its tokens (CSR), and how many rows of one token come first."""
+    """The rows of a step: the slot of each, its tokens (CSR), and how many rows of one token come first.
+
+    device: the same on a GPU. Of a step that a graph holds they are known there alone, and stand for decode rows.
+    """
 
     slots: Int32Array
     qo_indptr: Int32Array
     num_decode_rows: int
+    device: RowsOnDevice | None = None
 
     @property
     def num_rows(self) -> int:
         return len(self.slots)
 
-    def slot_tensor(self, device: torch.device) -> Tensor:
-        """int64 [rows]."""
-        return torch.from_numpy(self.slots.astype(np.int64)).to(device)
+    @classmethod
+    def of_decodes(cls, slots: Tensor) -> StatePlan:
+        """One token each of the slots, int32 [rows] on the device."""
+        nothing = np.zeros(0, np.int32)
+        return cls(nothing, nothing, len(slots), RowsOnDevice(slots))
+
+    def on(self, slots: Tensor, qo_indptr: Tensor) -> StatePlan:
+        """The same rows, with their arrays on the device."""
+        longest = int(np.diff(self.qo_indptr).max(initial=1))
+        return StatePlan(self.slots, self.qo_indptr, self.num_decode_rows, RowsOnDevice(slots, qo_indptr, longest))
+
+
+def plan_of(step: ForwardInput) -> StatePlan:
+    """The rows of a step, as its staging has them."""
+    rows = step.num_rows
+    return StatePlan(step.staging.row_slot[:rows], step.staging.qo_indptr[: rows + 1], step.num_decode_rows)
 
 
 class States:
@@ -104,20 +131,43 @@ class States:
         self._layers = []
 
     def begin(self, step: ForwardInput) -> None:
+        """`move`, and take the step's rows for `plan`."""
+        self.move(step)
+        self.plan = plan_of(step)
+
+    def move(self, step: ForwardInput) -> None:
         """First of all in a step: saves, then loads, then rows that start at 0 start from zeros.
 
         Takes no memory, so that nothing here fails: the cache counts on what a step that fails has saved.
         """
-        staging, first = step.staging, self._first_snapshot - 1
-        count = step.num_saves
-        self._copy(staging.save_slot[:count], first + staging.save_snapshot[:count])
-        count = step.num_loads
-        self._copy(first + staging.load_snapshot[:count], staging.load_slot[:count])
-        rows = step.num_rows
-        slots = staging.row_slot[:rows]
-        for slot in slots[staging.row_start[:rows] == 0].tolist():
+        staging, rows = step.staging, step.num_rows
+        saves, loads = step.num_saves, step.num_loads
+        self._move(
+            (staging.save_slot[:saves], staging.save_snapshot[:saves]),
+            (staging.load_snapshot[:loads], staging.load_slot[:loads]),
+            staging.row_slot[:rows][staging.row_start[:rows] == 0],
+        )
+
+    def apply(
+        self,
+        saves: tuple[Int32Array, Int32Array],
+        loads: tuple[Int32Array, Int32Array],
+        plan: StatePlan,
+        starts: Int32Array,
+    ) -> None:
+        """`begin`, said in arrays. saves: slots and their snapshots; loads: snapshots and their slots; starts: of the
+        plan's rows."""
+        self._move(saves, loads, plan.slots[starts == 0])
+        self.plan = plan
+
+    def _move(
+        self, saves: tuple[Int32Array, Int32Array], loads: tuple[Int32Array, Int32Array], fresh: Int32Array
+    ) -> None:
+        first = self._first_snapshot - 1
+        self._copy(saves[0], first + saves[1])
+        self._copy(first + loads[0], loads[1])
+        for slot in fresh.tolist():
             self._memory[slot].zero_()
-        self.plan = StatePlan(slots, staging.qo_indptr[: rows + 1], step.num_decode_rows)
 
     def _copy(self, sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> None:
         for source, target in zip(sources.tolist(), targets.tolist(), strict=True):

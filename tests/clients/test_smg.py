@@ -1,9 +1,13 @@
-"""The router `smg` in front of two servers: requests with one prefix go where it is cached, and answers are whole."""
+"""The router `smg` in front of two servers: requests with one prefix go where it is cached, and answers are whole.
+
+The commands are those of server/deploy/compose.yaml, as plain processes on 127.0.0.1.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -15,9 +19,24 @@ from typing import Any
 
 import openai
 import pytest
+import yaml
 
 from tests.clients.common import MODEL, SUM, SUM_ANSWER, WEATHER_PROMPT, WEATHER_TOOL, user
-from tests.clients.conftest import START_BOUND_S, serving
+from tests.clients.conftest import ROOT, START_BOUND_S, serving
+
+COMPOSE = yaml.safe_load((ROOT / "server/deploy/compose.yaml").read_text())["services"]
+
+
+def command_of(service: str) -> list[str]:
+    """What compose would run, with the defaults of its variables."""
+    return [re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", word) for word in COMPOSE[service]["command"]]
+
+
+def replaced(command: list[str], flag: str, *values: str) -> list[str]:
+    """The values behind a flag, up to the next one, exchanged."""
+    at = command.index(flag) + 1
+    end = next((i for i, word in enumerate(command) if i >= at and word.startswith("--")), len(command))
+    return [*command[:at], *values, *command[end:]]
 
 
 def free_port() -> int:
@@ -28,7 +47,8 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[list[str]]:
-    with serving() as first, serving() as second:
+    names = [name for name in COMPOSE if name.startswith("replica")]
+    with serving(*command_of(names[0])) as first, serving(*command_of(names[1])) as second:
         yield [first, second]
 
 
@@ -36,9 +56,10 @@ def workers() -> Iterator[list[str]]:
 def routing(workers: list[str], log: Path) -> Iterator[str]:
     """A router on 127.0.0.1 alone, its figures too. Its address, once it knows both workers."""
     url = f"http://127.0.0.1:{(port := free_port())}"
+    own = replaced(replaced(command_of("router"), "--host", "127.0.0.1"), "--port", str(port))
     command = [
-        *(sys.executable, "-m", "smg", "launch", "--host", "127.0.0.1", "--port", str(port)),
-        *("--worker-urls", *workers, "--policy", "cache_aware", "--health-check-interval-secs", "5"),
+        *(sys.executable, "-m", "smg", *replaced(own, "--worker-urls", *workers)),
+        *("--health-check-interval-secs", "5"),
         *("--prometheus-host", "127.0.0.1", "--prometheus-port", str(free_port())),
     ]
     with log.open("w") as file, subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT) as process:

@@ -377,25 +377,31 @@ EXTRAS: list[dict[str, Any]] = [
 ]
 
 
-def make_executor(
-    config: dict[str, Any], way: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, **options: Any
-) -> Any:
-    from engine.executor.cuda import CUDAExecutor
-    from engine.forward import Limits
+def dummy_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
+    """A model whose weights have no numbers."""
     from engine.models.loading.load import load_model
     from engine.models.loading.weights import DummyWeights
     from engine.models.registry import read_spec
-    from engine.ops.attention.device import DeviceAttention
-    from engine.ops.attention.flashinfer import Backend
 
     # Numbers into memory that is not there would take long.
     DummyWeights.fill = lambda self, out, name: None  # type: ignore[method-assign]
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))
-        model = load_model(
+        return load_model(
             read_spec(directory), directory, dtype=dtype, device=DEVICE, load_format="dummy", max_model_len=1024
         )
+
+
+def make_executor(
+    config: dict[str, Any], way: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, **options: Any
+) -> Any:
+    from engine.executor.cuda import CUDAExecutor
+    from engine.forward import Limits
+    from engine.ops.attention.device import DeviceAttention
+    from engine.ops.attention.flashinfer import Backend
+
+    model = dummy_model(config, dtype)
     limits = Limits(
         max_num_seqs=options.get("rows", 8),
         max_num_batched_tokens=512,
@@ -403,6 +409,7 @@ def make_executor(
         page_size=16,
         num_pages=options.get("rows", 8) * 64,
         vocab_size=model.config.vocab_size,
+        num_snapshots=8 if model.config.has_state else None,
     )
     given: dict[str, Any] = {
         "num_pages": limits.num_pages,
@@ -460,6 +467,33 @@ def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, chan
     result["modules"] = sorted(LOG.modules)
     result["calls"] = sorted(LOG.calls)
     result["captured"] = sum(event.captured for event in LOG.events)
+    print(json.dumps(result), flush=True)
+
+
+def encode(name: str, config: dict[str, Any]) -> None:
+    """Whole texts through an encoder, of several lengths, pairs among them."""
+    from engine.config import SchedulerOptions
+    from engine.executor.cuda import CUDAExecutor
+    from engine.executor.start import encoder_limits
+    from engine.ops.attention.device_packed import Backend
+    from tests.cuda.test_encoders import vectors
+
+    LOG.__init__()  # type: ignore[misc]
+    result: dict[str, Any] = {"name": name, "error": "", "modules": [], "calls": [], "kit": [], "captured": 1}
+    try:
+        with DryMode():
+            model = dummy_model(config, torch.bfloat16)
+            limits = encoder_limits(SchedulerOptions(max_num_seqs=8, max_num_batched_tokens=128), 64, 1000)
+            attention = Backend(model.attention_spec, max_tokens=128, dtype=torch.bfloat16, device=DEVICE)
+            executor = CUDAExecutor(model, limits, DryDevice(0.5), attention, cuda_graph="off")  # type: ignore[arg-type]
+            LOG.steps = True
+            asyncio.run(asyncio.wait_for(vectors(executor, classify=False), 60))
+            LOG.steps = False
+            result["attention"] = attention.describe()
+    except Exception as error:
+        traceback.print_exc()
+        result["error"] = f"{type(error).__name__}: {error}"
+    result["findings"] = dict(Counter(event.name for event in LOG.events if event.kind == "finding"))
     print(json.dumps(result), flush=True)
 
 
@@ -576,6 +610,7 @@ def main(names: list[str]) -> None:
     without_gpu()
     without_compiler()
     from bench.shapes import SHAPES
+    from tests.cuda.test_encoders import ENCODERS
     from tests.gpu.support import BASE, EXTRA, families
 
     llama = {**BASE, "architectures": ["LlamaForCausalLM"]}
@@ -594,6 +629,8 @@ def main(names: list[str]) -> None:
         elif name == "features":
             for way in ("torch", "auto", "wrapper"):
                 serve(f"extras {way}", llama, way, "bfloat16", "auto", EXTRAS)
+            for encoder in ("bert", "windows", "grouped"):
+                encode(f"{encoder} torch", {**ENCODERS[encoder], "hidden_size": 512, "head_dim": 128})
             serve("extras float32", llama, "torch", "float32", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
                 serve(f"fp8 {way}", llama, way, "bfloat16", "fp8", [{}, {"top_k": 5}])

@@ -30,6 +30,7 @@ from engine.ops.attention.device import DeviceAttention
 from engine.ops.attention.sequence import attend_sequence
 from engine.ops.rope import apply_rope
 from engine.ops.sampling.sampler import sample
+from engine.ops.state import StatePlan, States
 from engine.request import Pooling, Request, SamplingParams
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer, attend
@@ -79,6 +80,26 @@ LATENT = {
     "qk_rope_head_dim": 4,
     "v_head_dim": 10,
     "first_k_dense_replace": 2,
+}
+# Two kinds of recurrent states and attention between them, or beside them.
+HYBRID = {
+    **TINY,
+    "num_hidden_layers": 3,
+    "architectures": ["Qwen3_5ForCausalLM"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+BESIDE = {
+    **TINY,
+    "architectures": ["FalconH1ForCausalLM"],
+    "mamba_d_ssm": 80,
+    "mamba_n_heads": 8,
+    "mamba_d_head": 10,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 20,
 }
 CHUNKED = {
     **TINY,
@@ -130,12 +151,17 @@ def one_thread() -> Iterator[None]:
 
 
 class DenseAttention:
-    """One whole sequence at once: no pages, no cache."""
+    """One whole sequence of so many tokens at once: no pages, no cache."""
 
     recordings = None
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, num_tokens: int) -> None:
         self.spec = model.attention_spec
+        self.states: States | None = None
+        if model.config.has_state:
+            one = Limits(1, 1, 1, 1, 1, 1, num_snapshots=0)
+            self.states = States(model.config.states, one, model.linears[0].dtype, torch.device("cpu"))
+            self.states.plan = StatePlan(np.ones(1, np.int32), np.array([0, num_tokens], np.int32), 0)
         self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     def plan(self, metadata: object) -> None:
@@ -175,7 +201,7 @@ def sampling_row(params: SamplingParams, min_length: int = 0) -> np.ndarray[Any,
 
 
 def _reference_hidden(model: CausalLM, context: Sequence[int]) -> Tensor:
-    return model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model))
+    return model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model, len(context)))
 
 
 @functools.cache

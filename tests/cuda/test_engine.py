@@ -14,12 +14,15 @@ import torch
 
 from engine.config import EngineConfig, StartupError
 from engine.engine import Engine
+from engine.forward import ForwardInput
 from engine.groups import one_group, plan_groups
 from engine.models.parts.decoder import CausalLM
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import (
+    BESIDE,
     CHUNKED,
     GROUPED,
+    HYBRID,
     LATENT,
     SMALL,
     WINDOWED,
@@ -51,6 +54,46 @@ async def test_attention_that_only_torch_has(config: dict[str, Any]) -> None:
     requests = requests_of(9)
     tokens = await serve(make_executor(limits, device=FakeDevice(9, 0.3), model=model), requests)
     assert tokens == [expected_tokens(model, request) for request in requests]
+
+
+@pytest.mark.parametrize("config", [HYBRID, BESIDE], ids=["delta", "mamba"])
+@pytest.mark.parametrize("mode", ["lazy", "start", "off"])
+async def test_recurrent_states(config: dict[str, Any], mode: str) -> None:
+    """In graphs and beside prompts; retraction, and prefixes that go on from snapshots, of which there are few."""
+    model = tiny_model(json.dumps(config))
+    limits = dataclasses.replace(SMALL, num_snapshots=3)
+    requests = requests_of(12, 12)
+    device = FakeDevice(12, 0.3)
+    executor = make_executor(limits, device=device, model=model, cuda_graph=mode)
+    states, saved, loaded = executor._states, [], []
+    assert states is not None
+    move = states.move
+
+    def noting(step: ForwardInput) -> None:
+        saved.append(step.num_saves)
+        loaded.append(step.num_loads)
+        move(step)
+
+    states.move = noting  # type: ignore[method-assign]
+    if mode == "start":
+        executor.capture_at_start()
+    tokens = await serve(executor, requests)
+    assert tokens == [expected_tokens(model, request) for request in requests]
+    assert sum(saved) and sum(loaded) and not len(executor.pieces)
+    assert (device.counts["replay"] > 0) == (mode != "off")
+
+
+async def test_states_come_back_after_sleep() -> None:
+    model = tiny_model(json.dumps(HYBRID))
+    limits = dataclasses.replace(SMALL, num_snapshots=3)
+    executor = make_executor(limits, device=FakeDevice(3), model=model)
+    states = executor._states
+    assert states is not None
+    executor.sleep(1)
+    assert not states._memory.numel()
+    executor.wake_up()
+    requests = requests_of(3)
+    assert await serve(executor, requests) == [expected_tokens(model, request) for request in requests]
 
 
 @pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,14 +13,17 @@ import torch
 
 from engine.config import CacheOptions, StartupError
 from engine.executor import cuda_start
+from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CaptureError
 from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_widths
 from engine.executor.cuda_start import SMALLER, build_cuda_executor, pick_dtype, pick_kv_dtype
+from engine.executor.start import describe_states
 from engine.flags import parse
 from engine.forward import DeviceLostError, ForwardError, Limits, PooledRow
+from engine.ops.state import state_bytes
 from engine.request import Pooling, SamplingParams
 from tests.cuda.fake_device import FakeDevice
-from tests.cuda.support import SMALL, TINY, CudaAdapter, make_executor, tiny_model
+from tests.cuda.support import HYBRID, SMALL, TINY, CudaAdapter, make_executor, tiny_model
 from tests.executor.driver import GREEDY, Driver, continuation, decode, prefill
 
 A = [5, 6, 7, 8, 9, 10, 11]
@@ -304,6 +308,35 @@ async def test_a_trace_is_written(tmp_path: Path) -> None:
     assert "traceEvents" in json.loads(path.read_text())
     assert not executor.is_profiling
     executor.close()
+
+
+async def test_states_take_their_part_of_the_memory() -> None:
+    model, rows = tiny_model(json.dumps(HYBRID)), dict[str, str]()
+    device = FakeDevice()
+    device.memory = device.allocated + 2**26
+
+    def built(**cache: Any) -> CUDAExecutor:
+        return build_cuda_executor(
+            model,
+            device,
+            CacheOptions(page_size=4, **cache),
+            dtype=torch.float32,
+            max_num_seqs=4,
+            max_num_batched_tokens=48,
+            max_model_len=64,
+            cuda_graph="off",
+            row=rows.__setitem__,
+        )
+
+    executor = built(kv_cache_bytes=2**21)
+    each = state_bytes(model.config.states, torch.float32)
+    count = executor.limits.num_snapshots
+    assert count == 2**21 // 4 // each and rows["states"] == describe_states(each, 4, count, 4)
+    left = 2**21 - (4 + count) * each
+    assert executor.limits.num_pages == left // (4 * 2 * 2 * 8 * 4) - 1
+    executor.close()
+    with pytest.raises(StartupError, match=r"^the recurrent states of --max-num-seqs 4 take"):
+        built(kv_cache_bytes=4 * each)
 
 
 async def test_a_model_without_an_output_layer() -> None:

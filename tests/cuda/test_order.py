@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -19,9 +20,10 @@ from torch import Tensor
 
 from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
 from engine.executor.cuda_graph import GraphKey
+from engine.forward import Limits
 from engine.request import Request
 from tests.cuda.ordered_device import HOST, OrderedDevice
-from tests.cuda.support import SMALL, make_executor, requests_of, serve
+from tests.cuda.support import HYBRID, SMALL, make_executor, requests_of, serve, tiny_model
 from tests.cuda.test_failures import EXTRAS
 from tests.cuda.test_mutants import MUTANTS
 from tests.executor.driver import GREEDY, Driver, decode, prefill
@@ -53,11 +55,16 @@ def read_results(executor: CUDAExecutor, device: OrderedDevice) -> None:
 
 
 async def findings(
-    attention: str, extras: bool, seed: int = 1, kind: type[CUDAExecutor] = CUDAExecutor, **options: Any
+    attention: str,
+    extras: bool,
+    seed: int = 1,
+    kind: type[CUDAExecutor] = CUDAExecutor,
+    limits: Limits = SMALL,
+    **options: Any,
 ) -> Counter[str]:
     """What is not ordered while requests are served, whatever becomes of them."""
     device = OrderedDevice(seed)
-    executor = make_executor(SMALL, device=device, attention=attention, kind=kind, **options)
+    executor = make_executor(limits, device=device, attention=attention, kind=kind, **options)
     if executor.graphs.mode == "start":
         executor.capture_at_start()
     read_results(executor, device)
@@ -72,6 +79,11 @@ async def findings(
 @pytest.mark.parametrize(("mode", "extras"), [("lazy", False), ("lazy", True), ("start", True), ("off", True)])
 async def test_everything_is_ordered(attention: str, extras: bool, mode: str) -> None:
     assert not await findings(attention, extras, cuda_graph=mode)
+
+
+async def test_recurrent_states_are_ordered() -> None:
+    limits = dataclasses.replace(SMALL, num_snapshots=3)
+    assert not await findings("torch", True, limits=limits, model=tiny_model(json.dumps(HYBRID)))
 
 
 def test_what_was_done_with_memory_ends_with_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -22,13 +23,27 @@ from engine.ops.attention.device import decode_inputs  # noqa: E402
 from engine.ops.experts import torch_mix_experts  # noqa: E402
 from engine.ops.gated import torch_gated_product  # noqa: E402
 from engine.ops.norm import Normed, torch_rms_norm  # noqa: E402
+from engine.ops.recurrence import Recurrence, torch_causal_conv, torch_gate, torch_gated_norm  # noqa: E402
 from engine.ops.rope import torch_rotate  # noqa: E402
 from engine.ops.sampling import sampler  # noqa: E402
 from engine.ops.sampling.device import torch_sample, uniform  # noqa: E402
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.sampling.layout import WORDS  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
-from engine.ops.triton import activation, experts, extras, gated, norm, pdl, prepare, rope, sampling, skinny  # noqa: E402
+from engine.ops.state import RowsOnDevice, StatePlan  # noqa: E402
+from engine.ops.triton import (  # noqa: E402
+    activation,
+    experts,
+    extras,
+    gated,
+    norm,
+    pdl,
+    prepare,
+    recurrence,
+    rope,
+    sampling,
+    skinny,
+)
 
 
 def patch_language_once() -> None:
@@ -449,3 +464,91 @@ def test_launches_depend_on_one_another_from_hopper_on(
     monkeypatch.setattr(pdl.triton.runtime, "driver", driver)
     options = pdl.launch_options.__wrapped__()
     assert options["PDL"] == options.get("launch_pdl", False) == dependent
+
+
+# Decode rows, then prompts: one shorter than the taps, one of more than a program's tokens. Slots in no order.
+LENGTHS = {5: 1, 2: 1, 7: 2, 1: 19, 4: 3}
+
+
+def plan_of(lengths: dict[int, int], num_decodes: int) -> StatePlan:
+    slots = np.array(list(lengths), np.int32)
+    indptr = np.cumsum([0, *lengths.values()]).astype(np.int32)
+    return StatePlan(slots, indptr, num_decodes).on(*(torch.from_numpy(x).to(DEVICE) for x in (slots, indptr)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("taps", "silu", "biased"), [(4, True, False), (3, False, True)])
+def test_causal_conv(dtype: torch.dtype, taps: int, silu: bool, biased: bool) -> None:
+    channels, plan = 150, plan_of(LENGTHS, 2)
+    x = randn(sum(LENGTHS.values()), 2 * channels, dtype=dtype)[:, :channels]
+    weight, bias = randn(taps, channels, seed=1), randn(channels, seed=2) if biased else None
+    states = randn(9, taps - 1, channels, dtype=dtype, seed=3)
+    theirs = states.clone()
+    expected = torch_causal_conv(x, weight, bias, theirs, plan, silu=silu)
+    assert plan.device is not None
+    out = recurrence.causal_conv(x, weight, bias, states, plan.device, silu=silu)
+    assert close(out, expected) and torch.equal(states, theirs)
+    # A step of a graph, twice: what the first leaves behind, the second reads.
+    once = StatePlan.of_decodes(plan.device.slots)
+    assert once.device is not None
+    for _ in range(2):
+        expected = torch_causal_conv(x[:5], weight, bias, theirs, once, silu=silu)
+        out = recurrence.causal_conv(x[:5], weight, bias, states, once.device, silu=silu)
+        assert close(out, expected) and torch.equal(states, theirs)
+
+
+def a_recurrence(delta: bool) -> tuple[Recurrence, tuple[int, int, int, int]]:
+    key_heads, heads, key_dim, value_dim = 2, 4, 12, 20
+    rate, step_bias, skip = (randn(heads, seed=seed) for seed in (5, 6, 7))
+    sizes = {"key_heads": key_heads, "heads": heads, "key_dim": key_dim, "value_dim": value_dim}
+    if delta:
+        return Recurrence(delta=True, **sizes, rate=rate.exp(), step_bias=step_bias), (2, 4, 12, 20)
+    steps = (0.01, 3.0)
+    made = Recurrence(delta=False, **sizes, rate=rate.exp(), step_bias=step_bias - 4, skip=skip, steps=steps)
+    return made, (2, 4, 12, 20)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("delta", [True, False])
+def test_recurrence(dtype: torch.dtype, delta: bool) -> None:
+    what, (key_heads, heads, key_dim, value_dim) = a_recurrence(delta)
+    plan, tokens = plan_of(LENGTHS, 2), sum(LENGTHS.values())
+    keys, values = key_heads * key_dim, heads * value_dim
+    qkv = randn(tokens, 2 * keys + values, dtype=dtype)
+    q, k, v = qkv.split([keys, keys, values], 1)
+    step, share = randn(tokens, 2 * heads, dtype=dtype, seed=8).split(heads, 1)
+    states = randn(9, heads, key_dim, value_dim, seed=9)
+    theirs = states.clone()
+    given = q, k, v, step, share if delta else None
+    expected = what.by_torch(*given, theirs, plan)
+    assert plan.device is not None
+    out = recurrence.recur(what, *given, states, plan.device)
+    assert close(out, expected) and torch.allclose(states, theirs, rtol=1e-4, atol=1e-5)
+    once = StatePlan.of_decodes(plan.device.slots)
+    assert once.device is not None
+    given = tuple(None if x is None else x[:5] for x in given)
+    expected = what.by_torch(*given, theirs, once)
+    assert close(recurrence.recur(what, *given, states, once.device), expected)
+    # Cut otherwise, a prompt leaves the same bits.
+    whole, parts = randn(2, 9, heads, key_dim, value_dim, seed=10)
+    parts.copy_(whole)
+    slots = torch.tensor([3], dtype=torch.int32, device=DEVICE)
+    row = tuple(None if x is None else x[:7] for x in (q, k, v, step, share if delta else None))
+    for state, cuts in ((whole, (0, 7)), (parts, (0, 2, 3, 7))):
+        for first, last in itertools.pairwise(cuts):
+            indptr = torch.tensor([0, last - first], dtype=torch.int32, device=DEVICE)
+            part = tuple(None if x is None else x[first:last] for x in row)
+            recurrence.recur(what, *part, state, RowsOnDevice(slots, indptr, last - first))
+    assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gates(dtype: torch.dtype) -> None:
+    both = 3 * randn(3, 2 * 1100, dtype=dtype)
+    x, gate = both.chunk(2, 1)
+    for silu in (False, True):
+        assert close(recurrence.gate(x, gate, silu=silu), torch_gate(x, gate, silu=silu))
+    for weight, parts in ((randn(275, seed=1), 4), (randn(1100, seed=1), 4), (randn(1100, seed=2), 1)):
+        for first in (False, True):
+            ours = recurrence.gated_norm(x, gate, weight, 1e-5, parts, gate_first=first)
+            assert close(ours, torch_gated_norm(x, gate, weight, 1e-5, parts, gate_first=first))

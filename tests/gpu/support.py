@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import tempfile
@@ -35,6 +36,13 @@ BASE: dict[str, Any] = {
     "eos_token_id": 2,
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256}
+DELTA = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 8,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
 # What a family's config.json needs beside that.
 EXTRA: dict[str, dict[str, Any]] = {
     "MistralForCausalLM": {"sliding_window": 40},
@@ -167,6 +175,36 @@ EXTRA: dict[str, dict[str, Any]] = {
         "sliding_window": 40,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
     },
+    "FalconH1ForCausalLM": {
+        "mamba_d_ssm": 1024,
+        "mamba_n_heads": 16,
+        "mamba_d_head": 64,
+        "mamba_n_groups": 2,
+        "mamba_d_state": 64,
+        "ssm_multipliers": [0.9, 1.2, 0.7, 1.1, 1.4],
+    },
+    "Lfm2ForCausalLM": {"layer_types": ["conv", "full_attention", "conv"], "block_auto_adjust_ff_dim": False},
+    "Lfm2MoeForCausalLM": {
+        "layer_types": ["conv", "full_attention", "conv"],
+        "num_dense_layers": 1,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+    },
+    "NemotronHForCausalLM": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+        "mamba_num_heads": 16,
+        "mamba_head_dim": 64,
+        "ssm_state_size": 64,
+        "n_groups": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "moe_shared_expert_intermediate_size": 128,
+    },
+    "Qwen3_5ForCausalLM": DELTA,
+    "Qwen3NextForCausalLM": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 128},
+    "Qwen3_5MoeForCausalLM": {**DELTA, **EXPERTS, "shared_expert_intermediate_size": 128},
     "Qwen2MoeForCausalLM": {
         "num_experts": 4,
         "num_experts_per_tok": 2,
@@ -221,7 +259,7 @@ SAME_PARTS = {
     "VaultGemmaForCausalLM",
     "YoutuForCausalLM",
 }
-# Their recurrent states are kept on a CPU alone: a GPU refuses them at start.
+# They have layers with a recurrent state beside attention.
 WITH_STATES = {
     *("FalconH1ForCausalLM", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "NemotronHForCausalLM"),
     *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
@@ -238,7 +276,10 @@ HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 
 
 def load(architecture: str, dtype: torch.dtype, device: torch.device) -> CausalLM:
-    config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+    return load_config({**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}, dtype, device)
+
+
+def load_config(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> CausalLM:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))
@@ -246,7 +287,7 @@ def load(architecture: str, dtype: torch.dtype, device: torch.device) -> CausalL
 
 
 def families() -> list[str]:
-    return sorted(FAMILIES.keys() - SAME_PARTS - TORCH_ATTENTION - WITH_STATES)
+    return sorted(FAMILIES.keys() - SAME_PARTS - TORCH_ATTENTION)
 
 
 def executor(
@@ -264,6 +305,8 @@ def executor(
 
     Asserts that FlashInfer has all kernels: a test that falls back to torch would pass and prove nothing.
     """
+    if model.config.has_state:
+        limits = dataclasses.replace(limits, num_snapshots=8)
     options: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": limits.page_size,

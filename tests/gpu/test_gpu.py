@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from engine.config import CacheOptions
+from engine.executor.cpu import CPUExecutor
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CapturesOver, CudaDevice
-from engine.executor.cuda_start import build_cuda_executor
+from engine.executor.cuda_start import build_cuda_encoder, build_cuda_executor
 from engine.forward import ForwardError
 from engine.models.parts.decoder import CausalLM
 from engine.ops import native
@@ -24,8 +25,10 @@ from engine.ops.skinny import BLOCKS, skinny_product, torch_skinny_product
 from engine.request import Request, SamplingParams
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import DenseAttention, expected_tokens, serve
+from tests.cuda.test_encoders import ENCODERS, vectors
+from tests.cuda.test_encoders import LIMITS as ENCODER_LIMITS
 from tests.executor.driver import GREEDY, Driver, decode, prefill
-from tests.gpu.support import HAS_FLASHINFER, LIMITS, TORCH_ATTENTION, executor, families, load
+from tests.gpu.support import HAS_FLASHINFER, LIMITS, TORCH_ATTENTION, executor, families, load, load_config
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -49,7 +52,7 @@ def captured_logits(model: CausalLM) -> list[Tensor]:
 
 def reference_logits(model: CausalLM, context: list[int]) -> Tensor:
     with torch.inference_mode():
-        hidden = model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model))
+        hidden = model.forward(torch.tensor(context), torch.arange(len(context)), DenseAttention(model, len(context)))
         return model.logits(hidden)
 
 
@@ -89,6 +92,24 @@ def test_parity_with_the_cpu(layer: CudaDevice, architecture: str, dtype: str, a
     assert error < (1e-3 if dtype == "float32" else 4e-2), f"off by {error:.1e}"
     if dtype == "float32":
         assert tokens == expected.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_encoders(layer: CudaDevice, name: str, dtype: str) -> None:
+    """Whole texts of several lengths: their vectors against the CPU's."""
+    kind, config = getattr(torch, dtype), {**ENCODERS[name], "hidden_size": 512, "head_dim": 128}
+    model, reference = load_config(config, kind, layer.device), load_config(config, kind, CPU)
+    classify = reference.config.classifier is not None
+    on_cpu = CPUExecutor(reference, ENCODER_LIMITS, dtype=kind)
+    expected = asyncio.run(vectors(on_cpu, classify))
+    on_cpu.close()
+    on_gpu = build_cuda_encoder(model, layer, ENCODER_LIMITS, dtype=kind)
+    found = asyncio.run(vectors(on_gpu, classify))
+    on_gpu.close()
+    for ours, theirs in zip(found, expected, strict=True):
+        error = relative_error(torch.from_numpy(ours), torch.from_numpy(theirs))
+        assert error < (1e-3 if dtype == "float32" else 4e-2), f"off by {error:.1e}"
 
 
 @pytest.mark.parametrize("attention", ATTENTIONS)

@@ -15,7 +15,7 @@ import torch
 
 from engine.config import ModelOptions, SchedulerOptions
 from engine.executor.cpu import CPUExecutor
-from engine.executor.cpu_start import encoder_limits
+from engine.executor.start import encoder_limits
 from engine.forward import Limits
 from engine.models.abilities import read_abilities
 from engine.models.loading.load import load_model

@@ -130,7 +130,7 @@ def _load(
     with weights, _freed_memory_goes_back():
         if group is not None:
             assert not max_adapters
-            plan = plan_of(spec, group.rank, group.size)
+            plan = plan_of(spec, group.rank, group.size, expert_parallel=group.expert_parallel)
             return make_decoder(plan.spec, SlicedWeights(weights, plan, group, recorder.shapes), context)
         if not max_adapters:
             return make_decoder(spec, weights, context)

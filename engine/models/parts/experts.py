@@ -23,7 +23,8 @@ def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -
     """The form that the device wants, and beside it what all tokens share."""
     kind: type[StackedExperts] | type[AllExperts] | type[SeparateExperts] = SeparateExperts
     if keeps_experts_stacked(source.device):
-        kind = AllExperts if spec.clamp is not None else StackedExperts
+        known = spec.gated and spec.clamp is None and spec.latent_size is None
+        kind = StackedExperts if known else AllExperts
     routed = kind(spec, source, prefix, hidden_size)
     return source.summed(routed if spec.shared is None else WithShared(routed, spec, source, prefix, hidden_size))
 
@@ -45,10 +46,19 @@ Expert = Callable[[Tensor], Tensor | Product]
 
 
 def _experts_of(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Sequence[Expert]:
-    """All of them, each a callable of its own."""
+    """All that are held, each a callable of its own."""
     if spec.clamp is not None:
         return clamped_experts(spec, source, prefix, hidden_size)
-    return [make_mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
+    return [make_mlp(_expert(spec, number), source, prefix, hidden_size) for number in spec.here]
+
+
+def _latent(spec: Experts, source: Source, prefix: str, hidden_size: int) -> tuple[Linear, Linear] | None:
+    """What leads into the space that the experts compute in and back, where it is not that of the residuals."""
+    if spec.latent_size is None:
+        return None
+    (into, back), bias, size = (prefix + name for name in spec.latent), spec.latent_bias, spec.latent_size
+    there = source.linear([into], [size], hidden_size, bias=bias)
+    return there, source.linear([back], [hidden_size], size, bias=bias)
 
 
 class Rating:
@@ -137,7 +147,8 @@ class SeparateExperts:
     """A mixture of experts: every token goes through the few experts that the router rates highest.
 
     Tokens are sorted by expert, so each expert that is needed does one product over all its tokens. That reads the
-    counts on the host, which is free on the CPU; for a GPU there is StackedExperts.
+    counts on the host, which is free on the CPU; for a GPU there is StackedExperts. A rank that holds some of them
+    gives their part of the sum.
     """
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
@@ -145,15 +156,9 @@ class SeparateExperts:
         self._chosen = spec.num_experts_per_token
         self._on_input = spec.on_input
         self._rating = Rating(spec, source, prefix, hidden_size)
-        self._inner: tuple[Linear, Linear] | None = None
-        size = spec.latent_size or hidden_size
-        if spec.latent_size is not None:
-            into, back = (prefix + name for name in spec.latent)
-            self._inner = (
-                source.linear([into], [size], hidden_size, bias=spec.latent_bias),
-                source.linear([back], [hidden_size], size, bias=spec.latent_bias),
-            )
-        self._experts = _experts_of(spec, source, prefix, size)
+        self._inner = _latent(spec, source, prefix, hidden_size)
+        self._experts = _experts_of(spec, source, prefix, spec.latent_size or hidden_size)
+        self._here = spec.here
         self._adapters = source.adapters
 
     def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
@@ -165,22 +170,27 @@ class SeparateExperts:
         counts = torch.bincount(experts, minlength=self._count).tolist()
         if self._inner is not None:
             x = self._inner[0](x)
-        tokens = order // self._chosen
+        first = sum(counts[: self._here.start])
+        counts = counts[self._here.start : self._here.stop]
+        own = order[first : first + sum(counts)]
+        tokens = own // self._chosen
         inputs = x.index_select(0, tokens)
         if self._on_input:
-            inputs = (inputs * shares.view(-1)[order][:, None]).to(x.dtype)
+            inputs = (inputs * shares.view(-1)[own][:, None]).to(x.dtype)
         adapters = self._adapters
-        before, own = (0, None) if adapters is None else (adapters.ids, adapters.chosen(tokens))
+        before, whose = (0, None) if adapters is None else (adapters.ids, adapters.chosen(tokens))
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count:
-                if adapters is not None and own is not None:
-                    adapters.use(own[start : start + count])
+                if adapters is not None and whose is not None:
+                    adapters.use(whose[start : start + count])
                 parts.append(computed(self._experts[expert](inputs[start : start + count])))
                 start += count
-        if adapters is not None and own is not None:
+        if adapters is not None and whose is not None:
             adapters.use(before)
-        outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
+        outputs = (x.new_empty if len(own) == len(order) else x.new_zeros)((len(order), x.shape[-1]))
+        if parts:
+            outputs.index_copy_(0, own, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
         weighted = outputs.view(-1, self._chosen, x.shape[-1])
         weighted = weighted.float() if self._on_input else weighted * shares[:, :, None]
@@ -195,7 +205,8 @@ class AllExperts:
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         assert not spec.on_input
         self._rating = Rating(spec, source, prefix, hidden_size)
-        self._experts = _experts_of(spec, source, prefix, hidden_size)
+        self._inner = _latent(spec, source, prefix, hidden_size)
+        self._experts = _experts_of(spec, source, prefix, spec.latent_size or hidden_size)
 
     def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
         """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
@@ -203,10 +214,13 @@ class AllExperts:
         logits = self._rating.logits(x if rated is None else rated)
         experts, shares = self._rating.choice(logits)
         spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, experts, shares)
+        if self._inner is not None:
+            x = self._inner[0](x)
         total = torch.zeros_like(x, dtype=torch.float32)
         for number, expert in enumerate(self._experts):
             total.addcmul_(computed(expert(x)).float(), spread[:, number, None])
-        return total.to(x.dtype)
+        mixed = total.to(x.dtype)
+        return mixed if self._inner is None else self._inner[1](mixed)
 
 
 class StackedExperts:
@@ -214,7 +228,7 @@ class StackedExperts:
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
         count, inner = spec.num_experts, spec.intermediate_size
-        assert spec.gated and spec.latent_size is None, "experts of a kind that a GPU has no kernel for"
+        assert spec.gated and spec.latent_size is None and spec.clamp is None
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._activation = spec.activation
         self._on_input = spec.on_input

@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.forward import Int32Array
 from engine.groups import Chunk, MemoryGroup, places_of
 from engine.ops.attention.base import AttentionSpec, LayerAttention
 from engine.ops.attention.sequence import attend_sequence, softmax_with_sinks
 from engine.ops.norm import rms_norm
 from engine.ops.rope import apply_rope
+from engine.ops.state import States
 from engine.ops.triton.runtime import on_gpu
 
 # Weights [D] of the RMS norms of a head of q and of k, and their epsilon.
@@ -66,6 +68,7 @@ class MixedStep:
 
     rows: all of them. The first num_decodes continue by one token each; prompts: the others, counted from 0.
     decode: the first ones once more, in fixed shapes; set on the device, just before the forward.
+    send: brings int32 arrays of the host to the device, on the stream of the step.
     """
 
     positions: Tensor
@@ -75,6 +78,7 @@ class MixedStep:
     num_decodes: int
     parity: int
     decode: DecodeStep | None = None
+    send: Callable[[Sequence[Int32Array]], list[Tensor]] | None = None
 
 
 @dataclass(slots=True)
@@ -126,6 +130,8 @@ class DeviceAttention:
     """
 
     name = "torch"
+    # Where layers with a recurrent state find it; the executor's.
+    states: States | None = None
 
     def __init__(
         self,
@@ -209,7 +215,7 @@ class DeviceAttention:
         """The attention of one decode step, for `CausalLM.forward`."""
         return DecodeAttention(self, step)
 
-    def mixed(self, step: MixedStep) -> MixedAttention:
+    def mixed(self, step: MixedStep) -> StepAttention:
         """Plan a step with prompts on the host; the result attends on the device."""
         return MixedAttention(self, step)
 
@@ -320,6 +326,7 @@ class StepAttention:
     def __init__(self, backend: Any, step: Any) -> None:
         self.backend = backend
         self.step = step
+        self.states: States | None = backend.states
 
     def plan(self, metadata: object) -> None:
         """Planned already."""

@@ -1,0 +1,185 @@
+"""Two servers of the demo model and real NIXL between them, driven as llm-d's sidecar drives vLLM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("nixl")
+
+ROOT = Path(__file__).parents[3]
+PREFILL = {
+    "do_remote_decode": True,
+    "do_remote_prefill": False,
+    "remote_engine_id": None,
+    "remote_block_ids": None,
+    "remote_host": None,
+    "remote_port": None,
+}
+STORY = "Once upon a time there was a fox who lived in a wood near a river. "
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return int(server.getsockname()[1])
+
+
+class Server:
+    """A process; `log` is all that it wrote."""
+
+    def __init__(self, path: Path, transport: str | None, *options: str, **config: Any) -> None:
+        self.port, self._path = free_port(), path
+        given = {"kv_connector": "NixlConnector", "kv_role": "kv_both", "kv_port": 0, **config}
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        if transport is not None:
+            environment |= {"UCX_TLS": transport, "UCX_NET_DEVICES": "lo"}
+        command = [sys.executable, "-m", "engine.serve", "--port", str(self.port), "--dtype", "float32"]
+        command += ["--threads", "1", "--kv-cache-gb", "0.1", "--kv-transfer-config", json.dumps(given), *options]
+        with path.open("wb") as log:
+            self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT)
+
+    @property
+    def log(self) -> str:
+        return self._path.read_text()
+
+    def wait(self) -> None:
+        for _ in range(1800):
+            assert self.process.poll() is None, self.log
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/ready", timeout=5):
+                    return
+            except OSError:
+                time.sleep(0.1)
+        raise AssertionError(self.log)
+
+    def post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            answer: dict[str, Any] = json.load(response)
+            return answer
+
+    def metric(self, name: str) -> float:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/metrics", timeout=10) as response:
+            lines = response.read().decode().splitlines()
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith((f"{name}{{", f"{name} ")))
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                raise
+
+
+# Over TCP alone, and by whatever there is between two processes of a machine.
+@pytest.fixture(scope="module", params=["tcp,self", None], ids=["tcp", "any"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Server]]:
+    where = tmp_path_factory.mktemp("servers")
+    servers = [Server(where / name, request.param, receive) for name, receive in (("p", "--no-web"), ("d", "--no-web"))]
+    try:
+        for server in servers:
+            server.wait()
+        yield servers[0], servers[1]
+    finally:
+        for server in servers:
+            server.end()
+
+
+def through(pair: tuple[Server, Server], path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """As llm-d's sidecar sends it."""
+    first = {**body, "max_tokens": 1, "max_completion_tokens": 1, "stream": False, "kv_transfer_params": PREFILL}
+    if path == "/v1/completions":
+        del first["max_completion_tokens"]
+    params = pair[0].post(path, first)["kv_transfer_params"]
+    assert params["do_remote_prefill"] and params["remote_block_ids"]
+    return pair[1].post(path, {**body, "kv_transfer_params": params})
+
+
+@pytest.mark.parametrize(
+    ("number", "fields"),
+    [
+        (1, {"temperature": 0, "logprobs": 3}),
+        (2, {"temperature": 1, "seed": 5, "logprobs": 1}),
+        (3, {"n": 2, "seed": 6}),
+    ],
+    ids=["greedy", "sampled", "choices"],
+)
+def test_completions_are_those_of_one_server(pair: tuple[Server, Server], number: int, fields: dict[str, Any]) -> None:
+    body = {"prompt": f"Story {number}. " + STORY * 5, "max_tokens": 24, **fields}
+    hits = pair[1].metric("vllm:external_prefix_cache_hits_total")
+    answer, expected = through(pair, "/v1/completions", body), pair[0].post("/v1/completions", body)
+    assert answer["choices"] == expected["choices"]
+    assert pair[1].metric("vllm:external_prefix_cache_hits_total") >= hits + 64
+    assert not pair[1].metric("vllm:nixl_num_failed_transfers_total")
+    assert not pair[0].metric("oneloop_kv_transfer_kept_pages"), "the reader has said that it has them"
+
+
+def test_a_chat_is_that_of_one_server(pair: tuple[Server, Server]) -> None:
+    messages = [{"role": "user", "content": "Tell me a story about a fox named Lena. " + STORY * 3}]
+    body = {"messages": messages, "max_tokens": 32, "temperature": 0, "logprobs": True}
+    answer, expected = through(pair, "/v1/chat/completions", body), pair[0].post("/v1/chat/completions", body)
+    assert answer["choices"][0]["message"] == expected["choices"][0]["message"]
+    assert answer["choices"][0]["logprobs"] == expected["choices"][0]["logprobs"]
+
+
+def test_many_at_once(pair: tuple[Server, Server]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    bodies = [{"prompt": f"Number {n}. " + STORY * 4, "max_tokens": 8, "temperature": 0} for n in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda body: through(pair, "/v1/completions", body)["choices"][0]["text"], bodies))
+        expected = list(pool.map(lambda body: pair[0].post("/v1/completions", body)["choices"][0]["text"], bodies))
+    assert answers == expected and not pair[1].metric("oneloop_kv_transfer_failures_total")
+
+
+def test_after_sleep_the_memory_is_another(pair: tuple[Server, Server]) -> None:
+    for server in pair:
+        for path in ("/sleep?level=1", "/wake_up"):
+            url = f"http://127.0.0.1:{server.port}{path}"
+            with urllib.request.urlopen(urllib.request.Request(url, b"", method="POST"), timeout=30) as response:
+                assert response.status == 200
+    hits = pair[1].metric("vllm:external_prefix_cache_hits_total")
+    body = {"prompt": "Awake. " + STORY * 5, "max_tokens": 8, "temperature": 0}
+    assert through(pair, "/v1/completions", body)["choices"] == pair[0].post("/v1/completions", body)["choices"]
+    assert pair[1].metric("vllm:external_prefix_cache_hits_total") > hits
+
+
+def test_a_prefiller_that_died_and_one_of_another_kind(pair: tuple[Server, Server], tmp_path: Path) -> None:
+    """Both are told in a line, and the answer is right. The next prefiller is read from as the first."""
+    decode, body = pair[1], {"max_tokens": 8, "temperature": 0}
+    other = Server(tmp_path / "other", None, "--kv-cache-dtype", "int8")
+    dead = Server(tmp_path / "dead", None)
+    try:
+        for server in (other, dead):
+            server.wait()
+        for server, prompt, reason in ((other, "Int8. ", "mismatch"), (dead, "Dead. ", "peer")):
+            prompt += STORY * 5
+            first = {"prompt": prompt, "kv_transfer_params": PREFILL, "max_tokens": 1}
+            params = server.post("/v1/completions", first)["kv_transfer_params"]
+            if server is dead:
+                dead.process.kill()
+                dead.process.wait()
+            failed = decode.metric("oneloop_kv_transfer_failures_total")
+            answer = decode.post("/v1/completions", {"prompt": prompt, **body, "kv_transfer_params": params})
+            assert decode.metric("oneloop_kv_transfer_failures_total") == failed + 1
+            assert f"were not had ({reason}" in decode.log
+            expected = pair[0].post("/v1/completions", {"prompt": prompt, **body})
+            assert answer["choices"] == expected["choices"]
+    finally:
+        other.end()
+        dead.end()
