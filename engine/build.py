@@ -333,6 +333,8 @@ def _build_executor(
             )
         scale = "a row" if rounded == "fp8" else "32 weights"
         report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
+    if config.model.packed_input_bits != 16 and device == "cuda":
+        raise StartupError("--packed-input-bits 8: on a GPU no weights stay packed so far; --device cpu")
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)

@@ -27,6 +27,7 @@ class ModelOptions:
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
     quantization: int8, int4 or fp8, to which weights are rounded as they are read; auto takes them as they are, and so
     does the name of the checkpoint's own method.
+    packed_input_bits: 16 or 8, to which a CPU rounds inputs of weights that stay packed; 8 is what llama.cpp does.
     seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
     runner: auto, generate or pooling. pooling: auto, cls, last, max or mean. score_tokens: yes and no. See
@@ -41,6 +42,7 @@ class ModelOptions:
     dtype: str = "auto"
     load_format: str = "auto"
     quantization: str = "auto"
+    packed_input_bits: int = 16
     max_model_len: int | None = None
     generation_config: str = "auto"
     chat_template: str | None = None

@@ -215,6 +215,7 @@ class Rank:
             max_model_len=job["context"],
             deterministic=job["deterministic"],
             quantisation=job["quantisation"],
+            packed_input_bits=job["packed_input_bits"],
             group=group,
         )
 

@@ -90,6 +90,7 @@ def start(given: Start) -> RankedExecutor:
         "context": context,
         "deterministic": bool(config.deterministic),
         "quantisation": rounded_to(config.model.quantization, spec.quantisation, given=str(given.directory)),
+        "packed_input_bits": config.model.packed_input_bits,
         "headless": spec.headless,
         "threads": threads,
         "expert_parallel": config.expert_parallel,
@@ -105,6 +106,7 @@ def start(given: Start) -> RankedExecutor:
         with report.phase("weights"):
             model = leader.first()
         given.report_output_layer(model.own)
+        given.report_input_bits(model.own)
         promised, how = promise(model.linears, model.attention_spec, dtype)
         if config.deterministic and not promised:
             raise StartupError(f"--deterministic cannot be promised here: {how}")

@@ -21,7 +21,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -1531,6 +1531,15 @@ EXPORT int64_t ol_pack_blocks(int64_t format, const void* rows, int64_t N, int64
     return bad;
 }
 
+// Whether a type has products with inputs of eight bits.
+EXPORT int64_t ol_takes_eight_bits(int64_t format) {
+#define CASE_OF(F) \
+    case F::number: return Eight<F>::can;
+    BY_FORMAT(format)
+#undef CASE_OF
+    return 0;
+}
+
 EXPORT void ol_block_rows(int64_t format, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count, void* out,
                           int64_t threads) {
 #define CASE_OF(F) \
@@ -1539,13 +1548,14 @@ EXPORT void ol_block_rows(int64_t format, int64_t type, const void* w, int64_t K
 #undef CASE_OF
 }
 
-// x and out are of one type.
+// x and out are of one type. format | EIGHT_BITS: inputs of eight bits.
 EXPORT void ol_linear_blocks(int64_t format, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N,
                              const float* bias, void* out, int64_t ldo, int64_t threads) {
     Format f{};
+    const bool eight = format & EIGHT_BITS;
 #define CASE_OF(F) \
-    case F::number: f = format_of<F>(); break;
-    BY_FORMAT(format)
+    case F::number: f = format_of<F>(eight); break;
+    BY_FORMAT(format & ~EIGHT_BITS)
 #undef CASE_OF
     if (!f.super) return;
     BY_TYPE(type, packed_linear(f, (const T*)x, ldx, M, K, (const uint8_t*)w, N, bias, (T*)out, ldo, (int)threads))
