@@ -84,6 +84,7 @@ class TokenStream:
         "pooled",
         "prompt_logprobs",
         "request_id",
+        "versions",
     )
 
     def __init__(
@@ -103,6 +104,8 @@ class TokenStream:
         self.prompt_logprobs: list[TokenLogprob] | None = None
         # The vector of a request that asks for one (see Pooling), before its only delta, which is empty.
         self.pooled: npt.NDArray[np.float32] | None = None
+        # Names of weights, each with the number of generated tokens at its end; whole with the last delta.
+        self.versions: list[tuple[str, int]] = []
         self._abort = abort
         self._delta = Delta()
         self._pending = False

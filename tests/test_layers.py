@@ -63,6 +63,8 @@ ALLOWED = {
     "engine.publisher": {"engine.lora.tally", "engine.pace", "engine.scheduling", "engine.text"},
     "engine.grammar_masks": {"engine.scheduling", "engine.publisher", "engine.executor.base"},
     "engine.resting": {"engine.scheduling", "engine.publisher", "engine.executor.base", "engine.lora.store"},
+    # What trainers send becomes a checkpoint; the group that it comes over is loaded when there is one.
+    "engine.updates": {"engine.resting", "engine.models.loading.checkpoint", "engine.distributed.trainer"},
     "engine.inspection": {"engine.scheduling", "engine.cache", "engine.publisher"},
     "engine.engine": {
         "engine.scheduling",
@@ -88,6 +90,7 @@ ALLOWED = {
     "engine.kernels": {"engine"},
     "server": {
         "engine.engine",
+        "engine.updates",
         "engine.resting",
         "engine.inspection",
         "engine.cache.history",
@@ -110,6 +113,7 @@ TORCH_ALLOWED = (
     "engine.distributed.leader",
     "engine.distributed.rank",
     "engine.distributed.start",
+    "engine.distributed.trainer",
     "engine.executor.cpu",
     "engine.executor.cuda",
     "engine.executor.drafting",
