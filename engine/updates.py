@@ -90,7 +90,8 @@ class StagedWeights:
             raise RequestError(f"The served checkpoint has no tensor {name!r:.200}.", param=where)
         if tuple(shape) != served.shape:
             raise RequestError(
-                f"Tensor {name!r:.200} has shape {list(served.shape)} in the served checkpoint, not {list(shape)!s:.100}.",
+                f"Tensor {name!r:.200} has shape {list(served.shape)} in the served checkpoint, "
+                f"not {list(shape)!s:.100}.",
                 param=where,
             )
         if dtype != served.dtype and not (dtype in FLOATS and served.dtype in FLOATS):
