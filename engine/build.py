@@ -197,6 +197,8 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             report.row("faults", f"by plan: {config.debug_faults}")
         rng = None if options.seed is None else random.Random(options.seed)
         engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics, rng=rng)
+        if options.load_format != "dummy":
+            engine.model_directory = directory
         if engine.adapters is not None:
             with report.phase("adapters"):
                 engine.adapters.load_modules()

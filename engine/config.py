@@ -175,8 +175,9 @@ class ServerOptions:
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
     template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
     reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
-    weights_root: the directory that /update_weights_from_disk may read from; None: it may not. write_timeout_s: a
-    client that reads nothing for so long is cut off; header_timeout_s: one that sends no whole head.
+    weights_root: the directory that /update_weights_from_disk may read from; None: it may not.
+    weight_update_timeout_s: of a trainer that stops amid an update. write_timeout_s: a client that reads nothing for
+    so long is cut off; header_timeout_s: one that sends no whole head.
     max_connections_per_address: 0 is any number. max_host_memory: bytes of the process, see server/memory.py.
     handover: "unix:PATH", see server/handover.py. resume_journal: see server/journal.py.
     stall_timeout_s: without a step that comes to an end in so long, while there is work, /health is 503 and all stacks
@@ -213,6 +214,7 @@ class ServerOptions:
     reasoning_budget: int | None = None
     refuse_max_tokens: bool = False
     weights_root: str | None = None
+    weight_update_timeout_s: float = 300.0
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     write_timeout_s: float = 60.0

@@ -244,7 +244,9 @@ class Engine(Resting):
         self._wake.set()
 
     def flush_cache(self) -> bool:
-        """Forget every cached prefix. False, and nothing done, while requests run or wait."""
+        """Forget every cached prefix. False, and nothing done, while requests run or wait, unless they are paused."""
+        if self.scheduler.has_work:
+            return self.forget_held()
         if not self.scheduler.is_empty:
             return False
         self.scheduler.kv_cache.flush()

@@ -379,6 +379,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--weights-root", metavar="DIR", help="the directory that /update_weights_from_disk may read weights from"
     )
     server.add_argument(
+        "--weight-update-timeout",
+        type=_positive,
+        metavar="S",
+        help="drop what a trainer sent where it stops amid an update for so long (300)",
+    )
+    server.add_argument(
         "--write-timeout", type=_positive, metavar="S", help="cut off a client that reads nothing for so long (60)"
     )
     server.add_argument(
@@ -657,6 +663,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             kv_events=args.kv_events_config,
             web=args.web,
             **_given(  # type: ignore[arg-type]
+                weight_update_timeout_s=args.weight_update_timeout,
                 write_timeout_s=args.write_timeout,
                 header_timeout_s=args.header_timeout,
                 max_host_memory=args.max_host_memory,

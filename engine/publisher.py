@@ -118,6 +118,17 @@ class Publisher:
         self.lora_tally: LoraTally | None = None
         # Where prompts' pages are kept for other servers, who does so; returns what their readers must know.
         self.keep_pages: Callable[[Sequence], dict[str, Any] | None] | None = None
+        # What the weights are called that the next tokens come from.
+        self.weight_version = "default"
+
+    def name_weights(self, version: str) -> None:
+        """Tokens from now on come from weights of that name; at rest only, or where only the name changes."""
+        if version != self.weight_version:
+            for listener in self.listeners.values():
+                sequence = listener.sequence
+                generated = sequence.num_tokens - sequence.num_prompt_tokens
+                listener.stream.versions.append((self.weight_version, generated))
+            self.weight_version = version
 
     def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
         listener = Listener(sequence, stream, detokenizer)
@@ -285,15 +296,17 @@ class Publisher:
         reason = sequence.finish_reason
         assert reason is not None
         stream.num_cached_tokens, stream.draft_counts = sequence.num_cached_tokens, sequence.draft_counts
+        stream.versions.append((self.weight_version, sequence.num_tokens - sequence.num_prompt_tokens))
         detokenizer = listener.detokenizer
-        if reason in (FinishReason.STOP, FinishReason.LENGTH) and error is None:
+        # Who is aborted gets what was computed for it, too: a rollout goes on from there.
+        if reason is not FinishReason.ERROR and error is None:
             try:
                 tokens = sequence.token_ids[listener.num_sent :].tolist()
                 text, tokens = _text_of(listener, tokens) if tokens else ("", tokens)
                 if detokenizer.stop_reason is None:
                     tail = detokenizer.finish()
                     # Cut off by its length amid a character: half of one is nothing that a client could use.
-                    text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
+                    text += tail if reason is FinishReason.STOP else tail.removesuffix("\ufffd")
                 else:
                     reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
                     sequence.cut(listener.num_sent + len(tokens))

@@ -34,12 +34,13 @@ from engine.failures import raise_fatal
 from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
+from engine.updates import WeightUpdates
 from server import endpoints, kv_events
 from server.accounts import Accounts, PriceList
 from server.adapters import prepare
 from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
-from server.endpoints import abort, health, web_api
+from server.endpoints import abort, health, rollouts, web_api
 from server.endpoints import web as pages
 from server.handover import Offer, path_of, take
 from server.journal import Journal
@@ -141,6 +142,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
         kv_events=_publish_kv_events(engine, options),
     )
     app[PREPARE] = _prepare(app[STATE])
+    app[rollouts.UPDATES] = WeightUpdates(engine, options.weight_update_timeout_s)
+    app[rollouts.SNAPSHOT] = {}
     journal = None
     if options.resume_journal is not None:
         journal = Journal(Path(options.resume_journal), options.response_store_size)
@@ -212,6 +215,7 @@ async def _watch_memory(app: web.Application) -> AsyncIterator[None]:
 async def _clean_up(app: web.Application) -> None:
     state = app[STATE]
     state.keyring.save()
+    await app[rollouts.UPDATES].close()
     if _JOURNAL in app:
         app[_JOURNAL].close()
     if state.compiler is not None:

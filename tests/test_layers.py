@@ -70,6 +70,8 @@ ALLOWED = {
         "engine.lora.store",
         "engine.transfer.exchange",
     },
+    # What trainers send becomes a checkpoint; the group that it comes over is loaded when there is one.
+    "engine.updates": {"engine.resting", "engine.models.loading.checkpoint", "engine.distributed.trainer"},
     "engine.inspection": {"engine.scheduling", "engine.cache", "engine.publisher"},
     "engine.engine": {
         "engine.scheduling",
@@ -96,6 +98,7 @@ ALLOWED = {
     "engine.kernels": {"engine"},
     "server": {
         "engine.engine",
+        "engine.updates",
         "engine.resting",
         "engine.inspection",
         "engine.watchdog",
@@ -120,6 +123,7 @@ TORCH_ALLOWED = (
     "engine.distributed.leader",
     "engine.distributed.rank",
     "engine.distributed.start",
+    "engine.distributed.trainer",
     "engine.executor.cpu",
     "engine.executor.cuda",
     "engine.executor.drafting",
