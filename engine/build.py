@@ -32,6 +32,8 @@ from engine.report import StartupReport
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
+from engine.transfer.fingerprint import fingerprint
+from engine.transfer.registry import make_connector
 
 if TYPE_CHECKING:
     from engine.executor.base import Executor
@@ -199,6 +201,9 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             with report.phase("adapters"):
                 engine.adapters.load_modules()
             report.row("adapters", _describe_adapters(config.lora, engine.adapters))
+        if config.transfer.connector is not None:
+            with report.phase("transfer"):
+                _add_transfer(engine, directory, spec, context, report)
         if config.cuda.nvtx != "off":
             cuda_executor: Any = executor  # elsewhere the flag is refused
             engine.name_stages(cuda_executor.layer.range)
@@ -244,6 +249,29 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     if options.generation_config != "auto":
         defaults = GenerationDefaults(eos_token_ids=defaults.eos_token_ids)
     return Built(engine, directory, names, spec, defaults, chat_template, report, abilities)
+
+
+def _add_transfer(engine: Engine, directory: Path, spec: ModelSpec, context: int, report: StartupReport) -> None:
+    """Pages from and to other servers. Raises StartupError."""
+    config = engine.config
+    if not config.cache.enable_prefix_caching:
+        raise StartupError("--kv-transfer-config needs the prefix cache: pages are kept and found in it")
+    try:
+        engine.executor.page_memory()
+    except StartupError as error:
+        raise StartupError(f"--kv-transfer-config: {error}") from None
+    # Frequencies of these kinds depend on the longest text.
+    length = context if any(rope.kind in ("longrope", "dynamic") for rope in spec.ropes) else None
+    model = config.model
+    options = (spec, model.dtype, model.quantization, model.load_format, model.seed, length, __version__)
+
+    def weights(other: Path | None) -> str:
+        return fingerprint(other or directory, *options)
+
+    exchange = engine.enable_transfer(make_connector(config.transfer), weights)
+    role = {"kv_both": "keeps pages and reads them", "kv_producer": "keeps pages", "kv_consumer": "reads pages"}
+    at = f", asked at {config.transfer.host}:{exchange.port}" if config.transfer.keeps else ""
+    report.row("transfer", f"{config.transfer.connector}: {role[config.transfer.role]}{at}")
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:

@@ -240,6 +240,42 @@ class ServerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TransferOptions:
+    """Pages between servers. connector: None for none. role: kv_both, kv_producer (keeps pages) or kv_consumer (reads).
+
+    engine_id: what this server is called, None for a random name. host, port: where peers find it, 0 is a free port.
+    peers: networks that it reads from, whatever a client says. keep_timeout_s: pages are kept for a reader for so long,
+    and of all pages at most kept_share. receive_timeout_s: after that a prompt is computed here. backends: of NIXL.
+    data_port: of the TcpConnector.
+    """
+
+    connector: str | None = None
+    role: str = "kv_both"
+    engine_id: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 0
+    peers: tuple[str, ...] = (
+        *("127.0.0.0/8", "10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10"),
+        *("::1/128", "fc00::/7"),
+    )
+    keep_timeout_s: float = 120.0
+    kept_share: float = 0.25
+    receive_timeout_s: float = 30.0
+    backends: tuple[str, ...] = ("UCX",)
+    data_port: int = 0
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it answers for others with one token."""
+        return self.connector is not None and self.role != "kv_consumer"
+
+    @property
+    def reads(self) -> bool:
+        """Whether it takes pages of others."""
+        return self.connector is not None and self.role != "kv_producer"
+
+
+@dataclass(frozen=True, slots=True)
 class CudaOptions:
     """cuda_graph: lazy, start or off. profile_dir: where traces go.
 
@@ -269,6 +305,7 @@ class EngineConfig:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
+    transfer: TransferOptions = field(default_factory=TransferOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     cuda: CudaOptions = field(default_factory=CudaOptions)

@@ -13,6 +13,8 @@ import logging
 import math
 import random
 from collections import deque
+from collections.abc import Callable
+from pathlib import Path
 
 from engine.admission import Admission
 from engine.clock import Clock, MonotonicClock, RangeOf, in_range
@@ -31,11 +33,14 @@ from engine.request import OverloadedError, QueueFullError, Request, RequestErro
 from engine.resting import Resting
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import SequenceStatus
+from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.speculation.budgets import DraftBudgets
 from engine.stream import TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
+from engine.transfer.base import Connector
+from engine.transfer.exchange import PageExchange
+from engine.transfer.tally import TransferTally
 
 logger = logging.getLogger("oneloop.engine")
 
@@ -109,6 +114,24 @@ class Engine(Resting):
             publisher.lora_tally = LoraTally(prefixes, config.lora.max_loras, publisher.requests)
             self.metrics.add_families(publisher.lora_tally.collect)
 
+    def enable_transfer(self, connector: Connector, weights: Callable[[Path | None], str]) -> PageExchange:
+        """Keep pages for other servers, or read theirs, as the options say. See PageExchange. Raises StartupError."""
+        tally = TransferTally([one for one in self.metrics.prefixes if one != "sglang"], self.metrics.model_name)
+        self.transfer = PageExchange(
+            self.config.transfer,
+            connector,
+            self.executor,
+            self.scheduler,
+            self.clock,
+            received=self.received,
+            wake=self._wake.set,
+            weights=weights,
+            tally=tally,
+        )
+        self.metrics.add_families(tally.collect)
+        self.publisher.keep_pages = self.transfer.keep
+        return self.transfer
+
     # ---- the door
 
     def submit(self, request: Request) -> TokenStream:
@@ -119,7 +142,7 @@ class Engine(Resting):
             raise UnavailableError("The server is shutting down and takes no new requests.")
         if self.sleep_level:
             raise UnavailableError("The model is asleep; POST /wake_up first.")
-        if self.scheduler.num_waiting >= self.config.scheduler.max_queued_requests:
+        if self.scheduler.num_waiting + self.scheduler.num_receiving >= self.config.scheduler.max_queued_requests:
             self.metrics.on_rejected("queue_full")
             wait = self.admission.retry_after()
             raise QueueFullError("Too many requests are waiting; please retry later.", retry_after=wait)
@@ -133,7 +156,8 @@ class Engine(Resting):
         if request.sampling.seed is None and request.sampling.temperature > 0:
             sampling = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=sampling)
-        sequence = self.scheduler.submit(request)
+        source = None if request.transfer is None or self.transfer is None else request.transfer.source
+        sequence = self.scheduler.submit(request, receiving=source is not None)
         stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort, sequence.arrived_at)
         detokenizer = (
             NO_TEXT
@@ -153,7 +177,17 @@ class Engine(Resting):
             self._progress_at = self.clock.now()
             self._idle.clear()
         self._wake.set()
+        if source is not None:
+            assert self.transfer is not None
+            self.transfer.receive(sequence, source)
         return stream
+
+    def received(self, sequence: Sequence) -> None:
+        """Nothing more comes for a sequence that was receiving: it waits for its turn."""
+        if not self.scheduler.has_work:
+            self._progress_at = self.clock.now()
+        self.scheduler.received(sequence)
+        self._wake.set()
 
     def _check_rows(self, request: Request) -> None:
         """A vocabulary may have tokens (a pad that was never trained) that the model's embedding has no row for."""
@@ -211,7 +245,7 @@ class Engine(Resting):
 
     def flush_cache(self) -> bool:
         """Forget every cached prefix. False, and nothing done, while requests run or wait."""
-        if self.scheduler.has_work:
+        if not self.scheduler.is_empty:
             return False
         self.scheduler.kv_cache.flush()
         return True
@@ -231,7 +265,7 @@ class Engine(Resting):
 
     def seconds_since_progress(self) -> float:
         """How long work has been standing still; 0 while idle, and while it is meant to stand still."""
-        if self._idle.is_set() or (self._stopped and self._at_rest.is_set()):
+        if self._idle.is_set() or (self._stopped and self._at_rest.is_set()) or not self.scheduler.has_work:
             return 0.0
         return self.clock.now() - self._progress_at
 
@@ -245,7 +279,7 @@ class Engine(Resting):
         used = cache.num_pages - cache.num_available
         return EngineStats(
             num_running=self.scheduler.num_running,
-            num_waiting=self.scheduler.num_waiting,
+            num_waiting=self.scheduler.num_waiting + self.scheduler.num_receiving,
             num_used_pages=used,
             num_total_pages=cache.num_pages,
             page_size=cache.page_size,
@@ -290,6 +324,8 @@ class Engine(Resting):
         serves: others wait for this loop, so it is logged when it is late.
         """
         self._task = asyncio.current_task()
+        if self.transfer is not None:
+            await self.transfer.start()
         in_flight: deque[tuple[Batch, StepHandle]] = deque()
         scheduler, executor = self.scheduler, self.executor
         self._watch.start(tells=serves)
@@ -312,7 +348,7 @@ class Engine(Resting):
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
                 if not in_flight:
-                    if not scheduler.has_work:
+                    if scheduler.is_empty:
                         self._check_books()
                         self._idle.set()
                     if self._stopped:
@@ -369,6 +405,8 @@ class Engine(Resting):
             raise
         finally:
             self._watch.stop()
+            if self.transfer is not None:
+                self.transfer.close()
             # A worker that waits for a mask would never end.
             for batch, _ in in_flight:
                 if batch.forward_input.masks is not None:
@@ -389,7 +427,7 @@ class Engine(Resting):
     def _check_books(self) -> None:
         """While nobody is here: are the KV cache's books in order? If not they are begun anew, and requests go on."""
         cache, now, whole = self.scheduler.kv_cache, self.clock.now(), self.config.check_invariants
-        if self.scheduler.live_sequences() or not (whole or now - self._books_checked_at >= CHECK_BOOKS_EVERY_S):
+        if self.scheduler.live_sequences() or self.scheduler.lent or not (whole or now - self._books_checked_at >= CHECK_BOOKS_EVERY_S):
             return
         self._books_checked_at = now
         try:

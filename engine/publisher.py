@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -115,6 +116,8 @@ class Publisher:
         self._ended_of: dict[int, asyncio.Event] = {}
         # Where adapters are served, who counts what was done for them.
         self.lora_tally: LoraTally | None = None
+        # Where prompts' pages are kept for other servers, who does so; returns what their readers must know.
+        self.keep_pages: Callable[[Sequence], dict[str, Any] | None] | None = None
 
     def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
         listener = Listener(sequence, stream, detokenizer)
@@ -304,6 +307,10 @@ class Publisher:
             # A grammar may end a request before its first token is published.
             self._on_first_token(sequence, self._clock.now())
         self._observe_end(listener, reason)
+        transfer = sequence.request.transfer
+        ended_well = error is None and reason in (FinishReason.STOP, FinishReason.LENGTH)
+        if ended_well and transfer is not None and transfer.keep and self.keep_pages is not None:
+            stream.kv_transfer_params = self.keep_pages(sequence)
         if error is not None:
             reason = FinishReason.ERROR
         stream.finish(reason, sequence.stop_reason, error, status=status)

@@ -283,6 +283,28 @@ class Adapter:
     weights: Any
 
 
+@dataclass(frozen=True, slots=True)
+class RemotePages:
+    """Where another server says that it keeps a prompt's pages. A client's words: nothing in it is trusted.
+
+    num_pages: of which it says so. None: not said.
+    """
+
+    engine_id: str | None
+    request_id: str | None
+    host: str | None
+    port: int | None
+    num_pages: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """keep: the prompt's pages stay for another server, which goes on with the answer. source: who has them."""
+
+    keep: bool = False
+    source: RemotePages | None = None
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """One prompt that becomes one sequence. `n` choices are n requests that meet again in the radix tree.
@@ -296,7 +318,8 @@ class Request:
     as it takes.
     pooling: the prompt's vector is the answer; nothing is sampled.
     adapter: whose answer it is, None for the model's own. speculate: whether drafts may be tried where the server does
-    so; max_draft_tokens: at most so many a step, None for as many as pay. prediction: what the answer may repeat.
+    so; max_draft_tokens: at most so many a step, None for as many as pay. prediction: what the answer may repeat. transfer: of its pages,
+    between servers.
     """
 
     request_id: str
@@ -314,6 +337,7 @@ class Request:
     speculate: bool = True
     max_draft_tokens: int | None = None
     prediction: tuple[int, ...] | None = None
+    transfer: Transfer | None = None
 
     def most_drafts(self, most: int) -> int:
         """Drafts that a row of it may have where any row may have so many."""

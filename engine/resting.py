@@ -18,6 +18,7 @@ from engine.lora.store import AdapterStore
 from engine.publisher import Publisher
 from engine.request import RequestError, UnavailableError
 from engine.scheduling.scheduler import Scheduler
+from engine.transfer.exchange import PageExchange
 
 # What becomes of the requests that are there when the engine comes to rest.
 PAUSE_MODES = ("abort", "wait", "keep")
@@ -37,6 +38,8 @@ class Resting(ABC):
         self.sleep_level = 0
         self.weight_version = "default"
         self.adapters: AdapterStore | None = None
+        # Where pages come from other servers and go there.
+        self.transfer: PageExchange | None = None
         self._loading = False
         self._weights_directory: Path | None = None  # where others than the first came from
         # Whether nothing is scheduled, and whether the loop has come to rest over it.
@@ -96,6 +99,8 @@ class Resting(ABC):
         self.sleep_level = level
         try:
             await self._rest()
+            if self.transfer is not None:
+                await self.transfer.pause()
             self._forget()
             await asyncio.to_thread(self.executor.sleep, level)
         except BaseException:
@@ -106,6 +111,8 @@ class Resting(ABC):
     async def _wake_up(self) -> None:
         if self.sleep_level:
             await asyncio.to_thread(self.executor.wake_up, self._weights_directory)
+            if self.transfer is not None:
+                await self.transfer.resume(self._weights_directory)
             self.sleep_level = 0
             self._settle()
 
@@ -116,6 +123,8 @@ class Resting(ABC):
         self._loading = True
         try:
             await self._rest()
+            if self.transfer is not None:
+                await self.transfer.pause()
             self._forget()
             await asyncio.to_thread(self.executor.load_weights, directory)
             self._weights_directory = directory
@@ -124,6 +133,8 @@ class Resting(ABC):
                 self.adapters.base_changed()
         finally:
             self._loading = False
+            if self.transfer is not None and self.transfer.is_paused:
+                await self.transfer.resume(self._weights_directory)
             self._settle()
 
     async def _undisturbed(self, work: Coroutine[Any, Any, None]) -> None:

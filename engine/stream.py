@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.request import FinishReason
 
@@ -77,6 +77,7 @@ class TokenStream:
         "arrived_at",
         "draft_counts",
         "finished_at",
+        "kv_transfer_params",
         "first_token_at",
         "num_cached_tokens",
         "num_output_tokens",
@@ -103,6 +104,8 @@ class TokenStream:
         self.prompt_logprobs: list[TokenLogprob] | None = None
         # The vector of a request that asks for one (see Pooling), before its only delta, which is empty.
         self.pooled: npt.NDArray[np.float32] | None = None
+        # Where another server finds the prompt's pages, if they are kept for one; known with the last delta.
+        self.kv_transfer_params: dict[str, Any] | None = None
         self._abort = abort
         self._delta = Delta()
         self._pending = False

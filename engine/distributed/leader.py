@@ -21,6 +21,7 @@ from engine.config import StartupError
 from engine.distributed import messages
 from engine.distributed.members import Members
 from engine.executor.cpu import CPUExecutor
+from engine.executor.host_pages import HostPages
 from engine.executor.tables import PagedMetadata
 from engine.forward import DeviceLostError, Limits
 from engine.models.parts.decoder import CausalLM
@@ -256,6 +257,10 @@ class RankedExecutor(CPUExecutor):
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Call it, on any thread, when the device is lost, also while nothing runs."""
         self._leader.watch(on_lost)
+
+    def page_memory(self) -> HostPages:
+        """See Executor."""
+        raise StartupError("the KV cache is divided over ranks (--tensor-parallel-size), each with its own heads")
 
     def sleep(self, level: int) -> None:
         """See Executor."""

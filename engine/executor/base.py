@@ -5,7 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
-from engine.forward import ForwardInput, ForwardOutput, Limits, Staging
+import numpy as np
+import numpy.typing as npt
+
+from engine.forward import ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.lora.words import AdapterWeights
 
 
@@ -13,6 +16,29 @@ class StepHandle(Protocol):
     """A launched step. `step` is the number of its ForwardInput."""
 
     step: int
+
+
+class PageMemory(Protocol):
+    """The KV memory as bytes, for whoever carries pages elsewhere. Its content is gone after Executor.sleep.
+
+    page_bytes: of one page, all layers' keys and values (and scales) one after the other in one fixed order.
+    layout: memories of equal layouts may exchange bytes, where the same weights wrote them.
+    """
+
+    page_bytes: int
+    layout: str
+
+    def copy_out(self, pages: Int32Array, into: npt.NDArray[np.uint8]) -> None:
+        """Fill uint8 [pages, page_bytes]. From any thread; whoever calls holds the pages, which nobody writes."""
+        ...
+
+    def copy_in(self, pages: Int32Array, data: npt.NDArray[np.uint8]) -> None:
+        """The reverse, into pages that no launched step names."""
+        ...
+
+    def regions(self) -> list[tuple[int, int, int]]:
+        """(address of page 0, bytes of a page, pages) of each part: where one page's bytes follow the other's."""
+        ...
 
 
 class Executor(Protocol):
@@ -68,6 +94,10 @@ class Executor(Protocol):
 
         Raises AdapterError for one that cannot be used.
         """
+        ...
+
+    def page_memory(self) -> PageMemory:
+        """The memory as it is until the next `sleep`. Raises StartupError where pages cannot be had as bytes."""
         ...
 
     def close(self) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from engine.config import StartupError
 from engine.executor.base import StepHandle
+from engine.executor.host_pages import HostPages
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.speculator import Speculator, mask_places, sampled_positions
 from engine.executor.tables import SlotTables, StepMetadata
@@ -46,6 +47,9 @@ from engine.speculation.base import Proposer
 from engine.speculation.paged import LateProposer
 
 logger = logging.getLogger(__name__)
+
+# Of the pages: to be raised whenever what lies where in them changes.
+LAYOUT_VERSION = 1
 
 
 class Model(Protocol):
@@ -261,6 +265,21 @@ class CPUExecutor:
         if layers is None:
             raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
         return read_adapter(path, layers, self._max_lora_rank)
+
+    def page_memory(self) -> HostPages:
+        """See Executor."""
+        pools = [*getattr(self._attention, "k_pools", ()), *getattr(self._attention, "v_pools", ())]
+        if self._states is not None:
+            raise StartupError("this model has a recurrent state, which is in no page")
+        if len(self.limits.groups) > 1 or self.limits.groups[0].window is not None:
+            raise StartupError("this model has layers with a window, whose pages are given back on the way")
+        if self._late is not None:
+            raise StartupError("drafts are made from keys and values of their own, which no other server has")
+        if not pools:
+            raise StartupError("this model keeps no keys and values, or sleeps")
+        dtype, size = str(pools[0].dtype).removeprefix("torch."), self.limits.page_size
+        parts = [pool.view(torch.uint8).flatten(1).numpy() for pool in pools]
+        return HostPages(parts, f"cpu {LAYOUT_VERSION} {dtype} page {size}")
 
     def close(self) -> None:
         """See Executor. Blocks until the launched steps are through."""

@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from engine.executor.base import StepHandle
+from engine.config import StartupError
+from engine.executor.base import PageMemory, StepHandle
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_draw import OpenSteps
@@ -155,6 +156,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor. The start has refused adapters."""
         raise AdapterError(f"adapter {path.name!r}: adapters are served on the CPU alone so far")
+
+    def page_memory(self) -> PageMemory:
+        """See Executor."""
+        raise StartupError("pages are carried from and to host memory alone so far (--device cpu)")
 
     def close(self) -> None:
         """Finish what is launched, then free the device. Idempotent."""

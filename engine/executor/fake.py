@@ -26,6 +26,7 @@ from engine.config import StartupError
 from engine.executor.base import StepHandle
 from engine.executor.fake_adapters import AdapterTables, read_fake_adapter
 from engine.executor.fake_drafts import Drafter, Spread, accept, spread
+from engine.executor.host_pages import HostPages
 from engine.executor.fake_memory import (
     MASK,
     STATE,
@@ -255,6 +256,15 @@ class FakeExecutor:
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor.read_adapter."""
         return read_fake_adapter(path)
+
+    def page_memory(self) -> HostPages:
+        """See Executor.page_memory: what the cells hold, and what they were written for."""
+        if self.model.has_state or len(self.model.windows) > 1 or self.model.windows[0] is not None:
+            raise StartupError("pages of states and windows are not carried elsewhere")
+        cells = self._cell_group, self._cell_position, self._cell_tainted, self._layer0, self._layer1
+        size = self.limits.page_size
+        pages = [array.view(np.uint8).reshape(self.limits.num_pages + 1, size * array.itemsize) for array in cells]
+        return HostPages(pages, f"fake {self.model.vocab_size} page {size}")
 
     @staticmethod
     def _read(directory: Path | None) -> Path | None:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import StartupError
-from engine.executor.base import Executor, StepHandle
+from engine.executor.base import Executor, PageMemory, StepHandle
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput
 
 KINDS = ("slow", "hang", "raise", "oom", "nan", "corrupt", "lost")
@@ -155,6 +155,10 @@ class FaultyExecutor:
     def read_adapter(self, path: Any) -> Any:
         """See Executor."""
         return self.inner.read_adapter(path)
+
+    def page_memory(self) -> PageMemory:
+        """See Executor."""
+        return self.inner.page_memory()
 
     def close(self) -> None:
         """See Executor."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from engine.cache.kv_cache import KVCache
+from engine.cache.kv_cache import KVCache, SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.forward import Int32Array, Limits
@@ -65,13 +65,15 @@ class Residents:
         self.counters = SchedulerCounters()
         # While somebody looks.
         self.recorder: Recorder | None = None
-        self.num_waiting = self.num_waiting_tokens = 0
+        self.num_waiting = self.num_waiting_tokens = self.num_receiving = 0
+        self._lent: dict[SequencePages, int] = {}
         self._clock = clock
         self._table = SlotTable(limits)
         self._policy = make_policy(options.policy, self.kv_cache)
         self._committed_step = -1
         self._next_order = 0
         self._held: list[Sequence] | None = None
+        self._held_from = 0
         # Suspects wait there, and not with the policy.
         self._trials = Trials()
         # And who waits for its adapter there.
@@ -102,6 +104,11 @@ class Residents:
     def has_work(self) -> bool:
         """Something waits, runs, or has yet to give back its slot."""
         return bool(self.num_waiting or self._running or self._leaving)
+
+    @property
+    def is_empty(self) -> bool:
+        """Nobody is here, nor on the way here."""
+        return not (self.has_work or self.num_receiving)
 
     def obstacle(self, sequence: Sequence) -> str:
         """Why a waiting sequence is not admitted: held (nobody is, for now), slots, adapters (all that may take part
@@ -178,8 +185,8 @@ class Residents:
             )
         return max_length, stop_ids
 
-    def submit(self, request: Request) -> Sequence:
-        """Queue a request. Raises RequestError for one that can never be served."""
+    def submit(self, request: Request, *, receiving: bool = False) -> Sequence:
+        """Queue a request; receiving: not before `received`. Raises RequestError for one that can never be served."""
         max_length, stop_ids = self.check(request)
         sequence = Sequence(
             request,
@@ -187,22 +194,29 @@ class Residents:
             max_length=max_length,
             stop_ids=stop_ids,
             arrived_at=self._clock.now(),
+            receiving=receiving,
         )
         self._next_order += 1
-        self.num_waiting += 1
-        self.num_waiting_tokens += sequence.num_tokens
         if self.recorder is not None:
             self.recorder.event(request.request_id, "queued", sequence.num_prompt_tokens)
-        if self._held is not None:
+        if receiving:
+            self.num_receiving += 1
+        else:
+            self._queue(sequence)
+        return sequence
+
+    def _queue(self, sequence: Sequence) -> None:
+        self.num_waiting += 1
+        self.num_waiting_tokens += sequence.num_tokens
+        if self._held is not None and sequence.order >= self._held_from:
             self._held.append(sequence)
         else:
             self._policy.push(sequence)
-        return sequence
 
     def hold(self) -> None:
         """From now on new sequences wait until `let_go`, whatever the policy says."""
         if self._held is None:
-            self._held = []
+            self._held, self._held_from = [], self._next_order
 
     def let_go(self) -> None:
         held, self._held = self._held or [], None
@@ -224,6 +238,10 @@ class Residents:
         if sequence.is_finished:
             return
         sequence.finish_reason, sequence.stop_reason = reason, stop_reason
+        if sequence.status is SequenceStatus.RECEIVING:
+            sequence.move(SequenceStatus.FINISHED)
+            self.num_receiving -= 1
+            return
         self._policy.finished(sequence)
         if sequence.status is SequenceStatus.WAITING:
             sequence.move(SequenceStatus.FINISHED)

@@ -20,12 +20,15 @@ if TYPE_CHECKING:
 
 
 class SequenceStatus(enum.Enum):
-    """WAITING: queued, holds nothing. RUNNING: holds a slot and pages, prefilling or decoding.
+    """RECEIVING: has arrived, but pages of its prompt are on their way from elsewhere; nobody schedules it.
+
+    WAITING: queued, holds nothing. RUNNING: holds a slot and pages, prefilling or decoding.
 
     RETRACTING: gave up its place, but a step with it is in flight; then WAITING again.
     FINISHING: has its finish reason, but a step with it is in flight. FINISHED: holds nothing.
     """
 
+    RECEIVING = enum.auto()
     WAITING = enum.auto()
     RUNNING = enum.auto()
     RETRACTING = enum.auto()
@@ -35,6 +38,7 @@ class SequenceStatus(enum.Enum):
 
 _S = SequenceStatus
 _TRANSITIONS: dict[SequenceStatus, frozenset[SequenceStatus]] = {
+    _S.RECEIVING: frozenset({_S.WAITING, _S.FINISHED}),
     _S.WAITING: frozenset({_S.RUNNING, _S.FINISHED}),
     _S.RUNNING: frozenset({_S.RETRACTING, _S.FINISHING}),
     # A token in flight may still bring the end of a retracted sequence.
@@ -76,7 +80,14 @@ class Sequence:
     )
 
     def __init__(
-        self, request: Request, *, order: int, max_length: int, stop_ids: tuple[int, ...], arrived_at: float
+        self,
+        request: Request,
+        *,
+        order: int,
+        max_length: int,
+        stop_ids: tuple[int, ...],
+        arrived_at: float,
+        receiving: bool = False,
     ) -> None:
         self.request = request
         self.order = order
@@ -84,7 +95,7 @@ class Sequence:
         self.max_length = max_length
         self.min_length = self.num_prompt_tokens + request.sampling.min_tokens if request.sampling.min_tokens else 0
         self.stop_ids = stop_ids
-        self.status = SequenceStatus.WAITING
+        self.status = SequenceStatus.RECEIVING if receiving else SequenceStatus.WAITING
         self.slot = NULL_SLOT
         self.table: SlotTable | None = None
         self.pages: SequencePages | None = None

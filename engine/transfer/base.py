@@ -1,0 +1,65 @@
+"""The protocol of a connector: how bytes of KV pages get from one server's memory into another's.
+
+Who may read what, and whether it was still there when it had been read, is exchange.py's. A connector is a file of its
+own and a line in registry.py.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from concurrent.futures import Future
+from typing import Any, Protocol
+
+from engine.executor.base import PageMemory
+from engine.forward import Int32Array
+
+Json = dict[str, Any]
+
+
+class TransferError(Exception):
+    """Pages could not be had. reason: one of a few words, which are counted."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class Connector(Protocol):
+    """Called on the loop thread, and never blocks but for `register` and `close`."""
+
+    def register(self, memory: PageMemory) -> None:
+        """From now on this is the memory that others read, and that is read into. Raises StartupError."""
+        ...
+
+    def describe(self, pages: Int32Array) -> Json:
+        """What a reader must know to read these pages; they are held until `release`."""
+        ...
+
+    def read(self, remote: Json, pages: Int32Array, timeout_s: float) -> Future[int]:
+        """Read what a peer's `describe` says into these pages. The future brings the bytes that were moved, or a
+        TransferError; it ends when nobody writes to the pages any more, which may be later than the timeout.
+
+        remote: the peer's word. Raises TransferError where it does not fit this memory.
+        """
+        ...
+
+    def release(self, description: Json | None) -> None:
+        """Nobody may read what was described so any more; None: nobody reads anything, and the memory is forgotten."""
+        ...
+
+    def close(self) -> None:
+        """End everything, and wait until nobody writes to the memory. Idempotent."""
+        ...
+
+
+def ids_of(value: Any, count: int, most: int) -> list[int]:
+    """The page ids of a peer's description. Raises TransferError unless there are `count` of them, from 1 to most."""
+    good = isinstance(value, list) and all(type(item) is int for item in value)
+    if not good or len(value) != count or not all(0 < page <= most for page in value):
+        raise TransferError("mismatch", f"the peer names other pages than the {count} that were asked for")
+    return value  # type: ignore[no-any-return]
+
+
+def parse_networks(given: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """Raises ValueError."""
+    return tuple(ipaddress.ip_network(one) for one in given)

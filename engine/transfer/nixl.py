@@ -1,0 +1,271 @@
+"""NixlConnector: pages by NIXL (pip install nixl), which reads them out of the peer's memory by what there is between
+the two: RDMA, shared memory of one machine, or TCP (UCX_TLS, UCX_NET_DEVICES say which).
+
+One thread starts transfers and asks after them. A peer that can reach this agent can read all of the KV memory, so the
+networks between servers must be trusted, as for every user of NIXL.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import logging
+import queue
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.config import StartupError, TransferOptions
+from engine.executor.base import PageMemory
+from engine.forward import Int32Array
+from engine.transfer.base import Json, TransferError, ids_of
+
+logger = logging.getLogger("oneloop.transfer")
+
+MAX_AGENTS = 64
+MAX_METADATA = 256 * 1024
+# Between two questions after running transfers.
+POLL_S = 0.001
+# Bytes of one transfer: what is copied at once by this process holds a core for some milliseconds.
+PIECE_BYTES = 16 * 1024 * 1024
+_MEMORY = "DRAM"
+
+
+def make(options: TransferOptions) -> NixlConnector:
+    try:
+        from nixl._api import nixl_agent, nixl_agent_config
+    except ImportError as error:
+        raise StartupError(f"--kv-transfer-config: NixlConnector needs {error.name}: pip install nixl") from None
+    name = f"oneloop-{secrets.token_hex(8)}"
+    try:
+        agent = nixl_agent(name, nixl_agent_config(backends=list(options.backends)))
+    except Exception as error:
+        backends = ", ".join(options.backends)
+        raise StartupError(f"--kv-transfer-config: NIXL has no {backends} here ({error})") from None
+    return NixlConnector(agent)
+
+
+@dataclass(slots=True)
+class _Read:
+    """pieces: (local, remote) descriptors of transfers that are yet to be started. handle: of the one that runs."""
+
+    metadata: bytes
+    pieces: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]]
+    num_bytes: int
+    ends_at: float
+    future: Future[int]
+    agent: str = ""
+    handle: Any = None
+
+
+class NixlConnector:
+    """A Connector. agent: a nixl_agent; used by the thread alone, but for `register` and `release` while it has no work."""
+
+    def __init__(self, agent: Any) -> None:
+        self._agent = agent
+        self._registered: Any = None
+        self._regions: list[tuple[int, int, int]] = []
+        self._metadata = ""
+        # Of peers, by a hash of their metadata: the least recently used goes.
+        self._agents: OrderedDict[bytes, str] = OrderedDict()
+        self._inbox: queue.SimpleQueue[Callable[[], None] | _Read | None] = queue.SimpleQueue()
+        self._running: list[_Read] = []
+        self._thread = threading.Thread(target=self._work, name="nixl", daemon=True)
+        self._thread.start()
+        self._closed = False
+
+    def register(self, memory: PageMemory) -> None:
+        """See Connector."""
+
+        def run() -> None:
+            self._regions = memory.regions()
+            whole = [(address, size * pages, 0, "") for address, size, pages in self._regions]
+            self._registered = self._agent.register_memory(whole, _MEMORY)
+            self._metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
+
+        try:
+            self._on_thread(run)
+        except Exception as error:
+            raise StartupError(f"--kv-transfer-config: NIXL cannot have the KV memory ({error})") from None
+
+    def describe(self, pages: Int32Array) -> Json:
+        """See Connector."""
+        return {"agent": self._metadata, "regions": [list(region) for region in self._regions], "pages": pages.tolist()}
+
+    def release(self, description: Json | None) -> None:
+        """See Connector. Of single pages there is nothing to be done: a reader asks whether they were held meanwhile."""
+        if description is not None or self._registered is None:
+            return
+
+        def run() -> None:
+            self._agent.deregister_memory(self._registered)
+            self._registered, self._regions, self._metadata = None, [], ""
+
+        self._on_thread(run)
+
+    def read(self, remote: Json, pages: Int32Array, timeout_s: float) -> Future[int]:
+        """See Connector."""
+        if not self._regions or self._closed:
+            raise TransferError("resting", "this server's memory is away")
+        regions = remote.get("regions")
+        good = isinstance(regions, list) and len(regions) == len(self._regions)
+        if not good or not all(map(_is_region, regions or [])):
+            raise TransferError("mismatch", "the peer's memory has other parts")
+        assert isinstance(regions, list)
+        if [region[1] for region in regions] != [size for _, size, _ in self._regions]:
+            raise TransferError("mismatch", "the peer's pages have other sizes")
+        theirs = np.array(ids_of(remote.get("pages"), len(pages), min(region[2] for region in regions) - 1), np.uint64)
+        given = remote.get("agent")
+        try:
+            metadata = base64.b64decode(given, validate=True) if isinstance(given, str) else b""
+        except (binascii.Error, ValueError):
+            metadata = b""
+        if not 0 < len(metadata) <= MAX_METADATA:
+            raise TransferError("mismatch", "the peer does not say how it is reached")
+        page_bytes = sum([size for _, size, _ in self._regions])
+        at_once = max(1, PIECE_BYTES // page_bytes)
+        own = pages.astype(np.uint64)
+        pieces = []
+        for start in range(0, len(pages), at_once):
+            some = slice(start, start + at_once)
+            mine = _descriptors([(address, size) for address, size, _ in self._regions], own[some])
+            pieces.append((mine, _descriptors([(address, size) for address, size, _ in regions], theirs[some])))
+        read = _Read(metadata, pieces, len(pages) * page_bytes, time.monotonic() + timeout_s, Future())
+        self._inbox.put(read)
+        return read.future
+
+    def close(self) -> None:
+        """See Connector."""
+        if not self._closed:
+            self._closed = True
+            self._inbox.put(None)
+            self._thread.join()
+
+    def _on_thread(self, work: Callable[[], None]) -> None:
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                work()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        self._inbox.put(run)
+        done.result()
+
+    # ---- the thread
+
+    def _work(self) -> None:
+        while True:
+            try:
+                item = self._inbox.get(timeout=POLL_S) if self._running else self._inbox.get()
+            except queue.Empty:
+                pass
+            else:
+                if item is None:
+                    break
+                if isinstance(item, _Read):
+                    self._running.append(item)
+                else:
+                    item()
+            for read in list(self._running):
+                if self._advance(read):
+                    self._running.remove(read)
+        # What runs yet is waited for: others own the memory from here on.
+        ends_at = time.monotonic() + 5.0
+        while self._running and time.monotonic() < ends_at:
+            for read in list(self._running):
+                read.pieces.clear()
+                if self._advance(read):
+                    self._running.remove(read)
+            time.sleep(POLL_S)
+        for read in self._running:
+            read.future.set_exception(TransferError("transfer", "this server is shutting down"))
+        if self._registered is not None:
+            self._agent.deregister_memory(self._registered)
+        self._agent = None
+
+    def _advance(self, read: _Read) -> bool:
+        """Start its next transfer, or see how the last one does. Whether the read has ended."""
+        try:
+            if read.handle is None:
+                return self._start(read)
+            state = self._agent.check_xfer_state(read.handle)
+            if state == "PROC":
+                return False  # also when its time is over: somebody writes to the pages yet
+            self._agent.release_xfer_handle(read.handle)
+            read.handle = None
+            if state != "DONE":
+                raise TransferError("transfer", f"NIXL says {state}")
+            return self._start(read)
+        except TransferError as error:
+            self._end(read, error)
+        except Exception as error:
+            self._end(read, TransferError("transfer", f"NIXL says {type(error).__name__}: {str(error)[:200]}"))
+        return True
+
+    def _start(self, read: _Read) -> bool:
+        if not read.pieces:
+            read.future.set_result(read.num_bytes)
+            return True
+        if time.monotonic() > read.ends_at:
+            raise TransferError("timeout", "its pages did not come in time")
+        read.agent = read.agent or self._agent_of(read.metadata)
+        mine, theirs = (self._agent.get_xfer_descs(one, _MEMORY) for one in read.pieces.pop(0))
+        handle = self._agent.initialize_xfer("READ", mine, theirs, read.agent)
+        state = self._agent.transfer(handle)
+        if state == "ERR":
+            self._agent.release_xfer_handle(handle)
+            raise TransferError("transfer", "NIXL could not start it")
+        read.handle = handle
+        return False
+
+    def _end(self, read: _Read, error: TransferError) -> None:
+        # The peer may come back under the same name with other memory.
+        self._forget(hashlib.sha256(read.metadata).digest())
+        read.future.set_exception(error)
+
+    def _agent_of(self, metadata: bytes) -> str:
+        key = hashlib.sha256(metadata).digest()
+        if key in self._agents:
+            self._agents.move_to_end(key)
+            return self._agents[key]
+        if len(self._agents) >= MAX_AGENTS:
+            self._forget(next(iter(self._agents)))
+        name = self._agent.add_remote_agent(metadata)
+        self._agents[key] = name if isinstance(name, str) else name.decode()
+        return self._agents[key]
+
+    def _forget(self, key: bytes) -> None:
+        name = self._agents.pop(key, None)
+        if name is not None and not any(read.agent == name and read.handle is not None for read in self._running):
+            try:
+                self._agent.remove_remote_agent(name)
+            except Exception as error:
+                logger.debug("NIXL keeps the agent %s: %s", name, error)
+
+
+def _is_region(value: Any) -> bool:
+    """(address of page 0, bytes of a page, pages)"""
+    good = isinstance(value, list) and len(value) == 3 and all(type(item) is int for item in value)
+    return good and 0 < value[0] < 2**63 and 0 < value[1] < 2**32 and 1 < value[2] < 2**31
+
+
+def _descriptors(parts: list[tuple[int, int]], pages: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+    """uint64 [parts * pages, 3]: address, bytes, device."""
+    rows = np.zeros((len(parts), len(pages), 3), np.uint64)
+    for row, (address, size) in zip(rows, parts, strict=True):
+        row[:, 0] = np.uint64(address) + pages * np.uint64(size)
+        row[:, 1] = size
+    return rows.reshape(-1, 3)
