@@ -85,7 +85,7 @@ class DiskTier:
         self.is_paused = False
 
     def close(self) -> None:
-        """The engine has ended. Blocks for the page at hand."""
+        """The engine has ended. Blocks for a while, for what is yet to be written."""
         self._worker.close()
 
     def _take_memory(self, directory: Path | None) -> None:

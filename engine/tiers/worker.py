@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,9 @@ from engine.forward import Int32Array
 from engine.tiers.disk import PageStore
 
 logger = logging.getLogger("oneloop.tiers")
+
+# At the end, for pages that are yet to be written.
+_LAST_WRITES_S = 3.0
 
 
 @dataclass(slots=True, eq=False)
@@ -48,7 +52,7 @@ class Worker:
         self._reads: deque[Job] = deque()
         self._writes: deque[Job] = deque()
         self._ready = threading.Condition()
-        self._closed = False
+        self._closes_at = 0.0
         self._thread = threading.Thread(target=self._work, name="kv-disk", daemon=True)
         self._thread.start()
 
@@ -70,18 +74,20 @@ class Worker:
             self._ready.notify()
 
     def close(self) -> None:
-        """Blocks for the page at hand; nobody is told of what is left."""
+        """Blocks until what is to be written is, for a bounded time; nobody is told any more."""
         with self._ready:
-            self._closed = True
+            self._closes_at = time.monotonic() + _LAST_WRITES_S
+            for job in self._reads:
+                job.stopped = True
             self._ready.notify()
         self._thread.join()
 
     def _work(self) -> None:
         while True:
             with self._ready:
-                while not (self._reads or self._writes or self._closed):
+                while not (self._reads or self._writes or self._closes_at):
                     self._ready.wait()
-                if self._closed:
+                if self._closes_at and not (self._writes and time.monotonic() < self._closes_at):
                     return
                 jobs = self._reads or self._writes
                 job = jobs[0]

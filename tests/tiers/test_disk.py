@@ -1,4 +1,4 @@
-"""The page store: what is written is read again, also by others and later; nothing damaged is served; it stays small."""
+"""The page store: what is written is read again, also by others and later; nothing damaged is served."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FILE = SIZE + disk._HEADER.size
 
 
 def name_of(number: int) -> bytes:
-    return number.to_bytes(32, "big") if number < 256 else (number % 256).to_bytes(1, "big") + number.to_bytes(31, "big")
+    return (number % 256).to_bytes(1, "big") + number.to_bytes(31, "big")
 
 
 def page_of(number: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
@@ -90,9 +90,10 @@ def damage_other(path: Path) -> None:
     path.write_bytes(file_of(store, 2).read_bytes())
 
 
-@pytest.mark.parametrize(
-    "damage", [damage_end, damage_byte, damage_empty, damage_longer, damage_zeros, damage_other], ids=lambda d: d.__name__
-)
+DAMAGES = [damage_end, damage_byte, damage_empty, damage_longer, damage_zeros, damage_other]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
 def test_nothing_damaged_is_served(tmp_path: Path, damage: object, caplog: pytest.LogCaptureFixture) -> None:
     store = PageStore(tmp_path, 10 * FILE)
     store.write(name_of(1), page_of(1))
