@@ -265,7 +265,8 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
     # Frequencies of these kinds depend on the longest text.
     length = context if any(rope.kind in ("longrope", "dynamic") for rope in spec.ropes) else None
     model = config.model
-    options = (spec, model.dtype, model.quantization, model.load_format, model.seed, length, __version__)
+    seed = model.seed if model.load_format == "dummy" else None
+    options = (spec, model.quantization, model.load_format, seed, length)
 
     def weights(other: Path | None) -> str:
         return fingerprint(other or directory, *options)

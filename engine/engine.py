@@ -448,7 +448,9 @@ class Engine(Resting):
     def _check_books(self) -> None:
         """While nobody is here: are the KV cache's books in order? If not they are begun anew, and requests go on."""
         cache, now, whole = self.scheduler.kv_cache, self.clock.now(), self.config.check_invariants
-        if self.scheduler.live_sequences() or self.scheduler.lent or not (whole or now - self._books_checked_at >= CHECK_BOOKS_EVERY_S):
+        if self.scheduler.live_sequences() or self.scheduler.lent:
+            return
+        if not (whole or now - self._books_checked_at >= CHECK_BOOKS_EVERY_S):
             return
         self._books_checked_at = now
         try:

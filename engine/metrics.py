@@ -156,6 +156,7 @@ class EngineMetrics(Collector):
         if not all(re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name) for name in names):
             raise StartupError(f"--metrics-prefix: {prefix!r} is no metric name (letters, digits and _ only)")
         self.prefixes = names
+        self.model_name = model_name
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.prefix_cache_queries = 0

@@ -318,8 +318,8 @@ class Request:
     as it takes.
     pooling: the prompt's vector is the answer; nothing is sampled.
     adapter: whose answer it is, None for the model's own. speculate: whether drafts may be tried where the server does
-    so; max_draft_tokens: at most so many a step, None for as many as pay. prediction: what the answer may repeat. transfer: of its pages,
-    between servers.
+    so; max_draft_tokens: at most so many a step, None for as many as pay. prediction: what the answer may repeat.
+    transfer: of its pages, between servers.
     """
 
     request_id: str

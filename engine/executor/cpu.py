@@ -155,6 +155,7 @@ class CPUExecutor:
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self._model: Model | None = model
         self._load = load
+        self._dtype = dtype
         self._max_lora_rank = max_lora_rank
         self._attention: AttentionBackend | None = attention
         self._tables = SlotTables(limits)
@@ -279,7 +280,7 @@ class CPUExecutor:
             raise StartupError("this model keeps no keys and values, or sleeps")
         dtype, size = str(pools[0].dtype).removeprefix("torch."), self.limits.page_size
         parts = [pool.view(torch.uint8).flatten(1).numpy() for pool in pools]
-        return HostPages(parts, f"cpu {LAYOUT_VERSION} {dtype} page {size}")
+        return HostPages(parts, f"cpu {LAYOUT_VERSION} {self._dtype} in {dtype} page {size}")
 
     def close(self) -> None:
         """See Executor. Blocks until the launched steps are through."""

@@ -26,7 +26,6 @@ from engine.config import StartupError
 from engine.executor.base import StepHandle
 from engine.executor.fake_adapters import AdapterTables, read_fake_adapter
 from engine.executor.fake_drafts import Drafter, Spread, accept, spread
-from engine.executor.host_pages import HostPages
 from engine.executor.fake_memory import (
     MASK,
     STATE,
@@ -56,6 +55,7 @@ from engine.executor.fake_oracle import (
     vector_of_all,
     vector_of_context,
 )
+from engine.executor.host_pages import HostPages
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,

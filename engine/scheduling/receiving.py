@@ -44,7 +44,7 @@ class Receiving(Residents):
         return pages
 
     def give_back(self, pages: SequencePages, sequence: Sequence, num_tokens: int) -> None:
-        """Nobody reads or writes them any more. Of a receiving one: the KV of num_tokens is right, and stays for all."""
+        """Nobody reads or writes them any more. Of a receiving one: the KV of num_tokens is right, and stays."""
         del self._lent[pages]
         self.kv_cache.release(pages, sequence.token_ids, num_tokens)
 

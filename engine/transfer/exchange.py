@@ -157,12 +157,14 @@ class PageExchange:
         """Keep the pages of a prompt whose first token is there; what its reader must know, in vLLM's words. None where
         they cannot be kept."""
         if self.is_paused or sequence.request.adapter is not None:
-            return self._not_kept(sequence, "resting" if self.is_paused else "adapter")
+            self._not_kept(sequence, "resting" if self.is_paused else "adapter")
+            return None
         pages = self._scheduler.keep(sequence)
         ids = pages.pages[: pages.num_shared]
         if len(self._kept_pages.keys() | set(ids)) > self._most_kept:
             self._scheduler.give_back(pages, sequence, 0)
-            return self._not_kept(sequence, "room")
+            self._not_kept(sequence, "room")
+            return None
         name = secrets.token_hex(16)
         if ids:
             kept = _Kept(sequence, pages, len(ids), self._clock.now() + self.options.keep_timeout_s)
@@ -351,7 +353,8 @@ class PageExchange:
         try:
             async with asyncio.timeout(self.options.receive_timeout_s):
                 async with self._room:
-                    while (pages := self._scheduler.receive(sequence)) is None:
+                    # Whatever ends may make room.
+                    while (pages := self._scheduler.receive(sequence)) is None:  # noqa: ASYNC110
                         await asyncio.sleep(_ROOM_POLL_S)
         except TimeoutError:
             raise TransferError("room", "too few pages were free") from None
@@ -421,7 +424,8 @@ def _bind(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=_family_of(host), backlog=MAX_CONNECTIONS)
     except (OSError, UnicodeError) as error:
-        raise StartupError(f"--kv-transfer-config: {host}:{port}: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise StartupError(f"--kv-transfer-config: {host}:{port}: {reason}") from None
 
 
 def _family_of(host: str) -> Any:

@@ -18,6 +18,7 @@ FLAG = "--kv-transfer-config"
 ROLES = ("kv_both", "kv_producer", "kv_consumer")
 # vLLM's default port of the side channel, and the variables that say otherwise.
 DEFAULT_PORT = 5600
+DEFAULT_TIMEOUT_S = 120
 _HOST_VARIABLE, _PORT_VARIABLE = "VLLM_NIXL_SIDE_CHANNEL_HOST", "VLLM_NIXL_SIDE_CHANNEL_PORT"
 _TIMEOUT_VARIABLE = "VLLM_NIXL_ABORT_REQUEST_TIMEOUT"
 # Taken where they ask for what is always so.
@@ -89,7 +90,7 @@ def parse(given: Any, environment: Mapping[str, str]) -> TransferOptions:
         port = _number_of(environment, _PORT_VARIABLE, DEFAULT_PORT, 65535)
     timeout = take(extra, "timeout", None, number(0, 86_400), "a number of seconds up to 86400")
     if timeout is None:
-        timeout = _number_of(environment, _TIMEOUT_VARIABLE, int(TransferOptions.keep_timeout_s), 86_400)
+        timeout = _number_of(environment, _TIMEOUT_VARIABLE, DEFAULT_TIMEOUT_S, 86_400)
     peers = take(
         extra, "peers", None, lambda value: isinstance(value, list) and all(map(_network, value)), "a list of networks"
     )

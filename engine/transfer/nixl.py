@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+import importlib
 import logging
 import queue
 import secrets
@@ -42,12 +43,12 @@ _MEMORY = "DRAM"
 
 def make(options: TransferOptions) -> NixlConnector:
     try:
-        from nixl._api import nixl_agent, nixl_agent_config
+        api: Any = importlib.import_module("nixl._api")
     except ImportError as error:
         raise StartupError(f"--kv-transfer-config: NixlConnector needs {error.name}: pip install nixl") from None
     name = f"oneloop-{secrets.token_hex(8)}"
     try:
-        agent = nixl_agent(name, nixl_agent_config(backends=list(options.backends)))
+        agent = api.nixl_agent(name, api.nixl_agent_config(backends=list(options.backends)))
     except Exception as error:
         backends = ", ".join(options.backends)
         raise StartupError(f"--kv-transfer-config: NIXL has no {backends} here ({error})") from None
@@ -68,7 +69,7 @@ class _Read:
 
 
 class NixlConnector:
-    """A Connector. agent: a nixl_agent; used by the thread alone, but for `register` and `release` while it has no work."""
+    """A Connector. agent: a nixl_agent, which the thread alone calls."""
 
     def __init__(self, agent: Any) -> None:
         self._agent = agent
@@ -102,7 +103,7 @@ class NixlConnector:
         return {"agent": self._metadata, "regions": [list(region) for region in self._regions], "pages": pages.tolist()}
 
     def release(self, description: Json | None) -> None:
-        """See Connector. Of single pages there is nothing to be done: a reader asks whether they were held meanwhile."""
+        """See Connector. Of single pages nothing is to be done: a reader asks whether they were held."""
         if description is not None or self._registered is None:
             return
 

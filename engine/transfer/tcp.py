@@ -112,9 +112,7 @@ class TcpConnector:
 
     # ---- threads
 
-    def _read(
-        self, address: tuple[str, int], key: bytes, memory: PageMemory, pages: Int32Array, ends_at: float
-    ) -> int:
+    def _read(self, address: tuple[str, int], key: bytes, memory: PageMemory, pages: Int32Array, ends_at: float) -> int:
         at_once = max(1, CHUNK_BYTES // memory.page_bytes)
         buffer = np.empty((min(at_once, len(pages)), memory.page_bytes), np.uint8)
         try:
@@ -122,7 +120,7 @@ class TcpConnector:
                 peer.sendall(_HELLO.pack(_MAGIC, key, memory.page_bytes))
                 for start in range(0, len(pages), at_once):
                     some = pages[start : start + at_once]
-                    into = memoryview(buffer[: len(some)]).cast("B")
+                    into = buffer[: len(some)].reshape(-1).data
                     done = 0
                     while done < len(into):
                         if self._closed:
@@ -145,9 +143,7 @@ class TcpConnector:
             try:
                 peer, _ = self._listener.accept()
             except OSError:
-                if self._closed:
-                    return
-                time.sleep(0.1)  # too many open files, say
+                time.sleep(0.1)  # it is closed, or there are too many open files
                 continue
             if not self._places.acquire(blocking=False):
                 peer.close()
@@ -177,7 +173,7 @@ class TcpConnector:
                     if key not in self._offers or self._memory is not memory:
                         return
                     memory.copy_out(some, buffer[: len(some)])
-                    peer.sendall(memoryview(buffer[: len(some)]).cast("B"))
+                    peer.sendall(buffer[: len(some)].reshape(-1).data)
         finally:
             self._places.release()
 

@@ -6,7 +6,7 @@ and does no I/O.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import orjson
@@ -117,3 +117,9 @@ def raise_early(delta: Delta) -> None:
         raise failure(delta)
     if delta.finish_reason is FinishReason.ABORT and not delta.token_ids:
         raise ApiError(503, "The request was aborted before its first token.")
+
+
+def kept_pages(streams: Sequence[TokenStream]) -> Json:
+    """What the prefill's answer tells the server that goes on: vLLM's field, where pages are kept for one."""
+    kept = next((one.kv_transfer_params for one in streams if one.kv_transfer_params is not None), None)
+    return {} if kept is None else {"kv_transfer_params": kept}

@@ -7,7 +7,7 @@ from functools import partial
 
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenStream
-from server.answers.base import failure, reasoning_watches, usage
+from server.answers.base import failure, kept_pages, reasoning_watches, usage
 from server.logprobs import Logprobs, Spelling, vllm_prompt_logprobs
 from server.messages import delta_of, read_events, read_message
 from server.protocol.generation import Plan
@@ -88,7 +88,7 @@ class OpenAIAnswer:
             "choices": choices,
             "usage": self._usage(sum(len(delta.token_ids) for delta in deltas)),
         }
-        answer |= self._of_prompt()
+        answer |= self._of_prompt() | kept_pages(streams)
         if plan.chat and plan.prompt_logprobs is not None:
             answer["prompt_logprobs"] = vllm_prompt_logprobs(
                 streams[0].prompt_logprobs, plan.prompt_logprobs, self._spelling
@@ -164,7 +164,8 @@ class OpenAIAnswer:
         if self._owes_prompt[index]:
             self._owes_prompt[index] = False
             choice["prompt_token_ids"] = plan.requests[index].prompt_token_ids
-        return before + self._chunks.choice(choice, self._running_usage())
+        beside = kept_pages(self._streams[index : index + 1]) if delta.finish_reason is not None else {}
+        return before + self._chunks.choice(choice, self._running_usage(), **beside)
 
     def _read(self, index: int, delta: Delta) -> list[Json]:
         """What a delta's text means; an empty one at the end, which brings the finish reason."""

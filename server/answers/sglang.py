@@ -6,7 +6,7 @@ import orjson
 
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenLogprob, TokenStream
-from server.answers.base import failure
+from server.answers.base import failure, kept_pages
 from server.logprobs import LOWEST, Spelling
 from server.protocol.generation import Plan
 from server.protocol.sglang import Wanted
@@ -91,7 +91,10 @@ class SGLangAnswer:
             if top:
                 shown["output_top_logprobs"] += (self._top(entry, top) for entry in added.logprobs)
             meta |= shown
-        return {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
+        answer: Json = {"text": delta.text, "output_ids": delta.token_ids, "meta_info": meta}
+        if delta.finish_reason is not None:
+            answer |= kept_pages([stream])
+        return answer
 
     def _of_prompt(self, index: int, top: int) -> dict[str, list[object]]:
         """The lists of one request's log-probabilities, with those of its prompt."""

@@ -40,6 +40,7 @@ from server.protocol.generation import (
 from server.protocol.refusals import CHAT_REFUSALS, COMPLETION_REFUSALS
 from server.protocol.structured_fields import BACKENDS, OTHER_BACKENDS
 from server.protocol.tool_fields import MAX_TOOLS
+from server.protocol.transfer import MAX_WORD
 
 # ---- what is asked
 
@@ -127,6 +128,31 @@ SAMPLING: Json = {
     "spaces_between_special_tokens": boolean(),
     "min_tokens": integer(0, about="At most max_tokens."),
 }
+TRANSFER = takes(
+    {},
+    {
+        "do_remote_decode": boolean("Answer one token, and keep the prompt's pages for the server that goes on."),
+        "do_remote_prefill": boolean("Another server keeps the prompt's pages."),
+        **{f"remote_{name}": string(least=1, most=MAX_WORD) for name in ("engine_id", "request_id", "host")},
+        "remote_port": either(integer(1, 65535), string()),
+        "remote_block_ids": array(either(integer(0), array(integer(0)))),
+        "tp_size": integer(1),
+    },
+    about="Needs --kv-transfer-config; vLLM's object, which routers send.",
+)
+KEPT = gives(
+    {
+        "do_remote_prefill": constant(True),
+        "do_remote_decode": constant(False),
+        "remote_block_ids": IDS,
+        "remote_engine_id": string(),
+        "remote_request_id": string(),
+        "remote_host": string(),
+        "remote_port": integer(1, 65535),
+        "tp_size": integer(1, 1),
+    },
+    about="For the server that goes on; where do_remote_decode asked for it and the pages could be kept.",
+)
 MODEL: Json = {"model": string("A name of /v1/models; the served model without it.")}
 TERMS: Json = {
     "cache_salt": string(least=1, most=MAX_SALT_LENGTH, about="Prefixes are shared among equal salts only."),
@@ -157,6 +183,7 @@ GENERATION: Json = {
     "prompt_logprobs": integer(0, MAX_TOP_LOGPROBS, "Not in a stream."),
     "speculative": boolean("False: no drafts are tried for it, where the server tries any. They change no token."),
     "max_draft_tokens": integer(0, MAX_DRAFT_TOKENS, "Of one step."),
+    "kv_transfer_params": TRANSFER,
     "return_token_ids": boolean(),
     "return_tokens_as_token_ids": boolean(),
     "add_special_tokens": boolean(),
@@ -366,7 +393,13 @@ SCHEMAS: Json = {
             },
             {"token_ids": IDS},
         ),
-        {"usage": ref("Usage"), "prompt_token_ids": IDS, "prompt_text": string(), "prompt_logprobs": _PROMPT_LOGPROBS},
+        {
+            "usage": ref("Usage"),
+            "prompt_token_ids": IDS,
+            "prompt_text": string(),
+            "prompt_logprobs": _PROMPT_LOGPROBS,
+            "kv_transfer_params": KEPT,
+        },
     ),
     "ChatChunk": _answer(
         "chat.completion.chunk",
@@ -397,7 +430,12 @@ SCHEMAS: Json = {
             },
             {**_STOPPED, "token_ids": IDS},
         ),
-        {"usage": either(ref("Usage"), NULL), "prompt_token_ids": IDS, "prompt_text": string()},
+        {
+            "usage": either(ref("Usage"), NULL),
+            "prompt_token_ids": IDS,
+            "prompt_text": string(),
+            "kv_transfer_params": KEPT,
+        },
     ),
     "Completion": _answer(
         "text_completion",
@@ -415,7 +453,7 @@ SCHEMAS: Json = {
                 "prompt_logprobs": _PROMPT_LOGPROBS,
             },
         ),
-        {"usage": either(ref("Usage"), NULL)},
+        {"usage": either(ref("Usage"), NULL), "kv_transfer_params": KEPT},
     ),
     "Tokens": gives(
         {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engine.request import MAX_TOP_LOGPROBS
-from server.openapi.openai import GENERATION, IDS
+from server.openapi.openai import GENERATION, IDS, KEPT
 from server.openapi.words import (
     NULL,
     Json,
@@ -100,7 +100,7 @@ SCHEMAS: Json = {
                 },
             ),
         },
-        {"index": integer(0, about="Of the request, in a stream of several.")},
+        {"index": integer(0, about="Of the request, in a stream of several."), "kv_transfer_params": KEPT},
     ),
 }
 

@@ -19,6 +19,7 @@ from engine.request import (
     Request,
     RequestError,
     SamplingParams,
+    Transfer,
     derive_seed,
     normalised,
 )
@@ -28,6 +29,7 @@ from server.messages import Reading
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.errors import ApiError
 from server.protocol.structure import Structure
+from server.protocol.transfer import read_transfer
 from server.state import CALLER, ServedModel, State
 
 MAX_CHOICES = 128
@@ -81,7 +83,10 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Terms:
-    """Where in the cache a prompt may look, when its turn comes, and how long it may take; see Request."""
+    """Where in the cache a prompt may look, when its turn comes, and how long it may take; see Request.
+
+    transfer: of the first prompt, which is the one that routers mean.
+    """
 
     namespace: str
     priority: int
@@ -91,6 +96,7 @@ class Terms:
     adapter: Adapter | None = None
     speculate: bool = True
     max_draft_tokens: int | None = None
+    transfer: Transfer | None = None
 
     def request(self, request_id: str, prompt: list[int], sampling: SamplingParams, **others: Any) -> Request:
         """A request on these terms. others: fields of Request."""
@@ -174,7 +180,11 @@ def read_common(
     max_tokens = body.integer(max_tokens_field, body.integer("n_predict", None, -1), -1)
     if max_tokens == -1:
         max_tokens = default_max_tokens = None
+    transfer = read_transfer(body, state)
     sampling = _read_sampling(body, state, max_tokens)
+    if transfer is not None and transfer.keep:
+        # Another server goes on from here: what this one says is heard by nobody.
+        sampling = replace(sampling, max_tokens=1, min_tokens=min(sampling.min_tokens, 1))
     # Candidates are compared by their log-probabilities, whether the client wants to see them or not.
     sampling = replace(sampling, logprobs=0 if logprobs is None and num_candidates > num_choices else logprobs)
     return Common(
@@ -196,6 +206,7 @@ def read_common(
             read_terms(body, state),
             speculate=body.boolean("speculative", True),
             max_draft_tokens=body.integer("max_draft_tokens", None, 0, MAX_DRAFT_TOKENS),
+            transfer=transfer,
         ),
     )
 
@@ -268,7 +279,12 @@ def make_plan(
             number = len(requests)
             name = f"{response_id}-{number}" if num_requests > 1 else response_id
             constraint = None if structure is None else structure.state(state.engine.tokenizer)
-            request = common.terms.request(name, prompt, seeded, stream=common.stream, constraint=constraint)
+            transfer = None if len(requests) >= common.num_candidates else common.terms.transfer
+            if transfer is not None and transfer.keep and requests:
+                transfer = replace(transfer, keep=False)  # once is enough for all choices
+            request = common.terms.request(
+                name, prompt, seeded, stream=common.stream, constraint=constraint, transfer=transfer
+            )
             requests.append(request)
     return Plan(
         chat=chat,

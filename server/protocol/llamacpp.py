@@ -31,6 +31,7 @@ SAME = (
 )
 # Samplers that this server does not have, with the values that turn them off.
 REFUSALS: dict[str, tuple[object, ...]] = {
+    "kv_transfer_params": (),
     "mirostat": (0,),
     "dry_multiplier": (0,),
     "xtc_probability": (0,),

@@ -70,6 +70,7 @@ OPTION_REFUSALS: dict[str, tuple[object, ...]] = {
     "rope_frequency_scale": (0, 1),
 }
 REFUSALS: dict[str, tuple[object, ...]] = {
+    "kv_transfer_params": (),
     "template": ("",),
     "context": ([],),
     "images": ([],),

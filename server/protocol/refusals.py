@@ -45,7 +45,6 @@ _COMMON: dict[str, tuple[object, ...]] = {
     "custom_params": (),
     "logits_processors": ([],),
     "vllm_xargs": ({},),
-    "kv_transfer_params": (),
     "ec_transfer_params": (),
     "return_token_offsets": (False,),
     "return_hidden_states": (False,),

@@ -56,7 +56,7 @@ _STRUCTURES = ("json_schema", "regex", "ebnf", "structural_tag")
 # One value for all prompts or a list with one for each; given to the completion as they are.
 EACH = (
     *("cache_salt", "extra_key", "priority", "lora_path", "custom_logit_processor"),
-    *("speculative", "max_draft_tokens"),
+    *("speculative", "max_draft_tokens", "kv_transfer_params"),
 )
 PARAM_REFUSALS: dict[str, tuple[object, ...]] = {"beam_width": (1,), "ebnf_full_assistant": (False,)}
 REFUSALS: dict[str, tuple[object, ...]] = {

@@ -19,7 +19,15 @@ import openai
 from aiohttp import web
 
 import engine.demo
-from engine.config import CacheOptions, EngineConfig, LoraOptions, SchedulerOptions, ServerOptions, StreamOptions
+from engine.config import (
+    CacheOptions,
+    EngineConfig,
+    LoraOptions,
+    SchedulerOptions,
+    ServerOptions,
+    StreamOptions,
+    TransferOptions,
+)
 from engine.engine import Engine
 from engine.executor.base import StepHandle
 from engine.executor.fake import FakeExecutor
@@ -32,6 +40,7 @@ from engine.models.registry import read_spec
 from engine.models.spec import Classifier
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
+from engine.transfer.registry import make_connector
 from server.app import ServedModel, build_app, serve
 from server.state import STATE, State
 
@@ -198,6 +207,8 @@ async def live(
     make_device: Callable[[Limits], Any] | None = None,
     words: Tokenizer | None = None,
     lora: LoraOptions | None = None,
+    transfer: TransferOptions | None = None,
+    weights: Callable[[Path | None], str] = str,
     **options: Any,
 ) -> AsyncIterator[Live]:
     """A server on a free port. make_device: an executor instead of the fake one. words: a tokenizer instead of the demo
@@ -219,6 +230,7 @@ async def live(
         stream=StreamOptions(flush_interval_ms=0.0),
         server=server_options,
         lora=lora or LoraOptions(),
+        transfer=transfer or TransferOptions(),
     )
     eos = tokenizer().eos_token_ids
     if make_device is not None:
@@ -229,6 +241,8 @@ async def live(
     engine_ = Engine(config, device, words or tokenizer(), eos_token_ids=eos if words is None else (), metrics=metrics)
     if engine_.adapters is not None:
         engine_.adapters.load_modules()
+    if transfer is not None:
+        engine_.enable_transfer(make_connector(transfer), weights)
     loop = asyncio.get_running_loop()
     bound: asyncio.Future[int] = loop.create_future()
     stop = asyncio.Event()
