@@ -17,8 +17,11 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
+import engine.demo
 from bench.server import Running, running
 from bench.shapes import SHAPES, write_shape
+
+DEMO = Path(engine.demo.__path__[0])
 
 
 def first_token(server: Running, prompt: list[int]) -> tuple[float, int]:
@@ -64,8 +67,9 @@ def written(server: Running) -> float:
 
 def measure(model: Path, args: argparse.Namespace, directory: Path) -> dict[str, float]:
     """One round."""
-    prompt = random.Random(time.time_ns()).choices(range(100, 40_000), k=args.tokens)
-    plain = f"--model {model} --load-format dummy --dtype {args.dtype} --max-model-len {args.tokens + 64}"
+    prompt = random.Random(time.time_ns()).choices(range(100, 2000), k=args.tokens)
+    plain = f"--model {model} --load-format dummy --tokenizer {DEMO} --dtype {args.dtype}"
+    plain += f" --max-model-len {args.tokens + 64}"
     disk = f"{plain} --kv-disk {directory} --kv-disk-timeout 60"
     found: dict[str, float] = {}
     with running(disk) as server:
@@ -105,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
     ratio = statistics.median(row["restarted"] / row["cold"] for row in rows)
-    print(f"first token of {args.tokens} tokens after a restart: {ratio:.3f} times a cold one, median of {len(rows)} rounds")
+    print(f"first token of {args.tokens} after a restart: {ratio:.3f} times a cold one, median of {len(rows)} rounds")
     if args.json:
         args.json.write_text(json.dumps({"command": sys.argv, "rows": rows}, indent=2))
     return 0
