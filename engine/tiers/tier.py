@@ -51,8 +51,9 @@ class DiskTier:
         received: Callable[[Sequence], None],
         wake: Callable[[], None],
         weights: Callable[[Path | None], str],
+        worker: Worker | None = None,
+        least_tokens: int = LEAST_TOKENS,
     ) -> None:
-        assert options.directory is not None
         self.is_paused = False
         self._executor, self._scheduler, self._clock = executor, scheduler, clock
         self._received, self._wake, self._weights = received, wake, weights
@@ -60,9 +61,13 @@ class DiskTier:
         self._page_size = scheduler.limits.page_size
         self._most_held = int(scheduler.limits.num_pages * WRITTEN_SHARE)
         self._num_held = 0
-        self.store = PageStore(options.directory, options.max_bytes)
+        self._least_tokens = least_tokens
+        if worker is None:
+            assert options.directory is not None
+            worker = Worker(PageStore(options.directory, options.max_bytes))
+        self.store = worker.store
         self._layout = ""
-        self._worker = Worker(self.store)
+        self._worker = worker
         self.tally = TierTally(self.store, self._worker)
         self._idle = asyncio.Event()
         self._jobs: set[Job] = set()
@@ -101,10 +106,10 @@ class DiskTier:
             return False
         self.tally.queried_tokens += len(request.prompt_token_ids)
         _, names = self._look_up(request)
-        return len(names) * self._page_size >= LEAST_TOKENS
+        return len(names) * self._page_size >= max(1, self._least_tokens)
 
     def _serves(self, request: Request) -> bool:
-        enough = len(request.prompt_token_ids) > max(LEAST_TOKENS, self._page_size)
+        enough = len(request.prompt_token_ids) > max(self._least_tokens, self._page_size)
         # An adapter's version is a number of this process, and no name of what is in it.
         return enough and not self.is_paused and request.adapter is None and request.pooling is None
 
@@ -136,7 +141,7 @@ class DiskTier:
                 self._read(sequence, pages, names)
                 return
             self.tally.failures["room"] += 1
-        asyncio.get_running_loop().call_soon(self._received, sequence)
+        self._clock.call_later(0.0, lambda: self._received(sequence))
 
     def _read(self, sequence: Sequence, pages: SequencePages, names: list[bytes]) -> None:
         first, key = pages.num_shared, names[0]
@@ -153,6 +158,8 @@ class DiskTier:
             self._settle()
 
         def is_late() -> None:
+            if job.is_whole:
+                return  # it is about to be told
             job.stopped = True
             self.tally.failures["timeout"] += 1
             logger.warning(

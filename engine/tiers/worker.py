@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -34,7 +34,6 @@ class Job:
     then: Callable[[Job], None]
     count: int = 0
     stopped: bool = False
-    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop)
 
     @property
     def is_whole(self) -> bool:
@@ -42,19 +41,21 @@ class Job:
 
 
 class Worker:
-    """See the module. num_bytes_read, num_bytes_written: so far."""
+    """See the module. num_bytes_read, num_bytes_written: so far. threaded: False leaves it to the caller to `turn`."""
 
-    def __init__(self, store: PageStore) -> None:
+    def __init__(self, store: PageStore, *, threaded: bool = True) -> None:
         self.num_bytes_read = self.num_bytes_written = 0
-        self._store = store
+        self.store = store
         self._memory: PageMemory | None = None
         self._row = np.zeros((1, 0), np.uint8)
         self._reads: deque[Job] = deque()
         self._writes: deque[Job] = deque()
         self._ready = threading.Condition()
         self._closes_at = 0.0
-        self._thread = threading.Thread(target=self._work, name="kv-disk", daemon=True)
-        self._thread.start()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._work, name="kv-disk", daemon=True) if threaded else None
+        if self._thread is not None:
+            self._thread.start()
 
     def use(self, memory: PageMemory) -> None:
         """From now on; while there is no job."""
@@ -69,6 +70,8 @@ class Worker:
         self._add(self._writes, job)
 
     def _add(self, jobs: deque[Job], job: Job) -> None:
+        if self._thread is not None:
+            self._loop = asyncio.get_running_loop()
         with self._ready:
             jobs.append(job)
             self._ready.notify()
@@ -80,7 +83,8 @@ class Worker:
             for job in self._reads:
                 job.stopped = True
             self._ready.notify()
-        self._thread.join()
+        if self._thread is not None:
+            self._thread.join()
 
     def _work(self) -> None:
         while True:
@@ -89,27 +93,36 @@ class Worker:
                     self._ready.wait()
                 if self._closes_at and not (self._writes and time.monotonic() < self._closes_at):
                     return
-                jobs = self._reads or self._writes
-                job = jobs[0]
-            goes_on = not (job.stopped or job.is_whole)
-            if goes_on:
-                try:
-                    goes_on = self._read(job) if jobs is self._reads else self._write(job)
-                except Exception:
-                    logger.exception("a page could not be carried")
-                    goes_on = False
-            if goes_on:
-                job.count += 1
-                continue
-            with self._ready:
-                jobs.remove(job)
-            # RuntimeError: the loop is closed, and nobody waits any more.
-            with contextlib.suppress(RuntimeError):
-                job.loop.call_soon_threadsafe(job.then, job)
+            ended = self.turn()
+            if ended is not None and self._loop is not None:
+                # RuntimeError: the loop is closed, and nobody waits any more.
+                with contextlib.suppress(RuntimeError):
+                    self._loop.call_soon_threadsafe(ended.then, ended)
+
+    def turn(self) -> Job | None:
+        """Carry a page of the first job, if there is one. Returns a job that ended."""
+        with self._ready:
+            jobs = self._reads or self._writes
+            if not jobs:
+                return None
+            job = jobs[0]
+        goes_on = not (job.stopped or job.is_whole)
+        if goes_on:
+            try:
+                goes_on = self._read(job) if jobs is self._reads else self._write(job)
+            except Exception:
+                logger.exception("a page could not be carried")
+                goes_on = False
+        if goes_on:
+            job.count += 1
+            return None
+        with self._ready:
+            jobs.remove(job)
+        return job
 
     def _read(self, job: Job) -> bool:
         assert self._memory is not None
-        if not self._store.read(job.names[job.count], self._row[0]):
+        if not self.store.read(job.names[job.count], self._row[0]):
             return False
         self._memory.copy_in(job.pages[job.count : job.count + 1], self._row)
         self.num_bytes_read += self._row.nbytes
@@ -118,10 +131,10 @@ class Worker:
     def _write(self, job: Job) -> bool:
         assert self._memory is not None
         name = job.names[job.count]
-        if name in self._store:
+        if name in self.store:
             return True
         self._memory.copy_out(job.pages[job.count : job.count + 1], self._row)
-        if not self._store.write(name, self._row[0]):
+        if not self.store.write(name, self._row[0]):
             return False
         self.num_bytes_written += self._row.nbytes
         return True
