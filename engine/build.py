@@ -203,9 +203,9 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             with report.phase("adapters"):
                 engine.adapters.load_modules()
             report.row("adapters", _describe_adapters(config.lora, engine.adapters))
-        if config.transfer.connector is not None:
-            with report.phase("transfer"):
-                _add_transfer(engine, directory, spec, context, report)
+        if config.transfer.connector is not None or config.tiers.directory is not None:
+            with report.phase("carriers"):
+                _add_carriers(engine, directory, spec, context, report)
         if config.cuda.nvtx != "off":
             cuda_executor: Any = executor  # elsewhere the flag is refused
             engine.name_stages(cuda_executor.layer.range)
@@ -253,15 +253,17 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     return Built(engine, directory, names, spec, defaults, chat_template, report, abilities)
 
 
-def _add_transfer(engine: Engine, directory: Path, spec: ModelSpec, context: int, report: StartupReport) -> None:
-    """Pages from and to other servers. Raises StartupError."""
+def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int, report: StartupReport) -> None:
+    """Pages from and to other servers, and the disk. Raises StartupError."""
     config = engine.config
-    if not config.cache.enable_prefix_caching:
-        raise StartupError("--kv-transfer-config needs the prefix cache: pages are kept and found in it")
-    try:
-        engine.executor.page_memory()
-    except StartupError as error:
-        raise StartupError(f"--kv-transfer-config: {error}") from None
+    flags = {"--kv-transfer-config": config.transfer.connector, "--kv-disk": config.tiers.directory}
+    for flag in (flag for flag, given in flags.items() if given is not None):
+        if not config.cache.enable_prefix_caching:
+            raise StartupError(f"{flag} needs the prefix cache: pages are kept and found in it")
+        try:
+            engine.executor.page_memory()
+        except StartupError as error:
+            raise StartupError(f"{flag}: {error}") from None
     # Frequencies of these kinds depend on the longest text.
     length = context if any(rope.kind in ("longrope", "dynamic") for rope in spec.ropes) else None
     model = config.model
@@ -271,10 +273,22 @@ def _add_transfer(engine: Engine, directory: Path, spec: ModelSpec, context: int
     def weights(other: Path | None) -> str:
         return fingerprint(other or directory, *options)
 
-    exchange = engine.enable_transfer(make_connector(config.transfer), weights)
-    role = {"kv_both": "keeps pages and reads them", "kv_producer": "keeps pages", "kv_consumer": "reads pages"}
-    at = f", asked at {config.transfer.host}:{exchange.port}" if config.transfer.keeps else ""
-    report.row("transfer", f"{config.transfer.connector}: {role[config.transfer.role]}{at}")
+    if config.transfer.connector is not None:
+        exchange = engine.enable_transfer(make_connector(config.transfer), weights)
+        role = {"kv_both": "keeps pages and reads them", "kv_producer": "keeps pages", "kv_consumer": "reads pages"}
+        at = f", asked at {config.transfer.host}:{exchange.port}" if config.transfer.keeps else ""
+        report.row("transfer", f"{config.transfer.connector}: {role[config.transfer.role]}{at}")
+    if config.tiers.directory is not None:
+
+        def here(other: Path | None) -> str:
+            """On this machine times tell what samples of a file may not."""
+            path = other or directory
+            files = [path] if path.is_file() else sorted(path.iterdir())
+            return f"{weights(other)} {[file.stat().st_mtime_ns for file in files]}"
+
+        store = engine.enable_disk(here).store
+        most = f"{store.bytes / 1e9:.2f} of at most {store.max_bytes / 1e9:g} GB"
+        report.row("disk", f"{store.directory}: {len(store)} pages, {most}")
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:

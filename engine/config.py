@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -280,6 +281,16 @@ class TransferOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TierOptions:
+    """Pages on the disk. directory: None for none. max_bytes: of its files. timeout_s: a prompt waits for its pages no
+    longer; the rest is computed."""
+
+    directory: Path | None = None
+    max_bytes: int = 32 * 10**9
+    timeout_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
 class CudaOptions:
     """cuda_graph: lazy, start or off. profile_dir: where traces go.
 
@@ -311,6 +322,7 @@ class EngineConfig:
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     transfer: TransferOptions = field(default_factory=TransferOptions)
+    tiers: TierOptions = field(default_factory=TierOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     cuda: CudaOptions = field(default_factory=CudaOptions)

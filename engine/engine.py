@@ -38,6 +38,7 @@ from engine.speculation.budgets import DraftBudgets
 from engine.stream import TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
+from engine.tiers.tier import DiskTier
 from engine.transfer.base import Connector
 from engine.transfer.exchange import PageExchange
 from engine.transfer.tally import TransferTally
@@ -132,6 +133,21 @@ class Engine(Resting):
         self.publisher.keep_pages = self.transfer.keep
         return self.transfer
 
+    def enable_disk(self, weights: Callable[[Path | None], str]) -> DiskTier:
+        """Keep prompts' pages on the disk, as the options say. See DiskTier. Raises StartupError."""
+        self.tier = DiskTier(
+            self.config.tiers,
+            self.executor,
+            self.scheduler,
+            self.clock,
+            received=self.received,
+            wake=self._wake.set,
+            weights=weights,
+        )
+        self.metrics.add_families(self.tier.tally.collect)
+        self.publisher.on_prompt = self.tier.keep
+        return self.tier
+
     # ---- the door
 
     def submit(self, request: Request) -> TokenStream:
@@ -157,7 +173,8 @@ class Engine(Resting):
             sampling = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=sampling)
         source = None if request.transfer is None or self.transfer is None else request.transfer.source
-        sequence = self.scheduler.submit(request, receiving=source is not None)
+        on_disk = source is None and self.tier is not None and self.tier.promises(request)
+        sequence = self.scheduler.submit(request, receiving=source is not None or on_disk)
         stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort, sequence.arrived_at)
         detokenizer = (
             NO_TEXT
@@ -180,6 +197,9 @@ class Engine(Resting):
         if source is not None:
             assert self.transfer is not None
             self.transfer.receive(sequence, source)
+        elif on_disk:
+            assert self.tier is not None
+            self.tier.receive(sequence)
         return stream
 
     def received(self, sequence: Sequence) -> None:
@@ -407,8 +427,9 @@ class Engine(Resting):
             raise
         finally:
             self._watch.stop()
-            if self.transfer is not None:
-                self.transfer.close()
+            for carrier in (self.transfer, self.tier):
+                if carrier is not None:
+                    carrier.close()
             # A worker that waits for a mask would never end.
             for batch, _ in in_flight:
                 if batch.forward_input.masks is not None:

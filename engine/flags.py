@@ -25,6 +25,7 @@ from engine.config import (
 )
 from engine.draft_flags import add_draft_flags, draft_options
 from engine.lora import flags as lora
+from engine.tiers import flags as tiers
 from engine.transfer import flags as transfer
 
 if TYPE_CHECKING:
@@ -359,6 +360,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     add_draft_flags(parser)
     lora.add_flags(parser)
     transfer.add_flags(parser)
+    tiers.add_flags(parser)
 
     server = parser.add_argument_group("server")
     server.add_argument("--host")
@@ -640,6 +642,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         ),
         lora=lora.options_from(args),
         transfer=transfer.options_from(args),
+        tiers=tiers.options_from(args),
         speculation=draft_options(args),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(

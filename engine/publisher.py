@@ -344,6 +344,8 @@ class Publisher:
             now - admitted,
             stream=sequence.request.stream,
         )
+        if self.on_prompt is not None:
+            self.on_prompt(sequence)
 
     def _observe_end(self, listener: Listener, reason: FinishReason) -> None:
         sequence, now = listener.sequence, self._clock.now()

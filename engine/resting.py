@@ -18,6 +18,7 @@ from engine.lora.store import AdapterStore
 from engine.publisher import Publisher
 from engine.request import RequestError, UnavailableError
 from engine.scheduling.scheduler import Scheduler
+from engine.tiers.tier import DiskTier
 from engine.transfer.exchange import PageExchange
 
 # What becomes of the requests that are there when the engine comes to rest.
@@ -39,6 +40,8 @@ class Resting(ABC):
         self.adapters: AdapterStore | None = None
         # Where pages come from other servers and go there.
         self.transfer: PageExchange | None = None
+        # Where they go to the disk and come back.
+        self.tier: DiskTier | None = None
         self._loading = False
         self._weights_directory: Path | None = None  # where others than the first came from
         self.num_weight_updates = 0
@@ -125,8 +128,7 @@ class Resting(ABC):
         self.sleep_level = level
         try:
             await self._rest()
-            if self.transfer is not None:
-                await self.transfer.pause()
+            await self._halt_pages()
             self._forget()
             await asyncio.to_thread(self.executor.sleep, level)
         except BaseException:
@@ -137,8 +139,7 @@ class Resting(ABC):
     async def _wake_up(self) -> None:
         if self.sleep_level:
             await asyncio.to_thread(self.executor.wake_up, self._weights_directory)
-            if self.transfer is not None:
-                await self.transfer.resume(self._weights_directory)
+            await self._let_pages_go()
             self.sleep_level = 0
             self._settle()
 
@@ -149,8 +150,7 @@ class Resting(ABC):
         self._loading = True
         try:
             await self._rest()
-            if self.transfer is not None:
-                await self.transfer.pause()
+            await self._halt_pages()
             self._forget()
             await asyncio.to_thread(self.executor.load_weights, directory)
             self._weights_directory = directory
@@ -160,9 +160,19 @@ class Resting(ABC):
                 self.adapters.base_changed()
         finally:
             self._loading = False
-            if self.transfer is not None and self.transfer.is_paused:
-                await self.transfer.resume(self._weights_directory)
+            await self._let_pages_go()
             self._settle()
+
+    async def _halt_pages(self) -> None:
+        """Nobody carries pages from here on: the memory goes, or means something else."""
+        for carrier in (self.transfer, self.tier):
+            if carrier is not None:
+                await carrier.pause()
+
+    async def _let_pages_go(self) -> None:
+        for carrier in (self.transfer, self.tier):
+            if carrier is not None and carrier.is_paused:
+                await carrier.resume(self._weights_directory)
 
     async def _undisturbed(self, work: Coroutine[Any, Any, None]) -> None:
         """Let `work` end even where its caller does not wait for it: half asleep is no state to be in."""

@@ -291,11 +291,12 @@ class KVCache:
             self._free_snapshots(self._tree.lost_snapshots)
             self._tree.lost_snapshots = []
 
-    def end_step(self) -> None:
-        """The step is built: duplicates may be handed out again."""
-        if self._deferred:
-            self._pool.free(self._deferred)
-            self._deferred.clear()
+    def end_step(self) -> list[int]:
+        """The step is built: duplicates may be handed out again. Returns them; it, and a step in flight, name them."""
+        duplicates, self._deferred = self._deferred, []
+        if duplicates:
+            self._pool.free(duplicates)
+        return duplicates
 
     def release(self, seq: SequencePages, token_ids: TokenIds, num_tokens: int) -> None:
         """End of a sequence's hold on its pages: finished, retracted, or not admitted after `begin`.
