@@ -13,8 +13,6 @@ import logging
 import math
 import random
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
 
 from engine.admission import Admission
 from engine.clock import Clock, MonotonicClock, RangeOf, in_range
@@ -38,10 +36,6 @@ from engine.speculation.budgets import DraftBudgets
 from engine.stream import TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
-from engine.tiers.tier import DiskTier
-from engine.transfer.base import Connector
-from engine.transfer.exchange import PageExchange
-from engine.transfer.tally import TransferTally
 
 logger = logging.getLogger("oneloop.engine")
 
@@ -115,39 +109,6 @@ class Engine(Resting):
             publisher.lora_tally = LoraTally(prefixes, config.lora.max_loras, publisher.requests)
             self.metrics.add_families(publisher.lora_tally.collect)
 
-    def enable_transfer(self, connector: Connector, weights: Callable[[Path | None], str]) -> PageExchange:
-        """Keep pages for other servers, or read theirs, as the options say. See PageExchange. Raises StartupError."""
-        tally = TransferTally([one for one in self.metrics.prefixes if one != "sglang"], self.metrics.model_name)
-        self.transfer = PageExchange(
-            self.config.transfer,
-            connector,
-            self.executor,
-            self.scheduler,
-            self.clock,
-            received=self.received,
-            wake=self._wake.set,
-            weights=weights,
-            tally=tally,
-        )
-        self.metrics.add_families(tally.collect)
-        self.publisher.keep_pages = self.transfer.keep
-        return self.transfer
-
-    def enable_disk(self, weights: Callable[[Path | None], str]) -> DiskTier:
-        """Keep prompts' pages on the disk, as the options say. See DiskTier. Raises StartupError."""
-        self.tier = DiskTier(
-            self.config.tiers,
-            self.executor,
-            self.scheduler,
-            self.clock,
-            received=self.received,
-            wake=self._wake.set,
-            weights=weights,
-        )
-        self.metrics.add_families(self.tier.tally.collect)
-        self.publisher.on_prompt = self.tier.keep
-        return self.tier
-
     # ---- the door
 
     def submit(self, request: Request) -> TokenStream:
@@ -172,9 +133,8 @@ class Engine(Resting):
         if request.sampling.seed is None and request.sampling.temperature > 0:
             sampling = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=sampling)
-        source = None if request.transfer is None or self.transfer is None else request.transfer.source
-        on_disk = source is None and self.tier is not None and self.tier.promises(request)
-        sequence = self.scheduler.submit(request, receiving=source is not None or on_disk)
+        receive = self._carrier_of(request)
+        sequence = self.scheduler.submit(request, receiving=receive is not None)
         stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort, sequence.arrived_at)
         detokenizer = (
             NO_TEXT
@@ -194,12 +154,8 @@ class Engine(Resting):
             self._progress_at = self.clock.now()
             self._idle.clear()
         self._wake.set()
-        if source is not None:
-            assert self.transfer is not None
-            self.transfer.receive(sequence, source)
-        elif on_disk:
-            assert self.tier is not None
-            self.tier.receive(sequence)
+        if receive is not None:
+            receive(sequence)
         return stream
 
     def received(self, sequence: Sequence) -> None:
@@ -427,9 +383,7 @@ class Engine(Resting):
             raise
         finally:
             self._watch.stop()
-            for carrier in (self.transfer, self.tier):
-                if carrier is not None:
-                    carrier.close()
+            self._end_carriers()
             # A worker that waits for a mask would never end.
             for batch, _ in in_flight:
                 if batch.forward_input.masks is not None:

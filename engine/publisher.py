@@ -118,6 +118,8 @@ class Publisher:
         self.lora_tally: LoraTally | None = None
         # Where prompts' pages are kept for other servers, who does so; returns what their readers must know.
         self.keep_pages: Callable[[Sequence], dict[str, Any] | None] | None = None
+        # Where prompts' pages outlive this process, who sees to it.
+        self.on_prompt: Callable[[Sequence], None] | None = None
         # What the weights are called that the next tokens come from.
         self.weight_version = "default"
 

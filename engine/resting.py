@@ -7,25 +7,24 @@ its caller does not wait for it.
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from engine.carriers import Carrying
 from engine.clock import Clock
 from engine.executor.base import Executor
 from engine.lora.store import AdapterStore
 from engine.publisher import Publisher
 from engine.request import RequestError, UnavailableError
 from engine.scheduling.scheduler import Scheduler
-from engine.tiers.tier import DiskTier
-from engine.transfer.exchange import PageExchange
 
 # What becomes of the requests that are there when the engine comes to rest.
 PAUSE_MODES = ("abort", "wait", "keep")
 
 
-class Resting(ABC):
+class Resting(Carrying):
     """The loop looks at `_stopped` before it schedules, and sets `_at_rest` when nothing is in flight any more."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, publisher: Publisher, clock: Clock) -> None:
@@ -38,10 +37,6 @@ class Resting(ABC):
         self.is_paused = False
         self.sleep_level = 0
         self.adapters: AdapterStore | None = None
-        # Where pages come from other servers and go there.
-        self.transfer: PageExchange | None = None
-        # Where they go to the disk and come back.
-        self.tier: DiskTier | None = None
         self._loading = False
         self._weights_directory: Path | None = None  # where others than the first came from
         self.num_weight_updates = 0
@@ -139,7 +134,7 @@ class Resting(ABC):
     async def _wake_up(self) -> None:
         if self.sleep_level:
             await asyncio.to_thread(self.executor.wake_up, self._weights_directory)
-            await self._let_pages_go()
+            await self._let_pages_go(self._weights_directory)
             self.sleep_level = 0
             self._settle()
 
@@ -160,19 +155,8 @@ class Resting(ABC):
                 self.adapters.base_changed()
         finally:
             self._loading = False
-            await self._let_pages_go()
+            await self._let_pages_go(self._weights_directory)
             self._settle()
-
-    async def _halt_pages(self) -> None:
-        """Nobody carries pages from here on: the memory goes, or means something else."""
-        for carrier in (self.transfer, self.tier):
-            if carrier is not None:
-                await carrier.pause()
-
-    async def _let_pages_go(self) -> None:
-        for carrier in (self.transfer, self.tier):
-            if carrier is not None and carrier.is_paused:
-                await carrier.resume(self._weights_directory)
 
     async def _undisturbed(self, work: Coroutine[Any, Any, None]) -> None:
         """Let `work` end even where its caller does not wait for it: half asleep is no state to be in."""

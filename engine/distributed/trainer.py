@@ -39,7 +39,7 @@ class TrainerGroup:
         timeout = datetime.timedelta(seconds=timeout_s)
         host = f"[{address}]" if ":" in address else address
         store, rank, world_size = next(
-            distributed.rendezvous(f"tcp://{host}:{port}", rank, world_size, timeout=timeout)
+            distributed_rendezvous(f"tcp://{host}:{port}", rank, world_size, timeout=timeout)
         )
         store.set_timeout(timeout)
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")
@@ -50,7 +50,7 @@ class TrainerGroup:
             rank,
             [],
             backend,
-            distributed.PrefixStore(name, store),
+            PrefixStore(name, store),
             group_name=name,
             backend_options=None,
             timeout=timeout,

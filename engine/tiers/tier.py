@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 
 from engine.cache.kv_cache import SequencePages
-from engine.cache.names import page_names, root_name
 from engine.clock import Clock, Timer
 from engine.config import TierOptions
 from engine.executor.base import Executor
+from engine.page_names import page_names, root_name
 from engine.request import Request
 from engine.scheduling.receiving import Receiving
 from engine.scheduling.sequence import Sequence

@@ -1,4 +1,4 @@
-"""Weight updates as trainers make them: over gloo with another process, as bytes, amid requests; and what stops amid."""
+"""Weight updates as trainers make them: over gloo with another process, as bytes, amid requests; and what stops."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ async def test_versions_of_tokens_when_weights_change_amid_an_answer(server: Liv
     assert [span["version"] for span in spans] == ["default", "seven"]
     cut = spans[0]["end"]
     assert spans[0]["start"] == 0 and spans[1] == {"version": "seven", "start": cut, "end": 60} and 4 < cut < 60
-    # What came after the change is what the new weights say of all that stands before it: nothing of the old KV is left.
+    # What came after the change is what the new weights say of all before it: nothing of the old KV is left.
     ids = answer["choices"][0]["token_ids"]
     rest = {**body, "prompt": PROMPT + ids[:cut], "max_tokens": 60 - cut}
     assert (await done(server, "/v1/completions", rest))["choices"][0]["token_ids"] == ids[cut:]
@@ -262,7 +262,8 @@ async def test_checksums_and_names(server: Live) -> None:
     await send(server, 8)
     after = await done(server, "/weight_checker", {"action": "checksum"})
     assert before["checksum"] != after["checksum"] and before["per_tensor"].keys() == after["per_tensor"].keys()
-    assert "differ" in check_shape(*await server.post("/weights_checker", {"action": "compare"}), expected=400)["message"]
+    reply = await server.post("/weights_checker", {"action": "compare"})
+    assert "differ" in check_shape(*reply, expected=400)["message"]
     assert server.engine.weight_version == "update-1"
     await done(server, "/update_weight_version", {"new_version": "mine"})
     async with server.http.get(server.url + "/get_weight_version") as response:

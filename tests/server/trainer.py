@@ -7,6 +7,7 @@ ends).
 
 from __future__ import annotations
 
+import datetime
 import sys
 from pathlib import Path
 
@@ -41,7 +42,14 @@ def main() -> None:
     port, name, checkpoint = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     store, rank, size = next(distributed.rendezvous(f"tcp://127.0.0.1:{port}", 0, 2))
     group, _ = c10d._new_process_group_helper(
-        size, rank, [], "gloo", distributed.PrefixStore(name, store), group_name=name, backend_options=None
+        size,
+        rank,
+        [],
+        "gloo",
+        distributed.PrefixStore(name, store),
+        group_name=name,
+        backend_options=None,
+        timeout=datetime.timedelta(seconds=60),
     )
     c10d._world.pg_group_ranks[group] = {0: 0, 1: 1}
     for line in sys.stdin:

@@ -6,7 +6,7 @@ import hashlib
 
 import numpy as np
 
-from engine.cache.names import page_names, root_name
+from engine.page_names import page_names, root_name
 
 DATA = np.arange(40, dtype=np.int32).tobytes()
 
