@@ -118,6 +118,8 @@ class Publisher:
         self.lora_tally: LoraTally | None = None
         # Where prompts' pages are kept for other servers, who does so; returns what their readers must know.
         self.keep_pages: Callable[[Sequence], dict[str, Any] | None] | None = None
+        # Told of each prompt that is computed, with its first token.
+        self.on_prompt: Callable[[Sequence], None] | None = None
 
     def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
         listener = Listener(sequence, stream, detokenizer)
@@ -311,6 +313,9 @@ class Publisher:
         ended_well = error is None and reason in (FinishReason.STOP, FinishReason.LENGTH)
         if ended_well and transfer is not None and transfer.keep and self.keep_pages is not None:
             stream.kv_transfer_params = self.keep_pages(sequence)
+        if ended_well and sequence.request.constraint is not None and self.on_prompt is not None:
+            # A grammar may have known the first token before the prompt was computed.
+            self.on_prompt(sequence)
         if error is not None:
             reason = FinishReason.ERROR
         stream.finish(reason, sequence.stop_reason, error, status=status)
