@@ -326,6 +326,9 @@ class Publisher:
         ended_well = error is None and reason in (FinishReason.STOP, FinishReason.LENGTH)
         if ended_well and transfer is not None and transfer.keep and self.keep_pages is not None:
             stream.kv_transfer_params = self.keep_pages(sequence)
+        if ended_well and sequence.request.constraint is not None and self.on_prompt is not None:
+            # A grammar may have known the first token before the prompt was computed.
+            self.on_prompt(sequence)
         if error is not None:
             reason = FinishReason.ERROR
         stream.finish(reason, sequence.stop_reason, error, status=status)

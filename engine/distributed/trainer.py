@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import distributed
 from torch.distributed import distributed_c10d as c10d
+from torch.distributed.rendezvous import rendezvous
 
 _DTYPES = {
     "F32": torch.float32,
@@ -39,7 +40,7 @@ class TrainerGroup:
         timeout = datetime.timedelta(seconds=timeout_s)
         host = f"[{address}]" if ":" in address else address
         store, rank, world_size = next(
-            distributed_rendezvous(f"tcp://{host}:{port}", rank, world_size, timeout=timeout)
+            rendezvous(f"tcp://{host}:{port}", rank, world_size, timeout=timeout)
         )
         store.set_timeout(timeout)
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")
@@ -50,7 +51,7 @@ class TrainerGroup:
             rank,
             [],
             backend,
-            PrefixStore(name, store),
+            c10d.PrefixStore(name, store),
             group_name=name,
             backend_options=None,
             timeout=timeout,
@@ -71,4 +72,5 @@ class TrainerGroup:
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     if math.prod(tensor.shape) == 0:
         return memoryview(b"")
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    flat: Any = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)

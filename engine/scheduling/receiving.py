@@ -43,8 +43,13 @@ class Receiving(Residents):
         return pages
 
     def keep(self, sequence: Sequence) -> SequencePages:
-        """The cached pages of its prompt, locked."""
-        pages = self.kv_cache.begin(sequence.request.prompt_token_ids, sequence.request.cache_root)
+        """The cached pages of its prompt, locked; those from which a step in flight is yet to compute are left out."""
+        cache, tokens, root = self.kv_cache, sequence.request.prompt_token_ids, sequence.request.cache_root
+        pages = cache.begin(tokens, root)
+        right = next((i for i, page in enumerate(pages.pages) if page in cache.unconfirmed), pages.num_shared)
+        if right < pages.num_shared:
+            cache.release(pages, (), 0)
+            pages = cache.begin(tokens[: right * self.limits.page_size + 1], root)
         self._lent[pages] = 0
         return pages
 

@@ -85,7 +85,7 @@ class PageStore:
                 logger.warning("%s: a page could not be read: %s", self.directory, error.strerror or error)
             self._forget(path)
             return False
-        if not whole or _HEADER.unpack(header) != (_MAGIC, name, into.nbytes, zlib.crc32(into)):
+        if not whole or _HEADER.unpack(header) != (_MAGIC, name, into.nbytes, zlib.crc32(into.data)):
             self.num_corrupt += 1
             logger.warning("%s: %s is damaged and removed", self.directory, path)
             self._remove(path)
@@ -114,8 +114,8 @@ class PageStore:
         try:
             target.parent.mkdir(exist_ok=True)
             with temporary.open("wb", buffering=0) as file:
-                _write_all(file.fileno(), _HEADER.pack(_MAGIC, name, data.nbytes, zlib.crc32(data)))
-                _write_all(file.fileno(), memoryview(data))
+                _write_all(file.fileno(), _HEADER.pack(_MAGIC, name, data.nbytes, zlib.crc32(data.data)))
+                _write_all(file.fileno(), data.data)
             temporary.replace(target)
         except OSError as error:
             with contextlib.suppress(OSError):
@@ -178,7 +178,7 @@ def _path(name: bytes) -> str:
 
 
 def _fill(file: object, into: Row) -> bool:
-    view = memoryview(into)
+    view = into.data
     while view:
         count = file.readinto(view)  # type: ignore[attr-defined]
         if not count:

@@ -145,6 +145,7 @@ class DiskTier:
 
     def _read(self, sequence: Sequence, pages: SequencePages, names: list[bytes]) -> None:
         first, key = pages.num_shared, names[0]
+        timer: Timer
         self._reading[key] = [sequence]
 
         def ended(job: Job) -> None:
@@ -171,7 +172,7 @@ class DiskTier:
             timer = self._clock.call_later(_GRACE_S, lambda: self._let_go(key, again=False))
 
         job = Job(np.array(pages.pages[first : first + len(names)], np.int32), names, ended)
-        timer: Timer = self._clock.call_later(self._timeout_s, is_late)
+        timer = self._clock.call_later(self._timeout_s, is_late)
         self._jobs.add(job)
         self._worker.read(job)
 
@@ -192,7 +193,8 @@ class DiskTier:
         count = pages.num_shared
         names = self._names(request, count)
         new = [index for index, name in enumerate(names) if name not in self.store]
-        if not new or self._num_held + count > self._most_held:
+        # A prompt that is longer than that may be written while nothing else is.
+        if not new or (self._num_held and self._num_held + count > self._most_held):
             self.tally.failures["busy"] += bool(new)
             self._scheduler.give_back(pages, sequence, 0)
             return

@@ -51,6 +51,10 @@ def test_pages_come_from_a_tier() -> None:
     assert sum([simulate(seed, **TIERED).received_tokens for seed in range(8)]) > 50
     hasty = TIERED | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "fail_rate": 0.05, "vocab_size": 40}
     assert sum([simulate(seed, **hasty).received_tokens for seed in range(8)]) > 5
+    # A grammar's first tokens are told while the prompt is in flight.
+    ahead = TIERED | {"constrained_rate": 0.8, "jump_ahead": True, "eagerness": 0.0, "tier_eagerness": 0.9}
+    ahead |= {"vocab_size": 40, "max_num_batched_tokens": 12, "max_num_seqs": 4}
+    assert sum([simulate(seed, **ahead).received_tokens for seed in range(8)]) > 5
 
 
 Answers = dict[str, tuple[tuple[int, ...], str, object]]
