@@ -45,6 +45,7 @@ def first_token(server: Running, prompt: list[int]) -> tuple[float, int]:
             if not line.startswith(b"data: {"):
                 continue
             chunk = json.loads(line[6:])
+            assert "choices" in chunk, chunk
             if first is None and chunk["choices"]:
                 first = time.perf_counter() - begin
             usage = chunk.get("usage") or usage
