@@ -25,10 +25,11 @@ from bench.offline import decode_seconds
 from bench.shapes import SHAPES, write_shape
 from engine.build import build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions
+from engine.distributed.leader import RankedExecutor
 
 
-def decode(args: argparse.Namespace, ranks: int) -> float:
-    """Seconds of a step, in this process."""
+def decode(args: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    """Seconds of a step, in this process. waited, added: of them, by rank, until others had arrived, and to add up."""
     with tempfile.TemporaryDirectory() as folder:
         directory = write_shape(args.shape, Path(folder) / "model")
         built = build_engine(
@@ -45,13 +46,20 @@ def decode(args: argparse.Namespace, ranks: int) -> float:
     vocabulary = built.model_config.vocab_size
     prompts = rng.integers(0, vocabulary, (args.batch, args.input_len)).tolist()
 
-    async def measure() -> float:
+    executor = built.engine.executor
+    group = executor.ranks if isinstance(executor, RankedExecutor) else None
+
+    async def measure() -> dict[str, Any]:
         loop = asyncio.create_task(built.engine.run())
         await decode_seconds(built.engine, prompts, 4)
-        seconds = await decode_seconds(built.engine, prompts, args.output_len)
+        before, begin = (np.zeros(1) if group is None else group.spent_ns()), time.perf_counter()
+        found: dict[str, Any] = {"seconds": await decode_seconds(built.engine, prompts, args.output_len)}
+        if group is not None:
+            share = (group.spent_ns() - before) / 1e9 / (time.perf_counter() - begin)
+            found["waited"], found["added"] = share.T.tolist()
         loop.cancel()
         await asyncio.wait({loop})
-        return seconds
+        return found
 
     try:
         return asyncio.run(measure())
@@ -62,17 +70,30 @@ def decode(args: argparse.Namespace, ranks: int) -> float:
 def in_turns(args: argparse.Namespace) -> dict[str, Any]:
     """Pairs of processes, one after the other."""
     found: dict[int, list[float]] = {1: [], args.ranks: []}
+    communication = []
     for pair in range(args.pairs):
         for ranks in (1, args.ranks) if pair % 2 == 0 else (args.ranks, 1):
             words = [sys.executable, "-m", "bench.ranks", "--only", str(ranks), *args.given]
             done = subprocess.run(words, capture_output=True, text=True, check=True)
-            found[ranks].append(float(done.stdout.split()[-1]))
-            print(f"{ranks} rank{'s' if ranks > 1 else ''}: {1000 * found[ranks][-1]:8.2f} ms a step", flush=True)
+            told = json.loads(done.stdout.splitlines()[-1])
+            found[ranks].append(told["seconds"])
+            line = f"{ranks} rank{'s' if ranks > 1 else ''}: {1000 * told['seconds']:8.2f} ms a step"
+            if ranks > 1:
+                shares = list(zip(told["waited"], told["added"], strict=True))
+                line += "; of the time, by rank, waiting and adding up: "
+                line += ", ".join(f"{waited:.1%} + {added:.1%}" for waited, added in shares)
+                # Who waits least is who the others wait for.
+                communication.append(min(map(sum, shares)))
+            print(line, flush=True)
     ratios = [one / several for one, several in zip(found[1], found[args.ranks], strict=True)]
     median = statistics.median(ratios)
     spread = f"{min(ratios):.2f} to {max(ratios):.2f}"
-    print(f"{args.ranks} ranks against one with {args.cores} threads: {median:.2f}x ({spread})")
-    return {"shape": args.shape, "batch": args.batch, "seconds": found, "ratio": median}
+    share = statistics.median(communication)
+    print(
+        f"{args.ranks} ranks against one with {args.cores} threads: {median:.2f}x ({spread}); communication of "
+        f"the rank that waits least: {share:.1%} of a step"
+    )
+    return {"shape": args.shape, "batch": args.batch, "seconds": found, "ratio": median, "communication": share}
 
 
 def ring(args: argparse.Namespace) -> dict[str, Any]:
@@ -94,7 +115,7 @@ def ring(args: argparse.Namespace) -> dict[str, Any]:
     child = os.fork()
     if child == 0:
         ranks = Ranks(file, layout, 1)
-        for _ in range(2 * count):
+        for _ in range(count + 2 * (count // 4)):
             messages.read_forward(ranks.receive())
             ranks.arrive()
         os._exit(0)
@@ -113,21 +134,34 @@ def ring(args: argparse.Namespace) -> dict[str, Any]:
         ranks.arrive()
         ranks.meet()
         both.append(time.perf_counter() - begin)
-    # The other one sleeps by then, as between the steps of a model.
-    asleep = []
-    for _ in range(count):
-        time.sleep(0.001)
-        asleep.append(tell())
-        ranks.arrive()
-        ranks.meet()
+
+    def after(busy: float) -> list[float]:
+        """Told after so many seconds of other work, as between the steps of a model."""
+        found = []
+        for _ in range(count // 4):
+            until = time.perf_counter() + busy
+            while time.perf_counter() < until:
+                pass
+            found.append(tell())
+            ranks.arrive()
+            ranks.meet()
+        return found
+
+    # The other one spins, yields, and sleeps by then.
+    between, asleep = after(0.001), after(0.004)
     os.waitpid(child, 0)
     row = {
         name: 1e6 * statistics.median(values)
-        for name, values in (("tell_us", there), ("tell_sleeper_us", asleep), ("there_and_back_us", both))
+        for name, values in (
+            ("tell_us", there),
+            ("tell_between_us", between),
+            ("tell_sleeper_us", asleep),
+            ("there_and_back_us", both),
+        )
     }
     print(
-        f"a step of {rows} rows: {row['tell_us']:.1f} us to tell ({row['tell_sleeper_us']:.1f} us to one that sleeps), "
-        f"{row['there_and_back_us']:.1f} us there and back"
+        f"a step of {rows} rows: {row['tell_us']:.1f} us to tell ({row['tell_between_us']:.1f} us after 1 ms of other "
+        f"work, {row['tell_sleeper_us']:.1f} us to one that sleeps), {row['there_and_back_us']:.1f} us there and back"
     )
     return row
 
@@ -149,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     args.given = list(sys.argv[1:] if argv is None else argv)
     if args.only is not None:
-        print(decode(args, args.only))
+        print(json.dumps(decode(args, args.only)))
         return 0
     result = ring(args) if args.ring else in_turns(args)
     if args.json is not None:

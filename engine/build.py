@@ -197,13 +197,15 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             report.row("faults", f"by plan: {config.debug_faults}")
         rng = None if options.seed is None else random.Random(options.seed)
         engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics, rng=rng)
+        if options.load_format != "dummy":
+            engine.model_directory = directory
         if engine.adapters is not None:
             with report.phase("adapters"):
                 engine.adapters.load_modules()
             report.row("adapters", _describe_adapters(config.lora, engine.adapters))
-        if config.transfer.connector is not None:
-            with report.phase("transfer"):
-                _add_transfer(engine, directory, spec, context, report)
+        if config.transfer.connector is not None or config.tiers.directory is not None:
+            with report.phase("carriers"):
+                _add_carriers(engine, directory, spec, context, report)
         if config.cuda.nvtx != "off":
             cuda_executor: Any = executor  # elsewhere the flag is refused
             engine.name_stages(cuda_executor.layer.range)
@@ -251,15 +253,17 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
     return Built(engine, directory, names, spec, defaults, chat_template, report, abilities)
 
 
-def _add_transfer(engine: Engine, directory: Path, spec: ModelSpec, context: int, report: StartupReport) -> None:
-    """Pages from and to other servers. Raises StartupError."""
+def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int, report: StartupReport) -> None:
+    """Pages from and to other servers, and the disk. Raises StartupError."""
     config = engine.config
-    if not config.cache.enable_prefix_caching:
-        raise StartupError("--kv-transfer-config needs the prefix cache: pages are kept and found in it")
-    try:
-        engine.executor.page_memory()
-    except StartupError as error:
-        raise StartupError(f"--kv-transfer-config: {error}") from None
+    flags = {"--kv-transfer-config": config.transfer.connector, "--kv-disk": config.tiers.directory}
+    for flag in (flag for flag, given in flags.items() if given is not None):
+        if not config.cache.enable_prefix_caching:
+            raise StartupError(f"{flag} needs the prefix cache: pages are kept and found in it")
+        try:
+            engine.executor.page_memory()
+        except StartupError as error:
+            raise StartupError(f"{flag}: {error}") from None
     # Frequencies of these kinds depend on the longest text.
     length = context if any(rope.kind in ("longrope", "dynamic") for rope in spec.ropes) else None
     model = config.model
@@ -269,10 +273,22 @@ def _add_transfer(engine: Engine, directory: Path, spec: ModelSpec, context: int
     def weights(other: Path | None) -> str:
         return fingerprint(other or directory, *options)
 
-    exchange = engine.enable_transfer(make_connector(config.transfer), weights)
-    role = {"kv_both": "keeps pages and reads them", "kv_producer": "keeps pages", "kv_consumer": "reads pages"}
-    at = f", asked at {config.transfer.host}:{exchange.port}" if config.transfer.keeps else ""
-    report.row("transfer", f"{config.transfer.connector}: {role[config.transfer.role]}{at}")
+    if config.transfer.connector is not None:
+        exchange = engine.enable_transfer(make_connector(config.transfer), weights)
+        role = {"kv_both": "keeps pages and reads them", "kv_producer": "keeps pages", "kv_consumer": "reads pages"}
+        at = f", asked at {config.transfer.host}:{exchange.port}" if config.transfer.keeps else ""
+        report.row("transfer", f"{config.transfer.connector}: {role[config.transfer.role]}{at}")
+    if config.tiers.directory is not None:
+
+        def here(other: Path | None) -> str:
+            """On this machine times tell what samples of a file may not."""
+            path = other or directory
+            files = [path] if path.is_file() else sorted(path.iterdir())
+            return f"{weights(other)} {[file.stat().st_mtime_ns for file in files]}"
+
+        store = engine.enable_disk(here).store
+        most = f"{store.bytes / 1e9:.2f} of at most {store.max_bytes / 1e9:g} GB"
+        report.row("disk", f"{store.directory}: {len(store)} pages, {most}")
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:
@@ -333,9 +349,13 @@ def _build_executor(
             )
         scale = "a row" if rounded == "fp8" else "32 weights"
         report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
+    if config.model.packed_input_bits != 16 and device == "cuda":
+        raise StartupError("--packed-input-bits 8: on a GPU no weights stay packed so far; --device cpu")
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)
+    if config.expert_parallel and config.tensor_parallel_size == 1:
+        raise StartupError("--enable-expert-parallel needs a --tensor-parallel-size of 2 or more")
     if config.tensor_parallel_size > 1:
         if device == "cuda":
             raise StartupError(

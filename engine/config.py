@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class ModelOptions:
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
     quantization: int8, int4 or fp8, to which weights are rounded as they are read; auto takes them as they are, and so
     does the name of the checkpoint's own method.
+    packed_input_bits: 16 or 8, to which a CPU rounds inputs of weights that stay packed; 8 is what llama.cpp does.
     seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
     runner: auto, generate or pooling. pooling: auto, cls, last, max or mean. score_tokens: yes and no. See
@@ -41,6 +43,7 @@ class ModelOptions:
     dtype: str = "auto"
     load_format: str = "auto"
     quantization: str = "auto"
+    packed_input_bits: int = 16
     max_model_len: int | None = None
     generation_config: str = "auto"
     chat_template: str | None = None
@@ -173,8 +176,9 @@ class ServerOptions:
     tool_call_parser, reasoning_parser: a name of server/parsers/registry.py, "none", or "auto" for what the chat
     template shows. default_chat_template_kwargs: the template's options where a request does not give its own.
     reasoning_budget: most tokens of reasoning where a request names no budget, None for no limit.
-    weights_root: the directory that /update_weights_from_disk may read from; None: it may not. write_timeout_s: a
-    client that reads nothing for so long is cut off; header_timeout_s: one that sends no whole head.
+    weights_root: the directory that /update_weights_from_disk may read from; None: it may not.
+    weight_update_timeout_s: of a trainer that stops amid an update. write_timeout_s: a client that reads nothing for
+    so long is cut off; header_timeout_s: one that sends no whole head.
     max_connections_per_address: 0 is any number. max_host_memory: bytes of the process, see server/memory.py.
     handover: "unix:PATH", see server/handover.py. resume_journal: see server/journal.py.
     stall_timeout_s: without a step that comes to an end in so long, while there is work, /health is 503 and all stacks
@@ -211,6 +215,7 @@ class ServerOptions:
     reasoning_budget: int | None = None
     refuse_max_tokens: bool = False
     weights_root: str | None = None
+    weight_update_timeout_s: float = 300.0
     ssl_certfile: str | None = None
     ssl_keyfile: str | None = None
     write_timeout_s: float = 60.0
@@ -276,6 +281,16 @@ class TransferOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class TierOptions:
+    """Pages on the disk. directory: None for none. max_bytes: of its files. timeout_s: a prompt waits for its pages no
+    longer; the rest is computed."""
+
+    directory: Path | None = None
+    max_bytes: int = 32 * 10**9
+    timeout_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
 class CudaOptions:
     """cuda_graph: lazy, start or off. profile_dir: where traces go.
 
@@ -294,7 +309,8 @@ class CudaOptions:
 class EngineConfig:
     """Everything. device: auto, cpu or cuda. num_threads: compute threads on the CPU (of each rank), None for auto.
 
-    tensor_parallel_size: ranks, processes that compute one model together.
+    tensor_parallel_size: ranks, processes that compute one model together. expert_parallel: of experts each has some
+    whole, and not a part of each.
     deterministic: a request's tokens and log-probabilities have the same bits whatever runs beside it. True: or the
     start fails. None: where it costs nothing. debug_faults: see executor/faults.py. check_invariants: the KV cache is
     checked whole whenever the engine is idle, and not a part of the time.
@@ -306,12 +322,14 @@ class EngineConfig:
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     transfer: TransferOptions = field(default_factory=TransferOptions)
+    tiers: TierOptions = field(default_factory=TierOptions)
     stream: StreamOptions = field(default_factory=StreamOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     cuda: CudaOptions = field(default_factory=CudaOptions)
     device: str = "auto"
     num_threads: int | None = None
     tensor_parallel_size: int = 1
+    expert_parallel: bool = False
     deterministic: bool | None = None
     debug_faults: str | None = None
     check_invariants: bool = False

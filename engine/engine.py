@@ -13,8 +13,6 @@ import logging
 import math
 import random
 from collections import deque
-from collections.abc import Callable
-from pathlib import Path
 
 from engine.admission import Admission
 from engine.clock import Clock, MonotonicClock, RangeOf, in_range
@@ -38,9 +36,6 @@ from engine.speculation.budgets import DraftBudgets
 from engine.stream import TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
-from engine.transfer.base import Connector
-from engine.transfer.exchange import PageExchange
-from engine.transfer.tally import TransferTally
 
 logger = logging.getLogger("oneloop.engine")
 
@@ -114,24 +109,6 @@ class Engine(Resting):
             publisher.lora_tally = LoraTally(prefixes, config.lora.max_loras, publisher.requests)
             self.metrics.add_families(publisher.lora_tally.collect)
 
-    def enable_transfer(self, connector: Connector, weights: Callable[[Path | None], str]) -> PageExchange:
-        """Keep pages for other servers, or read theirs, as the options say. See PageExchange. Raises StartupError."""
-        tally = TransferTally([one for one in self.metrics.prefixes if one != "sglang"], self.metrics.model_name)
-        self.transfer = PageExchange(
-            self.config.transfer,
-            connector,
-            self.executor,
-            self.scheduler,
-            self.clock,
-            received=self.received,
-            wake=self._wake.set,
-            weights=weights,
-            tally=tally,
-        )
-        self.metrics.add_families(tally.collect)
-        self.publisher.keep_pages = self.transfer.keep
-        return self.transfer
-
     # ---- the door
 
     def submit(self, request: Request) -> TokenStream:
@@ -156,8 +133,8 @@ class Engine(Resting):
         if request.sampling.seed is None and request.sampling.temperature > 0:
             sampling = dataclasses.replace(request.sampling, seed=self._rng.getrandbits(63))
             request = dataclasses.replace(request, sampling=sampling)
-        source = None if request.transfer is None or self.transfer is None else request.transfer.source
-        sequence = self.scheduler.submit(request, receiving=source is not None)
+        receive = self._carrier_of(request)
+        sequence = self.scheduler.submit(request, receiving=receive is not None)
         stream = TokenStream(request.request_id, sequence.num_prompt_tokens, self.abort, sequence.arrived_at)
         detokenizer = (
             NO_TEXT
@@ -177,9 +154,8 @@ class Engine(Resting):
             self._progress_at = self.clock.now()
             self._idle.clear()
         self._wake.set()
-        if source is not None:
-            assert self.transfer is not None
-            self.transfer.receive(sequence, source)
+        if receive is not None:
+            receive(sequence)
         return stream
 
     def received(self, sequence: Sequence) -> None:
@@ -244,7 +220,9 @@ class Engine(Resting):
         self._wake.set()
 
     def flush_cache(self) -> bool:
-        """Forget every cached prefix. False, and nothing done, while requests run or wait."""
+        """Forget every cached prefix. False, and nothing done, while requests run or wait, unless they are paused."""
+        if self.scheduler.has_work:
+            return self.forget_held()
         if not self.scheduler.is_empty:
             return False
         self.scheduler.kv_cache.flush()
@@ -405,8 +383,7 @@ class Engine(Resting):
             raise
         finally:
             self._watch.stop()
-            if self.transfer is not None:
-                self.transfer.close()
+            self._end_carriers()
             # A worker that waits for a mask would never end.
             for batch, _ in in_flight:
                 if batch.forward_input.masks is not None:

@@ -25,6 +25,7 @@ from engine.config import (
 )
 from engine.draft_flags import add_draft_flags, draft_options
 from engine.lora import flags as lora
+from engine.tiers import flags as tiers
 from engine.transfer import flags as transfer
 
 if TYPE_CHECKING:
@@ -183,6 +184,13 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "must be of that one",
     )
     model.add_argument(
+        "--packed-input-bits",
+        type=int,
+        choices=[8, 16],
+        help="to which inputs of packed weights (GGUF) are rounded on a CPU: 16 is nearly exact, 8 quicker and as "
+        "llama.cpp has it; default: 16",
+    )
+    model.add_argument(
         "--max-model-len",
         "--context-length",
         dest="max_model_len",
@@ -230,6 +238,14 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         type=_count,
         metavar="N",
         help="processes that compute the model together, each with its part of the weights and of the KV cache (CPU)",
+    )
+    device.add_argument(
+        "--enable-expert-parallel",
+        "-ep",
+        action="store_true",
+        dest="expert_parallel",
+        default=None,
+        help="with --tensor-parallel-size: each process has some experts whole, and not a part of each",
     )
     device.add_argument(
         "--deterministic",
@@ -344,6 +360,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     add_draft_flags(parser)
     lora.add_flags(parser)
     transfer.add_flags(parser)
+    tiers.add_flags(parser)
 
     server = parser.add_argument_group("server")
     server.add_argument("--host")
@@ -362,6 +379,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     server.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, where it is not in the same file")
     server.add_argument(
         "--weights-root", metavar="DIR", help="the directory that /update_weights_from_disk may read weights from"
+    )
+    server.add_argument(
+        "--weight-update-timeout",
+        type=_positive,
+        metavar="S",
+        help="drop what a trainer sent where it stops amid an update for so long (300)",
     )
     server.add_argument(
         "--write-timeout", type=_positive, metavar="S", help="cut off a client that reads nothing for so long (60)"
@@ -582,6 +605,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
                 dtype=_DTYPES[args.dtype] if args.dtype else None,
                 load_format="auto" if args.load_format == "safetensors" else args.load_format,
                 quantization=args.quantization,
+                packed_input_bits=args.packed_input_bits,
                 max_model_len=args.max_model_len,
                 generation_config="none" if generation == "vllm" else generation,
                 chat_template=args.chat_template,
@@ -618,6 +642,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         ),
         lora=lora.options_from(args),
         transfer=transfer.options_from(args),
+        tiers=tiers.options_from(args),
         speculation=draft_options(args),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(
@@ -641,6 +666,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             kv_events=args.kv_events_config,
             web=args.web,
             **_given(  # type: ignore[arg-type]
+                weight_update_timeout_s=args.weight_update_timeout,
                 write_timeout_s=args.write_timeout,
                 header_timeout_s=args.header_timeout,
                 max_host_memory=args.max_host_memory,
@@ -677,7 +703,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         debug_faults=args.debug_faults,
         check_invariants=args.check_invariants,
         **_given(  # type: ignore[arg-type]
-            device=args.device, tensor_parallel_size=args.tensor_parallel_size
+            device=args.device, tensor_parallel_size=args.tensor_parallel_size, expert_parallel=args.expert_parallel
         ),
     )
 

@@ -118,6 +118,19 @@ class Publisher:
         self.lora_tally: LoraTally | None = None
         # Where prompts' pages are kept for other servers, who does so; returns what their readers must know.
         self.keep_pages: Callable[[Sequence], dict[str, Any] | None] | None = None
+        # Where prompts' pages outlive this process, who sees to it.
+        self.on_prompt: Callable[[Sequence], None] | None = None
+        # What the weights are called that the next tokens come from.
+        self.weight_version = "default"
+
+    def name_weights(self, version: str) -> None:
+        """Tokens from now on come from weights of that name; at rest only, or where only the name changes."""
+        if version != self.weight_version:
+            for listener in self.listeners.values():
+                sequence = listener.sequence
+                generated = sequence.num_tokens - sequence.num_prompt_tokens
+                listener.stream.versions.append((self.weight_version, generated))
+            self.weight_version = version
 
     def add(self, sequence: Sequence, stream: TokenStream, detokenizer: IncrementalDetokenizer | NoText) -> Listener:
         listener = Listener(sequence, stream, detokenizer)
@@ -285,15 +298,17 @@ class Publisher:
         reason = sequence.finish_reason
         assert reason is not None
         stream.num_cached_tokens, stream.draft_counts = sequence.num_cached_tokens, sequence.draft_counts
+        stream.versions.append((self.weight_version, sequence.num_tokens - sequence.num_prompt_tokens))
         detokenizer = listener.detokenizer
-        if reason in (FinishReason.STOP, FinishReason.LENGTH) and error is None:
+        # Who is aborted gets what was computed for it, too: a rollout goes on from there.
+        if reason is not FinishReason.ERROR and error is None:
             try:
                 tokens = sequence.token_ids[listener.num_sent :].tolist()
                 text, tokens = _text_of(listener, tokens) if tokens else ("", tokens)
                 if detokenizer.stop_reason is None:
                     tail = detokenizer.finish()
                     # Cut off by its length amid a character: half of one is nothing that a client could use.
-                    text += tail.removesuffix("\ufffd") if reason is FinishReason.LENGTH else tail
+                    text += tail if reason is FinishReason.STOP else tail.removesuffix("\ufffd")
                 else:
                     reason, sequence.stop_reason = FinishReason.STOP, detokenizer.stop_reason
                     sequence.cut(listener.num_sent + len(tokens))
@@ -311,6 +326,9 @@ class Publisher:
         ended_well = error is None and reason in (FinishReason.STOP, FinishReason.LENGTH)
         if ended_well and transfer is not None and transfer.keep and self.keep_pages is not None:
             stream.kv_transfer_params = self.keep_pages(sequence)
+        if ended_well and sequence.request.constraint is not None and self.on_prompt is not None:
+            # A grammar may have known the first token before the prompt was computed.
+            self.on_prompt(sequence)
         if error is not None:
             reason = FinishReason.ERROR
         stream.finish(reason, sequence.stop_reason, error, status=status)
@@ -331,6 +349,8 @@ class Publisher:
             now - admitted,
             stream=sequence.request.stream,
         )
+        if self.on_prompt is not None:
+            self.on_prompt(sequence)
 
     def _observe_end(self, listener: Listener, reason: FinishReason) -> None:
         sequence, now = listener.sequence, self._clock.now()

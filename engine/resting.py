@@ -7,24 +7,24 @@ its caller does not wait for it.
 from __future__ import annotations
 
 import asyncio
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
+from engine.carriers import Carrying
 from engine.clock import Clock
 from engine.executor.base import Executor
 from engine.lora.store import AdapterStore
 from engine.publisher import Publisher
 from engine.request import RequestError, UnavailableError
 from engine.scheduling.scheduler import Scheduler
-from engine.transfer.exchange import PageExchange
 
 # What becomes of the requests that are there when the engine comes to rest.
 PAUSE_MODES = ("abort", "wait", "keep")
 
 
-class Resting(ABC):
+class Resting(Carrying):
     """The loop looks at `_stopped` before it schedules, and sets `_at_rest` when nothing is in flight any more."""
 
     def __init__(self, scheduler: Scheduler, executor: Executor, publisher: Publisher, clock: Clock) -> None:
@@ -36,18 +36,32 @@ class Resting(ABC):
         self.failed = False
         self.is_paused = False
         self.sleep_level = 0
-        self.weight_version = "default"
         self.adapters: AdapterStore | None = None
-        # Where pages come from other servers and go there.
-        self.transfer: PageExchange | None = None
         self._loading = False
         self._weights_directory: Path | None = None  # where others than the first came from
+        self.num_weight_updates = 0
+        # The first ones' checkpoint; None: they come from none.
+        self.model_directory: Path | None = None
         # Whether nothing is scheduled, and whether the loop has come to rest over it.
         self._stopped = False
         self._at_rest: asyncio.Event = asyncio.Event()
         self._wake: asyncio.Event = asyncio.Event()
         self._progress_at = clock.now()
         self._maintenance = asyncio.Lock()
+
+    @property
+    def weight_version(self) -> str:
+        """What the weights that serve are called."""
+        return self.publisher.weight_version
+
+    @property
+    def weights_directory(self) -> Path | None:
+        """The checkpoint that the weights that serve were read from."""
+        return self._weights_directory or self.model_directory
+
+    def name_weights(self, version: str) -> None:
+        """Call the weights that serve by another name from the next token on."""
+        self.publisher.name_weights(version)
 
     @abstractmethod
     def abort_all(self) -> None:
@@ -70,6 +84,13 @@ class Resting(ABC):
             self.is_paused = False
             self._settle()
 
+    def forget_held(self) -> bool:
+        """Empty the cache while paused: who is held is computed again. False, and nothing done, where nobody rests."""
+        if not (self.is_paused and self._at_rest.is_set()) or self.sleep_level or self._loading or self.scheduler.lent:
+            return False
+        self._forget()
+        return True
+
     async def sleep(self, level: int = 1, mode: str = "abort") -> None:
         """Rest, and give the device's memory back (see Executor.sleep). New requests are refused. mode: as in pause;
         what is kept is computed again after `wake_up`. Raises RequestError while it sleeps at another level.
@@ -80,14 +101,17 @@ class Resting(ABC):
         """End of a sleep; nothing happens where there is none. Raises StartupError where memory or weights are lost."""
         await self._undisturbed(self._wake_up())
 
-    async def load_weights(self, directory: Path, *, abort: bool = False, version: str | None = None) -> None:
+    async def load_weights(
+        self, directory: Path, *, abort: bool = False, mode: str | None = None, version: str | None = None
+    ) -> None:
         """Serve with other weights of the same model, after those who are here have finished (abort: were ended).
-        version: what to call them from then on.
+        version: what to call them from then on. mode: see `pause`; "keep" computes what is there again with the new
+        weights, and it goes on in its place.
 
         Forgets the prefix cache. Raises StartupError where the weights cannot be used, and RequestError where nobody
         could finish; then the old ones serve on.
         """
-        await self._undisturbed(self._load_weights(directory, abort, version))
+        await self._undisturbed(self._load_weights(directory, mode or ("abort" if abort else "wait"), version))
 
     async def _sleep(self, level: int, mode: str) -> None:
         if self.sleep_level == level:
@@ -99,8 +123,7 @@ class Resting(ABC):
         self.sleep_level = level
         try:
             await self._rest()
-            if self.transfer is not None:
-                await self.transfer.pause()
+            await self._halt_pages()
             self._forget()
             await asyncio.to_thread(self.executor.sleep, level)
         except BaseException:
@@ -111,30 +134,28 @@ class Resting(ABC):
     async def _wake_up(self) -> None:
         if self.sleep_level:
             await asyncio.to_thread(self.executor.wake_up, self._weights_directory)
-            if self.transfer is not None:
-                await self.transfer.resume(self._weights_directory)
+            await self._let_pages_go(self._weights_directory)
             self.sleep_level = 0
             self._settle()
 
-    async def _load_weights(self, directory: Path, abort: bool, version: str | None) -> None:
+    async def _load_weights(self, directory: Path, mode: str, version: str | None) -> None:
         if self.sleep_level:
             raise RequestError("The model is asleep; POST /wake_up first.")
-        await self._clear("abort" if abort else "wait")
+        await self._clear(mode)
         self._loading = True
         try:
             await self._rest()
-            if self.transfer is not None:
-                await self.transfer.pause()
+            await self._halt_pages()
             self._forget()
             await asyncio.to_thread(self.executor.load_weights, directory)
             self._weights_directory = directory
-            self.weight_version = version or self.weight_version
+            self.num_weight_updates += 1
+            self.name_weights(version or f"update-{self.num_weight_updates}")
             if self.adapters is not None:
                 self.adapters.base_changed()
         finally:
             self._loading = False
-            if self.transfer is not None and self.transfer.is_paused:
-                await self.transfer.resume(self._weights_directory)
+            await self._let_pages_go(self._weights_directory)
             self._settle()
 
     async def _undisturbed(self, work: Coroutine[Any, Any, None]) -> None:

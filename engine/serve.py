@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from engine.build import Built
     from engine.config import EngineConfig
-    from server.state import Stored
+    from server.state import ServedModel, Stored
 
 STARTED_AT = time.perf_counter()
 
@@ -32,34 +32,18 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, log_level = parse(argv)
         debug = log_level == "debug"
-        from server import accounts, kv_events, request_log, spans, trace_file
+        from server import request_log
 
         request_log.set_up(log_level, config.server.log_format)
         from engine.build import build_engine
         from engine.report import StartupReport
-        from server.app import make_tls
-        from server.handover import path_of
-        from server.parsers.registry import choose_parsers
 
         if shows_keys(sys.argv if argv is None else argv):
             logging.getLogger("oneloop.start").warning(
                 "a key on the command line is seen by everybody who can list processes; ONELOOP_API_KEY, "
                 "ONELOOP_ADMIN_API_KEY or --key-file do not show it"
             )
-        # What is misspelled or missing ends the start before the weights are read.
-        make_tls(config.server)
-        if config.server.handover is not None:
-            path_of(config.server.handover)
-        choose_parsers(config.server.tool_call_parser, config.server.reasoning_parser, "")
-        if config.server.prices is not None:
-            accounts.PriceList.load(config.server.prices)
-        if config.server.trace_file is not None:
-            trace_file.check(config.server.trace_file)
-        if config.server.otlp_traces_endpoint is not None:
-            spans.check(config.server.otlp_traces_endpoint)
-        if config.server.kv_events is not None and kv_events.parse(config.server.kv_events) is not None:
-            kv_events.check()
-
+        check(config)
         report = StartupReport(STARTED_AT)
         report.phases["imports"] = report.total_seconds
         built = build_engine(config, report)
@@ -75,22 +59,36 @@ def main(argv: list[str] | None = None) -> int:
         return 130
 
 
-async def _run(config: EngineConfig, built: Built) -> int:
-    """The loop task and the web server, side by side, until one of them ends."""
-    import asyncio
-    import contextlib
-    import functools
-    import gc
+def check(config: EngineConfig) -> None:
+    """Raises StartupError for what is misspelled or missing, before the weights are read."""
+    from server import accounts, kv_events, spans, trace_file
+    from server.app import make_tls
+    from server.handover import path_of
+    from server.parsers.registry import choose_parsers
 
+    make_tls(config.server)
+    if config.server.handover is not None:
+        path_of(config.server.handover)
+    choose_parsers(config.server.tool_call_parser, config.server.reasoning_parser, "")
+    if config.server.prices is not None:
+        accounts.PriceList.load(config.server.prices)
+    if config.server.trace_file is not None:
+        trace_file.check(config.server.trace_file)
+    if config.server.otlp_traces_endpoint is not None:
+        spans.check(config.server.otlp_traces_endpoint)
+    if config.server.kv_events is not None and kv_events.parse(config.server.kv_events) is not None:
+        kv_events.check()
+
+
+def served_model(config: EngineConfig, built: Built) -> ServedModel:
+    """What the server tells of the model. Raises StartupError without a tokenizer."""
     from engine.config import StartupError
-    from engine.watchdog import Watchdog
-    from server.app import ServedModel, build_app, serve
-    from server.trace_file import TraceFile
+    from server.app import ServedModel
 
-    engine, report = built.engine, built.report
+    engine = built.engine
     if engine.tokenizer is None:
         raise StartupError(f"{built.directory}: no tokenizer.json; a server needs one, also with --load-format dummy")
-    model = ServedModel(
+    return ServedModel(
         names=built.names,
         created=int(time.time()),
         chat_template=built.chat_template,
@@ -103,6 +101,20 @@ async def _run(config: EngineConfig, built: Built) -> int:
         stored=_stored(built.directory),
     )
 
+
+async def _run(config: EngineConfig, built: Built) -> int:
+    """The loop task and the web server, side by side, until one of them ends."""
+    import asyncio
+    import contextlib
+    import functools
+    import gc
+
+    from engine.watchdog import Watchdog
+    from server.app import build_app, serve
+    from server.trace_file import TraceFile
+
+    engine, report = built.engine, built.report
+    model = served_model(config, built)
     scheme = "http" if config.server.ssl_certfile is None else "https"
 
     def on_listening(host: str, port: int) -> None:

@@ -85,6 +85,7 @@ class TokenStream:
         "pooled",
         "prompt_logprobs",
         "request_id",
+        "versions",
     )
 
     def __init__(
@@ -106,6 +107,8 @@ class TokenStream:
         self.pooled: npt.NDArray[np.float32] | None = None
         # Where another server finds the prompt's pages, if they are kept for one; known with the last delta.
         self.kv_transfer_params: dict[str, Any] | None = None
+        # Names of weights, each with the number of generated tokens at its end; whole with the last delta.
+        self.versions: list[tuple[str, int]] = []
         self._abort = abort
         self._delta = Delta()
         self._pending = False

@@ -34,12 +34,13 @@ from engine.failures import raise_fatal
 from engine.keys import digest
 from engine.request import RequestError, UnavailableError
 from engine.text.grammar.compiler import GrammarCompiler
+from engine.updates import WeightUpdates
 from server import endpoints, kv_events
 from server.accounts import Accounts, PriceList
 from server.adapters import prepare
 from server.background import JOBS, Jobs
 from server.connection import Bounds, Connection
-from server.endpoints import abort, health, web_api
+from server.endpoints import abort, health, rollouts, web_api
 from server.endpoints import web as pages
 from server.handover import Offer, path_of, take
 from server.journal import Journal
@@ -57,7 +58,7 @@ from server.response_store import ResponseStore
 from server.spans import Spans, trace_headers
 from server.state import CALLER, ECHOED_ID, ID_PATTERN, REQUEST_ID, STATE, USAGE, Caller, ServedModel, State
 
-__all__ = ["ServedModel", "build_app", "serve"]
+__all__ = ["ServedModel", "build_app", "drain", "serve"]
 
 logger = logging.getLogger("oneloop.server")
 
@@ -86,7 +87,7 @@ _MEMORY = web.AppKey("memory", MemoryWatch)
 _IS_CLOSING = web.AppKey("is_closing", asyncio.Event)
 _ADMIN_KEYS = web.AppKey("admin_keys", Keyring)
 # Bodies are inflated by read_body, which can stop.
-_CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
+CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 # A process that handed its socket over stays for connections that it had accepted and whose requests are on their way.
 QUIET_S = 1.0
 # A burst of this many connects waits in the kernel and is not refused.
@@ -109,7 +110,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web.Application:
     """All routes, under `options.root_path` as well where it is set (some proxies strip it and some do not)."""
     model = dataclasses.replace(model, adapters=engine.adapters)
-    app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(_CONNECTION))
+    app = web.Application(middlewares=[_gate], client_max_size=options.max_body_bytes, handler_args=dict(CONNECTION))
     template = model.chat_template
     tool_family, reasoning_family = choose_parsers(
         options.tool_call_parser,
@@ -141,6 +142,8 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
         kv_events=_publish_kv_events(engine, options),
     )
     app[PREPARE] = _prepare(app[STATE])
+    app[rollouts.UPDATES] = WeightUpdates(engine, options.weight_update_timeout_s)
+    app[rollouts.SNAPSHOT] = {}
     journal = None
     if options.resume_journal is not None:
         journal = Journal(Path(options.resume_journal), options.response_store_size)
@@ -212,6 +215,7 @@ async def _watch_memory(app: web.Application) -> AsyncIterator[None]:
 async def _clean_up(app: web.Application) -> None:
     state = app[STATE]
     state.keyring.save()
+    await app[rollouts.UPDATES].close()
     if _JOURNAL in app:
         app[_JOURNAL].close()
     if state.compiler is not None:
@@ -455,15 +459,15 @@ async def serve(
     listener: asyncio.Server | None = None
     offer: Offer | None = None
     handed_over = asyncio.Event()
-    drain: asyncio.Task[None] | None = None
+    draining: asyncio.Task[None] | None = None
 
     def on_handed_over() -> None:
         handed_over.set()
         stop.set()
 
     def on_signal() -> None:
-        if stop.is_set() and drain is not None:
-            drain.cancel()
+        if stop.is_set() and draining is not None:
+            draining.cancel()
         stop.set()
 
     try:
@@ -474,7 +478,7 @@ async def serve(
             where = {"sock": taken.listening}
         try:
             listener = await loop.create_server(
-                lambda: Connection(bounds, handlers, loop=loop, **_CONNECTION),
+                lambda: Connection(bounds, handlers, loop=loop, **CONNECTION),
                 **where,
                 backlog=_BACKLOG,
                 ssl=tls,
@@ -498,13 +502,13 @@ async def serve(
             listener.close()
             app[_IS_CLOSING].set()
             await _quiet(state, options.drain_timeout_s)
-        drain = asyncio.create_task(_drain(engine, state, options.drain_timeout_s))
-        await asyncio.wait({drain})
+        draining = asyncio.create_task(drain(engine, state, options.drain_timeout_s))
+        await asyncio.wait({draining})
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-        if drain is not None:
-            drain.cancel()
+        if draining is not None:
+            draining.cancel()
         if offer is not None:
             offer.close()
         if listener is not None:
@@ -548,7 +552,7 @@ def _grace(limit: float) -> float:
     return min(0.25, limit / 20)
 
 
-async def _drain(engine: Engine, state: State, limit: float) -> None:
+async def drain(engine: Engine, state: State, limit: float) -> None:
     """Let what was accepted end, for at most `limit` seconds; new requests meanwhile get their 503."""
     engine.drain()
     grace = _grace(limit)

@@ -45,17 +45,23 @@ async def respond(
     async with submitted(state, plan.requests, names_of(request, plan.id), rids) as streams:
         answer = make_answer(state, plan, streams)
         if not plan.stream:
-            deltas = [await _collect(stream) for stream in streams]
+            deltas = [await _collect(stream, answer) for stream in streams]
             if plan.no_output:
                 deltas = list(map(_without_output, deltas))
             return json_response(answer.whole(deltas))
         return await _stream(request, state, answer, _Relay(answer, streams, no_output=plan.no_output))
 
 
-async def _collect(stream: TokenStream) -> Delta:
+async def _collect(stream: TokenStream, answer: Answer) -> Delta:
     delta = await stream.collect()
-    raise_early(delta)
+    _raise_early(delta, answer)
     return delta
+
+
+def _raise_early(delta: Delta, answer: Answer) -> None:
+    """Some families have a word for an end before the first token; in others it is an error."""
+    if delta.finish_reason is not FinishReason.ABORT or not getattr(answer, "tells_aborts", False):
+        raise_early(delta)
 
 
 def _without_output(delta: Delta) -> Delta:
@@ -167,7 +173,7 @@ class _Relay:
         for index in waiting:
             delta = self._streams[index].waiting
             assert delta is not None
-            raise_early(delta)
+            _raise_early(delta, self._answer)
         return bool(waiting)
 
     async def write_to(self, events: EventStream) -> None:

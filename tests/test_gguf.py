@@ -130,3 +130,8 @@ def test_a_scale_that_is_no_number(file: Path, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(StartupError, match=r"layers.1.mlp.up_proj.weight: row 0 has a scale that is not a finite"):
         LLM(str(path))
+
+
+def test_inputs_of_eight_bits_need_packed_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--model", str(DEMO_MODEL), "--packed-input-bits", "8", "--device", "cpu", "--port", "0"]) == 1
+    assert "no matrix of this model stays packed" in capsys.readouterr().err

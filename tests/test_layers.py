@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOT_WORDS = {"config", "clock", "request", "forward", "stream", "metrics", "groups", "failures", "keys", "recorder"}
+ROOT_WORDS |= {"page_names"}
 # What each part may import of ours, beside itself and the words at the root.
 ALLOWED = {
     "engine.words": set(),
@@ -63,13 +64,24 @@ ALLOWED = {
     "engine.publisher": {"engine.lora.tally", "engine.pace", "engine.scheduling", "engine.text"},
     "engine.grammar_masks": {"engine.scheduling", "engine.publisher", "engine.executor.base"},
     "engine.transfer": {"engine.cache", "engine.scheduling", "engine.executor.base"},
+    "engine.tiers": {"engine.cache", "engine.scheduling", "engine.executor.base"},
+    "engine.misses": {"engine.cache"},
+    "engine.carriers": {
+        "engine.scheduling",
+        "engine.executor.base",
+        "engine.publisher",
+        "engine.tiers",
+        "engine.transfer",
+    },
     "engine.resting": {
         "engine.scheduling",
         "engine.publisher",
         "engine.executor.base",
+        "engine.carriers",
         "engine.lora.store",
-        "engine.transfer.exchange",
     },
+    # What trainers send becomes a checkpoint; the group that it comes over is loaded when there is one.
+    "engine.updates": {"engine.resting", "engine.models.loading.checkpoint", "engine.distributed.trainer"},
     "engine.inspection": {"engine.scheduling", "engine.cache", "engine.publisher"},
     "engine.engine": {
         "engine.scheduling",
@@ -83,11 +95,10 @@ ALLOWED = {
         "engine.inspection",
         "engine.lora.store",
         "engine.lora.tally",
-        "engine.transfer",
         "engine.speculation.budgets",
     },
     "engine.draft_flags": set(),
-    "engine.flags": {"engine.draft_flags", "engine.lora.flags", "engine.transfer.flags"},
+    "engine.flags": {"engine.draft_flags", "engine.lora.flags", "engine.tiers.flags", "engine.transfer.flags"},
     "engine.watchdog": set(),
     "engine.report": set(),
     "engine.build": {"engine"},
@@ -96,9 +107,12 @@ ALLOWED = {
     "engine.kernels": {"engine"},
     "server": {
         "engine.engine",
+        "engine.updates",
         "engine.resting",
         "engine.inspection",
+        "engine.watchdog",
         "engine.cache.history",
+        "engine.misses",
         "engine.text",
         "engine.models.mixers",
         "engine.models.spec",
@@ -109,6 +123,9 @@ ALLOWED = {
     },
     "engine.demo": {"engine.models", "engine.ops", "engine.text", "engine.executor"},
     "engine.serve": {"*"},
+    "engine.serve_ray": {"*"},
+    # The engine under somebody else's front.
+    "engine.integrations": {"*"},
     "bench": {"*"},
 }
 # build.py puts the device wing together, inside its functions.
@@ -118,6 +135,7 @@ TORCH_ALLOWED = (
     "engine.distributed.leader",
     "engine.distributed.rank",
     "engine.distributed.start",
+    "engine.distributed.trainer",
     "engine.executor.cpu",
     "engine.executor.cuda",
     "engine.executor.drafting",
@@ -133,6 +151,7 @@ TORCH_ALLOWED = (
     "engine.speculation.draft",
     "engine.speculation.eagle3",
     "engine.speculation.hidden",
+    "engine.speculation.mtp",
     "engine.speculation.paged",
     "engine.demo",
     "bench",

@@ -114,6 +114,8 @@ class KVCache:
         self._tree = RadixTree(self.page_size, policy, self.groups, snapshots is not None)
         self._snapshots = PagePool(snapshots) if snapshots and self._caching else None
         self._deferred: list[int] = []
+        # Of the first group: pages in the tree whose step has not ended yet.
+        self.unconfirmed: set[int] = set()
         self.history = CacheHistory(self.page_size, self._now)
         self._tree.on_evicted = self.history.evicted
         if self._watch is not None:
@@ -219,12 +221,16 @@ class KVCache:
         Returns (group, index, page id) for each page that the tree had already and that replaces the sequence's own.
         Those stay out of the pool until `end_step`, for the step under construction may still name them.
         """
+        first = seq.num_shared
         duplicates, remaps = self._insert(seq, token_ids, num_tokens)
         self._deferred += duplicates
+        others = {page for group, _, page in remaps if not group}
+        self.unconfirmed.update(page for page in seq.pages[first : seq.num_shared] if page not in others)
         return remaps
 
     def confirm(self, seq: SequencePages, first: int, end: int) -> None:
         """The step that computed its pages from `first` to `end`, which it has entered, has succeeded."""
+        self.unconfirmed.difference_update(seq.pages[first:end])
         if self._watch is not None and first < end and self.is_intact(seq):
             pages = seq.lists[self._told_group]
             before = pages[first - 1] if first else NULL_PAGE
@@ -291,11 +297,12 @@ class KVCache:
             self._free_snapshots(self._tree.lost_snapshots)
             self._tree.lost_snapshots = []
 
-    def end_step(self) -> None:
-        """The step is built: duplicates may be handed out again."""
-        if self._deferred:
-            self._pool.free(self._deferred)
-            self._deferred.clear()
+    def end_step(self) -> list[int]:
+        """The step is built: duplicates may be handed out again. Returns them; it, and a step in flight, name them."""
+        duplicates, self._deferred = self._deferred, []
+        if duplicates:
+            self._pool.free(duplicates)
+        return duplicates
 
     def release(self, seq: SequencePages, token_ids: TokenIds, num_tokens: int) -> None:
         """End of a sequence's hold on its pages: finished, retracted, or not admitted after `begin`.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,8 @@ from engine.distributed.members import Members
 from engine.executor.cpu import CPUExecutor
 from engine.executor.host_pages import HostPages
 from engine.executor.tables import PagedMetadata
-from engine.forward import DeviceLostError, Limits
-from engine.models.parts.decoder import CausalLM
+from engine.forward import DeviceLostError, ForwardInput, ForwardOutput, Limits
+from engine.models.parts.decoder import CausalLM, Decoder
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import Layout, Ranks, RanksEndedError
@@ -46,6 +46,7 @@ class Leader:
 
     def __init__(self, layout: Layout, job: dict[str, Any], read: Read) -> None:
         self._read = read
+        self._expert_parallel: bool = job["expert_parallel"]
         self._on_lost: Callable[[], None] | None = None
         self._closed = False
         file = Ranks.make_file(layout)
@@ -59,7 +60,7 @@ class Leader:
 
     def first(self) -> RankedModel:
         """Read the model in all ranks, as they do since they began. Raises StartupError."""
-        model = self._read(None, ParallelGroup(self.ranks, self.ask))
+        model = self._read(None, self._group())
         self._gather()
         return RankedModel(model, self)
 
@@ -68,7 +69,7 @@ class Leader:
         self._post(do="read", directory=None if directory is None else str(directory))
         model, failure = None, None
         try:
-            model = self._read(directory, ParallelGroup(self.ranks, self.ask))
+            model = self._read(directory, self._group())
         except StartupError as error:
             failure = error
         except BaseException:
@@ -83,6 +84,9 @@ class Leader:
             raise failure
         assert model is not None
         return RankedModel(model, self)
+
+    def _group(self) -> ParallelGroup:
+        return ParallelGroup(self.ranks, self.ask, expert_parallel=self._expert_parallel)
 
     def command(self, **given: Any) -> None:
         """Have the other ranks do something, and wait until it is done. Raises StartupError where one cannot."""
@@ -116,6 +120,32 @@ class Leader:
         told = None if types is None else types.numpy()
         messages.write_forward(self.ranks.next_message(), token_ids.numpy(), groups, told)
         self.ranks.post()
+
+    def tell_states(self, step: ForwardInput) -> None:
+        """The other ranks are to do what States.begin does with this step."""
+        messages.write_states(self.ranks.next_message(), step)
+        self.ranks.post()
+        if step.num_tokens == 0:
+            # No forward follows, in whose sums all meet: the next but one would be written where this is read.
+            self.ranks.arrive()
+            self.ranks.meet()
+
+    def tell_embedded(self, token_ids: Tensor) -> None:
+        """The other ranks are to give their rows of the embedding."""
+        messages.write_ids(self.ranks.next_message(), token_ids.to(torch.int32).numpy())
+        self.ranks.post()
+
+    @contextlib.contextmanager
+    def lost(self) -> Iterator[None]:
+        """Ranks that are not at the same place can never meet again."""
+        try:
+            yield
+        except RanksEndedError:
+            raise DeviceLostError(self.why()) from None
+        except BaseException as error:
+            self.fail()
+            logger.exception("rank 0 failed amid a step")
+            raise DeviceLostError(f"rank 0 failed amid a step: {type(error).__name__}: {error}") from error
 
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Call it, on any thread, when a rank is gone."""
@@ -161,13 +191,37 @@ class RankedModel:
     ) -> Tensor:
         """See CausalLM."""
         assert isinstance(attention, RankedAttention)
-        with self._lost():
+        with self._leader.lost():
             self._leader.tell_forward(token_ids, attention.groups, types)
             return self.own.forward(token_ids, positions, attention.own, types)
 
+    @property
+    def aux_layers(self) -> tuple[int, ...]:
+        """See Decoder: the stream of residuals is the same in every rank, so this one's will do."""
+        return self._decoder.aux_layers
+
+    @aux_layers.setter
+    def aux_layers(self, layers: tuple[int, ...]) -> None:
+        self._decoder.aux_layers = layers
+
+    @property
+    def aux(self) -> list[Tensor]:
+        return getattr(self.own, "aux", [])
+
+    def embedded(self, token_ids: Tensor) -> Tensor:
+        """See Decoder: for what drafts with the model's embedding."""
+        with self._leader.lost():
+            self._leader.tell_embedded(token_ids)
+            return self._decoder.embedded(token_ids)
+
+    @property
+    def _decoder(self) -> Decoder:
+        assert isinstance(self.own, Decoder)
+        return self.own
+
     def logits(self, hidden: Tensor) -> Tensor:
         """See CausalLM."""
-        with self._lost():
+        with self._leader.lost():
             return self.own.logits(hidden)
 
     def classify(self, hidden: Tensor) -> Tensor:
@@ -178,18 +232,6 @@ class RankedModel:
         """See CausalLM."""
         return self.own.project(vectors)
 
-    @contextlib.contextmanager
-    def _lost(self) -> Any:
-        """Ranks that are not at the same place can never meet again."""
-        try:
-            yield
-        except RanksEndedError:
-            raise DeviceLostError(self._leader.why()) from None
-        except BaseException as error:
-            self._leader.fail()
-            logger.exception("rank 0 failed amid a step")
-            raise DeviceLostError(f"rank 0 failed amid a step: {type(error).__name__}: {error}") from error
-
 
 class RankedAttention:
     """An AttentionBackend over this rank's part of the KV memory; what it plans is told to the others."""
@@ -197,8 +239,22 @@ class RankedAttention:
     def __init__(self, own: AttentionBackend) -> None:
         self.own = own
         self.groups: tuple[PagedMetadata, ...] = ()
-        self.states: States | None = None
-        self.recordings: Recordings | None = None  # sums over ranks are no calls that could be made again from a list
+
+    @property
+    def states(self) -> States | None:
+        return self.own.states
+
+    @states.setter
+    def states(self, states: States | None) -> None:
+        self.own.states = states
+
+    @property
+    def recordings(self) -> Recordings | None:
+        return self.own.recordings
+
+    @recordings.setter
+    def recordings(self, recordings: Recordings | None) -> None:
+        self.own.recordings = recordings
 
     @property
     def k_pools(self) -> list[Tensor]:
@@ -235,14 +291,23 @@ class RankedExecutor(CPUExecutor):
         limits: Limits,
         *,
         attention: AttentionBackend,
+        dtype: torch.dtype,
         leader: Leader,
         proposer: Proposer | None = None,
         late: LateProposer | None = None,
     ) -> None:
         # What drafts does so in this rank: the others see rows of several tokens.
         ranked = RankedAttention(attention)
-        super().__init__(model, limits, attention=ranked, load=leader.load, proposer=proposer, late=late)
+        load = leader.load
+        super().__init__(model, limits, attention=ranked, dtype=dtype, load=load, proposer=proposer, late=late)
         self._leader = leader
+
+    def _run(self, step: ForwardInput) -> ForwardOutput:
+        """See CPUExecutor."""
+        if self._states is not None:
+            with self._leader.lost():
+                self._leader.tell_states(step)
+        return super()._run(step)
 
     @property
     def page_bytes(self) -> int:
@@ -253,6 +318,11 @@ class RankedExecutor(CPUExecutor):
     def rank_pids(self) -> list[int]:
         """Of the other ranks' processes."""
         return self._leader.members.pids
+
+    @property
+    def ranks(self) -> Ranks:
+        """This rank's end of the group."""
+        return self._leader.ranks
 
     def watch(self, on_lost: Callable[[], None]) -> None:
         """Call it, on any thread, when the device is lost, also while nothing runs."""

@@ -1,4 +1,5 @@
-"""What rank 0 tells the other ranks, as flat arrays in shared memory: a forward, a wish for logits, or a command.
+"""What rank 0 tells the other ranks, as flat arrays in shared memory: what states a step begins with, a forward, a wish
+for rows of the embedding or for logits, or a command.
 
 Every message begins with HEADER int32 numbers, of which the first is its kind. Read and written by the executors'
 threads. Imports no torch.
@@ -6,6 +7,8 @@ threads. Imports no torch.
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,9 +16,9 @@ import numpy.typing as npt
 import orjson
 
 from engine.executor.tables import PagedMetadata
-from engine.forward import Limits
+from engine.forward import ForwardInput, Limits
 
-FORWARD, LOGITS, COMMAND = 1, 2, 3
+FORWARD, LOGITS, COMMAND, STATES, EMBEDDED = 1, 2, 3, 4, 5
 HEADER = 16
 # Bytes of a message that any model's are given.
 LEAST_BYTES = 2 << 20
@@ -28,6 +31,7 @@ def message_bytes(max_num_seqs: int, max_num_batched_tokens: int, max_pages_per_
     """What the largest forward takes."""
     arrays = num_groups * (2 * max_num_batched_tokens + max_num_seqs * max_pages_per_seq)
     arrays += 4 * max_num_batched_tokens + 4 * (max_num_seqs + 1)
+    arrays = max(arrays, 16 * (max_num_seqs + 1))  # saves and loads of states: of all that run, and of all that leave
     return max(LEAST_BYTES, 4 * (HEADER + arrays + 2 * num_groups))
 
 
@@ -79,6 +83,53 @@ def read_forward(message: Bytes) -> tuple[Int32, list[StepMetadata], Any | None]
         group.qo_indptr, group.kv_indptr, group.kv_indices = qo_indptr, kv_indptr, take(count)
         groups.append(group)
     return token_ids, groups, types
+
+
+def write_states(message: Bytes, step: ForwardInput) -> None:
+    """What `States.begin` does with a step."""
+    staging, rows, saves, loads = step.staging, step.num_rows, step.num_saves, step.num_loads
+    header = np.zeros(HEADER, np.int32)
+    header[:6] = STATES, rows, saves, loads, step.num_decode_rows, step.num_tokens
+    parts = [header, staging.row_slot[:rows], staging.row_start[:rows], staging.qo_indptr[: rows + 1]]
+    parts += [staging.save_slot[:saves], staging.save_snapshot[:saves]]
+    parts += [staging.load_snapshot[:loads], staging.load_slot[:loads]]
+    np.concatenate(parts, out=message.view(np.int32)[: sum(map(len, parts))])
+
+
+@dataclass(frozen=True, slots=True)
+class StepStates:
+    """Of a step with so many tokens, see write_states: copies, for they are needed after the message."""
+
+    num_tokens: int
+    num_decode_rows: int
+    slots: Int32
+    starts: Int32
+    qo_indptr: Int32
+    saves: tuple[Int32, Int32]
+    loads: tuple[Int32, Int32]
+
+
+def read_states(message: Bytes) -> StepStates:
+    """The same."""
+    numbers = message.view(np.int32)
+    _, rows, saves, loads, decode, tokens = numbers[:6].tolist()
+    counts = [rows, rows, rows + 1, saves, saves, loads, loads]
+    cuts = np.cumsum([HEADER, *counts])
+    slots, starts, indptr, *copies = (numbers[a:b].copy() for a, b in itertools.pairwise(cuts.tolist()))
+    return StepStates(tokens, decode, slots, starts, indptr, (copies[0], copies[1]), (copies[2], copies[3]))
+
+
+def write_ids(message: Bytes, token_ids: Int32) -> None:
+    """Rows of the embedding are wanted."""
+    numbers = message.view(np.int32)
+    numbers[:2] = EMBEDDED, len(token_ids)
+    numbers[HEADER : HEADER + len(token_ids)] = token_ids
+
+
+def read_ids(message: Bytes) -> Int32:
+    """The same, as a view of the message."""
+    numbers = message.view(np.int32)
+    return numbers[HEADER : HEADER + int(numbers[1])]
 
 
 def write_logits(message: Bytes, rows: int, hidden: Bytes) -> None:

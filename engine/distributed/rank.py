@@ -62,7 +62,7 @@ class Rank:
         self._job = job
         self._dtype: torch.dtype = getattr(torch, job["dtype"])
         self._ranks = Ranks(job["file"], Layout(**job["layout"]), job["rank"])
-        self._groups = [ParallelGroup(self._ranks, _never), ParallelGroup(self._ranks, _never)]
+        self._groups = [ParallelGroup(self._ranks, _never, expert_parallel=job["expert_parallel"]) for _ in range(2)]
         self._model: CausalLM | None = None
         self._pending: CausalLM | None = None
         self._backend: AttentionBackend | None = None
@@ -86,6 +86,10 @@ class Rank:
                     self._forward(message)
                 elif kind == messages.LOGITS:
                     self._logits(message)
+                elif kind == messages.STATES:
+                    self._begin_states(message)
+                elif kind == messages.EMBEDDED:
+                    self._embedded(message)
                 else:
                     command = messages.read_text(message)
                     self._answer(self._attempt(lambda command=command: self._obey(**command)))
@@ -106,6 +110,27 @@ class Rank:
             None if types is None else torch.from_numpy(types),
         )
 
+    def _begin_states(self, message: Any) -> None:
+        from engine.distributed import messages
+        from engine.ops.state import StatePlan
+
+        assert self._backend is not None and self._backend.states is not None
+        told = messages.read_states(message)
+        plan = StatePlan(told.slots, told.qo_indptr, told.num_decode_rows)
+        self._backend.states.apply(told.saves, told.loads, plan, told.starts)
+        if told.num_tokens == 0:
+            self._ranks.arrive()
+            self._ranks.meet()
+
+    def _embedded(self, message: Any) -> None:
+        import torch
+
+        from engine.distributed import messages
+        from engine.models.parts.decoder import Decoder
+
+        assert isinstance(self._model, Decoder)
+        self._model.embedded(torch.from_numpy(messages.read_ids(message)))
+
     def _logits(self, message: Any) -> None:
         import torch
 
@@ -124,11 +149,15 @@ class Rank:
         elif do == "sleep":
             assert self._backend is not None
             self._backend.release()
+            if self._backend.states is not None:
+                self._backend.states.release()
             if given["level"] == 2:
                 self._model = None
         elif do == "wake":
             assert self._backend is not None
             self._backend.allocate()
+            if self._backend.states is not None:
+                self._backend.states.allocate()
         elif do == "read":
             directory = given["directory"]
             self._read(None if directory is None else Path(directory))
@@ -139,23 +168,30 @@ class Rank:
                 self._groups.reverse()
             self._pending = None
 
-    def _make_backend(self, num_pages: int, page_size: int, context: int) -> None:
+    def _make_backend(self, kv_dtype: str, **sizes: Any) -> None:
+        """sizes: of Limits, but for the groups."""
+        import torch
+
+        from engine.forward import Limits
         from engine.groups import plan_groups
         from engine.ops.attention.base import create_backend
+        from engine.ops.state import States
 
         model = self._model
         assert model is not None
         spec = model.attention_spec
-        backend: Any = create_backend(
+        limits = Limits(**sizes, groups=plan_groups(model.config.windows, self._job["context"]))
+        self._backend = create_backend(
             "packed" if spec.bidirectional else "torch_paged",
             spec,
-            num_pages=num_pages,
-            page_size=page_size,
+            num_pages=limits.num_pages,
+            page_size=limits.page_size,
             dtype=self._dtype,
-            groups=plan_groups(model.config.windows, context),
+            kv_dtype=getattr(torch, kv_dtype),
+            groups=limits.groups,
         )
-        backend.recordings = None  # sums over ranks are no calls that could be made again from a list
-        self._backend = backend
+        if limits.num_snapshots is not None:
+            self._backend.states = States(model.config.states, limits, self._dtype, torch.device("cpu"))
 
     def _read(self, other: Path | None) -> None:
         """The model, as `_pending`: from where the job says, or another directory with the same one."""
@@ -179,6 +215,7 @@ class Rank:
             max_model_len=job["context"],
             deterministic=job["deterministic"],
             quantisation=job["quantisation"],
+            packed_input_bits=job["packed_input_bits"],
             group=group,
         )
 

@@ -13,11 +13,19 @@ from typing import Any
 import torch
 
 from engine.config import EngineConfig, StartupError
-from engine.distributed.leader import Leader, RankedExecutor
+from engine.distributed.leader import Leader, RankedExecutor, RankedModel
 from engine.distributed.messages import message_bytes
-from engine.executor.cpu_start import available_cores, choose_threads, paged_limits, pick_dtype
+from engine.executor.cpu_start import (
+    DEFAULT_MEMORY_SHARE,
+    available_cores,
+    available_memory,
+    choose_threads,
+    paged_limits,
+    pick_dtype,
+    pick_kv_dtype,
+)
 from engine.executor.drafting import read_drafting
-from engine.executor.start import Start, encoder_limits
+from engine.executor.start import Start, describe_states, encoder_limits, plan_states
 from engine.forward import Limits
 from engine.groups import MemoryGroup, plan_groups
 from engine.models.loading.load import weight_bytes
@@ -29,10 +37,16 @@ from engine.ops.attention.base import AttentionSpec, create_backend
 from engine.ops.invariance import promise
 from engine.ops.parallel import ParallelGroup
 from engine.ops.ranks import SLOT_BYTES, Layout
+from engine.ops.state import state_bytes
 
 MAX_RANKS = 64
 # Of a rank's part of logits that is handed over at once.
 MAX_LOGITS_BYTES = 64 << 20
+# Of Limits, what other ranks are told; groups follow from the model.
+SIZES = (
+    *("max_num_seqs", "max_num_batched_tokens", "max_model_len", "page_size", "num_pages", "vocab_size"),
+    "num_snapshots",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +78,8 @@ def start(given: Start) -> RankedExecutor:
     if size * threads > cores:
         report.row("ranks", f"{size * threads} threads for {cores} cores: they will wait for each other")
     report.row("dtype", str(dtype).removeprefix("torch."))
+    keeps = bool(spec.paged) and not spec.bidirectional
+    kv_dtype = pick_kv_dtype(config.cache.kv_cache_dtype, dtype, keeps=keeps)
     groups = plan_groups(spec.windows, context)
     layout = _layout(config, given, dtype, groups)
     job = {
@@ -74,8 +90,10 @@ def start(given: Start) -> RankedExecutor:
         "context": context,
         "deterministic": bool(config.deterministic),
         "quantisation": rounded_to(config.model.quantization, spec.quantisation, given=str(given.directory)),
+        "packed_input_bits": config.model.packed_input_bits,
         "headless": spec.headless,
         "threads": threads,
+        "expert_parallel": config.expert_parallel,
     }
 
     def read(other: Path | None, group: ParallelGroup) -> CausalLM:
@@ -88,25 +106,28 @@ def start(given: Start) -> RankedExecutor:
         with report.phase("weights"):
             model = leader.first()
         given.report_output_layer(model.own)
+        given.report_input_bits(model.own)
         promised, how = promise(model.linears, model.attention_spec, dtype)
         if config.deterministic and not promised:
             raise StartupError(f"--deterministic cannot be promised here: {how}")
         report.row("deterministic", f"{'yes' if promised else 'no'} ({how}; {size} ranks add up in their order)")
-        drafting = read_drafting(given, model.own, dtype)
+        drafting = read_drafting(given, model.own, dtype, target=model)
         beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
-        limits = _limits(given, model.attention_spec, dtype, groups, beside)
+        limits = _limits(given, model, dtype, kv_dtype, groups, beside)
         own: Any = create_backend(
             "packed" if spec.bidirectional else "torch_paged",
             model.attention_spec,
             num_pages=limits.num_pages,
             page_size=limits.page_size,
             dtype=dtype,
+            kv_dtype=kv_dtype,
             groups=limits.groups,
         )
-        own.recordings = None  # sums over ranks are no calls that could be made again from a list
-        leader.command(do="begin", num_pages=limits.num_pages, page_size=limits.page_size, context=context)
+        sizes = {field: getattr(limits, field) for field in SIZES}
+        leader.command(do="begin", kv_dtype=str(kv_dtype).removeprefix("torch."), **sizes)
         proposer, late = (None, None) if drafting is None else drafting.make(limits, dtype)
-        return RankedExecutor(model, limits, attention=own, leader=leader, proposer=proposer, late=late)
+        options: dict[str, Any] = {"proposer": proposer, "late": late}
+        return RankedExecutor(model, limits, attention=own, dtype=dtype, leader=leader, **options)
     except BaseException:
         leader.close()
         raise
@@ -123,15 +144,13 @@ def _obstacle(given: Start, dtype: torch.dtype) -> str | None:
         return f"{FLAG} {size} needs the compiled kernels, and here it is {native.status()}"
     if native.type_code(dtype) is None:
         return f"{FLAG} {size} needs --dtype float32 or bfloat16"
-    if given.config.cache.kv_cache_dtype != "auto":
-        return f"{FLAG} {size} does not go with --kv-cache-dtype {given.config.cache.kv_cache_dtype} so far"
     if given.config.lora.enable:
         return f"{FLAG} {size} does not go with --enable-lora so far"
-    if given.config.speculation.method not in (None, "ngram", "suffix", "draft_model"):
-        return f"{FLAG} {size} does not go with speculative method {given.config.speculation.method!r} so far"
     if given.spec.hidden_size * dtype.itemsize > SLOT_BYTES:
         return f"{FLAG} {size}: {given.spec.hidden_size} numbers of a token are too many"
-    return refuse(given.spec, size)
+    if given.config.expert_parallel and not given.spec.experts:
+        return f"--enable-expert-parallel: {given.spec.architecture or 'this model'} has no experts"
+    return refuse(given.spec, size, expert_parallel=given.config.expert_parallel)
 
 
 def _layout(config: EngineConfig, given: Start, dtype: torch.dtype, groups: tuple[MemoryGroup, ...]) -> Layout:
@@ -145,14 +164,35 @@ def _layout(config: EngineConfig, given: Start, dtype: torch.dtype, groups: tupl
 
 
 def _limits(
-    given: Start, spec: AttentionSpec, dtype: torch.dtype, groups: tuple[MemoryGroup, ...], beside: int
+    given: Start,
+    model: RankedModel,
+    dtype: torch.dtype,
+    kv_dtype: torch.dtype,
+    groups: tuple[MemoryGroup, ...],
+    beside: int,
 ) -> Limits:
     """As cpu_start has them: a page is in the memory of all ranks. beside: bytes of a token in the draft model's."""
-    config, context = given.config, given.context
+    config, context, report = given.config, given.context, given.report
     size, scheduler = config.tensor_parallel_size, config.scheduler
     if given.spec.bidirectional:
         return encoder_limits(scheduler, context, given.spec.vocab_size)
-    with given.report.phase("KV cache"):
-        everywhere = AllRanks(spec.layers, size)
-        sequences, where = scheduler.max_num_seqs, " in all ranks"
-        return paged_limits(given, everywhere, dtype, groups, sequences=sequences, beside=beside, where=where)
+    with report.phase("KV cache"):
+        everywhere = AllRanks(model.attention_spec.layers, size)
+        sequences, num_snapshots, state_memory, where = scheduler.max_num_seqs, None, 0, " in all ranks"
+        if model.config.has_state:
+            each = size * state_bytes(model.config.states, dtype)
+            share = int(available_memory() * (config.cache.memory_fraction or DEFAULT_MEMORY_SHARE))
+            sequences, num_snapshots = plan_states(each, config.cache, sequences, share)
+            state_memory = (sequences + num_snapshots) * each
+            report.row("states", describe_states(each, sequences, num_snapshots, scheduler.max_num_seqs) + where)
+        return paged_limits(
+            given,
+            everywhere,
+            kv_dtype,
+            groups,
+            sequences=sequences,
+            num_snapshots=num_snapshots,
+            state_memory=state_memory,
+            beside=beside,
+            where=where,
+        )

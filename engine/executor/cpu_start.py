@@ -61,6 +61,7 @@ def start(given: Start) -> CPUExecutor:
     if packed := Counter(linear.block for linear in model.linears if isinstance(linear, PackedLinear)):
         kinds = ", ".join(f"{count} {kind}" for kind, count in packed.most_common())
         report.row("weights", f"{packed.total()} of {len(model.linears)} matrices stay packed ({kinds})")
+    given.report_input_bits(model)
     drafting = read_drafting(given, model, dtype)
     promised, how = promise(model.linears, model.attention_spec, dtype)
     if config.deterministic and not promised:

@@ -17,12 +17,14 @@ from engine.forward import Limits
 from engine.models.hub import resolve
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM, Decoder
+from engine.models.parts.source import PREFIX
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionSpec
 from engine.speculation.base import Proposer
 from engine.speculation.draft import DraftModel
-from engine.speculation.eagle3 import Eagle3Head, load_eagle3
+from engine.speculation.eagle3 import Eagle3Head, Target, load_eagle3
 from engine.speculation.hidden import HiddenDrafts
+from engine.speculation.mtp import MtpHead, check_mtp, load_mtp
 from engine.speculation.paged import LateProposer, PagedCache, full_group
 from engine.speculation.prediction import Prediction
 from engine.speculation.registry import PROPOSERS, make_proposer
@@ -131,6 +133,31 @@ class Eagle3Drafting:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class MtpDrafting:
+    """A layer that the model's own checkpoint brings."""
+
+    directory: Path
+    prefix: str
+    head: MtpHead
+    context: int
+
+    @property
+    def described(self) -> str:
+        """See Drafting."""
+        return f"mtp, {self.directory}, {self.prefix}*"
+
+    def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
+        """See Drafting."""
+        return self.head.attention_spec.kv_bytes_per_token(dtype)
+
+    def make(self, limits: Limits, dtype: torch.dtype) -> tuple[Proposer, LateProposer | None]:
+        """See Drafting."""
+        return Prediction(), HiddenDrafts(
+            self.head, _cache(self.head.attention_spec, limits, dtype), context=self.context
+        )
+
+
 def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCache:
     group = full_group(limits.groups)
     if group is None:
@@ -138,43 +165,66 @@ def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCach
     return PagedCache(spec, limits, group, dtype)
 
 
-def read_drafting(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting | None:
+def read_drafting(
+    given: Start, model: CausalLM, dtype: torch.dtype, *, target: Target | None = None
+) -> Drafting | None:
     """What config.speculation asks for, and a line of it in the report; None for nothing. Raises StartupError, for what
-    the model cannot do, too."""
+    the model cannot do, too. target: what stands for the model where it is one rank's part."""
     if given.config.speculation.method is None:
         return None
     with given.report.phase("draft model"):
-        drafting = _read(given, model, dtype)
+        drafting = _read(given, model, dtype, target)
     if drafting.described:
         given.report.row("draft model", drafting.described)
     return drafting
 
 
-def _read(given: Start, model: CausalLM, dtype: torch.dtype) -> Drafting:
+def _read(given: Start, model: CausalLM, dtype: torch.dtype, target: Target | None) -> Drafting:
     options = given.config.speculation
     if options.method in PROPOSERS:
         return HostDrafting(options)
     if options.method == "eagle3":
-        return _read_eagle3(given, options, model, dtype)
-    if options.method != "draft_model":
-        raise StartupError(
-            f"speculative decoding ({options.method}) is not supported yet: ngram, suffix, draft_model, eagle3"
-        )
+        return _read_eagle3(given, options, model, dtype, target)
+    if options.method == "mtp":
+        if target is not None:
+            raise StartupError("speculative decoding (mtp) cannot be used with --tensor-parallel-size")
+        return _read_mtp(given, options, model, dtype)
     return _read_draft_model(given, options, dtype)
 
 
-def _read_eagle3(given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype) -> Eagle3Drafting:
-    if options.model is None:
-        raise StartupError("speculative decoding (eagle3) needs a model: the head's directory or Hugging Face id")
+def _check_hidden(given: Start, model: CausalLM) -> Decoder:
+    """What reads the model's hidden states needs of it."""
+    method = given.config.speculation.method
     if given.config.lora.enable:
-        raise StartupError("speculative decoding (eagle3) cannot be used with --enable-lora")
+        raise StartupError(f"speculative decoding ({method}) cannot be used with --enable-lora")
     if type(model) is not Decoder:
         raise StartupError(
-            f"speculative decoding (eagle3) cannot be used with {given.spec.architecture}: "
+            f"speculative decoding ({method}) cannot be used with {given.spec.architecture}: "
             "its layers have several streams"
         )
+    return model
+
+
+def _read_mtp(given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype) -> MtpDrafting:
+    target = _check_hidden(given, model)
+    layout = check_mtp(target.config, given.directory)
+    directory = given.directory
+    if options.model is not None:
+        directory = resolve(options.model, options.revision, given.config.model.download_dir)
+    if given.config.model.load_format == "dummy" and options.model is None:
+        raise StartupError("speculative decoding (mtp) needs the model's checkpoint, not --load-format dummy")
+    head = load_mtp(directory, target, dtype, given.context)
+    return MtpDrafting(directory, PREFIX + layout.prefix, head, given.context)
+
+
+def _read_eagle3(
+    given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype, target: Target | None
+) -> Eagle3Drafting:
+    if options.model is None:
+        raise StartupError("speculative decoding (eagle3) needs a model: the head's directory or Hugging Face id")
+    decoder = _check_hidden(given, model)
     directory = resolve(options.model, options.revision, given.config.model.download_dir)
-    head = load_eagle3(directory, model, dtype, given.context)
+    head = load_eagle3(directory, target or decoder, dtype, given.context)
     return Eagle3Drafting(options, directory, head, given.context)
 
 

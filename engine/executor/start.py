@@ -56,6 +56,7 @@ class Start:
                 quantisation=rounded_to(
                     self.config.model.quantization, self.spec.quantisation, given=str(self.directory)
                 ),
+                packed_input_bits=self.config.model.packed_input_bits,
                 **options,
             )
 
@@ -73,6 +74,17 @@ class Start:
             name = differing_field(self.directory, directory) or name
             where = directory / "config.json" if directory.is_dir() else directory
             raise StartupError(f"{where} is of another model: {name} differs")
+
+    def report_input_bits(self, model: CausalLM) -> None:
+        """Whose inputs are of eight bits, where that was asked for. Raises StartupError where none are."""
+        if self.config.model.packed_input_bits == 16:
+            return
+        narrow = sum(linear.input_bits == 8 for linear in model.linears)
+        if not narrow:
+            raise StartupError(
+                "--packed-input-bits 8: no matrix of this model stays packed in a form that has products of bytes"
+            )
+        self.report.row("inputs", f"of 8 bits for {narrow} of {len(model.linears)} matrices, in blocks of 32")
 
     def report_output_layer(self, model: CausalLM) -> None:
         """Where the checkpoint knew better than config.json."""

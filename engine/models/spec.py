@@ -127,7 +127,8 @@ class Experts:
     share of that. on_input: shares are factors on what experts read, not on what they give. latent_size: experts work
     in a smaller space, to and from which `latent` project (with a bias: latent_bias). bias: each
     projection of an expert has one, and a stacked one is called NAME_bias. clamp: the activation, in place of
-    `activation`. mxfp4: the checkpoint has their matrices in four bits (ops/mxfp4.py), in which they stay.
+    `activation`. mxfp4: the checkpoint has their matrices in four bits (ops/mxfp4.py), in which they stay. held: of
+    a rank that has some experts and not others, the first of them and the first behind them; None for all.
     """
 
     num_experts: int
@@ -149,6 +150,12 @@ class Experts:
     bias: bool = False
     clamp: Clamp | None = None
     mxfp4: bool = False
+    held: tuple[int, int] | None = None
+
+    @property
+    def here(self) -> range:
+        """Numbers of the experts that are held."""
+        return range(self.num_experts) if self.held is None else range(*self.held)
 
     def num_parameters(self, hidden_size: int) -> int:
         """Elements of its matrices."""

@@ -21,7 +21,7 @@
 #ifdef _OPENMP
 #include <omp.h>
 #endif
-#if defined(__AVX__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
@@ -1531,6 +1531,15 @@ EXPORT int64_t ol_pack_blocks(int64_t format, const void* rows, int64_t N, int64
     return bad;
 }
 
+// Whether a type has products with inputs of eight bits.
+EXPORT int64_t ol_takes_eight_bits(int64_t format) {
+#define CASE_OF(F) \
+    case F::number: return Eight<F>::can;
+    BY_FORMAT(format)
+#undef CASE_OF
+    return 0;
+}
+
 EXPORT void ol_block_rows(int64_t format, int64_t type, const void* w, int64_t K, const void* ids, int64_t wide, int64_t count, void* out,
                           int64_t threads) {
 #define CASE_OF(F) \
@@ -1539,13 +1548,14 @@ EXPORT void ol_block_rows(int64_t format, int64_t type, const void* w, int64_t K
 #undef CASE_OF
 }
 
-// x and out are of one type.
+// x and out are of one type. format | EIGHT_BITS: inputs of eight bits.
 EXPORT void ol_linear_blocks(int64_t format, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N,
                              const float* bias, void* out, int64_t ldo, int64_t threads) {
     Format f{};
+    const bool eight = format & EIGHT_BITS;
 #define CASE_OF(F) \
-    case F::number: f = format_of<F>(); break;
-    BY_FORMAT(format)
+    case F::number: f = format_of<F>(eight); break;
+    BY_FORMAT(format & ~EIGHT_BITS)
 #undef CASE_OF
     if (!f.super) return;
     BY_TYPE(type, packed_linear(f, (const T*)x, ldx, M, K, (const uint8_t*)w, N, bias, (T*)out, ldo, (int)threads))
@@ -1663,6 +1673,8 @@ EXPORT void ol_ranks(const float* logits, int64_t V, const int64_t* rows, int64_
              [&](i64 r) { out[r] = rank_row(logits + rows[r] * V, V, values[r]); });
 }
 
+#include "kernels_ranks.h"
+
 // ---- calls that are made again, for recording.py: an entry takes its arguments from 64-bit words
 
 template <class A>
@@ -1676,24 +1688,36 @@ INLINE A from_word(uint64_t word) {
     }
     return value;
 }
-template <class... A, size_t... I>
-INLINE void call_with(void (*function)(A...), const uint64_t* words, std::index_sequence<I...>) { function(from_word<A>(words[I])...); }
-template <class... A>
-constexpr std::index_sequence_for<A...> kinds_of(void (*)(A...)) { return {}; }
+// Whether the next may be made.
+template <class R, class... A, size_t... I>
+INLINE bool call_with(R (*function)(A...), const uint64_t* words, std::index_sequence<I...>) {
+    if constexpr (std::is_void_v<R>) {
+        function(from_word<A>(words[I])...);
+        return true;
+    } else {
+        return function(from_word<A>(words[I])...) == 0;
+    }
+}
+template <class R, class... A>
+constexpr std::index_sequence_for<A...> kinds_of(R (*)(A...)) { return {}; }
 template <auto Function>
-static void entry(const uint64_t* words) { call_with(Function, words, kinds_of(Function)); }
+static bool entry(const uint64_t* words) { return call_with(Function, words, kinds_of(Function)); }
 
 EXPORT const void* ol_entry(const char* name) {
 #define ENTRY(function) \
     if (!strcmp(name, #function)) return (const void*)entry<function>;
     ENTRY(ol_linear) ENTRY(ol_linear_codes) ENTRY(ol_linear_blocks) ENTRY(ol_rms_norm) ENTRY(ol_gate_and_mul) ENTRY(ol_attention) ENTRY(ol_copy_rows)
 #undef ENTRY
+    // However briefly it was tried: made again it waits as long as it takes.
+    if (!strcmp(name, "ol_ranks_sum")) return (const void*)entry<ol_ranks_go_on>;
     return nullptr;
 }
 
-// calls: for each the entry, the number of its words, and they.
-EXPORT void ol_replay(const uint64_t* calls, int64_t count) {
-    for (i64 i = 0; i < count; i++, calls += 2 + calls[1]) ((void (*)(const uint64_t*))calls[0])(calls + 2);
+// calls: for each the entry, the number of its words, and they. 1 where one has failed, which was the last.
+EXPORT int64_t ol_replay(const uint64_t* calls, int64_t count) {
+    for (i64 i = 0; i < count; i++, calls += 2 + calls[1])
+        if (!((bool (*)(const uint64_t*))calls[0])(calls + 2)) return 1;
+    return 0;
 }
 
 // ---- the machine's limits, for bench/cpu.py
@@ -1726,5 +1750,3 @@ EXPORT double ol_fma(int64_t rounds, int64_t threads) {
     });
     return result + (double)rounds * threads * ACCUMULATORS * VL * 2;
 }
-
-#include "kernels_ranks.h"

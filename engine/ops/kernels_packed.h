@@ -318,42 +318,10 @@ void pack_blocks(const uint8_t* const* rows, i64 N, i64 K, uint8_t* out, i64* ba
 // ---- the input, of which `rows` of m are there: pairs [K / 2][m] of 16 bits, scales [K / 32][m], and for each span what the offset or the low makes of its sum
 
 struct Inputs {
-    uint32_t* pairs;
+    uint32_t* pairs;  // or, of eight bits, quads [K / 4][m]
     float* scales;
     uint32_t* sums;  // -offset * sum as an integer, or scale * sum as a float
 };
-
-template <class X>
-void quantise_rows(const X* x, i64 ldx, int rows, int m, i64 K, int span, int offset, bool low, const Inputs& to) {
-    int16_t codes[PACK];
-    const vf magic = splat(12582912.0f);
-    for (int r = 0; r < rows; r++)
-        for (i64 b = 0; b < K / PACK; b++) {
-            const X* from = x + r * ldx + b * PACK;
-            vf v[PACK / VL], most = {}, wrong = {};
-            for (int i = 0; i < PACK / VL; i++) {
-                v[i] = load(from + i * VL);
-                most = vmax(v[i], vmax(-v[i], most));
-                wrong += v[i] - v[i];  // 0, or NaN of what is no finite number
-            }
-            const float largest = max_lanes(most), scale = largest > 1e-30f ? largest / 32767.0f : 0.0f;
-            const vf inverse = splat(largest > 1e-30f ? 32767.0f / largest : 0.0f);
-            for (int i = 0; i < PACK / VL; i++) {
-                const vi q = __builtin_convertvector(fma(v[i], inverse, magic) - magic, vi);
-                *(vh_any*)(codes + i * VL) = __builtin_convertvector((vu)q, vh);
-            }
-            const float s = scale + sum_lanes(wrong);
-            to.scales[b * m + r] = s;
-            for (int i = 0; i < PAIRS; i++) memcpy(to.pairs + (b * PAIRS + i) * m + r, codes + 2 * i, 4);
-            for (int i = 0; i < PACK / span; i++) {
-                int32_t sum = 0;
-                for (int k = 0; k < span; k++) sum += codes[i * span + k];
-                const float product = s * (float)sum;
-                const int32_t start = -offset * sum;
-                memcpy(to.sums + (b * (PACK / span) + i) * m + r, low ? (const void*)&product : (const void*)&start, 4);
-            }
-        }
-}
 
 INLINE vi splat_i(uint32_t x) { return (vi)(x - (vu){}); }
 INLINE float as_float(uint32_t x) {
@@ -460,20 +428,27 @@ struct Unpacked {
     alignas(64) float scales[CHUNK / 16 * NR], lows[CHUNK / 16 * NR];
 };
 
+// Scales and lows of the super weights at `at`, which come `done` behind the first.
+template <class F>
+INLINE void unpack_scales(const uint8_t* at, int done, Unpacked& to) {
+    typedef Layout<F> L;
+    for (int h = 0; h < 2; h++) {
+        const vf d = scale_of<F>(at, h), m = low_of<F>(at, h);
+        for (int span = 0; span < L::spans; span++) {
+            const int place = (done / F::span + span) * NR + h * VL;
+            store(to.scales + place, span_scale<F>(d, at, span, h));
+            if (F::low) store(to.lows + place, span_low<F>(m, at, span, h));
+        }
+    }
+}
+
 // Weights [k, k + count) of a panel; k is a multiple of CHUNK. ahead: how many bytes later those are that come next.
 template <class F>
 void unpack(const uint8_t* panel, i64 k, int count, size_t ahead, Unpacked& to) {
     typedef Layout<F> L;
     for (int done = 0; done < count; done += F::super) {
         const uint8_t* at = panel + (k + done) / F::super * L::bytes;
-        for (int h = 0; h < 2; h++) {
-            const vf d = scale_of<F>(at, h), m = low_of<F>(at, h);
-            for (int span = 0; span < L::spans; span++) {
-                const int place = (done / F::span + span) * NR + h * VL;
-                store(to.scales + place, span_scale<F>(d, at, span, h));
-                if (F::low) store(to.lows + place, span_low<F>(m, at, span, h));
-            }
-        }
+        unpack_scales<F>(at, done, to);
         for (int b = 0; b < L::blocks; b++) {
             fetch_block<F>(at, b, ahead);
 #pragma GCC unroll 16
@@ -525,18 +500,83 @@ void packed_tiles(int m, const Inputs& x, const Unpacked& w, int span, int count
     }
 }
 
+#include "kernels_packed8.h"
+
 // A type as the loops around it see it, so that they are compiled once.
 struct Format {
     int span, super, offset;
     bool low;
-    size_t bytes;  // of a panel's super weights
+    int bits, base, run;  // of the inputs; see Eight
+    size_t bytes;         // of a panel's super weights
     void (*row)(const Inputs&, i64 supers, const uint8_t* panel, float* c);
     void (*few[2])(const Inputs&, i64 supers, const uint8_t* panel, float* c, int ldc);
     void (*unpack)(const uint8_t* panel, i64 k, int count, size_t ahead, Unpacked& to);
+
+    MEMBER void tiles(int m, const Inputs& x, const Unpacked& w, int count, float* c, int ldc) const {
+        if (bits == 8) packed_tiles8(m, low, run, x, w, span, count, c, ldc);
+        else if (low) packed_tiles<true>(m, x, w, span, count, c, ldc);
+        else packed_tiles<false>(m, x, w, span, count, c, ldc);
+    }
 };
+// eight: inputs of eight bits, of a type for which there are products of bytes.
 template <class F>
-Format format_of() {
-    return {F::span, F::super, F::offset, F::low != NO_LOW, Layout<F>::bytes, packed_row<F>, {packed_few<F, FEW[0]>, packed_few<F, FEW[1]>}, unpack<F>};
+Format format_of(bool eight) {
+    if constexpr (Eight<F>::can)
+        if (eight)
+            return {F::span, F::super, F::offset, F::low != NO_LOW, 8, F::base, Eight<F>::run, Layout<F>::bytes, packed_row8<F>,
+                    {packed_few8<F, FEW[0]>, packed_few8<F, FEW[1]>}, unpack8<F>};
+    return {F::span, F::super, F::offset, F::low != NO_LOW, 16, F::base, 0, Layout<F>::bytes, packed_row<F>,
+            {packed_few<F, FEW[0]>, packed_few<F, FEW[1]>}, unpack<F>};
+}
+
+// Rows of a tile in blocks of PACK: the nearest of -127 .. 127 or of 16 bits of a block's largest.
+template <bool Eight, class X>
+void quantise_rows(const X* x, i64 ldx, int rows, int m, i64 K, const Format& f, const Inputs& to) {
+    constexpr float top = Eight ? 127.0f : 32767.0f;
+    constexpr int words = Eight ? PACK / 4 : PAIRS;
+    const int each = PACK / f.span;
+    const vf magic = splat(12582912.0f);
+    uint8_t order[16];  // of the bytes: what of 16 neighbours comes where
+    for (int i = 0; i < 16; i++) {
+        const int per = 32 / f.base, quad = i / 4 % (per / 4), byte = i % 4;
+        order[i] = (uint8_t)(i / per * per + 2 * quad + byte % 2 * (per / 2) + byte / 2);
+    }
+    for (int r = 0; r < rows; r++)
+        for (i64 b = 0; b < K / PACK; b++) {
+            const X* from = x + r * ldx + b * PACK;
+            vf v[PACK / VL], most = {}, wrong = {};
+            for (int i = 0; i < PACK / VL; i++) {
+                v[i] = load(from + i * VL);
+                most = vmax(v[i], vmax(-v[i], most));
+                wrong += v[i] - v[i];  // 0, or NaN of what is no finite number
+            }
+            const float largest = max_lanes(most), scale = largest > 1e-30f ? largest / top : 0.0f;
+            const vf inverse = splat(largest > 1e-30f ? top / largest : 0.0f);
+            alignas(64) int32_t codes[PACK];
+            for (int i = 0; i < PACK / VL; i++)
+                *(vi*)(codes + i * VL) = __builtin_convertvector(fma(v[i], inverse, magic) - magic, vi);
+            const float s = scale + sum_lanes(wrong);
+            to.scales[b * m + r] = s;
+            uint32_t packed[words];
+            if (Eight) {
+                uint8_t bytes[PACK];
+                for (int i = 0; i < PACK; i++) bytes[i] = (uint8_t)codes[i];
+                put_in_order(bytes, order, (uint8_t*)packed);
+            } else {
+                uint16_t halves[PACK];
+                for (int i = 0; i < PACK; i++) halves[i] = (uint16_t)codes[i];
+                memcpy(packed, halves, sizeof packed);
+            }
+            for (int i = 0; i < words; i++) to.pairs[(b * words + i) * m + r] = packed[i];
+            for (int i = 0; i < each; i++) {
+                int32_t sum = 0;
+                if (each == 1) for (int k = 0; k < PACK; k++) sum += codes[k];
+                else for (int k = 0; k < PACK / 2; k++) sum += codes[i * (PACK / 2) + k];
+                const float product = s * (float)sum;
+                const int32_t start = -f.offset * sum;
+                memcpy(to.sums + (b * each + i) * m + r, f.low ? (const void*)&product : (const void*)&start, 4);
+            }
+        }
 }
 
 template <class X>
@@ -554,16 +594,19 @@ void packed_linear(const Format& f, const X* x, i64 ldx, i64 M, i64 K, const uin
         const int few = rows == 1 || rows > FEW[1] ? 0 : rows <= FEW[0] ? FEW[0] : FEW[1], all = few ? few : rows;
         const int tiles = few ? 1 : (rows + MR - 1) / MR, low = all / tiles, extra = all % tiles;
         auto start = [&](int t) { return t * low + std::min(t, extra); };
-        uint32_t* room = (uint32_t*)scratch<0>((size_t)all * (K / 2 + blocks + sums) * 4);
-        if (all > rows) memset(room, 0, (size_t)all * (K / 2 + blocks + sums) * 4);
+        const i64 words = K * f.bits / 32;  // of a row's numbers
+        uint32_t* room = (uint32_t*)scratch<0>((size_t)all * (words + blocks + sums) * 4);
+        if (all > rows) memset(room, 0, (size_t)all * (words + blocks + sums) * 4);
         auto inputs = [&](int t, i64 k) {  // of a tile, from k on
             const i64 a = start(t), m = start(t + 1) - a;
-            return Inputs{room + a * (K / 2) + k / 2 * m, (float*)room + all * (K / 2) + a * blocks + k / PACK * m,
-                          room + all * (K / 2 + blocks) + a * sums + k / f.span * m};
+            return Inputs{room + a * words + k * f.bits / 32 * m, (float*)room + all * words + a * blocks + k / PACK * m,
+                          room + all * (words + blocks) + a * sums + k / f.span * m};
         };
         parallel(tiles, limit_threads(threads, (double)rows * K, 65536), [&](i64 t) {
             const int height = start(t + 1) - start(t);
-            quantise_rows(x + (m0 + start(t)) * ldx, ldx, std::min(height, rows), height, K, f.span, f.offset, f.low, inputs(t, 0));
+            const X* from = x + (m0 + start(t)) * ldx;
+            if (f.bits == 8) quantise_rows<true>(from, ldx, std::min(height, rows), height, K, f, inputs(t, 0));
+            else quantise_rows<false>(from, ldx, std::min(height, rows), height, K, f, inputs(t, 0));
         });
         const i64 stretch = std::max<i64>(CHUNK, INPUT_BYTES / (rows * 2) / CHUNK * CHUNK);  // see `linear`
         parallel((panels + group - 1) / group, threads, [&](i64 g) {
@@ -584,8 +627,7 @@ void packed_linear(const Format& f, const X* x, i64 ldx, i64 M, i64 K, const uin
                             f.unpack(w + (p0 + p) * panel, k, now, CHUNK / f.super * f.bytes, part);
                             for (int t = 0; t < tiles; t++) {
                                 float* to = c + (size_t)start(t) * ldc + p * NR;
-                                if (f.low) packed_tiles<true>(start(t + 1) - start(t), inputs(t, k), part, f.span, now, to, ldc);
-                                else packed_tiles<false>(start(t + 1) - start(t), inputs(t, k), part, f.span, now, to, ldc);
+                                f.tiles(start(t + 1) - start(t), inputs(t, k), part, now, to, ldc);
                             }
                         }
             }

@@ -67,6 +67,7 @@ class Linear:
     def __init__(self, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> None:
         self.out_features, self.in_features = weight.shape
         self.kind = "torch"
+        self.input_bits = 0  # to which inputs are rounded; 0: not at all
         self.row_tile: RowTile | None = None
         self.dtype = weight.dtype
         self.has_bias = bias is not None

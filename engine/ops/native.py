@@ -26,7 +26,8 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in ("kv", "packed", "state", "lora", "ranks"))
+_PARTS = ("kv", "packed", "packed8", "state", "lora", "ranks")
+INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in _PARTS)
 # GCC sums integers as a tree when left to itself: every product is then a register, and most of them go to the stack.
 FLAGS = (
     *("-O3", "-march=native", "-std=gnu++17", "-ffp-contract=off", "-fno-tree-reassoc"),
@@ -50,6 +51,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_pack_codes": (None, [_I, _P, _P, _P, _I, _I, _P, _I]),
     "ol_code_rows": (None, [_I, _I, _P, _I, _P, _I, _I, _P, _I]),
     "ol_linear_codes": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
+    "ol_takes_eight_bits": (_I, [_I]),
     "ol_packed_blocks": (_I, [_I, _I, _I]),
     "ol_pack_blocks": (_I, [_I, _P, _I, _I, _P, _I]),
     "ol_block_rows": (None, [_I, _I, _P, _I, _P, _I, _I, _P, _I]),
@@ -70,13 +72,14 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),
     "ol_word_post": (None, [_P, _I]),
-    "ol_word_wait": (_I, [_P, _I, _P, _I, _I]),
+    "ol_word_wait": (_I, [_P, _I, _P]),
     "ol_ranks_end": (None, [_P]),
     "ol_ranks_arrive": (None, [_P]),
-    "ol_ranks_meet": (_I, [_P, _I, _I]),
-    "ol_ranks_sum": (_I, [_P, _I, _P, _P, _I, _I, _P, _I, _I]),
+    "ol_ranks_meet": (_I, [_P, _I]),
+    "ol_ranks_sum": (_I, [_P, _I, _P, _P, _I, _I, _P, _I]),
+    "ol_ranks_go_on": (_I, [_P, _I, _P, _P, _I, _I, _P]),
     "ol_entry": (_P, [ctypes.c_char_p]),
-    "ol_replay": (None, [_P, _I]),
+    "ol_replay": (_I, [_P, _I]),
     "ol_read": (ctypes.c_double, [_P, _I, _I]),
     "ol_fma": (ctypes.c_double, [_I, _I]),
 }

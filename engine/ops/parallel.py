@@ -121,8 +121,8 @@ class SharedOutput(SharedEmbedding):
 class ParallelGroup:
     """A slices.Group: what the loading thread makes layers of."""
 
-    def __init__(self, ranks: Ranks, ask: Ask) -> None:
-        self.rank, self.size = ranks.rank, ranks.size
+    def __init__(self, ranks: Ranks, ask: Ask, *, expert_parallel: bool = False) -> None:
+        self.rank, self.size, self.expert_parallel = ranks.rank, ranks.size, expert_parallel
         self._ranks = ranks
         self._ask = ask
         # Of the model that was read last.

@@ -22,8 +22,9 @@ from engine.ops import native
 WORD = 64  # bytes: a cache line
 # Of one rank's part of a sum, at a time.
 SLOT_BYTES = 1 << 20
-# Nanoseconds that a wait spins before it sleeps: with the GIL held, and without it.
-BRIEF, SPIN = 20_000, 60_000
+# Nanoseconds that a wait spins with the GIL held, before it gives that up.
+BRIEF = 20_000
+NOT_YET = 1
 # Bytes of a sum below which it is first tried with the GIL held.
 HOLD_BELOW = 1 << 18
 
@@ -56,8 +57,9 @@ class Layout:
 
     @property
     def words(self) -> int:
-        """One that says that the group is over, one for each rank's arrivals, and the number of the last message."""
-        return _whole(WORD * (self.size + 2))
+        """One that says that the group is over, one for each rank's arrivals, the number of the last message, and what
+        each rank has spent."""
+        return _whole(WORD * (2 * self.size + 2))
 
     @property
     def total(self) -> int:
@@ -97,6 +99,12 @@ class Ranks:
         self._posted = base + WORD * (layout.size + 1)
         self.num_messages = 0
 
+    def spent_ns(self) -> npt.NDArray[np.int64]:
+        """[ranks, 2]: nanoseconds of every rank's collectives so far, until others had arrived, and to copy and add."""
+        begin = WORD * (self.size + 2)
+        lines = self.memory[begin : begin + WORD * self.size].view(np.int64).reshape(self.size, -1)
+        return lines[:, :2].copy()
+
     @staticmethod
     def make_file(layout: Layout) -> int:
         """A region of memory without a name: it goes with the last process that has it."""
@@ -120,11 +128,12 @@ class Ranks:
             columns,
             None if bias is None else bias.data_ptr(),
         )
-        how = 1
         if rows * columns * x.element_size() < HOLD_BELOW:
-            how = self._library.hold.ol_ranks_sum(*given, BRIEF, 0)
-        if how == 1:
-            how = self._library.release.ol_ranks_sum(*given, SPIN, 1)
+            how = self._library.hold.ol_ranks_sum(*given, BRIEF)
+            if how == NOT_YET:
+                how = self._library.release.ol_ranks_go_on(*given)
+        else:
+            how = self._library.release.ol_ranks_sum(*given, 0)
         self._check(how)
         return x
 
@@ -134,9 +143,9 @@ class Ranks:
 
     def meet(self) -> None:
         """Wait until all have arrived as often as this rank has."""
-        how = self._library.hold.ol_ranks_meet(self._handle, BRIEF, 0)
-        if how == 1:
-            how = self._library.release.ol_ranks_meet(self._handle, SPIN, 1)
+        how = self._library.hold.ol_ranks_meet(self._handle, BRIEF)
+        if how == NOT_YET:
+            how = self._library.release.ol_ranks_meet(self._handle, 0)
         self._check(how)
 
     def section(self, rank: int) -> npt.NDArray[np.uint8]:
@@ -157,7 +166,7 @@ class Ranks:
     def receive(self) -> npt.NDArray[np.uint8]:
         """Other ranks: wait for the next message. It stays where it is until the one after the next is written."""
         target = (self.num_messages + 1) & 0xFFFFFFFF
-        self._check(self._library.release.ol_word_wait(self._posted, target, self._ended, SPIN, 1))
+        self._check(self._library.release.ol_word_wait(self._posted, target, self._ended))
         self.num_messages += 1
         at = self.layout.message_at(self.num_messages)
         return self.memory[at : at + self.layout.message]

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.ops import native
+from engine.ops.ranks import RanksEndedError
 
 # Tokens of a step up to which Python is worth saving.
 MOST_TOKENS = 64
@@ -34,8 +35,10 @@ MOST_BYTES = 256 << 20
 # Kernels with the same arguments in every step: addresses of weights, of the recording's memory and of the backend's.
 REPLAYED = (
     *("ol_linear", "ol_linear_codes", "ol_linear_blocks", "ol_rms_norm", "ol_gate_and_mul", "ol_attention"),
-    "ol_copy_rows",
+    *("ol_copy_rows", "ol_ranks_sum"),
 )
+# The rest of a kernel that was tried before: made again, that one does it all.
+CONTINUED = ("ol_ranks_go_on",)
 
 
 class _Memory:
@@ -118,9 +121,12 @@ class _Notes:
         self.thread = threading.get_ident()
         self.words: list[int] = []
         self.count = 0
+        self.waits = False
         self.other: str | None = None
 
     def add(self, name: str, args: Sequence[Any]) -> None:
+        if name in CONTINUED:
+            return
         if name.startswith("ol_") and name not in REPLAYED:
             self.other = self.other or name
             return
@@ -129,6 +135,7 @@ class _Notes:
         words = [_word(kind, value) for kind, value in zip(kinds, args, strict=True)]
         self.words += [entry, len(words), *words]
         self.count += 1
+        self.waits = self.waits or name == "ol_ranks_sum"
 
 
 def _word(kind: Any, value: Any) -> int:
@@ -152,10 +159,13 @@ def _noting(library: native.Library) -> Iterator[_Notes]:
 
 @dataclass(frozen=True, slots=True)
 class _Recording:
+    """waits: for other ranks, which the event loop must not do, too."""
+
     begin: Tensor
     end: Tensor
     words: np.ndarray
     count: int
+    waits: bool
     memory: _Memory
 
 
@@ -201,8 +211,9 @@ class Recordings:
             return layers(x)
         self._found.move_to_end(key)
         recording.begin.copy_(x)
-        handle = library.release if releases or self.releases else library.hold
-        handle.ol_replay(recording.words.ctypes.data, recording.count)
+        handle = library.release if releases or self.releases or recording.waits else library.hold
+        if handle.ol_replay(recording.words.ctypes.data, recording.count):
+            raise RanksEndedError("the ranks have ended")
         return recording.end.clone()
 
     def _record(
@@ -218,7 +229,7 @@ class Recordings:
             self._found[key] = None
         else:
             words = np.array(notes.words, np.uint64)
-            self._found[key] = _Recording(begin, end, words, notes.count, memory)
+            self._found[key] = _Recording(begin, end, words, notes.count, notes.waits, memory)
             self._trim()
         return end.clone()
 

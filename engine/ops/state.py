@@ -140,14 +140,33 @@ class States:
 
         Takes no memory, so that nothing here fails: the cache counts on what a step that fails has saved.
         """
-        staging, first = step.staging, self._first_snapshot - 1
-        count = step.num_saves
-        self._copy(staging.save_slot[:count], first + staging.save_snapshot[:count])
-        count = step.num_loads
-        self._copy(first + staging.load_snapshot[:count], staging.load_slot[:count])
-        rows = step.num_rows
-        slots = staging.row_slot[:rows]
-        for slot in slots[staging.row_start[:rows] == 0].tolist():
+        staging, rows = step.staging, step.num_rows
+        saves, loads = step.num_saves, step.num_loads
+        self._move(
+            (staging.save_slot[:saves], staging.save_snapshot[:saves]),
+            (staging.load_snapshot[:loads], staging.load_slot[:loads]),
+            staging.row_slot[:rows][staging.row_start[:rows] == 0],
+        )
+
+    def apply(
+        self,
+        saves: tuple[Int32Array, Int32Array],
+        loads: tuple[Int32Array, Int32Array],
+        plan: StatePlan,
+        starts: Int32Array,
+    ) -> None:
+        """`begin`, said in arrays. saves: slots and their snapshots; loads: snapshots and their slots; starts: of the
+        plan's rows."""
+        self._move(saves, loads, plan.slots[starts == 0])
+        self.plan = plan
+
+    def _move(
+        self, saves: tuple[Int32Array, Int32Array], loads: tuple[Int32Array, Int32Array], fresh: Int32Array
+    ) -> None:
+        first = self._first_snapshot - 1
+        self._copy(saves[0], first + saves[1])
+        self._copy(first + loads[0], loads[1])
+        for slot in fresh.tolist():
             self._memory[slot].zero_()
 
     def _copy(self, sources: npt.NDArray[np.int32], targets: npt.NDArray[np.int32]) -> None:

@@ -23,7 +23,7 @@ class Receiving(Residents):
 
     def receive(self, sequence: Sequence) -> SequencePages | None:
         """Pages for the whole pages of its prompt, those that are cached first: pages.num_shared of them. None: too few
-        are to be had."""
+        are to be had just now."""
         cache = self.kv_cache
         pages = cache.begin(sequence.matchable_ids, sequence.request.cache_root)
         end = (sequence.num_prompt_tokens - 1) // self.limits.page_size
@@ -34,12 +34,22 @@ class Receiving(Residents):
         if missing > min(most, cache.num_available - headroom) or not cache.reserve(pages, end * self.limits.page_size):
             cache.release(pages, (), 0)
             return None
+        committed = self._committed_step
+        if any(self._named_until.get(page, committed) > committed for page in pages.pages[pages.num_shared :]):
+            # Whoever fills them is in no order with the steps.
+            cache.release(pages, (), 0)
+            return None
         self._lent[pages] = missing
         return pages
 
     def keep(self, sequence: Sequence) -> SequencePages:
-        """The cached pages of its prompt, locked."""
-        pages = self.kv_cache.begin(sequence.request.prompt_token_ids, sequence.request.cache_root)
+        """The cached pages of its prompt, locked; those from which a step in flight is yet to compute are left out."""
+        cache, tokens, root = self.kv_cache, sequence.request.prompt_token_ids, sequence.request.cache_root
+        pages = cache.begin(tokens, root)
+        right = next((i for i, page in enumerate(pages.pages) if page in cache.unconfirmed), pages.num_shared)
+        if right < pages.num_shared:
+            cache.release(pages, (), 0)
+            pages = cache.begin(tokens[: right * self.limits.page_size + 1], root)
         self._lent[pages] = 0
         return pages
 
@@ -53,4 +63,8 @@ class Receiving(Residents):
         if sequence.status is SequenceStatus.RECEIVING:
             sequence.move(SequenceStatus.WAITING)
             self.num_receiving -= 1
-            self._queue(sequence)
+            held = self._held is not None and sequence.order >= self._held_from
+            # Queues are in order: it stands behind those who came while it received.
+            sequence.order = self._next_order
+            self._next_order += 1
+            self._queue(sequence, held)

@@ -67,6 +67,9 @@ class Residents:
         self.recorder: Recorder | None = None
         self.num_waiting = self.num_waiting_tokens = self.num_receiving = 0
         self._lent: dict[SequencePages, int] = {}
+        # Pages that went back to the pool although steps up to this one may still write them; a step that is launched
+        # later may have them all the same, for steps run in order.
+        self._named_until: dict[int, int] = {}
         self._clock = clock
         self._table = SlotTable(limits)
         self._policy = make_policy(options.policy, self.kv_cache)
@@ -202,13 +205,14 @@ class Residents:
         if receiving:
             self.num_receiving += 1
         else:
-            self._queue(sequence)
+            self._queue(sequence, self._held is not None)
         return sequence
 
-    def _queue(self, sequence: Sequence) -> None:
+    def _queue(self, sequence: Sequence, held: bool) -> None:
         self.num_waiting += 1
         self.num_waiting_tokens += sequence.num_tokens
-        if self._held is not None and sequence.order >= self._held_from:
+        if held:
+            assert self._held is not None
             self._held.append(sequence)
         else:
             self._policy.push(sequence)

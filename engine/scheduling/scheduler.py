@@ -83,7 +83,8 @@ class Scheduler(Failing):
         self._schedule_decodes(batch)
         self._schedule_jumps(batch)
         self._schedule_prefills(batch)
-        self.kv_cache.end_step()
+        if duplicates := self.kv_cache.end_step():
+            self._named_until |= dict.fromkeys(duplicates, self._next_step - (batch.num_rows == 0))
         if batch.num_rows == 0:
             # No step carries them, so the next one must.
             self._remaps += remaps

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +21,6 @@ from engine.models.loading.checkpoint import StoredTensor, find_tensors, read_in
 from engine.models.loading.weights import CheckpointWeights, ShapeRecorder
 from engine.models.mixers import GroupedQueryAttention, NormSpec
 from engine.models.parts.attention import Attention
-from engine.models.parts.decoder import Decoder
 from engine.models.parts.dense import make_mlp
 from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.rope import rope_table
@@ -103,11 +103,22 @@ def read_eagle3(directory: Path, target: ModelSpec) -> Eagle3Spec:
     )
 
 
+class Target(Protocol):
+    """The model that a head drafts for."""
+
+    @property
+    def config(self) -> ModelSpec: ...
+
+    def embedded(self, token_ids: Tensor) -> Tensor:
+        """int32 [T] -> [T, hidden_size]: rows of the embedding."""
+        ...
+
+
 class Eagle3Head:
     """A Head, see hidden.py."""
 
     def __init__(
-        self, spec: Eagle3Spec, source: Source, target: Decoder, names: Mapping[str, str], max_model_len: int
+        self, spec: Eagle3Spec, source: Source, target: Target, names: Mapping[str, str], max_model_len: int
     ) -> None:
         layer, hidden = spec.llama.layers[0], spec.llama.hidden_size
         attention, mlp = layer.mixer, layer.feed_forward
@@ -169,7 +180,7 @@ class Eagle3Head:
         out = residual.add_(computed(self._mlp(plain(x))))
         return self._norm(out) if self._spec.norm_output else out
 
-    def use(self, target: Decoder) -> None:
+    def use(self, target: Target) -> None:
         """See Head."""
         self._target = target
 
@@ -182,7 +193,7 @@ class Eagle3Head:
         return self.target_ids[self.logits(hidden).argmax(-1)]
 
 
-def load_eagle3(directory: Path, target: Decoder, dtype: torch.dtype, max_model_len: int) -> Eagle3Head:
+def load_eagle3(directory: Path, target: Target, dtype: torch.dtype, max_model_len: int) -> Eagle3Head:
     """Raises StartupError: one line with the file, the tensor and what was expected."""
     spec = read_eagle3(directory, target.config)
     stored: dict[str, StoredTensor] = {

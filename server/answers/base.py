@@ -89,6 +89,21 @@ def plain_usage(num_prompt: int, num_output: int | None = None) -> dict[str, int
     return {"prompt_tokens": num_prompt, **written, "total_tokens": num_prompt + (num_output or 0)}
 
 
+def weight_versions(stream: TokenStream, num_output: int) -> Json:
+    """vLLM's spans of a choice's tokens by the weights that they came from, of an answer that is complete; nothing
+    where the weights are those of the start."""
+    if not stream.versions or [name for name, _ in stream.versions] == ["default"]:
+        return {}
+    spans: list[Json] = []
+    start = 0
+    for name, end in stream.versions:
+        end = min(end, num_output)
+        if end > start or (not spans and (name, end) == (stream.versions[-1][0], 0)):
+            spans.append({"version": name, "start": start, "end": end})
+            start = end
+    return {"weight_versions": spans}
+
+
 def failure(delta: Delta) -> ApiError:
     """The error of a delta whose finish reason is ERROR."""
     return ApiError(delta.status, delta.error or "The model failed to compute this request.")

@@ -7,7 +7,7 @@ from functools import partial
 
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenStream
-from server.answers.base import failure, kept_pages, reasoning_watches, usage
+from server.answers.base import failure, kept_pages, reasoning_watches, usage, weight_versions
 from server.logprobs import Logprobs, Spelling, vllm_prompt_logprobs
 from server.messages import delta_of, read_events, read_message
 from server.protocol.generation import Plan
@@ -73,6 +73,7 @@ class OpenAIAnswer:
                     shape = Logprobs(plan, request, echo, self._spelling)
                     choice["logprobs"] = shape.next(delta, of_prompt)
                 choice |= _ending(delta, called)
+                choice |= weight_versions(streams[first + place], len(delta.token_ids))
                 if plan.return_token_ids:
                     choice["token_ids"] = delta.token_ids
                     if not plan.chat:
@@ -158,7 +159,11 @@ class OpenAIAnswer:
         choice["logprobs"] = None
         if self._logprobs and (delta.token_ids or echo):
             choice["logprobs"] = self._logprobs[index].next(delta, self._streams[index].prompt_logprobs)
-        choice |= _ending(delta, called) if delta.finish_reason is not None else {"finish_reason": None}
+        if delta.finish_reason is None:
+            choice["finish_reason"] = None
+        else:
+            choice |= _ending(delta, called)
+            choice |= weight_versions(self._streams[index], self._streams[index].num_output_tokens)
         if plan.return_token_ids:
             choice["token_ids"] = delta.token_ids
         if self._owes_prompt[index]:

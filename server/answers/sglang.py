@@ -6,7 +6,7 @@ import orjson
 
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenLogprob, TokenStream
-from server.answers.base import failure, kept_pages
+from server.answers.base import failure, kept_pages, weight_versions
 from server.logprobs import LOWEST, Spelling
 from server.protocol.generation import Plan
 from server.protocol.sglang import Wanted
@@ -18,6 +18,7 @@ class SGLangAnswer:
     """One answer; see answers/base.py."""
 
     headers = EVENT_HEADERS
+    tells_aborts = True
     # Its benchmark reads every line as JSON.
     keep_alive = b""
 
@@ -72,6 +73,8 @@ class SGLangAnswer:
             "completion_tokens": len(delta.token_ids),
             "cached_tokens": stream.num_cached_tokens,
         }
+        if delta.finish_reason is not None and (spans := weight_versions(stream, len(delta.token_ids))):
+            meta |= {"weight_version": stream.versions[-1][0], **spans}
         if stream.finished_at is not None and delta.finish_reason is not None:
             meta["e2e_latency"] = stream.finished_at - stream.arrived_at
         drafted, accepted, steps = stream.draft_counts
@@ -120,7 +123,9 @@ class SGLangAnswer:
         if delta.finish_reason is FinishReason.LENGTH:
             return {"type": "length", "length": len(delta.token_ids)}
         if delta.finish_reason is FinishReason.ABORT:
-            return {"type": "abort", "message": "The request was aborted."}
+            # Who resubmits what came so far looks at how this begins.
+            message = "The request was aborted." if delta.token_ids else "Abort before prefill: no token was computed."
+            return {"type": "abort", "message": message}
         matched = delta.stop_reason
         if matched is None and delta.token_ids and delta.token_ids[-1] in self._eos_token_ids:
             matched = delta.token_ids[-1]

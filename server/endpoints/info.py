@@ -9,6 +9,7 @@ import importlib.metadata
 from aiohttp import web
 
 from server.endpoints import web as pages
+from server.endpoints.rollouts import backend
 from server.protocol.errors import json_response
 from server.state import STATE
 
@@ -41,6 +42,10 @@ async def server_info(request: web.Request) -> web.Response:
     model = {"model": state.model.names[0], "max_model_len": state.model.max_model_len}
     if state.kv_events is not None:
         live["kv_events"] = state.kv_events.announced()
+    if request.query.get("config_format") == "json":
+        # vLLM's, as far as trainers look: whether weights can come, and over what.
+        updated = None if state.engine.weights_directory is None else {"backend": backend(request.app)}
+        live["vllm_config"] = {"weight_transfer_config": updated}
     return json_response({"version": version()} | model | state.model.server_info | live)
 
 

@@ -9,6 +9,7 @@ from aiohttp import web
 
 from engine.config import StartupError
 from engine.resting import PAUSE_MODES
+from server.endpoints.rollouts import UPDATES
 from server.protocol.body import invalid, read_body
 from server.protocol.errors import ApiError, json_response
 from server.state import STATE
@@ -24,7 +25,11 @@ async def pause(request: web.Request) -> web.Response:
 
 
 async def resume(request: web.Request) -> web.Response:
-    await request.app[STATE].engine.resume()
+    """Go on, with the weights that came meanwhile piece by piece; a 4xx where those do not fit."""
+    try:
+        await request.app[UPDATES].finish_pieces()
+    finally:
+        await request.app[STATE].engine.resume()
     return json_response({"status": "resumed"})
 
 
@@ -72,10 +77,12 @@ async def update_weights(request: web.Request) -> web.Response:
     body.choice("load_format", ("auto", "safetensors"))
     if not body.boolean("flush_cache", True):
         raise invalid("flush_cache", "must be true: what is cached was computed with the old weights")
-    version, abort = body.string("weight_version", None, most=128), body.boolean("abort_all_requests", False)
+    # Whom a pause holds goes on with them.
+    mode = "abort" if body.boolean("abort_all_requests", False) else "keep" if engine.is_paused else "wait"
+    version = body.string("weight_version", None, most=128)
     directory = _within(path, request.app[STATE].options.weights_root)
     try:
-        await engine.load_weights(directory, abort=abort, version=version)
+        await engine.load_weights(directory, mode=mode, version=version)
     except StartupError as error:
         raise ApiError(400, f"The weights were not taken: {_without_paths(error)}", param="model_path") from None
     except OSError as error:  # a name that is too long, a directory that may not be looked into

@@ -18,6 +18,7 @@ from server.openapi import (
     openai,
     pooling,
     responses,
+    rollouts,
     sglang,
     small,
     tei,
@@ -29,7 +30,7 @@ from server.protocol.body import REFUSED_EVERYWHERE
 from server.short_forms import short_form
 
 FAMILIES: tuple[Any, ...] = (
-    *(openai, responses, pooling, tei, anthropic, ollama, sglang, llamacpp, admin, small, watching, web),
+    *(openai, responses, pooling, tei, anthropic, ollama, sglang, llamacpp, admin, rollouts, small, watching, web),
 )
 
 

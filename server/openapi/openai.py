@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engine.request import MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, RANGES
+from server.openapi.rollouts import SPANS
 from server.openapi.words import (
     ANYTHING,
     NULL,
@@ -391,7 +392,7 @@ SCHEMAS: Json = {
                 "finish_reason": _FINISH,
                 **_STOPPED,
             },
-            {"token_ids": IDS},
+            {"token_ids": IDS, "weight_versions": SPANS},
         ),
         {
             "usage": ref("Usage"),
@@ -428,7 +429,7 @@ SCHEMAS: Json = {
                 "logprobs": either(ref("ChatLogprobs"), NULL),
                 "finish_reason": either(_FINISH, NULL),
             },
-            {**_STOPPED, "token_ids": IDS},
+            {**_STOPPED, "token_ids": IDS, "weight_versions": SPANS},
         ),
         {
             "usage": either(ref("Usage"), NULL),
@@ -449,6 +450,7 @@ SCHEMAS: Json = {
             {
                 **_STOPPED,
                 "token_ids": IDS,
+                "weight_versions": SPANS,
                 "prompt_token_ids": IDS,
                 "prompt_logprobs": _PROMPT_LOGPROBS,
             },

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from engine.request import MAX_TOP_LOGPROBS
 from server.openapi.openai import GENERATION, IDS, KEPT
+from server.openapi.rollouts import SPANS
 from server.openapi.words import (
     NULL,
     Json,
@@ -88,6 +89,8 @@ SCHEMAS: Json = {
                 },
                 {
                     "e2e_latency": number(0),
+                    "weight_version": string(),
+                    "weight_versions": SPANS,
                     "spec_verify_ct": integer(1, about="Where drafts were tried; this and what follows."),
                     "spec_accept_rate": number(0, 1),
                     "spec_accept_length": number(1),

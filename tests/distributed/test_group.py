@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from engine.build import build_engine
 from engine.config import LoraOptions, StartupError
 from engine.distributed.leader import RankedExecutor
+from engine.executor.cpu import CPUExecutor
 from engine.flags import DEMO_MODEL, parse
 from engine.llm import LLM, RequestOutput, SamplingParams
+from tests.models.support import make_checkpoint
 
 OPTIONS: dict[str, Any] = {
     "device": "cpu",
@@ -71,6 +74,9 @@ def test_tokens_and_log_probabilities(alone: LLM, two: LLM) -> None:
     assert numbers(first) == pytest.approx(numbers(second), abs=1e-4)
     sampled = SamplingParams(max_tokens=24, seed=7, ignore_eos=True, presence_penalty=0.5, min_p=0.02)
     assert tokens(alone.generate(PROMPTS, sampled)) == tokens(two.generate(PROMPTS, sampled))
+    attention = executor_of(two)._attention
+    assert attention is not None and attention.recordings is not None
+    assert len(attention.recordings) and attention.recordings.refused is None, "steps were not recorded"
 
 
 def test_a_schema(alone: LLM, two: LLM) -> None:
@@ -159,7 +165,8 @@ def test_drafts(alone: LLM, method: str) -> None:
     ("options", "expected"),
     [
         ({"dtype": "float16"}, "--tensor-parallel-size 2 needs --dtype float32 or bfloat16"),
-        ({"kv_cache_dtype": "int8"}, "--tensor-parallel-size 2 does not go with --kv-cache-dtype int8 so far"),
+        ({"enable_expert_parallel": True}, "--enable-expert-parallel: LlamaForCausalLM has no experts"),
+        ({"enable_expert_parallel": True, "tensor_parallel_size": 1}, "--enable-expert-parallel needs"),
         ({"tensor_parallel_size": 3}, "--tensor-parallel-size 3: does not divide the 4 attention heads"),
         ({"tensor_parallel_size": 65}, "--tensor-parallel-size 65 is more than 64"),
     ],
@@ -168,6 +175,80 @@ def test_what_does_not_go_with_ranks_is_one_line(options: dict[str, Any], expect
     with pytest.raises(StartupError) as caught:
         LLM(str(DEMO_MODEL), **{**OPTIONS, "tensor_parallel_size": 2, **options})
     assert str(caught.value).startswith(expected)
+
+
+def test_drafts_of_a_head_that_reads_the_models_embedding(alone: LLM, tmp_path: Path) -> None:
+    config = json.loads((DEMO_MODEL / "config.json").read_text())
+    hidden, inner, heads = config["hidden_size"], 64, config["num_attention_heads"]
+    own = {
+        **{name: config[name] for name in ("hidden_size", "num_attention_heads", "vocab_size", "rms_norm_eps")},
+        **{"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "num_key_value_heads": heads},
+        **{"head_dim": hidden // heads, "intermediate_size": inner, "max_position_embeddings": 512},
+        **{"draft_vocab_size": config["vocab_size"], "hidden_act": "silu"},
+        "eagle_aux_hidden_state_layer_ids": [0, 1, 2],
+    }
+    generator = torch.Generator().manual_seed(3)
+    shapes = {
+        "fc": (hidden, 3 * hidden),
+        **{f"midlayer.self_attn.{name}_proj": (hidden, 2 * hidden) for name in "qkv"},
+        "midlayer.self_attn.o_proj": (hidden, hidden),
+        "midlayer.mlp.gate_proj": (inner, hidden),
+        "midlayer.mlp.up_proj": (inner, hidden),
+        "midlayer.mlp.down_proj": (hidden, inner),
+        "lm_head": (config["vocab_size"], hidden),
+    }
+    tensors = {f"{name}.weight": torch.randn(shape, generator=generator) * 0.05 for name, shape in shapes.items()}
+    for name in ("midlayer.input_layernorm", "midlayer.hidden_norm", "midlayer.post_attention_layernorm", "norm"):
+        tensors[f"{name}.weight"] = torch.ones(hidden)
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    save_file(tensors, tmp_path / "model.safetensors")
+    speculation = json.dumps(
+        {"method": "eagle3", "model": str(tmp_path), "num_speculative_tokens": 2, "adaptive": False}
+    )
+    with LLM(str(DEMO_MODEL), tensor_parallel_size=2, speculative_config=speculation, **OPTIONS) as llm:
+        params = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
+        assert tokens(llm.generate(PROMPTS, params)) == tokens(alone.generate(PROMPTS, params))
+        drafts = llm._built.engine.scheduler.speculation
+        assert drafts is not None and drafts.num_draft_tokens > 0
+
+
+def test_a_cache_of_eight_bits() -> None:
+    found: list[Any] = []
+    for size in (1, 2):
+        with LLM(str(DEMO_MODEL), tensor_parallel_size=size, kv_cache_dtype="int8", **OPTIONS) as llm:
+            found.append(llm.generate(PROMPTS, GREEDY))
+            executor = llm._built.engine.executor
+            assert isinstance(executor, CPUExecutor)
+            found.append(executor.page_bytes)
+    assert tokens(found[0]) == tokens(found[2])
+    # Where a number lies between two codes, the last bit of a sum decides.
+    assert numbers(found[0]) == pytest.approx(numbers(found[2]), abs=0.1)
+    assert found[1] == found[3]
+
+
+def test_recurrent_states(tmp_path: Path) -> None:
+    sizes = {
+        **{"head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 12},
+        **{"linear_value_head_dim": 20, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2},
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        **{"hidden_size": 64, "intermediate_size": 96, "vocab_size": 2304, "max_position_embeddings": 256},
+    }
+    make_checkpoint(tmp_path, "Qwen3_5", **sizes)
+    options = {**OPTIONS, "tokenizer": str(DEMO_MODEL), "num_gpu_blocks_override": 64}
+    with LLM(str(tmp_path), **options) as one, LLM(str(tmp_path), tensor_parallel_size=2, **options) as two:
+        first, second = one.generate(PROMPTS, GREEDY), two.generate(PROMPTS, GREEDY)
+        assert tokens(first) == tokens(second)
+        assert numbers(first) == pytest.approx(numbers(second), abs=1e-4)
+        # From snapshots, and by themselves.
+        params = dataclasses.replace(GREEDY, prompt_logprobs=None)
+        longer = [[*prompt, *output.outputs[0].token_ids] for prompt, output in zip(PROMPTS, first, strict=True)]
+        again = two.generate(longer, params)
+        assert tokens(one.generate(longer, params)) == tokens(again)
+        assert any(output.num_cached_tokens for output in again)
+        assert tokens(two.generate(longer[:1], params)) == tokens(again[:1])
+        two._wait(two._built.engine.sleep(1))
+        two._wait(two._built.engine.wake_up())
+        assert tokens(two.generate(PROMPTS, GREEDY)) == tokens(second)
 
 
 def test_adapters_are_refused() -> None:

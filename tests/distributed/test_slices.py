@@ -18,7 +18,19 @@ from engine.ops.ranks import Ranks
 from tests.distributed.together import load_part, together
 from tests.models.gguf.export import export
 from tests.models.support import Runner, edit_json, load, make_checkpoint, prompts_of, relative_error
-from tests.models.test_families import GEMMA, GEMMA4, GEMMA4_EXPERTS, QWEN_EXPERTS
+from tests.models.test_families import (
+    DELTA,
+    FALCON_H1,
+    FALCON_H1_NORM,
+    GEMMA,
+    GEMMA4,
+    GEMMA4_EXPERTS,
+    GRANITE_MAMBA,
+    GRANITE_MAMBA_GROUPS,
+    NEMOTRON_H,
+    QWEN_EXPERTS,
+    QWEN_NEXT_EXPERTS,
+)
 from tests.models.test_gpt_oss import MXFP4
 from tests.models.test_latent import GROUPED, LATENT
 
@@ -53,17 +65,40 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
         (2,),
     ),
     "latents": ("DeepseekV3", {**LATENT, **GROUPED, "num_key_value_heads": 8}, (4,)),
+    "delta nets, packed": (
+        "Qwen3Next",
+        {**DELTA, **QWEN_NEXT_EXPERTS, "num_hidden_layers": 3, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+        (2,),
+    ),
+    "delta nets that are whole in every rank": ("Qwen3_5", {**DELTA, "num_hidden_layers": 3}, (2,)),
+    "delta nets": (
+        "Qwen3_5",
+        {**DELTA, "num_hidden_layers": 3, "linear_num_key_heads": 4, "linear_num_value_heads": 8},
+        (2, 4),
+    ),
+    "short convolutions": (
+        "Lfm2",
+        {"layer_types": ["conv", "full_attention"], "block_multiple_of": 8, "conv_bias": True},
+        (2,),
+    ),
+    "state spaces": ("GraniteMoeHybrid", {**GRANITE_MAMBA, **GRANITE_MAMBA_GROUPS, "num_hidden_layers": 3}, (2,)),
+    "state spaces beside attention": ("FalconH1", FALCON_H1, (2,)),
+    "state spaces, normed after the gate": ("FalconH1", {**FALCON_H1, **FALCON_H1_NORM}, (2,)),
+    "state spaces by turns": ("NemotronH", NEMOTRON_H, (2,)),
     "dense beside experts": ("Gemma4", {**GEMMA4, **GEMMA4_EXPERTS, "num_hidden_layers": 5}, (2,)),
 }
 
 
-def both(directory: Path, size: int, **options: Any) -> tuple[torch.Tensor, torch.Tensor, bool]:
+def both(
+    directory: Path, size: int, *, expert_parallel: bool = False, **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, bool]:
     """Logits of one process and of `size` ranks, and whether the latter's hidden states are the same in any batch."""
     [text] = prompts_of([40])
     whole = Runner(load(directory, **options)).logits(text, 7)
 
     def work(ranks: Ranks) -> tuple[torch.Tensor, bool]:
-        runner = Runner(load_part(directory, ranks, **options))  # type: ignore[arg-type]
+        part = load_part(directory, ranks, expert_parallel=expert_parallel, **options)
+        runner = Runner(part)  # type: ignore[arg-type]
         return runner.logits(text, 7), runner.same_bits(text)
 
     results = together(size, work)
@@ -87,6 +122,24 @@ def test_tokens_are_the_same_bits_where_each_rank_has_one_block_of_columns(tmp_p
     make_checkpoint(tmp_path, "Llama", **{**SIZES, "hidden_size": 512, "intermediate_size": 512})
     whole, parts, _ = both(tmp_path, 2)
     assert torch.equal(whole, parts)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes", "size"),
+    [
+        ("Mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}, 4),
+        ("Qwen2Moe", {**QWEN_EXPERTS, "shared_expert_intermediate_size": 40, "decoder_sparse_step": 1}, 2),
+        ("GptOss", {"head_dim": 16, "num_local_experts": 4, "num_experts_per_tok": 2}, 2),
+    ],
+)
+def test_experts_that_each_rank_has_whole(family: str, sizes: dict[str, Any], size: int, tmp_path: Path) -> None:
+    sizes = {**SIZES, **sizes} | ({"num_experts": 6} if family == "Qwen2Moe" else {})
+    make_checkpoint(tmp_path, family, **sizes)
+    whole, parts, same = both(tmp_path, size, expert_parallel=True)
+    assert relative_error(parts, whole) < 1e-5
+    assert same or native.library() is None
+    why = refuse(read_spec(tmp_path), 8, expert_parallel=True)
+    assert why is not None and "does not divide the" in why
 
 
 @pytest.mark.parametrize("quantisation", ["int8", "int4"])
@@ -120,7 +173,6 @@ def test_a_cut_through_a_block_is_one_line(tmp_path: Path) -> None:
         ("Llama", {"intermediate_size": 90}, 4, "does not divide the 90 inner numbers of a feed-forward"),
         ("Llama", {"vocab_size": 5}, 4, "a vocabulary of 5 tokens is too small"),
         ("Olmo2", {}, 2, "norms all heads at once"),
-        ("Lfm2", {"layer_types": ["conv", "full_attention"]}, 2, "has recurrent layers"),
     ],
 )
 def test_what_cannot_be_divided_is_one_line(
@@ -140,10 +192,12 @@ def test_random_weights_are_those_of_one_process(tmp_path: Path) -> None:
 
 
 def test_experts_in_four_bits(tmp_path: Path) -> None:
-    sizes = {**SIZES, "head_dim": 16, "intermediate_size": 128, "num_local_experts": 3, "num_experts_per_tok": 2}
+    sizes = {**SIZES, "head_dim": 16, "intermediate_size": 128, "num_local_experts": 4, "num_experts_per_tok": 2}
     make_checkpoint(tmp_path, "GptOss", **sizes)
     edit_json(tmp_path / "config.json", quantization_config=MXFP4)
     whole, parts, _ = both(tmp_path, 2, load_format="dummy")
+    assert relative_error(parts, whole) < 1e-5
+    whole, parts, _ = both(tmp_path, 4, load_format="dummy", expert_parallel=True)
     assert relative_error(parts, whole) < 1e-5
     why = refuse(read_spec(tmp_path), 8)
     assert why is not None and "blocks of 32 columns, and a rank would have 16" in why

@@ -55,7 +55,7 @@ class RankModel:
         self.config, self.attention_spec = own.config, own.attention_spec
 
     def forward(self, token_ids: Tensor, positions: Tensor, attention: Any) -> Tensor:
-        attention.recordings = None
+        attention.recordings = None  # one thread of a process records at a time, and here ranks are threads
         return self.own.forward(token_ids, positions, attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -66,8 +66,15 @@ class RankModel:
         return torch.empty(0)
 
 
-def load_part(directory: Path, ranks: Ranks, dtype: torch.dtype = torch.float32, **options: Any) -> RankModel:
-    group = ParallelGroup(ranks, lambda hidden: None)
+def load_part(
+    directory: Path,
+    ranks: Ranks,
+    dtype: torch.dtype = torch.float32,
+    *,
+    expert_parallel: bool = False,
+    **options: Any,
+) -> RankModel:
+    group = ParallelGroup(ranks, lambda hidden: None, expert_parallel=expert_parallel)
     spec = read_spec(directory)
     return RankModel(
         load_model(spec, directory, dtype=dtype, device=torch.device("cpu"), group=group, **options), group

@@ -76,6 +76,38 @@ def test_products_of_the_plain_weights(kind: str, rows: int, columns: int) -> No
     assert torch.equal(layer.rows(ids), weight[ids]) and torch.equal(layer.rows(ids.int()), weight[ids])
 
 
+# Codes of a byte's eight bits, and those that stand for numbers of a table, have products of 16 bits alone.
+SIXTEEN = {"Q8_0", "IQ4_NL", "IQ4_XS", "MXFP4"}
+
+
+@pytest.mark.parametrize("kind", PACKED_KINDS)
+def test_inputs_of_eight_bits(kind: str) -> None:
+    """Exactly the products of what inputs are rounded to, in any batch."""
+    layer, weight = packed(kind, 77, 512, bias=torch.linspace(-1, 1, 77))
+    x = torch.randn(215, 512, generator=torch.Generator().manual_seed(0))
+    x[1] = 0
+    x[7, 400:] *= 1e5
+    before = layer(x)
+    layer.take_eight_bits()
+    found = layer(x)
+    assert layer.input_bits == (16 if kind in SIXTEEN else 8)
+    if kind in SIXTEEN:
+        assert torch.equal(found, before)
+        return
+    blocks = x.reshape(215, -1, 32)
+    scale = blocks.abs().amax(2, keepdim=True) / 127
+    rounded = ((blocks / scale.clamp_min(1e-30)).round() * scale).reshape(215, 512)
+    expected = torch.nn.functional.linear(rounded, weight, torch.linspace(-1, 1, 77))
+    # A number in the middle of two may be rounded either way.
+    assert relative_error(found, expected) < 1e-4
+    assert 1e-4 < relative_error(found[8:], before[8:]) < 1e-2
+    for count in (1, 2, 4, 5, 6, 7, 8, 9, 13, 193):
+        assert torch.equal(layer(x[:count]), found[:count])
+    assert torch.equal(layer(x[7:8]), found[7:8])
+    x[3, 5] = float("nan")
+    assert torch.isnan(layer(x)[3]).all() and torch.equal(layer(x)[4:], found[4:])
+
+
 @pytest.mark.parametrize("columns", [32, 96, 288])
 def test_short_rows(columns: int) -> None:
     layer, weight = packed("Q4_1", 40, columns)

@@ -29,6 +29,7 @@ from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.speculation.budgets import DraftBudgets
 from tests.sim.ordering import CheckedPolicy
+from tests.sim.tiers import SimulatedTier
 from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
 
 
@@ -80,6 +81,7 @@ class Report:
     drafts: int = 0
     right_drafts: int = 0
     cut_by_grammar: int = 0
+    received_tokens: int = 0
     finished: int = 0
     answers: dict[str, tuple[tuple[int, ...], str, object]] = field(default_factory=dict)
 
@@ -190,6 +192,7 @@ class Simulator:
         self.page_namespace: dict[int, tuple[str, int | None]] = {}
         # Who got a token from the step that is being committed.
         self.delivered_now: list[Sequence] = []
+        self.tier = SimulatedTier(self, seed) if options.has_tier else None
 
     def _budgets(self, seed: int) -> Any:
         limits = self.options.limits
@@ -206,6 +209,8 @@ class Simulator:
         assert not self.arrivals
         self._finish_all()
         self.report.finished = len(self.clients)
+        if self.tier is not None:
+            self.report.received_tokens = self.tier.tier.tally.hit_tokens
         if (speculation := self.scheduler.speculation) is not None:
             self.report.drafts, self.report.right_drafts = (
                 speculation.num_draft_tokens,
@@ -226,11 +231,15 @@ class Simulator:
             if not self.open and not self.in_flight:
                 break
             self.tick(leaving=False)
+        while self.tier is not None and self.tier.is_busy:
+            self.tier.turn(hurry=True)
+            self.tick(leaving=False)
         assert not self.open, f"{[client.sequence for client in self.open.values()]} never finished"
         assert not self.in_flight, "a step is in flight with nobody to want it"
         scheduler = self.scheduler
         assert not scheduler.has_work and scheduler.schedule() is None
-        assert scheduler.num_running == 0 and scheduler.num_waiting == 0
+        assert scheduler.num_running == 0 and scheduler.num_waiting == 0 and scheduler.is_empty
+        assert not scheduler.lent, "somebody has pages yet"
         assert not scheduler.live_sequences(), "a slot was not given back"
         available, pages = scheduler.kv_cache.num_available, self.options.num_pages
         assert available == pages, f"{pages - available} pages are neither free nor evictable"
@@ -241,6 +250,8 @@ class Simulator:
         self.clock.advance(0.01)
         if leaving:
             self._leave()
+        if self.tier is not None:
+            self.tier.turn(hurry=not leaving)
         scheduler, depth = self.scheduler, self.options.depth
         before = {sequence.pages: [*sequence.pages.gone] for sequence in scheduler.live_sequences() if sequence.pages}
         batch = scheduler.schedule()
@@ -258,9 +269,12 @@ class Simulator:
                 self.masks.provide(batch, self.in_flight[0].handle)
             if leaving:
                 self._leave()
+            if self.tier is not None:
+                self.tier.turn()
         if not self.in_flight:
             # Here the Engine sleeps until something arrives: whoever still waits would wait for ever.
-            assert not scheduler.has_work, "nothing in flight, nothing scheduled, yet somebody waits"
+            # Pages that are lent are given back, and wake it.
+            assert not scheduler.has_work or scheduler.lent, "nothing in flight, nothing scheduled, yet somebody waits"
         elif len(self.in_flight) >= depth or batch is None:
             self._commit(self.in_flight.popleft())
             if self.in_flight:
@@ -287,13 +301,17 @@ class Simulator:
         while self.arrivals and self.arrivals[0].tick <= tick:
             arrival = self.arrivals.popleft()
             try:
-                sequence = self.scheduler.submit(arrival.request)
+                receiving = self.tier is not None and self.tier.promises(arrival.request)
+                sequence = self.scheduler.submit(arrival.request, receiving=receiving)
             except RequestError:
                 assert not arrival.accepted, f"{arrival.request.request_id} was refused"
                 continue
             assert arrival.accepted, f"{arrival.request.request_id} can never fit, but was accepted"
             self.clients[sequence] = self.open[sequence] = sequence.listener = Client(arrival, sequence)
             self._reload(arrival.request.adapter)
+            if receiving:
+                assert self.tier is not None
+                self.tier.receive(sequence)
 
     def _reload(self, adapter: Adapter | None) -> None:
         """What the store does where a name gets other weights."""
@@ -442,6 +460,8 @@ class Simulator:
         )
         client.delivered.append(token)
         self.delivered_now.append(client.sequence)
+        if self.tier is not None and len(client.delivered) == 1:
+            self.tier.keep(client.sequence)
 
     def end(self, client: Client) -> None:
         """The terminal event of a client."""
@@ -497,7 +517,8 @@ class Simulator:
     def check(self) -> None:
         scheduler = self.scheduler
         live = scheduler.live_sequences()
-        scheduler.kv_cache.check([sequence.pages for sequence in live if sequence.pages is not None])
+        held = [sequence.pages for sequence in live if sequence.pages is not None]
+        scheduler.kv_cache.check([*held, *scheduler.lent])
         table = scheduler._table
         assert len(live) + table.num_free == self.options.max_num_seqs, "a slot was lost"
         assert len(set(table._free)) == table.num_free and 0 not in table._free
@@ -522,13 +543,19 @@ class Simulator:
         if scheduler._trials.pending:
             assert all(one.suspect_until for one in scheduler._running), "somebody runs beside those who are tried"
         self._check_adapters(live)
-        waiting = tokens = 0
+        waiting = tokens = receiving = 0
         for sequence, client in self.open.items():
             assert not sequence.is_finished, f"{client.name} ended without a terminal event"
-            if not sequence.holds_slot:
+            if sequence.status is SequenceStatus.RECEIVING:
+                receiving += 1
+                assert sequence.pages is None
+            elif not sequence.holds_slot:
                 waiting += 1
                 tokens += sequence.num_tokens
                 assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
+        assert receiving == scheduler.num_receiving, f"{receiving} receive, {scheduler.num_receiving} are counted"
+        if self.tier is not None:
+            self.tier.check()
         assert tokens == scheduler.num_waiting_tokens, "waiting tokens were counted wrongly"
         assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
 

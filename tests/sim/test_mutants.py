@@ -28,12 +28,15 @@ from engine.scheduling.policy.fair import Fair
 from engine.scheduling.policy.fcfs import FCFS
 from engine.scheduling.policy.lpm import LPM
 from engine.scheduling.policy.priority import Priority
+from engine.scheduling.receiving import Receiving
 from engine.scheduling.residents import Residents
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import SlotTable
 from engine.scheduling.speculating import Speculation
 from engine.scheduling.trials import Trials
+from engine.tiers.tier import DiskTier
+from engine.tiers.worker import Worker
 from tests.sim.simulator import SimulationError, simulate
 
 # Seeds that a mutant may live through; the unmutated code passes each that catches one.
@@ -126,6 +129,15 @@ CROWD = {
 ADAPTERS = REMAPS | {
     "max_adapters": 2, "adapter_rate": 0.9, "reload_rate": 0.1, "num_pages": 24, "max_model_len": 12, "pool_rate": 0.0,
 }  # fmt: skip
+# Prompts whose pages come from a tier, most of them after the cache has lost them.
+TIERED = REMAPS | {
+    "page_size": 2, "max_model_len": 24, "num_pages": 40, "max_adapters": 0, "namespaces": 2, "tier_pages": 200,
+    "tier_eagerness": 0.5, "tier_timeout_s": 1.0, "depth": 2, "eagerness": 0.0, "pool_rate": 0.0,
+}  # fmt: skip
+TIERED_LATE = TIERED | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "tier_eagerness": 0.3}
+TIERED_RUNS = TIERED | {"constrained_rate": 0.8, "jump_ahead": True, "tier_eagerness": 0.9}
+TIERED_RUNS |= {"max_num_batched_tokens": 12}
+TIERED_ORDER = TIERED | {"policy": "fcfs", "max_num_seqs": 2, "burst": 12}
 LONGEST, IMPORTANT, SHARES = ({**CROWD, "policy": policy} for policy in ("lpm", "priority", "fair"))
 
 
@@ -372,6 +384,41 @@ MUTANTS = [
         "self._queues[key].popleft()",
         "self._queues[key].popleft(); self._served[key] += 1", ADAPTERS | {"policy": "fair"},
     ),
+    # Pages from a tier.
+    Mutant(
+        "a page is filled that a step in flight writes", Receiving, "receive",
+        "self._named_until.get(page, committed) > committed", "False", TIERED,
+    ),
+    Mutant(
+        "pages are kept before they are computed", Receiving, "keep",
+        "if page in cache.unconfirmed", "if False", TIERED_RUNS,
+    ),
+    Mutant(
+        "a kept page is not held", Receiving, "keep",
+        "self._lent[pages] = 0", "cache.release(pages, (), 0)", TIERED,
+    ),
+    Mutant("lent pages are forgotten", Receiving, "give_back", "self.kv_cache.release(", "(lambda *_: 0)(", TIERED),
+    Mutant("who is told stays where it was", Receiving, "received", "self.num_receiving -= 1", "pass", TIERED),
+    Mutant(
+        "what was received goes before what is older", Receiving, "received",
+        "sequence.order = self._next_order", "pass", TIERED_ORDER,
+    ),
+    Mutant(
+        "an aborted one that received is still counted", Residents, "finish",
+        "self.num_receiving -= 1", "pass", TIERED_LATE,
+    ),
+    Mutant(
+        "half of what came enters the tree as all", DiskTier, "_read",
+        "(first + job.count) * self._page_size", "(first + len(names)) * self._page_size", TIERED_LATE,
+    ),
+    Mutant(
+        "tenants share a tier", DiskTier, "_names", "root_name(self._layout, request.cache_root)",
+        "root_name(self._layout)", TIERED,
+    ),
+    Mutant("a name is of its own page alone", DiskTier, "_names", "0, count)", "0, count)[::-1]", TIERED),
+    Mutant("pages come one place too far", DiskTier, "_read", "[first : first", "[first + 1 : 1 + first", TIERED),
+    Mutant("a page counts before it has come", Worker, "turn", "goes_on = self._read(job)", "goes_on = True", TIERED),
+    Mutant("the wrong page is kept", DiskTier, "keep", "np.int32)[new]", "np.int32)[::-1][new]", TIERED),
     # Failures.
     Mutant(
         "who was cleared runs on beside suspects", Scheduler, "_make_cleared_wait",
@@ -629,11 +676,13 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     "changes",
     [
         *(FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES, ADAPTERS),
+        *(TIERED, TIERED_LATE, TIERED_RUNS, TIERED_ORDER),
         *(DRAFTS, DRAFTED_RUNS, DRAFTED_FAILURES, DRAFTED_WINDOWS),
     ],
     ids=[
         *("failures", "culprits", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"),
-        *("adapters", "drafts", "drafted-runs", "drafted-failures", "drafted-windows"),
+        *("adapters", "tiered", "tiered-late", "tiered-runs", "tiered-order"),
+        *("drafts", "drafted-runs", "drafted-failures", "drafted-windows"),
     ],
 )
 def test_unmutated_code_passes(changes: dict[str, Any]) -> None:

@@ -18,6 +18,12 @@ DRAFTED_GRAMMARS = {
     "max_draft_tokens": 4, "draft_accuracy": 0.95, "budgets": "all", "num_snapshots": None, "constrained_rate": 0.8,
     "jump_ahead": False, "max_model_len": 40, "culprit_rate": 0.0, "spoil_rate": 0.0,
 }  # fmt: skip
+# Prompts that come back when the cache has lost them.
+TIERED = {
+    "page_size": 2, "windows": (None,), "num_snapshots": None, "prefix_caching": True, "num_pages": 40,
+    "max_model_len": 24, "burst": 4, "arrival_rate": 0.5, "alphabet": 1, "max_adapters": 0, "namespaces": 2,
+    "tier_pages": 200, "depth": 2,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("first", range(0, 8 * SEEDS_PER_TEST, SEEDS_PER_TEST))
@@ -38,6 +44,17 @@ def test_runs(first: int) -> None:
     assert total.drafts > 400 and total.right_drafts > 200 and total.cut_by_grammar > 0
     assert total.guilty > 10 and total.spoiled > 10
     assert total.retractions > 20 and total.cached_tokens > 500 and total.failed_steps > 10
+
+
+def test_pages_come_from_a_tier() -> None:
+    """While steps run, and too late, and for those who have left."""
+    assert sum([simulate(seed, **TIERED).received_tokens for seed in range(8)]) > 50
+    hasty = TIERED | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "fail_rate": 0.05, "vocab_size": 40}
+    assert sum([simulate(seed, **hasty).received_tokens for seed in range(8)]) > 5
+    # A grammar's first tokens are told while the prompt is in flight.
+    ahead = TIERED | {"constrained_rate": 0.8, "jump_ahead": True, "eagerness": 0.0, "tier_eagerness": 0.9}
+    ahead |= {"vocab_size": 40, "max_num_batched_tokens": 12, "max_num_seqs": 4}
+    assert sum([simulate(seed, **ahead).received_tokens for seed in range(8)]) > 5
 
 
 Answers = dict[str, tuple[tuple[int, ...], str, object]]

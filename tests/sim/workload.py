@@ -77,6 +77,15 @@ class Options:
     max_adapters: int = 0
     adapter_rate: float = 0.0
     reload_rate: float = 0.0
+    # Pages of a tier where prompts' pages are kept (0: there is none), how fast it is, and what is waited for it.
+    tier_pages: int = 0
+    tier_eagerness: float = 0.5
+    tier_timeout_s: float = 1.0
+
+    @property
+    def has_tier(self) -> bool:
+        """Of models whose pages can be carried."""
+        return self.tier_pages > 0 and self.prefix_caching and self.num_snapshots is None and self.windows == (None,)
 
     @property
     def limits(self) -> Limits:
@@ -210,6 +219,7 @@ class Arrival:
 def draw_options(seed: int) -> Options:
     random = Random(f"options {seed}")
     adapters = Random(f"adapters {seed}")
+    tiers = Random(f"tiers {seed}")
     page_size = random.choice([1, 2, 3, 4, 4, 8, 16])
     max_num_seqs = random.choice([1, 2, 3, 4, 5, 6, 8, 8])
     max_model_len = random.choice([8, 16, 24, 40, 64])
@@ -267,6 +277,9 @@ def draw_options(seed: int) -> Options:
         max_adapters=adapters.choice([0, 0, 0, 1, 2, 3]),
         adapter_rate=adapters.choice([0.3, 0.8, 1.0]),
         reload_rate=adapters.choice([0.0, 0.05, 0.2]),
+        tier_pages=tiers.choice([0, 3, 20, 200]),
+        tier_eagerness=tiers.choice([0.2, 0.5, 0.9]),
+        tier_timeout_s=tiers.choice([0.02, 1.0, 1.0]),
     )
 
 

@@ -111,4 +111,3 @@ def test_what_cannot_be(directories: dict[str, Path], tmp_path: Path) -> None:
     refused(r"\(eagle3\) needs a model", method="eagle3")
     refused("architecture 'Qwen3ForCausalLM' is not EAGLE-3's", method="eagle3", model=str(directories["draft"]))
     refused("no such directory", method="draft_model", model=str(tmp_path / "nowhere"))
-    refused(r"\(mtp\) is not supported yet", method="mtp")

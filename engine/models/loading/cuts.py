@@ -41,7 +41,11 @@ def cut_out(name: str, stored: StoredTensor, cut: Cut) -> StoredTensor:
     if stored.quantised is not None:
         part = PartOf(stored.quantised, cut)
         return dataclasses.replace(stored, shape=shape, quantised=part)
-    assert stored.undo is None and not stored.shift and not stored.stride, f"{name} is not to be cut"
+    if stored.undo is not None or stored.shift or stored.stride:
+        raise StartupError(
+            f"{stored.file}: tensor {name} is kept in another order or form than the model's, in which "
+            "--tensor-parallel-size cannot divide it so far"
+        )
     if stored.transposed:
         # In the file rows are columns.
         item = ITEM_BYTES[stored.dtype]

@@ -246,7 +246,7 @@ def settle_output(spec: ModelSpec, tensors: dict[str, StoredTensor], directory: 
     if embedding is None:
         tensors[own] = tensors.pop(OUTPUT_WEIGHT)
         return spec
-    if _are_equal(head, embedding, dtype):
+    if are_equal(head, embedding, dtype):
         return spec
     if "tie_word_embeddings" in spec.assumed:
         return dataclasses.replace(spec, tie_word_embeddings=False)
@@ -259,7 +259,7 @@ def settle_output(spec: ModelSpec, tensors: dict[str, StoredTensor], directory: 
     return dataclasses.replace(spec, tie_word_embeddings=False)
 
 
-def _are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) -> bool:
+def are_equal(first: StoredTensor, second: StoredTensor, dtype: torch.dtype) -> bool:
     """Whether two stored tensors are the same once they are loaded; read in chunks, up to the first difference."""
     if first.shape != second.shape:
         return False

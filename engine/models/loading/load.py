@@ -47,6 +47,7 @@ def load_model(
     max_model_len: int | None = None,
     deterministic: bool = False,
     quantisation: str | None = None,
+    packed_input_bits: int = 16,
     max_adapters: int = 0,
     group: Group | None = None,
 ) -> CausalLM:
@@ -55,7 +56,8 @@ def load_model(
     load_format: auto reads the safetensors of `directory`; dummy makes random weights from `seed` and reads
     nothing. progress(done, total): bytes, called after every few MB. max_model_len: tokens of context that will
     be used, which sizes the rope tables; None is `spec.context_length`. quantisation: one of schemes/rounding.py, to
-    which weights of layers are rounded as they are read. max_adapters: LoRA adapters that may be in place at once.
+    which weights of layers are rounded as they are read. packed_input_bits: 16, or 8 where packed layers have such
+    products. max_adapters: LoRA adapters that may be in place at once.
     group: of the ranks, of which this is one.
     Peak memory is the weights, one layer's projection and a few MB. Raises StartupError.
     """
@@ -71,6 +73,7 @@ def load_model(
             max_model_len,
             deterministic,
             quantisation,
+            packed_input_bits,
             max_adapters,
             group,
         )
@@ -101,6 +104,7 @@ def _load(
     max_model_len: int | None,
     deterministic: bool,
     quantisation: str | None,
+    packed_input_bits: int,
     max_adapters: int,
     group: Group | None,
 ) -> CausalLM:
@@ -121,11 +125,12 @@ def _load(
     else:
         weights = PackedWeights(dtype, device, directory, stored, recorder.shapes, progress, assumed=spec.assumed)
         weights.quantisation = quantisation
+        weights.packed_input_bits = packed_input_bits
     weights.deterministic = deterministic
     with weights, _freed_memory_goes_back():
         if group is not None:
             assert not max_adapters
-            plan = plan_of(spec, group.rank, group.size)
+            plan = plan_of(spec, group.rank, group.size, expert_parallel=group.expert_parallel)
             return make_decoder(plan.spec, SlicedWeights(weights, plan, group, recorder.shapes), context)
         if not max_adapters:
             return make_decoder(spec, weights, context)

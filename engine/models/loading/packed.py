@@ -30,6 +30,8 @@ MOST_RUNS = 8
 class PackedWeights(CodedWeights):
     """CodedWeights with a PackedLinear for whatever has kernels for its blocks."""
 
+    packed_input_bits = 16
+
     def linear(
         self,
         names: Sequence[str],
@@ -143,6 +145,8 @@ class PackedWeights(CodedWeights):
         stored = [self._tensors[name] for name in names]
         block = self.kept_kind(names[places[0, 0]])
         linear = PackedLinear(block, len(places), columns, dtype, bias, activation)
+        if self.packed_input_bits == 8:
+            linear.take_eight_bits()
         width = columns // BY_NAME[block].elements * BY_NAME[block].size
         step = PackedLinear.piece_rows(max(1, PIECE_BYTES // width))
         for first in range(0, len(places), step):

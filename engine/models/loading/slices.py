@@ -1,8 +1,8 @@
 """What one rank of a tensor parallel group has of a model: a smaller spec, and which rows and columns of which tensors.
 
 Heads and the inner sizes of feed-forwards and experts are divided, query heads beside the key heads that they read;
-what follows the layers' outputs (norms, routers, heads for vectors) is the same in every rank. Used at start, on the
-loading thread.
+what follows the layers' outputs (norms, routers, heads for vectors) is the same in every rank, and so is a recurrent
+mixer that cannot be divided. Used at start, on the loading thread.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.models.loading.cuts import Cut, cut_out
 from engine.models.loading.weights import OUTPUT, CheckpointWeights, DummyWeights, Weights
-from engine.models.mixers import GroupedQueryAttention, LatentAttention
+from engine.models.mixers import (
+    GatedDelta,
+    GroupedQueryAttention,
+    LatentAttention,
+    Mamba2,
+    Mixer,
+    ShortConv,
+    SideBySide,
+)
 from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import PREFIX
 from engine.models.spec import Dense, DenseAndExperts, Experts, FeedForward, LayerSpec, ModelSpec, Ungated, share
@@ -35,6 +43,8 @@ class Group(Protocol):
 
     rank: int
     size: int
+    # Whether a rank has whole experts, and not a part of each.
+    expert_parallel: bool
 
     def summed(self, linear: Linear, bias: Tensor | None) -> Linear:
         """A layer whose products are added up over the ranks, and the bias to that."""
@@ -56,36 +66,39 @@ class Group(Protocol):
 @dataclass(slots=True)
 class Plan:
     """rows: by module, the parts of it that are laid below one another. columns: by module, the part, and whether the
-    products are added up there. tensors: of single tensors. raw: of tensors of bytes, by axis. same: names that stand
-    for those of others. vocabulary: rows of the embedding and of the output layer."""
+    products are added up there. tensors: of single tensors. pieces: of small ones, the parts that are laid below one
+    another. raw: of tensors of bytes, by axis. same: names that stand for those of others. vocabulary: rows of the
+    embedding and of the output layer."""
 
     spec: ModelSpec
     rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     columns: dict[str, tuple[int, int, bool]] = field(default_factory=dict)
     tensors: dict[str, tuple[int, int]] = field(default_factory=dict)
+    pieces: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
     raw: dict[str, tuple[int, int, int]] = field(default_factory=dict)
     same: dict[str, str] = field(default_factory=dict)
     vocabulary: tuple[int, int] = (0, 0)
 
 
-def refuse(spec: ModelSpec, size: int) -> str | None:
+def refuse(spec: ModelSpec, size: int, *, expert_parallel: bool = False) -> str | None:
     """Why a model cannot be divided among so many ranks; None where it can."""
     try:
         for rank in range(size):
-            plan_of(spec, rank, size)
+            plan_of(spec, rank, size, expert_parallel=expert_parallel)
     except StartupError as error:
         return str(error)
     return None
 
 
-def plan_of(spec: ModelSpec, rank: int, size: int) -> Plan:
-    """What rank `rank` of `size` has. Raises StartupError for a model that cannot be divided so."""
-    return _Planner(spec, rank, size).plan
+def plan_of(spec: ModelSpec, rank: int, size: int, *, expert_parallel: bool = False) -> Plan:
+    """What rank `rank` of `size` has. expert_parallel: of experts some whole, and not of each a part. Raises
+    StartupError for a model that cannot be divided so."""
+    return _Planner(spec, rank, size, expert_parallel).plan
 
 
 class _Planner:
-    def __init__(self, spec: ModelSpec, rank: int, size: int) -> None:
-        self._rank, self._size = rank, size
+    def __init__(self, spec: ModelSpec, rank: int, size: int, expert_parallel: bool) -> None:
+        self._rank, self._size, self._expert_parallel = rank, size, expert_parallel
         self._name = spec.architecture or "this model"
         if spec.streams is not None:
             self._fail(f"{self._name} passes several streams from layer to layer, which are not divided so far")
@@ -114,15 +127,88 @@ class _Planner:
     def _layer(self, layer: LayerSpec, prefix: str, hidden_size: int) -> LayerSpec:
         mixer, feed_forward = layer.mixer, layer.feed_forward
         if mixer is not None:
-            if isinstance(mixer, GroupedQueryAttention):
-                mixer = self._attention(mixer, prefix)
-            elif isinstance(mixer, LatentAttention):
-                mixer = self._latent(mixer, prefix)
-            else:
-                self._fail(f"{self._name} has recurrent layers, which are not divided so far")
+            mixer = self._mixer(mixer, prefix, hidden_size)
         if feed_forward is not None:
             feed_forward = self._feed_forward(feed_forward, prefix)
         return dataclasses.replace(layer, mixer=mixer, feed_forward=feed_forward)
+
+    def _mixer(self, mixer: Mixer, prefix: str, hidden_size: int) -> Mixer:
+        if isinstance(mixer, SideBySide):
+            parts = tuple(self._mixer(each, prefix, hidden_size) for each in mixer.mixers)
+            return dataclasses.replace(mixer, mixers=parts)  # type: ignore[arg-type]
+        if isinstance(mixer, GroupedQueryAttention):
+            return self._attention(mixer, prefix)
+        if isinstance(mixer, LatentAttention):
+            return self._latent(mixer, prefix)
+        if isinstance(mixer, GatedDelta):
+            return self._delta(mixer, prefix + "linear_attn.")
+        if isinstance(mixer, Mamba2):
+            return self._mamba(mixer, f"{prefix}{mixer.name}.")
+        return self._convolution(mixer, prefix + "conv.")
+
+    def _delta(self, mixer: GatedDelta, prefix: str) -> GatedDelta:
+        """Heads beside the key heads that they read."""
+        plan, heads, key_heads = self.plan, mixer.num_heads, mixer.num_key_heads
+        if key_heads % self._size:
+            return mixer
+        keys, values = _scaled(self._range(key_heads), mixer.key_dim), _scaled(self._range(heads), mixer.value_dim)
+        own, all_keys = self._range(heads), key_heads * mixer.key_dim
+        convolved = [keys, _scaled(keys, 1, all_keys), _scaled(values, 1, 2 * all_keys)]
+        names = [prefix + name for name in mixer.projections]
+        if len(names) == 2:
+            served = heads // key_heads
+            widths = 2 * mixer.key_dim + 2 * served * mixer.value_dim, 2 * served
+            for name, width in zip(names, widths, strict=True):
+                plan.rows[name] = [_scaled(self._range(key_heads), width)]
+        else:
+            for name, parts in zip(names, (convolved, [values], [own], [own]), strict=True):
+                plan.rows[name] = parts
+        plan.pieces[f"{prefix}conv1d.weight"] = convolved
+        for name in ("A_log", "dt_bias"):
+            plan.pieces[prefix + name] = [own]
+        plan.columns[f"{prefix}out_proj"] = (*values, True)
+        return dataclasses.replace(mixer, num_heads=heads // self._size, num_key_heads=key_heads // self._size)
+
+    def _mamba(self, mixer: Mamba2, prefix: str) -> Mamba2:
+        """Heads beside the groups that they read, and the parts that are normed together."""
+        plan, size, heads, groups = self.plan, self._size, mixer.num_heads, mixer.num_groups
+        normed = mixer.norm is not None
+        if heads % size or (groups % size and size % groups) or (normed and mixer.norm_parts % size):
+            return mixer
+        own = self._range(heads)
+        # Several ranks may have the same group.
+        group = self._range(groups)
+        if groups % size:
+            first = self._rank // (size // groups)
+            group = first, first + 1
+        inner, states = mixer.inner_size, mixer.state_size
+        values = _scaled(own, mixer.head_dim)
+        keys = [_scaled(group, states, inner + each * groups * states) for each in range(2)]
+        convolved = [values, *keys]
+        in_proj = [values, *(_scaled(part, 1, inner) for part in convolved), _scaled(own, 1, inner + mixer.channels)]
+        plan.rows[f"{prefix}in_proj"] = in_proj
+        for kind in ("weight", "bias"):
+            plan.pieces[f"{prefix}conv1d.{kind}"] = convolved
+        for name in ("A_log", "dt_bias", "D"):
+            plan.pieces[prefix + name] = [own]
+        if mixer.norm is not None:
+            plan.pieces[f"{prefix}{mixer.norm.name}.weight"] = [values]
+        plan.columns[f"{prefix}out_proj"] = (*values, True)
+        parts = mixer.norm_parts // size if normed else mixer.norm_parts
+        own_groups = group[1] - group[0]
+        return dataclasses.replace(mixer, num_heads=heads // size, num_groups=own_groups, norm_parts=parts)
+
+    def _convolution(self, mixer: ShortConv, prefix: str) -> ShortConv:
+        """Channels are independent of one another."""
+        plan, count = self.plan, mixer.hidden_size
+        if count % self._size:
+            return mixer
+        own = self._range(count)
+        plan.rows[f"{prefix}in_proj"] = [_scaled(own, 1, each * count) for each in range(3)]
+        for kind in ("weight", "bias"):
+            plan.pieces[f"{prefix}conv.{kind}"] = [own]
+        plan.columns[f"{prefix}out_proj"] = (*own, True)
+        return dataclasses.replace(mixer, hidden_size=count // self._size)
 
     def _attention(self, mixer: GroupedQueryAttention, prefix: str) -> GroupedQueryAttention:
         plan, size = self.plan, self._size
@@ -144,19 +230,16 @@ class _Planner:
             raise AssertionError
         own_keys = keys[1] - keys[0]
 
-        def scaled(part: tuple[int, int], width: int, offset: int = 0) -> tuple[int, int]:
-            return offset + part[0] * width, offset + part[1] * width
-
         each = dim * (2 if mixer.gated_queries else 1)
         # As the checkpoint has them: of all heads and of this rank's.
-        parts = [(heads * each, scaled(queries, each))]
+        parts = [(heads * each, _scaled(queries, each))]
         if mixer.reads is None:
-            parts.append((kv_heads * dim, scaled(keys, dim)))
+            parts.append((kv_heads * dim, _scaled(keys, dim)))
             if not mixer.values_of_keys:
-                parts.append((kv_heads * value_dim, scaled(keys, value_dim)))
+                parts.append((kv_heads * value_dim, _scaled(keys, value_dim)))
         names = [prefix + name for name in mixer.qkv]
         if mixer.heads_together:
-            plan.rows[names[0]] = [scaled(keys, (heads // kv_heads + 2) * dim)]
+            plan.rows[names[0]] = [_scaled(keys, (heads // kv_heads + 2) * dim)]
         elif len(names) == len(parts):
             for name, (_, part) in zip(names, parts, strict=True):
                 plan.rows[name] = [part]
@@ -166,9 +249,9 @@ class _Planner:
                 found.append((offset + part[0], offset + part[1]))
                 offset += count
             plan.rows[names[0]] = found
-        plan.columns[prefix + mixer.output] = (*scaled(queries, value_dim), True)
+        plan.columns[prefix + mixer.output] = (*_scaled(queries, value_dim), True)
         if mixer.gate is not None:
-            plan.rows[prefix + mixer.gate.name] = [scaled(queries, 1 if mixer.gate.by_head else value_dim)]
+            plan.rows[prefix + mixer.gate.name] = [_scaled(queries, 1 if mixer.gate.by_head else value_dim)]
         if mixer.sinks is not None:
             plan.tensors[prefix + mixer.sinks] = queries
         if mixer.norm_width == "own":
@@ -228,9 +311,11 @@ class _Planner:
         return self._share(count, "inner numbers of a feed-forward"), self._range(count)
 
     def _experts(self, spec: Experts, prefix: str) -> Experts:
-        """Every rank has a part of each."""
+        """Every rank has a part of each, or some whole."""
         if spec.latent_size is not None:
             self._fail(f"{self._name} has experts in a smaller space, which are not divided so far")
+        if self._expert_parallel:
+            return self._whole_experts(spec, prefix)
         if spec.clamp is not None:
             return self._clamped_experts(spec, prefix)
         for number in range(spec.num_experts):
@@ -244,6 +329,16 @@ class _Planner:
         shared = None if spec.shared is None else self._plain(spec.shared, prefix, summed=False)
         inner, _ = self._inner(spec.intermediate_size)
         return dataclasses.replace(spec, intermediate_size=inner, shared=shared)
+
+    def _whole_experts(self, spec: Experts, prefix: str) -> Experts:
+        self._share(spec.num_experts, "experts")
+        held = self._range(spec.num_experts)
+        if spec.mxfp4:
+            for name in (*spec.gate_up, spec.down):
+                for kind in ("blocks", "scales"):
+                    self.plan.raw[f"{prefix}{name.replace('.{}', '')}_{kind}"] = (0, *held)
+        shared = None if spec.shared is None else self._plain(spec.shared, prefix, summed=False)
+        return dataclasses.replace(spec, held=held, shared=shared)
 
     def _clamped_experts(self, spec: Experts, prefix: str) -> Experts:
         """Gates and what they multiply are rows in turn."""
@@ -261,6 +356,11 @@ class _Planner:
                 plan.raw[f"{prefix}{gate_up.replace('.{}', '')}_{kind}"] = (1, *pairs)
                 plan.raw[f"{prefix}{spec.down.replace('.{}', '')}_{kind}"] = (2, *blocks)
         return dataclasses.replace(spec, intermediate_size=inner)
+
+
+def _scaled(part: tuple[int, int], width: int, offset: int = 0) -> tuple[int, int]:
+    """Of heads, say, their rows from `offset` on."""
+    return offset + part[0] * width, offset + part[1] * width
 
 
 class SlicedWeights:
@@ -324,6 +424,9 @@ class SlicedWeights:
         if name.endswith(".bias") and not summed and self._group.rank:
             # The first rank adds it, for all.
             return torch.zeros(shape, dtype=dtype or self.dtype, device=self.device)
+        if (pieces := self._plan.pieces.get(name)) is not None:
+            whole = self._inner.tensor(name, self._shapes[name], dtype)
+            return torch.cat([whole[begin:end] for begin, end in pieces])
         return self._inner.tensor(name, shape, dtype)
 
     def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -29,17 +29,17 @@ def clamped_experts(spec: Experts, source: Source, prefix: str, hidden_size: int
 
 
 def _floats(spec: Experts, source: Source, name: str, rows: int, columns: int) -> list[Matrix]:
-    return [source.linear([name.format(each)], [rows], columns, bias=True) for each in range(spec.num_experts)]
+    return [source.linear([name.format(each)], [rows], columns, bias=True) for each in spec.here]
 
 
 def _four_bits(spec: Experts, source: Source, name: str, rows: int, columns: int) -> list[Matrix]:
     """The checkpoint has those of all experts in one tensor, of which each is a view."""
-    count, stem = spec.num_experts, name.replace(".{}", "")
+    count, stem = len(spec.here), name.replace(".{}", "")
     blocks = source.raw(f"{stem}_blocks", (count, rows, columns // BLOCK, BLOCK // 2))
     scales = source.raw(f"{stem}_scales", (count, rows, columns // BLOCK))
-    biases = [source.tensor(f"{name.format(each)}.bias", (rows,)) for each in range(count)]
+    biases = [source.tensor(f"{name.format(each)}.bias", (rows,)) for each in spec.here]
     layers = (Mxfp4Linear(*each) for each in zip(blocks, scales, biases, strict=True))
-    return [source.adapted(layer, name.format(each)) for each, layer in enumerate(layers)]
+    return [source.adapted(layer, name.format(each)) for each, layer in zip(spec.here, layers, strict=True)]
 
 
 class Clamped:

@@ -200,10 +200,10 @@ def _make_feed_forward(
 
 def _attention_spec(spec: ModelSpec) -> AttentionSpec:
     """What a backend must be built for."""
-    return AttentionSpec(tuple(_layer_attention(layer.paged) for layer in spec.layers))
+    return AttentionSpec(tuple(layer_attention(layer.paged) for layer in spec.layers))
 
 
-def _layer_attention(mixer: PagedMixer | None) -> LayerAttention | None:
+def layer_attention(mixer: PagedMixer | None) -> LayerAttention | None:
     """What a layer's keys and values are; None for one that keeps none. One case for each kind of mixer that does."""
     if mixer is None:
         return None

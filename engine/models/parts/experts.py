@@ -46,10 +46,10 @@ Expert = Callable[[Tensor], Tensor | Product]
 
 
 def _experts_of(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Sequence[Expert]:
-    """All of them, each a callable of its own."""
+    """All that are held, each a callable of its own."""
     if spec.clamp is not None:
         return clamped_experts(spec, source, prefix, hidden_size)
-    return [make_mlp(_expert(spec, number), source, prefix, hidden_size) for number in range(spec.num_experts)]
+    return [make_mlp(_expert(spec, number), source, prefix, hidden_size) for number in spec.here]
 
 
 def _latent(spec: Experts, source: Source, prefix: str, hidden_size: int) -> tuple[Linear, Linear] | None:
@@ -147,7 +147,8 @@ class SeparateExperts:
     """A mixture of experts: every token goes through the few experts that the router rates highest.
 
     Tokens are sorted by expert, so each expert that is needed does one product over all its tokens. That reads the
-    counts on the host, which is free on the CPU; for a GPU there is StackedExperts.
+    counts on the host, which is free on the CPU; for a GPU there is StackedExperts. A rank that holds some of them
+    gives their part of the sum.
     """
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
@@ -157,6 +158,7 @@ class SeparateExperts:
         self._rating = Rating(spec, source, prefix, hidden_size)
         self._inner = _latent(spec, source, prefix, hidden_size)
         self._experts = _experts_of(spec, source, prefix, spec.latent_size or hidden_size)
+        self._here = spec.here
         self._adapters = source.adapters
 
     def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
@@ -168,22 +170,27 @@ class SeparateExperts:
         counts = torch.bincount(experts, minlength=self._count).tolist()
         if self._inner is not None:
             x = self._inner[0](x)
-        tokens = order // self._chosen
+        first = sum(counts[: self._here.start])
+        counts = counts[self._here.start : self._here.stop]
+        own = order[first : first + sum(counts)]
+        tokens = own // self._chosen
         inputs = x.index_select(0, tokens)
         if self._on_input:
-            inputs = (inputs * shares.view(-1)[order][:, None]).to(x.dtype)
+            inputs = (inputs * shares.view(-1)[own][:, None]).to(x.dtype)
         adapters = self._adapters
-        before, own = (0, None) if adapters is None else (adapters.ids, adapters.chosen(tokens))
+        before, whose = (0, None) if adapters is None else (adapters.ids, adapters.chosen(tokens))
         parts, start = [], 0
         for expert, count in enumerate(counts):
             if count:
-                if adapters is not None and own is not None:
-                    adapters.use(own[start : start + count])
+                if adapters is not None and whose is not None:
+                    adapters.use(whose[start : start + count])
                 parts.append(computed(self._experts[expert](inputs[start : start + count])))
                 start += count
-        if adapters is not None and own is not None:
+        if adapters is not None and whose is not None:
             adapters.use(before)
-        outputs = torch.empty_like(inputs).index_copy_(0, order, torch.cat(parts))
+        outputs = (x.new_empty if len(own) == len(order) else x.new_zeros)((len(order), x.shape[-1]))
+        if parts:
+            outputs.index_copy_(0, own, torch.cat(parts))
         # float32 times the model's dtype: a token's experts are added up in float32, the best rated first.
         weighted = outputs.view(-1, self._chosen, x.shape[-1])
         weighted = weighted.float() if self._on_input else weighted * shares[:, :, None]

@@ -37,11 +37,12 @@ class ShortConvolution:
 
     def __init__(self, spec: ShortConv, source: Source, layer: int, prefix: str, hidden_size: int) -> None:
         prefix += "conv."
-        self._layer, self._size = layer, hidden_size
-        self._input = source.linear([f"{prefix}in_proj"], [3 * hidden_size], hidden_size, bias=spec.bias)
-        self._weight = _taps(source, f"{prefix}conv", hidden_size, spec.taps)
-        self._bias = _bias(source, f"{prefix}conv", hidden_size, spec.bias)
-        self._output = source.linear([f"{prefix}out_proj"], [hidden_size], hidden_size, bias=spec.bias)
+        size = spec.hidden_size  # of a rank's part less than the model's
+        self._layer, self._size = layer, size
+        self._input = source.linear([f"{prefix}in_proj"], [3 * size], hidden_size, bias=spec.bias)
+        self._weight = _taps(source, f"{prefix}conv", size, spec.taps)
+        self._bias = _bias(source, f"{prefix}conv", size, spec.bias)
+        self._output = source.linear([f"{prefix}out_proj"], [hidden_size], size, bias=spec.bias)
 
     def __call__(
         self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend

@@ -62,6 +62,18 @@ def test_mixed_types(name: str, tmp_path: Path) -> None:
     assert choose_threads(weight_bytes(spec, path, torch.float32), cores=8) == 1
 
 
+def test_inputs_of_eight_bits(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "Llama", **{**SIZES, "tie_word_embeddings": True})
+    path = export(tmp_path, tmp_path / "a.gguf", "llama", {}, blocks=MEDIUM)
+    [prompt] = prompts_of([20])
+    exact = Runner(load(path)).logits(prompt, 8)
+    model = load(path, packed_input_bits=8)
+    assert {linear.input_bits for linear in model.linears} == {8}
+    runner = Runner(model)
+    assert runner.same_bits(prompt)
+    assert 1e-4 < relative_error(runner.logits(prompt, 8), exact) < 5e-2
+
+
 def test_a_scale_that_is_no_number(tmp_path: Path) -> None:
     make_checkpoint(tmp_path, "Llama", **{**SIZES, "num_hidden_layers": 1})
     path = export(tmp_path, tmp_path / "a.gguf", "llama", {}, blocks={"ffn_down": "Q6_K"})

@@ -1,0 +1,219 @@
+"""DiskTier: prompts' pages outlive the cache and the process. Its public half is the loop's, one thread does the rest.
+
+When a prompt is computed, its whole pages are written to a PageStore, those that are not there. When a prompt comes
+whose pages are there and not in the cache, it is RECEIVING while they are read, and steps go on without it; what
+arrived by the deadline enters the radix tree, and the rest is computed. Nothing that fails here fails a request.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from engine.cache.kv_cache import SequencePages
+from engine.clock import Clock, Timer
+from engine.config import TierOptions
+from engine.executor.base import Executor
+from engine.page_names import page_names, root_name
+from engine.request import Request
+from engine.scheduling.receiving import Receiving
+from engine.scheduling.sequence import Sequence
+from engine.tiers.disk import PageStore
+from engine.tiers.tally import TierTally
+from engine.tiers.worker import Job, Worker
+
+logger = logging.getLogger("oneloop.tiers")
+
+# A prompt is not worth the detour for fewer tokens.
+LEAST_TOKENS = 128
+# Of all pages, those that may be held to be written; prompts beyond that are not kept.
+WRITTEN_SHARE = 0.25
+# After the deadline, for the page that is just being read.
+_GRACE_S = 0.5
+
+
+class DiskTier:
+    """See the module. received: called for a sequence that need not wait any more. weights: a name of what is in a
+    directory, None for where the model came from. Raises StartupError."""
+
+    def __init__(
+        self,
+        options: TierOptions,
+        executor: Executor,
+        scheduler: Receiving,
+        clock: Clock,
+        *,
+        received: Callable[[Sequence], None],
+        wake: Callable[[], None],
+        weights: Callable[[Path | None], str],
+        worker: Worker | None = None,
+        least_tokens: int = LEAST_TOKENS,
+    ) -> None:
+        self.is_paused = False
+        self._executor, self._scheduler, self._clock = executor, scheduler, clock
+        self._received, self._wake, self._weights = received, wake, weights
+        self._timeout_s = options.timeout_s
+        self._page_size = scheduler.limits.page_size
+        self._most_held = int(scheduler.limits.num_pages * WRITTEN_SHARE)
+        self._num_held = 0
+        self._least_tokens = least_tokens
+        if worker is None:
+            assert options.directory is not None
+            worker = Worker(PageStore(options.directory, options.max_bytes))
+        self.store = worker.store
+        self._layout = ""
+        self._worker = worker
+        self.tally = TierTally(self.store, self._worker)
+        self._idle = asyncio.Event()
+        self._jobs: set[Job] = set()
+        # By the name of the first page that is missing: who waits for it, the one first that reads it.
+        self._reading: dict[bytes, list[Sequence]] = {}
+        self._take_memory(None)
+
+    async def pause(self) -> None:
+        """Nobody reads or writes the KV memory from here on, until `resume`."""
+        self.is_paused = True
+        for job in self._jobs:
+            job.stopped = True
+        while self._jobs:
+            self._idle.clear()
+            await self._idle.wait()
+
+    async def resume(self, directory: Path | None) -> None:
+        """Go on, with the memory that there is now and the weights of a directory."""
+        await asyncio.to_thread(self._take_memory, directory)
+        self.is_paused = False
+
+    def close(self) -> None:
+        """The engine has ended. Blocks for a while, for what is yet to be written."""
+        self._worker.close()
+
+    def _take_memory(self, directory: Path | None) -> None:
+        memory = self._executor.page_memory()
+        self._worker.use(memory)
+        self._layout = f"{memory.layout} weights {self._weights(directory)}"
+
+    # ---- what is there
+
+    def promises(self, request: Request) -> bool:
+        """Whether so much of a prompt is on the disk, and not in the cache, that it should wait for that."""
+        if not self._serves(request) or request.sampling.prompt_logprobs is not None:
+            return False
+        self.tally.queried_tokens += len(request.prompt_token_ids)
+        _, names = self._look_up(request)
+        return len(names) * self._page_size >= max(1, self._least_tokens)
+
+    def _serves(self, request: Request) -> bool:
+        enough = len(request.prompt_token_ids) > max(self._least_tokens, self._page_size)
+        # An adapter's version is a number of this process, and no name of what is in it.
+        return enough and not self.is_paused and request.adapter is None and request.pooling is None
+
+    def _look_up(self, request: Request) -> tuple[int, list[bytes]]:
+        """How many pages are cached, and the names of those after them that are on the disk."""
+        tokens, page_size = request.prompt_token_ids, self._page_size
+        first = self._scheduler.kv_cache.match_length(tokens, request.cache_root) // page_size
+        names = self._names(request, (len(tokens) - 1) // page_size)[first:]
+        return first, list(itertools.takewhile(self.store.__contains__, names))
+
+    def _names(self, request: Request, count: int) -> list[bytes]:
+        """Of the first pages of a prompt."""
+        data = np.array(request.prompt_token_ids, np.int32).tobytes()
+        return page_names(root_name(self._layout, request.cache_root), data, self._page_size, 0, count)
+
+    # ---- there and back
+
+    def receive(self, sequence: Sequence) -> None:
+        """Read what was promised. Calls `received` in any case, never before it returns."""
+        first, names = self._look_up(sequence.request)
+        if names and not self.is_paused:
+            if (others := self._reading.get(names[0])) is not None:
+                # What is being read is for all; then there is another look at what is missing.
+                others.append(sequence)
+                return
+            pages = self._scheduler.receive(sequence)
+            if pages is not None:
+                assert pages.num_shared == first
+                self._read(sequence, pages, names)
+                return
+            self.tally.failures["room"] += 1
+        self._clock.call_later(0.0, lambda: self._received(sequence))
+
+    def _read(self, sequence: Sequence, pages: SequencePages, names: list[bytes]) -> None:
+        first, key = pages.num_shared, names[0]
+        timer: Timer
+        self._reading[key] = [sequence]
+
+        def ended(job: Job) -> None:
+            self._jobs.discard(job)
+            timer.cancel()
+            if not (job.is_whole or job.stopped):
+                self.tally.failures["read"] += 1
+            self.tally.hit_tokens += job.count * self._page_size
+            self._scheduler.give_back(pages, sequence, (first + job.count) * self._page_size)
+            self._let_go(key, again=job.is_whole)
+            self._settle()
+
+        def is_late() -> None:
+            if job.is_whole:
+                return  # it is about to be told
+            job.stopped = True
+            self.tally.failures["timeout"] += 1
+            logger.warning(
+                "request %s: %d of %d pages came from the disk in time",
+                *(sequence.request.request_id, job.count, len(names)),
+            )
+            # The page at hand is waited for, but not for ever: then its memory is lent until it has come.
+            nonlocal timer
+            timer = self._clock.call_later(_GRACE_S, lambda: self._let_go(key, again=False))
+
+        job = Job(np.array(pages.pages[first : first + len(names)], np.int32), names, ended)
+        timer = self._clock.call_later(self._timeout_s, is_late)
+        self._jobs.add(job)
+        self._worker.read(job)
+
+    def _let_go(self, key: bytes, *, again: bool) -> None:
+        """Whoever waits for a page need not any more. again: the others may find more of theirs."""
+        for number, sequence in enumerate(self._reading.pop(key, [])):
+            if number and again and not sequence.is_finished:
+                self.receive(sequence)
+            else:
+                self._received(sequence)
+
+    def keep(self, sequence: Sequence) -> None:
+        """A prompt is computed: its pages shall be written, those that are not there."""
+        request = sequence.request
+        if not self._serves(request):
+            return
+        pages = self._scheduler.keep(sequence)
+        count = pages.num_shared
+        names = self._names(request, count)
+        new = [index for index, name in enumerate(names) if name not in self.store]
+        # A prompt that is longer than that may be written while nothing else is.
+        if not new or (self._num_held and self._num_held + count > self._most_held):
+            self.tally.failures["busy"] += bool(new)
+            self._scheduler.give_back(pages, sequence, 0)
+            return
+
+        def ended(job: Job) -> None:
+            self._jobs.discard(job)
+            self._num_held -= count
+            if not (job.is_whole or job.stopped):
+                self.tally.failures["write"] += 1
+            self._scheduler.give_back(pages, sequence, 0)
+            self._settle()
+
+        job = Job(np.array(pages.pages, np.int32)[new], [names[index] for index in new], ended)
+        self._num_held += count
+        self._jobs.add(job)
+        self._worker.write(job)
+
+    def _settle(self) -> None:
+        """Pages were given back: somebody may have waited for them."""
+        if not self._jobs:
+            self._idle.set()
+        self._wake()

@@ -1,0 +1,181 @@
+"""A tier in a simulation: the real one, whose thread is replaced by the simulator's lot.
+
+What is kept lies in host memory; pages are carried one by one between the phases of a tick, while steps are in flight,
+and whoever asked may be told of it much later.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from random import Random
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from engine.config import TierOptions
+from engine.request import Request
+from engine.scheduling.sequence import Sequence, SequenceStatus
+from engine.tiers.tier import DiskTier
+from engine.tiers.worker import Job, Worker
+
+if TYPE_CHECKING:
+    from tests.sim.simulator import Simulator
+
+
+Row = npt.NDArray[np.uint8]
+
+
+class MemoryStore:
+    """What the tier asks of a PageStore, without files. The longest unused go first.
+
+    rows: uint8 [pages, page_bytes].
+    """
+
+    num_corrupt = num_failed = 0
+
+    def __init__(self, rows: Row) -> None:
+        self._rows = rows
+        self.max_bytes = rows.nbytes
+        # By name: the row. The longest unused first.
+        self._places: OrderedDict[bytes, int] = OrderedDict()
+        self._free = list(range(len(rows)))
+
+    @property
+    def bytes(self) -> int:
+        return len(self._places) * self._rows.shape[1]
+
+    def __contains__(self, name: bytes) -> bool:
+        return name in self._places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, name: bytes, into: Row) -> bool:
+        """Fill uint8 [page_bytes]. False where the page is not there, or of another size."""
+        place = self._places.get(name)
+        if place is None or into.nbytes != self._rows.shape[1]:
+            return False
+        into[:] = self._rows[place]
+        self._places.move_to_end(name)
+        return True
+
+    def write(self, name: bytes, data: Row) -> bool:
+        """Keep uint8 [page_bytes], in the place of the longest unused where there is no other. False where no page
+        fits."""
+        if name in self._places:
+            self._places.move_to_end(name)
+            return True
+        if data.nbytes != self._rows.shape[1] or not len(self._rows):
+            return False
+        if self._free:
+            place = self._free.pop()
+        else:
+            _, place = self._places.popitem(last=False)
+        self._rows[place] = data
+        self._places[name] = place
+        return True
+
+
+class WatchedMemory:
+    """The device's, which notes whose page was brought where."""
+
+    def __init__(self, simulator: Simulator, worker: SimulatedWorker) -> None:
+        self._simulator, self._worker = simulator, worker
+        self._inner = simulator.executor.page_memory()
+        self.page_bytes, self.layout = self._inner.page_bytes, self._inner.layout
+        self.whose: dict[bytes, Any] = {}
+
+    def copy_out(self, pages: Any, into: Any) -> None:
+        self._inner.copy_out(pages, into)
+        for page, name in zip(pages.tolist(), self._worker.names_at_hand, strict=True):
+            self.whose[name] = self._simulator.page_namespace.get(page)
+
+    def copy_in(self, pages: Any, data: Any) -> None:
+        free = self._simulator.scheduler.kv_cache.is_free()
+        for page, name in zip(pages.tolist(), self._worker.names_at_hand, strict=True):
+            assert not free[page - 1], f"page {page}, which is nobody's, is filled"
+            self._simulator.page_namespace[page] = self.whose[name]
+        self._inner.copy_in(pages, data)
+
+
+class SimulatedWorker(Worker):
+    """Carries a page when it is told to."""
+
+    names_at_hand: list[bytes]
+
+    def _read(self, job: Job) -> bool:
+        self.names_at_hand = [job.names[job.count]]
+        return super()._read(job)
+
+    def _write(self, job: Job) -> bool:
+        self.names_at_hand = [job.names[job.count]]
+        return super()._write(job)
+
+
+class SimulatedTier:
+    """See the module."""
+
+    def __init__(self, simulator: Simulator, seed: int) -> None:
+        options = simulator.options
+        self._simulator, self._random = simulator, Random(f"tier {seed}")
+        self._eagerness = options.tier_eagerness
+        page_bytes = simulator.executor.page_memory().page_bytes
+        store: Any = MemoryStore(np.zeros((options.tier_pages, page_bytes), np.uint8))
+        self.worker = SimulatedWorker(store, threaded=False)
+        memory = WatchedMemory(simulator, self.worker)
+
+        class Device:
+            @staticmethod
+            def page_memory() -> WatchedMemory:
+                return memory
+
+        device: Any = Device()
+        self.tier = DiskTier(
+            TierOptions(None, 0, options.tier_timeout_s),
+            device,
+            simulator.scheduler,
+            simulator.clock,
+            received=self.received,
+            wake=lambda: None,
+            weights=lambda directory: "weights",
+            worker=self.worker,
+            least_tokens=0,
+        )
+        self._told: set[Sequence] = set()
+        self._ended: list[Job] = []
+
+    @property
+    def is_busy(self) -> bool:
+        return bool(self.tier._jobs or self._simulator.scheduler.num_receiving)
+
+    def promises(self, request: Request) -> bool:
+        return self.tier.promises(request)
+
+    def receive(self, sequence: Sequence) -> None:
+        self.tier.receive(sequence)
+        assert sequence.status in (SequenceStatus.RECEIVING, SequenceStatus.FINISHED), "told before it was asked"
+
+    def received(self, sequence: Sequence) -> None:
+        assert sequence not in self._told, f"{sequence} is told twice"
+        self._told.add(sequence)
+        self._simulator.scheduler.received(sequence)
+
+    def keep(self, sequence: Sequence) -> None:
+        self.tier.keep(sequence)
+
+    def turn(self, *, hurry: bool = False) -> None:
+        """Some pages are carried, and some who asked are told."""
+        while hurry or self._random.random() < self._eagerness:
+            if (job := self.worker.turn()) is not None:
+                self._ended.append(job)
+            elif hurry and not (self.worker._reads or self.worker._writes):
+                break
+        while self._ended and (hurry or self._random.random() < self._eagerness):
+            job = self._ended.pop(0)
+            job.then(job)
+
+    def check(self) -> None:
+        """Who receives has been told of nothing yet."""
+        for sequence in self._told:
+            assert sequence.status is not SequenceStatus.RECEIVING, f"{sequence} was told and waits on"
