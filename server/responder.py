@@ -45,16 +45,19 @@ async def respond(
     async with submitted(state, plan.requests, names_of(request, plan.id), rids) as streams:
         answer = make_answer(state, plan, streams)
         if not plan.stream:
-            deltas = [await _collect(stream, answer) for stream in streams]
+            deltas = [await _collect(stream, answer, plan.return_token_ids) for stream in streams]
             if plan.no_output:
                 deltas = list(map(_without_output, deltas))
             return json_response(answer.whole(deltas))
         return await _stream(request, state, answer, _Relay(answer, streams, no_output=plan.no_output))
 
 
-async def _collect(stream: TokenStream, answer: Answer) -> Delta:
+async def _collect(stream: TokenStream, answer: Answer, takes_parts: bool) -> Delta:
+    """takes_parts: whoever asked for token ids can go on from those of an answer that was cut."""
     delta = await stream.collect()
     _raise_early(delta, answer)
+    if delta.finish_reason is FinishReason.ABORT and not (takes_parts or getattr(answer, "tells_aborts", False)):
+        raise ApiError(503, "The request was aborted before its answer was whole.")
     return delta
 
 
