@@ -161,6 +161,8 @@ $(SCALE)-%/.ready: tests/scale/%/requirements.txt $(VENV)/.dev
 	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 	  > "$$($(SCALE)-$*/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dev.pth"
 	$(SCALE)-$*/bin/python -m pip install --quiet -r tests/scale/$*/requirements.txt
+	if [ -f tests/scale/$*/bare.txt ]; then \
+	  $(SCALE)-$*/bin/python -m pip install --quiet --no-deps -r tests/scale/$*/bare.txt; fi
 	@touch $@
 
 .PRECIOUS: $(SCALE)-%/.ready

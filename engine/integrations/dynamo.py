@@ -32,7 +32,7 @@ from engine.build import Built, build_engine
 from engine.config import EngineConfig, ServerOptions, StartupError
 from engine.flags import config_from, make_parser
 from engine.integrations.token_requests import Chunks, TokenRequest, read, without_eos
-from engine.request import Adapter, FinishReason, Request, RequestError, derive_seed
+from engine.request import FinishReason, Request, RequestError, derive_seed
 from engine.stream import Delta
 from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.grammar.state import Grammar
@@ -111,7 +111,7 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
         return Registration(
             model=str(self._built.directory),
             served_model_name=self._built.names[0],
-            model_aliases=[*self._built.names[1:], *self._adapter_names()],
+            model_aliases=list(self._built.names[1:]),
             runtime_data={"engine": "oneloop"},
             llm=LlmRegistration(
                 context_length=limits.max_model_len,
@@ -119,14 +119,8 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
                 total_kv_blocks=limits.num_pages,
                 max_num_seqs=limits.max_num_seqs,
                 max_num_batched_tokens=limits.max_num_batched_tokens,
-                max_gpu_lora_count=engine.config.lora.max_loras if engine.adapters is not None else None,
             ),
         )
-
-    def _adapter_names(self) -> list[str]:
-        """Those that --lora-modules gave; requests name them as their model."""
-        adapters = self._engine.adapters
-        return [] if adapters is None else [entry.name for entry in adapters.entries if entry.listed]
 
     def _on_end(self, task: asyncio.Task[None]) -> None:
         if task.cancelled() or self._closed or (failure := task.exception()) is None:
@@ -165,8 +159,8 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
         if self._loop_task is None or self._loop_task.done():
             raise EngineShutdown("The engine has ended.")
         try:
-            wanted, grammar, adapter = await self._read(request)
-            made = self._request(wanted, grammar, adapter)
+            wanted, grammar = await self._read(request)
+            made = self._request(wanted, grammar)
             async with self._engine.submit(made) as stream:
                 self._running[context.id()] = made.request_id
                 try:
@@ -190,7 +184,7 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
         if (request_id := self._running.get(context.id())) is not None:
             self._engine.abort(request_id)
 
-    async def _read(self, request: Mapping[str, Any]) -> tuple[TokenRequest, Grammar | None, Adapter | None]:
+    async def _read(self, request: Mapping[str, Any]) -> tuple[TokenRequest, Grammar | None]:
         engine = self._engine
         try:
             token_ids = token_ids_to_list(request.get("token_ids")) or []
@@ -198,27 +192,23 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
             raise RequestError(f"`token_ids` cannot be read: {error}.", param="token_ids") from None
         wanted = read(request, token_ids, self._built.generation_defaults, engine.limits.vocab_size)
         wanted = replace(wanted, sampling=without_eos(wanted.sampling, engine.eos_token_ids))
-        adapter = await self._adapter(wanted.model)
+        self._check_name(wanted.model)
         if wanted.structure is None:
-            return wanted, None, adapter
+            return wanted, None
         if self._compiler is None:
             raise RequestError("This model has no token that ends a text, which a structure needs.")
         if (name := wanted.sampling.clash) is not None:
             raise RequestError(f"`{name}` cannot be combined with a structure.", param=name)
-        return wanted, await self._compiler.compile_async(wanted.structure), adapter
+        return wanted, await self._compiler.compile_async(wanted.structure)
 
-    async def _adapter(self, name: str) -> Adapter | None:
-        """None for the model's own names, and for a request that names none (a health check)."""
-        if not name or name in self._built.names or name == str(self._built.directory):
-            return None
-        adapters = self._engine.adapters
-        if adapters is None or not adapters.knows(name):
+    def _check_name(self, name: str) -> None:
+        """A request without one is a health check."""
+        if name and name not in self._built.names and name != str(self._built.directory):
             error = RequestError(f"There is no model `{name[:128]}` here.", param="model")
             error.status = 404
             raise error
-        return await adapters.get(name)
 
-    def _request(self, wanted: TokenRequest, grammar: Grammar | None, adapter: Adapter | None) -> Request:
+    def _request(self, wanted: TokenRequest, grammar: Grammar | None) -> Request:
         sampling = wanted.sampling
         seed = None if sampling.seed is None else derive_seed(sampling.seed, 0)
         return Request(
@@ -228,7 +218,6 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
             namespace=wanted.namespace,
             priority=wanted.priority,
             constraint=None if grammar is None else grammar.state(),
-            adapter=adapter,
         )
 
     # ---- what Dynamo asks of it
@@ -342,6 +331,9 @@ def _check(config: EngineConfig, args: argparse.Namespace) -> None:
             f"--disaggregation-mode {args.disaggregation_mode}: this worker computes prompts and answers itself; "
             "--disaggregation-mode agg"
         )
+    if config.lora.enable:
+        # An alias arrives here as the model's own name: an adapter's would be answered without the adapter.
+        raise StartupError("--enable-lora: a Dynamo worker cannot tell adapters apart yet; serve them by engine.serve")
     if args.chat_template is not None and not Path(args.chat_template).is_file():
         raise StartupError("--chat-template: the frontend reads a file, and this is none")
     plain = ServerOptions()

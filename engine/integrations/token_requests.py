@@ -88,19 +88,12 @@ def read(given: Mapping[str, Any], token_ids: Sequence[int], own: GenerationDefa
     return TokenRequest(
         token_ids=list(token_ids),
         model=_text(given, "model"),
-        sampling=_checked(sampling, vocab_size),
+        sampling=checked(sampling, vocab_size),
         structure=structure,
         namespace=_salt(given, extra, routing),
         # Dynamo's grows with importance.
         priority=-priority,
     )
-
-
-def _checked(sampling: SamplingParams, vocab_size: int) -> SamplingParams:
-    try:
-        return checked(sampling, vocab_size)
-    except TypeError as error:  # a number where a list belongs
-        raise RequestError(f"The sampling options are not what they should be: {error}.") from None
 
 
 def _sampling(options: Json, own: GenerationDefaults) -> SamplingParams:
@@ -116,9 +109,11 @@ def _sampling(options: Json, own: GenerationDefaults) -> SamplingParams:
         raise RequestError("`logit_bias` must be an object.", param="logit_bias")
     values["logit_bias"] = tuple((_id(key), value) for key, value in bias.items())
     if (words := options.pop("bad_words_token_ids", None)) is not None:
-        values["bad_words"] = tuple(map(tuple, words))
+        values["bad_words"] = tuple(
+            tuple(_list(word, "bad_words_token_ids")) for word in _list(words, "bad_words_token_ids")
+        )
     if (allowed := options.pop("allowed_token_ids", None)) is not None:
-        values["allowed_token_ids"] = tuple(allowed)
+        values["allowed_token_ids"] = tuple(_list(allowed, "allowed_token_ids"))
     # Both are about the text, which the frontend makes.
     options.pop("include_stop_str_in_output", None)
     options.pop("detokenize", None)
@@ -126,6 +121,13 @@ def _sampling(options: Json, own: GenerationDefaults) -> SamplingParams:
         name = next(iter(options))
         raise RequestError(f"`{name[:64]}` is not supported by this worker.", param=name[:64])
     return SamplingParams(max_tokens=own.max_new_tokens, **values)
+
+
+def _list(value: Any, name: str) -> list[Any]:
+    """What is in it is checked with everything else."""
+    if not isinstance(value, list):
+        raise RequestError(f"`{name}` must be a list of token ids.", param=name)
+    return value
 
 
 def _id(text: Any) -> int:
@@ -143,10 +145,9 @@ def _with_stops(sampling: SamplingParams, given: Json) -> SamplingParams:
         raise RequestError("A limit of reasoning cannot be kept here.", param="max_thinking_tokens")
     ids: list[int] = []
     for name in ("stop_token_ids", "stop_token_ids_visible", "stop_token_ids_hidden"):
-        listed = stops.get(name, [])
-        if not isinstance(listed, list):
-            raise RequestError(f"`{name}` must be a list of token ids.", param=name)
-        ids += listed
+        ids += _list(stops.get(name, []), name)
+    if not all(type(one) is int for one in ids):
+        raise RequestError("`stop_token_ids` must be a list of token ids.", param="stop_token_ids")
     if not isinstance(ignore_eos := stops.get("ignore_eos", False), bool):
         raise RequestError("`ignore_eos` must be true or false.", param="ignore_eos")
     return replace(

@@ -24,7 +24,7 @@ DEPLOY = ROOT / "server/deploy"
 CHART = DEPLOY / "helm/oneloop"
 SOURCES = Path("/usr/share/gocode")
 # Kinds of others' operators, which have no schema there.
-FOREIGN = {"ScaledObject", "ServiceMonitor", "InferencePool", "HTTPRoute"}
+FOREIGN = {"ScaledObject", "ServiceMonitor", "InferencePool", "InferenceService", "HTTPRoute"}
 Values = dict[str, Any]
 
 pytestmark = pytest.mark.skipif(

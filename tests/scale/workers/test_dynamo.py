@@ -19,11 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from bench.server import free_port
-from engine.flags import DEMO_MODEL
-from tests.lora import handmade
 
 ROOT = Path(__file__).parents[3]
 MODEL = "oneloop-demo"
@@ -85,7 +82,6 @@ class Cluster:
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     directory = tmp_path_factory.mktemp("dynamo")
-    adapter = handmade.write(directory / "adapter", lora_of_the_demo())
     environment = os.environ | {
         "DYN_FILE_KV": str(directory / "kv"),
         "DYN_DISCOVERY_BACKEND": "file",
@@ -99,7 +95,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     }
     port, systems = free_port(), [low_port(), low_port()]
     worker = [sys.executable, "-m", "engine.integrations.dynamo", "--dtype", "float32", "--threads", "1"]
-    worker += ["--enable-lora", "--lora-modules", f"loud={adapter}"]
     frontend = [sys.executable, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port)]
     frontend += ["--router-mode", "kv"]
     url = f"http://127.0.0.1:{port}"
@@ -123,19 +118,6 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
             for path in sorted(directory.glob("*.log")):
                 print(f"--- {path.name}\n{path.read_text()[-4000:]}")
             raise
-
-
-def lora_of_the_demo() -> dict[str, torch.Tensor]:
-    """Changes every answer."""
-    config = json.loads((DEMO_MODEL / "config.json").read_text())
-    hidden, generator = config["hidden_size"], torch.Generator().manual_seed(1)
-    made = {}
-    for layer in range(config["num_hidden_layers"]):
-        prefix = f"base_model.model.model.layers.{layer}.self_attn.o_proj"
-        width = config["num_attention_heads"] * config.get("head_dim", hidden // config["num_attention_heads"])
-        made[f"{prefix}.lora_A.weight"] = torch.randn(4, width, generator=generator)
-        made[f"{prefix}.lora_B.weight"] = torch.randn(hidden, 4, generator=generator)
-    return made
 
 
 def test_answers(cluster: Cluster) -> None:
@@ -170,7 +152,7 @@ def test_logprobs(cluster: Cluster) -> None:
     assert "".join(one["token"] for one in content) == "2 + 2 = 4"
     for one in content:
         assert one["logprob"] == max(top["logprob"] for top in one["top_logprobs"]) <= 0
-        assert len(one["top_logprobs"]) == 3 and bytes(one["bytes"]).decode() == one["token"]
+        assert len(one["top_logprobs"]) == 3 and bytes(one["bytes"] or ()).decode() == one["token"]
 
 
 def test_structures(cluster: Cluster) -> None:
@@ -199,10 +181,7 @@ def test_what_is_wrong_is_told(cluster: Cluster, wrong: dict[str, Any], says: st
     assert cluster.chat()[0] == 200
 
 
-def test_an_adapter_answers_to_its_name(cluster: Cluster) -> None:
-    status, answer = cluster.chat(model="loud", max_tokens=12)
-    assert status == 200
-    assert answer["choices"][0]["message"]["content"] != "2 + 2 = 4"
+def test_another_name_is_nobodys(cluster: Cluster) -> None:
     assert cluster.chat(model="nobody")[0] == 404
 
 
@@ -253,11 +232,12 @@ def test_the_end_is_in_order(cluster: Cluster) -> None:
     ("flags", "says"),
     [
         (["--disaggregation-mode", "prefill"], "--disaggregation-mode prefill: this worker"),
-        (["--port", "8000"], "HTTP is the frontend's"),
+        (["--port", "8001"], "HTTP is the frontend's"),
+        (["--enable-lora"], "--enable-lora"),
         (["--model", "/nowhere"], "/nowhere"),
         (["--disable-kv-routing", "--kv-events-config", '{"enable_kv_cache_events": true}'], "contradict"),
     ],
-    ids=["role", "http", "model", "events"],
+    ids=["role", "http", "adapters", "model", "events"],
 )
 def test_flags_that_make_no_sense(flags: list[str], says: str) -> None:
     command = [sys.executable, "-m", "engine.integrations.dynamo", "--discovery-backend", "mem", *flags]
