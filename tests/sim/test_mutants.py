@@ -467,8 +467,8 @@ MUTANTS = [
         "if _may_go(node):", "if not node.children and not node.detached:",
     ),
     Mutant("a leaf gives up its front", RadixTree, "_evict_leaf", "in run[left:] if page", "in run[:taken] if page"),
-    Mutant("duplicates are freed twice", KVCache, "end_step", "self._deferred.clear()", "pass"),
-    Mutant("duplicates are never freed", KVCache, "end_step", "self._pool.free(self._deferred)", "pass"),
+    Mutant("duplicates are freed twice", KVCache, "end_step", "self._deferred, []", "self._deferred, self._deferred"),
+    Mutant("duplicates are never freed", KVCache, "end_step", "self._pool.free(duplicates)", "pass"),
     Mutant(
         "duplicates are freed too early", KVCache, "enter",
         "self._deferred += duplicates", "self._pool.free(duplicates)",
