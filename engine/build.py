@@ -284,7 +284,7 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
             """On this machine times tell what samples of a file may not."""
             path = other or directory
             files = [path] if path.is_file() else sorted(path.iterdir())
-            return f"{weights(other)} {[file.stat().st_mtime_ns for file in files]}"
+            return f"{fingerprint(path, *options, whole=False)} {[file.stat().st_mtime_ns for file in files]}"
 
         store = engine.enable_disk(here).store
         most = f"{store.bytes / 1e9:.2f} of at most {store.max_bytes / 1e9:g} GB"

@@ -6,6 +6,7 @@ nobody carries anything.
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engine.clock import Clock
-from engine.config import EngineConfig
+from engine.config import EngineConfig, StartupError
 from engine.executor.base import Executor
 from engine.request import Request
 from engine.scheduling.scheduler import Scheduler
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
     from engine.metrics import EngineMetrics
     from engine.publisher import Publisher
+
+logger = logging.getLogger("oneloop.carriers")
 
 
 class Carrying(ABC):
@@ -96,7 +99,11 @@ class Carrying(ABC):
         """With the memory that there is now. weights: the directory they came from, None for the first."""
         for carrier in (self.transfer, self.tier):
             if carrier is not None and carrier.is_paused:
-                await carrier.resume(weights)
+                try:
+                    await carrier.resume(weights)
+                except (OSError, StartupError) as error:
+                    # The checkpoint may be gone, and pages without the name of their weights are worth nothing.
+                    logger.warning("pages are not carried until weights are loaded again: %s", error)
 
     def _end_carriers(self) -> None:
         for carrier in (self.transfer, self.tier):

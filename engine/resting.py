@@ -134,9 +134,11 @@ class Resting(Carrying):
     async def _wake_up(self) -> None:
         if self.sleep_level:
             await asyncio.to_thread(self.executor.wake_up, self._weights_directory)
-            await self._let_pages_go(self._weights_directory)
-            self.sleep_level = 0
-            self._settle()
+            try:
+                await self._let_pages_go(self._weights_directory)
+            finally:
+                self.sleep_level = 0
+                self._settle()
 
     async def _load_weights(self, directory: Path, mode: str, version: str | None) -> None:
         if self.sleep_level:
@@ -155,8 +157,10 @@ class Resting(Carrying):
                 self.adapters.base_changed()
         finally:
             self._loading = False
-            await self._let_pages_go(self._weights_directory)
-            self._settle()
+            try:
+                await self._let_pages_go(self._weights_directory)
+            finally:
+                self._settle()
 
     async def _undisturbed(self, work: Coroutine[Any, Any, None]) -> None:
         """Let `work` end even where its caller does not wait for it: half asleep is no state to be in."""

@@ -277,7 +277,11 @@ def main(argv: list[str] | None = None) -> int:
             print(f"\noneloop is ready on Ray Serve at {scheme}://{options.host}:{options.port}/v1\n", flush=True)
             stop.wait()
         finally:
-            serve.shutdown()
+            if args.address is None:
+                serve.shutdown()
+            else:
+                # A cluster of others, with applications of theirs.
+                serve.delete("oneloop")
             ray.shutdown()
     except (StartupError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -17,9 +17,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from engine.config import StartupError
 from engine.models.loading.checkpoint import INDEX, StoredTensor, find_tensors, read_header
@@ -192,6 +193,7 @@ class WeightUpdates:
         self._served: Path | None = None  # the directory of the last update
         self._lock = asyncio.Lock()
         self._timer: asyncio.TimerHandle | None = None
+        self._base = 0  # of the set: which weights it completes, by the number of updates before it
 
     @property
     def num_staged(self) -> int:
@@ -218,10 +220,15 @@ class WeightUpdates:
                 raise RequestError(f"There is a group {name!r:.100} already; destroy it first.", param="group_name")
             if len(self.groups) >= MAX_GROUPS:
                 raise RequestError(f"There are {MAX_GROUPS} groups already.", param="group_name")
+            coming = in_daemon(lambda: make(self.timeout_s))
             try:
-                self.groups[name] = await asyncio.to_thread(make, self.timeout_s)
+                self.groups[name] = await asyncio.shield(coming)
                 # Whoever comes anew begins anew.
                 self._broken = None
+            except asyncio.CancelledError:
+                # Nobody would ever leave it.
+                coming.add_done_callback(_close_late)
+                raise
             except (RuntimeError, OSError, ValueError) as error:
                 line = " ".join(str(error).split())[:200]
                 raise RequestError(f"The group did not come together: {line}", param="master_address") from None
@@ -233,7 +240,7 @@ class WeightUpdates:
     async def _leave(self, group: Group, name: str) -> None:
         self.groups.pop(name, None)
         with contextlib.suppress(RuntimeError):
-            await asyncio.to_thread(group.close)
+            await in_daemon(group.close)
 
     def _group(self, name: str) -> Group:
         group = self.groups.get(name)
@@ -268,11 +275,15 @@ class WeightUpdates:
             group = self._group(group_name)
             staged = await self._open()
             seen: set[str] = set()
-            for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
-                staged.check(name, dtype, shape)
-                if name in seen:
-                    raise RequestError(f"Tensor {name!r:.200} stands twice in `names`.", param="names")
-                seen.add(name)
+            try:
+                for name, dtype, shape in zip(names, dtypes, shapes, strict=True):
+                    staged.check(name, dtype, shape)
+                    if name in seen:
+                        raise RequestError(f"Tensor {name!r:.200} stands twice in `names`.", param="names")
+                    seen.add(name)
+            except RequestError:
+                self._keep_what_came(staged)
+                raise
 
             def work() -> None:
                 for pack in _packs(dtypes, shapes, packed_bytes):
@@ -288,16 +299,18 @@ class WeightUpdates:
             def of(index: int) -> tuple[str, list[int]]:
                 return dtypes[index], shapes[index]
 
-            try:
-                await self._undisturbed(work)
-            except (RuntimeError, OSError) as error:
-                line = " ".join(str(error).split())[:200]
+            async def failed(error: BaseException) -> BaseException:
+                if not isinstance(error, RuntimeError | OSError):
+                    self._keep_what_came(staged)
+                    return error
+                line = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
                 self._drop(f"the trainer stopped amid it ({line})")
                 await self._leave(group, group_name)
-                raise RequestError(
+                return RequestError(
                     f"The update was dropped and its group closed, the old weights serve on: {line}"
-                ) from None
-            self._wait_for_more()
+                )
+
+            await self._undisturbed(work, failed)
 
     async def add_files(self, files: Sequence[bytes], where: str) -> None:
         """Take the tensors of safetensors files."""
@@ -308,16 +321,14 @@ class WeightUpdates:
                 for data in files:
                     staged.add_file(data, where)
 
-            try:
-                await self._undisturbed(work)
-            except OSError as error:
+            async def failed(error: BaseException) -> BaseException:
+                if not isinstance(error, OSError):
+                    self._keep_what_came(staged)
+                    return error
                 self._drop(f"it could not be written ({error.strerror})")
-                raise RequestError(f"The update was dropped, the old weights serve on: {error.strerror}.") from None
-            except RequestError:
-                if not self._begun and not staged.num_tensors:
-                    self._drop(None)
-                raise
-            self._wait_for_more()
+                return RequestError(f"The update was dropped, the old weights serve on: {error.strerror}.")
+
+            await self._undisturbed(work, failed)
 
     async def finish(self, version: str | None, mode: str, *, begun: bool = False) -> None:
         """Serve with what came. begun: it must have been opened by `begin`. mode: see Resting.pause. Raises
@@ -328,6 +339,9 @@ class WeightUpdates:
                 raise lost
             if begun and not self._begun:
                 raise RequestError("No update is in progress; /start_weight_update begins one.")
+            if self._staged is not None and self._staged.num_tensors and self._is_stale():
+                self._drop(None)
+                raise RequestError(_STALE)
             staged, self._staged, self._begun = self._staged, None, False
             self._stop_timer()
             if staged is None or not staged.num_tensors:
@@ -367,7 +381,13 @@ class WeightUpdates:
     async def _open(self) -> StagedWeights:
         if self._broken is not None:
             raise self._lost()
+        if self._staged is not None and self._is_stale():
+            lost = self._staged.num_tensors or self._begun
+            self._drop(None)
+            if lost:
+                raise RequestError(_STALE)
         if self._staged is None:
+            self._base = self.engine.num_weight_updates
             base = self.engine.weights_directory
             if base is None:
                 raise RequestError(
@@ -376,15 +396,39 @@ class WeightUpdates:
             self._staged = await asyncio.to_thread(StagedWeights, base)
         return self._staged
 
-    async def _undisturbed(self, work: Callable[[], None]) -> None:
-        """In a thread, to its end even where the caller goes: a group's tensors have their order."""
-        task = asyncio.ensure_future(asyncio.to_thread(work))
+    def _is_stale(self) -> bool:
+        """Other weights serve than those that what came was to complete."""
+        return self._base != self.engine.num_weight_updates
+
+    def _keep_what_came(self, staged: StagedWeights) -> None:
+        """Of a piece that was refused: an empty set is none."""
+        if not self._begun and not staged.num_tensors:
+            self._drop(None)
+        else:
+            self._wait_for_more()
+
+    async def _undisturbed(
+        self, work: Callable[[], None], failed: Callable[[BaseException], Awaitable[BaseException]]
+    ) -> None:
+        """In a thread, to its end even where the caller goes: a group's tensors have their order, and what has failed
+        is dropped whoever waits. failed: sees to that, and returns what to raise."""
+        self._stop_timer()
+        task, gone = in_daemon(work), False
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
-            with contextlib.suppress(Exception):
-                await task
-            raise
+            gone = True
+            await asyncio.wait({task})
+        except Exception:
+            pass
+        error = task.exception()
+        answer = None if error is None else await failed(error)
+        if answer is None:
+            self._wait_for_more()
+        if gone:
+            raise asyncio.CancelledError
+        if answer is not None:
+            raise answer from None
 
     def _wait_for_more(self) -> None:
         self._stop_timer()
@@ -410,6 +454,44 @@ class WeightUpdates:
             # A piece by itself is lost alone; of an update in several the rest must not serve without it.
             self._broken = reason if self._begun or self.engine.is_paused else None
         self._staged, self._begun = None, False
+
+
+_T = TypeVar("_T")
+_STALE = "Other weights were loaded meanwhile, so what came before is dropped; begin another update."
+
+
+def in_daemon(work: Callable[[], _T]) -> asyncio.Future[_T]:
+    """What may block for as long as a trainer likes has a thread that no end of the process waits for."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+    # Somebody has looked at it, also where nobody waits any more.
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def tell(done: Callable[[], None]) -> None:
+        def on_loop() -> None:
+            if not future.done():
+                done()
+
+        # RuntimeError: that loop is closed.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(on_loop)
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            failure = error
+            tell(lambda: future.set_exception(failure))
+        else:
+            tell(lambda: future.set_result(result))
+
+    threading.Thread(target=run, name="weight-update", daemon=True).start()
+    return future
+
+
+def _close_late(coming: asyncio.Future[Group]) -> None:
+    if not coming.cancelled() and coming.exception() is None:
+        in_daemon(coming.result().close)
 
 
 def connect(name: str, address: str, port: int, rank: int, world_size: int, backend: str, timeout_s: float) -> Group:

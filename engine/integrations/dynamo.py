@@ -238,7 +238,7 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
 
     async def is_quiescent(self) -> bool | None:
         """Nothing runs or waits."""
-        return not self._engine.scheduler.has_work
+        return self._engine.scheduler.is_empty
 
     def component_metrics_dp_ranks(self) -> list[int]:
         """See BaseEngine: this worker is one rank."""

@@ -59,7 +59,8 @@ class PageStore:
         self._paused_until = 0.0
         self._looked_at = 0.0
         try:
-            directory.mkdir(parents=True, exist_ok=True)
+            # What prompts said can be told from their pages: they are the owner's alone.
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
             probe = directory / f"probe-{os.getpid()}{_TEMPORARY}"
             probe.write_bytes(b"")
             probe.unlink()
@@ -112,8 +113,8 @@ class PageStore:
         target = self.directory / path
         temporary = target.with_name(f"{target.name}-{os.getpid()}{_TEMPORARY}")
         try:
-            target.parent.mkdir(exist_ok=True)
-            with temporary.open("wb", buffering=0) as file:
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            with open(temporary, "wb", buffering=0, opener=_private) as file:
                 _write_all(file.fileno(), _HEADER.pack(_MAGIC, name, data.nbytes, zlib.crc32(data.data)))
                 _write_all(file.fileno(), data.data)
             temporary.replace(target)
@@ -170,6 +171,10 @@ class PageStore:
         with self._lock:
             self._files = OrderedDict((path, size) for _, path, size in found)
             self.bytes = sum(self._files.values())
+
+
+def _private(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o600)
 
 
 def _path(name: bytes) -> str:

@@ -94,9 +94,11 @@ class DiskTier:
         self._worker.close()
 
     def _take_memory(self, directory: Path | None) -> None:
+        # First what may fail: the checkpoint may be gone.
+        weights = self._weights(directory)
         memory = self._executor.page_memory()
         self._worker.use(memory)
-        self._layout = f"{memory.layout} weights {self._weights(directory)}"
+        self._layout = f"{memory.layout} weights {weights}"
 
     # ---- what is there
 

@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -31,7 +30,7 @@ from engine.scheduling.receiving import Receiving
 from engine.scheduling.sequence import Sequence
 from engine.transfer.base import Connector, Json, TransferError, parse_networks
 from engine.transfer.tally import TransferTally
-from engine.transfer.wire import MAX_MESSAGE, WireError, connect, pack, read_message
+from engine.transfer.wire import MAX_MESSAGE, WireError, connect, family_of, pack, read_message
 
 logger = logging.getLogger("oneloop.transfer")
 
@@ -102,7 +101,10 @@ class PageExchange:
         tally.num_kept_pages = lambda: len(self._kept_pages)
         self._take_memory(None)
         self._socket = _bind(options.host, options.port) if options.keeps else None
-        self.port = self._socket.getsockname()[1] if self._socket is not None else 0
+        # As readers are told: an address, for they resolve no names.
+        self.host, self.port = options.host, 0
+        if self._socket is not None:
+            self.host, self.port = self._socket.getsockname()[:2]
 
     @property
     def page_size(self) -> int:
@@ -147,9 +149,11 @@ class PageExchange:
         self._connector.close()
 
     def _take_memory(self, directory: Path | None) -> None:
+        # First what may fail: the checkpoint may be gone.
+        weights = self._weights(directory)
         memory = self._executor.page_memory()
         self._connector.register(memory)
-        self._layout = f"{memory.layout} weights {self._weights(directory)}"
+        self._layout = f"{memory.layout} weights {weights}"
 
     # ---- pages that others read
 
@@ -179,7 +183,7 @@ class PageExchange:
             "remote_block_ids": list(ids),
             "remote_engine_id": self.engine_id,
             "remote_request_id": name,
-            "remote_host": self.options.host,
+            "remote_host": self.host,
             "remote_port": self.port,
             "tp_size": 1,
         }
@@ -422,11 +426,7 @@ def _digest(tokens: list[int], count: int) -> str:
 
 def _bind(host: str, port: int) -> socket.socket:
     try:
-        return socket.create_server((host, port), family=_family_of(host), backlog=MAX_CONNECTIONS)
+        return socket.create_server((host, port), family=family_of(host), backlog=MAX_CONNECTIONS)
     except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise StartupError(f"--kv-transfer-config: {host}:{port}: {reason}") from None
-
-
-def _family_of(host: str) -> Any:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET

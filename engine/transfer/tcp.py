@@ -20,7 +20,7 @@ from engine.config import StartupError, TransferOptions
 from engine.executor.base import PageMemory
 from engine.forward import Int32Array
 from engine.transfer.base import Json, TransferError, parse_networks
-from engine.transfer.wire import Network, is_allowed
+from engine.transfer.wire import Network, family_of, is_allowed
 
 # Sent at a time: what is copied stays in a cache, and a decode step is not kept waiting for long.
 CHUNK_BYTES = 1024 * 1024
@@ -42,7 +42,7 @@ class TcpConnector:
 
     def __init__(self, host: str, port: int, networks: tuple[Network, ...]) -> None:
         try:
-            self._listener = socket.create_server((host, port), backlog=MAX_READERS)
+            self._listener = socket.create_server((host, port), family=family_of(host), backlog=MAX_READERS)
         except OSError as error:
             raise StartupError(f"--kv-transfer-config: {host}:{port}: {error.strerror or error}") from None
         self._networks = networks

@@ -25,7 +25,7 @@ from server.app import ADMIN_ENDPOINTS, ENDPOINTS
 from server.protocol import anthropic, errors
 from server.ray.bridge import HOP, Ask, Head, Piece
 from server.ray.merging import merge
-from server.ray.prefixes import beginnings, read_body
+from server.ray.prefixes import Beginnings, beginnings, read_body
 from server.sse import error_event
 
 logger = logging.getLogger("oneloop.ray")
@@ -130,7 +130,11 @@ class Front:
         headers = [(name, value) for name, value in headers if name.lower() not in (*HOP, "x-request-id")]
         headers.append(("X-Request-Id", request_id))
         fields = read_body(body) if body else {}
-        ask = Ask(scope["method"], target, headers, body, beginnings(fields, known))
+        try:
+            begins = beginnings(fields, known)
+        except TypeError:  # nested deeper than can be written: the replica says so
+            fields, begins = {}, Beginnings()
+        ask = Ask(scope["method"], target, headers, body, begins)
         reply = _Reply(send, route, request_id)
         try:
             if route in _FOR_ALL or route == "/metrics":
