@@ -97,6 +97,7 @@ def read_plan(args: Mapping[str, Any]) -> Plan:
         known(given, _MODEL_KEYS, f"args: models[{index}]")
         flags = given.get("flags", [])
         words = shlex.split(flags) if isinstance(flags, str) else [str(word) for word in flags]
+        _refuse(words, _LISTENING, "has no effect in a model's flags: the file's http_options say where it listens")
         read.append(read_model(words, str(given.get("replicas", "1")), number("cpus_per_replica", 1.0, given)))
     fronts, gpus = args.get("fronts", 1), args.get("gpus", False)
     if isinstance(fronts, bool) or not isinstance(fronts, int) or not 1 <= fronts <= 1000:
@@ -216,12 +217,27 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+_LISTENING = ("--host", "--port", "--ssl-certfile", "--ssl-keyfile")
+_WHOLE = ("--also", "--fronts", "--gpus", "--upscale-delay", "--downscale-delay", "--address", "--root-path")
+
+
+def _refuse(words: Sequence[str], flags: Sequence[str], why: str) -> None:
+    """Raises StartupError for a flag that would change nothing where it stands."""
+    from engine.config import StartupError
+
+    for word in words:
+        if (name := word.partition("=")[0]) in flags:
+            raise StartupError(f"{name} {why}")
+
+
 def plan_from(argv: Sequence[str] | None) -> tuple[Plan, argparse.Namespace]:
     """Raises StartupError; exits with 2 on flags that nobody knows."""
     args, rest = make_parser().parse_known_args(argv)
     models = [read_model(rest, args.replicas, args.cpus_per_replica)]
     for text in args.also:
-        more, flags = make_parser().parse_known_args(shlex.split(text))
+        words = shlex.split(text)
+        _refuse(words, (*_LISTENING, *_WHOLE), "is of the whole application, and not of a model in --also")
+        more, flags = make_parser().parse_known_args(words)
         models.append(read_model(flags, more.replicas, more.cpus_per_replica))
     plan = Plan(tuple(models), args.fronts, args.gpus, args.upscale_delay, args.downscale_delay)
     read_plan({"models": [{}], "fronts": args.fronts, "upscale_delay_s": args.upscale_delay,

@@ -89,3 +89,14 @@ def test_wrong_flags_end_the_start_with_one_line(flags: str, capsys: pytest.Capt
     assert main(flags.split()) == 1
     told = capsys.readouterr().err
     assert told.startswith("error: ") and told.count("\n") == 1
+
+
+@pytest.mark.parametrize("flag", ["--port 9999", "--host=0.0.0.0", "--fronts 7", "--address auto"])
+def test_flags_of_the_whole_application_are_no_models(flag: str) -> None:
+    with pytest.raises(StartupError, match=rf"^{flag.replace('=', ' ').split()[0]} is of the whole application"):
+        plan_from(["--also", f"--served-model-name b {flag}"])
+
+
+def test_where_it_listens_is_not_in_a_models_flags() -> None:
+    with pytest.raises(StartupError, match=r"^--ssl-certfile has no effect in a model's flags"):
+        read_plan({"models": [{"flags": "--ssl-certfile a.pem"}]})

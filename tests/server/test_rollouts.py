@@ -10,7 +10,8 @@ import io
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+import threading
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -268,3 +269,60 @@ async def test_checksums_and_names(server: Live) -> None:
     await done(server, "/update_weight_version", {"new_version": "mine"})
     async with server.http.get(server.url + "/get_weight_version") as response:
         assert await response.json() == {"weight_version": "mine"}
+
+
+class Dying:
+    """A group whose trainer dies amid what it sends."""
+
+    def __init__(self) -> None:
+        self.began, self.dies, self.closed = threading.Event(), threading.Event(), False
+
+    def receive(self, dtype: str, shape: Sequence[int]) -> memoryview:
+        self.began.set()
+        assert self.dies.wait(20)
+        raise RuntimeError("Connection closed by peer")
+
+    def close(self) -> None:
+        self.closed = True
+
+
+async def test_what_fails_is_dropped_though_its_caller_has_gone(server: Live) -> None:
+    updates, group = server.app[UPDATES], Dying()
+    await updates.join("g", lambda timeout_s: group)
+    await server.engine.pause("keep")
+    name, _, shape = next(zip(*announced(1).values(), strict=True))
+    await updates.add_files([save({name: torch.zeros(shape)})], "body")
+    other, _, wide = list(zip(*announced(1).values(), strict=True))[1]
+    task = asyncio.create_task(updates.receive("g", [other], ["F32"], [wide]))
+    await asyncio.to_thread(group.began.wait, 20)
+    task.cancel()
+    await asyncio.sleep(0)
+    group.dies.set()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert group.closed and not updates.groups and not updates.num_staged
+    check_shape(*await server.post("/continue_generation", {}), expected=400)
+    await check_weights(server, None)
+
+
+async def test_a_set_does_not_outlive_the_weights_that_it_completes(server: Live) -> None:
+    updates = server.app[UPDATES]
+    name, _, shape = next(zip(*announced(1).values(), strict=True))
+    await server.engine.pause("keep")
+    await updates.add_files([save({name: torch.zeros(shape)})], "body")
+    await server.engine.load_weights(DEMO, mode="keep")
+    told = check_shape(*await server.post("/continue_generation", {}), expected=400)["message"]
+    assert "Other weights were loaded meanwhile" in told and not updates.num_staged
+    await check_weights(server, None)
+
+
+async def test_a_group_that_comes_late_is_closed(server: Live) -> None:
+    updates, group, go = server.app[UPDATES], Dying(), threading.Event()
+    task = asyncio.create_task(updates.join("g", lambda timeout_s: go.wait(20) and group))
+    await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    go.set()
+    await until(lambda: group.closed)
+    assert not updates.groups

@@ -256,6 +256,22 @@ async def test_sleep_and_other_weights(tmp_path: Path) -> None:
         assert engine.tier is not None and engine.tier.tally.hit_tokens == before
 
 
+async def test_a_checkpoint_that_is_gone_stops_the_disk_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with running(tmp_path) as engine:
+        assert engine.tier is not None
+
+        def gone(other: Path | None) -> str:
+            raise FileNotFoundError(2, "No such file or directory")
+
+        monkeypatch.setattr(engine.tier, "_weights", gone)
+        await engine.sleep(1)
+        await engine.wake_up()
+        assert not engine.sleep_level and engine.tier.is_paused and "are not carried" in caplog.text
+        assert await asked(engine, ask()) == 0 and not len(engine.tier.store)
+
+
 async def test_prompts_that_are_not_kept(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
         short = PROMPT[:100]

@@ -66,6 +66,7 @@ async def test_answers_arrive_as_they_are(replica: Local) -> None:
     [
         ("/v1/completions", b"{", 400, "JSON"),
         ("/v1/completions", b"[" * 4000, 400, "JSON"),
+        ("/v1/chat/completions", b'{"messages": ' + b"[" * 400 + b"]" * 400 + b"}", 400, "nested"),
         ("/v1/completions", b"x" * 20_000, 413, "larger than"),
         ("/v1/completions", {"prompt": 3.5}, 400, "prompt"),
         ("/v1/completions", {"prompt": "a", "model": "other"}, 404, "other"),
