@@ -7,7 +7,6 @@ and sends. A block is a page: its hash is the last 64 bits of a SHA-256 chain ov
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import queue
 import re
@@ -21,6 +20,7 @@ from typing import Any
 
 from engine.config import StartupError
 from engine.forward import NULL_PAGE
+from engine.page_names import page_names, root_name
 
 logger = logging.getLogger("oneloop.kv_events")
 
@@ -93,15 +93,15 @@ class BlockNames:
         self, namespace: str, data: bytes, first: int, pages: Sequence[int], before: int
     ) -> list[dict[str, Any]]:
         """Events of the pages that are new. before: the id of the page before the first, the null page for none."""
-        root = _digest(b"oneloop kv events\0" + namespace.encode(errors="surrogatepass"))
+        root = root_name("kv events", namespace)
         parent = grandparent = root
         if first:
-            parent = self._digests.get(before) or self._chain(root, data, first)
+            parent = self._digests.get(before) or page_names(root, data, self._page_size, 0, first)[-1]
         events: list[dict[str, Any]] = []
         hashes: list[int] = []
         begin = first
-        for index, page in enumerate(pages, first):
-            digest = _digest(parent + data[index * self._page_bytes : (index + 1) * self._page_bytes])
+        names = page_names(parent, data, self._page_size, first, first + len(pages))
+        for index, (page, name) in enumerate(zip(pages, names, strict=True), first):
             if page == NULL_PAGE or page in self._digests:
                 if hashes:
                     events.append(self._event(namespace, data, begin, hashes, grandparent, root))
@@ -109,9 +109,9 @@ class BlockNames:
             else:
                 if not hashes:
                     begin, grandparent = index, parent
-                self._digests[page] = digest
-                hashes.append(_hash(digest))
-            parent = digest
+                self._digests[page] = name
+                hashes.append(_hash(name))
+            parent = name
         if hashes:
             events.append(self._event(namespace, data, begin, hashes, grandparent, root))
         return events
@@ -125,11 +125,6 @@ class BlockNames:
     def cleared(self) -> list[dict[str, Any]]:
         self._digests.clear()
         return [{"type": "AllBlocksCleared"}]
-
-    def _chain(self, parent: bytes, data: bytes, end: int) -> bytes:
-        for index in range(end):
-            parent = _digest(parent + data[index * self._page_bytes : (index + 1) * self._page_bytes])
-        return parent
 
     def _event(
         self, namespace: str, data: bytes, first: int, hashes: list[int], parent: bytes, root: bytes
@@ -152,10 +147,6 @@ class BlockNames:
                 [root.hex()[:16]] if index == 0 else None for index in range(first, first + len(hashes))
             ]
         return event
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.sha256(data).digest()
 
 
 def _hash(digest: bytes) -> int:

@@ -19,6 +19,7 @@ from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock, Timer
 from engine.config import TierOptions
 from engine.executor.base import Executor
+from engine.forward import Int32Array
 from engine.page_names import page_names, root_name
 from engine.request import Request
 from engine.scheduling.receiving import Receiving
@@ -67,6 +68,7 @@ class DiskTier:
             worker = Worker(PageStore(options.directory, options.max_bytes))
         self.store = worker.store
         self._layout = ""
+        self._last: tuple[Request, Int32Array, list[bytes]] | None = None
         self._worker = worker
         self.tally = TierTally(self.store, self._worker)
         self._idle = asyncio.Event()
@@ -98,7 +100,7 @@ class DiskTier:
         weights = self._weights(directory)
         memory = self._executor.page_memory()
         self._worker.use(memory)
-        self._layout = f"{memory.layout} weights {weights}"
+        self._layout, self._last = f"{memory.layout} weights {weights}", None
 
     # ---- what is there
 
@@ -107,6 +109,8 @@ class DiskTier:
         if not self._serves(request) or request.sampling.prompt_logprobs is not None:
             return False
         self.tally.queried_tokens += len(request.prompt_token_ids)
+        if not len(self.store):
+            return False
         _, names = self._look_up(request)
         return len(names) * self._page_size >= max(1, self._least_tokens)
 
@@ -117,15 +121,18 @@ class DiskTier:
 
     def _look_up(self, request: Request) -> tuple[int, list[bytes]]:
         """How many pages are cached, and the names of those after them that are on the disk."""
-        tokens, page_size = request.prompt_token_ids, self._page_size
-        first = self._scheduler.kv_cache.match_length(tokens, request.cache_root) // page_size
-        names = self._names(request, (len(tokens) - 1) // page_size)[first:]
-        return first, list(itertools.takewhile(self.store.__contains__, names))
+        tokens, names = self._named(request)
+        first = self._scheduler.kv_cache.match_length(tokens, request.cache_root) // self._page_size
+        return first, list(itertools.takewhile(self.store.__contains__, names[first:]))
 
-    def _names(self, request: Request, count: int) -> list[bytes]:
-        """Of the first pages of a prompt."""
-        data = np.array(request.prompt_token_ids, np.int32).tobytes()
-        return page_names(root_name(self._layout, request.cache_root), data, self._page_size, 0, count)
+    def _named(self, request: Request) -> tuple[Int32Array, list[bytes]]:
+        """A prompt as an array, and the names of its pages: those of the last one are kept, for it is asked about more
+        than once as it comes, and a long one takes milliseconds."""
+        if self._last is None or self._last[0] is not request:
+            tokens = np.array(request.prompt_token_ids, np.int32)
+            root, count = root_name(self._layout, request.cache_root), (len(tokens) - 1) // self._page_size
+            self._last = request, tokens, page_names(root, tokens.tobytes(), self._page_size, 0, count)
+        return self._last[1:]
 
     # ---- there and back
 
@@ -193,7 +200,7 @@ class DiskTier:
             return
         pages = self._scheduler.keep(sequence)
         count = pages.num_shared
-        names = self._names(request, count)
+        names = self._named(request)[1][:count]
         new = [index for index, name in enumerate(names) if name not in self.store]
         # A prompt that is longer than that may be written while nothing else is.
         if not new or (self._num_held and self._num_held + count > self._most_held):

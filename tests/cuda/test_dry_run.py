@@ -48,7 +48,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
     """The results of each scenario. All of them in one process: its start takes longer than most."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.dry", *NODES, "planted", "signatures", "features", "families"],
+        [sys.executable, "-m", "tests.cuda.dry", *NODES, "planted", "signatures", "features", "families", "encoders"],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -83,6 +83,14 @@ def test_nothing_is_found(scenario: str) -> None:
         assert {what for module, what in called if module.startswith(begin)} == set(functions), begin
     names = {result["name"].split()[0] for result in dry_run(scenario)}
     assert scenario == "features" or names == set(families())
+
+
+def test_nothing_is_found_in_encoders() -> None:
+    """Whole texts: no graph holds them, and nothing else waits or looks."""
+    results = dry_run("encoders")
+    assert len(results) == 3
+    for result in results:
+        assert not result["error"] and not result["findings"], result
 
 
 def test_a_finding_is_found() -> None:
