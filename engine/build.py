@@ -341,8 +341,6 @@ def _build_executor(
         _check_speculation(config, spec, device)
     rounded = rounded_to(config.model.quantization, spec.quantisation, given=str(directory))
     if rounded is not None:
-        if device == "cuda":
-            raise StartupError(f"--quantization {rounded} is done on the CPU alone so far; --device cpu")
         if is_gguf(directory) or config.model.load_format == "dummy":
             raise StartupError(
                 f"--quantization {rounded} needs safetensors, and {directory} is not read from such files"
@@ -350,7 +348,7 @@ def _build_executor(
         scale = "a row" if rounded == "fp8" else "32 weights"
         report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
     if config.model.packed_input_bits != 16 and device == "cuda":
-        raise StartupError("--packed-input-bits 8: on a GPU no weights stay packed so far; --device cpu")
+        raise StartupError("--packed-input-bits 8: on a GPU inputs stay as they are; --device cpu")
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)
