@@ -116,8 +116,7 @@ class DiskTier:
 
     def _serves(self, request: Request) -> bool:
         enough = len(request.prompt_token_ids) > max(self._least_tokens, self._page_size)
-        # An adapter's version is a number of this process, and no name of what is in it.
-        return enough and not self.is_paused and request.adapter is None and request.pooling is None
+        return enough and not self.is_paused and request.pooling is None
 
     def _look_up(self, request: Request) -> tuple[int, list[bytes]]:
         """How many pages are cached, and the names of those after them that are on the disk."""
@@ -130,9 +129,15 @@ class DiskTier:
         than once as it comes, and a long one takes milliseconds."""
         if self._last is None or self._last[0] is not request:
             tokens = np.array(request.prompt_token_ids, np.int32)
-            root, count = root_name(self._layout, request.cache_root), (len(tokens) - 1) // self._page_size
+            root, count = self._root_of(request), (len(tokens) - 1) // self._page_size
             self._last = request, tokens, page_names(root, tokens.tobytes(), self._page_size, 0, count)
         return self._last[1:]
+
+    def _root_of(self, request: Request) -> bytes:
+        """Of an adapter by what is in its files: its version is a number of this process."""
+        if request.adapter is not None:
+            return root_name(self._layout, request.namespace, f"adapter {request.adapter.digest}")
+        return root_name(self._layout, request.cache_root)
 
     # ---- there and back
 

@@ -137,6 +137,7 @@ TIERED = REMAPS | {
 TIERED_LATE = TIERED | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "tier_eagerness": 0.3}
 TIERED_RUNS = TIERED | {"constrained_rate": 0.8, "jump_ahead": True, "tier_eagerness": 0.9}
 TIERED_RUNS |= {"max_num_batched_tokens": 12}
+TIERED_ADAPTERS = TIERED | {"max_adapters": 2, "adapter_rate": 0.8, "reload_rate": 0.1}
 TIERED_ORDER = TIERED | {"policy": "fcfs", "max_num_seqs": 2, "burst": 12}
 LONGEST, IMPORTANT, SHARES = ({**CROWD, "policy": policy} for policy in ("lpm", "priority", "fair"))
 
@@ -412,10 +413,14 @@ MUTANTS = [
         "(first + job.count) * self._page_size", "(first + len(names)) * self._page_size", TIERED_LATE,
     ),
     Mutant(
-        "tenants share a tier", DiskTier, "_names", "root_name(self._layout, request.cache_root)",
+        "tenants share a tier", DiskTier, "_root_of", "root_name(self._layout, request.cache_root)",
         "root_name(self._layout)", TIERED,
     ),
-    Mutant("a name is of its own page alone", DiskTier, "_names", "0, count)", "0, count)[::-1]", TIERED),
+    Mutant(
+        "adapters share a tier", DiskTier, "_root_of", "f\"adapter {request.adapter.digest}\"", "\"adapter\"",
+        TIERED_ADAPTERS,
+    ),
+    Mutant("a name is of its own page alone", DiskTier, "_named", "0, count)", "0, count)[::-1]", TIERED),
     Mutant("pages come one place too far", DiskTier, "_read", "[first : first", "[first + 1 : 1 + first", TIERED),
     Mutant("a page counts before it has come", Worker, "turn", "goes_on = self._read(job)", "goes_on = True", TIERED),
     Mutant("the wrong page is kept", DiskTier, "keep", "np.int32)[new]", "np.int32)[::-1][new]", TIERED),
@@ -676,12 +681,12 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     "changes",
     [
         *(FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES, ADAPTERS),
-        *(TIERED, TIERED_LATE, TIERED_RUNS, TIERED_ORDER),
+        *(TIERED, TIERED_LATE, TIERED_RUNS, TIERED_ADAPTERS, TIERED_ORDER),
         *(DRAFTS, DRAFTED_RUNS, DRAFTED_FAILURES, DRAFTED_WINDOWS),
     ],
     ids=[
         *("failures", "culprits", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"),
-        *("adapters", "tiered", "tiered-late", "tiered-runs", "tiered-order"),
+        *("adapters", "tiered", "tiered-late", "tiered-runs", "tiered-adapters", "tiered-order"),
         *("drafts", "drafted-runs", "drafted-failures", "drafted-windows"),
     ],
 )

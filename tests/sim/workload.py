@@ -190,8 +190,8 @@ class Adapters:
             return None
         name = random.choice("aaabbbccde")
         if name not in self._loaded or random.random() < options.reload_rate:
-            self._num_loaded += 1
-            self._loaded[name] = Adapter(name, f"/{name}", self._num_loaded, 1, 1, self._num_loaded)
+            number = self._num_loaded = self._num_loaded + 1
+            self._loaded[name] = Adapter(name, f"/{name}", number, 1, 1, number, str(number))
         return self._loaded[name]
 
 
