@@ -84,8 +84,8 @@ class Options:
 
     @property
     def has_tier(self) -> bool:
-        """Of models whose pages can be carried."""
-        return self.tier_pages > 0 and self.prefix_caching and self.num_snapshots is None and self.windows == (None,)
+        """Of models that keep anything."""
+        return self.tier_pages > 0 and self.prefix_caching and self.num_snapshots != 0
 
     @property
     def limits(self) -> Limits:

@@ -153,7 +153,7 @@ async def test_a_damaged_page_ends_what_is_read(tmp_path: Path) -> None:
         await asked(engine, ask())
         await settled(engine)
         assert engine.tier is not None
-        names = engine.tier._named(ask())[1]
+        names = engine.tier._names.chain(ask())[1]
     path = tmp_path / names[10].hex()[:2] / f"{names[10].hex()[2:]}.page"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
