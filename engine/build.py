@@ -293,7 +293,7 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
 
         store = engine.enable_disk(here).store
         most = f"{store.bytes / 1e9:.2f} of at most {store.max_bytes / 1e9:g} GB"
-        report.row("disk", f"{store.directory}: {len(store)} pages, {most}")
+        report.row("disk", f"{store.directory}: {len(store)} files, {most}")
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:

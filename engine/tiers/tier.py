@@ -188,37 +188,42 @@ class DiskTier:
         """A prompt is computed: its pages shall be written, those that are not there, and snapshots of its state."""
         if not self._serves(sequence.request):
             return
-        self._keep(sequence)
-        if self._names.has_windows and sequence.num_cached_tokens:
+        scheduler, names = self._scheduler, self._names
+        lent = [scheduler.keep(sequence)]
+        if names.has_windows and sequence.num_cached_tokens:
             # There others went another way, and some will again; what is seen there is behind the prompt's windows.
-            self._keep(sequence, sequence.num_cached_tokens)
+            lent.append(scheduler.keep(sequence, sequence.num_cached_tokens))
+        _, chain = names.chain(sequence.request)
+        held = {
+            item.name: item for pages in lent for item in names.to_write(chain, pages, scheduler.snapshots_of(pages))
+        }
+        new = [item for item in held.values() if item.name not in self.store]
 
-    def _keep(self, sequence: Sequence, num_tokens: int | None = None) -> None:
-        pages, scheduler = self._scheduler.keep(sequence, num_tokens), self._scheduler
-        count = pages.num_held
-        items = self._names.to_write(self._names.chain(sequence.request)[1], pages, scheduler.snapshots_of(pages))
-        new = [item for item in items if item.name not in self.store]
+        def give_back() -> None:
+            for pages in lent:
+                scheduler.give_back(pages, sequence, 0)
+
         # A prompt that is longer than that may be written while nothing else is.
-        if not new or (self._num_held and self._num_held + count > self._most_held):
+        if not new or (self._num_held and self._num_held + len(held) > self._most_held):
             self.tally.failures["busy"] += bool(new)
-            scheduler.give_back(pages, sequence, 0)
+            give_back()
             return
 
         def ended(job: Job) -> None:
             self._jobs.discard(job)
-            self._num_held -= count
+            self._num_held -= len(held)
             if not (job.is_whole or job.stopped):
                 self.tally.failures["write"] += 1
-            scheduler.give_back(pages, sequence, 0)
+            give_back()
             self._settle()
 
         def begin() -> None:
             # A step that has failed may have been the one that was to compute them.
-            job.stopped |= not scheduler.kv_cache.is_intact(pages)
+            job.stopped |= not all(map(scheduler.kv_cache.is_intact, lent))
             self._worker.write(job)
 
         job = Job(new, ended)
-        self._num_held += count
+        self._num_held += len(held)
         self._jobs.add(job)
         if scheduler.is_unordered:
             scheduler.once_committed(begin)
