@@ -32,6 +32,7 @@ from engine.report import StartupReport
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
+from engine.transfer.exchange import check_groups
 from engine.transfer.fingerprint import fingerprint
 from engine.transfer.registry import make_connector
 
@@ -262,6 +263,10 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
             raise StartupError(f"{flag} needs the prefix cache: pages are kept and found in it")
         try:
             engine.executor.page_memory()
+            if flag == "--kv-disk":
+                engine.executor.state_memory()
+            else:
+                check_groups(engine.limits)
         except StartupError as error:
             raise StartupError(f"{flag}: {error}") from None
     # Frequencies of these kinds depend on the longest text.
@@ -288,7 +293,7 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
 
         store = engine.enable_disk(here).store
         most = f"{store.bytes / 1e9:.2f} of at most {store.max_bytes / 1e9:g} GB"
-        report.row("disk", f"{store.directory}: {len(store)} pages, {most}")
+        report.row("disk", f"{store.directory}: {len(store)} files, {most}")
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:
