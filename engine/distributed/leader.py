@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.distributed import messages
 from engine.distributed.members import Members
+from engine.executor.base import PARTS
 from engine.executor.cpu import CPUExecutor
 from engine.executor.host_pages import HostPages
 from engine.executor.tables import PagedMetadata
@@ -332,15 +333,16 @@ class RankedExecutor(CPUExecutor):
         """See Executor."""
         raise StartupError("the KV cache is divided over ranks (--tensor-parallel-size), each with its own heads")
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
-        super().sleep(level)
-        self._leader.command(do="sleep", level=level)
+        super().sleep(level, parts)
+        self._leader.command(do="sleep", level=level, parts=list(parts))
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
-        super().wake_up(directory)
-        self._leader.command(do="wake")
+        super().wake_up(directory, parts)
+        if "kv_cache" in parts:
+            self._leader.command(do="wake")
 
     def close(self) -> None:
         """See Executor."""

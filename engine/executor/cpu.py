@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engine.config import StartupError
-from engine.executor.base import StepHandle
+from engine.executor.base import PARTS, StepHandle
 from engine.executor.host_pages import HostPages
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.speculator import Speculator, mask_places, sampled_positions
@@ -202,23 +202,27 @@ class CPUExecutor:
     def provide_masks(self, handle: StepHandle) -> None:
         """Nothing to do: the worker waits on the masks themselves."""
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor. The weights are in host memory as it is: level 1 leaves them alone."""
         assert self._attention is not None
-        if level == 2:
+        if level == 2 and "weights" in parts:
             self._reader()  # or it would never wake up
             self._model = self._adapted = None
+        if "kv_cache" not in parts:
+            return
         self._attention.release()
         if self._late is not None:
             self._late.release()
         if self._states is not None:
             self._states.release()
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
         assert self._attention is not None
-        if self._model is None:
+        if self._model is None and "weights" in parts:
             self._take(self._reader()(directory))
+        if "kv_cache" not in parts:
+            return
         self._attention.allocate()
         if self._late is not None:
             self._late.allocate()
