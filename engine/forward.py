@@ -27,6 +27,9 @@ FUTURE_TOKEN = -1
 NULL_PAGE = 0
 NULL_SLOT = 0
 
+# Memory that sleeps and wakes up by itself; vLLM and SGLang call it so.
+PARTS = ("weights", "kv_cache")
+
 # One row of the sampling table. `min_length`: while a row's context, the new token not counted, is shorter
 # than this many tokens, the ids in stop_ids are masked (min_tokens). stop_ids is padded with -1.
 SAMPLING_DTYPE = np.dtype(

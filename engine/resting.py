@@ -14,7 +14,8 @@ from typing import Any
 
 from engine.carriers import Carrying
 from engine.clock import Clock
-from engine.executor.base import PARTS, Executor
+from engine.executor.base import Executor
+from engine.forward import PARTS
 from engine.lora.store import AdapterStore
 from engine.publisher import Publisher
 from engine.request import RequestError, UnavailableError

@@ -20,11 +20,10 @@ from torch import Tensor
 from engine.config import StartupError
 from engine.distributed import messages
 from engine.distributed.members import Members
-from engine.executor.base import PARTS
 from engine.executor.cpu import CPUExecutor
 from engine.executor.host_pages import HostPages
 from engine.executor.tables import PagedMetadata
-from engine.forward import DeviceLostError, ForwardInput, ForwardOutput, Limits
+from engine.forward import PARTS, DeviceLostError, ForwardInput, ForwardOutput, Limits
 from engine.models.parts.decoder import CausalLM, Decoder
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.parallel import ParallelGroup

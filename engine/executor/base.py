@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from engine.forward import ForwardInput, ForwardOutput, Int32Array, Limits, Staging
+from engine.forward import PARTS, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.lora.words import AdapterWeights
 
 
@@ -40,10 +40,6 @@ class PageMemory(Protocol):
     def regions(self) -> list[tuple[int, int, int]]:
         """(address of page 0, bytes of a page, pages) of each part: where one page's bytes follow the other's."""
         ...
-
-
-# What sleeps and wakes up by itself; vLLM and SGLang call them so.
-PARTS = ("weights", "kv_cache")
 
 
 class Executor(Protocol):

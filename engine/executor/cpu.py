@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from engine.config import StartupError
-from engine.executor.base import PARTS, StepHandle
+from engine.executor.base import StepHandle
 from engine.executor.host_pages import HostPages
 from engine.executor.pooling import Pooler, pooled_chunks, token_types
 from engine.executor.speculator import Speculator, mask_places, sampled_positions
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
+    PARTS,
     DeviceLostError,
     ForwardError,
     ForwardInput,

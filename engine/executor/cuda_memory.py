@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from engine.config import StartupError
-from engine.executor.base import PARTS
 from engine.executor.cuda_capture import Captures
+from engine.forward import PARTS
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
 

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.config import StartupError
-from engine.executor.base import PARTS, StepHandle
+from engine.executor.base import StepHandle
 from engine.executor.fake_adapters import AdapterTables, read_fake_adapter
 from engine.executor.fake_drafts import Drafter, Spread, accept, spread
 from engine.executor.fake_memory import (
@@ -60,6 +60,7 @@ from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
     NULL_SLOT,
+    PARTS,
     Accepted,
     ForwardError,
     ForwardInput,

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from engine.config import StartupError
-from engine.executor.base import PARTS, Executor, PageMemory, StepHandle
-from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput
+from engine.executor.base import Executor, PageMemory, StepHandle
+from engine.forward import PARTS, DeviceLostError, ForwardError, ForwardInput, ForwardOutput
 
 KINDS = ("slow", "hang", "raise", "oom", "nan", "corrupt", "lost")
 _SETTINGS = {"p": float, "s": float, "step": int, "token": int}

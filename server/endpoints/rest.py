@@ -7,7 +7,7 @@ from pathlib import Path
 from aiohttp import web
 
 from engine.config import StartupError
-from engine.executor.base import PARTS
+from engine.forward import PARTS
 from engine.resting import PAUSE_MODES
 from server.endpoints.rollouts import UPDATES
 from server.protocol.body import invalid, read_body

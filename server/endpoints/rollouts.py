@@ -15,7 +15,7 @@ from typing import Any
 from aiohttp import web
 
 from engine.config import StartupError
-from engine.executor.base import PARTS
+from engine.forward import PARTS
 from engine.updates import DTYPES, ITEM_BYTES, WeightUpdates, checksums, connect
 from server.protocol.body import Body, invalid, read_body
 from server.protocol.errors import ApiError, json_response, without_paths

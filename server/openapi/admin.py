@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from engine.executor.base import PARTS
+from engine.forward import PARTS
 from engine.resting import PAUSE_MODES
 from server.openapi.words import (
     Json,

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from engine.config import StartupError
-from engine.executor.base import PARTS
 from engine.executor.fake import FakeExecutor
+from engine.forward import PARTS
 from tests.executor.driver import GREEDY, Driver, ExecutorAdapter, continuation, decode, prefill
 
 A = [5, 6, 7, 8, 9, 10, 11]
