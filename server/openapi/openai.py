@@ -283,7 +283,7 @@ _TOKENIZE_COMMON: Json = {**MODEL, "add_special_tokens": boolean(), "return_toke
 # ---- what is answered
 
 TOKEN = {"token": string(), "logprob": number(), "bytes": array(integer(0, 255))}
-_PROMPT_LOGPROBS = array(
+PROMPT_LOGPROBS = array(
     either(NULL, mapping(gives({"logprob": number(), "rank": integer(1), "decoded_token": string()})))
 )
 _FINISH = constant("stop", "length", "tool_calls", "abort")
@@ -399,7 +399,7 @@ SCHEMAS: Json = {
             "usage": ref("Usage"),
             "prompt_token_ids": IDS,
             "prompt_text": string(),
-            "prompt_logprobs": _PROMPT_LOGPROBS,
+            "prompt_logprobs": PROMPT_LOGPROBS,
             "kv_transfer_params": KEPT,
         },
     ),
@@ -453,7 +453,7 @@ SCHEMAS: Json = {
                 "token_ids": IDS,
                 "weight_versions": SPANS,
                 "prompt_token_ids": IDS,
-                "prompt_logprobs": _PROMPT_LOGPROBS,
+                "prompt_logprobs": PROMPT_LOGPROBS,
             },
         ),
         {"usage": either(ref("Usage"), NULL), "kv_transfer_params": KEPT},
