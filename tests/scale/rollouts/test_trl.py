@@ -14,6 +14,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,13 @@ from tests.scale.rollouts import communicator
 communicator.install()
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 
+from trl.experimental.async_grpo.vllm_client import VLLMClient as AsyncClient  # noqa: E402
 from trl.generation.vllm_client import VLLMClient  # noqa: E402
 
 ROOT, DEMO = Path(__file__).parents[3], Path(engine.demo.__file__).parent
 ADMIN = "trainers-only"
 PROMPTS = [list(range(40, 70)), list(range(300, 320)), [7, 8, 9]]
-NUM_CHOICES, NUM_TOKENS = 2, 12
+NUM_CHOICES, NUM_TOKENS, VOCAB = 2, 12, 2304
 TOLERANCE = 1e-4
 
 
@@ -58,7 +60,7 @@ def make_model(directory: Path) -> Any:
     torch.manual_seed(5)
     model = LlamaForCausalLM(
         LlamaConfig(
-            vocab_size=2304,
+            vocab_size=VOCAB,
             hidden_size=64,
             intermediate_size=160,
             num_hidden_layers=2,
@@ -84,6 +86,8 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setting]:
     model, port, log = make_model(directory / "model"), free_port(), directory / "log"
     command = [sys.executable, "-m", "engine.serve", "--model", str(directory / "model"), "--port", str(port)]
     command += ["--dtype", "float32", "--threads", "1", "--kv-cache-gb", "0.1", "--admin-api-key", ADMIN]
+    # As TRL's documentation has it.
+    command += ["--logprobs-mode", "processed_logprobs", "--max-logprobs", "-1"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     url = f"http://127.0.0.1:{port}"
     with log.open("wb") as out:
@@ -141,21 +145,23 @@ def roll_out(client: VLLMClient, **fields: Any) -> list[tuple[list[int], list[in
     return rollouts
 
 
-def check_agreement(client: VLLMClient, model: Any) -> list[Tensor]:
-    """Of tokens that are sampled now, and of the same scored as prompts. The trainer's figures."""
-    rollouts = roll_out(client)
-    with torch.inference_mode():
-        own = [logprobs_of(model, prompt, completion) for prompt, completion, _ in rollouts]
-    for mine, (_, _, logprobs) in zip(own, rollouts, strict=True):
-        assert logprobs == pytest.approx(mine.tolist(), abs=TOLERANCE)
+def check_agreement(client: VLLMClient, model: Any) -> None:
+    """Of tokens that are sampled now, at two temperatures, and of the same scored as prompts."""
+    for temperature in (0.7, 1.0):
+        rollouts = roll_out(client, temperature=temperature)
+        with torch.inference_mode():
+            own = [logprobs_of(model, prompt, completion, temperature) for prompt, completion, _ in rollouts]
+        for mine, (_, _, logprobs) in zip(own, rollouts, strict=True):
+            assert logprobs == pytest.approx(mine.tolist(), abs=TOLERANCE)
     whole = [prompt + completion for prompt, completion, _ in rollouts]
-    scored = client.get_sequence_logprobs(whole, [len(prompt) for prompt, _, _ in rollouts], 20, chunk_size=2)
+    lengths = [len(prompt) for prompt, _, _ in rollouts]
+    # Or a token that is none of them has no figure.
+    scored = client.get_sequence_logprobs(whole, lengths, VOCAB, chunk_size=2)
     for mine, (_, completion, _), found, ids in zip(
         own, rollouts, scored["actual_logprobs"], scored["actual_token_ids"], strict=True
     ):
         assert [one for (one,) in ids] == completion
         assert [one for (one,) in found] == pytest.approx(mine.tolist(), abs=TOLERANCE)
-    return own
 
 
 def test_two_steps_of_an_optimiser(setting: Setting, client: VLLMClient) -> None:
@@ -188,3 +194,73 @@ def test_two_steps_of_an_optimiser(setting: Setting, client: VLLMClient) -> None
                     client.update_named_param(name, parameter.data)
         client.reset_prefix_cache()
         check_agreement(client, model)
+
+
+def test_what_else_the_client_asks_for(client: VLLMClient) -> None:
+    """Chats, structures, filters, alternatives, tokens in and out."""
+    found = client.chat(
+        [[{"role": "user", "content": "Hello"}], [{"role": "user", "content": "How are you?"}]],
+        n=2,
+        max_tokens=4,
+        logprobs=2,
+    )
+    assert len(found["prompt_ids"]) == 2 and len(found["completion_ids"]) == 4
+    assert all(len(each) in (2, 3) for choice in found["logprobs"] for each in choice)
+    found = client.generate(["The answer: "], max_tokens=8, structured_outputs_regex="[0-9]{2}", logprobs=None)
+    assert found["logprobs"] is None and len(found["completion_ids"]) == 1
+    # Filters leave their own few to draw from, and those share all of the probability.
+    found = client.generate(PROMPTS, max_tokens=6, top_k=3, temperature=1.3, logprobs=3, repetition_penalty=1.1)
+    for choice in found["logprobs"]:
+        for each in choice:
+            assert sum(torch.exp(torch.tensor(each)).tolist()) == pytest.approx(1.0, abs=1e-5)
+    # Images would go this way; without any there are tokens alone.
+    same = {"n": 2, "max_tokens": 5, "logprobs": 1, "generation_kwargs": {"seed": 3, "ignore_eos": True}}
+    tokens = client.generate(PROMPTS, features=[None] * len(PROMPTS), **same)
+    assert tokens == client.generate(PROMPTS, **same)
+
+
+def test_weights_are_the_administrators(setting: Setting) -> None:
+    with pytest.raises(Exception, match="401"):
+        VLLMClient(base_url=setting.url)._start_weight_update()
+
+
+def test_the_asynchronous_trainers_client(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its routes around a transfer. It has no place for a key, so requests add it."""
+    import requests
+    from accelerate.state import PartialState
+
+    send = requests.Session.request
+
+    def with_key(self: requests.Session, method: str, url: str, **given: Any) -> requests.Response:
+        return send(self, method, url, headers={"Authorization": f"Bearer {ADMIN}"}, **given)
+
+    monkeypatch.setattr(requests.Session, "request", with_key)
+    PartialState(cpu=True)  # its logger asks for it
+    client = AsyncClient(setting.url, server_timeout=5)
+    client.wait_for_server_ready()
+    assert client.get_max_model_len() == 512 and client.get_dtype() == "torch.float32"
+    info = client.get_server_info()
+    assert info["lora_config"] is None and info["parallel_config"]["data_parallel_size"] == 1
+    tensors = [(name, parameter.data) for name, parameter in setting.model.named_parameters()]
+    update = {
+        "names": [name for name, _ in tensors],
+        "dtype_names": ["float32"] * len(tensors),
+        "shapes": [list(tensor.shape) for _, tensor in tensors],
+    }
+    start = {"master_address": "127.0.0.1", "master_port": free_port(), "rank_offset": 1, "packed": True}
+    start["world_size"] = client.get_world_size() + 1
+    with ThreadPoolExecutor(1) as beside:
+        joined = beside.submit(communicator.Communicator, start)
+        client.init_weight_transfer_engine(start)
+        group = joined.result()
+        client.pause()
+        client.start_weight_update()
+        sent = beside.submit(communicator.broadcast_packed, iter(tensors), group, 0, lambda item: item[1])
+        client.update_weights(update)
+        sent.result()
+        client.finish_weight_update()
+        client.resume()
+    group.close()
+    sync = VLLMClient(base_url=setting.url)
+    check_agreement(sync, setting.model)
+    sync.session.close()
