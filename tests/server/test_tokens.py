@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest_asyncio
 
-from tests.server.support import Live, live, parse_events, until
+from tests.server.support import Live, live, parse_events, served_model, until
+from tests.server.test_errors import check_shape
 
 PATH = "/inference/v1/generate"
 IDS = [5, 6, 7]
@@ -74,3 +75,26 @@ async def test_what_was_aborted_answers_with_its_tokens_so_far(server: Live) -> 
     server.device.gate.set()
     choice = (await running)["choices"][0]
     assert choice["finish_reason"] == "abort" and 0 < len(choice["token_ids"]) < 200
+
+
+async def test_how_many_alternatives_may_be_asked_for() -> None:
+    """--max-logprobs, in every family's words."""
+    bodies = (
+        ("/v1/completions", "logprobs", {"prompt": IDS, "max_tokens": 1}),
+        ("/v1/completions", "prompt_logprobs", {"prompt": IDS, "max_tokens": 1}),
+        ("/v1/chat/completions", "top_logprobs", {"messages": [{"role": "user", "content": "x"}], "logprobs": True}),
+        ("/generate", "top_logprobs_num", {"input_ids": IDS, "return_logprob": True}),
+        ("/completion", "n_probs", {"prompt": IDS, "n_predict": 1}),
+        ("/api/generate", "top_logprobs", {"prompt": "x", "raw": True, "logprobs": True, "stream": False}),
+    )
+    async with live(model=served_model(max_logprobs=33)) as server:
+        for path, field, body in bodies:
+            status, answer = await server.post(path, body | {field: 33})
+            assert status == 200, (path, answer)
+            status, answer = await server.post(path, body | {field: 34})
+            assert status == 400 and field in str(answer), (path, answer)
+        params = {"max_tokens": 1, "logprobs": 33}
+        (entry,) = (await ask(server, params))["choices"][0]["logprobs"]["content"]
+        assert len(entry["top_logprobs"]) == 33
+        reply = await server.post(PATH, {"token_ids": IDS, "sampling_params": params | {"logprobs": 34}})
+        assert check_shape(*reply, expected=400)["param"] == "sampling_params.logprobs"
