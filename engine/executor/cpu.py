@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from engine.executor.speculator import Speculator, mask_places, sampled_position
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
+    PARTS,
     DeviceLostError,
     ForwardError,
     ForwardInput,
@@ -203,23 +204,27 @@ class CPUExecutor:
     def provide_masks(self, handle: StepHandle) -> None:
         """Nothing to do: the worker waits on the masks themselves."""
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor. The weights are in host memory as it is: level 1 leaves them alone."""
         assert self._attention is not None
-        if level == 2:
+        if level == 2 and "weights" in parts:
             self._reader()  # or it would never wake up
             self._model = self._adapted = None
+        if "kv_cache" not in parts:
+            return
         self._attention.release()
         if self._late is not None:
             self._late.release()
         if self._states is not None:
             self._states.release()
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
         assert self._attention is not None
-        if self._model is None:
+        if self._model is None and "weights" in parts:
             self._take(self._reader()(directory))
+        if "kv_cache" not in parts:
+            return
         self._attention.allocate()
         if self._late is not None:
             self._late.allocate()

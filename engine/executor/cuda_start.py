@@ -96,6 +96,7 @@ def start(given: Start) -> CUDAExecutor:
             kv_cache_dtype=config.cache.kv_cache_dtype,
             # Graphs are of decode steps.
             cuda_graph="off" if given.spec.headless else config.cuda.cuda_graph,
+            processed_logprobs=config.logprobs.processed,
             row=report.row,
             load=load,
         )
@@ -240,6 +241,7 @@ def build_cuda_executor(
     max_model_len: int,
     kv_cache_dtype: str = "auto",
     cuda_graph: str = "lazy",
+    processed_logprobs: bool = False,
     row: Callable[[str, str], None] = lambda name, text: None,
     module: Any = None,
     load: Callable[[Path | None], CausalLM] | None = None,
@@ -270,6 +272,7 @@ def build_cuda_executor(
             vocab_size=model.config.vocab_size,
             groups=groups,
             num_snapshots=num_snapshots,
+            processed_logprobs=processed_logprobs,
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:

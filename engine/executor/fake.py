@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -60,6 +60,7 @@ from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
     NULL_SLOT,
+    PARTS,
     Accepted,
     ForwardError,
     ForwardInput,
@@ -162,6 +163,7 @@ class FakeExecutor:
         self._constant_token = constant_token
         self._closed = False
         self.sleep_level = 0
+        self.asleep: set[str] = set()
         self.weights: Path | None = None  # where they came from; they change no token
         self._last_step: int | None = None
         self._device_free_at = 0.0
@@ -230,28 +232,33 @@ class FakeExecutor:
         while self._not_run:
             self._run(self._not_run.popleft())
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor.sleep. What the KV cells and page tables held is gone."""
         assert not self._not_waited, "a step is in flight"
-        assert self.sleep_level == 0 and level in (1, 2)
+        assert not self.asleep.intersection(parts) and level in (1, 2) and self.sleep_level in (0, level)
         self.sleep_level = level
-        self.tables.page_tables.fill(0)
+        self.asleep |= set(parts)
         self._adapters.forget()
+        if "kv_cache" not in parts:
+            return
+        self.tables.page_tables.fill(0)
         self._cell_position.fill(-1)
         self._states.position.fill(-1)
         self._layer0.fill(0)
         self._layer1.fill(0)
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See Executor.wake_up."""
-        assert self.sleep_level
-        if self.sleep_level == 2:
+        assert self.sleep_level and self.asleep.intersection(parts)
+        if self.sleep_level == 2 and "weights" in self.asleep.intersection(parts):
             self.weights = self._read(directory or self.weights)
-        self.sleep_level = 0
+        self.asleep -= set(parts)
+        if not self.asleep:
+            self.sleep_level = 0
 
     def load_weights(self, directory: Path) -> None:
         """See Executor.load_weights: any directory that is there will do."""
-        assert not self._not_waited and not self.sleep_level
+        assert not self._not_waited and "weights" not in self.asleep
         self.weights = self._read(directory)
 
     def read_adapter(self, path: Path) -> AdapterWeights:
