@@ -1,0 +1,224 @@
+"""y += B (A x) of LoRA adapters in two launches: A of every row's adapter, then B. Called by ops/lora_device.py on CUDA
+tensors; `torch_add` there is the reference.
+
+A program computes the rows of one block, which have one adapter, so that its matrices are read once for all of them.
+Blocks of nobody, and ranks that an adapter has not, end at once. A is summed in parts of the inputs, each in the order of
+the inputs and all in theirs, cut by the layer's size alone: a row has the same bits in any company.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.ops.triton.pdl import launch_options, overlap
+
+if TYPE_CHECKING:
+    from engine.ops.lora_device import DeviceSite, Grouped
+
+# Parts of the inputs, at most so many and at least so long; each is a program's where there are few blocks.
+MOST_SPLITS, LEAST_SPLIT = 8, 512
+FEW_BLOCKS = 32
+BLOCK_K_BYTES = 256
+
+
+@triton.jit
+def _shrink(
+    x_ptr,
+    memory_ptr,
+    table_ptr,
+    order_ptr,
+    owners_ptr,
+    inner_ptr,
+    rows,
+    x_stride,
+    in_features,
+    stride,
+    sites,
+    number,
+    RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """inner[split, position in order, part, rank]: one split by each program, or all added up TOGETHER."""
+    overlap(PDL)
+    block = tl.program_id(0)
+    owner = tl.load(owners_ptr + block).to(tl.int64)
+    part = tl.program_id(1) // (RANKS // UNIT)
+    first = tl.program_id(1) % (RANKS // UNIT) * UNIT
+    if owner <= 0:
+        return
+    place = table_ptr + (owner * sites + number) * 2
+    begin, rank = tl.load(place).to(tl.int64) * UNIT, tl.load(place + 1)
+    if first >= rank:
+        return
+    rank = tl.multiple_of(rank, UNIT)
+    at = tl.multiple_of((owner - 1) * stride + begin, UNIT)
+    place_in_block = tl.arange(0, ROWS)
+    row = tl.load(order_ptr + block * ROWS + place_in_block)
+    valid = row < rows
+    number_of = first + tl.arange(0, UNIT)
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + k[None, :]
+    down_at = memory_ptr + at + (part * rank + number_of).to(tl.int64)[None, :] * in_features + k[:, None]
+    split = tl.program_id(2)
+    total = tl.zeros((ROWS, UNIT), tl.float32)
+    begin_split, end_split = split, split + 1
+    if TOGETHER:
+        end_split = tl.cdiv(in_features, SPLIT)
+    for each in range(begin_split, end_split):
+        own = tl.zeros((ROWS, UNIT), tl.float32)
+        for start in range(each * SPLIT, min((each + 1) * SPLIT, in_features), BLOCK_K):
+            left = k < in_features - start
+            x = tl.load(x_at + start, mask=valid[:, None] & left[None, :], other=0.0)
+            down = tl.load(down_at + start, mask=left[:, None], other=0.0).to(x.dtype)
+            own = tl.dot(x, down, own, input_precision="ieee")
+        total += own
+    position = (split * tl.num_programs(0) + block).to(tl.int64) * ROWS + place_in_block
+    inner_at = inner_ptr + position[:, None] * (PARTS * RANKS) + part * RANKS + number_of[None, :]
+    tl.store(inner_at, total)
+
+
+@triton.jit
+def _expand(
+    y_ptr,
+    memory_ptr,
+    table_ptr,
+    order_ptr,
+    owners_ptr,
+    inner_ptr,
+    tiles_ptr,
+    rows,
+    y_stride,
+    in_features,
+    out_features,
+    stride,
+    sites,
+    number,
+    RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HALVES: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    overlap(PDL)
+    block = tl.program_id(0)
+    owner = tl.load(owners_ptr + block).to(tl.int64)
+    if owner <= 0:
+        return
+    place = table_ptr + (owner * sites + number) * 2
+    begin, rank = tl.load(place).to(tl.int64), tl.load(place + 1)
+    if rank == 0:
+        return
+    behind = tl.cdiv((PARTS * rank).to(tl.int64) * in_features, UNIT)
+    at = tl.multiple_of((owner - 1) * stride + (begin + behind) * UNIT, UNIT)
+    tile = tiles_ptr + tl.program_id(1) * 3
+    part, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if ALIGNED:
+        first = tl.multiple_of(first, UNIT)
+    n = first + tl.arange(0, BLOCK_N)
+    inside = (n < end)[None, :]
+    place_in_block = tl.arange(0, ROWS)
+    row = tl.load(order_ptr + block * ROWS + place_in_block)
+    rank_of = tl.arange(0, UNIT)
+    position = (block * ROWS + place_in_block).to(tl.int64)
+    inner_at = inner_ptr + position[:, None] * (PARTS * RANKS) + part * RANKS + rank_of[None, :]
+    up_at = memory_ptr + at + rank_of.to(tl.int64)[:, None] * out_features + n[None, :]
+    step = tl.num_programs(0).to(tl.int64) * ROWS * PARTS * RANKS
+    added = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in range(0, rank, UNIT):
+        inner = tl.load(inner_at + start)
+        for split in tl.static_range(1, SPLITS):
+            inner += tl.load(inner_at + split * step + start)
+        up = tl.load(up_at + tl.cast(start, tl.int64) * out_features, mask=inside, other=0.0)
+        if HALVES:
+            # float32 in two numbers of the narrow type: products on tensor cores, and hardly a bit is lost.
+            high = inner.to(up.dtype)
+            low = (inner - high.to(tl.float32)).to(up.dtype)
+            added = tl.dot(high, up, added)
+            added = tl.dot(low, up, added)
+        else:
+            added = tl.dot(inner, up.to(tl.float32), added, input_precision="ieee")
+    y_at = y_ptr + row.to(tl.int64)[:, None] * y_stride + n[None, :]
+    mask = (row < rows)[:, None] & inside
+    before = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_at, (before + added).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def add(site: DeviceSite, x: Tensor, y: Tensor, rows: Grouped, *, halves: bool | None = None) -> None:
+    """See DeviceSite.add. halves: for tests."""
+    from engine.ops.lora_device import BLOCK_N, ROWS, UNIT
+
+    shape, shelf, blocks = site.shape, site.shelf, len(rows.owners)
+    if not blocks:
+        return
+    x = x if x.stride(1) == 1 else x.contiguous()
+    assert y.stride(1) == 1 and x.shape == (len(y), shape.in_features) and y.shape[1] == shape.out_features
+    parts, ranks = len(shape.parts), site.ranks
+    split = max(LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(shape.in_features, MOST_SPLITS)))
+    together = blocks > FEW_BLOCKS
+    splits = 1 if together else triton.cdiv(shape.in_features, split)
+    inner = torch.empty((splits, blocks * ROWS, parts * ranks), dtype=torch.float32, device=x.device)
+    _shrink[(blocks, parts * ranks // UNIT, splits)](
+        x,
+        shelf.memory,
+        shelf.table,
+        rows.order,
+        rows.owners,
+        inner,
+        len(x),
+        x.stride(0),
+        shape.in_features,
+        shelf.room,
+        len(shelf.shapes),
+        site.number,
+        RANKS=ranks,
+        PARTS=parts,
+        SPLIT=split,
+        TOGETHER=together,
+        ROWS=ROWS,
+        UNIT=UNIT,
+        BLOCK_K=BLOCK_K_BYTES // x.dtype.itemsize,
+        num_warps=4,
+        num_stages=3,
+        **launch_options(),
+    )
+    _expand[(blocks, len(site.tiles))](
+        y,
+        shelf.memory,
+        shelf.table,
+        rows.order,
+        rows.owners,
+        inner,
+        site.tiles,
+        len(y),
+        y.stride(0),
+        shape.in_features,
+        shape.out_features,
+        shelf.room,
+        len(shelf.shapes),
+        site.number,
+        RANKS=ranks,
+        PARTS=parts,
+        SPLITS=splits,
+        ALIGNED=site.aligned,
+        HALVES=shelf.dtype == torch.bfloat16 if halves is None else halves,
+        ROWS=ROWS,
+        UNIT=UNIT,
+        BLOCK_N=BLOCK_N,
+        num_warps=4,
+        **launch_options(),
+    )
