@@ -70,7 +70,10 @@ def _aligned(count: int) -> int:
 
 
 def pack(shape: SiteShape, branch: Branch) -> tuple[int, Tensor]:
-    """rank, and float32 [shape.size(rank)] of what an adapter adds there. Ranks that a part has no use for are left out."""
+    """rank, and float32 [shape.size(rank)] of what an adapter adds there. Ranks that a part has no use for are left out.
+
+    ValueError where it has more than there is room for.
+    """
     parts = []
     for first, end in shape.parts:
         downs, ups = [], []
@@ -85,7 +88,8 @@ def pack(shape: SiteShape, branch: Branch) -> tuple[int, Tensor]:
         down, up = (torch.cat(downs), torch.cat(ups, 1)) if downs else (torch.empty(0, 1), torch.empty(end - first, 0))
         parts.append((down, up))
     rank = _aligned(max(len(down) for down, _ in parts))
-    assert rank <= shape.rank, "an adapter of more ranks than there is room for"
+    if rank > _aligned(shape.rank):
+        raise ValueError(f"{rank} ranks of one layer, and there is room for {_aligned(shape.rank)}")
     data = torch.zeros(shape.size(rank))
     inside = len(parts) * rank * shape.in_features
     downs_of = data[:inside].view(len(parts), rank, shape.in_features)
