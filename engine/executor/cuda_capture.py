@@ -84,7 +84,9 @@ class Captures(DecodeSteps):
         return found, tiles
 
     def _with_products(self, model: CausalLM) -> CausalLM:
-        """Another model of the same shapes, with what was found faster for the first one."""
+        """Another model of the same shapes, with what was found faster for the first one, and its adapters."""
+        if self._adapters is not None:
+            self._adapters.attach(model)
         for linear, (few, tile) in zip(model.linears, self._faster, strict=False):
             linear.few, linear.tile = few, tile
         return model
@@ -92,8 +94,8 @@ class Captures(DecodeSteps):
     def decode_once(self, rows: int = 1) -> None:
         """A decode step of padding rows: its kernels are built and loaded before a client waits for them. Blocks."""
         with self.layer.may_block():
-            for draw in ("plain", "filtered"):
-                key = self.graphs.key(rows, 1, 0, draw)
+            for draw, adapted in [("plain", each) for each in self.graphs.families] + [("filtered", False)]:
+                key = self.graphs.key(rows, 1, 0, draw)._replace(adapted=adapted)
                 if self.attention.decode_needs_plan(key.size):
                     # See capture_at_start.
                     self.layer.synchronize(self._sides[0].computed)

@@ -27,6 +27,8 @@ class MovingMemory(Captures):
             if level == 2:
                 self._reader()  # or it would never wake up
                 del self.model
+                if self._adapters is not None:
+                    self._adapters.release_memory()
             else:
                 self._offloaded = Offloaded(self.model)
             self._release_memory()

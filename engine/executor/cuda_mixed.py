@@ -38,7 +38,8 @@ class MixedSteps(DeviceState):
         """See `_launch_decode`."""
         layer, staging = self.layer, side.staging
         rows, tokens, decodes = forward_input.num_rows, forward_input.num_tokens, forward_input.num_decode_rows
-        size = self.pieces.size(tokens)
+        adapted = self._note_adapters(staging.row_slot[:rows], staging.row_len[:rows], side)
+        size = None if adapted else self.pieces.size(tokens)
         with layer.on(self._compute):
             chain = self.pieces.get(self.model, size) if size is not None else None
         # What a chain reads is padded, and lies in one piece.
@@ -132,7 +133,7 @@ class MixedSteps(DeviceState):
                 enter(token_ids)
                 if self._states is not None:
                     self._states.plan = plan
-                with torch.inference_mode():
+                with torch.inference_mode(), self._adapting(adapted, side, tokens):
                     hidden = self.model.forward(token_ids, positions, attention, types)
                 leave(hidden)
 
@@ -207,6 +208,7 @@ class MixedSteps(DeviceState):
         staging.table_index[:diffs] = row * limits.max_pages_per_seq + place % pages
         staging.table_page[:diffs] = entry + 1
         staging.sampling_slot[:rows] = index + 1
+        staging.adapter[:rows] = min(1, limits.max_adapters)
         staging.sampling[:rows] = np.zeros((), staging.sampling.dtype)
         staging.sampling["temperature"][:rows] = 1.0
         staging.sampling["top_p"][:rows] = 0.9

@@ -6,9 +6,11 @@ Base of the kinds of steps (cuda_decode.py, cuda_mixed.py, cuda_draw.py), which 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.executor.cuda_adapters import DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
@@ -80,6 +83,7 @@ class DeviceState:
         self._lost: DeviceLostError | None = None
         self._closed = False
         self._idle_timer: asyncio.TimerHandle | None = None
+        self._adapters: DeviceAdapters | None = None
         self._faster: list[tuple[dict[int, Blocks], Tile | None]] = []
         # Held while memory moves, on another thread: no graph may be captured meanwhile.
         self._moving = threading.Lock()
@@ -109,8 +113,25 @@ class DeviceState:
                 layer.upload(side.block[:num_bytes], side.arena.memory[:num_bytes])
                 if num_meta:
                     layer.upload(side.meta[:num_meta], side.meta_host[:num_meta])
+                if self._adapters is not None:
+                    self._adapters.send(side.parity)
             finally:
                 layer.record(side.uploaded)
+
+    def _note_adapters(self, slots: Int32Array, lengths: Int32Array | int, side: Side) -> bool:
+        """Whether rows of these seq slots, of so many tokens each, have adapters; whose they are then goes with the
+        step's other arrays."""
+        if self._adapters is None or not (ids := self._tables.adapter[slots]).any():
+            return False
+        self._adapters.note(np.repeat(ids, lengths), side.parity)
+        return True
+
+    def _adapting(self, adapted: bool, side: Side, rows: int) -> AbstractContextManager[None]:
+        """Where the model computes a step's rows, padding included; only inside `DeviceLayer.launch` or a capture."""
+        if not adapted:
+            return contextlib.nullcontext()
+        assert self._adapters is not None
+        return self._adapters.used(side.parity, rows)
 
     def _send_tables(self, handle: CudaHandle) -> None:
         """Bring the host's page tables and sampling parameters to the device, whole. A row that wrote by an entry that

@@ -1,8 +1,8 @@
-"""LoRA adapters at a GPU's linear layers: y += B (A x), row by row by whose adapter it is; rows of none are not touched.
+"""LoRA adapters at a GPU's linear layers: y += B (A x), each row by its own adapter; rows of none are not touched.
 
-All adapters lie in one tensor by their index, the matrices of each one behind another with the ranks that they have, and
-a table on the device says where. So a graph serves whatever adapters are in place when it is replayed. Two launches a
-layer (triton/lora.py); `torch_add` is the reference. Filled by executor/cuda_adapters.py.
+All adapters lie in one tensor by their index, the matrices of each one behind another with the ranks that they have,
+and a table on the device says where. So a graph serves whatever adapters are in place when it is replayed. Two launches
+a layer (triton/lora.py); `torch_add` is the reference. Filled by executor/cuda_adapters.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def group(ids: Int32Array, order: Int32Array, owners: Int32Array) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SiteShape:
-    """A layer that adapters change. parts: outputs [first, end) that have factors of their own, at most `rank` ranks."""
+    """A layer that adapters change. parts: outputs [first, end) with factors of their own, of at most `rank` ranks."""
 
     in_features: int
     out_features: int
@@ -70,7 +70,7 @@ def _aligned(count: int) -> int:
 
 
 def pack(shape: SiteShape, branch: Branch) -> tuple[int, Tensor]:
-    """rank, and float32 [shape.size(rank)] of what an adapter adds there. Ranks that a part has no use for are left out.
+    """rank, and float32 [shape.size(rank)] of what an adapter adds there. What a part has no use for is left out.
 
     ValueError where it has more than there is room for.
     """
@@ -129,7 +129,7 @@ class Shelf:
 
 
 class DeviceSite:
-    """A layer's part in it. tiles int32 [n, 3] on the device: (part, first output, end), of BLOCK_N outputs or fewer."""
+    """A layer's part in it. tiles int32 [n, 3] on the device: (part, first output, end), at most BLOCK_N outputs."""
 
     def __init__(self, shelf: Shelf, number: int, device: torch.device) -> None:
         self.shelf, self.number, self.shape = shelf, number, shelf.shapes[number]
@@ -153,23 +153,33 @@ class DeviceSite:
 
 
 def torch_add(site: DeviceSite, x: Tensor, y: Tensor, rows: Grouped) -> None:
-    """The same in torch: all rows by every adapter, of which each row takes its own."""
-    shape, shelf, count = site.shape, site.shelf, len(x)
+    """The same in torch: every row by every adapter, of which it takes its own."""
+    shape, shelf, ranks, device = site.shape, site.shelf, site.ranks, x.device
+    count, parts = len(x), len(shape.parts)
     owners = rows.owners[:, None].expand(-1, ROWS).reshape(-1)
     places = torch.where(owners > 0, rows.order.clamp(max=count), count).long()
-    ids = torch.zeros(count + 1, dtype=torch.int32, device=x.device).scatter_(0, places, owners)[:count]
-    wide, number = x.float(), torch.arange(site.ranks, device=x.device)
-    columns, outputs = (torch.arange(n, device=x.device) for n in (shape.in_features, shape.out_features))
-    before = y.float()
-    for index in range(1, shelf.capacity + 1):
-        begin, rank = shelf.table[index].view(-1, 2)[site.number].long().unbind()
-        memory, kept = shelf.memory[index - 1], number < rank
-        behind = (len(shape.parts) * rank * shape.in_features + UNIT - 1) // UNIT
-        for part, (first, end) in enumerate(shape.parts):
-            at = begin * UNIT + (part * rank + number)[:, None] * shape.in_features + columns
-            down = memory[torch.where(kept[:, None], at, 0)].float() * kept[:, None]
-            at = (begin + behind) * UNIT + number[:, None] * shape.out_features + outputs[first:end]
-            up = memory[torch.where(kept[:, None], at, 0)].float() * kept[:, None]
-            added = (before[:, first:end] + wide @ down.T @ up).to(y.dtype)
-            mine = ((ids == index) & (rank > 0))[:, None]
-            y[:, first:end] = torch.where(mine, added, y[:, first:end])
+    ids = torch.zeros(count + 1, dtype=torch.int32, device=device).scatter_(0, places, owners)[:count].long()
+    entries = shelf.table[1:].view(shelf.capacity, -1, 2)[:, site.number].long()
+    begin, rank = (entries[:, each].view(-1, 1, 1) for each in range(2))
+    number, part = torch.arange(parts * ranks, device=device) % ranks, torch.arange(parts, device=device)
+    lines = part.repeat_interleave(ranks) * rank[:, 0] + number
+    columns, outputs = (torch.arange(n, device=device) for n in (shape.in_features, shape.out_features))
+
+    def matrix(at: Tensor, numbers: Tensor) -> Tensor:
+        """[capacity, len(numbers), width]; zeros of ranks that there are not."""
+        kept = numbers[:, None] < rank
+        found = shelf.memory.gather(1, torch.where(kept, at, 0).flatten(1)).view(at.shape)
+        return torch.where(kept, found.float(), 0.0)
+
+    down = matrix(begin * UNIT + lines[:, :, None] * shape.in_features + columns, number)
+    behind = (parts * rank * shape.in_features + UNIT - 1) // UNIT
+    own = number[:ranks]
+    up = matrix((begin + behind) * UNIT + own[:, None] * shape.out_features + outputs, own)
+    inner = (x.float() @ down.transpose(1, 2)).view(shelf.capacity, count, parts, ranks)
+    added = torch.empty((shelf.capacity, count, shape.out_features), device=device)
+    for number_of, (first, end) in enumerate(shape.parts):
+        added[:, :, first:end] = inner[:, :, number_of] @ up[:, :, first:end]
+    index = (ids - 1).clamp(min=0)
+    mine = (ids > 0) & (rank.flatten()[index] > 0)
+    mixed = y.float() + added[index, torch.arange(count, device=device)]
+    y.copy_(torch.where(mine[:, None], mixed.to(y.dtype), y))

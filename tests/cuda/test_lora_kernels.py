@@ -10,7 +10,8 @@ from torch import Tensor
 from tests.cuda.test_triton import DEVICE, NARROW, randn  # first: it says how kernels are to run
 
 from engine.ops.lora import Branch, Factors  # isort: skip
-from engine.ops.lora_device import NO_ROW, ROWS, UNIT, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks, torch_add  # isort: skip
+from engine.ops import lora_device  # isort: skip
+from engine.ops.lora_device import NO_ROW, ROWS, UNIT, DeviceSite, Grouped, Shelf, SiteShape  # isort: skip
 from engine.ops.triton import lora as kernels  # isort: skip
 
 CAPACITY = 3
@@ -28,7 +29,9 @@ def few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernels, "BLOCK_K_BYTES", 64)
 
 
-def an_adapter(shapes: dict[int, SiteShape], rank: int, seed: int, parts: int = 9) -> tuple[dict[int, Branch], list[Tensor]]:
+def an_adapter(
+    shapes: dict[int, SiteShape], rank: int, seed: int, parts: int = 9
+) -> tuple[dict[int, Branch], list[Tensor]]:
     """Branches by site, of the first `parts` parts, and what they come to: B A [out, in] of each shape."""
     branches, whole = {}, []
     for number, shape in shapes.items():
@@ -64,9 +67,9 @@ def a_shelf(dtype: torch.dtype) -> tuple[Shelf, list[DeviceSite], dict[int, list
 
 
 def grouped(ids: list[int], blocks: int | None = None) -> Grouped:
-    blocks = num_blocks(len(ids), CAPACITY) if blocks is None else blocks
+    blocks = lora_device.num_blocks(len(ids), CAPACITY) if blocks is None else blocks
     order, owners = np.zeros(blocks * ROWS, np.int32), np.zeros(blocks, np.int32)
-    group(np.array(ids, np.int32), order, owners)
+    lora_device.group(np.array(ids, np.int32), order, owners)
     return Grouped(torch.from_numpy(order).to(DEVICE), torch.from_numpy(owners).to(DEVICE))
 
 
@@ -75,7 +78,7 @@ IDS = [0, 2, 1, 0, 1, 3, 1, 0, 2, *[1] * 32, 3]
 
 def test_rows_are_grouped_by_adapter() -> None:
     rows = grouped(IDS)
-    assert len(rows.owners) == num_blocks(len(IDS), CAPACITY)
+    assert len(rows.owners) == lora_device.num_blocks(len(IDS), CAPACITY)
     found = {}
     for block, owner in enumerate(rows.owners.tolist()):
         own = [row for row in rows.order[block * ROWS : (block + 1) * ROWS].tolist() if row != NO_ROW]
@@ -92,7 +95,7 @@ def test_rows_are_grouped_by_adapter() -> None:
 @pytest.mark.parametrize("dtype", NARROW)
 @pytest.mark.parametrize("way", ["torch", "kernels", "halves"])
 def test_every_row_gets_what_its_adapter_adds(dtype: torch.dtype, way: str) -> None:
-    shelf, sites, whole = a_shelf(dtype)
+    _, sites, whole = a_shelf(dtype)
     rows = grouped(IDS)
     for number, site in enumerate(sites):
         # Of wider memory, as parts of a fused result are.
@@ -104,7 +107,7 @@ def test_every_row_gets_what_its_adapter_adds(dtype: torch.dtype, way: str) -> N
                 expected[row] += whole[index][number].to(DEVICE) @ x[row].float()
         before = y.clone()
         if way == "torch":
-            torch_add(site, x, y, rows)
+            lora_device.torch_add(site, x, y, rows)
         else:
             kernels.add(site, x, y, rows, halves=way == "halves")
         # Factors are rounded to the layer's type, and so is the sum.
@@ -115,7 +118,7 @@ def test_every_row_gets_what_its_adapter_adds(dtype: torch.dtype, way: str) -> N
 
 
 def test_a_row_has_the_same_bits_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
-    shelf, (site, _), _ = a_shelf(NARROW[1])
+    _, (site, _), _ = a_shelf(NARROW[1])
     x, y = (randn(len(IDS), n, dtype=NARROW[1], seed=n) for n in (FUSED.in_features, FUSED.out_features))
     together = y.clone()
     kernels.add(site, x, together, grouped(IDS))
@@ -132,7 +135,7 @@ def test_a_row_has_the_same_bits_in_any_company(monkeypatch: pytest.MonkeyPatch)
 
 def test_rows_that_are_not_there_are_not_touched() -> None:
     """A graph may be warmed up while what lies there is of a larger step."""
-    shelf, (site, _), _ = a_shelf(torch.float32)
+    _, (site, _), _ = a_shelf(torch.float32)
     rows = grouped(IDS)
     x, y = randn(len(IDS), FUSED.in_features), torch.zeros(len(IDS), FUSED.out_features, device=DEVICE)
     kernels.add(site, x[:3], y[:3], rows)
@@ -148,7 +151,7 @@ def test_an_adapter_whose_factors_cross_parts_is_taken_apart() -> None:
     assert table.tolist() == [0, UNIT] and len(data) == FUSED.size(UNIT)
     shelf.memory, shelf.table = data[None].to(DEVICE), torch.stack((table * 0, table)).to(DEVICE)
     x, y = randn(4, INPUTS[0]), torch.zeros(4, 186, device=DEVICE)
-    torch_add(DeviceSite(shelf, 0, DEVICE), x, y, grouped([1, 0, 1, 1]))
+    lora_device.torch_add(DeviceSite(shelf, 0, DEVICE), x, y, grouped([1, 0, 1, 1]))
     expected = (x.cpu() @ (up @ down).T).to(DEVICE)
     expected[1] = 0
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)

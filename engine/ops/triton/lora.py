@@ -1,9 +1,9 @@
-"""y += B (A x) of LoRA adapters in two launches: A of every row's adapter, then B. Called by ops/lora_device.py on CUDA
-tensors; `torch_add` there is the reference.
+"""y += B (A x) of LoRA adapters in two launches: A of every row's adapter, then B. Called by ops/lora_device.py on
+CUDA tensors; `torch_add` there is the reference.
 
 A program computes the rows of one block, which have one adapter, so that its matrices are read once for all of them.
-Blocks of nobody, and ranks that an adapter has not, end at once. A is summed in parts of the inputs, each in the order of
-the inputs and all in theirs, cut by the layer's size alone: a row has the same bits in any company.
+Blocks of nobody, and ranks that an adapter has not, end at once. A is summed in parts of the inputs, each in their
+order and then one after the other, cut by the layer's size alone: a row has the same bits in any company.
 """
 
 from __future__ import annotations
