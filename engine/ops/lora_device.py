@@ -145,11 +145,31 @@ class DeviceSite:
     def add(self, x: Tensor, y: Tensor, rows: Grouped) -> None:
         """x [T, in], and y [T, out] what the layer beneath made of it; in place."""
         if on_gpu(x):
-            from engine.ops.triton import lora as kernels
-
-            kernels.add(self, x, y, rows)
+            self.by_kernels(x, y, rows)
         else:
             torch_add(self, x, y, rows)
+
+    def by_kernels(self, x: Tensor, y: Tensor, rows: Grouped, *, halves: bool | None = None) -> None:
+        """The same. halves: for tests."""
+        from engine.ops.triton import lora as kernels
+
+        assert x.shape[1] == self.shape.in_features and y.shape[1] == self.shape.out_features
+        kernels.add(
+            x,
+            y,
+            self.shelf.memory,
+            self.shelf.table,
+            rows.order,
+            rows.owners,
+            self.tiles,
+            number=self.number,
+            parts=len(self.shape.parts),
+            ranks=self.ranks,
+            unit=UNIT,
+            width=BLOCK_N,
+            aligned=self.aligned,
+            halves=halves,
+        )
 
 
 def torch_add(site: DeviceSite, x: Tensor, y: Tensor, rows: Grouped) -> None:

@@ -185,7 +185,6 @@ def recurrent(dtype: torch.dtype, rows: int) -> None:
 def adapters(dtype: torch.dtype, rows: int) -> None:
     """The fused layer of queries, keys and values, and one whose outputs begin on no multiple of 16."""
     from engine.ops.lora_device import DeviceSite, Grouped, Shelf, SiteShape
-    from engine.ops.triton import lora
 
     fused = SiteShape(2048, 3072, ((0, 2048), (2048, 2560), (2560, 3072)), 64)
     shelf = Shelf([fused, SiteShape(8192, 2045, ((0, 2045),), 64)], 8, dtype)
@@ -195,7 +194,7 @@ def adapters(dtype: torch.dtype, rows: int) -> None:
     given = Grouped(torch.empty(blocks * 32, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32))
     for number, shape in enumerate(shelf.shapes):
         x, y = torch.empty(rows, shape.in_features, dtype=dtype), torch.empty(rows, shape.out_features, dtype=dtype)
-        lora.add(DeviceSite(shelf, number, x.device), x, y, given)
+        DeviceSite(shelf, number, x.device).by_kernels(x, y, given)
 
 
 def main() -> None:

@@ -242,7 +242,7 @@ async def test_adapters_are_there_after_a_sleep_and_new_weights(level: int, tmp_
     executor = make_executor(SMALL, device=device, model=load(None), load=load)
     executor.close = lambda: None  # type: ignore[method-assign]
     (adapter,) = adapters_of("llama", executor, tmp_path, count=1)
-    first = [one(adapter), one(None)]
+    first = [dataclasses.replace(one(each), request_id=f"r{n}") for n, each in enumerate((adapter, None))]
     wanted = [expected("llama", request) for request in first]
     assert await serve(executor, first) == wanted
     executor.sleep(level)

@@ -109,7 +109,7 @@ def test_every_row_gets_what_its_adapter_adds(dtype: torch.dtype, way: str) -> N
         if way == "torch":
             lora_device.torch_add(site, x, y, rows)
         else:
-            kernels.add(site, x, y, rows, halves=way == "halves")
+            site.by_kernels(x, y, rows, halves=way == "halves")
         # Factors are rounded to the layer's type, and so is the sum.
         tolerance = 1e-4 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance)
@@ -121,15 +121,15 @@ def test_a_row_has_the_same_bits_in_any_company(monkeypatch: pytest.MonkeyPatch)
     _, (site, _), _ = a_shelf(NARROW[1])
     x, y = (randn(len(IDS), n, dtype=NARROW[1], seed=n) for n in (FUSED.in_features, FUSED.out_features))
     together = y.clone()
-    kernels.add(site, x, together, grouped(IDS))
+    site.by_kernels(x, together, grouped(IDS))
     for row in (1, 2, 41):
         alone = y[row : row + 1].clone()
-        kernels.add(site, x[row : row + 1], alone, grouped([IDS[row]]))
+        site.by_kernels(x[row : row + 1], alone, grouped([IDS[row]]))
         assert torch.equal(alone[0], together[row]), row
     # Many blocks, whose programs go through all inputs.
     monkeypatch.setattr(kernels, "FEW_BLOCKS", 0)
     again = y.clone()
-    kernels.add(site, x, again, grouped(IDS, blocks=8))
+    site.by_kernels(x, again, grouped(IDS, blocks=8))
     assert torch.equal(again, together)
 
 
@@ -138,7 +138,7 @@ def test_rows_that_are_not_there_are_not_touched() -> None:
     _, (site, _), _ = a_shelf(torch.float32)
     rows = grouped(IDS)
     x, y = randn(len(IDS), FUSED.in_features), torch.zeros(len(IDS), FUSED.out_features, device=DEVICE)
-    kernels.add(site, x[:3], y[:3], rows)
+    site.by_kernels(x[:3], y[:3], rows)
     assert y[1:3].abs().sum() > 0 and not y[3:].any()
 
 

@@ -8,17 +8,12 @@ order and then one after the other, cut by the layer's size alone: a row has the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from engine.ops.triton.pdl import launch_options, overlap
-
-if TYPE_CHECKING:
-    from engine.ops.lora_device import DeviceSite, Grouped
 
 # Parts of the inputs, at most so many and at least so long; each is a program's where there are few blocks.
 MOST_SPLITS, LEAST_SPLIT = 8, 512
@@ -158,67 +153,82 @@ def _expand(
     tl.store(y_at, (before + added).to(y_ptr.dtype.element_ty), mask=mask)
 
 
-def add(site: DeviceSite, x: Tensor, y: Tensor, rows: Grouped, *, halves: bool | None = None) -> None:
-    """See DeviceSite.add. halves: for tests."""
-    from engine.ops.lora_device import BLOCK_N, ROWS, UNIT
-
-    shape, shelf, blocks = site.shape, site.shelf, len(rows.owners)
+def add(
+    x: Tensor,
+    y: Tensor,
+    memory: Tensor,
+    table: Tensor,
+    order: Tensor,
+    owners: Tensor,
+    tiles: Tensor,
+    *,
+    number: int,
+    parts: int,
+    ranks: int,
+    unit: int,
+    width: int,
+    aligned: bool,
+    halves: bool | None = None,
+) -> None:
+    """See DeviceSite.add. number: of the site. ranks: of a part, at most. width: most outputs of a tile; aligned: they
+    begin on multiples of `unit`. halves: for tests."""
+    blocks, (count, in_features), out_features = len(owners), x.shape, y.shape[1]
     if not blocks:
         return
+    rows, sites = len(order) // blocks, table.shape[1] // 2
     x = x if x.stride(1) == 1 else x.contiguous()
-    assert y.stride(1) == 1 and x.shape == (len(y), shape.in_features) and y.shape[1] == shape.out_features
-    parts, ranks = len(shape.parts), site.ranks
-    split = max(LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(shape.in_features, MOST_SPLITS)))
+    assert y.stride(1) == 1 and len(y) == count and ranks % unit == 0
+    split = max(LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(in_features, MOST_SPLITS)))
     together = blocks > FEW_BLOCKS
-    splits = 1 if together else triton.cdiv(shape.in_features, split)
-    inner = torch.empty((splits, blocks * ROWS, parts * ranks), dtype=torch.float32, device=x.device)
-    _shrink[(blocks, parts * ranks // UNIT, splits)](
+    splits = 1 if together else triton.cdiv(in_features, split)
+    inner = torch.empty((splits, blocks * rows, parts * ranks), dtype=torch.float32, device=x.device)
+    _shrink[(blocks, parts * ranks // unit, splits)](
         x,
-        shelf.memory,
-        shelf.table,
-        rows.order,
-        rows.owners,
+        memory,
+        table,
+        order,
+        owners,
         inner,
-        len(x),
+        count,
         x.stride(0),
-        shape.in_features,
-        shelf.room,
-        len(shelf.shapes),
-        site.number,
+        in_features,
+        memory.stride(0),
+        sites,
+        number,
         RANKS=ranks,
         PARTS=parts,
         SPLIT=split,
         TOGETHER=together,
-        ROWS=ROWS,
-        UNIT=UNIT,
+        ROWS=rows,
+        UNIT=unit,
         BLOCK_K=BLOCK_K_BYTES // x.dtype.itemsize,
         num_warps=4,
         num_stages=3,
         **launch_options(),
     )
-    _expand[(blocks, len(site.tiles))](
+    _expand[(blocks, len(tiles))](
         y,
-        shelf.memory,
-        shelf.table,
-        rows.order,
-        rows.owners,
+        memory,
+        table,
+        order,
+        owners,
         inner,
-        site.tiles,
-        len(y),
+        tiles,
+        count,
         y.stride(0),
-        shape.in_features,
-        shape.out_features,
-        shelf.room,
-        len(shelf.shapes),
-        site.number,
+        in_features,
+        out_features,
+        memory.stride(0),
+        sites,
+        number,
         RANKS=ranks,
         PARTS=parts,
         SPLITS=splits,
-        ALIGNED=site.aligned,
-        HALVES=shelf.dtype == torch.bfloat16 if halves is None else halves,
-        ROWS=ROWS,
-        UNIT=UNIT,
-        BLOCK_N=BLOCK_N,
+        ALIGNED=aligned,
+        HALVES=memory.dtype == torch.bfloat16 if halves is None else halves,
+        ROWS=rows,
+        UNIT=unit,
+        BLOCK_N=width,
         num_warps=4,
         **launch_options(),
     )
