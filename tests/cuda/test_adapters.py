@@ -70,8 +70,12 @@ def a_model(name: str) -> CausalLM:
 
 @functools.cache
 def tensors_of(name: str, number: int) -> dict[str, torch.Tensor]:
+    return some_tensors(a_model(name), number)
+
+
+def some_tensors(model: CausalLM, number: int) -> dict[str, torch.Tensor]:
     """Of adapter 1, 2, ...: all layers, the first half of them, or all but those of queries."""
-    layers = a_model(name).adapted
+    layers = model.adapted
     assert isinstance(layers, AdaptedLayers)
     modules = in_layers(layers)
     chosen = {1: modules, 2: modules[: len(modules) // 2], 3: [each for each in modules if "q_proj" not in each]}
@@ -82,7 +86,11 @@ def tensors_of(name: str, number: int) -> dict[str, torch.Tensor]:
 def merged(name: str, number: int) -> CausalLM:
     """The model with an adapter's B A in its weights; 0 for none."""
     model = tiny_model.__wrapped__(json.dumps(MODELS[name]), max_adapters=CAPACITY)
-    tensors = tensors_of(name, number) if number else {}
+    return merge(model, tensors_of(name, number) if number else {})
+
+
+def merge(model: CausalLM, tensors: dict[str, torch.Tensor]) -> CausalLM:
+    """Twice what the factors come to is added to the model's weights."""
     layers = model.adapted
     assert isinstance(layers, AdaptedLayers)
     for key, down in tensors.items():
@@ -99,10 +107,15 @@ def merged(name: str, number: int) -> CausalLM:
 
 
 def adapters_of(name: str, executor: CUDAExecutor, folder: Path, count: int = 3) -> list[Adapter]:
+    return read(executor, folder, [tensors_of(name, number) for number in range(1, count + 1)])
+
+
+def read(executor: CUDAExecutor, folder: Path, adapters: Sequence[dict[str, torch.Tensor]]) -> list[Adapter]:
+    """Adapters 1, 2, ..., as they are merged."""
     found = []
-    for number in range(1, count + 1):
+    for number, tensors in enumerate(adapters, 1):
         rank = 2 + number
-        path = write(folder / f"a{number}", tensors_of(name, number), r=rank, lora_alpha=2 * rank)
+        path = write(folder / f"a{number}", tensors, r=rank, lora_alpha=2 * rank)
         weights = executor.read_adapter(path)
         found.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights))
     return found
@@ -213,16 +226,8 @@ async def test_whose_rows_are_is_sent_when_it_changes(tmp_path: Path) -> None:
     executor = make_executor(SMALL, device=device, model=a_model("llama"))
     (adapter,) = adapters_of("llama", executor, tmp_path, count=1)
     driver = Driver(executor)
-    slots = executor.staging[0].adapter
-    slots[:1] = 1
-    launch = executor.submit
-
-    def with_loads(forward_input: ForwardInput) -> CudaHandle:
-        forward_input.adapter_loads = [(1, adapter.weights)] if forward_input.step == 0 else []
-        return launch(forward_input)
-
-    executor.submit = with_loads  # type: ignore[method-assign]
-    await driver.run([prefill(1, [5, 6, 7])], {1: [1, 2, 3, 4]}, {1: GREEDY})
+    first = [prefill(1, [5, 6, 7])]
+    await driver.wait(driver.launch(first, {1: [1, 2, 3, 4]}, {1: GREEDY}, adapters=[adapter.weights]))
     for position in range(3, 7):
         await driver.run([decode(1, position)])
     before = dict(device.counts)
@@ -276,18 +281,11 @@ async def test_an_upload_that_fails_is_made_up_for(tmp_path: Path) -> None:
 
     executor._adapters._upload = once  # type: ignore[method-assign]
     driver = Driver(executor)
-    executor.staging[0].adapter[:1] = executor.staging[1].adapter[:1] = 1
-    launch = executor.submit
-
-    def with_loads(forward_input: ForwardInput) -> CudaHandle:
-        forward_input.adapter_loads = [(1, adapter.weights)] if forward_input.step == 0 else []
-        return launch(forward_input)
-
-    executor.submit = with_loads  # type: ignore[method-assign]
     prompt = one(adapter).prompt_token_ids[:12]
     with pytest.raises(ForwardError, match="out of device memory"):
-        await driver.run([prefill(1, prompt)], {1: [1, 2, 3, 4]}, {1: GREEDY})
-    token = await driver.run([prefill(1, prompt)], {1: [1, 2, 3, 4]}, {1: GREEDY})
+        first = driver.launch([prefill(1, prompt)], {1: [1, 2, 3, 4]}, {1: GREEDY}, adapters=[adapter.weights])
+        await driver.wait(first)
+    token = await driver.run([prefill(1, prompt)])
     assert token == [reference_next(merged("llama", 1), prompt, GREEDY)]
     executor.close()
 
