@@ -139,7 +139,7 @@ class DeviceSite:
             for part, (first, end) in enumerate(self.shape.parts)
             for begin in range(first, end, BLOCK_N)
         ]
-        self.tiles = torch.tensor(tiles, dtype=torch.int32, device=device)
+        self.tiles = torch.tensor(tiles, dtype=torch.int32).to(device)
         self.aligned = all(begin % UNIT == 0 for _, begin, _ in tiles) and self.shape.out_features % UNIT == 0
 
     def add(self, x: Tensor, y: Tensor, rows: Grouped) -> None:

@@ -671,7 +671,8 @@ def main(names: list[str]) -> None:
                 "Qwen3_5ForCausalLM",
             ):
                 config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
-                serve(f"adapters {architecture}", config, "auto", "bfloat16", "auto", [{}, {"top_k": 5}], adapters=2)
+                way = "torch" if architecture == "DeepseekV3ForCausalLM" else "auto"
+                serve(f"adapters {architecture}", config, way, "bfloat16", "auto", [{}, {"top_k": 5}], adapters=2)
         elif name == "features":
             for way in ("torch", "auto", "wrapper"):
                 serve(f"extras {way}", llama, way, "bfloat16", "auto", EXTRAS)
