@@ -43,7 +43,8 @@ class _Side:
     """Whose the rows of steps of one parity are, on the host and on the device. Owners lie first, then the order."""
 
     def __init__(self, layer: DeviceLayer, blocks: int) -> None:
-        self.blocks = blocks
+        # So that the order begins on a multiple of 16 bytes: kernels are compiled anew for pointers that do not.
+        self.blocks = blocks = -(-blocks // 4) * 4
         self.host = layer.pinned(4 * blocks * (1 + ROWS)).view(torch.int32)
         self.device = layer.zeros((blocks * (1 + ROWS),), torch.int32)
         self.array: Int32Array = self.host.numpy()
