@@ -8,6 +8,7 @@ on the device, metadata, sampled tokens. One waiter thread sleeps on events and 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -18,7 +19,7 @@ import torch
 
 from engine.config import StartupError
 from engine.executor.base import PageMemory, StepHandle
-from engine.executor.cuda_adapters import DeviceAdapters
+from engine.executor.cuda_adapters import CHAIN, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_draw import OpenSteps
@@ -60,6 +61,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         self._adapters = adapters
         if adapters is not None:
             self.graphs.families = (False, True)
+            self.pieces.adapting = functools.partial(adapters.used, CHAIN)
         # A step that came before the masks of the one ahead of it.
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None

@@ -39,6 +39,10 @@ class PinnedWeights:
     table: Tensor
 
 
+# The side that chains of graphs read, of whatever parity a step is.
+CHAIN = 2
+
+
 class _Side:
     """Whose the rows of steps of one parity are, on the host and on the device. Owners lie first, then the order."""
 
@@ -72,7 +76,7 @@ class DeviceAdapters:
         # By index: what has it, and what is not yet on its way to the device.
         self._held: dict[int, PinnedWeights] = {}
         self._pending: dict[int, PinnedWeights] = {}
-        self._sides = [_Side(layer, num_blocks(most_rows, layers.capacity)) for _ in range(2)]
+        self._sides = [_Side(layer, num_blocks(most_rows, layers.capacity)) for _ in range(3)]
         self.attach(model)
 
     @property
@@ -154,11 +158,17 @@ class DeviceAdapters:
             self.layer.upload(side.device[: side.to_send], side.host[: side.to_send])
             side.ids, side.to_send = known, 0
 
+    def copy_to_chain(self, parity: int, rows: int) -> None:
+        """What was noted for so many rows of this parity, to where chains read it; compute stream, in a launch."""
+        count = self._sides[parity].blocks + num_blocks(rows, self.capacity) * ROWS
+        self._sides[CHAIN].device[:count].copy_(self._sides[parity].device[:count])
+
     @contextlib.contextmanager
-    def used(self, parity: int, rows: int) -> Iterator[None]:
-        """What the model computes meanwhile are the rows that were noted for this parity: so many, padding included."""
+    def used(self, side: int, rows: int) -> Iterator[None]:
+        """What the model computes meanwhile are so many rows, padding included, that were noted for this parity; or
+        CHAIN."""
         self.rows.any = True
-        self.rows.on_device = self._sides[parity].view(num_blocks(rows, self.capacity))
+        self.rows.on_device = self._sides[side].view(num_blocks(rows, self.capacity))
         try:
             yield
         finally:

@@ -117,5 +117,6 @@ class Captures(DecodeSteps):
                 for size in reversed(self.pieces.sizes):
                     # Captures may be over by then.
                     if size in self.pieces.sizes:
-                        self.pieces.capture(self.model, size)
+                        for adapted in self.graphs.families:
+                            self.pieces.capture(self.model, size, adapted)
             self.layer.synchronize_all()

@@ -34,7 +34,9 @@ class DecodeSteps(DeviceState):
         key = self.graphs.key(rows, -(-longest // self.limits.page_size), side.parity, draw)
         size = key.size
         inside = self._pad(side, rows, size, count)
-        key = key._replace(adapted=self._note_adapters(staging.row_slot[:size], 1, side))
+        if self._has_adapters(staging.row_slot[:rows]):
+            key = key._replace(adapted=True)
+            self._note_adapters(staging.row_slot[:rows], 1, size, side)
         num_meta, plan = 0, None
         if self.attention.decode_needs_plan(size):
             num_meta, plan = self._decode_plan(forward_input, side, size)

@@ -38,12 +38,14 @@ class MixedSteps(DeviceState):
         """See `_launch_decode`."""
         layer, staging = self.layer, side.staging
         rows, tokens, decodes = forward_input.num_rows, forward_input.num_tokens, forward_input.num_decode_rows
-        adapted = self._note_adapters(staging.row_slot[:rows], staging.row_len[:rows], side)
-        size = None if adapted else self.pieces.size(tokens)
+        adapted = self._has_adapters(staging.row_slot[:rows])
+        size = self.pieces.size(tokens)
         with layer.on(self._compute):
-            chain = self.pieces.get(self.model, size) if size is not None else None
+            chain = self.pieces.get(self.model, size, adapted) if size is not None else None
         # What a chain reads is padded, and lies in one piece.
         size = tokens if chain is None or size is None else size
+        if adapted:
+            self._note_adapters(staging.row_slot[:rows], staging.row_len[:rows], size, side)
         metadata, of_groups = side.metadata.build(forward_input, self._tables), side.metadata.of_groups
         sampled = np.flatnonzero(staging.row_samples[:rows])
         inputs = staging.token_ids[:tokens], metadata.positions, *(group.kv_slots for group in of_groups)
@@ -107,6 +109,8 @@ class MixedSteps(DeviceState):
                     if chain is not None:
                         read = self.pieces.inputs(size)
                         read.copy_(side.meta[: read.numel()].view_as(read))
+                        if adapted and self._adapters is not None:
+                            self._adapters.copy_to_chain(side.parity, size)
                     if decodes:
                         step.decode, known = self._decode_rows(side, decodes, width)
                         token_ids[:decodes].copy_(known)

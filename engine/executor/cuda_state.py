@@ -118,13 +118,16 @@ class DeviceState:
             finally:
                 layer.record(side.uploaded)
 
-    def _note_adapters(self, slots: Int32Array, lengths: Int32Array | int, side: Side) -> bool:
-        """Whether rows of these seq slots, of so many tokens each, have adapters; whose they are then goes with the
-        step's other arrays."""
-        if self._adapters is None or not (ids := self._tables.adapter[slots]).any():
-            return False
-        self._adapters.note(np.repeat(ids, lengths), side.parity)
-        return True
+    def _has_adapters(self, slots: Int32Array) -> bool:
+        """Whether any of these seq slots has one."""
+        return self._adapters is not None and bool(self._tables.adapter[slots].any())
+
+    def _note_adapters(self, slots: Int32Array, lengths: Int32Array | int, size: int, side: Side) -> None:
+        """Whose the rows of a step are goes with its other arrays: of these seq slots, so many tokens of each, and
+        nobody's up to `size`."""
+        assert self._adapters is not None
+        ids = np.repeat(self._tables.adapter[slots], lengths)
+        self._adapters.note(np.concatenate((ids, np.zeros(size - len(ids), np.int32))), side.parity)
 
     def _adapting(self, adapted: bool, side: Side, rows: int) -> AbstractContextManager[None]:
         """Where the model computes a step's rows, padding included; only inside `DeviceLayer.launch` or a capture."""

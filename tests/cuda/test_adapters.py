@@ -154,10 +154,15 @@ async def test_rows_of_many_adapters_and_of_none(name: str, attention: str, grap
         return graph
 
     executor.graphs.get = noting  # type: ignore[method-assign]
+    # Chains of graphs for the first prompts already.
+    executor.pieces._seen.update((size, adapted) for size in executor.pieces.sizes for adapted in (False, True))
+    chains = executor.pieces._chains = dict(executor.pieces._chains)
+    executor.pieces.clear = lambda: None  # type: ignore[method-assign]
     requests = asked(adapters_of(name, executor, tmp_path))
     tokens = await asyncio.wait_for(serve(executor, requests), 60)
     assert tokens == [expected(name, request) for request in requests]
     assert ((True, True) in families) == (graph != "off")
+    assert any(adapted for _, adapted in chains) == (graph != "off" and name != "states")
 
 
 async def test_adapters_come_and_go_while_steps_are_in_flight(tmp_path: Path) -> None:
