@@ -28,7 +28,6 @@ from engine.request import Adapter, Request
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.ordered_device import OrderedDevice
 from tests.cuda.support import (
-    GROUPED,
     HYBRID,
     SMALL,
     TINY,
@@ -52,7 +51,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_norm_eps": 1e-5,
         "tie_word_embeddings": True,
     },
-    "groups": GROUPED,
     "states": HYBRID,
 }
 CAPACITY = 2
@@ -136,7 +134,7 @@ def expected(name: str, request: Request) -> list[int]:
 
 @pytest.mark.parametrize(
     ("name", "attention", "graph"),
-    [("llama", "torch", "lazy"), ("llama", "xqa", "start"), ("llama", "wrapper", "lazy"), ("llama", "torch", "off")]
+    [("llama", "wrapper", "lazy"), ("llama", "xqa", "start"), ("llama", "torch", "off")]
     + [(name, "torch", "lazy") for name in MODELS if name != "llama"],
 )
 async def test_rows_of_many_adapters_and_of_none(name: str, attention: str, graph: str, tmp_path: Path) -> None:

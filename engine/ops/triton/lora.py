@@ -19,9 +19,11 @@ from engine.ops.triton.pdl import launch_options, overlap
 MOST_SPLITS, LEAST_SPLIT = 8, 512
 FEW_BLOCKS = 32
 BLOCK_K_BYTES = 256
+# Kernels are not compiled anew for a 1 or a multiple of 16 of these, amid serving.
+CHANGING = ("rows", "number")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _shrink(
     x_ptr,
     memory_ptr,
@@ -83,7 +85,7 @@ def _shrink(
     tl.store(inner_at, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=CHANGING)
 def _expand(
     y_ptr,
     memory_ptr,
