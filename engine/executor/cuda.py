@@ -8,6 +8,7 @@ on the device, metadata, sampled tokens. One waiter thread sleeps on events and 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ import torch
 
 from engine.config import StartupError
 from engine.executor.base import PageMemory, StepHandle
+from engine.executor.cuda_adapters import CHAIN, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_draw import OpenSteps
@@ -40,7 +42,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
     """An `Executor` on one device. See the module.
 
     attention: owns the KV memory, limits.num_pages + 1 pages. cuda_graph: lazy, start or off (cuda_graph.py).
-    load: reads the model from a directory, None for where `model` came from.
+    load: reads the model from a directory, None for where `model` came from. adapters: where the model has places for
+    any.
     """
 
     def __init__(
@@ -52,8 +55,13 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         *,
         cuda_graph: str = "lazy",
         load: Callable[[Path | None], CausalLM] | None = None,
+        adapters: DeviceAdapters | None = None,
     ) -> None:
         super().__init__(model, limits, layer, attention, cuda_graph)
+        self._adapters = adapters
+        if adapters is not None:
+            self.graphs.families = (False, True)
+            self.pieces.adapting = functools.partial(adapters.used, CHAIN)
         # A step that came before the masks of the one ahead of it.
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None
@@ -154,8 +162,11 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         return output
 
     def read_adapter(self, path: Path) -> AdapterWeights:
-        """See Executor. The start has refused adapters."""
-        raise AdapterError(f"adapter {path.name!r}: adapters are served on the CPU alone so far")
+        """See Executor."""
+        model: CausalLM | None = getattr(self, "model", None)
+        if self._adapters is None or model is None:
+            raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
+        return self._adapters.read(path, model.adapted)
 
     def page_memory(self) -> PageMemory:
         """See Executor."""
@@ -190,6 +201,9 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         self._tables.apply(forward_input)
         if self._lost_diffs:
             self._send_tables(handle)
+        if self._adapters is not None:
+            with self.layer.on(self._compute):
+                self._adapters.load(forward_input, handle)
         self._note_filters(forward_input)
         if (states := self._states) is not None:
             # First of all, and whatever becomes of the step: the cache counts on what it has saved.

@@ -85,7 +85,9 @@ class Captures(DecodeSteps):
         return found, tiles
 
     def _with_products(self, model: CausalLM) -> CausalLM:
-        """Another model of the same shapes, with what was found faster for the first one."""
+        """Another model of the same shapes, with what was found faster for the first one, and its adapters."""
+        if self._adapters is not None:
+            self._adapters.attach(model)
         for linear, (kind, ways) in zip(model.linears, self._faster, strict=False):
             if linear.kind == kind:
                 linear.ways = ways
@@ -94,8 +96,8 @@ class Captures(DecodeSteps):
     def decode_once(self, rows: int = 1) -> None:
         """A decode step of padding rows: its kernels are built and loaded before a client waits for them. Blocks."""
         with self.layer.may_block():
-            for draw in ("plain", "filtered"):
-                key = self.graphs.key(rows, 1, 0, draw)
+            for draw, adapted in [("plain", each) for each in self.graphs.families] + [("filtered", False)]:
+                key = self.graphs.key(rows, 1, 0, draw)._replace(adapted=adapted)
                 if self.attention.decode_needs_plan(key.size):
                     # See capture_at_start.
                     self.layer.synchronize(self._sides[0].computed)
@@ -117,5 +119,6 @@ class Captures(DecodeSteps):
                 for size in reversed(self.pieces.sizes):
                     # Captures may be over by then.
                     if size in self.pieces.sizes:
-                        self.pieces.capture(self.model, size)
+                        for adapted in self.graphs.families:
+                            self.pieces.capture(self.model, size, adapted)
             self.layer.synchronize_all()

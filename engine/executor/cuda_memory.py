@@ -29,6 +29,8 @@ class MovingMemory(Captures):
             if "weights" in parts and level == 2:
                 self._reader()  # or it would never wake up
                 del self.model
+                if self._adapters is not None:
+                    self._adapters.release_memory()
             elif "weights" in parts:
                 self._offloaded = Offloaded(self.model)
             if "kv_cache" in parts:

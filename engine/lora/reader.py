@@ -28,6 +28,7 @@ from engine.models.loading.weights import OUTPUT
 from engine.ops.linear import Linear
 from engine.ops.lora import Branch, Factors, Replaced
 
+ON_HOST = "is computed on the CPU alone so far (--device cpu)"
 # Rows of a base weight that are held as float32 at once.
 CHUNK = 1024
 MAX_NAME = 100
@@ -143,11 +144,17 @@ class _Reader:
         first = next(iter(kinds.values()))
         place = self._resolver.find(path)
         if place is None:
-            stack = self._resolver.stack(path)
+            try:
+                stack = self._resolver.stack(path)
+            except KeyError:  # they are there, and nothing can be put into them
+                raise self._tensors.fail(first, f"is of experts, and {ON_HOST}") from None
             if stack is None:
                 raise self._tensors.fail(first, self._why_unknown(path))
+            if self._layers.on_device is not None:
+                raise self._tensors.fail(first, f"is of experts, and {ON_HOST}")
             self._stack(path, stack, kinds)
             return
+        self._check_device(path, place, kinds)
         for one, other in (("down", "up"), ("looked-up down", "looked-up up")):
             for has, lacks in ((one, other), (other, one)):
                 if has in kinds and lacks not in kinds:
@@ -174,6 +181,17 @@ class _Reader:
             raise self._tensors.fail(kinds["magnitude"], "there are no factors beside it")
         if "tokens" in kinds:
             self._token_outputs(path, place, kinds["tokens"])
+
+    def _check_device(self, path: str, place: Place, kinds: dict[str, str]) -> None:
+        """A GPU takes factors of the decoder's layers."""
+        served = self._layers.on_device
+        if served is None:
+            return
+        for kind, name in kinds.items():
+            if kind not in ("down", "up"):
+                raise self._tensors.fail(name, f"{kind} {ON_HOST}")
+            if place.site not in served:
+                raise self._tensors.fail(name, f"what is added to {path!r:.200} {ON_HOST}")
 
     def _why_unknown(self, path: str) -> str:
         outside = self._layers.spec.outside

@@ -148,6 +148,7 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     if is_served:
         recurrent(dtype, rows)
         coded_weights(dtype, rows)
+        adapters(dtype, rows)
     if rows == 1:  # open steps, and those with prompts
         sampling.sample_rows(logits, params, numbers, numbers, numbers, out, numbers, filtered=True)
 
@@ -200,6 +201,21 @@ def recurrent(dtype: torch.dtype, rows: int) -> None:
     recurrence.causal_conv(empty(rows, 2048), empty(3, 2048, kind=wide), None, empty(9, 2, 2048), where, silu=False)
     for silu in (False, True):
         recurrence.gate(v, v, silu=silu)
+
+
+def adapters(dtype: torch.dtype, rows: int) -> None:
+    """The fused layer of queries, keys and values, and one whose outputs begin on no multiple of 16."""
+    from engine.ops.lora_device import DeviceSite, Grouped, Shelf, SiteShape
+
+    fused = SiteShape(2048, 3072, ((0, 2048), (2048, 2560), (2560, 3072)), 64)
+    shelf = Shelf([fused, SiteShape(8192, 2045, ((0, 2045),), 64)], 8, dtype)
+    shelf.memory = torch.empty((8, shelf.room), dtype=dtype)
+    shelf.table = torch.empty((9, 4), dtype=torch.int32)
+    blocks = 8 if rows == 1 else 40
+    given = Grouped(torch.empty(blocks * 32, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32))
+    for number, shape in enumerate(shelf.shapes):
+        x, y = torch.empty(rows, shape.in_features, dtype=dtype), torch.empty(rows, shape.out_features, dtype=dtype)
+        DeviceSite(shelf, number, x.device).by_kernels(x, y, given)
 
 
 def main() -> None:
