@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.config import StartupError
@@ -24,7 +25,7 @@ from engine.executor.cuda_draw import OpenSteps
 from engine.executor.cuda_memory import MovingMemory
 from engine.executor.cuda_mixed import MixedSteps
 from engine.executor.cuda_waiter import Waiter
-from engine.forward import ForwardInput, ForwardOutput, Limits
+from engine.forward import FUTURE_TOKEN, NO_NUMBERS, ForwardInput, ForwardOutput, Limits
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
@@ -148,9 +149,14 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
             raise handle.error
         if not self._in_flight and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._capture_when_idle)
-        output = ForwardOutput(side.result[: handle.num_rows], handle.step)
+        tokens = side.result[: handle.num_rows]
+        output = ForwardOutput(tokens, handle.step)
         for read in handle.readers:
             read(output)
+        if tokens.min(initial=0) < FUTURE_TOKEN:
+            broken = np.flatnonzero(tokens == NO_NUMBERS)
+            output.broken += broken.tolist()
+            tokens[broken] = 0
         return output
 
     def read_adapter(self, path: Path) -> AdapterWeights:

@@ -19,7 +19,7 @@ from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_
 from engine.executor.cuda_start import SMALLER, build_cuda_executor, pick_dtype, pick_kv_dtype
 from engine.executor.start import describe_states
 from engine.flags import parse
-from engine.forward import DeviceLostError, ForwardError, Limits, PooledRow
+from engine.forward import DeviceLostError, ForwardError, ForwardInput, Limits, PooledRow, RowExtras
 from engine.ops.state import state_bytes
 from engine.request import Pooling, SamplingParams
 from tests.cuda.fake_device import FakeDevice
@@ -394,4 +394,63 @@ def test_staging_is_pinned_and_lies_in_one_block() -> None:
         for name in ("row_slot", "row_start", "token_ids", "table_index", "table_page", "sampling"):
             array = getattr(staging, name)
             assert side.arena.offset_of(array) % 64 == 0 and not np.any(array["seed"] if array.dtype.names else array)
+    executor.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("sampling", "extras"),
+    [
+        (GREEDY, []),
+        (SamplingParams(temperature=1.0, seed=1, top_p=0.9), []),
+        (
+            SamplingParams(temperature=1.0, seed=1, top_k=5),
+            [RowExtras(2, np.array(A[:5], np.int32), 5, 0.0, 0.5, 1.0, (), None, ((5, 6),), 2, None)],
+        ),
+    ],
+    ids=["greedy", "filtered", "open"],
+)
+async def test_rows_without_numbers_are_named_and_hurt_no_other(
+    monkeypatch: pytest.MonkeyPatch, value: float, sampling: SamplingParams, extras: list[RowExtras]
+) -> None:
+    """In steps with prompts, decode steps and graphs of them; nothing waits for it."""
+    device = FakeDevice(3, 0.3)
+    executor = make_executor(SMALL, device=device)
+    model = executor.model
+
+    def spoiled(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        if value < 0:
+            logits[1] = value
+        elif len(logits) > 1:
+            logits[1, 7] = value
+        return logits
+
+    raw, decode_logits = model.raw_logits, model.decode
+    monkeypatch.setattr(model, "raw_logits", lambda hidden: spoiled(raw(hidden)))
+    monkeypatch.setattr(model, "decode", lambda *given: spoiled(decode_logits(*given)))
+    driver, submit = Driver(executor), executor.submit
+
+    def with_extras(forward_input: ForwardInput) -> Any:
+        forward_input.extras = extras if forward_input.num_decode_rows == 0 else []
+        return submit(forward_input)
+
+    monkeypatch.setattr(executor, "submit", with_extras)
+    pages = {1: [1, 2, 3, 4], 2: [5, 6, 7, 8], 3: [9, 10, 11, 12]}
+    prompts = [A, A[:5], A[2:]]
+    asked = {1: GREEDY, 2: sampling, 3: GREEDY}
+    steps = [[prefill(slot, prompt) for slot, prompt in enumerate(prompts, 1)]]
+    steps += [[decode(slot, len(prompt) + more) for slot, prompt in enumerate(prompts, 1)] for more in range(5)]
+    found: list[list[int]] = [[], []]
+    # Of a row that may not say some things, that nothing is left is not told from that there was nothing.
+    told = [] if value < 0 and extras else [1]
+    for number, rows in enumerate(steps):
+        handle = driver.launch(rows, *((pages, asked) if number == 0 else ()))
+        output = await executor.wait(handle)
+        assert output.broken == told
+        assert (output.token_ids >= 0).all()
+        for tokens, token in zip(found, output.token_ids[[0, 2]].tolist(), strict=True):
+            tokens.append(token)
+    assert device.counts["replay"] > 0
+    assert found == [continuation(CudaAdapter(), prompts[index], 6) for index in (0, 2)]
     executor.close()
