@@ -611,7 +611,12 @@ def signatures() -> None:
 
     prefill, decode = flashinfer.BatchPrefillWithPagedKVCacheWrapper, flashinfer.BatchDecodeWithPagedKVCacheWrapper
     found = {}
+    latent = flashinfer.mla.BatchMLAPagedAttentionWrapper
     for name, call in {
+        "mla.__init__": latent.__init__,
+        "mla.plan": latent.plan,
+        "mla.run": latent.run,
+        "mla.csr": flashinfer.mla.MLAPlanMetadata.csr,
         "prefill.__init__": prefill.__init__,
         "prefill.plan": prefill.plan,
         "prefill.run": prefill.run,

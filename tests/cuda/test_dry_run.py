@@ -73,6 +73,8 @@ def test_nothing_is_found(scenario: str) -> None:
         assert result["captured"] > 0
         # What a kit for the model would hold is at least what was asked for.
         assert set(result["modules"]) <= set(result["kit"]), result
+        # What we call beside FlashInfer's own wrapper, we call as that does.
+        assert result["forms"] in ({}, {"plan": [1, 9], "run": [1, 18]}), result
         for module, function in result["calls"]:
             assert function in entry_points(module), f"a kit is not asked whether {module} has {function}"
         if "torch" not in result["name"] and "float32" not in result["name"]:
@@ -80,7 +82,8 @@ def test_nothing_is_found(scenario: str) -> None:
     # And a kit is asked for no more than is called.
     called = {(module, what) for result in dry_run(scenario) for module, what in result["calls"]}
     for begin, functions in ENTRY_POINTS.items():
-        assert {what for module, what in called if module.startswith(begin)} == set(functions), begin
+        found = {what for module, what in called if module.startswith(begin)}
+        assert found == set(functions) or (scenario == "features" and not found), begin
     names = {result["name"].split()[0] for result in dry_run(scenario)}
     assert scenario == "features" or names == set(families())
 

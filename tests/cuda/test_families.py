@@ -13,7 +13,7 @@ from engine.ops.skinny import BLOCKS
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import DenseAttention, one_thread
 from tests.executor.driver import GREEDY, Driver, decode, prefill
-from tests.gpu.support import LATENT, TORCH_ATTENTION, WITH_STATES, executor, families, load
+from tests.gpu.support import TORCH_ATTENTION, WITH_STATES, executor, families, load
 
 PROMPT = [(37 * i + 11) % 990 + 3 for i in range(50)]
 
@@ -35,7 +35,7 @@ async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for position in range(len(PROMPT), len(PROMPT) + 7):
         tokens += await driver.run([decode(1, position)])
     # Where layers differ in more than their window or have states, a prompt is launched operation by operation.
-    in_pieces = model.attention_spec.common is not None and architecture not in TORCH_ATTENTION | WITH_STATES | LATENT
+    in_pieces = architecture not in TORCH_ATTENTION | WITH_STATES
     assert len(engine.pieces) == (2 if in_pieces else 0)
     engine.close()
     assert device.counts["replay"] > 0

@@ -264,8 +264,6 @@ WITH_STATES = {
     *("FalconH1ForCausalLM", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "NemotronHForCausalLM"),
     *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
 }
-# Their layers keep latents: kernels of FlashInfer's, but no chains of graphs.
-LATENT = {"DeepseekV3ForCausalLM"}
 # Their attention has no kernels on a GPU yet, and goes by torch.
 TORCH_ATTENTION = {
     *("Llama4ForCausalLM", "GptOssForCausalLM", "MiMoV2FlashForCausalLM"),
