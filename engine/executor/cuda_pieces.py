@@ -61,8 +61,8 @@ class Chain:
 class Pieces:
     """Chains of graphs by number of tokens, and the memory that they read and write: one step's at a time.
 
-    q [most, Hq, D], out [most, Hq, Dv]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of padding write
-    to the cell of padding.
+    q [most, Hq, D], out [most, Hq, Dv]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of
+    padding write to the cell of padding.
     """
 
     def __init__(

@@ -535,6 +535,8 @@ def count(name: str, config: dict[str, Any], rows: int, draw: str = "plain") -> 
             executor.choose_products()
             key = GraphKey(rows, executor.graphs.widths[0], 0, draw)
             executor._prepare(key)
+            if executor.attention.decode_needs_plan(rows):
+                executor._plan_padding(executor._sides[0], key)
             graph = executor.layer.capture(lambda key=key, executor=executor: executor._decode(key))
             totals.append(len(graph))
             names.append(Counter(event.name for event in graph))

@@ -125,6 +125,7 @@ NODES = {
     "llama-3.2-1b:1:filtered": (6, 7),
     "qwen3-30b-a3b:1:plain": (11, 5),
     "qwen3-30b-a3b:64:plain": (13, 6),
+    "deepseek-v2-lite:1:plain": (25, -2),  # its first layer has no experts
 }
 
 
@@ -150,3 +151,6 @@ def test_the_kernels_that_a_model_needs_are_named() -> None:
     assert any(name.startswith("xqa_") and "head_dim_64" in name for name in modules), modules
     assert any(name.startswith("batch_prefill_") and name.endswith("_sm90") for name in modules)
     assert "sampling" not in modules, "filters are ours"
+    (latents,) = dry_run("deepseek-v2-lite:1:plain")
+    (name,) = latents["modules"]
+    assert name.startswith("batch_mla_attention_") and "ckv_512_head_dim_kpe_64" in name and name.endswith("_sm90")

@@ -136,6 +136,24 @@ def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: i
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "rot"), [(6, 1, 12, 12), (9, 2, 16, 8), (4, 0, 8, 8)])
+def test_rotate(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int) -> None:
+    """Ends of wider heads, in place; what is before them, and past the part that turns, stays."""
+    before = 20
+    both = [randn(5, count, before + dim, dtype=dtype) for count in (heads, kv_heads) if count]
+    q, k = both[0][..., before:], both[1][..., before:] if kv_heads else None
+    cos_sin = randn(32, rot, seed=4)
+    positions = torch.tensor([0, 7, 31, 7, 2], dtype=torch.int32, device=DEVICE)
+    expected = [each.clone() for each in both]
+    for each in expected:
+        torch_rotate(each[..., before:], cos_sin, positions)
+    rope.rotate(q, k, cos_sin, positions)
+    for ours, theirs in zip(both, expected, strict=True):
+        assert close(ours, theirs) and torch.equal(ours[..., :before], theirs[..., :before])
+        assert torch.equal(ours[..., before + rot :], theirs[..., before + rot :])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("blocks", [(2, 32, 1), BLOCKS[0]], ids=str)
 @pytest.mark.parametrize("rows", [1, 3, 4])
 @pytest.mark.parametrize("activation_name", [None, "silu", "gelu_tanh"])
