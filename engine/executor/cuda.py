@@ -8,6 +8,7 @@ on the device, metadata, sampled tokens. One waiter thread sleeps on events and 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
@@ -157,7 +158,23 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
             broken = np.flatnonzero(tokens == NO_NUMBERS)
             output.broken += broken.tolist()
             tokens[broken] = 0
+        if output.broken:
+            self._cleanse(handle, output.broken)
         return output
+
+    def _cleanse(self, handle: CudaHandle, rows: list[int]) -> None:
+        """Take what is no number out of these rows' pages, before others have them: kernels read whole pages, and what
+        lies behind a text counts with weight 0, which makes NaN of NaN. Behind a step in flight, which has these rows
+        once more."""
+        staging, page_size = handle.side.staging, self.limits.page_size
+        try:
+            with self.layer.on(self._compute):
+                for row in rows:
+                    slot, known = int(staging.row_slot[row]), int(staging.row_start[row] + staging.row_len[row])
+                    tables = self._page_tables[:, slot, : -(-(known + 1) // page_size)]
+                    self.layer.launch(functools.partial(self.attention.cleanse, tables))
+        except Exception as error:
+            self._judge(error)
 
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor. The start has refused adapters."""

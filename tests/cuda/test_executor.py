@@ -20,6 +20,7 @@ from engine.executor.cuda_start import SMALLER, build_cuda_executor, pick_dtype,
 from engine.executor.start import describe_states
 from engine.flags import parse
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, Limits, PooledRow, RowExtras
+from engine.ops.attention.device import DeviceAttention
 from engine.ops.state import state_bytes
 from engine.request import Pooling, SamplingParams
 from tests.cuda.fake_device import FakeDevice
@@ -453,4 +454,36 @@ async def test_rows_without_numbers_are_named_and_hurt_no_other(
             tokens.append(token)
     assert device.counts["replay"] > 0
     assert found == [continuation(CudaAdapter(), prompts[index], 6) for index in (0, 2)]
+    executor.close()
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
+async def test_pages_of_a_row_without_numbers_are_cleansed(kv_dtype: torch.dtype) -> None:
+    """Before others have them, behind a step that was launched meanwhile; what is a number stays."""
+    device = FakeDevice(4, 0.2)
+    model = tiny_model()
+    given: dict[str, Any] = {"num_pages": SMALL.num_pages, "page_size": SMALL.page_size, "dtype": torch.float32}
+    attention = DeviceAttention(model.attention_spec, kv_dtype=kv_dtype, device=device.device, **given)
+    executor = CUDAExecutor(model, SMALL, device, attention, cuda_graph="lazy")
+    driver = Driver(executor)
+    await driver.run([prefill(1, A), prefill(2, A)], {1: [1, 2, 3], 2: [4, 5, 6]}, {1: GREEDY, 2: GREEDY})
+    pools = [*attention.k_pools.values(), *attention.v_pools.values()]
+
+    def spoil() -> None:
+        for pool in pools:
+            pool[5, 1] = torch.nan
+
+    with device.on(executor._compute):
+        device.launch(spoil)
+    first, second = (driver.launch([decode(1, 7 + more), decode(2, 7 + more)]) for more in range(2))
+    assert (await executor.wait(first)).broken == [1]
+    assert (await executor.wait(second)).broken == [1]
+    with device.may_block():
+        device.synchronize_all()
+    for pool in pools:
+        numbers = pool.float()
+        assert numbers.isfinite().all()
+        # The two rows said the same up to there.
+        assert torch.equal(numbers[1], numbers[4]) and torch.equal(numbers[2, 0], numbers[5, 0])
+        assert numbers[1].any() and not numbers[5, 1].any() and numbers[2, 1].any()
     executor.close()
