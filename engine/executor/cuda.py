@@ -207,13 +207,13 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
         self._tables.apply(forward_input)
+        if (states := self._states) is not None:
+            # Before all that may fail, and whatever becomes of the step: the cache counts on what it has saved.
+            with self.layer.on(self._compute):
+                self.layer.launch(lambda: states.move(forward_input))
         if self._lost_diffs:
             self._send_tables(handle)
         self._note_filters(forward_input)
-        if (states := self._states) is not None:
-            # First of all, and whatever becomes of the step: the cache counts on what it has saved.
-            with self.layer.on(self._compute):
-                self.layer.launch(lambda: states.move(forward_input))
         rows = forward_input.num_rows
         slots = side.staging.row_slot[:rows]
         draw = "filtered" if self._filters[slots].any() else "plain"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -338,6 +339,33 @@ async def test_states_take_their_part_of_the_memory() -> None:
     executor.close()
     with pytest.raises(StartupError, match=r"^the recurrent states of --max-num-seqs 4 take"):
         built(kv_cache_bytes=4 * each)
+
+
+async def test_states_are_saved_by_a_step_that_fails_before_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a failed step the tables are sent anew, which needs memory."""
+    executor = make_executor(dataclasses.replace(SMALL, num_snapshots=2), model=tiny_model(json.dumps(HYBRID)))
+    driver, moved = Driver(executor), []
+    await driver.run([prefill(1, A)], {1: [1, 2, 3]}, {1: GREEDY})
+    states = executor._states
+    assert states is not None
+    move = states.move
+
+    def noting(step: ForwardInput) -> None:
+        moved.append(step.step)
+        move(step)
+
+    def without_memory(handle: object) -> None:
+        raise torch.OutOfMemoryError("none is left")
+
+    monkeypatch.setattr(states, "move", noting)
+    monkeypatch.setattr(executor, "_send_tables", without_memory)
+    executor._lost_diffs = True
+    with pytest.raises(ForwardError, match="out of device memory"):
+        await driver.run([decode(1, len(A))])
+    with executor.layer.may_block():
+        executor.layer.synchronize_all()
+    assert len(moved) == 1
+    executor.close()
 
 
 async def test_a_model_without_an_output_layer() -> None:
