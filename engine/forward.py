@@ -23,6 +23,8 @@ BoolArray = npt.NDArray[np.bool_]
 
 # In `token_ids`: the value is not known on the host; read `last_token[slot]` on the device.
 FUTURE_TOKEN = -1
+# In its place where a device found that a row's logits are no numbers.
+NO_NUMBERS = -2
 # Page 0 and slot 0 belong to padding rows (CUDA graphs); no sequence ever holds them.
 NULL_PAGE = 0
 NULL_SLOT = 0

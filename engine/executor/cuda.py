@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.config import StartupError
@@ -26,7 +27,7 @@ from engine.executor.cuda_draw import OpenSteps
 from engine.executor.cuda_memory import MovingMemory
 from engine.executor.cuda_mixed import MixedSteps
 from engine.executor.cuda_waiter import Waiter
-from engine.forward import ForwardInput, ForwardOutput, Limits
+from engine.forward import FUTURE_TOKEN, NO_NUMBERS, ForwardInput, ForwardOutput, Limits
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
@@ -156,10 +157,31 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
             raise handle.error
         if not self._in_flight and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._capture_when_idle)
-        output = ForwardOutput(side.result[: handle.num_rows], handle.step)
+        tokens = side.result[: handle.num_rows]
+        output = ForwardOutput(tokens, handle.step)
         for read in handle.readers:
             read(output)
+        if tokens.min(initial=0) < FUTURE_TOKEN:
+            broken = np.flatnonzero(tokens == NO_NUMBERS)
+            output.broken += broken.tolist()
+            tokens[broken] = 0
+        if output.broken:
+            self._cleanse(handle, output.broken)
         return output
+
+    def _cleanse(self, handle: CudaHandle, rows: list[int]) -> None:
+        """Take what is no number out of these rows' pages, before others have them: kernels read whole pages, and what
+        lies behind a text counts with weight 0, which makes NaN of NaN. Behind a step in flight, which has these rows
+        once more."""
+        staging, page_size = handle.side.staging, self.limits.page_size
+        try:
+            with self.layer.on(self._compute):
+                for row in rows:
+                    slot, known = int(staging.row_slot[row]), int(staging.row_start[row] + staging.row_len[row])
+                    tables = self._page_tables[:, slot, : -(-(known + 1) // page_size)]
+                    self.layer.launch(functools.partial(self.attention.cleanse, tables))
+        except Exception as error:
+            self._judge(error)
 
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor."""
@@ -199,16 +221,16 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
         self._tables.apply(forward_input)
+        if (states := self._states) is not None:
+            # Before all that may fail, and whatever becomes of the step: the cache counts on what it has saved.
+            with self.layer.on(self._compute):
+                self.layer.launch(lambda: states.move(forward_input))
         if self._lost_diffs:
             self._send_tables(handle)
         if self._adapters is not None:
             with self.layer.on(self._compute):
                 self._adapters.load(forward_input, handle)
         self._note_filters(forward_input)
-        if (states := self._states) is not None:
-            # First of all, and whatever becomes of the step: the cache counts on what it has saved.
-            with self.layer.on(self._compute):
-                self.layer.launch(lambda: states.move(forward_input))
         rows = forward_input.num_rows
         slots = side.staging.row_slot[:rows]
         draw = "filtered" if self._filters[slots].any() else "plain"

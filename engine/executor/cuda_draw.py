@@ -58,10 +58,11 @@ class OpenSteps(DeviceState):
                     x = allow(x, masked, bits)
                 if len(rows) < num_rows:
                     side.out[:num_rows].fill_(FUTURE_TOKEN)
-                draw(x, self._sampling, slots, positions, self._last_token, side.out, where, filtered=filtered)
+                given = x, self._sampling, slots, positions, self._last_token, side.out, where
+                draw(*given, filtered=filtered, masked=True)
                 if plan is None:
                     return
-                tokens = side.out.index_select(0, where.long())
+                tokens = self._last_token.index_select(0, wide)  # `out` may say that a row has none
                 extras.note(wide, tokens)
                 if figures is not None and asked is not None:
                     index = asked.long()

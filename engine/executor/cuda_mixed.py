@@ -16,7 +16,7 @@ from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_pieces import Chain
 from engine.executor.cuda_state import DeviceState
 from engine.executor.pooling import pooled_chunks, shape_of, token_types
-from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
+from engine.forward import FUTURE_TOKEN, ForwardInput, ForwardOutput, Int32Array
 from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, StepAttention, decode_inputs
 from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
@@ -100,7 +100,9 @@ class MixedSteps(DeviceState):
             if self.model.config.embedding.num_types > 1 and (kinds := token_types(pooled, tokens)) is not None:
                 (types,) = self._send_arrays([kinds.numpy().astype(np.int32)], handle)
             vectors = [
-                self._vector_out(handle, chunk.pooling, chunk.start + chunk.length) for chunk in pooled if chunk.ends
+                self._vector_out(handle, row.row, chunk.pooling, chunk.start + chunk.length)
+                for row, chunk in zip(forward_input.pooled, pooled, strict=True)
+                if chunk.ends
             ]
             found: list[Tensor] = []
 
@@ -185,11 +187,18 @@ class MixedSteps(DeviceState):
         )
         return out
 
-    def _vector_out(self, handle: CudaHandle, pooling: Pooling, num_tokens: int) -> Tensor:
+    def _vector_out(self, handle: CudaHandle, row: int, pooling: Pooling, num_tokens: int) -> Tensor:
         """Where a prompt's vector goes on the device, float32; it comes with the step's tokens."""
         shape = shape_of(pooling, self.model.config, num_tokens)
         out = self.layer.zeros((math.prod(shape[:-1]), shape[-1]), torch.int32)
-        self._bring(handle, out, lambda output, host: output.pooled.append(host.view(np.float32).reshape(shape).copy()))
+
+        def read(output: ForwardOutput, host: Int32Array) -> None:
+            vector = host.view(np.float32).reshape(shape).copy()
+            output.pooled.append(vector)
+            if np.isnan(vector).any():
+                output.broken.append(row)
+
+        self._bring(handle, out, read)
         return out.view(torch.float32).view(shape)
 
     def prompt_step(self, step: int, rows: int, length: int) -> ForwardInput:

@@ -62,8 +62,8 @@ class Chain:
 class Pieces:
     """Chains of graphs by number of tokens, and the memory that they read and write: one step's at a time.
 
-    q, out [most, Hq, D]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of padding write
-    to the cell of padding.
+    q [most, Hq, D], out [most, Hq, Dv]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of
+    padding write to the cell of padding.
     """
 
     def __init__(
@@ -71,7 +71,8 @@ class Pieces:
     ) -> None:
         # Where layers differ, no one buffer fits what their attentions read and write; recurrent states depend on the
         # rows of a step, as attention does.
-        shape = model.attention_spec.common
+        spec = model.attention_spec
+        shape = spec.common or spec.latent
         usable = enabled and shape is not None and limits.num_snapshots is None
         self._all = [size for size in SIZES if size <= limits.max_num_batched_tokens] if usable else []
         self.sizes = list(self._all)
@@ -82,12 +83,12 @@ class Pieces:
         # Where the model computes so many rows of which some have adapters; the executor's, if it has any.
         self.adapting: Callable[[int], AbstractContextManager[None]] | None = None
         most = max(self.sizes, default=0)
-        heads = (most, 0, 0) if shape is None else (most, shape.num_heads, shape.head_dim)
+        heads, dims = (0, (0, 0)) if shape is None else (shape.num_heads, (shape.head_dim, shape.value_dim))
         # Token ids, positions and every memory group's cells, each of as many as the step's size.
         self.num_inputs = 2 + len(limits.groups)
         self._inputs = layer.zeros((self.num_inputs * most,), torch.int32)
         # Rows of padding are computed with the others: of `out` they read zeros.
-        self.q, self.out = layer.zeros(heads, attention.dtype), layer.zeros(heads, attention.dtype)
+        self.q, self.out = (layer.zeros((most, heads, dim), attention.dtype) for dim in dims)
         self.hidden = layer.zeros((most, model.config.hidden_size), attention.dtype)
 
     def __len__(self) -> int:

@@ -161,24 +161,30 @@ def has_flashinfer() -> bool:
 
 
 def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
-    """FlashInfer where it is installed and all layers are of one plain shape, else torch.
+    """FlashInfer where it is installed and all layers are of one shape, plain or with latents, else torch.
 
     options: num_pages, page_size, groups, dtype, kv_dtype.
     """
-    alike = model.attention_spec.common is not None
-    if not alike or (module is None and not (layer.device.type == "cuda" and has_flashinfer())):
-        return DeviceAttention(model.attention_spec, device=layer.device, **options)
-    from engine.ops.attention.flashinfer import Backend
+    spec = model.attention_spec
+    known = spec.common is not None or spec.latent is not None
+    if not known or (module is None and not (layer.device.type == "cuda" and has_flashinfer())):
+        return DeviceAttention(spec, device=layer.device, **options)
+    from engine.ops.attention import flashinfer, flashinfer_latent
 
-    if layer.device.type == "cuda" and not has_xqa(torch.cuda.get_device_capability(layer.device)):
-        options["decode"] = "wrapper"
+    kind: Any = flashinfer_latent.Backend
+    special = {}
+    if spec.latent is None:
+        kind = flashinfer.Backend
+        if layer.device.type == "cuda" and not has_xqa(torch.cuda.get_device_capability(layer.device)):
+            special["decode"] = "wrapper"
     try:
-        return Backend(model.attention_spec, device=layer.device, module=module, **options)
+        backend: DeviceAttention = kind(spec, device=layer.device, module=module, **options, **special)
+        return backend
     except torch.OutOfMemoryError:
         raise
     except (ImportError, OSError, RuntimeError) as error:
         logger.warning("FlashInfer is installed but cannot be loaded: %s", error)
-        return DeviceAttention(model.attention_spec, device=layer.device, **options)
+        return DeviceAttention(spec, device=layer.device, **options)
 
 
 def place_adapters(
@@ -352,7 +358,8 @@ def build_cuda_executor(
                 executor.decode_once()
                 executor.choose_attention()
         text = attention.describe()
-        if model.attention_spec.common is None:
+        spec = model.attention_spec
+        if spec.common is None and spec.latent is None:
             text += ", for layers that differ in more than their window, or have sinks"
         elif module is None and not has_flashinfer():
             text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"

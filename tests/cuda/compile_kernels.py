@@ -131,6 +131,9 @@ def calls(dtype: torch.dtype, rows: int) -> None:
         for table in (empty(4096, 64, kind=torch.float32), None):
             norms = (empty(64), empty(64), 1e-6) if table is not None else None
             rope.rope_and_write_kv(q, k, v, table, empty(rows, kind=ints), empty(rows, kind=ints), *pools, norms)
+    latents = empty(rows, 1, 576)
+    table = empty(4096, 64, kind=torch.float32)
+    rope.rotate(empty(rows, 16, 576)[..., 512:], latents[..., 512:], table, empty(rows, kind=ints))
     for many in (rows, 64 * rows) if is_served else (rows,):  # the last of 64 rows: tiles of 64 and of 128
         gate_up, down = empty(16, 1536, 2048), empty(16, 2048, 768)
         tokens, ratings = empty(many, 2048), empty(many, 16)

@@ -49,7 +49,14 @@ FREE |= {"set_", "_unsafe_view", "empty_permuted"}
 # Operations whose result, or its size, the host must have.
 LOOKS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "bincount"}
 PROPERTIES = SimpleNamespace(
-    major=9, minor=0, multi_processor_count=132, name="NVIDIA H200", total_memory=140 * 2**30, warp_size=32
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    name="NVIDIA H200",
+    total_memory=140 * 2**30,
+    warp_size=32,
+    shared_memory_per_multiprocessor=228 * 1024,
+    shared_memory_per_block_optin=227 * 1024,
 )
 
 
@@ -73,6 +80,8 @@ class Log:
         self.modules: set[str] = set()
         # Functions of modules that were called: (module, function).
         self.calls: set[tuple[str, str]] = set()
+        # With which arguments.
+        self.forms: dict[tuple[str, str], set[tuple[str, ...]]] = {}
         self.capturing = False
         self.steps = False
         self.pinned: list[tuple[int, int]] = []
@@ -316,6 +325,13 @@ def _triton_launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     return launch
 
 
+def _form(argument: Any) -> str:
+    """What an argument is, for calls that are to be alike."""
+    if isinstance(argument, Tensor):
+        return f"{argument.dtype} [{argument.dim()}] {'device' if argument.is_cuda else 'host'}"
+    return type(argument).__name__
+
+
 class _Module:
     """Stands for a compiled module of FlashInfer."""
 
@@ -326,9 +342,13 @@ class _Module:
         if what.startswith("__"):
             raise AttributeError(what)
 
+        if what == "plan_with_staged_workspace_bytes":  # of what wraps a module, which is not there
+            raise AttributeError(what)
+
         def call(*args: Any) -> object:
             LOG.modules.add(self.name)
             LOG.calls.add((self.name, what))
+            LOG.forms.setdefault((self.name, what), set()).add(tuple(map(_form, args)))
             if what == "plan":
                 LOG.add("plan", self.name)
                 return [0] * 16
@@ -399,8 +419,8 @@ def make_executor(
     from engine.executor.cuda import CUDAExecutor
     from engine.executor.cuda_adapters import DeviceAdapters
     from engine.forward import Limits
+    from engine.ops.attention import flashinfer, flashinfer_latent
     from engine.ops.attention.device import DeviceAttention
-    from engine.ops.attention.flashinfer import Backend
 
     model = dummy_model(config, dtype, options.get("adapters", 0))
     limits = Limits(
@@ -423,8 +443,10 @@ def make_executor(
     attention: DeviceAttention
     if way == "torch":
         attention = DeviceAttention(model.attention_spec, **given)
+    elif model.attention_spec.latent is not None:
+        attention = flashinfer_latent.Backend(model.attention_spec, **given)
     else:
-        attention = Backend(model.attention_spec, decode=way, **given)
+        attention = flashinfer.Backend(model.attention_spec, decode=way, **given)
     layer = DryDevice(options.get("ours", 0.5))
     adapters = DeviceAdapters(model, layer, 16, 512) if limits.max_adapters else None  # type: ignore[arg-type]
     graph = options.get("graph", "lazy")
@@ -496,6 +518,10 @@ def serve(
     result["findings"] = dict(Counter(event.name for event in LOG.events if event.kind == "finding"))
     result["modules"] = sorted(LOG.modules)
     result["calls"] = sorted(LOG.calls)
+    # Of the modules that we call ourselves, beside FlashInfer's own calls at the start.
+    result["forms"] = {
+        what: [len(forms), len(min(forms))] for (name, what), forms in LOG.forms.items() if "_mla_" in name
+    }
     result["captured"] = sum(event.captured for event in LOG.events)
     print(json.dumps(result), flush=True)
 
@@ -568,6 +594,8 @@ def count(name: str, config: dict[str, Any], rows: int, draw: str = "plain") -> 
             executor.choose_products()
             key = GraphKey(rows, executor.graphs.widths[0], 0, kind, places == "adapters")
             executor._prepare(key)
+            if executor.attention.decode_needs_plan(rows):
+                executor._plan_padding(executor._sides[0], key)
             graph = executor.layer.capture(lambda key=key, executor=executor: executor._decode(key))
             totals.append(len(graph))
             names.append(Counter(event.name for event in graph))
@@ -644,7 +672,12 @@ def signatures() -> None:
 
     prefill, decode = flashinfer.BatchPrefillWithPagedKVCacheWrapper, flashinfer.BatchDecodeWithPagedKVCacheWrapper
     found = {}
+    latent = flashinfer.mla.BatchMLAPagedAttentionWrapper
     for name, call in {
+        "mla.__init__": latent.__init__,
+        "mla.plan": latent.plan,
+        "mla.run": latent.run,
+        "mla.csr": flashinfer.mla.MLAPlanMetadata.csr,
         "prefill.__init__": prefill.__init__,
         "prefill.plan": prefill.plan,
         "prefill.run": prefill.run,

@@ -27,7 +27,7 @@ from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops import native
-from engine.ops.attention import flashinfer
+from engine.ops.attention import flashinfer, flashinfer_latent
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.attention.sequence import attend_sequence
 from engine.ops.rope import apply_rope
@@ -229,6 +229,10 @@ def any_shape() -> Iterator[None]:
         mock.patch.object(flashinfer, "XQA_PAGE_SIZES", (4, 16)),
         mock.patch.object(flashinfer, "WORKSPACE_BYTES", 1024),
         mock.patch.object(flashinfer, "XQA_WORKSPACE_BYTES", 1024),
+        mock.patch.object(flashinfer_latent, "DTYPES", (torch.float32, torch.bfloat16, torch.float16)),
+        mock.patch.object(flashinfer_latent, "LATENT_DIMS", (12, 128, 256, 512)),
+        mock.patch.object(flashinfer_latent, "KEY_DIM", 4),
+        mock.patch.object(flashinfer_latent, "WORKSPACE_BYTES", 1024),
     ):
         yield
 
@@ -246,6 +250,8 @@ def make_attention(kind: str, model: CausalLM, limits: Limits, device: FakeDevic
         return DeviceAttention(model.attention_spec, **options)
     with any_shape():
         module = FakeFlashInfer(device, strict=False)
+        if model.attention_spec.latent is not None:
+            return flashinfer_latent.Backend(model.attention_spec, module=module, **options)
         return flashinfer.Backend(model.attention_spec, module=module, decode=kind, **options)
 
 

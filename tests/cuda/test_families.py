@@ -37,7 +37,7 @@ async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for position in range(len(PROMPT), len(PROMPT) + 7):
         tokens += await driver.run([decode(1, position)])
     # Where layers differ in more than their window or have states, a prompt is launched operation by operation.
-    in_pieces = model.attention_spec.common is not None and architecture not in TORCH_ATTENTION | WITH_STATES
+    in_pieces = architecture not in TORCH_ATTENTION | WITH_STATES
     assert len(engine.pieces) == (2 if in_pieces else 0)
     engine.close()
     assert device.counts["replay"] > 0

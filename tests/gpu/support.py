@@ -124,10 +124,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "NemotronForCausalLM": {"hidden_act": "relu2", "partial_rotary_factor": 0.5},
     "DeepseekV3ForCausalLM": {
-        "kv_lora_rank": 64,
+        "kv_lora_rank": 128,
         "q_lora_rank": 96,
         "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
+        "qk_rope_head_dim": 64,
         "v_head_dim": 32,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
@@ -267,7 +267,7 @@ WITH_STATES = {
 }
 # Their attention has no kernels on a GPU yet, and goes by torch.
 TORCH_ATTENTION = {
-    *("DeepseekV3ForCausalLM", "Llama4ForCausalLM", "GptOssForCausalLM", "MiMoV2FlashForCausalLM"),
+    *("Llama4ForCausalLM", "GptOssForCausalLM", "MiMoV2FlashForCausalLM"),
     *("Gemma3nForCausalLM", "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM", "LagunaForCausalLM"),
 }
 LIMITS = Limits(
@@ -322,15 +322,18 @@ def executor(
         "kv_dtype": kv_dtype,
         "device": layer.device,
     }
-    plain = model.attention_spec.common is not None
-    if attention == "torch" or not plain or (attention == "auto" and not HAS_FLASHINFER and module is None):
-        by_torch = DeviceAttention(model.attention_spec, **options)
+    spec = model.attention_spec
+    known = spec.common is not None or spec.latent is not None
+    if attention == "torch" or not known or (attention == "auto" and not HAS_FLASHINFER and module is None):
+        by_torch = DeviceAttention(spec, **options)
         return CUDAExecutor(model, limits, layer, by_torch, cuda_graph=cuda_graph, adapters=adapters)
-    from engine.ops.attention.flashinfer import Backend
+    from engine.ops.attention import flashinfer, flashinfer_latent
 
-    backend = Backend(
-        model.attention_spec, decode="auto" if attention == "auto" else attention, module=module, **options
-    )
+    backend: DeviceAttention
+    if spec.latent is not None:
+        backend = flashinfer_latent.Backend(spec, module=module, **options)
+    else:
+        backend = flashinfer.Backend(spec, decode=attention, module=module, **options)
     made = CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph, adapters=adapters)
     said = backend.describe()
     assert "torch" not in said and "; no " not in said, f"kernels are missing, so that this would test torch: {said}"

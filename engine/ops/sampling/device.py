@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.forward import NO_NUMBERS
 from engine.ops.sampling.layout import (
     MIN_LENGTH,
     MIN_P,
@@ -53,21 +54,42 @@ def draw(
     where: Tensor | None = None,
     *,
     filtered: bool,
+    masked: bool = False,
 ) -> None:
     """A token for each row of logits [R, V], to `last_token` by slot and to `out` [R], or where `where` says in it.
 
     params int32 [slots, WORDS]: rows of SAMPLING_DTYPE; slots, where int32 or int64 [R]; last_token, out int32.
     positions int32 [R]: index in its sequence of each new token. filtered: some row has top_k, top_p or min_p; without,
-    those fields are not looked at.
+    those fields are not looked at. `out` says NO_NUMBERS of rows in which there is a NaN or nothing finite;
+    `last_token` has some token of the vocabulary. masked: what a row may not say is -inf already, all of it maybe.
     """
     if on_gpu(logits):
         from engine.ops.triton.sampling import sample_rows
 
-        sample_rows(logits, params, slots, positions, last_token, out, where, filtered=filtered)
+        sample_rows(logits, params, slots, positions, last_token, out, where, filtered=filtered, masked=masked)
         return
+    draw_by_torch(logits, params, slots, positions, last_token, out, where, filtered=filtered, masked=masked)
+
+
+def draw_by_torch(
+    logits: Tensor,
+    params: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    last_token: Tensor,
+    out: Tensor,
+    where: Tensor | None,
+    *,
+    filtered: bool,
+    masked: bool,
+) -> None:
+    """`draw` without kernels of ours."""
     slots = slots.long()
     tokens = torch_sample(logits.float(), params.index_select(0, slots), positions, filtered=filtered)
     last_token.index_copy_(0, slots, tokens)
+    tops = logits.amax(-1)  # NaN where there is one
+    sane = torch.isfinite(tops) | (tops == -torch.inf) if masked else torch.isfinite(tops)
+    tokens = torch.where(sane, tokens, NO_NUMBERS)
     if where is None:
         out.copy_(tokens)
     else:
