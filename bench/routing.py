@@ -3,8 +3,9 @@
 Replicas are the real server (door, scheduler, radix cache, HTTP) over a device that computes nothing and takes as long
 as one that would: `python -m bench.routing worker --port P`. A step costs `--step-ms`, and more for each token of a
 prompt and each row. Loads: chats of many groups with a prefix each, of which one replica's cache holds a part, and
-conversations. How many a second is told in shares of what the replicas could do without any cache (`--load`), so that
-what waits behind prompts that were not cached is what is measured; a router's own time is told beside it.
+conversations, each about a text of its own. How many a second is told in shares of what the replicas could do without
+any cache (`--load`), so that what waits behind prompts that were not cached is what is measured; a router's own time
+is told beside it.
 
 `python -m bench.routing_ray` measures Ray Serve's replicas by it, `python -m bench.routing_smg` the router smg.
 """
@@ -19,13 +20,13 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import uvloop
 from aiohttp import web
 
-from bench.datasets import Job, Source, multi_turn_jobs, shared_prefix_jobs
+from bench.datasets import Job, Prompt, Source, multi_turn_jobs, shared_prefix_jobs
 from bench.figures import measure
 from bench.sending import Target, arrival_times, client, drive, send
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions, ServerOptions
@@ -95,7 +96,7 @@ def add_cost_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step-ms", type=float, default=16.0, help="of a step (default: %(default)s)")
     parser.add_argument("--token-ms", type=float, default=0.25, help="of a prompt's token (default: %(default)s)")
     parser.add_argument("--row-ms", type=float, default=0.1, help="of a row (default: %(default)s)")
-    parser.add_argument("--cache-tokens", type=int, default=32_768, help="of one replica's KV cache")
+    parser.add_argument("--cache-tokens", type=int, default=40_960, help="of one replica's KV cache")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="rows of one replica")
 
 
@@ -106,7 +107,8 @@ def add_load_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-prefixes", type=int, default=48)
     parser.add_argument("--prefix-len", type=int, default=1600, help="words that a group of prompts has in common")
     parser.add_argument("--turns", type=int, default=8, help="of a conversation")
-    parser.add_argument("--turn-len", type=int, default=400, help="words of a turn")
+    parser.add_argument("--opening-len", type=int, default=800, help="words that a conversation begins with")
+    parser.add_argument("--turn-len", type=int, default=150, help="words of a turn")
     parser.add_argument("--output-len", type=int, default=16)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=LOADS)
@@ -161,7 +163,7 @@ def make_jobs(load: str, arguments: argparse.Namespace, seed: int) -> list[Job]:
             output_len=arguments.output_len,
             seed=seed,
         )
-    return multi_turn_jobs(
+    jobs = multi_turn_jobs(
         Source(),
         -(-arguments.requests // arguments.turns),
         num_turns=arguments.turns,
@@ -169,6 +171,13 @@ def make_jobs(load: str, arguments: argparse.Namespace, seed: int) -> list[Job]:
         output_len=arguments.output_len,
         seed=seed,
     )
+    rng = np.random.default_rng((seed, 1))
+    return [replace(job, turns=(_opened(job.turns[0], rng, arguments), *job.turns[1:])) for job in jobs]
+
+
+def _opened(turn: Prompt, rng: np.random.Generator, arguments: argparse.Namespace) -> Prompt:
+    """A first turn with a text before it that is this conversation's alone."""
+    return f"{Source().prompt(rng, arguments.opening_len)} {turn}"
 
 
 def job_seconds(job: Job, costs: Costs, tokenizer: Tokenizer) -> float:
@@ -234,7 +243,8 @@ def in_turns(routers: Mapping[str, Opened], arguments: argparse.Namespace) -> Ro
                 with opened() as url:
                     row = asyncio.run(measure_load(url, load, arguments, arguments.seed + number))
                 rows[f"{name}, {load}"].append(row)
-                print(f"round {number + 1}: {name}, {load}: {row['ttft_p50_ms']:.0f} ms", file=sys.stderr, flush=True)
+                told = f"{row['ttft_p50_ms']:.0f} ms, {100 * row['hit_rate']:.0f}% cached"
+                print(f"round {number + 1}: {name}, {load}: {told}", file=sys.stderr, flush=True)
     return rows
 
 
