@@ -1,8 +1,8 @@
 """A worker of NVIDIA Dynamo: `python -m engine.integrations.dynamo --model ... --discovery-backend file`.
 
 Dynamo's frontend does HTTP, templates, tokens and tools, its router picks the worker; here is the engine alone, driven
-by dynamo.common.backend (extra [dynamo]). All flags of engine.serve but those of HTTP. The KV cache's events go to the
-router over ZeroMQ on this machine unless --kv-events-config says otherwise.
+by dynamo.common.backend (extra [dynamo], and ai-dynamo without what it requires). All flags of engine.serve but those
+of HTTP. The KV cache's events go to the router over ZeroMQ on this machine unless --kv-events-config says otherwise.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dynamo.common.backend import EngineConfig as Registration
-from dynamo.common.backend import LLMEngine, LlmRegistration, WorkerConfig
-from dynamo.common.backend.health_check import build_health_check_payload
-from dynamo.common.backend.publisher import ComponentSnapshot, ZmqSource
-from dynamo.common.backend.run import run
-from dynamo.common.utils.token_ids import token_ids_to_list
-from dynamo.llm.exceptions import EngineShutdown, HttpError, InvalidArgument
+try:
+    from dynamo.common.backend import EngineConfig as Registration
+    from dynamo.common.backend import LLMEngine, LlmRegistration, WorkerConfig
+    from dynamo.common.backend.health_check import build_health_check_payload
+    from dynamo.common.backend.publisher import ComponentSnapshot, ZmqSource
+    from dynamo.common.backend.run import run
+    from dynamo.common.utils.token_ids import token_ids_to_list
+    from dynamo.llm.exceptions import EngineShutdown, HttpError, InvalidArgument
+except ImportError as error:
+    # The extra cannot name ai-dynamo: what that requires is not all on the index that the rest comes from.
+    MISSING = (
+        f"a worker of Dynamo needs what is not here ({error}): pip install 'oneloop[dynamo]', "
+        "then pip install --no-deps ai-dynamo, of the same version as ai-dynamo-runtime"
+    )
+    if __name__ == "__main__":
+        sys.exit(f"error: {MISSING}")
+    raise ImportError(MISSING) from None
 
 from engine.build import Built, build_engine
 from engine.config import EngineConfig, ServerOptions, StartupError
