@@ -103,7 +103,7 @@ class Options:
             max_adapters=self.max_adapters,
         )
 
-    @property
+    @functools.cached_property
     def model(self) -> FakeModel:
         return FakeModel(self.vocab_size, EOS, self.eos_rate, self.windows, self.num_snapshots is not None)
 
@@ -123,7 +123,7 @@ class Options:
             count += pages if window is None else min(pages, kept)
         return count
 
-    @property
+    @functools.cached_property
     def cache_tokens(self) -> int:
         """Most tokens of one sequence that the pool can serve."""
         if None not in self.windows and self.pages_of(10**6) <= self.num_pages:
