@@ -411,7 +411,8 @@ class FakeExecutor:
         if forward_input.pooled:
             pooled = [row.row for row in forward_input.pooled]
             assert pooled == sorted(set(pooled)), f"pooled rows {pooled}"
-            assert all(continuing <= row < rows and not staging.row_samples[row] for row in pooled), "such a row samples"
+            assert continuing <= pooled[0] and pooled[-1] < rows, f"pooled rows {pooled} of {rows}"
+            assert not staging.row_samples[pooled].any(), "a pooled row samples"
         count = forward_input.num_table_diffs
         if count:
             index: list[int] = staging.table_index[:count].tolist()
@@ -483,7 +484,7 @@ class FakeExecutor:
         vectors = self._pool(forward_input, draws, above, row_tainted) if forward_input.pooled else []
         if self._extras:
             self._shape(draws, slots, parts)
-        tokens = [self._draws_of(slot).token(draw, end) for slot, draw, end in zip(slots, draws, ends, strict=True)]
+        tokens = self._sample(slots, draws, ends)
         if forward_input.masks is not None:
             masked = forward_input.masks.rows.tolist() if parts is None else parts.places
             for row, allowed in zip(masked, forward_input.masks.allowed(model.vocab_size), strict=True):
@@ -582,6 +583,11 @@ class FakeExecutor:
             assert given.slot in filled and self.limits.max_draft_tokens, "a slot speculates without a sampling row"
             adapter = self._adapters.number_of(given.slot)
             self._drafter.begin(given, Oracle(self.model, self._draws_of(given.slot), adapter))
+
+    def _sample(self, slots: list[int], draws: list[int], positions: list[int]) -> list[int]:
+        """Of each row, by how its slot samples."""
+        rows = zip(slots, draws, positions, strict=True)
+        return [self._draws_of(slot).token(draw, position) for slot, draw, position in rows]
 
     def _draws_of(self, slot: int) -> Draws:
         if slot not in self._draws:

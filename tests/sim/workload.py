@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from engine.cache.eviction.registry import EVICTION_POLICIES
+from engine.executor.fake_memory import mix_int
 from engine.executor.fake_oracle import FakeModel, expected_stream, expected_vector
 from engine.forward import Limits
 from engine.groups import Chunk, MemoryGroup
@@ -132,12 +133,6 @@ class Options:
         return next(whole) * self.page_size
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def _run_token(seed: int, place: int, vocab_size: int) -> int:
-    """Asked for again and again, and a generator's seed costs more than all else of a tick's constraint."""
-    return Random(f"run {seed} {place}").randrange(vocab_size)
-
-
 class Runs:
     """A constraint: `free` tokens as the model draws them, then `run` forced ones, and so on; `length` in all."""
 
@@ -152,7 +147,7 @@ class Runs:
     def token_at(self, place: int) -> int | None:
         if place % self.period < self.free or place >= self.length:
             return None
-        return _run_token(self.seed, place, self.vocab_size)
+        return mix_int(self.seed << 32 | place) % self.vocab_size
 
     def forced_tokens(self) -> list[int]:
         rest = itertools.count(self.num_seen)
