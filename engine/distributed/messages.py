@@ -16,7 +16,7 @@ import numpy.typing as npt
 import orjson
 
 from engine.executor.tables import PagedMetadata
-from engine.forward import ForwardInput, Limits
+from engine.forward import ForwardInput
 
 FORWARD, LOGITS, COMMAND, STATES, EMBEDDED = 1, 2, 3, 4, 5
 HEADER = 16
@@ -159,10 +159,3 @@ def read_text(message: Bytes) -> Any:
 
 def kind_of(message: Bytes) -> int:
     return int(message[:4].view(np.int32)[0])
-
-
-def limits_bytes(limits: Limits) -> int:
-    """`message_bytes` of an executor's limits."""
-    return message_bytes(
-        limits.max_num_seqs, limits.max_num_batched_tokens, limits.max_pages_per_seq, len(limits.groups)
-    )
