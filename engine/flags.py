@@ -593,8 +593,6 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             raise StartupError(f"--key-file: {error}") from None
     if args.ssl_keyfile and not args.ssl_certfile:
         raise StartupError("--ssl-keyfile needs --ssl-certfile")
-    if args.handover and args.resume_journal:
-        raise StartupError("--handover and --resume-journal do not go together: both processes would write the journal")
     keys = tuple(args.api_key or ()) or tuple(filter(None, [os.environ.get("ONELOOP_API_KEY")]))
     return EngineConfig(
         model=ModelOptions(
