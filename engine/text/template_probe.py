@@ -153,8 +153,9 @@ class _Probe:
             self._num_none = (self._text([_user(1)], self.shape) or "").count("None")
         self._ask_calls()
         if self.shape.tools == "lost" and self.shape.calls == "structured":
-            bare = self._text([_user(1)], self.shape)
-            if bare is not None and not any(name in bare for name in _NAMES):
+            bare = self._text([_user(1)], self.shape) or ""
+            written = self._text([_user(1), _calls(0), _result(0)], self.shape) or ""
+            if _CALLED[0] in written and not any(name in bare for name in _NAMES):
                 # It writes calls and says nothing of what can be called.
                 self._choose("tools", ("words",), [_user(1)], ["qzxuser1", "qzxparam", *_NAMES])
         self._ask_marks()
