@@ -340,6 +340,9 @@ class _Probe:
             before, closing = text[:thought], text[thought + len("qzxthought") : answer]
             opening = before[len(head) :] if before.startswith(head) else ""
             opening = opening or _last_tag(before)
+        elif channel := _CHANNEL.search(head):
+            # Gemma 4 begins an answer without reasoning behind an empty one, and cuts those of past answers.
+            opening, closing = channel.groups()
         else:
             opening = _last_tag(head)
             if _CLOSING.search(opening):
@@ -355,6 +358,7 @@ class _Probe:
 
 
 _THINKS = re.compile("think|reason", re.IGNORECASE)
+_CHANNEL = re.compile(r"(<\|channel>\w+\s*)(<channel\|>)\s*\Z")
 _CLOSING = re.compile(r"</\w*think\w*>|\[/THINK\]")
 _TAG = re.compile(r"(?:<[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])\s*\Z")
 

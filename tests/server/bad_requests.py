@@ -149,7 +149,7 @@ OLLAMA: list[Row] = [
     *((f"options.{name}", {name: value}) for name in NUMBER_HINTS for value in ("", "1", [], {}, True)),
     *((f"options.{name}", {name: value}) for name in FLAG_HINTS for value in ("", "true", [], {}, 1)),
     *(("options.mirostat", {"mirostat": value}) for value in ("0", False, {})),
-    *(("options.tfs_z", {"tfs_z": value}) for value in (0, 0.5, "1", True)),
+    *(("options.tfs_z", {"tfs_z": value}) for value in ("1", True, [])),
     *(("options.rope_frequency_base", {"rope_frequency_base": value}) for value in (1e6, "x")),
     *(("options.rope_frequency_scale", {"rope_frequency_scale": value}) for value in (0.5, "x")),
     *(("options.penalize_newline", {"penalize_newline": value, "repeat_penalty": 1.1}) for value in (False, 0, "", [])),

@@ -306,6 +306,24 @@ def test_a_template_of_many_whims() -> None:
     assert odd.render([*chat[:4], user("z")]).endswith('g{"b": 2}[system]Note.[user]z')
 
 
+def test_a_prefill_where_reasoning_is_cut_from_answers_and_an_empty_one_is_written() -> None:
+    gemma = made(
+        "{% for m in messages %}<|turn>{{ m.role }}\n"
+        "{{ (m.content or '').split('<channel|>')[-1].split('<|channel>')[0] }}"
+        "<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n"
+        "{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}"
+    )
+    head = "<|turn>user\nx<turn|>\n<|turn>model\n"
+    for begun in ("<|channel>thought\nSo", "<|channel>thought\nSo.\n<channel|>Ye"):
+        for thinks in (False, True):
+            options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+            options["kwargs"] = {"enable_thinking": thinks}
+            assert gemma.render([user("x"), says(begun)], **options) == head + begun
+    assert gemma.render([user("x"), says("Ye")], add_generation_prompt=False, continue_final_message=True).endswith(
+        "\nYe"
+    )
+
+
 def test_what_filters_make_of_a_list_is_json() -> None:
     source = "{{ tools | map(attribute='function') | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert made(source).render([user("x")], tools=[declared("f")]) == '[{"name": "f"}]x'
