@@ -273,7 +273,7 @@ class Adapter:
     """A LoRA adapter as it was loaded once: loading it again makes another one.
 
     version: unique among all that were ever loaded; with it pages of the radix tree are told apart, never by the name.
-    weights: the executor's own, opaque here. num_bytes: of them.
+    weights: the executor's own, opaque here. num_bytes: of them. digest: of their files, the same in every process.
     """
 
     name: str
@@ -282,6 +282,7 @@ class Adapter:
     rank: int
     num_bytes: int
     weights: Any
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)

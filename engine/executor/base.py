@@ -20,7 +20,8 @@ class StepHandle(Protocol):
 
 
 class PageMemory(Protocol):
-    """The KV memory as bytes, for whoever carries pages elsewhere. Its content is gone after Executor.sleep.
+    """The KV memory as bytes, for whoever carries pages elsewhere, or that of snapshots of recurrent states, whose ids
+    then take the place of pages'. Its content is gone after Executor.sleep.
 
     page_bytes: of one page, all layers' keys and values (and scales) one after the other in one fixed order.
     layout: memories of equal layouts may exchange bytes, where the same weights wrote them.
@@ -101,6 +102,10 @@ class Executor(Protocol):
 
     def page_memory(self) -> PageMemory:
         """The memory as it is until the next `sleep`. Raises StartupError where pages cannot be had as bytes."""
+        ...
+
+    def state_memory(self) -> PageMemory | None:
+        """The same of snapshots; None of a model without recurrent states. Raises StartupError."""
         ...
 
     def close(self) -> None:

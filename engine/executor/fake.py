@@ -71,6 +71,7 @@ from engine.forward import (
     Staging,
     StepLogprobs,
 )
+from engine.groups import name_of
 from engine.lora.words import AdapterWeights
 
 # What a row returns that read the leavings of a failed step. Such a row must never reach a client, so the
@@ -266,12 +267,20 @@ class FakeExecutor:
 
     def page_memory(self) -> HostPages:
         """See Executor.page_memory: what the cells hold, and what they were written for."""
-        if self.model.has_state or len(self.model.windows) > 1 or self.model.windows[0] is not None:
-            raise StartupError("pages of states and windows are not carried elsewhere")
         cells = self._cell_group, self._cell_position, self._cell_tainted, self._layer0, self._layer1
         size = self.limits.page_size
         pages = [array.view(np.uint8).reshape(self.limits.num_pages + 1, size * array.itemsize) for array in cells]
-        return HostPages(pages, f"fake {self.model.vocab_size} page {size}")
+        return HostPages(pages, f"fake {self.model.vocab_size} page {size}{name_of(self.limits.groups)}")
+
+    def state_memory(self) -> HostPages | None:
+        """See Executor.state_memory: what the states are, and of how many tokens."""
+        if not self.model.has_state:
+            return None
+        if not self.limits.num_snapshots:
+            raise StartupError("there is no room for a snapshot of this model's recurrent state beside the pages")
+        first, states = self.limits.num_slots - 1, self._states
+        arrays = [array[first:] for array in (states.value, states.position, states.tainted)]
+        return HostPages([array.view(np.uint8).reshape(len(array), -1) for array in arrays], "fake state")
 
     @staticmethod
     def _read(directory: Path | None) -> Path | None:

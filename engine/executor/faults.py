@@ -161,6 +161,10 @@ class FaultyExecutor:
         """See Executor."""
         return self.inner.page_memory()
 
+    def state_memory(self) -> PageMemory | None:
+        """See Executor."""
+        return self.inner.state_memory()
+
     def close(self) -> None:
         """See Executor."""
         self.inner.close()
