@@ -161,6 +161,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         """See Executor."""
         raise StartupError("pages are carried from and to host memory alone so far (--device cpu)")
 
+    def state_memory(self) -> PageMemory | None:
+        """See Executor."""
+        return None if self._states is None else self.page_memory()
+
     def close(self) -> None:
         """Finish what is launched, then free the device. Idempotent."""
         if self._closed:

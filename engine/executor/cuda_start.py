@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,7 @@ from engine.groups import plan_groups
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
+from engine.ops.device_coded import DeviceCodedLinear
 from engine.ops.state import state_bytes
 
 logger = logging.getLogger("oneloop.cuda")
@@ -74,6 +76,9 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
+    if coded := Counter(linear.form for linear in model.linears if isinstance(linear, DeviceCodedLinear)):
+        kinds = ", ".join(f"{count} {form}" for form, count in coded.most_common())
+        report.row("weights", f"{coded.total()} of {len(model.linears)} matrices stay codes ({kinds})")
     if given.spec.bidirectional:
         if config.cache.kv_cache_dtype != "auto":
             raise StartupError(f"--kv-cache-dtype {config.cache.kv_cache_dtype}: this model keeps no keys and values")
@@ -91,6 +96,7 @@ def start(given: Start) -> CUDAExecutor:
             kv_cache_dtype=config.cache.kv_cache_dtype,
             # Graphs are of decode steps.
             cuda_graph="off" if given.spec.headless else config.cuda.cuda_graph,
+            processed_logprobs=config.logprobs.processed,
             row=report.row,
             load=load,
         )
@@ -235,6 +241,7 @@ def build_cuda_executor(
     max_model_len: int,
     kv_cache_dtype: str = "auto",
     cuda_graph: str = "lazy",
+    processed_logprobs: bool = False,
     row: Callable[[str, str], None] = lambda name, text: None,
     module: Any = None,
     load: Callable[[Path | None], CausalLM] | None = None,
@@ -265,6 +272,7 @@ def build_cuda_executor(
             vocab_size=model.config.vocab_size,
             groups=groups,
             num_snapshots=num_snapshots,
+            processed_logprobs=processed_logprobs,
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:

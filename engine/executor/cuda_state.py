@@ -25,10 +25,8 @@ from engine.executor.tables import SlotTables
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
-from engine.ops.gated import Tile
 from engine.ops.sampling.device_extras import DeviceExtras
 from engine.ops.sampling.layout import WORDS
-from engine.ops.skinny import Blocks
 from engine.ops.state import States
 
 logger = logging.getLogger("oneloop.cuda")
@@ -80,7 +78,7 @@ class DeviceState:
         self._lost: DeviceLostError | None = None
         self._closed = False
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._faster: list[tuple[dict[int, Blocks], Tile | None]] = []
+        self._faster: list[tuple[str, Any]] = []
         # Held while memory moves, on another thread: no graph may be captured meanwhile.
         self._moving = threading.Lock()
 

@@ -200,7 +200,9 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
             token_ids = token_ids_to_list(request.get("token_ids")) or []
         except (TypeError, ValueError) as error:
             raise RequestError(f"`token_ids` cannot be read: {error}.", param="token_ids") from None
-        wanted = read(request, token_ids, self._built.generation_defaults, engine.limits.vocab_size)
+        vocab_size = engine.limits.vocab_size
+        most = engine.config.logprobs.most_of(vocab_size)
+        wanted = read(request, token_ids, self._built.generation_defaults, vocab_size, most)
         wanted = replace(wanted, sampling=without_eos(wanted.sampling, engine.eos_token_ids))
         self._check_name(wanted.model)
         if wanted.structure is None:

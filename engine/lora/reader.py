@@ -6,6 +6,9 @@ that names it: an adapter is served as it was trained or not at all.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -28,6 +31,7 @@ from engine.ops.lora import Branch, Factors, Replaced
 # Rows of a base weight that are held as float32 at once.
 CHUNK = 1024
 MAX_NAME = 100
+_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +44,7 @@ class LoadedWeights:
     base_model_name: str
     branches: Mapping[str, Branch]
     from_base: bool
+    digest: str
 
 
 @dataclass(slots=True)
@@ -64,10 +69,23 @@ def read_adapter(directory: Path, layers: AdaptedLayers, max_rank: int) -> Loade
         raise AdapterError(f"adapter {name}: there is no such directory")
     before = _state(directory)
     config = read_config(directory, name)
-    weights = _Reader(config, Tensors(directory, name), layers, max_rank).read()
+    digest = _digest(directory)
+    weights = _Reader(config, Tensors(directory, name), layers, max_rank, digest).read()
     if _state(directory) != before:
         raise AdapterError(f"adapter {name}: its files were changed while they were read; load it again")
     return weights
+
+
+def _digest(directory: Path) -> str:
+    """Of the bytes of those files."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, SAFETENSORS, PICKLED):
+        # What cannot be opened is said of the file when it is read.
+        with contextlib.suppress(OSError), (directory / name).open("rb") as file:
+            digest.update(f"{name} {os.fstat(file.fileno()).st_size} ".encode())
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def _state(directory: Path) -> list[tuple[int, int, int] | None]:
@@ -83,8 +101,11 @@ def _state(directory: Path) -> list[tuple[int, int, int] | None]:
 
 
 class _Reader:
-    def __init__(self, config: AdapterConfig, tensors: Tensors, layers: AdaptedLayers, max_rank: int) -> None:
+    def __init__(
+        self, config: AdapterConfig, tensors: Tensors, layers: AdaptedLayers, max_rank: int, digest: str
+    ) -> None:
         self._config, self._tensors, self._layers, self._max_rank = config, tensors, layers, max_rank
+        self._digest = digest
         self._resolver = Resolver(layers)
         self._sites: dict[str, _Parts] = {}
         self._branches: dict[str, Branch] = {}
@@ -111,7 +132,8 @@ class _Reader:
         if not branches:
             raise AdapterError(f"adapter {self._config.adapter}: changes nothing")
         size = sum(branch.num_bytes for branch in branches.values())
-        return LoadedWeights(self._rank, size, self._config.base_model_name, branches, self._from_base)
+        base = self._config.base_model_name
+        return LoadedWeights(self._rank, size, base, branches, self._from_base, self._digest)
 
     def _module(self, path: str, kinds: dict[str, str]) -> None:
         """All tensors of one module."""

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from engine.request import MAX_TOP_LOGPROBS
 from server.openapi.openai import GENERATION, HELLO, KEPT, OTHER_TOOL, PREDICTION, SCHEMA, TEMPLATE, THINKING, TOKEN
 from server.openapi.words import (
     ANYTHING,
     NULL,
     OBJECT,
     Json,
+    alternatives,
     array,
     boolean,
     constant,
@@ -86,7 +86,7 @@ _PROMPT: Json = {
     "previous_response_id": string(),
     "max_output_tokens": integer(1),
     "include": array(string(least=1), f"Known: {', '.join(INCLUDES)}."),
-    "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
+    "top_logprobs": alternatives(),
     "tools": array(either(_FUNCTION, _CUSTOM, _NAMESPACE, _UNKNOWN)),
     "tool_choice": either(
         constant("none", "auto", "required"),

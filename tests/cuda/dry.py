@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
 os.environ["FLASHINFER_DISABLE_JIT"] = "0"
@@ -470,6 +471,30 @@ def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, chan
     print(json.dumps(result), flush=True)
 
 
+@contextlib.contextmanager
+def weights_of_codes(form: str) -> Iterator[None]:
+    """Every linear layer keeps codes that have no numbers."""
+    from engine.models.loading.weights import DummyWeights
+    from engine.ops import device_coded
+    from engine.ops.device_coded import DeviceCodedLinear
+
+    def linear(self: DummyWeights, names: Any, rows: Any, columns: int, **options: Any) -> Any:
+        total, device = sum(rows), self.device
+        bias = torch.empty(total, dtype=self.dtype, device=device) if options.get("bias") else None
+        made = DeviceCodedLinear(
+            form, total, columns, 32, self.dtype, device, [], bias, activation=options.get("activation")
+        )
+        self.linears.append(made)
+        return made
+
+    with (
+        mock.patch.object(DummyWeights, "linear", linear),
+        # Which scales are the same cannot be asked of tensors without numbers.
+        mock.patch.object(device_coded, "_fewest", lambda scales, lows: (scales.half(), lows)),
+    ):
+        yield
+
+
 def encode(name: str, config: dict[str, Any]) -> None:
     """Whole texts through an encoder, of several lengths, pairs among them."""
     from engine.config import SchedulerOptions
@@ -635,6 +660,9 @@ def main(names: list[str]) -> None:
             serve("extras float32", llama, "torch", "float32", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
                 serve(f"fp8 {way}", llama, way, "bfloat16", "fp8", [{}, {"top_k": 5}])
+            for form in ("int4 and low", "e4m3"):
+                with weights_of_codes(form):
+                    serve(f"codes {form}", llama, "auto", "bfloat16", "auto", [{}, {"top_k": 5}])
         else:
             shape, rows, draw = name.split(":")
             count(shape, SHAPES[shape], int(rows), draw)
