@@ -20,6 +20,7 @@ import torch
 
 from engine.config import StartupError
 from engine.executor.base import PageMemory, StepHandle
+from engine.executor.cuda_adapters import CHAIN, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_draw import OpenSteps
@@ -42,7 +43,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
     """An `Executor` on one device. See the module.
 
     attention: owns the KV memory, limits.num_pages + 1 pages. cuda_graph: lazy, start or off (cuda_graph.py).
-    load: reads the model from a directory, None for where `model` came from.
+    load: reads the model from a directory, None for where `model` came from. adapters: where the model has places for
+    any.
     """
 
     def __init__(
@@ -54,8 +56,13 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         *,
         cuda_graph: str = "lazy",
         load: Callable[[Path | None], CausalLM] | None = None,
+        adapters: DeviceAdapters | None = None,
     ) -> None:
         super().__init__(model, limits, layer, attention, cuda_graph)
+        self._adapters = adapters
+        if adapters is not None:
+            self.graphs.families = (False, True)
+            self.pieces.adapting = functools.partial(adapters.used, CHAIN)
         # A step that came before the masks of the one ahead of it.
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None
@@ -177,12 +184,19 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
             self._judge(error)
 
     def read_adapter(self, path: Path) -> AdapterWeights:
-        """See Executor. The start has refused adapters."""
-        raise AdapterError(f"adapter {path.name!r}: adapters are served on the CPU alone so far")
+        """See Executor."""
+        model: CausalLM | None = getattr(self, "model", None)
+        if self._adapters is None or model is None:
+            raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
+        return self._adapters.read(path, model.adapted)
 
     def page_memory(self) -> PageMemory:
         """See Executor."""
         raise StartupError("pages are carried from and to host memory alone so far (--device cpu)")
+
+    def state_memory(self) -> PageMemory | None:
+        """See Executor."""
+        return None if self._states is None else self.page_memory()
 
     def close(self) -> None:
         """Finish what is launched, then free the device. Idempotent."""
@@ -213,6 +227,9 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
                 self.layer.launch(lambda: states.move(forward_input))
         if self._lost_diffs:
             self._send_tables(handle)
+        if self._adapters is not None:
+            with self.layer.on(self._compute):
+                self._adapters.load(forward_input, handle)
         self._note_filters(forward_input)
         rows = forward_input.num_rows
         slots = side.staging.row_slot[:rows]

@@ -38,11 +38,14 @@ class MixedSteps(DeviceState):
         """See `_launch_decode`."""
         layer, staging = self.layer, side.staging
         rows, tokens, decodes = forward_input.num_rows, forward_input.num_tokens, forward_input.num_decode_rows
+        adapted = self._has_adapters(staging.row_slot[:rows])
         size = self.pieces.size(tokens)
         with layer.on(self._compute):
-            chain = self.pieces.get(self.model, size) if size is not None else None
+            chain = self.pieces.get(self.model, size, adapted) if size is not None else None
         # What a chain reads is padded, and lies in one piece.
         size = tokens if chain is None or size is None else size
+        if adapted:
+            self._note_adapters(staging.row_slot[:rows], staging.row_len[:rows], size, side)
         metadata, of_groups = side.metadata.build(forward_input, self._tables), side.metadata.of_groups
         sampled = np.flatnonzero(staging.row_samples[:rows])
         inputs = staging.token_ids[:tokens], metadata.positions, *(group.kv_slots for group in of_groups)
@@ -108,6 +111,8 @@ class MixedSteps(DeviceState):
                     if chain is not None:
                         read = self.pieces.inputs(size)
                         read.copy_(side.meta[: read.numel()].view_as(read))
+                        if adapted and self._adapters is not None:
+                            self._adapters.copy_to_chain(side.parity, size)
                     if decodes:
                         step.decode, known = self._decode_rows(side, decodes, width)
                         token_ids[:decodes].copy_(known)
@@ -134,7 +139,7 @@ class MixedSteps(DeviceState):
                 enter(token_ids)
                 if self._states is not None:
                     self._states.plan = plan
-                with torch.inference_mode():
+                with torch.inference_mode(), self._adapting(adapted, side, tokens):
                     hidden = self.model.forward(token_ids, positions, attention, types)
                 leave(hidden)
 
@@ -216,6 +221,7 @@ class MixedSteps(DeviceState):
         staging.table_index[:diffs] = row * limits.max_pages_per_seq + place % pages
         staging.table_page[:diffs] = entry + 1
         staging.sampling_slot[:rows] = index + 1
+        staging.adapter[:rows] = min(1, limits.max_adapters)
         staging.sampling[:rows] = np.zeros((), staging.sampling.dtype)
         staging.sampling["temperature"][:rows] = 1.0
         staging.sampling["top_p"][:rows] = 0.9

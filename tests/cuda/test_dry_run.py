@@ -48,7 +48,18 @@ def everything() -> dict[str, list[dict[str, Any]]]:
     """The results of each scenario. All of them in one process: its start takes longer than most."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.dry", *NODES, "planted", "signatures", "features", "families", "encoders"],
+        [
+            sys.executable,
+            "-m",
+            "tests.cuda.dry",
+            *NODES,
+            "planted",
+            "signatures",
+            "features",
+            "families",
+            "encoders",
+            "adapters",
+        ],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -88,6 +99,14 @@ def test_nothing_is_found(scenario: str) -> None:
     assert scenario == "features" or names == set(families())
 
 
+def test_nothing_is_found_with_adapters() -> None:
+    """Rows of two adapters and of none, some of whose modules a GPU has not: experts, and heads of latent attention."""
+    results = dry_run("adapters")
+    assert len(results) == 4
+    for result in results:
+        assert not result["error"] and not result["findings"] and result["captured"], result
+
+
 def test_nothing_is_found_in_encoders() -> None:
     """Whole texts: no graph holds them, and nothing else waits or looks."""
     results = dry_run("encoders")
@@ -125,6 +144,10 @@ NODES = {
     "llama-3.2-1b:1:filtered": (6, 7),
     "qwen3-30b-a3b:1:plain": (11, 5),
     "qwen3-30b-a3b:64:plain": (13, 6),
+    # A model with places for adapters: rows of none, and rows of some, by two kernels for each of four products.
+    "llama-3.2-1b:1:plain+places": (6, 5),
+    "llama-3.2-1b:1:plain+adapters": (17, 6),
+    "llama-3.2-1b:64:plain+adapters": (17, 6),
     "deepseek-v2-lite:1:plain": (25, -2),  # its first layer has no experts
 }
 

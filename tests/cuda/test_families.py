@@ -28,7 +28,9 @@ async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Non
         linear.few = {1: BLOCKS[0]}
     device = FakeDevice(1)
     engine = executor(device, model, torch.float32, attention="torch")  # type: ignore[arg-type]
-    engine.pieces._seen.update(engine.pieces.sizes)  # a chain of graphs for the first prompt already
+    engine.pieces._seen.update(
+        (size, False) for size in engine.pieces.sizes
+    )  # a chain of graphs for the first prompt already
     driver = Driver(engine)
     await driver.run([prefill(1, PROMPT[:40], samples=False)], {1: [5, 9, 2, 30]}, {1: GREEDY})
     tokens = await driver.run([prefill(1, PROMPT[40:], start=40)])
