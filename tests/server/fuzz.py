@@ -124,7 +124,8 @@ async def fuzz(count: int, seed: int) -> int:
             slowest = max(slowest, (time.monotonic() - start, number, path, data))
 
     async with live() as server:
-        while sent < count:
+        # A signal ends the server.
+        while sent < count and not server.serving.done():
             size = min(ROUND, count - sent)
             rngs = [random.Random(f"{seed} {sent} {lane}") for lane in range(AT_ONCE)]
             await asyncio.gather(
