@@ -479,7 +479,9 @@ def adapters_of(executor: Any) -> list[Any]:
         for number, chosen in enumerate((modules, modules[::3]), 1):
             path = write(Path(folder) / f"a{number}", factors(layers, 4 * number, number, chosen), r=4 * number)
             weights = executor.read_adapter(path)
-            found.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights))
+            found.append(
+                Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights, weights.digest)
+            )
     return found
 
 

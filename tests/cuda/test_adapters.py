@@ -115,7 +115,7 @@ def read(executor: CUDAExecutor, folder: Path, adapters: Sequence[dict[str, torc
         rank = 2 + number
         path = write(folder / f"a{number}", tensors, r=rank, lora_alpha=2 * rank)
         weights = executor.read_adapter(path)
-        found.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights))
+        found.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights, weights.digest))
     return found
 
 
