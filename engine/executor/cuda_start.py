@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-from engine.config import CacheOptions, StartupError
+from engine.config import CacheOptions, SpeculationOptions, StartupError
 from engine.executor.cuda import CUDAExecutor
+from engine.executor.cuda_buffers import widened
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
 from engine.executor.cuda_pieces import SIZES
@@ -30,6 +31,7 @@ from engine.models.parts.decoder import CausalLM
 from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.state import state_bytes
+from engine.speculation.registry import make_proposer
 
 logger = logging.getLogger("oneloop.cuda")
 
@@ -40,6 +42,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 # What the driver keeps for one captured graph of some 200 kernels; an upper guess, the pool itself is shared.
 GRAPH_BYTES = 8 * 1024 * 1024
 GIB = 2**30
+NO_DRAFTS = SpeculationOptions()
 SMALLER = "; lower --max-num-batched-tokens or --max-num-seqs"
 
 
@@ -93,6 +96,7 @@ def start(given: Start) -> CUDAExecutor:
             cuda_graph="off" if given.spec.headless else config.cuda.cuda_graph,
             row=report.row,
             load=load,
+            speculation=config.speculation,
         )
 
 
@@ -238,10 +242,11 @@ def build_cuda_executor(
     row: Callable[[str, str], None] = lambda name, text: None,
     module: Any = None,
     load: Callable[[Path | None], CausalLM] | None = None,
+    speculation: SpeculationOptions = NO_DRAFTS,
 ) -> CUDAExecutor:
     """Measure, divide the memory, allocate; `row` gets the lines of the start-up table. Raises StartupError.
 
-    load: see CUDAExecutor. module: what stands in for `flashinfer` in tests.
+    load: see CUDAExecutor. speculation: none, or one of PROPOSERS. module: what stands in for `flashinfer` in tests.
     """
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
@@ -265,6 +270,7 @@ def build_cuda_executor(
             vocab_size=model.config.vocab_size,
             groups=groups,
             num_snapshots=num_snapshots,
+            max_draft_tokens=0 if speculation.method is None else speculation.num_draft_tokens,
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:
@@ -275,14 +281,16 @@ def build_cuda_executor(
         weights = layer.allocated_memory()
         free = layer.free_memory()
         with starting("no memory is left for the largest step", SMALLER):
-            activations, workspace = profile_step(model, layer, limits_of(1), attention_of)
+            wide = widened(limits_of(1))
+            activations, workspace = profile_step(model, layer, wide, attention_of)
         gc.collect()  # the trial cache and buffers go before the real ones come
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
         graphs = 0
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
-            logits = sequences * model.config.vocab_size * 4
-            graphs = 4 * logits + (2 * len(graph_sizes(sequences)) + len(SIZES)) * GRAPH_BYTES
+            logits = wide.max_num_seqs * model.config.vocab_size * 4
+            sides = 2 if speculation.method is None else 4
+            graphs = 4 * logits + (sides * len(graph_sizes(wide.max_num_seqs)) + len(SIZES)) * GRAPH_BYTES
             graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
@@ -304,7 +312,11 @@ def build_cuda_executor(
         kv_bytes = (num_pages + 1) * page_bytes + state_memory
         try:
             attention = attention_of(num_pages)
-            executor = CUDAExecutor(model, limits_of(num_pages), layer, attention, cuda_graph=cuda_graph, load=load)
+            proposer = None if speculation.method is None else make_proposer(speculation)
+            limits = limits_of(num_pages)
+            executor = CUDAExecutor(
+                model, limits, layer, attention, cuda_graph=cuda_graph, load=load, proposer=proposer
+            )
         except torch.OutOfMemoryError as error:
             what = "a KV cache with recurrent states" if state_memory else "a KV cache"
             what += f" of {kv_bytes / GIB:.2f} GiB"
