@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig, SchedulerOptions, StreamOptions
+from engine.config import EngineConfig, SchedulerOptions, SpeculationOptions, StreamOptions
 from engine.engine import Engine
 from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
 from engine.forward import SAMPLING_DTYPE, ForwardInput, Limits
@@ -32,6 +32,7 @@ from engine.ops.rope import apply_rope
 from engine.ops.sampling.sampler import sample
 from engine.ops.state import StatePlan, States
 from engine.request import Pooling, Request, SamplingParams
+from engine.speculation.base import Proposer
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer, attend
 from tests.sim.workload import Runs
@@ -254,10 +255,11 @@ def make_executor(
     cuda_graph: str = "lazy",
     model: CausalLM | None = None,
     kind: type[CUDAExecutor] = CUDAExecutor,
+    proposer: Proposer | None = None,
 ) -> CUDAExecutor:
     model, device = model or tiny_model(), device or FakeDevice()
     layer = make_attention(attention, model, limits, device)
-    return kind(model, limits, device, layer, cuda_graph=cuda_graph, load=read_tiny_model)
+    return kind(model, limits, device, layer, cuda_graph=cuda_graph, load=read_tiny_model, proposer=proposer)
 
 
 def read_tiny_model(directory: Path | None) -> CausalLM:
@@ -327,6 +329,8 @@ CUDA_ADAPTERS: dict[str, Callable[[], CudaAdapter]] = {
 
 # ---- whole engines
 
+NO_DRAFTS = SpeculationOptions()
+
 SMALL = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64, page_size=4, num_pages=40, vocab_size=101)
 
 
@@ -362,9 +366,16 @@ def expected_tokens(model: CausalLM, request: Request) -> list[int]:
     return context[len(request.prompt_token_ids) :]
 
 
-async def serve(executor: CUDAExecutor, requests: list[Request], *, overlap: bool = True) -> list[list[int]]:
+async def serve(
+    executor: CUDAExecutor,
+    requests: list[Request],
+    *,
+    overlap: bool = True,
+    speculation: SpeculationOptions = NO_DRAFTS,
+) -> list[list[int]]:
     """The tokens of every request, through the real engine. Raises what ended the engine."""
-    config = EngineConfig(scheduler=SchedulerOptions(overlap=overlap), stream=StreamOptions(flush_interval_ms=0.0))
+    scheduler, stream = SchedulerOptions(overlap=overlap), StreamOptions(flush_interval_ms=0.0)
+    config = EngineConfig(scheduler=scheduler, stream=stream, speculation=speculation)
     engine = Engine(config, executor, None)
     loop_task = asyncio.create_task(engine.run())
 
