@@ -400,6 +400,8 @@ def make_executor(
     from engine.forward import Limits
     from engine.ops.attention.device import DeviceAttention
     from engine.ops.attention.flashinfer import Backend
+    from engine.speculation.registry import make_proposer
+    from tests.cuda.support import ALWAYS
 
     model = dummy_model(config, dtype)
     limits = Limits(
@@ -410,7 +412,9 @@ def make_executor(
         num_pages=options.get("rows", 8) * 64,
         vocab_size=model.config.vocab_size,
         num_snapshots=8 if model.config.has_state else None,
+        max_draft_tokens=ALWAYS.num_draft_tokens if options.get("drafts") else 0,
     )
+    proposer = make_proposer(ALWAYS) if options.get("drafts") else None
     given: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": 16,
@@ -424,7 +428,8 @@ def make_executor(
     else:
         attention = Backend(model.attention_spec, decode=way, **given)
     layer = DryDevice(options.get("ours", 0.5))
-    return CUDAExecutor(model, limits, layer, attention, cuda_graph=options.get("graph", "lazy"))  # type: ignore[arg-type]
+    graphs = options.get("graph", "lazy")
+    return CUDAExecutor(model, limits, layer, attention, cuda_graph=graphs, proposer=proposer)  # type: ignore[arg-type]
 
 
 def requests_of(changes: list[dict[str, Any]], vocab: int) -> list[Any]:
@@ -441,9 +446,18 @@ def requests_of(changes: list[dict[str, Any]], vocab: int) -> list[Any]:
     return found
 
 
-def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, changes: list[dict[str, Any]]) -> None:
+def serve(
+    name: str,
+    config: dict[str, Any],
+    way: str,
+    dtype: str,
+    kv: str,
+    changes: list[dict[str, Any]],
+    drafts: bool = False,
+) -> None:
     """Requests through the whole engine; steps of all kinds, eager and captured."""
     from engine.kernels import kernels_of
+    from tests.cuda.support import ALWAYS, NO_DRAFTS
     from tests.cuda.support import serve as through_the_engine
 
     LOG.__init__()  # type: ignore[misc]
@@ -451,12 +465,14 @@ def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, chan
     result: dict[str, Any] = {"name": name, "error": "", "attention": ""}
     try:
         with DryMode():
-            executor = make_executor(config, way, getattr(torch, dtype), kv_dtype)
+            executor = make_executor(config, way, getattr(torch, dtype), kv_dtype, drafts=drafts)
             LOG.steps = True
             asked = requests_of(changes, executor.limits.vocab_size)
-            asyncio.run(asyncio.wait_for(through_the_engine(executor, asked), 240))
+            speculation = ALWAYS if drafts else NO_DRAFTS
+            asyncio.run(asyncio.wait_for(through_the_engine(executor, asked, speculation=speculation), 240))
             LOG.steps = False
             result["attention"] = executor.attention.describe()
+            result["drafts"] = [key.size for key in executor.graphs._graphs if key.side > 1]
             attention = executor.attention
             kit = kernels_of(attention.spec, attention.dtype, attention.kv_dtype)
             result["kit"] = [each.name for each in kit]
@@ -505,9 +521,11 @@ def count(name: str, config: dict[str, Any], rows: int, draw: str = "plain") -> 
     for layers in (2, 4):
         LOG.__init__()  # type: ignore[misc]
         with DryMode():
-            executor = make_executor({**config, "num_hidden_layers": layers}, "auto", torch.bfloat16, None, rows=rows)
+            # A step with drafts is one of decoding at the other set of buffers.
+            drafts, shape = draw == "drafts", {**config, "num_hidden_layers": layers}
+            executor = make_executor(shape, "auto", torch.bfloat16, None, rows=rows, drafts=drafts)
             executor.choose_products()
-            key = GraphKey(rows, executor.graphs.widths[0], 0, draw)
+            key = GraphKey(rows, executor.graphs.widths[0], 2 if drafts else 0, "plain" if drafts else draw)
             executor._prepare(key)
             graph = executor.layer.capture(lambda key=key, executor=executor: executor._decode(key))
             totals.append(len(graph))
@@ -632,6 +650,8 @@ def main(names: list[str]) -> None:
         elif name == "features":
             for way in ("torch", "auto", "wrapper"):
                 serve(f"extras {way}", llama, way, "bfloat16", "auto", EXTRAS)
+            for way in ("auto", "wrapper"):
+                serve(f"drafts {way}", llama, way, "bfloat16", "auto", [{}, {"top_k": 5}, {"logprobs": 2}], drafts=True)
             serve("extras float32", llama, "torch", "float32", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
                 serve(f"fp8 {way}", llama, way, "bfloat16", "fp8", [{}, {"top_k": 5}])

@@ -330,6 +330,9 @@ CUDA_ADAPTERS: dict[str, Callable[[], CudaAdapter]] = {
 # ---- whole engines
 
 NO_DRAFTS = SpeculationOptions()
+ALWAYS = SpeculationOptions(
+    method="ngram", num_draft_tokens=4, prompt_lookup_min=1, prompt_lookup_max=3, adaptive=False
+)
 
 SMALL = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64, page_size=4, num_pages=40, vocab_size=101)
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
 import json
 from collections import Counter
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 
-from engine.config import SpeculationOptions
+from engine.executor import cuda_decode, cuda_mixed
 from engine.executor.cuda import CUDAExecutor
-from engine.executor.cuda_buffers import CudaHandle, widened
+from engine.executor.cuda_buffers import CudaHandle, Side, widened
 from engine.executor.cuda_device import Graph
 from engine.executor.cuda_graph import GraphCache, GraphKey
 from engine.forward import ForwardInput, Limits
@@ -26,7 +28,9 @@ from engine.speculation.base import OneByOne, Proposer, Text
 from engine.speculation.paged import LateProposer
 from engine.speculation.registry import make_proposer
 from tests.cuda.fake_device import FakeDevice
+from tests.cuda.ordered_device import OrderedDevice
 from tests.cuda.support import (
+    ALWAYS,
     GROUPED,
     SMALL,
     TINY,
@@ -37,12 +41,10 @@ from tests.cuda.support import (
     serve,
     tiny_model,
 )
+from tests.cuda.test_order import asked, read_results
 from tests.executor.test_speculation import NEW, PROBES, VOCAB, Answer, Oracle, Script
 
 DRAFTS = dataclasses.replace(SMALL, max_draft_tokens=4)
-ALWAYS = SpeculationOptions(
-    method="ngram", num_draft_tokens=4, prompt_lookup_min=1, prompt_lookup_max=3, adaptive=False
-)
 
 
 class Knowing(OneByOne):
@@ -110,8 +112,10 @@ def repeating(seed: int, count: int = 6) -> list[Request]:
     return [dataclasses.replace(r, prompt_token_ids=(r.prompt_token_ids * 4)[:24]) for r in requests]
 
 
-@pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
-@pytest.mark.parametrize(("wrong", "seed"), [(0.0, 0), (0.4, 1), (1.0, 2)])
+@pytest.mark.parametrize(
+    ("attention", "wrong", "seed"),
+    [("torch", 0.0, 0), ("torch", 0.4, 1), ("xqa", 0.4, 1), ("wrapper", 0.4, 1), ("xqa", 1.0, 2)],
+)
 async def test_tokens_are_the_references(attention: str, wrong: float, seed: int) -> None:
     requests = requests_of(seed)
     device = FakeDevice(seed, (0.0, 0.3, 0.9)[seed])
@@ -121,8 +125,7 @@ async def test_tokens_are_the_references(attention: str, wrong: float, seed: int
     assert executor.counts["with drafts"] and executor.counts["beside prompts"] and executor.counts["waited"]
 
 
-@pytest.mark.parametrize("method", ["ngram", "suffix"])
-@pytest.mark.parametrize("mode", ["lazy", "start", "off"])
+@pytest.mark.parametrize(("method", "mode"), [("ngram", "lazy"), ("suffix", "start"), ("ngram", "off")])
 async def test_what_is_looked_up_in_the_text(method: str, mode: str) -> None:
     requests = repeating(5)
     device = FakeDevice(5, 0.3)
@@ -168,7 +171,7 @@ async def test_text_that_gives_nothing_to_propose_makes_no_step_wait() -> None:
     assert executor.counts["launched behind another"] > 10
 
 
-@pytest.mark.parametrize("attention", ["torch", "wrapper"])
+@pytest.mark.parametrize("attention", ["xqa"])
 async def test_windows_and_few_pages(attention: str) -> None:
     """Sequences are retracted, and rejected drafts stood in pages that are given back."""
     model = tiny_model(json.dumps(GROUPED))
@@ -181,7 +184,7 @@ async def test_windows_and_few_pages(attention: str) -> None:
     assert executor.counts["drafts"]
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 async def test_a_failed_step_is_computed_again(seed: int) -> None:
     requests = requests_of(seed)
     executor = make(Knowing(requests, 0.3), device=FakeDevice(seed, 0.3))
@@ -237,8 +240,10 @@ async def plain() -> dict[int, Answer]:
     return _plain
 
 
-@pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
-@pytest.mark.parametrize(("wrong", "most", "depth"), [(0.0, 4, 2), (0.4, 8, 2), (0.4, 3, 1), (1.0, 5, 2)])
+@pytest.mark.parametrize(
+    ("attention", "wrong", "most", "depth"),
+    [("torch", 0.0, 4, 2), ("xqa", 0.4, 8, 2), ("wrapper", 0.4, 3, 1), ("wrapper", 1.0, 5, 2)],
+)
 async def test_everything_that_may_be_asked_for(attention: str, wrong: float, most: int, depth: int) -> None:
     """Figures are those of a row that is computed with others, up to its last places."""
     expected = await plain()
@@ -296,3 +301,94 @@ def test_graphs_of_plain_steps_are_those_without_drafts() -> None:
     assert [key for key in beside.at_start() if key.side < 2] == list(without.at_start())
     assert {key.size for key in beside.at_start() if key.side > 1} == {1, 2, 4, 5, 8, 16, 24, 32, 40}
     assert [beside.key(rows, 1, 0, "plain").size for rows in (1, 3, 5)] == [1, 4, 5]
+
+
+# ---- mistakes
+
+
+@pytest.mark.parametrize(("attention", "extras"), [("xqa", False), ("wrapper", True)])
+async def test_everything_is_ordered(attention: str, extras: bool) -> None:
+    device = OrderedDevice(1)
+    requests = asked(1, extras)
+    proposer = make_proposer(ALWAYS) if extras else Knowing(requests, 0.3, hesitates=True)
+    executor = make(proposer, device=device, attention=attention)
+    read_results(executor, device)
+    await serve(executor, requests, speculation=ALWAYS)
+    assert not device.found
+    assert executor.counts["with drafts"] and executor.counts["launched behind another"]
+
+
+class Accepting(CUDAExecutor):
+    """All drafts count as right where the next row of their sequence begins."""
+
+    def _decode(self, key: GraphKey) -> None:
+        with mock.patch.object(cuda_decode, "accept", lambda *given: None):
+            super()._decode(key)
+
+    def _launch_mixed(self, *args: Any) -> Any:
+        with mock.patch.object(cuda_mixed, "accept", lambda *given: None):
+            return super()._launch_mixed(*args)
+
+
+class StaleDrafts(CUDAExecutor):
+    """Rows that are launched behind a step bring what was proposed before it."""
+
+    def _needs_tokens(self, given: ForwardInput) -> bool:
+        return False
+
+    def _with_drafts(self, given: ForwardInput, handle: CudaHandle) -> ForwardInput:
+        flying, self._in_flight = self._in_flight, 1
+        try:
+            return super()._with_drafts(given, handle)
+        finally:
+            self._in_flight = flying
+
+
+class UpperBounds(CUDAExecutor):
+    """Rows begin where the scheduler says that they may at most."""
+
+    def _note_lengths(self, step: ForwardInput) -> None:
+        super()._note_lengths(step)
+        self._ahead[:] = np.where(self._ahead == -1, -1, 1 << 20)
+
+
+class PaddingIsDrafts(CUDAExecutor):
+    """Rows that fill up a graph's batch bring tokens, as drafts do."""
+
+    @staticmethod
+    def _pad(side: Side, rows: int, size: int, num_diffs: int) -> int:
+        inside = CUDAExecutor._pad(side, rows, size, num_diffs)
+        side.staging.token_ids[rows:size] = side.result[rows - 1]
+        side.staging.row_slot[rows:size] = side.staging.row_slot[rows - 1]
+        return inside
+
+
+class FlatRowsOfOne(CUDAExecutor):
+    """Drafts stand one place too far on."""
+
+    @staticmethod
+    def _flatten(step: ForwardInput, given: ForwardInput, side: Side) -> Any:
+        flat, drafted = CUDAExecutor._flatten(step, given, side)
+        rows = np.flatnonzero(side.staging.token_ids[: flat.num_decode_rows] >= 0)
+        side.staging.row_start[rows] += 1
+        return flat, drafted
+
+
+MUTANTS = [Accepting, StaleDrafts, UpperBounds, PaddingIsDrafts, FlatRowsOfOne]
+
+
+@pytest.mark.parametrize("kind", MUTANTS)
+@pytest.mark.filterwarnings("ignore")
+async def test_mutant_is_caught(kind: type[CUDAExecutor]) -> None:
+    for seed in range(6):
+        requests = requests_of(seed, 6)
+        executor = make(
+            Knowing(requests, 0.4, hesitates=True), device=FakeDevice(seed, (0.0, 0.5)[seed % 2]), kind=kind
+        )
+        try:
+            tokens = await asyncio.wait_for(serve(executor, requests, speculation=ALWAYS), 30)
+        except Exception:
+            return
+        if tokens != [expected_tokens(tiny_model(), request) for request in requests]:
+            return
+    pytest.fail("nothing noticed")
