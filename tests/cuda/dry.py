@@ -472,7 +472,6 @@ def serve(
             asyncio.run(asyncio.wait_for(through_the_engine(executor, asked, speculation=speculation), 240))
             LOG.steps = False
             result["attention"] = executor.attention.describe()
-            result["drafts"] = [key.size for key in executor.graphs._graphs if key.side > 1]
             attention = executor.attention
             kit = kernels_of(attention.spec, attention.dtype, attention.kv_dtype)
             result["kit"] = [each.name for each in kit]
@@ -483,6 +482,7 @@ def serve(
     result["modules"] = sorted(LOG.modules)
     result["calls"] = sorted(LOG.calls)
     result["captured"] = sum(event.captured for event in LOG.events)
+    result["drafts"] = sum(event.captured and event.name == "_accept" for event in LOG.events)
     print(json.dumps(result), flush=True)
 
 

@@ -76,7 +76,7 @@ def test_nothing_is_found(scenario: str) -> None:
         for module, function in result["calls"]:
             assert function in entry_points(module), f"a kit is not asked whether {module} has {function}"
         if result["name"].startswith("drafts"):
-            assert max(result["drafts"]) > 8, "no graph of more rows than there are sequences"
+            assert result["drafts"], "no graph of a step with drafts"
         if "torch" not in result["name"] and "float32" not in result["name"]:
             assert "torch" not in result["attention"], result
     # And a kit is asked for no more than is called.

@@ -18,6 +18,7 @@ from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import FAMILIES, read_spec
 from engine.ops.attention.device import DeviceAttention
+from engine.speculation.base import Proposer
 
 BASE: dict[str, Any] = {
     "vocab_size": 1000,
@@ -300,6 +301,7 @@ def executor(
     kv_dtype: torch.dtype | None = None,
     cuda_graph: str = "lazy",
     module: Any = None,
+    proposer: Proposer | None = None,
 ) -> CUDAExecutor:
     """attention: auto (FlashInfer where it is), torch, xqa or wrapper. module: what stands in for `flashinfer`.
 
@@ -317,15 +319,14 @@ def executor(
     }
     plain = model.attention_spec.common is not None
     if attention == "torch" or not plain or (attention == "auto" and not HAS_FLASHINFER and module is None):
-        return CUDAExecutor(
-            model, limits, layer, DeviceAttention(model.attention_spec, **options), cuda_graph=cuda_graph
-        )
+        slow = DeviceAttention(model.attention_spec, **options)
+        return CUDAExecutor(model, limits, layer, slow, cuda_graph=cuda_graph, proposer=proposer)
     from engine.ops.attention.flashinfer import Backend
 
     backend = Backend(
         model.attention_spec, decode="auto" if attention == "auto" else attention, module=module, **options
     )
-    made = CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph)
+    made = CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph, proposer=proposer)
     said = backend.describe()
     assert "torch" not in said and "; no " not in said, f"kernels are missing, so that this would test torch: {said}"
     return made
