@@ -2,8 +2,8 @@
 
 So they run by the kernels and graphs of decoding, at lengths that the host knows; only the tokens of such rows are
 given, and the last right one of each sequence is found on the device. The host proposes, and needs the tokens so far:
-a step that is to bring drafts is launched when the one before it has ended. Where the text gave nothing to propose
-lately its rows go without, and no step waits. Loop thread.
+a step that is to bring drafts is launched when the one before it has ended. Where a text has given nothing to propose
+for some steps its rows go without, and no step waits. Loop thread.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ from engine.executor.speculator import Speculator, sampled_positions
 from engine.forward import FUTURE_TOKEN, ForwardInput, ForwardOutput, Int32Array, RowExtras, StepLogprobs
 from engine.speculation.base import Proposer
 
+# A slot without proposals is waited for in so many steps more: a wait costs the host's part of a step, and behind a
+# wrong draft the text often goes on as it was expected to.
+PATIENCE = 3
 # A slot's next row begins where only the end of the step in flight will tell.
 _UNKNOWN = -1
 
@@ -34,8 +37,8 @@ class DraftSteps(DeviceState):
         self._speculator = Speculator(limits, proposer, None, self._tables)
         # Tokens of a slot that are computed when all that was launched has ended.
         self._ahead: Int32Array = np.zeros(limits.num_slots, np.int32)
-        # Slots for which something was proposed last.
-        self._hopeful: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
+        # Steps for which a slot's rows still wait for proposals.
+        self._patience: Int32Array = np.zeros(limits.num_slots, np.int32)
         # Rows begin with what the device has drawn.
         self._drawn: Int32Array = np.full(limits.num_slots, FUTURE_TOKEN, np.int32)
 
@@ -47,7 +50,7 @@ class DraftSteps(DeviceState):
             return False
         rows = slice(given.num_decode_rows, given.num_decode_rows + given.num_speculating_rows)
         slots, lengths = given.staging.row_slot[rows], given.staging.row_len[rows]
-        return bool(((self._ahead[slots] == _UNKNOWN) | (self._hopeful[slots] & (lengths > 1))).any())
+        return bool(((self._ahead[slots] == _UNKNOWN) | ((self._patience[slots] > 0) & (lengths > 1))).any())
 
     def _with_drafts(self, given: ForwardInput, handle: CudaHandle) -> ForwardInput:
         """The step as the device runs it, in the side that `handle` then has; `given` where nothing speculates."""
@@ -136,7 +139,8 @@ class DraftSteps(DeviceState):
                 prompt.row -= drafted.shift
             speculator.finish(step, positions, drawn, taken, output)
             self._settle_lengths(speculator, slots)
-        self._hopeful[slots] = [speculator.num_drafts(slot) > 0 for slot in slots.tolist()]
+        found = np.array([speculator.num_drafts(slot) > 0 for slot in slots.tolist()], np.bool_)
+        self._patience[slots] = np.where(found, PATIENCE, np.maximum(self._patience[slots] - 1, 0))
 
     def _forget_drafts(self, handle: CudaHandle) -> None:
         """Of a step that has failed: its sequences are computed again."""

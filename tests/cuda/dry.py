@@ -365,6 +365,7 @@ def without_compiler() -> None:
 # ---- scenarios
 
 
+DRAFTED: list[dict[str, Any]] = [{"max_tokens": 60}, {"max_tokens": 60, "top_k": 5}, {"logprobs": 2}]
 EXTRAS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
     {"frequency_penalty": 0.5, "presence_penalty": -0.5},
@@ -651,7 +652,7 @@ def main(names: list[str]) -> None:
             for way in ("torch", "auto", "wrapper"):
                 serve(f"extras {way}", llama, way, "bfloat16", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
-                serve(f"drafts {way}", llama, way, "bfloat16", "auto", [{}, {"top_k": 5}, {"logprobs": 2}], drafts=True)
+                serve(f"drafts {way}", llama, way, "bfloat16", "auto", DRAFTED, drafts=True)
             serve("extras float32", llama, "torch", "float32", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
                 serve(f"fp8 {way}", llama, way, "bfloat16", "fp8", [{}, {"top_k": 5}])

@@ -404,7 +404,7 @@ def test_drafts_change_no_text(layer: CudaDevice, dtype: str, attention: str) ->
 
         engine.graphs.capture = noting  # type: ignore[method-assign]
         found = asyncio.run(serve(engine, told, speculation=speculation))
-        assert engine.num_steps < 0.7 * plain.num_steps, (engine.num_steps, plain.num_steps)
+        assert engine.num_steps < (1.0 if wrong else 0.6) * plain.num_steps, (engine.num_steps, plain.num_steps)
         assert captured & {2, 3}, "steps with drafts ran without graphs"
         if dtype == "float32":
             assert found == expected
