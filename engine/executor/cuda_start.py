@@ -339,6 +339,10 @@ def build_cuda_executor(
         quicker = "by our kernel, the others by cuBLAS, as was quicker"
         row("products of 1 to 4 rows", f"{few[0]} of {few[1]} {quicker}")
         row("gate and up of prompts", f"{gated[0]} of {gated[1]} {quicker}")
+        if limits.max_draft_tokens:
+            # Whose kernels add up in another order where there are more of them.
+            near = "of tokens that are nearly as likely another may be drawn than without drafts"
+            row("steps with drafts", f"up to {wide.max_num_seqs} rows, a draft is one; {near}")
         if cuda_graph == "start":
             executor.capture_at_start()
             row(

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 import torch
 
+from engine.build import _check_speculation
+from engine.config import CacheOptions, EngineConfig, StartupError
 from engine.executor import cuda_decode, cuda_mixed
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_buffers import CudaHandle, Side, widened
 from engine.executor.cuda_device import Graph
 from engine.executor.cuda_graph import GraphCache, GraphKey
+from engine.executor.cuda_start import build_cuda_executor
 from engine.forward import ForwardInput, Limits
 from engine.groups import plan_groups
 from engine.models.parts.decoder import CausalLM
@@ -301,6 +304,40 @@ def test_graphs_of_plain_steps_are_those_without_drafts() -> None:
     assert [key for key in beside.at_start() if key.side < 2] == list(without.at_start())
     assert {key.size for key in beside.at_start() if key.side > 1} == {1, 2, 4, 5, 8, 16, 24, 32, 40}
     assert [beside.key(rows, 1, 0, "plain").size for rows in (1, 3, 5)] == [1, 4, 5]
+
+
+@pytest.mark.parametrize("mode", ["lazy", "start"])
+async def test_start_makes_room_for_them(mode: str) -> None:
+    """The hungriest step, graphs and buffers are those of steps with drafts; what is served then is the reference's."""
+    rows: dict[str, str] = {}
+    cache = CacheOptions(num_pages=40, page_size=4)
+    executor = build_cuda_executor(
+        tiny_model.__wrapped__(),  # its products may be changed
+        FakeDevice(2, 0.3),  # type: ignore[arg-type]
+        cache,
+        dtype=torch.float32,
+        max_num_seqs=4,
+        max_num_batched_tokens=24,
+        max_model_len=64,
+        cuda_graph=mode,
+        row=rows.__setitem__,
+        speculation=ALWAYS,
+    )
+    assert executor.limits.max_draft_tokens == 4 and executor._sides[2].staging.limits.max_num_seqs == 20
+    assert rows["steps with drafts"].startswith("up to 20 rows")
+    requests = repeating(7, 4)
+    assert await serve(executor, requests, speculation=ALWAYS) == [expected_tokens(tiny_model(), r) for r in requests]
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix", "draft_model", "eagle3", "mtp"])
+def test_what_drafts_on_a_gpu(method: str) -> None:
+    config = EngineConfig(speculation=dataclasses.replace(ALWAYS, method=method))
+    if method in ("ngram", "suffix"):
+        _check_speculation(config, tiny_model().config, "cuda")
+        return
+    with pytest.raises(StartupError, match=f"{method}.*on a GPU .*ngram or suffix.*--device cpu"):
+        _check_speculation(config, tiny_model().config, "cuda")
+    _check_speculation(config, tiny_model().config, "cpu")
 
 
 # ---- mistakes
