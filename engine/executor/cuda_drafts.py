@@ -22,6 +22,8 @@ from engine.speculation.base import Proposer
 # A slot without proposals is waited for in so many steps more: a wait costs the host's part of a step, and behind a
 # wrong draft the text often goes on as it was expected to.
 PATIENCE = 3
+# Steps in which a row that is not waited for is looked at once: the loop has little time where rows are many.
+EVERY = 4
 # A slot's next row begins where only the end of the step in flight will tell.
 _UNKNOWN = -1
 
@@ -50,7 +52,13 @@ class DraftSteps(DeviceState):
             return False
         rows = slice(given.num_decode_rows, given.num_decode_rows + given.num_speculating_rows)
         slots, lengths = given.staging.row_slot[rows], given.staging.row_len[rows]
-        return bool(((self._ahead[slots] == _UNKNOWN) | ((self._patience[slots] > 0) & (lengths > 1))).any())
+        if (self._ahead[slots] == _UNKNOWN).any():
+            return True
+        return self._has_room(given) and bool(((self._patience[slots] > 0) & (lengths > 1)).any())
+
+    def _has_room(self, given: ForwardInput) -> bool:
+        """Whether some row could bring a draft."""
+        return self._most_rows > given.num_rows
 
     def _with_drafts(self, given: ForwardInput, handle: CudaHandle) -> ForwardInput:
         """The step as the device runs it, in the side that `handle` then has; `given` where nothing speculates."""
@@ -121,9 +129,10 @@ class DraftSteps(DeviceState):
             return
         self._learn(speculator, given)
         slots = given.staging.row_slot[: given.num_rows]
+        wanted = self._wanted(given, slots)
         if drafted is None:
             positions = sampled_positions(given)
-            speculator.finish(given, positions, output.token_ids[positions.rows], None, output)
+            speculator.finish(given, positions, output.token_ids[positions.rows], None, output, wanted=wanted)
         else:
             step, positions = drafted.step, drafted.positions
             drawn = output.token_ids[drafted.sampled]
@@ -137,10 +146,25 @@ class DraftSteps(DeviceState):
                 output.logprobs = _of_taken(logprobs, drafted, taken)
             for prompt in output.prompt_logprobs:
                 prompt.row -= drafted.shift
-            speculator.finish(step, positions, drawn, taken, output)
+            speculator.finish(step, positions, drawn, taken, output, wanted=wanted)
             self._settle_lengths(speculator, slots)
         found = np.array([speculator.num_drafts(slot) > 0 for slot in slots.tolist()], np.bool_)
-        self._patience[slots] = np.where(found, PATIENCE, np.maximum(self._patience[slots] - 1, 0))
+        sampled = given.staging.row_samples[: given.num_rows]
+        patience = np.where(found, PATIENCE, np.maximum(self._patience[slots] - sampled, 0))
+        # Nothing was looked for: if such a row may have drafts all the same, that is tried.
+        patience[: given.num_decode_rows] = 1
+        self._patience[slots] = patience
+
+    def _wanted(self, given: ForwardInput, slots: Int32Array) -> set[int]:
+        """Whom to draft for: not for rows that have no room, nor always for those that are not waited for."""
+        wanted = np.zeros(len(slots), np.bool_)
+        if self._has_room(given):
+            wanted[:] = (self._patience[slots] > 0) | ((slots + given.step) % EVERY == 0)
+            wanted[: given.num_decode_rows] = False
+        if given.masks is not None:
+            # The host is told of the drafts, for which it makes masks.
+            wanted[given.masks.rows] = True
+        return set(slots[wanted].tolist())
 
     def _forget_drafts(self, handle: CudaHandle) -> None:
         """Of a step that has failed: its sequences are computed again."""
@@ -154,12 +178,13 @@ class DraftSteps(DeviceState):
         slots = slots[self._ahead[slots] == _UNKNOWN]
         self._ahead[slots] = speculator.length(slots)
 
-    @staticmethod
-    def _learn(speculator: Speculator, given: ForwardInput) -> None:
+    def _learn(self, speculator: Speculator, given: ForwardInput) -> None:
         """Whose slots speculate; none of those whose sampling looks at the text, which drafts are not part of yet."""
         reading = {each.slot for each in given.extras if _reads_text(each)}
         told = [each for each in given.speculations if each.slot not in reading]
         speculator.apply(dataclasses.replace(given, speculations=told))
+        self._patience[given.staging.sampling_slot[: given.num_sampling_diffs]] = 0
+        self._patience[[each.slot for each in told]] = 1
 
 
 def _reads_text(extras: RowExtras) -> bool:

@@ -8,7 +8,7 @@ two of them in flight is in cuda_drafts.py.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -89,6 +89,8 @@ class Speculator:
         self._length: Int32Array = np.zeros(limits.num_slots, np.int32)
         self._texts: dict[int, Text] = {}
         self._drafts: dict[int, list[int]] = {}
+        # Slots for whose text as it is nothing was looked for yet.
+        self._unproposed: set[int] = set()
         # Of steps as they run, in turn.
         self._stagings = Staging(limits), Staging(limits)
         # Of the step that runs, as it was given.
@@ -98,6 +100,7 @@ class Speculator:
         """Take over whose slots speculate."""
         for slot in step.staging.sampling_slot[: step.num_sampling_diffs].tolist():
             self._drafts.pop(slot, None)
+            self._unproposed.discard(slot)
             self._reserved[slot] = 0
             if self._texts.pop(slot, None) is not None:
                 self._proposer.stop(slot)
@@ -126,7 +129,7 @@ class Speculator:
         """The step with the starts, lengths and drafts that speculating rows have. Valid until the next but one's.
 
         starts: int32 [slots], where the caller knows better where a slot's next row begins. room: most drafts of all
-        rows; the first rows get theirs first.
+        rows; the first rows get theirs first, which are looked for now where `finish` did not.
         """
         given, rows, page = step.staging, step.num_rows, self._limits.page_size
         slots = given.row_slot[:rows]
@@ -135,6 +138,8 @@ class Speculator:
         if not step.num_speculating_rows:
             return step
         self._draft_late(step)
+        if room:
+            self._draft_open(step)
         own = self._stagings[step.step & 1]
         self._given_len = given.row_len
         room = step.num_tokens if room is None else room
@@ -157,6 +162,23 @@ class Speculator:
         tokens = int(own.qo_indptr[rows])
         np.concatenate(ids, out=own.token_ids[:tokens])
         return dataclasses.replace(step, staging=own, num_tokens=tokens)
+
+    def _draft_open(self, step: ForwardInput) -> None:
+        """For rows that may have drafts, where nothing was looked for, and nobody must have seen them before."""
+        staging, first = step.staging, step.num_decode_rows
+        rows = np.arange(first, first + step.num_speculating_rows)
+        rows = rows[staging.row_len[rows] > 1]
+        if step.masks is not None:
+            rows = rows[~np.isin(rows, step.masks.rows)]
+        slots = [slot for slot in staging.row_slot[rows].tolist() if slot in self._unproposed]
+        if slots:
+            self._draft_early(slots)
+
+    def _draft_early(self, slots: Sequence[int]) -> None:
+        self._unproposed.difference_update(slots)
+        if self._early is not None:
+            most = [self._room(slot) for slot in slots]
+            self._drafts.update(zip(slots, self._early.propose(slots, most), strict=True))
 
     def _draft_late(self, step: ForwardInput) -> None:
         """For rows that have room and no drafts, where nobody must have seen them before."""
@@ -196,9 +218,11 @@ class Speculator:
         output: ForwardOutput,
         hidden: Tensor | None = None,
         aux: Sequence[Tensor] = (),
+        wanted: Collection[int] | None = None,
     ) -> None:
         """After the step as it ran: remember what came of it, draft for the next, and report.
 
+        wanted: slots to draft for; None for all.
         hidden, aux: see LateProposer.follow; None where there is no late one.
         """
         staging, rows = step.staging, step.num_rows
@@ -221,6 +245,8 @@ class Speculator:
             assert hidden is not None
             self._late.follow(step, own, hidden, list(aux))
         drafting = {int(slots[row]): row for row in own if row in new}
+        if wanted is not None:
+            drafting = {slot: row for slot, row in drafting.items() if slot in wanted}
         self._draft(step, drafting)
         output.new_drafts = [
             (row, np.array(self._drafts[slot], np.int32)) for slot, row in drafting.items() if row >= last
@@ -231,9 +257,7 @@ class Speculator:
     def _draft(self, step: ForwardInput, rows: dict[int, int]) -> None:
         """For the next rows of these slots; rows: those that they had."""
         slots = list(rows)
-        if self._early is not None:
-            most = [self._room(slot) for slot in slots]
-            self._drafts.update(zip(slots, self._early.propose(slots, most), strict=True))
+        self._draft_early(slots)
         if self._late is None or step.masks is None:
             return
         # The host makes masks for drafts that it has seen.
@@ -273,6 +297,7 @@ class Speculator:
                 tokens += chunk
             tokens += new
         self._drafts[slot] = []
+        self._unproposed.add(slot)
         self._proposer.advance(slot, kept)
 
     def _accepted(self, step: ForwardInput, new: dict[int, list[int]]) -> Accepted:

@@ -109,10 +109,16 @@ def make(proposer: Proposer, limits: Limits = DRAFTS, kind: type[CUDAExecutor] =
     return executor
 
 
-def repeating(seed: int, count: int = 6) -> list[Request]:
-    """Prompts that repeat themselves, so that there is something to look up."""
-    requests = requests_of(seed, count)
-    return [dataclasses.replace(r, prompt_token_ids=(r.prompt_token_ids * 4)[:24]) for r in requests]
+def repeating(seed: int, count: int = 5) -> list[Request]:
+    """Prompts that repeat themselves, so that there is something to look up, and answers that do so in the end."""
+    return [
+        dataclasses.replace(
+            request,
+            prompt_token_ids=(request.prompt_token_ids * 4)[:24],
+            sampling=dataclasses.replace(request.sampling, max_tokens=26),
+        )
+        for request in requests_of(seed, count)
+    ]
 
 
 @pytest.mark.parametrize(
@@ -165,12 +171,13 @@ async def test_steps_with_drafts_are_replayed() -> None:
     assert executor.counts["rows"] == 20 > SMALL.max_num_seqs
 
 
-async def test_text_that_gives_nothing_to_propose_makes_no_step_wait() -> None:
+async def test_text_that_gives_nothing_to_propose_makes_next_to_no_step_wait() -> None:
+    """Of each request one at most: the first of its answer."""
     requests = requests_of(4)
     executor = make(Knowing([], 0.0))
     tokens = await serve(executor, requests, speculation=ALWAYS)
     assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
-    assert not executor.counts["waited"] and not executor.counts["drafts"]
+    assert executor.counts["waited"] <= len(requests) and not executor.counts["drafts"]
     assert executor.counts["launched behind another"] > 10
 
 
