@@ -178,7 +178,7 @@ async def test_text_that_gives_nothing_to_propose_makes_next_to_no_step_wait() -
     tokens = await serve(executor, requests, speculation=ALWAYS)
     assert tokens == [expected_tokens(tiny_model(), request) for request in requests]
     assert executor.counts["waited"] <= len(requests) and not executor.counts["drafts"]
-    assert executor.counts["launched behind another"] > 10
+    assert executor.counts["launched behind another"] > 5
 
 
 @pytest.mark.parametrize("attention", ["xqa"])
