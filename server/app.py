@@ -216,6 +216,7 @@ async def _clean_up(app: web.Application) -> None:
     state = app[STATE]
     state.keyring.save()
     await app[rollouts.UPDATES].close()
+    await app[JOBS].close()
     if _JOURNAL in app:
         app[_JOURNAL].close()
     if state.compiler is not None:
@@ -460,6 +461,7 @@ async def serve(
     offer: Offer | None = None
     handed_over = asyncio.Event()
     draining: asyncio.Task[None] | None = None
+    leaving: asyncio.Task[None] | None = None
 
     def on_handed_over() -> None:
         handed_over.set()
@@ -501,14 +503,16 @@ async def serve(
             # The next process accepts from here on. Who is connected here is answered, and told to come anew.
             listener.close()
             app[_IS_CLOSING].set()
+            leaving = asyncio.create_task(app[JOBS].hand_over())
             await _quiet(state, options.drain_timeout_s)
         draining = asyncio.create_task(drain(engine, state, options.drain_timeout_s))
         await asyncio.wait({draining})
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-        if draining is not None:
-            draining.cancel()
+        for task in (draining, leaving):
+            if task is not None:
+                task.cancel()
         if offer is not None:
             offer.close()
         if listener is not None:

@@ -8,6 +8,7 @@ stay as long as there is room. Loop thread.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 import random
@@ -19,7 +20,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from engine.request import RequestError
+from engine.request import RequestError, UnavailableError
 from engine.stream import Delta, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
 from server.adapters import prepare
@@ -48,6 +49,11 @@ class Job:
         self.num_bytes = 0
         self.is_done = False
         self.is_cancelled = False
+        # In a journal: where this process has to stop, another one goes on, and nobody is told of an end.
+        self.is_lasting = False
+        self.is_left = False
+        self.was_cut_short = False
+        self.num_followers = 0
         self.on_end: Callable[[], object] | None = None
         self._state = state
         self._names = names
@@ -89,6 +95,8 @@ class Job:
                     owner.num_running -= 1
                 if not queued.done():
                     queued.cancel()
+                if not self.events:
+                    self._tell_end(b"", cut=not self.is_cancelled)
                 self.is_done = True
                 self._tell(b"")
                 if self.on_end is not None:
@@ -100,15 +108,24 @@ class Job:
             while answer.num_running:
                 for delta in self._by_token(await stream.take()):
                     self._tell(answer.delta(0, delta))
-            self._tell(answer.cancelled() if self.is_cancelled else answer.closing())
+            end = answer.cancelled() if self.is_cancelled else answer.closing()
+            # It was aborted, and not by its client.
+            self._tell_end(end, cut=not self.is_cancelled and b"event: response.failed" in end)
         except RequestError as error:
-            self._tell(answer.error(error))
+            self._tell_end(answer.error(error), cut=True)
         except asyncio.CancelledError:
-            self._tell(answer.cancelled())
+            self._tell_end(answer.cancelled(), cut=True)
             raise
         except Exception:
             logger.exception("a background response failed in the server")
             self._tell(answer.error(ApiError(500, "The server had an internal error.")))
+
+    def _tell_end(self, data: bytes, *, cut: bool) -> None:
+        """cut: it has ended, but neither by itself nor by its client."""
+        if cut and self.is_lasting and (self.is_left or self._state.engine.draining):
+            self.was_cut_short = True
+        else:
+            self._tell(data)
 
     def _by_token(self, delta: Delta) -> Iterator[Delta]:
         """The delta in pieces of one token; its last piece has what had been held back, and its end."""
@@ -133,34 +150,41 @@ class Job:
         assert self._answer is not None
         return self._answer.current("in_progress" if self.events else "queued")
 
-    @property
-    def was_cut_short(self) -> bool:
-        """It has ended, but neither by itself nor by its client."""
-        return not self.is_cancelled and (not self.events or b"event: response.failed" in self.events[-1])
-
     async def follow(self, after: int) -> AsyncGenerator[bytes, None]:
         """Events behind number `after`, those that are there at once, until its end."""
         place = after + 1
-        while True:
-            if place < len(self.events):
-                data = b"".join(self.events[place:])
-                place = len(self.events)
-                yield data
-            elif self.is_done:
-                return
-            else:
-                if self._news is None:
-                    self._news = asyncio.get_running_loop().create_future()
-                # One future for all who follow: nobody's going may cancel it.
-                await asyncio.shield(self._news)
+        self.num_followers += 1
+        try:
+            while True:
+                if place < len(self.events):
+                    data = b"".join(self.events[place:])
+                    place = len(self.events)
+                    yield data
+                elif self.is_done:
+                    return
+                else:
+                    if self._news is None:
+                        self._news = asyncio.get_running_loop().create_future()
+                    # One future for all who follow: nobody's going may cancel it.
+                    await asyncio.shield(self._news)
+        finally:
+            self.num_followers -= 1
 
     async def cancel(self) -> None:
         """End it now; returns when it has ended."""
         assert self._task is not None
         self.is_cancelled = True
+        self._abort()
+        await asyncio.wait({self._task})
+
+    def leave(self) -> None:
+        """Another process goes on with it."""
+        self.is_left = True
+        self._abort()
+
+    def _abort(self) -> None:
         for request in self.plan.requests:
             self._state.engine.abort(request.request_id)
-        await asyncio.wait({self._task})
 
 
 class Jobs:
@@ -170,6 +194,10 @@ class Jobs:
         self._max_entries, self._max_bytes = max_entries, max_bytes
         self._journal = journal
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()
+        self._watching: asyncio.Task[None] | None = None
+        self._looking = asyncio.Lock()
+        # What another process had ended lately: its events can be made again.
+        self._ended_elsewhere: OrderedDict[tuple[str, str], Begun] = OrderedDict()
 
     async def start(self, state: State, body: Body, response_id: str, names: tuple[str, ...]) -> tuple[Job, bytes]:
         """A new job, and the Response as it is now. Raises RequestError for what cannot be served."""
@@ -184,20 +212,87 @@ class Jobs:
             return
         for ended in journal.ended:
             state.responses.put(ended.owner, ended.response, ended.items)
+        journal.ended = []
+        await self._take_up(state, journal)
+        if journal.has_company:
+            self._watching = asyncio.create_task(self._watch(state, journal), name="journal")
+
+    async def close(self) -> None:
+        if self._watching is not None:
+            self._watching.cancel()
+            await asyncio.wait({self._watching})
+
+    async def _watch(self, state: State, journal: Journal) -> None:
+        """As long as another process writes the journal: that one hands over to this one."""
+        while journal.has_company:
+            await asyncio.sleep(_LOOK_S)
+            await self._look(state, journal)
+
+    async def _look(self, state: State, journal: Journal) -> None:
+        async with self._looking:
+            news = journal.look()
+            for owner, name in news.forgotten:
+                state.responses.delete(owner, name)
+                self._ended_elsewhere.pop((owner, name), None)
+            for ended in news.ended.values():
+                state.responses.put(ended.owner, ended.response, ended.items)
+                if ended.begun is not None:
+                    self._ended_elsewhere[ended.owner, ended.begun.id] = ended.begun
+            while len(self._ended_elsewhere) > self._max_entries:
+                self._ended_elsewhere.popitem(last=False)
+            await self._take_up(state, journal)
+
+    async def _take_up(self, state: State, journal: Journal) -> None:
+        """What nobody computes."""
         for begun in journal.begun:
-            key = state.keyring.named(begun.owner)
-            before, usage_before = CALLER.set(Caller(begun.owner, key)), USAGE.set(Usage())
-            try:
-                if begun.owner and key is None:
-                    raise RequestError("The key of this response is gone.")
-                await prepare(state, Body(begun.body))
-                await self._start(state, Body(begun.body), begun.id, (begun.id,), begun.created)
-            except RequestError as error:
-                logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)
-                journal.end(begun.owner, begun.id)
-            finally:
-                USAGE.reset(usage_before)
-                CALLER.reset(before)
+            if not state.engine.draining and journal.claim(begun):
+                await self._compute_again(state, journal, begun)
+
+    async def _compute_again(self, state: State, journal: Journal, begun: Begun) -> None:
+        key = state.keyring.named(begun.owner)
+        before, usage_before = CALLER.set(Caller(begun.owner, key)), USAGE.set(Usage())
+        try:
+            if begun.owner and key is None:
+                raise RequestError("The key of this response is gone.")
+            await prepare(state, Body(begun.body))
+            await self._start(state, Body(begun.body), begun.id, (begun.id,), begun.created)
+        except RequestError as error:
+            logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)
+            journal.end(begun.owner, begun.id)
+        finally:
+            USAGE.reset(usage_before)
+            CALLER.reset(before)
+
+    async def settle(self, state: State, response_id: str) -> None:
+        """Before a response is looked for: where another process computes it yet, wait until that has ended it, or
+        leaves it to this one. Raises UnavailableError where that takes too long."""
+        journal, owner = self._journal, CALLER.get().key
+        if journal is None or self._watching is None or self._watching.done():
+            return
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(state.options.drain_timeout_s + _LOOK_S * 50):
+                await self._look(state, journal)
+                while journal.elsewhere(owner, response_id):
+                    await asyncio.sleep(_LOOK_S)
+                    await self._look(state, journal)
+                return
+        raise UnavailableError("This response is another process's still; ask again.")
+
+    async def events_of(self, state: State, response_id: str) -> Job | None:
+        """The job of a response. Of one that another process had ended, the events are made again."""
+        owner = CALLER.get().key
+        begun = self._ended_elsewhere.pop((owner, response_id), None)
+        if begun is not None and self._journal is not None and self.get(owner, response_id) is None:
+            await self._compute_again(state, self._journal, begun)
+        return self.get(owner, response_id)
+
+    async def hand_over(self) -> None:
+        """Another process takes over: it goes on with what nobody follows here. Until it is cancelled."""
+        while self._journal is not None and self._journal.has_heirs():
+            for job in self._jobs.values():
+                if not (job.is_done or job.is_left or job.is_cancelled or job.num_followers):
+                    job.leave()
+            await asyncio.sleep(_LOOK_S)
 
     async def _start(
         self, state: State, body: Body, response_id: str, names: tuple[str, ...], created: int | None = None
@@ -208,6 +303,7 @@ class Jobs:
             plan = dataclasses.replace(plan, created=created)
         job = Job(state, plan, names)
         if journal is not None:
+            job.is_lasting = True
             if created is None:
                 journal.begin(Begun(response_id, owner, body.values, plan.created))
             job.on_end = partial(self._on_end, state, owner, job)
@@ -221,8 +317,9 @@ class Jobs:
 
     def _on_end(self, state: State, owner: str, job: Job) -> None:
         assert self._journal is not None
-        if state.engine.draining and job.was_cut_short:
-            return  # the next process takes it up
+        if job.was_cut_short:
+            self._journal.leave(job.plan.id)
+            return
         stored = state.responses.get(owner, job.plan.id)
         if stored is None:
             self._journal.end(owner, job.plan.id)
@@ -259,4 +356,6 @@ class Jobs:
             size -= self._jobs.pop(name).num_bytes
 
 
+# Between two looks at what another process writes.
+_LOOK_S = 0.05
 JOBS = web.AppKey("jobs", Jobs)

@@ -319,7 +319,6 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "budget": (["--max-num-batched-tokens", "8", "--max-num-seqs", "9"], "--max-num-batched-tokens 8 is less than"),
     "policy": (["--schedule-policy", "luck"], "unknown schedule policy 'luck'; known are: "),
     "admin-key": (["--admin-api-key", ""], "--admin-api-key: the key is empty"),
-    "two writers": (["--handover", "unix:/x", "--resume-journal", "/y"], "--handover and --resume-journal do not go"),
     "tls": (["--ssl-keyfile", "/x"], "--ssl-keyfile needs --ssl-certfile"),
     "eviction": (["--radix-eviction-policy", "luck"], "unknown eviction policy 'luck'; known are: "),
     "template": (["--chat-template", "/nowhere/template.jinja"], "/nowhere/template.jinja: "),

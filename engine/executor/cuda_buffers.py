@@ -40,12 +40,14 @@ class Drafted:
     """A step with speculating rows on its way.
 
     step: as it runs, a row for each sequence. positions: what it samples; sampled int64 [positions]: the rows that they
-    are on the device, where every draft is a row of its own. shift: rows there that the step has not.
+    are on the device, where every draft is a row of its own. rows int64: of each row there, the step's. shift: how many
+    more there are.
     """
 
     step: ForwardInput
     positions: Positions
     sampled: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
     shift: int
 
 

@@ -118,7 +118,7 @@ class DraftSteps(DeviceState):
             pooled=[dataclasses.replace(each, row=each.row + shift) for each in step.pooled],
         )
         sampled = np.flatnonzero(flat.row_samples[:num_rows])
-        return flattened, Drafted(step, sampled_positions(step), sampled, shift)
+        return flattened, Drafted(step, sampled_positions(step), sampled, row, shift)
 
     # ---- after it
 
@@ -144,6 +144,10 @@ class DraftSteps(DeviceState):
                 output.token_ids[row] = token
             if (logprobs := output.logprobs) is not None:
                 output.logprobs = _of_taken(logprobs, drafted, taken)
+            if output.broken:
+                counts = np.ones(len(drafted.rows), np.bool_)
+                counts[drafted.sampled] = taken
+                output.broken = sorted({int(drafted.rows[row]) for row in output.broken if counts[row]})
             for prompt in output.prompt_logprobs:
                 prompt.row -= drafted.shift
             speculator.finish(step, positions, drawn, taken, output, wanted=wanted)

@@ -30,13 +30,14 @@ class GraphKey(NamedTuple):
     """size: rows, padding included. width: pages of a table row. side: number of the step's set of buffers.
 
     draw: how the graph ends. plain; filtered, where some row has top_k, top_p or min_p; open, with the logits, where
-    the step draws by operations of its own (penalties, grammars, log-probabilities).
+    the step draws by operations of its own (penalties, grammars, log-probabilities). adapted: some row has an adapter.
     """
 
     size: int
     width: int
     side: int
     draw: str
+    adapted: bool = False
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -81,6 +82,8 @@ class GraphCache:
         self._failed: set[GraphKey] = set()
         self._over = False
         self.num_replays = 0
+        # Where adapters are served, there are graphs with and without them.
+        self.families: tuple[bool, ...] = (False,)
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -105,8 +108,8 @@ class GraphCache:
                 break
             for size in reversed(self.sizes):
                 for side, sizes in enumerate(self._sizes):
-                    if size in sizes:
-                        yield GraphKey(size, width, side, "plain")
+                    for adapted in self.families if size in sizes else ():
+                        yield GraphKey(size, width, side, "plain", adapted)
 
     def get(self, key: GraphKey) -> Graph | None:
         return self._graphs.get(key)

@@ -10,14 +10,14 @@ directly. Runs on the thread of its caller.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
+import operator
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from itertools import accumulate, chain
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -28,38 +28,34 @@ from engine.executor.fake_adapters import AdapterTables, read_fake_adapter
 from engine.executor.fake_drafts import Drafter, Spread, accept, spread
 from engine.executor.fake_memory import (
     MASK,
+    POSITION,
+    ROUND,
     STATE,
-    U_11,
-    U_32,
-    U_POSITION,
-    U_ROUND,
-    U_TOKEN,
+    TOKEN,
+    Cells,
     Reads,
+    SnapshotPages,
     States,
-    UInt64Array,
-    combine,
-    mix,
+    combine_ints,
     mix_int,
     round_of,
 )
 from engine.executor.fake_oracle import (
     FAKE_WIDTH,
+    Draws,
     FakeModel,
     Oracle,
-    counts_tokens,
     expected_logprob,
-    extras_key,
     numbers_of,
-    shapes_draws,
-    unmasked,
     vector_of_all,
     vector_of_context,
 )
 from engine.executor.host_pages import HostPages
-from engine.executor.tables import SlotTables, StepMetadata
+from engine.executor.tables import SlotTables
 from engine.forward import (
     FUTURE_TOKEN,
     NULL_SLOT,
+    PARTS,
     Accepted,
     ForwardError,
     ForwardInput,
@@ -70,6 +66,7 @@ from engine.forward import (
     Staging,
     StepLogprobs,
 )
+from engine.groups import name_of
 from engine.lora.words import AdapterWeights
 
 # What a row returns that read the leavings of a failed step. Such a row must never reach a client, so the
@@ -149,9 +146,6 @@ class FakeExecutor:
         self.staging: tuple[Staging, Staging] = (Staging(limits), Staging(limits))
         self.tables = SlotTables(limits)
         self.num_steps = 0
-        # A row that speculates is computed as one for each of its positions.
-        wide = dataclasses.replace(limits, max_num_seqs=limits.max_num_batched_tokens)
-        self._metadata = StepMetadata(wide if limits.max_draft_tokens else limits)
         self._drafter = Drafter(self.model.vocab_size, limits.max_draft_tokens, draft_accuracy)
         self._fail_on = fail_on
         self._random = random
@@ -161,6 +155,7 @@ class FakeExecutor:
         self._constant_token = constant_token
         self._closed = False
         self.sleep_level = 0
+        self.asleep: set[str] = set()
         self.weights: Path | None = None  # where they came from; they change no token
         self._last_step: int | None = None
         self._device_free_at = 0.0
@@ -168,19 +163,15 @@ class FakeExecutor:
         self._not_waited: deque[FakeHandle] = deque()
         # Two output buffers in turn: a receiver that keeps an output too long sees it change.
         self._outputs = [np.zeros(limits.max_num_seqs, np.int32) for _ in range(2)]
-        cells = (limits.num_pages + 1) * limits.page_size
-        # Per KV cell: which position and group it was written for (-1: never), and two layers of hashes.
-        self._cell_group: Int32Array = np.full(cells, -1, np.int32)
-        self._cell_position: Int32Array = np.full(cells, -1, np.int32)
-        self._cell_tainted = np.zeros(cells, np.bool_)
-        self._layer0: UInt64Array = np.zeros(cells, np.uint64)
-        self._layer1: UInt64Array = np.zeros(cells, np.uint64)
+        self._cells = Cells(limits.num_pages, limits.page_size, len(windows))
         # The relay: the token sampled last in a slot, and the position that it was sampled for.
-        self._last_token: Int32Array = np.full(limits.num_slots, POISON, np.int32)
-        self._last_position: Int32Array = np.full(limits.num_slots, -1, np.int32)
+        self._last_token = [POISON] * limits.num_slots
+        self._last_position = [-1] * limits.num_slots
         # Recurrent states: of slots first, then of snapshots.
         self._states = States(limits.num_slots + (limits.num_snapshots or 0))
-        # What slots need beyond their sampling row, and a sum over the tokens that penalties count from.
+        # How slots sample, by their sampling row as it is now.
+        self._draws: dict[int, Draws] = {}
+        # What slots need beyond it, and a sum over the tokens that penalties count from.
         self._extras: dict[int, RowExtras] = {}
         self._history: dict[int, int] = {}
         self._adapters = AdapterTables(limits)
@@ -229,28 +220,31 @@ class FakeExecutor:
         while self._not_run:
             self._run(self._not_run.popleft())
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor.sleep. What the KV cells and page tables held is gone."""
         assert not self._not_waited, "a step is in flight"
-        assert self.sleep_level == 0 and level in (1, 2)
+        assert not self.asleep.intersection(parts) and level in (1, 2) and self.sleep_level in (0, level)
         self.sleep_level = level
-        self.tables.page_tables.fill(0)
+        self.asleep |= set(parts)
         self._adapters.forget()
-        self._cell_position.fill(-1)
-        self._states.position.fill(-1)
-        self._layer0.fill(0)
-        self._layer1.fill(0)
+        if "kv_cache" not in parts:
+            return
+        self.tables.page_tables.fill(0)
+        self._cells.forget()
+        self._states.position[:] = [-1] * len(self._states.position)
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See Executor.wake_up."""
-        assert self.sleep_level
-        if self.sleep_level == 2:
+        assert self.sleep_level and self.asleep.intersection(parts)
+        if self.sleep_level == 2 and "weights" in self.asleep.intersection(parts):
             self.weights = self._read(directory or self.weights)
-        self.sleep_level = 0
+        self.asleep -= set(parts)
+        if not self.asleep:
+            self.sleep_level = 0
 
     def load_weights(self, directory: Path) -> None:
         """See Executor.load_weights: any directory that is there will do."""
-        assert not self._not_waited and not self.sleep_level
+        assert not self._not_waited and "weights" not in self.asleep
         self.weights = self._read(directory)
 
     def read_adapter(self, path: Path) -> AdapterWeights:
@@ -259,12 +253,16 @@ class FakeExecutor:
 
     def page_memory(self) -> HostPages:
         """See Executor.page_memory: what the cells hold, and what they were written for."""
-        if self.model.has_state or len(self.model.windows) > 1 or self.model.windows[0] is not None:
-            raise StartupError("pages of states and windows are not carried elsewhere")
-        cells = self._cell_group, self._cell_position, self._cell_tainted, self._layer0, self._layer1
-        size = self.limits.page_size
-        pages = [array.view(np.uint8).reshape(self.limits.num_pages + 1, size * array.itemsize) for array in cells]
-        return HostPages(pages, f"fake {self.model.vocab_size} page {size}")
+        layout = f"fake {self.model.vocab_size} page {self.limits.page_size}{name_of(self.limits.groups)}"
+        return HostPages(self._cells.parts(), layout)
+
+    def state_memory(self) -> SnapshotPages | None:
+        """See Executor.state_memory: what the states are, and of how many tokens."""
+        if not self.model.has_state:
+            return None
+        if not self.limits.num_snapshots:
+            raise StartupError("there is no room for a snapshot of this model's recurrent state beside the pages")
+        return SnapshotPages(self._states, self.limits.num_slots - 1)
 
     @staticmethod
     def _read(directory: Path | None) -> Path | None:
@@ -287,7 +285,7 @@ class FakeExecutor:
 
     def end_of(self, slot: int, row_len: int) -> int:
         """Tokens of a slot that are computed after its next row, which speculates."""
-        return int(self._last_position[slot]) + min(row_len, 1 + len(self._drafter.held.get(slot, [])))
+        return self._last_position[slot] + min(row_len, 1 + len(self._drafter.held.get(slot, [])))
 
     def pages_of(self, slot: int, num_tokens: int, group: int = 0) -> list[int]:
         """The device's page-table row of a slot, as far as num_tokens tokens reach."""
@@ -391,7 +389,7 @@ class FakeExecutor:
             if max(tokens) >= self.model.vocab_size:
                 drafter.drop(slot)  # of a failed step: it does not go on
                 continue
-            drafts = drafter.sampled(slot, int(self._last_position[slot]) - len(tokens) + 1, tokens)
+            drafts = drafter.sampled(slot, self._last_position[slot] - len(tokens) + 1, tokens)
             if first <= row < first + count:
                 assert result.accepted is not None
                 result.accepted.drafts[row - first, : len(drafts)] = drafts
@@ -410,28 +408,27 @@ class FakeExecutor:
         lengths: list[int] = staging.row_len[:rows].tolist()
         starts: list[int] = staging.row_start[:rows].tolist()
         assert min(lengths) >= 1 and sum(lengths) == tokens, f"{lengths} for {tokens} tokens"
-        assert all(length == 1 for length in lengths[:decode_rows]), "a decode row is one token"
+        assert lengths[:decode_rows].count(1) == decode_rows, "a decode row is one token"
         speculating = lengths[decode_rows : decode_rows + forward_input.num_speculating_rows]
         assert len(speculating) == forward_input.num_speculating_rows, "rows speculate that are not there"
         assert max(speculating, default=0) <= 1 + limits.max_draft_tokens, "a row has too many drafts"
         assert min(starts) >= 0
-        kv_lengths = [start + length for start, length in zip(starts, lengths, strict=True)]
+        kv_lengths = list(map(operator.add, starts, lengths))
         assert max(kv_lengths) <= limits.max_model_len, f"contexts {kv_lengths} are too long"
         offsets: list[int] = staging.qo_indptr[: rows + 1].tolist()
-        total = 0
-        for offset, length in zip(offsets, [*lengths, 0], strict=True):
-            assert offset == total, f"qo_indptr {offsets} for lengths {lengths}"
-            total += length
+        assert offsets == [0, *accumulate(lengths)], f"qo_indptr {offsets} for lengths {lengths}"
         token_ids: list[int] = staging.token_ids[:tokens].tolist()
         future = decode_rows + sum(speculating)
-        assert all(token == FUTURE_TOKEN for token in token_ids[:future]), "decode rows read the relay"
+        assert token_ids[:future].count(FUTURE_TOKEN) == future, "decode rows read the relay"
         known = token_ids[future:]
-        assert all(0 <= token < limits.vocab_size for token in known), f"token ids out of range: {known}"
+        assert not known or 0 <= min(known) <= max(known) < limits.vocab_size, f"token ids out of range: {known}"
         continuing = decode_rows + len(speculating)
-        assert bool(staging.row_samples[:continuing].all()), "a decode row that does not sample"
-        pooled = [row.row for row in forward_input.pooled]
-        assert pooled == sorted(set(pooled)), f"pooled rows {pooled}"
-        assert all(continuing <= row < rows and not staging.row_samples[row] for row in pooled), "a pooled row samples"
+        assert False not in staging.row_samples[:continuing].tolist(), "a decode row that does not sample"
+        if forward_input.pooled:
+            pooled = [row.row for row in forward_input.pooled]
+            assert pooled == sorted(set(pooled)), f"pooled rows {pooled}"
+            assert continuing <= pooled[0] and pooled[-1] < rows, f"pooled rows {pooled} of {rows}"
+            assert not staging.row_samples[pooled].any(), "a pooled row samples"
         count = forward_input.num_table_diffs
         if count:
             index: list[int] = staging.table_index[:count].tolist()
@@ -453,76 +450,74 @@ class FakeExecutor:
         self, forward_input: ForwardInput, output: Int32Array, failed: bool, parts: Spread | None = None
     ) -> list[npt.NDArray[np.float32]]:
         """Fills in the tokens; returns the vectors of pooled rows. parts: how the step's rows came to be."""
-        limits, rows = self.limits, forward_input.num_rows
-        decode_rows, num_tokens = forward_input.num_decode_rows, forward_input.num_tokens
-        staging = forward_input.staging
-        metadata = self._metadata.build(forward_input, self.tables)
-        slots, starts, kv_len = staging.row_slot[:rows], staging.row_start[:rows], metadata.kv_len
+        model, rows, page_size = self.model, forward_input.num_rows, self.limits.page_size
+        staging, decode_rows = forward_input.staging, forward_input.num_decode_rows
+        slots: list[int] = staging.row_slot[:rows].tolist()
+        starts: list[int] = staging.row_start[:rows].tolist()
+        lengths: list[int] = staging.row_len[:rows].tolist()
+        offsets: list[int] = staging.qo_indptr[:rows].tolist()
+        samples: list[bool] = staging.row_samples[:rows].tolist()
+        ends = list(map(operator.add, starts, lengths))
         reads = [
-            Reads(metadata, self.tables.page_tables[group], limits.page_size, slots, starts, window)
-            for group, window in enumerate(self.model.windows)
+            Reads(self._cells, group, window, self.tables.page_tables[group], page_size, slots, starts, ends)
+            for group, window in enumerate(model.windows)
         ]
-
-        token_ids = staging.token_ids[:num_tokens].copy()
-        row_tainted = np.zeros(rows, np.bool_)
-        if decode_rows:
-            decoding = slots[:decode_rows]
-            stale = self._last_position[decoding] != starts[:decode_rows]
-            assert not stale.any(), (
-                f"slots {decoding[stale].tolist()} continue at {starts[:decode_rows][stale].tolist()}, but "
-                f"their last tokens are for {self._last_position[decoding][stale].tolist()}"
+        token_ids: list[int] = staging.token_ids[: forward_input.num_tokens].tolist()
+        for row in range(decode_rows):
+            slot, position = slots[row], self._last_position[slots[row]]
+            assert position == starts[row], (
+                f"slot {slot} continues at {starts[row]}, but its last tokens are for {position}"
             )
-            token_ids[:decode_rows] = self._last_token[decoding]
-        row_tainted |= token_ids[staging.qo_indptr[:rows]] == TAINTED_TOKEN
-        if self.model.has_state:
-            row_tainted |= self._states.begin(slots, starts)
+            token_ids[row] = self._last_token[slot]
+        row_tainted = [token_ids[offset] == TAINTED_TOKEN for offset in offsets]
+        if model.has_state:
+            row_tainted = list(map(operator.or_, row_tainted, self._states.begin(slots, starts)))
 
         # Layer 0: as on a device, all rows write before any row reads.
-        written = np.sort(np.concatenate([own.kv_slots for own in self._metadata.of_groups]))
-        assert not (written[1:] == written[:-1]).any(), "two rows write the same KV cell"
-        mixed = token_ids.astype(np.uint64) * U_TOKEN + metadata.positions.astype(np.uint64) * U_POSITION
-        keys = self._adapters.keys(forward_input)
-        if keys is not None:
-            mixed += keys
-        for group, own in enumerate(self._metadata.of_groups):
-            self._cell_group[own.kv_slots] = group
-            self._cell_position[own.kv_slots] = own.positions
-            self._layer0[own.kv_slots] = mix(mixed + np.uint64(round_of(group)))
+        written = list(chain.from_iterable([read.written for read in reads]))
+        assert len(set(written)) == len(written), "two rows write the same KV cell"
+        positions = list(chain.from_iterable(map(range, starts, ends)))
+        mixed = [token * TOKEN + position * POSITION for token, position in zip(token_ids, positions, strict=True)]
+        if any(keys := self._adapters.keys(slots)):
+            for offset, length, key in zip(offsets, lengths, keys, strict=True):
+                for place in range(offset, offset + length):
+                    mixed[place] += key
         for group, read in enumerate(reads):
-            read.check(group, self._cell_position, self._cell_group)
-        self._spread_taint(forward_input, reads, row_tainted, failed)
+            salt = round_of(group)
+            read.write([mix_int((one + salt) & MASK) for one in mixed], positions)
+        for read in reads:
+            read.check()
+        row_tainted = self._spread_taint(reads, row_tainted, failed)
 
         # Layer 1 of this step's tokens: a hash over layer 0 up to each. Then what rows draw from: sums over layer 1.
-        totals = []
-        for read, own in zip(reads, self._metadata.of_groups, strict=True):
-            self._layer1[own.kv_slots] = mix(read.sums(self._layer0)[read.positions >= starts[read.rows]])
-            totals.append(read.totals(self._layer1))
-        if self.model.has_state:
-            terms = np.add.reduceat(mix(mixed + np.uint64(STATE)), metadata.qo_indptr[:-1])
-            totals.append(self._states.advance(slots, terms, staging.row_len[:rows], row_tainted))
-        draws = mix(combine(totals) ^ U_ROUND)
-        vectors = self._pool(forward_input, draws, row_tainted) if forward_input.pooled else []
+        above = [read.climb() for read in reads]
+        totals = [read.totals() for read in reads]
+        if model.has_state:
+            hashes = [mix_int((one + STATE) & MASK) for one in mixed]
+            terms = [sum(hashes[offset : offset + length]) for offset, length in zip(offsets, lengths, strict=True)]
+            totals.append(self._states.advance(slots, terms, lengths, row_tainted))
+        draws = [mix_int(combine_ints(parts_of) ^ ROUND) for parts_of in zip(*totals, strict=True)]
+        vectors = self._pool(forward_input, draws, above, row_tainted) if forward_input.pooled else []
         if self._extras:
             self._shape(draws, slots, parts)
-        tokens = self._sample(draws, self.tables.sampling[slots], kv_len)
+        tokens = self._sample(slots, draws, ends)
         if forward_input.masks is not None:
             masked = forward_input.masks.rows.tolist() if parts is None else parts.places
-            for row, allowed in zip(masked, forward_input.masks.allowed(limits.vocab_size), strict=True):
+            for row, allowed in zip(masked, forward_input.masks.allowed(model.vocab_size), strict=True):
                 if row >= 0 and not allowed[tokens[row]]:
                     choices = np.flatnonzero(allowed)
-                    tokens[row] = choices[int(draws[row]) % len(choices)]
-        tokens[row_tainted] = TAINTED_TOKEN
-        samples = staging.row_samples[:rows]
-        sampling_slots = slots[samples]
-        self._last_token[sampling_slots] = tokens[samples]
-        self._last_position[sampling_slots] = kv_len[samples]
-        output[:] = np.where(samples, tokens, -1)
+                    tokens[row] = int(choices[draws[row] % len(choices)])
+        for row, (slot, end) in enumerate(zip(slots, ends, strict=True)):
+            if row_tainted[row]:
+                tokens[row] = TAINTED_TOKEN
+            if samples[row]:
+                self._last_token[slot], self._last_position[slot] = tokens[row], end
+                if slot in self._history:
+                    self._history[slot] = (self._history[slot] + mix_int(tokens[row])) & MASK
+        output[:] = [token if sampled else -1 for token, sampled in zip(tokens, samples, strict=True)]
         if parts is not None:
             end = parts.first[-1] + 1 + len(parts.drafts[-1])
             output[decode_rows:end] = tokens[decode_rows:end]
-        for slot, token in zip(sampling_slots.tolist(), tokens[samples].tolist(), strict=True) if self._extras else ():
-            if slot in self._history:
-                self._history[slot] = (self._history[slot] + mix_int(token)) & MASK
         return vectors
 
     def _copy_states(self, forward_input: ForwardInput) -> None:
@@ -530,30 +525,34 @@ class FakeExecutor:
         staging, first = forward_input.staging, self.limits.num_slots - 1
         count = forward_input.num_saves
         if count:
-            snapshots = staging.save_snapshot[:count]
-            assert len(set(snapshots.tolist())) == count, "two states are saved to one snapshot"
-            self._states.copy(staging.save_slot[:count], first + snapshots)
+            snapshots = [first + one for one in staging.save_snapshot[:count].tolist()]
+            assert len(set(snapshots)) == count, "two states are saved to one snapshot"
+            self._states.copy(staging.save_slot[:count].tolist(), snapshots)
         count = forward_input.num_loads
         if count:
-            self._states.copy(first + staging.load_snapshot[:count], staging.load_slot[:count])
+            snapshots = [first + one for one in staging.load_snapshot[:count].tolist()]
+            self._states.copy(snapshots, staging.load_slot[:count].tolist())
 
     def _pool(
-        self, forward_input: ForwardInput, draws: UInt64Array, row_tainted: npt.NDArray[np.bool_]
+        self, forward_input: ForwardInput, draws: list[int], above: list[list[int]], row_tainted: list[bool]
     ) -> list[npt.NDArray[np.float32]]:
-        """Vectors of the rows that end; NaN where something of a failed step is in them."""
+        """Vectors of the rows that end; NaN where something of a failed step is in them.
+
+        above: by group, of the step's tokens.
+        """
         staging = forward_input.staging
         vectors = []
         for pooled in forward_input.pooled:
             row, pooling = pooled.row, pooled.pooling
             if not pooling.needs_all:
-                vector = vector_of_context(int(draws[row]), pooling)
+                vector = vector_of_context(draws[row], pooling)
             else:
                 slot, start = int(staging.row_slot[row]), int(staging.row_start[row])
                 seen, total = self._sums.pop(slot, (0, np.zeros(FAKE_WIDTH))) if start else (0, np.zeros(FAKE_WIDTH))
                 assert seen == start, f"a mean over {start} tokens has seen {seen} of them"
                 own = slice(staging.qo_indptr[row], staging.qo_indptr[row + 1])
-                above = combine([self._layer1[group.kv_slots[own]] for group in self._metadata.of_groups])
-                seen, total = seen + len(above), total + numbers_of(above).sum(axis=0)
+                cells = [combine_ints(groups) for groups in zip(*[group[own] for group in above], strict=True)]
+                seen, total = seen + len(cells), total + numbers_of(cells).sum(axis=0)
                 if row_tainted[row]:
                     total[:] = np.nan
                 if not pooled.ends:
@@ -565,28 +564,29 @@ class FakeExecutor:
             vectors.append(vector)
         return vectors
 
-    def _spread_taint(
-        self, forward_input: ForwardInput, reads: list[Reads], row_tainted: npt.NDArray[np.bool_], failed: bool
-    ) -> None:
-        """Mark what depends on a failed step, row by row and cell by cell; in place."""
-        lengths = forward_input.staging.row_len[: forward_input.num_rows]
-        written = [own.kv_slots for own in self._metadata.of_groups]
-        for kv_slots in written:
-            self._cell_tainted[kv_slots] = failed
+    @staticmethod
+    def _spread_taint(reads: list[Reads], row_tainted: list[bool], failed: bool) -> list[bool]:
+        """Mark what depends on a failed step, row by row and cell by cell; returns the rows."""
+        rows = [failed] * len(row_tainted)
+        for read in reads:
+            read.taint(rows)
         if failed:
-            row_tainted[:] = True
-        elif row_tainted.any() or any(self._cell_tainted[read.cells].any() for read in reads):
-            # Rows of one step may read each other's pages, so until nothing changes.
-            count = -1
-            while count != (count := int(row_tainted.sum())):
-                for read, kv_slots in zip(reads, written, strict=True):
-                    self._cell_tainted[kv_slots] = np.repeat(row_tainted, lengths)
-                    row_tainted |= np.logical_or.reduceat(self._cell_tainted[read.cells], read.bases)
+            return rows
+        # Rows of one step may read each other's pages, so until nothing changes.
+        while True:
+            for read in reads:
+                row_tainted = list(map(operator.or_, row_tainted, read.tainted_rows()))
+            if rows == row_tainted:
+                return rows
+            rows = row_tainted
+            for read in reads:
+                read.taint(rows)
 
     def _take_extras(self, forward_input: ForwardInput) -> None:
         """Of each slot with a new sampling row: its extras, or none any more."""
         filled: list[int] = forward_input.staging.sampling_slot[: forward_input.num_sampling_diffs].tolist()
         for slot in filled:
+            self._draws.pop(slot, None)
             self._extras.pop(slot, None)
             self._history.pop(slot, None)
             self._drafter.drop(slot)
@@ -597,24 +597,32 @@ class FakeExecutor:
             self._history[extras.slot] = sum(mix_int(token) for token in extras.history.tolist()) & MASK
         for given in forward_input.speculations:
             assert given.slot in filled and self.limits.max_draft_tokens, "a slot speculates without a sampling row"
-            row = self.tables.sampling[given.slot]
-            stop_ids = set(row["stop_ids"][: row["num_stop_ids"]].tolist())
             adapter = self._adapters.number_of(given.slot)
-            self._drafter.begin(given, Oracle(self.model, row, self._extras.get(given.slot), stop_ids, adapter))
+            self._drafter.begin(given, Oracle(self.model, self._draws_of(given.slot), adapter))
 
-    def _shape(self, draws: UInt64Array, slots: Int32Array, parts: Spread | None) -> None:
+    def _sample(self, slots: list[int], draws: list[int], positions: list[int]) -> list[int]:
+        """Of each row, by how its slot samples."""
+        rows = zip(slots, draws, positions, strict=True)
+        return [self._draws_of(slot).token(draw, position) for slot, draw, position in rows]
+
+    def _draws_of(self, slot: int) -> Draws:
+        if slot not in self._draws:
+            row = self.tables.sampling[slot]
+            stop_ids = set(row["stop_ids"][: row["num_stop_ids"]].tolist())
+            self._draws[slot] = Draws(self.model, row, self._extras.get(slot), stop_ids)
+        return self._draws[slot]
+
+    def _shape(self, draws: list[int], slots: list[int], parts: Spread | None) -> None:
         """Draws of rows with extras, in place. Those of a draft's row count the drafts up to it."""
         ahead: dict[int, int] = {}
         if parts is not None:
             for first, drafts in zip(parts.first, parts.drafts, strict=True):
                 for place in range(1 + len(drafts)):
                     ahead[first + place] = sum(map(mix_int, drafts[:place]))
-        for row, slot in enumerate(slots.tolist()):
-            extras = self._extras.get(slot)
-            if extras is not None and shapes_draws(extras):
+        for row, slot in enumerate(slots):
+            if slot in self._extras:
                 history = (self._history[slot] + ahead.get(row, 0)) & MASK
-                key = extras_key(extras) ^ (history if counts_tokens(extras) else 0)
-                draws[row] = mix_int(int(draws[row]) ^ mix_int(key))
+                draws[row] = self._draws_of(slot).shape(draws[row], history)
 
     def _logprobs(self, forward_input: ForwardInput, result: ForwardOutput) -> StepLogprobs | None:
         """Of the rows that sampled and asked. Top ids are the ones after the token. Prompts get none."""
@@ -631,7 +639,7 @@ class FakeExecutor:
                     new = accepted.tokens[row - first, : accepted.counts[row - first]].tolist()
                 rows += [row] * len(new)
                 tokens += new
-                end = int(self._last_position[slot])
+                end = self._last_position[slot]
                 positions += range(end - len(new) + 1, end + 1)
                 width = max(width, extras.logprobs)
         if not rows:
@@ -641,28 +649,6 @@ class FakeExecutor:
         own = np.array([expected_logprob(token, position) for token, position in pairs], np.float32)
         top = (own[:, None] - np.arange(width)).astype(np.float32)
         return StepLogprobs(np.array(rows, np.int32), own, np.ones(len(rows), np.int32), top_ids.astype(np.int32), top)
-
-    def _sample(self, draws: UInt64Array, sampling: npt.NDArray[Any], kv_len: Int32Array) -> Int32Array:
-        model = self.model
-        hot = sampling["temperature"] > 0.0
-        if hot.any():
-            temperature, top_p, min_p = (
-                np.ascontiguousarray(sampling[name]).view(np.uint32).astype(np.uint64)
-                for name in ("temperature", "top_p", "min_p")
-            )
-            top_k = sampling["top_k"].astype(np.uint64)
-            key = mix(temperature + (top_p << U_32)) ^ mix(min_p + (top_k << U_32) + U_ROUND)
-            key ^= mix(sampling["seed"])
-            key += kv_len.astype(np.uint64) * U_POSITION
-            draws = np.where(hot, mix(draws ^ mix(key)), draws)
-        tokens = (draws % np.uint64(model.vocab_size)).astype(np.int32)
-        if model.eos_rate:
-            tokens[draws >> U_11 < np.uint64(model.eos_threshold)] = model.eos_token_id
-        masked = kv_len < sampling["min_length"]
-        for row in np.flatnonzero(masked).tolist():
-            stop_ids = set(sampling["stop_ids"][row, : sampling["num_stop_ids"][row]].tolist())
-            tokens[row] = unmasked(int(tokens[row]), stop_ids, model.vocab_size)
-        return tokens
 
 
 def _fingerprint(forward_input: ForwardInput) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.executor.fake_memory import UInt64Array, mix_int
+from engine.executor.fake_memory import mix_int
 from engine.forward import ForwardInput, Int32Array, Limits
 from engine.lora.words import AdapterError
 
@@ -30,6 +30,10 @@ class FakeWeights:
     rank: int = 8
     num_bytes: int = 1024
     base_model_name: str = ""
+
+    @property
+    def digest(self) -> str:
+        return str(self.value)
 
     def __int__(self) -> int:
         return self.value
@@ -78,13 +82,11 @@ class AdapterTables:
         """The adapter that a slot's tokens come from now, 0 for none."""
         return self._numbers.get(int(self._index[slot]), 0)
 
-    def keys(self, forward_input: ForwardInput) -> UInt64Array | None:
-        """uint64 [tokens]: what the tokens of the step's rows get from the adapters that are there now."""
+    def keys(self, slots: list[int]) -> list[int]:
+        """What the tokens of each row get from the adapters that are there now."""
         if not self._count:
-            return None
-        rows = forward_input.num_rows
-        used: list[int] = self._index[forward_input.staging.row_slot[:rows]].tolist()
+            return [0] * len(slots)
+        used: list[int] = self._index[slots].tolist()
         lost = [index for index in used if index and index not in self._numbers]
         assert not lost, f"rows with the adapters {lost}, which were never loaded"
-        keys = np.array([key_of(self._numbers[index]) if index else 0 for index in used], np.uint64)
-        return np.repeat(keys, forward_input.staging.row_len[:rows])
+        return [key_of(self._numbers[index]) if index else 0 for index in used]

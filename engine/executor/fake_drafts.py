@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.executor.fake_memory import MASK, POSITION, ROUND, mix_int
-from engine.forward import Accepted, ForwardInput, Int32Array, RowSpeculation
+from engine.forward import Accepted, ForwardInput, RowSpeculation
 
 
 class Oracle(Protocol):
@@ -44,7 +44,7 @@ class Spread:
 
 
 def spread(
-    forward_input: ForwardInput, last_token: Int32Array, lengths: Int32Array, held: dict[int, list[int]]
+    forward_input: ForwardInput, last_token: list[int], lengths: list[int], held: dict[int, list[int]]
 ) -> Spread:
     """lengths: by slot, tokens that are computed before the step; the next one is `last_token`."""
     staging, rows = forward_input.staging, forward_input.num_rows
@@ -62,13 +62,13 @@ def spread(
         slot, start, length = (int(array[row]) for array in (staging.row_slot, staging.row_start, staging.row_len))
         own = staging.token_ids[staging.qo_indptr[row] : staging.qo_indptr[row + 1]].tolist()
         if begin <= row < end:
-            exact = int(lengths[slot])
+            exact = lengths[slot]
             assert 0 <= exact <= start, f"slot {slot} has {exact} tokens, more than the {start} that it might have"
             brings = held.get(slot, [])[: length - 1]
             drafts.append(brings)
             first.append(len(slots))
             places_of.append([*range(len(slots), len(slots) + 1 + len(brings)), *[-1] * (length - 1 - len(brings))])
-            for place, token in enumerate([int(last_token[slot]), *brings]):
+            for place, token in enumerate([last_token[slot], *brings]):
                 slots.append(slot)
                 starts.append(exact + place)
                 lens.append(1)

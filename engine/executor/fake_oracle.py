@@ -24,10 +24,7 @@ from engine.executor.fake_memory import (
     ROUND,
     STATE,
     TOKEN,
-    U_44,
-    UInt64Array,
     combine_ints,
-    mix,
     mix_int,
     round_of,
 )
@@ -81,7 +78,7 @@ def expected_stream(
         row[name] = getattr(sampling, name)
     row["seed"] = (sampling.seed or 0) & MASK
     row["min_length"] = len(prompt) + sampling.min_tokens
-    oracle = Oracle(model, row, sampling, stop_ids, adapter)
+    oracle = Oracle(model, Draws(model, row, sampling, stop_ids), adapter)
     for earlier in prompt:
         oracle.push(earlier)
     while True:
@@ -92,11 +89,12 @@ def expected_stream(
         oracle.push(token)
 
 
-class Oracle:
-    """What the fake draws next, from a sequence's tokens alone. row: of SAMPLING_DTYPE; stop_ids: all of them."""
+class Draws:
+    """From what a context comes to, to its next token: how one sequence is sampled. row: of SAMPLING_DTYPE; stop_ids:
+    all of them."""
 
     def __init__(
-        self, model: FakeModel, row: Any, extras: SamplingParams | RowExtras | None, stop_ids: set[int], adapter: int
+        self, model: FakeModel, row: Any, extras: SamplingParams | RowExtras | None, stop_ids: set[int]
     ) -> None:
         self._model, self._stop_ids, self._min_length = model, stop_ids, int(row["min_length"])
         self._key: int | None = None
@@ -108,7 +106,27 @@ class Oracle:
             self._key = key ^ mix_int(int(row["seed"]))
         self._extras = extras_key(extras) if extras is not None and shapes_draws(extras) else None
         self._counts = extras is not None and counts_tokens(extras)
-        self._history = 0
+
+    def shape(self, draw: int, history: int) -> int:
+        """By what is asked beside the sampling row. history: the sum over the tokens that penalties count from."""
+        if self._extras is None:
+            return draw
+        return mix_int(draw ^ mix_int(self._extras ^ (history if self._counts else 0)))
+
+    def token(self, draw: int, position: int) -> int:
+        """Of a draw that is shaped. position: the token's."""
+        model = self._model
+        if self._key is not None:
+            draw = mix_int(draw ^ mix_int((self._key + position * POSITION) & MASK))
+        token = model.eos_token_id if draw >> 11 < model.eos_threshold else draw % model.vocab_size
+        return unmasked(token, self._stop_ids, model.vocab_size) if position < self._min_length else token
+
+
+class Oracle:
+    """What the fake draws next, from a sequence's tokens alone."""
+
+    def __init__(self, model: FakeModel, draws: Draws, adapter: int) -> None:
+        self._draws, self._history = draws, 0
         self._context = _Context(model.windows, model.has_state, adapter)
 
     @property
@@ -120,13 +138,7 @@ class Oracle:
         self._context.push(token)
 
     def token(self) -> int:
-        model, position, draw = self._model, self._context.position, self._context.draw()
-        if self._extras is not None:
-            draw = mix_int(draw ^ mix_int(self._extras ^ (self._history if self._counts else 0)))
-        if self._key is not None:
-            draw = mix_int(draw ^ mix_int((self._key + position * POSITION) & MASK))
-        token = model.eos_token_id if draw >> 11 < model.eos_threshold else draw % model.vocab_size
-        return unmasked(token, self._stop_ids, model.vocab_size) if position < self._min_length else token
+        return self._draws.token(self._draws.shape(self._context.draw(), self._history), self._context.position)
 
     def copy(self) -> Oracle:
         other = copy.copy(self)
@@ -220,7 +232,7 @@ def expected_vector(
     context = _Context(windows, has_state, adapter)
     cells = [context.push(token) for token in prompt]
     if pooling.needs_all:
-        mean: npt.NDArray[np.float64] = numbers_of(np.array(cells, np.uint64)).sum(axis=0) / len(prompt)
+        mean: npt.NDArray[np.float64] = numbers_of(cells).sum(axis=0) / len(prompt)
         return vector_of_all(mean, pooling, len(prompt))
     return vector_of_context(context.draw(), pooling)
 
@@ -231,16 +243,15 @@ def vector_of_all(mean: npt.NDArray[np.float64], pooling: Pooling, num_tokens: i
     return np.tile(vector, (num_tokens, 1)) if pooling.kind == "all" else vector
 
 
-def numbers_of(states: UInt64Array) -> npt.NDArray[np.float64]:
+def numbers_of(states: list[int]) -> npt.NDArray[np.float64]:
     """Integers of 20 bits [n, FAKE_WIDTH]: thousands of them add up exactly, in whatever chunks."""
-    mixed = mix(np.add(states[:, None], np.arange(FAKE_WIDTH, dtype=np.uint64)))
-    return (mixed >> U_44).astype(np.float64)
+    return np.array([[float(mix_int((state + i) & MASK) >> 44) for i in range(FAKE_WIDTH)] for state in states])
 
 
 def vector_of_context(state: int, pooling: Pooling) -> npt.NDArray[np.float32]:
     """Of a kind that depends on the context of the last token alone; state: what that token's draw would be."""
     if pooling.kind == "last":
-        return numbers_of(np.array([state], np.uint64)).astype(np.float32).reshape(-1)
+        return numbers_of([state]).astype(np.float32).reshape(-1)
     return np.array([-float(mix_int(state ^ mix_int(token)) >> 44) / 2**18 for token in pooling.token_ids], np.float32)
 
 

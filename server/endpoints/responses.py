@@ -8,6 +8,7 @@ from functools import partial
 import orjson
 from aiohttp import web
 
+from engine.request import UnavailableError
 from server.answers.compaction import CompactionAnswer
 from server.answers.responses import ResponsesAnswer
 from server.background import JOBS, Job
@@ -32,6 +33,8 @@ _MAX_LISTED = 100
 async def create(request: web.Request) -> web.StreamResponse:
     """POST /v1/responses."""
     state, body = request.app[STATE], await read_body(request)
+    if isinstance(earlier := body.values.get("previous_response_id"), str):
+        await request.app[JOBS].settle(state, earlier)
     if body.boolean("background", False):
         return await _create_job(request, state, body)
     plan, asked = await parse_response(body, state, f"resp_{request[REQUEST_ID]}", _owner())
@@ -84,7 +87,9 @@ async def count_input_tokens(request: web.Request) -> web.Response:
 
 async def retrieve(request: web.Request) -> web.StreamResponse:
     """GET /v1/responses/{id}, whole, or with `stream=true` its events behind number `starting_after`."""
-    job = request.app[JOBS].get(_owner(), request.match_info["response_id"])
+    name = request.match_info["response_id"]
+    await request.app[JOBS].settle(request.app[STATE], name)
+    job = request.app[JOBS].get(_owner(), name)
     stream, after = request.query.get("stream", "false"), request.query.get("starting_after")
     if stream not in ("true", "false"):
         raise invalid("stream", "must be true or false")
@@ -93,14 +98,18 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
     if after is not None and stream == "false":
         raise invalid("starting_after", "is only allowed when `stream` is true")
     if stream == "true":
+        job = await request.app[JOBS].events_of(request.app[STATE], name)
         if job is None:
             _find(request)
             raise invalid("stream", "is of `background` responses, as long as their events are kept")
         if named is not None and not (named.isascii() and named.isdecimal() and len(named) <= 9):
             raise invalid("starting_after", "must be the number of an event")
+        _check_here(job)
         return await _follow(request, job, -1 if named is None else int(named))
-    if job is not None and not job.is_done:
-        return json_response(job.response())
+    if job is not None:
+        _check_here(job)
+        if not job.is_done:
+            return json_response(job.response())
     stored = _find(request)
     return web.Response(body=stored.response, content_type="application/json")
 
@@ -108,6 +117,7 @@ async def retrieve(request: web.Request) -> web.StreamResponse:
 async def delete(request: web.Request) -> web.Response:
     """DELETE /v1/responses/{id}."""
     name = request.match_info["response_id"]
+    await request.app[JOBS].settle(request.app[STATE], name)
     job = request.app[JOBS].get(_owner(), name)
     if job is not None and not job.is_done:
         await job.cancel()
@@ -120,6 +130,7 @@ async def delete(request: web.Request) -> web.Response:
 
 async def cancel(request: web.Request) -> web.Response:
     """POST /v1/responses/{id}/cancel: end one that runs in the background; one that has ended stays as it is."""
+    await request.app[JOBS].settle(request.app[STATE], request.match_info["response_id"])
     job = request.app[JOBS].get(_owner(), request.match_info["response_id"])
     if job is None and not orjson.loads(_find(request).response)["background"]:
         raise invalid("response_id", "is of a response that was not made with `background`, and cannot be cancelled")
@@ -130,6 +141,7 @@ async def cancel(request: web.Request) -> web.Response:
 
 async def list_input_items(request: web.Request) -> web.Response:
     """GET /v1/responses/{id}/input_items, those of earlier turns included, a page at a time."""
+    await request.app[JOBS].settle(request.app[STATE], request.match_info["response_id"])
     items = orjson.loads(_find(request).input)
     query = Body(dict(request.query))
     limit = query.raw("limit") or "20"
@@ -154,6 +166,11 @@ async def list_input_items(request: web.Request) -> web.Response:
             "has_more": len(page) < len(items),
         }
     )
+
+
+def _check_here(job: Job) -> None:
+    if job.is_left or job.was_cut_short:
+        raise UnavailableError("Another process goes on with this response; ask again on a new connection.")
 
 
 def _find(request: web.Request) -> Stored:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import pytest
 from engine.config import StartupError
 from engine.request import UnavailableError
 from server.journal import Begun, Journal
-from tests.server.support import live, until
+from tests.server.support import BOUND_S, live, until
 from tests.server.test_background import ended, follow, get
 from tests.server.test_errors import check_shape
 
@@ -103,6 +104,104 @@ def test_a_line_that_a_full_disk_cuts_off_spoils_no_other(tmp_path: Path, monkey
     assert [one.id for one in again.begun] == ["r1", "r3"]
 
 
+# ---- two processes at once
+
+
+def text_of(events: list[Any]) -> str:
+    return "".join(event["delta"] for event in events if event["type"] == "response.output_text.delta")
+
+
+async def test_a_hand_over_takes_the_journal_along(tmp_path: Path) -> None:
+    """What somebody follows as the next process comes ends where it is, the rest is gone on with, and whoever comes to
+    the new process finds all of it."""
+    options: Any = {"handover": f"unix:{tmp_path}/s", "resume_journal": str(tmp_path / "journal")}
+    options |= {"api_keys": ("k1", "k2"), "step_seconds": 0.004, "drain_timeout_s": 20.0}
+    body = BODY | {"temperature": 1, "seed": 5, "max_output_tokens": 200}
+    keys = [{"Authorization": f"Bearer k{number}"} for number in (1, 2)]
+    async with live(**options) as first:
+        first.http.headers.update(keys[1])
+        done = (await first.post("/v1/responses", BODY))[1]["id"]
+        whole = await ended(first, done)
+        left, followed, shared = [(await first.post("/v1/responses", body))[1]["id"] for _ in range(3)]
+        following = [asyncio.create_task(follow(first, name)) for name in (followed, shared)]
+        some: list[Any] = []
+        async with first.http.get(f"{first.url}/v1/responses/{left}?stream=true") as response:
+            # As far as it has come when its client loses the connection.
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    some.append(json.loads(line[6:]))
+                if len(some) == 30:
+                    break
+        # What runs on in the first process takes long.
+        first.device.gate.clear()
+        async with live(**options) as second:
+            second.http.headers.update(keys[1])
+            await until(lambda: first.stop.is_set())
+            assert (await get(second, f"/v1/responses/{left}", headers=keys[0]))[0] == 404
+            rest = await follow(second, left, "&starting_after=29")
+            assert not first.serving.done() and not following[0].done() and not following[1].done()
+            first.device.gate.set()
+            at_first = await asyncio.gather(*following)
+            again = await follow(second, shared, "&starting_after=7")
+            found = {name: await ended(second, name) for name in (left, followed, shared)}
+            assert (await get(second, f"/v1/responses/{done}"))[1] == whole
+            new = (await second.post("/v1/responses", body))[1]["id"]
+            await asyncio.wait_for(asyncio.shield(first.serving), BOUND_S)
+            assert await ended(second, new)
+        events = [*some, *rest]
+        assert [event["sequence_number"] for event in events] == [*range(len(events))]
+        assert events[-1]["type"] == "response.completed" or events[-1]["type"] == "response.incomplete"
+        # One text, whoever computed it: no token is lost or stands twice.
+        text = text_of(at_first[0])
+        assert len(text) > 300 and text_of(at_first[1]) == text_of(events) == text
+        assert without_times(again) == without_times(at_first[1][8:])
+        assert {one["output"][0]["content"][0]["text"] for one in found.values()} == {text}
+    last = Journal(tmp_path / "journal", 10)
+    last.close()
+    assert not last.begun and {one.response["id"] for one in last.ended} == {done, left, followed, shared, new}
+    assert [name for name in os.listdir(tmp_path) if name.startswith("journal")] == ["journal"]
+
+
+def test_who_lives_keeps_what_it_has_begun(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    first = Journal(path, 10)
+    for name in ("r1", "r2", "r3"):
+        first.begin(Begun(name, "", {"input": "x"}, 1))
+    first.end("", "r3", {"id": "r3"}, [])
+    second, third = Journal(path, 10), Journal(path, 10)
+    assert not first.has_company and second.has_company and first.has_heirs()
+    assert [one.id for one in second.begun] == ["r1", "r2"] and second.elsewhere("", "r1")
+    assert [one.response["id"] for one in second.ended] == ["r3"]
+    assert not second.elsewhere("another", "r1") and not any(map(second.claim, second.begun))
+    first.leave("r1")
+    first.end("", "r2", {"id": "r2"}, [1])
+    second.begin(Begun("r4", "", {"input": "y"}, 1))
+    news = second.look()
+    [r2] = news.ended.values()
+    assert (r2.response["id"], r2.items, r2.begun and r2.begun.body) == ("r2", [1], {"input": "x"})
+    assert not second.elsewhere("", "r1")
+    # Of two that see it, one gets it.
+    third.look()
+    [one] = second.begun
+    assert third.claim(one) and not second.claim(one) and second.look() and second.elsewhere("", "r1")
+    # Killed: nobody says so, but the lock is gone.
+    os.close(third._alive)
+    os.close(third._file)
+    assert not second.elsewhere("", "r1") and second.claim(one)
+    first.end("", "r3")
+    assert second.look().forgotten == [("", "r3")] and second.has_company
+    first.close()
+    size = path.stat().st_size
+    second.look()
+    # With the last of the others gone, the file is short again, and goes on.
+    assert not second.has_company and path.stat().st_size < size
+    second.end("", "r4", {"id": "r4"}, [])
+    second.close()
+    again = Journal(path, 10)
+    again.close()
+    assert [one.id for one in again.begun] == ["r1"] and [one.response["id"] for one in again.ended] == ["r2", "r4"]
+
+
 async def test_what_cannot_be_written_down_is_not_promised(tmp_path: Path) -> None:
     async with live(resume_journal=str(tmp_path / "journal")) as server:
         from server.app import _JOURNAL
@@ -110,7 +209,7 @@ async def test_what_cannot_be_written_down_is_not_promised(tmp_path: Path) -> No
         def full(line: object) -> None:
             raise OSError(28, "No space left on device")
 
-        server.app[_JOURNAL]._write = full  # type: ignore[method-assign]
+        server.app[_JOURNAL]._append = full  # type: ignore[method-assign]
         check_shape(*await server.post("/v1/responses", BODY), expected=503)
         assert server.num_requests() == 0
         assert (await server.post("/v1/responses", BODY | {"background": False}))[0] == 200

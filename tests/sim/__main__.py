@@ -19,7 +19,7 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.seed is not None:
         # No mercy for the traceback here: whoever repeats a run wants all of it.
-        print(simulate(arguments.seed))
+        print(simulate(arguments.seed, every=1))
         return 0
     first = seed = arguments.first if arguments.first is not None else int(time.time()) * 1000
     ticks = failures = 0

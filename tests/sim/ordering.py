@@ -144,6 +144,8 @@ class CheckedPolicy(AdmissionPolicy):
         return [sequence for sequence in self._waiting if not sequence.is_finished]
 
     def _charge(self) -> None:
+        if self.name != "fair":
+            return
         for sequence, count in self._charged.items():
             new = sequence.num_tokens - count
             self._served[sequence.request.fairness_key] += fair.OUTPUT_WEIGHT * new

@@ -1,12 +1,15 @@
-"""The simulator: the Engine's loop without asyncio, on a fake device, with everything checked after every tick.
+"""The simulator: the Engine's loop without asyncio, on a fake device that checks every step.
 
 A run is a function of its seed. `simulate(seed)` raises SimulationError with the seed and the command that
-repeats it; `run` is the same for options and arrivals of the caller's choice.
+repeats it; `run` is the same for options and arrivals of the caller's choice. What is said of all pages and sequences
+at once is checked after every few ticks and at the end: a page that is lost stays lost, and seeds differ in which
+ticks they look at. Repeated by the command, a run is checked after every tick.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections import Counter, deque
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
@@ -31,6 +34,9 @@ from engine.speculation.budgets import DraftBudgets
 from tests.sim.ordering import CheckedPolicy
 from tests.sim.tiers import SimulatedTier
 from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
+
+# Ticks from one look at everything to the next.
+CHECK_EVERY = 8
 
 
 class SimulationError(AssertionError):
@@ -124,11 +130,13 @@ class Delivery:
 
 
 class Simulator:
-    def __init__(self, seed: int, options: Options, arrivals: List[Arrival]) -> None:
+    def __init__(self, seed: int, options: Options, arrivals: List[Arrival], every: int = CHECK_EVERY) -> None:
         self.options = options
+        self._every, self._phase = every, seed % every
+        self._limits, self._has_windows = options.limits, options.windows != (None,)
         self.random = Random(f"run {seed}")
         self.report = Report()
-        limits = options.limits
+        limits = self._limits
         fail_random = Random(f"failures {seed}")
         # Of steps that may hold a culprit: who is in them, in the order of their rows.
         self.members: dict[int, tuple[Batch, list[Sequence]]] = {}
@@ -195,7 +203,7 @@ class Simulator:
         self.tier = SimulatedTier(self, seed) if options.has_tier else None
 
     def _budgets(self, seed: int) -> Any:
-        limits = self.options.limits
+        limits = self._limits
         if self.options.budgets == "random":
             return RandomBudgets(seed, limits.max_draft_tokens)
         return DraftBudgets(limits, SpeculationOptions()) if self.options.budgets == "adaptive" else None
@@ -208,6 +216,7 @@ class Simulator:
             self.tick()
         assert not self.arrivals
         self._finish_all()
+        self.check_all()
         self.report.finished = len(self.clients)
         if self.tier is not None:
             self.report.received_tokens = self.tier.tier.tally.hit_tokens
@@ -253,7 +262,10 @@ class Simulator:
         if self.tier is not None:
             self.tier.turn(hurry=not leaving)
         scheduler, depth = self.scheduler, self.options.depth
-        before = {sequence.pages: [*sequence.pages.gone] for sequence in scheduler.live_sequences() if sequence.pages}
+        before = {}
+        if self._has_windows:
+            live = scheduler.live_sequences()
+            before = {sequence.pages: [*sequence.pages.gone] for sequence in live if sequence.pages}
         batch = scheduler.schedule()
         if batch is not None:
             assert 0 < batch.num_tokens <= self.options.max_num_batched_tokens, "the token budget"
@@ -261,7 +273,9 @@ class Simulator:
             assert len(owners) == batch.num_rows
             for sequence in owners.values():
                 assert not sequence.is_finished, f"{sequence} was scheduled after its end"
-            gone = {slot: before.get(sequence.pages, []) for slot, sequence in owners.items() if sequence.pages}
+            gone = {}
+            if before:
+                gone = {slot: before.get(sequence.pages, []) for slot, sequence in owners.items() if sequence.pages}
             if self.options.culprit_rate:
                 self.members[batch.forward_input.step] = batch, list(owners.values())
             self.in_flight.append(Launched(batch, self.executor.submit(batch.forward_input), owners, gone))
@@ -405,6 +419,8 @@ class Simulator:
             assert all(sequence.is_finished for sequence in result.cut)
         for slot, counts in launched.gone.items():
             for group, count in enumerate(counts):
+                if not count:
+                    continue
                 named = self.executor.pages_of(slot, count * self.options.page_size, group)
                 assert not any(named), f"slot {slot} still names {named}, which were given back"
         if self.options.poison:
@@ -515,6 +531,11 @@ class Simulator:
                     assert self.page_namespace[page] == name, f"page {page} crosses a namespace"
 
     def check(self) -> None:
+        """After every tick."""
+        if self.report.ticks % self._every == self._phase:
+            self.check_all()
+
+    def check_all(self) -> None:
         scheduler = self.scheduler
         live = scheduler.live_sequences()
         held = [sequence.pages for sequence in live if sequence.pages is not None]
@@ -569,9 +590,12 @@ class Simulator:
         assert pins.keys() <= places._index.keys() and not pins.keys() & places._unpinned.keys()
 
 
-def run(seed: int, options: Options, arrivals: List[Arrival]) -> Report:
-    """One run. Raises SimulationError."""
-    simulator = Simulator(seed, options, arrivals)
+def run(seed: int, options: Options, arrivals: List[Arrival], every: int = CHECK_EVERY) -> Report:
+    """One run, with all of it looked at after `every` ticks. Raises SimulationError."""
+    simulator = Simulator(seed, options, arrivals, every)
+    # A run makes little garbage, and looking for it takes an eighth of the time.
+    was_enabled = gc.isenabled()
+    gc.disable()
     try:
         return simulator.run()
     except Exception as error:
@@ -579,9 +603,12 @@ def run(seed: int, options: Options, arrivals: List[Arrival]) -> Report:
             f"seed {seed}, tick {simulator.report.ticks}: {type(error).__name__}: {error}\n"
             f"  {options}\n  repeat with: python -m tests.sim --seed {seed}"
         ) from error
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
-def simulate(seed: int, **changes: Any) -> Report:
-    """The run of a seed; `changes` to its options look closer at one part of the code."""
+def simulate(seed: int, every: int = CHECK_EVERY, **changes: Any) -> Report:
+    """The run of a seed; `changes` to its options look closer at one part of the code. every: see `run`."""
     options = dataclasses.replace(draw_options(seed), **changes)
-    return run(seed, options, draw_arrivals(seed, options))
+    return run(seed, options, draw_arrivals(seed, options), every)

@@ -1,4 +1,7 @@
-"""Seeded runs of scheduler, cache and fake device: a hundred thousand ticks, and what must not change an answer."""
+"""Seeded runs of scheduler, cache and fake device: what must not change an answer, and the simulator itself.
+
+The most of the ticks are in test_runs.py and test_more_runs.py.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,9 @@ import pytest
 
 from engine.scheduling.policy.registry import POLICIES
 from tests.sim import __main__ as command
-from tests.sim.simulator import Report, SimulationError, Simulator, run, simulate
+from tests.sim.simulator import SimulationError, Simulator, run, simulate
 from tests.sim.workload import BUDGETS, Options, calm_options, draw_arrivals, draw_options
 
-SEEDS_PER_TEST = 60
-DRAFTED_GRAMMARS = {
-    "max_draft_tokens": 4, "draft_accuracy": 0.95, "budgets": "all", "num_snapshots": None, "constrained_rate": 0.8,
-    "jump_ahead": False, "max_model_len": 40, "culprit_rate": 0.0, "spoil_rate": 0.0,
-}  # fmt: skip
 # Prompts that come back when the cache has lost them.
 TIERED = {
     "page_size": 2, "windows": (None,), "num_snapshots": None, "prefix_caching": True, "num_pages": 40,
@@ -26,31 +24,24 @@ TIERED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("first", range(0, 8 * SEEDS_PER_TEST, SEEDS_PER_TEST))
-def test_runs(first: int) -> None:
-    """About 14,000 ticks each."""
-    total = Report()
-    runs: list[tuple[int, dict[str, Any]]] = [(seed, {}) for seed in range(first, first + SEEDS_PER_TEST)]
-    # Drafts under grammars are rare among those.
-    runs += [(seed, DRAFTED_GRAMMARS) for seed in range(first, first + 12)]
-    for seed, changes in runs:
-        report = simulate(seed, **changes)
-        for name, value in vars(report).items():
-            if name != "answers":
-                setattr(total, name, getattr(total, name) + value)
-    # A simulation that never gets into trouble shows nothing.
-    assert total.ticks > 10_000 and total.finished > 500
-    assert total.jumped_tokens > 500
-    assert total.drafts > 400 and total.right_drafts > 200 and total.cut_by_grammar > 0
-    assert total.guilty > 10 and total.spoiled > 10
-    assert total.retractions > 20 and total.cached_tokens > 500 and total.failed_steps > 10
-
-
 def test_pages_come_from_a_tier() -> None:
     """While steps run, and too late, and for those who have left."""
     assert sum([simulate(seed, **TIERED).received_tokens for seed in range(8)]) > 50
     hasty = TIERED | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "fail_rate": 0.05, "vocab_size": 40}
     assert sum([simulate(seed, **hasty).received_tokens for seed in range(8)]) > 5
+    # States, windows, and both: what comes of them is worth nothing without the rest.
+    for changes in ({"num_snapshots": 4}, {"windows": (None, 9, 4), "num_pages": 120}, {"windows": (4,)}):
+        both = TIERED | {"ticks": 60} | changes
+        assert sum([simulate(seed, **both).received_tokens for seed in range(4)]) > 5
+    slow = hasty | {
+        "tier_timeout_s": 0.1,
+        "tier_eagerness": 0.9,
+        "windows": (None, 4),
+        "num_snapshots": 3,
+        "num_pages": 90,
+        "ticks": 60,
+    }
+    assert sum([simulate(seed, **slow).received_tokens for seed in range(4)]) > 5
     # A grammar's first tokens are told while the prompt is in flight.
     ahead = TIERED | {"constrained_rate": 0.8, "jump_ahead": True, "eagerness": 0.0, "tier_eagerness": 0.9}
     ahead |= {"vocab_size": 40, "max_num_batched_tokens": 12, "max_num_seqs": 4}
@@ -60,26 +51,29 @@ def test_pages_come_from_a_tier() -> None:
 Answers = dict[str, tuple[tuple[int, ...], str, object]]
 
 
-def answers_of(seed: int, options: Options) -> Callable[..., Answers]:
-    """Gives the answers of one workload under changed options, each of which is run once."""
+def answers_of(seed: int, options: Options, ticks: list[int]) -> Callable[..., Answers]:
+    """Gives the answers of one workload under changed options, each of which is run once. ticks: of each run."""
     done: dict[Options, Answers] = {}
 
     def answers(**changes: Any) -> Answers:
         changed = dataclasses.replace(options, **changes)
         if changed not in done:
-            done[changed] = run(seed, changed, draw_arrivals(seed, options)).answers
+            report = run(seed, changed, draw_arrivals(seed, options))
+            done[changed] = report.answers
+            ticks.append(report.ticks)
         return done[changed]
 
     return answers
 
 
 @pytest.mark.parametrize("first", range(0, 40, 10))
-def test_what_must_not_change_an_answer(first: int) -> None:
+def test_what_must_not_change_an_answer(first: int, record_property: Callable[[str, object], None]) -> None:
     """Depth, prefix cache, size of the pool, token budget, eviction, order: the same tokens for every request."""
+    ticks: list[int] = []
     for seed in range(first, first + 10):
         options = calm_options(seed)
         whole_context = options.whole_context
-        answers = answers_of(seed, options)
+        answers = answers_of(seed, options, ticks)
         plain = answers()
         assert len(plain) > 0 or not draw_arrivals(seed, options)
         assert answers(depth=1) == answers(depth=2) == plain
@@ -95,6 +89,7 @@ def test_what_must_not_change_an_answer(first: int) -> None:
         assert answers(jump_ahead=False) == answers(jump_ahead=True) == plain
         for policy in POLICIES:
             assert answers(policy=policy) == plain
+    record_property("simulated_ticks", sum(ticks))
 
 
 def test_a_run_is_a_function_of_its_seed() -> None:

@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 from engine.cache.eviction.registry import EVICTION_POLICIES
+from engine.executor.fake_memory import mix_int
 from engine.executor.fake_oracle import FakeModel, expected_stream, expected_vector
 from engine.forward import Limits
 from engine.groups import Chunk, MemoryGroup
@@ -84,8 +85,8 @@ class Options:
 
     @property
     def has_tier(self) -> bool:
-        """Of models whose pages can be carried."""
-        return self.tier_pages > 0 and self.prefix_caching and self.num_snapshots is None and self.windows == (None,)
+        """Of models that keep anything."""
+        return self.tier_pages > 0 and self.prefix_caching and self.num_snapshots != 0
 
     @property
     def limits(self) -> Limits:
@@ -103,7 +104,7 @@ class Options:
             max_adapters=self.max_adapters,
         )
 
-    @property
+    @functools.cached_property
     def model(self) -> FakeModel:
         return FakeModel(self.vocab_size, EOS, self.eos_rate, self.windows, self.num_snapshots is not None)
 
@@ -123,19 +124,13 @@ class Options:
             count += pages if window is None else min(pages, kept)
         return count
 
-    @property
+    @functools.cached_property
     def cache_tokens(self) -> int:
         """Most tokens of one sequence that the pool can serve."""
         if None not in self.windows and self.pages_of(10**6) <= self.num_pages:
             return self.max_model_len
         whole = (n for n in itertools.count() if self.pages_of(n * self.page_size + 1) > self.num_pages)
         return next(whole) * self.page_size
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _run_token(seed: int, place: int, vocab_size: int) -> int:
-    """Asked for again and again, and a generator's seed costs more than all else of a tick's constraint."""
-    return Random(f"run {seed} {place}").randrange(vocab_size)
 
 
 class Runs:
@@ -152,7 +147,7 @@ class Runs:
     def token_at(self, place: int) -> int | None:
         if place % self.period < self.free or place >= self.length:
             return None
-        return _run_token(self.seed, place, self.vocab_size)
+        return mix_int(self.seed << 32 | place) % self.vocab_size
 
     def forced_tokens(self) -> list[int]:
         rest = itertools.count(self.num_seen)
@@ -190,8 +185,8 @@ class Adapters:
             return None
         name = random.choice("aaabbbccde")
         if name not in self._loaded or random.random() < options.reload_rate:
-            self._num_loaded += 1
-            self._loaded[name] = Adapter(name, f"/{name}", self._num_loaded, 1, 1, self._num_loaded)
+            number = self._num_loaded = self._num_loaded + 1
+            self._loaded[name] = Adapter(name, f"/{name}", number, 1, 1, number, str(number))
         return self._loaded[name]
 
 

@@ -33,7 +33,7 @@ def _accept(token_ids_ptr, drawn_ptr, slots_ptr, last_token_ptr, num_rows, BLOCK
         end += found
         searches = found == BLOCK
     slot = tl.load(slots_ptr + row).to(tl.int64)
-    tl.store(last_token_ptr + slot, tl.load(drawn_ptr + end - 1))
+    tl.store(last_token_ptr + slot, tl.maximum(tl.load(drawn_ptr + end - 1), 0))  # it may have drawn no numbers
 
 
 def accept_drafts(token_ids: Tensor, drawn: Tensor, slots: Tensor, last_token: Tensor) -> None:

@@ -1,0 +1,36 @@
+"""The runs of many seeds, in parts that are tests: each has troubles of all kinds, or shows nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tests.sim.simulator import Report, simulate
+
+SEEDS_PER_TEST = 100
+# How many tests there are; half of them are in each of two files, so that they run beside each other.
+NUM_TESTS = 12
+DRAFTED_GRAMMARS = {
+    "max_draft_tokens": 4, "draft_accuracy": 0.95, "budgets": "all", "num_snapshots": None, "constrained_rate": 0.8,
+    "jump_ahead": False, "max_model_len": 40, "culprit_rate": 0.0, "spoil_rate": 0.0,
+}  # fmt: skip
+
+
+def part(number: int) -> int:
+    """The seeds of one test; returns their ticks, about 22,000."""
+    first = number * SEEDS_PER_TEST
+    total = Report()
+    runs: list[tuple[int, dict[str, Any]]] = [(seed, {}) for seed in range(first, first + SEEDS_PER_TEST)]
+    # Drafts under grammars are rare among those.
+    runs += [(seed, DRAFTED_GRAMMARS) for seed in range(first, first + 12)]
+    for seed, changes in runs:
+        report = simulate(seed, **changes)
+        for name, value in vars(report).items():
+            if name != "answers":
+                setattr(total, name, getattr(total, name) + value)
+    # A simulation that never gets into trouble shows nothing.
+    assert total.ticks > 18_000 and total.finished > 1000
+    assert total.jumped_tokens > 800
+    assert total.drafts > 600 and total.right_drafts > 300 and total.cut_by_grammar > 0
+    assert total.guilty > 15 and total.spoiled > 15
+    assert total.retractions > 30 and total.cached_tokens > 800 and total.failed_steps > 15
+    return total.ticks
