@@ -92,8 +92,11 @@ CONNECTION: dict[str, Any] = {"auto_decompress": False, "access_log": None}
 QUIET_S = 1.0
 # A burst of this many connects waits in the kernel and is not refused.
 _BACKLOG = 4096
-# Pages that this machine serves to itself. Not "null", which is also what a page of any site is inside of a sandbox.
-_LOCAL_ORIGIN = re.compile(r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?")
+# Pages that this machine serves to itself, and those of its own programs: no site can have such a scheme. Not "null",
+# which is also what a page of any site is inside of a sandbox.
+_LOCAL_ORIGIN = re.compile(
+    r"https?://(localhost|127\.0\.0\.1|\[::1\])(:\d{1,5})?|(app|file|tauri|vscode-file|vscode-webview)://[\w.\-]*"
+)
 # nginx's word for a client that did not wait.
 _CLIENT_CLOSED = 499
 _MESSAGES = {

@@ -35,6 +35,7 @@ class PinnedWeights:
     rank: int
     num_bytes: int
     base_model_name: str
+    digest: str
     data: Tensor
     table: Tensor
 
@@ -109,7 +110,7 @@ class DeviceAdapters:
             raise AdapterError(f"adapter {name}: no page-locked memory: {str(error).splitlines()[0]}") from None
         for to, source in zip(pinned, (data, table), strict=True):
             to.copy_(source)
-        return PinnedWeights(found.rank, data.nbytes, found.base_model_name, *pinned)
+        return PinnedWeights(found.rank, data.nbytes, found.base_model_name, found.digest, *pinned)
 
     def load(self, forward_input: ForwardInput, handle: CudaHandle) -> None:
         """Bring the step's new adapters to the device. Compute stream: behind the steps that may still read what had

@@ -94,9 +94,10 @@ class SnapshotPages:
 
     def copy_in(self, pages: Int32Array, data: npt.NDArray[np.uint8]) -> None:
         """See PageMemory."""
-        states, rows = self._states, np.ascontiguousarray(data).view(self._ROW).reshape(-1).tolist()
-        for place, (value, position, tainted) in zip((self._first + pages).tolist(), rows, strict=True):
-            states.value[place], states.position[place], states.tainted[place] = value, position, tainted
+        states, rows = self._states, np.ascontiguousarray(data).view(self._ROW).reshape(-1)
+        for place, row in zip((self._first + pages).tolist(), rows, strict=True):
+            states.value[place], states.position[place] = int(row["value"]), int(row["position"])
+            states.tainted[place] = bool(row["tainted"])
 
     def regions(self) -> list[tuple[int, int, int]]:
         """See PageMemory: lists have no address."""

@@ -94,6 +94,9 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Jinja's own filter escapes <, > and & for HTML, which models were not trained on."""
+    if isinstance(value, Iterator):
+        # What `map` and `select` make of a list.
+        value = list(value)
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

@@ -152,6 +152,12 @@ class _Probe:
             self._ask_tools()
             self._num_none = (self._text([_user(1)], self.shape) or "").count("None")
         self._ask_calls()
+        if self.shape.tools == "lost" and self.shape.calls == "structured":
+            bare = self._text([_user(1)], self.shape) or ""
+            written = self._text([_user(1), _calls(0), _result(0)], self.shape) or ""
+            if _CALLED[0] in written and not any(name in bare for name in _NAMES):
+                # It writes calls and says nothing of what can be called.
+                self._choose("tools", ("words",), [_user(1)], ["qzxuser1", "qzxparam", *_NAMES])
         self._ask_marks()
 
     # ---- asking
@@ -216,6 +222,8 @@ class _Probe:
 
     def _ask_roles(self) -> None:
         self._choose("system", (True, False), [_system(1), _user(1)])
+        if self.shape.developer:
+            self._choose("developer", (True, False), [{**_system(1), "role": "developer"}, _user(1)])
         roles: list[tuple[str, Callable[[Any], list[Message]]]] = [
             ("user", lambda content: [{"role": "user", "content": content}]),
             ("assistant", lambda content: [_user(1), {"role": "assistant", "content": content}, _user(2)]),
@@ -256,11 +264,14 @@ class _Probe:
         if not self._choose("tools", ("nested", "flat", "system"), [_user(1)], words):
             self.shape = replace(self.shape, tools="lost")
             return
-        for fields in ("given", "filled"):
-            shape = replace(self.shape, tool_fields=fields)
-            if self._shows([_user(1)], shape, ["qzxuser1", *_NAMES], _BARE_TOOLS):
-                self.shape = shape
-                return
+        words = ["qzxuser1", *_NAMES]
+        shapes = [_with(self.shape, ["tool_fields"], [fields]) for fields in ("given", "filled")]
+        found = next((shape for shape in shapes if self._shows([_user(1)], shape, words, _BARE_TOOLS)), None)
+        if found is None:
+            # Some write None themselves, of parameters that may be left out.
+            texts = ((shape, self._text([_user(1)], shape, tools=_BARE_TOOLS) or "") for shape in shapes)
+            found = next((shape for shape, text in texts if all(word in text for word in words)), None)
+        self.shape = found or self.shape
 
     def _ask_calls(self) -> None:
         if not self._find_calls():
@@ -287,6 +298,10 @@ class _Probe:
         if shape.tool_role:
             self._choose("user_after_tool", (True, False), [_user(1), _calls(0), _result(0), _user(2), _answer(1)])
             self._choose("lone_results", (True, False), [_user(1), _result(0), _answer(1), _user(2)])
+            for between in ([_user(2)], [_system(2)] if shape.system_in_middle else []):
+                if between and not self.shape.calls_first:
+                    turns = [_user(1), _calls(0), *between, _result(0), _answer(1)]
+                    self._choose("calls_first", (False, True), turns)
 
     def _find_calls(self) -> bool:
         """The first form in which calls and their results stand in the prompt, in two turns of a loop."""
@@ -325,6 +340,9 @@ class _Probe:
             before, closing = text[:thought], text[thought + len("qzxthought") : answer]
             opening = before[len(head) :] if before.startswith(head) else ""
             opening = opening or _last_tag(before)
+        elif channel := _CHANNEL.search(head):
+            # Gemma 4 begins an answer without reasoning behind an empty one, and cuts those of past answers.
+            opening, closing = channel.groups()
         else:
             opening = _last_tag(head)
             if _CLOSING.search(opening):
@@ -340,6 +358,7 @@ class _Probe:
 
 
 _THINKS = re.compile("think|reason", re.IGNORECASE)
+_CHANNEL = re.compile(r"(<\|channel>\w+\s*)(<channel\|>)\s*\Z")
 _CLOSING = re.compile(r"</\w*think\w*>|\[/THINK\]")
 _TAG = re.compile(r"(?:<[^<>\s]{1,40}>|\[[A-Z_]{1,40}\])\s*\Z")
 

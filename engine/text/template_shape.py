@@ -56,7 +56,10 @@ class TemplateShape:
     tool_role: results are read. lone_results: one without its call. user_after_tool: a user turn may follow a result;
     else it is part of it.
 
-    tools: read as {"type", "function"}, flat, from the system message as JSON text (Phi-4-mini), or not at all.
+    calls_first: no other turn may stand between calls and their results; else it is put behind them.
+
+    tools: read as {"type", "function"}, flat, from the system message as JSON text (Phi-4-mini), or not at all. Where
+    the template writes calls all the same, declarations are words of the system message.
     tool_fields: declarations as given, or with every description, parameters and type filled in.
     reasoning_open, reasoning_close: what the template writes before and behind a reasoning, white space included;
     empty where it shows none.
@@ -89,7 +92,8 @@ class TemplateShape:
     tool_role: bool = True
     lone_results: bool = True
     user_after_tool: bool = True
-    tools: Literal["nested", "flat", "system", "lost"] = "nested"
+    calls_first: bool = False
+    tools: Literal["nested", "flat", "system", "words", "lost"] = "nested"
     tool_fields: Literal["given", "filled"] = "given"
     reasoning_open: str = ""
     reasoning_close: str = ""
@@ -104,6 +108,12 @@ def fit(
     """
     chat = [_normal(message, shape.developer and not index) for index, message in enumerate(messages)]
     given = chat[-1].get("content") if keep_last else None
+    if tools and shape.tools == "words":
+        if not _is_system(chat[0]):
+            chat.insert(0, {"role": "system", "content": ""})
+        chat[0]["content"] = _joined(chat[0].get("content"), _in_words(tools))
+    if shape.calls_first:
+        chat = _results_first(chat)
     chat, lone = _paired(chat, shape)
     chat = _in_turns(chat, lone, shape, keep_last)
     chat = list(_split(chat, shape, keep_last))
@@ -367,6 +377,32 @@ def _in_turns(chat: list[Message], lone: set[int], shape: TemplateShape, keep_la
     return leading + out
 
 
+def _results_first(chat: list[Message]) -> list[Message]:
+    """The conversation with every turn that stands between calls and their results behind the results."""
+    out: list[Message] = []
+    apart: list[Message] = []
+    for index, message in enumerate(chat):
+        role = message.get("role")
+        if role == "tool" or (role != "assistant" and _awaits_result(out) and _has_result(chat[index:])):
+            (out if role == "tool" else apart).append(message)
+            continue
+        out += apart
+        apart = []
+        out.append(message)
+    return out + apart
+
+
+def _awaits_result(chat: list[Message]) -> bool:
+    """Whether calls, or some of their results, end the conversation so far."""
+    return bool(chat) and (bool(chat[-1].get("tool_calls")) or chat[-1].get("role") == "tool")
+
+
+def _has_result(chat: list[Message]) -> bool:
+    """Whether a result comes before the assistant's next turn."""
+    roles = (message.get("role") for message in chat)
+    return next((role for role in roles if role in ("assistant", "tool")), None) == "tool"
+
+
 def _is_system(message: Message) -> bool:
     return message.get("role") in ("system", "developer")
 
@@ -431,7 +467,8 @@ def _dress(message: Message, shape: TemplateShape, keep: bool) -> None:
     if calls:
         message["tool_calls"] = [_dressed_call(call, shape) for call in calls]
     content = message.get("content")
-    if isinstance(content, list) and role not in shape.parts and _is_text(content):
+    if isinstance(content, list) and _is_text(content) and (calls or role not in shape.parts):
+        # Beside calls many templates that read parts elsewhere do not.
         content = text_of(content)
     if shape.reasoning_parts and role == "assistant" and isinstance(message.get("reasoning_content"), str):
         spoken = content if isinstance(content, list) else [{"type": "text", "text": text_of(content)}]
@@ -466,6 +503,12 @@ def _dressed_call(call: Message, shape: TemplateShape) -> Message:
 
 
 # ---- tools
+
+
+def _in_words(tools: list[Any]) -> str:
+    """Declarations for a template that shows none."""
+    lines = [json.dumps(plain(tool), ensure_ascii=False) for tool in tools]
+    return "\n".join(["# Tools", "", "These functions can be called:", *lines])
 
 
 def _declaration(tool: Any, shape: TemplateShape) -> Any:

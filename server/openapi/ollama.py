@@ -39,7 +39,6 @@ _HINTS: Json = {
     "num_ctx": integer(1, about="At most the server's own counts."),
     "repeat_last_n": integer(-1, about="0 turns penalties off; else they are of the whole text."),
     "penalize_newline": boolean("true, where there is a penalty."),
-    "tfs_z": number(1),
     **{name: number(about=_HINT) for name in NUMBER_HINTS},
     **{name: boolean(_HINT) for name in FLAG_HINTS},
     **refused(OPTION_REFUSALS),

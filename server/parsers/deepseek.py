@@ -11,6 +11,7 @@ from server.parsers.base import MAX_NAME, Malformed, Scanner, Steps, ToolFamily
 from server.parsers.call_objects import close_call, read_call_object
 from server.parsers.formats import const, schema_of, sequence, tags
 from server.parsers.json_text import read_arguments
+from server.parsers.tagged import drop_begun
 
 _ALL_OPEN, _ALL_CLOSE = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _OPEN, _SEPARATOR, _CLOSE = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
@@ -70,6 +71,8 @@ def _read_rest(scanner: Scanner, name: str) -> Steps[None]:
     fenced = yield from scanner.accept(_FENCE, spaced=True)
     if fenced:
         yield from scanner.accept("json")
+        drop_begun(scanner, ("json",))
+    drop_begun(scanner, (_FENCE,))
     character = yield from scanner.space()
     bare = not character or (yield from scanner.look_at(_ENDS)) is not None
     if not bare and character != "{":
@@ -83,6 +86,7 @@ def _read_rest(scanner: Scanner, name: str) -> Steps[None]:
     yield from read_arguments(scanner, scanner.arguments, _ENDS, fence=_FENCE)
     scanner.end_call()
     yield from scanner.accept(_FENCE, spaced=True)
+    drop_begun(scanner, (_FENCE,))
 
 
 def _v3_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dict[str, Any]:

@@ -16,3 +16,15 @@ HY_V3 = family(
     "hy_v3",
     Tags(("<tool_call>", "<tool_sep>"), "</tool_call>", _KEY, _VALUE, section=("<tool_calls>", "</tool_calls>")),
 )
+# As the published checkpoints spell them.
+_S = ":opensource"
+HY_V3_OPEN = family(
+    "hy_v3_opensource",
+    Tags(
+        (f"<tool_call{_S}>", f"<tool_sep{_S}>"),
+        f"</tool_call{_S}>",
+        (f"<arg_key{_S}>", f"</arg_key{_S}>"),
+        (f"<arg_value{_S}>", f"</arg_value{_S}>"),
+        section=(f"<tool_calls{_S}>", f"</tool_calls{_S}>"),
+    ),
+)

@@ -1,7 +1,7 @@
 """Calls as JSON behind a mark: a list of objects, or one object, of name and arguments, up to a mark that ends them.
 
-Granite 3, Phi-4-mini, Hunyuan A13B, Jamba, Apriel, Nemotron Nano 2, Command, InternLM 2, LongCat and xLAM differ in
-their marks and the names of the fields; Apertus has the tool's name as the only key of the object.
+Granite 3, Phi-4-mini, Hunyuan A13B, MiniMax M1, Jamba, Apriel, Nemotron Nano 2, Command, InternLM 2, LongCat and xLAM
+differ in their marks and the names of the fields; Apertus has the tool's name as the only key of the object.
 """
 
 from __future__ import annotations
@@ -22,8 +22,15 @@ _Reader = Callable[[Scanner, tuple[str, ...]], Steps[None]]
 def _read_calls(scanner: Scanner, ends: tuple[str, ...]) -> Steps[None]:
     if (yield from scanner.space()) == "[":
         yield from read_call_list(scanner, ends)
-    else:
+        return
+    while True:
         yield from read_call_object(scanner, ends)
+        # Several, one below the other.
+        character, distance = yield from scanner.look_past(SPACE + ",;")
+        if character != "{":
+            return
+        scanner.begin()
+        scanner.skip(distance)
 
 
 def _listed(
@@ -34,13 +41,15 @@ def _listed(
     also: tuple[str, ...] = (),
     fields: tuple[str, str] = ("name", "arguments"),
     list_of: tuple[str, str] | None = ("[", "]"),
+    between: str = ", ",
     extra: str = "",
     markers: tuple[str, ...] | None = None,
     wrap: tuple[str, ...] = (),
 ) -> ToolFamily:
     """A family with these marks. also: other marks that begin calls. fields: the keys of name and arguments.
 
-    list_of: what is written around the calls and brackets; None for a mark around each call. extra: fields that are
+    list_of: what is written around the calls and brackets; None for a mark around each call. between: between calls
+    inside of it. extra: fields that are
     written in front of the name.
     """
     begins = (begin.strip(), *also)
@@ -61,7 +70,7 @@ def _listed(
         calls = [_one(before, extra, fields, tool, schema, after) for tool, schema in tools]
         if list_of is None:
             return tags(calls, "\n", parallel)
-        return sequence(const(begin + list_of[0]), tags(calls, ", ", parallel), const(list_of[1] + end))
+        return sequence(const(begin + list_of[0]), tags(calls, between, parallel), const(list_of[1] + end))
 
     kept = (begin.strip(), end.strip(), *also) if markers is None else markers
     return ToolFamily(name, run, tuple(filter(None, kept)), call_format, wrap=wrap)
@@ -76,6 +85,7 @@ GRANITE = _listed("granite", "<|tool_call|>", "", also=("<tool_call>",))
 GRANITE_20B = _listed("granite-20b-fc", "<function_call> ", "", list_of=None)
 PHI4_MINI = _listed("phi4_mini_json", "functools", "", markers=())
 HUNYUAN_A13B = _listed("hunyuan_a13b", "<tool_calls>", "</tool_calls>")
+MINIMAX_M1 = _listed("minimax", "<tool_calls>\n", "\n</tool_calls>", list_of=("", ""), between="\n")
 JAMBA = _listed("jamba", "<tool_calls>", "</tool_calls>", list_of=("[\n    ", "\n]"))
 NEMOTRON_V2 = _listed("nemotron_json", "<TOOLCALL>", "</TOOLCALL>")
 COMMAND = _listed(
@@ -225,6 +235,7 @@ FAMILIES = (
     GRANITE_20B,
     PHI4_MINI,
     HUNYUAN_A13B,
+    MINIMAX_M1,
     JAMBA,
     NEMOTRON_V2,
     COMMAND,

@@ -15,6 +15,7 @@ from server.parsers.call_objects import close_call, read_call_list, read_call_ob
 from server.parsers.formats import json_call, schema_of, tags
 from server.parsers.json_text import read_arguments
 from server.parsers.pythonic import is_python_call, read_python_call
+from server.parsers.tagged import drop_begun
 
 _OPEN, _CLOSE, _ARGUMENTS, _ID = "[TOOL_CALLS]", "[/TOOL_CALLS]", "[ARGS]", "[CALL_ID]"
 _ENDS = (_CLOSE, _OPEN)
@@ -63,6 +64,7 @@ def _read_named(scanner: Scanner) -> Steps[None]:
         yield from scanner.space()
         yield from scanner.word(_NAME)
     marked = yield from scanner.accept(_ARGUMENTS, spaced=True)
+    drop_begun(scanner, (_ARGUMENTS, _ID))
     if (yield from scanner.space()) == "{":
         scanner.start_call(name)
         yield from read_arguments(scanner, scanner.arguments, _ENDS)

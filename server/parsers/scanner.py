@@ -138,6 +138,9 @@ class Scanner:
 
     def content(self, text: str) -> None:
         """Content. Where calls may follow, the white space at its end waits until it is known what does."""
+        if self.cut and self._behind_call and not text.strip(SPACE + ",;"):
+            # What separates a call from another, which a limit has cut off.
+            return
         if self._stray is not None:
             text = self._stray.take_out(text)
         self._add_content(text)
@@ -288,7 +291,9 @@ class Scanner:
         if self._begun:
             self.end_call()
         self._mark = None
-        if mark is not None:
+        # Behind a call, the begin of another that a limit has cut off is no words of the model's.
+        is_rest = self.cut and self._behind_call and self.at == len(self.text)
+        if mark is not None and not is_rest:
             self.content(self.text[mark : self.at])
 
     # Reading. Each step waits for more text where it needs some.
@@ -385,6 +390,8 @@ class Scanner:
         compiled = _compile_markers(markers)
         while True:
             found = compiled.pattern.search(self.text, self.at)
+            if found is None:
+                self._drop_begun(compiled)
             end = self._possible_end(compiled) if found is None else found.start()
             if end > self.at:
                 piece, self.at = self.text[self.at : end], end
@@ -394,6 +401,12 @@ class Scanner:
             if self.closed:
                 return None
             yield
+
+    def _drop_begun(self, markers: _Markers) -> None:
+        """Behind a call, the begin of a marker that a limit has cut off is no content."""
+        if self.closed and self.cut and self._behind_call and not self._begun:
+            start = max(self.at, len(self.text) - markers.longest + 1)
+            self.text = self.text[: markers.possible_end(self.text, start)]
 
     def raw_until(self, markers: tuple[str, ...], most: int) -> Steps[tuple[str, str]]:
         """The text up to a marker, and the marker; both are read. Malformed at the end or beyond `most` characters."""

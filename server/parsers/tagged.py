@@ -142,6 +142,7 @@ def _run(scanner: Scanner, spelling: Tags) -> Steps[None]:
             else:
                 yield from _read_object(scanner, spelling)
         except Malformed:
+            drop_begun(scanner, (*spelling.lead, *spelling.calls))
             scanner.fail()
             continue
         inside = bool(spelling.section[0])

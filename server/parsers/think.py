@@ -28,4 +28,5 @@ def family(name: str, open: str, close: str) -> ReasoningFamily:
 
 QWEN3 = family("qwen3", "<think>", "</think>")
 DEEPSEEK_R1 = family("deepseek_r1", "<think>", "</think>")
+HY_V3_OPEN = family("hy_v3_opensource", "<think:opensource>", "</think:opensource>")
 MISTRAL = family("mistral", "[THINK]", "[/THINK]")

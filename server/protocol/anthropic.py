@@ -70,7 +70,7 @@ HINTS: dict[str, tuple[object, ...]] = {
 }
 # Of a message that continues a conversation, by its role.
 ROLES: dict[str, str] = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
-THINKING = ("enabled", "adaptive", "disabled")
+THINKING = ("enabled", "adaptive", "between_tools", "disabled")
 # Chat templates' names for their switch.
 _SWITCHES = ("enable_thinking", "thinking")
 # What Claude Code puts in front of its system prompt. It changes with every conversation, tells a model nothing and
@@ -180,6 +180,9 @@ def _read_thinking(body: Body, state: State) -> dict[str, Any]:
     kind = fields.choice("thinking.type", THINKING)
     fields.string("thinking.display", None)
     asked, budget = kind in ("enabled", "adaptive"), None
+    if kind == "between_tools":
+        # Once it has results to think about.
+        asked = _ends_in_result(body.raw("messages"))
     if body.has("thinking"):
         if kind is None:
             raise invalid("thinking.type", f"must be one of {', '.join(THINKING)}")
@@ -210,6 +213,12 @@ def _read_thinking(body: Body, state: State) -> dict[str, Any]:
             raise invalid("output_config.format.type", "must be json_schema")
         chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": form.get("schema"), "strict": True}}
     return chat
+
+
+def _ends_in_result(messages: Any) -> bool:
+    """Whether results of tools are what the model is to answer. messages: not looked at yet."""
+    turns = [_turn_of(message) for message in messages] if isinstance(messages, list) else []
+    return any(turn == "result" for turn in turns[-1:])
 
 
 def _read_effort(config: Body) -> str | None:

@@ -39,6 +39,8 @@ _SILENT = frozenset(
 )
 # Where text is in what other programs wrote.
 _TEXT_KEYS = ("text", "stdout", "stderr", "logs", "title", "refusal")
+# And what holds more of it.
+_HOLDERS = ("content", "output", "summary", "tool_references")
 # Of the name of a document, which is only a label.
 _MAX_TITLE = 200
 
@@ -74,7 +76,7 @@ def read_part(part: Any, where: str, *, newest: bool = False) -> str | None:
     if kind == "document" and (text := _document(part)) is not None:
         return text
     if kind == "tool_reference":
-        return f"[tool_reference: {_label(part.get('tool_name'))}]"
+        return _reference(part)
     if kind == "search_result":
         return _titled("search_result", [part.get("title"), part.get("source")], texts_in(part.get("content")))
     if kind in _MEDIA:
@@ -114,9 +116,15 @@ def texts_in(value: Any) -> list[str]:
         return [text for item in value for text in texts_in(item)]
     if not isinstance(value, dict):
         return []
+    kind = value.get("type")
+    if kind == "document" and (text := _document(value)) is not None:
+        # A page that was fetched.
+        return [text]
+    if kind == "tool_reference":
+        return [_reference(value)]
     found: list[str] = []
     for name, inner in value.items():
-        if name in _TEXT_KEYS or (name in ("content", "output", "summary") and isinstance(inner, str | list | dict)):
+        if name in _TEXT_KEYS or (name in _HOLDERS and isinstance(inner, str | list | dict)):
             found += texts_in(inner)
     return found
 
@@ -136,6 +144,10 @@ def _document(part: dict[str, Any]) -> str | None:
         return None
     said = texts_in(source.get("data") if source["type"] == "text" else source.get("content"))
     return _titled("document", [part.get("title"), part.get("context")], said)
+
+
+def _reference(part: dict[str, Any]) -> str:
+    return f"[tool_reference: {_label(part.get('tool_name'))}]"
 
 
 def _titled(kind: str, labels: Iterable[Any], said: list[str]) -> str:

@@ -53,13 +53,13 @@ _MAX_DURATION = 64
 EFFORTS = ("low", "medium", "high", "max")
 # What is taken and changes no answer. Of the hardware and the memory the server's own flags decide; a prompt is never
 # shifted, so that nothing of it has to be kept (num_keep); mirostat_tau and _eta say something only beside a mirostat.
-# mirostat and typical_p are odd ones: they are in Ollama's examples of all options, and its own runner has no such
-# samplers; where one asks for something the answer says that it was left out.
+# mirostat, tfs_z and typical_p are odd ones: they are in Ollama's examples of all options, and its own runner has no
+# such samplers; where one asks for something the answer says that it was left out.
 NUMBER_HINTS = (
     *("num_keep", "num_batch", "num_gpu", "main_gpu", "num_thread"),
-    *("mirostat", "mirostat_tau", "mirostat_eta", "typical_p"),
+    *("mirostat", "mirostat_tau", "mirostat_eta", "typical_p", "tfs_z"),
 )
-_NEUTRAL = {"mirostat": 0, "typical_p": 1}
+_NEUTRAL = {"mirostat": 0, "typical_p": 1, "tfs_z": 1}
 FLAG_HINTS = (
     *("low_vram", "f16_kv", "logits_all", "vocab_only", "embedding_only"),
     *("use_mmap", "use_mlock", "numa"),
@@ -225,8 +225,6 @@ def _check_options(options: dict[str, Any], state: State) -> None:
             ignore("options", name)
     for name in FLAG_HINTS:
         fields.boolean(f"options.{name}", False)
-    if (z := options.get("tfs_z")) is not None and not (_is_number(z) and z >= 1):
-        raise invalid("options.tfs_z", "must be at least 1, which is off: this server has no tail-free sampling")
     window = fields.integer("options.repeat_last_n", -1, -1)
     if not fields.boolean("options.penalize_newline", True) and window != 0 and _penalises(options, state):
         raise invalid("options.penalize_newline", "must be true beside a penalty: penalties here know no exceptions")

@@ -22,13 +22,17 @@ Json = dict[str, Any]
 # The flat name of a function by its namespace, None without one, and its own name.
 Flat = Callable[[str | None, str], str]
 
+# Items that say nothing to the model: tools that a developer adds, and settings for the answers from there on.
+ADDED_TOOLS, CONFIGURATION = "additional_tools", "configuration_update"
 ROLES = ("user", "assistant", "system", "developer")
 _MAX_ID_LENGTH = 128
 # Where a call of a kind that is not known here has its arguments.
-_ARGUMENTS = ("arguments", INPUT, "action", "operation")
+_ARGUMENTS = ("arguments", INPUT, "action", "operation", "actions")
+# What comes of calls that clients run; a result may be sent without the id of its call.
+_OUTPUTS_OF_CALLS = ("function_call_output", "custom_tool_call_output")
 # What items of kinds that are not known here may say in words.
 _TEXTS = ("content", "summary", "text", "code", "outputs", "results")
-_OUTPUTS = ("output", "tools", "content")
+_OUTPUTS = ("output", "tools", "content", "result")
 
 
 def turn_of(item: Any) -> Turn:
@@ -62,6 +66,8 @@ def as_messages(items: Collection[Json], instructions: str | None, flat: Flat) -
     messages: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
     names: dict[str, str] = {}
     calls: dict[str, str] = {}
+    # Calls whose results have not come yet.
+    waiting: list[str] = []
     for item in items:
         kind = item["type"]
         if kind == "message":
@@ -74,13 +80,23 @@ def as_messages(items: Collection[Json], instructions: str | None, flat: Flat) -
             names[call["id"]] = call["function"]["name"]
             # Results of a local shell name the item.
             calls[item["id"]] = call["id"]
+            if kind != "mcp_call":
+                waiting.append(call["id"])
             _turn(messages, "call").setdefault("tool_calls", []).append(call)
             if kind == "mcp_call":
                 # Another server ran it, and its result is in the same item.
                 _add_result(messages, names, call["id"], _as_text(item.get("output") or item.get("error")), kind)
         elif (found := _output_id(item)) is not None:
             call_id = found if found in names else calls.get(found, found)
+            if item.get("call_id") is None and call_id not in names and kind in _OUTPUTS_OF_CALLS:
+                # One that does not say whose it is names its function, or comes in the order of the calls.
+                call_id = next((one for one in waiting if names[one] == item.get("name")), [*waiting, call_id][0])
+            if call_id in waiting:
+                waiting.remove(call_id)
             _add_result(messages, names, call_id, _output_text(item), kind)
+        elif kind in (ADDED_TOOLS, CONFIGURATION):
+            # What they say is read apart.
+            continue
         elif (summary := unseal(item)) is not None:
             messages.append({"role": "user", "content": f"[summary of the conversation until here]\n{summary}"})
         elif said := texts_in([item.get(name) for name in _TEXTS]):
@@ -162,7 +178,9 @@ def _read_output(value: Json, where: str) -> Json:
     output = of_result(value.get("output")) or ""
     if isinstance(output, list):
         output = _read_content(output, f"{where}.output", False, False)
-    return {"status": "completed", "call_id": _string(value, "call_id", where), "output": output}
+    call_id = None if value.get("call_id") is None else _string(value, "call_id", where)
+    name = {"name": value["name"]} if isinstance(value.get("name"), str) else {}
+    return {"status": "completed", "call_id": call_id, "output": output, **name}
 
 
 def _read_reasoning(value: Json, where: str) -> Json:
@@ -246,7 +264,7 @@ def _as_call(item: Json, flat: Flat) -> Json | None:
 
 def _output_id(item: Json) -> str | None:
     """Whose output an item is."""
-    call_id = item.get("call_id", item["id"])
+    call_id = item["id"] if item.get("call_id") is None else item["call_id"]
     return call_id if item["type"].endswith("_output") and isinstance(call_id, str) else None
 
 

@@ -9,16 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.protocol.body import Body, check_nesting, invalid
-from server.protocol.chat import parse_chat
+from server.protocol.chat import EFFORTS, parse_chat
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
 from server.protocol.history import newest_turn
 from server.protocol.ignored import ignore
 from server.protocol.naming import in_words_of
 from server.protocol.refusals import refuse
-from server.protocol.response_items import Flat, as_messages, read_item, turn_of
+from server.protocol.response_items import ADDED_TOOLS, CONFIGURATION, Flat, as_messages, read_item, turn_of
 from server.protocol.tool_fields import Declared
 from server.protocol.tool_search import NAME as SEARCH
+from server.protocol.tool_search import OUTPUT as FOUND
 from server.protocol.tool_search import as_function, found_tools, is_client_search
 from server.state import State
 
@@ -47,8 +48,6 @@ REFUSALS: dict[str, tuple[object, ...]] = {
     "conversation": (),
     "prompt": (),
     "moderation": (),
-    "access_programs": ({},),
-    "image": ({},),
     "previous_input_messages": ([],),
     "enable_response_messages": (False,),
     "n": (1,),
@@ -61,7 +60,15 @@ REFUSALS: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
 }
 # Wishes that change no word of the answer: how a provider runs it, bills it or keeps it.
-HINTS = ("service_tier", "prompt_cache_retention", "prompt_cache_options", "context_management")
+HINTS = (
+    "service_tier",
+    "prompt_cache_retention",
+    "prompt_cache_options",
+    "context_management",
+    "background_options",
+    "access_programs",
+    "image",
+)
 # Our name of a field and this API's, for errors: what describes a tool stands beside its type here.
 NAMES = (
     MOVED
@@ -131,8 +138,9 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
         declared = Declared(tools)
     flat = declared.flat
     items, size = _read_items(body, state, owner)
-    if any(map(is_client_search, body.raw("tools") or [])):
-        tools += found_tools(items, declared, _chat_tool)
+    kinds = {ADDED_TOOLS} | ({FOUND} if any(map(is_client_search, body.raw("tools") or [])) else set())
+    if found := found_tools(items, declared, _chat_tool, kinds):
+        tools += found
         flat = Declared(tools).flat
     with_logprobs = LOGPROBS in _read_include(body)
     if body.raw("top_logprobs") and not with_logprobs:
@@ -140,12 +148,13 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
     messages = as_messages(items, body.string("instructions", None), flat)
     if not messages:
         raise invalid("input", "has no item that this model could read")
+    updates = _updates(items)
     changes = {
         "messages": messages,
         "max_tokens": body.integer("max_output_tokens", None, 1),
         "logprobs": with_logprobs,
-        "reasoning_effort": reasoning.raw("reasoning.effort"),
-        "response_format": _chat_format(text),
+        "reasoning_effort": reasoning.raw("reasoning.effort") or updates.get("effort"),
+        "response_format": _chat_format(text.object("text.format") or updates.get("format")),
         "tool_choice": _chat_choice(body),
         "tools": tools or None,
         "chat_template_kwargs": kwargs,
@@ -222,9 +231,21 @@ def _read_metadata(body: Body) -> Json:
     return metadata
 
 
-def _chat_format(text: Body) -> Json | None:
+def _updates(items: list[Json]) -> Json:
+    """The effort and the format of answers that the last items about them ask for."""
+    found: Json = {}
+    for item in items:
+        if item["type"] == CONFIGURATION:
+            reasoning, text = item.get("reasoning"), item.get("text")
+            if isinstance(reasoning, dict) and reasoning.get("effort") in EFFORTS:
+                found["effort"] = reasoning["effort"]
+            if isinstance(text, dict) and isinstance(text.get("format"), dict):
+                found["format"] = text["format"]
+    return found
+
+
+def _chat_format(given: Json | None) -> Json | None:
     """`text.format` as chat's `response_format`: what describes a schema stands beside its type here."""
-    given = text.object("text.format")
     if given is None or given.get("type") != "json_schema":
         return given
     return {"type": "json_schema", "json_schema": given}

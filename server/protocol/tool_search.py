@@ -6,7 +6,7 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from engine.request import RequestError
@@ -17,6 +17,7 @@ Json = dict[str, Any]
 
 # The type of the tool, and the name that the model knows it by.
 NAME = "tool_search"
+OUTPUT = "tool_search_output"
 _DESCRIPTION = "Finds tools for a task. Those that it finds can be called from then on."
 _PARAMETERS: Json = {
     "type": "object",
@@ -36,19 +37,22 @@ def as_function(tool: Json) -> Json:
     return {"name": NAME, "description": description or _DESCRIPTION, "parameters": parameters or _PARAMETERS}
 
 
-def found_tools(items: Iterable[Json], declared: Declared, as_chat: Callable[[Any, str], Json]) -> list[Json]:
-    """What past searches have found and `declared` does not have, as a chat declares it. as_chat: makes it of a tool of
-    the Responses API. No client can change its history: what is broken in there is left out."""
+def found_tools(
+    items: Iterable[Json], declared: Declared, as_chat: Callable[[Any, str], Json], kinds: Collection[str]
+) -> list[Json]:
+    """The tools of items of such kinds that `declared` does not have, as a chat declares them: what past searches have
+    found, say. as_chat: makes one of a tool of the Responses API. No client can change its history: what is broken in
+    there is left out."""
     known = {(tool.namespace, tool.name) for tool in declared.tools}
     found: list[Json] = []
     for item in items:
-        tools = item.get("tools") if item["type"] == "tool_search_output" else None
+        tools = item.get("tools") if item["type"] in kinds else None
         for given in tools if isinstance(tools, list) else ():
             try:
                 tool = as_chat(given, "tools")
                 new = [one for one in Declared([tool]).tools if (one.namespace, one.name) not in known]
             except RequestError:
-                ignore("input", "tool_search_output.tools")
+                ignore("input", f"{item['type']}.tools")
                 continue
             if not new or len(known) + len(new) > MAX_TOOLS:
                 continue

@@ -56,8 +56,10 @@ async def test_attention_that_only_torch_has(config: dict[str, Any]) -> None:
     assert tokens == [expected_tokens(model, request) for request in requests]
 
 
-@pytest.mark.parametrize(("heads", "seed"), [(4, 0), (4, 1), (4, 2), (6, 1)])
-@pytest.mark.parametrize("mode", ["lazy", "start", "off"])
+@pytest.mark.parametrize(
+    ("heads", "seed", "mode"),
+    [(4, 0, "lazy"), (4, 1, "start"), (4, 2, "off"), (4, 2, "lazy"), (6, 1, "lazy"), (6, 0, "start")],
+)
 async def test_latents_by_flashinfer(heads: int, seed: int, mode: str) -> None:
     """In graphs and beside prompts, which share a plan with them where their heads fill a tile."""
     config = {**LATENT, "num_attention_heads": heads, "num_key_value_heads": heads}

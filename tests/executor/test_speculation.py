@@ -117,6 +117,7 @@ class Script:
     make_late: Callable[[Limits], LateProposer] | None = None
     # Read ones; a probe has none, or one of them, in turn.
     adapters: list[Any] = field(default_factory=list)
+    processed: bool = False  # log-probabilities as tokens are drawn
     num_accepted: int = 0
     num_drafted: int = 0
 
@@ -130,6 +131,7 @@ class Script:
             *(len(PROBES), 512, 96, PAGE, len(PROBES) * width, VOCAB),
             max_draft_tokens=self.most,
             max_adapters=len(self.adapters),
+            processed_logprobs=self.processed,
         )
         late = None if self.make_late is None else self.make_late(limits)
         executor = self.make(limits, late)
@@ -353,6 +355,20 @@ class Shuffled:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return self._model.logits(hidden)[:, self._order]
+
+
+async def test_log_probabilities_as_tokens_are_drawn_are_those_of_decoding() -> None:
+    dtype, everybody = torch.float32, list(range(len(PROBES)))
+    expected = await Script(model_of(dtype), dtype, processed=True).run(everybody)
+    raw = await plain(dtype)
+    assert [one.tokens[:NEW] for one in expected.values()] == [raw[index].tokens[:NEW] for index in everybody]
+    assert expected[1].logprobs != raw[1].logprobs
+    oracle = Oracle({slot: expected[index].tokens for slot, index in enumerate(everybody, 1)}, 0.4)
+    script = Script(model_of(dtype), dtype, oracle, 3, 2, processed=True)
+    found = await script.run(everybody)
+    assert script.num_accepted
+    for index in everybody:
+        assert found[index].seen() == expected[index].seen(), PROBES[index]
 
 
 @pytest.mark.parametrize("kind", ["greedy", "probabilistic", "shuffled", "short"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -158,6 +159,8 @@ WRITERS: dict[str, Callable[[Calls], str]] = {
     "glm45": glm("\n"),
     "glm47": glm(""),
     "hy_v3": hy_v3,
+    "hy_v3_opensource": lambda calls: re.sub(r"<(/?(?:tool|arg)_\w+)>", r"<\1:opensource>", hy_v3(calls)),
+    "minimax": lambda calls: f"<tool_calls>\n{each('', '')(calls)}\n</tool_calls>",
     "deepseek_v32": dsml("function_calls"),
     "deepseek_v4": dsml("tool_calls"),
     "minimax_m2": minimax_m2,

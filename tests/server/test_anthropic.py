@@ -394,7 +394,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"thinking": 5}, "thinking"),
     ({"thinking": {}}, "thinking.type"),
-    ({"thinking": {"type": "between_tools"}}, "thinking.type"),
+    ({"thinking": {"type": "between_words"}}, "thinking.type"),
     ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
     ({"thinking": {"type": "enabled", "budget_tokens": 0}}, "thinking.budget_tokens"),
     ({"thinking": {"type": "enabled", "budget_tokens": 120}}, "thinking.budget_tokens"),

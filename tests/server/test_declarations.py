@@ -199,6 +199,37 @@ async def test_a_search_of_the_clients_is_a_call_and_what_it_finds_can_be_called
         assert status == 400 and answer["error"]["param"] == f"tools[0].{next(iter(broken))}"
 
 
+async def test_tools_and_settings_that_come_in_the_input() -> None:
+    more = {"type": "additional_tools", "role": "developer"}
+    broken = {"type": "function", "name": "no name"}
+    inner = {"type": "namespace", "name": "n", "tools": [FUNCTION]}
+    items = [
+        HI,
+        {**more, "tools": [FUNCTION, {"type": "web_search"}]},
+        {**more, "tools": [broken, inner, FUNCTION]},
+        BYE,
+    ]
+    async with shown() as server:
+        found, header = await prompt(server, RESPONSES, {"input": items})
+        assert found == "<f|d><n__f|d>[user::hi][user::bye]"
+        assert header.split(", ") == ["tools.web_search", "input.additional_tools.tools"]
+        found, _ = await prompt(server, RESPONSES, {"input": items, "tools": [FUNCTION | {"description": "own"}]})
+        assert found.startswith("<f|own><n__f|d>[user")
+    schema = {"type": "object", "properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    form = {"type": "json_schema", "name": "s", "schema": schema, "strict": True}
+    update = {"type": "configuration_update", "text": {"format": form}, "reasoning": {"effort": "low"}}
+    plain = {"type": "configuration_update", "text": {"format": {"type": "text"}}}
+    async with live() as other:
+        choice = {"type": "function", "name": "f", "namespace": "n"}
+        status, answer = await other.post(RESPONSES, {"input": items, "tool_choice": choice, "max_output_tokens": 99})
+        assert status == 200 and answer["output"][0]["namespace"] == "n", answer
+        status, answer = await other.post(RESPONSES, {"input": [HI, update, BYE], "max_output_tokens": 40})
+        assert status == 200 and json.loads(answer["output"][-1]["content"][0]["text"]) == {"a": 1}
+        with dictated(other, "ok"):
+            status, answer = await other.post(RESPONSES, {"input": [HI, update, plain, BYE], "max_output_tokens": 40})
+        assert status == 200 and answer["output"][-1]["content"][0]["text"] == "ok"
+
+
 async def test_functions_of_namespaces() -> None:
     tools = [
         {"type": "function", "name": "mcp__s__f", "description": "plain"},
@@ -369,6 +400,8 @@ async def test_the_grammar_of_a_custom_tool_is_shown() -> None:
     ("path", "fields", "kind"),
     [
         (RESPONSES, {"service_tier": "flex"}, "service_tier"),
+        (RESPONSES, {"background_options": {"completion_window": "8h"}}, "background_options"),
+        (RESPONSES, {"image": {"context_compression": "disabled"}}, "image"),
         (RESPONSES, {"prompt_cache_retention": "24h"}, "prompt_cache_retention"),
         (RESPONSES, {"context_management": [{"type": "compaction", "compact_threshold": 9}]}, "context_management"),
         (RESPONSES, {"include": ["web_search_call.action.sources"]}, "include.web_search_call.action.sources"),

@@ -176,6 +176,17 @@ WRITTEN: dict[str, tuple[str, str, str]] = {
         "",
     ),
     "hunyuan_a13b": listed("<tool_calls>", "</tool_calls>"),
+    "minimax": ("<tool_calls>\n", alone("", "\n")[1], "</tool_calls>"),
+    "hy_v3_opensource": (
+        "<tool_calls:opensource>\n",
+        each(
+            "<tool_call:opensource>{{ f.name }}<tool_sep:opensource>\n",
+            f"<arg_key:opensource>{{{{ k }}}}</arg_key:opensource>\n"
+            f"<arg_value:opensource>{VALUE}</arg_value:opensource>\n",
+            "</tool_call:opensource>\n",
+        ),
+        "</tool_calls:opensource>",
+    ),
 }
 # Found by other means, or not by a template at all: they write what others do.
 NOT_FROM_MARKS = {"harmony", "llama3_json", "pythonic", "jamba", "xlam"}
@@ -236,6 +247,7 @@ MIXED: dict[str, tuple[str, str | None]] = {
     "invoke alone": ('<tool_call> "name" <invoke name="f"><parameter name="p">', None),
     "longcat of keys": ("<longcat_tool_call>name\n<longcat_arg_key>", None),
     "kimi k2, first": ("<|im_system|>tool_declare<|im_middle|>", "kimi_k2"),
+    "lfm2.5": ("keep_past_thinking {{ 'List of tools: [' }}</think>", "lfm2"),
     "lfm2, first": ("<|tool_list_start|>{{ tools }}<|tool_list_end|>", "lfm2"),
     "escaped": ('{{ "<tool_call>\\n{\\"name\\": " }}', "hermes"),
     "nothing": ("{{ messages }}", None),
@@ -317,6 +329,7 @@ REASONING: dict[str, tuple[str, str | None]] = {
     "hunyuan": ("<|extra_0|> <think> <answer>", "hunyuan_a13b"),
     "glm": ("<think></think> enable_thinking", "qwen3"),
     "magistral": ("[THINK] [/THINK]", "mistral"),
+    "hy 3": ("{% set e = ':opensource' %}{{ '<think{}>'.format(e) }}{{ '</think{}>'.format(e) }}", "hy_v3_opensource"),
     "none": ("{{ messages }}", None),
 }
 

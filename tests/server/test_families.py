@@ -91,6 +91,20 @@ def test_every_family_is_tried() -> None:
     assert set(WRITERS) | ELSEWHERE | {"harmony"} == set(TOOL_PARSERS)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_limit_leaves_of_a_second_call_is_no_content(name: str) -> None:
+    text = WRITERS[name](TWO)
+    begun = 0
+    for end in range(len(text) // 2, len(text)):
+        parse = parser(name, tools=TOOLS)
+        content, reasoning, calls = outcome([*parse.push(text[:end]), *parse.finish(cut=True)])
+        begun = max(begun, len(calls))
+        # A call that has begun stays one.
+        assert len(calls) == begun, text[:end]
+        assert (content.strip() if calls else "", reasoning) == ("", ""), text[:end]
+    assert begun == 2
+
+
 @pytest.mark.parametrize("case", ARGUMENTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_arguments(name: str, case: str) -> None:
@@ -435,6 +449,7 @@ THOUGHTS: list[tuple[str, str | None, bool, str, tuple[str, str, list[tuple[str,
         'Hm.</think>\n\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n',
         ("", "Hm.", [("now", "{}")]),
     ),
+    ("hy_v3_opensource", None, False, "<think:opensource>Hm.</think:opensource>Yes.", ("Yes.", "Hm.", [])),
     ("hunyuan_a13b", None, False, "<think>\nHm.\n</think>\n<answer>\nYes.</answer>", ("Yes.", "Hm.", [])),
     ("hunyuan_a13b", "hunyuan_a13b", False, "<think>\n\n</think>\n<answer>\nYes.</answer>", ("Yes.", "", [])),
     (

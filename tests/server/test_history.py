@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.text.chat_template import ChatTemplate
 from tests.server.bad_fields import check_anthropic, check_shape
 from tests.server.dictate import dictated
 from tests.server.histories import (
@@ -169,6 +170,17 @@ CONVERSATIONS: list[tuple[list[Any], str]] = [
         answered([{"type": "document", "title": "D", "source": {"type": "text", "media_type": "text/plain", "data": "x"}}]),
         "[user::hi][assistant::+f={}][tool::[document: D]\nx]",
     ),
+    # A page that was fetched, and tools that were found, on another server.
+    *(
+        ([HI, {"role": "assistant", "content": [{"type": f"{kind}_tool_result", "tool_use_id": "s", "content": found}]}, BYE],
+         f"[user::hi][assistant::[{kind}_tool_result]\n{said}][user::bye]")
+        for kind, found, said in (
+            ("web_fetch", {"type": "web_fetch_result", "url": "http://p", "content":
+                {"type": "document", "title": "P", "source": {"type": "text", "data": "words"}}}, "[document: P]\nwords"),
+            ("tool_search", {"type": "tool_search_tool_search_result", "tool_references":
+                [{"type": "tool_reference", "tool_name": "g"}]}, "[tool_reference: g]"),
+        )
+    ),
     (
         answered([{"type": "document", "source": {"type": "base64", "data": "x"}}]),
         "[user::hi][assistant::+f={}][tool::[document left out: this model reads text only]]",
@@ -245,6 +257,19 @@ ITEMS: list[tuple[list[Any], str]] = [
     *(([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
         {"type": "function_call_output", "call_id": "c", "output": given}], f"[assistant::+f={{}}][tool::{said}]")
       for given, said in ((5, "5"), (False, "false"), ([1, {"a": None}], '[1,{"a":null}]'), (["a", "b"], "a\nb"))),
+    # Results that do not say whose they are: by the name of their function, else in order.
+    ([{"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"},
+      {"type": "function_call", "call_id": "d", "name": "g", "arguments": "{}"},
+      {"type": "function_call_output", "name": "g", "output": "of g"},
+      {"type": "function_call_output", "call_id": None, "output": "of f"}],
+     "[assistant::+f={}+g={}][tool::of g][tool::of f]"),
+    ([{"type": "function_call_output", "output": "r"}], "[user::[function_call_output]\nr]"),
+    ([{"type": "computer_call", "call_id": "c", "actions": [{"type": "wait"}]}],
+     '[assistant::+computer={"actions": [{"type": "wait"}]}]'),
+    ([{"type": "program", "call_id": "c", "code": "f()"}, {"type": "program_output", "call_id": "c", "result": "r"}],
+     "[user::[program]\nf()][user::[program_output]\nr]"),
+    ([{"type": "additional_tools", "role": "developer", "tools": "none"},
+      {"type": "configuration_update", "reasoning": {"effort": 5}, "text": 5}], ""),
     ([{"type": "reasoning", "summary": [], "encrypted_content": "foreign"}], "[assistant::]"),
     ([{"type": "reasoning", "summary": "hm"}], "[assistant:hm:]"),
     ([{"type": "reasoning", "summary": [], "content": "hm"}], "[assistant:hm:]"),
@@ -342,6 +367,18 @@ async def test_thinking_is_signed_and_only_where_it_is_asked_for() -> None:
                     _, answer = await server.post(MESSAGES, forced)
                     assert {block["type"] for block in answer["content"]} <= {"thinking", "tool_use"}, answer
                     assert not any(block.get("thinking") for block in answer["content"]), answer
+
+
+async def test_thinking_between_tools_begins_with_their_results() -> None:
+    source = "{{ messages[-1].role }}{{ '<on>' if enable_thinking else '<off>' }}<think></think><tool_call></tool_call>"
+    async with live(model=served_model(chat_template=ChatTemplate({"default": source}, {}))) as server:
+        for messages, thinks in (
+            ([HI], "user<off>"),
+            (answered("r"), "tool<on>"),
+            ([*answered("r"), BYE], "user<off>"),
+        ):
+            found, _ = await prompt(server, MESSAGES, {"messages": messages, "thinking": {"type": "between_tools"}})
+            assert found.startswith(thinks)
 
 
 async def test_calls_of_names_that_nobody_declared_reach_the_client(server: Live) -> None:

@@ -297,7 +297,7 @@ HINTS: list[dict[str, Any]] = [
     *({"repeat_last_n": 64, "repeat_penalty": value} for value in (1, 1.0, None)),
     *({"penalize_newline": value} for value in (True, False, None)),
     *({"typical_p": value} for value in (0.7, 1, 1.0, None)),
-    *({"tfs_z": value} for value in (1, 1.0, 2, None)),
+    *({"tfs_z": value} for value in (1, 1.0, 0.5, None)),
     {"mirostat": 0, "mirostat_tau": 0.8, "mirostat_eta": 0.6},
     {"mirostat_tau": 5.0, "mirostat_eta": 0.1},
     *({"rope_frequency_base": 0, "rope_frequency_scale": value} for value in (0, 1.0, None)),

@@ -275,6 +275,7 @@ CLOSING = {
     "glm45": "</arg_value>\n",
     "glm47": "</arg_value>",
     "hy_v3": "</arg_value>\n",
+    "hy_v3_opensource": "</arg_value:opensource>\n",
     "kimi_k3": "<|close|>argument<|sep|>",
     "gemma4": '<|"|>',
     "functiongemma": "<escape>",

@@ -391,7 +391,7 @@ BAD: list[tuple[str, Any]] = [
     ("input[0].content[0].text", [{"role": "user", "content": [{"type": "input_text", "text": 5}]}]),
     ("input[1].id", [MESSAGE, {"type": "item_reference"}]),
     ("input[0].id", [MESSAGE | {"id": "x" * 129}]),
-    ("input[1].call_id", [MESSAGE, {"type": "function_call_output", "output": "x"}]),
+    ("input[1].call_id", [MESSAGE, {"type": "function_call_output", "call_id": 5, "output": "x"}]),
     ("input[1].arguments", [MESSAGE, {"type": "function_call", "call_id": "c", "name": "f", "arguments": 5}]),
     ("input[0].content", [{"type": "reasoning", "summary": [], "content": 5}]),
     ("input[0].summary[0].text", [{"type": "reasoning", "summary": [{"type": "summary_text", "text": 5}]}]),

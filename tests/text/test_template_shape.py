@@ -117,6 +117,7 @@ def test_answers(name: str, expected: dict[str, Any]) -> None:
         ("phi4_mini", "system", "given"),
         ("parts_alone", "flat", "filled"),
         ("gemma2", "lost", "given"),
+        ("deepseek_r1", "words", "given"),
     ],
 )
 def test_answers_about_tools(name: str, tools: str, fields: str) -> None:
@@ -266,6 +267,76 @@ def test_ids_that_are_missing_are_made_up_and_results_find_their_calls() -> None
     assert "functions.f:0" in text and "Return of functions.g:1\nof g" in text
 
 
+# Shows results that stand right behind their calls alone, concatenates descriptions, writes None for what may be left
+# out, names a role that it does not show, and reads parts but for turns with calls.
+ODD = """{%- for t in tools | default([], true) | map(attribute='function') %}
+{{- t.name + '(' }}{% for name, schema in t.parameters.properties | items %}
+{{- name + '=None ' + schema.description }}{% endfor %}{{ ')' }}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'assistant' and m.tool_calls %}{{ '[calls]' ~ m.content }}
+{%- for c in m.tool_calls %}{{ c.function.name + c.function.arguments | tojson }}{% endfor %}
+{%- set ns = namespace(open=true) %}
+{%- for r in messages[loop.index:] %}{% if r.role != 'tool' %}{% set ns.open = false %}
+{%- elif ns.open %}{{ '[result]' + r.content }}{% endif %}{% endfor %}
+{%- elif m.role in ('system', 'user', 'assistant') %}{{ '[' + m.role + ']' }}
+{%- if m.content is string %}{{ m.content }}{% else %}{% for p in m.content %}{{ p.text }}{% endfor %}{% endif %}
+{%- elif m.role == 'developer' %}{% endif %}
+{%- endfor %}"""
+
+
+def test_a_template_of_many_whims() -> None:
+    odd = made(ODD)
+    calls = [call("f", '{"a": 1}', "one"), call("g", '{"b": 2}', "two")]
+    parts = [{"type": "text", "text": word} for word in ("Let me", "look.")]
+    chat = [
+        {"role": "developer", "content": "Be brief."},
+        user("x"),
+        {**says(None, tool_calls=calls), "content": parts},
+        system("Note."),
+        result("of one", "one"),
+        user("wait"),
+        result("of two", "two"),
+        user("y"),
+    ]
+    assert odd.render(chat, tools=[declared("f", parameters={"type": "object", "properties": {"a": {}}})]) == (
+        'f(a=None )[system]Be brief.[user]x[calls]Let me\nlook.f{"a": 1}g{"b": 2}[result]of one[result]of two'
+        "[system]Note.[user]wait[user]y"
+    )
+    # What no result follows stays where it is.
+    assert odd.render([*chat[:4], user("z")]).endswith('g{"b": 2}[system]Note.[user]z')
+
+
+def test_a_prefill_where_reasoning_is_cut_from_answers_and_an_empty_one_is_written() -> None:
+    gemma = made(
+        "{% for m in messages %}<|turn>{{ m.role }}\n"
+        "{{ (m.content or '').split('<channel|>')[-1].split('<|channel>')[0] }}"
+        "<turn|>\n{% endfor %}{% if add_generation_prompt %}<|turn>model\n"
+        "{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}"
+    )
+    head = "<|turn>user\nx<turn|>\n<|turn>model\n"
+    for begun in ("<|channel>thought\nSo", "<|channel>thought\nSo.\n<channel|>Ye"):
+        for thinks in (False, True):
+            options: dict[str, Any] = {"add_generation_prompt": False, "continue_final_message": True}
+            options["kwargs"] = {"enable_thinking": thinks}
+            assert gemma.render([user("x"), says(begun)], **options) == head + begun
+    assert gemma.render([user("x"), says("Ye")], add_generation_prompt=False, continue_final_message=True).endswith(
+        "\nYe"
+    )
+
+
+def test_what_filters_make_of_a_list_is_json() -> None:
+    source = "{{ tools | map(attribute='function') | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert made(source).render([user("x")], tools=[declared("f")]) == '[{"name": "f"}]x'
+
+
+def test_tools_are_words_where_a_template_writes_calls_and_no_declarations() -> None:
+    for chat in (LOOP, [system("S"), *LOOP]):
+        text = TEMPLATE["deepseek_r1"].render(chat, tools=[TOOL])
+        assert text.count('"description": "Weather"') == 1 and text.index("# Tools") < text.index("Weather?")
+        assert ("S\n\n# Tools" in text) == (len(chat) > 3)
+        assert "# Tools" not in TEMPLATE["deepseek_r1"].render(chat)
+
+
 def test_parallel_calls_become_turns_of_one_call_with_its_result() -> None:
     calls = [call("f", {"a": "1"}, "one"), call("g", {"a": "2"}, "two")]
     chat = [user("x"), says(None, tool_calls=calls), result("of two", "two"), result("of one", "one"), user("y")]
@@ -323,7 +394,7 @@ def test_a_system_message_is_put_first_where_one_must_be() -> None:
     )
     assert template.shape.needs_system and template.render([user("a")]) == "[system][user]a"
     assert template.render([system("x"), user("a")]) == "[system]x[user]a"
-    loop = template.render(LOOP, tools=[TOOL])
+    loop = template.render(LOOP)
     assert loop.startswith("[system][user]Weather?[assistant]weather{") and loop.endswith("21 degrees")
 
 
