@@ -23,6 +23,7 @@ from engine.executor.base import PageMemory, StepHandle
 from engine.executor.cuda_adapters import CHAIN, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
+from engine.executor.cuda_drafts import DraftSteps
 from engine.executor.cuda_draw import OpenSteps
 from engine.executor.cuda_memory import MovingMemory
 from engine.executor.cuda_mixed import MixedSteps
@@ -32,6 +33,7 @@ from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
+from engine.speculation.base import Proposer
 
 logger = logging.getLogger("oneloop.cuda")
 
@@ -39,12 +41,12 @@ logger = logging.getLogger("oneloop.cuda")
 IDLE_SECONDS = 0.02
 
 
-class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
+class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
     """An `Executor` on one device. See the module.
 
     attention: owns the KV memory, limits.num_pages + 1 pages. cuda_graph: lazy, start or off (cuda_graph.py).
-    load: reads the model from a directory, None for where `model` came from. adapters: where the model has places for
-    any.
+    load: reads the model from a directory, None for where `model` came from. proposer: what drafts, where
+    limits.max_draft_tokens is not 0. adapters: where the model has places for any.
     """
 
     def __init__(
@@ -56,6 +58,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         *,
         cuda_graph: str = "lazy",
         load: Callable[[Path | None], CausalLM] | None = None,
+        proposer: Proposer | None = None,
         adapters: DeviceAdapters | None = None,
     ) -> None:
         super().__init__(model, limits, layer, attention, cuda_graph)
@@ -63,7 +66,9 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         if adapters is not None:
             self.graphs.families = (False, True)
             self.pieces.adapting = functools.partial(adapters.used, CHAIN)
-        # A step that came before the masks of the one ahead of it.
+        if limits.max_draft_tokens:
+            self._draft_by(proposer)
+        # A step that came before the masks of the one ahead of it, or before the tokens that its drafts follow.
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None
         self._waiter = Waiter(layer)
@@ -86,7 +91,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         if self._idle_timer is not None:
             self._idle_timer.cancel()
             self._idle_timer = None
-        if self._undrawn is not None:
+        if self._undrawn is not None or self._needs_tokens(forward_input):
             # Its decode rows read what that step has yet to draw.
             self._deferred = (forward_input, handle)
         else:
@@ -98,6 +103,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         if self._lost is None:
             try:
                 with self.layer.range("launch"):
+                    forward_input = self._with_drafts(forward_input, handle)
                     self._launch(forward_input, handle.side, handle)
             except Exception as error:
                 handle.error, handle.draw = self._judge(error), None
@@ -133,6 +139,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
             except Exception as error:
                 handle.error = self._judge(error)
         self._end(handle)
+        if self._deferred is not None and not self._needs_tokens(self._deferred[0]):
+            self._start_deferred()
+
+    def _start_deferred(self) -> None:
         if self._deferred is not None:
             (forward_input, later), self._deferred = self._deferred, None
             self._start(forward_input, later)
@@ -151,13 +161,21 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         self._in_flight -= 1
         handle.keep.clear()
         handle.downloads.clear()
+        try:
+            return self._output_of(handle)
+        finally:
+            self._start_deferred()
+
+    def _output_of(self, handle: CudaHandle) -> ForwardOutput:
+        """What a step brought, or what it failed by."""
         if self._lost is not None:
             raise self._lost
         if handle.error is not None:
+            self._forget_drafts(handle)
             raise handle.error
         if not self._in_flight and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._capture_when_idle)
-        tokens = side.result[: handle.num_rows]
+        tokens = handle.side.result[: handle.num_rows]
         output = ForwardOutput(tokens, handle.step)
         for read in handle.readers:
             read(output)
@@ -167,6 +185,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
             tokens[broken] = 0
         if output.broken:
             self._cleanse(handle, output.broken)
+        self._follow(handle, output)
         return output
 
     def _cleanse(self, handle: CudaHandle, rows: list[int]) -> None:

@@ -1,10 +1,12 @@
 """What exists of a step on the host and on the device: pinned staging and its image, metadata, results, and the handle.
 
-Two `Side`s alternate by the step's parity. Made and written by the CUDA executor on the loop thread.
+Two `Side`s alternate by the step's parity; where rows speculate there are two wider ones beside them, for steps with
+drafts (cuda_drafts.py). Made and written by the CUDA executor on the loop thread.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,18 +17,45 @@ import torch
 from torch import Tensor
 
 from engine.executor.cuda_device import DeviceLayer
+from engine.executor.speculator import Positions
 from engine.executor.tables import StepMetadata
-from engine.forward import ForwardOutput, Int32Array, Limits, Staging
+from engine.forward import ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.ops.sampling.layout import WORDS
 
 # Every array of the staging arena starts on a multiple of this many bytes.
 ALIGN = 64
+# Rows of a step in which every draft is one, where its sequences are fewer: about where a step begins to be bound by
+# arithmetic, so that a draft more would cost what it may bring.
+MOST_DRAFTED_ROWS = 256
+
+
+def widened(limits: Limits) -> Limits:
+    """Of a step in which every draft is a row of its own."""
+    most = min(limits.max_num_seqs * (1 + limits.max_draft_tokens), MOST_DRAFTED_ROWS, limits.max_num_batched_tokens)
+    return dataclasses.replace(limits, max_num_seqs=max(limits.max_num_seqs, most), max_draft_tokens=0)
+
+
+@dataclass(slots=True, eq=False)
+class Drafted:
+    """A step with speculating rows on its way.
+
+    step: as it runs, a row for each sequence. positions: what it samples; sampled int64 [positions]: the rows that they
+    are on the device, where every draft is a row of its own. rows int64: of each row there, the step's. shift: how many
+    more there are.
+    """
+
+    step: ForwardInput
+    positions: Positions
+    sampled: npt.NDArray[np.int64]
+    rows: npt.NDArray[np.int64]
+    shift: int
 
 
 @dataclass(slots=True, eq=False)
 class CudaHandle:
-    """A launched step. keep: tensors that must outlive the device's work on it.
+    """A launched step. keep: tensors that must outlive the device's work on it. num_rows: on the device.
 
+    given: the step, where rows may speculate; drafted: what became of it, where some do.
     draw: set while its sampling waits for masks. downloads: (to, from) beside the tokens; readers: what puts them into
     the output.
     """
@@ -36,6 +65,8 @@ class CudaHandle:
     side: Side
     error: Exception | None = None
     waited: bool = False
+    given: ForwardInput | None = None
+    drafted: Drafted | None = None
     draw: Callable[[], None] | None = None
     keep: list[Tensor] = field(default_factory=list)
     downloads: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -79,10 +110,13 @@ class PinnedArena:
 
 
 class Side:
-    """One of the two sets of step buffers: host staging, its image on the device, metadata, results, events."""
+    """One of the sets of step buffers: host staging, its image on the device, metadata, results, events.
 
-    def __init__(self, layer: DeviceLayer, limits: Limits, parity: int) -> None:
-        self.parity = parity
+    number: 0 and 1 of plain steps, 2 and 3 of those with drafts, by the step's parity.
+    """
+
+    def __init__(self, layer: DeviceLayer, limits: Limits, number: int) -> None:
+        self.number, self.parity = number, number & 1
         self._layer = layer
         rows = limits.max_num_seqs
         self.arena = PinnedArena(layer, PinnedArena.size_for(limits))
@@ -90,6 +124,7 @@ class Side:
         self.block = layer.zeros((self.arena.memory.numel(),), torch.uint8)
         self.row_slot = self._image(self.staging.row_slot)
         self.row_start = self._image(self.staging.row_start)
+        self.token_ids = self._image(self.staging.token_ids)
         self.table_index = self._image(self.staging.table_index)
         self.table_page = self._image(self.staging.table_page)
         self.sampling_slot = self._image(self.staging.sampling_slot)
@@ -107,6 +142,11 @@ class Side:
         self.result_host = layer.pinned(4 * rows).view(torch.int32)
         self.result: Int32Array = self.result_host.numpy()
         self.uploaded, self.computed, self.done = layer.event(), layer.event(), layer.event()
+
+    @property
+    def has_drafts(self) -> bool:
+        """Of its rows that continue a sequence some bring a token, which follows that of the row before: a draft."""
+        return self.number > 1
 
     def _image(self, array: npt.NDArray[Any]) -> Tensor:
         """The place of a staging array in the block, as int32."""

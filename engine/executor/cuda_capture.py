@@ -23,7 +23,7 @@ class Captures(DecodeSteps):
 
     def _warm_up(self, key: GraphKey, *, capture: bool) -> None:
         """Run a decode step of padding rows, then record it. Nothing of the key's parity may be in flight."""
-        layer, side = self.layer, self._sides[key.parity]
+        layer, side = self.layer, self._sides[key.side]
         with layer.on(self._compute):
             try:
                 layer.launch(side.block.zero_)
@@ -42,7 +42,7 @@ class Captures(DecodeSteps):
         indices = side.meta[: key.size]
         self.layer.launch(indices.zero_)
         plan = DecodePlan(indptr, ones, [indices] * len(self.limits.groups))
-        self.attention.plan_decode(plan, key.size, key.width, key.parity)
+        self.attention.plan_decode(plan, key.size, key.width, side.parity)
 
     def _capture_when_idle(self) -> None:
         """Called by the loop a while after the last step. One graph at a time, then the loop gets its turn."""
@@ -111,7 +111,8 @@ class Captures(DecodeSteps):
             for number, key in enumerate(keys):
                 if self.attention.decode_needs_plan(key.size):
                     # A plan writes to the pinned buffer that the copy of the parity's last one may still read.
-                    self.layer.synchronize(self._sides[key.parity].computed)
+                    for side in self._sides[key.side & 1 :: 2]:
+                        self.layer.synchronize(side.computed)
                 self._warm_up(key, capture=True)
                 if progress is not None:
                     progress(number + 1, len(keys))

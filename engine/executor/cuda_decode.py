@@ -1,4 +1,4 @@
-"""Decode steps of the CUDA executor: one token a row, replayed from graphs where there are any.
+"""Decode steps of the CUDA executor: one token a row, drafts too, replayed from graphs where there are any.
 
 Shapes depend on the batch size and the width of the page tables alone, so that a graph can hold all of it.
 """
@@ -15,8 +15,9 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_graph import GraphKey
 from engine.executor.cuda_state import DeviceState
-from engine.forward import NULL_PAGE, NULL_SLOT, ForwardInput
+from engine.forward import FUTURE_TOKEN, NULL_PAGE, NULL_SLOT, ForwardInput
 from engine.ops.attention.device import DecodePlan, DecodeStep, decode_inputs
+from engine.ops.sampling.device import accept
 from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.state import StatePlan
 
@@ -31,7 +32,7 @@ class DecodeSteps(DeviceState):
         layer, staging, rows = self.layer, side.staging, forward_input.num_rows
         count, changed = forward_input.num_table_diffs, forward_input.num_sampling_diffs
         longest = int(staging.row_start[:rows].max()) + 1
-        key = self.graphs.key(rows, -(-longest // self.limits.page_size), side.parity, draw)
+        key = self.graphs.key(rows, -(-longest // self.limits.page_size), side.number, draw)
         size = key.size
         inside = self._pad(side, rows, size, count)
         if self._has_adapters(staging.row_slot[:rows]):
@@ -67,7 +68,7 @@ class DecodeSteps(DeviceState):
         self.attention.prepare_decode(key.size, key.width)
         if key.draw == "open" and self._open is None:
             # For all graphs: each would keep its own.
-            self._open = self.layer.zeros((self.limits.max_num_seqs, self.limits.vocab_size), torch.float32)
+            self._open = self.layer.zeros((self._most_rows, self.limits.vocab_size), torch.float32)
 
     @staticmethod
     def _pad(side: Side, rows: int, size: int, num_diffs: int) -> int:
@@ -78,6 +79,7 @@ class DecodeSteps(DeviceState):
         staging = side.staging
         staging.row_slot[rows:size] = NULL_SLOT
         staging.row_start[rows:size] = 0
+        staging.token_ids[rows:size] = FUTURE_TOKEN
         inside = num_diffs if staging.table_index is side.first_index else 0
         side.first_index[inside:size] = 0
         side.first_page[inside:size] = NULL_PAGE
@@ -85,8 +87,8 @@ class DecodeSteps(DeviceState):
 
     def _decode(self, key: GraphKey) -> None:
         """The whole of a decode step on the device. Shapes depend on the key alone."""
-        size, width, parity, draw, adapted = key
-        side, page_size = self._sides[parity], self.limits.page_size
+        size, width, number, draw, adapted = key
+        side, page_size = self._sides[number], self.limits.page_size
         with torch.inference_mode():
             positions = side.row_start[:size]
             slots = side.row_slot[:size]
@@ -99,10 +101,11 @@ class DecodeSteps(DeviceState):
                 side.table_page[:size],
                 width,
                 page_size,
+                side.token_ids[:size] if side.has_drafts else None,
             )
             if self._states is not None:
                 self._states.plan = StatePlan.of_decodes(slots)
-            attention = self.attention.decode(DecodeStep(positions, kv_slots, tables, kv_len, parity))
+            attention = self.attention.decode(DecodeStep(positions, kv_slots, tables, kv_len, side.parity))
             with self._adapting(adapted, side, size):
                 logits = self.model.decode(token_ids, positions, attention)
             if draw == "open":
@@ -111,6 +114,8 @@ class DecodeSteps(DeviceState):
                 return
             given = logits, self._sampling, slots, kv_len
             draw_tokens(*given, self._last_token, side.out[:size], filtered=draw == "filtered")
+            if side.has_drafts:
+                accept(side.token_ids[:size], side.out[:size], slots, self._last_token)
 
     def _decode_plan(self, forward_input: ForwardInput, side: Side, size: int) -> tuple[int, DecodePlan]:
         """Host metadata of a decode step, padded to `size` rows of one page. Returns its length in words."""

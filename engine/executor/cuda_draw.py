@@ -12,8 +12,9 @@ from torch import Tensor
 
 from engine.executor.cuda_buffers import CudaHandle
 from engine.executor.cuda_state import DeviceState
+from engine.executor.speculator import mask_places
 from engine.forward import FUTURE_TOKEN, ForwardInput
-from engine.ops.sampling.device import draw, process
+from engine.ops.sampling.device import accept, draw, process
 from engine.ops.sampling.device_extras import allow, figures_of
 
 
@@ -25,7 +26,7 @@ class OpenSteps(DeviceState):
     ) -> None:
         """Launch the sampling of a step whose logits are there; compute stream."""
         layer, side, extras = self.layer, handle.side, self._extras
-        staging, num_rows = side.staging, forward_input.num_rows
+        staging, num_rows, decodes = side.staging, forward_input.num_rows, forward_input.num_decode_rows
         rows = np.flatnonzero(staging.row_samples[:num_rows])
         slots_host = staging.row_slot[:num_rows][rows]
         lengths = (staging.row_start + staging.row_len)[:num_rows][rows]
@@ -37,9 +38,14 @@ class OpenSteps(DeviceState):
         where, slots, positions = send([rows.astype(np.int32), slots_host, lengths.astype(np.int32)])
         masks, masked, bits = forward_input.masks, None, None
         if masks is not None:
-            index = np.searchsorted(rows, masks.rows).astype(np.int32)
-            masked, bits = send([index, masks.bits.reshape(-1).view(np.int32)])
-            bits = bits.view(len(masks.rows), -1)
+            words = masks.bits
+            if handle.drafted is None:
+                index = np.searchsorted(rows, masks.rows)
+            else:
+                counting, index = mask_places(masks.rows, handle.drafted.positions)
+                words = words[counting]
+            masked, bits = send([index.astype(np.int32), words.reshape(-1).view(np.int32)])
+            bits = bits.view(len(index), -1)
         figures = asked = None
         if plan is not None and len(plan.logprob_rows):
             figures = layer.zeros((len(plan.logprob_rows), plan.figures()), torch.int32)
@@ -60,9 +66,14 @@ class OpenSteps(DeviceState):
                     side.out[:num_rows].fill_(FUTURE_TOKEN)
                 given = x, self._sampling, slots, positions, self._last_token, side.out, where
                 draw(*given, filtered=filtered, masked=True)
+                if side.has_drafts:
+                    accept(side.token_ids[:decodes], side.out, side.row_slot, self._last_token)
                 if plan is None:
                     return
-                tokens = self._last_token.index_select(0, wide)  # `out` may say that a row has none
+                if side.has_drafts:
+                    tokens = side.out.index_select(0, where.long()).clamp(min=0)
+                else:
+                    tokens = self._last_token.index_select(0, wide)  # `out` may say that a row has none
                 extras.note(wide, tokens)
                 if figures is not None and asked is not None:
                     index = asked.long()

@@ -1,7 +1,8 @@
 """Which decode steps are captured as CUDA graphs, and when. Used by the CUDA executor on the loop thread.
 
-A graph belongs to a batch size, a page-table width, a parity (there are two sets of step buffers) and a kind of
-sampling. A step that has none runs as the same operations one by one, which is also the warm-up of its capture.
+A graph belongs to a batch size, a page-table width, a set of step buffers (two, by the step's parity, and two more for
+steps with drafts) and a kind of sampling. A step that has none runs as the same operations one by one, which is also
+the warm-up of its capture.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ START_WIDTH = 256
 
 
 class GraphKey(NamedTuple):
-    """size: rows, padding included. width: pages of a table row.
+    """size: rows, padding included. width: pages of a table row. side: number of the step's set of buffers.
 
     draw: how the graph ends. plain; filtered, where some row has top_k, top_p or min_p; open, with the logits, where
     the step draws by operations of its own (penalties, grammars, log-probabilities). adapted: some row has an adapter.
@@ -34,7 +35,7 @@ class GraphKey(NamedTuple):
 
     size: int
     width: int
-    parity: int
+    side: int
     draw: str
     adapted: bool = False
 
@@ -57,12 +58,22 @@ def table_widths(max_pages: int) -> list[int]:
 
 
 class GraphCache:
-    """Captured graphs by key. mode lazy: at a key's second use, or when the device is idle; start; off."""
+    """Captured graphs by key. mode lazy: at a key's second use, or when the device is idle; start; off.
 
-    def __init__(self, layer: DeviceLayer, mode: str, max_num_seqs: int, max_pages: int) -> None:
+    most_rows: of steps with drafts, where there are any.
+    """
+
+    def __init__(
+        self, layer: DeviceLayer, mode: str, max_num_seqs: int, max_pages: int, most_rows: int | None = None
+    ) -> None:
         assert mode in MODES, f"--cuda-graph is one of {', '.join(MODES)}"
         self.mode = mode
         self.sizes = graph_sizes(max_num_seqs)
+        # Of each side.
+        self._sizes = [self.sizes] * 2
+        if most_rows is not None:
+            self.sizes = self.sizes + [size for size in graph_sizes(most_rows) if size > max_num_seqs]
+            self._sizes += [self.sizes] * 2
         self.widths = table_widths(max_pages)
         self._layer = layer
         self._graphs: dict[GraphKey, Graph] = {}
@@ -81,10 +92,10 @@ class GraphCache:
     def enabled(self) -> bool:
         return self.mode != "off"
 
-    def key(self, rows: int, pages: int, parity: int, draw: str) -> GraphKey:
+    def key(self, rows: int, pages: int, side: int, draw: str) -> GraphKey:
         """The smallest key that holds a batch. Without graphs there is no reason to pad rows."""
         size = self.sizes[bisect_left(self.sizes, rows)] if self.enabled else rows
-        return GraphKey(size, self.width(pages), parity, draw)
+        return GraphKey(size, self.width(pages), side, draw)
 
     def width(self, pages: int) -> int:
         """The narrowest page tables that hold so many pages."""
@@ -96,9 +107,9 @@ class GraphCache:
             if width > START_WIDTH and width != self.widths[0]:
                 break
             for size in reversed(self.sizes):
-                for parity in (0, 1):
-                    for adapted in self.families:
-                        yield GraphKey(size, width, parity, "plain", adapted)
+                for side, sizes in enumerate(self._sizes):
+                    for adapted in self.families if size in sizes else ():
+                        yield GraphKey(size, width, side, "plain", adapted)
 
     def get(self, key: GraphKey) -> Graph | None:
         return self._graphs.get(key)
@@ -111,7 +122,7 @@ class GraphCache:
             return True
         self._wanted[key] = True
         # The next step has the other parity, and most likely the same size.
-        self._wanted.setdefault(key._replace(parity=1 - key.parity), False)
+        self._wanted.setdefault(key._replace(side=key.side ^ 1), False)
         return False
 
     def next_wanted(self) -> GraphKey | None:

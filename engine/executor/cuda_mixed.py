@@ -18,6 +18,7 @@ from engine.executor.cuda_state import DeviceState
 from engine.executor.pooling import pooled_chunks, shape_of, token_types
 from engine.forward import FUTURE_TOKEN, ForwardInput, ForwardOutput, Int32Array
 from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, StepAttention, decode_inputs
+from engine.ops.sampling.device import accept
 from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
 from engine.ops.state import plan_of
@@ -134,6 +135,8 @@ class MixedSteps(DeviceState):
                         return
                     given = logits, self._sampling, sent["sampled_slot"], sent["sampled_at"]
                     draw_tokens(*given, self._last_token, side.out, sent["sampled"], filtered=draw == "filtered")
+                    if side.has_drafts:
+                        accept(side.token_ids[:decodes], side.out, side.row_slot, self._last_token)
 
             def work() -> None:
                 enter(token_ids)
@@ -176,6 +179,7 @@ class MixedSteps(DeviceState):
             nothing,
             width,
             self.limits.page_size,
+            side.token_ids[:count] if side.has_drafts else None,
         )
         return DecodeStep(positions, kv_slots, tables, kv_len, side.parity), tokens
 

@@ -18,9 +18,10 @@ from typing import Any
 
 import torch
 
-from engine.config import CacheOptions, StartupError
+from engine.config import CacheOptions, SpeculationOptions, StartupError
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import DeviceAdapters
+from engine.executor.cuda_buffers import widened
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
 from engine.executor.cuda_pieces import SIZES
@@ -33,6 +34,7 @@ from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.device_coded import DeviceCodedLinear
 from engine.ops.state import state_bytes
+from engine.speculation.registry import make_proposer
 
 logger = logging.getLogger("oneloop.cuda")
 
@@ -43,6 +45,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 # What the driver keeps for one captured graph of some 200 kernels; an upper guess, the pool itself is shared.
 GRAPH_BYTES = 8 * 1024 * 1024
 GIB = 2**30
+NO_DRAFTS = SpeculationOptions()
 SMALLER = "; lower --max-num-batched-tokens or --max-num-seqs"
 
 
@@ -100,6 +103,7 @@ def start(given: Start) -> CUDAExecutor:
             processed_logprobs=config.logprobs.processed,
             row=report.row,
             load=load,
+            speculation=config.speculation,
             max_lora_rank=config.lora.max_lora_rank,
         )
 
@@ -272,11 +276,12 @@ def build_cuda_executor(
     row: Callable[[str, str], None] = lambda name, text: None,
     module: Any = None,
     load: Callable[[Path | None], CausalLM] | None = None,
+    speculation: SpeculationOptions = NO_DRAFTS,
     max_lora_rank: int = 64,
 ) -> CUDAExecutor:
     """Measure, divide the memory, allocate; `row` gets the lines of the start-up table. Raises StartupError.
 
-    load: see CUDAExecutor. module: what stands in for `flashinfer` in tests.
+    load: see CUDAExecutor. speculation: none, or one of PROPOSERS. module: what stands in for `flashinfer` in tests.
     """
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
@@ -301,6 +306,7 @@ def build_cuda_executor(
             vocab_size=model.config.vocab_size,
             groups=groups,
             num_snapshots=num_snapshots,
+            max_draft_tokens=0 if speculation.method is None else speculation.num_draft_tokens,
             processed_logprobs=processed_logprobs,
             max_adapters=0 if adapters is None else adapters.capacity,
         )
@@ -313,15 +319,17 @@ def build_cuda_executor(
         weights = layer.allocated_memory()
         free = layer.free_memory()
         with starting("no memory is left for the largest step", SMALLER):
-            activations, workspace = profile_step(model, layer, limits_of(1), attention_of, adapters)
+            wide = widened(limits_of(1))
+            activations, workspace = profile_step(model, layer, wide, attention_of, adapters)
         gc.collect()  # the trial cache and buffers go before the real ones come
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
         graphs = 0
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
-            logits = sequences * model.config.vocab_size * 4
+            logits = wide.max_num_seqs * model.config.vocab_size * 4
+            sides = 2 if speculation.method is None else 4
             families = 1 if adapters is None else 2
-            graphs = 4 * logits + (2 * families * len(graph_sizes(sequences)) + len(SIZES)) * GRAPH_BYTES
+            graphs = 4 * logits + (sides * families * len(graph_sizes(wide.max_num_seqs)) + len(SIZES)) * GRAPH_BYTES
             graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
@@ -343,8 +351,10 @@ def build_cuda_executor(
         kv_bytes = (num_pages + 1) * page_bytes + state_memory
         try:
             attention = attention_of(num_pages)
+            proposer = None if speculation.method is None else make_proposer(speculation)
+            limits = limits_of(num_pages)
             executor = CUDAExecutor(
-                model, limits_of(num_pages), layer, attention, cuda_graph=cuda_graph, load=load, adapters=adapters
+                model, limits, layer, attention, cuda_graph=cuda_graph, load=load, proposer=proposer, adapters=adapters
             )
         except torch.OutOfMemoryError as error:
             what = "a KV cache with recurrent states" if state_memory else "a KV cache"
@@ -369,6 +379,10 @@ def build_cuda_executor(
         quicker = "by our kernel, the others by cuBLAS, as was quicker"
         row("products of 1 to 4 rows", f"{few[0]} of {few[1]} {quicker}")
         row("gate and up of prompts", f"{gated[0]} of {gated[1]} {quicker}")
+        if limits.max_draft_tokens:
+            # Whose kernels add up in another order where there are more of them.
+            near = "of tokens that are nearly as likely another may be drawn than without drafts"
+            row("steps with drafts", f"up to {wide.max_num_seqs} rows, a draft is one; {near}")
         if cuda_graph == "start":
             executor.capture_at_start()
             row(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from engine.executor.cuda_adapters import DeviceAdapters
-from engine.executor.cuda_buffers import CudaHandle, Side
+from engine.executor.cuda_buffers import CudaHandle, Side, widened
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
 from engine.executor.cuda_pieces import Pieces
@@ -45,10 +45,16 @@ class DeviceState:
         self.layer = layer
         self.model = model
         self.attention = attention
-        self.graphs = GraphCache(layer, cuda_graph, limits.max_num_seqs, limits.max_pages_per_seq)
+        wide = widened(limits) if limits.max_draft_tokens else None
+        # Of a step.
+        self._most_rows = limits.max_num_seqs if wide is None else wide.max_num_seqs
+        most_rows = None if wide is None else wide.max_num_seqs
+        self.graphs = GraphCache(layer, cuda_graph, limits.max_num_seqs, limits.max_pages_per_seq, most_rows)
         self.num_steps = 0
         with layer.may_block():
-            self._sides = self._make_sides()
+            self._sides: tuple[Side, ...] = self._make_sides()
+            if wide is not None:
+                self._sides += Side(layer, wide, 2), Side(layer, wide, 3)
             # State by slot, on the device.
             self._page_tables = layer.zeros(
                 (len(limits.groups), limits.num_slots, limits.max_pages_per_seq), torch.int32

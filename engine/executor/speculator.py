@@ -1,14 +1,16 @@
-"""Speculator: the slots of a CPU executor that speculate: their lengths, texts and drafts, and what came of a step.
+"""Speculator: the slots of an executor that speculate: their lengths, texts and drafts, and what came of a step.
 
-The worker runs steps one after another, so at the end of one it knows all tokens, and drafts for the next. A step's
-speculating rows are made from what is known here; staging has but upper bounds.
+At the end of a step all tokens are known, and drafts are made for the next. A step's speculating rows are made from
+what is known here; staging has but upper bounds. The CPU's worker runs steps one after another; what a GPU does with
+two of them in flight is in cuda_drafts.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +70,7 @@ def mask_places(rows: Int32Array, positions: Positions) -> tuple[npt.NDArray[np.
 
 
 class Speculator:
-    """See the module. Only the worker touches it."""
+    """See the module. Only the thread that runs the steps touches it."""
 
     def __init__(
         self, limits: Limits, proposer: Proposer | None, late: LateProposer | None, tables: SlotTables
@@ -87,14 +89,18 @@ class Speculator:
         self._length: Int32Array = np.zeros(limits.num_slots, np.int32)
         self._texts: dict[int, Text] = {}
         self._drafts: dict[int, list[int]] = {}
-        self._staging = Staging(limits)
+        # Slots for whose text as it is nothing was looked for yet.
+        self._unproposed: set[int] = set()
+        # Of steps as they run, in turn.
+        self._stagings = Staging(limits), Staging(limits)
         # Of the step that runs, as it was given.
-        self._given_len: Int32Array = self._staging.row_len
+        self._given_len: Int32Array = self._stagings[0].row_len
 
     def apply(self, step: ForwardInput) -> None:
         """Take over whose slots speculate."""
         for slot in step.staging.sampling_slot[: step.num_sampling_diffs].tolist():
             self._drafts.pop(slot, None)
+            self._unproposed.discard(slot)
             self._reserved[slot] = 0
             if self._texts.pop(slot, None) is not None:
                 self._proposer.stop(slot)
@@ -103,8 +109,28 @@ class Speculator:
             self._texts[told.slot] = text
             self._proposer.start(told.slot, text)
 
-    def as_it_runs(self, step: ForwardInput, last_token: Int32Array) -> ForwardInput:
-        """The step with the starts, lengths and drafts that speculating rows have. Valid until the next one's."""
+    def length(self, slots: npt.NDArray[np.integer[Any]]) -> Int32Array:
+        """int32 [n]: tokens of these slots that have been computed and are right, as far as steps have ended."""
+        lengths: Int32Array = self._length[slots]
+        return lengths
+
+    def num_drafts(self, slot: int) -> int:
+        """That are held for its next row."""
+        return len(self._drafts.get(slot, ()))
+
+    def as_it_runs(
+        self,
+        step: ForwardInput,
+        last_token: Int32Array,
+        *,
+        starts: Int32Array | None = None,
+        room: int | None = None,
+    ) -> ForwardInput:
+        """The step with the starts, lengths and drafts that speculating rows have. Valid until the next but one's.
+
+        starts: int32 [slots], where the caller knows better where a slot's next row begins. room: most drafts of all
+        rows; the first rows get theirs first, which are looked for now where `finish` did not.
+        """
         given, rows, page = step.staging, step.num_rows, self._limits.page_size
         slots = given.row_slot[:rows]
         held = -(-(given.row_start[:rows] + given.row_len[:rows]) // page) * page
@@ -112,17 +138,22 @@ class Speculator:
         if not step.num_speculating_rows:
             return step
         self._draft_late(step)
-        own = self._staging
+        if room:
+            self._draft_open(step)
+        own = self._stagings[step.step & 1]
         self._given_len = given.row_len
+        room = step.num_tokens if room is None else room
         first, last = step.num_decode_rows, step.num_decode_rows + step.num_speculating_rows
         for name in ("row_slot", "row_start", "row_len", "row_samples"):
             getattr(own, name)[:rows] = getattr(given, name)[:rows]
         slots = given.row_slot[first:last]
         # Never beyond what is reserved, whatever went wrong before.
-        own.row_start[first:last] = np.minimum(self._length[slots], given.row_start[first:last])
+        known = self._length if starts is None else starts
+        own.row_start[first:last] = np.minimum(known[slots], given.row_start[first:last])
         ids = [given.token_ids[:first]]
         for row, slot in enumerate(slots.tolist(), first):
-            drafts = self._drafts.get(slot, [])[: int(given.row_len[row]) - 1]
+            drafts = self._drafts.get(slot, [])[: min(int(given.row_len[row]) - 1, room)]
+            room -= len(drafts)
             own.row_len[row] = 1 + len(drafts)
             ids.append(np.array([last_token[slot], *drafts], np.int32))
         ids.append(given.token_ids[given.qo_indptr[last] : step.num_tokens])
@@ -131,6 +162,23 @@ class Speculator:
         tokens = int(own.qo_indptr[rows])
         np.concatenate(ids, out=own.token_ids[:tokens])
         return dataclasses.replace(step, staging=own, num_tokens=tokens)
+
+    def _draft_open(self, step: ForwardInput) -> None:
+        """For rows that may have drafts, where nothing was looked for, and nobody must have seen them before."""
+        staging, first = step.staging, step.num_decode_rows
+        rows = np.arange(first, first + step.num_speculating_rows)
+        rows = rows[staging.row_len[rows] > 1]
+        if step.masks is not None:
+            rows = rows[~np.isin(rows, step.masks.rows)]
+        slots = [slot for slot in staging.row_slot[rows].tolist() if slot in self._unproposed]
+        if slots:
+            self._draft_early(slots)
+
+    def _draft_early(self, slots: Sequence[int]) -> None:
+        self._unproposed.difference_update(slots)
+        if self._early is not None:
+            most = [self._room(slot) for slot in slots]
+            self._drafts.update(zip(slots, self._early.propose(slots, most), strict=True))
 
     def _draft_late(self, step: ForwardInput) -> None:
         """For rows that have room and no drafts, where nobody must have seen them before."""
@@ -168,12 +216,14 @@ class Speculator:
         drawn: Int32Array,
         taken: npt.NDArray[np.bool_] | None,
         output: ForwardOutput,
-        hidden: Tensor,
-        aux: list[Tensor],
+        hidden: Tensor | None = None,
+        aux: Sequence[Tensor] = (),
+        wanted: Collection[int] | None = None,
     ) -> None:
         """After the step as it ran: remember what came of it, draft for the next, and report.
 
-        hidden, aux: see LateProposer.follow.
+        wanted: slots to draft for; None for all.
+        hidden, aux: see LateProposer.follow; None where there is no late one.
         """
         staging, rows = step.staging, step.num_rows
         first, last = step.num_decode_rows, step.num_decode_rows + step.num_speculating_rows
@@ -192,8 +242,11 @@ class Speculator:
                 self._grow(step, row, slot, text, new.get(row, []))
                 own.append(row)
         if self._late is not None and own:
-            self._late.follow(step, own, hidden, aux)
+            assert hidden is not None
+            self._late.follow(step, own, hidden, list(aux))
         drafting = {int(slots[row]): row for row in own if row in new}
+        if wanted is not None:
+            drafting = {slot: row for slot, row in drafting.items() if slot in wanted}
         self._draft(step, drafting)
         output.new_drafts = [
             (row, np.array(self._drafts[slot], np.int32)) for slot, row in drafting.items() if row >= last
@@ -204,9 +257,7 @@ class Speculator:
     def _draft(self, step: ForwardInput, rows: dict[int, int]) -> None:
         """For the next rows of these slots; rows: those that they had."""
         slots = list(rows)
-        if self._early is not None:
-            most = [self._room(slot) for slot in slots]
-            self._drafts.update(zip(slots, self._early.propose(slots, most), strict=True))
+        self._draft_early(slots)
         if self._late is None or step.masks is None:
             return
         # The host makes masks for drafts that it has seen.
@@ -246,6 +297,7 @@ class Speculator:
                 tokens += chunk
             tokens += new
         self._drafts[slot] = []
+        self._unproposed.add(slot)
         self._proposer.advance(slot, kept)
 
     def _accepted(self, step: ForwardInput, new: dict[int, list[int]]) -> Accepted:

@@ -102,7 +102,7 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     from engine.ops.gated import TILES
     from engine.ops.sampling.layout import WORDS
     from engine.ops.skinny import BLOCKS
-    from engine.ops.triton import activation, experts, extras, gated, norm, prepare, rope, sampling, skinny
+    from engine.ops.triton import activation, drafts, experts, extras, gated, norm, prepare, rope, sampling, skinny
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind)
@@ -139,7 +139,10 @@ def calls(dtype: torch.dtype, rows: int) -> None:
         tokens, ratings = empty(many, 2048), empty(many, 16)
         experts.mix_experts(tokens, ratings, gate_up, down, 4, "silu", normalize=True)
     numbers = empty(rows, kind=ints)
-    prepare.prepare(empty(9, 128, kind=ints), empty(9, kind=ints), numbers, numbers, numbers, numbers, 64, 16)
+    for given in (None, numbers):
+        tables = empty(1, 9, 128, kind=ints)
+        prepare.prepare(tables, empty(9, kind=ints), numbers, numbers, numbers, numbers, 64, 16, given)
+    drafts.accept_drafts(numbers, numbers, numbers, empty(9, kind=ints))
     raw, logits = empty(rows, 128256), empty(rows, 128256, kind=torch.float32)
     slots = empty(rows, kind=longs)
     bias, counts = empty(9, 128256, kind=torch.float32), empty(9, 128256, kind=ints)

@@ -386,6 +386,7 @@ def without_compiler() -> None:
 # ---- scenarios
 
 
+DRAFTED: list[dict[str, Any]] = [{"max_tokens": 60}, {"max_tokens": 60, "top_k": 5}, {"logprobs": 2}]
 EXTRAS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
     {"frequency_penalty": 0.5, "presence_penalty": -0.5},
@@ -421,6 +422,8 @@ def make_executor(
     from engine.forward import Limits
     from engine.ops.attention import flashinfer, flashinfer_latent
     from engine.ops.attention.device import DeviceAttention
+    from engine.speculation.registry import make_proposer
+    from tests.cuda.support import ALWAYS
 
     model = dummy_model(config, dtype, options.get("adapters", 0))
     limits = Limits(
@@ -431,8 +434,10 @@ def make_executor(
         num_pages=options.get("rows", 8) * 64,
         vocab_size=model.config.vocab_size,
         num_snapshots=8 if model.config.has_state else None,
+        max_draft_tokens=ALWAYS.num_draft_tokens if options.get("drafts") else 0,
         max_adapters=options.get("adapters", 0),
     )
+    proposer = make_proposer(ALWAYS) if options.get("drafts") else None
     given: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": 16,
@@ -449,8 +454,8 @@ def make_executor(
         attention = flashinfer.Backend(model.attention_spec, decode=way, **given)
     layer = DryDevice(options.get("ours", 0.5))
     adapters = DeviceAdapters(model, layer, 16, 512) if limits.max_adapters else None  # type: ignore[arg-type]
-    graph = options.get("graph", "lazy")
-    return CUDAExecutor(model, limits, layer, attention, cuda_graph=graph, adapters=adapters)  # type: ignore[arg-type]
+    added: dict[str, Any] = {"proposer": proposer, "adapters": adapters, "cuda_graph": options.get("graph", "lazy")}
+    return CUDAExecutor(model, limits, layer, attention, **added)  # type: ignore[arg-type]
 
 
 def requests_of(changes: list[dict[str, Any]], vocab: int) -> list[Any]:
@@ -492,10 +497,12 @@ def serve(
     dtype: str,
     kv: str,
     changes: list[dict[str, Any]],
+    drafts: bool = False,
     adapters: int = 0,
 ) -> None:
     """Requests through the whole engine; steps of all kinds, eager and captured."""
     from engine.kernels import kernels_of
+    from tests.cuda.support import ALWAYS, NO_DRAFTS
     from tests.cuda.support import serve as through_the_engine
 
     LOG.__init__()  # type: ignore[misc]
@@ -503,12 +510,13 @@ def serve(
     result: dict[str, Any] = {"name": name, "error": "", "attention": ""}
     try:
         with DryMode():
-            executor = make_executor(config, way, getattr(torch, dtype), kv_dtype, adapters=adapters)
+            executor = make_executor(config, way, getattr(torch, dtype), kv_dtype, drafts=drafts, adapters=adapters)
             given = adapters_of(executor) if adapters else [None]
             LOG.steps = True
             asked = requests_of(changes, executor.limits.vocab_size)
             asked = [dataclasses.replace(each, adapter=given[n % len(given)]) for n, each in enumerate(asked)]
-            asyncio.run(asyncio.wait_for(through_the_engine(executor, asked), 240))
+            speculation = ALWAYS if drafts else NO_DRAFTS
+            asyncio.run(asyncio.wait_for(through_the_engine(executor, asked, speculation=speculation), 240))
             LOG.steps = False
             result["attention"] = executor.attention.describe()
             attention = executor.attention
@@ -525,6 +533,7 @@ def serve(
         what: [len(forms), len(min(forms))] for (name, what), forms in LOG.forms.items() if "_mla_" in name
     }
     result["captured"] = sum(event.captured for event in LOG.events)
+    result["drafts"] = sum(event.captured and event.name == "_accept" for event in LOG.events)
     print(json.dumps(result), flush=True)
 
 
@@ -591,10 +600,13 @@ def count(name: str, config: dict[str, Any], rows: int, draw: str = "plain") -> 
     for layers in (2, 4):
         LOG.__init__()  # type: ignore[misc]
         with DryMode():
-            options = {"rows": rows, "adapters": 2 if places else 0}
+            # A step with drafts is one of decoding at the other set of buffers.
+            drafts = kind == "drafts"
+            options = {"rows": rows, "adapters": 2 if places else 0, "drafts": drafts}
             executor = make_executor({**config, "num_hidden_layers": layers}, "auto", torch.bfloat16, None, **options)
             executor.choose_products()
-            key = GraphKey(rows, executor.graphs.widths[0], 0, kind, places == "adapters")
+            how = 2 if drafts else 0, "plain" if drafts else kind
+            key = GraphKey(rows, executor.graphs.widths[0], *how, places == "adapters")
             executor._prepare(key)
             if executor.attention.decode_needs_plan(rows):
                 executor._plan_padding(executor._sides[0], key)
@@ -736,6 +748,8 @@ def main(names: list[str]) -> None:
         elif name == "features":
             for way in ("torch", "auto", "wrapper"):
                 serve(f"extras {way}", llama, way, "bfloat16", "auto", EXTRAS)
+            for way in ("auto", "wrapper"):
+                serve(f"drafts {way}", llama, way, "bfloat16", "auto", DRAFTED, drafts=True)
             serve("extras float32", llama, "torch", "float32", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
                 serve(f"fp8 {way}", llama, way, "bfloat16", "fp8", [{}, {"top_k": 5}])

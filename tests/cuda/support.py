@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.config import EngineConfig, SchedulerOptions, StreamOptions
+from engine.config import EngineConfig, SchedulerOptions, SpeculationOptions, StreamOptions
 from engine.engine import Engine
 from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
 from engine.executor.cuda_adapters import DeviceAdapters
@@ -34,6 +34,7 @@ from engine.ops.rope import apply_rope
 from engine.ops.sampling.sampler import sample
 from engine.ops.state import StatePlan, States
 from engine.request import Pooling, Request, SamplingParams
+from engine.speculation.base import Proposer
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.fake_flashinfer import FakeFlashInfer, attend
 from tests.sim.workload import Runs
@@ -263,6 +264,7 @@ def make_executor(
     cuda_graph: str = "lazy",
     model: CausalLM | None = None,
     kind: type[CUDAExecutor] = CUDAExecutor,
+    proposer: Proposer | None = None,
     load: Callable[[Path | None], CausalLM] | None = None,
 ) -> CUDAExecutor:
     """A model that was loaded with places for adapters has room for some of rank 8 and below."""
@@ -272,7 +274,8 @@ def make_executor(
         with device.may_block():
             adapters = DeviceAdapters(model, device, 8, limits.max_num_batched_tokens)
         limits = dataclasses.replace(limits, max_adapters=adapters.capacity)
-    return kind(model, limits, device, layer, cuda_graph=cuda_graph, load=load or read_tiny_model, adapters=adapters)
+    options: dict[str, Any] = {"load": load or read_tiny_model, "proposer": proposer, "adapters": adapters}
+    return kind(model, limits, device, layer, cuda_graph=cuda_graph, **options)
 
 
 def read_tiny_model(directory: Path | None) -> CausalLM:
@@ -342,6 +345,11 @@ CUDA_ADAPTERS: dict[str, Callable[[], CudaAdapter]] = {
 
 # ---- whole engines
 
+NO_DRAFTS = SpeculationOptions()
+ALWAYS = SpeculationOptions(
+    method="ngram", num_draft_tokens=4, prompt_lookup_min=1, prompt_lookup_max=3, adaptive=False
+)
+
 SMALL = Limits(max_num_seqs=4, max_num_batched_tokens=24, max_model_len=64, page_size=4, num_pages=40, vocab_size=101)
 
 
@@ -377,9 +385,16 @@ def expected_tokens(model: CausalLM, request: Request) -> list[int]:
     return context[len(request.prompt_token_ids) :]
 
 
-async def serve(executor: CUDAExecutor, requests: list[Request], *, overlap: bool = True) -> list[list[int]]:
+async def serve(
+    executor: CUDAExecutor,
+    requests: list[Request],
+    *,
+    overlap: bool = True,
+    speculation: SpeculationOptions = NO_DRAFTS,
+) -> list[list[int]]:
     """The tokens of every request, through the real engine. Raises what ended the engine."""
-    config = EngineConfig(scheduler=SchedulerOptions(overlap=overlap), stream=StreamOptions(flush_interval_ms=0.0))
+    scheduler, stream = SchedulerOptions(overlap=overlap), StreamOptions(flush_interval_ms=0.0)
+    config = EngineConfig(scheduler=scheduler, stream=stream, speculation=speculation)
     engine = Engine(config, executor, None)
     loop_task = asyncio.create_task(engine.run())
 

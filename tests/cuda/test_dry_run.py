@@ -88,6 +88,8 @@ def test_nothing_is_found(scenario: str) -> None:
         assert result["forms"] in ({}, {"plan": [1, 9], "run": [1, 18]}), result
         for module, function in result["calls"]:
             assert function in entry_points(module), f"a kit is not asked whether {module} has {function}"
+        if result["name"].startswith("drafts"):
+            assert result["drafts"], "no graph of a step with drafts"
         if "torch" not in result["name"] and "float32" not in result["name"]:
             assert "torch" not in result["attention"], result
     # And a kit is asked for no more than is called.
@@ -142,6 +144,7 @@ NODES = {
     "llama-3.2-1b:1:plain": (6, 5),
     "llama-3.2-1b:64:plain": (9, 6),
     "llama-3.2-1b:1:filtered": (6, 7),
+    "llama-3.2-1b:64:drafts": (9, 7),
     "qwen3-30b-a3b:1:plain": (11, 5),
     "qwen3-30b-a3b:64:plain": (13, 6),
     # A model with places for adapters: rows of none, and rows of some, by two kernels for each of four products.

@@ -26,13 +26,14 @@ from engine.ops.norm import Normed, torch_rms_norm  # noqa: E402
 from engine.ops.recurrence import Recurrence, torch_causal_conv, torch_gate, torch_gated_norm  # noqa: E402
 from engine.ops.rope import torch_rotate  # noqa: E402
 from engine.ops.sampling import sampler  # noqa: E402
-from engine.ops.sampling.device import draw_by_torch, torch_sample, uniform  # noqa: E402
+from engine.ops.sampling.device import accept, draw_by_torch, torch_sample, uniform  # noqa: E402
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.sampling.layout import WORDS  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
 from engine.ops.state import RowsOnDevice, StatePlan  # noqa: E402
 from engine.ops.triton import (  # noqa: E402
     activation,
+    drafts,
     experts,
     extras,
     gated,
@@ -303,8 +304,8 @@ def test_adjust(biased: bool, penalised: bool) -> None:
     assert (ours is logits) == (not biased and not penalised)
 
 
-@pytest.mark.parametrize(("groups", "width"), [(1, 280), (3, 275)])
-def test_prepare(groups: int, width: int) -> None:
+@pytest.mark.parametrize(("groups", "width", "given_some"), [(1, 280, True), (3, 275, False), (3, 275, True)])
+def test_prepare(groups: int, width: int, given_some: bool) -> None:
     slots, pages, rows = 6, 300, 3
     generator = torch.Generator().manual_seed(0)
     table = torch.randint(1, 90, (groups, slots, pages), dtype=torch.int32, generator=generator).to(DEVICE)
@@ -313,14 +314,39 @@ def test_prepare(groups: int, width: int) -> None:
     values = [[5, 2, 0], [17, 1099, 0], [0, last_group + 5 * pages + 4, 0], [0, 77, 0]]
     arguments = [torch.tensor(v, dtype=torch.int32, device=DEVICE) for v in values]
     theirs_table = table.cpu().clone()
-    theirs = decode_inputs(theirs_table, last.cpu(), *(a.cpu() for a in arguments), width, 4)
-    ours = prepare.prepare(table, last, *arguments, width, 4)
+    given = torch.tensor([-1, 0, 77], dtype=torch.int32, device=DEVICE) if given_some else None
+    theirs = decode_inputs(
+        theirs_table, last.cpu(), *(a.cpu() for a in arguments), width, 4, None if given is None else given.cpu()
+    )
+    ours = prepare.prepare(table, last, *arguments, width, 4, given)
+    assert ours[0].tolist() == ([105, 0, 77] if given_some else [105, 102, 100])
     assert torch.equal(table.cpu(), theirs_table) and len(ours[0]) == rows
     flat = [[*each[:2], *each[2], *each[3]] for each in (ours, theirs)]
     assert len(flat[0]) == 2 + 2 * groups
     for mine, other in zip(*flat, strict=True):
         assert mine.dtype == other.dtype and torch.equal(mine.cpu(), other)
         assert mine.data_ptr() % 16 == 0, "a kernel would be compiled anew for it"
+
+
+def test_accept() -> None:
+    """Runs of all lengths, longer than a block too, right to the end or not, the last row of all among them."""
+    rng = np.random.default_rng(1)
+    for longest in (4, 4, 4, 4, 4, 4, 100, 100):
+        tokens, slots = [], []
+        for slot in range(1, rng.integers(2, 6)):
+            tokens += [-1, *rng.integers(0, 50, rng.integers(0, longest)).tolist()]
+            slots += [slot] * (len(tokens) - len(slots))
+        drawn = [*tokens[1:], 7]
+        for row in rng.integers(0, len(drawn), rng.integers(0, 4)).tolist():
+            drawn[row] = 51
+        drawn = [8 if token < 0 else token for token in drawn]
+        given = [torch.tensor(each, dtype=torch.int32) for each in (tokens, [*drawn, 3], [*slots, 0])]
+        theirs = torch.full((7,), -5, dtype=torch.int32)
+        ours = theirs.to(DEVICE)
+        accept(*given, theirs)
+        drafts.accept_drafts(*(each.to(DEVICE) for each in given), ours)
+        # What padding rows write goes to the slot that is nobody's.
+        assert ours.tolist()[1:] == theirs.tolist()[1:]
 
 
 def params_of(rows: int, filters: bool = False, seed: int = 0) -> np.ndarray:

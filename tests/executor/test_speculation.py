@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from engine.config import SpeculationOptions
-from engine.executor.cpu import CPUExecutor, CPUStepHandle
+from engine.executor.base import Executor, StepHandle
+from engine.executor.cpu import CPUExecutor
 from engine.forward import (
     FUTURE_TOKEN,
     ForwardInput,
@@ -120,6 +121,9 @@ class Script:
     num_accepted: int = 0
     num_drafted: int = 0
 
+    def make(self, limits: Limits, late: LateProposer | None) -> Executor:
+        return CPUExecutor(self.model, limits, dtype=self.dtype, proposer=self.proposer, late=late)
+
     async def run(self, probes: list[int]) -> dict[int, Answer]:
         slots = {index: place for place, index in enumerate(probes, 1)}
         width = 96 // PAGE
@@ -130,11 +134,11 @@ class Script:
             processed_logprobs=self.processed,
         )
         late = None if self.make_late is None else self.make_late(limits)
-        executor = CPUExecutor(self.model, limits, dtype=self.dtype, proposer=self.proposer, late=late)
+        executor = self.make(limits, late)
         generator = np.random.default_rng(self.most)
         answers = {index: Answer() for index in probes}
         known: dict[int, int] = {}  # tokens computed, of every probe
-        flying: list[tuple[CPUStepHandle, list[tuple[int, int]], TokenMasks | None]] = []
+        flying: list[tuple[StepHandle, list[tuple[int, int]], TokenMasks | None]] = []
         number = 0
         try:
             while flying or not number or min(len(answer.tokens) for answer in answers.values()) < NEW:
@@ -147,6 +151,7 @@ class Script:
                         continue
                 handle, rows, masks = flying.pop(0)
                 self._fill(masks, rows, known)
+                executor.provide_masks(handle)
                 output = await executor.wait(handle)
                 self._commit(output, rows, known, answers)
         finally:
@@ -158,13 +163,13 @@ class Script:
 
     def _launch(
         self,
-        executor: CPUExecutor,
+        executor: Executor,
         number: int,
         slots: dict[int, int],
         known: dict[int, int],
         flying: list[Any],
         generator: np.random.Generator,
-    ) -> tuple[CPUStepHandle, list[tuple[int, int]], TokenMasks | None]:
+    ) -> tuple[StepHandle, list[tuple[int, int]], TokenMasks | None]:
         staging = executor.staging[number % 2]
         width = executor.limits.max_pages_per_seq
         speculations, extras = [], []

@@ -19,6 +19,7 @@ from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import FAMILIES, read_spec
 from engine.ops.attention.device import DeviceAttention
+from engine.speculation.base import Proposer
 
 BASE: dict[str, Any] = {
     "vocab_size": 1000,
@@ -303,6 +304,7 @@ def executor(
     kv_dtype: torch.dtype | None = None,
     cuda_graph: str = "lazy",
     module: Any = None,
+    proposer: Proposer | None = None,
 ) -> CUDAExecutor:
     """attention: auto (FlashInfer where it is), torch, xqa or wrapper. module: what stands in for `flashinfer`.
 
@@ -324,9 +326,9 @@ def executor(
     }
     spec = model.attention_spec
     known = spec.common is not None or spec.latent is not None
+    added: dict[str, Any] = {"cuda_graph": cuda_graph, "proposer": proposer, "adapters": adapters}
     if attention == "torch" or not known or (attention == "auto" and not HAS_FLASHINFER and module is None):
-        by_torch = DeviceAttention(spec, **options)
-        return CUDAExecutor(model, limits, layer, by_torch, cuda_graph=cuda_graph, adapters=adapters)
+        return CUDAExecutor(model, limits, layer, DeviceAttention(spec, **options), **added)
     from engine.ops.attention import flashinfer, flashinfer_latent
 
     backend: DeviceAttention
@@ -334,7 +336,7 @@ def executor(
         backend = flashinfer_latent.Backend(spec, module=module, **options)
     else:
         backend = flashinfer.Backend(spec, decode=attention, module=module, **options)
-    made = CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph, adapters=adapters)
+    made = CUDAExecutor(model, limits, layer, backend, **added)
     said = backend.describe()
     assert "torch" not in said and "; no " not in said, f"kernels are missing, so that this would test torch: {said}"
     return made

@@ -103,23 +103,28 @@ def decode_inputs(
     table_page: Tensor,
     width: int,
     page_size: int,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """Apply table diffs, then look up what the rows of a decode step need.
 
     page_tables int32 [groups, slots, pages], changed in place; last_token int32 [slots]; row_slot, row_start int32 [B];
-    table_index, table_page int32 [D], an entry may repeat. Returns token_ids int32 [B], kv_len int32 [B], and of each
+    table_index, table_page int32 [D], an entry may repeat; given int32 [B]: tokens of rows that have one, and -1.
+    Returns token_ids int32 [B], kv_len int32 [B], and of each
     group kv_slots int32 [B] and tables int32 [B, width].
     """
     if on_gpu(page_tables):
         from engine.ops.triton.prepare import prepare
 
-        return prepare(page_tables, last_token, row_slot, row_start, table_index, table_page, width, page_size)
+        return prepare(page_tables, last_token, row_slot, row_start, table_index, table_page, width, page_size, given)
     page_tables.view(-1).index_copy_(0, table_index.long(), table_page)
     slots, where = row_slot.long(), row_start.long()
     tables = page_tables[:, :, :width].index_select(1, slots).unbind()
     pages = [table.gather(1, (where // page_size)[:, None])[:, 0] for table in tables]
     kv_slots = tuple((page * page_size + where % page_size).int() for page in pages)
-    return last_token.index_select(0, slots), row_start + 1, kv_slots, tables
+    tokens = last_token.index_select(0, slots)
+    if given is not None:
+        tokens = torch.where(given >= 0, given, tokens)
+    return tokens, row_start + 1, kv_slots, tables
 
 
 class DeviceAttention:

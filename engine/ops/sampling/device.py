@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.forward import NO_NUMBERS
+from engine.forward import NO_NUMBERS, NULL_SLOT
 from engine.ops.sampling.layout import (
     MIN_LENGTH,
     MIN_P,
@@ -94,6 +94,30 @@ def draw_by_torch(
         out.copy_(tokens)
     else:
         out.index_copy_(0, where.long(), tokens)
+
+
+def accept(token_ids: Tensor, drawn: Tensor, slots: Tensor, last_token: Tensor) -> None:
+    """Of rows that bring drafts, set `last_token` int32 [slots] to what was drawn last in a row of right ones.
+
+    token_ids int32 [B]: -1 where a sequence begins, followed by its drafts, one a row; drawn, slots int32, B or more:
+    what was drawn after each, and whose it is. A draft is right where all before it are and it equals what was drawn
+    after the token before it.
+    """
+    if on_gpu(drawn):
+        from engine.ops.triton.drafts import accept_drafts
+
+        accept_drafts(token_ids, drawn, slots, last_token)
+        return
+    drawn, slots = drawn[: len(token_ids)], slots[: len(token_ids)]
+    index = torch.arange(len(token_ids), device=token_ids.device)
+    begins = token_ids < 0
+    wrong = torch.where(~begins & (token_ids != drawn.roll(1)), index, -1).cummax(0).values
+    right = wrong < torch.where(begins, index, -1).cummax(0).values
+    # The next row is of the same sequence, and right.
+    goes_on = torch.cat(((right & ~begins)[1:], right.new_zeros(1)))
+    # One row of each slot; the others, as those of padding, write to the slot that is nobody's.
+    where = torch.where(right & ~goes_on, slots, NULL_SLOT)
+    last_token.index_copy_(0, where.long(), drawn.clamp(min=0))  # some rows may have drawn no numbers
 
 
 def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:

@@ -26,6 +26,7 @@ def _prepare(
     kv_len_ptr,
     kv_slots_ptr,
     tables_ptr,
+    given_ptr,
     num_diffs,
     group_stride,
     stride,
@@ -33,6 +34,7 @@ def _prepare(
     tables_stride,
     slots_stride,
     page_size,
+    GIVEN: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -55,7 +57,11 @@ def _prepare(
         start = tl.load(row_start_ptr + row)
         page = tl.load(table_ptr + slot * stride + start // page_size)
         # The same from every group.
-        tl.store(token_ids_ptr + row, tl.load(last_token_ptr + slot))
+        token = tl.load(last_token_ptr + slot)
+        if GIVEN:
+            given = tl.load(given_ptr + row)
+            token = tl.where(given >= 0, given, token)
+        tl.store(token_ids_ptr + row, token)
         tl.store(kv_len_ptr + row, start + 1)
         tl.store(kv_slots_ptr + group * slots_stride + row, page * page_size + start % page_size)
 
@@ -69,6 +75,7 @@ def prepare(
     table_page: Tensor,
     width: int,
     page_size: int,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
     """See `decode_inputs`; returns token_ids, kv_len, kv_slots, tables."""
     rows, device, groups = row_slot.shape[0], row_slot.device, page_tables.shape[0]
@@ -88,6 +95,7 @@ def prepare(
         kv_len,
         kv_slots,
         tables,
+        token_ids if given is None else given,
         table_index.shape[0],
         page_tables.stride(0),
         page_tables.stride(1),
@@ -95,6 +103,7 @@ def prepare(
         tables.stride(0),
         kv_slots.stride(0),
         page_size,
+        GIVEN=given is not None,
         BLOCK=BLOCK,
         **launch_options(),
     )
