@@ -1,20 +1,20 @@
 """Cache-aware routing of replicas on Ray Serve against turns: `.venv-scale-ray/bin/python -m bench.routing_ray`.
 
-The loads and the replicas are those of bench/routing.py. Each router gets an application of its own, so that caches
+The loads and the replicas are those of bench/routing.py. Each run gets an application of its own, so that caches
 begin empty; everything else (bridge, front, bounds) is the same.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
 import dataclasses
 import functools
-import json
 import sys
+from collections.abc import Iterator
 from typing import Any
 
-from bench.routing import Costs, add_cost_flags, add_load_flags, make_worker, measure_load, report
+from bench.routing import Costs, add_cost_flags, add_load_flags, finish, in_turns, make_worker
 from bench.server import free_port
 from engine.config import EngineConfig
 from engine.serve_ray import Plan, build, prepare, read_model, start
@@ -30,16 +30,20 @@ def host_fake(costs: Costs, config: EngineConfig, log_level: str) -> Any:
     return Hosted(engine, app, config.server)
 
 
-async def _measure(url: str, arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
-    figures = {}
-    for load in arguments.loads:
-        figures[load] = await measure_load(url, load, arguments)
-    return figures
+@contextlib.contextmanager
+def routing(plan: Plan, costs: Costs, port: int) -> Iterator[str]:
+    """An application's URL. Its replicas are new."""
+    from ray import serve
+
+    serve.run(build(plan, functools.partial(host_fake, costs)), name="oneloop", route_prefix="/")
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        serve.delete("oneloop")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.routing_ray", description=__doc__)
-    parser.add_argument("--replicas", type=int, default=4)
     parser.add_argument("--json", action="store_true")
     add_cost_flags(parser)
     add_load_flags(parser)
@@ -48,29 +52,21 @@ def main() -> int:
     import ray
     from ray import serve
 
-    port, costs = free_port(), Costs(arguments)
-    model = read_model(["--max-num-seqs", str(costs.rows)], str(arguments.replicas), 0.1)
+    port, costs = free_port(), Costs.of(arguments)
+    plan = Plan((read_model(["--max-num-seqs", str(costs.rows)], str(arguments.replicas), 0.1),))
     start(None)
-    figures: dict[str, dict[str, float]] = {}
     try:
         serve.start(proxy_location="HeadOnly", http_options={"host": "127.0.0.1", "port": port})
-        for name, router in (("turns", TURNS), ("cache-aware", CACHE_AWARE)):
-            plan = dataclasses.replace(Plan((model,)), router=router)
-            serve.run(build(plan, functools.partial(host_fake, costs)), name="oneloop", route_prefix="/")
-            for load, row in asyncio.run(_measure(f"http://127.0.0.1:{port}", arguments)).items():
-                figures[f"{name}, {load}"] = row
-            serve.delete("oneloop")
+        routers = {"turns": TURNS, "cache-aware": CACHE_AWARE}
+        opened = {
+            name: functools.partial(routing, dataclasses.replace(plan, router=router), costs, port)
+            for name, router in routers.items()
+        }
+        rows = in_turns(opened, arguments)
     finally:
         serve.shutdown()
         ray.shutdown()
-    if arguments.json:
-        print(json.dumps(figures))
-    else:
-        print(report(figures))
-        for load in arguments.loads:
-            turns, aware = figures[f"turns, {load}"], figures[f"cache-aware, {load}"]
-            print(f"{load}: TTFT p50 {turns['ttft_p50_ms'] / aware['ttft_p50_ms']:.2f} times better")
-    return int(any(row["failed"] for row in figures.values()))
+    return finish(rows, "turns", "cache-aware", arguments)
 
 
 if __name__ == "__main__":

@@ -84,6 +84,35 @@ _QWEN3_5_08B: dict[str, object] = {
     "eos_token_id": 248044,
 }
 
+_DEEPSEEK_V2_LITE: dict[str, object] = {
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "q_lora_rank": None,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 163840,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 10000.0,
+    "tie_word_embeddings": False,
+    "hidden_act": "silu",
+    "torch_dtype": "bfloat16",
+    "bos_token_id": 100000,
+    "eos_token_id": 100001,
+}
+
 SHAPES: dict[str, dict[str, object]] = {
     "smollm2-135m": {
         **_llama(576, 30, 9, 1536, tied=True),
@@ -97,6 +126,7 @@ SHAPES: dict[str, dict[str, object]] = {
     "llama-3.1-8b": _llama(4096, 32, 32, 14336, tied=False),
     "qwen3-30b-a3b": _QWEN3_30B_A3B,
     "qwen3.5-0.8b": _QWEN3_5_08B,
+    "deepseek-v2-lite": _DEEPSEEK_V2_LITE,
 }
 
 

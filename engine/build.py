@@ -32,6 +32,7 @@ from engine.report import StartupReport
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
+from engine.transfer.exchange import check_groups
 from engine.transfer.fingerprint import fingerprint
 from engine.transfer.registry import make_connector
 
@@ -262,6 +263,10 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
             raise StartupError(f"{flag} needs the prefix cache: pages are kept and found in it")
         try:
             engine.executor.page_memory()
+            if flag == "--kv-disk":
+                engine.executor.state_memory()
+            else:
+                check_groups(engine.limits)
         except StartupError as error:
             raise StartupError(f"{flag}: {error}") from None
     # Frequencies of these kinds depend on the longest text.
@@ -288,7 +293,7 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
 
         store = engine.enable_disk(here).store
         most = f"{store.bytes / 1e9:.2f} of at most {store.max_bytes / 1e9:g} GB"
-        report.row("disk", f"{store.directory}: {len(store)} pages, {most}")
+        report.row("disk", f"{store.directory}: {len(store)} files, {most}")
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:
@@ -341,8 +346,6 @@ def _build_executor(
         _check_speculation(config, spec, device)
     rounded = rounded_to(config.model.quantization, spec.quantisation, given=str(directory))
     if rounded is not None:
-        if device == "cuda":
-            raise StartupError(f"--quantization {rounded} is done on the CPU alone so far; --device cpu")
         if is_gguf(directory) or config.model.load_format == "dummy":
             raise StartupError(
                 f"--quantization {rounded} needs safetensors, and {directory} is not read from such files"
@@ -350,7 +353,7 @@ def _build_executor(
         scale = "a row" if rounded == "fp8" else "32 weights"
         report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
     if config.model.packed_input_bits != 16 and device == "cuda":
-        raise StartupError("--packed-input-bits 8: on a GPU no weights stay packed so far; --device cpu")
+        raise StartupError("--packed-input-bits 8: on a GPU inputs stay as they are; --device cpu")
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)

@@ -92,7 +92,7 @@ class Carrying(ABC):
     async def _halt_pages(self) -> None:
         """Nobody carries pages from here on: the memory goes, or means something else."""
         for carrier in (self.transfer, self.tier):
-            if carrier is not None:
+            if carrier is not None and not carrier.is_paused:
                 await carrier.pause()
 
     async def _let_pages_go(self, weights: Path | None) -> None:

@@ -96,6 +96,36 @@ class SchedulerOptions:
     max_queue_wait_s: float | None = None
 
 
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobOptions:
+    """What answers say of tokens' probabilities.
+
+    mode: of sampled tokens, raw_logprobs: as the model says them; processed_logprobs: as they are drawn, after
+    penalties, masks, temperature and filters (greedy ones: after penalties and masks). Of a prompt's tokens always the
+    former. most: how many alternatives a request may ask for beside each token; -1: as many as there are words.
+    """
+
+    mode: str = "raw_logprobs"
+    most: int = 20
+
+    @property
+    def processed(self) -> bool:
+        return self.mode == "processed_logprobs"
+
+    def most_of(self, vocab_size: int) -> int:
+        """`most` as a number."""
+        return vocab_size if self.most == -1 else min(self.most, vocab_size)
+
+    def __post_init__(self) -> None:
+        if self.mode not in LOGPROBS_MODES:
+            raise StartupError(f"logprobs_mode {self.mode!r} is not one of {', '.join(LOGPROBS_MODES)}")
+        if self.most < -1:
+            raise StartupError("max_logprobs must be at least 0, or -1 for as many as there are words")
+
+
 @dataclass(frozen=True, slots=True)
 class SpeculationOptions:
     """Speculative decoding (engine/speculation/): it changes how fast tokens come and never which.
@@ -319,6 +349,7 @@ class EngineConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     cache: CacheOptions = field(default_factory=CacheOptions)
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    logprobs: LogprobOptions = field(default_factory=LogprobOptions)
     speculation: SpeculationOptions = field(default_factory=SpeculationOptions)
     lora: LoraOptions = field(default_factory=LoraOptions)
     transfer: TransferOptions = field(default_factory=TransferOptions)

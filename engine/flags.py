@@ -24,6 +24,7 @@ from engine.config import (
     StreamOptions,
 )
 from engine.draft_flags import add_draft_flags, draft_options
+from engine.logprob_flags import add_logprob_flags, logprob_options
 from engine.lora import flags as lora
 from engine.tiers import flags as tiers
 from engine.transfer import flags as transfer
@@ -357,6 +358,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="how long a streamed token may wait for company; auto (default): not at all while the event loop has time",
     )
 
+    add_logprob_flags(parser)
     add_draft_flags(parser)
     lora.add_flags(parser)
     transfer.add_flags(parser)
@@ -643,6 +645,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         lora=lora.options_from(args),
         transfer=transfer.options_from(args),
         tiers=tiers.options_from(args),
+        logprobs=logprob_options(args),
         speculation=draft_options(args),
         stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
         server=ServerOptions(

@@ -23,9 +23,14 @@ BoolArray = npt.NDArray[np.bool_]
 
 # In `token_ids`: the value is not known on the host; read `last_token[slot]` on the device.
 FUTURE_TOKEN = -1
+# In its place where a device found that a row's logits are no numbers.
+NO_NUMBERS = -2
 # Page 0 and slot 0 belong to padding rows (CUDA graphs); no sequence ever holds them.
 NULL_PAGE = 0
 NULL_SLOT = 0
+
+# Memory that sleeps and wakes up by itself; vLLM and SGLang call it so.
+PARTS = ("weights", "kv_cache")
 
 # One row of the sampling table. `min_length`: while a row's context, the new token not counted, is shorter
 # than this many tokens, the ids in stop_ids are masked (min_tokens). stop_ids is padded with -1.
@@ -58,6 +63,8 @@ class Limits:
     and a row that starts at token 0 starts it anew. 0: states, and no snapshot of any.
     max_draft_tokens: most drafts of one row of one step; 0 where nothing speculates.
     max_adapters: LoRA adapters that may take part in one step, indices 1..max_adapters; index 0 is none.
+    processed_logprobs: a sampled token's log-probabilities are of what it was drawn from (penalties, masks, temperature
+    and filters), not of what the model said. A prompt's are always of the latter.
     """
 
     max_num_seqs: int
@@ -70,6 +77,7 @@ class Limits:
     num_snapshots: int | None = None
     max_draft_tokens: int = 0
     max_adapters: int = 0
+    processed_logprobs: bool = False
 
     @property
     def num_slots(self) -> int:

@@ -56,6 +56,14 @@ class MemoryGroup:
         return sys.maxsize if self.window is None else -(-(self.window - 1) // page_size) + 2
 
 
+def name_of(groups: Sequence[MemoryGroup]) -> str:
+    """The same for groups that hold the same: nothing of one that sees all."""
+    if tuple(groups) == (MemoryGroup(),):
+        return ""
+    kinds = (f"{'chunk' if isinstance(group.window, Chunk) else 'window'} {group.window}" for group in groups)
+    return "".join(f" {kind} of {group.layers}" for kind, group in zip(kinds, groups, strict=True))
+
+
 def one_group(windows: Sequence[int | None]) -> tuple[MemoryGroup, ...]:
     """All layers on one table: pages go back once every layer has left them."""
     if len(set(windows)) == 1:

@@ -28,6 +28,7 @@ ENTRY_POINTS = {
     "batch_prefill_": ("plan", "paged_run"),
     "batch_decode_": ("plan", "run"),
     "xqa_": ("xqa_wrapper",),
+    "batch_mla_attention_": ("plan", "run"),
 }
 # Architectures that XQA has no code for.
 WITHOUT_XQA = ("8.0", "8.6", "8.9")
@@ -36,13 +37,16 @@ COMPILER_BYTES = 3 * 2**30
 
 
 def kernels_of(spec: Any, dtype: Any, kv_dtype: Any, arch: str = "9.0a", page_size: int = PAGE_SIZE) -> list[Any]:
-    """FlashInfer's build specs that a model's attention asks for, as ops/attention/flashinfer.py does."""
+    """FlashInfer's build specs that a model's attention asks for, as ops/attention/flashinfer.py does, or
+    flashinfer_latent.py."""
     import torch
     from flashinfer.jit.attention import modules
     from flashinfer.jit.xqa import gen_xqa_module
 
     from engine.ops.attention.flashinfer import CUDA_CORE_GROUPS, DTYPES, HEAD_DIMS, XQA_GROUPS, XQA_PAGE_SIZES
 
+    if spec.latent is not None:
+        return latent_kernels_of(spec.latent, dtype, kv_dtype, arch)
     shape = spec.common
     if shape is None or dtype not in DTYPES or shape.head_dim not in HEAD_DIMS:
         return []
@@ -63,6 +67,20 @@ def kernels_of(spec: Any, dtype: Any, kv_dtype: Any, arch: str = "9.0a", page_si
         if has_xqa and arch not in WITHOUT_XQA:
             found.append(gen_xqa_module(dtype, kv_dtype, page_size, shape.head_dim, group, windowed, dtype))
     return list({each.name: each for each in found}.values())
+
+
+def latent_kernels_of(shape: Any, dtype: Any, kv_dtype: Any, arch: str) -> list[Any]:
+    """The same where layers keep latents."""
+    import torch
+    from flashinfer.jit.attention.modules import gen_batch_mla_module
+
+    from engine.ops.attention.flashinfer_latent import has_kernel
+
+    if not has_kernel(shape, dtype, kv_dtype, hopper=arch == "9.0a"):
+        return []
+    sizes = shape.value_dim, shape.head_dim - shape.value_dim
+    way = "fa3" if arch == "9.0a" else "fa2"
+    return [gen_batch_mla_module(way, dtype, kv_dtype, dtype, torch.int32, *sizes, False)]
 
 
 def kernels_for(directories: Iterable[Path], kv_cache_dtypes: Sequence[str], arch: str) -> list[Any]:

@@ -268,7 +268,8 @@ class LLM:
                 if is_default and given.max_tokens is not None and len(ids) + given.max_tokens > most:
                     # As in the server: a default counts where it fits.
                     given = replace(given, max_tokens=None)
-                sampling = checked(given, self._built.model_config.vocab_size)
+                vocab_size = self._built.model_config.vocab_size
+                sampling = checked(given, vocab_size, self._built.engine.config.logprobs.most_of(vocab_size))
                 requests = [self._request(ids, sampling, choice) for choice in range(n)]
                 self._built.engine.scheduler.check(requests[0])
                 jobs.append(_Job(prompt if isinstance(prompt, str) else None, requests))

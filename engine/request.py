@@ -15,6 +15,7 @@ MAX_STOP_TOKEN_IDS = 16
 MAX_STOP_STRINGS = 16
 # A stop string's text is held back while it may be coming, and searched for at every token.
 MAX_STOP_LENGTH = 1024
+# Unless --max-logprobs says otherwise.
 MAX_TOP_LOGPROBS = 20
 # Below this, float32 softmax has all its mass on one token; dividing by it would only make infinities.
 _GREEDY_BELOW = 1e-5
@@ -74,7 +75,7 @@ class SamplingParams:
     generated tokens, 1 is off. logit_bias: (token id, added value). allowed_token_ids: all others are masked.
     bad_words: token id sequences whose last id is masked where the ones before it stand.
     logprobs: how many alternatives to report beside each token, 0 for the token alone. prompt_logprobs: the same
-    for the prompt's tokens, whose prefix is then not taken from the cache. Both are of the raw distribution.
+    for the prompt's tokens, whose prefix is then not taken from the cache. See LogprobOptions.
     kept_special_ids: special tokens that the text shows although skip_special_tokens leaves out the others; markers
     that the model's output is read by.
     """
@@ -130,7 +131,7 @@ class SamplingParams:
         )
 
 
-def checked(given: SamplingParams, vocab_size: int) -> SamplingParams:
+def checked(given: SamplingParams, vocab_size: int, most_logprobs: int = MAX_TOP_LOGPROBS) -> SamplingParams:
     """The same, `normalised` and with lists as tuples, after the checks that the server makes field by field.
 
     Raises RequestError for what is out of its range.
@@ -147,8 +148,8 @@ def checked(given: SamplingParams, vocab_size: int) -> SamplingParams:
         ("min_tokens", 0, given.max_tokens),
         ("top_k", -1, None),
         ("seed", -(2**63), 2**64 - 1),
-        ("logprobs", 0, MAX_TOP_LOGPROBS),
-        ("prompt_logprobs", 0, MAX_TOP_LOGPROBS),
+        ("logprobs", 0, most_logprobs),
+        ("prompt_logprobs", 0, most_logprobs),
     ):
         value = getattr(given, name)
         if value is not None and not (_is_integer(value) and value >= low and (high is None or value <= high)):
@@ -272,7 +273,7 @@ class Adapter:
     """A LoRA adapter as it was loaded once: loading it again makes another one.
 
     version: unique among all that were ever loaded; with it pages of the radix tree are told apart, never by the name.
-    weights: the executor's own, opaque here. num_bytes: of them.
+    weights: the executor's own, opaque here. num_bytes: of them. digest: of their files, the same in every process.
     """
 
     name: str
@@ -281,6 +282,7 @@ class Adapter:
     rank: int
     num_bytes: int
     weights: Any
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import abstractmethod
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from pathlib import Path
 from typing import Any
 
 from engine.carriers import Carrying
 from engine.clock import Clock
 from engine.executor.base import Executor
+from engine.forward import PARTS
 from engine.lora.store import AdapterStore
 from engine.publisher import Publisher
 from engine.request import RequestError, UnavailableError
@@ -35,7 +36,9 @@ class Resting(Carrying):
         self.draining = False
         self.failed = False
         self.is_paused = False
+        # Above 0 while any part sleeps (executor.base.PARTS).
         self.sleep_level = 0
+        self._asleep: set[str] = set()
         self.adapters: AdapterStore | None = None
         self._loading = False
         self._weights_directory: Path | None = None  # where others than the first came from
@@ -95,11 +98,17 @@ class Resting(Carrying):
         """Rest, and give the device's memory back (see Executor.sleep). New requests are refused. mode: as in pause;
         what is kept is computed again after `wake_up`. Raises RequestError while it sleeps at another level.
         """
-        await self._undisturbed(self._sleep(level, mode))
+        await self._undisturbed(self._sleep(level, mode, PARTS))
 
-    async def wake_up(self) -> None:
-        """End of a sleep; nothing happens where there is none. Raises StartupError where memory or weights are lost."""
-        await self._undisturbed(self._wake_up())
+    async def release(self, parts: Collection[str] = PARTS) -> None:
+        """Let parts of the memory go, at the level of those that have gone, else 1. Raises RequestError where there are
+        requests, unless the engine is paused: then they are held, and computed again."""
+        await self._undisturbed(self._release(parts))
+
+    async def wake_up(self, parts: Collection[str] = PARTS) -> None:
+        """End of a sleep, of its last part; nothing happens to what does not sleep. The weights by themselves can be
+        exchanged then. Raises StartupError where memory or weights are lost."""
+        await self._undisturbed(self._wake_up(parts))
 
     async def load_weights(
         self, directory: Path, *, abort: bool = False, mode: str | None = None, version: str | None = None
@@ -113,11 +122,12 @@ class Resting(Carrying):
         """
         await self._undisturbed(self._load_weights(directory, mode or ("abort" if abort else "wait"), version))
 
-    async def _sleep(self, level: int, mode: str) -> None:
-        if self.sleep_level == level:
-            return
-        if self.sleep_level:
+    async def _sleep(self, level: int, mode: str, parts: Collection[str]) -> None:
+        if self.sleep_level not in (0, level):
             raise RequestError(f"The model sleeps at level {self.sleep_level}; wake it up first.", param="level")
+        before, goes = self.sleep_level, [part for part in parts if part not in self._asleep]
+        if not goes:
+            return
         if not self.is_paused or mode == "abort":
             await self._clear(mode)
         self.sleep_level = level
@@ -125,15 +135,25 @@ class Resting(Carrying):
             await self._rest()
             await self._halt_pages()
             self._forget()
-            await asyncio.to_thread(self.executor.sleep, level)
+            await asyncio.to_thread(self.executor.sleep, level, goes)
+            self._asleep.update(goes)
         except BaseException:
-            self.sleep_level = 0
+            self.sleep_level = before
             self._settle()
             raise
 
-    async def _wake_up(self) -> None:
-        if self.sleep_level:
-            await asyncio.to_thread(self.executor.wake_up, self._weights_directory)
+    async def _release(self, parts: Collection[str]) -> None:
+        if self.publisher.listeners and not (self.is_paused or self.sleep_level):
+            raise RequestError("There are requests; pause the engine, or abort them first.")
+        await self._sleep(self.sleep_level or 1, "keep", parts)
+
+    async def _wake_up(self, parts: Collection[str]) -> None:
+        comes = [part for part in parts if part in self._asleep]
+        if not comes:
+            return
+        await asyncio.to_thread(self.executor.wake_up, self._weights_directory, comes)
+        self._asleep.difference_update(comes)
+        if not self._asleep:
             try:
                 await self._let_pages_go(self._weights_directory)
             finally:
@@ -141,7 +161,7 @@ class Resting(Carrying):
                 self._settle()
 
     async def _load_weights(self, directory: Path, mode: str, version: str | None) -> None:
-        if self.sleep_level:
+        if "weights" in self._asleep:
             raise RequestError("The model is asleep; POST /wake_up first.")
         await self._clear(mode)
         self._loading = True
@@ -158,7 +178,8 @@ class Resting(Carrying):
         finally:
             self._loading = False
             try:
-                await self._let_pages_go(self._weights_directory)
+                if not self._asleep:
+                    await self._let_pages_go(self._weights_directory)
             finally:
                 self._settle()
 

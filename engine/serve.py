@@ -95,6 +95,7 @@ def served_model(config: EngineConfig, built: Built) -> ServedModel:
         generation_defaults=built.generation_defaults,
         model_config=built.model_config,
         max_model_len=engine.limits.max_model_len,
+        max_logprobs=config.logprobs.most_of(built.model_config.vocab_size),
         server_info=_server_info(config, built),
         abilities=built.abilities,
         any_name="*" in config.model.served_names,

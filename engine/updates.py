@@ -306,9 +306,7 @@ class WeightUpdates:
                 line = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
                 self._drop(f"the trainer stopped amid it ({line})")
                 await self._leave(group, group_name)
-                return RequestError(
-                    f"The update was dropped and its group closed, the old weights serve on: {line}"
-                )
+                return RequestError(f"The update was dropped and its group closed, the old weights serve on: {line}")
 
             await self._undisturbed(work, failed)
 

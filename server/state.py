@@ -20,7 +20,7 @@ from engine.models.abilities import Abilities
 from engine.models.generation import GenerationDefaults
 from engine.models.spec import ModelSpec
 from engine.recorder import Tracer
-from engine.request import RequestError
+from engine.request import MAX_TOP_LOGPROBS, RequestError
 from engine.text.chat_template import ChatTemplate
 from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.tokenizer import Tokenizer
@@ -53,7 +53,7 @@ class ServedModel:
 
     names: what clients may call it; the first is its own. any_name: they may call it anything. created: Unix seconds.
     server_info: resolved options and the like, for /server_info. stored: None for one that is as its config.json says.
-    adapters: of the engine, None where it takes none.
+    adapters: of the engine, None where it takes none. max_logprobs: most alternatives beside a token.
     """
 
     names: tuple[str, ...]
@@ -67,6 +67,7 @@ class ServedModel:
     any_name: bool = False
     stored: Stored | None = None
     adapters: AdapterStore | None = None
+    max_logprobs: int = MAX_TOP_LOGPROBS
 
     @property
     def checkpoint(self) -> Stored:

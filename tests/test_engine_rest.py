@@ -303,6 +303,45 @@ async def test_sleep_frees_every_page_and_what_is_kept_goes_on_after_it(level: i
         assert rest.token_ids == reference([1, 2], 40)[40 - len(rest.token_ids) :]
 
 
+@pytest.mark.parametrize("level", [1, 2])
+async def test_weights_wake_up_first_and_others_come_before_there_is_a_cache(level: int) -> None:
+    async with rig() as r:
+        await r.engine.sleep(level)
+        with pytest.raises(RequestError, match="asleep"):
+            await r.engine.load_weights(HERE)
+        await r.engine.wake_up(["weights"])
+        await r.engine.wake_up(["weights"])  # nothing more happens
+        assert r.engine.sleep_level == level and r.device.asleep == {"kv_cache"}
+        await r.engine.load_weights(HERE, version="new")
+        assert r.device.weights == HERE
+        with pytest.raises(UnavailableError, match="asleep"):
+            r.engine.submit(ask("a", [1]))
+        await r.engine.wake_up(["kv_cache"])
+        assert not r.engine.sleep_level and r.engine.weight_version == "new"
+        assert (await collect(r.engine.submit(ask("b", [1])))).token_ids == reference([1])
+
+
+async def test_parts_are_released_one_after_the_other_and_who_is_held_goes_on() -> None:
+    async with rig() as r:
+        kept = r.engine.submit(ask("a", [1, 2], max_tokens=40))
+        await kept.take()
+        with pytest.raises(RequestError, match="pause the engine"):
+            await r.engine.release(["kv_cache"])
+        assert not r.engine.sleep_level
+        await r.engine.pause("keep")
+        await r.engine.release(["kv_cache"])
+        assert r.device.asleep == {"kv_cache"} and r.engine.scheduler.kv_cache.num_free == 64
+        await r.engine.release()
+        assert r.device.asleep == {"kv_cache", "weights"}
+        await r.engine.wake_up(["kv_cache"])
+        await r.engine.resume()
+        await r.turns()
+        assert r.engine.sleep_level == 1 and not kept.finished
+        await r.engine.wake_up()
+        rest = await kept.collect()
+        assert rest.token_ids == reference([1, 2], 40)[40 - len(rest.token_ids) :]
+
+
 async def test_a_pause_outlives_a_sleep() -> None:
     async with rig() as r:
         await r.engine.pause()
@@ -316,7 +355,7 @@ async def test_a_pause_outlives_a_sleep() -> None:
 
 
 async def test_a_sleep_that_fails_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(level: int) -> None:
+    def fail(level: int, parts: object) -> None:
         raise StartupError("planned")
 
     async with rig() as r:

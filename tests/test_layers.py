@@ -98,7 +98,11 @@ ALLOWED = {
         "engine.speculation.budgets",
     },
     "engine.draft_flags": set(),
-    "engine.flags": {"engine.draft_flags", "engine.lora.flags", "engine.tiers.flags", "engine.transfer.flags"},
+    "engine.flags": {
+        *("engine.draft_flags", "engine.logprob_flags", "engine.lora.flags", "engine.tiers.flags"),
+        "engine.transfer.flags",
+    },
+    "engine.logprob_flags": set(),
     "engine.watchdog": set(),
     "engine.report": set(),
     "engine.build": {"engine"},

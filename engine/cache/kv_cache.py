@@ -22,7 +22,7 @@ import numpy.typing as npt
 from engine.cache.eviction.registry import make_eviction_policy
 from engine.cache.history import CacheHistory
 from engine.cache.page_pool import PagePool
-from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree
+from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree, Snapshot
 from engine.cache.watch import CacheWatch
 from engine.forward import NULL_PAGE, Int32Array
 from engine.groups import MemoryGroup
@@ -204,6 +204,30 @@ class KVCache:
             for pages, count in zip(seq.lists, missing, strict=True):
                 pages += self._pool.allocate(count)
         return True
+
+    def skip(self, seq: SequencePages, num_pages: int) -> None:
+        """Before room is made for what comes from elsewhere, num_pages in all: of groups with a window nobody will read
+        what stands before their last window."""
+        assert seq.node is not None and not seq.node.detached
+        for window, members in enumerate(self._tree.members):
+            old = seq.gone[members[0]]
+            new = self.groups[members[0]].behind(num_pages * self.page_size, self.page_size)
+            if new <= old:
+                continue
+            if old < seq.num_shared:
+                self._tree.leave(seq.node, seq.num_shared, window, old, new)
+            for group in members:
+                seq.lists[group][:new] = [NULL_PAGE] * new
+                seq.gone[group] = new
+
+    def snapshots_of(self, seq: SequencePages) -> list[tuple[int, Snapshot]]:
+        """Those on the path that a sequence holds, the deepest first, and after how many pages each is."""
+        found, node, depth = [], seq.node, seq.num_shared
+        while node is not None and node.parent is not None:
+            if node.snapshot is not None:
+                found.append((depth, node.snapshot))
+            node, depth = node.parent, depth - node.length
+        return found
 
     def reserve_one(self, seq: SequencePages) -> int:
         """One more private page in every group; its id in the first one, or 0 when too few are available."""

@@ -95,6 +95,11 @@ class Snapshot(Link):
         self.node = node
         self.id = snapshot_id
 
+    @property
+    def is_there(self) -> bool:
+        """Nobody has taken it off, and so nobody has written to its place."""
+        return self.node.snapshot is self
+
 
 class Match(NamedTuple):
     """A path that was found and locked.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from engine.distributed.members import Members
 from engine.executor.cpu import CPUExecutor
 from engine.executor.host_pages import HostPages
 from engine.executor.tables import PagedMetadata
-from engine.forward import DeviceLostError, ForwardInput, ForwardOutput, Limits
+from engine.forward import PARTS, DeviceLostError, ForwardInput, ForwardOutput, Limits
 from engine.models.parts.decoder import CausalLM, Decoder
 from engine.ops.attention.base import AttentionBackend
 from engine.ops.parallel import ParallelGroup
@@ -332,15 +332,16 @@ class RankedExecutor(CPUExecutor):
         """See Executor."""
         raise StartupError("the KV cache is divided over ranks (--tensor-parallel-size), each with its own heads")
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
-        super().sleep(level)
-        self._leader.command(do="sleep", level=level)
+        super().sleep(level, parts)
+        self._leader.command(do="sleep", level=level, parts=list(parts))
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
-        super().wake_up(directory)
-        self._leader.command(do="wake")
+        super().wake_up(directory, parts)
+        if "kv_cache" in parts:
+            self._leader.command(do="wake")
 
     def close(self) -> None:
         """See Executor."""

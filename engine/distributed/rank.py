@@ -148,10 +148,11 @@ class Rank:
             self._make_backend(**given)
         elif do == "sleep":
             assert self._backend is not None
-            self._backend.release()
-            if self._backend.states is not None:
-                self._backend.states.release()
-            if given["level"] == 2:
+            if "kv_cache" in given["parts"]:
+                self._backend.release()
+                if self._backend.states is not None:
+                    self._backend.states.release()
+            if given["level"] == 2 and "weights" in given["parts"]:
                 self._model = None
         elif do == "wake":
             assert self._backend is not None

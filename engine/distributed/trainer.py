@@ -39,9 +39,7 @@ class TrainerGroup:
             raise ValueError("backend nccl needs a GPU, and this server runs on a CPU; use gloo")
         timeout = datetime.timedelta(seconds=timeout_s)
         host = f"[{address}]" if ":" in address else address
-        store, rank, world_size = next(
-            rendezvous(f"tcp://{host}:{port}", rank, world_size, timeout=timeout)
-        )
+        store, rank, world_size = next(rendezvous(f"tcp://{host}:{port}", rank, world_size, timeout=timeout))
         store.set_timeout(timeout)
         self._device = torch.device("cuda" if backend == "nccl" else "cpu")
         # As SGLang's and OpenRLHF's trainers do it: torch makes a group beside the default one only like this.

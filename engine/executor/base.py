@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from engine.forward import ForwardInput, ForwardOutput, Int32Array, Limits, Staging
+from engine.forward import PARTS, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.lora.words import AdapterWeights
 
 
@@ -19,7 +20,8 @@ class StepHandle(Protocol):
 
 
 class PageMemory(Protocol):
-    """The KV memory as bytes, for whoever carries pages elsewhere. Its content is gone after Executor.sleep.
+    """The KV memory as bytes, for whoever carries pages elsewhere, or that of snapshots of recurrent states, whose ids
+    then take the place of pages'. Its content is gone after Executor.sleep.
 
     page_bytes: of one page, all layers' keys and values (and scales) one after the other in one fixed order.
     layout: memories of equal layouts may exchange bytes, where the same weights wrote them.
@@ -68,15 +70,17 @@ class Executor(Protocol):
 
     # The next three block, for long. Nothing may be in flight; from any thread, while the loop's makes no call.
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """Give memory back: the KV cache and what it held; the weights too, to host memory (level 1) or for good (2).
+        parts: which of them, and none that sleeps.
 
-        No `submit` before `wake_up`.
+        No `submit` before all have woken up; `load_weights` when the weights have.
         """
         ...
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """Take the memory again. directory: where the weights are read from after level 2; None for where they were.
+        parts: of those that sleep.
 
         Raises StartupError for weights that cannot be had; then it still sleeps.
         """
@@ -98,6 +102,10 @@ class Executor(Protocol):
 
     def page_memory(self) -> PageMemory:
         """The memory as it is until the next `sleep`. Raises StartupError where pages cannot be had as bytes."""
+        ...
+
+    def state_memory(self) -> PageMemory | None:
+        """The same of snapshots; None of a model without recurrent states. Raises StartupError."""
         ...
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +28,7 @@ from engine.executor.speculator import Speculator, mask_places, sampled_position
 from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
+    PARTS,
     DeviceLostError,
     ForwardError,
     ForwardInput,
@@ -35,6 +36,7 @@ from engine.forward import (
     Limits,
     Staging,
 )
+from engine.groups import name_of
 from engine.lora.reader import read_adapter
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.parts.decoder import Adapted
@@ -48,7 +50,7 @@ from engine.speculation.paged import LateProposer
 
 logger = logging.getLogger(__name__)
 
-# Of the pages: to be raised whenever what lies where in them changes.
+# Of the pages and states: to be raised whenever what lies where in them changes.
 LAYOUT_VERSION = 1
 
 
@@ -202,23 +204,27 @@ class CPUExecutor:
     def provide_masks(self, handle: StepHandle) -> None:
         """Nothing to do: the worker waits on the masks themselves."""
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor. The weights are in host memory as it is: level 1 leaves them alone."""
         assert self._attention is not None
-        if level == 2:
+        if level == 2 and "weights" in parts:
             self._reader()  # or it would never wake up
             self._model = self._adapted = None
+        if "kv_cache" not in parts:
+            return
         self._attention.release()
         if self._late is not None:
             self._late.release()
         if self._states is not None:
             self._states.release()
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
         assert self._attention is not None
-        if self._model is None:
+        if self._model is None and "weights" in parts:
             self._take(self._reader()(directory))
+        if "kv_cache" not in parts:
+            return
         self._attention.allocate()
         if self._late is not None:
             self._late.allocate()
@@ -270,17 +276,22 @@ class CPUExecutor:
     def page_memory(self) -> HostPages:
         """See Executor."""
         pools = [*getattr(self._attention, "k_pools", ()), *getattr(self._attention, "v_pools", ())]
-        if self._states is not None:
-            raise StartupError("this model has a recurrent state, which is in no page")
-        if len(self.limits.groups) > 1 or self.limits.groups[0].window is not None:
-            raise StartupError("this model has layers with a window, whose pages are given back on the way")
         if self._late is not None:
             raise StartupError("drafts are made from keys and values of their own, which no other server has")
         if not pools:
             raise StartupError("this model keeps no keys and values, or sleeps")
         dtype, size = str(pools[0].dtype).removeprefix("torch."), self.limits.page_size
         parts = [pool.view(torch.uint8).flatten(1).numpy() for pool in pools]
-        return HostPages(parts, f"cpu {LAYOUT_VERSION} {self._dtype} in {dtype} page {size}")
+        layout = f"cpu {LAYOUT_VERSION} {self._dtype} in {dtype} page {size}{name_of(self.limits.groups)}"
+        return HostPages(parts, layout)
+
+    def state_memory(self) -> HostPages | None:
+        """See Executor."""
+        if self._states is None:
+            return None
+        if not self.limits.num_snapshots:
+            raise StartupError("there is no room for a snapshot of this model's recurrent state beside the pages")
+        return HostPages([self._states.snapshots.numpy()], f"state {LAYOUT_VERSION} {self._dtype}")
 
     def close(self) -> None:
         """See Executor. Blocks until the launched steps are through."""

@@ -141,6 +141,7 @@ def paged_limits(
         num_snapshots=num_snapshots,
         max_draft_tokens=config.speculation.num_draft_tokens if config.speculation.method is not None else 0,
         max_adapters=config.lora.max_loras if config.lora.enable else 0,
+        processed_logprobs=config.logprobs.processed,
     )
 
 

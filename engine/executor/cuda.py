@@ -8,23 +8,26 @@ on the device, metadata, sampled tokens. One waiter thread sleeps on events and 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from engine.config import StartupError
 from engine.executor.base import PageMemory, StepHandle
+from engine.executor.cuda_adapters import CHAIN, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_draw import OpenSteps
 from engine.executor.cuda_memory import MovingMemory
 from engine.executor.cuda_mixed import MixedSteps
 from engine.executor.cuda_waiter import Waiter
-from engine.forward import ForwardInput, ForwardOutput, Limits
+from engine.forward import FUTURE_TOKEN, NO_NUMBERS, ForwardInput, ForwardOutput, Limits
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
@@ -40,7 +43,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
     """An `Executor` on one device. See the module.
 
     attention: owns the KV memory, limits.num_pages + 1 pages. cuda_graph: lazy, start or off (cuda_graph.py).
-    load: reads the model from a directory, None for where `model` came from.
+    load: reads the model from a directory, None for where `model` came from. adapters: where the model has places for
+    any.
     """
 
     def __init__(
@@ -52,8 +56,13 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
         *,
         cuda_graph: str = "lazy",
         load: Callable[[Path | None], CausalLM] | None = None,
+        adapters: DeviceAdapters | None = None,
     ) -> None:
         super().__init__(model, limits, layer, attention, cuda_graph)
+        self._adapters = adapters
+        if adapters is not None:
+            self.graphs.families = (False, True)
+            self.pieces.adapting = functools.partial(adapters.used, CHAIN)
         # A step that came before the masks of the one ahead of it.
         self._undrawn: CudaHandle | None = None
         self._deferred: tuple[ForwardInput, CudaHandle] | None = None
@@ -148,18 +157,46 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
             raise handle.error
         if not self._in_flight and self.graphs.next_wanted() is not None:
             self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._capture_when_idle)
-        output = ForwardOutput(side.result[: handle.num_rows], handle.step)
+        tokens = side.result[: handle.num_rows]
+        output = ForwardOutput(tokens, handle.step)
         for read in handle.readers:
             read(output)
+        if tokens.min(initial=0) < FUTURE_TOKEN:
+            broken = np.flatnonzero(tokens == NO_NUMBERS)
+            output.broken += broken.tolist()
+            tokens[broken] = 0
+        if output.broken:
+            self._cleanse(handle, output.broken)
         return output
 
+    def _cleanse(self, handle: CudaHandle, rows: list[int]) -> None:
+        """Take what is no number out of these rows' pages, before others have them: kernels read whole pages, and what
+        lies behind a text counts with weight 0, which makes NaN of NaN. Behind a step in flight, which has these rows
+        once more."""
+        staging, page_size = handle.side.staging, self.limits.page_size
+        try:
+            with self.layer.on(self._compute):
+                for row in rows:
+                    slot, known = int(staging.row_slot[row]), int(staging.row_start[row] + staging.row_len[row])
+                    tables = self._page_tables[:, slot, : -(-(known + 1) // page_size)]
+                    self.layer.launch(functools.partial(self.attention.cleanse, tables))
+        except Exception as error:
+            self._judge(error)
+
     def read_adapter(self, path: Path) -> AdapterWeights:
-        """See Executor. The start has refused adapters."""
-        raise AdapterError(f"adapter {path.name!r}: adapters are served on the CPU alone so far")
+        """See Executor."""
+        model: CausalLM | None = getattr(self, "model", None)
+        if self._adapters is None or model is None:
+            raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
+        return self._adapters.read(path, model.adapted)
 
     def page_memory(self) -> PageMemory:
         """See Executor."""
         raise StartupError("pages are carried from and to host memory alone so far (--device cpu)")
+
+    def state_memory(self) -> PageMemory | None:
+        """See Executor."""
+        return None if self._states is None else self.page_memory()
 
     def close(self) -> None:
         """Finish what is launched, then free the device. Idempotent."""
@@ -184,13 +221,16 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps):
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
         self._tables.apply(forward_input)
-        if self._lost_diffs:
-            self._send_tables(handle)
-        self._note_filters(forward_input)
         if (states := self._states) is not None:
-            # First of all, and whatever becomes of the step: the cache counts on what it has saved.
+            # Before all that may fail, and whatever becomes of the step: the cache counts on what it has saved.
             with self.layer.on(self._compute):
                 self.layer.launch(lambda: states.move(forward_input))
+        if self._lost_diffs:
+            self._send_tables(handle)
+        if self._adapters is not None:
+            with self.layer.on(self._compute):
+                self._adapters.load(forward_input, handle)
+        self._note_filters(forward_input)
         rows = forward_input.num_rows
         slots = side.staging.row_slot[:rows]
         draw = "filtered" if self._filters[slots].any() else "plain"

@@ -13,7 +13,7 @@ from engine.executor.cuda_attention import choose_attention
 from engine.executor.cuda_buffers import Side
 from engine.executor.cuda_decode import DecodeSteps
 from engine.executor.cuda_graph import GraphKey
-from engine.executor.cuda_products import COUNTS, choose_products, choose_tiles
+from engine.executor.cuda_products import COUNTS, choose_codes, choose_products, choose_tiles
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DecodePlan
 
@@ -76,24 +76,28 @@ class Captures(DecodeSteps):
         with self.layer.may_block(), self.layer.on(self._compute):
             found = choose_products(self.model.linears, self.layer)
             tiles = choose_tiles(self.model.linears, self.limits.max_num_batched_tokens, self.layer)
+            codes = choose_codes(self.model.linears, self.limits.max_num_batched_tokens, self.layer)
             self.layer.synchronize_all()
-        self._faster = [(linear.few, linear.tile) for linear in self.model.linears]
-        if found[0] and not self.model.config.headless:
+        self._faster = [(linear.kind, linear.ways) for linear in self.model.linears]
+        if (found[0] or codes) and not self.model.config.headless:
             for rows in COUNTS:  # a norm or a residual that they take along makes them other kernels
                 self.decode_once(min(rows, self.limits.max_num_seqs))
         return found, tiles
 
     def _with_products(self, model: CausalLM) -> CausalLM:
-        """Another model of the same shapes, with what was found faster for the first one."""
-        for linear, (few, tile) in zip(model.linears, self._faster, strict=False):
-            linear.few, linear.tile = few, tile
+        """Another model of the same shapes, with what was found faster for the first one, and its adapters."""
+        if self._adapters is not None:
+            self._adapters.attach(model)
+        for linear, (kind, ways) in zip(model.linears, self._faster, strict=False):
+            if linear.kind == kind:
+                linear.ways = ways
         return model
 
     def decode_once(self, rows: int = 1) -> None:
         """A decode step of padding rows: its kernels are built and loaded before a client waits for them. Blocks."""
         with self.layer.may_block():
-            for draw in ("plain", "filtered"):
-                key = self.graphs.key(rows, 1, 0, draw)
+            for draw, adapted in [("plain", each) for each in self.graphs.families] + [("filtered", False)]:
+                key = self.graphs.key(rows, 1, 0, draw)._replace(adapted=adapted)
                 if self.attention.decode_needs_plan(key.size):
                     # See capture_at_start.
                     self.layer.synchronize(self._sides[0].computed)
@@ -115,5 +119,6 @@ class Captures(DecodeSteps):
                 for size in reversed(self.pieces.sizes):
                     # Captures may be over by then.
                     if size in self.pieces.sizes:
-                        self.pieces.capture(self.model, size)
+                        for adapted in self.graphs.families:
+                            self.pieces.capture(self.model, size, adapted)
             self.layer.synchronize_all()

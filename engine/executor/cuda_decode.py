@@ -34,6 +34,9 @@ class DecodeSteps(DeviceState):
         key = self.graphs.key(rows, -(-longest // self.limits.page_size), side.parity, draw)
         size = key.size
         inside = self._pad(side, rows, size, count)
+        if self._has_adapters(staging.row_slot[:rows]):
+            key = key._replace(adapted=True)
+            self._note_adapters(staging.row_slot[:rows], 1, size, side)
         num_meta, plan = 0, None
         if self.attention.decode_needs_plan(size):
             num_meta, plan = self._decode_plan(forward_input, side, size)
@@ -82,7 +85,7 @@ class DecodeSteps(DeviceState):
 
     def _decode(self, key: GraphKey) -> None:
         """The whole of a decode step on the device. Shapes depend on the key alone."""
-        size, width, parity, draw = key
+        size, width, parity, draw, adapted = key
         side, page_size = self._sides[parity], self.limits.page_size
         with torch.inference_mode():
             positions = side.row_start[:size]
@@ -100,7 +103,8 @@ class DecodeSteps(DeviceState):
             if self._states is not None:
                 self._states.plan = StatePlan.of_decodes(slots)
             attention = self.attention.decode(DecodeStep(positions, kv_slots, tables, kv_len, parity))
-            logits = self.model.decode(token_ids, positions, attention)
+            with self._adapting(adapted, side, size):
+                logits = self.model.decode(token_ids, positions, attention)
             if draw == "open":
                 assert self._open is not None
                 self._open[:size].copy_(logits)

@@ -13,7 +13,7 @@ from torch import Tensor
 from engine.executor.cuda_buffers import CudaHandle
 from engine.executor.cuda_state import DeviceState
 from engine.forward import FUTURE_TOKEN, ForwardInput
-from engine.ops.sampling.device import draw
+from engine.ops.sampling.device import draw, process
 from engine.ops.sampling.device_extras import allow, figures_of
 
 
@@ -58,13 +58,19 @@ class OpenSteps(DeviceState):
                     x = allow(x, masked, bits)
                 if len(rows) < num_rows:
                     side.out[:num_rows].fill_(FUTURE_TOKEN)
-                draw(x, self._sampling, slots, positions, self._last_token, side.out, where, filtered=filtered)
+                given = x, self._sampling, slots, positions, self._last_token, side.out, where
+                draw(*given, filtered=filtered, masked=True)
                 if plan is None:
                     return
-                tokens = side.out.index_select(0, where.long())
+                tokens = self._last_token.index_select(0, wide)  # `out` may say that a row has none
                 extras.note(wide, tokens)
                 if figures is not None and asked is not None:
                     index = asked.long()
-                    figures.copy_(figures_of(raw.index_select(0, index), tokens.index_select(0, index), plan.num_top))
+                    own, drawn = raw.index_select(0, index), tokens.index_select(0, index)
+                    if self.limits.processed_logprobs:
+                        given = self._sampling.index_select(0, wide.index_select(0, index))
+                        at = positions.index_select(0, index)
+                        own = process(x.index_select(0, index), given, at, drawn, filtered=filtered)
+                    figures.copy_(figures_of(own, drawn, plan.num_top))
 
         layer.launch(work)

@@ -29,13 +29,14 @@ class GraphKey(NamedTuple):
     """size: rows, padding included. width: pages of a table row.
 
     draw: how the graph ends. plain; filtered, where some row has top_k, top_p or min_p; open, with the logits, where
-    the step draws by operations of its own (penalties, grammars, log-probabilities).
+    the step draws by operations of its own (penalties, grammars, log-probabilities). adapted: some row has an adapter.
     """
 
     size: int
     width: int
     parity: int
     draw: str
+    adapted: bool = False
 
 
 def graph_sizes(max_num_seqs: int) -> list[int]:
@@ -70,6 +71,8 @@ class GraphCache:
         self._failed: set[GraphKey] = set()
         self._over = False
         self.num_replays = 0
+        # Where adapters are served, there are graphs with and without them.
+        self.families: tuple[bool, ...] = (False,)
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -94,7 +97,8 @@ class GraphCache:
                 break
             for size in reversed(self.sizes):
                 for parity in (0, 1):
-                    yield GraphKey(size, width, parity, "plain")
+                    for adapted in self.families:
+                        yield GraphKey(size, width, parity, "plain", adapted)
 
     def get(self, key: GraphKey) -> Graph | None:
         return self._graphs.get(key)

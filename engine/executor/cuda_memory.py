@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
 
 from engine.config import StartupError
 from engine.executor.cuda_capture import Captures
+from engine.forward import PARTS
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
 
@@ -20,30 +21,41 @@ class MovingMemory(Captures):
 
     _load: Callable[[Path | None], CausalLM] | None
     _offloaded: Offloaded | None
+    _pages_sleep = False
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See `Executor.sleep`."""
         with self._released():
-            if level == 2:
+            if "weights" in parts and level == 2:
                 self._reader()  # or it would never wake up
                 del self.model
-            else:
+                if self._adapters is not None:
+                    self._adapters.release_memory()
+            elif "weights" in parts:
                 self._offloaded = Offloaded(self.model)
-            self._release_memory()
+            if "kv_cache" in parts:
+                self._release_memory()
+                self._pages_sleep = True
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See `Executor.wake_up`."""
         with self._released():
             try:
-                if self._offloaded is not None:
-                    self._offloaded.restore()
-                elif not hasattr(self, "model"):
-                    self.model = self._with_products(self._reader()(directory))
-                self._take_memory()
+                if "weights" in parts:
+                    if self._offloaded is not None:
+                        self._offloaded.restore()
+                    elif not hasattr(self, "model"):
+                        self.model = self._with_products(self._reader()(directory))
+                if "kv_cache" in parts:
+                    self._take_memory()
             except torch.OutOfMemoryError as error:
-                self._release_memory()
+                if "kv_cache" in parts:
+                    self._release_memory()
                 raise StartupError(f"no device memory: {str(error).splitlines()[0]}") from error
-            self._offloaded = None
+            if "weights" in parts:
+                self._offloaded = None
+            if "kv_cache" in parts:
+                self._pages_sleep = False
 
     def load_weights(self, directory: Path) -> None:
         """See `Executor.load_weights`. The KV cache makes room meanwhile, so that both models fit."""
@@ -58,7 +70,8 @@ class MovingMemory(Captures):
                 problem = error.with_traceback(None)  # its frames hold what was half loaded
             gc.collect()
             self.layer.free_memory()
-            self._take_memory()
+            if not self._pages_sleep:
+                self._take_memory()
             if isinstance(problem, torch.OutOfMemoryError):
                 raise StartupError(f"no device memory for two models: {str(problem).splitlines()[0]}")
             if problem is not None:

@@ -16,7 +16,7 @@ from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_pieces import Chain
 from engine.executor.cuda_state import DeviceState
 from engine.executor.pooling import pooled_chunks, shape_of, token_types
-from engine.forward import FUTURE_TOKEN, ForwardInput, Int32Array
+from engine.forward import FUTURE_TOKEN, ForwardInput, ForwardOutput, Int32Array
 from engine.ops.attention.device import DecodeStep, MixedStep, Ragged, StepAttention, decode_inputs
 from engine.ops.sampling.device import draw as draw_tokens
 from engine.ops.sampling.device_extras import prompt_figures, prompt_logprobs
@@ -38,11 +38,14 @@ class MixedSteps(DeviceState):
         """See `_launch_decode`."""
         layer, staging = self.layer, side.staging
         rows, tokens, decodes = forward_input.num_rows, forward_input.num_tokens, forward_input.num_decode_rows
+        adapted = self._has_adapters(staging.row_slot[:rows])
         size = self.pieces.size(tokens)
         with layer.on(self._compute):
-            chain = self.pieces.get(self.model, size) if size is not None else None
+            chain = self.pieces.get(self.model, size, adapted) if size is not None else None
         # What a chain reads is padded, and lies in one piece.
         size = tokens if chain is None or size is None else size
+        if adapted:
+            self._note_adapters(staging.row_slot[:rows], staging.row_len[:rows], size, side)
         metadata, of_groups = side.metadata.build(forward_input, self._tables), side.metadata.of_groups
         sampled = np.flatnonzero(staging.row_samples[:rows])
         inputs = staging.token_ids[:tokens], metadata.positions, *(group.kv_slots for group in of_groups)
@@ -97,7 +100,9 @@ class MixedSteps(DeviceState):
             if self.model.config.embedding.num_types > 1 and (kinds := token_types(pooled, tokens)) is not None:
                 (types,) = self._send_arrays([kinds.numpy().astype(np.int32)], handle)
             vectors = [
-                self._vector_out(handle, chunk.pooling, chunk.start + chunk.length) for chunk in pooled if chunk.ends
+                self._vector_out(handle, row.row, chunk.pooling, chunk.start + chunk.length)
+                for row, chunk in zip(forward_input.pooled, pooled, strict=True)
+                if chunk.ends
             ]
             found: list[Tensor] = []
 
@@ -106,6 +111,8 @@ class MixedSteps(DeviceState):
                     if chain is not None:
                         read = self.pieces.inputs(size)
                         read.copy_(side.meta[: read.numel()].view_as(read))
+                        if adapted and self._adapters is not None:
+                            self._adapters.copy_to_chain(side.parity, size)
                     if decodes:
                         step.decode, known = self._decode_rows(side, decodes, width)
                         token_ids[:decodes].copy_(known)
@@ -132,7 +139,7 @@ class MixedSteps(DeviceState):
                 enter(token_ids)
                 if self._states is not None:
                     self._states.plan = plan
-                with torch.inference_mode():
+                with torch.inference_mode(), self._adapting(adapted, side, tokens):
                     hidden = self.model.forward(token_ids, positions, attention, types)
                 leave(hidden)
 
@@ -180,11 +187,18 @@ class MixedSteps(DeviceState):
         )
         return out
 
-    def _vector_out(self, handle: CudaHandle, pooling: Pooling, num_tokens: int) -> Tensor:
+    def _vector_out(self, handle: CudaHandle, row: int, pooling: Pooling, num_tokens: int) -> Tensor:
         """Where a prompt's vector goes on the device, float32; it comes with the step's tokens."""
         shape = shape_of(pooling, self.model.config, num_tokens)
         out = self.layer.zeros((math.prod(shape[:-1]), shape[-1]), torch.int32)
-        self._bring(handle, out, lambda output, host: output.pooled.append(host.view(np.float32).reshape(shape).copy()))
+
+        def read(output: ForwardOutput, host: Int32Array) -> None:
+            vector = host.view(np.float32).reshape(shape).copy()
+            output.pooled.append(vector)
+            if np.isnan(vector).any():
+                output.broken.append(row)
+
+        self._bring(handle, out, read)
         return out.view(torch.float32).view(shape)
 
     def prompt_step(self, step: int, rows: int, length: int) -> ForwardInput:
@@ -207,6 +221,7 @@ class MixedSteps(DeviceState):
         staging.table_index[:diffs] = row * limits.max_pages_per_seq + place % pages
         staging.table_page[:diffs] = entry + 1
         staging.sampling_slot[:rows] = index + 1
+        staging.adapter[:rows] = min(1, limits.max_adapters)
         staging.sampling[:rows] = np.zeros((), staging.sampling.dtype)
         staging.sampling["temperature"][:rows] = 1.0
         staging.sampling["top_p"][:rows] = 0.9

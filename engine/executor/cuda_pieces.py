@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -61,8 +62,8 @@ class Chain:
 class Pieces:
     """Chains of graphs by number of tokens, and the memory that they read and write: one step's at a time.
 
-    q, out [most, Hq, D]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of padding write
-    to the cell of padding.
+    q [most, Hq, D], out [most, Hq, Dv]: what attention reads and writes. hidden [most, hidden_size]: the end. Rows of
+    padding write to the cell of padding.
     """
 
     def __init__(
@@ -70,24 +71,29 @@ class Pieces:
     ) -> None:
         # Where layers differ, no one buffer fits what their attentions read and write; recurrent states depend on the
         # rows of a step, as attention does.
-        shape = model.attention_spec.common
+        spec = model.attention_spec
+        shape = spec.common or spec.latent
         usable = enabled and shape is not None and limits.num_snapshots is None
         self._all = [size for size in SIZES if size <= limits.max_num_batched_tokens] if usable else []
         self.sizes = list(self._all)
         self._layer, self._attention = layer, attention
-        self._chains: dict[int, Chain] = {}
-        self._seen: set[int] = set()
+        # By size, and whether some row has an adapter.
+        self._chains: dict[tuple[int, bool], Chain] = {}
+        self._seen: set[tuple[int, bool]] = set()
+        # Where the model computes so many rows of which some have adapters; the executor's, if it has any.
+        self.adapting: Callable[[int], AbstractContextManager[None]] | None = None
         most = max(self.sizes, default=0)
-        heads = (most, 0, 0) if shape is None else (most, shape.num_heads, shape.head_dim)
+        heads, dims = (0, (0, 0)) if shape is None else (shape.num_heads, (shape.head_dim, shape.value_dim))
         # Token ids, positions and every memory group's cells, each of as many as the step's size.
         self.num_inputs = 2 + len(limits.groups)
         self._inputs = layer.zeros((self.num_inputs * most,), torch.int32)
         # Rows of padding are computed with the others: of `out` they read zeros.
-        self.q, self.out = layer.zeros(heads, attention.dtype), layer.zeros(heads, attention.dtype)
+        self.q, self.out = (layer.zeros((most, heads, dim), attention.dtype) for dim in dims)
         self.hidden = layer.zeros((most, model.config.hidden_size), attention.dtype)
 
     def __len__(self) -> int:
-        return len(self._chains)
+        """Sizes that there are chains of."""
+        return len({size for size, _ in self._chains})
 
     def size(self, tokens: int) -> int | None:
         """To which number of tokens a step is padded; None where it is launched operation by operation."""
@@ -98,21 +104,22 @@ class Pieces:
         """int32 [num_inputs, size]: token ids, positions, and of each memory group the cells of k and v."""
         return self._inputs[: self.num_inputs * size].view(self.num_inputs, size)
 
-    def get(self, model: CausalLM, size: int) -> Chain | None:
+    def get(self, model: CausalLM, size: int, adapted: bool = False) -> Chain | None:
         """The chain of a size, captured at its second use; on the compute stream."""
-        if size not in self._chains and size in self.sizes:
-            if size in self._seen:
-                self.capture(model, size)
-            self._seen.add(size)
-        return self._chains.get(size)
+        key = size, adapted
+        if key not in self._chains and size in self.sizes:
+            if key in self._seen:
+                self.capture(model, size, adapted)
+            self._seen.add(key)
+        return self._chains.get(key)
 
-    def capture(self, model: CausalLM, size: int) -> None:
+    def capture(self, model: CausalLM, size: int, adapted: bool = False) -> None:
         """Run the pieces once, on padding, then record them. Where that cannot be had, such steps go on without."""
         inputs, layers = self.inputs(size), list[int]()
 
         def work(cut: Callable[[], None]) -> None:
             attention: Any = _Cut(self._attention, self, cut, size)
-            with torch.inference_mode():
+            with torch.inference_mode(), self.adapting(size) if adapted and self.adapting else nullcontext():
                 # What rows of padding compute goes to page 0, which windows read with weight 0: a NaN that a step left
                 # in theirs would be in all of them. The others are written by attention before they are read.
                 self.out[:size].zero_()
@@ -131,7 +138,7 @@ class Pieces:
                 self._all = []
             self.sizes = [each for each in self.sizes if each != size and each in self._all]
             return
-        self._chains[size] = Chain(parts, list(layers))
+        self._chains[size, adapted] = Chain(parts, list(layers))
 
     def clear(self) -> None:
         self._chains.clear()

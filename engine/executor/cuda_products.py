@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import TypeVar
@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from engine.executor.cuda_device import DeviceLayer
+from engine.ops import device_coded
+from engine.ops.device_coded import DeviceCodedLinear
 from engine.ops.gated import LEAST_ROWS, TILES, Tile
 from engine.ops.linear import Linear
 from engine.ops.skinny import BLOCKS, Blocks
 
 logger = logging.getLogger("oneloop.cuda")
-W = TypeVar("W", Blocks, Tile)
+W = TypeVar("W", Blocks, Tile, device_coded.Tile)
 
 # Weights of one shape are read in turn, at least so many bytes of them, or they would come from the L2 cache.
 BYTES_READ = 2**28
@@ -32,6 +34,8 @@ WORTH = 0.97
 COUNTS = (1, 2, 4)
 # Of a prompt's step, at which tiles are timed.
 MANY_ROWS = 2048
+# At which codes that become numbers in registers are timed beside those that become numbers first.
+WIDENED = (32, 64, 128, 256, 512)
 
 
 def choose_products(linears: Iterable[Linear], layer: DeviceLayer) -> tuple[int, int]:
@@ -76,6 +80,41 @@ def choose_tiles(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) 
     return ours, len(groups)
 
 
+def choose_codes(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) -> int:
+    """Fill in `tiles` and `widen_from` of layers whose weights are codes. Returns how many shapes there are.
+
+    Like choose_products. Steps have up to most_rows rows.
+    """
+    groups: dict[tuple[object, ...], list[DeviceCodedLinear]] = {}
+    for linear in linears:
+        if isinstance(linear, DeviceCodedLinear):
+            key = (linear.form, linear.out_features, linear.in_features, linear.dtype, linear.has_bias)
+            groups.setdefault(key, []).append(linear)
+    for group in groups.values():
+        sample = group[: max(1, -(-BYTES_READ // group[0].num_bytes))]
+        tiles: dict[int, device_coded.Tile] = {}
+        for rows in device_coded.TILE_ROWS:
+            x = _input(sample, rows, layer)
+            tile = _best({tile: partial(_by_codes, sample, x, tile) for tile in device_coded.TILES}, rows, layer)
+            if tile is not None:
+                tiles[rows] = tile
+        # Where no tile could be built, always numbers first.
+        widen_from = most_rows + 1 if len(tiles) == len(device_coded.TILE_ROWS) else 0
+        for rows in WIDENED if widen_from else ():
+            if rows > most_rows:
+                break
+            x, tile = _input(sample, rows, layer), tiles[device_coded.tile_rows(rows)]
+            ways = {None: partial(_widened, sample, x), tile: partial(_by_codes, sample, x, tile)}
+            # None is taken where ours is not clearly quicker.
+            if _best(ways, rows, layer) is None:
+                widen_from = rows
+                break
+        for linear in group:
+            linear.tiles.update(tiles)
+            linear.widen_from = widen_from
+    return len(groups)
+
+
 def _by_shape(linears: Iterable[Linear]) -> list[list[Linear]]:
     groups: dict[tuple[object, ...], list[Linear]] = {}
     for linear in linears:
@@ -85,12 +124,22 @@ def _by_shape(linears: Iterable[Linear]) -> list[list[Linear]]:
     return list(groups.values())
 
 
+def _by_codes(sample: list[DeviceCodedLinear], x: Tensor, tile: device_coded.Tile) -> None:
+    for linear in sample:
+        linear.by_codes(x, tile)
+
+
+def _widened(sample: list[DeviceCodedLinear], x: Tensor) -> None:
+    for linear in sample:
+        linear.by_cublas(x)
+
+
 def _sample(group: list[Linear]) -> list[Linear]:
     first = group[0]
     return group[: max(1, -(-BYTES_READ // (first.out_features * first.in_features * first.dtype.itemsize)))]
 
 
-def _input(sample: list[Linear], rows: int, layer: DeviceLayer) -> Tensor:
+def _input(sample: Sequence[Linear], rows: int, layer: DeviceLayer) -> Tensor:
     x = layer.zeros((rows, sample[0].in_features), sample[0].dtype)
     layer.launch(x.normal_)
     return x

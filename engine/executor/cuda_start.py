@@ -10,6 +10,7 @@ import dataclasses
 import gc
 import importlib.util
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 
 from engine.config import CacheOptions, StartupError
 from engine.executor.cuda import CUDAExecutor
+from engine.executor.cuda_adapters import DeviceAdapters
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_graph import graph_sizes
 from engine.executor.cuda_pieces import SIZES
@@ -29,6 +31,7 @@ from engine.groups import plan_groups
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
+from engine.ops.device_coded import DeviceCodedLinear
 from engine.ops.state import state_bytes
 
 logger = logging.getLogger("oneloop.cuda")
@@ -48,8 +51,6 @@ def start(given: Start) -> CUDAExecutor:
     config, report = given.config, given.report
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
-    if config.lora.enable:
-        raise StartupError("--enable-lora: LoRA adapters are served on the CPU alone so far: --device cpu")
     if config.num_threads is not None:
         raise StartupError("--threads sets compute threads on the CPU; the device is a GPU")
     if config.cuda.kernels is not None:
@@ -63,7 +64,8 @@ def start(given: Start) -> CUDAExecutor:
     report.row("dtype", str(dtype).removeprefix("torch."))
     report.row("deterministic", "no (GPU)")
     with report.phase("weights"):
-        read = given.loader(dtype=dtype, device=layer.device)
+        max_adapters = config.lora.max_loras if config.lora.enable else 0
+        read = given.loader(dtype=dtype, device=layer.device, max_adapters=max_adapters)
 
         def load(other: Path | None) -> CausalLM:
             model = read(other)
@@ -74,11 +76,15 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
+    if coded := Counter(linear.form for linear in model.linears if isinstance(linear, DeviceCodedLinear)):
+        kinds = ", ".join(f"{count} {form}" for form, count in coded.most_common())
+        report.row("weights", f"{coded.total()} of {len(model.linears)} matrices stay codes ({kinds})")
     if given.spec.bidirectional:
         if config.cache.kv_cache_dtype != "auto":
             raise StartupError(f"--kv-cache-dtype {config.cache.kv_cache_dtype}: this model keeps no keys and values")
-        limits = encoder_limits(config.scheduler, given.context, given.spec.vocab_size)
-        return build_cuda_encoder(model, layer, limits, dtype=dtype, row=report.row, load=load)
+        limits = encoder_limits(config.scheduler, given.context, given.spec.vocab_size, max_adapters)
+        rank = config.lora.max_lora_rank
+        return build_cuda_encoder(model, layer, limits, dtype=dtype, row=report.row, load=load, max_lora_rank=rank)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,
@@ -91,8 +97,10 @@ def start(given: Start) -> CUDAExecutor:
             kv_cache_dtype=config.cache.kv_cache_dtype,
             # Graphs are of decode steps.
             cuda_graph="off" if given.spec.headless else config.cuda.cuda_graph,
+            processed_logprobs=config.logprobs.processed,
             row=report.row,
             load=load,
+            max_lora_rank=config.lora.max_lora_rank,
         )
 
 
@@ -153,28 +161,51 @@ def has_flashinfer() -> bool:
 
 
 def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
-    """FlashInfer where it is installed and all layers are of one plain shape, else torch.
+    """FlashInfer where it is installed and all layers are of one shape, plain or with latents, else torch.
 
     options: num_pages, page_size, groups, dtype, kv_dtype.
     """
-    alike = model.attention_spec.common is not None
-    if not alike or (module is None and not (layer.device.type == "cuda" and has_flashinfer())):
-        return DeviceAttention(model.attention_spec, device=layer.device, **options)
-    from engine.ops.attention.flashinfer import Backend
+    spec = model.attention_spec
+    known = spec.common is not None or spec.latent is not None
+    if not known or (module is None and not (layer.device.type == "cuda" and has_flashinfer())):
+        return DeviceAttention(spec, device=layer.device, **options)
+    from engine.ops.attention import flashinfer, flashinfer_latent
 
-    if layer.device.type == "cuda" and not has_xqa(torch.cuda.get_device_capability(layer.device)):
-        options["decode"] = "wrapper"
+    kind: Any = flashinfer_latent.Backend
+    special = {}
+    if spec.latent is None:
+        kind = flashinfer.Backend
+        if layer.device.type == "cuda" and not has_xqa(torch.cuda.get_device_capability(layer.device)):
+            special["decode"] = "wrapper"
     try:
-        return Backend(model.attention_spec, device=layer.device, module=module, **options)
+        backend: DeviceAttention = kind(spec, device=layer.device, module=module, **options, **special)
+        return backend
     except torch.OutOfMemoryError:
         raise
     except (ImportError, OSError, RuntimeError) as error:
         logger.warning("FlashInfer is installed but cannot be loaded: %s", error)
-        return DeviceAttention(model.attention_spec, device=layer.device, **options)
+        return DeviceAttention(spec, device=layer.device, **options)
+
+
+def place_adapters(
+    model: CausalLM, layer: DeviceLayer, max_rank: int, most_rows: int, row: Callable[[str, str], None]
+) -> DeviceAdapters | None:
+    """Memory for all that may take part in one step; None where none are served. Raises StartupError."""
+    if model.adapted is None:
+        return None
+    with layer.may_block(), starting("no memory is left for adapters", "; lower --max-loras or --max-lora-rank"):
+        adapters = DeviceAdapters(model, layer, max_rank, most_rows)
+    each = adapters.num_bytes / adapters.capacity / GIB
+    row("adapters", f"{adapters.capacity} in one step, of rank {max_rank} and below, {each:.2f} GiB each")
+    return adapters
 
 
 def profile_step(
-    model: CausalLM, layer: DeviceLayer, limits: Limits, make: Callable[[int], DeviceAttention]
+    model: CausalLM,
+    layer: DeviceLayer,
+    limits: Limits,
+    make: Callable[[int], DeviceAttention],
+    adapters: DeviceAdapters | None,
 ) -> tuple[int, int]:
     """Run the hungriest step in a small cache. Returns bytes of (activations, attention workspace)."""
     rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
@@ -184,7 +215,7 @@ def profile_step(
     if limits.num_snapshots is not None:
         small = dataclasses.replace(small, num_snapshots=0)
     attention = make(pages)
-    executor = CUDAExecutor(model, small, layer, attention, cuda_graph="off")
+    executor = CUDAExecutor(model, small, layer, attention, cuda_graph="off", adapters=adapters)
     before = layer.allocated_memory()
     layer.peak_memory(reset=True)
     executor.run_worst_case()
@@ -201,20 +232,22 @@ def build_cuda_encoder(
     dtype: torch.dtype,
     row: Callable[[str, str], None] = lambda name, text: None,
     load: Callable[[Path | None], CausalLM] | None = None,
+    max_lora_rank: int = 64,
 ) -> CUDAExecutor:
     """Of a model that reads a text at once and keeps nothing of it: see `encoder_limits`. Raises StartupError."""
     most = limits.max_num_batched_tokens
+    adapters = place_adapters(model, layer, max_lora_rank, most, row)
     with layer.may_block():
         weights, free = layer.allocated_memory(), layer.free_memory()
         with starting("no memory is left for the largest step", SMALLER):
             attention = packed.Backend(model.attention_spec, max_tokens=most, dtype=dtype, device=layer.device)
-            trial = CUDAExecutor(model, limits, layer, attention, cuda_graph="off")
+            trial = CUDAExecutor(model, limits, layer, attention, cuda_graph="off", adapters=adapters)
             before = layer.allocated_memory()
             layer.peak_memory(reset=True)
             trial.run_worst_case()
             activations = max(0, layer.peak_memory() - before)
             trial.close()
-            executor = CUDAExecutor(model, limits, layer, attention, cuda_graph="off", load=load)
+            executor = CUDAExecutor(model, limits, layer, attention, cuda_graph="off", load=load, adapters=adapters)
         left = max(0, free - (before - weights) - activations)
         row("GPU memory", str(MemoryPlan(layer.total_memory(), weights, before - weights, activations, 0, 0, left)))
         row("attention", attention.describe())
@@ -235,9 +268,11 @@ def build_cuda_executor(
     max_model_len: int,
     kv_cache_dtype: str = "auto",
     cuda_graph: str = "lazy",
+    processed_logprobs: bool = False,
     row: Callable[[str, str], None] = lambda name, text: None,
     module: Any = None,
     load: Callable[[Path | None], CausalLM] | None = None,
+    max_lora_rank: int = 64,
 ) -> CUDAExecutor:
     """Measure, divide the memory, allocate; `row` gets the lines of the start-up table. Raises StartupError.
 
@@ -245,6 +280,7 @@ def build_cuda_executor(
     """
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
+    adapters = place_adapters(model, layer, max_lora_rank, max(max_num_seqs, max_num_batched_tokens), row)
     groups = plan_groups(model.config.windows, max_model_len)
     sequences, num_snapshots, state_memory = max_num_seqs, None, 0
     if model.config.has_state:
@@ -265,6 +301,8 @@ def build_cuda_executor(
             vocab_size=model.config.vocab_size,
             groups=groups,
             num_snapshots=num_snapshots,
+            processed_logprobs=processed_logprobs,
+            max_adapters=0 if adapters is None else adapters.capacity,
         )
 
     def attention_of(num_pages: int) -> DeviceAttention:
@@ -275,14 +313,15 @@ def build_cuda_executor(
         weights = layer.allocated_memory()
         free = layer.free_memory()
         with starting("no memory is left for the largest step", SMALLER):
-            activations, workspace = profile_step(model, layer, limits_of(1), attention_of)
+            activations, workspace = profile_step(model, layer, limits_of(1), attention_of, adapters)
         gc.collect()  # the trial cache and buffers go before the real ones come
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
         graphs = 0
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
             logits = sequences * model.config.vocab_size * 4
-            graphs = 4 * logits + (2 * len(graph_sizes(sequences)) + len(SIZES)) * GRAPH_BYTES
+            families = 1 if adapters is None else 2
+            graphs = 4 * logits + (2 * families * len(graph_sizes(sequences)) + len(SIZES)) * GRAPH_BYTES
             graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
@@ -304,7 +343,9 @@ def build_cuda_executor(
         kv_bytes = (num_pages + 1) * page_bytes + state_memory
         try:
             attention = attention_of(num_pages)
-            executor = CUDAExecutor(model, limits_of(num_pages), layer, attention, cuda_graph=cuda_graph, load=load)
+            executor = CUDAExecutor(
+                model, limits_of(num_pages), layer, attention, cuda_graph=cuda_graph, load=load, adapters=adapters
+            )
         except torch.OutOfMemoryError as error:
             what = "a KV cache with recurrent states" if state_memory else "a KV cache"
             what += f" of {kv_bytes / GIB:.2f} GiB"
@@ -317,7 +358,8 @@ def build_cuda_executor(
                 executor.decode_once()
                 executor.choose_attention()
         text = attention.describe()
-        if model.attention_spec.common is None:
+        spec = model.attention_spec
+        if spec.common is None and spec.latent is None:
             text += ", for layers that differ in more than their window, or have sinks"
         elif module is None and not has_flashinfer():
             text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"

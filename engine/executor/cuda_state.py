@@ -6,9 +6,11 @@ Base of the kinds of steps (cuda_decode.py, cuda_mixed.py, cuda_draw.py), which 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.executor.cuda_adapters import DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
@@ -25,10 +28,8 @@ from engine.executor.tables import SlotTables
 from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput, Int32Array, Limits, Staging
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
-from engine.ops.gated import Tile
 from engine.ops.sampling.device_extras import DeviceExtras
 from engine.ops.sampling.layout import WORDS
-from engine.ops.skinny import Blocks
 from engine.ops.state import States
 
 logger = logging.getLogger("oneloop.cuda")
@@ -80,7 +81,8 @@ class DeviceState:
         self._lost: DeviceLostError | None = None
         self._closed = False
         self._idle_timer: asyncio.TimerHandle | None = None
-        self._faster: list[tuple[dict[int, Blocks], Tile | None]] = []
+        self._adapters: DeviceAdapters | None = None
+        self._faster: list[tuple[str, Any]] = []
         # Held while memory moves, on another thread: no graph may be captured meanwhile.
         self._moving = threading.Lock()
 
@@ -109,8 +111,28 @@ class DeviceState:
                 layer.upload(side.block[:num_bytes], side.arena.memory[:num_bytes])
                 if num_meta:
                     layer.upload(side.meta[:num_meta], side.meta_host[:num_meta])
+                if self._adapters is not None:
+                    self._adapters.send(side.parity)
             finally:
                 layer.record(side.uploaded)
+
+    def _has_adapters(self, slots: Int32Array) -> bool:
+        """Whether any of these seq slots has one."""
+        return self._adapters is not None and bool(self._tables.adapter[slots].any())
+
+    def _note_adapters(self, slots: Int32Array, lengths: Int32Array | int, size: int, side: Side) -> None:
+        """Whose the rows of a step are goes with its other arrays: of these seq slots, so many tokens of each, and
+        nobody's up to `size`."""
+        assert self._adapters is not None
+        ids = np.repeat(self._tables.adapter[slots], lengths)
+        self._adapters.note(np.concatenate((ids, np.zeros(size - len(ids), np.int32))), side.parity)
+
+    def _adapting(self, adapted: bool, side: Side, rows: int) -> AbstractContextManager[None]:
+        """Where the model computes a step's rows, padding included; only inside `DeviceLayer.launch` or a capture."""
+        if not adapted:
+            return contextlib.nullcontext()
+        assert self._adapters is not None
+        return self._adapters.used(side.parity, rows)
 
     def _send_tables(self, handle: CudaHandle) -> None:
         """Bring the host's page tables and sampling parameters to the device, whole. A row that wrote by an entry that

@@ -13,7 +13,7 @@ import asyncio
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -60,6 +60,7 @@ from engine.executor.tables import SlotTables, StepMetadata
 from engine.forward import (
     FUTURE_TOKEN,
     NULL_SLOT,
+    PARTS,
     Accepted,
     ForwardError,
     ForwardInput,
@@ -70,6 +71,7 @@ from engine.forward import (
     Staging,
     StepLogprobs,
 )
+from engine.groups import name_of
 from engine.lora.words import AdapterWeights
 
 # What a row returns that read the leavings of a failed step. Such a row must never reach a client, so the
@@ -161,6 +163,7 @@ class FakeExecutor:
         self._constant_token = constant_token
         self._closed = False
         self.sleep_level = 0
+        self.asleep: set[str] = set()
         self.weights: Path | None = None  # where they came from; they change no token
         self._last_step: int | None = None
         self._device_free_at = 0.0
@@ -229,28 +232,33 @@ class FakeExecutor:
         while self._not_run:
             self._run(self._not_run.popleft())
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor.sleep. What the KV cells and page tables held is gone."""
         assert not self._not_waited, "a step is in flight"
-        assert self.sleep_level == 0 and level in (1, 2)
+        assert not self.asleep.intersection(parts) and level in (1, 2) and self.sleep_level in (0, level)
         self.sleep_level = level
-        self.tables.page_tables.fill(0)
+        self.asleep |= set(parts)
         self._adapters.forget()
+        if "kv_cache" not in parts:
+            return
+        self.tables.page_tables.fill(0)
         self._cell_position.fill(-1)
         self._states.position.fill(-1)
         self._layer0.fill(0)
         self._layer1.fill(0)
 
-    def wake_up(self, directory: Path | None = None) -> None:
+    def wake_up(self, directory: Path | None = None, parts: Collection[str] = PARTS) -> None:
         """See Executor.wake_up."""
-        assert self.sleep_level
-        if self.sleep_level == 2:
+        assert self.sleep_level and self.asleep.intersection(parts)
+        if self.sleep_level == 2 and "weights" in self.asleep.intersection(parts):
             self.weights = self._read(directory or self.weights)
-        self.sleep_level = 0
+        self.asleep -= set(parts)
+        if not self.asleep:
+            self.sleep_level = 0
 
     def load_weights(self, directory: Path) -> None:
         """See Executor.load_weights: any directory that is there will do."""
-        assert not self._not_waited and not self.sleep_level
+        assert not self._not_waited and "weights" not in self.asleep
         self.weights = self._read(directory)
 
     def read_adapter(self, path: Path) -> AdapterWeights:
@@ -259,12 +267,20 @@ class FakeExecutor:
 
     def page_memory(self) -> HostPages:
         """See Executor.page_memory: what the cells hold, and what they were written for."""
-        if self.model.has_state or len(self.model.windows) > 1 or self.model.windows[0] is not None:
-            raise StartupError("pages of states and windows are not carried elsewhere")
         cells = self._cell_group, self._cell_position, self._cell_tainted, self._layer0, self._layer1
         size = self.limits.page_size
         pages = [array.view(np.uint8).reshape(self.limits.num_pages + 1, size * array.itemsize) for array in cells]
-        return HostPages(pages, f"fake {self.model.vocab_size} page {size}")
+        return HostPages(pages, f"fake {self.model.vocab_size} page {size}{name_of(self.limits.groups)}")
+
+    def state_memory(self) -> HostPages | None:
+        """See Executor.state_memory: what the states are, and of how many tokens."""
+        if not self.model.has_state:
+            return None
+        if not self.limits.num_snapshots:
+            raise StartupError("there is no room for a snapshot of this model's recurrent state beside the pages")
+        first, states = self.limits.num_slots - 1, self._states
+        arrays = [array[first:] for array in (states.value, states.position, states.tainted)]
+        return HostPages([array.view(np.uint8).reshape(len(array), -1) for array in arrays], "fake state")
 
     @staticmethod
     def _read(directory: Path | None) -> Path | None:

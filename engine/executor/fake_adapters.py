@@ -31,6 +31,10 @@ class FakeWeights:
     num_bytes: int = 1024
     base_model_name: str = ""
 
+    @property
+    def digest(self) -> str:
+        return str(self.value)
+
     def __int__(self) -> int:
         return self.value
 

@@ -12,6 +12,7 @@ token `token` is computed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 
 from engine.config import StartupError
 from engine.executor.base import Executor, PageMemory, StepHandle
-from engine.forward import DeviceLostError, ForwardError, ForwardInput, ForwardOutput
+from engine.forward import PARTS, DeviceLostError, ForwardError, ForwardInput, ForwardOutput
 
 KINDS = ("slow", "hang", "raise", "oom", "nan", "corrupt", "lost")
 _SETTINGS = {"p": float, "s": float, "step": int, "token": int}
@@ -140,13 +141,13 @@ class FaultyExecutor:
                 output.token_ids[row] = self.limits.vocab_size + row
         return output
 
-    def sleep(self, level: int) -> None:
+    def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
-        self.inner.sleep(level)
+        self.inner.sleep(level, parts)
 
-    def wake_up(self, directory: Any = None) -> None:
+    def wake_up(self, directory: Any = None, parts: Collection[str] = PARTS) -> None:
         """See Executor."""
-        self.inner.wake_up(directory)
+        self.inner.wake_up(directory, parts)
 
     def load_weights(self, directory: Any) -> None:
         """See Executor."""
@@ -159,6 +160,10 @@ class FaultyExecutor:
     def page_memory(self) -> PageMemory:
         """See Executor."""
         return self.inner.page_memory()
+
+    def state_memory(self) -> PageMemory | None:
+        """See Executor."""
+        return self.inner.state_memory()
 
     def close(self) -> None:
         """See Executor."""

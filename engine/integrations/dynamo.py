@@ -1,8 +1,8 @@
 """A worker of NVIDIA Dynamo: `python -m engine.integrations.dynamo --model ... --discovery-backend file`.
 
 Dynamo's frontend does HTTP, templates, tokens and tools, its router picks the worker; here is the engine alone, driven
-by dynamo.common.backend (extra [dynamo]). All flags of engine.serve but those of HTTP. The KV cache's events go to the
-router over ZeroMQ on this machine unless --kv-events-config says otherwise.
+by dynamo.common.backend (extra [dynamo], and ai-dynamo without what it requires). All flags of engine.serve but those
+of HTTP. The KV cache's events go to the router over ZeroMQ on this machine unless --kv-events-config says otherwise.
 """
 
 from __future__ import annotations
@@ -20,13 +20,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from dynamo.common.backend import EngineConfig as Registration
-from dynamo.common.backend import LLMEngine, LlmRegistration, WorkerConfig
-from dynamo.common.backend.health_check import build_health_check_payload
-from dynamo.common.backend.publisher import ComponentSnapshot, ZmqSource
-from dynamo.common.backend.run import run
-from dynamo.common.utils.token_ids import token_ids_to_list
-from dynamo.llm.exceptions import EngineShutdown, HttpError, InvalidArgument
+try:
+    from dynamo.common.backend import EngineConfig as Registration
+    from dynamo.common.backend import LLMEngine, LlmRegistration, WorkerConfig
+    from dynamo.common.backend.health_check import build_health_check_payload
+    from dynamo.common.backend.publisher import ComponentSnapshot, ZmqSource
+    from dynamo.common.backend.run import run
+    from dynamo.common.utils.token_ids import token_ids_to_list
+    from dynamo.llm.exceptions import EngineShutdown, HttpError, InvalidArgument
+except ImportError as error:
+    # The extra cannot name ai-dynamo: what that requires is not all on the index that the rest comes from.
+    MISSING = (
+        f"a worker of Dynamo needs what is not here ({error}): pip install 'oneloop[dynamo]', "
+        "then pip install --no-deps ai-dynamo, of the same version as ai-dynamo-runtime"
+    )
+    if __name__ == "__main__":
+        sys.exit(f"error: {MISSING}")
+    raise ImportError(MISSING) from None
 
 from engine.build import Built, build_engine
 from engine.config import EngineConfig, ServerOptions, StartupError
@@ -190,7 +200,9 @@ class OneloopEngine(LLMEngine):  # type: ignore[misc]
             token_ids = token_ids_to_list(request.get("token_ids")) or []
         except (TypeError, ValueError) as error:
             raise RequestError(f"`token_ids` cannot be read: {error}.", param="token_ids") from None
-        wanted = read(request, token_ids, self._built.generation_defaults, engine.limits.vocab_size)
+        vocab_size = engine.limits.vocab_size
+        most = engine.config.logprobs.most_of(vocab_size)
+        wanted = read(request, token_ids, self._built.generation_defaults, vocab_size, most)
         wanted = replace(wanted, sampling=without_eos(wanted.sampling, engine.eos_token_ids))
         self._check_name(wanted.model)
         if wanted.structure is None:

@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from engine.models.generation import GenerationDefaults
-from engine.request import FinishReason, RequestError, SamplingParams, checked
+from engine.request import MAX_TOP_LOGPROBS, FinishReason, RequestError, SamplingParams, checked
 from engine.stream import Delta, TokenLogprob, TokenStream
 from engine.text.grammar.spec import GrammarSpec
 from server.logprobs import LOWEST, Spelling
@@ -55,7 +55,13 @@ class TokenRequest:
     priority: int
 
 
-def read(given: Mapping[str, Any], token_ids: Sequence[int], own: GenerationDefaults, vocab_size: int) -> TokenRequest:
+def read(
+    given: Mapping[str, Any],
+    token_ids: Sequence[int],
+    own: GenerationDefaults,
+    vocab_size: int,
+    most_logprobs: int = MAX_TOP_LOGPROBS,
+) -> TokenRequest:
     """given: Dynamo's PreprocessedRequest. own: what counts where a field is missing. Raises RequestError."""
     for name in ("multi_modal_data", "encoder_result"):
         if given.get(name):
@@ -88,7 +94,7 @@ def read(given: Mapping[str, Any], token_ids: Sequence[int], own: GenerationDefa
     return TokenRequest(
         token_ids=list(token_ids),
         model=_text(given, "model"),
-        sampling=checked(sampling, vocab_size),
+        sampling=checked(sampling, vocab_size, most_logprobs),
         structure=structure,
         namespace=_salt(given, extra, routing),
         # Dynamo's grows with importance.

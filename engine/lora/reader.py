@@ -6,6 +6,9 @@ that names it: an adapter is served as it was trained or not at all.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,9 +28,11 @@ from engine.models.loading.weights import OUTPUT
 from engine.ops.linear import Linear
 from engine.ops.lora import Branch, Factors, Replaced
 
+ON_HOST = "is computed on the CPU alone so far (--device cpu)"
 # Rows of a base weight that are held as float32 at once.
 CHUNK = 1024
 MAX_NAME = 100
+_PIECE_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,6 +45,7 @@ class LoadedWeights:
     base_model_name: str
     branches: Mapping[str, Branch]
     from_base: bool
+    digest: str
 
 
 @dataclass(slots=True)
@@ -64,10 +70,23 @@ def read_adapter(directory: Path, layers: AdaptedLayers, max_rank: int) -> Loade
         raise AdapterError(f"adapter {name}: there is no such directory")
     before = _state(directory)
     config = read_config(directory, name)
-    weights = _Reader(config, Tensors(directory, name), layers, max_rank).read()
+    digest = _digest(directory)
+    weights = _Reader(config, Tensors(directory, name), layers, max_rank, digest).read()
     if _state(directory) != before:
         raise AdapterError(f"adapter {name}: its files were changed while they were read; load it again")
     return weights
+
+
+def _digest(directory: Path) -> str:
+    """Of the bytes of those files."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, SAFETENSORS, PICKLED):
+        # What cannot be opened is said of the file when it is read.
+        with contextlib.suppress(OSError), (directory / name).open("rb") as file:
+            digest.update(f"{name} {os.fstat(file.fileno()).st_size} ".encode())
+            while piece := file.read(_PIECE_BYTES):
+                digest.update(piece)
+    return digest.hexdigest()
 
 
 def _state(directory: Path) -> list[tuple[int, int, int] | None]:
@@ -83,8 +102,11 @@ def _state(directory: Path) -> list[tuple[int, int, int] | None]:
 
 
 class _Reader:
-    def __init__(self, config: AdapterConfig, tensors: Tensors, layers: AdaptedLayers, max_rank: int) -> None:
+    def __init__(
+        self, config: AdapterConfig, tensors: Tensors, layers: AdaptedLayers, max_rank: int, digest: str
+    ) -> None:
         self._config, self._tensors, self._layers, self._max_rank = config, tensors, layers, max_rank
+        self._digest = digest
         self._resolver = Resolver(layers)
         self._sites: dict[str, _Parts] = {}
         self._branches: dict[str, Branch] = {}
@@ -111,7 +133,8 @@ class _Reader:
         if not branches:
             raise AdapterError(f"adapter {self._config.adapter}: changes nothing")
         size = sum(branch.num_bytes for branch in branches.values())
-        return LoadedWeights(self._rank, size, self._config.base_model_name, branches, self._from_base)
+        base = self._config.base_model_name
+        return LoadedWeights(self._rank, size, base, branches, self._from_base, self._digest)
 
     def _module(self, path: str, kinds: dict[str, str]) -> None:
         """All tensors of one module."""
@@ -121,11 +144,17 @@ class _Reader:
         first = next(iter(kinds.values()))
         place = self._resolver.find(path)
         if place is None:
-            stack = self._resolver.stack(path)
+            try:
+                stack = self._resolver.stack(path)
+            except KeyError:  # they are there, and nothing can be put into them
+                raise self._tensors.fail(first, f"is of experts, and {ON_HOST}") from None
             if stack is None:
                 raise self._tensors.fail(first, self._why_unknown(path))
+            if self._layers.on_device is not None:
+                raise self._tensors.fail(first, f"is of experts, and {ON_HOST}")
             self._stack(path, stack, kinds)
             return
+        self._check_device(path, place, kinds)
         for one, other in (("down", "up"), ("looked-up down", "looked-up up")):
             for has, lacks in ((one, other), (other, one)):
                 if has in kinds and lacks not in kinds:
@@ -152,6 +181,17 @@ class _Reader:
             raise self._tensors.fail(kinds["magnitude"], "there are no factors beside it")
         if "tokens" in kinds:
             self._token_outputs(path, place, kinds["tokens"])
+
+    def _check_device(self, path: str, place: Place, kinds: dict[str, str]) -> None:
+        """A GPU takes factors of the decoder's layers."""
+        served = self._layers.on_device
+        if served is None:
+            return
+        for kind, name in kinds.items():
+            if kind not in ("down", "up"):
+                raise self._tensors.fail(name, f"{kind} {ON_HOST}")
+            if place.site not in served:
+                raise self._tensors.fail(name, f"what is added to {path!r:.200} {ON_HOST}")
 
     def _why_unknown(self, path: str) -> str:
         outside = self._layers.spec.outside

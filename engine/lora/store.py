@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import re
@@ -256,7 +257,8 @@ class AdapterStore:
                 f"{path}: LoRA rank {weights.rank} is greater than max_lora_rank {self.options.max_lora_rank} "
                 "(--max-lora-rank)"
             )
-        adapter = Adapter(name, str(path), next(self._versions), weights.rank, weights.num_bytes, weights)
+        version, digest = next(self._versions), weights.digest
+        adapter = Adapter(name, str(path), version, weights.rank, weights.num_bytes, weights, digest)
         base, now = weights.base_model_name, int(time.time())
         return Entry(
             name, path, adapter.version, weights.rank, weights.num_bytes, base, signature, adapter, pinned, listed, now
@@ -267,7 +269,7 @@ class AdapterStore:
         assert read is not None
         if read.version != entry.version:
             # The same files as before, so the same version as before.
-            read = entry.adapter = Adapter(read.name, read.path, entry.version, read.rank, read.num_bytes, read.weights)
+            read = entry.adapter = dataclasses.replace(read, version=entry.version)
         self._entries[entry.name] = self._resident[entry.name] = entry
         self._resident.move_to_end(entry.name)
         if entry.pinned:

@@ -13,7 +13,7 @@ class AdapterWeights(Protocol):
     """An adapter as an executor wants it, in host memory. What else it has is that executor's own.
 
     rank: the highest of its modules. num_bytes: of its tensors. base_model_name: what it says it was trained on, "" for
-    one that does not say.
+    one that does not say. digest: of the files that it was read from; what is equal computes the same.
     """
 
     @property
@@ -24,3 +24,6 @@ class AdapterWeights(Protocol):
 
     @property
     def base_model_name(self) -> str: ...
+
+    @property
+    def digest(self) -> str: ...

@@ -1280,57 +1280,45 @@ struct Candidates {
     }
 };
 
-int32_t sample_row(float* x, i64 V, const Params& p, int32_t position) {
+void mask_stops(float* x, i64 V, const Params& p, int32_t position) {
     if (position < p.min_length)
         for (int i = 0; i < p.num_stop_ids; i++)
             if (p.stop_ids[i] >= 0 && p.stop_ids[i] < V) x[p.stop_ids[i]] = -INFINITY;
-    if (!(p.temperature > 0)) return argmax(x, V);
-    const Weight weight{max_of(x, V), std::min(1.0f / p.temperature, 1e30f)};
-    if (weight.top == -INFINITY || weight.top == INFINITY) return argmax(x, V);
-    auto one = [&](float logit) { return (double)weight(splat(logit))[0]; };
-    const double u = uniform(p.seed, (uint64_t)(int64_t)position);
-    const bool by_k = p.top_k > 0 && p.top_k < V, by_p = p.top_p < 1.0f, by_min = p.min_p > 0;
+}
 
+struct Filters {
+    bool by_k, by_p, by_min;
+    Filters(const Params& p, i64 V) : by_k(p.top_k > 0 && p.top_k < V), by_p(p.top_p < 1.0f), by_min(p.min_p > 0) {}
+    bool any() const { return by_k || by_p || by_min; }
+};
+
+// The weights of a row by segments, and their sum, which is returned.
+double sum_segments(const float* x, i64 V, const Weight& weight, std::vector<float>& sums) {
     const i64 segments = (V + SEGMENT - 1) / SEGMENT;
-    static thread_local std::vector<float> sums;
     double total = 0;
-    if (!by_k && (by_p || !by_min)) {
-        sums.resize(segments);
-        for (i64 g = 0; g < segments; g++) total += sums[g] = segment_sum(weight, x + g * SEGMENT, std::min(SEGMENT, V - g * SEGMENT));
-    }
-    if (!by_k && !by_p && !by_min) {
-        // Inverse of the distribution function in id order: first the segment, then the token.
-        double left = u * total;
-        i64 g = 0;
-        while (g + 1 < segments && left >= sums[g]) left -= sums[g++];
-        int32_t chosen = -1;
-        for (; g < segments && chosen < 0; g++, left = 0)
-            for (i64 i = g * SEGMENT; i < std::min(V, (g + 1) * SEGMENT); i++) {
-                double e = one(x[i]);
-                if (e <= 0) continue;
-                chosen = (int32_t)i;
-                if ((left -= e) < 0) break;
-            }
-        return chosen < 0 ? argmax(x, V) : chosen;
-    }
+    sums.resize(segments);
+    for (i64 g = 0; g < segments; g++) total += sums[g] = segment_sum(weight, x + g * SEGMENT, std::min(SEGMENT, V - g * SEGMENT));
+    return total;
+}
 
-    // Candidates down to `depth` nats below the top, deeper until they must hold all that the filters keep.
-    static thread_local Candidates kept;
+// What the filters leave of a row, in the order of ids. total: the mass of all, where by_p comes without by_k.
+void keep_candidates(const float* x, i64 V, const Params& p, const Filters& by, const Weight& weight, double total, Candidates& kept) {
     static thread_local std::vector<float> values;
+    // Candidates down to `depth` nats below the top, deeper until they must hold all that the filters keep.
     for (float depth = 8;; depth *= 2) {
         const bool all = depth > 200;
         kept.gather(x, V, all ? std::numeric_limits<float>::lowest() : weight.top - depth * p.temperature, weight);
         if (all) break;
-        if (by_k ? kept.count >= p.top_k : by_p ? kept.mass() >= p.top_p * total : depth > -std::log(p.min_p)) break;
+        if (by.by_k ? kept.count >= p.top_k : by.by_p ? kept.mass() >= p.top_p * total : depth > -std::log(p.min_p)) break;
     }
-    if (by_k && kept.count > p.top_k) {
+    if (by.by_k && kept.count > p.top_k) {
         values.assign(kept.logit.begin(), kept.logit.begin() + kept.count);
         std::nth_element(values.begin(), values.begin() + (p.top_k - 1), values.end(), std::greater<float>());
         const float lowest = values[p.top_k - 1];  // equal logits all stay, as HF's comparison keeps them
         kept.filter([&](i64 i) { return kept.logit[i] >= lowest; });
     }
-    if (by_p && kept.count > 0) {
-        if (by_k) total = kept.mass();
+    if (by.by_p && kept.count > 0) {
+        if (by.by_k) total = kept.mass();
         const double limit = p.top_p * total;
         // Buckets of equal width over the logits find where the mass is reached; only that bucket is sorted.
         constexpr int BUCKETS = 1024;
@@ -1357,7 +1345,39 @@ int32_t sample_row(float* x, i64 V, const Params& p, int32_t position) {
             kept.filter([&](i64 i) { return kept.logit[i] > lowest || (kept.logit[i] == lowest && ties-- > 0); });
         }
     }
-    if (by_min) kept.filter([&](i64 i) { return kept.weight[i] >= p.min_p; });
+    if (by.by_min) kept.filter([&](i64 i) { return kept.weight[i] >= p.min_p; });
+}
+
+int32_t sample_row(float* x, i64 V, const Params& p, int32_t position) {
+    mask_stops(x, V, p, position);
+    if (!(p.temperature > 0)) return argmax(x, V);
+    const Weight weight{max_of(x, V), std::min(1.0f / p.temperature, 1e30f)};
+    if (weight.top == -INFINITY || weight.top == INFINITY) return argmax(x, V);
+    auto one = [&](float logit) { return (double)weight(splat(logit))[0]; };
+    const double u = uniform(p.seed, (uint64_t)(int64_t)position);
+    const Filters by(p, V);
+
+    static thread_local std::vector<float> sums;
+    const double total = by.by_k || (by.by_min && !by.by_p) ? 0 : sum_segments(x, V, weight, sums);
+    if (!by.any()) {
+        // Inverse of the distribution function in id order: first the segment, then the token.
+        const i64 segments = (i64)sums.size();
+        double left = u * total;
+        i64 g = 0;
+        while (g + 1 < segments && left >= sums[g]) left -= sums[g++];
+        int32_t chosen = -1;
+        for (; g < segments && chosen < 0; g++, left = 0)
+            for (i64 i = g * SEGMENT; i < std::min(V, (g + 1) * SEGMENT); i++) {
+                double e = one(x[i]);
+                if (e <= 0) continue;
+                chosen = (int32_t)i;
+                if ((left -= e) < 0) break;
+            }
+        return chosen < 0 ? argmax(x, V) : chosen;
+    }
+
+    static thread_local Candidates kept;
+    keep_candidates(x, V, p, by, weight, total, kept);
     double left = u * kept.mass();
     int32_t chosen = kept.count ? kept.id[0] : argmax(x, V);
     for (i64 i = 0; i < kept.count; i++) {
@@ -1366,6 +1386,28 @@ int32_t sample_row(float* x, i64 V, const Params& p, int32_t position) {
         if ((left -= kept.weight[i]) < 0) break;
     }
     return chosen;
+}
+
+// What sample_row draws from: (logit - best) / temperature where the filters leave a token, -inf elsewhere; without a temperature
+// the logits as they are.
+void process_row(float* x, i64 V, const Params& p, int32_t position, float* out) {
+    mask_stops(x, V, p, position);
+    const float top = max_of(x, V);
+    if (!(p.temperature > 0) || top == -INFINITY || top == INFINITY) {
+        memcpy(out, x, V * sizeof(float));
+        return;
+    }
+    const Weight weight{top, std::min(1.0f / p.temperature, 1e30f)};
+    const Filters by(p, V);
+    if (!by.any()) {
+        for (i64 i = 0; i < V; i++) out[i] = (x[i] - top) * weight.inverse;
+        return;
+    }
+    static thread_local std::vector<float> sums;
+    static thread_local Candidates kept;
+    keep_candidates(x, V, p, by, weight, by.by_k || !by.by_p ? 0 : sum_segments(x, V, weight, sums), kept);
+    std::fill(out, out + V, -INFINITY);
+    for (i64 i = 0; i < kept.count; i++) out[kept.id[i]] = (kept.logit[i] - top) * weight.inverse;
 }
 
 // ---------------------------------------------------------------- log-probabilities
@@ -1659,6 +1701,14 @@ EXPORT void ol_lora(int64_t type, const void* x, int64_t ldx, int64_t K, void* y
 EXPORT void ol_sample(float* logits, int64_t rows, int64_t V, const void* params, const int32_t* positions, int32_t* out, int64_t threads) {
     parallel(rows, limit_threads((int)threads, (double)rows * V, 65536),
              [&](i64 r) { out[r] = sample_row(logits + r * V, V, ((const Params*)params)[r], positions[r]); });
+}
+
+// rows: those that are wanted; out [count, V].
+EXPORT void ol_process(float* logits, int64_t V, const int64_t* rows, int64_t count, const void* params, const int32_t* positions, float* out,
+                       int64_t threads) {
+    parallel(count, limit_threads((int)threads, (double)count * V, 65536), [&](i64 r) {
+        process_row(logits + rows[r] * V, V, ((const Params*)params)[rows[r]], positions[rows[r]], out + r * V);
+    });
 }
 
 EXPORT void ol_normalise(const float* logits, int64_t V, const int64_t* rows, int64_t count, int64_t k, float* log_sum, int32_t* ids,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,15 @@ class Linear:
         self.activation = activation
         self.few: dict[int, Blocks] = {}
         self.tile: Tile | None = None
+
+    @property
+    def ways(self) -> Any:
+        """What a clock has found faster, for another layer of this shape and kind."""
+        return self.few, self.tile
+
+    @ways.setter
+    def ways(self, found: Any) -> None:
+        self.few, self.tile = found
 
     def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Bring the weight into its fastest form and drop the plain one. Once.

@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -106,6 +107,18 @@ class Branch:
         own = sum(each.nbytes for each in parts if each is not None)
         return own + sum(each.linear.out_features * each.linear.in_features * 4 for each in self.replaced)
 
+    def matrices(self) -> list[tuple[int, Tensor, Tensor]]:
+        """Of a product: (first output, down [rank, in], up [n, rank]), as they were given or split otherwise."""
+        if self._down is None:
+            return []
+        down = self._down.transpose(1, 2).flatten(0, 1)
+        found = []
+        for (first, width, rank_first), up in zip(self._places, self._ups, strict=True):
+            ranks = up.shape[1]
+            rows = up.transpose(1, 2).reshape(-1, ranks)[:width]
+            found.append((first, down[rank_first : rank_first + ranks], rows))
+        return found
+
     def inner_of(self, ids: Tensor) -> Tensor:
         """Of an embedding: float32 [T, ranks] for token ids."""
         assert self._down is not None
@@ -197,6 +210,8 @@ class Rows:
         self._ids: Int32Array | int = 0
         self._groups: Groups | None = None
         self.any = False
+        # On a GPU: whose each row is, in place of `use` (lora_device.Grouped).
+        self.on_device: Any = None
 
     def use(self, ids: Int32Array | int) -> None:
         """int32 [rows], or one adapter for however many rows come."""
@@ -230,11 +245,20 @@ class Rows:
         return self._groups
 
 
+class OnDevice(Protocol):
+    """A site's part of what a GPU holds (lora_device.DeviceSite)."""
+
+    def add(self, x: Tensor, y: Tensor, rows: Any) -> None:
+        """See Site.add."""
+        ...
+
+
 class Site:
-    """A place where adapters add something: their branches by index, 1..capacity."""
+    """A place where adapters add something: their branches by index, 1..capacity. device: where a GPU has them."""
 
     def __init__(self, capacity: int, rows: Rows) -> None:
         self.rows = rows
+        self.device: OnDevice | None = None
         self.branches: dict[int, Branch] = {}
         self._table = np.zeros(capacity + 1, np.int64)
         self._table_address = self._table.ctypes.data
@@ -254,10 +278,13 @@ class Site:
     @property
     def used(self) -> bool:
         """Some row of what is computed now may have something here."""
-        return self.rows.any and bool(self.branches)
+        return self.rows.any and (bool(self.branches) or self.device is not None)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """x [T, in], and y [T, out] what the layer beneath made of it; in place."""
+        if self.device is not None:
+            self.device.add(x, y, self.rows.on_device)
+            return
         groups = self.rows.groups(len(x))
         if self._replaces:
             for group, index in enumerate(groups.groups[:, 0].tolist()):

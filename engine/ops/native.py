@@ -69,6 +69,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_mxfp4_linear": (None, [_I, _P, _I, _I, _I, _P, _P, _I, _P, _P, _I]),
     "ol_lora": (None, [_I, _P, _I, _I, _P, _I, _P, _P, _I, _P, _P, _I, _I]),
     "ol_sample": (None, [_P, _I, _I, _P, _P, _P, _I]),
+    "ol_process": (None, [_P, _I, _P, _I, _P, _P, _P, _I]),
     "ol_normalise": (None, [_P, _I, _P, _I, _I, _P, _P, _P, _I]),
     "ol_ranks": (None, [_P, _I, _P, _I, _P, _P, _I]),
     "ol_word_post": (None, [_P, _I]),

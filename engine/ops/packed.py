@@ -155,7 +155,7 @@ class MixedLinear(Linear):
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[T, in_features] -> [T, out_features] of the same dtype."""
         x = plain(x)
-        out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype)
+        out = torch.empty((x.shape[0], self.out_features), dtype=x.dtype, device=x.device)
         column = 0
         for part in self.parts:
             if isinstance(part, PackedLinear):
@@ -167,7 +167,7 @@ class MixedLinear(Linear):
 
     def rows(self, ids: Tensor) -> Tensor:
         """See Linear.rows; of parts that can give theirs."""
-        out = torch.empty((len(ids), self.in_features), dtype=self.dtype)
+        out = torch.empty((len(ids), self.in_features), dtype=self.dtype, device=ids.device)
         first = 0
         for part in self.parts:
             own = (ids >= first) & (ids < first + part.out_features)

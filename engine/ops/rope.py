@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from engine.ops import native
+from engine.ops.triton.runtime import on_gpu
 
 
 def apply_rope(q: Tensor, k: Tensor | None, cos_sin: Tensor, positions: Tensor) -> None:
@@ -17,6 +18,11 @@ def apply_rope(q: Tensor, k: Tensor | None, cos_sin: Tensor, positions: Tensor) 
     cos_sin: float32 [max_position, rot], rot / 2 cosines and then as many sines; dimensions past rot stay.
     positions: int32 or int64 [T].
     """
+    if on_gpu(q) and q.stride(2) == 1 and (k is None or k.stride(2) == 1):
+        from engine.ops.triton.rope import rotate
+
+        rotate(q, k, cos_sin, positions)
+        return
     _rotate(q, cos_sin, positions)
     if k is not None:
         _rotate(k, cos_sin, positions)

@@ -130,6 +130,11 @@ class States:
         self._memory = torch.empty((0, 0), dtype=torch.uint8)
         self._layers = []
 
+    @property
+    def snapshots(self) -> Tensor:
+        """uint8 [1 + snapshots, bytes of a state]; the first row is no snapshot's."""
+        return self._memory[self._first_snapshot - 1 :]
+
     def begin(self, step: ForwardInput) -> None:
         """`move`, and take the step's rows for `plan`."""
         self.move(step)

@@ -50,6 +50,7 @@ class Failing(Receiving):
         self._distrust_heirs()
         self.retract_all()
         self._release_leaving()
+        self._tell_who_waits()
         return result
 
     def _acquit(self, batch: Batch) -> None:

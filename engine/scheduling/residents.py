@@ -6,6 +6,8 @@ given back here, once the sequence is out of every order and nothing of it is in
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,6 +69,8 @@ class Residents:
         self.recorder: Recorder | None = None
         self.num_waiting = self.num_waiting_tokens = self.num_receiving = 0
         self._lent: dict[SequencePages, int] = {}
+        # By step: who waits for its end.
+        self._who_waits: deque[tuple[int, Callable[[], None]]] = deque()
         # Pages that went back to the pool although steps up to this one may still write them; a step that is launched
         # later may have them all the same, for steps run in order.
         self._named_until: dict[int, int] = {}
@@ -74,6 +78,9 @@ class Residents:
         self._table = SlotTable(limits)
         self._policy = make_policy(options.policy, self.kv_cache)
         self._committed_step = -1
+        self._next_step = 0
+        # Of models with a recurrent state: (slot, snapshot) that were to be saved, but no step came.
+        self._unsent: list[tuple[int, int]] = []
         self._next_order = 0
         self._held: list[Sequence] | None = None
         self._held_from = 0

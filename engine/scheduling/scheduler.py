@@ -49,14 +49,12 @@ class Scheduler(Failing):
         assert limits.max_num_batched_tokens >= limits.max_num_seqs, "a step must hold every decode row"
         super().__init__(limits, options, cache_options, clock, eos_token_ids)
         self._batches = (Batch(staging[0]), Batch(staging[1]))
-        self._next_step = 0
         # Calls of `schedule` that got as far as admission; some of them come to no step.
         self._num_turns = 0
         # Page-table entries that the next step changes: (sequence, its pages then, group, index, page).
         self._remaps: list[tuple[Sequence, SequencePages, int, int, int]] = []
         # Of models with a recurrent state: (sequence, its pages then, tokens) whose state the next step saves.
         self._saves: list[tuple[Sequence, SequencePages, int]] = []
-        self._unsent: list[tuple[int, int]] = []  # (slot, snapshot) that were written, but no step came
         self.snapshot_pages = SNAPSHOT_PAGES
         self._has_state = limits.num_snapshots is not None
         self._watermark_pages = max(1, int(limits.num_pages * options.admission_watermark))
@@ -542,6 +540,7 @@ class Scheduler(Failing):
         self._release_leaving()
         if self._trials.pending:
             self._make_cleared_wait()
+        self._tell_who_waits()
         return result
 
     def _attribute_logprobs(

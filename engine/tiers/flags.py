@@ -16,7 +16,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         FLAG,
         metavar="DIR",
-        help="keep the KV cache's pages of prompts there: a server that starts again, or another one, reads them",
+        help="keep the KV cache's pages of prompts there, and recurrent states: a server that starts again, or another "
+        "one, reads them",
     )
     group.add_argument(
         "--kv-disk-gb", type=float, metavar="GB", help=f"of 1e9 bytes, at most ({default.max_bytes / 1e9:g})"

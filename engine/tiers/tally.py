@@ -24,10 +24,10 @@ class TierTally:
         store, worker = self._store, self._worker
         for name, text, count in (
             ("queried_tokens", "Prompt tokens that were looked for on the disk.", self.queried_tokens),
-            ("hit_tokens", "Prompt tokens whose KV was read from the disk.", self.hit_tokens),
-            ("read_bytes", "Bytes of pages read.", worker.num_bytes_read),
-            ("written_bytes", "Bytes of pages written.", worker.num_bytes_written),
-            ("damaged_files", "Files of pages that failed their check and were removed.", store.num_corrupt),
+            ("hit_tokens", "Prompt tokens whose KV, and state, was read from the disk.", self.hit_tokens),
+            ("read_bytes", "Bytes of pages and states read.", worker.num_bytes_read),
+            ("written_bytes", "Bytes of pages and states written.", worker.num_bytes_written),
+            ("damaged_files", "Files that failed their check and were removed.", store.num_corrupt),
         ):
             yield CounterMetricFamily(f"oneloop_kv_disk_{name}", text, value=count)
         failures = CounterMetricFamily(
@@ -36,5 +36,5 @@ class TierTally:
         for reason, count in self.failures.items():
             failures.add_metric([reason], count)
         yield failures
-        yield GaugeMetricFamily("oneloop_kv_disk_bytes", "Bytes of pages on the disk.", value=store.bytes)
-        yield GaugeMetricFamily("oneloop_kv_disk_files", "Pages on the disk.", value=len(store))
+        yield GaugeMetricFamily("oneloop_kv_disk_bytes", "Bytes of pages and states on the disk.", value=store.bytes)
+        yield GaugeMetricFamily("oneloop_kv_disk_files", "Pages on the disk, and states.", value=len(store))

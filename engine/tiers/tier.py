@@ -1,30 +1,27 @@
 """DiskTier: prompts' pages outlive the cache and the process. Its public half is the loop's, one thread does the rest.
 
-When a prompt is computed, its whole pages are written to a PageStore, those that are not there. When a prompt comes
-whose pages are there and not in the cache, it is RECEIVING while they are read, and steps go on without it; what
-arrived by the deadline enters the radix tree, and the rest is computed. Nothing that fails here fails a request.
+When a prompt is computed, its whole pages are written to a PageStore, those that are not there: of groups with a window
+what the end sees, of a recurrent state the snapshots on the way. When a prompt comes whose pages are there and not in
+the cache, it is RECEIVING while they are read, and steps go on without it; what arrived by the deadline enters the
+radix tree, and the rest is computed. Nothing that fails here fails a request.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
-
-import numpy as np
 
 from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock, Timer
 from engine.config import TierOptions
 from engine.executor.base import Executor
-from engine.forward import Int32Array
-from engine.page_names import page_names, root_name
 from engine.request import Request
 from engine.scheduling.receiving import Receiving
 from engine.scheduling.sequence import Sequence
 from engine.tiers.disk import PageStore
+from engine.tiers.names import TierNames
 from engine.tiers.tally import TierTally
 from engine.tiers.worker import Job, Worker
 
@@ -67,8 +64,6 @@ class DiskTier:
             assert options.directory is not None
             worker = Worker(PageStore(options.directory, options.max_bytes))
         self.store = worker.store
-        self._layout = ""
-        self._last: tuple[Request, Int32Array, list[bytes]] | None = None
         self._worker = worker
         self.tally = TierTally(self.store, self._worker)
         self._idle = asyncio.Event()
@@ -99,8 +94,10 @@ class DiskTier:
         # First what may fail: the checkpoint may be gone.
         weights = self._weights(directory)
         memory = self._executor.page_memory()
-        self._worker.use(memory)
-        self._layout, self._last = f"{memory.layout} weights {weights}", None
+        states = self._executor.state_memory()
+        self._worker.use(memory, states)
+        layout = memory.layout if states is None else f"{memory.layout} {states.layout}"
+        self._names = TierNames(f"{layout} weights {weights}", self._scheduler.limits)
 
     # ---- what is there
 
@@ -111,49 +108,39 @@ class DiskTier:
         self.tally.queried_tokens += len(request.prompt_token_ids)
         if not len(self.store):
             return False
-        _, names = self._look_up(request)
-        return len(names) * self._page_size >= max(1, self._least_tokens)
+        first, depth, _ = self._look_up(request)
+        return (depth - first) * self._page_size >= max(1, self._least_tokens)
 
     def _serves(self, request: Request) -> bool:
         enough = len(request.prompt_token_ids) > max(self._least_tokens, self._page_size)
-        # An adapter's version is a number of this process, and no name of what is in it.
-        return enough and not self.is_paused and request.adapter is None and request.pooling is None
+        return enough and not self.is_paused and request.pooling is None
 
-    def _look_up(self, request: Request) -> tuple[int, list[bytes]]:
-        """How many pages are cached, and the names of those after them that are on the disk."""
-        tokens, names = self._named(request)
+    def _look_up(self, request: Request) -> tuple[int, int, list[bytes]]:
+        """How many pages are cached, how many would be with what is on the disk, and their chain of names."""
+        tokens, chain = self._names.chain(request)
         first = self._scheduler.kv_cache.match_length(tokens, request.cache_root) // self._page_size
-        return first, list(itertools.takewhile(self.store.__contains__, names[first:]))
-
-    def _named(self, request: Request) -> tuple[Int32Array, list[bytes]]:
-        """A prompt as an array, and the names of its pages: those of the last one are kept, for it is asked about more
-        than once as it comes, and a long one takes milliseconds."""
-        if self._last is None or self._last[0] is not request:
-            tokens = np.array(request.prompt_token_ids, np.int32)
-            root, count = root_name(self._layout, request.cache_root), (len(tokens) - 1) // self._page_size
-            self._last = request, tokens, page_names(root, tokens.tobytes(), self._page_size, 0, count)
-        return self._last[1:]
+        return first, self._names.reach(self.store, chain, first), chain
 
     # ---- there and back
 
     def receive(self, sequence: Sequence) -> None:
         """Read what was promised. Calls `received` in any case, never before it returns."""
-        first, names = self._look_up(sequence.request)
-        if names and not self.is_paused:
-            if (others := self._reading.get(names[0])) is not None:
+        first, depth, chain = self._look_up(sequence.request)
+        if depth > first and not self.is_paused:
+            if (others := self._reading.get(chain[first])) is not None:
                 # What is being read is for all; then there is another look at what is missing.
                 others.append(sequence)
                 return
-            pages = self._scheduler.receive(sequence)
+            pages = self._scheduler.receive(sequence, depth)
             if pages is not None:
                 assert pages.num_shared == first
-                self._read(sequence, pages, names)
+                self._read(sequence, pages, chain, depth)
                 return
             self.tally.failures["room"] += 1
         self._clock.call_later(0.0, lambda: self._received(sequence))
 
-    def _read(self, sequence: Sequence, pages: SequencePages, names: list[bytes]) -> None:
-        first, key = pages.num_shared, names[0]
+    def _read(self, sequence: Sequence, pages: SequencePages, chain: list[bytes], depth: int) -> None:
+        first, key = pages.num_shared, chain[pages.num_shared]
         timer: Timer
         self._reading[key] = [sequence]
 
@@ -162,8 +149,9 @@ class DiskTier:
             timer.cancel()
             if not (job.is_whole or job.stopped):
                 self.tally.failures["read"] += 1
-            self.tally.hit_tokens += job.count * self._page_size
-            self._scheduler.give_back(pages, sequence, (first + job.count) * self._page_size)
+            right = depth if job.is_whole else first if self._names.comes_whole else first + job.count
+            self.tally.hit_tokens += (right - first) * self._page_size
+            self._scheduler.give_back(pages, sequence, right * self._page_size)
             self._let_go(key, again=job.is_whole)
             self._settle()
 
@@ -173,17 +161,20 @@ class DiskTier:
             job.stopped = True
             self.tally.failures["timeout"] += 1
             logger.warning(
-                "request %s: %d of %d pages came from the disk in time",
-                *(sequence.request.request_id, job.count, len(names)),
+                "request %s: %d of %d files came from the disk in time",
+                *(sequence.request.request_id, job.count, len(job.items)),
             )
-            # The page at hand is waited for, but not for ever: then its memory is lent until it has come.
+            # The file at hand is waited for, but not for ever: then its memory is lent until it has come.
             nonlocal timer
             timer = self._clock.call_later(_GRACE_S, lambda: self._let_go(key, again=False))
 
-        job = Job(np.array(pages.pages[first : first + len(names)], np.int32), names, ended)
+        job = Job(self._names.to_read(chain, pages, depth), ended)
         timer = self._clock.call_later(self._timeout_s, is_late)
         self._jobs.add(job)
-        self._worker.read(job)
+        if self._scheduler.is_unordered:
+            self._scheduler.once_committed(lambda: self._worker.read(job))
+        else:
+            self._worker.read(job)
 
     def _let_go(self, key: bytes, *, again: bool) -> None:
         """Whoever waits for a page need not any more. again: the others may find more of theirs."""
@@ -194,32 +185,50 @@ class DiskTier:
                 self._received(sequence)
 
     def keep(self, sequence: Sequence) -> None:
-        """A prompt is computed: its pages shall be written, those that are not there."""
-        request = sequence.request
-        if not self._serves(request):
+        """A prompt is computed: its pages shall be written, those that are not there, and snapshots of its state."""
+        if not self._serves(sequence.request):
             return
-        pages = self._scheduler.keep(sequence)
-        count = pages.num_shared
-        names = self._named(request)[1][:count]
-        new = [index for index, name in enumerate(names) if name not in self.store]
+        scheduler, names = self._scheduler, self._names
+        lent = [scheduler.keep(sequence)]
+        if names.has_windows and sequence.num_cached_tokens:
+            # There others went another way, and some will again; what is seen there is behind the prompt's windows.
+            lent.append(scheduler.keep(sequence, sequence.num_cached_tokens))
+        _, chain = names.chain(sequence.request)
+        held = {
+            item.name: item for pages in lent for item in names.to_write(chain, pages, scheduler.snapshots_of(pages))
+        }
+        new = [item for item in held.values() if item.name not in self.store]
+
+        def give_back() -> None:
+            for pages in lent:
+                scheduler.give_back(pages, sequence, 0)
+
         # A prompt that is longer than that may be written while nothing else is.
-        if not new or (self._num_held and self._num_held + count > self._most_held):
+        if not new or (self._num_held and self._num_held + len(held) > self._most_held):
             self.tally.failures["busy"] += bool(new)
-            self._scheduler.give_back(pages, sequence, 0)
+            give_back()
             return
 
         def ended(job: Job) -> None:
             self._jobs.discard(job)
-            self._num_held -= count
+            self._num_held -= len(held)
             if not (job.is_whole or job.stopped):
                 self.tally.failures["write"] += 1
-            self._scheduler.give_back(pages, sequence, 0)
+            give_back()
             self._settle()
 
-        job = Job(np.array(pages.pages, np.int32)[new], [names[index] for index in new], ended)
-        self._num_held += count
+        def begin() -> None:
+            # A step that has failed may have been the one that was to compute them.
+            job.stopped |= not all(map(scheduler.kv_cache.is_intact, lent))
+            self._worker.write(job)
+
+        job = Job(new, ended)
+        self._num_held += len(held)
         self._jobs.add(job)
-        self._worker.write(job)
+        if scheduler.is_unordered:
+            scheduler.once_committed(begin)
+        else:
+            self._worker.write(job)
 
     def _settle(self) -> None:
         """Pages were given back: somebody may have waited for them."""

@@ -1,4 +1,4 @@
-"""The disk tier's thread: pages to files and back, page by page. Reads go before writes."""
+"""The disk tier's thread: pages and snapshots to files and back, one by one. Reads go before writes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from engine.executor.base import PageMemory
-from engine.forward import Int32Array
-from engine.tiers.disk import PageStore
+from engine.tiers.disk import PageStore, Row
+from engine.tiers.names import Item
 
 logger = logging.getLogger("oneloop.tiers")
 
@@ -25,19 +25,18 @@ _LAST_WRITES_S = 3.0
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """Pages and their names, to be read or written in order; `then` is called on the loop when the thread has done with
-    them. count: pages that are done. Once `stopped` is set, no other page is begun. Pages that are in the store already
-    count as written."""
+    """What is to be read or written, in order; `then` is called on the loop when the thread has done with it. count:
+    items that are done. Once `stopped` is set, no other is begun. What is in the store already counts as written, and
+    so does a snapshot that has lost its place."""
 
-    pages: Int32Array
-    names: list[bytes]
+    items: list[Item]
     then: Callable[[Job], None]
     count: int = 0
     stopped: bool = False
 
     @property
     def is_whole(self) -> bool:
-        return self.count == len(self.names)
+        return self.count == len(self.items)
 
 
 class Worker:
@@ -46,8 +45,8 @@ class Worker:
     def __init__(self, store: PageStore, *, threaded: bool = True) -> None:
         self.num_bytes_read = self.num_bytes_written = 0
         self.store = store
-        self._memory: PageMemory | None = None
-        self._row = np.zeros((1, 0), np.uint8)
+        # Of pages, and of snapshots: the memory, and room for one.
+        self._memories: list[tuple[PageMemory, Row]] = []
         self._reads: deque[Job] = deque()
         self._writes: deque[Job] = deque()
         self._ready = threading.Condition()
@@ -57,9 +56,10 @@ class Worker:
         if self._thread is not None:
             self._thread.start()
 
-    def use(self, memory: PageMemory) -> None:
+    def use(self, memory: PageMemory, states: PageMemory | None = None) -> None:
         """From now on; while there is no job."""
-        self._memory, self._row = memory, np.zeros((1, memory.page_bytes), np.uint8)
+        memories = [memory] if states is None else [memory, states]
+        self._memories = [(one, np.zeros((1, one.page_bytes), np.uint8)) for one in memories]
 
     def read(self, job: Job) -> None:
         """Fill its pages."""
@@ -100,7 +100,7 @@ class Worker:
                     self._loop.call_soon_threadsafe(ended.then, ended)
 
     def turn(self) -> Job | None:
-        """Carry a page of the first job, if there is one. Returns a job that ended."""
+        """Carry an item of the first job, if there is one. Returns a job that ended."""
         with self._ready:
             jobs = self._reads or self._writes
             if not jobs:
@@ -121,20 +121,23 @@ class Worker:
         return job
 
     def _read(self, job: Job) -> bool:
-        assert self._memory is not None
-        if not self.store.read(job.names[job.count], self._row[0]):
+        item = job.items[job.count]
+        memory, row = self._memories[item.is_state]
+        if not self.store.read(item.name, row[0]):
             return False
-        self._memory.copy_in(job.pages[job.count : job.count + 1], self._row)
-        self.num_bytes_read += self._row.nbytes
+        memory.copy_in(np.array([item.place], np.int32), row)
+        self.num_bytes_read += row.nbytes
         return True
 
     def _write(self, job: Job) -> bool:
-        assert self._memory is not None
-        name = job.names[job.count]
-        if name in self.store:
+        item = job.items[job.count]
+        if item.name in self.store:
             return True
-        self._memory.copy_out(job.pages[job.count : job.count + 1], self._row)
-        if not self.store.write(name, self._row[0]):
+        memory, row = self._memories[item.is_state]
+        memory.copy_out(np.array([item.place], np.int32), row)
+        if not item.is_there:
+            return True  # others may have written to it meanwhile
+        if not self.store.write(item.name, row[0]):
             return False
-        self.num_bytes_written += self._row.nbytes
+        self.num_bytes_written += row.nbytes
         return True

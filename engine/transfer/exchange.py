@@ -24,7 +24,7 @@ from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock, Timer
 from engine.config import StartupError, TransferOptions
 from engine.executor.base import Executor
-from engine.forward import Int32Array
+from engine.forward import Int32Array, Limits
 from engine.request import RemotePages
 from engine.scheduling.receiving import Receiving
 from engine.scheduling.sequence import Sequence
@@ -418,6 +418,14 @@ class PageExchange:
             future.exception()
         self._scheduler.give_back(pages, sequence, 0)
         self._wake()
+
+
+def check_groups(limits: Limits) -> None:
+    """What a prompt leaves must be in pages, and in all of them. Raises StartupError."""
+    if limits.num_snapshots is not None:
+        raise StartupError("this model has a recurrent state, which is in no page")
+    if any(group.window is not None for group in limits.groups):
+        raise StartupError("this model has layers with a window, whose pages are given back on the way")
 
 
 def _digest(tokens: list[int], count: int) -> str:

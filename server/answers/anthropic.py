@@ -8,7 +8,7 @@ import orjson
 
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenStream
-from server.answers.base import arguments_object, raise_cut
+from server.answers.base import arguments_object, kept_pages, raise_cut
 from server.messages import read_events
 from server.parsers.base import ContentDelta, Event, ReasoningDelta, ToolCallStart
 from server.protocol.anthropic import Wanted, error_body
@@ -65,7 +65,7 @@ class AnthropicAnswer:
             elif block["type"] == "thinking":
                 block["signature"] = SIGNATURE
         self._num_output = len(delta.token_ids)
-        return self._message(blocks) | self._end(delta)
+        return self._message(blocks) | self._end(delta) | kept_pages([self._stream])
 
     def opening(self) -> bytes:
         """The message without content."""
@@ -86,6 +86,7 @@ class AnthropicAnswer:
     def closing(self) -> bytes:
         """Why it ended and what it took."""
         ending: Json = {"type": "message_delta", "delta": self._ending, "usage": self._usage()}
+        ending |= kept_pages([self._stream])
         return self._stop() + _event(ending) + _event({"type": "message_stop"})
 
     def error(self, error: RequestError) -> bytes:

@@ -14,7 +14,7 @@ import orjson
 from engine.request import FinishReason, RequestError
 from engine.stream import Delta, TokenLogprob, TokenStream
 from engine.text.detokenizer import IncrementalDetokenizer
-from server.answers.base import arguments_object, failure, reasoning_watches, usage
+from server.answers.base import arguments_object, failure, kept_pages, reasoning_watches, usage
 from server.logprobs import Spelling, chat_logprobs
 from server.messages import finish_events
 from server.parsers.base import ContentDelta, Event, ReasoningDelta, ToolCallStart
@@ -231,7 +231,9 @@ class ResponsesAnswer:
         assert end is not None and end.finish_reason is not None
         if end.finish_reason is FinishReason.ABORT:
             return self._kept(self._response("failed", ApiError(503, "The request was aborted.")))
-        return self._kept(self._response("incomplete" if end.finish_reason is FinishReason.LENGTH else "completed"))
+        status = "incomplete" if end.finish_reason is FinishReason.LENGTH else "completed"
+        # Where the pages are is for who asks now, and no part of what is kept.
+        return self._kept(self._response(status)) | kept_pages(self._streams)
 
     def _kept(self, response: Json) -> Json:
         if self._asked.owner is not None:

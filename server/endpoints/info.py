@@ -11,7 +11,7 @@ from aiohttp import web
 from server.endpoints import web as pages
 from server.endpoints.rollouts import backend
 from server.protocol.errors import json_response
-from server.state import STATE
+from server.state import STATE, State
 
 
 @functools.cache
@@ -43,10 +43,27 @@ async def server_info(request: web.Request) -> web.Response:
     if state.kv_events is not None:
         live["kv_events"] = state.kv_events.announced()
     if request.query.get("config_format") == "json":
-        # vLLM's, as far as trainers look: whether weights can come, and over what.
-        updated = None if state.engine.weights_directory is None else {"backend": backend(request.app)}
-        live["vllm_config"] = {"weight_transfer_config": updated}
+        live["vllm_config"] = _vllm_config(state, backend(request.app))
     return json_response({"version": version()} | model | state.model.server_info | live)
+
+
+def _vllm_config(state: State, known: str) -> dict[str, object]:
+    """vLLM's, as far as trainers look: whether weights can come, and over what; their type; and adapters."""
+    config, started = state.engine.config, state.model.server_info.get("start_up")
+    dtype = started.get("dtype") if isinstance(started, dict) else None
+    lora = {"max_loras": config.lora.max_loras, "max_lora_rank": config.lora.max_lora_rank}
+    return {
+        "weight_transfer_config": None if state.engine.weights_directory is None else {"backend": known},
+        "model_config": {
+            "model": config.model.path or state.model.names[0],
+            "dtype": None if dtype is None else f"torch.{dtype}",
+            "max_model_len": state.model.max_model_len,
+            "logprobs_mode": config.logprobs.mode,
+        },
+        "lora_config": lora if config.lora.enable else None,
+        # Of one process, whatever computes in it.
+        "parallel_config": {"data_parallel_size": 1, "tensor_parallel_size": config.tensor_parallel_size},
+    }
 
 
 async def kv_event_sources(request: web.Request) -> web.Response:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import re
-from pathlib import Path, PurePath
+from pathlib import Path
 
 from aiohttp import web
 
 from engine.config import StartupError
+from engine.forward import PARTS
 from engine.resting import PAUSE_MODES
 from server.endpoints.rollouts import UPDATES
 from server.protocol.body import invalid, read_body
-from server.protocol.errors import ApiError, json_response
+from server.protocol.errors import ApiError, json_response, without_paths
 from server.state import STATE
-
-# A file of the server in a sentence.
-_PATH = re.compile(r"(?<![\w.])/[^\s:,;]*")
 
 
 async def pause(request: web.Request) -> web.Response:
@@ -50,13 +47,15 @@ async def sleep(request: web.Request) -> web.Response:
 
 
 async def wake_up(request: web.Request) -> web.Response:
-    """All of it: `tags`, which wakes up a part, is a 400."""
-    if request.query.get("tags"):
-        raise invalid("tags", "is not supported: the weights and the KV cache wake up together")
+    """`?tags=weights&tags=kv_cache`: parts of it, all where none is named. With its weights alone it takes others and
+    serves nobody yet."""
+    tags = request.query.getall("tags", PARTS)
+    if not set(tags) <= set(PARTS):
+        raise invalid("tags", f"must be of {', '.join(PARTS)}")
     try:
-        await request.app[STATE].engine.wake_up()
+        await request.app[STATE].engine.wake_up(tags)
     except StartupError as error:
-        raise ApiError(503, f"The model cannot wake up: {_without_paths(error)}") from None
+        raise ApiError(503, f"The model cannot wake up: {without_paths(str(error))}") from None
     return web.Response()
 
 
@@ -84,7 +83,7 @@ async def update_weights(request: web.Request) -> web.Response:
     try:
         await engine.load_weights(directory, mode=mode, version=version)
     except StartupError as error:
-        raise ApiError(400, f"The weights were not taken: {_without_paths(error)}", param="model_path") from None
+        raise ApiError(400, f"The weights were not taken: {without_paths(str(error))}", param="model_path") from None
     except OSError as error:  # a name that is too long, a directory that may not be looked into
         raise ApiError(400, f"The weights were not taken: {error.strerror}.", param="model_path") from None
     return json_response({"success": True, "message": "The new weights serve.", "num_paused_requests": 0})
@@ -104,11 +103,6 @@ def _within(path: str, root: str | None) -> Path:
     if not directory.is_relative_to(top):
         raise ApiError(403, "`model_path` must be a directory under --weights-root.", param="model_path")
     return directory
-
-
-def _without_paths(error: StartupError) -> str:
-    """Its words, with the last part alone of every file of the server that they name."""
-    return _PATH.sub(lambda found: PurePath(found[0]).name or "/", str(error))
 
 
 def _read_mode(request: web.Request) -> str:

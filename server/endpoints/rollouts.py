@@ -15,9 +15,10 @@ from typing import Any
 from aiohttp import web
 
 from engine.config import StartupError
+from engine.forward import PARTS
 from engine.updates import DTYPES, ITEM_BYTES, WeightUpdates, checksums, connect
 from server.protocol.body import Body, invalid, read_body
-from server.protocol.errors import ApiError, json_response
+from server.protocol.errors import ApiError, json_response, without_paths
 from server.state import STATE
 
 UPDATES: web.AppKey[WeightUpdates] = web.AppKey("updates", WeightUpdates)
@@ -29,6 +30,8 @@ MAX_NAME = 512
 MAX_DIMENSIONS = 8
 # What vLLM's trainers pack into one message, unless they are told otherwise.
 PACKED_BYTES = 1 << 30
+# What SGLang calls parts of the memory.
+TAGS = (*PARTS, "cuda_graph")
 # The name of the one group that vLLM's trainers have.
 _ENGINE = "weight_transfer"
 _PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")
@@ -51,7 +54,7 @@ async def init_group(request: web.Request) -> web.Response:
 
 
 async def destroy_group(request: web.Request) -> web.Response:
-    body = await read_body(request)
+    body = await _read_optional(request)
     await request.app[UPDATES].leave(body.string("group_name", "weight_update_group", most=MAX_NAME))
     return json_response({"success": True, "message": "The group is no more."})
 
@@ -101,7 +104,7 @@ async def update_from_tensor(request: web.Request) -> web.Response:
 async def pause_generation(request: web.Request) -> web.Response:
     """`mode`: "abort" (the default) answers with the tokens so far; "retract" holds requests, whose KV is computed
     again; "in_place" holds them with it."""
-    engine, body = request.app[STATE].engine, await read_body(request)
+    engine, body = request.app[STATE].engine, await _read_optional(request)
     mode = body.choice("mode", ("abort", "retract", "in_place")) or "abort"
     await engine.pause("abort" if mode == "abort" else "keep")
     if mode == "retract":
@@ -116,6 +119,26 @@ async def continue_generation(request: web.Request) -> web.Response:
     finally:
         await request.app[STATE].engine.resume()
     return json_response({"status": "ok", "message": "Generation goes on."})
+
+
+async def release_memory(request: web.Request) -> web.Response:
+    """`tags`: parts that go, all where none is named. While requests are there only where the engine is paused."""
+    parts = _read_parts(await _read_optional(request))
+    try:
+        await request.app[STATE].engine.release(parts)
+    except StartupError as error:
+        raise ApiError(400, f"The memory was not released: {without_paths(str(error))}") from None
+    return json_response({"success": True, "message": "The memory is released."})
+
+
+async def resume_memory(request: web.Request) -> web.Response:
+    """`tags`: parts that come back. With its weights alone the server takes others, and serves nobody yet."""
+    parts = _read_parts(await _read_optional(request))
+    try:
+        await request.app[STATE].engine.wake_up(parts)
+    except StartupError as error:
+        raise ApiError(503, f"The memory did not come back: {without_paths(str(error))}") from None
+    return json_response({"success": True, "message": "The memory is back."})
 
 
 async def get_weight_version(request: web.Request) -> web.Response:
@@ -210,7 +233,7 @@ async def update_weights(request: web.Request) -> web.Response:
 
 async def finish_update(request: web.Request) -> web.Response:
     """Serve with what came; who is here goes on with the new weights, its KV computed anew."""
-    version = (await read_body(request)).string("weight_version", None, most=128)
+    version = (await _read_optional(request)).string("weight_version", None, most=128)
     await request.app[UPDATES].finish(version, "keep", begun=True)
     return json_response(
         {"message": "The new weights serve.", "weight_version": request.app[STATE].engine.weight_version}
@@ -284,6 +307,21 @@ def _is_shape(value: Any) -> bool:
     )
 
 
+async def _read_optional(request: web.Request) -> Body:
+    """No body at all asks for what `{}` does: trainers leave it out where nothing is said."""
+    return await read_body(request) if request.can_read_body else Body({})
+
+
+def _read_parts(body: Body) -> list[str]:
+    """cuda_graph: graphs go with either part, and come as they are needed."""
+    tags = body.raw("tags")
+    if tags is None:
+        return list(PARTS)
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and tag in TAGS for tag in tags):
+        raise invalid("tags", f"must be a list of {', '.join(TAGS)}")
+    return [tag for tag in tags if tag in PARTS]
+
+
 async def _read_file(request: web.Request) -> bytes:
     most, data = await request.app[UPDATES].most_bytes(), bytearray()
     async for piece in request.content.iter_any():
@@ -322,6 +360,8 @@ ROUTES = (
     ("POST", "/update_weights_from_tensor", update_from_tensor),
     ("POST", "/pause_generation", pause_generation),
     ("POST", "/continue_generation", continue_generation),
+    ("POST", "/release_memory_occupation", release_memory),
+    ("POST", "/resume_memory_occupation", resume_memory),
     ("GET", "/get_weight_version", get_weight_version),
     ("GET", "/weight_version", get_weight_version),
     ("POST", "/update_weight_version", update_weight_version),

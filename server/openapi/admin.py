@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from engine.forward import PARTS
 from engine.resting import PAUSE_MODES
 from server.openapi.words import (
     Json,
@@ -71,7 +72,12 @@ PATHS: Json = {
         None,
         query={"level": constant("1", "2"), **_MODE},
     ),
-    "/wake_up": post("Take it again.", None, None),
+    "/wake_up": post(
+        "Take it again; parts of it, where some are named. Requests are refused until all are there.",
+        None,
+        None,
+        query={"tags": array(constant(*PARTS))},
+    ),
     "/is_sleeping": get("Whether it does.", gives({"is_sleeping": boolean()})),
     "/update_weights_from_disk": post(
         "Serve with other weights of the same model.",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from server.openapi.openai import GENERATION, HELLO, SCHEMA, TEMPLATE
+from server.openapi.openai import GENERATION, HELLO, KEPT, SCHEMA, TEMPLATE
 from server.openapi.words import (
     ANYTHING,
     NULL,
@@ -119,6 +119,7 @@ _EVENTS: Json = {
     "message_stop": {},
     "ping": {},
 }
+_BESIDE: Json = {"message_delta": {"kv_transfer_params": KEPT}}
 
 SCHEMAS: Json = {
     "AnthropicError": gives(
@@ -144,10 +145,12 @@ SCHEMAS: Json = {
             "content": array(_SAID),
             "usage": _USAGE,
             **_STOPPED,
-        }
+        },
+        {"kv_transfer_params": KEPT},
     ),
     "MessageEvent": either(
-        *(gives({"type": constant(kind), **fields}) for kind, fields in _EVENTS.items()), ref("AnthropicError")
+        *(gives({"type": constant(kind), **fields}, _BESIDE.get(kind, {})) for kind, fields in _EVENTS.items()),
+        ref("AnthropicError"),
     ),
 }
 

@@ -22,6 +22,7 @@ from server.openapi import (
     sglang,
     small,
     tei,
+    tokens,
     watching,
     web,
 )
@@ -30,7 +31,8 @@ from server.protocol.body import REFUSED_EVERYWHERE
 from server.short_forms import short_form
 
 FAMILIES: tuple[Any, ...] = (
-    *(openai, responses, pooling, tei, anthropic, ollama, sglang, llamacpp, admin, rollouts, small, watching, web),
+    *(openai, responses, pooling, tei, anthropic, ollama, sglang, tokens, llamacpp, admin, rollouts, small, watching),
+    web,
 )
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from engine.request import MAX_TOP_LOGPROBS
 from server.openapi.openai import GENERATION, IDS, SCHEMA, TOKEN, prompts
 from server.openapi.words import (
     ANYTHING,
     NULL,
     OBJECT,
     Json,
+    alternatives,
     array,
     boolean,
     constant,
@@ -77,7 +77,7 @@ _FIELDS: Json = {
     "json_schema": SCHEMA,
     "logit_bias": either(GENERATION["logit_bias"], array(_PAIR)),
     "n_predict": integer(-1, about="-1: until the model stops; 0: only the prompt."),
-    "n_probs": integer(0, MAX_TOP_LOGPROBS),
+    "n_probs": alternatives(),
     "repeat_penalty": GENERATION["repeat_penalty"],
     "repeat_last_n": integer(-1, about="0 turns penalties off; else they are of the whole text."),
     "return_tokens": boolean("Ids come beside the text."),

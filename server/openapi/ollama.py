@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from engine.request import MAX_TOP_LOGPROBS
 from server.openapi.openai import HELLO, MESSAGE, OTHER_TOOL, SAMPLING, TOKEN, TOOL, WEATHER
 from server.openapi.words import (
     NULL,
     OBJECT,
     Json,
+    alternatives,
     array,
     boolean,
     constant,
@@ -52,7 +52,7 @@ _COMMON: Json = {
     "keep_alive": either(number(), string(), about="Seconds, or a duration as 5m; 0 without a prompt is unload."),
     "think": either(boolean(), constant(*EFFORTS)),
     "logprobs": boolean(),
-    "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
+    "top_logprobs": alternatives(),
     **refused(REFUSALS),
 }
 _KEPT: Json = {"keep_alive": _COMMON["keep_alive"], "options": takes({}, _HINTS)}

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from engine.request import MAX_STOP_LENGTH, MAX_STOP_STRINGS, MAX_TOP_LOGPROBS, RANGES
+from engine.request import MAX_STOP_LENGTH, MAX_STOP_STRINGS, RANGES
 from server.openapi.rollouts import SPANS
 from server.openapi.words import (
     ANYTHING,
     NULL,
     OBJECT,
     Json,
+    alternatives,
     array,
     boolean,
     constant,
@@ -27,7 +28,7 @@ from server.openapi.words import (
 )
 from server.protocol.body import MAX_NESTING
 from server.protocol.chat import EFFORTS, ROLES
-from server.protocol.completions import DEFAULT_MAX_TOKENS, MAX_LOGPROBS, MAX_PROMPTS
+from server.protocol.completions import DEFAULT_MAX_TOKENS, MAX_PROMPTS
 from server.protocol.generation import (
     MAX_BAD_WORD_LENGTH,
     MAX_BAD_WORDS,
@@ -181,7 +182,7 @@ GENERATION: Json = {
         {}, {"include_usage": boolean(), "continuous_usage_stats": boolean()}, "Only where `stream` is true."
     ),
     "echo": boolean(),
-    "prompt_logprobs": integer(0, MAX_TOP_LOGPROBS, "Not in a stream."),
+    "prompt_logprobs": alternatives("Not in a stream."),
     "speculative": boolean("False: no drafts are tried for it, where the server tries any. They change no token."),
     "max_draft_tokens": integer(0, MAX_DRAFT_TOKENS, "Of one step."),
     "kv_transfer_params": TRANSFER,
@@ -282,7 +283,7 @@ _TOKENIZE_COMMON: Json = {**MODEL, "add_special_tokens": boolean(), "return_toke
 # ---- what is answered
 
 TOKEN = {"token": string(), "logprob": number(), "bytes": array(integer(0, 255))}
-_PROMPT_LOGPROBS = array(
+PROMPT_LOGPROBS = array(
     either(NULL, mapping(gives({"logprob": number(), "rank": integer(1), "decoded_token": string()})))
 )
 _FINISH = constant("stop", "length", "tool_calls", "abort")
@@ -326,7 +327,7 @@ SCHEMAS: Json = {
             "max_completion_tokens": integer(-1),
             "max_tokens": integer(-1, about="The same under its older name."),
             "logprobs": boolean(),
-            "top_logprobs": integer(0, MAX_TOP_LOGPROBS, "Needs `logprobs`."),
+            "top_logprobs": alternatives("Needs `logprobs`."),
             "return_prompt_text": boolean("The rendered prompt comes back as `prompt_text`."),
             "web_search_options": ANYTHING | {"description": "Changes nothing here."},
             **refused(CHAT_REFUSALS),
@@ -337,7 +338,7 @@ SCHEMAS: Json = {
         {
             **GENERATION,
             "max_tokens": integer(-1, about=f"{DEFAULT_MAX_TOKENS} where that fits. 0: only the prompt; -1: no limit."),
-            "logprobs": integer(0, MAX_LOGPROBS),
+            "logprobs": alternatives(),
             "suffix": string("What is to follow the answer; of models that can fill in the middle, and texts."),
             **refused(COMPLETION_REFUSALS),
         },
@@ -398,7 +399,7 @@ SCHEMAS: Json = {
             "usage": ref("Usage"),
             "prompt_token_ids": IDS,
             "prompt_text": string(),
-            "prompt_logprobs": _PROMPT_LOGPROBS,
+            "prompt_logprobs": PROMPT_LOGPROBS,
             "kv_transfer_params": KEPT,
         },
     ),
@@ -452,7 +453,7 @@ SCHEMAS: Json = {
                 "token_ids": IDS,
                 "weight_versions": SPANS,
                 "prompt_token_ids": IDS,
-                "prompt_logprobs": _PROMPT_LOGPROBS,
+                "prompt_logprobs": PROMPT_LOGPROBS,
             },
         ),
         {"usage": either(ref("Usage"), NULL), "kv_transfer_params": KEPT},

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from engine.request import MAX_TOP_LOGPROBS
-from server.openapi.openai import GENERATION, HELLO, OTHER_TOOL, PREDICTION, SCHEMA, TEMPLATE, THINKING, TOKEN
+from server.openapi.openai import GENERATION, HELLO, KEPT, OTHER_TOOL, PREDICTION, SCHEMA, TEMPLATE, THINKING, TOKEN
 from server.openapi.words import (
     ANYTHING,
     NULL,
     OBJECT,
     Json,
+    alternatives,
     array,
     boolean,
     constant,
@@ -26,6 +26,7 @@ from server.openapi.words import (
     string,
     takes,
 )
+from server.protocol.compaction import REFUSALS as COMPACTION_REFUSALS
 from server.protocol.refusals import CHAT_REFUSALS
 from server.protocol.response_items import ROLES
 from server.protocol.responses import HINTS, INCLUDES, MOVED, REFUSALS
@@ -85,7 +86,7 @@ _PROMPT: Json = {
     "previous_response_id": string(),
     "max_output_tokens": integer(1),
     "include": array(string(least=1), f"Known: {', '.join(INCLUDES)}."),
-    "top_logprobs": integer(0, MAX_TOP_LOGPROBS),
+    "top_logprobs": alternatives(),
     "tools": array(either(_FUNCTION, _CUSTOM, _NAMESPACE, _UNKNOWN)),
     "tool_choice": either(
         constant("none", "auto", "required"),
@@ -206,7 +207,8 @@ _RESPONSE = gives(
         "top_logprobs": integer(0),
         "truncation": constant("auto", "disabled"),
         "user": _NO_STRING,
-    }
+    },
+    {"kv_transfer_params": KEPT},
 )
 _PART: Json = {"item_id": string(), "output_index": integer(0), "content_index": integer(0)}
 _SAID = either(_OUTPUT_TEXT, _REASONING_TEXT)
@@ -251,7 +253,8 @@ SCHEMAS: Json = {
         _REQUEST
         | _INPUT
         | dict.fromkeys(("store", "text", "include", "top_logprobs", "stream_options", "tool_choice"), ANYTHING)
-        | {"stream": constant(False)},
+        | {"stream": constant(False)}
+        | refused(COMPACTION_REFUSALS),
     ),
     "Compaction": gives(
         {

@@ -60,6 +60,7 @@ SCHEMAS: Json = {
         {"load_format": constant("auto", "safetensors"), **_REST},
     ),
     "PauseRequest": takes({}, {"mode": constant("abort", "retract", "in_place")}),
+    "MemoryRequest": takes({}, {"tags": array(constant("weights", "kv_cache", "cuda_graph"), "All, if left out.")}),
     "VersionRequest": takes({}, {"new_version": _VERSION, "weight_version": _VERSION, "abort_all_requests": boolean()}),
     "CheckRequest": takes({"action": constant("checksum", "snapshot", "compare")}),
     "InitEngineRequest": takes(
@@ -112,6 +113,18 @@ PATHS: Json = {
         examples=({"mode": "retract"},),
     ),
     "/continue_generation": post("Go on, with the weights that came meanwhile.", None, _OK),
+    "/release_memory_occupation": post(
+        "Give the device's memory back, or parts of it (SGLang); /sleep?level=1 does.",
+        "MemoryRequest",
+        _DONE,
+        examples=({"tags": ["kv_cache", "weights"]}, {}),
+    ),
+    "/resume_memory_occupation": post(
+        "Take it again; requests are refused until all of it is there.",
+        "MemoryRequest",
+        _DONE,
+        examples=({"tags": ["weights"]}, {"tags": ["kv_cache", "cuda_graph"]}),
+    ),
     "/get_weight_version": _CALLED,
     "/weight_version": _CALLED,
     "/update_weight_version": post(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from engine.request import MAX_TOP_LOGPROBS
 from server.openapi.openai import GENERATION, IDS, KEPT
 from server.openapi.rollouts import SPANS
 from server.openapi.words import (
     NULL,
     Json,
+    alternatives,
     array,
     boolean,
     constant,
@@ -49,7 +49,7 @@ _COMMON: Json = {
     "rid": _each(string(least=1, most=MAX_RID_LENGTH)),
     "stream": boolean(),
     "return_logprob": _each(boolean()),
-    "top_logprobs_num": _each(integer(0, MAX_TOP_LOGPROBS)),
+    "top_logprobs_num": _each(alternatives()),
     "logprob_start_len": _each(integer(-1)),
     "return_text_in_logprobs": boolean(),
     **{name: _each(_of_completion(name)) for name in EACH},

@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from typing import Any
 
+from engine.request import MAX_TOP_LOGPROBS
+
 Json = dict[str, Any]
 
 
 def integer(low: int | None = None, high: int | None = None, about: str = "") -> Json:
     return _limited("integer", {"minimum": low, "maximum": high}, about)
+
+
+def alternatives(about: str = "") -> Json:
+    """Beside each token."""
+    return integer(0, about=f"At most --max-logprobs, {MAX_TOP_LOGPROBS} unless set. {about}".rstrip())
 
 
 def number(low: float | None = None, high: float | None = None, about: str = "", *, above: bool = False) -> Json:

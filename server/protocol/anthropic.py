@@ -52,9 +52,9 @@ SAME = (
     "priority",
     "speculative",
     "max_draft_tokens",
+    "kv_transfer_params",
 )
 REFUSALS: dict[str, tuple[object, ...]] = {
-    "kv_transfer_params": (),
     "vllm_xargs": ({},),
 }
 # Wishes that change no word of the answer, or that only Anthropic's own servers could meet: with the values that ask
@@ -110,12 +110,16 @@ async def parse_messages(body: Body, state: State, response_id: str) -> tuple[Pl
     thinking = body.object("thinking") or {}
     chat = await aside(body, partial(_to_chat, body, state))
     budget = chat.get("thinking_token_budget")
-    if budget is not None and budget >= max_tokens:
-        raise invalid("thinking.budget_tokens", "must be less than `max_tokens`")
     if state.reasoning_family is None:
         # Agents ask every model to think; one that does not keeps any budget.
         chat["thinking_token_budget"] = None
     plan = await parse_chat(Body(chat, body.size), state, response_id)
+    transfer = plan.requests[0].transfer
+    if transfer is not None and transfer.keep:
+        # Routers ask the prefiller for one token, with any budget; it says one anyway.
+        return plan, Wanted(max_tokens, thinking.get("display") != "omitted")
+    if budget is not None and budget >= max_tokens:
+        raise invalid("thinking.budget_tokens", "must be less than `max_tokens`")
     # Clients must send a number and send a large one, whatever the model; Anthropic has a stop reason for what ends
     # at the context's end instead.
     plan = with_max_tokens(plan, lambda request: min(max_tokens, max(1, room_for(state, request.prompt_token_ids))))

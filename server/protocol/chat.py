@@ -14,7 +14,7 @@ from typing import Any
 import orjson
 
 from engine.config import RESERVED_TEMPLATE_KWARGS
-from engine.request import MAX_TOP_LOGPROBS, RequestError
+from engine.request import RequestError
 from engine.text.chat_template import ChatTemplate
 from engine.text.grammar.spec import GrammarSpec
 from engine.text.template_shape import text_of
@@ -47,7 +47,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
         name = "max_completion_tokens"
         if body.integer("max_tokens", wanted, -1) != wanted:
             raise invalid("max_tokens", "and `max_completion_tokens` differ; give one of them")
-    logprobs = _read_logprobs(body)
+    logprobs = _read_logprobs(body, state.model.max_logprobs)
     most = state.model.generation_defaults.max_new_tokens
     common = await aside(body, partial(read_common, body, state, name, most, logprobs))
     tools = await aside(body, partial(read_tools, body))
@@ -173,9 +173,9 @@ def _read_style(body: Body, reasoning: ReasoningFamily | None) -> ReasoningStyle
     return "apart" if stream else "held"
 
 
-def _read_logprobs(body: Body) -> int | None:
+def _read_logprobs(body: Body, most: int) -> int | None:
     wanted = body.boolean("logprobs", False)
-    top = body.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS)
+    top = body.integer("top_logprobs", None, 0, most)
     if top and not wanted:
         raise invalid("top_logprobs", "needs `logprobs` to be true")
     return (top or 0) if wanted else None

@@ -9,6 +9,7 @@ from typing import Any
 
 from server.protocol.body import Body, invalid
 from server.protocol.generation import Plan
+from server.protocol.refusals import refuse
 from server.protocol.responses import Asked, parse_response
 from server.state import State
 
@@ -18,12 +19,15 @@ _PROMPT = (
 )
 # A summary that is longer saves little.
 _MAX_TOKENS = 4096
+# The prompt is another one than that of which pages are kept.
+REFUSALS: dict[str, tuple[object, ...]] = {"kv_transfer_params": ()}
 
 
 async def parse_compaction(body: Body, state: State, response_id: str, owner: str) -> tuple[Plan, Asked]:
     """The plan of the summary; the last of the items asks for it. Raises RequestError, under the client's names."""
     if body.boolean("stream", False):
         raise invalid("stream", "is not supported here: the shorter conversation comes at once")
+    refuse(body, REFUSALS)
     given = body.raw("input")
     items: Any = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if items is None and body.has("previous_response_id"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from engine.request import MAX_TOP_LOGPROBS
 from server.protocol.body import Body, aside, invalid
 from server.protocol.generation import Common, Plan, make_plan, read_common
 from server.protocol.infill import ending, find_infill, infill_prompt
@@ -17,8 +16,6 @@ from server.state import State
 
 MAX_PROMPTS = 1024
 DEFAULT_MAX_TOKENS = 16
-# vLLM's bound; OpenAI's own is 5.
-MAX_LOGPROBS = MAX_TOP_LOGPROBS
 
 
 async def parse_completion(
@@ -29,7 +26,7 @@ async def parse_completion(
     default_max_tokens: int | None = DEFAULT_MAX_TOKENS,
 ) -> Plan:
     """Raises RequestError for anything that cannot be served. Other families have other defaults and limits."""
-    logprobs = body.integer("logprobs", None, 0, MAX_LOGPROBS)
+    logprobs = body.integer("logprobs", None, 0, state.model.max_logprobs)
     common = await aside(body, partial(read_common, body, state, "max_tokens", default_max_tokens, logprobs))
     spec = await aside(body, partial(read_grammar, body))
     refuse(body, COMPLETION_REFUSALS)

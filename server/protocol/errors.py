@@ -7,13 +7,17 @@ responder for errors inside a stream, and below aiohttp for what is no HTTP at a
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
+from pathlib import PurePath
 
 import orjson
 from aiohttp import web
 
 from engine.request import RequestError
 
+# A file of the server in a sentence.
+_PATH = re.compile(r"(?<![\w.])/[^\s:,;]*")
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 _CODES = {
     401: "invalid_api_key",
@@ -82,3 +86,8 @@ def error_response(
 def json_response(value: object, status: int = 200) -> web.Response:
     """`value` as JSON."""
     return web.Response(body=orjson.dumps(value), status=status, content_type="application/json")
+
+
+def without_paths(words: str) -> str:
+    """The same, with the last part alone of every file of the server that they name."""
+    return _PATH.sub(lambda found: PurePath(found[0]).name or "/", words)

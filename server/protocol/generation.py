@@ -13,7 +13,6 @@ from typing import Any
 from engine.request import (
     MAX_STOP_LENGTH,
     MAX_STOP_STRINGS,
-    MAX_TOP_LOGPROBS,
     RANGES,
     Adapter,
     Request,
@@ -170,7 +169,7 @@ def read_common(
     num_choices = body.integer("n", 1, 1, MAX_CHOICES)
     stream = body.boolean("stream", False)
     num_candidates = _read_best_of(body, num_choices, stream)
-    prompt_logprobs = body.integer("prompt_logprobs", None, 0, MAX_TOP_LOGPROBS)
+    prompt_logprobs = body.integer("prompt_logprobs", None, 0, state.model.max_logprobs)
     if prompt_logprobs is not None and stream:
         raise invalid("prompt_logprobs", "is only allowed when `stream` is false")
     include_usage, continuous_usage = _read_stream_options(body, stream)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.request import MAX_TOP_LOGPROBS
 from engine.text.tokenizer import Tokenizer
 from server.protocol.body import Body, check_nesting, invalid
 from server.protocol.completions import MAX_PROMPTS, parse_completion
@@ -140,7 +139,7 @@ def _read_fields(body: Body, state: State) -> dict[str, Any]:
         ignore("repeat_last_n")
     if last == 0:
         fields |= {"repetition_penalty": 1, "presence_penalty": 0, "frequency_penalty": 0}
-    if not body.integer("n_probs", 0, 0, MAX_TOP_LOGPROBS):
+    if not body.integer("n_probs", 0, 0, state.model.max_logprobs):
         fields["logprobs"] = None
     if isinstance(fields["logit_bias"], list):
         fields["logit_bias"] = _read_bias(fields["logit_bias"], state.tokenizer)

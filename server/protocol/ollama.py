@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from engine.request import MAX_TOP_LOGPROBS, ContextLengthExceededError, Request, RequestError
+from engine.request import ContextLengthExceededError, Request, RequestError
 from server.adapters import adapter_name
 from server.protocol.body import Body, invalid
 from server.protocol.chat import is_begun, is_last_of_assistant, parse_chat
@@ -282,7 +282,7 @@ async def _parse_raw(body: Body, fields: dict[str, Any], state: State, response_
         if body.raw(name) not in (None, "") and body.raw(name) is not False:
             raise invalid(name, f"cannot be combined with `{'suffix' if body.raw('suffix') else 'raw'}`")
     # A completion has one field for both.
-    top, wanted = body.integer("top_logprobs", None, 0, MAX_TOP_LOGPROBS), body.boolean("logprobs", False)
+    top, wanted = body.integer("top_logprobs", None, 0, state.model.max_logprobs), body.boolean("logprobs", False)
     if top and not wanted:
         raise invalid("top_logprobs", "needs `logprobs` to be true")
     fields |= {"prompt": body.raw("prompt"), "suffix": body.raw("suffix"), "logprobs": (top or 0) if wanted else None}

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from engine.request import MAX_TOP_LOGPROBS, Request
+from engine.request import Request
 from server.adapters import adapter_name
 from server.protocol.body import Body, are_token_ids, invalid
 from server.protocol.completions import MAX_PROMPTS, parse_completion
@@ -122,7 +122,7 @@ async def parse_generate(body: Body, state: State, response_id: str) -> tuple[Pl
             fields["model"] = given
         own = Body(each.at(("return_logprob", "top_logprobs_num", "logprob_start_len"), index))
         wants_logprobs = own.boolean("return_logprob", False)
-        top = own.integer("top_logprobs_num", 0, 0, MAX_TOP_LOGPROBS)
+        top = own.integer("top_logprobs_num", 0, 0, state.model.max_logprobs)
         if wants_logprobs:
             fields["logprobs"] = top
         elif top:

@@ -27,8 +27,13 @@ from engine.watchdog import Watchdog
 from server.ray.bridge import Ask, Bridge, Head, Piece
 from server.ray.front import REPLICA_HEADER, Front, FullError, GoneError
 from server.ray.prefixes import Seen
+from server.ray.weights import Held, SiblingWeights
 
 logger = logging.getLogger("oneloop.ray")
+
+# Of a new replica: how long it waits until it knows of the others, and when it asks them again.
+SIBLINGS_S, SIBLINGS_TRIES = 5.0, 3
+AGAIN_S, AGAIN_TIMES = 5.0, 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +54,8 @@ class Replica:
     async def __init__(self, make: Callable[[], Hosted]) -> None:  # type: ignore[misc]  # Serve awaits it
         hosted = make()
         self._engine, self._options = hosted.engine, hosted.options
-        self._id = str(serve.get_replica_context().replica_id.unique_id)
+        context = serve.get_replica_context()
+        self._id = str(context.replica_id.unique_id)
         self._seen = Seen(hosted.engine.limits.capacity)
         self._num_ongoing = 0
         self._bridge = Bridge(hosted.app, hosted.engine, hosted.options)
@@ -62,6 +68,32 @@ class Replica:
         self._watchdog = Watchdog(self._engine.seconds_since_progress, self._options.stall_timeout_s)
         self._watchdog.start()
         self._running = asyncio.create_task(self._engine.run(), name="engine")
+        self._weights = SiblingWeights(self._engine, self._id)
+        self._siblings = serve.get_deployment_handle(context.deployment, context.app_name)
+        for _ in range(SIBLINGS_TRIES):
+            if await self._ask_siblings("weights_held"):
+                await self._weights.catch_up(self._ask_siblings)
+                break
+            await asyncio.sleep(0.3)
+        again = self._weights.look_again(self._ask_siblings, AGAIN_S, AGAIN_TIMES)
+        self._looking = asyncio.create_task(again, name="weights")
+
+    async def _ask_siblings(self, method: str, *args: Any) -> list[Any]:
+        """What the replicas say that Serve knows of; nothing where it knows none."""
+        with suppress(DeploymentUnavailableError, TimeoutError):
+            async with asyncio.timeout(SIBLINGS_S):
+                response = self._siblings.broadcast(method, *args)
+                answers = await response.results_async(return_exceptions=True)
+            return [one for one in answers if not isinstance(one, BaseException)]
+        return []
+
+    async def weights_held(self) -> Held:
+        """For siblings that start; see SiblingWeights."""
+        return await self._weights.held()
+
+    async def weights_piece(self, replica: str, updates: int, name: str, offset: int) -> bytes | None:
+        """For siblings that start; see SiblingWeights."""
+        return await self._weights.piece(replica, updates, name, offset)
 
     async def check_health(self) -> None:
         """Raises where nothing would be answered any more: Serve ends this replica then and starts another."""
@@ -108,8 +140,10 @@ class Replica:
         """Called by Serve, after the requests that it knows of: what goes on without a client (background) ends too."""
         await self._bridge.close()
         self._watchdog.close()
+        self._looking.cancel()
         self._running.cancel()
-        await asyncio.wait({self._running})
+        await asyncio.wait({self._running, self._looking})
+        self._weights.close()
         self._engine.executor.close()
 
 

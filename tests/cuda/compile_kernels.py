@@ -131,6 +131,9 @@ def calls(dtype: torch.dtype, rows: int) -> None:
         for table in (empty(4096, 64, kind=torch.float32), None):
             norms = (empty(64), empty(64), 1e-6) if table is not None else None
             rope.rope_and_write_kv(q, k, v, table, empty(rows, kind=ints), empty(rows, kind=ints), *pools, norms)
+    latents = empty(rows, 1, 576)
+    table = empty(4096, 64, kind=torch.float32)
+    rope.rotate(empty(rows, 16, 576)[..., 512:], latents[..., 512:], table, empty(rows, kind=ints))
     for many in (rows, 64 * rows) if is_served else (rows,):  # the last of 64 rows: tiles of 64 and of 128
         gate_up, down = empty(16, 1536, 2048), empty(16, 2048, 768)
         tokens, ratings = empty(many, 2048), empty(many, 16)
@@ -147,8 +150,30 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     sampling.sample_rows(raw, params, numbers, numbers, numbers, out, None, filtered=True)
     if is_served:
         recurrent(dtype, rows)
+        coded_weights(dtype, rows)
+        adapters(dtype, rows)
     if rows == 1:  # open steps, and those with prompts
         sampling.sample_rows(logits, params, numbers, numbers, numbers, out, numbers, filtered=True)
+
+
+def coded_weights(dtype: torch.dtype, rows: int) -> None:
+    """Products with weights that stay codes, in every form; the tiles of a form that is common."""
+    from engine.ops.device_coded import FORMS, FOUR_BITS, TILES, tile_rows
+    from engine.ops.triton import coded
+
+    for form in FORMS:
+        few = form == "e2m1" or form.startswith("int4")
+        assert few == (form in FOUR_BITS)
+        codes = torch.empty((2048, 1024 if few else 2048), dtype=torch.uint8)
+        scale = torch.empty((64, 2048), dtype=torch.bfloat16 if form == "e2m1" else torch.float16)
+        low = torch.empty((64, 2048), dtype=torch.float32) if form.endswith("low") else None
+        x, bias = torch.empty((rows, 2048), dtype=dtype), torch.empty(2048, dtype=dtype)
+        for tile in TILES if form in ("int4", "e4m3") else TILES[:1]:
+            coded.coded_product(x, form, codes, scale, low, bias, 32, (tile_rows(rows), *tile))
+        if rows == 1:
+            coded.widened(form, codes, scale, low, 2048, 32, dtype)
+            if form == "int4":
+                coded.widened(form, codes, scale, low, 2048, 32, dtype, torch.empty(9, dtype=torch.int32))
 
 
 def recurrent(dtype: torch.dtype, rows: int) -> None:
@@ -179,6 +204,21 @@ def recurrent(dtype: torch.dtype, rows: int) -> None:
     recurrence.causal_conv(empty(rows, 2048), empty(3, 2048, kind=wide), None, empty(9, 2, 2048), where, silu=False)
     for silu in (False, True):
         recurrence.gate(v, v, silu=silu)
+
+
+def adapters(dtype: torch.dtype, rows: int) -> None:
+    """The fused layer of queries, keys and values, and one whose outputs begin on no multiple of 16."""
+    from engine.ops.lora_device import DeviceSite, Grouped, Shelf, SiteShape
+
+    fused = SiteShape(2048, 3072, ((0, 2048), (2048, 2560), (2560, 3072)), 64)
+    shelf = Shelf([fused, SiteShape(8192, 2045, ((0, 2045),), 64)], 8, dtype)
+    shelf.memory = torch.empty((8, shelf.room), dtype=dtype)
+    shelf.table = torch.empty((9, 4), dtype=torch.int32)
+    blocks = 8 if rows == 1 else 40
+    given = Grouped(torch.empty(blocks * 32, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32))
+    for number, shape in enumerate(shelf.shapes):
+        x, y = torch.empty(rows, shape.in_features, dtype=dtype), torch.empty(rows, shape.out_features, dtype=dtype)
+        DeviceSite(shelf, number, x.device).by_kernels(x, y, given)
 
 
 def main() -> None:

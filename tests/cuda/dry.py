@@ -28,6 +28,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
 os.environ["FLASHINFER_DISABLE_JIT"] = "0"
@@ -48,7 +49,14 @@ FREE |= {"set_", "_unsafe_view", "empty_permuted"}
 # Operations whose result, or its size, the host must have.
 LOOKS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim", "bincount"}
 PROPERTIES = SimpleNamespace(
-    major=9, minor=0, multi_processor_count=132, name="NVIDIA H200", total_memory=140 * 2**30, warp_size=32
+    major=9,
+    minor=0,
+    multi_processor_count=132,
+    name="NVIDIA H200",
+    total_memory=140 * 2**30,
+    warp_size=32,
+    shared_memory_per_multiprocessor=228 * 1024,
+    shared_memory_per_block_optin=227 * 1024,
 )
 
 
@@ -72,6 +80,8 @@ class Log:
         self.modules: set[str] = set()
         # Functions of modules that were called: (module, function).
         self.calls: set[tuple[str, str]] = set()
+        # With which arguments.
+        self.forms: dict[tuple[str, str], set[tuple[str, ...]]] = {}
         self.capturing = False
         self.steps = False
         self.pinned: list[tuple[int, int]] = []
@@ -315,6 +325,13 @@ def _triton_launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     return launch
 
 
+def _form(argument: Any) -> str:
+    """What an argument is, for calls that are to be alike."""
+    if isinstance(argument, Tensor):
+        return f"{argument.dtype} [{argument.dim()}] {'device' if argument.is_cuda else 'host'}"
+    return type(argument).__name__
+
+
 class _Module:
     """Stands for a compiled module of FlashInfer."""
 
@@ -325,9 +342,13 @@ class _Module:
         if what.startswith("__"):
             raise AttributeError(what)
 
+        if what == "plan_with_staged_workspace_bytes":  # of what wraps a module, which is not there
+            raise AttributeError(what)
+
         def call(*args: Any) -> object:
             LOG.modules.add(self.name)
             LOG.calls.add((self.name, what))
+            LOG.forms.setdefault((self.name, what), set()).add(tuple(map(_form, args)))
             if what == "plan":
                 LOG.add("plan", self.name)
                 return [0] * 16
@@ -377,7 +398,7 @@ EXTRAS: list[dict[str, Any]] = [
 ]
 
 
-def dummy_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
+def dummy_model(config: dict[str, Any], dtype: torch.dtype, max_adapters: int = 0) -> Any:
     """A model whose weights have no numbers."""
     from engine.models.loading.load import load_model
     from engine.models.loading.weights import DummyWeights
@@ -388,20 +409,20 @@ def dummy_model(config: dict[str, Any], dtype: torch.dtype) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))
-        return load_model(
-            read_spec(directory), directory, dtype=dtype, device=DEVICE, load_format="dummy", max_model_len=1024
-        )
+        options: dict[str, Any] = {"load_format": "dummy", "max_model_len": 1024, "max_adapters": max_adapters}
+        return load_model(read_spec(directory), directory, dtype=dtype, device=DEVICE, **options)
 
 
 def make_executor(
     config: dict[str, Any], way: str, dtype: torch.dtype, kv_dtype: torch.dtype | None, **options: Any
 ) -> Any:
     from engine.executor.cuda import CUDAExecutor
+    from engine.executor.cuda_adapters import DeviceAdapters
     from engine.forward import Limits
+    from engine.ops.attention import flashinfer, flashinfer_latent
     from engine.ops.attention.device import DeviceAttention
-    from engine.ops.attention.flashinfer import Backend
 
-    model = dummy_model(config, dtype)
+    model = dummy_model(config, dtype, options.get("adapters", 0))
     limits = Limits(
         max_num_seqs=options.get("rows", 8),
         max_num_batched_tokens=512,
@@ -410,6 +431,7 @@ def make_executor(
         num_pages=options.get("rows", 8) * 64,
         vocab_size=model.config.vocab_size,
         num_snapshots=8 if model.config.has_state else None,
+        max_adapters=options.get("adapters", 0),
     )
     given: dict[str, Any] = {
         "num_pages": limits.num_pages,
@@ -421,10 +443,14 @@ def make_executor(
     attention: DeviceAttention
     if way == "torch":
         attention = DeviceAttention(model.attention_spec, **given)
+    elif model.attention_spec.latent is not None:
+        attention = flashinfer_latent.Backend(model.attention_spec, **given)
     else:
-        attention = Backend(model.attention_spec, decode=way, **given)
+        attention = flashinfer.Backend(model.attention_spec, decode=way, **given)
     layer = DryDevice(options.get("ours", 0.5))
-    return CUDAExecutor(model, limits, layer, attention, cuda_graph=options.get("graph", "lazy"))  # type: ignore[arg-type]
+    adapters = DeviceAdapters(model, layer, 16, 512) if limits.max_adapters else None  # type: ignore[arg-type]
+    graph = options.get("graph", "lazy")
+    return CUDAExecutor(model, limits, layer, attention, cuda_graph=graph, adapters=adapters)  # type: ignore[arg-type]
 
 
 def requests_of(changes: list[dict[str, Any]], vocab: int) -> list[Any]:
@@ -441,7 +467,31 @@ def requests_of(changes: list[dict[str, Any]], vocab: int) -> list[Any]:
     return found
 
 
-def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, changes: list[dict[str, Any]]) -> None:
+def adapters_of(executor: Any) -> list[Any]:
+    """One for all layers and one for some of them, and none."""
+    from engine.request import Adapter
+    from tests.lora.handmade import factors, write
+
+    layers = executor.model.adapted
+    modules = [name for name in layers.places if name.startswith("model.layers.") and ".experts." not in name]
+    found: list[Any] = [None]
+    with tempfile.TemporaryDirectory() as folder:
+        for number, chosen in enumerate((modules, modules[::3]), 1):
+            path = write(Path(folder) / f"a{number}", factors(layers, 4 * number, number, chosen), r=4 * number)
+            weights = executor.read_adapter(path)
+            found.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights))
+    return found
+
+
+def serve(
+    name: str,
+    config: dict[str, Any],
+    way: str,
+    dtype: str,
+    kv: str,
+    changes: list[dict[str, Any]],
+    adapters: int = 0,
+) -> None:
     """Requests through the whole engine; steps of all kinds, eager and captured."""
     from engine.kernels import kernels_of
     from tests.cuda.support import serve as through_the_engine
@@ -451,9 +501,11 @@ def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, chan
     result: dict[str, Any] = {"name": name, "error": "", "attention": ""}
     try:
         with DryMode():
-            executor = make_executor(config, way, getattr(torch, dtype), kv_dtype)
+            executor = make_executor(config, way, getattr(torch, dtype), kv_dtype, adapters=adapters)
+            given = adapters_of(executor) if adapters else [None]
             LOG.steps = True
             asked = requests_of(changes, executor.limits.vocab_size)
+            asked = [dataclasses.replace(each, adapter=given[n % len(given)]) for n, each in enumerate(asked)]
             asyncio.run(asyncio.wait_for(through_the_engine(executor, asked), 240))
             LOG.steps = False
             result["attention"] = executor.attention.describe()
@@ -466,8 +518,36 @@ def serve(name: str, config: dict[str, Any], way: str, dtype: str, kv: str, chan
     result["findings"] = dict(Counter(event.name for event in LOG.events if event.kind == "finding"))
     result["modules"] = sorted(LOG.modules)
     result["calls"] = sorted(LOG.calls)
+    # Of the modules that we call ourselves, beside FlashInfer's own calls at the start.
+    result["forms"] = {
+        what: [len(forms), len(min(forms))] for (name, what), forms in LOG.forms.items() if "_mla_" in name
+    }
     result["captured"] = sum(event.captured for event in LOG.events)
     print(json.dumps(result), flush=True)
+
+
+@contextlib.contextmanager
+def weights_of_codes(form: str) -> Iterator[None]:
+    """Every linear layer keeps codes that have no numbers."""
+    from engine.models.loading.weights import DummyWeights
+    from engine.ops import device_coded
+    from engine.ops.device_coded import DeviceCodedLinear
+
+    def linear(self: DummyWeights, names: Any, rows: Any, columns: int, **options: Any) -> Any:
+        total, device = sum(rows), self.device
+        bias = torch.empty(total, dtype=self.dtype, device=device) if options.get("bias") else None
+        made = DeviceCodedLinear(
+            form, total, columns, 32, self.dtype, device, [], bias, activation=options.get("activation")
+        )
+        self.linears.append(made)
+        return made
+
+    with (
+        mock.patch.object(DummyWeights, "linear", linear),
+        # Which scales are the same cannot be asked of tensors without numbers.
+        mock.patch.object(device_coded, "_fewest", lambda scales, lows: (scales.half(), lows)),
+    ):
+        yield
 
 
 def encode(name: str, config: dict[str, Any]) -> None:
@@ -498,17 +578,24 @@ def encode(name: str, config: dict[str, Any]) -> None:
 
 
 def count(name: str, config: dict[str, Any], rows: int, draw: str = "plain") -> None:
-    """What the graph of a decode step holds, by layer and for the rest; and the launches of a mixed step."""
+    """What the graph of a decode step holds, by layer and for the rest; and the launches of a mixed step.
+
+    draw: as a GraphKey has it; behind a +, whether the model has places for adapters, and whether the rows have any.
+    """
     from engine.executor.cuda_graph import GraphKey
 
+    kind, _, places = draw.partition("+")
     totals, mixed, names = [], [], []
     for layers in (2, 4):
         LOG.__init__()  # type: ignore[misc]
         with DryMode():
-            executor = make_executor({**config, "num_hidden_layers": layers}, "auto", torch.bfloat16, None, rows=rows)
+            options = {"rows": rows, "adapters": 2 if places else 0}
+            executor = make_executor({**config, "num_hidden_layers": layers}, "auto", torch.bfloat16, None, **options)
             executor.choose_products()
-            key = GraphKey(rows, executor.graphs.widths[0], 0, draw)
+            key = GraphKey(rows, executor.graphs.widths[0], 0, kind, places == "adapters")
             executor._prepare(key)
+            if executor.attention.decode_needs_plan(rows):
+                executor._plan_padding(executor._sides[0], key)
             graph = executor.layer.capture(lambda key=key, executor=executor: executor._decode(key))
             totals.append(len(graph))
             names.append(Counter(event.name for event in graph))
@@ -585,7 +672,12 @@ def signatures() -> None:
 
     prefill, decode = flashinfer.BatchPrefillWithPagedKVCacheWrapper, flashinfer.BatchDecodeWithPagedKVCacheWrapper
     found = {}
+    latent = flashinfer.mla.BatchMLAPagedAttentionWrapper
     for name, call in {
+        "mla.__init__": latent.__init__,
+        "mla.plan": latent.plan,
+        "mla.run": latent.run,
+        "mla.csr": flashinfer.mla.MLAPlanMetadata.csr,
         "prefill.__init__": prefill.__init__,
         "prefill.plan": prefill.plan,
         "prefill.run": prefill.run,
@@ -629,12 +721,25 @@ def main(names: list[str]) -> None:
             signatures()
         elif name == "planted":
             planted()
+        elif name == "adapters":
+            for architecture in (
+                "LlamaForCausalLM",
+                "Qwen3MoeForCausalLM",
+                "DeepseekV3ForCausalLM",
+                "Qwen3_5ForCausalLM",
+            ):
+                config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+                way = "torch" if architecture == "DeepseekV3ForCausalLM" else "auto"
+                serve(f"adapters {architecture}", config, way, "bfloat16", "auto", [{}, {"top_k": 5}], adapters=2)
         elif name == "features":
             for way in ("torch", "auto", "wrapper"):
                 serve(f"extras {way}", llama, way, "bfloat16", "auto", EXTRAS)
             serve("extras float32", llama, "torch", "float32", "auto", EXTRAS)
             for way in ("auto", "wrapper"):
                 serve(f"fp8 {way}", llama, way, "bfloat16", "fp8", [{}, {"top_k": 5}])
+            for form in ("int4 and low", "e4m3"):
+                with weights_of_codes(form):
+                    serve(f"codes {form}", llama, "auto", "bfloat16", "auto", [{}, {"top_k": 5}])
         else:
             shape, rows, draw = name.split(":")
             count(shape, SHAPES[shape], int(rows), draw)

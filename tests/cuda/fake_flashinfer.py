@@ -7,6 +7,7 @@ before that buffer's copy has run corrupts the step before.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +33,19 @@ SIGNATURES = {
     "window_left window_right logits_soft_cap q_data_type kv_data_type o_data_type data_type sm_scale rope_scale "
     "rope_theta non_blocking block_tables seq_lens fixed_split_size disable_split_kv q_len_per_req is_causal",
     "run": "q paged_kv_cache | q_scale k_scale v_scale out lse return_lse enable_pdl window_left sinks",
+    "mla.__init__": "float_workspace_buffer | use_cuda_graph qo_indptr kv_indptr kv_indices kv_len_arr backend",
+    "mla.plan": "| qo_indptr kv_indptr kv_indices kv_len_arr num_heads head_dim_ckv head_dim_kpe page_size causal "
+    "sm_scale q_data_type kv_data_type use_profiler metadata cum_seq_lens_q block_tables seq_lens max_q_len "
+    "query_layout kv_cache_layout lse_mode output_dtype output_scale scale_mode skip_softmax enable_pdl use_sinks",
+    "mla.run": "| q_nope q_pe ckv_cache kpe_cache out lse return_lse profiler_buffer kv_len page_table "
+    "return_lse_base_on_e o_scale query kv_cache ckv_scale ckv_scale_arr kpe_scale sinks "
+    "skip_softmax_threshold_scale_factor bmm1_scale bmm2_scale",
+    "mla.csr": "qo_indptr kv_indptr kv_indices kv_len_arr |",
+    # Of what it compiles: the dry run holds our calls against the wrapper's own.
+    "mla_module.plan": "float_workspace int_workspace pinned_workspace qo_indptr kv_indptr kv_len num_heads "
+    "head_dim_ckv causal |",
+    "mla_module.run": "float_workspace int_workspace plan q_nope q_pe ckv kpe kv_indices out lse mask num_heads "
+    "page_size sm_scale lse_base_e ckv_scale kpe_scale ckv_scales |",
     "xqa": "query kv_cache workspace_buffer block_tables seq_lens max_seq_len | bmm1_scale bmm2_scale window_left out "
     "sinks kv_layout enable_pdl q_len_per_req o_scale mask kv_cache_sf q_cu_seq_lens",
 }
@@ -234,10 +248,143 @@ class DecodeWrapper(_Wrapper):
         return out
 
 
+class MLAModule:
+    """What BatchMLAPagedAttentionWrapper compiles. A plan is sent straight from the pinned memory that it is given."""
+
+    PLACES = (0, 16, 32)
+
+    def __init__(self, package: FakeFlashInfer, key_dim: int) -> None:
+        self.package, self.device, self.key_dim = package, package.device, key_dim
+
+    def plan(self, *args: Any) -> tuple[int, ...]:
+        assert self.device.recorder is None, "plan cannot be captured"
+        given = bind("mla_module.plan", args, {})
+        self.package.log.append(("mla_module.plan", given))
+        to, pinned = given["int_workspace"], given["pinned_workspace"]
+        assert to.dtype == pinned.dtype == torch.uint8 and self.device.is_pinned(pinned)
+        assert not self.device.is_pinned(to)
+        arrays = [given[name] for name in ("qo_indptr", "kv_indptr", "kv_len")]
+        rows = len(arrays[2])
+        assert all(each.dtype == torch.int32 and each.is_contiguous() for each in arrays)
+        assert len(arrays[0]) == len(arrays[1]) == rows + 1
+        lengths = arrays[0][1:] - arrays[0][:-1]
+        assert (lengths >= 1).all() and (arrays[2] >= lengths).all()
+        heads = given["num_heads"]
+        tile = 128 if int(lengths.sum()) * heads // rows > 64 else 64
+        tiles = -(-lengths * heads // tile)
+        assert int(tiles.sum()) <= 16384, "more work than a plan has room for"
+        if given["causal"]:
+            assert tile % heads == 0, "it would leave keys out at the ends of tiles"
+        flat = torch.cat([torch.tensor([rows, int(given["causal"])], dtype=torch.int32), *arrays])
+        view = pinned.view(torch.int32)[: len(flat)]
+        view.copy_(flat)
+        self.device.upload(to.view(torch.int32)[: len(flat)], view)
+        return self.PLACES
+
+    def run(self, *args: Any) -> None:
+        given = bind("mla_module.run", args, {})
+        q, key, latents, keys, out = (given[name] for name in ("q_nope", "q_pe", "ckv", "kpe", "out"))
+        assert given["plan"] == self.PLACES and given["ckv_scales"] is given["lse"] is None
+        assert given["ckv_scale"] == given["kpe_scale"] == 1.0 and given["mask"] in (0, 1)
+        assert q.shape[:2] == key.shape[:2] and out.shape == q.shape and key.shape[2] == self.key_dim
+        assert q.shape[1] == given["num_heads"] and out.is_contiguous() and out.dtype == q.dtype
+        assert latents.dim() == keys.dim() == 3 and latents.shape[1] == keys.shape[1] == given["page_size"]
+        assert latents.shape[2] == q.shape[2] and keys.shape[2] == key.shape[2]
+        assert all(each.stride(-1) == 1 for each in (q, key, latents, keys))
+        where, indices = given["int_workspace"], given["kv_indices"]
+        assert indices.dtype == torch.int32 and indices.is_contiguous() and not self.device.is_pinned(indices)
+
+        def work() -> None:
+            plan = where.view(torch.int32).tolist()
+            rows, causal = plan[:2]
+            assert 0 < rows <= 4096 and causal == given["mask"], "a plan that is no plan"
+            ends, starts, lengths = plan[2 : rows + 3], plan[rows + 3 : 2 * rows + 4], plan[2 * rows + 4 : 3 * rows + 4]
+            assert ends[-1] == len(q), "planned for another number of tokens"
+            for row, length in enumerate(lengths):
+                first = starts[row]
+                pages = indices[first : first + -(-length // given["page_size"])].long()
+                assert int(pages.min()) >= 0 and int(pages.max()) < len(latents), "a page that does not exist"
+                values, more = (pool[pages].flatten(0, 1)[:length, None] for pool in (latents, keys))
+                part = slice(ends[row], ends[row + 1])
+                queries = torch.cat((q[part], key[part]), -1)
+                known = torch.cat((values, more), -1)
+                found = attend(queries, known, values, given["sm_scale"], -1, None, bool(causal))
+                out[part] = found.to(q.dtype)
+
+        self.device.kernel(work)
+
+
+class MLAWrapper:
+    """BatchMLAPagedAttentionWrapper."""
+
+    def __init__(self, package: FakeFlashInfer, *args: Any, **kwargs: Any) -> None:
+        given = bind("mla.__init__", args, kwargs)
+        self.package, self.backend = package, given["backend"]
+        self.workspace = given["float_workspace_buffer"]
+        assert self.workspace.dtype == torch.uint8 and self.backend in ("fa2", "fa3")
+        package.log.append(("mla.__init__", given))
+
+    def plan(self, **kwargs: Any) -> None:
+        given = bind("mla.plan", (), kwargs)
+        metadata, package = given["metadata"], self.package
+        package.log.append(("mla.plan", given))
+        package.look_for(f"mla {self.backend}", -1)
+        latent, key = given["head_dim_ckv"], given["head_dim_kpe"]
+        assert isinstance(given["sm_scale"], float)
+        if package.strict:
+            assert latent in (128, 256, 512) and key % 64 == 0
+            assert given["q_data_type"] in (torch.bfloat16, torch.float16)
+        self.given, self.indices = given, metadata["kv_indices"]
+        self._int_workspace_buffer = torch.zeros(1 << 16, dtype=torch.uint8)
+        self._pin_memory_int_workspace_buffer = package.device.pinned(1 << 16)
+        self._cached_module = MLAModule(package, key)
+        arrays = (metadata[name] for name in ("qo_indptr", "kv_indptr", "kv_len_arr"))
+        self.places = self._cached_module.plan(
+            self.workspace,
+            self._int_workspace_buffer,
+            self._pin_memory_int_workspace_buffer,
+            *arrays,
+            given["num_heads"],
+            latent,
+            given["causal"],
+        )
+
+    def run(self, **kwargs: Any) -> Tensor:
+        given = bind("mla.run", (), kwargs)
+        q, cache, plan = given["query"], given["kv_cache"], self.given
+        self.package.look_for(f"run of mla {self.backend}", -1)
+        assert q.dtype == plan["q_data_type"] and cache.dtype == plan["kv_data_type"]
+        narrow = cache.dtype != q.dtype
+        assert (given.get("ckv_scale") == given.get("kpe_scale") == 1.0) if narrow else "ckv_scale" not in given
+        latent = plan["head_dim_ckv"]
+        assert q.shape[-1] == cache.shape[-1] == latent + plan["head_dim_kpe"]
+        self._cached_module.run(
+            self.workspace,
+            self._int_workspace_buffer,
+            self.places,
+            q[..., :latent],
+            q[..., latent:],
+            cache[..., :latent],
+            cache[..., latent:],
+            self.indices,
+            given["out"],
+            None,
+            int(plan["causal"]),
+            plan["num_heads"],
+            plan["page_size"],
+            plan["sm_scale"],
+            False,
+            1.0,
+            1.0,
+            None,
+        )
+        return given["out"]
+
+
 class FakeFlashInfer:
     """The package. log: every call with its arguments by name. strict: only shapes that FlashInfer has kernels for.
 
-    missing: kernels that cannot be built, (prefill auto, prefill fa2, decode or xqa; whether with a window),
+    missing: kernels that cannot be built, (prefill auto, prefill fa2, decode, xqa, mla fa3; whether with a window),
     or that cannot run, (run of prefill auto, ...).
     """
 
@@ -247,6 +394,10 @@ class FakeFlashInfer:
         self.missing = missing
         self.log: list[tuple[str, dict[str, Any]]] = []
         self.decode = SimpleNamespace(xqa_batch_decode_with_kv_cache=self._xqa)
+        self.mla = SimpleNamespace(
+            BatchMLAPagedAttentionWrapper=functools.partial(MLAWrapper, self),
+            MLAPlanMetadata=SimpleNamespace(csr=lambda *args, **kwargs: bind("mla.csr", args, kwargs)),
+        )
 
     def look_for(self, kernel: str, window_left: int) -> None:
         if (kernel, window_left >= 0) in self.missing:

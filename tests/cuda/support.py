@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import json
 import tempfile
@@ -20,12 +21,13 @@ from torch import Tensor
 from engine.config import EngineConfig, SchedulerOptions, StreamOptions
 from engine.engine import Engine
 from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
+from engine.executor.cuda_adapters import DeviceAdapters
 from engine.forward import SAMPLING_DTYPE, ForwardInput, Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops import native
-from engine.ops.attention import flashinfer
+from engine.ops.attention import flashinfer, flashinfer_latent
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.attention.sequence import attend_sequence
 from engine.ops.rope import apply_rope
@@ -113,7 +115,7 @@ CHUNKED = {
 
 
 @functools.cache
-def tiny_model(config: str = json.dumps(TINY), max_model_len: int = 256) -> CausalLM:
+def tiny_model(config: str = json.dumps(TINY), max_model_len: int = 256, max_adapters: int = 0) -> CausalLM:
     """Random weights from a fixed seed, in float32, held plainly so that every operation is torch's."""
     with tempfile.TemporaryDirectory() as folder, native.disabled():
         directory = Path(folder)
@@ -126,6 +128,7 @@ def tiny_model(config: str = json.dumps(TINY), max_model_len: int = 256) -> Caus
             load_format="dummy",
             seed=3,
             max_model_len=max_model_len,
+            max_adapters=max_adapters,
         )
 
 
@@ -226,6 +229,10 @@ def any_shape() -> Iterator[None]:
         mock.patch.object(flashinfer, "XQA_PAGE_SIZES", (4, 16)),
         mock.patch.object(flashinfer, "WORKSPACE_BYTES", 1024),
         mock.patch.object(flashinfer, "XQA_WORKSPACE_BYTES", 1024),
+        mock.patch.object(flashinfer_latent, "DTYPES", (torch.float32, torch.bfloat16, torch.float16)),
+        mock.patch.object(flashinfer_latent, "LATENT_DIMS", (12, 128, 256, 512)),
+        mock.patch.object(flashinfer_latent, "KEY_DIM", 4),
+        mock.patch.object(flashinfer_latent, "WORKSPACE_BYTES", 1024),
     ):
         yield
 
@@ -243,6 +250,8 @@ def make_attention(kind: str, model: CausalLM, limits: Limits, device: FakeDevic
         return DeviceAttention(model.attention_spec, **options)
     with any_shape():
         module = FakeFlashInfer(device, strict=False)
+        if model.attention_spec.latent is not None:
+            return flashinfer_latent.Backend(model.attention_spec, module=module, **options)
         return flashinfer.Backend(model.attention_spec, module=module, decode=kind, **options)
 
 
@@ -254,10 +263,16 @@ def make_executor(
     cuda_graph: str = "lazy",
     model: CausalLM | None = None,
     kind: type[CUDAExecutor] = CUDAExecutor,
+    load: Callable[[Path | None], CausalLM] | None = None,
 ) -> CUDAExecutor:
+    """A model that was loaded with places for adapters has room for some of rank 8 and below."""
     model, device = model or tiny_model(), device or FakeDevice()
-    layer = make_attention(attention, model, limits, device)
-    return kind(model, limits, device, layer, cuda_graph=cuda_graph, load=read_tiny_model)
+    layer, adapters = make_attention(attention, model, limits, device), None
+    if model.adapted is not None:
+        with device.may_block():
+            adapters = DeviceAdapters(model, device, 8, limits.max_num_batched_tokens)
+        limits = dataclasses.replace(limits, max_adapters=adapters.capacity)
+    return kind(model, limits, device, layer, cuda_graph=cuda_graph, load=load or read_tiny_model, adapters=adapters)
 
 
 def read_tiny_model(directory: Path | None) -> CausalLM:

@@ -106,3 +106,23 @@ async def test_pools_come_back_after_sleep() -> None:
     for ours, theirs in zip(await vectors(executor, False), before, strict=True):
         np.testing.assert_array_equal(ours, theirs)
     executor.close()
+
+
+async def test_vectors_without_numbers_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model.__wrapped__(json.dumps(ENCODERS["bert"]), 64)
+    executor = on_gpu(model, FakeDevice(2, 0.3))
+    forward = model.forward
+
+    def spoiled(*given: Any) -> torch.Tensor:
+        hidden = forward(*given)
+        hidden[LENGTHS[0] + 3] = torch.nan  # in the second text
+        return hidden
+
+    monkeypatch.setattr(model, "forward", spoiled)
+    rows: list[Row] = [prefill(slot, [5] * length, samples=False) for slot, length in enumerate(LENGTHS, 1)]
+    pages = {slot: [slot + 1] for slot in range(1, len(rows) + 1)}
+    pooled = [PooledRow(row, Pooling("mean"), True) for row in range(len(rows))]
+    driver = Driver(executor)
+    output = await executor.wait(driver.launch(rows, pages, dict.fromkeys(pages, GREEDY), pooled=pooled))
+    assert output.broken == [1] and len(output.pooled) == len(LENGTHS)
+    executor.close()

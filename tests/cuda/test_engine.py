@@ -56,6 +56,24 @@ async def test_attention_that_only_torch_has(config: dict[str, Any]) -> None:
     assert tokens == [expected_tokens(model, request) for request in requests]
 
 
+@pytest.mark.parametrize(("heads", "seed"), [(4, 0), (4, 1), (4, 2), (6, 1)])
+@pytest.mark.parametrize("mode", ["lazy", "start", "off"])
+async def test_latents_by_flashinfer(heads: int, seed: int, mode: str) -> None:
+    """In graphs and beside prompts, which share a plan with them where their heads fill a tile."""
+    config = {**LATENT, "num_attention_heads": heads, "num_key_value_heads": heads}
+    model = tiny_model(json.dumps(config))
+    requests = requests_of(seed + 20)
+    device = FakeDevice(seed, EAGERNESS[seed])
+    executor = make_executor(SMALL, device=device, model=model, attention="latent", cuda_graph=mode)
+    assert executor.attention.describe() == "FlashInfer MLA, fa3" + (
+        "" if heads == 4 else ", prompts by torch (slow), as 6 heads do not divide 128"
+    )
+    if mode == "start":
+        executor.capture_at_start()
+    assert await serve(executor, requests) == [expected_tokens(model, request) for request in requests]
+    assert (device.counts["replay"] > 0) == (mode != "off")
+
+
 @pytest.mark.parametrize("config", [HYBRID, BESIDE], ids=["delta", "mamba"])
 @pytest.mark.parametrize("mode", ["lazy", "start", "off"])
 async def test_recurrent_states(config: dict[str, Any], mode: str) -> None:

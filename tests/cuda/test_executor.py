@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_
 from engine.executor.cuda_start import SMALLER, build_cuda_executor, pick_dtype, pick_kv_dtype
 from engine.executor.start import describe_states
 from engine.flags import parse
-from engine.forward import DeviceLostError, ForwardError, Limits, PooledRow
+from engine.forward import DeviceLostError, ForwardError, ForwardInput, Limits, PooledRow, RowExtras
+from engine.ops.attention.device import DeviceAttention
 from engine.ops.state import state_bytes
 from engine.request import Pooling, SamplingParams
 from tests.cuda.fake_device import FakeDevice
@@ -339,6 +341,33 @@ async def test_states_take_their_part_of_the_memory() -> None:
         built(kv_cache_bytes=4 * each)
 
 
+async def test_states_are_saved_by_a_step_that_fails_before_its_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a failed step the tables are sent anew, which needs memory."""
+    executor = make_executor(dataclasses.replace(SMALL, num_snapshots=2), model=tiny_model(json.dumps(HYBRID)))
+    driver, moved = Driver(executor), []
+    await driver.run([prefill(1, A)], {1: [1, 2, 3]}, {1: GREEDY})
+    states = executor._states
+    assert states is not None
+    move = states.move
+
+    def noting(step: ForwardInput) -> None:
+        moved.append(step.step)
+        move(step)
+
+    def without_memory(handle: object) -> None:
+        raise torch.OutOfMemoryError("none is left")
+
+    monkeypatch.setattr(states, "move", noting)
+    monkeypatch.setattr(executor, "_send_tables", without_memory)
+    executor._lost_diffs = True
+    with pytest.raises(ForwardError, match="out of device memory"):
+        await driver.run([decode(1, len(A))])
+    with executor.layer.may_block():
+        executor.layer.synchronize_all()
+    assert len(moved) == 1
+    executor.close()
+
+
 async def test_a_model_without_an_output_layer() -> None:
     """Its start measures without logits, and vectors are all that is asked of it."""
     model = tiny_model(json.dumps({**TINY, "architectures": ["LlamaModel"]}))
@@ -394,4 +423,95 @@ def test_staging_is_pinned_and_lies_in_one_block() -> None:
         for name in ("row_slot", "row_start", "token_ids", "table_index", "table_page", "sampling"):
             array = getattr(staging, name)
             assert side.arena.offset_of(array) % 64 == 0 and not np.any(array["seed"] if array.dtype.names else array)
+    executor.close()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    ("sampling", "extras"),
+    [
+        (GREEDY, []),
+        (SamplingParams(temperature=1.0, seed=1, top_p=0.9), []),
+        (
+            SamplingParams(temperature=1.0, seed=1, top_k=5),
+            [RowExtras(2, np.array(A[:5], np.int32), 5, 0.0, 0.5, 1.0, (), None, ((5, 6),), 2, None)],
+        ),
+    ],
+    ids=["greedy", "filtered", "open"],
+)
+async def test_rows_without_numbers_are_named_and_hurt_no_other(
+    monkeypatch: pytest.MonkeyPatch, value: float, sampling: SamplingParams, extras: list[RowExtras]
+) -> None:
+    """In steps with prompts, decode steps and graphs of them; nothing waits for it."""
+    device = FakeDevice(3, 0.3)
+    executor = make_executor(SMALL, device=device)
+    model = executor.model
+
+    def spoiled(logits: torch.Tensor) -> torch.Tensor:
+        logits = logits.clone()
+        if value < 0:
+            logits[1] = value
+        elif len(logits) > 1:
+            logits[1, 7] = value
+        return logits
+
+    raw, decode_logits = model.raw_logits, model.decode
+    monkeypatch.setattr(model, "raw_logits", lambda hidden: spoiled(raw(hidden)))
+    monkeypatch.setattr(model, "decode", lambda *given: spoiled(decode_logits(*given)))
+    driver, submit = Driver(executor), executor.submit
+
+    def with_extras(forward_input: ForwardInput) -> Any:
+        forward_input.extras = extras if forward_input.num_decode_rows == 0 else []
+        return submit(forward_input)
+
+    monkeypatch.setattr(executor, "submit", with_extras)
+    pages = {1: [1, 2, 3, 4], 2: [5, 6, 7, 8], 3: [9, 10, 11, 12]}
+    prompts = [A, A[:5], A[2:]]
+    asked = {1: GREEDY, 2: sampling, 3: GREEDY}
+    steps = [[prefill(slot, prompt) for slot, prompt in enumerate(prompts, 1)]]
+    steps += [[decode(slot, len(prompt) + more) for slot, prompt in enumerate(prompts, 1)] for more in range(5)]
+    found: list[list[int]] = [[], []]
+    # Of a row that may not say some things, that nothing is left is not told from that there was nothing.
+    told = [] if value < 0 and extras else [1]
+    for number, rows in enumerate(steps):
+        handle = driver.launch(rows, *((pages, asked) if number == 0 else ()))
+        output = await executor.wait(handle)
+        assert output.broken == told
+        assert (output.token_ids >= 0).all()
+        for tokens, token in zip(found, output.token_ids[[0, 2]].tolist(), strict=True):
+            tokens.append(token)
+    assert device.counts["replay"] > 0
+    assert found == [continuation(CudaAdapter(), prompts[index], 6) for index in (0, 2)]
+    executor.close()
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.float32, torch.float8_e4m3fn])
+async def test_pages_of_a_row_without_numbers_are_cleansed(kv_dtype: torch.dtype) -> None:
+    """Before others have them, behind a step that was launched meanwhile; what is a number stays."""
+    device = FakeDevice(4, 0.2)
+    model = tiny_model()
+    given: dict[str, Any] = {"num_pages": SMALL.num_pages, "page_size": SMALL.page_size, "dtype": torch.float32}
+    attention = DeviceAttention(model.attention_spec, kv_dtype=kv_dtype, device=device.device, **given)
+    executor = CUDAExecutor(model, SMALL, device, attention, cuda_graph="lazy")
+    driver = Driver(executor)
+    await driver.run([prefill(1, A), prefill(2, A)], {1: [1, 2, 3], 2: [4, 5, 6]}, {1: GREEDY, 2: GREEDY})
+    pools = [*attention.k_pools.values(), *attention.v_pools.values()]
+
+    def spoil() -> None:
+        for pool in pools:
+            pool[5, 1] = torch.nan
+
+    with device.on(executor._compute):
+        device.launch(spoil)
+    first, second = (driver.launch([decode(1, 7 + more), decode(2, 7 + more)]) for more in range(2))
+    assert (await executor.wait(first)).broken == [1]
+    assert (await executor.wait(second)).broken == [1]
+    with device.may_block():
+        device.synchronize_all()
+    for pool in pools:
+        numbers = pool.float()
+        assert numbers.isfinite().all()
+        # The two rows said the same up to there.
+        assert torch.equal(numbers[1], numbers[4]) and torch.equal(numbers[2, 0], numbers[5, 0])
+        assert numbers[1].any() and not numbers[5, 1].any() and numbers[2, 1].any()
     executor.close()

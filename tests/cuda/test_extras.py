@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -84,13 +85,15 @@ def same(ours: Any, theirs: Any) -> bool:
     return bool(ours == theirs)
 
 
-@pytest.mark.parametrize(("seed", "mode"), [(0, "lazy"), (1, "off"), (2, "lazy")])
-async def test_the_engine_answers_as_on_the_cpu(seed: int, mode: str) -> None:
+@pytest.mark.parametrize(("seed", "mode", "processed"), [(0, "lazy", False), (1, "off", False), (2, "lazy", True)])
+async def test_the_engine_answers_as_on_the_cpu(seed: int, mode: str, processed: bool) -> None:
+    """processed: log-probabilities as tokens are drawn."""
+    limits = dataclasses.replace(SMALL, processed_logprobs=processed)
     requests = requests_of(seed)
     device = FakeDevice(seed, (0.0, 0.3, 0.9)[seed])
-    ours = await collect(make_executor(SMALL, device=device, cuda_graph=mode), requests)
+    ours = await collect(make_executor(limits, device=device, cuda_graph=mode), requests)
     with one_thread():
-        theirs = await collect(CPUExecutor(tiny_model(), SMALL, dtype=torch.float32), requests)
+        theirs = await collect(CPUExecutor(tiny_model(), limits, dtype=torch.float32), requests)
     for request, mine, other in zip(requests, ours, theirs, strict=True):
         assert mine[0] == other[0], request.sampling
         assert bool(mine[1]) == (request.sampling.logprobs is not None)

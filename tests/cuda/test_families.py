@@ -28,14 +28,16 @@ async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Non
         linear.few = {1: BLOCKS[0]}
     device = FakeDevice(1)
     engine = executor(device, model, torch.float32, attention="torch")  # type: ignore[arg-type]
-    engine.pieces._seen.update(engine.pieces.sizes)  # a chain of graphs for the first prompt already
+    engine.pieces._seen.update(
+        (size, False) for size in engine.pieces.sizes
+    )  # a chain of graphs for the first prompt already
     driver = Driver(engine)
     await driver.run([prefill(1, PROMPT[:40], samples=False)], {1: [5, 9, 2, 30]}, {1: GREEDY})
     tokens = await driver.run([prefill(1, PROMPT[40:], start=40)])
     for position in range(len(PROMPT), len(PROMPT) + 7):
         tokens += await driver.run([decode(1, position)])
     # Where layers differ in more than their window or have states, a prompt is launched operation by operation.
-    in_pieces = model.attention_spec.common is not None and architecture not in TORCH_ATTENTION | WITH_STATES
+    in_pieces = architecture not in TORCH_ATTENTION | WITH_STATES
     assert len(engine.pieces) == (2 if in_pieces else 0)
     engine.close()
     assert device.counts["replay"] > 0

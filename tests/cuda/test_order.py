@@ -23,7 +23,7 @@ from engine.executor.cuda_graph import GraphKey
 from engine.forward import Limits
 from engine.request import Request
 from tests.cuda.ordered_device import HOST, OrderedDevice
-from tests.cuda.support import HYBRID, SMALL, make_executor, requests_of, serve, tiny_model
+from tests.cuda.support import HYBRID, LATENT, SMALL, make_executor, requests_of, serve, tiny_model
 from tests.cuda.test_failures import EXTRAS
 from tests.cuda.test_mutants import MUTANTS
 from tests.executor.driver import GREEDY, Driver, decode, prefill
@@ -79,6 +79,12 @@ async def findings(
 @pytest.mark.parametrize(("mode", "extras"), [("lazy", False), ("lazy", True), ("start", True), ("off", True)])
 async def test_everything_is_ordered(attention: str, extras: bool, mode: str) -> None:
     assert not await findings(attention, extras, cuda_graph=mode)
+
+
+@pytest.mark.parametrize(("mode", "heads"), [("lazy", 4), ("start", 4), ("lazy", 6)])
+async def test_latents_are_ordered(mode: str, heads: int) -> None:
+    model = tiny_model(json.dumps({**LATENT, "num_attention_heads": heads, "num_key_value_heads": heads}))
+    assert not await findings("latent", True, cuda_graph=mode, model=model)
 
 
 async def test_recurrent_states_are_ordered() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,8 +12,11 @@ import pytest
 import torch
 
 from engine.executor.cuda_device import CaptureError
-from engine.executor.cuda_products import choose_products, choose_tiles
-from engine.ops import gated, skinny
+from engine.executor.cuda_products import WIDENED, choose_codes, choose_products, choose_tiles
+from engine.models.loading.load import load_model
+from engine.models.registry import read_spec
+from engine.ops import device_coded, gated, native, skinny
+from engine.ops.device_coded import DeviceCodedLinear
 from engine.ops.linear import Linear
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model
@@ -139,6 +143,71 @@ def test_tiles_without_room_to_time_them_are_not_taken() -> None:
     assert linears[3].tile is None
 
 
+def coded_linears() -> list[DeviceCodedLinear]:
+    """Two of one shape and a wider one."""
+    found = []
+    for columns in (32, 32, 64):
+        piece = (0, 8, torch.ones((8, columns), dtype=torch.uint8), torch.ones((8, columns // 32)), None)
+        found.append(DeviceCodedLinear("int8", 8, columns, 32, torch.float32, torch.device("cpu"), [piece]))
+    return found
+
+
+def test_codes_are_widened_from_where_that_is_faster() -> None:
+    """By the clock: of tiles first, for 16, 32 and 64 rows; then numbers in registers beside numbers first."""
+    device, linears, many = FakeDevice(0), coded_linears(), len(device_coded.TILES)
+    tiles = [(9.0, 7.0, 8.0, 8.0), (9.0, 9.0, 8.0, 8.5), (1.0, 2.0, 2.0, 2.0)]
+    rows_by_rows = [(5.0, 3.0), (5.0, 4.0), (4.9, 5.0)]
+    once = [*(seconds for each in tiles for seconds in each), *(seconds for each in rows_by_rows for seconds in each)]
+    assert all(len(each) == many for each in tiles)
+    seconds = iter(2 * once)
+    device.time = lambda graph: next(seconds)  # type: ignore[method-assign]
+    with device.on(device.stream()), device.may_block():
+        assert choose_codes([Linear(torch.randn(8, 6)), *linears], 4096, device) == 2
+        assert next(seconds, None) is None
+        device.synchronize_all()
+    for linear in linears:
+        assert linear.tiles == dict(zip((16, 32, 64), (device_coded.TILES[n] for n in (1, 2, 0)), strict=True))
+        assert linear.widen_from == WIDENED[2]
+    other = coded_linears()[0]
+    other.ways = linears[0].ways
+    assert other.tiles == linears[0].tiles and other.widen_from == WIDENED[2]
+
+
+def test_codes_whose_kernels_cannot_be_built_are_widened_always(caplog: pytest.LogCaptureFixture) -> None:
+    device, linears = FakeDevice(0), coded_linears()
+
+    def failing(work: Callable[[], object]) -> Any:
+        raise CaptureError("no such kernel")
+
+    device.capture = failing  # type: ignore[method-assign]
+    with caplog.at_level(logging.WARNING), device.on(device.stream()), device.may_block():
+        assert choose_codes(linears, 4096, device) == 2
+    assert all(linear.widen_from == 0 for linear in linears) and "no such kernel" in caplog.text
+
+
+async def test_a_model_of_codes_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs, chunks and a captured choice, with the tokens of the same weights as numbers."""
+    from tests.models.support import make_checkpoint
+
+    make_checkpoint(tmp_path, "Llama", vocab_size=101, hidden_size=32, intermediate_size=64, num_attention_heads=4)
+    monkeypatch.setattr(device_coded, "can_keep_codes", lambda dtype, device: True)
+    with native.disabled():
+        model = load_model(
+            read_spec(tmp_path),
+            tmp_path,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            quantisation="int8",
+            max_model_len=256,
+        )
+    assert all(isinstance(linear, DeviceCodedLinear) for linear in model.linears) and len(model.linears) > 4
+    executor = make_executor(SMALL, device=FakeDevice(1), model=model)
+    executor.choose_products()
+    requests = requests_of(1)
+    tokens = await serve(executor, requests)
+    assert tokens == [expected_tokens(model, request) for request in requests]
+
+
 @pytest.mark.parametrize("seed", range(2))
 async def test_tokens_stay_the_same(seed: int) -> None:
     """The fake clock throws dice, so some products are ours."""
@@ -150,9 +219,9 @@ async def test_tokens_stay_the_same(seed: int) -> None:
         assert gated == (0, 0)  # its steps have too few rows
         tokens = await serve(executor, requests)
         # Weights that are read later go the same ways.
-        other: Any = SimpleNamespace(linears=[SimpleNamespace(few={}, tile=None) for _ in model.linears])
+        other: Any = SimpleNamespace(linears=[SimpleNamespace(kind="torch", ways=None) for _ in model.linears])
         executor._with_products(other)
-        assert [linear.few for linear in other.linears] == [linear.few for linear in model.linears]
+        assert [linear.ways for linear in other.linears] == [(linear.few, None) for linear in model.linears]
     finally:
         for linear in model.linears:  # other tests have this model, too
             linear.few = {}

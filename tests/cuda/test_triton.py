@@ -17,7 +17,7 @@ if DEVICE.type == "cpu":
     # Read when a kernel is defined, so it comes before the imports below.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from engine.forward import SAMPLING_DTYPE  # noqa: E402
+from engine.forward import NO_NUMBERS, SAMPLING_DTYPE  # noqa: E402
 from engine.ops.activation import torch_gate_and_mul  # noqa: E402
 from engine.ops.attention.device import decode_inputs  # noqa: E402
 from engine.ops.experts import torch_mix_experts  # noqa: E402
@@ -26,7 +26,7 @@ from engine.ops.norm import Normed, torch_rms_norm  # noqa: E402
 from engine.ops.recurrence import Recurrence, torch_causal_conv, torch_gate, torch_gated_norm  # noqa: E402
 from engine.ops.rope import torch_rotate  # noqa: E402
 from engine.ops.sampling import sampler  # noqa: E402
-from engine.ops.sampling.device import torch_sample, uniform  # noqa: E402
+from engine.ops.sampling.device import draw_by_torch, torch_sample, uniform  # noqa: E402
 from engine.ops.sampling.device_extras import torch_adjust  # noqa: E402
 from engine.ops.sampling.layout import WORDS  # noqa: E402
 from engine.ops.skinny import BLOCKS, torch_skinny_product  # noqa: E402
@@ -133,6 +133,24 @@ def test_rope_and_write_kv(dtype: torch.dtype, heads: int, kv_heads: int, dim: i
         assert close(flat[slots], new)
         others = [i for i in range(pages * page_size) if i not in slots.tolist()]
         assert torch.equal(flat[others], old_flat[others]), "a cell was written that is nobody's"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "rot"), [(6, 1, 12, 12), (9, 2, 16, 8), (4, 0, 8, 8)])
+def test_rotate(dtype: torch.dtype, heads: int, kv_heads: int, dim: int, rot: int) -> None:
+    """Ends of wider heads, in place; what is before them, and past the part that turns, stays."""
+    before = 20
+    both = [randn(5, count, before + dim, dtype=dtype) for count in (heads, kv_heads) if count]
+    q, k = both[0][..., before:], both[1][..., before:] if kv_heads else None
+    cos_sin = randn(32, rot, seed=4)
+    positions = torch.tensor([0, 7, 31, 7, 2], dtype=torch.int32, device=DEVICE)
+    expected = [each.clone() for each in both]
+    for each in expected:
+        torch_rotate(each[..., before:], cos_sin, positions)
+    rope.rotate(q, k, cos_sin, positions)
+    for ours, theirs in zip(both, expected, strict=True):
+        assert close(ours, theirs) and torch.equal(ours[..., :before], theirs[..., :before])
+        assert torch.equal(ours[..., before + rot :], theirs[..., before + rot :])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -356,10 +374,11 @@ def sample_rows(logits: Tensor, params: np.ndarray, positions: Tensor, *, filter
     last, out = (torch.full((count,), -9, dtype=torch.int32, device=DEVICE) for count in (rows + 1, rows))
     scattered = torch.full_like(out, -9)
     before = logits.clone()
-    sampling.sample_rows(logits, table, slots, positions, last, out, None, filtered=filtered)
+    sampling.sample_rows(logits, table, slots, positions, last, out, None, filtered=filtered, masked=True)
     assert torch.equal(logits, before) and last[0] == -9 and torch.equal(last[slots], out)
     if logits.numel() < 20_000:  # the interpreter takes its time
-        sampling.sample_rows(logits, table, slots.long(), positions, last, scattered, where, filtered=filtered)
+        given = logits, table, slots.long(), positions, last, scattered, where
+        sampling.sample_rows(*given, filtered=filtered, masked=True)
         assert torch.equal(scattered[where.long()], out) and torch.equal(last[slots], out)
     return out.tolist()
 
@@ -375,6 +394,31 @@ def test_sample_rows(seed: int) -> None:
     positions = torch.from_numpy(np.random.default_rng(seed).integers(0, 100, rows).astype(np.int32)).to(DEVICE)
     expected = torch_sample(logits, on_device(params), positions, filtered=False)
     assert sample_rows(logits, params, positions, filtered=False) == expected.tolist()
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN", "ignore:invalid value")  # numpy's, in the interpreter
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("filtered", [False, True])
+def test_rows_without_numbers_are_told(filtered: bool, masked: bool) -> None:
+    """By a kernel, and by torch where there is none; what the next step reads is a token all the same."""
+    rows, vocab = 8, 9001
+    logits, params = 3 * randn(rows, vocab), params_of(rows, filtered)
+    params["temperature"] = (0.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0)
+    logits[1, 8999] = logits[3, 17] = float("nan")
+    logits[2] = float("nan")
+    logits[4, 5000] = float("inf")
+    logits[5] = float("-inf")  # of a masked row nothing may be left
+    logits[7, 1:] = float("-inf")
+    slots, positions = torch.arange(1, rows + 1, device=DEVICE), torch.zeros(rows, dtype=torch.int32, device=DEVICE)
+    table = on_device(np.concatenate((params[:1], params)))
+    insane = [1, 2, 3, 4] if masked else [1, 2, 3, 4, 5]
+    for sample in (sampling.sample_rows, draw_by_torch):
+        last, out = (torch.full((count,), -9, dtype=torch.int32, device=DEVICE) for count in (rows + 1, rows))
+        sample(logits, table, slots, positions, last, out, None, filtered=filtered, masked=masked)
+        assert [row for row, token in enumerate(out.tolist()) if token == NO_NUMBERS] == insane
+        assert all(0 <= token < vocab for token in last[1:].tolist())
+        sane = [row for row in range(rows) if row not in insane]
+        assert torch.equal(out[sane], last[1:][sane])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

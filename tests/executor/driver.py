@@ -131,10 +131,12 @@ class Driver:
         entries: Sequence[tuple[int, int, int]] = (),
         min_length: int = 0,
         pooled: Sequence[PooledRow] = (),
+        adapters: Sequence[Any] = (),
     ) -> StepHandle:
         """pages: slot -> first entries of its page table. entries: single ones, (slot, index, page).
 
-        sampling: slot -> its new row, with min_length.
+        sampling: slot -> its new row, with min_length. adapters: what takes indices 1, 2, ..., which the slots of
+        those numbers have.
         """
         limits, staging = self.executor.limits, self.executor.staging[self.step % 2]
         num_tokens = 0
@@ -158,6 +160,7 @@ class Driver:
         for count, (slot, params) in enumerate((sampling or {}).items()):
             staging.sampling_slot[count] = slot
             write_sampling_row(staging.sampling[count], params, min_length)
+            staging.adapter[count] = slot if slot <= len(adapters) else 0
         num_decode_rows = sum(row.tokens is None for row in rows)
         assert all(row.tokens is None for row in rows[:num_decode_rows]), "decode rows come first"
         handle = self.executor.submit(
@@ -170,6 +173,7 @@ class Driver:
                 num_table_diffs=len(changes),
                 num_sampling_diffs=len(sampling or {}),
                 pooled=list(pooled),
+                adapter_loads=list(enumerate(adapters, 1)),
             )
         )
         self.step += 1

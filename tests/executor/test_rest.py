@@ -11,6 +11,7 @@ import pytest
 
 from engine.config import StartupError
 from engine.executor.fake import FakeExecutor
+from engine.forward import PARTS
 from tests.executor.driver import GREEDY, Driver, ExecutorAdapter, continuation, decode, prefill
 
 A = [5, 6, 7, 8, 9, 10, 11]
@@ -71,3 +72,18 @@ async def test_memory_is_given_back(adapter: ExecutorAdapter, driver: Driver) ->
         assert (level == 2) == (getattr(executor, "model", getattr(executor, "_model", None)) is None)
         executor.wake_up()
     assert await say(driver) == continuation(adapter, A, 3)
+
+
+async def test_parts_sleep_and_wake_up_by_themselves(adapter: ExecutorAdapter, driver: Driver) -> None:
+    executor, expected = driver.executor, continuation(adapter, A, 3)
+    assert await say(driver) == expected
+    for level in (1, 2):
+        for slept, first, last in ((PARTS, *PARTS), (PARTS, *reversed(PARTS)), (PARTS[1:], *reversed(PARTS))):
+            await asyncio.to_thread(executor.sleep, level, slept)
+            await asyncio.to_thread(executor.wake_up, None, [first])
+            if first == "weights":
+                # What a trainer sends comes while there is no KV memory yet.
+                await asyncio.to_thread(executor.load_weights, adapter.checkpoint())
+            if last in slept:
+                await asyncio.to_thread(executor.wake_up, None, [last])
+            assert await say(driver) == expected

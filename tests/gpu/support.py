@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from engine.executor.cuda import CUDAExecutor
+from engine.executor.cuda_adapters import DeviceAdapters
 from engine.executor.cuda_device import CudaDevice
 from engine.forward import Limits
 from engine.models.loading.load import load_model
@@ -123,10 +124,10 @@ EXTRA: dict[str, dict[str, Any]] = {
     },
     "NemotronForCausalLM": {"hidden_act": "relu2", "partial_rotary_factor": 0.5},
     "DeepseekV3ForCausalLM": {
-        "kv_lora_rank": 64,
+        "kv_lora_rank": 128,
         "q_lora_rank": 96,
         "qk_nope_head_dim": 32,
-        "qk_rope_head_dim": 16,
+        "qk_rope_head_dim": 64,
         "v_head_dim": 32,
         "n_routed_experts": 8,
         "num_experts_per_tok": 2,
@@ -266,7 +267,7 @@ WITH_STATES = {
 }
 # Their attention has no kernels on a GPU yet, and goes by torch.
 TORCH_ATTENTION = {
-    *("DeepseekV3ForCausalLM", "Llama4ForCausalLM", "GptOssForCausalLM", "MiMoV2FlashForCausalLM"),
+    *("Llama4ForCausalLM", "GptOssForCausalLM", "MiMoV2FlashForCausalLM"),
     *("Gemma3nForCausalLM", "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM", "LagunaForCausalLM"),
 }
 LIMITS = Limits(
@@ -275,15 +276,17 @@ LIMITS = Limits(
 HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 
 
-def load(architecture: str, dtype: torch.dtype, device: torch.device) -> CausalLM:
-    return load_config({**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}, dtype, device)
+def load(architecture: str, dtype: torch.dtype, device: torch.device, max_adapters: int = 0) -> CausalLM:
+    config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+    return load_config(config, dtype, device, max_adapters)
 
 
-def load_config(config: dict[str, Any], dtype: torch.dtype, device: torch.device) -> CausalLM:
+def load_config(config: dict[str, Any], dtype: torch.dtype, device: torch.device, max_adapters: int = 0) -> CausalLM:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))
-        return load_model(read_spec(directory), directory, dtype=dtype, device=device, load_format="dummy", seed=5)
+        options: dict[str, Any] = {"load_format": "dummy", "seed": 5, "max_adapters": max_adapters}
+        return load_model(read_spec(directory), directory, dtype=dtype, device=device, **options)
 
 
 def families() -> list[str]:
@@ -307,6 +310,10 @@ def executor(
     """
     if model.config.has_state:
         limits = dataclasses.replace(limits, num_snapshots=8)
+    adapters: DeviceAdapters | None = None
+    if model.adapted is not None:
+        adapters = DeviceAdapters(model, layer, 16, limits.max_num_batched_tokens)
+        limits = dataclasses.replace(limits, max_adapters=adapters.capacity)
     options: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": limits.page_size,
@@ -315,17 +322,19 @@ def executor(
         "kv_dtype": kv_dtype,
         "device": layer.device,
     }
-    plain = model.attention_spec.common is not None
-    if attention == "torch" or not plain or (attention == "auto" and not HAS_FLASHINFER and module is None):
-        return CUDAExecutor(
-            model, limits, layer, DeviceAttention(model.attention_spec, **options), cuda_graph=cuda_graph
-        )
-    from engine.ops.attention.flashinfer import Backend
+    spec = model.attention_spec
+    known = spec.common is not None or spec.latent is not None
+    if attention == "torch" or not known or (attention == "auto" and not HAS_FLASHINFER and module is None):
+        by_torch = DeviceAttention(spec, **options)
+        return CUDAExecutor(model, limits, layer, by_torch, cuda_graph=cuda_graph, adapters=adapters)
+    from engine.ops.attention import flashinfer, flashinfer_latent
 
-    backend = Backend(
-        model.attention_spec, decode="auto" if attention == "auto" else attention, module=module, **options
-    )
-    made = CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph)
+    backend: DeviceAttention
+    if spec.latent is not None:
+        backend = flashinfer_latent.Backend(spec, module=module, **options)
+    else:
+        backend = flashinfer.Backend(spec, decode=attention, module=module, **options)
+    made = CUDAExecutor(model, limits, layer, backend, cuda_graph=cuda_graph, adapters=adapters)
     said = backend.describe()
     assert "torch" not in said and "; no " not in said, f"kernels are missing, so that this would test torch: {said}"
     return made

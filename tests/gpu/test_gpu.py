@@ -39,14 +39,14 @@ PAGES = {1: [5, 9, 2, 30, 31, 32, 33, 34]}
 def captured_logits(model: CausalLM) -> list[Tensor]:
     """Every logits that the model computes from now on."""
     found: list[Tensor] = []
-    logits = model.logits
+    logits = model.raw_logits
 
     def noting(hidden: Tensor) -> Tensor:
         result = logits(hidden)
         found.append(result.detach().clone())
         return result
 
-    model.logits = noting  # type: ignore[method-assign]
+    model.raw_logits = noting  # type: ignore[method-assign]
     return found
 
 

@@ -1,9 +1,10 @@
-"""The Triton kernels compiled for the GPU; the same checks as tests/cuda/test_triton.py runs by the interpreter."""
+"""The Triton kernels compiled for the GPU; the same checks as tests/cuda runs by the interpreter."""
 
 from __future__ import annotations
 
 import pytest
 
+from tests.cuda.test_coded import *  # noqa: F403
 from tests.cuda.test_triton import *  # noqa: F403
 
 pytestmark = pytest.mark.gpu

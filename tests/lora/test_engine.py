@@ -44,7 +44,7 @@ async def answers(folder: Path, drafts: int) -> tuple[list[Answer], list[Answer]
     for number in range(1, NUM_ADAPTERS + 1):
         path = write(folder / f"a{number}", factors(model.adapted, number, number), r=number)
         weights = executor.read_adapter(path)
-        adapters.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights))
+        adapters.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights, weights.digest))
     with pytest.raises(AdapterError, match="greater than max_lora_rank 8"):
         executor.read_adapter(write(folder / "large", factors(model.adapted, 9, 0), r=9))
     engine = Engine(config, executor, None)

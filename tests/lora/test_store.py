@@ -22,6 +22,7 @@ class Weights:
     rank: int
     num_bytes: int = 100
     base_model_name: str = ""
+    digest: str = "d"
 
 
 class Scene:

@@ -39,8 +39,8 @@ def extras_of(slot: int, history: list[int], num_prompt: int | None = None, **fi
 class Slots:
     """SlotExtras, fed as an executor feeds it."""
 
-    def __init__(self, num_slots: int = 80, vocab: int = VOCAB) -> None:
-        self.limits = Limits(num_slots, max(num_slots, 64), 4096, 16, 64, vocab)
+    def __init__(self, num_slots: int = 80, vocab: int = VOCAB, *, processed: bool = False) -> None:
+        self.limits = Limits(num_slots, max(num_slots, 64), 4096, 16, 64, vocab, processed_logprobs=processed)
         self.extras = SlotExtras(self.limits)
         self.staging = Staging(self.limits)
 
@@ -255,6 +255,40 @@ def test_log_probabilities_are_raw_whatever_masks_the_row(mode: str) -> None:
     found = slots.extras.end(draw, drawn, np.array([100, 101]))
     assert found is not None and drawn[0] < 10
     check_logprobs(found, {0: 2, 1: 3}, logits, drawn)
+
+
+def test_processed_log_probabilities_are_of_what_was_drawn_from(mode: str) -> None:
+    """Penalties, bans, stop ids, temperature and filters; masks of others; and what raw ones do not show."""
+    rng = np.random.default_rng(7)
+    slots = Slots(processed=True)
+    extras = [dataclasses.replace(some_extras(rng, slot), logprobs=slot % 4) for slot in range(1, 30)]
+    slots.fill(*extras)
+    table = params(29, temperature=rng.choice([0.0, 0.6, 1.7], 29), seed=range(29), min_length=3)
+    table["top_k"], table["top_p"] = rng.choice([0, 9], 29), rng.choice([1.0, 0.8], 29)
+    table["num_stop_ids"], table["stop_ids"][:, 0] = 1, rng.integers(0, VOCAB, 29)
+    at = rng.integers(0, 6, 29).astype(np.int32)
+    for masked in (False, True):
+        logits = (3 * rng.standard_normal((29, VOCAB))).astype(np.float32)
+        own = torch.from_numpy(logits.copy())
+        draw = slots.extras.begin(own, np.arange(1, 30, dtype=np.int32), at, table, masked=masked)
+        assert draw is not None
+        if masked:
+            draw.logits[4, 10:] = -torch.inf
+        expected = draw.logits.numpy().copy()
+        drawn = sample(draw.logits, table, at)
+        found = slots.extras.end(draw, drawn, np.arange(100, 129))
+        assert found is not None and found.rows.tolist() == list(range(100, 129))
+        for row, one in enumerate(extras):
+            x, given = expected[row].astype(np.float64), table[row]
+            if at[row] < 3:
+                x[given["stop_ids"][0]] = -np.inf
+            greedy = given["temperature"] == 0
+            filters = {} if greedy else {"top_k": int(given["top_k"]), "top_p": float(given["top_p"])}
+            chance = exact(x, 1.0 if greedy else float(given["temperature"]), **filters)
+            np.testing.assert_allclose(np.exp(found.token_logprobs[row]), chance[drawn[row]], rtol=1e-4)
+            assert found.ranks[row] == 1 + (chance > chance[drawn[row]] * (1 + 1e-6)).sum()
+            best = np.sort(chance)[::-1][: one.logprobs]
+            np.testing.assert_allclose(np.exp(found.top_logprobs[row, : one.logprobs]), best, rtol=1e-4, atol=1e-12)
 
 
 def test_ranks_and_alternatives_of_equal_and_infinite_logits(mode: str) -> None:

@@ -11,7 +11,7 @@ import torch
 
 from engine.forward import SAMPLING_DTYPE
 from engine.ops import native
-from engine.ops.sampling.sampler import sample, uniform
+from engine.ops.sampling.sampler import process, sample, uniform
 
 Floats = npt.NDArray[np.float64]
 DRAWS = 20_000
@@ -121,6 +121,28 @@ def test_ties_at_the_kth_stay_and_at_top_p_the_lowest_ids_stay(mode: str) -> Non
         table = params(draws, temperature=1.0, seed=np.arange(draws), **filters)
         tokens = sample(torch.from_numpy(np.tile(logits, (draws, 1))), table, np.zeros(draws, np.int32))
         assert set(tokens.tolist()) == allowed
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+def test_what_is_drawn_from_is_the_filtered_distribution(mode: str, filters: dict[str, Any]) -> None:
+    logits = torch.from_numpy((3 * np.random.default_rng(8).standard_normal((4, 300))).astype(np.float32))
+    table = params(4, temperature=[0.7, 0.0, 1.6, 0.7], seed=range(4), **filters)
+    table["min_length"], table["num_stop_ids"], table["stop_ids"][:, 0] = 5, 1, 17
+    at, rows = np.array([9, 9, 9, 2], np.int32), np.array([3, 1, 2], np.int64)
+    found = process(logits.clone(), rows, table, at).double().softmax(-1).numpy()
+    own = logits.double().numpy()
+    own[3, 17] = -np.inf
+    assert found[0, 17] == 0
+    np.testing.assert_allclose(found[0], exact(own[3], 0.7, **filters), rtol=1e-4, atol=1e-12)
+    np.testing.assert_allclose(found[1], exact(own[1], 1.0), rtol=1e-4)  # greedy: no filter has a say
+    np.testing.assert_allclose(found[2], exact(own[2], float(np.float32(1.6)), **filters), rtol=1e-4, atol=1e-12)
+
+
+def test_nothing_is_drawn_that_has_no_probability(mode: str) -> None:
+    logits, table, positions = mixed(400, 500)
+    drawn = sample(logits.clone(), table, positions)
+    found = process(logits, np.arange(400, dtype=np.int64), table, positions)
+    assert torch.isfinite(found[torch.arange(400), torch.from_numpy(drawn).long()]).all()
 
 
 def mixed(rows: int, vocab: int) -> tuple[torch.Tensor, npt.NDArray[Any], npt.NDArray[np.int32]]:

@@ -198,6 +198,34 @@ GENERATE: list[Row] = [
     ("image_data", ["http://127.0.0.1/x.png"]),
 ]
 
+TOKENS: list[Row] = [
+    *(row for row in TERMS if row[0] in ("cache_salt", "priority")),
+    *wrong_kinds(string="model request_id", boolean="stream", object="stream_options"),
+    *(("token_ids", value) for value in (None, 5, "x", {}, [], [-1], [VOCAB], ["a"], [[5]], [True], [1.5])),
+    *(("sampling_params", value) for value in (None, 5, "x", [{}], True)),
+    *(
+        (f"sampling_params.{name}", {name: value})
+        for name in ("temperature", "top_p", "min_p", "repetition_penalty")
+        for value in ("", "0.5", [], {}, True, -2.1, 2.1)
+    ),
+    *(
+        (f"sampling_params.{name}", {name: value})
+        for name in ("n", "max_tokens", "logprobs", "prompt_logprobs", "output_kind")
+        for value in (*NOT["integer"], -2, 10**6)
+        if (name, value) != ("max_tokens", 10**6)
+    ),
+    *(("sampling_params.stop", {"stop": value}) for value in (5, {}, [5], [""])),
+    *(("sampling_params.stop_token_ids", {"stop_token_ids": value}) for value in NO_LIST_OF_IDS),
+    ("sampling_params.structured_outputs.regex", {"structured_outputs": {"regex": "("}}),
+    ("sampling_params.detokenize", {"detokenize": False, "stop": "x"}),
+    ("sampling_params.detokenize", {"detokenize": 5}),
+    ("sampling_params.truncate_prompt_tokens", {"truncate_prompt_tokens": 5}),
+    ("sampling_params.extra_args", {"extra_args": {"a": 1}}),
+    ("features", {"mm_hashes": {}}),
+    ("output_mode", "text"),
+    ("return_token_ids", False),
+]
+
 EMBEDDINGS: list[Row] = [
     *TERMS,
     *wrong_kinds(
@@ -398,5 +426,6 @@ FAMILIES: list[Family] = [
     Family("/update_weights_from_disk", {"model_path": "."}, WEIGHTS),
     Family("/completion", {"prompt": "x", "n_predict": 1}, NATIVE),
     Family("/infill", {"input_prefix": "x", "input_suffix": "y", "n_predict": 1}, INFILL),
+    Family("/inference/v1/generate", {"token_ids": [5], "sampling_params": {"max_tokens": 1}}, TOKENS),
     Family("/generate", {"text": "x", "sampling_params": {"max_new_tokens": 1}}, GENERATE),
 ]

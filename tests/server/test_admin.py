@@ -396,9 +396,33 @@ async def test_sleeping_and_waking_up(server: Live) -> None:
             assert response.status == 200
         assert (await get(server, "/is_sleeping"))[1] == {"is_sleeping": False}
         assert await cached(server) == 0
-    for path in ("/sleep?level=3", "/sleep?level=x", "/sleep?mode=later", "/wake_up?tags=weights", "/pause?mode=x"):
+    for path in ("/sleep?level=3", "/sleep?level=x", "/sleep?mode=later", "/wake_up?tags=weight", "/pause?mode=x"):
         async with server.http.post(server.url + path) as response:
             check_shape(response.status, await response.json(), expected=400)
+
+
+async def test_waking_up_by_parts(server: Live) -> None:
+    for sleep, wake in (("/sleep?level=2", "/wake_up?tags={}"), (None, None)):
+        if sleep is None:
+            await server.post("/release_memory_occupation", {"tags": ["weights", "kv_cache", "cuda_graph"]})
+        else:
+            assert (await server.http.post(server.url + sleep)).status == 200
+        for tag, asleep in (("weights", True), ("kv_cache", False)):
+            if wake is None:
+                body = {"tags": [tag, "cuda_graph"]}
+                assert (await server.post("/resume_memory_occupation", body))[0] == 200
+            else:
+                assert (await server.http.post(server.url + wake.format(tag))).status == 200
+            assert (await get(server, "/is_sleeping"))[1] == {"is_sleeping": asleep}
+            status = (await server.post("/v1/completions", {"prompt": "x", "max_tokens": 1}))[0]
+            assert status == (503 if asleep else 200)
+    # No body at all is both.
+    for path, asleep in (("/release_memory_occupation", True), ("/resume_memory_occupation", False)):
+        assert (await server.http.post(server.url + path)).status == 200
+        assert (await get(server, "/is_sleeping"))[1] == {"is_sleeping": asleep}
+    for tags in ("weights", ["weight"], [1], {}):
+        for path in ("/release_memory_occupation", "/resume_memory_occupation"):
+            assert check_shape(*await server.post(path, {"tags": tags}), expected=400)["param"] == "tags"
 
 
 async def test_pausing_and_resuming(server: Live) -> None:

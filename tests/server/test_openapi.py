@@ -185,6 +185,8 @@ def test_every_route_that_reads_a_body_is_in_the_tables_of_malformed_ones() -> N
         # In test_rollouts.py.
         *TRAINERS & {path for path, _ in READING},
         *("/pause_generation", "/update_weight_version"),
+        # In test_admin.py.
+        *("/release_memory_occupation", "/resume_memory_occupation"),
         # In test_rendering.py.
         "/web/api/render",
         # In test_adapters.py.

@@ -28,6 +28,7 @@ from engine.models.registry import read_spec
 from server.endpoints.rollouts import UPDATES
 from tests.server.support import DEMO, Live, live, until
 from tests.server.test_errors import check_shape
+from tests.server.test_openapi import DOCUMENT, validate
 from tests.server.trainer import PACK, changed
 
 PROMPT = list(range(40, 70))
@@ -109,9 +110,18 @@ def announced(seed: int, dtypes: str = "dtypes") -> dict[str, Any]:
     return {"names": list(tensors), dtypes: ["float32"] * len(tensors), "shapes": shapes}
 
 
+def check_told(path: str, answer: Any, body: dict[str, Any] | None = None) -> None:
+    """That the OpenAPI document says so of a request and its answer."""
+    operation = DOCUMENT["paths"][path]["post"]
+    if body is not None and "requestBody" in operation:
+        validate(body, operation["requestBody"]["content"]["application/json"]["schema"])
+    validate(answer, operation["responses"]["200"]["content"]["application/json"]["schema"])
+
+
 async def done(server: Live, path: str, body: dict[str, Any]) -> Any:
     status, answer = await server.post(path, body)
     assert status == 200, answer
+    check_told(path, answer, body)
     return answer
 
 
@@ -121,7 +131,9 @@ async def send(server: Live, seed: int, version: str = "") -> Any:
     headers = {"Content-Type": "application/octet-stream"}
     async with server.http.post(url, data=io.BytesIO(save(changed(DEMO, seed))), headers=headers) as response:
         assert response.status == 200, await response.read()
-        return await response.json()
+        answer = await response.json()
+    check_told("/update_weights_from_tensor", answer)
+    return answer
 
 
 async def test_a_group_in_sglangs_words(server: Live, trainer: Trainer) -> None:

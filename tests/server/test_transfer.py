@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tests.server.support import Live, live, until
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 PROMPT = list(range(20, 20 + 100))  # six whole pages of 16 and a part of one
+LONG = "A long text. " * 20
 PREFILL = {
     "do_remote_decode": True,
     "do_remote_prefill": False,
@@ -140,6 +142,50 @@ async def test_generate_and_a_prefill_that_is_streamed(pair: tuple[Live, Live]) 
     events = await prefill.events("/v1/completions", {"prompt": prompt_of(31), "kv_transfer_params": PREFILL})
     assert events[-2]["kv_transfer_params"]["remote_block_ids"]
     exchange_of(prefill)._let_go(events[-2]["kv_transfer_params"]["remote_request_id"], "read")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/messages", {"messages": [{"role": "user", "content": "Messages. " + LONG}], "max_tokens": 8}),
+        ("/v1/responses", {"input": "Responses. " + LONG, "max_output_tokens": 8}),
+    ],
+)
+async def test_other_families(pair: tuple[Live, Live], path: str, body: dict[str, Any]) -> None:
+    """As routers send them: a whole answer of the prefiller, then the request with what that said."""
+    prefill, decode = pair
+    body = {"model": "demo", "temperature": 0, **body}
+    asked = {**body, "kv_transfer_params": PREFILL}
+    if path == "/v1/messages":
+        # With what a client wants of the whole answer.
+        asked |= {"max_tokens": 1, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+    status, first = await prefill.post(path, asked)
+    assert status == 200 and first["kv_transfer_params"]["remote_block_ids"], first
+    assert first["usage"]["output_tokens"] == 1
+    hits, failed = exchange_of(decode).tally.hit_tokens, failures(decode)
+    again = {**body, "kv_transfer_params": first["kv_transfer_params"]}
+    status, answer = await decode.post(path, again)
+    assert status == 200 and exchange_of(decode).tally.hit_tokens > hits and failures(decode) == failed
+    assert "kv_transfer_params" not in answer
+    told = "content" if path == "/v1/messages" else "output"
+    _, expected = await prefill.post(path, body)
+    assert [_text(item) for item in answer[told]] == [_text(item) for item in expected[told]]
+    streamed = {**body, "stream": True, "kv_transfer_params": PREFILL}
+    async with prefill.http.post(prefill.url + path, json=streamed) as response:
+        lines = (await response.read()).splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith(b"data: {")]
+    [kept] = [params for event in events if (params := _kept(event)) is not None]
+    assert kept["remote_block_ids"]
+    exchange_of(prefill)._let_go(kept["remote_request_id"], "read")
+
+
+def _text(item: dict[str, Any]) -> Any:
+    return item.get("text") or [part["text"] for part in item["content"]]
+
+
+def _kept(event: dict[str, Any]) -> Any:
+    """In a Messages stream beside the usage, else in the Response that ends."""
+    return event.get("response", event).get("kv_transfer_params")
 
 
 async def test_only_what_is_not_there_is_read(pair: tuple[Live, Live]) -> None:
@@ -441,8 +487,8 @@ async def test_without_the_flag_and_against_the_role() -> None:
 @pytest.mark.parametrize(
     ("path", "body"),
     [
-        ("/v1/responses", {"input": "x"}),
-        ("/v1/messages", {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2}),
+        # A summary is of another prompt than that of which pages are kept.
+        ("/v1/responses/compact", {"input": "x"}),
         ("/completion", {"prompt": "x"}),
         ("/api/generate", {"prompt": "x", "model": "demo"}),
         ("/api/chat", {"messages": [{"role": "user", "content": "x"}], "model": "demo"}),

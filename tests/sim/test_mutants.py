@@ -35,6 +35,7 @@ from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import SlotTable
 from engine.scheduling.speculating import Speculation
 from engine.scheduling.trials import Trials
+from engine.tiers.names import Item, TierNames
 from engine.tiers.tier import DiskTier
 from engine.tiers.worker import Worker
 from tests.sim.simulator import SimulationError, simulate
@@ -134,9 +135,13 @@ TIERED = REMAPS | {
     "page_size": 2, "max_model_len": 24, "num_pages": 40, "max_adapters": 0, "namespaces": 2, "tier_pages": 200,
     "tier_eagerness": 0.5, "tier_timeout_s": 1.0, "depth": 2, "eagerness": 0.0, "pool_rate": 0.0,
 }  # fmt: skip
-TIERED_LATE = TIERED | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "tier_eagerness": 0.3}
+TIERED_SLOW = {"tier_timeout_s": 0.02, "abort_rate": 0.1, "tier_eagerness": 0.3}
+TIERED_LATE = TIERED | TIERED_SLOW
 TIERED_RUNS = TIERED | {"constrained_rate": 0.8, "jump_ahead": True, "tier_eagerness": 0.9}
 TIERED_RUNS |= {"max_num_batched_tokens": 12}
+TIERED_STATES = TIERED | {"num_snapshots": 4, "ticks": 100}
+TIERED_WINDOWS = TIERED | {"windows": (None, 4, 4), "num_pages": 120, "ticks": 60}
+TIERED_ADAPTERS = TIERED | {"ticks": 150, "max_adapters": 2, "adapter_rate": 0.8, "reload_rate": 0.1}
 TIERED_ORDER = TIERED | {"policy": "fcfs", "max_num_seqs": 2, "burst": 12}
 LONGEST, IMPORTANT, SHARES = ({**CROWD, "policy": policy} for policy in ("lpm", "priority", "fair"))
 
@@ -409,16 +414,44 @@ MUTANTS = [
     ),
     Mutant(
         "half of what came enters the tree as all", DiskTier, "_read",
-        "(first + job.count) * self._page_size", "(first + len(names)) * self._page_size", TIERED_LATE,
+        "else first + job.count", "else depth", TIERED_LATE,
     ),
     Mutant(
-        "tenants share a tier", DiskTier, "_names", "root_name(self._layout, request.cache_root)",
+        "tenants share a tier", TierNames, "_root_of", "root_name(self._layout, request.cache_root)",
         "root_name(self._layout)", TIERED,
     ),
-    Mutant("a name is of its own page alone", DiskTier, "_names", "0, count)", "0, count)[::-1]", TIERED),
-    Mutant("pages come one place too far", DiskTier, "_read", "[first : first", "[first + 1 : 1 + first", TIERED),
+    Mutant(
+        "adapters share a tier", TierNames, "_root_of", "f\"adapter {request.adapter.digest}\"", "\"adapter\"",
+        TIERED_ADAPTERS,
+    ),
+    Mutant("a name is of its own page alone", TierNames, "chain", "0, count)", "0, count)[::-1]", TIERED),
+    Mutant(
+        "pages come one place too far", TierNames, "to_read", "own[index]", "own[min(index + 1, depth - 1)]", TIERED
+    ),
     Mutant("a page counts before it has come", Worker, "turn", "goes_on = self._read(job)", "goes_on = True", TIERED),
-    Mutant("the wrong page is kept", DiskTier, "keep", "np.int32)[new]", "np.int32)[::-1][new]", TIERED),
+    Mutant("the wrong page is kept", TierNames, "to_write", "own[index]", "own[::-1][index]", TIERED),
+    # States and windows from a tier.
+    Mutant(
+        "a snapshot is filled that a step in flight names", Receiving, "once_committed",
+        "self._committed_step == self._next_step - 1", "True", TIERED_STATES,
+    ),
+    Mutant(
+        "a snapshot that went meanwhile is kept", Item, "is_there", "self.snapshot.is_there", "True", TIERED_STATES,
+    ),
+    Mutant(
+        "a state is kept as that of another place", TierNames, "to_write",
+        "chain[depth - 1]), one.id", "chain[0]), one.id", TIERED_STATES,
+    ),
+    Mutant("groups share a name", TierNames, "_page", "if group else name", "if False else name", TIERED_WINDOWS),
+    Mutant(
+        "a window comes short of a page", TierNames, "_begin",
+        "self._groups[group].behind(", "1 + self._groups[group].behind(", TIERED_WINDOWS,
+    ),
+    Mutant("what windows leave stays locked", KVCache, "skip", "self._tree.leave(", "(lambda *_: 0)(", TIERED_WINDOWS),
+    Mutant(
+        "a part of what came enters a tree with windows", DiskTier, "_read",
+        "first if self._names.comes_whole", "first if False", TIERED_WINDOWS | TIERED_SLOW,
+    ),
     # Failures.
     Mutant(
         "who was cleared runs on beside suspects", Scheduler, "_make_cleared_wait",
@@ -676,12 +709,13 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     "changes",
     [
         *(FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES, ADAPTERS),
-        *(TIERED, TIERED_LATE, TIERED_RUNS, TIERED_ORDER),
+        *(TIERED, TIERED_LATE, TIERED_RUNS, TIERED_STATES, TIERED_WINDOWS, TIERED_ADAPTERS, TIERED_ORDER),
         *(DRAFTS, DRAFTED_RUNS, DRAFTED_FAILURES, DRAFTED_WINDOWS),
     ],
     ids=[
         *("failures", "culprits", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"),
-        *("adapters", "tiered", "tiered-late", "tiered-runs", "tiered-order"),
+        *("adapters", "tiered", "tiered-late", "tiered-runs", "tiered-states", "tiered-windows"),
+        *("tiered-adapters", "tiered-order"),
         *("drafts", "drafted-runs", "drafted-failures", "drafted-windows"),
     ],
 )

@@ -51,6 +51,19 @@ def test_pages_come_from_a_tier() -> None:
     assert sum([simulate(seed, **TIERED).received_tokens for seed in range(8)]) > 50
     hasty = TIERED | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "fail_rate": 0.05, "vocab_size": 40}
     assert sum([simulate(seed, **hasty).received_tokens for seed in range(8)]) > 5
+    # States, windows, and both: what comes of them is worth nothing without the rest.
+    for changes in ({"num_snapshots": 4}, {"windows": (None, 9, 4), "num_pages": 120}, {"windows": (4,)}):
+        both = TIERED | {"ticks": 60} | changes
+        assert sum([simulate(seed, **both).received_tokens for seed in range(4)]) > 5
+    slow = hasty | {
+        "tier_timeout_s": 0.1,
+        "tier_eagerness": 0.9,
+        "windows": (None, 4),
+        "num_snapshots": 3,
+        "num_pages": 90,
+        "ticks": 60,
+    }
+    assert sum([simulate(seed, **slow).received_tokens for seed in range(4)]) > 5
     # A grammar's first tokens are told while the prompt is in flight.
     ahead = TIERED | {"constrained_rate": 0.8, "jump_ahead": True, "eagerness": 0.0, "tier_eagerness": 0.9}
     ahead |= {"vocab_size": 40, "max_num_batched_tokens": 12, "max_num_seqs": 4}

@@ -27,53 +27,40 @@ Row = npt.NDArray[np.uint8]
 
 
 class MemoryStore:
-    """What the tier asks of a PageStore, without files. The longest unused go first.
-
-    rows: uint8 [pages, page_bytes].
-    """
+    """What the tier asks of a PageStore, without files: at most max_files. The longest unused go first."""
 
     num_corrupt = num_failed = 0
 
-    def __init__(self, rows: Row) -> None:
-        self._rows = rows
-        self.max_bytes = rows.nbytes
-        # By name: the row. The longest unused first.
-        self._places: OrderedDict[bytes, int] = OrderedDict()
-        self._free = list(range(len(rows)))
+    def __init__(self, max_files: int) -> None:
+        self.max_files = max_files
+        # By name. The longest unused first.
+        self._files: OrderedDict[bytes, Row] = OrderedDict()
 
     @property
     def bytes(self) -> int:
-        return len(self._places) * self._rows.shape[1]
+        return sum(row.nbytes for row in self._files.values())
 
     def __contains__(self, name: bytes) -> bool:
-        return name in self._places
+        return name in self._files
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._files)
 
     def read(self, name: bytes, into: Row) -> bool:
-        """Fill uint8 [page_bytes]. False where the page is not there, or of another size."""
-        place = self._places.get(name)
-        if place is None or into.nbytes != self._rows.shape[1]:
+        """Fill it. False where the file is not there, or of another size."""
+        row = self._files.get(name)
+        if row is None or into.nbytes != row.nbytes:
             return False
-        into[:] = self._rows[place]
-        self._places.move_to_end(name)
+        into[:] = row
+        self._files.move_to_end(name)
         return True
 
     def write(self, name: bytes, data: Row) -> bool:
-        """Keep uint8 [page_bytes], in the place of the longest unused where there is no other. False where no page
-        fits."""
-        if name in self._places:
-            self._places.move_to_end(name)
-            return True
-        if data.nbytes != self._rows.shape[1] or not len(self._rows):
-            return False
-        if self._free:
-            place = self._free.pop()
-        else:
-            _, place = self._places.popitem(last=False)
-        self._rows[place] = data
-        self._places[name] = place
+        """Keep a copy, in the place of the longest unused where there is no other."""
+        self._files[name] = data.copy()
+        self._files.move_to_end(name)
+        if len(self._files) > self.max_files:
+            self._files.popitem(last=False)
         return True
 
 
@@ -105,11 +92,11 @@ class SimulatedWorker(Worker):
     names_at_hand: list[bytes]
 
     def _read(self, job: Job) -> bool:
-        self.names_at_hand = [job.names[job.count]]
+        self.names_at_hand = [job.items[job.count].name]
         return super()._read(job)
 
     def _write(self, job: Job) -> bool:
-        self.names_at_hand = [job.names[job.count]]
+        self.names_at_hand = [job.items[job.count].name]
         return super()._write(job)
 
 
@@ -120,8 +107,7 @@ class SimulatedTier:
         options = simulator.options
         self._simulator, self._random = simulator, Random(f"tier {seed}")
         self._eagerness = options.tier_eagerness
-        page_bytes = simulator.executor.page_memory().page_bytes
-        store: Any = MemoryStore(np.zeros((options.tier_pages, page_bytes), np.uint8))
+        store: Any = MemoryStore(options.tier_pages)
         self.worker = SimulatedWorker(store, threaded=False)
         memory = WatchedMemory(simulator, self.worker)
 
@@ -129,6 +115,8 @@ class SimulatedTier:
             @staticmethod
             def page_memory() -> WatchedMemory:
                 return memory
+
+            state_memory = staticmethod(simulator.executor.state_memory)
 
         device: Any = Device()
         self.tier = DiskTier(

@@ -84,8 +84,8 @@ class Options:
 
     @property
     def has_tier(self) -> bool:
-        """Of models whose pages can be carried."""
-        return self.tier_pages > 0 and self.prefix_caching and self.num_snapshots is None and self.windows == (None,)
+        """Of models that keep anything."""
+        return self.tier_pages > 0 and self.prefix_caching and self.num_snapshots != 0
 
     @property
     def limits(self) -> Limits:
@@ -190,8 +190,8 @@ class Adapters:
             return None
         name = random.choice("aaabbbccde")
         if name not in self._loaded or random.random() < options.reload_rate:
-            self._num_loaded += 1
-            self._loaded[name] = Adapter(name, f"/{name}", self._num_loaded, 1, 1, self._num_loaded)
+            number = self._num_loaded = self._num_loaded + 1
+            self._loaded[name] = Adapter(name, f"/{name}", number, 1, 1, number, str(number))
         return self._loaded[name]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -16,9 +17,9 @@ import pytest
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions, TierOptions
 from engine.engine import Engine
 from engine.executor.fake import FakeExecutor
-from engine.executor.fake_oracle import FakeModel, expected_tokens
+from engine.executor.fake_oracle import FakeModel, expected_stream, expected_tokens
 from engine.forward import Limits
-from engine.request import FinishReason, Request, SamplingParams
+from engine.request import Adapter, FinishReason, Request, SamplingParams
 from engine.stream import Delta
 from engine.tiers import tier as tier_module
 
@@ -41,7 +42,7 @@ def reference(prompt: Sequence[int] = PROMPT) -> list[int]:
 async def running(
     directory: Path, *, num_pages: int = 128, max_bytes: int = 10**8, timeout_s: float = 5.0, weights: str = "v1"
 ) -> AsyncIterator[Engine]:
-    limits = Limits(8, 512, 1024, PAGE, num_pages, VOCAB)
+    limits = Limits(8, 512, 1024, PAGE, num_pages, VOCAB, max_adapters=2)
     executor = FakeExecutor(limits, MODEL)
     config = EngineConfig(
         cache=CacheOptions(),
@@ -152,7 +153,7 @@ async def test_a_damaged_page_ends_what_is_read(tmp_path: Path) -> None:
         await asked(engine, ask())
         await settled(engine)
         assert engine.tier is not None
-        names = engine.tier._named(ask())[1]
+        names = engine.tier._names.chain(ask())[1]
     path = tmp_path / names[10].hex()[:2] / f"{names[10].hex()[2:]}.page"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -283,3 +284,34 @@ async def test_prompts_that_are_not_kept(tmp_path: Path) -> None:
     async with running(tmp_path) as engine:
         # All of its tokens are computed for their log-probabilities.
         assert await asked(engine, dataclasses.replace(ask(prompt_logprobs=1))) == 0
+
+
+async def test_pages_of_an_adapter_are_found_by_what_is_in_its_files(tmp_path: Path) -> None:
+    """Versions are numbers of a process: the first of one server is not the first of the next."""
+
+    def write(name: str, content: str) -> Path:
+        (tmp_path / name).mkdir(exist_ok=True)
+        (tmp_path / name / "adapter_config.json").write_text('{"r": 8}')
+        (tmp_path / name / "weights").write_text(content)
+        return tmp_path / name
+
+    async def cached(engine: Engine, path: Path, version: int) -> int:
+        weights = engine.executor.read_adapter(path)
+        adapter = Adapter(path.name, str(path), version, 8, 1024, weights, weights.digest)
+        delta, count = await answer(engine, dataclasses.replace(ask(name=f"v{version}"), adapter=adapter))
+        sampling = SamplingParams(temperature=0.0)
+        stream = expected_stream(MODEL, PROMPT, sampling, (EOS,), adapter=int(weights))  # type: ignore[call-overload]
+        assert delta.token_ids == list(itertools.islice(stream, COUNT))
+        await settled(engine)
+        return count
+
+    one, other = write("one", "1"), write("other", "2")
+    async with running(tmp_path / "kv") as engine:
+        assert await cached(engine, one, 1) == 0 == await cached(engine, other, 2)
+        assert engine.tier is not None and len(engine.tier.store) == 2 * FILES
+    async with running(tmp_path / "kv") as engine:
+        assert await asked(engine, ask()) == 0
+        assert await cached(engine, other, 1) == FILES * PAGE == await cached(engine, one, 2)
+        # Loaded again with other weights under its name, and then with those that it had at first.
+        assert await cached(engine, write("one", "3"), 3) == 0
+        assert await cached(engine, write("one", "1"), 4) == FILES * PAGE

@@ -16,7 +16,7 @@ Bytes = NDArray[np.uint8]
 Floats = NDArray[np.float32]
 
 # The values of 4 bits in the IQ4 types, and of MXFP4 (twice those of e2m1: the scale is halved for it).
-_IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
+IQ4 = np.array([-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], dtype=np.float32)
 _E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtype=np.float32)
 
 
@@ -85,32 +85,43 @@ def _q8_0(blocks: Bytes, out: Floats) -> None:
     np.multiply(blocks[:, 2:].view(np.int8), half(blocks, 0), out=out)
 
 
-def _two_bits(packed: Bytes) -> Bytes:
+def two_bits(packed: Bytes) -> Bytes:
     """[n, 64] -> [n, 16, 16]: of each 32 bytes first all lowest pairs of bits, then the next, then the other 32."""
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 1, 4, 1)
     return ((packed.reshape(-1, 2, 1, 32) >> shifts) & np.uint8(3)).reshape(-1, 16, 16)
 
 
-def _q2_k(blocks: Bytes, out: Floats) -> None:
+def q2_k_parts(blocks: Bytes) -> tuple[Bytes, Floats, Floats]:
+    """[n, 16, 16] numbers, [n, 16] scales and minima."""
     scales = blocks[:, :16]
     scale = half(blocks, 80) * (scales & 15).astype(np.float32)
     low = half(blocks, 82) * (scales >> 4).astype(np.float32)
+    return two_bits(blocks[:, 16:80]), scale, low
+
+
+def _q2_k(blocks: Bytes, out: Floats) -> None:
+    values, scale, low = q2_k_parts(blocks)
     result = out.reshape(-1, 16, 16)
-    np.multiply(_two_bits(blocks[:, 16:80]), scale[:, :, None], out=result)
+    np.multiply(values, scale[:, :, None], out=result)
     result -= low[:, :, None]
 
 
-def _q3_k(blocks: Bytes, out: Floats) -> None:
+def q3_k_parts(blocks: Bytes) -> tuple[NDArray[np.int8], Floats]:
+    """[n, 16, 16] numbers and [n, 16] scales."""
     packed = blocks[:, 96:108]
     low = np.concatenate((packed[:, :8] & 15, packed[:, :8] >> 4), axis=1)
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 4, 1)
     high = ((packed[:, None, 8:] >> shifts) & np.uint8(3)).reshape(-1, 16)
     scale = (low | (high << np.uint8(4))).astype(np.int8) - np.int8(32)
-    scales = half(blocks, 108) * scale.astype(np.float32)
     bits = (blocks[:, None, :32] >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & np.uint8(1)
-    values = _two_bits(blocks[:, 32:96]).astype(np.int8) - ((bits ^ 1) << np.uint8(2)).astype(np.int8).reshape(
+    values = two_bits(blocks[:, 32:96]).astype(np.int8) - ((bits ^ 1) << np.uint8(2)).astype(np.int8).reshape(
         -1, 16, 16
     )
+    return values, half(blocks, 108) * scale.astype(np.float32)
+
+
+def _q3_k(blocks: Bytes, out: Floats) -> None:
+    values, scales = q3_k_parts(blocks)
     np.multiply(values, scales[:, :, None], out=out.reshape(-1, 16, 16))
 
 
@@ -122,14 +133,6 @@ def six_bit_scales(packed: Bytes) -> tuple[Bytes, Bytes]:
     return scale, low
 
 
-def _scaled_with_minimum(blocks: Bytes, values: Bytes, out: Floats) -> None:
-    """values [n, 8, 32] by the scales and minima that Q4_K and Q5_K begin with."""
-    scale, low = six_bit_scales(blocks[:, 4:16])
-    result = out.reshape(-1, 8, 32)
-    np.multiply(values, (half(blocks, 0) * scale.astype(np.float32))[:, :, None], out=result)
-    result -= (half(blocks, 2) * low.astype(np.float32))[:, :, None]
-
-
 def halves(packed: Bytes) -> Bytes:
     """[n, 128] -> [n, 8, 32]: of each 32 bytes the low halves, then the high ones."""
     values = np.empty((len(packed), 4, 64), dtype=np.uint8)
@@ -137,54 +140,78 @@ def halves(packed: Bytes) -> Bytes:
     return values.reshape(-1, 8, 32)
 
 
+def k_parts(blocks: Bytes, *, five: bool) -> tuple[Bytes, Floats, Floats]:
+    """Of Q5_K, or of Q4_K: [n, 8, 32] numbers, [n, 8] scales and minima."""
+    scale, low = six_bit_scales(blocks[:, 4:16])
+    values = halves(blocks[:, 48 if five else 16 :])
+    if five:
+        bits = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & np.uint8(1)
+        values |= bits << np.uint8(4)
+    return values, half(blocks, 0) * scale.astype(np.float32), half(blocks, 2) * low.astype(np.float32)
+
+
+def _scaled_with_minimum(values: Bytes, scale: Floats, low: Floats, out: Floats) -> None:
+    result = out.reshape(-1, 8, 32)
+    np.multiply(values, scale[:, :, None], out=result)
+    result -= low[:, :, None]
+
+
 def _q4_k(blocks: Bytes, out: Floats) -> None:
-    _scaled_with_minimum(blocks, halves(blocks[:, 16:]), out)
+    _scaled_with_minimum(*k_parts(blocks, five=False), out)
 
 
 def _q5_k(blocks: Bytes, out: Floats) -> None:
-    bits = (blocks[:, None, 16:48] >> np.arange(8, dtype=np.uint8).reshape(1, 8, 1)) & np.uint8(1)
-    _scaled_with_minimum(blocks, halves(blocks[:, 48:]) | (bits << np.uint8(4)), out)
+    _scaled_with_minimum(*k_parts(blocks, five=True), out)
 
 
-def _q6_k(blocks: Bytes, out: Floats) -> None:
+def q6_k_parts(blocks: Bytes) -> tuple[NDArray[np.int8], Floats]:
+    """[n, 16, 16] numbers and [n, 16] scales."""
     low = np.empty((len(blocks), 2, 128), dtype=np.uint8)
     _put_nibbles(blocks[:, :128].reshape(-1, 2, 64), low)
     shifts = np.array([0, 2, 4, 6], dtype=np.uint8).reshape(1, 1, 4, 1)
     high = (blocks[:, 128:192].reshape(-1, 2, 1, 32) >> shifts) & np.uint8(3)
     values = (low | (high.reshape(-1, 2, 128) << np.uint8(4))).astype(np.int8) - np.int8(32)
-    scale = half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
-    np.multiply(values.reshape(-1, 16, 16), scale[:, :, None], out=out.reshape(-1, 16, 16))
+    return values.reshape(-1, 16, 16), half(blocks, 208) * blocks[:, 192:208].view(np.int8).astype(np.float32)
+
+
+def _q6_k(blocks: Bytes, out: Floats) -> None:
+    values, scale = q6_k_parts(blocks)
+    np.multiply(values, scale[:, :, None], out=out.reshape(-1, 16, 16))
 
 
 def _iq4_nl(blocks: Bytes, out: Floats) -> None:
-    index = np.empty((len(blocks), 32), dtype=np.uint8)
-    _put_nibbles(blocks[:, 2:], index)
-    np.multiply(_IQ4[index], half(blocks, 0), out=out)
+    np.multiply(IQ4[nibbles(blocks[:, 2:])], half(blocks, 0), out=out)
 
 
-def _iq4_xs(blocks: Bytes, out: Floats) -> None:
+def iq4_xs_parts(blocks: Bytes) -> tuple[Bytes, Floats]:
+    """[n, 8, 32] places in the table, and [n, 8] scales."""
     low = np.empty((len(blocks), 4, 2), dtype=np.uint8)
     _put_nibbles(blocks[:, 4:8].reshape(-1, 4, 1), low)
     high = np.ascontiguousarray(blocks[:, 2:4]).view("<u2") >> np.arange(0, 16, 2, dtype=np.uint16)
     scale = (low.reshape(-1, 8) | ((high & 3) << 4).astype(np.uint8)).astype(np.int8) - np.int8(32)
-    scales = half(blocks, 0) * scale.astype(np.float32)
     index = np.empty((len(blocks), 8, 32), dtype=np.uint8)
     _put_nibbles(blocks[:, 8:].reshape(-1, 8, 16), index)
-    np.multiply(_IQ4[index], scales[:, :, None], out=out.reshape(-1, 8, 32))
+    return index, half(blocks, 0) * scale.astype(np.float32)
+
+
+def _iq4_xs(blocks: Bytes, out: Floats) -> None:
+    index, scales = iq4_xs_parts(blocks)
+    np.multiply(IQ4[index], scales[:, :, None], out=out.reshape(-1, 8, 32))
+
+
+def mxfp4_scales(blocks: Bytes) -> Floats:
+    """[n, 1]: half of 2 ** (e - 127), which is below the normal numbers for e of 0 and 1."""
+    exponent = blocks[:, :1].astype(np.uint32)
+    tiny = np.uint32(0x00200000) << exponent.clip(max=1)
+    return np.where(exponent < 2, tiny, (exponent.clip(min=2) - np.uint32(1)) << np.uint32(23)).view(np.float32)
 
 
 def _mxfp4(blocks: Bytes, out: Floats) -> None:
-    # Half of 2 ** (e - 127), which is below the normal numbers for e of 0 and 1.
-    exponent = blocks[:, :1].astype(np.uint32)
-    tiny = np.uint32(0x00200000) << exponent.clip(max=1)
-    scale = np.where(exponent < 2, tiny, (exponent.clip(min=2) - np.uint32(1)) << np.uint32(23)).view(np.float32)
-    index = np.empty((len(blocks), 32), dtype=np.uint8)
-    _put_nibbles(blocks[:, 1:], index)
-    np.multiply(_E2M1[index], scale, out=out)
+    np.multiply(_E2M1[nibbles(blocks[:, 1:])], mxfp4_scales(blocks), out=out)
 
 
 def _tq2_0(blocks: Bytes, out: Floats) -> None:
-    values = _two_bits(blocks[:, :64]).astype(np.int8) - np.int8(1)
+    values = two_bits(blocks[:, :64]).astype(np.int8) - np.int8(1)
     np.multiply(values.reshape(-1, 256), half(blocks, 64), out=out)
 
 

@@ -71,6 +71,8 @@ class AdaptedLayers:
         self.rows = Rows()
         self.places: dict[str, Place] = {}
         self.sites: dict[str, Site] = {}
+        # On a GPU the sites whose adapters it computes; None where the host does, and all.
+        self.on_device: frozenset[str] | None = None
         self._held: dict[int, Mapping[str, Branch]] = {}
 
     def site(self, name: str) -> Site:

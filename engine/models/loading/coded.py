@@ -1,4 +1,4 @@
-"""Weights of a quantised checkpoint that stay codes with scales of float32, where a CPU has kernels for that.
+"""Weights of a quantised checkpoint that stay codes with scales, where a CPU or a GPU has kernels for that.
 
 Used at start, on the loading thread.
 """
@@ -7,16 +7,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from engine.config import StartupError
+from engine.models.gguf.coded import CODED, coded
+from engine.models.gguf.types import BY_NAME
+from engine.models.loading.schemes.base import Coded
 from engine.models.loading.weights import OUTPUT_WEIGHT, CheckpointWeights
 from engine.models.parts.source import PREFIX
-from engine.ops.coded import CodedLinear, Piece, can_keep_codes
+from engine.ops import coded as on_cpu
+from engine.ops import device_coded as on_gpu
+from engine.ops.coded import CodedLinear, Piece
+from engine.ops.device_coded import DeviceCodedLinear
 from engine.ops.linear import Linear
+from engine.ops.packed import MixedLinear
 from engine.ops.reordered import ReorderedLinear
 
 _EMBEDDING = f"{PREFIX}embed_tokens.weight"
+# Its name, and columns of a scale.
+Form = tuple[str, int]
 # Weights that are brought from one form into the other at once.
 _PIECE = 1024 * 1024
 
@@ -36,19 +47,29 @@ class CodedWeights(CheckpointWeights):
         dtype: torch.dtype | None = None,
     ) -> Linear:
         """See Weights.linear. Quantised weights of one form stay as they are, where there are kernels for them."""
-        weights = [f"{name}.weight" for name in names]
+        weights, wanted = [f"{name}.weight" for name in names], dtype or self.dtype
         self.round_layer(weights, dtype)
-        form = self._common_form(weights, dtype or self.dtype)
-        same, columns_order = self.input_order(weights) if form is not None else (False, None)
-        if form is None or not same:
+        forms = self._forms(weights, wanted)
+        same, columns_order = self.input_order(weights) if forms is not None else (False, None)
+        if forms is None or not same or (len(set(forms)) > 1 and order is not None):
             return super().linear(names, rows, columns, bias=bias, order=order, activation=activation, dtype=dtype)
         bias_vector = self.stacked([f"{name}.bias" for name in names], rows, dtype=dtype) if bias else None
         if order is not None and bias_vector is not None:
             bias_vector[: len(order)] = bias_vector[order]
-        pieces = self._pieces(weights, rows, columns, order)
-        linear = CodedLinear(form, sum(rows), columns, dtype or self.dtype, pieces, bias_vector, activation)
-        self.linears.append(linear)
-        return linear if columns_order is None else ReorderedLinear(linear, columns_order)
+        parts: list[Linear] = []
+        begin = first = 0
+        while begin < len(names):
+            # Below one another, as long as they are alike.
+            end = next((index for index in range(begin, len(names)) if forms[index] != forms[begin]), len(names))
+            count = sum(rows[begin:end])
+            own = bias_vector[first : first + count] if bias_vector is not None else None
+            pieces = self._pieces(weights[begin:end], rows[begin:end], columns, order)
+            alone = activation if end - begin == len(names) else None
+            parts.append(self._layer(forms[begin], count, columns, wanted, pieces, own, alone))
+            begin, first = end, first + count
+        self.linears.extend(parts)
+        linear = parts[0] if len(parts) == 1 else MixedLinear(parts, activation)
+        return linear if columns_order is None else ReorderedLinear(linear, columns_order.to(self.device))
 
     def round_layer(self, weights: Sequence[str], dtype: torch.dtype | None) -> None:
         """Round what a layer is made of, where that was asked for; one whose dtype is given is a router's."""
@@ -59,20 +80,69 @@ class CodedWeights(CheckpointWeights):
         """See Weights.output_layer."""
         if tied:
             self.round([_EMBEDDING], as_output=True)
-        form = self._common_form([_EMBEDDING], self.dtype) if tied else None
-        if form is None or self.input_order([_EMBEDDING]) != (True, None):
+        forms = self._forms([_EMBEDDING], self.dtype) if tied else None
+        if forms is None or self.input_order([_EMBEDDING]) != (True, None):
             return super().output_layer(vocab, hidden, tied=tied, bias=bias)
         pieces = self._pieces([_EMBEDDING], [vocab], hidden, None)
-        linear = CodedLinear(form, vocab, hidden, self.dtype, pieces)
+        linear = self._layer(forms[0], vocab, hidden, self.dtype, pieces)
         self.linears.append(linear)
         return linear
 
-    def _common_form(self, names: Sequence[str], dtype: torch.dtype) -> str | None:
-        """In what all of these can be kept, where a layer can be made of that; None where it cannot."""
-        if not can_keep_codes(dtype, self.device):
+    def _forms(self, names: Sequence[str], dtype: torch.dtype) -> list[Form] | None:
+        """In what each of these can be kept, where a layer can be made of that; None where it cannot."""
+        if on_gpu.can_keep_codes(dtype, self.device):
+            found = [self._form(name) for name in names]
+        elif on_cpu.can_keep_codes(dtype, self.device):
+            known = [self.kept_form(name) for name in names]
+            # There are kernels for these alone, and for one of them in a layer.
+            kept = len(set(known)) == 1 and all(form is None or form[0] in on_cpu.CODE_FORMS for form in known)
+            found = known if kept and known[0] is not None and known[0][1] == on_cpu.CODE_BLOCK else [None]
+        else:
             return None
-        forms = {self.kept_form(name) for name in names}
-        return forms.pop() if len(forms) == 1 else None
+        forms = [form for form in found if form is not None]
+        return forms if len(forms) == len(names) else None
+
+    def _form(self, name: str) -> Form | None:
+        """What a GPU can keep it in, and columns of a scale."""
+        stored = self._tensors[name]
+        if stored.quantised is not None:
+            return self.kept_form(name)
+        as_it_lies = stored.undo is None and not stored.stride and not stored.transposed and not stored.shift
+        form = CODED.get(stored.dtype) if as_it_lies else None
+        return form if form is not None and stored.shape[-1] % form[1] == 0 else None
+
+    def _layer(
+        self,
+        form: Form,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        pieces: Iterator[Piece],
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> Linear:
+        name, group = form
+        if on_gpu.can_keep_codes(dtype, self.device):
+            return DeviceCodedLinear(name, rows, columns, group, dtype, self.device, pieces, bias, activation)
+        return CodedLinear(name, rows, columns, dtype, pieces, bias, activation)
+
+    def _codes(self, name: str, begin: int, end: int) -> Coded:
+        """Rows [begin, end)."""
+        stored = self._tensors[name]
+        if stored.quantised is not None:
+            return self.kept_codes(name, begin, end)
+        kind = BY_NAME[stored.dtype]
+        size = stored.shape[1] // kind.elements * kind.size
+        mapped = self._files.get(stored.file, stored.end)
+        blocks = np.frombuffer(mapped, np.uint8, (end - begin) * size, stored.begin + begin * size)
+        try:
+            codes, scale, low = coded(stored.dtype, blocks.reshape(-1, kind.size))
+        except ValueError as problem:
+            raise StartupError(f"{stored.file}: tensor {name}: {problem}") from None
+        del blocks
+        self._let_go(stored, stored.begin + begin * size, stored.begin + end * size)
+        added = None if low is None else torch.from_numpy(low).reshape(end - begin, -1)
+        return torch.from_numpy(codes).view(end - begin, -1), torch.from_numpy(scale).reshape(end - begin, -1), added
 
     def _pieces(self, names: Sequence[str], rows: Sequence[int], columns: int, order: Tensor | None) -> Iterator[Piece]:
         """The tensors below one another, in pieces that are small where no order mixes their rows."""
@@ -82,7 +152,7 @@ class CodedWeights(CheckpointWeights):
         for begin in range(0, total, step):
             end = min(begin + step, total)
             parts = [
-                self.kept_codes(name, max(begin - start, 0), min(end - start, count))
+                self._codes(name, max(begin - start, 0), min(end - start, count))
                 for name, start, count in zip(names, starts, rows, strict=True)
                 if start < end and start + count > begin
             ]

@@ -93,6 +93,7 @@ class PartOf(Quantised):
         super().__init__(inner.label, (rows, cut.count) if cut.by_columns else (cut.count, columns), inner.parts)
         self._inner = inner
         self._cut = cut
+        self.code_group = inner.code_group
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
@@ -136,6 +137,6 @@ class PartOf(Quantised):
         if not self._cut.by_columns:
             return self._inner.coded(view, self._cut.begin + begin, self._cut.begin + end)
         codes, scale, added = self._inner.coded(view, begin, end)
-        first, last = self._cut.begin // BLOCK, self._cut.end // BLOCK
+        first, last = self._cut.begin // self.code_group, self._cut.end // self.code_group
         scale, added = scale[:, first:last], None if added is None else added[:, first:last]
         return self._cut.of(codes).contiguous(), scale.contiguous(), None if added is None else added.contiguous()

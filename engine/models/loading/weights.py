@@ -365,13 +365,14 @@ class CheckpointWeights(Weights):
         with self._reading(name, stored.quantised, last=False):
             return stored.quantised.kind(self._whole) or stored.dtype
 
-    def kept_form(self, name: str) -> str | None:
-        """Of the codes that it can be brought into; see Quantised.form."""
+    def kept_form(self, name: str) -> tuple[str, int] | None:
+        """Of the codes that it can be brought into, and columns of a scale; see Quantised.form."""
         matrix = self._tensors[name].quantised
         if matrix is None:
             return None
         with self._reading(name, matrix, last=False):
-            return matrix.form(self._whole)
+            form = matrix.form(self._whole)
+            return None if form is None else (form, matrix.code_group)
 
     def input_order(self, names: Sequence[str]) -> tuple[bool, Tensor | None]:
         """Whether all of these have their columns in one order as blocks; int64 [columns], None for their own."""

@@ -71,6 +71,12 @@ class LayerAttention:
         plain = not self.sinks and self.reads is None and not self.values_in_keys and not isinstance(self.window, Chunk)
         return plain and self.value_dim == self.head_dim
 
+    @property
+    def is_latent(self) -> bool:
+        """Its values are in its keys, and nothing else is unusual."""
+        plain = not self.sinks and self.reads is None and self.window is None and self.softcap is None
+        return plain and self.values_in_keys and not self.bidirectional
+
 
 @dataclass(frozen=True, slots=True)
 class AttentionSpec:
@@ -114,6 +120,13 @@ class AttentionSpec:
         """What all layers are but for their windows; None where they differ in more, or are not plain."""
         found = {dataclasses.replace(layer, window=None) for layer in self.attending.values()}
         return found.pop() if len(found) == 1 and all(layer.is_plain for layer in self.attending.values()) else None
+
+    @property
+    def latent(self) -> LayerAttention | None:
+        """What all layers are where each keeps latents and sees every token; None where they differ."""
+        found = set(self.attending.values())
+        shape = found.pop() if len(found) == 1 else None
+        return shape if shape is not None and shape.is_latent else None
 
     def buffer_widths(
         self, groups: tuple[MemoryGroup, ...] = (MemoryGroup(),), dtype: torch.dtype | None = None

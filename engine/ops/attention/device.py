@@ -183,6 +183,19 @@ class DeviceAttention:
         """Give the KV pools' memory back; graphs that were captured with them are void."""
         self.k_pools, self.v_pools = {}, {}
 
+    def cleanse(self, tables: Tensor) -> None:
+        """Zeros for what is NaN or infinite in pages [groups, P], on the device; what is a number stays."""
+        with torch.inference_mode():
+            for number, layer in self.layers.items():
+                pages = tables[self.group_of[number]].long()
+                pools = [self.k_pools[number], self.v_pools[number]]
+                for pool in pools[:1] if layer.values_in_keys else pools:
+                    found = pool.view(torch.uint8)[pages] if pool.dtype.itemsize == 1 else pool[pages]
+                    if pool.dtype.itemsize == 1:  # e4m3fn knows NaN alone
+                        pool.view(torch.uint8)[pages] = found.masked_fill(found & 0x7F == 0x7F, 0)
+                    else:
+                        pool[pages] = found.masked_fill(~found.isfinite(), 0.0)
+
     def decode_needs_plan(self, size: int) -> bool:
         """Whether decode steps of `size` rows come with a DecodePlan."""
         return False

@@ -57,6 +57,9 @@ class Backend(DeviceAttention):
             for pools, pool, dim in ((self.k_pools, keys, layer.head_dim), (self.v_pools, values, layer.value_dim)):
                 pools[number] = pool[..., : heads * dim].unflatten(2, (heads, dim))
 
+    def cleanse(self, tables: Tensor) -> None:
+        """Nothing is kept."""
+
     def describe(self) -> str:
         """See DeviceAttention."""
         return "torch, over whole texts"

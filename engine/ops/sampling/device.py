@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from engine.forward import NO_NUMBERS
 from engine.ops.sampling.layout import (
     MIN_LENGTH,
     MIN_P,
@@ -53,21 +54,42 @@ def draw(
     where: Tensor | None = None,
     *,
     filtered: bool,
+    masked: bool = False,
 ) -> None:
     """A token for each row of logits [R, V], to `last_token` by slot and to `out` [R], or where `where` says in it.
 
     params int32 [slots, WORDS]: rows of SAMPLING_DTYPE; slots, where int32 or int64 [R]; last_token, out int32.
     positions int32 [R]: index in its sequence of each new token. filtered: some row has top_k, top_p or min_p; without,
-    those fields are not looked at.
+    those fields are not looked at. `out` says NO_NUMBERS of rows in which there is a NaN or nothing finite;
+    `last_token` has some token of the vocabulary. masked: what a row may not say is -inf already, all of it maybe.
     """
     if on_gpu(logits):
         from engine.ops.triton.sampling import sample_rows
 
-        sample_rows(logits, params, slots, positions, last_token, out, where, filtered=filtered)
+        sample_rows(logits, params, slots, positions, last_token, out, where, filtered=filtered, masked=masked)
         return
+    draw_by_torch(logits, params, slots, positions, last_token, out, where, filtered=filtered, masked=masked)
+
+
+def draw_by_torch(
+    logits: Tensor,
+    params: Tensor,
+    slots: Tensor,
+    positions: Tensor,
+    last_token: Tensor,
+    out: Tensor,
+    where: Tensor | None,
+    *,
+    filtered: bool,
+    masked: bool,
+) -> None:
+    """`draw` without kernels of ours."""
     slots = slots.long()
     tokens = torch_sample(logits.float(), params.index_select(0, slots), positions, filtered=filtered)
     last_token.index_copy_(0, slots, tokens)
+    tops = logits.amax(-1)  # NaN where there is one
+    sane = torch.isfinite(tops) | (tops == -torch.inf) if masked else torch.isfinite(tops)
+    tokens = torch.where(sane, tokens, NO_NUMBERS)
     if where is None:
         out.copy_(tokens)
     else:
@@ -76,19 +98,10 @@ def draw(
 
 def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered: bool) -> Tensor:
     """float32 [R, V], int32 [R, WORDS], int32 [R] -> int32 [R], in torch; sorts every row when filtered."""
-    rows, vocab = logits.shape
-    floats = params.view(torch.float32)
-    temperature = floats[:, TEMPERATURE : TEMPERATURE + 1]
-    # Masked stop ids: out-of-range ones go to a column that is cut off again.
-    ids = params[:, STOP_IDS:].long()
-    column = torch.arange(NUM_STOPS, device=logits.device)
-    masked = (positions < params[:, MIN_LENGTH])[:, None] & (column < params[:, NUM_STOP_IDS, None])
-    ids = torch.where(masked & (ids >= 0) & (ids < vocab), ids, vocab)
-    banned = torch.zeros((rows, vocab + 1), dtype=torch.bool, device=logits.device).scatter_(1, ids, True)
-    x = logits.masked_fill(banned[:, :vocab], float("-inf"))
+    vocab = logits.shape[1]
+    temperature = params.view(torch.float32)[:, TEMPERATURE : TEMPERATURE + 1]
+    x, top, scaled = _scaled(logits, params, positions)
     greedy = x.argmax(-1)
-    top = x.amax(-1, keepdim=True)
-    scaled = (x - top) / torch.where(temperature > 0, temperature, 1.0)
     weights = (_filter(scaled, params) if filtered else scaled).exp()
     mass = weights.cumsum(-1, dtype=torch.float64)
     seeds = params[:, SEED : SEED + 2].contiguous().view(torch.int64)[:, 0]
@@ -99,6 +112,35 @@ def torch_sample(logits: Tensor, params: Tensor, positions: Tensor, *, filtered:
     drawn = torch.minimum(chosen, last)
     sane = (temperature[:, 0] > 0) & torch.isfinite(top[:, 0])
     return torch.where(sane, drawn, greedy).to(torch.int32)
+
+
+def process(logits: Tensor, params: Tensor, positions: Tensor, tokens: Tensor, *, filtered: bool) -> Tensor:
+    """What rows are drawn from, as sampler.process has it; logits [R, V] -> float32 [R, V].
+
+    params int32 [R, WORDS], positions int32 [R]: as for `torch_sample`. tokens int [R]: those that were drawn, which
+    are kept: where top_p ends the kernels sum in another order.
+    """
+    temperature = params.view(torch.float32)[:, TEMPERATURE : TEMPERATURE + 1]
+    x, top, scaled = _scaled(logits.float(), params, positions)
+    if filtered:
+        own = tokens.long()[:, None]
+        scaled = _filter(scaled, params).scatter(1, own, scaled.gather(1, own))
+    return torch.where((temperature > 0) & torch.isfinite(top), scaled, x.where(torch.isfinite(top), 0.0))
+
+
+def _scaled(logits: Tensor, params: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [R, V] with stop ids masked, their best [R, 1], and (logit - best) / temperature [R, V]."""
+    rows, vocab = logits.shape
+    temperature = params.view(torch.float32)[:, TEMPERATURE : TEMPERATURE + 1]
+    # Masked stop ids: out-of-range ones go to a column that is cut off again.
+    ids = params[:, STOP_IDS:].long()
+    column = torch.arange(NUM_STOPS, device=logits.device)
+    masked = (positions < params[:, MIN_LENGTH])[:, None] & (column < params[:, NUM_STOP_IDS, None])
+    ids = torch.where(masked & (ids >= 0) & (ids < vocab), ids, vocab)
+    banned = torch.zeros((rows, vocab + 1), dtype=torch.bool, device=logits.device).scatter_(1, ids, True)
+    x = logits.masked_fill(banned[:, :vocab], float("-inf"))
+    top = x.amax(-1, keepdim=True)
+    return x, top, (x - top) / torch.where(temperature > 0, temperature, 1.0)
 
 
 def _filter(scaled: Tensor, params: Tensor) -> Tensor:

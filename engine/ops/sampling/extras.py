@@ -4,7 +4,8 @@ Kept by slot between steps and fed by ForwardInput.extras; `begin` changes the l
 `end` counts what was drawn. Owned by the CPU executor's thread. Rows without extras are not touched.
 
 The order is vLLM's and HF's: allowed ids, bad words, bias, penalties, and after them the sampler's temperature and
-filters. Log-probabilities are of the logits as the model made them.
+filters. Log-probabilities are of the logits as the model made them, or (Limits.processed_logprobs) of what tokens are
+drawn from.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from engine.forward import ForwardInput, Int32Array, Limits, PromptLogprobs, RowExtras, StepLogprobs
 from engine.ops.sampling.logprobs import Float32Array, IndexArray, Normalised, normalise, of_targets, ranks
+from engine.ops.sampling.sampler import process
 
 _NOTHING = np.zeros(0, np.int64)
 _MINUS_INFINITY = np.float32(-np.inf)
@@ -142,6 +144,8 @@ class Draw:
     normalised: Normalised | None
     touched: IndexArray
     raw: Float32Array
+    positions: Int32Array
+    params: npt.NDArray[Any]
 
 
 class SlotExtras:
@@ -149,6 +153,7 @@ class SlotExtras:
 
     def __init__(self, limits: Limits) -> None:
         self._vocab = limits.vocab_size
+        self._processed = limits.processed_logprobs
         self._slots: dict[int, _Slot] = {}
         self._has = np.zeros(limits.num_slots, np.bool_)
         # The last tokens of slots with bad words of several tokens; as wide as the longest of them needs.
@@ -232,8 +237,8 @@ class SlotExtras:
                 *(row * self._vocab + ids for (row, _), (ids, _) in zip(plan.penalised, counted, strict=True)),
             ]
         )
-        draw = Draw(plan, logits, logits, slots, None, _NOTHING, flat[:0])
-        if len(plan.logprob_rows):
+        draw = Draw(plan, logits, logits, slots, None, _NOTHING, flat[:0], positions, params)
+        if len(plan.logprob_rows) and not self._processed:
             draw.normalised = normalise(logits, plan.logprob_rows, plan.num_top)
             if masked or plan.forbidden:
                 # Whole rows change, so the raw ones stay where they are.
@@ -316,8 +321,10 @@ class SlotExtras:
             else:
                 for row in plan.word_rows[taken[plan.word_rows]]:
                     _shift(self._tails[draw.slots[row]], drawn[row : row + 1])
-        if draw.normalised is None:
+        if not len(plan.logprob_rows):
             return None
+        if draw.normalised is None:
+            return self._of_processed(draw, drawn, rows, taken)
         asked, found, k = plan.logprob_rows, draw.normalised, plan.num_top
         table: Float32Array = draw.own.numpy()
         table.reshape(-1)[draw.touched] = draw.raw
@@ -330,6 +337,31 @@ class SlotExtras:
             rows=np.asarray(rows[asked], np.int32),
             token_logprobs=found.logprobs(values),
             ranks=ranks(draw.own, asked, values, found),
+            top_ids=found.top_ids[:, :k],
+            top_logprobs=found.logprobs(found.top[:, :k]),
+        )
+
+    def _of_processed(
+        self,
+        draw: Draw,
+        drawn: Int32Array,
+        rows: npt.NDArray[np.integer[Any]],
+        taken: npt.NDArray[np.bool_] | None,
+    ) -> StepLogprobs:
+        """See `end`: of what the tokens were drawn from."""
+        asked, k = draw.plan.logprob_rows, draw.plan.num_top
+        if taken is not None:
+            asked = asked[taken[asked]]
+        table = process(draw.logits, asked, draw.params, draw.positions)
+        every = np.arange(len(asked), dtype=np.int64)
+        # Nothing may be sampled at all: what is drawn then has no probability.
+        table[~torch.isfinite(table.amax(-1))] = 0.0
+        found = normalise(table, every, k)
+        values = table.numpy()[every, drawn[asked]]
+        return StepLogprobs(
+            rows=np.asarray(rows[asked], np.int32),
+            token_logprobs=found.logprobs(values),
+            ranks=ranks(table, every, values, found),
             top_ids=found.top_ids[:, :k],
             top_logprobs=found.logprobs(found.top[:, :k]),
         )

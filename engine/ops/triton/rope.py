@@ -1,6 +1,7 @@
 """Norms and rotary embedding of q and k and the write of k and v into the paged cache, in one launch instead of ten.
 
-Called per layer by ops/attention/device.py on CUDA tensors; `DeviceAttention.write` in torch is the reference.
+Called per layer by ops/attention/device.py on CUDA tensors; `DeviceAttention.write` in torch is the reference. And the
+rotary embedding alone, in place, of what is written some other way: ops/rope.py.
 """
 
 from __future__ import annotations
@@ -148,3 +149,66 @@ def rope_and_write_kv(
         **launch_options(),
     )
     return out
+
+
+@triton.jit
+def _rotate(
+    q_ptr,
+    k_ptr,
+    cos_sin_ptr,
+    positions_ptr,
+    q_stride,
+    q_head,
+    k_stride,
+    k_head,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    overlap(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)[:, None]
+    dim = tl.arange(0, BLOCK_D)[None, :]
+    inside = dim < HALF
+    # Heads count through q, then k.
+    is_q, is_k = (head < HEADS) & inside, (head >= HEADS) & (head < HEADS + KV_HEADS) & inside
+    q_at = q_ptr + token * q_stride + head * q_head + dim
+    k_at = k_ptr + token * k_stride + (head - HEADS) * k_head + dim
+    table = cos_sin_ptr + tl.load(positions_ptr + token).to(tl.int64) * (2 * HALF) + dim
+    cos, sin = tl.load(table, mask=inside, other=1.0), tl.load(table + HALF, mask=inside, other=0.0)
+    first = tl.load(q_at, mask=is_q, other=0.0).to(tl.float32)
+    second = tl.load(q_at + HALF, mask=is_q, other=0.0).to(tl.float32)
+    tl.store(q_at, (first * cos - second * sin).to(q_ptr.dtype.element_ty), mask=is_q)
+    tl.store(q_at + HALF, (second * cos + first * sin).to(q_ptr.dtype.element_ty), mask=is_q)
+    first = tl.load(k_at, mask=is_k, other=0.0).to(tl.float32)
+    second = tl.load(k_at + HALF, mask=is_k, other=0.0).to(tl.float32)
+    tl.store(k_at, (first * cos - second * sin).to(k_ptr.dtype.element_ty), mask=is_k)
+    tl.store(k_at + HALF, (second * cos + first * sin).to(k_ptr.dtype.element_ty), mask=is_k)
+
+
+def rotate(q: Tensor, k: Tensor | None, cos_sin: Tensor, positions: Tensor) -> None:
+    """See `apply_rope` in ops/rope.py: in place, of heads and tokens at any distance."""
+    assert q.stride(2) == 1 and (k is None or k.stride(2) == 1) and cos_sin.is_contiguous()
+    tokens, heads, _ = q.shape
+    half, kv_heads = cos_sin.shape[1] // 2, 0 if k is None else k.shape[1]
+    other = q if k is None else k
+    _rotate[(tokens, triton.cdiv(heads + kv_heads, BLOCK_HEADS))](
+        q,
+        other,
+        cos_sin,
+        positions,
+        q.stride(0),
+        q.stride(1),
+        other.stride(0),
+        other.stride(1),
+        HEADS=heads,
+        KV_HEADS=kv_heads,
+        HALF=half,
+        BLOCK_H=BLOCK_HEADS,
+        BLOCK_D=triton.next_power_of_2(half),
+        num_warps=4,
+        **launch_options(),
+    )

@@ -5,7 +5,8 @@ segment and then the token. Rows with top_k, top_p or min_p are then drawn anew:
 what lies within some distances of the best, the fourth lists what lies within the least that will do, finds in the
 list the logits at which the filters end, and draws from what is left. Nothing of a row depends on the others. Logits
 are read in the model's dtype, parameters by slot, and tokens go where the next step looks for them, so that a step has
-no launch beside these. Called by ops/sampling/device.py, whose `torch_sample` is the reference.
+no launch beside these. A row with a NaN, or with nothing finite, says so in place of its token. Called by
+ops/sampling/device.py, whose `torch_sample` is the reference.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.forward import NO_NUMBERS
 from engine.ops.sampling.layout import (
     MIN_LENGTH,
     MIN_P,
@@ -123,10 +125,10 @@ def _uniform(seed_ptr, position):
 
 
 @triton.jit
-def _note(token, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER: tl.constexpr):
-    """Leave a row's token for the next step, and for the host."""
+def _note(token, told, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER: tl.constexpr):
+    """Leave a row's token for the next step, and what the host is told."""
     tl.store(last_token_ptr + tl.load(slots_ptr + row), token)
-    tl.store(out_ptr + (tl.load(where_ptr + row) if SCATTER else row), token)
+    tl.store(out_ptr + (tl.load(where_ptr + row) if SCATTER else row), told)
 
 
 @triton.jit
@@ -152,6 +154,8 @@ def _choose(
     SEGMENT: tl.constexpr,
     BLOCK: tl.constexpr,
     SCATTER: tl.constexpr,
+    MASKED: tl.constexpr,
+    NO_NUMBERS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     overlap(PDL)
@@ -187,7 +191,12 @@ def _choose(
     drawn = segment * SEGMENT + tl.minimum(chosen, last)
     sane = (temperature > 0.0) & (top > -float("inf")) & (top < float("inf"))
     token = tl.where(sane, drawn, greedy).to(tl.int32)
-    _note(token, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER)
+    # A NaN is in its segment's sum, whatever the maximum made of it.
+    insane = (total != total) | (top == float("inf"))
+    if not MASKED:
+        insane = insane | (top == -float("inf"))
+    told = tl.where(insane, NO_NUMBERS, token).to(tl.int32)
+    _note(token, told, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER)
 
 
 @triton.jit
@@ -343,6 +352,8 @@ def _draw(
     position = tl.load(positions_ptr + row)
     sums = tl.load(sums_ptr + row * num_segments + number, mask=inside, other=0.0)
     total = tl.sum((sums * tl.exp((tops - top) * inverse)).to(tl.float64), axis=0)
+    if total != total:
+        return
 
     # The least distance that holds all that top_k, or else top_p, keeps.
     farthest = float("inf")
@@ -422,7 +433,7 @@ def _draw(
         end += tl.sum(kept, axis=0)
         tied += tl.sum(equal, axis=0)
     token = tl.load(list_ptr + tl.minimum(chosen, last))
-    _note(token, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER)
+    _note(token, token, row, slots_ptr, where_ptr, last_token_ptr, out_ptr, SCATTER)
 
 
 def sample_rows(
@@ -435,6 +446,7 @@ def sample_rows(
     where: Tensor | None,
     *,
     filtered: bool,
+    masked: bool = False,
 ) -> None:
     """See `draw` in ops/sampling/device.py."""
     rows, vocab = logits.shape
@@ -457,8 +469,9 @@ def sample_rows(
     given = logits, params, slots, positions, tops
     results = slots if where is None else where, last_token, out, vocab, segments
     ends = {"SEED": SEED, "BLOCK": block, "SCATTER": where is not None}
+    told = {"MASKED": masked, "NO_NUMBERS": NO_NUMBERS}
     _segments[shape](*given, sums, args, vocab, segments, num_warps=8, **places)
-    _choose[(rows,)](*given, sums, args, *results, num_warps=8, **places, **ends)
+    _choose[(rows,)](*given, sums, args, *results, num_warps=8, **places, **ends, **told)
     if not filtered:
         return
     places |= {"TOP_K": TOP_K, "TOP_P": TOP_P, "MIN_P": MIN_P, "DEPTHS": DEPTHS}

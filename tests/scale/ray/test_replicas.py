@@ -15,6 +15,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+import torch
+from safetensors.torch import load_file, save
 
 from bench.server import free_port
 
@@ -187,6 +189,29 @@ async def test_replicas_come_die_and_go(served: tuple[str, int]) -> None:
                     assert events[-2]["choices"][0]["finish_reason"] == "length", events[-2]
         await clients.ask()
         assert not clients.problems and len(clients.seen) == 1
+
+
+async def test_replicas_that_come_after_an_update_have_it(served: tuple[str, int]) -> None:
+    url, root = served
+    name = "model.norm.weight"
+    norm = load_file(ROOT / "engine" / "demo" / "model.safetensors")[name].float()
+    noise = torch.randn(norm.shape, generator=torch.Generator().manual_seed(1))
+    timeout = aiohttp.ClientTimeout(total=BOUND_S)
+    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as http:
+        clients = Clients(url, http)
+        await until(lambda: len(replicas(root)) == 1)
+        await clients.ask()
+        [before] = clients.seen
+        path = f"{url}/update_weights_from_tensor?weight_version=one"
+        headers = {"Content-Type": "application/octet-stream"}
+        async with http.post(path, data=save({name: norm + 0.5 * noise}), headers=headers) as response:
+            assert response.status == 200, await response.text()
+        clients = Clients(url, http)
+        load = [asyncio.create_task(clients.load()) for _ in range(5 * ROWS)]
+        await until(lambda: len(clients.replicas) == 3 or clients.problems)
+        clients.stop.set()
+        await asyncio.gather(*load)
+        assert not clients.problems and len(clients.seen) == 1 and before not in clients.seen
 
 
 async def test_errors_are_the_servers_own(served: tuple[str, int]) -> None:

@@ -56,12 +56,17 @@ class Integers:
     scale: Tensor
 
 
-# Codes uint8 [rows, columns], scale float32 [rows, columns / BLOCK], what is added to their product or None.
+# Codes uint8 [rows, columns], scale float32 [rows, columns / code_group], what is added to their product or None.
 Coded = tuple[Tensor, Tensor, Tensor | None]
 
 
 class Quantised(ABC):
-    """A matrix [rows, columns]. label: what it is, for people. parts: what it is read from."""
+    """A matrix [rows, columns]. label: what it is, for people. parts: what it is read from.
+
+    code_group: columns that share a scale where a layer keeps its codes.
+    """
+
+    code_group = BLOCK
 
     def __init__(self, label: str, shape: tuple[int, int], parts: Mapping[str, StoredTensor]) -> None:
         self.label = label
@@ -77,7 +82,8 @@ class Quantised(ABC):
         return None
 
     def form(self, view: View) -> str | None:
-        """Of the codes, one of ops/coded.CODE_FORMS, in which a layer can keep these numbers where it has no kind."""
+        """Of the codes, one of ops/device_coded.FORMS, in which a layer can keep these numbers; None where there is
+        none."""
         return None
 
     def order(self, view: View) -> Tensor | None:

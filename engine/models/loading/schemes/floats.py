@@ -105,6 +105,7 @@ class Float4Matrix(Quantised):
         self._group = group
         self._factor = factor
         self._divides = divides
+        self.code_group = group
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
@@ -122,6 +123,14 @@ class Float4Matrix(Quantised):
         exponents = view(self._scale)[begin:end].view(torch.uint8).unsqueeze(-1)
         codes = self._nibbles(view, begin, end).view(end - begin, -1, BLOCK)
         return torch.cat((exponents, halves(codes)), -1).view(end - begin, -1)
+
+    def form(self, view: View) -> str | None:
+        """See Quantised."""
+        return "e2m1"
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """See Quantised."""
+        return self._nibbles(view, begin, end), self._scales(view, begin, end), None
 
     def _nibbles(self, view: View, begin: int, end: int) -> Tensor:
         """uint8 [rows, columns]: codes."""

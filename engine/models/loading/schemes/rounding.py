@@ -83,6 +83,16 @@ class Rounded(Quantised):
         numbers = codes.view(end - begin, -1, BLOCK)
         return to_blocks(self._kind, numbers, scales.view(end - begin, -1)).view(end - begin, -1)
 
+    def form(self, view: View) -> str | None:
+        """See Quantised."""
+        return "int8" if self._bits == 8 else "int4"
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """See Quantised."""
+        codes, scales = self._rounded(view, begin, end)
+        codes = codes if self._bits == 8 else codes + 8
+        return codes.view(end - begin, -1).view(torch.uint8), scales.view(end - begin, -1), None
+
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
         codes, scales = self._rounded(view, begin, end)

@@ -24,6 +24,7 @@ class RowsOf(Quantised):
         super().__init__(inner.label, (count, inner.shape[1]), inner.parts)
         self._inner = inner
         self._first = first
+        self.code_group = inner.code_group
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
@@ -74,6 +75,7 @@ class Below(Quantised):
         label = above.label if above.label == below.label else f"{above.label} and {below.label}"
         super().__init__(label, (above.shape[0] + below.shape[0], above.shape[1]), parts)
         self._halves = (above, below)
+        self.code_group = above.code_group
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
@@ -87,9 +89,9 @@ class Below(Quantised):
 
     def form(self, view: View) -> str | None:
         """See Quantised."""
-        first, second = (half.form(view) for half in self._halves)
+        first, second = ((half.form(view), half.code_group) for half in self._halves)
         in_order = all(half.order(view) is None for half in self._halves)
-        return first if first == second and in_order else None
+        return first[0] if first == second and in_order else None
 
     def coded(self, view: View, begin: int, end: int) -> Coded:
         """See Quantised."""

@@ -1,0 +1,199 @@
+"""LoRA adapters of the CUDA executor: in host memory as the device wants them, on the device by index, and whose the
+rows of a step are. Only layers of the decoder are changed, by plain factors; the rest is refused as it is read.
+
+Owned by CUDAExecutor; loop thread, except `read`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.executor.cuda_buffers import CudaHandle
+from engine.executor.cuda_device import DeviceLayer
+from engine.forward import ForwardInput, Int32Array
+from engine.lora.base import own_rows
+from engine.lora.reader import read_adapter
+from engine.lora.words import AdapterError
+from engine.models.loading.adapted import AdaptedLayers, Heads, Place
+from engine.models.parts.decoder import CausalLM
+from engine.models.parts.source import PREFIX
+from engine.ops.lora_device import ROWS, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PinnedWeights:
+    """See words.AdapterWeights. data: a row of Shelf.memory; table int32: its row of Shelf.table; both page-locked."""
+
+    rank: int
+    num_bytes: int
+    base_model_name: str
+    data: Tensor
+    table: Tensor
+
+
+# The side that chains of graphs read, of whatever parity a step is.
+CHAIN = 2
+
+
+class _Side:
+    """Whose the rows of steps of one parity are, on the host and on the device. Owners lie first, then the order."""
+
+    def __init__(self, layer: DeviceLayer, blocks: int) -> None:
+        # So that the order begins on a multiple of 16 bytes: kernels are compiled anew for pointers that do not.
+        self.blocks = blocks = -(-blocks // 4) * 4
+        self.host = layer.pinned(4 * blocks * (1 + ROWS)).view(torch.int32)
+        self.device = layer.zeros((blocks * (1 + ROWS),), torch.int32)
+        self.array: Int32Array = self.host.numpy()
+        # What the device has; how much of it is to be sent.
+        self.ids: Int32Array | None = None
+        self.to_send = 0
+
+    def view(self, blocks: int) -> Grouped:
+        """Of a step of so many blocks; always at the same addresses."""
+        return Grouped(self.device[self.blocks : self.blocks + blocks * ROWS], self.device[:blocks])
+
+
+class DeviceAdapters:
+    """See the module. max_rank: of adapters' modules. most_rows: of one step. Raises torch.OutOfMemoryError."""
+
+    def __init__(self, model: CausalLM, layer: DeviceLayer, max_rank: int, most_rows: int) -> None:
+        layers = model.adapted
+        assert isinstance(layers, AdaptedLayers)
+        self.layer, self.max_rank, self.capacity = layer, max_rank, layers.capacity
+        shapes = site_shapes(layers, max_rank)
+        self._names = tuple(shapes)
+        self._numbers = {name: number for number, name in enumerate(shapes)}
+        self.shelf = Shelf(list(shapes.values()), layers.capacity, model.linears[0].dtype)
+        self.rows = layers.rows
+        # By index: what has it, and what is not yet on its way to the device.
+        self._held: dict[int, PinnedWeights] = {}
+        self._pending: dict[int, PinnedWeights] = {}
+        self._sides = [_Side(layer, num_blocks(most_rows, layers.capacity)) for _ in range(3)]
+        self.attach(model)
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shelf.num_bytes
+
+    def attach(self, model: CausalLM) -> None:
+        """Have a model's layers ask for what is here: this one's, or another's of the same spec. Raises
+        torch.OutOfMemoryError."""
+        self._take_memory()
+        layers = model.adapted
+        assert isinstance(layers, AdaptedLayers)
+        layers.on_device, self.rows = frozenset(self._names), layers.rows
+        for name, number in self._numbers.items():
+            layers.sites[name].device = DeviceSite(self.shelf, number, self.layer.device)
+
+    # ---- adapters
+
+    def read(self, path: Path, layers: Any) -> PinnedWeights:
+        """An adapter's directory. On any thread. Raises AdapterError."""
+        found = read_adapter(path, layers, self.max_rank)
+        name = path.name.encode("unicode_escape").decode()[:100]
+        branches = {self._numbers[site]: branch for site, branch in found.branches.items()}
+        try:
+            data, table = self.shelf.pack(branches)
+            pinned = self.layer.pinned(data.nbytes).view(data.dtype), self.layer.pinned(table.nbytes).view(table.dtype)
+        except ValueError as error:
+            raise AdapterError(f"adapter {name}: {error}") from None
+        except RuntimeError as error:
+            raise AdapterError(f"adapter {name}: no page-locked memory: {str(error).splitlines()[0]}") from None
+        for to, source in zip(pinned, (data, table), strict=True):
+            to.copy_(source)
+        return PinnedWeights(found.rank, data.nbytes, found.base_model_name, *pinned)
+
+    def load(self, forward_input: ForwardInput, handle: CudaHandle) -> None:
+        """Bring the step's new adapters to the device. Compute stream: behind the steps that may still read what had
+        their indices, and before this one. What fails is tried again by the next step."""
+        for index, weights in forward_input.adapter_loads:
+            self._held[index] = self._pending[index] = weights
+        for index, weights in list(self._pending.items()):
+            handle.keep += [weights.data, weights.table]
+            self._upload(index, weights)
+            del self._pending[index]
+
+    def _upload(self, index: int, weights: PinnedWeights) -> None:
+        self.layer.upload(self.shelf.memory[index - 1, : len(weights.data)], weights.data)
+        self.layer.upload(self.shelf.table[index], weights.table)
+
+    def _take_memory(self) -> None:
+        """Of all adapters; after `release_memory` those that were there come back with the next step."""
+        shelf = self.shelf
+        if not shelf.memory.numel():
+            shelf.memory = self.layer.zeros((shelf.capacity, shelf.room), shelf.dtype)
+            shelf.table = self.layer.zeros((shelf.capacity + 1, 2 * len(shelf.shapes)), torch.int32)
+            self._pending = dict(self._held)
+
+    def release_memory(self) -> None:
+        """Give it back until a model is attached; graphs that were captured with it are void."""
+        self.shelf.memory, self.shelf.table = (torch.empty(0, dtype=each) for each in (self.shelf.dtype, torch.int32))
+
+    # ---- rows
+
+    def note(self, ids: Int32Array, parity: int) -> int:
+        """The adapters of a step's rows, or of its tokens: to be sent with it. Returns how many blocks they fill."""
+        side = self._sides[parity]
+        blocks = num_blocks(len(ids), self.capacity)
+        if side.ids is None or not np.array_equal(side.ids, ids):
+            side.ids = None
+            group(ids, side.array[side.blocks : side.blocks + blocks * ROWS], side.array[:blocks])
+            side.to_send = side.blocks + blocks * ROWS
+            side.ids = ids.copy()
+        return blocks
+
+    def send(self, parity: int) -> None:
+        """What `note` found, where the device has something else. Upload stream, with the rest of the step."""
+        side = self._sides[parity]
+        if side.to_send:
+            known, side.ids = side.ids, None
+            self.layer.upload(side.device[: side.to_send], side.host[: side.to_send])
+            side.ids, side.to_send = known, 0
+
+    def copy_to_chain(self, parity: int, rows: int) -> None:
+        """What was noted for so many rows of this parity, to where chains read it; compute stream, in a launch."""
+        count = self._sides[parity].blocks + num_blocks(rows, self.capacity) * ROWS
+        self._sides[CHAIN].device[:count].copy_(self._sides[parity].device[:count])
+
+    @contextlib.contextmanager
+    def used(self, side: int, rows: int) -> Iterator[None]:
+        """What the model computes meanwhile are so many rows, padding included, that were noted for this parity; or
+        CHAIN."""
+        self.rows.any = True
+        self.rows.on_device = self._sides[side].view(num_blocks(rows, self.capacity))
+        try:
+            yield
+        finally:
+            self.rows.any, self.rows.on_device = False, None
+
+
+def site_shapes(layers: AdaptedLayers, max_rank: int) -> Mapping[str, SiteShape]:
+    """Of the layers whose adapters a GPU computes, by the names of their sites: linear layers of the decoder's layers,
+    where every token is one row. Experts are not, nor what latent attention splits into heads."""
+    begin = PREFIX + layers.spec.layer_names.split("{}")[0]
+    places: dict[str, list[Place]] = {}
+    for name, place in layers.places.items():
+        if name.startswith(begin) and not (place.is_table or isinstance(place.linear, Heads) or ".experts." in name):
+            places.setdefault(place.site, []).append(place)
+    return {site: _shape(of_site, max_rank) for site, of_site in places.items()}
+
+
+def _shape(places: list[Place], max_rank: int) -> SiteShape:
+    linear = places[0].linear
+    parts = []
+    for place in places:
+        ours = own_rows(place)[0]
+        first, end = int(ours.min()), int(ours.max()) + 1
+        parts.append((first, end))
+        if end - first != len(ours):  # its outputs lie among another's
+            max_rank, parts = len(places) * max_rank, [(0, linear.out_features)]
+            break
+    return SiteShape(linear.in_features, linear.out_features, tuple(sorted(parts)), max_rank)

@@ -1,0 +1,199 @@
+"""A linear layer on a GPU whose weight stays codes: integers or floats of four or eight bits with scales beside them.
+
+Built at load time from a quantised checkpoint, called by the executor's thread. Products of few rows widen the codes in
+registers (triton/coded.py), where the bytes of the weight are all the work; from `widen_from` rows on, a step's numbers
+are made first and cuBLAS multiplies. Which is quicker from where is timed at start (executor/cuda_products.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.ops.linear import Linear
+from engine.ops.mxfp4 import TABLE
+from engine.ops.norm import Normed, plain
+from engine.ops.triton.runtime import on_gpu
+
+# What a code stands for, times the scale: integers of four bits from 0 on (of which 8 is taken, or `low` is added to
+# the product with the scale), of eight with a sign, and floats (OCP's e4m3 and e2m1).
+FORMS = ("int4", "int4 and low", "int8", "int8 and low", "e4m3", "e2m1")
+FOUR_BITS = ("int4", "int4 and low", "e2m1")
+
+# Columns and warps of a program's tile of the result, and loads under way. Its rows are what TILE_ROWS says.
+Tile = tuple[int, int, int]
+TILES: tuple[Tile, ...] = ((32, 4, 4), (16, 2, 5), (64, 4, 4), (64, 8, 3))
+TILE_ROWS = (16, 32, 64)
+# Without a clock: from so many rows on numbers are made first.
+WIDEN_FROM = 128
+
+# Rows [start, stop) of the weight: codes uint8 [rows, K], scale float32 [rows, K / group], low the same or None.
+Piece = tuple[int, int, Tensor, Tensor, Tensor | None]
+
+
+def can_keep_codes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are kernels for it. dtype: of inputs and outputs; float32 is for comparisons."""
+    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+
+
+def tile_rows(rows: int) -> int:
+    """Of a tile for a product of so many rows."""
+    return next((each for each in TILE_ROWS if rows <= each), TILE_ROWS[-1])
+
+
+class DeviceCodedLinear(Linear):
+    """form: one of FORMS. dtype: of inputs and outputs. pieces: the weight, from row 0 on; group: columns of a scale
+    there, 16 or a multiple of 32."""
+
+    def __init__(
+        self,
+        form: str,
+        rows: int,
+        columns: int,
+        group: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        pieces: Iterable[Piece],
+        bias: Tensor | None = None,
+        activation: str | None = None,
+    ) -> None:
+        assert form in FORMS and columns % group == 0
+        # What stands for the weight is never asked for its dtype or shape.
+        super().__init__(torch.empty((1, 1), dtype=dtype), None, activation)
+        self.out_features, self.in_features, self.dtype = rows, columns, dtype
+        self.kind = "codes"
+        self.form = form
+        # Columns that are summed before a scale is taken to them.
+        self._width = min(group, 32)
+        pairs = form in FOUR_BITS and columns % (2 * self._width) == 0
+        self._codes = torch.empty((rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=device)
+        scales = torch.empty((columns // group, rows), dtype=torch.float32, device=device)
+        lows = torch.empty_like(scales) if form.endswith("low") else None
+        for start, stop, codes, scale, low in pieces:
+            codes = codes.to(device)
+            self._codes[start:stop] = _paired(codes, self._width) if pairs else codes
+            scales[:, start:stop] = scale.to(device).T
+            if lows is not None:
+                assert low is not None
+                lows[:, start:stop] = low.to(device).T
+        self._scale, self._low = _fewest(scales, lows)
+        self._bias = None if bias is None else bias.to(device)
+        self.has_bias = bias is not None
+        self.tiles: dict[int, Tile] = dict.fromkeys(TILE_ROWS, TILES[0])
+        self.widen_from = WIDEN_FROM
+
+    @property
+    def num_bytes(self) -> int:
+        """Of device memory that the weight takes."""
+        parts = (self._codes, self._scale, self._low)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+    def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
+        """Nothing is left to do."""
+
+    @property
+    def ways(self) -> Any:
+        """See Linear.ways."""
+        return self.tiles, self.widen_from
+
+    @ways.setter
+    def ways(self, found: Any) -> None:
+        self.tiles, self.widen_from = found
+
+    def __call__(self, x: Tensor | Normed) -> Tensor:
+        """[T, in_features] -> [T, out_features] of the same dtype."""
+        x = plain(x)
+        assert x.dtype == self.dtype and x.shape[1] == self.in_features
+        return self.by_cublas(x) if x.shape[0] >= self.widen_from else self.by_codes(x, self.tiles[tile_rows(len(x))])
+
+    def by_codes(self, x: Tensor, tile: Tile) -> Tensor:
+        """The product, with numbers that are made in registers."""
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        if on_gpu(x):
+            from engine.ops.triton import coded as kernels
+
+            whole = (tile_rows(x.shape[0]), *tile)
+            parts = self._codes, self._scale, self._low, self._bias
+            return kernels.coded_product(x, self.form, *parts, self._width, whole)
+        wide = F.linear(x.float(), self.numbers(torch.float32), None if self._bias is None else self._bias.float())
+        return wide.to(x.dtype)
+
+    def by_cublas(self, x: Tensor) -> Tensor:
+        """The product, with numbers that are made before it."""
+        return F.linear(x, self.numbers(self.dtype), self._bias)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """See Linear.rows."""
+        return self.numbers(self.dtype, ids)
+
+    def numbers(self, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
+        """The weight [out_features, in_features], or rows of it, each rounded once."""
+        if on_gpu(self._codes):
+            from engine.ops.triton import coded as kernels
+
+            parts = self._codes, self._scale, self._low
+            return kernels.widened(self.form, *parts, self.in_features, self._width, dtype, ids)
+        return torch_numbers(self.form, self._codes, self._scale, self._low, self.in_features, self._width, dtype, ids)
+
+
+def torch_numbers(
+    form: str,
+    codes: Tensor,
+    scale: Tensor,
+    low: Tensor | None,
+    in_features: int,
+    width: int,
+    dtype: torch.dtype,
+    ids: Tensor | None = None,
+) -> Tensor:
+    """[out, in] or, with ids [T], [T, in]: what codes stand for.
+
+    codes uint8 [out, in], or [out, in / 2] with blocks of `width` columns in pairs, of which the second has the high
+    halves. scale [in / (width n), out], low float32 the same or None.
+    """
+    scale, low = scale.T, None if low is None else low.T
+    if ids is not None:
+        codes, scale, low = codes[ids], scale[ids], None if low is None else low[ids]
+    if codes.shape[1] < in_features:
+        bytes_ = codes.view(len(codes), -1, 1, width)
+        codes = torch.cat((bytes_ & 15, bytes_ >> 4), 2).view(len(codes), -1)
+    if form == "e4m3":
+        values = codes.view(torch.float8_e4m3fn).float()
+    elif form == "e2m1":
+        values = torch.tensor(TABLE, device=codes.device)[codes.int()]
+    elif form.startswith("int8"):
+        values = codes.view(torch.int8).float()
+    else:
+        values = codes.float() - (8.0 if low is None else 0.0)
+    values = values.view(*scale.shape, -1) * scale.float().unsqueeze(-1)
+    if low is not None:
+        values += low.unsqueeze(-1)
+    return values.view(len(codes), -1).to(dtype)
+
+
+def _paired(codes: Tensor, width: int) -> Tensor:
+    """uint8 [rows, K] -> [rows, K / 2]: of two blocks of `width` columns, the first low and the second high."""
+    both = codes.view(len(codes), -1, 2, width)
+    return (both[:, :, 0] | (both[:, :, 1] << 4)).view(len(codes), -1)
+
+
+def _fewest(scales: Tensor, lows: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """float32 [blocks, rows]: for fewer blocks where neighbours are the same, and scales in 16 bits where these hold
+    them exactly."""
+    found = [scales] if lows is None else [scales, lows]
+    while found[0].shape[0] % 2 == 0:
+        pairs = [each.view(-1, 2, each.shape[1]) for each in found]
+        if not all(torch.equal(each[:, 0], each[:, 1]) for each in pairs):
+            break
+        found = [each[:, 0].contiguous() for each in pairs]
+    scales = found[0]
+    for dtype in (torch.float16, torch.bfloat16):
+        if torch.equal(scales.to(dtype).float(), scales):
+            scales = scales.to(dtype)
+            break
+    return scales, found[1] if lows is not None else None

@@ -1,0 +1,236 @@
+"""y += B (A x) of LoRA adapters in two launches: A of every row's adapter, then B. Called by ops/lora_device.py on
+CUDA tensors; `torch_add` there is the reference.
+
+A program computes the rows of one block, which have one adapter, so that its matrices are read once for all of them.
+Blocks of nobody, and ranks that an adapter has not, end at once. A is summed in parts of the inputs, each in their
+order and then one after the other, cut by the layer's size alone: a row has the same bits in any company.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engine.ops.triton.pdl import launch_options, overlap
+
+# Parts of the inputs, at most so many and at least so long; each is a program's where there are few blocks.
+MOST_SPLITS, LEAST_SPLIT = 8, 512
+FEW_BLOCKS = 32
+BLOCK_K_BYTES = 256
+# Kernels are not compiled anew for a 1 or a multiple of 16 of these, amid serving.
+CHANGING = ("rows", "number")
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def _shrink(
+    x_ptr,
+    memory_ptr,
+    table_ptr,
+    order_ptr,
+    owners_ptr,
+    inner_ptr,
+    rows,
+    x_stride,
+    in_features,
+    stride,
+    sites,
+    number,
+    RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    TOGETHER: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """inner[split, position in order, part, rank]: one split by each program, or all added up TOGETHER."""
+    overlap(PDL)
+    block = tl.program_id(0)
+    owner = tl.load(owners_ptr + block).to(tl.int64)
+    part = tl.program_id(1) // (RANKS // UNIT)
+    first = tl.program_id(1) % (RANKS // UNIT) * UNIT
+    if owner <= 0:
+        return
+    place = table_ptr + (owner * sites + number) * 2
+    begin, rank = tl.load(place).to(tl.int64) * UNIT, tl.load(place + 1)
+    if first >= rank:
+        return
+    rank = tl.multiple_of(rank, UNIT)
+    at = tl.multiple_of((owner - 1) * stride + begin, UNIT)
+    place_in_block = tl.arange(0, ROWS)
+    row = tl.load(order_ptr + block * ROWS + place_in_block)
+    valid = row < rows
+    number_of = first + tl.arange(0, UNIT)
+    k = tl.arange(0, BLOCK_K)
+    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + k[None, :]
+    down_at = memory_ptr + at + (part * rank + number_of).to(tl.int64)[None, :] * in_features + k[:, None]
+    split = tl.program_id(2)
+    total = tl.zeros((ROWS, UNIT), tl.float32)
+    begin_split, end_split = split, split + 1
+    if TOGETHER:
+        end_split = tl.cdiv(in_features, SPLIT)
+    for each in range(begin_split, end_split):
+        own = tl.zeros((ROWS, UNIT), tl.float32)
+        for start in range(each * SPLIT, min((each + 1) * SPLIT, in_features), BLOCK_K):
+            left = k < in_features - start
+            x = tl.load(x_at + start, mask=valid[:, None] & left[None, :], other=0.0)
+            down = tl.load(down_at + start, mask=left[:, None], other=0.0).to(x.dtype)
+            own = tl.dot(x, down, own, input_precision="ieee")
+        total += own
+    position = (split * tl.num_programs(0) + block).to(tl.int64) * ROWS + place_in_block
+    inner_at = inner_ptr + position[:, None] * (PARTS * RANKS) + part * RANKS + number_of[None, :]
+    tl.store(inner_at, total)
+
+
+@triton.jit(do_not_specialize=CHANGING)
+def _expand(
+    y_ptr,
+    memory_ptr,
+    table_ptr,
+    order_ptr,
+    owners_ptr,
+    inner_ptr,
+    tiles_ptr,
+    rows,
+    y_stride,
+    in_features,
+    out_features,
+    stride,
+    sites,
+    number,
+    RANKS: tl.constexpr,
+    PARTS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    HALVES: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    overlap(PDL)
+    block = tl.program_id(0)
+    owner = tl.load(owners_ptr + block).to(tl.int64)
+    if owner <= 0:
+        return
+    place = table_ptr + (owner * sites + number) * 2
+    begin, rank = tl.load(place).to(tl.int64), tl.load(place + 1)
+    if rank == 0:
+        return
+    behind = tl.cdiv((PARTS * rank).to(tl.int64) * in_features, UNIT)
+    at = tl.multiple_of((owner - 1) * stride + (begin + behind) * UNIT, UNIT)
+    tile = tiles_ptr + tl.program_id(1) * 3
+    part, first, end = tl.load(tile), tl.load(tile + 1), tl.load(tile + 2)
+    if ALIGNED:
+        first = tl.multiple_of(first, UNIT)
+    n = first + tl.arange(0, BLOCK_N)
+    inside = (n < end)[None, :]
+    place_in_block = tl.arange(0, ROWS)
+    row = tl.load(order_ptr + block * ROWS + place_in_block)
+    rank_of = tl.arange(0, UNIT)
+    position = (block * ROWS + place_in_block).to(tl.int64)
+    inner_at = inner_ptr + position[:, None] * (PARTS * RANKS) + part * RANKS + rank_of[None, :]
+    up_at = memory_ptr + at + rank_of.to(tl.int64)[:, None] * out_features + n[None, :]
+    step = tl.num_programs(0).to(tl.int64) * ROWS * PARTS * RANKS
+    added = tl.zeros((ROWS, BLOCK_N), tl.float32)
+    for start in range(0, rank, UNIT):
+        inner = tl.load(inner_at + start)
+        for split in tl.static_range(1, SPLITS):
+            inner += tl.load(inner_at + split * step + start)
+        up = tl.load(up_at + tl.cast(start, tl.int64) * out_features, mask=inside, other=0.0)
+        if HALVES:
+            # float32 in two numbers of the narrow type: products on tensor cores, and hardly a bit is lost.
+            high = inner.to(up.dtype)
+            low = (inner - high.to(tl.float32)).to(up.dtype)
+            added = tl.dot(high, up, added)
+            added = tl.dot(low, up, added)
+        else:
+            added = tl.dot(inner, up.to(tl.float32), added, input_precision="ieee")
+    y_at = y_ptr + row.to(tl.int64)[:, None] * y_stride + n[None, :]
+    mask = (row < rows)[:, None] & inside
+    before = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(y_at, (before + added).to(y_ptr.dtype.element_ty), mask=mask)
+
+
+def add(
+    x: Tensor,
+    y: Tensor,
+    memory: Tensor,
+    table: Tensor,
+    order: Tensor,
+    owners: Tensor,
+    tiles: Tensor,
+    *,
+    number: int,
+    parts: int,
+    ranks: int,
+    unit: int,
+    width: int,
+    aligned: bool,
+    halves: bool | None = None,
+) -> None:
+    """See DeviceSite.add. number: of the site. ranks: of a part, at most. width: most outputs of a tile; aligned: they
+    begin on multiples of `unit`. halves: for tests."""
+    blocks, (count, in_features), out_features = len(owners), x.shape, y.shape[1]
+    if not blocks:
+        return
+    rows, sites = len(order) // blocks, table.shape[1] // 2
+    x = x if x.stride(1) == 1 else x.contiguous()
+    assert y.stride(1) == 1 and len(y) == count and ranks % unit == 0
+    split = max(LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(in_features, MOST_SPLITS)))
+    together = blocks > FEW_BLOCKS
+    splits = 1 if together else triton.cdiv(in_features, split)
+    inner = torch.empty((splits, blocks * rows, parts * ranks), dtype=torch.float32, device=x.device)
+    _shrink[(blocks, parts * ranks // unit, splits)](
+        x,
+        memory,
+        table,
+        order,
+        owners,
+        inner,
+        count,
+        x.stride(0),
+        in_features,
+        memory.stride(0),
+        sites,
+        number,
+        RANKS=ranks,
+        PARTS=parts,
+        SPLIT=split,
+        TOGETHER=together,
+        ROWS=rows,
+        UNIT=unit,
+        BLOCK_K=BLOCK_K_BYTES // x.dtype.itemsize,
+        num_warps=4,
+        num_stages=3,
+        **launch_options(),
+    )
+    _expand[(blocks, len(tiles))](
+        y,
+        memory,
+        table,
+        order,
+        owners,
+        inner,
+        tiles,
+        count,
+        y.stride(0),
+        in_features,
+        out_features,
+        memory.stride(0),
+        sites,
+        number,
+        RANKS=ranks,
+        PARTS=parts,
+        SPLITS=splits,
+        ALIGNED=aligned,
+        HALVES=memory.dtype == torch.bfloat16 if halves is None else halves,
+        ROWS=rows,
+        UNIT=unit,
+        BLOCK_N=width,
+        num_warps=4,
+        **launch_options(),
+    )

@@ -1,0 +1,143 @@
+"""Products with weights that stay codes: the kernels against their torch reference, by Triton's interpreter or on the
+GPU where there is one."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+if DEVICE.type == "cpu":
+    # Read when a kernel is defined, so it comes before the imports below.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from engine.ops import device_coded  # noqa: E402
+from engine.ops.device_coded import FORMS, DeviceCodedLinear, Piece, torch_numbers  # noqa: E402
+from engine.ops.triton import coded  # noqa: E402
+
+# The interpreter cannot multiply matrices of bfloat16.
+NARROW = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
+MANY = {"int4": 16, "int4 and low": 16, "int8": 256, "int8 and low": 256, "e4m3": 256, "e2m1": 16}
+
+
+def pieces(form: str, rows: int, columns: int, group: int, *, exact: bool = False) -> list[Piece]:
+    """Two, of every code that there is. exact: scales that 16 bits hold."""
+    generator = torch.Generator().manual_seed(rows + columns)
+    codes = torch.randint(0, MANY[form], (rows, columns), generator=generator).to(torch.uint8)
+    if form == "e4m3":
+        codes[(codes & 0x7F) == 0x7F] = 1  # no numbers
+    scale = 0.02 * (0.5 + torch.rand((rows, columns // group), generator=generator))
+    low = 0.1 * torch.randn((rows, columns // group), generator=generator) if form.endswith("low") else None
+    if exact:
+        scale = scale.half().float()
+    cut = rows // 3
+    return [
+        (0, cut, codes[:cut], scale[:cut], None if low is None else low[:cut]),
+        (cut, rows, codes[cut:], scale[cut:], None if low is None else low[cut:]),
+    ]
+
+
+def meant(form: str, given: list[Piece]) -> Tensor:
+    """float32 [rows, columns], from what was given, number by number."""
+    parts = []
+    for _, _, codes, scale, low in given:
+        each = codes.shape[1] // scale.shape[1]
+        if form == "e4m3":
+            values = codes.view(torch.float8_e4m3fn).float()
+        elif form == "e2m1":
+            sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])[(codes & 7).int()]
+            values = torch.where(codes >= 8, -sizes, sizes)
+        elif form.startswith("int8"):
+            values = torch.where(codes >= 128, codes.int() - 256, codes.int()).float()
+        else:
+            values = codes.float() - (8 if low is None else 0)
+        values = values * scale.repeat_interleave(each, 1)
+        parts.append(values if low is None else values + low.repeat_interleave(each, 1))
+    return torch.cat(parts)
+
+
+def layer(
+    form: str, given: list[Piece], group: int, dtype: torch.dtype, bias: Tensor | None = None
+) -> DeviceCodedLinear:
+    rows, columns = given[-1][1], given[0][2].shape[1]
+    return DeviceCodedLinear(form, rows, columns, group, dtype, DEVICE, given, bias)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_numbers_are_what_the_codes_mean(form: str, group: int) -> None:
+    """In float32 exactly: by torch and by the kernel, all rows and some; columns that pair and ones that do not."""
+    for columns in (128, 96 if group < 64 else 192):
+        given = pieces(form, 11, columns, group)
+        linear, expected = layer(form, given, group, torch.float32), meant(form, given).to(DEVICE)
+        stored = linear.form, linear._codes, linear._scale, linear._low, columns
+        assert torch.equal(torch_numbers(*stored, linear._width, torch.float32), expected)
+        assert torch.equal(coded.widened(*stored, linear._width, torch.float32), expected)
+        ids = torch.tensor([7, 0, 10, 7], dtype=torch.int32, device=DEVICE)
+        assert torch.equal(coded.widened(*stored, linear._width, torch.float32, ids), expected[ids])
+        assert torch.equal(linear.rows(ids), expected[ids])
+        assert coded.widened(*stored, linear._width, torch.float32, ids[:0]).shape == (0, columns)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", [torch.float32, NARROW])
+def test_product(form: str, dtype: torch.dtype) -> None:
+    """Sizes that fit no tile; rows that are part of wider ones; with a bias and without; groups of 16, 32 and 64."""
+    for group, columns, rows, bias in ((16, 96, 3, True), (32, 128, 20, False), (64, 128, 1, True)):
+        given = pieces(form, 45, columns, group)
+        added = torch.randn(45).to(DEVICE, dtype) if bias else None
+        linear = layer(form, given, group, dtype, added)
+        x = torch.randn(rows, 2 * columns).to(DEVICE, dtype)[:, :columns]
+        expected = x.float() @ meant(form, given).to(DEVICE).T + (0 if added is None else added.float())
+        parts = linear._codes, linear._scale, linear._low, added
+        ours = coded.coded_product(x, form, *parts, linear._width, (16, 32, 1, 2))
+        assert ours.dtype == dtype and ours.shape == (rows, 45)
+        tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+        assert torch.allclose(ours.float(), expected, rtol=tolerance, atol=tolerance)
+        reference = linear(x)
+        assert torch.allclose(reference.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_row_has_the_same_bits_among_others() -> None:
+    given = pieces("int4", 40, 128, 32)
+    linear = layer("int4", given, 32, NARROW)
+    x = torch.randn(16, 128).to(DEVICE, NARROW)
+    parts = linear._codes, linear._scale, linear._low, None
+
+    def product(some: Tensor) -> Tensor:
+        return coded.coded_product(some, "int4", *parts, linear._width, (16, 16, 1, 2))
+
+    together = product(x)
+    for row in (0, 7, 15):
+        assert torch.equal(product(x[row : row + 1])[0], together[row])
+
+
+def test_scales_take_as_few_bytes_as_they_can() -> None:
+    """Neighbours that are the same are one; those that 16 bits hold are kept so."""
+    given = [
+        (start, stop, codes, scale[:, :1].expand(-1, 4), low)
+        for start, stop, codes, scale, low in pieces("int4", 12, 128, 32, exact=True)
+    ]
+    linear = layer("int4", given, 32, NARROW)
+    assert linear._scale.shape == (1, 12) and linear._scale.dtype == torch.float16
+    assert linear._codes.shape == (12, 64) and linear.num_bytes == 12 * 64 + 24
+    assert torch.equal(linear.numbers(torch.float32), meant("int4", given).to(DEVICE))
+    powers = [(a, b, codes, torch.full_like(scale, 2.0**-40), low) for a, b, codes, scale, low in given]
+    assert layer("int4", powers, 32, NARROW)._scale.dtype == torch.bfloat16
+    apart = layer("int4", pieces("int4", 12, 128, 32), 32, NARROW)
+    assert apart._scale.shape == (4, 12) and apart._scale.dtype == torch.float32
+
+
+def test_many_rows_are_multiplied_by_cublas(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = layer("int8", pieces("int8", 12, 64, 32), 32, torch.float32)
+    asked: list[str] = []
+    monkeypatch.setattr(DeviceCodedLinear, "by_codes", lambda self, x, tile: asked.append(f"codes {tile}"))
+    monkeypatch.setattr(DeviceCodedLinear, "by_cublas", lambda self, x: asked.append("cublas"))
+    linear.tiles[32] = device_coded.TILES[2]
+    linear.widen_from = 40
+    for rows in (1, 20, 40):
+        linear(torch.zeros(rows, 64, device=DEVICE))
+    assert asked == [f"codes {device_coded.TILES[0]}", f"codes {device_coded.TILES[2]}", "cublas"]
