@@ -44,7 +44,6 @@ MOVED = {
 }
 # What this API has and this server has not, and what only chat has, with the values that ask for nothing.
 REFUSALS: dict[str, tuple[object, ...]] = {
-    "background_options": ({},),
     "conversation": (),
     "prompt": (),
     "moderation": (),
