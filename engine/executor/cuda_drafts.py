@@ -109,6 +109,7 @@ class DraftSteps(DeviceState):
         flat.table_index[:count], flat.table_page[:count] = changes.table_index[:count], changes.table_page[:count]
         count = step.num_sampling_diffs
         flat.sampling_slot[:count], flat.sampling[:count] = changes.sampling_slot[:count], changes.sampling[:count]
+        flat.adapter[:count] = changes.adapter[:count]
         flattened = dataclasses.replace(
             step,
             staging=flat,
