@@ -7,8 +7,8 @@ from typing import Any
 from tests.sim.simulator import Report, simulate
 
 SEEDS_PER_TEST = 100
-# In two files, so that they run beside each other. A test more is twelve seconds of a core and 24,000 ticks.
-NUM_TESTS = 5
+# In two files, so that they run beside each other: a million ticks of CI. Each test is twelve seconds of a core and 24,000.
+NUM_TESTS = 36
 DRAFTED_GRAMMARS = {
     "max_draft_tokens": 4, "draft_accuracy": 0.95, "budgets": "all", "num_snapshots": None, "constrained_rate": 0.8,
     "jump_ahead": False, "max_model_len": 40, "culprit_rate": 0.0, "spoil_rate": 0.0,
