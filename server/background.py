@@ -196,6 +196,9 @@ class Jobs:
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()
         self._watching: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
+        self._hands_over = False
+        # At each look another one.
+        self._looked = asyncio.Event()
         # What another process had ended lately: its events can be made again.
         self._ended_elsewhere: OrderedDict[tuple[str, str], Begun] = OrderedDict()
 
@@ -241,14 +244,25 @@ class Jobs:
             while len(self._ended_elsewhere) > self._max_entries:
                 self._ended_elsewhere.popitem(last=False)
             await self._take_up(state, journal)
+        self._looked.set()
+        self._looked = asyncio.Event()
 
     async def _take_up(self, state: State, journal: Journal) -> None:
         """What nobody computes."""
         for begun in journal.begun:
-            if not state.engine.draining and journal.claim(begun):
-                await self._compute_again(state, journal, begun)
+            # What this process leaves to the next one is not its own again.
+            if not (state.engine.draining or self._hands_over) and journal.claim(begun):
+                try:
+                    await self._compute_again(state, begun)
+                except RequestError as error:
+                    if error.status in (429, 503):
+                        journal.leave(begun.id)  # not now
+                    else:
+                        journal.end(begun.owner, begun.id)
+                    logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)
 
-    async def _compute_again(self, state: State, journal: Journal, begun: Begun) -> None:
+    async def _compute_again(self, state: State, begun: Begun) -> None:
+        """Raises RequestError where it is refused now."""
         key = state.keyring.named(begun.owner)
         before, usage_before = CALLER.set(Caller(begun.owner, key)), USAGE.set(Usage())
         try:
@@ -256,9 +270,6 @@ class Jobs:
                 raise RequestError("The key of this response is gone.")
             await prepare(state, Body(begun.body))
             await self._start(state, Body(begun.body), begun.id, (begun.id,), begun.created)
-        except RequestError as error:
-            logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)
-            journal.end(begun.owner, begun.id)
         finally:
             USAGE.reset(usage_before)
             CALLER.reset(before)
@@ -273,26 +284,31 @@ class Jobs:
             async with asyncio.timeout(state.options.drain_timeout_s + _LOOK_S * 50):
                 await self._look(state, journal)
                 while journal.elsewhere(owner, response_id):
-                    await asyncio.sleep(_LOOK_S)
-                    await self._look(state, journal)
+                    await self._looked.wait()
                 return
         raise UnavailableError("This response is another process's still; ask again.")
 
     async def events_of(self, state: State, response_id: str) -> Job | None:
         """The job of a response. Of one that another process had ended, the events are made again."""
         owner = CALLER.get().key
-        begun = self._ended_elsewhere.pop((owner, response_id), None)
-        if begun is not None and self._journal is not None and self.get(owner, response_id) is None:
-            await self._compute_again(state, self._journal, begun)
-        return self.get(owner, response_id)
+        async with self._looking:
+            begun = self._ended_elsewhere.get((owner, response_id))
+            if begun is not None and self.get(owner, response_id) is None:
+                await self._compute_again(state, begun)
+            self._ended_elsewhere.pop((owner, response_id), None)
+            return self.get(owner, response_id)
 
     async def hand_over(self) -> None:
         """Another process takes over: it goes on with what nobody follows here. Until it is cancelled."""
-        while self._journal is not None and self._journal.has_heirs():
-            for job in self._jobs.values():
-                if not (job.is_done or job.is_left or job.is_cancelled or job.num_followers):
-                    job.leave()
-            await asyncio.sleep(_LOOK_S)
+        try:
+            while self._journal is not None and self._journal.has_heirs():
+                self._hands_over = True
+                for job in self._jobs.values():
+                    if not (job.is_done or job.is_left or job.is_cancelled or job.num_followers):
+                        job.leave()
+                await asyncio.sleep(_LOOK_S)
+        finally:
+            self._hands_over = False
 
     async def _start(
         self, state: State, body: Body, response_id: str, names: tuple[str, ...], created: int | None = None

@@ -144,8 +144,9 @@ class Journal:
                 self._append(_begun_line(one, self._name))
                 self._begun[one.id] = dataclasses.replace(one, by=self._name)
         except OSError as error:
-            # It is computed all the same; nobody else would.
+            # It is computed all the same, once; nobody else would.
             logger.error("the journal cannot be written: %s", error.strerror)
+            self._begun[one.id] = dataclasses.replace(one, by=self._name)
         return True
 
     def look(self) -> News:
@@ -241,7 +242,7 @@ class Journal:
         for line in filter(None, data.split(b"\n")):
             try:
                 self._take(orjson.loads(line), news, of_all)
-            except (ValueError, TypeError, KeyError):
+            except (ValueError, TypeError, KeyError, AttributeError):
                 num_bad += 1
         if num_bad:
             logger.warning("%s: %d lines could not be read", self._path, num_bad)

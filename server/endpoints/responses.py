@@ -169,7 +169,7 @@ async def list_input_items(request: web.Request) -> web.Response:
 
 
 def _check_here(job: Job) -> None:
-    if job.is_left or job.was_cut_short:
+    if job.was_cut_short or (job.is_left and not job.is_done):
         raise UnavailableError("Another process goes on with this response; ask again on a new connection.")
 
 

@@ -117,8 +117,10 @@ def post(
     streamed: Json | None = None,
     query: Json | None = None,
     error: str = "Error",
+    may_be_empty: bool = False,
 ) -> Json:
-    """A route that reads a JSON object, or nothing. request, answer: schemas or names of them.
+    """A route that reads a JSON object, or nothing. request, answer: schemas or names of them. may_be_empty: no body
+    is one of no fields.
 
     examples: good bodies; the tests send each of them, and between them they must make it read every field.
     streamed: by `events`, `named_events` or `lines`.
@@ -128,7 +130,7 @@ def post(
     if request is not None:
         body = _media(request)
         body["examples"] = {f"example {index}": {"value": value} for index, value in enumerate(examples, 1)}
-        operation["requestBody"] = {"required": True, "content": {"application/json": body}}
+        operation["requestBody"] = {"required": not may_be_empty, "content": {"application/json": body}}
     return {"post": operation}
 
 

@@ -66,8 +66,9 @@ def as_messages(items: Collection[Json], instructions: str | None, flat: Flat) -
     messages: list[Json] = [] if instructions is None else [{"role": "system", "content": instructions}]
     names: dict[str, str] = {}
     calls: dict[str, str] = {}
-    # Calls whose results have not come yet.
-    waiting: list[str] = []
+    # Calls whose results have not come yet, in their order: all, and by the names of functions.
+    waiting: dict[str, None] = {}
+    of_name: dict[str, dict[str, None]] = {}
     for item in items:
         kind = item["type"]
         if kind == "message":
@@ -77,11 +78,12 @@ def as_messages(items: Collection[Json], instructions: str | None, flat: Flat) -
             thought = turn.get("reasoning", "") + _text(item["content"] or item["summary"])
             turn.update(reasoning=thought, reasoning_content=thought)
         elif (call := _as_call(item, flat)) is not None:
+            of_name.get(names.get(call["id"], ""), {}).pop(call["id"], None)
             names[call["id"]] = call["function"]["name"]
             # Results of a local shell name the item.
             calls[item["id"]] = call["id"]
             if kind != "mcp_call":
-                waiting.append(call["id"])
+                waiting[call["id"]] = of_name.setdefault(call["function"]["name"], {})[call["id"]] = None
             _turn(messages, "call").setdefault("tool_calls", []).append(call)
             if kind == "mcp_call":
                 # Another server ran it, and its result is in the same item.
@@ -90,9 +92,10 @@ def as_messages(items: Collection[Json], instructions: str | None, flat: Flat) -
             call_id = found if found in names else calls.get(found, found)
             if item.get("call_id") is None and call_id not in names and kind in _OUTPUTS_OF_CALLS:
                 # One that does not say whose it is names its function, or comes in the order of the calls.
-                call_id = next((one for one in waiting if names[one] == item.get("name")), [*waiting, call_id][0])
-            if call_id in waiting:
-                waiting.remove(call_id)
+                name = item.get("name")
+                call_id = next(iter((of_name.get(name) if isinstance(name, str) else None) or waiting), call_id)
+            waiting.pop(call_id, None)
+            of_name.get(names.get(call_id, ""), {}).pop(call_id, None)
             _add_result(messages, names, call_id, _output_text(item), kind)
         elif kind in (ADDED_TOOLS, CONFIGURATION):
             # What they say is read apart.

@@ -147,12 +147,12 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
     messages = as_messages(items, body.string("instructions", None), flat)
     if not messages:
         raise invalid("input", "has no item that this model could read")
-    updates = _updates(items)
+    updates, effort = _updates(items), reasoning.raw("reasoning.effort")
     changes = {
         "messages": messages,
         "max_tokens": body.integer("max_output_tokens", None, 1),
         "logprobs": with_logprobs,
-        "reasoning_effort": reasoning.raw("reasoning.effort") or updates.get("effort"),
+        "reasoning_effort": updates.get("effort") if effort is None else effort,
         "response_format": _chat_format(text.object("text.format") or updates.get("format")),
         "tool_choice": _chat_choice(body),
         "tools": tools or None,

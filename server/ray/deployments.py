@@ -21,8 +21,9 @@ from ray.exceptions import RayActorError, RayError, TaskCancelledError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from engine.config import ServerOptions
+from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
+from engine.request import RequestError
 from engine.watchdog import Watchdog
 from server.ray.bridge import Ask, Bridge, Head, Piece
 from server.ray.front import REPLICA_HEADER, Front, FullError, GoneError
@@ -72,8 +73,13 @@ class Replica:
         self._siblings = serve.get_deployment_handle(context.deployment, context.app_name)
         for _ in range(SIBLINGS_TRIES):
             if await self._ask_siblings("weights_held"):
-                await self._weights.catch_up(self._ask_siblings)
-                break
+                try:
+                    await self._weights.catch_up(self._ask_siblings)
+                except (OSError, RequestError, StartupError) as error:
+                    # Others come by meanwhile; it is looked for again below, too.
+                    logger.warning("the weights of the other replicas are not here yet: %s", error)
+                else:
+                    break
             await asyncio.sleep(0.3)
         again = self._weights.look_again(self._ask_siblings, AGAIN_S, AGAIN_TIMES)
         self._looking = asyncio.create_task(again, name="weights")

@@ -71,10 +71,14 @@ class SiblingWeights:
                 engine.name_weights(named)
             return
         directory = Path(await asyncio.to_thread(tempfile.mkdtemp, prefix="oneloop-weights-"))
+        try:
+            for name, size in newest.files:
+                await self._fetch(newest, directory / Path(name).name, size, broadcast)
+            await engine.load_weights(directory, mode="keep", version=newest.version)
+        except BaseException:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+            raise
         self._fetched.append(directory)
-        for name, size in newest.files:
-            await self._fetch(newest, directory / Path(name).name, size, broadcast)
-        await engine.load_weights(directory, mode="keep", version=newest.version)
         engine.num_weight_updates = newest.updates
         logger.info("this replica has the weights of %d updates from %s", newest.updates, newest.replica)
 

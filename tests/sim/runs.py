@@ -7,7 +7,7 @@ from typing import Any
 from tests.sim.simulator import Report, simulate
 
 SEEDS_PER_TEST = 100
-# In two files, so that they run beside each other: a million ticks of CI. Each test is twelve seconds of a core and 24,000.
+# In two files, so that they run beside each other: a million ticks of CI. A test is twelve seconds of a core.
 NUM_TESTS = 36
 DRAFTED_GRAMMARS = {
     "max_draft_tokens": 4, "draft_accuracy": 0.95, "budgets": "all", "num_snapshots": None, "constrained_rate": 0.8,
