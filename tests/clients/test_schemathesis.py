@@ -24,7 +24,7 @@ CHECKS = (
     "unsupported_method",
 )
 # Behind these nothing is answered until another route is called.
-STOPPING = ("/pause", "/pause_generation", "/sleep")
+STOPPING = ("/pause", "/pause_generation", "/sleep", "/release_memory_occupation")
 # These wait for a trainer at an address that a fuzzer makes up.
 JOINING = ("/init_weights_update_group", "/init_weight_transfer_engine")
 # Their answers take as long as the client says, or for ever.
