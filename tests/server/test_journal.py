@@ -77,7 +77,7 @@ def test_what_is_read(tmp_path: Path) -> None:
     journal.end("", "r0")
     journal.close()
     with path.open("ab") as file:
-        file.write(b'{"begun": "cut o')
+        file.write(b'[]\n5\n{"begun": "cut o')
     again = Journal(path, 2)
     again.close()
     assert [one.id for one in again.begun] == ["r3"] and [one.response["id"] for one in again.ended] == ["r1", "r2"]
@@ -102,6 +102,21 @@ def test_a_line_that_a_full_disk_cuts_off_spoils_no_other(tmp_path: Path, monkey
     again = Journal(tmp_path / "journal", 10)
     again.close()
     assert [one.id for one in again.begun] == ["r1", "r3"]
+
+
+def test_what_cannot_be_claimed_in_writing_is_begun_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a full disk it is computed all the same, and not again at each look."""
+    first = Journal(tmp_path / "journal", 10)
+    first.begin(Begun("r1", "", {"input": "x"}, 1))
+    second = Journal(tmp_path / "journal", 10)
+    first.leave("r1")
+    second.look()
+    [one] = second.begun
+    with monkeypatch.context() as context:
+        context.setattr(os, "write", lambda file, data: 0)
+        assert second.claim(one) and not second.begun and not second.claim(one)
+    first.close()
+    second.close()
 
 
 # ---- two processes at once

@@ -422,6 +422,8 @@ BAD: list[tuple[str, Any]] = [
     ("text.verbosity", {"verbosity": "loud"}),
     ("reasoning", "high"),
     ("reasoning.effort", {"effort": "enormous"}),
+    ("reasoning.effort", {"effort": {}}),
+    ("reasoning.effort", {"effort": ""}),
     ("metadata", {"a": 1}),
     ("metadata", {str(index): "x" for index in range(17)}),
     ("truncation", "middle"),
