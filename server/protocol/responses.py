@@ -147,13 +147,13 @@ def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
     messages = as_messages(items, body.string("instructions", None), flat)
     if not messages:
         raise invalid("input", "has no item that this model could read")
-    updates, effort = _updates(items), reasoning.raw("reasoning.effort")
+    updates, effort, form = _updates(items), reasoning.raw("reasoning.effort"), text.object("text.format")
     changes = {
         "messages": messages,
         "max_tokens": body.integer("max_output_tokens", None, 1),
         "logprobs": with_logprobs,
         "reasoning_effort": updates.get("effort") if effort is None else effort,
-        "response_format": _chat_format(text.object("text.format") or updates.get("format")),
+        "response_format": _chat_format(updates.get("format") if form is None else form),
         "tool_choice": _chat_choice(body),
         "tools": tools or None,
         "chat_template_kwargs": kwargs,

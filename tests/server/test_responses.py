@@ -415,6 +415,7 @@ BAD: list[tuple[str, Any]] = [
     ("include[1]", ["message.output_text.logprobs", 5]),
     ("text", "json"),
     ("text.format", {"format": "json"}),
+    ("text.format.type", {"format": {}}),
     ("text.format.type", {"format": {"type": "xml"}}),
     ("text.format", {"format": {"type": "json_schema", "name": "x"}}),
     ("text.format.name", {"format": {"type": "json_schema", "name": "a b", "schema": {}}}),
