@@ -100,14 +100,21 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
 
     def _start(self, forward_input: ForwardInput, handle: CudaHandle) -> None:
         """Launch a step; never raises."""
+        given, laid_out = forward_input, False
         if self._lost is None:
             try:
                 with self.layer.range("launch"):
                     forward_input = self._with_drafts(forward_input, handle)
+                    laid_out = True
                     self._launch(forward_input, handle.side, handle)
             except Exception as error:
                 handle.error, handle.draw = self._judge(error), None
                 self._lost_diffs = True
+                # What it says of slots and adapters is said once, and later steps rest on it.
+                if not laid_out:
+                    self._tables.apply(given)
+                if self._adapters is not None:
+                    self._adapters.expect(given)
         if handle.draw is not None:
             self._undrawn = handle
         else:

@@ -115,12 +115,17 @@ class DeviceAdapters:
     def load(self, forward_input: ForwardInput, handle: CudaHandle) -> None:
         """Bring the step's new adapters to the device. Compute stream: behind the steps that may still read what had
         their indices, and before this one. What fails is tried again by the next step."""
-        for index, weights in forward_input.adapter_loads:
-            self._held[index] = self._pending[index] = weights
+        self.expect(forward_input)
         for index, weights in list(self._pending.items()):
             handle.keep += [weights.data, weights.table]
             self._upload(index, weights)
             del self._pending[index]
+
+    def expect(self, forward_input: ForwardInput) -> None:
+        """The step's new adapters, to be brought by it or, where it fails before that, by the next one."""
+        for index, weights in forward_input.adapter_loads:
+            if self._held.get(index) is not weights:
+                self._held[index] = self._pending[index] = weights
 
     def _upload(self, index: int, weights: PinnedWeights) -> None:
         self.layer.upload(self.shelf.memory[index - 1, : len(weights.data)], weights.data)
@@ -130,8 +135,10 @@ class DeviceAdapters:
         """Of all adapters; after `release_memory` those that were there come back with the next step."""
         shelf = self.shelf
         if not shelf.memory.numel():
-            shelf.memory = self.layer.zeros((shelf.capacity, shelf.room), shelf.dtype)
-            shelf.table = self.layer.zeros((shelf.capacity + 1, 2 * len(shelf.shapes)), torch.int32)
+            # Both or none: what is there is not asked for again.
+            memory = self.layer.zeros((shelf.capacity, shelf.room), shelf.dtype)
+            table = self.layer.zeros((shelf.capacity + 1, 2 * len(shelf.shapes)), torch.int32)
+            shelf.memory, shelf.table = memory, table
             self._pending = dict(self._held)
 
     def release_memory(self) -> None:

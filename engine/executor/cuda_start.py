@@ -329,7 +329,8 @@ def build_cuda_executor(
             logits = wide.max_num_seqs * model.config.vocab_size * 4
             sides = 2 if speculation.method is None else 4
             families = 1 if adapters is None else 2
-            graphs = 4 * logits + (sides * families * len(graph_sizes(wide.max_num_seqs)) + len(SIZES)) * GRAPH_BYTES
+            count = families * (sides * len(graph_sizes(wide.max_num_seqs)) + len(SIZES))
+            graphs = 4 * logits + count * GRAPH_BYTES
             graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:

@@ -26,6 +26,8 @@ from engine.ops.packed import MixedLinear
 from engine.ops.reordered import ReorderedLinear
 
 _EMBEDDING = f"{PREFIX}embed_tokens.weight"
+# From which on a GPU converts floats of eight bits.
+E4M3_CAPABILITY = (8, 9)
 # Its name, and columns of a scale.
 Form = tuple[str, int]
 # Weights that are brought from one form into the other at once.
@@ -92,6 +94,8 @@ class CodedWeights(CheckpointWeights):
         """In what each of these can be kept, where a layer can be made of that; None where it cannot."""
         if on_gpu.can_keep_codes(dtype, self.device):
             found = [self._form(name) for name in names]
+            if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < E4M3_CAPABILITY:
+                found = [None if form is not None and form[0] == "e4m3" else form for form in found]
         elif on_cpu.can_keep_codes(dtype, self.device):
             known = [self.kept_form(name) for name in names]
             # There are kernels for these alone, and for one of them in a layer.
