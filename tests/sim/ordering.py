@@ -23,6 +23,8 @@ class CheckedPolicy(AdmissionPolicy):
         self._waiting: list[Sequence] = []
         self._choice: Sequence | None = None
         self._matched_in: int | None = None
+        # In which turn there were more than are ranked.
+        self._many_in: int | None = None
         self._matches: dict[Sequence, int] = {}
         self._passed: defaultdict[Sequence, int] = defaultdict(int)
         self._served: defaultdict[str, int] = defaultdict(int)
@@ -65,15 +67,18 @@ class CheckedPolicy(AdmissionPolicy):
         if self.name == "priority":
             best = min(waiting, key=lambda sequence: (sequence.request.priority, sequence.order))
         elif self.name == "lpm" and not retracted and self._passed[oldest] < lpm.MAX_PASSED:
+            if len(self._waiting) > lpm.WINDOW:
+                self._many_in = turn
             if turn != self._matched_in:
-                self._matched_in = turn
-                self._matches = {
-                    sequence: self._cache.match_length(sequence.matchable_ids, sequence.request.cache_root)
-                    for sequence in waiting
-                }
-            best = max(waiting, key=lambda sequence: (self._matches[sequence], -sequence.order))
-            if len(self._waiting) > lpm.WINDOW and choice is oldest:
-                return  # too many to rank; those that were aborted may count, too
+                self._match(waiting, turn)
+            best = self._longest(waiting)
+            if turn == self._many_in:
+                if choice is oldest:
+                    return  # too many to rank; those that were aborted may count, too
+                if choice is not best:
+                    # They were too many until somebody was admitted, and that may have changed the cache.
+                    self._match(waiting, turn)
+                    best = self._longest(waiting)
         elif self.name == "fair" and not retracted:
             key = choice.request.fairness_key
             least = min(self._served[sequence.request.fairness_key] for sequence in waiting)
@@ -82,6 +87,16 @@ class CheckedPolicy(AdmissionPolicy):
                 (sequence for sequence in waiting if sequence.request.fairness_key == key), key=lambda one: one.order
             )
         assert choice is best, f"{self.name}: {choice} goes before {best}"
+
+    def _match(self, waiting: list[Sequence], turn: int) -> None:
+        self._matched_in = turn
+        self._matches = {
+            sequence: self._cache.match_length(sequence.matchable_ids, sequence.request.cache_root)
+            for sequence in waiting
+        }
+
+    def _longest(self, waiting: list[Sequence]) -> Sequence:
+        return max(waiting, key=lambda sequence: (self._matches[sequence], -sequence.order))
 
     def pop(self) -> Sequence:
         self._charge()
