@@ -26,6 +26,7 @@ from engine.ops.skinny import BLOCKS, Blocks
 
 logger = logging.getLogger("oneloop.cuda")
 W = TypeVar("W", Blocks, Tile, device_coded.Tile)
+L = TypeVar("L", bound=Linear)
 
 # Weights of one shape are read in turn, at least so many bytes of them, or they would come from the L2 cache.
 BYTES_READ = 2**28
@@ -85,13 +86,10 @@ def choose_codes(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) 
 
     Like choose_products. Steps have up to most_rows rows.
     """
-    groups: dict[tuple[object, ...], list[DeviceCodedLinear]] = {}
-    for linear in linears:
-        if isinstance(linear, DeviceCodedLinear):
-            key = (linear.form, linear.out_features, linear.in_features, linear.dtype, linear.has_bias)
-            groups.setdefault(key, []).append(linear)
-    for group in groups.values():
-        sample = group[: max(1, -(-BYTES_READ // group[0].num_bytes))]
+    kept = [linear for linear in linears if isinstance(linear, DeviceCodedLinear)]
+    groups = _grouped(kept, lambda linear: (linear.codes.form, *_shape(linear)))
+    for group in groups:
+        sample = _sample(group)
         tiles: dict[int, device_coded.Tile] = {}
         for rows in device_coded.TILE_ROWS:
             x = _input(sample, rows, layer)
@@ -116,12 +114,18 @@ def choose_codes(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) 
 
 
 def _by_shape(linears: Iterable[Linear]) -> list[list[Linear]]:
-    groups: dict[tuple[object, ...], list[Linear]] = {}
+    return _grouped((linear for linear in linears if linear.kind == "torch"), _shape)
+
+
+def _grouped(linears: Iterable[L], key: Callable[[L], object]) -> list[list[L]]:
+    groups: dict[object, list[L]] = {}
     for linear in linears:
-        if linear.kind == "torch":
-            key = (linear.out_features, linear.in_features, linear.dtype, linear.has_bias, linear.activation)
-            groups.setdefault(key, []).append(linear)
+        groups.setdefault(key(linear), []).append(linear)
     return list(groups.values())
+
+
+def _shape(linear: Linear) -> tuple[object, ...]:
+    return linear.out_features, linear.in_features, linear.dtype, linear.has_bias, linear.activation
 
 
 def _by_codes(sample: list[DeviceCodedLinear], x: Tensor, tile: device_coded.Tile) -> None:
@@ -134,9 +138,8 @@ def _widened(sample: list[DeviceCodedLinear], x: Tensor) -> None:
         linear.by_cublas(x)
 
 
-def _sample(group: list[Linear]) -> list[Linear]:
-    first = group[0]
-    return group[: max(1, -(-BYTES_READ // (first.out_features * first.in_features * first.dtype.itemsize)))]
+def _sample(group: list[L]) -> list[L]:
+    return group[: max(1, -(-BYTES_READ // group[0].num_bytes))]
 
 
 def _input(sample: Sequence[Linear], rows: int, layer: DeviceLayer) -> Tensor:

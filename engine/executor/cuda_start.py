@@ -79,7 +79,7 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
-    if coded := Counter(linear.form for linear in model.linears if isinstance(linear, DeviceCodedLinear)):
+    if coded := Counter(linear.codes.form for linear in model.linears if isinstance(linear, DeviceCodedLinear)):
         kinds = ", ".join(f"{count} {form}" for form, count in coded.most_common())
         report.row("weights", f"{coded.total()} of {len(model.linears)} matrices stay codes ({kinds})")
     if given.spec.bidirectional:

@@ -8,6 +8,7 @@ are made first and cuBLAS multiplies. Which is quicker from where is timed at st
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from engine.ops.triton.runtime import on_gpu
 FORMS = ("int4", "int4 and low", "int8", "int8 and low", "e4m3", "e2m1")
 FOUR_BITS = ("int4", "int4 and low", "e2m1")
 
+# From which on a GPU converts floats of eight bits.
+E4M3_CAPABILITY = (8, 9)
+
 # Columns and warps of a program's tile of the result, and loads under way. Its rows are what TILE_ROWS says.
 Tile = tuple[int, int, int]
 TILES: tuple[Tile, ...] = ((32, 4, 4), (16, 2, 5), (64, 4, 4), (64, 8, 3))
@@ -35,9 +39,38 @@ WIDEN_FROM = 128
 Piece = tuple[int, int, Tensor, Tensor, Tensor | None]
 
 
-def can_keep_codes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether there are kernels for it. dtype: of inputs and outputs; float32 is for comparisons."""
-    return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """What stands for a weight [out_features, in_features]. form: one of FORMS.
+
+    codes uint8 [out, in], or [out, in / 2] with blocks of `width` columns in pairs, of which the second has the high
+    halves. scale [in / (width n), out], low float32 the same or None: of n blocks each.
+    """
+
+    form: str
+    codes: Tensor
+    scale: Tensor
+    low: Tensor | None
+    in_features: int
+    width: int
+
+    @property
+    def are_paired(self) -> bool:
+        """Two of them are in a byte."""
+        return self.codes.shape[1] < self.in_features
+
+    @property
+    def num_bytes(self) -> int:
+        parts = (self.codes, self.scale, self.low)
+        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+def forms_kept(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """Those that there are kernels for. dtype: of inputs and outputs; float32 is for comparisons."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return ()
+    converts = torch.cuda.get_device_capability(device) >= E4M3_CAPABILITY
+    return FORMS if converts else tuple(form for form in FORMS if form != "e4m3")
 
 
 def tile_rows(rows: int) -> int:
@@ -66,21 +99,20 @@ class DeviceCodedLinear(Linear):
         super().__init__(torch.empty((1, 1), dtype=dtype), None, activation)
         self.out_features, self.in_features, self.dtype = rows, columns, dtype
         self.kind = "codes"
-        self.form = form
         # Columns that are summed before a scale is taken to them.
-        self._width = min(group, 32)
-        pairs = form in FOUR_BITS and columns % (2 * self._width) == 0
-        self._codes = torch.empty((rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=device)
+        width = min(group, 32)
+        pairs = form in FOUR_BITS and columns % (2 * width) == 0
+        codes = torch.empty((rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=device)
         scales = torch.empty((columns // group, rows), dtype=torch.float32, device=device)
         lows = torch.empty_like(scales) if form.endswith("low") else None
-        for start, stop, codes, scale, low in pieces:
-            codes = codes.to(device)
-            self._codes[start:stop] = _paired(codes, self._width) if pairs else codes
+        for start, stop, own, scale, low in pieces:
+            own = own.to(device)
+            codes[start:stop] = _paired(own, width) if pairs else own
             scales[:, start:stop] = scale.to(device).T
             if lows is not None:
                 assert low is not None
                 lows[:, start:stop] = low.to(device).T
-        self._scale, self._low = _fewest(scales, lows)
+        self.codes = Codes(form, codes, *_fewest(scales, lows), columns, width)
         self._bias = None if bias is None else bias.to(device)
         self.has_bias = bias is not None
         self.tiles: dict[int, Tile] = dict.fromkeys(TILE_ROWS, TILES[0])
@@ -88,9 +120,8 @@ class DeviceCodedLinear(Linear):
 
     @property
     def num_bytes(self) -> int:
-        """Of device memory that the weight takes."""
-        parts = (self._codes, self._scale, self._low)
-        return sum(part.numel() * part.element_size() for part in parts if part is not None)
+        """See Linear.num_bytes."""
+        return self.codes.num_bytes
 
     def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Nothing is left to do."""
@@ -117,9 +148,7 @@ class DeviceCodedLinear(Linear):
         if on_gpu(x):
             from engine.ops.triton import coded as kernels
 
-            whole = (tile_rows(x.shape[0]), *tile)
-            parts = self._codes, self._scale, self._low, self._bias
-            return kernels.coded_product(x, self.form, *parts, self._width, whole)
+            return kernels.coded_product(x, self.codes, self._bias, (tile_rows(x.shape[0]), *tile))
         wide = F.linear(x.float(), self.numbers(torch.float32), None if self._bias is None else self._bias.float())
         return wide.to(x.dtype)
 
@@ -133,33 +162,20 @@ class DeviceCodedLinear(Linear):
 
     def numbers(self, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
         """The weight [out_features, in_features], or rows of it, each rounded once."""
-        if on_gpu(self._codes):
+        if on_gpu(self.codes.codes):
             from engine.ops.triton import coded as kernels
 
-            parts = self._codes, self._scale, self._low
-            return kernels.widened(self.form, *parts, self.in_features, self._width, dtype, ids)
-        return torch_numbers(self.form, self._codes, self._scale, self._low, self.in_features, self._width, dtype, ids)
+            return kernels.widened(self.codes, dtype, ids)
+        return torch_numbers(self.codes, dtype, ids)
 
 
-def torch_numbers(
-    form: str,
-    codes: Tensor,
-    scale: Tensor,
-    low: Tensor | None,
-    in_features: int,
-    width: int,
-    dtype: torch.dtype,
-    ids: Tensor | None = None,
-) -> Tensor:
-    """[out, in] or, with ids [T], [T, in]: what codes stand for.
-
-    codes uint8 [out, in], or [out, in / 2] with blocks of `width` columns in pairs, of which the second has the high
-    halves. scale [in / (width n), out], low float32 the same or None.
-    """
-    scale, low = scale.T, None if low is None else low.T
+def torch_numbers(given: Codes, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
+    """[out, in], or rows ids [T] of it: what codes stand for, each number rounded once."""
+    form, codes, width = given.form, given.codes, given.width
+    scale, low = given.scale.T, None if given.low is None else given.low.T
     if ids is not None:
         codes, scale, low = codes[ids], scale[ids], None if low is None else low[ids]
-    if codes.shape[1] < in_features:
+    if given.are_paired:
         bytes_ = codes.view(len(codes), -1, 1, width)
         codes = torch.cat((bytes_ & 15, bytes_ >> 4), 2).view(len(codes), -1)
     if form == "e4m3":

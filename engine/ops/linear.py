@@ -80,6 +80,11 @@ class Linear:
         self.tile: Tile | None = None
 
     @property
+    def num_bytes(self) -> int:
+        """What a product reads of the weight."""
+        return self.out_features * self.in_features * self.dtype.itemsize
+
+    @property
     def ways(self) -> Any:
         """What a clock has found faster, for another layer of this shape and kind."""
         return self.few, self.tile

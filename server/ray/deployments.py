@@ -33,7 +33,7 @@ from server.ray.weights import Held, SiblingWeights
 logger = logging.getLogger("oneloop.ray")
 
 # Of a new replica: how long it waits until it knows of the others, and when it asks them again.
-SIBLINGS_S, SIBLINGS_TRIES = 5.0, 3
+SIBLINGS_S, SIBLINGS_TRIES, BETWEEN_S = 5.0, 3, 0.3
 AGAIN_S, AGAIN_TIMES = 5.0, 12
 
 
@@ -80,7 +80,7 @@ class Replica:
                     logger.warning("the weights of the other replicas are not here yet: %s", error)
                 else:
                     break
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(BETWEEN_S)
         again = self._weights.look_again(self._ask_siblings, AGAIN_S, AGAIN_TIMES)
         self._looking = asyncio.create_task(again, name="weights")
 

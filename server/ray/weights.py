@@ -78,7 +78,8 @@ class SiblingWeights:
         except BaseException:
             await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
             raise
-        self._fetched.append(directory)
+        self.close()
+        self._fetched = [directory]
         engine.num_weight_updates = newest.updates
         logger.info("this replica has the weights of %d updates from %s", newest.updates, newest.replica)
 
@@ -92,6 +93,7 @@ class SiblingWeights:
                 logger.warning("the newest weights were not had from another replica: %s", error)
 
     def close(self) -> None:
+        """What was fetched is read from no more."""
         for directory in self._fetched:
             shutil.rmtree(directory, ignore_errors=True)
 

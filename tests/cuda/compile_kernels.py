@@ -161,22 +161,21 @@ def calls(dtype: torch.dtype, rows: int) -> None:
 
 def coded_weights(dtype: torch.dtype, rows: int) -> None:
     """Products with weights that stay codes, in every form; the tiles of a form that is common."""
-    from engine.ops.device_coded import FORMS, FOUR_BITS, TILES, tile_rows
+    from engine.ops.device_coded import FORMS, FOUR_BITS, TILES, Codes, tile_rows
     from engine.ops.triton import coded
 
     for form in FORMS:
-        few = form == "e2m1" or form.startswith("int4")
-        assert few == (form in FOUR_BITS)
-        codes = torch.empty((2048, 1024 if few else 2048), dtype=torch.uint8)
+        codes = torch.empty((2048, 1024 if form in FOUR_BITS else 2048), dtype=torch.uint8)
         scale = torch.empty((64, 2048), dtype=torch.bfloat16 if form == "e2m1" else torch.float16)
         low = torch.empty((64, 2048), dtype=torch.float32) if form.endswith("low") else None
+        weight = Codes(form, codes, scale, low, 2048, 32)
         x, bias = torch.empty((rows, 2048), dtype=dtype), torch.empty(2048, dtype=dtype)
         for tile in TILES if form in ("int4", "e4m3") else TILES[:1]:
-            coded.coded_product(x, form, codes, scale, low, bias, 32, (tile_rows(rows), *tile))
+            coded.coded_product(x, weight, bias, (tile_rows(rows), *tile))
         if rows == 1:
-            coded.widened(form, codes, scale, low, 2048, 32, dtype)
+            coded.widened(weight, dtype)
             if form == "int4":
-                coded.widened(form, codes, scale, low, 2048, 32, dtype, torch.empty(9, dtype=torch.int32))
+                coded.widened(weight, dtype, torch.empty(9, dtype=torch.int32))
 
 
 def recurrent(dtype: torch.dtype, rows: int) -> None:

@@ -15,7 +15,7 @@ if DEVICE.type == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
 from engine.ops import device_coded  # noqa: E402
-from engine.ops.device_coded import FORMS, DeviceCodedLinear, Piece, torch_numbers  # noqa: E402
+from engine.ops.device_coded import FORMS, DeviceCodedLinear, Piece, forms_kept, torch_numbers  # noqa: E402
 from engine.ops.triton import coded  # noqa: E402
 
 # The interpreter cannot multiply matrices of bfloat16.
@@ -73,13 +73,12 @@ def test_numbers_are_what_the_codes_mean(form: str, group: int) -> None:
     for columns in (128, 96 if group < 64 else 192):
         given = pieces(form, 11, columns, group)
         linear, expected = layer(form, given, group, torch.float32), meant(form, given).to(DEVICE)
-        stored = linear.form, linear._codes, linear._scale, linear._low, columns
-        assert torch.equal(torch_numbers(*stored, linear._width, torch.float32), expected)
-        assert torch.equal(coded.widened(*stored, linear._width, torch.float32), expected)
+        assert torch.equal(torch_numbers(linear.codes, torch.float32), expected)
+        assert torch.equal(coded.widened(linear.codes, torch.float32), expected)
         ids = torch.tensor([7, 0, 10, 7], dtype=torch.int32, device=DEVICE)
-        assert torch.equal(coded.widened(*stored, linear._width, torch.float32, ids), expected[ids])
+        assert torch.equal(coded.widened(linear.codes, torch.float32, ids), expected[ids])
         assert torch.equal(linear.rows(ids), expected[ids])
-        assert coded.widened(*stored, linear._width, torch.float32, ids[:0]).shape == (0, columns)
+        assert coded.widened(linear.codes, torch.float32, ids[:0]).shape == (0, columns)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -92,8 +91,7 @@ def test_product(form: str, dtype: torch.dtype) -> None:
         linear = layer(form, given, group, dtype, added)
         x = torch.randn(rows, 2 * columns).to(DEVICE, dtype)[:, :columns]
         expected = x.float() @ meant(form, given).to(DEVICE).T + (0 if added is None else added.float())
-        parts = linear._codes, linear._scale, linear._low, added
-        ours = coded.coded_product(x, form, *parts, linear._width, (16, 32, 1, 2))
+        ours = coded.coded_product(x, linear.codes, added, (16, 32, 1, 2))
         assert ours.dtype == dtype and ours.shape == (rows, 45)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         assert torch.allclose(ours.float(), expected, rtol=tolerance, atol=tolerance)
@@ -105,10 +103,9 @@ def test_a_row_has_the_same_bits_among_others() -> None:
     given = pieces("int4", 40, 128, 32)
     linear = layer("int4", given, 32, NARROW)
     x = torch.randn(16, 128).to(DEVICE, NARROW)
-    parts = linear._codes, linear._scale, linear._low, None
 
     def product(some: Tensor) -> Tensor:
-        return coded.coded_product(some, "int4", *parts, linear._width, (16, 16, 1, 2))
+        return coded.coded_product(some, linear.codes, None, (16, 16, 1, 2))
 
     together = product(x)
     for row in (0, 7, 15):
@@ -122,13 +119,22 @@ def test_scales_take_as_few_bytes_as_they_can() -> None:
         for start, stop, codes, scale, low in pieces("int4", 12, 128, 32, exact=True)
     ]
     linear = layer("int4", given, 32, NARROW)
-    assert linear._scale.shape == (1, 12) and linear._scale.dtype == torch.float16
-    assert linear._codes.shape == (12, 64) and linear.num_bytes == 12 * 64 + 24
+    assert linear.codes.scale.shape == (1, 12) and linear.codes.scale.dtype == torch.float16
+    assert linear.codes.codes.shape == (12, 64) and linear.num_bytes == 12 * 64 + 24
     assert torch.equal(linear.numbers(torch.float32), meant("int4", given).to(DEVICE))
     powers = [(a, b, codes, torch.full_like(scale, 2.0**-40), low) for a, b, codes, scale, low in given]
-    assert layer("int4", powers, 32, NARROW)._scale.dtype == torch.bfloat16
+    assert layer("int4", powers, 32, NARROW).codes.scale.dtype == torch.bfloat16
     apart = layer("int4", pieces("int4", 12, 128, 32), 32, NARROW)
-    assert apart._scale.shape == (4, 12) and apart._scale.dtype == torch.float32
+    assert apart.codes.scale.shape == (4, 12) and apart.codes.scale.dtype == torch.float32
+
+
+def test_float8_is_kept_where_a_gpu_converts_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, capability = torch.device("cuda", 0), (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert forms_kept(torch.bfloat16, device) == FORMS
+    assert forms_kept(torch.float32, device) == forms_kept(torch.bfloat16, torch.device("cpu")) == ()
+    capability = (8, 6)
+    assert set(FORMS) - set(forms_kept(torch.float16, device)) == {"e4m3"}
 
 
 def test_many_rows_are_multiplied_by_cublas(monkeypatch: pytest.MonkeyPatch) -> None:

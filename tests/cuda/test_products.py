@@ -190,7 +190,7 @@ async def test_a_model_of_codes_is_served(tmp_path: Path, monkeypatch: pytest.Mo
     from tests.models.support import make_checkpoint
 
     make_checkpoint(tmp_path, "Llama", vocab_size=101, hidden_size=32, intermediate_size=64, num_attention_heads=4)
-    monkeypatch.setattr(device_coded, "can_keep_codes", lambda dtype, device: True)
+    monkeypatch.setattr(device_coded, "forms_kept", lambda dtype, device: device_coded.FORMS)
     with native.disabled():
         model = load_model(
             read_spec(tmp_path),

@@ -16,8 +16,7 @@ from engine.models.gguf.dequantise import DEQUANTISED, dequantise
 from engine.models.gguf.reader import open_gguf
 from engine.models.gguf.types import BY_NAME
 from engine.ops import device_coded, native
-from engine.ops.device_coded import DeviceCodedLinear, torch_numbers
-from engine.ops.mxfp4 import TABLE
+from engine.ops.device_coded import FORMS, Codes, DeviceCodedLinear, torch_numbers
 from tests.models import quantised as write
 from tests.models.gguf.export import export
 from tests.models.gguf.test_packed import CASES, SIZES
@@ -27,7 +26,7 @@ from tests.models.test_quantised import SIZES as LAYERS
 
 __all__ = ["plain"]
 
-# Of eight layers how many stay codes, where that is not all of them: groups that are no multiple of 16 columns or not
+# Of eight layers how many stay codes, where that is not all of them: groups that are no multiple of 32 columns, or
 # of rows, and tables that are no form's.
 KEPT = {
     "w2": 0, "fp8-block": 0, "fp8": 0, "modelopt-int4": 0, "bnb-4": 0, "bnb-4-nested": 0, "hqq-3": 6,
@@ -37,7 +36,7 @@ KEPT = {
 
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(device_coded, "can_keep_codes", lambda dtype, device: True)
+    monkeypatch.setattr(device_coded, "forms_kept", lambda dtype, device: FORMS)
     with native.disabled():
         yield
 
@@ -58,7 +57,7 @@ def test_rounded_as_they_are_read(kind: str, plain: tuple[Path, Any], monkeypatc
     """The numbers are those of the model that is rounded and then widened; the head is among them."""
     model = load(plain[0], quantisation=kind)
     assert len(kept(model)) == 9
-    monkeypatch.setattr(device_coded, "can_keep_codes", lambda dtype, device: False)
+    monkeypatch.setattr(device_coded, "forms_kept", lambda dtype, device: ())
     wide = load(plain[0], quantisation=kind)
     [prompt] = prompts_of([20])
     assert relative_error(Runner(model).logits(prompt, 8), Runner(wide).logits(prompt, 8)) <= 1e-5
@@ -85,7 +84,7 @@ def test_gguf_files_of_mixed_types(name: str, tmp_path: Path, monkeypatch: pytes
     assert len(kept(model)) >= sum(kinds.values()) - 2 * 3
     [prompt] = prompts_of([20])
     found = Runner(model).logits(prompt, 8)
-    monkeypatch.setattr(device_coded, "can_keep_codes", lambda dtype, device: False)
+    monkeypatch.setattr(device_coded, "forms_kept", lambda dtype, device: ())
     expected = Runner(load(path)).logits(prompt, 8)
     assert relative_error(found, expected) <= 1e-4
 
@@ -106,10 +105,11 @@ def test_codes_are_the_blocks_numbers(kind: str) -> None:
     codes, scale, low = coded(kind, blocks)
     form, group = CODED[kind]
     assert codes.dtype == np.uint8 and codes.shape == expected.shape and scale.shape[1] == block.elements // group
-    parts = (torch.from_numpy(each.T.copy()) if each is not None else None for each in (scale, low))
-    numbers = torch_numbers(form, torch.from_numpy(codes), *parts, block.elements, min(group, 32), torch.float32)  # type: ignore[arg-type]
-    assert torch.equal(numbers, torch.from_numpy(expected))
-    assert len(TABLE) == 16
+    added = None if low is None else torch.from_numpy(low.T.copy())
+    given = Codes(
+        form, torch.from_numpy(codes), torch.from_numpy(scale.T.copy()), added, block.elements, min(group, 32)
+    )
+    assert torch.equal(torch_numbers(given, torch.float32), torch.from_numpy(expected))
 
 
 def test_a_scale_that_is_no_number(tmp_path: Path) -> None:

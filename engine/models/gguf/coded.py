@@ -21,7 +21,7 @@ Codes = tuple[Bytes, Floats, Floats | None]
 
 def coded(kind: str, blocks: Bytes) -> Codes:
     """kind: one of CODED. blocks uint8 [n, size]. Raises ValueError for a scale that is no finite number."""
-    codes, scale, low = _FUNCTIONS[kind](blocks)
+    codes, scale, low = _TYPES[kind][2](blocks)
     return np.ascontiguousarray(codes).view(np.uint8).reshape(len(blocks), -1), scale, low
 
 
@@ -94,36 +94,22 @@ def _tq2_0(blocks: Bytes) -> Parts:
     return blocks_of.two_bits(blocks[:, :64]) + np.uint8(7), half(blocks, 64), None
 
 
-_FUNCTIONS: dict[str, Callable[[Bytes], Parts]] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
-    "Q8_0": _q8_0,
-    "Q2_K": _q2_k,
-    "Q3_K": _q3_k,
-    "Q4_K": _q4_k,
-    "Q5_K": _q5_k,
-    "Q6_K": _q6_k,
-    "IQ4_NL": _iq4_nl,
-    "IQ4_XS": _iq4_xs,
-    "MXFP4": _mxfp4,
-    "TQ2_0": _tq2_0,
+# By type: the form of its codes, columns of a scale, and what reads its blocks.
+_TYPES: dict[str, tuple[str, int, Callable[[Bytes], Parts]]] = {
+    "Q4_0": ("int4", 32, _q4_0),
+    "Q4_1": ("int4 and low", 32, _q4_1),
+    "Q5_0": ("int8", 32, _q5_0),
+    "Q5_1": ("int8 and low", 32, _q5_1),
+    "Q8_0": ("int8", 32, _q8_0),
+    "Q2_K": ("int4 and low", 16, _q2_k),
+    "Q3_K": ("int4", 16, _q3_k),
+    "Q4_K": ("int4 and low", 32, _q4_k),
+    "Q5_K": ("int8 and low", 32, _q5_k),
+    "Q6_K": ("int8", 16, _q6_k),
+    "IQ4_NL": ("int8", 32, _iq4_nl),
+    "IQ4_XS": ("int8", 32, _iq4_xs),
+    "MXFP4": ("e2m1", 32, _mxfp4),
+    "TQ2_0": ("int4", 256, _tq2_0),
 }
 # The form of a type's codes, and columns of a scale.
-CODED = {
-    "Q4_0": ("int4", 32),
-    "Q4_1": ("int4 and low", 32),
-    "Q5_0": ("int8", 32),
-    "Q5_1": ("int8 and low", 32),
-    "Q8_0": ("int8", 32),
-    "Q2_K": ("int4 and low", 16),
-    "Q3_K": ("int4", 16),
-    "Q4_K": ("int4 and low", 32),
-    "Q5_K": ("int8 and low", 32),
-    "Q6_K": ("int8", 16),
-    "IQ4_NL": ("int8", 32),
-    "IQ4_XS": ("int8", 32),
-    "MXFP4": ("e2m1", 32),
-    "TQ2_0": ("int4", 256),
-}
+CODED = {name: (form, group) for name, (form, group, _) in _TYPES.items()}

@@ -26,8 +26,6 @@ from engine.ops.packed import MixedLinear
 from engine.ops.reordered import ReorderedLinear
 
 _EMBEDDING = f"{PREFIX}embed_tokens.weight"
-# From which on a GPU converts floats of eight bits.
-E4M3_CAPABILITY = (8, 9)
 # Its name, and columns of a scale.
 Form = tuple[str, int]
 # Weights that are brought from one form into the other at once.
@@ -92,18 +90,15 @@ class CodedWeights(CheckpointWeights):
 
     def _forms(self, names: Sequence[str], dtype: torch.dtype) -> list[Form] | None:
         """In what each of these can be kept, where a layer can be made of that; None where it cannot."""
-        if on_gpu.can_keep_codes(dtype, self.device):
+        if known := on_gpu.forms_kept(dtype, self.device):
             found = [self._form(name) for name in names]
-            if self.device.type == "cuda" and torch.cuda.get_device_capability(self.device) < E4M3_CAPABILITY:
-                found = [None if form is not None and form[0] == "e4m3" else form for form in found]
         elif on_cpu.can_keep_codes(dtype, self.device):
-            known = [self.kept_form(name) for name in names]
-            # There are kernels for these alone, and for one of them in a layer.
-            kept = len(set(known)) == 1 and all(form is None or form[0] in on_cpu.CODE_FORMS for form in known)
-            found = known if kept and known[0] is not None and known[0][1] == on_cpu.CODE_BLOCK else [None]
+            known, found = tuple(on_cpu.CODE_FORMS), [self.kept_form(name) for name in names]
+            if len(set(found)) > 1 or (found[0] is not None and found[0][1] != on_cpu.CODE_BLOCK):
+                return None
         else:
             return None
-        forms = [form for form in found if form is not None]
+        forms = [form for form in found if form is not None and form[0] in known]
         return forms if len(forms) == len(names) else None
 
     def _form(self, name: str) -> Form | None:
@@ -126,7 +121,7 @@ class CodedWeights(CheckpointWeights):
         activation: str | None = None,
     ) -> Linear:
         name, group = form
-        if on_gpu.can_keep_codes(dtype, self.device):
+        if on_gpu.forms_kept(dtype, self.device):
             return DeviceCodedLinear(name, rows, columns, group, dtype, self.device, pieces, bias, activation)
         return CodedLinear(name, rows, columns, dtype, pieces, bias, activation)
 

@@ -9,6 +9,7 @@ taken times the sum of x. The other kernel makes rows of numbers. The references
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -16,6 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.ops.triton.pdl import launch_options, overlap
+
+if TYPE_CHECKING:  # which asks for this module late
+    from engine.ops.device_coded import Codes
 
 # As the kernels number the forms; the second of two differs in its `low` alone.
 INT4, INT8, E4M3, E2M1 = (tl.constexpr(number) for number in range(4))
@@ -168,62 +172,42 @@ def _widen(
     tl.store(out_ptr + place * in_features + column, values.to(out_ptr.dtype.element_ty), mask=here)
 
 
-def coded_product(
-    x: Tensor,
-    form: str,
-    codes: Tensor,
-    scale: Tensor,
-    low: Tensor | None,
-    bias: Tensor | None,
-    width: int,
-    tile: tuple[int, int, int, int],
-) -> Tensor:
+def coded_product(x: Tensor, weight: Codes, bias: Tensor | None, tile: tuple[int, int, int, int]) -> Tensor:
     """See ops/device_coded.py. tile: rows and columns of the result at a time, warps, loads under way."""
     rows, in_features = x.shape
-    blocks, out_features = scale.shape
-    assert x.stride(1) == 1 and codes.is_contiguous() and scale.is_contiguous() and codes.shape[0] == out_features
+    out_features = weight.scale.shape[1]
+    assert x.stride(1) == 1 and in_features == weight.in_features and weight.codes.shape[0] == out_features
     height, block_n, num_warps, num_stages = tile
     out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
+    codes, scale, low, options = _given(weight)
     _codes[(triton.cdiv(out_features, block_n), triton.cdiv(rows, height))](
         x,
         codes,
         scale,
-        scale if low is None else low,
+        low,
         scale if bias is None else bias,
         out,
         rows,
         out_features,
         in_features,
         x.stride(0),
-        FORM=NUMBERS[form],
-        PAIRS=codes.shape[1] < in_features,
-        LOW=low is not None,
         BIAS=bias is not None,
-        EVERY=in_features // width // blocks,
-        WIDTH=width,
-        UNROLL=math.gcd(codes.shape[1] // width, _UNROLL),
+        UNROLL=math.gcd(codes.shape[1] // weight.width, _UNROLL),
         BLOCK_M=height,
         BLOCK_N=block_n,
         num_warps=num_warps,
         num_stages=num_stages,
+        **options,
         **launch_options(),
     )
     return out
 
 
-def widened(
-    form: str,
-    codes: Tensor,
-    scale: Tensor,
-    low: Tensor | None,
-    in_features: int,
-    width: int,
-    dtype: torch.dtype,
-    ids: Tensor | None = None,
-) -> Tensor:
-    """See ops/device_coded.py."""
-    blocks, out_features = scale.shape
+def widened(weight: Codes, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
+    """See ops/device_coded.py, whose `torch_numbers` is the reference."""
+    in_features, out_features = weight.in_features, weight.scale.shape[1]
     count = out_features if ids is None else len(ids)
+    codes, scale, low, options = _given(weight)
     out = torch.empty((count, in_features), dtype=dtype, device=codes.device)
     if not count:
         return out
@@ -231,19 +215,29 @@ def widened(
     _widen[(count, triton.cdiv(in_features, wide))](
         codes,
         scale,
-        scale if low is None else low,
+        low,
         codes if ids is None else ids,
         out,
         out_features,
         in_features,
-        FORM=NUMBERS[form],
-        PAIRS=codes.shape[1] < in_features,
-        LOW=low is not None,
         PICK=ids is not None,
-        EVERY=in_features // width // blocks,
-        WIDTH=width,
         WIDE=wide,
         num_warps=4,
+        **options,
         **launch_options(),
     )
     return out
+
+
+def _given(weight: Codes) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+    """The tensors of a weight, and what its form makes of a kernel."""
+    codes, scale, low = weight.codes, weight.scale, weight.low
+    assert codes.is_contiguous() and scale.is_contiguous()
+    options = {
+        "FORM": NUMBERS[weight.form],
+        "PAIRS": weight.are_paired,
+        "LOW": low is not None,
+        "EVERY": weight.in_features // weight.width // scale.shape[0],
+        "WIDTH": weight.width,
+    }
+    return codes, scale, scale if low is None else low, options
