@@ -25,7 +25,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim soak chaos test-clients lock-clients test-agents test-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
+.PHONY: help install serve test check sim soak chaos test-clients clients-routes clients-programs lock-clients test-agents test-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -95,9 +95,19 @@ $(GUIDELLM)/.ready: | $(BIN)/python
 	$(GUIDELLM)/bin/python -m pip install --quiet 'guidellm==0.8.1' 'torch>=2.11,<2.14'
 	@touch $@
 
-test-clients: $(VENV)/.dev $(CLIENTS)/.ready $(if $(HEAVY),$(GUIDELLM)/.ready)  ## real clients against the server; MATRIX=1 writes the README's table, HEAVY=1 adds guidellm
-	$(if $(HEAVY),ONELOOP_GUIDELLM=$(abspath $(GUIDELLM))/bin/guidellm) ONELOOP_PYTHON=$(abspath $(BIN))/python MATRIX=$(MATRIX) \
-	  $(CLIENTS)/bin/python -m pytest -c tests/clients/clients.ini --rootdir=. tests/clients $(ARGS)
+# Two parts, neither of which keeps a processor busy: make -j2 runs them beside each other.
+test-clients: clients-routes clients-programs  ## real clients against the server; MATRIX=1 writes the README's table, HEAVY=1 adds guidellm
+
+clients-%: TEST_CLIENTS = $(if $(HEAVY),ONELOOP_GUIDELLM=$(abspath $(GUIDELLM))/bin/guidellm) \
+	  ONELOOP_PYTHON=$(abspath $(BIN))/python MATRIX=$(MATRIX) \
+	  $(CLIENTS)/bin/python -m pytest -c tests/clients/clients.ini --rootdir=.
+
+clients-routes: $(VENV)/.dev $(CLIENTS)/.ready
+	$(TEST_CLIENTS) tests/clients/test_schemathesis.py \
+	  tests/clients/test_matrix.py::test_no_process_looked_for_another_host $(ARGS)
+
+clients-programs: $(VENV)/.dev $(CLIENTS)/.ready $(if $(HEAVY),$(GUIDELLM)/.ready)
+	$(TEST_CLIENTS) tests/clients --ignore=tests/clients/test_schemathesis.py $(ARGS)
 
 lock-clients: $(CLIENTS)/.ready  ## pin the newest clients
 	$(CLIENTS)/bin/python -m pip install --quiet uv

@@ -49,8 +49,7 @@ def _listed(
     """A family with these marks. also: other marks that begin calls. fields: the keys of name and arguments.
 
     list_of: what is written around the calls and brackets; None for a mark around each call. between: between calls
-    inside of it. extra: fields that are
-    written in front of the name.
+    inside of it. extra: fields that are written in front of the name.
     """
     begins = (begin.strip(), *also)
     ends = tuple(filter(None, (end.strip(), *begins)))

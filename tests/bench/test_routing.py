@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -60,7 +61,7 @@ def test_routers_are_measured_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(routing, "measure_load", measured)
     given = arguments("--loads", "multi-turn", "--rounds", "3", "--seed", "1")
-    rows = routing.in_turns({name: lambda name=name: opened(name) for name in "ab"}, given)  # type: ignore[misc]
+    rows = routing.in_turns({name: functools.partial(opened, name) for name in "ab"}, given)
     assert order == ["a", "b"] * 3
     told: Any = routing.versus(rows, "a", "b", ["multi-turn"])
     assert told == "multi-turn, a / b: TTFT p50 4.00 (2.00 to 6.00), p99 1.00 (1.00 to 1.00)"
