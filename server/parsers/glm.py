@@ -1,6 +1,7 @@
-"""Calls of GLM-4.5 and later, Laguna and Hunyuan 3: `<tool_call>name`, then keys and values in tags of their own.
+"""Calls as `<tool_call>name`, then keys and values in tags of their own.
 
-GLM-4.5 and 4.6 break the line behind every tag; 4.7 and later write none. One grammar reads both.
+GLM-4.5 and later, Laguna, Hunyuan 3, K2 Horizon and Solar Open 2. GLM-4.5 and 4.6 break the line behind every tag; 4.7
+and later write none. One grammar reads both.
 """
 
 from __future__ import annotations
@@ -26,5 +27,24 @@ HY_V3_OPEN = family(
         (f"<arg_key{_S}>", f"</arg_key{_S}>"),
         (f"<arg_value{_S}>", f"</arg_value{_S}>"),
         section=(f"<tool_calls{_S}>", f"</tool_calls{_S}>"),
+    ),
+)
+K2_HORIZON = family(
+    "k2_horizon",
+    Tags(
+        ("<ifm|tool_call>", ""),
+        "</ifm|tool_call>",
+        ("<ifm|arg_key>", "</ifm|arg_key>"),
+        ("<ifm|arg_value>", "</ifm|arg_value>"),
+        section=("<ifm|tool_calls>", "</ifm|tool_calls>"),
+    ),
+)
+SOLAR_OPEN2 = family(
+    "solar_open2",
+    Tags(
+        ("<|tool_call:start|>", "\n"),
+        "<|tool_call:end|>",
+        ("<|tool_arg:start|>", "<|tool_arg:value|>"),
+        ("", "<|tool_arg:end|>"),
     ),
 )

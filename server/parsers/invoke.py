@@ -1,6 +1,7 @@
 """Calls as `<invoke name="f"><parameter name="k">value</parameter></invoke>`, each family with marks of its own.
 
-MiniMax M2; DeepSeek V3.2 and V4 (DSML), whose parameters say whether they are text; Step 3.
+MiniMax M2; DeepSeek V3.2 and V4 (DSML) and GigaChat 3.5 (GCML), whose parameters say whether they are text; Step 3,
+dots and MiniCPM 5.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ MINIMAX_M2 = family(
 )
 
 
-def _dsml(name: str, section: str) -> ToolFamily:
-    mark = "｜DSML｜"
+def _marked(name: str, mark: str, section: str) -> ToolFamily:
+    """mark: what every tag begins with."""
     return family(
         name,
         Tags(
@@ -37,8 +38,32 @@ def _dsml(name: str, section: str) -> ToolFamily:
     )
 
 
-DEEPSEEK_V32 = _dsml("deepseek_v32", "function_calls")
-DEEPSEEK_V4 = _dsml("deepseek_v4", "tool_calls")
+DEEPSEEK_V32 = _marked("deepseek_v32", "｜DSML｜", "function_calls")
+DEEPSEEK_V4 = _marked("deepseek_v4", "｜DSML｜", "tool_calls")
+GIGACHAT35 = _marked("gigachat35", "｜GCML｜", "tool_calls")
+
+DOTS = family(
+    "dots",
+    Tags(
+        call=("<invoke name=", ">"),
+        call_end="</invoke>",
+        key=("<parameter name=", ">"),
+        value=("", "</parameter>"),
+        section=("<dots_function_call>", "</dots_function_call>"),
+        quoted=True,
+    ),
+)
+MINICPM5 = family(
+    "minicpm5",
+    Tags(
+        call=("<function name=", ">"),
+        call_end="</function>",
+        key=("<param name=", ">"),
+        value=("", "</param>"),
+        quoted=True,
+        line="",
+    ),
+)
 
 STEP3 = family(
     "step3",

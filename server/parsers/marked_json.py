@@ -1,7 +1,8 @@
 """Calls as JSON behind a mark: a list of objects, or one object, of name and arguments, up to a mark that ends them.
 
-Granite 3, Phi-4-mini, Hunyuan A13B, MiniMax M1, Jamba, Apriel, Nemotron Nano 2, Command, InternLM 2, LongCat and xLAM
-differ in their marks and the names of the fields; Apertus has the tool's name as the only key of the object.
+Granite 3, Phi-4-mini, Hunyuan A13B, MiniMax M1, Jamba, Apriel, Nemotron Nano 2, Command, InternLM 2, LongCat,
+GigaChat 3 and xLAM differ in their marks and the names of the fields; Apertus has the tool's name as the only key of
+the object.
 """
 
 from __future__ import annotations
@@ -45,22 +46,24 @@ def _listed(
     extra: str = "",
     markers: tuple[str, ...] | None = None,
     wrap: tuple[str, ...] = (),
+    eos: str = "",
 ) -> ToolFamily:
     """A family with these marks. also: other marks that begin calls. fields: the keys of name and arguments.
 
     list_of: what is written around the calls and brackets; None for a mark around each call. between: between calls
-    inside of it. extra: fields that are written in front of the name.
+    inside of it. extra: fields that are written in front of the name. eos: the end of the message, behind the calls.
     """
     begins = (begin.strip(), *also)
-    ends = tuple(filter(None, (end.strip(), *begins)))
+    closer = end.strip() or eos
+    ends = tuple(filter(None, (closer, *begins)))
 
     def run(scanner: Scanner) -> Steps[None]:
         while (yield from scanner.until(begins, scanner.content)):
             try:
                 yield from _read_calls(scanner, ends)
-                if end:
-                    yield from close_call(scanner, end.strip())
-                    drop_begun(scanner, (end.strip(),))
+                if closer:
+                    yield from close_call(scanner, closer)
+                    drop_begun(scanner, (closer,))
             except Malformed:
                 scanner.fail()
 
@@ -105,6 +108,17 @@ INTERNLM = _listed(
     markers=("<|action_start|>", "<|plugin|>", "<|action_end|>"),
 )
 LONGCAT = _listed("longcat", "<longcat_tool_call>\n", "\n</longcat_tool_call>", list_of=None)
+# A message of the role "function call"; a text may stand in one of its own before it.
+GIGACHAT3 = _listed(
+    "gigachat3",
+    "function call<|role_sep|>\n",
+    "",
+    also=("<|function_call|>",),
+    list_of=None,
+    markers=("<|role_sep|>", "<|message_sep|>", "<|function_call|>"),
+    wrap=("<|message_sep|>",),
+    eos="<|message_sep|>",
+)
 
 
 # Apertus: [{"get_weather": {"city": "Paris"}}, {"now": {}}].
@@ -241,6 +255,7 @@ FAMILIES = (
     COMMAND_R,
     INTERNLM,
     LONGCAT,
+    GIGACHAT3,
     APERTUS,
     XLAM,
 )

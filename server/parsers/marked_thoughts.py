@@ -51,6 +51,12 @@ COMMAND = thoughts(
     ("<|END_THINKING|>",),
     wrap=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
 )
+# It thinks less behind the others.
+K2_HORIZON = thoughts(
+    "k2_horizon",
+    ("<ifm|think>", "<ifm|think_fast>", "<ifm|think_faster>"),
+    ("</ifm|think>", "</ifm|think_fast>", "</ifm|think_faster>"),
+)
 APERTUS = thoughts("apertus", ("<|inner_prefix|>",), ("<|inner_suffix|>",))
 # Granite 3.2 says it in words; 3.3 has tags, and tags around the answer.
 GRANITE = thoughts(
@@ -81,6 +87,7 @@ FAMILIES = (
     MINIMAX_M2_APPENDED,
     MINIMAX_M3,
     COMMAND,
+    K2_HORIZON,
     APERTUS,
     GRANITE,
     GRANITE_TAGS,

@@ -22,9 +22,11 @@ from server.parsers import (
     marked_thoughts,
     minimax_m3,
     mistral,
+    muse_glimmer,
     pythonic,
     qwen3_coder,
     seed_oss,
+    solar_open,
     think,
 )
 from server.parsers.base import ReasoningFamily, ToolFamily
@@ -49,11 +51,17 @@ TOOL_PARSERS: dict[str, ToolFamily] = {
         invoke.DEEPSEEK_V4,
         invoke.MINIMAX_M2,
         invoke.STEP3,
+        invoke.GIGACHAT35,
+        invoke.DOTS,
+        invoke.MINICPM5,
         minimax_m3.FAMILY,
         glm.GLM45,
         glm.GLM47,
         glm.HY_V3,
         glm.HY_V3_OPEN,
+        glm.K2_HORIZON,
+        glm.SOLAR_OPEN2,
+        solar_open.FAMILY,
         seed_oss.FAMILY,
         kimi_k2.FAMILY,
         kimi_k3.FAMILY,
@@ -62,6 +70,7 @@ TOOL_PARSERS: dict[str, ToolFamily] = {
         marked_python.LFM2,
         marked_python.OLMO3,
         *marked_json.FAMILIES,
+        muse_glimmer.FAMILY,
         harmony.FAMILY,
     )
 }
@@ -73,7 +82,9 @@ REASONING_PARSERS: dict[str, ReasoningFamily] = {
         think.MISTRAL,
         think.HY_V3_OPEN,
         *marked_thoughts.FAMILIES,
+        solar_open.REASONING,
         kimi_k3.REASONING,
+        muse_glimmer.REASONING,
         harmony.REASONING,
     )
 }
@@ -94,6 +105,9 @@ TOOL_ALIASES = {
     "deepseekv32": "deepseek_v32",
     "deepseekv4": "deepseek_v4",
     "glm": "glm45",
+    "ling3": "glm45",
+    "muse": "muse_glimmer",
+    "trinity": "hermes",
     "poolside_v1": "glm47",
     "minimax-m2": "minimax_m2",
     "minimax-m3": "minimax_m3",
@@ -117,6 +131,7 @@ REASONING_ALIASES = {
     "minimax-append-think": "minimax_m2_append_think",
     "hunyuan": "hunyuan_a13b",
     "cohere_command4": "cohere_command3",
+    "muse": "muse_glimmer",
     "seed-oss": "seed_oss",
     **dict.fromkeys(
         (

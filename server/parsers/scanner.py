@@ -90,9 +90,15 @@ class Scanner:
     # Declarations.
 
     def resolve(self, name: str) -> str:
-        """The declared name that a written one means, or the written one: `functions.` may stand before it."""
+        """The declared name that a written one means, or the written one.
+
+        `functions.` may stand before it, or the name itself.
+        """
         name = name.strip()
         declared = (*(self.tools or ()), *self._refused)
+        first, _, second = name.partition(".")
+        if first == second and first in declared and name not in declared:
+            return first
         bare = _NAMESPACE.sub("", name, count=1) if _NAMESPACE.match(name) and name not in declared else name
         return bare if bare in declared else name
 

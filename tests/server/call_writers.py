@@ -18,16 +18,16 @@ def bare(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
-def dsml(section: str) -> Callable[[Calls], str]:
+def dsml(section: str, mark: str = DSML) -> Callable[[Calls], str]:
     def write(calls: Calls) -> str:
         text = ""
         for name, arguments in calls:
-            text += f'<{DSML}invoke name="{name}">\n'
+            text += f'<{mark}invoke name="{name}">\n'
             for key, value in arguments.items():
                 kind = "true" if isinstance(value, str) else "false"
-                text += f'<{DSML}parameter name="{key}" string="{kind}">{bare(value)}</{DSML}parameter>\n'
-            text += f"</{DSML}invoke>\n"
-        return f"<{DSML}{section}>\n{text}</{DSML}{section}>"
+                text += f'<{mark}parameter name="{key}" string="{kind}">{bare(value)}</{mark}parameter>\n'
+            text += f"</{mark}invoke>\n"
+        return f"<{mark}{section}>\n{text}</{mark}{section}>"
 
     return write
 
@@ -60,6 +60,46 @@ def minimax_m2(calls: Calls) -> str:
         inner = "".join(f'<parameter name="{key}">{bare(value)}</parameter>\n' for key, value in arguments.items())
         text += f'<invoke name="{name}">\n{inner}</invoke>\n'
     return f"<minimax:tool_call>\n{text}</minimax:tool_call>"
+
+
+def minicpm5(calls: Calls) -> str:
+    return "\n".join(
+        f'<function name="{name}">'
+        + "".join(f'<param name="{key}">{bare(value)}</param>' for key, value in arguments.items())
+        + "</function>"
+        for name, arguments in calls
+    )
+
+
+def muse_glimmer(calls: Calls) -> str:
+    texts = []
+    for name, arguments in calls:
+        inner = "".join(
+            f'<atem:parameter name="{key}">{bare(value)}</atem:parameter>\n' for key, value in arguments.items()
+        )
+        block = f'<atem:function_calls>\n<atem:invoke name="{name}">\n{inner}</atem:invoke>\n</atem:function_calls>'
+        texts.append(f"<|start|>assistant to={name}<|message|>{block}")
+    return "<|eom|>".join(texts) + "<|eot|>"
+
+
+def solar_open(calls: Calls) -> str:
+    text = "".join(
+        f"<|tool_call:begin|>abc123{index:04}<|tool_call:name|>{name}<|tool_call:args|>{dumped(given)}<|tool_call:end|>"
+        for index, (name, given) in enumerate(calls)
+    )
+    return f"<|tool_calls|>{text}<|calls|>"
+
+
+def solar_open2(calls: Calls) -> str:
+    return "\n".join(
+        f"<|tool_call:start|>{name}\n"
+        + "".join(
+            f"<|tool_arg:start|>{key}<|tool_arg:value|>{bare(value)}<|tool_arg:end|>\n"
+            for key, value in arguments.items()
+        )
+        + "<|tool_call:end|>"
+        for name, arguments in calls
+    )
 
 
 def nested(value: Any) -> str:
@@ -163,6 +203,18 @@ WRITERS: dict[str, Callable[[Calls], str]] = {
     "minimax": lambda calls: f"<tool_calls>\n{each('', '')(calls)}\n</tool_calls>",
     "deepseek_v32": dsml("function_calls"),
     "deepseek_v4": dsml("tool_calls"),
+    "gigachat35": dsml("tool_calls", "｜GCML｜"),
+    "muse_glimmer": muse_glimmer,
+    "gigachat3": lambda calls: each("function call<|role_sep|>\n", "<|message_sep|>\n")(calls),
+    "dots": lambda calls: minimax_m2(calls).replace("minimax:tool_call", "dots_function_call"),
+    "minicpm5": minicpm5,
+    "solar_open": solar_open,
+    "solar_open2": solar_open2,
+    "k2_horizon": lambda calls: (
+        "<ifm|tool_calls>\n"
+        + re.sub(r"<(/?)((?:tool|arg)_\w+)>", r"<\1ifm|\2>", glm("\n")(calls))
+        + "\n</ifm|tool_calls>"
+    ),
     "minimax_m2": minimax_m2,
     "minimax_m3": minimax_m3,
     "seed_oss": seed_oss,

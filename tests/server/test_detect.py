@@ -46,14 +46,14 @@ GEMMA = (
 )
 
 
-def dsml(section: str) -> tuple[str, str, str]:
+def dsml(section: str, mark: str = DSML) -> tuple[str, str, str]:
     call = each(
-        f'<{DSML}invoke name="{{{{ f.name }}}}">\n',
-        f'<{DSML}parameter name="{{{{ k }}}}" string="{{{{ "true" if v is string else "false" }}}}">{VALUE}'
-        f"</{DSML}parameter>\n",
-        f"</{DSML}invoke>\n",
+        f'<{mark}invoke name="{{{{ f.name }}}}">\n',
+        f'<{mark}parameter name="{{{{ k }}}}" string="{{{{ "true" if v is string else "false" }}}}">{VALUE}'
+        f"</{mark}parameter>\n",
+        f"</{mark}invoke>\n",
     )
-    return f"<{DSML}{section}>\n", call, f"</{DSML}{section}>"
+    return f"<{mark}{section}>\n", call, f"</{mark}{section}>"
 
 
 # What stands before the calls of a message, each call, and behind them.
@@ -80,6 +80,53 @@ WRITTEN: dict[str, tuple[str, str, str]] = {
     ),
     "deepseek_v32": dsml("function_calls"),
     "deepseek_v4": dsml("tool_calls"),
+    "gigachat35": dsml("tool_calls", "｜GCML｜"),
+    "gigachat3": alone("function call<|role_sep|>\n", "<|message_sep|>\n\n"),
+    "dots": (
+        "<dots_function_call>\n",
+        each('<invoke name="{{ f.name }}">\n', f'<parameter name="{{{{ k }}}}">{VALUE}</parameter>\n', "</invoke>\n"),
+        "</dots_function_call>",
+    ),
+    "minicpm5": (
+        "",
+        each('<function name="{{ f.name }}">', f'<param name="{{{{ k }}}}">{VALUE}</param>', "</function>"),
+        "",
+    ),
+    "muse_glimmer": (
+        "",
+        each(
+            "{{ '<|start|>assistant' if not loop.first }} to={{ f.name }}<|message|><atem:function_calls>\n"
+            '<atem:invoke name="{{ f.name }}">\n',
+            f'<atem:parameter name="{{{{ k }}}}">{VALUE}</atem:parameter>\n',
+            "</atem:invoke>\n</atem:function_calls><|eot|>",
+        ),
+        "",
+    ),
+    "solar_open": (
+        "<|tool_calls|>",
+        "<|tool_call:begin|>{{ c.id }}<|tool_call:name|>{{ f.name }}<|tool_call:args|>"
+        + ARGUMENTS
+        + "<|tool_call:end|>",
+        "<|calls|>",
+    ),
+    "solar_open2": (
+        "",
+        each(
+            "<|tool_call:start|>{{ f.name }}\n",
+            f"<|tool_arg:start|>{{{{ k }}}}<|tool_arg:value|>{VALUE}<|tool_arg:end|>\n",
+            "<|tool_call:end|>",
+        ),
+        "",
+    ),
+    "k2_horizon": (
+        "<ifm|tool_calls>\n",
+        each(
+            "<ifm|tool_call>{{ f.name }}\n",
+            f"<ifm|arg_key>{{{{ k }}}}</ifm|arg_key>\n<ifm|arg_value>{VALUE}</ifm|arg_value>\n",
+            "</ifm|tool_call>\n",
+        ),
+        "</ifm|tool_calls>",
+    ),
     "step3": (
         "<｜tool_calls_begin｜>\n",
         each(
@@ -242,8 +289,8 @@ MIXED: dict[str, tuple[str, str | None]] = {
     # The instructions speak of a tag that no call is written in.
     "apriel": ('within <tool_call></tool_call> tags: <tool_calls>[{"name": 1}]</tool_calls>', "hunyuan_a13b"),
     "minimax m3": (f"{NS}<tool_call>\n{NS}<invoke name=", "minimax_m3"),
-    "minicpm 5": ('<tool_call> "name" <function name="f"><param name="p">', None),
-    "k2 horizon": ('<ifm|tool_call>name\n<ifm|arg_key>k</ifm|arg_key> "name"', None),
+    "minicpm 5": ('<tool_call> "name" <function name="f"><param name="p">', "minicpm5"),
+    "k2 horizon": ('<ifm|tool_call>name\n<ifm|arg_key>k</ifm|arg_key> "name"', "k2_horizon"),
     "invoke alone": ('<tool_call> "name" <invoke name="f"><parameter name="p">', None),
     "longcat of keys": ("<longcat_tool_call>name\n<longcat_arg_key>", None),
     "kimi k2, first": ("<|im_system|>tool_declare<|im_middle|>", "kimi_k2"),
@@ -321,6 +368,9 @@ REASONING: dict[str, tuple[str, str | None]] = {
     "minimax m2": ("<think> </think> minimax <response>", "deepseek_r1"),
     "minimax m3": ("<mm:think>", "minimax_m3"),
     "kimi k3": ("'<|open|>' + tag '<|sep|>' open_tag('think')", "kimi_k3"),
+    "muse": ("'<|start|>assistant to=self<|message|>' <atem:invoke", "muse_glimmer"),
+    "solar open": ("'<|begin|>assistant<|think|>'", "solar_open"),
+    "k2 horizon": ("<ifm|think>", "k2_horizon"),
     "command": ("<|START_THINKING|>", "cohere_command3"),
     "apertus": ("<|inner_prefix|>", "apertus"),
     "granite 3.2": ("<|start_of_role|> Here is my thought process: ...", "granite"),

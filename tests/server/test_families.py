@@ -436,6 +436,27 @@ THOUGHTS: list[tuple[str, str | None, bool, str, tuple[str, str, list[tuple[str,
     ("minimax_m3", "minimax_m3", False, "</mm:think>Yes.", ("Yes.", "", [])),
     ("cohere_command3", None, True, "Hm.<|END_THINKING|><|START_RESPONSE|>Yes.<|END_RESPONSE|>", ("Yes.", "Hm.", [])),
     ("cohere_command3", None, True, "Hm.<|END_THINKING|><|START_TEXT|>Yes.<|END_TEXT|>", ("Yes.", "Hm.", [])),
+    ("solar_open", None, False, "<|think|>Hm.<|end|><|begin|>assistant<|content|>Yes.<|flush|>", ("Yes.", "Hm.", [])),
+    (
+        "solar_open",
+        "solar_open",
+        True,
+        "Hm.<|end|><|begin|>assistant<|content|>Yes.<|end|><|begin|>assistant<|tool_calls|><|tool_call:begin|>0"
+        "<|tool_call:name|>now<|tool_call:args|>{}<|tool_call:end|><|calls|>",
+        ("Yes.", "Hm.", [("now", "{}")]),
+    ),
+    ("k2_horizon", None, False, "<ifm|think_fast>Hm.</ifm|think_fast>\nYes.", ("Yes.", "Hm.", [])),
+    (
+        "muse_glimmer",
+        "muse_glimmer",
+        False,
+        " to=self<|message|>Hm <atem:invoke>.<|eom|><|start|>assistant to=user<|message|>Yes.<|eom|><|start|>assistant"
+        ' to=now<|message|><atem:function_calls>\n<atem:invoke name="now.now">\n</atem:invoke>\n'
+        "</atem:function_calls><|eot|>",
+        ("Yes.", "Hm <atem:invoke>.", [("now", "{}")]),
+    ),
+    ("muse_glimmer", None, True, "Hm.<|eom|><|start|>assistant to=user<|message|>Yes.<|eot|>", ("Yes.", "Hm.", [])),
+    ("muse_glimmer", None, False, "Yes, to=self is plain.", ("Yes, to=self is plain.", "", [])),
     ("apertus", None, False, "<|inner_prefix|>Hm.<|inner_suffix|>Yes.", ("Yes.", "Hm.", [])),
     ("granite", None, False, "Here is my thought process: Hm. Here is my response: Yes.", ("Yes.", "Hm.", [])),
     ("granite", None, False, "Here's my thought process:\nHm.\n\nHere's my response:\nYes.", ("Yes.", "Hm.", [])),
@@ -523,7 +544,7 @@ def test_pieces_change_nothing(text: str, name: str, reasoning: str | None, insi
 
 
 @settings(max_examples=300, deadline=None)
-@given(TEXTS, st.sampled_from(NAMES))
+@given(TEXTS, st.sampled_from(NAMES).filter(lambda name: name != "muse_glimmer"))  # it frames its content, too
 def test_text_without_calls_is_content(text: str, name: str) -> None:
     content, _, calls = outcome(run(parser(name, tools=TOOLS), [text]))
     wrap = TOOL_PARSERS[name].wrap
