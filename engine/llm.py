@@ -17,22 +17,19 @@ import concurrent.futures
 import contextlib
 import itertools
 import logging
-import threading
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import orjson
-import uvloop
 
-from engine.build import Built, build_engine
+from engine.build import build_engine
 from engine.config import EngineConfig, StartupError
 from engine.flags import config_from, make_parser
-from engine.lora.words import AdapterError
+from engine.loop_thread import Lora, Runner, Structure, raise_closed
 from engine.request import (
-    Adapter,
     FinishReason,
     Request,
     RequestError,
@@ -42,7 +39,6 @@ from engine.request import (
     derive_seed,
 )
 from engine.stream import Delta, TokenLogprob, TokenStream
-from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.grammar.spec import GrammarSpec
 from engine.text.grammar.state import Grammar
 from engine.text.tokenizer import Tokenizer
@@ -54,22 +50,6 @@ logger = logging.getLogger("oneloop.llm")
 T = TypeVar("T")
 Prompt = str | Sequence[int]
 Message = Mapping[str, Any]
-# A JSON schema, or any kind of grammar.
-Structure = GrammarSpec | Mapping[str, Any]
-
-
-class LoraRequest(Protocol):
-    """vLLM's LoRARequest, or whatever has these two: an adapter that is loaded where nobody has yet."""
-
-    @property
-    def lora_name(self) -> str: ...
-
-    @property
-    def lora_path(self) -> str: ...
-
-
-# The name of an adapter, or one with its path.
-Lora = str | LoraRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +100,7 @@ class LLM:
         self.tokenizer: Tokenizer | None = built.engine.tokenizer
         self._built = built
         self._numbers = itertools.count()
-        self._runner = _Runner(built)
+        self._runner = Runner(built)
         self.close: Callable[[], object] = weakref.finalize(self, self._runner.close)
 
     def __enter__(self) -> LLM:
@@ -335,7 +315,7 @@ class LLM:
         try:
             return future.result()
         except concurrent.futures.CancelledError:
-            _raise_closed()
+            raise_closed()
         finally:
             # Ctrl-C while waiting: nobody wants the rest.
             future.cancel()
@@ -347,7 +327,7 @@ class LLM:
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if task is None or not task.cancelling():
-                _raise_closed()
+                raise_closed()
             raise
 
     async def _stream(
@@ -369,7 +349,7 @@ class LLM:
                 yield delta
             future.result()
         except concurrent.futures.CancelledError:
-            _raise_closed()
+            raise_closed()
         finally:
             future.cancel()
 
@@ -438,103 +418,6 @@ class _Job:
         ]
         ids = self.requests[0].prompt_token_ids
         return RequestOutput(self.prompt, ids, outputs, first.num_cached_tokens, first.prompt_logprobs)
-
-
-class _Runner:
-    """The thread of the engine's loop. Knows nothing of the LLM, so that one that is forgotten can be closed."""
-
-    def __init__(self, built: Built) -> None:
-        self.closed = False
-        self._engine = built.engine
-        self._compiler: GrammarCompiler | None = None
-        # All that is asked at once fits the engine's queue; the rest waits here.
-        self._room = asyncio.Semaphore(built.engine.config.scheduler.max_queued_requests)
-        self._lock = threading.Lock()
-        self._stop = asyncio.Event()
-        self._loop: asyncio.AbstractEventLoop
-        started = threading.Event()
-        # A daemon: a script that forgets to close ends all the same.
-        self._thread = threading.Thread(target=self._run, args=(started,), name="engine", daemon=True)
-        self._thread.start()
-        started.wait()
-
-    def submit(self, work: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Run something on the engine's loop. Raises UnavailableError after `close`. Any thread."""
-        with self._lock:
-            if not self.closed:
-                return asyncio.run_coroutine_threadsafe(work, self._loop)
-        work.close()
-        _raise_closed()
-
-    def close(self) -> None:
-        """End the thread, and with it what still runs. Any thread; a second time does nothing."""
-        with self._lock:
-            if not self.closed:
-                self.closed = True
-                self._loop.call_soon_threadsafe(self._stop.set)
-        # The collector may call this from anywhere.
-        if threading.current_thread() is not self._thread:
-            self._thread.join()
-
-    # On the thread.
-
-    def _run(self, started: threading.Event) -> None:
-        # Leaving the block cancels whatever is still there.
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(self._serve(started))
-        if self._compiler is not None:
-            self._compiler.close()
-        if self._engine.tokenizer is not None:
-            self._engine.tokenizer.close()
-        self._engine.executor.close()
-
-    async def _serve(self, started: threading.Event) -> None:
-        self._loop = asyncio.get_running_loop()
-        running = self._loop.create_task(self._engine.run(serves=False))
-        running.add_done_callback(_log_failure)
-        started.set()
-        await self._stop.wait()
-
-    async def compile(self, structure: Structure | None) -> Grammar | None:
-        """Raises RequestError for what makes no usable grammar."""
-        if structure is None:
-            return None
-        engine = self._engine
-        if engine.tokenizer is None or not engine.eos_token_ids:
-            raise RequestError("This model has no token that ends a text, which a grammar needs.")
-        if self._compiler is None:
-            self._compiler = GrammarCompiler(engine.tokenizer, engine.eos_token_ids, engine.limits.vocab_size)
-        if not isinstance(structure, GrammarSpec):
-            structure = GrammarSpec("json_schema", orjson.dumps(dict(structure)).decode(), param="structure")
-        return await self._compiler.compile_async(structure)
-
-    async def adapter(self, lora: Lora | None) -> Adapter | None:
-        """With its weights, which may have to be read. Raises RequestError for what is none, or cannot be used."""
-        if lora is None:
-            return None
-        store = self._engine.adapters
-        if store is None:
-            raise RequestError("This LLM takes no LoRA adapters; make it with enable_lora=True.", param="lora")
-        if isinstance(lora, str):
-            return await store.get(lora)
-        name, path = getattr(lora, "lora_name", None), getattr(lora, "lora_path", None)
-        if not isinstance(name, str) or not isinstance(path, str):
-            raise RequestError("`lora` must be a name, or have a `lora_name` and a `lora_path`.", param="lora")
-        try:
-            await store.add(name, path)
-        except AdapterError as error:
-            raise RequestError(f"The LoRA adapter `{name}` cannot be used: {error}", param="lora") from None
-        return await store.get(name)
-
-    @contextlib.asynccontextmanager
-    async def submitted(self, request: Request, grammar: Grammar | None) -> AsyncIterator[TokenStream]:
-        """The stream of a request, once there is room for it; leaving the block aborts it."""
-        if grammar is not None:
-            if (name := request.sampling.clash) is not None:
-                raise RequestError(f"`{name}` cannot be combined with a structure.", param=name)
-            request = replace(request, constraint=grammar.state())
-        async with self._room, self._engine.submit(request) as stream:
-            yield stream
 
 
 # ---- reading
@@ -606,12 +489,3 @@ def _check(delta: Delta) -> None:
         raise RequestError(what) if delta.status == 400 else UnavailableError(what)
     if delta.finish_reason is FinishReason.ABORT:
         raise UnavailableError("The request was aborted.")
-
-
-def _raise_closed() -> NoReturn:
-    raise UnavailableError("This LLM is closed.") from None
-
-
-def _log_failure(task: asyncio.Task[None]) -> None:
-    if not task.cancelled() and (error := task.exception()) is not None:
-        logger.error("the engine failed", exc_info=error)

@@ -106,6 +106,7 @@ ALLOWED = {
     "engine.watchdog": set(),
     "engine.report": set(),
     "engine.build": {"engine"},
+    "engine.loop_thread": {"engine"},
     "engine.llm": {"engine"},
     "engine.quantise": {"engine.models"},
     "engine.kernels": {"engine"},
