@@ -87,6 +87,7 @@ REASONING_ROWS: tuple[Row, ...] = (
     ("kimi_k3", ("<|open|>", "<|sep|>", "think"), ()),
     ("cohere_command3", ("<|START_THINKING|>",), ()),
     ("muse_glimmer", ("<atem:", "to=self"), ()),
+    ("solar_open2", ("<|think:start|>",), ()),
     ("solar_open", ("<|think|>", "<|begin|>"), ()),
     ("k2_horizon", ("<ifm|think>",), ()),
     ("apertus", ("<|inner_prefix|>",), ()),

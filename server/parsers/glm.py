@@ -37,6 +37,7 @@ K2_HORIZON = family(
         ("<ifm|arg_key>", "</ifm|arg_key>"),
         ("<ifm|arg_value>", "</ifm|arg_value>"),
         section=("<ifm|tool_calls>", "</ifm|tool_calls>"),
+        typed=("<ifm|arg_type>", "</ifm|arg_type>"),
     ),
 )
 SOLAR_OPEN2 = family(

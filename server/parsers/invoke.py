@@ -60,8 +60,10 @@ MINICPM5 = family(
         call_end="</function>",
         key=("<param name=", ">"),
         value=("", "</param>"),
+        also=("<functionname=", "<paramname="),
         quoted=True,
         line="",
+        cdata=True,
     ),
 )
 

@@ -51,6 +51,7 @@ COMMAND = thoughts(
     ("<|END_THINKING|>",),
     wrap=("<|START_RESPONSE|>", "<|END_RESPONSE|>", "<|START_TEXT|>", "<|END_TEXT|>"),
 )
+SOLAR_OPEN2 = thoughts("solar_open2", ("<|think:start|>",), ("<|think:end|>",))
 # It thinks less behind the others.
 K2_HORIZON = thoughts(
     "k2_horizon",
@@ -87,6 +88,7 @@ FAMILIES = (
     MINIMAX_M2_APPENDED,
     MINIMAX_M3,
     COMMAND,
+    SOLAR_OPEN2,
     K2_HORIZON,
     APERTUS,
     GRANITE,

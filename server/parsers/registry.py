@@ -138,6 +138,7 @@ REASONING_ALIASES = {
             "deepseek_v3",
             "deepseek_v4",
             "deepseek-v4",
+            "gigachat35",
             "glm45",
             "glm47",
             "holo2",

@@ -29,6 +29,7 @@ _ATTRIBUTE = re.compile(r"""\b(string|type)\s*=\s*["']?([^\s"'>]*)""")
 _ELEMENT = re.compile(r"<([\w.\-]+)>")
 _ELEMENT_END = re.compile(r"</([\w.\-]+)>")
 _TEXT = frozenset({"string"})
+_CDATA, _CDATA_END = "<![CDATA[", "]]>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,8 @@ class Tags:
     between: str = "\n"
     bare: bool = False
     framed: bool = False
+    typed: tuple[str, str] = ("", "")
+    cdata: bool = False
 
     @property
     def calls(self) -> tuple[str, ...]:
@@ -217,11 +220,15 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
         key = _name_in(header, spelling, spelled == spelling.also[1])
         scanner.arguments((", " if num_values else "{") + json.dumps(key, ensure_ascii=False) + ": ")
         num_values += 1
-        ends = (spelling.value[1], *spelling.inner)
+        ends: tuple[str, ...] = (spelling.value[1], *spelling.inner)
+        closed_by = spelling.value[1]
+        if spelling.cdata and (yield from scanner.accept(_CDATA, spaced=True)):
+            closed_by = _CDATA_END + closed_by
+            ends = (closed_by,)
         value = Value(scanner, types, types.property(key), dict(_ATTRIBUTE.findall(header)), ends, spelling.framed)
-        halves = spelling.half_ends
+        halves = spelling.half_ends if len(ends) > 1 else ()
         stop = yield from scanner.until((*ends, *halves), value.add)
-        while stop not in (None, spelling.value[1]) and not (yield from _ends_value(scanner, spelling, stop)):
+        while stop not in (None, closed_by) and not (yield from _ends_value(scanner, spelling, stop)):
             # Text that speaks of the tag.
             value.add(stop)
             stop = yield from scanner.until((*ends, *halves), value.add)
@@ -229,11 +236,11 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
             value.cut()
             scanner.end_call()
             return
-        value.end(whole=stop == spelling.value[1])
+        value.end(whole=stop == closed_by)
         if stop in halves:
             scanner.skip(-1)
             yield from scanner.accept(">", spaced=True)
-        elif stop is not None and stop != spelling.value[1]:
+        elif stop is not None and stop != closed_by:
             scanner.skip(-len(stop))
     if not num_values and (found := _object_in(rest) or _elements_in(rest, types)):
         # Arguments as JSON, or in tags of their own names, in place of parameters.
@@ -331,6 +338,8 @@ def _read_key(scanner: Scanner, spelling: Tags, begin: str) -> Steps[str]:
     if end == "\n":
         # The line belongs to the value as well.
         scanner.skip(-1)
+    if spelling.typed[0] and end != before and (yield from scanner.accept(spelling.typed[0], spaced=True)):
+        yield from scanner.raw_until((spelling.typed[1],), MAX_NAME)
     if before and end != before and not (yield from scanner.accept(before, spaced=True)):
         drop_begun(scanner, (before,))
     if scanner.closed and scanner.cut and scanner.at == len(scanner.text):

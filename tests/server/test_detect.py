@@ -370,6 +370,7 @@ REASONING: dict[str, tuple[str, str | None]] = {
     "kimi k3": ("'<|open|>' + tag '<|sep|>' open_tag('think')", "kimi_k3"),
     "muse": ("'<|start|>assistant to=self<|message|>' <atem:invoke", "muse_glimmer"),
     "solar open": ("'<|begin|>assistant<|think|>'", "solar_open"),
+    "solar open 2": ("<|think:start|>", "solar_open2"),
     "k2 horizon": ("<ifm|think>", "k2_horizon"),
     "command": ("<|START_THINKING|>", "cohere_command3"),
     "apertus": ("<|inner_prefix|>", "apertus"),

@@ -227,6 +227,33 @@ def test_no_calls(name: str, text: str) -> None:
 PARIS = ("get_weather", '{"city": "Paris"}')
 # Slips: text, content and calls as they come out.
 SLIPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
+    (
+        "k2_horizon",
+        "<ifm|tool_calls><ifm|tool_call>get_weather<ifm|arg_key>days</ifm|arg_key><ifm|arg_type>integer</ifm|arg_type>"
+        "<ifm|arg_value>3</ifm|arg_value></ifm|tool_call></ifm|tool_calls>",
+        "",
+        [("get_weather", '{"days": 3}')],
+    ),
+    (
+        "k2_horizon",
+        '<ifm|tool_calls><ifm|tool_call>{"name": "now", "arguments": {}}</ifm|tool_call></ifm|tool_calls>',
+        "",
+        [("now", "{}")],
+    ),
+    (
+        "minicpm5",
+        '<function name="get_weather"><param name="city"><![CDATA[a\n</param> <b>]]></param></function>',
+        "",
+        [("get_weather", '{"city": "a\\n</param> <b>"}')],
+    ),
+    ("minicpm5", '<functionname="get_weather"><paramname="city">Paris</param></function>', "", [PARIS]),
+    ("gigachat3", 'Hi.<|function_call|>{"name": "now", "arguments": {}}', "Hi.", [("now", "{}")]),
+    (
+        "gigachat3",
+        'Hi.<|message_sep|>\n\nfunction call<|role_sep|>\n{"name": "now", "arguments": {}}',
+        "Hi.",
+        [("now", "{}")],
+    ),
     # Missing ends of values and calls.
     ("glm45", "<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris\n</tool_call>", "", [PARIS]),
     ("glm45", "<tool_call>get_weather\n<arg_key>city<arg_value>Paris</arg_value></tool_call>", "", [PARIS]),
@@ -445,6 +472,7 @@ THOUGHTS: list[tuple[str, str | None, bool, str, tuple[str, str, list[tuple[str,
         "<|tool_call:name|>now<|tool_call:args|>{}<|tool_call:end|><|calls|>",
         ("Yes.", "Hm.", [("now", "{}")]),
     ),
+    ("solar_open2", "solar_open2", True, "Hm.<|think:end|>Yes.", ("Yes.", "Hm.", [])),
     ("k2_horizon", None, False, "<ifm|think_fast>Hm.</ifm|think_fast>\nYes.", ("Yes.", "Hm.", [])),
     (
         "muse_glimmer",
