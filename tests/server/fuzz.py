@@ -94,7 +94,9 @@ async def send(server: Live, path: str, data: bytes) -> int:
         server.http.post(server.url + path, data=data, headers=JSON, timeout=NO_TIMEOUT) as got,
     ):
         answer = await got.read()
-    assert got.status == 200 or 400 <= got.status < 500, f"{got.status} {answer[:300]!r}"
+    # A body may ask for an answer in less time than there is.
+    in_time = got.status == 504 and b'"timeout"' in data
+    assert got.status == 200 or 400 <= got.status < 500 or in_time, f"{got.status} {answer[:300]!r}"
     assert "Set-Cookie" not in got.headers and len(got.headers.get(HEADER, "")) < 2000, "a header is the client's"
     if got.status != 200:
         told = json.loads(answer)
