@@ -21,6 +21,7 @@ from engine.ops import coded as on_cpu
 from engine.ops import device_coded as on_gpu
 from engine.ops.coded import CodedLinear, Piece
 from engine.ops.device_coded import DeviceCodedLinear
+from engine.ops.experts import Stack
 from engine.ops.linear import Linear
 from engine.ops.packed import MixedLinear
 from engine.ops.reordered import ReorderedLinear
@@ -70,6 +71,27 @@ class CodedWeights(CheckpointWeights):
         self.linears.extend(parts)
         linear = parts[0] if len(parts) == 1 else MixedLinear(parts, activation)
         return linear if columns_order is None else ReorderedLinear(linear, columns_order.to(self.device))
+
+    def experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, *, order: Tensor | None = None
+    ) -> Stack:
+        """See Source.experts."""
+        weights = [f"{name}.weight" for name in names]
+        self.round_layer(weights, None)
+        forms = self._forms(weights, self.dtype) if on_gpu.forms_kept(self.dtype, self.device) else None
+        if forms is None or len(set(forms)) > 1 or self.input_order(weights) != (True, None):
+            return super().experts(names, count, rows, columns, order=order)
+        each = len(names) // count
+        form, group = forms[0]
+
+        def pieces() -> Iterator[Piece]:
+            for number in range(count):
+                start = number * each * rows
+                own = weights[number * each : (number + 1) * each]
+                for begin, end, *parts in self._pieces(own, [rows] * each, columns, order):
+                    yield start + begin, start + end, *parts
+
+        return on_gpu.codes_of(form, count * each * rows, columns, group, self.device, pieces())
 
     def round_layer(self, weights: Sequence[str], dtype: torch.dtype | None) -> None:
         """Round what a layer is made of, where that was asked for; one whose dtype is given is a router's."""
