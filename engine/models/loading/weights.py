@@ -379,11 +379,13 @@ class CheckpointWeights(Weights):
         with self._reading(name, stored.quantised, last=False):
             return stored.quantised.kind(self._whole) or stored.dtype
 
-    def kept_form(self, name: str) -> tuple[str, int] | None:
-        """Of the codes that it can be brought into, and columns of a scale; see Quantised.form."""
+    def kept_form(self, name: str, *, narrow: bool = False) -> tuple[str, int] | None:
+        """Of the codes that it can be brought into, and columns of a scale; see Quantised.form and Quantised.narrow."""
         matrix = self._tensors[name].quantised
         if matrix is None:
             return None
+        if narrow:
+            matrix.narrow()
         with self._reading(name, matrix, last=False):
             form = matrix.form(self._whole)
             return None if form is None else (form, matrix.code_group)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from engine.ops.triton.coded import UNROLL, block_sum, given, unroll
-from engine.ops.triton.experts import NONE, Pairs, gate_of, gated
+from engine.ops.triton.gates import NONE, Pairs, gate_of, gated
 from engine.ops.triton.pdl import launch_options, overlap
 
 if TYPE_CHECKING:  # which ask for this module late

@@ -15,7 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from engine.ops.activation import Clamped
+from engine.ops.triton.coded import widened
+from engine.ops.triton.coded_experts import multiply_codes
+from engine.ops.triton.gates import NONE, Pairs, gate_of, gated
 from engine.ops.triton.pdl import launch_options, overlap
 
 if TYPE_CHECKING:  # which asks for this module late
@@ -25,18 +27,6 @@ if TYPE_CHECKING:  # which asks for this module late
 BLOCK_PAIRS, BLOCK_COLUMNS = 1024, 1024
 # Of codes that become numbers before a product, so many at once.
 WIDENED_BYTES = 2**28
-# What comes of gate and up, as the kernels number it.
-NONE, SILU, GELU, CLAMPED = (tl.constexpr(number) for number in range(4))
-GATES = {"silu": 1, "gelu_tanh": 2}
-
-
-class Pairs(NamedTuple):
-    """`count` pairs by expert: see sort_pairs; not sorted, where a block is a pair's own."""
-
-    order: Tensor
-    owners: Tensor
-    count: int
-    is_sorted: bool
 
 
 class Tile(NamedTuple):
@@ -135,21 +125,6 @@ def _sort(
         at += tl.sum(mine, axis=0)
     rest = at + tl.arange(0, ROWS)
     tl.store(order_ptr + rest, tl.zeros((ROWS,), tl.int32) + pairs, mask=rest < end * ROWS)
-
-
-@triton.jit
-def gated(total, up, limit, alpha, GATE: tl.constexpr):
-    """Of gate and up in float32; see activation.py."""
-    if GATE == CLAMPED:
-        total = tl.minimum(total, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
-        total = total / (1.0 + tl.exp(-alpha * total))
-    elif GATE == GELU:
-        y = 0.7978845608028654 * (total + 0.044715 * total * total * total)
-        total = total / (1.0 + tl.exp(-2.0 * y))
-    else:
-        total = total / (1.0 + tl.exp(-total))
-    return total * up
 
 
 @triton.jit(do_not_specialize=["begin", "experts"])
@@ -287,13 +262,6 @@ def sort_pairs(experts: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Te
     return order, owners
 
 
-def gate_of(activation: Activation | None) -> tuple[int, float, float]:
-    """Its number, and what the clamped one is told."""
-    if isinstance(activation, Clamped):
-        return CLAMPED.value, *activation
-    return (NONE.value if activation is None else GATES[activation]), 0.0, 0.0
-
-
 def multiply(
     x: Tensor,
     stack: Stack,
@@ -307,9 +275,6 @@ def multiply(
 ) -> Tensor:
     """x [N, in] -> [pairs, width]: row pair // per_row times the matrix of the pair's expert; gate and up with their
     activation. coded: how codes are multiplied; None: they become numbers first."""
-    from engine.ops.triton.coded import widened
-    from engine.ops.triton.coded_experts import multiply_codes
-
     is_numbers = isinstance(stack, Tensor)
     rows = stack.shape[1] if isinstance(stack, Tensor) else stack.codes.shape[0] // num_experts
     width = rows // (1 if activation is None else 2)
