@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +41,13 @@ def clamped_and_mul(x: Tensor, limit: float, alpha: float) -> Tensor:
     gate = x[:, ::2].float().clamp(max=limit)
     up = x[:, 1::2].float().clamp(-limit, limit)
     return (by_rows(lambda g: g * torch.sigmoid(alpha * g), gate) * (up + 1)).to(x.dtype)
+
+
+class Clamped(NamedTuple):
+    """`clamped_and_mul` with these."""
+
+    limit: float
+    alpha: float
 
 
 GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

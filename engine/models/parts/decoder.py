@@ -37,6 +37,7 @@ from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec
 from engine.ops import native
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
+from engine.ops.experts import Mixture
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.lora import Branch, Rows
 from engine.ops.norm import Normed, plain
@@ -71,6 +72,7 @@ class CausalLM(Protocol):
     config: ModelSpec
     attention_spec: AttentionSpec
     linears: list[Linear]
+    mixtures: list[Mixture]
     # What LoRA adapters change; None where the model was loaded without places for them.
     adapted: Adapted | None
 
@@ -277,6 +279,7 @@ class Decoder:
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
+        self.mixtures = source.mixtures
         # For a draft model that reads them: the stream of residuals before these layers (the number of layers: behind
         # the last), as the last step had it [T, hidden_size].
         self.aux_layers: tuple[int, ...] = ()
