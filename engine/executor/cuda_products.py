@@ -26,7 +26,7 @@ from engine.ops.linear import Linear
 from engine.ops.skinny import BLOCKS, Blocks
 
 logger = logging.getLogger("oneloop.cuda")
-W = TypeVar("W", Blocks, Tile, device_coded.Tile)
+W = TypeVar("W", Blocks, Tile, device_coded.Tile, bool)
 L = TypeVar("L", bound=Linear)
 
 # Weights of one shape are read in turn, at least so many bytes of them, or they would come from the L2 cache.
@@ -38,7 +38,9 @@ COUNTS = (1, 2, 4)
 MANY_ROWS = 2048
 # At which codes that become numbers in registers are timed beside those that become numbers first.
 WIDENED = (32, 64, 128, 256, 512)
-# The same by pairs of an expert, on average.
+# At which products with inputs of float8 are timed beside the others, where the checkpoint is for them: of prompts.
+FLOAT8_ROWS = (64, 128, 256, 512, 1024, 2048)
+# As WIDENED, by pairs of an expert, on average.
 PAIRS_WIDENED = (8, 16, 32, 64, 128, 256)
 
 
@@ -90,7 +92,7 @@ def choose_codes(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) 
     Like choose_products. Steps have up to most_rows rows.
     """
     kept = [linear for linear in linears if isinstance(linear, DeviceCodedLinear)]
-    groups = _grouped(kept, lambda linear: (linear.codes.form, *_shape(linear)))
+    groups = _grouped(kept, lambda linear: (linear.codes.form, linear.has_float8_inputs, *_shape(linear)))
     for group in groups:
         sample = _sample(group)
         tiles: dict[int, device_coded.Tile] = {}
@@ -113,7 +115,26 @@ def choose_codes(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) 
         for linear in group:
             linear.tiles.update(tiles)
             linear.widen_from = widen_from
+        if sample[0].has_float8_inputs:
+            found = _float8_from(sample, most_rows, layer)
+            for linear in group:
+                linear.float8_from = found
     return len(groups)
+
+
+def _float8_from(sample: list[DeviceCodedLinear], most_rows: int, layer: DeviceLayer) -> int | None:
+    """The fewest rows of FLOAT8_ROWS of which the product with float8 inputs is clearly quicker; None: never."""
+    for rows in FLOAT8_ROWS:
+        if rows > most_rows:
+            return None
+        x = _input(sample, rows, layer)
+        ways: dict[bool | None, Callable[[], None]] = {
+            None: partial(_by_wide, sample, x),
+            True: partial(_by_float8, sample, x),
+        }
+        if _best(ways, rows, layer):
+            return rows
+    return None
 
 
 def choose_experts(mixtures: Iterable[Mixture], most_rows: int, layer: DeviceLayer) -> int:
@@ -190,6 +211,16 @@ def _shape(linear: Linear) -> tuple[object, ...]:
 def _by_codes(sample: list[DeviceCodedLinear], x: Tensor, tile: device_coded.Tile) -> None:
     for linear in sample:
         linear.by_codes(x, tile)
+
+
+def _by_wide(sample: list[DeviceCodedLinear], x: Tensor) -> None:
+    for linear in sample:
+        linear.by_wide(x)
+
+
+def _by_float8(sample: list[DeviceCodedLinear], x: Tensor) -> None:
+    for linear in sample:
+        linear.by_float8(x)
 
 
 def _widened(sample: list[DeviceCodedLinear], x: Tensor) -> None:

@@ -118,6 +118,15 @@ def coded_matrices(model: CausalLM) -> Counter[str]:
     return found
 
 
+def report_float8(model: CausalLM, row: Callable[[str, str], None]) -> None:
+    """Where inputs of layers are rounded, once a clock has said from how many rows on."""
+    kept = [each for each in model.linears if isinstance(each, DeviceCodedLinear) and each.has_float8_inputs]
+    taken = [each.float8_from for each in kept if each.float8_from is not None]
+    if kept:
+        least = f", from {min(taken)} rows of a step on" if taken else ", the others were quicker"
+        row("inputs", f"rounded to float8 for {len(taken)} of {len(kept)} matrices whose checkpoint says so{least}")
+
+
 @dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """Bytes of device memory by purpose. free is what stays untouched; total is the whole device."""
@@ -267,6 +276,7 @@ def build_cuda_encoder(
         row("attention", attention.describe())
         with starting("a first step fails", SMALLER):
             _, gated = executor.choose_products()
+        report_float8(model, row)
         row("gate and up of prompts", f"{gated[0]} of {gated[1]} by our kernel, the others by cuBLAS, as was quicker")
     return executor
 
@@ -387,6 +397,7 @@ def build_cuda_executor(
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
         with starting("a first decode step fails", SMALLER):
             few, gated = executor.choose_products()
+        report_float8(model, row)
         quicker = "by our kernel, the others by cuBLAS, as was quicker"
         row("products of 1 to 4 rows", f"{few[0]} of {few[1]} {quicker}")
         row("gate and up of prompts", f"{gated[0]} of {gated[1]} {quicker}")

@@ -3,6 +3,11 @@
 Built at load time from a quantised checkpoint, called by the executor's thread. Products of few rows widen the codes in
 registers (triton/coded.py), where the bytes of the weight are all the work; from `widen_from` rows on, a step's numbers
 are made first and cuBLAS multiplies. Which is quicker from where is timed at start (executor/cuda_products.py).
+
+Where the checkpoint is for inputs of float8, as its weight is, products of `float8_from` rows and more round theirs:
+each row by a scale of its own, whatever the checkpoint says of fixed ones. That costs two to four hundredths of a
+layer's result. A row's rounding does not depend on the others, but whether it is rounded does on how many there are: a
+prompt in one step and the same one in small chunks, or behind a cached prefix, differ by as much.
 """
 
 from __future__ import annotations
@@ -32,6 +37,10 @@ E4M3_CAPABILITY = (8, 9)
 Tile = tuple[int, int, int]
 TILES: tuple[Tile, ...] = ((32, 4, 4), (16, 2, 5), (64, 4, 4), (64, 8, 3))
 TILE_ROWS = (16, 32, 64)
+# Products of float8 with a scale for each row: what a weight's sizes are multiples of, and from which GPU on.
+SCALED_MULTIPLE, SCALED_CAPABILITY = 16, (9, 0)
+# The largest e4m3.
+E4M3_MOST = 448.0
 # Without a clock: from so many rows on numbers are made first.
 WIDEN_FROM = 128
 
@@ -73,6 +82,23 @@ def forms_kept(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     return FORMS if converts else tuple(form for form in FORMS if form != "e4m3")
 
 
+def has_scaled_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are products of float8 with a scale for each row, into dtype."""
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= SCALED_CAPABILITY
+    )
+
+
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, K] -> e4m3 [T, K] and scales float32 [T, 1]: the largest of a row is the largest there is. A row that is no
+    numbers stays so."""
+    wide = x.float()
+    scale = (wide.abs().amax(1, keepdim=True) / E4M3_MOST).clamp_min(1e-12)
+    return (wide / scale).clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn), scale
+
+
 def tile_rows(rows: int) -> int:
     """Of a tile for a product of so many rows."""
     return next((each for each in TILE_ROWS if rows <= each), TILE_ROWS[-1])
@@ -102,6 +128,19 @@ class DeviceCodedLinear(Linear):
         self.has_bias = bias is not None
         self.tiles: dict[int, Tile] = dict.fromkeys(TILE_ROWS, TILES[0])
         self.widen_from = WIDEN_FROM
+        self._row_scale: Tensor | None = None
+        self.float8_from: int | None = None
+
+    @property
+    def has_float8_inputs(self) -> bool:
+        """Whether `by_float8` is a way."""
+        return self._row_scale is not None
+
+    def take_float8_inputs(self) -> None:
+        """Inputs may be rounded to float8, where there are products of two such matrices; rows have one scale each."""
+        given, even = self.codes, self.in_features % SCALED_MULTIPLE == self.out_features % SCALED_MULTIPLE == 0
+        if given.form == "e4m3" and even and has_scaled_product(self.dtype, given.codes.device):
+            self._row_scale = given.scale[0].float().view(1, -1)
 
     @property
     def num_bytes(self) -> int:
@@ -114,16 +153,22 @@ class DeviceCodedLinear(Linear):
     @property
     def ways(self) -> Any:
         """See Linear.ways."""
-        return self.tiles, self.widen_from
+        return self.tiles, self.widen_from, self.float8_from
 
     @ways.setter
     def ways(self, found: Any) -> None:
-        self.tiles, self.widen_from = found
+        self.tiles, self.widen_from, self.float8_from = found
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[T, in_features] -> [T, out_features] of the same dtype."""
         x = plain(x)
         assert x.dtype == self.dtype and x.shape[1] == self.in_features
+        if self.float8_from is not None and x.shape[0] >= self.float8_from:
+            return self.by_float8(x)
+        return self.by_wide(x)
+
+    def by_wide(self, x: Tensor) -> Tensor:
+        """The product with x as it is, in the way that is quicker."""
         return self.by_cublas(x) if x.shape[0] >= self.widen_from else self.by_codes(x, self.tiles[tile_rows(len(x))])
 
     def by_codes(self, x: Tensor, tile: Tile) -> Tensor:
@@ -140,6 +185,14 @@ class DeviceCodedLinear(Linear):
     def by_cublas(self, x: Tensor) -> Tensor:
         """The product, with numbers that are made before it."""
         return F.linear(x, self.numbers(self.dtype), self._bias)
+
+    def by_float8(self, x: Tensor) -> Tensor:
+        """The product with x rounded to float8, row by row."""
+        assert self._row_scale is not None
+        codes, scale = rounded_rows(x)
+        weight = self.codes.codes.view(torch.float8_e4m3fn).T
+        y = torch._scaled_mm(codes, weight, scale_a=scale, scale_b=self._row_scale, out_dtype=self.dtype)
+        return y if self._bias is None else y + self._bias
 
     def rows(self, ids: Tensor) -> Tensor:
         """See Linear.rows."""

@@ -507,9 +507,10 @@ def serve(
     drafts: bool = False,
     adapters: int = 0,
     timed: bool = False,
+    float8_inputs: bool = False,
 ) -> None:
     """Requests through the whole engine; steps of all kinds, eager and captured. timed: with the products that the
-    device's clock says."""
+    device's clock says. float8_inputs: linear layers, which are e4m3, round theirs from four rows on."""
     from engine.kernels import kernels_of
     from tests.cuda.support import ALWAYS, NO_DRAFTS
     from tests.cuda.support import serve as through_the_engine
@@ -523,6 +524,10 @@ def serve(
             given = adapters_of(executor) if adapters else [None]
             if timed:
                 executor.choose_products()
+            if float8_inputs:
+                for linear in executor.model.linears:
+                    linear.take_float8_inputs()
+                    linear.float8_from = 4 if linear.has_float8_inputs else None
             begin = len(LOG.events)
             LOG.steps = True
             asked = requests_of(changes, executor.limits.vocab_size)
@@ -533,6 +538,10 @@ def serve(
             result["products"] = sorted({event.name for event in LOG.events[begin:] if "_multiply" in event.name})
             captured = {event.name for event in LOG.events[begin:] if event.captured}
             result["captured_products"] = sorted(name for name in captured if "_multiply" in name)
+            result["scaled"] = [
+                sum(event.name == "_scaled_mm" and event.captured is each for event in LOG.events[begin:])
+                for each in (False, True)
+            ]
             result["mixtures"] = [list(mixture.forms) for mixture in executor.model.mixtures]
             result["attention"] = executor.attention.describe()
             attention = executor.attention
@@ -781,6 +790,9 @@ def main(names: list[str]) -> None:
             for form in ("int4 and low", "e4m3"):
                 with weights_of_codes(form):
                     serve(f"codes {form}", llama, "auto", "bfloat16", "auto", [{}, {"top_k": 5}])
+            with weights_of_codes("e4m3"):
+                given = ("codes and inputs e4m3", llama, "auto", "bfloat16", "auto", [{}, {"top_k": 5}])
+                serve(*given, float8_inputs=True)
         elif name == "experts":  # of codes
             for architecture, forms in CODED_EXPERTS.items():
                 config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}

@@ -89,6 +89,8 @@ def test_nothing_is_found(scenario: str) -> None:
         assert result["forms"] in ({}, {"plan": [1, 9], "run": [1, 18]}), result
         for module, function in result["calls"]:
             assert function in entry_points(module), f"a kit is not asked whether {module} has {function}"
+        if "inputs" in result["name"]:
+            assert min(result["scaled"]) > 0, "no product of float8 beside graphs, or none in them"
         if result["name"].startswith("drafts"):
             assert result["drafts"], "no graph of a step with drafts"
         if "torch" not in result["name"] and "float32" not in result["name"]:

@@ -20,7 +20,7 @@ from engine.executor.cuda_products import (
     choose_products,
     choose_tiles,
 )
-from engine.executor.cuda_start import coded_matrices
+from engine.executor.cuda_start import coded_matrices, report_float8
 from engine.models.loading.load import load_model
 from engine.models.registry import read_spec
 from engine.ops import device_coded, gated, native, skinny
@@ -180,6 +180,31 @@ def test_codes_are_widened_from_where_that_is_faster() -> None:
     other = coded_linears()[0]
     other.ways = linears[0].ways
     assert other.tiles == linears[0].tiles and other.widen_from == WIDENED[2]
+
+
+def test_float8_inputs_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the others: by rows of prompts, up to those that a step has; told at start."""
+    monkeypatch.setattr(device_coded, "has_scaled_product", lambda dtype, device: True)
+    monkeypatch.setattr("engine.executor.cuda_products.WIDENED", ())
+    piece = (0, 16, torch.ones((16, 32), dtype=torch.uint8), torch.ones((16, 1)), None)
+    given: tuple[Any, ...] = ("e4m3", 16, 32, 32, torch.bfloat16, torch.device("cpu"), [piece])
+    linears = [DeviceCodedLinear(*given) for _ in range(3)]
+    for linear in linears[1:]:
+        linear.take_float8_inputs()
+    tiles = [1.0] * len(device_coded.TILES) * 3
+    device, rows = FakeDevice(0), []
+    device.time = lambda graph: next(seconds)  # type: ignore[method-assign]
+    told: list[str] = []
+    for timed, most, expected in (([5.0, 4.9, 5.0, 4.0], 4096, 128), ([5.0, 5.0], 100, None)):
+        seconds = iter([*tiles, *tiles, *timed])
+        with device.on(device.stream()), device.may_block():
+            assert choose_codes(linears, most, device) == 2 and next(seconds, None) is None
+            device.synchronize_all()
+        rows.append([linear.float8_from for linear in linears])
+        report_float8(SimpleNamespace(linears=linears), lambda name, text: told.append(text))  # type: ignore[arg-type]
+        assert rows[-1] == [None, expected, expected]
+    assert told[0].endswith("for 2 of 2 matrices whose checkpoint says so, from 128 rows of a step on")
+    assert "for 0 of 2 matrices" in told[1]
 
 
 def test_codes_whose_kernels_cannot_be_built_are_widened_always(caplog: pytest.LogCaptureFixture) -> None:

@@ -66,7 +66,10 @@ class CodedWeights(CheckpointWeights):
             own = bias_vector[first : first + count] if bias_vector is not None else None
             pieces = self._pieces(weights[begin:end], rows[begin:end], columns, order)
             alone = activation if end - begin == len(names) else None
-            parts.append(self._layer(forms[begin], count, columns, wanted, pieces, own, alone))
+            layer = self._layer(forms[begin], count, columns, wanted, pieces, own, alone)
+            if isinstance(layer, DeviceCodedLinear) and all(self._rounds_inputs(each) for each in weights[begin:end]):
+                layer.take_float8_inputs()
+            parts.append(layer)
             begin, first = end, first + count
         self.linears.extend(parts)
         linear = parts[0] if len(parts) == 1 else MixedLinear(parts, activation)
@@ -93,6 +96,11 @@ class CodedWeights(CheckpointWeights):
                     yield start + begin, start + end, codes, scale, low
 
         return on_gpu.codes_of(form, count * each * rows, columns, group, self.device, pieces())
+
+    def _rounds_inputs(self, name: str) -> bool:
+        """See Quantised.float8_inputs."""
+        matrix = self._tensors[name].quantised
+        return matrix is not None and matrix.float8_inputs
 
     def round_layer(self, weights: Sequence[str], dtype: torch.dtype | None) -> None:
         """Round what a layer is made of, where that was asked for; one whose dtype is given is a router's."""

@@ -63,10 +63,12 @@ Coded = tuple[Tensor, Tensor, Tensor | None]
 class Quantised(ABC):
     """A matrix [rows, columns]. label: what it is, for people. parts: what it is read from.
 
-    code_group: columns that share a scale where a layer keeps its codes.
+    code_group: columns that share a scale where a layer keeps its codes. float8_inputs: the checkpoint is for inputs
+    that are rounded to float8 as well, with one scale for a row or for all, and so has the matrix.
     """
 
     code_group = BLOCK
+    float8_inputs = False
 
     def __init__(self, label: str, shape: tuple[int, int], parts: Mapping[str, StoredTensor]) -> None:
         self.label = label

@@ -25,6 +25,7 @@ class RowsOf(Quantised):
         self._inner = inner
         self._first = first
         self.code_group = inner.code_group
+        self.float8_inputs = inner.float8_inputs
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
