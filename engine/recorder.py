@@ -96,7 +96,8 @@ def read_step(recorded: Recorded) -> Step:
 
 
 class Event(NamedTuple):
-    """Of a sequence. kind: queued, admitted, chunk, first_token, retracted, finished. value: tokens, or why."""
+    """Of a sequence. kind: queued, admitted, prefill, forced or pooling (a chunk), first_token, retracted, tokens (that
+    it has written), finished. value: tokens, or why."""
 
     at: float
     kind: str
