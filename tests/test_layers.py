@@ -100,8 +100,10 @@ ALLOWED = {
     "engine.draft_flags": set(),
     "engine.flags": {
         *("engine.draft_flags", "engine.logprob_flags", "engine.lora.flags", "engine.tiers.flags"),
-        "engine.transfer.flags",
+        *("engine.transfer.flags", "engine.server_flags", "engine.flag_types"),
     },
+    "engine.server_flags": {"engine.flag_types"},
+    "engine.flag_types": set(),
     "engine.logprob_flags": set(),
     "engine.watchdog": set(),
     "engine.report": set(),

@@ -20,6 +20,7 @@ from torch import Tensor
 from engine.executor.cuda_device import DeviceLayer
 from engine.ops import device_coded
 from engine.ops.device_coded import DeviceCodedLinear
+from engine.ops.experts import CODED_MANY, CODED_ROWS, CODED_TILES, CodedTile, Mixture, coded_rows
 from engine.ops.gated import LEAST_ROWS, TILES, Tile
 from engine.ops.linear import Linear
 from engine.ops.skinny import BLOCKS, Blocks
@@ -37,6 +38,8 @@ COUNTS = (1, 2, 4)
 MANY_ROWS = 2048
 # At which codes that become numbers in registers are timed beside those that become numbers first.
 WIDENED = (32, 64, 128, 256, 512)
+# The same by pairs of an expert, on average.
+PAIRS_WIDENED = (8, 16, 32, 64, 128, 256)
 
 
 def choose_products(linears: Iterable[Linear], layer: DeviceLayer) -> tuple[int, int]:
@@ -111,6 +114,62 @@ def choose_codes(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) 
             linear.tiles.update(tiles)
             linear.widen_from = widen_from
     return len(groups)
+
+
+def choose_experts(mixtures: Iterable[Mixture], most_rows: int, layer: DeviceLayer) -> int:
+    """Fill in `ways` of mixtures of experts whose matrices are codes. Returns how many shapes there are.
+
+    Like choose_codes, by tokens that give an expert so many pairs on average.
+    """
+    groups = _grouped((each for each in mixtures if each.forms), lambda mixture: mixture.shape)
+    for group in groups:
+        first = group[0]
+        sample = group[: max(1, -(-BYTES_READ // first.num_bytes))]
+
+        def tokens_of(pairs: int, first: Mixture = first) -> int:
+            return min(max(1, pairs * first.count // first.chosen), most_rows)
+
+        tiles: dict[int, CodedTile] = {}
+        for rows, pairs in zip(CODED_ROWS, (1, CODED_MANY), strict=True):
+            tokens = tokens_of(pairs)
+            x, logits = _routed(first, tokens, layer)
+            tile = _best(
+                {tile: partial(_mixed, sample, x, logits, (rows, tile)) for tile in CODED_TILES}, tokens, layer
+            )
+            if tile is not None:
+                tiles[rows] = tile
+        # Where no tile could be built, always numbers first.
+        widen_from = most_rows * first.chosen + 1 if len(tiles) == len(CODED_ROWS) else 0
+        for pairs in PAIRS_WIDENED if widen_from else ():
+            tokens = tokens_of(pairs)
+            rows = coded_rows(tokens * first.chosen, first.count)
+            x, logits = _routed(first, tokens, layer)
+            ways: dict[CodedTile | None, Callable[[], None]] = {
+                None: partial(_mixed, sample, x, logits, None),
+                tiles[rows]: partial(_mixed, sample, x, logits, (rows, tiles[rows])),
+            }
+            if _best(ways, tokens, layer) is None:
+                widen_from = tokens * first.chosen
+                break
+            if tokens == most_rows:
+                break
+        for mixture in group:
+            mixture.ways = {**mixture.tiles, **tiles}, widen_from
+    return len(groups)
+
+
+def _routed(mixture: Mixture, tokens: int, layer: DeviceLayer) -> tuple[Tensor, Tensor]:
+    """So many, which go to any experts."""
+    x = layer.zeros((tokens, mixture.hidden_size), mixture.dtype)
+    logits = layer.zeros((tokens, mixture.count), mixture.dtype)
+    layer.launch(x.normal_)
+    layer.launch(logits.normal_)
+    return x, logits
+
+
+def _mixed(sample: list[Mixture], x: Tensor, logits: Tensor, coded: tuple[int, CodedTile] | None) -> None:
+    for mixture in sample:
+        mixture.mix(x, logits, coded)
 
 
 def _by_shape(linears: Iterable[Linear]) -> list[list[Linear]]:

@@ -79,9 +79,10 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
-    if coded := Counter(linear.codes.form for linear in model.linears if isinstance(linear, DeviceCodedLinear)):
+    if coded := coded_matrices(model):
         kinds = ", ".join(f"{count} {form}" for form, count in coded.most_common())
-        report.row("weights", f"{coded.total()} of {len(model.linears)} matrices stay codes ({kinds})")
+        matrices = len(model.linears) + sum(2 * mixture.count for mixture in model.mixtures)
+        report.row("weights", f"{coded.total()} of {matrices} matrices stay codes ({kinds})")
     if given.spec.bidirectional:
         if config.cache.kv_cache_dtype != "auto":
             raise StartupError(f"--kv-cache-dtype {config.cache.kv_cache_dtype}: this model keeps no keys and values")
@@ -106,6 +107,15 @@ def start(given: Start) -> CUDAExecutor:
             speculation=config.speculation,
             max_lora_rank=config.lora.max_lora_rank,
         )
+
+
+def coded_matrices(model: CausalLM) -> Counter[str]:
+    """How many stay codes, by form; every expert has two."""
+    found = Counter(linear.codes.form for linear in model.linears if isinstance(linear, DeviceCodedLinear))
+    for mixture in model.mixtures:
+        for form in mixture.forms:
+            found[form] += mixture.count
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,8 +79,7 @@ def tile_rows(rows: int) -> int:
 
 
 class DeviceCodedLinear(Linear):
-    """form: one of FORMS. dtype: of inputs and outputs. pieces: the weight, from row 0 on; group: columns of a scale
-    there, 16 or a multiple of 32."""
+    """dtype: of inputs and outputs. The others: see codes_of."""
 
     def __init__(
         self,
@@ -94,25 +93,11 @@ class DeviceCodedLinear(Linear):
         bias: Tensor | None = None,
         activation: str | None = None,
     ) -> None:
-        assert form in FORMS and columns % group == 0
         # What stands for the weight is never asked for its dtype or shape.
         super().__init__(torch.empty((1, 1), dtype=dtype), None, activation)
         self.out_features, self.in_features, self.dtype = rows, columns, dtype
         self.kind = "codes"
-        # Columns that are summed before a scale is taken to them.
-        width = min(group, 32)
-        pairs = form in FOUR_BITS and columns % (2 * width) == 0
-        codes = torch.empty((rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=device)
-        scales = torch.empty((columns // group, rows), dtype=torch.float32, device=device)
-        lows = torch.empty_like(scales) if form.endswith("low") else None
-        for start, stop, own, scale, low in pieces:
-            own = own.to(device)
-            codes[start:stop] = _paired(own, width) if pairs else own
-            scales[:, start:stop] = scale.to(device).T
-            if lows is not None:
-                assert low is not None
-                lows[:, start:stop] = low.to(device).T
-        self.codes = Codes(form, codes, *_fewest(scales, lows), columns, width)
+        self.codes = codes_of(form, rows, columns, group, device, pieces)
         self._bias = None if bias is None else bias.to(device)
         self.has_bias = bias is not None
         self.tiles: dict[int, Tile] = dict.fromkeys(TILE_ROWS, TILES[0])
@@ -169,6 +154,26 @@ class DeviceCodedLinear(Linear):
         return torch_numbers(self.codes, dtype, ids)
 
 
+def codes_of(form: str, rows: int, columns: int, group: int, device: torch.device, pieces: Iterable[Piece]) -> Codes:
+    """Of a weight [rows, columns], which is given in pieces, from row 0 on; group: columns of a scale there, 16 or a
+    multiple of 32."""
+    assert form in FORMS and columns % group == 0
+    # Columns that are summed before a scale is taken to them.
+    width = min(group, 32)
+    pairs = form in FOUR_BITS and columns % (2 * width) == 0
+    codes = torch.empty((rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=device)
+    scales = torch.empty((columns // group, rows), dtype=torch.float32, device=device)
+    lows = torch.empty_like(scales) if form.endswith("low") else None
+    for start, stop, own, scale, low in pieces:
+        own = own.to(device)
+        codes[start:stop] = _paired(own, width) if pairs else own
+        scales[:, start:stop] = scale.to(device).T
+        if lows is not None:
+            assert low is not None
+            lows[:, start:stop] = low.to(device).T
+    return Codes(form, codes, *_fewest(scales, lows), columns, width)
+
+
 def torch_numbers(given: Codes, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
     """[out, in], or rows ids [T] of it: what codes stand for, each number rounded once."""
     form, codes, width = given.form, given.codes, given.width
@@ -190,6 +195,26 @@ def torch_numbers(given: Codes, dtype: torch.dtype, ids: Tensor | None = None) -
     if low is not None:
         values += low.unsqueeze(-1)
     return values.view(len(codes), -1).to(dtype)
+
+
+def codes_of_mxfp4(blocks: Tensor, scales: Tensor, order: Tensor | None = None) -> Codes:
+    """Of matrices below one another: uint8 blocks [matrices, rows, B, 16], neighbours in a byte, and exponents
+    [matrices, rows, B]. order: of the rows of each matrix."""
+    count, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * 32
+    pairs = columns % 64 == 0
+    codes = torch.empty((count, rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=blocks.device)
+    exponents = torch.empty((columns // 32, count, rows), dtype=torch.int16, device=blocks.device)
+    order = torch.arange(rows) if order is None else order
+    order = order.to(blocks.device)
+    for number in range(count):
+        some = blocks[number].index_select(0, order)
+        own = torch.stack((some & 15, some >> 4), -1).view(rows, columns)
+        codes[number].copy_(_paired(own, 32) if pairs else own)
+        exponents[:, number].copy_(scales[number].index_select(0, order).T)
+    # By its bits bfloat16 has all these powers of two, the least of them below its normal numbers; 255 is infinite.
+    bits = torch.where(exponents == 0, 0x40, exponents << 7)
+    scale = bits.to(torch.int16).view(torch.bfloat16).view(columns // 32, -1)
+    return Codes("e2m1", codes.view(count * rows, -1), scale, None, columns, 32)
 
 
 def _paired(codes: Tensor, width: int) -> Tensor:

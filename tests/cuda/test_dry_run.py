@@ -59,6 +59,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
             "families",
             "encoders",
             "adapters",
+            "experts",
         ],
         cwd=ROOT,
         env=environment,
@@ -107,6 +108,18 @@ def test_nothing_is_found_with_adapters() -> None:
     assert len(results) == 4
     for result in results:
         assert not result["error"] and not result["findings"] and result["captured"], result
+
+
+def test_nothing_is_found_with_experts_of_codes() -> None:
+    """gpt-oss as it is published, float8 of DeepSeek, integers, and two of GGUF's kinds: no graph holds anything but
+    kernels, of decode steps by codes; prompts make numbers first, where that is as quick."""
+    results = dry_run("experts")
+    assert len(results) == 4
+    for result in results:
+        assert not result["error"] and not result["findings"] and result["captured"], result
+        assert all(len(forms) == 2 for forms in result["mixtures"]) and result["mixtures"], result
+        assert result["products"] == ["_multiply", "_multiply_codes"], result
+        assert "_multiply_codes" in result["captured_products"], result
 
 
 def test_nothing_is_found_in_encoders() -> None:
