@@ -66,10 +66,11 @@ serve: $(VENV)/.run $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serve 
 test: $(VENV)/.dev  ## all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
-check: $(VENV)/.dev  ## lint, types, layering
+check: $(VENV)/.dev  ## lint, types, layering, known holes in what is installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/python -m tests.audit
 
 sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
 	$(BIN)/python -m tests.sim --seconds $(SECONDS)
