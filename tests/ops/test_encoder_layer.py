@@ -84,7 +84,7 @@ def test_layer_is_that_of_float64(dtype: torch.dtype, activation: str) -> None:
     for dim, bias in ((16, True), (32, False), (64, True)):
         parts = Parts(dim, dtype, bias=bias)
         x = torch.randn(sum(LENGTHS), parts.width).to(dtype)
-        exact = torch.cat([parts.exact(text, activation) for text in x.split(LENGTHS)])
+        exact = torch.cat([parts.exact(text, activation) for text in x.split_with_sizes(LENGTHS)])
         got = parts.layer(activation)(x.clone(), starts_of(LENGTHS)).double()
         tolerance = 2e-5 if dtype == torch.float32 else 0.06
         assert (got - exact).abs().max() <= tolerance, (dim, bias)
@@ -103,7 +103,7 @@ def test_text_has_the_same_bits_in_any_company(dtype: torch.dtype) -> None:
         chosen = order[:count]
         lengths = [len(texts[index]) for index in chosen]
         together = layer(torch.cat([texts[index] for index in chosen]), starts_of(lengths))
-        for index, rows in zip(chosen, together.split(lengths), strict=True):
+        for index, rows in zip(chosen, together.split_with_sizes(lengths), strict=True):
             assert torch.equal(rows, alone[index]), (count, threads, index)
 
 
