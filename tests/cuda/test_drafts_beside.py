@@ -138,6 +138,8 @@ async def test_rows_without_numbers_and_rows_with_drafts(attention: str, wrong: 
         else:
             assert ours == theirs
     assert any(token in answer[:-1] for answer in answers) and any(broken)
+    layer = executor.attention
+    assert all(pool.isfinite().all() for pool in [*layer.k_pools.values(), *layer.v_pools.values()])
 
 
 # ---- steps that fail before they are laid out
