@@ -46,10 +46,16 @@ MINICPM5 = family(
         key=("<param name=", ">"),
         value=("", "</param>"),
         also=("<functionname=", "<paramname="),
+        loose=("<function  name=", "<param  name="),
+        lead=("<tool_call>",),
+        tail=("</tool_call>",),
+        bare=True,
         quoted=True,
         line="",
         cdata=True,
     ),
+    # Its tags are ordinary XML.
+    marked=False,
 )
 
 STEP3 = family(

@@ -9,6 +9,8 @@ from server.parsers.base import SPACE, Malformed, Scanner, Steps
 MESSAGE = "<|message|>"
 RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _MAX_HEADER = 512
+# What stands in headers; other words behind a mark are about something else.
+_BEGUN = re.compile(r"\s*(?:\w*|(?:assistant|analysis|commentary|final|to=).*)", re.DOTALL)
 
 
 def begins_with_recipient(scanner: Scanner) -> Steps[bool]:
@@ -23,10 +25,12 @@ def begins_with_recipient(scanner: Scanner) -> Steps[bool]:
 
 def read_header(scanner: Scanner, marker: str) -> Steps[str | None]:
     """The rest of a header behind its first mark, up to the message; None where it is none, which is then content."""
+    begun = scanner.ahead
     try:
         header, _ = yield from scanner.raw_until((MESSAGE,), _MAX_HEADER)
     except Malformed:
-        if scanner.closed and marker:
+        rest = scanner.text[scanner.at - scanner.ahead + begun :]
+        if scanner.closed and (scanner.cut or marker) and _BEGUN.fullmatch(rest):
             # Cut off in the middle of a header, which nobody wants to read.
             scanner.skip(len(scanner.text) - scanner.at)
             scanner.settle()

@@ -40,6 +40,7 @@ def _read_messages(scanner: Scanner, start_inside: bool) -> Steps[None]:
         sink = scanner.reasoning
     elif (yield from begins_with_recipient(scanner)):
         sink = yield from _read_header(scanner, "")
+    inside = False
     while True:
         calls = (_OPEN, _CLOSE, _INVOKE) if scanner.has_tools and sink == scanner.content else ()
         marker = yield from scanner.until((*_FRAME, *calls), sink)
@@ -49,9 +50,16 @@ def _read_messages(scanner: Scanner, start_inside: bool) -> Steps[None]:
             sink = yield from _read_header(scanner, marker)
         elif marker in (_OPEN, _INVOKE):
             yield from _read_call(scanner, marker)
+            inside = True
+        elif marker == _CLOSE:
+            if inside:
+                scanner.settle()
+            else:
+                scanner.fail()
+            inside = False
         else:
             scanner.settle()
-            sink = sink if marker == _CLOSE else scanner.content
+            sink = scanner.content
     if sink == scanner.reasoning:
         scanner.flush_reasoning()
 

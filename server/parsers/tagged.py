@@ -185,7 +185,12 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
     """
     if spelling.call[1]:
         yield from scanner.space()
-        header, _ = yield from scanner.raw_until(_ends_of(spelling.call, begin), MAX_NAME)
+        ends = _ends_of(spelling.call, begin)
+        if spelling.call[1] == "\n":
+            ends += (spelling.key[0], spelling.call_end)
+        header, end = yield from scanner.raw_until(ends, MAX_NAME)
+        if end in (spelling.key[0], spelling.call_end):
+            scanner.skip(-len(end))
         name, tag = _name_in(header, spelling, begin == spelling.also[0]), ""
         if not name or re.search(r"[<>\s]", name) or (declared and not scanner.is_declared(name)):
             raise Malformed
@@ -213,22 +218,28 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
             break
         spelled, tag = tag, ""
         try:
-            header = yield from _read_key(scanner, spelling, spelled)
+            header, kind = yield from _read_key(scanner, spelling, spelled)
         except Malformed:
             # Half of a tag, or no tag at all: the values so far are whole.
             break
         key = _name_in(header, spelling, spelled == spelling.also[1])
         scanner.arguments((", " if num_values else "{") + json.dumps(key, ensure_ascii=False) + ": ")
         num_values += 1
-        ends: tuple[str, ...] = (spelling.value[1], *spelling.inner)
-        closed_by = spelling.value[1]
+        said = {"type": kind} if kind else dict(_ATTRIBUTE.findall(header))
         if spelling.cdata and (yield from scanner.accept(_CDATA, spaced=True)):
-            closed_by = _CDATA_END + closed_by
-            ends = (closed_by,)
-        value = Value(scanner, types, types.property(key), dict(_ATTRIBUTE.findall(header)), ends, spelling.framed)
-        halves = spelling.half_ends if len(ends) > 1 else ()
+            value = Value(scanner, types, types.property(key), said, (_CDATA_END,))
+            if not (yield from _read_cdata(scanner, value)) and scanner.cut:
+                value.cut()
+                scanner.end_call()
+                return
+            value.end(whole=True)
+            yield from scanner.accept(spelling.value[1], spaced=True)
+            continue
+        ends = (spelling.value[1], *spelling.inner)
+        value = Value(scanner, types, types.property(key), said, ends, spelling.framed)
+        halves = spelling.half_ends
         stop = yield from scanner.until((*ends, *halves), value.add)
-        while stop not in (None, closed_by) and not (yield from _ends_value(scanner, spelling, stop)):
+        while stop not in (None, spelling.value[1]) and not (yield from _ends_value(scanner, spelling, stop)):
             # Text that speaks of the tag.
             value.add(stop)
             stop = yield from scanner.until((*ends, *halves), value.add)
@@ -236,11 +247,11 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
             value.cut()
             scanner.end_call()
             return
-        value.end(whole=stop == closed_by)
+        value.end(whole=stop == spelling.value[1])
         if stop in halves:
             scanner.skip(-1)
             yield from scanner.accept(">", spaced=True)
-        elif stop is not None and stop != closed_by:
+        elif stop is not None and stop != spelling.value[1]:
             scanner.skip(-len(stop))
     if not num_values and (found := _object_in(rest) or _elements_in(rest, types)):
         # Arguments as JSON, or in tags of their own names, in place of parameters.
@@ -251,6 +262,14 @@ def read_tagged_call(scanner: Scanner, spelling: Tags, begin: str, *, declared: 
     scanner.end_call()
     if tag != spelling.call_end and rest.strip():
         scanner.content(rest)
+
+
+def _read_cdata(scanner: Scanner, value: Value) -> Steps[bool]:
+    """The rest of a CDATA section, and those that follow it at once. Whether it has an end."""
+    while (yield from scanner.until((_CDATA_END,), value.add)):
+        if not (yield from scanner.accept(_CDATA)):
+            return True
+    return False
 
 
 def _read_named_object(scanner: Scanner, spelling: Tags, name: str) -> Steps[None]:
@@ -329,8 +348,9 @@ def _next_tag(scanner: Scanner, spelling: Tags) -> Steps[tuple[str, str]]:
     return "", text
 
 
-def _read_key(scanner: Scanner, spelling: Tags, begin: str) -> Steps[str]:
-    """From behind the tag of a parameter, spelled `begin`, to its value; returns what the tag holds."""
+def _read_key(scanner: Scanner, spelling: Tags, begin: str) -> Steps[tuple[str, str]]:
+    """From behind the tag of a parameter, spelled `begin`, to its value; returns what the tag holds, and the type that
+    is named behind it."""
     before = spelling.value[0]
     ends = _ends_of(spelling.key, begin)
     yield from scanner.space()
@@ -338,13 +358,14 @@ def _read_key(scanner: Scanner, spelling: Tags, begin: str) -> Steps[str]:
     if end == "\n":
         # The line belongs to the value as well.
         scanner.skip(-1)
+    kind = ""
     if spelling.typed[0] and end != before and (yield from scanner.accept(spelling.typed[0], spaced=True)):
-        yield from scanner.raw_until((spelling.typed[1],), MAX_NAME)
+        kind, end = yield from scanner.raw_until((spelling.typed[1], before), MAX_NAME)
     if before and end != before and not (yield from scanner.accept(before, spaced=True)):
-        drop_begun(scanner, (before,))
+        drop_begun(scanner, tuple(filter(None, (before, spelling.typed[0]))))
     if scanner.closed and scanner.cut and scanner.at == len(scanner.text):
         raise Malformed
-    return header
+    return header, kind.strip()
 
 
 def without_begun(text: str, literals: tuple[str, ...]) -> str:
@@ -501,7 +522,7 @@ def _call(spelling: Tags, name: str, schema: dict[str, Any]) -> Format:
     quote = '"' if spelling.quoted else ""
     before, after = spelling.around
     begin = f"{before}{spelling.call[0]}{quote}{name}{quote}"
-    head = [const(spelling.call[1] + spelling.line)]
+    head = [const(spelling.call[1] + ("" if spelling.call[1] == "\n" else spelling.line))]
     if spelling.count:
         head = [
             const(f' {spelling.count}="'),

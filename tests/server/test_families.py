@@ -128,7 +128,7 @@ def test_text_around(name: str) -> None:
     assert (content.split(), calls) == (["I", "look", "it", "up.", "Done."], TWO)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if TOOL_PARSERS[name].marked])
 def test_a_name_that_nobody_declared(name: str) -> None:
     call = ("other", {"city": "Paris", "n": 1})
     assert read(name, WRITERS[name]([call])) == ("", "", [call])
@@ -247,6 +247,53 @@ SLIPS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
         [("get_weather", '{"city": "a\\n</param> <b>"}')],
     ),
     ("minicpm5", '<functionname="get_weather"><paramname="city">Paris</param></function>', "", [PARIS]),
+    ("minicpm5", '<function  name="get_weather"><param  name="city">Paris</param></function>', "", [PARIS]),
+    ("minicpm5", '<tool_call>\n<function name="now"></function>\n</tool_call>', "", [("now", "{}")]),
+    (
+        "minicpm5",
+        '<function name="get_weather"><param name="city"><![CDATA[Paris]]>\n</param></function>',
+        "",
+        [PARIS],
+    ),
+    (
+        "minicpm5",
+        '<function name="get_weather"><param name="city"><![CDATA[Paris]]></function><function name="now"></function>',
+        "",
+        [PARIS, ("now", "{}")],
+    ),
+    (
+        "minicpm5",
+        '<function name="get_weather"><param name="city"><![CDATA[a]]]]><![CDATA[>b]]></param></function>',
+        "",
+        [("get_weather", '{"city": "a]]>b"}')],
+    ),
+    (
+        "minicpm5",
+        'In XML: <function name="foo">body</function> is how.',
+        'In XML: <function name="foo">body</function> is how.',
+        [],
+    ),
+    (
+        "k2_horizon",
+        "<ifm|tool_calls><ifm|tool_call>get_weather<ifm|arg_key>other</ifm|arg_key><ifm|arg_type>string</ifm|arg_type>"
+        "<ifm|arg_value>12345</ifm|arg_value></ifm|tool_call></ifm|tool_calls>",
+        "",
+        [("get_weather", '{"other": "12345"}')],
+    ),
+    (
+        "k2_horizon",
+        "<ifm|tool_calls><ifm|tool_call>get_weather<ifm|arg_key>city</ifm|arg_key><ifm|arg_type>string"
+        "<ifm|arg_value>Paris</ifm|arg_value></ifm|tool_call></ifm|tool_calls>",
+        "",
+        [PARIS],
+    ),
+    ("solar_open2", "<|tool_call:start|>now<|tool_call:end|>", "", [("now", "{}")]),
+    (
+        "solar_open2",
+        "<|tool_call:start|>get_weather<|tool_arg:start|>city<|tool_arg:value|>Paris<|tool_arg:end|><|tool_call:end|>",
+        "",
+        [PARIS],
+    ),
     ("gigachat3", 'Hi.<|function_call|>{"name": "now", "arguments": {}}', "Hi.", [("now", "{}")]),
     (
         "gigachat3",
@@ -485,6 +532,13 @@ THOUGHTS: list[tuple[str, str | None, bool, str, tuple[str, str, list[tuple[str,
     ),
     ("muse_glimmer", None, True, "Hm.<|eom|><|start|>assistant to=user<|message|>Yes.<|eot|>", ("Yes.", "Hm.", [])),
     ("muse_glimmer", None, False, "Yes, to=self is plain.", ("Yes, to=self is plain.", "", [])),
+    (
+        "muse_glimmer",
+        "muse_glimmer",
+        False,
+        " to=user<|message|>The mark <|start|> begins a message, `</atem:function_calls>` ends calls.",
+        ("The mark <|start|> begins a message, `</atem:function_calls>` ends calls.", "", []),
+    ),
     ("apertus", None, False, "<|inner_prefix|>Hm.<|inner_suffix|>Yes.", ("Yes.", "Hm.", [])),
     ("granite", None, False, "Here is my thought process: Hm. Here is my response: Yes.", ("Yes.", "Hm.", [])),
     ("granite", None, False, "Here's my thought process:\nHm.\n\nHere's my response:\nYes.", ("Yes.", "Hm.", [])),
