@@ -173,6 +173,8 @@ class DeviceAttention:
         # Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
         keys = [torch.zeros((*cells, width), **options) for width, _ in self._widths]
         values = [torch.zeros((*cells, width), **options) for _, width in self._widths]
+        # All that a page holds, [pages, ...] each.
+        self.buffers: list[Tensor] = [*keys, *values]
         # By layer.
         self.k_pools: dict[int, Tensor] = {}
         self.v_pools: dict[int, Tensor] = {}
@@ -186,7 +188,7 @@ class DeviceAttention:
 
     def release(self) -> None:
         """Give the KV pools' memory back; graphs that were captured with them are void."""
-        self.k_pools, self.v_pools = {}, {}
+        self.k_pools, self.v_pools, self.buffers = {}, {}, []
 
     def cleanse(self, tables: Tensor) -> None:
         """Zeros for what is NaN or infinite in pages [groups, P], on the device; what is a number stays."""
