@@ -109,7 +109,8 @@ async def test_what_left_the_device_comes_back(kind: str, seed: int, eagerness: 
         assert await answers(engine, requests) == [expected_tokens(executor.model, one) for one in requests]
         assert engine.tier is not None
         tier, text = engine.tier, engine.metrics.render().decode()
-        assert tier.tally.hit_tokens > 60 and not any(tier.tally.failures.values())
+        # There is little room for pages that are lent, but those that are carried arrive.
+        assert tier.tally.hit_tokens > 60 and not tier.tally.failures.keys() - {"room", "busy"}
         assert tier.worker.num_bytes_in and tier.worker.num_bytes_out
         assert f"oneloop_kv_host_hit_tokens_total {tier.tally.hit_tokens}.0" in text
         assert f"oneloop_kv_host_loaded_bytes_total {float(tier.worker.num_bytes_in)}" in text
