@@ -25,7 +25,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim soak chaos test-clients clients-routes clients-programs lock-clients test-agents test-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
+.PHONY: help install serve test check sim soak chaos test-clients clients-routes clients-programs lock-clients test-agents test-web bench-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -66,10 +66,11 @@ serve: $(VENV)/.run $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serve 
 test: $(VENV)/.dev  ## all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
-check: $(VENV)/.dev  ## lint, types, layering
+check: $(VENV)/.dev  ## lint, types, layering, known holes in what is installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_layers.py
+	$(BIN)/python -m tests.audit
 
 sim: $(VENV)/.dev  ## hunt for scheduler bugs: make sim SECONDS=600
 	$(BIN)/python -m tests.sim --seconds $(SECONDS)
@@ -145,6 +146,9 @@ $(WEB)/.ready: tests/web/requirements.txt | $(BIN)/python
 test-web: $(VENV)/.dev $(WEB)/.ready  ## the pages in a real Chromium (Debian: apt-get install chromium), with pictures of them
 	@command -v chromium || command -v chromium-browser || [ -n "$$CHROMIUM" ] || echo "No Chromium here: these tests will be skipped"
 	ONELOOP_PYTHON=$(abspath $(BIN))/python $(WEB)/bin/python -m pytest -c tests/web/web.ini --rootdir=. tests/web $(ARGS)
+
+bench-web: $(VENV)/.dev $(WEB)/.ready  ## first paint, weight, long tasks and stalls of the loop, in that Chromium
+	ONELOOP_PYTHON=$(abspath $(BIN))/python $(WEB)/bin/python -m tests.web.figures $(ARGS)
 
 # Packages of its own beside those of the development environment, which it sees as they are.
 $(REAL)/.ready: tests/real/requirements.txt $(VENV)/.dev

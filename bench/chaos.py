@@ -1,10 +1,11 @@
 """Faults under load, on the real server: `make chaos`.
 
 terminate: SIGTERM at random moments amid streams; what was accepted must end whole. hand over: a new server takes over
-the socket again and again; no request may fail. faults: a device that raises, makes NaNs, is slow; every stream must
-end with an answer or its own error, others whole. kill: kill -9, and the next start must serve. resume: kill -9 amid a
-background response with --resume-journal, and the rest comes from the next start. hang: a device that never answers
-must end the process, every stream told. Prints a line for each and exits with 1 where something broke.
+the socket again and again; no request may fail. faults: a device that raises, has no memory, makes NaNs, samples what
+there is not, is slow, twice as often as --times each: no more streams may end with an error than such faults were, and
+the others have the text that they have without. kill: kill -9, and the next start must serve. resume: kill -9 amid a
+background response with --resume-journal, and the rest comes from the next start. lost, hang: a device that is gone or
+never answers must end the process, every stream told. Prints a line for each and exits with 1 where something broke.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import argparse
 import asyncio
 import contextlib
 import random
+import re
 import signal
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -32,8 +35,9 @@ FLAGS = "--device cpu --threads 1 --log-level error"
 WHOLE, REFUSED, TOLD = "whole", "refused", "told"
 
 
-async def ask(session: aiohttp.ClientSession, url: str) -> str:
-    """One stream: whole, refused before it began, told of an error, or how it broke."""
+async def ask(session: aiohttp.ClientSession, url: str, expected: str | None = None) -> str:
+    """One stream: whole, refused before it began, told of an error, or how it broke. expected: the text that a whole
+    one has."""
     accepted = False
     try:
         async with session.post(f"{url}/v1/completions", json=BODY) as response:
@@ -49,14 +53,23 @@ async def ask(session: aiohttp.ClientSession, url: str) -> str:
         return "without an end"
     if '"error"' in text:
         return TOLD
-    return WHOLE if '"finish_reason":"length"' in text else "short"
+    if '"finish_reason":"length"' not in text:
+        return "short"
+    return WHOLE if expected in (None, text_of(text)) else "another text"
 
 
-async def load(url: str, is_over: Callable[[], bool], clients: int, outcomes: Counter[str]) -> None:
+def text_of(stream: str) -> str:
+    chunks = [orjson.loads(line[6:]) for line in stream.splitlines() if line.startswith("data: {")]
+    return "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
+
+
+async def load(
+    url: str, is_over: Callable[[], bool], clients: int, outcomes: Counter[str], expected: str | None = None
+) -> None:
     async def client() -> None:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(60)) as session:
             while not is_over():
-                found = await ask(session, url)
+                found = await ask(session, url, expected)
                 outcomes[found] += 1
                 if found == "no connection":
                     await asyncio.sleep(0.02)
@@ -123,16 +136,50 @@ async def _ready(port: int) -> None:
                 await asyncio.sleep(0.05)
 
 
+# Of a kind of fault: how often a step has it, and how many streams may end with an error for each. A step that raised
+# is tried again, so that it takes two in a row.
+FAULTS = {
+    "raise": (0.02, 0.5),
+    "oom": (0.02, 0.5),
+    "nan": (0.02, 1.0),
+    "corrupt": (0.02, 1.0),
+    "slow:s=0.02": (0.05, 0),
+}
+
+
 async def faults(times: int, rng: random.Random) -> Counter[str]:
     outcomes: Counter[str] = Counter()
-    plans = ("raise:p=0.02", "oom:p=0.02", "nan:p=0.02", "corrupt:p=0.02", "slow:p=0.05,s=0.05")
-    for number in range(max(1, times // 5)):
-        plan = ";".join(plans) + f";seed={rng.randrange(10**6)}" if number else plans[0] + ";seed=1"
-        with running(f"{FLAGS} --debug-faults {plan}") as server:
-            over = asyncio.Event()
-            asyncio.get_running_loop().call_later(4.0, over.set)
-            await load(f"http://127.0.0.1:{server.port}", over.is_set, 6, outcomes)
+    async with aiohttp.ClientSession() as session:
+        with running(FLAGS) as server:
+            url = f"http://127.0.0.1:{server.port}/v1/completions"
+            async with session.post(url, json=BODY) as response:
+                expected = text_of(await response.text())
+        for fault, (share, most) in FAULTS.items():
+            found: Counter[str] = Counter()
+            kind, _, more = fault.partition(":")
+            plan = f"{kind}:p={share},{more};seed={rng.randrange(10**6)}"
+            with running(f"{FLAGS} --debug-faults '{plan}'") as server:
+                url, over = f"http://127.0.0.1:{server.port}", asyncio.Event()
+                work = asyncio.create_task(load(url, over.is_set, 6, found, expected))
+                while not over.is_set():
+                    await asyncio.sleep(0.2)
+                    if await _injected(session, url, kind) >= 2 * times:
+                        over.set()
+                await work
+                injected = await _injected(session, url, kind)
+            ended = found[TOLD] + found["status 500"]
+            print(f"  {kind} {injected:.0f} times: {dict(found)}", flush=True)
+            if ended > most * injected:
+                outcomes[f"streams hurt by {kind}"] += ended
+            outcomes += found
     return outcomes
+
+
+async def _injected(session: aiohttp.ClientSession, url: str, kind: str) -> float:
+    async with session.get(f"{url}/metrics") as response:
+        found = re.search(rf'^oneloop_injected_faults_total\{{kind="{kind}"\}} (\S+)$', await response.text(), re.M)
+    assert found is not None
+    return float(found[1])
 
 
 async def kill(times: int, rng: random.Random) -> Counter[str]:
@@ -201,16 +248,31 @@ async def _follow(session: aiohttp.ClientSession, url: str, told: dict[int, byte
                     told[number] = line[6:]
 
 
+async def lost(times: int, rng: random.Random) -> Counter[str]:
+    return await _ending("lost:step={step}", times, rng)
+
+
 async def hang(times: int, rng: random.Random) -> Counter[str]:
+    return await _ending("hang:step={step} --stall-timeout 2 --stall-action exit", times, rng)
+
+
+async def _ending(faults: str, times: int, rng: random.Random) -> Counter[str]:
+    """What ends the process."""
     outcomes: Counter[str] = Counter()
-    with running(f"{FLAGS} --debug-faults hang:step=40 --stall-timeout 2 --stall-action exit") as server:
-        process = server.process
-        await load(f"http://127.0.0.1:{server.port}", lambda: process.poll() is not None, 4, outcomes)
-        outcomes.pop("no connection", None)
-        outcomes = Counter({name: count for name, count in outcomes.items() if not name.startswith("not answered")})
-        if process.returncode in (None, 0):
-            outcomes[f"exit {process.returncode}"] += 1
-    return outcomes
+    for _ in range(max(1, times // 5)):
+        with running(f"{FLAGS} --debug-faults {faults.format(step=rng.randrange(20, 200))}") as server:
+            ended = partial(_has_ended, server.process)
+            await load(f"http://127.0.0.1:{server.port}", ended, 4, outcomes)
+            if server.process.returncode in (None, 0):
+                outcomes[f"exit {server.process.returncode}"] += 1
+    # Those come after the end.
+    return Counter(
+        {name: count for name, count in outcomes.items() if not name.startswith(("no connection", "not answered"))}
+    )
+
+
+def _has_ended(process: subprocess.Popen[bytes]) -> bool:
+    return process.poll() is not None
 
 
 SCENES: dict[str, Callable[[int, random.Random], Coroutine[Any, Any, Counter[str]]]] = {
@@ -219,6 +281,7 @@ SCENES: dict[str, Callable[[int, random.Random], Coroutine[Any, Any, Counter[str
     "faults": faults,
     "kill": kill,
     "resume": resume,
+    "lost": lost,
     "hang": hang,
 }
 # What may be seen beside whole answers.
@@ -228,7 +291,8 @@ ALLOWED = {
     "faults": {TOLD, "status 500"},
     "kill": set(),
     "resume": set(),
-    "hang": {TOLD},
+    "lost": {TOLD, REFUSED, "status 500"},
+    "hang": {TOLD, REFUSED, "status 500"},
 }
 
 
@@ -242,7 +306,7 @@ def main() -> int:
     for name in arguments.only:
         outcomes = asyncio.run(SCENES[name](arguments.times, random.Random(arguments.seed)))
         bad = {found: count for found, count in outcomes.items() if found not in {WHOLE, *ALLOWED[name]}}
-        broken += sum(bad.values()) + (not outcomes[WHOLE] and name != "hang")
+        broken += sum(bad.values()) + (not outcomes[WHOLE] and name not in ("lost", "hang"))
         told = ", ".join(f"{found}: {count}" for found, count in outcomes.most_common())
         print(f"{name:10} {'BROKEN' if bad else 'ok':7} {told}", flush=True)
     return 1 if broken else 0

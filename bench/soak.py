@@ -1,10 +1,11 @@
 """Hours of everything at once: `make soak MINUTES=30`.
 
 One server, started here, under a mixed load of every API family: streams and whole answers, grammars, tools, embeddings
-of nothing, bad bodies, clients that leave amid a stream, floods, aborts, sleeping and waking. Every second the process'
-resident memory and open files are read, and /metrics. At the end, with nobody there, what is held must be what was held
-after the warm-up (the first fifth): exits with 1 where memory grew by more than --most-growth-mb, a file or a page
-leaked, an answer was a 500, or a stream had no end.
+of nothing, bad bodies, clients that leave amid a stream, floods, aborts, sleeping and waking, new weights. Caches are
+so small (--flags) that they are full after the warm-up, the first fifth: what grows then leaks. Every second the
+process' resident memory and open files are read, and /metrics. Exits with 1 where the most memory of the last fifth is
+more than that of the second by --most-growth-mb, with nobody there a file or a page is held, an answer was a 500, or a
+stream had no end.
 """
 
 from __future__ import annotations
@@ -32,17 +33,24 @@ SCHEMA = {
     "required": ["name"],
 }
 TOOL = {"type": "function", "function": {"name": "look_up", "parameters": SCHEMA}}
+# Sums and counts: of each second's, the mean is drawn.
+_TIMES = re.compile(r"^(vllm:time_to_first_token|oneloop_loop_lag)_seconds_(sum|count)(?:\{[^}]*\})? (\S+)$", re.M)
+_MODEL = Path(__file__).parent.parent / "engine" / "demo"
 _HELD = re.compile(r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc)\{[^}]*\} (\S+)$", re.M)
 STORM_EVERY_S, SLEEP_EVERY_S = 20.0, 60.0
 STORM = 200
 
 
+Row = tuple[float, int, int, int, float, float, float]
+
+
 @dataclass
 class Seen:
-    """Answers by status or kind of end, and a row a second: seconds, bytes, files, requests that run."""
+    """Answers by status or kind of end, and a row a second: seconds, bytes, files, requests that run, the share of
+    pages in use, mean milliseconds of that second to a first token and by which the loop was late."""
 
     outcomes: Counter[str] = field(default_factory=Counter)
-    rows: list[tuple[float, int, int, int]] = field(default_factory=list)
+    rows: list[Row] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
 
 
@@ -74,6 +82,10 @@ def draw(rng: random.Random) -> tuple[str, dict[str, Any]]:
         ("/v1/embeddings", {"input": words}),
     ]
     return rng.choice(asked)
+
+
+def _held(text: str) -> dict[str, float]:
+    return {name: float(value) for name, value in _HELD.findall(text)}
 
 
 class Soak:
@@ -122,20 +134,35 @@ class Soak:
             for path in ("/sleep?level=1&mode=keep", "/wake_up", "/pause?mode=keep", "/resume"):
                 async with session.post(self.url + path) as response:
                     await response.read()
+            body = {"model_path": str(_MODEL)}
+            async with session.post(self.url + "/update_weights_from_disk", json=body) as response:
+                if response.status != 200:
+                    self.seen.faults.append(f"new weights: {response.status} {(await response.read())[:200]!r}")
 
     async def look(self, session: aiohttp.ClientSession) -> None:
+        before: dict[str, float] = {}
         while not self.is_over:
-            self.seen.rows.append(self.row(int((await self.held(session)).get("num_requests_running", 0))))
+            text = await self.metrics(session)
+            held = _held(text)
+            now = {f"{name} {part}": float(value) for name, part, value in _TIMES.findall(text)}
+            news = {name: value - before.get(name, 0.0) for name, value in now.items()}
+            before = now
+            means = [
+                1000 * news.get(f"{name} sum", 0.0) / (news.get(f"{name} count") or 1.0)
+                for name in ("vllm:time_to_first_token", "oneloop_loop_lag")
+            ]
+            row = self.row(int(held.get("num_requests_running", 0)), held.get("kv_cache_usage_perc", 0.0), *means)
+            self.seen.rows.append(row)
             await asyncio.sleep(1.0)
 
-    def row(self, num_running: int) -> tuple[float, int, int, int]:
+    def row(self, num_running: int, pages: float = 0.0, ttft_ms: float = 0.0, lag_ms: float = 0.0) -> Row:
         resident = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         files = len(os.listdir(f"/proc/{self.pid}/fd"))
-        return time.monotonic() - self.begun, resident, files, num_running
+        return time.monotonic() - self.begun, resident, files, num_running, pages, ttft_ms, lag_ms
 
-    async def held(self, session: aiohttp.ClientSession) -> dict[str, float]:
+    async def metrics(self, session: aiohttp.ClientSession) -> str:
         async with session.get(self.url + "/metrics") as response:
-            return {name: float(value) for name, value in _HELD.findall(await response.text())}
+            return await response.text()
 
     async def run(self, clients: int) -> None:
         timeout = aiohttp.ClientTimeout(120)
@@ -143,7 +170,7 @@ class Soak:
             helpers = (self.storms(session), self.sleeps(session), self.look(session))
             await asyncio.gather(*helpers, *(self.client(session) for _ in range(clients)))
             for _ in range(100):
-                held = await self.held(session)
+                held = _held(await self.metrics(session))
                 if not any(held.values()):
                     break
                 await asyncio.sleep(0.1)
@@ -154,7 +181,10 @@ class Soak:
 
     def verdict(self, most_growth_mb: float) -> list[str]:
         warm = [row for row in self.seen.rows if row[0] > self.seconds / 5] or self.seen.rows
-        growth = (self.seen.rows[-1][1] - max(row[1] for row in warm[: max(1, len(warm) // 4)])) / 1e6
+        quarter = max(1, len(warm) // 4)
+        # The most of each: asleep it has less, and for a while after it.
+        first, last = (max(row[1] for row in rows) for rows in (warm[:quarter], warm[-quarter:]))
+        growth = (last - first) / 1e6
         files = self.seen.rows[-1][2] - self.seen.rows[0][2]
         print(
             f"resident memory after the warm-up: {growth:+.1f} MB; open files at the end against the start: {files:+d}"
@@ -167,7 +197,7 @@ class Soak:
         return faults
 
 
-def plot(rows: list[tuple[float, int, int, int]], path: Path) -> None:
+def plot(rows: list[Row], path: Path) -> None:
     """Left out where matplotlib, a development dependency, is not installed."""
     try:
         import matplotlib
@@ -176,10 +206,12 @@ def plot(rows: list[tuple[float, int, int, int]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(3, 1, sharex=True, figsize=(8, 6))
-    for place, (name, scale) in enumerate((("resident MB", 1e6), ("open files", 1), ("requests running", 1)), 1):
-        axes[place - 1].plot([row[0] for row in rows], [row[place] / scale for row in rows], linewidth=0.8)
-        axes[place - 1].set_ylabel(name)
+    names = ("resident MB", "open files", "requests running", "pages in use", "TTFT ms", "loop late by ms")
+    figure, axes = plt.subplots(len(names), 1, sharex=True, figsize=(8, 11))
+    for place, (name, axis) in enumerate(zip(names, axes, strict=True), 1):
+        scale = 1e6 if place == 1 else 1
+        axis.plot([row[0] for row in rows], [row[place] / scale for row in rows], linewidth=0.8)
+        axis.set_ylabel(name)
     axes[-1].set_xlabel("seconds")
     figure.savefig(path, dpi=110)
     print(f"wrote {path}")
@@ -191,7 +223,9 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=12)
     parser.add_argument("--most-growth-mb", type=float, default=8.0)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--flags", default="--device cpu --check-invariants", help="of the server")
+    flags = "--device cpu --check-invariants --num-gpu-blocks-override 1024 --response-store-size 100"
+    flags += f" --weights-root {_MODEL}"
+    parser.add_argument("--flags", default=flags, help="of the server")
     parser.add_argument("--plot", type=Path, default=Path("soak.png"))
     arguments = parser.parse_args()
     with running(arguments.flags) as server:

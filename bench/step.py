@@ -3,7 +3,7 @@
 Times schedule + submit + commit on an executor that answers at once with constant tokens, at depth 2 as the Engine
 runs it. "steady": every row merely continues. "paged": prompts are staggered, so that in each step one row of
 page_size needs a page. "floor": the same arithmetic as bare numpy, without any bookkeeping around it.
-`--recorder`: the same steps with nobody looking, with the page /live open, and with a trace on, in turns, as shares.
+`--recorder`: the same steps with nobody looking, with the page /live open, and with a trace on: what is added.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import random
 import sys
 import time
 import tracemalloc
@@ -27,7 +28,7 @@ from engine.clock import MonotonicClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle
 from engine.forward import FUTURE_TOKEN, Limits, Staging
-from engine.recorder import STEPS_PER_LOOK, Recorder, Tracer
+from engine.recorder import STEPS_PER_LOOK, Recorder, Tracer, now
 from engine.request import Request, SamplingParams
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
@@ -40,6 +41,7 @@ MICROSECOND = 1000
 SMALL_OBJECTS = 1280
 # What server/live_feed.py asks for: STEPS_PER_LOOK four times a second.
 RECORDED_A_SECOND = 4 * STEPS_PER_LOOK
+TURN = 25
 
 
 @dataclass
@@ -238,11 +240,11 @@ class RecordedLoop(Loop):
     def step(self) -> tuple[int, int, int]:
         stages = self.recorder.stages
         if stages is not None:
-            stages.schedule_begins()
+            stages.began = now()
         batch = self.scheduler.schedule()
         assert batch is not None
         if stages is not None:
-            stages.launch_begins()
+            stages.scheduled = now()
         self.in_flight.append((batch, self.executor.submit(batch.forward_input)))
         if stages is not None:
             stages.launched(batch, self.scheduler.num_running, self.scheduler.num_waiting)
@@ -250,58 +252,73 @@ class RecordedLoop(Loop):
             return 0, 0, 0
         done, handle = self.in_flight.popleft()
         if stages is not None:
-            stages.wait_begins()
+            stages.waited = now()
         output = self.executor.resolve(handle)
         if stages is not None:
-            stages.wait_ends(handle)
+            stages.arrived = now()
         result = self.scheduler.commit(done, output)
         if stages is not None:
-            stages.committed()
+            stages.committed = now()
             stages.gaps(result.gaps)
-            stages.published(done.forward_input.step)
+            stages.published(done, handle)
         return 0, 0, 0
 
 
 def measure_recorder(batch: int, steps: int) -> dict[str, float]:
-    """Microseconds of the thread a step, by who looks: nobody ("off"), the page ("on"; it has RECORDED_A_SECOND steps
-    recorded at most), a trace ("traced": every step). In turns of 50 steps each; means without the slowest tenth.
+    """Microseconds of the thread a step with nobody looking ("off"), and what the page ("on") and a trace ("traced":
+    every step) add, as shares: medians over rounds that run TURN steps of each kind, in an order of their own.
 
-    The host's part alone: of a step with a device it is a smaller share.
+    The page has at most RECORDED_A_SECOND steps recorded, so "on" is put together of what a step costs that is
+    recorded and one that is not while somebody looks. The host's part alone: of a step with a device it is a smaller
+    share. Snapshots are no part of a step: bench.looking has them.
     """
-    turns = -(-steps // 50)
-    loop = RecordedLoop(batch, 150 * turns + 64)
-    times: dict[str, list[float]] = {"off": [], "on": [], "traced": []}
-    recorder, number, every = loop.recorder, 0, 1
-    for _ in range(turns):
-        for kind, found in times.items():
-            tracer = Tracer()
-            if kind == "on":
-                recorder.watch()
-                every = max(1, round(1e6 / RECORDED_A_SECOND / float(np.median(times["off"]))))
-            elif kind == "traced":
-                recorder.start(tracer)
-            for _ in range(50):
-                number += 1
-                if kind == "on" and number % every == 0:
-                    recorder.look(1)
+    rounds = -(-steps // TURN)
+    loop = RecordedLoop(batch, 4 * TURN * rounds + 64)
+    recorder, chance = loop.recorder, random.Random(0)
+    kinds = ["off", "watched", "recorded", "traced"]
+    times: dict[str, list[float]] = {kind: [] for kind in kinds}
+    gc.collect()
+    gc.freeze()
+    thresholds = gc.get_threshold()
+    # As the server has it (engine/serve.py).
+    gc.set_threshold(20_000, 20, 50)
+    try:
+        for _ in range(rounds):
+            chance.shuffle(kinds)
+            for kind in kinds:
+                tracer = Tracer()
+                if kind == "traced":
+                    recorder.start(tracer)
+                elif kind != "off":
+                    recorder.watch()
+                if kind == "recorded":
+                    recorder.look(2 * TURN)
                 began = time.thread_time_ns()
-                loop.step()
-                found.append((time.thread_time_ns() - began) / MICROSECOND)
-            if kind == "on":
-                recorder.unwatch()
-            elif kind == "traced":
-                recorder.stop(tracer)
-    return {kind: float(np.mean(np.sort(found)[: len(found) * 9 // 10])) for kind, found in times.items()}
+                for _ in range(TURN):
+                    loop.step()
+                times[kind].append((time.thread_time_ns() - began) / MICROSECOND / TURN)
+                if kind == "traced":
+                    recorder.stop(tracer)
+                elif kind != "off":
+                    recorder.unwatch()
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.unfreeze()
+    off = float(np.median(times["off"]))
+    watched, recorded, traced = (
+        float(np.median(np.divide(times[kind], times["off"]))) - 1.0 for kind in ("watched", "recorded", "traced")
+    )
+    share = min(1.0, RECORDED_A_SECOND * off / 1e6)
+    return {"off": off, "on": share * recorded + (1.0 - share) * watched, "traced": traced}
 
 
 def print_recorder(batches: list[int], steps: int) -> None:
-    print("host microseconds a step: nobody looks, /live is open, a trace is recorded")
-    print(f"{'batch':>6}{'off':>9}{'on':>9}{'':>8}{'traced':>9}{'':>8}")
+    print("a step on the host in microseconds, and what is added where /live is open, and where a trace is recorded")
+    print(f"{'batch':>6}{'off':>9}{'on':>9}{'us':>9}{'traced':>9}{'us':>9}")
     for batch in batches:
         got = measure_recorder(batch, steps)
-        off, on, traced = got["off"], got["on"], got["traced"]
-        shares = on / off - 1, traced / off - 1
-        print(f"{batch:>6}{off:>9.2f}{on:>9.2f}{shares[0]:>+8.1%}{traced:>9.2f}{shares[1]:>+8.1%}", flush=True)
+        added = "".join(f"{got[kind]:>+9.1%}{got[kind] * got['off']:>+9.2f}" for kind in ("on", "traced"))
+        print(f"{batch:>6}{got['off']:>9.2f}{added}", flush=True)
 
 
 def measure(batch: int, steps: int) -> Figures:

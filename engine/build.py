@@ -198,7 +198,8 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
         plan = None if config.debug_faults is None else parse_faults(config.debug_faults)
         executor = _build_executor(config, directory, spec, context, report)
         if plan is not None:
-            executor = FaultyExecutor(executor, plan)
+            executor = faulty = FaultyExecutor(executor, plan)
+            metrics.add_families(faulty.families)
             report.row("faults", f"by plan: {config.debug_faults}")
         rng = None if options.seed is None else random.Random(options.seed)
         engine = Engine(config, executor, tokenizer, eos_token_ids=eos, metrics=metrics, rng=rng)

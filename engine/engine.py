@@ -26,7 +26,7 @@ from engine.lora.tally import LoraTally
 from engine.metrics import EngineMetrics, EngineStats, Rates
 from engine.pace import LoopWatch, Pace
 from engine.publisher import NO_TEXT, Listener, Publisher
-from engine.recorder import Recorder
+from engine.recorder import Recorder, now
 from engine.request import OverloadedError, QueueFullError, Request, RequestError, UnavailableError
 from engine.resting import Resting
 from engine.scheduling.batch import Batch
@@ -314,11 +314,11 @@ class Engine(Resting):
             while True:
                 stages = self.recorder.stages  # None: nobody looks
                 if stages is not None:
-                    stages.schedule_begins()
+                    stages.began = now()
                 batch = None if self._stopped else scheduler.schedule()  # N+1, while N runs on the device
                 if batch is not None:
                     if stages is not None:
-                        stages.launch_begins()
+                        stages.scheduled = now()
                     self.metrics.on_step(batch.num_tokens)
                     in_flight.append((batch, executor.submit(batch.forward_input)))
                     if stages is not None:
@@ -338,15 +338,15 @@ class Engine(Resting):
                 if len(in_flight) == self.depth or batch is None:
                     done, handle = in_flight.popleft()
                     if stages is not None:
-                        stages.wait_begins()
+                        stages.waited = now()
                     try:
                         output = await executor.wait(handle)
                     except ForwardError as error:
                         if stages is not None:
-                            stages.wait_ends(handle, failed=True)
+                            stages.arrived, stages.failed = now(), True
                         result = scheduler.fail(done, error)
                         if stages is not None:
-                            stages.committed()
+                            stages.committed = now()
                         self.metrics.failed_steps += 1
                         logger.error("a step failed, and %d of its requests by it: %s", len(result.finished), error)
                         if in_flight:
@@ -354,10 +354,10 @@ class Engine(Resting):
                         self.publisher.publish_failure(result)
                     else:
                         if stages is not None:
-                            stages.wait_ends(handle)
+                            stages.arrived = now()
                         result = scheduler.commit(done, output)
                         if stages is not None:
-                            stages.committed()
+                            stages.committed = now()
                         # First, for a grammar may end its request in the next lines.
                         self.publisher.attach(result, output)
                         if result.cut:
@@ -367,7 +367,7 @@ class Engine(Resting):
                             self._masks.provide(*in_flight[0])
                         self.publisher.publish(result)
                     if stages is not None:
-                        stages.published(done.forward_input.step)
+                        stages.published(done, handle)
                     self._progress_at = self.clock.now()
                     self.admission.observe(self._progress_at)
                     # A device that is always ahead must not keep the sockets from being served.

@@ -6,31 +6,26 @@ What is not listed does not exist: an unknown flag ends the start with a line th
 from __future__ import annotations
 
 import argparse
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import NoReturn
 
 from engine.config import (
-    RESERVED_TEMPLATE_KWARGS,
     CacheOptions,
     CudaOptions,
     EngineConfig,
     ModelOptions,
     SchedulerOptions,
-    ServerOptions,
     StartupError,
     StreamOptions,
 )
 from engine.draft_flags import add_draft_flags, draft_options
+from engine.flag_types import count, fraction, given, interval, not_negative, positive
 from engine.logprob_flags import add_logprob_flags, logprob_options
 from engine.lora import flags as lora
+from engine.server_flags import add_server_flags, add_watching_flags, server_options
 from engine.tiers import flags as tiers
 from engine.transfer import flags as transfer
-
-if TYPE_CHECKING:
-    from engine.keys import KeyEntry
 
 DEMO_MODEL = Path(__file__).parent / "demo"
 
@@ -72,81 +67,6 @@ def _one(text: str) -> int:
     if text != "1":
         raise argparse.ArgumentTypeError(f"'{text}': this server runs on one device")
     return 1
-
-
-def _count(text: str) -> int:
-    """A number of tokens: 4096, 4k (4000) or 4K (4096), as vLLM writes them."""
-    factors = {"k": 1000, "K": 1024, "m": 1000**2, "M": 1024**2}
-    factor = factors.get(text[-1:], 1)
-    digits = text[:-1] if factor != 1 else text
-    try:
-        value = int(digits) * factor
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number such as 4096, 4k or 4K") from None
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"'{text}' is not positive")
-    return value
-
-
-def _not_negative_count(text: str) -> int:
-    return 0 if text == "0" else _count(text)
-
-
-def _fraction(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 < value <= 1.0:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a fraction above 0 and up to 1")
-    return value
-
-
-def _positive(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0.0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a positive number")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _positive(text)
-
-
-def _interval(text: str) -> float | None:
-    return None if text == "auto" else _not_negative(text)
-
-
-def _budget(text: str) -> int:
-    if text != "-1" and not (text.isascii() and text.isdigit()):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of tokens, nor -1 for no limit")
-    return int(text)
-
-
-def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a port (0 to 65535; 0 takes a free one)")
-    return int(text)
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict):
-        raise argparse.ArgumentTypeError(f"'{text}' is not a JSON object")
-    return value
-
-
-def _template_kwargs(text: str) -> dict[str, Any]:
-    value = _json_object(text)
-    if reserved := RESERVED_TEMPLATE_KWARGS.intersection(value):
-        raise argparse.ArgumentTypeError(f"'{min(reserved)}' cannot be set")
-    return value
 
 
 class _Parser(argparse.ArgumentParser):
@@ -195,7 +115,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--max-model-len",
         "--context-length",
         dest="max_model_len",
-        type=_count,
+        type=count,
         metavar="TOKENS",
         help="context length (4096, 4k, 4K); default: the model's own",
     )
@@ -229,14 +149,14 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
 
     device = parser.add_argument_group("device and memory")
     device.add_argument("--device", choices=["auto", "cpu", "cuda"])
-    device.add_argument("--threads", type=_count, metavar="N", help="compute threads on the CPU (of each rank)")
+    device.add_argument("--threads", type=count, metavar="N", help="compute threads on the CPU (of each rank)")
     device.add_argument(
         "--tensor-parallel-size",
         "-tp",
         "--tp",
         "--tp-size",
         dest="tensor_parallel_size",
-        type=_count,
+        type=count,
         metavar="N",
         help="processes that compute the model together, each with its part of the weights and of the KV cache (CPU)",
     )
@@ -258,28 +178,28 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
     device.add_argument(
         "--kv-cache-gb",
-        type=_positive,
+        type=positive,
         metavar="GB",
         help="size of the KV cache in 1e9 bytes; by default on a CPU a quarter of the RAM that is available, or what "
         "64 sequences of full context fill; on a GPU nine tenths of what is free",
     )
-    device.add_argument("--kv-cache-memory-bytes", type=_count, metavar="BYTES")
+    device.add_argument("--kv-cache-memory-bytes", type=count, metavar="BYTES")
     device.add_argument(
         "--gpu-memory-utilization",
         "--mem-fraction-static",
         dest="memory_fraction",
-        type=_fraction,
+        type=fraction,
         metavar="F",
         help="share of the free memory for the KV cache (on a CPU: of the RAM that is available)",
     )
-    device.add_argument("--num-gpu-blocks-override", dest="num_pages", type=_count, metavar="PAGES")
-    device.add_argument("--max-total-tokens", type=_count, metavar="TOKENS", help="size of the KV cache in tokens")
+    device.add_argument("--num-gpu-blocks-override", dest="num_pages", type=count, metavar="PAGES")
+    device.add_argument("--max-total-tokens", type=count, metavar="TOKENS", help="size of the KV cache in tokens")
     device.add_argument(
         "--kv-cache-dtype",
         choices=["auto", "int8", "fp8", "fp8_e4m3"],
         help="auto: the model's; int8 on a CPU (a scale for each token and head), fp8 on a GPU",
     )
-    device.add_argument("--page-size", "--block-size", dest="page_size", type=_count, metavar="TOKENS")
+    device.add_argument("--page-size", "--block-size", dest="page_size", type=count, metavar="TOKENS")
 
     cuda = parser.add_argument_group("CUDA")
     cuda.add_argument("--cuda-graph", choices=["lazy", "start", "off"], help="when decode graphs are captured")
@@ -297,12 +217,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
 
     scheduler = parser.add_argument_group("scheduler and cache")
-    scheduler.add_argument("--max-num-seqs", "--max-running-requests", dest="max_num_seqs", type=_count, metavar="N")
+    scheduler.add_argument("--max-num-seqs", "--max-running-requests", dest="max_num_seqs", type=count, metavar="N")
     scheduler.add_argument(
         "--max-num-batched-tokens",
         "--chunked-prefill-size",
         dest="max_num_batched_tokens",
-        type=_count,
+        type=count,
         metavar="N",
         help="token budget of a step, decode rows included",
     )
@@ -310,7 +230,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--max-queued-requests",
         "--max-num-queued-reqs",
         dest="max_queued_requests",
-        type=_count,
+        type=count,
         metavar="N",
         help="waiting requests before a 429",
     )
@@ -323,18 +243,18 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
     scheduler.add_argument(
         "--ttft-slo",
-        type=_positive,
+        type=positive,
         metavar="S",
         help="429 at the door for a request whose first token, by estimate, would come later",
     )
     scheduler.add_argument(
-        "--max-queue-wait", type=_positive, metavar="S", help="429 for one that, by estimate, would wait longer in line"
+        "--max-queue-wait", type=positive, metavar="S", help="429 for one that, by estimate, would wait longer in line"
     )
     scheduler.add_argument(
-        "--queue-timeout", type=_not_negative, metavar="S", help="503 for a request that waited so long; 0 is off"
+        "--queue-timeout", type=not_negative, metavar="S", help="503 for a request that waited so long; 0 is off"
     )
     scheduler.add_argument(
-        "--request-timeout", type=_not_negative, metavar="S", help="longest that a request may take; 0 is off"
+        "--request-timeout", type=not_negative, metavar="S", help="longest that a request may take; 0 is off"
     )
     scheduler.add_argument("--radix-eviction-policy", dest="eviction_policy", metavar="NAME", help="lru, lfu or fifo")
     scheduler.add_argument(
@@ -353,7 +273,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
     scheduler.add_argument(
         "--flush-interval-ms",
-        type=_interval,
+        type=interval,
         metavar="MS",
         help="how long a streamed token may wait for company; auto (default): not at all while the event loop has time",
     )
@@ -364,139 +284,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     transfer.add_flags(parser)
     tiers.add_flags(parser)
 
-    server = parser.add_argument_group("server")
-    server.add_argument("--host")
-    server.add_argument("--port", type=_port)
-    server.add_argument("--api-key", nargs="+", metavar="KEY", help="also from the environment: ONELOOP_API_KEY")
-    server.add_argument(
-        "--admin-api-key", metavar="KEY", help="for admin routes, instead of --api-key; also ONELOOP_ADMIN_API_KEY"
-    )
-    server.add_argument(
-        "--key-file",
-        metavar="FILE",
-        help="keys with limits, TOML or JSON: name, sha256, requests_per_minute, tokens_per_minute, concurrent, "
-        "priority, weight, monthly_tokens, models",
-    )
-    server.add_argument("--ssl-certfile", metavar="FILE", help="serve HTTPS with this certificate chain (PEM)")
-    server.add_argument("--ssl-keyfile", metavar="FILE", help="its private key, where it is not in the same file")
-    server.add_argument(
-        "--weights-root", metavar="DIR", help="the directory that /update_weights_from_disk may read weights from"
-    )
-    server.add_argument(
-        "--weight-update-timeout",
-        type=_positive,
-        metavar="S",
-        help="drop what a trainer sent where it stops amid an update for so long (300)",
-    )
-    server.add_argument(
-        "--write-timeout", type=_positive, metavar="S", help="cut off a client that reads nothing for so long (60)"
-    )
-    server.add_argument(
-        "--header-timeout", type=_positive, metavar="S", help="cut off one that sends no whole request head (30)"
-    )
-    server.add_argument(
-        "--max-connections-per-address", type=_not_negative_count, metavar="N", help="0, the default, is any number"
-    )
-    server.add_argument(
-        "--max-host-memory",
-        type=_count,
-        metavar="BYTES",
-        help="of the process: near it caches are emptied, then new requests get a 429, then a 503",
-    )
-    server.add_argument(
-        "--isolate-api-keys",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="no prefix cache across API keys; on where several are set",
-    )
-    server.add_argument("--protect-metrics", action="store_true", help="/metrics needs the key too")
-    server.add_argument(
-        "--no-web",
-        "--no-webui",
-        dest="web",
-        action="store_false",
-        help="no pages for people (/ and /live), only the API",
-    )
-    server.add_argument(
-        "--allowed-origins",
-        nargs="+",
-        metavar="ORIGIN",
-        help="web pages that may read answers (CORS): local (those of this machine, the default), '*' (all), none, or "
-        "origins",
-    )
-    server.add_argument(
-        "--refuse-max-tokens",
-        action="store_true",
-        help="a max_tokens that does not fit the context is an error; otherwise it is cut to what fits",
-    )
-    server.add_argument("--max-body-bytes", type=_count, metavar="BYTES")
-    server.add_argument(
-        "--drain-timeout",
-        "--shutdown-timeout",
-        dest="drain_timeout",
-        type=_not_negative,
-        metavar="S",
-        help="how long accepted requests may go on after SIGTERM or Ctrl-C (30)",
-    )
-    server.add_argument(
-        "--resume-journal",
-        metavar="FILE",
-        help="write background responses down, so that the next process takes up those that this one could not end",
-    )
-    server.add_argument(
-        "--handover",
-        metavar="unix:PATH",
-        help="take the listening socket of the server at PATH, which then finishes what it has; and offer it in turn",
-    )
-    server.add_argument("--sse-keep-alive-interval", type=_not_negative, metavar="S", help="0 is off")
-    server.add_argument(
-        "--stall-timeout",
-        type=_positive,
-        metavar="S",
-        help="no step comes to an end in so long (60): /health is 503, and every thread's stack goes to the log",
-    )
-    server.add_argument(
-        "--stall-action", choices=["report", "exit"], help="exit: and the process ends, every stream told"
-    )
-    server.add_argument("--metrics-prefix", metavar="NAME", help="vllm (default), sglang, or a prefix of your own")
-    server.add_argument(
-        "--tool-call-parser",
-        metavar="NAME",
-        help="how the model writes tool calls: hermes, llama3_json, ..., none, or auto (by its chat template)",
-    )
-    server.add_argument(
-        "--reasoning-parser",
-        metavar="NAME",
-        help="how the model marks its reasoning: qwen3, deepseek_r1, ..., none, or auto (by its chat template)",
-    )
-    server.add_argument(
-        "--response-store-size",
-        type=_not_negative_count,
-        metavar="N",
-        help="responses of /v1/responses that are kept for previous_response_id; 0 keeps none",
-    )
-    server.add_argument(
-        "--response-store-bytes", type=_count, metavar="BYTES", help="most memory for them; the oldest go first"
-    )
-    server.add_argument(
-        "--default-chat-template-kwargs",
-        type=_template_kwargs,
-        metavar="JSON",
-        help="options of the chat template for requests without their own, such as '{\"enable_thinking\": false}'",
-    )
-    server.add_argument(
-        "--reasoning-budget",
-        type=_budget,
-        metavar="N",
-        help="most tokens of reasoning where a request names no budget (-1: no limit, the default)",
-    )
-    server.add_argument(
-        "--root-path",
-        "--fastapi-root-path",
-        dest="root_path",
-        metavar="PATH",
-        help="prefix that a proxy puts before routes",
-    )
+    add_server_flags(parser)
     debug = parser.add_argument_group("looking for faults")
     debug.add_argument(
         "--debug-faults",
@@ -510,39 +298,8 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     same = parser.add_argument_group("what is so here anyway")
     same.add_argument(*_ALWAYS, dest="always", action="store_true", help="always on")
     same.add_argument(*_ALWAYS_ONE, dest="devices", type=_one, metavar="1", help="one device is all there is")
-    watching = parser.add_argument_group("watching it")
-    watching.add_argument("--log-level", choices=["debug", "info", "warning", "error"], default="info")
-    watching.add_argument("--log-format", choices=["text", "json"], help="json: an object a line")
-    watching.add_argument(
-        "--access-log",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="a line for each HTTP request, with its tokens and times; on with --log-format json",
-    )
-    watching.add_argument("--live-text", action="store_true", help="/live and /requests/{id}/cache show prompts' text")
-    watching.add_argument("--trace-file", metavar="FILE", help="write a trace of the whole run there (ui.perfetto.dev)")
-    watching.add_argument(
-        "--prices", metavar="FILE", help="JSON or TOML: what tokens cost (currency, per, cached, prompt, output, keys)"
-    )
-    watching.add_argument(
-        "--otlp-traces-endpoint", metavar="URL", help="send OpenTelemetry spans there (pip install 'oneloop[otel]')"
-    )
-    watching.add_argument(
-        "--kv-events-config",
-        type=_json_object,
-        metavar="JSON",
-        help="publish what the KV cache gains and loses, for routers: vLLM's object (pip install 'oneloop[kv-events]')",
-    )
+    add_watching_flags(parser)
     return parser
-
-
-def _origins(given: list[str]) -> tuple[str, ...]:
-    return () if given == ["none"] else tuple(given)
-
-
-def _given(**values: object) -> dict[str, object]:
-    """Only what was set, so that the dataclasses' defaults stay the only defaults."""
-    return {name: value for name, value in values.items() if value is not None}
 
 
 def config_from(args: argparse.Namespace) -> EngineConfig:
@@ -570,35 +327,18 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
     if args.kv_cache_gb is not None:
         kv_bytes = int(args.kv_cache_gb * 1e9)
     max_num_seqs = args.max_num_seqs or SchedulerOptions().max_num_seqs
-    budget = args.max_num_batched_tokens or max(SchedulerOptions().max_num_batched_tokens, max_num_seqs)
-    if budget < max_num_seqs:
+    batched = args.max_num_batched_tokens or max(SchedulerOptions().max_num_batched_tokens, max_num_seqs)
+    if batched < max_num_seqs:
         raise StartupError(
-            f"--max-num-batched-tokens {budget} is less than --max-num-seqs {max_num_seqs}: "
+            f"--max-num-batched-tokens {batched} is less than --max-num-seqs {max_num_seqs}: "
             "a step must hold one token of every running sequence"
         )
-    if args.api_key and not all(args.api_key):
-        raise StartupError("--api-key: a key is empty")
-    admin_key = args.admin_api_key
-    if admin_key is None:
-        admin_key = os.environ.get("ONELOOP_ADMIN_API_KEY") or None
-    elif not admin_key:
-        raise StartupError("--admin-api-key: the key is empty")
-    entries: tuple[KeyEntry, ...] = ()
-    if args.key_file is not None:
-        from engine.keys import read_key_file
-
-        try:
-            entries = read_key_file(Path(args.key_file))
-        except ValueError as error:
-            raise StartupError(f"--key-file: {error}") from None
-    if args.ssl_keyfile and not args.ssl_certfile:
-        raise StartupError("--ssl-keyfile needs --ssl-certfile")
-    keys = tuple(args.api_key or ()) or tuple(filter(None, [os.environ.get("ONELOOP_API_KEY")]))
+    server = server_options(args)
     return EngineConfig(
         model=ModelOptions(
             path=path,
             served_names=tuple(args.served_model_name or ()),
-            **_given(  # type: ignore[arg-type]
+            **given(  # type: ignore[arg-type]
                 tokenizer_path=args.tokenizer,
                 revision=args.revision,
                 download_dir=args.download_dir,
@@ -620,7 +360,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             num_pages=num_pages,
             kv_cache_bytes=kv_bytes,
             memory_fraction=args.memory_fraction,
-            **_given(  # type: ignore[arg-type]
+            **given(  # type: ignore[arg-type]
                 kv_cache_dtype=args.kv_cache_dtype,
                 enable_prefix_caching=args.prefix_caching,
                 eviction_policy=args.eviction_policy,
@@ -628,15 +368,15 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         ),
         scheduler=SchedulerOptions(
             max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=budget,
+            max_num_batched_tokens=batched,
             queue_timeout_s=args.queue_timeout or None,
             request_timeout_s=args.request_timeout or None,
             ttft_slo_s=args.ttft_slo,
             max_queue_wait_s=args.max_queue_wait,
-            **_given(  # type: ignore[arg-type]
+            **given(  # type: ignore[arg-type]
                 max_queued_requests=args.max_queued_requests,
                 # Between keys that were told apart, no flood of one may make the others wait.
-                policy=args.policy or ("fair" if entries else None),
+                policy=args.policy or ("fair" if server.key_entries else None),
                 overlap=args.overlap,
             ),
         ),
@@ -645,54 +385,10 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         tiers=tiers.options_from(args),
         logprobs=logprob_options(args),
         speculation=draft_options(args),
-        stream=StreamOptions(**_given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
-        server=ServerOptions(
-            api_keys=keys,
-            admin_api_key=admin_key,
-            isolate_api_keys=args.isolate_api_keys,
-            protect_metrics=args.protect_metrics,
-            refuse_max_tokens=args.refuse_max_tokens,
-            key_entries=entries,
-            key_usage_path=f"{args.key_file}.usage" if args.key_file else None,
-            weights_root=args.weights_root,
-            handover=args.handover,
-            resume_journal=args.resume_journal,
-            ssl_certfile=args.ssl_certfile,
-            ssl_keyfile=args.ssl_keyfile,
-            live_text=args.live_text,
-            trace_file=args.trace_file,
-            access_log=args.log_format == "json" if args.access_log is None else args.access_log,
-            prices=args.prices,
-            otlp_traces_endpoint=args.otlp_traces_endpoint,
-            kv_events=args.kv_events_config,
-            web=args.web,
-            **_given(  # type: ignore[arg-type]
-                weight_update_timeout_s=args.weight_update_timeout,
-                write_timeout_s=args.write_timeout,
-                header_timeout_s=args.header_timeout,
-                max_host_memory=args.max_host_memory,
-                max_connections_per_address=args.max_connections_per_address,
-                host=args.host,
-                log_format=args.log_format,
-                allowed_origins=None if args.allowed_origins is None else _origins(args.allowed_origins),
-                port=args.port,
-                max_body_bytes=args.max_body_bytes,
-                drain_timeout_s=args.drain_timeout,
-                keep_alive_interval_s=args.sse_keep_alive_interval,
-                metrics_prefix=args.metrics_prefix,
-                stall_timeout_s=args.stall_timeout,
-                stall_action=args.stall_action,
-                root_path=args.root_path,
-                tool_call_parser=args.tool_call_parser,
-                reasoning_parser=args.reasoning_parser,
-                response_store_size=args.response_store_size,
-                response_store_bytes=args.response_store_bytes,
-                default_chat_template_kwargs=args.default_chat_template_kwargs,
-                reasoning_budget=None if args.reasoning_budget == -1 else args.reasoning_budget,
-            ),
-        ),
+        stream=StreamOptions(**given(flush_interval_ms=args.flush_interval_ms)),  # type: ignore[arg-type]
+        server=server,
         cuda=CudaOptions(
-            **_given(  # type: ignore[arg-type]
+            **given(  # type: ignore[arg-type]
                 cuda_graph=args.cuda_graph,
                 kernels=args.kernels,
                 profile_dir=args.profile_dir,
@@ -703,7 +399,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
         deterministic=args.deterministic,
         debug_faults=args.debug_faults,
         check_invariants=args.check_invariants,
-        **_given(  # type: ignore[arg-type]
+        **given(  # type: ignore[arg-type]
             device=args.device, tensor_parallel_size=args.tensor_parallel_size, expert_parallel=args.expert_parallel
         ),
     )

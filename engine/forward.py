@@ -273,7 +273,8 @@ class ForwardInput:
     the tokens are those of decoding, whatever was drafted. A sequence that speculates has no other kind of row while
     a speculating row of it is in flight; where its rows end, the executor's count of its tokens does, too.
     speculations: of the slots in sampling_slot that speculate.
-    adapter_loads: (index, weights) of adapters that take an index before the step; whoever had it is gone.
+    adapter_loads: (index, weights) of adapters that take an index before the step; whoever had it is gone. None for
+    weights: the index is nobody's until another takes it.
     extras: of the slots in sampling_slot that have any; a slot there without an entry here has none any more.
     masks: of the rows that a grammar constrains, None where there are none; not filled in yet at submit.
     pooled: the rows that ask for a vector, in their order.

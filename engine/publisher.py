@@ -356,7 +356,9 @@ class Publisher:
         sequence, now = listener.sequence, self._clock.now()
         listener.stream.finished_at, listener.stream.admitted_at = now, sequence.admitted_at
         if self.recorder is not None:
-            self.recorder.finished(sequence.request.request_id, reason.value)
+            request_id, num_output = sequence.request.request_id, sequence.num_tokens - sequence.num_prompt_tokens
+            self.recorder.event(request_id, "tokens", num_output)
+            self.recorder.finished(request_id, reason.value)
         first = listener.stream.first_token_at
         self._metrics.on_finished(
             reason,

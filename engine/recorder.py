@@ -18,10 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 if TYPE_CHECKING:
+    from engine.executor.base import StepHandle
     from engine.scheduling.batch import Batch
 
 now = time.monotonic
-_make = tuple.__new__
+# A step as the loop leaves it, a tuple in a tuple: a Step is made of it (`read_step`) when somebody reads it.
+Recorded = tuple[Any, ...]
 
 # Steps that a page gets to see; and how many are recorded between two looks at them: a device that does 40,000 steps a
 # second shall not be slowed down for a picture of 200.
@@ -47,7 +49,7 @@ class Step(NamedTuple):
     """One step: when each stage began or ended (seconds), its rows by kind, and who stood where as it was launched.
 
     device_began, device_ended: by the device's own thread where it tells, else as the host saw it (is_seen: it told).
-    first: requests whose first token it brought. ended: requests that ended with it.
+    first: requests whose first token it brought. ended: requests that ended with it, or since the one before.
     """
 
     number: int
@@ -74,8 +76,28 @@ class Step(NamedTuple):
     ended: tuple[str, ...]
 
 
+def read_step(recorded: Recorded) -> Step:
+    """What `Recorder.published` has put together."""
+    opened, decode, rows, tokens, waited, arrived, committed, published, device_began, ended, last, *others = recorded
+    failed, first, gone = others
+    number, began, scheduled, launched, running, waiting, chunks = opened
+    is_told = ended > 0.0
+    if not is_told:
+        ended = arrived
+    if not device_began:
+        # It works at one step after another.
+        device_began = max(launched, last)
+    forced = sum(chunk.kind == "forced" for chunk in chunks)
+    pooled = sum(chunk.kind == "pooling" for chunk in chunks)
+    return Step(
+        number, began, scheduled, launched, waited, arrived, committed, published, device_began, ended, is_told, decode,
+        rows - decode - forced - pooled, forced, pooled, tokens, running, waiting, failed, chunks, first, gone,
+    )  # fmt: skip
+
+
 class Event(NamedTuple):
-    """Of a sequence. kind: queued, admitted, chunk, first_token, retracted, finished. value: tokens, or why."""
+    """Of a sequence. kind: queued, admitted, prefill, forced or pooling (a chunk), first_token, retracted, tokens (that
+    it has written), finished. value: tokens, or why."""
 
     at: float
     kind: str
@@ -97,7 +119,7 @@ class Tracer:
     """Everything from its making on, in deques that forget the oldest. Drained by whoever made it."""
 
     def __init__(self, most: int = MAX_TRACED) -> None:
-        self.steps: deque[Step] = deque(maxlen=most)
+        self.steps: deque[Recorded] = deque(maxlen=most)
         self.events: deque[tuple[str, Event]] = deque(maxlen=most)
         self.stretches: deque[Stretch] = deque(maxlen=most)
         self.began = now()
@@ -135,28 +157,27 @@ class stretch:
 class Recorder:
     """See the module. `watch` and `unwatch` come in pairs, and so do `start` and `stop` of a Tracer.
 
-    stages: what the loop calls at each stage of a step, None where no step is to be recorded.
+    stages: what the loop tells of each stage of a step, None where no step is to be recorded. began, scheduled, waited,
+    arrived, committed (when each began or ended) and failed are its to write: a call costs more than what it times.
     on_watched: called with the recorder when the first looks, with None when the last has gone.
     """
 
     def __init__(self, on_watched: Callable[[Recorder | None], None]) -> None:
         self.stages: Recorder | None = None
-        self.steps: deque[Step] = deque(maxlen=MAX_STEPS)
+        self.began = self.scheduled = self.waited = self.arrived = self.committed = 0.0
+        self.failed = False
         self.timelines: OrderedDict[str, list[Event]] = OrderedDict()
         self.first_tokens: deque[float] = deque(maxlen=MAX_LATENCIES)
+        self._steps: deque[Recorded] = deque(maxlen=MAX_STEPS)
         self._gaps: deque[npt.NDArray[np.float64]] = deque(maxlen=MAX_STEPS)
         self._on_watched = on_watched
         self._num_watching = 0
         self._left = 0
         self._tracers: list[Tracer] = []
-        self._open: dict[int, list[Any]] = {}
         self._chunks: list[Chunk] = []
         self._first: list[str] = []
         self._ended: list[str] = []
-        self._device_ended = 0.0
-        self._began = self._scheduled = self._waited = self._arrived = self._committed = 0.0
-        self._device = (0.0, 0.0)
-        self._failed = False
+        self._last_ended = 0.0
 
     # ---- who looks
 
@@ -176,11 +197,16 @@ class Recorder:
         if not self._num_watching:
             self._on_watched(None)
             self.stages = None
-            self.steps.clear()
+            self._left = 0
+            self._steps.clear()
             self.timelines.clear()
             self.first_tokens.clear()
             self._gaps.clear()
-            self._open.clear()
+
+    @property
+    def steps(self) -> list[Step]:
+        """The last ones that `look` asked for."""
+        return [read_step(one) for one in self._steps]
 
     def look(self, num_steps: int = STEPS_PER_LOOK) -> None:
         """Record the next steps, as many as that."""
@@ -202,89 +228,43 @@ class Recorder:
     def _begin(self) -> None:
         if self.stages is None:
             self.stages = self
-            self._open.clear()
             self._chunks.clear()
             self._first.clear()
             self._ended.clear()
 
     # ---- the loop's stages, in their order
 
-    def schedule_begins(self) -> None:
-        self._chunks.clear()
-        self._began = now()
-
-    def launch_begins(self) -> None:
-        self._scheduled = now()
-
     def launched(self, batch: Batch, running: int, waiting: int) -> None:
         """A step is on its way."""
-        forward = batch.forward_input
-        decode, forced, pooled = forward.num_decode_rows + forward.num_speculating_rows, 0, 0
-        for chunk in self._chunks:
-            forced += chunk.kind == "forced"
-            pooled += chunk.kind == "pooling"
-        if len(self._open) > 4:  # of steps whose end was not seen
-            self._open.clear()
-        self._open[forward.step] = [
-            self._began,
-            self._scheduled,
-            now(),
-            decode,
-            forward.num_rows - decode - forced - pooled,
-            forced,
-            pooled,
-            forward.num_tokens,
-            running,
-            waiting,
-            tuple(self._chunks) if self._chunks else (),
-        ]
+        chunks = self._chunks
+        batch.recorded = (
+            batch.forward_input.step, self.began, self.scheduled, now(), running, waiting,
+            tuple(chunks) if chunks else (),
+        )  # fmt: skip
+        if chunks:
+            chunks.clear()
 
-    def wait_begins(self) -> None:
-        self._waited = now()
-
-    def wait_ends(self, handle: object, failed: bool = False) -> None:
-        """handle: a StepHandle, which may say when the device worked at it."""
-        self._arrived = now()
-        self._device = getattr(handle, "began_at", 0.0), getattr(handle, "ended_at", 0.0)
-        self._failed = failed
+    def published(self, batch: Batch, handle: StepHandle) -> None:
+        """The last stage of a step; one whose launch nobody saw is left out."""
+        ended, last, opened, forward = handle.ended_at, self._last_ended, batch.recorded, batch.forward_input
+        self._last_ended = ended or self.arrived
+        if opened is not None and opened[0] == forward.step:
+            step = (
+                opened, forward.num_decode_rows + forward.num_speculating_rows, forward.num_rows, forward.num_tokens,
+                self.waited, self.arrived, self.committed, now(), handle.began_at, ended, last, self.failed,
+                tuple(self._first) if self._first else (), tuple(self._ended) if self._ended else (),
+            )  # fmt: skip
+            for tracer in self._tracers:
+                tracer.steps.append(step)
+            if self._left:
+                self._steps.append(step)
+                self._left -= 1
+            if not self._left and not self._tracers:
+                self.stages = None
+        self.failed = False
         if self._first or self._ended:
             self._first.clear()
             self._ended.clear()
-
-    def committed(self) -> None:
-        self._committed = now()
-
-    def published(self, number: int) -> None:
-        """The last stage of a step; one whose launch nobody saw is left out."""
-        opened = self._open.pop(number, None)
-        began, ended = self._device
-        is_told = ended > 0.0
-        if not is_told:
-            ended = self._arrived
-        last, self._device_ended = self._device_ended, ended
-        if opened is None:
-            return
-        if not began:
-            launched_at = opened[2]
-            began = launched_at if launched_at > last else last
-        schedule_began, scheduled, launched, decode, prefill, forced, pooled, tokens, running, waiting, chunks = opened
-        # Not by its name: a third of the time.
-        step = _make(
-            Step,
-            (
-                number, schedule_began, scheduled, launched, self._waited, self._arrived, self._committed, now(), began,
-                ended, is_told, decode, prefill, forced, pooled, tokens, running, waiting, self._failed, chunks,
-                tuple(self._first) if self._first else (), tuple(self._ended) if self._ended else (),
-            ),
-        )  # fmt: skip
-        self.steps.append(step)
-        if self._tracers:
-            for tracer in self._tracers:
-                tracer.steps.append(step)
-            return
-        self._left -= 1
-        if self._left <= 0:
-            self.stages = None
 
     # ---- sequences; called while somebody looks
 
@@ -307,8 +287,9 @@ class Recorder:
         self._event(request_id, Event(now(), "finished", reason))
 
     def gaps(self, seconds: npt.NDArray[np.float64]) -> None:
-        """Between a row's last two tokens, for the rows of a step."""
-        self._gaps.append(seconds.copy())
+        """Between a row's last two tokens, for the rows of a step; a trace has no use for them."""
+        if self._left:
+            self._gaps.append(seconds.copy())
 
     def inter_token(self) -> npt.NDArray[np.float64]:
         """Seconds, of the last MAX_STEPS steps that were recorded."""

@@ -14,8 +14,9 @@ import logging
 import random
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 from aiohttp import web
@@ -38,6 +39,7 @@ from server.state import CALLER, USAGE, Caller, State
 logger = logging.getLogger("oneloop.server")
 
 Json = dict[str, Any]
+T = TypeVar("T")
 
 
 class Job:
@@ -193,9 +195,12 @@ class Jobs:
     def __init__(self, max_entries: int, max_bytes: int, journal: Journal | None = None) -> None:
         self._max_entries, self._max_bytes = max_entries, max_bytes
         self._journal = journal
+        # The journal's calls, one after the other: what is begun is written before its end is.
+        self._thread = ThreadPoolExecutor(1, "journal") if journal is not None else None
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()
         self._watching: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
+        self._looks: set[asyncio.Task[None]] = set()
         self._hands_over = False
         # At each look another one.
         self._looked = asyncio.Event()
@@ -224,6 +229,23 @@ class Jobs:
         if self._watching is not None:
             self._watching.cancel()
             await asyncio.wait({self._watching})
+        if self._looks:
+            await asyncio.wait(self._looks)
+        if self._thread is not None:
+            # What has ended is written down.
+            await asyncio.to_thread(self._thread.shutdown)
+            self._thread = None
+
+    async def _ask(self, call: Callable[..., T], *arguments: Any) -> T:
+        """A call of the journal, in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
+
+    def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
+        """One that nobody waits for."""
+        if self._thread is None:
+            call(*arguments)
+        else:
+            self._thread.submit(call, *arguments).add_done_callback(_report)
 
     async def _watch(self, state: State, journal: Journal) -> None:
         """As long as another process writes the journal: that one hands over to this one."""
@@ -232,8 +254,15 @@ class Jobs:
             await self._look(state, journal)
 
     async def _look(self, state: State, journal: Journal) -> None:
+        # Whoever asked may go: what was read is read once.
+        look = asyncio.create_task(self._look_now(state, journal))
+        self._looks.add(look)
+        look.add_done_callback(self._looks.discard)
+        await asyncio.shield(look)
+
+    async def _look_now(self, state: State, journal: Journal) -> None:
         async with self._looking:
-            news = journal.look()
+            news = await self._ask(journal.look)
             for owner, name in news.forgotten:
                 state.responses.delete(owner, name)
                 self._ended_elsewhere.pop((owner, name), None)
@@ -249,16 +278,16 @@ class Jobs:
 
     async def _take_up(self, state: State, journal: Journal) -> None:
         """What nobody computes."""
-        for begun in journal.begun:
+        for begun in await self._ask(lambda: journal.begun):
             # What this process leaves to the next one is not its own again.
-            if not (state.engine.draining or self._hands_over) and journal.claim(begun):
+            if not (state.engine.draining or self._hands_over) and await self._ask(journal.claim, begun):
                 try:
                     await self._compute_again(state, begun)
                 except RequestError as error:
                     if error.status in (429, 503):
-                        journal.leave(begun.id)  # not now
+                        self._tell(journal.leave, begun.id)  # not now
                     else:
-                        journal.end(begun.owner, begun.id)
+                        self._tell(journal.end, begun.owner, begun.id)
                     logger.error("response %s of the journal cannot be taken up again: %s", begun.id, error)
 
     async def _compute_again(self, state: State, begun: Begun) -> None:
@@ -283,9 +312,11 @@ class Jobs:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(state.options.drain_timeout_s + _LOOK_S * 50):
                 await self._look(state, journal)
-                while journal.elsewhere(owner, response_id):
-                    await self._looked.wait()
-                return
+                while True:
+                    looked = self._looked  # it may be looked while it is asked for
+                    if not await self._ask(journal.elsewhere, owner, response_id):
+                        return
+                    await looked.wait()
         raise UnavailableError("This response is another process's still; ask again.")
 
     async def events_of(self, state: State, response_id: str) -> Job | None:
@@ -301,7 +332,7 @@ class Jobs:
     async def hand_over(self) -> None:
         """Another process takes over: it goes on with what nobody follows here. Until it is cancelled."""
         try:
-            while self._journal is not None and self._journal.has_heirs():
+            while self._journal is not None and await self._ask(self._journal.has_heirs):
                 self._hands_over = True
                 for job in self._jobs.values():
                     if not (job.is_done or job.is_left or job.is_cancelled or job.num_followers):
@@ -321,7 +352,11 @@ class Jobs:
         if journal is not None:
             job.is_lasting = True
             if created is None:
-                journal.begin(Begun(response_id, owner, body.values, plan.created))
+                try:
+                    await self._ask(journal.begin, Begun(response_id, owner, body.values, plan.created))
+                except asyncio.CancelledError:
+                    self._tell(journal.end, owner, response_id)  # it never began
+                    raise
             job.on_end = partial(self._on_end, state, owner, job)
         self.add(owner, job)
         try:
@@ -334,13 +369,14 @@ class Jobs:
     def _on_end(self, state: State, owner: str, job: Job) -> None:
         assert self._journal is not None
         if job.was_cut_short:
-            self._journal.leave(job.plan.id)
+            self._tell(self._journal.leave, job.plan.id)
             return
         stored = state.responses.get(owner, job.plan.id)
         if stored is None:
-            self._journal.end(owner, job.plan.id)
+            self._tell(self._journal.end, owner, job.plan.id)
         else:
-            self._journal.end(owner, job.plan.id, orjson.Fragment(stored.response), orjson.Fragment(stored.input))
+            parts = orjson.Fragment(stored.response), orjson.Fragment(stored.input)
+            self._tell(self._journal.end, owner, job.plan.id, *parts)
 
     def add(self, owner: str, job: Job) -> None:
         self._jobs[owner, job.plan.id] = job
@@ -356,7 +392,7 @@ class Jobs:
         """It was deleted by its owner."""
         self.delete(owner, response_id)
         if self._journal is not None:
-            self._journal.end(owner, response_id)
+            self._tell(self._journal.end, owner, response_id)
 
     def clear(self) -> None:
         """Forget those that have ended."""
@@ -370,6 +406,11 @@ class Jobs:
             if len(self._jobs) <= self._max_entries and size <= self._max_bytes:
                 return
             size -= self._jobs.pop(name).num_bytes
+
+
+def _report(done: Future[None]) -> None:
+    if (error := done.exception()) is not None:
+        logger.error("the journal failed", exc_info=error)
 
 
 # Between two looks at what another process writes.

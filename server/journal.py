@@ -7,7 +7,10 @@ on a device that computes the same bits; a client that comes back goes on behind
 Two processes write one journal while one hands over to the other. Each line says by whom it is; what is begun by one
 that lives (it holds a lock on a file beside the journal) is its own, until it leaves it to others.
 
-Written without a buffer, so that a killed process loses nothing that the operating system keeps. Loop thread.
+Written without a buffer, so that a killed process loses nothing that the operating system keeps. What no longer counts
+is taken out as the file grows: a new file is made beside it and put in its place.
+
+Calls may wait for another process's lock and for the disk: one thread, not the loop's (background.py).
 """
 
 from __future__ import annotations
@@ -75,6 +78,8 @@ class Journal:
         # Of all processes, by id; and the file's number with how many bytes of it are read.
         self._begun: dict[str, Begun] = {}
         self._read_to = (0, 0)
+        # How long the file may become.
+        self._most_bytes = _LEAST_BYTES
         self.has_company = False
         try:
             self._live()
@@ -101,6 +106,7 @@ class Journal:
         try:
             with self._locked():
                 self._append(_begun_line(one, self._name))
+                self._make_short()
         except OSError as error:
             logger.error("the journal cannot be written: %s", error.strerror)
             raise UnavailableError("The server cannot keep background responses at the moment.") from None
@@ -269,29 +275,80 @@ class Journal:
             news.ended[entry["ended"]] = Ended(entry["owner"], dict(entry["response"]), list(entry["items"]), begun)
 
     def _rewrite(self, ended: list[Ended]) -> None:
-        """A new file in the place of the old one, of what counts yet. Locked, as the old one is."""
+        """What counts yet alone. Locked."""
+        with self._new_file():
+            for one in self._begun.values():
+                self._append(_begun_line(one, one.by))
+            for other in ended:
+                self._append(_ended_line(other.owner, other.response["id"], other.response, other.items, ""))
+
+    @contextlib.contextmanager
+    def _new_file(self) -> Iterator[int]:
+        """What the block appends is in the place of the old file, whose number it gets; both are locked. Where that
+        fails, the old one stays, as it does where the process ends meanwhile. Raises OSError."""
         partial = self._path.with_name(self._path.name + ".partial")
         old = self._file
         self._file = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX)
-            for one in self._begun.values():
-                self._append(_begun_line(one, one.by))
-            for other in ended:
-                self._append(_ended_line(other.owner, other.response["id"], other.response, other.items, ""))
+            yield old
+            # Else a power cut might leave the new name without its bytes.
+            os.fsync(self._file)
             os.replace(partial, self._path)
-        except OSError:
+        except BaseException:
             os.close(self._file)
             self._file = old
             raise
         os.close(old)
         at = os.fstat(self._file)
         self._read_to = at.st_ino, at.st_size
+        self._most_bytes = max(_LEAST_BYTES, 2 * at.st_size)
+
+    def _make_short(self) -> None:
+        """Where the file has become long, and no other process writes it. Locked; what has been written stands."""
+        size = os.fstat(self._file).st_size
+        if size <= self._most_bytes or self.has_company or self._others():
+            return
+        try:
+            self._read()
+            kept = self._that_count()
+            with self._new_file() as old:
+                for start, length in kept:
+                    self._write(os.pread(old, length, start))
+        except OSError as error:
+            self._most_bytes = 2 * size  # not at each line again
+            logger.error("the journal cannot be made shorter: %s", error.strerror)
+
+    def _that_count(self) -> list[tuple[int, int]]:
+        """Starts and lengths of the lines that count yet; one of them at a time is in memory."""
+        begun: dict[str, tuple[str, list[tuple[int, int]]]] = {}
+        ended: dict[str, tuple[int, int]] = {}
+        end = 0
+        with open(os.dup(self._file), "rb") as file:
+            file.seek(0)
+            for line in file:
+                place, end = (end, len(line)), end + len(line)
+                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
+                    entry = orjson.loads(line)
+                    by = str(entry.get("by", ""))
+                    if "begun" in entry:
+                        begun[entry["begun"]] = by, [place]
+                    elif "left" in entry:
+                        if (one := begun.get(entry["left"])) is not None and one[0] == by:
+                            begun[entry["left"]] = "", [*one[1], place]
+                    else:
+                        begun.pop(entry["ended"], None)
+                        ended.pop(entry["ended"], None)
+                        if entry["response"] is not None:
+                            ended[entry["ended"]] = place
+        kept = list(ended.values())[-self._most_ended :] if self._most_ended else []
+        return [place for _, places in begun.values() for place in places] + kept
 
     def _try(self, line: dict[str, Any]) -> None:
         try:
             with self._locked():
                 self._append(line)
+                self._make_short()
         except OSError as error:
             # It would be computed again, which is no harm.
             logger.error("the journal cannot be written: %s", error.strerror)
@@ -300,11 +357,18 @@ class Journal:
         data, size = orjson.dumps(line) + b"\n", os.fstat(self._file).st_size
         if size and os.pread(self._file, 1, size - 1) != b"\n":
             data = b"\n" + data  # one that was killed amid a line
+        self._write(data)
+
+    def _write(self, data: bytes) -> None:
         written = os.write(self._file, data)
         if written < len(data):
             # A disk that is full takes a part: no line may begin amid another, and none that was refused may count.
             os.ftruncate(self._file, os.fstat(self._file).st_size - written)
             raise OSError(errno.ENOSPC, "no space is left")
+
+
+# Shorter than that the file need not be.
+_LEAST_BYTES = 1 << 20
 
 
 def _begun_line(one: Begun, by: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from engine.recorder import Event, Step, Stretch, Tracer
+from engine.recorder import Event, Step, Stretch, Tracer, read_step
 
 Json = dict[str, Any]
 
@@ -52,7 +52,7 @@ class TraceEvents:
     def take(self, tracer: Tracer) -> list[Json]:
         """The events of what it holds now, and empty it."""
         # A step's events are there before it is.
-        steps = list(_drain(tracer.steps))
+        steps = [read_step(one) for one in _drain(tracer.steps)]
         events: list[Json] = []
         ended = []
         for request_id, event in _drain(tracer.events):

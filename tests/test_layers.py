@@ -100,8 +100,10 @@ ALLOWED = {
     "engine.draft_flags": set(),
     "engine.flags": {
         *("engine.draft_flags", "engine.logprob_flags", "engine.lora.flags", "engine.tiers.flags"),
-        "engine.transfer.flags",
+        *("engine.transfer.flags", "engine.server_flags", "engine.flag_types"),
     },
+    "engine.server_flags": {"engine.flag_types"},
+    "engine.flag_types": set(),
     "engine.logprob_flags": set(),
     "engine.watchdog": set(),
     "engine.report": set(),
@@ -248,6 +250,32 @@ def test_package_inits_are_empty() -> None:
 def test_thinking_wing_and_server_run_without_torch(statement: str) -> None:
     code = f"{statement}\nimport sys\nassert 'torch' not in sys.modules, 'torch was imported'"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+# Packages that a start may import beside torch (which is more than half of a start's imports) and what torch imports.
+# What a flag or a route needs of others is imported when it is asked for. Modules: 254 of these when this was written.
+START_PACKAGES = {
+    *("aiohappyeyeballs", "aiohttp", "aiosignal", "attr", "frozenlist", "idna", "jinja2", "llguidance", "markupsafe"),
+    *("multidict", "numpy", "orjson", "prometheus_client", "propcache", "tokenizers", "uvloop", "yarl"),
+    *("_distutils_hack", "attrs", "typing_extensions"),
+}
+MOST_START_MODULES = 300
+
+
+def test_start_keeps_its_import_budget() -> None:
+    code = (
+        "import sys, sysconfig\nbefore = set(sys.modules)\n"
+        "import engine.flags, engine.build, engine.report, server.app, uvloop\n"
+        "packages = sysconfig.get_path('purelib'), sysconfig.get_path('platlib')\n"
+        "for name, module in list(sys.modules.items()):\n"
+        "    if name not in before and (getattr(module, '__file__', None) or '').startswith(packages):\n"
+        "        print(name)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    names = done.stdout.split()
+    assert "aiohttp" in names, "nothing was seen"
+    assert {name.partition(".")[0] for name in names} <= START_PACKAGES
+    assert len(names) <= MOST_START_MODULES
 
 
 def test_help_imports_neither_torch_nor_numpy() -> None:

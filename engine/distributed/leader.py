@@ -184,7 +184,7 @@ class RankedModel:
         self._leader = leader
         self.config = own.config
         self.attention_spec = own.attention_spec
-        self.linears = own.linears
+        self.linears, self.mixtures = own.linears, own.mixtures
 
     def forward(
         self, token_ids: Tensor, positions: Tensor, attention: AttentionBackend, types: Tensor | None = None

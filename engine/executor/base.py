@@ -14,9 +14,14 @@ from engine.lora.words import AdapterWeights
 
 
 class StepHandle(Protocol):
-    """A launched step. `step` is the number of its ForwardInput."""
+    """A launched step. `step` is the number of its ForwardInput.
+
+    began_at, ended_at: when the device worked at it (time.monotonic), known once it is done; 0 where it does not tell.
+    """
 
     step: int
+    began_at: float
+    ended_at: float
 
 
 class PageMemory(Protocol):

@@ -322,7 +322,7 @@ class CPUExecutor:
         self._tables.apply(step)
         if self._adapted is not None:
             for index, weights in step.adapter_loads:
-                self._adapted.put(index, weights.branches)
+                self._adapted.put(index, {} if weights is None else weights.branches)
         extras = self._extras
         if step.num_sampling_diffs:
             extras.apply(step)

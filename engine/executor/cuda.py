@@ -116,6 +116,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
                 # What it says of slots and adapters is said once, and later steps rest on it.
                 if not laid_out:
                     self._tables.apply(given)
+                    self._note_filters(given)
                 if self._adapters is not None:
                     self._adapters.expect(given)
         if handle.draw is not None:
@@ -265,6 +266,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
 
     def _launch(self, forward_input: ForwardInput, side: Side, handle: CudaHandle) -> None:
         self._tables.apply(forward_input)
+        self._note_filters(forward_input)
         if (states := self._states) is not None:
             # Before all that may fail, and whatever becomes of the step: the cache counts on what it has saved.
             with self.layer.on(self._compute):
@@ -274,7 +276,6 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         if self._adapters is not None:
             with self.layer.on(self._compute):
                 self._adapters.load(forward_input, handle)
-        self._note_filters(forward_input)
         rows = forward_input.num_rows
         slots = side.staging.row_slot[:rows]
         draw = "filtered" if self._filters[slots].any() else "plain"

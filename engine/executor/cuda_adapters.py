@@ -124,7 +124,10 @@ class DeviceAdapters:
     def expect(self, forward_input: ForwardInput) -> None:
         """The step's new adapters, to be brought by it or, where it fails before that, by the next one."""
         for index, weights in forward_input.adapter_loads:
-            if self._held.get(index) is not weights:
+            if weights is None:
+                self._held.pop(index, None)
+                self._pending.pop(index, None)
+            elif self._held.get(index) is not weights:
                 self._held[index] = self._pending[index] = weights
 
     def _upload(self, index: int, weights: PinnedWeights) -> None:

@@ -63,6 +63,8 @@ class CudaHandle:
     step: int
     num_rows: int
     side: Side
+    began_at: float = 0.0
+    ended_at: float = 0.0
     error: Exception | None = None
     waited: bool = False
     given: ForwardInput | None = None

@@ -13,7 +13,7 @@ from engine.executor.cuda_attention import choose_attention
 from engine.executor.cuda_buffers import Side
 from engine.executor.cuda_decode import DecodeSteps
 from engine.executor.cuda_graph import GraphKey
-from engine.executor.cuda_products import COUNTS, choose_codes, choose_products, choose_tiles
+from engine.executor.cuda_products import COUNTS, choose_codes, choose_experts, choose_products, choose_tiles
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DecodePlan
 
@@ -77,8 +77,10 @@ class Captures(DecodeSteps):
             found = choose_products(self.model.linears, self.layer)
             tiles = choose_tiles(self.model.linears, self.limits.max_num_batched_tokens, self.layer)
             codes = choose_codes(self.model.linears, self.limits.max_num_batched_tokens, self.layer)
+            codes += choose_experts(self.model.mixtures, self.limits.max_num_batched_tokens, self.layer)
             self.layer.synchronize_all()
         self._faster = [(linear.kind, linear.ways) for linear in self.model.linears]
+        self._faster_mixtures = [(mixture.shape, mixture.ways) for mixture in self.model.mixtures]
         if (found[0] or codes) and not self.model.config.headless:
             for rows in COUNTS:  # a norm or a residual that they take along makes them other kernels
                 self.decode_once(min(rows, self.limits.max_num_seqs))
@@ -91,6 +93,9 @@ class Captures(DecodeSteps):
         for linear, (kind, ways) in zip(model.linears, self._faster, strict=False):
             if linear.kind == kind:
                 linear.ways = ways
+        for mixture, (shape, found) in zip(model.mixtures, self._faster_mixtures, strict=False):
+            if mixture.shape == shape:
+                mixture.ways = found
         return model
 
     def decode_once(self, rows: int = 1) -> None:

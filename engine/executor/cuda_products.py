@@ -20,12 +20,13 @@ from torch import Tensor
 from engine.executor.cuda_device import DeviceLayer
 from engine.ops import device_coded
 from engine.ops.device_coded import DeviceCodedLinear
+from engine.ops.experts import CODED_MANY, CODED_ROWS, CODED_TILES, CodedTile, Mixture, coded_rows
 from engine.ops.gated import LEAST_ROWS, TILES, Tile
 from engine.ops.linear import Linear
 from engine.ops.skinny import BLOCKS, Blocks
 
 logger = logging.getLogger("oneloop.cuda")
-W = TypeVar("W", Blocks, Tile, device_coded.Tile)
+W = TypeVar("W", Blocks, Tile, device_coded.Tile, bool)
 L = TypeVar("L", bound=Linear)
 
 # Weights of one shape are read in turn, at least so many bytes of them, or they would come from the L2 cache.
@@ -37,6 +38,10 @@ COUNTS = (1, 2, 4)
 MANY_ROWS = 2048
 # At which codes that become numbers in registers are timed beside those that become numbers first.
 WIDENED = (32, 64, 128, 256, 512)
+# At which products with inputs of float8 are timed beside the others, where the checkpoint is for them: of prompts.
+FLOAT8_ROWS = (64, 128, 256, 512, 1024, 2048)
+# As WIDENED, by pairs of an expert, on average.
+PAIRS_WIDENED = (8, 16, 32, 64, 128, 256)
 
 
 def choose_products(linears: Iterable[Linear], layer: DeviceLayer) -> tuple[int, int]:
@@ -87,7 +92,7 @@ def choose_codes(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) 
     Like choose_products. Steps have up to most_rows rows.
     """
     kept = [linear for linear in linears if isinstance(linear, DeviceCodedLinear)]
-    groups = _grouped(kept, lambda linear: (linear.codes.form, *_shape(linear)))
+    groups = _grouped(kept, lambda linear: (linear.codes.form, linear.has_float8_inputs, *_shape(linear)))
     for group in groups:
         sample = _sample(group)
         tiles: dict[int, device_coded.Tile] = {}
@@ -110,7 +115,82 @@ def choose_codes(linears: Iterable[Linear], most_rows: int, layer: DeviceLayer) 
         for linear in group:
             linear.tiles.update(tiles)
             linear.widen_from = widen_from
+        if sample[0].has_float8_inputs:
+            found = _float8_from(sample, most_rows, layer)
+            for linear in group:
+                linear.float8_from = found
     return len(groups)
+
+
+def _float8_from(sample: list[DeviceCodedLinear], most_rows: int, layer: DeviceLayer) -> int | None:
+    """The fewest rows of FLOAT8_ROWS of which the product with float8 inputs is clearly quicker; None: never."""
+    for rows in FLOAT8_ROWS:
+        if rows > most_rows:
+            return None
+        x = _input(sample, rows, layer)
+        ways: dict[bool | None, Callable[[], None]] = {
+            None: partial(_by_wide, sample, x),
+            True: partial(_by_float8, sample, x),
+        }
+        if _best(ways, rows, layer):
+            return rows
+    return None
+
+
+def choose_experts(mixtures: Iterable[Mixture], most_rows: int, layer: DeviceLayer) -> int:
+    """Fill in `ways` of mixtures of experts whose matrices are codes. Returns how many shapes there are.
+
+    Like choose_codes, by tokens that give an expert so many pairs on average.
+    """
+    groups = _grouped((each for each in mixtures if each.forms), lambda mixture: mixture.shape)
+    for group in groups:
+        first = group[0]
+        sample = group[: max(1, -(-BYTES_READ // first.num_bytes))]
+
+        def tokens_of(pairs: int, first: Mixture = first) -> int:
+            return min(max(1, pairs * first.count // first.chosen), most_rows)
+
+        tiles: dict[int, CodedTile] = {}
+        for rows, pairs in zip(CODED_ROWS, (1, CODED_MANY), strict=True):
+            tokens = tokens_of(pairs)
+            x, logits = _routed(first, tokens, layer)
+            tile = _best(
+                {tile: partial(_mixed, sample, x, logits, (rows, tile)) for tile in CODED_TILES}, tokens, layer
+            )
+            if tile is not None:
+                tiles[rows] = tile
+        # Where no tile could be built, always numbers first.
+        widen_from = most_rows * first.chosen + 1 if len(tiles) == len(CODED_ROWS) else 0
+        for pairs in PAIRS_WIDENED if widen_from else ():
+            tokens = tokens_of(pairs)
+            rows = coded_rows(tokens * first.chosen, first.count)
+            x, logits = _routed(first, tokens, layer)
+            ways: dict[CodedTile | None, Callable[[], None]] = {
+                None: partial(_mixed, sample, x, logits, None),
+                tiles[rows]: partial(_mixed, sample, x, logits, (rows, tiles[rows])),
+            }
+            if _best(ways, tokens, layer) is None:
+                widen_from = tokens * first.chosen
+                break
+            if tokens == most_rows:
+                break
+        for mixture in group:
+            mixture.ways = {**mixture.tiles, **tiles}, widen_from
+    return len(groups)
+
+
+def _routed(mixture: Mixture, tokens: int, layer: DeviceLayer) -> tuple[Tensor, Tensor]:
+    """So many, which go to any experts."""
+    x = layer.zeros((tokens, mixture.hidden_size), mixture.dtype)
+    logits = layer.zeros((tokens, mixture.count), mixture.dtype)
+    layer.launch(x.normal_)
+    layer.launch(logits.normal_)
+    return x, logits
+
+
+def _mixed(sample: list[Mixture], x: Tensor, logits: Tensor, coded: tuple[int, CodedTile] | None) -> None:
+    for mixture in sample:
+        mixture.mix(x, logits, coded)
 
 
 def _by_shape(linears: Iterable[Linear]) -> list[list[Linear]]:
@@ -131,6 +211,16 @@ def _shape(linear: Linear) -> tuple[object, ...]:
 def _by_codes(sample: list[DeviceCodedLinear], x: Tensor, tile: device_coded.Tile) -> None:
     for linear in sample:
         linear.by_codes(x, tile)
+
+
+def _by_wide(sample: list[DeviceCodedLinear], x: Tensor) -> None:
+    for linear in sample:
+        linear.by_wide(x)
+
+
+def _by_float8(sample: list[DeviceCodedLinear], x: Tensor) -> None:
+    for linear in sample:
+        linear.by_float8(x)
 
 
 def _widened(sample: list[DeviceCodedLinear], x: Tensor) -> None:

@@ -79,9 +79,10 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
-    if coded := Counter(linear.codes.form for linear in model.linears if isinstance(linear, DeviceCodedLinear)):
+    if coded := coded_matrices(model):
         kinds = ", ".join(f"{count} {form}" for form, count in coded.most_common())
-        report.row("weights", f"{coded.total()} of {len(model.linears)} matrices stay codes ({kinds})")
+        matrices = len(model.linears) + sum(2 * mixture.count for mixture in model.mixtures)
+        report.row("weights", f"{coded.total()} of {matrices} matrices stay codes ({kinds})")
     if given.spec.bidirectional:
         if config.cache.kv_cache_dtype != "auto":
             raise StartupError(f"--kv-cache-dtype {config.cache.kv_cache_dtype}: this model keeps no keys and values")
@@ -106,6 +107,24 @@ def start(given: Start) -> CUDAExecutor:
             speculation=config.speculation,
             max_lora_rank=config.lora.max_lora_rank,
         )
+
+
+def coded_matrices(model: CausalLM) -> Counter[str]:
+    """How many stay codes, by form; every expert has two."""
+    found = Counter(linear.codes.form for linear in model.linears if isinstance(linear, DeviceCodedLinear))
+    for mixture in model.mixtures:
+        for form in mixture.forms:
+            found[form] += mixture.count
+    return found
+
+
+def report_float8(model: CausalLM, row: Callable[[str, str], None]) -> None:
+    """Where inputs of layers are rounded, once a clock has said from how many rows on."""
+    kept = [each for each in model.linears if isinstance(each, DeviceCodedLinear) and each.has_float8_inputs]
+    taken = [each.float8_from for each in kept if each.float8_from is not None]
+    if kept:
+        least = f", from {min(taken)} rows of a step on" if taken else ", the others were quicker"
+        row("inputs", f"rounded to float8 for {len(taken)} of {len(kept)} matrices whose checkpoint says so{least}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,6 +276,7 @@ def build_cuda_encoder(
         row("attention", attention.describe())
         with starting("a first step fails", SMALLER):
             _, gated = executor.choose_products()
+        report_float8(model, row)
         row("gate and up of prompts", f"{gated[0]} of {gated[1]} by our kernel, the others by cuBLAS, as was quicker")
     return executor
 
@@ -377,6 +397,7 @@ def build_cuda_executor(
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
         with starting("a first decode step fails", SMALLER):
             few, gated = executor.choose_products()
+        report_float8(model, row)
         quicker = "by our kernel, the others by cuBLAS, as was quicker"
         row("products of 1 to 4 rows", f"{few[0]} of {few[1]} {quicker}")
         row("gate and up of prompts", f"{gated[0]} of {gated[1]} {quicker}")

@@ -89,6 +89,7 @@ class DeviceState:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._adapters: DeviceAdapters | None = None
         self._faster: list[tuple[str, Any]] = []
+        self._faster_mixtures: list[tuple[object, Any]] = []
         # Held while memory moves, on another thread: no graph may be captured meanwhile.
         self._moving = threading.Lock()
 

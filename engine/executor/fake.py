@@ -99,6 +99,8 @@ class FakeHandle:
     forward_input: ForwardInput
     fingerprint: tuple[object, ...]
     done_at: float = 0.0
+    began_at: float = 0.0
+    ended_at: float = 0.0
     output: ForwardOutput | None = None
     error: ForwardError | None = None
 

@@ -76,7 +76,10 @@ class AdapterTables:
         staging, count = forward_input.staging, forward_input.num_sampling_diffs
         self._index[staging.sampling_slot[:count]] = staging.adapter[:count]
         for index, weights in forward_input.adapter_loads:
-            self._numbers[index] = int(weights)
+            if weights is None:
+                self._numbers.pop(index, None)
+            else:
+                self._numbers[index] = int(weights)
 
     def number_of(self, slot: int) -> int:
         """The adapter that a slot's tokens come from now, 0 for none."""

@@ -12,12 +12,13 @@ token `token` is computed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
 
 import numpy as np
+from prometheus_client.core import CounterMetricFamily, Metric
 
 from engine.config import StartupError
 from engine.executor.base import Executor, PageMemory, StepHandle
@@ -106,6 +107,13 @@ class FaultyExecutor:
         if due:
             self._due[step] = due
         return self.inner.submit(forward_input)
+
+    def families(self) -> Iterable[Metric]:
+        """For EngineMetrics."""
+        family = CounterMetricFamily("oneloop_injected_faults", "Faults by --debug-faults, by kind.", labels=["kind"])
+        for kind, count in self.num_injected.items():
+            family.add_metric([kind], count)
+        yield family
 
     def provide_masks(self, handle: StepHandle) -> None:
         """See Executor."""

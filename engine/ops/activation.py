@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ def gelu_tanh_and_mul(x: Tensor) -> Tensor:
 def gelu_and_mul(x: Tensor) -> Tensor:
     """[N, 2I] -> [N, I], with GELU itself."""
     gate, up = x.chunk(2, dim=-1)
-    return (by_rows(F.gelu, gate) * up.float()).to(x.dtype)
+    return (_activated(gate.float(), 1, F.gelu) * up.float()).to(x.dtype)
 
 
 def clamped_and_mul(x: Tensor, limit: float, alpha: float) -> Tensor:
@@ -40,6 +41,13 @@ def clamped_and_mul(x: Tensor, limit: float, alpha: float) -> Tensor:
     gate = x[:, ::2].float().clamp(max=limit)
     up = x[:, 1::2].float().clamp(-limit, limit)
     return (by_rows(lambda g: g * torch.sigmoid(alpha * g), gate) * (up + 1)).to(x.dtype)
+
+
+class Clamped(NamedTuple):
+    """`clamped_and_mul` with these."""
+
+    limit: float
+    alpha: float
 
 
 GATED_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -73,11 +81,24 @@ def relu2(x: Tensor) -> Tensor:
 
 
 def gelu(x: Tensor) -> Tensor:
-    return by_rows(F.gelu, x).to(x.dtype)
+    return _activated(x, 1, F.gelu)
 
 
 def gelu_tanh(x: Tensor) -> Tensor:
-    return by_rows(partial(F.gelu, approximate="tanh"), x).to(x.dtype)
+    return _activated(x, 2, partial(F.gelu, approximate="tanh"))
+
+
+def _activated(x: Tensor, kind: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """By our own kernel, whose number of it `kind` is, or by torch."""
+    library, code = native.library(), native.type_code(x.dtype)
+    if library is None or code is None or not x.is_cpu or x.stride(1) != 1:
+        return by_rows(function, x).to(x.dtype)
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=x.dtype)
+    library.by_work(4 * rows * width).ol_activate(
+        code, x.data_ptr(), x.stride(0), out.data_ptr(), rows, width, kind, torch.get_num_threads()
+    )
+    return out
 
 
 def xielu(x: Tensor, above: Tensor, below: Tensor) -> Tensor:

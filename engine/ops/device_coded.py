@@ -3,6 +3,11 @@
 Built at load time from a quantised checkpoint, called by the executor's thread. Products of few rows widen the codes in
 registers (triton/coded.py), where the bytes of the weight are all the work; from `widen_from` rows on, a step's numbers
 are made first and cuBLAS multiplies. Which is quicker from where is timed at start (executor/cuda_products.py).
+
+Where the checkpoint is for inputs of float8, as its weight is, products of `float8_from` rows and more round theirs:
+each row by a scale of its own, whatever the checkpoint says of fixed ones. That costs two to four hundredths of a
+layer's result. A row's rounding does not depend on the others, but whether it is rounded does on how many there are: a
+prompt in one step and the same one in small chunks, or behind a cached prefix, differ by as much.
 """
 
 from __future__ import annotations
@@ -32,6 +37,10 @@ E4M3_CAPABILITY = (8, 9)
 Tile = tuple[int, int, int]
 TILES: tuple[Tile, ...] = ((32, 4, 4), (16, 2, 5), (64, 4, 4), (64, 8, 3))
 TILE_ROWS = (16, 32, 64)
+# Products of float8 with a scale for each row: what a weight's sizes are multiples of, and from which GPU on.
+SCALED_MULTIPLE, SCALED_CAPABILITY = 16, (9, 0)
+# The largest e4m3.
+E4M3_MOST = 448.0
 # Without a clock: from so many rows on numbers are made first.
 WIDEN_FROM = 128
 
@@ -73,14 +82,30 @@ def forms_kept(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
     return FORMS if converts else tuple(form for form in FORMS if form != "e4m3")
 
 
+def has_scaled_product(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether there are products of float8 with a scale for each row, into dtype."""
+    return (
+        device.type == "cuda"
+        and dtype == torch.bfloat16
+        and torch.cuda.get_device_capability(device) >= SCALED_CAPABILITY
+    )
+
+
+def rounded_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """[T, K] -> e4m3 [T, K] and scales float32 [T, 1]: the largest of a row is the largest there is. A row that is no
+    numbers stays so."""
+    wide = x.float()
+    scale = (wide.abs().amax(1, keepdim=True) / E4M3_MOST).clamp_min(1e-12)
+    return (wide / scale).clamp(-E4M3_MOST, E4M3_MOST).to(torch.float8_e4m3fn), scale
+
+
 def tile_rows(rows: int) -> int:
     """Of a tile for a product of so many rows."""
     return next((each for each in TILE_ROWS if rows <= each), TILE_ROWS[-1])
 
 
 class DeviceCodedLinear(Linear):
-    """form: one of FORMS. dtype: of inputs and outputs. pieces: the weight, from row 0 on; group: columns of a scale
-    there, 16 or a multiple of 32."""
+    """dtype: of inputs and outputs. The others: see codes_of."""
 
     def __init__(
         self,
@@ -94,29 +119,28 @@ class DeviceCodedLinear(Linear):
         bias: Tensor | None = None,
         activation: str | None = None,
     ) -> None:
-        assert form in FORMS and columns % group == 0
         # What stands for the weight is never asked for its dtype or shape.
         super().__init__(torch.empty((1, 1), dtype=dtype), None, activation)
         self.out_features, self.in_features, self.dtype = rows, columns, dtype
         self.kind = "codes"
-        # Columns that are summed before a scale is taken to them.
-        width = min(group, 32)
-        pairs = form in FOUR_BITS and columns % (2 * width) == 0
-        codes = torch.empty((rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=device)
-        scales = torch.empty((columns // group, rows), dtype=torch.float32, device=device)
-        lows = torch.empty_like(scales) if form.endswith("low") else None
-        for start, stop, own, scale, low in pieces:
-            own = own.to(device)
-            codes[start:stop] = _paired(own, width) if pairs else own
-            scales[:, start:stop] = scale.to(device).T
-            if lows is not None:
-                assert low is not None
-                lows[:, start:stop] = low.to(device).T
-        self.codes = Codes(form, codes, *_fewest(scales, lows), columns, width)
+        self.codes = codes_of(form, rows, columns, group, device, pieces)
         self._bias = None if bias is None else bias.to(device)
         self.has_bias = bias is not None
         self.tiles: dict[int, Tile] = dict.fromkeys(TILE_ROWS, TILES[0])
         self.widen_from = WIDEN_FROM
+        self._row_scale: Tensor | None = None
+        self.float8_from: int | None = None
+
+    @property
+    def has_float8_inputs(self) -> bool:
+        """Whether `by_float8` is a way."""
+        return self._row_scale is not None
+
+    def take_float8_inputs(self) -> None:
+        """Inputs may be rounded to float8, where there are products of two such matrices; rows have one scale each."""
+        given, even = self.codes, self.in_features % SCALED_MULTIPLE == self.out_features % SCALED_MULTIPLE == 0
+        if given.form == "e4m3" and even and has_scaled_product(self.dtype, given.codes.device):
+            self._row_scale = given.scale[0].float().view(1, -1)
 
     @property
     def num_bytes(self) -> int:
@@ -129,16 +153,22 @@ class DeviceCodedLinear(Linear):
     @property
     def ways(self) -> Any:
         """See Linear.ways."""
-        return self.tiles, self.widen_from
+        return self.tiles, self.widen_from, self.float8_from
 
     @ways.setter
     def ways(self, found: Any) -> None:
-        self.tiles, self.widen_from = found
+        self.tiles, self.widen_from, self.float8_from = found
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[T, in_features] -> [T, out_features] of the same dtype."""
         x = plain(x)
         assert x.dtype == self.dtype and x.shape[1] == self.in_features
+        if self.float8_from is not None and x.shape[0] >= self.float8_from:
+            return self.by_float8(x)
+        return self.by_wide(x)
+
+    def by_wide(self, x: Tensor) -> Tensor:
+        """The product with x as it is, in the way that is quicker."""
         return self.by_cublas(x) if x.shape[0] >= self.widen_from else self.by_codes(x, self.tiles[tile_rows(len(x))])
 
     def by_codes(self, x: Tensor, tile: Tile) -> Tensor:
@@ -156,6 +186,14 @@ class DeviceCodedLinear(Linear):
         """The product, with numbers that are made before it."""
         return F.linear(x, self.numbers(self.dtype), self._bias)
 
+    def by_float8(self, x: Tensor) -> Tensor:
+        """The product with x rounded to float8, row by row."""
+        assert self._row_scale is not None
+        codes, scale = rounded_rows(x)
+        weight = self.codes.codes.view(torch.float8_e4m3fn).T
+        y = torch._scaled_mm(codes, weight, scale_a=scale, scale_b=self._row_scale, out_dtype=self.dtype)
+        return y if self._bias is None else y + self._bias
+
     def rows(self, ids: Tensor) -> Tensor:
         """See Linear.rows."""
         return self.numbers(self.dtype, ids)
@@ -167,6 +205,26 @@ class DeviceCodedLinear(Linear):
 
             return kernels.widened(self.codes, dtype, ids)
         return torch_numbers(self.codes, dtype, ids)
+
+
+def codes_of(form: str, rows: int, columns: int, group: int, device: torch.device, pieces: Iterable[Piece]) -> Codes:
+    """Of a weight [rows, columns], which is given in pieces, from row 0 on; group: columns of a scale there, 16 or a
+    multiple of 32."""
+    assert form in FORMS and columns % group == 0
+    # Columns that are summed before a scale is taken to them.
+    width = min(group, 32)
+    pairs = form in FOUR_BITS and columns % (2 * width) == 0
+    codes = torch.empty((rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=device)
+    scales = torch.empty((columns // group, rows), dtype=torch.float32, device=device)
+    lows = torch.empty_like(scales) if form.endswith("low") else None
+    for start, stop, own, scale, low in pieces:
+        own = own.to(device)
+        codes[start:stop] = _paired(own, width) if pairs else own
+        scales[:, start:stop] = scale.to(device).T
+        if lows is not None:
+            assert low is not None
+            lows[:, start:stop] = low.to(device).T
+    return Codes(form, codes, *_fewest(scales, lows), columns, width)
 
 
 def torch_numbers(given: Codes, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
@@ -190,6 +248,26 @@ def torch_numbers(given: Codes, dtype: torch.dtype, ids: Tensor | None = None) -
     if low is not None:
         values += low.unsqueeze(-1)
     return values.view(len(codes), -1).to(dtype)
+
+
+def codes_of_mxfp4(blocks: Tensor, scales: Tensor, order: Tensor | None = None) -> Codes:
+    """Of matrices below one another: uint8 blocks [matrices, rows, B, 16], neighbours in a byte, and exponents
+    [matrices, rows, B]. order: of the rows of each matrix."""
+    count, rows, columns = blocks.shape[0], blocks.shape[1], blocks.shape[2] * 32
+    pairs = columns % 64 == 0
+    codes = torch.empty((count, rows, columns // 2 if pairs else columns), dtype=torch.uint8, device=blocks.device)
+    exponents = torch.empty((columns // 32, count, rows), dtype=torch.int16, device=blocks.device)
+    order = torch.arange(rows) if order is None else order
+    order = order.to(blocks.device)
+    for number in range(count):
+        some = blocks[number].index_select(0, order)
+        own = torch.stack((some & 15, some >> 4), -1).view(rows, columns)
+        codes[number].copy_(_paired(own, 32) if pairs else own)
+        exponents[:, number].copy_(scales[number].index_select(0, order).T)
+    # By its bits bfloat16 has all these powers of two, the least of them below its normal numbers; 255 is infinite.
+    bits = torch.where(exponents == 0, 0x40, exponents << 7)
+    scale = bits.to(torch.int16).view(torch.bfloat16).view(columns // 32, -1)
+    return Codes("e2m1", codes.view(count * rows, -1), scale, None, columns, 32)
 
 
 def _paired(codes: Tensor, width: int) -> Tensor:

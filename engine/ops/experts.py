@@ -13,8 +13,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.activation import GATED_ACTIVATIONS, by_rows
+from engine.ops.activation import GATED_ACTIVATIONS, Clamped, by_rows, clamped_and_mul
+from engine.ops.device_coded import Codes, torch_numbers
 from engine.ops.triton.runtime import on_gpu
+
+# The matrices of all experts, below one another where they are codes.
+Stack = Tensor | Codes
+Activation = str | Clamped
+Biases = tuple[Tensor | None, Tensor | None]
+# Columns and warps of a program's tile of the result, and loads under way.
+CodedTile = tuple[int, int, int]
+CODED_TILES: tuple[CodedTile, ...] = ((32, 4, 4), (64, 8, 3), (32, 8, 4))
+# Rows of a tile, and from how many pairs of an expert, on average, there are more.
+CODED_ROWS, CODED_MANY = (16, 64), 24
 
 
 def choose_experts(logits: Tensor, chosen: int, *, normalize: bool) -> tuple[Tensor, Tensor]:
@@ -29,32 +40,153 @@ def choose_experts(logits: Tensor, chosen: int, *, normalize: bool) -> tuple[Ten
 
 
 def mix_experts(
-    x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, chosen: int, activation: str, *, normalize: bool
+    x: Tensor,
+    logits: Tensor,
+    gate_up: Stack,
+    down: Stack,
+    chosen: int,
+    activation: Activation,
+    *,
+    normalize: bool,
+    biases: Biases = (None, None),
+    coded: tuple[int, CodedTile] | None = None,
 ) -> Tensor:
     """x [N, hidden] -> [N, hidden]: each token's best `chosen` experts, added up by share in float32, rounded once.
 
-    logits [N, experts]: of the router. gate_up [experts, 2 * inner, hidden], down [experts, hidden, inner].
-    activation: one of GATED_ACTIVATIONS. An expert's own result is rounded to the dtype.
+    logits [N, experts]: of the router. gate_up: matrices [2 * inner, hidden], down: [hidden, inner]; biases of either:
+    [experts, rows]. activation: "silu", "gelu_tanh" or Clamped. An expert's own result is rounded to the dtype.
+    coded: rows of a block of pairs, one of CODED_ROWS, and its tile, where codes are to be widened in registers; None:
+    they become numbers first.
     """
     if on_gpu(x):
         from engine.ops.triton import experts as kernels
 
-        return kernels.mix_experts(x, logits, gate_up, down, chosen, activation, normalize=normalize)
-    return torch_mix_experts(x, logits, gate_up, down, chosen, activation, normalize=normalize)
+        return kernels.mix_experts(
+            x, logits, gate_up, down, chosen, activation, normalize=normalize, biases=biases, coded=coded
+        )
+    return torch_mix_experts(x, logits, gate_up, down, chosen, activation, normalize=normalize, biases=biases)
 
 
 def torch_mix_experts(
-    x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, chosen: int, activation: str, *, normalize: bool
+    x: Tensor,
+    logits: Tensor,
+    gate_up: Stack,
+    down: Stack,
+    chosen: int,
+    activation: Activation,
+    *,
+    normalize: bool,
+    biases: Biases = (None, None),
 ) -> Tensor:
     """The same in torch: every expert computes every token and counts with its share, mostly 0."""
     experts, shares = choose_experts(logits, chosen, normalize=normalize)
+    count = logits.shape[1]
     spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, experts, shares)
     total = torch.zeros_like(x, dtype=torch.float32)
-    activate = GATED_ACTIVATIONS[activation]
-    for number in range(gate_up.shape[0]):
-        output = F.linear(activate(F.linear(x, gate_up[number])), down[number])
-        total.addcmul_(output.float(), spread[:, number, None])
+
+    def product(x: Tensor, stack: Stack, bias: Tensor | None, number: int) -> Tensor:
+        y = F.linear(x.float(), matrix_of(stack, number, count).float())
+        return (y if bias is None else y + bias[number].float()).to(x.dtype)
+
+    for number in range(count):
+        inner = product(x, gate_up, biases[0], number)
+        if isinstance(activation, Clamped):
+            gate, up = inner.chunk(2, dim=1)
+            inner = clamped_and_mul(torch.stack((gate, up), 2).flatten(1), *activation)
+        else:
+            inner = GATED_ACTIVATIONS[activation](inner)
+        total.addcmul_(product(inner, down, biases[1], number).float(), spread[:, number, None])
     return total.to(x.dtype)
+
+
+def matrix_of(stack: Stack, number: int, count: int) -> Tensor:
+    """One of `count`, [rows, columns]; float32 where it is codes."""
+    if isinstance(stack, Tensor):
+        return stack[number]
+    rows = stack.codes.shape[0] // count
+    ids = torch.arange(number * rows, (number + 1) * rows, device=stack.codes.device)
+    return torch_numbers(stack, torch.float32, ids)
+
+
+class Mixture:
+    """All experts of a layer, whose matrices are numbers or codes.
+
+    gate_up [experts, 2 * inner, hidden], gates first, down [experts, hidden, inner]: or codes of these below one
+    another. dtype: of inputs and outputs. chosen: experts of a token. tiles, widen_from: how codes are multiplied, by
+    rows of a block of pairs and from how many pairs on numbers first; a clock says (executor/cuda_products.py). Until
+    then always, which is what takes most memory.
+    """
+
+    def __init__(
+        self,
+        count: int,
+        chosen: int,
+        gate_up: Stack,
+        down: Stack,
+        activation: Activation,
+        dtype: torch.dtype,
+        biases: Biases = (None, None),
+    ) -> None:
+        self.count, self.chosen, self.dtype = count, chosen, dtype
+        self.gate_up, self.down, self.biases = gate_up, down, biases
+        self.activation = activation
+        self.tiles: dict[int, CodedTile] = dict.fromkeys(CODED_ROWS, CODED_TILES[0])
+        self.widen_from = 0
+
+    @property
+    def hidden_size(self) -> int:
+        return self.gate_up.shape[2] if isinstance(self.gate_up, Tensor) else self.gate_up.in_features
+
+    @property
+    def forms(self) -> list[str]:
+        """Of what stays codes: of gate and up, and of down."""
+        return [stack.form for stack in (self.gate_up, self.down) if not isinstance(stack, Tensor)]
+
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """Two that are the same in this are as quick as each other."""
+        stacks = (self.gate_up, self.down)
+        sizes = [tuple(s.shape) if isinstance(s, Tensor) else (s.form, *s.codes.shape, *s.scale.shape) for s in stacks]
+        return self.count, self.chosen, self.dtype, self.activation, self.biases[0] is not None, *sizes
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its matrices."""
+        return sum(s.nbytes if isinstance(s, Tensor) else s.num_bytes for s in (self.gate_up, self.down))
+
+    @property
+    def ways(self) -> tuple[dict[int, CodedTile], int]:
+        """See Linear.ways."""
+        return self.tiles, self.widen_from
+
+    @ways.setter
+    def ways(self, found: tuple[dict[int, CodedTile], int]) -> None:
+        self.tiles, self.widen_from = found
+
+    def __call__(self, x: Tensor, logits: Tensor, chosen: int, *, normalize: bool) -> Tensor:
+        """See mix_experts."""
+        pairs = len(x) * chosen
+        rows = coded_rows(pairs, self.count)
+        by_codes = self.forms and pairs < self.widen_from
+        return self.mix(x, logits, (rows, self.tiles[rows]) if by_codes else None, chosen, normalize=normalize)
+
+    def mix(
+        self,
+        x: Tensor,
+        logits: Tensor,
+        coded: tuple[int, CodedTile] | None,
+        chosen: int | None = None,
+        *,
+        normalize: bool = True,
+    ) -> Tensor:
+        """In the way that is given."""
+        given = (x, logits, self.gate_up, self.down, chosen or self.chosen, self.activation)
+        return mix_experts(*given, normalize=normalize, biases=self.biases, coded=coded)
+
+
+def coded_rows(pairs: int, num_experts: int) -> int:
+    """Of a block of pairs, where codes are widened in registers: with few, the weights are read."""
+    return CODED_ROWS[pairs >= CODED_MANY * num_experts]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -117,25 +249,25 @@ class Choice:
             left = left.scatter(1, expert, -torch.inf)
         return torch.cat(experts, 1), torch.cat(shares, 1) * self.scale
 
-    def mix(self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    def mix(self, x: Tensor, logits: Tensor, mixture: Mixture) -> Tensor:
         """See mix_experts."""
         if self._is_plain:
-            return mix_experts(x, logits, gate_up, down, self.chosen, activation, normalize=self.normalize)
+            return mixture(x, logits, self.chosen, normalize=self.normalize)
         experts, shares = self(logits)
         # Logits by which the kernel comes to the same experts and the same shares, up to their sum.
         logs = shares.clamp_min(1e-30).log()
         given = torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter_(1, experts, logs)
-        mixed = mix_experts(x, given, gate_up, down, self.chosen, activation, normalize=True)
+        mixed = mixture(x, given, self.chosen, normalize=True)
         return (mixed * shares.sum(dim=-1, keepdim=True)).to(x.dtype)
 
-    def mix_of_scaled(self, x: Tensor, logits: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    def mix_of_scaled(self, x: Tensor, logits: Tensor, mixture: Mixture) -> Tensor:
         """The sum of a token's experts, each of which reads it times its share."""
         experts, shares = self(logits)
         total = torch.zeros_like(x, dtype=torch.float32)
         for place in range(self.chosen):
             scaled = (x * shares[:, place, None]).to(x.dtype)
             one = torch.full_like(logits, -torch.inf, dtype=torch.float32).scatter_(1, experts[:, place, None], 0.0)
-            total += mix_experts(scaled, one, gate_up, down, 1, activation, normalize=True)
+            total += mixture(scaled, one, 1, normalize=True)
         return total.to(x.dtype)
 
     @property

@@ -47,6 +47,21 @@ INLINE Part add_quad(Part part, vu codes, vu in) {
 INLINE vi whole(vi sum, Part part) { return sum + part; }
 #endif
 
+// See add_word.
+INLINE void add_word8(Part* part, vu a, vu b, const uint32_t* in) {
+#if defined(__AVX2__) && VL == 8 && !defined(__AVXVNNI__)
+    Part t, u;
+    asm volatile(
+        "vpbroadcastd %6, %2\n\tvpmaddubsw %2, %4, %3\n\tvpmaddubsw %2, %5, %2\n\tvpaddw %3, %0, %0\n\tvpaddw %2, %1, %1"
+        : "+x"(part[0]), "+x"(part[1]), "=&x"(t), "=&x"(u)
+        : "x"(a), "x"(b), "m"(*in));
+#else
+    const vu x = *in - (vu){};
+    part[0] = add_quad(part[0], a, x);
+    part[1] = add_quad(part[1], b, x);
+#endif
+}
+
 // Quad q of the block of 32 at `at`, for the columns of half h: four codes of each column, in the order that put_in_order gives inputs.
 template <class F>
 INLINE vu quad_of(const uint8_t* at, int q, int h) {
@@ -101,11 +116,7 @@ __attribute__((noinline)) void packed_few8(const Inputs& x, i64 supers, const ui
 #pragma GCC unroll 8
                     for (int q = first; q < first + run; q++) {
                         const vu low = quad_of<F>(codes, q, 0), high = quad_of<F>(codes, q, 1);
-                        for (int m = 0; m < M; m++) {
-                            const vu in = (vu)splat_i(quads[q * M + m]);
-                            piece[m][0] = add_quad(piece[m][0], low, in);
-                            piece[m][1] = add_quad(piece[m][1], high, in);
-                        }
+                        for (int m = 0; m < M; m++) add_word8(piece[m], low, high, quads + q * M + m);
                     }
                     for (int m = 0; m < M; m++)
                         for (int h = 0; h < 2; h++) sum[m][h] = whole(sum[m][h], piece[m][h]);
@@ -150,8 +161,9 @@ void unpack8(const uint8_t* panel, i64 k, int count, size_t ahead, Unpacked& to)
 template <int M, bool Low, int Run>
 __attribute__((noinline)) void packed_tile8(const Inputs& x, const Unpacked& w, int span, int count, float* c, int ldc) {
     const uint32_t *quads = x.pairs, *codes = w.pairs, *sums = x.sums;
-    for (int k = 0; k < count; k += span, sums += M) {
-        const float *scales = x.scales + k / PACK * M, *scale = w.scales + k / span * NR, *low = w.lows + k / span * NR;
+    const float *scale = w.scales, *low = w.lows;
+    for (int k = 0; k < count; k += span, sums += M, scale += NR, low += NR) {
+        const float* scales = x.scales + k / PACK * M;
         vi sum[M][2];
         for (int m = 0; m < M; m++)
             for (int h = 0; h < 2; h++) sum[m][h] = Low ? vi{} : splat_i(sums[m]);
@@ -160,11 +172,7 @@ __attribute__((noinline)) void packed_tile8(const Inputs& x, const Unpacked& w, 
 #pragma GCC unroll 8
             for (int q = 0; q < Run; q++, quads += M, codes += NR) {
                 const vu a = *(const vu_any*)codes, b = *(const vu_any*)(codes + VL);
-                for (int m = 0; m < M; m++) {
-                    const vu in = (vu)splat_i(quads[m]);
-                    piece[m][0] = add_quad(piece[m][0], a, in);
-                    piece[m][1] = add_quad(piece[m][1], b, in);
-                }
+                for (int m = 0; m < M; m++) add_word8(piece[m], a, b, quads + m);
             }
             for (int m = 0; m < M; m++)
                 for (int h = 0; h < 2; h++) sum[m][h] = whole(sum[m][h], piece[m][h]);

@@ -85,6 +85,12 @@ class Linear:
         return self.out_features * self.in_features * self.dtype.itemsize
 
     @property
+    def addresses(self) -> tuple[int, int | None]:
+        """Of the packed weight and of the bias, for a kernel that does more than this product (kind native)."""
+        assert self.kind == "native"
+        return self._weight.data_ptr(), self._bias_address
+
+    @property
     def ways(self) -> Any:
         """What a clock has found faster, for another layer of this shape and kind."""
         return self.few, self.tile

@@ -26,7 +26,7 @@ import torch
 logger = logging.getLogger(__name__)
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
-_PARTS = ("kv", "packed", "packed8", "state", "lora", "ranks")
+_PARTS = ("kv", "packed", "packed8", "state", "lora", "encoder", "ranks")
 INCLUDED = tuple(Path(__file__).with_name(f"kernels_{name}.h") for name in _PARTS)
 # GCC sums integers as a tree when left to itself: every product is then a register, and most of them go to the stack.
 FLAGS = (
@@ -58,6 +58,9 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_linear_blocks": (None, [_I, _I, _P, _I, _I, _I, _P, _I, _P, _P, _I, _I]),
     "ol_linear_heads": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _I, _P, _I, _I, _I]),
     "ol_rms_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _I, _I, _I, _F, _F, _I]),
+    "ol_layer_norm": (None, [_I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _F, _I]),
+    "ol_activate": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
+    "ol_encode": (None, [_P, _P, _P, _I, _I]),
     "ol_copy_rows": (None, [_P, _I, _I, _I, _P]),
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),

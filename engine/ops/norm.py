@@ -1,4 +1,4 @@
-"""Root-mean-square norms: x / sqrt(mean(x^2) + eps) * weight, in float32, rounded once.
+"""Norms in float32, rounded once: root-mean-square, x / sqrt(mean(x^2) + eps) * weight, and LayerNorm.
 
 Called by models/ on the executor's thread; native kernels where they know the dtype, torch otherwise.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.ops import native
@@ -105,6 +106,54 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     return out, residual
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """[N, width], float32 [width] and [width] or None -> [N, width], a new tensor: LayerNorm in float32."""
+    library, code = native.library(), native.type_code(x.dtype)
+    if library is None or code is None or not x.is_cpu or x.stride(1) != 1:
+        return torch_layer_norm(x, weight, bias, eps)
+    return _layer_norm(library, code, x, None, weight, bias, eps)
+
+
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """x, residual [N, width] -> (LayerNorm of their sum, their sum), as `add_rms_norm`."""
+    library, code = native.library(), native.type_code(x.dtype)
+    dense = x.stride(1) == 1 == residual.stride(1) and residual.dtype == x.dtype
+    if library is None or code is None or not x.is_cpu or not dense:
+        residual = residual.add_(x)
+        return torch_layer_norm(residual, weight, bias, eps), residual
+    return _layer_norm(library, code, x, residual, weight, bias, eps), residual
+
+
+def _layer_norm(
+    library: native.Library,
+    code: int,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    eps: float,
+) -> Tensor:
+    rows, width = x.shape
+    out = torch.empty((rows, width), dtype=x.dtype)
+    library.by_work(rows * width).ol_layer_norm(
+        code,
+        x.data_ptr(),
+        x.stride(0),
+        None if residual is None else residual.data_ptr(),
+        0 if residual is None else residual.stride(0),
+        weight.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        rows,
+        width,
+        eps,
+        torch.get_num_threads(),
+    )
+    return out
+
+
 def as_rows(x: Tensor, width: int) -> Tensor:
     """[T, heads, D] -> [-1, width], x.reshape; where it must copy, by a kernel: a recorded step makes that again."""
     library = native.library()
@@ -116,6 +165,11 @@ def as_rows(x: Tensor, width: int) -> Tensor:
     bytes_of_token = x.shape[1] * x.shape[2] * size
     library.hold.ol_copy_rows(x.data_ptr(), x.stride(0) * size, x.shape[0], bytes_of_token, out.data_ptr())
     return out.view(-1, width)
+
+
+def torch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """The same in torch."""
+    return F.layer_norm(x.float(), weight.shape, weight, bias, eps).to(x.dtype)
 
 
 def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -36,8 +36,8 @@ class AdapterPlaces:
         self._kept: set[int] = set()
         # Unloaded while they were pinned.
         self._unloaded: set[int] = set()
-        # What the next step takes to the device.
-        self._loads: dict[int, Adapter] = {}
+        # What the next step takes to the device; None: the index is nobody's, and its memory on the host is free.
+        self._loads: dict[int, Adapter | None] = {}
         # Who waits for an index, out of the policy's sight; and since which admission and when, also once it is back.
         self._aside: list[Sequence] = []
         self._since: dict[Sequence, tuple[int, float]] = {}
@@ -101,6 +101,7 @@ class AdapterPlaces:
             self._unloaded.add(version)
         elif version in self._index:
             self._unpinned.pop(version, None)
+            self._loads[self._index[version]] = None
             self._free.append(self._index.pop(version))
             self._changed = True
 
@@ -108,15 +109,17 @@ class AdapterPlaces:
         """The device has lost all of them. Nobody may pin one."""
         assert not self._pins
         self._free += self._index.values()
+        # Of those, too, that no step has taken there yet.
+        self._loads = dict.fromkeys([*self._index.values(), *self._loads])
         self._index.clear()
         self._unpinned.clear()
-        self._loads.clear()
         self._changed = True
 
     def take_loads(self) -> list[tuple[int, Any]]:
-        """(index, weights) for the step that is launched now; from then on they count as there, also where it fails."""
+        """ForwardInput.adapter_loads of the step that is launched now; from then on they count as there, also where it
+        fails."""
         loads, self._loads = self._loads, {}
-        return [(index, adapter.weights) for index, adapter in loads.items()]
+        return [(index, adapter.weights) if adapter else (index, None) for index, adapter in loads.items()]
 
     def next(self, policy: AdmissionPolicy, turn: int) -> Sequence | None:
         """Whom to admit next. Who waits for an index is set aside, and others pass: a few, and for a while."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,7 @@ from engine.scheduling.slots import IndexArray
 class Batch:
     """slots intp [rows], samples bool [rows]: decode rows first, then those that speculate. entered: (sequence, first
     page, end) put into the radix tree by this step, to be taken back if it fails. in_flight: between launch and
-    commit."""
+    commit. recorded: the Recorder's, of its last launch that was seen."""
 
     def __init__(self, staging: Staging) -> None:
         limits: Limits = staging.limits
@@ -51,6 +52,7 @@ class Batch:
         self.pooled: list[Sequence] = []
         self.all_sample = True
         self.in_flight = False
+        self.recorded: tuple[Any, ...] | None = None
         self._width, self._num_slots = limits.max_pages_per_seq, limits.num_slots
         self._arange: Int32Array = np.arange(limits.max_num_seqs + 1, dtype=np.int32)
 

@@ -134,6 +134,8 @@ _HINTS = {
 
 
 def _sentence(one: Explanation, clock: float) -> str:
+    if one.cause == "hit" and not one.num_cacheable:
+        return "The prompt is no longer than a page: there was nothing to be found."
     text = _CAUSES[one.cause]
     if one.first_difference is not None:
         text += f" Token {one.first_difference} of {one.num_prompt} is the first that differs."
@@ -157,6 +159,9 @@ def _timeline(state: State, request_id: str) -> list[Json]:
         }
         known += [Event(at, kind, 0) for kind, at in moments.items() if at is not None and kind not in kinds]
         known.sort(key=lambda event: event.at)
+        if sequence.finish_reason is None:
+            # So far.
+            known.append(Event(state.engine.clock.now(), "tokens", sequence.num_tokens - sequence.num_prompt_tokens))
     if not known:
         return []
     began = known[0].at

@@ -32,6 +32,9 @@ scroller.addEventListener("scroll", () => {
   sticks = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < 80;
 }, { passive: true });
 
+// A window that gets smaller, a panel that opens.
+new ResizeObserver(() => moved()).observe(scroller);
+
 function moved() {
   if (!sticks || frame) return;
   frame = requestAnimationFrame(() => {
@@ -325,6 +328,13 @@ function wire() {
     await attach(event.target.files);
     event.target.value = "";
   });
+  for (const idea of document.querySelectorAll("#ideas button")) {
+    idea.addEventListener("click", () => {
+      input.value = idea.textContent;
+      send();
+      input.focus();
+    });
+  }
   $("#stop").addEventListener("click", () => runningHere()?.stop());
   $("#new").addEventListener("click", fresh);
   $("#search").addEventListener("input", drawList);
@@ -375,6 +385,7 @@ async function start() {
   $("#empty-text").textContent = config.chats ? "Ask it something." : "This model does not chat.";
   $("#file").accept = config.images ? "" : "text/*,.md,.json,.csv,.py,.js,.ts,.c,.cc,.h,.rs,.go,.java,.sh,.yaml,.yml,.toml,.xml,.log,.sql,.tex";
   settings.build(config);
+  $("#ideas").hidden = $("#keys").hidden = !config.chats;
   input.disabled = !config.chats;
   document.body.dataset.ready = "yes";
   if (wide.matches) input.focus();

@@ -111,15 +111,17 @@ const whole = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 
 function showTiles(snapshot) {
   const { rates, ttft, itl, lag, limits } = snapshot;
-  const three = (values, of) => (values ? `p90 ${of(values[1])} · p99 ${of(values[2])}` : "");
+  // A number stays with its unit.
+  const part = (name, value) => `${name} ${charts.seconds(value)}`.replaceAll(" ", "\u00a0");
+  const three = (values) => (values ? `${part("p90", values[1])} · ${part("p99", values[2])}` : "");
   const tiles = [
-    ["Output", whole.format(rates.output), "tok/s", `${rates.requests.toFixed(1)} answers a second`],
+    ["Output", whole.format(rates.output), "tok/s", `${rates.requests.toFixed(1)} answers/s`],
     ["Prompts", whole.format(rates.prompt), "tok/s", "without cached ones"],
-    ["Running", snapshot.num_running, `of ${limits.sequences}`, `${whole.format(rates.steps)} steps a second`],
+    ["Running", snapshot.num_running, `of ${limits.sequences}`, `${whole.format(rates.steps)} steps/s`],
     ["Waiting", snapshot.num_waiting, "", snapshot.waiting.length ? `the oldest for ${charts.seconds(snapshot.waiting[0].age)}` : ""],
-    ["First token", charts.seconds(ttft?.[0]), "", three(ttft, charts.seconds)],
-    ["Between tokens", charts.seconds(itl?.[0]), "", three(itl, charts.seconds)],
-    ["Loop lag", charts.seconds(lag?.[0]), "", lag ? `p99 ${charts.seconds(lag[1])} · max ${charts.seconds(lag[2])}` : ""],
+    ["First token", charts.seconds(ttft?.[0]), "", three(ttft)],
+    ["Between tokens", charts.seconds(itl?.[0]), "", three(itl)],
+    ["Loop lag", charts.seconds(lag?.[0]), "", lag ? `${part("p99", lag[1])} · ${part("max", lag[2])}` : ""],
   ];
   const place = $("#tiles");
   if (place.children.length !== tiles.length) {

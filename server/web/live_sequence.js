@@ -18,8 +18,33 @@ function describe(event) {
   if (event.kind === "queued" || event.kind === "prefill" || event.kind === "forced" || event.kind === "pooling") {
     return event.value ? `${name}, ${event.value} tokens` : name;
   }
+  if (event.kind === "tokens") return `${event.value} tokens written`;
   if (event.kind === "admitted") return `${name}, ${event.value} tokens cached`;
   return event.kind === "finished" ? `${name}: ${event.value}` : name;
+}
+
+// What a sequence is about, between what happens to it: by the last event, [name, colour].
+const PHASES = {
+  queued: ["waits", 0], admitted: ["reads its prompt", 2], first_token: ["writes", 1], retracted: ["waits again", 5],
+};
+
+/** The same as a bar: how long it waited, read and wrote. Nothing where less than two moments are known. */
+function spans(timeline) {
+  const turns = timeline.filter((event) => event.kind in PHASES || event.kind === "finished" || event.kind === "tokens");
+  const found = turns.slice(1).map((event, place) => [PHASES[turns[place].kind], event.ms - turns[place].ms])
+    .filter(([phase]) => phase);
+  const whole = found.reduce((sum, [, took]) => sum + took, 0);
+  if (!(whole > 0)) return [];
+  const line = h("div", { class: "spans", role: "img",
+    "aria-label": found.map(([[name], took]) => `${name} for ${milliseconds(took)}`).join(", ") });
+  for (const [[, colour], took] of found) {
+    const part = h("span", { class: `c${colour}` });
+    part.style.width = `${(100 * took) / whole}%`;
+    line.append(part);
+  }
+  const shown = Object.values(PHASES).filter((phase) => found.some(([one]) => one === phase));
+  return [line, h("ul", { class: "legend" }, ...shown.map(([name, colour]) => h("li", {}, h("span", { class: `swatch c${colour}` }),
+    h("span", { text: `${name} ${milliseconds(found.filter(([one]) => one[0] === name).reduce((sum, [, took]) => sum + took, 0))}` }))))];
 }
 
 /** The dialog's content. answer: of /requests/{id}/cache. */
@@ -32,7 +57,7 @@ export function sequenceDetail(answer, close) {
     h("div", { class: "heading" },
       h("h2", { id: "detail-title", text: answer.id }),
       h("button", { type: "button", class: "plain", text: "Close", onclick: close })),
-    h("h3", { text: `Prefix: ${CAUSES[answer.cause] ?? answer.cause}` }),
+    h("h3", { text: `Prefix: ${answer.cause === "hit" && !answer.cacheable_tokens ? "Too short to be cached" : CAUSES[answer.cause] ?? answer.cause}` }),
     h("div", { class: "bar-line", role: "img",
       "aria-label": `${answer.cached_tokens} of ${answer.prompt_tokens} prompt tokens were cached` }, hit),
     h("p", { class: "small numeric",
@@ -55,7 +80,7 @@ export function sequenceDetail(answer, close) {
   }
   parts.push(h("h3", { text: "What happened" }));
   if (answer.timeline.length) {
-    parts.push(h("table", {}, h("tbody", {}, ...answer.timeline.map((event) => h("tr", {},
+    parts.push(...spans(answer.timeline), h("table", {}, h("tbody", {}, ...answer.timeline.map((event) => h("tr", {},
       h("td", { class: "n", text: milliseconds(event.ms) }), h("td", { text: describe(event) }))))));
   } else {
     parts.push(h("p", { class: "small muted", text: "It ended before anybody looked." }));

@@ -96,7 +96,8 @@ export function follow(chat, node) {
 export function titleOf(chat) {
   if (chat.title) return chat.title;
   const first = path(chat).find((node) => node.role === "user");
-  const words = (first?.content || first?.files?.[0]?.name || "").replace(/[#*`>_\s]+/g, " ").trim();
+  const line = (first?.content ?? "").split("\n").find((one) => /[^#*`>\s]/.test(one));
+  const words = (line ?? first?.files?.[0]?.name ?? "").replace(/^[#*`>\s]+|[*`]+/g, "").trim();
   return words.length > 60 ? `${words.slice(0, 60)}…` : words || "New chat";
 }
 

@@ -41,7 +41,7 @@ def test_what_looking_costs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     monkeypatch.setattr("sys.argv", ["step", "--recorder", "--batch", "4", "--steps", "100"])
     step.main()
     row = capsys.readouterr().out.splitlines()[-1].split()
-    assert row[0] == "4" and float(row[1]) > 0.0 and row[3].endswith("%") and float(row[4]) > 0.0
+    assert row[0] == "4" and float(row[1]) > 0.0 and row[2].endswith("%") and row[4].endswith("%") and float(row[5])
 
 
 def test_a_watched_loop_records_its_steps() -> None:

@@ -154,6 +154,7 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     if is_served:
         recurrent(dtype, rows)
         coded_weights(dtype, rows)
+        coded_experts(dtype, rows)
         adapters(dtype, rows)
     if rows == 1:  # open steps, and those with prompts
         sampling.sample_rows(logits, params, numbers, numbers, numbers, out, numbers, filtered=True)
@@ -176,6 +177,36 @@ def coded_weights(dtype: torch.dtype, rows: int) -> None:
             coded.widened(weight, dtype)
             if form == "int4":
                 coded.widened(weight, dtype, torch.empty(9, dtype=torch.int32))
+
+
+def coded_experts(dtype: torch.dtype, rows: int) -> None:
+    """Experts that stay codes, in every form; all tiles of two that are common, and what gpt-oss adds."""
+    from engine.ops.activation import Clamped
+    from engine.ops.device_coded import FORMS, FOUR_BITS, Codes
+    from engine.ops.experts import CODED_ROWS, CODED_TILES
+    from engine.ops.triton import experts
+
+    def codes_of(form: str, matrix_rows: int, columns: int) -> Codes:
+        codes = torch.empty((16 * matrix_rows, columns // 2 if form in FOUR_BITS else columns), dtype=torch.uint8)
+        dtype = torch.bfloat16 if form == "e2m1" else torch.float16
+        scale = torch.empty((columns // 32, 16 * matrix_rows), dtype=dtype)
+        low = torch.empty(scale.shape, dtype=torch.float32) if form.endswith("low") else None
+        return Codes(form, codes, scale, low, columns, 32)
+
+    x, logits = torch.empty((rows, 2048), dtype=dtype), torch.empty((rows, 16), dtype=dtype)
+    clamped = Clamped(7.0, 1.7), (torch.empty((16, 1536), dtype=dtype), torch.empty((16, 2048), dtype=dtype))
+    for form in FORMS:
+        given = (x, logits, codes_of(form, 1536, 2048), codes_of(form, 2048, 768), 4)
+        activation, biases = clamped if form == "e2m1" else ("silu", (None, None))
+        how: dict[str, Any] = {"normalize": True, "biases": biases}
+        if rows == 1:
+            experts.mix_experts(*given, activation, **how, coded=(16, CODED_TILES[0]))
+        else:
+            for tile in CODED_TILES if form == "e2m1" else CODED_TILES[:1]:
+                for high in CODED_ROWS if form in ("e2m1", "e4m3", "int4") else ():
+                    experts.mix_experts(*given, activation, **how, coded=(high, tile))
+            if form == "e2m1":
+                experts.mix_experts(*given, activation, **how)
 
 
 def recurrent(dtype: torch.dtype, rows: int) -> None:

@@ -386,6 +386,13 @@ def without_compiler() -> None:
 # ---- scenarios
 
 
+# By what is read of checkpoints whose experts are quantised: forms of gate and up, and of down.
+CODED_EXPERTS: dict[str, tuple[str, ...] | None] = {
+    "GptOssForCausalLM": None,
+    "DeepseekV3ForCausalLM": ("e4m3",),
+    "Qwen3MoeForCausalLM": ("int4",),
+    "MixtralForCausalLM": ("int4 and low", "int8"),
+}
 DRAFTED: list[dict[str, Any]] = [{"max_tokens": 60}, {"max_tokens": 60, "top_k": 5}, {"logprobs": 2}]
 EXTRAS: list[dict[str, Any]] = [
     {"repetition_penalty": 1.3},
@@ -499,8 +506,11 @@ def serve(
     changes: list[dict[str, Any]],
     drafts: bool = False,
     adapters: int = 0,
+    timed: bool = False,
+    float8_inputs: bool = False,
 ) -> None:
-    """Requests through the whole engine; steps of all kinds, eager and captured."""
+    """Requests through the whole engine; steps of all kinds, eager and captured. timed: with the products that the
+    device's clock says. float8_inputs: linear layers, which are e4m3, round theirs from four rows on."""
     from engine.kernels import kernels_of
     from tests.cuda.support import ALWAYS, NO_DRAFTS
     from tests.cuda.support import serve as through_the_engine
@@ -512,12 +522,27 @@ def serve(
         with DryMode():
             executor = make_executor(config, way, getattr(torch, dtype), kv_dtype, drafts=drafts, adapters=adapters)
             given = adapters_of(executor) if adapters else [None]
+            if timed:
+                executor.choose_products()
+            if float8_inputs:
+                for linear in executor.model.linears:
+                    linear.take_float8_inputs()
+                    linear.float8_from = 4 if linear.has_float8_inputs else None
+            begin = len(LOG.events)
             LOG.steps = True
             asked = requests_of(changes, executor.limits.vocab_size)
             asked = [dataclasses.replace(each, adapter=given[n % len(given)]) for n, each in enumerate(asked)]
             speculation = ALWAYS if drafts else NO_DRAFTS
             asyncio.run(asyncio.wait_for(through_the_engine(executor, asked, speculation=speculation), 240))
             LOG.steps = False
+            result["products"] = sorted({event.name for event in LOG.events[begin:] if "_multiply" in event.name})
+            captured = {event.name for event in LOG.events[begin:] if event.captured}
+            result["captured_products"] = sorted(name for name in captured if "_multiply" in name)
+            result["scaled"] = [
+                sum(event.name == "_scaled_mm" and event.captured is each for event in LOG.events[begin:])
+                for each in (False, True)
+            ]
+            result["mixtures"] = [list(mixture.forms) for mixture in executor.model.mixtures]
             result["attention"] = executor.attention.describe()
             attention = executor.attention
             kit = kernels_of(attention.spec, attention.dtype, attention.kv_dtype)
@@ -538,13 +563,17 @@ def serve(
 
 
 @contextlib.contextmanager
-def weights_of_codes(form: str) -> Iterator[None]:
-    """Every linear layer keeps codes that have no numbers."""
+def weights_of_codes(form: str, down: str | None = None) -> Iterator[None]:
+    """Every linear layer keeps codes that have no numbers, and experts, whose last matrix may have others (down)."""
     from engine.models.loading.weights import DummyWeights
     from engine.ops import device_coded
     from engine.ops.device_coded import DeviceCodedLinear
 
+    plain = DummyWeights.linear
+
     def linear(self: DummyWeights, names: Any, rows: Any, columns: int, **options: Any) -> Any:
+        if options.get("dtype") is not None:  # a router
+            return plain(self, names, rows, columns, **options)
         total, device = sum(rows), self.device
         bias = torch.empty(total, dtype=self.dtype, device=device) if options.get("bias") else None
         made = DeviceCodedLinear(
@@ -553,8 +582,13 @@ def weights_of_codes(form: str) -> Iterator[None]:
         self.linears.append(made)
         return made
 
+    def experts(self: DummyWeights, names: Any, count: int, rows: int, columns: int, **options: Any) -> Any:
+        own = down if down is not None and len(names) == count else form
+        return device_coded.codes_of(own, len(names) * rows, columns, 32, self.device, [])
+
     with (
         mock.patch.object(DummyWeights, "linear", linear),
+        mock.patch.object(DummyWeights, "experts", experts),
         # Which scales are the same cannot be asked of tensors without numbers.
         mock.patch.object(device_coded, "_fewest", lambda scales, lows: (scales.half(), lows)),
     ):
@@ -717,7 +751,7 @@ def main(names: list[str]) -> None:
     without_compiler()
     from bench.shapes import SHAPES
     from tests.cuda.test_encoders import ENCODERS
-    from tests.gpu.support import BASE, EXTRA, families
+    from tests.gpu.support import BASE, EXTRA, TORCH_ATTENTION, families
 
     llama = {**BASE, "architectures": ["LlamaForCausalLM"]}
     for name in names:
@@ -756,6 +790,18 @@ def main(names: list[str]) -> None:
             for form in ("int4 and low", "e4m3"):
                 with weights_of_codes(form):
                     serve(f"codes {form}", llama, "auto", "bfloat16", "auto", [{}, {"top_k": 5}])
+            with weights_of_codes("e4m3"):
+                given = ("codes and inputs e4m3", llama, "auto", "bfloat16", "auto", [{}, {"top_k": 5}])
+                serve(*given, float8_inputs=True)
+        elif name == "experts":  # of codes
+            for architecture, forms in CODED_EXPERTS.items():
+                config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+                if forms is None:  # as it is published
+                    config["quantization_config"] = {"quant_method": "mxfp4"}
+                name = f"{architecture} {'mxfp4' if forms is None else ', '.join(forms)}"
+                way = "torch" if architecture in TORCH_ATTENTION else "auto"
+                with contextlib.nullcontext() if forms is None else weights_of_codes(*forms):
+                    serve(name, config, way, "bfloat16", "auto", [{}, {"top_k": 5}], timed=True)
         else:
             shape, rows, draw = name.split(":")
             count(shape, SHAPES[shape], int(rows), draw)

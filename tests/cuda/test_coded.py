@@ -147,3 +147,70 @@ def test_many_rows_are_multiplied_by_cublas(monkeypatch: pytest.MonkeyPatch) -> 
     for rows in (1, 20, 40):
         linear(torch.zeros(rows, 64, device=DEVICE))
     assert asked == [f"codes {device_coded.TILES[0]}", f"codes {device_coded.TILES[2]}", "cublas"]
+
+
+@pytest.fixture
+def scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch has such products on a CPU, too."""
+    monkeypatch.setattr(device_coded, "has_scaled_product", lambda dtype, device: True)
+
+
+@pytest.mark.usefixtures("scaled")
+@pytest.mark.parametrize("bias", [False, True])
+def test_inputs_of_float8(bias: bool) -> None:
+    """Exactly the product of the rounded rows; of those that were rounded as near as four bits of a number are."""
+    given = pieces("e4m3", 48, 64, 64)
+    added = torch.randn(48).to(DEVICE, torch.bfloat16) if bias else None
+    linear, weight = layer("e4m3", given, 64, torch.bfloat16, added), meant("e4m3", given).to(DEVICE)
+    assert not linear.has_float8_inputs
+    linear.take_float8_inputs()
+    assert linear.has_float8_inputs and linear.float8_from is None
+    x = (torch.randn(20, 64) * torch.logspace(-3, 3, 20)[:, None]).to(DEVICE, torch.bfloat16)
+    x[3] = 0
+    codes, scale = device_coded.rounded_rows(x)
+    assert torch.isfinite(codes.float()).all() and float(codes[4].float().abs().max()) == device_coded.E4M3_MOST
+    ours, product = linear.by_float8(x).float(), (codes.float() * scale) @ weight.T
+    if added is not None:  # rounded before it comes to the rounded product
+        both = product.bfloat16() + added
+        assert (ours - both.float()).abs().max() <= product.abs().max() * 2**-7
+        return
+    assert torch.allclose(ours, product, rtol=1e-2, atol=1e-5)
+    error = (ours - x.float() @ weight.T).norm(dim=1) / (x.float() @ weight.T).norm(dim=1).clamp_min(1e-9)
+    assert float(error.max()) < 0.06 and float(error.mean()) < 0.04
+    # A row is rounded alike whatever the others are.
+    assert torch.equal(device_coded.rounded_rows(x[7:8])[0].float(), codes[7:8].float())
+    x[5, 3] = torch.nan
+    failed = linear.by_float8(x).isnan().all(dim=1)
+    assert failed[5] and failed.sum() == 1
+
+
+@pytest.mark.usefixtures("scaled")
+def test_inputs_of_float8_from_a_number_of_rows_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear = layer("e4m3", pieces("e4m3", 48, 64, 64), 64, torch.bfloat16)
+    linear.take_float8_inputs()
+    asked: list[str] = []
+    for name in ("by_wide", "by_float8"):
+        monkeypatch.setattr(DeviceCodedLinear, name, lambda self, x, name=name: asked.append(name))
+    linear(torch.zeros(500, 64, device=DEVICE, dtype=torch.bfloat16))
+    linear.ways = (*linear.ways[:2], 40)
+    for rows in (39, 40):
+        linear(torch.zeros(rows, 64, device=DEVICE, dtype=torch.bfloat16))
+    assert asked == ["by_wide", "by_wide", "by_float8"]
+
+
+@pytest.mark.usefixtures("scaled")
+def test_what_has_no_product_of_float8() -> None:
+    for form, rows in (("int8", 48), ("e4m3", 40)):
+        linear = layer(form, pieces(form, rows, 64, 64), 64, torch.bfloat16)
+        linear.take_float8_inputs()
+        assert not linear.has_float8_inputs
+
+
+def test_gpus_with_products_of_float8(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, capability = torch.device("cuda", 0), (9, 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    has = device_coded.has_scaled_product
+    assert has(torch.bfloat16, device)
+    assert not has(torch.float16, device) and not has(torch.bfloat16, torch.device("cpu"))
+    capability = (8, 9)
+    assert not has(torch.bfloat16, device)

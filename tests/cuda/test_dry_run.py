@@ -59,6 +59,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
             "families",
             "encoders",
             "adapters",
+            "experts",
         ],
         cwd=ROOT,
         env=environment,
@@ -88,6 +89,8 @@ def test_nothing_is_found(scenario: str) -> None:
         assert result["forms"] in ({}, {"plan": [1, 9], "run": [1, 18]}), result
         for module, function in result["calls"]:
             assert function in entry_points(module), f"a kit is not asked whether {module} has {function}"
+        if "inputs" in result["name"]:
+            assert min(result["scaled"]) > 0, "no product of float8 beside graphs, or none in them"
         if result["name"].startswith("drafts"):
             assert result["drafts"], "no graph of a step with drafts"
         if "torch" not in result["name"] and "float32" not in result["name"]:
@@ -107,6 +110,18 @@ def test_nothing_is_found_with_adapters() -> None:
     assert len(results) == 4
     for result in results:
         assert not result["error"] and not result["findings"] and result["captured"], result
+
+
+def test_nothing_is_found_with_experts_of_codes() -> None:
+    """gpt-oss as it is published, float8 of DeepSeek, integers, and two of GGUF's kinds: no graph holds anything but
+    kernels, of decode steps by codes; prompts make numbers first, where that is as quick."""
+    results = dry_run("experts")
+    assert len(results) == 4
+    for result in results:
+        assert not result["error"] and not result["findings"] and result["captured"], result
+        assert all(len(forms) == 2 for forms in result["mixtures"]) and result["mixtures"], result
+        assert result["products"] == ["_multiply", "_multiply_codes"], result
+        assert "_multiply_codes" in result["captured_products"], result
 
 
 def test_nothing_is_found_in_encoders() -> None:

@@ -12,11 +12,20 @@ import pytest
 import torch
 
 from engine.executor.cuda_device import CaptureError
-from engine.executor.cuda_products import WIDENED, choose_codes, choose_products, choose_tiles
+from engine.executor.cuda_products import (
+    PAIRS_WIDENED,
+    WIDENED,
+    choose_codes,
+    choose_experts,
+    choose_products,
+    choose_tiles,
+)
+from engine.executor.cuda_start import coded_matrices, report_float8
 from engine.models.loading.load import load_model
 from engine.models.registry import read_spec
 from engine.ops import device_coded, gated, native, skinny
 from engine.ops.device_coded import DeviceCodedLinear
+from engine.ops.experts import CODED_TILES, Mixture
 from engine.ops.linear import Linear
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model
@@ -173,6 +182,31 @@ def test_codes_are_widened_from_where_that_is_faster() -> None:
     assert other.tiles == linears[0].tiles and other.widen_from == WIDENED[2]
 
 
+def test_float8_inputs_are_taken_where_they_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the others: by rows of prompts, up to those that a step has; told at start."""
+    monkeypatch.setattr(device_coded, "has_scaled_product", lambda dtype, device: True)
+    monkeypatch.setattr("engine.executor.cuda_products.WIDENED", ())
+    piece = (0, 16, torch.ones((16, 32), dtype=torch.uint8), torch.ones((16, 1)), None)
+    given: tuple[Any, ...] = ("e4m3", 16, 32, 32, torch.bfloat16, torch.device("cpu"), [piece])
+    linears = [DeviceCodedLinear(*given) for _ in range(3)]
+    for linear in linears[1:]:
+        linear.take_float8_inputs()
+    tiles = [1.0] * len(device_coded.TILES) * 3
+    device, rows = FakeDevice(0), []
+    device.time = lambda graph: next(seconds)  # type: ignore[method-assign]
+    told: list[str] = []
+    for timed, most, expected in (([5.0, 4.9, 5.0, 4.0], 4096, 128), ([5.0, 5.0], 100, None)):
+        seconds = iter([*tiles, *tiles, *timed])
+        with device.on(device.stream()), device.may_block():
+            assert choose_codes(linears, most, device) == 2 and next(seconds, None) is None
+            device.synchronize_all()
+        rows.append([linear.float8_from for linear in linears])
+        report_float8(SimpleNamespace(linears=linears), lambda name, text: told.append(text))  # type: ignore[arg-type]
+        assert rows[-1] == [None, expected, expected]
+    assert told[0].endswith("for 2 of 2 matrices whose checkpoint says so, from 128 rows of a step on")
+    assert "for 0 of 2 matrices" in told[1]
+
+
 def test_codes_whose_kernels_cannot_be_built_are_widened_always(caplog: pytest.LogCaptureFixture) -> None:
     device, linears = FakeDevice(0), coded_linears()
 
@@ -183,6 +217,86 @@ def test_codes_whose_kernels_cannot_be_built_are_widened_always(caplog: pytest.L
     with caplog.at_level(logging.WARNING), device.on(device.stream()), device.may_block():
         assert choose_codes(linears, 4096, device) == 2
     assert all(linear.widen_from == 0 for linear in linears) and "no such kernel" in caplog.text
+
+
+def mixtures_of(count: int) -> list[Mixture]:
+    """Of int8 gates and ups, and downs that are numbers; the last of more experts."""
+    found = []
+    for experts in (4,) * (count - 1) + (8,):
+        gate_up = device_coded.codes_of("int8", 32 * experts, 32, 32, torch.device("cpu"), [])
+        found.append(Mixture(experts, 2, gate_up, torch.ones(experts, 32, 16), "silu", torch.float32))
+    return found
+
+
+def test_experts_are_widened_from_where_that_is_faster() -> None:
+    """By the clock: tiles of 16 and of 64 pairs, then numbers in registers beside numbers first."""
+    device, mixtures = FakeDevice(0), mixtures_of(3)
+    tiles = [(9.0, 7.0, 8.0), (9.0, 9.0, 8.0)]
+    assert all(len(each) == len(CODED_TILES) for each in tiles)
+    by_pairs = [(5.0, 3.0), (5.0, 4.0), (4.9, 5.0)]
+    once = [*(seconds for each in tiles for seconds in each), *(seconds for each in by_pairs for seconds in each)]
+    seconds = iter(2 * once)
+    device.time = lambda graph: next(seconds)  # type: ignore[method-assign]
+    plain = Mixture(4, 2, torch.ones(4, 32, 32), torch.ones(4, 32, 16), "silu", torch.float32)
+    with device.on(device.stream()), device.may_block():
+        assert choose_experts([plain, *mixtures], 4096, device) == 2
+        assert next(seconds, None) is None
+        device.synchronize_all()
+    for mixture in mixtures:
+        assert mixture.ways == ({16: CODED_TILES[1], 64: CODED_TILES[2]}, PAIRS_WIDENED[2] * mixture.count)
+    assert plain.widen_from == 0
+
+
+def test_experts_are_timed_by_no_more_tokens_than_a_step_has(caplog: pytest.LogCaptureFixture) -> None:
+    device, [mixture] = FakeDevice(0), mixtures_of(1)
+    device.time = lambda graph: next(seconds)  # type: ignore[method-assign]
+    # Ours are always quicker: up to the largest step, and beyond.
+    seconds = iter([9.0, 8.0, 7.0, 9.0, 8.0, 7.0, 5.0, 3.0])
+    with device.on(device.stream()), device.may_block():
+        assert choose_experts([mixture], 9, device) == 1 and next(seconds, None) is None
+        assert mixture.widen_from == 19
+        device.capture = failing  # type: ignore[method-assign]
+        with caplog.at_level(logging.WARNING):
+            assert choose_experts([mixture], 9, device) == 1
+        device.synchronize_all()
+    assert mixture.widen_from == 0 and "no such kernel" in caplog.text
+
+
+def failing(work: Callable[[], object]) -> Any:
+    raise CaptureError("no such kernel")
+
+
+async def test_experts_of_codes_are_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rounded as they are read, in graphs, with the tokens of the same weights as numbers; counted at start, and read
+    anew they go the same ways."""
+    from engine.models.parts import experts
+    from tests.models.support import make_checkpoint
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 32, "num_attention_heads": 4}
+    make_checkpoint(tmp_path, "Qwen3Moe", vocab_size=101, num_experts=4, num_experts_per_tok=2, **sizes)
+    monkeypatch.setattr(device_coded, "forms_kept", lambda dtype, device: device_coded.FORMS)
+    monkeypatch.setattr(experts, "keeps_experts_stacked", lambda device: True)
+
+    def read() -> Any:
+        given: dict[str, Any] = {"dtype": torch.float32, "device": torch.device("cpu"), "max_model_len": 256}
+        with native.disabled():
+            return load_model(read_spec(tmp_path), tmp_path, quantisation="int4", **given)
+
+    model = read()
+    layers = len(model.mixtures)
+    assert layers == model.config.num_layers and all(each.forms == ["int4", "int4"] for each in model.mixtures)
+    coded = coded_matrices(model)
+    assert coded["int4"] - 2 * 4 * layers == sum(
+        isinstance(each, DeviceCodedLinear) and each.codes.form == "int4" for each in model.linears
+    )
+    executor = make_executor(SMALL, device=FakeDevice(1), model=model)
+    executor.choose_products()
+    requests = requests_of(1)
+    tokens = await serve(executor, requests)
+    assert tokens == [expected_tokens(model, request) for request in requests]
+    model.mixtures[0].widen_from = 77
+    executor._faster_mixtures[0] = model.mixtures[0].shape, model.mixtures[0].ways
+    assert executor._with_products(read()).mixtures[0].widen_from == 77
 
 
 async def test_a_model_of_codes_is_served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,7 +333,9 @@ async def test_tokens_stay_the_same(seed: int) -> None:
         assert gated == (0, 0)  # its steps have too few rows
         tokens = await serve(executor, requests)
         # Weights that are read later go the same ways.
-        other: Any = SimpleNamespace(linears=[SimpleNamespace(kind="torch", ways=None) for _ in model.linears])
+        other: Any = SimpleNamespace(
+            linears=[SimpleNamespace(kind="torch", ways=None) for _ in model.linears], mixtures=[]
+        )
         executor._with_products(other)
         assert [linear.ways for linear in other.linears] == [(linear.few, None) for linear in model.linears]
     finally:

@@ -52,6 +52,49 @@ def test_formats(name: str, plain: tuple[Path, Any], tmp_path: Path) -> None:
     assert len(kept(model)) == KEPT.get(name, 8)
 
 
+INPUTS = {"num_bits": 8, "type": "float", "strategy": "token", "dynamic": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "expected"),
+    [
+        ("fp8-row", {}, 0),
+        ("fp8-row", INPUTS, 8),
+        ("fp8-tensor", {**INPUTS, "strategy": "tensor", "dynamic": False}, 8),
+        ("fp8-row", {**INPUTS, "type": "int"}, 0),
+        ("w8a16-row", INPUTS, 0),
+        ("mxfp8", INPUTS, 0),
+        ("fbgemm", {}, 8),
+        ("modelopt-fp8", {}, 8),
+        ("modelopt-row", {}, 8),
+    ],
+)
+def test_inputs_of_float8(
+    name: str,
+    changes: dict[str, Any],
+    expected: int,
+    plain: tuple[Path, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Where the checkpoint is for them, and a row of the weight has one scale: the logits of many rows are near."""
+    monkeypatch.setattr(device_coded, "has_scaled_product", lambda dtype, device: True)
+    config, writer, _ = FORMATS[name]
+    if changes:
+        group = {**config["config_groups"]["group_0"], "input_activations": changes}
+        config = {**config, "config_groups": {"group_0": group}}
+    quantise(plain, tmp_path, config, layers(writer))
+    model = load(tmp_path)
+    rounded = [each for each in kept(model) if each.has_float8_inputs]
+    assert len(rounded) == expected
+    [prompt] = prompts_of([20])
+    wide = Runner(model).logits(prompt, 20)
+    for linear in rounded:
+        linear.float8_from = 16
+    error = float((Runner(model).logits(prompt, 20) - wide).norm() / wide.norm())
+    assert error == 0 if not expected else 1e-3 < error < 0.15
+
+
 @pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
 def test_rounded_as_they_are_read(kind: str, plain: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """The numbers are those of the model that is rounded and then widened; the head is among them."""

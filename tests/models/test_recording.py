@@ -20,7 +20,7 @@ FAMILIES = [
     ("Qwen2", {}, None),
     ("Qwen3", {"head_dim": 16}, None),
     ("Gemma3", {"head_dim": 16, "sliding_window": 12}, None),
-    ("Starcoder2", {}, "aten.layer_norm.default"),
+    ("Starcoder2", {}, "ol_layer_norm"),
 ]
 
 

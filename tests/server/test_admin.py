@@ -90,6 +90,24 @@ async def test_keys_do_not_share_a_cache(isolate: bool | None) -> None:
         assert await cached(server, headers=bearer("b"), cache_salt="0:") == 96
 
 
+async def test_the_time_to_the_first_token_does_not_betray_what_another_key_has_cached() -> None:
+    """It is a function of the steps to it and of how much the device computes in each."""
+    async with live(api_keys=("a", "b")) as server:
+
+        async def work(key: str, start: int) -> tuple[list[int], float]:
+            tokens = server.engine.metrics.step_tokens
+            counts, total = tokens.counts[0].copy(), tokens.sums[0]
+            body = {"prompt": [start, *PROMPT], "max_tokens": 1}
+            assert (await server.post("/v1/completions", body, headers=bearer(key)))[0] == 200
+            return (tokens.counts[0] - counts).tolist(), tokens.sums[0] - total
+
+        unseen, cold = await work("b", 2), await work("a", 3)
+        warm = await work("a", 3)
+        assert warm[1] < cold[1] == 101
+        assert await work("b", 3) == unseen == cold
+        assert await work("b", 3) == warm
+
+
 @pytest.mark.parametrize(
     ("path", "body"),
     [

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import fcntl
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import pytest
 
 from engine.config import StartupError
 from engine.request import UnavailableError
-from server.journal import Begun, Journal
+from server.journal import Begun, Ended, Journal
 from tests.server.support import BOUND_S, live, until
 from tests.server.test_background import ended, follow, get
 from tests.server.test_errors import check_shape
@@ -117,6 +120,137 @@ def test_what_cannot_be_claimed_in_writing_is_begun_once(tmp_path: Path, monkeyp
         assert second.claim(one) and not second.begun and not second.claim(one)
     first.close()
     second.close()
+
+
+# ---- a file that grows
+
+
+def used(journal: Journal, rng: random.Random, rounds: int) -> None:
+    """What a server does with its journal."""
+    for number in range(rounds):
+        journal.begin(Begun(f"r{number}", "k", {"input": "x" * rng.randrange(200), "seed": number}, number))
+        name = f"r{rng.randrange(number + 1)}"
+        match rng.randrange(6):
+            case 0 | 1 | 2:
+                journal.end("k", name, {"id": name, "text": "y" * rng.randrange(300)}, [number])
+            case 3:
+                journal.end("k", name)
+            case 4:
+                journal.leave(name)
+
+
+def contents(path: Path, most_ended: int = 10) -> tuple[list[Begun], list[Ended]]:
+    """As the next process finds it."""
+    journal = Journal(path, most_ended)
+    journal.close()
+    return (
+        [dataclasses.replace(one, by=str(bool(one.by))) for one in journal.begun],
+        [dataclasses.replace(one, begun=None) for one in journal.ended],
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_file_that_grows_is_made_short_and_says_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    sizes = []
+    for least in (1 << 30, 3000):
+        monkeypatch.setattr("server.journal._LEAST_BYTES", least)
+        journal = Journal(tmp_path / str(least), 10)
+        used(journal, random.Random(seed), 200)
+        sizes.append((tmp_path / str(least)).stat().st_size)
+        journal.close()
+    assert sizes[1] < sizes[0] * 0.8
+    assert contents(tmp_path / "3000") == contents(tmp_path / str(1 << 30))
+    assert sorted(os.listdir(tmp_path)) == sorted(["3000", str(1 << 30)])
+
+
+def test_what_has_ended_does_not_stay_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.journal._LEAST_BYTES", 10_000)
+    path = tmp_path / "journal"
+    journal, sizes = Journal(path, 3), []
+    for number in range(1000):
+        journal.begin(Begun(f"r{number}", "", {"input": "x" * 100}, number))
+        journal.end("", f"r{number}", {"id": f"r{number}", "text": "y" * 300}, [])
+        sizes.append(path.stat().st_size)
+    journal.close()
+    assert max(sizes) < 12_000
+    assert [one.response["id"] for one in contents(path, 3)[1]] == ["r997", "r998", "r999"]
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_process_that_dies_as_it_makes_the_file_short_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    class KilledError(Exception):
+        pass
+
+    def kill(*_: object) -> None:
+        raise KilledError
+
+    monkeypatch.setattr("server.journal._LEAST_BYTES", 3000)
+    journal = Journal(tmp_path / "journal", 10)
+    monkeypatch.setattr(os, where, kill)
+    with pytest.raises(KilledError):
+        used(journal, random.Random(1), 200)
+    monkeypatch.undo()
+    # Nothing that was written before is gone; the lock is, as those of the dead are.
+    lines = [json.loads(line) for line in (tmp_path / "journal").read_bytes().splitlines()]
+    assert sum(len(json.dumps(line)) for line in lines) > 2900 and (tmp_path / "journal.partial").exists()
+    os.close(journal._alive)
+    os.close(journal._file)
+    begun, ended = contents(tmp_path / "journal")
+    owed = {line["begun"] for line in lines if "begun" in line} - {line["ended"] for line in lines if "ended" in line}
+    assert {one.id for one in begun} == owed and ended
+    assert os.listdir(tmp_path) == ["journal"]
+
+
+def test_a_disk_without_room_for_a_short_file_keeps_the_long_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("server.journal._LEAST_BYTES", 3000)
+    for name, broken in (("good", False), ("full", True)):
+        journal = Journal(tmp_path / name, 10)
+        with monkeypatch.context() as context:
+            if broken:
+                context.setattr(os, "fsync", full)
+            used(journal, random.Random(2), 200)
+        journal.close()
+    assert contents(tmp_path / "full") == contents(tmp_path / "good")
+
+
+def test_with_company_the_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process has read a part of it."""
+    monkeypatch.setattr("server.journal._LEAST_BYTES", 3000)
+    path = tmp_path / "journal"
+    first = Journal(path, 10)
+    first.begin(Begun("r", "", {}, 1))
+    number = path.stat().st_ino
+    second = Journal(path, 10)
+    used(first, random.Random(3), 100)
+    assert path.stat().st_ino == number and path.stat().st_size > 6000
+    assert second.look().ended
+    second.close()
+    first.begin(Begun("last", "", {}, 1))
+    assert path.stat().st_ino != number and "last" in {one.id for one in contents(path)[0]}
+    first.close()
+
+
+async def test_a_lock_that_another_process_holds_stops_no_other_request(tmp_path: Path) -> None:
+    async with live(resume_journal=str(tmp_path / "journal")) as server:
+        with (tmp_path / "journal").open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            waiting = asyncio.create_task(server.post("/v1/responses", BODY))
+            for _ in range(5):
+                assert (await server.post("/v1/completions", {"prompt": "x", "max_tokens": 2}))[0] == 200
+            # It is not promised before it is written down.
+            assert not waiting.done()
+            fcntl.flock(file, fcntl.LOCK_UN)
+        status, told = await waiting
+        assert status == 200 and (await ended(server, told["id"]))["status"] == "incomplete"
 
 
 # ---- two processes at once

@@ -372,6 +372,10 @@ MUTANTS = [
         "self._free.append(self._index.pop(version))", "self._index.pop(version)", ADAPTERS,
     ),
     Mutant(
+        "another index counts as nobody's", AdapterPlaces, "unload",
+        "self._loads[self._index[version]] = None", "self._loads[3 - self._index[version]] = None", ADAPTERS,
+    ),
+    Mutant(
         "who waits for an adapter is passed for ever", AdapterPlaces, "_is_starving",
         ">= self.max_passed", "> 10**9", ADAPTERS,
     ),

@@ -7,6 +7,7 @@ people to look at (ONELOOP_PICTURES names another place).
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -42,7 +43,7 @@ class Server:
 
     def start(self) -> None:
         command = [PYTHON, "-m", "tests.web.serve", "--port", str(self.port), *self._flags]
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         watchdog = threading.Timer(START_BOUND_S, self.process.kill)
         watchdog.start()
         assert self.process.stdout is not None
@@ -50,6 +51,14 @@ class Server:
         watchdog.cancel()
         assert line, "the server did not start"
         self.port = int(line)
+
+    def stalls(self) -> dict[str, float]:
+        """worked_ms, late_ms: see tests/web/serve.py; from the last call on."""
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write("?\n")
+        self.process.stdin.flush()
+        found: dict[str, float] = json.loads(self.process.stdout.readline())
+        return found
 
     def kill(self) -> None:
         assert self.process is not None

@@ -1,5 +1,6 @@
 """The server that the browser's tests talk to: the whole server over the fake device, and a model that says what it is
-told to. Prints its port. `python -m tests.web.serve [--port N] [--key KEY] [--reasoning] [--step SECONDS]`
+told to. Prints its port. `python -m tests.web.serve [--port N] [--key KEY] [--reasoning] [--step SECONDS]`; a line on
+its standard input asks for what the loop did longest without a pause since the last (tests/web/figures.py).
 
 It says the last message of the user; "long N" is N paragraphs with code and formulas, "call" is a call of get_weather.
 """
@@ -8,6 +9,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
+import json
+import os
+import sys
+import time
 from typing import Any
 
 import uvloop
@@ -36,6 +42,30 @@ def say(prompt: str) -> str:
     return asked[len(said) :] if asked.startswith(said) else asked
 
 
+class Stalls:
+    """The longest that the loop was at work between two ticks, in seconds: of its thread's own time (what it did), and
+    of the clock's beyond the tick (with what the machine did meanwhile)."""
+
+    EVERY_S = 0.001
+
+    def __init__(self) -> None:
+        self.worked = self.late = 0.0
+
+    async def watch(self) -> None:
+        while True:
+            worked, began = time.thread_time(), time.perf_counter()
+            await asyncio.sleep(self.EVERY_S)
+            self.worked = max(self.worked, time.thread_time() - worked)
+            self.late = max(self.late, time.perf_counter() - began - self.EVERY_S)
+
+    def tell(self) -> None:
+        if os.read(sys.stdin.fileno(), 4096):
+            print(json.dumps({"worked_ms": 1e3 * self.worked, "late_ms": 1e3 * self.late}), flush=True)
+            self.worked = self.late = 0.0
+        else:
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, default=0)
@@ -51,8 +81,14 @@ async def main() -> None:
     model = served_model(max_model_len=65_536)
     async with live(model=model, num_pages=20_000, step_seconds=args.step, **options) as server:
         with dictated(server, say=say):
+            # As engine/serve.py has it.
+            gc.collect()
+            gc.freeze()
+            gc.set_threshold(20_000, 20, 50)
+            stalls = Stalls()
+            asyncio.get_running_loop().add_reader(sys.stdin.fileno(), stalls.tell)
             print(server.port, flush=True)
-            await asyncio.Event().wait()
+            await stalls.watch()
 
 
 if __name__ == "__main__":

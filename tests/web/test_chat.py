@@ -96,6 +96,16 @@ def test_a_rich_answer(server: Server, open_page: Open, size: str, scheme: str) 
     accessible(page)
 
 
+def test_an_empty_chat_offers_what_to_ask(server: Server, open_page: Open) -> None:
+    page = open_page(server.url)
+    page.get_by_role("button", name="What is 17 + 25?").click()
+    done(page)
+    assert answers(page) == ["What is 17 + 25?"]
+    assert not page.is_visible("#ideas")
+    page.click("#new")
+    assert page.is_visible("#ideas")
+
+
 def test_hostile_answers_stay_text(server: Server, open_page: Open) -> None:
     page = open_page(server.url)
     wanted: list[str] = []

@@ -70,7 +70,10 @@ def test_a_click_says_why_a_prefix_missed(server: Server, open_page: Open) -> No
         page.click("#sequences button.id >> nth=0")
         page.wait_for_selector("#detail h3")
         assert "prompt tokens were cached" in page.inner_text("#detail")
-        assert "queued" in page.inner_text("#detail table")
+        assert "queued" in page.inner_text("#detail table") and "tokens written" in page.inner_text("#detail table")
+        # A page holds more than this prompt.
+        assert "Too short to be cached" in page.inner_text("#detail")
+        assert "writes for" in str(page.locator("#detail .spans").get_attribute("aria-label"))
         picture(page, "live-detail")
         page.keyboard.press("Escape")
         assert not page.is_visible("#detail")

@@ -21,6 +21,7 @@ from engine.ops import coded as on_cpu
 from engine.ops import device_coded as on_gpu
 from engine.ops.coded import CodedLinear, Piece
 from engine.ops.device_coded import DeviceCodedLinear
+from engine.ops.experts import Stack
 from engine.ops.linear import Linear
 from engine.ops.packed import MixedLinear
 from engine.ops.reordered import ReorderedLinear
@@ -65,11 +66,41 @@ class CodedWeights(CheckpointWeights):
             own = bias_vector[first : first + count] if bias_vector is not None else None
             pieces = self._pieces(weights[begin:end], rows[begin:end], columns, order)
             alone = activation if end - begin == len(names) else None
-            parts.append(self._layer(forms[begin], count, columns, wanted, pieces, own, alone))
+            layer = self._layer(forms[begin], count, columns, wanted, pieces, own, alone)
+            if isinstance(layer, DeviceCodedLinear) and all(self._rounds_inputs(each) for each in weights[begin:end]):
+                layer.take_float8_inputs()
+            parts.append(layer)
             begin, first = end, first + count
         self.linears.extend(parts)
         linear = parts[0] if len(parts) == 1 else MixedLinear(parts, activation)
         return linear if columns_order is None else ReorderedLinear(linear, columns_order.to(self.device))
+
+    def experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, *, order: Tensor | None = None
+    ) -> Stack:
+        """See Source.experts."""
+        weights = [f"{name}.weight" for name in names]
+        self.round_layer(weights, None)
+        forms = self._forms(weights, self.dtype) if on_gpu.forms_kept(self.dtype, self.device) else None
+        common = None if forms is None else _common(forms)
+        if common is None or self.input_order(weights) != (True, None):
+            return super().experts(names, count, rows, columns, order=order)
+        each = len(names) // count
+        form, group = common
+
+        def pieces() -> Iterator[Piece]:
+            for number in range(count):
+                start = number * each * rows
+                own = weights[number * each : (number + 1) * each]
+                for begin, end, codes, scale, low in self._pieces(own, [rows] * each, columns, order, form):
+                    yield start + begin, start + end, codes, scale, low
+
+        return on_gpu.codes_of(form, count * each * rows, columns, group, self.device, pieces())
+
+    def _rounds_inputs(self, name: str) -> bool:
+        """See Quantised.float8_inputs."""
+        matrix = self._tensors[name].quantised
+        return matrix is not None and matrix.float8_inputs
 
     def round_layer(self, weights: Sequence[str], dtype: torch.dtype | None) -> None:
         """Round what a layer is made of, where that was asked for; one whose dtype is given is a router's."""
@@ -105,7 +136,7 @@ class CodedWeights(CheckpointWeights):
         """What a GPU can keep it in, and columns of a scale."""
         stored = self._tensors[name]
         if stored.quantised is not None:
-            return self.kept_form(name)
+            return self.kept_form(name, narrow=True)
         as_it_lies = stored.undo is None and not stored.stride and not stored.transposed and not stored.shift
         form = CODED.get(stored.dtype) if as_it_lies else None
         return form if form is not None and stored.shape[-1] % form[1] == 0 else None
@@ -125,8 +156,15 @@ class CodedWeights(CheckpointWeights):
             return DeviceCodedLinear(name, rows, columns, group, dtype, self.device, pieces, bias, activation)
         return CodedLinear(name, rows, columns, dtype, pieces, bias, activation)
 
-    def _codes(self, name: str, begin: int, end: int) -> Coded:
-        """Rows [begin, end)."""
+    def _codes(self, name: str, begin: int, end: int, form: str | None = None) -> Coded:
+        """Rows [begin, end). form: one that is its own but for something added."""
+        codes, scale, low = self._own_codes(name, begin, end)
+        if low is None and form is not None and form.endswith("low"):
+            low = scale * (-8.0 if form.startswith("int4") else 0.0)
+        return codes, scale, low
+
+    def _own_codes(self, name: str, begin: int, end: int) -> Coded:
+        """Rows [begin, end), in its own form."""
         stored = self._tensors[name]
         if stored.quantised is not None:
             return self.kept_codes(name, begin, end)
@@ -143,15 +181,22 @@ class CodedWeights(CheckpointWeights):
         added = None if low is None else torch.from_numpy(low).reshape(end - begin, -1)
         return torch.from_numpy(codes).view(end - begin, -1), torch.from_numpy(scale).reshape(end - begin, -1), added
 
-    def _pieces(self, names: Sequence[str], rows: Sequence[int], columns: int, order: Tensor | None) -> Iterator[Piece]:
-        """The tensors below one another, in pieces that are small where no order mixes their rows."""
+    def _pieces(
+        self,
+        names: Sequence[str],
+        rows: Sequence[int],
+        columns: int,
+        order: Tensor | None,
+        form: str | None = None,
+    ) -> Iterator[Piece]:
+        """The tensors below one another, in pieces that are small where no order mixes their rows. form: see _codes."""
         total = sum(rows)
         step = CodedLinear.piece_rows(_PIECE // columns) if order is None else total
         starts = [sum(rows[:index]) for index in range(len(rows))]
         for begin in range(0, total, step):
             end = min(begin + step, total)
             parts = [
-                self._codes(name, max(begin - start, 0), min(end - start, count))
+                self._codes(name, max(begin - start, 0), min(end - start, count), form)
                 for name, start, count in zip(names, starts, rows, strict=True)
                 if start < end and start + count > begin
             ]
@@ -163,3 +208,11 @@ class CodedWeights(CheckpointWeights):
                     if part is not None:
                         part[: len(order)] = part[order]
             yield begin, end, codes, scale, low
+
+
+def _common(forms: list[Form]) -> Form | None:
+    """One for all: what is added may be nothing. None where they differ in more."""
+    kinds, groups = {name.removesuffix(" and low") for name, _ in forms}, {group for _, group in forms}
+    if len(kinds) > 1 or len(groups) > 1:
+        return None
+    return max((name for name, _ in forms), key=len), groups.pop()

@@ -124,6 +124,10 @@ class PartOf(Quantised):
         each = blocks.shape[1] // (self._inner.shape[1] // BLOCK)
         return blocks[:, self._cut.begin // BLOCK * each : self._cut.end // BLOCK * each].contiguous()
 
+    def narrow(self) -> None:
+        """See Quantised."""
+        self._inner.narrow()
+
     def form(self, view: View) -> str | None:
         """See Quantised."""
         form = self._inner.form(view)

@@ -30,6 +30,7 @@ from engine.models.mixers import (
 from engine.models.parts.decoder import embedding_name
 from engine.models.parts.source import PREFIX
 from engine.models.spec import Dense, DenseAndExperts, Experts, FeedForward, LayerSpec, ModelSpec, Ungated, share
+from engine.ops.experts import Stack
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
 from engine.ops.mxfp4 import BLOCK as MXFP4_BLOCK
@@ -372,7 +373,7 @@ class SlicedWeights:
         self._group = group
         self._shapes = shapes
         self.dtype, self.device = inner.dtype, inner.device
-        self.deterministic, self.linears = inner.deterministic, inner.linears
+        self.deterministic, self.linears, self.mixtures = inner.deterministic, inner.linears, inner.mixtures
         self.adapters = inner.adapters
         # Where one module becomes several: their names and rows.
         self._pieces: dict[str, list[tuple[str, int]]] = {}
@@ -440,6 +441,12 @@ class SlicedWeights:
     def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
         """See Source."""
         return self._inner.stacked(names, rows, *columns)
+
+    def experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, *, order: Tensor | None = None
+    ) -> Stack:
+        """See Source."""
+        return self._inner.experts(names, count, rows, columns, order=order)
 
     def linear(
         self,

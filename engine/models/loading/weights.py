@@ -29,6 +29,7 @@ from engine.models.loading.schemes.base import Coded, Mismatch, Quantised
 from engine.models.loading.schemes.rounding import Rounded, RoundedFloat8, can_round
 from engine.models.loading.schemes.shaped import as_stored
 from engine.models.parts.source import PREFIX
+from engine.ops.experts import Mixture, Stack
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
 from engine.ops.lora import Rows
@@ -74,6 +75,7 @@ class Weights:
         self.deterministic = False
         # All that were prepared.
         self.linears: list[Linear] = []
+        self.mixtures: list[Mixture] = []
         self.adapters: Rows | None = None
 
     def __enter__(self) -> Weights:
@@ -111,6 +113,18 @@ class Weights:
         for name, part in zip(names, result.split_with_sizes(list(rows)), strict=True):
             self.fill(part, name)
         return result
+
+    def experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, *, order: Tensor | None = None
+    ) -> Stack:
+        """See Source.experts."""
+        stack = self.stacked([f"{name}.weight" for name in names], [rows] * len(names), columns)
+        stack = stack.view(count, -1, columns)
+        if order is not None:
+            order = order.to(stack.device)
+            for matrix in stack:
+                matrix.copy_(matrix.index_select(0, order))
+        return stack
 
     def linear(
         self,
@@ -365,11 +379,13 @@ class CheckpointWeights(Weights):
         with self._reading(name, stored.quantised, last=False):
             return stored.quantised.kind(self._whole) or stored.dtype
 
-    def kept_form(self, name: str) -> tuple[str, int] | None:
-        """Of the codes that it can be brought into, and columns of a scale; see Quantised.form."""
+    def kept_form(self, name: str, *, narrow: bool = False) -> tuple[str, int] | None:
+        """Of the codes that it can be brought into, and columns of a scale; see Quantised.form and Quantised.narrow."""
         matrix = self._tensors[name].quantised
         if matrix is None:
             return None
+        if narrow:
+            matrix.narrow()
         with self._reading(name, matrix, last=False):
             form = matrix.form(self._whole)
             return None if form is None else (form, matrix.code_group)

@@ -77,6 +77,7 @@ class Attention:
             order=order,
         )
         self._output = source.linear([prefix + spec.output], [hidden_size], heads * value_dim, bias=spec.output_bias)
+        self.products = self._qkv, self._output
         self._gate = None if spec.gate is None else Gate(spec.gate, heads, value_dim, source, prefix, hidden_size)
         self._clip, self._value_scale = spec.clip, spec.value_scale
         self._sinks = None if spec.sinks is None else source.tensor(prefix + spec.sinks, (heads,), torch.float32)

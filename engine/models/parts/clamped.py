@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.models.parts.source import Source
 from engine.models.spec import Clamp, Experts
 from engine.ops.activation import clamped_and_mul
+from engine.ops.device_coded import Codes, codes_of_mxfp4
 from engine.ops.linear import Linear
 from engine.ops.mxfp4 import BLOCK, Mxfp4Linear
 
@@ -40,6 +41,14 @@ def _four_bits(spec: Experts, source: Source, name: str, rows: int, columns: int
     biases = [source.tensor(f"{name.format(each)}.bias", (rows,)) for each in spec.here]
     layers = (Mxfp4Linear(*each) for each in zip(blocks, scales, biases, strict=True))
     return [source.adapted(layer, name.format(each)) for each, layer in zip(spec.here, layers, strict=True)]
+
+
+def mxfp4_stack(source: Source, name: str, count: int, rows: int, columns: int, order: Tensor | None) -> Codes:
+    """The same as a GPU's kernels read them. order: of the rows of each."""
+    stem = name.replace(".{}", "")
+    blocks = source.raw(f"{stem}_blocks", (count, rows, columns // BLOCK, BLOCK // 2))
+    scales = source.raw(f"{stem}_scales", (count, rows, columns // BLOCK))
+    return codes_of_mxfp4(blocks, scales, order)
 
 
 class Clamped:

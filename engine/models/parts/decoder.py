@@ -26,6 +26,7 @@ from engine.models.mixers import (
 )
 from engine.models.parts.attention import Attention
 from engine.models.parts.dense import make_mlp
+from engine.models.parts.encoder import whole_layer
 from engine.models.parts.experts import BesideDense, make_experts
 from engine.models.parts.heads import Head
 from engine.models.parts.latent import Latent
@@ -37,6 +38,8 @@ from engine.models.parts.source import PREFIX, Source
 from engine.models.spec import DenseAndExperts, Experts, FeedForward, LayerInput, LayerSpec, ModelSpec
 from engine.ops import native
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, LayerAttention
+from engine.ops.attention.packed import Backend as Packed
+from engine.ops.experts import Mixture
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.lora import Branch, Rows
 from engine.ops.norm import Normed, plain
@@ -71,6 +74,7 @@ class CausalLM(Protocol):
     config: ModelSpec
     attention_spec: AttentionSpec
     linears: list[Linear]
+    mixtures: list[Mixture]
     # What LoRA adapters change; None where the model was loaded without places for them.
     adapted: Adapted | None
 
@@ -141,6 +145,7 @@ class Layer:
         self.residual_scale = spec.residual_scale if spec.residual_scale != 1.0 else None
         self.post_norm = spec.post_norm
         self.mlp_out_norm = norm(spec.feed_forward_out_norm)
+        self.whole = whole_layer(spec, self.attention, self.mlp, (self.attention_out_norm, self.mlp_out_norm))
         self.end: LayerEnd | None = None
         if own is not None or spec.end_scale is not None:
             self.end = LayerEnd(own, spec.end_scale, source, index, prefix, hidden_size)
@@ -277,6 +282,7 @@ class Decoder:
         self._steps = list(zip(self._layers, own, following, strict=True))
         # For what the start says of them.
         self.linears = source.linears
+        self.mixtures = source.mixtures
         # For a draft model that reads them: the stream of residuals before these layers (the number of layers: behind
         # the last), as the last step had it [T, hidden_size].
         self.aux_layers: tuple[int, ...] = ()
@@ -336,6 +342,9 @@ class Decoder:
                 y = computed(layer.attention(x, table, positions, attention)).add_(computed(layer.mlp(beside)))
                 x, residual = following.add(y, residual)
                 continue
+            if layer.whole is not None and isinstance(attention, Packed) and attention.takes_layers:
+                x = residual = attention.through(layer.whole, residual)
+                continue
             if layer.post_norm:
                 x, _ = out_norm(layer.attention_out_norm).add(layer.attention(x, table, positions, attention), residual)
                 residual = plain(x)
@@ -372,6 +381,7 @@ class Decoder:
     def name_layers(self, range_of: RangeOf) -> None:
         """See CausalLM. Costs nothing until it is called."""
         for index, layer in enumerate(self._layers):
+            layer.whole = None  # its parts are one
             for part in ("attention", "mlp") if layer.mlp is not None else ("attention",):
                 setattr(layer, part, in_range(getattr(layer, part), f"layer {index} {part}", range_of))
 

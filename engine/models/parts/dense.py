@@ -80,6 +80,7 @@ class UngatedMlp:
             self._activation = PLAIN_ACTIVATIONS[spec.activation]
         self._up: Linear = source.linear([prefix + spec.up], [inner], hidden_size, bias=spec.bias)
         self._down: Linear = source.linear([prefix + spec.down], [hidden_size], inner, bias=spec.bias)
+        self.products = self._up, self._down
 
     def __call__(self, x: Tensor | Normed) -> Tensor | Product:
         """[N, hidden] -> [N, hidden]."""

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from engine.models.mixers import NormSpec
-from engine.models.parts.clamped import clamped_experts
+from engine.models.parts.clamped import clamped_experts, mxfp4_stack
 from engine.models.parts.dense import Mlp, make_mlp
 from engine.models.parts.norm import Norm, make_norm
 from engine.models.parts.source import Source
 from engine.models.spec import Dense, DenseAndExperts, Experts, Ungated
-from engine.ops.activation import by_rows
-from engine.ops.experts import Choice
+from engine.ops.activation import Clamped, by_rows
+from engine.ops.experts import Activation, Choice, Mixture
 from engine.ops.linear import Linear, Product, computed
 from engine.ops.norm import Normed, plain, rms_norm
 
@@ -23,7 +24,7 @@ def make_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -
     """The form that the device wants, and beside it what all tokens share."""
     kind: type[StackedExperts] | type[AllExperts] | type[SeparateExperts] = SeparateExperts
     if keeps_experts_stacked(source.device):
-        known = spec.gated and spec.clamp is None and spec.latent_size is None
+        known = spec.gated and spec.latent_size is None and spec.activation in ("silu", "gelu_tanh")
         kind = StackedExperts if known else AllExperts
     routed = kind(spec, source, prefix, hidden_size)
     return source.summed(routed if spec.shared is None else WithShared(routed, spec, source, prefix, hidden_size))
@@ -227,21 +228,40 @@ class StackedExperts:
     """The same on a GPU, where the host knows no counts (ops/experts.py)."""
 
     def __init__(self, spec: Experts, source: Source, prefix: str, hidden_size: int) -> None:
-        count, inner = spec.num_experts, spec.intermediate_size
-        assert spec.gated and spec.latent_size is None and spec.clamp is None
+        assert spec.gated and spec.latent_size is None
         self._rating = Rating(spec, source, prefix, hidden_size)
-        self._activation = spec.activation
         self._on_input = spec.on_input
-        parts = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
-        rows = [2 * inner * count // len(parts)] * len(parts)
-        self._gate_up = source.stacked([f"{part}.weight" for part in parts], rows, hidden_size)
-        self._gate_up = self._gate_up.view(count, 2 * inner, hidden_size)
-        downs = [f"{prefix + spec.down.format(number)}.weight" for number in range(count)]
-        self._down = source.stacked(downs, [hidden_size] * count, inner).view(count, hidden_size, inner)
+        self._mixture = make_mixture(spec, source, prefix, hidden_size)
+        source.mixtures.append(self._mixture)
 
     def __call__(self, x: Tensor | Normed, rated: Tensor | None = None) -> Tensor:
         """[N, hidden] -> [N, hidden]. rated: what the router reads, if it is not x."""
         x = plain(x)
         logits = self._rating.logits(x if rated is None else rated)
         mix = self._rating.choice.mix_of_scaled if self._on_input else self._rating.choice.mix
-        return mix(x, logits, self._gate_up, self._down, self._activation)
+        return mix(x, logits, self._mixture)
+
+
+def make_mixture(spec: Experts, source: Source, prefix: str, hidden_size: int) -> Mixture:
+    """The matrices of all experts, gates first."""
+    count, inner = spec.num_experts, spec.intermediate_size
+    ups = [prefix + name.format(number) for number in range(count) for name in spec.gate_up]
+    downs = [prefix + spec.down.format(number) for number in range(count)]
+    order, activation = None, cast(Activation, spec.activation)
+    if spec.clamp is not None:
+        activation = Clamped(spec.clamp.limit, spec.clamp.alpha)
+        # Rows of gate and up alternate there.
+        order = torch.arange(2 * inner).view(inner, 2).T.reshape(-1)
+    if spec.mxfp4:
+        gate_up = mxfp4_stack(source, prefix + spec.gate_up[0], count, 2 * inner, hidden_size, order)
+        down = mxfp4_stack(source, prefix + spec.down, count, hidden_size, inner, None)
+    else:
+        gate_up = source.experts(ups, count, 2 * inner * count // len(ups), hidden_size, order=order)
+        down = source.experts(downs, count, hidden_size, inner)
+    biases: tuple[Tensor | None, Tensor | None] = None, None
+    if spec.bias:
+        rows = 2 * inner * count // len(ups)
+        above = source.stacked([f"{name}.bias" for name in ups], [rows] * len(ups)).view(count, -1)
+        above = above if order is None else above.index_select(1, order.to(above.device))
+        biases = above, source.stacked([f"{name}.bias" for name in downs], [hidden_size] * count).view(count, -1)
+    return Mixture(count, spec.num_experts_per_token, gate_up, down, activation, source.dtype, biases)

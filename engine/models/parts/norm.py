@@ -9,7 +9,7 @@ from torch import Tensor
 from engine.models.mixers import NormSpec
 from engine.models.parts.source import Source
 from engine.ops.linear import Product, computed
-from engine.ops.norm import Normed, add_rms_norm, rms_norm
+from engine.ops.norm import Normed, add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
 
 def make_norm(spec: NormSpec, source: Source, prefix: str, width: int) -> Norm:
@@ -54,19 +54,19 @@ class CenteredNorm(Norm):
     def __init__(self, spec: NormSpec, source: Source, prefix: str, width: int) -> None:
         super().__init__(spec, source, prefix, width)
         self.weight = self.weight.float()
-        self._bias = source.tensor(f"{prefix}{spec.name}.bias", (width,)).float() if spec.bias else None
+        self.bias = source.tensor(f"{prefix}{spec.name}.bias", (width,)).float() if spec.bias else None
 
     def __call__(self, x: Tensor | Product) -> Tensor:
-        x = computed(x)
-        # In float32, rounded once.
-        return F.layer_norm(x.float(), self.weight.shape, self.weight, self._bias, self.eps).to(x.dtype)
+        return layer_norm(computed(x), self.weight, self.bias, self.eps)
 
     def later(self, x: Tensor) -> Tensor:
         return self(x)
 
     def add(self, x: Tensor | Product, residual: Tensor) -> tuple[Tensor, Tensor]:
-        residual = x.add_to(residual) if isinstance(x, Product) else residual.add_(x)
-        return self(residual), residual
+        if isinstance(x, Product):
+            residual = x.add_to(residual)
+            return self(residual), residual
+        return add_layer_norm(x, residual, self.weight, self.bias, self.eps)
 
 
 class OwnNorms(Norm):

@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from engine.ops.experts import Mixture, Stack
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
 from engine.ops.lora import Rows
@@ -20,6 +21,7 @@ class Source(Protocol):
     """Tensors by name and shape; dtype and device are those of the result unless it is asked for another dtype.
 
     deterministic: linear layers are to give a row the same bits in any batch. linears: all that were made so far.
+    mixtures: of experts, likewise, where these are stacked.
     adapters: whose each row is, where layers can be changed by LoRA adapters; None where they cannot.
     """
 
@@ -28,6 +30,7 @@ class Source(Protocol):
     deterministic: bool
     linears: list[Linear]
     adapters: Rows | None
+    mixtures: list[Mixture]
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
         """One tensor as the checkpoint has it. dtype: in place of the usual one."""
@@ -39,6 +42,13 @@ class Source(Protocol):
 
     def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
         """Several tensors [rows[i], *columns] below one another, as one [sum(rows), *columns]."""
+        ...
+
+    def experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, *, order: Tensor | None = None
+    ) -> Stack:
+        """The weights of modules [rows, columns], as many for each of `count` experts, below one another: [count, all
+        rows of one, columns], or codes of that. order: of all rows of one expert."""
         ...
 
     def linear(

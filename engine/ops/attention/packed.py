@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.executor.tables import PagedMetadata
 from engine.groups import MemoryGroup
 from engine.ops.attention import torch_paged
 from engine.ops.attention.base import AttentionSpec
+from engine.ops.encoder import EncoderLayer
 
 # Tokens by which the buffers grow.
 STEP = 1024
@@ -42,6 +44,15 @@ class Backend(torch_paged.Backend):
             self._num_pages = -(-tokens // STEP) * STEP
             self.allocate()
         super().plan(_Packed(given))
+
+    @property
+    def takes_layers(self) -> bool:
+        """Whole layers can run over the planned step."""
+        return self._library is not None
+
+    def through(self, layer: EncoderLayer, x: Tensor) -> Tensor:
+        """[T, width], written over by what the layer makes of the planned texts."""
+        return layer(x, self._arrays[0][0][: self._metadata[0].num_rows + 1])
 
 
 class _Packed(PagedMetadata):

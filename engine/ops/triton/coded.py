@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # which asks for this module late
 INT4, INT8, E4M3, E2M1 = (tl.constexpr(number) for number in range(4))
 NUMBERS = {"int4": 0, "int4 and low": 0, "int8": 1, "int8 and low": 1, "e4m3": 2, "e2m1": 3}
 # Pieces of a row whose codes are asked for at once, at most.
-_UNROLL = 4
+UNROLL = 4
 # Columns of a piece of a row that is brought back to numbers.
 _WIDE = 1024
 
@@ -61,19 +61,17 @@ def _numbers(codes, FORM: tl.constexpr, LOW: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _block(
+def block_sum(
     total,
-    x_at,
+    x,
     codes,
     scale_at,
     low_at,
-    here,
     kept,
     FORM: tl.constexpr,
     LOW: tl.constexpr,
 ):
     """total and the products of the columns of one scale."""
-    x = tl.load(x_at, mask=here, other=0.0)
     part = tl.dot(x, _numbers(codes, FORM, LOW, x.dtype), input_precision="ieee")
     total += part * tl.load(scale_at, mask=kept, other=0.0).to(tl.float32)[None, :]
     if LOW:
@@ -121,13 +119,16 @@ def _codes(
             codes = tl.load(codes_at + (piece + each) * WIDTH, eviction_policy="evict_first")
             if PAIRS:
                 first = tl.cast(2 * (piece + each) // EVERY, tl.int64) * out_features
-                total = _block(total, x_at, codes & 15, scale_at + first, low_at + first, here, kept, FORM, LOW)
+                x = tl.load(x_at, mask=here, other=0.0)
+                total = block_sum(total, x, codes & 15, scale_at + first, low_at + first, kept, FORM, LOW)
                 first = tl.cast((2 * (piece + each) + 1) // EVERY, tl.int64) * out_features
                 x_at += WIDTH
-                total = _block(total, x_at, codes >> 4, scale_at + first, low_at + first, here, kept, FORM, LOW)
+                x = tl.load(x_at, mask=here, other=0.0)
+                total = block_sum(total, x, codes >> 4, scale_at + first, low_at + first, kept, FORM, LOW)
             else:
                 first = tl.cast((piece + each) // EVERY, tl.int64) * out_features
-                total = _block(total, x_at, codes, scale_at + first, low_at + first, here, kept, FORM, LOW)
+                x = tl.load(x_at, mask=here, other=0.0)
+                total = block_sum(total, x, codes, scale_at + first, low_at + first, kept, FORM, LOW)
             x_at += WIDTH
     if BIAS:
         total += tl.load(bias_ptr + n, mask=kept, other=0.0).to(tl.float32)[None, :]
@@ -135,13 +136,14 @@ def _codes(
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=here & kept[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin"])
 def _widen(
     codes_ptr,
     scale_ptr,
     low_ptr,
     ids_ptr,
     out_ptr,
+    begin,
     out_features,
     in_features,
     FORM: tl.constexpr,
@@ -155,7 +157,7 @@ def _widen(
 ):
     overlap(PDL)
     place = tl.program_id(0).to(tl.int64)
-    row = tl.load(ids_ptr + place).to(tl.int64) if PICK else place
+    row = tl.load(ids_ptr + place).to(tl.int64) if PICK else begin + place
     column = tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     here = column < in_features
     block = column // WIDTH
@@ -179,7 +181,7 @@ def coded_product(x: Tensor, weight: Codes, bias: Tensor | None, tile: tuple[int
     assert x.stride(1) == 1 and in_features == weight.in_features and weight.codes.shape[0] == out_features
     height, block_n, num_warps, num_stages = tile
     out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    codes, scale, low, options = _given(weight)
+    codes, scale, low, options = given(weight)
     _codes[(triton.cdiv(out_features, block_n), triton.cdiv(rows, height))](
         x,
         codes,
@@ -192,7 +194,7 @@ def coded_product(x: Tensor, weight: Codes, bias: Tensor | None, tile: tuple[int
         in_features,
         x.stride(0),
         BIAS=bias is not None,
-        UNROLL=math.gcd(codes.shape[1] // weight.width, _UNROLL),
+        UNROLL=unroll(weight),
         BLOCK_M=height,
         BLOCK_N=block_n,
         num_warps=num_warps,
@@ -203,11 +205,14 @@ def coded_product(x: Tensor, weight: Codes, bias: Tensor | None, tile: tuple[int
     return out
 
 
-def widened(weight: Codes, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
-    """See ops/device_coded.py, whose `torch_numbers` is the reference."""
+def widened(
+    weight: Codes, dtype: torch.dtype, ids: Tensor | None = None, rows: tuple[int, int] | None = None
+) -> Tensor:
+    """See ops/device_coded.py, whose `torch_numbers` is the reference. rows: the first, and the one behind the last."""
     in_features, out_features = weight.in_features, weight.scale.shape[1]
-    count = out_features if ids is None else len(ids)
-    codes, scale, low, options = _given(weight)
+    begin, end = rows or (0, out_features)
+    count = end - begin if ids is None else len(ids)
+    codes, scale, low, options = given(weight)
     out = torch.empty((count, in_features), dtype=dtype, device=codes.device)
     if not count:
         return out
@@ -218,6 +223,7 @@ def widened(weight: Codes, dtype: torch.dtype, ids: Tensor | None = None) -> Ten
         low,
         codes if ids is None else ids,
         out,
+        begin,
         out_features,
         in_features,
         PICK=ids is not None,
@@ -229,7 +235,7 @@ def widened(weight: Codes, dtype: torch.dtype, ids: Tensor | None = None) -> Ten
     return out
 
 
-def _given(weight: Codes) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+def given(weight: Codes) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
     """The tensors of a weight, and what its form makes of a kernel."""
     codes, scale, low = weight.codes, weight.scale, weight.low
     assert codes.is_contiguous() and scale.is_contiguous()
@@ -241,3 +247,8 @@ def _given(weight: Codes) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         "WIDTH": weight.width,
     }
     return codes, scale, scale if low is None else low, options
+
+
+def unroll(weight: Codes, at_most: int = UNROLL) -> int:
+    """Pieces of a row whose codes are asked for at once; at_most: a power of two."""
+    return math.gcd(weight.codes.shape[1] // weight.width, at_most)

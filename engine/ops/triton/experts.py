@@ -1,5 +1,6 @@
 """A mixture of experts in six launches, four for a single token: route, sort the pairs of (token, expert) by expert,
 multiply block by block, weigh. Called by ops/experts.py on CUDA tensors; `torch_mix_experts` there is the reference.
+Matrices that are codes are multiplied by coded_experts.py, or become numbers some experts at a time (WIDENED_BYTES).
 
 The host knows no count. An expert's pairs fill up whole blocks of rows, and as many blocks are launched as the worst
 split of the pairs needs; those that nobody needs end at once. So shapes depend on the number of tokens alone.
@@ -7,17 +8,25 @@ split of the pairs needs; those that nobody needs end at once. So shapes depend 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.triton.coded import widened
+from engine.ops.triton.coded_experts import multiply_codes
+from engine.ops.triton.gates import NONE, Pairs, gate_of, gated
 from engine.ops.triton.pdl import launch_options, overlap
+
+if TYPE_CHECKING:  # which asks for this module late
+    from engine.ops.experts import Activation, Biases, CodedTile, Stack
 
 # Pairs that a program looks through at a time, and columns that one adds up.
 BLOCK_PAIRS, BLOCK_COLUMNS = 1024, 1024
+# Of codes that become numbers before a product, so many at once.
+WIDENED_BYTES = 2**28
 
 
 class Tile(NamedTuple):
@@ -118,32 +127,40 @@ def _sort(
     tl.store(order_ptr + rest, tl.zeros((ROWS,), tl.int32) + pairs, mask=rest < end * ROWS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["begin", "experts"])
 def _multiply(
     x_ptr,
     weight_ptr,
+    bias_ptr,
     out_ptr,
     order_ptr,
     owners_ptr,
+    begin,
+    experts,
     pairs,
     x_stride,
     out_features,
     in_features,
+    limit,
+    alpha,
     PER_ROW: tl.constexpr,
     SORTED: tl.constexpr,
-    GATED: tl.constexpr,
-    GELU: tl.constexpr,
+    GATE: tl.constexpr,
+    BIAS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Row pair // PER_ROW of x times the weight of the pair's expert, to row `pair` of out."""
+    """Row pair // PER_ROW of x times the weight of the pair's expert, to row `pair` of out.
+
+    weight_ptr: of the `experts` from `begin` on; pairs of others are left alone."""
     overlap(PDL)
     block = tl.program_id(0)
-    expert = tl.load(owners_ptr + block).to(tl.int64)
-    if expert < 0:
+    owner = tl.load(owners_ptr + block)
+    if (owner < begin) | (owner >= begin + experts):
         return
+    expert = (owner - begin).to(tl.int64)
     row = tl.arange(0, ROWS)
     if SORTED:
         pair = tl.load(order_ptr + block * ROWS + row)
@@ -155,7 +172,9 @@ def _multiply(
     k = tl.arange(0, BLOCK_K)
     x_at = x_ptr + (pair // PER_ROW).to(tl.int64)[:, None] * x_stride + k[None, :]
     size = tl.cast(out_features, tl.int64) * in_features
-    weight_at = weight_ptr + expert * size * (2 if GATED else 1) + n.to(tl.int64)[None, :] * in_features + k[:, None]
+    weight_at = (
+        weight_ptr + expert * size * (2 if GATE != NONE else 1) + n.to(tl.int64)[None, :] * in_features + k[:, None]
+    )
     inside = n[None, :] < out_features
     total = tl.zeros((ROWS, BLOCK_N), tl.float32)
     up = tl.zeros((ROWS, BLOCK_N), tl.float32)
@@ -164,16 +183,16 @@ def _multiply(
         x = tl.load(x_at + first, mask=valid[:, None] & (k[None, :] < left), other=0.0)
         weight = tl.load(weight_at + first, mask=inside & (k[:, None] < left), other=0.0)
         total = tl.dot(x, weight, total, input_precision="ieee")
-        if GATED:
+        if GATE != NONE:
             weight = tl.load(weight_at + size + first, mask=inside & (k[:, None] < left), other=0.0)
             up = tl.dot(x, weight, up, input_precision="ieee")
-    if GATED:
-        if GELU:  # see activation.py
-            y = 0.7978845608028654 * (total + 0.044715 * total * total * total)
-            total = total / (1.0 + tl.exp(-2.0 * y))
-        else:
-            total = total / (1.0 + tl.exp(-total))
-        total = total * up
+    if BIAS:
+        bias_at = bias_ptr + owner.to(tl.int64) * out_features * (2 if GATE != NONE else 1) + n
+        total += tl.load(bias_at, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
+        if GATE != NONE:
+            up += tl.load(bias_at + out_features, mask=n < out_features, other=0.0).to(tl.float32)[None, :]
+    if GATE != NONE:
+        total = gated(total, up, limit, alpha, GATE)
     out_at = out_ptr + pair.to(tl.int64)[:, None] * out_features + n[None, :]
     tl.store(out_at, total.to(out_ptr.dtype.element_ty), mask=valid[:, None] & inside)
 
@@ -243,44 +262,51 @@ def sort_pairs(experts: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Te
     return order, owners
 
 
-def mix_experts(
+def multiply(
     x: Tensor,
-    logits: Tensor,
-    gate_up: Tensor,
-    down: Tensor,
-    chosen: int,
-    activation: str,
-    *,
-    normalize: bool,
-    tile: Tile | None = None,
+    stack: Stack,
+    bias: Tensor | None,
+    pairs: Pairs,
+    per_row: int,
+    activation: Activation | None,
+    num_experts: int,
+    tile: Tile,
+    coded: CodedTile | None,
 ) -> Tensor:
-    """See ops/experts.py. tile: for tests."""
-    tokens, hidden = x.shape
-    num_experts, inner = gate_up.shape[0], gate_up.shape[1] // 2
-    assert x.stride(1) == 1 and gate_up.is_contiguous() and down.is_contiguous()
-    experts, shares = route(logits, chosen, normalize=normalize)
-    pairs = tokens * chosen
-    tile = tile or tile_for(pairs, num_experts)
-    # A token's experts differ, so there is nothing to bring together.
-    is_sorted = tokens > 1
-    order, owners = sort_pairs(experts, num_experts, tile.rows) if is_sorted else (experts, experts.view(-1))
-
-    def multiply(source: Tensor, weight: Tensor, width: int, per_row: int, gate: str | None) -> Tensor:
-        out = torch.empty((pairs, width), dtype=x.dtype, device=x.device)
-        _multiply[(owners.shape[0], triton.cdiv(width, tile.columns))](
-            source,
-            weight,
+    """x [N, in] -> [pairs, width]: row pair // per_row times the matrix of the pair's expert; gate and up with their
+    activation. coded: how codes are multiplied; None: they become numbers first."""
+    is_numbers = isinstance(stack, Tensor)
+    rows = stack.shape[1] if isinstance(stack, Tensor) else stack.codes.shape[0] // num_experts
+    width = rows // (1 if activation is None else 2)
+    out = torch.empty((pairs.count, width), dtype=x.dtype, device=x.device)
+    if not isinstance(stack, Tensor) and coded is not None:
+        multiply_codes(x, stack, bias, pairs, per_row, activation, num_experts, tile.rows, coded, out)
+        return out
+    each = num_experts if is_numbers else experts_at_once(rows * x.shape[1] * x.dtype.itemsize)
+    gate, limit, alpha = gate_of(activation)
+    for begin in range(0, num_experts, each):
+        end = min(begin + each, num_experts)
+        some = stack if isinstance(stack, Tensor) else widened(stack, x.dtype, rows=(begin * rows, end * rows))
+        assert some.is_contiguous()
+        _multiply[(pairs.owners.shape[0], triton.cdiv(width, tile.columns))](
+            x,
+            some,
+            some if bias is None else bias,
             out,
-            order,
-            owners,
-            pairs,
-            source.stride(0),
+            pairs.order,
+            pairs.owners,
+            begin,
+            end - begin,
+            pairs.count,
+            x.stride(0),
             width,
-            source.shape[1],
+            x.shape[1],
+            limit,
+            alpha,
             PER_ROW=per_row,
-            SORTED=is_sorted,
-            GATED=gate is not None,
-            GELU=gate == "gelu_tanh",
+            SORTED=pairs.is_sorted,
+            GATE=gate,
+            BIAS=bias is not None,
             ROWS=tile.rows,
             BLOCK_N=tile.columns,
             BLOCK_K=tile.k_bytes // x.dtype.itemsize,
@@ -288,9 +314,43 @@ def mix_experts(
             num_stages=tile.num_stages,
             **launch_options(),
         )
-        return out
+    return out
 
-    y = multiply(multiply(x, gate_up, inner, chosen, activation), down, hidden, 1, None)
+
+def experts_at_once(num_bytes: int) -> int:
+    """Whose matrices become numbers together, of which each takes so many bytes."""
+    return max(1, WIDENED_BYTES // num_bytes)
+
+
+def mix_experts(
+    x: Tensor,
+    logits: Tensor,
+    gate_up: Stack,
+    down: Stack,
+    chosen: int,
+    activation: Activation,
+    *,
+    normalize: bool,
+    biases: Biases = (None, None),
+    tile: Tile | None = None,
+    coded: tuple[int, CodedTile] | None = None,
+) -> Tensor:
+    """See ops/experts.py. tile: for tests."""
+    (tokens, hidden), num_experts = x.shape, logits.shape[1]
+    assert x.stride(1) == 1
+    experts, shares = route(logits, chosen, normalize=normalize)
+    count = tokens * chosen
+    if coded is not None:
+        tile = tile or next(each for _, each in TILES if each.rows == coded[0])
+    tile = tile or tile_for(count, num_experts)
+    # A token's experts differ, so there is nothing to bring together.
+    pairs = Pairs(experts, experts.view(-1), count, is_sorted=tokens > 1)
+    if pairs.is_sorted:
+        order, owners = sort_pairs(experts, num_experts, tile.rows)
+        pairs = pairs._replace(order=order, owners=owners)
+    how = (num_experts, tile, None if coded is None else coded[1])
+    inner = multiply(x, gate_up, biases[0], pairs, chosen, activation, *how)
+    y = multiply(inner, down, biases[1], pairs, 1, None, *how)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _weigh[(tokens, triton.cdiv(hidden, BLOCK_COLUMNS))](
         y, shares, out, hidden, CHOSEN=chosen, BLOCK=BLOCK_COLUMNS, num_warps=4, **launch_options()

@@ -62,11 +62,11 @@ def export(
             continue
         if given.endswith("exp_probs_b.weight"):
             given = given.replace(".weight", ".bias")
-        block = next((each for part, each in (blocks or {}).items() if part in given and values.ndim == 2), None)
+        block = next((each for part, each in (blocks or {}).items() if part in given and values.ndim in (2, 3)), None)
         if block is not None:
             size = BY_NAME[block]
             raw = weight_blocks(block, values.size // size.elements, seed=len(given))
-            writer.add_tensor(given, raw.reshape(len(values), -1), raw_dtype=gguf.GGMLQuantizationType[block])
+            writer.add_tensor(given, raw.reshape(*values.shape[:-1], -1), raw_dtype=gguf.GGMLQuantizationType[block])
         elif kind is not None and values.ndim > 1 and values.shape[-1] % 32 == 0:
             number_of_kind = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(given, gguf.quants.quantize(values, number_of_kind), raw_dtype=number_of_kind)

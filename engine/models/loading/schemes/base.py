@@ -63,10 +63,12 @@ Coded = tuple[Tensor, Tensor, Tensor | None]
 class Quantised(ABC):
     """A matrix [rows, columns]. label: what it is, for people. parts: what it is read from.
 
-    code_group: columns that share a scale where a layer keeps its codes.
+    code_group: columns that share a scale where a layer keeps its codes. float8_inputs: the checkpoint is for inputs
+    that are rounded to float8 as well, with one scale for a row or for all, and so has the matrix.
     """
 
     code_group = BLOCK
+    float8_inputs = False
 
     def __init__(self, label: str, shape: tuple[int, int], parts: Mapping[str, StoredTensor]) -> None:
         self.label = label
@@ -84,6 +86,10 @@ class Quantised(ABC):
     def form(self, view: View) -> str | None:
         """Of the codes, one of ops/device_coded.FORMS, in which a layer can keep these numbers; None where there is
         none."""
+        return None
+
+    def narrow(self) -> None:
+        """From now on a form has four bits wherever the checkpoint has no more, if need be with something added."""
         return None
 
     def order(self, view: View) -> Tensor | None:
@@ -122,6 +128,7 @@ class IntegerMatrix(Quantised):
         self._known = False
         self._form: str | None = None
         self._known_form = False
+        self._is_narrow = False
 
     @abstractmethod
     def integers(self, view: View, begin: int, end: int) -> Integers:
@@ -200,12 +207,18 @@ class IntegerMatrix(Quantised):
             self._known_form = True
         return self._form
 
+    def narrow(self) -> None:
+        """See Quantised."""
+        self._is_narrow, self._known_form = True, False
+
     def _found_form(self, view: View) -> str | None:
         if not self._has_blocks(view):
             return None
         bounds = self._range(view)
-        if bounds is not None and bounds[0] >= -128 and bounds[1] <= 127:
-            return "int4" if bounds[0] >= -8 and bounds[1] <= 7 else "int8"
+        if bounds is not None and bounds[0] >= -8 and bounds[1] <= 7:
+            return "int4"
+        if bounds is not None and bounds[0] >= -128 and bounds[1] <= 127 and not (self._is_narrow and self.bits <= 4):
+            return "int8"
         return "int4 and low" if self.bits <= 4 else "int8 and low"
 
     def coded(self, view: View, begin: int, end: int) -> Coded:

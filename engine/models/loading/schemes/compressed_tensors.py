@@ -43,15 +43,27 @@ _DENSE = (0, 18)
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One of config_groups. weights: its quantisation of them, None where it has none."""
+    """One of config_groups. weights: its quantisation of them, None where it has none. inputs: likewise."""
 
     targets: tuple[str, ...]
     weights: Fields | None
+    inputs: Fields | None
 
     @property
     def bits(self) -> int:
         assert self.weights is not None
         return self.weights.integer("num_bits", 8, maximum=MAX_BITS)
+
+    def float8_inputs(self) -> bool:
+        """Whether it is for inputs of eight bits, with a scale for each row or for all."""
+        given = self.inputs
+        strategy = None if given is None else given.raw("strategy")
+        return (
+            given is not None
+            and given.raw("num_bits") == 8
+            and given.raw("type") == "float"
+            and strategy in (None, "tensor", "token", "channel")
+        )
 
     def size(self) -> int | None:
         """Columns that share a scale; None where all of a row or of the matrix do."""
@@ -175,12 +187,13 @@ class CompressedTensors:
         if (block := group.block() if group is not None else None) is not None:
             expect(module, SCALE, scale, (-(-rows // block[0]), -(-columns // block[1])))
             return Float8Matrix("FP8 by block", parts, weight, scale, block)
+        rounds = {"float8_inputs": group is not None and group.float8_inputs()}
         if scale.shape in ((), (1,), (1, 1)):
-            return Float8Matrix("FP8 by tensor", parts, weight, scale, (rows, columns))
+            return Float8Matrix("FP8 by tensor", parts, weight, scale, (rows, columns), **rounds)
         size = group.size() if group is not None else None
         if size is None:
             expect(module, SCALE, scale, (rows, 1), (rows,))
-            return Float8Matrix("FP8 by row", parts, weight, scale, (1, columns))
+            return Float8Matrix("FP8 by row", parts, weight, scale, (1, columns), **rounds)
         expect(module, SCALE, scale, (rows, -(-columns // size)))
         return Float8Matrix(f"FP8 by {size}", parts, weight, scale, (1, size))
 
@@ -197,7 +210,7 @@ def _objects(config: Fields, name: str) -> list[Fields]:
 
 
 def _group(group: Fields) -> Group:
-    return Group(group.words("targets"), group.nested("weights"))
+    return Group(group.words("targets"), group.nested("weights"), group.nested("input_activations"))
 
 
 def _version(given: Any) -> tuple[int, ...]:

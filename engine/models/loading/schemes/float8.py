@@ -54,14 +54,16 @@ class Float8:
                 raise Mismatch(f"has dtype {weight.dtype}, only F8_E4M3 is read")
             expect(module, suffix, scale, (rows, 2 * columns // 32))
             return Float4Matrix("FP4 by 32", parts, weight, scale, 32)
+        method, activations = self.config.raw("quant_method"), self.config.raw("activation_scheme")
+        rounds = method == "fbgemm_fp8" or activations in ("dynamic", "static")
         if scale.shape in ((), (1,), (1, 1)):
-            return Float8Matrix("FP8 by tensor", parts, weight, scale, (rows, columns))
+            return Float8Matrix("FP8 by tensor", parts, weight, scale, (rows, columns), float8_inputs=rounds)
         if self.block is None:
             if scale.shape not in ((rows,), (rows, 1)):
                 raise Mismatch(
                     f"tensor {module}{suffix} has shape {list(scale.shape)}, and config.json has no block size"
                 )
-            return Float8Matrix("FP8 by row", parts, weight, scale, (1, columns))
+            return Float8Matrix("FP8 by row", parts, weight, scale, (1, columns), float8_inputs=rounds)
         high, wide = self.block
         expected = -(-rows // high), -(-columns // wide)
         if scale.shape != expected:

@@ -39,9 +39,12 @@ class Float8Matrix(Quantised):
         codes: StoredTensor,
         scale: StoredTensor,
         block: tuple[int, int],
+        *,
+        float8_inputs: bool = False,
     ) -> None:
         rows, columns = codes.shape
         super().__init__(label, (rows, columns), parts)
+        self.float8_inputs = float8_inputs and block[1] >= columns
         self._codes = codes
         self._scale = scale
         self._block = block

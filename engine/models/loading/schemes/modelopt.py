@@ -76,9 +76,9 @@ class Modelopt:
     ) -> Quantised:
         rows, columns = weight.shape
         if scale.shape in ((), (1,)):
-            return Float8Matrix("FP8 by tensor", parts, weight, scale, (rows, columns))
+            return Float8Matrix("FP8 by tensor", parts, weight, scale, (rows, columns), float8_inputs=True)
         if scale.shape in ((rows,), (rows, 1)):
-            return Float8Matrix("FP8 by row", parts, weight, scale, (1, columns))
+            return Float8Matrix("FP8 by row", parts, weight, scale, (1, columns), float8_inputs=True)
         if scale.dtype in EXPONENTS:
             expect(module, SCALE, scale, (rows, -(-columns // 32)))
             return Float8Matrix("MXFP8", parts, weight, scale, (1, 32))

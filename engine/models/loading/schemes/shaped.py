@@ -25,6 +25,7 @@ class RowsOf(Quantised):
         self._inner = inner
         self._first = first
         self.code_group = inner.code_group
+        self.float8_inputs = inner.float8_inputs
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
@@ -37,6 +38,10 @@ class RowsOf(Quantised):
     def form(self, view: View) -> str | None:
         """See Quantised."""
         return self._inner.form(view)
+
+    def narrow(self) -> None:
+        """See Quantised."""
+        self._inner.narrow()
 
     def order(self, view: View) -> Tensor | None:
         """See Quantised."""
@@ -86,6 +91,11 @@ class Below(Quantised):
         first, second = (half.kind(view) for half in self._halves)
         in_order = all(half.order(view) is None for half in self._halves)
         return first if first == second and in_order else None
+
+    def narrow(self) -> None:
+        """See Quantised."""
+        for half in self._halves:
+            half.narrow()
 
     def form(self, view: View) -> str | None:
         """See Quantised."""

@@ -1,0 +1,96 @@
+"""What the chat page costs a reader and the server: `make bench-web` (`python -m tests.web.figures` in .venv-web).
+
+first paint: of `/` on this machine, in browsers that have never seen it. weight: bytes over the wire. long tasks: of
+the page (PerformanceObserver), while an answer of 21,000 tokens streams at the rate of --step and is then scrolled
+through. stall: the longest that the server's loop was at work without a pause while ten pages stream: of its thread's
+own time, and by the clock, which on a machine with few cores is what ten pages take from it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from tests.web.conftest import CHROMIUM, Server, ask, done, serving
+
+OBSERVE = (
+    "window.long = []; new PerformanceObserver((list) => list.getEntries().forEach((entry) =>"
+    " long.push(Math.round(entry.duration)))).observe({type: 'longtask', buffered: true})"
+)
+
+
+def opened(browser: Browser, server: Server) -> Page:
+    page = browser.new_context(viewport={"width": 1280, "height": 860}).new_page()
+    page.goto(server.url)
+    page.wait_for_selector("body[data-ready=yes]")
+    return page
+
+
+def first_paint(browser: Browser, server: Server, times: int) -> None:
+    paints, weight = [], 0
+    for _ in range(times):
+        page = opened(browser, server)
+        paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
+        weight = page.evaluate("performance.getEntries().reduce((sum, one) => sum + (one.transferSize ?? 0), 0)")
+        page.context.close()
+    print(f"first paint of /       {statistics.median(paints):6.0f} ms (median of {times}; {max(paints):.0f} at most)")
+    print(f"weight of /            {weight / 1000:6.1f} kB", flush=True)
+
+
+def long_tasks(browser: Browser, server: Server) -> None:
+    page = opened(browser, server)
+    page.evaluate(OBSERVE)
+    ask(page, "long 360", wait=False)
+    page.wait_for_selector("#send:visible", timeout=500_000)
+    done(page)
+    streaming = page.evaluate("long.splice(0)")
+    for place in [at / 20 for at in range(20, -1, -1)] + [at / 20 for at in range(21)]:
+        page.evaluate(f"scroller.scrollTop = scroller.scrollHeight * {place}")
+        page.wait_for_timeout(60)
+    scrolling = page.evaluate("long")
+    print(f"a long answer          {page.locator('.stats').inner_text()}")
+    for name, found in (("streams", streaming), ("is scrolled", scrolling)):
+        longest = f", the longest {max(found)} ms" if found else ""
+        print(f"long tasks as it {name:<12}{len(found)} over 50 ms{longest}", flush=True)
+    page.context.close()
+
+
+def stalls(browser: Browser, server: Server, count: int, paragraphs: int) -> None:
+    pages = [opened(browser, server) for _ in range(count)]
+    ask(pages[0], "long 2")  # the renderer has started
+    pages[0].click("#new")
+    server.stalls()
+    for page in pages:
+        ask(page, f"long {paragraphs}", wait=False)
+    for page in pages:
+        page.wait_for_selector("#send:visible", timeout=500_000)
+    found = server.stalls()
+    print(
+        f"stall with {count} pages   {found['worked_ms']:6.1f} ms of the loop's own work at a time at most; "
+        f"{found['late_ms']:.0f} ms late by the clock"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m tests.web.figures", description=__doc__)
+    parser.add_argument("--only", choices=("paint", "tasks", "stalls"), nargs="+", default=["paint", "tasks", "stalls"])
+    parser.add_argument("--times", type=int, default=9, help="browsers that see the page for the first time")
+    parser.add_argument("--pages", type=int, default=10)
+    parser.add_argument("--paragraphs", type=int, default=60, help="of each of the pages' answers")
+    parser.add_argument("--step", default="0.004", help="seconds of a step, that is of a token (default: %(default)s)")
+    args = parser.parse_args()
+    with serving("--step", args.step) as server, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        if "paint" in args.only:
+            first_paint(browser, server, args.times)
+        if "tasks" in args.only:
+            long_tasks(browser, server)
+        if "stalls" in args.only:
+            stalls(browser, server, args.pages, args.paragraphs)
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
