@@ -116,7 +116,6 @@ async def test_what_left_the_device_comes_back(kind: str, seed: int, eagerness: 
         tier, text = engine.tier, engine.metrics.render().decode()
         # There is little room for pages that are lent at once, but those that are carried arrive: at least of each
         # text that comes again on its own.
-        print("HITS", kind, seed, tier.tally.hit_tokens, dict(tier.tally.failures))
         assert tier.tally.hit_tokens > 60 and not tier.tally.failures.keys() - {"room", "busy"}
         assert tier.worker.num_bytes_in and tier.worker.num_bytes_out
         assert f"oneloop_kv_host_hit_tokens_total {tier.tally.hit_tokens}.0" in text
