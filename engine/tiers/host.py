@@ -53,8 +53,11 @@ class HostStore:
         for memory, count in zip(memories, counts, strict=True):
             at_once = max(1, _SLAB_BYTES // memory.page_bytes)
             free: list[Row] = []
-            while len(free) < count:
-                free += list(rows_of(memory, min(at_once, count - len(free))))
+            try:
+                while len(free) < count:
+                    free += list(rows_of(memory, min(at_once, count - len(free))))
+            except StartupError as error:
+                raise StartupError(f"{FLAG} {self.max_bytes / 1e9:g}: {error}") from error
             self._free.append(free)
             self._counts.append(count)
             self._sizes.append(memory.page_bytes)

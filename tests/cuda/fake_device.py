@@ -283,8 +283,8 @@ class FakeDevice:
             recorder.graph = graphs[-1]
 
         try:
-            # Python that issues work runs on the loop's thread alone, at once, and what it sets is there for the rest of
-            # it; here other threads run it late, which must not be amid a capture's.
+            # Python that issues work runs on the loop's thread alone, at once, and what it sets is there for the rest
+            # of it; here other threads run it late, which must not be amid a capture's.
             with self._lock, _device_code(), recorder:
                 work(cut)
         finally:

@@ -215,7 +215,9 @@ async def findings(kind: str = "full", seed: int = 3, mutant: Callable[[Engine],
         listen(device, engine.tier.worker)
         if mutant is not None:
             mutant(engine)
-        await busily(engine, [ask(number, prompt, 3 + number % 5) for number, prompt in enumerate(prompts(seed, 24))])
+        requests = [ask(number, prompt, 3 + number % 5) for number, prompt in enumerate(prompts(seed, 18))]
+        await answers(engine, requests[:6], 1)
+        await busily(engine, requests[6:])
         assert engine.tier.tally.hit_tokens
     return {each: count for each, count in device.found.items() if kind != "states" or each not in THROWN_AWAY}
 
