@@ -277,12 +277,12 @@ class CudaDevice:
     def free_memory(self) -> int:
         try:
             torch.cuda.empty_cache()
+            # Page-locked memory, of adapters that are gone above all, is the system's again: that waits for the device.
+            torch._C._host_emptyCache()
         except RuntimeError as error:
             if self._captures_over is None:
                 raise
             logger.warning("the allocator's cache cannot be emptied: %s", str(error).splitlines()[0])
-        # Page-locked memory, of adapters that are gone above all, is the system's again: that waits for the device.
-        torch._C._host_emptyCache()
         return torch.cuda.mem_get_info(self.device)[0]
 
     def total_memory(self) -> int:

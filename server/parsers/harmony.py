@@ -8,19 +8,18 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from server.parsers.base import SPACE, Malformed, ReasoningFamily, Scanner, Sink, Steps, ToolFamily
+from server.parsers.base import Malformed, ReasoningFamily, Scanner, Sink, Steps, ToolFamily
 from server.parsers.formats import schema_of, tags
 from server.parsers.json_text import read_arguments
+from server.parsers.messages import MESSAGE, RECIPIENT, begins_with_recipient, read_header
 
-_START, _CHANNEL, _MESSAGE = "<|start|>", "<|channel|>", "<|message|>"
+_START, _CHANNEL = "<|start|>", "<|channel|>"
 _CONSTRAIN, _END, _RETURN, _CALL = "<|constrain|>", "<|end|>", "<|return|>", "<|call|>"
 _ENDS = (_END, _RETURN, _CALL)
-_MARKERS = (_START, _CHANNEL, _MESSAGE, _CONSTRAIN, *_ENDS)
+_MARKERS = (_START, _CHANNEL, MESSAGE, _CONSTRAIN, *_ENDS)
 # What a call ends before, its own end mark first.
 _AFTER_CALL = (_CALL, _END, _RETURN, _START, _CHANNEL)
-_MAX_HEADER = 512
 _CHANNEL_NAME = re.compile(r"<\|channel\|>\s*(\w+)")
-_RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 
 
 def _run(scanner: Scanner) -> Steps[None]:
@@ -32,9 +31,9 @@ def _read_messages(scanner: Scanner, start_inside: bool) -> Steps[None]:
     if start_inside:
         scanner.begin_reasoning()
         sink = scanner.reasoning
-    elif (yield from _begins_with_recipient(scanner)):
+    elif (yield from begins_with_recipient(scanner)):
         sink = yield from _read_header(scanner, "")
-    while marker := (yield from scanner.until((_START, _CHANNEL, _MESSAGE, *_ENDS), sink)):
+    while marker := (yield from scanner.until((_START, _CHANNEL, MESSAGE, *_ENDS), sink)):
         sink = scanner.content
         if marker in (_START, _CHANNEL):
             sink = yield from _read_header(scanner, marker)
@@ -44,32 +43,14 @@ def _read_messages(scanner: Scanner, start_inside: bool) -> Steps[None]:
         scanner.flush_reasoning()
 
 
-def _begins_with_recipient(scanner: Scanner) -> Steps[bool]:
-    """Whether the first header goes on with its recipient: the prompt has written `<|start|>assistant`."""
-    scanner.begin()
-    _, distance = yield from scanner.look_past(SPACE)
-    if (yield from scanner.look_at(("to=",), distance)) is not None:
-        return True
-    scanner.settle()
-    return False
-
-
 def _read_header(scanner: Scanner, marker: str) -> Steps[Sink]:
     """The rest of a header, and the call that it announces; returns where the text of its message goes."""
-    try:
-        header, _ = yield from scanner.raw_until((_MESSAGE,), _MAX_HEADER)
-    except Malformed:
-        if scanner.closed and marker:
-            # Cut off in the middle of a header, which nobody wants to read.
-            scanner.skip(len(scanner.text) - scanner.at)
-            scanner.settle()
-        else:
-            scanner.fail()
+    header = yield from read_header(scanner, marker)
+    if header is None:
         return scanner.content
-    header = marker + header
     channel = _CHANNEL_NAME.search(header)
     in_analysis = channel is not None and channel[1] == "analysis"
-    recipient = _RECIPIENT.search(header)
+    recipient = RECIPIENT.search(header)
     if recipient is not None and scanner.has_tools and _is_call(scanner, recipient[1], in_analysis):
         try:
             yield from _read_call(scanner, recipient[1].removeprefix("functions."))
@@ -114,7 +95,7 @@ def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dic
     calls = [
         {
             "type": "tag",
-            "begin": f"{_CHANNEL}commentary to=functions.{name} {_CONSTRAIN}json{_MESSAGE}",
+            "begin": f"{_CHANNEL}commentary to=functions.{name} {_CONSTRAIN}json{MESSAGE}",
             "content": schema_of(schema),
             "end": "",
         }
@@ -124,12 +105,12 @@ def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> dic
 
 
 FAMILY = ToolFamily("harmony", _run, _MARKERS, _call_format)
-_FINAL = f"{_CHANNEL}final{_MESSAGE}"
+_FINAL = f"{_CHANNEL}final{MESSAGE}"
 REASONING = ReasoningFamily(
     "harmony",
     _read_messages,
     _MARKERS,
-    open=f"{_CHANNEL}analysis{_MESSAGE}",
+    open=f"{_CHANNEL}analysis{MESSAGE}",
     close=_FINAL,
     closing=f"{_END}{_START}assistant{_FINAL}",
     whole=True,

@@ -6,24 +6,15 @@ dots and MiniCPM 5.
 
 from __future__ import annotations
 
+from typing import Any
+
+from engine.text.schema_types import Types
 from server.parsers.base import ToolFamily
 from server.parsers.tagged import Tags, family
 
-MINIMAX_M2 = family(
-    "minimax_m2",
-    Tags(
-        call=("<invoke name=", ">"),
-        call_end="</invoke>",
-        key=("<parameter name=", ">"),
-        value=("", "</parameter>"),
-        section=("<minimax:tool_call>", "</minimax:tool_call>"),
-        quoted=True,
-    ),
-)
 
-
-def _marked(name: str, mark: str, section: str) -> ToolFamily:
-    """mark: what every tag begins with."""
+def _invoke(name: str, section: str, mark: str = "", **options: Any) -> ToolFamily:
+    """mark: what every tag begins with. options: more of the tags."""
     return family(
         name,
         Tags(
@@ -33,26 +24,20 @@ def _marked(name: str, mark: str, section: str) -> ToolFamily:
             value=("", f"</{mark}parameter>"),
             section=(f"<{mark}{section}>", f"</{mark}{section}>"),
             quoted=True,
-            attribute=lambda admitted: [f' string="{"true" if admitted == {"string"} else "false"}"'],
+            **options,
         ),
     )
 
 
-DEEPSEEK_V32 = _marked("deepseek_v32", "｜DSML｜", "function_calls")
-DEEPSEEK_V4 = _marked("deepseek_v4", "｜DSML｜", "tool_calls")
-GIGACHAT35 = _marked("gigachat35", "｜GCML｜", "tool_calls")
+def _is_text(admitted: Types) -> list[str]:
+    return [f' string="{"true" if admitted == {"string"} else "false"}"']
 
-DOTS = family(
-    "dots",
-    Tags(
-        call=("<invoke name=", ">"),
-        call_end="</invoke>",
-        key=("<parameter name=", ">"),
-        value=("", "</parameter>"),
-        section=("<dots_function_call>", "</dots_function_call>"),
-        quoted=True,
-    ),
-)
+
+MINIMAX_M2 = _invoke("minimax_m2", "minimax:tool_call")
+DOTS = _invoke("dots", "dots_function_call")
+DEEPSEEK_V32 = _invoke("deepseek_v32", "function_calls", "｜DSML｜", attribute=_is_text)
+DEEPSEEK_V4 = _invoke("deepseek_v4", "tool_calls", "｜DSML｜", attribute=_is_text)
+GIGACHAT35 = _invoke("gigachat35", "tool_calls", "｜GCML｜", attribute=_is_text)
 MINICPM5 = family(
     "minicpm5",
     Tags(

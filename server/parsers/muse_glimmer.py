@@ -6,17 +6,15 @@ One grammar reads reasoning and calls, so both registries name it.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
-from server.parsers.base import SPACE, Malformed, ReasoningFamily, Scanner, Sink, Steps, ToolFamily
+from server.parsers.base import Malformed, ReasoningFamily, Scanner, Sink, Steps, ToolFamily
 from server.parsers.formats import Format, const, either, sequence
+from server.parsers.messages import MESSAGE, RECIPIENT, begins_with_recipient, read_header
 from server.parsers.tagged import Tags, drop_begun, family, read_tagged_call
 
-_START, _MESSAGE, _END, _LAST = "<|start|>", "<|message|>", "<|eom|>", "<|eot|>"
-_FRAME = (_START, _MESSAGE, _END, _LAST)
-_RECIPIENT = re.compile(r"\bto=([^\s<]+)")
-_MAX_HEADER = 512
+_START, _END, _LAST = "<|start|>", "<|eom|>", "<|eot|>"
+_FRAME = (_START, MESSAGE, _END, _LAST)
 _OPEN, _CLOSE = "<atem:function_calls>", "</atem:function_calls>"
 _SPELLING = Tags(
     call=("<atem:invoke name=", ">"),
@@ -40,7 +38,7 @@ def _read_messages(scanner: Scanner, start_inside: bool) -> Steps[None]:
     if start_inside:
         scanner.begin_reasoning()
         sink = scanner.reasoning
-    elif (yield from _begins_with_recipient(scanner)):
+    elif (yield from begins_with_recipient(scanner)):
         sink = yield from _read_header(scanner, "")
     while True:
         calls = (_OPEN, _CLOSE, _INVOKE) if scanner.has_tools and sink == scanner.content else ()
@@ -58,29 +56,13 @@ def _read_messages(scanner: Scanner, start_inside: bool) -> Steps[None]:
         scanner.flush_reasoning()
 
 
-def _begins_with_recipient(scanner: Scanner) -> Steps[bool]:
-    scanner.begin()
-    _, distance = yield from scanner.look_past(SPACE)
-    if (yield from scanner.look_at(("to=",), distance)) is not None:
-        return True
-    scanner.settle()
-    return False
-
-
 def _read_header(scanner: Scanner, marker: str) -> Steps[Sink]:
     """The rest of a header; returns where the text of its message goes."""
-    try:
-        header, _ = yield from scanner.raw_until((_MESSAGE,), _MAX_HEADER)
-    except Malformed:
-        if scanner.closed and marker:
-            # Cut off in the middle of a header, which nobody wants to read.
-            scanner.skip(len(scanner.text) - scanner.at)
-            scanner.settle()
-        else:
-            scanner.fail()
+    header = yield from read_header(scanner, marker)
+    if header is None:
         return scanner.content
     scanner.settle()
-    recipient = _RECIPIENT.search(header)
+    recipient = RECIPIENT.search(header)
     if recipient is not None and recipient[1] == "self":
         scanner.begin_reasoning()
         return scanner.reasoning
@@ -104,7 +86,7 @@ def _read_call(scanner: Scanner, marker: str) -> Steps[None]:
 def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> Format:
     # There is one call in a turn, and its message is the tool's.
     forms: list[Format] = [
-        sequence(const(f" to={tool[0]}{_MESSAGE}"), _CALLS.call_format([tool], False)) for tool in tools
+        sequence(const(f" to={tool[0]}{MESSAGE}"), _CALLS.call_format([tool], False)) for tool in tools
     ]
     return either(*forms)
 
@@ -112,12 +94,12 @@ def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> For
 _CALLS = family(_NAME, _SPELLING)
 _MARKERS = (*_FRAME, _OPEN, _CLOSE)
 FAMILY = ToolFamily(_NAME, _run, _MARKERS, _call_format)
-_ANSWER = f"{_START}assistant to=user{_MESSAGE}"
+_ANSWER = f"{_START}assistant to=user{MESSAGE}"
 REASONING = ReasoningFamily(
     _NAME,
     _read_messages,
     _MARKERS,
-    open=f" to=self{_MESSAGE}",
+    open=f" to=self{MESSAGE}",
     close=_ANSWER,
     closing=f"{_END}{_ANSWER}",
     whole=True,

@@ -80,6 +80,7 @@ def allocator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setattr(torch.cuda, name, value)
     monkeypatch.setattr(torch, "zeros", lambda *args, device=None, **options: zeros(*args, **options))
     monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", found.end_allocate, raising=False)
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
     return found
 
 
