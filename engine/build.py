@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from engine.config import CudaOptions, EngineConfig, LoraOptions, StartupError
 from engine.engine import Engine
+from engine.executor.base import DeviceMemory
 from engine.executor.faults import FaultyExecutor, parse_faults
 from engine.lora.store import AdapterStore
 from engine.metrics import EngineMetrics
@@ -47,6 +48,8 @@ GPU_FLAGS = "--cuda-graph, --kv-cache-dtype fp8, --kernels, --profile-dir and --
 # Ordinary words that a vocabulary may have beyond the embedding, as a share of its rows: with more it belongs to
 # another model. Added tokens (a pad that was never trained) may be any number; transformers minds neither.
 MAX_WORDS_OVER = 0.01
+# Of the host memory that can be had, what may be page-locked: the system cannot take that back.
+MOST_HOST_SHARE = 0.9
 
 
 @dataclass(slots=True)
@@ -206,7 +209,7 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             with report.phase("adapters"):
                 engine.adapters.load_modules()
             report.row("adapters", _describe_adapters(config.lora, engine.adapters))
-        if config.transfer.connector is not None or config.tiers.directory is not None:
+        if config.transfer.connector is not None or config.tiers.is_given:
             with report.phase("carriers"):
                 _add_carriers(engine, directory, spec, context, report)
         if config.cuda.nvtx != "off":
@@ -257,18 +260,34 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
 
 
 def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int, report: StartupReport) -> None:
-    """Pages from and to other servers, and the disk. Raises StartupError."""
+    """Pages from and to other servers, host memory and the disk. Raises StartupError."""
     config = engine.config
-    flags = {"--kv-transfer-config": config.transfer.connector, "--kv-disk": config.tiers.directory}
+    tiers = config.tiers
+    flags = {
+        "--kv-transfer-config": config.transfer.connector,
+        "--kv-host-gb": tiers.host_bytes or None,
+        "--kv-disk": tiers.directory,
+    }
     for flag in (flag for flag, given in flags.items() if given is not None):
         if not config.cache.enable_prefix_caching:
             raise StartupError(f"{flag} needs the prefix cache: pages are kept and found in it")
         try:
-            engine.executor.page_memory()
-            if flag == "--kv-disk":
-                engine.executor.state_memory()
-            else:
+            memory = engine.executor.page_memory()
+            if flag == "--kv-transfer-config":
+                memory.regions()
                 check_groups(engine.limits)
+                continue
+            engine.executor.state_memory()
+            if flag == "--kv-host-gb":
+                if not isinstance(memory, DeviceMemory):
+                    raise StartupError("the KV cache is in host memory already; --kv-cache-gb makes it larger")
+                from engine.executor.cpu_start import available_memory
+
+                if tiers.host_bytes > MOST_HOST_SHARE * (free := available_memory()):
+                    raise StartupError(
+                        f"{tiers.host_bytes / 1e9:g} GB are more than {MOST_HOST_SHARE:.0%} of the host memory that "
+                        f"can be had, {free / 1e9:.1f} GB"
+                    )
         except StartupError as error:
             raise StartupError(f"{flag}: {error}") from None
     # Frequencies of these kinds depend on the longest text.
@@ -285,7 +304,7 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
         role = {"kv_both": "keeps pages and reads them", "kv_producer": "keeps pages", "kv_consumer": "reads pages"}
         at = f", asked at {config.transfer.host}:{exchange.port}" if config.transfer.keeps else ""
         report.row("transfer", f"{config.transfer.connector}: {role[config.transfer.role]}{at}")
-    if config.tiers.directory is not None:
+    if tiers.is_given:
 
         def here(other: Path | None) -> str:
             """On this machine times tell what samples of a file may not."""
@@ -293,9 +312,13 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
             files = [path] if path.is_file() else sorted(path.iterdir())
             return f"{fingerprint(path, *options, whole=False)} {[file.stat().st_mtime_ns for file in files]}"
 
-        store = engine.enable_disk(here).store
-        most = f"{store.bytes / 1e9:.2f} of at most {store.max_bytes / 1e9:g} GB"
-        report.row("disk", f"{store.directory}: {len(store)} files, {most}")
+        worker = engine.enable_tier(here).worker
+        if (host := worker.host) is not None:
+            beside = f"{host.capacity(0)} pages beside the device's {engine.limits.num_pages}"
+            report.row("host tier", f"{host.max_bytes / 1e9:g} GB of page-locked memory: {beside}")
+        if (disk := worker.disk) is not None:
+            most = f"{disk.bytes / 1e9:.2f} of at most {disk.max_bytes / 1e9:g} GB"
+            report.row("disk", f"{disk.directory}: {len(disk)} files, {most}")
 
 
 def _describe_adapters(options: LoraOptions, store: AdapterStore) -> str:

@@ -68,7 +68,7 @@ class Carrying(ABC):
         self.publisher.keep_pages = self.transfer.keep
         return self.transfer
 
-    def enable_disk(self, weights: Callable[[Path | None], str]) -> DiskTier:
+    def enable_tier(self, weights: Callable[[Path | None], str]) -> DiskTier:
         """Keep prompts' pages on the disk, as the options say. See DiskTier. Raises StartupError."""
         self.tier = DiskTier(
             self.config.tiers,

@@ -312,12 +312,19 @@ class TransferOptions:
 
 @dataclass(frozen=True, slots=True)
 class TierOptions:
-    """Pages on the disk. directory: None for none. max_bytes: of its files. timeout_s: a prompt waits for its pages no
-    longer; the rest is computed."""
+    """Pages on the disk, and a device's in host memory. directory: None for no disk. max_bytes: of its files.
+    timeout_s: a prompt waits for its pages no longer; the rest is computed. host_bytes: of page-locked memory, 0 for
+    none."""
 
     directory: Path | None = None
     max_bytes: int = 32 * 10**9
     timeout_s: float = 5.0
+    host_bytes: int = 0
+
+    @property
+    def is_given(self) -> bool:
+        """Whether there is any tier."""
+        return self.directory is not None or self.host_bytes > 0
 
 
 @dataclass(frozen=True, slots=True)

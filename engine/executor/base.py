@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +45,29 @@ class PageMemory(Protocol):
 
     def regions(self) -> list[tuple[int, int, int]]:
         """(address of page 0, bytes of a page, pages) of each part: where one page's bytes follow the other's."""
+        ...
+
+
+@runtime_checkable
+class DeviceMemory(PageMemory, Protocol):
+    """A PageMemory that is no host memory. Everything but `rows` blocks the calling thread, never the loop's, while the
+    steps go on; one thread copies.
+
+    rows_at_once: at most; so many are worth a copy.
+    """
+
+    rows_at_once: int
+
+    def rows(self, count: int) -> npt.NDArray[np.uint8]:
+        """Host memory that it copies from and to, uint8 [count, page_bytes]. Raises StartupError."""
+        ...
+
+    def copy_rows_out(self, pages: Int32Array, rows: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """`copy_out` into rows that came from `rows`."""
+        ...
+
+    def copy_rows_in(self, pages: Int32Array, rows: Sequence[npt.NDArray[np.uint8]]) -> None:
+        """`copy_in` from rows that came from `rows`."""
         ...
 
 

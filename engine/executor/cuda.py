@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from engine.config import StartupError
-from engine.executor.base import PageMemory, StepHandle
+from engine.executor.base import StepHandle
 from engine.executor.cuda_adapters import CHAIN, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
@@ -27,8 +27,10 @@ from engine.executor.cuda_drafts import DraftSteps
 from engine.executor.cuda_draw import OpenSteps
 from engine.executor.cuda_memory import MovingMemory
 from engine.executor.cuda_mixed import MixedSteps
+from engine.executor.cuda_pages import LAYOUT_VERSION, DevicePages, PageCopier
 from engine.executor.cuda_waiter import Waiter
 from engine.forward import FUTURE_TOKEN, NO_NUMBERS, ForwardInput, ForwardOutput, Limits
+from engine.groups import name_of
 from engine.lora.words import AdapterError, AdapterWeights
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
@@ -63,6 +65,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
     ) -> None:
         super().__init__(model, limits, layer, attention, cuda_graph)
         self._adapters = adapters
+        self._copier: PageCopier | None = None
         if adapters is not None:
             self.graphs.families = (False, True)
             self.pieces.adapting = functools.partial(adapters.used, CHAIN)
@@ -217,13 +220,28 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
             raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
         return self._adapters.read(path, model.adapted)
 
-    def page_memory(self) -> PageMemory:
+    def page_memory(self) -> DevicePages:
         """See Executor."""
-        raise StartupError("pages are carried from and to host memory alone so far (--device cpu)")
+        buffers = [buffer.view(torch.uint8).flatten(1) for buffer in self.attention.buffers if buffer.shape[-1]]
+        if not buffers:
+            raise StartupError("this model keeps no keys and values, or sleeps")
+        dtype, kv_dtype = (str(one).removeprefix("torch.") for one in (self.attention.dtype, self.attention.kv_dtype))
+        layout = f"cuda {LAYOUT_VERSION} {dtype} in {kv_dtype} page {self.limits.page_size}"
+        return DevicePages(self._page_copier(), buffers, f"{layout}{name_of(self.limits.groups)}")
 
-    def state_memory(self) -> PageMemory | None:
+    def state_memory(self) -> DevicePages | None:
         """See Executor."""
-        return None if self._states is None else self.page_memory()
+        if self._states is None:
+            return None
+        if not self.limits.num_snapshots:
+            raise StartupError("there is no room for a snapshot of this model's recurrent state beside the pages")
+        layout = f"cuda state {LAYOUT_VERSION} {str(self.attention.dtype).removeprefix('torch.')}"
+        return DevicePages(self._page_copier(), [self._states.snapshots], layout)
+
+    def _page_copier(self) -> PageCopier:
+        if self._copier is None:
+            self._copier = PageCopier(self.layer)
+        return self._copier
 
     def close(self) -> None:
         """Finish what is launched, then free the device. Idempotent."""

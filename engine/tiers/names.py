@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -17,7 +17,12 @@ from engine.cache.radix_tree import Snapshot
 from engine.forward import Int32Array, Limits
 from engine.page_names import page_names, root_name
 from engine.request import Request
-from engine.tiers.disk import PageStore
+
+
+class Names(Protocol):
+    """A store, as far as it is asked here."""
+
+    def __contains__(self, name: bytes, /) -> bool: ...
 
 
 class Item(NamedTuple):
@@ -70,7 +75,7 @@ class TierNames:
             return root_name(self._layout, request.namespace, f"adapter {request.adapter.digest}")
         return root_name(self._layout, request.cache_root)
 
-    def reach(self, store: PageStore, chain: Sequence[bytes], first: int) -> int:
+    def reach(self, store: Names, chain: Sequence[bytes], first: int) -> int:
         """The most pages behind which a prompt could go on with what is there and the `first` that it has; these where
         nothing is there."""
         depth = first
@@ -83,7 +88,7 @@ class TierNames:
             depth = missing
         return first
 
-    def _last_missing(self, store: PageStore, chain: Sequence[bytes], first: int, depth: int) -> int | None:
+    def _last_missing(self, store: Names, chain: Sequence[bytes], first: int, depth: int) -> int | None:
         """Of what must be there beside pages that see all, to go on behind `depth` pages: which keeps everybody from
         going on between it and there. None: all is there."""
         if self._has_state and self._state(chain[depth - 1]) not in store:

@@ -1,9 +1,9 @@
 """DiskTier: prompts' pages outlive the cache and the process. Its public half is the loop's, one thread does the rest.
 
-When a prompt is computed, its whole pages are written to a PageStore, those that are not there: of groups with a window
-what the end sees, of a recurrent state the snapshots on the way. When a prompt comes whose pages are there and not in
-the cache, it is RECEIVING while they are read, and steps go on without it; what arrived by the deadline enters the
-radix tree, and the rest is computed. Nothing that fails here fails a request.
+When a prompt is computed, its whole pages are written to a PageStore, or to a HostStore above it, those that are not
+there: of groups with a window what the end sees, of a recurrent state the snapshots on the way. When a prompt comes
+whose pages are there and not in the cache, it is RECEIVING while they are read, and steps go on without it; what
+arrived by the deadline enters the radix tree, and the rest is computed. Nothing that fails here fails a request.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from engine.request import Request
 from engine.scheduling.receiving import Receiving
 from engine.scheduling.sequence import Sequence
 from engine.tiers.disk import PageStore
+from engine.tiers.host import HostStore
 from engine.tiers.names import TierNames
 from engine.tiers.tally import TierTally
 from engine.tiers.worker import Job, Worker
@@ -61,11 +62,12 @@ class DiskTier:
         self._num_held = 0
         self._least_tokens = least_tokens
         if worker is None:
-            assert options.directory is not None
-            worker = Worker(PageStore(options.directory, options.max_bytes))
+            disk = None if options.directory is None else PageStore(options.directory, options.max_bytes)
+            host = HostStore(options.host_bytes, disk) if options.host_bytes else None
+            worker = Worker(disk, host=host)
         self.store = worker.store
-        self._worker = worker
-        self.tally = TierTally(self.store, self._worker)
+        self.worker = worker
+        self.tally = TierTally(self.worker)
         self._idle = asyncio.Event()
         self._jobs: set[Job] = set()
         # By the name of the first page that is missing: who waits for it, the one first that reads it.
@@ -88,16 +90,21 @@ class DiskTier:
 
     def close(self) -> None:
         """The engine has ended. Blocks for a while, for what is yet to be written."""
-        self._worker.close()
+        self.worker.close()
 
     def _take_memory(self, directory: Path | None) -> None:
         # First what may fail: the checkpoint may be gone.
         weights = self._weights(directory)
         memory = self._executor.page_memory()
         states = self._executor.state_memory()
-        self._worker.use(memory, states)
+        limits = self._scheduler.limits
+        # Host memory is divided as the device's is.
+        bytes_of = [memory.page_bytes * limits.num_pages]
+        if states is not None:
+            bytes_of.append(states.page_bytes * (limits.num_snapshots or 0))
+        self.worker.use(memory, states, [part / sum(bytes_of) for part in bytes_of])
         layout = memory.layout if states is None else f"{memory.layout} {states.layout}"
-        self._names = TierNames(f"{layout} weights {weights}", self._scheduler.limits)
+        self._names = TierNames(f"{layout} weights {weights}", limits)
 
     # ---- what is there
 
@@ -161,7 +168,7 @@ class DiskTier:
             job.stopped = True
             self.tally.failures["timeout"] += 1
             logger.warning(
-                "request %s: %d of %d files came from the disk in time",
+                "request %s: %d of %d pages came in time",
                 *(sequence.request.request_id, job.count, len(job.items)),
             )
             # The file at hand is waited for, but not for ever: then its memory is lent until it has come.
@@ -172,9 +179,9 @@ class DiskTier:
         timer = self._clock.call_later(self._timeout_s, is_late)
         self._jobs.add(job)
         if self._scheduler.is_unordered:
-            self._scheduler.once_committed(lambda: self._worker.read(job))
+            self._scheduler.once_committed(lambda: self.worker.read(job))
         else:
-            self._worker.read(job)
+            self.worker.read(job)
 
     def _let_go(self, key: bytes, *, again: bool) -> None:
         """Whoever waits for a page need not any more. again: the others may find more of theirs."""
@@ -198,6 +205,9 @@ class DiskTier:
             item.name: item for pages in lent for item in names.to_write(chain, pages, scheduler.snapshots_of(pages))
         }
         new = [item for item in held.values() if item.name not in self.store]
+        if self.worker.host is not None:
+            # What is old there is what the device has used longest ago.
+            self.worker.host.touch(held)
 
         def give_back() -> None:
             for pages in lent:
@@ -220,7 +230,7 @@ class DiskTier:
         def begin() -> None:
             # A step that has failed may have been the one that was to compute them.
             job.stopped |= not all(map(scheduler.kv_cache.is_intact, lent))
-            self._worker.write(job)
+            self.worker.write(job)
 
         job = Job(new, ended)
         self._num_held += len(held)
@@ -228,7 +238,7 @@ class DiskTier:
         if scheduler.is_unordered:
             scheduler.once_committed(begin)
         else:
-            self._worker.write(job)
+            self.worker.write(job)
 
     def _settle(self) -> None:
         """Pages were given back: somebody may have waited for them."""

@@ -1,26 +1,32 @@
-"""The disk tier's thread: pages and snapshots to files and back, one by one. Reads go before writes."""
+"""The tiers' thread: pages and snapshots to host memory, to files and back. Reads go before writes."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from engine.executor.base import PageMemory
+from engine.executor.base import DeviceMemory, PageMemory
 from engine.tiers.disk import PageStore, Row
+from engine.tiers.host import HostStore, rows_of
 from engine.tiers.names import Item
 
 logger = logging.getLogger("oneloop.tiers")
 
 # At the end, for pages that are yet to be written.
 _LAST_WRITES_S = 3.0
+# So many pages are carried between two looks at who has stopped waiting.
+_MOST_AT_ONCE = 64
+# Of names; the oldest are those that host memory is first to lose.
+_MOST_SPILLS = 2**16
 
 
 @dataclass(slots=True, eq=False)
@@ -40,15 +46,19 @@ class Job:
 
 
 class Worker:
-    """See the module. num_bytes_read, num_bytes_written: so far. threaded: False leaves it to the caller to `turn`."""
+    """See the module. num_bytes_read, num_bytes_written: of files, so far; num_bytes_in, num_bytes_out: of host memory,
+    to the device and from there. threaded: False leaves it to the caller to `turn`."""
 
-    def __init__(self, store: PageStore, *, threaded: bool = True) -> None:
-        self.num_bytes_read = self.num_bytes_written = 0
-        self.store = store
-        # Of pages, and of snapshots: the memory, and room for one.
-        self._memories: list[tuple[PageMemory, Row]] = []
+    def __init__(self, store: PageStore | None, *, host: HostStore | None = None, threaded: bool = True) -> None:
+        assert store is not None or host is not None
+        self.num_bytes_read = self.num_bytes_written = self.num_bytes_in = self.num_bytes_out = 0
+        self.disk, self.host = store, host
+        # Of pages, and of snapshots: the memory, room for one, and how many are carried at once.
+        self._memories: list[tuple[PageMemory, Row, int]] = []
         self._reads: deque[Job] = deque()
         self._writes: deque[Job] = deque()
+        # What is in host memory and goes to the disk when there is nothing else to do: names, and whether a state's.
+        self._spills: deque[tuple[bytes, bool]] = deque(maxlen=_MOST_SPILLS)
         self._ready = threading.Condition()
         self._closes_at = 0.0
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -56,10 +66,27 @@ class Worker:
         if self._thread is not None:
             self._thread.start()
 
-    def use(self, memory: PageMemory, states: PageMemory | None = None) -> None:
-        """From now on; while there is no job."""
+    @property
+    def store(self) -> PageStore | HostStore:
+        """Where names are looked up."""
+        if self.host is not None:
+            return self.host
+        assert self.disk is not None
+        return self.disk
+
+    def use(self, memory: PageMemory, states: PageMemory | None = None, shares: Sequence[float] = (1.0,)) -> None:
+        """From now on; while there is no job. shares: of host memory, for each. Raises StartupError."""
         memories = [memory] if states is None else [memory, states]
-        self._memories = [(one, np.zeros((1, one.page_bytes), np.uint8)) for one in memories]
+        if self.host is not None:
+            self.host.use(memories, shares)
+        old, self._memories = self._memories, []
+        for kind, one in enumerate(memories):
+            most = 1
+            if self.host is not None:
+                # What a batch has found there must not make room for the rest of it.
+                most = min(_MOST_AT_ONCE, self.host.capacity(kind) // 2)
+                most = min(most, one.rows_at_once) if isinstance(one, DeviceMemory) else 1
+            self._memories.append((one, old[kind][1] if old else rows_of(one, 1)[0], max(1, most)))
 
     def read(self, job: Job) -> None:
         """Fill its pages."""
@@ -89,9 +116,9 @@ class Worker:
     def _work(self) -> None:
         while True:
             with self._ready:
-                while not (self._reads or self._writes or self._closes_at):
+                while not (self._reads or self._writes or self._spills or self._closes_at):
                     self._ready.wait()
-                if self._closes_at and not (self._writes and time.monotonic() < self._closes_at):
+                if self._closes_at and not ((self._writes or self._spills) and time.monotonic() < self._closes_at):
                     return
             ended = self.turn()
             if ended is not None and self._loop is not None:
@@ -100,44 +127,128 @@ class Worker:
                     self._loop.call_soon_threadsafe(ended.then, ended)
 
     def turn(self) -> Job | None:
-        """Carry an item of the first job, if there is one. Returns a job that ended."""
+        """Carry some items of the first job, if there is one, or something to the disk. Returns a job that ended."""
         with self._ready:
             jobs = self._reads or self._writes
-            if not jobs:
-                return None
-            job = jobs[0]
-        goes_on = not (job.stopped or job.is_whole)
-        if goes_on:
+            job = jobs[0] if jobs else None
+        count = 0
+        if job is None or not (job.stopped or job.is_whole):
             try:
-                goes_on = self._read(job) if jobs is self._reads else self._write(job)
+                if job is None:
+                    self._spill()
+                else:
+                    count = self._read(job) if jobs is self._reads else self._write(job)
             except Exception:
                 logger.exception("a page could not be carried")
-                goes_on = False
-        if goes_on:
-            job.count += 1
+        if job is None:
+            return None
+        if count:
+            job.count += count
             return None
         with self._ready:
             jobs.remove(job)
         return job
 
-    def _read(self, job: Job) -> bool:
-        item = job.items[job.count]
-        memory, row = self._memories[item.is_state]
-        if not self.store.read(item.name, row[0]):
-            return False
-        memory.copy_in(np.array([item.place], np.int32), row)
+    def _batch(self, job: Job) -> tuple[int, list[Item]]:
+        """The next items of a job that are carried at once, of one kind."""
+        kind = job.items[job.count].is_state
+        items = job.items[job.count : job.count + self._memories[kind][2]]
+        return kind, list(itertools.takewhile(lambda item: item.is_state == kind, items))
+
+    def _read(self, job: Job) -> int:
+        """Returns how many came."""
+        kind, items = self._batch(job)
+        rows = []
+        for item in items:
+            row = self._from_disk(item.name, kind) if self.host is None else self._at_hand(self.host, item.name, kind)
+            if row is None:
+                break
+            rows.append(row)
+        if rows:
+            self._bring(kind, items[: len(rows)], rows)
+            if self.host is not None:
+                self.num_bytes_in += sum([row.nbytes for row in rows])
+        return len(rows)
+
+    def _from_disk(self, name: bytes, kind: int, into: Row | None = None) -> Row | None:
+        row = self._memories[kind][1] if into is None else into
+        if self.disk is None or not self.disk.read(name, row):
+            return None
         self.num_bytes_read += row.nbytes
+        return row
+
+    def _at_hand(self, host: HostStore, name: bytes, kind: int) -> Row | None:
+        """A row of host memory with that, which comes from the disk if it is not there."""
+        if (row := host.get(name, kind)) is not None:
+            host.touch([name])
+            return row
+        if self.disk is None or name not in self.disk:
+            return None
+        row = host.take(kind)
+        if self._from_disk(name, kind, row) is None:
+            host.give(kind, row)
+            return None
+        host.put(name, kind, row)
+        return row
+
+    def _write(self, job: Job) -> int:
+        """Returns how many went."""
+        kind, items = self._batch(job)
+        new = [item for item in items if item.name not in self.store]
+        if not new:
+            return len(items)
+        if self.host is not None:
+            return len(items) if self._to_host(self.host, kind, new) else 0
+        row = self._memories[kind][1]
+        self._take(kind, new, [row])
+        # else others may have written to it meanwhile
+        return int(not new[0].is_there or self._to_disk(new[0].name, row))
+
+    def _to_host(self, host: HostStore, kind: int, items: list[Item]) -> bool:
+        rows = [host.take(kind) for _ in items]
+        try:
+            self._take(kind, items, rows)
+        except Exception:
+            for row in rows:
+                host.give(kind, row)
+            raise
+        self.num_bytes_out += sum([row.nbytes for row in rows])
+        for item, row in zip(items, rows, strict=True):
+            if not item.is_there:
+                host.give(kind, row)
+                continue
+            host.put(item.name, kind, row)
+            if self.disk is not None:
+                self._spills.append((item.name, item.is_state))
         return True
 
-    def _write(self, job: Job) -> bool:
-        item = job.items[job.count]
-        if item.name in self.store:
-            return True
-        memory, row = self._memories[item.is_state]
-        memory.copy_out(np.array([item.place], np.int32), row)
-        if not item.is_there:
-            return True  # others may have written to it meanwhile
-        if not self.store.write(item.name, row[0]):
+    def _to_disk(self, name: bytes, row: Row) -> bool:
+        assert self.disk is not None
+        if not self.disk.write(name, row):
             return False
         self.num_bytes_written += row.nbytes
         return True
+
+    def _spill(self) -> None:
+        """What has left host memory before its turn is not kept."""
+        if self._spills and self.host is not None and self.disk is not None:
+            name, kind = self._spills.popleft()
+            row = self.host.get(name, kind)
+            if row is not None and name not in self.disk:
+                self._to_disk(name, row)
+
+    def _take(self, kind: int, items: list[Item], rows: list[Row]) -> None:
+        """From the memory."""
+        memory, places = self._memories[kind][0], np.array([item.place for item in items], np.int32)
+        if isinstance(memory, DeviceMemory):
+            memory.copy_rows_out(places, rows)
+        else:
+            memory.copy_out(places, rows[0][None])
+
+    def _bring(self, kind: int, items: list[Item], rows: list[Row]) -> None:
+        """To the memory."""
+        memory, places = self._memories[kind][0], np.array([item.place for item in items], np.int32)
+        if isinstance(memory, DeviceMemory):
+            memory.copy_rows_in(places, rows)
+        else:
+            memory.copy_in(places, rows[0][None])

@@ -73,10 +73,11 @@ class Work:
 
 
 class FakeStream:
-    """Work in order."""
+    """Work in order. thread: who issues it, the first who did."""
 
     def __init__(self) -> None:
         self.queue: deque[Work] = deque()
+        self.thread: int | None = None
 
 
 class FakeGraph:
@@ -161,7 +162,7 @@ class FakeDevice:
         self.eagerness = eagerness
         self.loop_thread = threading.get_ident()
         self.streams: list[FakeStream] = []
-        self.current: FakeStream | None = None
+        self._local = threading.local()
         self.error: BaseException | None = None
         self.recorder: _Recorder | None = None
         self.launches_until_failure = -1
@@ -172,6 +173,15 @@ class FakeDevice:
         self._blocking_allowed = 0
         self._pinned: list[tuple[int, int]] = []
         self._lock = threading.RLock()
+
+    @property
+    def current(self) -> FakeStream | None:
+        """The calling thread's stream."""
+        return getattr(self._local, "stream", None)
+
+    @current.setter
+    def current(self, stream: FakeStream | None) -> None:
+        self._local.stream = stream
 
     # ---- DeviceLayer
 
@@ -184,7 +194,9 @@ class FakeDevice:
 
     @contextlib.contextmanager
     def on(self, stream: FakeStream) -> Iterator[None]:
-        self._on_loop()
+        if stream.thread is None:
+            stream.thread = threading.get_ident()
+        assert stream.thread == threading.get_ident(), "two threads issue work on one stream"
         before, self.current = self.current, stream
         try:
             yield
@@ -192,8 +204,8 @@ class FakeDevice:
             self.current = before
 
     def launch(self, work: Callable[[], object]) -> None:
-        self._on_loop()
-        assert self.recorder is None, "launch inside a capture"
+        self._may_issue()
+        assert not self._is_capturing, "launch inside a capture"
         self.counts["launch"] += 1
         self.launches_until_failure -= 1
         if self.launches_until_failure == 0:
@@ -213,7 +225,7 @@ class FakeDevice:
         self._copy(to, source)
 
     def record(self, event: FakeEvent) -> None:
-        self._on_loop()
+        self._may_issue()
         event.recorded += 1
         number = event.recorded
 
@@ -223,7 +235,7 @@ class FakeDevice:
         self._enqueue(work, records=event)
 
     def wait(self, event: FakeEvent) -> None:
-        self._on_loop()
+        self._may_issue()
         if event.recorded:
             self._enqueue(lambda: None, waits=(event, event.recorded))
 
@@ -271,7 +283,9 @@ class FakeDevice:
             recorder.graph = graphs[-1]
 
         try:
-            with _device_code(), recorder:
+            # Python that issues work runs on the loop's thread alone, at once, and what it sets is there for the rest
+            # of it; here other threads run it late, which must not be amid a capture's.
+            with self._lock, _device_code(), recorder:
                 work(cut)
         finally:
             self.recorder = None
@@ -356,7 +370,16 @@ class FakeDevice:
     # ---- the machine
 
     def _on_loop(self) -> None:
-        assert threading.get_ident() == self.loop_thread, "only the loop thread launches"
+        assert threading.get_ident() == self.loop_thread, "only the loop thread captures"
+
+    def _may_issue(self) -> None:
+        """Of other threads only those that have a stream of their own."""
+        assert threading.get_ident() == self.loop_thread or self.current is not None, "only the loop thread launches"
+
+    @property
+    def _is_capturing(self) -> bool:
+        """A capture is its thread's."""
+        return self.recorder is not None and threading.get_ident() == self.loop_thread
 
     def _compute(self, work: Callable[[], object]) -> None:
         with _NoSync():
@@ -374,11 +397,12 @@ class FakeDevice:
         waits: tuple[FakeEvent, int] | None = None,
         records: FakeEvent | None = None,
     ) -> None:
-        self._on_loop()
+        self._may_issue()
         self._raise()
         assert self.current is not None, "work on the default stream"
-        assert self.recorder is None, "this cannot be captured"
-        self.current.queue.append(Work(run, waits, records))
+        assert not self._is_capturing, "this cannot be captured"
+        with self._lock:
+            self.current.queue.append(Work(run, waits, records))
         self._pump()
 
     def _raise(self) -> None:

@@ -1,12 +1,15 @@
 """A fake device that checks what orders what, instead of trying its luck: vector clocks for the streams and the host.
 
-Every access of a tensor is noted by memory and byte range. Two that overlap, one of them a write, must be ordered by
-stream order, an event or a wait of the host. Memory that Python lets go of is what the caching allocator makes of it:
+Every access of a tensor is noted by memory and byte ranges; of what is indexed by rows (the pages and tokens of KV
+memory, states, snapshots) those rows alone. Two that overlap, one of them a write, must be ordered by stream order, an
+event or a wait of the host. A host thread that issues work of its own knows what it has waited for itself, or what it
+was told (`heard`) of another's. Memory that Python lets go of is what the caching allocator makes of it:
 its stream may use it again at once, so that all that other streams did with it must be ordered before.
 """
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
@@ -19,25 +22,75 @@ from torch.utils._pytree import tree_flatten
 
 from tests.cuda.fake_device import FakeDevice, FakeEvent
 
-HOST = "host"
+HOST, OTHER_HOST = "host", "another thread of the host"
 Clock = dict[str, int]
+# Bytes [begin, end) of a memory, in order and apart.
+Spans = tuple[tuple[int, int], ...]
 
 
 class Access(NamedTuple):
-    """Bytes [begin, end) of a memory, by `who` at its time `at`."""
+    """Of a memory, by `who` at its time `at`."""
 
-    begin: int
-    end: int
+    spans: Spans
     who: str
     at: int
     writes: bool
     what: str
 
 
-def _span(tensor: Tensor) -> tuple[int, int]:
-    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+def _bytes_of(tensor: Tensor, rows: Tensor | None = None) -> Spans:
+    """rows: ids, of which the tensor is indexed by its first dimension; None: all of it."""
     begin = tensor.storage_offset() * tensor.itemsize
-    return begin, begin + (last + 1) * tensor.itemsize
+    sizes = list(zip(tensor.shape, tensor.stride(), strict=True))
+    if rows is not None:
+        sizes = sizes[1:]
+    length = (sum([(size - 1) * stride for size, stride in sizes]) + 1) * tensor.itemsize
+    if rows is None:
+        return ((begin, begin + length),)
+    step = tensor.stride(0) * tensor.itemsize
+    spans: list[tuple[int, int]] = []
+    for row in sorted({row % len(tensor) for row in rows.flatten().tolist()}):
+        start = begin + row * step
+        if spans and start <= spans[-1][1]:
+            spans[-1] = spans[-1][0], max(spans[-1][1], start + length)
+        else:
+            spans.append((start, start + length))
+    return tuple(spans)
+
+
+def _overlap(a: Spans, b: Spans) -> bool:
+    i = j = 0
+    while i < len(a) and j < len(b):
+        if a[i][0] < b[j][1] and b[j][0] < a[i][1]:
+            return True
+        if a[i][1] <= b[j][1]:
+            i += 1
+        else:
+            j += 1
+    return False
+
+
+def _covers(a: Spans, b: Spans) -> bool:
+    """Whether all of b is in a."""
+    i = 0
+    for begin, end in b:
+        while i < len(a) and a[i][1] < end:
+            i += 1
+        if i == len(a) or a[i][0] > begin:
+            return False
+    return True
+
+
+def _rows_of(func: Any, names: dict[str, Any]) -> Tensor | None:
+    """The rows of `self` that an operation reads or writes; None: any."""
+    name = func._schema.name
+    if name in ("aten::index_select", "aten::index_copy_") and names["dim"] == 0:
+        rows = names["index"]
+    elif name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_"):
+        rows = names["indices"][0]
+    else:
+        return None
+    return rows if isinstance(rows, Tensor) and rows.dtype in (torch.int32, torch.int64) else None
 
 
 def _tensors(tree: Any) -> Iterator[Tensor]:
@@ -69,11 +122,14 @@ class _Noting(TorchDispatchMode):
         is_view = not written and all(tensor.untyped_storage().data_ptr() in memory for tensor in out)
         if is_view and any(r.alias_info is not None for r in schema.returns):
             return result
+        note, rows, whole = self.device.note, _rows_of(func, names), names.get("self")
         for tensor in given:
             if not any(tensor is other for other in written):
-                self.device.note(tensor, self.who, self.clock, writes=False, what=schema.name)
+                of = rows if tensor is whole else None
+                note(tensor, self.who, self.clock, writes=False, what=schema.name, rows=of)
         for tensor in written:
-            self.device.note(tensor, self.who, self.clock, writes=True, what=schema.name)
+            of = rows if tensor is whole else None
+            note(tensor, self.who, self.clock, writes=True, what=schema.name, rows=of)
         for tensor in out:
             if tensor.untyped_storage().data_ptr() not in memory:
                 self.device.own(tensor, self.who)
@@ -96,22 +152,29 @@ class OrderedDevice(FakeDevice):
         self._events: weakref.WeakKeyDictionary[FakeEvent, Clock] = weakref.WeakKeyDictionary()
         self._accesses: dict[int, list[Access]] = {}
         self._owners: dict[int, str] = {}
+        # Threads whose waits are not the loop's. Others', as the waiter's, are at once what the loop knows.
+        self._others: set[int] = set()
 
     # ---- what is noted
 
-    def note(self, tensor: Tensor, who: str, clock: Clock, *, writes: bool, what: str) -> None:
-        begin, end = _span(tensor)
+    def note(
+        self, tensor: Tensor, who: str, clock: Clock, *, writes: bool, what: str, rows: Tensor | None = None
+    ) -> None:
+        """rows: those ids' of the first dimension alone."""
+        spans = _bytes_of(tensor, rows)
         log = self._log(tensor.untyped_storage())
+        kept = []
         for old in log:
-            overlap = old.begin < end and begin < old.end and (writes or old.writes)
-            if overlap and old.who != who and clock.get(old.who, 0) < old.at:
+            ordered = old.who == who or clock.get(old.who, 0) >= old.at
+            if not ordered and (writes or old.writes) and _overlap(spans, old.spans):
                 verbs = ["writes" if each else "reads" for each in (writes, old.writes)]
                 self.found[f"{who} {verbs[0]} ({what}) while {old.who} {verbs[1]} ({old.what})"] += 1
-        if writes:  # whatever comes later is ordered behind those if it is behind this one
-            log[:] = [
-                old for old in log if not (begin <= old.begin and old.end <= end and clock.get(old.who, 0) >= old.at)
-            ]
-        access = Access(begin, end, who, clock.get(who, 0), writes, what)
+            # Whatever comes later is ordered behind those if it is behind this one.
+            covered = ordered and (writes or (old.who == who and not old.writes)) and _covers(spans, old.spans)
+            if not covered:
+                kept.append(old)
+        log[:] = kept
+        access = Access(spans, who, clock.get(who, 0), writes, what)
         if access not in log:
             log.append(access)
 
@@ -136,10 +199,27 @@ class OrderedDevice(FakeDevice):
         if who is None:  # a number that an operation was given, or what the host keeps
             return
         clock = dict(self._clocks[who])
-        _join(clock, self._clocks[HOST])
+        _join(clock, self._clocks[self._host()])
         for old in log:
-            if old.who not in (who, HOST) and clock.get(old.who, 0) < old.at:
+            if old.who not in (who, HOST, OTHER_HOST) and clock.get(old.who, 0) < old.at:
                 self.found[f"memory of {who} is let go of while {old.who} uses it ({old.what})"] += 1
+
+    # ---- what the host's threads know
+
+    def _host(self) -> str:
+        return OTHER_HOST if threading.get_ident() in self._others else HOST
+
+    def known(self) -> Clock:
+        """To the calling thread by now, to be told to another."""
+        with self._lock:
+            return self._tick(self._host())
+
+    def heard(self, clock: Clock, *, apart: bool = False) -> None:
+        """The calling thread is told of that. apart: from here on it knows no more than it waits for and hears."""
+        with self._lock:
+            if apart:
+                self._others.add(threading.get_ident())
+            _join(self._clocks[self._host()], clock)
 
     def _tick(self, who: str) -> Clock:
         clock = self._clocks[who]
@@ -160,30 +240,33 @@ class OrderedDevice(FakeDevice):
     ) -> None:
         assert self.current is not None
         who = self._name()
-        _join(self._clocks[who], self._clocks[HOST])
-        if waits is not None:
-            _join(self._clocks[who], self._events.get(waits[0], {}))
-        clock = self._tick(who)
-        if records is not None:
-            self._events[records] = clock
+        with self._lock:
+            _join(self._clocks[who], self._clocks[self._host()])
+            if waits is not None:
+                _join(self._clocks[who], self._events.get(waits[0], {}))
+            clock = self._tick(who)
+            if records is not None:
+                self._events[records] = clock
 
-        def noted() -> None:
-            with _Noting(self, who, clock):
-                run()
+            def noted() -> None:
+                with _Noting(self, who, clock):
+                    run()
 
-        super()._enqueue(noted, waits, records)
+            super()._enqueue(noted, waits, records)
 
     def kernel(self, work: Callable[[], object]) -> None:
         if self.recorder is not None:
             super().kernel(work)
             return
-        who = self._name() if self.current is not None else HOST
+        who = self._name() if self.current is not None else self._host()
         with _disable_current_modes(), _Noting(self, who, dict(self._clocks[who])):
             work()
 
     def upload(self, to: Tensor, source: Tensor) -> None:
         # The host has filled the source for this copy.
-        self.note(source, HOST, self._tick(HOST), writes=True, what="fills what is uploaded")
+        with self._lock:
+            host = self._host()
+            self.note(source, host, self._tick(host), writes=True, what="fills what is uploaded")
         super().upload(to, source)
 
     def zeros(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -195,17 +278,17 @@ class OrderedDevice(FakeDevice):
     def is_done(self, event: FakeEvent) -> bool:
         done = super().is_done(event)
         if done:
-            _join(self._clocks[HOST], self._events.get(event, {}))
+            self.heard(self._events.get(event, {}))
         return done
 
     def synchronize(self, event: FakeEvent) -> None:
         super().synchronize(event)
-        _join(self._clocks[HOST], self._events.get(event, {}))
+        self.heard(self._events.get(event, {}))
 
     def synchronize_all(self) -> None:
         super().synchronize_all()
         for who in list(self._clocks):
-            _join(self._clocks[HOST], self._clocks[who])
+            self.heard(self._clocks[who])
 
     def _copy(self, to: Tensor, source: Tensor) -> None:
         assert to.shape == source.shape and to.dtype == source.dtype

@@ -432,7 +432,7 @@ MUTANTS = [
     Mutant(
         "pages come one place too far", TierNames, "to_read", "own[index]", "own[min(index + 1, depth - 1)]", TIERED
     ),
-    Mutant("a page counts before it has come", Worker, "turn", "goes_on = self._read(job)", "goes_on = True", TIERED),
+    Mutant("a page counts before it has come", Worker, "turn", "count = self._read(job)", "count = 1", TIERED),
     Mutant("the wrong page is kept", TierNames, "to_write", "own[index]", "own[::-1][index]", TIERED),
     # States and windows from a tier.
     Mutant(

@@ -48,6 +48,22 @@ def test_pages_come_from_a_tier() -> None:
     assert sum([simulate(seed, **ahead).received_tokens for seed in range(8)]) > 5
 
 
+def test_pages_come_from_host_memory() -> None:
+    """Some at once, of which there is little room, and what has left it from the tier below."""
+    for changes in ({"has_disk": False, "host_pages": 60}, {"host_pages": 12}):
+        host = TIERED | changes
+        assert sum([simulate(seed, **host).received_tokens for seed in range(8)]) > 40
+        hasty = host | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "fail_rate": 0.05, "vocab_size": 40}
+        assert sum([simulate(seed, **hasty).received_tokens for seed in range(8)]) > 2
+        for more in (
+            {"num_snapshots": 4, "host_pages": 30},
+            {"windows": (None, 9, 4), "num_pages": 120},
+            {"windows": (4,)},
+        ):
+            both = host | {"ticks": 60} | more
+            assert sum([simulate(seed, **both).received_tokens for seed in range(4)]) > 2
+
+
 Answers = dict[str, tuple[tuple[int, ...], str, object]]
 
 

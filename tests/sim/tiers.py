@@ -16,6 +16,8 @@ import numpy.typing as npt
 from engine.config import TierOptions
 from engine.request import Request
 from engine.scheduling.sequence import Sequence, SequenceStatus
+from engine.tiers.host import HostStore
+from engine.tiers.names import Item
 from engine.tiers.tier import DiskTier
 from engine.tiers.worker import Job, Worker
 
@@ -86,18 +88,53 @@ class WatchedMemory:
         self._inner.copy_in(pages, data)
 
 
+class DistantMemory(WatchedMemory):
+    """As of a device with memory of its own: some pages are carried at once, from and to certain rows alone."""
+
+    rows_at_once = 3
+
+    def __init__(self, simulator: Simulator, worker: SimulatedWorker) -> None:
+        super().__init__(simulator, worker)
+        self._lent: list[Row] = []
+
+    def rows(self, count: int) -> Row:
+        """See DeviceMemory."""
+        rows = np.zeros((count, self.page_bytes), np.uint8)
+        self._lent.append(rows)
+        return rows
+
+    def copy_rows_out(self, pages: Any, rows: list[Row]) -> None:
+        """See DeviceMemory."""
+        data = np.zeros((len(rows), self.page_bytes), np.uint8)
+        self._check(pages, rows)
+        self.copy_out(pages, data)
+        for row, one in zip(rows, data, strict=True):
+            row[:] = one
+
+    def copy_rows_in(self, pages: Any, rows: list[Row]) -> None:
+        """See DeviceMemory."""
+        self._check(pages, rows)
+        self.copy_in(pages, np.stack(rows))
+
+    def _check(self, pages: Any, rows: list[Row]) -> None:
+        assert len(pages) == len(rows) <= self.rows_at_once
+        places = [row.ctypes.data for row in rows]
+        assert len(set(places)) == len(places), "two pages share a row"
+        assert all(any(np.shares_memory(row, lent) for lent in self._lent) for row in rows)
+
+
 class SimulatedWorker(Worker):
     """Carries a page when it is told to."""
 
     names_at_hand: list[bytes]
 
-    def _read(self, job: Job) -> bool:
-        self.names_at_hand = [job.items[job.count].name]
-        return super()._read(job)
+    def _take(self, kind: int, items: list[Item], rows: list[Row]) -> None:
+        self.names_at_hand = [item.name for item in items]
+        super()._take(kind, items, rows)
 
-    def _write(self, job: Job) -> bool:
-        self.names_at_hand = [job.items[job.count].name]
-        return super()._write(job)
+    def _bring(self, kind: int, items: list[Item], rows: list[Row]) -> None:
+        self.names_at_hand = [item.name for item in items]
+        super()._bring(kind, items, rows)
 
 
 class SimulatedTier:
@@ -108,8 +145,14 @@ class SimulatedTier:
         self._simulator, self._random = simulator, Random(f"tier {seed}")
         self._eagerness = options.tier_eagerness
         store: Any = MemoryStore(options.tier_pages)
-        self.worker = SimulatedWorker(store, threaded=False)
-        memory = WatchedMemory(simulator, self.worker)
+        size, host = simulator.executor.page_memory().page_bytes, None
+        if options.host_pages:
+            if (states := simulator.executor.state_memory()) is not None:
+                # As many bytes as the device divides between that many pages and their states.
+                size += -(-states.page_bytes * (options.num_snapshots or 0) // options.num_pages)
+            host = HostStore(options.host_pages * size, store if options.has_disk else None)
+        self.worker = SimulatedWorker(store if options.has_disk else None, host=host, threaded=False)
+        memory = (WatchedMemory if host is None else DistantMemory)(simulator, self.worker)
 
         class Device:
             @staticmethod
@@ -157,7 +200,7 @@ class SimulatedTier:
         while hurry or self._random.random() < self._eagerness:
             if (job := self.worker.turn()) is not None:
                 self._ended.append(job)
-            elif hurry and not (self.worker._reads or self.worker._writes):
+            elif hurry and not (self.worker._reads or self.worker._writes or self.worker._spills):
                 break
         while self._ended and (hurry or self._random.random() < self._eagerness):
             job = self._ended.pop(0)

@@ -82,6 +82,9 @@ class Options:
     tier_pages: int = 0
     tier_eagerness: float = 0.5
     tier_timeout_s: float = 1.0
+    # Of a device whose pages go to host memory first, as many as that (0: there is none), and from there to the tier.
+    host_pages: int = 0
+    has_disk: bool = True
 
     @property
     def has_tier(self) -> bool:

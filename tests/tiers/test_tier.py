@@ -51,7 +51,7 @@ async def running(
         check_invariants=True,
     )
     engine = Engine(config, executor, None, eos_token_ids=(EOS,))
-    engine.enable_disk(lambda other: weights if other is None else other.name)
+    engine.enable_tier(lambda other: weights if other is None else other.name)
     task = asyncio.create_task(engine.run())
     try:
         yield engine
@@ -98,11 +98,11 @@ async def test_a_restarted_engine_finds_its_prefixes(tmp_path: Path) -> None:
         # What is there is not written again.
         assert await asked(engine, ask(name="b")) == FILES * PAGE
         await settled(engine)
-        written = engine.tier._worker.num_bytes_written
+        written = engine.tier.worker.num_bytes_written
     async with running(tmp_path) as engine:
         assert engine.tier is not None
         assert await asked(engine, ask()) == FILES * PAGE
-        assert engine.tier.tally.hit_tokens == FILES * PAGE and engine.tier._worker.num_bytes_read == written
+        assert engine.tier.tally.hit_tokens == FILES * PAGE and engine.tier.worker.num_bytes_read == written
         # From the cache from now on; and a longer prompt goes on behind what is there, and writes the rest.
         longer = [*PROMPT, *range(100)]
         assert await asked(engine, ask(longer, "b"), longer) == FILES * PAGE

@@ -173,6 +173,8 @@ class DeviceAttention:
         # Zeroed: a masked place counts with weight 0, and 0 times the NaN of old memory would be NaN.
         keys = [torch.zeros((*cells, width), **options) for width, _ in self._widths]
         values = [torch.zeros((*cells, width), **options) for _, width in self._widths]
+        # All that a page holds, [pages, ...] each.
+        self.buffers: list[Tensor] = [*keys, *values]
         # By layer.
         self.k_pools: dict[int, Tensor] = {}
         self.v_pools: dict[int, Tensor] = {}
@@ -186,7 +188,7 @@ class DeviceAttention:
 
     def release(self) -> None:
         """Give the KV pools' memory back; graphs that were captured with them are void."""
-        self.k_pools, self.v_pools = {}, {}
+        self.k_pools, self.v_pools, self.buffers = {}, {}, []
 
     def cleanse(self, tables: Tensor) -> None:
         """Zeros for what is NaN or infinite in pages [groups, P], on the device; what is a number stays."""
@@ -289,12 +291,7 @@ class DeviceAttention:
         """q [B, Hq, D] -> [B, Hq, Dv] over the first kv_len tokens of each row's pages."""
         spec, kv_len = self.layers[layer], step.kv_len
         pages = step.tables[self.group_of[layer]].long()
-        keys, values = self.gather(self.k_pools[layer], pages), self.gather(self.v_pools[layer], pages)
-        rows, columns = keys.shape[0], keys.shape[1]
-        grouped = q.view(rows, spec.num_kv_heads, -1, spec.head_dim)
-        scores = torch.einsum("bhgd,blhd->bhgl", grouped.float(), keys.float()) * spec.scale
-        if spec.softcap is not None:
-            scores = torch.tanh(scores / spec.softcap) * spec.softcap
+        rows, columns = len(pages), pages.shape[1] * self.page_size
         column = torch.arange(columns, device=q.device)
         seen = column < kv_len[:, None]
         window = self.windows[layer]
@@ -302,6 +299,13 @@ class DeviceAttention:
             seen = seen & (column >= (kv_len[:, None] - 1) // window * window)
         elif window is not None:
             seen = seen & (column >= kv_len[:, None] - window)
+        # A table names more than its row has: others' pages, that may just be written.
+        pages = pages.where(seen.unflatten(1, (-1, self.page_size)).any(2), 0)
+        keys, values = self.gather(self.k_pools[layer], pages), self.gather(self.v_pools[layer], pages)
+        grouped = q.view(rows, spec.num_kv_heads, -1, spec.head_dim)
+        scores = torch.einsum("bhgd,blhd->bhgl", grouped.float(), keys.float()) * spec.scale
+        if spec.softcap is not None:
+            scores = torch.tanh(scores / spec.softcap) * spec.softcap
         scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
         if sinks is None:
             weights = scores.softmax(-1)

@@ -47,7 +47,7 @@ class Backend(DeviceAttention):
     def allocate(self) -> None:
         """See DeviceAttention."""
         widths = [layer.widths for layer in self.layers.values()]
-        self.k_pools, self.v_pools = {}, {}
+        self.k_pools, self.v_pools, self.buffers = {}, {}, []
         keys, values = (
             torch.zeros((self.num_pages + 1, 1, max(each)), dtype=self.dtype, device=self.device)
             for each in zip(*widths, strict=True)
