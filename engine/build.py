@@ -238,7 +238,7 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             report.row("rope", _describe_rope(rope, spec.max_position_embeddings, context))
     budget = config.scheduler.max_num_batched_tokens
     if spec.quantisation is not None and options.load_format != "dummy":
-        report.row("weights", f"{spec.quantisation.method}; activations stay floating-point numbers")
+        report.row("weights", spec.quantisation.method)
     report.row("context", _describe_context(context, spec, abilities.max_length, budget))
     report.row(
         "KV cache",
@@ -378,8 +378,6 @@ def _build_executor(
             )
         scale = "a row" if rounded == "fp8" else "32 weights"
         report.row("quantization", f"{rounded}, {scale} to a scale, rounded as they are read")
-    if config.model.packed_input_bits != 16 and device == "cuda":
-        raise StartupError("--packed-input-bits 8: on a GPU inputs stay as they are; --device cpu")
     from engine.executor.start import Start
 
     given = Start(config, directory, spec, context, report)

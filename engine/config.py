@@ -28,7 +28,8 @@ class ModelOptions:
     load_format: auto (safetensors) or dummy (random weights). max_model_len: None is the model's own limit.
     quantization: int8, int4 or fp8, to which weights are rounded as they are read; auto takes them as they are, and so
     does the name of the checkpoint's own method.
-    packed_input_bits: 16 or 8, to which a CPU rounds inputs of weights that stay packed; 8 is what llama.cpp does.
+    packed_input_bits: 16 or 8, to which a CPU rounds inputs of weights that stay packed; 8 is what llama.cpp does. On a
+    GPU 8 lets those be float8 whose checkpoint is for that.
     seed: of dummy weights and of requests without a seed of their own; None draws one.
     generation_config: auto (the model's sampling defaults apply) or none (OpenAI's).
     runner: auto, generate or pooling. pooling: auto, cls, last, max or mean. score_tokens: yes and no. See

@@ -108,8 +108,8 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--packed-input-bits",
         type=int,
         choices=[8, 16],
-        help="to which inputs of packed weights (GGUF) are rounded on a CPU: 16 is nearly exact, 8 quicker and as "
-        "llama.cpp has it; default: 16",
+        help="to which inputs of packed weights are rounded on a CPU: 16 is nearly exact, 8 quicker and as llama.cpp "
+        "has it; on a GPU 8 rounds inputs to float8 where the checkpoint is for that; default: 16",
     )
     model.add_argument(
         "--max-model-len",

@@ -79,6 +79,8 @@ class Captures(DecodeSteps):
             codes = choose_codes(self.model.linears, self.limits.max_num_batched_tokens, self.layer)
             codes += choose_experts(self.model.mixtures, self.limits.max_num_batched_tokens, self.layer)
             self.layer.synchronize_all()
+        # What was timed has left blocks in the graphs' pool that no graph of a step is as large as.
+        self.graphs.clear()
         self._faster = [(linear.kind, linear.ways) for linear in self.model.linears]
         self._faster_mixtures = [(mixture.shape, mixture.ways) for mixture in self.model.mixtures]
         if (found[0] or codes) and not self.model.config.headless:

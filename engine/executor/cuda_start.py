@@ -33,6 +33,7 @@ from engine.models.parts.decoder import CausalLM
 from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.device_coded import DeviceCodedLinear
+from engine.ops.linear import Linear
 from engine.ops.state import state_bytes
 from engine.speculation.registry import make_proposer
 
@@ -79,6 +80,10 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
+    if config.model.packed_input_bits == 8 and not any(has_float8_inputs(linear) for linear in model.linears):
+        raise StartupError(
+            "--packed-input-bits 8: this checkpoint is for no inputs of float8, or this GPU has no products of them"
+        )
     if coded := coded_matrices(model):
         kinds = ", ".join(f"{count} {form}" for form, count in coded.most_common())
         matrices = len(model.linears) + sum(2 * mixture.count for mixture in model.mixtures)
@@ -118,9 +123,13 @@ def coded_matrices(model: CausalLM) -> Counter[str]:
     return found
 
 
+def has_float8_inputs(linear: Linear) -> bool:
+    return isinstance(linear, DeviceCodedLinear) and linear.has_float8_inputs
+
+
 def report_float8(model: CausalLM, row: Callable[[str, str], None]) -> None:
     """Where inputs of layers are rounded, once a clock has said from how many rows on."""
-    kept = [each for each in model.linears if isinstance(each, DeviceCodedLinear) and each.has_float8_inputs]
+    kept = [each for each in model.linears if isinstance(each, DeviceCodedLinear) and has_float8_inputs(each)]
     taken = [each.float8_from for each in kept if each.float8_from is not None]
     if kept:
         least = f", from {min(taken)} rows of a step on" if taken else ", the others were quicker"

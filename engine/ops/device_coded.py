@@ -4,10 +4,11 @@ Built at load time from a quantised checkpoint, called by the executor's thread.
 registers (triton/coded.py), where the bytes of the weight are all the work; from `widen_from` rows on, a step's numbers
 are made first and cuBLAS multiplies. Which is quicker from where is timed at start (executor/cuda_products.py).
 
-Where the checkpoint is for inputs of float8, as its weight is, products of `float8_from` rows and more round theirs:
-each row by a scale of its own, whatever the checkpoint says of fixed ones. That costs two to four hundredths of a
-layer's result. A row's rounding does not depend on the others, but whether it is rounded does on how many there are: a
-prompt in one step and the same one in small chunks, or behind a cached prefix, differ by as much.
+Where the checkpoint is for inputs of float8, as its weight is, and `--packed-input-bits 8` asks for it, products of
+`float8_from` rows and more round theirs: each row by a scale of its own, whatever the checkpoint says of fixed ones.
+That costs two to four hundredths of a layer's result. A row's rounding does not depend on the others, but whether it is
+rounded does on how many there are, those that fill up a graph among them: a prompt in one step and the same one in
+small chunks, behind a cached prefix, or in other company, differ by as much.
 """
 
 from __future__ import annotations
@@ -141,6 +142,8 @@ class DeviceCodedLinear(Linear):
         given, even = self.codes, self.in_features % SCALED_MULTIPLE == self.out_features % SCALED_MULTIPLE == 0
         if given.form == "e4m3" and even and has_scaled_product(self.dtype, given.codes.device):
             self._row_scale = given.scale[0].float().view(1, -1)
+            # Until a clock has chosen, all are: they need more memory beside them, which the start measures.
+            self.float8_from = 1
 
     @property
     def num_bytes(self) -> int:
@@ -157,7 +160,8 @@ class DeviceCodedLinear(Linear):
 
     @ways.setter
     def ways(self, found: Any) -> None:
-        self.tiles, self.widen_from, self.float8_from = found
+        self.tiles, self.widen_from, float8_from = found
+        self.float8_from = float8_from if self.has_float8_inputs else None
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[T, in_features] -> [T, out_features] of the same dtype."""

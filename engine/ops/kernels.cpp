@@ -1677,20 +1677,23 @@ EXPORT void ol_rms_norm(int64_t type, const void* x, int64_t ldx, void* residual
                                         (int)threads))
 }
 
-// Rows of so many bytes, ldx bytes apart, to one behind the other.
+// out may be x; residual may be null, and is where the sum is left.
 EXPORT void ol_layer_norm(int64_t type, const void* x, int64_t ldx, void* residual, int64_t ldr, const float* weight, const float* bias,
                           void* out, int64_t rows, int64_t H, float eps, int64_t threads) {
     BY_TYPE(type, layer_norm((const T*)x, ldx, (T*)residual, ldr, weight, bias, (T*)out, H, rows, H, eps, (int)threads))
 }
 
+// kind: of Activation.
 EXPORT void ol_activate(int64_t type, const void* x, int64_t ldx, void* out, int64_t rows, int64_t width, int64_t kind, int64_t threads) {
     BY_TYPE(type, activate_by(kind, (const T*)x, ldx, (T*)out, rows, width, (int)threads))
 }
 
+// All texts through a layer; x in place. starts [texts + 1]: the first row of each.
 EXPORT void ol_encode(const EncoderLayer* layer, void* x, const int32_t* starts, int64_t texts, int64_t threads) {
     BY_TYPE(layer->type, encode(*layer, (T*)x, starts, texts, (int)threads))
 }
 
+// Rows of so many bytes, ldx bytes apart, to one behind the other.
 EXPORT void ol_copy_rows(const void* x, int64_t ldx, int64_t rows, int64_t bytes, void* out) {
     for (i64 r = 0; r < rows; r++) memcpy((char*)out + r * bytes, (const char*)x + r * ldx, bytes);
 }

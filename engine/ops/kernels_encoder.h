@@ -58,8 +58,11 @@ void activate(const T* x, i64 ldx, T* out, i64 rows, i64 W, int threads) {
 
 template <class T>
 void activate_by(i64 kind, const T* x, i64 ldx, T* out, i64 rows, i64 W, int threads) {
-    if (kind == GELU) activate<T, GELU>(x, ldx, out, rows, W, threads);
-    else activate<T, GELU_TANH>(x, ldx, out, rows, W, threads);
+    switch (kind) {
+        case RELU: activate<T, RELU>(x, ldx, out, rows, W, threads); break;
+        case GELU: activate<T, GELU>(x, ldx, out, rows, W, threads); break;
+        default: activate<T, GELU_TANH>(x, ldx, out, rows, W, threads);
+    }
 }
 
 // (x - mean) / sqrt(mean of (x - mean)^2 + eps) * weight + bias (may be null); out may be x.
@@ -224,6 +227,7 @@ void encode_group(const EncoderLayer& s, T* x, const int32_t* starts, i64 texts,
 template <class T>
 void encode(const EncoderLayer& s, T* x, const int32_t* starts, i64 texts, int threads) {
     const i64 tokens = starts[texts];
+    if (!tokens) return;
     // As many groups as threads can share evenly; a text is in the group where its middle lies.
     i64 groups = (tokens + GROUP_TOKENS - 1) / GROUP_TOKENS;
     groups = (groups + threads - 1) / threads * threads;

@@ -84,10 +84,13 @@ def test_inputs_of_float8(
         group = {**config["config_groups"]["group_0"], "input_activations": changes}
         config = {**config, "config_groups": {"group_0": group}}
     quantise(plain, tmp_path, config, layers(writer))
-    model = load(tmp_path)
+    assert not any(each.has_float8_inputs for each in kept(load(tmp_path)))
+    model = load(tmp_path, packed_input_bits=8)
     rounded = [each for each in kept(model) if each.has_float8_inputs]
     assert len(rounded) == expected
     [prompt] = prompts_of([20])
+    for linear in rounded:
+        linear.float8_from = None
     wide = Runner(model).logits(prompt, 20)
     for linear in rounded:
         linear.float8_from = 16

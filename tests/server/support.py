@@ -24,6 +24,7 @@ from engine.config import (
     LoraOptions,
     SchedulerOptions,
     ServerOptions,
+    SpeculationOptions,
     StreamOptions,
     TransferOptions,
 )
@@ -207,6 +208,7 @@ async def live(
     words: Tokenizer | None = None,
     lora: LoraOptions | None = None,
     transfer: TransferOptions | None = None,
+    speculation: SpeculationOptions | None = None,
     weights: Callable[[Path | None], str] = str,
     **options: Any,
 ) -> AsyncIterator[Live]:
@@ -230,6 +232,7 @@ async def live(
         server=server_options,
         lora=lora or LoraOptions(),
         transfer=transfer or TransferOptions(),
+        speculation=speculation or SpeculationOptions(),
     )
     eos = tokenizer().eos_token_ids
     if make_device is not None:

@@ -25,6 +25,10 @@ HI = [{"role": "user", "content": "What is the capital of France?"}]
 PLAIN = {"messages": HI, "temperature": 0, "max_tokens": 40, "ignore_eos": True}
 
 
+# What pays is a question of the clock, and of no answer here.
+OPTIONS = SpeculationOptions(method="ngram", num_draft_tokens=8, adaptive=False)
+
+
 @functools.cache
 def model() -> CausalLM:
     torch.set_num_threads(1)
@@ -32,15 +36,13 @@ def model() -> CausalLM:
 
 
 def device(limits: Limits) -> CPUExecutor:
-    # What pays is a question of the clock, and of no answer here.
-    options = SpeculationOptions(method="ngram", num_draft_tokens=8, adaptive=False)
     limits = dataclasses.replace(limits, max_draft_tokens=8)
-    return CPUExecutor(model(), limits, dtype=torch.float32, proposer=make_proposer(options))
+    return CPUExecutor(model(), limits, dtype=torch.float32, proposer=make_proposer(OPTIONS))
 
 
 @pytest_asyncio.fixture
 async def server() -> AsyncIterator[Live]:
-    async with live(make_device=device, num_pages=512) as server:
+    async with live(make_device=device, num_pages=512, speculation=OPTIONS) as server:
         yield server
 
 

@@ -36,6 +36,8 @@ _PIECE = 1024 * 1024
 class CodedWeights(CheckpointWeights):
     """CheckpointWeights with a CodedLinear for each layer whose parts can all be codes of one form."""
 
+    packed_input_bits = 16
+
     def linear(
         self,
         names: Sequence[str],
@@ -67,7 +69,8 @@ class CodedWeights(CheckpointWeights):
             pieces = self._pieces(weights[begin:end], rows[begin:end], columns, order)
             alone = activation if end - begin == len(names) else None
             layer = self._layer(forms[begin], count, columns, wanted, pieces, own, alone)
-            if isinstance(layer, DeviceCodedLinear) and all(self._rounds_inputs(each) for each in weights[begin:end]):
+            rounds = self.packed_input_bits == 8 and all(self._rounds_inputs(each) for each in weights[begin:end])
+            if isinstance(layer, DeviceCodedLinear) and rounds:
                 layer.take_float8_inputs()
             parts.append(layer)
             begin, first = end, first + count

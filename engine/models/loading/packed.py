@@ -30,8 +30,6 @@ MOST_RUNS = 8
 class PackedWeights(CodedWeights):
     """CodedWeights with a PackedLinear for whatever has kernels for its blocks."""
 
-    packed_input_bits = 16
-
     def linear(
         self,
         names: Sequence[str],

@@ -31,8 +31,10 @@ class Pairs(NamedTuple):
 def gated(total, up, limit, alpha, GATE: tl.constexpr):
     """Of gate and up in float32; see activation.py."""
     if GATE == CLAMPED:
-        total = tl.minimum(total, limit)
-        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
+        # A NaN stays one, or nobody would see that a row has no numbers.
+        total = tl.minimum(total, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, -limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL) + 1.0
         total = total / (1.0 + tl.exp(-alpha * total))
     elif GATE == GELU:
         y = 0.7978845608028654 * (total + 0.044715 * total * total * total)
