@@ -295,9 +295,13 @@ class Journal:
             # Else a power cut might leave the new name without its bytes.
             os.fsync(self._file)
             os.replace(partial, self._path)
-        except BaseException:
+        except BaseException as error:
             os.close(self._file)
             self._file = old
+            if isinstance(error, OSError):
+                # On a full disk it would hold the very bytes that are missing.
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
             raise
         os.close(old)
         at = os.fstat(self._file)

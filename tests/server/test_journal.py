@@ -219,7 +219,9 @@ def test_a_disk_without_room_for_a_short_file_keeps_the_long_one(
                 context.setattr(os, "fsync", full)
             used(journal, random.Random(2), 200)
         journal.close()
+        assert not list(tmp_path.glob("*.partial"))
     assert contents(tmp_path / "full") == contents(tmp_path / "good")
+    assert sorted(os.listdir(tmp_path)) == ["full", "good"]
 
 
 def test_with_company_the_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
