@@ -17,6 +17,7 @@ import pytest
 
 from engine.config import StartupError
 from engine.request import UnavailableError
+from server.background import Jobs
 from server.journal import Begun, Ended, Journal, _told
 from tests.server.support import BOUND_S, live, until
 from tests.server.test_background import ended, follow, get
@@ -445,6 +446,27 @@ async def test_what_cannot_be_written_down_is_not_promised(tmp_path: Path) -> No
         check_shape(*await server.post("/v1/responses", BODY), expected=503)
         assert server.num_requests() == 0
         assert (await server.post("/v1/responses", BODY | {"background": False}))[0] == 200
+
+
+async def test_what_ends_while_the_journal_is_closed_is_written_down(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, 10)
+    for number in range(5):
+        journal.begin(Begun(f"r{number}", "", {"input": "x"}, 1))
+    jobs = Jobs(10, 1 << 20, journal)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        jobs.forget("", "r0")
+        closing = asyncio.create_task(jobs.close())
+        for number in (1, 2):
+            await asyncio.sleep(0.05)
+            jobs.forget("", f"r{number}")
+        assert not closing.done()
+        fcntl.flock(file, fcntl.LOCK_UN)
+    await asyncio.wait_for(closing, BOUND_S)
+    jobs.forget("", "r3")
+    journal.close()
+    assert [one.id for one in contents(path)[0]] == ["r4"]
 
 
 def test_what_ends_behind_a_closed_journal_is_written_nowhere(tmp_path: Path) -> None:
