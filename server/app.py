@@ -149,7 +149,7 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app[rollouts.SNAPSHOT] = {}
     journal = None
     if options.resume_journal is not None:
-        journal = Journal(Path(options.resume_journal), options.response_store_size)
+        journal = Journal(Path(options.resume_journal), options.response_store_size, options.response_store_bytes)
         app[_JOURNAL] = journal
     app[JOBS] = Jobs(options.response_store_size, options.response_store_bytes, journal)
     app[_MEMORY] = MemoryWatch(options.max_host_memory, functools.partial(_shed, app), engine.metrics)

@@ -197,6 +197,7 @@ class Jobs:
         self._journal = journal
         # The journal's calls, one after the other: what is begun is written before its end is.
         self._thread = ThreadPoolExecutor(1, "journal") if journal is not None else None
+        self._num_calls = 0
         self._jobs: OrderedDict[tuple[str, str], Job] = OrderedDict()
         self._watching: asyncio.Task[None] | None = None
         self._looking = asyncio.Lock()
@@ -232,16 +233,23 @@ class Jobs:
         if self._looks:
             await asyncio.wait(self._looks)
         if self._thread is not None:
-            # What has ended is written down.
-            await asyncio.to_thread(self._thread.shutdown)
-            self._thread = None
+            # What has ended is written down, and what ends meanwhile, too.
+            num_calls = -1
+            while num_calls != self._num_calls:
+                num_calls = self._num_calls
+                await asyncio.get_running_loop().run_in_executor(self._thread, lambda: None)
+            # It has nothing more to do. Later calls are made at once.
+            thread, self._thread = self._thread, None
+            thread.shutdown()
 
     async def _ask(self, call: Callable[..., T], *arguments: Any) -> T:
         """A call of the journal, in its thread."""
+        self._num_calls += 1
         return await asyncio.get_running_loop().run_in_executor(self._thread, call, *arguments)
 
     def _tell(self, call: Callable[..., None], *arguments: Any) -> None:
         """One that nobody waits for."""
+        self._num_calls += 1
         if self._thread is None:
             call(*arguments)
         else:

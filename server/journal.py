@@ -22,7 +22,9 @@ import fcntl
 import glob
 import logging
 import os
+import re
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,16 +70,19 @@ class News:
 class Journal:
     """Reads what is there, and begins a new file in its place where no other process writes it.
 
+    most_ended, most_ended_bytes: how many of those that have ended are kept, and how much of them, the newest first.
     ended: of earlier processes, in their order, as this one began. has_company: another process that lives writes here.
     """
 
-    def __init__(self, path: Path, most_ended: int) -> None:
-        self._path, self._most_ended = path, most_ended
+    def __init__(self, path: Path, most_ended: int, most_ended_bytes: int = 64 << 20) -> None:
+        self._path, self._most_ended, self._most_ended_bytes = path, most_ended, most_ended_bytes
         self._name = uuid.uuid4().hex
         self._file = self._alive = -1
         # Of all processes, by id; and the file's number with how many bytes of it are read.
         self._begun: dict[str, Begun] = {}
         self._read_to = (0, 0)
+        # What this process claimed and could not write down.
+        self._unwritten: set[str] = set()
         # How long the file may become.
         self._most_bytes = _LEAST_BYTES
         self.has_company = False
@@ -85,11 +90,11 @@ class Journal:
             self._live()
             self._file = self._open()
             with self._locked():
-                news = self._read(of_all=True)
-                self.ended = list(news.ended.values())[-most_ended:] if most_ended else []
+                counting = self._count()
+                self.ended = self._ended_of(counting)
                 self.has_company = bool(self._others())
                 if not self.has_company:
-                    self._rewrite(self.ended)
+                    self._shorten(counting)
         except OSError as error:
             self.close()
             raise StartupError(f"--resume-journal: {path} cannot be written: {error.strerror}") from None
@@ -117,6 +122,7 @@ class Journal:
 
     def leave(self, response_id: str) -> None:
         """One of this process that another is to go on with."""
+        self._unwritten.discard(response_id)
         self._try({"left": response_id, "by": self._name})
 
     def close(self) -> None:
@@ -152,6 +158,7 @@ class Journal:
         except OSError as error:
             # It is computed all the same, once; nobody else would.
             logger.error("the journal cannot be written: %s", error.strerror)
+            self._unwritten.add(one.id)
             self._begun[one.id] = dataclasses.replace(one, by=self._name)
         return True
 
@@ -163,8 +170,7 @@ class Journal:
                 news = self._read()
                 self.has_company = bool(self._others())
                 if not self.has_company:
-                    kept = self._read(of_all=True)
-                    self._rewrite(list(kept.ended.values())[-self._most_ended :] if self._most_ended else [])
+                    self._shorten(self._count())
         except OSError as error:
             logger.error("the journal cannot be written: %s", error.strerror)
         return news
@@ -234,53 +240,103 @@ class Journal:
         finally:
             fcntl.flock(self._file, fcntl.LOCK_UN)
 
-    def _read(self, *, of_all: bool = False) -> News:
-        """Lines that were not read yet: what others have ended. of_all: all lines, whoever wrote them."""
+    def _lines(self, start: int = 0) -> Iterator[tuple[Place, bytes]]:
+        """From there on, one at a time in memory. The interpreter is given away at each read."""
+        with open(os.dup(self._file), "rb", buffering=_READ_BYTES) as file:
+            file.seek(start)
+            for line in file:
+                if line != b"\n":
+                    yield (start, len(line)), line
+                start += len(line)
+
+    def _read(self) -> News:
+        """Lines that were not read yet: what others have ended."""
         at = os.fstat(self._file)
         place = 0
-        if not of_all and self._read_to[0] == at.st_ino:
+        if self._read_to[0] == at.st_ino:
             place = self._read_to[1]
         else:
             self._begun.clear()
-        data = os.pread(self._file, at.st_size - place, place) if at.st_size > place else b""
-        self._read_to = at.st_ino, at.st_size
         news, num_bad = News(), 0
-        for line in filter(None, data.split(b"\n")):
+        for _, line in self._lines(place):
             try:
-                self._take(orjson.loads(line), news, of_all)
-            except (ValueError, TypeError, KeyError, AttributeError):
+                self._take(line, news)
+            except _NO_LINE:
                 num_bad += 1
-        if num_bad:
-            logger.warning("%s: %d lines could not be read", self._path, num_bad)
+        self._read_to = at.st_ino, at.st_size
+        self._tell_bad(num_bad)
         return news
 
-    def _take(self, entry: dict[str, Any], news: News, of_all: bool) -> None:
-        by = str(entry.get("by", ""))
-        if "begun" in entry:
-            name, owner, body = entry["begun"], entry["owner"], dict(entry["body"])
-            self._begun[name] = Begun(name, owner, body, int(entry["created"]), by)
+    def _take(self, line: bytes, news: News) -> None:
+        kind, name, by, is_forgotten = _told(line)
+        if kind == "begun":
+            self._begun[name] = _begun_of(line, by)
             return
-        if "left" in entry:
-            one = self._begun.get(entry["left"])
+        if kind == "left":
+            one = self._begun.get(name)
             if one is not None and one.by == by:
-                self._begun[one.id] = dataclasses.replace(one, by="")
+                self._begun[name] = dataclasses.replace(one, by="")
             return
-        begun = self._begun.pop(entry["ended"], None)
-        news.ended.pop(entry["ended"], None)
-        if not of_all and by == self._name:
+        begun = self._begun.pop(name, None)
+        news.ended.pop(name, None)
+        if by == self._name:
             return
-        if entry["response"] is None:
-            news.forgotten.append((entry["owner"], entry["ended"]))
+        if is_forgotten:
+            news.forgotten.append((orjson.loads(line)["owner"], name))
         else:
-            news.ended[entry["ended"]] = Ended(entry["owner"], dict(entry["response"]), list(entry["items"]), begun)
+            news.ended[name] = _ended_of(line, begun)
 
-    def _rewrite(self, ended: list[Ended]) -> None:
+    def _count(self) -> _Counting:
+        """All lines of the file. What is begun and not ended is known then."""
+        at = os.fstat(self._file)
+        counting, num_bad = _Counting(self._most_ended, self._most_ended_bytes), 0
+        for place, line in self._lines():
+            try:
+                counting.take(line, place)
+            except _NO_LINE:
+                num_bad += 1
+        before, self._begun = self._begun, {}
+        self._unwritten &= counting.begun.keys()
+        for name, (by, places) in list(counting.begun.items()):
+            by = self._name if name in self._unwritten else by
+            try:
+                one = before.get(name)
+                if one is None or one.by != by:
+                    one = _begun_of(self._line(places[0]), by)
+                self._begun[name] = one
+            except _NO_LINE:
+                del counting.begun[name]
+                num_bad += 1
+        self._read_to = at.st_ino, at.st_size
+        self._tell_bad(num_bad)
+        return counting
+
+    def _ended_of(self, counting: _Counting) -> list[Ended]:
+        found: list[Ended] = []
+        num_bad = 0
+        for name, place in list(counting.ended.items()):
+            try:
+                found.append(_ended_of(self._line(place)))
+            except _NO_LINE:
+                counting.drop(name)
+                num_bad += 1
+        self._tell_bad(num_bad)
+        return found
+
+    def _line(self, place: Place) -> bytes:
+        return os.pread(self._file, place[1], place[0])
+
+    def _tell_bad(self, num_bad: int) -> None:
+        if num_bad:
+            logger.warning("%s: %d lines could not be read", self._path, num_bad)
+
+    def _shorten(self, counting: _Counting) -> None:
         """What counts yet alone. Locked."""
-        with self._new_file():
-            for one in self._begun.values():
-                self._append(_begun_line(one, one.by))
-            for other in ended:
-                self._append(_ended_line(other.owner, other.response["id"], other.response, other.items, ""))
+        with self._new_file() as old:
+            for start, length in counting.places():
+                data = os.pread(old, length, start)
+                # The last one may be whole but for its end.
+                self._write(data if data.endswith(b"\n") else data + b"\n")
 
     @contextlib.contextmanager
     def _new_file(self) -> Iterator[int]:
@@ -295,9 +351,13 @@ class Journal:
             # Else a power cut might leave the new name without its bytes.
             os.fsync(self._file)
             os.replace(partial, self._path)
-        except BaseException:
+        except BaseException as error:
             os.close(self._file)
             self._file = old
+            if isinstance(error, OSError):
+                # On a full disk it would hold the very bytes that are missing.
+                with contextlib.suppress(OSError):
+                    os.unlink(partial)
             raise
         os.close(old)
         at = os.fstat(self._file)
@@ -310,39 +370,10 @@ class Journal:
         if size <= self._most_bytes or self.has_company or self._others():
             return
         try:
-            self._read()
-            kept = self._that_count()
-            with self._new_file() as old:
-                for start, length in kept:
-                    self._write(os.pread(old, length, start))
+            self._shorten(self._count())
         except OSError as error:
             self._most_bytes = 2 * size  # not at each line again
             logger.error("the journal cannot be made shorter: %s", error.strerror)
-
-    def _that_count(self) -> list[tuple[int, int]]:
-        """Starts and lengths of the lines that count yet; one of them at a time is in memory."""
-        begun: dict[str, tuple[str, list[tuple[int, int]]]] = {}
-        ended: dict[str, tuple[int, int]] = {}
-        end = 0
-        with open(os.dup(self._file), "rb") as file:
-            file.seek(0)
-            for line in file:
-                place, end = (end, len(line)), end + len(line)
-                with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-                    entry = orjson.loads(line)
-                    by = str(entry.get("by", ""))
-                    if "begun" in entry:
-                        begun[entry["begun"]] = by, [place]
-                    elif "left" in entry:
-                        if (one := begun.get(entry["left"])) is not None and one[0] == by:
-                            begun[entry["left"]] = "", [*one[1], place]
-                    else:
-                        begun.pop(entry["ended"], None)
-                        ended.pop(entry["ended"], None)
-                        if entry["response"] is not None:
-                            ended[entry["ended"]] = place
-        kept = list(ended.values())[-self._most_ended :] if self._most_ended else []
-        return [place for _, places in begun.values() for place in places] + kept
 
     def _try(self, line: dict[str, Any]) -> None:
         try:
@@ -367,8 +398,77 @@ class Journal:
             raise OSError(errno.ENOSPC, "no space is left")
 
 
+class _Counting:
+    """Where the lines are that count yet, as all of them go by. Of those that have ended the newest, as the response
+    store keeps them."""
+
+    def __init__(self, most_ended: int, most_bytes: int) -> None:
+        # By whom, and the places of one that is begun and of what was said of it.
+        self.begun: dict[str, tuple[str, list[Place]]] = {}
+        self.ended: OrderedDict[str, Place] = OrderedDict()
+        self._most_ended, self._most_bytes = most_ended, most_bytes
+        self._num_bytes = 0
+
+    def take(self, line: bytes, place: Place) -> None:
+        """Raises what is in _NO_LINE."""
+        kind, name, by, is_forgotten = _told(line)
+        if kind == "begun":
+            self.begun[name] = by, [place]
+        elif kind == "left":
+            if (one := self.begun.get(name)) is not None and one[0] == by:
+                self.begun[name] = "", [*one[1], place]
+        else:
+            self.begun.pop(name, None)
+            self.drop(name)
+            if not is_forgotten and place[1] <= self._most_bytes:
+                self.ended[name] = place
+                self._num_bytes += place[1]
+            while self._num_bytes > self._most_bytes or len(self.ended) > self._most_ended:
+                self.drop(next(iter(self.ended)))
+
+    def drop(self, name: str) -> None:
+        """One that has ended, if it is there."""
+        self._num_bytes -= self.ended.pop(name, (0, 0))[1]
+
+    def places(self) -> list[Place]:
+        return [place for _, places in self.begun.values() for place in places] + list(self.ended.values())
+
+
+# A line's start and length in the file, in bytes.
+Place = tuple[int, int]
 # Shorter than that the file need not be.
 _LEAST_BYTES = 1 << 20
+# At once of the file.
+_READ_BYTES = 1 << 16
+# What is raised for a line that is none of a journal.
+_NO_LINE = (ValueError, TypeError, KeyError, AttributeError)
+# A line as it is written here: most are told by their ends, however long what they hold is.
+_HEAD = re.compile(rb'\{"(begun|ended)":"([^"\\]*)","owner":"(?:[^"\\]|\\.)*",(?:"body":\{|"response":(?:\{|(null),))')
+_TAIL = re.compile(rb',"by":"([0-9a-f]*)"\}\n?\Z')
+_TAIL_BYTES = 64
+
+
+def _told(line: bytes) -> tuple[str, str, str, bool]:
+    """Its kind ("begun", "left" or "ended"), the response's id, by whom, whether it is not to be kept. Raises what
+    is in _NO_LINE."""
+    head, tail = _HEAD.match(line), _TAIL.search(line, max(0, len(line) - _TAIL_BYTES))
+    if head is not None and tail is not None:
+        return head[1].decode(), head[2].decode(), tail[1].decode(), head[3] is not None
+    entry = orjson.loads(line)
+    kind = "begun" if "begun" in entry else "left" if "left" in entry else "ended"
+    if not isinstance(entry[kind], str):
+        raise TypeError("an id is a string")
+    return kind, entry[kind], str(entry.get("by", "")), kind == "ended" and entry["response"] is None
+
+
+def _begun_of(line: bytes, by: str) -> Begun:
+    entry = orjson.loads(line)
+    return Begun(entry["begun"], entry["owner"], dict(entry["body"]), int(entry["created"]), by)
+
+
+def _ended_of(line: bytes, begun: Begun | None = None) -> Ended:
+    entry = orjson.loads(line)
+    return Ended(entry["owner"], dict(entry["response"]), list(entry["items"]), begun)
 
 
 def _begun_line(one: Begun, by: str) -> dict[str, Any]:

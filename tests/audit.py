@@ -8,12 +8,14 @@ is found that is not in ACCEPTED.
 from __future__ import annotations
 
 import argparse
+import http.client
 import importlib.metadata
 import json
 import sys
 import tomllib
 import urllib.error
 import urllib.request
+from collections.abc import Set
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -35,24 +37,28 @@ ACCEPTED: dict[str, str] = {}
 def installed(requirements: list[str]) -> dict[str, str]:
     """Versions by name of all that these bring here, themselves included."""
     found: dict[str, str] = {}
-    todo = [Requirement(text) for text in requirements]
+    todo = [one for one in map(Requirement, requirements) if _applies(one, set())]
+    # The same package may be asked for again with more extras.
+    seen: set[tuple[str, frozenset[str]]] = set()
     while todo:
         requirement = todo.pop()
-        name = canonicalize_name(requirement.name)
-        extras = requirement.extras or {""}
-        if name in found or not _applies(requirement, {""}):
+        name, extras = canonicalize_name(requirement.name), frozenset(requirement.extras)
+        if (name, extras) in seen:
             continue
+        seen.add((name, extras))
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             continue
         found[name] = distribution.version.partition("+")[0]
-        todo += [more for more in map(Requirement, distribution.requires or []) if _applies(more, {"", *extras})]
+        todo += [one for one in map(Requirement, distribution.requires or []) if _applies(one, extras)]
     return found
 
 
-def _applies(requirement: Requirement, extras: set[str]) -> bool:
-    return requirement.marker is None or any(requirement.marker.evaluate({"extra": extra}) for extra in extras)
+def _applies(requirement: Requirement, extras: Set[str]) -> bool:
+    """extras: those that the package which requires it is wanted with."""
+    marker = requirement.marker
+    return marker is None or any(marker.evaluate({"extra": extra}) for extra in {"", *extras})
 
 
 def known(versions: dict[str, str]) -> list[tuple[str, str]]:
@@ -65,7 +71,8 @@ def known(versions: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def ask(url: str, versions: dict[str, str], timeout_s: float) -> list[tuple[str, str]]:
-    """Packages and holes as OSV knows them. Raises OSError where it cannot be asked, ValueError for no such answer."""
+    """Packages and holes as OSV knows them. Raises OSError where it cannot be asked, ValueError or HTTPException
+    for no such answer."""
     names = list(versions)
     queries = [{"package": {"name": name, "ecosystem": "PyPI"}, "version": versions[name]} for name in names]
     request = urllib.request.Request(
@@ -97,7 +104,7 @@ def main(words: list[str] | None = None) -> int:
         try:
             found += ask(arguments.url, versions, arguments.timeout)
             source = "known to OSV"
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             print(f"audit: OSV could not be asked: {error}", file=sys.stderr)
     found = [(name, hole) for name, hole in found if hole.partition(":")[0] not in ACCEPTED]
     for name, hole in found:

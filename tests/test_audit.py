@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.server
+import importlib.metadata
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -70,3 +73,51 @@ def test_without_a_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
     monkeypatch.setattr(audit, "KNOWN", {"jinja2": ("99", "CVE-0: all of it"), "none": ("1", "CVE-1: nowhere")})
     assert audit.main(["--offline"]) == 1
     assert "jinja2" in (told := capsys.readouterr().err) and "CVE-0: all of it" in told and "CVE-1" not in told
+
+
+@pytest.mark.parametrize(
+    "answer", [b"hello\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\n{", b"HTTP/1.1 200 OK\r\n" * 500, b""]
+)
+def test_an_answer_that_is_not_http_is_none(capsys: pytest.CaptureFixture[str], answer: bytes) -> None:
+    def proxy() -> None:
+        connection, _ = listener.accept()
+        with connection:
+            data = b""
+            while b'"queries"' not in data:
+                data += connection.recv(65536)
+            # It may have seen enough, and be gone.
+            with contextlib.suppress(OSError):
+                connection.sendall(answer)
+                connection.shutdown(socket.SHUT_WR)
+                connection.recv(1)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=proxy)
+        thread.start()
+        assert audit.main(["--url", f"http://127.0.0.1:{listener.getsockname()[1]}/"]) == 0
+        thread.join()
+    assert "OSV could not be asked" in capsys.readouterr().err
+
+
+def test_extras_bring_their_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    requires = {
+        "a": ['b; extra == "Fast"', 'c; python_version < "3"', "d[more]"],
+        "b": [],
+        "c": [],
+        "d": ['e; extra == "more"', 'f; extra == "most"', "a"],
+        "e": ['d[most]; python_version > "3"'],
+        "f": ["gone"],
+    }
+
+    class Distribution:
+        version = "1.0+cpu"
+
+        def __init__(self, name: str) -> None:
+            if name not in requires:
+                raise importlib.metadata.PackageNotFoundError(name)
+            self.requires = requires[name]
+
+    monkeypatch.setattr(importlib.metadata, "distribution", Distribution)
+    assert audit.installed(["d"]) == dict.fromkeys("dae" + "f", "1.0")
+    assert set(audit.installed(["a[fast]"])) == set("abdef")
+    assert not audit.installed(['a; extra == "fast"', 'b; python_version < "3"'])

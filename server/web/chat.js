@@ -330,8 +330,11 @@ function wire() {
   });
   for (const idea of document.querySelectorAll("#ideas button")) {
     idea.addEventListener("click", () => {
-      input.value = idea.textContent;
-      send();
+      // A draft is not written over; what cannot be sent now is not left in its place.
+      if (!input.value.trim() && !runningHere()) {
+        input.value = idea.textContent;
+        send();
+      }
       input.focus();
     });
   }

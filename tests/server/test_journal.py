@@ -9,6 +9,7 @@ import json
 import os
 import random
 import shutil
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ import pytest
 
 from engine.config import StartupError
 from engine.request import UnavailableError
-from server.journal import Begun, Ended, Journal
+from server.background import Jobs
+from server.journal import Begun, Ended, Journal, _told
 from tests.server.support import BOUND_S, live, until
 from tests.server.test_background import ended, follow, get
 from tests.server.test_errors import check_shape
@@ -119,7 +121,12 @@ def test_what_cannot_be_claimed_in_writing_is_begun_once(tmp_path: Path, monkeyp
         context.setattr(os, "write", lambda file, data: 0)
         assert second.claim(one) and not second.begun and not second.claim(one)
     first.close()
+    # With the other gone, all of the file is looked through.
+    second.look()
+    assert not second.has_company and not second.begun
+    second.end("", "r1", {"id": "r1"}, [])
     second.close()
+    assert [one.response["id"] for one in contents(tmp_path / "journal")[1]] == ["r1"]
 
 
 # ---- a file that grows
@@ -219,7 +226,84 @@ def test_a_disk_without_room_for_a_short_file_keeps_the_long_one(
                 context.setattr(os, "fsync", full)
             used(journal, random.Random(2), 200)
         journal.close()
+        assert not list(tmp_path.glob("*.partial"))
     assert contents(tmp_path / "full") == contents(tmp_path / "good")
+    assert sorted(os.listdir(tmp_path)) == ["full", "good"]
+
+
+def test_what_has_ended_is_bounded_in_bytes_as_in_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the file is made short, and where it is read."""
+    monkeypatch.setattr("server.journal._LEAST_BYTES", 20_000)
+    path = tmp_path / "journal"
+    journal, sizes = Journal(path, 1000, 10_000), []
+    for number in range(200):
+        journal.end("", f"r{number}", {"id": f"r{number}", "text": "y" * 900}, [])
+        # One that is too big by itself pushes out no other.
+        journal.end("", "big", {"id": "big", "text": "y" * 15_000}, [])
+        sizes.append(path.stat().st_size)
+    journal.close()
+    assert max(sizes) < 40_000
+    for most, names in ((10_000, range(191, 200)), (2_500, range(198, 200)), (500, range(0))):
+        again = Journal(path, 1000, most)
+        again.close()
+        assert [one.response["id"] for one in again.ended] == [f"r{number}" for number in names]
+        assert path.stat().st_size <= most
+
+
+def test_making_it_short_holds_a_line_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.journal._LEAST_BYTES", 10_000_000)
+    path = tmp_path / "journal"
+    journal, text = Journal(path, 80), "y" * 100_000
+    number = 0
+    while path.stat().st_size < 9_800_000:
+        journal.end("", f"r{number}", {"id": f"r{number}", "text": text}, [])
+        number += 1
+    tracemalloc.start()
+    while path.stat().st_size > 9_000_000:
+        journal.end("", f"r{number}", {"id": f"r{number}", "text": text}, [])
+        number += 1
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    journal.close()
+    assert peak < 1_500_000 and len(contents(path, 1000)[1]) == 80
+
+
+def test_lines_are_told_by_their_ends_as_by_all_of_them(tmp_path: Path) -> None:
+    names = ["resp_1", "", 'a"b', "a\\", "\\", "é", "\x00\n", '","owner":"x","response":null,']
+    for owner in names:
+        for name in names:
+            path = tmp_path / "journal"
+            journal = Journal(path, 10)
+            journal.begin(Begun(name, owner, {"input": ',"by":"5"}', "response": None}, 1))
+            journal.begin(Begun("left", owner, {"by": "0"}, 2))
+            journal.leave("left")
+            journal.end(owner, "kept", {"id": "kept", "text": name}, [{"by": owner}])
+            journal.end(owner, "gone", {"id": "gone"}, [None])
+            journal.end(owner, "gone")
+            journal.close()
+            for line in path.read_bytes().splitlines(keepends=True):
+                entry = json.loads(line)
+                kind = next(iter(entry))
+                told = kind, entry[kind], entry["by"], kind == "ended" and entry["response"] is None
+                assert _told(line) == _told(line.rstrip()) == _told(b" " + line) == told
+            begun, ended = contents(path)
+            assert [(one.id, one.owner, one.created) for one in begun] == [(name, owner, 1), ("left", owner, 2)]
+            assert [(one.owner, one.response, one.items) for one in ended] == [
+                (owner, {"id": "kept", "text": name}, [{"by": owner}])
+            ]
+            path.unlink()
+
+
+def test_a_last_line_without_its_end_is_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, 10)
+    journal.end("", "r1", {"id": "r1"}, [])
+    journal.begin(Begun("r2", "", {"input": "x"}, 1))
+    journal.close()
+    path.write_bytes(path.read_bytes().rstrip())
+    for _ in range(2):
+        begun, ended = contents(path)
+        assert [one.id for one in begun] == ["r2"] and [one.response["id"] for one in ended] == ["r1"]
 
 
 def test_with_company_the_file_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,6 +446,27 @@ async def test_what_cannot_be_written_down_is_not_promised(tmp_path: Path) -> No
         check_shape(*await server.post("/v1/responses", BODY), expected=503)
         assert server.num_requests() == 0
         assert (await server.post("/v1/responses", BODY | {"background": False}))[0] == 200
+
+
+async def test_what_ends_while_the_journal_is_closed_is_written_down(tmp_path: Path) -> None:
+    path = tmp_path / "journal"
+    journal = Journal(path, 10)
+    for number in range(5):
+        journal.begin(Begun(f"r{number}", "", {"input": "x"}, 1))
+    jobs = Jobs(10, 1 << 20, journal)
+    with path.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        jobs.forget("", "r0")
+        closing = asyncio.create_task(jobs.close())
+        for number in (1, 2):
+            await asyncio.sleep(0.05)
+            jobs.forget("", f"r{number}")
+        assert not closing.done()
+        fcntl.flock(file, fcntl.LOCK_UN)
+    await asyncio.wait_for(closing, BOUND_S)
+    jobs.forget("", "r3")
+    journal.close()
+    assert [one.id for one in contents(path)[0]] == ["r4"]
 
 
 def test_what_ends_behind_a_closed_journal_is_written_nowhere(tmp_path: Path) -> None:

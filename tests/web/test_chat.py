@@ -104,6 +104,10 @@ def test_an_empty_chat_offers_what_to_ask(server: Server, open_page: Open) -> No
     assert not page.is_visible("#ideas")
     page.click("#new")
     assert page.is_visible("#ideas")
+    # A draft is the user's.
+    page.fill("#input", "half a question")
+    page.get_by_role("button", name="What is 17 + 25?", exact=True).click()
+    assert page.input_value("#input") == "half a question" and page.is_visible("#ideas")
 
 
 def test_hostile_answers_stay_text(server: Server, open_page: Open) -> None:
