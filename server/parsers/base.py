@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from server.parsers.drafts import CallDrafts
@@ -158,7 +158,11 @@ class OutputParser:
         stray = StrayMarks(*pair, wrap) if pair[1] or wrap else None
 
         def make_drafts(scanner: Scanner) -> Drafts:
-            reader = None if tool is None else OutputParser(tool, None, tools=tools, make_id=new_id, refused=refused)
+            if tool is None:
+                return CallDrafts(scanner, None)
+            # Marks around content are the reasoning's own text here, and CallDrafts counts its characters.
+            bare = replace(tool, wrap=())
+            reader = OutputParser(bare, None, tools=tools, make_id=new_id, refused=refused)
             return CallDrafts(scanner, reader)
 
         marked = tool is None or tool.marked

@@ -1,0 +1,43 @@
+"""Calls and marks inside of a reasoning: drafts stay its text to the letter, wrap marks and all."""
+
+from __future__ import annotations
+
+import pytest
+
+from server.parsers.registry import REASONING_PARSERS, TOOL_PARSERS
+from tests.server.call_writers import WRITERS
+from tests.server.test_parsers import outcome, parser, run
+
+TOOLS = {"now": {"type": "object", "properties": {}}}
+# Families whose calls and reasoning both have marks around what is shown.
+WRAPPED = {
+    "solar_open": "<|end|>",
+    "cohere_command3": "<|END_THINKING|>",
+    "gigachat3": "</think>",
+    "kimi_k3": "<|close|>think<|sep|>",
+}
+
+
+def test_every_wrapping_family_is_tried() -> None:
+    assert {name for name, family in TOOL_PARSERS.items() if family.wrap} == WRAPPED.keys()
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by-character"])
+@pytest.mark.parametrize("has_call", [False, True])
+@pytest.mark.parametrize("closed", [False, True])
+@pytest.mark.parametrize("name", WRAPPED)
+def test_wrap_marks_inside_of_a_reasoning(name: str, closed: bool, has_call: bool, whole: bool) -> None:
+    marks = [mark for mark in TOOL_PARSERS[name].wrap if mark != WRAPPED[name]]
+    assert marks
+    thought = f"The turn is {marks[0]}, then {marks[-1]}, and so on."
+    call = WRITERS[name]([("now", {})]) if has_call else ""
+    if has_call and closed:
+        # A draft: its own marks are text as well.
+        thought, call = f"{thought} {call} or not.", ""
+    text = thought + call + (f"{WRAPPED[name]}Yes." if closed else "")
+    reasoning = name if name in REASONING_PARSERS else "qwen3"
+    made = parser(name, reasoning, start_inside=True, tools=TOOLS)
+    content, read, calls = outcome(run(made, [text] if whole else list(text)))
+    assert read == thought
+    assert content == ("Yes." if closed else "")
+    assert calls == ([("now", "{}")] if call else [])
