@@ -453,14 +453,14 @@ class Scanner:
 class StrayMarks:
     """Takes marks out of content that nothing of it has opened: a model may close its reasoning twice.
 
-    Marks that stand in quotes or backticks are spoken of, and those of a pair are the text's own. open: "" for none.
-    wrap: marks that models write around their answer, which go whatever else there is.
+    Marks that stand in quotes or backticks are spoken of, and those of a pair are the text's own. wrap: marks that
+    models write around their answer, which go whatever else there is.
     """
 
-    def __init__(self, open: str, close: str, wrap: tuple[str, ...] = ()) -> None:
-        self._open = open
+    def __init__(self, opens: tuple[str, ...], closes: tuple[str, ...], wrap: tuple[str, ...] = ()) -> None:
+        self._opens = frozenset(opens)
         self._wrap = frozenset(wrap)
-        self._markers = _compile_markers(tuple(filter(None, (open, close, *wrap))))
+        self._markers = _compile_markers((*opens, *closes, *wrap))
         self._held = ""
         self._before = ""
         self._num_open = 0
@@ -476,7 +476,7 @@ class StrayMarks:
             before = text[found.start() - 1] if found.start() else self._before
             if found[0] in self._wrap:
                 continue
-            if found[0] == self._open:
+            if found[0] in self._opens:
                 self._num_open += 1
             elif self._num_open:
                 self._num_open -= 1
