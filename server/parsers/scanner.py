@@ -211,7 +211,7 @@ class Scanner:
 
     def _flush_stray(self) -> None:
         if self._stray is not None:
-            self._add_content(self._stray.flush())
+            self._add_content(self._stray.flush(cut=self.cut))
 
     def start_call(self, name: str, call_id: str | None = None) -> None:
         """The call begins: its name is known, and whatever comes of its arguments, it is one.
@@ -490,10 +490,12 @@ class StrayMarks:
         self._before = text[end - 1] if end else self._before
         return "".join(pieces)
 
-    def flush(self) -> str:
-        """What was held back and is no mark."""
+    def flush(self, *, cut: bool) -> str:
+        """What was held back and is no mark. cut: a limit has ended the text, maybe in the middle of one."""
         held, self._held = self._held, ""
-        return held
+        # A lone "<", or the word that a mark begins with, is text as a rule.
+        begun = cut and "<" in held[:-1] and any(mark.startswith(held) for mark in self._wrap)
+        return "" if begun else held
 
 
 @dataclass(frozen=True, slots=True)

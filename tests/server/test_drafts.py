@@ -41,3 +41,23 @@ def test_wrap_marks_inside_of_a_reasoning(name: str, closed: bool, has_call: boo
     assert read == thought
     assert content == ("Yes." if closed else "")
     assert calls == ([("now", "{}")] if call else [])
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by-character"])
+@pytest.mark.parametrize(
+    ("name", "text", "cut", "shown"),
+    [
+        ("solar_open", "Yes.<|end|><|begin|>assi", True, "Yes."),
+        ("solar_open", "Yes.<|end|><|begin|>assi", False, "Yes.<|begin|>assi"),
+        ("solar_open", "Yes <", True, "Yes <"),
+        ("kimi_k3", "Yes.<|close|>respo", True, "Yes."),
+        ("gigachat3", "Hi.<|message_sep|>\n\nassistant<|role_sep|>\nMore", False, "Hi.\n\nMore"),
+        ("gigachat3", "Hi.<|message_sep|>\n\nassistant<|role_", True, "Hi."),
+        ("gigachat3", "I am an assistant", True, "I am an assistant"),
+    ],
+)
+def test_marks_around_what_is_shown(name: str, text: str, cut: bool, shown: str, whole: bool) -> None:
+    made = parser(name, tools=TOOLS)
+    events = [event for piece in ([text] if whole else list(text)) for event in made.push(piece)]
+    events += made.finish(cut=cut)
+    assert outcome(events)[0].strip() == shown
