@@ -86,7 +86,8 @@ class ReasoningFamily:
     the flag says so. open, close: the tags; the prompt may hold both, and content follows the second. closing: what
     ends a reasoning that has used up its budget. whole: it reads tool calls as well, and reasoning may come in several
     stretches, each from `open` to `end`. wrap: marks around the content behind it that are none of it. others: more
-    pairs of tags; any closing one ends what any other has opened, and `closing` has that of the pair.
+    pairs of tags; any closing one ends what any other has opened, and `closing` has that of the pair. to_end: `run`
+    reads calls and content, too, for reasoning may come again; only the first is counted.
     """
 
     name: str
@@ -99,6 +100,7 @@ class ReasoningFamily:
     end: str = ""
     wrap: tuple[str, ...] = ()
     others: tuple[tuple[str, str], ...] = ()
+    to_end: bool = False
 
     @property
     def opens(self) -> tuple[str, ...]:
@@ -257,6 +259,6 @@ def _run(
 ) -> Steps[None]:
     if reasoning is not None:
         yield from reasoning.run(scanner, start_inside)
-    if tool is not None and (reasoning is None or not reasoning.whole):
+    if tool is not None and (reasoning is None or not (reasoning.whole or reasoning.to_end)):
         yield from tool.run(scanner)
     yield from scanner.rest()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Collection, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -186,6 +186,7 @@ class Scanner:
 
     def begin_reasoning(self) -> None:
         """Reasoning follows; white space at its start is left out."""
+        self._flush_stray()
         self._space = ""
         self._skip_space = True
         self._mark = None
@@ -256,7 +257,12 @@ class Scanner:
 
     def adopt(self, events: list[Event], num_calls: int) -> None:
         """Events of a reader of a part of the text, the calls among them counted from `self.num_calls` on."""
-        self._commit(events)
+        first = self.num_calls
+        shifted = [
+            replace(event, index=first + event.index) if isinstance(event, ToolCallStart | ToolCallArguments) else event
+            for event in events
+        ]
+        self._commit(shifted)
         self._mark = None
         self.num_calls += num_calls
 

@@ -61,3 +61,43 @@ def test_marks_around_what_is_shown(name: str, text: str, cut: bool, shown: str,
     events = [event for piece in ([text] if whole else list(text)) for event in made.push(piece)]
     events += made.finish(cut=cut)
     assert outcome(events)[0].strip() == shown
+
+
+NOW = WRITERS["solar_open"]([("now", {})])
+BEGIN = "<|begin|>assistant"
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by-character"])
+@pytest.mark.parametrize("has_tools", [False, True])
+@pytest.mark.parametrize(
+    ("text", "content", "thought"),
+    [
+        (f"<|think|>A<|end|>{BEGIN}<|think|>B<|end|>{BEGIN}<|content|>Yes.", "Yes.", "AB"),
+        ("<|think|>A<|end|><|think|>B<|end|>Yes.", "Yes.", "AB"),
+        (f"<|content|>Well.<|end|>{BEGIN}<|think|>B<|end|>{BEGIN}<|content|>Yes.", "Well.Yes.", "B"),
+        ("<|think|>A<|content|>Yes.", "Yes.", "A"),
+        (f"<|think|>Hm. {BEGIN}<|content|>Yes.", "Yes.", "Hm."),
+        ("\n<|think|><|think|>A<|end|>Yes.", "Yes.", "A"),
+        ("<|think|>It is <|begin|>assistant, then <|content|>, and so on.", "", None),
+        ("<|think|>A<|end|>It writes `<|think|>` first.", "It writes `<|think|>` first.", "A"),
+        ("It writes <|think|> first <", "It writes <|think|> first <", ""),
+        ("One <<|think|>A<|end|>Yes.", "One <Yes.", "A"),
+    ],
+)
+def test_parts_of_a_turn(text: str, content: str, thought: str | None, has_tools: bool, whole: bool) -> None:
+    made = parser("solar_open" if has_tools else None, "solar_open", tools=TOOLS)
+    found = outcome(run(made, [text] if whole else list(text)))
+    wanted = text.removeprefix("<|think|>") if thought is None else thought
+    assert found == (content, wanted, [])
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "by-character"])
+def test_calls_between_parts_of_a_turn(whole: bool) -> None:
+    again = NOW.replace("abc", "def")
+    # The second call at the end of an answer, and of a thought that never closes.
+    for end, content in ((f"B<|end|>{BEGIN}<|content|>Yes.<|end|>{BEGIN}{again}", "Yes."), (f"B{again}", "")):
+        text = f"A<|end|>{BEGIN}{NOW}{BEGIN}<|think|>{end}"
+        made = parser("solar_open", "solar_open", start_inside=True, tools=TOOLS)
+        found = outcome(run(made, [text] if whole else list(text)))
+        assert found == (content, "AB", [("now", "{}"), ("now", "{}")]), text
+        assert made.num_calls == 2
