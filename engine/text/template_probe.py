@@ -147,6 +147,8 @@ class _Probe:
     def run(self) -> None:
         if not self._reads_users():
             return
+        # First, as it would have every other question with an answer in it refused.
+        self._choose("needs_reasoning", (False, True), [_user(1), _answer(1), _user(2)])
         self._ask_roles()
         if self._tools is not None:
             self._ask_tools()

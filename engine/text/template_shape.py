@@ -52,7 +52,8 @@ class TemplateShape:
     other place for it, and calls matter more. reasoning_with_calls: reasoning beside text and calls is kept, joined
     with the text, or has no place. parallel_calls: several calls in a turn; else each has a turn, with its result
     behind it.
-    reasoning_parts: reasoning is read as a part of the content of type thinking, not as a field.
+    reasoning_parts: reasoning is read as a part of the content of type thinking, not as a field. needs_reasoning: an
+    answer without the field is refused; one that has none gets an empty one.
     tool_role: results are read. lone_results: one without its call. user_after_tool: a user turn may follow a result;
     else it is part of it.
 
@@ -88,6 +89,7 @@ class TemplateShape:
     text_with_calls: Literal["kept", "split", "dropped"] = "kept"
     reasoning_with_calls: Literal["kept", "joined", "dropped"] = "kept"
     reasoning_parts: bool = False
+    needs_reasoning: bool = False
     parallel_calls: bool = True
     tool_role: bool = True
     lone_results: bool = True
@@ -466,6 +468,8 @@ def _dress(message: Message, shape: TemplateShape, keep: bool) -> None:
     calls = message.get("tool_calls")
     if calls:
         message["tool_calls"] = [_dressed_call(call, shape) for call in calls]
+    if role == "assistant" and shape.needs_reasoning and "reasoning_content" not in message:
+        _set_reasoning(message, "")
     content = message.get("content")
     if isinstance(content, list) and _is_text(content) and (calls or role not in shape.parts):
         # Beside calls many templates that read parts elsewhere do not.

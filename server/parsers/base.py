@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import uuid
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from server.parsers.drafts import CallDrafts
@@ -85,7 +85,9 @@ class ReasoningFamily:
     run: the grammar; it reads from the start of the text to where content begins, from inside of the reasoning where
     the flag says so. open, close: the tags; the prompt may hold both, and content follows the second. closing: what
     ends a reasoning that has used up its budget. whole: it reads tool calls as well, and reasoning may come in several
-    stretches, each from `open` to `end`. wrap: marks around the content behind it that are none of it.
+    stretches, each from `open` to `end`. wrap: marks around the content behind it that are none of it. others: more
+    pairs of tags; any closing one ends what any other has opened, and `closing` has that of the pair. to_end: `run`
+    reads calls and content, too, for reasoning may come again; only the first is counted.
     """
 
     name: str
@@ -97,10 +99,42 @@ class ReasoningFamily:
     whole: bool = False
     end: str = ""
     wrap: tuple[str, ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
+    to_end: bool = False
+
+    @property
+    def opens(self) -> tuple[str, ...]:
+        """All marks that begin a reasoning."""
+        return tuple(filter(None, (self.open, *(pair[0] for pair in self.others))))
+
+    @property
+    def closes(self) -> tuple[str, ...]:
+        """All marks that content follows, in the order of `opens`."""
+        return tuple(filter(None, (self.close, *(pair[1] for pair in self.others))))
+
+    @property
+    def ends(self) -> tuple[str, ...]:
+        """All marks that end a stretch of reasoning."""
+        return (self.end,) if self.end else self.closes
+
+    @property
+    def closings(self) -> tuple[str, ...]:
+        """`closing` for each of `opens`."""
+        return (self.closing, *(self.closing.replace(self.close, pair[1]) for pair in self.others))
 
     def has_marks(self, text: str) -> bool:
         """Whether a text holds any mark at all."""
-        return bool(self.open) and any(mark and mark in text for mark in (self.open, self.close, self.end))
+        return any(mark in text for mark in (*self.opens, *self.closes, *self.ends))
+
+    def opened_by(self, text: str) -> ReasoningFamily:
+        """The family as the last opening mark of a text has it: with that pair as its first."""
+        if not self.others:
+            return self
+        pairs = ((self.open, self.close), *self.others)
+        first = max(pairs, key=lambda pair: text.rfind(pair[0]))
+        others = tuple(pair for pair in pairs if pair != first)
+        closing = self.closing.replace(self.close, first[1])
+        return replace(self, open=first[0], close=first[1], closing=closing, others=others)
 
     def follow(self, text: str, start: int = 0) -> ReasoningState:
         """Where a text leaves the reasoning: a turn is gone through mark by mark. It begins at `start`, give or take
@@ -108,16 +142,16 @@ class ReasoningFamily:
         state: ReasoningState = "none"
         if not self.open:
             return state
-        end = self.end or self.close
-        marks = re.compile("|".join(map(re.escape, filter(None, (self.open, self.close, end)))))
-        before = max(len(self.open), len(self.close), len(end))
+        known = sorted((*self.opens, *self.closes, *self.ends), key=len, reverse=True)
+        marks = re.compile("|".join(map(re.escape, known)))
+        before = len(known[0])
         for found in marks.finditer(text, max(0, start - before)):
             if found.end() <= start:
                 continue
             mark = found[0]
-            if mark == self.close:
+            if mark in self.closes:
                 state = "over"
-            elif mark == self.open:
+            elif mark in self.opens:
                 state = "inside"
             elif state == "inside":
                 state = "none"
@@ -154,11 +188,15 @@ class OutputParser:
         new_id = make_id or (tool.make_id if tool is not None else make_call_id)
         read = None if style == "inline" else reasoning
         wrap = (*(tool.wrap if tool is not None else ()), *(read.wrap if read is not None else ()))
-        pair = ("", "") if read is None or read.whole else (read.open, read.close)
-        stray = StrayMarks(*pair, wrap) if pair[1] or wrap else None
+        opens, closes = ((), ()) if read is None or read.whole else (read.opens, read.closes)
+        stray = StrayMarks(opens, closes, wrap) if closes or wrap else None
 
         def make_drafts(scanner: Scanner) -> Drafts:
-            reader = None if tool is None else OutputParser(tool, None, tools=tools, make_id=new_id, refused=refused)
+            if tool is None:
+                return CallDrafts(scanner, None)
+            # Marks around content are the reasoning's own text here, and CallDrafts counts its characters.
+            bare = replace(tool, wrap=())
+            reader = OutputParser(bare, None, tools=tools, make_id=new_id, refused=refused)
             return CallDrafts(scanner, reader)
 
         marked = tool is None or tool.marked
@@ -221,6 +259,6 @@ def _run(
 ) -> Steps[None]:
     if reasoning is not None:
         yield from reasoning.run(scanner, start_inside)
-    if tool is not None and (reasoning is None or not reasoning.whole):
+    if tool is not None and (reasoning is None or not (reasoning.whole or reasoning.to_end)):
         yield from tool.run(scanner)
     yield from scanner.rest()

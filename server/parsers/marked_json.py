@@ -116,7 +116,7 @@ GIGACHAT3 = _listed(
     also=("<|function_call|>",),
     list_of=None,
     markers=("<|role_sep|>", "<|message_sep|>", "<|function_call|>"),
-    wrap=("<|message_sep|>",),
+    wrap=("<|message_sep|>", "assistant<|role_sep|>\n"),
     eos="<|message_sep|>",
 )
 

@@ -14,7 +14,7 @@ def thoughts(
     wrap: tuple[str, ...] = (),
     markers: tuple[str, ...] = (),
 ) -> ReasoningFamily:
-    """The first of each are what the model writes as a rule. labels: what may stand behind the first mark."""
+    """Pair by pair; the first are what the model writes as a rule. labels: what may stand behind the first mark."""
 
     def run(scanner: Scanner, start_inside: bool) -> Steps[None]:
         inside = start_inside
@@ -32,7 +32,8 @@ def thoughts(
             scanner.flush_reasoning()
 
     markers = markers or tuple(mark for mark in (*opens, *closes) if mark.startswith("<"))
-    return ReasoningFamily(name, run, markers, opens[0], closes[0], f"\n{closes[0]}\n", wrap=wrap)
+    others = tuple(zip(opens[1:], closes[1:], strict=True))
+    return ReasoningFamily(name, run, markers, opens[0], closes[0], f"\n{closes[0]}\n", wrap=wrap, others=others)
 
 
 def _accept_any(scanner: Scanner, literals: tuple[str, ...]) -> Steps[bool]:

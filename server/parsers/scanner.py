@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Collection, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Protocol, TypeVar
 
@@ -186,6 +186,7 @@ class Scanner:
 
     def begin_reasoning(self) -> None:
         """Reasoning follows; white space at its start is left out."""
+        self._flush_stray()
         self._space = ""
         self._skip_space = True
         self._mark = None
@@ -211,7 +212,7 @@ class Scanner:
 
     def _flush_stray(self) -> None:
         if self._stray is not None:
-            self._add_content(self._stray.flush())
+            self._add_content(self._stray.flush(cut=self.cut))
 
     def start_call(self, name: str, call_id: str | None = None) -> None:
         """The call begins: its name is known, and whatever comes of its arguments, it is one.
@@ -256,7 +257,12 @@ class Scanner:
 
     def adopt(self, events: list[Event], num_calls: int) -> None:
         """Events of a reader of a part of the text, the calls among them counted from `self.num_calls` on."""
-        self._commit(events)
+        first = self.num_calls
+        shifted = [
+            replace(event, index=first + event.index) if isinstance(event, ToolCallStart | ToolCallArguments) else event
+            for event in events
+        ]
+        self._commit(shifted)
         self._mark = None
         self.num_calls += num_calls
 
@@ -453,14 +459,14 @@ class Scanner:
 class StrayMarks:
     """Takes marks out of content that nothing of it has opened: a model may close its reasoning twice.
 
-    Marks that stand in quotes or backticks are spoken of, and those of a pair are the text's own. open: "" for none.
-    wrap: marks that models write around their answer, which go whatever else there is.
+    Marks that stand in quotes or backticks are spoken of, and those of a pair are the text's own. wrap: marks that
+    models write around their answer, which go whatever else there is.
     """
 
-    def __init__(self, open: str, close: str, wrap: tuple[str, ...] = ()) -> None:
-        self._open = open
+    def __init__(self, opens: tuple[str, ...], closes: tuple[str, ...], wrap: tuple[str, ...] = ()) -> None:
+        self._opens = frozenset(opens)
         self._wrap = frozenset(wrap)
-        self._markers = _compile_markers(tuple(filter(None, (open, close, *wrap))))
+        self._markers = _compile_markers((*opens, *closes, *wrap))
         self._held = ""
         self._before = ""
         self._num_open = 0
@@ -476,7 +482,7 @@ class StrayMarks:
             before = text[found.start() - 1] if found.start() else self._before
             if found[0] in self._wrap:
                 continue
-            if found[0] == self._open:
+            if found[0] in self._opens:
                 self._num_open += 1
             elif self._num_open:
                 self._num_open -= 1
@@ -490,10 +496,12 @@ class StrayMarks:
         self._before = text[end - 1] if end else self._before
         return "".join(pieces)
 
-    def flush(self) -> str:
-        """What was held back and is no mark."""
+    def flush(self, *, cut: bool) -> str:
+        """What was held back and is no mark. cut: a limit has ended the text, maybe in the middle of one."""
         held, self._held = self._held, ""
-        return held
+        # A lone "<", or the word that a mark begins with, is text as a rule.
+        begun = cut and "<" in held[:-1] and any(mark.startswith(held) for mark in self._wrap)
+        return "" if begun else held
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
-from server.parsers.base import MAX_NAME, Malformed, Scanner, Steps, ToolFamily
+from server.parsers.base import MAX_NAME, Malformed, ReasoningFamily, Scanner, Sink, Steps, ToolFamily
 from server.parsers.call_objects import close_call
 from server.parsers.formats import Format, const, schema_of, sequence, tags
 from server.parsers.json_text import read_arguments
-from server.parsers.marked_thoughts import thoughts
 from server.parsers.tagged import drop_begun
 
 _ALL_OPEN, _ALL_CLOSE = "<|tool_calls|>", "<|calls|>"
@@ -23,11 +23,73 @@ _OPEN, _NAME, _ARGUMENTS, _CLOSE = (
 )
 _ENDS = (_CLOSE, _ALL_CLOSE, _OPEN)
 # A turn goes on behind its reasoning, and may have several parts.
-_TURN = ("<|begin|>assistant", "<|content|>", "<|flush|>", "<|end|>")
+_THINK, _END, _CONTENT = "<|think|>", "<|end|>", "<|content|>"
+_BEGIN = "<|begin|>assistant"
+_TURN = (_BEGIN, _CONTENT, "<|flush|>", _END)
+# Text before a mark that is spoken of: a quote, or the middle of a sentence.
+_SPOKEN = re.compile(r"[`'\"(]\Z|[^\s.!?:][ \t]\Z")
 
 
 def _run(scanner: Scanner) -> Steps[None]:
-    while marker := (yield from scanner.until((_ALL_OPEN, _OPEN), scanner.content)):
+    yield from _read_content(scanner, (_ALL_OPEN, _OPEN))
+
+
+class _Tail:
+    """A sink that knows whether what comes next is spoken of."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._text = ""
+
+    def __call__(self, text: str) -> None:
+        self._text = (self._text + text)[-2:]
+        self._sink(text)
+
+    @property
+    def is_speaking(self) -> bool:
+        return _SPOKEN.search(self._text) is not None
+
+
+def _read_parts(scanner: Scanner, start_inside: bool) -> Steps[None]:
+    """All parts of a turn: thoughts, content and calls, in any order."""
+    inside = start_inside or (yield from scanner.accept(_THINK, spaced=True))
+    marks = (_ALL_OPEN, _OPEN, _THINK) if scanner.has_tools else (_THINK,)
+    while inside or (yield from _read_content(scanner, marks)):
+        inside = False
+        if not (yield from _read_thought(scanner)):
+            return
+
+
+def _read_thought(scanner: Scanner) -> Steps[bool]:
+    """Returns whether the turn goes on behind it."""
+    while (yield from scanner.accept(_THINK, spaced=True)):
+        pass
+    scanner.begin_reasoning()
+    drafts = scanner.drafts()
+    tail = _Tail(drafts.push)
+    # Without its end, where content begins.
+    while marker := (yield from scanner.until((_END, _BEGIN + _CONTENT, _CONTENT), tail)):
+        if marker == _END or not tail.is_speaking:
+            drafts.close()
+            scanner.end_reasoning()
+            return True
+        tail(marker)
+        scanner.settle()
+    if not drafts.finish():
+        scanner.flush_reasoning()
+    return False
+
+
+def _read_content(scanner: Scanner, marks: tuple[str, ...]) -> Steps[bool]:
+    """Content and calls up to a thought, whose mark is read, or to the end of the text: False."""
+    tail = _Tail(scanner.content)
+    while marker := (yield from scanner.until(marks, tail)):
+        if marker == _THINK:
+            if not tail.is_speaking:
+                return True
+            tail(marker)
+            scanner.settle()
+            continue
         try:
             if marker == _ALL_OPEN:
                 yield from scanner.space()
@@ -39,6 +101,7 @@ def _run(scanner: Scanner) -> Steps[None]:
             continue
         yield from scanner.accept(_ALL_CLOSE, spaced=True)
         drop_begun(scanner, _ENDS)
+    return False
 
 
 def _read_call(scanner: Scanner) -> Steps[None]:
@@ -72,4 +135,6 @@ def _call_format(tools: list[tuple[str, dict[str, Any]]], parallel: bool) -> For
 FAMILY = ToolFamily(
     "solar_open", _run, (_ALL_OPEN, _ALL_CLOSE, _OPEN, _NAME, _ARGUMENTS, _CLOSE), _call_format, wrap=_TURN
 )
-REASONING = thoughts("solar_open", ("<|think|>",), ("<|end|>",), wrap=_TURN)
+REASONING = ReasoningFamily(
+    "solar_open", _read_parts, (_THINK, _END), _THINK, _END, f"\n{_END}\n", wrap=_TURN, to_end=True
+)

@@ -58,8 +58,7 @@ async def parse_chat(body: Body, state: State, response_id: str) -> Plan:
     if body.has("web_search_options"):
         # A hosted tool that nobody forces, as others are among the tools.
         ignore("web_search_options")
-    reasoning = state.reasoning_family
-    text, prompt, thinking = await _encode(body, state, tools, reasoning)
+    text, prompt, thinking, reasoning = await _encode(body, state, tools, state.reasoning_family)
     echoes = [_echo(body, state)] if common.echo else None
     reading, style = None, _read_style(body, reasoning)
     # A forced call of a family that reads both begins with the call itself.
@@ -208,14 +207,15 @@ def is_begun(message: dict[str, Any], state: State) -> bool:
 
 async def encode_messages(body: Body, state: State, tools: ToolPlan) -> tuple[str, list[int]]:
     """The prompt of `messages`, `tools` and the template's options, as text and as ids."""
-    text, ids, _ = await _encode(body, state, tools, None)
+    text, ids, _, _ = await _encode(body, state, tools, None)
     return text, ids
 
 
 async def _encode(
     body: Body, state: State, tools: ToolPlan, reasoning: ReasoningFamily | None
-) -> tuple[str, list[int], ReasoningState]:
-    """encode_messages, and where the prompt leaves the model in its reasoning: "none" where no family is given."""
+) -> tuple[str, list[int], ReasoningState, ReasoningFamily | None]:
+    """encode_messages, and where the prompt leaves the model in its reasoning: "none" where no family is given; with
+    the family as the prompt has opened it."""
     template, tokenizer = state.model.chat_template, state.tokenizer
     messages = await aside(body, partial(_read_messages, body.raw("messages")))
     kwargs = _read_template_kwargs(body, state.options.default_chat_template_kwargs)
@@ -235,19 +235,20 @@ async def _encode(
     }
     render = partial(_render, template, messages, options, reasoning)
     if body.size <= INLINE_BYTES:
-        text, thinking = render()
+        text, thinking, reasoning = render()
     else:
-        text, thinking = await asyncio.get_running_loop().run_in_executor(tokenizer.pool, render)
-    return text, await tokenizer.encode_async(text, add_special_tokens=add_special_tokens), thinking
+        text, thinking, reasoning = await asyncio.get_running_loop().run_in_executor(tokenizer.pool, render)
+    return text, await tokenizer.encode_async(text, add_special_tokens=add_special_tokens), thinking, reasoning
 
 
 def _render(
     template: ChatTemplate, messages: list[dict[str, Any]], options: dict[str, Any], reasoning: ReasoningFamily | None
-) -> tuple[str, ReasoningState]:
+) -> tuple[str, ReasoningState, ReasoningFamily | None]:
     text = template.render(messages, **options)
     if reasoning is None or not reasoning.has_marks(text):
-        return text, "none"
-    return text, reasoning.follow(text, template.find_turn(text, messages, **options))
+        return text, "none", reasoning
+    thinking = reasoning.follow(text, template.find_turn(text, messages, **options))
+    return text, thinking, reasoning.opened_by(text) if thinking == "inside" else reasoning
 
 
 def _read_messages(messages: Any) -> list[dict[str, Any]]:

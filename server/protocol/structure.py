@@ -18,7 +18,7 @@ from server.state import State
 class Structure:
     """grammar: None where only the reasoning is limited. reasoning: what may come before the answer; None for nothing.
 
-    inside: the prompt has opened it. open_id, budget, closing, blanks: see Thinking.
+    inside: the prompt has opened it. open_id, budget, blanks: see Thinking. closings: for each opening mark.
     """
 
     grammar: Grammar | None
@@ -26,7 +26,7 @@ class Structure:
     inside: bool = False
     open_id: int | None = None
     budget: int | None = None
-    closing: tuple[int, ...] = ()
+    closings: tuple[tuple[int, ...], ...] = ((),)
     blanks: frozenset[int] = frozenset()
 
     def state(self, tokenizer: Tokenizer | None) -> TokenConstraint:
@@ -37,8 +37,15 @@ class Structure:
             return grammar
         assert tokenizer is not None, "reasoning is text"
         watch = ReasoningWatch(tokenizer, self.reasoning, inside=self.inside)
+        closing, *more = self.closings
         return Thinking(
-            watch, grammar, open_id=self.open_id, budget=self.budget, closing=self.closing, blanks=self.blanks
+            watch,
+            grammar,
+            open_id=self.open_id,
+            budget=self.budget,
+            closing=closing,
+            more_closings=more,
+            blanks=self.blanks,
         )
 
 
@@ -52,7 +59,7 @@ async def make_structure(
     budget: int | None = None,
 ) -> Structure | None:
     """Compile what a request asks for. reasoning: how the model thinks before it, if it may; thinking: where the
-    prompt leaves it in that; budget: most tokens of reasoning.
+    prompt leaves it in that, with the mark that is open as the family's first; budget: most tokens of reasoning.
 
     Raises RequestError for what makes no usable grammar, and for fields that would fight with one.
     """
@@ -68,9 +75,11 @@ async def make_structure(
         if open_id is None:
             # It would need several tokens to begin.
             return Structure(grammar)
-    closing = () if budget is None else tuple(tokenizer.encode(reasoning.closing, add_special_tokens=False))
+    closings: tuple[tuple[int, ...], ...] = ((),)
+    if budget is not None:
+        closings = tuple(tuple(tokenizer.encode(text, add_special_tokens=False)) for text in reasoning.closings)
     blanks = _newlines(tokenizer) if grammar is not None and not reasoning.whole else frozenset[int]()
-    return Structure(grammar, reasoning, inside, open_id, budget, closing, blanks)
+    return Structure(grammar, reasoning, inside, open_id, budget, closings, blanks)
 
 
 def _newlines(tokenizer: Tokenizer) -> frozenset[int]:

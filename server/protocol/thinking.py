@@ -23,19 +23,26 @@ MAX_BLANKS = 2
 class ReasoningWatch:
     """inside: the tokens so far end within the reasoning. is_over: what comes now is the answer.
 
-    num_tokens: tokens of the reasoning so far, its marks left out (of one that is spelled in several, the last).
+    mark: which of the family's opening marks has begun it. num_tokens: tokens of the reasoning so far, its marks left
+    out (of one that is spelled in several, the last).
     """
 
-    __slots__ = ("_close", "_end", "_many", "_open", "_text", "_tokenizer", "inside", "is_over", "num_tokens")
+    __slots__ = (
+        "_closes", "_ends", "_kept", "_many", "_opens", "_text", "_tokenizer", "inside", "is_over", "mark",
+        "num_tokens",
+    )  # fmt: skip
 
     def __init__(self, tokenizer: Tokenizer, family: ReasoningFamily, *, inside: bool) -> None:
         self._tokenizer = tokenizer
-        self._open, self._close = family.open.encode(), family.close.encode()
-        self._end = (family.end or family.close).encode()
+        self._opens = tuple(mark.encode() for mark in family.opens)
+        self._closes = tuple(mark.encode() for mark in family.closes)
+        self._ends = tuple(mark.encode() for mark in family.ends)
+        self._kept = _KEPT + max(map(len, (*self._opens, *self._closes, *self._ends, b"")))
         self._many = family.whole
         self._text = b""
         self.inside = inside
         self.is_over = False
+        self.mark = 0
         self.num_tokens = 0
 
     @property
@@ -60,24 +67,25 @@ class ReasoningWatch:
             return
         text = self._text = self._text + self._tokenizer.token_bytes(token_id)
         if self.inside:
-            if self._end in text:
+            if any(end in text for end in self._ends):
                 self.inside, self._text = False, b""
                 self.is_over = not self._many
             else:
                 self.num_tokens += 1
         elif self._many:
-            if self._open in text:
+            if any(open in text for open in self._opens):
                 self.inside, self._text = True, b""
-            elif self._close in text:
+            elif any(close in text for close in self._closes):
                 self.is_over, self._text = True, b""
         else:
             # Reasoning is what the output begins with, or there is none.
             begun = text.lstrip()
-            self.inside = begun.startswith(self._open)
-            self.is_over = not self.inside and not self._open.startswith(begun)
+            self.inside = begun.startswith(self._opens)
+            self.is_over = not self.inside and not any(open.startswith(begun) for open in self._opens)
             if self.inside:
+                self.mark = next(place for place, open in enumerate(self._opens) if begun.startswith(open))
                 self._text = b""
-        self._text = self._text[-_KEPT - len(self._end) - len(self._open) - len(self._close) :]
+        self._text = self._text[-self._kept :]
 
 
 class Thinking:
@@ -85,12 +93,13 @@ class Thinking:
 
     grammar: None where the answer is free. open_id: the output begins with this token, the first of the reasoning, or
     with the grammar at once; None where the watch alone says. budget: after that many tokens of reasoning `closing`
-    is forced, once the character that they end in is whole; None for no limit. blanks: tokens of newlines that the
+    is forced, once the character that they end in is whole; None for no limit. more_closings: the same for the opening
+    marks behind the first. blanks: tokens of newlines that the
     model may write between the end of its reasoning and what the grammar allows.
     """
 
     __slots__ = (
-        "_answering", "_blanks", "_blanks_left", "_broken", "_budget", "_closing", "_forced", "_grammar", "_open_id",
+        "_answering", "_blanks", "_blanks_left", "_broken", "_budget", "_closings", "_forced", "_grammar", "_open_id",
         "_watch",
     )  # fmt: skip
 
@@ -102,6 +111,7 @@ class Thinking:
         open_id: int | None = None,
         budget: int | None = None,
         closing: Sequence[int] = (),
+        more_closings: Sequence[Sequence[int]] = (),
         blanks: frozenset[int] = frozenset(),
     ) -> None:
         self._watch = watch
@@ -110,7 +120,7 @@ class Thinking:
         self._grammar = grammar
         self._open_id = open_id
         self._budget = budget
-        self._closing = closing
+        self._closings = (closing, *more_closings)
         self._forced: Sequence[int] = ()
         self._answering = False
         self._broken = False
@@ -194,4 +204,4 @@ class Thinking:
     def _keep_to_budget(self) -> None:
         watch = self._watch
         if self._budget is not None and watch.inside and watch.num_tokens >= self._budget and watch.is_whole:
-            self._forced = self._closing
+            self._forced = self._closings[watch.mark]

@@ -314,6 +314,11 @@ def test_what_is_written_counts_for_more_than_what_is_said() -> None:
     template = ChatTemplate({"default": source}, {})
     assert detect(source)[0] == "glm47"
     assert detect(source, render_by(template))[0] == "hermes"
+    # The same where a past answer must have a reasoning.
+    raises = "{% if m.role == 'assistant' and m.reasoning is not defined %}{{ raise_exception('missing') }}{% endif %}"
+    source = source.replace("{% for m in messages %}", "{% for m in messages %}" + raises, 1)
+    assert raises in source
+    assert detect(source, render_by(ChatTemplate({"default": source}, {})))[0] == "hermes"
 
 
 @pytest.mark.parametrize(

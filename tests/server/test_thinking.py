@@ -12,7 +12,7 @@ from engine.text.chat_template import ChatTemplate
 from engine.text.grammar.compiler import GrammarCompiler
 from engine.text.grammar.spec import GrammarSpec
 from server.app import build_app
-from server.parsers import harmony, registry, think
+from server.parsers import harmony, marked_thoughts, registry, think
 from server.parsers.base import ContentDelta, OutputParser, ReasoningDelta, ReasoningFamily
 from server.protocol.thinking import ReasoningWatch, Thinking
 from tests.server.support import live, served_model, tokenizer
@@ -91,7 +91,48 @@ def test_a_budget_waits_for_a_whole_character() -> None:
     assert list(none.forced_tokens()) == closing
 
 
+K2_MARKS = ("ifm|think", "ifm|think_fast", "ifm|think_faster")
+
+
+@pytest.mark.parametrize("mark", K2_MARKS)
+def test_every_pair_of_marks_is_followed(mark: str) -> None:
+    family = marked_thoughts.K2_HORIZON
+    opened = f"Hi.<{mark}>\n"
+    assert family.has_marks(opened) and family.has_marks(f"</{mark}>") and not family.has_marks("<ifm|tool_call>")
+    assert family.follow(opened) == "inside" and family.follow(opened, 3) == "inside"
+    assert family.opened_by(opened).closing == f"\n</{mark}>\n"
+    # It copies the end from its history.
+    for end in K2_MARKS:
+        assert family.follow(f"{opened}Hm.</{end}>") == "over"
+        made = watch(f"<{mark}>{THOUGHTS}</{end}>", family)
+        assert made.is_over and not made.inside
+    inside = watch(f"\n<{mark}>{THOUGHTS}", family)
+    assert inside.inside and inside.mark == K2_MARKS.index(mark)
+    assert inside.num_tokens == len(encode(THOUGHTS))
+    # A second end is none of the answer's.
+    parser = OutputParser(None, family)
+    events = parser.push(f"<{mark}>Hm.</{mark}>Yes.</{mark}>") + parser.finish()
+    assert events == [ReasoningDelta("Hm."), ContentDelta("Yes.")]
+
+
 # ---- over the wire
+
+
+@pytest.mark.parametrize("by_prompt", [True, False])
+@pytest.mark.parametrize("mark", K2_MARKS)
+async def test_a_budget_closes_the_mark_that_is_open(mark: str, by_prompt: bool) -> None:
+    start = f"<{mark}>\n" if by_prompt else ""
+    source = f"{{% for m in messages %}}{{{{ m.content }}}}\n{{% endfor %}}{start}"
+    model = served_model(chat_template=ChatTemplate({"default": source}, {}))
+    said = ("" if by_prompt else f"<{mark}>") + f"{2 * THOUGHTS}</{mark}>\nYes."
+    async with live(model=model, reasoning_parser="k2_horizon") as server:
+        full = await say(server, said, {**BODY, "max_tokens": 150})
+        assert (full["reasoning"], full["content"]) == ((2 * THOUGHTS).rstrip(), "Yes.")
+        body = {**BODY, "max_tokens": 150, "thinking_token_budget": 4}
+        found = await say(server, said, body)
+        assert len(encode(found["reasoning"])) <= 4 and found["content"]
+        inline = await say(server, said, {**body, "separate_reasoning": False})
+        assert f"\n</{mark}>\n" in inline["content"]
 
 
 @pytest.mark.parametrize("name", ["thinking_token_budget", "max_thinking_tokens"])

@@ -422,6 +422,28 @@ def test_reasoning_is_a_part_of_the_content_where_that_is_read() -> None:
     assert go_on("mistral_v11", says("So", reasoning="Hm.")).endswith("[/INST][THINK]Hm.[/THINK]So")
 
 
+def test_an_empty_reasoning_where_answers_must_have_one() -> None:
+    source = (
+        "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
+        "{% if m.reasoning_content is not defined %}{{ raise_exception('no thinking field') }}"
+        "{% elif m.reasoning_content is not string %}{{ raise_exception('thinking must be text') }}{% endif %}"
+        "<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}"
+        "{% for c in m.tool_calls or () %}{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}"
+        "{% endfor %}{% if tools %}{{ tools | tojson }}{% endif %}"
+    )
+    template = made(source)
+    assert template.shape.needs_reasoning and template.tool_shape.needs_reasoning
+    # All else that is asked about answers stays known.
+    lenient = made(source.replace("{{ raise_exception('no thinking field') }}", "")).shape
+    assert not lenient.needs_reasoning and template.shape == dataclasses.replace(lenient, needs_reasoning=True)
+    text = template.render([user("Hi"), says("Yes."), user("So?"), says("No.", reasoning="Hm."), user("Well?")])
+    assert text.startswith("[user]Hi[assistant]<think></think>Yes.[user]So?[assistant]<think>Hm.</think>No.[user]Well?")
+    assert "[assistant]<think></think>Yes." in template.render([user("Hi"), says("Yes.", reasoning_content=None)])
+    text = template.render(LOOP, tools=[TOOL])
+    assert '[assistant]<think></think>weather{"city": "Köln"}[tool]' in text
+    assert not any(other.shape.needs_reasoning or other.tool_shape.needs_reasoning for other in TEMPLATE.values())
+
+
 def test_calls_that_were_never_answered() -> None:
     for name, template in TEMPLATE.items():
         text = template.render([*LOOP[:2], user("Never mind."), says("Good."), user("Next")])
