@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
-    server.add_argument("--host")
-    server.add_argument("--port", type=port)
+    server.add_argument("--host", help="127.0.0.1, the default, is this machine alone; 0.0.0.0 listens to all")
+    server.add_argument("--port", type=port, help="8000 by default; 0 takes a free one")
     server.add_argument("--api-key", nargs="+", metavar="KEY", help="also from the environment: ONELOOP_API_KEY")
     server.add_argument(
         "--admin-api-key", metavar="KEY", help="for admin routes, instead of --api-key; also ONELOOP_ADMIN_API_KEY"
