@@ -33,7 +33,6 @@ from engine.models.parts.decoder import CausalLM
 from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.device_coded import DeviceCodedLinear
-from engine.ops.linear import Linear
 from engine.ops.state import state_bytes
 from engine.speculation.registry import make_proposer
 
@@ -80,7 +79,7 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
-    if config.model.packed_input_bits == 8 and not any(has_float8_inputs(linear) for linear in model.linears):
+    if config.model.packed_input_bits == 8 and not float8_layers(model):
         raise StartupError(
             "--packed-input-bits 8: this checkpoint is for no inputs of float8, or this GPU has no products of them"
         )
@@ -123,13 +122,14 @@ def coded_matrices(model: CausalLM) -> Counter[str]:
     return found
 
 
-def has_float8_inputs(linear: Linear) -> bool:
-    return isinstance(linear, DeviceCodedLinear) and linear.has_float8_inputs
+def float8_layers(model: CausalLM) -> list[DeviceCodedLinear]:
+    """Those whose inputs may be rounded."""
+    return [each for each in model.linears if isinstance(each, DeviceCodedLinear) and each.has_float8_inputs]
 
 
 def report_float8(model: CausalLM, row: Callable[[str, str], None]) -> None:
     """Where inputs of layers are rounded, once a clock has said from how many rows on."""
-    kept = [each for each in model.linears if isinstance(each, DeviceCodedLinear) and has_float8_inputs(each)]
+    kept = float8_layers(model)
     taken = [each.float8_from for each in kept if each.float8_from is not None]
     if kept:
         least = f", from {min(taken)} rows of a step on" if taken else ", the others were quicker"

@@ -10,7 +10,7 @@ MESSAGE = "<|message|>"
 RECIPIENT = re.compile(r"\bto=([^\s<]+)")
 _MAX_HEADER = 512
 # What stands in headers; other words behind a mark are about something else.
-_BEGUN = re.compile(r"\s*(?:\w*|(?:assistant|analysis|commentary|final|to=).*)", re.DOTALL)
+_BEGUN = re.compile(r"\s*(?:\w*|(?:assistant|analysis|commentary|final|functions\.|to=).*)", re.DOTALL)
 
 
 def begins_with_recipient(scanner: Scanner) -> Steps[bool]:

@@ -234,4 +234,18 @@ async def test_an_index_that_is_nobodys_is_given_back(tmp_path: Path) -> None:
     assert adapters._held == {1: adapter.weights} and not adapters._pending
     await driver.wait(driver.launch([prefill(2, prompt)], {2: [4, 5, 6]}, {2: GREEDY}, adapters=[None]))
     assert not adapters._held and not adapters._pending
+    # Its step fails before it brings it, and the next one says that it is nobody's.
+    executor._with_drafts = _refuse
+    with pytest.raises(ForwardError, match="no idea"):
+        await driver.wait(driver.launch([prefill(1, prompt)], {1: [1, 2, 3]}, {1: GREEDY}, adapters=[adapter.weights]))
+    assert adapters._held == adapters._pending == {1: adapter.weights}
+    del executor._with_drafts
+    brought: list[int] = []
+    adapters._upload = lambda index, weights: brought.append(index)
+    await driver.wait(driver.launch([prefill(2, prompt)], {2: [4, 5, 6]}, {2: GREEDY}, adapters=[None]))
+    assert not adapters._held and not adapters._pending and not brought
     executor.close()
+
+
+def _refuse(given: ForwardInput, handle: CudaHandle) -> ForwardInput:
+    raise RuntimeError("no idea")

@@ -13,17 +13,20 @@ from torch import Tensor
 from engine.executor.tables import PagedMetadata, SlotTables
 from engine.forward import ForwardInput, Limits, Staging
 from engine.models.parts.decoder import CausalLM
+from engine.ops import native
 from engine.ops.attention.base import create_backend
 from tests.models.support import SIZES, Runner, edit_json, fill, load, prompts_of, relative_error
 
 BERT = {name: value for name, value in SIZES.items() if name not in ("num_key_value_heads", "eos_token_id")}
+# Of sixteen columns, as many as the widest registers have.
+BERT["num_attention_heads"] = BERT["hidden_size"] // 16
 ROBERTA = {**BERT, "max_position_embeddings": 130, "pad_token_id": 3, "type_vocab_size": 1}
 DISTIL = {
     "vocab_size": 211,
     "dim": 48,
     "hidden_dim": 80,
     "n_layers": 3,
-    "n_heads": 6,
+    "n_heads": 3,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
 }
@@ -45,6 +48,8 @@ ENCODERS: dict[str, tuple[str, dict[str, Any]]] = {
     "eurobert": ("EuroBertModel", {**SIZES, "bos_token_id": 1}),
     "embeddinggemma": ("Gemma3TextModel", {**SIZES, **GEMMA, "use_bidirectional_attention": True}),
 }
+# Their layers are one call each where products are our own kernels.
+WHOLE = {"bert", "bert-tanh", "roberta", "xlm-roberta", "camembert", "distilbert"}
 LABELS = {"num_labels": 4}
 HEADS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertForSequenceClassification", {**BERT, **LABELS}),
@@ -136,6 +141,7 @@ def test_matches_transformers(name: str, tmp_path: Path) -> None:
             expected = reference(torch.tensor([text])).last_hidden_state[0]
         error = relative_error(ours, expected)
         assert error <= 1e-4, f"hidden states differ by {error:.1e}"
+    assert {layer.whole is not None for layer in model._layers} == {name in WHOLE and native.library() is not None}
 
 
 @pytest.mark.parametrize("name", ["bert", "gte"])
@@ -207,7 +213,7 @@ def test_the_reward_model_of_qwen2(tmp_path: Path) -> None:
 
 def test_the_ntk_rope_of_gte(tmp_path: Path) -> None:
     """A longer base, and waves that are longer by factor^(2 / dimensions), as its own code has it."""
-    rope = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2 ** (2 / 8)}
+    rope = {"rope_type": "linear", "rope_theta": 20000.0, "factor": 2 ** (2 / 16)}
     reference = make(tmp_path, "GteModel", {**BERT, "rope_parameters": rope})
     edit_json(
         tmp_path / "config.json", rope_parameters=..., rope_theta=10000.0, rope_scaling={"type": "ntk", "factor": 2.0}

@@ -134,6 +134,7 @@ ADAPTERS = REMAPS | {
 TIERED = REMAPS | {
     "page_size": 2, "max_model_len": 24, "num_pages": 40, "max_adapters": 0, "namespaces": 2, "tier_pages": 200,
     "tier_eagerness": 0.5, "tier_timeout_s": 1.0, "depth": 2, "eagerness": 0.0, "pool_rate": 0.0,
+    "host_pages": 0, "has_disk": True,
 }  # fmt: skip
 TIERED_SLOW = {"tier_timeout_s": 0.02, "abort_rate": 0.1, "tier_eagerness": 0.3}
 TIERED_LATE = TIERED | TIERED_SLOW

@@ -20,7 +20,7 @@ from tests.sim.workload import BUDGETS, Options, calm_options, draw_arrivals, dr
 TIERED = {
     "page_size": 2, "windows": (None,), "num_snapshots": None, "prefix_caching": True, "num_pages": 40,
     "max_model_len": 24, "burst": 4, "arrival_rate": 0.5, "alphabet": 1, "max_adapters": 0, "namespaces": 2,
-    "tier_pages": 200, "depth": 2,
+    "tier_pages": 200, "depth": 2, "host_pages": 0, "has_disk": True,
 }  # fmt: skip
 
 

@@ -147,10 +147,14 @@ class SimulatedTier:
         store: Any = MemoryStore(options.tier_pages)
         size, host = simulator.executor.page_memory().page_bytes, None
         if options.host_pages:
+            rows = options.host_pages
             if (states := simulator.executor.state_memory()) is not None:
                 # As many bytes as the device divides between that many pages and their states.
-                size += -(-states.page_bytes * (options.num_snapshots or 0) // options.num_pages)
-            host = HostStore(options.host_pages * size, store if options.has_disk else None)
+                count = options.num_snapshots or 0
+                size += -(-states.page_bytes * count // options.num_pages)
+                # Less has no room for two of either, which is an error at start.
+                rows = max(rows, -(-2 * options.num_pages // count) + 1)
+            host = HostStore(rows * size, store if options.has_disk else None)
         self.worker = SimulatedWorker(store if options.has_disk else None, host=host, threaded=False)
         memory = (WatchedMemory if host is None else DistantMemory)(simulator, self.worker)
 

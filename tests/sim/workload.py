@@ -218,6 +218,8 @@ def draw_options(seed: int) -> Options:
     random = Random(f"options {seed}")
     adapters = Random(f"adapters {seed}")
     tiers = Random(f"tiers {seed}")
+    hosts = Random(f"hosts {seed}")
+    host_pages = hosts.choice([0, 0, 0, 12, 60])
     page_size = random.choice([1, 2, 3, 4, 4, 8, 16])
     max_num_seqs = random.choice([1, 2, 3, 4, 5, 6, 8, 8])
     max_model_len = random.choice([8, 16, 24, 40, 64])
@@ -278,6 +280,8 @@ def draw_options(seed: int) -> Options:
         tier_pages=tiers.choice([0, 3, 20, 200]),
         tier_eagerness=tiers.choice([0.2, 0.5, 0.9]),
         tier_timeout_s=tiers.choice([0.02, 1.0, 1.0]),
+        host_pages=host_pages,
+        has_disk=not host_pages or hosts.random() < 0.6,
     )
 
 

@@ -94,6 +94,7 @@ class PartOf(Quantised):
         self._inner = inner
         self._cut = cut
         self.code_group = inner.code_group
+        self.float8_inputs = inner.float8_inputs
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""

@@ -81,6 +81,7 @@ class Below(Quantised):
         super().__init__(label, (above.shape[0] + below.shape[0], above.shape[1]), parts)
         self._halves = (above, below)
         self.code_group = above.code_group
+        self.float8_inputs = above.float8_inputs and below.float8_inputs
 
     def values(self, view: View, begin: int, end: int) -> Tensor:
         """See Quantised."""
