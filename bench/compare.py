@@ -2,7 +2,8 @@
 
 Both servers are up for the whole run and idle while the other is measured, and rounds alternate A B A B, so that the
 ratio holds when the machine's speed drifts. A and B are flags for our own server, or whole commands of a peer
-(--a-command, --b-command, with {port}). What follows `--` goes to bench.serve.
+(--a-command, --b-command, with {port}). What follows `--` goes to bench.serve. `python -m bench.compare peers ...` is
+bench/peers.py: the same weights behind ours, llama.cpp's server and others.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench import peers
 from bench.serve import parse, run
 from bench.server import Running, running
 
@@ -33,6 +35,8 @@ def one_round(server: Running, load: Sequence[str], seed: int) -> dict[str, floa
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["peers"]:
+        return peers.main(words[1:])
     cut = words.index("--") if "--" in words else len(words)
     parser = argparse.ArgumentParser(prog="python -m bench.compare", description=__doc__)
     parser.add_argument("--a", default="", metavar="FLAGS", help="flags of server A")

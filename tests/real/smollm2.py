@@ -58,9 +58,9 @@ def gguf_file() -> Path:
     return path
 
 
-def write_directory(directory: Path) -> Path:
-    """The file's weights, dequantised by the `gguf` package, as a directory for transformers; float32."""
-    reader = gguf.GGUFReader(gguf_file())
+def write_directory(directory: Path, file: Path | None = None) -> Path:
+    """The weights of a Llama as GGUF (the package's), dequantised by `gguf`, as transformers reads them; float32."""
+    reader = gguf.GGUFReader(file or gguf_file())
 
     def value(name: str) -> Any:
         return reader.fields[name].contents()
