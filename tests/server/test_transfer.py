@@ -264,8 +264,8 @@ async def test_a_name_of_another_prompt_brings_nothing(pair: tuple[Live, Live]) 
         ({"error": "no"}, "peer"),
         ({}, "mismatch"),
         ({"ticket": "t", "pages": {}}, "mismatch"),
-        ({"ticket": "t", "pages": {"host": "127.0.0.1", "port": 1, "ticket": "00" * 32, "count": 9}}, "mismatch"),
-        ({"ticket": "t", "pages": {"host": "9.9.9.9", "port": 1, "ticket": "00" * 32, "count": 6}}, "peer"),
+        ({"ticket": "t", "pages": {"host": "127.0.0.1", "port": 1, "ticket": "00" * 32, "counts": [9]}}, "mismatch"),
+        ({"ticket": "t", "pages": {"host": "9.9.9.9", "port": 1, "ticket": "00" * 32, "counts": [6]}}, "peer"),
         (b"\xff\xff\xff\xff", "peer"),
         (b"\x00\x00\x00\x02no", "peer"),
         (b"\x00\x00\x00\x02[]", "peer"),
@@ -321,7 +321,7 @@ async def test_another_layout_or_version_is_refused(pair: tuple[Live, Live], mon
         "digest": exchange._digest(prompt_of(80), 96),
     }
     for change, reason in (
-        ({"version": 2}, "mismatch"),
+        ({"version": 1}, "mismatch"),
         ({"version": None}, "mismatch"),
         ({"op": "drop"}, "mismatch"),
         ({"op": None}, "mismatch"),
