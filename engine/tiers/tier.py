@@ -24,7 +24,7 @@ from engine.tiers.disk import PageStore
 from engine.tiers.host import HostStore
 from engine.tiers.names import TierNames
 from engine.tiers.tally import TierTally
-from engine.tiers.watch import TierWatch
+from engine.tiers.watch import DISK, HOST, TierWatch
 from engine.tiers.worker import Job, Worker
 
 logger = logging.getLogger("oneloop.tiers")
@@ -75,6 +75,33 @@ class DiskTier:
         # By the name of the first page that is missing: who waits for it, the one first that reads it.
         self._reading: dict[bytes, list[Sequence]] = {}
         self._take_memory(None)
+
+    def describe(self) -> dict[str, object]:
+        """What a server says of its tiers: of each what it holds, and what there is room for."""
+        host, disk, tally = self.worker.host, self.worker.disk, self.tally
+        told: dict[str, object] = {
+            "queried_tokens": tally.queried_tokens,
+            "hit_tokens": tally.hit_tokens,
+            "failures": dict(tally.failures),
+            "is_paused": self.is_paused,
+        }
+        if host is not None:
+            told["host"] = {
+                "medium": HOST,
+                "bytes": host.num_bytes,
+                "max_bytes": host.max_bytes,
+                "pages": host.num_rows,
+                "evicted_pages": host.num_evicted,
+            }
+        if disk is not None:
+            told["disk"] = {
+                "medium": DISK,
+                "bytes": disk.bytes,
+                "max_bytes": disk.max_bytes,
+                "files": len(disk),
+                "hangs": self.worker.hangs,
+            }
+        return told
 
     def watch(self, watch: TierWatch) -> None:
         """Tell it of all pages that come to the tiers and go, from now on."""

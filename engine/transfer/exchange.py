@@ -122,6 +122,22 @@ class PageExchange:
     def page_size(self) -> int:
         return self._page_size
 
+    def describe(self) -> dict[str, object]:
+        """What a server says of its exchange: who it is, what it keeps, and what it has read."""
+        tally, options = self.tally, self.options
+        return {
+            "kv_connector": options.connector,
+            "kv_role": options.role,
+            "engine_id": self.engine_id,
+            "side_channel_port": self.port or None,
+            "kept_requests": len(self._kept),
+            "kept_pages": len(self._kept_pages),
+            "hit_tokens": tally.hit_tokens,
+            "recomputed_tokens": tally.recomputed_tokens,
+            "failures": dict(tally.failures),
+            "is_paused": self.is_paused,
+        }
+
     async def start(self) -> None:
         """Answer readers."""
         if self._socket is not None and self._server is None:

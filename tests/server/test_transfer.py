@@ -432,6 +432,20 @@ async def test_sleep_lets_go_and_wakes_up_able(pair: tuple[Live, Live]) -> None:
     assert exchange_of(decode).tally.hit_tokens == hits + 96
 
 
+async def test_the_server_says_how_its_exchange_stands(pair: tuple[Live, Live]) -> None:
+    prefill, decode = pair
+    params = await prefilled(prefill, prompt_of(99))
+    async with prefill.http.get(f"{prefill.url}/server_info") as response:
+        told = (await response.json())["kv_transfer"]
+    assert told["kv_connector"] == "TcpConnector" and told["kv_role"] == "kv_both"
+    assert (told["engine_id"], told["side_channel_port"]) == (params["remote_engine_id"], params["remote_port"])
+    assert (told["kept_requests"], told["kept_pages"], told["is_paused"]) == (1, 6, False)
+    await decode.complete(prompt_of(99), max_tokens=1, kv_transfer_params=params)
+    async with prefill.http.get(f"{decode.url}/server_info") as response:
+        told = (await response.json())["kv_transfer"]
+    assert told["hit_tokens"] == exchange_of(decode).tally.hit_tokens > 0 and told["failures"] == failures(decode)
+
+
 MALFORMED = [
     ("text", ""),
     ([], ""),
