@@ -228,7 +228,6 @@ class Simulator:
             self.report.received_tokens = self.tier.tier.tally.hit_tokens
         if self.transfer is not None:
             self.report.transferred_tokens = self.transfer.exchange.tally.hit_tokens
-            self.transfer.close()
         if (speculation := self.scheduler.speculation) is not None:
             self.report.drafts, self.report.right_drafts = (
                 speculation.num_draft_tokens,
@@ -628,6 +627,8 @@ def run(seed: int, options: Options, arrivals: List[Arrival], every: int = CHECK
             f"  {options}\n  repeat with: python -m tests.sim --seed {seed}"
         ) from error
     finally:
+        if simulator.transfer is not None:
+            simulator.transfer.close()
         if was_enabled:
             gc.enable()
 

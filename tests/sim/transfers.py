@@ -8,6 +8,7 @@ pages are copied one by one between the phases of a tick, also where they are no
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence as List
@@ -40,7 +41,19 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
+        self._errors: list[BaseException] = []
         super().__init__()
+        self.set_exception_handler(lambda loop, context: self._note(context.get("exception")))
+        self.set_task_factory(self._make_task)
+
+    def _make_task(self, loop: asyncio.AbstractEventLoop, coro: Any, **options: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.Task(coro, loop=loop, **options)
+        task.add_done_callback(lambda done: None if done.cancelled() else self._note(done.exception()))
+        return task
+
+    def _note(self, error: BaseException | None) -> None:
+        if error is not None:
+            self._errors.append(error)
 
     def time(self) -> float:
         return self._clock.now()
@@ -49,6 +62,8 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         """Once through all that is ready."""
         self.call_soon(self.stop)
         self.run_forever()
+        if self._errors:
+            raise self._errors[0]
 
 
 class SimulatedChannel:
@@ -243,10 +258,16 @@ class SimulatedTransfer:
 
     def check(self) -> None:
         """Who receives has been told of nothing yet."""
+        assert not self.exchange.tally.failures["internal"], "a transfer failed in this server"
         for sequence in self._told:
             assert sequence.status is not SequenceStatus.RECEIVING, f"{sequence} was told and waits on"
 
     def close(self) -> None:
+        """Also of a run that has failed amid all."""
+        with contextlib.suppress(BaseException):
+            for task in self.exchange._tasks:
+                task.cancel()
+            self._loop.turn()
         self._loop.close()
 
 
