@@ -127,10 +127,15 @@ class DiskTier:
         except TimeoutError:
             logger.warning("%d prompts' pages are given up: the disk, or host memory, does not answer", len(self._jobs))
             jobs = list(self._jobs)
-            await asyncio.to_thread(self.worker.give_up, jobs)
-            for job in jobs:
-                self.tally.failures["stuck"] += 1
-                job.then(job)
+            self._give_up(jobs)
+
+    def _give_up(self, jobs: list[Job]) -> None:
+        """The disk hangs amid them, or is far behind: their pages are given back, and nobody waits for more till it has
+        come back."""
+        self.worker.give_up(jobs)
+        for job in jobs:
+            self.tally.failures["stuck"] += 1
+            job.then(job)
 
     async def resume(self, directory: Path | None) -> None:
         """Go on, with the memory that there is now and the weights of a directory."""
@@ -223,9 +228,9 @@ class DiskTier:
                 "request %s: %d of %d pages came in time",
                 *(sequence.request.request_id, job.count, len(job.items)),
             )
-            # The file at hand is waited for, but not for ever: then its memory is lent until it has come.
+            # The file at hand is waited for, but not for ever.
             nonlocal timer
-            timer = self._clock.call_later(_GRACE_S, lambda: self._let_go(key, again=False))
+            timer = self._clock.call_later(_GRACE_S, lambda: self._give_up([job]))
 
         job = Job(self._names.to_read(chain, pages, depth), ended)
         timer = self._clock.call_later(self._timeout_s, is_late)

@@ -89,6 +89,7 @@ class Report:
     right_drafts: int = 0
     cut_by_grammar: int = 0
     received_tokens: int = 0
+    given_up: int = 0
     transferred_tokens: int = 0
     finished: int = 0
     answers: dict[str, tuple[tuple[int, ...], str, object]] = field(default_factory=dict)
@@ -226,6 +227,7 @@ class Simulator:
         self.report.finished = len(self.clients)
         if self.tier is not None:
             self.report.received_tokens = self.tier.tier.tally.hit_tokens
+            self.report.given_up = self.tier.tier.tally.failures["stuck"]
         if self.transfer is not None:
             self.report.transferred_tokens = self.transfer.exchange.tally.hit_tokens
         if (speculation := self.scheduler.speculation) is not None:
