@@ -44,12 +44,12 @@ def keep(connection: Connection, options: TransferOptions, shape: str, num_pages
     """The other process: describes scattered pages whenever it is asked to."""
     connector = make_connector(options)
     memory, _ = make_memory(shape, num_pages, 7)
-    connector.register(memory)
+    connector.register([memory])
     described = None
     while (count := connection.recv()) is not None:
         if described is not None:
             connector.release(described)
-        described = connector.describe(scattered(num_pages, count, seed))
+        described = connector.describe([scattered(num_pages, count, seed)])
         connection.send(described)
     connector.close()
 
@@ -82,7 +82,7 @@ def measure_copy(args: argparse.Namespace, options: TransferOptions) -> None:
     peer, connector = Peer(options, args.shape, num_pages), make_connector(options)
     memory, parts = make_memory(args.shape, num_pages, 0)
     source = [np.full_like(part, 7) for part in parts]
-    connector.register(memory)
+    connector.register([memory])
     into, out_of = scattered(num_pages, count, 2), scattered(num_pages, count, 1)
     total, ratios, rates, copies = count * memory.page_bytes, [], [], []
     for number in range(args.repeat + 1):
@@ -90,7 +90,7 @@ def measure_copy(args: argparse.Namespace, options: TransferOptions) -> None:
         for part in parts:
             part[:] = 0
         began = time.perf_counter()
-        assert connector.read(description, into, 120.0).result() == total
+        assert connector.read(description, [into], 120.0).result() == total
         read = time.perf_counter() - began
         assert all((part[into] == 7).all() for part in parts), "other bytes came"
         began = time.perf_counter()
@@ -127,7 +127,7 @@ async def decode(args: argparse.Namespace, options: TransferOptions) -> None:
         )
         engine = build_engine(config).engine
     peer, connector = Peer(options, args.shape, num_pages), make_connector(options)
-    connector.register(engine.executor.page_memory())
+    connector.register([engine.executor.page_memory()])
     # The last pages are those that a small cache does not hand out yet.
     into = scattered(num_pages, count, 2) + args.batch * 256
     running = asyncio.create_task(engine.run())
@@ -148,7 +148,7 @@ async def decode(args: argparse.Namespace, options: TransferOptions) -> None:
             if reads and (future is None or future.done()):
                 if future is not None:
                     moved += future.result()
-                future = connector.read(peer.describe(count), into, 600.0)
+                future = connector.read(peer.describe(count), [into], 600.0)
             await step()
         windows[reads].append((time.perf_counter() - began) / args.steps)
         if future is not None:

@@ -34,7 +34,6 @@ from engine.speculation.registry import PROPOSERS
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
-from engine.transfer.exchange import check_groups
 from engine.transfer.fingerprint import fingerprint
 from engine.transfer.registry import make_connector
 
@@ -273,10 +272,6 @@ def _add_carriers(engine: Engine, directory: Path, spec: ModelSpec, context: int
             raise StartupError(f"{flag} needs the prefix cache: pages are kept and found in it")
         try:
             memory = engine.executor.page_memory()
-            if flag == "--kv-transfer-config":
-                memory.regions()
-                check_groups(engine.limits)
-                continue
             engine.executor.state_memory()
             if flag == "--kv-host-gb":
                 if not isinstance(memory, DeviceMemory):

@@ -185,6 +185,8 @@ def _publish_kv_events(engine: Engine, options: ServerOptions) -> KVEvents | Non
     cache = engine.scheduler.kv_cache
     events = KVEvents(wanted, cache.page_size)
     cache.watch(events)
+    if engine.tier is not None:
+        engine.tier.watch(events)
     return events
 
 

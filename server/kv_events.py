@@ -13,7 +13,7 @@ import re
 import socket
 import threading
 import time
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -28,6 +28,8 @@ FLAG = "--kv-events-config"
 _ENDPOINT = re.compile(r"(tcp://(\*|[^\s:/*]+):\d{1,5}|(ipc|inproc)://\S+)")
 # Batches that one message holds at most.
 _MOST_AT_ONCE = 1024
+# Names of tiers' pages of which nothing has been told yet; the oldest are forgotten.
+_MOST_NAMES = 2**17
 _END_OF_REPLAY = (-1).to_bytes(8, "big", signed=True)
 
 
@@ -88,6 +90,9 @@ class BlockNames:
         self._page_size = page_size
         self._page_bytes = page_size * 4  # int32
         self._digests: dict[int, bytes] = {}  # of pages that were told of
+        # Of what is kept beside the cache: hashes by name, and what was told of by medium and name.
+        self._named: OrderedDict[bytes, int] = OrderedDict()
+        self._kept: dict[tuple[str, bytes], int] = {}
 
     def stored(
         self, namespace: str, data: bytes, first: int, pages: Sequence[int], before: int
@@ -124,7 +129,42 @@ class BlockNames:
 
     def cleared(self) -> list[dict[str, Any]]:
         self._digests.clear()
+        self._kept.clear()
         return [{"type": "AllBlocksCleared"}]
+
+    def named(self, namespace: str, data: bytes, names: Sequence[bytes]) -> list[dict[str, Any]]:
+        """See TierWatch."""
+        root = root_name("kv events", namespace)
+        for name, digest in zip(names, page_names(root, data, self._page_size, 0, len(names)), strict=True):
+            self._named[name] = _hash(digest)
+            self._named.move_to_end(name)
+        while len(self._named) > _MOST_NAMES:
+            self._named.popitem(last=False)
+        return []
+
+    def came(self, medium: str, name: bytes) -> list[dict[str, Any]]:
+        """As vLLM tells of what it has offloaded: by the hash alone, whose tokens are those of the GPU's event."""
+        known = self._named.get(name)
+        if known is None or (medium, name) in self._kept:
+            return []
+        self._kept[medium, name] = known
+        return [
+            {
+                "type": "BlockStored",
+                "block_hashes": [known],
+                "parent_block_hash": None,
+                "token_ids": [],
+                "block_size": self._page_size,
+                "lora_id": None,
+                "medium": medium,
+                "lora_name": None,
+            }
+        ]
+
+    def went(self, medium: str, name: bytes) -> list[dict[str, Any]]:
+        """See TierWatch."""
+        known = self._kept.pop((medium, name), None)
+        return [] if known is None else [{"type": "BlockRemoved", "block_hashes": [known], "medium": medium}]
 
     def _event(
         self, namespace: str, data: bytes, first: int, hashes: list[int], parent: bytes, root: bytes
@@ -154,7 +194,7 @@ def _hash(digest: bytes) -> int:
 
 
 class KVEvents:
-    """A CacheWatch. Raises StartupError where an endpoint cannot be bound. `close` sends what waits."""
+    """A CacheWatch and a TierWatch. Raises StartupError where an endpoint cannot be bound. `close` sends what waits."""
 
     def __init__(self, options: KVEventOptions, page_size: int) -> None:
         check()
@@ -207,6 +247,18 @@ class KVEvents:
     def cleared(self) -> None:
         """See CacheWatch."""
         self._put(("cleared",))
+
+    def named(self, namespace: str, data: bytes, names: Sequence[bytes]) -> None:
+        """See TierWatch."""
+        self._put(("named", namespace, data, list(names)))
+
+    def came(self, medium: str, name: bytes) -> None:
+        """See TierWatch. Any thread."""
+        self._put(("came", medium, name))
+
+    def went(self, medium: str, name: bytes) -> None:
+        """See TierWatch. Any thread."""
+        self._put(("went", medium, name))
 
     def _put(self, item: tuple[Any, ...]) -> None:
         if self._queue.qsize() < self.options.max_queue_size:

@@ -87,13 +87,14 @@ class Part(Link):
 
 class Snapshot(Link):
     """A recurrent state that is kept at the end of a node. Needs no lock: who loads it does so before anything else can
-    be written to its place."""
+    be written to its place. pins: of others, who load it later."""
 
-    __slots__ = ("id", "node")
+    __slots__ = ("id", "node", "pins")
 
     def __init__(self, node: Node, snapshot_id: int) -> None:
         self.node = node
         self.id = snapshot_id
+        self.pins = 0
 
     @property
     def is_there(self) -> bool:
@@ -292,8 +293,8 @@ class RadixTree:
         return True
 
     def oldest_snapshot(self) -> int:
-        """Take the one that was loaded longest ago off; 0 if there is none."""
-        snapshot = self._snapshots.oldest()
+        """Take the one that was loaded longest ago off, and is not pinned; 0 if there is none."""
+        snapshot = next((one for one in self._snapshots if not one.pins), None)
         if snapshot is None:
             return 0
         unlink(snapshot)

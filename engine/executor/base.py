@@ -51,7 +51,7 @@ class PageMemory(Protocol):
 @runtime_checkable
 class DeviceMemory(PageMemory, Protocol):
     """A PageMemory that is no host memory. Everything but `rows` blocks the calling thread, never the loop's, while the
-    steps go on; one thread copies.
+    steps go on; several may, and wait for each other.
 
     rows_at_once: at most; so many are worth a copy.
     """

@@ -1,14 +1,15 @@
 """DevicePages: KV memory on a GPU as bytes, to and from page-locked host memory (see DeviceMemory).
 
-Copies have a stream and a thread of their own and run beside the steps. A batch goes through a piece of device memory
-in which pages lie whole, so that each is one copy over the bus. That no step writes what is copied is up to whoever
-asks: pages that are lent, when the steps that named them are through; the thread returns when the event behind its
-copies is done, and only then is anybody told.
+Copies have a stream and threads of their own, one at a time, and run beside the steps. A batch goes through a piece of
+device memory in which pages lie whole, so that each is one copy over the bus. That no step writes what is copied is up
+to whoever asks: pages that are lent, when the steps that named them are through; the thread returns when the event
+behind its copies is done, and only then is anybody told.
 """
 
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence
 
 import numpy as np
@@ -30,10 +31,11 @@ MOST_AT_ONCE = 64
 
 
 class PageCopier:
-    """What the copies of one device share: a stream, and its event."""
+    """What the copies of one device share: a stream, and its event. lock: held by the thread whose copies they are."""
 
     def __init__(self, layer: DeviceLayer) -> None:
         self.layer = layer
+        self.lock = threading.Lock()
         with layer.may_block():
             self.stream = layer.stream()
             self.event = layer.event()
@@ -57,7 +59,8 @@ class DevicePages:
             self._batch = layer.zeros((self.rows_at_once, self.page_bytes), torch.uint8)
             self._places = layer.zeros((self.rows_at_once,), torch.int32)
             self._host_places = layer.pinned(4 * self.rows_at_once).view(torch.int32)
-            self._host_row = layer.pinned(self.page_bytes).numpy()
+            host = layer.pinned(self.rows_at_once * self.page_bytes).numpy()
+            self._host_rows: Rows = host.reshape(self.rows_at_once, self.page_bytes)
             layer.synchronize_all()
         starts = np.cumsum([0, *(part.shape[1] for part in self._parts)]).tolist()
         whole = self._batch.view(word)
@@ -74,7 +77,8 @@ class DevicePages:
     def copy_rows_out(self, pages: Int32Array, rows: Sequence[Rows]) -> None:
         """See DeviceMemory."""
         for first in range(0, len(pages), self.rows_at_once):
-            self._copy_out(pages[first : first + self.rows_at_once], rows[first : first + self.rows_at_once])
+            with self._copier.lock:
+                self._copy_out(pages[first : first + self.rows_at_once], rows[first : first + self.rows_at_once])
 
     def _copy_out(self, pages: Int32Array, rows: Sequence[Rows]) -> None:
         layer, count = self._copier.layer, len(pages)
@@ -95,7 +99,8 @@ class DevicePages:
     def copy_rows_in(self, pages: Int32Array, rows: Sequence[Rows]) -> None:
         """See DeviceMemory."""
         for first in range(0, len(pages), self.rows_at_once):
-            self._copy_in(pages[first : first + self.rows_at_once], rows[first : first + self.rows_at_once])
+            with self._copier.lock:
+                self._copy_in(pages[first : first + self.rows_at_once], rows[first : first + self.rows_at_once])
 
     def _copy_in(self, pages: Int32Array, rows: Sequence[Rows]) -> None:
         layer, count = self._copier.layer, len(pages)
@@ -119,17 +124,23 @@ class DevicePages:
         self._copier.layer.upload(self._places[:count], self._host_places[:count])
 
     def copy_out(self, pages: Int32Array, into: Rows) -> None:
-        """See PageMemory; into memory of any kind, page by page."""
-        for number in range(len(pages)):
-            self._copy_out(pages[number : number + 1], [self._host_row])
-            into[number] = self._host_row
+        """See PageMemory; into memory of any kind, by way of page-locked memory."""
+        for first in range(0, len(pages), self.rows_at_once):
+            some = pages[first : first + self.rows_at_once]
+            with self._copier.lock:
+                rows = self._host_rows[: len(some)]
+                self._copy_out(some, list(rows))
+                into[first : first + len(some)] = rows
 
     def copy_in(self, pages: Int32Array, data: Rows) -> None:
-        """See PageMemory; from memory of any kind, page by page."""
-        for number in range(len(pages)):
-            self._host_row[:] = data[number]
-            self._copy_in(pages[number : number + 1], [self._host_row])
+        """See PageMemory; from memory of any kind, by way of page-locked memory."""
+        for first in range(0, len(pages), self.rows_at_once):
+            some = pages[first : first + self.rows_at_once]
+            with self._copier.lock:
+                rows = self._host_rows[: len(some)]
+                rows[:] = data[first : first + len(some)]
+                self._copy_in(some, list(rows))
 
     def regions(self) -> list[tuple[int, int, int]]:
         """See PageMemory."""
-        raise StartupError("pages go to and from other servers in host memory alone so far (--device cpu)")
+        raise StartupError("its peers read host memory, and these pages are on a GPU; the TcpConnector carries them")

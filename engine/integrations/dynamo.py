@@ -377,6 +377,8 @@ def _events(built: Built, config: EngineConfig, args: argparse.Namespace) -> kv_
         return None
     events = kv_events.KVEvents(options, cache.page_size)
     cache.watch(events)
+    if built.engine.tier is not None:
+        built.engine.tier.watch(events)
     return events
 
 

@@ -16,6 +16,8 @@ from engine.scheduling.sequence import Sequence, SequenceStatus
 
 # Of all pages, those that may be lent at once to be filled: what runs must go on.
 RECEIVED_SHARE = 0.5
+# Of all snapshots, those that may be pinned at once: the others keep their places as they are used.
+PINNED_SHARE = 0.5
 
 
 class Receiving(Residents):
@@ -92,10 +94,23 @@ class Receiving(Residents):
         return pages
 
     def snapshots_of(self, pages: SequencePages) -> list[tuple[int, Snapshot]]:
-        """On the way of lent pages: after how many of them each is. No lock: who reads one looks then whether it was
+        """On the way of lent pages: after how many of them each is. One may go: who reads it looks then whether it was
         there all the time."""
         unsent = {snapshot for _, snapshot in self._unsent}
         return [(depth, one) for depth, one in self.kv_cache.snapshots_of(pages) if one.id not in unsent]
+
+    def pin(self, snapshot: Snapshot) -> bool:
+        """Nobody's state takes its place until `unpin`, but for a step that fails. False: too many are pinned."""
+        if self._num_pinned >= int((self.limits.num_snapshots or 0) * PINNED_SHARE):
+            return False
+        self._num_pinned += 1
+        snapshot.pins += 1
+        return True
+
+    def unpin(self, snapshot: Snapshot) -> None:
+        """After `pin`, which was True."""
+        self._num_pinned -= 1
+        snapshot.pins -= 1
 
     def give_back(self, pages: SequencePages, sequence: Sequence, num_tokens: int) -> None:
         """Nobody reads or writes them any more. Of a receiving one: the KV of num_tokens is right, and stays."""

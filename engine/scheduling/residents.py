@@ -69,6 +69,7 @@ class Residents:
         self.recorder: Recorder | None = None
         self.num_waiting = self.num_waiting_tokens = self.num_receiving = 0
         self._lent: dict[SequencePages, int] = {}
+        self._num_pinned = 0
         # By step: who waits for its end.
         self._who_waits: deque[tuple[int, Callable[[], None]]] = deque()
         # Pages that went back to the pool although steps up to this one may still write them; a step that is launched

@@ -399,9 +399,10 @@ class Scheduler(Failing):
                 return
         pages = sequence.pages
         assert pages is not None
-        if self._has_state and start < pages.num_known * page_size < end:
-            # Where others have been before, and will be again: a snapshot is worth its place there.
-            end = pages.num_known * page_size
+        if self._has_state:
+            # Where others have been, and will be again, a snapshot is worth its place; or where another server goes on.
+            places = pages.num_known * page_size, sequence.handed_over_at(page_size)
+            end = min((place for place in places if start < place < end), default=end)
         if end < known:
             # Chunks end where a page ends, so that a page is computed by one step. A budget of less than a page
             # is used as it is, but only where no other prompt could use it better.

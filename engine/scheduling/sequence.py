@@ -115,6 +115,11 @@ class Sequence:
         self.listener: Any = None
         self._tokens: Int32Array = np.array(request.prompt_token_ids, np.int32)
 
+    def handed_over_at(self, page_size: int) -> int:
+        """Tokens of its prompt behind whose whole pages another server is to go on; 0: none is."""
+        transfer = self.request.transfer
+        return 0 if transfer is None or not transfer.keep else (self.num_prompt_tokens - 1) // page_size * page_size
+
     def move(self, status: SequenceStatus) -> None:
         """The only way to change the status."""
         assert status in _TRANSITIONS[self.status], f"illegal transition {self.status} -> {status}"

@@ -16,6 +16,7 @@ import threading
 import time
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,8 @@ class PageStore:
         self.directory, self.max_bytes = directory, max_bytes
         self.num_corrupt = self.num_failed = 0
         self.bytes = 0
+        # Told of each that goes, whoever removed it.
+        self.on_removed: Callable[[bytes], None] | None = None
         self._lock = threading.Lock()
         # By path below the directory: bytes. The longest unused first.
         self._files: OrderedDict[str, int] = OrderedDict()
@@ -149,7 +152,10 @@ class PageStore:
 
     def _forget(self, path: str) -> None:
         with self._lock:
-            self.bytes -= self._files.pop(path, 0)
+            size = self._files.pop(path, None)
+            self.bytes -= size or 0
+        if size is not None and self.on_removed is not None:
+            self.on_removed(_name(path))
 
     def _look(self) -> None:
         """Take in what there is, by the times of last use."""
@@ -169,8 +175,11 @@ class PageStore:
                             os.unlink(file.path)
         found.sort()
         with self._lock:
-            self._files = OrderedDict((path, size) for _, path, size in found)
+            before, self._files = self._files, OrderedDict((path, size) for _, path, size in found)
             self.bytes = sum(self._files.values())
+        if self.on_removed is not None:
+            for path in before.keys() - self._files.keys():
+                self.on_removed(_name(path))
 
 
 def _private(path: str, flags: int) -> int:
@@ -180,6 +189,10 @@ def _private(path: str, flags: int) -> int:
 def _path(name: bytes) -> str:
     text = name.hex()
     return f"{text[:2]}/{text[2:]}{_SUFFIX}"
+
+
+def _name(path: str) -> bytes:
+    return bytes.fromhex(path.removesuffix(_SUFFIX).replace("/", ""))
 
 
 def _fill(file: object, into: Row) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
 
@@ -31,6 +31,8 @@ class HostStore:
     def __init__(self, max_bytes: int, below: PageStore | None = None) -> None:
         self.max_bytes, self.below = max_bytes, below
         self.num_evicted = 0
+        # Told of each that goes.
+        self.on_removed: Callable[[bytes], None] | None = None
         self._lock = threading.Lock()
         # By kind (pages, states): rows that hold nothing, how many there are, and bytes of one.
         self._free: list[list[Row]] = []
@@ -109,7 +111,10 @@ class HostStore:
             if self._free[kind]:
                 return self._free[kind].pop()
             self.num_evicted += 1
-            return self._rows[kind].popitem(last=False)[1]
+            name, row = self._rows[kind].popitem(last=False)
+        if self.on_removed is not None:
+            self.on_removed(name)
+        return row
 
     def put(self, name: bytes, kind: int, row: Row) -> None:
         """It holds what is of that name."""

@@ -48,6 +48,8 @@ class TierNames:
         self._has_state = limits.num_snapshots is not None
         self._full = [number for number, group in enumerate(limits.groups) if group.window is None]
         self._windowed = [number for number, group in enumerate(limits.groups) if group.window is not None]
+        # As KVCache, which tells of its pages.
+        self._told_group = (self._full or [0])[0]
         self._last: tuple[Request, Int32Array, list[bytes]] | None = None
 
     @property
@@ -68,6 +70,10 @@ class TierNames:
             names = page_names(self._root_of(request), tokens.tobytes(), self._page_size, 0, count)
             self._last = request, tokens, names
         return self._last[1:]
+
+    def told(self, chain: Sequence[bytes]) -> list[bytes]:
+        """The names in the group whose pages stand for all."""
+        return [self._page(name, self._told_group) for name in chain]
 
     def _root_of(self, request: Request) -> bytes:
         """Of an adapter by what is in its files: its version is a number of this process."""

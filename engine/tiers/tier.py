@@ -24,6 +24,7 @@ from engine.tiers.disk import PageStore
 from engine.tiers.host import HostStore
 from engine.tiers.names import TierNames
 from engine.tiers.tally import TierTally
+from engine.tiers.watch import DISK, HOST, TierWatch
 from engine.tiers.worker import Job, Worker
 
 logger = logging.getLogger("oneloop.tiers")
@@ -68,20 +69,73 @@ class DiskTier:
         self.store = worker.store
         self.worker = worker
         self.tally = TierTally(self.worker)
+        self._watch: TierWatch | None = None
         self._idle = asyncio.Event()
         self._jobs: set[Job] = set()
         # By the name of the first page that is missing: who waits for it, the one first that reads it.
         self._reading: dict[bytes, list[Sequence]] = {}
         self._take_memory(None)
 
+    def describe(self) -> dict[str, object]:
+        """What a server says of its tiers: of each what it holds, and what there is room for."""
+        host, disk, tally = self.worker.host, self.worker.disk, self.tally
+        told: dict[str, object] = {
+            "queried_tokens": tally.queried_tokens,
+            "hit_tokens": tally.hit_tokens,
+            "failures": dict(tally.failures),
+            "is_paused": self.is_paused,
+        }
+        if host is not None:
+            told["host"] = {
+                "medium": HOST,
+                "bytes": host.num_bytes,
+                "max_bytes": host.max_bytes,
+                "pages": host.num_rows,
+                "evicted_pages": host.num_evicted,
+            }
+        if disk is not None:
+            told["disk"] = {
+                "medium": DISK,
+                "bytes": disk.bytes,
+                "max_bytes": disk.max_bytes,
+                "files": len(disk),
+                "hangs": self.worker.hangs,
+            }
+        return told
+
+    def watch(self, watch: TierWatch) -> None:
+        """Tell it of all pages that come to the tiers and go, from now on."""
+        self._watch = watch
+        self.worker.watch(watch)
+
+    def _name(self, request: Request, chain: list[bytes]) -> None:
+        if self._watch is not None:
+            data = self._names.chain(request)[0].tobytes()
+            self._watch.named(request.cache_root, data, self._names.told(chain))
+
     async def pause(self) -> None:
-        """Nobody reads or writes the KV memory from here on, until `resume`."""
+        """Nobody reads or writes the KV memory from here on, until `resume`. A file that hangs is waited for as long as
+        for any prompt's pages, then given up."""
         self.is_paused = True
         for job in self._jobs:
             job.stopped = True
-        while self._jobs:
-            self._idle.clear()
-            await self._idle.wait()
+        try:
+            async with asyncio.timeout(self._timeout_s + _GRACE_S):
+                while self._jobs:
+                    self._idle.clear()
+                    await self._idle.wait()
+        except TimeoutError:
+            logger.warning("%d prompts' pages are given up: the disk, or host memory, does not answer", len(self._jobs))
+            jobs = list(self._jobs)
+            self._give_up(jobs)
+
+    def _give_up(self, jobs: list[Job]) -> None:
+        """The disk hangs amid them, or is far behind: their pages are given back, and nobody waits for more till it has
+        come back."""
+        self.worker.give_up(jobs)
+        for job in jobs:
+            self.tally.failures["stuck"] += 1
+            job.then(job)
 
     async def resume(self, directory: Path | None) -> None:
         """Go on, with the memory that there is now and the weights of a directory."""
@@ -120,7 +174,7 @@ class DiskTier:
 
     def _serves(self, request: Request) -> bool:
         enough = len(request.prompt_token_ids) > max(self._least_tokens, self._page_size)
-        return enough and not self.is_paused and request.pooling is None
+        return enough and not (self.is_paused or self.worker.hangs) and request.pooling is None
 
     def _look_up(self, request: Request) -> tuple[int, int, list[bytes]]:
         """How many pages are cached, how many would be with what is on the disk, and their chain of names."""
@@ -148,10 +202,13 @@ class DiskTier:
 
     def _read(self, sequence: Sequence, pages: SequencePages, chain: list[bytes], depth: int) -> None:
         first, key = pages.num_shared, chain[pages.num_shared]
+        self._name(sequence.request, chain[:depth])
         timer: Timer
         self._reading[key] = [sequence]
 
         def ended(job: Job) -> None:
+            if job not in self._jobs:
+                return  # it was given up just as it ended
             self._jobs.discard(job)
             timer.cancel()
             if not (job.is_whole or job.stopped):
@@ -171,9 +228,9 @@ class DiskTier:
                 "request %s: %d of %d pages came in time",
                 *(sequence.request.request_id, job.count, len(job.items)),
             )
-            # The file at hand is waited for, but not for ever: then its memory is lent until it has come.
+            # The file at hand is waited for, but not for ever.
             nonlocal timer
-            timer = self._clock.call_later(_GRACE_S, lambda: self._let_go(key, again=False))
+            timer = self._clock.call_later(_GRACE_S, lambda: self._give_up([job]))
 
         job = Job(self._names.to_read(chain, pages, depth), ended)
         timer = self._clock.call_later(self._timeout_s, is_late)
@@ -209,6 +266,9 @@ class DiskTier:
             # What is old there is what the device has used longest ago.
             self.worker.host.touch(held)
 
+        if new:
+            self._name(sequence.request, chain)
+
         def give_back() -> None:
             for pages in lent:
                 scheduler.give_back(pages, sequence, 0)
@@ -220,6 +280,8 @@ class DiskTier:
             return
 
         def ended(job: Job) -> None:
+            if job not in self._jobs:
+                return  # it was given up just as it ended
             self._jobs.discard(job)
             self._num_held -= len(held)
             if not (job.is_whole or job.stopped):

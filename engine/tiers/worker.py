@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,11 +19,13 @@ from engine.executor.base import DeviceMemory, PageMemory
 from engine.tiers.disk import PageStore, Row
 from engine.tiers.host import HostStore, rows_of
 from engine.tiers.names import Item
+from engine.tiers.watch import DISK, HOST, TierWatch
 
 logger = logging.getLogger("oneloop.tiers")
 
 # At the end, for pages that are yet to be written.
 _LAST_WRITES_S = 3.0
+_LAST_FILE_S = 2.0
 # So many pages are carried between two looks at who has stopped waiting.
 _MOST_AT_ONCE = 64
 # Of names; the oldest are those that host memory is first to lose.
@@ -32,13 +35,15 @@ _MOST_SPILLS = 2**16
 @dataclass(slots=True, eq=False)
 class Job:
     """What is to be read or written, in order; `then` is called on the loop when the thread has done with it. count:
-    items that are done. Once `stopped` is set, no other is begun. What is in the store already counts as written, and
+    items that are done. Once `stopped` is set, no other is begun; of one that was `given_up` nobody is told, and no
+    memory is touched for it any more. What is in the store already counts as written, and
     so does a snapshot that has lost its place."""
 
     items: list[Item]
     then: Callable[[Job], None]
     count: int = 0
     stopped: bool = False
+    given_up: bool = False
 
     @property
     def is_whole(self) -> bool:
@@ -53,6 +58,7 @@ class Worker:
         assert store is not None or host is not None
         self.num_bytes_read = self.num_bytes_written = self.num_bytes_in = self.num_bytes_out = 0
         self.disk, self.host = store, host
+        self._watch: TierWatch | None = None
         # Of pages, and of snapshots: the memory, room for one, and how many are carried at once.
         self._memories: list[tuple[PageMemory, Row, int]] = []
         self._reads: deque[Job] = deque()
@@ -61,6 +67,9 @@ class Worker:
         self._spills: deque[tuple[bytes, bool]] = deque(maxlen=_MOST_SPILLS)
         self._ready = threading.Condition()
         self._closes_at = 0.0
+        # Held while the memory is touched.
+        self._carrying = threading.Lock()
+        self._gave_up = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="kv-disk", daemon=True) if threaded else None
         if self._thread is not None:
@@ -73,6 +82,18 @@ class Worker:
             return self.host
         assert self.disk is not None
         return self.disk
+
+    def watch(self, watch: TierWatch) -> None:
+        """Tell it of all that comes and goes, from now on."""
+        self._watch = watch
+        if self.host is not None:
+            self.host.on_removed = functools.partial(watch.went, HOST)
+        if self.disk is not None:
+            self.disk.on_removed = functools.partial(watch.went, DISK)
+
+    def _tell(self, medium: str, name: bytes) -> None:
+        if self._watch is not None:
+            self._watch.came(medium, name)
 
     def use(self, memory: PageMemory, states: PageMemory | None = None, shares: Sequence[float] = (1.0,)) -> None:
         """From now on; while there is no job. shares: of host memory, for each. Raises StartupError."""
@@ -96,6 +117,21 @@ class Worker:
         """Keep its pages."""
         self._add(self._writes, job)
 
+    def give_up(self, jobs: Collection[Job]) -> None:
+        """The thread hangs amid one of them: whenever it goes on, their memory is another's. Blocks while a page is
+        being copied."""
+        with self._carrying:
+            for job in jobs:
+                job.stopped = job.given_up = self._gave_up = True
+
+    @property
+    def hangs(self) -> bool:
+        """What was given up has not come back: who asked for more would wait in vain."""
+        if self._gave_up:
+            with self._ready:
+                self._gave_up = any(job.given_up for job in (*self._reads, *self._writes))
+        return self._gave_up
+
     def _add(self, jobs: deque[Job], job: Job) -> None:
         if self._thread is not None:
             self._loop = asyncio.get_running_loop()
@@ -111,7 +147,8 @@ class Worker:
                 job.stopped = True
             self._ready.notify()
         if self._thread is not None:
-            self._thread.join()
+            # It may hang in a file system that does.
+            self._thread.join(_LAST_WRITES_S + _LAST_FILE_S)
 
     def _work(self) -> None:
         while True:
@@ -121,7 +158,7 @@ class Worker:
                 if self._closes_at and not ((self._writes or self._spills) and time.monotonic() < self._closes_at):
                     return
             ended = self.turn()
-            if ended is not None and self._loop is not None:
+            if ended is not None and not ended.given_up and self._loop is not None:
                 # RuntimeError: the loop is closed, and nobody waits any more.
                 with contextlib.suppress(RuntimeError):
                     self._loop.call_soon_threadsafe(ended.then, ended)
@@ -164,7 +201,9 @@ class Worker:
             if row is None:
                 break
             rows.append(row)
-        if rows:
+        with self._carrying:
+            if not rows or job.given_up:
+                return 0
             self._bring(kind, items[: len(rows)], rows)
             if self.host is not None:
                 self.num_bytes_in += sum([row.nbytes for row in rows])
@@ -175,6 +214,7 @@ class Worker:
         if self.disk is None or not self.disk.read(name, row):
             return None
         self.num_bytes_read += row.nbytes
+        self._tell(DISK, name)
         return row
 
     def _at_hand(self, host: HostStore, name: bytes, kind: int) -> Row | None:
@@ -189,6 +229,7 @@ class Worker:
             host.give(kind, row)
             return None
         host.put(name, kind, row)
+        self._tell(HOST, name)
         return row
 
     def _write(self, job: Job) -> int:
@@ -198,26 +239,30 @@ class Worker:
         if not new:
             return len(items)
         if self.host is not None:
-            return len(items) if self._to_host(self.host, kind, new) else 0
+            return len(items) if self._to_host(self.host, job, kind, new) else 0
         row = self._memories[kind][1]
-        self._take(kind, new, [row])
+        if not self._take_for(job, kind, new, [row]):
+            return 0
         # else others may have written to it meanwhile
         return int(not new[0].is_there or self._to_disk(new[0].name, row))
 
-    def _to_host(self, host: HostStore, kind: int, items: list[Item]) -> bool:
+    def _to_host(self, host: HostStore, job: Job, kind: int, items: list[Item]) -> bool:
         rows = [host.take(kind) for _ in items]
+        taken = False
         try:
-            self._take(kind, items, rows)
-        except Exception:
-            for row in rows:
+            taken = self._take_for(job, kind, items, rows)
+        finally:
+            for row in () if taken else rows:
                 host.give(kind, row)
-            raise
+        if not taken:
+            return False
         self.num_bytes_out += sum([row.nbytes for row in rows])
         for item, row in zip(items, rows, strict=True):
             if not item.is_there:
                 host.give(kind, row)
                 continue
             host.put(item.name, kind, row)
+            self._tell(HOST, item.name)
             if self.disk is not None:
                 self._spills.append((item.name, item.is_state))
         return True
@@ -227,6 +272,7 @@ class Worker:
         if not self.disk.write(name, row):
             return False
         self.num_bytes_written += row.nbytes
+        self._tell(DISK, name)
         return True
 
     def _spill(self) -> None:
@@ -236,6 +282,13 @@ class Worker:
             row = self.host.get(name, kind)
             if row is not None and name not in self.disk:
                 self._to_disk(name, row)
+
+    def _take_for(self, job: Job, kind: int, items: list[Item], rows: list[Row]) -> bool:
+        """False where the memory is not to be touched any more."""
+        with self._carrying:
+            if not job.given_up:
+                self._take(kind, items, rows)
+            return not job.given_up
 
     def _take(self, kind: int, items: list[Item], rows: list[Row]) -> None:
         """From the memory."""

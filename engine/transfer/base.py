@@ -7,6 +7,7 @@ own and a line in registry.py.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -25,26 +26,31 @@ class TransferError(Exception):
 
 
 class Connector(Protocol):
-    """Called on the loop thread, and never blocks but for `register` and `close`."""
+    """Called on the loop thread, and never blocks for long but for `register` and `close`.
 
-    def register(self, memory: PageMemory) -> None:
-        """From now on this is the memory that others read, and that is read into. Raises StartupError."""
+    Places are int32 arrays, one for each memory: pages of the KV cache, and snapshots of recurrent states where there
+    are any.
+    """
+
+    def register(self, memories: Sequence[PageMemory]) -> None:
+        """From now on these are what others read, and what is read into. Raises StartupError."""
         ...
 
-    def describe(self, pages: Int32Array) -> Json:
-        """What a reader must know to read these pages; they are held until `release`."""
+    def describe(self, places: Sequence[Int32Array]) -> Json:
+        """What a reader must know to read these; they are held until `release`."""
         ...
 
-    def read(self, remote: Json, pages: Int32Array, timeout_s: float) -> Future[int]:
-        """Read what a peer's `describe` says into these pages. The future brings the bytes that were moved, or a
-        TransferError; it ends when nobody writes to the pages any more, which may be later than the timeout.
+    def read(self, remote: Json, places: Sequence[Int32Array], timeout_s: float) -> Future[int]:
+        """Read what a peer's `describe` says into these places. The future brings the bytes that were moved, or a
+        TransferError; it ends when nobody writes to them any more, which may be later than the timeout.
 
         remote: the peer's word. Raises TransferError where it does not fit this memory.
         """
         ...
 
     def release(self, description: Json | None) -> None:
-        """Nobody may read what was described so any more; None: nobody reads anything, and the memory is forgotten."""
+        """Nobody may read what was described so any more; None: nobody reads anything, and the memories are forgotten,
+        which waits for what is being copied."""
         ...
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 One server (P) answers a prompt with one token and keeps its pages under a name that nobody can guess. Another (D) gets
 that name with the prompt, asks P over the side channel for those pages that it does not have itself, reads them by a
-connector, and asks whether they were kept all the while. Whatever goes wrong, D computes the prompt itself, counts it,
-and says why in one line.
+connector, and asks whether they were kept all the while: of groups with a window what the end sees, of a recurrent
+state the snapshot there. Whatever goes wrong, D computes the prompt itself, counts it, and says why in one line.
 """
 
 from __future__ import annotations
@@ -21,21 +21,22 @@ from pathlib import Path
 import numpy as np
 
 from engine.cache.kv_cache import SequencePages
+from engine.cache.radix_tree import Snapshot
 from engine.clock import Clock, Timer
 from engine.config import StartupError, TransferOptions
 from engine.executor.base import Executor
-from engine.forward import Int32Array, Limits
+from engine.forward import Int32Array
 from engine.request import RemotePages
 from engine.scheduling.receiving import Receiving
 from engine.scheduling.sequence import Sequence
 from engine.transfer.base import Connector, Json, TransferError, parse_networks
 from engine.transfer.tally import TransferTally
-from engine.transfer.wire import MAX_MESSAGE, WireError, connect, family_of, pack, read_message
+from engine.transfer.wire import MAX_MESSAGE, Channel, WireError, connect, family_of, pack, read_message
 
 logger = logging.getLogger("oneloop.transfer")
 
 # Of the side channel's words.
-VERSION = 1
+VERSION = 2
 MAX_CONNECTIONS = 256
 MAX_READS_OF_ONE = 64
 # A reader that was given pages has asked for them for a reason; the connection may be silent while it reads.
@@ -45,14 +46,25 @@ _ROOM_POLL_S = 0.01
 
 @dataclass(slots=True)
 class _Kept:
-    """A prompt whose pages wait for a reader. reads: by ticket, what was described; one that ended takes them along."""
+    """A prompt whose pages wait for a reader. ids: in all groups. snapshot: of the recurrent state behind them, pinned
+    where not too many are. settled: what they hold is right, or they were let go. reads: by ticket, what was described;
+    one that ended takes them along."""
 
     sequence: Sequence
     pages: SequencePages
     num_pages: int
+    ids: list[int]
+    snapshot: Snapshot | None
+    is_pinned: bool
     expires_at: float
+    settled: asyncio.Event = field(default_factory=asyncio.Event)
     reads: dict[str, Json] = field(default_factory=dict)
     timer: Timer | None = None
+
+    @property
+    def is_there(self) -> bool:
+        """Not only its pages."""
+        return self.snapshot is None or self.snapshot.is_there
 
 
 class PageExchange:
@@ -110,6 +122,22 @@ class PageExchange:
     def page_size(self) -> int:
         return self._page_size
 
+    def describe(self) -> dict[str, object]:
+        """What a server says of its exchange: who it is, what it keeps, and what it has read."""
+        tally, options = self.tally, self.options
+        return {
+            "kv_connector": options.connector,
+            "kv_role": options.role,
+            "engine_id": self.engine_id,
+            "side_channel_port": self.port or None,
+            "kept_requests": len(self._kept),
+            "kept_pages": len(self._kept_pages),
+            "hit_tokens": tally.hit_tokens,
+            "recomputed_tokens": tally.recomputed_tokens,
+            "failures": dict(tally.failures),
+            "is_paused": self.is_paused,
+        }
+
     async def start(self) -> None:
         """Answer readers."""
         if self._socket is not None and self._server is None:
@@ -151,42 +179,61 @@ class PageExchange:
     def _take_memory(self, directory: Path | None) -> None:
         # First what may fail: the checkpoint may be gone.
         weights = self._weights(directory)
-        memory = self._executor.page_memory()
-        self._connector.register(memory)
-        self._layout = f"{memory.layout} weights {weights}"
+        memory, states = self._executor.page_memory(), self._executor.state_memory()
+        self._connector.register([memory] if states is None else [memory, states])
+        layout = memory.layout if states is None else f"{memory.layout} {states.layout}"
+        self._layout = f"{layout} weights {weights}"
 
     # ---- pages that others read
 
     def keep(self, sequence: Sequence) -> Json | None:
         """Keep the pages of a prompt whose first token is there; what its reader must know, in vLLM's words. None where
         they cannot be kept."""
-        if self.is_paused or sequence.request.adapter is not None:
-            self._not_kept(sequence, "resting" if self.is_paused else "adapter")
+        if self.is_paused:
+            self._not_kept(sequence, "resting")
             return None
-        pages = self._scheduler.keep(sequence)
-        ids = pages.pages[: pages.num_shared]
+        scheduler = self._scheduler
+        pages, num_pages = scheduler.keep(sequence), 0
+        snapshot = next((one for depth, one in scheduler.snapshots_of(pages) if depth == pages.num_shared), None)
+        if snapshot is not None or scheduler.limits.num_snapshots is None:
+            num_pages = pages.num_shared
+        ids = [page for own in pages.lists for page in own[:num_pages] if page]
         if len(self._kept_pages.keys() | set(ids)) > self._most_kept:
             self._scheduler.give_back(pages, sequence, 0)
             self._not_kept(sequence, "room")
             return None
         name = secrets.token_hex(16)
-        if ids:
-            kept = _Kept(sequence, pages, len(ids), self._clock.now() + self.options.keep_timeout_s)
+        if num_pages:
+            is_pinned = snapshot is not None and scheduler.pin(snapshot)
+            expires_at = self._clock.now() + self.options.keep_timeout_s
+            kept = _Kept(sequence, pages, num_pages, ids, snapshot, is_pinned, expires_at)
             self._kept[name] = kept
             self._kept_pages.update(ids)
             self._set_timer(name, kept)
+            if scheduler.is_unordered:
+                scheduler.once_committed(lambda: self._settle(name, kept))
+            else:
+                kept.settled.set()
+            told = pages.pages[:num_pages]
         else:
-            self._scheduler.give_back(pages, sequence, 0)
+            scheduler.give_back(pages, sequence, 0)
+            told = []
         return {
             "do_remote_prefill": True,
             "do_remote_decode": False,
-            "remote_block_ids": list(ids),
+            "remote_block_ids": told,
             "remote_engine_id": self.engine_id,
             "remote_request_id": name,
             "remote_host": self.host,
             "remote_port": self.port,
             "tp_size": 1,
         }
+
+    def _settle(self, name: str, kept: _Kept) -> None:
+        """What was in flight when they were kept has ended: one that failed may have been what was to compute them."""
+        if name in self._kept and not self._scheduler.kv_cache.is_intact(kept.pages):
+            self._let_go(name, "failed")
+        kept.settled.set()
 
     def _not_kept(self, sequence: Sequence, reason: str) -> None:
         self.tally.not_kept[reason] += 1
@@ -207,19 +254,23 @@ class PageExchange:
         kept = self._kept.pop(name, None)
         if kept is None:
             return
+        kept.settled.set()
         if kept.timer is not None:
             kept.timer.cancel()
         for description in kept.reads.values():
             self._connector.release(description)
         self.tally.let_go[reason] += 1
+        request_id = kept.sequence.request.request_id
         if reason == "expired":
-            request_id = kept.sequence.request.request_id
             logger.warning("request %s: nobody has read its %d pages in time", request_id, kept.num_pages)
-        ids = kept.pages.pages[: kept.num_pages]
-        self._kept_pages.subtract(ids)
-        for page in ids:
+        elif reason in ("failed", "lost"):
+            logger.warning("request %s: its pages are not to be had any more (%s)", request_id, reason)
+        self._kept_pages.subtract(kept.ids)
+        for page in kept.ids:
             if not self._kept_pages[page]:
                 del self._kept_pages[page]
+        if kept.is_pinned and kept.snapshot is not None:
+            self._scheduler.unpin(kept.snapshot)
         self._scheduler.give_back(kept.pages, kept.sequence, 0)
         self._wake()
 
@@ -237,23 +288,26 @@ class PageExchange:
                     message = await read_message(reader)
                 if message is None:
                     return
-                try:
-                    answer = self._answer(message, opened)
-                except TransferError as error:
-                    answer = {"error": str(error), "reason": error.reason}
                 async with asyncio.timeout(silence):
+                    try:
+                        answer = await self._answer(message, opened)
+                    except TransferError as error:
+                        answer = {"error": str(error), "reason": error.reason}
                     writer.write(pack(answer))
                     await writer.drain()
         except (WireError, OSError, TimeoutError):
             pass  # the peer will see that nobody is here
         finally:
             self._connections.discard(writer)
-            for ticket, name in opened.items():
-                if (kept := self._kept.get(name)) is not None and ticket in kept.reads:
-                    self._connector.release(kept.reads.pop(ticket))
+            self._hang_up(opened)
             writer.close()
 
-    def _answer(self, message: Json, opened: dict[str, str]) -> Json:
+    def _hang_up(self, opened: dict[str, str]) -> None:
+        for ticket, name in opened.items():
+            if (kept := self._kept.get(name)) is not None and ticket in kept.reads:
+                self._connector.release(kept.reads.pop(ticket))
+
+    async def _answer(self, message: Json, opened: dict[str, str]) -> Json:
         """Raises TransferError for what the peer shall know."""
         if message.get("version") != VERSION:
             raise TransferError("mismatch", f"this side channel has version {VERSION}")
@@ -263,7 +317,8 @@ class PageExchange:
             held = name is not None and name in self._kept and ticket in self._kept[name].reads
             if held:
                 assert name is not None
-                self._let_go(name, "read")
+                held = self._kept[name].is_there
+                self._let_go(name, "read" if held else "lost")
             return {"held": held}
         if message.get("op") != "open":
             raise TransferError("mismatch", "open and close are what can be asked for")
@@ -273,23 +328,47 @@ class PageExchange:
             raise TransferError("mismatch", "its model, weights, dtype, page size or layout are others")
         asked = message.get("request_id")
         kept = self._kept.get(asked) if isinstance(asked, str) else None
+        if kept is not None and isinstance(asked, str):
+            await kept.settled.wait()
+            if asked in self._kept and not kept.is_there:
+                self._let_go(asked, "lost")
+            kept = self._kept.get(asked)
         if kept is None or not isinstance(asked, str):
             raise TransferError("expired", "nothing is kept for this request (any more)")
         first, count = message.get("first"), message.get("count")
         if type(first) is not int or type(count) is not int or first < 0 or count < 1:
             raise TransferError("mismatch", "first and count say which pages are wanted")
-        if first + count > kept.num_pages:
+        if first + count > kept.num_pages or (self._comes_whole and first + count < kept.num_pages):
             raise TransferError("mismatch", f"{kept.num_pages} pages are kept")
+        if message.get("adapter") != _adapter_of(kept.sequence):
+            raise TransferError("adapter", "they were computed with another adapter, or with one, or without")
         tokens = kept.sequence.request.prompt_token_ids
         if message.get("digest") != _digest(tokens, (first + count) * self._page_size):
             raise TransferError("mismatch", "it was another prompt")
         if len(kept.reads) >= MAX_READS_OF_ONE:
             raise TransferError("room", "too many read it")
         ticket = secrets.token_hex(16)
-        description = self._connector.describe(np.array(kept.pages.pages[first : first + count], np.int32))
+        snapshot = 0 if kept.snapshot is None else kept.snapshot.id
+        description = self._connector.describe(self._places(kept.pages, first, first + count, snapshot))
         kept.reads[ticket] = description
         opened[ticket] = asked
         return {"ticket": ticket, "pages": description}
+
+    @property
+    def _comes_whole(self) -> bool:
+        """What is kept serves at its end alone."""
+        return self._scheduler.is_unordered
+
+    def _places(self, pages: SequencePages, first: int, end: int, snapshot: int) -> list[Int32Array]:
+        """What who has `first` pages lacks to go on behind `end` of them: pages group by group, and the snapshot."""
+        limits, size = self._scheduler.limits, self._page_size
+        begins = [max(first, group.behind(end * size, size)) for group in limits.groups]
+        ids = [page for own, begin in zip(pages.lists, begins, strict=True) for page in own[begin:end]]
+        assert all(ids), "a page is wanted that was given back"
+        places: list[Int32Array] = [np.array(ids, np.int32)]
+        if limits.num_snapshots is not None:
+            places.append(np.array([snapshot], np.int32))
+        return places
 
     # ---- pages of others
 
@@ -343,12 +422,15 @@ class PageExchange:
         """Raises TransferError; what is in the cache then is as right as it was."""
         request, page_size = sequence.request, self._page_size
         end = (sequence.num_prompt_tokens - 1) // page_size
-        if not end or source.num_pages == 0 or request.sampling.prompt_logprobs is not None:
+        if not end or request.sampling.prompt_logprobs is not None:
             return  # each of its tokens is computed here anyway
         if self.is_paused:
             raise TransferError("resting", "this server rests")
-        if request.adapter is not None:
-            raise TransferError("adapter", "pages of an adapter are not carried")
+        if source.num_pages is not None and source.num_pages < end:
+            end = source.num_pages
+            if not end:
+                self._comes_short(sequence, 0)
+                return
         host, port, engine_id, name = source.host, source.port, source.engine_id, source.request_id
         if host is None or port is None or engine_id is None or name is None:
             raise TransferError("missing", "kv_transfer_params do not say where they are")
@@ -358,7 +440,7 @@ class PageExchange:
             async with asyncio.timeout(self.options.receive_timeout_s):
                 async with self._room:
                     # Whatever ends may make room.
-                    while (pages := self._scheduler.receive(sequence)) is None:  # noqa: ASYNC110
+                    while (pages := self._scheduler.receive(sequence, end)) is None:  # noqa: ASYNC110
                         await asyncio.sleep(_ROOM_POLL_S)
         except TimeoutError:
             raise TransferError("room", "too few pages were free") from None
@@ -368,9 +450,9 @@ class PageExchange:
         try:
             if first >= end:
                 return
-            left = ends_at - self._clock.now()
-            async with asyncio.timeout(left):
-                channel = await connect(host, port, self._networks)
+            committed = self._committed()
+            async with asyncio.timeout(ends_at - self._clock.now()):
+                channel = await self._connect(host, port)
                 opened = await channel.ask(
                     {
                         "op": "open",
@@ -381,13 +463,15 @@ class PageExchange:
                         "first": first,
                         "count": end - first,
                         "digest": _digest(request.prompt_token_ids, end * page_size),
+                        "adapter": _adapter_of(sequence),
                     }
                 )
+                await committed
             remote, ticket = opened.get("pages"), opened.get("ticket")
             if not isinstance(remote, dict) or not isinstance(ticket, str):
                 raise TransferError("mismatch", "the peer does not describe its pages")
             started, left = self._clock.now(), ends_at - self._clock.now()
-            own: Int32Array = np.array(pages.pages[first:end], np.int32)
+            own = self._places(pages, first, end, 0 if pages.kept is None else pages.kept[0])
             future = asyncio.wrap_future(self._connector.read(remote, own, max(left, 0.0)))
             await asyncio.wait({future}, timeout=left + _GRACE_S)
             if not future.done():
@@ -398,6 +482,7 @@ class PageExchange:
             if closed.get("held") is not True:
                 raise TransferError("expired", "it gave its pages away while they were read")
             num_right = end
+            self._comes_short(sequence, end)
             self.tally.transferred(num_bytes, (end - first) * page_size, self._clock.now() - started)
         except TimeoutError:
             raise TransferError("timeout", "the peer did not answer in time") from None
@@ -412,6 +497,34 @@ class PageExchange:
             if not lent_on:
                 self._scheduler.give_back(pages, sequence, num_right * page_size)
 
+    async def _connect(self, host: str, port: int) -> Channel:
+        return await connect(host, port, self._networks)
+
+    def _committed(self) -> asyncio.Future[None]:
+        """When what is in flight now has ended, where that may yet touch what is lent."""
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+        def then() -> None:
+            if not future.done():
+                future.set_result(None)
+
+        if self._scheduler.is_unordered:
+            self._scheduler.once_committed(then)
+        else:
+            then()
+        return future
+
+    def _comes_short(self, sequence: Sequence, num_pages: int) -> None:
+        """The other server says that it keeps less than all: the rest is computed here."""
+        size, request = self._page_size, sequence.request
+        known = self._scheduler.kv_cache.match_length(sequence.matchable_ids, request.cache_root)
+        rest = (sequence.num_prompt_tokens - 1) // size * size - max(known, num_pages * size)
+        if rest > 0:
+            self.tally.recomputed_tokens += rest
+            logger.warning(
+                "request %s: %d tokens of its pages are kept nowhere: computed here", request.request_id, rest
+            )
+
     def _give_back_late(self, future: asyncio.Future[int], pages: SequencePages, sequence: Sequence) -> None:
         self._overdue.discard(future)
         if not future.cancelled():
@@ -420,12 +533,10 @@ class PageExchange:
         self._wake()
 
 
-def check_groups(limits: Limits) -> None:
-    """What a prompt leaves must be in pages, and in all of them. Raises StartupError."""
-    if limits.num_snapshots is not None:
-        raise StartupError("this model has a recurrent state, which is in no page")
-    if any(group.window is not None for group in limits.groups):
-        raise StartupError("this model has layers with a window, whose pages are given back on the way")
+def _adapter_of(sequence: Sequence) -> str | None:
+    """By what is in its files: a version is a number of one process, and a name anybody's."""
+    adapter = sequence.request.adapter
+    return None if adapter is None else adapter.digest
 
 
 def _digest(tokens: list[int], count: int) -> str:

@@ -11,13 +11,14 @@ import base64
 import binascii
 import hashlib
 import importlib
+import itertools
 import logging
 import queue
 import secrets
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,8 @@ class NixlConnector:
     def __init__(self, agent: Any) -> None:
         self._agent = agent
         self._registered: Any = None
-        self._regions: list[tuple[int, int, int]] = []
+        # Of each memory.
+        self._regions: list[list[tuple[int, int, int]]] = []
         self._metadata = ""
         # Of peers, by a hash of their metadata: the least recently used goes.
         self._agents: OrderedDict[bytes, str] = OrderedDict()
@@ -84,23 +86,27 @@ class NixlConnector:
         self._thread.start()
         self._closed = False
 
-    def register(self, memory: PageMemory) -> None:
+    def register(self, memories: Sequence[PageMemory]) -> None:
         """See Connector."""
 
         def run() -> None:
-            self._regions = memory.regions()
-            whole = [(address, size * pages, 0, "") for address, size, pages in self._regions]
+            self._regions = [memory.regions() for memory in memories]
+            regions = itertools.chain.from_iterable(self._regions)
+            whole = [(address, size * pages, 0, "") for address, size, pages in regions]
             self._registered = self._agent.register_memory(whole, _MEMORY)
             self._metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
 
         try:
             self._on_thread(run)
+        except StartupError as error:
+            raise StartupError(f"--kv-transfer-config: NixlConnector: {error}") from None
         except Exception as error:
             raise StartupError(f"--kv-transfer-config: NIXL cannot have the KV memory ({error})") from None
 
-    def describe(self, pages: Int32Array) -> Json:
+    def describe(self, places: Sequence[Int32Array]) -> Json:
         """See Connector."""
-        return {"agent": self._metadata, "regions": [list(region) for region in self._regions], "pages": pages.tolist()}
+        regions = [[list(region) for region in of_one] for of_one in self._regions]
+        return {"agent": self._metadata, "regions": regions, "places": [one.tolist() for one in places]}
 
     def release(self, description: Json | None) -> None:
         """See Connector. Of single pages nothing is to be done: a reader asks whether they were held."""
@@ -113,18 +119,20 @@ class NixlConnector:
 
         self._on_thread(run)
 
-    def read(self, remote: Json, pages: Int32Array, timeout_s: float) -> Future[int]:
+    def read(self, remote: Json, places: Sequence[Int32Array], timeout_s: float) -> Future[int]:
         """See Connector."""
         if not self._regions or self._closed:
             raise TransferError("resting", "this server's memory is away")
-        regions = remote.get("regions")
-        good = isinstance(regions, list) and len(regions) == len(self._regions)
-        if not good or not all(map(_is_region, regions or [])):
+        regions, theirs = remote.get("regions"), remote.get("places")
+        count = len(self._regions)
+        if not all(isinstance(one, list) and len(one) == count for one in (regions, theirs)):
             raise TransferError("mismatch", "the peer's memory has other parts")
-        assert isinstance(regions, list)
-        if [region[1] for region in regions] != [size for _, size, _ in self._regions]:
-            raise TransferError("mismatch", "the peer's pages have other sizes")
-        theirs = np.array(ids_of(remote.get("pages"), len(pages), min(region[2] for region in regions) - 1), np.uint64)
+        assert isinstance(regions, list) and isinstance(theirs, list)
+        pieces, num_bytes = [], 0
+        for own, of_one, ids, mine in zip(self._regions, regions, theirs, places, strict=True):
+            some, size = _pieces(own, mine, of_one, ids)
+            pieces += some
+            num_bytes += size
         given = remote.get("agent")
         try:
             metadata = base64.b64decode(given, validate=True) if isinstance(given, str) else b""
@@ -132,15 +140,7 @@ class NixlConnector:
             metadata = b""
         if not 0 < len(metadata) <= MAX_METADATA:
             raise TransferError("mismatch", "the peer does not say how it is reached")
-        page_bytes = sum([size for _, size, _ in self._regions])
-        at_once = max(1, PIECE_BYTES // page_bytes)
-        own = pages.astype(np.uint64)
-        pieces = []
-        for start in range(0, len(pages), at_once):
-            some = slice(start, start + at_once)
-            mine = _descriptors([(address, size) for address, size, _ in self._regions], own[some])
-            pieces.append((mine, _descriptors([(address, size) for address, size, _ in regions], theirs[some])))
-        read = _Read(metadata, pieces, len(pages) * page_bytes, time.monotonic() + timeout_s, Future())
+        read = _Read(metadata, pieces, num_bytes, time.monotonic() + timeout_s, Future())
         self._inbox.put(read)
         return read.future
 
@@ -255,6 +255,29 @@ class NixlConnector:
                 self._agent.remove_remote_agent(name)
             except Exception as error:
                 logger.debug("NIXL keeps the agent %s: %s", name, error)
+
+
+def _pieces(
+    regions: list[tuple[int, int, int]], places: Int32Array, others: Any, ids: Any
+) -> tuple[list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]], int]:
+    """(local, remote) descriptors of what is read from a peer's memory into places of one of these regions; and bytes.
+
+    others, ids: the peer's word. Raises TransferError.
+    """
+    good = isinstance(others, list) and len(others) == len(regions)
+    if not good or not all(map(_is_region, others or [])):
+        raise TransferError("mismatch", "the peer's memory has other parts")
+    if [region[1] for region in others] != [size for _, size, _ in regions]:
+        raise TransferError("mismatch", "the peer's pages have other sizes")
+    theirs = np.array(ids_of(ids, len(places), min(region[2] for region in others) - 1), np.uint64)
+    own, page_bytes = places.astype(np.uint64), sum([size for _, size, _ in regions])
+    at_once = max(1, PIECE_BYTES // page_bytes)
+    pieces = []
+    for start in range(0, len(places), at_once):
+        some = slice(start, start + at_once)
+        mine = _descriptors([(address, size) for address, size, _ in regions], own[some])
+        pieces.append((mine, _descriptors([(address, size) for address, size, _ in others], theirs[some])))
+    return pieces, len(places) * page_bytes
 
 
 def _is_region(value: Any) -> bool:

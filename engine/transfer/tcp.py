@@ -1,7 +1,7 @@
 """TcpConnector: pages over plain TCP connections, for servers without NIXL. Works wherever the pages lie.
 
-Blocking sockets in threads beside the loop. A reader sends the ticket that it was given and the bytes that it expects
-of a page; then the pages come, one after the other.
+Blocking sockets in threads beside the loop. A reader sends the ticket that it was given and the bytes that it expects;
+then the pages come, one after the other, and the states after them.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
+import numpy.typing as npt
 
 from engine.config import StartupError, TransferOptions
-from engine.executor.base import PageMemory
+from engine.executor.base import DeviceMemory, PageMemory
 from engine.forward import Int32Array
 from engine.transfer.base import Json, TransferError, parse_networks
 from engine.transfer.wire import Network, family_of, is_allowed
@@ -28,8 +30,9 @@ MAX_READERS = 32
 MAX_READS = 4
 _TICKET_BYTES = 32
 _HELLO = struct.Struct(f">4s{_TICKET_BYTES}sQ")
-_MAGIC = b"1LKV"
+_MAGIC = b"2LKV"
 _IDLE_S = 10.0
+Row = npt.NDArray[np.uint8]
 
 
 def make(options: TransferOptions) -> TcpConnector:
@@ -46,45 +49,50 @@ class TcpConnector:
         except OSError as error:
             raise StartupError(f"--kv-transfer-config: {host}:{port}: {error.strerror or error}") from None
         self._networks = networks
-        self._memory: PageMemory | None = None
-        # By ticket: pages that may be read, until they are released.
-        self._offers: dict[bytes, Int32Array] = {}
+        self._memories: Sequence[PageMemory] = ()
+        # By ticket: what may be read, until it is released.
+        self._offers: dict[bytes, list[Int32Array]] = {}
+        self._untouched = threading.Condition()
+        self._num_touching = 0
         self._places = threading.BoundedSemaphore(MAX_READERS)
         self._closed = False
         self._reads = ThreadPoolExecutor(MAX_READS, "kv-read")
         self._thread = threading.Thread(target=self._listen, name="kv-listen", daemon=True)
         self._thread.start()
 
-    def register(self, memory: PageMemory) -> None:
+    def register(self, memories: Sequence[PageMemory]) -> None:
         """See Connector."""
-        self._memory = memory
+        self._memories = tuple(memories)
 
-    def describe(self, pages: Int32Array) -> Json:
+    def describe(self, places: Sequence[Int32Array]) -> Json:
         """See Connector."""
-        assert self._memory is not None
+        assert self._memories
         ticket = secrets.token_bytes(_TICKET_BYTES)
-        self._offers[ticket] = pages.copy()
+        self._offers[ticket] = [one.copy() for one in places]
         host, port = self._listener.getsockname()[:2]
         return {
             "host": host,
             "port": port,
             "ticket": ticket.hex(),
-            "count": len(pages),
-            "page_bytes": self._memory.page_bytes,
+            "counts": list(map(len, places)),
+            "page_bytes": [memory.page_bytes for memory in self._memories],
         }
 
     def release(self, description: Json | None) -> None:
         """See Connector."""
         if description is None:
             self._offers.clear()
-            self._memory = None
+            self._memories = ()
+            with self._untouched:
+                # Of what is being copied just now.
+                self._untouched.wait_for(lambda: not self._num_touching)
         else:
             self._offers.pop(bytes.fromhex(description["ticket"]), None)
 
-    def read(self, remote: Json, pages: Int32Array, timeout_s: float) -> Future[int]:
+    def read(self, remote: Json, places: Sequence[Int32Array], timeout_s: float) -> Future[int]:
         """See Connector."""
-        memory = self._memory
-        if memory is None or self._closed:
+        memories = self._memories
+        if not memories or self._closed:
             raise TransferError("resting", "this server's memory is away")
         host, port, ticket = remote.get("host"), remote.get("port"), remote.get("ticket")
         try:
@@ -95,10 +103,12 @@ class TcpConnector:
             raise TransferError("mismatch", "the peer does not say where its pages are")
         if not is_allowed(host, self._networks):
             raise TransferError("peer", "its address is in none of the networks of kv_connector_extra_config.peers")
-        if remote.get("count") != len(pages) or remote.get("page_bytes") != memory.page_bytes:
-            raise TransferError("mismatch", f"the peer's pages are not the {len(pages)} that were asked for")
+        sizes = [memory.page_bytes for memory in memories]
+        if remote.get("counts") != list(map(len, places)) or remote.get("page_bytes") != sizes:
+            raise TransferError("mismatch", f"the peer's pages are not the {len(places[0])} that were asked for")
         ends_at = time.monotonic() + timeout_s
-        return self._reads.submit(self._read, (host, port), key, memory, pages.copy(), ends_at)
+        parts = [(memory, one.copy()) for memory, one in zip(memories, places, strict=True)]
+        return self._reads.submit(self._read, (host, port), key, parts, ends_at)
 
     def close(self) -> None:
         """See Connector."""
@@ -112,15 +122,27 @@ class TcpConnector:
 
     # ---- threads
 
-    def _read(self, address: tuple[str, int], key: bytes, memory: PageMemory, pages: Int32Array, ends_at: float) -> int:
-        at_once = max(1, CHUNK_BYTES // memory.page_bytes)
-        buffer = np.empty((min(at_once, len(pages)), memory.page_bytes), np.uint8)
+    @contextlib.contextmanager
+    def _touching(self) -> Iterator[None]:
+        """The memory stays where it is meanwhile."""
+        with self._untouched:
+            self._num_touching += 1
+        try:
+            yield
+        finally:
+            with self._untouched:
+                self._num_touching -= 1
+                self._untouched.notify_all()
+
+    def _read(
+        self, address: tuple[str, int], key: bytes, parts: Sequence[tuple[PageMemory, Int32Array]], ends_at: float
+    ) -> int:
+        total = _num_bytes(parts)
         try:
             with socket.create_connection(address, _left(ends_at)) as peer:
-                peer.sendall(_HELLO.pack(_MAGIC, key, memory.page_bytes))
-                for start in range(0, len(pages), at_once):
-                    some = pages[start : start + at_once]
-                    into = buffer[: len(some)].reshape(-1).data
+                peer.sendall(_HELLO.pack(_MAGIC, key, total))
+                for memory, some, buffer in _chunks(parts):
+                    into = buffer.reshape(-1).data
                     done = 0
                     while done < len(into):
                         if self._closed:
@@ -133,10 +155,10 @@ class TcpConnector:
                         if not count:
                             raise TransferError("transfer", "the peer hung up amid its pages")
                         done += count
-                    memory.copy_in(some, buffer[: len(some)])
+                    memory.copy_in(some, buffer)
         except OSError as error:
             raise TransferError("transfer", f"its pages did not come ({error.strerror or error})") from None
-        return len(pages) * memory.page_bytes
+        return total
 
     def _listen(self) -> None:
         while not self._closed:
@@ -161,21 +183,38 @@ class TcpConnector:
                     if not more:
                         return
                     hello += more
-                magic, key, page_bytes = _HELLO.unpack(hello)
-                pages, memory = self._offers.get(key), self._memory
-                if magic != _MAGIC or pages is None or memory is None or page_bytes != memory.page_bytes:
+                magic, key, total = _HELLO.unpack(hello)
+                places, memories = self._offers.get(key), self._memories
+                if magic != _MAGIC or places is None or not memories:
                     return
-                at_once = max(1, CHUNK_BYTES // page_bytes)
-                buffer = np.empty((min(at_once, len(pages)), page_bytes), np.uint8)
-                for start in range(0, len(pages), at_once):
-                    some = pages[start : start + at_once]
-                    # What was released is somebody else's by now.
-                    if key not in self._offers or self._memory is not memory:
-                        return
-                    memory.copy_out(some, buffer[: len(some)])
-                    peer.sendall(buffer[: len(some)].reshape(-1).data)
+                parts = list(zip(memories, places, strict=True))
+                if total != _num_bytes(parts):
+                    return
+                for memory, some, buffer in _chunks(parts):
+                    with self._touching():
+                        # What was released is somebody else's by now.
+                        if key not in self._offers or self._memories is not memories:
+                            return
+                        memory.copy_out(some, buffer)
+                    peer.sendall(buffer.reshape(-1).data)
         finally:
             self._places.release()
+
+
+def _num_bytes(parts: Sequence[tuple[PageMemory, Int32Array]]) -> int:
+    return sum([len(places) * memory.page_bytes for memory, places in parts])
+
+
+def _chunks(parts: Sequence[tuple[PageMemory, Int32Array]]) -> Iterator[tuple[PageMemory, Int32Array, Row]]:
+    """What is sent at a time: of which memory, which places, and room for their bytes, uint8 [places, page_bytes]."""
+    for memory, places in parts:
+        at_once = max(1, CHUNK_BYTES // memory.page_bytes)
+        if isinstance(memory, DeviceMemory):
+            at_once = memory.rows_at_once
+        buffer = np.empty((min(at_once, len(places)), memory.page_bytes), np.uint8)
+        for start in range(0, len(places), at_once):
+            some = places[start : start + at_once]
+            yield memory, some, buffer[: len(some)]
 
 
 def _left(ends_at: float) -> float:

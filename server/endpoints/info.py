@@ -42,6 +42,9 @@ async def server_info(request: web.Request) -> web.Response:
     model = {"model": state.model.names[0], "max_model_len": state.model.max_model_len}
     if state.kv_events is not None:
         live["kv_events"] = state.kv_events.announced()
+    engine = state.engine
+    live |= {"kv_tiers": engine.tier.describe()} if engine.tier is not None else {}
+    live |= {"kv_transfer": engine.transfer.describe()} if engine.transfer is not None else {}
     if request.query.get("config_format") == "json":
         live["vllm_config"] = _vllm_config(state, backend(request.app))
     return json_response({"version": version()} | model | state.model.server_info | live)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from aiohttp import web
 
 from engine.config import StartupError
 from engine.forward import PARTS
 from engine.resting import PAUSE_MODES
+from server.directories import take_directory
 from server.endpoints.rollouts import UPDATES
 from server.protocol.body import invalid, read_body
 from server.protocol.errors import ApiError, json_response, without_paths
@@ -16,8 +15,14 @@ from server.state import STATE
 
 
 async def pause(request: web.Request) -> web.Response:
-    """`?mode=abort|wait|keep`: see Resting.pause. Requests that come meanwhile wait for /resume."""
-    await request.app[STATE].engine.pause(_read_mode(request))
+    """`?mode=abort|wait|keep`: see Resting.pause. Requests that come meanwhile wait for /resume. clear_cache=true: what
+    is cached is forgotten; whom the pause holds is computed again."""
+    mode, clear = _read_mode(request), request.query.get("clear_cache", "false").lower()
+    if clear not in ("true", "false"):
+        raise invalid("clear_cache", "must be true or false")
+    await request.app[STATE].engine.pause(mode)
+    if clear == "true" and not request.app[STATE].engine.forget_held():
+        raise ApiError(409, "The engine is paused, but pages are being carried: the cache is not cleared.")
     return json_response({"status": "paused"})
 
 
@@ -79,30 +84,8 @@ async def update_weights(request: web.Request) -> web.Response:
     # Whom a pause holds goes on with them.
     mode = "abort" if body.boolean("abort_all_requests", False) else "keep" if engine.is_paused else "wait"
     version = body.string("weight_version", None, most=128)
-    directory = _within(path, request.app[STATE].options.weights_root)
-    try:
-        await engine.load_weights(directory, mode=mode, version=version)
-    except StartupError as error:
-        raise ApiError(400, f"The weights were not taken: {without_paths(str(error))}", param="model_path") from None
-    except OSError as error:  # a name that is too long, a directory that may not be looked into
-        raise ApiError(400, f"The weights were not taken: {error.strerror}.", param="model_path") from None
+    await take_directory(request, path, "model_path", mode, version)
     return json_response({"success": True, "message": "The new weights serve.", "num_paused_requests": 0})
-
-
-def _within(path: str, root: str | None) -> Path:
-    """A client's path as a directory under --weights-root. Raises the 403 for any other; links do not lead out."""
-    if root is None:
-        raise ApiError(403, "This server takes no other weights: it was started without --weights-root.")
-    if "\0" in path:
-        raise invalid("model_path", "must be a directory on the server's machine")
-    try:
-        top = Path(root).resolve(strict=True)
-        directory = (top / path).resolve()
-    except (OSError, RuntimeError):  # a name that is too long, links in a circle
-        raise invalid("model_path", "must be a directory under --weights-root") from None
-    if not directory.is_relative_to(top):
-        raise ApiError(403, "`model_path` must be a directory under --weights-root.", param="model_path")
-    return directory
 
 
 def _read_mode(request: web.Request) -> str:

@@ -17,6 +17,7 @@ from aiohttp import web
 from engine.config import StartupError
 from engine.forward import PARTS
 from engine.updates import DTYPES, ITEM_BYTES, WeightUpdates, checksums, connect
+from server.directories import take_directory
 from server.protocol.body import Body, invalid, read_body
 from server.protocol.errors import ApiError, json_response, without_paths
 from server.state import STATE
@@ -219,8 +220,19 @@ async def start_update(request: web.Request) -> web.Response:
 
 
 async def update_weights(request: web.Request) -> web.Response:
-    body = (await read_body(request)).inner("update_info")
+    """vLLM's piece of an update; or prime-rl's `weight_dir`, a whole one, where whom a pause holds goes on."""
+    whole = await read_body(request)
     updates = request.app[UPDATES]
+    if (path := whole.string("weight_dir", None, most=4096)) is not None:
+        if whole.raw("update_info") is not None:
+            raise invalid("weight_dir", "is an update by itself, without `update_info`")
+        if updates.is_begun:
+            raise ApiError(409, "An update of pieces is in progress; /finish_weight_update ends it.")
+        version = whole.string("weight_version", None, most=128)
+        mode = "keep" if request.app[STATE].engine.is_paused else "wait"
+        await take_directory(request, path, "weight_dir", mode, version)
+        return json_response({"message": "The new weights serve."})
+    body = whole.inner("update_info")
     if not updates.is_begun:
         raise ApiError(409, "No update is in progress; /start_weight_update begins one.")
     packed = body.boolean("update_info.packed", updates.packed_bytes is not None)

@@ -63,7 +63,12 @@ PATHS: Json = {
     "/reset_prefix_cache": get(_FLUSH, "Done") | post(_FLUSH, None, "Done"),
     "/abort_request": _ABORT,
     "/abort_requests": _ABORT,
-    "/pause": post("Compute nothing until /resume.", None, gives({"status": constant("paused")}), query=_MODE),
+    "/pause": post(
+        "Compute nothing until /resume.",
+        None,
+        gives({"status": constant("paused")}),
+        query={**_MODE, "clear_cache": constant("true", "false")},
+    ),
     "/resume": post("Go on.", None, gives({"status": constant("resumed")})),
     "/is_paused": get("Whether it is.", gives({"is_paused": boolean()})),
     "/sleep": post(

@@ -71,7 +71,12 @@ SCHEMAS: Json = {
         }
     ),
     "UpdateRequest": takes(
-        {"update_info": takes({"names": _NAMES, "dtype_names": _DTYPES, "shapes": _SHAPES}, {"packed": boolean()})}
+        {},
+        {
+            "update_info": takes({"names": _NAMES, "dtype_names": _DTYPES, "shapes": _SHAPES}, {"packed": boolean()}),
+            "weight_dir": string(about="In place of pieces: a directory under --weights-root, as prime-rl names it."),
+            "weight_version": _VERSION,
+        },
     ),
     "FinishRequest": takes({}, {"weight_version": _VERSION}),
 }
@@ -144,7 +149,7 @@ PATHS: Json = {
     "/shutdown_weight_transfer_engine": post("Leave it.", None, _TOLD),
     "/start_weight_update": post("Weights will come; the old ones serve on.", None, _TOLD),
     "/update_weights": post(
-        "Take tensors over the group.",
+        "Take tensors over the group, or a directory's.",
         "UpdateRequest",
         _TOLD,
         examples=({"update_info": {"names": ["model.norm.weight"], "dtype_names": ["bfloat16"], "shapes": [[64]]}},),

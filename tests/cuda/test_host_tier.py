@@ -28,6 +28,7 @@ from engine.tiers.worker import Job, Worker
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.ordered_device import OrderedDevice
 from tests.cuda.support import GROUPED, HYBRID, SMALL, expected_tokens, make_executor, tiny_model
+from tests.tiers.test_events import subscribe
 
 # Of pages, in host memory.
 ROOM = 120
@@ -306,3 +307,18 @@ def test_layouts_tell_models_apart() -> None:
         layouts.add(memory.layout)
         executor.close()
     assert len(layouts) == 2
+
+
+async def test_what_is_in_host_memory_is_told_of() -> None:
+    """By vLLM's name for it; and what leaves it."""
+    executor = executor_of("full", FakeDevice(7))
+    async with running(executor, room=14) as engine:
+        subscriber = subscribe(engine)
+        told = []
+        for prompt in prompts(7, 9):
+            await answers(engine, [ask(len(told), prompt)], 1)
+            assert engine.tier is not None and engine.tier.worker.host is not None
+            told.append(set(subscriber.held["CPU"]))
+            assert len(told[-1]) == engine.tier.worker.host.num_rows
+        assert engine.tier.worker.host.num_evicted and not set.intersection(*told[3:]) and told[0]
+        assert told[0] <= subscriber.tokens.keys(), "hashes are those of the device's pages"

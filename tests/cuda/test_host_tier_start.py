@@ -41,8 +41,7 @@ def start(
         _add_carriers(engine, directory, model.config, 64, report)
         return "\n".join(f"{name}: {value}" for name, value in report.rows)
     finally:
-        if engine.tier is not None:
-            engine.tier.close()
+        engine._end_carriers()
         executor.close()
 
 
@@ -77,8 +76,14 @@ def test_no_page_locked_memory(tmp_path: Path) -> None:
 
 
 def test_servers_that_exchange_pages(tmp_path: Path) -> None:
-    with pytest.raises(StartupError, match=r"^--kv-transfer-config: pages go to and from other servers in host memory"):
-        start(tmp_path, 10**6, transfer=TransferOptions(connector="TcpConnector"))
+    rows = start(tmp_path, 10**6, transfer=TransferOptions(connector="TcpConnector"))
+    assert "transfer: TcpConnector: keeps pages and reads them, asked at 127.0.0.1:" in rows and "host tier: " in rows
+
+
+def test_servers_that_exchange_states_without_snapshots(tmp_path: Path) -> None:
+    with pytest.raises(StartupError, match=r"^--kv-transfer-config: there is no room for a snapshot"):
+        limits = dataclasses.replace(SMALL, num_snapshots=0)
+        start(tmp_path, 0, limits=limits, transfer=TransferOptions(connector="TcpConnector"))
 
 
 def test_without_a_prefix_cache(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from engine.config import (
     ServerOptions,
     SpeculationOptions,
     StreamOptions,
+    TierOptions,
     TransferOptions,
 )
 from engine.engine import Engine
@@ -208,6 +209,7 @@ async def live(
     words: Tokenizer | None = None,
     lora: LoraOptions | None = None,
     transfer: TransferOptions | None = None,
+    tiers: TierOptions | None = None,
     speculation: SpeculationOptions | None = None,
     weights: Callable[[Path | None], str] = str,
     **options: Any,
@@ -232,6 +234,7 @@ async def live(
         server=server_options,
         lora=lora or LoraOptions(),
         transfer=transfer or TransferOptions(),
+        tiers=tiers or TierOptions(),
         speculation=speculation or SpeculationOptions(),
     )
     eos = tokenizer().eos_token_ids
@@ -245,6 +248,8 @@ async def live(
         engine_.adapters.load_modules()
     if transfer is not None:
         engine_.enable_transfer(make_connector(transfer), weights)
+    if tiers is not None:
+        engine_.enable_tier(weights)
     loop = asyncio.get_running_loop()
     bound: asyncio.Future[int] = loop.create_future()
     stop = asyncio.Event()

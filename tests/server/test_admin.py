@@ -443,6 +443,44 @@ async def test_waking_up_by_parts(server: Live) -> None:
             assert check_shape(*await server.post(path, {"tags": tags}), expected=400)["param"] == "tags"
 
 
+async def test_weights_from_a_directory_as_prime_rl_names_it(server: Live, tmp_path: Path) -> None:
+    """Between /pause?mode=keep and /resume: who is held goes on with them, and is told which token came from which."""
+    body = {"prompt": [5, 6, 7], "max_tokens": 200, "ignore_eos": True, "return_token_ids": True}
+    running = asyncio.create_task(server.post("/v1/completions", body))
+    await until(lambda: server.engine.scheduler.num_running == 1)
+    async with server.http.post(server.url + "/pause?mode=keep&clear_cache=false") as response:
+        assert response.status == 200
+    assert (await server.post("/update_weights", {"weight_dir": str(tmp_path)}))[0] == 200
+    assert server.device.weights == tmp_path and server.num_requests() == 1
+    for bad, status in (
+        ({"weight_dir": 5}, 400),
+        ({"weight_dir": "a\0b"}, 400),
+        ({"weight_dir": str(tmp_path / "missing")}, 400),
+        ({"weight_dir": str(tmp_path), "update_info": {"names": []}}, 400),
+        ({"weight_dir": None}, 409),
+    ):
+        error = check_shape(*await server.post("/update_weights", bad), expected=status)
+        assert status == 409 or error["param"] == "weight_dir"
+    async with server.http.post(server.url + "/resume") as response:
+        assert response.status == 200
+    status, answer = await running
+    assert status == 200 and answer["usage"]["completion_tokens"] == 200
+
+
+async def test_a_pause_that_clears_the_cache(server: Live) -> None:
+    prompt = list(range(40, 140))
+    await server.complete(prompt, max_tokens=1)
+    for clear, cached in (("false", 96), ("true", 0)):
+        async with server.http.post(f"{server.url}/pause?mode=keep&clear_cache={clear}") as response:
+            assert response.status == 200
+        async with server.http.post(server.url + "/resume") as response:
+            assert response.status == 200
+        answer = await server.complete(prompt, max_tokens=1)
+        assert answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0) == cached
+    async with server.http.post(server.url + "/pause?clear_cache=7") as response:
+        assert check_shape(response.status, await response.json(), expected=400)["param"] == "clear_cache"
+
+
 async def test_pausing_and_resuming(server: Live) -> None:
     async with server.http.post(server.url + "/pause?mode=wait") as response:
         assert (response.status, await response.json()) == (200, {"status": "paused"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from engine.cache.kv_cache import KVCache, _to_bytes
-from engine.config import StartupError
+from engine.config import StartupError, TierOptions
 from server.kv_events import BlockNames, KVEventOptions, KVEvents, parse
 from tests.server.support import BOUND_S, Live, live
 
@@ -30,12 +31,19 @@ class Index:
     def __init__(self) -> None:
         self.blocks: dict[int, tuple[int | None, tuple[int, ...], str | None]] = {}
         self.cleared = 0
+        self.kept: defaultdict[str, set[int]] = defaultdict(set)  # by medium, beside the device
 
     def apply(self, event: dict[str, Any]) -> None:
         kind = event["type"]
         if kind == "AllBlocksCleared":
             self.blocks.clear()
+            self.kept.clear()
             self.cleared += 1
+        elif event["medium"] != "GPU":
+            assert kind == "BlockRemoved" or event["token_ids"] == [], "the tokens are those of the device's event"
+            kept, names = self.kept[event["medium"]], set(event["block_hashes"])
+            assert names <= kept if kind == "BlockRemoved" else not names & kept
+            kept ^= names
         elif kind == "BlockRemoved":
             for name in event["block_hashes"]:
                 del self.blocks[name]
@@ -203,6 +211,23 @@ async def test_routes_say_where_events_are(tmp_path: Path) -> None:
         async with server.http.get(server.url + "/server_info") as response:
             told = (await response.json())["kv_events"]
         assert told == {"publisher": "zmq", "topic": "kv", "block_size": PAGE, "dp_size": 1}
+
+
+async def test_what_is_on_the_disk_is_told_of(tmp_path: Path) -> None:
+    """Over the wire, beside the device's; and how much it is stands in /server_info."""
+    tiers = TierOptions(tmp_path / "kv", 10**8, 5.0)
+    async with subscribed(tmp_path, tiers=tiers) as (server, subscriber, _):
+        prompt = list(range(10, 10 + 200))
+        await server.complete(prompt, max_tokens=1)
+        while len(subscriber.index.kept["STORAGE"]) < 12:
+            await subscriber.receive()
+        assert subscriber.index.kept["STORAGE"] == subscriber.index.blocks.keys()
+        async with server.http.get(server.url + "/server_info") as response:
+            told = (await response.json())["kv_tiers"]
+        disk = told["disk"]
+        assert disk["files"] == 12 and 0 < disk["bytes"] < disk["max_bytes"] == 10**8 and disk["medium"] == "STORAGE"
+        assert told["queried_tokens"] == 200 and told["hit_tokens"] == 0 and not told["failures"]
+        assert "host" not in told and str(tmp_path) not in str(told)
 
 
 async def test_without_events_there_are_no_sources(server: Live) -> None:

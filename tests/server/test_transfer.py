@@ -264,8 +264,8 @@ async def test_a_name_of_another_prompt_brings_nothing(pair: tuple[Live, Live]) 
         ({"error": "no"}, "peer"),
         ({}, "mismatch"),
         ({"ticket": "t", "pages": {}}, "mismatch"),
-        ({"ticket": "t", "pages": {"host": "127.0.0.1", "port": 1, "ticket": "00" * 32, "count": 9}}, "mismatch"),
-        ({"ticket": "t", "pages": {"host": "9.9.9.9", "port": 1, "ticket": "00" * 32, "count": 6}}, "peer"),
+        ({"ticket": "t", "pages": {"host": "127.0.0.1", "port": 1, "ticket": "00" * 32, "counts": [9]}}, "mismatch"),
+        ({"ticket": "t", "pages": {"host": "9.9.9.9", "port": 1, "ticket": "00" * 32, "counts": [6]}}, "peer"),
         (b"\xff\xff\xff\xff", "peer"),
         (b"\x00\x00\x00\x02no", "peer"),
         (b"\x00\x00\x00\x02[]", "peer"),
@@ -321,7 +321,7 @@ async def test_another_layout_or_version_is_refused(pair: tuple[Live, Live], mon
         "digest": exchange._digest(prompt_of(80), 96),
     }
     for change, reason in (
-        ({"version": 2}, "mismatch"),
+        ({"version": 1}, "mismatch"),
         ({"version": None}, "mismatch"),
         ({"op": "drop"}, "mismatch"),
         ({"op": None}, "mismatch"),
@@ -430,6 +430,20 @@ async def test_sleep_lets_go_and_wakes_up_able(pair: tuple[Live, Live]) -> None:
     hits = exchange_of(decode).tally.hit_tokens
     await decode.complete(prompt_of(98), max_tokens=1, kv_transfer_params=again)
     assert exchange_of(decode).tally.hit_tokens == hits + 96
+
+
+async def test_the_server_says_how_its_exchange_stands(pair: tuple[Live, Live]) -> None:
+    prefill, decode = pair
+    params = await prefilled(prefill, prompt_of(99))
+    async with prefill.http.get(f"{prefill.url}/server_info") as response:
+        told = (await response.json())["kv_transfer"]
+    assert told["kv_connector"] == "TcpConnector" and told["kv_role"] == "kv_both"
+    assert (told["engine_id"], told["side_channel_port"]) == (params["remote_engine_id"], params["remote_port"])
+    assert (told["kept_requests"], told["kept_pages"], told["is_paused"]) == (1, 6, False)
+    await decode.complete(prompt_of(99), max_tokens=1, kv_transfer_params=params)
+    async with prefill.http.get(f"{decode.url}/server_info") as response:
+        told = (await response.json())["kv_transfer"]
+    assert told["hit_tokens"] == exchange_of(decode).tally.hit_tokens > 0 and told["failures"] == failures(decode)
 
 
 MALFORMED = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import time
 
@@ -17,6 +18,7 @@ def main() -> int:
         "--first", type=int, help="first seed of a hunt; by default the time of day, so that each hunt is new"
     )
     arguments = parser.parse_args()
+    logging.disable(logging.WARNING)  # of pages that do not come
     if arguments.seed is not None:
         # No mercy for the traceback here: whoever repeats a run wants all of it.
         print(simulate(arguments.seed, every=1))

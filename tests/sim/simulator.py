@@ -33,6 +33,7 @@ from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.speculation.budgets import DraftBudgets
 from tests.sim.ordering import CheckedPolicy
 from tests.sim.tiers import SimulatedTier
+from tests.sim.transfers import SimulatedTransfer
 from tests.sim.workload import EOS, Arrival, Options, draw_arrivals, draw_options
 
 # Ticks from one look at everything to the next.
@@ -88,6 +89,8 @@ class Report:
     right_drafts: int = 0
     cut_by_grammar: int = 0
     received_tokens: int = 0
+    given_up: int = 0
+    transferred_tokens: int = 0
     finished: int = 0
     answers: dict[str, tuple[tuple[int, ...], str, object]] = field(default_factory=dict)
 
@@ -194,6 +197,8 @@ class Simulator:
         self.scheduler.adapters.max_passed = self.policy.max_passed
         self.newest_adapters: dict[str, Adapter] = {}
         self.arrivals = deque(arrivals)
+        # Those whose prompts are yet with another server.
+        self._early: list[Arrival] = []
         self.clients: dict[Sequence, Client] = {}
         self.open: dict[Sequence, Client] = {}
         self.in_flight: deque[Launched] = deque()
@@ -201,6 +206,8 @@ class Simulator:
         # Who got a token from the step that is being committed.
         self.delivered_now: list[Sequence] = []
         self.tier = SimulatedTier(self, seed) if options.has_tier else None
+        self.transfer = SimulatedTransfer(self, seed) if options.has_transfer else None
+        self._carriers = [one for one in (self.tier, self.transfer) if one is not None]
 
     def _budgets(self, seed: int) -> Any:
         limits = self._limits
@@ -214,12 +221,15 @@ class Simulator:
         for tick in range(self.options.ticks):
             self._arrive(tick)
             self.tick()
-        assert not self.arrivals
+        assert not self.arrivals and not self._early
         self._finish_all()
         self.check_all()
         self.report.finished = len(self.clients)
         if self.tier is not None:
             self.report.received_tokens = self.tier.tier.tally.hit_tokens
+            self.report.given_up = self.tier.tier.tally.failures["stuck"]
+        if self.transfer is not None:
+            self.report.transferred_tokens = self.transfer.exchange.tally.hit_tokens
         if (speculation := self.scheduler.speculation) is not None:
             self.report.drafts, self.report.right_drafts = (
                 speculation.num_draft_tokens,
@@ -240,8 +250,7 @@ class Simulator:
             if not self.open and not self.in_flight:
                 break
             self.tick(leaving=False)
-        while self.tier is not None and self.tier.is_busy:
-            self.tier.turn(hurry=True)
+        while any(carrier.is_busy for carrier in self._carriers):
             self.tick(leaving=False)
         assert not self.open, f"{[client.sequence for client in self.open.values()]} never finished"
         assert not self.in_flight, "a step is in flight with nobody to want it"
@@ -249,6 +258,8 @@ class Simulator:
         assert not scheduler.has_work and scheduler.schedule() is None
         assert scheduler.num_running == 0 and scheduler.num_waiting == 0 and scheduler.is_empty
         assert not scheduler.lent, "somebody has pages yet"
+        assert not scheduler._num_pinned, "a snapshot is pinned"
+        assert not any(snapshot.pins for snapshot in scheduler.kv_cache._tree.snapshots())
         assert not scheduler.live_sequences(), "a slot was not given back"
         available, pages = scheduler.kv_cache.num_available, self.options.num_pages
         assert available == pages, f"{pages - available} pages are neither free nor evictable"
@@ -259,8 +270,8 @@ class Simulator:
         self.clock.advance(0.01)
         if leaving:
             self._leave()
-        if self.tier is not None:
-            self.tier.turn(hurry=not leaving)
+        for carrier in self._carriers:
+            carrier.turn(hurry=not leaving)
         scheduler, depth = self.scheduler, self.options.depth
         before = {}
         if self._has_windows:
@@ -283,8 +294,8 @@ class Simulator:
                 self.masks.provide(batch, self.in_flight[0].handle)
             if leaving:
                 self._leave()
-            if self.tier is not None:
-                self.tier.turn()
+            for carrier in self._carriers:
+                carrier.turn()
         if not self.in_flight:
             # Here the Engine sleeps until something arrives: whoever still waits would wait for ever.
             # Pages that are lent are given back, and wake it.
@@ -311,21 +322,33 @@ class Simulator:
 
     # ---- what happens
 
+    @property
+    def _names_of_open(self) -> set[str]:
+        return {client.name for client in self.open.values()} if self.transfer is not None else set()
+
     def _arrive(self, tick: int) -> None:
+        coming, self._early = self._early, []
         while self.arrivals and self.arrivals[0].tick <= tick:
-            arrival = self.arrivals.popleft()
+            coming.append(self.arrivals.popleft())
+        for arrival in coming:
+            if arrival.waits and arrival.follows in self._names_of_open and tick < self.options.ticks - 1:
+                self._early.append(arrival)
+                continue
+            request, carrier = arrival.request, None
+            if self.transfer is not None and arrival.follows is not None:
+                request, carrier = self.transfer.told(arrival), self.transfer
+            elif self.tier is not None and self.tier.promises(request):
+                carrier = self.tier
             try:
-                receiving = self.tier is not None and self.tier.promises(arrival.request)
-                sequence = self.scheduler.submit(arrival.request, receiving=receiving)
+                sequence = self.scheduler.submit(request, receiving=carrier is not None)
             except RequestError:
                 assert not arrival.accepted, f"{arrival.request.request_id} was refused"
                 continue
             assert arrival.accepted, f"{arrival.request.request_id} can never fit, but was accepted"
             self.clients[sequence] = self.open[sequence] = sequence.listener = Client(arrival, sequence)
             self._reload(arrival.request.adapter)
-            if receiving:
-                assert self.tier is not None
-                self.tier.receive(sequence)
+            if carrier is not None:
+                carrier.receive(sequence)
 
     def _reload(self, adapter: Adapter | None) -> None:
         """What the store does where a name gets other weights."""
@@ -493,6 +516,8 @@ class Simulator:
             assert sequence.finish_reason is arrival.reason
             assert sequence.stop_reason == arrival.stop_reason
             assert client.vector == arrival.vector, f"{client.name}: {client.vector}, the oracle says {arrival.vector}"
+        if self.transfer is not None and not client.ended_early:
+            self.transfer.ended(sequence)
         if sequence.admitted_at is not None:
             cached = sequence.num_cached_tokens
             assert 0 <= cached < sequence.num_prompt_tokens and cached % self.options.page_size == 0
@@ -511,7 +536,7 @@ class Simulator:
 
     def _check_namespaces(self, launched: Launched, failed: bool = False) -> None:
         """No row reads a page that another namespace wrote. (Equal tokens: no oracle would see it.)"""
-        if self.options.namespaces == 1 and not self.options.max_adapters:
+        if self.options.namespaces == 1 and not (self.options.max_adapters or self.options.has_transfer):
             return
         forward, page_size = launched.batch.forward_input, self.options.page_size
         staging = forward.staging
@@ -575,8 +600,8 @@ class Simulator:
                 tokens += sequence.num_tokens
                 assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
         assert receiving == scheduler.num_receiving, f"{receiving} receive, {scheduler.num_receiving} are counted"
-        if self.tier is not None:
-            self.tier.check()
+        for carrier in self._carriers:
+            carrier.check()
         assert tokens == scheduler.num_waiting_tokens, "waiting tokens were counted wrongly"
         assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
 
@@ -604,6 +629,8 @@ def run(seed: int, options: Options, arrivals: List[Arrival], every: int = CHECK
             f"  {options}\n  repeat with: python -m tests.sim --seed {seed}"
         ) from error
     finally:
+        if simulator.transfer is not None:
+            simulator.transfer.close()
         if was_enabled:
             gc.enable()
 

@@ -29,6 +29,8 @@ def test_pages_come_from_a_tier() -> None:
     assert sum([simulate(seed, **TIERED).received_tokens for seed in range(8)]) > 50
     hasty = TIERED | {"tier_timeout_s": 0.02, "abort_rate": 0.1, "fail_rate": 0.05, "vocab_size": 40}
     assert sum([simulate(seed, **hasty).received_tokens for seed in range(8)]) > 5
+    hanging = TIERED | {"tier_timeout_s": 0.02, "tier_eagerness": 0.02, "ticks": 300, "abort_rate": 0.02}
+    assert sum([simulate(seed, **hanging).given_up for seed in range(8)]) > 2
     # States, windows, and both: what comes of them is worth nothing without the rest.
     for changes in ({"num_snapshots": 4}, {"windows": (None, 9, 4), "num_pages": 120}, {"windows": (4,)}):
         both = TIERED | {"ticks": 60} | changes

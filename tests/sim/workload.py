@@ -19,7 +19,7 @@ from engine.executor.fake_memory import mix_int
 from engine.executor.fake_oracle import FakeModel, expected_stream, expected_vector
 from engine.forward import Limits
 from engine.groups import Chunk, MemoryGroup
-from engine.request import Adapter, FinishReason, Pooling, Request, SamplingParams
+from engine.request import Adapter, FinishReason, Pooling, Request, SamplingParams, Transfer
 from engine.scheduling.policy.registry import POLICIES
 
 EOS = 0
@@ -85,6 +85,16 @@ class Options:
     # Of a device whose pages go to host memory first, as many as that (0: there is none), and from there to the tier.
     host_pages: int = 0
     has_disk: bool = True
+    # Of requests whose prompts are computed for another server first, which reads what they leave; how fast, how long
+    # either waits for the other, and of all pages what may be kept for it.
+    transfer_rate: float = 0.0
+    transfer_eagerness: float = 0.5
+    transfer_timeout_s: float = 1.0
+    kept_share: float = 0.5
+
+    @property
+    def has_transfer(self) -> bool:
+        return self.transfer_rate > 0 and self.prefix_caching and self.num_snapshots != 0
 
     @property
     def has_tier(self) -> bool:
@@ -200,6 +210,7 @@ class Arrival:
     stop_after: a stop string "appears" with that many tokens. abort_after: the client leaves then.
     tokens, reason, stop_reason: the whole answer if nothing goes wrong. accepted: else RequestError at submit.
     vector: the answer of a request that asks for one. breaks_at: steps that bring it beyond that index fail.
+    follows: the request whose pages it is told of; waits: it comes when that has ended.
     """
 
     tick: int
@@ -212,6 +223,9 @@ class Arrival:
     abort_after: int | None = None
     vector: tuple[float, ...] | None = None
     breaks_at: int | None = None
+    # The request that computes its prompt for it.
+    follows: str | None = None
+    waits: bool = False
 
 
 def draw_options(seed: int) -> Options:
@@ -219,6 +233,7 @@ def draw_options(seed: int) -> Options:
     adapters = Random(f"adapters {seed}")
     tiers = Random(f"tiers {seed}")
     hosts = Random(f"hosts {seed}")
+    transfers = Random(f"transfers {seed}")
     host_pages = hosts.choice([0, 0, 0, 12, 60])
     page_size = random.choice([1, 2, 3, 4, 4, 8, 16])
     max_num_seqs = random.choice([1, 2, 3, 4, 5, 6, 8, 8])
@@ -282,6 +297,10 @@ def draw_options(seed: int) -> Options:
         tier_timeout_s=tiers.choice([0.02, 1.0, 1.0]),
         host_pages=host_pages,
         has_disk=not host_pages or hosts.random() < 0.6,
+        transfer_rate=transfers.choice([0.0, 0.0, 0.3, 0.8]),
+        transfer_eagerness=transfers.choice([0.2, 0.5, 0.9]),
+        transfer_timeout_s=transfers.choice([0.03, 0.2, 1.0]),
+        kept_share=transfers.choice([0.1, 0.5, 1.0]),
     )
 
 
@@ -363,7 +382,46 @@ def draw_arrivals(seed: int, options: Options) -> list[Arrival]:
                     place = breaks.randrange(len(prompt) + max(1, len(arrival.tokens)))
                     arrival = dataclasses.replace(arrival, breaks_at=place)
             arrivals.append(arrival)
-    return arrivals
+    return _part(seed, options, arrivals) if options.has_transfer else arrivals
+
+
+def _part(seed: int, options: Options, arrivals: list[Arrival]) -> list[Arrival]:
+    """Of some, the prompt comes to another server first, and they come to this one later, in a namespace of theirs."""
+    random = Random(f"apart {seed}")
+    parted: list[Arrival] = []
+    for arrival in arrivals:
+        request = arrival.request
+        if request.pooling is not None or not arrival.accepted or random.random() >= options.transfer_rate:
+            parted.append(arrival)
+            continue
+        constraint = request.constraint.copy() if isinstance(request.constraint, Runs) else None
+        sampling = dataclasses.replace(
+            request.sampling, max_tokens=1, min_tokens=min(1, request.sampling.min_tokens), stop=()
+        )
+        prompt, adapter = request.prompt_token_ids, request.adapter
+        kind = random.random()
+        if kind < 0.05:
+            prompt = [1 + options.alphabet - prompt[0], *prompt[1:]]
+        elif kind < 0.1:
+            adapter = None
+        first = dataclasses.replace(
+            request,
+            request_id=f"p{request.request_id}",
+            prompt_token_ids=prompt,
+            adapter=adapter,
+            sampling=sampling,
+            constraint=constraint,
+            transfer=Transfer(keep=True),
+        )
+        parted.append(_expect(arrival.tick, first, options))
+        later = min(options.ticks - 1, arrival.tick + random.choice([0, 3, 6, 10, 30]))
+        request = dataclasses.replace(request, namespace="apart")
+        parted.append(
+            dataclasses.replace(
+                arrival, tick=later, request=request, follows=first.request_id, waits=random.random() < 0.9
+            )
+        )
+    return sorted(parted, key=lambda arrival: arrival.tick)
 
 
 def _draw_tokens(random: Random, options: Options, length: int) -> list[int]:

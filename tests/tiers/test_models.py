@@ -19,9 +19,7 @@ from engine.config import (
     LoraOptions,
     ModelOptions,
     SchedulerOptions,
-    StartupError,
     TierOptions,
-    TransferOptions,
 )
 from engine.engine import Engine
 from engine.request import Request, SamplingParams
@@ -177,10 +175,3 @@ async def test_adapters(checkpoints: dict[str, Path], tmp_path: Path) -> None:
         for name, expected, num_cached in ((None, cold[0], 0), ("a1", cold[2], 228), ("b", cold[1], 228)):
             found = await ask(engine, prompt, name)
             assert found.same_bits(expected) and found.num_cached == num_cached
-
-
-def test_what_cannot_be_carried_is_said_at_the_start(checkpoints: dict[str, Path], tmp_path: Path) -> None:
-    for name, reason in (("state", "this model has a recurrent state"), ("windows", "this model has layers with a")):
-        transfer = TransferOptions(connector="TcpConnector", role="kv_both")
-        with pytest.raises(StartupError, match=f"^--kv-transfer-config: {reason}[^\n]*$"):
-            build_engine(config_of(checkpoints[name], None, transfer=transfer))

@@ -168,7 +168,8 @@ async def test_a_damaged_page_ends_what_is_read(tmp_path: Path) -> None:
 
 
 async def test_a_slow_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two pages come in time; the third takes longer than the grace, and then comes after all."""
+    """Two pages come in time, and serve; the third takes longer than the grace, and what it brings after all is not
+    taken, for its page is another's by then."""
     async with running(tmp_path) as engine:
         await asked(engine, ask())
         await settled(engine)
@@ -185,12 +186,21 @@ async def test_a_slow_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
             return read(name, into)
 
         monkeypatch.setattr(engine.tier.store, "read", slow)
-        assert await asked(engine, ask()) == 0
-        assert engine.scheduler.lent, "pages that are still written to are nobody's"
-        assert engine.tier.tally.failures["timeout"] == 1
+        touched: list[Any] = []
+        bring = engine.tier.worker._bring
+        monkeypatch.setattr(engine.tier.worker, "_bring", lambda *given: touched.append(given) or bring(*given))
+        assert await asked(engine, ask()) == 2 * PAGE
+        assert not engine.scheduler.lent and engine.tier.worker.hangs and len(touched) == 2
+        assert engine.tier.tally.failures == {"timeout": 1, "stuck": 1}
+        assert not engine.tier.promises(ask(name="b")), "it would wait in vain"
         late.set()
-        await settled(engine)
-        assert count == 3
+        for _ in range(1000):
+            if not engine.tier.worker.hangs:
+                break
+            await asyncio.sleep(0.005)
+        assert not engine.tier.worker.hangs and len(touched) == 2 and count == 3
+        engine.flush_cache()
+        assert await asked(engine, ask(name="c")) == FILES * PAGE
 
 
 async def test_others_go_on_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,3 +325,53 @@ async def test_pages_of_an_adapter_are_found_by_what_is_in_its_files(tmp_path: P
         # Loaded again with other weights under its name, and then with those that it had at first.
         assert await cached(engine, write("one", "3"), 3) == 0
         assert await cached(engine, write("one", "1"), 4) == FILES * PAGE
+
+
+@pytest.mark.parametrize("way", ["read", "write"])
+async def test_a_disk_that_hangs_holds_up_no_sleep(
+    tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor other weights. Whenever it answers, the memory of that time is another's, and it carries on."""
+    (tmp_path / "v2").mkdir()
+    async with running(tmp_path / "kv") as engine:
+        if way == "read":
+            await asked(engine, ask())
+    monkeypatch.setattr(tier_module, "_GRACE_S", 0.05)
+    async with running(tmp_path / "kv", timeout_s=0.1) as engine:
+        assert engine.tier is not None
+        tier, go, hung = engine.tier, threading.Event(), threading.Event()
+        inner, touched = getattr(tier.worker.disk, way), []
+
+        def hang(name: bytes, row: Any) -> Any:
+            hung.set()
+            assert go.wait(20)
+            return inner(name, row)
+
+        monkeypatch.setattr(tier.worker.disk, way, hang)
+        assert await asked(engine, ask()) == 0
+        await asyncio.to_thread(hung.wait, 20)
+        # What is read was given up when it was late.
+        assert bool(engine.scheduler.lent) == (way == "write")
+        await engine.sleep(1)
+        assert not engine.scheduler.lent and tier.tally.failures["stuck"] == 1
+        assert ("are given up" in caplog.text) == (way == "write")
+        await engine.wake_up()
+        await engine.load_weights(tmp_path / "v2")
+        # Nobody waits for what does not come.
+        assert tier.worker.hangs and not tier.promises(ask(name="b"))
+        await answer(engine, ask(name="b"))
+        assert not tier._jobs
+        for name in ("_bring", "_take"):
+            monkeypatch.setattr(tier.worker, name, lambda *given: touched.append(given))
+        go.set()
+        for _ in range(1000):
+            if not tier.worker.hangs:
+                break
+            await asyncio.sleep(0.005)
+        assert not tier.worker.hangs and not touched, "the memory was touched for what was given up"
+        monkeypatch.undo()
+        await answer(engine, ask(name="c"))
+        await settled(engine)
+        engine.flush_cache()
+        _, num_cached = await answer(engine, ask(name="d"))
+        assert num_cached == FILES * PAGE

@@ -14,7 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
+
+from engine.config import TransferOptions
+from engine.executor.host_pages import HostPages
+from engine.transfer.base import TransferError
+from engine.transfer.registry import make_connector
 
 pytest.importorskip("nixl")
 
@@ -183,3 +190,46 @@ def test_a_prefiller_that_died_and_one_of_another_kind(pair: tuple[Server, Serve
     finally:
         other.end()
         dead.end()
+
+
+def test_pages_and_states_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two memories, each with places of its own; and what the peer says of them is looked at."""
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+
+    def memories(fill: int) -> tuple[list[HostPages], list[npt.NDArray[np.uint8]]]:
+        parts = [np.full((50, 4096), fill, np.uint8), np.full((50, 512), fill, np.uint8)]
+        states = [np.full((4, 70_000), fill, np.uint8)]
+        for part in (*parts, *states):
+            part[:, 0] = np.arange(len(part))
+        return [HostPages(parts, "pages"), HostPages(states, "states")], [*parts, *states]
+
+    theirs, own = (make_connector(TransferOptions("NixlConnector")) for _ in range(2))
+    try:
+        sources, _ = memories(7)
+        into, arrays = memories(0)
+        theirs.register(sources)
+        own.register(into)
+        described = theirs.describe([np.array([9, 3, 40], np.int32), np.array([2], np.int32)])
+        places = [np.array([1, 2, 30], np.int32), np.array([3], np.int32)]
+        assert own.read(json.loads(json.dumps(described)), places, 20.0).result(30) == 3 * 4608 + 70_000
+        for array, at, of in zip(arrays, ([1, 2, 30], [1, 2, 30], [3]), ([9, 3, 40], [9, 3, 40], [2]), strict=True):
+            assert array[at, 0].tolist() == of and (array[at, 1:] == 7).all()
+            assert not array[[i for i in range(len(array)) if i not in at], 1:].any()
+        for change in (
+            {"places": described["places"][:1]},
+            {"places": [[9, 3], [2]]},
+            {"places": [[9, 3, 40], [4]]},
+            {"places": [[9, 3, 0], [2]]},
+            {"places": None},
+            {"regions": described["regions"][:1]},
+            {"regions": described["regions"][::-1]},
+            {"regions": [described["regions"][0], [[1, 2]]]},
+            {"regions": [None, described["regions"][1]]},
+        ):
+            with pytest.raises(TransferError) as error:
+                own.read(described | change, places, 20.0)
+            assert error.value.reason == "mismatch", change
+    finally:
+        theirs.close()
+        own.close()
