@@ -1,11 +1,15 @@
 """Faults under load, on the real server: `make chaos`.
 
-terminate: SIGTERM at random moments amid streams; what was accepted must end whole. hand over: a new server takes over
-the socket again and again; no request may fail. faults: a device that raises, has no memory, makes NaNs, samples what
-there is not, is slow, twice as often as --times each: no more streams may end with an error than such faults were, and
-the others have the text that they have without. kill: kill -9, and the next start must serve. resume: kill -9 amid a
-background response with --resume-journal, and the rest comes from the next start. lost, hang: a device that is gone or
-never answers must end the process, every stream told. Prints a line for each and exits with 1 where something broke.
+terminate: SIGTERM at random moments amid streams; what was accepted must end whole, and the process be gone in time.
+hand over: a new server takes over the socket again and again; no request may fail. faults: a device that raises, has no
+memory, makes NaNs, samples what there is not, is slow, twice as often as --times each: a row without a token ends its
+stream with an error and nothing else does, and the others have the text that they have without.
+kill: kill -9, and the next start must serve. resume: kill -9 amid a background response with --resume-journal, and the
+rest comes from the next start. lost, hang: a device that is gone or never answers must end the process, every stream
+told. flood: 1,000 requests at once; each is refused before it begins or answered whole. storms: 200 streams whose
+clients leave, five times; nothing of them may stay. hostile: long prompts, chats, schemas and packed bodies, each
+answered, and the loop as seldom 50 ms late as without them. Prints a line for each and exits with 1 where something
+broke.
 """
 
 from __future__ import annotations
@@ -13,8 +17,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gzip
+import itertools
+import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -28,9 +36,13 @@ import aiohttp
 import orjson
 
 from bench.server import free_port, running
+from engine.serve import LEAVE_S
+from engine.watchdog import GRACE_S
 
 BODY = {"prompt": "Once upon a time", "max_tokens": 48, "stream": True, "ignore_eos": True, "temperature": 0}
 FLAGS = "--device cpu --threads 1 --log-level error"
+# The drain's 30 seconds, and what is left of the process then.
+GONE_S = 30 + LEAVE_S + GRACE_S
 # Of which every answer is one, else something broke.
 WHOLE, REFUSED, TOLD = "whole", "refused", "told"
 
@@ -86,10 +98,13 @@ async def terminate(times: int, rng: random.Random) -> Counter[str]:
             work = asyncio.create_task(load(f"http://127.0.0.1:{server.port}", over.is_set, 6, outcomes))
             await asyncio.sleep(rng.uniform(0.05, 0.8))
             server.process.send_signal(signal.SIGTERM)
-            await asyncio.to_thread(server.process.wait, 300)  # a busy machine takes its time
+            try:
+                await asyncio.to_thread(server.process.wait, GONE_S)
+            except subprocess.TimeoutExpired:
+                outcomes[f"not gone after {GONE_S:g} s"] += 1
             over.set()
             await work
-            if server.process.returncode != 0:
+            if server.process.returncode not in (0, None):
                 outcomes[f"exit {server.process.returncode}"] += 1
     # Those come after the end.
     outcomes.pop("no connection", None)
@@ -137,12 +152,12 @@ async def _ready(port: int) -> None:
 
 
 # Of a kind of fault: how often a step has it, and how many streams may end with an error for each. A step that raised
-# is tried again, so that it takes two in a row.
+# is tried again.
 FAULTS = {
-    "raise": (0.02, 0.5),
-    "oom": (0.02, 0.5),
-    "nan": (0.02, 1.0),
-    "corrupt": (0.02, 1.0),
+    "raise": (0.02, 0),
+    "oom": (0.02, 0),
+    "nan": (0.02, 1),
+    "corrupt": (0.02, 1),
     "slow:s=0.02": (0.05, 0),
 }
 
@@ -176,8 +191,8 @@ async def faults(times: int, rng: random.Random) -> Counter[str]:
 
 
 async def _injected(session: aiohttp.ClientSession, url: str, kind: str) -> float:
-    async with session.get(f"{url}/metrics") as response:
-        found = re.search(rf'^oneloop_injected_faults_total\{{kind="{kind}"\}} (\S+)$', await response.text(), re.M)
+    text = await _metrics(session, url)
+    found = re.search(rf'^oneloop_injected_faults_total\{{kind="{kind}"\}} (\S+)$', text, re.M)
     assert found is not None
     return float(found[1])
 
@@ -275,6 +290,122 @@ def _has_ended(process: subprocess.Popen[bytes]) -> bool:
     return process.poll() is not None
 
 
+async def flood(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    with running(f"{FLAGS} --max-queued-requests 200") as server:
+        url = f"http://127.0.0.1:{server.port}"
+        async with _session() as session:
+            for _ in range(max(1, times // 25)):
+                outcomes.update(await asyncio.gather(*(ask(session, url) for _ in range(1000))))
+    return outcomes
+
+
+async def storms(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    with running(FLAGS) as server:
+        url = f"http://127.0.0.1:{server.port}"
+
+        async def leave() -> None:
+            async with session.post(f"{url}/v1/completions", json=BODY) as response:
+                await response.content.read(rng.randrange(1, 400))
+                response.close()
+
+        for _ in range(max(1, times // 10)):
+            files = len(os.listdir(f"/proc/{server.process.pid}/fd"))
+            async with _session() as session:
+                await asyncio.gather(*(leave() for _ in range(200)))
+                for _ in range(100):
+                    held = sum(map(float, _HELD.findall(await _metrics(session, url))))
+                    if not held:
+                        break
+                    await asyncio.sleep(0.1)
+                else:
+                    outcomes["requests or pages that stay"] += 1
+                outcomes[await ask(session, url)] += 1
+            await asyncio.sleep(0.2)  # for this side's sockets to be seen closed
+            if (left := len(os.listdir(f"/proc/{server.process.pid}/fd")) - files) > 0:
+                outcomes["files left open"] += left
+    return outcomes
+
+
+_HELD = re.compile(r"^vllm:(?:num_requests_running|num_requests_waiting|kv_cache_usage_perc)\{[^}]*\} (\S+)$", re.M)
+_LAG = re.compile(r'^oneloop_loop_lag_seconds_bucket\{le="(0\.05|\+Inf)"\} (\S+)$', re.M)
+
+
+def _hostile() -> list[tuple[str, dict[str, str], bytes]]:
+    """Routes, headers, bodies, of at most 8 MB as they come or as they become."""
+    deep: dict[str, Any] = {"type": "string"}
+    for _ in range(60):
+        deep = {"type": "object", "properties": {"a": deep, "b": {"enum": list(range(50))}}, "required": ["a"]}
+    wide = {"type": "object", "properties": {f"p{number}": {"type": "string"} for number in range(5000)}}
+    chat, short = "/v1/chat/completions", [{"role": "user", "content": "x"}]
+    asked: list[tuple[str, Any]] = [
+        ("/v1/completions", {"prompt": "Once upon a time " * 235_000, "max_tokens": 1}),
+        ("/v1/completions", {"prompt": list(range(1, 200)) * 5000, "max_tokens": 1}),
+        (chat, {"messages": [{"role": "user", "content": f"{number}"} for number in range(10_000)], "max_tokens": 1}),
+        *(
+            (chat, {"messages": short, "max_tokens": 2, "guided_json": schema})
+            for schema in (deep, wide, {"type": "string", "pattern": "(a{1,60}b?){1,60}" * 20})
+        ),
+    ]
+    none: dict[str, str] = {}
+    plain = [(path, none, orjson.dumps(body)) for path, body in asked]
+    packed = {"Content-Encoding": "gzip"}
+    bombs = [gzip.compress(b" " * size) for size in (7_000_000, 200_000_000)]
+    return [*plain, *((chat, packed, bomb) for bomb in bombs), (chat, none, b"[" * 4_000_000)]
+
+
+async def hostile(times: int, rng: random.Random) -> Counter[str]:
+    outcomes: Counter[str] = Counter()
+    bodies = _hostile()
+
+    async def send(path: str, headers: dict[str, str], body: bytes) -> None:
+        headers = {"Content-Type": "application/json", **headers}
+        async with session.post(f"{url}{path}", data=body, headers=headers) as response:
+            await response.read()
+            told = response.status == 200 or 400 <= response.status < 500
+            outcomes[REFUSED if told else f"status {response.status}"] += 1
+
+    async def late() -> tuple[float, float]:
+        found = dict(_LAG.findall(await _metrics(session, url)))
+        return float(found["+Inf"]) - float(found["0.05"]), float(found["+Inf"])
+
+    with running(FLAGS) as server:
+        url, over = f"http://127.0.0.1:{server.port}", asyncio.Event()
+        async with _session() as session:
+            work = asyncio.create_task(load(url, over.is_set, 2, outcomes))
+            for body in bodies:
+                await send(*body)  # what is compiled, and grows, once
+            seen = [await late()]
+            begun = asyncio.get_running_loop().time()
+            for number in range(max(len(bodies), times)):
+                await send(*bodies[number % len(bodies)])
+            seen.append(await late())
+            await asyncio.sleep(asyncio.get_running_loop().time() - begun)
+            seen.append(await late())
+            over.set()
+            await work
+    (more, looks), (without, looks_without) = (
+        (after[0] - before[0], after[1] - before[1]) for before, after in itertools.pairwise(seen)
+    )
+    print(f"  later than 50 ms: {more:.0f} of {looks:.0f} looks; without: {without:.0f} of {looks_without:.0f}")
+    if more > without + looks / 50:
+        outcomes["a loop that is late"] += round(more)
+    return outcomes
+
+
+def _session() -> aiohttp.ClientSession:
+    """For any number of connections."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    return aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(300), connector=aiohttp.TCPConnector(limit=0))
+
+
+async def _metrics(session: aiohttp.ClientSession, url: str) -> str:
+    async with session.get(f"{url}/metrics") as response:
+        return await response.text()
+
+
 SCENES: dict[str, Callable[[int, random.Random], Coroutine[Any, Any, Counter[str]]]] = {
     "terminate": terminate,
     "hand over": hand_over,
@@ -283,6 +414,9 @@ SCENES: dict[str, Callable[[int, random.Random], Coroutine[Any, Any, Counter[str
     "resume": resume,
     "lost": lost,
     "hang": hang,
+    "flood": flood,
+    "storms": storms,
+    "hostile": hostile,
 }
 # What may be seen beside whole answers.
 ALLOWED = {
@@ -293,6 +427,9 @@ ALLOWED = {
     "resume": set(),
     "lost": {TOLD, REFUSED, "status 500"},
     "hang": {TOLD, REFUSED, "status 500"},
+    "flood": {REFUSED},
+    "storms": set(),
+    "hostile": {REFUSED},
 }
 
 # Without one of these nothing was seen; whole answers elsewhere.

@@ -348,7 +348,7 @@ class Engine(Resting):
                         if stages is not None:
                             stages.committed = now()
                         self.metrics.failed_steps += 1
-                        logger.error("a step failed, and %d of its requests by it: %s", len(result.finished), error)
+                        logger.error("a step failed (%s); requests that end by it: %d", error, len(result.finished))
                         if in_flight:
                             self._masks.provide(*in_flight[0])
                         self.publisher.publish_failure(result)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 from engine.config import RESERVED_TEMPLATE_KWARGS
@@ -82,6 +83,31 @@ def template_kwargs(text: str) -> dict[str, Any]:
     if reserved := RESERVED_TEMPLATE_KWARGS.intersection(value):
         raise argparse.ArgumentTypeError(f"'{min(reserved)}' cannot be set")
     return value
+
+
+def show_defaults(group: argparse._ArgumentGroup, *options: object, **fields: str) -> None:
+    """End the help of a group's flags by the defaults of `options`, which have a field of the flag's name, or of that
+    and its unit. fields: of other names. What is said by hand stays, and None and nothing are no defaults to tell.
+    """
+    for action in group._group_actions:
+        told = action.help or ""
+        if action.help is argparse.SUPPRESS or re.search(r"\(default|default: |(by|the) default", told):
+            continue
+        if action.nargs == 0 and not isinstance(action, argparse.BooleanOptionalAction):
+            continue
+        names = {fields.get(action.dest, action.dest), f"{action.dest}_s"}
+        value = next((getattr(one, name) for one in options for name in names if hasattr(one, name)), action.default)
+        if value not in (None, "", (), {}):
+            action.help = f"{told} (default: {_spelled(value)})".strip()
+
+
+def _spelled(value: Any) -> str:
+    """As one would give it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, int) and value >= 1024**2 and value % 1024**2 == 0:
+        return f"{value // 1024**2}M"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def given(**values: object) -> dict[str, object]:

@@ -20,7 +20,7 @@ from engine.config import (
     StreamOptions,
 )
 from engine.draft_flags import add_draft_flags, draft_options
-from engine.flag_types import count, fraction, given, interval, not_negative, positive
+from engine.flag_types import count, fraction, given, interval, not_negative, positive, show_defaults
 from engine.logprob_flags import add_logprob_flags, logprob_options
 from engine.lora import flags as lora
 from engine.server_flags import add_server_flags, add_watching_flags, server_options
@@ -109,7 +109,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         type=int,
         choices=[8, 16],
         help="to which inputs of packed weights are rounded on a CPU: 16 is nearly exact, 8 quicker and as llama.cpp "
-        "has it; on a GPU 8 rounds inputs to float8 where the checkpoint is for that; default: 16",
+        "has it; on a GPU 8 rounds inputs to float8 where the checkpoint is for that",
     )
     model.add_argument(
         "--max-model-len",
@@ -183,7 +183,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         help="size of the KV cache in 1e9 bytes; by default on a CPU a quarter of the RAM that is available, or what "
         "64 sequences of full context fill; on a GPU nine tenths of what is free",
     )
-    device.add_argument("--kv-cache-memory-bytes", type=count, metavar="BYTES")
+    device.add_argument("--kv-cache-memory-bytes", type=count, metavar="BYTES", help="the same in bytes")
     device.add_argument(
         "--gpu-memory-utilization",
         "--mem-fraction-static",
@@ -192,7 +192,9 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         metavar="F",
         help="share of the free memory for the KV cache (on a CPU: of the RAM that is available)",
     )
-    device.add_argument("--num-gpu-blocks-override", dest="num_pages", type=count, metavar="PAGES")
+    device.add_argument(
+        "--num-gpu-blocks-override", dest="num_pages", type=count, metavar="PAGES", help="size of the KV cache in pages"
+    )
     device.add_argument("--max-total-tokens", type=count, metavar="TOKENS", help="size of the KV cache in tokens")
     device.add_argument(
         "--kv-cache-dtype",
@@ -217,7 +219,14 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     )
 
     scheduler = parser.add_argument_group("scheduler and cache")
-    scheduler.add_argument("--max-num-seqs", "--max-running-requests", dest="max_num_seqs", type=count, metavar="N")
+    scheduler.add_argument(
+        "--max-num-seqs",
+        "--max-running-requests",
+        dest="max_num_seqs",
+        type=count,
+        metavar="N",
+        help="requests that run at once",
+    )
     scheduler.add_argument(
         "--max-num-batched-tokens",
         "--chunked-prefill-size",
@@ -239,7 +248,8 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--scheduling-policy",
         dest="policy",
         metavar="NAME",
-        help="who is admitted next: fcfs, lpm (longest cached prefix), priority (lowest number), fair (between users)",
+        help="who is admitted next: fcfs, lpm (longest cached prefix), priority (lowest number), fair (between users) "
+        "(default: fcfs, with --key-file fair)",
     )
     scheduler.add_argument(
         "--ttft-slo",
@@ -299,6 +309,12 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     same.add_argument(*_ALWAYS, dest="always", action="store_true", help="always on")
     same.add_argument(*_ALWAYS_ONE, dest="devices", type=_one, metavar="1", help="one device is all there is")
     add_watching_flags(parser)
+    show_defaults(model, ModelOptions())
+    show_defaults(device, CacheOptions(), EngineConfig())
+    show_defaults(cuda, CudaOptions())
+    show_defaults(
+        scheduler, SchedulerOptions(), CacheOptions(), StreamOptions(), prefix_caching="enable_prefix_caching"
+    )
     return parser
 
 

@@ -19,7 +19,7 @@ def add_logprob_flags(parser: argparse.ArgumentParser) -> None:
         "--max-logprobs",
         type=_most,
         metavar="N",
-        help="most alternatives a request may ask for beside each token (20); -1: as many as there are words",
+        help="most alternatives a request may ask for beside each token; -1: as many as there are words (default: 20)",
     )
 
 

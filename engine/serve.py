@@ -16,13 +16,20 @@ if TYPE_CHECKING:
 
     from engine.build import Built
     from engine.config import EngineConfig
+    from engine.watchdog import Deadline
     from server.state import ServedModel, Stored
 
 STARTED_AT = time.perf_counter()
+# Behind a drain come the ends of connections, of the journal, of the device's last step, of threads: all of them
+# together may take this long, in seconds, before the process ends without them.
+LEAVE_S = 5.0
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Serve until SIGINT or SIGTERM. Returns the exit code: 0 after a clean end, 1 after a failure."""
+def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
+    """Serve until SIGINT or SIGTERM. Returns the exit code: 0 after a clean end, 1 after a failure.
+
+    ends: the process is to end behind it, and is ended LEAVE_S after the drain where it does not.
+    """
     import logging
 
     from engine.config import StartupError
@@ -49,7 +56,9 @@ def main(argv: list[str] | None = None) -> int:
         built = build_engine(config, report)
         import uvloop
 
-        return uvloop.run(_run(config, built))
+        from engine.watchdog import Deadline
+
+        return uvloop.run(_run(config, built, Deadline() if ends else None))
     except StartupError as error:
         if debug:
             logging.exception("start failed")
@@ -103,12 +112,13 @@ def served_model(config: EngineConfig, built: Built) -> ServedModel:
     )
 
 
-async def _run(config: EngineConfig, built: Built) -> int:
+async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = None) -> int:
     """The loop task and the web server, side by side, until one of them ends."""
     import asyncio
     import contextlib
     import functools
     import gc
+    import logging
 
     from engine.watchdog import Watchdog
     from server.app import build_app, serve
@@ -143,22 +153,34 @@ async def _run(config: EngineConfig, built: Built) -> int:
     loop_task = asyncio.create_task(engine.run(), name="engine")
     # A failed engine has nothing left to serve: what is connected gets its error event, then the process ends.
     loop_task.add_done_callback(lambda _: stop.set())
+
+    def on_leaving(seconds: float) -> None:
+        if deadline is not None:
+            deadline.within(seconds + LEAVE_S)
+
     try:
         async with contextlib.AsyncExitStack() as stack:
             app = build_app(engine, model, config.server)
             if config.server.trace_file is not None:
                 await stack.enter_async_context(TraceFile(config.server.trace_file).running(engine.recorder))
-            await serve(app, engine, config.server, on_listening=on_listening, stop=stop)
+            await serve(app, engine, config.server, on_listening=on_listening, stop=stop, on_leaving=on_leaving)
     finally:
         watchdog.close()
         failure = loop_task.exception() if loop_task.done() and not loop_task.cancelled() else None
+        if deadline is not None:
+            # Everybody is told and everything is written: what is still at work, works for nobody.
+            deadline.within(LEAVE_S, code=0 if failure is None else 1)
         loop_task.cancel()
         await asyncio.wait({loop_task})
+        assert engine.tokenizer is not None
+        # Texts and templates that wait for a thread: at its end a process would work through all of them.
+        engine.tokenizer.close()
         if not engine.stalled:  # it would wait for what hangs
             engine.executor.close()
     if failure is not None:
         print(f"error: the engine failed: {failure}", file=sys.stderr)
         return 1
+    logging.getLogger("oneloop.server").info("stopped")
     return 0
 
 
@@ -218,4 +240,4 @@ def _server_info(config: EngineConfig, built: Built) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(ends=True))

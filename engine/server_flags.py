@@ -17,6 +17,7 @@ from engine.flag_types import (
     not_negative_count,
     port,
     positive,
+    show_defaults,
     template_kwargs,
 )
 
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 def add_server_flags(parser: argparse.ArgumentParser) -> None:
     server = parser.add_argument_group("server")
-    server.add_argument("--host", help="127.0.0.1, the default, is this machine alone; 0.0.0.0 listens to all")
-    server.add_argument("--port", type=port, help="8000 by default; 0 takes a free one")
+    server.add_argument("--host", help="127.0.0.1 is this machine alone, 0.0.0.0 listens to all")
+    server.add_argument("--port", type=port, help="0 takes a free one")
     server.add_argument("--api-key", nargs="+", metavar="KEY", help="also from the environment: ONELOOP_API_KEY")
     server.add_argument(
         "--admin-api-key", metavar="KEY", help="for admin routes, instead of --api-key; also ONELOOP_ADMIN_API_KEY"
@@ -47,17 +48,15 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         "--weight-update-timeout",
         type=positive,
         metavar="S",
-        help="drop what a trainer sent where it stops amid an update for so long (300)",
+        help="drop what a trainer sent where it stops amid an update for so long",
     )
     server.add_argument(
-        "--write-timeout", type=positive, metavar="S", help="cut off a client that reads nothing for so long (60)"
+        "--write-timeout", type=positive, metavar="S", help="cut off a client that reads nothing for so long"
     )
     server.add_argument(
-        "--header-timeout", type=positive, metavar="S", help="cut off one that sends no whole request head (30)"
+        "--header-timeout", type=positive, metavar="S", help="cut off one that sends no whole request head"
     )
-    server.add_argument(
-        "--max-connections-per-address", type=not_negative_count, metavar="N", help="0, the default, is any number"
-    )
+    server.add_argument("--max-connections-per-address", type=not_negative_count, metavar="N", help="0 is any number")
     server.add_argument(
         "--max-host-memory",
         type=count,
@@ -90,14 +89,14 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="a max_tokens that does not fit the context is an error; otherwise it is cut to what fits",
     )
-    server.add_argument("--max-body-bytes", type=count, metavar="BYTES")
+    server.add_argument("--max-body-bytes", type=count, metavar="BYTES", help="longest body of a request, inflated")
     server.add_argument(
         "--drain-timeout",
         "--shutdown-timeout",
         dest="drain_timeout",
         type=not_negative,
         metavar="S",
-        help="how long accepted requests may go on after SIGTERM or Ctrl-C (30)",
+        help="how long accepted requests may go on after SIGTERM or Ctrl-C",
     )
     server.add_argument(
         "--resume-journal",
@@ -109,17 +108,22 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="unix:PATH",
         help="take the listening socket of the server at PATH, which then finishes what it has; and offer it in turn",
     )
-    server.add_argument("--sse-keep-alive-interval", type=not_negative, metavar="S", help="0 is off")
+    server.add_argument(
+        "--sse-keep-alive-interval",
+        type=not_negative,
+        metavar="S",
+        help="between comments in a stream without news; 0 is off",
+    )
     server.add_argument(
         "--stall-timeout",
         type=positive,
         metavar="S",
-        help="no step comes to an end in so long (60): /health is 503, and every thread's stack goes to the log",
+        help="no step comes to an end in so long: /health is 503, and every thread's stack goes to the log",
     )
     server.add_argument(
         "--stall-action", choices=["report", "exit"], help="exit: and the process ends, every stream told"
     )
-    server.add_argument("--metrics-prefix", metavar="NAME", help="vllm (default), sglang, or a prefix of your own")
+    server.add_argument("--metrics-prefix", metavar="NAME", help="vllm, sglang, or a prefix of your own")
     server.add_argument(
         "--tool-call-parser",
         metavar="NAME",
@@ -158,6 +162,7 @@ def add_server_flags(parser: argparse.ArgumentParser) -> None:
         metavar="PATH",
         help="prefix that a proxy puts before routes",
     )
+    show_defaults(server, ServerOptions(), sse_keep_alive_interval="keep_alive_interval_s")
 
 
 def add_watching_flags(parser: argparse.ArgumentParser) -> None:
@@ -184,6 +189,7 @@ def add_watching_flags(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="publish what the KV cache gains and loses, for routers: vLLM's object (pip install 'oneloop[kv-events]')",
     )
+    show_defaults(watching, ServerOptions())
 
 
 def server_options(args: argparse.Namespace) -> ServerOptions:

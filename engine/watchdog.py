@@ -1,16 +1,22 @@
 """Watchdog: a thread that looks whether steps still come to an end, for the loop that would know may be what hangs.
+Deadline: another one, that ends a process which should have left.
 
-Started by serve.py. What it sees once per stall: every thread's stack goes to the log, /health is 503 (the Engine's own
-clock says that), and with the action "exit" the process ends, every stream told where the loop can still do that.
+Both are serve.py's. What the first sees once per stall: every thread's stack goes to the log, /health is 503 (the
+Engine's own clock says that), and with the action "exit" the process ends, every stream told where the loop can still
+do that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import logging
+import math
 import os
+import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import IO
 
@@ -74,9 +80,54 @@ class Watchdog:
 
     def _tell(self) -> None:
         logger.critical("no step has come to an end for %.3g seconds; the stacks of all threads follow", self._timeout)
-        out = self._out or sys.stderr
-        try:
-            out.flush()
-            faulthandler.dump_traceback(out, all_threads=True)
-        except (OSError, ValueError, AttributeError):
-            logger.exception("the stacks could not be written")
+        _dump(self._out or sys.stderr)
+
+
+class Deadline:
+    """By when the process is gone, whatever is still at work in it: a long step, a template, an export.
+
+    end: called with the exit code on the deadline's own thread. Where not even that one runs (a library that never lets
+    go of Python's lock), an alarm of the kernel's ends the process GRACE_S later. Any thread.
+    """
+
+    def __init__(self, *, end: Callable[[int], object] = os._exit, out: IO[str] | None = None) -> None:
+        self._end = end
+        self._out = out
+        self._at = math.inf
+        self._code = EXIT_CODE
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def within(self, seconds: float, code: int = EXIT_CODE) -> None:
+        """From now on; the earliest of several counts. code: of a process that it has to end."""
+        with self._changed:
+            self._at, self._code = min(self._at, time.monotonic() + seconds), code
+            if self._end is os._exit:
+                # The stacks, and then what the signal does by default.
+                with contextlib.suppress(OSError, ValueError):
+                    faulthandler.register(signal.SIGALRM, sys.__stderr__ or 2, all_threads=True, chain=True)
+                signal.setitimer(signal.ITIMER_REAL, max(0.0, self._at - time.monotonic()) + GRACE_S)
+            self._changed.notify()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._wait, name="deadline", daemon=True)
+                self._thread.start()
+
+    def _wait(self) -> None:
+        with self._changed:
+            while (left := self._at - time.monotonic()) > 0.0:
+                self._changed.wait(left)
+            code = self._code
+        at_work = ", ".join(thread.name for thread in threading.enumerate() if thread is not self._thread)
+        logger.critical(
+            "the time to stop is over: the process ends now (%s); the stacks of all threads follow", at_work
+        )
+        _dump(self._out or sys.stderr)
+        self._end(code)
+
+
+def _dump(out: IO[str]) -> None:
+    try:
+        out.flush()
+        faulthandler.dump_traceback(out, all_threads=True)
+    except (OSError, ValueError, AttributeError):
+        logger.exception("the stacks could not be written")

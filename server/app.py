@@ -446,11 +446,13 @@ async def serve(
     *,
     on_listening: Callable[[str, int], None] | None = None,
     stop: asyncio.Event | None = None,
+    on_leaving: Callable[[float], object] = lambda seconds: None,
 ) -> None:
     """Listen until SIGTERM, SIGINT or `stop`, then drain; a second signal ends the drain at once.
 
-    on_listening: called with the host and the port that is bound (port 0 picks one). Raises StartupError when the
-    address cannot be used. Cancelling this ends all connections.
+    on_listening: called with the host and the port that is bound (port 0 picks one). on_leaving: with the seconds that
+    requests still have, as the drain begins, and with 0 where it is ended. Raises StartupError when the address cannot
+    be used. Cancelling this ends all connections.
     """
     loop = asyncio.get_running_loop()
     state = app[STATE]
@@ -466,16 +468,36 @@ async def serve(
     offer: Offer | None = None
     handed_over = asyncio.Event()
     draining: asyncio.Task[None] | None = None
-    leaving: asyncio.Task[None] | None = None
+    num_signals = 0
 
     def on_handed_over() -> None:
         handed_over.set()
         stop.set()
 
     def on_signal() -> None:
-        if stop.is_set() and draining is not None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals > 1 and draining is not None and not draining.done():
+            logger.info("a second signal: what still runs ends now")
             draining.cancel()
         stop.set()
+
+    async def leave(listening: asyncio.Server) -> None:
+        until = loop.time() + options.drain_timeout_s
+        handing: asyncio.Task[None] | None = None
+        if handed_over.is_set():
+            # The next process accepts from here on. Who is connected here is answered, and told to come anew.
+            logger.info("another process has taken over")
+            listening.close()
+            app[_IS_CLOSING].set()
+            handing = asyncio.create_task(app[JOBS].hand_over())
+        try:
+            if handing is not None:
+                await _quiet(state, options.drain_timeout_s)
+            await drain(engine, state, max(0.0, until - loop.time()))
+        finally:
+            if handing is not None:
+                handing.cancel()
 
     try:
         path = None if options.handover is None else path_of(options.handover)
@@ -504,20 +526,19 @@ async def serve(
         if on_listening is not None:
             on_listening(options.host, listener.sockets[0].getsockname()[1])
         await stop.wait()
-        if handed_over.is_set():
-            # The next process accepts from here on. Who is connected here is answered, and told to come anew.
-            listener.close()
-            app[_IS_CLOSING].set()
-            leaving = asyncio.create_task(app[JOBS].hand_over())
-            await _quiet(state, options.drain_timeout_s)
-        draining = asyncio.create_task(drain(engine, state, options.drain_timeout_s))
+        on_leaving(options.drain_timeout_s)
+        draining = asyncio.create_task(leave(listener))
         await asyncio.wait({draining})
+        if draining.cancelled():
+            on_leaving(0.0)
+            engine.drain()
+        else:
+            draining.result()
     finally:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.remove_signal_handler(number)
-        for task in (draining, leaving):
-            if task is not None:
-                task.cancel()
+        if draining is not None:
+            draining.cancel()
         if offer is not None:
             offer.close()
         if listener is not None:
@@ -567,16 +588,19 @@ async def drain(engine: Engine, state: State, limit: float) -> None:
     grace = _grace(limit)
     if state.in_flight.count:
         logger.info(
-            "requests still running: %d, for at most %g s (--drain-timeout); a second signal ends them now",
+            "stopping: requests still running: %d, for at most %.3g s (--drain-timeout); a second signal ends them now",
             state.in_flight.count,
             limit,
         )
+    else:
+        logger.info("stopping: no requests are running")
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(limit - 4 * grace):
             await engine.drained()
             await state.in_flight.idle.wait()
             return
     # Those who still read get a finish_reason and [DONE]; those who do not are cut off with their connection.
+    logger.warning("the drain's time is over; requests that are cut short: %d", state.in_flight.count)
     for request_id in list(state.submitted):
         engine.abort(request_id)
     with contextlib.suppress(TimeoutError):

@@ -21,8 +21,8 @@ class Failing(Receiving):
     def fail(self, batch: Batch, error: ForwardError) -> StepResult:
         """A step failed: whoever made it fail ends with an error, once that is known; all others are computed again.
 
-        What the step entered into the radix tree is taken back, and who shares it already starts over. A sequence that
-        was alone in the step is the culprit; of several, each is a suspect (see Trials).
+        What the step entered into the radix tree is taken back, and who shares it already starts over. Each of its
+        sequences is a suspect; the culprit is who keeps failing alone (see Trials).
         """
         self._end_step(batch)
         table, cache, slots = self._table, self.kv_cache, batch.slots

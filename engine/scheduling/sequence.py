@@ -59,6 +59,7 @@ class Sequence:
         "_tokens",
         "admitted_at",
         "arrived_at",
+        "failed_alone",
         "finish_reason",
         "is_retracted",
         "listener",
@@ -107,6 +108,7 @@ class Sequence:
         self.is_retracted = False
         # Of one that a step failed with: see Trials. 0: it is no suspect.
         self.suspect_until = 0
+        self.failed_alone = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: int | str | None = None
         self.arrived_at = arrived_at

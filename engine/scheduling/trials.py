@@ -1,7 +1,8 @@
-"""Trials: who made a step fail. Its sequences run again, half of them at a time, until one of them fails alone.
+"""Trials: who made a step fail. Its sequences run again, half of them at a time, until one of them fails alone, and
+again: a fault that passes is the device's, and nobody's doing.
 
 Owned by the Scheduler, which admits nobody else while a trial is on and lets who was cleared wait: a step that fails
-then has nobody in it but the group that is tried. One culprit among n costs 2 log2(n) steps at most.
+then has nobody in it but the group that is tried. One culprit among n costs 2 log2(n) + TRIES_ALONE - 1 steps at most.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ from collections.abc import Iterable
 
 from engine.scheduling.sequence import Sequence, SequenceStatus
 
+# So often a sequence must fail alone, without getting past the place in between, to be guilty. Of a device that fails
+# one step in fifty by itself, an innocent one would be blamed in one of 125,000 steps that it has alone.
+TRIES_ALONE = 3
 # Steps that fail without a suspect cleared between them: more is no single request's doing (a device without memory),
-# and then whole groups end. Halving 4,096 sequences takes 12.
-MAX_FAILURES = 14
+# and then whole groups end. Halving 4,096 sequences takes 12, and two culprits beside each other take six more.
+MAX_FAILURES = 20
 
 
 class Trials:
@@ -49,7 +53,11 @@ class Trials:
         for group in self._groups:
             group[:] = [sequence for sequence in group if sequence not in possible]
         suspects = [sequence for sequence in possible if not sequence.is_finished]
-        if len(possible) == 1 or self._num_failures > MAX_FAILURES:
+        are_guilty = self._num_failures > MAX_FAILURES
+        if len(possible) == 1:
+            possible[0].failed_alone += 1
+            are_guilty |= possible[0].failed_alone >= TRIES_ALONE
+        if are_guilty:
             for sequence in suspects:
                 sequence.suspect_until = 0
             return suspects
@@ -63,5 +71,5 @@ class Trials:
         """A step succeeded: how far it brought each of its sequences."""
         for sequence, end in reached:
             if sequence.suspect_until and end >= sequence.suspect_until:
-                sequence.suspect_until = 0
+                sequence.suspect_until = sequence.failed_alone = 0
                 self._num_failures = 0

@@ -26,13 +26,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="of 1e9 bytes of page-locked host memory, for what leaves a GPU's KV cache (0: none)",
     )
     group.add_argument(
-        "--kv-disk-gb", type=float, metavar="GB", help=f"of 1e9 bytes, at most ({default.max_bytes / 1e9:g})"
+        "--kv-disk-gb", type=float, metavar="GB", help=f"of 1e9 bytes, at most (default: {default.max_bytes / 1e9:g})"
     )
     group.add_argument(
         "--kv-disk-timeout",
         type=float,
         metavar="S",
-        help=f"what has not been read by then is computed ({default.timeout_s:g})",
+        help=f"what has not been read by then is computed (default: {default.timeout_s:g})",
     )
 
 

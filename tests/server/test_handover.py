@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import socket
 import stat
 from pathlib import Path
@@ -12,7 +13,10 @@ import aiohttp
 import pytest
 
 from engine.config import StartupError
+from engine.engine import Engine
+from server import app
 from server.handover import Offer, path_of, take
+from server.state import State
 from tests.server.support import BOUND_S, live, until
 
 BODY = {"prompt": "x", "max_tokens": 5, "ignore_eos": True}
@@ -50,6 +54,39 @@ async def test_requests_go_on_through_hand_overs(tmp_path: Path) -> None:
                 assert third.engine.metrics.generation_tokens > 0
     assert set(outcomes) == {200}
     assert not (tmp_path / "s").exists()
+
+
+async def test_the_quiet_time_of_a_hand_over_is_part_of_the_drain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a first signal ends nothing: whoever stops the old process by it wants what every drain is."""
+    limits: list[float] = []
+    drain = app.drain
+
+    async def spied(engine: Engine, state: State, limit: float) -> None:
+        limits.append(limit)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await drain(engine, state, limit)
+
+    monkeypatch.setattr(app, "drain", spied)
+    path = tmp_path / "s"
+    async with live(handover=f"unix:{path}", drain_timeout_s=10.0) as server:
+        server.device.gate.clear()
+        asking = asyncio.create_task(server.post("/v1/completions", BODY))
+        await until(lambda: server.num_requests() == 1)
+        taken = await asyncio.to_thread(take, str(path))
+        assert taken is not None
+        taken.serving()
+        taken.listening.close()
+        monkeypatch.setattr(app, "QUIET_S", 0.1)
+        await asyncio.sleep(0.2)
+        server.device.gate.set()
+        status, answer = await asking
+        assert status == 200 and answer["usage"]["completion_tokens"] == 5
+        async with asyncio.timeout(BOUND_S):
+            await server.serving
+    [limit] = limits
+    assert limit <= 10.0 - 0.1
 
 
 def test_who_asks_and_leaves_changes_nothing(tmp_path: Path) -> None:

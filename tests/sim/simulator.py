@@ -30,6 +30,7 @@ from engine.request import Adapter, FinishReason, Pooling, RequestError
 from engine.scheduling.batch import Batch, StepResult
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence, SequenceStatus
+from engine.scheduling.trials import TRIES_ALONE
 from engine.speculation.budgets import DraftBudgets
 from tests.sim.ordering import CheckedPolicy
 from tests.sim.tiers import SimulatedTier
@@ -57,6 +58,8 @@ class Client:
     num_accepted: int = 0
     # The client's side ended it (abort, stop string): the rest of the answer is not owed.
     ended_early: bool = False
+    # Steps that failed with it since its last token.
+    num_failures: int = 0
 
     @property
     def name(self) -> str:
@@ -392,12 +395,15 @@ class Simulator:
             self._check_namespaces(launched, failed=True)
             result = scheduler.fail(launched.batch, error)
             assert not len(result.token_ids), "tokens of a failed step"
+            for sequence in owners.values():
+                self.clients[sequence].num_failures += 1
             for sequence in result.finished:
                 assert sequence in owners.values(), f"{sequence} was no part of the failed step"
                 assert sequence.finish_reason is FinishReason.ERROR
                 client = self.open[sequence]
                 guilty = client.arrival.breaks_at is not None
                 assert guilty or self.options.fail_rate, f"{client.name} ended for a step that another broke"
+                assert client.num_failures >= TRIES_ALONE, f"{client.name} ended for what may pass"
                 client.ended_early = True
                 self.report.guilty += 1
                 self.end(client)
@@ -498,6 +504,7 @@ class Simulator:
             f"{client.name}: token {index} is {token}, the oracle says {expected[index]} ({client.sequence})"
         )
         client.delivered.append(token)
+        client.num_failures = 0
         self.delivered_now.append(client.sequence)
         if self.tier is not None and len(client.delivered) == 1:
             self.tier.keep(client.sequence)

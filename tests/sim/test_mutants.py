@@ -475,7 +475,13 @@ MUTANTS = [
         "else starts)", "else table.computed[slots])", FAILURES,
     ),
     Mutant("a failed step's rows deliver once more", Scheduler, "fail", "table.live[slots] = False", "pass", FAILURES),
-    Mutant("all of a failed step are guilty", Trials, "judge", "len(possible) == 1 or", "True or", CULPRITS),
+    Mutant("all of a failed step are guilty", Trials, "judge", "self._num_failures > MAX_FAILURES", "True", CULPRITS),
+    Mutant("who fails alone once is guilty", Trials, "judge", ">= TRIES_ALONE", ">= 1", FAILURES),
+    Mutant("who fails alone is tried for ever", Trials, "judge", ">= TRIES_ALONE", "> 10**9", CULPRITS),
+    Mutant(
+        "what failed alone is held against who passed", Trials, "succeeded",
+        "sequence.suspect_until = sequence.failed_alone = 0", "sequence.suspect_until = 0", FAILURES,
+    ),
     Mutant("suspects are never tried", Trials, "next", "return next(waiting, None)", "return None", CULPRITS),
     Mutant("half of the suspects are forgotten", Trials, "judge", "suspects[half:], ", "", CULPRITS),
     Mutant(
