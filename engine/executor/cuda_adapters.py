@@ -25,7 +25,7 @@ from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers, Heads, Place
 from engine.models.parts.decoder import CausalLM
 from engine.models.parts.source import PREFIX
-from engine.ops.lora_device import ROWS, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks
+from engine.ops.lora_device import FIELDS, ROWS, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -78,6 +78,10 @@ class DeviceAdapters:
         self._held: dict[int, PinnedWeights] = {}
         self._pending: dict[int, PinnedWeights] = {}
         self._sides = [_Side(layer, num_blocks(most_rows, layers.capacity)) for _ in range(3)]
+        # Rows in their order that are all of one adapter, by its index.
+        most = -(-most_rows // ROWS)
+        self._in_order = torch.arange(most * ROWS, dtype=torch.int32).to(layer.device)
+        self._of_one = torch.arange(layers.capacity + 1, dtype=torch.int32)[:, None].repeat(1, most).to(layer.device)
         self.attach(model)
 
     @property
@@ -98,7 +102,8 @@ class DeviceAdapters:
 
     def read(self, path: Path, layers: Any) -> PinnedWeights:
         """An adapter's directory. On any thread. Raises AdapterError."""
-        found = read_adapter(path, layers, self.max_rank)
+        with self.layer.aside():
+            found = read_adapter(path, layers, self.max_rank)
         name = path.name.encode("unicode_escape").decode()[:100]
         branches = {self._numbers[site]: branch for site, branch in found.branches.items()}
         try:
@@ -140,7 +145,7 @@ class DeviceAdapters:
         if not shelf.memory.numel():
             # Both or none: what is there is not asked for again.
             memory = self.layer.zeros((shelf.capacity, shelf.room), shelf.dtype)
-            table = self.layer.zeros((shelf.capacity + 1, 2 * len(shelf.shapes)), torch.int32)
+            table = self.layer.zeros((shelf.capacity + 1, FIELDS * len(shelf.shapes)), torch.int32)
             shelf.memory, shelf.table = memory, table
             self._pending = dict(self._held)
 
@@ -178,8 +183,19 @@ class DeviceAdapters:
     def used(self, side: int, rows: int) -> Iterator[None]:
         """What the model computes meanwhile are so many rows, padding included, that were noted for this parity; or
         CHAIN."""
-        self.rows.any = True
-        self.rows.on_device = self._sides[side].view(num_blocks(rows, self.capacity))
+        with self._using(self._sides[side].view(num_blocks(rows, self.capacity))):
+            yield
+
+    @contextlib.contextmanager
+    def used_by(self, index: int, rows: int) -> Iterator[None]:
+        """They are at most so many rows of one adapter, or of none."""
+        blocks = -(-rows // ROWS)
+        with self._using(Grouped(self._in_order[: blocks * ROWS], self._of_one[index, :blocks])):
+            yield
+
+    @contextlib.contextmanager
+    def _using(self, rows: Grouped) -> Iterator[None]:
+        self.rows.any, self.rows.on_device = True, rows
         try:
             yield
         finally:

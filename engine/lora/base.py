@@ -25,7 +25,8 @@ def own_rows(place: Place) -> tuple[Tensor, Tensor]:
 
 
 def base_rows(linear: Linear | Mxfp4Linear | Heads, rows: Tensor) -> Tensor | None:
-    """float32 [n, in]: these rows of a layer's weight, in its own order; None where its form has lost them."""
+    """float32 [n, in] on the host: these rows of a layer's weight, in its own order; None where its form has lost
+    them."""
     if isinstance(linear, Heads):
         return None
     if isinstance(linear, Mxfp4Linear):
@@ -46,7 +47,7 @@ def base_rows(linear: Linear | Mxfp4Linear | Heads, rows: Tensor) -> Tensor | No
         weight = torch.cat(columns).T.float()
         own = getattr(linear, "_bias", None)
         return None if own is not None else weight[rows]
-    return linear.rows(rows).float()
+    return linear.rows(rows.to(linear.device)).float().cpu()
 
 
 def base_bias(place: Place) -> Tensor | None:
@@ -79,4 +80,4 @@ def _bias_of(linear: Linear | Mxfp4Linear | Heads) -> Tensor | None:
     if isinstance(inner, Linear):
         return _bias_of(inner)
     bias = linear._bias
-    return None if bias is None else bias.float()
+    return None if bias is None else bias.float().cpu()

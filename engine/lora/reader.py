@@ -29,6 +29,7 @@ from engine.ops.linear import Linear
 from engine.ops.lora import Branch, Factors, Replaced
 
 ON_HOST = "is computed on the CPU alone so far (--device cpu)"
+ON_DEVICE = ("down", "up", "up bias", "magnitude", "bias")
 # Rows of a base weight that are held as float32 at once.
 CHUNK = 1024
 MAX_NAME = 100
@@ -183,12 +184,12 @@ class _Reader:
             self._token_outputs(path, place, kinds["tokens"])
 
     def _check_device(self, path: str, place: Place, kinds: dict[str, str]) -> None:
-        """A GPU takes factors of the decoder's layers."""
+        """A GPU takes some kinds of tensors, of the decoder's layers."""
         served = self._layers.on_device
         if served is None:
             return
         for kind, name in kinds.items():
-            if kind not in ("down", "up"):
+            if kind not in ON_DEVICE:
                 raise self._tensors.fail(name, f"{kind} {ON_HOST}")
             if place.site not in served:
                 raise self._tensors.fail(name, f"what is added to {path!r:.200} {ON_HOST}")

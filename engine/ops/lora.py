@@ -115,6 +115,8 @@ class Branch:
         found = []
         for (first, width, rank_first), up in zip(self._places, self._ups, strict=True):
             ranks = up.shape[1]
+            if not ranks:  # a gain or an offset alone
+                continue
             rows = up.transpose(1, 2).reshape(-1, ranks)[:width]
             found.append((first, down[rank_first : rank_first + ranks], rows))
         return found

@@ -1,13 +1,15 @@
-"""LoRA adapters at a GPU's linear layers: y += B (A x), each row by its own adapter; rows of none are not touched.
+"""LoRA adapters at a GPU's layers: y += gain y + offset + B (A x), and outputs of an adapter's own; each row by its own
+adapter, and rows of none are not touched.
 
-All adapters lie in one tensor by their index, the matrices of each one behind another with the ranks that they have,
-and a table on the device says where. So a graph serves whatever adapters are in place when it is replayed. Two launches
-a layer (triton/lora.py); `torch_add` is the reference. Filled by executor/cuda_adapters.py.
+All adapters lie in one tensor by their index, what each one has at its layers one behind another, with the ranks that
+they have, and a table on the device says where. So a graph serves whatever adapters are in place when it is replayed.
+Two launches a layer, one an embedding (triton/lora.py); `torch_add` and `torch_look_up` are the reference. Filled by
+executor/cuda_adapters.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,9 +22,12 @@ from engine.ops.triton.runtime import on_gpu
 
 # Rows of one adapter that a program computes; ranks are multiples of UNIT, and places of matrices are counted in it.
 ROWS, UNIT = 32, 16
+# Of a site in the table: where A begins, with B behind it, and their rank; where gain and offset lie; where outputs of
+# its own do, and how many there are. Places are counted in UNITs, and 0 is none.
+FIELDS = 5
 # Where a block has no row.
 NO_ROW = 2**31 - 1
-# Outputs of one program.
+# Outputs of one program, at most.
 BLOCK_N = 128
 
 
@@ -53,15 +58,18 @@ def group(ids: Int32Array, order: Int32Array, owners: Int32Array) -> None:
 
 @dataclass(frozen=True, slots=True)
 class SiteShape:
-    """A layer that adapters change. parts: outputs [first, end) with factors of their own, of at most `rank` ranks."""
+    """A layer that adapters change. parts: outputs [first, end) with factors of their own, of at most `rank` ranks.
+    is_table: an embedding, of as many tokens as it has inputs."""
 
     in_features: int
     out_features: int
     parts: tuple[tuple[int, int], ...]
     rank: int
+    is_table: bool = False
 
     def size(self, rank: int) -> int:
-        """Numbers of A and B: [parts * rank, in] and [rank, out], the latter on a multiple of UNIT."""
+        """Numbers of A and B: [parts * rank, in], or [in, rank] of an embedding, and [rank, out], the latter on a
+        multiple of UNIT."""
         return _aligned(len(self.parts) * rank * self.in_features) + _aligned(rank * self.out_features)
 
 
@@ -97,18 +105,55 @@ def pack(shape: SiteShape, branch: Branch) -> tuple[int, Tensor]:
     up_of = data[at : at + rank * shape.out_features].view(rank, shape.out_features)
     for (first, end), own, (down, up) in zip(shape.parts, downs_of, parts, strict=True):
         if len(down):
-            own[: len(down)] = down
+            of_part = own.view(shape.in_features, rank).T if shape.is_table else own
+            of_part[: len(down)] = down
             up_of[: len(down), first:end] = up.T
     return rank, data
 
 
-class Shelf:
-    """All adapters on the device. memory [capacity, room], in the model's dtype; table int32 [capacity + 1, sites, 2]:
-    by index and site where its matrices begin in its row of memory, in UNITs, and their rank, 0 where it has none."""
+class _Line:
+    """A row of Shelf.memory while it is filled. The first UNIT is nobody's, so that a place is never 0."""
 
-    def __init__(self, shapes: Sequence[SiteShape], capacity: int, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype, self.used, self.parts = dtype, UNIT, [torch.zeros(UNIT, dtype=dtype)]
+
+    def put(self, values: Tensor, *, bits: bool = False) -> int:
+        """Numbers, each rounded once; or words of 32 bits as they are. Returns where they lie."""
+        place = self.used // UNIT
+        flat = values.contiguous().flatten()
+        flat = flat.view(self.dtype) if bits else flat.to(self.dtype)
+        self.parts.append(torch.cat((flat, flat.new_zeros(-len(flat) % UNIT))))
+        self.used += len(self.parts[-1])
+        return place
+
+
+def words_of(dtype: torch.dtype) -> int:
+    """Numbers that a word of 32 bits takes the place of."""
+    return 4 // dtype.itemsize
+
+
+def _entry(line: _Line, shape: SiteShape, branch: Branch) -> list[int]:
+    """FIELDS of what an adapter has at a site, which is put into its line. Raises ValueError as `pack`."""
+    rank, data = pack(shape, branch)
+    begin = line.put(data) if rank else 0
+    beside = 0
+    if branch.gain is not None or branch.offset is not None:
+        nothing = torch.zeros(shape.out_features)
+        both = [nothing if each is None else each for each in (branch.gain, branch.offset)]
+        beside = line.put(torch.cat(both), bits=True)
+    return [begin, rank, beside, 0, 0]
+
+
+class Shelf:
+    """All adapters on the device. memory [capacity, room], in the model's dtype; table int32 [capacity + 1, sites *
+    FIELDS]: by index and site what it has there.
+
+    room: numbers of an adapter; where it is not said, as many as all these layers take at their highest rank.
+    """
+
+    def __init__(self, shapes: Sequence[SiteShape], capacity: int, dtype: torch.dtype, room: int | None = None) -> None:
         self.shapes, self.capacity, self.dtype = tuple(shapes), capacity, dtype
-        self.room = sum(shape.size(_aligned(shape.rank)) for shape in shapes)
+        self.room = room_of(self.shapes, dtype) if room is None else _aligned(room)
         assert self.room // UNIT < 2**31
         self.memory = torch.empty(0, dtype=dtype)
         self.table = torch.empty(0, dtype=torch.int32)
@@ -118,14 +163,22 @@ class Shelf:
         return self.capacity * self.room * self.dtype.itemsize
 
     def pack(self, branches: Mapping[int, Branch]) -> tuple[Tensor, Tensor]:
-        """What an adapter has in a row of memory, in its dtype, and its entries of the table; by numbers of sites."""
-        table, parts, used = torch.zeros((len(self.shapes), 2), dtype=torch.int32), [], 0
+        """What an adapter has in a row of memory, in its dtype, and its entries of the table; by numbers of sites.
+        Raises ValueError where it does not fit."""
+        table, line = torch.zeros((len(self.shapes), FIELDS), dtype=torch.int32), _Line(self.dtype)
         for number, branch in branches.items():
-            rank, data = pack(self.shapes[number], branch)
-            table[number, 0], table[number, 1] = used // UNIT, rank
-            parts.append(data.to(self.dtype))
-            used += len(data)
-        return torch.cat(parts), table.flatten()
+            table[number] = torch.tensor(_entry(line, self.shapes[number], branch), dtype=torch.int32)
+            if line.used > self.room:
+                mib = self.room * self.dtype.itemsize / 2**20
+                raise ValueError(f"it takes more than the {mib:.1f} MiB that the GPU has for each")
+        return torch.cat(line.parts), table.flatten()
+
+
+def room_of(shapes: Iterable[SiteShape], dtype: torch.dtype) -> int:
+    """Numbers of an adapter of all these layers, with factors of the highest rank, gains and offsets."""
+    words = words_of(dtype)
+    sizes = (shape.size(_aligned(shape.rank)) + _aligned(2 * words * shape.out_features) for shape in shapes)
+    return UNIT + sum(sizes)
 
 
 class DeviceSite:
@@ -134,13 +187,17 @@ class DeviceSite:
     def __init__(self, shelf: Shelf, number: int, device: torch.device) -> None:
         self.shelf, self.number, self.shape = shelf, number, shelf.shapes[number]
         self.ranks = _aligned(self.shape.rank)
+        self.aligned = (
+            all(n % UNIT == 0 for part in self.shape.parts for n in part) and self.shape.out_features % UNIT == 0
+        )
+        # Addresses that are no multiples of anything take registers.
+        self.width = BLOCK_N if self.aligned else BLOCK_N // 2
         tiles = [
-            (part, begin, min(begin + BLOCK_N, end))
+            (part, begin, min(begin + self.width, end))
             for part, (first, end) in enumerate(self.shape.parts)
-            for begin in range(first, end, BLOCK_N)
+            for begin in range(first, end, self.width)
         ]
         self.tiles = torch.tensor(tiles, dtype=torch.int32).to(device)
-        self.aligned = all(begin % UNIT == 0 for _, begin, _ in tiles) and self.shape.out_features % UNIT == 0
 
     def add(self, x: Tensor, y: Tensor, rows: Grouped) -> None:
         """x [T, in], and y [T, out] what the layer beneath made of it; in place."""
@@ -165,41 +222,73 @@ class DeviceSite:
             number=self.number,
             parts=len(self.shape.parts),
             ranks=self.ranks,
+            fields=FIELDS,
             unit=UNIT,
-            width=BLOCK_N,
+            width=self.width,
             aligned=self.aligned,
             halves=halves,
         )
+
+
+def _indices(rows: Grouped, count: int) -> Tensor:
+    """int64 [count]: whose each row is, 0 for nobody's."""
+    owners = rows.owners[:, None].expand(-1, ROWS).reshape(-1)
+    places = torch.where(owners > 0, rows.order.clamp(max=count), count).long()
+    ids = torch.zeros(count + 1, dtype=torch.int32, device=owners.device)
+    return ids.scatter_(0, places, owners)[:count].long()
+
+
+class _Entries:
+    """What all adapters have at a site, [capacity, 1, 1] of each field, and what lies there."""
+
+    def __init__(self, site: DeviceSite) -> None:
+        self.shelf, self.shape = site.shelf, site.shape
+        entries = self.shelf.table[1:].view(self.shelf.capacity, -1, FIELDS)[:, site.number].long()
+        self.begin, self.rank, self.beside, self.own, self.count = entries.T[:, :, None, None]
+
+    def read(self, at: Tensor, kept: Tensor, kind: torch.dtype | None = None) -> Tensor:
+        """[capacity, n, m]: numbers of memory at these places, counted in `kind`, 0 where none are kept."""
+        memory = self.shelf.memory if kind is None else self.shelf.memory.view(kind)
+        places = torch.where(kept, at, 0)
+        return torch.where(kept, memory.gather(1, places.flatten(1)).view(places.shape), 0)
+
+    def vectors(self) -> Tensor:
+        """float32 [capacity, 2, out]: gain and offset."""
+        count = torch.arange(2 * self.shape.out_features, device=self.shelf.table.device)
+        at = self.beside * UNIT // words_of(self.shelf.dtype) + count
+        return self.read(at, self.beside > 0, torch.float32).view(self.shelf.capacity, 2, -1)
+
+    def up(self, ranks: int) -> Tensor:
+        """float32 [capacity, ranks, out]."""
+        shape, device = self.shape, self.shelf.table.device
+        behind = (len(shape.parts) * self.rank * shape.in_features + UNIT - 1) // UNIT
+        own, outputs = (torch.arange(n, device=device) for n in (ranks, shape.out_features))
+        at = (self.begin + behind) * UNIT + own[:, None] * shape.out_features + outputs
+        return self.read(at, own[:, None] < self.rank).float()
 
 
 def torch_add(site: DeviceSite, x: Tensor, y: Tensor, rows: Grouped) -> None:
     """The same in torch: every row by every adapter, of which it takes its own."""
     shape, shelf, ranks, device = site.shape, site.shelf, site.ranks, x.device
     count, parts = len(x), len(shape.parts)
-    owners = rows.owners[:, None].expand(-1, ROWS).reshape(-1)
-    places = torch.where(owners > 0, rows.order.clamp(max=count), count).long()
-    ids = torch.zeros(count + 1, dtype=torch.int32, device=device).scatter_(0, places, owners)[:count].long()
-    entries = shelf.table[1:].view(shelf.capacity, -1, 2)[:, site.number].long()
-    begin, rank = (entries[:, each].view(-1, 1, 1) for each in range(2))
+    has = _Entries(site)
     number, part = torch.arange(parts * ranks, device=device) % ranks, torch.arange(parts, device=device)
-    lines = part.repeat_interleave(ranks) * rank[:, 0] + number
-    columns, outputs = (torch.arange(n, device=device) for n in (shape.in_features, shape.out_features))
-
-    def matrix(at: Tensor, numbers: Tensor) -> Tensor:
-        """[capacity, len(numbers), width]; zeros of ranks that there are not."""
-        kept = numbers[:, None] < rank
-        found = shelf.memory.gather(1, torch.where(kept, at, 0).flatten(1)).view(at.shape)
-        return torch.where(kept, found.float(), 0.0)
-
-    down = matrix(begin * UNIT + lines[:, :, None] * shape.in_features + columns, number)
-    behind = (parts * rank * shape.in_features + UNIT - 1) // UNIT
-    own = number[:ranks]
-    up = matrix((begin + behind) * UNIT + own[:, None] * shape.out_features + outputs, own)
+    lines = part.repeat_interleave(ranks) * has.rank[:, 0] + number
+    columns = torch.arange(shape.in_features, device=device)
+    at = has.begin * UNIT + lines[:, :, None] * shape.in_features + columns
+    down, up = has.read(at, number[:, None] < has.rank).float(), has.up(ranks)
     inner = (x.float() @ down.transpose(1, 2)).view(shelf.capacity, count, parts, ranks)
-    added = torch.empty((shelf.capacity, count, shape.out_features), device=device)
+    before = y.float().expand(shelf.capacity, -1, -1)
+    gain, offset = has.vectors()[:, :, None].unbind(1)
+    added = gain * before + offset
     for number_of, (first, end) in enumerate(shape.parts):
-        added[:, :, first:end] = inner[:, :, number_of] @ up[:, :, first:end]
+        added[:, :, first:end] += inner[:, :, number_of] @ up[:, :, first:end]
+    _take(_indices(rows, count), (has.rank > 0) | (has.beside > 0), before + added, y)
+
+
+def _take(ids: Tensor, has: Tensor, mixed: Tensor, y: Tensor) -> None:
+    """Rows of `mixed` [capacity, T, out] by each one's index to y, where its adapter has anything."""
     index = (ids - 1).clamp(min=0)
-    mine = (ids > 0) & (rank.flatten()[index] > 0)
-    mixed = y.float() + added[index, torch.arange(count, device=device)]
-    y.copy_(torch.where(mine[:, None], mixed.to(y.dtype), y))
+    mine = (ids > 0) & has.flatten()[index]
+    own = mixed[index, torch.arange(len(ids), device=ids.device)]
+    y.copy_(torch.where(mine[:, None], own.to(y.dtype), y))

@@ -241,12 +241,12 @@ def recurrent(dtype: torch.dtype, rows: int) -> None:
 
 def adapters(dtype: torch.dtype, rows: int) -> None:
     """The fused layer of queries, keys and values, and one whose outputs begin on no multiple of 16."""
-    from engine.ops.lora_device import DeviceSite, Grouped, Shelf, SiteShape
+    from engine.ops.lora_device import FIELDS, DeviceSite, Grouped, Shelf, SiteShape
 
     fused = SiteShape(2048, 3072, ((0, 2048), (2048, 2560), (2560, 3072)), 64)
     shelf = Shelf([fused, SiteShape(8192, 2045, ((0, 2045),), 64)], 8, dtype)
     shelf.memory = torch.empty((8, shelf.room), dtype=dtype)
-    shelf.table = torch.empty((9, 4), dtype=torch.int32)
+    shelf.table = torch.empty((9, 2 * FIELDS), dtype=torch.int32)
     blocks = 8 if rows == 1 else 40
     given = Grouped(torch.empty(blocks * 32, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32))
     for number, shape in enumerate(shelf.shapes):

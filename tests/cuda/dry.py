@@ -210,6 +210,8 @@ class DryDevice:
         finally:
             LOG.steps = before
 
+    aside = may_block
+
     def capture(self, work: Callable[[], object]) -> list[Event]:
         return self.capture_parts(lambda cut: work())[0]
 

@@ -294,9 +294,6 @@ async def test_an_upload_that_fails_is_made_up_for(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
-    "magnitude": ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (32,)}, {"use_dora": True}),
-    "up bias": ({"model.layers.0.self_attn.q_proj.lora_B.bias": (32,)}, {}),
-    "bias": ({"model.layers.0.self_attn.q_proj.base_layer.bias": (32,)}, {}),
     "what is added to 'lm_head'": ({"lm_head.lora_A.weight": (4, 32), "lm_head.lora_B.weight": (101, 4)}, {}),
     "weight": ({"lm_head.weight": (101, 32)}, {}),
     "looked-up down": (

@@ -11,7 +11,7 @@ from tests.cuda.test_triton import DEVICE, NARROW, randn  # first: it says how k
 
 from engine.ops.lora import Branch, Factors  # isort: skip
 from engine.ops import lora_device  # isort: skip
-from engine.ops.lora_device import NO_ROW, ROWS, UNIT, DeviceSite, Grouped, Shelf, SiteShape  # isort: skip
+from engine.ops.lora_device import FIELDS, NO_ROW, ROWS, UNIT, DeviceSite, Grouped, Shelf, SiteShape  # isort: skip
 from engine.ops.triton import lora as kernels  # isort: skip
 
 CAPACITY = 3
@@ -51,7 +51,7 @@ def a_shelf(dtype: torch.dtype) -> tuple[Shelf, list[DeviceSite], dict[int, list
     shelf = Shelf([FUSED, PLAIN], CAPACITY, dtype)
     # What nobody wrote is not to be read.
     shelf.memory = torch.full((CAPACITY, shelf.room), float("nan"), dtype=dtype, device=DEVICE)
-    shelf.table = torch.zeros((CAPACITY + 1, 4), dtype=torch.int32, device=DEVICE)
+    shelf.table = torch.zeros((CAPACITY + 1, 2 * FIELDS), dtype=torch.int32, device=DEVICE)
     whole = {}
     for index, made in {
         1: an_adapter({0: FUSED, 1: PLAIN}, 20, 1),
@@ -150,10 +150,54 @@ def test_an_adapter_whose_factors_cross_parts_is_taken_apart() -> None:
     up[:150, 3:] = 0
     shelf = Shelf([FUSED], 1, torch.float32)
     data, table = shelf.pack({0: Branch(INPUTS[0], 186, [Factors(0, down, up)])})
-    assert table.tolist() == [0, UNIT] and len(data) == FUSED.size(UNIT)
+    assert table.tolist() == [1, UNIT, 0, 0, 0] and len(data) == UNIT + FUSED.size(UNIT)
     shelf.memory, shelf.table = data[None].to(DEVICE), torch.stack((table * 0, table)).to(DEVICE)
     x, y = randn(4, INPUTS[0]), torch.zeros(4, 186, device=DEVICE)
     lora_device.torch_add(DeviceSite(shelf, 0, DEVICE), x, y, grouped([1, 0, 1, 1]))
     expected = (x.cpu() @ (up @ down).T).to(DEVICE)
     expected[1] = 0
     torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+
+
+def a_shelf_of(shape: SiteShape, branches: list[Branch], dtype: torch.dtype) -> DeviceSite:
+    """Adapters 1, 2, ... at one layer."""
+    shelf = Shelf([shape], len(branches), dtype)
+    packed = [shelf.pack({0: branch}) for branch in branches]
+    shelf.room = max(shelf.room, *(len(data) for data, _ in packed))
+    shelf.memory = torch.full((len(branches), shelf.room), float("nan"), dtype=dtype, device=DEVICE)
+    shelf.table = torch.zeros((len(branches) + 1, FIELDS), dtype=torch.int32, device=DEVICE)
+    for index, (data, table) in enumerate(packed, 1):
+        shelf.memory[index - 1, : len(data)] = data.to(DEVICE)
+        shelf.table[index] = table.to(DEVICE)
+    return DeviceSite(shelf, 0, DEVICE)
+
+
+@pytest.mark.parametrize(("way", "dtype"), [("torch", NARROW[0]), ("kernels", NARROW[0]), ("kernels", NARROW[1])])
+def test_gains_and_offsets(way: str, dtype: torch.dtype) -> None:
+    """With factors and without, and without each other; they are not rounded to the layer's type."""
+    out = FUSED.out_features
+    gain, offset = (randn(out, seed=seed).cpu() for seed in (5, 6))
+    made = an_adapter({0: FUSED}, 7, 1)[0][0]
+    factors = [Factors(first, down, up) for first, down, up in made.matrices()]
+    given = [(factors, gain, offset), ([], None, offset), (factors[:1], gain, None)]
+    branches = [
+        Branch(FUSED.in_features, out, each, gain=own_gain, offset=own_offset) for each, own_gain, own_offset in given
+    ]
+    site = a_shelf_of(FUSED, branches, dtype)
+    x, y = (randn(len(IDS), n, dtype=dtype, seed=n) for n in (FUSED.in_features, out))
+    expected = y.float()
+    for row, index in enumerate(IDS):
+        if index:
+            each, own_gain, own_offset = given[index - 1]
+            before = expected[row].clone()
+            for factor in each:
+                up, down = factor.up.to(DEVICE), factor.down.to(DEVICE)
+                expected[row, factor.first : factor.first + len(up)] += up @ (down @ x[row].float())
+            expected[row] += 0 if own_gain is None else own_gain.to(DEVICE) * before
+            expected[row] += 0 if own_offset is None else own_offset.to(DEVICE)
+    if way == "torch":
+        lora_device.torch_add(site, x, y, grouped(IDS))
+    else:
+        site.by_kernels(x, y, grouped(IDS))
+    tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance)

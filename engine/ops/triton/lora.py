@@ -1,5 +1,5 @@
-"""y += B (A x) of LoRA adapters in two launches: A of every row's adapter, then B. Called by ops/lora_device.py on
-CUDA tensors; `torch_add` there is the reference.
+"""y += gain y + offset + B (A x) of LoRA adapters in two launches: A of every row's adapter, then the rest. Called by
+ops/lora_device.py on CUDA tensors; `torch_add` there is the reference.
 
 A program computes the rows of one block, which have one adapter, so that its matrices are read once for all of them.
 Blocks of nobody, and ranks that an adapter has not, end at once. A is summed in parts of the inputs, each in their
@@ -41,6 +41,7 @@ def _shrink(
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     TOGETHER: tl.constexpr,
+    FIELDS: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -54,7 +55,7 @@ def _shrink(
     first = tl.program_id(1) % (RANKS // UNIT) * UNIT
     if owner <= 0:
         return
-    place = table_ptr + (owner * sites + number) * 2
+    place = table_ptr + (owner * sites + number) * FIELDS
     begin, rank = tl.load(place).to(tl.int64) * UNIT, tl.load(place + 1)
     if first >= rank:
         return
@@ -89,6 +90,7 @@ def _shrink(
 def _expand(
     y_ptr,
     memory_ptr,
+    words_ptr,
     table_ptr,
     order_ptr,
     owners_ptr,
@@ -106,6 +108,8 @@ def _expand(
     SPLITS: tl.constexpr,
     ALIGNED: tl.constexpr,
     HALVES: tl.constexpr,
+    FIELDS: tl.constexpr,
+    WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -116,9 +120,9 @@ def _expand(
     owner = tl.load(owners_ptr + block).to(tl.int64)
     if owner <= 0:
         return
-    place = table_ptr + (owner * sites + number) * 2
-    begin, rank = tl.load(place).to(tl.int64), tl.load(place + 1)
-    if rank == 0:
+    place = table_ptr + (owner * sites + number) * FIELDS
+    begin, rank, beside = tl.load(place).to(tl.int64), tl.load(place + 1), tl.load(place + 2).to(tl.int64)
+    if (rank == 0) & (beside == 0):
         return
     behind = tl.cdiv((PARTS * rank).to(tl.int64) * in_features, UNIT)
     at = tl.multiple_of((owner - 1) * stride + (begin + behind) * UNIT, UNIT)
@@ -152,6 +156,11 @@ def _expand(
     y_at = y_ptr + row.to(tl.int64)[:, None] * y_stride + n[None, :]
     mask = (row < rows)[:, None] & inside
     before = tl.load(y_at, mask=mask, other=0.0).to(tl.float32)
+    if beside > 0:
+        gain_at = words_ptr + ((owner - 1) * stride + beside * UNIT) // WORDS + n
+        gain = tl.load(gain_at, mask=n < end, other=0).to(tl.float32, bitcast=True)
+        offset = tl.load(gain_at + out_features, mask=n < end, other=0).to(tl.float32, bitcast=True)
+        added += gain[None, :] * before + offset[None, :]
     tl.store(y_at, (before + added).to(y_ptr.dtype.element_ty), mask=mask)
 
 
@@ -167,6 +176,7 @@ def add(
     number: int,
     parts: int,
     ranks: int,
+    fields: int,
     unit: int,
     width: int,
     aligned: bool,
@@ -177,7 +187,7 @@ def add(
     blocks, (count, in_features), out_features = len(owners), x.shape, y.shape[1]
     if not blocks:
         return
-    rows, sites = len(order) // blocks, table.shape[1] // 2
+    rows, sites = len(order) // blocks, table.shape[1] // fields
     x = x if x.stride(1) == 1 else x.contiguous()
     assert y.stride(1) == 1 and len(y) == count and ranks % unit == 0
     split = max(LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(in_features, MOST_SPLITS)))
@@ -201,6 +211,7 @@ def add(
         PARTS=parts,
         SPLIT=split,
         TOGETHER=together,
+        FIELDS=fields,
         ROWS=rows,
         UNIT=unit,
         BLOCK_K=BLOCK_K_BYTES // x.dtype.itemsize,
@@ -211,6 +222,7 @@ def add(
     _expand[(blocks, len(tiles))](
         y,
         memory,
+        memory.view(torch.int32),
         table,
         order,
         owners,
@@ -228,6 +240,8 @@ def add(
         SPLITS=splits,
         ALIGNED=aligned,
         HALVES=memory.dtype == torch.bfloat16 if halves is None else halves,
+        FIELDS=fields,
+        WORDS=4 // memory.dtype.itemsize,
         ROWS=rows,
         UNIT=unit,
         BLOCK_N=width,
