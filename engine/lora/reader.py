@@ -29,7 +29,8 @@ from engine.ops.linear import Linear
 from engine.ops.lora import Branch, Factors, Replaced
 
 ON_HOST = "is computed on the CPU alone so far (--device cpu)"
-ON_DEVICE = ("down", "up", "up bias", "magnitude", "bias")
+# Kinds of tensors that are in place of a layer's own.
+WHOLE = ("weight", "tokens")
 # Rows of a base weight that are held as float32 at once.
 CHUNK = 1024
 MAX_NAME = 100
@@ -184,15 +185,15 @@ class _Reader:
             self._token_outputs(path, place, kinds["tokens"])
 
     def _check_device(self, path: str, place: Place, kinds: dict[str, str]) -> None:
-        """A GPU takes some kinds of tensors, of the decoder's layers."""
+        """A GPU takes whole matrices of some layers, and nothing for others."""
         served = self._layers.on_device
         if served is None:
             return
         for kind, name in kinds.items():
-            if kind not in ON_DEVICE:
-                raise self._tensors.fail(name, f"{kind} {ON_HOST}")
             if place.site not in served:
                 raise self._tensors.fail(name, f"what is added to {path!r:.200} {ON_HOST}")
+            if kind in WHOLE and place.site not in self._layers.whole_on_device:
+                raise self._tensors.fail(name, f"a whole matrix in a layer of the decoder {ON_HOST}")
 
     def _why_unknown(self, path: str) -> str:
         outside = self._layers.spec.outside

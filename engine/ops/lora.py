@@ -45,6 +45,12 @@ class Replaced:
     columns: Tensor
     linear: Linear
 
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """float32 [n, in], and its bias [n], 0 where there is none."""
+        count = self.linear.out_features
+        bias = self.linear._bias
+        return self.linear.rows(torch.arange(count)).float(), torch.zeros(count) if bias is None else bias.float()
+
 
 class Branch:
     """What one adapter does at one layer: y += gain y + offset + up (down x), and some outputs replaced.
@@ -108,10 +114,10 @@ class Branch:
         return own + sum(each.linear.out_features * each.linear.in_features * 4 for each in self.replaced)
 
     def matrices(self) -> list[tuple[int, Tensor, Tensor]]:
-        """Of a product: (first output, down [rank, in], up [n, rank]), as they were given or split otherwise."""
+        """(first output, down [rank, in], up [n, rank]), as they were given or split otherwise."""
         if self._down is None:
             return []
-        down = self._down.transpose(1, 2).flatten(0, 1)
+        down = self._down.T if self.looked_up else self._down.transpose(1, 2).flatten(0, 1)
         found = []
         for (first, width, rank_first), up in zip(self._places, self._ups, strict=True):
             ranks = up.shape[1]
@@ -254,6 +260,10 @@ class OnDevice(Protocol):
         """See Site.add."""
         ...
 
+    def look_up(self, ids: Tensor, y: Tensor, rows: Any) -> None:
+        """See Site.look_up."""
+        ...
+
 
 class Site:
     """A place where adapters add something: their branches by index, 1..capacity. device: where a GPU has them."""
@@ -329,6 +339,9 @@ class Site:
 
     def look_up(self, ids: Tensor, y: Tensor) -> None:
         """Token ids [T], and y [T, width] their rows of the layer's own table; in place."""
+        if self.device is not None:
+            self.device.look_up(ids, y, self.rows.on_device)
+            return
         groups = self.rows.groups(len(ids))
         inner = torch.zeros((len(groups.rows), self._ranks), dtype=torch.float32)
         for group, (index, first, last) in enumerate(groups.groups.tolist()):

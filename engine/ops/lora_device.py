@@ -59,13 +59,15 @@ def group(ids: Int32Array, order: Int32Array, owners: Int32Array) -> None:
 @dataclass(frozen=True, slots=True)
 class SiteShape:
     """A layer that adapters change. parts: outputs [first, end) with factors of their own, of at most `rank` ranks.
-    is_table: an embedding, of as many tokens as it has inputs."""
+    is_table: an embedding, of as many tokens as it has inputs. replaced: adapters may have outputs of their own there,
+    which costs a launch; an embedding's are looked up with the rest."""
 
     in_features: int
     out_features: int
     parts: tuple[tuple[int, int], ...]
     rank: int
     is_table: bool = False
+    replaced: bool = False
 
     def size(self, rank: int) -> int:
         """Numbers of A and B: [parts * rank, in], or [in, rank] of an embedding, and [rank, out], the latter on a
@@ -141,7 +143,21 @@ def _entry(line: _Line, shape: SiteShape, branch: Branch) -> list[int]:
         nothing = torch.zeros(shape.out_features)
         both = [nothing if each is None else each for each in (branch.gain, branch.offset)]
         beside = line.put(torch.cat(both), bits=True)
-    return [begin, rank, beside, 0, 0]
+    own = count = 0
+    if branch.table_rows is not None:
+        # In the order of token ids; as many as there are tokens are all of them.
+        listed = branch.table or {token: token for token in range(shape.in_features)}
+        tokens = torch.tensor(sorted(listed), dtype=torch.int32)
+        own, count = line.put(tokens, bits=True), len(tokens)
+        line.put(branch.table_rows[[listed[token] for token in tokens.tolist()]])
+    elif branch.replaced:
+        assert shape.replaced
+        parts = [each.numbers() for each in branch.replaced]
+        columns = torch.cat([each.columns for each in branch.replaced]).int()
+        own, count = line.put(columns, bits=True), len(columns)
+        line.put(torch.cat([bias for _, bias in parts]), bits=True)
+        line.put(torch.cat([weight for weight, _ in parts]))
+    return [begin, rank, beside, own, count]
 
 
 class Shelf:
@@ -170,7 +186,7 @@ class Shelf:
             table[number] = torch.tensor(_entry(line, self.shapes[number], branch), dtype=torch.int32)
             if line.used > self.room:
                 mib = self.room * self.dtype.itemsize / 2**20
-                raise ValueError(f"it takes more than the {mib:.1f} MiB that the GPU has for each")
+                raise ValueError(f"it takes more than the {mib:.1f} MiB that the GPU has for each (--max-lora-mib)")
         return torch.cat(line.parts), table.flatten()
 
 
@@ -206,11 +222,50 @@ class DeviceSite:
         else:
             torch_add(self, x, y, rows)
 
+    def look_up(self, ids: Tensor, y: Tensor, rows: Grouped) -> None:
+        """Token ids [T], and y [T, out] their rows of the layer's own table; in place."""
+        if on_gpu(y):
+            self.look_up_by_kernel(ids, y, rows)
+        else:
+            torch_look_up(self, ids, y, rows)
+
+    def look_up_by_kernel(self, ids: Tensor, y: Tensor, rows: Grouped) -> None:
+        """The same."""
+        from engine.ops.triton import lora as kernels
+
+        assert self.shape.is_table and y.shape[1] == self.shape.out_features
+        kernels.look_up(
+            ids,
+            y,
+            self.shelf.memory,
+            self.shelf.table,
+            rows.order,
+            rows.owners,
+            number=self.number,
+            tokens=self.shape.in_features,
+            fields=FIELDS,
+            unit=UNIT,
+            width=BLOCK_N // 2,
+        )
+
     def by_kernels(self, x: Tensor, y: Tensor, rows: Grouped, *, halves: bool | None = None) -> None:
-        """The same. halves: for tests."""
+        """`add`. halves: for tests."""
         from engine.ops.triton import lora as kernels
 
         assert x.shape[1] == self.shape.in_features and y.shape[1] == self.shape.out_features
+        if self.shape.replaced:
+            kernels.replace(
+                x,
+                y,
+                self.shelf.memory,
+                self.shelf.table,
+                rows.order,
+                rows.owners,
+                number=self.number,
+                fields=FIELDS,
+                unit=UNIT,
+                width=BLOCK_N // 2,
+            )
         kernels.add(
             x,
             y,
@@ -258,6 +313,17 @@ class _Entries:
         at = self.beside * UNIT // words_of(self.shelf.dtype) + count
         return self.read(at, self.beside > 0, torch.float32).view(self.shelf.capacity, 2, -1)
 
+    def own_rows(self, most: int, vectors: int, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What lies before rows of its own, `vectors` of words: int32 [capacity, 1, most] and as float32 the last of
+        them; the rows float32 [capacity, most, width]; and which of them there are, [capacity, 1, most]."""
+        words, device = words_of(self.shelf.dtype), self.shelf.table.device
+        number = torch.arange(most, device=device)
+        kept, each = number < self.count, (self.count * words + UNIT - 1) // UNIT * UNIT
+        first = self.read(self.own * UNIT // words + number, kept, torch.int32)
+        last = self.read((self.own * UNIT + (vectors - 1) * each) // words + number, kept, torch.float32)
+        at = self.own * UNIT + vectors * each + number[:, None] * width + torch.arange(width, device=device)
+        return first, last, self.read(at, kept.transpose(1, 2)).float(), kept
+
     def up(self, ranks: int) -> Tensor:
         """float32 [capacity, ranks, out]."""
         shape, device = self.shape, self.shelf.table.device
@@ -279,11 +345,32 @@ def torch_add(site: DeviceSite, x: Tensor, y: Tensor, rows: Grouped) -> None:
     down, up = has.read(at, number[:, None] < has.rank).float(), has.up(ranks)
     inner = (x.float() @ down.transpose(1, 2)).view(shelf.capacity, count, parts, ranks)
     before = y.float().expand(shelf.capacity, -1, -1)
+    if shape.replaced:
+        columns, bias, weight, kept = has.own_rows(shape.out_features, 2, shape.in_features)
+        made = x.float() @ weight.transpose(1, 2) + bias
+        to = torch.where(kept, columns, shape.out_features).long().expand(-1, count, -1)
+        wide = torch.cat((before, before[:, :, :1]), 2)
+        before = wide.scatter(2, to, made)[:, :, : shape.out_features]
     gain, offset = has.vectors()[:, :, None].unbind(1)
     added = gain * before + offset
     for number_of, (first, end) in enumerate(shape.parts):
         added[:, :, first:end] += inner[:, :, number_of] @ up[:, :, first:end]
-    _take(_indices(rows, count), (has.rank > 0) | (has.beside > 0), before + added, y)
+    _take(_indices(rows, count), (has.rank > 0) | (has.beside > 0) | (has.own > 0), before + added, y)
+
+
+def torch_look_up(site: DeviceSite, ids: Tensor, y: Tensor, rows: Grouped) -> None:
+    """An embedding's part in torch: every token by every adapter."""
+    shape, shelf = site.shape, site.shelf
+    has = _Entries(site)
+    number = torch.arange(site.ranks, device=y.device)
+    at = has.begin * UNIT + ids.long()[:, None] * has.rank + number
+    inner = has.read(at, number < has.rank).float()
+    tokens, _, own, kept = has.own_rows(shape.in_features, 1, shape.out_features)
+    same = (ids[:, None] == tokens) & kept
+    place = same.int().argmax(2)
+    mine = own.gather(1, place[:, :, None].expand(-1, -1, shape.out_features))
+    before = torch.where(same.any(2)[:, :, None], mine, y.float().expand(shelf.capacity, -1, -1))
+    _take(_indices(rows, len(ids)), (has.rank > 0) | (has.own > 0), before + inner @ has.up(site.ranks), y)
 
 
 def _take(ids: Tensor, has: Tensor, mixed: Tensor, y: Tensor) -> None:

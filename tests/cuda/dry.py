@@ -488,6 +488,7 @@ def adapters_of(executor: Any) -> list[Any]:
 
     layers = executor.model.adapted
     modules = [name for name in layers.places if name.startswith("model.layers.") and ".experts." not in name]
+    modules.append("lm_head")
     found: list[Any] = [None]
     with tempfile.TemporaryDirectory() as folder:
         for number, chosen in enumerate((modules, modules[::3]), 1):

@@ -11,14 +11,19 @@ from typing import Any
 import pytest
 import torch
 
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import DeviceAdapters
 from engine.lora.reader import read_adapter
+from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers
 from engine.models.parts.decoder import CausalLM
-from engine.request import Adapter
+from engine.ops import native
+from engine.request import Adapter, Pooling, Request, SamplingParams
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.ordered_device import OrderedDevice
-from tests.cuda.support import SMALL, TINY, expected_tokens, make_executor, serve, tiny_model
+from tests.cuda.support import SMALL, TINY, _reference_hidden, expected_tokens, make_executor, serve, tiny_model
 from tests.cuda.test_adapters import CAPACITY, asked, in_layers
 from tests.cuda.test_order import read_results
 from tests.lora import test_options
@@ -26,7 +31,8 @@ from tests.lora.handmade import PREFIX, factors, write
 from tests.lora.support import IDS, check, save, theirs, wrapped
 from tests.models.support import Runner, load, make_checkpoint, relative_error
 
-KINDS = [name for name in test_options.OPTIONS if "dora" in name or "bias" in name]
+# Of the others a GPU computes none.
+KINDS = [name for name in test_options.OPTIONS if name != "layer-saved"]
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -70,8 +76,11 @@ def layers_of(model: CausalLM) -> AdaptedLayers:
     return model.adapted
 
 
-def some_tensors(layers: AdaptedLayers, number: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Of adapter 1, 2, ... and its config: magnitudes, biases alone, or both and biases of factors."""
+def some_tensors(layers: AdaptedLayers, number: int, outer: bool) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Of adapter 1, 2, ... and its config: magnitudes, biases alone, or both and biases of factors. outer: of what
+    lies around the layers instead: factors, rows of some tokens, whole matrices."""
+    if outer:
+        return around(number)
     generator = torch.Generator().manual_seed(number)
     modules = [name for name in in_layers(layers) if number != 2 or "q_proj" in name]
     tensors = factors(layers, 2 + number, number, modules)
@@ -90,6 +99,38 @@ def some_tensors(layers: AdaptedLayers, number: int) -> tuple[dict[str, torch.Te
     return tensors, {"r": rank, "lora_alpha": 2 * rank, "use_dora": magnitudes}
 
 
+def around(number: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Factors of both; rows of a few tokens in the one, factors of the other; or a whole matrix for each."""
+    generator = torch.Generator().manual_seed(number)
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator) * 0.4
+
+    vocab, width, rank = MODEL["vocab_size"], MODEL["hidden_size"], 2 + number
+    table, output = f"{PREFIX}model.embed_tokens.", f"{PREFIX}lm_head."
+    config: dict[str, Any] = {"r": rank, "lora_alpha": 2 * rank}
+    factored = {f"{output}lora_A.weight": some(rank, width), f"{output}lora_B.weight": some(vocab, rank)}
+    if number == 1:
+        looked_up = {f"{table}lora_embedding_A": some(rank, vocab), f"{table}lora_embedding_B": some(width, rank)}
+        return factored | looked_up, config
+    if number == 2:
+        config["trainable_token_indices"] = {"embed_tokens": list(range(60, 10, -3)), "lm_head": [7, 99, 4]}
+        delta = "token_adapter.trainable_tokens_delta"
+        return {f"{table}{delta}": some(17, width), f"{output}{delta}": some(3, width)} | factored, config
+    return {f"{table}weight": some(vocab, width), f"{output}weight": some(vocab, width)}, config
+
+
+def read(executor: CUDAExecutor, folder: Path, outer: bool) -> list[Adapter]:
+    """Three of them."""
+    adapters = []
+    for number in (1, 2, 3):
+        tensors, config = some_tensors(layers_of(a_model()), number, outer)
+        path = write(folder / f"a{number}", tensors, **config)
+        weights = executor.read_adapter(path)
+        adapters.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights, weights.digest))
+    return adapters
+
+
 @functools.cache
 def reference(folder: Path, number: int) -> CausalLM:
     """The model as the CPU computes it, all rows of which have one adapter."""
@@ -101,22 +142,16 @@ def reference(folder: Path, number: int) -> CausalLM:
     return model
 
 
+@pytest.mark.parametrize("outer", [False, True])
 @pytest.mark.parametrize(
     ("attention", "graph", "seed"), [("wrapper", "lazy", 1), ("xqa", "start", 2), ("torch", "off", 3)]
 )
-async def test_a_mix_of_all_kinds(attention: str, graph: str, seed: int, tmp_path: Path) -> None:
-    model = a_model()
+async def test_a_mix_of_all_kinds(attention: str, graph: str, seed: int, outer: bool, tmp_path: Path) -> None:
     device = OrderedDevice(seed) if graph == "lazy" else FakeDevice(seed)
-    executor = make_executor(SMALL, device=device, attention=attention, cuda_graph=graph, model=model)
+    executor = make_executor(SMALL, device=device, attention=attention, cuda_graph=graph, model=a_model())
     if graph == "start":
         executor.capture_at_start()
-    adapters = []
-    for number in (1, 2, 3):
-        tensors, config = some_tensors(layers_of(a_model()), number)
-        path = write(tmp_path / f"a{number}", tensors, **config)
-        weights = executor.read_adapter(path)
-        adapters.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights, weights.digest))
-    requests = asked(adapters, seed)
+    requests = asked(read(executor, tmp_path, outer), seed)
     if isinstance(device, OrderedDevice):
         read_results(executor, device)
     tokens = await asyncio.wait_for(serve(executor, requests), 60)
@@ -124,3 +159,48 @@ async def test_a_mix_of_all_kinds(attention: str, graph: str, seed: int, tmp_pat
         version = request.adapter.version if request.adapter else 0
         assert got == expected_tokens(reference(tmp_path, version), request), version
     assert not isinstance(device, OrderedDevice) or not device.found
+
+
+async def test_prompts_are_scored_with_their_adapters(tmp_path: Path) -> None:
+    """Log-probabilities of prompts and of single tokens, some rows with and some without, in steps of several."""
+    executor = make_executor(SMALL, device=FakeDevice(5), model=a_model())
+    adapters = [None, *read(executor, tmp_path, True)]
+    engine = Engine(EngineConfig(), executor, None)
+    task = asyncio.create_task(engine.run())
+    prompt = [5, 17, 30, 60, 99, 7, 4, 33, 21]
+    wanted = {}
+    for version in range(4):
+        with torch.inference_mode(), native.disabled():
+            model = reference(tmp_path, version)
+            wanted[version] = torch.log_softmax(model.logits(_reference_hidden(model, prompt)), -1)
+
+    async def ask(adapter: Adapter | None) -> None:
+        version = 0 if adapter is None else adapter.version
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0)
+        async with engine.submit(Request(f"p{version}", prompt, params, stream=False, adapter=adapter)) as stream:
+            await stream.collect()
+            told = [each.logprob for each in stream.prompt_logprobs if each is not None]
+        known = wanted[version]
+        assert told[-8:] == pytest.approx([float(known[at, prompt[at + 1]]) for at in range(8)], abs=1e-4)
+        scored = Pooling("logprobs", token_ids=(3, 7, 99))
+        request = Request(f"v{version}", prompt, SamplingParams(max_tokens=1), pooling=scored, adapter=adapter)
+        async with engine.submit(request) as stream:
+            await stream.collect()
+            assert list(stream.pooled) == pytest.approx(known[-1, [3, 7, 99]].tolist(), abs=1e-4)
+
+    await asyncio.wait_for(asyncio.gather(*(ask(adapter) for adapter in adapters)), 60)
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    executor.close()
+
+
+def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
+    """A whole matrix needs more than factors; --max-lora-mib is the room of each."""
+    model = a_model()
+    layer: Any = FakeDevice()
+    path = write(tmp_path / "a3", *around(3)[:1], **around(3)[1])
+    with layer.may_block():
+        small, large = (DeviceAdapters(model, layer, 8, 64, room_mib=mib) for mib in (0.01, 0.1))
+    with pytest.raises(AdapterError, match=r"^adapter a3: it takes more than the 0.0 MiB .* \(--max-lora-mib\)$"):
+        small.read(path, model.adapted)
+    assert large.read(path, model.adapted).num_bytes > 2 * 101 * 32 * 4

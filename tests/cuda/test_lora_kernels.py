@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -9,8 +12,9 @@ from torch import Tensor
 
 from tests.cuda.test_triton import DEVICE, NARROW, randn  # first: it says how kernels are to run
 
-from engine.ops.lora import Branch, Factors  # isort: skip
+from engine.ops.lora import Branch, Factors, Replaced  # isort: skip
 from engine.ops import lora_device  # isort: skip
+from engine.ops.linear import Linear  # isort: skip
 from engine.ops.lora_device import FIELDS, NO_ROW, ROWS, UNIT, DeviceSite, Grouped, Shelf, SiteShape  # isort: skip
 from engine.ops.triton import lora as kernels  # isort: skip
 
@@ -161,9 +165,8 @@ def test_an_adapter_whose_factors_cross_parts_is_taken_apart() -> None:
 
 def a_shelf_of(shape: SiteShape, branches: list[Branch], dtype: torch.dtype) -> DeviceSite:
     """Adapters 1, 2, ... at one layer."""
-    shelf = Shelf([shape], len(branches), dtype)
+    shelf = Shelf([shape], len(branches), dtype, room=1 << 17)
     packed = [shelf.pack({0: branch}) for branch in branches]
-    shelf.room = max(shelf.room, *(len(data) for data, _ in packed))
     shelf.memory = torch.full((len(branches), shelf.room), float("nan"), dtype=dtype, device=DEVICE)
     shelf.table = torch.zeros((len(branches) + 1, FIELDS), dtype=torch.int32, device=DEVICE)
     for index, (data, table) in enumerate(packed, 1):
@@ -200,4 +203,68 @@ def test_gains_and_offsets(way: str, dtype: torch.dtype) -> None:
     else:
         site.by_kernels(x, y, grouped(IDS))
     tolerance = 1e-4 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+def ways(dtypes: tuple[torch.dtype, torch.dtype]) -> list[tuple[str, torch.dtype]]:
+    return [("torch", dtypes[0]), ("kernels", dtypes[0]), ("kernels", dtypes[1])]
+
+
+@pytest.mark.parametrize(("way", "dtype"), ways(NARROW))
+def test_outputs_of_an_adapters_own(way: str, dtype: torch.dtype) -> None:
+    """All of them, or some in any order with a bias, or none; factors are added to them."""
+    size, out = INPUTS[1], 75
+    shape = dataclasses.replace(PLAIN, replaced=True)
+    every = Replaced(torch.arange(out).flip(0), Linear(randn(out, size, seed=3).cpu() * size**-0.5))
+    some = Replaced(torch.tensor([70, 3, 4]), Linear(randn(3, size, seed=4).cpu() * size**-0.5, randn(3, seed=7).cpu()))
+    factors = Factors(0, randn(4, size, seed=5).cpu() * size**-0.5, randn(out, 4, seed=6).cpu())
+    given: list[tuple[list[Factors], list[Replaced]]] = [([], [every]), ([factors], [some]), ([factors], [])]
+    site = a_shelf_of(shape, [Branch(size, out, each, replaced=whole) for each, whole in given], dtype)
+    x, y = (randn(len(IDS), n, dtype=dtype, seed=n) for n in (size, out))
+    expected = y.float()
+    for row, index in enumerate(IDS):
+        each, whole = given[index - 1] if index else ([], [])
+        for one in whole:
+            weight, bias = one.numbers()
+            expected[row, one.columns] = (weight @ x[row].float().cpu() + bias).to(DEVICE)
+        for factor in each:
+            expected[row] += (factor.up @ (factor.down @ x[row].float().cpu())).to(DEVICE)
+    if way == "torch":
+        lora_device.torch_add(site, x, y, grouped(IDS))
+    else:
+        site.by_kernels(x, y, grouped(IDS))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("way", "dtype"), ways(NARROW))
+def test_rows_of_embeddings(way: str, dtype: torch.dtype) -> None:
+    """Factors that are looked up, rows of some tokens, a whole table with factors, and nothing."""
+    tokens, width = 150, 75
+    shape = SiteShape(tokens, width, ((0, width),), 20, is_table=True)
+    factors = Factors(0, randn(5, tokens, seed=1).cpu(), randn(width, 5, seed=2).cpu() * 0.3)
+    listed = {token: row for row, token in enumerate([*range(140, 0, -2), 145])}
+    rows, table = randn(len(listed), width, seed=3).cpu(), randn(tokens, width, seed=4).cpu()
+    given: list[dict[str, Any]] = [{}, {"table": listed, "table_rows": rows}, {"table_rows": table}]
+    branches = [
+        Branch(tokens, width, [factors] if number != 1 else [], looked_up=True, **one)
+        for number, one in enumerate(given)
+    ]
+    site = a_shelf_of(shape, branches, dtype)
+    ids = torch.tensor([(7 * row) % tokens for row in range(len(IDS))], dtype=torch.int32, device=DEVICE)
+    y = randn(len(IDS), width, dtype=dtype)
+    expected = y.float()
+    for row, index in enumerate(IDS):
+        token = int(ids[row])
+        if index == 2 and token in listed:
+            expected[row] = rows[listed[token]].to(DEVICE)
+        if index == 3:
+            expected[row] = table[token].to(DEVICE)
+        if index in (1, 3):
+            expected[row] += (factors.up @ factors.down[:, token]).to(DEVICE)
+    if way == "torch":
+        lora_device.torch_look_up(site, ids, y, grouped(IDS))
+    else:
+        site.look_up_by_kernel(ids, y, grouped(IDS))
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance)

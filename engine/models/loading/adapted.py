@@ -73,6 +73,8 @@ class AdaptedLayers:
         self.sites: dict[str, Site] = {}
         # On a GPU the sites whose adapters it computes; None where the host does, and all.
         self.on_device: frozenset[str] | None = None
+        # And of them those that may have whole matrices of an adapter.
+        self.whole_on_device: frozenset[str] = frozenset()
         self._held: dict[int, Mapping[str, Branch]] = {}
 
     def site(self, name: str) -> Site:
