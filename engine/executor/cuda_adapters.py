@@ -23,10 +23,10 @@ from engine.forward import ForwardInput, Int32Array
 from engine.lora.base import own_rows
 from engine.lora.reader import read_adapter
 from engine.lora.words import AdapterError
-from engine.models.loading.adapted import AdaptedLayers, Heads, Place
+from engine.models.loading.adapted import AdaptedLayers, ExpertMatrix, Heads, Place
 from engine.models.parts.decoder import CausalLM
 from engine.models.parts.source import PREFIX
-from engine.ops.lora_device import FIELDS, ROWS, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks
+from engine.ops.lora_device import FIELDS, ROWS, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks, room_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,6 +41,8 @@ class PinnedWeights:
     table: Tensor
 
 
+# What is in the names of experts, whose adapters take what room others leave.
+EXPERTS = ".experts."
 # The side that chains of graphs read, of whatever parity a step is.
 CHAIN = 2
 # Behind it those of the rows that sample, where a step's tokens are more: of a parity, SAMPLED + parity.
@@ -67,7 +69,7 @@ class _Side:
 
 class DeviceAdapters:
     """See the module. max_rank: of adapters' modules. most_rows: of one step. room_mib: of each adapter; where it is
-    not said, what factors of that rank take at all layers. Raises torch.OutOfMemoryError."""
+    not said, what factors of that rank take at all layers but experts. Raises torch.OutOfMemoryError."""
 
     def __init__(
         self, model: CausalLM, layer: DeviceLayer, max_rank: int, most_rows: int, room_mib: float | None = None
@@ -79,7 +81,8 @@ class DeviceAdapters:
         self._names = tuple(shapes)
         self._numbers = {name: number for number, name in enumerate(shapes)}
         dtype = model.linears[0].dtype
-        room = None if room_mib is None else int(room_mib * 2**20) // dtype.itemsize
+        room = room_of((shape for name, shape in shapes.items() if EXPERTS not in name), dtype)
+        room = room if room_mib is None else int(room_mib * 2**20) // dtype.itemsize
         self.shelf = Shelf(list(shapes.values()), layers.capacity, dtype, room)
         self.rows = layers.rows
         # By index: what has it, and what is not yet on its way to the device.
@@ -105,8 +108,14 @@ class DeviceAdapters:
         replaced = (name for name, number in self._numbers.items() if _may_replace(self.shelf.shapes[number]))
         layers.on_device, layers.whole_on_device = frozenset(self._names), frozenset(replaced)
         self.rows = layers.rows
+        for stack in layers.stacks:
+            first = self._numbers[stack.names[0]]
+            assert self._numbers[stack.names[-1]] == first + len(stack.names) - 1
+            stack.device = DeviceSite(self.shelf, first, self.layer.device)
+        together = {name for stack in layers.stacks for name in stack.names}
         for name, number in self._numbers.items():
-            layers.sites[name].device = DeviceSite(self.shelf, number, self.layer.device)
+            if name not in together:
+                layers.sites[name].device = DeviceSite(self.shelf, number, self.layer.device)
 
     # ---- adapters
 
@@ -223,14 +232,21 @@ class DeviceAdapters:
 
 
 def site_shapes(layers: AdaptedLayers, max_rank: int) -> Mapping[str, SiteShape]:
-    """Of the layers whose adapters a GPU computes, by the names of their sites. Experts are not, nor what latent
-    attention splits into heads. Outputs of an adapter's own are for those outside the decoder's layers."""
+    """Of the layers whose adapters a GPU computes, by the names of their sites: all but what latent attention splits
+    into heads. Outputs of an adapter's own are for those outside the decoder's layers."""
     begin = PREFIX + layers.spec.layer_names.split("{}")[0]
     places: dict[str, list[Place]] = {}
-    for name, place in layers.places.items():
-        if not (isinstance(place.linear, Heads) or ".experts." in name):
+    for place in layers.places.values():
+        if not isinstance(place.linear, Heads):
             places.setdefault(place.site, []).append(place)
-    shapes = {site: _shape(of_site, max_rank) for site, of_site in places.items()}
+    # Matrices of a layer's experts are the same.
+    of_experts: dict[int, SiteShape] = {}
+    shapes = {}
+    for site, of_site in places.items():
+        matrix = of_site[0].linear
+        shapes[site] = of_experts.get(id(matrix)) or _shape(of_site, max_rank)
+        if isinstance(matrix, ExpertMatrix):
+            of_experts[id(matrix)] = shapes[site]
     return {
         site: shape if site.startswith(begin) else dataclasses.replace(shape, replaced=not shape.is_table)
         for site, shape in shapes.items()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.models.loading.adapted import Heads, Place
+from engine.models.loading.adapted import ExpertMatrix, Heads, Place
 from engine.ops.linear import Linear
 from engine.ops.mxfp4 import Mxfp4Linear, dequantised
 from engine.ops.packed import MixedLinear
@@ -24,10 +24,10 @@ def own_rows(place: Place) -> tuple[Tensor, Tensor]:
     return ours, of_checkpoint[ours] - place.first
 
 
-def base_rows(linear: Linear | Mxfp4Linear | Heads, rows: Tensor) -> Tensor | None:
+def base_rows(linear: Linear | Mxfp4Linear | Heads | ExpertMatrix, rows: Tensor) -> Tensor | None:
     """float32 [n, in] on the host: these rows of a layer's weight, in its own order; None where its form has lost
     them."""
-    if isinstance(linear, Heads):
+    if isinstance(linear, Heads | ExpertMatrix):
         return None
     if isinstance(linear, Mxfp4Linear):
         return dequantised(linear._blocks[rows], linear._scales[rows], torch.float32)
@@ -61,8 +61,8 @@ def base_bias(place: Place) -> Tensor | None:
     return found
 
 
-def _bias_of(linear: Linear | Mxfp4Linear | Heads) -> Tensor | None:
-    if isinstance(linear, Heads):
+def _bias_of(linear: Linear | Mxfp4Linear | Heads | ExpertMatrix) -> Tensor | None:
+    if isinstance(linear, Heads | ExpertMatrix):
         return None
     if isinstance(linear, Mxfp4Linear):
         return linear._wide_bias

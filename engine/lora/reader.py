@@ -146,14 +146,9 @@ class _Reader:
         first = next(iter(kinds.values()))
         place = self._resolver.find(path)
         if place is None:
-            try:
-                stack = self._resolver.stack(path)
-            except KeyError:  # they are there, and nothing can be put into them
-                raise self._tensors.fail(first, f"is of experts, and {ON_HOST}") from None
+            stack = self._resolver.stack(path)
             if stack is None:
                 raise self._tensors.fail(first, self._why_unknown(path))
-            if self._layers.on_device is not None:
-                raise self._tensors.fail(first, f"is of experts, and {ON_HOST}")
             self._stack(path, stack, kinds)
             return
         self._check_device(path, place, kinds)

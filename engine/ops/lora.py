@@ -374,6 +374,20 @@ def _take_rows(branch: Branch, ids: Tensor, y: Tensor, rows: Tensor) -> None:
             y[row] = branch.table_rows[branch.table[token]].to(y.dtype)
 
 
+class StackedSites:
+    """Places at the products of a layer's experts, which a GPU computes together. names: of each expert's site. device:
+    what it has of all of them (lora_device.DeviceSite of the first)."""
+
+    def __init__(self, rows: Rows, names: Sequence[str]) -> None:
+        self.rows, self.names = rows, tuple(names)
+        self.device: Any = None
+
+    @property
+    def used(self) -> bool:
+        """See Site.used."""
+        return self.rows.any and self.device is not None
+
+
 class AdaptedHeads:
     """base: of latent attention, a matrix for every head. sites: what is added to each head's result."""
 

@@ -9,7 +9,8 @@ executor/cuda_adapters.py.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -29,6 +30,9 @@ FIELDS = 5
 NO_ROW = 2**31 - 1
 # Outputs of one program, at most.
 BLOCK_N = 128
+
+
+Sort = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 
 
 class Grouped(NamedTuple):
@@ -222,6 +226,23 @@ class DeviceSite:
         else:
             torch_add(self, x, y, rows)
 
+    def of_expert(self, number: int) -> DeviceSite:
+        """That of another expert, where this is the first one's of a layer."""
+        other = copy.copy(self)
+        other.number += number
+        return other
+
+    def pairs_of(self, experts: Tensor, count: int, rows: Grouped, sort: Sort) -> Grouped:
+        """Pairs of (token, expert), int32 [T, chosen] of `count`, by adapter and expert. owners: the adapter, from 0
+        on, times count and the expert, or -1. sort: (int32 [T, chosen], kinds, rows of a block) -> order, owners."""
+        ids = _indices(rows, len(experts)).int()[:, None]
+        kinds = torch.where(ids > 0, (ids - 1) * count + experts, -1)
+        return Grouped(*sort(kinds, self.shelf.capacity * count, ROWS))
+
+    def add_pairs(self, x: Tensor, y: Tensor, pairs: Grouped, count: int, per_row: int) -> None:
+        """`add` of `count` experts' layers, of which this is the first: y [pairs, out] of rows pair // per_row of x."""
+        self.by_kernels(x, y, pairs, experts=count, per_row=per_row)
+
     def look_up(self, ids: Tensor, y: Tensor, rows: Grouped) -> None:
         """Token ids [T], and y [T, out] their rows of the layer's own table; in place."""
         if on_gpu(y):
@@ -248,8 +269,10 @@ class DeviceSite:
             width=BLOCK_N // 2,
         )
 
-    def by_kernels(self, x: Tensor, y: Tensor, rows: Grouped, *, halves: bool | None = None) -> None:
-        """`add`. halves: for tests."""
+    def by_kernels(
+        self, x: Tensor, y: Tensor, rows: Grouped, *, halves: bool | None = None, experts: int = 0, per_row: int = 1
+    ) -> None:
+        """`add`, or `add_pairs` of so many experts. halves: for tests."""
         from engine.ops.triton import lora as kernels
 
         assert x.shape[1] == self.shape.in_features and y.shape[1] == self.shape.out_features
@@ -282,6 +305,8 @@ class DeviceSite:
             width=self.width,
             aligned=self.aligned,
             halves=halves,
+            experts=experts,
+            per_row=per_row,
         )
 
 

@@ -257,6 +257,10 @@ def adapters(dtype: torch.dtype, rows: int) -> None:
             site.look_up_by_kernel(torch.empty(rows, dtype=torch.int32), y, given)
         else:
             site.by_kernels(torch.empty(rows, shape.in_features, dtype=dtype), y, given)
+    pairs = torch.empty(8 * rows, fused.out_features, dtype=dtype)
+    first = DeviceSite(Shelf([fused] * 128, 8, dtype), 0, torch.device("cpu"))
+    first.shelf.memory, first.shelf.table = shelf.memory, torch.empty((9, 128 * FIELDS), dtype=torch.int32)
+    first.add_pairs(torch.empty(rows, fused.in_features, dtype=dtype), pairs, given, 128, 8)
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from engine.executor.cuda_adapters import DeviceAdapters
 from engine.lora.reader import read_adapter
 from engine.lora.words import AdapterError
 from engine.models.loading.adapted import AdaptedLayers
+from engine.models.parts import experts
 from engine.models.parts.decoder import CausalLM
 from engine.ops import native
 from engine.request import Adapter, Pooling, Request, SamplingParams
@@ -26,7 +27,7 @@ from tests.cuda.ordered_device import OrderedDevice
 from tests.cuda.support import SMALL, TINY, _reference_hidden, expected_tokens, make_executor, serve, tiny_model
 from tests.cuda.test_adapters import CAPACITY, asked, in_layers
 from tests.cuda.test_order import read_results
-from tests.lora import test_options
+from tests.lora import test_families, test_options
 from tests.lora.handmade import PREFIX, factors, write
 from tests.lora.support import IDS, check, save, theirs, wrapped
 from tests.models.support import Runner, load, make_checkpoint, relative_error
@@ -41,6 +42,20 @@ def test_logits_are_pefts(name: str, tmp_path: Path) -> None:
     agree(tmp_path, family, {**sizes, "num_hidden_layers": 2}, **options)
 
 
+# Experts as a GPU has them, one tensor: beside a shared one, of a clamped activation, chosen by other scores.
+EXPERTS: dict[str, dict[str, Any]] = {
+    name: test_families.STACKED.get(name, {}) for name in ("qwen2moe", "qwen3moe", "mixtral", "gptoss", "glm4moe")
+}
+
+
+@pytest.mark.parametrize("name", EXPERTS)
+def test_experts_are_pefts(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(experts, "keeps_experts_stacked", lambda device: True)
+    family, sizes = test_families.ALL[name]
+    stacked = EXPERTS[name]
+    agree(tmp_path, family, sizes, **({"target_modules": ["q_proj"], **stacked} if stacked else {}))
+
+
 def agree(directory: Path, family: str, sizes: dict[str, Any], **options: Any) -> None:
     """As tests.lora.support has it, of what a GPU would add."""
     reference = make_checkpoint(directory / "base", family, **sizes)
@@ -50,7 +65,7 @@ def agree(directory: Path, family: str, sizes: dict[str, Any], **options: Any) -
     model = load(directory / "base", max_adapters=2)
     layer: Any = FakeDevice()
     with layer.may_block():
-        adapters = DeviceAdapters(model, layer, 64, 64)
+        adapters = DeviceAdapters(model, layer, 64, 64, room_mib=16)
     weights = adapters.read(path, model.adapted)
     with layer.may_block(), layer.on(layer.stream()):
         adapters._upload(2, weights)
@@ -204,3 +219,45 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match=r"^adapter a3: it takes more than the 0.0 MiB .* \(--max-lora-mib\)$"):
         small.read(path, model.adapted)
     assert large.read(path, model.adapted).num_bytes > 2 * 101 * 32 * 4
+
+
+MIXTURE = {
+    **TINY,
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 24,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+
+
+@pytest.mark.parametrize(("graph", "seed"), [("off", 1), ("lazy", 2)])
+async def test_a_mix_at_experts(graph: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of each expert are many adapters' and nobody's, in graphs; as the CPU, which has them one by one."""
+
+    def read_model() -> CausalLM:
+        return tiny_model.__wrapped__(json.dumps(MIXTURE), max_adapters=CAPACITY)
+
+    apart = [read_model() for _ in range(4)]
+    monkeypatch.setattr(experts, "keeps_experts_stacked", lambda device: True)
+    model = read_model()
+    device = OrderedDevice(seed) if graph == "off" else FakeDevice(seed)
+    executor = make_executor(SMALL, device=device, cuda_graph=graph, model=model, room_mib=0.2)
+    adapters = []
+    for number in (1, 2, 3):
+        layers = layers_of(apart[number])
+        names = [name for name in in_layers(layers) if number != 2 or ".experts.1." in name]
+        path = write(tmp_path / f"a{number}", factors(layers, 3, number, names), r=3, lora_alpha=9)
+        layers.put(1, read_adapter(path, layers, 8).branches)
+        layers.rows.use(1)
+        weights = executor.read_adapter(path)
+        adapters.append(Adapter(path.name, str(path), number, weights.rank, weights.num_bytes, weights, weights.digest))
+    requests = asked(adapters, seed)
+    tokens = await asyncio.wait_for(serve(executor, requests), 60)
+    for request, got in zip(requests, tokens, strict=True):
+        version = request.adapter.version if request.adapter else 0
+        assert got == expected_tokens(apart[version], request), version
+    assert graph == "off" or device.counts["capture"]
+    assert not isinstance(device, OrderedDevice) or not device.found

@@ -12,11 +12,14 @@ from torch import Tensor
 
 from tests.cuda.test_triton import DEVICE, NARROW, randn  # first: it says how kernels are to run
 
-from engine.ops.lora import Branch, Factors, Replaced  # isort: skip
+from engine.ops.lora import Branch, Factors, Replaced, Rows, StackedSites  # isort: skip
 from engine.ops import lora_device  # isort: skip
 from engine.ops.linear import Linear  # isort: skip
+from engine.ops.activation import Clamped  # isort: skip
+from engine.ops.experts import torch_mix_experts  # isort: skip
 from engine.ops.lora_device import FIELDS, NO_ROW, ROWS, UNIT, DeviceSite, Grouped, Shelf, SiteShape  # isort: skip
 from engine.ops.triton import lora as kernels  # isort: skip
+from engine.ops.triton import experts as experts_kernels  # isort: skip
 
 CAPACITY = 3
 # The interpreter takes its time: there inputs are summed in parts of 32.
@@ -268,3 +271,42 @@ def test_rows_of_embeddings(way: str, dtype: torch.dtype) -> None:
         site.look_up_by_kernel(ids, y, grouped(IDS))
     tolerance = 1e-4 if dtype == torch.float32 else 3e-2
     torch.testing.assert_close(y.float(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("activation", ["silu", Clamped(7.0, 1.702)])
+@pytest.mark.parametrize("tokens", [1, len(IDS)])
+def test_experts_of_many_adapters(tokens: int, activation: Any) -> None:
+    """By the kernels as by torch, where every expert computes every token; nobody's rows are as without."""
+    count, chosen, hidden, inner, dtype = 5, 2, 48, 32, NARROW[0]
+    above, below = (
+        SiteShape(hidden, 2 * inner, ((0, inner), (inner, 2 * inner)), 8),
+        SiteShape(inner, hidden, ((0, hidden),), 8),
+    )
+    shelf = Shelf([above] * count + [below] * count, CAPACITY, dtype)
+    shelf.memory = torch.full((CAPACITY, shelf.room), float("nan"), dtype=dtype, device=DEVICE)
+    shelf.table = torch.zeros((CAPACITY + 1, 2 * count * FIELDS), dtype=torch.int32, device=DEVICE)
+    for index in (1, 2, 3):
+        # Of the second for one expert alone.
+        numbers = [1, count + 1] if index == 2 else range(2 * count)
+        data, table = shelf.pack(an_adapter({number: shelf.shapes[number] for number in numbers}, 5, index)[0])
+        shelf.memory[index - 1, : len(data)] = data.to(DEVICE)
+        shelf.table[index] = table.to(DEVICE)
+    rows = Rows()
+    ids = IDS[-tokens:]
+    rows.any, rows.on_device = True, grouped(ids)
+    stacks = StackedSites(rows, ["a"]), StackedSites(rows, ["b"])
+    for stack, first in zip(stacks, (0, count), strict=True):
+        stack.device = DeviceSite(shelf, first, DEVICE)
+    x, logits = randn(tokens, hidden, dtype=dtype), randn(tokens, count, seed=1)
+    gate_up, down = (
+        randn(count, 2 * inner, hidden, dtype=dtype, seed=2),
+        randn(count, hidden, inner, dtype=dtype, seed=3),
+    )
+    given: Any = (x, logits, gate_up * hidden**-0.5, down * inner**-0.5, chosen, activation)
+    expected = torch_mix_experts(*given, normalize=True, adapted=stacks)
+    plain = torch_mix_experts(*given, normalize=True)
+    made = experts_kernels.mix_experts(*given, normalize=True, adapted=stacks)
+    torch.testing.assert_close(made, expected, rtol=1e-4, atol=1e-4)
+    nobodys = [row for row, index in enumerate(ids) if not index]
+    torch.testing.assert_close(made[nobodys], plain[nobodys], rtol=1e-4, atol=1e-4)
+    assert (expected - plain).abs().max() > 0.1

@@ -44,16 +44,22 @@ def _shrink(
     PARTS: tl.constexpr,
     SPLIT: tl.constexpr,
     TOGETHER: tl.constexpr,
+    PER_ROW: tl.constexpr,
     FIELDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """inner[split, position in order, part, rank]: one split by each program, or all added up TOGETHER."""
+    """inner[split, position in order, part, rank]: one split by each program, or all added up TOGETHER. EXPERTS: where
+    rows are pairs of a token and one of so many experts, PER_ROW of a row of x."""
     overlap(PDL)
     block = tl.program_id(0)
     owner = tl.load(owners_ptr + block).to(tl.int64)
+    if EXPERTS > 0:
+        number += tl.maximum(owner, 0) % EXPERTS
+        owner = tl.where(owner < 0, 0, owner // EXPERTS + 1)
     part = tl.program_id(1) // (RANKS // UNIT)
     first = tl.program_id(1) % (RANKS // UNIT) * UNIT
     if owner <= 0:
@@ -69,7 +75,7 @@ def _shrink(
     valid = row < rows
     number_of = first + tl.arange(0, UNIT)
     k = tl.arange(0, BLOCK_K)
-    x_at = x_ptr + row.to(tl.int64)[:, None] * x_stride + k[None, :]
+    x_at = x_ptr + (row // PER_ROW).to(tl.int64)[:, None] * x_stride + k[None, :]
     down_at = memory_ptr + at + (part * rank + number_of).to(tl.int64)[None, :] * in_features + k[:, None]
     split = tl.program_id(2)
     total = tl.zeros((ROWS, UNIT), tl.float32)
@@ -112,6 +118,7 @@ def _expand(
     ALIGNED: tl.constexpr,
     HALVES: tl.constexpr,
     FIELDS: tl.constexpr,
+    EXPERTS: tl.constexpr,
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     UNIT: tl.constexpr,
@@ -121,6 +128,9 @@ def _expand(
     overlap(PDL)
     block = tl.program_id(0)
     owner = tl.load(owners_ptr + block).to(tl.int64)
+    if EXPERTS > 0:
+        number += tl.maximum(owner, 0) % EXPERTS
+        owner = tl.where(owner < 0, 0, owner // EXPERTS + 1)
     if owner <= 0:
         return
     place = table_ptr + (owner * sites + number) * FIELDS
@@ -400,15 +410,17 @@ def add(
     width: int,
     aligned: bool,
     halves: bool | None = None,
+    experts: int = 0,
+    per_row: int = 1,
 ) -> None:
-    """See DeviceSite.add. number: of the site. ranks: of a part, at most. width: most outputs of a tile; aligned: they
-    begin on multiples of `unit`. halves: for tests."""
-    blocks, (count, in_features), out_features = len(owners), x.shape, y.shape[1]
+    """See DeviceSite.add, and add_pairs where there are experts. number: of the site. ranks: of a part, at most. width:
+    most outputs of a tile; aligned: they begin on multiples of `unit`. halves: for tests."""
+    blocks, in_features, (count, out_features) = len(owners), x.shape[1], y.shape
     if not blocks:
         return
     rows, sites = len(order) // blocks, table.shape[1] // fields
     x = x if x.stride(1) == 1 else x.contiguous()
-    assert y.stride(1) == 1 and len(y) == count and ranks % unit == 0
+    assert y.stride(1) == 1 and count == len(x) * per_row and ranks % unit == 0
     split = max(LEAST_SPLIT, triton.next_power_of_2(triton.cdiv(in_features, MOST_SPLITS)))
     together = blocks > FEW_BLOCKS
     splits = 1 if together else triton.cdiv(in_features, split)
@@ -430,7 +442,9 @@ def add(
         PARTS=parts,
         SPLIT=split,
         TOGETHER=together,
+        PER_ROW=per_row,
         FIELDS=fields,
+        EXPERTS=experts,
         ROWS=rows,
         UNIT=unit,
         BLOCK_K=BLOCK_K_BYTES // x.dtype.itemsize,
@@ -460,6 +474,7 @@ def add(
         ALIGNED=aligned,
         HALVES=memory.dtype == torch.bfloat16 if halves is None else halves,
         FIELDS=fields,
+        EXPERTS=experts,
         WORDS=4 // memory.dtype.itemsize,
         ROWS=rows,
         UNIT=unit,
