@@ -169,6 +169,7 @@ class LoraModule:
 @dataclass(frozen=True, slots=True)
 class LoraOptions:
     """LoRA adapters. enable: the model takes any. max_loras: of as many in one step. max_lora_rank: the highest.
+    max_lora_mib: what a GPU has for each; None for what factors of that rank take.
 
     max_cpu_loras: as many have their weights in host memory, and those that take part in steps count; None for
     max(max_loras, 32). Others are read again when somebody asks for them. max_loaded: names that are known at once.
@@ -179,6 +180,7 @@ class LoraOptions:
     enable: bool = False
     max_loras: int = 8
     max_lora_rank: int = 64
+    max_lora_mib: int | None = None
     max_cpu_loras: int | None = None
     max_loaded: int = 10_000
     modules: tuple[LoraModule, ...] = ()

@@ -105,6 +105,7 @@ class Engine(Resting):
                 in_use=publisher.has_adapter,
                 unused=publisher.adapter_unused,
             )
+            scheduler.adapters.on_dropped = self._wake.set
             prefixes = [prefix for prefix in self.metrics.prefixes if prefix != "sglang"]
             publisher.lora_tally = LoraTally(prefixes, config.lora.max_loras, publisher.requests)
             self.metrics.add_families(publisher.lora_tally.collect)
@@ -326,6 +327,8 @@ class Engine(Resting):
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
                 if not in_flight:
+                    if dropped := scheduler.take_dropped():
+                        executor.drop_adapters(dropped)
                     if scheduler.is_empty:
                         self._check_books()
                         self._idle.set()
@@ -336,40 +339,7 @@ class Engine(Resting):
                     await self._wake.wait()
                     continue
                 if len(in_flight) == self.depth or batch is None:
-                    done, handle = in_flight.popleft()
-                    if stages is not None:
-                        stages.waited = now()
-                    try:
-                        output = await executor.wait(handle)
-                    except ForwardError as error:
-                        if stages is not None:
-                            stages.arrived, stages.failed = now(), True
-                        result = scheduler.fail(done, error)
-                        if stages is not None:
-                            stages.committed = now()
-                        self.metrics.failed_steps += 1
-                        logger.error("a step failed (%s); requests that end by it: %d", error, len(result.finished))
-                        if in_flight:
-                            self._masks.provide(*in_flight[0])
-                        self.publisher.publish_failure(result)
-                    else:
-                        if stages is not None:
-                            stages.arrived = now()
-                        result = scheduler.commit(done, output)
-                        if stages is not None:
-                            stages.committed = now()
-                        # First, for a grammar may end its request in the next lines.
-                        self.publisher.attach(result, output)
-                        if result.cut:
-                            self._masks.settle(result.cut)
-                        # The device may be waiting for these: before the streams.
-                        if in_flight:
-                            self._masks.provide(*in_flight[0])
-                        self.publisher.publish(result)
-                    if stages is not None:
-                        stages.published(done, handle)
-                    self._progress_at = self.clock.now()
-                    self.admission.observe(self._progress_at)
+                    await self._end_step(in_flight, stages)
                     # A device that is always ahead must not keep the sockets from being served.
                     await asyncio.sleep(0)
         except asyncio.CancelledError:
@@ -388,6 +358,45 @@ class Engine(Resting):
             for batch, _ in in_flight:
                 if batch.forward_input.masks is not None:
                     batch.forward_input.masks.release()
+
+    async def _end_step(self, in_flight: deque[tuple[Batch, StepHandle]], stages: Recorder | None) -> None:
+        """Wait for the oldest step and publish it. On its own, so that an idle loop holds nothing of the last one: its
+        requests have adapters, which may be unloaded."""
+        scheduler, executor = self.scheduler, self.executor
+        done, handle = in_flight.popleft()
+        if stages is not None:
+            stages.waited = now()
+        try:
+            output = await executor.wait(handle)
+        except ForwardError as error:
+            if stages is not None:
+                stages.arrived, stages.failed = now(), True
+            result = scheduler.fail(done, error)
+            if stages is not None:
+                stages.committed = now()
+            self.metrics.failed_steps += 1
+            logger.error("a step failed (%s); requests that end by it: %d", error, len(result.finished))
+            if in_flight:
+                self._masks.provide(*in_flight[0])
+            self.publisher.publish_failure(result)
+        else:
+            if stages is not None:
+                stages.arrived = now()
+            result = scheduler.commit(done, output)
+            if stages is not None:
+                stages.committed = now()
+            # First, for a grammar may end its request in the next lines.
+            self.publisher.attach(result, output)
+            if result.cut:
+                self._masks.settle(result.cut)
+            # The device may be waiting for these: before the streams.
+            if in_flight:
+                self._masks.provide(*in_flight[0])
+            self.publisher.publish(result)
+        if stages is not None:
+            stages.published(done, handle)
+        self._progress_at = self.clock.now()
+        self.admission.observe(self._progress_at)
 
     def give_up(self) -> None:
         """The device hangs: end every stream, and let `run` raise StalledError."""

@@ -128,6 +128,11 @@ class Executor(Protocol):
         """
         ...
 
+    def drop_adapters(self, indices: Sequence[int]) -> None:
+        """As ForwardInput.adapter_loads with None for each: what is held of these indices' adapters is given back.
+        While no step is in flight."""
+        ...
+
     def page_memory(self) -> PageMemory:
         """The memory as it is until the next `sleep`. Raises StartupError where pages cannot be had as bytes."""
         ...

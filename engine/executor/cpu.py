@@ -163,7 +163,7 @@ class CPUExecutor:
         self._tables = SlotTables(limits)
         self._adapted: Adapted | None = getattr(model, "adapted", None)
         self._extras = SlotExtras(limits)
-        self._pooler = Pooler(self._use_slots)
+        self._pooler = Pooler(self._of_slots)
         self._speculator: Speculator | None = None
         if limits.max_draft_tokens:
             assert self._states is None, "a recurrent state cannot go back"
@@ -256,6 +256,10 @@ class CPUExecutor:
             own = self._tables.adapter[slots]
             self._adapted.rows.use(int(own[0]) if len(slots) == 1 else own)
 
+    def _of_slots(self, slots: list[int]) -> contextlib.AbstractContextManager[None]:
+        self._use_slots(slots)
+        return contextlib.nullcontext()
+
     def _forget_adapters(self) -> None:
         """What follows is nobody's: drafts are made without adapters."""
         if self._adapted is not None:
@@ -272,6 +276,12 @@ class CPUExecutor:
         if layers is None:
             raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
         return read_adapter(path, layers, self._max_lora_rank)
+
+    def drop_adapters(self, indices: Sequence[int]) -> None:
+        """See Executor."""
+        if self._adapted is not None:
+            for index in indices:
+                self._adapted.put(index, {})
 
     def page_memory(self) -> HostPages:
         """See Executor."""

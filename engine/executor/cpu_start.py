@@ -50,6 +50,8 @@ def start(given: Start) -> CPUExecutor:
     report.row("device", f"CPU, {threads} compute thread{'s' if threads > 1 else ''}, {status}")
     report.row("dtype", str(dtype).removeprefix("torch."))
     with report.phase("weights"):
+        if config.lora.max_lora_mib is not None:
+            raise StartupError("--max-lora-mib is for GPUs: on a CPU an adapter takes what it needs")
         adapters = config.lora.max_loras if config.lora.enable else 0
         load = given.loader(
             dtype=dtype, device=torch.device("cpu"), deterministic=bool(config.deterministic), max_adapters=adapters

@@ -11,7 +11,7 @@ import asyncio
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +219,16 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         if self._adapters is None or model is None:
             raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
         return self._adapters.read(path, model.adapted)
+
+    def drop_adapters(self, indices: Sequence[int]) -> None:
+        """See Executor."""
+        if self._adapters is not None and self._lost is None:
+            self._adapters.drop(indices)
+            try:
+                with self.layer.may_block():
+                    self.layer.free_memory()  # page-locked memory, too, which is kept otherwise
+            except Exception as error:
+                self._judge(error)
 
     def page_memory(self) -> DevicePages:
         """See Executor."""

@@ -1,5 +1,5 @@
 """LoRA adapters of the CUDA executor: in host memory as the device wants them, on the device by index, and whose the
-rows of a step are. Only layers of the decoder are changed, by plain factors; the rest is refused as it is read.
+rows of a step are. What a GPU does not compute is refused as it is read.
 
 Owned by CUDAExecutor; loop thread, except `read`.
 """
@@ -7,7 +7,8 @@ Owned by CUDAExecutor; loop thread, except `read`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,10 @@ from engine.forward import ForwardInput, Int32Array
 from engine.lora.base import own_rows
 from engine.lora.reader import read_adapter
 from engine.lora.words import AdapterError
-from engine.models.loading.adapted import AdaptedLayers, Heads, Place
+from engine.models.loading.adapted import AdaptedLayers, ExpertMatrix, Heads, Place
 from engine.models.parts.decoder import CausalLM
 from engine.models.parts.source import PREFIX
-from engine.ops.lora_device import ROWS, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks
+from engine.ops.lora_device import FIELDS, ROWS, DeviceSite, Grouped, Shelf, SiteShape, group, num_blocks, room_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,8 +41,12 @@ class PinnedWeights:
     table: Tensor
 
 
+# What is in the names of experts, whose adapters take what room others leave.
+EXPERTS = ".experts."
 # The side that chains of graphs read, of whatever parity a step is.
 CHAIN = 2
+# Behind it those of the rows that sample, where a step's tokens are more: of a parity, SAMPLED + parity.
+SAMPLED = 3
 
 
 class _Side:
@@ -63,21 +68,31 @@ class _Side:
 
 
 class DeviceAdapters:
-    """See the module. max_rank: of adapters' modules. most_rows: of one step. Raises torch.OutOfMemoryError."""
+    """See the module. max_rank: of adapters' modules. most_rows: of one step. room_mib: of each adapter; where it is
+    not said, what factors of that rank take at all layers but experts. Raises torch.OutOfMemoryError."""
 
-    def __init__(self, model: CausalLM, layer: DeviceLayer, max_rank: int, most_rows: int) -> None:
+    def __init__(
+        self, model: CausalLM, layer: DeviceLayer, max_rank: int, most_rows: int, room_mib: float | None = None
+    ) -> None:
         layers = model.adapted
         assert isinstance(layers, AdaptedLayers)
         self.layer, self.max_rank, self.capacity = layer, max_rank, layers.capacity
         shapes = site_shapes(layers, max_rank)
         self._names = tuple(shapes)
         self._numbers = {name: number for number, name in enumerate(shapes)}
-        self.shelf = Shelf(list(shapes.values()), layers.capacity, model.linears[0].dtype)
+        dtype = model.linears[0].dtype
+        room = room_of((shape for name, shape in shapes.items() if EXPERTS not in name), dtype)
+        room = room if room_mib is None else int(room_mib * 2**20) // dtype.itemsize
+        self.shelf = Shelf(list(shapes.values()), layers.capacity, dtype, room)
         self.rows = layers.rows
         # By index: what has it, and what is not yet on its way to the device.
         self._held: dict[int, PinnedWeights] = {}
         self._pending: dict[int, PinnedWeights] = {}
-        self._sides = [_Side(layer, num_blocks(most_rows, layers.capacity)) for _ in range(3)]
+        self._sides = [_Side(layer, num_blocks(most_rows, layers.capacity)) for _ in range(5)]
+        # Rows in their order that are all of one adapter, by its index.
+        most = -(-most_rows // ROWS)
+        self._in_order = torch.arange(most * ROWS, dtype=torch.int32).to(layer.device)
+        self._of_one = torch.arange(layers.capacity + 1, dtype=torch.int32)[:, None].repeat(1, most).to(layer.device)
         self.attach(model)
 
     @property
@@ -90,15 +105,24 @@ class DeviceAdapters:
         self._take_memory()
         layers = model.adapted
         assert isinstance(layers, AdaptedLayers)
-        layers.on_device, self.rows = frozenset(self._names), layers.rows
+        replaced = (name for name, number in self._numbers.items() if _may_replace(self.shelf.shapes[number]))
+        layers.on_device, layers.whole_on_device = frozenset(self._names), frozenset(replaced)
+        self.rows = layers.rows
+        for stack in layers.stacks:
+            first = self._numbers[stack.names[0]]
+            assert self._numbers[stack.names[-1]] == first + len(stack.names) - 1
+            stack.device = DeviceSite(self.shelf, first, self.layer.device)
+        together = {name for stack in layers.stacks for name in stack.names}
         for name, number in self._numbers.items():
-            layers.sites[name].device = DeviceSite(self.shelf, number, self.layer.device)
+            if name not in together:
+                layers.sites[name].device = DeviceSite(self.shelf, number, self.layer.device)
 
     # ---- adapters
 
     def read(self, path: Path, layers: Any) -> PinnedWeights:
         """An adapter's directory. On any thread. Raises AdapterError."""
-        found = read_adapter(path, layers, self.max_rank)
+        with self.layer.aside():
+            found = read_adapter(path, layers, self.max_rank)
         name = path.name.encode("unicode_escape").decode()[:100]
         branches = {self._numbers[site]: branch for site, branch in found.branches.items()}
         try:
@@ -130,6 +154,12 @@ class DeviceAdapters:
             elif self._held.get(index) is not weights:
                 self._held[index] = self._pending[index] = weights
 
+    def drop(self, indices: Sequence[int]) -> None:
+        """Nobody asks for these any more, and no step is in flight."""
+        for index in indices:
+            self._held.pop(index, None)
+            self._pending.pop(index, None)
+
     def _upload(self, index: int, weights: PinnedWeights) -> None:
         self.layer.upload(self.shelf.memory[index - 1, : len(weights.data)], weights.data)
         self.layer.upload(self.shelf.table[index], weights.table)
@@ -140,7 +170,7 @@ class DeviceAdapters:
         if not shelf.memory.numel():
             # Both or none: what is there is not asked for again.
             memory = self.layer.zeros((shelf.capacity, shelf.room), shelf.dtype)
-            table = self.layer.zeros((shelf.capacity + 1, 2 * len(shelf.shapes)), torch.int32)
+            table = self.layer.zeros((shelf.capacity + 1, FIELDS * len(shelf.shapes)), torch.int32)
             shelf.memory, shelf.table = memory, table
             self._pending = dict(self._held)
 
@@ -151,7 +181,8 @@ class DeviceAdapters:
     # ---- rows
 
     def note(self, ids: Int32Array, parity: int) -> int:
-        """The adapters of a step's rows, or of its tokens: to be sent with it. Returns how many blocks they fill."""
+        """The adapters of a step's rows, or of its tokens: to be sent with it. parity: or SAMPLED more. Returns how
+        many blocks they fill."""
         side = self._sides[parity]
         blocks = num_blocks(len(ids), self.capacity)
         if side.ids is None or not np.array_equal(side.ids, ids):
@@ -163,11 +194,11 @@ class DeviceAdapters:
 
     def send(self, parity: int) -> None:
         """What `note` found, where the device has something else. Upload stream, with the rest of the step."""
-        side = self._sides[parity]
-        if side.to_send:
-            known, side.ids = side.ids, None
-            self.layer.upload(side.device[: side.to_send], side.host[: side.to_send])
-            side.ids, side.to_send = known, 0
+        for side in (self._sides[parity], self._sides[SAMPLED + parity]):
+            if side.to_send:
+                known, side.ids = side.ids, None
+                self.layer.upload(side.device[: side.to_send], side.host[: side.to_send])
+                side.ids, side.to_send = known, 0
 
     def copy_to_chain(self, parity: int, rows: int) -> None:
         """What was noted for so many rows of this parity, to where chains read it; compute stream, in a launch."""
@@ -177,9 +208,23 @@ class DeviceAdapters:
     @contextlib.contextmanager
     def used(self, side: int, rows: int) -> Iterator[None]:
         """What the model computes meanwhile are so many rows, padding included, that were noted for this parity; or
-        CHAIN."""
-        self.rows.any = True
-        self.rows.on_device = self._sides[side].view(num_blocks(rows, self.capacity))
+        CHAIN, or SAMPLED and the parity."""
+        with self._using(self._sides[side].view(num_blocks(rows, self.capacity))):
+            yield
+
+    @contextlib.contextmanager
+    def used_by(self, index: int, rows: int) -> Iterator[None]:
+        """They are at most so many rows of one adapter, or of none."""
+        if not index:
+            yield
+            return
+        blocks = -(-rows // ROWS)
+        with self._using(Grouped(self._in_order[: blocks * ROWS], self._of_one[index, :blocks])):
+            yield
+
+    @contextlib.contextmanager
+    def _using(self, rows: Grouped) -> Iterator[None]:
+        self.rows.any, self.rows.on_device = True, rows
         try:
             yield
         finally:
@@ -187,18 +232,35 @@ class DeviceAdapters:
 
 
 def site_shapes(layers: AdaptedLayers, max_rank: int) -> Mapping[str, SiteShape]:
-    """Of the layers whose adapters a GPU computes, by the names of their sites: linear layers of the decoder's layers,
-    where every token is one row. Experts are not, nor what latent attention splits into heads."""
+    """Of the layers whose adapters a GPU computes, by the names of their sites: all but what latent attention splits
+    into heads. Outputs of an adapter's own are for those outside the decoder's layers."""
     begin = PREFIX + layers.spec.layer_names.split("{}")[0]
     places: dict[str, list[Place]] = {}
-    for name, place in layers.places.items():
-        if name.startswith(begin) and not (place.is_table or isinstance(place.linear, Heads) or ".experts." in name):
+    for place in layers.places.values():
+        if not isinstance(place.linear, Heads):
             places.setdefault(place.site, []).append(place)
-    return {site: _shape(of_site, max_rank) for site, of_site in places.items()}
+    # Matrices of a layer's experts are the same.
+    of_experts: dict[int, SiteShape] = {}
+    shapes = {}
+    for site, of_site in places.items():
+        matrix = of_site[0].linear
+        shapes[site] = of_experts.get(id(matrix)) or _shape(of_site, max_rank)
+        if isinstance(matrix, ExpertMatrix):
+            of_experts[id(matrix)] = shapes[site]
+    return {
+        site: shape if site.startswith(begin) else dataclasses.replace(shape, replaced=not shape.is_table)
+        for site, shape in shapes.items()
+    }
+
+
+def _may_replace(shape: SiteShape) -> bool:
+    return shape.replaced or shape.is_table
 
 
 def _shape(places: list[Place], max_rank: int) -> SiteShape:
     linear = places[0].linear
+    if places[0].is_table:
+        return SiteShape(linear.out_features, linear.in_features, ((0, linear.in_features),), max_rank, is_table=True)
     parts = []
     for place in places:
         ours = own_rows(place)[0]

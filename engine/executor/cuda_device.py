@@ -84,6 +84,10 @@ class DeviceLayer(Protocol):
         """The start and the end, where the loop thread may wait for the device."""
         ...
 
+    def aside(self) -> AbstractContextManager[object]:
+        """A thread beside the loop's, which may read what never changes and wait for that; on no stream of `on`."""
+        ...
+
     def capture(self, work: Callable[[], object]) -> Graph:
         """Record `work` on the current stream without running it. Its tensors keep their addresses.
 
@@ -189,6 +193,12 @@ class CudaDevice:
             yield
         finally:
             torch.cuda.set_sync_debug_mode(before)
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        # The device is a thread's own choice. Streams of torch's do not wait for the one that a thread begins with.
+        with self.may_block(), _cuda.device(self.device):
+            yield
 
     def capture(self, work: Callable[[], object]) -> torch.cuda.CUDAGraph:
         return self.capture_parts(lambda cut: work())[0]

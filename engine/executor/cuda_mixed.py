@@ -12,6 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from engine.executor.cuda_adapters import SAMPLED
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_pieces import Chain
 from engine.executor.cuda_state import DeviceState
@@ -49,6 +50,8 @@ class MixedSteps(DeviceState):
             self._note_adapters(staging.row_slot[:rows], staging.row_len[:rows], size, side)
         metadata, of_groups = side.metadata.build(forward_input, self._tables), side.metadata.of_groups
         sampled = np.flatnonzero(staging.row_samples[:rows])
+        if adapted and self._adapters is not None:
+            self._adapters.note(self._tables.adapter[staging.row_slot[:rows][sampled]], SAMPLED + side.parity)
         inputs = staging.token_ids[:tokens], metadata.positions, *(group.kv_slots for group in of_groups)
         first_page = metadata.kv_indptr[decodes]
         rest: dict[str, npt.NDArray[Any]] = {
@@ -95,7 +98,8 @@ class MixedSteps(DeviceState):
             chunks = []
             for row, first, at, targets, k in self._extras.prompts(forward_input):
                 (wanted,) = self._send_arrays([targets], handle)
-                chunks.append((first, wanted, self._prompt_out(handle, row, at, targets, k), k))
+                owner = int(self._tables.adapter[staging.row_slot[row]])
+                chunks.append((first, wanted, self._prompt_out(handle, row, at, targets, k), k, owner))
             pooled = pooled_chunks(forward_input)
             types: Tensor | None = None
             if self.model.config.embedding.num_types > 1 and (kinds := token_types(pooled, tokens)) is not None:
@@ -105,6 +109,7 @@ class MixedSteps(DeviceState):
                 for row, chunk in zip(forward_input.pooled, pooled, strict=True)
                 if chunk.ends
             ]
+            owners = {chunk.slot: int(self._tables.adapter[chunk.slot]) for chunk in pooled if adapted}
             found: list[Tensor] = []
 
             def enter(token_ids: Tensor) -> None:
@@ -120,16 +125,20 @@ class MixedSteps(DeviceState):
 
             def leave(hidden: Tensor) -> None:
                 with torch.inference_mode():
-                    for first, targets, out, k in chunks:
+                    for first, targets, out, k, owner in chunks:
                         part = hidden[first : first + len(targets)]
-                        prompt_figures(part, self.model.logits, targets, k, self.limits.vocab_size, out)
-                    for out, vector in zip(vectors, self._pooler.run(pooled, hidden, self.model), strict=True):
+                        with self._adapting_one(owner, len(targets)):
+                            prompt_figures(part, self.model.logits, targets, k, self.limits.vocab_size, out)
+                    self._pooled_by = owners, tokens
+                    made = self._pooler.run(pooled, hidden, self.model, apart=any(owners.values()))
+                    for out, vector in zip(vectors, made, strict=True):
                         out.copy_(vector)
                     if len(sampled) < rows:
                         side.out[:rows].fill_(FUTURE_TOKEN)
                     if not len(sampled):
                         return
-                    logits = self.model.raw_logits(hidden.index_select(0, sent["sampled_token"]))
+                    with self._adapting_sampled(adapted, side, len(sampled)):
+                        logits = self.model.raw_logits(hidden.index_select(0, sent["sampled_token"]))
                     if draw == "open":
                         found.append(logits.float())
                         return

@@ -91,8 +91,8 @@ def start(given: Start) -> CUDAExecutor:
         if config.cache.kv_cache_dtype != "auto":
             raise StartupError(f"--kv-cache-dtype {config.cache.kv_cache_dtype}: this model keeps no keys and values")
         limits = encoder_limits(config.scheduler, given.context, given.spec.vocab_size, max_adapters)
-        rank = config.lora.max_lora_rank
-        return build_cuda_encoder(model, layer, limits, dtype=dtype, row=report.row, load=load, max_lora_rank=rank)
+        options = {"max_lora_rank": config.lora.max_lora_rank, "max_lora_mib": config.lora.max_lora_mib}
+        return build_cuda_encoder(model, layer, limits, dtype=dtype, row=report.row, load=load, **options)
     with report.phase("KV cache and graphs"):
         return build_cuda_executor(
             model,
@@ -110,6 +110,7 @@ def start(given: Start) -> CUDAExecutor:
             load=load,
             speculation=config.speculation,
             max_lora_rank=config.lora.max_lora_rank,
+            max_lora_mib=config.lora.max_lora_mib,
         )
 
 
@@ -220,13 +221,18 @@ def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **op
 
 
 def place_adapters(
-    model: CausalLM, layer: DeviceLayer, max_rank: int, most_rows: int, row: Callable[[str, str], None]
+    model: CausalLM,
+    layer: DeviceLayer,
+    max_rank: int,
+    room_mib: int | None,
+    most_rows: int,
+    row: Callable[[str, str], None],
 ) -> DeviceAdapters | None:
     """Memory for all that may take part in one step; None where none are served. Raises StartupError."""
     if model.adapted is None:
         return None
     with layer.may_block(), starting("no memory is left for adapters", "; lower --max-loras or --max-lora-rank"):
-        adapters = DeviceAdapters(model, layer, max_rank, most_rows)
+        adapters = DeviceAdapters(model, layer, max_rank, most_rows, room_mib)
     each = adapters.num_bytes / adapters.capacity / GIB
     row("adapters", f"{adapters.capacity} in one step, of rank {max_rank} and below, {each:.2f} GiB each")
     return adapters
@@ -265,10 +271,11 @@ def build_cuda_encoder(
     row: Callable[[str, str], None] = lambda name, text: None,
     load: Callable[[Path | None], CausalLM] | None = None,
     max_lora_rank: int = 64,
+    max_lora_mib: int | None = None,
 ) -> CUDAExecutor:
     """Of a model that reads a text at once and keeps nothing of it: see `encoder_limits`. Raises StartupError."""
     most = limits.max_num_batched_tokens
-    adapters = place_adapters(model, layer, max_lora_rank, most, row)
+    adapters = place_adapters(model, layer, max_lora_rank, max_lora_mib, most, row)
     with layer.may_block():
         weights, free = layer.allocated_memory(), layer.free_memory()
         with starting("no memory is left for the largest step", SMALLER):
@@ -307,6 +314,7 @@ def build_cuda_executor(
     load: Callable[[Path | None], CausalLM] | None = None,
     speculation: SpeculationOptions = NO_DRAFTS,
     max_lora_rank: int = 64,
+    max_lora_mib: int | None = None,
 ) -> CUDAExecutor:
     """Measure, divide the memory, allocate; `row` gets the lines of the start-up table. Raises StartupError.
 
@@ -314,7 +322,8 @@ def build_cuda_executor(
     """
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
-    adapters = place_adapters(model, layer, max_lora_rank, max(max_num_seqs, max_num_batched_tokens), row)
+    most = max(max_num_seqs, max_num_batched_tokens)
+    adapters = place_adapters(model, layer, max_lora_rank, max_lora_mib, most, row)
     groups = plan_groups(model.config.windows, max_model_len)
     sequences, num_snapshots, state_memory = max_num_seqs, None, 0
     if model.config.has_state:

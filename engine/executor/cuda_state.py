@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.executor.cuda_adapters import DeviceAdapters
+from engine.executor.cuda_adapters import SAMPLED, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side, widened
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_graph import GraphCache
@@ -74,7 +74,9 @@ class DeviceState:
             layer.synchronize_all()
         self._flat_table = self._page_tables.view(-1)
         self._extras = DeviceExtras(limits, layer.zeros)
-        self._pooler = Pooler()
+        self._pooler = Pooler(self._use_slots)
+        # Of the step whose vectors are computed now: adapters by slot, and tokens.
+        self._pooled_by: tuple[dict[int, int], int] = {}, 0
         self.staging: tuple[Staging, Staging] = (self._sides[0].staging, self._sides[1].staging)
         # What the host plans from; the device has its own image of all of it.
         self._tables = SlotTables(limits)
@@ -140,6 +142,22 @@ class DeviceState:
             return contextlib.nullcontext()
         assert self._adapters is not None
         return self._adapters.used(side.parity, rows)
+
+    def _adapting_sampled(self, adapted: bool, side: Side, rows: int) -> AbstractContextManager[None]:
+        """The same where logits of a step's rows that sample are computed."""
+        if not adapted:
+            return contextlib.nullcontext()
+        assert self._adapters is not None
+        return self._adapters.used(SAMPLED + side.parity, rows)
+
+    def _adapting_one(self, index: int, rows: int) -> AbstractContextManager[None]:
+        """The same of so many rows of one adapter."""
+        return self._adapters.used_by(index, rows) if self._adapters is not None else contextlib.nullcontext()
+
+    def _use_slots(self, slots: list[int]) -> AbstractContextManager[None]:
+        """What the pooler's heads compute next, of one slot where any has an adapter."""
+        owners, rows = self._pooled_by
+        return self._adapting_one(owners.get(slots[0], 0), rows)
 
     def _send_tables(self, handle: CudaHandle) -> None:
         """Bring the host's page tables and sampling parameters to the device, whole. A row that wrote by an entry that

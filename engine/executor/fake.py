@@ -13,7 +13,7 @@ import asyncio
 import operator
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from pathlib import Path
@@ -252,6 +252,11 @@ class FakeExecutor:
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor.read_adapter."""
         return read_fake_adapter(path)
+
+    def drop_adapters(self, indices: Sequence[int]) -> None:
+        """See Executor.drop_adapters."""
+        assert not self._not_waited, "a step is in flight"
+        self._adapters.drop(indices)
 
     def page_memory(self) -> HostPages:
         """See Executor.page_memory: what the cells hold, and what they were written for."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,6 +81,12 @@ class AdapterTables:
                 self._numbers.pop(index, None)
             else:
                 self._numbers[index] = int(weights)
+
+    def drop(self, indices: Sequence[int]) -> None:
+        """These are nobody's now."""
+        assert all(1 <= index <= self._count for index in indices), f"adapters {indices} are out of range"
+        for index in indices:
+            self._numbers.pop(index, None)
 
     def number_of(self, slot: int) -> int:
         """The adapter that a slot's tokens come from now, 0 for none."""

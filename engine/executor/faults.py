@@ -12,7 +12,7 @@ token `token` is computed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -164,6 +164,10 @@ class FaultyExecutor:
     def read_adapter(self, path: Any) -> Any:
         """See Executor."""
         return self.inner.read_adapter(path)
+
+    def drop_adapters(self, indices: Sequence[int]) -> None:
+        """See Executor."""
+        self.inner.drop_adapters(indices)
 
     def page_memory(self) -> PageMemory:
         """See Executor."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -90,34 +91,39 @@ def shape_of(pooling: Pooling, spec: ModelSpec, num_tokens: int) -> tuple[int, .
 class Pooler:
     """Keeps what prompts that come in chunks have brought so far, float32 by seq slot.
 
-    use_slots: is told whose rows the model gets next: a seq slot for each, or one for all of them.
+    use_slots: is told whose rows the model gets next: a seq slot for each, or one for all of them; it is so inside the
+    context that it returns.
     It begins anew with a prompt; one that never ends (an aborted request) is forgotten with its slot's next.
     """
 
-    def __init__(self, use_slots: Callable[[list[int]], None] = lambda slots: None) -> None:
+    def __init__(self, use_slots: Callable[[list[int]], AbstractContextManager[None]]) -> None:
         self._before: dict[int, Tensor] = {}
         self._use_slots = use_slots
 
-    def run(self, chunks: Sequence[PooledChunk], hidden: Tensor, model: Heads) -> list[Tensor]:
-        """hidden [T, hidden_size] of the step. A float32 vector for each chunk that ends, see `shape_of`."""
+    def run(self, chunks: Sequence[PooledChunk], hidden: Tensor, model: Heads, *, apart: bool = False) -> list[Tensor]:
+        """hidden [T, hidden_size] of the step. A float32 vector for each chunk that ends, see `shape_of`. apart: heads
+        compute each on its own."""
         vectors: list[Tensor] = []
         slots: list[int] = []
         classified: list[int] = []
         projected: list[int] = []
         for chunk in chunks:
-            self._use_slots([chunk.slot])
             pooling, end = chunk.pooling, chunk.first + chunk.length
             late = False
             if pooling.needs_all:
                 rows = hidden[chunk.first : end].float()
                 late = pooling.classify and model.config.classifier is not None and model.config.classifier.late
-                vector = self._add(chunk, model.classify(rows) if late else rows)
+                if late:
+                    with self._use_slots([chunk.slot]):
+                        rows = model.classify(rows)
+                vector = self._add(chunk, rows)
                 if not chunk.ends:
                     continue
             elif pooling.kind == "last":
                 vector = hidden[end - 1].to(torch.float32, copy=True)
             else:
-                shares = torch.log_softmax(model.logits(hidden[end - 1 : end])[0], dim=-1)
+                with self._use_slots([chunk.slot]):
+                    shares = torch.log_softmax(model.logits(hidden[end - 1 : end])[0], dim=-1)
                 vector = torch.stack([shares[token] for token in pooling.token_ids])
             if pooling.classify and not late:
                 classified.append(len(vectors))
@@ -125,8 +131,9 @@ class Pooler:
                 projected.append(len(vectors))
             vectors.append(vector)
             slots.append(chunk.slot)
-        self._put_through(model.classify, vectors, slots, classified)
-        self._put_through(model.project, vectors, slots, projected)
+        for head, indices in ((model.classify, classified), (model.project, projected)):
+            for some in [[index] for index in indices] if apart else [indices]:
+                self._put_through(head, vectors, slots, some)
         return vectors
 
     def _put_through(
@@ -136,8 +143,8 @@ class Pooler:
         if not indices:
             return
         parts = [vectors[index].view(-1, vectors[index].shape[-1]) for index in indices]
-        self._use_slots([slots[index] for index, part in zip(indices, parts, strict=True) for _ in part])
-        made = head(torch.cat(parts)).split_with_sizes([len(part) for part in parts])
+        with self._use_slots([slots[index] for index, part in zip(indices, parts, strict=True) for _ in part]):
+            made = head(torch.cat(parts)).split_with_sizes([len(part) for part in parts])
         for index, rows in zip(indices, made, strict=True):
             vectors[index] = rows.reshape(*vectors[index].shape[:-1], -1).clone()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from engine.models.loading.adapted import Heads, Place
+from engine.models.loading.adapted import ExpertMatrix, Heads, Place
 from engine.ops.linear import Linear
 from engine.ops.mxfp4 import Mxfp4Linear, dequantised
 from engine.ops.packed import MixedLinear
@@ -24,9 +24,10 @@ def own_rows(place: Place) -> tuple[Tensor, Tensor]:
     return ours, of_checkpoint[ours] - place.first
 
 
-def base_rows(linear: Linear | Mxfp4Linear | Heads, rows: Tensor) -> Tensor | None:
-    """float32 [n, in]: these rows of a layer's weight, in its own order; None where its form has lost them."""
-    if isinstance(linear, Heads):
+def base_rows(linear: Linear | Mxfp4Linear | Heads | ExpertMatrix, rows: Tensor) -> Tensor | None:
+    """float32 [n, in] on the host: these rows of a layer's weight, in its own order; None where its form has lost
+    them."""
+    if isinstance(linear, Heads | ExpertMatrix):
         return None
     if isinstance(linear, Mxfp4Linear):
         return dequantised(linear._blocks[rows], linear._scales[rows], torch.float32)
@@ -46,7 +47,7 @@ def base_rows(linear: Linear | Mxfp4Linear | Heads, rows: Tensor) -> Tensor | No
         weight = torch.cat(columns).T.float()
         own = getattr(linear, "_bias", None)
         return None if own is not None else weight[rows]
-    return linear.rows(rows).float()
+    return linear.rows(rows.to(linear.device)).float().cpu()
 
 
 def base_bias(place: Place) -> Tensor | None:
@@ -60,8 +61,8 @@ def base_bias(place: Place) -> Tensor | None:
     return found
 
 
-def _bias_of(linear: Linear | Mxfp4Linear | Heads) -> Tensor | None:
-    if isinstance(linear, Heads):
+def _bias_of(linear: Linear | Mxfp4Linear | Heads | ExpertMatrix) -> Tensor | None:
+    if isinstance(linear, Heads | ExpertMatrix):
         return None
     if isinstance(linear, Mxfp4Linear):
         return linear._wide_bias
@@ -79,4 +80,4 @@ def _bias_of(linear: Linear | Mxfp4Linear | Heads) -> Tensor | None:
     if isinstance(inner, Linear):
         return _bias_of(inner)
     bias = linear._bias
-    return None if bias is None else bias.float()
+    return None if bias is None else bias.float().cpu()

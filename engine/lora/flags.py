@@ -87,6 +87,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--max-lora-rank", type=_between(1, 4096), metavar="N", help="highest rank of an adapter (default: 64)"
     )
     lora.add_argument(
+        "--max-lora-mib",
+        type=_between(1, 1_000_000),
+        metavar="N",
+        help="on a GPU: memory of each adapter of --max-loras, in MiB, where whole matrices or experts need more than "
+        "the default, or small adapters less (default: what factors of --max-lora-rank take, without experts)",
+    )
+    lora.add_argument(
         "--max-cpu-loras",
         type=_between(1, 1_000_000),
         metavar="N",
@@ -138,6 +145,7 @@ def options_from(args: argparse.Namespace) -> LoraOptions:
         enable=enable,
         max_loras=max_loras,
         max_lora_rank=args.max_lora_rank or 64,
+        max_lora_mib=args.max_lora_mib,
         max_cpu_loras=args.max_cpu_loras,
         max_loaded=args.max_loaded_loras or 10_000,
         modules=modules,

@@ -29,6 +29,8 @@ from engine.ops.linear import Linear
 from engine.ops.lora import Branch, Factors, Replaced
 
 ON_HOST = "is computed on the CPU alone so far (--device cpu)"
+# Kinds of tensors that are in place of a layer's own.
+WHOLE = ("weight", "tokens")
 # Rows of a base weight that are held as float32 at once.
 CHUNK = 1024
 MAX_NAME = 100
@@ -144,14 +146,9 @@ class _Reader:
         first = next(iter(kinds.values()))
         place = self._resolver.find(path)
         if place is None:
-            try:
-                stack = self._resolver.stack(path)
-            except KeyError:  # they are there, and nothing can be put into them
-                raise self._tensors.fail(first, f"is of experts, and {ON_HOST}") from None
+            stack = self._resolver.stack(path)
             if stack is None:
                 raise self._tensors.fail(first, self._why_unknown(path))
-            if self._layers.on_device is not None:
-                raise self._tensors.fail(first, f"is of experts, and {ON_HOST}")
             self._stack(path, stack, kinds)
             return
         self._check_device(path, place, kinds)
@@ -183,15 +180,15 @@ class _Reader:
             self._token_outputs(path, place, kinds["tokens"])
 
     def _check_device(self, path: str, place: Place, kinds: dict[str, str]) -> None:
-        """A GPU takes factors of the decoder's layers."""
+        """A GPU takes whole matrices of some layers, and nothing for others."""
         served = self._layers.on_device
         if served is None:
             return
         for kind, name in kinds.items():
-            if kind not in ("down", "up"):
-                raise self._tensors.fail(name, f"{kind} {ON_HOST}")
             if place.site not in served:
                 raise self._tensors.fail(name, f"what is added to {path!r:.200} {ON_HOST}")
+            if kind in WHOLE and place.site not in self._layers.whole_on_device:
+                raise self._tensors.fail(name, f"a whole matrix in a layer of the decoder {ON_HOST}")
 
     def _why_unknown(self, path: str) -> str:
         outside = self._layers.spec.outside

@@ -150,6 +150,11 @@ class DeviceCodedLinear(Linear):
         """See Linear.num_bytes."""
         return self.codes.num_bytes
 
+    @property
+    def device(self) -> torch.device:
+        """See Linear.device."""
+        return self.codes.codes.device
+
     def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Nothing is left to do."""
 

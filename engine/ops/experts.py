@@ -15,12 +15,15 @@ from torch import Tensor
 
 from engine.ops.activation import GATED_ACTIVATIONS, Clamped, by_rows, clamped_and_mul
 from engine.ops.device_coded import Codes, torch_numbers
+from engine.ops.lora import StackedSites
 from engine.ops.triton.runtime import on_gpu
 
 # The matrices of all experts, below one another where they are codes.
 Stack = Tensor | Codes
 Activation = str | Clamped
 Biases = tuple[Tensor | None, Tensor | None]
+# Where adapters add something to gate and up, and to down.
+Adapted = tuple[StackedSites, StackedSites]
 # Columns and warps of a program's tile of the result, and loads under way.
 CodedTile = tuple[int, int, int]
 CODED_TILES: tuple[CodedTile, ...] = ((32, 4, 4), (64, 8, 3), (32, 8, 4))
@@ -50,21 +53,33 @@ def mix_experts(
     normalize: bool,
     biases: Biases = (None, None),
     coded: tuple[int, CodedTile] | None = None,
+    adapted: Adapted | None = None,
 ) -> Tensor:
     """x [N, hidden] -> [N, hidden]: each token's best `chosen` experts, added up by share in float32, rounded once.
 
     logits [N, experts]: of the router. gate_up: matrices [2 * inner, hidden], down: [hidden, inner]; biases of either:
     [experts, rows]. activation: "silu", "gelu_tanh" or Clamped. An expert's own result is rounded to the dtype.
     coded: rows of a block of pairs, one of CODED_ROWS, and its tile, where codes are to be widened in registers; None:
-    they become numbers first.
+    they become numbers first. adapted: where rows have adapters.
     """
     if on_gpu(x):
         from engine.ops.triton import experts as kernels
 
         return kernels.mix_experts(
-            x, logits, gate_up, down, chosen, activation, normalize=normalize, biases=biases, coded=coded
+            x,
+            logits,
+            gate_up,
+            down,
+            chosen,
+            activation,
+            normalize=normalize,
+            biases=biases,
+            coded=coded,
+            adapted=adapted,
         )
-    return torch_mix_experts(x, logits, gate_up, down, chosen, activation, normalize=normalize, biases=biases)
+    return torch_mix_experts(
+        x, logits, gate_up, down, chosen, activation, normalize=normalize, biases=biases, adapted=adapted
+    )
 
 
 def torch_mix_experts(
@@ -77,6 +92,7 @@ def torch_mix_experts(
     *,
     normalize: bool,
     biases: Biases = (None, None),
+    adapted: Adapted | None = None,
 ) -> Tensor:
     """The same in torch: every expert computes every token and counts with its share, mostly 0."""
     experts, shares = choose_experts(logits, chosen, normalize=normalize)
@@ -84,19 +100,26 @@ def torch_mix_experts(
     spread = torch.zeros_like(logits, dtype=torch.float32).scatter_(1, experts, shares)
     total = torch.zeros_like(x, dtype=torch.float32)
 
-    def product(x: Tensor, stack: Stack, bias: Tensor | None, number: int) -> Tensor:
+    def product(x: Tensor, stack: Stack, bias: Tensor | None, number: int, added: StackedSites | None) -> Tensor:
         y = F.linear(x.float(), matrix_of(stack, number, count).float())
-        return (y if bias is None else y + bias[number].float()).to(x.dtype)
+        y = (y if bias is None else y + bias[number].float()).to(x.dtype)
+        if added is not None:  # every token is a row of every expert
+            added.device.of_expert(number).add(x, y, added.rows.on_device)
+        return y
 
+    above, below = adapted or (None, None)
     for number in range(count):
-        inner = product(x, gate_up, biases[0], number)
-        if isinstance(activation, Clamped):
-            gate, up = inner.chunk(2, dim=1)
-            inner = clamped_and_mul(torch.stack((gate, up), 2).flatten(1), *activation)
-        else:
-            inner = GATED_ACTIVATIONS[activation](inner)
-        total.addcmul_(product(inner, down, biases[1], number).float(), spread[:, number, None])
+        inner = activated(product(x, gate_up, biases[0], number, above), activation)
+        total.addcmul_(product(inner, down, biases[1], number, below).float(), spread[:, number, None])
     return total.to(x.dtype)
+
+
+def activated(inner: Tensor, activation: Activation) -> Tensor:
+    """[N, 2 * inner], gates first -> [N, inner]."""
+    if isinstance(activation, Clamped):
+        gate, up = inner.chunk(2, dim=1)
+        return clamped_and_mul(torch.stack((gate, up), 2).flatten(1), *activation)
+    return GATED_ACTIVATIONS[activation](inner)
 
 
 def matrix_of(stack: Stack, number: int, count: int) -> Tensor:
@@ -114,7 +137,7 @@ class Mixture:
     gate_up [experts, 2 * inner, hidden], gates first, down [experts, hidden, inner]: or codes of these below one
     another. dtype: of inputs and outputs. chosen: experts of a token. tiles, widen_from: how codes are multiplied, by
     rows of a block of pairs and from how many pairs on numbers first; a clock says (executor/cuda_products.py). Until
-    then always, which is what takes most memory.
+    then always, which is what takes most memory. adapted: where adapters are served.
     """
 
     def __init__(
@@ -132,6 +155,7 @@ class Mixture:
         self.activation = activation
         self.tiles: dict[int, CodedTile] = dict.fromkeys(CODED_ROWS, CODED_TILES[0])
         self.widen_from = 0
+        self.adapted: Adapted | None = None
 
     @property
     def hidden_size(self) -> int:
@@ -181,7 +205,8 @@ class Mixture:
     ) -> Tensor:
         """In the way that is given."""
         given = (x, logits, self.gate_up, self.down, chosen or self.chosen, self.activation)
-        return mix_experts(*given, normalize=normalize, biases=self.biases, coded=coded)
+        adapted = self.adapted if self.adapted is not None and self.adapted[0].used else None
+        return mix_experts(*given, normalize=normalize, biases=self.biases, coded=coded, adapted=adapted)
 
 
 def coded_rows(pairs: int, num_experts: int) -> int:

@@ -85,6 +85,11 @@ class Linear:
         return self.out_features * self.in_features * self.dtype.itemsize
 
     @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self._weight.device
+
+    @property
     def addresses(self) -> tuple[int, int | None]:
         """Of the packed weight and of the bias, for a kernel that does more than this product (kind native)."""
         assert self.kind == "native"

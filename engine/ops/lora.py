@@ -45,6 +45,12 @@ class Replaced:
     columns: Tensor
     linear: Linear
 
+    def numbers(self) -> tuple[Tensor, Tensor]:
+        """float32 [n, in], and its bias [n], 0 where there is none."""
+        count = self.linear.out_features
+        bias = self.linear._bias
+        return self.linear.rows(torch.arange(count)).float(), torch.zeros(count) if bias is None else bias.float()
+
 
 class Branch:
     """What one adapter does at one layer: y += gain y + offset + up (down x), and some outputs replaced.
@@ -108,13 +114,15 @@ class Branch:
         return own + sum(each.linear.out_features * each.linear.in_features * 4 for each in self.replaced)
 
     def matrices(self) -> list[tuple[int, Tensor, Tensor]]:
-        """Of a product: (first output, down [rank, in], up [n, rank]), as they were given or split otherwise."""
+        """(first output, down [rank, in], up [n, rank]), as they were given or split otherwise."""
         if self._down is None:
             return []
-        down = self._down.transpose(1, 2).flatten(0, 1)
+        down = self._down.T if self.looked_up else self._down.transpose(1, 2).flatten(0, 1)
         found = []
         for (first, width, rank_first), up in zip(self._places, self._ups, strict=True):
             ranks = up.shape[1]
+            if not ranks:  # a gain or an offset alone
+                continue
             rows = up.transpose(1, 2).reshape(-1, ranks)[:width]
             found.append((first, down[rank_first : rank_first + ranks], rows))
         return found
@@ -252,6 +260,10 @@ class OnDevice(Protocol):
         """See Site.add."""
         ...
 
+    def look_up(self, ids: Tensor, y: Tensor, rows: Any) -> None:
+        """See Site.look_up."""
+        ...
+
 
 class Site:
     """A place where adapters add something: their branches by index, 1..capacity. device: where a GPU has them."""
@@ -327,6 +339,9 @@ class Site:
 
     def look_up(self, ids: Tensor, y: Tensor) -> None:
         """Token ids [T], and y [T, width] their rows of the layer's own table; in place."""
+        if self.device is not None:
+            self.device.look_up(ids, y, self.rows.on_device)
+            return
         groups = self.rows.groups(len(ids))
         inner = torch.zeros((len(groups.rows), self._ranks), dtype=torch.float32)
         for group, (index, first, last) in enumerate(groups.groups.tolist()):
@@ -357,6 +372,20 @@ def _take_rows(branch: Branch, ids: Tensor, y: Tensor, rows: Tensor) -> None:
     for row, token in zip(rows.tolist(), ids[rows].tolist(), strict=True):
         if token in branch.table:
             y[row] = branch.table_rows[branch.table[token]].to(y.dtype)
+
+
+class StackedSites:
+    """Places at the products of a layer's experts, which a GPU computes together. names: of each expert's site. device:
+    what it has of all of them (lora_device.DeviceSite of the first)."""
+
+    def __init__(self, rows: Rows, names: Sequence[str]) -> None:
+        self.rows, self.names = rows, tuple(names)
+        self.device: Any = None
+
+    @property
+    def used(self) -> bool:
+        """See Site.used."""
+        return self.rows.any and self.device is not None
 
 
 class AdaptedHeads:

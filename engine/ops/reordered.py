@@ -24,6 +24,11 @@ class ReorderedLinear(Linear):
         self._order = order
         self._back = order.argsort()
 
+    @property
+    def device(self) -> torch.device:
+        """See Linear.device."""
+        return self.inner.device
+
     def prepare(self, *, keep_rows: bool = False, kind: str | None = None, deterministic: bool = False) -> None:
         """Nothing is left to do."""
 

@@ -43,6 +43,8 @@ class AdapterPlaces:
         self._since: dict[Sequence, tuple[int, float]] = {}
         # An index can be had that could not before, or another adapter is in its place.
         self._changed = False
+        # Called where an index has become nobody's: between steps nobody would look.
+        self.on_dropped: Callable[[], object] = lambda: None
 
     @property
     def pinned(self) -> dict[int, int]:
@@ -104,6 +106,7 @@ class AdapterPlaces:
             self._loads[self._index[version]] = None
             self._free.append(self._index.pop(version))
             self._changed = True
+            self.on_dropped()
 
     def forget(self) -> None:
         """The device has lost all of them. Nobody may pin one."""
@@ -120,6 +123,13 @@ class AdapterPlaces:
         fails."""
         loads, self._loads = self._loads, {}
         return [(index, adapter.weights) if adapter else (index, None) for index, adapter in loads.items()]
+
+    def take_dropped(self) -> list[int]:
+        """Indices that are nobody's, which the executor is told of now: no step is in flight that would tell it."""
+        dropped = [index for index, adapter in self._loads.items() if adapter is None]
+        for index in dropped:
+            del self._loads[index]
+        return dropped
 
     def next(self, policy: AdmissionPolicy, turn: int) -> Sequence | None:
         """Whom to admit next. Who waits for an index is set aside, and others pass: a few, and for a while."""

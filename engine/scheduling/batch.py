@@ -95,6 +95,13 @@ class Batch:
             self.pooled = []
         self.all_sample = True
 
+    def forget(self) -> None:
+        """Hold no sequence and no adapter of a step that has ended."""
+        assert not self.in_flight
+        self.entered.clear()
+        self.constrained, self.pooled = [], []
+        self.forward_input.adapter_loads = []
+
     def write_decodes(self, slots: IndexArray, starts: Int32Array) -> None:
         """Rows that continue by one token each; must be the first rows."""
         forward, staging, count = self.forward_input, self.staging, len(slots)

@@ -101,6 +101,14 @@ class Scheduler(Failing):
         self._next_step += 1
         return batch
 
+    def take_dropped(self) -> list[int]:
+        """See AdapterPlaces.take_dropped; no step is in flight. The last ones hold nothing of them any more."""
+        dropped = self.adapters.take_dropped()
+        if dropped:
+            for batch in self._batches:
+                batch.forget()
+        return dropped
+
     def _schedule_decodes(self, batch: Batch) -> None:
         """All rows past their prefill, oldest first; those that need a page get one or sit this step out."""
         if self._decodes_stale:

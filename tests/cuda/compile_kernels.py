@@ -240,18 +240,27 @@ def recurrent(dtype: torch.dtype, rows: int) -> None:
 
 
 def adapters(dtype: torch.dtype, rows: int) -> None:
-    """The fused layer of queries, keys and values, and one whose outputs begin on no multiple of 16."""
-    from engine.ops.lora_device import DeviceSite, Grouped, Shelf, SiteShape
+    """The fused layer of queries, keys and values, one whose outputs begin on no multiple of 16 and may be an adapter's
+    own, and an embedding."""
+    from engine.ops.lora_device import FIELDS, DeviceSite, Grouped, Shelf, SiteShape
 
     fused = SiteShape(2048, 3072, ((0, 2048), (2048, 2560), (2560, 3072)), 64)
-    shelf = Shelf([fused, SiteShape(8192, 2045, ((0, 2045),), 64)], 8, dtype)
+    table = SiteShape(128256, 2048, ((0, 2048),), 64, is_table=True)
+    shelf = Shelf([fused, SiteShape(8192, 2045, ((0, 2045),), 64, replaced=True), table], 8, dtype)
     shelf.memory = torch.empty((8, shelf.room), dtype=dtype)
-    shelf.table = torch.empty((9, 4), dtype=torch.int32)
+    shelf.table = torch.empty((9, 3 * FIELDS), dtype=torch.int32)
     blocks = 8 if rows == 1 else 40
     given = Grouped(torch.empty(blocks * 32, dtype=torch.int32), torch.empty(blocks, dtype=torch.int32))
     for number, shape in enumerate(shelf.shapes):
-        x, y = torch.empty(rows, shape.in_features, dtype=dtype), torch.empty(rows, shape.out_features, dtype=dtype)
-        DeviceSite(shelf, number, x.device).by_kernels(x, y, given)
+        site, y = DeviceSite(shelf, number, torch.device("cpu")), torch.empty(rows, shape.out_features, dtype=dtype)
+        if shape.is_table:
+            site.look_up_by_kernel(torch.empty(rows, dtype=torch.int32), y, given)
+        else:
+            site.by_kernels(torch.empty(rows, shape.in_features, dtype=dtype), y, given)
+    pairs = torch.empty(8 * rows, fused.out_features, dtype=dtype)
+    first = DeviceSite(Shelf([fused] * 128, 8, dtype), 0, torch.device("cpu"))
+    first.shelf.memory, first.shelf.table = shelf.memory, torch.empty((9, 128 * FIELDS), dtype=torch.int32)
+    first.add_pairs(torch.empty(rows, fused.in_features, dtype=dtype), pairs, given, 128, 8)
 
 
 def main() -> None:

@@ -210,6 +210,8 @@ class DryDevice:
         finally:
             LOG.steps = before
 
+    aside = may_block
+
     def capture(self, work: Callable[[], object]) -> list[Event]:
         return self.capture_parts(lambda cut: work())[0]
 
@@ -460,7 +462,7 @@ def make_executor(
     else:
         attention = flashinfer.Backend(model.attention_spec, decode=way, **given)
     layer = DryDevice(options.get("ours", 0.5))
-    adapters = DeviceAdapters(model, layer, 16, 512) if limits.max_adapters else None  # type: ignore[arg-type]
+    adapters = DeviceAdapters(model, layer, 16, 512, 256) if limits.max_adapters else None  # type: ignore[arg-type]
     added: dict[str, Any] = {"proposer": proposer, "adapters": adapters, "cuda_graph": options.get("graph", "lazy")}
     return CUDAExecutor(model, limits, layer, attention, **added)  # type: ignore[arg-type]
 
@@ -485,7 +487,9 @@ def adapters_of(executor: Any) -> list[Any]:
     from tests.lora.handmade import factors, write
 
     layers = executor.model.adapted
-    modules = [name for name in layers.places if name.startswith("model.layers.") and ".experts." not in name]
+    inside = [name for name in layers.places if name.startswith("model.layers.")]
+    modules = [name for name in inside if ".experts." not in name or name.startswith("model.layers.0.")]
+    modules.append("lm_head")
     found: list[Any] = [None]
     with tempfile.TemporaryDirectory() as folder:
         for number, chosen in enumerate((modules, modules[::3]), 1):

@@ -269,6 +269,11 @@ class FakeDevice:
         finally:
             self._blocking_allowed -= 1
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        assert self.current is None, "what waits is on a stream of steps"
+        yield
+
     def capture(self, work: Callable[[], object]) -> FakeGraph:
         return self.capture_parts(lambda cut: work())[0]
 

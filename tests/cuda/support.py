@@ -266,13 +266,14 @@ def make_executor(
     kind: type[CUDAExecutor] = CUDAExecutor,
     proposer: Proposer | None = None,
     load: Callable[[Path | None], CausalLM] | None = None,
+    room_mib: float | None = None,
 ) -> CUDAExecutor:
     """A model that was loaded with places for adapters has room for some of rank 8 and below."""
     model, device = model or tiny_model(), device or FakeDevice()
     layer, adapters = make_attention(attention, model, limits, device), None
     if model.adapted is not None:
         with device.may_block():
-            adapters = DeviceAdapters(model, device, 8, limits.max_num_batched_tokens)
+            adapters = DeviceAdapters(model, device, 8, limits.max_num_batched_tokens, room_mib)
         limits = dataclasses.replace(limits, max_adapters=adapters.capacity)
     options: dict[str, Any] = {"load": load or read_tiny_model, "proposer": proposer, "adapters": adapters}
     return kind(model, limits, device, layer, cuda_graph=cuda_graph, **options)

@@ -294,19 +294,7 @@ async def test_an_upload_that_fails_is_made_up_for(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, Any]]] = {
-    "magnitude": ({"model.layers.0.self_attn.q_proj.lora_magnitude_vector": (32,)}, {"use_dora": True}),
-    "up bias": ({"model.layers.0.self_attn.q_proj.lora_B.bias": (32,)}, {}),
-    "bias": ({"model.layers.0.self_attn.q_proj.base_layer.bias": (32,)}, {}),
-    "what is added to 'lm_head'": ({"lm_head.lora_A.weight": (4, 32), "lm_head.lora_B.weight": (101, 4)}, {}),
-    "weight": ({"lm_head.weight": (101, 32)}, {}),
-    "looked-up down": (
-        {"model.embed_tokens.lora_embedding_A": (4, 101), "model.embed_tokens.lora_embedding_B": (32, 4)},
-        {},
-    ),
-    "tokens": (
-        {"model.embed_tokens.token_adapter.trainable_tokens_delta": (1, 32)},
-        {"trainable_token_indices": [5]},
-    ),
+    "a whole matrix in a layer of the decoder": ({"model.layers.0.self_attn.q_proj.weight": (32, 32)}, {}),
 }
 
 
@@ -316,7 +304,7 @@ def test_what_a_gpu_does_not_compute_is_refused(what: str, tmp_path: Path) -> No
     executor = make_executor(SMALL, model=a_model("llama"))
     shapes, config = REFUSED[what]
     tensors = {
-        f"base_model.model.model.layers.0.self_attn.q_proj.lora_{end}.weight": torch.ones(shape)
+        f"base_model.model.model.layers.0.self_attn.o_proj.lora_{end}.weight": torch.ones(shape)
         for end, shape in (("A", (4, 32)), ("B", (32, 4)))
     }
     tensors |= {f"base_model.model.{name}": torch.ones(shape) for name, shape in shapes.items()}
@@ -371,6 +359,13 @@ def test_start_makes_room_and_says_so() -> None:
     assert executor.limits.max_adapters == CAPACITY
     assert rows["adapters"] == "2 in one step, of rank 8 and below, 0.00 GiB each"
     assert rows["CUDA graphs"].startswith(f"{4 * len(executor.graphs.sizes)} captured")
+    executor.close()
+
+    model = tiny_model.__wrapped__(max_adapters=CAPACITY)
+    executor = build_cuda_executor(
+        model, FakeDevice(), CacheOptions(page_size=4, num_pages=30), cuda_graph="off", max_lora_mib=11, **options
+    )
+    assert rows["adapters"] == "2 in one step, of rank 8 and below, 0.01 GiB each"
     executor.close()
 
     def full(shape: Any, dtype: Any) -> Any:

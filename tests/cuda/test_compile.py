@@ -20,6 +20,8 @@ BUDGETS = {
     "_causal_conv": 96,
     "_shrink": 80,
     "_expand": 168,
+    "_replace": 168,
+    "_look_up": 120,
     "_codes": 255,
     "_multiply_codes": 168,
 }

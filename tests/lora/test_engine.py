@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from engine.config import CacheOptions, EngineConfig, SchedulerOptions, SpeculationOptions
+from engine.config import CacheOptions, EngineConfig, LoraOptions, SchedulerOptions, SpeculationOptions
 from engine.engine import Engine
 from engine.executor.cpu import CPUExecutor
 from engine.forward import Limits
@@ -82,3 +85,43 @@ async def test_more_adapters_than_places_with_and_without_drafts(tmp_path: Path)
         assert one == other == alone[number % len(alone)], number
     firsts = [answer[2] for answer in alone]
     assert all(one != other for at, one in enumerate(firsts) for other in firsts[:at])
+
+
+async def test_an_adapter_that_is_unloaded_gives_its_memory_back_at_once(tmp_path: Path) -> None:
+    """No step follows: the loop is idle, before and after."""
+    make_checkpoint(tmp_path / "base", "Llama")
+    model = load(tmp_path / "base", max_adapters=2)
+    layers = model.adapted
+    assert isinstance(layers, AdaptedLayers)
+    limits = Limits(4, 48, 64, PAGE, 64, model.config.vocab_size, max_adapters=2)
+    root = tmp_path / "root"
+    for number in (1, 2):
+        write(root / f"a{number}", factors(layers, 2, number), r=2)
+    executor = CPUExecutor(model, limits, dtype=torch.float32, max_lora_rank=8)
+    cache = CacheOptions(num_pages=limits.num_pages, page_size=PAGE)
+    config = EngineConfig(cache=cache, lora=LoraOptions(enable=True, max_loras=2, root=str(root)))
+    engine = Engine(config, executor, None)
+    assert engine.adapters is not None
+    task = asyncio.create_task(engine.run())
+
+    async def used(name: str) -> weakref.ref[Any]:
+        """By a request of one step."""
+        adapter = await engine.adapters.get(name)
+        params = SamplingParams(max_tokens=1, temperature=0.0)
+        async with engine.submit(Request(name, prompts_of([7])[0], params, adapter=adapter)) as stream:
+            assert (await stream.collect()).error is None
+        return weakref.ref(next(iter(adapter.weights.branches.values())))
+
+    first, second = await used("a1"), await used("a2")
+    steps = engine.metrics.num_steps
+    site = next(iter(layers.sites.values()))
+    assert len(site.branches) == 2
+    await engine.adapters.unload("a2")
+    for _ in range(10):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert second() is None and first() is not None and len(site.branches) == 1
+    assert engine.metrics.num_steps == steps
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    executor.close()

@@ -48,3 +48,21 @@ def test_after_the_device_has_lost_them_they_are_nobodys() -> None:
     assert sorted(places.take_loads()) == [(1, None), (2, None), (3, None)]
     assert sorted(places.pin(sequence(one)) for one in (first, second, third)) == [1, 2, 3]
     assert {index for index, weights in places.take_loads() if weights} == {1, 2, 3}
+
+
+def test_between_steps_somebody_is_told() -> None:
+    """What is nobody's is taken at once, and no step says it again; what waits for a step is left."""
+    places, told = AdapterPlaces(3, lambda: 0.0), []
+    places.on_dropped = lambda: told.append(True)
+    first, second, third = (adapter(version) for version in (1, 2, 3))
+    for one in (first, second):
+        places.pin(sequence(one))
+    places.take_loads()
+    places.unpin(first)
+    places.unload(1)
+    places.unload(2)  # in use
+    assert places.take_dropped() == [1] and len(told) == 1 and not places.take_dropped()
+    places.pin(sequence(third))
+    places.unpin(second)
+    assert len(told) == 2 and places.take_dropped() == [2]
+    assert places.take_loads() == [(1, "weights 3")]

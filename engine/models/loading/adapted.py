@@ -18,7 +18,7 @@ from engine.models.parts.source import Source
 from engine.models.spec import ModelSpec
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
-from engine.ops.lora import AdaptedHeads, AdaptedLinear, Branch, Rows, Site
+from engine.ops.lora import AdaptedHeads, AdaptedLinear, Branch, Rows, Site, StackedSites
 from engine.ops.mxfp4 import Mxfp4Linear
 
 
@@ -46,6 +46,14 @@ class Heads:
         return f"{self.name}.values.{head}"
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertMatrix:
+    """Of each of a layer's experts, which a GPU multiplies together."""
+
+    in_features: int
+    out_features: int
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Place:
     """A module of the checkpoint in our layers: outputs [first, first + count) of `linear`, as the checkpoint orders
@@ -53,7 +61,7 @@ class Place:
     """
 
     site: str
-    linear: Linear | Mxfp4Linear | Heads
+    linear: Linear | Mxfp4Linear | Heads | ExpertMatrix
     first: int
     count: int
     order: Tensor | None = None
@@ -71,8 +79,12 @@ class AdaptedLayers:
         self.rows = Rows()
         self.places: dict[str, Place] = {}
         self.sites: dict[str, Site] = {}
+        # Of experts that are one tensor.
+        self.stacks: list[StackedSites] = []
         # On a GPU the sites whose adapters it computes; None where the host does, and all.
         self.on_device: frozenset[str] | None = None
+        # And of them those that may have whole matrices of an adapter.
+        self.whole_on_device: frozenset[str] = frozenset()
         self._held: dict[int, Mapping[str, Branch]] = {}
 
     def site(self, name: str) -> Site:
@@ -127,6 +139,21 @@ class AdaptedSource:
             for name_of in (heads.key_site, heads.value_site)
         )
         return AdaptedHeads(to_latent, keys), AdaptedHeads(to_value, values)
+
+    def adapted_experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, order: Tensor | None
+    ) -> StackedSites:
+        """See Source.adapted_experts."""
+        layers, each = self.layers, len(names) // count
+        matrix = ExpertMatrix(columns, each * rows)
+        for place, name in enumerate(names):
+            site, nth = names[place // each * each], place % each
+            layers.places[name] = Place(site, matrix, nth * rows, rows, order)
+        stack = StackedSites(layers.rows, names[::each])
+        for name in stack.names:
+            layers.site(name)
+        layers.stacks.append(stack)
+        return stack
 
     def embedding(self, name: str, count: int, width: int) -> Linear:
         """See Source.embedding."""

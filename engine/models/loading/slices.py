@@ -33,6 +33,7 @@ from engine.models.spec import Dense, DenseAndExperts, Experts, FeedForward, Lay
 from engine.ops.experts import Stack
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
+from engine.ops.lora import StackedSites
 from engine.ops.mxfp4 import BLOCK as MXFP4_BLOCK
 from engine.ops.parallel import share_of
 
@@ -481,6 +482,12 @@ class SlicedWeights:
     def adapted(self, layer: Linear, name: str) -> Linear:
         """See Source: ranks have no adapters."""
         return layer
+
+    def adapted_experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, order: Tensor | None
+    ) -> StackedSites | None:
+        """See Source: ranks have no adapters."""
+        return None
 
     def adapted_heads(self, name: str, to_latent: HeadLinear, to_value: HeadLinear) -> tuple[HeadLinear, HeadLinear]:
         """See Source."""

@@ -32,7 +32,7 @@ from engine.models.parts.source import PREFIX
 from engine.ops.experts import Mixture, Stack
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
-from engine.ops.lora import Rows
+from engine.ops.lora import Rows, StackedSites
 
 OUTPUT = "lm_head"
 OUTPUT_WEIGHT = f"{OUTPUT}.weight"
@@ -156,6 +156,12 @@ class Weights:
     def adapted(self, layer: Linear, name: str) -> Linear:
         """See Source.adapted: where no adapters are served, the layer itself."""
         return layer
+
+    def adapted_experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, order: Tensor | None
+    ) -> StackedSites | None:
+        """See Source.adapted_experts: where no adapters are served, none."""
+        return None
 
     def adapted_heads(
         self, name: str, to_latent: HeadLinear, to_value: HeadLinear

@@ -261,7 +261,12 @@ def make_mixture(spec: Experts, source: Source, prefix: str, hidden_size: int) -
     biases: tuple[Tensor | None, Tensor | None] = None, None
     if spec.bias:
         rows = 2 * inner * count // len(ups)
-        above = source.stacked([f"{name}.bias" for name in ups], [rows] * len(ups)).view(count, -1)
-        above = above if order is None else above.index_select(1, order.to(above.device))
-        biases = above, source.stacked([f"{name}.bias" for name in downs], [hidden_size] * count).view(count, -1)
-    return Mixture(count, spec.num_experts_per_token, gate_up, down, activation, source.dtype, biases)
+        first = source.stacked([f"{name}.bias" for name in ups], [rows] * len(ups)).view(count, -1)
+        first = first if order is None else first.index_select(1, order.to(first.device))
+        biases = first, source.stacked([f"{name}.bias" for name in downs], [hidden_size] * count).view(count, -1)
+    mixture = Mixture(count, spec.num_experts_per_token, gate_up, down, activation, source.dtype, biases)
+    above = source.adapted_experts(ups, count, 2 * inner * count // len(ups), hidden_size, order)
+    below = source.adapted_experts(downs, count, hidden_size, inner, None)
+    if above is not None and below is not None:
+        mixture.adapted = above, below
+    return mixture

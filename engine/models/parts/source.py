@@ -11,7 +11,7 @@ from torch import Tensor
 from engine.ops.experts import Mixture, Stack
 from engine.ops.heads import HeadLinear
 from engine.ops.linear import Linear
-from engine.ops.lora import Rows
+from engine.ops.lora import Rows, StackedSites
 
 # Of the names of all tensors but the output layer's.
 PREFIX = "model."
@@ -77,6 +77,12 @@ class Source(Protocol):
     ) -> tuple[Callable[[Tensor, Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]:
         """The same for the two that latent attention makes of module `name`: of its rows for keys, turned, and of its
         rows for values, head by head."""
+        ...
+
+    def adapted_experts(
+        self, names: Sequence[str], count: int, rows: int, columns: int, order: Tensor | None
+    ) -> StackedSites | None:
+        """Places for adapters at what `experts` made of the same; None where none are served."""
         ...
 
     def embedding(self, name: str, count: int, width: int) -> Linear:

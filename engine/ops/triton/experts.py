@@ -21,7 +21,7 @@ from engine.ops.triton.gates import NONE, Pairs, gate_of, gated
 from engine.ops.triton.pdl import launch_options, overlap
 
 if TYPE_CHECKING:  # which asks for this module late
-    from engine.ops.experts import Activation, Biases, CodedTile, Stack
+    from engine.ops.experts import Activation, Adapted, Biases, CodedTile, Stack
 
 # Pairs that a program looks through at a time, and columns that one adds up.
 BLOCK_PAIRS, BLOCK_COLUMNS = 1024, 1024
@@ -317,6 +317,32 @@ def multiply(
     return out
 
 
+def _with_adapters(
+    x: Tensor,
+    gate_up: Stack,
+    down: Stack,
+    biases: Biases,
+    pairs: Pairs,
+    experts: Tensor,
+    activation: Activation,
+    how: tuple[int, Tile, CodedTile | None],
+    adapted: Adapted,
+) -> tuple[Tensor, Tensor]:
+    """[pairs, inner] and [pairs, hidden]: gate and up wait for their adapters before the activation."""
+    from engine.ops.experts import activated
+
+    above, below = (each.device for each in adapted)
+    chosen = experts.shape[1]
+    count = how[0]
+    rows = above.pairs_of(experts, count, adapted[0].rows.on_device, sort_pairs)
+    both = multiply(x, gate_up, biases[0], pairs, chosen, None, *how)
+    above.add_pairs(x, both, rows, count, chosen)
+    inner = activated(both, activation)
+    y = multiply(inner, down, biases[1], pairs, 1, None, *how)
+    below.add_pairs(inner, y, rows, count, 1)
+    return inner, y
+
+
 def experts_at_once(num_bytes: int) -> int:
     """Whose matrices become numbers together, of which each takes so many bytes."""
     return max(1, WIDENED_BYTES // num_bytes)
@@ -334,6 +360,7 @@ def mix_experts(
     biases: Biases = (None, None),
     tile: Tile | None = None,
     coded: tuple[int, CodedTile] | None = None,
+    adapted: Adapted | None = None,
 ) -> Tensor:
     """See ops/experts.py. tile: for tests."""
     (tokens, hidden), num_experts = x.shape, logits.shape[1]
@@ -349,8 +376,11 @@ def mix_experts(
         order, owners = sort_pairs(experts, num_experts, tile.rows)
         pairs = pairs._replace(order=order, owners=owners)
     how = (num_experts, tile, None if coded is None else coded[1])
-    inner = multiply(x, gate_up, biases[0], pairs, chosen, activation, *how)
-    y = multiply(inner, down, biases[1], pairs, 1, None, *how)
+    if adapted is None:
+        inner = multiply(x, gate_up, biases[0], pairs, chosen, activation, *how)
+        y = multiply(inner, down, biases[1], pairs, 1, None, *how)
+    else:
+        inner, y = _with_adapters(x, gate_up, down, biases, pairs, experts, activation, how, adapted)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _weigh[(tokens, triton.cdiv(hidden, BLOCK_COLUMNS))](
         y, shares, out, hidden, CHOSEN=chosen, BLOCK=BLOCK_COLUMNS, num_warps=4, **launch_options()
