@@ -30,7 +30,6 @@ from engine.models.quantisation import rounded_to
 from engine.models.registry import read_spec
 from engine.models.spec import ModelSpec
 from engine.report import StartupReport
-from engine.speculation.registry import PROPOSERS
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
@@ -353,11 +352,10 @@ def _check_speculation(config: EngineConfig, spec: ModelSpec, device: str) -> No
     flag = f"speculative decoding ({config.speculation.method})"
     if spec.bidirectional or spec.headless:
         raise StartupError(f"{flag}: this model is served without generating text")
+    if device == "cuda" and config.speculation.method in ("eagle3", "mtp"):
+        raise StartupError(f"{flag}: on a GPU ngram, suffix and draft_model draft so far; --device cpu runs it")
     if spec.has_state:
         raise StartupError(f"{flag}: this model has a recurrent state, which cannot be taken back from a wrong draft")
-    if device == "cuda" and config.speculation.method not in PROPOSERS:
-        names = " or ".join(PROPOSERS)
-        raise StartupError(f"{flag}: on a GPU drafts come from the text alone so far ({names}); --device cpu runs it")
 
 
 def _build_executor(

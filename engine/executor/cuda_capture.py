@@ -92,6 +92,7 @@ class Captures(DecodeSteps):
         """Another model of the same shapes, with what was found faster for the first one, and its adapters."""
         if self._adapters is not None:
             self._adapters.attach(model)
+        self._ask_for_aux(model)
         for linear, (kind, ways) in zip(model.linears, self._faster, strict=False):
             if linear.kind == kind:
                 linear.ways = ways

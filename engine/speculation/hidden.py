@@ -22,9 +22,10 @@ from engine.speculation.paged import PagedCache, Piece, batches
 
 
 class Head(Protocol):
-    """The weights of such a proposer. aux_layers: see LateProposer."""
+    """The weights of such a proposer. aux_layers: see LateProposer. width: of what it reads, `size` below."""
 
     aux_layers: tuple[int, ...]
+    width: int
     attention_spec: AttentionSpec
 
     def fuse(self, hidden: Tensor, aux: list[Tensor]) -> Tensor:
@@ -56,6 +57,8 @@ class _Slot:
 
 class HiddenDrafts:
     """A LateProposer around a head. context: tokens that it can read."""
+
+    on_device = False
 
     def __init__(self, head: Head, cache: PagedCache, *, context: int) -> None:
         self._head = head
@@ -103,8 +106,9 @@ class HiddenDrafts:
         """See LateProposer."""
         self._cache.attention.allocate()
 
-    def follow(self, step: ForwardInput, rows: Sequence[int], hidden: Tensor, aux: list[Tensor]) -> None:
+    def follow(self, step: ForwardInput, rows: Sequence[int], hidden: Tensor | None, aux: list[Tensor]) -> None:
         """See LateProposer. All but the last position of a chunk is run at once; the others wait for `propose`."""
+        assert hidden is not None
         staging, limits = step.staging, self._cache.limits
         pieces = []
         fused = self._head.fuse(hidden, aux)

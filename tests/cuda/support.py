@@ -22,6 +22,7 @@ from engine.config import EngineConfig, SchedulerOptions, SpeculationOptions, St
 from engine.engine import Engine
 from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
 from engine.executor.cuda_adapters import DeviceAdapters
+from engine.executor.cuda_drafter import Drafts
 from engine.forward import SAMPLING_DTYPE, ForwardInput, Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
@@ -265,6 +266,7 @@ def make_executor(
     model: CausalLM | None = None,
     kind: type[CUDAExecutor] = CUDAExecutor,
     proposer: Proposer | None = None,
+    drafts: Callable[[Limits, FakeDevice], Drafts] | None = None,
     load: Callable[[Path | None], CausalLM] | None = None,
 ) -> CUDAExecutor:
     """A model that was loaded with places for adapters has room for some of rank 8 and below."""
@@ -275,6 +277,8 @@ def make_executor(
             adapters = DeviceAdapters(model, device, 8, limits.max_num_batched_tokens)
         limits = dataclasses.replace(limits, max_adapters=adapters.capacity)
     options: dict[str, Any] = {"load": load or read_tiny_model, "proposer": proposer, "adapters": adapters}
+    if drafts is not None:
+        options["drafts"] = drafts(limits, device)
     return kind(model, limits, device, layer, cuda_graph=cuda_graph, **options)
 
 
