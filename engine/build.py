@@ -352,8 +352,8 @@ def _check_speculation(config: EngineConfig, spec: ModelSpec, device: str) -> No
     flag = f"speculative decoding ({config.speculation.method})"
     if spec.bidirectional or spec.headless:
         raise StartupError(f"{flag}: this model is served without generating text")
-    if device == "cuda" and config.speculation.method in ("eagle3", "mtp"):
-        raise StartupError(f"{flag}: on a GPU ngram, suffix and draft_model draft so far; --device cpu runs it")
+    if device == "cuda" and config.speculation.method == "mtp":
+        raise StartupError(f"{flag}: on a GPU ngram, suffix, draft_model and eagle3 draft so far; --device cpu runs it")
     if spec.has_state:
         raise StartupError(f"{flag}: this model has a recurrent state, which cannot be taken back from a wrong draft")
 
