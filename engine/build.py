@@ -347,13 +347,11 @@ def _describe_rope(rope: RopeSpec, native: int, context: int) -> str:
     )
 
 
-def _check_speculation(config: EngineConfig, spec: ModelSpec, device: str) -> None:
+def _check_speculation(config: EngineConfig, spec: ModelSpec) -> None:
     """Raises StartupError for what no draft can be tried with."""
     flag = f"speculative decoding ({config.speculation.method})"
     if spec.bidirectional or spec.headless:
         raise StartupError(f"{flag}: this model is served without generating text")
-    if device == "cuda" and config.speculation.method == "mtp":
-        raise StartupError(f"{flag}: on a GPU ngram, suffix, draft_model and eagle3 draft so far; --device cpu runs it")
     if spec.has_state:
         raise StartupError(f"{flag}: this model has a recurrent state, which cannot be taken back from a wrong draft")
 
@@ -367,7 +365,7 @@ def _build_executor(
         import torch  # noqa: F401
     device = _pick_device(config, report)
     if config.speculation.method is not None:
-        _check_speculation(config, spec, device)
+        _check_speculation(config, spec)
     rounded = rounded_to(config.model.quantization, spec.quantisation, given=str(directory))
     if rounded is not None:
         if is_gguf(directory) or config.model.load_format == "dummy":

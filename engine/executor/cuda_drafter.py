@@ -337,8 +337,10 @@ class DeviceDrafter:
         """Run all that is launched once, on padding: its kernels are there before a client waits for them."""
         kinds = ["greedy"] if self._filters is None else ["drawn", "filtered"]
         for kind in ("read", *kinds, *(f"{each}, next" for each in kinds)):
-            self._layer.launch(self._image[0].zero_)
             key = self.graphs.key(1, 1, 0, kind)
+            self._layer.launch(self._image[0].zero_)
+            index = self._part(0, _INDEX, key.size)
+            self._layer.launch(lambda index=index: index.fill_(self._shift))
             self.attention.prepare_decode(key.size, key.width)
             self._layer.launch(lambda key=key: self._run(key))
 

@@ -454,7 +454,7 @@ def build_cuda_executor(
         if (drafter := executor._drafter) is not None:
             with starting("a first draft fails", SMALLER):
                 executor.draft_once()
-            row("drafts", drafter.describe())
+            row("drafting", drafter.describe())
         if limits.max_draft_tokens:
             # Whose kernels add up in another order where there are more of them.
             near = "of tokens that are nearly as likely another may be drawn than without drafts"

@@ -227,7 +227,7 @@ def any_shape() -> Iterator[None]:
     """Let the FlashInfer backend take float32, small heads and small pages, for exact comparisons."""
     with (
         mock.patch.object(flashinfer, "DTYPES", (torch.float32, torch.bfloat16, torch.float16)),
-        mock.patch.object(flashinfer, "HEAD_DIMS", (8, 10, 64, 128, 256)),
+        mock.patch.object(flashinfer, "HEAD_DIMS", (8, 10, 16, 64, 128, 256)),
         mock.patch.object(flashinfer, "XQA_PAGE_SIZES", (4, 16)),
         mock.patch.object(flashinfer, "WORKSPACE_BYTES", 1024),
         mock.patch.object(flashinfer, "XQA_WORKSPACE_BYTES", 1024),

@@ -17,10 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.executor.cuda_drafter import DeviceDrafter
+from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM, Decoder
+from engine.models.registry import read_spec
 from engine.ops import native
 from engine.request import Request
 from engine.speculation.eagle3 import load_eagle3
+from engine.speculation.mtp import check_mtp, load_mtp
 from engine.speculation.nets import HeadNet, Net
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.ordered_device import OrderedDevice
@@ -41,10 +44,13 @@ from tests.cuda.test_failures import Failing
 from tests.cuda.test_failures import asked as with_extras
 from tests.cuda.test_order import read_results
 from tests.speculation import test_eagle3 as eagle3
+from tests.speculation import test_mtp as mtp
 
 CONFIG = json.dumps({**TINY, "vocab_size": eagle3.VOCAB, "hidden_size": eagle3.WIDTH, "num_hidden_layers": 3})
+MTP = dataclasses.replace(MODEL, method="mtp")
 EAGLE = dataclasses.replace(MODEL, method="eagle3")
 LIMITS = dataclasses.replace(SMALL, vocab_size=eagle3.VOCAB, max_draft_tokens=4)
+WITHOUT = dataclasses.replace(LIMITS, max_draft_tokens=0)
 
 
 def target() -> CausalLM:
@@ -136,8 +142,7 @@ async def test_drafts_behind_drafts_that_came_true(attention: str, overlap: bool
     """What the head read of them by its own hidden states it reads once more by the target's."""
     tensors = write_coin(tmp_path)
     requests = of_two_tokens(1)
-    plain = dataclasses.replace(LIMITS, max_draft_tokens=0)
-    answers = await serve(make_executor(plain, model=target()), requests)
+    answers = await serve(make_executor(WITHOUT, model=target()), requests)
     executor = make_eagle(tmp_path, attention, device=FakeDevice(1, 0.3))
     assert await serve(executor, requests, speculation=EAGLE, overlap=overlap) == answers
     assert executor.counts["drafted"] > executor.counts["accepted"] > 20
@@ -217,8 +222,7 @@ async def test_rows_without_numbers(attention: str, tmp_path: Path) -> None:
 async def test_a_step_that_fails_at_any_launch_spoils_no_token(method: str, attention: str, tmp_path: Path) -> None:
     eagle3.write_head(tmp_path, "plain")
     requests = with_extras(True)
-    plain = dataclasses.replace(LIMITS, max_draft_tokens=0)
-    answers = await serve(make_executor(plain, attention=attention, model=target()), requests)
+    answers = await serve(make_executor(WITHOUT, attention=attention, model=target()), requests)
     number = 1
     while True:
         device = FakeDevice(number, (0.0, 0.4)[number % 2])
@@ -270,6 +274,48 @@ async def test_sleep_and_other_weights(level: int, tmp_path: Path) -> None:
         executor.num_steps = 0
     assert_said(executor, tensors)
     close()
+
+
+# ---- layers that checkpoints bring
+
+
+def read_target(directory: Path) -> CausalLM:
+    with native.disabled():
+        return load_model(
+            read_spec(directory), directory, dtype=torch.float32, device=torch.device("cpu"), max_model_len=64
+        )
+
+
+@pytest.mark.parametrize(
+    ("family", "copies", "attention", "drafting"),
+    [
+        ("deepseek", "equal", "torch", "torch"),
+        ("glm", "own", "wrapper", "wrapper"),
+        ("mimo", "", "wrapper", "wrapper"),
+        ("glm", "equal", "torch", "torch"),
+    ],
+)
+async def test_drafts_of_such_layers(
+    family: str, copies: str, attention: str, drafting: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without experts, which only have kernels on a GPU."""
+    if family != "mimo":
+        monkeypatch.setitem(mtp.FAMILIES[family][1], "first_k_dense_replace", mtp.LAYERS + 1)
+    theirs, parts = mtp.write(tmp_path, family, copies=copies)
+    requests = apart(longer(requests_of(1)))
+    answers = await serve(make_executor(WITHOUT, model=read_target(tmp_path)), requests)
+    model = read_target(tmp_path)
+    assert isinstance(model, Decoder)
+    check_mtp(model.config, tmp_path)
+    with native.disabled():
+        head = load_mtp(tmp_path, model, torch.float32, 64)
+    drafts = with_net(lambda: HeadNet(head), drafting)
+    executor = make(drafts, LIMITS, attention=attention, model=model, device=FakeDevice(1, 0.3))
+    assert await serve(executor, requests, speculation=MTP) == answers
+    assert len(executor.said) > 10
+    for text, said in executor.said[::3]:
+        with torch.inference_mode():
+            assert said == mtp.expected_drafts(family, theirs, parts, text, len(said))
 
 
 # ---- mistakes

@@ -205,7 +205,7 @@ async def test_start_makes_room(mode: str) -> None:
         speculation=MODEL,
         drafting=drafting,
     )
-    assert rows["drafts"].startswith("up to 4 a row")
+    assert rows["drafting"].startswith("up to 4 a row")
     requests = longer(requests_of(7, 4), temperature=0.0)
     counts = Counter[str]()
     follow = executor._follow
