@@ -113,7 +113,7 @@ class DecodeSteps(DeviceState):
                     logits = self.model.decode(token_ids, positions, attention)
                 else:
                     hidden = self.model.forward(token_ids, positions, attention)
-                    drafter.keep(hidden, getattr(self.model, "aux", []), slots, positions)
+                    drafter.keep(hidden, self._aux(), slots, positions)
                     logits = self.model.raw_logits(hidden)
             if draw == "open":
                 assert self._open is not None

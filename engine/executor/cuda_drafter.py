@@ -71,6 +71,11 @@ class Reading:
     spots: list[tuple[int, int, int]] = field(default_factory=list)
 
 
+def _around(limits: Limits) -> int:
+    """Positions of a slot whose hidden states are kept: what is not read yet, and what the steps in flight add."""
+    return 2 * BEHIND + 4 * (1 + limits.max_draft_tokens)
+
+
 class DeviceDrafter:
     """A LateProposer. drafts.group: of the target's memory groups, whose pages hold its keys and values, too; context:
     tokens that the net can read. tables: the device's page tables [groups, slots, pages]; sampling: its parameters by
@@ -106,6 +111,8 @@ class DeviceDrafter:
         # Of slots whose prompts are read, and up to which token.
         self._reads: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
         self._read_to: Int32Array = np.full(limits.num_slots, -1, np.int32)
+        # Of slots that are another's already than who is known here.
+        self._passed_on: npt.NDArray[np.bool_] = np.zeros(limits.num_slots, np.bool_)
         # Everybody's prompts are: a trial of the largest step.
         self.reads_all = False
         self._reading = Reading()
@@ -119,10 +126,15 @@ class DeviceDrafter:
         self._drafts = layer.zeros((slots * self._most,), torch.int32)
         self._count, self._wanted, self._index, self._drawn = (layer.zeros((slots,), torch.int32) for _ in range(4))
         # Hidden states: what drafts go on from, and the target's by position, around.
-        self._around = 2 * BEHIND + 4 * (1 + limits.max_draft_tokens)
+        self._around = _around(limits)
         dtype = self.attention.dtype
         self._state = layer.zeros((slots, net.width), dtype)
         self._ring = layer.zeros((slots * self._around, net.width), dtype)
+
+    @staticmethod
+    def num_bytes(net: Net, limits: Limits, dtype: torch.dtype) -> int:
+        """What hidden states take beside the cache, by slot."""
+        return limits.num_slots * (1 + _around(limits)) * net.width * dtype.itemsize
 
     @property
     def aux_layers(self) -> tuple[int, ...]:
@@ -142,6 +154,7 @@ class DeviceDrafter:
     def start(self, slot: int, text: Text) -> None:
         """See Proposer."""
         self._slots[slot] = _Slot(text)
+        self._passed_on[slot] = False
 
     def stop(self, slot: int) -> None:
         """See Proposer."""
@@ -200,7 +213,7 @@ class DeviceDrafter:
     def begin(self, step: ForwardInput, told: Sequence[int]) -> None:
         """A step is laid out. told: slots that speculate from it on."""
         fresh = step.staging.sampling_slot[: step.num_sampling_diffs]
-        self._reads[fresh], self._read_to[fresh] = False, -1
+        self._reads[fresh], self._read_to[fresh], self._passed_on[fresh] = False, -1, True
         self._reads[np.array(told, np.intp)] = True
         self._reading = Reading()
 
@@ -245,7 +258,7 @@ class DeviceDrafter:
         reading = self._reading
         for slot in given.staging.row_slot[: given.num_decode_rows + given.num_speculating_rows].tolist():
             state, has_room = self._slots.get(slot), len(reading.rows) < self._rows
-            if state is None or slot in reading.made or state.done < 0 or not has_room:
+            if state is None or self._passed_on[slot] or slot in reading.made or state.done < 0 or not has_room:
                 continue
             if len(state.text.tokens) - state.done >= BEHIND:
                 self._read(slot, state)

@@ -201,7 +201,10 @@ class DraftSteps(DeviceState):
             self._settle_lengths(speculator, slots)
         found = np.array([speculator.num_drafts(slot) > 0 for slot in slots.tolist()], np.bool_)
         if self._drafter is not None:
-            found |= self._drafter.has_drafts(slots)
+            drafting = self._drafter.has_drafts(slots)
+            if given.masks is not None:  # the host must see what it makes masks for
+                drafting[given.masks.rows] = False
+            found |= drafting
         sampled = given.staging.row_samples[: given.num_rows]
         patience = np.where(found, PATIENCE, np.maximum(self._patience[slots] - sampled, 0))
         # Nothing was looked for: if such a row may have drafts all the same, that is tried.

@@ -168,16 +168,6 @@ class MixedSteps(DeviceState):
                 drafter.read_prompts(forward_input, side, self._tables, before, handle, sending)
         return found.pop if draw == "open" and len(sampled) else None
 
-    def _aux(self, chained: int | None = None) -> list[Tensor]:
-        """What some layers read in the forward that was launched last, for a head; chained: by graphs, of so many
-        tokens."""
-        if chained is not None:
-            return [each[:chained] for each in self.pieces.aux]
-        aux: list[Tensor] = getattr(self.model, "aux", [])
-        if aux:
-            self.model.aux = []  # type: ignore[attr-defined]
-        return aux
-
     def _replay(self, chain: Chain, attention: StepAttention, tokens: int) -> None:
         """The forward of a step whose inputs lie where the chain reads them."""
         q, out = self.pieces.q[:tokens], self.pieces.out[:tokens]

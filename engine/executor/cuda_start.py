@@ -23,7 +23,7 @@ from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import DeviceAdapters
 from engine.executor.cuda_buffers import widened
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
-from engine.executor.cuda_drafter import Drafts
+from engine.executor.cuda_drafter import DeviceDrafter, Drafts
 from engine.executor.cuda_graph import graph_sizes
 from engine.executor.cuda_pieces import SIZES
 from engine.executor.drafting import Drafting, read_drafting
@@ -384,6 +384,8 @@ def build_cuda_executor(
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
         if drafting is not None:
             page_bytes += page_size * drafting.kv_bytes_per_token(dtype)
+        if net is not None:
+            workspace += DeviceDrafter.num_bytes(net, limits_of(1), dtype)
         graphs = 0
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.

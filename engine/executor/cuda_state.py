@@ -227,6 +227,16 @@ class DeviceState:
             if self._drafter.aux_layers:
                 model.aux_layers = self._drafter.aux_layers  # type: ignore[attr-defined]
 
+    def _aux(self, chained: int | None = None) -> list[Tensor]:
+        """What some layers read in the forward that was launched last, for a head; chained: by graphs, of so many
+        tokens."""
+        if chained is not None:
+            return [each[:chained] for each in self.pieces.aux]
+        aux: list[Tensor] = getattr(self.model, "aux", [])
+        if aux:
+            self.model.aux = []  # type: ignore[attr-defined]
+        return aux
+
     def _launch_drafts(self, side: Side, handle: CudaHandle) -> None:
         """What is read and drafted before a step; compute stream, behind its diffs."""
         drafter, reading = self._drafter, handle.reading

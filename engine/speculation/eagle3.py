@@ -137,6 +137,7 @@ class Eagle3Head:
         )
         self._spec, self._target = spec, target
         self.width = hidden
+        self.linears, self.mixtures = source.linears, source.mixtures
         prefix = names["layer"]
 
         def norm(name: str, width: int = hidden) -> Norm:

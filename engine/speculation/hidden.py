@@ -17,15 +17,20 @@ from torch import Tensor
 from engine.executor.tables import SlotTables
 from engine.forward import ForwardInput
 from engine.ops.attention.base import AttentionBackend, AttentionSpec
+from engine.ops.experts import Mixture
+from engine.ops.linear import Linear
 from engine.speculation.base import Text
 from engine.speculation.paged import PagedCache, Piece, batches
 
 
 class Head(Protocol):
-    """The weights of such a proposer. aux_layers: see LateProposer. width: of what it reads, `size` below."""
+    """The weights of such a proposer. aux_layers: see LateProposer. width: of what it reads, `size` below. linears,
+    mixtures: as a CausalLM's."""
 
     aux_layers: tuple[int, ...]
     width: int
+    linears: list[Linear]
+    mixtures: list[Mixture]
     attention_spec: AttentionSpec
 
     def fuse(self, hidden: Tensor, aux: list[Tensor]) -> Tensor:

@@ -79,6 +79,7 @@ class MtpHead:
         assert spec.final_norm is not None and layer.paged is not None
         self._target = target
         self.width = hidden
+        self.linears, self.mixtures = source.linears, source.mixtures
         self._hidden_first = layout.hidden_first
 
         def norm(name: str) -> Norm:

@@ -22,13 +22,13 @@ Pick = Callable[[Tensor], Tensor]
 
 class Net(Protocol):
     """width: of the hidden states that it reads, one for each token: what came before it; 0 where it reads none, and
-    then a token's K and V have its own position, else the one before. aux_layers: see LateProposer. weights: whatever
-    holds them."""
+    then a token's K and V have its own position, else the one before. aux_layers: see LateProposer. weights: what holds
+    them, its layers among it."""
 
     width: int
     aux_layers: tuple[int, ...]
     attention_spec: AttentionSpec
-    weights: object
+    weights: CausalLM | Head
 
     def fuse(self, hidden: Tensor, aux: list[Tensor]) -> Tensor:
         """The target's hidden states [T, H] -> what `forward` reads [T, width]."""
@@ -57,7 +57,8 @@ class ModelNet:
     aux_layers: tuple[int, ...] = ()
 
     def __init__(self, model: CausalLM, vocabulary: VocabularyMap | None, device: torch.device) -> None:
-        self._model = self.weights = model
+        self._model = model
+        self.weights: CausalLM | Head = model
         self.attention_spec = model.attention_spec
         self._to_draft = self._to_target = None
         if vocabulary is not None:
@@ -90,7 +91,8 @@ class HeadNet:
     """A head that goes on from the target's hidden states."""
 
     def __init__(self, head: Head) -> None:
-        self._head = self.weights = head
+        self._head = head
+        self.weights: CausalLM | Head = head
         self.width = head.width
         self.aux_layers = head.aux_layers
         self.attention_spec = head.attention_spec
