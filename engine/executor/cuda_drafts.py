@@ -1,9 +1,10 @@
 """Steps with drafts: on the device every draft is a decode row of its own, of the same slot, one token further on.
 
 So they run by the kernels and graphs of decoding, at lengths that the host knows; only the tokens of such rows are
-given, and the last right one of each sequence is found on the device. The host proposes, and needs the tokens so far:
-a step that is to bring drafts is launched when the one before it has ended. Where a text has given nothing to propose
-for some steps its rows go without, and no step waits. Loop thread.
+given, and the last right one of each sequence is found on the device. The host proposes, or says what a model on the
+device is to read (cuda_drafter.py), and needs the tokens so far: a step that is to bring drafts is launched when the
+one before it has ended. Where a text has given nothing to propose for some steps its rows go without, and no step
+waits. Loop thread.
 """
 
 from __future__ import annotations

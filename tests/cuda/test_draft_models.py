@@ -20,6 +20,7 @@ from engine.groups import MemoryGroup, plan_groups
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 from engine.request import Request, SamplingParams
+from engine.speculation.base import Text
 from engine.speculation.nets import ModelNet, Net
 from engine.speculation.paged import full_group
 from engine.speculation.prediction import Prediction
@@ -254,6 +255,23 @@ async def test_everything_is_ordered(attention: str) -> None:
     await serve(executor, requests, speculation=MODEL)
     assert not device.found
     assert executor.counts["with drafts"]
+
+
+def test_a_slot_that_is_passed_on_is_read_for_nobody() -> None:
+    """Until the text of who has it now is known: the one before it would go to the other's pages."""
+    executor = make(with_net(itself))
+    drafter, staging = executor._drafter, executor.staging[0]
+    drafter.start(1, Text(list(range(20)), ""))
+    drafter._slots[1].done = 3
+    staging.row_slot[0], staging.row_len[0], staging.sampling_slot[0] = 1, 1, 1
+    step = ForwardInput(0, staging, 1, 1, 1, 0, 0)
+    drafter.begin(step, [])
+    reading = drafter.lay_out(step, step)
+    assert [row[:3] for row in reading.rows] == [(1, index, index) for index in range(3, 20)]
+    drafter._slots[1].done = 3
+    drafter.begin(dataclasses.replace(step, num_sampling_diffs=1), [])
+    assert drafter.lay_out(step, step) is None
+    executor.close()
 
 
 async def test_rejected_drafts_never_enter_the_tree() -> None:
