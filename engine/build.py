@@ -30,7 +30,6 @@ from engine.models.quantisation import rounded_to
 from engine.models.registry import read_spec
 from engine.models.spec import ModelSpec
 from engine.report import StartupReport
-from engine.speculation.registry import PROPOSERS
 from engine.text import gguf
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
@@ -343,16 +342,13 @@ def _describe_rope(rope: RopeSpec, native: int, context: int) -> str:
     )
 
 
-def _check_speculation(config: EngineConfig, spec: ModelSpec, device: str) -> None:
+def _check_speculation(config: EngineConfig, spec: ModelSpec) -> None:
     """Raises StartupError for what no draft can be tried with."""
     flag = f"speculative decoding ({config.speculation.method})"
     if spec.bidirectional or spec.headless:
         raise StartupError(f"{flag}: this model is served without generating text")
     if spec.has_state:
         raise StartupError(f"{flag}: this model has a recurrent state, which cannot be taken back from a wrong draft")
-    if device == "cuda" and config.speculation.method not in PROPOSERS:
-        names = " or ".join(PROPOSERS)
-        raise StartupError(f"{flag}: on a GPU drafts come from the text alone so far ({names}); --device cpu runs it")
 
 
 def _build_executor(
@@ -364,7 +360,7 @@ def _build_executor(
         import torch  # noqa: F401
     device = _pick_device(config, report)
     if config.speculation.method is not None:
-        _check_speculation(config, spec, device)
+        _check_speculation(config, spec)
     rounded = rounded_to(config.model.quantization, spec.quantisation, given=str(directory))
     if rounded is not None:
         if is_gguf(directory) or config.model.load_format == "dummy":

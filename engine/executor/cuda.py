@@ -23,6 +23,7 @@ from engine.executor.base import StepHandle
 from engine.executor.cuda_adapters import CHAIN, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side
 from engine.executor.cuda_device import DeviceLayer
+from engine.executor.cuda_drafter import Drafts
 from engine.executor.cuda_drafts import DraftSteps
 from engine.executor.cuda_draw import OpenSteps
 from engine.executor.cuda_memory import MovingMemory
@@ -48,7 +49,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
 
     attention: owns the KV memory, limits.num_pages + 1 pages. cuda_graph: lazy, start or off (cuda_graph.py).
     load: reads the model from a directory, None for where `model` came from. proposer: what drafts, where
-    limits.max_draft_tokens is not 0. adapters: where the model has places for any.
+    limits.max_draft_tokens is not 0; drafts: what drafts on the device, behind it. adapters: where the model has places
+    for any.
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         cuda_graph: str = "lazy",
         load: Callable[[Path | None], CausalLM] | None = None,
         proposer: Proposer | None = None,
+        drafts: Drafts | None = None,
         adapters: DeviceAdapters | None = None,
     ) -> None:
         super().__init__(model, limits, layer, attention, cuda_graph)
@@ -69,6 +72,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         if adapters is not None:
             self.graphs.families = (False, True)
             self.pieces.adapting = functools.partial(adapters.used, CHAIN)
+        if drafts is not None:
+            self._draft_with(drafts)
         if limits.max_draft_tokens:
             self._draft_by(proposer)
         # A step that came before the masks of the one ahead of it, or before the tokens that its drafts follow.
@@ -210,6 +215,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
                     slot, known = int(staging.row_slot[row]), int(staging.row_start[row] + staging.row_len[row])
                     tables = self._page_tables[:, slot, : -(-(known + 1) // page_size)]
                     self.layer.launch(functools.partial(self.attention.cleanse, tables))
+                    if self._drafter is not None:
+                        self._drafter.cleanse(tables)
         except Exception as error:
             self._judge(error)
 
@@ -232,6 +239,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
 
     def page_memory(self) -> DevicePages:
         """See Executor."""
+        if self._drafter is not None:
+            raise StartupError("drafts are made from keys and values of their own, which no other server has")
         buffers = [buffer.view(torch.uint8).flatten(1) for buffer in self.attention.buffers if buffer.shape[-1]]
         if not buffers:
             raise StartupError("this model keeps no keys and values, or sleeps")
@@ -271,6 +280,8 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
                     logger.error("the device failed while it was closed: %s", error)
         self.pieces.clear()
         self.graphs.clear()
+        if self._drafter is not None:
+            self._drafter.graphs.clear()
 
     # ---- a step
 

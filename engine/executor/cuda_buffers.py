@@ -56,6 +56,7 @@ class CudaHandle:
     """A launched step. keep: tensors that must outlive the device's work on it. num_rows: on the device.
 
     given: the step, where rows may speculate; drafted: what became of it, where some do.
+    reading: what a draft model does before it; told: by row on the device, the drafts that it made, once they are here.
     draw: set while its sampling waits for masks. downloads: (to, from) beside the tokens; readers: what puts them into
     the output.
     """
@@ -69,6 +70,8 @@ class CudaHandle:
     waited: bool = False
     given: ForwardInput | None = None
     drafted: Drafted | None = None
+    reading: Any = None
+    told: dict[int, int] = field(default_factory=dict)
     draw: Callable[[], None] | None = None
     keep: list[Tensor] = field(default_factory=list)
     downloads: list[tuple[Tensor, Tensor]] = field(default_factory=list)

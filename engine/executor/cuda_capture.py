@@ -73,11 +73,15 @@ class Captures(DecodeSteps):
 
     def choose_products(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """See cuda_products.py: what choose_products and choose_tiles return; before anything is captured. Blocks."""
+        linears, mixtures, most = self.model.linears, self.model.mixtures, self.limits.max_num_batched_tokens
+        if self._drafter is not None:
+            drafting = self._drafter.net.weights
+            linears, mixtures = [*linears, *drafting.linears], [*mixtures, *drafting.mixtures]
         with self.layer.may_block(), self.layer.on(self._compute):
-            found = choose_products(self.model.linears, self.layer)
-            tiles = choose_tiles(self.model.linears, self.limits.max_num_batched_tokens, self.layer)
-            codes = choose_codes(self.model.linears, self.limits.max_num_batched_tokens, self.layer)
-            codes += choose_experts(self.model.mixtures, self.limits.max_num_batched_tokens, self.layer)
+            found = choose_products(linears, self.layer)
+            tiles = choose_tiles(linears, most, self.layer)
+            codes = choose_codes(linears, most, self.layer)
+            codes += choose_experts(mixtures, most, self.layer)
             self.layer.synchronize_all()
         # What was timed has left blocks in the graphs' pool that no graph of a step is as large as.
         self.graphs.clear()
@@ -92,6 +96,7 @@ class Captures(DecodeSteps):
         """Another model of the same shapes, with what was found faster for the first one, and its adapters."""
         if self._adapters is not None:
             self._adapters.attach(model)
+        self._ask_for_aux(model)
         for linear, (kind, ways) in zip(model.linears, self._faster, strict=False):
             if linear.kind == kind:
                 linear.ways = ways

@@ -47,9 +47,11 @@ class DecodeSteps(DeviceState):
         self._send(side, end, num_meta)
         with layer.on(self._compute):
             layer.wait(side.uploaded)
-            if changed or count > min(inside, size):
-                # More than a graph has room for. It applies its share again, which changes nothing.
+            if changed or count > min(inside, size) or handle.reading is not None:
+                # More than a graph has room for, or sooner. It applies its share again, which changes nothing.
                 self._apply_diffs(forward_input, side, handle)
+            if handle.reading is not None:
+                self._launch_drafts(side, handle)
             if plan is not None:
                 self.attention.plan_decode(plan, size, key.width, side.parity)
             graph = self.graphs.get(key)
@@ -107,7 +109,12 @@ class DecodeSteps(DeviceState):
                 self._states.plan = StatePlan.of_decodes(slots)
             attention = self.attention.decode(DecodeStep(positions, kv_slots, tables, kv_len, side.parity))
             with self._adapting(adapted, side, size):
-                logits = self.model.decode(token_ids, positions, attention)
+                if (drafter := self._drafter) is None or not drafter.reads_hidden:
+                    logits = self.model.decode(token_ids, positions, attention)
+                else:
+                    hidden = self.model.forward(token_ids, positions, attention)
+                    drafter.keep(hidden, self._aux(), slots, positions)
+                    logits = self.model.raw_logits(hidden)
             if draw == "open":
                 assert self._open is not None
                 self._open[:size].copy_(logits)

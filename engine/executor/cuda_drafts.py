@@ -1,9 +1,10 @@
 """Steps with drafts: on the device every draft is a decode row of its own, of the same slot, one token further on.
 
 So they run by the kernels and graphs of decoding, at lengths that the host knows; only the tokens of such rows are
-given, and the last right one of each sequence is found on the device. The host proposes, and needs the tokens so far:
-a step that is to bring drafts is launched when the one before it has ended. Where a text has given nothing to propose
-for some steps its rows go without, and no step waits. Loop thread.
+given, and the last right one of each sequence is found on the device. The host proposes, or says what a model on the
+device is to read (cuda_drafter.py), and needs the tokens so far: a step that is to bring drafts is launched when the
+one before it has ended. Where a text has given nothing to propose for some steps its rows go without, and no step
+waits. Loop thread.
 """
 
 from __future__ import annotations
@@ -14,9 +15,18 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.executor.cuda_buffers import CudaHandle, Drafted, Side
+from engine.executor.cuda_drafter import DeviceDrafter, Drafts
 from engine.executor.cuda_state import DeviceState
 from engine.executor.speculator import Speculator, sampled_positions
-from engine.forward import FUTURE_TOKEN, ForwardInput, ForwardOutput, Int32Array, RowExtras, StepLogprobs
+from engine.forward import (
+    FUTURE_TOKEN,
+    ForwardInput,
+    ForwardOutput,
+    Int32Array,
+    RowExtras,
+    RowSpeculation,
+    StepLogprobs,
+)
 from engine.speculation.base import Proposer
 
 # A slot without proposals is waited for in so many steps more: a wait costs the host's part of a step, and behind a
@@ -36,13 +46,42 @@ class DraftSteps(DeviceState):
     def _draft_by(self, proposer: Proposer | None) -> None:
         limits = self.limits
         assert limits.num_snapshots is None, "a recurrent state cannot go back"
-        self._speculator = Speculator(limits, proposer, None, self._tables)
+        self._speculator = Speculator(limits, proposer, self._drafter, self._tables)
         # Tokens of a slot that are computed when all that was launched has ended.
         self._ahead: Int32Array = np.zeros(limits.num_slots, np.int32)
         # Steps for which a slot's rows still wait for proposals.
         self._patience: Int32Array = np.zeros(limits.num_slots, np.int32)
         # Rows begin with what the device has drawn.
         self._drawn: Int32Array = np.full(limits.num_slots, FUTURE_TOKEN, np.int32)
+
+    def _draft_with(self, drafts: Drafts) -> None:
+        """Have what drafts on the device. Blocks."""
+        layer, tables, sampling = self.layer, self._page_tables, self._sampling
+        with layer.may_block():
+            self._drafter = drafter = DeviceDrafter(
+                drafts,
+                self.limits,
+                layer,
+                tables=tables,
+                sampling=sampling,
+                filters=self._filters,
+                mode=self.graphs.mode,
+            )
+            drafter.reads_all = not self.limits.max_draft_tokens
+            self.pieces.keep_aux(len(drafter.aux_layers))
+            layer.synchronize_all()
+            with layer.on(self._compute):
+                drafter.settle(drafts.by_torch)
+            layer.synchronize_all()
+        self._ask_for_aux(self.model)
+
+    def draft_once(self) -> None:
+        """Drafts for nobody, so that a client waits for no kernel. Blocks."""
+        assert self._drafter is not None
+        with self.layer.may_block():
+            with self.layer.on(self._compute):
+                self._drafter.warm_up()
+            self.layer.synchronize_all()
 
     # ---- before a step
 
@@ -62,17 +101,23 @@ class DraftSteps(DeviceState):
 
     def _with_drafts(self, given: ForwardInput, handle: CudaHandle) -> ForwardInput:
         """The step as the device runs it, in the side that `handle` then has; `given` where nothing speculates."""
-        speculator = self._speculator
+        speculator, drafter = self._speculator, self._drafter
         if speculator is None:
             return given
         handle.given = given
+        if drafter is not None:
+            drafter.begin(given, [each.slot for each in self._told(given)])
         if not given.num_speculating_rows:
             self._note_lengths(given)
+            handle.reading = None if drafter is None else drafter.lay_out(given, given)
             return given
         # With a step in flight the tokens are not known, and its rows bring none.
         room = self._most_rows - given.num_rows if self._in_flight < 2 else 0
         step = speculator.as_it_runs(given, self._drawn, starts=self._ahead, room=room)
         self._note_lengths(step)
+        if drafter is not None and (reading := drafter.lay_out(step, given)) is not None:
+            handle.reading = reading
+            speculator.drop(reading.made)
         handle.side = self._sides[2 + handle.side.parity]
         flat, handle.drafted = self._flatten(step, given, handle.side)
         handle.num_rows = flat.num_rows
@@ -136,6 +181,8 @@ class DraftSteps(DeviceState):
             speculator.finish(given, positions, output.token_ids[positions.rows], None, output, wanted=wanted)
         else:
             step, positions = drafted.step, drafted.positions
+            for row, token in handle.told.items():
+                step.staging.token_ids[row] = token
             drawn = output.token_ids[drafted.sampled]
             taken = speculator.count(step, positions, drawn)
             assert taken is not None
@@ -154,6 +201,11 @@ class DraftSteps(DeviceState):
             speculator.finish(step, positions, drawn, taken, output, wanted=wanted)
             self._settle_lengths(speculator, slots)
         found = np.array([speculator.num_drafts(slot) > 0 for slot in slots.tolist()], np.bool_)
+        if self._drafter is not None:
+            drafting = self._drafter.has_drafts(slots)
+            if given.masks is not None:  # the host must see what it makes masks for
+                drafting[given.masks.rows] = False
+            found |= drafting
         sampled = given.staging.row_samples[: given.num_rows]
         patience = np.where(found, PATIENCE, np.maximum(self._patience[slots] - sampled, 0))
         # Nothing was looked for: if such a row may have drafts all the same, that is tried.
@@ -176,7 +228,10 @@ class DraftSteps(DeviceState):
         if self._speculator is not None and handle.given is not None:
             given = handle.given
             self._learn(self._speculator, given)
-            self._settle_lengths(self._speculator, given.staging.row_slot[: given.num_rows])
+            slots = given.staging.row_slot[: given.num_rows]
+            self._settle_lengths(self._speculator, slots)
+            if self._drafter is not None:
+                self._drafter.lose(slots)
 
     def _settle_lengths(self, speculator: Speculator, slots: Int32Array) -> None:
         """Of rows whose drafts were in flight."""
@@ -184,12 +239,17 @@ class DraftSteps(DeviceState):
         self._ahead[slots] = speculator.length(slots)
 
     def _learn(self, speculator: Speculator, given: ForwardInput) -> None:
-        """Whose slots speculate; none of those whose sampling looks at the text, which drafts are not part of yet."""
-        reading = {each.slot for each in given.extras if _reads_text(each)}
-        told = [each for each in given.speculations if each.slot not in reading]
+        """Whose slots speculate."""
+        told = self._told(given)
         speculator.apply(dataclasses.replace(given, speculations=told))
         self._patience[given.staging.sampling_slot[: given.num_sampling_diffs]] = 0
         self._patience[[each.slot for each in told]] = 1
+
+    @staticmethod
+    def _told(given: ForwardInput) -> list[RowSpeculation]:
+        """None of those whose sampling looks at the text, which drafts are not part of yet."""
+        reading = {each.slot for each in given.extras if _reads_text(each)}
+        return [each for each in given.speculations if each.slot not in reading]
 
 
 def _reads_text(extras: RowExtras) -> bool:

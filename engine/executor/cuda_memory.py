@@ -29,10 +29,13 @@ class MovingMemory(Captures):
             if "weights" in parts and level == 2:
                 self._reader()  # or it would never wake up
                 del self.model
+                if self._drafter is not None:
+                    self._drafter.use(None)
                 if self._adapters is not None:
                     self._adapters.release_memory()
             elif "weights" in parts:
-                self._offloaded = Offloaded(self.model)
+                drafting = None if self._drafter is None else self._drafter.net.weights
+                self._offloaded = Offloaded([self.model, drafting])
             if "kv_cache" in parts:
                 self._release_memory()
                 self._pages_sleep = True
@@ -80,11 +83,15 @@ class MovingMemory(Captures):
     def _release_memory(self) -> None:
         """Of pages and of recurrent states."""
         self.attention.release()
+        if self._drafter is not None:
+            self._drafter.release()
         if self._states is not None:
             self._states.release()
 
     def _take_memory(self) -> None:
         self.attention.allocate()
+        if self._drafter is not None:
+            self._drafter.allocate()
         if self._states is not None:
             self._states.allocate()
 
@@ -101,6 +108,8 @@ class MovingMemory(Captures):
             self.layer.synchronize_all()
             self.pieces.clear()
             self.graphs.clear()
+            if self._drafter is not None:
+                self._drafter.graphs.clear()
             self._open = None
             try:
                 yield

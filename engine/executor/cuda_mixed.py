@@ -85,6 +85,8 @@ class MixedSteps(DeviceState):
         with layer.on(self._compute):
             layer.wait(side.uploaded)
             self._apply_diffs(forward_input, side, handle)
+            if handle.reading is not None:
+                self._launch_drafts(side, handle)
             last_page_len, kv_len = pinned["last_page_len"], pinned["kv_len"]
             every = Ragged(indices, pinned["qo_indptr"], pinned["kv_indptr"], last_page_len, kv_len)
             of_prompts = pinned["prompts_qo_indptr"], pinned["prompts_kv_indptr"]
@@ -111,6 +113,11 @@ class MixedSteps(DeviceState):
             ]
             owners = {chunk.slot: int(self._tables.adapter[chunk.slot]) for chunk in pooled if adapted}
             found: list[Tensor] = []
+            drafter = self._drafter
+            before: Tensor | None = None
+            if drafter is not None and drafter.reads_hidden:
+                before = layer.zeros((tokens, drafter.net.width), self.attention.dtype)
+                handle.keep.append(before)
 
             def enter(token_ids: Tensor) -> None:
                 with torch.inference_mode():
@@ -125,6 +132,10 @@ class MixedSteps(DeviceState):
 
             def leave(hidden: Tensor) -> None:
                 with torch.inference_mode():
+                    if drafter is not None and before is not None:
+                        slots, starts = side.row_slot[:rows], side.row_start[:rows]
+                        aux = self._aux(None if chain is None else tokens)
+                        drafter.keep_step(hidden, aux, slots, starts, sent["qo_indptr"], before)
                     for first, targets, out, k, owner in chunks:
                         part = hidden[first : first + len(targets)]
                         with self._adapting_one(owner, len(targets)):
@@ -161,6 +172,9 @@ class MixedSteps(DeviceState):
                 layer.launch(lambda: enter(self.pieces.inputs(size)[0]))
                 self._replay(chain, attention, tokens)
                 layer.launch(lambda: leave(self.pieces.hidden[:tokens]))
+            if drafter is not None:
+                sending = functools.partial(self._send_arrays, handle=handle)
+                drafter.read_prompts(forward_input, side, self._tables, before, handle, sending)
         return found.pop if draw == "open" and len(sampled) else None
 
     def _replay(self, chain: Chain, attention: StepAttention, tokens: int) -> None:

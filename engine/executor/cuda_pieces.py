@@ -90,6 +90,12 @@ class Pieces:
         # Rows of padding are computed with the others: of `out` they read zeros.
         self.q, self.out = (layer.zeros((most, heads, dim), attention.dtype) for dim in dims)
         self.hidden = layer.zeros((most, model.config.hidden_size), attention.dtype)
+        # What some layers read, alike, where somebody wants to know.
+        self.aux: list[Tensor] = []
+
+    def keep_aux(self, count: int) -> None:
+        """Have memory for what so many layers read. Raises torch.OutOfMemoryError."""
+        self.aux = [self._layer.zeros(tuple(self.hidden.shape), self.hidden.dtype) for _ in range(count)]
 
     def __len__(self) -> int:
         """Sizes that there are chains of."""
@@ -124,6 +130,8 @@ class Pieces:
                 # in theirs would be in all of them. The others are written by attention before they are read.
                 self.out[:size].zero_()
                 self.hidden[:size].copy_(model.forward(inputs[0], inputs[1], attention))
+                for to, source in zip(self.aux, getattr(model, "aux", []), strict=False):
+                    to[:size].copy_(source)
             layers[:] = attention.layers
 
         try:

@@ -23,8 +23,10 @@ from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import DeviceAdapters
 from engine.executor.cuda_buffers import widened
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
+from engine.executor.cuda_drafter import DeviceDrafter, Drafts
 from engine.executor.cuda_graph import graph_sizes
 from engine.executor.cuda_pieces import SIZES
+from engine.executor.drafting import Drafting, read_drafting
 from engine.executor.gpu_probe import has_xqa, stands_in
 from engine.executor.start import Start, describe_states, encoder_limits, plan_states
 from engine.forward import ForwardError, Limits
@@ -34,7 +36,9 @@ from engine.ops.attention import device_packed as packed
 from engine.ops.attention.device import DeviceAttention
 from engine.ops.device_coded import DeviceCodedLinear
 from engine.ops.state import state_bytes
-from engine.speculation.registry import make_proposer
+from engine.speculation.nets import Net
+from engine.speculation.paged import full_group
+from engine.speculation.registry import proposer_of
 
 logger = logging.getLogger("oneloop.cuda")
 
@@ -79,6 +83,8 @@ def start(given: Start) -> CUDAExecutor:
         with starting("the weights do not fit on the GPU"):
             model = load(None)
     given.report_output_layer(model)
+    with starting("the draft model does not fit on the GPU beside the model"):
+        drafting = read_drafting(given, model, dtype, device=layer.device)
     if config.model.packed_input_bits == 8 and not float8_layers(model):
         raise StartupError(
             "--packed-input-bits 8: this checkpoint is for no inputs of float8, or this GPU has no products of them"
@@ -109,6 +115,7 @@ def start(given: Start) -> CUDAExecutor:
             row=report.row,
             load=load,
             speculation=config.speculation,
+            drafting=drafting,
             max_lora_rank=config.lora.max_lora_rank,
             max_lora_mib=config.lora.max_lora_mib,
         )
@@ -193,7 +200,7 @@ def has_flashinfer() -> bool:
     return importlib.util.find_spec("flashinfer") is not None
 
 
-def make_attention(model: CausalLM, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
+def make_attention(model: CausalLM | Net, layer: DeviceLayer, module: Any = None, **options: Any) -> DeviceAttention:
     """FlashInfer where it is installed and all layers are of one shape, plain or with latents, else torch.
 
     options: num_pages, page_size, groups, dtype, kv_dtype.
@@ -244,6 +251,7 @@ def profile_step(
     limits: Limits,
     make: Callable[[int], DeviceAttention],
     adapters: DeviceAdapters | None,
+    drafts_of: Callable[[Limits], Drafts | None],
 ) -> tuple[int, int]:
     """Run the hungriest step in a small cache. Returns bytes of (activations, attention workspace)."""
     rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
@@ -253,13 +261,15 @@ def profile_step(
     if limits.num_snapshots is not None:
         small = dataclasses.replace(small, num_snapshots=0)
     attention = make(pages)
-    executor = CUDAExecutor(model, small, layer, attention, cuda_graph="off", adapters=adapters)
+    drafts = drafts_of(small)
+    executor = CUDAExecutor(model, small, layer, attention, cuda_graph="off", drafts=drafts, adapters=adapters)
     before = layer.allocated_memory()
     layer.peak_memory(reset=True)
     executor.run_worst_case()
     activations = layer.peak_memory() - before
     executor.close()
-    return max(0, activations), attention.workspace_bytes
+    workspace = attention.workspace_bytes + (0 if drafts is None else drafts.attention.workspace_bytes)
+    return max(0, activations), workspace
 
 
 def build_cuda_encoder(
@@ -313,12 +323,14 @@ def build_cuda_executor(
     module: Any = None,
     load: Callable[[Path | None], CausalLM] | None = None,
     speculation: SpeculationOptions = NO_DRAFTS,
+    drafting: Drafting | None = None,
     max_lora_rank: int = 64,
     max_lora_mib: int | None = None,
 ) -> CUDAExecutor:
     """Measure, divide the memory, allocate; `row` gets the lines of the start-up table. Raises StartupError.
 
-    load: see CUDAExecutor. speculation: none, or one of PROPOSERS. module: what stands in for `flashinfer` in tests.
+    load: see CUDAExecutor. speculation, drafting: what drafts, and what was read for it. module: what stands in for
+    `flashinfer` in tests.
     """
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
@@ -353,14 +365,36 @@ def build_cuda_executor(
         options = {"num_pages": num_pages, "page_size": page_size, "groups": groups}
         return make_attention(model, layer, module, dtype=dtype, kv_dtype=kv_dtype, **options)
 
+    net = None if drafting is None else drafting.net(layer.device)
+    group = full_group(groups)
+    if net is not None and group is None:
+        raise StartupError("a draft model needs a layer that attends to all tokens in the model it drafts for")
+
+    def drafts_of(limits: Limits) -> Drafts | None:
+        if drafting is None or net is None or group is None:
+            return None
+        options: dict[str, Any] = {"num_pages": limits.num_pages, "page_size": page_size, "dtype": dtype}
+
+        def by_torch() -> DeviceAttention:
+            return DeviceAttention(net.attention_spec, device=layer.device, **options)
+
+        # A cache of latents is planned for every step.
+        latent = net.attention_spec.common is None
+        attention = by_torch() if latent else make_attention(net, layer, module, **options)
+        return Drafts(net, attention, by_torch, group, drafting.context, drafting.probabilistic)
+
     with layer.may_block():
         weights = layer.allocated_memory()
         free = layer.free_memory()
         with starting("no memory is left for the largest step", SMALLER):
             wide = widened(limits_of(1))
-            activations, workspace = profile_step(model, layer, wide, attention_of, adapters)
+            activations, workspace = profile_step(model, layer, wide, attention_of, adapters, drafts_of)
         gc.collect()  # the trial cache and buffers go before the real ones come
         page_bytes = page_size * model.attention_spec.kv_bytes_per_token(kv_dtype, groups)
+        if drafting is not None:
+            page_bytes += page_size * drafting.kv_bytes_per_token(dtype)
+        if net is not None:
+            workspace += DeviceDrafter.num_bytes(net, limits_of(1), dtype)
         graphs = 0
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
@@ -369,6 +403,8 @@ def build_cuda_executor(
             families = 1 if adapters is None else 2
             count = families * (sides * len(graph_sizes(wide.max_num_seqs)) + len(SIZES))
             graphs = 4 * logits + count * GRAPH_BYTES
+            if net is not None:
+                graphs += 4 * len(graph_sizes(wide.max_num_seqs)) * GRAPH_BYTES
             graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
@@ -390,10 +426,17 @@ def build_cuda_executor(
         kv_bytes = (num_pages + 1) * page_bytes + state_memory
         try:
             attention = attention_of(num_pages)
-            proposer = None if speculation.method is None else make_proposer(speculation)
             limits = limits_of(num_pages)
             executor = CUDAExecutor(
-                model, limits, layer, attention, cuda_graph=cuda_graph, load=load, proposer=proposer, adapters=adapters
+                model,
+                limits,
+                layer,
+                attention,
+                cuda_graph=cuda_graph,
+                load=load,
+                proposer=proposer_of(speculation),
+                drafts=drafts_of(limits),
+                adapters=adapters,
             )
         except torch.OutOfMemoryError as error:
             what = "a KV cache with recurrent states" if state_memory else "a KV cache"
@@ -419,6 +462,10 @@ def build_cuda_executor(
         quicker = "by our kernel, the others by cuBLAS, as was quicker"
         row("products of 1 to 4 rows", f"{few[0]} of {few[1]} {quicker}")
         row("gate and up of prompts", f"{gated[0]} of {gated[1]} {quicker}")
+        if (drafter := executor._drafter) is not None:
+            with starting("a first draft fails", SMALLER):
+                executor.draft_once()
+            row("drafting", drafter.describe())
         if limits.max_draft_tokens:
             # Whose kernels add up in another order where there are more of them.
             near = "of tokens that are nearly as likely another may be drawn than without drafts"

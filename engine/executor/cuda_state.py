@@ -21,6 +21,7 @@ from torch import Tensor
 from engine.executor.cuda_adapters import SAMPLED, DeviceAdapters
 from engine.executor.cuda_buffers import CudaHandle, Side, widened
 from engine.executor.cuda_device import DeviceLayer
+from engine.executor.cuda_drafter import DeviceDrafter
 from engine.executor.cuda_graph import GraphCache
 from engine.executor.cuda_pieces import Pieces
 from engine.executor.pooling import Pooler
@@ -90,6 +91,7 @@ class DeviceState:
         self._closed = False
         self._idle_timer: asyncio.TimerHandle | None = None
         self._adapters: DeviceAdapters | None = None
+        self._drafter: DeviceDrafter | None = None
         self._faster: list[tuple[str, Any]] = []
         self._faster_mixtures: list[tuple[object, Any]] = []
         # Held while memory moves, on another thread: no graph may be captured meanwhile.
@@ -235,6 +237,46 @@ class DeviceState:
         handle.downloads.append((host, source))
         array: Int32Array = host.numpy()
         handle.readers.append(lambda output: read(output, array))
+
+    def _ask_for_aux(self, model: CausalLM) -> None:
+        """What drafts goes on from this model, and may want to see what some layers read."""
+        if self._drafter is not None:
+            self._drafter.use(model)
+            if self._drafter.aux_layers:
+                model.aux_layers = self._drafter.aux_layers  # type: ignore[attr-defined]
+
+    def _aux(self, chained: int | None = None) -> list[Tensor]:
+        """What some layers read in the forward that was launched last, for a head; chained: by graphs, of so many
+        tokens."""
+        if chained is not None:
+            return [each[:chained] for each in self.pieces.aux]
+        aux: list[Tensor] = getattr(self.model, "aux", [])
+        if aux:
+            self.model.aux = []  # type: ignore[attr-defined]
+        return aux
+
+    def _launch_drafts(self, side: Side, handle: CudaHandle) -> None:
+        """What is read and drafted before a step; compute stream, behind its diffs."""
+        drafter, reading = self._drafter, handle.reading
+        assert drafter is not None and reading is not None
+
+        def send(parity: int, to: Tensor, source: Tensor, words: int) -> None:
+            with self.layer.on(self._upload):
+                # The step before last of this parity, of whichever side, has read what was there.
+                for each in self._sides[parity::2]:
+                    self.layer.wait(each.computed)
+                self.layer.upload(to[:words], source[:words])
+                self.layer.record(side.uploaded)
+            self.layer.wait(side.uploaded)
+
+        found = drafter.launch(reading, side, send)
+        if found is not None:
+            rows = [row for row, _, _ in reading.spots]
+
+            def tell(output: ForwardOutput, host: Int32Array) -> None:
+                handle.told = dict(zip(rows, host[:, 0].tolist(), strict=True))
+
+            self._bring(handle, found[:, None], tell)
 
     # ---- errors
 

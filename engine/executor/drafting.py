@@ -25,15 +25,21 @@ from engine.speculation.draft import DraftModel
 from engine.speculation.eagle3 import Eagle3Head, Target, load_eagle3
 from engine.speculation.hidden import HiddenDrafts
 from engine.speculation.mtp import MtpHead, check_mtp, load_mtp
+from engine.speculation.nets import HeadNet, ModelNet, Net
 from engine.speculation.paged import LateProposer, PagedCache, full_group
 from engine.speculation.prediction import Prediction
 from engine.speculation.registry import PROPOSERS, make_proposer
-from engine.speculation.vocabulary import map_vocabularies
+from engine.speculation.vocabulary import VocabularyMap, map_vocabularies
+
+CPU = torch.device("cpu")
 
 
 class Drafting(Protocol):
     """What was read, before the sizes of the cache are known. described: of the model that drafts, for the start's
-    report; empty where there is none."""
+    report; empty where there is none. probabilistic: it draws its drafts, where it can."""
+
+    @property
+    def probabilistic(self) -> bool: ...
 
     @property
     def described(self) -> str: ...
@@ -46,12 +52,23 @@ class Drafting(Protocol):
         """What CPUExecutor is given."""
         ...
 
+    def net(self, device: torch.device) -> Net | None:
+        """What a CUDAExecutor's drafter runs, behind what clients predict; None where no model drafts."""
+        ...
+
+    @property
+    def context(self) -> int:
+        """Tokens that it can read; 0 where no model drafts."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class HostDrafting:
     """A method without a model."""
 
     options: SpeculationOptions
+    probabilistic: bool = False
+    context: int = 0
 
     @property
     def described(self) -> str:
@@ -65,6 +82,10 @@ class HostDrafting:
     def make(self, limits: Limits, dtype: torch.dtype) -> tuple[Proposer, LateProposer | None]:
         """See Drafting."""
         return make_proposer(self.options), None
+
+    def net(self, device: torch.device) -> Net | None:
+        """See Drafting."""
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,22 +110,28 @@ class ModelDrafting:
 
     def make(self, limits: Limits, dtype: torch.dtype) -> tuple[Proposer, LateProposer | None]:
         """See Drafting."""
-        spec = self.model.config
-        vocabulary = map_vocabularies(
-            self.target,
-            self.directory,
-            (self.vocab_size, spec.vocab_size),
-            by_strings=self.options.use_vocabulary_map,
-        )
         cache = _cache(self.model.attention_spec, limits, dtype)
         drafts = DraftModel(
             self.model,
             cache,
             context=self.context,
-            vocabulary=vocabulary,
-            probabilistic=self.options.draft_sample_method == "probabilistic",
+            vocabulary=self._vocabulary(),
+            probabilistic=self.probabilistic,
         )
         return Prediction(), drafts
+
+    def net(self, device: torch.device) -> Net | None:
+        """See Drafting."""
+        return ModelNet(self.model, self._vocabulary(), device)
+
+    @property
+    def probabilistic(self) -> bool:
+        """See Drafting."""
+        return self.options.draft_sample_method == "probabilistic"
+
+    def _vocabulary(self) -> VocabularyMap | None:
+        sizes = self.vocab_size, self.model.config.vocab_size
+        return map_vocabularies(self.target, self.directory, sizes, by_strings=self.options.use_vocabulary_map)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,6 +142,7 @@ class Eagle3Drafting:
     directory: Path
     head: Eagle3Head
     context: int
+    probabilistic: bool = False
 
     @property
     def described(self) -> str:
@@ -132,6 +160,10 @@ class Eagle3Drafting:
             self.head, _cache(self.head.attention_spec, limits, dtype), context=self.context
         )
 
+    def net(self, device: torch.device) -> Net | None:
+        """See Drafting."""
+        return HeadNet(self.head)
+
 
 @dataclass(frozen=True, slots=True)
 class MtpDrafting:
@@ -141,6 +173,7 @@ class MtpDrafting:
     prefix: str
     head: MtpHead
     context: int
+    probabilistic: bool = False
 
     @property
     def described(self) -> str:
@@ -157,6 +190,10 @@ class MtpDrafting:
             self.head, _cache(self.head.attention_spec, limits, dtype), context=self.context
         )
 
+    def net(self, device: torch.device) -> Net | None:
+        """See Drafting."""
+        return HeadNet(self.head)
+
 
 def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCache:
     group = full_group(limits.groups)
@@ -166,30 +203,35 @@ def _cache(spec: AttentionSpec, limits: Limits, dtype: torch.dtype) -> PagedCach
 
 
 def read_drafting(
-    given: Start, model: CausalLM, dtype: torch.dtype, *, target: Target | None = None
+    given: Start,
+    model: CausalLM,
+    dtype: torch.dtype,
+    *,
+    target: Target | None = None,
+    device: torch.device = CPU,
 ) -> Drafting | None:
     """What config.speculation asks for, and a line of it in the report; None for nothing. Raises StartupError, for what
-    the model cannot do, too. target: what stands for the model where it is one rank's part."""
+    the model cannot do, too. target: what stands for the model where it is one rank's part. device: of its weights."""
     if given.config.speculation.method is None:
         return None
     with given.report.phase("draft model"):
-        drafting = _read(given, model, dtype, target)
+        drafting = _read(given, model, dtype, target, device)
     if drafting.described:
         given.report.row("draft model", drafting.described)
     return drafting
 
 
-def _read(given: Start, model: CausalLM, dtype: torch.dtype, target: Target | None) -> Drafting:
+def _read(given: Start, model: CausalLM, dtype: torch.dtype, target: Target | None, device: torch.device) -> Drafting:
     options = given.config.speculation
     if options.method in PROPOSERS:
         return HostDrafting(options)
     if options.method == "eagle3":
-        return _read_eagle3(given, options, model, dtype, target)
+        return _read_eagle3(given, options, model, dtype, target, device)
     if options.method == "mtp":
         if target is not None:
             raise StartupError("speculative decoding (mtp) cannot be used with --tensor-parallel-size")
-        return _read_mtp(given, options, model, dtype)
-    return _read_draft_model(given, options, dtype)
+        return _read_mtp(given, options, model, dtype, device)
+    return _read_draft_model(given, options, dtype, device)
 
 
 def _check_hidden(given: Start, model: CausalLM) -> Decoder:
@@ -205,7 +247,9 @@ def _check_hidden(given: Start, model: CausalLM) -> Decoder:
     return model
 
 
-def _read_mtp(given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype) -> MtpDrafting:
+def _read_mtp(
+    given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype, device: torch.device
+) -> MtpDrafting:
     target = _check_hidden(given, model)
     layout = check_mtp(target.config, given.directory)
     directory = given.directory
@@ -213,22 +257,29 @@ def _read_mtp(given: Start, options: SpeculationOptions, model: CausalLM, dtype:
         directory = resolve(options.model, options.revision, given.config.model.download_dir)
     if given.config.model.load_format == "dummy" and options.model is None:
         raise StartupError("speculative decoding (mtp) needs the model's checkpoint, not --load-format dummy")
-    head = load_mtp(directory, target, dtype, given.context)
+    head = load_mtp(directory, target, dtype, given.context, device)
     return MtpDrafting(directory, PREFIX + layout.prefix, head, given.context)
 
 
 def _read_eagle3(
-    given: Start, options: SpeculationOptions, model: CausalLM, dtype: torch.dtype, target: Target | None
+    given: Start,
+    options: SpeculationOptions,
+    model: CausalLM,
+    dtype: torch.dtype,
+    target: Target | None,
+    device: torch.device,
 ) -> Eagle3Drafting:
     if options.model is None:
         raise StartupError("speculative decoding (eagle3) needs a model: the head's directory or Hugging Face id")
     decoder = _check_hidden(given, model)
     directory = resolve(options.model, options.revision, given.config.model.download_dir)
-    head = load_eagle3(directory, target or decoder, dtype, given.context)
+    head = load_eagle3(directory, target or decoder, dtype, given.context, device)
     return Eagle3Drafting(options, directory, head, given.context)
 
 
-def _read_draft_model(given: Start, options: SpeculationOptions, dtype: torch.dtype) -> ModelDrafting:
+def _read_draft_model(
+    given: Start, options: SpeculationOptions, dtype: torch.dtype, device: torch.device
+) -> ModelDrafting:
     if options.model is None:
         raise StartupError("speculative method 'draft_model' needs a model: a directory or a Hugging Face id")
     directory = resolve(options.model, options.revision, given.config.model.download_dir)
@@ -252,7 +303,7 @@ def _read_draft_model(given: Start, options: SpeculationOptions, dtype: torch.dt
         spec,
         directory,
         dtype=dtype,
-        device=torch.device("cpu"),
+        device=device,
         load_format=given.config.model.load_format,
         seed=1,
         max_model_len=context,

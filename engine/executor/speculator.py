@@ -80,6 +80,8 @@ class Speculator:
         assert both, "drafts need a proposer"
         self._early = proposer
         self._late = late
+        # Then nobody sees what it drafts before a step has ended: `as_it_runs` has but their number.
+        self._on_device = late is not None and late.on_device
         self._proposer = FirstOf(both)  # to be told
         if late is not None:
             late.bind(tables)
@@ -114,6 +116,11 @@ class Speculator:
         lengths: Int32Array = self._length[slots]
         return lengths
 
+    def drop(self, slots: Collection[int]) -> None:
+        """The drafts of these slots are in a step, and in no other."""
+        for slot in slots:
+            self._drafts[slot] = []
+
     def num_drafts(self, slot: int) -> int:
         """That are held for its next row."""
         return len(self._drafts.get(slot, ()))
@@ -137,9 +144,9 @@ class Speculator:
         self._reserved[slots] = np.maximum(self._reserved[slots], held)
         if not step.num_speculating_rows:
             return step
-        self._draft_late(step)
         if room:
             self._draft_open(step)
+        self._draft_late(step, room)
         own = self._stagings[step.step & 1]
         self._given_len = given.row_len
         room = step.num_tokens if room is None else room
@@ -180,19 +187,22 @@ class Speculator:
             most = [self._room(slot) for slot in slots]
             self._drafts.update(zip(slots, self._early.propose(slots, most), strict=True))
 
-    def _draft_late(self, step: ForwardInput) -> None:
-        """For rows that have room and no drafts, where nobody must have seen them before."""
+    def _draft_late(self, step: ForwardInput, room: int | None) -> None:
+        """For rows that have room and no drafts, where nobody must have seen them before. room: see `as_it_runs`."""
         if self._late is None:
             return
+        left = step.num_tokens if room is None else room
         staging, first = step.staging, step.num_decode_rows
         rows = np.arange(first, first + step.num_speculating_rows)
         if step.masks is not None:
             rows = rows[~np.isin(rows, step.masks.rows)]
-        most = {
-            slot: count - 1
-            for slot, count in zip(staging.row_slot[rows].tolist(), staging.row_len[rows].tolist(), strict=True)
-            if count > 1 and slot in self._texts and not self._drafts.get(slot)
-        }
+        most = {}
+        for slot, count in zip(staging.row_slot[rows].tolist(), staging.row_len[rows].tolist(), strict=True):
+            held = len(self._drafts.get(slot, ()))
+            own = min(held or count - 1, count - 1, left)
+            left -= own
+            if own > 0 and not held and slot in self._texts:
+                most[slot] = own
         if most:
             self._drafts.update(zip(most, self._late.propose(list(most), list(most.values())), strict=True))
 
@@ -242,7 +252,7 @@ class Speculator:
                 self._grow(step, row, slot, text, new.get(row, []))
                 own.append(row)
         if self._late is not None and own:
-            assert hidden is not None
+            assert hidden is not None or self._on_device
             self._late.follow(step, own, hidden, list(aux))
         drafting = {int(slots[row]): row for row in own if row in new}
         if wanted is not None:
@@ -258,7 +268,7 @@ class Speculator:
         """For the next rows of these slots; rows: those that they had."""
         slots = list(rows)
         self._draft_early(slots)
-        if self._late is None or step.masks is None:
+        if self._late is None or self._on_device or step.masks is None:
             return
         # The host makes masks for drafts that it has seen.
         constrained = set(step.masks.rows.tolist())

@@ -37,6 +37,8 @@ class _Slot:
 class DraftModel:
     """A LateProposer. context: tokens that the model can read."""
 
+    on_device = False
+
     @property
     def aux_layers(self) -> tuple[int, ...]:
         """See LateProposer."""
@@ -90,7 +92,7 @@ class DraftModel:
         """See LateProposer."""
         self._cache.attention.allocate()
 
-    def follow(self, step: ForwardInput, rows: Sequence[int], hidden: Tensor, aux: list[Tensor]) -> None:
+    def follow(self, step: ForwardInput, rows: Sequence[int], hidden: Tensor | None, aux: list[Tensor]) -> None:
         """See LateProposer. Prompts go along chunk by chunk; single tokens wait until they are a page, or needed."""
         staging, pieces = step.staging, []
         for row in rows:

@@ -136,6 +136,8 @@ class Eagle3Head:
             )
         )
         self._spec, self._target = spec, target
+        self.width = hidden
+        self.linears, self.mixtures = source.linears, source.mixtures
         prefix = names["layer"]
 
         def norm(name: str, width: int = hidden) -> Norm:
@@ -193,7 +195,12 @@ class Eagle3Head:
         return self.target_ids[self.logits(hidden).argmax(-1)]
 
 
-def load_eagle3(directory: Path, target: Target, dtype: torch.dtype, max_model_len: int) -> Eagle3Head:
+CPU = torch.device("cpu")
+
+
+def load_eagle3(
+    directory: Path, target: Target, dtype: torch.dtype, max_model_len: int, device: torch.device = CPU
+) -> Eagle3Head:
     """Raises StartupError: one line with the file, the tensor and what was expected."""
     spec = read_eagle3(directory, target.config)
     stored: dict[str, StoredTensor] = {
@@ -207,9 +214,9 @@ def load_eagle3(directory: Path, target: Target, dtype: torch.dtype, max_model_l
         raise StartupError(f"{directory}: tensor embed_tokens.weight is missing, and the model's is of another width")
     recorder = ShapeRecorder(dtype)
     Eagle3Head(spec, recorder, target, names, max_model_len)
-    with CheckpointWeights(dtype, torch.device("cpu"), directory, stored, recorder.shapes) as weights:
+    with CheckpointWeights(dtype, device, directory, stored, recorder.shapes) as weights:
         head = Eagle3Head(spec, weights, target, names, max_model_len)
-    head.target_ids = _target_ids(directory, d2t, spec)
+    head.target_ids = _target_ids(directory, d2t, spec).to(device)
     return head
 
 

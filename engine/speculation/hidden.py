@@ -17,14 +17,20 @@ from torch import Tensor
 from engine.executor.tables import SlotTables
 from engine.forward import ForwardInput
 from engine.ops.attention.base import AttentionBackend, AttentionSpec
+from engine.ops.experts import Mixture
+from engine.ops.linear import Linear
 from engine.speculation.base import Text
 from engine.speculation.paged import PagedCache, Piece, batches
 
 
 class Head(Protocol):
-    """The weights of such a proposer. aux_layers: see LateProposer."""
+    """The weights of such a proposer. aux_layers: see LateProposer. width: of what it reads, `size` below. linears,
+    mixtures: as a CausalLM's."""
 
     aux_layers: tuple[int, ...]
+    width: int
+    linears: list[Linear]
+    mixtures: list[Mixture]
     attention_spec: AttentionSpec
 
     def fuse(self, hidden: Tensor, aux: list[Tensor]) -> Tensor:
@@ -56,6 +62,8 @@ class _Slot:
 
 class HiddenDrafts:
     """A LateProposer around a head. context: tokens that it can read."""
+
+    on_device = False
 
     def __init__(self, head: Head, cache: PagedCache, *, context: int) -> None:
         self._head = head
@@ -103,8 +111,9 @@ class HiddenDrafts:
         """See LateProposer."""
         self._cache.attention.allocate()
 
-    def follow(self, step: ForwardInput, rows: Sequence[int], hidden: Tensor, aux: list[Tensor]) -> None:
+    def follow(self, step: ForwardInput, rows: Sequence[int], hidden: Tensor | None, aux: list[Tensor]) -> None:
         """See LateProposer. All but the last position of a chunk is run at once; the others wait for `propose`."""
+        assert hidden is not None
         staging, limits = step.staging, self._cache.limits
         pieces = []
         fused = self._head.fuse(hidden, aux)

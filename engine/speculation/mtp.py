@@ -78,6 +78,8 @@ class MtpHead:
         layer, hidden, prefix = _drafting_layer(spec), spec.hidden_size, PREFIX + layout.prefix
         assert spec.final_norm is not None and layer.paged is not None
         self._target = target
+        self.width = hidden
+        self.linears, self.mixtures = source.linears, source.mixtures
         self._hidden_first = layout.hidden_first
 
         def norm(name: str) -> Norm:
@@ -149,7 +151,12 @@ def check_mtp(spec: ModelSpec, directory: Path) -> MtpLayout:
     return layout
 
 
-def load_mtp(directory: Path, target: Decoder, dtype: torch.dtype, max_model_len: int) -> MtpHead:
+CPU = torch.device("cpu")
+
+
+def load_mtp(
+    directory: Path, target: Decoder, dtype: torch.dtype, max_model_len: int, device: torch.device = CPU
+) -> MtpHead:
     """Raises StartupError: one line with the file, the tensor and what was expected."""
     spec = target.config
     layout = check_mtp(spec, directory)
@@ -167,7 +174,7 @@ def load_mtp(directory: Path, target: Decoder, dtype: torch.dtype, max_model_len
             tensors.pop(prefix + name, None)
     recorder = ShapeRecorder(dtype)
     MtpHead(spec, layout, recorder, target, own, max_model_len)
-    with CheckpointWeights(dtype, torch.device("cpu"), directory, tensors, recorder.shapes) as weights:
+    with CheckpointWeights(dtype, device, directory, tensors, recorder.shapes) as weights:
         return MtpHead(spec, layout, weights, target, own, max_model_len)
 
 

@@ -25,8 +25,11 @@ class LateProposer(Proposer, Protocol):
     """A proposer whose drafts take computing: it is asked when a step begins that has room for them, or at the end of
     the step before where the host must see them first.
 
-    aux_layers: the target's layers, the residual stream before which `follow` wants.
+    aux_layers: the target's layers, the residual stream before which `follow` wants. on_device: it drafts as the step
+    runs, and what it proposes says but how many drafts there will be.
     """
+
+    on_device: bool
 
     @property
     def aux_layers(self) -> tuple[int, ...]: ...
@@ -35,10 +38,11 @@ class LateProposer(Proposer, Protocol):
         """Before anything else: where pages and sampling parameters of slots are."""
         ...
 
-    def follow(self, step: ForwardInput, rows: Sequence[int], hidden: Tensor, aux: list[Tensor]) -> None:
+    def follow(self, step: ForwardInput, rows: Sequence[int], hidden: Tensor | None, aux: list[Tensor]) -> None:
         """A step as it ran; rows: those whose slots speculate. Called after their texts have taken up what it brought.
 
-        hidden [tokens, hidden_size]: after the final norm; aux: those of aux_layers, alike.
+        hidden [tokens, hidden_size]: after the final norm, None where it is on the device; aux: those of aux_layers,
+        alike.
         """
         ...
 

@@ -15,6 +15,13 @@ PROPOSERS = {
 }
 
 
+def proposer_of(options: SpeculationOptions) -> Proposer | None:
+    """What drafts on the host, if anything does: where a model drafts, what clients predict goes before it."""
+    if options.method is None:
+        return None
+    return make_proposer(options) if options.method in PROPOSERS else Prediction()
+
+
 def make_proposer(options: SpeculationOptions) -> Proposer:
     """The proposer of a method of PROPOSERS, behind what clients predict."""
     assert options.method in PROPOSERS, options.method

@@ -431,6 +431,8 @@ def make_executor(
     from engine.forward import Limits
     from engine.ops.attention import flashinfer, flashinfer_latent
     from engine.ops.attention.device import DeviceAttention
+    from engine.speculation.base import Proposer
+    from engine.speculation.prediction import Prediction
     from engine.speculation.registry import make_proposer
     from tests.cuda.support import ALWAYS
 
@@ -446,7 +448,8 @@ def make_executor(
         max_draft_tokens=ALWAYS.num_draft_tokens if options.get("drafts") else 0,
         max_adapters=options.get("adapters", 0),
     )
-    proposer = make_proposer(ALWAYS) if options.get("drafts") else None
+    proposer: Proposer | None = make_proposer(ALWAYS) if options.get("drafts") else None
+    drafts = None
     given: dict[str, Any] = {
         "num_pages": limits.num_pages,
         "page_size": 16,
@@ -461,10 +464,57 @@ def make_executor(
         attention = flashinfer_latent.Backend(model.attention_spec, **given)
     else:
         attention = flashinfer.Backend(model.attention_spec, decode=way, **given)
+    if isinstance(options.get("drafts"), str):
+        proposer, drafts = Prediction(), drafts_of(options["drafts"], model, config, way, given)
     layer = DryDevice(options.get("ours", 0.5))
     adapters = DeviceAdapters(model, layer, 16, 512, 256) if limits.max_adapters else None  # type: ignore[arg-type]
     added: dict[str, Any] = {"proposer": proposer, "adapters": adapters, "cuda_graph": options.get("graph", "lazy")}
+    added["drafts"] = drafts
     return CUDAExecutor(model, limits, layer, attention, **added)  # type: ignore[arg-type]
+
+
+def drafts_of(method: str, model: Any, config: dict[str, Any], way: str, given: dict[str, Any]) -> Any:
+    """What drafts on the device, with weights that have no numbers. method: of SpeculationOptions; drawn: a draft model
+    whose drafts are."""
+    from engine.executor.cuda_drafter import Drafts
+    from engine.models.loading.weights import DummyWeights, ShapeRecorder
+    from engine.ops.attention import flashinfer
+    from engine.ops.attention.device import DeviceAttention
+    from engine.speculation.eagle3 import Eagle3Head, read_eagle3
+    from engine.speculation.mtp import MtpHead, mtp_layout
+    from engine.speculation.nets import HeadNet, ModelNet, Net
+
+    given = {**given, "kv_dtype": None}
+    dtype, net = given["dtype"], None
+    made: Callable[[Any], Any] | None = None
+    if method in ("draft_model", "drawn"):
+        net = ModelNet(dummy_model({**config, "num_hidden_layers": 1}, dtype), None, DEVICE)
+    elif method == "eagle3":
+        with tempfile.TemporaryDirectory() as folder:
+            changes = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 500}
+            (Path(folder) / "config.json").write_text(json.dumps({**config, **changes}))
+            spec = read_eagle3(Path(folder), model.config)
+        made = lambda source: Eagle3Head(spec, source, model, {"layer": "midlayer.", "own": ""}, 1024)  # noqa: E731
+    else:
+        layout = mtp_layout(model.config)
+        assert layout is not None
+        made = lambda source: MtpHead(model.config, layout, source, model, {}, 1024)  # noqa: E731
+    if made is not None:
+        recorder = ShapeRecorder(dtype)
+        made(recorder)
+        head = made(DummyWeights(dtype, DEVICE, 0, recorder.shapes, None))
+        if method == "eagle3":
+            head.target_ids = head.target_ids.to(DEVICE)
+        net = HeadNet(head)
+    assert net is not None
+    own: Net = net
+
+    def by_torch() -> DeviceAttention:
+        return DeviceAttention(own.attention_spec, **given)
+
+    latent = own.attention_spec.common is None or way == "torch"
+    attention = by_torch() if latent else flashinfer.Backend(own.attention_spec, decode=way, **given)
+    return Drafts(own, attention, by_torch, 0, 1024, method == "drawn")
 
 
 def requests_of(changes: list[dict[str, Any]], vocab: int) -> list[Any]:
@@ -508,7 +558,7 @@ def serve(
     dtype: str,
     kv: str,
     changes: list[dict[str, Any]],
-    drafts: bool = False,
+    drafts: bool | str = False,
     adapters: int = 0,
     timed: bool = False,
     float8_inputs: bool = False,
@@ -539,6 +589,8 @@ def serve(
             speculation = ALWAYS if drafts else NO_DRAFTS
             asyncio.run(asyncio.wait_for(through_the_engine(executor, asked, speculation=speculation), 240))
             LOG.steps = False
+            if isinstance(drafts, str):
+                result["drafting"] = executor._drafter.graphs.num_replays
             result["products"] = sorted({event.name for event in LOG.events[begin:] if "_multiply" in event.name})
             captured = {event.name for event in LOG.events[begin:] if event.captured}
             result["captured_products"] = sorted(name for name in captured if "_multiply" in name)
@@ -783,6 +835,14 @@ def main(names: list[str]) -> None:
                 config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
                 way = "torch" if architecture == "DeepseekV3ForCausalLM" else "auto"
                 serve(f"adapters {architecture}", config, way, "bfloat16", "auto", [{}, {"top_k": 5}], adapters=2)
+        elif name == "drafts":
+            for method in ("draft_model", "drawn", "eagle3"):
+                for way in ("auto", "wrapper"):
+                    serve(f"{method} {way}", llama, way, "bfloat16", "auto", DRAFTED, drafts=method)
+            for architecture in ("DeepseekV3ForCausalLM", "Glm4MoeForCausalLM"):
+                config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+                config["num_nextn_predict_layers"] = 1
+                serve(f"mtp {architecture}", config, "auto", "bfloat16", "auto", DRAFTED, drafts="mtp")
         elif name == "features":
             for way in ("torch", "auto", "wrapper"):
                 serve(f"extras {way}", llama, way, "bfloat16", "auto", EXTRAS)

@@ -22,6 +22,7 @@ from engine.config import EngineConfig, SchedulerOptions, SpeculationOptions, St
 from engine.engine import Engine
 from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
 from engine.executor.cuda_adapters import DeviceAdapters
+from engine.executor.cuda_drafter import Drafts
 from engine.forward import SAMPLING_DTYPE, ForwardInput, Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
@@ -226,7 +227,7 @@ def any_shape() -> Iterator[None]:
     """Let the FlashInfer backend take float32, small heads and small pages, for exact comparisons."""
     with (
         mock.patch.object(flashinfer, "DTYPES", (torch.float32, torch.bfloat16, torch.float16)),
-        mock.patch.object(flashinfer, "HEAD_DIMS", (8, 64, 128, 256)),
+        mock.patch.object(flashinfer, "HEAD_DIMS", (8, 10, 16, 64, 128, 256)),
         mock.patch.object(flashinfer, "XQA_PAGE_SIZES", (4, 16)),
         mock.patch.object(flashinfer, "WORKSPACE_BYTES", 1024),
         mock.patch.object(flashinfer, "XQA_WORKSPACE_BYTES", 1024),
@@ -265,6 +266,7 @@ def make_executor(
     model: CausalLM | None = None,
     kind: type[CUDAExecutor] = CUDAExecutor,
     proposer: Proposer | None = None,
+    drafts: Callable[[Limits, FakeDevice], Drafts] | None = None,
     load: Callable[[Path | None], CausalLM] | None = None,
     room_mib: float | None = None,
 ) -> CUDAExecutor:
@@ -276,6 +278,8 @@ def make_executor(
             adapters = DeviceAdapters(model, device, 8, limits.max_num_batched_tokens, room_mib)
         limits = dataclasses.replace(limits, max_adapters=adapters.capacity)
     options: dict[str, Any] = {"load": load or read_tiny_model, "proposer": proposer, "adapters": adapters}
+    if drafts is not None:
+        options["drafts"] = drafts(limits, device)
     return kind(model, limits, device, layer, cuda_graph=cuda_graph, **options)
 
 

@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.build import _check_speculation
-from engine.config import CacheOptions, EngineConfig, StartupError
+from engine.config import CacheOptions
 from engine.executor import cuda_decode, cuda_mixed
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_buffers import CudaHandle, Side, widened
@@ -334,17 +333,6 @@ async def test_start_makes_room_for_them(mode: str) -> None:
     assert rows["steps with drafts"].startswith("up to 20 rows")
     requests = repeating(7, 4)
     assert await serve(executor, requests, speculation=ALWAYS) == [expected_tokens(tiny_model(), r) for r in requests]
-
-
-@pytest.mark.parametrize("method", ["ngram", "suffix", "draft_model", "eagle3", "mtp"])
-def test_what_drafts_on_a_gpu(method: str) -> None:
-    config = EngineConfig(speculation=dataclasses.replace(ALWAYS, method=method))
-    if method in ("ngram", "suffix"):
-        _check_speculation(config, tiny_model().config, "cuda")
-        return
-    with pytest.raises(StartupError, match=f"{method}.*on a GPU .*ngram or suffix.*--device cpu"):
-        _check_speculation(config, tiny_model().config, "cuda")
-    _check_speculation(config, tiny_model().config, "cpu")
 
 
 # ---- mistakes

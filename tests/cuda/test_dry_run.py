@@ -60,6 +60,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
             "encoders",
             "adapters",
             "experts",
+            "drafts",
         ],
         cwd=ROOT,
         env=environment,
@@ -110,6 +111,16 @@ def test_nothing_is_found_with_adapters() -> None:
     assert len(results) == 4
     for result in results:
         assert not result["error"] and not result["findings"] and result["captured"], result
+
+
+def test_nothing_is_found_with_models_that_draft() -> None:
+    """Draft models, whose drafts may be drawn, EAGLE-3's heads and the layers that checkpoints bring: they read and
+    draft in graphs."""
+    results = dry_run("drafts")
+    assert len(results) == 8
+    for result in results:
+        assert not result["error"] and not result["findings"], result
+        assert result["drafts"] and result["drafting"] > 10, result
 
 
 def test_nothing_is_found_with_experts_of_codes() -> None:
