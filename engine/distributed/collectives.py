@@ -20,6 +20,8 @@ from engine.config import StartupError
 
 # Ranks that are to come together, and have not by then, never do.
 JOIN_TIMEOUT_S = 300.0
+# Its name until torch 2.13, where it warns of the new one.
+_gather: Any = getattr(distributed, "all_gather_single", None) or getattr(distributed, "all_gather_into_tensor", None)
 
 
 def set_environment() -> None:
@@ -61,7 +63,7 @@ class TorchCollectives:
 
     def gather(self, out: Tensor, x: Tensor) -> None:
         """See Collectives."""
-        distributed.all_gather_into_tensor(out.view(-1), x.view(-1), group=self._group)
+        _gather(out.view(-1), x.view(-1), group=self._group)
 
     def exchange(self, out: Tensor, x: Tensor) -> None:
         """See Collectives."""

@@ -20,7 +20,6 @@ if DEVICE.type == "cpu":
 from engine.forward import NO_NUMBERS, SAMPLING_DTYPE  # noqa: E402
 from engine.ops.activation import torch_gate_and_mul  # noqa: E402
 from engine.ops.attention.device import decode_inputs  # noqa: E402
-from engine.ops.device_parallel import torch_add_up  # noqa: E402
 from engine.ops.experts import torch_mix_experts  # noqa: E402
 from engine.ops.gated import torch_gated_product  # noqa: E402
 from engine.ops.norm import Normed, torch_rms_norm  # noqa: E402
@@ -41,7 +40,6 @@ from engine.ops.triton import (  # noqa: E402
     norm,
     pdl,
     prepare,
-    ranks,
     recurrence,
     rope,
     sampling,
@@ -624,13 +622,3 @@ def test_gates(dtype: torch.dtype) -> None:
         for first in (False, True):
             ours = recurrence.gated_norm(x, gate, weight, 1e-5, parts, gate_first=first)
             assert close(ours, torch_gated_norm(x, gate, weight, 1e-5, parts, gate_first=first))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("size", [2, 3, 4])
-def test_parts_of_ranks_are_added_up_in_their_order(dtype: torch.dtype, size: int) -> None:
-    parts, bias = randn(size, 5, 411, dtype=dtype), randn(411, seed=1, dtype=torch.float32)
-    for given in (None, bias):
-        whole = ranks.add_up(parts, given)
-        assert torch.equal(whole, torch_add_up(parts, given))
-        assert torch.equal(ranks.add_up(parts[:, :1].contiguous(), given), whole[:1]), "bits depend on the batch"
