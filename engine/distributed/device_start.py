@@ -95,7 +95,7 @@ def _obstacle(given: Start, stand_in: str | None) -> str | None:
     if config.lora.enable:
         return f"{FLAG} {size} does not go with --enable-lora so far"
     if config.speculation.method is not None:
-        return f"{FLAG} {size}: ranks on GPUs speculate not so far ({config.speculation.method})"
+        return f"{FLAG} {size} does not go with drafts ({config.speculation.method}) on GPUs so far"
     if given.spec.bidirectional:
         return f"{FLAG} {size}: encoders are not divided over GPUs so far; one GPU or --device cpu serves them"
     if config.expert_parallel and not given.spec.experts:
