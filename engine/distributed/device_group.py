@@ -14,15 +14,8 @@ from engine.ops.ranks import RanksEndedError
 class RankedGroup(DeviceGroup):
     """A RankGroup (executor/cuda_group.py). gone: which rank has ended unasked, where one has."""
 
-    def __init__(
-        self,
-        ring: Ring,
-        collectives: Collectives,
-        *,
-        expert_parallel: bool = False,
-        gone: Callable[[], str | None] = lambda: None,
-    ) -> None:
-        super().__init__(collectives, expert_parallel=expert_parallel)
+    def __init__(self, ring: Ring, collectives: Collectives, gone: Callable[[], str | None] = lambda: None) -> None:
+        super().__init__(collectives)
         self.ring = ring
         self._gone = gone
 

@@ -34,7 +34,6 @@ def config_of(job: dict[str, Any]) -> EngineConfig:
         cuda=CudaOptions(**job["cuda"]),
         device="cuda",
         tensor_parallel_size=job["layout"]["size"],
-        expert_parallel=job["expert_parallel"],
     )
 
 
@@ -74,7 +73,7 @@ def _serve(job: dict[str, Any], ring: Any) -> None:
         collectives = TorchCollectives(job["meeting"], rank, size, torch.device("cuda", rank))
     else:
         layer, collectives = _stand_in(job["stand_in"], job["meeting"], rank, size)
-    group = RankedGroup(ring, collectives, expert_parallel=config.expert_parallel)
+    group = RankedGroup(ring, collectives)
     directory = Path(job["directory"])
     spec = dataclasses.replace(read_spec(directory), headless=job["headless"], projections=())
     report = StartupReport()

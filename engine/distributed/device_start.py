@@ -68,7 +68,6 @@ def _job(config: EngineConfig, given: Start) -> dict[str, Any]:
         **{name: dataclasses.asdict(each) for name, each in options.items()},
         "model": dataclasses.asdict(model),
         "device": "cuda",
-        "expert_parallel": config.expert_parallel,
         "directory": str(Path(given.directory).resolve()),
         "context": given.context,
         "headless": given.spec.headless,
@@ -98,9 +97,9 @@ def _obstacle(given: Start, stand_in: str | None) -> str | None:
         return f"{FLAG} {size} does not go with drafts ({config.speculation.method}) on GPUs so far"
     if given.spec.bidirectional:
         return f"{FLAG} {size}: encoders are not divided over GPUs so far; one GPU or --device cpu serves them"
-    if config.expert_parallel and not given.spec.experts:
-        return f"--enable-expert-parallel: {given.spec.architecture or 'this model'} has no experts"
-    return refuse(given.spec, size, expert_parallel=config.expert_parallel)
+    if config.expert_parallel:
+        return f"--enable-expert-parallel is for --device cpu so far: GPUs have a part of every expert each"
+    return refuse(given.spec, size)
 
 
 class _Leader:
@@ -143,8 +142,7 @@ class _Leader:
             else:
                 module, _, name = job["stand_in"].partition(":")
                 layer, self._collectives = getattr(importlib.import_module(module), name)(job["meeting"], 0, size)
-        options: dict[str, Any] = {"expert_parallel": given.config.expert_parallel}
-        group = RankedGroup(ring, self._collectives, gone=lambda: self._members.gone, **options)
+        group = RankedGroup(ring, self._collectives, gone=lambda: self._members.gone)
         make = functools.partial(LeadingExecutor, on_close=self.close)
         executor = cuda_start.start(given, cuda_start.Ranked(group, make), layer)
         assert isinstance(executor, LeadingExecutor)

@@ -167,13 +167,12 @@ class Machine:
         seed: int = 0,
         num_pages: int = 40,
         module: Callable[[FakeDevice], Any] | None = None,
-        expert_parallel: bool = False,
         load: Callable[[RankedGroup, Path | None], CausalLM] | None = None,
         memories: list[int] | None = None,
         **options: Any,
     ) -> None:
         self.size, self.seed, self.cuda_graph, self.num_pages = size, seed, cuda_graph, num_pages
-        self.module, self.expert_parallel, self.options, self.memories = module, expert_parallel, options, memories
+        self.module, self.options, self.memories = module, options, memories
         self.load = load or functools.partial(load_part, json.dumps(config or TINY))
         self.meeting = Meeting(size)
         layout = layout_of(size)
@@ -186,6 +185,7 @@ class Machine:
         self.executors: list[Any] = [None] * size
         self.rows: list[list[tuple[str, str]]] = [[] for _ in range(size)]
         self.errors: list[BaseException] = []
+        self._built = [threading.Event() for _ in range(size)]
         self.threads = [threading.Thread(target=self._follow, args=(rank,), daemon=True) for rank in range(1, size)]
         for thread in self.threads:
             thread.start()
@@ -194,6 +194,8 @@ class Machine:
         except BaseException:
             self.stop()
             raise
+        for rank in range(1, size):
+            assert self._built[rank].wait(PATIENCE_S), self.errors
 
     def _build(self, rank: int, make: Callable[..., Any]) -> Any:
         device = WorkingDevice(100 * self.seed + rank, (0.0, 0.3, 0.9)[(self.seed + rank) % 3])
@@ -201,7 +203,7 @@ class Machine:
             device.memory = self.memories[rank]
         self.devices[rank] = device
         self.collectives[rank] = FakeCollectives(self.meeting, rank, device)
-        group = RankedGroup(Ring(self.ranks[rank]), self.collectives[rank], expert_parallel=self.expert_parallel)
+        group = RankedGroup(Ring(self.ranks[rank]), self.collectives[rank])
 
         def load(directory: Path | None) -> CausalLM:
             return read_together(functools.partial(self.load, group), directory, group)
@@ -221,6 +223,7 @@ class Machine:
             **(given | self.options),
         )
         self.executors[rank] = executor
+        self._built[rank].set()
         return executor
 
     def _follow(self, rank: int) -> None:
