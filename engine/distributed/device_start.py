@@ -98,7 +98,7 @@ def _obstacle(given: Start, stand_in: str | None) -> str | None:
     if given.spec.bidirectional:
         return f"{FLAG} {size}: encoders are not divided over GPUs so far; one GPU or --device cpu serves them"
     if config.expert_parallel:
-        return f"--enable-expert-parallel is for --device cpu so far: GPUs have a part of every expert each"
+        return "--enable-expert-parallel is for --device cpu so far: GPUs have a part of every expert each"
     return refuse(given.spec, size)
 
 
