@@ -376,9 +376,9 @@ def _build_executor(
         raise StartupError("--enable-expert-parallel needs a --tensor-parallel-size of 2 or more")
     if config.tensor_parallel_size > 1:
         if device == "cuda":
-            raise StartupError(
-                f"--tensor-parallel-size {config.tensor_parallel_size} is for the CPU so far; --device cpu"
-            )
+            from engine.distributed import device_start
+
+            return device_start.start(given)
         from engine.distributed import start
 
         return start.start(given)

@@ -139,6 +139,9 @@ ALLOWED = {
 TORCH_ALLOWED = (
     "engine.build",
     "engine.kernels",
+    "engine.distributed.collectives",
+    "engine.distributed.device_rank",
+    "engine.distributed.device_start",
     "engine.distributed.leader",
     "engine.distributed.rank",
     "engine.distributed.start",

@@ -35,6 +35,12 @@ def main() -> int:
         return 0
     threading.Thread(target=_end_with_parent, name="parent", daemon=True).start()
     job = orjson.loads(line)
+    if job.get("device") == "cuda":
+        from engine.distributed import device_rank
+
+        status = device_rank.serve(job)
+        logging.shutdown()
+        os._exit(status)  # its device may wait for a rank that is gone, and so would a tidy end
     from engine.ops.ranks import RanksEndedError
 
     try:

@@ -7,7 +7,6 @@ on the device, metadata, sampled tokens. One waiter thread sleeps on events and 
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import logging
 import time
@@ -26,6 +25,7 @@ from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_drafter import Drafts
 from engine.executor.cuda_drafts import DraftSteps
 from engine.executor.cuda_draw import OpenSteps
+from engine.executor.cuda_group import RankGroup
 from engine.executor.cuda_memory import MovingMemory
 from engine.executor.cuda_mixed import MixedSteps
 from engine.executor.cuda_pages import LAYOUT_VERSION, DevicePages, PageCopier
@@ -50,7 +50,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
     attention: owns the KV memory, limits.num_pages + 1 pages. cuda_graph: lazy, start or off (cuda_graph.py).
     load: reads the model from a directory, None for where `model` came from. proposer: what drafts, where
     limits.max_draft_tokens is not 0; drafts: what drafts on the device, behind it. adapters: where the model has places
-    for any.
+    for any. group: of ranks, where this is one.
     """
 
     def __init__(
@@ -65,8 +65,12 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         proposer: Proposer | None = None,
         drafts: Drafts | None = None,
         adapters: DeviceAdapters | None = None,
+        group: RankGroup | None = None,
     ) -> None:
         super().__init__(model, limits, layer, attention, cuda_graph)
+        if group is not None:
+            self._group = group
+            self.graphs.agree = self.pieces.agree = group.agreed
         self._adapters = adapters
         self._copier: PageCopier | None = None
         if adapters is not None:
@@ -174,6 +178,10 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
                 await self._waiter.wait(side.done)
         except Exception as error:
             self._lose(error)
+        return self._settle(handle)
+
+    def _settle(self, handle: CudaHandle) -> ForwardOutput:
+        """What a step brought that the device is done with."""
         self._in_flight -= 1
         handle.keep.clear()
         handle.downloads.clear()
@@ -190,7 +198,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
             self._forget_drafts(handle)
             raise handle.error
         if not self._in_flight and self.graphs.next_wanted() is not None:
-            self._idle_timer = asyncio.get_running_loop().call_later(IDLE_SECONDS, self._capture_when_idle)
+            self._capture_later(IDLE_SECONDS)
         tokens = handle.side.result[: handle.num_rows]
         output = ForwardOutput(tokens, handle.step)
         for read in handle.readers:
@@ -269,7 +277,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         self._closed = True
         if self._idle_timer is not None:
             self._idle_timer.cancel()
-        self._waiter.close()
+        self._waiter.close(waits=self._lost is None)
         if self._profiler is not None:
             self.stop_profile()
         with self.layer.may_block():

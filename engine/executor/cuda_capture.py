@@ -13,7 +13,15 @@ from engine.executor.cuda_attention import choose_attention
 from engine.executor.cuda_buffers import Side
 from engine.executor.cuda_decode import DecodeSteps
 from engine.executor.cuda_graph import GraphKey
-from engine.executor.cuda_products import COUNTS, choose_codes, choose_experts, choose_products, choose_tiles
+from engine.executor.cuda_products import (
+    COUNTS,
+    choose_codes,
+    choose_experts,
+    choose_products,
+    choose_tiles,
+    of_words,
+    to_words,
+)
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DecodePlan
 
@@ -53,6 +61,7 @@ class Captures(DecodeSteps):
         if not self._moving.acquire(blocking=False):
             return
         try:
+            self._tell_capture(key)
             self._warm_up(key, capture=True)
         except Exception as error:
             self._judge(error)
@@ -60,7 +69,13 @@ class Captures(DecodeSteps):
         finally:
             self._moving.release()
         if self._lost is None and self.graphs.next_wanted() is not None:
-            self._idle_timer = asyncio.get_running_loop().call_later(0.0, self._capture_when_idle)
+            self._capture_later(0.0)
+
+    def _capture_later(self, seconds: float) -> None:
+        self._idle_timer = asyncio.get_running_loop().call_later(seconds, self._capture_when_idle)
+
+    def _tell_capture(self, key: GraphKey) -> None:
+        """Where ranks compute together: a decode step of padding rows of this key comes next, and its capture."""
 
     def choose_attention(self) -> list[int]:
         """See cuda_attention.py; before anything is captured. Blocks."""
@@ -73,16 +88,27 @@ class Captures(DecodeSteps):
 
     def choose_products(self) -> tuple[tuple[int, int], tuple[int, int]]:
         """See cuda_products.py: what choose_products and choose_tiles return; before anything is captured. Blocks."""
-        linears, mixtures, most = self.model.linears, self.model.mixtures, self.limits.max_num_batched_tokens
+        group, linears, mixtures = self._group, self.model.linears, self.model.mixtures
         if self._drafter is not None:
             drafting = self._drafter.net.weights
             linears, mixtures = [*linears, *drafting.linears], [*mixtures, *drafting.mixtures]
-        with self.layer.may_block(), self.layer.on(self._compute):
-            found = choose_products(linears, self.layer)
-            tiles = choose_tiles(linears, most, self.layer)
-            codes = choose_codes(linears, most, self.layer)
-            codes += choose_experts(mixtures, most, self.layer)
-            self.layer.synchronize_all()
+        found = tiles = (0, 0)
+        codes = 0
+        if group is None or group.rank == 0:
+            most = self.limits.max_num_batched_tokens
+            with self.layer.may_block(), self.layer.on(self._compute):
+                found = choose_products(linears, self.layer)
+                tiles = choose_tiles(linears, most, self.layer)
+                codes = choose_codes(linears, most, self.layer) + choose_experts(mixtures, most, self.layer)
+                self.layer.synchronize_all()
+        if group is not None:
+            # By one clock: a router must send a token to the same experts in every rank.
+            said = group.of_first(
+                [found, tiles, codes, *([to_words(one.ways) for one in of] for of in (linears, mixtures))]
+            )
+            found, tiles, codes, *ways = of_words(said)
+            for one, way in zip([*linears, *mixtures], (*ways[0], *ways[1]), strict=True):
+                one.ways = way
         # What was timed has left blocks in the graphs' pool that no graph of a step is as large as.
         self.graphs.clear()
         self._faster = [(linear.kind, linear.ways) for linear in self.model.linears]

@@ -82,6 +82,9 @@ class GraphCache:
         self._failed: set[GraphKey] = set()
         self._over = False
         self.num_replays = 0
+        # Where ranks compute together: whether a capture went well with all. A graph holds sums in which all meet, so
+        # that all have it or none; and where one captures no more, nobody does.
+        self.agree: Callable[[bool], bool] | None = None
         # Where adapters are served, there are graphs with and without them.
         self.families: tuple[bool, ...] = (False,)
 
@@ -131,10 +134,15 @@ class GraphCache:
     def capture(self, key: GraphKey, work: Callable[[], object]) -> Graph | None:
         """Capture `work` on the current stream. None where it cannot be had: such steps go on without."""
         self._wanted.pop(key, None)
+        graph, problem = None, None
         try:
             graph = self._layer.capture(work)
         except (torch.OutOfMemoryError, CaptureError) as error:
-            self.give_up(key, error)
+            problem = error
+        if self.agree is not None and not self.agree(problem is None):
+            problem = CapturesOver(str(problem or "another rank could not"))
+        if problem is not None:
+            self.give_up(key, problem)
             return None
         self._graphs[key] = graph
         return graph

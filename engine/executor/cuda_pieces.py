@@ -79,6 +79,8 @@ class Pieces:
         self._layer, self._attention = layer, attention
         # By size, and whether some row has an adapter.
         self._chains: dict[tuple[int, bool], Chain] = {}
+        # See GraphCache.
+        self.agree: Callable[[bool], bool] | None = None
         self._seen: set[tuple[int, bool]] = set()
         # Where the model computes so many rows of which some have adapters; the executor's, if it has any.
         self.adapting: Callable[[int], AbstractContextManager[None]] | None = None
@@ -134,15 +136,24 @@ class Pieces:
                     to[:size].copy_(source)
             layers[:] = attention.layers
 
+        parts: list[Graph] = []
+        problem: Exception | None = None
+        warm = False
         try:
             self._layer.launch(self._inputs.zero_)
             self._layer.launch(lambda: work(lambda: None))  # builds and loads the kernels, which a capture must not
+            warm = True
             parts = self._layer.capture_parts(work)
         except Exception as error:
-            if self._layer.is_lost(error):
+            # Sums in which other ranks wait may be missing.
+            if self._layer.is_lost(error) or (self.agree is not None and not warm):
                 raise
-            logger.warning("no CUDA graphs for steps of %d tokens with prompts: %s", size, error)
-            if isinstance(error, CapturesOver):
+            problem = error
+        if self.agree is not None and not self.agree(problem is None):
+            problem = CapturesOver(str(problem or "another rank could not"))
+        if problem is not None:
+            logger.warning("no CUDA graphs for steps of %d tokens with prompts: %s", size, problem)
+            if isinstance(problem, CapturesOver):
                 self._all = []
             self.sizes = [each for each in self.sizes if each != size and each in self._all]
             return

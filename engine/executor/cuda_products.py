@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -177,6 +177,20 @@ def choose_experts(mixtures: Iterable[Mixture], most_rows: int, layer: DeviceLay
         for mixture in group:
             mixture.ways = {**mixture.tiles, **tiles}, widen_from
     return len(groups)
+
+
+def to_words(ways: Any) -> Any:
+    """What the clock has found of a layer (`ways`), as JSON has it."""
+    if isinstance(ways, dict):
+        return {"": [[to_words(key), to_words(value)] for key, value in ways.items()]}
+    return [to_words(each) for each in ways] if isinstance(ways, tuple) else ways
+
+
+def of_words(words: Any) -> Any:
+    """The same again."""
+    if isinstance(words, dict):
+        return {of_words(key): of_words(value) for key, value in words[""]}
+    return tuple(of_words(each) for each in words) if isinstance(words, list) else words
 
 
 def _routed(mixture: Mixture, tokens: int, layer: DeviceLayer) -> tuple[Tensor, Tensor]:

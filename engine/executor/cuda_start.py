@@ -25,6 +25,7 @@ from engine.executor.cuda_buffers import widened
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_drafter import DeviceDrafter, Drafts
 from engine.executor.cuda_graph import graph_sizes
+from engine.executor.cuda_group import RankGroup
 from engine.executor.cuda_pieces import SIZES
 from engine.executor.drafting import Drafting, read_drafting
 from engine.executor.gpu_probe import has_xqa, stands_in
@@ -53,8 +54,24 @@ NO_DRAFTS = SpeculationOptions()
 SMALLER = "; lower --max-num-batched-tokens or --max-num-seqs"
 
 
-def start(given: Start) -> CUDAExecutor:
-    """Load the model onto the GPU, divide its memory, and say what was decided. Raises StartupError."""
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """One of several ranks that compute together, and what its executor is."""
+
+    group: RankGroup
+    make: Callable[..., CUDAExecutor]
+
+
+def least_of(ranked: Ranked | None) -> Callable[[int], int]:
+    """Of a number, the smallest that any rank has."""
+    return (lambda value: value) if ranked is None else ranked.group.least
+
+
+def start(given: Start, ranked: Ranked | None = None, layer: DeviceLayer | None = None) -> CUDAExecutor:
+    """Load the model onto the GPU, divide its memory, and say what was decided. Raises StartupError.
+
+    ranked: where all ranks call this, each on the GPU of its number. layer: what stands in for that in tests.
+    """
     config, report = given.config, given.report
     if config.deterministic:
         raise StartupError("--deterministic is not promised on a GPU yet")
@@ -65,17 +82,21 @@ def start(given: Start) -> CUDAExecutor:
 
         found = use_kit(Path(config.cuda.kernels), torch.cuda.get_device_capability(), torch.version.cuda)
         report.row("kernels", found)
-    layer, dtype = CudaDevice(nvtx=config.cuda.nvtx != "off"), pick_dtype(config.model.dtype)
-    other = stands_in(torch.cuda.get_device_capability(layer.device))
-    report.row("device", torch.cuda.get_device_name(layer.device) + ("" if other is None else f": {other}"))
+    dtype = pick_dtype(config.model.dtype)
+    if layer is None:
+        layer = CudaDevice(0 if ranked is None else ranked.group.rank, nvtx=config.cuda.nvtx != "off")
+        other = stands_in(torch.cuda.get_device_capability(layer.device))
+        name = torch.cuda.get_device_name(layer.device) + ("" if other is None else f": {other}")
+        report.row("device", name if ranked is None else f"{ranked.group.size} ranks, the first on {name}")
     report.row("dtype", str(dtype).removeprefix("torch."))
     report.row("deterministic", "no (GPU)")
     with report.phase("weights"):
         max_adapters = config.lora.max_loras if config.lora.enable else 0
-        read = given.loader(dtype=dtype, device=layer.device, max_adapters=max_adapters)
+        group = None if ranked is None else ranked.group
+        read = given.loader(dtype=dtype, device=layer.device, max_adapters=max_adapters, group=group)
 
         def load(other: Path | None) -> CausalLM:
-            model = read(other)
+            model = read(other) if group is None else read_together(read, other, group)
             if config.cuda.nvtx == "layers":
                 model.name_layers(layer.range)
             return model
@@ -118,7 +139,22 @@ def start(given: Start) -> CUDAExecutor:
             drafting=drafting,
             max_lora_rank=config.lora.max_lora_rank,
             max_lora_mib=config.lora.max_lora_mib,
+            ranked=ranked,
         )
+
+
+def read_together(read: Callable[[Path | None], CausalLM], other: Path | None, group: RankGroup) -> CausalLM:
+    """What all ranks have read, or none. Raises StartupError."""
+    model, failure = None, None
+    try:
+        model = read(other)
+    except StartupError as error:
+        failure = str(error)
+    except torch.OutOfMemoryError as error:
+        failure = f"the weights do not fit on GPU {group.rank}: {str(error).splitlines()[0]}"
+    group.together(failure)
+    assert model is not None
+    return model
 
 
 def coded_matrices(model: CausalLM) -> Counter[str]:
@@ -326,12 +362,14 @@ def build_cuda_executor(
     drafting: Drafting | None = None,
     max_lora_rank: int = 64,
     max_lora_mib: int | None = None,
+    ranked: Ranked | None = None,
 ) -> CUDAExecutor:
     """Measure, divide the memory, allocate; `row` gets the lines of the start-up table. Raises StartupError.
 
     load: see CUDAExecutor. speculation, drafting: what drafts, and what was read for it. module: what stands in for
-    `flashinfer` in tests.
+    `flashinfer` in tests. ranked: where this is one of several ranks, all of which call this with the same.
     """
+    least = least_of(ranked)
     kv_dtype = pick_kv_dtype(kv_cache_dtype, dtype)
     page_size = cache.page_size
     most = max(max_num_seqs, max_num_batched_tokens)
@@ -341,7 +379,7 @@ def build_cuda_executor(
     if model.config.has_state:
         each = state_bytes(model.config.states, dtype)
         with layer.may_block():
-            share = int(layer.free_memory() * (cache.memory_fraction or DEFAULT_MEMORY_SHARE))
+            share = least(int(layer.free_memory() * (cache.memory_fraction or DEFAULT_MEMORY_SHARE)))
         sequences, num_snapshots = plan_states(each, cache, max_num_seqs, share)
         state_memory = (sequences + num_snapshots) * each
         row("states", describe_states(each, sequences, num_snapshots, max_num_seqs))
@@ -414,7 +452,8 @@ def build_cuda_executor(
             wanted = int(share * free) - activations - workspace - graphs
         if cache.num_pages is None:
             wanted -= state_memory
-        num_pages = wanted // page_bytes - 1
+        # A page is in the memory of all ranks.
+        num_pages = least(wanted // page_bytes - 1)
         if num_pages < 1:
             raise StartupError(
                 f"no memory is left for the KV cache: {free / GIB:.2f} GiB are free after the weights, activations "
@@ -427,17 +466,12 @@ def build_cuda_executor(
         try:
             attention = attention_of(num_pages)
             limits = limits_of(num_pages)
-            executor = CUDAExecutor(
-                model,
-                limits,
-                layer,
-                attention,
-                cuda_graph=cuda_graph,
-                load=load,
-                proposer=proposer_of(speculation),
-                drafts=drafts_of(limits),
-                adapters=adapters,
-            )
+            options: dict[str, Any] = {"cuda_graph": cuda_graph, "load": load, "proposer": proposer_of(speculation)}
+            if ranked is None:
+                drafts = drafts_of(limits)
+                executor = CUDAExecutor(model, limits, layer, attention, drafts=drafts, adapters=adapters, **options)
+            else:
+                executor = ranked.make(model, limits, layer, attention, group=ranked.group, **options)
         except torch.OutOfMemoryError as error:
             what = "a KV cache with recurrent states" if state_memory else "a KV cache"
             what += f" of {kv_bytes / GIB:.2f} GiB"

@@ -23,6 +23,7 @@ from engine.executor.cuda_buffers import CudaHandle, Side, widened
 from engine.executor.cuda_device import DeviceLayer
 from engine.executor.cuda_drafter import DeviceDrafter
 from engine.executor.cuda_graph import GraphCache
+from engine.executor.cuda_group import RankGroup
 from engine.executor.cuda_pieces import Pieces
 from engine.executor.pooling import Pooler
 from engine.executor.tables import SlotTables
@@ -92,6 +93,8 @@ class DeviceState:
         self._idle_timer: asyncio.TimerHandle | None = None
         self._adapters: DeviceAdapters | None = None
         self._drafter: DeviceDrafter | None = None
+        # Of ranks that compute together, of which this is one.
+        self._group: RankGroup | None = None
         self._faster: list[tuple[str, Any]] = []
         self._faster_mixtures: list[tuple[object, Any]] = []
         # Held while memory moves, on another thread: no graph may be captured meanwhile.

@@ -42,10 +42,12 @@ class Waiter:
             with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
                 loop.call_soon_threadsafe(_settle, future, error)
 
-    def close(self) -> None:
+    def close(self, *, waits: bool = True) -> None:
+        """waits: for what it waits for."""
         if self._thread is not None:
             self._jobs.put(None)
-            self._thread.join(timeout=30.0)  # a device that hangs must not keep the process
+            # A device that hangs must not keep the process.
+            self._thread.join(timeout=30.0 if waits else 0.1)
             self._thread = None
 
 

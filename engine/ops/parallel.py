@@ -6,6 +6,7 @@ Made at load time (models/loading/slices.py), called by the executor's thread of
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -28,6 +29,14 @@ def share_of(count: int, rank: int, size: int) -> tuple[int, int]:
     return min(rank * each, count), min((rank + 1) * each, count)
 
 
+class Summing(Protocol):
+    """Where products are added up over the ranks; Ranks is one such."""
+
+    def sum(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """See Ranks.sum."""
+        ...
+
+
 class _Shared(Linear):
     """Stands for a whole layer; `own` is this rank's part."""
 
@@ -44,7 +53,7 @@ class _Shared(Linear):
 class SummedLinear(_Shared):
     """own: made of some columns of the weight. bias: float32 [out_features], or None."""
 
-    def __init__(self, own: Linear, bias: Tensor | None, ranks: Ranks) -> None:
+    def __init__(self, own: Linear, bias: Tensor | None, ranks: Summing) -> None:
         super().__init__(own, own.out_features)
         self._ranks = ranks
         self._sum_bias = bias
@@ -57,9 +66,9 @@ class SummedLinear(_Shared):
 class SharedEmbedding(_Shared):
     """own: `rows` from `first` on of a table of `count` rows."""
 
-    def __init__(self, own: Linear, first: int, count: int, ranks: Ranks) -> None:
+    def __init__(self, own: Linear, first: int, count: int, sums: Summing) -> None:
         super().__init__(own, count)
-        self._ranks = ranks
+        self._sums = sums
         self._first = first
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -69,7 +78,7 @@ class SharedEmbedding(_Shared):
         own = ids - self._first
         foreign = (own < 0) | (own >= self.own.out_features)
         found = self.own.rows(own.masked_fill(foreign, 0))
-        return self._ranks.sum(found.masked_fill_(foreign[:, None], 0.0))
+        return self._sums.sum(found.masked_fill_(foreign[:, None], 0.0))
 
 
 # Rank 0: hidden states [R, hidden], for which all ranks are to compute their part of logits.
@@ -81,6 +90,7 @@ class SharedOutput(SharedEmbedding):
 
     def __init__(self, own: Linear, first: int, count: int, ranks: Ranks, ask: Ask) -> None:
         super().__init__(own, first, count, ranks)
+        self._ranks = ranks
         self._ask = ask
         shares = [share_of(count, rank, ranks.size) for rank in range(ranks.size)]
         self._counts = [last - begin for begin, last in shares]

@@ -102,7 +102,19 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     from engine.ops.gated import TILES
     from engine.ops.sampling.layout import WORDS
     from engine.ops.skinny import BLOCKS
-    from engine.ops.triton import activation, drafts, experts, extras, gated, norm, prepare, rope, sampling, skinny
+    from engine.ops.triton import (
+        activation,
+        drafts,
+        experts,
+        extras,
+        gated,
+        norm,
+        prepare,
+        ranks,
+        rope,
+        sampling,
+        skinny,
+    )
 
     def empty(*shape: int, kind: torch.dtype = dtype) -> Tensor:
         return torch.empty(shape, dtype=kind)
@@ -112,6 +124,8 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     norm.rms_norm(x, empty(2048), 1e-5)
     norm.rms_norm(empty(rows * 32, 64), empty(64, kind=torch.float32), 1e-6)
     norm.add_rms_norm(x, empty(rows, 2048), empty(2048), 1e-5)
+    for size, bias in itertools.product((2, 4, 8), (None, empty(2048, kind=torch.float32))):
+        ranks.add_up(empty(size, rows, 2048), bias)
     for gelu in (False, True):
         activation.gate_and_mul(empty(rows, 16384), gelu=gelu)
     # What no GPU is served in is compiled less often.

@@ -355,7 +355,9 @@ class FakeDevice:
 
     def kernel(self, work: Callable[[], object]) -> None:
         """Something opaque to torch, a kernel of a library: noted by a capture, done otherwise."""
-        if self.recorder is not None:
+        if self._is_capturing:
+            # What another thread runs meanwhile is no part of it.
+            assert self.recorder is not None
             self.recorder.graph.operations.append(work)
             return
         with _disable_current_modes():

@@ -441,13 +441,30 @@ class SlicedWeights:
 
     def stacked(self, names: Sequence[str], rows: Sequence[int], *columns: int) -> Tensor:
         """See Source."""
-        return self._inner.stacked(names, rows, *columns)
+        pieces: list[tuple[str, int]] = []
+        once: list[bool] = []
+        for name, count in zip(names, rows, strict=True):
+            module, _, kind = name.rpartition(".")
+            found = [(f"{piece}.{kind}", own) for piece, own in self._pieces.get(module, [(module, count)])]
+            pieces += found
+            _, _, summed = self._plan.columns.get(module, (0, 0, True))
+            once += [kind == "bias" and not summed] * len(found)
+        counts = [count for _, count in pieces]
+        stack = self._inner.stacked([name for name, _ in pieces], counts, *columns)
+        if self._group.rank and any(once):
+            # The first rank adds them, for all.
+            for part, is_once in zip(stack.split_with_sizes(counts), once, strict=True):
+                if is_once:
+                    part.zero_()
+        return stack
 
     def experts(
         self, names: Sequence[str], count: int, rows: int, columns: int, *, order: Tensor | None = None
     ) -> Stack:
         """See Source."""
-        return self._inner.experts(names, count, rows, columns, order=order)
+        pieces = [piece for name in names for piece in self._pieces.get(name, [(name, rows)])]
+        [own] = {count for _, count in pieces}
+        return self._inner.experts([name for name, _ in pieces], count, own, columns, order=order)
 
     def linear(
         self,

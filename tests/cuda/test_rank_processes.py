@@ -1,0 +1,137 @@
+"""Ranks in processes of their own, by the start that GPUs have: real messages, real torch.distributed over gloo."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from engine.config import (
+    CacheOptions,
+    EngineConfig,
+    LoraOptions,
+    ModelOptions,
+    SchedulerOptions,
+    SpeculationOptions,
+    StartupError,
+)
+from engine.distributed import device_start
+from engine.distributed.device_executor import LeadingExecutor
+from engine.engine import Engine
+from engine.executor.start import Start
+from engine.forward import DeviceLostError
+from engine.models.registry import read_spec
+from engine.ops import native
+from engine.report import StartupReport
+from engine.request import FinishReason, Request, SamplingParams
+from tests.cuda.support import expected_tokens, requests_of, serve, tiny_directory, tiny_model
+from tests.distributed.test_processes import wait_until_gone
+
+STAND_IN = "tests.cuda.rank_process:stand_in"
+
+
+def given_of(size: int, **options: Any) -> Start:
+    given: dict[str, Any] = {
+        "model": ModelOptions(dtype="float32", load_format="dummy", seed=3),
+        "cache": CacheOptions(page_size=4, num_pages=40),
+        "scheduler": SchedulerOptions(max_num_seqs=4, max_num_batched_tokens=24),
+        "tensor_parallel_size": size,
+    }
+    config = EngineConfig(**(given | options))
+    directory = tiny_directory()
+    return Start(config, directory, read_spec(directory), 64, StartupReport())
+
+
+@contextmanager
+def started(given: Start) -> Iterator[LeadingExecutor]:
+    with mock.patch.object(native, "_disabled", 0):  # the ring is no part of the device
+        executor = device_start.start(given, STAND_IN)
+    try:
+        yield executor
+    finally:
+        executor.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+async def test_the_tokens_of_one_process(size: int) -> None:
+    given = given_of(size)
+    requests = requests_of(3)
+    with started(given) as executor:
+        pids = executor.rank_pids
+        assert len(pids) == size - 1
+        assert await serve(executor, requests) == [expected_tokens(tiny_model(), request) for request in requests]
+    wait_until_gone(pids)
+    rows = dict(given.report.rows)
+    assert all("KV cache" in rows[f"rank {rank}"] for rank in range(1, size))
+
+
+async def test_a_rank_that_is_killed_ends_the_engine_and_tells_its_streams() -> None:
+    with started(given_of(2)) as executor:
+        engine = Engine(EngineConfig(), executor, None)
+        loop_task = asyncio.create_task(engine.run())
+        params = SamplingParams(max_tokens=50, ignore_eos=True)
+        [rank] = executor.rank_pids
+        finish = None
+        async with engine.submit(Request("one", [5, 6, 7], params)) as stream:
+            async for delta in stream:
+                if finish is None and delta.token_ids:
+                    os.kill(rank, signal.SIGKILL)
+                finish = delta.finish_reason or finish
+        assert finish is FinishReason.ERROR
+        with pytest.raises(DeviceLostError):
+            await loop_task
+
+
+async def test_a_rank_that_is_killed_while_nothing_runs() -> None:
+    with started(given_of(2)) as executor:
+        engine = Engine(EngineConfig(), executor, None)
+        loop_task = asyncio.create_task(engine.run())
+        await asyncio.sleep(0)
+        os.kill(executor.rank_pids[0], signal.SIGKILL)
+        with pytest.raises(DeviceLostError):
+            await asyncio.wait_for(loop_task, 30)
+
+
+def test_what_the_ranks_cannot_read_is_one_line_of_the_start(tmp_path: Path) -> None:
+    given = given_of(2, model=ModelOptions(dtype="float32", load_format="auto", seed=3))
+    (tmp_path / "config.json").write_text((given.directory / "config.json").read_text())
+    given = dataclasses.replace(given, directory=tmp_path)
+    with pytest.raises(StartupError, match=str(tmp_path)), started(given):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"size": 3}, "--tensor-parallel-size 3: does not divide the 4 attention heads"),
+        ({"size": 65}, "--tensor-parallel-size 65 is more than 64"),
+        ({"lora": LoraOptions(enable=True)}, "--tensor-parallel-size 2 does not go with --enable-lora so far"),
+        (
+            {"speculation": SpeculationOptions("ngram")},
+            "--tensor-parallel-size 2 does not go with drafts .ngram. on GPUs",
+        ),
+        ({"expert_parallel": True}, "--enable-expert-parallel is for --device cpu so far"),
+    ],
+)
+def test_what_cannot_be_is_one_line(options: dict[str, Any], line: str) -> None:
+    size = options.pop("size", 2)
+    with pytest.raises(StartupError, match=line), started(given_of(size, **options)):
+        pass
+
+
+def test_ranks_need_gpus_and_nccl() -> None:
+    with pytest.raises(StartupError, match=r"--tensor-parallel-size 2: this machine has 0 GPUs$"):
+        device_start.start(given_of(2))
+    with mock.patch.object(torch.cuda, "device_count", lambda: 2):
+        nccl = mock.patch.object(torch.distributed, "is_nccl_available", lambda: False)
+        with nccl, pytest.raises(StartupError, match="needs NCCL, which this torch was built without"):
+            device_start.start(given_of(2))
