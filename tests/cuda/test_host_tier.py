@@ -291,9 +291,9 @@ def test_pages_there_and_back() -> None:
     executor.close()
 
 
-def test_servers_get_no_pages_from_a_gpu() -> None:
+def test_nobody_reads_pages_of_a_gpu_by_an_address() -> None:
     executor = executor_of("full", FakeDevice(1))
-    with pytest.raises(StartupError, match="in host memory alone so far"):
+    with pytest.raises(StartupError, match="these pages are on a GPU; the TcpConnector carries them"):
         executor.page_memory().regions()
     executor.close()
 

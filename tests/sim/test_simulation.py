@@ -104,6 +104,7 @@ def test_what_must_not_change_an_answer(first: int, record_property: Callable[[s
         for budgets in BUDGETS:
             assert answers(max_draft_tokens=6, draft_accuracy=0.9, budgets=budgets) == plain
         assert answers(eviction_policy="fifo") == plain
+        assert answers(transfer_rate=0.0) == plain
         assert answers(jump_ahead=False) == answers(jump_ahead=True) == plain
         for policy in POLICIES:
             assert answers(policy=policy) == plain

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -37,14 +36,6 @@ TROUBLES: dict[str, tuple[dict[str, Any], int]] = {
     "adapters": (ADAPTERS, 300),
     "tiered": (TIERED, 300),
 }
-
-
-@pytest.fixture(autouse=True)
-def quiet() -> Iterator[None]:
-    """Of each prompt whose pages are not had there is a line, and they are thousands."""
-    logging.disable(logging.WARNING)
-    yield
-    logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize("name", TROUBLES)
