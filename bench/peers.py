@@ -106,7 +106,7 @@ def servers(args: argparse.Namespace, file: Path, directory: Path | None) -> lis
             Server(
                 "transformers",
                 f"{args.transformers_python} -m transformers.cli.transformers serve {directory} --port {{port}} "
-                f"--device cpu --dtype bfloat16",
+                f"--device cpu --dtype {args.transformers_dtype}",
                 model=str(directory),
                 schema=None,
             )
@@ -182,6 +182,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--llamacpp-python", metavar="PATH")
     parser.add_argument("--llamacpp-command", metavar="COMMAND", help="with {port} and {file}")
     parser.add_argument("--transformers-python", metavar="PATH")
+    parser.add_argument(
+        "--transformers-dtype", default="float32", help="bfloat16 is many times slower there without AVX512-BF16"
+    )
     parser.add_argument("--command", action="append", default=[], metavar="NAME=COMMAND")
     parser.add_argument("--loads", nargs="+", choices=LOADS, default=list(LOADS))
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16, 64])
