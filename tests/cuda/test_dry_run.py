@@ -105,7 +105,7 @@ def test_nothing_is_found(scenario: str) -> None:
 
 
 def test_nothing_is_found_with_adapters() -> None:
-    """Rows of two adapters and of none, of experts and output layers, too; heads of latent attention a GPU has not."""
+    """Rows of two adapters and of none, of experts and output layers, too; not of heads of latent attention."""
     results = dry_run("adapters")
     assert len(results) == 4
     for result in results:
@@ -162,8 +162,8 @@ NODES = {
     "llama-3.2-1b:64:drafts": (9, 7),
     "qwen3-30b-a3b:1:plain": (11, 5),
     "qwen3-30b-a3b:64:plain": (13, 6),
-    # A model with places for adapters: rows of none, and rows of some, by two kernels for each of four products, one for
-    # the embedding, and three for the output layer, which may have outputs of an adapter's own.
+    # A model with places for adapters: rows of none, and rows of some, by two kernels for each of four products, one
+    # for the embedding, and three for the output layer, which may have outputs of an adapter's own.
     "llama-3.2-1b:1:plain+places": (6, 5),
     "llama-3.2-1b:1:plain+adapters": (17, 10),
     "llama-3.2-1b:64:plain+adapters": (17, 10),
