@@ -326,6 +326,10 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "tools": (["--tool-call-parser", "hermez"], "--tool-call-parser 'hermez' is not known: auto, none, apertus, "),
     "reasoning": (["--reasoning-parser", "x"], "--reasoning-parser 'x' is not known: auto, none, apertus, "),
     "two-models": (["/elsewhere"], "two models are named: '/elsewhere' and 'DIR'"),
+    "adapters": (
+        ["--enable-lora", "--max-lora-mib", "9"],
+        "--max-lora-mib is for GPUs: on a CPU an adapter takes what",
+    ),
     "deterministic": (["--deterministic", "--dtype", "float16"], "--deterministic cannot be promised here: "),
     "sequences": (
         ["--max-num-seqs", str(10**15), "--num-gpu-blocks-override", "8"],

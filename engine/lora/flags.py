@@ -132,6 +132,8 @@ def options_from(args: argparse.Namespace) -> LoraOptions:
         enable = bool(modules) or args.lora_root is not None
     if not enable and (modules or args.lora_root is not None):
         raise StartupError("--no-enable-lora and adapters (--lora-modules, --lora-root) exclude each other")
+    if not enable and args.max_lora_mib is not None:
+        raise StartupError("--max-lora-mib is the memory of adapters, and none are served (--enable-lora)")
     root = args.lora_root
     if root is None and enable:
         root = os.environ.get(_ROOT_VARIABLE) or None

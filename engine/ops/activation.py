@@ -140,3 +140,11 @@ def torch_gate_and_mul(x: Tensor, *, gelu: bool) -> Tensor:
     gate, up = x.float().chunk(2, dim=-1)
     activated = F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)
     return (activated * up).to(x.dtype)
+
+
+def activated(inner: Tensor, activation: str | Clamped) -> Tensor:
+    """[N, 2 * inner], gates first -> [N, inner]: by one of GATED_ACTIVATIONS, or clamped."""
+    if isinstance(activation, Clamped):
+        gate, up = inner.chunk(2, dim=1)
+        return clamped_and_mul(torch.stack((gate, up), 2).flatten(1), *activation)
+    return GATED_ACTIVATIONS[activation](inner)

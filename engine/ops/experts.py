@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.ops.activation import GATED_ACTIVATIONS, Clamped, by_rows, clamped_and_mul
+from engine.ops.activation import Clamped, activated, by_rows
 from engine.ops.device_coded import Codes, torch_numbers
 from engine.ops.lora import StackedSites
 from engine.ops.triton.runtime import on_gpu
@@ -112,14 +112,6 @@ def torch_mix_experts(
         inner = activated(product(x, gate_up, biases[0], number, above), activation)
         total.addcmul_(product(inner, down, biases[1], number, below).float(), spread[:, number, None])
     return total.to(x.dtype)
-
-
-def activated(inner: Tensor, activation: Activation) -> Tensor:
-    """[N, 2 * inner], gates first -> [N, inner]."""
-    if isinstance(activation, Clamped):
-        gate, up = inner.chunk(2, dim=1)
-        return clamped_and_mul(torch.stack((gate, up), 2).flatten(1), *activation)
-    return GATED_ACTIVATIONS[activation](inner)
 
 
 def matrix_of(stack: Stack, number: int, count: int) -> Tensor:

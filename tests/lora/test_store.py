@@ -195,6 +195,7 @@ async def test_names_that_were_found_make_room(tmp_path: Path) -> None:
         (["--max-loras", "2", "--max-loras-per-batch", "3"], "two words for one number"),
         (["--no-enable-lora", "--lora-modules", "a=b"], "exclude each other"),
         (["--lora-root", "/nothing/there"], "no such directory"),
+        (["--max-lora-mib", "100"], "none are served"),
         (["--enable-lora", "--max-loras", "9", "--max-cpu-loras", "8"], "less than the 9"),
         (["--max-loras", "1", "--lora-modules", '{"name": "a", "path": "b", "pinned": true}'], "at most 0"),
     ],

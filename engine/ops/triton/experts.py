@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engine.ops.activation import activated
 from engine.ops.triton.coded import widened
 from engine.ops.triton.coded_experts import multiply_codes
 from engine.ops.triton.gates import NONE, Pairs, gate_of, gated
@@ -329,8 +330,6 @@ def _with_adapters(
     adapted: Adapted,
 ) -> tuple[Tensor, Tensor]:
     """[pairs, inner] and [pairs, hidden]: gate and up wait for their adapters before the activation."""
-    from engine.ops.experts import activated
-
     above, below = (each.device for each in adapted)
     chosen = experts.shape[1]
     count = how[0]
