@@ -162,6 +162,7 @@ TORCH_ALLOWED = (
     "engine.speculation.eagle3",
     "engine.speculation.hidden",
     "engine.speculation.mtp",
+    "engine.speculation.nets",
     "engine.speculation.paged",
     "engine.demo",
     "bench",

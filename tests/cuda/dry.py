@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import inspect
 import itertools
 import json
@@ -434,6 +435,7 @@ def make_executor(
     from engine.speculation.base import Proposer
     from engine.speculation.prediction import Prediction
     from engine.speculation.registry import make_proposer
+    from tests.cuda.dry_drafts import drafts_of
     from tests.cuda.support import ALWAYS
 
     model = dummy_model(config, dtype, options.get("adapters", 0))
@@ -465,56 +467,13 @@ def make_executor(
     else:
         attention = flashinfer.Backend(model.attention_spec, decode=way, **given)
     if isinstance(options.get("drafts"), str):
-        proposer, drafts = Prediction(), drafts_of(options["drafts"], model, config, way, given)
+        small = functools.partial(dummy_model, {**config, "num_hidden_layers": 1})
+        proposer, drafts = Prediction(), drafts_of(options["drafts"], model, config, way, given, small)
     layer = DryDevice(options.get("ours", 0.5))
     adapters = DeviceAdapters(model, layer, 16, 512, 256) if limits.max_adapters else None  # type: ignore[arg-type]
     added: dict[str, Any] = {"proposer": proposer, "adapters": adapters, "cuda_graph": options.get("graph", "lazy")}
     added["drafts"] = drafts
     return CUDAExecutor(model, limits, layer, attention, **added)  # type: ignore[arg-type]
-
-
-def drafts_of(method: str, model: Any, config: dict[str, Any], way: str, given: dict[str, Any]) -> Any:
-    """What drafts on the device, with weights that have no numbers. method: of SpeculationOptions; drawn: a draft model
-    whose drafts are."""
-    from engine.executor.cuda_drafter import Drafts
-    from engine.models.loading.weights import DummyWeights, ShapeRecorder
-    from engine.ops.attention import flashinfer
-    from engine.ops.attention.device import DeviceAttention
-    from engine.speculation.eagle3 import Eagle3Head, read_eagle3
-    from engine.speculation.mtp import MtpHead, mtp_layout
-    from engine.speculation.nets import HeadNet, ModelNet, Net
-
-    given = {**given, "kv_dtype": None}
-    dtype, net = given["dtype"], None
-    made: Callable[[Any], Any] | None = None
-    if method in ("draft_model", "drawn"):
-        net = ModelNet(dummy_model({**config, "num_hidden_layers": 1}, dtype), None, DEVICE)
-    elif method == "eagle3":
-        with tempfile.TemporaryDirectory() as folder:
-            changes = {"architectures": ["LlamaForCausalLMEagle3"], "num_hidden_layers": 1, "draft_vocab_size": 500}
-            (Path(folder) / "config.json").write_text(json.dumps({**config, **changes}))
-            spec = read_eagle3(Path(folder), model.config)
-        made = lambda source: Eagle3Head(spec, source, model, {"layer": "midlayer.", "own": ""}, 1024)  # noqa: E731
-    else:
-        layout = mtp_layout(model.config)
-        assert layout is not None
-        made = lambda source: MtpHead(model.config, layout, source, model, {}, 1024)  # noqa: E731
-    if made is not None:
-        recorder = ShapeRecorder(dtype)
-        made(recorder)
-        head = made(DummyWeights(dtype, DEVICE, 0, recorder.shapes, None))
-        if method == "eagle3":
-            head.target_ids = head.target_ids.to(DEVICE)
-        net = HeadNet(head)
-    assert net is not None
-    own: Net = net
-
-    def by_torch() -> DeviceAttention:
-        return DeviceAttention(own.attention_spec, **given)
-
-    latent = own.attention_spec.common is None or way == "torch"
-    attention = by_torch() if latent else flashinfer.Backend(own.attention_spec, decode=way, **given)
-    return Drafts(own, attention, by_torch, 0, 1024, method == "drawn")
 
 
 def requests_of(changes: list[dict[str, Any]], vocab: int) -> list[Any]:

@@ -74,8 +74,7 @@ async def test_adapters_and_drafts_are_ordered(tmp_path: Path) -> None:
     assert not device.found and executor.counts["made"]
 
 
-@pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize(("attention", "seed"), [("torch", 1), ("xqa", 2), ("wrapper", 1)])
 async def test_rows_without_numbers(attention: str, seed: int) -> None:
     """Who says a token that is none to the model ends there; drafts of it hurt nobody."""
     requests = longer(requests_of(seed))
@@ -145,8 +144,18 @@ async def test_a_failed_step_is_computed_again(seed: int) -> None:
     assert counts["drafted"] > counts["accepted"] > counts["drafted"] - 10
 
 
-@pytest.mark.parametrize("attention", ["torch", "xqa", "wrapper"])
-@pytest.mark.parametrize("method", ["_launch_mixed", "_launch_decode", "_draw_open", "_launch_drafts"])
+@pytest.mark.parametrize(
+    ("method", "attention"),
+    [
+        ("_launch_mixed", "torch"),
+        ("_launch_mixed", "wrapper"),
+        ("_launch_decode", "xqa"),
+        ("_launch_decode", "wrapper"),
+        ("_draw_open", "torch"),
+        ("_launch_drafts", "torch"),
+        ("_launch_drafts", "xqa"),
+    ],
+)
 async def test_a_step_that_fails_at_any_launch_spoils_no_token(method: str, attention: str) -> None:
     requests = with_extras(extras=True)
     answers = await serve(make_executor(SMALL, attention=attention), requests)
