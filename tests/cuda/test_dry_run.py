@@ -60,6 +60,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
             "encoders",
             "adapters",
             "experts",
+            "ranks",
         ],
         cwd=ROOT,
         env=environment,
