@@ -158,7 +158,8 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         dest="tensor_parallel_size",
         type=count,
         metavar="N",
-        help="processes that compute the model together, each with its part of the weights and of the KV cache (CPU)",
+        help="processes that compute the model together, each with its part of the weights and of the KV cache, and "
+        "on GPUs each on one of its own",
     )
     device.add_argument(
         "--enable-expert-parallel",
@@ -166,7 +167,7 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         action="store_true",
         dest="expert_parallel",
         default=None,
-        help="with --tensor-parallel-size: each process has some experts whole, and not a part of each",
+        help="with --tensor-parallel-size on a CPU: each process has some experts whole, and not a part of each",
     )
     device.add_argument(
         "--deterministic",

@@ -60,14 +60,28 @@ class TorchCollectives:
         group = distributed.group.WORLD
         assert group is not None
         self._group: Any = group
+        if device.type == "cuda":
+            # Buffers that NCCL makes at a first use are there before the memory is divided.
+            with torch.inference_mode():
+                x = torch.zeros((size, 1), device=device)
+                self.gather(x.new_empty((size, size, 1)), x)
+                self.exchange(torch.empty_like(x), x)
+                torch.cuda.synchronize(device)
 
     def gather(self, out: Tensor, x: Tensor) -> None:
         """See Collectives."""
-        _gather(out.view(-1), x.view(-1), group=self._group)
+        _gather(out.view(-1), x.view(-1), group=self._live_group())
 
     def exchange(self, out: Tensor, x: Tensor) -> None:
         """See Collectives."""
-        distributed.all_to_all_single(out, x, group=self._group)
+        distributed.all_to_all_single(out, x, group=self._live_group())
+
+    def _live_group(self) -> Any:
+        """torch takes None for its default group, which would be the one that was aborted."""
+        group = self._group
+        if group is None:
+            raise RuntimeError("the ranks have ended")
+        return group
 
     def abort(self) -> None:
         """End what waits for others on the device, and the group; any thread, more than once."""

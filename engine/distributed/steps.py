@@ -60,13 +60,17 @@ def write_step(given: ForwardInput) -> tuple[list[Bytes], bool]:
     if given.pooled:
         rare["pooled"] = given.pooled
     text = orjson.dumps(rare, option=orjson.OPT_SERIALIZE_NUMPY) if rare else b""
-    parts: list[npt.NDArray[Any]] = [np.array([*head, len(text)], np.int64)]
-    parts += [getattr(given.staging, name)[:length] for name, length in _lengths(given).items()]
+    staging = given.staging
+    parts = [np.array([*head, len(text)], np.int64).view(np.uint8)]
+    # Most steps have most of them empty.
+    parts += [getattr(staging, name)[:length].view(np.uint8) for name, length in _lengths(given).items() if length]
     if masks is not None:
-        parts.append(masks.rows)
+        parts.append(masks.rows.view(np.uint8))
         if ready:
-            parts.append(masks.bits.reshape(-1))
-    return [*(part.view(np.uint8) for part in parts), np.frombuffer(text, np.uint8)], masks is not None and not ready
+            parts.append(masks.bits.reshape(-1).view(np.uint8))
+    if text:
+        parts.append(np.frombuffer(text, np.uint8))
+    return parts, masks is not None and not ready
 
 
 def _extras_words(extras: RowExtras) -> dict[str, Any]:
@@ -86,6 +90,8 @@ def read_step(message: Bytes, staging: Staging) -> ForwardInput:
     staging.reserve_table_diff(diffs)
     at = 8 * WORDS
     for name, length in _lengths(given).items():
+        if not length:
+            continue
         array = getattr(staging, name)
         end = at + length * array.dtype.itemsize
         array[:length].view(np.uint8)[:] = message[at:end]

@@ -100,6 +100,7 @@ class DeviceOutput(DeviceEmbedding):
         shares = [share_of(count, rank, sums.size) for rank in range(sums.size)]
         assert shares[sums.rank] == (first, first + own.out_features)
         self._group, self._each = sums, shares[0][1]
+        self._counts = [last - begin for begin, last in shares]
 
     def __call__(self, x: Tensor | Normed) -> Tensor:
         """[R, in_features] -> [R, out_features] of the same dtype, the same in every rank."""
@@ -108,7 +109,7 @@ class DeviceOutput(DeviceEmbedding):
             own = F.pad(own, (0, self._each - own.shape[1]))
         parts = own.new_empty((self._group.size, *own.shape))
         self._group.collectives.gather(parts, own.contiguous())
-        return parts.transpose(0, 1).reshape(own.shape[0], -1)[:, : self.out_features]
+        return torch.cat([parts[rank, :, :count] for rank, count in enumerate(self._counts)], 1)
 
 
 class DeviceGroup:

@@ -409,8 +409,18 @@ EXTRAS: list[dict[str, Any]] = [
 ]
 
 
-def dummy_model(config: dict[str, Any], dtype: torch.dtype, max_adapters: int = 0) -> Any:
-    """A model whose weights have no numbers."""
+def collectives_of(size: int) -> Any:
+    """Rank 0's, by torch.distributed's own operations and a backend that moves nothing."""
+    import torch.testing._internal.distributed.fake_pg  # registers it
+
+    from engine.distributed.collectives import TorchCollectives
+
+    with tempfile.TemporaryDirectory() as folder:
+        return TorchCollectives(str(Path(folder) / "meeting"), 0, size, torch.device("cpu"), "fake")
+
+
+def dummy_model(config: dict[str, Any], dtype: torch.dtype, max_adapters: int = 0, group: Any = None) -> Any:
+    """A model whose weights have no numbers. group: of ranks, whose first one's part it is."""
     from engine.models.loading.load import load_model
     from engine.models.loading.weights import DummyWeights
     from engine.models.registry import read_spec
@@ -421,6 +431,7 @@ def dummy_model(config: dict[str, Any], dtype: torch.dtype, max_adapters: int = 
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))
         options: dict[str, Any] = {"load_format": "dummy", "max_model_len": 1024, "max_adapters": max_adapters}
+        options["group"] = group
         return load_model(read_spec(directory), directory, dtype=dtype, device=DEVICE, **options)
 
 
@@ -438,7 +449,12 @@ def make_executor(
     from tests.cuda.dry_drafts import drafts_of
     from tests.cuda.support import ALWAYS
 
-    model = dummy_model(config, dtype, options.get("adapters", 0))
+    group = None
+    if options.get("ranks"):
+        from engine.ops.device_parallel import DeviceGroup
+
+        group = DeviceGroup(collectives_of(options["ranks"]))
+    model = dummy_model(config, dtype, options.get("adapters", 0), group)
     limits = Limits(
         max_num_seqs=options.get("rows", 8),
         max_num_batched_tokens=512,
@@ -521,6 +537,7 @@ def serve(
     adapters: int = 0,
     timed: bool = False,
     float8_inputs: bool = False,
+    ranks: int = 0,
 ) -> None:
     """Requests through the whole engine; steps of all kinds, eager and captured. timed: with the products that the
     device's clock says. float8_inputs: linear layers, which are e4m3, round theirs from four rows on."""
@@ -533,7 +550,9 @@ def serve(
     result: dict[str, Any] = {"name": name, "error": "", "attention": ""}
     try:
         with DryMode():
-            executor = make_executor(config, way, getattr(torch, dtype), kv_dtype, drafts=drafts, adapters=adapters)
+            executor = make_executor(
+                config, way, getattr(torch, dtype), kv_dtype, drafts=drafts, adapters=adapters, ranks=ranks
+            )
             given = adapters_of(executor) if adapters else [None]
             if timed:
                 executor.choose_products()
@@ -552,6 +571,9 @@ def serve(
                 result["drafting"] = executor._drafter.graphs.num_replays
             result["products"] = sorted({event.name for event in LOG.events[begin:] if "_multiply" in event.name})
             captured = {event.name for event in LOG.events[begin:] if event.captured}
+            collectives = [event for event in LOG.events[begin:] if event.name.startswith("c10d::")]
+            result["collectives"] = sorted({f"{event.name} {event.captured}" for event in collectives})
+            result["sums"] = sum(event.name == "_add_up" for event in LOG.events[begin:])
             result["captured_products"] = sorted(name for name in captured if "_multiply" in name)
             result["scaled"] = [
                 sum(event.name == "_scaled_mm" and event.captured is each for event in LOG.events[begin:])
@@ -816,6 +838,16 @@ def main(names: list[str]) -> None:
             with weights_of_codes("e4m3"):
                 given = ("codes and inputs e4m3", llama, "auto", "bfloat16", "auto", [{}, {"top_k": 5}])
                 serve(*given, float8_inputs=True)
+        elif name == "ranks":
+            from engine.ops import device_parallel
+
+            device_parallel.GATHER_BYTES = 1 << 12  # steps are small here
+            for size, architecture in ((2, "LlamaForCausalLM"), (4, "LlamaForCausalLM"), (2, "Qwen3MoeForCausalLM")):
+                config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+                config |= {"num_attention_heads": 8, "num_key_value_heads": 4}
+                title = f"{size} ranks of {architecture}"
+                serve(title, config, "auto", "bfloat16", "auto", [{}, {"top_p": 0.9}], ranks=size, timed=True)
+                torch.distributed.destroy_process_group()
         elif name == "experts":  # of codes
             for architecture, forms in CODED_EXPERTS.items():
                 config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}

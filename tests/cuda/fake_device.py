@@ -11,6 +11,7 @@ import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -290,7 +291,7 @@ class FakeDevice:
         try:
             # Python that issues work runs on the loop's thread alone, at once, and what it sets is there for the rest
             # of it; here other threads run it late, which must not be amid a capture's.
-            with self._lock, _device_code(), recorder:
+            with self._lock, self._code(), recorder:
                 work(cut)
         finally:
             self.recorder = None
@@ -376,6 +377,10 @@ class FakeDevice:
 
     # ---- the machine
 
+    def _code(self) -> AbstractContextManager[None]:
+        """Around whatever runs."""
+        return _device_code()
+
     def _on_loop(self) -> None:
         assert threading.get_ident() == self.loop_thread, "only the loop thread captures"
 
@@ -433,7 +438,7 @@ class FakeDevice:
             return False
         work = self.random.choice(ready).queue.popleft()
         try:
-            with _device_code():
+            with self._code():
                 work.run()
         except BaseException as error:
             self.error = error

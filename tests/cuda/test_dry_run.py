@@ -61,6 +61,7 @@ def everything() -> dict[str, list[dict[str, Any]]]:
             "adapters",
             "experts",
             "drafts",
+            "ranks",
         ],
         cwd=ROOT,
         env=environment,
@@ -133,6 +134,18 @@ def test_nothing_is_found_with_experts_of_codes() -> None:
         assert all(len(forms) == 2 for forms in result["mixtures"]) and result["mixtures"], result
         assert result["products"] == ["_multiply", "_multiply_codes"], result
         assert "_multiply_codes" in result["captured_products"], result
+
+
+def test_nothing_is_found_with_ranks() -> None:
+    """torch.distributed's own operations, in graphs, too; larger sums of four ranks go by shares of the rows, and every
+    one is added up by our kernel."""
+    results = dry_run("ranks")
+    assert len(results) == 3
+    for result in results:
+        assert not result["error"] and not result["findings"] and result["captured"] and result["sums"], result
+        assert "c10d::_allgather_base_ True" in result["collectives"], result
+        by_shares = any("alltoall" in each for each in result["collectives"])
+        assert by_shares == result["name"].startswith("4"), result
 
 
 def test_nothing_is_found_in_encoders() -> None:

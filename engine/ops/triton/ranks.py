@@ -20,22 +20,23 @@ def _add_up(
     parts_ptr,
     bias_ptr,
     out_ptr,
-    count,
+    rows,
     columns,
     RANKS: tl.constexpr,
     BIAS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < count
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = column < columns
+    at = tl.program_id(0).to(tl.int64) * columns + column
     overlap(PDL)
-    each = tl.cast(count, tl.int64)
+    each = tl.cast(rows, tl.int64) * columns
     total = tl.load(parts_ptr + at, mask=mask, other=0.0).to(tl.float32)
     for rank in tl.static_range(1, RANKS):
         total += tl.load(parts_ptr + rank * each + at, mask=mask, other=0.0).to(tl.float32)
     if BIAS:
-        total += tl.load(bias_ptr + at % columns, mask=mask, other=0.0)
+        total += tl.load(bias_ptr + column, mask=mask, other=0.0)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -44,12 +45,11 @@ def add_up(parts: Tensor, bias: Tensor | None = None) -> Tensor:
     assert parts.is_contiguous()
     ranks, rows, columns = parts.shape
     out = torch.empty((rows, columns), dtype=parts.dtype, device=parts.device)
-    count = rows * columns
-    _add_up[(triton.cdiv(count, BLOCK),)](
+    _add_up[(rows, triton.cdiv(columns, BLOCK))](
         parts,
         parts if bias is None else bias,
         out,
-        count,
+        rows,
         columns,
         RANKS=ranks,
         BIAS=bias is not None,
