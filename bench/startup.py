@@ -1,6 +1,7 @@
 """From starting the process to the first streamed token: `python -m bench.startup`.
 
-Prints each run: seconds until /health answers, and until the first piece of text of a streamed chat has arrived.
+Prints each run: seconds until /health answers, until the first piece of text of a streamed chat has arrived, and what
+`import torch` took alone in a process of its own right after: no start on torch is quicker.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import time
 import urllib.request
@@ -34,19 +36,32 @@ def first_text_seconds(server: Running) -> float:
     raise RuntimeError("the stream ended without text")
 
 
+def import_seconds() -> float:
+    """Of a process that imports torch and nothing else."""
+    begin = time.perf_counter()
+    subprocess.run([sys.executable, "-c", "import torch"], check=True)
+    return time.perf_counter() - begin
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.startup", description=__doc__)
     parser.add_argument("--flags", default="", help="for the server")
     parser.add_argument("--runs", type=int, default=5)
     args = parser.parse_args(argv)
-    totals = []
+    totals, shares = [], []
     for _ in range(args.runs):
         with running(args.flags) as server:
             first = first_text_seconds(server)
             totals.append(server.exec_to_ready_s + first)
-            print(f"ready after {server.exec_to_ready_s:.2f} s, first text {first:.2f} s later: {totals[-1]:.2f} s")
-    print(f"start to first streamed token: median {statistics.median(totals):.2f} s of {args.runs} runs")
+        alone = import_seconds()
+        shares.append(alone / totals[-1])
+        line = f"ready after {server.exec_to_ready_s:.2f} s, first text {first:.2f} s later: {totals[-1]:.2f} s"
+        print(f"{line}; importing torch alone {alone:.2f} s", flush=True)
+    print(
+        f"start to first streamed token: median {statistics.median(totals):.2f} s of {args.runs} runs, "
+        f"{100 * statistics.median(shares):.0f}% of it the import of torch"
+    )
     return 0
 
 
