@@ -40,7 +40,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         "get_device_capability": lambda *args: (9, 0),
     }.items():
         monkeypatch.setattr(torch.cuda, name, answer)
-    monkeypatch.setattr(cuda_start, "CudaDevice", lambda nvtx: FakeDevice(1, 0.3))
+    monkeypatch.setattr(cuda_start, "CudaDevice", lambda number, nvtx: FakeDevice(1, 0.3))
     with native.disabled():
         yield
 
