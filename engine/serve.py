@@ -158,18 +158,20 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
         if deadline is not None:
             deadline.within(seconds + LEAVE_S)
 
+    code = 1  # also where it could not listen
     try:
         async with contextlib.AsyncExitStack() as stack:
             app = build_app(engine, model, config.server)
             if config.server.trace_file is not None:
                 await stack.enter_async_context(TraceFile(config.server.trace_file).running(engine.recorder))
             await serve(app, engine, config.server, on_listening=on_listening, stop=stop, on_leaving=on_leaving)
+        code = 0
     finally:
         watchdog.close()
         failure = loop_task.exception() if loop_task.done() and not loop_task.cancelled() else None
         if deadline is not None:
             # Everybody is told and everything is written: what is still at work, works for nobody.
-            deadline.within(LEAVE_S, code=0 if failure is None else 1)
+            deadline.within(LEAVE_S, code=code if failure is None else 1)
         loop_task.cancel()
         await asyncio.wait({loop_task})
         assert engine.tokenizer is not None

@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ import pytest
 
 from bench.server import free_port
 from engine.build import build_engine
+from engine.config import StartupError
 from engine.executor.base import StepHandle
 from engine.flags import parse
 from engine.forward import DeviceLostError, ForwardOutput
 from engine.serve import _run
+from engine.watchdog import EXIT_CODE, Deadline
 
 
 @pytest.fixture
@@ -88,6 +91,19 @@ async def test_a_stop_is_told_and_waits_for_no_text(caplog: pytest.LogCaptureFix
     assert told == ["stopping: no requests are running", "stopped"]
     with pytest.raises(RuntimeError, match="after shutdown"):
         built.engine.tokenizer.pool.submit(print)
+
+
+@pytest.mark.usefixtures("collector_as_before")
+async def test_where_it_cannot_listen_the_end_is_a_failure_however_it_comes() -> None:
+    """Also by the deadline, where what was built does not end."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        config, _ = parse(["--port", str(port), "--device", "cpu", "--threads", "1"])
+        deadline, told = Deadline(), list[int]()
+        deadline.within = lambda seconds, code=EXIT_CODE: told.append(code)  # type: ignore[method-assign]
+        with pytest.raises(StartupError, match="the address is in use"):
+            await _run(config, build_engine(config), deadline)
+    assert told == [1]
 
 
 @pytest.mark.parametrize("stuck", ["CPUExecutor._run = lambda *_: time.sleep(1e6)", "CPUExecutor.close = blocks"])

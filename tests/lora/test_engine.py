@@ -161,8 +161,11 @@ async def test_while_weights_are_exchanged_nobody_else_touches_adapters(
         loading = asyncio.create_task(engine.load_weights(tmp_path / "base"))
         await asyncio.to_thread(begun.wait, 20)
         waiting = asyncio.create_task(use("a2"))
-        while not engine.scheduler.num_waiting:
+        for _ in range(4000):
+            if engine.scheduler.num_waiting:
+                break
             await asyncio.sleep(0.005)
+        assert engine.scheduler.num_waiting == 1
         for _ in range(10):
             await asyncio.sleep(0)
         assert not dropped
