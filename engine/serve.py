@@ -154,11 +154,15 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     # A failed engine has nothing left to serve: what is connected gets its error event, then the process ends.
     loop_task.add_done_callback(lambda _: stop.set())
 
+    has_served = False
+
     def on_leaving(seconds: float) -> None:
+        nonlocal has_served
+        has_served = True
         if deadline is not None:
             deadline.within(seconds + LEAVE_S)
 
-    code = 1  # also where it could not listen
+    code = 1
     try:
         async with contextlib.AsyncExitStack() as stack:
             app = build_app(engine, model, config.server)
@@ -169,7 +173,8 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     finally:
         watchdog.close()
         failure = loop_task.exception() if loop_task.done() and not loop_task.cancelled() else None
-        if deadline is not None:
+        # Where it could not listen, the line that says why comes first, however long the end takes.
+        if deadline is not None and has_served:
             # Everybody is told and everything is written: what is still at work, works for nobody.
             deadline.within(LEAVE_S, code=code if failure is None else 1)
         loop_task.cancel()

@@ -432,14 +432,11 @@ async def test_sleep_lets_go_and_wakes_up_able(pair: tuple[Live, Live]) -> None:
     assert exchange_of(decode).tally.hit_tokens == hits + 96
 
 
-async def test_nobody_waits_for_room_that_never_comes(pair: tuple[Live, Live]) -> None:
+async def test_nobody_waits_for_room_that_never_comes() -> None:
     """A prompt of more than half of all pages; others, behind it, would wait as well."""
-    prefill, _ = pair
-    prompt = prompt_of(98, 400)
-    params = await prefilled(prefill, prompt)
-    async with live(
-        num_pages=40, transfer=TransferOptions("TcpConnector", receive_timeout_s=3600.0), weights=weights
-    ) as decode:
+    prompt, patient = prompt_of(98, 400), TransferOptions("TcpConnector", receive_timeout_s=3600.0)
+    async with apart() as prefill, live(num_pages=40, transfer=patient, weights=weights) as decode:
+        params = await prefilled(prefill, prompt)
         body = {"prompt": prompt, "max_tokens": 2, "temperature": 0}
         status, answer = await decode.post("/v1/completions", {**body, "kv_transfer_params": params})
         assert status == 200 and failures(decode) == {"room": 1}
