@@ -117,6 +117,11 @@ def servers(args: argparse.Namespace, file: Path, directory: Path | None) -> lis
     return found
 
 
+def seed_of(load: str, concurrency: int, number: int) -> int:
+    """Of one round: prompts that no other round has, or servers that keep prompts would not compute them again."""
+    return (list(LOADS).index(load) * 10_000 + concurrency) * 1000 + number
+
+
 def one_round(server: Server, port: int, load: str, concurrency: int, seed: int) -> tuple[float, float]:
     """(output tokens a second, share of answers that are JSON) of one load. Raises RuntimeError if a request failed."""
     words = ["--port", str(port), "--endpoint", "chat", "--disable-tqdm", "--seed", str(seed), *LOADS[load].split()]
@@ -237,7 +242,7 @@ def _measure(found: Sequence[tuple[Server, Running]], args: argparse.Namespace) 
             for number in range(args.rounds + 1):
                 for each, up in able:
                     few = concurrency if number else min(concurrency, 2)  # the first round warms all up
-                    rate, valid[each.name] = one_round(each, up.port, load, few, number)
+                    rate, valid[each.name] = one_round(each, up.port, load, few, seed_of(load, concurrency, number))
                     if number:
                         rates[each.name].append(rate)
             for each, _ in able:

@@ -327,7 +327,9 @@ class Engine(Resting):
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
                 if not in_flight:
-                    if dropped := scheduler.take_dropped():
+                    # Not while another thread has the device: whatever comes meanwhile wakes this loop.
+                    is_ours = not (self._loading or self.sleep_level)
+                    if is_ours and (dropped := scheduler.take_dropped()):
                         executor.drop_adapters(dropped)
                     if scheduler.is_empty:
                         self._check_books()

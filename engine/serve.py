@@ -154,22 +154,29 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     # A failed engine has nothing left to serve: what is connected gets its error event, then the process ends.
     loop_task.add_done_callback(lambda _: stop.set())
 
+    has_served = False
+
     def on_leaving(seconds: float) -> None:
+        nonlocal has_served
+        has_served = True
         if deadline is not None:
             deadline.within(seconds + LEAVE_S)
 
+    code = 1
     try:
         async with contextlib.AsyncExitStack() as stack:
             app = build_app(engine, model, config.server)
             if config.server.trace_file is not None:
                 await stack.enter_async_context(TraceFile(config.server.trace_file).running(engine.recorder))
             await serve(app, engine, config.server, on_listening=on_listening, stop=stop, on_leaving=on_leaving)
+        code = 0
     finally:
         watchdog.close()
         failure = loop_task.exception() if loop_task.done() and not loop_task.cancelled() else None
-        if deadline is not None:
+        # Where it could not listen, the line that says why comes first, however long the end takes.
+        if deadline is not None and has_served:
             # Everybody is told and everything is written: what is still at work, works for nobody.
-            deadline.within(LEAVE_S, code=0 if failure is None else 1)
+            deadline.within(LEAVE_S, code=code if failure is None else 1)
         loop_task.cancel()
         await asyncio.wait({loop_task})
         assert engine.tokenizer is not None

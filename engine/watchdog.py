@@ -25,6 +25,8 @@ logger = logging.getLogger("oneloop.watchdog")
 # For the loop to tell every stream and to end by itself, before the process ends without it.
 GRACE_S = 5.0
 EXIT_CODE = 70
+# "Never", as timers can count it: in nanoseconds of 64 bits.
+_MOST_S = 1e9
 LOOKS_PER_TIMEOUT = 4
 
 
@@ -101,7 +103,7 @@ class Deadline:
     def within(self, seconds: float, code: int = EXIT_CODE) -> None:
         """From now on; the earliest of several counts. code: of a process that it has to end."""
         with self._changed:
-            self._at, self._code = min(self._at, time.monotonic() + seconds), code
+            self._at, self._code = min(self._at, time.monotonic() + min(seconds, _MOST_S)), code
             if self._end is os._exit:
                 # The stacks, and then what the signal does by default.
                 with contextlib.suppress(OSError, ValueError):

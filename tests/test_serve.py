@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -17,10 +18,12 @@ import pytest
 
 from bench.server import free_port
 from engine.build import build_engine
+from engine.config import StartupError
 from engine.executor.base import StepHandle
 from engine.flags import parse
 from engine.forward import DeviceLostError, ForwardOutput
 from engine.serve import _run
+from engine.watchdog import Deadline
 
 
 @pytest.fixture
@@ -88,6 +91,17 @@ async def test_a_stop_is_told_and_waits_for_no_text(caplog: pytest.LogCaptureFix
     assert told == ["stopping: no requests are running", "stopped"]
     with pytest.raises(RuntimeError, match="after shutdown"):
         built.engine.tokenizer.pool.submit(print)
+
+
+@pytest.mark.usefixtures("collector_as_before")
+async def test_where_it_cannot_listen_no_deadline_comes_before_the_line_that_says_why() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        config, _ = parse(["--port", str(port), "--device", "cpu", "--threads", "1"])
+        deadline = Deadline()
+        with pytest.raises(StartupError, match="the address is in use"):
+            await _run(config, build_engine(config), deadline)
+    assert deadline._thread is None
 
 
 @pytest.mark.parametrize("stuck", ["CPUExecutor._run = lambda *_: time.sleep(1e6)", "CPUExecutor.close = blocks"])

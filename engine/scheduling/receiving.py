@@ -44,6 +44,17 @@ class Receiving(Residents):
         while self._who_waits and self._who_waits[0][0] <= self._committed_step:
             self._who_waits.popleft()[1]()
 
+    def may_receive(self, sequence: Sequence, num_pages: int) -> bool:
+        """Whether `receive` could be had of so many pages if nobody else had any: else nothing is to be waited for."""
+        cache = self.kv_cache
+        pages = cache.begin(sequence.matchable_ids, sequence.request.cache_root)
+        cache.skip(pages, num_pages)
+        missing = sum(max(0, num_pages - len(own)) for own in pages.lists)
+        cache.release(pages, (), 0)
+        return not missing or (
+            missing <= int(self.limits.num_pages * RECEIVED_SHARE) and self.limits.num_snapshots != 0
+        )
+
     def receive(self, sequence: Sequence, num_pages: int | None = None) -> SequencePages | None:
         """Pages for the whole pages of its prompt, or the first num_pages, those that are cached first:
         pages.num_shared of them; in groups with a window for what the end sees, and of a recurrent state a snapshot

@@ -11,6 +11,7 @@ import contextlib
 import errno
 import logging
 import os
+import re
 import struct
 import threading
 import time
@@ -31,6 +32,8 @@ _MAGIC = b"oneloop kv page\0"
 # magic, the page's name, its bytes, their CRC-32
 _HEADER = struct.Struct("<16s32sQI4x")
 _SUFFIX = ".page"
+# What else is in the directory is somebody's.
+_OURS = re.compile(rf"[0-9a-f]{{2}}/[0-9a-f]{{62}}{re.escape(_SUFFIX)}")
 # Left behind by a server that was killed amid a write.
 _TEMPORARY, _STALE_S = ".part", 3600.0
 # After a write that failed (a full disk), none is tried for so long.
@@ -169,7 +172,7 @@ class PageStore:
                 for file in os.scandir(folder.path):
                     with contextlib.suppress(FileNotFoundError):
                         status = file.stat(follow_symlinks=False)
-                        if file.name.endswith(_SUFFIX):
+                        if _OURS.fullmatch(f"{folder.name}/{file.name}"):
                             found.append((status.st_mtime, f"{folder.name}/{file.name}", status.st_size))
                         elif file.name.endswith(_TEMPORARY) and status.st_mtime < stale:
                             os.unlink(file.path)

@@ -436,6 +436,8 @@ class PageExchange:
             raise TransferError("missing", "kv_transfer_params do not say where they are")
         self.tally.queried_tokens += sequence.num_prompt_tokens
         ends_at = self._clock.now() + self.options.receive_timeout_s
+        if not self._scheduler.may_receive(sequence, end):
+            raise TransferError("room", "it is more than may be received at once")
         try:
             async with asyncio.timeout(self.options.receive_timeout_s):
                 async with self._room:

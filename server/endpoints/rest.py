@@ -20,8 +20,10 @@ async def pause(request: web.Request) -> web.Response:
     mode, clear = _read_mode(request), request.query.get("clear_cache", "false").lower()
     if clear not in ("true", "false"):
         raise invalid("clear_cache", "must be true or false")
-    await request.app[STATE].engine.pause(mode)
-    if clear == "true" and not request.app[STATE].engine.forget_held():
+    engine = request.app[STATE].engine
+    await engine.pause(mode)
+    # Asleep it has nothing cached.
+    if clear == "true" and not engine.sleep_level and not engine.forget_held():
         raise ApiError(409, "The engine is paused, but pages are being carried: the cache is not cleared.")
     return json_response({"status": "paused"})
 

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bench.peers import as_bfloat16, picture, servers
+from bench.datasets import Source
+from bench.peers import LOADS, as_bfloat16, picture, seed_of, servers
+from bench.serve import make_jobs, parse
 
 gguf = pytest.importorskip("gguf")
 
@@ -48,6 +50,20 @@ def test_servers(tmp_path: Path) -> None:
     assert llamacpp.command is not None and "--interrupt_requests false" in llamacpp.command
     assert own.command == f"ls {tmp_path}/m.gguf {{port}}"
     assert (other.name, other.command) == ("other", f"run {tmp_path} {{port}}")
+
+
+def test_no_round_has_prompts_of_another() -> None:
+    """All servers are up for the whole run, and some of them remember."""
+    prompts = [
+        job.turns[0]
+        for load in LOADS
+        for concurrency in (1, 4, 16)
+        for number in range(3)
+        for job in make_jobs(
+            parse(["--endpoint", "chat", *LOADS[load].split()]), Source(), 20, seed_of(load, concurrency, number)
+        )
+    ]
+    assert len({str(prompt)[:100] for prompt in prompts}) == 36 * 20 - 9 * 19  # of the shared ones the beginning
 
 
 def test_picture(tmp_path: Path) -> None:

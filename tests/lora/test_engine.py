@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -87,8 +90,9 @@ async def test_more_adapters_than_places_with_and_without_drafts(tmp_path: Path)
     assert all(one != other for at, one in enumerate(firsts) for other in firsts[:at])
 
 
-async def test_an_adapter_that_is_unloaded_gives_its_memory_back_at_once(tmp_path: Path) -> None:
-    """No step follows: the loop is idle, before and after."""
+@asynccontextmanager
+async def served(tmp_path: Path) -> AsyncIterator[tuple[Engine, CPUExecutor, Callable[[str], Awaitable[Any]]]]:
+    """Adapters a1 and a2 in files, and a call that uses one of them for one step and returns its weights."""
     make_checkpoint(tmp_path / "base", "Llama")
     model = load(tmp_path / "base", max_adapters=2)
     layers = model.adapted
@@ -101,27 +105,70 @@ async def test_an_adapter_that_is_unloaded_gives_its_memory_back_at_once(tmp_pat
     cache = CacheOptions(num_pages=limits.num_pages, page_size=PAGE)
     config = EngineConfig(cache=cache, lora=LoraOptions(enable=True, max_loras=2, root=str(root)))
     engine = Engine(config, executor, None)
-    assert engine.adapters is not None
     task = asyncio.create_task(engine.run())
 
-    async def used(name: str) -> weakref.ref[Any]:
-        """By a request of one step."""
+    async def use(name: str) -> Any:
+        assert engine.adapters is not None
         adapter = await engine.adapters.get(name)
         params = SamplingParams(max_tokens=1, temperature=0.0)
         async with engine.submit(Request(name, prompts_of([7])[0], params, adapter=adapter)) as stream:
             assert (await stream.collect()).error is None
-        return weakref.ref(next(iter(adapter.weights.branches.values())))
+        return adapter.weights
 
-    first, second = await used("a1"), await used("a2")
-    steps = engine.metrics.num_steps
-    site = next(iter(layers.sites.values()))
-    assert len(site.branches) == 2
-    await engine.adapters.unload("a2")
-    for _ in range(10):
-        await asyncio.sleep(0)
-    gc.collect()
-    assert second() is None and first() is not None and len(site.branches) == 1
-    assert engine.metrics.num_steps == steps
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    executor.close()
+    try:
+        yield engine, executor, use
+    finally:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        executor.close()
+
+
+async def test_an_adapter_that_is_unloaded_gives_its_memory_back_at_once(tmp_path: Path) -> None:
+    """No step follows: the loop is idle, before and after."""
+    async with served(tmp_path) as (engine, executor, use):
+
+        async def used(name: str) -> weakref.ref[Any]:
+            return weakref.ref(next(iter((await use(name)).branches.values())))
+
+        first, second = await used("a1"), await used("a2")
+        steps = engine.metrics.num_steps
+        assert engine.adapters is not None and executor._adapted is not None
+        site = next(iter(executor._adapted.sites.values()))
+        assert len(site.branches) == 2
+        await engine.adapters.unload("a2")
+        for _ in range(10):
+            await asyncio.sleep(0)
+        gc.collect()
+        assert second() is None and first() is not None and len(site.branches) == 1
+        assert engine.metrics.num_steps == steps
+
+
+async def test_while_weights_are_exchanged_nobody_else_touches_adapters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another thread has them in its hands; a request that comes meanwhile wakes the loop."""
+    async with served(tmp_path) as (engine, executor, use):
+        await use("a1")
+        dropped: list[list[int]] = []
+        begun, go = threading.Event(), threading.Event()
+
+        def slow(directory: Path) -> None:
+            begun.set()
+            assert go.wait(20)
+
+        monkeypatch.setattr(executor, "load_weights", slow)
+        monkeypatch.setattr(executor, "drop_adapters", dropped.append)
+        loading = asyncio.create_task(engine.load_weights(tmp_path / "base"))
+        await asyncio.to_thread(begun.wait, 20)
+        waiting = asyncio.create_task(use("a2"))
+        for _ in range(4000):
+            if engine.scheduler.num_waiting:
+                break
+            await asyncio.sleep(0.005)
+        assert engine.scheduler.num_waiting == 1
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not dropped
+        go.set()
+        await loading
+        await waiting

@@ -477,6 +477,9 @@ async def test_a_pause_that_clears_the_cache(server: Live) -> None:
             assert response.status == 200
         answer = await server.complete(prompt, max_tokens=1)
         assert answer["usage"].get("prompt_tokens_details", {}).get("cached_tokens", 0) == cached
+    for path in ("/sleep?level=1", "/pause?clear_cache=true", "/wake_up", "/resume"):
+        async with server.http.post(server.url + path) as response:
+            assert response.status == 200, path
     async with server.http.post(server.url + "/pause?clear_cache=7") as response:
         assert check_shape(response.status, await response.json(), expected=400)["param"] == "clear_cache"
 

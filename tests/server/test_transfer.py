@@ -432,6 +432,21 @@ async def test_sleep_lets_go_and_wakes_up_able(pair: tuple[Live, Live]) -> None:
     assert exchange_of(decode).tally.hit_tokens == hits + 96
 
 
+async def test_nobody_waits_for_room_that_never_comes() -> None:
+    """A prompt of more than half of all pages; others, behind it, would wait as well."""
+    prompt, patient = prompt_of(98, 400), TransferOptions("TcpConnector", receive_timeout_s=3600.0)
+    async with apart() as prefill, live(num_pages=40, transfer=patient, weights=weights) as decode:
+        params = await prefilled(prefill, prompt)
+        body = {"prompt": prompt, "max_tokens": 2, "temperature": 0}
+        status, answer = await decode.post("/v1/completions", {**body, "kv_transfer_params": params})
+        assert status == 200 and failures(decode) == {"room": 1}
+        assert answer["choices"][0]["text"] == (await prefill.complete(**body))["choices"][0]["text"]
+        assert exchange_of(decode).tally.recomputed_tokens == 384
+        # With its beginning there, the rest may come.
+        status, _ = await decode.post("/v1/completions", {**body, "kv_transfer_params": params})
+        assert status == 200 and failures(decode) == {"room": 1}
+
+
 async def test_the_server_says_how_its_exchange_stands(pair: tuple[Live, Live]) -> None:
     prefill, decode = pair
     params = await prefilled(prefill, prompt_of(99))

@@ -153,6 +153,21 @@ def test_what_a_killed_writer_left_behind_goes_after_an_hour(tmp_path: Path) -> 
     assert young.exists() and not old.exists()
 
 
+def test_what_is_somebody_elses_is_left_alone(tmp_path: Path) -> None:
+    """It is neither counted nor removed, and whoever is told of what goes is told of pages."""
+    others = [tmp_path / "ab" / name for name in ("notes.page", f"{'z' * 62}.page", f"{'a' * 60}.page")]
+    others[0].parent.mkdir()
+    for path in others:
+        path.write_bytes(b"x" * FILE)
+        os.utime(path, (1, 1))
+    store, gone = PageStore(tmp_path, 2 * FILE), list[bytes]()
+    store.on_removed = gone.append
+    assert not len(store) and not store.bytes
+    for number in range(4):
+        assert store.write(name_of(number), page_of(number))
+    assert gone and set(gone) <= set(map(name_of, range(4))) and all(path.exists() for path in others)
+
+
 def test_a_directory_that_cannot_be_had(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(StartupError, match=r"^--kv-disk \S+/file: (File exists|Not a directory)$"):

@@ -174,7 +174,7 @@ async def test_a_slow_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
         await asked(engine, ask())
         await settled(engine)
     monkeypatch.setattr(tier_module, "_GRACE_S", 0.01)
-    async with running(tmp_path, timeout_s=0.05) as engine:
+    async with running(tmp_path, timeout_s=0.5) as engine:
         assert engine.tier is not None
         read, count, late = engine.tier.store.read, 0, threading.Event()
 
@@ -199,6 +199,7 @@ async def test_a_slow_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
                 break
             await asyncio.sleep(0.005)
         assert not engine.tier.worker.hangs and len(touched) == 2 and count == 3
+        engine.tier._timeout_s = 20.0
         engine.flush_cache()
         assert await asked(engine, ask(name="c")) == FILES * PAGE
 
@@ -370,6 +371,7 @@ async def test_a_disk_that_hangs_holds_up_no_sleep(
             await asyncio.sleep(0.005)
         assert not tier.worker.hangs and not touched, "the memory was touched for what was given up"
         monkeypatch.undo()
+        tier._timeout_s = 20.0
         await answer(engine, ask(name="c"))
         await settled(engine)
         engine.flush_cache()
