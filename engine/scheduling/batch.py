@@ -100,6 +100,9 @@ class Batch:
         assert not self.in_flight
         self.entered.clear()
         self.constrained, self.pooled = [], []
+        # Of the rows of those: reset() looks whether there were any.
+        self.ends.clear()
+        self.dropped.clear()
         self.forward_input.adapter_loads = []
 
     def write_decodes(self, slots: IndexArray, starts: Int32Array) -> None:
@@ -175,7 +178,7 @@ class Batch:
     def drop_sample(self, row: int, num_computed: int) -> None:
         """After the launch: what this row samples is not wanted. The sequence still belongs to the step.
 
-        num_computed: tokens of it that are computed without the step.
+        num_computed: tokens of it that are computed without the step, where the row is no chunk that starts before.
         """
         self._samples[row] = self.all_sample = False
         self.dropped[row] = num_computed

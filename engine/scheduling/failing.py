@@ -71,7 +71,8 @@ class Failing(Receiving):
         number is the most that it might have been."""
         starts: Int32Array = np.minimum(batch.staging.row_start[: batch.num_rows], self._table.known[batch.slots] - 1)
         for row, num_computed in batch.dropped.items():
-            starts[row] = num_computed
+            # A prompt's last chunk starts before that.
+            starts[row] = min(starts[row], num_computed)
         return starts
 
     def _end_broken(self, batch: Batch, rows: list[int]) -> list[Sequence]:

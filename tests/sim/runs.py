@@ -11,7 +11,7 @@ SEEDS_PER_TEST = 100
 NUM_TESTS = 36
 DRAFTED_GRAMMARS = {
     "max_draft_tokens": 4, "draft_accuracy": 0.95, "budgets": "all", "num_snapshots": None, "constrained_rate": 0.8,
-    "jump_ahead": False, "max_model_len": 40, "culprit_rate": 0.0, "spoil_rate": 0.0,
+    "jump_ahead": False, "max_model_len": 40, "culprit_rate": 0.0, "spoil_rate": 0.0, "transfer_rate": 0.0,
 }  # fmt: skip
 
 
