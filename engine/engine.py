@@ -327,7 +327,8 @@ class Engine(Resting):
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
                 if not in_flight:
-                    if dropped := scheduler.take_dropped():
+                    # While another thread moves the executor's memory, this one makes no call.
+                    if not (self.sleep_level or self._loading) and (dropped := scheduler.take_dropped()):
                         executor.drop_adapters(dropped)
                     if scheduler.is_empty:
                         self._check_books()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,50 @@ async def test_an_adapter_that_is_unloaded_gives_its_memory_back_at_once(tmp_pat
     gc.collect()
     assert second() is None and first() is not None and len(site.branches) == 1
     assert engine.metrics.num_steps == steps
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+    executor.close()
+
+
+async def test_no_adapter_is_dropped_while_weights_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The executor is another thread's then, and the loop may wake up for new requests."""
+    make_checkpoint(tmp_path / "base", "Llama")
+    model = load(tmp_path / "base", max_adapters=2)
+    layers = model.adapted
+    assert isinstance(layers, AdaptedLayers)
+    limits = Limits(4, 48, 64, PAGE, 64, model.config.vocab_size, max_adapters=2)
+    write(tmp_path / "root" / "a", factors(layers, 2, 1), r=2)
+    executor = CPUExecutor(model, limits, dtype=torch.float32, max_lora_rank=8)
+    cache = CacheOptions(num_pages=limits.num_pages, page_size=PAGE)
+    config = EngineConfig(cache=cache, lora=LoraOptions(enable=True, max_loras=2, root=str(tmp_path / "root")))
+    engine = Engine(config, executor, None)
+    assert engine.adapters is not None
+    started, go = threading.Event(), threading.Event()
+    dropped: list[list[int]] = []
+
+    def load_weights(directory: Path) -> None:
+        started.set()
+        go.wait()
+
+    monkeypatch.setattr(executor, "load_weights", load_weights)
+    monkeypatch.setattr(executor, "drop_adapters", dropped.append)
+    task = asyncio.create_task(engine.run())
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    adapter = await engine.adapters.get("a")
+    async with engine.submit(Request("a", prompts_of([7])[0], params, adapter=adapter)) as stream:
+        assert (await stream.collect()).error is None
+    update = asyncio.create_task(engine.load_weights(tmp_path))
+    await asyncio.to_thread(started.wait)
+    engine._wake.set()
+    for _ in range(10):
+        await asyncio.sleep(0)
+    before = list(dropped)
+    go.set()
+    await update
+    assert not before
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert dropped == [[1]]
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     executor.close()
