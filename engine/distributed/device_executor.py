@@ -58,7 +58,7 @@ class LeadingExecutor(RankedExecutor):
     def submit(self, forward_input: ForwardInput) -> CudaHandle:
         """See Executor."""
         if self._lost is None:
-            message, awaits = steps.write_step(forward_input)
+            message, awaits = steps.write_step(forward_input, self._in_flight)
             if awaits:
                 assert forward_input.masks is not None
                 self._awaited[forward_input.step] = forward_input.masks
@@ -193,7 +193,8 @@ class FollowingExecutor(RankedExecutor):
                     self._obey(**words)
 
     def _run_step(self, message: steps.Bytes) -> None:
-        if len(self._running) == 2:
+        # What follows from their ends comes before this one here, too: they take what is no number out of pages.
+        while len(self._running) > steps.num_ahead(message):
             self._finish_oldest()
         given = steps.read_step(message, self.staging[steps.step_number(message) & 1])
         handle = self.submit(given)

@@ -16,7 +16,7 @@ from engine.forward import ForwardInput, PooledRow, RowExtras, Staging, TokenMas
 from engine.request import Pooling
 
 STEP, MASKS, CAPTURE, COMMAND = 1, 2, 3, 4
-WORDS = 12
+WORDS = 13
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -46,13 +46,13 @@ def _lengths(given: ForwardInput) -> dict[str, int]:
     }
 
 
-def write_step(given: ForwardInput) -> tuple[list[Bytes], bool]:
-    """The parts of a message; and whether its masks are still to come."""
+def write_step(given: ForwardInput, num_ahead: int) -> tuple[list[Bytes], bool]:
+    """The parts of a message; and whether its masks are still to come. num_ahead: steps that are in flight."""
     assert not given.adapter_loads and not given.num_speculating_rows, "ranks on GPUs have neither adapters nor drafts"
     masks = given.masks
     ready = masks is not None and masks.is_ready
     mask_rows = -1 if masks is None else len(masks.rows)
-    head = [STEP, given.step, given.num_rows, given.num_decode_rows, given.num_tokens, given.num_table_diffs]
+    head = [STEP, given.step, num_ahead, given.num_rows, given.num_decode_rows, given.num_tokens, given.num_table_diffs]
     head += [given.num_sampling_diffs, given.num_saves, given.num_loads, mask_rows, ready]
     rare: dict[str, Any] = {}
     if given.extras:
@@ -82,10 +82,15 @@ def step_number(message: Bytes) -> int:
     return int(message[8:16].view(np.int64)[0])
 
 
+def num_ahead(message: Bytes) -> int:
+    """Steps that are in flight when this one begins: what follows from the others' ends comes before it."""
+    return int(message[16:24].view(np.int64)[0])
+
+
 def read_step(message: Bytes, staging: Staging) -> ForwardInput:
     """The same step, in another staging set."""
     head = message[: 8 * WORDS].view(np.int64).tolist()
-    _, step, rows, decodes, tokens, diffs, changed, saves, loads, mask_rows, ready, text_length = head
+    _, step, _, rows, decodes, tokens, diffs, changed, saves, loads, mask_rows, ready, text_length = head
     given = ForwardInput(step, staging, rows, decodes, tokens, diffs, changed, num_saves=saves, num_loads=loads)
     staging.reserve_table_diff(diffs)
     at = 8 * WORDS

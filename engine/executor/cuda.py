@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -88,6 +89,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         self._profile_dir: Path | None = None
         self._load = load
         self._offloaded: Offloaded | None = None
+        self._beside = threading.Condition()
 
     # ---- the protocol
 
@@ -230,10 +232,13 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
 
     def read_adapter(self, path: Path) -> AdapterWeights:
         """See Executor."""
-        model: CausalLM | None = getattr(self, "model", None)
-        if self._adapters is None or model is None:
-            raise AdapterError(f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps")
-        return self._adapters.read(path, model.adapted)
+        with self._reading_weights():
+            model: CausalLM | None = getattr(self, "model", None)
+            if self._adapters is None or model is None or self._offloaded is not None:
+                raise AdapterError(
+                    f"adapter {path.name!r}: the model was loaded without places for adapters, or sleeps"
+                )
+            return self._adapters.read(path, model.adapted)
 
     def drop_adapters(self, indices: Sequence[int]) -> None:
         """See Executor."""

@@ -107,7 +107,6 @@ class DeviceAdapters:
         assert isinstance(layers, AdaptedLayers)
         replaced = (name for name, number in self._numbers.items() if _may_replace(self.shelf.shapes[number]))
         layers.on_device, layers.whole_on_device = frozenset(self._names), frozenset(replaced)
-        self.rows = layers.rows
         for stack in layers.stacks:
             first = self._numbers[stack.names[0]]
             assert self._numbers[stack.names[-1]] == first + len(stack.names) - 1
@@ -116,6 +115,8 @@ class DeviceAdapters:
         for name, number in self._numbers.items():
             if name not in together:
                 layers.sites[name].device = DeviceSite(self.shelf, number, self.layer.device)
+        # Last: where this fails the old model serves on, with its adapters.
+        self.rows = layers.rows
 
     # ---- adapters
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import threading
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 
 from engine.config import StartupError
 from engine.executor.cuda_capture import Captures
+from engine.executor.cuda_drafter import DeviceDrafter
 from engine.forward import PARTS
 from engine.models.offload import Offloaded
 from engine.models.parts.decoder import CausalLM
@@ -22,15 +24,18 @@ class MovingMemory(Captures):
     _load: Callable[[Path | None], CausalLM] | None
     _offloaded: Offloaded | None
     _pages_sleep = False
+    # Held while weights move, and where the threads that read them beside the loop are counted.
+    _beside: threading.Condition
+    _num_reading = 0
 
     def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See `Executor.sleep`."""
         with self._released():
             if "weights" in parts and level == 2:
                 self._reader()  # or it would never wake up
-                del self.model
                 if self._drafter is not None:
-                    self._drafter.use(None)
+                    self._offloaded = self._without_target(self._drafter)
+                del self.model
                 if self._adapters is not None:
                     self._adapters.release_memory()
             elif "weights" in parts:
@@ -47,7 +52,7 @@ class MovingMemory(Captures):
                 if "weights" in parts:
                     if self._offloaded is not None:
                         self._offloaded.restore()
-                    elif not hasattr(self, "model"):
+                    if not hasattr(self, "model"):
                         self.model = self._with_products(self._reader()(directory))
                 if "kv_cache" in parts:
                     self._take_memory()
@@ -80,6 +85,15 @@ class MovingMemory(Captures):
             if problem is not None:
                 raise problem
 
+    def _without_target(self, drafter: DeviceDrafter) -> Offloaded:
+        """What drafts goes to host memory: nobody reads its weights again."""
+        drafter.use(None)
+        try:
+            return Offloaded(drafter.net.weights)
+        except BaseException:
+            drafter.use(self.model)
+            raise
+
     def _release_memory(self) -> None:
         """Of pages and of recurrent states."""
         self.attention.release()
@@ -104,7 +118,8 @@ class MovingMemory(Captures):
     def _released(self) -> Iterator[None]:
         """The device idle and without graphs, which hold addresses; they are captured again as they are needed."""
         assert not self._in_flight, "memory moves under a step"
-        with self._moving, self.layer.may_block():
+        with self._moving, self._beside, self.layer.may_block():
+            self._beside.wait_for(lambda: not self._num_reading)
             self.layer.synchronize_all()
             self.pieces.clear()
             self.graphs.clear()
@@ -117,3 +132,15 @@ class MovingMemory(Captures):
                 gc.collect()
                 self.layer.synchronize_all()
                 self.layer.free_memory()  # gives what nobody uses back to the driver
+
+    @contextlib.contextmanager
+    def _reading_weights(self) -> Iterator[None]:
+        """On any thread but the loop's: no weight moves meanwhile. Waits for what moves them."""
+        with self._beside:
+            self._num_reading += 1
+        try:
+            yield
+        finally:
+            with self._beside:
+                self._num_reading -= 1
+                self._beside.notify_all()

@@ -113,6 +113,8 @@ class AdapterStore:
         self._versions = itertools.count(1)
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._readers = asyncio.Semaphore(MAX_READERS)
+        # How often the base has got other weights.
+        self._num_bases = 0
 
     # ---- what is there
 
@@ -232,6 +234,7 @@ class AdapterStore:
 
     def base_changed(self) -> None:
         """The model has other weights: what was computed from the old ones is read again, as another version."""
+        self._num_bases += 1
         for entry in self._entries.values():
             entry.adapter, entry.signature = None, ()
         self._resident.clear()
@@ -243,10 +246,13 @@ class AdapterStore:
 
     async def _load(self, name: str, path: Path, *, pinned: bool, listed: bool) -> Entry:
         async with self._readers:
-            self.num_reads += 1
-            # Before: files that change while they are read are then seen as changed.
-            signature = await asyncio.to_thread(_signature, path)
-            weights = await asyncio.to_thread(self._read, path)
+            base = -1
+            while base != self._num_bases:  # else some of it may have been computed from the old one's weights
+                base = self._num_bases
+                self.num_reads += 1
+                # Before: files that change while they are read are then seen as changed.
+                signature = await asyncio.to_thread(_signature, path)
+                weights = await asyncio.to_thread(self._read, path)
         return self._entry(name, path, weights, signature, pinned, listed=listed)
 
     def _entry(

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import functools
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from engine.config import CacheOptions, StartupError
+from engine.executor import cuda_adapters
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_adapters import _shape, site_shapes
 from engine.executor.cuda_buffers import CudaHandle, Side
@@ -255,9 +257,8 @@ async def test_adapters_are_there_after_a_sleep_and_new_weights(level: int, tmp_
     assert await serve(executor, first) == wanted
     executor.sleep(level)
     assert executor._adapters is not None and not executor._adapters.shelf.memory.untyped_storage().nbytes()
-    if level == 2:
-        with pytest.raises(AdapterError, match="sleeps"):
-            executor.read_adapter(tmp_path / "a1")
+    with pytest.raises(AdapterError, match="sleeps"):
+        executor.read_adapter(tmp_path / "a1")
     executor.wake_up()
     # The engine would load it anew; what this one holds is what matters.
     executor._adapters.load = lambda step, handle: type(executor._adapters).load(  # type: ignore[method-assign]
@@ -266,6 +267,30 @@ async def test_adapters_are_there_after_a_sleep_and_new_weights(level: int, tmp_
     assert await serve(executor, first) == wanted
     executor.load_weights(tiny_directory())
     assert await serve(executor, first) == wanted
+
+
+async def test_no_weights_go_while_an_adapter_is_made_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = make_executor(SMALL, device=FakeDevice(1), model=a_model("llama"))
+    adapters_of("llama", executor, tmp_path, count=1)
+    reading, go = threading.Event(), threading.Event()
+    read, found = cuda_adapters.read_adapter, []
+
+    def slow(*given: Any) -> Any:
+        reading.set()
+        go.wait()
+        found.append(all(linear._weight.untyped_storage().nbytes() for linear in executor.model.linears))
+        return read(*given)
+
+    monkeypatch.setattr(cuda_adapters, "read_adapter", slow)
+    at_work = asyncio.create_task(asyncio.to_thread(executor.read_adapter, tmp_path / "a1"))
+    await asyncio.to_thread(reading.wait)
+    sleeping = asyncio.create_task(asyncio.to_thread(executor.sleep, 1))
+    done, _ = await asyncio.wait([sleeping], timeout=0.1)
+    go.set()
+    await asyncio.gather(at_work, sleeping)
+    assert not done and found == [True]
+    executor.wake_up()
+    executor.close()
 
 
 async def test_an_upload_that_fails_is_made_up_for(tmp_path: Path) -> None:

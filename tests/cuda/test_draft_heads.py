@@ -18,6 +18,7 @@ from torch import Tensor
 
 from engine.executor.cuda_drafter import DeviceDrafter
 from engine.models.loading.load import load_model
+from engine.models.offload import _storages as storages_of
 from engine.models.parts.decoder import CausalLM, Decoder
 from engine.models.registry import read_spec
 from engine.ops import native
@@ -271,6 +272,7 @@ async def test_sleep_and_other_weights(level: int, tmp_path: Path) -> None:
         assert await serve(executor, again, speculation=EAGLE) == answers
         if turn == 0:
             executor.sleep(level)
+            assert not any(storage.nbytes() for storage in storages_of(executor._drafter.net.weights))
             executor.wake_up()
             assert executor.model.aux_layers == tuple(eagle3.AUX)
         elif turn == 1:

@@ -22,6 +22,7 @@ from engine.executor.cuda_drafter import DeviceDrafter, Reading
 from engine.executor.cuda_start import build_cuda_executor
 from engine.executor.drafting import ModelDrafting
 from engine.forward import ForwardInput, Limits
+from engine.models.offload import _storages as storages_of
 from engine.speculation.nets import ModelNet, Net
 from engine.speculation.paged import LateProposer
 from tests.cuda.fake_device import FakeDevice
@@ -242,6 +243,7 @@ async def test_sleep_and_other_weights(level: int) -> None:
         assert await serve(executor, again, speculation=MODEL) == answers
         if turn == 0:
             executor.sleep(level)
+            assert not any(storage.nbytes() for storage in storages_of(executor._drafter.net.weights))
             assert not executor._drafter.attention.buffers
             executor.wake_up()
         elif turn == 1:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from engine.config import StartupError
+from engine.config import SchedulerOptions, StartupError
 from engine.distributed import steps
 from engine.distributed.ring import PLACE_BYTES, Ring
 from engine.engine import Engine
@@ -25,7 +25,7 @@ from engine.models.loading.load import load_model
 from engine.models.registry import read_spec
 from engine.ops import device_coded
 from engine.ops.device_parallel import Sums
-from engine.request import Pooling, Request
+from engine.request import Pooling, Request, SamplingParams
 from tests.cuda.fake_flashinfer import FakeFlashInfer
 from tests.cuda.ranked import Machine, Meeting, load_part, machine
 from tests.cuda.support import (
@@ -117,6 +117,55 @@ async def test_penalties_grammars_and_log_probabilities() -> None:
     with machine(2) as made:
         assert await serve(made.leader, requests()) == expected
         assert not made.leader._awaited
+
+
+def poisoned(group: Any, directory: Path | None) -> Any:
+    """A rank's part of a model to which token 7 is no numbers."""
+    model = load_part(json.dumps(TINY), group)
+    embedding = model._embedding
+    if 0 <= 7 - embedding._first < embedding.own.out_features:
+        embedding.own._weight[7 - embedding._first] = torch.nan
+    return model
+
+
+def noted(executor: Any) -> list[tuple[str, int]]:
+    """In what order it launches steps, and cleans up behind them."""
+    order: list[tuple[str, int]] = []
+    launch, cleanse = executor._launch, executor._cleanse
+
+    def launching(given: ForwardInput, *rest: Any) -> None:
+        order.append(("launch", given.step))
+        launch(given, *rest)
+
+    def cleansing(handle: Any, rows: list[int]) -> None:
+        order.append(("cleanse", handle.step))
+        cleanse(handle, rows)
+
+    executor._launch, executor._cleanse = launching, cleansing
+    return order
+
+
+async def test_what_is_no_number_is_out_of_all_ranks_pages_before_others_have_them() -> None:
+    """One goes on from page to page while others fail beside it, whose pages are the next to be had."""
+    with machine(2, load=poisoned, cuda_graph="off") as made:
+        config = dataclasses.replace(engine_config(), scheduler=SchedulerOptions(overlap=False))
+        engine = Engine(config, made.leader, None)
+        orders: list[list[tuple[str, int]]] = [noted(executor) for executor in made.executors]
+        loop_task = asyncio.create_task(engine.run())
+        greedy = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        sound = Request("sound", [5, 9], dataclasses.replace(greedy, max_tokens=40))
+        asking = asyncio.create_task(answers(engine, [sound]))
+        errors: list[str | None] = []
+        while not asking.done():
+            async with engine.submit(Request(f"broken {len(errors)}", [7] * 10, greedy)) as stream:
+                errors.append((await stream.collect()).error)
+        tokens = await asking
+        loop_task.cancel()
+        await asyncio.gather(loop_task, return_exceptions=True)
+        assert len(errors) > 4 and None not in errors
+        # But for the last one, which waits for the next step.
+        assert all(order == orders[0][: len(order)] and len(order) > 40 for order in orders)
+        assert tokens == [expected_tokens(tiny_model(json.dumps(TINY)), sound)]
 
 
 async def test_sleep_and_other_weights() -> None:
@@ -299,10 +348,10 @@ def test_a_step_is_the_same_in_another_rank() -> None:
     masks.release()
     pooled = [PooledRow(1, Pooling("logprobs", token_ids=(3, 4)), True)]
     step = ForwardInput(7, here, 3, 1, 20, 5000, 2, [extras], masks, pooled, num_saves=4, num_loads=2)
-    message, awaits = steps.write_step(step)
+    message, awaits = steps.write_step(step, 1)
     assert not awaits
     told = np.concatenate(message)
-    assert steps.kind_of(told) == steps.STEP and steps.step_number(told) == 7
+    assert steps.kind_of(told) == steps.STEP and steps.step_number(told) == 7 and steps.num_ahead(told) == 1
     found = steps.read_step(told, there)
     for name, length in steps._lengths(step).items():
         assert np.array_equal(getattr(here, name)[:length], getattr(there, name)[:length]), name
@@ -315,7 +364,7 @@ def test_a_step_is_the_same_in_another_rank() -> None:
     assert found.masks is not None and found.masks.is_ready
     assert np.array_equal(found.masks.bits, masks.bits) and found.masks.rows.tolist() == [0, 2]
     later = TokenMasks([0, 2], limits.vocab_size)
-    message, awaits = steps.write_step(dataclasses.replace(step, masks=later))
+    message, awaits = steps.write_step(dataclasses.replace(step, masks=later), 0)
     assert awaits
     found = steps.read_step(np.concatenate(message), there)
     assert found.masks is not None and not found.masks.is_ready

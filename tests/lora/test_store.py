@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -203,3 +204,28 @@ async def test_names_that_were_found_make_room(tmp_path: Path) -> None:
 def test_flags_that_contradict_each_other(argv: list[str], message: str) -> None:
     with pytest.raises(StartupError, match=message):
         config_from(make_parser().parse_args(argv))
+
+
+@pytest.mark.parametrize("by", ["load", "get"])
+async def test_what_is_read_while_the_base_changes_is_read_again(by: str, tmp_path: Path) -> None:
+    """What was computed from the old weights, as magnitudes are, is of no use with the new ones."""
+    scene = Scene(tmp_path)
+    scene.write("one")
+    started, go, bases = threading.Event(), threading.Event(), ["old", "new"]
+
+    def read(path: Path) -> Weights:
+        base = bases[0]
+        started.set()
+        go.wait()
+        return Weights(8, digest=base)
+
+    scene.store._read = read
+    reading: asyncio.Task[Any] = asyncio.create_task(
+        scene.store.load("one", "one") if by == "load" else scene.store.get("one")
+    )
+    await asyncio.to_thread(started.wait)
+    bases.pop(0)
+    scene.store.base_changed()
+    go.set()
+    await reading
+    assert (await scene.store.get("one")).digest == "new"
