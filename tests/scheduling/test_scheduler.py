@@ -252,6 +252,19 @@ def test_a_failed_step_is_computed_again_and_spares_the_rest() -> None:
     assert heir.output_token_ids == rig.expected([*shared, 51], 3) and heir.num_retractions == 1
 
 
+def test_a_batch_that_was_forgotten_knows_no_dropped_sample() -> None:
+    """reset() clears them only where rows under a grammar were noted, which forget() has let go."""
+    rig = Rig()
+    rig.submit([1, 2, 3], max_tokens=1)
+    batch = rig.launch()
+    assert batch is not None
+    batch.drop_sample(0, 2)
+    batch.ends[0] = 4
+    rig.commit()
+    batch.forget()
+    assert not batch.dropped and not batch.ends
+
+
 def test_a_step_launched_before_its_suspects_had_failed_tells_nothing() -> None:
     """It holds one of the two alone, and fails as well: that one was not found guilty by it."""
     rig = Rig()
