@@ -323,6 +323,8 @@ class Jobs:
                 while True:
                     looked = self._looked  # it may be looked while it is asked for
                     if not await self._ask(journal.elsewhere, owner, response_id):
+                        # What was ended or left since that look, this process knows by one more.
+                        await self._look(state, journal)
                         return
                     await looked.wait()
         raise UnavailableError("This response is another process's still; ask again.")
