@@ -58,8 +58,8 @@ async def tokens_of(made: Machine, seed: int = 1, config: dict[str, Any] = TINY)
     assert await serve(made.leader, requests) == expected
 
 
-# Four of them run as processes, see test_rank_processes.py: as threads of one process beside each other they have failed
-# once in some twenty runs on a busy machine, and it is not known by what.
+# Four of them run as processes, see test_rank_processes.py: as threads of one process they have failed once in some
+# twenty runs on a busy machine, and it is not known by what.
 @pytest.mark.parametrize("mode", ["off", "lazy", "start"])
 async def test_the_tokens_of_one_rank(mode: str) -> None:
     with machine(2, cuda_graph=mode) as made:
