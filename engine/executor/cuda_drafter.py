@@ -260,6 +260,8 @@ class DeviceDrafter:
             state, has_room = self._slots.get(slot), len(reading.rows) < self._rows
             if state is None or self._passed_on[slot] or slot in reading.made or state.done < 0 or not has_room:
                 continue
+            if self._read_to[slot] > state.done:
+                continue  # by the step in flight, whose prompt it is; of its hidden states but the last one is kept
             if len(state.text.tokens) - state.done >= BEHIND:
                 self._read(slot, state)
         if not reading.rows:

@@ -35,6 +35,8 @@ from tests.cuda.support import TINY
 
 # Where ranks do not meet, a test is to fail and not to hang.
 PATIENCE_S = 300.0
+# Of all devices of this process, behind their own locks; nobody waits for another rank within it.
+CAPTURING = threading.Lock()
 
 
 class MeetingEndedError(RuntimeError):
@@ -128,6 +130,10 @@ class WorkingDevice(FakeDevice):
         """What _device_code sets is the process's; where several devices work it is so all the time."""
         assert native._disabled
         return nullcontext()
+
+    def _alone(self) -> AbstractContextManager[object]:
+        """Torch does not bear two threads that record what they call at once."""
+        return CAPTURING
 
     def _work(self) -> None:
         while not self._stopped:

@@ -16,13 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from engine.executor.cuda_drafter import DeviceDrafter
+from engine.executor.cuda_drafter import BEHIND, DeviceDrafter
+from engine.forward import ForwardInput
 from engine.models.loading.load import load_model
 from engine.models.offload import _storages as storages_of
 from engine.models.parts.decoder import CausalLM, Decoder
 from engine.models.registry import read_spec
 from engine.ops import native
 from engine.request import Request
+from engine.speculation.base import Text
 from engine.speculation.eagle3 import load_eagle3
 from engine.speculation.mtp import check_mtp, load_mtp
 from engine.speculation.nets import HeadNet, Net
@@ -185,6 +187,25 @@ async def test_tokens_that_nobody_drafts_for_are_read_behind(tmp_path: Path) -> 
     assert tokens == [expected_tokens(tiny_model(CONFIG), request) for request in requests]
     assert executor.counts["readings alone"]
     assert_said(executor, tensors)
+
+
+def test_a_prompt_that_the_step_in_flight_reads_is_not_read_once_more(tmp_path: Path) -> None:
+    """Its hidden states are not kept: what was right would be written over."""
+    eagle3.write_head(tmp_path, "plain", norm_before_residual=False)
+    executor = make_eagle(tmp_path)
+    drafter, staging = executor._drafter, executor.staging[0]
+    step = ForwardInput(0, staging, 1, 0, 1, 0, 0, num_speculating_rows=1)
+    staging.row_slot[0], staging.row_len[0] = 1, 1
+    drafter.start(1, Text(list(range(5, 25)), ""))
+    # Its second chunk is in flight.
+    drafter._slots[1].done, drafter._read_to[1] = 10, 20
+    drafter.begin(dataclasses.replace(step), [])
+    assert drafter.lay_out(step, step) is None
+    drafter._slots[1].done = 10 + 10 - BEHIND  # as of a text that grew since
+    drafter._read_to[1] = 10
+    drafter.begin(step, [])
+    assert [index for _, index, _, _ in drafter.lay_out(step, step).rows] == list(range(20 - BEHIND, 20))
+    executor.close()
 
 
 @pytest.mark.parametrize("extras", [True, False])
