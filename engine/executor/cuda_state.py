@@ -241,21 +241,22 @@ class DeviceState:
         array: Int32Array = host.numpy()
         handle.readers.append(lambda output: read(output, array))
 
-    def _ask_for_aux(self, model: CausalLM) -> None:
+    def _ask_for_aux(self, model: Any) -> None:
         """What drafts goes on from this model, and may want to see what some layers read."""
         if self._drafter is not None:
             self._drafter.use(model)
             if self._drafter.aux_layers:
-                model.aux_layers = self._drafter.aux_layers  # type: ignore[attr-defined]
+                model.aux_layers = self._drafter.aux_layers
 
     def _aux(self, chained: int | None = None) -> list[Tensor]:
         """What some layers read in the forward that was launched last, for a head; chained: by graphs, of so many
         tokens."""
         if chained is not None:
             return [each[:chained] for each in self.pieces.aux]
-        aux: list[Tensor] = getattr(self.model, "aux", [])
+        model: Any = self.model
+        aux: list[Tensor] = getattr(model, "aux", [])
         if aux:
-            self.model.aux = []  # type: ignore[attr-defined]
+            model.aux = []
         return aux
 
     def _launch_drafts(self, side: Side, handle: CudaHandle) -> None:

@@ -122,6 +122,18 @@ def assert_said(executor: Counting, model: CausalLM) -> None:
             tokens.append(draft)
 
 
+def assert_ended_by(token: int, executor: Counting, tokens: list[list[int]], answers: list[list[int]]) -> None:
+    """Who says a token that is none to the model ends there, no other answer changes, and no cache keeps NaN."""
+    for ours, theirs in zip(tokens, answers, strict=True):
+        if token in theirs[:-1]:
+            assert ours == theirs[: len(ours)] and len(ours) <= theirs.index(token) + 1
+        else:
+            assert ours == theirs
+    assert any(token in answer[:-1] for answer in answers) and executor.counts["made"]
+    for layer in (executor.attention, executor._drafter.attention):
+        assert all(pool.isfinite().all() for pool in [*layer.k_pools.values(), *layer.v_pools.values()])
+
+
 def longer(requests: list[Request], **changes: Any) -> list[Request]:
     return [
         dataclasses.replace(each, sampling=dataclasses.replace(each.sampling, max_tokens=14, **changes))

@@ -38,13 +38,24 @@ from tests.cuda.support import (
     tiny_model,
 )
 from tests.cuda.test_adapters import a_model, adapters_of, asked, expected
-from tests.cuda.test_draft_models import MODEL, OTHER, Counting, assert_said, itself, longer, make, other, with_net
-from tests.cuda.test_drafts import DeviceScript, model_of, plain
+from tests.cuda.test_draft_models import (
+    MODEL,
+    OTHER,
+    Counting,
+    assert_ended_by,
+    assert_said,
+    itself,
+    longer,
+    make,
+    other,
+    with_net,
+)
+from tests.cuda.test_drafts import DeviceScript, assert_answers, model_of, plain
 from tests.cuda.test_drafts_beside import poisoned
 from tests.cuda.test_failures import Failing
 from tests.cuda.test_failures import asked as with_extras
 from tests.cuda.test_order import read_results
-from tests.executor.test_speculation import NEW, PROBES
+from tests.executor.test_speculation import PROBES
 
 
 @pytest.mark.parametrize(("attention", "graph"), [("torch", "lazy"), ("xqa", "start"), ("wrapper", "off")])
@@ -86,14 +97,7 @@ async def test_rows_without_numbers(attention: str, seed: int) -> None:
         with_net(itself, attention), device=FakeDevice(seed, 0.3), attention=attention, model=poisoned(token)
     )
     tokens = await asyncio.wait_for(serve(executor, requests, speculation=MODEL), 60)
-    for ours, theirs in zip(tokens, answers, strict=True):
-        if token in theirs[:-1]:
-            assert ours == theirs[: len(ours)] and len(ours) <= theirs.index(token) + 1
-        else:
-            assert ours == theirs
-    assert any(token in answer[:-1] for answer in answers) and executor.counts["made"]
-    for layer in (executor.attention, executor._drafter.attention):
-        assert all(pool.isfinite().all() for pool in [*layer.k_pools.values(), *layer.v_pools.values()])
+    assert_ended_by(token, executor, tokens, answers)
 
 
 # ---- penalties, grammars, log-probabilities
@@ -121,12 +125,7 @@ async def test_everything_that_may_be_asked_for(attention: str, most: int, depth
     answers = await plain()
     script = ModelScript(model_of(), torch.float32, None, most, depth, attention=attention, seed=most)
     found = await script.run(list(range(len(PROBES))))
-    for index, answer in found.items():
-        tokens, figures = answer.seen()
-        assert tokens == answers[index].tokens[:NEW], PROBES[index]
-        for ours, theirs in zip(figures, answers[index].seen()[1], strict=True):
-            assert ours[0] == pytest.approx(theirs[0], abs=1e-4) and ours[1:3] == theirs[1:3]
-            assert ours[3] == pytest.approx(theirs[3], abs=1e-4)
+    assert_answers(found, answers)
     assert script.num_accepted > 10 and script.counts["made"]
 
 

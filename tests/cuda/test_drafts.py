@@ -249,6 +249,16 @@ async def plain() -> dict[int, Answer]:
     return _plain
 
 
+def assert_answers(found: dict[int, Answer], expected: dict[int, Answer]) -> None:
+    """By probe: the tokens of decoding, and its figures up to their last places."""
+    for index, answer in found.items():
+        tokens, figures = answer.seen()
+        assert tokens == expected[index].tokens[:NEW], PROBES[index]
+        for ours, theirs in zip(figures, expected[index].seen()[1], strict=True):
+            assert ours[0] == pytest.approx(theirs[0], abs=1e-4) and ours[1:3] == theirs[1:3]
+            assert ours[3] == pytest.approx(theirs[3], abs=1e-4)
+
+
 @pytest.mark.parametrize(
     ("attention", "wrong", "most", "depth"),
     [("torch", 0.0, 4, 2), ("xqa", 0.4, 8, 2), ("wrapper", 0.4, 3, 1), ("wrapper", 1.0, 5, 2)],
@@ -261,12 +271,7 @@ async def test_everything_that_may_be_asked_for(attention: str, wrong: float, mo
         model_of(), torch.float32, Oracle(answers, wrong), most, depth, attention=attention, seed=most
     )
     found = await script.run(list(range(len(PROBES))))
-    for index, answer in found.items():
-        tokens, figures = answer.seen()
-        assert tokens == expected[index].tokens[:NEW], PROBES[index]
-        for ours, theirs in zip(figures, expected[index].seen()[1], strict=True):
-            assert ours[0] == pytest.approx(theirs[0], abs=1e-4) and ours[1:3] == theirs[1:3]
-            assert ours[3] == pytest.approx(theirs[3], abs=1e-4)
+    assert_answers(found, expected)
     assert script.num_drafted > 20
     assert (script.num_accepted > 20) == (wrong < 1.0)
 

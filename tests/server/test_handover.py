@@ -79,7 +79,7 @@ async def test_the_quiet_time_of_a_hand_over_is_part_of_the_drain(
         taken.serving()
         taken.listening.close()
         monkeypatch.setattr(app, "QUIET_S", 0.1)
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(0.2)  # of the drain's time, which starts at the hand-over
         server.device.gate.set()
         status, answer = await asking
         assert status == 200 and answer["usage"]["completion_tokens"] == 5
