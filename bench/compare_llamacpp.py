@@ -239,9 +239,10 @@ def over_http(path: Path, args: argparse.Namespace) -> dict[str, object]:
     """Tokens a second of both servers under one load."""
     from bench.serve import parse, run
 
+    # It serves one request at a time, and would end a stream early for the next one if it were not told otherwise.
     command = args.llamacpp_server or (
         f"{args.llamacpp_python} -m llama_cpp.server --model {path} --port {{port}} --n_threads {args.threads} "
-        f"--n_threads_batch {args.threads} --n_ctx 2048 --cache true"
+        f"--n_threads_batch {args.threads} --n_ctx 2048 --cache true --interrupt_requests false"
     )
     flags = f"--model {path} --threads {args.threads} --max-model-len 2048"
     flags += f" --packed-input-bits {args.packed_input_bits}"

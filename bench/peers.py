@@ -113,7 +113,8 @@ def servers(args: argparse.Namespace, file: Path, directory: Path | None) -> lis
         )
     for item in args.command:
         name, _, command = item.partition("=")
-        found.append(Server(name, command.replace("{directory}", str(directory)).replace("{file}", str(file))))
+        command = command.replace("{directory}", str(directory)).replace("{file}", str(file))
+        found.append(Server(name, command, ready="/v1/models"))  # not every server has /health
     return found
 
 
