@@ -31,8 +31,9 @@ _LEAST_CHANCE = 0.01
 class StepCosts:
     """Seconds of a step by its number of token rows, as measured; in between it is interpolated.
 
-    A step smaller or larger than any that was measured is taken to be cheap (each token its share, or none more): so it
-    is tried once, and known then.
+    A step smaller or larger than any that was measured is taken to be cheap (each token its share, or none more up to
+    twice the largest): so it is tried once, and known then. Twice, because who tries the most at once knows only that
+    this is dear, and nothing of what lies between.
     """
 
     def __init__(self, most_tokens: int) -> None:
@@ -44,23 +45,26 @@ class StepCosts:
         self._tokens = self._sizes.copy()
         self._seconds = np.full(len(sizes), np.nan)
 
-    def measured(self, num_tokens: int, seconds: float) -> None:
+    def measured(self, num_tokens: int, seconds: float) -> bool:
+        """Whether nothing was known of that size before."""
         place = int(np.searchsorted(self._sizes, num_tokens))
         place = min(place, len(self._sizes) - 1)
         old = self._seconds[place]
+        new = bool(np.isnan(old))
         tokens = self._tokens[place]
-        self._tokens[place] = num_tokens if np.isnan(old) else tokens + 0.1 * (num_tokens - tokens)
+        self._tokens[place] = num_tokens if new else tokens + 0.1 * (num_tokens - tokens)
         # One step that something else has held up says little.
-        self._seconds[place] = seconds if np.isnan(old) else old + 0.1 * np.clip(seconds - old, -old / 2, old / 2)
+        self._seconds[place] = seconds if new else old + 0.1 * np.clip(seconds - old, -old / 2, old / 2)
+        return new
 
     def estimate(self, num_tokens: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Seconds, or 1 where nothing was ever measured."""
+        """Seconds, num_tokens ascending; in units of the first where nothing was ever measured."""
         known = ~np.isnan(self._seconds)
         if not known.any():
-            return np.ones(len(num_tokens))
+            return np.maximum(1.0, num_tokens / (2 * num_tokens[0]))
         # More tokens never take less.
         seconds, sizes = np.maximum.accumulate(self._seconds[known]), self._tokens[known]
-        shares = np.minimum(1.0, num_tokens / sizes[0])
+        shares = np.minimum(1.0, num_tokens / sizes[0]) * np.maximum(1.0, num_tokens / (2 * sizes[-1]))
         result: npt.NDArray[np.float64] = np.interp(num_tokens, sizes, seconds) * shares
         return result
 
@@ -117,8 +121,8 @@ class DraftBudgets:
 
     def took(self, num_tokens: int, seconds: float) -> None:
         """A step of rows that decode or speculate, and of nothing else."""
-        if seconds > 0.0:
-            self.costs.measured(num_tokens, seconds)
+        if seconds > 0.0 and self.costs.measured(num_tokens, seconds):
+            self._planned_for = 0
 
     def _cap(self, num_rows: int) -> int:
         return next((most for low, high, most in self._table if low <= num_rows <= high), self._most)

@@ -53,6 +53,11 @@ def steep(num_tokens: int) -> float:
     return float(num_tokens)
 
 
+def early(num_tokens: int) -> float:
+    """A processor that multiplies 32 rows nearly as it does 16, and from there on pays for each."""
+    return float(np.interp(num_tokens, [1, 16, 32, 48, 64, 200], [0.13, 0.42, 0.6, 0.95, 1.35, 4.4]))
+
+
 @pytest.mark.parametrize(
     ("chances", "cost", "least", "most"),
     [
@@ -60,8 +65,9 @@ def steep(num_tokens: int) -> float:
         ([0.0], flat, 0.0, 1.0),
         ([0.95] * 16, steep, 0.0, 0.1),
         ([0.95] * 16, lambda tokens: max(1.0, tokens / 32), 0.7, 2.0),
+        ([0.85] * 16, early, 0.7, 1.3),
     ],
-    ids=["right", "wrong", "no free token", "a knee"],
+    ids=["right", "wrong", "no free token", "a knee", "cheap at first"],
 )
 def test_where_they_settle(chances: list[float], cost: Callable[[int], float], least: float, most: float) -> None:
     device = Device(chances, cost)
@@ -70,6 +76,13 @@ def test_where_they_settle(chances: list[float], cost: Callable[[int], float], l
     assert least <= drafts <= most
     # Never slower than without drafts, but for the trials.
     assert speed >= 0.97 * len(chances) / cost(len(chances))
+
+
+def test_a_large_step_is_not_the_first_that_is_tried() -> None:
+    """One step of 144 tokens costs what eight without drafts do, and says nothing of one of 32."""
+    device = Device([0.85] * 16, early)
+    speed = device.run(24)[1]
+    assert speed >= 1.05 * 16 / early(16)
 
 
 def test_each_row_has_what_its_own_drafts_are_worth() -> None:
@@ -104,7 +117,7 @@ def test_by_batch_size() -> None:
 
 def test_costs_are_interpolated_and_one_hiccup_says_little() -> None:
     costs = StepCosts(64)
-    assert costs.estimate(np.array([1.0, 9.0])).tolist() == [1.0, 1.0]
+    assert costs.estimate(np.array([1.0, 2.0, 9.0])).tolist() == [1.0, 1.0, 4.5]
     for _ in range(5):
         costs.measured(1, 1.0)
         costs.measured(64, 3.0)
