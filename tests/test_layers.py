@@ -13,12 +13,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOT_WORDS = {"config", "clock", "request", "forward", "stream", "metrics", "groups", "failures", "keys", "recorder"}
-ROOT_WORDS |= {"page_names"}
+ROOT_WORDS |= {"page_names", "history", "bounds"}
 # What each part may import of ours, beside itself and the words at the root.
 ALLOWED = {
     "engine.words": set(),
     "engine.cache": set(),
-    "engine.scheduling": {"engine.cache"},
+    # Of features that decide in a step: what the step has to know of them.
+    "engine.scheduling": {"engine.cache", "engine.lora.places", "engine.speculation.rows"},
     "engine.text": set(),
     "engine.ops": {"engine.executor.tables"},
     # What a model is, what computes it, where its tensors come from: families and parts do not know each other.
@@ -62,15 +63,18 @@ ALLOWED = {
     # What takes a device's place where several processes share a model.
     "engine.distributed": {"engine.executor", "engine.models", "engine.ops", "engine.report", "engine.speculation"},
     "engine.admission": {"engine.scheduling"},
+    "engine.books": {"engine.cache"},
     "engine.pace": set(),
     "engine.publisher": {"engine.lora.tally", "engine.pace", "engine.scheduling", "engine.text"},
     "engine.grammar_masks": {"engine.scheduling", "engine.publisher", "engine.executor.base"},
-    "engine.transfer": {"engine.cache", "engine.scheduling", "engine.executor.base"},
-    "engine.tiers": {"engine.cache", "engine.scheduling", "engine.executor.base"},
+    "engine.lending": {"engine.cache", "engine.scheduling"},
+    "engine.transfer": {"engine.cache", "engine.scheduling", "engine.executor.base", "engine.lending"},
+    "engine.tiers": {"engine.cache", "engine.scheduling", "engine.executor.base", "engine.lending"},
     "engine.misses": {"engine.cache"},
     "engine.carriers": {
         "engine.scheduling",
         "engine.executor.base",
+        "engine.lending",
         "engine.publisher",
         "engine.tiers",
         "engine.transfer",
@@ -80,6 +84,7 @@ ALLOWED = {
         "engine.publisher",
         "engine.executor.base",
         "engine.carriers",
+        "engine.lending",
         "engine.lora.store",
     },
     # What trainers send becomes a checkpoint; the group that it comes over is loaded when there is one.
@@ -90,6 +95,7 @@ ALLOWED = {
         "engine.text",
         "engine.executor.base",
         "engine.admission",
+        "engine.books",
         "engine.pace",
         "engine.publisher",
         "engine.grammar_masks",
@@ -120,7 +126,6 @@ ALLOWED = {
         "engine.resting",
         "engine.inspection",
         "engine.watchdog",
-        "engine.cache.history",
         "engine.misses",
         "engine.text",
         "engine.models.mixers",

@@ -11,11 +11,11 @@ import numpy as np
 from engine.forward import ForwardError, Int32Array
 from engine.request import FinishReason
 from engine.scheduling.batch import Batch, StepResult
-from engine.scheduling.receiving import Receiving
+from engine.scheduling.residents import Residents
 from engine.scheduling.sequence import Sequence, SequenceStatus
 
 
-class Failing(Receiving):
+class Failing(Residents):
     """See the module."""
 
     def fail(self, batch: Batch, error: ForwardError) -> StepResult:

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from engine.cache.history import Visit
 from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
@@ -24,7 +23,7 @@ from engine.scheduling.batch import Batch, StepResult
 from engine.scheduling.failing import Failing
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray, Scratch
-from engine.scheduling.speculating import Budgets, Speculation
+from engine.speculation.rows import Budgets, Speculation
 
 # A run of forced tokens shorter than this is sampled token by token: nothing, or one step of one row, would be saved.
 MIN_JUMP = 2
@@ -86,7 +85,7 @@ class Scheduler(Failing):
         if batch.num_rows == 0:
             # No step carries them, so the next one must.
             self._remaps += remaps
-            self._unsent = batch.saves()
+            self.unsent = batch.saves()
             return None
         if remaps:
             self._write_remaps(batch, remaps)
@@ -220,9 +219,9 @@ class Scheduler(Failing):
 
         All saves of a step are taken before its first admission, so none can be to what that loads.
         """
-        for slot, snapshot in self._unsent:
+        for snapshot, slot in self.unsent.items():
             batch.write_save(slot, snapshot)
-        self._unsent = []
+        self.unsent = {}
         saves, self._saves = self._saves, []
         for sequence, pages, num_tokens in saves:
             # One that has left since has given up its place in the tree.
@@ -362,18 +361,7 @@ class Scheduler(Failing):
             sequence.num_cached_tokens = num_cached
             self.counters.prefix_cache_queries += len(tokens)
             self.counters.prefix_cache_hits += num_cached
-            cache.history.admitted(
-                Visit(
-                    request.request_id,
-                    request.cache_root,
-                    pages.data,
-                    sequence.num_prompt_tokens,
-                    len(sequence.matchable_ids),
-                    num_cached,
-                    pages.num_known * cache.page_size,
-                    sequence.admitted_at,
-                )
-            )
+            cache.history.admitted(sequence, pages)
         if self.recorder is not None:
             self.recorder.event(request.request_id, "admitted", num_cached)
         if not sequence.suspect_until:

@@ -21,20 +21,20 @@ from engine.cache.radix_tree import RadixTree
 from engine.forward import Staging
 from engine.grammar_masks import GrammarMasks
 from engine.groups import MemoryGroup
+from engine.lending import Lending
+from engine.lora.places import AdapterPlaces
 from engine.request import Request
-from engine.scheduling.adapters import AdapterPlaces
 from engine.scheduling.batch import Batch
 from engine.scheduling.policy.fair import Fair
 from engine.scheduling.policy.fcfs import FCFS
 from engine.scheduling.policy.lpm import LPM
 from engine.scheduling.policy.priority import Priority
-from engine.scheduling.receiving import Receiving
 from engine.scheduling.residents import Residents
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import SlotTable
-from engine.scheduling.speculating import Speculation
 from engine.scheduling.trials import Trials
+from engine.speculation.rows import Speculation
 from engine.tiers.names import Item, TierNames
 from engine.tiers.tier import DiskTier
 from engine.tiers.worker import Worker
@@ -398,21 +398,21 @@ MUTANTS = [
     ),
     # Pages from a tier.
     Mutant(
-        "a page is filled that a step in flight writes", Receiving, "receive",
+        "a page is filled that a step in flight writes", Residents, "may_write",
         "self._named_until.get(page, committed) > committed", "False", TIERED,
     ),
     Mutant(
-        "pages are kept before they are computed", Receiving, "keep",
+        "pages are kept before they are computed", Lending, "keep",
         "if page in cache.unconfirmed", "if False", TIERED_RUNS,
     ),
     Mutant(
-        "a kept page is not held", Receiving, "keep",
-        "self._lent[pages] = 0", "cache.release(pages, (), 0)", TIERED,
+        "a kept page is not held", Lending, "keep",
+        "self.lent[pages] = 0", "cache.release(pages, (), 0)", TIERED,
     ),
-    Mutant("lent pages are forgotten", Receiving, "give_back", "self.kv_cache.release(", "(lambda *_: 0)(", TIERED),
-    Mutant("who is told stays where it was", Receiving, "received", "self.num_receiving -= 1", "pass", TIERED),
+    Mutant("lent pages are forgotten", Lending, "give_back", "self.kv_cache.release(", "(lambda *_: 0)(", TIERED),
+    Mutant("who is told stays where it was", Residents, "received", "self.num_receiving -= 1", "pass", TIERED),
     Mutant(
-        "what was received goes before what is older", Receiving, "received",
+        "what was received goes before what is older", Residents, "received",
         "sequence.order = self._next_order", "pass", TIERED_ORDER,
     ),
     Mutant(
@@ -439,7 +439,7 @@ MUTANTS = [
     Mutant("the wrong page is kept", TierNames, "to_write", "own[index]", "own[::-1][index]", TIERED),
     # States and windows from a tier.
     Mutant(
-        "a snapshot is filled that a step in flight names", Receiving, "once_committed",
+        "a snapshot is filled that a step in flight names", Residents, "once_committed",
         "self._committed_step == self._next_step - 1", "True", TIERED_STATES,
     ),
     Mutant(
@@ -588,7 +588,7 @@ MUTANTS = [
     Mutant(
         "a save is not told", Scheduler, "_write_saves", "batch.write_save(sequence.slot, snapshot)", "pass", STATES
     ),
-    Mutant("a save that no step carried is lost", Scheduler, "schedule", "= batch.saves()", "= []", STATES),
+    Mutant("a save that no step carried is lost", Scheduler, "schedule", "= batch.saves()", "= {}", STATES),
     Mutant("a match ends amid a node", RadixTree, "_usable", "or size < node.length", "", STATES),
     Mutant("a match needs no snapshot", RadixTree, "_usable", "node.snapshot is None or", "", STATES),
     Mutant("a leaf keeps its end's snapshot", RadixTree, "_evict_leaf", "self._lose_snapshot(node)", "pass", STATES),
