@@ -304,17 +304,14 @@ class KVCache:
     def _take_snapshot(self) -> int:
         if self._snapshots is None:
             return 0
-        self._collect_snapshots()
+        if self._tree.lost_snapshots:
+            self._free_snapshots(self._tree.lost_snapshots)
+            self._tree.lost_snapshots = []
         return self._snapshots.allocate_one() if self._snapshots.num_free else self._tree.oldest_snapshot()
 
     def _free_snapshots(self, snapshots: list[int]) -> None:
         assert self._snapshots is not None
         self._snapshots.free(snapshots)
-
-    def _collect_snapshots(self) -> None:
-        if self._tree.lost_snapshots:
-            self._free_snapshots(self._tree.lost_snapshots)
-            self._tree.lost_snapshots = []
 
     def end_step(self) -> list[int]:
         """The step is built: duplicates may be handed out again. Returns them; it, and a step in flight, name them."""
@@ -382,12 +379,6 @@ class KVCache:
         """The private pages by group."""
         return [pages[max(seq.num_shared, gone) :] for pages, gone in zip(seq.lists, seq.gone, strict=True)]
 
-    def _data(self, seq: SequencePages, token_ids: TokenIds, num_tokens: int) -> bytes:
-        known = len(seq.data) // TOKEN_BYTES
-        if known < num_tokens:
-            seq.data += _to_bytes(token_ids[known:num_tokens])
-        return seq.data
-
     def _insert(
         self, seq: SequencePages, token_ids: TokenIds, num_tokens: int
     ) -> tuple[list[int], list[tuple[int, int, int]]]:
@@ -399,9 +390,10 @@ class KVCache:
         assert end <= seq.num_pages, f"{num_tokens} tokens in {seq.num_pages} pages"
         if not self._caching or end <= first:
             return [], []
-        data = self._data(seq, token_ids, num_tokens)
+        if (known := len(seq.data) // TOKEN_BYTES) < num_tokens:
+            seq.data += _to_bytes(token_ids[known:num_tokens])
         own = [pages[first:end] for pages in seq.lists]
-        seq.node, canonical = self._tree.insert(node, data, first, own, seq.gone)
+        seq.node, canonical = self._tree.insert(node, seq.data, first, own, seq.gone)
         seq.num_shared = end
         duplicates: list[int] = []
         remaps: list[tuple[int, int, int]] = []

@@ -84,9 +84,8 @@ class Failing(Residents):
         for slot in batch.slots[rows].tolist():
             if self._table.live[slot]:
                 sequence = self.sequence_of(slot)
-                assert sequence.pages is not None
                 # What it found there when it came is not its own.
-                self.kv_cache.take_back(sequence.pages, sequence.num_cached_tokens // self.limits.page_size)
+                self.kv_cache.take_back(sequence.held_pages, sequence.num_cached_tokens // self.limits.page_size)
                 self.finish(sequence, FinishReason.ERROR, None)
                 ended.append(sequence)
         for sequence in self._distrust_heirs():

@@ -288,11 +288,9 @@ class Residents:
             return
         if sequence in self._leaving:
             self._leaving.remove(sequence)
-        table, slot, pages = self._table, sequence.slot, sequence.pages
-        assert pages is not None
-        tokens = sequence.token_ids
+        pages, tokens = sequence.held_pages, sequence.token_ids
         # KV is valid for tokens that were computed and whose ids are known; an overrun's are not.
-        valid = min(int(table.computed[slot]), len(tokens))
+        valid = min(sequence.num_computed_tokens, len(tokens))
         if sequence.finish_reason is FinishReason.ERROR or not self.kv_cache.is_intact(pages):
             valid = 0
         self.kv_cache.history.released(sequence.request.request_id, tokens[:valid])

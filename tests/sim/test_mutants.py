@@ -171,7 +171,7 @@ MUTANTS = [
         "if sequence.pages is pages and", "if sequence.holds_slot and", REMAPS,
     ),
     Mutant("a sampling row is not told", Batch, "write_sampling", "count + 1\n", "count + (sequence.slot != 2)\n"),
-    Mutant("the seed is lost", Scheduler, "_admit", "sequence.request.sampling.seed or 0", "0"),
+    Mutant("the seed is lost", Scheduler, "_admit", "request.sampling.seed or 0", "0"),
     Mutant("min_tokens is lost", Batch, "write_sampling", "= sequence.min_length", "= 0"),
     Mutant(
         "positions are one too high", Batch, "write_decodes",
@@ -266,7 +266,7 @@ MUTANTS = [
     Mutant("a cut run decodes on", Scheduler, "_schedule_jumps", "if end == known:", "if True:", RUNS),
     Mutant(
         "nobody makes room for a forced run", Scheduler, "_pages_of_jumps",
-        "return wanted", "return 0", RUNS | {"page_size": 1, "num_pages": 40, "max_num_batched_tokens": 40},
+        "return sum(", "return 0 * sum(", RUNS | {"page_size": 1, "num_pages": 40, "max_num_batched_tokens": 40},
     ),
     Mutant("a forced run outlives its sequence", Scheduler, "_leave", "self._jumping.remove(sequence)", "pass", RUNS),
     # Order.
@@ -500,7 +500,8 @@ MUTANTS = [
     # Pages.
     Mutant(
         "overruns enter the tree", Scheduler, "_release_if_idle",
-        "min(int(table.computed[slot]), len(tokens))", "len(tokens) // self.limits.page_size * self.limits.page_size",
+        "min(sequence.num_computed_tokens, len(tokens))",
+        "len(tokens) // self.limits.page_size * self.limits.page_size",
     ),
     Mutant("a match may be the whole prompt", KVCache, "begin", "(len(token_ids) - 1)", "len(token_ids)"),
     Mutant("namespaces share", RadixTree, "open", "namespace.encode(errors=\"surrogatepass\")", "b\"\""),
@@ -535,7 +536,7 @@ MUTANTS = [
     ),
     Mutant(
         "no page that left the window is given back", Scheduler, "_give_back",
-        "if self.kv_cache.has_windows and pages is not None:", "if False:", WINDOWS,
+        "if self.kv_cache.has_windows:", "if False:", WINDOWS,
     ),
     Mutant(
         "the device still names what was given back", KVCache, "give_back",
@@ -580,7 +581,7 @@ MUTANTS = [
     ),
     Mutant(
         "one that is alone waits for a good chunk", Scheduler, "_admit",
-        "if others and cache.has_windows:", "if cache.has_windows:", GROUPS | {"num_pages": 44},
+        "self._good_chunk if others else 0", "self._good_chunk", GROUPS | {"num_pages": 44},
     ),
     Mutant("a window is promised a page less", MemoryGroup, "most_pages", "+ 2", "+ 1", WINDOWS | {"num_pages": 5}),
     # Recurrent states.
