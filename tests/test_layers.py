@@ -286,7 +286,7 @@ MOST_START_MODULES = 300
 def test_start_keeps_its_import_budget() -> None:
     code = (
         "import sys, sysconfig\nbefore = set(sys.modules)\n"
-        "import engine.flags, engine.build, engine.report, server.app, uvloop\n"
+        "import engine.flags, engine.build, engine.report, server.app, server.serving, uvloop\n"
         "packages = sysconfig.get_path('purelib'), sysconfig.get_path('platlib')\n"
         "for name, module in list(sys.modules.items()):\n"
         "    if name not in before and (getattr(module, '__file__', None) or '').startswith(packages):\n"

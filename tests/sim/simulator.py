@@ -21,7 +21,8 @@ import numpy as np
 from engine.books import check
 from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions, SpeculationOptions
-from engine.executor.fake import FakeExecutor, FakeHandle, poison_staging
+from engine.executor.fake import FakeExecutor, FakeHandle
+from engine.executor.fake_checks import poison_staging
 from engine.executor.fake_oracle import expected_logprob
 from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
 from engine.forward import ForwardError, ForwardOutput
