@@ -141,13 +141,7 @@ class Engine(Resting):
             else IncrementalDetokenizer(self.tokenizer, request.prompt_token_ids, request.sampling)
         )
         listener = self.publisher.add(sequence, stream, detokenizer)
-        options = self.config.scheduler
-        if (
-            options.queue_timeout_s is not None
-            or options.request_timeout_s is not None
-            or request.timeout_s is not None
-        ):
-            self._set_timer(listener)
+        self._set_timer(listener)
         if self._idle.is_set():
             # In this order: the watchdog's thread may look in between.
             self._progress_at = self.clock.now()

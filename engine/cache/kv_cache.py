@@ -203,17 +203,7 @@ class KVCache:
     def skip(self, seq: SequencePages, num_pages: int) -> None:
         """Before room is made for what comes from elsewhere, num_pages in all: of groups with a window nobody will read
         what stands before their last window."""
-        assert seq.node is not None and not seq.node.detached
-        for window, members in enumerate(self._tree.members):
-            old = seq.gone[members[0]]
-            new = self.groups[members[0]].behind(num_pages * self.page_size, self.page_size)
-            if new <= old:
-                continue
-            if old < seq.num_shared:
-                self._tree.leave(seq.node, seq.num_shared, window, old, new)
-            for group in members:
-                seq.lists[group][:new] = [NULL_PAGE] * new
-                seq.gone[group] = new
+        self._leave_behind(seq, num_pages * self.page_size)
 
     def snapshots_of(self, seq: SequencePages) -> list[tuple[int, Snapshot]]:
         """Those on the path that a sequence holds, the deepest first, and after how many pages each is."""
@@ -261,14 +251,19 @@ class KVCache:
 
         Private pages are free at once; shared ones stay in the tree for others, as long as their memory is not needed.
         """
-        assert seq.node is not None, "the sequence was released"
-        returned: list[tuple[int, range]] = []
         # Somebody can go on where the last page that is whole now ends, if the sequence leaves at this point; an
         # overrun, whose token is not known, may be of the page after it.
         start = max(0, num_computed - 1) // self.page_size * self.page_size
+        assert start <= seq.num_pages * self.page_size, f"{num_computed} tokens in {seq.num_pages} pages"
+        return self._leave_behind(seq, start)
+
+    def _leave_behind(self, seq: SequencePages, num_tokens: int) -> list[tuple[int, range]]:
+        """What is behind the windows of token num_tokens becomes null pages; returns (group, indices)."""
+        assert seq.node is not None, "the sequence was released"
+        returned: list[tuple[int, range]] = []
         for window, members in enumerate(self._tree.members):
             old = seq.gone[members[0]]
-            new = self.groups[members[0]].behind(start, self.page_size)
+            new = self.groups[members[0]].behind(num_tokens, self.page_size)
             if new <= old:
                 continue
             if old < seq.num_shared:
@@ -276,7 +271,6 @@ class KVCache:
                 self._tree.leave(seq.node, seq.num_shared, window, old, new)
             for group in members:
                 pages = seq.lists[group]
-                assert new <= len(pages), f"{new} of {len(pages)} pages are given back"
                 self._pool.free(pages[max(old, seq.num_shared) : new])
                 pages[old:new] = [NULL_PAGE] * (new - old)
                 seq.gone[group] = new

@@ -454,7 +454,10 @@ MUTANTS = [
         "a window comes short of a page", TierNames, "_begin",
         "self._groups[group].behind(", "1 + self._groups[group].behind(", TIERED_WINDOWS,
     ),
-    Mutant("what windows leave stays locked", KVCache, "skip", "self._tree.leave(", "(lambda *_: 0)(", TIERED_WINDOWS),
+    Mutant(
+        "what windows leave stays locked", KVCache, "_leave_behind",
+        "self._tree.leave(", "(lambda *_: 0)(", TIERED_WINDOWS,
+    ),
     Mutant(
         "a part of what came enters a tree with windows", DiskTier, "_read",
         "first if self._names.comes_whole", "first if False", TIERED_WINDOWS | TIERED_SLOW,
@@ -531,23 +534,23 @@ MUTANTS = [
         "- self.window + 1", "- self.window + 2", GROUPS,
     ),
     Mutant(
-        "a page is given back too early", KVCache, "give_back",
-        ".behind(start,", ".behind(start + 2 * self.page_size,", WINDOWS,
+        "a page is given back too early", KVCache, "_leave_behind",
+        ".behind(num_tokens,", ".behind(num_tokens + 2 * self.page_size,", WINDOWS,
     ),
     Mutant(
         "no page that left the window is given back", Scheduler, "_give_back",
         "if self.kv_cache.has_windows:", "if False:", WINDOWS,
     ),
     Mutant(
-        "the device still names what was given back", KVCache, "give_back",
+        "the device still names what was given back", KVCache, "_leave_behind",
         "range(old, new)", "range(0)", WINDOWS,
     ),
     Mutant(
-        "a shared page that left the window is freed", KVCache, "give_back",
+        "a shared page that left the window is freed", KVCache, "_leave_behind",
         "pages[max(old, seq.num_shared) : new]", "pages[old:new]", WINDOWS,
     ),
     Mutant(
-        "shared pages that left the window stay locked", KVCache, "give_back",
+        "shared pages that left the window stay locked", KVCache, "_leave_behind",
         "if old < seq.num_shared:", "if False:", WINDOWS,
     ),
     Mutant("a match ignores a hole", RadixTree, "_usable", "if part.hole:", "if False:", GROUPS),
