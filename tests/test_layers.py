@@ -248,6 +248,21 @@ def test_no_circles() -> None:
     assert not needs, f"these import each other in a circle, or import such a circle: {sorted(needs)}"
 
 
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n")
+
+
+def test_the_core_is_read_in_a_morning() -> None:
+    parts = ("engine.engine", "engine.scheduling", "engine.cache")
+    assert sum(lines_of(path) for module, path in modules() if part_of(module) in parts) < 4000
+
+
+def test_no_file_is_long() -> None:
+    """But for the words that the bundled model is trained on."""
+    too_long = [module for module, path in modules() if lines_of(path) > 600 and module != "engine.demo.corpus"]
+    assert not too_long, f"split these where a reader would: {too_long}"
+
+
 def test_what_mypy_does_not_check_it_does_not_report() -> None:
     """A module that is excluded as a file but reported as an import is so by turns: as mypy's cache has it."""
     mypy = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]
