@@ -38,7 +38,8 @@ from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import IncrementalDetokenizer
 from engine.text.tokenizer import Tokenizer
 from server.answers.openai import OpenAIAnswer
-from server.app import ServedModel, build_app, serve
+from server.app import ServedModel, build_app
+from server.serving import serve
 from server.sse import EventStream
 
 DEMO = Path(engine.demo.__file__).parent

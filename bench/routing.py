@@ -39,7 +39,8 @@ from engine.models.generation import GenerationDefaults
 from engine.models.registry import read_spec
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
-from server.app import ServedModel, build_app, serve
+from server.app import ServedModel, build_app
+from server.serving import serve
 
 MODEL = "routed"
 PAGE_SIZE = 16

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from engine.clock import Clock
 from engine.config import EngineConfig, StartupError
 from engine.executor.base import Executor
+from engine.lending import Lending
 from engine.request import Request
-from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.tiers.tier import DiskTier
 from engine.transfer.base import Connector
@@ -38,7 +38,7 @@ class Carrying(ABC):
 
     config: EngineConfig
     executor: Executor
-    scheduler: Scheduler
+    lending: Lending
     clock: Clock
     metrics: EngineMetrics
     publisher: Publisher
@@ -57,7 +57,7 @@ class Carrying(ABC):
             self.config.transfer,
             connector,
             self.executor,
-            self.scheduler,
+            self.lending,
             self.clock,
             received=self.received,
             wake=self._wake.set,
@@ -73,7 +73,7 @@ class Carrying(ABC):
         self.tier = DiskTier(
             self.config.tiers,
             self.executor,
-            self.scheduler,
+            self.lending,
             self.clock,
             received=self.received,
             wake=self._wake.set,

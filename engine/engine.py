@@ -15,6 +15,7 @@ import random
 from collections import deque
 
 from engine.admission import Admission
+from engine.books import Books
 from engine.clock import Clock, MonotonicClock, RangeOf, in_range
 from engine.config import EngineConfig
 from engine.executor.base import Executor, StepHandle
@@ -40,8 +41,6 @@ from engine.text.tokenizer import Tokenizer
 logger = logging.getLogger("oneloop.engine")
 
 MAX_LOOKED_UP = 256
-# Seconds between two looks at a part of the KV cache's books.
-CHECK_BOOKS_EVERY_S = 30.0
 
 
 class StalledError(Exception):
@@ -91,8 +90,7 @@ class Engine(Resting):
         self._rng = rng or random.Random()
         self._idle: asyncio.Event = asyncio.Event()
         self._idle.set()
-        self._books_checked_at = -math.inf
-        self._books_rng = random.Random(0)  # its own: seeds of requests do not depend on when it was idle
+        self._books = Books(scheduler.kv_cache, clock, self.metrics, config.check_invariants)
         self._task: asyncio.Task[None] | None = None
         self.stalled = self._lost = False
         self.recorder = Recorder(self._on_watched)
@@ -143,13 +141,7 @@ class Engine(Resting):
             else IncrementalDetokenizer(self.tokenizer, request.prompt_token_ids, request.sampling)
         )
         listener = self.publisher.add(sequence, stream, detokenizer)
-        options = self.config.scheduler
-        if (
-            options.queue_timeout_s is not None
-            or options.request_timeout_s is not None
-            or request.timeout_s is not None
-        ):
-            self._set_timer(listener)
+        self._set_timer(listener)
         if self._idle.is_set():
             # In this order: the watchdog's thread may look in between.
             self._progress_at = self.clock.now()
@@ -332,7 +324,8 @@ class Engine(Resting):
                     if is_ours and (dropped := scheduler.take_dropped()):
                         executor.drop_adapters(dropped)
                     if scheduler.is_empty:
-                        self._check_books()
+                        if not self.lending.lent:
+                            self._books.look()
                         self._idle.set()
                     if self._stopped:
                         self._at_rest.set()
@@ -411,24 +404,6 @@ class Engine(Resting):
         if self._task is not None and not self._task.done():
             self._lost = True
             self._task.cancel()
-
-    def _check_books(self) -> None:
-        """While nobody is here: are the KV cache's books in order? If not they are begun anew, and requests go on."""
-        cache, now, whole = self.scheduler.kv_cache, self.clock.now(), self.config.check_invariants
-        if self.scheduler.live_sequences() or self.scheduler.lent:
-            return
-        if not (whole or now - self._books_checked_at >= CHECK_BOOKS_EVERY_S):
-            return
-        self._books_checked_at = now
-        try:
-            if whole:
-                cache.check([])
-            else:
-                cache.check_sample(self._books_rng)
-        except Exception:
-            logger.exception("the KV cache's books are wrong; it is emptied, and requests go on")
-            self.metrics.kv_violations += 1
-            cache.rebuild()
 
     def _fail_all(self, error: BaseException) -> None:
         self.failed = True

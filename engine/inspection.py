@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engine.cache.kv_cache import SequencePages
-from engine.cache.radix_tree import Node
+from engine.cache.node import Node
 from engine.publisher import Listener, Publisher
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import SequenceStatus

@@ -25,6 +25,7 @@ from typing import Any, NoReturn, TypeVar
 
 import orjson
 
+from engine.bounds import bounds_of
 from engine.build import build_engine
 from engine.config import EngineConfig, StartupError
 from engine.flags import config_from, make_parser
@@ -248,10 +249,10 @@ class LLM:
                 if is_default and given.max_tokens is not None and len(ids) + given.max_tokens > most:
                     # As in the server: a default counts where it fits.
                     given = replace(given, max_tokens=None)
-                vocab_size = self._built.model_config.vocab_size
-                sampling = checked(given, vocab_size, self._built.engine.config.logprobs.most_of(vocab_size))
+                vocab_size, engine = self._built.model_config.vocab_size, self._built.engine
+                sampling = checked(given, vocab_size, engine.config.logprobs.most_of(vocab_size))
                 requests = [self._request(ids, sampling, choice) for choice in range(n)]
-                self._built.engine.scheduler.check(requests[0])
+                bounds_of(requests[0], engine.limits, engine.eos_token_ids)
                 jobs.append(_Job(prompt if isinstance(prompt, str) else None, requests))
         return jobs
 

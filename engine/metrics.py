@@ -126,7 +126,7 @@ _STREAMING = ("false", "true")
 
 
 class DraftTotals(Protocol):
-    """Of speculative decoding since the start, as engine/scheduling/speculating.py counts them."""
+    """Of speculative decoding since the start, as engine/speculation/rows.py counts them."""
 
     num_drafts: int
     num_draft_tokens: int

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine.cache.history import Evicted, Visit
-from engine.cache.radix_tree import TOKEN_BYTES, Node
+from engine.cache.node import TOKEN_BYTES, Node
+from engine.history import Evicted, Visit
 
 # A run of so many tokens that is found elsewhere is no accident.
 PROBE_TOKENS = 12

@@ -16,6 +16,7 @@ from engine.carriers import Carrying
 from engine.clock import Clock
 from engine.executor.base import Executor
 from engine.forward import PARTS
+from engine.lending import Lending
 from engine.lora.store import AdapterStore
 from engine.publisher import Publisher
 from engine.request import RequestError, UnavailableError
@@ -30,6 +31,7 @@ class Resting(Carrying):
 
     def __init__(self, scheduler: Scheduler, executor: Executor, publisher: Publisher, clock: Clock) -> None:
         self.scheduler = scheduler
+        self.lending = Lending(scheduler)
         self.executor = executor
         self.publisher = publisher
         self.clock = clock
@@ -89,7 +91,7 @@ class Resting(Carrying):
 
     def forget_held(self) -> bool:
         """Empty the cache while paused: who is held is computed again. False, and nothing done, where nobody rests."""
-        if not (self.is_paused and self._at_rest.is_set()) or self.sleep_level or self._loading or self.scheduler.lent:
+        if not (self.is_paused and self._at_rest.is_set()) or self.sleep_level or self._loading or self.lending.lent:
             return False
         self._forget()
         return True

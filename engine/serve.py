@@ -71,9 +71,9 @@ def main(argv: list[str] | None = None, *, ends: bool = False) -> int:
 def check(config: EngineConfig) -> None:
     """Raises StartupError for what is misspelled or missing, before the weights are read."""
     from server import accounts, kv_events, spans, trace_file
-    from server.app import make_tls
     from server.handover import path_of
     from server.parsers.registry import choose_parsers
+    from server.serving import make_tls
 
     make_tls(config.server)
     if config.server.handover is not None:
@@ -121,7 +121,8 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     import logging
 
     from engine.watchdog import Watchdog
-    from server.app import build_app, serve
+    from server.app import build_app
+    from server.serving import serve
     from server.trace_file import TraceFile
 
     engine, report = built.engine, built.report

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from engine.books import check
 from engine.config import EngineConfig, SchedulerOptions, StartupError
 from engine.engine import Engine, StalledError
 from engine.executor.fake import FakeExecutor
@@ -49,7 +50,7 @@ async def serve(spec: str, requests: list[Any], tamper: Callable[[Engine], None]
         if not task.done():
             await engine.drained()
             assert engine.stats().num_used_pages == 0
-            engine.scheduler.kv_cache.check([])
+            check(engine.scheduler.kv_cache, [])
     finally:
         task.cancel()
         await asyncio.wait({task})
@@ -240,11 +241,11 @@ async def test_wrong_books_are_begun_anew_and_requests_go_on(whole: bool) -> Non
         assert engine.metrics.kv_violations == 0
         child = next(iter(engine.scheduler.kv_cache._tree.roots()[0].children.values()))
         child.lock_count += 1
-        engine._books_checked_at = -1e9
+        engine._books.checked_at = -1e9
         second = await collect(engine.submit(ask("second", prompt)))
         await engine.drained()
         assert engine.metrics.kv_violations == 1 and engine.scheduler.kv_cache.num_free == 256
-        engine._books_checked_at = -1e9
+        engine._books.checked_at = -1e9
         third = await collect(engine.submit(ask("third", prompt)))
         await engine.drained()
         assert engine.metrics.kv_violations == 1

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engine.books import check
 from engine.build import build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions, StartupError
 from engine.engine import Engine
@@ -108,7 +109,7 @@ async def running(
         task.cancel()
         await asyncio.wait({task})
         engine.executor.close()
-    engine.scheduler.kv_cache.check([])
+    check(engine.scheduler.kv_cache, [])
 
 
 async def ask(engine: Engine, prompt: list[int], name: str = "r", count: int = NEW_TOKENS) -> list[int]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.books import check
 from engine.build import build_engine
 from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions
 from engine.engine import Engine
@@ -106,7 +107,7 @@ async def generate(
         task.cancel()
         await asyncio.wait({task})
         engine.executor.close()
-    engine.scheduler.kv_cache.check([])
+    check(engine.scheduler.kv_cache, [])
     return [tokens for tokens, _ in answers], [numbers for _, numbers in answers], engine
 
 

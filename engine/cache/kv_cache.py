@@ -9,26 +9,21 @@ pool of their own; one is free, hangs in the tree, or is kept by a sequence for 
 
 from __future__ import annotations
 
-import itertools
 import struct
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
-from random import Random
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.cache.eviction.registry import make_eviction_policy
-from engine.cache.history import CacheHistory
+from engine.cache.node import TOKEN_BYTES, Node, Snapshot
 from engine.cache.page_pool import PagePool
-from engine.cache.radix_tree import TOKEN_BYTES, Node, RadixTree, Snapshot
+from engine.cache.radix_tree import RadixTree
 from engine.cache.watch import CacheWatch
 from engine.forward import NULL_PAGE, Int32Array
 from engine.groups import MemoryGroup
-
-# A root may have very many.
-MAX_CHILDREN_LOOKED_AT = 64
+from engine.history import CacheHistory
 
 TokenIds = Sequence[int] | Int32Array
 
@@ -208,17 +203,7 @@ class KVCache:
     def skip(self, seq: SequencePages, num_pages: int) -> None:
         """Before room is made for what comes from elsewhere, num_pages in all: of groups with a window nobody will read
         what stands before their last window."""
-        assert seq.node is not None and not seq.node.detached
-        for window, members in enumerate(self._tree.members):
-            old = seq.gone[members[0]]
-            new = self.groups[members[0]].behind(num_pages * self.page_size, self.page_size)
-            if new <= old:
-                continue
-            if old < seq.num_shared:
-                self._tree.leave(seq.node, seq.num_shared, window, old, new)
-            for group in members:
-                seq.lists[group][:new] = [NULL_PAGE] * new
-                seq.gone[group] = new
+        self._leave_behind(seq, num_pages * self.page_size)
 
     def snapshots_of(self, seq: SequencePages) -> list[tuple[int, Snapshot]]:
         """Those on the path that a sequence holds, the deepest first, and after how many pages each is."""
@@ -266,14 +251,19 @@ class KVCache:
 
         Private pages are free at once; shared ones stay in the tree for others, as long as their memory is not needed.
         """
-        assert seq.node is not None, "the sequence was released"
-        returned: list[tuple[int, range]] = []
         # Somebody can go on where the last page that is whole now ends, if the sequence leaves at this point; an
         # overrun, whose token is not known, may be of the page after it.
         start = max(0, num_computed - 1) // self.page_size * self.page_size
+        assert start <= seq.num_pages * self.page_size, f"{num_computed} tokens in {seq.num_pages} pages"
+        return self._leave_behind(seq, start)
+
+    def _leave_behind(self, seq: SequencePages, num_tokens: int) -> list[tuple[int, range]]:
+        """What is behind the windows of token num_tokens becomes null pages; returns (group, indices)."""
+        assert seq.node is not None, "the sequence was released"
+        returned: list[tuple[int, range]] = []
         for window, members in enumerate(self._tree.members):
             old = seq.gone[members[0]]
-            new = self.groups[members[0]].behind(start, self.page_size)
+            new = self.groups[members[0]].behind(num_tokens, self.page_size)
             if new <= old:
                 continue
             if old < seq.num_shared:
@@ -281,7 +271,6 @@ class KVCache:
                 self._tree.leave(seq.node, seq.num_shared, window, old, new)
             for group in members:
                 pages = seq.lists[group]
-                assert new <= len(pages), f"{new} of {len(pages)} pages are given back"
                 self._pool.free(pages[max(old, seq.num_shared) : new])
                 pages[old:new] = [NULL_PAGE] * (new - old)
                 seq.gone[group] = new
@@ -309,17 +298,14 @@ class KVCache:
     def _take_snapshot(self) -> int:
         if self._snapshots is None:
             return 0
-        self._collect_snapshots()
+        if self._tree.lost_snapshots:
+            self._free_snapshots(self._tree.lost_snapshots)
+            self._tree.lost_snapshots = []
         return self._snapshots.allocate_one() if self._snapshots.num_free else self._tree.oldest_snapshot()
 
     def _free_snapshots(self, snapshots: list[int]) -> None:
         assert self._snapshots is not None
         self._snapshots.free(snapshots)
-
-    def _collect_snapshots(self) -> None:
-        if self._tree.lost_snapshots:
-            self._free_snapshots(self._tree.lost_snapshots)
-            self._tree.lost_snapshots = []
 
     def end_step(self) -> list[int]:
         """The step is built: duplicates may be handed out again. Returns them; it, and a step in flight, name them."""
@@ -387,12 +373,6 @@ class KVCache:
         """The private pages by group."""
         return [pages[max(seq.num_shared, gone) :] for pages, gone in zip(seq.lists, seq.gone, strict=True)]
 
-    def _data(self, seq: SequencePages, token_ids: TokenIds, num_tokens: int) -> bytes:
-        known = len(seq.data) // TOKEN_BYTES
-        if known < num_tokens:
-            seq.data += _to_bytes(token_ids[known:num_tokens])
-        return seq.data
-
     def _insert(
         self, seq: SequencePages, token_ids: TokenIds, num_tokens: int
     ) -> tuple[list[int], list[tuple[int, int, int]]]:
@@ -404,9 +384,10 @@ class KVCache:
         assert end <= seq.num_pages, f"{num_tokens} tokens in {seq.num_pages} pages"
         if not self._caching or end <= first:
             return [], []
-        data = self._data(seq, token_ids, num_tokens)
+        if (known := len(seq.data) // TOKEN_BYTES) < num_tokens:
+            seq.data += _to_bytes(token_ids[known:num_tokens])
         own = [pages[first:end] for pages in seq.lists]
-        seq.node, canonical = self._tree.insert(node, data, first, own, seq.gone)
+        seq.node, canonical = self._tree.insert(node, seq.data, first, own, seq.gone)
         seq.num_shared = end
         duplicates: list[int] = []
         remaps: list[tuple[int, int, int]] = []
@@ -417,133 +398,3 @@ class KVCache:
                     duplicates.append(page)
                     remaps.append((group, index, other))
         return duplicates, remaps
-
-    def check(self, live: Iterable[SequencePages]) -> None:
-        """Assert that every page has one owner and that locks, tree and eviction order agree. O(pages).
-
-        `live` are all sequences between begin and release.
-        """
-        owners: dict[int, str] = {}
-
-        def own(pages: list[int], owner: str) -> None:
-            added = dict.fromkeys(pages, owner)
-            if len(added) < len(pages) or not owners.keys().isdisjoint(added):
-                page = next(page for page, count in Counter([*owners, *pages]).items() if count > 1)
-                raise AssertionError(f"page {page} belongs to {owners.get(page, owner)} and to {owner}")
-            owners.update(added)
-
-        live = list(live)
-        own(self._pool.free_pages(), "the free list")
-        own(self._deferred, "the deferred duplicates")
-        nodes = list(self._tree.nodes())
-        for node in nodes:
-            own(_pages_of(node), "the tree")
-        locks: Counter[Node] = Counter()
-        needed: defaultdict[tuple[Node, int], Counter[int]] = defaultdict(Counter)  # by first page, in a window
-        detached: set[Node] = set()
-        for seq in live:
-            assert seq.node is not None, "a released sequence is called live"
-            for pages in self._own(seq):
-                own(pages, "a sequence")
-            path: list[Node] = []
-            place: Node | None = seq.node
-            while place is not None:
-                path.append(place)
-                place = place.parent
-            locks.update(path)
-            path.reverse()
-            start = 0
-            for node in path:
-                for window, members in enumerate(self._tree.members):
-                    first = max(0, seq.gone[members[0]] - start)
-                    if first < node.length:
-                        needed[node, window][first] += 1
-                start += node.length
-                if node.detached and node not in detached:
-                    detached.add(node)
-                    own(_pages_of(node), "a detached path")
-            for group, (pages, gone) in enumerate(zip(seq.lists, seq.gone, strict=True)):
-                shared = [page for node in path for page in node.runs[group]]
-                assert len(shared) == seq.num_shared, f"{seq.num_shared} shared pages on a path of {len(shared)}"
-                assert shared[gone:] == pages[gone : seq.num_shared], (
-                    f"shared pages {pages}, {gone} gone, path {shared}"
-                )
-                assert not any(pages[:gone]), "a page that was given back is still named"
-                assert all(pages[gone:]), "a page that was not given back is not named"
-        missing = sorted(set(range(1, self.num_pages + 1)) - owners.keys())
-        assert not missing and len(owners) == self.num_pages, f"pages without owner: {missing}"
-        for node in [*self._tree.roots(), *nodes, *detached]:
-            held = locks.pop(node, 0)
-            assert node.lock_count == held, f"a node with {held} locks counts {node.lock_count}"
-            for part in node.parts:
-                counts: dict[int, int] = needed.get((node, part.window), {})
-                assert part.locks == counts, f"windows need {counts} of a node, which counts {part.locks}"
-        assert not locks, "a sequence holds a node that is not in the tree"
-        if self._snapshots is not None:
-            hanging = [node.snapshot for node in nodes if node.snapshot is not None]
-            assert {snapshot.node for snapshot in hanging} == {node for node in nodes if node.snapshot is not None}
-            assert set(self._tree.snapshots()) == set(hanging), "the order of snapshots is wrong"
-            ids = [snapshot.id for snapshot in hanging] + [seq.kept[0] for seq in live if seq.kept is not None]
-            ids += self._tree.lost_snapshots + self._snapshots.free_pages()
-            assert sorted(ids) == list(range(1, len(ids) + 1)), f"snapshots {sorted(ids)}"
-            assert len(ids) == self._snapshots.num_pages, "a snapshot was lost"
-        self._check_tree(nodes)
-
-    def check_sample(self, random: Random, most: int = 256) -> None:
-        """What `check` says, of `most` nodes on random ways down the tree, while no sequence holds a page."""
-        available = self.num_available
-        assert available == self.num_pages, f"{self.num_pages - available} pages are neither free nor evictable"
-        page_bytes, roots = self.page_size * TOKEN_BYTES, self._tree.roots()
-        while roots and most > 0:
-            node = random.choice(roots)
-            while node.children and most > 0:
-                key, child = random.choice(list(itertools.islice(node.children.items(), MAX_CHILDREN_LOOKED_AT)))
-                assert child.parent is node and child.key == key, "parent and child disagree"
-                assert child.key == child.tokens[:page_bytes], "a child is not under its first page"
-                assert not child.lock_count and not child.detached, "a node is held, but nobody is there"
-                pages = _pages_of(child)
-                assert not any(map(self._pool.is_free, pages)), "a page of the tree is free"
-                assert len(pages) == len(set(pages)), "a page stands twice in a node"
-                node, most = child, most - 1
-            most -= 1
-
-    def _check_tree(self, nodes: list[Node]) -> None:
-        page_bytes = self.page_size * TOKEN_BYTES
-        evictable = 0
-        for node in nodes:
-            assert node.length and not node.detached, "a node of the tree is empty or detached"
-            assert all(len(run) == node.length for run in node.runs), "groups have runs of different lengths"
-            assert len(node.tokens) >= node.length * page_bytes, "a run has more pages than tokens"
-            assert node.parent is not None and node.parent.children[node.key] is node, "parent and child disagree"
-            assert node.key == node.tokens[:page_bytes], "a child is not under its first page"
-            assert node.children or node.lock_count or any(map(any, node.runs)), "a leaf without pages was not dropped"
-            for group, run in zip(self.groups, node.runs, strict=True):
-                assert group.window is not None or all(run), "a hole where everything is seen"
-                evictable += len(run) * (group.window is None and not node.lock_count)
-            for part, members in zip(node.parts, self._tree.members, strict=True):
-                assert part.free_to == min(part.locks, default=node.length) and part.hole <= part.free_to
-                for run in (node.runs[group] for group in members):
-                    assert not any(run[: part.hole]) and all(run[part.hole :]), f"a hole of {part.hole} in {run}"
-                evictable += (part.free_to - part.hole) * len(members)
-        for root in self._tree.roots():
-            assert root.lock_count or root.children, "a bare root was not dropped"
-        assert self.num_evictable == evictable, f"{evictable} pages are evictable, counted {self.num_evictable}"
-        unlocked = {node for node in nodes if not node.lock_count}
-        gone: set[Node] = set()
-        for node in self._tree.policy.order():
-            assert node in unlocked and node not in gone, "the eviction order holds a node that is locked or twice"
-            assert not node.children or gone.issuperset(node.children.values()), (
-                "the eviction order has a parent before its child"
-            )
-            gone.add(node)
-        assert gone == unlocked, f"{len(unlocked - gone)} unlocked nodes are not in the eviction order"
-        for window in range(len(self._tree.members)):
-            order = self._tree.parts_in_order(window)
-            parts = {part for node in nodes for part in node.parts if part.window == window}
-            assert set(order) == {part for part in parts if part.hole < part.free_to}, "a window's order is wrong"
-            assert len(set(order)) == len(order), "a window's order holds a part twice"
-            assert [part.used for part in order] == sorted(part.used for part in order), "a window's order is no order"
-
-
-def _pages_of(node: Node) -> list[int]:
-    return [page for run in node.runs for page in run if page]

@@ -222,10 +222,10 @@ class Batch:
         staging.save_slot[where] = slot
         staging.save_snapshot[where] = snapshot
 
-    def saves(self) -> list[tuple[int, int]]:
-        """(slot, snapshot) as written so far."""
+    def saves(self) -> dict[int, int]:
+        """Slots by snapshot, as written so far."""
         staging, count = self.staging, self.forward_input.num_saves
-        return list(zip(staging.save_slot[:count].tolist(), staging.save_snapshot[:count].tolist(), strict=True))
+        return dict(zip(staging.save_snapshot[:count].tolist(), staging.save_slot[:count].tolist(), strict=True))
 
     def write_load(self, slot: int, snapshot: int) -> None:
         """A slot goes on from a snapshot, which may be one of this step's saves."""

@@ -11,11 +11,11 @@ import numpy as np
 from engine.forward import ForwardError, Int32Array
 from engine.request import FinishReason
 from engine.scheduling.batch import Batch, StepResult
-from engine.scheduling.receiving import Receiving
+from engine.scheduling.residents import Residents
 from engine.scheduling.sequence import Sequence, SequenceStatus
 
 
-class Failing(Receiving):
+class Failing(Residents):
     """See the module."""
 
     def fail(self, batch: Batch, error: ForwardError) -> StepResult:
@@ -84,9 +84,8 @@ class Failing(Receiving):
         for slot in batch.slots[rows].tolist():
             if self._table.live[slot]:
                 sequence = self.sequence_of(slot)
-                assert sequence.pages is not None
                 # What it found there when it came is not its own.
-                self.kv_cache.take_back(sequence.pages, sequence.num_cached_tokens // self.limits.page_size)
+                self.kv_cache.take_back(sequence.held_pages, sequence.num_cached_tokens // self.limits.page_size)
                 self.finish(sequence, FinishReason.ERROR, None)
                 ended.append(sequence)
         for sequence in self._distrust_heirs():

@@ -7,24 +7,19 @@ given back here, once the sequence is out of every order and nothing of it is in
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
-from engine.cache.kv_cache import KVCache, SequencePages
+from engine.bounds import bounds_of
+from engine.cache.kv_cache import KVCache
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.forward import Int32Array, Limits
+from engine.lora.places import AdapterPlaces
 from engine.recorder import Recorder
-from engine.request import (
-    MAX_STOP_TOKEN_IDS,
-    ContextLengthExceededError,
-    FinishReason,
-    Request,
-    RequestError,
-)
-from engine.scheduling.adapters import AdapterPlaces
+from engine.request import FinishReason, Request
 from engine.scheduling.policy.registry import make_policy
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray, SlotTable
@@ -68,8 +63,6 @@ class Residents:
         # While somebody looks.
         self.recorder: Recorder | None = None
         self.num_waiting = self.num_waiting_tokens = self.num_receiving = 0
-        self._lent: dict[SequencePages, int] = {}
-        self._num_pinned = 0
         # By step: who waits for its end.
         self._who_waits: deque[tuple[int, Callable[[], None]]] = deque()
         # Pages that went back to the pool although steps up to this one may still write them; a step that is launched
@@ -80,8 +73,8 @@ class Residents:
         self._policy = make_policy(options.policy, self.kv_cache)
         self._committed_step = -1
         self._next_step = 0
-        # Of models with a recurrent state: (slot, snapshot) that were to be saved, but no step came.
-        self._unsent: list[tuple[int, int]] = []
+        # Of models with a recurrent state: slots by the snapshots that they were to be saved to, but no step came.
+        self.unsent: dict[int, int] = {}
         self._next_order = 0
         self._held: list[Sequence] | None = None
         self._held_from = 0
@@ -143,62 +136,9 @@ class Residents:
         """Every sequence that holds a slot; for checks."""
         return [sequence for sequence in self._table.sequences if sequence is not None]
 
-    def check(self, request: Request) -> tuple[int, tuple[int, ...]]:
-        """The most tokens that its sequence may have, and the ids that end it.
-
-        Raises RequestError for one that can never be served. Reads nothing that changes: any thread may ask.
-        """
-        prompt, params, limits = request.prompt_token_ids, request.sampling, self.limits
-        if not prompt:
-            raise RequestError("The prompt is empty: at least one token is needed.", param="prompt")
-        if request.adapter is not None and not limits.max_adapters:
-            raise RequestError("This server takes no LoRA adapters; start it with --enable-lora.", param="model")
-        max_length = limits.max_model_len
-        if request.pooling is not None:
-            # All of it is computed, as if a token were to follow.
-            max_length = len(prompt) + 1
-            most = min(limits.max_model_len, limits.max_cached_tokens)
-            if len(prompt) > most:
-                raise ContextLengthExceededError(
-                    f"This model's maximum context length is {most} tokens. However, your input contains "
-                    f"{len(prompt)} tokens. Please shorten the input.",
-                    param="input",
-                )
-        elif len(prompt) >= limits.max_model_len:
-            raise ContextLengthExceededError(
-                f"This model's maximum context length is {limits.max_model_len} tokens. However, your prompt "
-                f"contains {len(prompt)} tokens, which leaves no room for output. Please shorten the prompt.",
-                param="prompt",
-            )
-        if params.max_tokens is not None:
-            max_length = len(prompt) + params.max_tokens
-            if max_length > limits.max_model_len:
-                raise ContextLengthExceededError(
-                    f"This model's maximum context length is {limits.max_model_len} tokens. However, you "
-                    f"requested {max_length} tokens ({len(prompt)} in the prompt, {params.max_tokens} for the "
-                    "output). Please shorten the prompt or the output.",
-                    param="max_tokens",
-                )
-        # The last token is never computed, so it needs no place in the cache.
-        if max_length - 1 > limits.max_cached_tokens:
-            if params.max_tokens is not None or len(prompt) >= limits.max_cached_tokens:
-                raise ContextLengthExceededError(
-                    f"The KV cache holds {limits.max_cached_tokens} tokens; {max_length} were asked "
-                    "for (prompt and output). Please shorten the prompt or the output.",
-                    param="max_tokens",
-                )
-            max_length = limits.max_cached_tokens + 1
-        stop_ids = tuple(dict.fromkeys((() if params.ignore_eos else self.eos_token_ids) + params.stop_token_ids))
-        if len(stop_ids) > MAX_STOP_TOKEN_IDS:
-            raise RequestError(
-                f"At most {MAX_STOP_TOKEN_IDS} stop token ids are supported, EOS ids included; got {len(stop_ids)}.",
-                param="stop_token_ids",
-            )
-        return max_length, stop_ids
-
     def submit(self, request: Request, *, receiving: bool = False) -> Sequence:
         """Queue a request; receiving: not before `received`. Raises RequestError for one that can never be served."""
-        max_length, stop_ids = self.check(request)
+        max_length, stop_ids = bounds_of(request, self.limits, self.eos_token_ids)
         sequence = Sequence(
             request,
             order=self._next_order,
@@ -224,6 +164,17 @@ class Residents:
             self._held.append(sequence)
         else:
             self._policy.push(sequence)
+
+    def received(self, sequence: Sequence) -> None:
+        """Its turn to wait has come, whether something arrived or not; nothing happens where it was ended meanwhile."""
+        if sequence.status is SequenceStatus.RECEIVING:
+            sequence.move(SequenceStatus.WAITING)
+            self.num_receiving -= 1
+            held = self._held is not None and sequence.order >= self._held_from
+            # Queues are in order: it stands behind those who came while it received.
+            sequence.order = self._next_order
+            self._next_order += 1
+            self._queue(sequence, held)
 
     def hold(self) -> None:
         """From now on new sequences wait until `let_go`, whatever the policy says."""
@@ -281,6 +232,24 @@ class Residents:
         """int32 [num_slots, max_model_len]: those tokens; to be read only."""
         return self._table.tokens
 
+    # ---- what others do with pages (see engine/lending.py)
+
+    def once_committed(self, then: Callable[[], None]) -> None:
+        """Call it when every step that is launched by now has ended: at once where none is in flight."""
+        if self._committed_step == self._next_step - 1:
+            then()
+        else:
+            self._who_waits.append((self._next_step - 1, then))
+
+    def _tell_who_waits(self) -> None:
+        while self._who_waits and self._who_waits[0][0] <= self._committed_step:
+            self._who_waits.popleft()[1]()
+
+    def may_write(self, pages: Iterable[int]) -> bool:
+        """A step in flight may yet write one of these pages, though they are another's by now."""
+        committed = self._committed_step
+        return any(self._named_until.get(page, committed) > committed for page in pages)
+
     # ---- leaving
 
     def _in_flight(self, sequence: Sequence) -> bool:
@@ -319,11 +288,9 @@ class Residents:
             return
         if sequence in self._leaving:
             self._leaving.remove(sequence)
-        table, slot, pages = self._table, sequence.slot, sequence.pages
-        assert pages is not None
-        tokens = sequence.token_ids
+        pages, tokens = sequence.held_pages, sequence.token_ids
         # KV is valid for tokens that were computed and whose ids are known; an overrun's are not.
-        valid = min(int(table.computed[slot]), len(tokens))
+        valid = min(sequence.num_computed_tokens, len(tokens))
         if sequence.finish_reason is FinishReason.ERROR or not self.kv_cache.is_intact(pages):
             valid = 0
         self.kv_cache.history.released(sequence.request.request_id, tokens[:valid])

@@ -14,7 +14,6 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from engine.cache.history import Visit
 from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock
 from engine.config import CacheOptions, SchedulerOptions
@@ -24,7 +23,7 @@ from engine.scheduling.batch import Batch, StepResult
 from engine.scheduling.failing import Failing
 from engine.scheduling.sequence import Sequence, SequenceStatus
 from engine.scheduling.slots import IndexArray, Scratch
-from engine.scheduling.speculating import Budgets, Speculation
+from engine.speculation.rows import Budgets, Speculation
 
 # A run of forced tokens shorter than this is sampled token by token: nothing, or one step of one row, would be saved.
 MIN_JUMP = 2
@@ -86,7 +85,7 @@ class Scheduler(Failing):
         if batch.num_rows == 0:
             # No step carries them, so the next one must.
             self._remaps += remaps
-            self._unsent = batch.saves()
+            self.unsent = batch.saves()
             return None
         if remaps:
             self._write_remaps(batch, remaps)
@@ -158,12 +157,10 @@ class Scheduler(Failing):
                 self._decodes_stale = True
                 keep[row] = False
                 continue
-            pages = sequence.pages
-            assert pages is not None
             self._give_back(sequence)
             if self._has_state:
-                self._save_decoded(batch, slot, pages, int(computed[row]))
-            keep[row] = self._reserve_one(batch, sequence, pages)
+                self._save_decoded(batch, sequence, int(computed[row]))
+            keep[row] = self._reserve_one(batch, sequence)
         if keep.all():
             return slots, computed
         return slots[keep], computed[keep]
@@ -195,19 +192,18 @@ class Scheduler(Failing):
                 self._decoding.remove(sequence)
                 self._decodes_stale = True
             return -1
-        pages = sequence.pages
-        assert pages is not None
         self._give_back(sequence)
         reserved = (len(self._decodes) + 1) * self._num_groups + self._pages_of_jumps()
         while (capacity := int(table.capacity[slot])) < computed + 1 + budget:
             if capacity > computed and self.kv_cache.num_available < reserved:
                 break
-            if not self._reserve_one(batch, sequence, pages):
+            if not self._reserve_one(batch, sequence):
                 break
         return min(budget, capacity - computed - 1)
 
-    def _reserve_one(self, batch: Batch, sequence: Sequence, pages: SequencePages) -> bool:
+    def _reserve_one(self, batch: Batch, sequence: Sequence) -> bool:
         """One more page in every group, if they are to be had."""
+        pages = sequence.held_pages
         if not self.kv_cache.reserve_one(pages):
             return False
         for group, ids in enumerate(pages.lists):
@@ -220,32 +216,30 @@ class Scheduler(Failing):
 
         All saves of a step are taken before its first admission, so none can be to what that loads.
         """
-        for slot, snapshot in self._unsent:
+        for snapshot, slot in self.unsent.items():
             batch.write_save(slot, snapshot)
-        self._unsent = []
+        self.unsent = {}
         saves, self._saves = self._saves, []
         for sequence, pages, num_tokens in saves:
             # One that has left since has given up its place in the tree.
             if sequence.pages is pages and (snapshot := self.kv_cache.save_shared(pages, num_tokens)):
                 batch.write_save(sequence.slot, snapshot)
 
-    def _save_decoded(self, batch: Batch, slot: int, pages: SequencePages, num_computed: int) -> None:
+    def _save_decoded(self, batch: Batch, sequence: Sequence, num_computed: int) -> None:
         """Where a page ends, now and then: so that somebody can go on not far before the end of an answer."""
-        page_size = self.limits.page_size
+        pages, page_size = sequence.held_pages, self.limits.page_size
         since = pages.kept[1] if pages.kept is not None else pages.num_shared * page_size
-        if num_computed - since >= self.snapshot_pages * page_size:
-            snapshot = self.kv_cache.save_private(pages, num_computed)
-            if snapshot:
-                batch.write_save(slot, snapshot)
+        is_due = num_computed - since >= self.snapshot_pages * page_size
+        if is_due and (snapshot := self.kv_cache.save_private(pages, num_computed)):
+            batch.write_save(sequence.slot, snapshot)
 
     def _give_back(self, sequence: Sequence) -> None:
         """The pages that have left a group's window of a sequence's next token, and so of all that follow.
 
         Steps in flight may still read them: who gets them next writes them by a later step.
         """
-        pages = sequence.pages
-        if self.kv_cache.has_windows and pages is not None:
-            table, slot = self._table, sequence.slot
+        if self.kv_cache.has_windows:
+            table, slot, pages = self._table, sequence.slot, sequence.held_pages
             computed = int(table.computed[slot])
             if table.drafted_in[slot] > self._committed_step:
                 # Of its drafts in flight it is not known how many are right: perhaps none.
@@ -276,22 +270,17 @@ class Scheduler(Failing):
 
     def _pages_of_jumps(self) -> int:
         """Pages that forced tokens want and do not have yet."""
-        wanted = 0
-        for sequence in self._jumping:
-            assert sequence.pages is not None
-            wanted += self.kv_cache.num_missing(sequence.pages, sequence.num_tokens)
-        return wanted
+        return sum([self.kv_cache.num_missing(one.held_pages, one.num_tokens) for one in self._jumping])
 
     def _schedule_jumps(self, batch: Batch) -> None:
         """Forced tokens, as chunks of known ids: behind the decode rows and, like them, before any prompt."""
         table = self._table
         for sequence in list(self._jumping):
-            slot, pages = sequence.slot, sequence.pages
-            assert pages is not None
+            slot = sequence.slot
             start, known = int(table.computed[slot]), int(table.known[slot])
             end = min(known, start + self.limits.max_num_batched_tokens - batch.num_tokens)
             self._give_back(sequence)
-            while table.capacity[slot] < end and self._reserve_one(batch, sequence, pages):
+            while table.capacity[slot] < end and self._reserve_one(batch, sequence):
                 pass
             end = min(end, int(table.capacity[slot]))
             if end <= start:
@@ -331,23 +320,18 @@ class Scheduler(Failing):
         """
         cache, table = self.kv_cache, self._table
         # Headroom, so that what runs can grow for a while before something must be retracted.
-        headroom, others = 0, bool(self._running or self._leaving)
-        if others:
-            headroom = (
-                self._watermark_pages
-                if sequence.is_retracted
-                else min(len(self._running) * self._num_groups, self._watermark_pages)
-            )
+        others = bool(self._running or self._leaving)
+        headroom = self._watermark_pages if others else 0
+        if not sequence.is_retracted:
+            headroom = min(headroom, len(self._running) * self._num_groups)
         # Alone it is tried again, for it may have to go through a cache that is smaller than what it wants.
         if others and sequence.pages_wanted and cache.num_available < sequence.pages_wanted + headroom:
             return False
         tokens, request = sequence.token_ids, sequence.request
         pages = cache.begin(sequence.matchable_ids, request.cache_root)
         num_cached = pages.num_shared * cache.page_size
-        wanted = cache.num_missing(pages, len(tokens))
-        if others and cache.has_windows:
-            # Chunks of a good size, while others run; alone it goes on with what there is.
-            wanted = cache.num_missing(pages, len(tokens), self._good_chunk)
+        # Chunks of a good size, while others run; alone it goes on with what there is.
+        wanted = cache.num_missing(pages, len(tokens), self._good_chunk if others else 0)
         if cache.num_available < wanted + headroom or not cache.reserve(pages, len(tokens), num_cached):
             cache.release(pages, tokens, 0)
             sequence.pages_wanted = wanted
@@ -362,18 +346,7 @@ class Scheduler(Failing):
             sequence.num_cached_tokens = num_cached
             self.counters.prefix_cache_queries += len(tokens)
             self.counters.prefix_cache_hits += num_cached
-            cache.history.admitted(
-                Visit(
-                    request.request_id,
-                    request.cache_root,
-                    pages.data,
-                    sequence.num_prompt_tokens,
-                    len(sequence.matchable_ids),
-                    num_cached,
-                    pages.num_known * cache.page_size,
-                    sequence.admitted_at,
-                )
-            )
+            cache.history.admitted(sequence, pages)
         if self.recorder is not None:
             self.recorder.event(request.request_id, "admitted", num_cached)
         if not sequence.suspect_until:
@@ -388,7 +361,7 @@ class Scheduler(Failing):
             batch.write_pages(group, slot, 0, ids)
         if pages.snapshot:
             batch.write_load(slot, pages.snapshot)
-        seed, speculates = sequence.request.sampling.seed or 0, bool(table.max_drafts[slot])
+        seed, speculates = request.sampling.seed or 0, bool(table.max_drafts[slot])
         batch.write_sampling(sequence, seed, self.adapters.pin(sequence), speculates)
         if self.speculation is not None:
             self.speculation.begin(slot)
@@ -405,8 +378,7 @@ class Scheduler(Failing):
             end = self._grow(batch, sequence, end)
             if end <= start:
                 return
-        pages = sequence.pages
-        assert pages is not None
+        pages = sequence.held_pages
         if self._has_state:
             # Where others have been, and will be again, a snapshot is worth its place; or where another server goes on.
             places = pages.num_known * page_size, sequence.handed_over_at(page_size)
@@ -446,8 +418,7 @@ class Scheduler(Failing):
     def _grow(self, batch: Batch, sequence: Sequence, end: int) -> int:
         """Pages of groups with a window for a prompt's next chunk, as many as are to be had; returns their reach."""
         cache, table, slot, page_size = self.kv_cache, self._table, sequence.slot, self.limits.page_size
-        pages = sequence.pages
-        assert pages is not None
+        pages = sequence.held_pages
         self._give_back(sequence)
         before = [len(ids) for ids in pages.lists]
         growing = sum(count * page_size < end for count in before)

@@ -196,6 +196,12 @@ class Sequence:
         return self.status in (SequenceStatus.FINISHING, SequenceStatus.FINISHED)
 
     @property
+    def held_pages(self) -> SequencePages:
+        """While it holds a slot."""
+        assert self.pages is not None
+        return self.pages
+
+    @property
     def holds_slot(self) -> bool:
         return self.table is not None
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from engine.cache.kv_cache import SequencePages
-from engine.cache.radix_tree import Snapshot
+from engine.cache.node import Snapshot
 from engine.forward import Int32Array, Limits
 from engine.page_names import page_names, root_name
 from engine.request import Request

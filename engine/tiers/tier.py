@@ -17,8 +17,8 @@ from engine.cache.kv_cache import SequencePages
 from engine.clock import Clock, Timer
 from engine.config import TierOptions
 from engine.executor.base import Executor
+from engine.lending import Lending
 from engine.request import Request
-from engine.scheduling.receiving import Receiving
 from engine.scheduling.sequence import Sequence
 from engine.tiers.disk import PageStore
 from engine.tiers.host import HostStore
@@ -45,7 +45,7 @@ class DiskTier:
         self,
         options: TierOptions,
         executor: Executor,
-        scheduler: Receiving,
+        lending: Lending,
         clock: Clock,
         *,
         received: Callable[[Sequence], None],
@@ -55,11 +55,11 @@ class DiskTier:
         least_tokens: int = LEAST_TOKENS,
     ) -> None:
         self.is_paused = False
-        self._executor, self._scheduler, self._clock = executor, scheduler, clock
+        self._executor, self._lending, self._clock = executor, lending, clock
         self._received, self._wake, self._weights = received, wake, weights
         self._timeout_s = options.timeout_s
-        self._page_size = scheduler.limits.page_size
-        self._most_held = int(scheduler.limits.num_pages * WRITTEN_SHARE)
+        self._page_size = lending.limits.page_size
+        self._most_held = int(lending.limits.num_pages * WRITTEN_SHARE)
         self._num_held = 0
         self._least_tokens = least_tokens
         if worker is None:
@@ -151,7 +151,7 @@ class DiskTier:
         weights = self._weights(directory)
         memory = self._executor.page_memory()
         states = self._executor.state_memory()
-        limits = self._scheduler.limits
+        limits = self._lending.limits
         # Host memory is divided as the device's is.
         bytes_of = [memory.page_bytes * limits.num_pages]
         if states is not None:
@@ -179,7 +179,7 @@ class DiskTier:
     def _look_up(self, request: Request) -> tuple[int, int, list[bytes]]:
         """How many pages are cached, how many would be with what is on the disk, and their chain of names."""
         tokens, chain = self._names.chain(request)
-        first = self._scheduler.kv_cache.match_length(tokens, request.cache_root) // self._page_size
+        first = self._lending.kv_cache.match_length(tokens, request.cache_root) // self._page_size
         return first, self._names.reach(self.store, chain, first), chain
 
     # ---- there and back
@@ -192,7 +192,7 @@ class DiskTier:
                 # What is being read is for all; then there is another look at what is missing.
                 others.append(sequence)
                 return
-            pages = self._scheduler.receive(sequence, depth)
+            pages = self._lending.receive(sequence, depth)
             if pages is not None:
                 assert pages.num_shared == first
                 self._read(sequence, pages, chain, depth)
@@ -215,7 +215,7 @@ class DiskTier:
                 self.tally.failures["read"] += 1
             right = depth if job.is_whole else first if self._names.comes_whole else first + job.count
             self.tally.hit_tokens += (right - first) * self._page_size
-            self._scheduler.give_back(pages, sequence, right * self._page_size)
+            self._lending.give_back(pages, sequence, right * self._page_size)
             self._let_go(key, again=job.is_whole)
             self._settle()
 
@@ -235,8 +235,8 @@ class DiskTier:
         job = Job(self._names.to_read(chain, pages, depth), ended)
         timer = self._clock.call_later(self._timeout_s, is_late)
         self._jobs.add(job)
-        if self._scheduler.is_unordered:
-            self._scheduler.once_committed(lambda: self.worker.read(job))
+        if self._lending.is_unordered:
+            self._lending.once_committed(lambda: self.worker.read(job))
         else:
             self.worker.read(job)
 
@@ -252,15 +252,13 @@ class DiskTier:
         """A prompt is computed: its pages shall be written, those that are not there, and snapshots of its state."""
         if not self._serves(sequence.request):
             return
-        scheduler, names = self._scheduler, self._names
-        lent = [scheduler.keep(sequence)]
+        lending, names = self._lending, self._names
+        lent = [lending.keep(sequence)]
         if names.has_windows and sequence.num_cached_tokens:
             # There others went another way, and some will again; what is seen there is behind the prompt's windows.
-            lent.append(scheduler.keep(sequence, sequence.num_cached_tokens))
+            lent.append(lending.keep(sequence, sequence.num_cached_tokens))
         _, chain = names.chain(sequence.request)
-        held = {
-            item.name: item for pages in lent for item in names.to_write(chain, pages, scheduler.snapshots_of(pages))
-        }
+        held = {item.name: item for pages in lent for item in names.to_write(chain, pages, lending.snapshots_of(pages))}
         new = [item for item in held.values() if item.name not in self.store]
         if self.worker.host is not None:
             # What is old there is what the device has used longest ago.
@@ -271,7 +269,7 @@ class DiskTier:
 
         def give_back() -> None:
             for pages in lent:
-                scheduler.give_back(pages, sequence, 0)
+                lending.give_back(pages, sequence, 0)
 
         # A prompt that is longer than that may be written while nothing else is.
         if not new or (self._num_held and self._num_held + len(held) > self._most_held):
@@ -291,14 +289,14 @@ class DiskTier:
 
         def begin() -> None:
             # A step that has failed may have been the one that was to compute them.
-            job.stopped |= not all(map(scheduler.kv_cache.is_intact, lent))
+            job.stopped |= not all(map(lending.kv_cache.is_intact, lent))
             self.worker.write(job)
 
         job = Job(new, ended)
         self._num_held += len(held)
         self._jobs.add(job)
-        if scheduler.is_unordered:
-            scheduler.once_committed(begin)
+        if lending.is_unordered:
+            lending.once_committed(begin)
         else:
             self.worker.write(job)
 

@@ -21,13 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from engine.cache.kv_cache import SequencePages
-from engine.cache.radix_tree import Snapshot
+from engine.cache.node import Snapshot
 from engine.clock import Clock, Timer
 from engine.config import StartupError, TransferOptions
 from engine.executor.base import Executor
 from engine.forward import Int32Array
+from engine.lending import Lending
 from engine.request import RemotePages
-from engine.scheduling.receiving import Receiving
 from engine.scheduling.sequence import Sequence
 from engine.transfer.base import Connector, Json, TransferError, parse_networks
 from engine.transfer.tally import TransferTally
@@ -76,7 +76,7 @@ class PageExchange:
         options: TransferOptions,
         connector: Connector,
         executor: Executor,
-        scheduler: Receiving,
+        lending: Lending,
         clock: Clock,
         *,
         received: Callable[[Sequence], None],
@@ -90,14 +90,14 @@ class PageExchange:
         self.tally = tally
         self._connector = connector
         self._executor = executor
-        self._scheduler = scheduler
+        self._lending = lending
         self._clock = clock
         self._received = received
         self._wake = wake
         self._weights = weights
         self._networks = parse_networks(options.peers)
-        self._page_size = scheduler.limits.page_size
-        self._most_kept = int(scheduler.limits.num_pages * options.kept_share)
+        self._page_size = lending.limits.page_size
+        self._most_kept = int(lending.limits.num_pages * options.kept_share)
         self._kept: dict[str, _Kept] = {}
         # By page: for how many readers it is kept.
         self._kept_pages: Counter[int] = Counter()
@@ -192,31 +192,31 @@ class PageExchange:
         if self.is_paused:
             self._not_kept(sequence, "resting")
             return None
-        scheduler = self._scheduler
-        pages, num_pages = scheduler.keep(sequence), 0
-        snapshot = next((one for depth, one in scheduler.snapshots_of(pages) if depth == pages.num_shared), None)
-        if snapshot is not None or scheduler.limits.num_snapshots is None:
+        lending = self._lending
+        pages, num_pages = lending.keep(sequence), 0
+        snapshot = next((one for depth, one in lending.snapshots_of(pages) if depth == pages.num_shared), None)
+        if snapshot is not None or lending.limits.num_snapshots is None:
             num_pages = pages.num_shared
         ids = [page for own in pages.lists for page in own[:num_pages] if page]
         if len(self._kept_pages.keys() | set(ids)) > self._most_kept:
-            self._scheduler.give_back(pages, sequence, 0)
+            self._lending.give_back(pages, sequence, 0)
             self._not_kept(sequence, "room")
             return None
         name = secrets.token_hex(16)
         if num_pages:
-            is_pinned = snapshot is not None and scheduler.pin(snapshot)
+            is_pinned = snapshot is not None and lending.pin(snapshot)
             expires_at = self._clock.now() + self.options.keep_timeout_s
             kept = _Kept(sequence, pages, num_pages, ids, snapshot, is_pinned, expires_at)
             self._kept[name] = kept
             self._kept_pages.update(ids)
             self._set_timer(name, kept)
-            if scheduler.is_unordered:
-                scheduler.once_committed(lambda: self._settle(name, kept))
+            if lending.is_unordered:
+                lending.once_committed(lambda: self._settle(name, kept))
             else:
                 kept.settled.set()
             told = pages.pages[:num_pages]
         else:
-            scheduler.give_back(pages, sequence, 0)
+            lending.give_back(pages, sequence, 0)
             told = []
         return {
             "do_remote_prefill": True,
@@ -231,7 +231,7 @@ class PageExchange:
 
     def _settle(self, name: str, kept: _Kept) -> None:
         """What was in flight when they were kept has ended: one that failed may have been what was to compute them."""
-        if name in self._kept and not self._scheduler.kv_cache.is_intact(kept.pages):
+        if name in self._kept and not self._lending.kv_cache.is_intact(kept.pages):
             self._let_go(name, "failed")
         kept.settled.set()
 
@@ -270,8 +270,8 @@ class PageExchange:
             if not self._kept_pages[page]:
                 del self._kept_pages[page]
         if kept.is_pinned and kept.snapshot is not None:
-            self._scheduler.unpin(kept.snapshot)
-        self._scheduler.give_back(kept.pages, kept.sequence, 0)
+            self._lending.unpin(kept.snapshot)
+        self._lending.give_back(kept.pages, kept.sequence, 0)
         self._wake()
 
     async def _answer_peer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -357,11 +357,11 @@ class PageExchange:
     @property
     def _comes_whole(self) -> bool:
         """What is kept serves at its end alone."""
-        return self._scheduler.is_unordered
+        return self._lending.is_unordered
 
     def _places(self, pages: SequencePages, first: int, end: int, snapshot: int) -> list[Int32Array]:
         """What who has `first` pages lacks to go on behind `end` of them: pages group by group, and the snapshot."""
-        limits, size = self._scheduler.limits, self._page_size
+        limits, size = self._lending.limits, self._page_size
         begins = [max(first, group.behind(end * size, size)) for group in limits.groups]
         ids = [page for own, begin in zip(pages.lists, begins, strict=True) for page in own[begin:end]]
         assert all(ids), "a page is wanted that was given back"
@@ -404,7 +404,7 @@ class PageExchange:
     def _failed(self, sequence: Sequence, source: RemotePages, error: TransferError) -> None:
         self.tally.failures[error.reason] += 1
         page_size, request = self._page_size, sequence.request
-        known = self._scheduler.kv_cache.match_length(sequence.matchable_ids, request.cache_root)
+        known = self._lending.kv_cache.match_length(sequence.matchable_ids, request.cache_root)
         wanted = max(0, (sequence.num_prompt_tokens - 1) // page_size * page_size - known)
         self.tally.recomputed_tokens += wanted
         # All of where is a client's word: what is not printable is escaped.
@@ -436,13 +436,13 @@ class PageExchange:
             raise TransferError("missing", "kv_transfer_params do not say where they are")
         self.tally.queried_tokens += sequence.num_prompt_tokens
         ends_at = self._clock.now() + self.options.receive_timeout_s
-        if not self._scheduler.may_receive(sequence, end):
+        if not self._lending.may_receive(sequence, end):
             raise TransferError("room", "it is more than may be received at once")
         try:
             async with asyncio.timeout(self.options.receive_timeout_s):
                 async with self._room:
                     # Whatever ends may make room.
-                    while (pages := self._scheduler.receive(sequence, end)) is None:  # noqa: ASYNC110
+                    while (pages := self._lending.receive(sequence, end)) is None:  # noqa: ASYNC110
                         await asyncio.sleep(_ROOM_POLL_S)
         except TimeoutError:
             raise TransferError("room", "too few pages were free") from None
@@ -497,7 +497,7 @@ class PageExchange:
                 future.add_done_callback(lambda done: self._give_back_late(done, pages, sequence))
                 lent_on = True
             if not lent_on:
-                self._scheduler.give_back(pages, sequence, num_right * page_size)
+                self._lending.give_back(pages, sequence, num_right * page_size)
 
     async def _connect(self, host: str, port: int) -> Channel:
         return await connect(host, port, self._networks)
@@ -510,8 +510,8 @@ class PageExchange:
             if not future.done():
                 future.set_result(None)
 
-        if self._scheduler.is_unordered:
-            self._scheduler.once_committed(then)
+        if self._lending.is_unordered:
+            self._lending.once_committed(then)
         else:
             then()
         return future
@@ -519,7 +519,7 @@ class PageExchange:
     def _comes_short(self, sequence: Sequence, num_pages: int) -> None:
         """The other server says that it keeps less than all: the rest is computed here."""
         size, request = self._page_size, sequence.request
-        known = self._scheduler.kv_cache.match_length(sequence.matchable_ids, request.cache_root)
+        known = self._lending.kv_cache.match_length(sequence.matchable_ids, request.cache_root)
         rest = (sequence.num_prompt_tokens - 1) // size * size - max(known, num_pages * size)
         if rest > 0:
             self.tally.recomputed_tokens += rest
@@ -531,7 +531,7 @@ class PageExchange:
         self._overdue.discard(future)
         if not future.cancelled():
             future.exception()
-        self._scheduler.give_back(pages, sequence, 0)
+        self._lending.give_back(pages, sequence, 0)
         self._wake()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 from aiohttp import web
 
-from engine.cache.history import Visit
+from engine.history import Visit
 from engine.misses import Explanation, explain, is_number
 from engine.recorder import MAX_TRACED, Event, Tracer, now
 from engine.request import UnavailableError

@@ -18,9 +18,10 @@ from yarl import URL
 
 from engine.config import ServerOptions
 from engine.engine import Engine
-from server.app import CONNECTION, drain
+from server.app import CONNECTION
 from server.connection import Bounds, Connection
 from server.ray.prefixes import Beginnings
+from server.serving import drain
 from server.state import STATE
 
 # What one hop says to the next; lower case.

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from engine.books import check
 from engine.cache.eviction.lfu import MAX_HITS
 from engine.cache.eviction.registry import EVICTION_POLICIES
 from engine.cache.kv_cache import KVCache, SequencePages
@@ -37,7 +38,7 @@ def eviction_order(cache: KVCache, texts: list[str]) -> str:
     """The last letters of the given prompts in the order in which their last pages go."""
     gone, known = "", list(texts)
     while known:
-        cache.check([])
+        check(cache, [])
         assert cache.make_room(cache.num_free + 1)
         lost = [text for text in known if cache.match_length(tokens(text)) < len(text) * PAGE_SIZE]
         assert lost, "nothing went"

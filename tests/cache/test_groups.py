@@ -6,6 +6,7 @@ from random import Random
 
 import pytest
 
+from engine.books import check
 from engine.cache.eviction.registry import EVICTION_POLICIES
 from engine.cache.kv_cache import KVCache, SequencePages
 from engine.groups import MemoryGroup
@@ -32,7 +33,7 @@ def compute(cache: KVCache, tokens: list[int], num_computed: int | None = None, 
 
 def store(cache: KVCache, tokens: list[int]) -> None:
     cache.release(compute(cache, tokens), tokens, len(tokens))
-    cache.check([])
+    check(cache, [])
 
 
 def found(cache: KVCache, tokens: list[int]) -> int:
@@ -60,13 +61,13 @@ def test_a_match_ends_where_a_window_is_whole() -> None:
     cache, tokens = KVCache(60, PAGE, groups=FULL_AND_WINDOW), list(range(1, 41))
     seq = compute(cache, tokens)
     assert cache.make_room(cache.num_free + 10), "ten pages that the window left behind"
-    cache.check([seq])
+    check(cache, [seq])
     # Pages 0 to 9 are a hole; an end at page 12 sees 10 and 11.
     assert [found(cache, tokens[: PAGE * n]) for n in (1, 9, 10, 11, 12, 13, 20)] == [0, 0, 0, 0, 12, 13, 20]
     other = cache.begin([*tokens[:27], 0])
     assert other.num_shared == 13 and other.gone == [0, 11]
     assert other.lists[1] == [0] * 11 + other.lists[1][11:] and all(other.lists[1][11:])
-    cache.check([seq, other])
+    check(cache, [seq, other])
     assert cache.num_evictable == 1 + 4, "page 10, and 13 to 16: the windows of both stay"
 
 
@@ -80,7 +81,7 @@ def test_who_computes_a_hole_again_fills_it() -> None:
     again = compute(cache, tokens[:10])
     assert again.num_shared == 5 and again.lists[0] == full[:5], "the pages of the group that sees all are there once"
     cache.release(again, tokens[:10], 10)
-    cache.check([holder])
+    check(cache, [holder])
     assert found(cache, tokens[:10]) == 5
 
 
@@ -98,7 +99,7 @@ def test_what_was_left_behind_goes_before_what_was_used_later() -> None:
     assert found(cache, young[:10]) == 5, "the running one's early windows are younger"
     assert cache.make_room(cache.num_free + 7) and found(cache, young[:10]) == 0
     assert not cache.make_room(cache.num_free + 1), "all that is left is in use"
-    cache.check([seq])
+    check(cache, [seq])
 
 
 def test_a_failed_step_takes_back_every_group() -> None:
@@ -106,12 +107,12 @@ def test_a_failed_step_takes_back_every_group() -> None:
     failed = compute(cache, tokens)
     reader = cache.begin([*tokens, 0])
     cache.take_back(failed, 4)
-    cache.check([failed, reader])
+    check(cache, [failed, reader])
     assert not cache.is_intact(failed) and not cache.is_intact(reader)
     assert found(cache, tokens) == 4
     for seq in (failed, reader):
         cache.release(seq, tokens, 0)
-    cache.check([])
+    check(cache, [])
     assert cache.num_free == 100 - 8 and cache.num_evictable == 8
 
 
@@ -121,10 +122,10 @@ def test_where_all_layers_have_windows_nothing_stays_for_nothing() -> None:
     cache, tokens = KVCache(100, PAGE, groups=groups), list(range(1, 31))
     seq = compute(cache, tokens)
     cache.flush()
-    cache.check([seq])
+    check(cache, [seq])
     assert found(cache, tokens) == 15 and found(cache, tokens[:20]) == 0
     cache.release(seq, tokens, 30)
-    cache.check([])
+    check(cache, [])
     cache.flush()
     assert cache.num_free == 100 and not list(cache._tree.nodes()) and not cache._tree.roots()
 
@@ -163,7 +164,7 @@ def test_at_random(policy: str, seed: int) -> None:
         elif live:
             seq, its = live.pop(random.randrange(len(live)))
             cache.release(seq, its, len(its))
-        cache.check([seq for seq, _ in live])
+        check(cache, [seq for seq, _ in live])
         assert found(cache, tokens) == best_match(cache, tokens), tokens
 
 

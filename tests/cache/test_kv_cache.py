@@ -11,6 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.books import check
 from engine.cache.eviction.lfu import MAX_HITS
 from engine.cache.eviction.registry import EVICTION_POLICIES
 from engine.cache.kv_cache import KVCache, SequencePages
@@ -258,7 +259,7 @@ class KVCacheMachine(RuleBasedStateMachine):
 
     @invariant()
     def agrees(self) -> None:
-        self.cache.check([sequence.seq for sequence in self.live])
+        check(self.cache, [sequence.seq for sequence in self.live])
         in_tree = [page for node in self.cache._tree.nodes() for page in node.runs[0]]
         assert sorted(in_tree) == sorted(page.page for page in self.tree.values())
         assert self.cache.num_evictable == len(self.evictable())
@@ -274,7 +275,7 @@ class KVCacheMachine(RuleBasedStateMachine):
             self.cache.release(sequence.seq, sequence.tokens, 0)
         self.cache.end_step()
         self.cache.flush()
-        self.cache.check([])
+        check(self.cache, [])
         assert self.cache.num_free == self.cache.num_pages
 
 
@@ -309,12 +310,12 @@ def test_a_burst_with_one_prompt_computes_it_once() -> None:
     assert cache.enter(second, tokens, 5) == [(0, 0, first.pages[0]), (0, 1, first.pages[1])]
     assert second.pages == [*first.pages[:2], own[2]]
     assert cache.num_free == 4, "the duplicates wait for the end of the step"
-    cache.check([first, second])
+    check(cache, [first, second])
     cache.end_step()
     assert cache.num_free == 6
     third = cache.begin(tokens)
     assert third.pages == first.pages[:2]
-    cache.check([first, second, third])
+    check(cache, [first, second, third])
 
 
 def test_a_match_leaves_one_token_to_compute() -> None:
@@ -332,13 +333,13 @@ def test_who_shares_a_failed_page_is_not_intact() -> None:
     bystander = cache.begin([1, 2, 9])
     cache.take_back(failed, 1)
     assert not cache.is_intact(failed) and not cache.is_intact(reader) and cache.is_intact(bystander)
-    cache.check([failed, reader, bystander])
+    check(cache, [failed, reader, bystander])
     free = cache.num_free
     cache.release(failed, tokens, 4)
     assert cache.num_free == free + 1, "the page that it did not share; what was taken back is still read"
     cache.release(reader, tokens, 0)
     assert cache.num_free == free + 2
-    cache.check([bystander])
+    check(cache, [bystander])
     assert cache.match_length(tokens) == 2
 
 
@@ -348,7 +349,7 @@ def test_release_frees_its_duplicates_at_once() -> None:
     assert cache.reserve(late, 5)
     cache.release(filled(cache, tokens), tokens, 5)
     cache.release(late, tokens, 5)
-    cache.check([])
+    check(cache, [])
     assert cache.num_free == 8 and cache.num_evictable == 2
 
 
@@ -359,7 +360,7 @@ def test_what_is_not_intact_enters_nothing() -> None:
     cache.enter(seq, tokens, 4)
     cache.take_back(seq, 0)
     cache.release(seq, tokens, 6)
-    cache.check([])
+    check(cache, [])
     assert cache.num_free == 10 and cache.match_length(tokens) == 0
 
 
@@ -401,15 +402,15 @@ def test_check_sees_a_lost_page_and_a_forgotten_sequence() -> None:
     cache = KVCache(8, 2)
     seq = filled(cache, [1, 2, 3, 4, 5])
     with pytest.raises(AssertionError, match="without owner"):
-        cache.check([])
+        check(cache, [])
     lost = seq.pages.pop()
     with pytest.raises(AssertionError, match="without owner"):
-        cache.check([seq])
+        check(cache, [seq])
     seq.pages.extend([lost, lost])
     with pytest.raises(AssertionError, match="belongs to a sequence and to a sequence"):
-        cache.check([seq])
+        check(cache, [seq])
     seq.pages.pop()
-    cache.check([seq])
+    check(cache, [seq])
     seq.node.lock_count += 1  # type: ignore[union-attr]
     with pytest.raises(AssertionError, match="with 1 locks counts 2"):
-        cache.check([seq])
+        check(cache, [seq])

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.cache.eviction.registry import EVICTION_POLICIES
-from engine.cache.radix_tree import Node, RadixTree
+from engine.cache.node import Node
+from engine.cache.radix_tree import RadixTree
 
 PAGE_SIZE = 2
 

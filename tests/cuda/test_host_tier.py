@@ -62,7 +62,7 @@ async def running(
     try:
         yield engine
         await settled(engine)
-        assert not engine.scheduler.lent
+        assert not engine.lending.lent
     finally:
         task.cancel()
         await asyncio.wait({task})
@@ -250,7 +250,7 @@ def no_wait(engine: Engine) -> None:
 
 def no_patience(engine: Engine) -> None:
     """Pages are filled while steps may yet write to them as another's."""
-    engine.scheduler.once_committed = lambda then: then()  # type: ignore[method-assign]
+    engine.lending.once_committed = lambda then: then()
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import pytest
 from engine.executor.base import StepHandle
 from engine.executor.cuda import CUDAExecutor, CudaHandle, Side
 from engine.executor.cuda_graph import GraphKey
-from engine.executor.fake import poison_staging
+from engine.executor.fake_checks import poison_staging
 from engine.forward import ForwardInput, ForwardOutput
 from tests.cuda.fake_device import FakeDevice, FakeEvent
 from tests.cuda.support import SMALL, expected_tokens, make_executor, requests_of, serve, tiny_model

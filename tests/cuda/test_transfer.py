@@ -30,7 +30,7 @@ async def running(executor: CUDAExecutor) -> AsyncIterator[Engine]:
     try:
         yield engine
         await settled(engine)
-        assert not engine.scheduler.lent
+        assert not engine.lending.lent
     finally:
         task.cancel()
         await asyncio.wait({task})

@@ -7,7 +7,8 @@ from random import Random
 
 import pytest
 
-from engine.executor.fake import TAINTED_TOKEN, FakeExecutor, poison_staging
+from engine.executor.fake import TAINTED_TOKEN, FakeExecutor
+from engine.executor.fake_checks import poison_staging
 from engine.executor.fake_oracle import FakeModel, expected_tokens
 from engine.forward import ForwardError, Limits
 from engine.groups import Chunk

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
+from engine.books import check
 from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle
@@ -111,7 +112,7 @@ class Rig:
 
     def check(self) -> None:
         live = self.scheduler.live_sequences()
-        self.scheduler.kv_cache.check([sequence.pages for sequence in live if sequence.pages is not None])
+        check(self.scheduler.kv_cache, [sequence.pages for sequence in live if sequence.pages is not None])
 
     def expected(self, prompt: list[int], count: int) -> list[int]:
         return expected_tokens(self.model, prompt, SamplingParams(temperature=0.0), count, (EOS,))

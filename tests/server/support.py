@@ -42,7 +42,8 @@ from engine.models.spec import Classifier
 from engine.text.chat_template import ChatTemplate
 from engine.text.tokenizer import Tokenizer
 from engine.transfer.registry import make_connector
-from server.app import ServedModel, build_app, serve
+from server.app import ServedModel, build_app
+from server.serving import serve
 from server.state import STATE, State
 
 DEMO = Path(engine.demo.__file__).parent

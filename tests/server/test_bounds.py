@@ -12,7 +12,7 @@ import pytest
 
 from engine.config import ServerOptions, StartupError
 from engine.flags import shows_keys
-from server.app import make_tls
+from server.serving import make_tls
 from tests.server.support import BOUND_S, live, until
 from tests.server.test_errors import check_shape
 

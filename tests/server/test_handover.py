@@ -14,7 +14,7 @@ import pytest
 
 from engine.config import StartupError
 from engine.engine import Engine
-from server import app
+from server import serving
 from server.handover import Offer, path_of, take
 from server.state import State
 from tests.server.support import BOUND_S, live, until
@@ -61,14 +61,14 @@ async def test_the_quiet_time_of_a_hand_over_is_part_of_the_drain(
 ) -> None:
     """And a first signal ends nothing: whoever stops the old process by it wants what every drain is."""
     limits: list[float] = []
-    drain = app.drain
+    drain = serving.drain
 
     async def spied(engine: Engine, state: State, limit: float) -> None:
         limits.append(limit)
         os.kill(os.getpid(), signal.SIGTERM)
         await drain(engine, state, limit)
 
-    monkeypatch.setattr(app, "drain", spied)
+    monkeypatch.setattr(serving, "drain", spied)
     path = tmp_path / "s"
     async with live(handover=f"unix:{path}", drain_timeout_s=10.0) as server:
         server.device.gate.clear()
@@ -78,7 +78,7 @@ async def test_the_quiet_time_of_a_hand_over_is_part_of_the_drain(
         assert taken is not None
         taken.serving()
         taken.listening.close()
-        monkeypatch.setattr(app, "QUIET_S", 0.1)
+        monkeypatch.setattr(serving, "QUIET_S", 0.1)
         await asyncio.sleep(0.2)  # of the drain's time, which starts at the hand-over
         server.device.gate.set()
         status, answer = await asking

@@ -408,10 +408,10 @@ async def test_a_client_that_goes_while_pages_come(pair: tuple[Live, Live]) -> N
         with pytest.raises(TimeoutError):
             await decode.post("/v1/completions", body, timeout=aiohttp.ClientTimeout(0.3))
         await until(lambda: decode.num_requests() == 0)
-        assert decode.engine.stats().num_used_pages == 6 and decode.engine.scheduler.lent
+        assert decode.engine.stats().num_used_pages == 6 and decode.engine.lending.lent
         assert not decode.engine.flush_cache() or decode.engine.stats().num_used_pages == 6
         gate.set_result(1)
-        await until(lambda: not decode.busy() and not decode.engine.scheduler.lent)
+        await until(lambda: not decode.busy() and not decode.engine.lending.lent)
     finally:
         connector.read = read  # type: ignore[method-assign]
         exchange.asyncio.wrap_future = wrap  # type: ignore[attr-defined]
@@ -421,7 +421,7 @@ async def test_sleep_lets_go_and_wakes_up_able(pair: tuple[Live, Live]) -> None:
     prefill, decode = pair
     params = await prefilled(prefill, prompt_of(97))
     assert (await prefill.http.post(f"{prefill.url}/sleep?level=1")).status == 200
-    assert not exchange_of(prefill)._kept and not prefill.engine.scheduler.lent
+    assert not exchange_of(prefill)._kept and not prefill.engine.lending.lent
     assert (await prefill.http.post(f"{prefill.url}/wake_up")).status == 200
     before = failures(decode).get("expired", 0)
     await decode.complete(prompt_of(97), max_tokens=1, kv_transfer_params=params)

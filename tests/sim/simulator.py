@@ -18,14 +18,17 @@ from typing import Any
 
 import numpy as np
 
+from engine.books import check
 from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions, SpeculationOptions
-from engine.executor.fake import FakeExecutor, FakeHandle, poison_staging
+from engine.executor.fake import FakeExecutor, FakeHandle
+from engine.executor.fake_checks import poison_staging
 from engine.executor.fake_oracle import expected_logprob
 from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
 from engine.forward import ForwardError, ForwardOutput
 from engine.grammar_masks import GrammarMasks
 from engine.groups import Chunk
+from engine.lending import Lending
 from engine.request import Adapter, FinishReason, Pooling, RequestError
 from engine.scheduling.batch import Batch, StepResult
 from engine.scheduling.scheduler import Scheduler
@@ -190,6 +193,7 @@ class Simulator:
             (EOS,),
             self._budgets(seed),
         )
+        self.lending = Lending(self.scheduler)
         delivery: Any = Delivery(self)
         self.masks = GrammarMasks(self.scheduler, self.executor, delivery)
         # Answers are short here.
@@ -260,8 +264,8 @@ class Simulator:
         scheduler = self.scheduler
         assert not scheduler.has_work and scheduler.schedule() is None
         assert scheduler.num_running == 0 and scheduler.num_waiting == 0 and scheduler.is_empty
-        assert not scheduler.lent, "somebody has pages yet"
-        assert not scheduler._num_pinned, "a snapshot is pinned"
+        assert not self.lending.lent, "somebody has pages yet"
+        assert not self.lending.num_pinned, "a snapshot is pinned"
         assert not any(snapshot.pins for snapshot in scheduler.kv_cache._tree.snapshots())
         assert not scheduler.live_sequences(), "a slot was not given back"
         available, pages = scheduler.kv_cache.num_available, self.options.num_pages
@@ -302,7 +306,7 @@ class Simulator:
         if not self.in_flight:
             # Here the Engine sleeps until something arrives: whoever still waits would wait for ever.
             # Pages that are lent are given back, and wake it.
-            assert not scheduler.has_work or scheduler.lent, "nothing in flight, nothing scheduled, yet somebody waits"
+            assert not scheduler.has_work or self.lending.lent, "nothing runs, nothing is scheduled, yet somebody waits"
         elif len(self.in_flight) >= depth or batch is None:
             self._commit(self.in_flight.popleft())
             if self.in_flight:
@@ -572,7 +576,7 @@ class Simulator:
         scheduler = self.scheduler
         live = scheduler.live_sequences()
         held = [sequence.pages for sequence in live if sequence.pages is not None]
-        scheduler.kv_cache.check([*held, *scheduler.lent])
+        check(scheduler.kv_cache, [*held, *self.lending.lent])
         table = scheduler._table
         assert len(live) + table.num_free == self.options.max_num_seqs, "a slot was lost"
         assert len(set(table._free)) == table.num_free and 0 not in table._free

@@ -21,20 +21,20 @@ from engine.cache.radix_tree import RadixTree
 from engine.forward import Staging
 from engine.grammar_masks import GrammarMasks
 from engine.groups import MemoryGroup
+from engine.lending import Lending
+from engine.lora.places import AdapterPlaces
 from engine.request import Request
-from engine.scheduling.adapters import AdapterPlaces
 from engine.scheduling.batch import Batch
 from engine.scheduling.policy.fair import Fair
 from engine.scheduling.policy.fcfs import FCFS
 from engine.scheduling.policy.lpm import LPM
 from engine.scheduling.policy.priority import Priority
-from engine.scheduling.receiving import Receiving
 from engine.scheduling.residents import Residents
 from engine.scheduling.scheduler import Scheduler
 from engine.scheduling.sequence import Sequence
 from engine.scheduling.slots import SlotTable
-from engine.scheduling.speculating import Speculation
 from engine.scheduling.trials import Trials
+from engine.speculation.rows import Speculation
 from engine.tiers.names import Item, TierNames
 from engine.tiers.tier import DiskTier
 from engine.tiers.worker import Worker
@@ -171,7 +171,7 @@ MUTANTS = [
         "if sequence.pages is pages and", "if sequence.holds_slot and", REMAPS,
     ),
     Mutant("a sampling row is not told", Batch, "write_sampling", "count + 1\n", "count + (sequence.slot != 2)\n"),
-    Mutant("the seed is lost", Scheduler, "_admit", "sequence.request.sampling.seed or 0", "0"),
+    Mutant("the seed is lost", Scheduler, "_admit", "request.sampling.seed or 0", "0"),
     Mutant("min_tokens is lost", Batch, "write_sampling", "= sequence.min_length", "= 0"),
     Mutant(
         "positions are one too high", Batch, "write_decodes",
@@ -266,7 +266,7 @@ MUTANTS = [
     Mutant("a cut run decodes on", Scheduler, "_schedule_jumps", "if end == known:", "if True:", RUNS),
     Mutant(
         "nobody makes room for a forced run", Scheduler, "_pages_of_jumps",
-        "return wanted", "return 0", RUNS | {"page_size": 1, "num_pages": 40, "max_num_batched_tokens": 40},
+        "return sum(", "return 0 * sum(", RUNS | {"page_size": 1, "num_pages": 40, "max_num_batched_tokens": 40},
     ),
     Mutant("a forced run outlives its sequence", Scheduler, "_leave", "self._jumping.remove(sequence)", "pass", RUNS),
     # Order.
@@ -398,21 +398,21 @@ MUTANTS = [
     ),
     # Pages from a tier.
     Mutant(
-        "a page is filled that a step in flight writes", Receiving, "receive",
+        "a page is filled that a step in flight writes", Residents, "may_write",
         "self._named_until.get(page, committed) > committed", "False", TIERED,
     ),
     Mutant(
-        "pages are kept before they are computed", Receiving, "keep",
+        "pages are kept before they are computed", Lending, "keep",
         "if page in cache.unconfirmed", "if False", TIERED_RUNS,
     ),
     Mutant(
-        "a kept page is not held", Receiving, "keep",
-        "self._lent[pages] = 0", "cache.release(pages, (), 0)", TIERED,
+        "a kept page is not held", Lending, "keep",
+        "self.lent[pages] = 0", "cache.release(pages, (), 0)", TIERED,
     ),
-    Mutant("lent pages are forgotten", Receiving, "give_back", "self.kv_cache.release(", "(lambda *_: 0)(", TIERED),
-    Mutant("who is told stays where it was", Receiving, "received", "self.num_receiving -= 1", "pass", TIERED),
+    Mutant("lent pages are forgotten", Lending, "give_back", "self.kv_cache.release(", "(lambda *_: 0)(", TIERED),
+    Mutant("who is told stays where it was", Residents, "received", "self.num_receiving -= 1", "pass", TIERED),
     Mutant(
-        "what was received goes before what is older", Receiving, "received",
+        "what was received goes before what is older", Residents, "received",
         "sequence.order = self._next_order", "pass", TIERED_ORDER,
     ),
     Mutant(
@@ -439,7 +439,7 @@ MUTANTS = [
     Mutant("the wrong page is kept", TierNames, "to_write", "own[index]", "own[::-1][index]", TIERED),
     # States and windows from a tier.
     Mutant(
-        "a snapshot is filled that a step in flight names", Receiving, "once_committed",
+        "a snapshot is filled that a step in flight names", Residents, "once_committed",
         "self._committed_step == self._next_step - 1", "True", TIERED_STATES,
     ),
     Mutant(
@@ -454,7 +454,10 @@ MUTANTS = [
         "a window comes short of a page", TierNames, "_begin",
         "self._groups[group].behind(", "1 + self._groups[group].behind(", TIERED_WINDOWS,
     ),
-    Mutant("what windows leave stays locked", KVCache, "skip", "self._tree.leave(", "(lambda *_: 0)(", TIERED_WINDOWS),
+    Mutant(
+        "what windows leave stays locked", KVCache, "_leave_behind",
+        "self._tree.leave(", "(lambda *_: 0)(", TIERED_WINDOWS,
+    ),
     Mutant(
         "a part of what came enters a tree with windows", DiskTier, "_read",
         "first if self._names.comes_whole", "first if False", TIERED_WINDOWS | TIERED_SLOW,
@@ -500,7 +503,8 @@ MUTANTS = [
     # Pages.
     Mutant(
         "overruns enter the tree", Scheduler, "_release_if_idle",
-        "min(int(table.computed[slot]), len(tokens))", "len(tokens) // self.limits.page_size * self.limits.page_size",
+        "min(sequence.num_computed_tokens, len(tokens))",
+        "len(tokens) // self.limits.page_size * self.limits.page_size",
     ),
     Mutant("a match may be the whole prompt", KVCache, "begin", "(len(token_ids) - 1)", "len(token_ids)"),
     Mutant("namespaces share", RadixTree, "open", "namespace.encode(errors=\"surrogatepass\")", "b\"\""),
@@ -530,23 +534,23 @@ MUTANTS = [
         "- self.window + 1", "- self.window + 2", GROUPS,
     ),
     Mutant(
-        "a page is given back too early", KVCache, "give_back",
-        ".behind(start,", ".behind(start + 2 * self.page_size,", WINDOWS,
+        "a page is given back too early", KVCache, "_leave_behind",
+        ".behind(num_tokens,", ".behind(num_tokens + 2 * self.page_size,", WINDOWS,
     ),
     Mutant(
         "no page that left the window is given back", Scheduler, "_give_back",
-        "if self.kv_cache.has_windows and pages is not None:", "if False:", WINDOWS,
+        "if self.kv_cache.has_windows:", "if False:", WINDOWS,
     ),
     Mutant(
-        "the device still names what was given back", KVCache, "give_back",
+        "the device still names what was given back", KVCache, "_leave_behind",
         "range(old, new)", "range(0)", WINDOWS,
     ),
     Mutant(
-        "a shared page that left the window is freed", KVCache, "give_back",
+        "a shared page that left the window is freed", KVCache, "_leave_behind",
         "pages[max(old, seq.num_shared) : new]", "pages[old:new]", WINDOWS,
     ),
     Mutant(
-        "shared pages that left the window stay locked", KVCache, "give_back",
+        "shared pages that left the window stay locked", KVCache, "_leave_behind",
         "if old < seq.num_shared:", "if False:", WINDOWS,
     ),
     Mutant("a match ignores a hole", RadixTree, "_usable", "if part.hole:", "if False:", GROUPS),
@@ -580,7 +584,7 @@ MUTANTS = [
     ),
     Mutant(
         "one that is alone waits for a good chunk", Scheduler, "_admit",
-        "if others and cache.has_windows:", "if cache.has_windows:", GROUPS | {"num_pages": 44},
+        "self._good_chunk if others else 0", "self._good_chunk", GROUPS | {"num_pages": 44},
     ),
     Mutant("a window is promised a page less", MemoryGroup, "most_pages", "+ 2", "+ 1", WINDOWS | {"num_pages": 5}),
     # Recurrent states.
@@ -588,7 +592,7 @@ MUTANTS = [
     Mutant(
         "a save is not told", Scheduler, "_write_saves", "batch.write_save(sequence.slot, snapshot)", "pass", STATES
     ),
-    Mutant("a save that no step carried is lost", Scheduler, "schedule", "= batch.saves()", "= []", STATES),
+    Mutant("a save that no step carried is lost", Scheduler, "schedule", "= batch.saves()", "= {}", STATES),
     Mutant("a match ends amid a node", RadixTree, "_usable", "or size < node.length", "", STATES),
     Mutant("a match needs no snapshot", RadixTree, "_usable", "node.snapshot is None or", "", STATES),
     Mutant("a leaf keeps its end's snapshot", RadixTree, "_evict_leaf", "self._lose_snapshot(node)", "pass", STATES),

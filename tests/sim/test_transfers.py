@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.scheduling.receiving import Receiving
+from engine.lending import Lending
 from engine.transfer.exchange import PageExchange, _Kept
 from tests.sim.simulator import SimulationError, simulate
 from tests.sim.test_mutants import MAX_SEEDS, UNMUTATED_SEEDS, Mutant, plant
@@ -67,7 +67,7 @@ MUTANTS = [
         APART | STATES | {"transfer_eagerness": 0.9},
     ),
     Mutant("a state that went is given", _Kept, "is_there", "self.snapshot.is_there", "True", APART | STATES),
-    Mutant("a pin stays", Receiving, "unpin", "self._num_pinned -= 1", "pass", APART | STATES),
+    Mutant("a pin stays", Lending, "unpin", "self.num_pinned -= 1", "pass", APART | STATES),
     Mutant(
         "a window comes short of a page", PageExchange, "_places",
         "group.behind(end * size, size)", "group.behind(end * size, size) + 1", APART | WINDOWS,

@@ -169,7 +169,7 @@ class SimulatedTier:
         self.tier = DiskTier(
             TierOptions(None, 0, options.tier_timeout_s),
             device,
-            simulator.scheduler,
+            simulator.lending,
             simulator.clock,
             received=self.received,
             wake=lambda: None,

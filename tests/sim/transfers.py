@@ -182,7 +182,7 @@ class SimulatedTransfer:
             ),
             self._connector,
             simulator.executor,
-            simulator.scheduler,
+            simulator.lending,
             simulator.clock,
             received=self.received,
             wake=lambda: None,
@@ -236,7 +236,7 @@ class SimulatedTransfer:
         assert not simulator.scheduler.kv_cache.is_free()[into - 1], f"page {into}, which is nobody's, is filled"
         [name] = [
             self._names[pages.namespace]
-            for pages in simulator.scheduler.lent
+            for pages in simulator.lending.lent
             if any(into in own for own in pages.lists) and pages.namespace in self._names
         ]
         if is_described:

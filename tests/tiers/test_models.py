@@ -68,7 +68,7 @@ async def running(checkpoint: Path, disk: Path | None, **options: Any) -> AsyncI
         yield engine
         if engine.tier is not None:
             await settled(engine)
-            assert not engine.scheduler.lent and not any(engine.tier.tally.failures.values())
+            assert not engine.lending.lent and not any(engine.tier.tally.failures.values())
     finally:
         task.cancel()
         await asyncio.wait({task})

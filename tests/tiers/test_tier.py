@@ -57,7 +57,7 @@ async def running(
         yield engine
         cache = engine.scheduler.kv_cache
         await settled(engine)
-        assert not engine.scheduler.lent and cache.num_available == cache.num_pages, "a page was not given back"
+        assert not engine.lending.lent and cache.num_available == cache.num_pages, "a page was not given back"
     finally:
         task.cancel()
         await asyncio.wait({task})
@@ -190,7 +190,7 @@ async def test_a_slow_disk_is_not_waited_for(tmp_path: Path, monkeypatch: pytest
         bring = engine.tier.worker._bring
         monkeypatch.setattr(engine.tier.worker, "_bring", lambda *given: touched.append(given) or bring(*given))
         assert await asked(engine, ask()) == 2 * PAGE
-        assert not engine.scheduler.lent and engine.tier.worker.hangs and len(touched) == 2
+        assert not engine.lending.lent and engine.tier.worker.hangs and len(touched) == 2
         assert engine.tier.tally.failures == {"timeout": 1, "stuck": 1}
         assert not engine.tier.promises(ask(name="b")), "it would wait in vain"
         late.set()
@@ -233,7 +233,7 @@ async def test_an_abort_while_pages_come(tmp_path: Path, monkeypatch: pytest.Mon
             engine.abort("a")
             delta = await stream.collect()
             assert delta.finish_reason is FinishReason.ABORT
-        assert engine.scheduler.num_receiving == 0 and engine.scheduler.lent
+        assert engine.scheduler.num_receiving == 0 and engine.lending.lent
         go.set()
         await settled(engine)
         # What came is there for the next.
@@ -352,9 +352,9 @@ async def test_a_disk_that_hangs_holds_up_no_sleep(
         assert await asked(engine, ask()) == 0
         await asyncio.to_thread(hung.wait, 20)
         # What is read was given up when it was late.
-        assert bool(engine.scheduler.lent) == (way == "write")
+        assert bool(engine.lending.lent) == (way == "write")
         await engine.sleep(1)
-        assert not engine.scheduler.lent and tier.tally.failures["stuck"] == 1
+        assert not engine.lending.lent and tier.tally.failures["stuck"] == 1
         assert ("are given up" in caplog.text) == (way == "write")
         await engine.wake_up()
         await engine.load_weights(tmp_path / "v2")

@@ -32,7 +32,7 @@ async def running(checkpoint: Path, **options: Any) -> AsyncIterator[Engine]:
         yield engine
         await settled(engine)
         cache = engine.scheduler.kv_cache
-        assert not engine.scheduler.lent and cache.num_available == cache.num_pages, "a page was not given back"
+        assert not engine.lending.lent and cache.num_available == cache.num_pages, "a page was not given back"
     finally:
         task.cancel()
         await asyncio.wait({task})

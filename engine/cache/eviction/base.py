@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from engine.cache.radix_tree import Node
+    from engine.cache.node import Node
 
 
 class EvictionPolicy(Protocol):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from engine.cache.radix_tree import Node
+from engine.cache.node import Node
 
 
 def _may_go(node: Node) -> bool:

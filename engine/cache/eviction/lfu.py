@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 from engine.cache.eviction.lru import LRU
 from engine.cache.eviction.ring import unlink
-from engine.cache.radix_tree import Node
+from engine.cache.node import Node
 
 MAX_HITS = 255  # a hot prompt has millions; the bound keeps the number of lists and of empty ones small
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from engine.cache.eviction.ring import Ring, unlink
-from engine.cache.radix_tree import Node
+from engine.cache.node import Node
 
 
 class LRU(Ring[Node]):

@@ -1,17 +1,20 @@
 """AdapterPlaces: which LoRA adapter has which index on the device, and who waits for one.
 
 A sequence pins its adapter's index from its admission until nothing of it is in flight; an index that nobody pins is
-given to the next adapter that needs one, the least recently used first. Owned by the Scheduler.
+given to the next adapter that needs one, the least recently used first. Owned by the Scheduler, which asks it whom to
+admit next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.request import Adapter
-from engine.scheduling.policy.base import AdmissionPolicy
-from engine.scheduling.sequence import Sequence
+
+if TYPE_CHECKING:
+    from engine.scheduling.policy.base import AdmissionPolicy
+    from engine.scheduling.sequence import Sequence
 
 # A sequence that waits for an index is passed by at most so many admissions, and for at most so many seconds.
 MAX_PASSED = 64

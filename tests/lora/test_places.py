@@ -5,8 +5,8 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+from engine.lora.places import AdapterPlaces
 from engine.request import Adapter
-from engine.scheduling.adapters import AdapterPlaces
 
 
 def adapter(version: int) -> Adapter:

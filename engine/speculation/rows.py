@@ -7,14 +7,16 @@ all of them, and the commit takes back those that were not. Owned by the Schedul
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from engine.forward import BoolArray, ForwardOutput, Int32Array, Limits
-from engine.scheduling.batch import Batch
-from engine.scheduling.slots import IndexArray, SlotTable
+
+if TYPE_CHECKING:
+    from engine.scheduling.batch import Batch
+    from engine.scheduling.slots import IndexArray, SlotTable
 
 
 class Budgets(Protocol):

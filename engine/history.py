@@ -1,6 +1,6 @@
 """CacheHistory: what the last requests brought, and what has been given up since; engine/misses.py explains by it.
 
-Kept by the Scheduler (who came) and the KVCache (what went), on the loop thread: an entry a request and an eviction,
+Told by the Scheduler (who came) and the KVCache (what went), on the loop thread: an entry a request and an eviction,
 bounded in number and bytes.
 """
 
@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from engine.cache.radix_tree import TOKEN_BYTES, Node
 from engine.forward import Int32Array
+
+if TYPE_CHECKING:
+    from engine.cache.kv_cache import SequencePages
+    from engine.cache.node import Node
+    from engine.scheduling.sequence import Sequence
 
 # Whose tokens are remembered: 4 bytes a token.
 MAX_REQUESTS = 1024
@@ -60,7 +64,19 @@ class CacheHistory:
         self._num_bytes = 0
         self._evicted_bytes = 0
 
-    def admitted(self, visit: Visit) -> None:
+    def admitted(self, sequence: Sequence, pages: SequencePages) -> None:
+        """For the first time, with what it found."""
+        assert sequence.admitted_at is not None
+        visit = Visit(
+            sequence.request.request_id,
+            sequence.request.cache_root,
+            pages.data,
+            sequence.num_prompt_tokens,
+            len(sequence.matchable_ids),
+            sequence.num_cached_tokens,
+            pages.num_known * self.page_size,
+            sequence.admitted_at,
+        )
         if (former := self.visits.pop(visit.request_id, None)) is not None:
             self._num_bytes -= len(former.data)
         self.visits[visit.request_id] = visit
@@ -72,7 +88,7 @@ class CacheHistory:
         """It has given back its pages; token_ids: what it leaves behind, the answer included."""
         if (visit := self.visits.get(request_id)) is not None:
             visit.released_at = self._now()
-            if visit.data and (added := len(token_ids) * TOKEN_BYTES - len(visit.data)) > 0:
+            if visit.data and (added := token_ids.nbytes - len(visit.data)) > 0:
                 self._num_bytes += added
                 visit.data = token_ids.tobytes()
 
