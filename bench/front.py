@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import functools
 import gc
 import json
 import logging
 import os
+import queue
 import resource
 import statistics
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,12 +30,14 @@ import uvloop
 import engine.demo
 from engine.config import CacheOptions, EngineConfig, SchedulerOptions, ServerOptions, StreamOptions
 from engine.engine import Engine
+from engine.executor.base import StepHandle
 from engine.executor.fake import FakeExecutor, FakeHandle
 from engine.forward import ForwardOutput, Limits, StepLogprobs
 from engine.metrics import EngineMetrics
 from engine.models.generation import GenerationDefaults
 from engine.models.registry import read_spec
 from engine.publisher import Publisher
+from engine.scheduling.batch import StepResult
 from engine.scheduling.scheduler import Scheduler
 from engine.text.chat_template import ChatTemplate
 from engine.text.detokenizer import IncrementalDetokenizer
@@ -55,12 +60,33 @@ SETTLE_S = 1.5
 
 
 class Teller(FakeExecutor):
-    """The fake device, which looks at nothing and says the story: a step of 256 rows costs it some 10 us."""
+    """The fake device, which looks at nothing and says the story: a step of 256 rows costs it some 10 us.
+
+    A thread says when a step is done, as for a real device: timers of the loop count whole milliseconds from the
+    beginning of its turn, which is some milliseconds ago where a turn wrote to many streams.
+    """
 
     def __init__(self, limits: Limits, story: list[int], logprobs: int | None, **options: Any) -> None:
         super().__init__(limits, compute=False, **options)
         self._story = np.array(story, np.int32)
         self._num_logprobs = logprobs
+        self._alarms: queue.SimpleQueue[tuple[float, asyncio.Future[None]]] = queue.SimpleQueue()
+        threading.Thread(target=self._wake, name="device", daemon=True).start()
+
+    async def wait(self, handle: StepHandle) -> ForwardOutput:
+        assert isinstance(handle, FakeHandle)
+        if handle.done_at > time.monotonic():
+            done = asyncio.get_running_loop().create_future()
+            self._alarms.put((handle.done_at, done))
+            await done
+        return self.resolve(handle)
+
+    def _wake(self) -> None:
+        while True:
+            at, done = self._alarms.get()
+            time.sleep(max(0.0, at - time.monotonic()))
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                done.get_loop().call_soon_threadsafe(_finish, done)
 
     def _run(self, handle: FakeHandle) -> None:
         step = handle.forward_input
@@ -78,6 +104,45 @@ class Teller(FakeExecutor):
             handle.output.logprobs = StepLogprobs(
                 sampled, np.full(len(sampled), -0.5, np.float32), np.ones(len(sampled), np.int32), ids, top
             )
+
+
+def _finish(done: asyncio.Future[None]) -> None:
+    if not done.done():
+        done.set_result(None)
+
+
+class Spread:
+    """When steps were published, and when all of their events had been written, as the server sees it: nobody's reading
+    is in that. Loop thread."""
+
+    def __init__(self) -> None:
+        self.watching = False
+        self._began: list[float] = []
+        self._ended: list[float] = []
+
+    def watch(self) -> None:
+        name = "publish"
+        publish = getattr(Publisher, name)
+
+        def timed(publisher: Publisher, result: StepResult) -> None:
+            began = time.perf_counter()
+            publish(publisher, result)
+            if self.watching:
+                # The loop writes at the end of a turn what was sent in it.
+                asyncio.get_running_loop().call_soon(self._on_written, began)
+
+        setattr(Publisher, name, timed)
+
+    def _on_written(self, began: float) -> None:
+        self._began.append(began)
+        self._ended.append(time.perf_counter())
+
+    def percentiles(self) -> dict[str, list[float]]:
+        """Median, 99th and most, in seconds: from step to step; from a step to the end of its writes; from one such
+        end to the next."""
+        began, ended = np.array(self._began), np.array(self._ended)
+        found = {"steps": np.diff(began), "writing": ended - began, "ends": np.diff(ended)}
+        return {name: np.percentile(of, [50, 99, 100]).tolist() for name, of in found.items() if len(of)}
 
 
 class Stages:
@@ -196,7 +261,7 @@ def say(**line: object) -> None:
     print(json.dumps(line), flush=True)
 
 
-async def measure(engine: Engine, args: argparse.Namespace, stages: Stages | None) -> None:
+async def measure(engine: Engine, args: argparse.Namespace, stages: Stages | None, spread: Spread | None) -> None:
     """Wait for the streams, let them settle, look twice."""
     while engine.stats().num_running < args.streams:  # noqa: ASYNC110  (what is waited for has no event)
         await asyncio.sleep(0.05)
@@ -206,6 +271,8 @@ async def measure(engine: Engine, args: argparse.Namespace, stages: Stages | Non
     if stages is not None:
         stages.seconds = dict.fromkeys(stages.seconds, 0.0)
         stages.calls = dict.fromkeys(stages.calls, 0)
+    if spread is not None:
+        spread.watching = True
     say(event="begin")
     await asyncio.sleep(args.seconds)
     after = reading(engine)
@@ -215,19 +282,21 @@ async def measure(engine: Engine, args: argparse.Namespace, stages: Stages | Non
         seen["stages"] = {
             name: max(0.0, seconds - overhead * stages.calls[name]) for name, seconds in stages.seconds.items()
         }
+    if spread is not None:
+        seen["spread"] = spread.percentiles()
     say(event="end", **seen)
 
 
-async def run(args: argparse.Namespace, stages: Stages | None) -> None:
-    words = Tokenizer.load(DEMO)
-    engine = make_engine(args, words)
+async def serve_until(engine: Engine, max_model_len: int, answer: Callable[[], bool]) -> None:
+    """Say the port, and serve until the standard input ends. answer: called for each line that comes there; False ends
+    it, too."""
     model = ServedModel(
         names=("demo",),
         created=1_700_000_000,
         chat_template=ChatTemplate.load(DEMO),
         generation_defaults=GenerationDefaults(),
         model_config=read_spec(DEMO),
-        max_model_len=args.max_model_len,
+        max_model_len=max_model_len,
     )
     options = engine.config.server
     # As the server does it.
@@ -238,14 +307,11 @@ async def run(args: argparse.Namespace, stages: Stages | None) -> None:
     loop = asyncio.get_running_loop()
 
     def on_word() -> None:
-        if os.read(sys.stdin.fileno(), 4096):
-            say(event="write", seconds=write_cost())
-        else:
+        if not answer():
             stop.set()
 
     loop.add_reader(sys.stdin.fileno(), on_word)
     serving = loop.create_task(engine.run())
-    measuring = loop.create_task(measure(engine, args, stages))
     await serve(
         build_app(engine, model, options),
         engine,
@@ -253,9 +319,23 @@ async def run(args: argparse.Namespace, stages: Stages | None) -> None:
         on_listening=lambda _, port: say(event="listening", port=port),
         stop=stop,
     )
-    for task in (measuring, serving):
-        task.cancel()
-    await asyncio.gather(measuring, serving, return_exceptions=True)
+    serving.cancel()
+    await asyncio.gather(serving, return_exceptions=True)
+
+
+async def run(args: argparse.Namespace, stages: Stages | None, spread: Spread | None) -> None:
+    engine = make_engine(args, Tokenizer.load(DEMO))
+
+    def answer() -> bool:
+        if not os.read(sys.stdin.fileno(), 4096):
+            return False
+        say(event="write", seconds=write_cost())
+        return True
+
+    measuring = asyncio.create_task(measure(engine, args, stages, spread))
+    await serve_until(engine, args.max_model_len, answer)
+    measuring.cancel()
+    await asyncio.gather(measuring, return_exceptions=True)
 
 
 def main() -> None:
@@ -267,9 +347,13 @@ def main() -> None:
     parser.add_argument("--logprobs", type=int)
     parser.add_argument("--flush-interval-ms", type=float)
     parser.add_argument("--stages", action="store_true")
+    parser.add_argument("--spread", action="store_true")
     args = parser.parse_args()
     logging.basicConfig(level="WARNING")
-    uvloop.run(run(args, watch_stages() if args.stages else None))
+    spread = Spread() if args.spread else None
+    if spread is not None:
+        spread.watch()
+    uvloop.run(run(args, watch_stages() if args.stages else None, spread))
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Server and clients are processes of their own: bench/front.py (a fake device that says a story, and all that is real
 above it) and bench/listening.py. CPU is the loop thread's own. "write" is what the write system calls of so many events
 cost alone, measured right after on the same sockets, and "python" all the rest. Stages come from a second run with
-timers around the functions of each stage.
+timers around the functions of each stage. With --rate a last run says how even the server's own writes are, beside the
+steps of the device: what is added to that before a client has read is the client's, and the system's.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Figures:
     """One run. cpu, write, python: us a token. utilisation: CPU seconds of the loop thread a second.
 
     gaps_ms: between two events of a stream, median, 99th percentile and most; added_ms: p99 above the device's own.
+    spread_ms: as the server sees it, see front.Spread.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Figures:
     gaps_ms: list[float]
     added_ms: float | None
     stages: dict[str, float] = field(default_factory=dict)
+    spread_ms: dict[str, list[float]] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -112,7 +115,10 @@ def room(streams: int, rate: float, seconds: float) -> int:
     return min(262_144, max(4096, 1 << needed.bit_length()))
 
 
-def run(kind: str, streams: int, args: argparse.Namespace, *, stages: bool, flame: Path | None = None) -> Figures:
+def run(
+    kind: str, streams: int, args: argparse.Namespace, *, watch: str | None = None, flame: Path | None = None
+) -> Figures:
+    """watch: "--stages" or "--spread", what the server takes the time of beside its CPU."""
     path, fields = KINDS[kind]
     length = room(streams, args.rate, args.seconds)
     body = {"model": "demo", "stream": True, "ignore_eos": True, "temperature": 0, "max_tokens": MOST_TOKENS} | fields
@@ -122,8 +128,8 @@ def run(kind: str, streams: int, args: argparse.Namespace, *, stages: bool, flam
         server_words += ["--logprobs", "2"]
     if args.flush_interval_ms is not None:
         server_words += ["--flush-interval-ms", str(args.flush_interval_ms)]
-    if stages:
-        server_words.append("--stages")
+    if watch is not None:
+        server_words.append(watch)
     with contextlib.ExitStack() as stack:
         server = stack.enter_context(process(*server_words))
         port = heard(server)["port"]
@@ -167,6 +173,7 @@ def figures(kind: str, streams: int, rate: float, seen: dict[str, Any], listened
         gaps_ms=gaps,
         added_ms=gaps[1] - 1e3 / rate if rate and events else None,
         stages={name: MICRO * seconds / tokens for name, seconds in seen.get("stages", {}).items()},
+        spread_ms={name: [1e3 * one for one in of] for name, of in seen.get("spread", {}).items()},
     )
 
 
@@ -203,6 +210,13 @@ def print_table(all_figures: list[Figures]) -> None:
             f"{one.write:>8.2f}{one.python:>8.2f}{one.cpu_per_event:>8.1f}{one.tokens_per_core_second:>12.0f}"
             f"{one.utilisation:>7.0%}{one.gaps_ms[0]:>9.2f}{one.gaps_ms[1]:>8.2f}{added:>8}   {staged}"
         )
+    for one in all_figures:
+        if one.spread_ms:
+            texts = {name: " / ".join([f"{value:.2f}" for value in of]) for name, of in one.spread_ms.items()}
+            print(
+                f"{one.kind}, {one.streams} streams, ms at p50 / p99 / most: from step to step {texts.get('steps')}, "
+                f"from a step to the end of its writes {texts.get('writing')}, from end to end {texts.get('ends')}"
+            )
     peers = ", ".join(f"{name} {cost:.0f} us" for name, cost in PEERS.items())
     print(f"\nus of the loop thread's CPU a token; gaps in ms. Peers' front ends, one event a token: {peers}.")
 
@@ -223,12 +237,14 @@ def main() -> None:
     found: list[Figures] = []
     for kind in args.kind:
         for streams in args.streams:
-            one = min((run(kind, streams, args, stages=False) for _ in range(args.repeat)), key=lambda one: one.cpu)
+            one = min((run(kind, streams, args) for _ in range(args.repeat)), key=lambda one: one.cpu)
             if not args.no_stages:
-                one.stages = run(kind, streams, args, stages=True).stages
+                one.stages = run(kind, streams, args, watch="--stages").stages
+            if args.rate:
+                one.spread_ms = run(kind, streams, args, watch="--spread").spread_ms
             found.append(one)
     if args.flame is not None:
-        run(args.kind[-1], args.streams[-1], args, stages=False, flame=args.flame)
+        run(args.kind[-1], args.streams[-1], args, flame=args.flame)
     print_table(found)
     if args.json is not None:
         args.json.write_text(json.dumps([asdict(one) for one in found], indent=1) + "\n")

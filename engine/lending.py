@@ -101,13 +101,13 @@ class Lending:
         if self.num_pinned >= int((self.limits.num_snapshots or 0) * PINNED_SHARE):
             return False
         self.num_pinned += 1
-        snapshot.pins += 1
+        self.kv_cache.pin(snapshot, 1)
         return True
 
     def unpin(self, snapshot: Snapshot) -> None:
         """After `pin`, which was True."""
         self.num_pinned -= 1
-        snapshot.pins -= 1
+        self.kv_cache.pin(snapshot, -1)
 
     def give_back(self, pages: SequencePages, sequence: Sequence, num_tokens: int) -> None:
         """Nobody reads or writes them any more. Of a receiving one: the KV of num_tokens is right, and stays."""

@@ -9,6 +9,7 @@ do that.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import faulthandler
 import logging
 import math
@@ -89,7 +90,7 @@ class Deadline:
     """By when the process is gone, whatever is still at work in it: a long step, a template, an export.
 
     end: called with the exit code on the deadline's own thread. Where not even that one runs (a library that never lets
-    go of Python's lock), an alarm of the kernel's ends the process GRACE_S later. Any thread.
+    go of Python's lock), an alarm of the kernel's ends the process GRACE_S later, with the signal's number. Any thread.
     """
 
     def __init__(self, *, end: Callable[[int], object] = os._exit, out: IO[str] | None = None) -> None:
@@ -105,9 +106,8 @@ class Deadline:
         with self._changed:
             self._at, self._code = min(self._at, time.monotonic() + min(seconds, _MOST_S)), code
             if self._end is os._exit:
-                # The stacks, and then what the signal does by default.
-                with contextlib.suppress(OSError, ValueError):
-                    faulthandler.register(signal.SIGALRM, sys.__stderr__ or 2, all_threads=True, chain=True)
+                if self._thread is None:
+                    _exit_on_alarm()
                 signal.setitimer(signal.ITIMER_REAL, max(0.0, self._at - time.monotonic()) + GRACE_S)
             self._changed.notify()
             if self._thread is None:
@@ -125,6 +125,17 @@ class Deadline:
         )
         _dump(self._out or sys.stderr)
         self._end(code)
+
+
+def _exit_on_alarm() -> None:
+    """SIGALRM: the stacks, and then _exit. What the signal does by default never happens to process 1 of a container,
+    and a handler of Python's own would wait for its lock."""
+    libc = ctypes.CDLL(None)
+    libc.signal.argtypes, libc.signal.restype = [ctypes.c_int, ctypes.c_void_p], ctypes.c_void_p
+    # It is called with the signal's number, which is what it ends the process with.
+    libc.signal(signal.SIGALRM, ctypes.cast(libc._exit, ctypes.c_void_p))
+    with contextlib.suppress(OSError, ValueError):
+        faulthandler.register(signal.SIGALRM, sys.__stderr__ or 2, all_threads=True, chain=True)
 
 
 def _dump(out: IO[str]) -> None:

@@ -28,7 +28,8 @@ from server.state import CALLER, ECHOED_ID, REQUEST_ID, USAGE, State
 logger = logging.getLogger("oneloop.server")
 
 # Requests that are queued between two turns of the loop: one or two milliseconds of work.
-_SUBMITTED_AT_ONCE = 64
+_SUBMITTED_AT_ONCE = 32
+_TOKENS_AT_ONCE = 100_000
 
 
 async def respond(
@@ -102,12 +103,15 @@ async def submitted(
                 state.keyring.charge(used, sum([stream.num_output_tokens for stream in streams]) - back)
 
             stack.callback(charge)
+        num_tokens = 0
         for request, own in zip(requests, rids or repeat(()), strict=False):
             streams.append(await stack.enter_async_context(state.engine.submit(request)))
             state.submitted[request.request_id] = names + own
             stack.callback(_ended, state, request, streams[-1])
-            # Thousands of embeddings must not hold the loop.
-            if len(streams) % _SUBMITTED_AT_ONCE == 0:
+            # Thousands of embeddings must not hold the loop, nor many choices of a long prompt.
+            num_tokens += len(request.prompt_token_ids)
+            if len(streams) % _SUBMITTED_AT_ONCE == 0 or num_tokens >= _TOKENS_AT_ONCE:
+                num_tokens = 0
                 await asyncio.sleep(0)
         yield streams
 

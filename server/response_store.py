@@ -6,6 +6,7 @@ Loop thread. They are kept as JSON text, so that what is counted is what is held
 
 from __future__ import annotations
 
+import contextlib
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -65,14 +66,15 @@ class ResponseStore:
             self.delete(*next(iter(self._entries)))
 
     def get(self, owner: str, response_id: str) -> Stored | None:
-        """A response, which is now the most recently used one."""
+        """A response, which is now the most recently used one. Any thread; it may go meanwhile."""
         stored = self._entries.get((owner, response_id))
         if stored is not None:
-            self._entries.move_to_end((owner, response_id))
+            with contextlib.suppress(KeyError):
+                self._entries.move_to_end((owner, response_id))
         return stored
 
     def get_item(self, owner: str, item_id: str) -> Json | None:
-        """An item of any response."""
+        """An item of any response. Any thread."""
         stored = self.get(owner, self._of_item.get((owner, item_id), ""))
         if stored is None:
             return None

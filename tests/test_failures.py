@@ -34,12 +34,14 @@ class Panic(BaseException):
     """What a library that is written in Rust raises: no Exception."""
 
 
-async def serve(spec: str, requests: list[Any], tamper: Callable[[Engine], None] | None = None) -> tuple[Engine, Any]:
+async def serve(
+    spec: str, requests: list[Any], tamper: Callable[[Engine], None] | None = None, max_num_seqs: int = 8
+) -> tuple[Engine, Any]:
     """Ask all at once; the engine, and the answers in order."""
-    limits = Limits(8, 256, 256, 16, 256, VOCAB)
+    limits = Limits(max_num_seqs, 256, 256, 16, 256, VOCAB)
     executor = FakeExecutor(limits, MODEL)
     device: Any = FaultyExecutor(executor, parse_faults(spec)) if spec else executor
-    config = EngineConfig(scheduler=SchedulerOptions(max_num_seqs=8, max_num_batched_tokens=256))
+    config = EngineConfig(scheduler=SchedulerOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=256))
     engine = Engine(config, device, TOKENIZER, eos_token_ids=(EOS,))
     task = asyncio.create_task(engine.run())
     try:
@@ -142,6 +144,20 @@ async def test_only_the_culprit_of_a_step_ends(kind: str, culprit: int) -> None:
     assert engine.metrics.failed_steps <= (6 if domain == "forward" else 0)
 
 
+@pytest.mark.parametrize("kind", ["raise", "oom"])
+@pytest.mark.parametrize("culprits", [range(3), range(7), range(9, 16), range(15), range(0, 16, 2), range(16)], ids=str)
+async def test_culprits_beside_each_other_hurt_nobody_else(kind: str, culprits: range) -> None:
+    prompts = [[10 + number, 20, 30] + [MARK] * (number in culprits) for number in range(16)]
+    requests = [ask(f"r{number}", prompt) for number, prompt in enumerate(prompts)]
+    engine, answers = await serve(f"{kind}:token={MARK}", requests, max_num_seqs=16)
+    for number, answer in enumerate(answers):
+        if number in culprits:
+            assert answer.finish_reason is FinishReason.ERROR and not answer.token_ids
+        else:
+            assert answer.token_ids == reference(prompts[number]), f"request {number} was hurt"
+    assert engine.metrics.failures == {"forward": len(culprits)} and not engine.failed
+
+
 async def test_a_step_that_fails_once_hurts_nobody() -> None:
     """Whoever was in it passes when it is tried again."""
     requests = [ask(f"r{number}", prompt) for number, prompt in enumerate(PROMPTS)]
@@ -177,7 +193,7 @@ async def test_a_device_that_fails_every_step_ends_everybody_soon() -> None:
     engine, answers = await serve("raise:p=1", requests)
     assert all(answer.finish_reason is FinishReason.ERROR for answer in answers)
     # Of each that is judged, the next one may have been launched already.
-    assert engine.metrics.failed_steps <= 2 * MAX_FAILURES and not engine.failed
+    assert engine.metrics.failed_steps <= 2 * (MAX_FAILURES + len(requests)) and not engine.failed
 
 
 async def test_a_lost_device_tells_every_stream() -> None:
@@ -289,10 +305,22 @@ def test_a_loop_that_hangs_itself_is_ended() -> None:
     assert codes == [EXIT_CODE]
 
 
-def leave(program: str) -> subprocess.CompletedProcess[str]:
+# Where there are namespaces for everybody, a process that is number 1 in one of its own.
+UNSHARE = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child")
+
+
+def leave(program: str, *under: str) -> subprocess.CompletedProcess[str]:
     """A process that has to be gone within 0.1 s and has something else in mind."""
     before = "import sys, threading, time\nfrom engine import watchdog\ndeadline = watchdog.Deadline()\n"
-    return subprocess.run([sys.executable, "-c", before + program], stderr=subprocess.PIPE, text=True, timeout=60)
+    command = [*under, sys.executable, "-c", before + program]
+    return subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=60)
+
+
+def may_unshare() -> bool:
+    try:
+        return subprocess.run([*UNSHARE, "true"], capture_output=True, check=False).returncode == 0
+    except OSError:
+        return False
 
 
 def test_a_process_that_does_not_leave_is_ended_and_says_why() -> None:
@@ -304,9 +332,16 @@ def test_a_process_that_does_not_leave_is_ended_and_says_why() -> None:
     assert "(MainThread, export)" in ended.stderr and "most recent call first" in ended.stderr
 
 
-def test_a_process_that_holds_the_lock_of_python_is_ended() -> None:
-    ended = leave(f"import re\nwatchdog.GRACE_S = 0.2\ndeadline.within(0.1)\nre.match(r'(x+)+y', {'x' * 100!r})")
-    assert ended.returncode == -signal.SIGALRM
+@pytest.mark.parametrize("number", ["any", "1"])
+def test_a_process_that_holds_the_lock_of_python_is_ended(number: str) -> None:
+    """Also the first of a container, to which nothing happens that signals do by default."""
+    if number == "1" and not may_unshare():
+        pytest.skip("no namespaces of processes here")
+    program = f"import re\nwatchdog.GRACE_S = 0.2\ndeadline.within(0.1)\nre.match(r'(x+)+y', {'x' * 100!r})"
+    if number == "1":
+        program = "import os\nassert os.getpid() == 1\n" + program
+    ended = leave(program, *(UNSHARE if number == "1" else ()))
+    assert ended.returncode == signal.SIGALRM
     assert re.search(r"most recent call first.*in match", ended.stderr, re.S)
 
 

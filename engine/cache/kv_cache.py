@@ -295,6 +295,10 @@ class KVCache:
             seq.kept = snapshot, num_tokens
         return snapshot
 
+    def pin(self, snapshot: Snapshot, count: int) -> None:
+        """See RadixTree.pin. O(1), as taking one is, however many are pinned."""
+        self._tree.pin(snapshot, count)
+
     def _take_snapshot(self) -> int:
         if self._snapshots is None:
             return 0

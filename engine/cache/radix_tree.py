@@ -67,6 +67,7 @@ class RadixTree:
         self._orders: list[Ring[Part]] = [Ring() for _ in windows]
         self._has_state = has_state
         self._snapshots: Ring[Snapshot] = Ring()
+        self._pinned: Ring[Snapshot] = Ring()
         # Ids whose nodes have gone or changed; KVCache collects them.
         self.lost_snapshots: list[int] = []
 
@@ -96,8 +97,7 @@ class RadixTree:
             pages[:count] = [NULL_PAGE] * count
         end = path[-1] if path else root
         if end.snapshot is not None:
-            unlink(end.snapshot)
-            self._snapshots.add(end.snapshot)
+            self._use(end.snapshot)
         return Match(end, runs, gone, known)
 
     def match_length(self, namespace: str, data: bytes, limit: int) -> int:
@@ -215,13 +215,23 @@ class RadixTree:
         return True
 
     def oldest_snapshot(self) -> int:
-        """Take the one that was loaded longest ago off, and is not pinned; 0 if there is none."""
-        snapshot = next((one for one in self._snapshots if not one.pins), None)
+        """Take the one off that was loaded longest ago and is not pinned; 0 if there is none."""
+        snapshot = self._snapshots.oldest()
         if snapshot is None:
             return 0
         unlink(snapshot)
         snapshot.node.snapshot = None
         return snapshot.id
+
+    def pin(self, snapshot: Snapshot, count: int) -> None:
+        """1: for somebody who loads it later; -1: that one has, or never will, and it may have gone meanwhile."""
+        snapshot.pins += count
+        if snapshot.is_there:
+            self._use(snapshot)
+
+    def _use(self, snapshot: Snapshot) -> None:
+        unlink(snapshot)
+        (self._pinned if snapshot.pins else self._snapshots).add(snapshot)
 
     def _lose_snapshot(self, node: Node) -> None:
         if node.snapshot is not None:
@@ -365,8 +375,8 @@ class RadixTree:
         return list(self._orders[window])
 
     def snapshots(self) -> list[Snapshot]:
-        """As they would go."""
-        return list(self._snapshots)
+        """As they would go, those last that do not."""
+        return [*self._snapshots, *self._pinned]
 
     # ---- walking
 

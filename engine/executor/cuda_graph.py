@@ -24,6 +24,9 @@ MODES = ("lazy", "start", "off")
 FIRST_WIDTH, WIDTH_FACTOR = 64, 2
 # At start only tables up to this many pages are captured; longer contexts are captured when they come.
 START_WIDTH = 256
+# Where as many graphs are there as memory was set aside for, a new one takes the place of one that so many steps went
+# without: none of those may be running yet, and two that take turns must not be captured over and over.
+IDLE_REPLAYS = 1000
 
 
 class GraphKey(NamedTuple):
@@ -57,6 +60,17 @@ def table_widths(max_pages: int) -> list[int]:
     return [width for width in widths if width < max_pages] + [max_pages]
 
 
+def start_widths(widths: list[int]) -> list[int]:
+    """Those of graphs that are captured at start, or commonly later."""
+    return [width for width in widths if width <= START_WIDTH] or widths[:1]
+
+
+def most_graphs(num_sizes: int, num_sides: int, max_pages: int) -> int:
+    """For how many graphs there must be memory: of each size and side, of the commonest widths and one more."""
+    widths = table_widths(max_pages)
+    return num_sizes * num_sides * min(len(widths), len(start_widths(widths)) + 1)
+
+
 class GraphCache:
     """Captured graphs by key. mode lazy: at a key's second use, or when the device is idle; start; off.
 
@@ -82,6 +96,9 @@ class GraphCache:
         self._failed: set[GraphKey] = set()
         self._over = False
         self.num_replays = 0
+        # So many at most; None: any number. And by key: replays before its last use.
+        self.most: int | None = None
+        self._used_at: dict[GraphKey, int] = {}
         # Where ranks compute together: whether a capture went well with all. A graph holds sums in which all meet, so
         # that all have it or none; and where one captures no more, nobody does.
         self.agree: Callable[[bool], bool] | None = None
@@ -106,16 +123,17 @@ class GraphCache:
 
     def at_start(self) -> Iterator[GraphKey]:
         """What mode start captures: every size, largest first, so that their memory pool is laid out once."""
-        for width in self.widths:
-            if width > START_WIDTH and width != self.widths[0]:
-                break
+        for width in start_widths(self.widths):
             for size in reversed(self.sizes):
                 for side, sizes in enumerate(self._sizes):
                     for adapted in self.families if size in sizes else ():
                         yield GraphKey(size, width, side, "plain", adapted)
 
     def get(self, key: GraphKey) -> Graph | None:
-        return self._graphs.get(key)
+        graph = self._graphs.get(key)
+        if graph is not None:
+            self._used_at[key] = self.num_replays
+        return graph
 
     def note_use(self, key: GraphKey) -> bool:
         """A step runs without a graph. True: capture it now, its operations have run before."""
@@ -134,6 +152,8 @@ class GraphCache:
     def capture(self, key: GraphKey, work: Callable[[], object]) -> Graph | None:
         """Capture `work` on the current stream. None where it cannot be had: such steps go on without."""
         self._wanted.pop(key, None)
+        if not self._make_room():
+            return None
         graph, problem = None, None
         try:
             graph = self._layer.capture(work)
@@ -144,8 +164,17 @@ class GraphCache:
         if problem is not None:
             self.give_up(key, problem)
             return None
-        self._graphs[key] = graph
+        self._graphs[key], self._used_at[key] = graph, self.num_replays
         return graph
+
+    def _make_room(self) -> bool:
+        if self.most is None or len(self._graphs) < self.most:
+            return True
+        oldest = min(self._used_at, key=self._used_at.__getitem__)
+        if self.num_replays - self._used_at[oldest] < IDLE_REPLAYS:
+            return False
+        del self._graphs[oldest], self._used_at[oldest]
+        return True
 
     def give_up(self, key: GraphKey, error: Exception) -> None:
         """Never try this key again; nor any other, where none can be captured any more."""
@@ -165,5 +194,6 @@ class GraphCache:
 
     def clear(self) -> None:
         self._graphs.clear()
+        self._used_at.clear()
         self._wanted.clear()
         self._layer.drop_graph_memory()

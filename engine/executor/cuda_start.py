@@ -24,7 +24,7 @@ from engine.executor.cuda_adapters import DeviceAdapters
 from engine.executor.cuda_buffers import widened
 from engine.executor.cuda_device import CudaDevice, DeviceLayer
 from engine.executor.cuda_drafter import DeviceDrafter, Drafts
-from engine.executor.cuda_graph import graph_sizes
+from engine.executor.cuda_graph import graph_sizes, most_graphs
 from engine.executor.cuda_group import RankGroup
 from engine.executor.cuda_pieces import SIZES
 from engine.executor.drafting import Drafting, read_drafting
@@ -433,16 +433,17 @@ def build_cuda_executor(
             page_bytes += page_size * drafting.kv_bytes_per_token(dtype)
         if net is not None:
             workspace += DeviceDrafter.num_bytes(net, limits_of(1), dtype)
-        graphs = 0
+        graphs = num_graphs = num_draft_graphs = 0
         if cuda_graph != "off":
             # Logits, the same as open steps have them, and the list of a filter's tokens; all graphs share the room.
             logits = wide.max_num_seqs * model.config.vocab_size * 4
             sides = 2 if speculation.method is None else 4
             families = 1 if adapters is None else 2
-            count = families * (sides * len(graph_sizes(wide.max_num_seqs)) + len(SIZES))
-            graphs = 4 * logits + count * GRAPH_BYTES
+            num_sizes = len(graph_sizes(wide.max_num_seqs))
+            num_graphs = families * most_graphs(num_sizes, sides, wide.max_pages_per_seq)
             if net is not None:
-                graphs += 4 * len(graph_sizes(wide.max_num_seqs)) * GRAPH_BYTES
+                num_draft_graphs = most_graphs(num_sizes, 4, wide.max_pages_per_seq)
+            graphs = 4 * logits + (num_graphs + num_draft_graphs + families * len(SIZES)) * GRAPH_BYTES
             graphs += activations * min(SIZES[-1], max_num_batched_tokens) // max_num_batched_tokens
         wanted = cache.kv_cache_bytes
         if cache.num_pages is not None:
@@ -476,6 +477,10 @@ def build_cuda_executor(
             what = "a KV cache with recurrent states" if state_memory else "a KV cache"
             what += f" of {kv_bytes / GIB:.2f} GiB"
             raise StartupError(f"{what} does not fit: {str(error).splitlines()[0]}") from error
+        if cuda_graph != "off":
+            executor.graphs.most = num_graphs
+            if executor._drafter is not None:
+                executor._drafter.graphs.most = num_draft_graphs
         left = free - kv_bytes - activations - workspace - graphs
         plan = MemoryPlan(layer.total_memory(), weights, workspace, activations, graphs, kv_bytes, max(0, left))
         row("GPU memory", str(plan))

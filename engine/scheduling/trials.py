@@ -2,7 +2,8 @@
 again: a fault that passes is the device's, and nobody's doing.
 
 Owned by the Scheduler, which admits nobody else while a trial is on and lets who was cleared wait: a step that fails
-then has nobody in it but the group that is tried. One culprit among n costs 2 log2(n) + TRIES_ALONE - 1 steps at most.
+then has nobody in it but the group that is tried. One culprit among n costs 2 log2(n) + TRIES_ALONE - 1 steps at most,
+a device that fails them all MAX_FAILURES + n.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from engine.scheduling.sequence import Sequence, SequenceStatus
 # So often a sequence must fail alone, without getting past the place in between, to be guilty. Of a device that fails
 # one step in fifty by itself, an innocent one would be blamed in one of 125,000 steps that it has alone.
 TRIES_ALONE = 3
-# Steps that fail without a suspect cleared between them: more is no single request's doing (a device without memory),
-# and then whole groups end. Halving 4,096 sequences takes 12, and two culprits beside each other take six more.
+# Steps that fail without a suspect cleared between them: more is the device's doing (it has no memory, say), or many
+# culprits stand beside each other. From then on everybody is tried alone, and only once: nobody ends by another's
+# fault. Halving 4,096 sequences takes 12, two culprits beside each other six more.
 MAX_FAILURES = 20
 
 
@@ -53,18 +55,16 @@ class Trials:
         for group in self._groups:
             group[:] = [sequence for sequence in group if sequence not in possible]
         suspects = [sequence for sequence in possible if not sequence.is_finished]
-        are_guilty = self._num_failures > MAX_FAILURES
-        if len(possible) == 1:
+        is_alone, are_many = len(possible) == 1, self._num_failures > MAX_FAILURES
+        if is_alone:
             possible[0].failed_alone += 1
-            are_guilty |= possible[0].failed_alone >= TRIES_ALONE
-        if are_guilty:
+        if is_alone and possible[0].failed_alone >= (1 if are_many else TRIES_ALONE):
             for sequence in suspects:
                 sequence.suspect_until = 0
             return suspects
-        half = (len(suspects) + 1) // 2
-        for group in (suspects[half:], suspects[:half]):
-            if group:
-                self._groups.appendleft(group)
+        size = 1 if are_many else (len(suspects) + 1) // 2
+        for start in reversed(range(0, len(suspects), size or 1)):
+            self._groups.appendleft(suspects[start : start + size])
         return []
 
     def succeeded(self, reached: Iterable[tuple[Sequence, int]]) -> None:

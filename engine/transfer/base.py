@@ -26,7 +26,7 @@ class TransferError(Exception):
 
 
 class Connector(Protocol):
-    """Called on the loop thread, and never blocks for long but for `register` and `close`.
+    """Called on the loop thread, and never blocks for long but for `register`, `release` of all, and `close`.
 
     Places are int32 arrays, one for each memory: pages of the KV cache, and snapshots of recurrent states where there
     are any.
@@ -42,15 +42,15 @@ class Connector(Protocol):
 
     def read(self, remote: Json, places: Sequence[Int32Array], timeout_s: float) -> Future[int]:
         """Read what a peer's `describe` says into these places. The future brings the bytes that were moved, or a
-        TransferError; it ends when nobody writes to them any more, which may be later than the timeout.
+        TransferError; it ends when nobody can write to them any more, some minutes behind the timeout at the latest.
 
         remote: the peer's word. Raises TransferError where it does not fit this memory.
         """
         ...
 
     def release(self, description: Json | None) -> None:
-        """Nobody may read what was described so any more; None: nobody reads anything, and the memories are forgotten,
-        which waits for what is being copied."""
+        """Nobody may read what was described so any more; None: nobody reads or writes anything, and the memories are
+        forgotten. What is being read ends with a TransferError then; this blocks, and any thread may ask for it."""
         ...
 
     def close(self) -> None:

@@ -151,10 +151,11 @@ class PageExchange:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        # This ends what does not end by itself.
+        await asyncio.to_thread(self._connector.release, None)
         if self._overdue:
-            # For as long as it takes: who owned the memory now would be written to.
+            # Who owned the memory now would be written to.
             await asyncio.wait(set(self._overdue))
-        self._connector.release(None)
 
     async def resume(self, directory: Path | None) -> None:
         """Go on, with the memory that there is now and the weights of a directory."""

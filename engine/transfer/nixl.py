@@ -1,7 +1,11 @@
 """NixlConnector: pages by NIXL (pip install nixl), which reads them out of the peer's memory by what there is between
 the two: RDMA, shared memory of one machine, or TCP (UCX_TLS, UCX_NET_DEVICES say which).
 
-One thread starts transfers and asks after them. A peer that can reach this agent can read all of the KV memory, so the
+One thread starts transfers and asks after them. One that never ends (its peer has stopped) cannot be called off: NIXL
+forgets a handle, but what the peer answers later is written all the same. Nobody writes any more when the agent that
+started it is gone, so then there is a new one, on which all others begin their piece again.
+
+A peer that can reach this agent can read all of the KV memory, so the
 networks between servers must be trusted, as for every user of NIXL.
 """
 
@@ -9,6 +13,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import importlib
 import itertools
@@ -37,6 +42,11 @@ MAX_AGENTS = 64
 MAX_METADATA = 256 * 1024
 # Between two questions after running transfers.
 POLL_S = 0.001
+# Behind its time, until when the pages of a transfer that does not end are kept for it. Then it is given up, which its
+# peer may not survive.
+LATE_S = 300.0
+# What runs when the memory goes, or this server ends, has so long for the piece that it is at.
+END_S = 5.0
 # Bytes of one transfer: what is copied at once by this process holds a core for some milliseconds.
 PIECE_BYTES = 16 * 1024 * 1024
 _MEMORY = "DRAM"
@@ -47,18 +57,21 @@ def make(options: TransferOptions) -> NixlConnector:
         api: Any = importlib.import_module("nixl._api")
     except ImportError as error:
         raise StartupError(f"--kv-transfer-config: NixlConnector needs {error.name}: pip install nixl") from None
-    name = f"oneloop-{secrets.token_hex(8)}"
+
+    def make_agent() -> Any:
+        name = f"oneloop-{secrets.token_hex(8)}"
+        return api.nixl_agent(name, api.nixl_agent_config(backends=list(options.backends)))
+
     try:
-        agent = api.nixl_agent(name, api.nixl_agent_config(backends=list(options.backends)))
+        return NixlConnector(make_agent)
     except Exception as error:
         backends = ", ".join(options.backends)
         raise StartupError(f"--kv-transfer-config: NIXL has no {backends} here ({error})") from None
-    return NixlConnector(agent)
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Read:
-    """pieces: (local, remote) descriptors of transfers that are yet to be started. handle: of the one that runs."""
+    """pieces: (local, remote) descriptors of transfers that have not ended. handle: of the first, where it runs."""
 
     metadata: bytes
     pieces: list[tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]]
@@ -70,10 +83,11 @@ class _Read:
 
 
 class NixlConnector:
-    """A Connector. agent: a nixl_agent, which the thread alone calls."""
+    """A Connector. make_agent: a nixl_agent, which the thread alone calls. Raises what make_agent does."""
 
-    def __init__(self, agent: Any) -> None:
-        self._agent = agent
+    def __init__(self, make_agent: Callable[[], Any]) -> None:
+        self._make_agent = make_agent
+        self._agent: Any = make_agent()
         self._registered: Any = None
         # Of each memory.
         self._regions: list[list[tuple[int, int, int]]] = []
@@ -82,19 +96,16 @@ class NixlConnector:
         self._agents: OrderedDict[bytes, str] = OrderedDict()
         self._inbox: queue.SimpleQueue[Callable[[], None] | _Read | None] = queue.SimpleQueue()
         self._running: list[_Read] = []
+        self._closed = False
         self._thread = threading.Thread(target=self._work, name="nixl", daemon=True)
         self._thread.start()
-        self._closed = False
 
     def register(self, memories: Sequence[PageMemory]) -> None:
         """See Connector."""
 
         def run() -> None:
             self._regions = [memory.regions() for memory in memories]
-            regions = itertools.chain.from_iterable(self._regions)
-            whole = [(address, size * pages, 0, "") for address, size, pages in regions]
-            self._registered = self._agent.register_memory(whole, _MEMORY)
-            self._metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
+            self._introduce()
 
         try:
             self._on_thread(run)
@@ -114,8 +125,13 @@ class NixlConnector:
             return
 
         def run() -> None:
-            self._agent.deregister_memory(self._registered)
-            self._registered, self._regions, self._metadata = None, [], ""
+            self._regions = []
+            self._let_end()
+            if self._running:
+                self._renew(TransferError("resting", "this server's memory is away"))
+            else:
+                self._agent.deregister_memory(self._registered)
+                self._registered, self._metadata = None, ""
 
         self._on_thread(run)
 
@@ -180,22 +196,60 @@ class NixlConnector:
                     self._running.append(item)
                 else:
                     item()
-            for read in list(self._running):
-                if self._advance(read):
-                    self._running.remove(read)
-        # What runs yet is waited for: others own the memory from here on.
-        ends_at = time.monotonic() + 5.0
-        while self._running and time.monotonic() < ends_at:
-            for read in list(self._running):
-                read.pieces.clear()
-                if self._advance(read):
-                    self._running.remove(read)
-            time.sleep(POLL_S)
+            self._running = [read for read in self._running if not self._advance(read)]
+            if any(time.monotonic() > read.ends_at + LATE_S for read in self._running):
+                self._renew(None)
+        self._regions = []
+        self._let_end()
+        self._drop_agent()
         for read in self._running:
-            read.future.set_exception(TransferError("transfer", "this server is shutting down"))
+            read.future.set_exception(TransferError("resting", "this server is shutting down"))
+
+    def _let_end(self) -> None:
+        """Wait a little for the pieces that run; without regions none begins."""
+        ends_at = time.monotonic() + END_S
+        while self._running and time.monotonic() < ends_at:
+            self._running = [read for read in self._running if not self._advance(read)]
+            time.sleep(POLL_S)
+
+    def _introduce(self) -> None:
+        """Tell the agent of the memory, and peers of the agent. Raises what NIXL and make_agent do."""
+        if self._agent is None:
+            self._agent = self._make_agent()
+        regions = itertools.chain.from_iterable(self._regions)
+        whole = [(address, size * pages, 0, "") for address, size, pages in regions]
+        self._registered = self._agent.register_memory(whole, _MEMORY)
+        self._metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
+
+    def _drop_agent(self) -> None:
+        """Nobody can write to the memory from here on. What NIXL says to it changes nothing about that."""
+        for read in self._running:
+            if read.handle is not None:
+                with contextlib.suppress(Exception):
+                    self._agent.release_xfer_handle(read.handle)
+                read.handle, read.agent = None, ""
         if self._registered is not None:
-            self._agent.deregister_memory(self._registered)
-        self._agent = None
+            with contextlib.suppress(Exception):
+                self._agent.deregister_memory(self._registered)
+        self._agents.clear()
+        self._registered, self._metadata, self._agent = None, "", None
+
+    def _renew(self, error: TransferError | None) -> None:
+        """Another agent in the place of one whose transfers do not end. error: what all of them end with; None: those
+        that are late by a timeout, and the others begin their piece again."""
+        now = time.monotonic()
+        self._drop_agent()
+        ended = [read for read in self._running if error is not None or now > read.ends_at]
+        try:
+            if self._regions:
+                self._introduce()
+        except Exception as failure:
+            logger.error("NIXL has no other agent (%s): no pages are read until the memory is another", failure)
+            self._regions, ended = [], self._running
+        logger.warning("NIXL: %d transfers did not end, so that their agent does", len(ended))
+        self._running = [read for read in self._running if read not in ended]
+        for read in ended:
+            read.future.set_exception(error or TransferError("timeout", "its pages did not come in time"))
 
     def _advance(self, read: _Read) -> bool:
         """Start its next transfer, or see how the last one does. Whether the read has ended."""
@@ -209,6 +263,7 @@ class NixlConnector:
             read.handle = None
             if state != "DONE":
                 raise TransferError("transfer", f"NIXL says {state}")
+            del read.pieces[0]
             return self._start(read)
         except TransferError as error:
             self._end(read, error)
@@ -220,10 +275,12 @@ class NixlConnector:
         if not read.pieces:
             read.future.set_result(read.num_bytes)
             return True
+        if not self._regions:
+            raise TransferError("resting", "this server's memory is away")
         if time.monotonic() > read.ends_at:
             raise TransferError("timeout", "its pages did not come in time")
         read.agent = read.agent or self._agent_of(read.metadata)
-        mine, theirs = (self._agent.get_xfer_descs(one, _MEMORY) for one in read.pieces.pop(0))
+        mine, theirs = (self._agent.get_xfer_descs(one, _MEMORY) for one in read.pieces[0])
         handle = self._agent.initialize_xfer("READ", mine, theirs, read.agent)
         state = self._agent.transfer(handle)
         if state == "ERR":

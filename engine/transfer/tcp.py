@@ -1,17 +1,23 @@
 """TcpConnector: pages over plain TCP connections, for servers without NIXL. Works wherever the pages lie.
 
 Blocking sockets in threads beside the loop. A reader sends the ticket that it was given and the bytes that it expects;
-then the pages come, one after the other, and the states after them.
+then the pages come, one after the other, and the states after them. Who has not said so yet has little time, and few
+places per address, which are none of the readers'.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
+import os
 import secrets
+import select
 import socket
 import struct
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
@@ -28,10 +34,16 @@ from engine.transfer.wire import Network, family_of, is_allowed
 CHUNK_BYTES = 1024 * 1024
 MAX_READERS = 32
 MAX_READS = 4
+# Connections that have yet to say what they want: of all, and of an address, whose servers say it at once.
+MAX_STRANGERS = 128
+MAX_STRANGERS_OF_ADDRESS = 16
+HELLO_S = 5.0
 _TICKET_BYTES = 32
 _HELLO = struct.Struct(f">4s{_TICKET_BYTES}sQ")
 _MAGIC = b"2LKV"
 _IDLE_S = 10.0
+# Between two looks at whether a read is to end.
+_LOOK_S = 0.5
 Row = npt.NDArray[np.uint8]
 
 
@@ -55,6 +67,8 @@ class TcpConnector:
         self._untouched = threading.Condition()
         self._num_touching = 0
         self._places = threading.BoundedSemaphore(MAX_READERS)
+        self._strangers: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._closed = False
         self._reads = ThreadPoolExecutor(MAX_READS, "kv-read")
         self._thread = threading.Thread(target=self._listen, name="kv-listen", daemon=True)
@@ -107,8 +121,7 @@ class TcpConnector:
         if remote.get("counts") != list(map(len, places)) or remote.get("page_bytes") != sizes:
             raise TransferError("mismatch", f"the peer's pages are not the {len(places[0])} that were asked for")
         ends_at = time.monotonic() + timeout_s
-        parts = [(memory, one.copy()) for memory, one in zip(memories, places, strict=True)]
-        return self._reads.submit(self._read, (host, port), key, parts, ends_at)
+        return self._reads.submit(self._read, (host, port), key, memories, [one.copy() for one in places], ends_at)
 
     def close(self) -> None:
         """See Connector."""
@@ -135,19 +148,23 @@ class TcpConnector:
                 self._untouched.notify_all()
 
     def _read(
-        self, address: tuple[str, int], key: bytes, parts: Sequence[tuple[PageMemory, Int32Array]], ends_at: float
+        self,
+        address: tuple[str, int],
+        key: bytes,
+        memories: Sequence[PageMemory],
+        places: Sequence[Int32Array],
+        ends_at: float,
     ) -> int:
+        parts = list(zip(memories, places, strict=True))
         total = _num_bytes(parts)
         try:
-            with socket.create_connection(address, _left(ends_at)) as peer:
+            with self._connect(address, memories, ends_at) as peer:
                 peer.sendall(_HELLO.pack(_MAGIC, key, total))
                 for memory, some, buffer in _chunks(parts):
                     into = buffer.reshape(-1).data
                     done = 0
                     while done < len(into):
-                        if self._closed:
-                            raise TransferError("resting", "this server is shutting down")
-                        peer.settimeout(min(_left(ends_at), 1.0))
+                        peer.settimeout(self._patience(memories, ends_at))
                         try:
                             count = peer.recv_into(into[done:])
                         except TimeoutError:
@@ -155,50 +172,120 @@ class TcpConnector:
                         if not count:
                             raise TransferError("transfer", "the peer hung up amid its pages")
                         done += count
-                    memory.copy_in(some, buffer)
+                    with self._touching():
+                        self._patience(memories, ends_at)
+                        memory.copy_in(some, buffer)
         except OSError as error:
             raise TransferError("transfer", f"its pages did not come ({error.strerror or error})") from None
         return total
 
+    def _connect(self, address: tuple[str, int], memories: Sequence[PageMemory], ends_at: float) -> socket.socket:
+        """Raises OSError, and what _patience does."""
+        family, kind, _, _, where = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)[0]
+        peer = socket.socket(family, kind)
+        try:
+            peer.setblocking(False)
+            failed = peer.connect_ex(where)
+            if failed == errno.EINPROGRESS:
+                poll = select.poll()
+                poll.register(peer, select.POLLOUT)
+                while not poll.poll(math.ceil(1000 * self._patience(memories, ends_at))):
+                    pass
+                failed = peer.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+            if failed:
+                raise OSError(failed, os.strerror(failed))
+            peer.settimeout(self._patience(memories, ends_at))
+        except BaseException:
+            peer.close()
+            raise
+        return peer
+
+    def _patience(self, memories: Sequence[PageMemory], ends_at: float) -> float:
+        """Seconds until one looks again at whether a read into these goes on. Raises TransferError if it does not."""
+        if self._closed or self._memories is not memories:
+            raise TransferError("resting", "this server's memory is away")
+        left = ends_at - time.monotonic()
+        if left <= 0:
+            raise TransferError("timeout", "its pages did not come in time")
+        return min(left, _LOOK_S)
+
     def _listen(self) -> None:
         while not self._closed:
             try:
-                peer, _ = self._listener.accept()
+                peer, address = self._listener.accept()
             except OSError:
                 time.sleep(0.1)  # it is closed, or there are too many open files
                 continue
-            if not self._places.acquire(blocking=False):
+            if not self._has_place(address[0]):
                 peer.close()
                 continue
-            threading.Thread(target=self._send, args=(peer,), name="kv-send", daemon=True).start()
+            try:
+                threading.Thread(target=self._serve, args=(peer, address[0]), name="kv-send", daemon=True).start()
+            except RuntimeError:  # there are too many threads
+                self._is_known(address[0])
+                peer.close()
 
-    def _send(self, peer: socket.socket) -> None:
+    def _has_place(self, address: str) -> bool:
+        """For somebody who has yet to say what it wants. A place is given back by `_is_known`."""
+        with self._counting:
+            if self._strangers.total() >= MAX_STRANGERS or self._strangers[address] >= MAX_STRANGERS_OF_ADDRESS:
+                return False
+            self._strangers[address] += 1
+            return True
+
+    def _is_known(self, address: str) -> None:
+        with self._counting:
+            self._strangers[address] -= 1
+            if not self._strangers[address]:
+                del self._strangers[address]
+
+    def _serve(self, peer: socket.socket, address: str) -> None:
         """Whatever goes wrong ends the connection, which tells the reader."""
-        try:
-            with peer, contextlib.suppress(OSError):
-                peer.settimeout(_IDLE_S)
-                hello = b""
-                while len(hello) < _HELLO.size:
-                    more = peer.recv(_HELLO.size - len(hello))
-                    if not more:
-                        return
-                    hello += more
-                magic, key, total = _HELLO.unpack(hello)
-                places, memories = self._offers.get(key), self._memories
-                if magic != _MAGIC or places is None or not memories:
+        with peer, contextlib.suppress(OSError):
+            try:
+                hello = _hear(peer)
+            finally:
+                self._is_known(address)
+            magic, key, total = _HELLO.unpack(hello)
+            places, memories = self._offers.get(key), self._memories
+            if magic != _MAGIC or places is None or not memories:
+                return
+            parts = list(zip(memories, places, strict=True))
+            if total == _num_bytes(parts) and self._places.acquire(blocking=False):
+                try:
+                    self._send(peer, key, memories, parts)
+                finally:
+                    self._places.release()
+
+    def _send(
+        self,
+        peer: socket.socket,
+        key: bytes,
+        memories: Sequence[PageMemory],
+        parts: Sequence[tuple[PageMemory, Int32Array]],
+    ) -> None:
+        peer.settimeout(_IDLE_S)
+        for memory, some, buffer in _chunks(parts):
+            with self._touching():
+                # What was released is somebody else's by now.
+                if key not in self._offers or self._memories is not memories:
                     return
-                parts = list(zip(memories, places, strict=True))
-                if total != _num_bytes(parts):
-                    return
-                for memory, some, buffer in _chunks(parts):
-                    with self._touching():
-                        # What was released is somebody else's by now.
-                        if key not in self._offers or self._memories is not memories:
-                            return
-                        memory.copy_out(some, buffer)
-                    peer.sendall(buffer.reshape(-1).data)
-        finally:
-            self._places.release()
+                memory.copy_out(some, buffer)
+            peer.sendall(buffer.reshape(-1).data)
+
+
+def _hear(peer: socket.socket) -> bytes:
+    """A whole hello. Raises OSError where it does not come in time."""
+    hello, ends_at = b"", time.monotonic() + HELLO_S
+    while len(hello) < _HELLO.size:
+        if (left := ends_at - time.monotonic()) <= 0:
+            raise TimeoutError
+        peer.settimeout(left)
+        more = peer.recv(_HELLO.size - len(hello))
+        if not more:
+            raise ConnectionError
+        hello += more
+    return hello
 
 
 def _num_bytes(parts: Sequence[tuple[PageMemory, Int32Array]]) -> int:
@@ -215,10 +302,3 @@ def _chunks(parts: Sequence[tuple[PageMemory, Int32Array]]) -> Iterator[tuple[Pa
         for start in range(0, len(places), at_once):
             some = places[start : start + at_once]
             yield memory, some, buffer[: len(some)]
-
-
-def _left(ends_at: float) -> float:
-    left = ends_at - time.monotonic()
-    if left <= 0:
-        raise TransferError("timeout", "its pages did not come in time")
-    return left

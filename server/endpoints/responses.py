@@ -79,7 +79,7 @@ async def count_input_tokens(request: web.Request) -> web.Response:
     """POST /v1/responses/input_tokens: what the same body would be charged for its input."""
     state, body = request.app[STATE], await read_body(request)
     read_model(body, state.model)
-    chat, _ = read_chat(body, state, _owner())
+    chat, _ = await read_chat(body, state, _owner())
     with in_words_of(NAMES):
         _, tokens = await encode_messages(chat, state, read_tools(chat))
     return json_response({"object": "response.input_tokens", "input_tokens": len(tokens)})

@@ -5,10 +5,12 @@ Pure but for the store, which earlier turns come from. Loop thread.
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from server.protocol.body import Body, check_nesting, invalid
+from server.protocol.body import Body, aside, check_nesting, invalid
 from server.protocol.chat import EFFORTS, parse_chat
 from server.protocol.errors import ApiError
 from server.protocol.generation import Plan
@@ -104,7 +106,7 @@ async def parse_response(body: Body, state: State, response_id: str, owner: str)
     store, background = _read_store(body, state), body.boolean("background", False)
     if background and not store:
         raise invalid("background", "needs `store` to be true, and a server that keeps responses")
-    chat, items = read_chat(body, state, owner)
+    chat, items = await read_chat(body, state, owner)
     fields = _read_fields(body)
     with in_words_of(NAMES):
         plan = await parse_chat(chat, state, response_id)
@@ -115,8 +117,16 @@ async def parse_response(body: Body, state: State, response_id: str, owner: str)
     return plan, Asked(fields | {"store": store}, items, owner if store else None, searches, background)
 
 
-def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
-    """The body that asks a chat for the same, and all input items. Everything beside them keeps its name and place."""
+async def read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
+    """The body that asks a chat for the same, and all input items. Everything beside them keeps its name and place.
+
+    In a thread where that may take long; a small body may go on from a large conversation.
+    """
+    read = partial(_read_chat, body, state, owner)
+    return await (asyncio.to_thread(read) if body.has("previous_response_id") else aside(body, read))
+
+
+def _read_chat(body: Body, state: State, owner: str) -> tuple[Body, list[Json]]:
     for name, other in MOVED.items():
         if body.has(name):
             raise invalid(name, f"is no field of /v1/responses; it is called `{other}` here")

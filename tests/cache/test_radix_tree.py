@@ -240,3 +240,36 @@ def test_against_a_dict(policy: str, operations: list[tuple[str, str, str, int]]
     for node, _, _ in held:
         tree.unlock(node)
     assert sorted(tree.evict(10**6)) == sorted(model.values()) and tree.roots() == []
+
+
+def test_pinned_snapshots_are_passed_over_without_a_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many there are; they stand in line again, as the youngest, when nobody has them pinned any more."""
+    tree = RadixTree(PAGE_SIZE, EVICTION_POLICIES["lru"](), has_state=True)
+    nodes = []
+    for number, name in enumerate("abcdef", 1):
+        node, _ = insert(tree, name, [number])
+        assert tree.attach(node, 1, 1, number)
+        nodes.append(node)
+    snapshots = tree.snapshots()
+    for snapshot in snapshots[:4]:
+        tree.pin(snapshot, 1)
+    tree.pin(snapshots[0], 1)
+    # Loading one that is pinned does not bring it back into the line.
+    tree.unlock(match(tree, "b", 1)[0])
+    with monkeypatch.context() as patched:
+
+        def fail(ring: object) -> None:
+            raise AssertionError("it looked at one after the other")
+
+        patched.setattr("engine.cache.eviction.ring.Ring.__iter__", fail)
+        assert tree.oldest_snapshot() == 5
+        tree.pin(snapshots[0], -1)
+        tree.pin(snapshots[2], -1)
+        assert [tree.oldest_snapshot() for _ in range(3)] == [6, 3, 0]
+        tree.pin(snapshots[0], -1)
+        assert tree.oldest_snapshot() == 1
+    # One that went with its node, as after a step that failed, is nobody's.
+    tree.detach(nodes[1], 1, 0)
+    assert tree.lost_snapshots == [2]
+    tree.pin(snapshots[1], -1)
+    assert [one.id for one in tree.snapshots()] == [4]

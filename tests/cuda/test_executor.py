@@ -16,7 +16,14 @@ from engine.config import CacheOptions, StartupError
 from engine.executor import cuda_start
 from engine.executor.cuda import CUDAExecutor
 from engine.executor.cuda_device import CaptureError
-from engine.executor.cuda_graph import GraphCache, GraphKey, graph_sizes, table_widths
+from engine.executor.cuda_graph import (
+    IDLE_REPLAYS,
+    GraphCache,
+    GraphKey,
+    graph_sizes,
+    most_graphs,
+    table_widths,
+)
 from engine.executor.cuda_start import SMALLER, build_cuda_executor, pick_dtype, pick_kv_dtype
 from engine.executor.start import describe_states
 from engine.flags import parse
@@ -205,6 +212,26 @@ def test_keys() -> None:
     cache = GraphCache(FakeDevice(), "lazy", 100, 300)
     assert cache.key(9, 65, 1, "plain") == GraphKey(16, 128, 1, "plain")
     assert GraphCache(FakeDevice(), "off", 100, 300).key(9, 1, 0, "open") == GraphKey(9, 64, 0, "open")
+
+
+def test_there_are_no_more_graphs_than_memory_was_set_aside_for() -> None:
+    """One that many steps went without makes room, and only one of those."""
+    assert most_graphs(7, 2, 10) == 14 and most_graphs(7, 2, 200) == 42 and most_graphs(7, 2, 8192) == 56
+    device = FakeDevice()
+    cache = GraphCache(device, "lazy", 8, 8192)
+    cache.most = 3
+    keys = [GraphKey(size, width, 0, "plain") for size in (1, 2) for width in (64, 128)]
+    graphs = [cache.capture(key, lambda: None) for key in keys]
+    assert all(graphs[:3]) and graphs[3] is None and len(cache) == 3
+    with device.on(device.stream()):
+        for number in range(IDLE_REPLAYS):
+            cache.replay(cache.get(keys[number % 2]))
+    assert cache.get(keys[3]) is None
+    assert cache.capture(keys[3], lambda: None) is not None
+    assert cache.get(keys[2]) is None and cache.get(keys[0]) is not None and len(cache) == 3
+    assert cache.capture(keys[2], lambda: None) is None, "the others are in use"
+    cache.clear()
+    assert cache.capture(keys[2], lambda: None) is not None and len(cache) == 1
 
 
 # ---- start

@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest_asyncio
 
 from engine.config import TransferOptions
 from engine.transfer import exchange, wire
+from engine.transfer.base import TransferError
 from engine.transfer.exchange import PageExchange
 from engine.transfer.registry import make_connector
 from tests.server.support import Live, live, until
@@ -429,6 +431,35 @@ async def test_sleep_lets_go_and_wakes_up_able(pair: tuple[Live, Live]) -> None:
     again = await prefilled(prefill, prompt_of(98))
     hits = exchange_of(decode).tally.hit_tokens
     await decode.complete(prompt_of(98), max_tokens=1, kv_transfer_params=again)
+    assert exchange_of(decode).tally.hit_tokens == hits + 96
+
+
+async def test_sleep_does_not_wait_for_pages_that_never_come(
+    pair: tuple[Live, Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prefill, decode = pair
+    params = await prefilled(prefill, prompt_of(93))
+    connector, gate = exchange_of(decode)._connector, Future[int]()
+    release = connector.release
+
+    def end(description: Any) -> None:
+        release(description)
+        if description is None:
+            gate.set_exception(TransferError("resting", "the memory goes away"))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(connector, "read", lambda *given: gate)
+        patched.setattr(connector, "release", end)
+        body = {"prompt": prompt_of(93), "max_tokens": 3, "kv_transfer_params": params}
+        asking = asyncio.create_task(decode.post("/v1/completions", body))
+        await until(lambda: bool(decode.engine.lending.lent))
+        assert (await decode.http.post(f"{decode.url}/sleep?level=1")).status == 200
+        assert not decode.engine.lending.lent and gate.done()
+        await asking
+    exchange_of(prefill)._let_go(params["remote_request_id"], "read")
+    assert (await decode.http.post(f"{decode.url}/wake_up")).status == 200
+    again, hits = await prefilled(prefill, prompt_of(94)), exchange_of(decode).tally.hit_tokens
+    await decode.complete(prompt_of(94), max_tokens=1, kv_transfer_params=again)
     assert exchange_of(decode).tally.hit_tokens == hits + 96
 
 

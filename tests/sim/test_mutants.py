@@ -65,6 +65,14 @@ FAILURES = {
 }
 # Requests that make every step fail which they are part of, and nothing else that goes wrong.
 CULPRITS = FAILURES | {"fail_rate": 0.0, "culprit_rate": 0.15, "max_num_seqs": 8, "max_num_batched_tokens": 40}
+# Many of them beside each other, and innocents between them.
+CROWDS = CULPRITS | {
+    "culprit_rate": 0.6,
+    "max_num_seqs": 32,
+    "max_num_batched_tokens": 400,
+    "burst": 32,
+    "num_pages": 400,
+}
 SPOILS = FAILURES | {"fail_rate": 0.0, "culprit_rate": 0.0, "spoil_rate": 0.1}
 REMAPS = {
     "page_size": 1,
@@ -480,15 +488,16 @@ MUTANTS = [
         "else starts)", "else table.computed[slots])", FAILURES,
     ),
     Mutant("a failed step's rows deliver once more", Scheduler, "fail", "table.live[slots] = False", "pass", FAILURES),
-    Mutant("all of a failed step are guilty", Trials, "judge", "self._num_failures > MAX_FAILURES", "True", CULPRITS),
-    Mutant("who fails alone once is guilty", Trials, "judge", ">= TRIES_ALONE", ">= 1", FAILURES),
-    Mutant("who fails alone is tried for ever", Trials, "judge", ">= TRIES_ALONE", "> 10**9", CULPRITS),
+    Mutant("all of a failed step are guilty", Trials, "judge", "if is_alone and ", "if True or ", CULPRITS),
+    Mutant("groups end where many fail", Trials, "judge", "if is_alone and ", "if are_many or is_alone and ", CROWDS),
+    Mutant("who fails alone once is guilty", Trials, "judge", "else TRIES_ALONE)", "else 1)", FAILURES),
+    Mutant("who fails alone is tried for ever", Trials, "judge", "else TRIES_ALONE)", "else 10**9)", CULPRITS),
     Mutant(
         "what failed alone is held against who passed", Trials, "succeeded",
         "sequence.suspect_until = sequence.failed_alone = 0", "sequence.suspect_until = 0", FAILURES,
     ),
     Mutant("suspects are never tried", Trials, "next", "return next(waiting, None)", "return None", CULPRITS),
-    Mutant("half of the suspects are forgotten", Trials, "judge", "suspects[half:], ", "", CULPRITS),
+    Mutant("half of the suspects are forgotten", Trials, "judge", "range(0, len(suspects),", "range(0, 1,", CULPRITS),
     Mutant(
         "a suspect waits in two places", Residents, "_release_if_idle",
         "if not sequence.suspect_until:", "if True:", CULPRITS,
@@ -725,12 +734,13 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        *(FAILURES, CULPRITS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES, ADAPTERS),
+        *(FAILURES, CULPRITS, CROWDS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES, ADAPTERS),
         *(TIERED, TIERED_LATE, TIERED_RUNS, TIERED_STATES, TIERED_WINDOWS, TIERED_ADAPTERS, TIERED_ORDER),
         *(DRAFTS, DRAFTED_RUNS, DRAFTED_FAILURES, DRAFTED_WINDOWS),
     ],
     ids=[
-        *("failures", "culprits", "remaps", "windows", "groups", "states", "runs", "longest", "important", "shares"),
+        *("failures", "culprits", "crowds", "remaps", "windows", "groups", "states", "runs", "longest", "important"),
+        "shares",
         *("adapters", "tiered", "tiered-late", "tiered-runs", "tiered-states", "tiered-windows"),
         *("tiered-adapters", "tiered-order"),
         *("drafts", "drafted-runs", "drafted-failures", "drafted-windows"),

@@ -111,6 +111,15 @@ def test_what_must_not_change_an_answer(first: int, record_property: Callable[[s
     record_property("simulated_ticks", sum(ticks))
 
 
+def test_many_culprits_beside_each_other() -> None:
+    """The simulator looks that nobody else ends."""
+    crowd = {
+        "culprit_rate": 0.7, "fail_rate": 0.0, "max_num_seqs": 32, "max_num_batched_tokens": 400, "burst": 32,
+        "arrival_rate": 0.5, "num_pages": 400, "windows": (None,), "spoil_rate": 0.0, "vocab_size": 40,
+    }  # fmt: skip
+    assert sum([simulate(seed, **crowd).guilty for seed in range(12)]) > 200
+
+
 def test_a_run_is_a_function_of_its_seed() -> None:
     for seed in range(5):
         assert simulate(seed) == simulate(seed)

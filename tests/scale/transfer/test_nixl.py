@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ import pytest
 
 from engine.config import TransferOptions
 from engine.executor.host_pages import HostPages
+from engine.transfer import nixl as nixl_connector
 from engine.transfer.base import TransferError
 from engine.transfer.registry import make_connector
 
@@ -232,4 +234,69 @@ def test_pages_and_states_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             assert error.value.reason == "mismatch", change
     finally:
         theirs.close()
+        own.close()
+
+
+PEER = """
+import json, sys
+import numpy as np
+from engine.config import TransferOptions
+from engine.executor.host_pages import HostPages
+from engine.transfer.registry import make_connector
+
+memory = np.full((200, 1 << 20), 7, np.uint8)
+connector = make_connector(TransferOptions("NixlConnector"))
+connector.register([HostPages([memory], "pages")])
+print(json.dumps(connector.describe([np.arange(1, 150, dtype=np.int32)])), flush=True)
+sys.stdin.read()
+connector.close()
+"""
+
+
+@contextlib.contextmanager
+def peer_of() -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A process with pages, and what it says of them."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", PEER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as peer:
+        assert peer.stdout is not None
+        try:
+            # The library tells of itself on the same pipe.
+            yield peer, next(json.loads(line) for line in peer.stdout if line.startswith("{"))
+        finally:
+            peer.kill()
+
+
+@pytest.mark.parametrize("how", ["its time is over", "release"])
+def test_a_peer_that_stops_amid_a_transfer(monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """The pages are given back, and whatever the peer does then, they are not written to. Others are read from."""
+    monkeypatch.setenv("UCX_TLS", "tcp,self")
+    monkeypatch.setenv("UCX_NET_DEVICES", "lo")
+    monkeypatch.setattr(nixl_connector, "LATE_S", 0.5)
+    monkeypatch.setattr(nixl_connector, "END_S", 0.5)
+    pages, places = np.zeros((200, 1 << 20), np.uint8), [np.arange(20, 169, dtype=np.int32)]
+    own = make_connector(TransferOptions("NixlConnector"))
+    own.register([HostPages([pages], "pages")])
+    try:
+        with peer_of() as (peer, described):
+            future = own.read(described, places, 1.0 if how != "release" else 600.0)
+            while not pages[20:].any():
+                pass
+            peer.send_signal(signal.SIGSTOP)
+            if how == "release":
+                own.release(None)
+            with pytest.raises(TransferError) as error:
+                future.result(60)
+            assert error.value.reason == ("resting" if how == "release" else "timeout")
+            pages[:] = 3
+            peer.send_signal(signal.SIGCONT)
+            time.sleep(1.0)
+            assert (pages == 3).all(), "they were written to"
+        if how == "release":
+            own.register([HostPages([pages], "pages")])
+        with peer_of() as (_, described):
+            assert own.read(described, places, 60.0).result(90) == 149 << 20
+        assert (pages[20:169] == 7).all() and (pages[:20] == 3).all()
+    finally:
         own.close()
