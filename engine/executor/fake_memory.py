@@ -46,7 +46,7 @@ def combine_ints(values: Sequence[int]) -> int:
 class States:
     """Recurrent states with the number of tokens that each is of (-1: none), and whether a failed step is in it.
 
-    A slot that stands in several rows of a step brings drafts: of how many tokens its state is in the end, `settle` says.
+    A slot that stands in several rows of a step brings drafts: `settle` says how many of those rows count.
     """
 
     def __init__(self, count: int) -> None:
