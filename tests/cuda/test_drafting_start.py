@@ -102,6 +102,7 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     refused(r"\(mtp\) cannot be used with LlamaForCausalLM", method="mtp")
     refused(r"draft_model' needs a model", method="draft_model")
     make_checkpoint(tmp_path / "hybrid", "Qwen3_5", **DELTA)
+    write_tokenizer(tmp_path / "hybrid", VOCABULARY)
     for method in ("ngram", "mtp"):
         with pytest.raises(StartupError, match=rf"\({method}\): on a GPU drafts do not go with a model that has a rec"):
             build(tmp_path / "hybrid", method=method, num_draft_tokens=2)
