@@ -79,7 +79,9 @@ def build(model: CausalLM, dtype: torch.dtype, args: argparse.Namespace, batch: 
     length = args.prompt + args.answer + 1
     pages = (batch + 2) * -(-(length + drafts) // PAGE)
     limits = Limits(
-        *(batch, max(512, batch * (1 + drafts)), length, PAGE, pages, model.config.vocab_size), max_draft_tokens=drafts
+        *(batch, max(512, batch * (1 + drafts)), length, PAGE, pages, model.config.vocab_size),
+        num_snapshots=0 if model.config.has_state else None,
+        max_draft_tokens=drafts,
     )
     options = SpeculationOptions(
         method=args.method if drafts else None, num_draft_tokens=drafts, prompt_lookup_min=3, prompt_lookup_max=5

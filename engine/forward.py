@@ -271,7 +271,8 @@ class ForwardInput:
     for the slot, at most row_len - 1 of them. Every position is sampled just as decoding would (its own position,
     penalties and masks that know the drafts before it), and drafts are accepted while they equal what is sampled. So
     the tokens are those of decoding, whatever was drafted. A sequence that speculates has no other kind of row while
-    a speculating row of it is in flight; where its rows end, the executor's count of its tokens does, too.
+    a speculating row of it is in flight; where its rows end, the executor's count of its tokens does, too, and
+    so do recurrent states: the next row of the slot begins there.
     speculations: of the slots in sampling_slot that speculate.
     adapter_loads: (index, weights) of adapters that take an index before the step; whoever had it is gone. None for
     weights: the index is nobody's until another takes it.

@@ -53,11 +53,17 @@ class GrammarMasks:
         _follow(constraint, sequence)
         if _may_go_on(constraint, bits[0]):
             # The mask allows the first forced token alone, so the tokens are the same where nothing is jumped.
+            speculation = self._scheduler.speculation
+            drafts = speculation.drafts_of(sequence.slot, 1) if speculation is not None and len(bits) > 1 else []
             count = self._scheduler.jump(batch, row, constraint.forced_tokens())
             if not count:
                 if len(bits) > 1:
                     self._look_ahead(batch, row, sequence, bits)
                 return True
+            for draft in drafts:
+                # No draft counts: the run is computed behind the token before them, where a recurrent state must stand.
+                bits[0].fill(0xFFFFFFFF)
+                bits[0, draft >> 5] &= ~np.uint32(1 << (draft & 31))
             self._publisher.jumped(listener, count)
             _follow(constraint, sequence)
             if not (sequence.is_finished or constraint.is_finished or constraint.error is not None):

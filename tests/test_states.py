@@ -17,7 +17,14 @@ from torch import Tensor
 
 from engine.books import check
 from engine.build import build_engine
-from engine.config import CacheOptions, EngineConfig, ModelOptions, SchedulerOptions, StartupError
+from engine.config import (
+    CacheOptions,
+    EngineConfig,
+    ModelOptions,
+    SchedulerOptions,
+    SpeculationOptions,
+    StartupError,
+)
 from engine.engine import Engine
 from engine.executor.cpu import CPUExecutor
 from engine.executor.start import describe_states, plan_states
@@ -26,6 +33,7 @@ from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionBackend
 from engine.request import FinishReason, Request, SamplingParams
+from engine.speculation.base import OneByOne, Proposer, Text
 from tests.models.support import Runner, edit_json, load, make_checkpoint
 
 PAGE, CONTEXT, NEW_TOKENS = 4, 512, 24
@@ -92,14 +100,25 @@ async def running(
     budget: int = 48,
     snapshots: int = 40,
     cache: bool = True,
+    drafts: int = 0,
+    overlap: bool = True,
+    proposer: Proposer | None = None,
 ) -> AsyncIterator[tuple[Engine, Watched]]:
     watched = Watched(model)
-    limits = Limits(*(max_num_seqs, budget, CONTEXT, PAGE, num_pages, model.config.vocab_size), num_snapshots=snapshots)
+    limits = Limits(
+        *(max_num_seqs, budget, CONTEXT, PAGE, num_pages, model.config.vocab_size),
+        num_snapshots=snapshots,
+        max_draft_tokens=drafts,
+    )
     config = EngineConfig(
         cache=CacheOptions(num_pages=num_pages, page_size=PAGE, enable_prefix_caching=cache),
-        scheduler=SchedulerOptions(max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, admission_watermark=0.0),
+        scheduler=SchedulerOptions(
+            max_num_seqs=max_num_seqs, max_num_batched_tokens=budget, overlap=overlap, admission_watermark=0.0
+        ),
+        speculation=SpeculationOptions(adaptive=False),
     )
-    engine = Engine(config, CPUExecutor(watched, limits, dtype=torch.float32, load=lambda _: watched), None)
+    executor = CPUExecutor(watched, limits, dtype=torch.float32, load=lambda _: watched, proposer=proposer)
+    engine = Engine(config, executor, None)
     task = asyncio.create_task(engine.run())
     try:
         yield engine, watched
@@ -147,6 +166,63 @@ async def test_a_common_prompt_is_computed_once(family: str, checkpoints: dict[s
         answers = [await ask(engine, prompt, f"s{index}", 2) for index, prompt in enumerate(prompts[:8])]
         assert watched.computed < 8 * (12 + 2 + 2 * PAGE)
     assert answers == await expected(model, prompts[:8], 2)
+
+
+class Guesses(OneByOne):
+    """Drafts what is known to come; wrong is each third token."""
+
+    def __init__(self, texts: list[list[int]]) -> None:
+        self._known = texts
+        self._texts: dict[int, Text] = {}
+
+    def start(self, slot: int, text: Text) -> None:
+        self._texts[slot] = text
+
+    def stop(self, slot: int) -> None:
+        del self._texts[slot]
+
+    def advance(self, slot: int, kept: int) -> None:
+        pass
+
+    def draft(self, slot: int, most: int) -> list[int]:
+        tokens = self._texts[slot].tokens
+        at = len(tokens)
+        right = next((known[at : at + most] for known in self._known if known[:at] == tokens), [3] * most)
+        return [3 if (at + index) % 3 == 0 else token for index, token in enumerate(right)]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_rows_with_drafts(family: str, overlap: bool, checkpoints: dict[str, Path]) -> None:
+    """Long answers, in a pool that is too small, with few snapshots and steps that fail: the same answers. Who goes on
+    behind an answer finds a state that it has left, which no wrong draft is in."""
+    model = load(checkpoints[family])
+    prompts, count = prompts_of([40, 9, 25, 30]), 150
+    answers = await expected(model, prompts, count)
+    texts = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+    follow = [[*text, 5, 6, 7] for text in texts]
+    after = await expected(model, follow, 6)
+    for num_pages, snapshots, fails in [(2000, 40, False), (110, 40, True), (80, 2, False)]:
+        guesses = Guesses(texts)
+        async with running(
+            model, num_pages=num_pages, snapshots=snapshots, drafts=5, overlap=overlap, proposer=guesses
+        ) as (engine, watched):
+            engine.scheduler.snapshot_pages = 4
+            watched.fails_in = 30 if fails else None
+            found = await asyncio.gather(*(ask(engine, each, f"r{i}", count) for i, each in enumerate(prompts)))
+            assert found == answers, (num_pages, snapshots)
+            assert bool(engine.metrics.failed_steps) == fails
+            watched.fails_in, watched.computed = None, 0
+            for index in (3, 2, 1, 0):
+                assert await ask(engine, follow[index], f"f{index}", 6) == after[index], (num_pages, snapshots)
+            if num_pages == 2000:
+                # Of each at most the pages between two snapshots, and what the drafts that were open may hide.
+                assert watched.computed < 4 * (2 * 4 * PAGE + 3 + 6 * 6)
+            speculation = engine.scheduler.speculation
+            assert speculation is not None
+            assert 0.3 < speculation.num_accepted_tokens / speculation.num_draft_tokens < 1
+            assert speculation.num_accepted_tokens > (200 if num_pages == 2000 else 20)
+        assert engine.scheduler.counters.num_preemptions or num_pages == 2000
 
 
 @pytest.mark.parametrize("family", FAMILIES)

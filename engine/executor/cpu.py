@@ -44,7 +44,7 @@ from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
 from engine.ops.sampling.extras import SlotExtras
 from engine.ops.sampling.sampler import sample
-from engine.ops.state import States, StateSpec
+from engine.ops.state import States, StateSpec, plan_of
 from engine.speculation.base import Proposer
 from engine.speculation.paged import LateProposer
 
@@ -166,7 +166,6 @@ class CPUExecutor:
         self._pooler = Pooler(self._of_slots)
         self._speculator: Speculator | None = None
         if limits.max_draft_tokens:
-            assert self._states is None, "a recurrent state cannot go back"
             self._speculator = Speculator(limits, proposer, late, self._tables)
         self._late = late
         self._ask_for_aux(model)
@@ -336,12 +335,15 @@ class CPUExecutor:
         extras = self._extras
         if step.num_sampling_diffs:
             extras.apply(step)
-        if self._states is not None:
-            self._states.begin(step)
+        states = self._states
+        if states is not None:
+            states.move(step)
         speculator = self._speculator
         if speculator is not None:
             speculator.apply(step)
             step = speculator.as_it_runs(step, self._last_token)
+        if states is not None:
+            states.run(plan_of(step))
         rows, tokens = step.num_rows, step.num_tokens
         chosen = np.full(rows, -1, np.int32)
         if tokens == 0:
@@ -413,6 +415,8 @@ class CPUExecutor:
             self._last_token[sampling_slots] = drawn
             chosen[places.rows] = drawn
         else:
+            if states is not None:
+                states.settle(np.bincount(places.rows[taken], minlength=rows))
             # In order, so that the last of a row stays.
             for row, token in zip(places.rows[taken].tolist(), drawn[taken].tolist(), strict=True):
                 chosen[row] = self._last_token[slots[row]] = token

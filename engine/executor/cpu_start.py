@@ -25,7 +25,7 @@ from engine.ops.coded import CodedLinear
 from engine.ops.invariance import promise
 from engine.ops.linear import has_fast_bfloat16
 from engine.ops.packed import PackedLinear
-from engine.ops.state import state_bytes
+from engine.ops.state import held_bytes, state_bytes
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Share of the available memory that the KV cache takes when nothing was asked for: the rest is for activations,
@@ -81,6 +81,8 @@ def start(given: Start) -> CPUExecutor:
             sequences, num_snapshots = plan_states(each, config.cache, sequences, share)
             state_memory = (sequences + num_snapshots) * each
             report.row("states", describe_states(each, sequences, num_snapshots, config.scheduler.max_num_seqs))
+            if drafting is not None:
+                state_memory += given.plan_held(sequences, held_bytes(given.spec.states, dtype))
         beside = 0 if drafting is None else drafting.kv_bytes_per_token(dtype)
         limits = paged_limits(
             given,

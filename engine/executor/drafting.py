@@ -17,7 +17,6 @@ from engine.forward import Limits
 from engine.models.hub import resolve
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM, Decoder
-from engine.models.parts.source import PREFIX
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionSpec
 from engine.speculation.base import Proposer
@@ -258,7 +257,7 @@ def _read_mtp(
     if given.config.model.load_format == "dummy" and options.model is None:
         raise StartupError("speculative decoding (mtp) needs the model's checkpoint, not --load-format dummy")
     head = load_mtp(directory, target, dtype, given.context, device)
-    return MtpDrafting(directory, PREFIX + layout.prefix, head, given.context)
+    return MtpDrafting(directory, layout.prefix, head, given.context)
 
 
 def _read_eagle3(

@@ -342,6 +342,7 @@ class FakeExecutor:
             slot = int(parts.step.staging.row_slot[first])
             self._last_token[slot] = tokens[-1]
             self._last_position[slot] += len(tokens)
+            self._states.settle(slot, len(tokens))
             if slot in self._history:
                 self._history[slot] = (self._history[slot] + sum(map(mix_int, tokens))) & MASK
         return accepted
@@ -411,7 +412,7 @@ class FakeExecutor:
             token_ids[row] = self._last_token[slot]
         row_tainted = [token_ids[offset] == TAINTED_TOKEN for offset in offsets]
         if model.has_state:
-            row_tainted = list(map(operator.or_, row_tainted, self._states.begin(slots, starts)))
+            row_tainted = list(map(operator.or_, row_tainted, self._states.begin(slots, starts, lengths)))
 
         # Layer 0: as on a device, all rows write before any row reads.
         written = list(chain.from_iterable([read.written for read in reads]))

@@ -44,12 +44,17 @@ def combine_ints(values: Sequence[int]) -> int:
 
 
 class States:
-    """Recurrent states with the number of tokens that each is of (-1: none), and whether a failed step is in it."""
+    """Recurrent states with the number of tokens that each is of (-1: none), and whether a failed step is in it.
+
+    A slot that stands in several rows of a step brings drafts: `settle` says how many of those rows count.
+    """
 
     def __init__(self, count: int) -> None:
         self.value = [0] * count
         self.position = [-1] * count
         self.tainted = [False] * count
+        # By slot with drafts: its state after each row of the step.
+        self._after: dict[int, list[tuple[int, int, bool]]] = {}
 
     def copy(self, sources: Iterable[int], targets: Iterable[int]) -> None:
         """All are read before any is written."""
@@ -57,23 +62,35 @@ class States:
         for target, (value, position, tainted) in zip(targets, moves, strict=True):
             self.value[target], self.position[target], self.tainted[target] = value, position, tainted
 
-    def begin(self, slots: list[int], starts: list[int]) -> list[bool]:
+    def begin(self, slots: list[int], starts: list[int], lengths: list[int]) -> list[bool]:
         """Rows that start at 0 start anew; all others go on where their state is. Returns which are tainted."""
-        for slot, start in zip(slots, starts, strict=True):
+        assert not self._after, "it was not said which drafts of the last step are right"
+        ends: dict[int, int] = {}
+        for slot, start, length in zip(slots, starts, lengths, strict=True):
             if start == 0:
                 self.value[slot], self.position[slot], self.tainted[slot] = 0, 0, False
-            assert self.position[slot] == start, (
-                f"slot {slot} goes on at {start} from a state of {self.position[slot]} tokens"
-            )
+            before = ends.get(slot, self.position[slot])
+            assert before == start, f"slot {slot} goes on at {start} from a state of {before} tokens"
+            ends[slot] = start + length
         return [self.tainted[slot] for slot in slots]
 
     def advance(self, slots: list[int], terms: list[int], lengths: list[int], tainted: list[bool]) -> list[int]:
         """Returns the states after the rows."""
+        values = []
         for slot, term, length, spoiled in zip(slots, terms, lengths, tainted, strict=True):
             self.value[slot] = (self.value[slot] + term) & MASK
             self.position[slot] += length
             self.tainted[slot] = spoiled
-        return [self.value[slot] for slot in slots]
+            values.append(self.value[slot])
+            self._after.setdefault(slot, []).append((self.value[slot], self.position[slot], spoiled))
+        self._after = {slot: after for slot, after in self._after.items() if len(after) > 1}
+        return values
+
+    def settle(self, slot: int, count: int) -> None:
+        """Of a slot's rows in the step, which speculates, count are right."""
+        after = self._after.pop(slot, None)
+        if after is not None:
+            self.value[slot], self.position[slot], self.tainted[slot] = after[count - 1]
 
 
 class SnapshotPages:

@@ -86,6 +86,14 @@ class Start:
             )
         self.report.row("inputs", f"of 8 bits for {narrow} of {len(model.linears)} matrices, in blocks of 32")
 
+    def plan_held(self, sequences: int, each: int) -> int:
+        """Bytes, and a line about them, of what layers with a state keep of rows with drafts until the end of a step:
+        `each` of a token."""
+        drafts = self.config.speculation.num_draft_tokens
+        tokens = min(self.config.scheduler.max_num_batched_tokens, sequences * (1 + drafts))
+        self.report.row("states of drafts", f"{_size(each)} a token: up to {_size(tokens * each)} while a step runs")
+        return tokens * each
+
     def report_output_layer(self, model: CausalLM) -> None:
         """Where the checkpoint knew better than config.json."""
         if model.config.tie_word_embeddings != self.spec.tie_word_embeddings:

@@ -1731,12 +1731,12 @@ EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const voi
 }
 
 EXPORT void ol_convolve(int64_t type, const void* x, int64_t ldx, void* out, void* states, int64_t stride, const float* weight,
-                        const float* bias, int64_t taps, int64_t C, const int32_t* slots, const int32_t* indptr, int64_t rows, int64_t silu,
-                        int64_t threads) {
-    BY_TYPE(type, if (silu) convolve<T COMMA true>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, rows,
-                                                   (int)threads);
-            else convolve<T COMMA false>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, rows,
-                                         (int)threads))
+                        const float* bias, int64_t taps, int64_t C, const int32_t* slots, const int32_t* indptr, const uint8_t* held,
+                        int64_t rows, int64_t silu, int64_t threads) {
+    BY_TYPE(type, if (silu) convolve<T COMMA true>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, held,
+                                                   rows, (int)threads);
+            else convolve<T COMMA false>((const T*)x, ldx, (T*)out, (T*)states, stride, weight, bias, taps, C, slots, indptr, held,
+                                         rows, (int)threads))
 }
 
 EXPORT void ol_recur(const Recurrence* r) {

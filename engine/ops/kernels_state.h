@@ -2,6 +2,7 @@
 //
 // A sequence's tokens are taken one after another, each by the same operations in the same order, and the state between
 // them is kept in full: so the bits of a token do not depend on how its prompt was cut into chunks, nor on its company.
+// Rows that are held (held, where it is given, uint8 [rows]) leave their slot's state as it was.
 
 // ---------------------------------------------------------------- causal convolution
 
@@ -9,7 +10,7 @@
 // [taps - 1][C], which then holds the row's last. weight [taps][C], the newest token's last.
 template <class T, bool Silu>
 void convolve(const T* x, i64 ldx, T* out, T* states, i64 stride, const float* weight, const float* bias, i64 taps, i64 C,
-              const int32_t* slots, const int32_t* indptr, i64 rows, int threads) {
+              const int32_t* slots, const int32_t* indptr, const uint8_t* held, i64 rows, int threads) {
     const i64 block = 512, blocks = (C + block - 1) / block, before = taps - 1;
     threads = limit_threads(threads, (double)indptr[rows] * C * taps, 65536);
     parallel(rows * blocks, threads, [&](i64 task) {
@@ -34,6 +35,7 @@ void convolve(const T* x, i64 ldx, T* out, T* states, i64 stride, const float* w
                 store_part(to + c, y, n);
             }
         }
+        if (held && held[row]) return;
         for (i64 t = 0; t < before; t++) memmove(state + t * C + c0, at(count - before + t) + c0, (c1 - c0) * sizeof(T));
     });
 }
@@ -46,6 +48,7 @@ struct Recurrence {  // ops/recurrence.py builds it
     float* states;                         // of slot 0: [heads][K][V]; `stride` floats further those of slot 1
     void* out;                             // [tokens][heads][V]
     const int32_t *slots, *indptr;
+    const uint8_t* held;
     i64 ldq, ldk, ldv, ld_step, ld_share, stride, rows, key_heads, heads, K, V, type, delta, threads;
     float scale, least_step, most_step;
 };
@@ -157,6 +160,11 @@ void recur(const Recurrence& r) {
         float* k = (float*)scratch<2>((2 * TOKENS * padded + r.K * WIDTH) * sizeof(float));
         float *q = k + TOKENS * padded, *tile = q + TOKENS * padded;
         Gates gates;
+        if (r.held && r.held[row]) {
+            float* own = (float*)scratch<7>(r.K * r.V * sizeof(float));
+            memcpy(own, state, r.K * r.V * sizeof(float));
+            state = own;
+        }
         // Tiles go through it in columns: fetched in order, it comes at the speed of the memory.
         for (i64 i = 0; i < r.K * r.V; i += 16) __builtin_prefetch(state + i, 1, 2);
         for (i64 token = r.indptr[row]; token < r.indptr[row + 1]; token += TOKENS) {

@@ -65,7 +65,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "ol_gate_and_mul": (None, [_I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_rope": (None, [_I, _P, _I, _I, _I, _I, _P, _I, _P, _I, _I]),
     "ol_attention": (None, [_P, _P, _I, _P, _I, _P, _I, _P, _P, _P, _I, _I, _P, _P, _I]),
-    "ol_convolve": (None, [_I, _P, _I, _P, _P, _I, _P, _P, _I, _I, _P, _P, _I, _I, _I]),
+    "ol_convolve": (None, [_I, _P, _I, _P, _P, _I, _P, _P, _I, _I, _P, _P, _P, _I, _I, _I]),
     "ol_recur": (None, [_P]),
     "ol_gate": (None, [_I, _P, _I, _P, _I, _P, _I, _I, _I, _I]),
     "ol_gated_norm": (None, [_I, _P, _I, _P, _I, _P, _I, _P, _I, _I, _I, _F, _I, _I]),

@@ -40,13 +40,18 @@ def _arrays(plan: StatePlan) -> tuple[np.ndarray, np.ndarray]:
     return np.ascontiguousarray(plan.slots, np.int32), np.ascontiguousarray(plan.qo_indptr, np.int32)
 
 
+def _held(plan: StatePlan) -> int | None:
+    """Where the kernels find which rows are held."""
+    return None if plan.held is None else int(plan.held.ctypes.data)
+
+
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None, states: Tensor, plan: StatePlan, *, silu: bool
 ) -> Tensor:
     """x [T, C] -> [T, C]: every channel's convolution over a token and those before it, and silu of that.
 
     weight float32 [taps, C], the newest token's last. bias float32 [C]. states [slots, taps - 1, C]: the tokens before
-    a row's first; afterwards its last.
+    a row's first; afterwards its last, but for rows that are held.
     """
     if on_gpu(x):
         from engine.ops.triton import recurrence
@@ -71,6 +76,7 @@ def causal_conv(
         *weight.shape,
         slots.ctypes.data,
         indptr.ctypes.data,
+        _held(plan),
         plan.num_rows,
         silu,
         torch.get_num_threads(),
@@ -100,7 +106,8 @@ def torch_causal_conv(
     for row, slot in enumerate(plan.slots[first_row:].tolist(), first_row):
         first, last = indptr[row], indptr[row + 1]
         columns = torch.cat([states[slot], x[first:last]])
-        states[slot] = columns[last - first :]
+        if plan.held is None or not plan.held[row]:
+            states[slot] = columns[last - first :]
         wide = columns.float()
         out[first:last] = sum(wide[tap : tap + last - first] * weight[tap] for tap in range(taps))
     if bias is not None:
@@ -113,7 +120,7 @@ class _Call(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "step", "share", "rate", "step_bias", "skip", "states")),
-        *((name, ctypes.c_void_p) for name in ("out", "slots", "indptr")),
+        *((name, ctypes.c_void_p) for name in ("out", "slots", "indptr", "held")),
         *((name, ctypes.c_int64) for name in ("ldq", "ldk", "ldv", "ld_step", "ld_share", "stride", "rows")),
         *(
             (name, ctypes.c_int64)
@@ -148,7 +155,7 @@ class Recurrence:
     ) -> Tensor:
         """q, k [T, key_heads * key_dim], v [T, heads * value_dim], step and share [T, heads] -> [T, heads * value_dim].
 
-        states: float32 [slots, heads, key_dim, value_dim].
+        states: float32 [slots, heads, key_dim, value_dim]; those of held rows stay as they are.
         """
         if on_gpu(v):
             from engine.ops.triton import recurrence
@@ -169,6 +176,7 @@ class Recurrence:
             out.data_ptr(),
             slots.ctypes.data,
             indptr.ctypes.data,
+            _held(plan),
             *(x.stride(0) for x in (q, k, v, step, share, states)),
             plan.num_rows,
             self.key_heads,
@@ -210,10 +218,11 @@ class Recurrence:
             out[:, :first_row] = _one_token(*of_rows, state=state, delta=self.delta)
             states.index_copy_(0, slots, state)
         for row, slot in enumerate(plan.slots[first_row:].tolist(), first_row):
+            own = states[slot] if plan.held is None or not plan.held[row] else states[slot].clone()
             for first in range(indptr[row], indptr[row + 1], CHUNK):
                 part = slice(first, min(first + CHUNK, indptr[row + 1]))
                 out[:, part] = _chunk(
-                    *(x[:, part] for x in (q, k, values, log_decay, shares)), state=states[slot], delta=self.delta
+                    *(x[:, part] for x in (q, k, values, log_decay, shares)), state=own, delta=self.delta
                 )
         if self.skip is not None:
             out += self.skip[:, None, None] * values

@@ -1,21 +1,26 @@
 """The recurrent states of a model's layers: memory for every seq slot and for snapshots, and what a step says of them.
 
 Owned by an executor, which has states copied before a step reads them; layers find them at their attention backend.
+
+Of a row with drafts it is known only after the step how many of its tokens are right. Such a row is held: it leaves
+its slot's state as it was, and its layers keep what goes into their recurrences. `settle` runs those again, over the
+right tokens alone. That is little beside a step, and no second state is needed, of which one a token would be many
+megabytes; the bits are those of decoding, for it is the same kernel over the same inputs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from engine.forward import ForwardInput, Int32Array, Limits
+from engine.forward import BoolArray, ForwardInput, Int32Array, Limits
 
 # Bytes on which every tensor of a state begins.
 ALIGNMENT = 64
@@ -30,6 +35,8 @@ class StateShape(Protocol):
     def wide(self) -> bool: ...
 
 
+# What a layer does with [T, ...] of a plan's tokens, its state among it.
+Advance = Callable[..., Tensor]
 # For every layer the tensors of its state, none where it has no state.
 StateSpec = Sequence[Sequence[StateShape]]
 
@@ -42,6 +49,13 @@ def _bytes_of(tensor: StateShape, dtype: torch.dtype) -> int:
 def state_bytes(spec: StateSpec, dtype: torch.dtype) -> int:
     """Bytes of one sequence's state, or of a snapshot, in all layers."""
     return sum(_bytes_of(tensor, dtype) for layer in spec for tensor in layer)
+
+
+def held_bytes(spec: StateSpec, dtype: torch.dtype) -> int:
+    """Bytes of a token of a held row at most, in all layers: what goes into a convolution, and two numbers a head."""
+    return sum(
+        (2 * each.shape[0] if each.wide else each.shape[-1]) * dtype.itemsize for layer in spec for each in layer
+    )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,6 +72,7 @@ class RowsOnDevice:
 class StatePlan:
     """The rows of a step: the slot of each, its tokens (CSR), and how many rows of one token come first.
 
+    held: bool [rows], those that leave their slot's state as it was; None where none does.
     device: the same on a GPU. Of a step that a graph holds they are known there alone, and stand for decode rows.
     """
 
@@ -65,6 +80,7 @@ class StatePlan:
     qo_indptr: Int32Array
     num_decode_rows: int
     device: RowsOnDevice | None = None
+    held: BoolArray | None = None
 
     @property
     def num_rows(self) -> int:
@@ -83,9 +99,15 @@ class StatePlan:
 
 
 def plan_of(step: ForwardInput) -> StatePlan:
-    """The rows of a step, as its staging has them."""
-    rows = step.num_rows
-    return StatePlan(step.staging.row_slot[:rows], step.staging.qo_indptr[: rows + 1], step.num_decode_rows)
+    """The rows of a step, as its staging has them: where it speculates, as it runs. Rows with drafts are held."""
+    rows, staging, first = step.num_rows, step.staging, step.num_decode_rows
+    held: BoolArray | None = None
+    if step.num_speculating_rows:
+        held = np.zeros(rows, np.bool_)
+        held[first : first + step.num_speculating_rows] = True
+        held &= staging.row_len[:rows] > 1
+        held = held if held.any() else None
+    return StatePlan(staging.row_slot[:rows], staging.qo_indptr[: rows + 1], first, held=held)
 
 
 class States:
@@ -103,6 +125,9 @@ class States:
         self._dtype = dtype
         self._device = device
         self._layers: list[tuple[Tensor, ...]] = []
+        # Of the step at hand, by layer: what its held rows' tokens go through, and with what.
+        self._kept: list[tuple[Advance, tuple[Tensor, ...]]] = []
+        self._of_held = torch.empty(0, dtype=torch.int64)
         self.allocate()
 
     def allocate(self) -> None:
@@ -128,7 +153,7 @@ class States:
     def release(self) -> None:
         """Give the memory back."""
         self._memory = torch.empty((0, 0), dtype=torch.uint8)
-        self._layers = []
+        self._layers, self._kept = [], []
 
     @property
     def snapshots(self) -> Tensor:
@@ -138,7 +163,35 @@ class States:
     def begin(self, step: ForwardInput) -> None:
         """`move`, and take the step's rows for `plan`."""
         self.move(step)
-        self.plan = plan_of(step)
+        self.run(plan_of(step))
+
+    def run(self, plan: StatePlan) -> None:
+        """The rows that come next."""
+        self.plan = plan
+        self._kept = []
+        if plan.held is not None:
+            self._of_held = torch.from_numpy(np.flatnonzero(np.repeat(plan.held, np.diff(plan.qo_indptr))))
+
+    def advance(self, advance: Advance, *inputs: Tensor) -> Tensor:
+        """advance(*inputs, plan), of a layer that may have to go over tokens of a held row again. inputs: [T, ...]."""
+        if self.plan.held is not None:
+            self._kept.append((advance, tuple(each.index_select(0, self._of_held) for each in inputs)))
+        return advance(*inputs, self.plan)
+
+    def settle(self, counts: npt.NDArray[np.integer[Any]]) -> None:
+        """Of each row of the step, that many of its tokens are right, at least one of a held row: the states of such
+        rows become those after them."""
+        plan, kept, self._kept = self.plan, self._kept, []
+        if plan.held is None:
+            return
+        lengths, right = np.diff(plan.qo_indptr)[plan.held], np.asarray(counts, np.int32)[plan.held]
+        assert ((right >= 1) & (right <= lengths)).all(), f"{right.tolist()} of {lengths.tolist()} tokens are right"
+        places = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        chosen = torch.from_numpy(np.flatnonzero(places < np.repeat(right, lengths)))
+        indptr = np.concatenate([np.zeros(1, np.int32), np.cumsum(right, dtype=np.int32)])
+        again = StatePlan(np.ascontiguousarray(plan.slots[plan.held]), indptr, 0)
+        for advance, inputs in kept:
+            advance(*(each.index_select(0, chosen) for each in inputs), again)
 
     def move(self, step: ForwardInput) -> None:
         """First of all in a step: saves, then loads, then rows that start at 0 start from zeros.
@@ -163,7 +216,7 @@ class States:
         """`begin`, said in arrays. saves: slots and their snapshots; loads: snapshots and their slots; starts: of the
         plan's rows."""
         self._move(saves, loads, plan.slots[starts == 0])
-        self.plan = plan
+        self.run(plan)
 
     def _move(
         self, saves: tuple[Int32Array, Int32Array], loads: tuple[Int32Array, Int32Array], fresh: Int32Array

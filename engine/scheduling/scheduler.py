@@ -61,7 +61,6 @@ class Scheduler(Failing):
         self._num_groups = len(limits.groups)
         self.speculation: Speculation | None = None
         if limits.max_draft_tokens:
-            assert not self._has_state, "a recurrent state cannot be taken back"
             self.speculation = Speculation(limits, self._table, budgets)
         # Tokens for which groups with a window should have pages, beside the window's own, before a prompt begins.
         self._good_chunk = min(limits.max_num_batched_tokens, max(group.window or 0 for group in limits.groups))
@@ -184,7 +183,7 @@ class Scheduler(Failing):
         """Pages for a row that speculates. Returns the drafts that it may have, -1 where it sits this step out.
 
         Drafts take no page that a decode row may need next. A row that may have all its tokens in flight waits for what
-        they turn out to be.
+        they turn out to be. So does one whose state is to be kept where its pages end: no draft goes beyond that.
         """
         table, sequence = self._table, self.sequence_of(slot)
         if computed >= table.limit[slot] - 1:
@@ -193,6 +192,12 @@ class Scheduler(Failing):
                 self._decodes_stale = True
             return -1
         self._give_back(sequence)
+        if self._has_state and self._is_snapshot_due(sequence.held_pages, end := int(table.capacity[slot])):
+            if computed < end:
+                return min(budget, end - computed - 1)
+            if table.drafted_in[slot] > self._committed_step:
+                return -1
+            self._save_decoded(batch, sequence, computed)
         reserved = (len(self._decodes) + 1) * self._num_groups + self._pages_of_jumps()
         while (capacity := int(table.capacity[slot])) < computed + 1 + budget:
             if capacity > computed and self.kv_cache.num_available < reserved:
@@ -227,11 +232,13 @@ class Scheduler(Failing):
 
     def _save_decoded(self, batch: Batch, sequence: Sequence, num_computed: int) -> None:
         """Where a page ends, now and then: so that somebody can go on not far before the end of an answer."""
-        pages, page_size = sequence.held_pages, self.limits.page_size
-        since = pages.kept[1] if pages.kept is not None else pages.num_shared * page_size
-        is_due = num_computed - since >= self.snapshot_pages * page_size
-        if is_due and (snapshot := self.kv_cache.save_private(pages, num_computed)):
+        pages = sequence.held_pages
+        if self._is_snapshot_due(pages, num_computed) and (snapshot := self.kv_cache.save_private(pages, num_computed)):
             batch.write_save(sequence.slot, snapshot)
+
+    def _is_snapshot_due(self, pages: SequencePages, num_computed: int) -> bool:
+        since = pages.kept[1] if pages.kept is not None else pages.num_shared * self.limits.page_size
+        return bool(self.limits.num_snapshots) and num_computed - since >= self.snapshot_pages * self.limits.page_size
 
     def _give_back(self, sequence: Sequence) -> None:
         """The pages that have left a group's window of a sequence's next token, and so of all that follow.

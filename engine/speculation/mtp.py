@@ -1,8 +1,8 @@
 """The layers that checkpoints bring to guess a second token (multi-token prediction), as a head of HiddenDrafts.
 
-DeepSeek V3 and GLM-4.5 keep them as layers past the last, MiMo-7B beside the layers. The first of them drafts; what it
-gives is what it reads for the next draft. Embedding and output layer are the model's. Read at start; run by the
-executor's thread.
+DeepSeek V3 and GLM-4.5 keep them as layers past the last, MiMo-7B, Qwen3-Next and Qwen 3.5 beside the layers. The first
+of them drafts; what it gives is what it reads for the next draft. Embedding and output layer are the model's. Read at
+start; run by the executor's thread.
 """
 
 from __future__ import annotations
@@ -29,11 +29,15 @@ from engine.ops.attention.base import AttentionBackend, AttentionSpec
 from engine.ops.linear import Linear
 from engine.ops.norm import plain
 
+# In ModelSpec.outside: the family keeps such a layer there.
+QWEN = "mtp.layers.0."
+
 
 @dataclass(frozen=True, slots=True)
 class MtpLayout:
-    """How such a layer stands in a checkpoint. prefix: of all its tensors, after `model.`. join: what makes one vector
-    of two. hidden_first: of those two, the hidden state comes before the embedding."""
+    """How such a layer stands in a checkpoint. prefix: of all its tensors. layer: of its decoder layer, after that.
+    join: what makes one vector of two. hidden_first: of those two, the hidden state comes before the embedding.
+    zero_first: at the first position nothing stands for the embedding."""
 
     prefix: str
     join: str
@@ -43,6 +47,8 @@ class MtpLayout:
     output: str | None = None
     embedding: str | None = None
     hidden_first: bool = False
+    zero_first: bool = True
+    layer: str = ""
 
 
 def mtp_layout(spec: ModelSpec) -> MtpLayout | None:
@@ -50,13 +56,16 @@ def mtp_layout(spec: ModelSpec) -> MtpLayout | None:
     past = f"layers.{spec.num_layers}."
     if past in spec.outside:
         return MtpLayout(
-            *(past, "eh_proj", "enorm", "hnorm", "shared_head.norm"),
+            *(PREFIX + past, "eh_proj", "enorm", "hnorm", "shared_head.norm"),
             output="shared_head.head.weight",
             embedding="embed_tokens.weight",
         )
     if "mtp_layers." in spec.outside:
-        names = ("mtp_layers.0.", "input_proj", "token_layernorm", "hidden_layernorm", "final_layernorm")
+        names = (f"{PREFIX}mtp_layers.0.", "input_proj", "token_layernorm", "hidden_layernorm", "final_layernorm")
         return MtpLayout(*names, hidden_first=True)
+    if QWEN in spec.outside:
+        names = ("mtp.", "fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        return MtpLayout(*names, embedding="embed_tokens.weight", zero_first=False, layer="layers.0.")
     return None
 
 
@@ -75,12 +84,12 @@ class MtpHead:
         own: Mapping[str, str],
         max_model_len: int,
     ) -> None:
-        layer, hidden, prefix = _drafting_layer(spec), spec.hidden_size, PREFIX + layout.prefix
+        layer, hidden, prefix = _drafting_layer(spec), spec.hidden_size, layout.prefix
         assert spec.final_norm is not None and layer.paged is not None
         self._target = target
         self.width = hidden
         self.linears, self.mixtures = source.linears, source.mixtures
-        self._hidden_first = layout.hidden_first
+        self._hidden_first, self._zero_first = layout.hidden_first, layout.zero_first
 
         def norm(name: str) -> Norm:
             assert spec.final_norm is not None
@@ -89,7 +98,7 @@ class MtpHead:
         self.attention_spec = AttentionSpec((layer_attention(layer.paged),))
         self._embedding_norm, self._hidden_norm = norm(layout.embedding_norm), norm(layout.hidden_norm)
         self._join = source.linear([prefix + layout.join], [hidden], 2 * hidden)
-        self._layer = Layer(layer, source, 0, prefix, hidden)
+        self._layer = Layer(layer, source, 0, prefix + layout.layer, hidden)
         self._norm = norm(layout.final_norm)
         self._output: Linear | None = None
         if "output" in own:
@@ -106,8 +115,9 @@ class MtpHead:
     def forward(self, token_ids: Tensor, hidden: Tensor, positions: Tensor, attention: AttentionBackend) -> Tensor:
         """See Head."""
         embedded = self._target.embedded(token_ids) if self._embedding is None else self._embedding.rows(token_ids)
-        # As it was trained: at the first position there is no token before.
-        embedded = embedded.masked_fill((positions == 0)[:, None], 0.0)
+        if self._zero_first:
+            # As it was trained: at the first position there is no token before.
+            embedded = embedded.masked_fill((positions == 0)[:, None], 0.0)
         pair = [self._embedding_norm(embedded), self._hidden_norm(hidden)]
         residual = self._join(torch.cat(pair[::-1] if self._hidden_first else pair, -1))
         layer = self._layer
@@ -128,8 +138,8 @@ class MtpHead:
 
 
 def _drafting_layer(spec: ModelSpec) -> LayerSpec:
-    """Such a layer is like the model's last."""
-    return spec.layers[-1]
+    """Such a layer is like the model's last, or like the last that attends."""
+    return next((layer for layer in reversed(spec.layers) if layer.paged is not None), spec.layers[-1])
 
 
 def check_mtp(spec: ModelSpec, directory: Path) -> MtpLayout:
@@ -138,7 +148,7 @@ def check_mtp(spec: ModelSpec, directory: Path) -> MtpLayout:
     if layout is None:
         raise StartupError(
             f"speculative decoding (mtp) cannot be used with {spec.architecture}: config.json tells of no layer that "
-            "drafts, or of one whose layout is not read (those past the last layer, and MiMo's, are)"
+            "drafts, or of one whose layout is not read (those past the last layer, MiMo's and Qwen's are)"
         )
     if is_gguf(directory):
         raise StartupError(f"{directory}: speculative decoding (mtp) needs a directory in HF format, not a GGUF file")
@@ -160,11 +170,13 @@ def load_mtp(
     """Raises StartupError: one line with the file, the tensor and what was expected."""
     spec = target.config
     layout = check_mtp(spec, directory)
-    prefix = PREFIX + layout.prefix
-    others = tuple(each for each in spec.outside if each != layout.prefix and each != "mtp_layers.")
+    prefix = layout.prefix
+    drafting = prefix.removeprefix(PREFIX)
+    others = tuple(each for each in spec.outside if not each.startswith(drafting) and each != "mtp_layers.")
     # As if it were one more layer: its experts stand as the others' do.
     wider = dataclasses.replace(spec, layers=(*spec.layers, _drafting_layer(spec)), outside=others)
-    stored = find_model_tensors(directory, wider)
+    beside = (prefix + layout.layer, f"{PREFIX}layers.{spec.num_layers}.") if layout.layer else None
+    stored = find_model_tensors(directory, wider, beside)
     tensors = {name: tensor for name, tensor in stored.items() if name.startswith(prefix)}
     if not tensors:
         raise StartupError(f"{directory}: the checkpoint has none of the tensors of the layer that drafts ({prefix}*)")

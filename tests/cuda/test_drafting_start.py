@@ -26,7 +26,7 @@ from tests.cuda.fake_device import FakeDevice
 from tests.models.support import make_checkpoint
 from tests.speculation import test_mtp as mtp
 from tests.speculation.test_eagle3 import write_head
-from tests.speculation.test_start import answers, write_tokenizer
+from tests.speculation.test_start import DELTA, answers, write_tokenizer
 
 VOCABULARY = {f"t{index}": index for index in range(211)}
 
@@ -101,3 +101,8 @@ def test_what_cannot_be(tmp_path: Path) -> None:
     refused(r"\(eagle3\) cannot be used with --enable-lora", method="eagle3", model=str(tmp_path / "head"), lora=True)
     refused(r"\(mtp\) cannot be used with LlamaForCausalLM", method="mtp")
     refused(r"draft_model' needs a model", method="draft_model")
+    make_checkpoint(tmp_path / "hybrid", "Qwen3_5", **DELTA)
+    write_tokenizer(tmp_path / "hybrid", VOCABULARY)
+    for method in ("ngram", "mtp"):
+        with pytest.raises(StartupError, match=rf"\({method}\): on a GPU drafts do not go with a model that has a rec"):
+            build(tmp_path / "hybrid", method=method, num_draft_tokens=2)

@@ -16,7 +16,7 @@ from torch import Tensor
 from engine.forward import ForwardInput, Limits, Staging
 from engine.ops import native
 from engine.ops.recurrence import Recurrence, causal_conv, gated_norm, sigmoid_gate, silu_gate
-from engine.ops.state import StatePlan, States, state_bytes
+from engine.ops.state import StatePlan, States, held_bytes, state_bytes
 
 DTYPES = [torch.float32, torch.bfloat16]
 # Delta net?, key heads, heads, key_dim, value_dim: with whole vectors, with none, and more than one tile.
@@ -224,3 +224,64 @@ def test_states_are_saved_and_loaded_before_rows_begin() -> None:
     states.release()
     states.allocate()
     assert not states._memory.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rows_with_drafts_leave_their_state_until_it_is_known_which_are_right(
+    mode: str, shape: tuple[bool, int, int, int, int], dtype: torch.dtype
+) -> None:
+    """A convolution and a recurrence of 40 tokens behind 20, of which 1 to 40 are right; beside them a row that is not
+    held, and one of which all are right."""
+    case, taps = make(shape, 60, dtype), 4
+    r, part = case.recurrence, slice(20, 60)
+    spec = (
+        (Shape((taps - 1, case.v.shape[1])), Shape((r.heads, r.key_dim, r.value_dim), wide=True)),
+        (Shape((taps - 1, 5)),),
+    )
+    assert held_bytes(spec, dtype) == (case.v.shape[1] + 2 * r.heads + 5) * dtype.itemsize
+    states = States(spec, Limits(4, 160, 64, 4, 64, 10, num_snapshots=0), dtype, torch.device("cpu"))
+    weight, narrow = torch.randn(taps, case.v.shape[1]), torch.randn(taps, 5)
+
+    def mixed(q: Tensor, k: Tensor, v: Tensor, step: Tensor, share: Tensor, plan: StatePlan) -> Tensor:
+        columns, matrices = states.of(0)
+        v = causal_conv(v, weight, None, columns, plan, silu=True)
+        return r(q, k, v, step, share if r.delta else None, matrices, plan)
+
+    def short(x: Tensor, plan: StatePlan) -> Tensor:
+        return causal_conv(x, narrow, None, *states.of(1), plan, silu=False)
+
+    def run(rows: dict[int, slice], held: list[bool] | None = None) -> list[Tensor]:
+        share = case.step if case.share is None else case.share
+        given = [torch.cat([x[one] for one in rows.values()]) for x in (case.q, case.k, case.v, case.step, share)]
+        plan = plan_of({slot: len(range(*one.indices(60))) for slot, one in rows.items()})
+        states.run(replace(plan, held=None if held is None else np.array(held)))
+        return [states.advance(mixed, *given), states.advance(short, given[2][:, :5])]
+
+    for right in (1, 2, 33, 40):
+        states._memory.zero_()
+        run({1: slice(20), 2: slice(20), 3: slice(20), 4: slice(20)})
+        run({1: slice(20, 20 + right), 2: part, 3: part})
+        wanted = states._memory.clone()
+        expected = run({4: part})
+        wanted[4].zero_()
+        states._memory.zero_()
+        run({1: slice(20), 2: slice(20), 3: slice(20)})
+        before = states._memory.clone()
+        found = run({2: part, 1: part, 3: part}, [False, True, True])
+        for one, other in zip(found, expected, strict=True):
+            if mode == "native":
+                assert torch.equal(one[40:80], other)
+        assert torch.equal(states._memory[[1, 3]], before[[1, 3]])
+        states.settle(np.array([40, right, 40]))
+        if mode == "native":
+            assert torch.equal(states._memory, wanted)
+        for layer, tensor in ((0, 0), (0, 1), (1, 0)):
+            mine = states.of(layer)[tensor].float().clone()
+            kept = states._memory.clone()
+            states._memory.copy_(wanted)
+            torch.testing.assert_close(mine, states.of(layer)[tensor].float(), rtol=1e-4, atol=1e-4)
+            states._memory.copy_(kept)
+        with pytest.raises(AssertionError, match="tokens are right"):
+            run({1: part}, [True])
+            states.settle(np.array([41]))

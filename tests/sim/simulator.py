@@ -198,6 +198,9 @@ class Simulator:
         self.masks = GrammarMasks(self.scheduler, self.executor, delivery)
         # Answers are short here.
         self.scheduler.snapshot_pages = 1
+        if limits.max_draft_tokens:
+            # Rows with drafts do not go beyond the end of a page after which a snapshot is due.
+            self.scheduler.snapshot_pages = Random(f"snapshots {seed}").choice([1, 1, 3, 16])
         policy = self.scheduler._policy
         self.policy = CheckedPolicy(options.policy, policy, self.scheduler.kv_cache)
         self.scheduler._policy = self.policy

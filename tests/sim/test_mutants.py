@@ -18,6 +18,7 @@ from engine.cache.eviction.fifo import FIFO
 from engine.cache.kv_cache import KVCache
 from engine.cache.page_pool import PagePool
 from engine.cache.radix_tree import RadixTree
+from engine.executor.fake_memory import States
 from engine.forward import Staging
 from engine.grammar_masks import GrammarMasks
 from engine.groups import MemoryGroup
@@ -130,6 +131,9 @@ DRAFTS = {"depth": 2, "max_draft_tokens": 4, "draft_accuracy": 0.8, "budgets": "
 DRAFTED_RUNS = RUNS | DRAFTS
 DRAFTED_CROWD = DRAFTS | {"max_num_seqs": 4, "max_num_batched_tokens": 6, "burst": 4, "arrival_rate": 0.5}
 DRAFTED_FAILURES = FAILURES | DRAFTS
+# Rows with drafts beside snapshots that are wanted all the time.
+DRAFTED_STATES = STATES | DRAFTS | {"num_snapshots": 6, "max_num_batched_tokens": 24, "eos_rate": 0.05}
+DRAFTED_STATE_RUNS = RUNS | DRAFTS | {"num_snapshots": 6, "windows": (None,)}
 DRAFTED_WINDOWS = WINDOWS | DRAFTS | {"draft_accuracy": 0.3, "max_draft_tokens": 6}
 # More waits than can run, under each policy that makes a choice.
 CROWD = {
@@ -618,6 +622,30 @@ MUTANTS = [
         "if not count or", "if True or", STATES | {"num_snapshots": 1},
     ),
     Mutant("a snapshot not wanted is lost", KVCache, "release", "self._free_snapshots([snapshot])", "pass", STATES),
+    # Recurrent states of rows with drafts; the first two are of the device.
+    Mutant("a rejected draft's state is kept", States, "settle", "after[count - 1]", "after[-1]", DRAFTED_STATES),
+    Mutant("the state before the drafts is kept", States, "settle", "after[count - 1]", "after[0]", DRAFTED_STATES),
+    Mutant(
+        "a state is left behind of which nobody knows where it is", Scheduler, "_serve_drafts",
+        "if table.drafted_in[slot] > self._committed_step:", "if False:", DRAFTED_STATES,
+    ),
+    Mutant(
+        "drafts go beyond a state that is to be left behind", Scheduler, "_serve_drafts",
+        "return min(budget, end - computed - 1)", "self._save_decoded(batch, slot, pages, end)", DRAFTED_STATES,
+    ),
+    Mutant(
+        "a forced run goes on from drafts' state", GrammarMasks, "_constrain",
+        "for draft in drafts:", "for draft in []:", DRAFTED_STATE_RUNS,
+    ),
+    Mutant(
+        "a forced run's drafts are another's", GrammarMasks, "_constrain",
+        "speculation.drafts_of(sequence.slot, 1)", "[]", DRAFTED_STATE_RUNS,
+    ),
+    Mutant(
+        "a state that drafts have passed is left behind", KVCache, "release",
+        "known = at <= min(num_tokens, seq.num_shared * self.page_size)", "known = True",
+        DRAFTED_STATES | {"fail_rate": 0.1},
+    ),
     # Drafts. The grammar's own are seen where its tokens are rarely what the model would draw.
     Mutant("rejected drafts count as computed", Speculation, "accept", "-= lengths - counts", "-= 0", DRAFTS),
     Mutant(
@@ -736,14 +764,14 @@ def test_caught(mutant: Mutant, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         *(FAILURES, CULPRITS, CROWDS, REMAPS, WINDOWS, GROUPS, STATES, RUNS, LONGEST, IMPORTANT, SHARES, ADAPTERS),
         *(TIERED, TIERED_LATE, TIERED_RUNS, TIERED_STATES, TIERED_WINDOWS, TIERED_ADAPTERS, TIERED_ORDER),
-        *(DRAFTS, DRAFTED_RUNS, DRAFTED_FAILURES, DRAFTED_WINDOWS),
+        *(DRAFTS, DRAFTED_RUNS, DRAFTED_FAILURES, DRAFTED_WINDOWS, DRAFTED_STATES, DRAFTED_STATE_RUNS),
     ],
     ids=[
         *("failures", "culprits", "crowds", "remaps", "windows", "groups", "states", "runs", "longest", "important"),
         "shares",
         *("adapters", "tiered", "tiered-late", "tiered-runs", "tiered-states", "tiered-windows"),
         *("tiered-adapters", "tiered-order"),
-        *("drafts", "drafted-runs", "drafted-failures", "drafted-windows"),
+        *("drafts", "drafted-runs", "drafted-failures", "drafted-windows", "drafted-states", "drafted-state-runs"),
     ],
 )
 def test_unmutated_code_passes(changes: dict[str, Any], record_property: Callable[[str, object], None]) -> None:

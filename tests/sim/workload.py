@@ -112,8 +112,7 @@ class Options:
             vocab_size=self.vocab_size,
             groups=tuple(MemoryGroup(window) for window in self.windows),
             num_snapshots=self.num_snapshots,
-            # A recurrent state cannot be taken back.
-            max_draft_tokens=self.max_draft_tokens if self.num_snapshots is None else 0,
+            max_draft_tokens=self.max_draft_tokens,
             max_adapters=self.max_adapters,
         )
 

@@ -28,6 +28,21 @@ _EXPERTS = {
     "topk_group": 1,
     "routed_scaling_factor": 1.5,
 }
+_DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 3,
+    "linear_num_value_heads": 6,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention", "full_attention"],
+}
+_GATED_EXPERTS = {
+    "num_experts": 7,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "shared_expert_intermediate_size": 40,
+}
+QWEN = ("mtp.", "fc", "pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
 # Of each: the class, its sizes, what config.json has beside, and names of the layer and of its parts.
 PAST = ("layers.3.", "eh_proj", "enorm", "hnorm", "shared_head.norm")
 FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]] = {
@@ -52,6 +67,9 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], tuple[str, ...]]]
         {"num_nextn_predict_layers": 1, "architectures": ["MiMoForCausalLM"], "model_type": "mimo"},
         ("mtp_layers.0.", "input_proj", "token_layernorm", "hidden_layernorm", "final_layernorm"),
     ),
+    "qwen-next": ("Qwen3Next", {**_DELTA, **_GATED_EXPERTS}, {}, QWEN),
+    "qwen": ("Qwen3_5", _DELTA, {"mtp_num_hidden_layers": 1}, QWEN),
+    "qwen-moe": ("Qwen3_5Moe", {**_DELTA, **_GATED_EXPERTS}, {"mtp_num_hidden_layers": 1}, QWEN),
 }
 
 
@@ -68,11 +86,13 @@ def write(directory: Path, family: str, *, copies: str = "") -> tuple[Any, dict[
     if copies == "own":
         for part in ("head", "embedding"):
             parts[part] = parts[part] + torch.randn((VOCAB, WIDTH), generator=generator) * 0.3
+    layer = f"{prefix}layers.0." if family.startswith("qwen") else f"model.{prefix}"
     stored = {
-        key.replace(f"model.layers.{LAYERS}.", f"model.{prefix}"): tensor
+        key.replace(f"model.layers.{LAYERS}.", layer): tensor
         for key, tensor in load_file(directory / "model.safetensors").items()
     }
-    stored |= {f"model.{prefix}{part}.weight": parts[part].clone() for part in (join, *norms)}
+    root = prefix if family.startswith("qwen") else layer
+    stored |= {f"{root}{part}.weight": parts[part].clone() for part in (join, *norms)}
     if copies:
         stored[f"model.{prefix}shared_head.head.weight"] = parts["head"].clone()
         stored[f"model.{prefix}embed_tokens.weight"] = parts["embedding"].clone()
@@ -81,7 +101,14 @@ def write(directory: Path, family: str, *, copies: str = "") -> tuple[Any, dict[
     for each in ("layer_types", "mlp_layer_types"):
         if each in config:
             config[each] = config[each][:LAYERS]
-    (directory / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS, **changes}))
+    config |= {"num_hidden_layers": LAYERS, **changes}
+    if name.startswith("Qwen3_5"):
+        # As its files are: a model for images, with the text part inside.
+        stored = {key.replace("model.", "model.language_model.", 1): tensor for key, tensor in stored.items()}
+        save_file({**stored, "model.visual.patch.weight": torch.ones(3)}, directory / "model.safetensors")
+        kind = config["model_type"].removesuffix("_text")
+        config = {"architectures": [f"{name}ForConditionalGeneration"], "model_type": kind, "text_config": config}
+    (directory / "config.json").write_text(json.dumps(config))
     return model, parts
 
 
@@ -92,14 +119,17 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def expected_drafts(family: str, model: Any, parts: dict[str, Tensor], tokens: list[int], count: int) -> list[int]:
     """By the formula, over the whole text at once."""
     _, join, embedding_norm, hidden_norm, final = FAMILIES[family][3]
-    inner, eps = model.model, model.config.rms_norm_eps
+    inner, eps, is_qwen = model.model, model.config.rms_norm_eps, family.startswith("qwen")
+    # Qwen's norms hold what is added to 1.
+    norms = {name: weight + is_qwen for name, weight in parts.items()}
     hidden = inner(torch.tensor([tokens[:-1]]), output_hidden_states=True).hidden_states[LAYERS][0]
-    hidden = rms(hidden, inner.norm.weight, eps)
+    hidden = rms(hidden, inner.norm.weight + is_qwen, eps)
     following, drafts = list(tokens[1:]), list[int]()
     for _ in range(count):
         embedded = parts["embedding"][following].clone()
-        embedded[0] = 0
-        pair = [rms(embedded, parts[embedding_norm], eps), rms(hidden, parts[hidden_norm], eps)]
+        if not is_qwen:
+            embedded[0] = 0
+        pair = [rms(embedded, norms[embedding_norm], eps), rms(hidden, norms[hidden_norm], eps)]
         x = torch.cat(pair[::-1] if family == "mimo" else pair, -1) @ parts[join].T
         positions = torch.arange(len(x))[None]
         mask = torch.full((1, 1, len(x), len(x)), -torch.inf).triu(1)
@@ -109,13 +139,23 @@ def expected_drafts(family: str, model: Any, parts: dict[str, Tensor], tokens: l
             position_ids=positions,
             position_embeddings=inner.rotary_emb(x[None], positions),
         )
-        out = rms(out[0] if out.dim() == 3 else out, parts[final], eps)
+        out = rms(out[0] if out.dim() == 3 else out, norms[final], eps)
         drafts.append(int((out[-1] @ parts["head"].T).argmax()))
         hidden, following = torch.cat((hidden, out[-1:])), [*following, drafts[-1]]
     return drafts
 
 
-@pytest.mark.parametrize(("family", "copies"), [("deepseek", "equal"), ("glm", "own"), ("mimo", "")])
+@pytest.mark.parametrize(
+    ("family", "copies"),
+    [
+        ("deepseek", "equal"),
+        ("glm", "own"),
+        ("mimo", ""),
+        ("qwen-next", ""),
+        ("qwen", ""),
+        ("qwen-moe", ""),
+    ],
+)
 async def test_drafts_are_those_of_the_formula(
     family: str, copies: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,7 +172,8 @@ async def test_drafts_are_those_of_the_formula(
 
     monkeypatch.setattr(HiddenDrafts, "propose", watched)
     built = build(tmp_path, method="mtp", num_draft_tokens=3, adaptive=False)
-    assert dict(built.report.rows)["draft model"].endswith(f"model.{FAMILIES[family][3][0]}*")
+    root = "" if family.startswith("qwen") else "model."
+    assert dict(built.report.rows)["draft model"].endswith(f", {root}{FAMILIES[family][3][0]}*")
     assert await answers(built) == expected
     drafted = [(text, drafts) for text, drafts in said if drafts]
     assert len(drafted) > 20 and any(len(drafts) == 3 for _, drafts in drafted)

@@ -111,3 +111,42 @@ def test_what_cannot_be(directories: dict[str, Path], tmp_path: Path) -> None:
     refused(r"\(eagle3\) needs a model", method="eagle3")
     refused("architecture 'Qwen3ForCausalLM' is not EAGLE-3's", method="eagle3", model=str(directories["draft"]))
     refused("no such directory", method="draft_model", model=str(tmp_path / "nowhere"))
+
+
+DELTA = {
+    "head_dim": 16,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 12,
+    "linear_value_head_dim": 20,
+    "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+}
+
+
+async def test_models_with_a_recurrent_state(directories: dict[str, Path], tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, "Qwen3_5", **DELTA)
+    write_tokenizer(tmp_path, {f"t{index}": index for index in range(211)})
+    built = build(tmp_path)
+    assert "states of drafts" not in dict(built.report.rows)
+    expected = await answers(built)
+    draft = str(directories["draft"])
+    cases: list[dict[str, Any]] = [{"method": "ngram"}, {"method": "suffix"}, {"method": "draft_model", "model": draft}]
+    for case in cases:
+        built = build(tmp_path, num_draft_tokens=3, adaptive=False, **case)
+        # Of two layers: what goes into the convolution, and two numbers a head; of 4 rows with 3 drafts.
+        each = 2 * (2 * 2 * 12 + 4 * 20 + 2 * 4) * 4
+        assert dict(built.report.rows)["states of drafts"].startswith(f"{each / 1024:.3g} KiB a token: up to 17 KiB")
+        assert await answers(built) == expected, case
+        speculation = built.engine.scheduler.speculation
+        assert speculation is not None and speculation.num_draft_tokens > 0
+    for target in (directories["target"], tmp_path):
+        with pytest.raises(StartupError, match=r"the draft model .* has a recurrent state, which does not go back"):
+            build(target, method="draft_model", model=str(tmp_path), num_draft_tokens=3)
+    config = EngineConfig(
+        model=ModelOptions(path=str(tmp_path), dtype="float32", max_model_len=128),
+        device="cpu",
+        tensor_parallel_size=2,
+        speculation=SpeculationOptions(method="ngram", num_draft_tokens=3),
+    )
+    with pytest.raises(StartupError, match=r"\(ngram\): .* recurrent state do not go with --tensor-parallel-size$"):
+        build_engine(config)

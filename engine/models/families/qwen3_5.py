@@ -23,4 +23,5 @@ PROJECTIONS = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
 def read_spec(fields: Fields) -> ModelSpec:
     shape = read_shape(fields, offset=1.0)
     mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
-    return shape.model(qwen3_next.hybrid_layers(fields, shape, [mlp] * shape.num_layers, PROJECTIONS, MROPE))
+    layers = qwen3_next.hybrid_layers(fields, shape, [mlp] * shape.num_layers, PROJECTIONS, MROPE)
+    return shape.model(layers, outside=qwen3_next.DRAFTING)

@@ -27,4 +27,4 @@ def read_spec(fields: Fields) -> ModelSpec:
     shape = read_shape(fields.with_values({"intermediate_size": fields.integer("moe_intermediate_size")}), offset=1.0)
     experts = qwen3_next.gated_experts(fields, normalize=True)
     layers = qwen3_next.hybrid_layers(fields, shape, [experts] * shape.num_layers, qwen3_5.PROJECTIONS, MROPE)
-    return shape.model(layers)
+    return shape.model(layers, outside=qwen3_next.DRAFTING)

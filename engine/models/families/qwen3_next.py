@@ -28,6 +28,8 @@ COMMON = {
     "linear_num_key_heads": 16,
     "linear_num_value_heads": 32,
 }
+# ModelSpec.outside: the layer that drafts, which the files have whatever config.json says.
+DRAFTING = ("mtp.layers.0.",)
 # What an absent field means: Qwen3NextConfig of transformers.
 DEFAULTS = {
     **COMMON,
@@ -50,7 +52,7 @@ def read_spec(fields: Fields) -> ModelSpec:
     experts = gated_experts(fields, normalize=fields.flag("norm_topk_prob"))
     mlp = Dense(shape.intermediate_size, read_activation(fields, "hidden_act"))
     feed_forwards = [experts if sparse else mlp for sparse in sparse_layers(fields, shape)]
-    return shape.model(hybrid_layers(fields, shape, feed_forwards, ("in_proj_qkvz", "in_proj_ba")))
+    return shape.model(hybrid_layers(fields, shape, feed_forwards, ("in_proj_qkvz", "in_proj_ba")), outside=DRAFTING)
 
 
 def gated_experts(fields: Fields, *, normalize: bool) -> Experts:

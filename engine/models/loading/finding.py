@@ -33,8 +33,14 @@ _EMBEDDINGS = re.compile(r"^((?:model|backbone|gpt_neox)\.)(?:embeddings|word_em
 _OUTPUTS = re.compile(r"^embed_out\.")
 
 
-def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTensor]:
-    """The tensors of a directory, or of a GGUF file, by the names that a model asks for. Raises StartupError."""
+def find_model_tensors(
+    directory: Path, spec: ModelSpec, beside: tuple[str, str] | None = None
+) -> dict[str, StoredTensor]:
+    """The tensors of a directory, or of a GGUF file, by the names that a model asks for. Raises StartupError.
+
+    beside: what the names of a layer begin with that stands beside the others, and what they begin with as a layer of
+    the spec; its experts are found as theirs are.
+    """
     if is_gguf(directory):
         return _gguf_tensors(directory, spec)
 
@@ -48,12 +54,20 @@ def find_model_tensors(directory: Path, spec: ModelSpec) -> dict[str, StoredTens
     if spec.quantisation is not None:
         found, left = with_quantised(found, spec.quantisation)
         tell_unused(directory, left)
-    found = _with_single_experts(inside(_with_our_names(found, spec)), spec)
+    found = inside(_with_our_names(found, spec))
+    if beside is not None:
+        found = _renamed(_with_single_experts(_renamed(found, *beside), spec), *beside[::-1])
+    else:
+        found = _with_single_experts(found, spec)
     for step in spec.projections:
         if step.name:
             module = find_tensors(directory / step.name.removesuffix(".linear"))
             found |= {step.name.removesuffix("linear") + name: tensor for name, tensor in module.items()}
     return found
+
+
+def _renamed(tensors: dict[str, StoredTensor], old: str, new: str) -> dict[str, StoredTensor]:
+    return {new + name.removeprefix(old) if name.startswith(old) else name: each for name, each in tensors.items()}
 
 
 def tell_unused(directory: Path, left: Left) -> None:

@@ -5,6 +5,8 @@ A layer finds its state at the attention backend, by its number; the executor ha
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -17,10 +19,10 @@ from engine.ops.recurrence import Recurrence, causal_conv, gated_norm, silu_gate
 from engine.ops.state import StatePlan, States
 
 
-def _find(attention: AttentionBackend) -> tuple[States, StatePlan]:
+def _find(attention: AttentionBackend) -> States:
     states = attention.states
     assert states is not None, "a model with states runs without memory for them"
-    return states, states.plan
+    return states
 
 
 def _taps(source: Source, name: str, channels: int, taps: int) -> Tensor:
@@ -48,10 +50,13 @@ class ShortConvolution:
         self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
     ) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]."""
-        states, plan = _find(attention)
+        states = _find(attention)
         b, c, x = self._input(x).split(self._size, 1)
-        mixed = causal_conv(b * x, self._weight, self._bias, *states.of(self._layer), plan, silu=False)
+        mixed = states.advance(partial(self._advance, states), b * x)
         return self._output.later(mixed.mul_(c))
+
+    def _advance(self, states: States, x: Tensor, plan: StatePlan) -> Tensor:
+        return causal_conv(x, self._weight, self._bias, *states.of(self._layer), plan, silu=False)
 
 
 class DeltaNet:
@@ -91,13 +96,16 @@ class DeltaNet:
         self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
     ) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]."""
-        states, plan = _find(attention)
-        columns, matrices = states.of(self._layer)
+        states = _find(attention)
         qkv, z, share, step = self._input(x).split_with_sizes(self._sections, 1)
+        mixed = states.advance(partial(self._advance, states), qkv, step, share)
+        return self._output.later(gated_norm(mixed, z, self._norm, self._eps, self._heads))
+
+    def _advance(self, states: States, qkv: Tensor, step: Tensor, share: Tensor, plan: StatePlan) -> Tensor:
+        columns, matrices = states.of(self._layer)
         qkv = causal_conv(qkv, self._weight, None, columns, plan, silu=True)
         q, k, v = qkv.split_with_sizes(self._convolved, 1)
-        mixed = self._recur(q, k, v, step, share, matrices, plan)
-        return self._output.later(gated_norm(mixed, z, self._norm, self._eps, self._heads))
+        return self._recur(q, k, v, step, share, matrices, plan)
 
 
 def _unpacked(spec: GatedDelta) -> Tensor:
@@ -153,16 +161,19 @@ class Mamba:
         self, x: Tensor | Normed, table: Tensor | None, positions: Tensor, attention: AttentionBackend
     ) -> Tensor | Product:
         """[T, hidden] -> [T, hidden]."""
-        states, plan = _find(attention)
-        columns, matrices = states.of(self._layer)
+        states = _find(attention)
         spec, projected = self._spec, self._input(x)
         if self._factors is not None:
             projected = projected * self._factors
         gate, mixed, step = projected.split_with_sizes(self._sections, 1)
-        mixed = causal_conv(mixed, self._weight, self._bias, columns, plan, silu=True)
-        values, k, q = mixed.split_with_sizes(self._convolved, 1)
-        y = self._recur(q, k, values, step, None, matrices, plan)
+        y = states.advance(partial(self._advance, states), mixed, step)
         if spec.norm is None or self._norm is None:
             return self._output.later(silu_gate(y, gate))
         first = not spec.norm_first
         return self._output.later(gated_norm(y, gate, self._norm, spec.norm.eps, spec.norm_parts, gate_first=first))
+
+    def _advance(self, states: States, mixed: Tensor, step: Tensor, plan: StatePlan) -> Tensor:
+        columns, matrices = states.of(self._layer)
+        mixed = causal_conv(mixed, self._weight, self._bias, columns, plan, silu=True)
+        values, k, q = mixed.split_with_sizes(self._convolved, 1)
+        return self._recur(q, k, values, step, None, matrices, plan)
