@@ -432,25 +432,43 @@ struct Plain {
     MEMBER bool one_row(const float*, i64, int, C*, int) const { return false; }
 };
 
-// Weights as small integers or floats. Every CODE_BLOCK of them along K has a scale, and with Low a number that is added. A panel holds
+// Weights as small integers or floats. Every `span` of them along K has a scale, and with Low a number that is added. A panel holds
 // for each block the scales of its columns, those numbers, and words: lane j of one holds 32 / Bits codes of column j. A weight is
-// (q - 8) * scale, q * scale + low (4 bits without a sign) or q * scale (+ low) (8 bits with one, or the number of an e4m3 float),
-// each operation rounded, so that sums have the same bits as with such weights in float32.
-constexpr int CODE_BLOCK = 32;
-template <int Bits_, bool Low_, bool Floats = false>
+// (q - 8) * scale, q * scale + low (4 bits without a sign), q * scale (+ low) (8 bits with one, or the number of an e4m3 float) or
+// table[q] * scale (4 bits; the table stands before the first panel), each operation rounded, so that sums have the same bits as
+// with such weights in float32.
+enum Meaning { INTEGERS, FLOATS, PLACES };
+template <int Bits_, bool Low_, Meaning What = INTEGERS, int Span = 32>
 struct Codes {
     typedef float Weight;
     static constexpr bool streams = false;
-    static constexpr int Bits = Bits_;
+    static constexpr int Bits = Bits_, span = Span;
     static constexpr bool Low = Low_;
-    static constexpr int per = 32 / Bits, words = CODE_BLOCK / per;
+    static constexpr int per = 32 / Bits, words = span / per;
     static constexpr size_t block = (size_t)NR * (1 + Low + words);  // in words of 32 bits
     const uint32_t* w;
     i64 blocks;  // along K
 
+    // Number J of a word, whose place in the table is taken without the bits above.
     template <int J>
-    static MEMBER vf number(vu word) {
-        if (Floats) {  // the bits of 2^-120 times the number
+    static MEMBER vf looked_up(const float* table, vu word) {
+        const vu place = word >> (4 * J);
+#if defined(__AVX512F__) && VL == 16
+        return (vf)_mm512_permutexvar_ps((__m512i)place, _mm512_loadu_ps(table));
+#elif defined(__AVX2__) && VL == 8
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)place);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)place);
+        return (vf)_mm256_blendv_ps(low, high, (__m256)(word << (28 - 4 * J)));
+#else
+        vf x;
+        for (int i = 0; i < VL; i++) x[i] = table[place[i] & 15];
+        return x;
+#endif
+    }
+    template <int J>
+    MEMBER vf number(vu word) const {
+        if constexpr (What == PLACES) return looked_up<J>((const float*)w - 16, word);
+        if (What == FLOATS) {  // the bits of 2^-120 times the number
             const vu top = word << (24 - 8 * (J & 3));
             return (vf)((top & 0x80000000u) | ((top >> 4) & 0x07f00000u)) * 0x1p120f;
         }
@@ -460,8 +478,8 @@ struct Codes {
     }
     static MEMBER vf weight(vf q, vf scale, vf low) { return Low ? q * scale + low : q * scale; }
 
-    // One block of a panel as [CODE_BLOCK][NR] floats.
-    static MEMBER void widen(const uint32_t* at, float* out) {
+    // One block of a panel as [span][NR] floats.
+    MEMBER void widen(const uint32_t* at, float* out) const {
         for (int h = 0; h < NR; h += VL) {
             const vf scale = load((const float*)at + h), low = Low ? load((const float*)at + NR + h) : vf{};
             const uint32_t* codes = at + NR * (1 + Low) + h;
@@ -485,23 +503,23 @@ struct Codes {
         stride = (size_t)KC * NR;
         float* out = (float*)scratch<3>(4 * stride * sizeof(float));
         for (int i = 0; i < count; i++) {
-            const uint32_t* from = w + ((p + i) * blocks + k / CODE_BLOCK) * block;
-            for (int b = 0; b < steps; b += CODE_BLOCK, from += block) widen(from, out + i * stride + (size_t)b * NR);
+            const uint32_t* from = w + ((p + i) * blocks + k / span) * block;
+            for (int b = 0; b < steps; b += span, from += block) widen(from, out + i * stride + (size_t)b * NR);
         }
         return out;
     }
 
     // The products of one row x with P panels from p on, by the same operations as the general way has.
     template <int P, int J>
-    static MEMBER void step(const float* x, const vu* word, const vf* scale, const vf* low, vf* acc) {
+    MEMBER void step(const float* x, const vu* word, const vf* scale, const vf* low, vf* acc) const {
         const vf a = splat(x[J]);
         for (int i = 0; i < 2 * P; i++) acc[i] = fma(a, weight(number<J>(word[i]), scale[i], low[i]), acc[i]);
     }
     template <int P>
     void row(const float* x, const uint32_t* const from, float* c) const {
-        for (i64 k = 0; k < blocks; k += KC / CODE_BLOCK) {
+        for (i64 k = 0; k < blocks; k += KC / span) {
             vf acc[2 * P] = {};
-            for (i64 b = k; b < std::min(blocks, k + KC / CODE_BLOCK); b++) {
+            for (i64 b = k; b < std::min(blocks, k + KC / span); b++) {
                 const uint32_t* at[P];
                 vf scale[2 * P], low[2 * P];
                 for (int i = 0; i < 2 * P; i++) {
@@ -509,7 +527,7 @@ struct Codes {
                     scale[i] = load((const float*)at[i / 2] + i % 2 * VL);
                     low[i] = Low ? load((const float*)at[i / 2] + NR + i % 2 * VL) : vf{};
                 }
-                const float* xb = x + b * CODE_BLOCK;
+                const float* xb = x + b * span;
                 for (int r = 0; r < words; r++, xb += per) {
                     vu word[2 * P];
                     for (int i = 0; i < 2 * P; i++)
@@ -641,10 +659,10 @@ void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, 
     });
 }
 
-// codes [N, K]: one in a byte. scale, low: [N, K / CODE_BLOCK].
+// codes [N, K]: one in a byte. scale, low: [N, K / C::span].
 template <class C>
 void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 N, i64 K, uint32_t* out, int threads) {
-    const i64 blocks = K / CODE_BLOCK;
+    const i64 blocks = K / C::span;
     parallel((N + NR - 1) / NR, threads, [&](i64 p) {
         uint32_t* to = out + p * blocks * C::block;
         memset(to, 0, blocks * C::block * 4);
@@ -654,7 +672,7 @@ void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 
                 uint32_t* at = to + b * C::block + j;
                 memcpy(at, scale + n * blocks + b, 4);
                 if (C::Low) memcpy(at + NR, low + n * blocks + b, 4);
-                const uint8_t* from = codes + n * K + b * CODE_BLOCK;
+                const uint8_t* from = codes + n * K + b * C::span;
                 for (int r = 0; r < C::words; r++, from += C::per) {
                     uint32_t word = 0;
                     for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (C::Bits * i);
@@ -667,7 +685,8 @@ void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 
 
 template <class C, class O>
 void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, O* out, int threads) {
-    const i64 blocks = K / CODE_BLOCK;
+    const i64 blocks = K / C::span;
+    const C source{w, blocks};
     parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 i) {
         const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i];
         for (i64 b = 0; b < blocks; b++) {
@@ -675,11 +694,11 @@ void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, 
             float scale, low = 0;
             memcpy(&scale, at, 4);
             if (C::Low) memcpy(&low, at + NR, 4);
-            for (int k = 0; k < CODE_BLOCK; k++) {
+            for (int k = 0; k < C::span; k++) {
                 // The code that is to be first in its word, by what widens a whole panel.
                 const uint32_t word = at[NR * (1 + C::Low + k / C::per)] >> (C::Bits * (k % C::per));
-                const float product = C::template number<0>(vu{} + word)[0] * scale;
-                store1(out + i * K + b * CODE_BLOCK + k, C::Low ? product + low : product);
+                const float product = source.template number<0>(vu{} + word)[0] * scale;
+                store1(out + i * K + b * C::span + k, C::Low ? product + low : product);
             }
         }
     });
@@ -1687,18 +1706,20 @@ EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64
 }
 
 // By the numbers of ops/coded.py.
-#define BY_CODES(form, statement)                             \
-    switch (form) {                                           \
-        case 0: { typedef Codes<4, false> C; statement; }     \
-        case 1: { typedef Codes<4, true> C; statement; }      \
-        case 2: { typedef Codes<8, false> C; statement; }     \
-        case 3: { typedef Codes<8, true> C; statement; }      \
-        default: { typedef Codes<8, false, true> C; statement; } \
+#define BY_CODES(form, statement)                                     \
+    switch (form) {                                                   \
+        case 0: { typedef Codes<4, false> C; statement; }             \
+        case 1: { typedef Codes<4, true> C; statement; }              \
+        case 2: { typedef Codes<8, false> C; statement; }             \
+        case 3: { typedef Codes<8, true> C; statement; }              \
+        case 4: { typedef Codes<8, false, FLOATS> C; statement; }     \
+        case 5: { typedef Codes<4, false, PLACES> C; statement; }     \
+        default: { typedef Codes<4, false, PLACES, 16> C; statement; } \
     }
 
-// In words of 32 bits.
+// In words of 32 bits; without a table.
 EXPORT int64_t ol_codes_size(int64_t form, int64_t N, int64_t K) {
-    BY_CODES(form, return (N + NR - 1) / NR * (K / CODE_BLOCK) * C::block)
+    BY_CODES(form, return (N + NR - 1) / NR * (K / C::span) * C::block)
 }
 
 EXPORT void ol_pack_codes(int64_t form, const void* codes, const float* scale, const float* add, int64_t N, int64_t K, void* out,
@@ -1714,7 +1735,7 @@ EXPORT void ol_code_rows(int64_t form, int64_t type, const void* w, int64_t K, c
 // x and out are of one type.
 EXPORT void ol_linear_codes(int64_t form, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N,
                             const float* bias, void* out, int64_t ldo, int64_t threads) {
-    BY_CODES(form, const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
+    BY_CODES(form, const C source{(const uint32_t*)w COMMA K / C::span};
              BY_TYPE(type, return linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
 }
 
