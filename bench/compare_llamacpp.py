@@ -146,15 +146,19 @@ class Peer:
         self._process.wait()
 
 
-def build(path: Path, threads: int, sequences: int, length: int, input_bits: int = 16) -> Built:
+def build(path: Path, sequences: int, length: int, args: argparse.Namespace) -> Built:
     return build_engine(
         EngineConfig(
-            model=ModelOptions(path=str(path), max_model_len=length, packed_input_bits=input_bits),
-            cache=CacheOptions(num_pages=(sequences + 2) * -(-length // 16), enable_prefix_caching=False),
+            model=ModelOptions(path=str(path), max_model_len=length, packed_input_bits=args.packed_input_bits),
+            cache=CacheOptions(
+                num_pages=(sequences + 2) * -(-length // 16),
+                enable_prefix_caching=False,
+                kv_cache_dtype=args.kv_cache_dtype,
+            ),
             scheduler=SchedulerOptions(max_num_seqs=sequences),
             stream=StreamOptions(flush_interval_ms=0.0),
             device="cpu",
-            num_threads=threads,
+            num_threads=args.threads,
         )
     )
 
@@ -245,7 +249,7 @@ def over_http(path: Path, args: argparse.Namespace) -> dict[str, object]:
         f"--n_threads_batch {args.threads} --n_ctx 2048 --cache true --interrupt_requests false"
     )
     flags = f"--model {path} --threads {args.threads} --max-model-len 2048"
-    flags += f" --packed-input-bits {args.packed_input_bits}"
+    flags += f" --packed-input-bits {args.packed_input_bits} --kv-cache-dtype {args.kv_cache_dtype}"
     words = ["--disable-tqdm", "--dataset-name", "shared-prefix", "--num-prefixes", "1", "--prefix-len", "512"]
     words += ["--suffix-len", "32", "--random-output-len", "32", "--num-prompts", str(2 * args.clients)]
     words += ["--max-concurrency", str(args.clients), "--text-prompts", "--vocab-size", "1000"]
@@ -278,7 +282,7 @@ def one_file(path: Path, args: argparse.Namespace) -> list[dict[str, object]]:
     try:
         if peer is not None:
             print(f"llama-cpp-python {peer.version}")
-        built = build(path, args.threads, sequences, length, args.packed_input_bits)
+        built = build(path, sequences, length, args)
         print(built.report.table(), file=sys.stderr)
         rows += asyncio.run(measure(built, peer, path, args))
     finally:
@@ -302,6 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prefill")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--kv-cache-dtype", default="auto", help="ours; llama.cpp's is float16")
     parser.add_argument("--packed-input-bits", type=int, choices=[8, 16], default=16, help="see the server's flag")
     parser.add_argument("--http", action="store_true")
     parser.add_argument("--clients", type=int, default=16)

@@ -1,8 +1,8 @@
-"""What keys and values in eight bits take and cost: `python -m bench.kv --shape llama-3.2-1b --dtype bfloat16`.
+"""What keys and values of fewer bits take and cost: `python -m bench.kv --shape llama-3.2-1b --dtype bfloat16`.
 
-A decode step of `--batch` rows of `--context` tokens, with the cache in the model's dtype, in bfloat16 and in int8, in
-turns and on one model, so that a busy machine slows all alike. The cache is filled with the same bytes: what a step
-costs does not depend on them, and a prompt of that length would take minutes. What int8 does to the answers:
+A decode step of `--batch` rows of `--context` tokens, with the cache in the model's dtype and in `--kinds`, in turns
+and on one model, so that a busy machine slows all alike. The cache is filled with the same bytes: what a step costs
+does not depend on them, and a prompt of that length would take minutes. What fewer bits do to the answers:
 `python -m bench.perplexity --kv-cache-dtype int8 --against SAME`.
 """
 
@@ -31,6 +31,7 @@ from engine.ops.attention.base import AttentionSpec
 from engine.ops.attention.torch_paged import Backend
 
 PAGE_SIZE = 16
+KINDS = ("bfloat16", "float16", "int8")
 
 
 def metadata_of(batch: int, context: int) -> PagedMetadata:
@@ -77,21 +78,22 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
     spec, model_dtype = read_spec(directory), getattr(torch, args.dtype)
     load_format = "dummy" if args.model is None else "auto"
 
-    def load(dtype: torch.dtype) -> CausalLM:
-        cpu = torch.device("cpu")
-        return load_model(spec, directory, dtype=dtype, device=cpu, load_format=load_format, max_model_len=args.context)
-
     given = metadata_of(args.batch, args.context)
     pages = len(given.kv_indices)
     steps: dict[str, Callable[[], float]] = {}
     taken: dict[str, int] = {}
-    model = load(model_dtype)
+    model = load_model(
+        *(spec, directory),
+        dtype=model_dtype,
+        device=torch.device("cpu"),
+        load_format=load_format,
+        max_model_len=args.context,
+        packed_input_bits=args.packed_input_bits,
+    )
     attention = model.attention_spec
-    kinds = dict.fromkeys(((model_dtype, model_dtype), (torch.bfloat16, torch.bfloat16), (model_dtype, torch.int8)))
-    for dtype, kv_dtype in kinds:
-        name = str(kv_dtype).removeprefix("torch.")
-        own = model if dtype == model_dtype else load(dtype)
-        steps[name] = step_of(own, cache_of(attention, pages, dtype, kv_dtype), given)
+    for name in dict.fromkeys((args.dtype, *args.kinds)):
+        kv_dtype = getattr(torch, name)
+        steps[name] = step_of(model, cache_of(attention, pages, model_dtype, kv_dtype), given)
         taken[name] = attention.kv_bytes_per_token(kv_dtype)
     times: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(args.repeat + 1):
@@ -100,12 +102,13 @@ def measure(args: argparse.Namespace, directory: Path) -> None:
             if turn:
                 times[name].append(seconds)
     for name, values in times.items():
-        against = statistics.median(own / base for own, base in zip(values, times["bfloat16"], strict=True))
-        print(
-            f"{name:<9} {taken[name]:>8,} bytes a token, {taken['bfloat16'] / taken[name]:.2f} times the tokens of "
-            f"bfloat16; a step of {args.batch} rows of {args.context:,} tokens {1e3 * statistics.median(values):8.1f} "
-            f"ms, {against:.2f} times bfloat16's"
-        )
+        line = f"{name:<9} {taken[name]:>8,} bytes a token; a step of {args.batch} rows of {args.context:,} tokens "
+        line += f"{1e3 * statistics.median(values):8.1f} ms"
+        for base in ("float32", "bfloat16"):
+            if base in times and base != name:
+                ratio = statistics.median(own / other for own, other in zip(values, times[base], strict=True))
+                line += f"; {taken[base] / taken[name]:.2f} times the tokens, {ratio:.2f} times the step of {base}"
+        print(line)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -114,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--model", help="a model directory, GGUF file or hub id; else random weights of --shape")
     parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3.2-1b")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS, help="dtypes of the cache")
+    parser.add_argument("--packed-input-bits", type=int, choices=[8, 16], default=16)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=1)

@@ -1,7 +1,13 @@
 """How well a model foretells a text: `python -m bench.perplexity --model engine/demo --text FILE`.
 
 Offline through the Engine, or over HTTP (`--url http://127.0.0.1:8000`) by `echo` and `logprobs`, as lm-eval asks.
-`--compare` asks transformers too. The text is cut into windows; every token but the first of the text is scored
+`--compare` asks transformers too. `--floats` scores the same checkpoint once more with every weight as a float32 number
+and by torch's kernels: what a file's packed weights, rounded inputs and a smaller cache cost, such as SmolLM2's with
+inputs of eight bits:
+
+    python -m bench.perplexity --model FILE.gguf --text tests/real/text.txt --packed-input-bits 8 --floats
+
+The text is cut into windows; every token but the first of the text is scored
 once, with at least `window - stride` tokens before it (the Hugging Face way of striding).
 """
 
@@ -164,7 +170,12 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
             await run("http", score, ids, context)
         return report
     config = EngineConfig(
-        model=ModelOptions(path=args.model or str(DEMO), dtype=args.dtype, quantization=args.quantization),
+        model=ModelOptions(
+            path=args.model or str(DEMO),
+            dtype=args.dtype,
+            quantization=args.quantization,
+            packed_input_bits=args.packed_input_bits,
+        ),
         cache=CacheOptions(kv_cache_dtype=args.kv_cache_dtype),
         scheduler=SchedulerOptions(max_num_seqs=CONCURRENCY),
         device=args.device,
@@ -179,6 +190,13 @@ async def measure(args: argparse.Namespace) -> dict[str, object]:
         await run("offline", score, ids, context)
     if args.compare:
         await run("transformers", transformers_scorer(built.directory, args.dtype), ids, context)
+    if args.floats:
+        from engine.ops import native
+
+        model = ModelOptions(path=args.model or str(DEMO), dtype="float32", max_model_len=context)
+        with native.disabled():
+            async with offline(build_engine(dataclasses.replace(config, model=model, cache=CacheOptions()))) as score:
+                await run("floats", score, ids, context)
     if args.against is not None:
         model = ModelOptions(path=args.against, dtype=args.dtype, max_model_len=context)
         plain = dataclasses.replace(config, model=model, cache=CacheOptions())
@@ -192,7 +210,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.perplexity", description=__doc__)
     parser.add_argument("--model", help="a model directory or hub id (the demo model); with --url the served name")
     parser.add_argument("--quantization", default="auto", help="int8, int4 or fp8: what to round its weights to")
-    parser.add_argument("--kv-cache-dtype", default="auto", help="int8: of keys and values; not of --against")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="bfloat16, float16 or int8; not of --against")
+    parser.add_argument("--packed-input-bits", type=int, choices=[8, 16], default=16, help="not of --against")
+    parser.add_argument("--floats", action="store_true", help="the same weights as float32 numbers as well (CPU)")
     parser.add_argument("--against", help="another model of the same tokens, such as the one that this was made from")
     parser.add_argument("--url", help="score over HTTP instead: the server's address, without /v1")
     parser.add_argument("--api-key")
@@ -210,9 +230,12 @@ def main(argv: list[str] | None = None) -> int:
     except (StartupError, RuntimeError, ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for name in ("offline", "http", "transformers", "against"):
+    own: Any = report.get("offline")
+    for name in ("offline", "http", "transformers", "floats", "against"):
         if name in report:
-            print(f"{name:<13} perplexity {report[name]:.4f} over {report['tokens']} tokens, window {report['window']}")
+            value: Any = report[name]
+            line = f"{name:<13} perplexity {value:.4f} over {report['tokens']} tokens, window {report['window']}"
+            print(line if own is None or name == "offline" else f"{line}; offline is {own / value - 1:+.3%} of it")
     if args.json:
         args.json.write_text(json.dumps({"command": sys.argv, **report}, indent=2))
     return 0

@@ -58,8 +58,8 @@ class ModelOptions:
 class CacheOptions:
     """The KV cache. Size: num_pages, else kv_cache_bytes, else memory_fraction of what is free after the weights.
 
-    memory_fraction None means the executor's own sane share. kv_cache_dtype: auto (the model's), int8 (on a CPU), fp8
-    or fp8_e4m3 (on a GPU).
+    memory_fraction None means the executor's own sane share. kv_cache_dtype: auto (the model's), bfloat16, float16,
+    float32 or int8 (on a CPU), fp8 or fp8_e4m3 (on a GPU).
     """
 
     page_size: int = 16

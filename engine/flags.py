@@ -199,8 +199,8 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
     device.add_argument("--max-total-tokens", type=count, metavar="TOKENS", help="size of the KV cache in tokens")
     device.add_argument(
         "--kv-cache-dtype",
-        choices=["auto", "int8", "fp8", "fp8_e4m3"],
-        help="auto: the model's; int8 on a CPU (a scale for each token and head), fp8 on a GPU",
+        choices=[*sorted(_DTYPES), "int8", "fp8", "fp8_e4m3"],
+        help="auto: the model's; on a CPU bfloat16, float16 or int8 (a scale for each token and head), fp8 on a GPU",
     )
     device.add_argument("--page-size", "--block-size", dest="page_size", type=count, metavar="TOKENS")
 
@@ -378,7 +378,7 @@ def config_from(args: argparse.Namespace) -> EngineConfig:
             kv_cache_bytes=kv_bytes,
             memory_fraction=args.memory_fraction,
             **given(  # type: ignore[arg-type]
-                kv_cache_dtype=args.kv_cache_dtype,
+                kv_cache_dtype=_DTYPES.get(args.kv_cache_dtype, args.kv_cache_dtype),
                 enable_prefix_caching=args.prefix_caching,
                 eviction_policy=args.eviction_policy,
             ),

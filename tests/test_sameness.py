@@ -333,8 +333,13 @@ def check_it_happened(setting: Setting, answers: dict[str, Answer], *, has_state
 
 @pytest.mark.parametrize(
     ("name", "dtype", "kv_dtype"),
-    # The cache in eight bits where there are windows, too.
-    [*itertools.product(MODELS, DTYPES, (None,)), ("Gemma2", "bfloat16", torch.int8)],
+    [
+        *itertools.product(MODELS, DTYPES, (None,)),
+        # A cache of fewer bits where there are windows, too.
+        ("Gemma2", "bfloat16", torch.int8),
+        ("Gemma2", "float32", torch.bfloat16),
+        ("demo", "float32", torch.float16),
+    ],
 )
 async def test_same_bits(name: str, dtype: str, kv_dtype: torch.dtype | None, checkpoints: dict[str, Path]) -> None:
     model = load(checkpoints[name], DTYPES[dtype], deterministic=True)

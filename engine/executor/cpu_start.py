@@ -28,6 +28,7 @@ from engine.ops.packed import PackedLinear
 from engine.ops.state import held_bytes, state_bytes
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+KV_DTYPES = {**_DTYPES, "int8": torch.int8}
 # Share of the available memory that the KV cache takes when nothing was asked for: the rest is for activations,
 # other processes and the page cache that holds the checkpoint. It is touched as the cache fills, so what it comes to
 # take shows only later.
@@ -127,11 +128,12 @@ def paged_limits(
     num_pages = plan_memory(spec, kv_dtype, cache, sequences, given.context, groups, state_memory, beside)
     per_token = spec.kv_bytes_per_token(kv_dtype, groups) + beside
     kv_bytes = (num_pages + 1) * cache.page_size * per_token
+    chosen = cache.kv_cache_dtype != "auto"
     asked = (cache.num_pages, cache.kv_cache_bytes, cache.memory_fraction) != (None, None, None)
     given.report.row(
         "KV memory",
         f"up to {kv_bytes / 2**30:.2f} GiB{where}, taken as the cache fills"
-        + (f", in int8: {per_token:,} bytes a token" if kv_dtype == torch.int8 else "")
+        + (f", in {str(kv_dtype).removeprefix('torch.')}: {per_token:,} bytes a token" if chosen else "")
         + ("" if asked else f" (at most {DEFAULT_MEMORY_SHARE:.0%} of what is available; --kv-cache-gb sets it)"),
     )
     return Limits(
@@ -160,11 +162,16 @@ def pick_dtype(name: str = "auto") -> torch.dtype:
 
 def pick_kv_dtype(name: str, dtype: torch.dtype, *, keeps: bool = True) -> torch.dtype:
     """--kv-cache-dtype on a CPU: auto is the model's dtype. keeps: the model has keys and values to keep."""
-    if name not in ("auto", "int8"):
-        raise StartupError(f"--kv-cache-dtype {name}: on a CPU auto and int8 are known")
-    if name == "int8" and not keeps:
-        raise StartupError("--kv-cache-dtype int8: this model keeps no keys and values")
-    return torch.int8 if name == "int8" else dtype
+    if name == "auto":
+        return dtype
+    if name not in KV_DTYPES:
+        raise StartupError(f"--kv-cache-dtype {name}: on a CPU one of auto, {', '.join(KV_DTYPES)} is known")
+    if not keeps:
+        raise StartupError(f"--kv-cache-dtype {name}: this model keeps no keys and values")
+    found = KV_DTYPES[name]
+    if found == torch.float32 != dtype:
+        raise StartupError("--kv-cache-dtype float32 is for --dtype float32: wider than they are made says no more")
+    return found
 
 
 def available_cores() -> int:

@@ -214,10 +214,11 @@ def pick_dtype(name: str) -> torch.dtype:
 
 def pick_kv_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     """--kv-cache-dtype: auto is the model's dtype."""
-    if name == "auto":
+    if name == "auto" or _DTYPES.get(name) == dtype:
         return dtype
     if name not in KV_DTYPES:
-        raise StartupError(f"--kv-cache-dtype {name}: on a GPU one of auto, {', '.join(KV_DTYPES)} is known")
+        known = f"auto, {', '.join(KV_DTYPES)} and the model's own dtype are known"
+        raise StartupError(f"--kv-cache-dtype {name}: on a GPU {known}")
     return KV_DTYPES[name]
 
 

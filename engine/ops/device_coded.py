@@ -13,7 +13,7 @@ small chunks, behind a cached prefix, or in other company, differ by as much.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,9 +27,10 @@ from engine.ops.norm import Normed, plain
 from engine.ops.triton.runtime import on_gpu
 
 # What a code stands for, times the scale: integers of four bits from 0 on (of which 8 is taken, or `low` is added to
-# the product with the scale), of eight with a sign, and floats (OCP's e4m3 and e2m1).
-FORMS = ("int4", "int4 and low", "int8", "int8 and low", "e4m3", "e2m1")
-FOUR_BITS = ("int4", "int4 and low", "e2m1")
+# the product with the scale), of eight with a sign, floats (OCP's e4m3 and e2m1), and places in a table of 16 numbers,
+# which the products round to the model's dtype.
+FORMS = ("int4", "int4 and low", "int8", "int8 and low", "e4m3", "e2m1", "table")
+FOUR_BITS = ("int4", "int4 and low", "e2m1", "table")
 
 # From which on a GPU converts floats of eight bits.
 E4M3_CAPABILITY = (8, 9)
@@ -54,7 +55,7 @@ class Codes:
     """What stands for a weight [out_features, in_features]. form: one of FORMS.
 
     codes uint8 [out, in], or [out, in / 2] with blocks of `width` columns in pairs, of which the second has the high
-    halves. scale [in / (width n), out], low float32 the same or None: of n blocks each.
+    halves. scale [in / (width n), out], low float32 the same or None: of n blocks each. table: float32 [16].
     """
 
     form: str
@@ -63,6 +64,7 @@ class Codes:
     low: Tensor | None
     in_features: int
     width: int
+    table: Tensor | None = None
 
     @property
     def are_paired(self) -> bool:
@@ -71,7 +73,7 @@ class Codes:
 
     @property
     def num_bytes(self) -> int:
-        parts = (self.codes, self.scale, self.low)
+        parts = (self.codes, self.scale, self.low, self.table)
         return sum(part.numel() * part.element_size() for part in parts if part is not None)
 
 
@@ -119,12 +121,13 @@ class DeviceCodedLinear(Linear):
         pieces: Iterable[Piece],
         bias: Tensor | None = None,
         activation: str | None = None,
+        table: Sequence[float] | None = None,
     ) -> None:
         # What stands for the weight is never asked for its dtype or shape.
         super().__init__(torch.empty((1, 1), dtype=dtype), None, activation)
         self.out_features, self.in_features, self.dtype = rows, columns, dtype
         self.kind = "codes"
-        self.codes = codes_of(form, rows, columns, group, device, pieces)
+        self.codes = codes_of(form, rows, columns, group, device, pieces, table)
         self._bias = None if bias is None else bias.to(device)
         self.has_bias = bias is not None
         self.tiles: dict[int, Tile] = dict.fromkeys(TILE_ROWS, TILES[0])
@@ -216,10 +219,18 @@ class DeviceCodedLinear(Linear):
         return torch_numbers(self.codes, dtype, ids)
 
 
-def codes_of(form: str, rows: int, columns: int, group: int, device: torch.device, pieces: Iterable[Piece]) -> Codes:
+def codes_of(
+    form: str,
+    rows: int,
+    columns: int,
+    group: int,
+    device: torch.device,
+    pieces: Iterable[Piece],
+    table: Sequence[float] | None = None,
+) -> Codes:
     """Of a weight [rows, columns], which is given in pieces, from row 0 on; group: columns of a scale there, 16 or a
-    multiple of 32."""
-    assert form in FORMS and columns % group == 0
+    multiple of 32. table: 16 numbers, of the form that has one."""
+    assert form in FORMS and columns % group == 0 and (form == "table") == (table is not None)
     # Columns that are summed before a scale is taken to them.
     width = min(group, 32)
     pairs = form in FOUR_BITS and columns % (2 * width) == 0
@@ -233,7 +244,8 @@ def codes_of(form: str, rows: int, columns: int, group: int, device: torch.devic
         if lows is not None:
             assert low is not None
             lows[:, start:stop] = low.to(device).T
-    return Codes(form, codes, *_fewest(scales, lows), columns, width)
+    own_table = None if table is None else torch.tensor(table, dtype=torch.float32, device=device)
+    return Codes(form, codes, *_fewest(scales, lows), columns, width, own_table)
 
 
 def torch_numbers(given: Codes, dtype: torch.dtype, ids: Tensor | None = None) -> Tensor:
@@ -247,8 +259,9 @@ def torch_numbers(given: Codes, dtype: torch.dtype, ids: Tensor | None = None) -
         codes = torch.cat((bytes_ & 15, bytes_ >> 4), 2).view(len(codes), -1)
     if form == "e4m3":
         values = codes.view(torch.float8_e4m3fn).float()
-    elif form == "e2m1":
-        values = torch.tensor(TABLE, device=codes.device)[codes.int()]
+    elif form in ("e2m1", "table"):
+        table = torch.tensor(TABLE, device=codes.device) if given.table is None else given.table
+        values = table[codes.int()]
     elif form.startswith("int8"):
         values = codes.view(torch.int8).float()
     else:

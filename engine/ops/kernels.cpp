@@ -1,6 +1,6 @@
 // CPU kernels of the engine behind a plain C ABI, compiled at first use by native.py and called through ctypes.
 //
-// Storage is float32 or bfloat16 (as uint16), arithmetic is float32; AVX512-BF16, where it is, multiplies weights without
+// Storage is float32 or bfloat16 (as uint16), of keys and values float16 as well, arithmetic is float32; AVX512-BF16, where it is, multiplies weights without
 // widening them. One vector width VL is chosen at compile time (16 lanes with AVX512, 8 with AVX, else 4); GCC's vector
 // extensions lower it to whatever the machine has.
 // Every result of a row is a fixed sequence of operations that does not depend on the number of rows, their order,
@@ -58,12 +58,22 @@ typedef int64_t i64;
 namespace {
 
 enum { F32 = 0, BF16 = 1 };
+enum Pools { POOLS_BF16 = 1, POOLS_F16 = 2, POOLS_CODES = 3 };  // what keys and values are kept in, where it is not the model's type
 
 // ---------------------------------------------------------------- storage
 
 INLINE vf splat(float x) { return x - (vf){}; }
 INLINE vf load(const float* p) { return *(const vf_any*)p; }
-INLINE vf load(const bf16* p) { return (vf)(__builtin_convertvector((vh) * (const vh_any*)p, vu) << 16); }
+// Written out: GCC 12 widens short vectors in halves.
+INLINE vf load(const bf16* p) {
+#if defined(__AVX512F__) && VL == 16
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16);
+#elif defined(__AVX2__) && VL == 8
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16);
+#else
+    return (vf)(__builtin_convertvector((vh) * (const vh_any*)p, vu) << 16);
+#endif
+}
 INLINE void store(float* p, vf x) { *(vf_any*)p = x; }
 INLINE void store(bf16* p, vf x) {
     vu bits = (vu)x;
@@ -83,6 +93,56 @@ INLINE void store1(bf16* p, float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
     *p = x == x ? (bits + 0x7fff + ((bits >> 16) & 1)) >> 16 : ((bits >> 16) | 0x40);
+}
+// IEEE half precision, which keys and values alone may be kept in.
+struct f16 {
+    uint16_t bits;
+};
+INLINE vf load(const f16* p) {
+#if defined(__F16C__) && VL == 8
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX512F__) && VL == 16
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#else
+    const vu h = __builtin_convertvector((vh) * (const vh_any*)p, vu), most = h & 0x7fff;
+    const vu x = (vu)((vf)(most << 13) * 5.192296858534828e33f);  // 2^112: exact, below the normal numbers, too
+    return (vf)((most >= 0x7c00 ? (most << 13) | 0x7f800000u : x) | (h & 0x8000) << 16);
+#endif
+}
+INLINE float load1(const f16* p) {
+    const uint32_t most = p->bits & 0x7fff, sign = (uint32_t)(p->bits & 0x8000) << 16;
+    uint32_t bits = most << 13;
+    float x;
+    memcpy(&x, &bits, 4);
+    x *= 5.192296858534828e33f;
+    memcpy(&bits, &x, 4);
+    bits = (most >= 0x7c00 ? most << 13 | 0x7f800000u : bits) | sign;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE void store1(f16* p, float x) {  // to nearest, ties to even
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    const uint32_t sign = bits >> 16 & 0x8000, most = bits & 0x7fffffff;
+    if (most < 0x38800000) {  // steps of 2^-24, as those of floats from a half on are
+        float shifted;
+        memcpy(&shifted, &most, 4);
+        shifted += 0.5f;
+        memcpy(&bits, &shifted, 4);
+        p->bits = (uint16_t)(sign | (bits - 0x3f000000));
+    } else {
+        const uint32_t rounded = (most - 0x38000000 + 0xfff + (most >> 13 & 1)) >> 13;
+        p->bits = (uint16_t)(sign | (most > 0x7f800000 ? 0x7e00 : most >= 0x477ff000 ? 0x7c00 : rounded));
+    }
+}
+INLINE void store(f16* p, vf x) {
+#if defined(__F16C__) && VL == 8
+    _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX512F__) && VL == 16
+    _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#else
+    for (int i = 0; i < VL; i++) store1(p + i, x[i]);
+#endif
 }
 template <class T>
 INLINE vf load_part(const T* p, i64 n) {
@@ -372,25 +432,43 @@ struct Plain {
     MEMBER bool one_row(const float*, i64, int, C*, int) const { return false; }
 };
 
-// Weights as small integers or floats. Every CODE_BLOCK of them along K has a scale, and with Low a number that is added. A panel holds
+// Weights as small integers or floats. Every `span` of them along K has a scale, and with Low a number that is added. A panel holds
 // for each block the scales of its columns, those numbers, and words: lane j of one holds 32 / Bits codes of column j. A weight is
-// (q - 8) * scale, q * scale + low (4 bits without a sign) or q * scale (+ low) (8 bits with one, or the number of an e4m3 float),
-// each operation rounded, so that sums have the same bits as with such weights in float32.
-constexpr int CODE_BLOCK = 32;
-template <int Bits_, bool Low_, bool Floats = false>
+// (q - 8) * scale, q * scale + low (4 bits without a sign), q * scale (+ low) (8 bits with one, or the number of an e4m3 float) or
+// table[q] * scale (4 bits; the table stands before the first panel), each operation rounded, so that sums have the same bits as
+// with such weights in float32.
+enum Meaning { INTEGERS, FLOATS, PLACES };
+template <int Bits_, bool Low_, Meaning What = INTEGERS, int Span = 32>
 struct Codes {
     typedef float Weight;
     static constexpr bool streams = false;
-    static constexpr int Bits = Bits_;
+    static constexpr int Bits = Bits_, span = Span;
     static constexpr bool Low = Low_;
-    static constexpr int per = 32 / Bits, words = CODE_BLOCK / per;
+    static constexpr int per = 32 / Bits, words = span / per;
     static constexpr size_t block = (size_t)NR * (1 + Low + words);  // in words of 32 bits
     const uint32_t* w;
     i64 blocks;  // along K
 
+    // Number J of a word, whose place in the table is taken without the bits above.
     template <int J>
-    static MEMBER vf number(vu word) {
-        if (Floats) {  // the bits of 2^-120 times the number
+    static MEMBER vf looked_up(const float* table, vu word) {
+        const vu place = word >> (4 * J);
+#if defined(__AVX512F__) && VL == 16
+        return (vf)_mm512_permutexvar_ps((__m512i)place, _mm512_loadu_ps(table));
+#elif defined(__AVX2__) && VL == 8
+        const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)place);
+        const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)place);
+        return (vf)_mm256_blendv_ps(low, high, (__m256)(word << (28 - 4 * J)));
+#else
+        vf x;
+        for (int i = 0; i < VL; i++) x[i] = table[place[i] & 15];
+        return x;
+#endif
+    }
+    template <int J>
+    MEMBER vf number(vu word) const {
+        if constexpr (What == PLACES) return looked_up<J>((const float*)w - 16, word);
+        if (What == FLOATS) {  // the bits of 2^-120 times the number
             const vu top = word << (24 - 8 * (J & 3));
             return (vf)((top & 0x80000000u) | ((top >> 4) & 0x07f00000u)) * 0x1p120f;
         }
@@ -400,8 +478,8 @@ struct Codes {
     }
     static MEMBER vf weight(vf q, vf scale, vf low) { return Low ? q * scale + low : q * scale; }
 
-    // One block of a panel as [CODE_BLOCK][NR] floats.
-    static MEMBER void widen(const uint32_t* at, float* out) {
+    // One block of a panel as [span][NR] floats.
+    MEMBER void widen(const uint32_t* at, float* out) const {
         for (int h = 0; h < NR; h += VL) {
             const vf scale = load((const float*)at + h), low = Low ? load((const float*)at + NR + h) : vf{};
             const uint32_t* codes = at + NR * (1 + Low) + h;
@@ -425,23 +503,23 @@ struct Codes {
         stride = (size_t)KC * NR;
         float* out = (float*)scratch<3>(4 * stride * sizeof(float));
         for (int i = 0; i < count; i++) {
-            const uint32_t* from = w + ((p + i) * blocks + k / CODE_BLOCK) * block;
-            for (int b = 0; b < steps; b += CODE_BLOCK, from += block) widen(from, out + i * stride + (size_t)b * NR);
+            const uint32_t* from = w + ((p + i) * blocks + k / span) * block;
+            for (int b = 0; b < steps; b += span, from += block) widen(from, out + i * stride + (size_t)b * NR);
         }
         return out;
     }
 
     // The products of one row x with P panels from p on, by the same operations as the general way has.
     template <int P, int J>
-    static MEMBER void step(const float* x, const vu* word, const vf* scale, const vf* low, vf* acc) {
+    MEMBER void step(const float* x, const vu* word, const vf* scale, const vf* low, vf* acc) const {
         const vf a = splat(x[J]);
         for (int i = 0; i < 2 * P; i++) acc[i] = fma(a, weight(number<J>(word[i]), scale[i], low[i]), acc[i]);
     }
     template <int P>
     void row(const float* x, const uint32_t* const from, float* c) const {
-        for (i64 k = 0; k < blocks; k += KC / CODE_BLOCK) {
+        for (i64 k = 0; k < blocks; k += KC / span) {
             vf acc[2 * P] = {};
-            for (i64 b = k; b < std::min(blocks, k + KC / CODE_BLOCK); b++) {
+            for (i64 b = k; b < std::min(blocks, k + KC / span); b++) {
                 const uint32_t* at[P];
                 vf scale[2 * P], low[2 * P];
                 for (int i = 0; i < 2 * P; i++) {
@@ -449,7 +527,7 @@ struct Codes {
                     scale[i] = load((const float*)at[i / 2] + i % 2 * VL);
                     low[i] = Low ? load((const float*)at[i / 2] + NR + i % 2 * VL) : vf{};
                 }
-                const float* xb = x + b * CODE_BLOCK;
+                const float* xb = x + b * span;
                 for (int r = 0; r < words; r++, xb += per) {
                     vu word[2 * P];
                     for (int i = 0; i < 2 * P; i++)
@@ -581,10 +659,10 @@ void unpack_rows(const W* packed, i64 K, const void* ids, bool wide, i64 count, 
     });
 }
 
-// codes [N, K]: one in a byte. scale, low: [N, K / CODE_BLOCK].
+// codes [N, K]: one in a byte. scale, low: [N, K / C::span].
 template <class C>
 void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 N, i64 K, uint32_t* out, int threads) {
-    const i64 blocks = K / CODE_BLOCK;
+    const i64 blocks = K / C::span;
     parallel((N + NR - 1) / NR, threads, [&](i64 p) {
         uint32_t* to = out + p * blocks * C::block;
         memset(to, 0, blocks * C::block * 4);
@@ -594,7 +672,7 @@ void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 
                 uint32_t* at = to + b * C::block + j;
                 memcpy(at, scale + n * blocks + b, 4);
                 if (C::Low) memcpy(at + NR, low + n * blocks + b, 4);
-                const uint8_t* from = codes + n * K + b * CODE_BLOCK;
+                const uint8_t* from = codes + n * K + b * C::span;
                 for (int r = 0; r < C::words; r++, from += C::per) {
                     uint32_t word = 0;
                     for (int i = 0; i < C::per; i++) word |= (uint32_t)from[i] << (C::Bits * i);
@@ -607,7 +685,8 @@ void pack_codes(const uint8_t* codes, const float* scale, const float* low, i64 
 
 template <class C, class O>
 void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, O* out, int threads) {
-    const i64 blocks = K / CODE_BLOCK;
+    const i64 blocks = K / C::span;
+    const C source{w, blocks};
     parallel(count, limit_threads(threads, (double)count * K, 65536), [&](i64 i) {
         const i64 n = wide ? ((const i64*)ids)[i] : ((const int32_t*)ids)[i];
         for (i64 b = 0; b < blocks; b++) {
@@ -615,11 +694,11 @@ void code_rows(const uint32_t* w, i64 K, const void* ids, bool wide, i64 count, 
             float scale, low = 0;
             memcpy(&scale, at, 4);
             if (C::Low) memcpy(&low, at + NR, 4);
-            for (int k = 0; k < CODE_BLOCK; k++) {
+            for (int k = 0; k < C::span; k++) {
                 // The code that is to be first in its word, by what widens a whole panel.
                 const uint32_t word = at[NR * (1 + C::Low + k / C::per)] >> (C::Bits * (k % C::per));
-                const float product = C::template number<0>(vu{} + word)[0] * scale;
-                store1(out + i * K + b * CODE_BLOCK + k, C::Low ? product + low : product);
+                const float product = source.template number<0>(vu{} + word)[0] * scale;
+                store1(out + i * K + b * C::span + k, C::Low ? product + low : product);
             }
         }
     });
@@ -725,6 +804,7 @@ void rope(T* x, i64 ldx, i64 tokens, i64 heads, i64 D, const float* cos_sin, i64
 constexpr int BLOCK = 64;
 constexpr int SPLIT = 512;
 constexpr int TILE_ROWS = 64;  // queries of one task, times the heads of their group
+constexpr int IN_PLACE = 4;    // rows of a head up to which 16-bit keys and values are widened as they are read
 constexpr bool WIDE = VL == 16;  // 32 registers: 16 sums at a time
 
 struct Step {
@@ -773,11 +853,11 @@ INLINE void fold8(const vf* acc, float* out) {
 }
 
 // s[r][t] = q[r] . k[t] for R rows and C keys at a time, n keys (a multiple of 8, padded by the caller).
-template <int R, int C>
-INLINE void scores(const float* q, const float* const* k, int n, int depth, float* s) {
+template <int R, int C, class K>
+INLINE void scores(const float* q, const K* const* k, int n, int depth, float* s) {
     for (int t = 0; t < n; t += C) {
         vf acc[R * C] = {};
-        const float* key[C];
+        const K* key[C];
         for (int c = 0; c < C; c++) key[c] = k[t + c];
         for (int d = 0; d < depth; d += VL) {
             vf b[C];
@@ -793,14 +873,34 @@ INLINE void scores(const float* q, const float* const* k, int n, int depth, floa
     }
 }
 
+// The same for all rows.
+template <class K>
+INLINE void all_scores(const float* q, const K* const* k, int rows, int n, int depth, float* s) {
+    int r = 0;
+    for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(q + r * depth, k, n, depth, s + r * BLOCK);
+    for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(q + r * depth, k, n, depth, s + r * BLOCK);
+    for (; r + 4 <= rows && sizeof(K) == 2; r += 4) scores<4, 2>(q + r * depth, k, n, depth, s + r * BLOCK);  // widened less often
+    for (; r + 2 <= rows; r += 2) scores<2, 4>(q + r * depth, k, n, depth, s + r * BLOCK);
+    if (r < rows) scores<1, 8>(q + r * depth, k, n, depth, s + r * BLOCK);
+}
+
 // o[r] = o[r] * alpha[r] + sum_t p[r][t] * v[t], t in order, for R rows and V vectors of depth from d on.
-template <int R, int V>
-INLINE void accumulate_part(float* o, const float* alpha, const float* p, const float* const* v, int t0, int t1, int depth, int d) {
+template <int R, int V, class K>
+INLINE void accumulate_part(float* o, const float* alpha, const float* p, const K* const* v, int t0, int t1, int depth, int d) {
     vf acc[R][V];
     for (int r = 0; r < R; r++)
         for (int i = 0; i < V; i++) acc[r][i] = load(o + r * depth + d + i * VL) * alpha[r];
     for (int t = t0; t < t1; t++) {
         vf b[V];
+        if (R < V) {  // the weights stay in registers: twelve sums leave room for four more
+            vf a[R];
+            for (int r = 0; r < R; r++) a[r] = splat(p[r * BLOCK + t]);
+            for (int i = 0; i < V; i++) {
+                const vf x = load(v[t] + d + i * VL);
+                for (int r = 0; r < R; r++) acc[r][i] = fma(a[r], x, acc[r][i]);
+            }
+            continue;
+        }
         for (int i = 0; i < V; i++) b[i] = load(v[t] + d + i * VL);
         for (int r = 0; r < R; r++) {
             vf a = splat(p[r * BLOCK + t]);
@@ -811,13 +911,22 @@ INLINE void accumulate_part(float* o, const float* alpha, const float* p, const 
         for (int i = 0; i < V; i++) store(o + r * depth + d + i * VL, acc[r][i]);
 }
 // The same for all rows; a row's last key is before end(r). The values of one run of vectors stay in L1 meanwhile.
-template <int V, class End>
-INLINE void accumulate(float* o, const float* alpha, const float* p, const float* const* v, int rows, int t0, End end, int depth, int d) {
+template <int V, class K, class End>
+INLINE void accumulate(float* o, const float* alpha, const float* p, const K* const* v, int rows, int t0, End end, int depth, int d) {
     int r = 0;
-    for (; r + 4 <= rows && WIDE; r += 4)
+    for (; r + 4 <= rows && (WIDE || V <= 2); r += 4)
         accumulate_part<4, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 3), depth, d);
+    if (rows - r == 3 && V <= 4) return accumulate_part<3, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 2), depth, d);
     for (; r + 2 <= rows; r += 2) accumulate_part<2, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r + 1), depth, d);
     if (r < rows) accumulate_part<1, V>(o + r * depth, alpha + r, p + r * BLOCK, v, t0, end(r), depth, d);
+}
+template <class K, class End>
+INLINE void accumulate_all(float* o, const float* alpha, const float* p, const K* const* v, int rows, int t0, End end, int depth) {
+    int d = 0;
+    for (; rows >= 4 && sizeof(K) == 2 && !WIDE && d + 2 * VL <= depth; d += 2 * VL) accumulate<2>(o, alpha, p, v, rows, t0, end, depth, d);
+    for (; rows == 1 && d + 8 * VL <= depth; d += 8 * VL) accumulate<8>(o, alpha, p, v, 1, t0, end, depth, d);
+    for (; d + 4 * VL <= depth; d += 4 * VL) accumulate<4>(o, alpha, p, v, rows, t0, end, depth, d);
+    for (; d < depth; d += VL) accumulate<1>(o, alpha, p, v, rows, t0, end, depth, d);
 }
 
 // Merge the state (m, l, o) of a later split into (M, L, O); an untouched side has m = -inf.
@@ -836,22 +945,24 @@ INLINE void merge(float& M, float& L, float* O, float m, float l, const float* o
     for (int d = 0; d < depth; d += VL) store(O + d, fma(load(O + d), a, load(o + d) * b));
 }
 
-// Keys or values, D numbers each, of positions [p0, p1) of a row as pointers to `depth` floats each.
-template <class T>
+// Keys or values, D numbers each, of positions [p0, p1) of a row as pointers to `depth` numbers each: where they are, or, for
+// `copy`, to floats in the buffer.
+template <class T, class O>
 INLINE void gather(const T* pool, const Step& s, i64 D, i64 stride, const int32_t* pages, int kv_head, int p0, int p1, int depth, bool copy,
-                   float* buffer, const float** out) {
+                   float* buffer, const O** out) {
     i64 page = p0 / s.page_size, offset = p0 % s.page_size;
     const T* at = nullptr;
     for (int i = 0; i < p1 - p0; i++) {
         if (!at) at = pool + ((i64)pages[page] * s.page_size + offset) * stride + kv_head * D;
-        if (sizeof(T) == 4 && !copy) {
-            out[i] = (const float*)at;
-        } else {
-            float* to = buffer + i * depth;
-            int d = 0;
-            for (; d + VL <= D; d += VL) store(to + d, load(at + d));
-            if (d < D) store(to + d, load_part(at + d, D - d));
-            out[i] = to;
+        if constexpr (std::is_same<T, O>::value) out[i] = at;
+        if constexpr (std::is_same<float, O>::value) {
+            if (copy) {
+                float* to = buffer + i * depth;
+                int d = 0;
+                for (; d + VL <= D; d += VL) store(to + d, load(at + d));
+                if (d < D) store(to + d, load_part(at + d, D - d));
+                out[i] = to;
+            }
         }
         at += stride;
         if (++offset == s.page_size) {
@@ -919,6 +1030,7 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
     float *kbuf = O + (size_t)all * vdepth, *vbuf = kbuf + BLOCK * depth, *p = vbuf + BLOCK * vdepth;
     float *alpha = p + rows * BLOCK, *m = alpha + rows, *l = m + all, *M = l + all, *L = M + all;
     const float *keys[BLOCK], *values[BLOCK];
+    const P *narrow_keys[BLOCK], *narrow_values[BLOCK];  // where they are widened as they are read
 
     Coded<P> coded(s, task, pages, all);
     for (int r = 0; r < all; r++) {
@@ -933,8 +1045,9 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
     auto start = [&](int r) { return s.start(position0 + task.q0 + r / G); };
     const int from = start(0), to = last(rows - 1);
     const bool few = rows <= 16;  // more rows use a block often enough to hide its latency
-    // f32 keys and values are read in place where few rows use them.
-    const bool copy_k = rows > 8 || D != depth, copy_v = rows > 8 || V != vdepth;
+    // Keys and values are read in place where few rows use them: narrow ones would be widened for each of their tiles.
+    const bool narrow = sizeof(P) == 2 && rows <= IN_PLACE && D == depth && V == vdepth;
+    const bool copy_k = sizeof(P) == 2 || rows > 8 || D != depth, copy_v = sizeof(P) == 2 || rows > 8 || V != vdepth;
 
     for (int split = task.split0; split < task.split1; split++) {
         const int s0 = std::max(split * SPLIT, from / BLOCK * BLOCK), s1 = std::min((split + 1) * SPLIT, to);
@@ -951,23 +1064,26 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                 if (few) fetch(k_pool, v_pool, s, pages, task, b1 + next * h / heads, b1 + next * (h + 1) / heads);
                 const float* qh = qf + (size_t)h * rows * depth;
                 float *oh = o + (size_t)h * rows * vdepth, *mh = m + h * rows, *lh = l + h * rows;
-                int r = 0;
+                [[maybe_unused]] auto found = [&](auto** k, auto** v) {
+                    const int front = first - b0;
+                    gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, k + front);
+                    if (v_pool == k_pool) std::copy(k + front, k + n, v + front);  // V is the front of K
+                    else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, v + front);
+                    for (int t = 0; t < front; t++) k[t] = k[front], v[t] = v[front];
+                    for (int t = n; t < padded; t++) k[t] = k[n - 1];
+                    all_scores(qh, k, rows, padded, depth, p);
+                };
                 if constexpr (Coded<P>::is) {
                     if (h == 0) coded.find(k_pool, v_pool, first, b0, b1, padded);
                     coded.scores(h, rows, padded, p);
+                } else if constexpr (sizeof(P) == 2) {
+                    if (narrow) found(narrow_keys, narrow_values);
+                    else found(keys, values);
                 } else {
-                    gather(k_pool, s, D, s.k_stride, pages, task.head0 + h, first, b1, depth, copy_k, kbuf, keys + (first - b0));
-                    if (v_pool == k_pool) std::copy(keys + (first - b0), keys + n, values + (first - b0));  // V is the front of K
-                    else gather(v_pool, s, V, s.v_stride, pages, task.head0 + h, first, b1, vdepth, copy_v, vbuf, values + (first - b0));
-                    for (int t = 0; t < first - b0; t++) keys[t] = keys[first - b0], values[t] = values[first - b0];
-                    for (int t = n; t < padded; t++) keys[t] = keys[n - 1];
-                    for (; r + 8 <= rows && WIDE; r += 8) scores<8, 2>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                    for (; r + 4 <= rows && WIDE; r += 4) scores<4, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                    for (; r + 2 <= rows; r += 2) scores<2, 4>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
-                    if (r < rows) scores<1, 8>(qh + r * depth, keys, padded, depth, p + r * BLOCK);
+                    found(keys, values);
                 }
 
-                for (r = 0; r < rows; r++) {
+                for (int r = 0; r < rows; r++) {
                     float* row = p + r * BLOCK;
                     const int t0 = std::max(start(r) - b0, 0), t1 = std::min(last(r) - b0, n);
                     alpha[r] = 1;
@@ -1005,10 +1121,12 @@ void run_task(const Task& task, const Step& s, const T* q, i64 ldq, T* out, cons
                         continue;
                     }
                 }
-                int d = 0;
-                for (; rows == 1 && d + 8 * VL <= vdepth; d += 8 * VL) accumulate<8>(oh, alpha, p, values, 1, first - b0, end, vdepth, d);
-                for (; d + 4 * VL <= vdepth; d += 4 * VL) accumulate<4>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
-                for (; d < vdepth; d += VL) accumulate<1>(oh, alpha, p, values, rows, first - b0, end, vdepth, d);
+                if constexpr (sizeof(P) == 2)
+                    if (narrow) {
+                        accumulate_all(oh, alpha, p, narrow_values, rows, first - b0, end, vdepth);
+                        continue;
+                    }
+                accumulate_all(oh, alpha, p, values, rows, first - b0, end, vdepth);
             }
         }
         if (task.partial >= 0) {  // one split: its state goes to memory and is merged later in the same way
@@ -1093,8 +1211,20 @@ void attend(const Step& s, const T* q, i64 ldq, T* out, const P* k_pool, const P
     }
 }
 
+// n numbers as the pools have them.
+template <class T, class P>
+INLINE void convert(const T* x, P* to, i64 n) {
+    if constexpr (std::is_same<T, P>::value) {
+        memcpy(to, x, n * sizeof(T));
+    } else {
+        i64 i = 0;
+        for (; i + VL <= n; i += VL) store(to + i, load(x + i));
+        if (i < n) store_part(to + i, load_part(x + i, n - i), n - i);
+    }
+}
+
 // New keys and values, where there are any, go to their slots (keys rotated where cos_sin is given), and the queries are
-// rotated in place. P: what the pools hold, T or codes.
+// rotated in place. P: what the pools hold, T, 16 bits or codes.
 template <class T, class P>
 void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64 ldv, i64 tokens, const i64* slots, P* k_pool, P* v_pool,
               const float* cos_sin, i64 rot, const int32_t* positions, int threads) {
@@ -1105,9 +1235,9 @@ void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64
         T* turned = (T*)scratch<9>(D * sizeof(T));
         for (i64 t = c * chunk; t < std::min(tokens, (c + 1) * chunk); t++) {
             P *to = k_pool + slots[t] * s.k_stride, *value = v_pool + slots[t] * s.v_stride;
-            if constexpr (std::is_same<T, P>::value) {
-                if (v) memcpy(value, v + t * ldv, v_size * sizeof(T));
-                if (k && !cos_sin) memcpy(to, k + t * ldk, k_size * sizeof(T));
+            if constexpr (!Coded<P>::is) {
+                if (v) convert(v + t * ldv, value, v_size);
+                if (k && !cos_sin) convert(k + t * ldk, to, k_size);
             } else {
                 for (i64 h = 0; v && h < s.kv_heads; h++) write_codes(v + t * ldv + h * s.V, s.V, s.V, value, v_size, h, 1);
             }
@@ -1116,6 +1246,11 @@ void write_kv(const Step& s, T* q, i64 ldq, const T* k, i64 ldk, const T* v, i64
                 const T* key = k + t * ldk + h * D;
                 if constexpr (std::is_same<T, P>::value) {
                     if (angle) rope_head(key, to + h * D, angle, rot, D);
+                } else if constexpr (!Coded<P>::is) {
+                    if (angle) {
+                        rope_head(key, turned, angle, rot, D);
+                        convert(turned, to + h * D, D);
+                    }
                 } else {
                     if (angle) rope_head(key, turned, angle, rot, D);
                     write_codes(angle ? turned : key, D, s.split, to, k_size, h, parts);
@@ -1571,18 +1706,20 @@ EXPORT void ol_linear(int64_t type, const void* x, int64_t ldx, int64_t M, int64
 }
 
 // By the numbers of ops/coded.py.
-#define BY_CODES(form, statement)                             \
-    switch (form) {                                           \
-        case 0: { typedef Codes<4, false> C; statement; }     \
-        case 1: { typedef Codes<4, true> C; statement; }      \
-        case 2: { typedef Codes<8, false> C; statement; }     \
-        case 3: { typedef Codes<8, true> C; statement; }      \
-        default: { typedef Codes<8, false, true> C; statement; } \
+#define BY_CODES(form, statement)                                     \
+    switch (form) {                                                   \
+        case 0: { typedef Codes<4, false> C; statement; }             \
+        case 1: { typedef Codes<4, true> C; statement; }              \
+        case 2: { typedef Codes<8, false> C; statement; }             \
+        case 3: { typedef Codes<8, true> C; statement; }              \
+        case 4: { typedef Codes<8, false, FLOATS> C; statement; }     \
+        case 5: { typedef Codes<4, false, PLACES> C; statement; }     \
+        default: { typedef Codes<4, false, PLACES, 16> C; statement; } \
     }
 
-// In words of 32 bits.
+// In words of 32 bits; without a table.
 EXPORT int64_t ol_codes_size(int64_t form, int64_t N, int64_t K) {
-    BY_CODES(form, return (N + NR - 1) / NR * (K / CODE_BLOCK) * C::block)
+    BY_CODES(form, return (N + NR - 1) / NR * (K / C::span) * C::block)
 }
 
 EXPORT void ol_pack_codes(int64_t form, const void* codes, const float* scale, const float* add, int64_t N, int64_t K, void* out,
@@ -1598,7 +1735,7 @@ EXPORT void ol_code_rows(int64_t form, int64_t type, const void* w, int64_t K, c
 // x and out are of one type.
 EXPORT void ol_linear_codes(int64_t form, int64_t type, const void* x, int64_t ldx, int64_t M, int64_t K, const void* w, int64_t N,
                             const float* bias, void* out, int64_t ldo, int64_t threads) {
-    BY_CODES(form, const C source{(const uint32_t*)w COMMA K / CODE_BLOCK};
+    BY_CODES(form, const C source{(const uint32_t*)w COMMA K / C::span};
              BY_TYPE(type, return linear((const T*)x, ldx, M, K, source, N, bias, (T*)out, ldo, (int)threads)))
 }
 
@@ -1712,7 +1849,7 @@ struct AttentionStep {  // ops/attention/torch_paged.py builds it once a step
     const int32_t *qo_indptr, *kv_indptr, *kv_indices, *last_page_len, *positions;
     const int64_t* kv_slots;
     int64_t rows, tokens, heads, kv_heads, head_dim, value_dim, k_stride, v_stride, page_size, both, type, threads;
-    int64_t codes, split;  // keys and values in eight bits
+    int64_t pools, split;  // Pools, or 0; of a key in codes, see Step
     float scale, softcap;
 };
 
@@ -1726,7 +1863,12 @@ EXPORT void ol_attention(const AttentionStep* a, void* q, int64_t ldq, const voi
     write_kv(s, (T*)q, ldq, (const T*)k, ldk, (const T*)v, ldv, a->tokens, a->kv_slots, (P*)k_pool, (P*)v_pool, cos_sin, rot,       \
              a->positions, threads);                                                                                               \
     attend(s, (const T*)q, ldq, (T*)out, (const P*)k_pool, (const P*)v_pool, threads);
-    BY_TYPE(a->type, if (a->codes) { WITH_POOLS(int8_t) } else { WITH_POOLS(T) })
+    BY_TYPE(a->type, switch (a->pools) {
+        case POOLS_CODES: { WITH_POOLS(int8_t) break; }
+        case POOLS_F16: { WITH_POOLS(f16) break; }
+        case POOLS_BF16: { WITH_POOLS(bf16) break; }
+        default: { WITH_POOLS(T) }
+    })
 #undef WITH_POOLS
 }
 

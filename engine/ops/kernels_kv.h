@@ -206,8 +206,8 @@ struct Coded<int8_t> {
             int32_t dots[4 * BLOCK];
             for (int r = 0; r < rows;) {
                 const int16_t* from = qh + (size_t)r * ldq + at;
-                const int now = WIDE && r + 4 <= rows ? 4 : r + 2 <= rows ? 2 : 1;
-                if (now == 4) dot_codes<4, 4>(from, ldq, keys, offset, filled, depth, dots);
+                const int now = r + 4 <= rows ? 4 : r + 2 <= rows ? 2 : 1;
+                if (now == 4) dot_codes<4, WIDE ? 4 : 2>(from, ldq, keys, offset, filled, depth, dots);
                 else if (now == 2) dot_codes<2, 4>(from, ldq, keys, offset, filled, depth, dots);
                 else dot_codes<1, 8>(from, ldq, keys, offset, filled, depth, dots);
                 for (int i = 0; i < now; i++, r++) {

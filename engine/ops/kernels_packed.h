@@ -301,7 +301,7 @@ void pack_blocks(const uint8_t* const* rows, i64 N, i64 K, uint8_t* out, i64* ba
             for (i64 s = 0; s < supers; s++) {
                 Split split;
                 F::split(row + s * F::size, split);
-                if (!F::power && ((split.d & 0x7c00) == 0x7c00 || (F::low && (split.m & 0x7c00) == 0x7c00))) wrong = p * NR + j;
+                if (F::power ? split.d == 255 : ((split.d & 0x7c00) == 0x7c00 || (F::low && (split.m & 0x7c00) == 0x7c00))) wrong = p * NR + j;
                 uint8_t* at = to + s * L::bytes;
                 if (F::power) at[j] = (uint8_t)split.d;
                 else memcpy(at + 2 * j, &split.d, 2);

@@ -183,7 +183,7 @@ def coded_weights(dtype: torch.dtype, rows: int) -> None:
         codes = torch.empty((2048, 1024 if form in FOUR_BITS else 2048), dtype=torch.uint8)
         scale = torch.empty((64, 2048), dtype=torch.bfloat16 if form == "e2m1" else torch.float16)
         low = torch.empty((64, 2048), dtype=torch.float32) if form.endswith("low") else None
-        weight = Codes(form, codes, scale, low, 2048, 32)
+        weight = Codes(form, codes, scale, low, 2048, 32, torch.empty(16) if form == "table" else None)
         x, bias = torch.empty((rows, 2048), dtype=dtype), torch.empty(2048, dtype=dtype)
         for tile in TILES if form in ("int4", "e4m3") else TILES[:1]:
             coded.coded_product(x, weight, bias, (tile_rows(rows), *tile))
@@ -205,7 +205,7 @@ def coded_experts(dtype: torch.dtype, rows: int) -> None:
         dtype = torch.bfloat16 if form == "e2m1" else torch.float16
         scale = torch.empty((columns // 32, 16 * matrix_rows), dtype=dtype)
         low = torch.empty(scale.shape, dtype=torch.float32) if form.endswith("low") else None
-        return Codes(form, codes, scale, low, columns, 32)
+        return Codes(form, codes, scale, low, columns, 32, torch.empty(16) if form == "table" else None)
 
     x, logits = torch.empty((rows, 2048), dtype=dtype), torch.empty((rows, 16), dtype=dtype)
     clamped = Clamped(7.0, 1.7), (torch.empty((16, 1536), dtype=dtype), torch.empty((16, 2048), dtype=dtype))

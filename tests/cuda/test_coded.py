@@ -20,7 +20,8 @@ from engine.ops.triton import coded  # noqa: E402
 
 # The interpreter cannot multiply matrices of bfloat16.
 NARROW = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16
-MANY = {"int4": 16, "int4 and low": 16, "int8": 256, "int8 and low": 256, "e4m3": 256, "e2m1": 16}
+MANY = {"int4": 16, "int4 and low": 16, "int8": 256, "int8 and low": 256, "e4m3": 256, "e2m1": 16, "table": 16}
+TABLE = torch.linspace(-1, 1, 16).pow(3).tolist()
 
 
 def pieces(form: str, rows: int, columns: int, group: int, *, exact: bool = False) -> list[Piece]:
@@ -50,6 +51,8 @@ def meant(form: str, given: list[Piece]) -> Tensor:
         elif form == "e2m1":
             sizes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])[(codes & 7).int()]
             values = torch.where(codes >= 8, -sizes, sizes)
+        elif form == "table":
+            values = torch.tensor(TABLE)[codes.int()]
         elif form.startswith("int8"):
             values = torch.where(codes >= 128, codes.int() - 256, codes.int()).float()
         else:
@@ -63,7 +66,8 @@ def layer(
     form: str, given: list[Piece], group: int, dtype: torch.dtype, bias: Tensor | None = None
 ) -> DeviceCodedLinear:
     rows, columns = given[-1][1], given[0][2].shape[1]
-    return DeviceCodedLinear(form, rows, columns, group, dtype, DEVICE, given, bias)
+    table = TABLE if form == "table" else None
+    return DeviceCodedLinear(form, rows, columns, group, dtype, DEVICE, given, bias, table=table)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -20,7 +20,7 @@ from engine.ops.device_coded import FORMS, Codes, codes_of, codes_of_mxfp4, torc
 from engine.ops.experts import CODED_MANY, CODED_TILES, Mixture, coded_rows, torch_mix_experts  # noqa: E402
 from engine.ops.mxfp4 import dequantised  # noqa: E402
 from engine.ops.triton import coded, experts  # noqa: E402
-from tests.cuda.test_coded import NARROW, pieces  # noqa: E402
+from tests.cuda.test_coded import NARROW, TABLE, pieces  # noqa: E402
 
 COUNT, HIDDEN, INNER = 3, 128, 96
 CLAMPED = Clamped(1.5, 1.7)
@@ -29,7 +29,8 @@ WAY = (16, (64, 1, 2))
 
 
 def stack(form: str, rows: int, columns: int, group: int, count: int = COUNT) -> Codes:
-    return codes_of(form, count * rows, columns, group, DEVICE, pieces(form, count * rows, columns, group))
+    given, table = pieces(form, count * rows, columns, group), TABLE if form == "table" else None
+    return codes_of(form, count * rows, columns, group, DEVICE, given, table)
 
 
 def numbers(codes: Codes, count: int = COUNT) -> Tensor:

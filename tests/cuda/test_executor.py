@@ -300,8 +300,10 @@ def test_dtypes() -> None:
     assert pick_dtype("auto") == torch.bfloat16 and pick_dtype("float32") == torch.float32
     assert pick_kv_dtype("auto", torch.bfloat16) == torch.bfloat16
     assert pick_kv_dtype("fp8_e4m3", torch.bfloat16) == torch.float8_e4m3fn
-    with pytest.raises(StartupError, match="int4"):
-        pick_kv_dtype("int4", torch.bfloat16)
+    assert pick_kv_dtype("bfloat16", torch.bfloat16) == torch.bfloat16
+    for name in ("int8", "float16"):
+        with pytest.raises(StartupError, match=f"^--kv-cache-dtype {name}: on a GPU auto, fp8, "):
+            pick_kv_dtype(name, torch.bfloat16)
 
 
 async def test_fp8_cache_stays_close() -> None:

@@ -212,10 +212,11 @@ def test_drafts_of_a_head_that_reads_the_models_embedding(alone: LLM, tmp_path: 
         assert drafts is not None and drafts.num_draft_tokens > 0
 
 
-def test_a_cache_of_eight_bits() -> None:
+@pytest.mark.parametrize("dtype", ["int8", "bf16"])
+def test_a_cache_of_fewer_bits(dtype: str) -> None:
     found: list[Any] = []
     for size in (1, 2):
-        with LLM(str(DEMO_MODEL), tensor_parallel_size=size, kv_cache_dtype="int8", **OPTIONS) as llm:
+        with LLM(str(DEMO_MODEL), tensor_parallel_size=size, kv_cache_dtype=dtype, **OPTIONS) as llm:
             found.append(llm.generate(PROMPTS, GREEDY))
             executor = llm._built.engine.executor
             assert isinstance(executor, CPUExecutor)

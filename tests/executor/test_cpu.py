@@ -261,9 +261,27 @@ def test_what_the_cache_holds() -> None:
     assert cpu_start.pick_kv_dtype("auto", torch.bfloat16) == torch.bfloat16
     assert cpu_start.pick_kv_dtype("int8", torch.bfloat16) == torch.int8
     assert plan_memory(SIZES, torch.int8, CacheOptions(kv_cache_bytes=100 * PER_PAGE), 64, 1 << 20) == 192
-    for name, keeps, says in (("fp8", True, "on a CPU auto and int8"), ("int8", False, "keeps no keys and values")):
-        with pytest.raises(StartupError, match=f"^--kv-cache-dtype {name}: .*{says}"):
-            cpu_start.pick_kv_dtype(name, torch.float32, keeps=keeps)
+    assert cpu_start.pick_kv_dtype("bfloat16", torch.float32) == torch.bfloat16
+    assert cpu_start.pick_kv_dtype("float16", torch.bfloat16) == torch.float16
+    assert cpu_start.pick_kv_dtype("float32", torch.float32) == torch.float32
+    for name, keeps, says in (
+        ("fp8", True, "on a CPU one of auto, bfloat16, "),
+        ("int8", False, "keeps no keys and values"),
+        ("bfloat16", False, "keeps no keys and values"),
+        ("float32", True, "is for --dtype float32"),
+    ):
+        with pytest.raises(StartupError, match=f"^--kv-cache-dtype {name}:? .*{says}"):
+            cpu_start.pick_kv_dtype(name, torch.bfloat16, keeps=keeps)
+
+
+def test_pages_of_other_numbers_are_not_taken_for_ones_own(model: CausalLM) -> None:
+    """By what tiers and other servers know them."""
+    limits, layouts = Limits(2, 16, 64, 4, 8, model.config.vocab_size), set()
+    for kv_dtype in (None, torch.bfloat16, torch.float16, torch.int8):
+        executor = CPUExecutor(model, limits, dtype=torch.float32, kv_dtype=kv_dtype)
+        layouts.add(executor.page_memory().layout)
+        executor.close()
+    assert len(layouts) == 4
 
 
 def test_available_memory_is_sane() -> None:

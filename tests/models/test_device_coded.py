@@ -27,10 +27,9 @@ from tests.models.test_quantised import SIZES as LAYERS
 __all__ = ["plain"]
 
 # Of eight layers how many stay codes, where that is not all of them: groups that are no multiple of 32 columns, or
-# of rows, and tables that are no form's.
+# of rows.
 KEPT = {
-    "w2": 0, "fp8-block": 0, "fp8": 0, "modelopt-int4": 0, "bnb-4": 0, "bnb-4-nested": 0, "hqq-3": 6,
-    "hqq-2-across": 0, "hqq-4-flat": 0,
+    "w2": 0, "fp8-block": 0, "fp8": 0, "modelopt-int4": 0, "hqq-3": 6, "hqq-2-across": 0, "hqq-4-flat": 0,
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_bad_fields(published: tuple[Any, Path], tmp_path: Path, changes: dict[s
     with pytest.raises(StartupError) as error:
         read_spec(tmp_path)
     assert problem in str(error.value) and str(path) in str(error.value)
+
+
+def test_an_exponent_that_is_no_number(published: tuple[Any, Path], tmp_path: Path) -> None:
+    _, directory = published
+    shutil.copytree(directory, tmp_path, dirs_exist_ok=True)
+    path, name = tmp_path / "model.safetensors", "model.layers.1.mlp.experts.down_proj_scales"
+    tensors = load_file(path)
+    tensors[name].view(-1)[7] = 255
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(StartupError, match=f"^tensor {name}: a scale is no finite number$"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("ending", ["_blocks", "_scales", "_bias"])

@@ -103,7 +103,7 @@ class Case:
                 (place.v_pool, place.v_scales, self.values[i]),
             ):
                 if place.k_scales is None:
-                    pool.flatten(0, 1)[old] = data[:start]
+                    pool.flatten(0, 1)[old] = data[:start].to(pool.dtype)
                 elif scales is not None:
                     split = coded.split_of(spec) if pool is place.k_pool else spec.value_dim
                     pool.flatten(0, 1)[old], scales.flatten(0, 1)[old] = coded.to_codes(data[:start], split)
@@ -131,6 +131,8 @@ class Case:
             kept = coded.to_numbers(*coded.to_codes(kept, split), split)
             own = coded.to_numbers(*coded.to_codes(kept_values, spec.value_dim), spec.value_dim)
             kept_values = kept[:, :, : spec.value_dim] if spec.values_in_keys else own
+        elif self.kv_dtype is not None:
+            kept, kept_values = kept.to(self.kv_dtype), kept_values.to(self.kv_dtype)
         keys = kept.double().repeat_interleave(group, 1).transpose(0, 1)
         values = kept_values.double().repeat_interleave(group, 1).transpose(0, 1)
         scores = self.queries[i].double().transpose(0, 1) @ keys.transpose(1, 2) * spec.scale
@@ -251,16 +253,55 @@ def test_eight_bits_of_each_token_are_what_is_attended_to(mode: str, kind: str) 
             assert torch.equal(single.run([0])[0][0], batch[4][20])
 
 
-def test_codes_are_the_same_everywhere(kernels: native.Library) -> None:
+# Beside activations of another dtype: heads that are read in place and such that are widened first.
+@pytest.mark.parametrize(
+    ("dtype", "kv_dtype"),
+    [(torch.float32, torch.bfloat16), (torch.float32, torch.float16), (torch.bfloat16, torch.float16)],
+)
+@pytest.mark.parametrize("kind", [*KINDS, "in place", "two in place", "odd"])
+def test_sixteen_bits_of_each_number_are_what_is_attended_to(
+    mode: str, kind: str, dtype: torch.dtype, kv_dtype: torch.dtype
+) -> None:
+    """As exact as if they had been computed like that; and the same bits in any company and chunks."""
+    shapes = {
+        "in place": (9, 3, 64, 64, 0.1, 300),
+        "two in place": (4, 2, 128, 64, 0.1),
+        "odd": (9, 3, 23, 23, 0.2, 300),
+    }
+    layer = LayerAttention(*shapes[kind], softcap=20.0) if kind in shapes else layer_of(kind)
+    rows = [(1200, 1), (0, 1), (90, 1), (0, 130), (530, 75), (3, 2)]
+    case = Case(AttentionSpec((layer,)), 16, rows, dtype, kv_dtype=kv_dtype)
+    batch = case.run(list(range(len(rows))))
+    for i, got in enumerate(batch):
+        assert_close(got, case.exact(i))
+    if mode == "native":
+        for i in (0, 4):
+            torch.set_num_threads(2)
+            assert torch.equal(case.run([i], layout_seed=9 + i)[0], batch[i])
+            torch.set_num_threads(1)
+        single = Case(case.spec, 7, [(530 + 20, 1)], dtype, kv_dtype=kv_dtype)
+        single.keys, single.values = [case.keys[4][:551]], [case.values[4][:551]]
+        single.queries = [case.queries[4][20:21]]
+        assert torch.equal(single.run([0])[0][0], batch[4][20])
+
+
+@pytest.mark.parametrize("kv_dtype", [torch.int8, torch.bfloat16, torch.float16])
+def test_what_is_kept_is_the_same_everywhere(kernels: native.Library, kv_dtype: torch.dtype) -> None:
     """What the kernel writes of a step, bit for bit what torch makes of it; of odd numbers, too."""
     layer = LayerAttention(4, 2, 21, 21, 1.0)
     backends = [
-        Backend(AttentionSpec((layer,)), num_pages=2, page_size=8, dtype=torch.float32, kv_dtype=torch.int8)
+        Backend(AttentionSpec((layer,)), num_pages=2, page_size=8, dtype=torch.float32, kv_dtype=kv_dtype)
         for _ in range(2)
     ]
     k, v = torch.randn(2, 7, 2, 21, generator=torch.Generator().manual_seed(2)) * 3
     k[0, 0, 3], k[1, 1], k[2, 0, 20], k[3] = torch.inf, 0.0, torch.nan, 1e-37
     v[0], v[1, :, 2], v[2] = 3e38, -127.0, v[2] * 1e-20
+    # Halfway between two of float16, below its normal numbers, and at its largest.
+    v[4] = (
+        torch.tensor([1 + 2**-11, 1 + 3 * 2**-11, 2**-25, 3 * 2**-25, 2.1 * 2**-20, -65519, 65520])
+        .repeat(6)
+        .view(2, 21)
+    )
     steps = PagedMetadata(Limits(1, 64, 64, 8, 2, 10))
     steps.num_rows = 1
     steps.qo_indptr = np.array([0, 7], np.int32)
@@ -272,12 +313,12 @@ def test_codes_are_the_same_everywhere(kernels: native.Library) -> None:
         with by:
             backend.plan(steps)
             backend.forward(0, torch.zeros(7, 4, 21), k, v)
-    for name in ("k_pool", "k_scales", "v_pool", "v_scales"):
+    for name in ("k_pool", "v_pool") if kv_dtype != torch.int8 else ("k_pool", "k_scales", "v_pool", "v_scales"):
         one, other = (getattr(backend._places[0], name) for backend in backends)
         assert torch.equal(one.view(torch.uint8), other.view(torch.uint8)) or torch.equal(
             one.nan_to_num(9.0), other.nan_to_num(9.0)
         ), name
-    assert int(backends[0].v_pools[0][1, 1, 2]) == -127
+    assert float(backends[0].v_pools[0][1, 1, 2]) == -127
 
 
 def test_eight_bits_take_half_of_sixteen() -> None:

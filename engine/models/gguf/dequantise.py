@@ -22,7 +22,7 @@ _E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], dtyp
 
 def dequantise(kind: str, blocks: Bytes, out: Floats) -> None:
     """kind: one of DEQUANTISED. Raises ValueError for a scale that is no finite number."""
-    # The largest scales of MXFP4 give infinities there, too.
+    # The largest scales of MXFP4 give infinities in the reference, too.
     with np.errstate(over="ignore"):
         _FUNCTIONS[kind](blocks, out)
 
@@ -200,7 +200,9 @@ def _iq4_xs(blocks: Bytes, out: Floats) -> None:
 
 
 def mxfp4_scales(blocks: Bytes) -> Floats:
-    """[n, 1]: half of 2 ** (e - 127), which is below the normal numbers for e of 0 and 1."""
+    """[n, 1]: half of 2 ** (e - 127), which is below the normal numbers for e of 0 and 1. 255 is no number, by OCP."""
+    if (blocks[:, 0] == 255).any():
+        raise ValueError(f"block {int((blocks[:, 0] == 255).argmax())} has a scale that is not a finite number")
     exponent = blocks[:, :1].astype(np.uint32)
     tiny = np.uint32(0x00200000) << exponent.clip(max=1)
     return np.where(exponent < 2, tiny, (exponent.clip(min=2) - np.uint32(1)) << np.uint32(23)).view(np.float32)

@@ -68,7 +68,8 @@ class CodedWeights(CheckpointWeights):
             own = bias_vector[first : first + count] if bias_vector is not None else None
             pieces = self._pieces(weights[begin:end], rows[begin:end], columns, order)
             alone = activation if end - begin == len(names) else None
-            layer = self._layer(forms[begin], count, columns, wanted, pieces, own, alone)
+            table = self.kept_table(weights[begin])
+            layer = self._layer(forms[begin], count, columns, wanted, pieces, own, alone, table)
             rounds = self.packed_input_bits == 8 and all(self._rounds_inputs(each) for each in weights[begin:end])
             if isinstance(layer, DeviceCodedLinear) and rounds:
                 layer.take_float8_inputs()
@@ -98,7 +99,8 @@ class CodedWeights(CheckpointWeights):
                 for begin, end, codes, scale, low in self._pieces(own, [rows] * each, columns, order, form):
                     yield start + begin, start + end, codes, scale, low
 
-        return on_gpu.codes_of(form, count * each * rows, columns, group, self.device, pieces())
+        table = self.kept_table(weights[0])
+        return on_gpu.codes_of(form, count * each * rows, columns, group, self.device, pieces(), table)
 
     def _rounds_inputs(self, name: str) -> bool:
         """See Quantised.float8_inputs."""
@@ -118,22 +120,24 @@ class CodedWeights(CheckpointWeights):
         if forms is None or self.input_order([_EMBEDDING]) != (True, None):
             return super().output_layer(vocab, hidden, tied=tied, bias=bias)
         pieces = self._pieces([_EMBEDDING], [vocab], hidden, None)
-        linear = self._layer(forms[0], vocab, hidden, self.dtype, pieces)
+        linear = self._layer(forms[0], vocab, hidden, self.dtype, pieces, table=self.kept_table(_EMBEDDING))
         self.linears.append(linear)
         return linear
 
     def _forms(self, names: Sequence[str], dtype: torch.dtype) -> list[Form] | None:
         """In what each of these can be kept, where a layer can be made of that; None where it cannot."""
+        found: list[Form | None]
         if known := on_gpu.forms_kept(dtype, self.device):
             found = [self._form(name) for name in names]
         elif on_cpu.can_keep_codes(dtype, self.device):
             known, found = tuple(on_cpu.CODE_FORMS), [self.kept_form(name) for name in names]
-            if len(set(found)) > 1 or (found[0] is not None and found[0][1] != on_cpu.CODE_BLOCK):
+            if len(set(found)) > 1 or found[0] is None or not on_cpu.fits(*found[0]):
                 return None
         else:
             return None
         forms = [form for form in found if form is not None and form[0] in known]
-        return forms if len(forms) == len(names) else None
+        tables = {self.kept_table(name) for name, form in zip(names, found, strict=True) if form and form[0] == "table"}
+        return forms if len(forms) == len(names) and len(tables) <= 1 else None
 
     def _form(self, name: str) -> Form | None:
         """What a GPU can keep it in, and columns of a scale."""
@@ -153,11 +157,12 @@ class CodedWeights(CheckpointWeights):
         pieces: Iterator[Piece],
         bias: Tensor | None = None,
         activation: str | None = None,
+        table: tuple[float, ...] | None = None,
     ) -> Linear:
         name, group = form
         if on_gpu.forms_kept(dtype, self.device):
-            return DeviceCodedLinear(name, rows, columns, group, dtype, self.device, pieces, bias, activation)
-        return CodedLinear(name, rows, columns, dtype, pieces, bias, activation)
+            return DeviceCodedLinear(name, rows, columns, group, dtype, self.device, pieces, bias, activation, table)
+        return CodedLinear(name, rows, columns, dtype, pieces, bias, activation, group=group, table=table)
 
     def _codes(self, name: str, begin: int, end: int, form: str | None = None) -> Coded:
         """Rows [begin, end). form: one that is its own but for something added."""

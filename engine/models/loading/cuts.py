@@ -137,6 +137,10 @@ class PartOf(Quantised):
         whole = self._cut.begin % BLOCK == 0 and self._cut.count % BLOCK == 0
         return form if whole and self._inner.order(view) is None else None
 
+    def table(self, view: View) -> Tensor | None:
+        """See Quantised."""
+        return self._inner.table(view)
+
     def coded(self, view: View, begin: int, end: int) -> Coded:
         """See Quantised."""
         if not self._cut.by_columns:

@@ -396,6 +396,15 @@ class CheckpointWeights(Weights):
             form = matrix.form(self._whole)
             return None if form is None else (form, matrix.code_group)
 
+    def kept_table(self, name: str) -> tuple[float, ...] | None:
+        """What codes of its `kept_form` are places in, where they are in one of its own; see Quantised.table."""
+        matrix = self._tensors[name].quantised
+        if matrix is None:
+            return None
+        with self._reading(name, matrix, last=False):
+            found = matrix.table(self._whole)
+        return None if found is None else tuple(found.tolist())
+
     def input_order(self, names: Sequence[str]) -> tuple[bool, Tensor | None]:
         """Whether all of these have their columns in one order as blocks; int64 [columns], None for their own."""
         found: list[Tensor | None] = []

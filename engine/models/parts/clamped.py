@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from engine.config import StartupError
 from engine.models.parts.source import Source
 from engine.models.spec import Clamp, Experts
 from engine.ops.activation import clamped_and_mul
@@ -17,6 +18,8 @@ from engine.ops.linear import Linear
 from engine.ops.mxfp4 import BLOCK, Mxfp4Linear
 
 Matrix = Linear | Mxfp4Linear
+# Of an exponent, by OCP's specification.
+NO_NUMBER = 255
 
 
 def clamped_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> list[Clamped]:
@@ -36,8 +39,7 @@ def _floats(spec: Experts, source: Source, name: str, rows: int, columns: int) -
 def _four_bits(spec: Experts, source: Source, name: str, rows: int, columns: int) -> list[Matrix]:
     """The checkpoint has those of all experts in one tensor, of which each is a view."""
     count, stem = len(spec.here), name.replace(".{}", "")
-    blocks = source.raw(f"{stem}_blocks", (count, rows, columns // BLOCK, BLOCK // 2))
-    scales = source.raw(f"{stem}_scales", (count, rows, columns // BLOCK))
+    blocks, scales = _stored(source, stem, count, rows, columns)
     biases = [source.tensor(f"{name.format(each)}.bias", (rows,)) for each in spec.here]
     layers = (Mxfp4Linear(*each) for each in zip(blocks, scales, biases, strict=True))
     return [source.adapted(layer, name.format(each)) for each, layer in zip(spec.here, layers, strict=True)]
@@ -46,9 +48,16 @@ def _four_bits(spec: Experts, source: Source, name: str, rows: int, columns: int
 def mxfp4_stack(source: Source, name: str, count: int, rows: int, columns: int, order: Tensor | None) -> Codes:
     """The same as a GPU's kernels read them. order: of the rows of each."""
     stem = name.replace(".{}", "")
+    return codes_of_mxfp4(*_stored(source, stem, count, rows, columns), order)
+
+
+def _stored(source: Source, stem: str, count: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """uint8 blocks [count, rows, columns / 32, 16] and exponents [count, rows, columns / 32]. Raises StartupError."""
     blocks = source.raw(f"{stem}_blocks", (count, rows, columns // BLOCK, BLOCK // 2))
     scales = source.raw(f"{stem}_scales", (count, rows, columns // BLOCK))
-    return codes_of_mxfp4(blocks, scales, order)
+    if not scales.is_meta and bool((scales == NO_NUMBER).any()):
+        raise StartupError(f"tensor {stem}_scales: a scale is no finite number")
+    return blocks, scales
 
 
 class Clamped:

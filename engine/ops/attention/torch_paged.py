@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 # The kernel keeps the scales of one task's rows on its stack.
 MAX_GROUP = 128
+# How the kernels call what the pools hold, where it is not the model's dtype.
+_POOLS = {torch.bfloat16: 1, torch.float16: 2, torch.int8: 3}
 # Beyond the last token of a pool: the kernel loads the end of a head as whole vectors.
 OVER_BYTES = 64
 
@@ -41,7 +43,7 @@ class _Step(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("rows", "tokens", "heads", "kv_heads", "head_dim", "value_dim", "k_stride", "v_stride"),
-                *("page_size", "both_ways", "type", "threads", "codes", "split"),
+                *("page_size", "both_ways", "type", "threads", "pools", "split"),
             )
         ),
         ("scale", ctypes.c_float),
@@ -106,7 +108,8 @@ class Backend:
     different groups may share pools, in which their pages are different ones. A buffer is as wide as the widest layer
     that has its place there; others use the front of a token's part.
 
-    dtype: of the model. kv_dtype: of the pools, that one or int8 (see ops/attention/coded.py)."""
+    dtype: of the model. kv_dtype: of the pools, that one, bfloat16 or float16, or int8 (see ops/attention/coded.py);
+    arithmetic is as it is without."""
 
     def __init__(
         self,
@@ -118,7 +121,7 @@ class Backend:
         kv_dtype: torch.dtype | None = None,
         groups: tuple[MemoryGroup, ...] = (MemoryGroup(),),
     ) -> None:
-        assert kv_dtype in (None, dtype, torch.int8)
+        assert kv_dtype in (None, dtype, *_POOLS)
         self.spec = spec
         self.states: States | None = None
         self.recordings: Recordings | None = Recordings()
@@ -215,7 +218,7 @@ class Backend:
                 kind.bidirectional,
                 code,
                 torch.get_num_threads(),
-                self._kv_dtype == torch.int8,
+                0 if self._kv_dtype == self._dtype else _POOLS[self._kv_dtype],
                 kind.split,
                 kind.scale,
                 kind.softcap,
@@ -293,7 +296,7 @@ class Backend:
                 continue
             if scales is not None:
                 new, scales.flatten(0, 1)[slots] = coded.to_codes(new, end)
-            pool.flatten(0, 1)[slots] = new
+            pool.flatten(0, 1)[slots] = new.to(pool.dtype)
         out = torch.empty((q.shape[0], layer.num_heads * layer.value_dim), dtype=q.dtype)
         for row in range(metadata.num_rows):
             first, last = int(metadata.qo_indptr[row]), int(metadata.qo_indptr[row + 1])
@@ -308,6 +311,7 @@ class Backend:
                 else:
                     scales = place.v_scales[index].flatten(0, 1)[:length]
                     values = coded.to_numbers(values, scales, layer.value_dim).to(q.dtype)
+            keys, values = keys.to(q.dtype), values.to(q.dtype)
             out[first:last] = attend_sequence(layer, q[first:last], keys, values, sinks).flatten(1)
         return out
 

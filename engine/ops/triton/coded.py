@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # which asks for this module late
     from engine.ops.device_coded import Codes
 
 # As the kernels number the forms; the second of two differs in its `low` alone.
-INT4, INT8, E4M3, E2M1 = (tl.constexpr(number) for number in range(4))
-NUMBERS = {"int4": 0, "int4 and low": 0, "int8": 1, "int8 and low": 1, "e4m3": 2, "e2m1": 3}
+INT4, INT8, E4M3, E2M1, PLACES = (tl.constexpr(number) for number in range(5))
+NUMBERS = {"int4": 0, "int4 and low": 0, "int8": 1, "int8 and low": 1, "e4m3": 2, "e2m1": 3, "table": 4}
 # Pieces of a row whose codes are asked for at once, at most.
 UNROLL = 4
 # Columns of a piece of a row that is brought back to numbers.
@@ -31,10 +31,13 @@ _WIDE = 1024
 
 
 @triton.jit
-def _numbers(codes, FORM: tl.constexpr, LOW: tl.constexpr, dtype: tl.constexpr):
-    """uint8 -> dtype, exactly. Codes of four bits by their bits, two at a time: a conversion takes four times that."""
+def _numbers(codes, table, FORM: tl.constexpr, LOW: tl.constexpr, dtype: tl.constexpr):
+    """uint8 -> dtype, exactly but for numbers of a table. Codes of four bits by their bits, two at a time: a conversion
+    takes four times that."""
     half: tl.constexpr = dtype == tl.float16
-    if FORM == E4M3:
+    if FORM == PLACES:  # one line of memory, which stays in L1
+        result = tl.load(table + codes).to(dtype)
+    elif FORM == E4M3:
         result = codes.to(tl.float8e4nv, bitcast=True).to(dtype)
     elif FORM == INT8:
         result = codes.to(tl.int8, bitcast=True).to(dtype)
@@ -68,11 +71,12 @@ def block_sum(
     scale_at,
     low_at,
     kept,
+    table,
     FORM: tl.constexpr,
     LOW: tl.constexpr,
 ):
     """total and the products of the columns of one scale."""
-    part = tl.dot(x, _numbers(codes, FORM, LOW, x.dtype), input_precision="ieee")
+    part = tl.dot(x, _numbers(codes, table, FORM, LOW, x.dtype), input_precision="ieee")
     total += part * tl.load(scale_at, mask=kept, other=0.0).to(tl.float32)[None, :]
     if LOW:
         total += tl.sum(x.to(tl.float32), axis=1)[:, None] * tl.load(low_at, mask=kept, other=0.0)[None, :]
@@ -85,6 +89,7 @@ def _codes(
     codes_ptr,
     scale_ptr,
     low_ptr,
+    table_ptr,
     bias_ptr,
     out_ptr,
     rows,
@@ -120,15 +125,15 @@ def _codes(
             if PAIRS:
                 first = tl.cast(2 * (piece + each) // EVERY, tl.int64) * out_features
                 x = tl.load(x_at, mask=here, other=0.0)
-                total = block_sum(total, x, codes & 15, scale_at + first, low_at + first, kept, FORM, LOW)
+                total = block_sum(total, x, codes & 15, scale_at + first, low_at + first, kept, table_ptr, FORM, LOW)
                 first = tl.cast((2 * (piece + each) + 1) // EVERY, tl.int64) * out_features
                 x_at += WIDTH
                 x = tl.load(x_at, mask=here, other=0.0)
-                total = block_sum(total, x, codes >> 4, scale_at + first, low_at + first, kept, FORM, LOW)
+                total = block_sum(total, x, codes >> 4, scale_at + first, low_at + first, kept, table_ptr, FORM, LOW)
             else:
                 first = tl.cast((piece + each) // EVERY, tl.int64) * out_features
                 x = tl.load(x_at, mask=here, other=0.0)
-                total = block_sum(total, x, codes, scale_at + first, low_at + first, kept, FORM, LOW)
+                total = block_sum(total, x, codes, scale_at + first, low_at + first, kept, table_ptr, FORM, LOW)
             x_at += WIDTH
     if BIAS:
         total += tl.load(bias_ptr + n, mask=kept, other=0.0).to(tl.float32)[None, :]
@@ -141,6 +146,7 @@ def _widen(
     codes_ptr,
     scale_ptr,
     low_ptr,
+    table_ptr,
     ids_ptr,
     out_ptr,
     begin,
@@ -168,7 +174,8 @@ def _widen(
     else:
         codes = tl.load(codes_ptr + row * in_features + column, mask=here, other=0)
     scale_at = (block // EVERY).to(tl.int64) * out_features + row
-    values = _numbers(codes, FORM, LOW, tl.float32) * tl.load(scale_ptr + scale_at, mask=here, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + scale_at, mask=here, other=0.0).to(tl.float32)
+    values = _numbers(codes, table_ptr, FORM, LOW, tl.float32) * scale
     if LOW:
         values += tl.load(low_ptr + scale_at, mask=here, other=0.0)
     tl.store(out_ptr + place * in_features + column, values.to(out_ptr.dtype.element_ty), mask=here)
@@ -181,13 +188,11 @@ def coded_product(x: Tensor, weight: Codes, bias: Tensor | None, tile: tuple[int
     assert x.stride(1) == 1 and in_features == weight.in_features and weight.codes.shape[0] == out_features
     height, block_n, num_warps, num_stages = tile
     out = torch.empty((rows, out_features), dtype=x.dtype, device=x.device)
-    codes, scale, low, options = given(weight)
+    tensors, options = given(weight)
     _codes[(triton.cdiv(out_features, block_n), triton.cdiv(rows, height))](
         x,
-        codes,
-        scale,
-        low,
-        scale if bias is None else bias,
+        *tensors,
+        weight.scale if bias is None else bias,
         out,
         rows,
         out_features,
@@ -212,16 +217,14 @@ def widened(
     in_features, out_features = weight.in_features, weight.scale.shape[1]
     begin, end = rows or (0, out_features)
     count = end - begin if ids is None else len(ids)
-    codes, scale, low, options = given(weight)
-    out = torch.empty((count, in_features), dtype=dtype, device=codes.device)
+    tensors, options = given(weight)
+    out = torch.empty((count, in_features), dtype=dtype, device=weight.codes.device)
     if not count:
         return out
     wide = min(_WIDE, triton.next_power_of_2(in_features))
     _widen[(count, triton.cdiv(in_features, wide))](
-        codes,
-        scale,
-        low,
-        codes if ids is None else ids,
+        *tensors,
+        weight.codes if ids is None else ids,
         out,
         begin,
         out_features,
@@ -235,9 +238,10 @@ def widened(
     return out
 
 
-def given(weight: Codes) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
-    """The tensors of a weight, and what its form makes of a kernel."""
-    codes, scale, low = weight.codes, weight.scale, weight.low
+def given(weight: Codes) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """The tensors of a weight (codes, scale, low, table; another where there is none), and what its form makes of a
+    kernel."""
+    codes, scale, low, table = weight.codes, weight.scale, weight.low, weight.table
     assert codes.is_contiguous() and scale.is_contiguous()
     options = {
         "FORM": NUMBERS[weight.form],
@@ -246,7 +250,7 @@ def given(weight: Codes) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
         "EVERY": weight.in_features // weight.width // scale.shape[0],
         "WIDTH": weight.width,
     }
-    return codes, scale, scale if low is None else low, options
+    return (codes, scale, scale if low is None else low, scale if table is None else table), options
 
 
 def unroll(weight: Codes, at_most: int = UNROLL) -> int:

@@ -27,6 +27,7 @@ def _multiply_codes(
     codes_ptr,
     scale_ptr,
     low_ptr,
+    table_ptr,
     bias_ptr,
     out_ptr,
     order_ptr,
@@ -88,11 +89,11 @@ def _multiply_codes(
                 first = tl.cast(number // EVERY, tl.int64) * all_rows
                 x = tl.load(x_at, mask=here, other=0.0)
                 own = ((codes >> (4 * half)) & 15) if PAIRS else codes
-                total = block_sum(total, x, own, scale_at + first, low_at + first, kept, FORM, LOW)
+                total = block_sum(total, x, own, scale_at + first, low_at + first, kept, table_ptr, FORM, LOW)
                 if GATE != NONE:
                     first += out_features
                     own = ((others >> (4 * half)) & 15) if PAIRS else others
-                    up = block_sum(up, x, own, scale_at + first, low_at + first, kept, FORM, LOW)
+                    up = block_sum(up, x, own, scale_at + first, low_at + first, kept, table_ptr, FORM, LOW)
                 x_at += WIDTH
     if BIAS:
         total += tl.load(bias_ptr + top + n, mask=kept, other=0.0).to(tl.float32)[None, :]
@@ -121,14 +122,12 @@ def multiply_codes(
     assert all_rows == num_experts * width * (1 if activation is None else 2)
     assert x.stride(1) == 1 and x.shape[1] == stack.in_features and stack.codes.shape[0] == all_rows
     block_n, num_warps, num_stages = tile
-    codes, scale, low, options = given(stack)
+    tensors, options = given(stack)
     gate, limit, alpha = gate_of(activation)
     _multiply_codes[(pairs.owners.shape[0], triton.cdiv(width, block_n))](
         x,
-        codes,
-        scale,
-        low,
-        scale if bias is None else bias,
+        *tensors,
+        stack.scale if bias is None else bias,
         out,
         pairs.order,
         pairs.owners,

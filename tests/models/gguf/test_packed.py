@@ -74,15 +74,19 @@ def test_inputs_of_eight_bits(tmp_path: Path) -> None:
     assert 1e-4 < relative_error(runner.logits(prompt, 8), exact) < 5e-2
 
 
-def test_a_scale_that_is_no_number(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kind", "before", "number"), [("Q6_K", 2, np.array([np.inf], np.float16).tobytes()), ("MXFP4", 17, b"\xff")]
+)
+def test_a_scale_that_is_no_number(kind: str, before: int, number: bytes, tmp_path: Path) -> None:
+    """before: how many bytes it lies before the end of a row."""
     make_checkpoint(tmp_path, "Llama", **{**SIZES, "num_hidden_layers": 1})
-    path = export(tmp_path, tmp_path / "a.gguf", "llama", {}, blocks={"ffn_down": "Q6_K"})
+    path = export(tmp_path, tmp_path / "a.gguf", "llama", {}, blocks={"ffn_down": kind})
     from engine.models.gguf.reader import open_gguf
 
     tensor = open_gguf(path).tensors["blk.0.ffn_down.weight"]
     data = bytearray(path.read_bytes())
-    at = tensor.begin + 5 * (tensor.end - tensor.begin) // 256 - 2
-    data[at : at + 2] = np.array([np.inf], np.float16).tobytes()
+    at = tensor.begin + 5 * (tensor.end - tensor.begin) // 256 - before
+    data[at : at + len(number)] = number
     path.write_bytes(data)
     with pytest.raises(StartupError, match=r"down_proj.weight: row 4 has a scale that is not a finite number"):
         load(path)

@@ -84,8 +84,12 @@ class Quantised(ABC):
         return None
 
     def form(self, view: View) -> str | None:
-        """Of the codes, one of ops/device_coded.FORMS, in which a layer can keep these numbers; None where there is
-        none."""
+        """Of the codes, one of ops/device_coded.FORMS or ops/coded.CODE_FORMS, in which a layer can keep these numbers;
+        None where there is none."""
+        return None
+
+    def table(self, view: View) -> Tensor | None:
+        """float32 [16]: what codes of the form "table" stand for; None for other forms. Raises Mismatch."""
         return None
 
     def narrow(self) -> None:

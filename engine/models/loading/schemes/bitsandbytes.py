@@ -11,7 +11,17 @@ from torch import Tensor
 
 from engine.models.fields import Fields, show
 from engine.models.loading.checkpoint import StoredTensor, read_bytes
-from engine.models.loading.schemes.base import IntegerMatrix, Integers, Mismatch, Quantised, View, expect, need
+from engine.models.loading.schemes.base import (
+    BLOCK,
+    Coded,
+    IntegerMatrix,
+    Integers,
+    Mismatch,
+    Quantised,
+    View,
+    expect,
+    need,
+)
 
 WEIGHT, ROWS = ".weight", ".SCB"
 LARGEST, TABLE = ".weight.absmax", ".weight.quant_map"
@@ -126,9 +136,7 @@ class _FourBits(Quantised):
         """See Quantised."""
         columns = self.shape[1]
         first, last = begin * columns, end * columns
-        packed = view(self.parts[WEIGHT]).view(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
-        places = torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[first % 2 : first % 2 + last - first]
-        values = view(self.parts[TABLE])[places.int()]
+        values = view(self.parts[TABLE])[self._places(view, first, last).int()]
         scales = self._scales(view, first // self._block, -(-last // self._block))
         if first % self._block == last % self._block == 0:
             values.view(-1, self._block).mul_(scales[:, None])
@@ -137,6 +145,32 @@ class _FourBits(Quantised):
         if not bool(values.isfinite().all()):
             raise Mismatch("a scale is no finite number")
         return values.view(-1, columns)
+
+    def form(self, view: View) -> str | None:
+        """See Quantised."""
+        return "table" if self.shape[1] % BLOCK == self._block % BLOCK == 0 else None
+
+    def table(self, view: View) -> Tensor | None:
+        """See Quantised."""
+        found = view(self.parts[TABLE])
+        if not bool(found.isfinite().all()):
+            raise Mismatch("a number of its table is not finite")
+        return found
+
+    def coded(self, view: View, begin: int, end: int) -> Coded:
+        """See Quantised. A block of columns has the scale of the block of numbers that it is part of."""
+        rows, columns = end - begin, self.shape[1]
+        first, last = begin * columns, end * columns
+        scales = self._scales(view, first // self._block, -(-last // self._block))
+        if not bool(scales.isfinite().all()):
+            raise Mismatch("a scale is no finite number")
+        own = scales[torch.arange(first, last, BLOCK) // self._block - first // self._block]
+        return self._places(view, first, last).view(rows, columns), own.view(rows, -1), None
+
+    def _places(self, view: View, first: int, last: int) -> Tensor:
+        """uint8 [last - first], of these numbers."""
+        packed = view(self.parts[WEIGHT]).view(-1).view(torch.uint8)[first // 2 : -(-last // 2)]
+        return torch.stack([packed >> 4, packed & 15], dim=1).view(-1)[first % 2 : first % 2 + last - first]
 
     def _scales(self, view: View, first: int, last: int) -> Tensor:
         """float32 [last - first], of these blocks."""

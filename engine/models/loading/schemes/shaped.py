@@ -39,6 +39,10 @@ class RowsOf(Quantised):
         """See Quantised."""
         return self._inner.form(view)
 
+    def table(self, view: View) -> Tensor | None:
+        """See Quantised."""
+        return self._inner.table(view)
+
     def narrow(self) -> None:
         """See Quantised."""
         self._inner.narrow()
@@ -102,7 +106,15 @@ class Below(Quantised):
         """See Quantised."""
         first, second = ((half.form(view), half.code_group) for half in self._halves)
         in_order = all(half.order(view) is None for half in self._halves)
-        return first[0] if first == second and in_order else None
+        above, below = (half.table(view) if first[0] == "table" else None for half in self._halves)
+        alike = (above is None and below is None) or (
+            above is not None and below is not None and torch.equal(above, below)
+        )
+        return first[0] if first == second and in_order and alike else None
+
+    def table(self, view: View) -> Tensor | None:
+        """See Quantised."""
+        return self._halves[0].table(view)
 
     def coded(self, view: View, begin: int, end: int) -> Coded:
         """See Quantised."""
