@@ -251,15 +251,14 @@ class RecordedLoop(Loop):
         if len(self.in_flight) < 2:
             return 0, 0, 0
         done, handle = self.in_flight.popleft()
-        if stages is not None:
-            stages.waited = now()
         output = self.executor.resolve(handle)
         if stages is not None:
             stages.arrived = now()
         result = self.scheduler.commit(done, output)
         if stages is not None:
             stages.committed = now()
-            stages.gaps(result.gaps)
+            if stages.left:
+                stages.gaps(result.gaps)
             stages.published(done, handle)
         return 0, 0, 0
 

@@ -326,6 +326,10 @@ class Engine(Resting):
                         stages.launched(batch, scheduler.num_running, scheduler.num_waiting)
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
+                        if stages is not None:
+                            stages.waited = now()
+                elif stages is not None:
+                    stages.waited = now()
                 if not in_flight:
                     # Not while another thread has the device: whatever comes meanwhile wakes this loop.
                     is_ours = not (self._loading or self.sleep_level)
@@ -366,8 +370,6 @@ class Engine(Resting):
         requests have adapters, which may be unloaded."""
         scheduler, executor = self.scheduler, self.executor
         done, handle = in_flight.popleft()
-        if stages is not None:
-            stages.waited = now()
         try:
             output = await executor.wait(handle)
         except ForwardError as error:

@@ -78,8 +78,8 @@ class Step(NamedTuple):
 
 def read_step(recorded: Recorded) -> Step:
     """What `Recorder.published` has put together."""
-    opened, decode, rows, tokens, waited, arrived, committed, published, device_began, ended, last, *others = recorded
-    failed, first, gone = others
+    opened, decode, speculating, rows, tokens, waited, arrived, committed, published, *others = recorded
+    device_began, ended, last, failed, first, gone = others
     number, began, scheduled, launched, running, waiting, chunks = opened
     is_told = ended > 0.0
     if not is_told:
@@ -89,6 +89,7 @@ def read_step(recorded: Recorded) -> Step:
         device_began = max(launched, last)
     forced = sum(chunk.kind == "forced" for chunk in chunks)
     pooled = sum(chunk.kind == "pooling" for chunk in chunks)
+    decode += speculating
     return Step(
         number, began, scheduled, launched, waited, arrived, committed, published, device_began, ended, is_told, decode,
         rows - decode - forced - pooled, forced, pooled, tokens, running, waiting, failed, chunks, first, gone,
@@ -159,6 +160,8 @@ class Recorder:
 
     stages: what the loop tells of each stage of a step, None where no step is to be recorded. began, scheduled, waited,
     arrived, committed (when each began or ended) and failed are its to write: a call costs more than what it times.
+    waited is `launched`'s, which writes it, where the loop does nothing in between. left: steps that are yet to be
+    recorded for who `look`s.
     on_watched: called with the recorder when the first looks, with None when the last has gone.
     """
 
@@ -172,8 +175,10 @@ class Recorder:
         self._gaps: deque[npt.NDArray[np.float64]] = deque(maxlen=MAX_STEPS)
         self._on_watched = on_watched
         self._num_watching = 0
-        self._left = 0
+        self.left = 0
         self._tracers: list[Tracer] = []
+        # Where each step goes.
+        self._sinks: tuple[Callable[[Recorded], None], ...] = ()
         self._chunks: list[Chunk] = []
         self._first: list[str] = []
         self._ended: list[str] = []
@@ -197,7 +202,7 @@ class Recorder:
         if not self._num_watching:
             self._on_watched(None)
             self.stages = None
-            self._left = 0
+            self.left = 0
             self._steps.clear()
             self.timelines.clear()
             self.first_tokens.clear()
@@ -210,18 +215,20 @@ class Recorder:
 
     def look(self, num_steps: int = STEPS_PER_LOOK) -> None:
         """Record the next steps, as many as that."""
-        self._left = max(self._left, num_steps)
+        self.left = max(self.left, num_steps)
         self._begin()
 
     def start(self, tracer: Tracer) -> None:
         """Record every step for somebody, until `stop`."""
         self._tracers.append(tracer)
+        self._sinks = tuple(one.steps.append for one in self._tracers)
         TRACERS.append(tracer)
         self.watch()
         self._begin()
 
     def stop(self, tracer: Tracer) -> None:
         self._tracers.remove(tracer)
+        self._sinks = tuple(one.steps.append for one in self._tracers)
         TRACERS.remove(tracer)
         self.unwatch()
 
@@ -236,35 +243,37 @@ class Recorder:
 
     def launched(self, batch: Batch, running: int, waiting: int) -> None:
         """A step is on its way."""
-        chunks = self._chunks
-        batch.recorded = (
-            batch.forward_input.step, self.began, self.scheduled, now(), running, waiting,
-            tuple(chunks) if chunks else (),
-        )  # fmt: skip
-        if chunks:
-            chunks.clear()
+        self.waited = at = now()
+        chunks: tuple[Chunk, ...] = ()
+        if self._chunks:
+            chunks = tuple(self._chunks)
+            self._chunks.clear()
+        batch.recorded = batch.forward_input.step, self.began, self.scheduled, at, running, waiting, chunks
 
     def published(self, batch: Batch, handle: StepHandle) -> None:
         """The last stage of a step; one whose launch nobody saw is left out."""
         ended, last, opened, forward = handle.ended_at, self._last_ended, batch.recorded, batch.forward_input
-        self._last_ended = ended or self.arrived
-        if opened is not None and opened[0] == forward.step:
-            step = (
-                opened, forward.num_decode_rows + forward.num_speculating_rows, forward.num_rows, forward.num_tokens,
-                self.waited, self.arrived, self.committed, now(), handle.began_at, ended, last, self.failed,
-                tuple(self._first) if self._first else (), tuple(self._ended) if self._ended else (),
-            )  # fmt: skip
-            for tracer in self._tracers:
-                tracer.steps.append(step)
-            if self._left:
-                self._steps.append(step)
-                self._left -= 1
-            if not self._left and not self._tracers:
-                self.stages = None
-        self.failed = False
+        arrived = self.arrived
+        self._last_ended = ended or arrived
+        first: tuple[str, ...] = ()
+        gone: tuple[str, ...] = ()
         if self._first or self._ended:
+            first, gone = tuple(self._first), tuple(self._ended)
             self._first.clear()
             self._ended.clear()
+        if opened is not None and opened[0] == forward.step:
+            step = (
+                opened, forward.num_decode_rows, forward.num_speculating_rows, forward.num_rows, forward.num_tokens,
+                self.waited, arrived, self.committed, now(), handle.began_at, ended, last, self.failed, first, gone,
+            )  # fmt: skip
+            for keep in self._sinks:
+                keep(step)
+            if self.left:
+                self._steps.append(step)
+                self.left -= 1
+            if not (self.left or self._sinks):
+                self.stages = None
+        self.failed = False
 
     # ---- sequences; called while somebody looks
 
@@ -287,9 +296,9 @@ class Recorder:
         self._event(request_id, Event(now(), "finished", reason))
 
     def gaps(self, seconds: npt.NDArray[np.float64]) -> None:
-        """Between a row's last two tokens, for the rows of a step; a trace has no use for them."""
-        if self._left:
-            self._gaps.append(seconds.copy())
+        """Between a row's last two tokens, for the rows of a step. While steps are `left`: a trace has no use for
+        them."""
+        self._gaps.append(seconds.copy())
 
     def inter_token(self) -> npt.NDArray[np.float64]:
         """Seconds, of the last MAX_STEPS steps that were recorded."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import hashlib
 import re
 from typing import Any
 
@@ -35,8 +37,15 @@ async def test_every_file_is_served_by_its_kind_under_a_strict_policy(keys: tupl
                 assert headers["Content-Type"] == f"{KINDS[name.rpartition('.')[2]]}; charset=utf-8"
                 policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
                 assert policy["default-src"] == policy["base-uri"] == policy["frame-ancestors"] == "'none'"
-                for kind in ("script-src", "style-src", "connect-src"):
-                    assert policy[kind] == "'self'"
+                assert policy["connect-src"] == "'self'"
+                for kind, element in (("script-src", b"script"), ("style-src", b"style")):
+                    # Beside files of this server's, what the page has in itself and nothing else.
+                    inside = re.findall(b"<%b>(.*?)</%b>" % (element, element), body, re.DOTALL)
+                    hashes = [base64.b64encode(hashlib.sha256(one).digest()).decode() for one in inside]
+                    assert policy[kind].split() == ["'self'", *(f"'sha256-{one}'" for one in hashes)], path
+                if name.endswith(".html"):
+                    # Nothing is waited for before it is painted.
+                    assert b'rel="stylesheet"' not in body and not re.search(b'<script src="[^>]*></script>', body)
                 assert headers["X-Content-Type-Options"] == "nosniff" and headers["Cache-Control"] == "no-cache"
                 # Asked again, it is not sent again.
                 status, _, body = await fetch(server, path, BROWSER | {"If-None-Match": headers["ETag"]})
