@@ -105,6 +105,11 @@ class States:
         self._layers: list[tuple[Tensor, ...]] = []
         self.allocate()
 
+    @property
+    def num_bytes(self) -> int:
+        """0 after `release`."""
+        return self._memory.nbytes
+
     def allocate(self) -> None:
         """Have the memory again after `release`. On the CPU the system hands it out at first touch."""
         size = self._count * state_bytes(self._spec, self._dtype)
