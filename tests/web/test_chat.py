@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Request, expect
 
 from tests.web.conftest import Open, Server, ask, done, picture, serving
 
@@ -239,9 +239,12 @@ def test_tools_schema_prompt_and_tokens(server: Server, open_page: Open) -> None
 def test_a_schema_is_sent_and_cached_tokens_are_told(server: Server, open_page: Open) -> None:
     page = open_page(server.url)
     bodies: list[dict[str, object]] = []
-    page.on(
-        "request", lambda request: request.url.endswith("/chat/completions") and bodies.append(request.post_data_json)
-    )
+
+    def note(request: Request) -> None:
+        if request.url.endswith("/chat/completions"):
+            bodies.append(request.post_data_json)
+
+    page.on("request", note)
     page.click("#toggle-settings")
     page.locator("#settings summary", has_text="Tools").click()
     page.fill("#set-schema", "[]")

@@ -19,12 +19,17 @@ Json = dict[str, Any]
 BODY = {"messages": [{"role": "user", "content": "long 900"}], "stream": True}
 
 
-def chat(url: str, *said: str, system: str = "Be brief.") -> None:
-    """One answer, whole."""
-    messages = [{"role": "system", "content": system}, *({"role": "user", "content": one} for one in said)]
-    data = json.dumps({"messages": messages, "max_tokens": 1400}).encode()
+def body_of(said: str, system: str = "Be brief.", most: int = 1200) -> Json:
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": said}]
+    return {"messages": messages, "max_tokens": most, "stream": True}
+
+
+def chat(url: str, body: Json) -> None:
+    """One answer, to its end."""
     headers = {"Content-Type": "application/json"}
-    with urllib.request.urlopen(urllib.request.Request(f"{url}v1/chat/completions", data, headers)) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{url}v1/chat/completions", json.dumps(body).encode(), headers)
+    ) as answer:
         answer.read()
 
 
@@ -95,10 +100,8 @@ def test_a_click_says_why_a_prefix_missed(server: Server, open_page: Open) -> No
 
 def test_a_sequence_that_was_retracted_says_so(open_page: Open) -> None:
     """Two that grow together do not fit: 120 pages of 16 tokens."""
-    with (
-        serving("--pages", "120", "--step", "0.01") as server,
-        busy(server.url, count=2, body=BODY | {"max_tokens": 1400}),
-    ):
+    body = body_of("long 900", most=1400)
+    with serving("--pages", "120", "--step", "0.01") as server, busy(server.url, count=2, body=body):
         page = open_page(f"{server.url}live")
         page.wait_for_selector("#sequences td:has-text('retracted')")
         picture(page, "live-retracted")
@@ -111,15 +114,11 @@ def test_a_sequence_that_was_retracted_says_so(open_page: Open) -> None:
 def test_a_prefix_that_was_evicted_says_when_and_another_where_it_differs(open_page: Open) -> None:
     words = "You know every river, hill and town of this country by its old name. " * 24
     with serving("--pages", "120", "--step", "0.005", "--live-text") as server:
-        chat(server.url, "first", system=words)
+        chat(server.url, body_of("first", words))
         # Nearly all pages: those of the first go.
-        chat(server.url, "long 26", system="Other words, and many of them.")
+        chat(server.url, body_of("long 26", "Other words, and many of them.", 1400))
         page = open_page(f"{server.url}live")
-        again = {
-            "messages": [{"role": "system", "content": words}, {"role": "user", "content": "long 20"}],
-            "stream": True,
-        }
-        with busy(server.url, count=1, body=again | {"max_tokens": 1200}):
+        with busy(server.url, count=1, body=body_of("long 20", words)):
             page.click("#sequences button.id >> nth=0")
             page.wait_for_selector("#detail h3")
             shown = page.inner_text("#detail")
@@ -127,12 +126,7 @@ def test_a_prefix_that_was_evicted_says_when_and_another_where_it_differs(open_p
             picture(page, "live-evicted")
             page.keyboard.press("Escape")
         page.wait_for_selector("#sequences tbody:not(:has(tr))", state="attached")
-        other = words.replace("river", "brook", 1)
-        changed = {
-            "messages": [{"role": "system", "content": other}, {"role": "user", "content": "long 20"}],
-            "stream": True,
-        }
-        with busy(server.url, count=1, body=changed | {"max_tokens": 1200}):
+        with busy(server.url, count=1, body=body_of("long 20", words.replace("river", "brook", 1))):
             page.click("#sequences button.id >> nth=0")
             page.wait_for_selector("#detail mark")
             shown = page.inner_text("#detail")
