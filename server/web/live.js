@@ -155,7 +155,7 @@ function showSteps() {
   charts.drawRows($("#rows"), steps);
   legend($("#stage-legend"), charts.STAGES);
   const last = steps.at(-1);
-  legend($("#row-legend"), charts.KINDS.map(([kind, colour]) => [kind, colour, last?.[kind]]));
+  legend($("#row-legend"), charts.KINDS.map(([kind, colour, name]) => [name, colour, last?.[kind]]));
   if (!last) return;
   const of = (from, to) => charts.milliseconds(charts.median(steps.map((step) => step[to] - step[from])));
   const span = last.published - steps[0].began;

@@ -153,6 +153,7 @@ def test_branches_history_and_files(server: Server, open_page: Open, tmp_path: P
     assert page.evaluate("navigator.clipboard.readText()") == "first words"
 
     page.click("#new")
+    expect(page.locator("#attach")).to_have_attribute("aria-label", "Attach a text file")
     page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"in the file"})
     expect(page.locator("#files")).to_contain_text("notes.txt")
     ask(page, "about it")
