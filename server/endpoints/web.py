@@ -3,7 +3,8 @@
 They hold no secret and need no key: what they show they ask for, with the key that the reader has typed in. `--no-web`
 leaves these routes out. A page loads nothing but files of this table (its Content-Security-Policy says so to the
 browser), and links to them relative to itself, so that a proxy may put any path before them. What a page must have
-before it is painted, its sheets and theme.js, is sent inside of it: nothing is waited for then.
+before it is painted, its sheets and first.js, is sent inside of it; the modules are asked
+for after that.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from server.state import STATE
 # Left out by --no-web (server/app.py).
 IS_WEB = True
 
-_DIRECTORY = Path(__file__).parent.parent / "web"
+DIRECTORY = Path(__file__).parent.parent / "web"
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
 # scripts, styles: the hashes of what a page has in itself. One policy makes HTML of a string: web/rendered.js, for
 # what /web/api/render gives.
@@ -72,14 +73,14 @@ class _File:
 def _inside(element: str, name: str, hashes: list[str]) -> str:
     """A file as an element of a page, which its policy lets through by its hash."""
     # What a sheet names lies beside it.
-    text = (_DIRECTORY / name).read_text().replace('url("', 'url("web/')
+    text = (DIRECTORY / name).read_text().replace('url("', 'url("web/')
     digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
     hashes.append(f" 'sha256-{digest}'")
     return f"<{element}>{text}</{element}>"
 
 
 # By name, so that no path of a client's is ever looked up on the disk.
-FILES = {path.name: _File.read(path) for path in sorted(_DIRECTORY.iterdir()) if path.suffix in _KINDS}
+FILES = {path.name: _File.read(path) for path in sorted(DIRECTORY.iterdir()) if path.suffix in _KINDS}
 PAGES = {"/": "chat.html", "/live": "live.html"}
 
 
