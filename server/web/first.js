@@ -4,10 +4,11 @@
   if (chosen === "light" || chosen === "dark") document.documentElement.dataset.theme = chosen;
 }
 
-// The modules (in <template id="modules">) come after it: they would only take the processor from it.
+// The modules (in <template id="modules">) come once it is on the screen: they would only take the processor from it.
 document.addEventListener("DOMContentLoaded", () => {
   const load = () => document.head.append(document.getElementById("modules").content);
-  // Nothing is painted in a tab that nobody sees.
+  new PerformanceObserver(load).observe({ type: "paint", buffered: true });
+  // A tab that nobody sees is not painted, and not every browser tells.
   if (document.hidden) load();
-  else requestAnimationFrame(() => setTimeout(load));
+  else setTimeout(load, 400);
 });
