@@ -253,27 +253,29 @@ class Recorder:
     def published(self, batch: Batch, handle: StepHandle) -> None:
         """The last stage of a step; one whose launch nobody saw is left out."""
         ended, last, opened, forward = handle.ended_at, self._last_ended, batch.recorded, batch.forward_input
-        arrived = self.arrived
+        arrived, failed = self.arrived, self.failed
         self._last_ended = ended or arrived
         first: tuple[str, ...] = ()
         gone: tuple[str, ...] = ()
-        if self._first or self._ended:
+        if self._first or self._ended or failed:
             first, gone = tuple(self._first), tuple(self._ended)
             self._first.clear()
             self._ended.clear()
+            self.failed = False
         if opened is not None and opened[0] == forward.step:
             step = (
                 opened, forward.num_decode_rows, forward.num_speculating_rows, forward.num_rows, forward.num_tokens,
-                self.waited, arrived, self.committed, now(), handle.began_at, ended, last, self.failed, first, gone,
+                self.waited, arrived, self.committed, now(), handle.began_at, ended, last, failed, first, gone,
             )  # fmt: skip
             for keep in self._sinks:
                 keep(step)
             if self.left:
                 self._steps.append(step)
                 self.left -= 1
-            if not (self.left or self._sinks):
+                if not (self.left or self._sinks):
+                    self.stages = None
+            elif not self._sinks:
                 self.stages = None
-        self.failed = False
 
     # ---- sequences; called while somebody looks
 
