@@ -102,8 +102,8 @@ async def test_no_web_leaves_the_pages_out() -> None:
 
 
 def test_pages_name_only_files_that_are_there() -> None:
-    """As they are on the disk (what is sent inside of a page has a hash: see above): no script or style inside, nothing of
-    other servers, and links that a proxy's prefix does not break."""
+    """As they are on the disk (what is sent inside of a page has a hash, see above): no script or style inside, nothing
+    of other servers, and links that a proxy's prefix does not break."""
     for name in FILES:
         text = (DIRECTORY / name).read_text()
         if name.endswith(".html"):
