@@ -118,7 +118,7 @@ function showTiles(snapshot) {
     ["Output", whole.format(rates.output), "tok/s", `${rates.requests.toFixed(1)} answers/s`],
     ["Prompts", whole.format(rates.prompt), "tok/s", "without cached ones"],
     ["Running", snapshot.num_running, `of ${limits.sequences}`, `${whole.format(rates.steps)} steps/s`],
-    ["Waiting", snapshot.num_waiting, "", snapshot.waiting.length ? `the oldest for ${charts.seconds(snapshot.waiting[0].age)}` : ""],
+    ["Waiting", snapshot.num_waiting, "", snapshot.waiting.length ? `the oldest for ${charts.seconds(snapshot.waiting[0].age).replace(" ", "\u00a0")}` : ""],
     ["First token", charts.seconds(ttft?.[0]), "", three(ttft)],
     ["Between tokens", charts.seconds(itl?.[0]), "", three(itl)],
     ["Loop lag", charts.seconds(lag?.[0]), "", lag ? `${part("p99", lag[1])} · ${part("max", lag[2])}` : ""],
@@ -180,7 +180,8 @@ function showSequences(snapshot) {
       ...["", "n", "n", "n", "n", "n", "n"].map((kind) => h("td", { class: kind })));
     line.className = waits ? "waits" : "";
     const state = waits ? (WAITS_FOR[row.state] ?? row.state) + (row.state === "pages" ? ` (${row.wanted})` : "") : row.state;
-    const again = row.retractions ? `, retracted ${row.retractions}×` : "";
+    const told = row.state === "retracted" ? 1 : 0;
+    const again = row.retractions > told ? `, retracted ${row.retractions}×` : "";
     const cells = [state + again, whole.format(row.prompt), whole.format(row.cached), whole.format(row.output), row.pages, row.shared,
       charts.seconds(row.age)];
     cells.forEach((text, number) => write(line.children[number + 1], String(text)));
