@@ -113,7 +113,7 @@ function showTiles(snapshot) {
   const { rates, ttft, itl, lag, limits } = snapshot;
   // A number stays with its unit.
   const part = (name, value) => `${name} ${charts.seconds(value)}`.replaceAll(" ", "\u00a0");
-  const three = (values) => (values ? `${part("p90", values[1])} · ${part("p99", values[2])}` : "");
+  const three = (values) => (values ? `${part("p90", values[1])}\u2003${part("p99", values[2])}` : "");
   const tiles = [
     ["Output", whole.format(rates.output), "tok/s", `${rates.requests.toFixed(1)} answers/s`],
     ["Prompts", whole.format(rates.prompt), "tok/s", "without cached ones"],
@@ -121,7 +121,7 @@ function showTiles(snapshot) {
     ["Waiting", snapshot.num_waiting, "", snapshot.waiting.length ? `the oldest for ${charts.seconds(snapshot.waiting[0].age).replace(" ", "\u00a0")}` : ""],
     ["First token", charts.seconds(ttft?.[0]), "", three(ttft)],
     ["Between tokens", charts.seconds(itl?.[0]), "", three(itl)],
-    ["Loop lag", charts.seconds(lag?.[0]), "", lag ? `${part("p99", lag[1])} · ${part("max", lag[2])}` : ""],
+    ["Loop lag", charts.seconds(lag?.[0]), "", lag ? `${part("p99", lag[1])}\u2003${part("max", lag[2])}` : ""],
   ];
   const place = $("#tiles");
   if (place.children.length !== tiles.length) {
