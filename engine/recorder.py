@@ -11,19 +11,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from engine.executor.base import StepHandle
-    from engine.scheduling.batch import Batch
-
 now = time.monotonic
-# A step as the loop leaves it, a tuple in a tuple: a Step is made of it (`read_step`) when somebody reads it.
+# A step as the loop leaves it (see Recorder): a Step is made of it (`read_step`) when somebody reads it.
 Recorded = tuple[Any, ...]
+NOTHING: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
 
 # Steps that a page gets to see; and how many are recorded between two looks at them: a device that does 40,000 steps a
 # second shall not be slowed down for a picture of 200.
@@ -72,14 +69,14 @@ class Step(NamedTuple):
     waiting: int
     failed: bool
     chunks: tuple[Chunk, ...]
-    first: tuple[str, ...]
-    ended: tuple[str, ...]
+    first: Sequence[str]
+    ended: Sequence[str]
 
 
-def read_step(recorded: Recorded) -> Step:
-    """What `Recorder.published` has put together."""
+def read_step(recorded: Recorded, last: float = 0.0) -> Step:
+    """What the loop has put together. last: when the device was through with the step before, where that is known."""
     opened, decode, speculating, rows, tokens, waited, arrived, committed, published, *others = recorded
-    device_began, ended, last, failed, first, gone = others
+    device_began, ended, failed, (first, gone) = others
     number, began, scheduled, launched, running, waiting, chunks = opened
     is_told = ended > 0.0
     if not is_told:
@@ -94,6 +91,15 @@ def read_step(recorded: Recorded) -> Step:
         number, began, scheduled, launched, waited, arrived, committed, published, device_began, ended, is_told, decode,
         rows - decode - forced - pooled, forced, pooled, tokens, running, waiting, failed, chunks, first, gone,
     )  # fmt: skip
+
+
+def read_steps(recorded: Iterable[Recorded], last: float = 0.0) -> list[Step]:
+    """`read_step` of each, in their order."""
+    steps = []
+    for one in recorded:
+        steps.append(read_step(one, last))
+        last = steps[-1].device_ended
+    return steps
 
 
 class Event(NamedTuple):
@@ -158,17 +164,22 @@ class stretch:
 class Recorder:
     """See the module. `watch` and `unwatch` come in pairs, and so do `start` and `stop` of a Tracer.
 
-    stages: what the loop tells of each stage of a step, None where no step is to be recorded. began, scheduled, waited,
-    arrived, committed (when each began or ended) and failed are its to write: a call costs more than what it times.
-    waited is `launched`'s, which writes it, where the loop does nothing in between. left: steps that are yet to be
-    recorded for who `look`s.
+    stages: itself while steps are to be recorded, None where not. The loop puts a step together by itself and hands it
+    to `keep`, for calls cost more than what they time: (what it leaves in Batch.recorded at the launch, rows that
+    decode, that speculate, all rows, tokens, when its wait began, it arrived, was committed and published, the device
+    began and ended, failed, `ends`). At the launch: (number, began, scheduled, launched, running, waiting, `chunks`).
+    waited: the last launch, where the loop does nothing in between. left: steps that are yet to be recorded for who
+    `look`s.
     on_watched: called with the recorder when the first looks, with None when the last has gone.
     """
 
     def __init__(self, on_watched: Callable[[Recorder | None], None]) -> None:
         self.stages: Recorder | None = None
-        self.began = self.scheduled = self.waited = self.arrived = self.committed = 0.0
-        self.failed = False
+        self.keep: Callable[[Recorded], None] = self._keep
+        self.waited = 0.0
+        # Of the step that is being built; and whose first token, and whose end, the next one brings.
+        self.chunks: list[Chunk] = []
+        self.ends: tuple[list[str], list[str]] = ([], [])
         self.timelines: OrderedDict[str, list[Event]] = OrderedDict()
         self.first_tokens: deque[float] = deque(maxlen=MAX_LATENCIES)
         self._steps: deque[Recorded] = deque(maxlen=MAX_STEPS)
@@ -177,12 +188,6 @@ class Recorder:
         self._num_watching = 0
         self.left = 0
         self._tracers: list[Tracer] = []
-        # Where each step goes.
-        self._sinks: tuple[Callable[[Recorded], None], ...] = ()
-        self._chunks: list[Chunk] = []
-        self._first: list[str] = []
-        self._ended: list[str] = []
-        self._last_ended = 0.0
 
     # ---- who looks
 
@@ -211,7 +216,7 @@ class Recorder:
     @property
     def steps(self) -> list[Step]:
         """The last ones that `look` asked for."""
-        return [read_step(one) for one in self._steps]
+        return read_steps(self._steps)
 
     def look(self, num_steps: int = STEPS_PER_LOOK) -> None:
         """Record the next steps, as many as that."""
@@ -221,61 +226,49 @@ class Recorder:
     def start(self, tracer: Tracer) -> None:
         """Record every step for somebody, until `stop`."""
         self._tracers.append(tracer)
-        self._sinks = tuple(one.steps.append for one in self._tracers)
         TRACERS.append(tracer)
         self.watch()
         self._begin()
 
     def stop(self, tracer: Tracer) -> None:
         self._tracers.remove(tracer)
-        self._sinks = tuple(one.steps.append for one in self._tracers)
         TRACERS.remove(tracer)
         self.unwatch()
+        self._settle()
 
     def _begin(self) -> None:
         if self.stages is None:
             self.stages = self
-            self._chunks.clear()
-            self._first.clear()
-            self._ended.clear()
+            self.chunks.clear()
+            self.ends = ([], [])
+        self._settle()
 
-    # ---- the loop's stages, in their order
+    def _settle(self) -> None:
+        """Where the next step goes: as directly as it may."""
+        self.keep = self._keep if self.left or len(self._tracers) != 1 else self._tracers[0].steps.append
+        if not (self.left or self._tracers):
+            self.stages = None
 
-    def launched(self, batch: Batch, running: int, waiting: int) -> None:
-        """A step is on its way."""
-        self.waited = at = now()
-        chunks: tuple[Chunk, ...] = ()
-        if self._chunks:
-            chunks = tuple(self._chunks)
-            self._chunks.clear()
-        batch.recorded = batch.forward_input.step, self.began, self.scheduled, at, running, waiting, chunks
+    def _keep(self, step: Recorded) -> None:
+        for tracer in self._tracers:
+            tracer.steps.append(step)
+        if self.left:
+            self._steps.append(step)
+            self.left -= 1
+            if not self.left:
+                self._settle()
 
-    def published(self, batch: Batch, handle: StepHandle) -> None:
-        """The last stage of a step; one whose launch nobody saw is left out."""
-        ended, last, opened, forward = handle.ended_at, self._last_ended, batch.recorded, batch.forward_input
-        arrived, failed = self.arrived, self.failed
-        self._last_ended = ended or arrived
-        first: tuple[str, ...] = ()
-        gone: tuple[str, ...] = ()
-        if self._first or self._ended or failed:
-            first, gone = tuple(self._first), tuple(self._ended)
-            self._first.clear()
-            self._ended.clear()
-            self.failed = False
-        if opened is not None and opened[0] == forward.step:
-            step = (
-                opened, forward.num_decode_rows, forward.num_speculating_rows, forward.num_rows, forward.num_tokens,
-                self.waited, arrived, self.committed, now(), handle.began_at, ended, last, failed, first, gone,
-            )  # fmt: skip
-            for keep in self._sinks:
-                keep(step)
-            if self.left:
-                self._steps.append(step)
-                self.left -= 1
-                if not (self.left or self._sinks):
-                    self.stages = None
-            elif not self._sinks:
-                self.stages = None
+    # ---- the loop's, for what seldom is there
+
+    def take_chunks(self) -> tuple[Chunk, ...]:
+        chunks = tuple(self.chunks)
+        self.chunks.clear()
+        return chunks
+
+    def take_ends(self) -> tuple[list[str], list[str]]:
+        """Requests whose first token a step brings, and those that ended with it or since the one before."""
+        ends, self.ends = self.ends, ([], [])
+        return ends
 
     # ---- sequences; called while somebody looks
 
@@ -284,17 +277,17 @@ class Recorder:
 
     def chunk(self, request_id: str, kind: str, start: int, end: int) -> None:
         """A step that is being built computes known tokens of a sequence."""
-        self._chunks.append(Chunk(request_id, kind, start, end))
+        self.chunks.append(Chunk(request_id, kind, start, end))
         self._event(request_id, Event(now(), kind, end - start))
 
     def first_token(self, request_id: str, seconds: float) -> None:
         """seconds: since it arrived."""
         self.first_tokens.append(seconds)
-        self._first.append(request_id)
+        self.ends[0].append(request_id)
         self._event(request_id, Event(now(), "first_token", 0))
 
     def finished(self, request_id: str, reason: str) -> None:
-        self._ended.append(request_id)
+        self.ends[1].append(request_id)
         self._event(request_id, Event(now(), "finished", reason))
 
     def gaps(self, seconds: npt.NDArray[np.float64]) -> None:
