@@ -20,7 +20,7 @@ import numpy.typing as npt
 now = time.monotonic
 # A step as the loop leaves it (see Recorder): a Step is made of it (`read_step`) when somebody reads it.
 Recorded = tuple[Any, ...]
-NOTHING: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+NOTHING: tuple[Sequence[str], Sequence[str]] = ((), ())
 
 # Steps that a page gets to see; and how many are recorded between two looks at them: a device that does 40,000 steps a
 # second shall not be slowed down for a picture of 200.
@@ -265,7 +265,7 @@ class Recorder:
         self.chunks.clear()
         return chunks
 
-    def take_ends(self) -> tuple[list[str], list[str]]:
+    def take_ends(self) -> tuple[Sequence[str], Sequence[str]]:
         """Requests whose first token a step brings, and those that ended with it or since the one before."""
         ends, self.ends = self.ends, ([], [])
         return ends
