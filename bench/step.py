@@ -28,7 +28,7 @@ from engine.clock import MonotonicClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle
 from engine.forward import FUTURE_TOKEN, Limits, Staging
-from engine.recorder import STEPS_PER_LOOK, Recorder, Tracer, now
+from engine.recorder import NOTHING, STEPS_PER_LOOK, Recorder, Tracer, now
 from engine.request import Request, SamplingParams
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
@@ -238,29 +238,38 @@ class RecordedLoop(Loop):
         super().__init__(batch, steps, stagger=True)
 
     def step(self) -> tuple[int, int, int]:
-        stages = self.recorder.stages
+        scheduler, stages = self.scheduler, self.recorder.stages
         if stages is not None:
-            stages.began = now()
-        batch = self.scheduler.schedule()
+            began = now()
+        batch = scheduler.schedule()
         assert batch is not None
         if stages is not None:
-            stages.scheduled = now()
+            scheduled = now()
         self.in_flight.append((batch, self.executor.submit(batch.forward_input)))
         if stages is not None:
-            stages.launched(batch, self.scheduler.num_running, self.scheduler.num_waiting)
+            stages.waited = at = now()
+            chunks = stages.take_chunks() if stages.chunks else ()
+            standing = scheduler.num_running, scheduler.num_waiting
+            batch.recorded = batch.forward_input.step, began, scheduled, at, *standing, chunks
         if len(self.in_flight) < 2:
             return 0, 0, 0
         done, handle = self.in_flight.popleft()
-        if stages is not None:
-            stages.waited = now()
         output = self.executor.resolve(handle)
         if stages is not None:
-            stages.arrived = now()
-        result = self.scheduler.commit(done, output)
+            arrived = now()
+        result = scheduler.commit(done, output)
         if stages is not None:
-            stages.committed = now()
-            stages.gaps(result.gaps)
-            stages.published(done, handle)
+            committed = now()
+            if stages.left:
+                stages.gaps(result.gaps)
+        if stages is not None and (opened := done.recorded) is not None and opened[0] == handle.step:
+            step, ends = done.forward_input, NOTHING
+            if stages.ends[0] or stages.ends[1]:
+                ends = stages.take_ends()
+            stages.keep((
+                opened, step.num_decode_rows, step.num_speculating_rows, step.num_rows, step.num_tokens, stages.waited,
+                arrived, committed, now(), handle.began_at, handle.ended_at, False, ends,
+            ))  # fmt: skip
         return 0, 0, 0
 
 

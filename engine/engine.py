@@ -27,7 +27,7 @@ from engine.lora.tally import LoraTally
 from engine.metrics import EngineMetrics, EngineStats, Rates
 from engine.pace import LoopWatch, Pace
 from engine.publisher import NO_TEXT, Listener, Publisher
-from engine.recorder import Recorder, now
+from engine.recorder import NOTHING, Recorder, now
 from engine.request import OverloadedError, QueueFullError, Request, RequestError, UnavailableError
 from engine.resting import Resting
 from engine.scheduling.batch import Batch
@@ -307,17 +307,24 @@ class Engine(Resting):
             while True:
                 stages = self.recorder.stages  # None: nobody looks
                 if stages is not None:
-                    stages.began = now()
+                    began = now()
                 batch = None if self._stopped else scheduler.schedule()  # N+1, while N runs on the device
                 if batch is not None:
                     if stages is not None:
-                        stages.scheduled = now()
+                        scheduled = now()
                     self.metrics.on_step(batch.num_tokens)
                     in_flight.append((batch, executor.submit(batch.forward_input)))
                     if stages is not None:
-                        stages.launched(batch, scheduler.num_running, scheduler.num_waiting)
+                        stages.waited = at = now()
+                        chunks = stages.take_chunks() if stages.chunks else ()
+                        standing = scheduler.num_running, scheduler.num_waiting
+                        batch.recorded = batch.forward_input.step, began, scheduled, at, *standing, chunks
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
+                        if stages is not None:
+                            stages.waited = now()
+                elif stages is not None:
+                    stages.waited = now()
                 if not in_flight:
                     # Not while another thread has the device: whatever comes meanwhile wakes this loop.
                     is_ours = not (self._loading or self.sleep_level)
@@ -359,16 +366,13 @@ class Engine(Resting):
         requests have adapters, which may be unloaded."""
         scheduler, executor = self.scheduler, self.executor
         done, handle = in_flight.popleft()
-        if stages is not None:
-            stages.waited = now()
+        failed = False
         try:
             output = await executor.wait(handle)
         except ForwardError as error:
-            if stages is not None:
-                stages.arrived, stages.failed = now(), True
+            failed, arrived = True, now()
             result = scheduler.fail(done, error)
-            if stages is not None:
-                stages.committed = now()
+            committed = now()
             self.metrics.failed_steps += 1
             logger.error("a step failed (%s); requests that end by it: %d", error, len(result.finished))
             if in_flight:
@@ -376,10 +380,10 @@ class Engine(Resting):
             self.publisher.publish_failure(result)
         else:
             if stages is not None:
-                stages.arrived = now()
+                arrived = now()
             result = scheduler.commit(done, output)
             if stages is not None:
-                stages.committed = now()
+                committed = now()
             # First, for a grammar may end its request in the next lines.
             self.publisher.attach(result, output)
             if result.cut:
@@ -388,8 +392,15 @@ class Engine(Resting):
             if in_flight:
                 self._masks.provide(*in_flight[0])
             self.publisher.publish(result)
-        if stages is not None:
-            stages.published(done, handle)
+        # One whose launch nobody saw is left out.
+        if stages is not None and (opened := done.recorded) is not None and opened[0] == handle.step:
+            step, ends = done.forward_input, NOTHING
+            if stages.ends[0] or stages.ends[1]:
+                ends = stages.take_ends()
+            stages.keep((
+                opened, step.num_decode_rows, step.num_speculating_rows, step.num_rows, step.num_tokens, stages.waited,
+                arrived, committed, now(), handle.began_at, handle.ended_at, failed, ends,
+            ))  # fmt: skip
         self._progress_at = self.clock.now()
         self.admission.observe(self._progress_at)
 

@@ -197,7 +197,7 @@ class Publisher:
                         self._enter(sequence.listener)
                 gaps = gaps[~first]
             metrics.observe_inter_token(gaps)
-            if self.recorder is not None and self.recorder.stages is not None:
+            if self.recorder is not None and self.recorder.left:
                 self.recorder.gaps(gaps)
             rows, hand_over = self._due(slots, now)
             due = slots[rows]

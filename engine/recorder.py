@@ -11,19 +11,16 @@ from __future__ import annotations
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    from engine.executor.base import StepHandle
-    from engine.scheduling.batch import Batch
-
 now = time.monotonic
-# A step as the loop leaves it, a tuple in a tuple: a Step is made of it (`read_step`) when somebody reads it.
+# A step as the loop leaves it (see Recorder): a Step is made of it (`read_step`) when somebody reads it.
 Recorded = tuple[Any, ...]
+NOTHING: tuple[Sequence[str], Sequence[str]] = ((), ())
 
 # Steps that a page gets to see; and how many are recorded between two looks at them: a device that does 40,000 steps a
 # second shall not be slowed down for a picture of 200.
@@ -72,14 +69,14 @@ class Step(NamedTuple):
     waiting: int
     failed: bool
     chunks: tuple[Chunk, ...]
-    first: tuple[str, ...]
-    ended: tuple[str, ...]
+    first: Sequence[str]
+    ended: Sequence[str]
 
 
-def read_step(recorded: Recorded) -> Step:
-    """What `Recorder.published` has put together."""
-    opened, decode, rows, tokens, waited, arrived, committed, published, device_began, ended, last, *others = recorded
-    failed, first, gone = others
+def read_step(recorded: Recorded, last: float = 0.0) -> Step:
+    """What the loop has put together. last: when the device was through with the step before, where that is known."""
+    opened, decode, speculating, rows, tokens, waited, arrived, committed, published, *others = recorded
+    device_began, ended, failed, (first, gone) = others
     number, began, scheduled, launched, running, waiting, chunks = opened
     is_told = ended > 0.0
     if not is_told:
@@ -89,10 +86,20 @@ def read_step(recorded: Recorded) -> Step:
         device_began = max(launched, last)
     forced = sum(chunk.kind == "forced" for chunk in chunks)
     pooled = sum(chunk.kind == "pooling" for chunk in chunks)
+    decode += speculating
     return Step(
         number, began, scheduled, launched, waited, arrived, committed, published, device_began, ended, is_told, decode,
         rows - decode - forced - pooled, forced, pooled, tokens, running, waiting, failed, chunks, first, gone,
     )  # fmt: skip
+
+
+def read_steps(recorded: Iterable[Recorded], last: float = 0.0) -> list[Step]:
+    """`read_step` of each, in their order."""
+    steps = []
+    for one in recorded:
+        steps.append(read_step(one, last))
+        last = steps[-1].device_ended
+    return steps
 
 
 class Event(NamedTuple):
@@ -157,27 +164,30 @@ class stretch:
 class Recorder:
     """See the module. `watch` and `unwatch` come in pairs, and so do `start` and `stop` of a Tracer.
 
-    stages: what the loop tells of each stage of a step, None where no step is to be recorded. began, scheduled, waited,
-    arrived, committed (when each began or ended) and failed are its to write: a call costs more than what it times.
+    stages: itself while steps are to be recorded, None where not. The loop puts a step together by itself and hands it
+    to `keep`, for calls cost more than what they time: (what it leaves in Batch.recorded at the launch, rows that
+    decode, that speculate, all rows, tokens, when its wait began, it arrived, was committed and published, the device
+    began and ended, failed, `ends`). At the launch: (number, began, scheduled, launched, running, waiting, `chunks`).
+    waited: the last launch, where the loop does nothing in between. left: steps that are yet to be recorded for who
+    `look`s.
     on_watched: called with the recorder when the first looks, with None when the last has gone.
     """
 
     def __init__(self, on_watched: Callable[[Recorder | None], None]) -> None:
         self.stages: Recorder | None = None
-        self.began = self.scheduled = self.waited = self.arrived = self.committed = 0.0
-        self.failed = False
+        self.keep: Callable[[Recorded], None] = self._keep
+        self.waited = 0.0
+        # Of the step that is being built; and whose first token, and whose end, the next one brings.
+        self.chunks: list[Chunk] = []
+        self.ends: tuple[list[str], list[str]] = ([], [])
         self.timelines: OrderedDict[str, list[Event]] = OrderedDict()
         self.first_tokens: deque[float] = deque(maxlen=MAX_LATENCIES)
         self._steps: deque[Recorded] = deque(maxlen=MAX_STEPS)
         self._gaps: deque[npt.NDArray[np.float64]] = deque(maxlen=MAX_STEPS)
         self._on_watched = on_watched
         self._num_watching = 0
-        self._left = 0
+        self.left = 0
         self._tracers: list[Tracer] = []
-        self._chunks: list[Chunk] = []
-        self._first: list[str] = []
-        self._ended: list[str] = []
-        self._last_ended = 0.0
 
     # ---- who looks
 
@@ -197,7 +207,7 @@ class Recorder:
         if not self._num_watching:
             self._on_watched(None)
             self.stages = None
-            self._left = 0
+            self.left = 0
             self._steps.clear()
             self.timelines.clear()
             self.first_tokens.clear()
@@ -206,11 +216,11 @@ class Recorder:
     @property
     def steps(self) -> list[Step]:
         """The last ones that `look` asked for."""
-        return [read_step(one) for one in self._steps]
+        return read_steps(self._steps)
 
     def look(self, num_steps: int = STEPS_PER_LOOK) -> None:
         """Record the next steps, as many as that."""
-        self._left = max(self._left, num_steps)
+        self.left = max(self.left, num_steps)
         self._begin()
 
     def start(self, tracer: Tracer) -> None:
@@ -224,47 +234,41 @@ class Recorder:
         self._tracers.remove(tracer)
         TRACERS.remove(tracer)
         self.unwatch()
+        self._settle()
 
     def _begin(self) -> None:
         if self.stages is None:
             self.stages = self
-            self._chunks.clear()
-            self._first.clear()
-            self._ended.clear()
+            self.chunks.clear()
+            self.ends = ([], [])
+        self._settle()
 
-    # ---- the loop's stages, in their order
+    def _settle(self) -> None:
+        """Where the next step goes: as directly as it may."""
+        self.keep = self._keep if self.left or len(self._tracers) != 1 else self._tracers[0].steps.append
+        if not (self.left or self._tracers):
+            self.stages = None
 
-    def launched(self, batch: Batch, running: int, waiting: int) -> None:
-        """A step is on its way."""
-        chunks = self._chunks
-        batch.recorded = (
-            batch.forward_input.step, self.began, self.scheduled, now(), running, waiting,
-            tuple(chunks) if chunks else (),
-        )  # fmt: skip
-        if chunks:
-            chunks.clear()
+    def _keep(self, step: Recorded) -> None:
+        for tracer in self._tracers:
+            tracer.steps.append(step)
+        if self.left:
+            self._steps.append(step)
+            self.left -= 1
+            if not self.left:
+                self._settle()
 
-    def published(self, batch: Batch, handle: StepHandle) -> None:
-        """The last stage of a step; one whose launch nobody saw is left out."""
-        ended, last, opened, forward = handle.ended_at, self._last_ended, batch.recorded, batch.forward_input
-        self._last_ended = ended or self.arrived
-        if opened is not None and opened[0] == forward.step:
-            step = (
-                opened, forward.num_decode_rows + forward.num_speculating_rows, forward.num_rows, forward.num_tokens,
-                self.waited, self.arrived, self.committed, now(), handle.began_at, ended, last, self.failed,
-                tuple(self._first) if self._first else (), tuple(self._ended) if self._ended else (),
-            )  # fmt: skip
-            for tracer in self._tracers:
-                tracer.steps.append(step)
-            if self._left:
-                self._steps.append(step)
-                self._left -= 1
-            if not self._left and not self._tracers:
-                self.stages = None
-        self.failed = False
-        if self._first or self._ended:
-            self._first.clear()
-            self._ended.clear()
+    # ---- the loop's, for what seldom is there
+
+    def take_chunks(self) -> tuple[Chunk, ...]:
+        chunks = tuple(self.chunks)
+        self.chunks.clear()
+        return chunks
+
+    def take_ends(self) -> tuple[Sequence[str], Sequence[str]]:
+        """Requests whose first token a step brings, and those that ended with it or since the one before."""
+        ends, self.ends = self.ends, ([], [])
+        return ends
 
     # ---- sequences; called while somebody looks
 
@@ -273,23 +277,23 @@ class Recorder:
 
     def chunk(self, request_id: str, kind: str, start: int, end: int) -> None:
         """A step that is being built computes known tokens of a sequence."""
-        self._chunks.append(Chunk(request_id, kind, start, end))
+        self.chunks.append(Chunk(request_id, kind, start, end))
         self._event(request_id, Event(now(), kind, end - start))
 
     def first_token(self, request_id: str, seconds: float) -> None:
         """seconds: since it arrived."""
         self.first_tokens.append(seconds)
-        self._first.append(request_id)
+        self.ends[0].append(request_id)
         self._event(request_id, Event(now(), "first_token", 0))
 
     def finished(self, request_id: str, reason: str) -> None:
-        self._ended.append(request_id)
+        self.ends[1].append(request_id)
         self._event(request_id, Event(now(), "finished", reason))
 
     def gaps(self, seconds: npt.NDArray[np.float64]) -> None:
-        """Between a row's last two tokens, for the rows of a step; a trace has no use for them."""
-        if self._left:
-            self._gaps.append(seconds.copy())
+        """Between a row's last two tokens, for the rows of a step. While steps are `left`: a trace has no use for
+        them."""
+        self._gaps.append(seconds.copy())
 
     def inter_token(self) -> npt.NDArray[np.float64]:
         """Seconds, of the last MAX_STEPS steps that were recorded."""

@@ -223,13 +223,21 @@ class LiveFeed:
         }
 
     def _memory(self, counts: dict[str, int]) -> list[tuple[str, int]]:
-        """Bytes by owner, as far as they are known."""
-        page_bytes = getattr(self._engine.executor, "page_bytes", 0)
-        owners = [(f"KV pages: {state}", counts[state] * page_bytes) for state in PAGE_STATES] if page_bytes else []
+        """Bytes by owner, as far as they are known: what steps run on first, then what the process keeps beside it."""
+        engine = self._engine
+        held = getattr(engine.executor, "held_bytes", None)
+        owners: list[tuple[str, int]] = [] if held is None else list(held().items())
+        if page_bytes := getattr(engine.executor, "page_bytes", 0):
+            owners += [(f"KV pages: {state}", counts[state] * page_bytes) for state in PAGE_STATES]
+        if engine.tier is not None and (host := engine.tier.worker.host) is not None:
+            owners.append(("KV pages in host memory", host.num_bytes))
+        if engine.adapters is not None:
+            resident = [entry.num_bytes for entry in engine.adapters.entries if entry.adapter is not None]
+            owners.append(("adapters", sum(resident)))
         if self._responses.num_bytes:
             owners.append(("kept responses", self._responses.num_bytes))
-        if (resident := _resident_bytes()) is not None:
-            owners.append(("process (resident)", resident))
+        if (used := _resident_bytes()) is not None:
+            owners.append(("process (resident)", used))
         return owners
 
 

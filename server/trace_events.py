@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-from engine.recorder import Event, Step, Stretch, Tracer, read_step
+from engine.recorder import Event, Step, Stretch, Tracer, read_steps
 
 Json = dict[str, Any]
 
@@ -37,6 +37,7 @@ class TraceEvents:
         self._open: dict[str, None] = {}
         self._arrows: dict[str, int] = {}
         self._numbers = itertools.count(1)
+        self._device_ended = 0.0
 
     def head(self) -> list[Json]:
         """Names of the process and its tracks."""
@@ -52,7 +53,9 @@ class TraceEvents:
     def take(self, tracer: Tracer) -> list[Json]:
         """The events of what it holds now, and empty it."""
         # A step's events are there before it is.
-        steps = [read_step(one) for one in _drain(tracer.steps)]
+        steps = read_steps(_drain(tracer.steps), self._device_ended)
+        if steps:
+            self._device_ended = steps[-1].device_ended
         events: list[Json] = []
         ended = []
         for request_id, event in _drain(tracer.events):

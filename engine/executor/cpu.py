@@ -39,6 +39,7 @@ from engine.forward import (
 from engine.groups import name_of
 from engine.lora.reader import read_adapter
 from engine.lora.words import AdapterError, AdapterWeights
+from engine.models.offload import Weighed
 from engine.models.parts.decoder import Adapted
 from engine.models.spec import ModelSpec
 from engine.ops.attention.base import AttentionBackend, AttentionSpec, create_backend
@@ -173,6 +174,7 @@ class CPUExecutor:
         self._last_token = np.zeros(limits.num_slots, np.int32)
         self._token_ids = np.zeros(limits.max_num_batched_tokens, np.int32)
         self._token_tensor = torch.from_numpy(self._token_ids)
+        self._weighed = Weighed()
         self._queue: queue.SimpleQueue[CPUStepHandle | None] = queue.SimpleQueue()
         self._closed = False
         self._worker = threading.Thread(target=self._work, name="cpu-executor", daemon=True)
@@ -183,6 +185,11 @@ class CPUExecutor:
         """What a page takes in all layers of its groups; 0 where nothing is kept, or while it sleeps."""
         pools = [*getattr(self._attention, "k_pools", ()), *getattr(self._attention, "v_pools", ())]
         return sum(pool.nbytes for pool in pools) // (self.limits.num_pages + 1)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of host memory by owner, pages left out. Loop thread."""
+        states = {} if self._states is None else {"recurrent states": self._states.num_bytes}
+        return {"weights": self._weighed(self._model)} | states
 
     def submit(self, forward_input: ForwardInput) -> CPUStepHandle:
         """See Executor."""

@@ -34,7 +34,7 @@ from engine.executor.cuda_waiter import Waiter
 from engine.forward import FUTURE_TOKEN, NO_NUMBERS, ForwardInput, ForwardOutput, Limits
 from engine.groups import name_of
 from engine.lora.words import AdapterError, AdapterWeights
-from engine.models.offload import Offloaded
+from engine.models.offload import Offloaded, Weighed
 from engine.models.parts.decoder import CausalLM
 from engine.ops.attention.device import DeviceAttention
 from engine.speculation.base import Proposer
@@ -89,6 +89,7 @@ class CUDAExecutor(MovingMemory, MixedSteps, OpenSteps, DraftSteps):
         self._profile_dir: Path | None = None
         self._load = load
         self._offloaded: Offloaded | None = None
+        self._weighed = Weighed()
         self._beside = threading.Condition()
 
     # ---- the protocol

@@ -14,7 +14,7 @@ from engine.config import StartupError
 from engine.executor.cuda_capture import Captures
 from engine.executor.cuda_drafter import DeviceDrafter
 from engine.forward import PARTS
-from engine.models.offload import Offloaded
+from engine.models.offload import Offloaded, Weighed
 from engine.models.parts.decoder import CausalLM
 
 
@@ -27,6 +27,20 @@ class MovingMemory(Captures):
     # Held while weights move, and where the threads that read them beside the loop are counted.
     _beside: threading.Condition
     _num_reading = 0
+    _weighed: Weighed
+
+    @property
+    def page_bytes(self) -> int:
+        """What a page takes in all layers of its groups, without drafts' own; 0 while it sleeps."""
+        return sum(buffer.nbytes for buffer in self.attention.buffers) // (self.limits.num_pages + 1)
+
+    def held_bytes(self) -> dict[str, int]:
+        """Bytes of device memory by owner, pages left out. Loop thread."""
+        held = {"weights": 0 if self._offloaded is not None else self._weighed(getattr(self, "model", None))}
+        if self._states is not None:
+            held["recurrent states"] = self._states.num_bytes
+        others = self.layer.allocated_memory() - self.page_bytes * (self.limits.num_pages + 1) - sum(held.values())
+        return held | {"activations, graphs and others": max(0, others)}
 
     def sleep(self, level: int, parts: Collection[str] = PARTS) -> None:
         """See `Executor.sleep`."""

@@ -1,10 +1,11 @@
 """Moves a model's tensors to host memory and back in place: every view of them, wherever it is held, stays valid.
 
-Called by the CUDA executor when it goes to sleep and wakes up.
+Called by the CUDA executor when it goes to sleep and wakes up. And says what a model's tensors take.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +29,22 @@ class Offloaded:
             if not storage.nbytes():
                 storage.resize_(size)
                 storage.copy_(host)
+
+
+class Weighed:
+    """Bytes of a model's tensors, counted once for each model that it is asked about. Keeps none."""
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[object] | None = None
+        self._num_bytes = 0
+
+    def __call__(self, model: object | None) -> int:
+        if model is None:
+            return 0
+        if self._model is None or self._model() is not model:
+            self._num_bytes = sum({one.data_ptr(): one.nbytes() for one in _storages(model)}.values())
+            self._model = weakref.ref(model)
+        return self._num_bytes
 
 
 def _copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:

@@ -130,6 +130,11 @@ class States:
         self._of_held = torch.empty(0, dtype=torch.int64)
         self.allocate()
 
+    @property
+    def num_bytes(self) -> int:
+        """0 after `release`."""
+        return self._memory.nbytes
+
     def allocate(self) -> None:
         """Have the memory again after `release`. On the CPU the system hands it out at first touch."""
         size = self._count * state_bytes(self._spec, self._dtype)

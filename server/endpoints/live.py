@@ -99,7 +99,7 @@ def _explanation(state: State, visit: Visit, one: Explanation) -> Json:
         "evicted_seconds_ago": None if one.evicted_at is None else round(clock - one.evicted_at, 3),
         "admitted_seconds_ago": round(clock - visit.admitted_at, 3),
         "text": None,
-        "timeline": _timeline(state, visit.request_id),
+        "timeline": _timeline(state, visit.request_id, one.num_cached),
     }
     if one.first_difference is not None and state.options.live_text and engine.tokenizer is not None:
         decode = engine.tokenizer.decode
@@ -146,18 +146,19 @@ def _sentence(one: Explanation, clock: float) -> str:
     return text + _HINTS.get(one.hint or "", "")
 
 
-def _timeline(state: State, request_id: str) -> list[Json]:
-    """What happened to it, in milliseconds since it came; where nobody looked then, what is still known."""
+def _timeline(state: State, request_id: str, num_cached: int) -> list[Json]:
+    """What happened to it, in milliseconds since it came; where nobody looked then, what is still known. num_cached:
+    tokens that it found as it was admitted."""
     recorder = state.engine.recorder
     known = list(recorder.timelines.get(request_id, ()))
     if (listener := state.engine.publisher.listeners.get(request_id)) is not None:
         sequence, kinds = listener.sequence, {event.kind for event in known}
         moments = {
-            "queued": sequence.arrived_at,
-            "admitted": sequence.admitted_at,
-            "first_token": listener.stream.first_token_at,
+            "queued": (sequence.arrived_at, sequence.num_prompt_tokens),
+            "admitted": (sequence.admitted_at, num_cached),
+            "first_token": (listener.stream.first_token_at, 0),
         }
-        known += [Event(at, kind, 0) for kind, at in moments.items() if at is not None and kind not in kinds]
+        known += [Event(at, kind, n) for kind, (at, n) in moments.items() if at is not None and kind not in kinds]
         known.sort(key=lambda event: event.at)
         if sequence.finish_reason is None:
             # So far.

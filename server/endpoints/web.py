@@ -2,13 +2,17 @@
 
 They hold no secret and need no key: what they show they ask for, with the key that the reader has typed in. `--no-web`
 leaves these routes out. A page loads nothing but files of this table (its Content-Security-Policy says so to the
-browser), and links to them relative to itself, so that a proxy may put any path before them.
+browser), and links to them relative to itself, so that a proxy may put any path before them. What a page must have
+before it is painted, its sheets and first.js, is sent inside of it; the modules are asked
+for after that.
 """
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,22 +23,26 @@ from server.state import STATE
 # Left out by --no-web (server/app.py).
 IS_WEB = True
 
-_DIRECTORY = Path(__file__).parent.parent / "web"
+DIRECTORY = Path(__file__).parent.parent / "web"
 _KINDS = {".html": "text/html", ".css": "text/css", ".js": "text/javascript", ".svg": "image/svg+xml"}
-# One policy makes HTML of a string: web/rendered.js, for what /web/api/render gives.
+# scripts, styles: the hashes of what a page has in itself. One policy makes HTML of a string: web/rendered.js, for
+# what /web/api/render gives.
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data: blob:; "
-    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "default-src 'none'; script-src 'self'{scripts}; style-src 'self'{styles}; connect-src 'self'; "
+    "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
     "require-trusted-types-for 'script'; trusted-types rendered"
 )
 _HEADERS = {
-    "Content-Security-Policy": _POLICY,
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Opener-Policy": "same-origin",
     # Kept, and asked about each time: an upgraded server's page is seen at once.
     "Cache-Control": "no-cache",
 }
+
+
+_SCRIPT = re.compile(r'<script src="web/([\w.]+)"></script>')
+_SHEET = re.compile(r'<link rel="stylesheet" href="web/([\w.]+)">')
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,17 +53,34 @@ class _File:
     body: bytes
     packed: bytes | None
     tag: str
+    policy: str
 
     @classmethod
     def read(cls, path: Path) -> _File:
-        body = path.read_bytes()
+        text = path.read_text()
+        scripts: list[str] = []
+        styles: list[str] = []
+        if path.suffix == ".html":
+            text = _SCRIPT.sub(lambda found: _inside("script", found[1], scripts), text)
+            text = _SHEET.sub(lambda found: _inside("style", found[1], styles), text)
+        body = text.encode()
         packed = gzip.compress(body, 9, mtime=0)
         tag = hashlib.sha256(body).hexdigest()[:20]
-        return cls(_KINDS[path.suffix], body, packed if len(packed) < len(body) else None, tag)
+        policy = _POLICY.format(scripts="".join(scripts), styles="".join(styles))
+        return cls(_KINDS[path.suffix], body, packed if len(packed) < len(body) else None, tag, policy)
+
+
+def _inside(element: str, name: str, hashes: list[str]) -> str:
+    """A file as an element of a page, which its policy lets through by its hash."""
+    # What a sheet names lies beside it.
+    text = (DIRECTORY / name).read_text().replace('url("', 'url("web/')
+    digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+    hashes.append(f" 'sha256-{digest}'")
+    return f"<{element}>{text}</{element}>"
 
 
 # By name, so that no path of a client's is ever looked up on the disk.
-FILES = {path.name: _File.read(path) for path in sorted(_DIRECTORY.iterdir()) if path.suffix in _KINDS}
+FILES = {path.name: _File.read(path) for path in sorted(DIRECTORY.iterdir()) if path.suffix in _KINDS}
 PAGES = {"/": "chat.html", "/live": "live.html"}
 
 
@@ -82,6 +107,7 @@ def send(request: web.Request, name: str) -> web.Response:
     if (file := FILES.get(name)) is None:
         raise web.HTTPNotFound
     headers = _HEADERS | {"ETag": f'W/"{file.tag}"', "Vary": "Accept, Accept-Encoding"}
+    headers["Content-Security-Policy"] = file.policy
     if any(tag.value in (file.tag, "*") for tag in request.if_none_match or ()):
         return web.Response(status=304, headers=headers)
     headers["Content-Type"] = f"{file.kind}; charset=utf-8"

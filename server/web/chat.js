@@ -386,6 +386,9 @@ async function start() {
   $("#retry").hidden = true;
   $("#model").textContent = config.models[0];
   $("#empty-text").textContent = config.chats ? "Ask it something." : "This model does not chat.";
+  const attach = config.images ? "Attach a file" : "Attach a text file";
+  $("#attach").title = attach;
+  $("#attach").setAttribute("aria-label", attach);
   $("#file").accept = config.images ? "" : "text/*,.md,.json,.csv,.py,.js,.ts,.c,.cc,.h,.rs,.go,.java,.sh,.yaml,.yml,.toml,.xml,.log,.sql,.tex";
   settings.build(config);
   $("#ideas").hidden = $("#keys").hidden = !config.chats;

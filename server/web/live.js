@@ -113,15 +113,15 @@ function showTiles(snapshot) {
   const { rates, ttft, itl, lag, limits } = snapshot;
   // A number stays with its unit.
   const part = (name, value) => `${name} ${charts.seconds(value)}`.replaceAll(" ", "\u00a0");
-  const three = (values) => (values ? `${part("p90", values[1])} · ${part("p99", values[2])}` : "");
+  const three = (values) => (values ? `${part("p90", values[1])}\u2003${part("p99", values[2])}` : "");
   const tiles = [
     ["Output", whole.format(rates.output), "tok/s", `${rates.requests.toFixed(1)} answers/s`],
     ["Prompts", whole.format(rates.prompt), "tok/s", "without cached ones"],
     ["Running", snapshot.num_running, `of ${limits.sequences}`, `${whole.format(rates.steps)} steps/s`],
-    ["Waiting", snapshot.num_waiting, "", snapshot.waiting.length ? `the oldest for ${charts.seconds(snapshot.waiting[0].age)}` : ""],
+    ["Waiting", snapshot.num_waiting, "", snapshot.waiting.length ? `the oldest for ${charts.seconds(snapshot.waiting[0].age).replace(" ", "\u00a0")}` : ""],
     ["First token", charts.seconds(ttft?.[0]), "", three(ttft)],
     ["Between tokens", charts.seconds(itl?.[0]), "", three(itl)],
-    ["Loop lag", charts.seconds(lag?.[0]), "", lag ? `${part("p99", lag[1])} · ${part("max", lag[2])}` : ""],
+    ["Loop lag", charts.seconds(lag?.[0]), "", lag ? `${part("p99", lag[1])}\u2003${part("max", lag[2])}` : ""],
   ];
   const place = $("#tiles");
   if (place.children.length !== tiles.length) {
@@ -155,7 +155,7 @@ function showSteps() {
   charts.drawRows($("#rows"), steps);
   legend($("#stage-legend"), charts.STAGES);
   const last = steps.at(-1);
-  legend($("#row-legend"), charts.KINDS.map(([kind, colour]) => [kind, colour, last?.[kind]]));
+  legend($("#row-legend"), charts.KINDS.map(([kind, colour, name]) => [name, colour, last?.[kind]]));
   if (!last) return;
   const of = (from, to) => charts.milliseconds(charts.median(steps.map((step) => step[to] - step[from])));
   const span = last.published - steps[0].began;
@@ -180,7 +180,8 @@ function showSequences(snapshot) {
       ...["", "n", "n", "n", "n", "n", "n"].map((kind) => h("td", { class: kind })));
     line.className = waits ? "waits" : "";
     const state = waits ? (WAITS_FOR[row.state] ?? row.state) + (row.state === "pages" ? ` (${row.wanted})` : "") : row.state;
-    const again = row.retractions ? `, retracted ${row.retractions}×` : "";
+    const told = row.state === "retracted" ? 1 : 0;
+    const again = row.retractions > told ? `, retracted ${row.retractions}×` : "";
     const cells = [state + again, whole.format(row.prompt), whole.format(row.cached), whole.format(row.output), row.pages, row.shared,
       charts.seconds(row.age)];
     cells.forEach((text, number) => write(line.children[number + 1], String(text)));

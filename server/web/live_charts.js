@@ -1,7 +1,7 @@
 // The pictures of /live, drawn on canvases: steps, rows, pages, the radix tree. Pure but for the canvas that they get.
 
 export const STAGES = [["schedule", 1], ["launch", 5], ["commit", 3], ["publish", 4], ["wait", 0], ["device", 2]];
-export const KINDS = [["decode", 1], ["prefill", 2], ["forced", 3], ["pooling", 4]];
+export const KINDS = [["decode", 1, "decode"], ["prefill", 2, "prefill chunk"], ["forced", 3, "forced"], ["pooling", 4, "embedding"]];
 export const PAGES = [["free", 0], ["running", 1], ["cached", 3], ["shared", 4], ["evictable", 5]];
 
 /** A step as server/live_feed.py writes it; times in milliseconds. */

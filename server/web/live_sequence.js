@@ -30,7 +30,13 @@ const PHASES = {
 
 /** The same as a bar: how long it waited, read and wrote. Nothing where less than two moments are known. */
 function spans(timeline) {
-  const turns = timeline.filter((event) => event.kind in PHASES || event.kind === "finished" || event.kind === "tokens");
+  // One that was retracted reads all of it again, and has no first token after that: its last chunk stands for it.
+  const again = timeline.findIndex((event) => event.kind === "retracted");
+  const turns = timeline.flatMap((event, place) => {
+    if (event.kind in PHASES || event.kind === "finished" || event.kind === "tokens") return [event];
+    const isLast = again >= 0 && place > again && event.kind === "prefill" && timeline[place + 1]?.kind !== "prefill";
+    return isLast ? [{ ...event, kind: "first_token" }] : [];
+  });
   const found = turns.slice(1).map((event, place) => [PHASES[turns[place].kind], event.ms - turns[place].ms])
     .filter(([phase]) => phase);
   const whole = found.reduce((sum, [, took]) => sum + took, 0);

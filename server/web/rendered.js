@@ -18,6 +18,8 @@ const EVERY = 90;
 const SECTION = 10;
 // Characters that the server takes at once.
 const MOST = 30000;
+// So long blocks are put into the page at once, in ms; then the browser has its turn.
+const SLICE = 8;
 
 export class Rendered {
   #root;
@@ -34,6 +36,8 @@ export class Rendered {
   #failures = 0;
   #timer = 0;
   #stopped = false;
+  // How often it was begun anew: what was asked for before that is for another text.
+  #begun = 0;
 
   /** onchange: called after the page has changed. */
   constructor(root, onchange = () => {}) {
@@ -46,7 +50,7 @@ export class Rendered {
     if (!text.startsWith(this.#text.slice(0, this.#offset))) this.#restart();
     this.#text = text;
     this.#final = final;
-    this.#root.setAttribute("aria-busy", "true");
+    if (this.#root.getAttribute("aria-busy") !== "true") this.#root.setAttribute("aria-busy", "true");
     // The first words are shown as they are, while the renderer wakes up.
     if (this.#asked === null) this.#showPlain(text.slice(0, 4000));
     this.#schedule(0);
@@ -63,6 +67,7 @@ export class Rendered {
   }
 
   #restart() {
+    this.#begun += 1;
     this.#root.replaceChildren();
     this.#offset = 0;
     this.#state = { kind: "", before: "" };
@@ -89,22 +94,28 @@ export class Rendered {
     }
     this.#busy = true;
     const began = performance.now();
+    const begun = this.#begun;
     try {
       const response = await request("web/api/render", { body: { text: tail, ...this.#state, final }, quiet: true });
       const made = await response.json();
       await new Promise((resolve) => requestAnimationFrame(resolve));
       this.#failures = 0;
-      this.#asked = signature;
-      if (!whole && made.blocks.length < 2) this.#plain(tail);
-      else this.#apply(made);
+      if (begun === this.#begun) {
+        this.#asked = signature;
+        if (!whole && made.blocks.length < 2) this.#plain(tail);
+        else await this.#apply(made);
+      }
     } catch (error) {
       // Too much for the renderer, or no renderer: the words themselves are what counts.
-      if (error instanceof ServerError && error.status === 400) {
-        this.#plain(tail);
-        this.#asked = signature;
-      } else {
-        this.#failures += 1;
-        this.#showPlain(tail);
+      const fails = !(error instanceof ServerError && error.status === 400);
+      if (fails) this.#failures += 1;
+      if (begun === this.#begun) {
+        if (fails) {
+          this.#showPlain(tail);
+        } else {
+          this.#plain(tail);
+          this.#asked = signature;
+        }
       }
     }
     this.#busy = false;
@@ -133,17 +144,24 @@ export class Rendered {
     this.#join = this.#joinBefore = null;
   }
 
-  #apply({ blocks, state }) {
+  async #apply({ blocks, state }) {
     if (blocks.length === 1 && blocks[0].html === this.#tailHtml) return;
     this.#clearTail();
     this.#join = this.#joinBefore;
-    blocks.forEach((block, index) => {
+    const begun = this.#begun;
+    let until = performance.now() + SLICE;
+    for (const [index, block] of blocks.entries()) {
+      if (performance.now() > until) {
+        await new Promise((resolve) => setTimeout(resolve));
+        if (begun !== this.#begun || this.#stopped) return;
+        until = performance.now() + SLICE;
+      }
       const last = index === blocks.length - 1;
       if (last) this.#joinBefore = this.#join;
       else this.#offset += block.length;
       const nodes = this.#place(block);
       if (last) [this.#tail, this.#tailHtml] = [nodes, block.html];
-    });
+    }
     this.#state = state;
   }
 

@@ -109,9 +109,13 @@ async def test_states_come_back_after_sleep() -> None:
     executor = make_executor(limits, device=FakeDevice(3), model=model)
     states = executor._states
     assert states is not None
+    held = executor.held_bytes()
+    assert held["weights"] > 0 and held["recurrent states"] == states._memory.nbytes > 0 and executor.page_bytes > 0
     executor.sleep(1)
     assert not states._memory.numel()
+    assert executor.held_bytes()["weights"] == executor.held_bytes()["recurrent states"] == executor.page_bytes == 0
     executor.wake_up()
+    assert executor.held_bytes() == held
     requests = requests_of(3)
     assert await serve(executor, requests) == [expected_tokens(model, request) for request in requests]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from engine.models.offload import Offloaded, _storages
+from engine.models.offload import Offloaded, Weighed, _storages
 from engine.request import SamplingParams
 from tests.cuda.support import read_tiny_model, reference_next
 
@@ -31,3 +31,17 @@ def test_a_view_follows_its_storage() -> None:
     offloaded.restore()
     assert torch.equal(holder["rows"][0], torch.arange(4.0, 12.0).view(2, 4))
     assert holder["rows"][0].untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+
+
+def test_a_model_is_weighed_once_and_another_anew() -> None:
+    weighed, model = Weighed(), read_tiny_model(None)
+    whole = sum({one.data_ptr(): one.nbytes() for one in _storages(model)}.values())
+    assert weighed(model) == whole == weighed(model) > 0
+    assert weighed(None) == 0
+    rows = torch.arange(12.0).view(3, 4)
+
+    class Holder(dict[str, object]):
+        """A dict has no weak references."""
+
+    assert weighed(Holder(whole=rows, part=rows[1:])) == rows.nbytes
+    assert weighed(model) == whole

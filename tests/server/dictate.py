@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
@@ -21,11 +22,12 @@ Cut = Literal["whole", "characters"]
 CUTS: tuple[Cut, ...] = ("whole", "characters")
 
 
-def tokens_of(text: str, cut: Cut) -> list[int]:
+@functools.lru_cache(64)
+def tokens_of(text: str, cut: Cut) -> tuple[int, ...]:
     """The tokens that say a text; special tokens are said as one token either way."""
     model = tokenizer()
     if cut == "whole":
-        return model.encode(text, add_special_tokens=False)
+        return tuple(model.encode(text, add_special_tokens=False))
     specials = sorted(filter(None, (model.id_to_token(i) for i in model.special_ids)), key=len, reverse=True)
     ids: list[int] = []
     at = 0
@@ -33,7 +35,7 @@ def tokens_of(text: str, cut: Cut) -> list[int]:
         piece = next((name for name in specials if text.startswith(name, at)), text[at])
         ids += model.encode(piece, add_special_tokens=False)
         at += len(piece)
-    return ids
+    return tuple(ids)
 
 
 class Dictation:

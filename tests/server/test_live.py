@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from engine.executor.cpu import CPUExecutor
 from engine.inspection import PAGE_STATES
+from engine.models.offload import Weighed
 from server import live_feed
 from server.trace_file import TraceFile
-from tests.server.support import BOUND_S, Live, live, until
+from tests.models.support import load
+from tests.server.support import BOUND_S, DEMO, Live, live, until
 
 Json = dict[str, Any]
 
@@ -74,6 +78,19 @@ async def test_a_snapshot_tells_who_runs_and_whose_the_pages_are(monkeypatch: py
         # Nobody looks any more.
         await until(lambda: server.engine.scheduler.recorder is None)
         assert server.engine.recorder.stages is None and not server.engine.recorder.timelines
+
+
+async def test_memory_by_owner() -> None:
+    model = load(DEMO)
+    async with live(num_pages=64, make_device=lambda limits: CPUExecutor(model, limits, dtype=torch.float32)) as server:
+        await server.complete("the same words " * 20, max_tokens=2)
+        [first] = await snapshots(server, 1)
+        page_bytes = server.engine.executor.page_bytes  # type: ignore[attr-defined]
+    names, memory = [name for name, _ in first["memory"]], dict(first["memory"])
+    assert names[0] == "weights" and memory["weights"] == Weighed()(model) > 2**20
+    assert sum(memory[f"KV pages: {state}"] for state in PAGE_STATES) == 64 * page_bytes
+    assert memory["KV pages: evictable"] == first["pool"]["counts"]["evictable"] * page_bytes > 0
+    assert memory["process (resident)"] > memory["weights"]
 
 
 async def test_a_queue_says_what_it_waits_for() -> None:

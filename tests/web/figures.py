@@ -1,6 +1,7 @@
 """What the chat page costs a reader and the server: `make bench-web` (`python -m tests.web.figures` in .venv-web).
 
-first paint: of `/` on this machine, in browsers that have never seen it. weight: bytes over the wire. long tasks: of
+first paint: of `/` on this machine, in browsers that have never seen it, in turns with a page of one word from a server
+that does nothing else: what the browser takes for any page. weight: bytes over the wire. long tasks: of
 the page (PerformanceObserver), while an answer of 21,000 tokens streams at the rate of --step and is then scrolled
 through. stall: the longest that the server's loop was at work without a pause while ten pages stream: of its thread's
 own time, and by the clock, which on a machine with few cores is what ten pages take from it.
@@ -9,7 +10,11 @@ own time, and by the clock, which on a machine with few cores is what ten pages 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -21,6 +26,32 @@ OBSERVE = (
 )
 
 
+PAINT = "performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
+
+
+class OneWord(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        body = b"<!doctype html><title>bare</title><p>bare"
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def one_word() -> Iterator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), OneWord) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/"
+        server.shutdown()
+
+
 def opened(browser: Browser, server: Server) -> Page:
     page = browser.new_context(viewport={"width": 1280, "height": 860}).new_page()
     page.goto(server.url)
@@ -29,13 +60,20 @@ def opened(browser: Browser, server: Server) -> Page:
 
 
 def first_paint(browser: Browser, server: Server, times: int) -> None:
-    paints, weight = [], 0
-    for _ in range(times):
-        page = opened(browser, server)
-        paints.append(page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime"))
-        weight = page.evaluate("performance.getEntries().reduce((sum, one) => sum + (one.transferSize ?? 0), 0)")
-        page.context.close()
+    paints, bare, weight = [], [], 0
+    with one_word() as other:
+        for _ in range(times):
+            page = opened(browser, server)
+            paints.append(page.evaluate(PAINT))
+            weight = page.evaluate("performance.getEntries().reduce((sum, one) => sum + (one.transferSize ?? 0), 0)")
+            page.context.close()
+            page = browser.new_context(viewport={"width": 1280, "height": 860}).new_page()
+            page.goto(other)
+            page.wait_for_function(PAINT)
+            bare.append(page.evaluate(PAINT))
+            page.context.close()
     print(f"first paint of /       {statistics.median(paints):6.0f} ms (median of {times}; {max(paints):.0f} at most)")
+    print(f"of a page of one word  {statistics.median(bare):6.0f} ms ({max(bare):.0f} at most)")
     print(f"weight of /            {weight / 1000:6.1f} kB", flush=True)
 
 
@@ -59,7 +97,11 @@ def long_tasks(browser: Browser, server: Server) -> None:
 
 def stalls(browser: Browser, server: Server, count: int, paragraphs: int) -> None:
     pages = [opened(browser, server) for _ in range(count)]
-    ask(pages[0], "long 2")  # the renderer has started
+    # The renderer has started, and the model knows what it will say: that is the test's own work.
+    ask(pages[0], f"long {paragraphs}", wait=False)
+    pages[0].wait_for_selector(".message .rendered figure")
+    pages[0].click("#stop")
+    done(pages[0])
     pages[0].click("#new")
     server.stalls()
     for page in pages:

@@ -1,6 +1,7 @@
 """The server that the browser's tests talk to: the whole server over the fake device, and a model that says what it is
-told to. Prints its port. `python -m tests.web.serve [--port N] [--key KEY] [--reasoning] [--step SECONDS]`; a line on
-its standard input asks for what the loop did longest without a pause since the last (tests/web/figures.py).
+told to. Prints its port. `python -m tests.web.serve [--port N] [--key KEY] [--reasoning] [--step SECONDS] [--pages N]
+[--live-text]`; a line on its standard input asks for what the loop did longest without a pause since the last
+(tests/web/figures.py).
 
 It says the last message of the user; "long N" is N paragraphs with code and formulas, "call" is a call of get_weather.
 """
@@ -14,12 +15,16 @@ import json
 import os
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import uvloop
 
+from engine.executor.base import StepHandle
+from engine.executor.fake import FakeHandle, FakeModel
+from engine.forward import ForwardOutput, Limits
 from tests.server.dictate import dictated
-from tests.server.support import live, served_model
+from tests.server.support import Device, live, served_model, tokenizer
 
 _PARAGRAPH = (
     "Paragraph {n} of **many** has `code`, a formula $x_{{{n}}}^2 = \\frac{{1}}{{{n}}}$ and some more words.\n\n"
@@ -40,6 +45,21 @@ def say(prompt: str) -> str:
         asked = "".join((_CODE if n % 5 == 4 else _PARAGRAPH).format(n=n) for n in range(1, number + 1)) + "END"
     # What goes on is the rest of what was said.
     return asked[len(said) :] if asked.startswith(said) else asked
+
+
+class OwnThread(Device):
+    """The device works on a thread of its own, as real ones do: what its steps take is none of the loop's time."""
+
+    def __init__(self, limits: Limits, step_seconds: float) -> None:
+        model = FakeModel(limits.vocab_size, tokenizer().eos_token_ids[0], 0.0)
+        super().__init__(limits, model, step_seconds)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="device")
+
+    async def wait(self, handle: StepHandle) -> ForwardOutput:
+        assert isinstance(handle, FakeHandle)
+        if (left := handle.done_at - time.monotonic()) > 0.0:
+            await asyncio.sleep(left)
+        return await asyncio.get_running_loop().run_in_executor(self._thread, self.resolve, handle)
 
 
 class Stalls:
@@ -72,14 +92,17 @@ async def main() -> None:
     parser.add_argument("--key")
     parser.add_argument("--reasoning", action="store_true")
     parser.add_argument("--step", type=float, default=0.002)
+    parser.add_argument("--pages", type=int, default=20_000)
+    parser.add_argument("--live-text", action="store_true")
     args = parser.parse_args()
-    options: dict[str, Any] = {"port": args.port}
+    options: dict[str, Any] = {"port": args.port, "live_text": args.live_text}
     if args.key:
         options["api_keys"] = (args.key,)
     if args.reasoning:
         options["reasoning_parser"] = "qwen3"
     model = served_model(max_model_len=65_536)
-    async with live(model=model, num_pages=20_000, step_seconds=args.step, **options) as server:
+    options |= {"num_pages": args.pages, "make_device": lambda limits: OwnThread(limits, args.step)}
+    async with live(model=model, **options) as server:
         with dictated(server, say=say):
             # As engine/serve.py has it.
             gc.collect()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Request, expect
 
 from tests.web.conftest import Open, Server, ask, done, picture, serving
 
@@ -153,6 +153,7 @@ def test_branches_history_and_files(server: Server, open_page: Open, tmp_path: P
     assert page.evaluate("navigator.clipboard.readText()") == "first words"
 
     page.click("#new")
+    expect(page.locator("#attach")).to_have_attribute("aria-label", "Attach a text file")
     page.set_input_files("#file", {"name": "notes.txt", "mimeType": "text/plain", "buffer": b"in the file"})
     expect(page.locator("#files")).to_contain_text("notes.txt")
     ask(page, "about it")
@@ -234,6 +235,58 @@ def test_tools_schema_prompt_and_tokens(server: Server, open_page: Open) -> None
     picture(page, "prompt")
     page.keyboard.press("Escape")
     expect(page.locator("#show")).to_be_hidden()
+
+
+def test_a_schema_is_sent_and_cached_tokens_are_told(server: Server, open_page: Open) -> None:
+    page = open_page(server.url)
+    bodies: list[dict[str, object]] = []
+
+    def note(request: Request) -> None:
+        if request.url.endswith("/chat/completions"):
+            bodies.append(request.post_data_json)
+
+    page.on("request", note)
+    page.click("#toggle-settings")
+    page.locator("#settings summary", has_text="Tools").click()
+    page.fill("#set-schema", "[]")
+    expect(page.locator("#set-schema-problem")).to_contain_text("is an object")
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    page.fill("#set-schema", json.dumps(schema))
+    expect(page.locator("#set-schema-problem")).to_be_hidden()
+    page.fill("#set-temperature", "0.5")
+    page.click("#close-settings")
+    words = '{"city": "Oslo"} ' + "and so on " * 20
+    ask(page, words)
+    assert bodies[-1]["response_format"]["json_schema"]["schema"] == schema and bodies[-1]["temperature"] == 0.5
+    expect(page.locator(".stats")).not_to_contain_text("cached")
+    ask(page, "More")
+    expect(page.locator(".stats").last).to_contain_text(re.compile(r"prompt \d+, \d+ cached"))
+    picture(page, "cached")
+    # Back to what the server does by itself.
+    page.click("#toggle-settings")
+    page.get_by_role("button", name="Back to defaults").click()
+    page.fill("#set-schema", "")
+    page.click("#close-settings")
+    ask(page, "Again")
+    assert "response_format" not in bodies[-1] and "temperature" not in bodies[-1]
+
+
+def test_a_long_chat_is_read_again_in_slices(server: Server, open_page: Open) -> None:
+    """All of it at once, from what the browser kept: it has to be whole and in order."""
+    page = open_page(server.url)
+    ask(page, "long 120", wait=False)
+    page.wait_for_selector("#send:visible", timeout=120_000)
+    done(page)
+    written = page.locator(".message.assistant .rendered").inner_html()
+    page.reload()
+    page.wait_for_selector("body[data-ready=yes]")
+    page.locator("#chats .open").click()
+    expect(page.locator(".message.assistant .rendered")).to_contain_text("END")
+    done(page)
+    again = page.locator(".message.assistant .rendered").inner_html()
+    text = re.sub(r"<[^>]*>|\s", "", again)
+    assert text == re.sub(r"<[^>]*>|\s", "", written)
+    assert re.findall(r"Paragraph(\d+)of", text) == [str(n) for n in range(1, 121) if n % 5 != 4]
 
 
 def test_a_key_and_reasoning(keyed: Server, open_page: Open) -> None:
