@@ -203,9 +203,13 @@ def tensors_of(tree: Any) -> list[Tensor]:
     """Those in what an operation was given, or gave."""
     if isinstance(tree, Tensor):
         return [tree]
-    if isinstance(tree, list | tuple):
-        return [tensor for each in tree for tensor in tensors_of(each)]
-    return tensors_of(list(tree.values())) if isinstance(tree, dict) else []
+    found: list[Tensor] = []
+    for each in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, list | tuple | dict):
+            found += tensors_of(each)
+    return found
 
 
 class FakeDevice:

@@ -40,6 +40,8 @@ class Access(NamedTuple):
 def _bytes_of(tensor: Tensor, rows: Tensor | None = None) -> Spans:
     """rows: ids, of which the tensor is indexed by its first dimension; None: all of it."""
     begin = tensor.storage_offset() * tensor.itemsize
+    if rows is None and tensor.is_contiguous():
+        return ((begin, begin + tensor.numel() * tensor.itemsize),)
     sizes = list(zip(tensor.shape, tensor.stride(), strict=True))
     if rows is not None:
         sizes = sizes[1:]
@@ -58,6 +60,8 @@ def _bytes_of(tensor: Tensor, rows: Tensor | None = None) -> Spans:
 
 
 def _overlap(a: Spans, b: Spans) -> bool:
+    if not a or not b or a[-1][1] <= b[0][0] or b[-1][1] <= a[0][0]:
+        return False
     i = j = 0
     while i < len(a) and j < len(b):
         if a[i][0] < b[j][1] and b[j][0] < a[i][1]:
@@ -71,6 +75,8 @@ def _overlap(a: Spans, b: Spans) -> bool:
 
 def _covers(a: Spans, b: Spans) -> bool:
     """Whether all of b is in a."""
+    if not a or not b or b[0][0] < a[0][0] or a[-1][1] < b[-1][1]:
+        return not b
     i = 0
     for begin, end in b:
         while i < len(a) and a[i][1] < end:
