@@ -88,7 +88,7 @@ chaos: $(VENV)/.dev  ## SIGTERM, hand-over, kill -9, faults of the device, under
 $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json | $(BIN)/python
 	@echo "Installing the clients into $(CLIENTS) (once, 1.5 GB) ..."
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --no-deps -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/python -m pip install --quiet --no-compile --no-deps -r tests/clients/requirements.txt
 	@mkdir -p $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node
 	@if command -v npm >/dev/null; then cd $(CLIENTS)/node && npm install --silent; fi
 	@touch $@

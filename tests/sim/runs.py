@@ -7,7 +7,7 @@ from typing import Any
 from tests.sim.simulator import Report, simulate
 
 SEEDS_PER_TEST = 100
-# In two files, so that they run beside each other: with the others here, a million ticks of CI. 16 seconds of a core each.
+# In two files, so that they run beside each other: with the others here, a million ticks of CI. Each is 16 seconds.
 NUM_TESTS = 30
 DRAFTED_GRAMMARS = {
     "max_draft_tokens": 4, "draft_accuracy": 0.95, "budgets": "all", "num_snapshots": None, "constrained_rate": 0.8,
