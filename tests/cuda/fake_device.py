@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverloadPacket
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map_only
 
@@ -187,16 +186,6 @@ def bind_operations() -> None:
         packet, _, overload = operation.partition(".")
         with contextlib.suppress(AttributeError):  # some are not for Python
             getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
-    for mode in (_NoSync(), _Recorder(FakeGraph())):  # what torch imports for a class of modes that is first used
-        with mode:
-            torch.zeros(1)
-
-
-def num_bound() -> int:
-    """Operations that are bound to Python."""
-    return sum(
-        len(vars(packet)["_dir"]) for packet in vars(torch.ops.aten).values() if isinstance(packet, OpOverloadPacket)
-    )
 
 
 def tensors_of(tree: Any) -> list[Tensor]:
