@@ -25,7 +25,7 @@ HAS_GPU := $(shell nvidia-smi -L >/dev/null 2>&1 && echo yes)
 RUN_EXTRAS := $(if $(HAS_GPU),[cuda],)
 DEV_EXTRAS := $(if $(HAS_GPU),[dev$(comma)cuda],[dev])
 
-.PHONY: help install serve test check sim soak chaos test-clients clients-routes clients-programs lock-clients test-agents test-web bench-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
+.PHONY: help install serve test kernels check sim soak chaos test-clients clients-routes clients-programs lock-clients test-agents test-web bench-web test-real test-scale test-dashboards gpu-python test-gpu bench-gpu gpu-run clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -66,6 +66,9 @@ serve: $(VENV)/.run $(if $(filter smollm2,$(MODEL)),$(VENV)/.smollm2)  ## serve 
 test: $(VENV)/.dev  ## all tests that need no GPU
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
+kernels: $(VENV)/.dev  ## compile the CPU kernels, which the first process to need them does else
+	@$(BIN)/python -c 'from engine.ops import native; print(native.status())'
+
 check: $(VENV)/.dev  ## lint, types, layering, known holes in what is installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -85,7 +88,7 @@ chaos: $(VENV)/.dev  ## SIGTERM, hand-over, kill -9, faults of the device, under
 $(CLIENTS)/.ready: tests/clients/requirements.txt tests/clients/package.json | $(BIN)/python
 	@echo "Installing the clients into $(CLIENTS) (once, 1.5 GB) ..."
 	$(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --no-deps -r tests/clients/requirements.txt
+	$(CLIENTS)/bin/python -m pip install --quiet --no-compile --no-deps -r tests/clients/requirements.txt
 	@mkdir -p $(CLIENTS)/node && cp tests/clients/package.json $(CLIENTS)/node
 	@if command -v npm >/dev/null; then cd $(CLIENTS)/node && npm install --silent; fi
 	@touch $@

@@ -21,6 +21,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# Files of a minute and more, the longest first: begun last, one would keep a process while the other has no more to do.
+LONG = [
+    *("sim/test_runs.py", "sim/test_more_runs.py", "cuda/test_compile.py", "cuda/test_dry_run.py"),
+    *("sim/test_mutants.py", "cuda/test_host_tier.py", "cuda/test_gpu_run.py", "test_windows.py"),
+    *("cuda/test_triton.py", "sim/test_simulation.py"),
+]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    place = {config.rootpath / "tests" / path: number for number, path in enumerate(LONG)}
+    items.sort(key=lambda item: place.get(item.path, len(LONG)))
+
+
 def pytest_collection() -> None:
     gc.disable()
 

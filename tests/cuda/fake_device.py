@@ -8,10 +8,11 @@ operations that its capture saw, at the addresses they had. What would block or 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from engine.ops import native
 
@@ -88,24 +89,58 @@ class FakeGraph:
         self.operations: list[Callable[[], object]] = []
 
 
-def _synchronises(func: Any) -> bool:
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What there is to know of one of torch's: a question to torch takes longer than many an operation.
+
+    arguments: names of all; written: of those whose memory it changes.
+    """
+
+    name: str
+    synchronises: bool
+    is_view: bool
+    arguments: tuple[str, ...]
+    written: tuple[str, ...]
+
+    def named(self, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Its arguments by name."""
+        return dict(zip(self.arguments, args, strict=False)) | kwargs
+
+
+@functools.cache
+def operation_of(func: Any) -> Operation:
     schema = func._schema
-    return schema.name in SYNCHRONISING or f"{schema.name}.{schema.overload_name}" in SYNCHRONISING
+    return Operation(
+        schema.name,
+        schema.name in SYNCHRONISING or f"{schema.name}.{schema.overload_name}" in SYNCHRONISING,
+        any(r.alias_info is not None for r in schema.returns),
+        tuple(a.name for a in schema.arguments),
+        tuple(a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write),
+    )
 
 
-class _NoSync(TorchDispatchMode):
+class Mode(TorchDispatchMode):
+    """Of what is never compiled: torch need not keep its compiler out of it, which takes a while at every operation."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+
+class _NoSync(Mode):
     """Refuses operations that would synchronise."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func._schema.name
-        assert not _synchronises(func), f"{name} makes the host wait for the device"
+        operation = operation_of(func)
+        name = operation.name
+        assert not operation.synchronises, f"{name} makes the host wait for the device"
         if name in ("aten::index", "aten::index_put_", "aten::index_put"):
             indices = [i for i in args[1] if i is not None]
             assert all(i.dtype != torch.bool for i in indices), f"{name} by a mask makes the host wait"
         return func(*args, **(kwargs or {}))
 
 
-class _Recorder(TorchDispatchMode):
+class _Recorder(Mode):
     """Notes operations instead of changing anything: outputs get memory, in-place operations are only noted."""
 
     def __init__(self, graph: FakeGraph) -> None:
@@ -114,40 +149,55 @@ class _Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
-        assert not _synchronises(func), f"{schema.name} cannot be captured: it synchronises"
-        written = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        if written:
-            names = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+        operation = operation_of(func)
+        assert not operation.synchronises, f"{operation.name} cannot be captured: it synchronises"
+        if operation.written:
+            names = operation.named(args, kwargs)
             self.graph.operations.append(lambda: func(*args, **kwargs))
-            results = [names[name] for name in written]
+            results = [names[name] for name in operation.written]
             return results[0] if len(results) == 1 else tuple(results)
         # Only shapes count; zeros are a valid index everywhere, garbage is not.
         harmless = tree_map_only(
             Tensor, lambda t: t if t.is_floating_point() or not t.numel() else torch.zeros_like(t), (args, kwargs)
         )
-        storages = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        result = func(*args, **kwargs) if _is_view(schema) else func(*harmless[0], **harmless[1])
-        outputs = _tensors(result)
+        storages = {t.untyped_storage().data_ptr() for t in tensors_of((args, kwargs))}
+        result = func(*args, **kwargs) if operation.is_view else func(*harmless[0], **harmless[1])
+        outputs = tensors_of(result)
         if all(t.untyped_storage().data_ptr() in storages for t in outputs if t.numel()):
             return result  # views stay views
 
         def replay() -> None:
-            for old, new in zip(outputs, _tensors(func(*args, **kwargs)), strict=True):
-                assert old.shape == new.shape, f"{schema.name} changed its shape between capture and replay"
+            for old, new in zip(outputs, tensors_of(func(*args, **kwargs)), strict=True):
+                assert old.shape == new.shape, f"{operation.name} changed its shape between capture and replay"
                 old.copy_(new)
 
         self.graph.operations.append(replay)
         return result
 
 
-def _is_view(schema: Any) -> bool:
-    return any(r.alias_info is not None for r in schema.returns)
+@functools.cache
+def bind_operations() -> None:
+    """Bind all of torch's operations to Python, before several devices work in one process.
+
+    Torch binds each as a mode first meets it, which is not for several threads at once.
+    """
+    for name in torch._C._dispatch_get_all_op_names():
+        namespace, _, operation = name.partition("::")
+        packet, _, overload = operation.partition(".")
+        with contextlib.suppress(AttributeError):  # some are not for Python
+            getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Those in what an operation was given, or gave."""
+    if isinstance(tree, Tensor):
+        return [tree]
     found: list[Tensor] = []
-    tree_map(lambda leaf: found.append(leaf) if isinstance(leaf, Tensor) else None, tree)
+    for each in tree.values() if isinstance(tree, dict) else tree if isinstance(tree, list | tuple) else ():
+        if isinstance(each, Tensor):
+            found.append(each)
+        elif isinstance(each, list | tuple | dict):
+            found += tensors_of(each)
     return found
 
 
@@ -227,13 +277,15 @@ class FakeDevice:
 
     def record(self, event: FakeEvent) -> None:
         self._may_issue()
-        event.recorded += 1
-        number = event.recorded
+        # Who waits for the event on another thread finds the record with the work that does it, or neither.
+        with self._lock:
+            event.recorded += 1
+            number = event.recorded
 
-        def work() -> None:
-            event.completed = number
+            def work() -> None:
+                event.completed = number
 
-        self._enqueue(work, records=event)
+            self._enqueue(work, records=event)
 
     def wait(self, event: FakeEvent) -> None:
         self._may_issue()
@@ -291,15 +343,11 @@ class FakeDevice:
         try:
             # Python that issues work runs on the loop's thread alone, at once, and what it sets is there for the rest
             # of it; here other threads run it late, which must not be amid a capture's.
-            with self._lock, self._alone(), self._code(), recorder:
+            with self._lock, self._code(), recorder:
                 work(cut)
         finally:
             self.recorder = None
         return graphs
-
-    def _alone(self) -> AbstractContextManager[object]:
-        """Where several devices work in one process: no two captures at once."""
-        return nullcontext()
 
     def drop_graph_memory(self) -> None:
         self.counts["drop"] = self.counts.get("drop", 0) + 1

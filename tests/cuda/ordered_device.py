@@ -12,15 +12,14 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_flatten
+from torch.utils._python_dispatch import _disable_current_modes
 
-from tests.cuda.fake_device import FakeDevice, FakeEvent
+from tests.cuda.fake_device import FakeDevice, FakeEvent, Mode, operation_of, tensors_of
 
 HOST, OTHER_HOST = "host", "another thread of the host"
 Clock = dict[str, int]
@@ -41,6 +40,8 @@ class Access(NamedTuple):
 def _bytes_of(tensor: Tensor, rows: Tensor | None = None) -> Spans:
     """rows: ids, of which the tensor is indexed by its first dimension; None: all of it."""
     begin = tensor.storage_offset() * tensor.itemsize
+    if rows is None and tensor.is_contiguous():
+        return ((begin, begin + tensor.numel() * tensor.itemsize),)
     sizes = list(zip(tensor.shape, tensor.stride(), strict=True))
     if rows is not None:
         sizes = sizes[1:]
@@ -59,6 +60,8 @@ def _bytes_of(tensor: Tensor, rows: Tensor | None = None) -> Spans:
 
 
 def _overlap(a: Spans, b: Spans) -> bool:
+    if not a or not b or a[-1][1] <= b[0][0] or b[-1][1] <= a[0][0]:
+        return False
     i = j = 0
     while i < len(a) and j < len(b):
         if a[i][0] < b[j][1] and b[j][0] < a[i][1]:
@@ -72,6 +75,8 @@ def _overlap(a: Spans, b: Spans) -> bool:
 
 def _covers(a: Spans, b: Spans) -> bool:
     """Whether all of b is in a."""
+    if not a or not b or b[0][0] < a[0][0] or a[-1][1] < b[-1][1]:
+        return not b
     i = 0
     for begin, end in b:
         while i < len(a) and a[i][1] < end:
@@ -81,9 +86,8 @@ def _covers(a: Spans, b: Spans) -> bool:
     return True
 
 
-def _rows_of(func: Any, names: dict[str, Any]) -> Tensor | None:
+def _rows_of(name: str, names: dict[str, Any]) -> Tensor | None:
     """The rows of `self` that an operation reads or writes; None: any."""
-    name = func._schema.name
     if name in ("aten::index_select", "aten::index_copy_") and names["dim"] == 0:
         rows = names["index"]
     elif name in ("aten::index", "aten::index_put_", "aten::_index_put_impl_"):
@@ -93,8 +97,8 @@ def _rows_of(func: Any, names: dict[str, Any]) -> Tensor | None:
     return rows if isinstance(rows, Tensor) and rows.dtype in (torch.int32, torch.int64) else None
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.numel())
+def _tensors(tree: Any) -> list[Tensor]:
+    return [tensor for tensor in tensors_of(tree) if tensor.numel()]
 
 
 def _join(clock: Clock, other: Clock) -> None:
@@ -102,7 +106,7 @@ def _join(clock: Clock, other: Clock) -> None:
         clock[who] = max(clock.get(who, 0), time)
 
 
-class _Noting(TorchDispatchMode):
+class _Noting(Mode):
     """Notes what operations read and write, in the name of one piece of work."""
 
     def __init__(self, device: OrderedDevice, who: str, clock: Clock) -> None:
@@ -111,29 +115,28 @@ class _Noting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        schema = func._schema
+        operation = operation_of(func)
         result = func(*args, **kwargs)
-        given = list(_tensors((args, kwargs)))
+        given = _tensors((args, kwargs))
         memory = {tensor.untyped_storage().data_ptr() for tensor in given}
-        out = list(_tensors(result))
-        names = {argument.name: value for argument, value in zip(schema.arguments, args, strict=False)} | kwargs
-        writes = [a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
-        written = list(_tensors([names.get(name) for name in writes]))
-        is_view = not written and all(tensor.untyped_storage().data_ptr() in memory for tensor in out)
-        if is_view and any(r.alias_info is not None for r in schema.returns):
+        out = _tensors(result)
+        names = operation.named(args, kwargs)
+        written = _tensors([names.get(name) for name in operation.written])
+        fresh = [tensor for tensor in out if tensor.untyped_storage().data_ptr() not in memory]
+        if operation.is_view and not written and not fresh:
             return result
-        note, rows, whole = self.device.note, _rows_of(func, names), names.get("self")
+        note, name = self.device.note, operation.name
+        rows, whole = _rows_of(name, names), names.get("self")
         for tensor in given:
             if not any(tensor is other for other in written):
                 of = rows if tensor is whole else None
-                note(tensor, self.who, self.clock, writes=False, what=schema.name, rows=of)
+                note(tensor, self.who, self.clock, writes=False, what=name, rows=of)
         for tensor in written:
             of = rows if tensor is whole else None
-            note(tensor, self.who, self.clock, writes=True, what=schema.name, rows=of)
-        for tensor in out:
-            if tensor.untyped_storage().data_ptr() not in memory:
-                self.device.own(tensor, self.who)
-                self.device.note(tensor, self.who, self.clock, writes=True, what=schema.name)
+            note(tensor, self.who, self.clock, writes=True, what=name, rows=of)
+        for tensor in fresh:
+            self.device.own(tensor, self.who)
+            note(tensor, self.who, self.clock, writes=True, what=name)
         return result
 
 

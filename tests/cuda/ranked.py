@@ -30,13 +30,11 @@ from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops import native
 from engine.ops.ranks import Ranks, RanksEndedError
-from tests.cuda.fake_device import FakeDevice, FakeEvent, FakeStream
+from tests.cuda.fake_device import FakeDevice, FakeEvent, FakeStream, bind_operations
 from tests.cuda.support import TINY
 
 # Where ranks do not meet, a test is to fail and not to hang.
 PATIENCE_S = 300.0
-# Of all devices of this process, behind their own locks; nobody waits for another rank within it.
-CAPTURING = threading.Lock()
 
 
 class MeetingEndedError(RuntimeError):
@@ -131,10 +129,6 @@ class WorkingDevice(FakeDevice):
         assert native._disabled
         return nullcontext()
 
-    def _alone(self) -> AbstractContextManager[object]:
-        """Torch does not bear two threads that record what they call at once."""
-        return CAPTURING
-
     def _work(self) -> None:
         while not self._stopped:
             with self._lock:
@@ -186,6 +180,7 @@ class Machine:
         self.module, self.options, self.memories = module, options, memories
         self.load = load or functools.partial(load_part, json.dumps(config or TINY))
         self.meeting = Meeting(size)
+        bind_operations()
         layout = layout_of(size)
         file = Ranks.make_file(layout)
         with mock.patch.object(native, "_disabled", 0):  # the ring is no part of the device
@@ -245,6 +240,9 @@ class Machine:
         except BaseException as error:
             self.errors.append(error)
             self.ranks[rank].end()
+        finally:
+            # As the parent of a rank that ends does with its own collectives.
+            self.meeting.abort()
 
     def stop(self) -> None:
         """End it, as the members' end does."""
@@ -284,5 +282,10 @@ def machine(size: int, **options: Any) -> Iterator[Machine]:
     try:
         yield made
         made.check()
+    except BaseException as error:
+        for rank, device in enumerate(made.devices):
+            error.add_note(f"the device of rank {rank}: {device.error!r}")
+        error.add_note(f"the group: {made.leader._group.why()}")
+        raise
     finally:
         made.leader.close()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence as List
 from dataclasses import dataclass, field
 from random import Random
@@ -18,23 +18,21 @@ from typing import Any
 
 import numpy as np
 
-from engine.books import check
 from engine.clock import ManualClock
 from engine.config import CacheOptions, SchedulerOptions, SpeculationOptions
 from engine.executor.fake import FakeExecutor, FakeHandle
 from engine.executor.fake_checks import poison_staging
-from engine.executor.fake_oracle import expected_logprob
 from engine.executor.faults import Fault, FaultPlan, FaultyExecutor
-from engine.forward import ForwardError, ForwardOutput
+from engine.forward import ForwardError
 from engine.grammar_masks import GrammarMasks
-from engine.groups import Chunk
 from engine.lending import Lending
 from engine.request import Adapter, FinishReason, Pooling, RequestError
-from engine.scheduling.batch import Batch, StepResult
+from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
-from engine.scheduling.sequence import Sequence, SequenceStatus
+from engine.scheduling.sequence import Sequence
 from engine.scheduling.trials import TRIES_ALONE
 from engine.speculation.budgets import DraftBudgets
+from tests.sim.invariants import check_all, check_logprobs, check_namespaces
 from tests.sim.ordering import CheckedPolicy
 from tests.sim.tiers import SimulatedTier
 from tests.sim.transfers import SimulatedTransfer
@@ -233,7 +231,7 @@ class Simulator:
             self.tick()
         assert not self.arrivals and not self._early
         self._finish_all()
-        self.check_all()
+        check_all(self)
         self.report.finished = len(self.clients)
         if self.tier is not None:
             self.report.received_tokens = self.tier.tier.tally.hit_tokens
@@ -399,7 +397,7 @@ class Simulator:
             output = self.executor.resolve(launched.handle)
         except ForwardError as error:
             self.report.failed_steps += 1
-            self._check_namespaces(launched, failed=True)
+            check_namespaces(self, launched, failed=True)
             result = scheduler.fail(launched.batch, error)
             assert not len(result.token_ids), "tokens of a failed step"
             for sequence in owners.values():
@@ -415,7 +413,7 @@ class Simulator:
                 self.report.guilty += 1
                 self.end(client)
         else:
-            self._check_namespaces(launched)
+            check_namespaces(self, launched)
             foreign = [row for row, token in enumerate(output.token_ids.tolist()) if token >= self.options.vocab_size]
             spoiled = {int(launched.batch.slots[row]) for row in (*output.broken, *foreign)}
             if not self.options.spoil_rate:
@@ -436,7 +434,7 @@ class Simulator:
                 assert token == tokens[slot] or result.counts is not None
                 for one in new[: (client.arrival.stop_after or 10**9) - len(client.delivered)]:
                     self.deliver(client, one)
-            self._check_logprobs(result, output)
+            check_logprobs(self, result, output)
             for sequence, place in result.pooled:
                 assert sequence in owners.values() and self.clients[sequence].vector is None
                 self.clients[sequence].vector = tuple(output.pooled[place].tolist())
@@ -463,24 +461,6 @@ class Simulator:
                 assert not any(named), f"slot {slot} still names {named}, which were given back"
         if self.options.poison:
             poison_staging(launched.batch.staging)
-
-    def _check_logprobs(self, result: StepResult, output: ForwardOutput) -> None:
-        """Each token whose log-probability was asked for has one, and it is that token's."""
-        new = Counter(one for one in self.delivered_now if one.request.sampling.logprobs is not None)
-        place = {sequence: len(self.clients[sequence].delivered) - count for sequence, count in new.items()}
-        for sequence, index, token in result.logprobs:
-            assert output.logprobs is not None
-            client = self.clients[sequence]
-            at = place[sequence]
-            place[sequence] += 1
-            if at >= len(client.delivered):  # beyond the stop string
-                assert client.arrival.stop_after == len(client.delivered)
-                continue
-            assert client.delivered[at] == token
-            expected = expected_logprob(token, sequence.num_prompt_tokens + at)
-            assert output.logprobs.token_logprobs[index] == expected, f"{client.name}: another one's log-probability"
-            new[sequence] -= 1
-        assert not any(new.values()), "a token without its log-probability"
 
     def _stop_by_string(self, owners: dict[int, Sequence]) -> None:
         """What the Engine does when the text of a sequence meets a stop string."""
@@ -549,85 +529,10 @@ class Simulator:
 
     # ---- what must hold
 
-    def _check_namespaces(self, launched: Launched, failed: bool = False) -> None:
-        """No row reads a page that another namespace wrote. (Equal tokens: no oracle would see it.)"""
-        if self.options.namespaces == 1 and not (self.options.max_adapters or self.options.has_transfer):
-            return
-        forward, page_size = launched.batch.forward_input, self.options.page_size
-        staging = forward.staging
-        starts, lengths = staging.row_start.tolist(), staging.row_len.tolist()
-        for row, slot in enumerate(launched.batch.slots.tolist()):
-            start, end = starts[row], starts[row] + lengths[row]
-            request = launched.owners[slot].request
-            name = request.namespace, None if request.adapter is None else request.adapter.version
-            for group, window in enumerate(self.options.windows):
-                pages = self.executor.pages_of(slot, end, group)
-                for page in pages[start // page_size :]:
-                    self.page_namespace[page] = name
-                first = 0 if window is None else max(0, start - window + 1)
-                if isinstance(window, Chunk):
-                    first = start - start % window
-                for page in [] if failed else pages[first // page_size :]:
-                    assert self.page_namespace[page] == name, f"page {page} crosses a namespace"
-
     def check(self) -> None:
         """After every tick."""
         if self.report.ticks % self._every == self._phase:
-            self.check_all()
-
-    def check_all(self) -> None:
-        scheduler = self.scheduler
-        live = scheduler.live_sequences()
-        held = [sequence.pages for sequence in live if sequence.pages is not None]
-        check(scheduler.kv_cache, [*held, *self.lending.lent])
-        table = scheduler._table
-        assert len(live) + table.num_free == self.options.max_num_seqs, "a slot was lost"
-        assert len(set(table._free)) == table.num_free and 0 not in table._free
-        running = 0
-        for sequence in live:
-            slot = sequence.slot
-            assert table.sequences[slot] is sequence and slot not in table._free
-            status = sequence.status
-            running += status is SequenceStatus.RUNNING
-            assert status is not SequenceStatus.WAITING and status is not SequenceStatus.FINISHED
-            pages = sequence.pages
-            assert pages is not None
-            known, computed = sequence.num_tokens, sequence.num_computed_tokens
-            assert known <= sequence.max_length and computed < sequence.max_length
-            assert computed <= pages.num_pages * self.options.page_size, f"{sequence} outgrew its pages"
-            if status is SequenceStatus.RUNNING:
-                most = len(self.in_flight) * (1 + int(table.max_drafts[slot]))
-                assert computed <= known + most, f"{sequence} runs ahead of its tokens"
-                if not self.in_flight:
-                    assert computed <= known, f"{sequence}: rejected drafts count as computed"
-        assert running == scheduler.num_running
-        if scheduler._trials.pending:
-            assert all(one.suspect_until for one in scheduler._running), "somebody runs beside those who are tried"
-        self._check_adapters(live)
-        waiting = tokens = receiving = 0
-        for sequence, client in self.open.items():
-            assert not sequence.is_finished, f"{client.name} ended without a terminal event"
-            if sequence.status is SequenceStatus.RECEIVING:
-                receiving += 1
-                assert sequence.pages is None
-            elif not sequence.holds_slot:
-                waiting += 1
-                tokens += sequence.num_tokens
-                assert sequence.status is SequenceStatus.WAITING and sequence.pages is None
-        assert receiving == scheduler.num_receiving, f"{receiving} receive, {scheduler.num_receiving} are counted"
-        for carrier in self._carriers:
-            carrier.check()
-        assert tokens == scheduler.num_waiting_tokens, "waiting tokens were counted wrongly"
-        assert waiting == scheduler.num_waiting, f"{waiting} wait, the scheduler counts {scheduler.num_waiting}"
-
-    def _check_adapters(self, live: List[Sequence]) -> None:
-        """Who holds a slot pins its adapter's index, and nobody else does. No index is lost."""
-        places = self.scheduler.adapters
-        pins = Counter(one.request.adapter.version for one in live if one.request.adapter is not None)
-        assert places.pinned == pins, f"{places.pinned} are pinned, and {dict(pins)} are in use"
-        indices = sorted([*places._index.values(), *places._free])
-        assert indices == [*range(1, self.options.max_adapters + 1)], f"{indices} are all indices"
-        assert pins.keys() <= places._index.keys() and not pins.keys() & places._unpinned.keys()
+            check_all(self)
 
 
 def run(seed: int, options: Options, arrivals: List[Arrival], every: int = CHECK_EVERY) -> Report:
