@@ -61,7 +61,8 @@ class StepCosts:
         """Seconds, num_tokens ascending; in units of the first where nothing was ever measured."""
         known = ~np.isnan(self._seconds)
         if not known.any():
-            return np.maximum(1.0, num_tokens / (2 * num_tokens[0]))
+            unknown: npt.NDArray[np.float64] = np.maximum(1.0, num_tokens / (2 * num_tokens[0]))
+            return unknown
         # More tokens never take less.
         seconds, sizes = np.maximum.accumulate(self._seconds[known]), self._tokens[known]
         shares = np.minimum(1.0, num_tokens / sizes[0]) * np.maximum(1.0, num_tokens / (2 * sizes[-1]))
