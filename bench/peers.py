@@ -157,25 +157,36 @@ def picture(rows: Sequence[dict[str, Any]], path: Path, title: str) -> None:
 
     loads = list(dict.fromkeys(row["load"] for row in rows))
     peers = list(dict.fromkeys(row["peer"] for row in rows))
-    figure, axes = plt.subplots(1, len(loads), sharey=True, figsize=(3.2 * len(loads), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(loads), sharey=True, figsize=(3.2 * len(loads), 3.8), squeeze=False)
     for axis, load in zip(axes[0], loads, strict=True):
-        counts = sorted({row["concurrency"] for row in rows if row["load"] == load})
-        for number, peer in enumerate(peers):
-            mine = {row["concurrency"]: row for row in rows if (row["load"], row["peer"]) == (load, peer)}
-            places = [at + 0.8 * (number + 0.5) / len(peers) - 0.4 for at, count in enumerate(counts) if count in mine]
-            shown = [mine[count] for count in counts if count in mine]
-            middle = [row["ratio"] for row in shown]
-            below = [row["ratio"] - row["least"] for row in shown]
-            above = [row["most"] - row["ratio"] for row in shown]
-            axis.bar(places, middle, 0.8 / len(peers), yerr=(below, above), label=peer, capsize=2)
+        here = [row for row in rows if row["load"] == load]
+        counts = sorted({row["concurrency"] for row in here})
+        for at, count in enumerate(counts):
+            group = sorted(
+                (row for row in here if row["concurrency"] == count), key=lambda row: peers.index(row["peer"])
+            )
+            for number, row in enumerate(group):
+                place = at + 0.8 * (number + 0.5) / len(group) - 0.4
+                error = [[row["ratio"] - row["least"]], [row["most"] - row["ratio"]]]
+                axis.bar(
+                    place,
+                    row["ratio"],
+                    0.8 / max(2, len(group)),
+                    yerr=error,
+                    color=f"C{peers.index(row['peer'])}",
+                    capsize=2,
+                )
         axis.axhline(1, color="black", linewidth=0.8)
         axis.set(title=load, xlabel="requests at once", yscale="log", xticks=range(len(counts)))
         axis.set_xticklabels(counts)
+        axis.yaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%g"))
+        axis.yaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
     axes[0][0].set_ylabel("tokens/s, oneloop / peer")
-    axes[0][-1].legend(fontsize=8)
+    named = [matplotlib.patches.Patch(color=f"C{number}", label=peer) for number, peer in enumerate(peers)]
+    figure.legend(handles=named, loc="lower center", ncols=len(named), fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
+    figure.tight_layout(rect=(0, 0.06, 1, 1))
     figure.savefig(path, dpi=110)
 
 
