@@ -112,7 +112,7 @@ def test_an_exponent_that_is_no_number(published: tuple[Any, Path], tmp_path: Pa
     tensors = load_file(path)
     tensors[name].view(-1)[7] = 255
     save_file(tensors, path, {"format": "pt"})
-    with pytest.raises(StartupError, match=f"^tensor {name}: a scale is no finite number$"):
+    with pytest.raises(StartupError, match=f": tensor {name}: a scale is no finite number$"):
         load(tmp_path)
 
 

@@ -278,7 +278,8 @@ MUTANTS = [
     Mutant("a cut run decodes on", Scheduler, "_schedule_jumps", "if end == known:", "if True:", RUNS),
     Mutant(
         "nobody makes room for a forced run", Scheduler, "_pages_of_jumps",
-        "return sum(", "return 0 * sum(", RUNS | {"page_size": 1, "num_pages": 40, "max_num_batched_tokens": 40},
+        "return sum(", "return 0 * sum(",
+        RUNS | {"page_size": 1, "num_pages": 40, "max_num_batched_tokens": 40, "max_draft_tokens": 0},
     ),
     Mutant("a forced run outlives its sequence", Scheduler, "_leave", "self._jumping.remove(sequence)", "pass", RUNS),
     # Order.

@@ -36,6 +36,8 @@ from engine.ops.lora import Rows, StackedSites
 
 OUTPUT = "lm_head"
 OUTPUT_WEIGHT = f"{OUTPUT}.weight"
+# An exponent of 8 bits that is no number, by OCP's specification of MXFP4.
+NO_EXPONENT = 255
 
 # Bytes copied before the mapped pages are given back and progress is told.
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -272,6 +274,13 @@ class CheckpointWeights(Weights):
         """Nobody will ask for it."""
         gone = self._tensors.pop(name)
         self._total -= gone.end - gone.begin
+
+    def raw(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        """See Source. Raises StartupError for an exponent that is no number, by OCP's specification."""
+        stored = self._tensors[name]
+        if name.endswith("_scales") and bool((self._whole(stored) == NO_EXPONENT).any()):
+            raise StartupError(f"{stored.file}: tensor {name}: a scale is no finite number")
+        return super().raw(name, shape)
 
     def fill(self, destination: Tensor, name: str) -> None:
         stored = self._tensors[name]

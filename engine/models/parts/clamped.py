@@ -9,7 +9,6 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from engine.config import StartupError
 from engine.models.parts.source import Source
 from engine.models.spec import Clamp, Experts
 from engine.ops.activation import clamped_and_mul
@@ -18,8 +17,6 @@ from engine.ops.linear import Linear
 from engine.ops.mxfp4 import BLOCK, Mxfp4Linear
 
 Matrix = Linear | Mxfp4Linear
-# Of an exponent, by OCP's specification.
-NO_NUMBER = 255
 
 
 def clamped_experts(spec: Experts, source: Source, prefix: str, hidden_size: int) -> list[Clamped]:
@@ -52,12 +49,9 @@ def mxfp4_stack(source: Source, name: str, count: int, rows: int, columns: int, 
 
 
 def _stored(source: Source, stem: str, count: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-    """uint8 blocks [count, rows, columns / 32, 16] and exponents [count, rows, columns / 32]. Raises StartupError."""
+    """uint8 blocks [count, rows, columns / 32, 16] and exponents [count, rows, columns / 32]."""
     blocks = source.raw(f"{stem}_blocks", (count, rows, columns // BLOCK, BLOCK // 2))
-    scales = source.raw(f"{stem}_scales", (count, rows, columns // BLOCK))
-    if not scales.is_meta and bool((scales == NO_NUMBER).any()):
-        raise StartupError(f"tensor {stem}_scales: a scale is no finite number")
-    return blocks, scales
+    return blocks, source.raw(f"{stem}_scales", (count, rows, columns // BLOCK))
 
 
 class Clamped:
