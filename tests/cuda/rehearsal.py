@@ -34,7 +34,7 @@ class Device(FakeDevice):
     def __init__(self, index: int = 0, *, nvtx: bool = False) -> None:
         super().__init__(index)
         self._blocking_allowed = 1
-        self.memory = 2**30
+        self.memory = 2**31
 
 
 class Moment:

@@ -77,7 +77,7 @@ async def test_after_sleep_the_memory_is_another() -> None:
 
 def test_what_reads_host_memory_by_itself_is_refused() -> None:
     executor = executor_of("full", FakeDevice())
-    connector = NixlConnector(None)
+    connector = NixlConnector(lambda: None)
     try:
         with pytest.raises(
             StartupError, match=r"^--kv-transfer-config: NixlConnector: its peers read host memory, and"
