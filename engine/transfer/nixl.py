@@ -97,6 +97,8 @@ class NixlConnector:
         self._inbox: queue.SimpleQueue[Callable[[], None] | _Read | None] = queue.SimpleQueue()
         self._running: list[_Read] = []
         self._closed = False
+        # Nothing is put into the inbox behind its end: nobody would answer.
+        self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="nixl", daemon=True)
         self._thread.start()
 
@@ -123,6 +125,9 @@ class NixlConnector:
         """See Connector. Of single pages nothing is to be done: a reader asks whether they were held."""
         if description is not None or self._registered is None:
             return
+        if self._closed:
+            self._thread.join()
+            return
 
         def run() -> None:
             self._regions = []
@@ -137,15 +142,16 @@ class NixlConnector:
 
     def read(self, remote: Json, places: Sequence[Int32Array], timeout_s: float) -> Future[int]:
         """See Connector."""
-        if not self._regions or self._closed:
+        ours = self._regions  # the thread may put others in their place
+        if not ours:
             raise TransferError("resting", "this server's memory is away")
         regions, theirs = remote.get("regions"), remote.get("places")
-        count = len(self._regions)
+        count = len(ours)
         if not all(isinstance(one, list) and len(one) == count for one in (regions, theirs)):
             raise TransferError("mismatch", "the peer's memory has other parts")
         assert isinstance(regions, list) and isinstance(theirs, list)
         pieces, num_bytes = [], 0
-        for own, of_one, ids, mine in zip(self._regions, regions, theirs, places, strict=True):
+        for own, of_one, ids, mine in zip(ours, regions, theirs, places, strict=True):
             some, size = _pieces(own, mine, of_one, ids)
             pieces += some
             num_bytes += size
@@ -157,15 +163,22 @@ class NixlConnector:
         if not 0 < len(metadata) <= MAX_METADATA:
             raise TransferError("mismatch", "the peer does not say how it is reached")
         read = _Read(metadata, pieces, num_bytes, time.monotonic() + timeout_s, Future())
-        self._inbox.put(read)
+        self._put(read)
         return read.future
 
     def close(self) -> None:
         """See Connector."""
-        if not self._closed:
-            self._closed = True
-            self._inbox.put(None)
-            self._thread.join()
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._inbox.put(None)
+        self._thread.join()
+
+    def _put(self, item: Callable[[], None] | _Read) -> None:
+        with self._lock:
+            if self._closed:
+                raise TransferError("resting", "this server is shutting down")
+            self._inbox.put(item)
 
     def _on_thread(self, work: Callable[[], None]) -> None:
         done: Future[None] = Future()
@@ -178,7 +191,7 @@ class NixlConnector:
             else:
                 done.set_result(None)
 
-        self._inbox.put(run)
+        self._put(run)
         done.result()
 
     # ---- the thread
@@ -268,6 +281,12 @@ class NixlConnector:
         except TransferError as error:
             self._end(read, error)
         except Exception as error:
+            if read.handle is not None:
+                try:
+                    self._agent.release_xfer_handle(read.handle)
+                except Exception:
+                    return False  # somebody may write to the pages yet: once it is late its agent ends
+                read.handle = None
             self._end(read, TransferError("transfer", f"NIXL says {type(error).__name__}: {str(error)[:200]}"))
         return True
 
@@ -281,12 +300,11 @@ class NixlConnector:
             raise TransferError("timeout", "its pages did not come in time")
         read.agent = read.agent or self._agent_of(read.metadata)
         mine, theirs = (self._agent.get_xfer_descs(one, _MEMORY) for one in read.pieces[0])
-        handle = self._agent.initialize_xfer("READ", mine, theirs, read.agent)
-        state = self._agent.transfer(handle)
-        if state == "ERR":
-            self._agent.release_xfer_handle(handle)
+        read.handle = self._agent.initialize_xfer("READ", mine, theirs, read.agent)
+        if self._agent.transfer(read.handle) == "ERR":
+            self._agent.release_xfer_handle(read.handle)
+            read.handle = None
             raise TransferError("transfer", "NIXL could not start it")
-        read.handle = handle
         return False
 
     def _end(self, read: _Read, error: TransferError) -> None:

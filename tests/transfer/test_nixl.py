@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from engine.config import StartupError
 from engine.executor.host_pages import HostPages
 from engine.transfer import nixl
 from engine.transfer.base import Json, TransferError
@@ -158,3 +159,40 @@ def test_without_another_agent_nothing_is_read(device: Device, monkeypatch: pyte
     device.connector.release(None)
     device.connector.register([HostPages([np.zeros((8, 4096), np.uint8)], "pages")])
     assert device.read(GOOD, 20.0).result(BOUND_S) == 2 * 4096
+
+
+def test_a_transfer_that_cannot_be_asked_after_leaves_nothing(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a handle nor a peer of its agent."""
+    released: list[dict[str, Any]] = []
+
+    def fail(self: Agent, handle: dict[str, Any]) -> str:
+        self.writing.remove(handle)
+        raise RuntimeError("no such request")
+
+    monkeypatch.setattr(Agent, "check_xfer_state", fail)
+    monkeypatch.setattr(Agent, "release_xfer_handle", lambda self, handle: released.append(handle))
+    assert reason_of(device.read(GOOD, 20.0)) == "transfer"
+    (agent,) = (one() for one in device.agents)
+    assert len(released) == 1 and agent is not None and not agent.peers
+
+
+def test_pages_stay_lent_while_a_transfer_cannot_be_released(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Agent, handle: dict[str, Any]) -> str:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Agent, "check_xfer_state", fail)
+    monkeypatch.setattr(Agent, "release_xfer_handle", fail)
+    told: list[int] = []
+    read = device.read(GOOD, 0.2)
+    read.add_done_callback(lambda _: told.append(device.num_writing()))
+    assert reason_of(read) == "timeout" and told == [0] and len(device.agents) == 2
+
+
+def test_after_its_end_nothing_is_waited_for(device: Device) -> None:
+    device.connector.close()
+    device.connector.release(None)
+    device.connector.close()
+    with pytest.raises(StartupError, match="shutting down"):
+        device.connector.register([HostPages([np.zeros((8, 4096), np.uint8)], "pages")])
+    with pytest.raises(TransferError):
+        device.connector.read({"agent": base64.b64encode(GOOD).decode()}, PLACES, 1.0)
