@@ -81,6 +81,8 @@ class Journal:
         # Of all processes, by id; and the file's number with how many bytes of it are read.
         self._begun: dict[str, Begun] = {}
         self._read_to = (0, 0)
+        # What was read, by whatever call, and not told by a look yet.
+        self._news = News()
         # What this process claimed and could not write down.
         self._unwritten: set[str] = set()
         # How long the file may become.
@@ -164,15 +166,15 @@ class Journal:
 
     def look(self) -> News:
         """What others have written since the last look. With the last of them gone, the file is made short."""
-        news = News()
         try:
             with self._locked():
-                news = self._read()
+                self._read()
                 self.has_company = bool(self._others())
                 if not self.has_company:
                     self._shorten(self._count())
         except OSError as error:
             logger.error("the journal cannot be written: %s", error.strerror)
+        news, self._news = self._news, News()
         return news
 
     def has_heirs(self) -> bool:
@@ -249,23 +251,22 @@ class Journal:
                     yield (start, len(line)), line
                 start += len(line)
 
-    def _read(self) -> News:
-        """Lines that were not read yet: what others have ended."""
+    def _read(self) -> None:
+        """Lines that were not read yet, and what others have ended in them."""
         at = os.fstat(self._file)
         place = 0
         if self._read_to[0] == at.st_ino:
             place = self._read_to[1]
         else:
             self._begun.clear()
-        news, num_bad = News(), 0
+        num_bad = 0
         for _, line in self._lines(place):
             try:
-                self._take(line, news)
+                self._take(line, self._news)
             except _NO_LINE:
                 num_bad += 1
         self._read_to = at.st_ino, at.st_size
         self._tell_bad(num_bad)
-        return news
 
     def _take(self, line: bytes, news: News) -> None:
         kind, name, by, is_forgotten = _told(line)

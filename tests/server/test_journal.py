@@ -395,6 +395,21 @@ async def test_a_hand_over_takes_the_journal_along(tmp_path: Path) -> None:
     assert [name for name in os.listdir(tmp_path) if name.startswith("journal")] == ["journal"]
 
 
+def test_what_another_call_has_read_is_told_by_the_next_look(tmp_path: Path) -> None:
+    """Whoever wants to go on with one response reads that another has ended meanwhile."""
+    path = tmp_path / "journal"
+    first = Journal(path, 10)
+    for name in ("r1", "r2"):
+        first.begin(Begun(name, "", {"input": "x"}, 1))
+    second = Journal(path, 10)
+    second.look()
+    first.end("", "r2", {"id": "r2"}, [])
+    assert not any(map(second.claim, second.begun))
+    assert list(second.look().ended) == ["r2"] and not second.look().ended
+    first.close()
+    second.close()
+
+
 def test_who_lives_keeps_what_it_has_begun(tmp_path: Path) -> None:
     path = tmp_path / "journal"
     first = Journal(path, 10)
