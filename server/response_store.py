@@ -1,7 +1,7 @@
 """The responses of /v1/responses that a later turn may go on from: bounded in number and in bytes, the least recently
 used go first.
 
-Loop thread. They are kept as JSON text, so that what is counted is what is held.
+Written by the loop thread, read by others, too. They are kept as JSON text, so that what is counted is what is held.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ class GraphCache:
 
     def note_use(self, key: GraphKey) -> bool:
         """A step runs without a graph. True: capture it now, its operations have run before."""
-        if not self.enabled or self._over or key in self._failed:
+        if not self.enabled or self._over or key in self._failed or not self._has_room():
             return False
         if self._wanted.get(key, False):
             return True
@@ -152,8 +152,11 @@ class GraphCache:
     def capture(self, key: GraphKey, work: Callable[[], object]) -> Graph | None:
         """Capture `work` on the current stream. None where it cannot be had: such steps go on without."""
         self._wanted.pop(key, None)
-        if not self._make_room():
+        if not self._has_room():
             return None
+        if self.most is not None and len(self._graphs) >= self.most:
+            oldest = self._oldest()
+            del self._graphs[oldest], self._used_at[oldest]
         graph, problem = None, None
         try:
             graph = self._layer.capture(work)
@@ -167,14 +170,14 @@ class GraphCache:
         self._graphs[key], self._used_at[key] = graph, self.num_replays
         return graph
 
-    def _make_room(self) -> bool:
+    def _oldest(self) -> GraphKey:
+        return min(self._used_at, key=self._used_at.__getitem__)
+
+    def _has_room(self) -> bool:
+        """For one more, or in the place of one that nobody needs."""
         if self.most is None or len(self._graphs) < self.most:
             return True
-        oldest = min(self._used_at, key=self._used_at.__getitem__)
-        if self.num_replays - self._used_at[oldest] < IDLE_REPLAYS:
-            return False
-        del self._graphs[oldest], self._used_at[oldest]
-        return True
+        return self.num_replays - self._used_at[self._oldest()] >= IDLE_REPLAYS
 
     def give_up(self, key: GraphKey, error: Exception) -> None:
         """Never try this key again; nor any other, where none can be captured any more."""

@@ -5,7 +5,7 @@ Owned by an executor, which has states copied before a step reads them; layers f
 Of a row with drafts it is known only after the step how many of its tokens are right. Such a row is held: it leaves
 its slot's state as it was, and its layers keep what goes into their recurrences. `settle` runs those again, over the
 right tokens alone. That is little beside a step, and no second state is needed, of which one a token would be many
-megabytes; the bits are those of decoding, for it is the same kernel over the same inputs.
+megabytes; with the compiled kernels the bits are those of decoding, for they are the same over the same inputs.
 """
 
 from __future__ import annotations

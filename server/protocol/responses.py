@@ -1,6 +1,6 @@
 """POST /v1/responses: its body as a chat's, so that `parse_chat` reads what both have in common, and its input items.
 
-Pure but for the store, which earlier turns come from. Loop thread.
+Pure but for the store, which earlier turns come from. Many items are read in a thread of their own.
 """
 
 from __future__ import annotations

@@ -468,8 +468,8 @@ MUTANTS = [
         "self._groups[group].behind(", "1 + self._groups[group].behind(", TIERED_WINDOWS,
     ),
     Mutant(
-        "what windows leave stays locked", KVCache, "_leave_behind",
-        "self._tree.leave(", "(lambda *_: 0)(", TIERED_WINDOWS,
+        "what windows leave stays locked", KVCache, "skip",
+        "self._leave_behind(", "(lambda *_: 0)(", TIERED_WINDOWS,
     ),
     Mutant(
         "a part of what came enters a tree with windows", DiskTier, "_read",
