@@ -78,20 +78,22 @@ def fuzzed(url: str, paths: list[str], folder: Path) -> str:
 
 
 def test_every_route(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """In a server with a short context: a fuzzer asks for 128 texts that go on to its end.
+    """In servers with a short context: a fuzzer asks for 128 texts that go on to its end.
 
-    Two of it, each with half of the paths: one takes a core, and waits for the server half of the time.
+    Two of them with half of the paths each: a fuzzer takes a core, and waits for its server half of the time. A server
+    each, for what one asks for may abort whatever runs.
     """
-    with serving("--max-model-len", "128", "--pooling", "last", "--score-tokens", "a", "no") as url:
-        paths = paths_of(url)
-        with ThreadPoolExecutor(2) as pool:
-            said = [pool.submit(fuzzed, url, [*paths][half::2], tmp_path / str(half)) for half in range(2)]
+    flags = "--max-model-len", "128", "--pooling", "last", "--score-tokens", "a", "no"
+    with serving(*flags) as first, serving(*flags) as second, ThreadPoolExecutor(2) as pool:
+        paths, urls = paths_of(first), (first, second)
+        said = [pool.submit(fuzzed, url, [*paths][at::2], tmp_path / str(at)) for at, url in enumerate(urls)]
         for each in said:
             assert "failures" not in each.result().splitlines()[-1]
         selected = [int(count) for each in said for count in re.findall(r"Selected: (\d+)/", each.result())]
         assert len(selected) == 2 and sum(selected) == sum(paths.values()) > 50
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-            answer = client.chat.completions.create(model=MODEL, messages=user(SUM), temperature=0)
-        assert answer.choices[0].message.content == SUM_ANSWER
+        for url in urls:
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+                answer = client.chat.completions.create(model=MODEL, messages=user(SUM), temperature=0)
+            assert answer.choices[0].message.content == SUM_ANSWER
     # What a handler or a kernel did not expect would stand here.
     assert "Traceback" not in capfd.readouterr().err
