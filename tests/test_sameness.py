@@ -34,10 +34,10 @@ from engine.models.registry import read_spec
 from engine.ops import native
 from engine.request import Request, SamplingParams
 from engine.scheduling.sequence import Sequence
-from engine.speculation.base import OneByOne, Text
 from engine.stream import TokenLogprob
 from engine.text.tokenizer import Tokenizer
 from tests.models.support import make_checkpoint
+from tests.speculation.guesses import Guesses
 
 DEMO = Path(engine.demo.__path__[0])
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -214,32 +214,6 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(DEMO)
 
 
-class Guesses(OneByOne):
-    """Drafts what the probes will be answered, two tokens of five wrong."""
-
-    def __init__(self, texts: list[list[int]]) -> None:
-        self._known = texts
-        self._generator = np.random.default_rng(4)
-        self._texts: dict[int, Text] = {}
-
-    def start(self, slot: int, text: Text) -> None:
-        self._texts[slot] = text
-
-    def stop(self, slot: int) -> None:
-        del self._texts[slot]
-
-    def advance(self, slot: int, kept: int) -> None:
-        pass
-
-    def draft(self, slot: int, most: int) -> list[int]:
-        tokens = self._texts[slot].tokens
-        for known in self._known:
-            if known[: len(tokens)] == tokens:
-                right = known[len(tokens) : len(tokens) + most]
-                return [3 if self._generator.random() < 0.4 else token for token in right]
-        return [3] * most
-
-
 async def answers_of(
     model: CausalLM,
     dtype: torch.dtype,
@@ -261,7 +235,9 @@ async def answers_of(
         num_snapshots=40 if model.config.has_state else None,
         max_draft_tokens=setting.drafts,
     )
-    guesses = Guesses([probe.prompt_token_ids + (known or {})[probe.request_id].token_ids for probe in probes if known])
+    texts = [probe.prompt_token_ids + (known or {})[probe.request_id].token_ids for probe in probes if known]
+    generator = np.random.default_rng(4)
+    guesses = Guesses(texts, lambda _: generator.random() < 0.4)  # two of five
     config = EngineConfig(
         cache=CacheOptions(page_size=page_size, enable_prefix_caching=setting.cache != "off"),
         scheduler=SchedulerOptions(

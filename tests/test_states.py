@@ -33,8 +33,9 @@ from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
 from engine.ops.attention.base import AttentionBackend
 from engine.request import FinishReason, Request, SamplingParams
-from engine.speculation.base import OneByOne, Proposer, Text
+from engine.speculation.base import Proposer
 from tests.models.support import Runner, edit_json, load, make_checkpoint
+from tests.speculation.guesses import Guesses
 
 PAGE, CONTEXT, NEW_TOKENS = 4, 512, 24
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -168,29 +169,6 @@ async def test_a_common_prompt_is_computed_once(family: str, checkpoints: dict[s
     assert answers == await expected(model, prompts[:8], 2)
 
 
-class Guesses(OneByOne):
-    """Drafts what is known to come; wrong is each third token."""
-
-    def __init__(self, texts: list[list[int]]) -> None:
-        self._known = texts
-        self._texts: dict[int, Text] = {}
-
-    def start(self, slot: int, text: Text) -> None:
-        self._texts[slot] = text
-
-    def stop(self, slot: int) -> None:
-        del self._texts[slot]
-
-    def advance(self, slot: int, kept: int) -> None:
-        pass
-
-    def draft(self, slot: int, most: int) -> list[int]:
-        tokens = self._texts[slot].tokens
-        at = len(tokens)
-        right = next((known[at : at + most] for known in self._known if known[:at] == tokens), [3] * most)
-        return [3 if (at + index) % 3 == 0 else token for index, token in enumerate(right)]
-
-
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
 async def test_rows_with_drafts(family: str, overlap: bool, checkpoints: dict[str, Path]) -> None:
@@ -203,7 +181,7 @@ async def test_rows_with_drafts(family: str, overlap: bool, checkpoints: dict[st
     follow = [[*text, 5, 6, 7] for text in texts]
     after = await expected(model, follow, 6)
     for num_pages, snapshots, fails in [(2000, 40, False), (110, 40, True), (80, 2, False)]:
-        guesses = Guesses(texts)
+        guesses = Guesses(texts, lambda place: place % 3 == 0)
         async with running(
             model, num_pages=num_pages, snapshots=snapshots, drafts=5, overlap=overlap, proposer=guesses
         ) as (engine, watched):
