@@ -363,6 +363,17 @@ def test_options_are_the_flags() -> None:
         assert not config.cache.enable_prefix_caching and llm._built.engine.limits.max_model_len == 256
 
 
+def test_torchs_compiler_is_never_imported() -> None:
+    """Nor what it brings: that would take a second or two amid the first answer, where steps are recorded."""
+    code = (
+        "import sys\nfrom engine.llm import LLM, SamplingParams\n"
+        "with LLM() as llm:\n"
+        "    assert llm.generate('The cat', SamplingParams(max_tokens=12, temperature=0))\n"
+        "assert 'torch' in sys.modules and not {'torch._dynamo', 'sympy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, timeout=120)
+
+
 def test_a_script_that_does_not_close_ends() -> None:
     code = (
         "from engine.llm import LLM, SamplingParams\n"

@@ -75,6 +75,12 @@ class _Watch(TorchDispatchMode):
         self._memory = memory
         self.other: str | None = None
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """What is never compiled need not be kept from torch's compiler, which would be imported for that at the first
+        operation: amid the first request, for a second or two."""
+        return False
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
