@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oneloop.start")
 
-GPU_FLAGS = "--cuda-graph, --kv-cache-dtype fp8, --kernels, --profile-dir and --nvtx"
 
 # Ordinary words that a vocabulary may have beyond the embedding, as a share of its rows: with more it belongs to
 # another model. Added tokens (a pad that was never trained) may be any number; transformers minds neither.
@@ -124,10 +123,17 @@ def _describe_context(context: int, spec: ModelSpec, trained: int | None, budget
 
 def _pick_device(config: EngineConfig, report: StartupReport) -> str:
     """The GPU where it can be used. One that cannot is told in a row, or ends the start where it was asked for."""
-    asks = config.cuda != CudaOptions() or config.cache.kv_cache_dtype.startswith("fp8")
+    flags = [
+        f"--{one.name.replace('_', '-')}"
+        for one in dataclasses.fields(CudaOptions)
+        if getattr(config.cuda, one.name) != one.default
+    ]
+    if (kv_dtype := config.cache.kv_cache_dtype).startswith("fp8"):
+        flags.append(f"--kv-cache-dtype {kv_dtype}")
+    asks = f"{', '.join(flags)}: needs a CUDA device" if flags else None
     if config.device == "cpu":
         if asks:
-            raise StartupError(f"{GPU_FLAGS} need a CUDA device; this is a CPU")
+            raise StartupError(f"{asks}; this is a CPU")
         return "cpu"
     import torch
 
@@ -145,7 +151,7 @@ def _pick_device(config: EngineConfig, report: StartupReport) -> str:
     if config.device == "cuda":
         raise StartupError(f"--device cuda: {reason}")
     if asks:
-        raise StartupError(f"{GPU_FLAGS} need a CUDA device: {reason}")
+        raise StartupError(f"{asks}: {reason}")
     if gpu_probe.driver_version() is not None:
         report.row("GPU", f"not used: {reason}")
     return "cpu"

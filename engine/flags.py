@@ -101,8 +101,8 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
         "--quantization",
         "-q",
         metavar="KIND",
-        help="int8, int4: weights of layers are rounded as they are read (CPU); awq and other methods: the checkpoint "
-        "must be of that one",
+        help="int8, int4, fp8: weights of layers are rounded as they are read (CPU); awq and other methods: the "
+        "checkpoint must be of that one",
     )
     model.add_argument(
         "--packed-input-bits",
@@ -149,7 +149,13 @@ def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.Argum
 
     device = parser.add_argument_group("device and memory")
     device.add_argument("--device", choices=["auto", "cpu", "cuda"])
-    device.add_argument("--threads", type=count, metavar="N", help="compute threads on the CPU (of each rank)")
+    device.add_argument(
+        "--threads",
+        type=count,
+        metavar="N",
+        help="compute threads on the CPU (of each rank); by default what the model's size pays for: a small one leaves "
+        "a core to the event loop",
+    )
     device.add_argument(
         "--tensor-parallel-size",
         "-tp",
