@@ -484,6 +484,8 @@ async def test_rows_without_numbers_are_named_and_hurt_no_other(
             logits[1, 7] = value
         return logits
 
+    prompts = [A, A[:5], A[2:]]
+    expected = [continuation(CudaAdapter(), prompts[index], 6) for index in (0, 2)]  # by the same model, yet unspoiled
     raw, decode_logits = model.raw_logits, model.decode
     monkeypatch.setattr(model, "raw_logits", lambda hidden: spoiled(raw(hidden)))
     monkeypatch.setattr(model, "decode", lambda *given: spoiled(decode_logits(*given)))
@@ -495,7 +497,6 @@ async def test_rows_without_numbers_are_named_and_hurt_no_other(
 
     monkeypatch.setattr(executor, "submit", with_extras)
     pages = {1: [1, 2, 3, 4], 2: [5, 6, 7, 8], 3: [9, 10, 11, 12]}
-    prompts = [A, A[:5], A[2:]]
     asked = {1: GREEDY, 2: sampling, 3: GREEDY}
     steps = [[prefill(slot, prompt) for slot, prompt in enumerate(prompts, 1)]]
     steps += [[decode(slot, len(prompt) + more) for slot, prompt in enumerate(prompts, 1)] for more in range(5)]
@@ -510,7 +511,7 @@ async def test_rows_without_numbers_are_named_and_hurt_no_other(
         for tokens, token in zip(found, output.token_ids[[0, 2]].tolist(), strict=True):
             tokens.append(token)
     assert device.counts["replay"] > 0
-    assert found == [continuation(CudaAdapter(), prompts[index], 6) for index in (0, 2)]
+    assert found == expected
     executor.close()
 
 
