@@ -28,7 +28,7 @@ from engine.clock import MonotonicClock
 from engine.config import CacheOptions, SchedulerOptions
 from engine.executor.fake import FakeExecutor, FakeHandle
 from engine.forward import FUTURE_TOKEN, Limits, Staging
-from engine.recorder import NOTHING, STEPS_PER_LOOK, Recorder, Tracer, now
+from engine.recorder import STEPS_PER_LOOK, Recorder, Tracer, now
 from engine.request import Request, SamplingParams
 from engine.scheduling.batch import Batch
 from engine.scheduling.scheduler import Scheduler
@@ -247,10 +247,7 @@ class RecordedLoop(Loop):
             scheduled = now()
         self.in_flight.append((batch, self.executor.submit(batch.forward_input)))
         if stages is not None:
-            stages.waited = at = now()
-            chunks = stages.take_chunks() if stages.chunks else ()
-            standing = scheduler.num_running, scheduler.num_waiting
-            batch.recorded = batch.forward_input.step, began, scheduled, at, *standing, chunks
+            stages.launched(batch, began, scheduled, scheduler.num_running, scheduler.num_waiting)
         if len(self.in_flight) < 2:
             return 0, 0, 0
         done, handle = self.in_flight.popleft()
@@ -262,14 +259,7 @@ class RecordedLoop(Loop):
             committed = now()
             if stages.left:
                 stages.gaps(result.gaps)
-        if stages is not None and (opened := done.recorded) is not None and opened[0] == handle.step:
-            step, ends = done.forward_input, NOTHING
-            if stages.ends[0] or stages.ends[1]:
-                ends = stages.take_ends()
-            stages.keep((
-                opened, step.num_decode_rows, step.num_speculating_rows, step.num_rows, step.num_tokens, stages.waited,
-                arrived, committed, now(), handle.began_at, handle.ended_at, False, ends,
-            ))  # fmt: skip
+            stages.published(done, handle, arrived, committed, False)
         return 0, 0, 0
 
 

@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("oneloop.start")
 
-
 # Ordinary words that a vocabulary may have beyond the embedding, as a share of its rows: with more it belongs to
 # another model. Added tokens (a pad that was never trained) may be any number; transformers minds neither.
 MAX_WORDS_OVER = 0.01

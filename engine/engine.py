@@ -27,7 +27,7 @@ from engine.lora.tally import LoraTally
 from engine.metrics import EngineMetrics, EngineStats, Rates
 from engine.pace import LoopWatch, Pace
 from engine.publisher import NO_TEXT, Listener, Publisher
-from engine.recorder import NOTHING, Recorder, now
+from engine.recorder import Recorder, now
 from engine.request import OverloadedError, QueueFullError, Request, RequestError, UnavailableError
 from engine.resting import Resting
 from engine.scheduling.batch import Batch
@@ -315,10 +315,7 @@ class Engine(Resting):
                     self.metrics.on_step(batch.num_tokens)
                     in_flight.append((batch, executor.submit(batch.forward_input)))
                     if stages is not None:
-                        stages.waited = at = now()
-                        chunks = stages.take_chunks() if stages.chunks else ()
-                        standing = scheduler.num_running, scheduler.num_waiting
-                        batch.recorded = batch.forward_input.step, began, scheduled, at, *standing, chunks
+                        stages.launched(batch, began, scheduled, scheduler.num_running, scheduler.num_waiting)
                     if len(in_flight) == 1:
                         self._masks.provide(*in_flight[0])
                         if stages is not None:
@@ -392,15 +389,8 @@ class Engine(Resting):
             if in_flight:
                 self._masks.provide(*in_flight[0])
             self.publisher.publish(result)
-        # One whose launch nobody saw is left out.
-        if stages is not None and (opened := done.recorded) is not None and opened[0] == handle.step:
-            step, ends = done.forward_input, NOTHING
-            if stages.ends[0] or stages.ends[1]:
-                ends = stages.take_ends()
-            stages.keep((
-                opened, step.num_decode_rows, step.num_speculating_rows, step.num_rows, step.num_tokens, stages.waited,
-                arrived, committed, now(), handle.began_at, handle.ended_at, failed, ends,
-            ))  # fmt: skip
+        if stages is not None:
+            stages.published(done, handle, arrived, committed, failed)
         self._progress_at = self.clock.now()
         self.admission.observe(self._progress_at)
 

@@ -12,15 +12,19 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+if TYPE_CHECKING:
+    from engine.executor.base import StepHandle
+    from engine.scheduling.batch import Batch
+
 now = time.monotonic
 # A step as the loop leaves it (see Recorder): a Step is made of it (`read_step`) when somebody reads it.
 Recorded = tuple[Any, ...]
-NOTHING: tuple[Sequence[str], Sequence[str]] = ((), ())
+_NOTHING: tuple[Sequence[str], Sequence[str]] = ((), ())
 
 # Steps that a page gets to see; and how many are recorded between two looks at them: a device that does 40,000 steps a
 # second shall not be slowed down for a picture of 200.
@@ -164,18 +168,14 @@ class stretch:
 class Recorder:
     """See the module. `watch` and `unwatch` come in pairs, and so do `start` and `stop` of a Tracer.
 
-    stages: itself while steps are to be recorded, None where not. The loop puts a step together by itself and hands it
-    to `keep`, for calls cost more than what they time: (what it leaves in Batch.recorded at the launch, rows that
-    decode, that speculate, all rows, tokens, when its wait began, it arrived, was committed and published, the device
-    began and ended, failed, `ends`). At the launch: (number, began, scheduled, launched, running, waiting, `chunks`).
-    waited: the last launch, where the loop does nothing in between. left: steps that are yet to be recorded for who
-    `look`s.
+    stages: itself while steps are to be recorded, None where not. waited: when the loop began to wait for a step, at
+    the last launch where it does nothing in between. left: steps that are yet to be recorded for who `look`s.
     on_watched: called with the recorder when the first looks, with None when the last has gone.
     """
 
     def __init__(self, on_watched: Callable[[Recorder | None], None]) -> None:
         self.stages: Recorder | None = None
-        self.keep: Callable[[Recorded], None] = self._keep
+        self._hand_on: Callable[[Recorded], None] = self._keep
         self.waited = 0.0
         # Of the step that is being built; and whose first token, and whose end, the next one brings.
         self.chunks: list[Chunk] = []
@@ -245,7 +245,7 @@ class Recorder:
 
     def _settle(self) -> None:
         """Where the next step goes: as directly as it may."""
-        self.keep = self._keep if self.left or len(self._tracers) != 1 else self._tracers[0].steps.append
+        self._hand_on = self._keep if self.left or len(self._tracers) != 1 else self._tracers[0].steps.append
         if not (self.left or self._tracers):
             self.stages = None
 
@@ -258,17 +258,28 @@ class Recorder:
             if not self.left:
                 self._settle()
 
-    # ---- the loop's, for what seldom is there
+    # ---- the loop's
 
-    def take_chunks(self) -> tuple[Chunk, ...]:
-        chunks = tuple(self.chunks)
-        self.chunks.clear()
-        return chunks
+    def launched(self, batch: Batch, began: float, scheduled: float, running: int, waiting: int) -> None:
+        """Just now. What is known of the step by then stays with the batch."""
+        self.waited = at = now()
+        chunks: tuple[Chunk, ...] = ()
+        if self.chunks:
+            chunks = tuple(self.chunks)
+            self.chunks.clear()
+        batch.recorded = batch.forward_input.step, began, scheduled, at, running, waiting, chunks
 
-    def take_ends(self) -> tuple[Sequence[str], Sequence[str]]:
-        """Requests whose first token a step brings, and those that ended with it or since the one before."""
-        ends, self.ends = self.ends, ([], [])
-        return ends
+    def published(self, batch: Batch, handle: StepHandle, arrived: float, committed: float, failed: bool) -> None:
+        """Just now. A step whose launch nobody saw is left out."""
+        opened, step, ends = batch.recorded, batch.forward_input, _NOTHING
+        if opened is None or opened[0] != handle.step:
+            return
+        if self.ends[0] or self.ends[1]:
+            ends, self.ends = self.ends, ([], [])
+        self._hand_on((
+            opened, step.num_decode_rows, step.num_speculating_rows, step.num_rows, step.num_tokens, self.waited,
+            arrived, committed, now(), handle.began_at, handle.ended_at, failed, ends,
+        ))  # fmt: skip
 
     # ---- sequences; called while somebody looks
 

@@ -3,8 +3,7 @@
 They hold no secret and need no key: what they show they ask for, with the key that the reader has typed in. `--no-web`
 leaves these routes out. A page loads nothing but files of this table (its Content-Security-Policy says so to the
 browser), and links to them relative to itself, so that a proxy may put any path before them. What a page must have
-before it is painted, its sheets and first.js, is sent inside of it; the modules are asked
-for after that.
+before it is painted, its sheets and first.js, is sent inside of it; the modules are asked for after that.
 """
 
 from __future__ import annotations

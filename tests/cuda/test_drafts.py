@@ -26,7 +26,7 @@ from engine.groups import plan_groups
 from engine.models.parts.decoder import CausalLM
 from engine.ops.sampling.device import accept
 from engine.request import Request
-from engine.speculation.base import OneByOne, Proposer, Text
+from engine.speculation.base import Proposer
 from engine.speculation.paged import LateProposer
 from engine.speculation.registry import make_proposer
 from tests.cuda.fake_device import FakeDevice
@@ -45,27 +45,19 @@ from tests.cuda.support import (
 )
 from tests.cuda.test_order import asked, read_results
 from tests.executor.test_speculation import NEW, PROBES, VOCAB, Answer, Oracle, Script
+from tests.speculation.guesses import Following
 
 DRAFTS = dataclasses.replace(SMALL, max_draft_tokens=4)
 
 
-class Knowing(OneByOne):
+class Knowing(Following):
     """Drafts what will come, each token wrong with a probability; sometimes nothing, if it hesitates."""
 
     def __init__(self, requests: list[Request], wrong: float, hesitates: bool = False) -> None:
+        super().__init__()
         self._answers = {tuple(r.prompt_token_ids): expected_tokens(tiny_model(), r) for r in requests}
         self._wrong, self._hesitates = wrong, hesitates
         self._generator = np.random.default_rng(3)
-        self._texts: dict[int, Text] = {}
-
-    def start(self, slot: int, text: Text) -> None:
-        self._texts[slot] = text
-
-    def stop(self, slot: int) -> None:
-        del self._texts[slot]
-
-    def advance(self, slot: int, kept: int) -> None:
-        assert kept <= len(self._texts[slot].tokens)
 
     def draft(self, slot: int, most: int) -> list[int]:
         tokens = self._texts[slot].tokens

@@ -1,4 +1,4 @@
-"""A proposer of tests that knows what is to come."""
+"""Proposers of tests that know what is to come."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ from engine.speculation.base import OneByOne, Text
 WRONG = 3
 
 
-class Guesses(OneByOne):
-    """Drafts how one of the known texts goes on, but WRONG in the places for which is_wrong is true, and where none of
-    them does."""
+class Following(OneByOne):
+    """Has the text of each slot; what it drafts is for who makes one of it."""
 
-    def __init__(self, texts: list[list[int]], is_wrong: Callable[[int], bool]) -> None:
-        self._known, self._is_wrong = texts, is_wrong
+    def __init__(self) -> None:
         self._texts: dict[int, Text] = {}
 
     def start(self, slot: int, text: Text) -> None:
@@ -24,7 +22,16 @@ class Guesses(OneByOne):
         del self._texts[slot]
 
     def advance(self, slot: int, kept: int) -> None:
-        pass
+        assert kept <= len(self._texts[slot].tokens)
+
+
+class Guesses(Following):
+    """Drafts how one of the known texts goes on, but WRONG in the places for which is_wrong is true, and where none of
+    them does."""
+
+    def __init__(self, texts: list[list[int]], is_wrong: Callable[[int], bool]) -> None:
+        super().__init__()
+        self._known, self._is_wrong = texts, is_wrong
 
     def draft(self, slot: int, most: int) -> list[int]:
         tokens = self._texts[slot].tokens
