@@ -253,13 +253,19 @@ class CudaDevice:
 
     def _end_of_captures(self, reason: str) -> None:
         """A capture was invalidated. Until 2.12, torch then goes on as if it were still recording into the pool:
-        its allocator never empties its cache again, nor tries anew when memory is short.
+        its allocator never empties its cache again, nor tries anew when memory is short. So does its generator of the
+        device's random numbers (2.11; 2.13 has a state of it for each capture), which then refuses to draw any.
         """
         self._captures_over = f"an earlier capture was invalidated: {(reason.splitlines() or [''])[0]}"
         end = getattr(torch._C, "_cuda_endAllocateToPool", None)
         if end is not None:
             with contextlib.suppress(RuntimeError):  # it is not recording, as it should be
                 end(self.device.index, self._pool)
+        # A copy of the generator's state is where the state was, and not in a capture. Graphs from before keep the old
+        # one, which matters to none that draws nothing.
+        with contextlib.suppress(RuntimeError, AttributeError, IndexError):
+            generator = torch.cuda.default_generators[self.device.index]
+            generator.graphsafe_set_state(generator.clone_state())
 
     def drop_graph_memory(self) -> None:
         self._first_graph = self._pool = None

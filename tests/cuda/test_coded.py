@@ -62,6 +62,15 @@ def meant(form: str, given: list[Piece]) -> Tensor:
     return torch.cat(parts)
 
 
+def one_rounding(form: str, given: list[Piece]) -> Tensor:
+    """float32 [rows, columns]: how far numbers may be from `meant` where a product and what is added to it are rounded
+    once, together: by the product's own rounding, and by what that changes in the sum's. 0 where nothing is added."""
+    if not form.endswith("low"):
+        return torch.zeros_like(meant(form, given))
+    products = meant(form, [(a, b, codes, scale, torch.zeros_like(scale)) for a, b, codes, scale, _ in given])
+    return torch.finfo(torch.float32).eps * (products.abs() / 2 + meant(form, given).abs())
+
+
 def layer(
     form: str, given: list[Piece], group: int, dtype: torch.dtype, bias: Tensor | None = None
 ) -> DeviceCodedLinear:
@@ -73,15 +82,17 @@ def layer(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("group", [16, 32, 64])
 def test_numbers_are_what_the_codes_mean(form: str, group: int) -> None:
-    """In float32 exactly: by torch and by the kernel, all rows and some; columns that pair and ones that do not."""
+    """In float32 exactly: by torch and by the kernel, all rows and some; columns that pair and ones that do not. But a
+    GPU rounds once, where `low` is added."""
     for columns in (128, 96 if group < 64 else 192):
         given = pieces(form, 11, columns, group)
         linear, expected = layer(form, given, group, torch.float32), meant(form, given).to(DEVICE)
         assert torch.equal(torch_numbers(linear.codes, torch.float32), expected)
-        assert torch.equal(coded.widened(linear.codes, torch.float32), expected)
+        slack = (one_rounding(form, given) if DEVICE.type == "cuda" else torch.zeros_like(expected)).to(DEVICE)
+        assert ((coded.widened(linear.codes, torch.float32) - expected).abs() <= slack).all()
         ids = torch.tensor([7, 0, 10, 7], dtype=torch.int32, device=DEVICE)
-        assert torch.equal(coded.widened(linear.codes, torch.float32, ids), expected[ids])
-        assert torch.equal(linear.rows(ids), expected[ids])
+        assert ((coded.widened(linear.codes, torch.float32, ids) - expected[ids]).abs() <= slack[ids]).all()
+        assert ((linear.rows(ids) - expected[ids]).abs() <= slack[ids]).all()
         assert coded.widened(linear.codes, torch.float32, ids[:0]).shape == (0, columns)
 
 
@@ -178,7 +189,10 @@ def test_inputs_of_float8(bias: bool) -> None:
         both = product.bfloat16() + added
         assert (ours - both.float()).abs().max() <= product.abs().max() * 2**-7
         return
-    assert torch.allclose(ours, product, rtol=1e-2, atol=1e-5)
+    if DEVICE.type == "cuda":  # tensor cores keep some fourteen bits of the largest product of a sum, whatever is left
+        assert ((ours - product).abs().amax(1) <= product.abs().amax(1) * 2**-7).all()
+    else:
+        assert torch.allclose(ours, product, rtol=1e-2, atol=1e-5)
     error = (ours - x.float() @ weight.T).norm(dim=1) / (x.float() @ weight.T).norm(dim=1).clamp_min(1e-9)
     assert float(error.max()) < 0.06 and float(error.mean()) < 0.04
     # A row is rounded alike whatever the others are.

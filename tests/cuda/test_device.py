@@ -16,10 +16,12 @@ from engine.executor.cuda_graph import GraphCache, GraphKey
 
 
 class Allocator:
-    """torch's, as far as captures go. forgets: as before 2.12, a capture that is invalid never ends for it."""
+    """torch's, as far as captures go. forgets: as before 2.12, a capture that is invalid never ends for it, nor for the
+    generator."""
 
     def __init__(self, forgets: bool) -> None:
         self.forgets = forgets
+        self.generator = Generator()
         self.recording: set[int] = set()
         self.pools = 0
         self.invalid = False
@@ -49,6 +51,25 @@ class Allocator:
         return sum(graph() is not None for graph in self.graphs)
 
 
+class Generator:
+    """torch's of a device, which 2.11 leaves in a capture that is invalid."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {"seed": 5, "capturing": False}
+
+    def clone_state(self) -> Generator:
+        copy = Generator()
+        copy.state["seed"] = self.state["seed"]
+        return copy
+
+    def graphsafe_set_state(self, other: Generator) -> None:
+        self.state = other.state
+
+    def draw(self) -> None:
+        if self.state["capturing"]:
+            raise RuntimeError("Offset increment outside graph capture encountered unexpectedly.")
+
+
 class Graph:
     def __init__(self, allocator: Allocator) -> None:
         self.allocator = allocator
@@ -57,13 +78,17 @@ class Graph:
         assert capture_error_mode == "thread_local"
         self.pool = pool
         self.allocator.recording.add(pool)
+        self.generator_state = self.allocator.generator.state
+        self.generator_state["capturing"] = True
 
     def capture_end(self) -> None:
         if self.allocator.invalid:
             if not self.allocator.forgets:
                 self.allocator.recording.discard(self.pool)
+                self.generator_state["capturing"] = False
             raise RuntimeError("CUDA error: operation failed due to a previous error during capture")
         self.allocator.recording.remove(self.pool)
+        self.generator_state["capturing"] = False
 
 
 @pytest.fixture(params=[True, False], ids=["torch 2.11", "torch 2.12"])
@@ -74,6 +99,7 @@ def allocator(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
         "set_device": lambda device: None,
         "graph_pool_handle": found.new_pool,
         "CUDAGraph": found.graph,
+        "default_generators": (found.generator,),
         "empty_cache": found.empty_cache,
         "mem_get_info": lambda device: (7, 9),
     }.items():
@@ -107,6 +133,25 @@ def test_a_capture_that_is_invalidated_leaves_the_allocator_well(allocator: Allo
     assert not allocator.recording and layer.free_memory() == 7
     with pytest.raises(CapturesOver, match="was invalidated"):
         layer.capture(lambda: None)
+
+
+def test_random_numbers_can_be_drawn_after_one(allocator: Allocator) -> None:
+    layer = CudaDevice()
+    with pytest.raises(CapturesOver):
+        layer.capture(raising(RuntimeError("not permitted"), allocator))
+    allocator.generator.draw()
+    assert allocator.generator.state["seed"] == 5
+
+
+@pytest.mark.parametrize("generators", [(), (object(),)])
+def test_a_generator_that_cannot_be_helped_costs_no_more(
+    allocator: Allocator, monkeypatch: pytest.MonkeyPatch, generators: tuple[object, ...]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "default_generators", generators)
+    layer = CudaDevice()
+    with pytest.raises(CapturesOver, match="not permitted"):
+        layer.capture(raising(RuntimeError("not permitted"), allocator))
+    assert layer.free_memory() == 7
 
 
 def test_what_is_found_at_its_end_alone(allocator: Allocator) -> None:
@@ -164,6 +209,8 @@ def test_the_pool_goes_with_the_graphs(allocator: Allocator) -> None:
 
 def test_the_stand_in_names_what_torch_has() -> None:
     assert hasattr(cuda_device.torch._C, "_cuda_endAllocateToPool") and hasattr(torch.cuda, "CUDAGraph")
+    assert isinstance(torch.cuda.default_generators, tuple)
+    assert hasattr(torch.Generator, "clone_state") and hasattr(torch.Generator, "graphsafe_set_state")
 
 
 def test_a_capture_in_parts_is_as_many_graphs_in_one_pool(allocator: Allocator) -> None:

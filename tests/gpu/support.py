@@ -274,6 +274,8 @@ TORCH_ATTENTION = {
 LIMITS = Limits(
     max_num_seqs=8, max_num_batched_tokens=256, max_model_len=256, page_size=16, num_pages=160, vocab_size=1000
 )
+# Attention takes q times k as it is: how large that is, is in what their norms are trained to.
+UNSCALED = {"Gemma3nForCausalLM", "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM"}
 HAS_FLASHINFER = importlib.util.find_spec("flashinfer") is not None
 
 
@@ -287,7 +289,14 @@ def load_config(config: dict[str, Any], dtype: torch.dtype, device: torch.device
         directory = Path(folder)
         (directory / "config.json").write_text(json.dumps(config))
         options: dict[str, Any] = {"load_format": "dummy", "seed": 5, "max_adapters": max_adapters}
-        return load_model(read_spec(directory), directory, dtype=dtype, device=device, **options)
+        model: Any = load_model(read_spec(directory), directory, dtype=dtype, device=device, **options)
+    if UNSCALED.intersection(config["architectures"]):
+        # Norms of 1 would leave scores a deviation of 8 and more, with which one key takes all and the least rounding
+        # of a score decides which: in bfloat16 such a model is a third off what it says in float32.
+        for layer in model._layers:
+            layer.attention._q_norm.weight.mul_(layer.attention._head_dim**-0.5)
+    result: CausalLM = model
+    return result
 
 
 def families() -> list[str]:

@@ -287,7 +287,8 @@ def test_a_batch_without_memory_fails_alone(layer: CudaDevice) -> None:
 
 
 def test_an_invalidated_capture_costs_graphs_alone(layer: CudaDevice) -> None:
-    """Its memory can still be given back, and steps go on as they are; what was captured before is replayed."""
+    """Its memory can still be given back, and steps go on as they are; what was captured before is replayed; random
+    numbers can be drawn."""
     model = load("LlamaForCausalLM", torch.bfloat16, layer.device)
     engine = executor(layer, model, torch.bfloat16, attention="torch")
     driver = Driver(engine)
@@ -305,6 +306,7 @@ def test_an_invalidated_capture_costs_graphs_alone(layer: CudaDevice) -> None:
         with layer.on(engine._compute), pytest.raises(CapturesOver):
             layer.capture(looking)
         assert layer.free_memory() > 0
+        assert torch.randn(2, device=layer.device).isfinite().all()
         for position in range(46, 50):
             tokens += await driver.run([decode(1, position)])
         assert engine.graphs.num_replays > replays
