@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.cuda.test_coded import *  # noqa: F403
+from tests.cuda.test_decode_attention import *  # noqa: F403
 from tests.cuda.test_triton import *  # noqa: F403
 
 pytestmark = pytest.mark.gpu

@@ -21,8 +21,9 @@ from engine.ops.attention.sequence import attend_sequence, softmax_with_sinks
 from engine.ops.norm import rms_norm
 from engine.ops.rope import apply_rope
 from engine.ops.state import States
-from engine.ops.triton.runtime import on_gpu
+from engine.ops.triton.runtime import available, on_gpu
 
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 # Weights [D] of the RMS norms of a head of q and of k, and their epsilon.
 HeadNorms = tuple[Tensor, Tensor, float]
 
@@ -219,7 +220,9 @@ class DeviceAttention:
 
     def describe(self) -> str:
         """One line for the start-up table."""
-        return "torch (slow)"
+        ours = sum(self.has_kernel(layer) for layer in self.layers)
+        some = "" if ours == len(self.layers) else " in some layers"
+        return f"torch (slow) for prompts, decode by a kernel of ours{some}" if ours else "torch (slow)"
 
     def choices(self) -> list[int | None]:
         """Kinds of layers, by their window, that could decode in more than one way: see executor/cuda_attention.py."""
@@ -287,8 +290,28 @@ class DeviceAttention:
             found = pool[pages]
         return found.flatten(pages.dim() - 1, pages.dim())
 
-    def decode_rows(self, layer: int, q: Tensor, step: DecodeStep, sinks: Tensor | None = None) -> Tensor:
-        """q [B, Hq, D] -> [B, Hq, Dv] over the first kv_len tokens of each row's pages."""
+    def has_kernel(self, layer: int) -> bool:
+        """Whether a layer's decode rows go by a kernel of ours: in 16 bits, and heads that its tiles have room for."""
+        spec = self.layers[layer]
+        fits = max(spec.head_dim, spec.value_dim) <= 256 and spec.num_heads <= 32 * spec.num_kv_heads
+        return self.device.type == "cuda" and available() and self.dtype in KERNEL_DTYPES and fits
+
+    def decode_rows(
+        self, layer: int, q: Tensor, step: DecodeStep, sinks: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """q [B, Hq, D] -> [B, Hq, Dv] over the first kv_len tokens of each row's pages, in `out` if there is one."""
+        if not self.has_kernel(layer):
+            result = self.torch_decode_rows(layer, q, step, sinks)
+            return result if out is None else out.copy_(result)
+        from engine.ops.triton.attention import decode_attention
+
+        spec, tables = self.layers[layer], step.tables[self.group_of[layer]]
+        pools = self.k_pools[layer], self.v_pools[layer]
+        seen = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
+        return decode_attention(q, *pools, tables, step.kv_len, spec.scale, out=out, **seen)
+
+    def torch_decode_rows(self, layer: int, q: Tensor, step: DecodeStep, sinks: Tensor | None = None) -> Tensor:
+        """`decode_rows` by plain torch."""
         spec, kv_len = self.layers[layer], step.kv_len
         pages = step.tables[self.group_of[layer]].long()
         rows, columns = len(pages), pages.shape[1] * self.page_size
@@ -380,8 +403,8 @@ class DecodeAttention(StepAttention):
     step: DecodeStep
 
     def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
-        result: Tensor = self.backend.decode_rows(layer, q, self.step, sinks)
-        return result if out is None else out.copy_(result)
+        result: Tensor = self.backend.decode_rows(layer, q, self.step, sinks, out)
+        return result
 
 
 class MixedAttention(StepAttention):
