@@ -40,6 +40,7 @@ from engine.forward import ForwardInput, ForwardOutput
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import read_spec
+from engine.process import settle
 from engine.request import Request, SamplingParams
 
 # torch's stubs leave streams and events untyped.
@@ -347,6 +348,7 @@ def bench_model(report: Report, subject: Subject, batches: Sequence[int], bandwi
         executor = subject.executor()
     if isinstance(subject.layer, TimedDevice):
         subject.layer.watch(executor)
+    settle()  # as a server does: a full collection would stand in for some hundred steps
     name, context = subject.name, subject.context
     report.add("load, random weights", subject.load_seconds, "s", model=name)
     steps: dict[int, float] = {}
@@ -526,6 +528,7 @@ def run_all(report: Report, layer: TimedDevice, only: Sequence[str] = ()) -> lis
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
             if layer.is_lost(error) or layer.is_lost(error.__cause__ or error):
                 return [each[0] for each in sections[number + 1 :]]
+        gc.unfreeze()
         gc.collect()
         torch.cuda.empty_cache()
     return []

@@ -117,9 +117,9 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
     import asyncio
     import contextlib
     import functools
-    import gc
     import logging
 
+    from engine.process import settle
     from engine.watchdog import Watchdog
     from server.app import build_app
     from server.serving import serve
@@ -135,13 +135,7 @@ async def _run(config: EngineConfig, built: Built, deadline: Deadline | None = N
         print(f"\noneloop is ready, process {os.getpid()}\n{report.table()}\n", flush=True)
         print(_hello(f"{scheme}://{host if ':' not in host else f'[{host}]'}:{port}", built), flush=True)
 
-    # What has been loaded stays: the collector need not look at it again, which would stall the loop for long.
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(20_000, 20, 50)
-    # A thread that computes in Python (a template, a large body) gives the loop its turn after this and not after 5 ms,
-    # and a busy loop the executor's thread.
-    sys.setswitchinterval(0.0005)
+    settle()
     stop, options = asyncio.Event(), config.server
     loop = asyncio.get_running_loop()
     exits = options.stall_action == "exit"

@@ -1,12 +1,13 @@
-"""Which batch sizes decode by a planned wrapper instead of XQA: both are timed at start, as products are.
+"""How batches of each size decode: by XQA, by a kernel of ours or by a planned wrapper, as was quickest at start.
 
-XQA splits contexts by the number of rows alone, which leaves part of the GPU idle at some sizes. Called before graphs
-are captured, so that they hold the faster way. Loop thread; blocks.
+Each splits contexts its way, which leaves part of the GPU idle at some sizes. Called before graphs are captured, so
+that they hold the faster way. Loop thread; blocks.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,8 +21,10 @@ logger = logging.getLogger("oneloop.cuda")
 
 # Of the wrapper, to be worth the plan that the host makes for every step.
 WORTH = 0.9
-# Larger batches fill the GPU with one row and KV head each.
-MOST_ROWS = 64
+# Larger batches fill the GPU with one row and KV head each: there is nothing to plan.
+MOST_PLANNED = 64
+# What is timed: any other size goes by the next of these.
+TIMED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Tokens of every row, and how many layers are gone through in turn, so that the L2 cache holds none of them.
 CONTEXT = 1024
 LAYERS = 8
@@ -30,27 +33,35 @@ LAYERS = 8
 def choose_attention(
     attention: Any, sizes: Sequence[int], width_of: Callable[[int], int], context: int, layer: DeviceLayer
 ) -> list[int]:
-    """Call `attention.prefer` where the wrapper is faster. On the current stream, inside `may_block`.
+    """Call `attention.prefer` for what was timed. On the current stream, inside `may_block`.
 
-    width_of: of page tables, from a number of pages. context: the longest there may be. Returns the sizes preferred.
+    width_of: of page tables, from a number of pages. context: the longest there may be. Returns the sizes for which
+    another way than the usual was quickest.
     """
     found = set()
     for window in attention.choices():
         layers = attention.layers_of(window)[:LAYERS]
-        for size in (size for size in sizes if size <= MOST_ROWS):
-            try:
-                trial = _Trial(attention, window, size, width_of, min(CONTEXT, context), layer)
-                ways = (attention.xqa, attention.wrapped_decode)
-                by_xqa, by_wrapper = (trial.seconds(layers, way) for way in ways)
-            except Exception as error:
-                if layer.is_lost(error) or isinstance(error, torch.OutOfMemoryError):
-                    raise
-                # Without a wrapper there is nothing to choose from.
-                logger.info("decode of %d rows is not timed: %s", size, error)
-                break
-            if by_wrapper < WORTH * by_xqa:
-                attention.prefer(window, size)
+        for size in (size for size in sizes if size in TIMED):
+            ways = [way for way in attention.ways(window) if way != "wrapper" or size <= MOST_PLANNED]
+            if len(ways) == 1:
+                attention.prefer(window, size, ways[0], ways[0])
+                continue
+            trial, seconds = _Trial(attention, window, size, width_of, min(CONTEXT, context), layer), {}
+            for way in ways:
+                try:
+                    seconds[way] = trial.seconds(layers, way)
+                except Exception as error:
+                    if layer.is_lost(error) or isinstance(error, torch.OutOfMemoryError):
+                        raise
+                    logger.info("decode of %d rows by %s is not timed: %s", size, way, error)
+            planned = seconds.pop("wrapper", math.inf)
+            if not seconds:
+                continue
+            unplanned = min(seconds, key=seconds.__getitem__)
+            way = "wrapper" if planned < WORTH * seconds[unplanned] else unplanned
+            if way != attention.ways(window)[0]:
                 found.add(size)
+            attention.prefer(window, size, way, unplanned)
     return sorted(found)
 
 
@@ -83,7 +94,8 @@ class _Trial:
         self.step = DecodeStep(lengths, [ones] * groups, [tables] * groups, lengths, 0)
         indptr = torch.arange(size + 1, dtype=torch.int32) * count
         last = torch.full((size,), context - (count - 1) * page_size, dtype=torch.int32)
-        attention.plan_wrapper(window, DecodePlan(indptr, last, [on_device] * groups), size, width, 0)
+        self.attention, self.window, self.width = attention, window, width
+        self.plan = DecodePlan(indptr, last, [on_device] * groups)
 
     def _sent(self, source: Tensor) -> Tensor:
         """On the device."""
@@ -95,13 +107,15 @@ class _Trial:
         self.layer.synchronize_all()
         return target.view(source.shape)
 
-    def seconds(self, layers: Sequence[int], way: Callable[[int, Tensor, DecodeStep], Tensor]) -> float:
-        """One call for each layer, inside a graph."""
+    def seconds(self, layers: Sequence[int], way: str) -> float:
+        """One call for each layer, inside a graph. Raises where there is no such kernel."""
+        if way == "wrapper":
+            self.attention.plan_wrapper(self.window, self.plan, len(self.q), self.width, 0)
 
         def work() -> None:
             with torch.inference_mode():
                 for index in layers:
-                    way(index, self.q, self.step)
+                    self.attention.decode_by(way, index, self.q, self.step)
 
         self.layer.launch(work)  # builds and loads the kernels, which a capture must not
         return self.layer.time(self.layer.capture(work))

@@ -7,9 +7,7 @@ answered. What builds the engine is given as a function, because this package kn
 from __future__ import annotations
 
 import asyncio
-import gc
 import logging
-import sys
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
@@ -23,6 +21,7 @@ from ray.serve.handle import DeploymentHandle
 
 from engine.config import ServerOptions, StartupError
 from engine.engine import Engine
+from engine.process import settle
 from engine.request import RequestError
 from engine.watchdog import Watchdog
 from server.ray.bridge import Ask, Bridge, Head, Piece
@@ -61,11 +60,7 @@ class Replica:
         self._num_ongoing = 0
         self._bridge = Bridge(hosted.app, hosted.engine, hosted.options)
         await self._bridge.open()
-        # As in a server of its own: what has been loaded stays, and threads give the loop its turn soon.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(20_000, 20, 50)
-        sys.setswitchinterval(0.0005)
+        settle()
         self._watchdog = Watchdog(self._engine.seconds_since_progress, self._options.stall_timeout_s)
         self._watchdog.start()
         self._running = asyncio.create_task(self._engine.run(), name="engine")

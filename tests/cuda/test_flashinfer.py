@@ -346,20 +346,73 @@ def test_the_way_of_a_batch_size_is_what_was_quicker() -> None:
 
     bench.device.time = time  # type: ignore[method-assign]
     with bench.device.may_block(), bench.device.on(bench.stream):
-        found = choose_attention(bench.backend, [1, 3, 96], lambda pages: pages + 1, 40, bench.device)
+        found = choose_attention(bench.backend, [1, 3, 4, 128], lambda pages: pages + 1, 40, bench.device)
         bench.device.synchronize_all()
     assert found == [1] and len(measured) == 2 * 2 * 2, (
-        "two ways, sizes and kinds; a batch that fills the GPU is not timed"
+        "two ways, sizes and kinds; a size between two goes by the larger, one that fills the GPU is not planned"
     )
     assert bench.backend.decode_needs_plan(1) and not bench.backend.decode_needs_plan(3)
+    assert not bench.backend.decode_needs_plan(500), "by the largest that was looked at"
     assert "CUDA cores for 1 rows" in bench.backend.describe()
     bench.flashinfer.log.clear()
     check(bench.decode())
     assert not bench.calls("decode.plan") and len(bench.calls("xqa")) == 3
-    bench.backend.prefer(None, 3)
+    bench.backend.prefer(None, 4, "wrapper", "xqa")
     bench.flashinfer.log.clear()
     check(bench.decode())
     assert len(bench.calls("decode.plan")) == 1 and len(bench.calls("xqa")) == 2
+
+
+@pytest.fixture
+def ours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """As where there is a kernel of ours, which torch stands in for: rows of its calls."""
+    seen: list[int] = []
+
+    def decode_rows(
+        self: DeviceAttention, layer: int, q: Tensor, step: DecodeStep, out: Tensor | None = None
+    ) -> Tensor:
+        seen.append(len(q))
+        found = self.torch_decode_rows(layer, q, step)
+        return found if out is None else out.copy_(found)
+
+    monkeypatch.setattr(Backend, "has_kernel", lambda self, layer: True)
+    monkeypatch.setattr(Backend, "decode_rows", decode_rows)
+    return seen
+
+
+def test_our_kernel_decodes_what_it_is_quickest_for(ours: list[int]) -> None:
+    bench = settled((), LLAMA_1B)
+    # XQA, ours and the wrapper of one row; of four; then, with the wrapper left out, of 128.
+    seconds = iter([1.0, 0.8, 0.75, 1.0, 1.1, 0.5, 1.0, 0.9])
+    bench.device.time = lambda graph: next(seconds)  # type: ignore[method-assign]
+    with bench.device.may_block(), bench.device.on(bench.stream):
+        found = choose_attention(bench.backend, [1, 3, 4, 128], lambda pages: pages + 1, 40, bench.device)
+        bench.device.synchronize_all()
+    assert found == [1, 4, 128], "ours, the wrapper, ours"
+    assert [bench.backend.decode_needs_plan(size) for size in (1, 4, 128, 200)] == [False, True, False, False]
+    says = "decode XQA (our kernel for 1, 128 rows, as was quicker) (CUDA cores for 4 rows, as was quicker)"
+    assert bench.backend.describe().endswith(says)
+    ours.clear()
+    bench.flashinfer.log.clear()
+    check(bench.mixed(0, 1))
+    assert ours == [1, 1] and not bench.calls("xqa"), "one row beside prompts"
+    check(bench.mixed(1, 2))
+    assert ours == [1, 1] and len(bench.calls("xqa")) == 2, "the wrapper is planned for whole steps alone"
+
+
+@pytest.mark.parametrize(
+    ("missing", "spec"),
+    [((("xqa", False),), LLAMA_1B), ((), AttentionSpec.alike(2, 8, 4, 256, 1 / 16, softcap=30.0))],
+)
+def test_our_kernel_stands_in_for_xqa(
+    missing: tuple[tuple[str, bool], ...], spec: AttentionSpec, ours: list[int]
+) -> None:
+    """Where it is missing or has no such shape: no step is planned, and prompts are not mixed with decode rows."""
+    bench = settled(missing, spec)
+    assert "decode our kernel" in bench.backend.describe() and not bench.backend.decode_needs_plan(3)
+    check(bench.decode())
+    check(bench.mixed(0, 2))
+    assert ours == [3, 3, 2, 2] and not bench.calls("decode.plan") and not bench.calls("xqa")
 
 
 def test_a_wrapper_that_is_not_there_is_not_chosen() -> None:

@@ -1,9 +1,11 @@
-"""Paged attention by FlashInfer: prompts by its prefill wrapper, decode by XQA where it has the shape, else by its
-decode wrapper. What it has not (float32, odd head sizes, a kernel that cannot be built here) falls back to plain
-torch, window by window. Layers of one memory group that see the same window are of one kind, and share a plan.
+"""Paged attention by FlashInfer: prompts by its prefill wrapper; decode by XQA, by a kernel of ours or by its decode
+wrapper, whichever was quickest for so many rows. What it has not (float32, odd head sizes, a kernel that cannot be
+built here) is left to DeviceAttention, window by window. Layers of one memory group that see the same window are of one
+kind, and share a plan.
 
-In steps with prompts the decode rows go by XQA, too. Where it is not, they share fa2 with the prompts, which packs the
-queries of a KV head; fa3 would take a tile of 128 or more for each query head of each row.
+In steps with prompts the decode rows go by XQA or our kernel, too: neither needs a plan. Where both are missing, they
+share fa2 with the prompts, which packs the queries of a KV head; fa3 would take a tile of 128 or more for each query
+head of each row.
 
 `plan` gets host metadata alone (device arrays would synchronise), and each wrapper exists twice, for even and odd
 steps: a second plan may overwrite the pinned buffer that the first one's copy still reads. Programmatic dependent
@@ -48,6 +50,9 @@ WORKSPACE_BYTES = 256 * 1024 * 1024
 XQA_WORKSPACE_BYTES = 128 * 1024 * 1024
 # Every wrapper comes with so much memory of its own for plans, on the device and pinned.
 PLAN_BYTES = 8 * 1024 * 1024
+
+# What DeviceAttention does itself: by kernels of ours on a GPU, else by torch.
+OURS = "ours"
 
 Window = int | None
 
@@ -111,12 +116,14 @@ class Backend(DeviceAttention):
         self.kinds: dict[int, Kind] = {layer: Kind(self.windows[layer], self.group_of[layer]) for layer in self.layers}
         self._kinds: list[Kind] = sorted(set(self.kinds.values()), key=lambda kind: (kind.window or 0, kind.group))
         windows = dict.fromkeys(kind.window for kind in self._kinds)
-        # A backend of the prefill wrapper, or torch.
-        self._prefill_ways: dict[Window, str] = dict.fromkeys(windows, prefill if usable else "torch")
-        way = "torch" if not usable else "xqa" if has_xqa and decode in ("auto", "xqa") else "wrapper"
+        # A backend of the prefill wrapper, or ours.
+        self._prefill_ways: dict[Window, str] = dict.fromkeys(windows, prefill if usable else OURS)
+        self._ours_decodes = decode == "auto" and all(self.has_kernel(layer) for layer in self.layers)
+        way = OURS if not usable or self._ours_decodes else "wrapper"
+        way = "xqa" if has_xqa and decode in ("auto", "xqa") else way
         self._decode_ways: dict[Window, str] = dict.fromkeys(windows, way)
-        # Batch sizes that another way was found to be faster for.
-        self._preferred: dict[tuple[Window, int], str] = {}
+        # What was found to be fastest for so many rows, by their number: of all ways, and of those without a plan.
+        self._preferred: dict[Window, dict[int, tuple[str, str]]] = {window: {} for window in windows}
         self._workspace: Tensor | None = None
         self._xqa_workspace: Tensor | None = None
         self._prefills: dict[tuple[Kind, int], Any] = {}
@@ -142,36 +149,52 @@ class Backend(DeviceAttention):
 
     def _way(self, window: Window, size: int) -> str:
         """How layers with a window decode a batch of `size` rows."""
-        return self._preferred.get((window, size), self._decode_ways[window])
+        return self._quickest(window, size)[0]
+
+    def _quickest(self, window: Window, size: int) -> tuple[str, str]:
+        """The way to decode `size` rows, and the one without a plan: as was timed for so many or the next more."""
+        timed = self._preferred[window]
+        if not timed:
+            way = self._decode_ways[window]
+            return way, OURS if way == "wrapper" else way
+        return timed[min((each for each in timed if each >= size), default=max(timed))]
 
     @property
     def workspace_bytes(self) -> int:
         buffers = sum(buffer.numel() for buffer in (self._workspace, self._xqa_workspace) if buffer is not None)
-        # XQA may yet turn out slower than the wrapper at some batch size.
-        decodes = sum(self._decode_ways[kind.window] != "torch" for kind in self._kinds)
+        # The wrapper may yet turn out quicker than the others at some batch size.
+        decodes = sum("wrapper" in self.ways(kind.window) for kind in self._kinds)
         return buffers + PLAN_BYTES * (len(self._prefills) + len(self._packed) + 2 * decodes)
 
     def describe(self) -> str:
         prefills, decodes = set(self._prefill_ways.values()), set(self._decode_ways.values())
         missing = "".join(f"; no {what}" for what in self._missing)
-        if prefills == decodes == {"torch"}:
+        if prefills == decodes == {OURS}:
             reason = missing or f"; FlashInfer has no kernels for {self.dtype} with head_dim {self.shape.head_dim}"
-            return f"torch (slow){reason}"
-        names = {
-            "xqa": "XQA",
-            "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores",
-            "torch": "torch (slow) in some layers",
-        }
+            return f"{super().describe()}{reason}"
+        some = "torch (slow) in some layers"
+        names = {"xqa": "XQA", "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores", OURS: some}
         # auto is fa2 or fa3, as the first plan has found.
         found = {
-            way if way == "torch" else self._prefills[self.kinds_of(window)[0], 0]._backend
+            way if way == OURS else self._prefills[self.kinds_of(window)[0], 0]._backend
             for window, way in self._prefill_ways.items()
         }
-        prefill, decode = (" and ".join(names.get(way, way) for way in sorted(ways)) for ways in (found, decodes))
-        if self._preferred:
-            sizes = ", ".join(str(size) for size in sorted({size for _, size in self._preferred}))
-            decode += f" ({names['wrapper']} for {sizes} rows, as was quicker)"
+        prefill = " and ".join(names.get(way, way) for way in sorted(found))
+        if self._ours_decodes:
+            names[OURS] = "our kernel"
+        decode = " and ".join(names[way] for way in sorted(decodes))
+        for way, sizes in sorted(self._exceptions().items()):
+            decode += f" ({names[way]} for {', '.join(map(str, sizes))} rows, as was quicker)"
         return f"FlashInfer, prefill {prefill}, decode {decode}{missing}"
+
+    def _exceptions(self) -> dict[str, list[int]]:
+        """Numbers of rows for which another way than the usual one was quickest, by way."""
+        found: dict[str, set[int]] = {}
+        for window, timed in self._preferred.items():
+            for size, (way, _) in timed.items():
+                if way != self._decode_ways[window]:
+                    found.setdefault(way, set()).add(size)
+        return {way: sorted(sizes) for way, sizes in found.items()}
 
     def settle(self, wait: Callable[[], None]) -> None:
         """See DeviceAttention: load and run the kernels of every window, and fall back where one cannot be had.
@@ -184,15 +207,15 @@ class Backend(DeviceAttention):
         for window in self._decode_ways:
             # Which of fa2 and fa3 auto takes does not depend on what can be built.
             for way in dict.fromkeys((self._prefill_ways[window], "fa2")):
-                if way == "torch" or self._has(f"prefill ({way})", window, self._try_prefill, way, row, wait):
+                if way == OURS or self._has(f"prefill ({way})", window, self._try_prefill, way, row, wait):
                     break
             else:
-                self._prefill_ways[window] = "torch"
+                self._prefill_ways[window] = OURS
             if self._decode_ways[window] == "xqa" and not self._has("XQA decode", window, self._try_xqa, wait):
-                self._decode_ways[window] = "wrapper"
+                self._decode_ways[window] = OURS if self._ours_decodes else "wrapper"
             if self._decode_ways[window] == "wrapper" and not self._has("decode", window, self.try_wrapper, wait):
-                self._decode_ways[window] = "torch"
-            if self._decode_ways[window] != "xqa" and self._prefill_ways[window] == "auto":
+                self._decode_ways[window] = OURS
+            if not self._unplanned(window) and self._prefill_ways[window] == "auto":
                 self._has("prefill (fa2)", window, self._try_packed, row, wait)
 
     def _has(self, what: str, window: Window, work: Any, *args: Any) -> bool:
@@ -282,14 +305,22 @@ class Backend(DeviceAttention):
     def mixed(self, step: MixedStep) -> MixedAttention:
         """See DeviceAttention."""
         for kind in self._kinds:
-            if self._prefill_ways[kind.window] != "torch":
+            if self._prefill_ways[kind.window] != OURS:
                 apart = self.decodes_apart(kind.window, step)
                 self._plan(self._prefill_of(kind, step), kind, step.prompts if apart else step.rows)
         return _Mixed(self, step)
 
     def decodes_apart(self, window: Window, step: MixedStep) -> bool:
         """Whether layers with a window attend the step's decode rows by a call of their own."""
-        return step.num_decodes > 0 and self._decode_ways[window] == "xqa"
+        return step.num_decodes > 0 and self._unplanned(window)
+
+    def _unplanned(self, window: Window) -> bool:
+        """Whether layers with a window have a kernel for decode rows that needs no plan."""
+        return self._ours_decodes or self._decode_ways[window] == "xqa"
+
+    def decode_apart(self, layer: int, q: Tensor, step: DecodeStep, out: Tensor) -> None:
+        """The decode rows of a step with prompts."""
+        self.decode_by(self._quickest(self.windows[layer], len(q))[1], layer, q, step, out)
 
     def _prefill_of(self, kind: Kind, step: MixedStep) -> Any:
         key = kind, step.parity
@@ -313,8 +344,9 @@ class Backend(DeviceAttention):
             **self._common(kind.window),
         )
 
-    def prefills_by_torch(self, layer: int) -> bool:
-        return self._prefill_ways[self.windows[layer]] == "torch"
+    def prefills_by_rows(self, layer: int) -> bool:
+        """Whether prompts are left to DeviceAttention."""
+        return self._prefill_ways[self.windows[layer]] == OURS
 
     def prefill(self, layer: int, q: Tensor, step: MixedStep, out: Tensor) -> None:
         """[T, Hq, D] -> [T, Hq, D] by the step's plan."""
@@ -381,22 +413,34 @@ class Backend(DeviceAttention):
         """See DeviceAttention."""
         return _Decode(self, step)
 
-    def decode_rows_of(self, layer: int, q: Tensor, step: DecodeStep) -> Tensor:
+    def decode_rows_of(self, layer: int, q: Tensor, step: DecodeStep, out: Tensor | None = None) -> Tensor:
         """[B, Hq, D] -> [B, Hq, D], the way that layers with this window go."""
-        way = self._way(self.windows[layer], len(q))
-        if way == "xqa":
-            return self.xqa(layer, q, step)
-        if way == "wrapper":
-            return self.wrapped_decode(layer, q, step)
-        return self.decode_rows(layer, q, step)
+        return self.decode_by(self._way(self.windows[layer], len(q)), layer, q, step, out)
+
+    def decode_by(self, way: str, layer: int, q: Tensor, step: DecodeStep, out: Tensor | None = None) -> Tensor:
+        """[B, Hq, D] -> [B, Hq, D] by one of `ways`."""
+        if way == OURS:
+            return self.decode_rows(layer, q, step, out=out)
+        return (self.xqa if way == "xqa" else self.wrapped_decode)(layer, q, step, out)
 
     def choices(self) -> list[Window]:
-        """See DeviceAttention: XQA splits a context by the batch size alone, the wrapper as the GPU has room."""
-        return [window for window, way in self._decode_ways.items() if way == "xqa"]
+        """See DeviceAttention: which is quickest depends on the number of rows, for each splits contexts its way."""
+        return [window for window in self._decode_ways if len(self.ways(window)) > 1]
 
-    def prefer(self, window: Window, size: int) -> None:
-        """Let layers with a window decode batches of `size` rows by the wrapper from now on."""
-        self._preferred[window, size] = "wrapper"
+    def ways(self, window: Window) -> list[str]:
+        """Those that decode rows of layers with a window; the wrapper comes last, for it needs a plan."""
+        usual, found = self._decode_ways[window], []
+        if usual == "xqa":
+            found.append("xqa")
+        if self._ours_decodes or usual == OURS:
+            found.append(OURS)
+        if self._workspace is not None and (self._ours_decodes or usual != OURS):
+            found.append("wrapper")
+        return found
+
+    def prefer(self, window: Window, size: int, way: str, unplanned: str) -> None:
+        """Let layers with a window decode `size` rows by `way` from now on, and beside prompts by `unplanned`."""
+        self._preferred[window][size] = way, unplanned
 
     def xqa(self, layer: int, q: Tensor, step: DecodeStep, out: Tensor | None = None) -> Tensor:
         """[B, Hq, D] -> [B, Hq, D]; page tables and lengths stay on the device, so there is nothing to plan."""
@@ -416,11 +460,12 @@ class Backend(DeviceAttention):
             kv_layout="NHD",
         )
 
-    def wrapped_decode(self, layer: int, q: Tensor, step: DecodeStep) -> Tensor:
+    def wrapped_decode(self, layer: int, q: Tensor, step: DecodeStep, out: Tensor | None = None) -> Tensor:
         """[B, Hq, D] -> [B, Hq, D] by the step's plan."""
         size, width = step.tables[0].shape
         wrapper = self._decodes[size, width, self.kinds[layer], step.parity]
-        return wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=torch.empty_like(q))  # type: ignore[no-any-return]
+        out = torch.empty_like(q) if out is None else out
+        return wrapper.run(q, (self.k_pools[layer], self.v_pools[layer]), out=out)  # type: ignore[no-any-return]
 
 
 class _Mixed(MixedAttention):
@@ -428,15 +473,15 @@ class _Mixed(MixedAttention):
         backend: Backend = self.backend
         step, count = self.step, self.step.num_decodes
         apart = backend.decodes_apart(backend.windows[layer], step)
-        by_torch = backend.prefills_by_torch(layer)
-        if by_torch and not apart:
+        by_rows = backend.prefills_by_rows(layer)
+        if by_rows and not apart:
             return super().attend(layer, q, out)
         out = torch.empty_like(q) if out is None else out
         first = count if apart else 0
         if apart:
             assert step.decode is not None
-            backend.xqa(layer, q[:count], step.decode, out[:count])
-        if by_torch:
+            backend.decode_apart(layer, q[:count], step.decode, out[:count])
+        if by_rows:
             out[first:] = backend.prefill_rows(layer, q[first:], step.prompts, self.sizes)
         else:
             backend.prefill(layer, q[first:], step, out[first:])
@@ -445,5 +490,5 @@ class _Mixed(MixedAttention):
 
 class _Decode(DecodeAttention):
     def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
-        result: Tensor = self.backend.decode_rows_of(layer, q, self.step)
-        return result if out is None else out.copy_(result)
+        result: Tensor = self.backend.decode_rows_of(layer, q, self.step, out)
+        return result
