@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from bench.gpu_kernels import bench_experts, bench_kernels, bench_products
+from bench.gpu_kernels import bench_attention, bench_experts, bench_kernels, bench_products
 from bench.gpu_report import Report
 from bench.server import running as running_server
 from bench.shapes import SHAPES, write_shape
@@ -510,6 +510,7 @@ def run_all(report: Report, layer: TimedDevice, only: Sequence[str] = ()) -> lis
         ("Llama-3.2-1B", 60, one_model("llama-3.2-1b", BATCHES)),
         ("Llama-3.1-8B", 90, one_model("llama-3.1-8b", BATCHES)),
         ("start", 30, lambda: bench_start(report, "llama-3.2-1b")),
+        ("attention", 20, lambda: bench_attention(report, layer, bandwidth)),
         ("products", 20, lambda: bench_products(report, layer, bandwidth)),
         ("experts", 10, lambda: bench_experts(report, layer, bandwidth, flops)),
         ("HTTP", 90, lambda: bench_http(report, "llama-3.2-1b", BATCHES[1:])),

@@ -15,6 +15,10 @@ from engine.executor.cuda_device import DeviceLayer
 
 # Weights [out, in] of Llama-3.2-1B and, the last two, Llama-3.1-8B.
 PRODUCTS = ((3072, 2048), (2048, 2048), (16384, 2048), (2048, 8192), (128256, 2048), (6144, 4096), (28672, 4096))
+# Query heads, KV heads and head_dim of Llama-3.2-1B, Llama-3.1-8B and Qwen3-30B-A3B.
+HEADS = ((32, 8, 64), (32, 8, 128), (32, 4, 128))
+# Rows of decode attention that are timed, and tokens of each.
+ATTENDING, ATTENDED = (1, 8, 16, 64, 256), 1024
 # Of Qwen3-30B-A3B: hidden size, an expert's, experts, chosen of them.
 EXPERTS = (2048, 768, 128, 8)
 
@@ -62,6 +66,40 @@ def bench_products(report: Report, layer: DeviceLayer, bandwidth: float) -> None
         found["ours"] = min(timed(layer, stream, ours(blocks)) for blocks in BLOCKS)
         for name, took in found.items():
             report.add(f"product {out}x{inside}, {name}", took, "us", batch=rows, floor_ratio=floor / took)
+
+
+def bench_attention(report: Report, layer: DeviceLayer, bandwidth: float, module: Any = None) -> None:
+    """Decode attention of one of several layers: each way that there is; the floor reads all keys and values.
+
+    module: what stands in for `flashinfer`.
+    """
+    from engine.executor.cuda_attention import LAYERS, Trial
+    from engine.ops.attention.base import AttentionSpec
+    from engine.ops.attention.flashinfer import Backend
+
+    names = {"xqa": "XQA", "ours": "ours", "wrapper": "FlashInfer's wrapper"}
+    stream = layer.stream()
+    for heads, kv_heads, dim in HEADS:
+        spec = AttentionSpec.alike(LAYERS, heads, kv_heads, dim, dim**-0.5)
+        pages = max(ATTENDING) * -(-ATTENDED // 16) + 1
+        memory: dict[str, Any] = {"num_pages": pages, "page_size": 16, "device": layer.device}
+        with layer.on(stream):
+            backend = Backend(spec, dtype=torch.bfloat16, module=module, **memory)
+            for pool in backend.buffers:
+                pool.normal_()
+            backend.settle(layer.synchronize_all)
+            for rows in ATTENDING:
+                if not report.has_time(5):
+                    return
+                trial = Trial(backend, None, rows, lambda count: count, ATTENDED, layer)
+                trial.q.normal_()
+                floor = rows * ATTENDED * kv_heads * dim * 4 / bandwidth
+                for way in backend.ways(None):
+                    took = trial.seconds(backend.layers_of(None), way) / LAYERS
+                    what = f"attention {heads}/{kv_heads}x{dim}, {names[way]}"
+                    report.add(what, 1e6 * took, "us", batch=rows, context=ATTENDED, floor_ratio=floor / took)
+        del backend, trial
+        torch.cuda.empty_cache()
 
 
 def bench_experts(report: Report, layer: DeviceLayer, bandwidth: float, flops: float) -> None:

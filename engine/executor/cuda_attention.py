@@ -46,7 +46,7 @@ def choose_attention(
             if len(ways) == 1:
                 attention.prefer(window, size, ways[0], ways[0])
                 continue
-            trial, seconds = _Trial(attention, window, size, width_of, min(CONTEXT, context), layer), {}
+            trial, seconds = Trial(attention, window, size, width_of, min(CONTEXT, context), layer), {}
             for way in ways:
                 try:
                     seconds[way] = trial.seconds(layers, way)
@@ -65,7 +65,7 @@ def choose_attention(
     return sorted(found)
 
 
-class _Trial:
+class Trial:
     """A decode step of `size` rows of the same length, planned."""
 
     def __init__(

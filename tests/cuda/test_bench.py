@@ -12,11 +12,13 @@ import torch
 from bench import gpu, gpu_kernels
 from engine.text.tokenizer import Tokenizer
 from tests.cuda.fake_device import FakeDevice, FakeDeviceError
+from tests.cuda.fake_flashinfer import FakeFlashInfer
 from tests.cuda.support import TINY
 
 
 def test_rows_are_written_as_they_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "WARM_STEPS", 2)
+    monkeypatch.setattr(gpu, "settle", lambda: None)  # this process has other tests before it
     report = gpu.Report(tmp_path / "results", 1e9, "NVIDIA H200")
     subject = gpu.Subject(
         "tiny",
@@ -79,6 +81,18 @@ def test_a_device_that_is_lost_costs_one_section(
     assert isinstance(command, list) and command[-3:] == ["--only", "HTTP", "kernels"] and command[2] == "bench.gpu"
     assert int(command[command.index("--seconds") + 1]) > 300
     assert "products failed: ValueError: a bug\nexperts failed: RuntimeError: a step\n" in capsys.readouterr().err
+
+
+def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_kernels, "HEADS", ((4, 1, 64),))
+    monkeypatch.setattr(gpu_kernels, "ATTENDING", (1, 3))
+    monkeypatch.setattr(gpu_kernels, "ATTENDED", 40)
+    report, layer = gpu.Report(tmp_path, 1e9, "none"), FakeDevice(0)
+    with layer.may_block():
+        gpu_kernels.bench_attention(report, layer, 1e9, FakeFlashInfer(layer))
+    names = [(row["name"], row["batch"], row["context"]) for row in report.content["rows"]]
+    ways = ("attention 4/1x64, XQA", "attention 4/1x64, FlashInfer's wrapper")
+    assert names == [(way, rows, 40) for rows in (1, 3) for way in ways]
 
 
 def test_products_and_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
