@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -174,6 +175,26 @@ def link_driver(folder: Path) -> str:
     return f"-L{folder.resolve()} -Wl,--no-as-needed -lcuda -Wl,--as-needed -Wl,-s"
 
 
+def headers(names: Sequence[str]) -> str:
+    """Compiler flags by which kernels find cuRAND's headers, beside what is asked for by the environment.
+
+    FlashInfer's kernels for Hopper include them, by way of CUTLASS, and draw nothing; a toolkit may be without them,
+    while torch with CUDA brings a wheel that has them. Raises StartupError where they are wanted and nowhere.
+    """
+    given, header = os.environ.get("FLASHINFER_EXTRA_CUDAFLAGS", ""), "curand_kernel.h"
+    toolkit = Path(os.environ["CUDA_HOME"])
+    if not any(name.endswith("_sm90") for name in names) or any(toolkit.glob(f"**/include/{header}")):
+        return given
+    found = next((path for place in sys.path for path in sorted(Path(place).glob(f"nvidia/*/include/{header}"))), None)
+    if found is not None:
+        return f"{given} -isystem {shlex.quote(str(found.parent))}".strip()
+    if "-isystem" in given or "-I" in given:
+        return given
+    raise StartupError(
+        f"kernels for Hopper need {header}, which this CUDA toolkit is without: pip install nvidia-curand"
+    )
+
+
 def build(args: argparse.Namespace) -> int:
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for tool in ("nvcc", "ninja", "cc"):
@@ -199,6 +220,7 @@ def build(args: argparse.Namespace) -> int:
     if args.list:
         print("\n".join(spec.name for spec in specs))
         return 0
+    os.environ["FLASHINFER_EXTRA_CUDAFLAGS"] = headers([spec.name for spec in specs])
     libraries = compile_all(specs, args.jobs, args.work)
     target = Target(args.arch, flashinfer.__version__, nvcc_version().split(".")[0])
     size = write_kit(args.out, target, libraries, [directory.resolve().name for directory in args.models])

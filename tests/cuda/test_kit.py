@@ -286,7 +286,8 @@ def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         return [Spec(tmp_path, "sampling"), Spec(tmp_path, "xqa")]
 
     monkeypatch.setattr(kernels, "kernels_for", specs)
-    for name in ("FLASHINFER_CUDA_ARCH_LIST", "FLASHINFER_WORKSPACE_BASE", "FLASHINFER_EXTRA_LDFLAGS"):
+    names = ("CUDA_ARCH_LIST", "WORKSPACE_BASE", "EXTRA_LDFLAGS", "EXTRA_CUDAFLAGS")
+    for name in (f"FLASHINFER_{name}" for name in names):
         monkeypatch.setenv(name, "")
     monkeypatch.setenv("FLASHINFER_DISABLE_JIT", "1")
     monkeypatch.setenv("FLASHINFER_USE_CUDA_NORM", "1")
@@ -297,6 +298,24 @@ def test_a_whole_kit_is_built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert "FLASHINFER_DISABLE_JIT" not in os.environ and os.environ["FLASHINFER_EXTRA_LDFLAGS"] == "-lcuda"
     assert os.environ.pop("CUDA_HOME") == "/opt/cuda"
     assert open_kit(tmp_path / "out/a.kit", HERE, tmp_path / "cache")[1] == 2
+
+
+def test_where_the_headers_are_that_hopper_kernels_ask_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toolkit, wheel = tmp_path / "cuda", tmp_path / "a b/nvidia/curand/include"
+    (toolkit / "targets/x86_64-linux/include").mkdir(parents=True)
+    wheel.mkdir(parents=True)
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    monkeypatch.setenv("FLASHINFER_EXTRA_CUDAFLAGS", "-lineinfo")
+    monkeypatch.setattr(sys, "path", [str(tmp_path / "a b"), ""])
+    assert kernels.headers(["batch_decode"]) == "-lineinfo", "no other kernel asks for them"
+    with pytest.raises(StartupError, match="pip install nvidia-curand"):
+        kernels.headers(["batch_decode", "batch_prefill_sm90"])
+    monkeypatch.setenv("FLASHINFER_EXTRA_CUDAFLAGS", "-isystem /headers")
+    assert kernels.headers(["batch_prefill_sm90"]) == "-isystem /headers", "who names a folder knows"
+    (wheel / "curand_kernel.h").touch()
+    assert kernels.headers(["batch_prefill_sm90"]) == f"-isystem /headers -isystem '{wheel}'"
+    (toolkit / "targets/x86_64-linux/include/curand_kernel.h").touch()
+    assert kernels.headers(["batch_prefill_sm90"]) == "-isystem /headers", "the toolkit's own"
 
 
 def test_where_the_compiler_has_its_headers(monkeypatch: pytest.MonkeyPatch) -> None:
