@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import gpu, gpu_kernels
+from bench import gpu, gpu_kernels, gpu_steps
 from engine.text.tokenizer import Tokenizer
 from tests.cuda.fake_device import FakeDevice, FakeDeviceError
 from tests.cuda.fake_flashinfer import FakeFlashInfer
@@ -81,6 +81,39 @@ def test_a_device_that_is_lost_costs_one_section(
     assert isinstance(command, list) and command[-3:] == ["--only", "HTTP", "kernels"] and command[2] == "bench.gpu"
     assert int(command[command.index("--seconds") + 1]) > 300
     assert "products failed: ValueError: a bug\nexperts failed: RuntimeError: a step\n" in capsys.readouterr().err
+
+
+def test_what_steps_are_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels as a profiler tells them, and steps of an engine on the fake device."""
+    kernels = [gpu_steps.Kernel(("small", "large")[i % 2], 10.0 * i, (1.0, 5.0)[i % 2]) for i in range(8)]
+    table = gpu_steps.by_time(kernels, 2)
+    assert table[0].startswith("kernels 12 us a step, 4 launches")
+    assert [line.split() for line in table[1:]] == [
+        ["10.0", "us", "2.0x", "5.00", "us", "large"],
+        ["2.0", "us", "2.0x", "1.00", "us", "small"],
+    ]
+    monkeypatch.setattr(gpu_steps, "STRETCH", 2)
+    assert [line.split() for line in gpu_steps.in_order(kernels[::-1])] == [
+        ["0.0", "+", "1.0", "small"],
+        ["10.0", "+", "5.0", "large"],
+    ]
+    subject = gpu.Subject(
+        "tiny",
+        TINY,
+        FakeDevice(0),
+        torch.float32,
+        max_num_seqs=3,
+        max_num_batched_tokens=40,
+        context=12,
+        decode_tokens=9,
+    )
+    with subject.layer.may_block():
+        executor = subject.executor()
+    lines = gpu_steps.look(subject, executor, 3, host=True)
+    executor.close()
+    assert lines[0] == "## tiny, 3 rows of 12 tokens" and lines[1].endswith("steps") and "median" in lines[1]
+    assert any("tottime" in line for line in lines[2:])
+    assert gpu_steps.as_seen([], 3) == "no step of the whole batch"
 
 
 def test_attention(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
