@@ -251,21 +251,20 @@ def _attend_prompts(
     tl.store(out_at, found.to(out_ptr.dtype.element_ty), mask=out_mask)
 
 
-def tile_of(dim: int, itemsize: int, queries: int, others: int) -> Tile:
+def tile_of(dim: int, dtype: torch.dtype, kv_dtype: torch.dtype, queries: int, others: int) -> Tile:
     """Tiles of 128 queries read least; of 64 where there would be too few, or half of one would be empty.
 
     dim: the larger of a key's and a value's. queries: tokens times heads of a KV head, of the longest row. others:
     rows times KV heads, so many programs there are for each tile of theirs.
     """
-    if itemsize == 4:  # without tensor cores, and for comparison alone
+    if dtype == torch.float32:  # without tensor cores, and for comparison alone
         return Tile(16, 16, 4, 1)
     few = queries <= 64 or -(-queries // 128) * others < BUSY
-    if dim <= 64:
-        return Tile(64, 64, 4, 3) if few else Tile(128, 64, 4, 3)
     if dim <= 128:
         return Tile(64, 64, 4, 3) if few else Tile(128, 64, 8, 3)
-    # A tile of 128 has 128 registers of a thread for its sums alone.
-    return Tile(64, 64, 4, 2) if few else Tile(128, 64, 8, 2)
+    # Of sums alone a thread has 64 and 128 registers: four warps would not hold the first, nor more keys the second, nor
+    # keys that are widened on the way.
+    return Tile(64, 32, 8, 3) if few or kv_dtype != dtype else Tile(128, 32, 8, 3)
 
 
 def prompt_attention(
@@ -300,7 +299,7 @@ def prompt_attention(
     assert out.is_contiguous()
     rows, group = len(kv_len), num_heads // kv_heads
     if tile is None:
-        tile = tile_of(max(dim, value_dim), q.itemsize, max_len * group, rows * kv_heads)
+        tile = tile_of(max(dim, value_dim), q.dtype, k_pool.dtype, max_len * group, rows * kv_heads)
     _attend_prompts[(kv_heads, triton.cdiv(max_len * group, tile.rows), rows)](
         q,
         k_pool,
