@@ -172,7 +172,8 @@ class Backend(DeviceAttention):
         if prefills == decodes == {OURS}:
             reason = missing or f"; FlashInfer has no kernels for {self.dtype} with head_dim {self.shape.head_dim}"
             return f"{super().describe()}{reason}"
-        ours = "our kernel" if self._ours_decodes else "torch (slow) in some layers"
+        has_ours = all(self.has_kernel(layer) for layer in self.layers)
+        ours = "our kernel" if has_ours else "torch (slow) in some layers"
         names = {"xqa": "XQA", "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores", OURS: ours}
         # auto is fa2 or fa3, as the first plan has found.
         found = {
