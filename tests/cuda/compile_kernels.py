@@ -191,6 +191,7 @@ def attention(dtype: torch.dtype, rows: int) -> None:
         ((40, 8), (128, 128), float8, {}),
         ((64, 4), (192, 128), dtype, {}),
         ((32, 32), (80, 80), dtype, {}),
+        ((8, 1), (256, 256), dtype, {}),
         ((32, 8), (64, 64), float8, {"window": 4096}),
         ((8, 4), (256, 256), float8, {"softcap": 50.0, "window": 4096}),
     ]
@@ -198,7 +199,9 @@ def attention(dtype: torch.dtype, rows: int) -> None:
         pools = [torch.empty((16, 16, kv_heads, dim), dtype=kind) for dim in dims]
         each, starts = torch.empty(rows, dtype=ints), torch.empty(rows + 1, dtype=ints)
         q = torch.empty((rows, heads, dims[0]), dtype=dtype)
-        decode_attention(q, *pools, torch.empty((rows, 64), dtype=ints), each, 0.1, **more)
+        # A single KV head in as many parts as there may be.
+        width = 2048 if rows == kv_heads == 1 else 64
+        decode_attention(q, *pools, torch.empty((rows, width), dtype=ints), each, 0.1, **more)
         length = 3 if rows == 1 else 128
         q = torch.empty((rows * length, heads, dims[0]), dtype=dtype)
         where = starts, starts, torch.empty(64, dtype=ints), each
