@@ -2,7 +2,7 @@
 
 The host plans once per step; `forward` then issues device work alone: it reads no tensor on the host and, for decode
 rows, has shapes that depend on the batch size only, so that it can be captured in a graph. Backends: flashinfer.py,
-and `DeviceAttention` here, the slow one that runs everything.
+and `DeviceAttention` here, which runs everything: by kernels of ours on a GPU, and by torch where those have no room.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def decode_inputs(
 
 
 class DeviceAttention:
-    """Owns the KV pools on the device and attends by torch operations alone.
+    """Owns the KV pools on the device and attends by kernels of ours or by torch operations, see `has_kernel`.
 
     One K and one V buffer for each place in a memory group, as in ops/attention/torch_paged.py. kv_dtype: of the pools;
     float8_e4m3fn holds values as they are (scale 1). Used by the executor on its one stream.
@@ -308,7 +308,7 @@ class DeviceAttention:
 
         spec, tables = self.layers[layer], step.tables[self.group_of[layer]]
         pools = self.k_pools[layer], self.v_pools[layer]
-        seen = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
+        seen: dict[str, Any] = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
         return decode_attention(q, *pools, tables, step.kv_len, spec.scale, out=out, **seen)
 
     def torch_decode_rows(self, layer: int, q: Tensor, step: DecodeStep, sinks: Tensor | None = None) -> Tensor:
@@ -360,7 +360,7 @@ class DeviceAttention:
         spec, indices = self.layers[layer], rows.kv_indices[self.group_of[layer]]
         starts, first_pages, kv_len = rows.on_device
         pools = self.k_pools[layer], self.v_pools[layer]
-        seen = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
+        seen: dict[str, Any] = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
         where = starts, first_pages, indices, kv_len
         longest = max(length for length, _, _ in sizes)
         return prompt_attention(q, *pools, *where, spec.scale, max_len=longest, out=out, **seen)

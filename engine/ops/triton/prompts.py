@@ -262,8 +262,8 @@ def tile_of(dim: int, dtype: torch.dtype, kv_dtype: torch.dtype, queries: int, o
     few = queries <= 64 or -(-queries // 128) * others < BUSY
     if dim <= 128:
         return Tile(64, 64, 4, 3) if few else Tile(128, 64, 8, 3)
-    # Of sums alone a thread has 64 and 128 registers: four warps would not hold the first, nor more keys the second, nor
-    # keys that are widened on the way.
+    # Of sums alone a thread has 64 and 128 registers: four warps would not hold the first, nor would there be room for
+    # more keys beside the second, or for any that are widened.
     return Tile(64, 32, 8, 3) if few or kv_dtype != dtype else Tile(128, 32, 8, 3)
 
 
