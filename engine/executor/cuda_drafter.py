@@ -487,15 +487,17 @@ class DeviceDrafter:
         cells = (table[slots[row], positions // page] * page + positions % page).astype(np.int32)
         width = int(pages.max())
         indices = table[slots, :width][np.arange(width) < pages[:, None]].astype(np.int32)
+        first_pages = np.concatenate(([0], np.cumsum(pages))).astype(np.int32)
         arrays = [staging.token_ids[source], positions, cells, source.astype(np.int32), indices]
-        ids, where, cells_there, from_, indices_there = send(arrays)
-        host = [indptr, np.concatenate(([0], np.cumsum(pages))), lengths - (pages - 1) * page, lengths]
+        ids, where, cells_there, from_, indices_there, *on_device = send([*arrays, indptr, first_pages, lengths])
+        host = [indptr, first_pages, lengths - (pages - 1) * page, lengths]
         pinned = []
         for array in host:
             pinned.append(self._layer.pinned(4 * len(array)).view(torch.int32))
             pinned[-1].numpy()[:] = array
         handle.keep += pinned
-        ragged = Ragged([indices_there], *pinned)
+        starts_there, first_there, lengths_there = on_device
+        ragged = Ragged([indices_there], *pinned, (starts_there, first_there, lengths_there))
         mixed = MixedStep(where, [cells_there], ragged, ragged, 0, side.parity)
         attention = self.attention.mixed(mixed)
 

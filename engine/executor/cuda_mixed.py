@@ -65,6 +65,7 @@ class MixedSteps(DeviceState):
             "sampled_at": metadata.kv_len[sampled],
             "prompts_qo_indptr": metadata.qo_indptr[decodes:] - decodes,
             "prompts_kv_indptr": metadata.kv_indptr[decodes:] - first_page,
+            "prompts_kv_len": metadata.kv_len[decodes:],
         }
         # Of all rows, and once more of the prompts alone.
         pages = [*(group.kv_indices for group in of_groups), *(group.kv_indices[first_page:] for group in of_groups)]
@@ -89,8 +90,10 @@ class MixedSteps(DeviceState):
                 self._launch_drafts(side, handle)
             last_page_len, kv_len = pinned["last_page_len"], pinned["kv_len"]
             every = Ragged(indices, pinned["qo_indptr"], pinned["kv_indptr"], last_page_len, kv_len)
-            of_prompts = pinned["prompts_qo_indptr"], pinned["prompts_kv_indptr"]
-            prompts = Ragged(prompt_indices, *of_prompts, last_page_len[decodes:], kv_len[decodes:])
+            starts, first_pages, lengths = (f"prompts_{name}" for name in ("qo_indptr", "kv_indptr", "kv_len"))
+            of_prompts = pinned[starts], pinned[first_pages], last_page_len[decodes:], pinned[lengths]
+            on_device = sent[starts], sent[first_pages], sent[lengths]
+            prompts = Ragged(prompt_indices, *of_prompts, on_device)
             cells = [each[:tokens] for each in kv_slots]
             step = MixedStep(positions[:tokens], cells, every, prompts, decodes, side.parity)
             step.send = functools.partial(self._send_arrays, handle=handle)

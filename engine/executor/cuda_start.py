@@ -494,7 +494,8 @@ def build_cuda_executor(
         if spec.common is None and spec.latent is None:
             text += ", for layers that differ in more than their window, or have sinks"
         elif module is None and not has_flashinfer():
-            text += "; pip install 'oneloop[cuda]' brings FlashInfer, which is many times faster"
+            gain = ", which is many times faster" if "torch" in text else ""
+            text += f"; pip install 'oneloop[cuda]' brings FlashInfer{gain}"
         row("attention", f"{text}; KV cache in {str(kv_dtype).removeprefix('torch.')}")
         with starting("a first decode step fails", SMALLER):
             few, gated = executor.choose_products()

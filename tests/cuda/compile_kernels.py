@@ -166,12 +166,46 @@ def calls(dtype: torch.dtype, rows: int) -> None:
     params, out = empty(9, WORDS, kind=ints), empty(rows, kind=ints)
     sampling.sample_rows(raw, params, numbers, numbers, numbers, out, None, filtered=True)
     if is_served:
+        attention(dtype, rows)
         recurrent(dtype, rows)
         coded_weights(dtype, rows)
         coded_experts(dtype, rows)
         adapters(dtype, rows)
     if rows == 1:  # open steps, and those with prompts
         sampling.sample_rows(logits, params, numbers, numbers, numbers, out, numbers, filtered=True)
+
+
+def attention(dtype: torch.dtype, rows: int) -> None:
+    """Shapes of gpt-oss, Gemma 4, Llama 4, MiMo and Phi-2, caps, and pools of float8: of one row, split contexts and
+    short prompts."""
+    from engine.groups import Chunk
+    from engine.ops.triton.attention import decode_attention
+    from engine.ops.triton.prompts import prompt_attention
+
+    ints, float8 = torch.int32, torch.float8_e4m3fn
+    many: list[tuple[tuple[int, int], tuple[int, int], torch.dtype, dict[str, Any]]] = [
+        ((64, 8), (64, 64), dtype, {"window": 128, "sinks": torch.empty(64)}),
+        ((16, 8), (256, 256), dtype, {"window": 512}),
+        ((16, 8), (256, 256), dtype, {"softcap": 50.0}),
+        ((40, 8), (128, 128), dtype, {"window": Chunk(8192)}),
+        ((40, 8), (128, 128), float8, {}),
+        ((64, 4), (192, 128), dtype, {}),
+        ((32, 32), (80, 80), dtype, {}),
+        ((8, 1), (256, 256), dtype, {}),
+        ((32, 8), (64, 64), float8, {"window": 4096}),
+        ((8, 4), (256, 256), float8, {"softcap": 50.0, "window": 4096}),
+    ]
+    for (heads, kv_heads), dims, kind, more in many:
+        pools = [torch.empty((16, 16, kv_heads, dim), dtype=kind) for dim in dims]
+        each, starts = torch.empty(rows, dtype=ints), torch.empty(rows + 1, dtype=ints)
+        q = torch.empty((rows, heads, dims[0]), dtype=dtype)
+        # A single KV head in as many parts as there may be.
+        width = 2048 if rows == kv_heads == 1 else 64
+        decode_attention(q, *pools, torch.empty((rows, width), dtype=ints), each, 0.1, **more)
+        length = 3 if rows == 1 else 128
+        q = torch.empty((rows * length, heads, dims[0]), dtype=dtype)
+        where = starts, starts, torch.empty(64, dtype=ints), each
+        prompt_attention(q, *pools, *where, 0.1, max_len=length, **more)
 
 
 def coded_weights(dtype: torch.dtype, rows: int) -> None:

@@ -207,6 +207,7 @@ def serve(
             LOG.steps = False
             if isinstance(drafts, str):
                 result["drafting"] = executor._drafter.graphs.num_replays
+            result["attending"] = sorted({event.name for event in LOG.events[begin:] if "_attend" in event.name})
             result["products"] = sorted({event.name for event in LOG.events[begin:] if "_multiply" in event.name})
             captured = {event.name for event in LOG.events[begin:] if event.captured}
             collectives = [event for event in LOG.events[begin:] if event.name.startswith("c10d::")]
@@ -426,7 +427,7 @@ def main(names: list[str]) -> None:
     without_compiler()
     from bench.shapes import SHAPES
     from tests.cuda.test_encoders import ENCODERS
-    from tests.gpu.support import BASE, EXTRA, TORCH_ATTENTION, families
+    from tests.gpu.support import BASE, EXTRA, OUR_ATTENTION, families
 
     llama = {**BASE, "architectures": ["LlamaForCausalLM"]}
     for name in names:
@@ -437,6 +438,10 @@ def main(names: list[str]) -> None:
                 # Those whose layers differ in what their attention sees are tried by both.
                 for way in ("auto", "wrapper") if "window" in str(config) else ("auto",):
                     serve(f"{architecture} {way}", config, way, "bfloat16", "auto", [{}, {"top_p": 0.9}])
+            for architecture in sorted(OUR_ATTENTION):
+                config = {**BASE, "architectures": [architecture], **EXTRA.get(architecture, {})}
+                for kv in ("auto", "fp8"):
+                    serve(f"{architecture} ours", config, "torch", "bfloat16", kv, [{}, {"top_p": 0.9}])
         elif name == "encoders":
             for encoder in ("bert", "windows", "grouped"):
                 encode(encoder, {**ENCODERS[encoder], "hidden_size": 512, "head_dim": 128})
@@ -492,7 +497,7 @@ def main(names: list[str]) -> None:
                 if forms is None:  # as it is published
                     config["quantization_config"] = {"quant_method": "mxfp4"}
                 name = f"{architecture} {'mxfp4' if forms is None else ', '.join(forms)}"
-                way = "torch" if architecture in TORCH_ATTENTION else "auto"
+                way = "torch" if architecture in OUR_ATTENTION else "auto"
                 with contextlib.nullcontext() if forms is None else weights_of_codes(*forms):
                     serve(name, config, way, "bfloat16", "auto", [{}, {"top_k": 5}], timed=True)
         else:

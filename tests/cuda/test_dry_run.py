@@ -20,7 +20,7 @@ import torch
 
 from engine.kernels import ENTRY_POINTS, entry_points
 from tests.cuda.fake_flashinfer import SIGNATURES
-from tests.gpu.support import families
+from tests.gpu.support import OUR_ATTENTION, families
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,15 +95,17 @@ def test_nothing_is_found(scenario: str) -> None:
             assert min(result["scaled"]) > 0, "no product of float8 beside graphs, or none in them"
         if result["name"].startswith("drafts"):
             assert result["drafts"], "no graph of a step with drafts"
-        if "torch" not in result["name"] and "float32" not in result["name"]:
+        if "float32" not in result["name"]:
             assert "torch" not in result["attention"], result
+            ours = {"_attend", "_attend_prompts"}.issubset(result["attending"])
+            assert ours == result["attention"].startswith("our kernels"), result
     # And a kit is asked for no more than is called.
     called = {(module, what) for result in dry_run(scenario) for module, what in result["calls"]}
     for begin, functions in ENTRY_POINTS.items():
         found = {what for module, what in called if module.startswith(begin)}
         assert found == set(functions) or (scenario == "features" and not found), begin
     names = {result["name"].split()[0] for result in dry_run(scenario)}
-    assert scenario == "features" or names == set(families())
+    assert scenario == "features" or names == {*families(), *OUR_ATTENTION}
 
 
 def test_nothing_is_found_with_adapters() -> None:

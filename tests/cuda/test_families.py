@@ -13,12 +13,12 @@ from engine.ops.skinny import BLOCKS
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import DenseAttention, one_thread
 from tests.executor.driver import GREEDY, Driver, decode, prefill
-from tests.gpu.support import TORCH_ATTENTION, WITH_STATES, executor, families, load
+from tests.gpu.support import OUR_ATTENTION, WITH_STATES, executor, families, load
 
 PROMPT = [(37 * i + 11) % 990 + 3 for i in range(50)]
 
 
-@pytest.mark.parametrize("architecture", [*families(), *sorted(TORCH_ATTENTION)])
+@pytest.mark.parametrize("architecture", [*families(), *sorted(OUR_ATTENTION)])
 async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with native.disabled(), one_thread():
         plain = load(architecture, torch.float32, torch.device("cpu"))
@@ -37,7 +37,7 @@ async def test_family(architecture: str, monkeypatch: pytest.MonkeyPatch) -> Non
     for position in range(len(PROMPT), len(PROMPT) + 7):
         tokens += await driver.run([decode(1, position)])
     # Where layers differ in more than their window or have states, a prompt is launched operation by operation.
-    in_pieces = architecture not in TORCH_ATTENTION | WITH_STATES
+    in_pieces = architecture not in OUR_ATTENTION | WITH_STATES
     assert len(engine.pieces) == (2 if in_pieces else 0)
     engine.close()
     assert device.counts["replay"] > 0

@@ -18,7 +18,7 @@ from engine.forward import Limits
 from engine.models.loading.load import load_model
 from engine.models.parts.decoder import CausalLM
 from engine.models.registry import FAMILIES, read_spec
-from engine.ops.attention.device import DeviceAttention
+from engine.ops.attention.device import KERNEL_DTYPES, DeviceAttention
 from engine.speculation.base import Proposer
 
 BASE: dict[str, Any] = {
@@ -266,8 +266,8 @@ WITH_STATES = {
     *("FalconH1ForCausalLM", "Lfm2ForCausalLM", "Lfm2MoeForCausalLM", "NemotronHForCausalLM"),
     *("Qwen3NextForCausalLM", "Qwen3_5ForCausalLM", "Qwen3_5MoeForCausalLM"),
 }
-# Their attention has no kernels on a GPU yet, and goes by torch.
-TORCH_ATTENTION = {
+# FlashInfer has no kernels for their attention, which goes by ours on a GPU, or by torch in float32.
+OUR_ATTENTION = {
     *("Llama4ForCausalLM", "GptOssForCausalLM", "MiMoV2FlashForCausalLM"),
     *("Gemma3nForCausalLM", "Gemma4ForCausalLM", "Gemma4UnifiedForCausalLM", "LagunaForCausalLM"),
 }
@@ -300,7 +300,7 @@ def load_config(config: dict[str, Any], dtype: torch.dtype, device: torch.device
 
 
 def families() -> list[str]:
-    return sorted(FAMILIES.keys() - SAME_PARTS - TORCH_ATTENTION)
+    return sorted(FAMILIES.keys() - SAME_PARTS - OUR_ATTENTION)
 
 
 def executor(
@@ -337,7 +337,11 @@ def executor(
     known = spec.common is not None or spec.latent is not None
     added: dict[str, Any] = {"cuda_graph": cuda_graph, "proposer": proposer, "adapters": adapters}
     if attention == "torch" or not known or (attention == "auto" and not HAS_FLASHINFER and module is None):
-        return CUDAExecutor(model, limits, layer, DeviceAttention(spec, **options), **added)
+        ours = DeviceAttention(spec, **options)
+        said = ours.describe()
+        on_gpu = layer.device.type == "cuda" and dtype in KERNEL_DTYPES
+        assert known or not on_gpu or "torch" not in said, f"kernels of ours would not be tested: {said}"
+        return CUDAExecutor(model, limits, layer, ours, **added)
     from engine.ops.attention import flashinfer, flashinfer_latent
 
     backend: DeviceAttention

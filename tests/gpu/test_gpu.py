@@ -31,7 +31,7 @@ from tests.cuda.support import DenseAttention, expected_tokens, serve
 from tests.cuda.test_encoders import ENCODERS, vectors
 from tests.cuda.test_encoders import LIMITS as ENCODER_LIMITS
 from tests.executor.driver import GREEDY, Driver, decode, prefill
-from tests.gpu.support import HAS_FLASHINFER, LIMITS, TORCH_ATTENTION, executor, families, load, load_config
+from tests.gpu.support import HAS_FLASHINFER, LIMITS, OUR_ATTENTION, executor, families, load, load_config
 
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
@@ -66,7 +66,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
 ATTENTIONS = ["torch", *(["auto", "wrapper"] if HAS_FLASHINFER else [])]
 
 
-@pytest.mark.parametrize("architecture", [*families(), *sorted(TORCH_ATTENTION)])
+@pytest.mark.parametrize("architecture", [*families(), *sorted(OUR_ATTENTION)])
 @pytest.mark.parametrize(("dtype", "attention"), [("float32", "torch"), *(("bfloat16", a) for a in ATTENTIONS)])
 def test_parity_with_the_cpu(layer: CudaDevice, architecture: str, dtype: str, attention: str) -> None:
     """A prompt in two chunks, then eager decode steps: the logits of each against one dense pass on the CPU."""

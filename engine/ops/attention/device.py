@@ -2,7 +2,7 @@
 
 The host plans once per step; `forward` then issues device work alone: it reads no tensor on the host and, for decode
 rows, has shapes that depend on the batch size only, so that it can be captured in a graph. Backends: flashinfer.py,
-and `DeviceAttention` here, the slow one that runs everything.
+and `DeviceAttention` here, which runs everything: by kernels of ours on a GPU, and by torch where those have no room.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Ragged:
     """Rows of any length, for a plan on the host. kv_indices int32 [pages] of each memory group: on the device.
 
     qo_indptr, kv_indptr int32 [R + 1], last_page_len, kv_len int32 [R]: pinned host tensors, unchanged until the step
-    is done.
+    is done. on_device: qo_indptr, kv_indptr and kv_len once more, of rows that `prefill_rows` may be asked for.
     """
 
     kv_indices: Sequence[Tensor]
@@ -55,6 +55,7 @@ class Ragged:
     kv_indptr: Tensor
     last_page_len: Tensor
     kv_len: Tensor
+    on_device: tuple[Tensor, Tensor, Tensor] | None = None
 
     def sizes(self) -> list[tuple[int, int, int]]:
         """(tokens, pages, kv_len) of every row."""
@@ -129,7 +130,7 @@ def decode_inputs(
 
 
 class DeviceAttention:
-    """Owns the KV pools on the device and attends by torch operations alone.
+    """Owns the KV pools on the device and attends by kernels of ours or by torch operations, see `has_kernel`.
 
     One K and one V buffer for each place in a memory group, as in ops/attention/torch_paged.py. kv_dtype: of the pools;
     float8_e4m3fn holds values as they are (scale 1). Used by the executor on its one stream.
@@ -220,9 +221,9 @@ class DeviceAttention:
 
     def describe(self) -> str:
         """One line for the start-up table."""
-        ours = sum(self.has_kernel(layer) for layer in self.layers)
-        some = "" if ours == len(self.layers) else " in some layers"
-        return f"torch (slow) for prompts, decode by a kernel of ours{some}" if ours else "torch (slow)"
+        ways = {self.has_kernel(layer) for layer in self.layers}
+        names = {True: "our kernels (Triton)", False: "torch (slow)"}
+        return names[ways.pop()] if len(ways) == 1 else "our kernels (Triton), torch (slow) in some layers"
 
     def choices(self) -> list[int | None]:
         """Kinds of layers, by their window, that could decode in more than one way: see executor/cuda_attention.py."""
@@ -291,7 +292,7 @@ class DeviceAttention:
         return found.flatten(pages.dim() - 1, pages.dim())
 
     def has_kernel(self, layer: int) -> bool:
-        """Whether a layer's decode rows go by a kernel of ours: in 16 bits, and heads that its tiles have room for."""
+        """Whether a layer goes by kernels of ours: in 16 bits, and heads that their tiles have room for."""
         spec = self.layers[layer]
         fits = max(spec.head_dim, spec.value_dim) <= 256 and spec.num_heads <= 32 * spec.num_kv_heads
         return self.device.type == "cuda" and available() and self.dtype in KERNEL_DTYPES and fits
@@ -307,7 +308,7 @@ class DeviceAttention:
 
         spec, tables = self.layers[layer], step.tables[self.group_of[layer]]
         pools = self.k_pools[layer], self.v_pools[layer]
-        seen = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
+        seen: dict[str, Any] = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
         return decode_attention(q, *pools, tables, step.kv_len, spec.scale, out=out, **seen)
 
     def torch_decode_rows(self, layer: int, q: Tensor, step: DecodeStep, sinks: Tensor | None = None) -> Tensor:
@@ -341,9 +342,33 @@ class DeviceAttention:
         return result.reshape(rows, spec.num_heads, spec.value_dim).to(q.dtype)
 
     def prefill_rows(
+        self,
+        layer: int,
+        q: Tensor,
+        rows: Ragged,
+        sizes: list[tuple[int, int, int]],
+        sinks: Tensor | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """q [T, Hq, D] -> [T, Hq, Dv], in `out` if there is one. sizes: of the rows, see there."""
+        if not self.has_kernel(layer):
+            result = self.torch_prefill_rows(layer, q, rows, sizes, sinks)
+            return result if out is None else out.copy_(result)
+        from engine.ops.triton.prompts import prompt_attention
+
+        assert rows.on_device is not None
+        spec, indices = self.layers[layer], rows.kv_indices[self.group_of[layer]]
+        starts, first_pages, kv_len = rows.on_device
+        pools = self.k_pools[layer], self.v_pools[layer]
+        seen: dict[str, Any] = {"window": self.windows[layer], "softcap": spec.softcap, "sinks": sinks}
+        where = starts, first_pages, indices, kv_len
+        longest = max(length for length, _, _ in sizes)
+        return prompt_attention(q, *pools, *where, spec.scale, max_len=longest, out=out, **seen)
+
+    def torch_prefill_rows(
         self, layer: int, q: Tensor, rows: Ragged, sizes: list[tuple[int, int, int]], sinks: Tensor | None = None
     ) -> Tensor:
-        """q [T, Hq, D] -> [T, Hq, Dv], row by row."""
+        """`prefill_rows` by plain torch, row by row."""
         parts, token, page = [], 0, 0
         indices = rows.kv_indices[self.group_of[layer]]
         for length, count, kv_len in sizes:
@@ -418,10 +443,10 @@ class MixedAttention(StepAttention):
 
     def attend(self, layer: int, q: Tensor, out: Tensor | None = None, sinks: Tensor | None = None) -> Tensor:
         count, decode = self.step.num_decodes, self.step.decode
-        prompts: Tensor = self.backend.prefill_rows(layer, q[count:], self.step.prompts, self.sizes, sinks)
-        result = prompts
+        if out is None:
+            out = q.new_empty((*q.shape[:2], self.backend.layers[layer].value_dim))
         if count:
             assert decode is not None
-            rows = self.backend.decode_rows(layer, q[:count], decode, sinks)
-            result = torch.cat([rows, prompts])
-        return result if out is None else out.copy_(result)
+            self.backend.decode_rows(layer, q[:count], decode, sinks, out[:count])
+        self.backend.prefill_rows(layer, q[count:], self.step.prompts, self.sizes, sinks, out[count:])
+        return out

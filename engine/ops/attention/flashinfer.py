@@ -172,16 +172,15 @@ class Backend(DeviceAttention):
         if prefills == decodes == {OURS}:
             reason = missing or f"; FlashInfer has no kernels for {self.dtype} with head_dim {self.shape.head_dim}"
             return f"{super().describe()}{reason}"
-        some = "torch (slow) in some layers"
-        names = {"xqa": "XQA", "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores", OURS: some}
+        has_ours = all(self.has_kernel(layer) for layer in self.layers)
+        ours = "our kernel" if has_ours else "torch (slow) in some layers"
+        names = {"xqa": "XQA", "wrapper": "tensor cores" if self._tensor_cores else "CUDA cores", OURS: ours}
         # auto is fa2 or fa3, as the first plan has found.
         found = {
             way if way == OURS else self._prefills[self.kinds_of(window)[0], 0]._backend
             for window, way in self._prefill_ways.items()
         }
         prefill = " and ".join(names.get(way, way) for way in sorted(found))
-        if self._ours_decodes:
-            names[OURS] = "our kernel"
         decode = " and ".join(names[way] for way in sorted(decodes))
         for way, sizes in sorted(self._exceptions().items()):
             decode += f" ({names[way]} for {', '.join(map(str, sizes))} rows, as was quicker)"
@@ -482,7 +481,7 @@ class _Mixed(MixedAttention):
             assert step.decode is not None
             backend.decode_apart(layer, q[:count], step.decode, out[:count])
         if by_rows:
-            out[first:] = backend.prefill_rows(layer, q[first:], step.prompts, self.sizes)
+            backend.prefill_rows(layer, q[first:], step.prompts, self.sizes, out=out[first:])
         else:
             backend.prefill(layer, q[first:], step, out[first:])
         return out

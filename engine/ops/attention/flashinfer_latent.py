@@ -265,5 +265,5 @@ class _Mixed(MixedAttention):
             out = torch.empty((*q.shape[:2], backend.latent_dim), dtype=q.dtype, device=q.device)
         if count:
             backend.run(layer, q[:count], self._plan, self._indices, step.parity, False, out[:count])
-        out[count:] = backend.prefill_rows(layer, q[count:], step.prompts, self.sizes)
+        backend.prefill_rows(layer, q[count:], step.prompts, self.sizes, out=out[count:])
         return out

@@ -174,8 +174,10 @@ def parts_of(programs: int, tokens: int, most: int, busy: int) -> int:
     return max(1, min(busy // programs, -(-most // tokens)))
 
 
-def tile_of(dim: int) -> Tile:
-    """As was quickest on an H200 for head_dim 64 and 128."""
+def tile_of(dim: int, *, widened: bool = False) -> Tile:
+    """As was quickest on an H200 for head_dim 64 and 128. widened: of keys and values that are of another type."""
+    if dim > 128 and widened:  # registers of a thread hold no more of them, in both types
+        return Tile(32, num_stages=2)
     return Tile(num_stages=3 if 64 < dim <= 128 else 2)
 
 
@@ -206,7 +208,7 @@ def decode_attention(
     out = torch.empty((rows, num_heads, value_dim), dtype=q.dtype, device=q.device) if out is None else out
     assert out.is_contiguous()
     context = tables.shape[1] * page_size
-    tile = tile_of(dim) if tile is None else tile
+    tile = tile_of(dim, widened=k_pool.dtype != q.dtype) if tile is None else tile
     if parts is None:
         most = context if window is None else min(context, window + tile.tokens)
         parts = parts_of(rows * kv_heads, tile.tokens, most, BUSY // (dim * q.itemsize))
@@ -254,6 +256,7 @@ def decode_attention(
         **launch_options(),
     )
     if parts > 1:
+        parts_block = triton.next_power_of_2(parts)
         _combine[(rows * num_heads,)](
             found,
             highest,
@@ -264,9 +267,10 @@ def decode_attention(
             parts,
             VALUE_DIM=value_dim,
             VALUE_BLOCK=value_block,
-            PARTS_BLOCK=triton.next_power_of_2(parts),
+            PARTS_BLOCK=parts_block,
             SINKS=sinks is not None,
-            num_warps=4,
+            # One KV head's long context is in hundreds of parts, which all are a thread's at once.
+            num_warps=min(16, max(4, parts_block * value_block // 2048)),
             **launch_options(),
         )
     return out
