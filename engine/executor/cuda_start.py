@@ -253,7 +253,7 @@ def make_attention(model: CausalLM | Net, layer: DeviceLayer, module: Any = None
     if spec.latent is None:
         kind = flashinfer.Backend
         if layer.device.type == "cuda" and not has_xqa(torch.cuda.get_device_capability(layer.device)):
-            special["decode"] = "wrapper"
+            special["decode"] = flashinfer.OURS
     try:
         backend: DeviceAttention = kind(spec, device=layer.device, module=module, **options, **special)
         return backend

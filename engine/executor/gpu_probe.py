@@ -65,5 +65,7 @@ def stands_in(capability: tuple[int, int]) -> str | None:
     if major == HOPPER:
         return None
     if not has_xqa(capability):
-        return "prompts by fa2 and decode by FlashInfer's plain kernels: fa3 needs a Hopper, XQA a Hopper or newer"
+        return (
+            "prompts by fa2, decode by our kernel or FlashInfer's plain ones: fa3 needs a Hopper, XQA a Hopper or newer"
+        )
     return "prompts by fa2, as fa3 needs a Hopper; nothing here was tuned for this GPU"

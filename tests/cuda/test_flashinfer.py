@@ -369,14 +369,15 @@ def ours(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     seen: list[int] = []
 
     def decode_rows(
-        self: DeviceAttention, layer: int, q: Tensor, step: DecodeStep, out: Tensor | None = None
+        self: Backend, layer: int, q: Tensor, step: DecodeStep, sinks: Any = None, out: Tensor | None = None
     ) -> Tensor:
         seen.append(len(q))
         found = self.torch_decode_rows(layer, q, step)
         return found if out is None else out.copy_(found)
 
-    monkeypatch.setattr(Backend, "has_kernel", lambda self, layer: True)
+    monkeypatch.setattr(Backend, "has_kernel", lambda self, layer: layer not in self._by_torch)
     monkeypatch.setattr(Backend, "decode_rows", decode_rows)
+    monkeypatch.setattr(Backend, "_run_ours", lambda self, number, prompts: None)
     return seen
 
 
@@ -413,6 +414,28 @@ def test_our_kernel_stands_in_for_xqa(
     check(bench.decode())
     check(bench.mixed(0, 2))
     assert ours == [3, 3, 2, 2] and not bench.calls("decode.plan") and not bench.calls("xqa")
+
+
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_our_kernel_that_does_not_run_is_found_out_before_the_first_step(
+    head_dim: int, ours: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on a GPU with less memory for tiles: FlashInfer takes its place, and torch where that has no such heads."""
+    tried: list[tuple[int, bool]] = []
+
+    def run_ours(self: Backend, number: int, prompts: bool) -> None:
+        tried.append((number, prompts))
+        raise RuntimeError("out of resource: shared memory\nmore of it")
+
+    monkeypatch.setattr(Backend, "_run_ours", run_ours)
+    bench = settled((("xqa", False),), AttentionSpec.alike(2, 32, 8, head_dim, 0.1))
+    assert tried == [(0, head_dim == 80)], "one of layers that are alike; of prompts where FlashInfer has nothing"
+    assert f"heads of {head_dim}: out of resource: shared memory" in caplog.text
+    assert bench.backend.decode_needs_plan(3) == (head_dim == 64)
+    assert ("CUDA cores" if head_dim == 64 else "torch (slow)") in bench.backend.describe()
+    check(bench.decode())
+    check(bench.mixed(0, 1))
+    assert not ours or head_dim == 80
 
 
 def test_a_wrapper_that_is_not_there_is_not_chosen() -> None:

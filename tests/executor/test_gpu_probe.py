@@ -62,9 +62,9 @@ def test_the_driver_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("capability", "usable", "xqa", "says"),
     [
-        ((7, 5), False, False, "fa2 and decode by FlashInfer's plain kernels"),
-        ((8, 0), True, False, "fa2 and decode by FlashInfer's plain kernels"),
-        ((8, 9), True, False, "fa2 and decode by FlashInfer's plain kernels"),
+        ((7, 5), False, False, "fa2, decode by our kernel or FlashInfer's plain ones"),
+        ((8, 0), True, False, "fa2, decode by our kernel or FlashInfer's plain ones"),
+        ((8, 9), True, False, "fa2, decode by our kernel or FlashInfer's plain ones"),
         ((9, 0), True, True, None),
         ((10, 0), True, True, "fa3 needs a Hopper; nothing here was tuned"),
         ((12, 1), True, True, "fa3 needs a Hopper; nothing here was tuned"),

@@ -7,6 +7,7 @@ and `DeviceAttention` here, which runs everything: by kernels of ours on a GPU, 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,8 @@ from engine.ops.norm import rms_norm
 from engine.ops.rope import apply_rope
 from engine.ops.state import States
 from engine.ops.triton.runtime import available, on_gpu
+
+logger = logging.getLogger("oneloop.cuda")
 
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)
 # Weights [D] of the RMS norms of a head of q and of k, and their epsilon.
@@ -161,6 +164,8 @@ class DeviceAttention:
         self.windows: dict[int, int | None] = {number: layer.window for number, layer in self.layers.items()}
         self.num_pages = num_pages
         self.num_groups = len(groups)
+        # Layers for which our kernels did not run.
+        self._by_torch: set[int] = set()
         self._widths = spec.buffer_widths(groups)
         places = dict(zip(spec.owners, places_of(groups, len(spec.owners)), strict=True))
         self._places = {number: places[layer.own(number)] for number, layer in self.layers.items()}
@@ -218,6 +223,45 @@ class DeviceAttention:
 
         wait: blocks until the device has done what was issued.
         """
+        self.settle_ours(wait, prompts=True)
+
+    def settle_ours(self, wait: Callable[[], None], *, prompts: bool) -> None:
+        """Run our kernels once for layers of every shape and window: where one does not, such layers go by torch.
+
+        Not every GPU has the memory that their tiles ask for. prompts: whether those of prompts are wanted, too.
+        """
+        alike: dict[object, list[int]] = {}
+        for number, layer in self.layers.items():
+            if self.has_kernel(number):
+                sizes = layer.num_heads, layer.num_kv_heads, layer.head_dim, layer.value_dim
+                alike.setdefault((*sizes, layer.softcap, repr(self.windows[number])), []).append(number)
+        for numbers in alike.values():
+            try:
+                self._run_ours(numbers[0], prompts)
+                wait()
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever a compiler may raise
+                reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                logger.warning("our kernels do not run for heads of %d: %s", self.layers[numbers[0]].head_dim, reason)
+                self._by_torch.update(numbers)
+
+    def _run_ours(self, number: int, prompts: bool) -> None:
+        """One token by every tile that steps may take."""
+        from engine.ops.triton import attention
+        from engine.ops.triton import prompts as of_prompts
+
+        spec, pools = self.layers[number], (self.k_pools[number], self.v_pools[number])
+        seen: dict[str, Any] = {"window": self.windows[number], "softcap": spec.softcap}
+        q = torch.zeros(1, spec.num_heads, spec.head_dim, dtype=self.dtype, device=self.device)
+        ones = torch.ones(2, dtype=torch.int32, device=self.device)
+        starts = ones.cumsum(0, dtype=torch.int32) - 1
+        for parts in (1, 2):
+            attention.decode_attention(q, *pools, ones[None] - 1, ones[:1], spec.scale, parts=parts, **seen)
+        for queries in (1, 2**20) if prompts else ():
+            tile = of_prompts.tile_of(max(spec.head_dim, spec.value_dim), self.dtype, self.kv_dtype, queries, 1)
+            where = starts, starts, ones - 1, ones[:1]
+            of_prompts.prompt_attention(q, *pools, *where, spec.scale, max_len=1, tile=tile, **seen)
 
     def describe(self) -> str:
         """One line for the start-up table."""
@@ -292,7 +336,9 @@ class DeviceAttention:
         return found.flatten(pages.dim() - 1, pages.dim())
 
     def has_kernel(self, layer: int) -> bool:
-        """Whether a layer goes by kernels of ours: in 16 bits, and heads that their tiles have room for."""
+        """Whether a layer goes by kernels of ours: in 16 bits, heads that their tiles have room for, and they run."""
+        if layer in self._by_torch:
+            return False
         spec = self.layers[layer]
         fits = max(spec.head_dim, spec.value_dim) <= 256 and spec.num_heads <= 32 * spec.num_kv_heads
         return self.device.type == "cuda" and available() and self.dtype in KERNEL_DTYPES and fits

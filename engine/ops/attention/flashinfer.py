@@ -76,7 +76,8 @@ def load_driver() -> None:
 class Backend(DeviceAttention):
     """DeviceAttention by FlashInfer. module: `flashinfer`, or what stands for it in the tests.
 
-    decode: auto, xqa or wrapper. prefill: backend of the prefill wrapper (auto, fa2, fa3).
+    decode: auto, xqa, wrapper, or ours: that where it is, else the wrapper. prefill: backend of the prefill wrapper
+    (auto, fa2, fa3).
     """
 
     name = "flashinfer"
@@ -118,8 +119,9 @@ class Backend(DeviceAttention):
         windows = dict.fromkeys(kind.window for kind in self._kinds)
         # A backend of the prefill wrapper, or ours.
         self._prefill_ways: dict[Window, str] = dict.fromkeys(windows, prefill if usable else OURS)
-        self._ours_decodes = decode == "auto" and all(self.has_kernel(layer) for layer in self.layers)
+        self._ours_decodes = decode in ("auto", OURS) and all(self.has_kernel(layer) for layer in self.layers)
         way = OURS if not usable or self._ours_decodes else "wrapper"
+        self._usable = usable
         way = "xqa" if has_xqa and decode in ("auto", "xqa") else way
         self._decode_ways: dict[Window, str] = dict.fromkeys(windows, way)
         # What was found to be fastest for so many rows, by their number: of all ways, and of those without a plan.
@@ -201,6 +203,11 @@ class Backend(DeviceAttention):
         A kernel is built when it is first asked for, which fails without a compiler or where FlashInfer may not
         build any.
         """
+        self.settle_ours(wait, prompts=not self._usable)
+        if self._ours_decodes and not all(self.has_kernel(layer) for layer in self.layers):
+            self._ours_decodes = False
+            usual = "wrapper" if self._usable else OURS
+            self._decode_ways = {w: usual if way == OURS else way for w, way in self._decode_ways.items()}
         one = torch.ones(1, dtype=torch.int32)
         row = Ragged(self._of_groups(), one.new_tensor([0, 1]), one.new_tensor([0, 1]), one, one)
         for window in self._decode_ways:

@@ -119,6 +119,7 @@ class Backend(DeviceAttention):
 
     def settle(self, wait: Callable[[], None]) -> None:
         """See DeviceAttention: plan, load and run the kernel, and fall back where it cannot be had."""
+        super().settle(wait)
         for way in ("fa3", "fa2") if self._way != "torch" else ():
             try:
                 self._try(way, wait)
