@@ -390,6 +390,12 @@ def test_as_a_command(whole: Path, tmp_path: Path) -> None:
     ("flags", "expected"),
     [
         (["--nope"], "unrecognized arguments: --nope"),
+        (["--kv-cache-dtyp", "int8"], "unrecognized arguments: --kv-cache-dtyp (did you mean --kv-cache-dtype? --help"),
+        # A prefix is no flag, however clear it is.
+        (["--kv-cache-dt=int8"], "unrecognized arguments: --kv-cache-dt=int8 (did you mean --kv-cache-dtype? --help"),
+        (["--max_num_seqs=3"], "unrecognized arguments: --max_num_seqs=3 (did you mean --max-num-seqs? --help"),
+        (["--prot", "1", "--modle=x"], "unrecognized arguments: --prot --modle=x (did you mean --port and --model? --"),
+        (["--swap-space"], "unrecognized arguments: --swap-space (--help lists the flags)"),
         (["--enable-metrics", "--tp", "two"], "argument --tensor-parallel-size/-tp/--tp/"),
         (["--pp-size", "2"], "argument --pipeline-parallel-size/-pp/--pp-size/"),
         (["--port", "99999"], "argument --port: '99999' is not a port"),
