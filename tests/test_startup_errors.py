@@ -317,6 +317,10 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "cache-small": (["--kv-cache-memory-bytes", "100"], "the KV cache would hold no page"),
     "cache-twice": (["--kv-cache-gb", "1", "--max-total-tokens", "9"], "the size of the KV cache is given 2 times"),
     "budget": (["--max-num-batched-tokens", "8", "--max-num-seqs", "9"], "--max-num-batched-tokens 8 is less than"),
+    "transfer-key": (
+        ["--kv-transfer-config", '{"kv_connector": "TcpConnector", "kv_role": "kv_both", "rank": 1}'],
+        "--kv-transfer-config: 'rank' is not known here; known are enable_permute_local_kv, engine_id, ",
+    ),
     "policy": (["--schedule-policy", "luck"], "unknown schedule policy 'luck'; known are: "),
     "admin-key": (["--admin-api-key", ""], "--admin-api-key: the key is empty"),
     "tls": (["--ssl-keyfile", "/x"], "--ssl-keyfile needs --ssl-certfile"),
