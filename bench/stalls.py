@@ -219,7 +219,7 @@ def measure(only: list[str], times: int, tells_ms: float | None) -> list[tuple[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.stalls", description=__doc__)
-    parser.add_argument("--only", choices=KINDS, nargs="+", default=list(KINDS))
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=list(KINDS), metavar="KIND", help="; ".join(KINDS))
     parser.add_argument("--times", type=int, default=5, help="of each, behind a first one (default: %(default)s)")
     parser.add_argument("--tell", type=float, metavar="MS", help="show the stacks of stalls that are longer")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)

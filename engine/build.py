@@ -229,7 +229,7 @@ def build_engine(config: EngineConfig, report: StartupReport | None = None) -> B
             executor.close()
             raise StartupError(f"speculative decoding ({speculation.method}) is not supported on this device")
         kind = "as many as pay" if speculation.adaptive else "always"
-        report.row("drafts", f"up to {limits.max_draft_tokens} a row and step, {kind}")
+        report.row("drafts", f"{speculation.method}, up to {limits.max_draft_tokens} a row and step, {kind}")
     metrics.set_cache_config(
         block_size=limits.page_size,
         num_gpu_blocks=limits.num_pages,

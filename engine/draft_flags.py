@@ -91,8 +91,10 @@ def options_from(given: Any, flag: str = _FLAG) -> SpeculationOptions:
     if not isinstance(given, dict):
         raise StartupError(f"{flag} is not a JSON object")
     left = dict(given)
+    known = {"num_speculative_tokens_per_batch_size"}
 
     def take(key: str, check: Callable[[Any], bool], what: str, default: Any = None) -> Any:
+        known.add(key)
         value = left.pop(key, None)
         if value is None:
             return default
@@ -177,7 +179,7 @@ def options_from(given: Any, flag: str = _FLAG) -> SpeculationOptions:
             if value is None or (key in _HARMLESS and value == _HARMLESS[key]):
                 continue
             raise StartupError(f"{flag}: {key} is not supported: {_REFUSED[key]}")
-        raise StartupError(f"{flag}: {json.dumps(key)} is no key of it")
+        raise StartupError(f"{flag}: {json.dumps(key)} is no key of it; known are {', '.join(sorted(known))}")
     if options.use_vocabulary_map and method != "draft_model":
         raise StartupError(f"{flag}: use_heterogeneous_vocab is of method draft_model")
     return options

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import NoReturn
 
@@ -69,13 +70,23 @@ def _one(text: str) -> int:
     return 1
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """One line, where argparse would print two screens of usage before it."""
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
+        self.exit(2, f"error: {message} ({self.meant(message)}--help lists the flags)\n")
+
+    def meant(self, message: str) -> str:
+        """Of a message about flags that nobody knows, which ones may have been meant. None is taken in their place."""
+        _, told, words = message.partition("unrecognized arguments: ")
+        if not told:
+            return ""
+        unknown = [word.partition("=")[0].replace("_", "-") for word in words.split() if word.startswith("--")]
+        nearest = [get_close_matches(word, self._option_string_actions, 1, 0.7) for word in unknown]
+        names = dict.fromkeys(name for found in nearest for name in found)
+        return f"did you mean {' and '.join(names)}? " if names else ""
 
 
-def make_parser(kind: type[argparse.ArgumentParser] = _Parser) -> argparse.ArgumentParser:
+def make_parser(kind: type[Parser] = Parser) -> argparse.ArgumentParser:
     """The parser; every option's default is None where EngineConfig's own default applies."""
     parser = kind(
         prog="python -m engine.serve",

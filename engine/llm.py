@@ -11,7 +11,6 @@ The engine's loop runs in a thread of its own. Every other thread may call, also
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import concurrent.futures
 import contextlib
@@ -28,7 +27,7 @@ import orjson
 from engine.bounds import bounds_of
 from engine.build import build_engine
 from engine.config import EngineConfig, StartupError
-from engine.flags import config_from, make_parser
+from engine.flags import Parser, config_from, make_parser
 from engine.loop_thread import Lora, Runner, Structure, raise_closed
 from engine.request import (
     FinishReason,
@@ -424,9 +423,10 @@ class _Job:
 # ---- reading
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(Parser):
     def error(self, message: str) -> NoReturn:
-        raise StartupError(message)
+        meant = self.meant(message).rstrip()
+        raise StartupError(f"{message} ({meant})" if meant else message)
 
 
 def _read_options(model: str | None, options: dict[str, Any]) -> EngineConfig:

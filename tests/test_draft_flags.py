@@ -74,7 +74,10 @@ def test_vllms_object(given: dict[str, Any], expected: dict[str, Any]) -> None:
         ({"model": "x", "rejection_sample_method": "fly"}, "rejection_sample_method is not supported"),
         ({"method": "ngram", "parallel_drafting": True}, "parallel_drafting is not supported"),
         ({"method": "ngram", "use_heterogeneous_vocab": True}, "use_heterogeneous_vocab is of method draft_model"),
-        ({"method": "ngram", "lookahead": 3}, '"lookahead" is no key'),
+        (
+            {"method": "ngram", "lookahead": 3},
+            '"lookahead" is no key of it; known are adaptive, draft_sample_method, method, ',
+        ),
         ({"method": "ngram", "num_speculative_tokens_per_batch_size": [[4, 1, 2]]}, "sizes that rise"),
         ({"method": "ngram", "num_speculative_tokens_per_batch_size": [[1, 4, 2], [4, 9, 1]]}, "sizes that rise"),
         ({"method": "ngram", "num_speculative_tokens_per_batch_size": 3}, "must be a list"),

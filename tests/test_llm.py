@@ -346,6 +346,7 @@ def test_an_engine_that_fails_is_an_error_and_no_hang(caplog: pytest.LogCaptureF
     [
         ({"model": "/nowhere"}, "/nowhere"),
         ({"nonsense": 1}, "--nonsense"),
+        ({"max_num_seq": 1}, r"--max-num-seq=1 \(did you mean --max-num-seqs\?\)$"),
         ({"max_model_len": 0}, "max-model-len"),
         ({"port": 8001}, "no server"),
         ({"log_level": "debug"}, "no server"),

@@ -317,6 +317,10 @@ FLAGS: dict[str, tuple[list[str], str]] = {
     "cache-small": (["--kv-cache-memory-bytes", "100"], "the KV cache would hold no page"),
     "cache-twice": (["--kv-cache-gb", "1", "--max-total-tokens", "9"], "the size of the KV cache is given 2 times"),
     "budget": (["--max-num-batched-tokens", "8", "--max-num-seqs", "9"], "--max-num-batched-tokens 8 is less than"),
+    "transfer-key": (
+        ["--kv-transfer-config", '{"kv_connector": "TcpConnector", "kv_role": "kv_both", "rank": 1}'],
+        "--kv-transfer-config: 'rank' is not known here; known are enable_permute_local_kv, engine_id, ",
+    ),
     "policy": (["--schedule-policy", "luck"], "unknown schedule policy 'luck'; known are: "),
     "admin-key": (["--admin-api-key", ""], "--admin-api-key: the key is empty"),
     "tls": (["--ssl-keyfile", "/x"], "--ssl-keyfile needs --ssl-certfile"),
@@ -390,6 +394,12 @@ def test_as_a_command(whole: Path, tmp_path: Path) -> None:
     ("flags", "expected"),
     [
         (["--nope"], "unrecognized arguments: --nope"),
+        (["--kv-cache-dtyp", "int8"], "unrecognized arguments: --kv-cache-dtyp (did you mean --kv-cache-dtype? --help"),
+        # A prefix is no flag, however clear it is.
+        (["--kv-cache-dt=int8"], "unrecognized arguments: --kv-cache-dt=int8 (did you mean --kv-cache-dtype? --help"),
+        (["--max_num_seqs=3"], "unrecognized arguments: --max_num_seqs=3 (did you mean --max-num-seqs? --help"),
+        (["--prot", "1", "--modle=x"], "unrecognized arguments: --prot --modle=x (did you mean --port and --model? --"),
+        (["--swap-space"], "unrecognized arguments: --swap-space (--help lists the flags)"),
         (["--enable-metrics", "--tp", "two"], "argument --tensor-parallel-size/-tp/--tp/"),
         (["--pp-size", "2"], "argument --pipeline-parallel-size/-pp/--pp-size/"),
         (["--port", "99999"], "argument --port: '99999' is not a port"),

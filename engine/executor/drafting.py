@@ -34,14 +34,10 @@ CPU = torch.device("cpu")
 
 
 class Drafting(Protocol):
-    """What was read, before the sizes of the cache are known. described: of the model that drafts, for the start's
-    report; empty where there is none. probabilistic: it draws its drafts, where it can."""
+    """What was read, before the sizes of the cache are known. probabilistic: it draws its drafts, where it can."""
 
     @property
     def probabilistic(self) -> bool: ...
-
-    @property
-    def described(self) -> str: ...
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """That it takes beside the model's."""
@@ -69,11 +65,6 @@ class HostDrafting:
     probabilistic: bool = False
     context: int = 0
 
-    @property
-    def described(self) -> str:
-        """See Drafting."""
-        return ""
-
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """See Drafting."""
         return 0
@@ -100,7 +91,7 @@ class ModelDrafting:
 
     @property
     def described(self) -> str:
-        """See Drafting."""
+        """For the start's report."""
         return f"{self.directory} ({self.model.config.architecture})"
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
@@ -145,7 +136,7 @@ class Eagle3Drafting:
 
     @property
     def described(self) -> str:
-        """See Drafting."""
+        """For the start's report."""
         layers = ", ".join(map(str, self.head.aux_layers))
         return f"eagle3, {self.directory}, reads what goes into layers {layers}"
 
@@ -176,7 +167,7 @@ class MtpDrafting:
 
     @property
     def described(self) -> str:
-        """See Drafting."""
+        """For the start's report."""
         return f"mtp, {self.directory}, {self.prefix}*"
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
@@ -211,19 +202,21 @@ def read_drafting(
 ) -> Drafting | None:
     """What config.speculation asks for, and a line of it in the report; None for nothing. Raises StartupError, for what
     the model cannot do, too. target: what stands for the model where it is one rank's part. device: of its weights."""
-    if given.config.speculation.method is None:
+    options = given.config.speculation
+    if options.method is None:
         return None
+    if options.method in PROPOSERS:
+        return HostDrafting(options)
     with given.report.phase("draft model"):
         drafting = _read(given, model, dtype, target, device)
-    if drafting.described:
-        given.report.row("draft model", drafting.described)
+    given.report.row("draft model", drafting.described)
     return drafting
 
 
-def _read(given: Start, model: CausalLM, dtype: torch.dtype, target: Target | None, device: torch.device) -> Drafting:
+def _read(
+    given: Start, model: CausalLM, dtype: torch.dtype, target: Target | None, device: torch.device
+) -> ModelDrafting | Eagle3Drafting | MtpDrafting:
     options = given.config.speculation
-    if options.method in PROPOSERS:
-        return HostDrafting(options)
     if options.method == "eagle3":
         return _read_eagle3(given, options, model, dtype, target, device)
     if options.method == "mtp":

@@ -6,6 +6,7 @@ Only data is ever fetched (safetensors, GGUF, JSON, templates); no code of a rep
 from __future__ import annotations
 
 import re
+from difflib import get_close_matches
 from pathlib import Path
 
 from engine.config import StartupError
@@ -18,7 +19,10 @@ IGNORE_PATTERNS = ["*/*", "consolidated*.safetensors"]
 # Of several files of one model what most people take.
 USUAL = "Q4_K_M"
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}(/[A-Za-z0-9][\w.-]{0,95})?")
+# Short names, which are the Makefile's, and how each is had.
+SHORT_NAMES = {"smollm2": "make serve MODEL=smollm2", "demo": "make serve without MODEL"}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _WANTED = re.compile(r"[\w.-]{1,64}")
 
 
@@ -45,6 +49,9 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
         )
     if is_gguf(path):
         raise StartupError(f"{path}: no such file")
+    if "/" not in path_or_id:
+        # The hub knows some old names without an owner, but what stands here is a misspelt one by far more often.
+        raise StartupError(_no_such_name(path_or_id))
     repository, colon, wanted = path_or_id.partition(":")
     if not _HUB_ID.fullmatch(repository) or (colon and not _WANTED.fullmatch(wanted)):
         raise StartupError(f"{path_or_id}: no such directory, and not a Hugging Face id (owner/name)")
@@ -53,12 +60,34 @@ def resolve(path_or_id: str, revision: str | None = None, download_dir: str | No
     except StartupError:
         raise
     except Exception as error:  # the hub's own errors, HTTP, disk: a start that fails, whatever it was
-        reason = " ".join(str(error).split()) or type(error).__name__
-        at = f" at revision {revision}" if revision else ""
-        raise StartupError(
-            f"{path_or_id}: not a directory, and the download{at} from the Hugging Face hub failed: "
-            f"{type(error).__name__}: {reason[:300]}"
-        ) from error
+        raise StartupError(f"{path_or_id}: no such directory, and {_why(error, revision)}") from error
+
+
+def _no_such_name(name: str) -> str:
+    if name in SHORT_NAMES:
+        return f"{name}: no such directory or file; the model of this name is served by {SHORT_NAMES[name]}"
+    near = get_close_matches(name.lower(), SHORT_NAMES, 1)
+    meant = f"Did you mean {near[0]}? " if near else ""
+    known = " and ".join(f"{short} ({how})" for short, how in SHORT_NAMES.items())
+    return f"{name}: no such directory or file, and not a Hugging Face id (owner/name). {meant}Short names are {known}"
+
+
+def _why(error: Exception, revision: str | None) -> str:
+    """Why nothing came from the hub, whose own errors are of several lines and addresses."""
+    from huggingface_hub import constants, errors
+
+    if isinstance(error, errors.GatedRepoError):
+        return "the Hugging Face hub gives it only to who has agreed to its terms there, with a token (HF_TOKEN)"
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return "the Hugging Face hub has no such model, or shows it only with another token (HF_TOKEN)"
+    if isinstance(error, errors.RevisionNotFoundError):
+        return f"the Hugging Face hub has no revision {revision} of it"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        silent = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "the Hugging Face hub cannot be reached"
+        return f"{silent}, with nothing of it here from before"
+    at = f" at revision {revision}" if revision else ""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return f"the download{at} from the Hugging Face hub failed: {type(error).__name__}: {reason[:200]}"
 
 
 def _download(repository: str, wanted: str, revision: str | None, cache_dir: str | None) -> Path:

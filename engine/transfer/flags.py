@@ -62,8 +62,10 @@ def parse(given: Any, environment: Mapping[str, str]) -> TransferOptions:
     if not isinstance(extra, dict):
         raise StartupError(f"{FLAG}: kv_connector_extra_config must be an object")
     extra = dict(extra)
+    known = {*_FIXED, "kv_connector_extra_config"}
 
     def take(where: dict[str, Any], key: str, default: Any, good: Callable[[Any], bool], what: str) -> Any:
+        known.add(key if where is left else f"kv_connector_extra_config.{key}")
         value = where.pop(key, default)
         if value is not default and not good(value):
             raise StartupError(f"{FLAG}: {key} must be {what}, not {json.dumps(value)[:200]}")
@@ -112,14 +114,14 @@ def parse(given: Any, environment: Mapping[str, str]) -> TransferOptions:
                 said = " or ".join(map(json.dumps, _FIXED[key])) or "nothing"
                 raise StartupError(f"{FLAG}: {key} can only be {said} here, not {json.dumps(value)[:200]}")
     for unknown in (*left, *(f"kv_connector_extra_config.{key}" for key in extra)):
-        raise StartupError(f"{FLAG}: '{unknown[:200]}' is not known here")
+        raise StartupError(f"{FLAG}: '{unknown[:200]}' is not known here; known are {', '.join(sorted(known))}")
     if _is_wildcard(host):
         raise StartupError(f"{FLAG}: kv_ip {host} is no address at which another server could find this one")
     others = {"keep_timeout_s": float(timeout), "receive_timeout_s": receive, "kept_share": share}
     others |= {"peers": None if peers is None else tuple(peers), "data_port": data_port}
     others |= {"backends": None if backends is None else tuple(backends)}
-    known = {name: value for name, value in others.items() if value is not None}
-    return TransferOptions(connector, role, engine_id, host, int(port), **known)
+    given_others = {name: value for name, value in others.items() if value is not None}
+    return TransferOptions(connector, role, engine_id, host, int(port), **given_others)
 
 
 def _number_of(environment: Mapping[str, str], name: str, default: int, most: int) -> int:

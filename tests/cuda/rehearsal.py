@@ -12,12 +12,14 @@ import functools
 import os
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 import engine.executor.cuda_device as cuda_device
+import engine.executor.cuda_kit as cuda_kit
 from engine.ops import native
 from tests.cuda.fake_device import FakeDevice
 from tests.cuda.support import TINY
@@ -63,6 +65,8 @@ def with_a_gpu() -> None:
     }.items():
         setattr(torch.cuda, name, answer)
     cuda_device.CudaDevice = Device  # type: ignore[misc, assignment]
+    # A kit is for FlashInfer on a GPU; one that lies in this checkout is nothing that can be used here.
+    cuda_kit.KIT_OF_BUILD = Path(os.devnull, "kernels.kit")
 
 
 def bench(arguments: list[str]) -> int:

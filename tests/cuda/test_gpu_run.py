@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -125,6 +127,19 @@ def test_a_run_is_rehearsed(
     assert names >= {"HTTP, output", "HTTP, overlap on over off", "product 24x16, ours", "experts of a layer"}
     written = path.with_suffix(".md").read_text()
     assert written.strip() == said.out.strip() and all(f"| {name} |" in written for name in names)
+
+
+def test_a_rehearsal_looks_at_no_kit(tmp_path: Path) -> None:
+    """Of somebody who has built one, and has neither a GPU nor FlashInfer that could load it."""
+    (tmp_path / "build").mkdir()
+    (tmp_path / "build" / "kernels.kit").write_bytes(b"for a GPU")
+    code = (
+        "from tests.cuda.rehearsal import with_a_gpu; with_a_gpu()\n"
+        "from bench.gpu import kit_flags, use_kit_of_build\n"
+        "assert kit_flags() == use_kit_of_build() == ''"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, timeout=120)
 
 
 def test_all_that_is_begun_ends_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+from huggingface_hub import errors
 
 from engine.config import StartupError
 from engine.models.hub import choose_files, resolve
@@ -68,10 +69,63 @@ def test_download_that_fails(error: Exception, monkeypatch: pytest.MonkeyPatch) 
         resolve("owner/name", "v2")
     message = str(caught.value)
     assert message.startswith(
-        "owner/name: not a directory, and the download at revision v2 from the Hugging Face hub failed: "
+        "owner/name: no such directory, and the download at revision v2 from the Hugging Face hub failed: "
         + type(error).__name__
     )
     assert "\n" not in message and len(message) < 500
+
+
+def of_hub(kind: type[Exception]) -> Exception:
+    """One of the hub's own, as long as they are, without the response that some of them ask for."""
+    error = kind.__new__(kind)
+    error.args = ("404 Client Error.\n\nRepository Not Found for url: https://huggingface.co/api/models/owner/name.\n",)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        (errors.GatedRepoError, "the Hugging Face hub gives it only to who has agreed to its terms there, with a"),
+        (errors.RepositoryNotFoundError, "the Hugging Face hub has no such model, or shows it only with another token"),
+        (errors.RevisionNotFoundError, "the Hugging Face hub has no revision v2 of it"),
+        (errors.LocalEntryNotFoundError, "the Hugging Face hub cannot be reached, with nothing of it here from before"),
+    ],
+)
+def test_what_the_hub_says_is_one_line(kind: type[Exception], expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, **options: Any) -> str:
+        raise of_hub(kind)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(StartupError) as caught:
+        resolve("owner/name", "v2")
+    message = str(caught.value)
+    assert message.startswith(f"owner/name: no such directory, and {expected}")
+    assert "\n" not in message and "http" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("smolm2", "smollm2"), ("SmolLM", "smollm2"), ("dmeo", "demo"), ("gpt2:Q8_0", None)],
+)
+def test_a_mistyped_name_is_not_asked_of_the_hub(name: str, meant: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(name: str, **options: Any) -> str:
+        raise AssertionError(name)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(StartupError) as caught:
+        resolve(name)
+    message = str(caught.value)
+    assert message.startswith(f"{name}: no such directory or file, and not a Hugging Face id (owner/name). ")
+    assert (f"Did you mean {meant}?" in message) == (meant is not None)
+    assert message.endswith("smollm2 (make serve MODEL=smollm2) and demo (make serve without MODEL)")
+
+
+def test_a_short_name_is_the_makefiles() -> None:
+    with pytest.raises(StartupError) as caught:
+        resolve("smollm2")
+    assert str(caught.value).endswith("; the model of this name is served by make serve MODEL=smollm2")
+    assert "MODEL=smollm2" in (Path(__file__).parents[2] / "Makefile").read_text()
 
 
 FILES = [

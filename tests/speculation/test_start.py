@@ -86,13 +86,23 @@ async def test_models_that_draft(directories: dict[str, Path]) -> None:
     ]
     for case in cases:
         built = build(directories["target"], num_draft_tokens=3, adaptive=False, **case)
-        assert case["model"] in dict(built.report.rows)["draft model"]
+        rows = dict(built.report.rows)
+        assert case["model"] in rows["draft model"] and "draft model" in built.report.phases
+        assert rows["drafts"] == f"{case['method']}, up to 3 a row and step, always"
         assert await answers(built) == expected, case
         speculation = built.engine.scheduler.speculation
         assert speculation is not None and speculation.num_draft_tokens > 0
         if case["model"] == str(directories["target"]):
             # It says what it says; but for answers that were cut, everything was right.
             assert speculation.num_accepted_tokens == speculation.num_draft_tokens
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix"])
+def test_what_needs_no_model_tells_of_none(method: str, directories: dict[str, Path]) -> None:
+    built = build(directories["target"], method=method, num_draft_tokens=3)
+    built.engine.executor.close()
+    assert dict(built.report.rows)["drafts"] == f"{method}, up to 3 a row and step, as many as pay"
+    assert "draft model" not in built.report.table()
 
 
 def test_what_cannot_be(directories: dict[str, Path], tmp_path: Path) -> None:
