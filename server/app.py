@@ -8,7 +8,6 @@ import functools
 import importlib
 import logging
 import re
-import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -141,7 +140,7 @@ def build_app(engine: Engine, model: ServedModel, options: ServerOptions) -> web
     app.cleanup_ctx.append(_watch_memory)
     app[IS_CLOSING] = asyncio.Event()
     app[_SHAPES] = {}
-    app.on_startup.append(_warm_up)
+    app.on_startup.append(_resume)
     app.on_cleanup.append(_clean_up)
     app.on_response_prepare.append(_add_headers)
     for prefix in dict.fromkeys(("", options.root_path.rstrip("/"))):
@@ -178,14 +177,18 @@ def _publish_kv_events(engine: Engine, options: ServerOptions) -> KVEvents | Non
 def _make_compiler(engine: Engine) -> GrammarCompiler | None:
     if engine.tokenizer is None or not engine.eos_token_ids:
         return None
-    return GrammarCompiler(engine.tokenizer, engine.eos_token_ids, engine.limits.vocab_size)
+    compiler = GrammarCompiler(engine.tokenizer, engine.eos_token_ids, engine.limits.vocab_size)
+    try:
+        # Before anybody is served: the library lets no other thread run while it builds the trie of a vocabulary, a
+        # second or more for the large ones.
+        compiler.warm()
+    except Exception:
+        logger.exception("no grammar can be held to this vocabulary")
+    return compiler
 
 
-async def _warm_up(app: web.Application) -> None:
-    """Build the grammars' trie of the vocabulary, beside the loop; requests that come before it is done wait for it."""
+async def _resume(app: web.Application) -> None:
     await app[JOBS].resume(app[STATE])
-    if (compiler := app[STATE].compiler) is not None:
-        threading.Thread(target=compiler.warm, name="grammar-trie", daemon=True).start()
 
 
 def _shed(app: web.Application) -> None:

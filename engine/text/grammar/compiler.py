@@ -59,7 +59,8 @@ LIMITS = LLParserLimits(
 
 
 class GrammarCompiler:
-    """One per model. The trie of its tokens (1 to 3 s for 128k of them) is built with the first spec, or by `warm`.
+    """One per model. The trie of its tokens is built with the first spec, or by `warm`: 1 to 3 s for 128k of them, and
+    while the library builds it no other thread runs.
 
     vocab_size: width of the model's logits; ids that the tokenizer does not know are never allowed.
     """
